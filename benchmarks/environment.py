@@ -1,0 +1,30 @@
+"""What a measurement depends on, for the JSON it is written to."""
+
+import datetime
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+PACKAGES = ("captum", "torch", "transformers", "accelerate", "numpy")
+
+
+def environment(*, seed: int, device: str = "cpu", dtype: str = "float32") -> dict[str, Any]:
+    """Command, date, commit, versions, device, dtype, seed and threads."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "device": device if device != "cpu" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "seed": seed,
+    }

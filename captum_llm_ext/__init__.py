@@ -1,0 +1,33 @@
+"""Attribution of generated text, as an extension of captum.
+
+Every token that a language model writes is attributed to the prompt and to the tokens written
+before it::
+
+    from captum.attr import ShapleyValueSampling
+    from captum_llm_ext import CorpusBaselines, GenerationAttribution, TextSegmentInput
+
+    inp = TextSegmentInput(prompt, tokenizer, unit="word", baselines=CorpusBaselines(texts))
+    result = GenerationAttribution(ShapleyValueSampling(model), tokenizer).attribute(inp)
+    print(result)
+"""
+
+from captum_llm_ext.attribution import GenerationAttribution
+from captum_llm_ext.baselines import Baseline, Deletion, FixedTexts, Slot, TokenBaseline
+from captum_llm_ext.baselines.corpus import CorpusBaselines, Match
+from captum_llm_ext.inputs import TextSegmentInput
+from captum_llm_ext.result import GenerationAttributionResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Baseline",
+    "CorpusBaselines",
+    "Deletion",
+    "FixedTexts",
+    "GenerationAttribution",
+    "GenerationAttributionResult",
+    "Match",
+    "Slot",
+    "TextSegmentInput",
+    "TokenBaseline",
+]

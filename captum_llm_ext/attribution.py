@@ -1,0 +1,557 @@
+"""`GenerationAttribution`: captum's LLM attribution, for prompt and generated text alike."""
+
+import platform
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from captum.attr import InterpretableInput, LLMAttribution
+from captum.attr._utils.attribution import PerturbationAttribution
+from torch import Tensor
+
+from captum_llm_ext import _compat, tokens
+from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
+from captum_llm_ext.driven import attribute_with
+from captum_llm_ext.estimators import Budget, Estimator, estimator, is_known
+from captum_llm_ext.inputs import GeneratedText, Prompt, as_prompt
+from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.scoring import AttrTarget, Scorer, TokenRow
+from captum_llm_ext.segment import Unit
+
+_TARGETS = ("log_prob", "prob", "logit")
+_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+_NEW_TOKENS = {"max_new_tokens": 25}  # captum's
+# The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
+_EMPTY_DRAWS = 32
+_MOST_ROUNDS = 64
+_Inspect = Callable[[str, str, list[float]], None]
+
+
+class GenerationAttribution(LLMAttribution):
+    """Attributes every token of a generated text to the prompt and to the tokens before it.
+
+    Takes what captum's `LLMAttribution` takes. Captum's `FeatureAblation`, `ShapleyValues`,
+    `ShapleyValueSampling`, `KernelShap` and `Lime` name what is estimated; the coalitions are
+    planned, scored in batches (one teacher-forced pass each, for all target tokens) and solved by
+    this package. Any other perturbation method is driven through its own ``attribute``.
+
+    Args:
+        attr_method: A captum `PerturbationAttribution` over the model.
+        tokenizer: The model's tokenizer.
+        attr_target: What is explained for a target token: its ``"log_prob"`` in nats, its
+            ``"prob"``, its ``"logit"``, or a callable ``(logits (batch, n_target, vocabulary),
+            target (n_target,)) -> (batch, n_target)``.
+
+    Raises:
+        TypeError: If the method is no perturbation method, or its model no causal language model.
+        ValueError: If `attr_target` is unknown.
+    """
+
+    SUPPORTED_METHODS = (PerturbationAttribution,)
+    SUPPORTED_INPUTS = (InterpretableInput,)
+
+    def __init__(
+        self,
+        attr_method: PerturbationAttribution,
+        tokenizer: Any,
+        attr_target: AttrTarget = "log_prob",
+    ) -> None:
+        if not isinstance(attr_method, PerturbationAttribution):
+            raise TypeError(
+                f"`attr_method` is a {type(attr_method).__name__}: give one of captum's "
+                "perturbation methods over the model, such as `ShapleyValueSampling(model)`."
+            )
+        _compat.check_causal(attr_method.forward_func)
+        if not callable(attr_target) and attr_target not in _TARGETS:
+            raise ValueError(
+                f"`attr_target` is {attr_target!r}: give one of {', '.join(map(repr, _TARGETS))}, "
+                "or a callable `(logits, target) -> values`."
+            )
+        super().__init__(attr_method, tokenizer)
+        self.attr_target = cast(Any, attr_target)
+        self.include_per_token_attr = True
+        self.device = _compat.input_device(self.model)
+
+    def attribute(  # captum's arguments in captum's order, then keyword-only ones
+        self,
+        inp: InterpretableInput,
+        target: str | Tensor | Sequence[int] | None = None,
+        num_trials: int = 1,
+        gen_args: Mapping[str, Any] | None = None,
+        use_cached_outputs: bool = True,
+        _inspect_forward: _Inspect | None = None,
+        forward_in_tokens: bool = True,
+        *,
+        output_unit: Unit | None = "token",
+        output_baselines: Any = None,
+        seed: int = 0,
+        tol: float | None = None,
+        max_evaluations: int | None = None,
+        n_samples: int | None = None,
+        n_draws: int | None = None,
+        max_exact_features: int = 12,
+        perturbations_per_eval: int | None = None,
+        feature_mask: Tensor | None = None,
+        show_progress: bool = False,
+        skip_tokens: Sequence[int] | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> GenerationAttributionResult:
+        """Attributes the target, or what the model generates, to its causes.
+
+        Args:
+            inp: The prompt: `TextSegmentInput`, or captum's `TextTokenInput`, `TextTemplateInput`,
+                `ImageMaskInput`.
+            target: The text to explain, as text or as token ids ``(n_target,)``. None: the model
+                generates it.
+            num_trials: Repetitions with fresh draws of baselines and coalitions, averaged.
+            gen_args: Arguments of the model's ``generate``, without a target only. Greedy, 25 new
+                tokens, where they do not say otherwise. Sampling is seeded by `seed`.
+            use_cached_outputs, forward_in_tokens: Accepted for captum's sake. They choose between
+                captum's ways of scoring; here there is one, and its numbers are those of an
+                uncached forward.
+            _inspect_forward: Called with (prompt, target, [joint, *per token] probabilities or
+                values) of every distinct row, after it is scored.
+            output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``, spans
+                or a segmenter over its text. None holds it fixed: captum's numbers.
+            output_baselines: What stands where such a feature is absent, as for `TextSegmentInput`;
+                a list has one entry per feature of the target. By default what the prompt's
+                baseline does, and deletion where that says nothing about generated text.
+            seed: Seeds every random choice. The global random state is neither read nor changed.
+            tol: Go on sampling until the largest standard error, over the range of the
+                attributions, is below it.
+            max_evaluations: With `tol`: stop there at the latest. By default after 64 rounds.
+            n_samples: As in captum: evaluations for `KernelShap` and `Lime` (default 16 a
+                feature), single orders for `ShapleyValueSampling` (default 25; an order and its
+                reverse count as two).
+            n_draws: Draws of a random baseline for methods that enumerate their coalitions. By
+                default up to 8, while that costs about a thousand evaluations at most.
+            max_exact_features: `ShapleyValues` of more features are estimated, with a warning. At
+                most 16.
+            perturbations_per_eval: At most so many rows in a batch; by default what memory allows.
+            feature_mask: As in captum: shape ``(1, n_features)``, equal numbers are one feature.
+            show_progress: Whether a bar over the model's evaluations is shown.
+            skip_tokens: Deprecated, as captum had it up to 0.8: tokens left out of the target.
+            **kwargs: Passed to the ``attribute`` of methods that this package does not know.
+
+        Returns:
+            The result; its tensors are on the model's device, in float32 (float64 for float64
+            models).
+
+        Raises:
+            ValueError: If an argument is out of range or would be ignored, the target is empty or
+                outside the vocabulary, a row is longer than the model's positions, or the model's
+                values are not finite.
+            TypeError: If an argument is of the wrong kind.
+        """
+        _at_least_one("num_trials", num_trials)
+        _at_least_one("max_evaluations", max_evaluations)
+        _at_least_one("perturbations_per_eval", perturbations_per_eval)
+        if max_evaluations is not None and tol is None:
+            raise ValueError("`max_evaluations` has no meaning without `tol`: give `tol` as well.")
+        if tol is not None and not tol > 0:
+            raise ValueError(f"`tol` is {tol!r}: give a number above 0, such as 0.05.")
+        if kwargs and is_known(self.attr_method):
+            raise TypeError(
+                f"attribute() got {', '.join(map(repr, sorted(kwargs)))}, which "
+                f"{type(self.attr_method).__name__} does not take: leave it out. What stands for "
+                "absent features is said by the input (`baselines=`)."
+            )
+        effort = _Effort(
+            Budget(n_samples, n_draws, max_exact_features), num_trials, tol, max_evaluations
+        )
+        scorer = Scorer(
+            self.model,
+            attr_target=self.attr_target,
+            max_rows=perturbations_per_eval,
+            show_progress=show_progress,
+        )
+        run = _Run(self, as_prompt(inp, self.tokenizer, feature_mask), scorer, seed)
+        run.callback = _inspect_forward
+        target_ids = self._target_ids(run, target, gen_args, skip_tokens)
+        game = _Game(run, run.generated_text(target_ids, output_unit, output_baselines))
+        outcome = _solve(game, effort, kwargs)
+        joint = None
+        if self.attr_target == "prob":
+            joint = _solve(game.joint(), effort, kwargs).solution.attributions[0]
+        return self._result(inp, game, outcome, joint, gen_args if target is None else None)
+
+    def _target_ids(
+        self,
+        run: "_Run",
+        target: str | Tensor | Sequence[int] | None,
+        gen_args: Mapping[str, Any] | None,
+        skip_tokens: Sequence[int] | Sequence[str] | None,
+    ) -> Tensor:
+        if target is None:
+            ids = self._generated_ids(run, gen_args)
+        elif gen_args is not None:
+            raise ValueError("`gen_args` would be ignored: with a `target` nothing is generated.")
+        else:
+            ids = _as_ids(target, self.tokenizer)
+        if skip_tokens:
+            warnings.warn(
+                "`skip_tokens` is deprecated, as captum dropped it in 0.9: give the target as ids "
+                "without them.",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            skipped = {
+                tokens.token_id(self.tokenizer, t) if isinstance(t, str) else t for t in skip_tokens
+            }
+            ids = torch.tensor([i for i in ids.tolist() if i not in skipped], dtype=torch.long)
+        self._check_target(run, ids)
+        return ids
+
+    def _generated_ids(self, run: "_Run", gen_args: Mapping[str, Any] | None) -> Tensor:
+        if not callable(getattr(self.model, "generate", None)):
+            raise ValueError(
+                f"{type(self.model).__name__} has no `generate`: give the `target` to explain."
+            )
+        run.scorer.check_length(len(run.full.ids) + 1, "the prompt and one token")
+        given = dict(gen_args or {})
+        arguments = given if given.get("do_sample") else _GREEDY | given
+        if not {"max_new_tokens", "max_length"} & set(given):
+            arguments = arguments | _NEW_TOKENS
+        row = TokenRow(run.full.ids, (), run.full.extras)
+        return run.scorer.generate(row, arguments, run.seed)
+
+    def _check_target(self, run: "_Run", ids: Tensor) -> None:
+        if len(ids) == 0:
+            raise ValueError("the target is empty: give at least one token to explain.")
+        size = _compat.vocabulary_size(self.model)
+        wrong = [i for i in ids.tolist() if i < 0 or (size is not None and i >= size)]
+        if wrong:
+            raise ValueError(
+                f"target token id {wrong[0]} is outside the model's vocabulary of {size} tokens: "
+                "check that tokenizer and model belong together."
+            )
+        run.scorer.check_length(len(run.full.ids) + len(ids) - 1, "prompt and target")
+
+    def _result(
+        self,
+        inp: InterpretableInput,
+        game: "_Game",
+        outcome: "_Outcome",
+        joint: Tensor | None,
+        gen_args: Mapping[str, Any] | None,
+    ) -> GenerationAttributionResult:
+        generated, prompt, solution = game.generated, game.run.prompt, outcome.solution
+        columns = torch.tensor(prompt.columns)
+        n_prompt = prompt.n_features
+
+        def convert(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, self._result_dtype())
+
+        def split(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+            tensor = game.with_last_feature(tensor, 0.0)
+            output = convert(tensor[:, n_prompt:]) if generated.n_features else None
+            return convert(tensor[:, :n_prompt][:, columns]), output
+
+        token_attr, output_attr = split(solution.attributions)
+        token_attr_se, output_attr_se = split(solution.standard_errors)
+        gap = solution.full_values - solution.empty_values - solution.attributions.sum(1)
+        full = solution.full_values
+        probabilities = {"log_prob": full.exp, "prob": full.clone}.get(self.attr_target)
+        return GenerationAttributionResult(
+            input_tokens=list(prompt.names),
+            output_tokens=list(generated.labels),
+            seq_attr=token_attr.sum(0) if joint is None else convert(joint[columns]),
+            token_attr=token_attr,
+            output_probs=None if probabilities is None else convert(probabilities()),
+            inp=inp,
+            output_features=generated.names if generated.n_features else None,
+            output_attr=output_attr,
+            token_attr_se=token_attr_se,
+            output_attr_se=output_attr_se,
+            full_values=convert(full),
+            empty_values=convert(solution.empty_values),
+            efficiency_gap=convert(gap),
+            n_evaluations=game.run.scorer.n_evaluations,
+            masks=game.with_last_feature(outcome.plan.masks, True).to(self.device),
+            values=convert(outcome.values),
+            draws=outcome.plan.draws.to(self.device),
+            target=game.target.to(self.device),
+            prompt_pieces=prompt.pieces,
+            output_pieces=generated.pieces,
+            provenance=self._provenance(game, outcome, gen_args),
+        )
+
+    def _provenance(
+        self, game: "_Game", outcome: "_Outcome", gen_args: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        parameter = next(self.model.parameters(), None)
+        config = _compat.text_config(self.model)
+        target = self.attr_target
+        return {
+            "method": type(self.attr_method).__name__,
+            "estimator": outcome.name,
+            "estimate": outcome.estimate,
+            "converged": outcome.converged,
+            "attr_target": target if isinstance(target, str) else _name_of(target),
+            "seed": game.run.seed,
+            "n_coalitions": len(outcome.plan.masks),
+            "n_evaluations": game.run.scorer.n_evaluations,
+            "deterministic_baselines": game.deterministic,
+            "generation": None if gen_args is None else {k: repr(v) for k, v in gen_args.items()},
+            "model": getattr(config, "_name_or_path", "") or type(self.model).__name__,
+            "model_class": type(self.model).__name__,
+            "dtype": str(parameter.dtype) if parameter is not None else None,
+            "device": str(self.device),
+            "python": platform.python_version(),
+            "versions": _compat.versions(),
+        }
+
+    def _result_dtype(self) -> torch.dtype:
+        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        is_double = parameter is not None and parameter.dtype == torch.float64
+        return torch.float64 if is_double else torch.float32
+
+
+class _Run:
+    """What stays the same during one call of ``attribute``."""
+
+    callback: _Inspect | None = None
+
+    def __init__(
+        self, owner: GenerationAttribution, prompt: Prompt, scorer: Scorer, seed: int
+    ) -> None:
+        self.method, self.tokenizer = owner.attr_method, owner.tokenizer
+        self.attr_target: AttrTarget = owner.attr_target
+        self.prompt, self.scorer, self.seed = prompt, scorer, seed
+        self.generator = torch.Generator().manual_seed(seed)
+        everything = torch.ones(1, prompt.n_features, dtype=torch.bool)
+        self.full = prompt.render(everything, torch.Generator().manual_seed(0))[0]
+        if not self.full.ids:
+            raise ValueError("the prompt is empty: it has no token before the target.")
+
+    def generated_text(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
+        """The target as features."""
+        return GeneratedText(
+            ids.tolist(),
+            self.tokenizer,
+            unit,
+            baselines=self.prompt.baseline if baselines is None else baselines,
+            prompt_text=self.prompt.text,
+            prompt_ids=self.full.ids,
+        )
+
+
+class _Game:
+    """Coalitions of prompt and generated features in, values of the target tokens out.
+
+    The last generated feature has no token after it and can cause nothing: it is no player.
+
+    Args:
+        run: The call this belongs to.
+        generated: The target.
+        is_joint: Whether the one value of a coalition is the product over the target tokens.
+    """
+
+    def __init__(self, run: _Run, generated: GeneratedText, *, is_joint: bool = False) -> None:
+        self.run, self.generated, self._is_joint = run, generated, is_joint
+        self.target = torch.tensor(generated.ids)
+        n_prompt = run.prompt.n_features
+        self.n_features = n_prompt + max(0, generated.n_features - 1)
+        self.deterministic = run.prompt.deterministic and generated.deterministic
+        n_visible = [n_prompt] if is_joint else [n + n_prompt for n in generated.n_visible]
+        # The last feature is always present and need not be required.
+        last = generated.n_features - 1
+        required = [-1 if g in (None, last) else g + n_prompt for g in generated.required]
+        self.scope = Scope(
+            n_visible=torch.tensor(n_visible), required=torch.tensor(required[: len(n_visible)])
+        )
+        self._seen: set[tuple[tuple[int, ...], object]] = set()
+
+    def joint(self) -> "_Game":
+        """The game of the target's joint probability, the output held fixed, as in captum."""
+        fixed = self.run.generated_text(self.target, None, None)
+        return _Game(self.run, fixed, is_joint=True)
+
+    def values(self, plan: Plan) -> Tensor:
+        """Values ``(n_coalitions, n_target)``, NaN where a coalition gives a token none."""
+        run, n_prompt = self.run, self.run.prompt.n_features
+        masks = self.with_last_feature(plan.masks, True)
+        prompts = run.prompt.render(masks[:, :n_prompt], run.generator, plan.draws)
+        texts = self.generated.render(
+            [prompt.ids for prompt in prompts], masks[:, n_prompt:], run.generator, plan.draws
+        )
+        rows = [
+            TokenRow(ids, positions, prompt.extras, prompt.key)
+            for prompt, (ids, positions) in zip(prompts, texts, strict=True)
+        ]
+        run.scorer.check_length(
+            max(len(row.ids) for row in rows), "the longest coalition and the target"
+        )
+        values = run.scorer.values(rows, self.target)
+        if run.callback is not None:
+            self._tell(run.callback, [prompt.ids for prompt in prompts], rows, values)
+        return values.prod(1, keepdim=True) if self._is_joint else values
+
+    def with_last_feature(self, tensor: Tensor, value: float) -> Tensor:
+        """Puts back the column of the last generated feature, which is no player."""
+        missing = self.run.prompt.n_features + self.generated.n_features - tensor.shape[1]
+        return torch.nn.functional.pad(tensor, (0, missing), value=value)
+
+    def _tell(
+        self,
+        callback: _Inspect,
+        prompts: Sequence[tuple[int, ...]],
+        rows: Sequence[TokenRow],
+        values: Tensor,
+    ) -> None:
+        """Tells every distinct row to captum's hook."""
+        response = tokens.decode(self.run.tokenizer, self.generated.ids)
+        is_log = self.run.attr_target == "log_prob"
+        for prompt, row, value in zip(prompts, rows, values, strict=True):
+            if (row.ids, row.key) in self._seen:
+                continue
+            self._seen.add((row.ids, row.key))
+            told = value.exp() if is_log else value
+            joint = told.prod(0, keepdim=True)
+            text = tokens.decode(self.run.tokenizer, prompt)
+            callback(text, response, torch.cat([joint, told]).tolist())
+
+
+@dataclass(frozen=True)
+class _Effort:
+    """What the user allows one attribution to spend."""
+
+    budget: Budget
+    num_trials: int
+    tol: float | None
+    max_evaluations: int | None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What was found, and how."""
+
+    name: str
+    plan: Plan
+    values: Tensor
+    solution: Solution
+    estimate: bool
+    converged: bool | None = None
+
+
+def _solve(game: _Game, effort: _Effort, arguments: Mapping[str, Any]) -> _Outcome:
+    method = game.run.method
+    if not is_known(method):
+        return _drive(game, method, effort, arguments)
+    chosen = estimator(method, game.n_features, effort.budget, deterministic=game.deterministic)
+    return _sample(game, chosen, effort)
+
+
+def _sample(game: _Game, method: Estimator, effort: _Effort) -> _Outcome:
+    """Plans, scores and solves, in rounds until the tolerance is met."""
+    generator = game.run.generator
+    required = [column for column in game.scope.required.tolist() if column >= 0]
+    anchors = plan_anchors(
+        game.n_features, required=required, n_empty=1 if game.deterministic else _EMPTY_DRAWS
+    )
+    first = [method.plan(generator) for _ in range(effort.num_trials)]
+    plan = join_plans([anchors, *first])
+    values = game.values(plan)
+    solution = method.solve(plan, values, game.scope)
+    if effort.tol is None:
+        return _Outcome(method.name, plan, values, solution, method.estimate)
+    while not (converged := _error(solution) <= effort.tol) and method.estimate:
+        more = method.plan(generator)
+        most = effort.max_evaluations or _MOST_ROUNDS * len(more.masks)
+        if game.run.scorer.n_evaluations + len(more.masks) > most:
+            break
+        plan = join_plans([plan, more])
+        values = torch.cat([values, game.values(more)])
+        solution = method.solve(plan, values, game.scope)
+    return _Outcome(method.name, plan, values, solution, method.estimate, converged)
+
+
+def _error(solution: Solution) -> float:
+    """Largest standard error over the range of the attributions.
+
+    Raises:
+        ValueError: If there is no standard error to go by.
+    """
+    errors, found = solution.standard_errors, solution.attributions
+    if errors.isnan().any():
+        raise ValueError(
+            "`tol` needs standard errors, and here there are none (a lasso, or a single draw): "
+            "leave `tol` out, or give more samples or draws."
+        )
+    spread = float(found.max() - found.min())
+    return float(errors.max()) / spread if spread else 0.0
+
+
+def _drive(
+    game: _Game,
+    method: PerturbationAttribution,
+    effort: _Effort,
+    arguments: Mapping[str, Any],
+) -> _Outcome:
+    """Runs a method that the package does not know through its own ``attribute``."""
+    name = type(method).__name__
+    if effort.tol is not None or effort.budget.n_draws is not None:
+        raise ValueError(
+            f"`tol` and `n_draws` would be ignored: {name} runs through its own `attribute`."
+        )
+    if (game.scope.required >= 0).any():
+        raise ValueError(
+            f"{name} runs through its own `attribute`, which cannot hold a generated word while "
+            'its later tokens are explained: use `output_unit="token"` or None.'
+        )
+    if effort.budget.n_samples is not None:
+        arguments = {**arguments, "n_samples": effort.budget.n_samples}
+    anchors = plan_anchors(game.n_features)
+    ends = game.values(anchors)
+    found = attribute_with(
+        method,
+        game.values,
+        game.n_features,
+        n_target=len(game.scope.n_visible),
+        num_trials=effort.num_trials,
+        seed=game.run.seed,
+        arguments=arguments,
+    )
+    later = torch.arange(game.n_features) >= game.scope.n_visible[:, None]
+    attributions = found.attributions.masked_fill(later, 0.0)
+    solution = Solution(
+        attributions=attributions,
+        standard_errors=torch.full_like(attributions, torch.nan).masked_fill(later, 0.0),
+        full_values=ends[0],
+        empty_values=ends[1],
+    )
+    plan = join_plans([anchors, found.plan])
+    return _Outcome(name, plan, torch.cat([ends, found.values]), solution, estimate=True)
+
+
+def _as_ids(target: object, tokenizer: Any) -> Tensor:
+    """The target's token ids; text is encoded without special tokens, as in captum."""
+    if isinstance(target, str):
+        ids = tokenizer.encode(target, add_special_tokens=False)
+        return torch.tensor(ids, dtype=torch.long)
+    if not isinstance(target, Tensor | Sequence):
+        raise TypeError(
+            f"`target` is a {type(target).__name__}: give a text, token ids (n_target,), or None "
+            "to have the model generate."
+        )
+    ids = torch.as_tensor(target).detach().cpu()
+    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        if ids.numel():
+            raise TypeError(
+                f"`target` has shape {tuple(ids.shape)} and type {ids.dtype}: give token ids of "
+                "shape (n_target,)."
+            )
+        ids = ids.reshape(-1)
+    return ids.long()
+
+
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"`{name}` is {value!r}: give an integer of at least 1.")
+
+
+def _name_of(function: object) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)

@@ -1,0 +1,135 @@
+"""Which words of a corpus are its frame, and which are fillers that could as well be others.
+
+"Dave lives in Palm Coast and is a lawyer." A *frame* word ("lives", "in") is what its two
+neighbours lead one to expect; a *filler* ("Dave", "lawyer") is not. Surroundings are compared by
+their frame words alone: what stands in the neighbouring slots must not decide what may stand in
+this one, or the replacement would inherit the very facts whose influence is asked for.
+
+The idea that words are kin if they stand between the same neighbours is that of frequent frames
+(Mintz 2003, Cognition 90); that of telling slots from frames by it is distributional grammar
+induction's (van Zaanen 2000, COLING).
+"""
+
+import torch
+from torch import Tensor
+
+# A frame word is at least this expected on average. Among four equally likely paraphrases each is.
+EXPECTED = 0.2
+# Frame words whose neighbours agree this well (Bhattacharyya coefficient, 1 is equality) are kin.
+KINSHIP = 0.75
+# ... unless they occur together in more than this share of the lines where the rarer one occurs.
+TOGETHER = 0.15
+MIN_COUNT = 8
+_ROUNDS = 8
+_MAX_FRAMES = 1_500
+_MAX_LINES = 4_000
+
+
+def context_classes(words: Tensor, kinds: Tensor, marks: Tensor, line_break: int) -> Tensor:
+    """The class under which each word of the vocabulary counts as context.
+
+    A filler counts as its kind, a frame word as itself or as the set of its kin: other frame words
+    between the same neighbours, never in the same line ("His" and "Her"; "lives" and "resides").
+
+    Args:
+        words: The corpus as vocabulary numbers, shape ``(n_atoms,)``.
+        kinds: The kind of each word of the vocabulary, from 0, shape ``(n_words,)``.
+        marks: Which words are punctuation between clauses: always frame, each its own
+            class. Shape ``(n_words,)``.
+        line_break: The vocabulary number that ends a line.
+
+    Returns:
+        Shape ``(n_words,)``, int64. Kinds keep their numbers; all other classes lie above them.
+    """
+    words = words.long()
+    n_kinds, n_words = int(kinds.max()) + 1, len(kinds)
+    own = n_kinds + torch.arange(n_words)
+    counts = torch.bincount(words, minlength=n_words)
+    frame = marks.clone()
+    # From coarse to fine: were "Palm" frame at first, "Coast" would be expected after it.
+    for _ in range(_ROUNDS):
+        grown = frame | ((_expectedness(words, frame, counts) >= EXPECTED) & (counts >= MIN_COUNT))
+        if torch.equal(grown, frame):
+            break
+        frame = grown
+    classes = torch.where(frame, own, kinds)
+    return _join_kin(words, classes, frame & ~marks, counts, line_break)
+
+
+def _expectedness(words: Tensor, frame: Tensor, counts: Tensor) -> Tensor:
+    """How probable each filler is in the gaps where it stands, on average.
+
+    A gap is what stands between two frame words; gaps between the same two are alike. Every
+    occurrence is judged by the others alone, so that a gap seen once expects nothing.
+    """
+    n_words = len(counts)
+    fixed = frame[words]
+    edges = words[fixed]
+    alike = (edges[:-1] * n_words + edges[1:]).unique(return_inverse=True)[1]
+    gap = fixed.cumsum(0) - 1
+    inside = ~fixed & (gap >= 0) & (gap < len(alike))
+    if not inside.any():
+        return torch.zeros(n_words, dtype=torch.float64)
+    n_gaps = torch.bincount(alike[gap[inside].unique()])
+    # A word twice in one gap counts once.
+    found = (gap[inside] * n_words + words[inside]).unique()
+    place, word = alike[found // n_words], found % n_words
+    pairs, n_pair = (place * n_words + word).unique(return_counts=True)
+    others = (n_gaps[pairs // n_words] - 1).clamp(min=1)
+    mass = torch.zeros(n_words, dtype=torch.float64)
+    mass.index_add_(0, pairs % n_words, (n_pair * (n_pair - 1) / others).double())
+    return mass / counts.clamp(min=1)
+
+
+def _join_kin(
+    words: Tensor, classes: Tensor, frame: Tensor, counts: Tensor, line_break: int
+) -> Tensor:
+    order = counts.where(frame, -1).argsort(descending=True, stable=True)
+    frames = order[: min(int(frame.sum()), _MAX_FRAMES)]
+    left, right = _neighbours(words, classes, frames)
+    alike = torch.minimum(left @ left.T, right @ right.T)
+    together = _cooccurrence(words, frames, line_break)
+    kin = (alike >= KINSHIP) & (together <= TOGETHER)
+    classes = classes.clone()
+    families: list[list[int]] = []
+    family_of: list[int] = []
+    for i in range(len(frames)):
+        near = set(kin[i, :i].nonzero()[:, 0].tolist())
+        # Frequent words come first. A family is joined by who is kin of every member.
+        fitting = [f for f in sorted({family_of[j] for j in near}) if near.issuperset(families[f])]
+        if not fitting:
+            family_of.append(len(families))
+            families.append([i])
+            continue
+        heads = [families[f][0] for f in fitting]
+        closest = fitting[int(alike[i, heads].argmax())]
+        family_of.append(closest)
+        families[closest].append(i)
+        classes[frames[i]] = classes[frames[families[closest][0]]]
+    return classes
+
+
+def _neighbours(words: Tensor, classes: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Roots of the distributions of what stands before and after each frame word."""
+    row_of = torch.full((len(classes),), -1).index_put((frames,), torch.arange(len(frames)))
+    found, around = classes[words].unique(return_inverse=True)
+    sides: list[Tensor] = []
+    for mid, near in ((words[1:], around[:-1]), (words[:-1], around[1:])):
+        row = row_of[mid]
+        cells = (row * len(found) + near)[row >= 0]
+        table = torch.bincount(cells, minlength=len(frames) * len(found)).float()
+        table = table.view(len(frames), len(found))
+        sides.append((table / table.sum(1, keepdim=True).clamp(min=1)).sqrt())
+    return sides[0], sides[1]
+
+
+def _cooccurrence(words: Tensor, frames: Tensor, line_break: int) -> Tensor:
+    """In which share of the lines with the rarer of two frame words the other occurs too."""
+    line = (words == line_break).cumsum(0)
+    rows, columns = line.remainder(_MAX_LINES)[line < _MAX_LINES], words[line < _MAX_LINES]
+    table = torch.zeros(_MAX_LINES, len(frames))
+    for column, word in enumerate(frames.tolist()):
+        table[rows[columns == word], column] = 1
+    both = table.T @ table
+    each = both.diagonal()
+    return both / torch.minimum(each[:, None], each[None]).clamp(min=1)

@@ -1,0 +1,91 @@
+"""Text as atoms: words and punctuation marks, in any script."""
+
+import functools
+import re
+import sys
+import unicodedata
+from dataclasses import dataclass
+
+BREAK = "\n"
+"""The atom of every line break, and of the start and end of a document."""
+
+SENTENCE_ENDS = frozenset(".!?…。！？।")
+
+CLAUSE_MARKS = SENTENCE_ENDS | frozenset(',;:、，；：؛،()[]{}"“”„«»—–')
+"""Punctuation that parts of a text are separated by; other marks (&, %, +) join."""
+
+# What a word looks like from afar; every other atom (a punctuation mark) is its own kind.
+KINDS = ("number", "upper", "capital", "lower", "letters", "symbol")
+
+# Scripts written without spaces: every character, with its marks, is a word of its own.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+_FLAG = "\U0001f1e6-\U0001f1ff"
+_SKIN = "\U0001f3fb-\U0001f3ff"
+_LINE_BREAK = re.compile("[\n-\r\x1c-\x1e\x85\u2028\u2029]")  # where `str.splitlines` splits
+
+
+@dataclass(frozen=True, slots=True)
+class Atom:
+    """One atom of a text: ``text`` stands at ``[start, stop)``."""
+
+    text: str
+    start: int
+    stop: int
+
+
+@functools.cache
+def _pattern() -> re.Pattern[str]:
+    # `\w` leaves out combining marks and vowel signs, and would cut words of most Indic scripts.
+    marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
+    extend = f"[{re.escape(marks)}\U000e0100-\U000e01ef{_SKIN}]"
+    letters = f"[^\\W{_UNSPACED}]+(?:{extend}+[^\\W{_UNSPACED}]*)*"
+    symbol = rf"[^\s]{extend}*"
+    atom = "|".join(
+        (
+            r"\d+(?:[.,:]\d+)+(?!\w)",
+            rf"{letters}(?:['’‐-]{letters})*",
+            f"[{_FLAG}]{{2}}",
+            rf"{symbol}(?:\u200d{symbol})*",
+        )
+    )
+    return re.compile(rf"\s*(?:{atom})")
+
+
+def chunks(text: str) -> list[str]:
+    """The atoms of a text, each with the white space before it."""
+    return _pattern().findall(text)
+
+
+def atoms(text: str) -> list[Atom]:
+    """The atoms of a text, with a `BREAK` wherever white space holds a line break."""
+    found: list[Atom] = []
+    for match in _pattern().finditer(text):
+        word = match.group().lstrip()
+        start = match.end() - len(word)
+        if _LINE_BREAK.search(text, match.start(), start):
+            found.append(Atom(BREAK, start, start))
+        found.append(Atom(word, start, match.end()))
+    return found
+
+
+def kind(word: str) -> str:
+    """One of `KINDS`, or the mark itself for punctuation and `BREAK`."""
+    first = word[0]
+    if first.isdigit():
+        return "number"
+    if first.isalpha() or first == "_":
+        if len(word) > 1 and word.isupper():
+            return "upper"
+        if first.isupper() or first.istitle():
+            return "capital"
+        return "lower" if first.islower() else "letters"
+    # Emoji and pictographs carry meaning as words do.
+    return "symbol" if unicodedata.category(first) == "So" else sys.intern(word)
+
+
+def is_mark(word: str) -> bool:
+    """Whether an atom is punctuation or `BREAK`, not a word."""
+    return kind(word) not in KINDS

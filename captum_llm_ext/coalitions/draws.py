@@ -1,0 +1,76 @@
+"""How much an answer would differ with other draws, the unit in which rows vary."""
+
+import torch
+from torch import Tensor
+
+
+def mean_over_draws(values: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Average rows of one coalition.
+
+    Args:
+        values: Shape ``(n_rows, n_group)``.
+        draws: Shape ``(n_rows,)``.
+
+    Returns:
+        The mean over draws of each draw's mean, and its variance (0 for a single draw).
+    """
+    _, draw_of_row, count = draws.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(count), values.shape[1], dtype=values.dtype)
+    means = sums.index_add_(0, draw_of_row, values) / count[:, None]
+    if len(means) < 2:
+        return means[0], torch.zeros_like(means[0])
+    variance = means.var(0) / len(means)
+    rounding = (1e-12 * means.abs().amax(0)).square()
+    return means.mean(0), torch.where(variance > rounding, variance, 0)
+
+
+def squared_influences(influence: Tensor, residuals: Tensor, draws: Tensor) -> Tensor:
+    """Sum over draws of the square of what each draw contributes to each attribution.
+
+    Args:
+        influence: Of a row's residual on the attributions, shape ``(n_rows, n_visible)``.
+        residuals: Shape ``(n_rows, n_group)``.
+        draws: Shape ``(n_rows,)``.
+
+    Returns:
+        Shape ``(n_visible, n_group)``.
+    """
+    numbers, cluster = draws.unique(return_inverse=True)
+    if len(numbers) == len(draws):
+        return influence.square().T @ residuals.square()
+    squares = torch.empty(influence.shape[1], residuals.shape[1], dtype=residuals.dtype)
+    for target, residual in enumerate(residuals.T):
+        sums = torch.zeros(len(numbers), influence.shape[1], dtype=residuals.dtype)
+        sums.index_add_(0, cluster, influence * residual[:, None])
+        squares[:, target] = sums.square().sum(0)
+    return squares
+
+
+def sandwich(influence: Tensor, left_out: Tensor, draws: Tensor) -> Tensor:
+    """Variances of a regression's coefficients, clustered by draw, as the jackknife has them.
+
+    Args:
+        influence: Of a row's residual on the coefficients, shape ``(n_rows, n_visible)``.
+        left_out: Residuals of each row when it is left out, shape ``(n_rows, n_group)``.
+        draws: Shape ``(n_rows,)``.
+
+    Returns:
+        Shape ``(n_visible, n_group)``; NaN for a single draw.
+    """
+    n_draws = len(draws.unique())
+    correction = n_draws / (n_draws - 1) if n_draws > 1 else torch.nan
+    return squared_influences(influence, left_out, draws) * correction
+
+
+def normal_scale(degrees_of_freedom: int) -> float:
+    """97.5 % point of Student's t over that of the normal law.
+
+    Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5); the first values, where it is off by
+    more than 1 %, from tables.
+    """
+    tabulated = {1: 12.7062, 2: 4.3027, 3: 3.1824}
+    z, v = 1.959964, degrees_of_freedom
+    if v in tabulated:
+        return tabulated[v] / z
+    first, second = (z**2 + 1) / 4, (5 * z**4 + 16 * z**2 + 3) / 96
+    return 1 + first / v + second / v**2

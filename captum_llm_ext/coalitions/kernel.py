@@ -1,0 +1,177 @@
+"""Shapley values by regression on coalitions of uniform size."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.coalitions.draws import sandwich
+from captum_llm_ext.coalitions.enumeration import exact
+from captum_llm_ext.coalitions.interactions import Interactions
+from captum_llm_ext.coalitions.plans import Plan
+from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
+
+# Ridge penalties tried, in units of the mean eigenvalue.
+_PENALTIES = torch.cat([torch.zeros(1), torch.logspace(-6, 1.5, 31)]).double()
+# Below, interactions cannot be told from noise; above, they cost more than they gain (cubic time).
+_FEWEST_OBSERVATIONS, _MOST_OBSERVATIONS = 8, 2048
+_MOST_COMPLETE_FEATURES = 20
+
+
+def solve_kernel(plan: Plan, values: Tensor, scope: Scope) -> Solution:
+    """KernelSHAP's estimand (Lundberg and Lee 2017, section 4.1) from complementary pairs.
+
+    Differences within pairs are regressed on the masks with importance weights that turn uniform
+    sizes into the Shapley kernel (Leverage SHAP, arXiv 2410.01917), under the constraint that the
+    attributions sum to ``full - empty``; generalised cross-validation chooses the ridge. Up to
+    about 4,096 rows, `Interactions` replaces this for targets whose left-out values it predicts
+    better.
+
+    Args:
+        plan: Joined from `plan_anchors` and one or more `plan_pairs`.
+        values: Shape ``(n_coalitions, n_target)``.
+        scope: One entry per target. Rows that are empty or full on what a target sees only
+            inform its full and empty values.
+
+    Returns:
+        Attributions that sum to ``full - empty``. Standard errors are clustered by draw
+        (jackknife sandwich) or those of the interaction model. A plan that holds every coalition
+        equally often gives the exact values, with standard error 0 where the empty coalition is
+        worth the same in every draw.
+    """
+    solution = Solution.blank(len(scope.n_visible), plan.n_features)
+    complete = _is_complete(plan)
+    for view in views(plan, values, scope):
+        attributions, variances = exact(view) if complete else regress(view)
+        if complete:
+            unrepeated = variances.isnan() & (view.empty_variances == 0)
+            variances = variances.masked_fill(unrepeated, 0)
+        solution.fill(view, attributions, variances)
+    return solution
+
+
+def regress(view: View) -> tuple[Tensor, Tensor]:
+    """Attributions of one view and their variances, both ``(n_visible, n_group)``.
+
+    Sizes of the sampled rows must be uniform on all columns of the plan.
+    """
+    n = view.n_visible
+    gain = view.full_values - view.empty_values
+    if n < 2:
+        return gain.expand(n, -1), view.empty_variances.expand(n, -1)
+    observed = _observe(view, gain)
+    deviations, variances, errors = _ridge(observed)
+    if _suit_interactions(observed):
+        model = Interactions(observed.x, observed.weights, observed.paired)
+        for target, y in enumerate(observed.y.T):
+            fit = model.fit(y, gain[target] / n + deviations[:, target])
+            if fit.error < errors[target]:
+                deviations[:, target], variances[:, target] = fit.deviations, fit.variances
+    return gain / n + deviations, variances + view.empty_variances / n**2
+
+
+@dataclass(frozen=True)
+class _Observations:
+    """What a regression through the empty and the full coalition sees.
+
+    Attributes:
+        x: Masks less the share present, ``(n_observations, n_visible)``: rows sum to 0, so that
+            attributions which deviate from equal ones keep their sum.
+        y: Values less those of equal attributions, ``(n_observations, n_group)``.
+        weights: Shapley kernel over the law of sampling, ``(n_observations,)``, mean 1.
+        draws: ``(n_observations,)``.
+        paired: bool, ``(n_observations,)``: half the difference of a coalition and its complement.
+    """
+
+    x: Tensor
+    y: Tensor
+    weights: Tensor
+    draws: Tensor
+    paired: Tensor
+
+
+def _observe(view: View, gain: Tensor) -> _Observations:
+    rows = view.informative
+    masks, sizes, draws = view.masks[rows], view.sizes[rows, None].double(), view.draws[rows]
+    x = masks.double() - sizes / view.n_visible
+    y = view.values[rows] - view.empty_values - gain * sizes / view.n_visible
+    weights = 1 / (sizes * (view.n_visible - sizes))[:, 0]
+    if view.required >= 0:
+        # Given that one more column is present, larger coalitions are likelier: u has density 2u.
+        weights = weights / (sizes[:, 0] + 1)
+
+    same_draw = draws[1:] == draws[:-1]
+    first = torch.zeros(len(draws), dtype=torch.bool)
+    first[:-1] = same_draw & (masks[1:] ^ masks[:-1]).all(1)
+    # Steps of a walk that add what is not visible repeat the row before them.
+    repeated = torch.zeros_like(first)
+    repeated[1:] = same_draw & (masks[1:] == masks[:-1]).all(1)
+    if bool(repeated.any()):
+        weights = weights * _run_lengths(repeated)
+    else:
+        # A complement has the weight of its coalition and the opposite x: one difference says all.
+        y = torch.where(first[:, None], (y - y.roll(-1, 0)) / 2, y)
+        weights = torch.where(first, 2 * weights, weights)
+        repeated = first.roll(1)
+    keep = ~repeated
+    weights = weights[keep]
+    return _Observations(x[keep], y[keep], weights / weights.mean(), draws[keep], first[keep])
+
+
+def _run_lengths(repeated: Tensor) -> Tensor:
+    """How many rows each run of repetitions has, at its every row."""
+    run = (~repeated).cumsum(0) - 1
+    return run.bincount()[run].double()
+
+
+def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
+    """Deviations from equal attributions, their variances, and weighted leave-one-out errors."""
+    x, y, weights = observed.x, observed.y, observed.weights[:, None]
+    n_observations, n = x.shape
+    if not n_observations:
+        nothing = torch.zeros(n, y.shape[1], dtype=y.dtype)
+        return nothing, nothing + torch.nan, nothing.sum(0)
+    weighted = (x * weights).T
+    eigenvalues, vectors = torch.linalg.eigh(weighted @ x)
+    # The direction in which all attributions grow together is fixed by the constraint.
+    live = eigenvalues > 1e-10 * eigenvalues[-1]
+    determined = int(live.sum()) == n - 1 and n_observations > n
+    penalties = _PENALTIES[0 if determined else 1 :, None] * eigenvalues[live].mean()
+    inverses = torch.where(live, 1 / (eigenvalues + penalties), 0)
+    projected = vectors.T @ (weighted @ y)
+
+    explained = ((2 - eigenvalues * inverses) * inverses) @ projected.square()
+    unexplained = ((weights * y.square()).sum(0) - explained).clamp_min(0)
+    freedom = n_observations - (eigenvalues * inverses).sum(1, keepdim=True)
+    chosen = (unexplained / freedom.clamp_min(1e-6).square()).argmin(0)
+    deviations = vectors @ (inverses[chosen].T * projected)
+
+    variances, errors = torch.empty_like(deviations), torch.empty_like(deviations[0])
+    residuals = y - x @ deviations
+    # Standard errors and a comparison need no more digits than these; it halves the time.
+    x, residuals, weights = x.float(), residuals.float(), weights.float()
+    for choice in chosen.unique().tolist():
+        ours = chosen == choice
+        influence = x @ ((vectors * inverses[choice]) @ vectors.T).float()
+        leverage = weights * (influence * x).sum(1, keepdim=True)
+        left_out = residuals[:, ours] / (1 - leverage).clamp_min(0.01)
+        errors[ours] = (weights * left_out.square()).sum(0).double()
+        variances[:, ours] = sandwich(influence, weights * left_out, observed.draws).double()
+    return deviations, variances, errors
+
+
+def _suit_interactions(observed: _Observations) -> bool:
+    """Observations of one draw depend on one another in ways the model does not know."""
+    n_observations, n = observed.x.shape
+    independent = len(observed.draws.unique()) == n_observations
+    return n > 2 and independent and _FEWEST_OBSERVATIONS <= n_observations <= _MOST_OBSERVATIONS
+
+
+def _is_complete(plan: Plan) -> bool:
+    """Whether every coalition was sampled, all of them equally often."""
+    masks = plan.masks[plan.n_anchors :]
+    n = plan.n_features
+    if n > _MOST_COMPLETE_FEATURES or not len(masks) or len(masks) % 2**n:
+        return False
+    counts = (masks.long() << torch.arange(n)).sum(1).bincount(minlength=2**n)
+    return bool((counts == counts[0]).all())

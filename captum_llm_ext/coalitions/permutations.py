@@ -1,0 +1,81 @@
+"""Shapley values from walks that add one feature after another."""
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.coalitions.draws import normal_scale
+from captum_llm_ext.coalitions.kernel import regress
+from captum_llm_ext.coalitions.plans import Plan
+from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
+
+
+def solve_permutations(plan: Plan, values: Tensor, scope: Scope) -> Solution:
+    """Average what each feature adds when it joins (Castro et al. 2009).
+
+    A walk restricts to a walk on every prefix of the columns. Where a target requires a column
+    that may be absent, the rows that hold it are no walk any more, but their sizes follow the same
+    law as those of `plan_pairs`: these targets are solved by kernel regression.
+
+    Args:
+        plan: Joined from `plan_anchors` and one or more `plan_permutations`.
+        values: Shape ``(n_coalitions, n_target)``.
+        scope: One entry per target.
+
+    Returns:
+        Attributions that sum to ``full - empty``. Standard errors come from the spread over pairs
+        of an order and its reverse, with Student's t for few of them; NaN for a single pair.
+
+    Raises:
+        ValueError: If the rows are no walks.
+    """
+    order = _orders(plan)
+    solution = Solution.blank(len(scope.n_visible), plan.n_features)
+    for view in views(plan, values, scope):
+        answer = regress(view) if view.required >= 0 else _walk(view, order)
+        solution.fill(view, *answer)
+    return solution
+
+
+def _orders(plan: Plan) -> Tensor:
+    """The feature that joins at each step, shape ``(n_orders, n_features)``."""
+    n = plan.n_features
+    masks = plan.masks[plan.n_anchors :]
+    if not len(masks) or len(masks) % (n + 1):
+        raise ValueError(
+            f"{len(masks)} rows are no walks over {n} features, which have {n + 1} rows each: "
+            "join `plan_anchors` and `plan_permutations`, in this order."
+        )
+    walks = masks.view(-1, n + 1, n)
+    joined = walks[:, 1:] & ~walks[:, :-1]
+    if bool((walks.sum(2) != torch.arange(n + 1)).any()) or bool((joined.sum(2) != 1).any()):
+        raise ValueError("Rows are no walks from empty to full: use `plan_permutations`.")
+    return joined.int().argmax(2) if n else joined.sum(2)
+
+
+def _walk(view: View, order: Tensor) -> tuple[Tensor, Tensor]:
+    n_orders, n = order.shape
+    walks = view.values[view.sampled].view(n_orders, n + 1, -1)
+    gains = torch.empty(n_orders, n, len(view.targets), dtype=walks.dtype)
+    gains.scatter_(1, order[:, :, None].expand_as(gains), walks.diff(dim=1))
+    gains = gains[:, : view.n_visible]
+
+    # The unit that varies is the draw: an order and its reverse, or a single last order.
+    draws = view.draws[view.sampled].view(n_orders, n + 1)[:, 0]
+    numbers, cluster = draws.unique(return_inverse=True)
+    attributions = gains.mean(0)
+    sums = torch.zeros(len(numbers), *attributions.shape, dtype=gains.dtype)
+    sums.index_add_(0, cluster, gains - attributions)
+    spread = sums.square().sum(0) / n_orders**2
+    if len(numbers) < 2:
+        variances = torch.full_like(spread, torch.nan)
+    else:
+        variances = spread * len(numbers) / (len(numbers) - 1) * normal_scale(len(numbers) - 1) ** 2
+    gap = view.full_values - view.empty_values - attributions.sum(0)
+    return attributions + gap * _share(spread), variances
+
+
+def _share(spread: Tensor) -> Tensor:
+    """How a gap is split: least where an attribution is best known; columns sum to 1."""
+    total = spread.sum(0)
+    equal = torch.full_like(spread, 1 / max(len(spread), 1))
+    return torch.where(total > 0, spread / total.clamp_min(torch.finfo(total.dtype).tiny), equal)

@@ -1,0 +1,215 @@
+"""Which coalitions to score: masks and draws, before any model is called."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOST_EXACT_FEATURES = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Coalitions to score, in order.
+
+    Attributes:
+        masks: bool, shape ``(n_coalitions, n_features)``, True = present.
+        draws: int64, shape ``(n_coalitions,)``. Rows with equal number share one draw of
+            replacement texts; standard errors are clustered by it.
+        n_anchors: How many leading rows come from `plan_anchors`. They say what the full and the
+            empty coalition are worth and follow no sampling law.
+    """
+
+    masks: Tensor
+    draws: Tensor
+    n_anchors: int = 0
+
+    @property
+    def n_features(self) -> int:
+        """Columns of `masks`."""
+        return self.masks.shape[1]
+
+
+def plan_anchors(n_features: int, *, required: Sequence[int] = (), n_empty: int = 1) -> Plan:
+    """The full coalition, and the empty one once per draw.
+
+    Args:
+        n_features: Number of columns.
+        required: Columns that some target cannot do without (`Scope.required`; -1 is skipped).
+            Each adds `n_empty` rows in which only that column is present.
+        n_empty: Draws of the empty coalition; one is enough for deterministic baselines.
+
+    Returns:
+        One full row, then the empty ones, each with a draw of its own.
+
+    Raises:
+        ValueError: If a count is too small or a required column does not exist.
+    """
+    n_features = _count("n_features", n_features, at_least=0)
+    n_empty = _count("n_empty", n_empty, at_least=1)
+    columns = sorted({int(column) for column in required} - {-1})
+    if columns and not 0 <= columns[0] <= columns[-1] < n_features:
+        raise ValueError(
+            f"`required` names columns {columns}, but there are {n_features} features: "
+            "give column numbers, or -1 for none."
+        )
+    masks = torch.zeros(1 + n_empty * (1 + len(columns)), n_features, dtype=torch.bool)
+    masks[0] = True
+    for block, column in enumerate(columns, start=1):
+        masks[1 + block * n_empty : 1 + (block + 1) * n_empty, column] = True
+    return Plan(masks, torch.arange(len(masks)), n_anchors=len(masks))
+
+
+def plan_leave_one_out(n_features: int, *, n_draws: int = 1, common_draw: bool = False) -> Plan:
+    """Each feature absent once per draw.
+
+    Args:
+        n_features: Number of columns.
+        n_draws: Repetitions; two are the fewest that give a standard error.
+        common_draw: Whether all rows of a repetition share one draw (right for deterministic
+            baselines: one repetition then counts as exact). Otherwise each row has its own.
+
+    Returns:
+        ``n_draws * n_features`` rows.
+    """
+    n_features = _count("n_features", n_features, at_least=0)
+    masks = ~torch.eye(n_features, dtype=torch.bool)
+    return _repeated(masks, _count("n_draws", n_draws, at_least=1), common_draw)
+
+
+def plan_exact(n_features: int, *, n_draws: int = 1, common_draw: bool = False) -> Plan:
+    """Every coalition once per draw.
+
+    Args:
+        n_features: Number of columns, at most 16.
+        n_draws: Repetitions; two are the fewest that give a standard error.
+        common_draw: As in `plan_leave_one_out`. Own draws average the replacement texts better.
+
+    Returns:
+        ``n_draws * 2**n_features`` rows.
+
+    Raises:
+        ValueError: If there are too many features to enumerate.
+    """
+    n_features = _count("n_features", n_features, at_least=0)
+    if n_features > MOST_EXACT_FEATURES:
+        raise ValueError(
+            f"{n_features} features have 2**{n_features} coalitions; enumeration stops at "
+            f"{MOST_EXACT_FEATURES}: sample (`plan_pairs`, `plan_permutations`), or make fewer "
+            "features by a coarser unit or a feature mask."
+        )
+    return _repeated(_enumerated(n_features), _count("n_draws", n_draws, at_least=1), common_draw)
+
+
+def plan_permutations(n_features: int, n_orders: int, *, generator: torch.Generator) -> Plan:
+    """Antithetic walks from the empty to the full coalition.
+
+    An order and its reverse share a draw; an odd last order stands alone. (Mitchell et al. 2022,
+    "Sampling permutations for Shapley value estimation", section 4.)
+
+    Args:
+        n_features: Number of columns.
+        n_orders: Single orders; an order and its reverse count as two.
+        generator: Where the orders come from.
+
+    Returns:
+        ``n_orders * (n_features + 1)`` rows, each walk in consecutive ones.
+    """
+    n_features = _count("n_features", n_features, at_least=0)
+    n_orders = _count("n_orders", n_orders, at_least=1)
+    rank = torch.rand((n_orders + 1) // 2, n_features, generator=generator).argsort(1).argsort(1)
+    ranks = torch.stack([rank, n_features - 1 - rank], 1).flatten(0, 1)[:n_orders]
+    steps = torch.arange(n_features + 1)[:, None]
+    masks = (ranks[:, None, :] < steps).flatten(0, 1)
+    return Plan(masks, (torch.arange(n_orders) // 2).repeat_interleave(n_features + 1))
+
+
+def plan_pairs(n_features: int, n_evaluations: int, *, generator: torch.Generator) -> Plan:
+    """Coalitions of uniform size, each beside its complement.
+
+    ``u ~ U(0, 1)``, stratified over the pairs, and each feature present with probability u: sizes
+    are then uniform on every prefix of the columns as well. The pairing is that of Leverage SHAP
+    (arXiv 2410.01917, section 3).
+
+    Args:
+        n_features: Number of columns.
+        n_evaluations: Rows; an odd last one has no complement. From ``2**n_features`` on, every
+            coalition comes exactly once, and the answer is exact.
+        generator: Where sizes and members come from.
+
+    Returns:
+        A coalition and its complement in consecutive rows with a common draw.
+    """
+    n_features = _count("n_features", n_features, at_least=0)
+    n_evaluations = _count("n_evaluations", n_evaluations, at_least=1)
+    if n_features < 63 and n_evaluations >= 2**n_features:
+        half = _enumerated(n_features)[: (2**n_features + 1) // 2]
+        n_evaluations = 2**n_features
+    else:
+        n_pairs = (n_evaluations + 1) // 2
+        # In random order, so that an odd last row is as likely to be large as to be small.
+        stratum = torch.randperm(n_pairs, generator=generator)
+        share = (stratum + torch.rand(n_pairs, generator=generator)) / n_pairs
+        half = torch.rand(n_pairs, n_features, generator=generator) < share[:, None]
+    masks = torch.stack([half, ~half], 1).flatten(0, 1)[:n_evaluations]
+    return Plan(masks, torch.arange(n_evaluations) // 2)
+
+
+def plan_lime(n_features: int, n_evaluations: int, *, generator: torch.Generator) -> Plan:
+    """Coalitions in which each feature is present with probability 1/2, as in Captum's `Lime`.
+
+    Args:
+        n_features: Number of columns.
+        n_evaluations: Rows, each with a draw of its own.
+        generator: Where the members come from.
+    """
+    n_features = _count("n_features", n_features, at_least=0)
+    n_evaluations = _count("n_evaluations", n_evaluations, at_least=1)
+    masks = torch.rand(n_evaluations, n_features, generator=generator) < 0.5
+    return Plan(masks, torch.arange(n_evaluations))
+
+
+def join_plans(plans: Sequence[Plan]) -> Plan:
+    """One plan after the other; draws stay distinct between them.
+
+    Args:
+        plans: The first may begin with anchors, the others hold none.
+
+    Raises:
+        ValueError: If nothing is given, the numbers of features differ, or anchors come late.
+    """
+    if not plans:
+        raise ValueError("`plans` is empty: give at least one plan.")
+    if len({plan.n_features for plan in plans}) > 1:
+        raise ValueError(
+            f"`plans` have {[plan.n_features for plan in plans]} features: they must all agree."
+        )
+    if any(plan.n_anchors for plan in plans[1:]):
+        raise ValueError("Anchors must come first: put the result of `plan_anchors` at index 0.")
+    draws: list[Tensor] = []
+    n_draws = 0
+    for plan in plans:
+        draws.append(plan.draws + n_draws)
+        n_draws += int(plan.draws.max()) + 1 if len(plan.draws) else 0
+    masks = torch.cat([plan.masks for plan in plans])
+    return Plan(masks, torch.cat(draws), n_anchors=plans[0].n_anchors)
+
+
+def _repeated(masks: Tensor, n_draws: int, common_draw: bool) -> Plan:
+    rows = masks.repeat(n_draws, 1)
+    draws = torch.arange(len(rows))
+    return Plan(rows, draws // max(len(masks), 1) if common_draw else draws)
+
+
+def _enumerated(n_features: int) -> Tensor:
+    codes = torch.arange(2**n_features)
+    return (codes[:, None] >> torch.arange(n_features) & 1).bool()
+
+
+def _count(name: str, value: int, *, at_least: int) -> int:
+    number = operator.index(value)
+    if number < at_least:
+        raise ValueError(f"`{name}` is {number}: give an integer of at least {at_least}.")
+    return number

@@ -1,0 +1,204 @@
+"""Which plan and which solver a captum method names.
+
+Captum's classes name the estimand. How it is best estimated is decided here: enumeration where the
+coalitions are few, paired or antithetic sampling elsewhere.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from captum.attr import FeatureAblation, KernelShap, Lime, ShapleyValues, ShapleyValueSampling
+from captum.attr._utils.attribution import PerturbationAttribution
+from torch import Tensor
+
+from captum_llm_ext import _compat, coalitions
+from captum_llm_ext.coalitions import Plan, Scope, Solution
+from captum_llm_ext.coalitions.plans import MOST_EXACT_FEATURES
+
+_MAX_DRAWS = 8
+_ROWS_WORTH_REPEATING = 1024
+_EVALUATIONS_PER_FEATURE = 16
+_CAPTUM_ORDERS = 25
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How the coalitions of one attribution are planned and solved.
+
+    Attributes:
+        name: For people and provenance.
+        plan: One round of coalitions from a generator.
+        solve: Attributions from the coalitions of all rounds and their values.
+        estimate: Whether the answer is sampled, so that more rounds make it better.
+    """
+
+    name: str
+    plan: Callable[[torch.Generator], Plan]
+    solve: Callable[[Plan, Tensor, Scope], Solution]
+    estimate: bool
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows an estimator to spend.
+
+    Attributes:
+        n_samples: As in captum: evaluations for `KernelShap` and `Lime`, orders for
+            `ShapleyValueSampling`. None: the estimator's own choice.
+        n_draws: Draws of the baseline for methods that do not sample coalitions.
+        max_exact_features: Up to how many features all coalitions are enumerated.
+    """
+
+    n_samples: int | None = None
+    n_draws: int | None = None
+    max_exact_features: int = 12
+
+    def __post_init__(self) -> None:
+        for name in ("n_samples", "n_draws"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` is {value!r}: give an integer of at least 1.")
+        if not 1 <= self.max_exact_features <= MOST_EXACT_FEATURES:
+            raise ValueError(
+                f"`max_exact_features` is {self.max_exact_features}: enumeration takes 2^n "
+                f"evaluations; give 1 to {MOST_EXACT_FEATURES}."
+            )
+
+
+def is_known(method: PerturbationAttribution) -> bool:
+    """Whether the package plans and solves the method itself.
+
+    Subclasses of captum's five classes, and a `Lime` with a kernel or model of the user's own, mean
+    something else and are driven through their own ``attribute``.
+    """
+    if type(method) is Lime:
+        return _compat.lime_settings(method) is not None
+    return type(method) in (FeatureAblation, KernelShap, ShapleyValues, ShapleyValueSampling)
+
+
+def estimator(
+    method: PerturbationAttribution, n_features: int, budget: Budget, *, deterministic: bool
+) -> Estimator:
+    """The estimator for a captum method over `n_features` features.
+
+    Args:
+        method: One that `is_known`.
+        n_features: Features that are switched.
+        budget: What may be spent.
+        deterministic: Whether a coalition renders the same every time. If not, methods that
+            enumerate repeat with fresh draws while that is cheap (at most 8 times).
+
+    Raises:
+        ValueError: If the budget names something that the method would ignore.
+
+    Warns:
+        UserWarning: If the budget is below two evaluations per feature, or exact values were asked
+            for and can only be estimated.
+    """
+    if type(method) is FeatureAblation:
+        _refuse(budget.n_samples is not None, "n_samples", "FeatureAblation", "n_draws")
+        return _leave_one_out(n_features, budget, deterministic)
+    if type(method) is ShapleyValues:
+        if n_features <= budget.max_exact_features:
+            _refuse(budget.n_samples is not None, "n_samples", "exact ShapleyValues", "n_draws")
+            return _exact(n_features, budget, deterministic)
+        _warn_estimate(n_features, budget)
+    _refuse(budget.n_draws is not None, "n_draws", type(method).__name__, "n_samples")
+    if type(method) is Lime:
+        return _lime(method, n_features, budget)
+    if type(method) is ShapleyValueSampling:
+        return _permutations(n_features, budget, deterministic)
+    return _pairs(n_features, budget, deterministic)
+
+
+def _leave_one_out(n_features: int, budget: Budget, deterministic: bool) -> Estimator:
+    n_draws = _n_draws(n_features, budget, deterministic)
+    # Rows of one draw differ in nothing but the feature left out; a single draw of a random
+    # baseline, though, is no exact answer, which the solver is told by unequal draws.
+    common = deterministic or n_draws > 1
+    plan = coalitions.plan_leave_one_out(n_features, n_draws=n_draws, common_draw=common)
+    return Estimator(
+        "leave-one-out", lambda _: plan, coalitions.solve_leave_one_out, not deterministic
+    )
+
+
+def _exact(n_features: int, budget: Budget, deterministic: bool) -> Estimator:
+    n_draws = _n_draws(2**n_features, budget, deterministic)
+    plan = coalitions.plan_exact(n_features, n_draws=n_draws, common_draw=deterministic)
+    return Estimator("exact", lambda _: plan, coalitions.solve_exact, not deterministic)
+
+
+def _pairs(n_features: int, budget: Budget, deterministic: bool) -> Estimator:
+    wanted = budget.n_samples or _EVALUATIONS_PER_FEATURE * n_features
+    if _enumerable(n_features, wanted):
+        draws = Budget(n_draws=1 if deterministic else wanted // 2**n_features)
+        return _exact(n_features, draws, deterministic)
+    _warn_budget(wanted, n_features)
+    plan = partial(_plan_sampled, coalitions.plan_pairs, n_features, wanted)
+    return Estimator("paired kernel regression", plan, coalitions.solve_kernel, True)
+
+
+def _permutations(n_features: int, budget: Budget, deterministic: bool) -> Estimator:
+    orders = budget.n_samples or _CAPTUM_ORDERS
+    if _enumerable(n_features, orders * n_features):
+        draws = Budget(n_draws=1 if deterministic else orders * n_features // 2**n_features)
+        return _exact(n_features, draws, deterministic)
+    _warn_budget(orders * n_features, n_features)
+    plan = partial(_plan_sampled, coalitions.plan_permutations, n_features, orders)
+    return Estimator("antithetic permutations", plan, coalitions.solve_permutations, True)
+
+
+def _lime(method: Lime, n_features: int, budget: Budget) -> Estimator:
+    wanted = budget.n_samples or _EVALUATIONS_PER_FEATURE * n_features
+    _warn_budget(wanted, n_features)
+    plan = partial(_plan_sampled, coalitions.plan_lime, n_features, wanted)
+    solve = partial(coalitions.solve_lime, **(_compat.lime_settings(method) or {}))
+    return Estimator("local linear model", plan, solve, True)
+
+
+def _plan_sampled(
+    planner: Callable[..., Plan], n_features: int, size: int, generator: torch.Generator
+) -> Plan:
+    return planner(n_features, size, generator=generator)
+
+
+def _n_draws(n_coalitions: int, budget: Budget, deterministic: bool) -> int:
+    if deterministic:
+        return 1
+    most = _ROWS_WORTH_REPEATING // max(1, n_coalitions)
+    return budget.n_draws or max(2, min(_MAX_DRAWS, most))
+
+
+def _enumerable(n_features: int, wanted: int) -> bool:
+    return n_features <= MOST_EXACT_FEATURES and 2**n_features <= wanted
+
+
+def _refuse(given: bool, name: str, method: str, instead: str) -> None:
+    if given:
+        raise ValueError(
+            f"`{name}` has no meaning for {method} and would be ignored: leave it out"
+            f" (`{instead}` is what repeats it)."
+        )
+
+
+def _warn_budget(evaluations: int, n_features: int) -> None:
+    if evaluations < 2 * n_features:
+        warnings.warn(
+            f"{evaluations} evaluations for {n_features} features are too few for a sound "
+            f"estimate: give at least {2 * n_features}, or at most {max(1, evaluations // 2)} "
+            "features (a coarser unit, `output_unit`, or `feature_mask`).",
+            stacklevel=4,
+        )
+
+
+def _warn_estimate(n_features: int, budget: Budget) -> None:
+    wanted = budget.n_samples or _EVALUATIONS_PER_FEATURE * n_features
+    warnings.warn(
+        f"exact Shapley values of {n_features} features need 2^{n_features} evaluations: they are "
+        f"estimated from {wanted}, with standard errors in `token_attr_se`. Fewer features "
+        f"(at most {budget.max_exact_features}) are solved exactly.",
+        stacklevel=4,
+    )

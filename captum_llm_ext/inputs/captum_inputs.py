@@ -1,0 +1,264 @@
+"""Captum's own inputs, given the shape of a `Prompt`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from captum.attr import InterpretableInput, ProductBaselines, TextTemplateInput, TextTokenInput
+from torch import Tensor
+
+from captum_llm_ext import tokens
+from captum_llm_ext.baselines import Deletion, TokenBaseline, draw_generator
+from captum_llm_ext.inputs.prompt import (
+    Piece,
+    Prompt,
+    RenderedPrompt,
+    draw_seed,
+)
+from captum_llm_ext.inputs.text import TextSegmentInput
+
+
+def as_prompt(inp: InterpretableInput, tokenizer: Any, feature_mask: Tensor | None) -> Prompt:
+    """The prompt behind any interpretable input of captum or of this package.
+
+    Args:
+        inp: `TextSegmentInput`, or captum's `TextTokenInput`, `TextTemplateInput`,
+            `ImageMaskInput`, or any other `InterpretableInput` whose model input is a text, ids
+            ``(1, n_tokens)`` or a mapping with ``input_ids``.
+        tokenizer: The model's tokenizer.
+        feature_mask: As in captum: shape ``(1, n_features)``, equal numbers are one feature.
+
+    Raises:
+        TypeError: If `inp` is no interpretable input.
+        ValueError: If there is no feature, or `feature_mask` has the wrong shape.
+    """
+    if not isinstance(inp, InterpretableInput):
+        raise TypeError(
+            f"`inp` is a {type(inp).__name__}: give an interpretable input such as "
+            "`TextSegmentInput(prompt, tokenizer)`."
+        )
+    if isinstance(inp, Prompt):
+        prompt: Prompt = inp
+    elif isinstance(inp, TextTokenInput) and _renders_as(inp, TextTokenInput):
+        prompt = _TokenPrompt(inp)
+    elif isinstance(inp, TextTemplateInput) and _renders_as(inp, TextTemplateInput):
+        prompt = _TemplatePrompt(inp, tokenizer)
+    else:
+        prompt = _OpaquePrompt(inp, tokenizer)
+    if prompt.n_features == 0:
+        raise ValueError("the prompt is empty: it has no feature to attribute to.")
+    return prompt if feature_mask is None else _MergedPrompt(prompt, feature_mask)
+
+
+class _TokenPrompt(Prompt):
+    """Captum's token input: absent tokens become one id."""
+
+    def __init__(self, inp: TextTokenInput) -> None:
+        self._ids = inp.inp_tensor[0].tolist()
+        places = range(len(self._ids)) if inp.itp_mask is None else inp.itp_mask[0].nonzero()[:, 0]
+        self._places = [int(place) for place in places]
+        self._token = int(inp.baselines)
+        self.n_features = len(self._places)
+        self.names = list(inp.values)
+        self.columns = list(range(self.n_features))
+        texts = tokens.pieces(inp.tokenizer, self._ids)
+        feature_of = {place: feature for feature, place in enumerate(self._places)}
+        self.pieces = [Piece(text, feature_of.get(i)) for i, text in enumerate(texts)]
+        self.text = "".join(texts)
+        self.baseline = TokenBaseline(self._token)
+        self.deterministic = True
+
+    def render(
+        self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
+    ) -> list[RenderedPrompt]:
+        rows: list[RenderedPrompt] = []
+        for mask in masks.tolist():
+            ids = list(self._ids)
+            for place, present in zip(self._places, mask, strict=True):
+                if not present:
+                    ids[place] = self._token
+            rows.append(RenderedPrompt(tuple(ids)))
+        return rows
+
+
+class _TemplatePrompt(Prompt):
+    """Captum's template input: absent values become other values, the text is tokenised anew."""
+
+    def __init__(self, inp: TextTemplateInput, tokenizer: Any) -> None:
+        self._inp = inp
+        self._tokenizer = tokenizer
+        mask = list(range(inp.n_features)) if inp.mask is None else inp.formatted_mask
+        # Captum numbers groups by hash order; by first appearance they are the same every time.
+        self.columns = _renumber(mask)
+        self.n_features = len(set(self.columns))
+        self.names = list(inp.values)
+        self.text = self._format(inp.values)
+        self.pieces = self._find_pieces()
+        self.baseline = Deletion()
+        self.deterministic = not callable(inp.baselines)
+
+    def render(
+        self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
+    ) -> list[RenderedPrompt]:
+        seed = draw_seed(generator)
+        absent: dict[int, list[str]] = {}
+        rows: list[RenderedPrompt] = []
+        order = range(len(masks)) if draws is None else draws.tolist()
+        for mask, draw in zip(masks.tolist(), order, strict=True):
+            if draw not in absent:
+                absent[draw] = self._draw(draw_generator(seed, draw))
+            values = [
+                value if mask[feature] else absent[draw][i]
+                for i, (value, feature) in enumerate(
+                    zip(self._inp.values, self.columns, strict=True)
+                )
+            ]
+            rows.append(RenderedPrompt(_text_ids(self._tokenizer, self._format(values))))
+        return rows
+
+    def _draw(self, generator: torch.Generator) -> list[str]:
+        baselines = self._inp.baselines
+        if isinstance(baselines, ProductBaselines):
+            drawn: Any = _draw_product(baselines, generator)
+        else:
+            drawn = baselines() if callable(baselines) else baselines
+        if isinstance(drawn, Mapping):
+            drawn = [drawn[key] for key in self._inp.dict_keys]
+        if len(drawn) != len(self._inp.values):
+            raise ValueError(
+                f"the template's baselines gave {len(drawn)} values for "
+                f"{len(self._inp.values)}: give one per value."
+            )
+        return list(drawn)
+
+    def _format(self, values: Sequence[str]) -> str:
+        if self._inp.dict_keys:
+            return self._inp.format_fn(**dict(zip(self._inp.dict_keys, values, strict=True)))
+        return self._inp.format_fn(*values)
+
+    def _find_pieces(self) -> list[Piece]:
+        """The text around and in the values, found by marking the values."""
+        opening, closing = "\ue000", "\ue001"
+        values = [f"{opening}{i}{closing}{value}{closing}" for i, value in enumerate(self.names)]
+        try:
+            marked = self._format(values)
+            first, *rest = marked.split(opening)
+            pieces = [Piece(first, None)]
+            for part in rest:
+                number, value, after = part.split(closing)
+                pieces += [Piece(value, int(number)), Piece(after, None)]
+        except Exception:  # a template function may do anything with values it does not expect
+            pieces = []
+        if "".join(piece.text for piece in pieces) != self.text:
+            return [Piece(name, i) for i, name in enumerate(self.names)]
+        return [piece for piece in pieces if piece.text]
+
+
+class _OpaquePrompt(Prompt):
+    """Any other input, asked for one coalition at a time: images, inputs of the user's own."""
+
+    def __init__(self, inp: InterpretableInput, tokenizer: Any) -> None:
+        self._inp = inp
+        self._tokenizer = tokenizer
+        self.n_features = int(inp.n_itp_features)
+        column_of = inp.format_attr(torch.arange(float(self.n_features)).unsqueeze(0))
+        self.columns = [int(column) for column in column_of.reshape(-1).tolist()]
+        self.names = [str(value) for value in inp.values]
+        self.pieces = [Piece(name, i) for i, name in enumerate(self.names)]
+        original = inp.to_model_input()
+        self.text = original if isinstance(original, str) else ""
+        self.baseline = Deletion()
+        # What such an input draws from is its own affair; captum's image input draws nothing.
+        self.deterministic = not callable(getattr(inp, "baselines", None))
+
+    def render(
+        self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
+    ) -> list[RenderedPrompt]:
+        rows: list[RenderedPrompt] = []
+        for number, mask in enumerate(masks.bool()):
+            full = bool(mask.all())
+            model_input = self._inp.to_model_input(None if full else mask.float().unsqueeze(0))
+            key = tuple(mask.tolist()) if self.deterministic else number
+            rows.append(self._row(model_input, key))
+        return rows
+
+    def _row(self, model_input: Any, key: object) -> RenderedPrompt:
+        if isinstance(model_input, str):
+            return RenderedPrompt(_text_ids(self._tokenizer, model_input))
+        if isinstance(model_input, Tensor):
+            return RenderedPrompt(tuple(model_input.reshape(-1).tolist()))
+        if not isinstance(model_input, Mapping) or "input_ids" not in model_input:
+            raise TypeError(
+                f"the input renders to a {type(model_input).__name__}: a text, a tensor of token "
+                "ids or a mapping with `input_ids` is wanted."
+            )
+        extras = dict(cast(Mapping[str, Any], model_input))
+        ids = torch.as_tensor(extras.pop("input_ids")).reshape(-1).tolist()
+        extras.pop("attention_mask", None)  # all ones for one prompt, as captum takes it
+        return RenderedPrompt(tuple(ids), extras or None, key if extras else None)
+
+
+class _MergedPrompt(Prompt):
+    """A prompt whose features are tied together by captum's `feature_mask`."""
+
+    def __init__(self, prompt: Prompt, feature_mask: Tensor) -> None:
+        mask = torch.as_tensor(feature_mask).reshape(-1).tolist()
+        if len(mask) != prompt.n_features:
+            raise ValueError(
+                f"`feature_mask` has shape {tuple(feature_mask.shape)} for {prompt.n_features} "
+                f"features: give shape (1, {prompt.n_features})."
+            )
+        self._prompt = prompt
+        groups = _renumber(mask)
+        self._groups = torch.tensor(groups)
+        self.n_features = max(groups) + 1
+        self.text, self.baseline = prompt.text, prompt.baseline
+        self.deterministic = prompt.deterministic
+        if isinstance(prompt, TextSegmentInput):
+            self.columns = list(range(self.n_features))
+            self.names = [
+                " …".join(name for name, g in zip(prompt.names, groups, strict=True) if g == group)
+                for group in self.columns
+            ]
+            self.pieces = [
+                Piece(piece.text, None if piece.feature is None else groups[piece.feature])
+                for piece in prompt.pieces
+            ]
+        else:
+            self.columns = [groups[feature] for feature in prompt.columns]
+            self.names, self.pieces = prompt.names, prompt.pieces
+
+    def render(
+        self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
+    ) -> list[RenderedPrompt]:
+        return self._prompt.render(masks[:, self._groups], generator, draws)
+
+
+def _text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    # As captum does it: with the tokenizer's own special tokens, whatever the text holds.
+    return tuple(int(token) for token in tokenizer.encode(text))
+
+
+def _renders_as(inp: InterpretableInput, kind: type[InterpretableInput]) -> bool:
+    """Whether a subclass left the rendering of its parent as it was."""
+    return type(inp).to_model_input is kind.to_model_input
+
+
+def _draw_product(baselines: ProductBaselines, generator: torch.Generator) -> Any:
+    """`ProductBaselines.sample`, from an explicit generator in place of the global one."""
+    drawn = [
+        choices[int(torch.randint(len(choices), (), generator=generator))]
+        for choices in baselines.baseline_values
+    ]
+    if not baselines.dict_keys:
+        return drawn
+    values: dict[str, Any] = {}
+    for key, value in zip(baselines.dict_keys, drawn, strict=True):
+        values.update(zip(key, value, strict=True) if isinstance(key, tuple) else [(key, value)])
+    return values
+
+
+def _renumber(groups: Sequence[Any]) -> list[int]:
+    """Group labels as numbers by first appearance."""
+    number = {label: i for i, label in enumerate(dict.fromkeys(groups))}
+    return [number[label] for label in groups]

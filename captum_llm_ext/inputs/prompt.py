@@ -1,0 +1,142 @@
+"""What the rest of the package knows of a prompt, whatever it was made from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext import tokens
+from captum_llm_ext.baselines import Baseline, Slot, draw_generator, is_deterministic
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """What the model is given for one coalition of prompt features.
+
+    Attributes:
+        ids: Token ids.
+        extras: Other arguments of the model's forward (pixel values…), batch size 1. None for text.
+        key: Tells prompts with equal ids and different extras apart.
+    """
+
+    ids: tuple[int, ...]
+    extras: Mapping[str, Any] | None = None
+    key: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of text and the feature it shows; None for fixed text."""
+
+    text: str
+    feature: int | None
+
+
+class Prompt(ABC):
+    """What attribution asks of a prompt, whatever it was made from.
+
+    Attributes:
+        n_features: Features that are switched; columns of `masks`.
+        names: One name per column of the result.
+        columns: Per column of the result the feature whose score it shows.
+        pieces: The prompt as text, in reading order; a piece's number is a column of the result.
+        text: The prompt as one text: what generated text continues.
+        baseline: What stands where generated features are absent, unless the user says otherwise.
+        deterministic: Whether two renderings of one coalition are always equal.
+    """
+
+    n_features: int
+    names: list[str]
+    columns: list[int]
+    pieces: list[Piece]
+    text: str
+    baseline: Baseline
+    deterministic: bool
+
+    @abstractmethod
+    def render(
+        self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
+    ) -> list[RenderedPrompt]:
+        """The prompts of several coalitions.
+
+        Args:
+            masks: Bool, shape ``(n_coalitions, n_features)``, True = present.
+            generator: Source of every random choice; one number is taken from it.
+            draws: Shape ``(n_coalitions,)``: coalitions with equal number share one draw of
+                replacements. By default each has its own.
+
+        Returns:
+            One rendered prompt per coalition.
+        """
+
+
+class Replacements:
+    """The ids that stand where features are absent, draw by draw.
+
+    Args:
+        baseline: What stands there.
+        slots: One per feature.
+        tokenizer: Tokenises replacement texts in place.
+    """
+
+    def __init__(self, baseline: Baseline, slots: Sequence[Slot], tokenizer: Any) -> None:
+        self.deterministic = not slots or is_deterministic(baseline)
+        self._baseline = baseline
+        self._slots = slots
+        self._tokenizer = tokenizer
+        self._in_place: dict[tuple[str, str], tuple[int, ...]] = {}
+
+    def draws(
+        self, n_rows: int, generator: torch.Generator, draws: Tensor | None
+    ) -> list[Callable[[int], tuple[int, ...]]]:
+        """Per row a function from a feature to the ids that stand in its place.
+
+        Args:
+            n_rows: Number of coalitions.
+            generator: One number is taken from it; all draws follow from that one.
+            draws: Shape ``(n_rows,)``: rows with equal number share a draw. None: each its own.
+        """
+        seed = draw_seed(generator)
+        numbers = range(n_rows) if draws is None else draws.tolist()
+        known: dict[tuple[int, int], tuple[int, ...]] = {}
+
+        def ids(draw: int, feature: int) -> tuple[int, ...]:
+            if (draw, feature) not in known:
+                # A generator for each place: a row draws only what it lacks, and the same as
+                # every other row of its draw.
+                known[draw, feature] = self._ids(
+                    self._slots[feature], draw_generator(seed, draw, feature)
+                )
+            return known[draw, feature]
+
+        return [partial(ids, 0 if self.deterministic else number) for number in numbers]
+
+    def _ids(self, slot: Slot, generator: torch.Generator) -> tuple[int, ...]:
+        found = self._baseline(slot, generator)
+        if not isinstance(found, str):
+            try:
+                return tuple(int(token) for token in found)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"the baseline returned {found!r} for {slot.text!r}: return a text or "
+                    "token ids."
+                ) from None
+        content = found.lstrip()
+        # A part of a character has no text that other text could stand for.
+        if not content or not slot.text:
+            return ()
+        own = slot.text
+        text = own[: len(own) - len(own.lstrip())] + content
+        left = slot.context[max(0, slot.start - tokens.CONTEXT) : slot.start]
+        if (text, left) not in self._in_place:
+            self._in_place[text, left] = tokens.encode_in_place(self._tokenizer, text, left)
+        return self._in_place[text, left]
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """One number from which all draws of a rendering follow."""
+    return int(torch.randint(2**62, (), generator=generator))

@@ -1,0 +1,203 @@
+"""With the output held fixed the numbers are captum's, on every input that captum has."""
+
+import pytest
+import torch
+from captum.attr import (
+    FeatureAblation,
+    ImageMaskInput,
+    LLMAttribution,
+    LLMAttributionResult,
+    ProductBaselines,
+    ShapleyValues,
+    TextTemplateInput,
+    TextTokenInput,
+)
+from PIL import Image
+
+from captum_llm_ext import GenerationAttribution
+
+TARGET = " golf and chess."
+RIGHT = {"use_cached_outputs": False}  # captum's default is wrong: see test_upstream.py
+
+
+def _both(model, tokenizer, method, inp, *, attr_target="log_prob", **arguments):
+    target = torch.tensor(tokenizer.encode(TARGET, add_special_tokens=False))
+    captums = LLMAttribution(method(model), tokenizer, attr_target=attr_target)
+    ours = GenerationAttribution(method(model), tokenizer, attr_target=attr_target)
+    return (
+        captums.attribute(inp, target, **RIGHT, **arguments),
+        ours.attribute(inp, target, output_unit=None, **arguments),
+    )
+
+
+def _assert_same(captums: LLMAttributionResult, ours: LLMAttributionResult) -> None:
+    assert ours.input_tokens == captums.input_tokens
+    assert ours.output_tokens == captums.output_tokens
+    assert ours.token_attr.dtype == captums.token_attr.dtype
+    assert ours.token_attr.device == captums.token_attr.device
+    torch.testing.assert_close(ours.token_attr, captums.token_attr, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.seq_attr, captums.seq_attr, atol=3e-4, rtol=1e-4)
+
+
+def _template(**changes):
+    settings = {
+        "template": "{} lives in {}, {} and is a {}. {} interests include",
+        "values": ["Dave", "Palm Coast", "FL", "lawyer", "His"],
+        "baselines": ["Ann", "Austin", "TX", "nurse", "Her"],
+    }
+    return TextTemplateInput(**settings | changes)
+
+
+def _joined(*values):
+    return " ".join(value for value in values if value)
+
+
+INPUTS = {
+    "tokens": lambda tok: TextTokenInput("Dave lives in", tok, baselines=3),
+    "tokens, BOS skipped": lambda tok: TextTokenInput("Dave lives in", tok, skip_tokens=[1]),
+    "template": lambda tok: _template(),
+    "template, deletion": lambda tok: _template(baselines=None),
+    "template, named": lambda tok: TextTemplateInput(
+        "{name} lives in {city}.", {"name": "Dave", "city": "Austin"}, {"name": "Ann", "city": "X"}
+    ),
+    "template function": lambda tok: _template(template=_joined),
+    "template, grouped": lambda tok: _template(mask=[0, 1, 1, 2, 0]),
+    "template, groups by name": lambda tok: _template(mask=["b", "a", "a", "c", "b"]),
+}
+
+
+@pytest.mark.parametrize("method", [FeatureAblation, ShapleyValues])
+@pytest.mark.parametrize("name", INPUTS)
+def test_same_numbers_as_captum(model, tokenizer, method, name):
+    inp = INPUTS[name](tokenizer)
+    if method is ShapleyValues and inp.n_itp_features > 5:
+        pytest.skip("captum runs n·n! evaluations")
+    _assert_same(*_both(model, tokenizer, method, inp))
+
+
+def test_same_numbers_for_probabilities(model, tokenizer):
+    captums, ours = _both(model, tokenizer, FeatureAblation, _template(), attr_target="prob")
+    torch.testing.assert_close(ours.token_attr, captums.token_attr, atol=1e-5, rtol=1e-4)
+    # The joint probability is far below single precision's absolute steps: compare relatively.
+    torch.testing.assert_close(ours.seq_attr, captums.seq_attr, atol=0.0, rtol=1e-2)
+
+
+def test_the_joint_probability_is_explained_with_the_output_fixed(model, tokenizer):
+    method = ShapleyValues(model)
+    captums = LLMAttribution(method, tokenizer, attr_target="prob")
+    ours = GenerationAttribution(method, tokenizer, attr_target="prob")
+    truth = captums.attribute(_template(), torch.tensor([50, 60]), **RIGHT).seq_attr
+    found = ours.attribute(_template(), torch.tensor([50, 60])).seq_attr  # output tokens are on
+    torch.testing.assert_close(found, truth, atol=0.0, rtol=1e-3)
+
+
+def test_feature_mask_groups_as_in_captum(model, tokenizer):
+    mask = torch.tensor([[0, 1, 1, 2, 0]])
+    both = _both(model, tokenizer, FeatureAblation, _template(), feature_mask=mask)
+    _assert_same(*both)
+    assert both[1].token_attr[0, 0] == both[1].token_attr[0, 4]
+
+
+def test_product_baselines_draw_from_their_own_generator(model, tokenizer):
+    choices = [["Ann", "Bob"], ["Austin", "Dallas"], ["TX"], ["nurse", "pilot"], ["Her"]]
+    inp = _template(baselines=ProductBaselines(choices))
+    ours = GenerationAttribution(FeatureAblation(model), tokenizer)
+    one = ours.attribute(inp, TARGET, output_unit=None, n_draws=4)
+    again = ours.attribute(inp, TARGET, output_unit=None, n_draws=4)
+    assert torch.equal(one.token_attr, again.token_attr)
+    possible = LLMAttribution(FeatureAblation(model), tokenizer)
+    target = one.target
+    for column, alternatives in enumerate(choices):
+        found = []
+        for text in alternatives:
+            fixed = ["Ann", "Austin", "TX", "nurse", "Her"]
+            fixed[column] = text
+            found.append(possible.attribute(_template(baselines=fixed), target, **RIGHT).token_attr)
+        low = torch.stack(found).amin(0)[:, column] - 1e-4
+        high = torch.stack(found).amax(0)[:, column] + 1e-4
+        mean = one.token_attr[:, column]
+        assert ((low <= mean) & (mean <= high)).all()
+
+
+class SeeingModel(torch.nn.Module):
+    """A language model whose first layer also sees an image."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.look = torch.nn.Linear(12, inner.config.hidden_size)
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids, attention_mask=None, pixel_values=None, token_type_ids=None, **_):
+        assert token_type_ids is None or token_type_ids.shape == input_ids.shape
+        seen = self.look(pixel_values.flatten(1))[:, None]
+        embedded = self.inner.get_input_embeddings()(input_ids) + seen
+        return self.inner(inputs_embeds=embedded, use_cache=False)
+
+
+@pytest.mark.parametrize("types", [False, True])
+def test_inputs_that_render_to_a_mapping(model, tokenizer, types):
+    torch.manual_seed(1)
+    seeing = SeeingModel(model).eval()
+    image = Image.new("RGB", (2, 2), (10, 200, 90))
+
+    def processor(image):
+        import numpy as np
+
+        pixels = torch.tensor(np.array(image)).float().permute(2, 0, 1)[None] / 100
+        ids = torch.tensor([tokenizer.encode("Dave lives in")])
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        return given | ({"token_type_ids": torch.zeros_like(ids)} if types else {})
+
+    mask = torch.tensor([[0, 1], [2, 2]])
+    inp = ImageMaskInput(image, mask=mask, processor_fn=processor)
+    target = torch.tensor(tokenizer.encode(TARGET, add_special_tokens=False))
+    ours = GenerationAttribution(FeatureAblation(seeing), tokenizer)
+    found = ours.attribute(inp, target)
+    plain = ImageMaskInput(
+        image,
+        mask=mask,
+        processor_fn=lambda i: {k: v for k, v in processor(i).items() if k != "token_type_ids"},
+    )
+    truth = LLMAttribution(FeatureAblation(seeing), tokenizer).attribute(plain, target, **RIGHT)
+    torch.testing.assert_close(found.token_attr, truth.token_attr, atol=1e-4, rtol=1e-4)
+    assert found.plot_image_heatmap() is not None
+
+
+def test_the_inspection_hook_sees_what_captums_sees(model, tokenizer):
+    def seen_by(attribution, **arguments):
+        seen = {}
+        attribution.attribute(
+            _template(),
+            torch.tensor([50, 60]),
+            _inspect_forward=lambda prompt, response, p: seen.update({(prompt, response): p}),
+            **arguments,
+        )
+        return seen
+
+    truth = seen_by(LLMAttribution(FeatureAblation(model), tokenizer), **RIGHT)
+    ours = GenerationAttribution(FeatureAblation(model), tokenizer)
+    found = seen_by(ours, output_unit=None)
+    assert truth.keys() <= found.keys()
+    for key, probabilities in truth.items():
+        assert found[key] == pytest.approx(probabilities, rel=1e-3)
+
+
+def test_positional_order_is_captums(model, tokenizer):
+    ours = GenerationAttribution(FeatureAblation(model), tokenizer)
+    inp = TextTokenInput("Dave lives", tokenizer)
+    seen = []
+    result = ours.attribute(
+        inp, None, 2, {"max_new_tokens": 2}, True, lambda *a: seen.append(a), False
+    )
+    assert isinstance(result, LLMAttributionResult)
+    assert len(result.target) == 2
+    assert seen
+
+
+def test_skip_tokens_works_with_a_warning(model, tokenizer):
+    ours = GenerationAttribution(FeatureAblation(model), tokenizer)
+    inp = TextTokenInput("Dave lives", tokenizer)
+    with pytest.warns(DeprecationWarning, match="skip_tokens"):
+        result = ours.attribute(inp, torch.tensor([1, 50, 60, 2]), skip_tokens=["<s>", "</s>"])
+    assert result.target.tolist() == [50, 60]

@@ -1,0 +1,724 @@
+import ast
+import base64
+import hashlib
+import html as escapes
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from captum_llm_ext import html
+
+SOURCE = Path(html.__file__)
+HOSTILE = [
+    "<script>window.hacked = 1</script>",
+    "</script><script>window.hacked = 1</script>",
+    "</script ",
+    "<!--<script ",
+    "&amp; &lt;b&gt; &#60;",
+    "]]> --> <img src=x onerror='window.hacked=1'>",
+    "\"'`${window.hacked=1} $title $data \\u003c",
+    "line\u2028separator\u2029 tab\t nul\x00",
+    "half a pair \ud83d, a whole \U0001f600, 北京, مرحبا",
+]
+
+
+def example(n_prompt=6, n_target=5, seed=0, **changes):
+    """Attributions that add up: full = empty + prompt + earlier output."""
+    draw = random.Random(seed)
+    prompt = [f" p{i}" for i in range(n_prompt)]
+    output = [f" t{i}" for i in range(n_target)]
+    token_attr = [[draw.gauss(0, 1) for _ in prompt] for _ in output]
+    output_attr = [
+        [draw.gauss(0, 1) if j < t else 0.0 for j in range(n_target)] for t in range(n_target)
+    ]
+    empty = [-5 - draw.random() for _ in output]
+    data = {
+        "format": 1,
+        "prompt": [{"text": "<s>", "feature": None}]
+        + [{"text": text, "feature": i} for i, text in enumerate(prompt)],
+        "output": [{"text": text, "feature": i} for i, text in enumerate(output)],
+        "input_tokens": prompt,
+        "output_features": output,
+        "output_tokens": output,
+        "token_attr": token_attr,
+        "token_attr_se": [[0.01 + 0.01 * draw.random() for _ in prompt] for _ in output],
+        "output_attr": output_attr,
+        "output_attr_se": [
+            [0.01 if j < t else 0.0 for j in range(n_target)] for t in range(n_target)
+        ],
+        "seq_attr": [sum(column) for column in zip(*token_attr, strict=True)],
+        "full_values": [
+            e + sum(a) + sum(b) for e, a, b in zip(empty, token_attr, output_attr, strict=True)
+        ],
+        "empty_values": empty,
+        "efficiency_gap": [0.0] * n_target,
+        "n_evaluations": 123,
+        "attr_target": "log_prob",
+        "method": "ShapleyValueSampling",
+        "estimate": True,
+        "provenance": {"seed": 7, "versions": {"captum": "0.9.0"}},
+    }
+    return data | changes
+
+
+class Parsed(HTMLParser):
+    """Elements with their attributes, and the text directly inside each kind of element."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.texts, self._open = [], {}, []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._open.append((tag, dict(attrs).get("id")))
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        for key in self._open[-1] if self._open else ():
+            self.texts[key] = self.texts.get(key, "") + data
+
+    def count(self, tag):
+        return sum(name == tag for name, _ in self.elements)
+
+    @property
+    def data(self):
+        return json.loads(self.texts["attribution-data"])
+
+
+def numbers(matrix):
+    return list(itertools.chain.from_iterable(matrix))
+
+
+# The file ----------------------------------------------------------------------------------------
+
+
+def test_only_the_standard_library_is_imported():
+    tree = ast.walk(ast.parse(SOURCE.read_text(encoding="utf-8")))
+    named = [a.name for node in tree if isinstance(node, ast.Import) for a in node.names]
+    tree = ast.walk(ast.parse(SOURCE.read_text(encoding="utf-8")))
+    named += [node.module for node in tree if isinstance(node, ast.ImportFrom)]
+    assert named
+    assert {name.split(".")[0] for name in named} <= sys.stdlib_module_names
+
+
+def test_the_page_asks_for_nothing_elsewhere():
+    text = html.page(example())
+    parsed = Parsed(text)
+    assert not [a for _, attributes in parsed.elements for a in attributes if a in {"src", "href"}]
+    assert not re.search(r"url\(|@import|https?://|fetch\(|XMLHttpRequest", text)
+    ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_policy_allows_this_script_and_this_style_and_nothing_else():
+    parsed = Parsed(html.page(example()))
+    (policy,) = [a["content"] for tag, a in parsed.elements if tag == "meta" and "http-equiv" in a]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    script = parsed.texts["script"].removeprefix(parsed.texts["attribution-data"])
+    for rule, content in [("script-src", script), ("style-src", parsed.texts["style"])]:
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert rules[rule] == f"'sha256-{digest}'"
+    assert rules["default-src"] == "'none'"
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_text_comes_back_as_text(hostile):
+    data = example()
+    data["prompt"][1]["text"] = data["input_tokens"][0] = hostile
+    data["output"][2]["text"] = data["output_features"][2] = hostile
+    data["provenance"] = {hostile: hostile}
+    text = html.page(data, title=hostile)
+    parsed, harmless = Parsed(text), Parsed(html.page(example()))
+    for name in ("prompt", "output", "input_tokens", "output_features", "provenance"):
+        assert parsed.data[name] == data[name]
+    assert [tag for tag, _ in parsed.elements] == [tag for tag, _ in harmless.elements]
+    # HTML itself knows neither the character NUL nor half a pair: both read as "unknown".
+    want = re.sub("[\x00\ud83d]", "�", hostile)
+    assert re.sub("[\x00\ud83d]", "�", parsed.texts["h1"]) == want
+    assert re.sub("[\x00\ud83d]", "�", parsed.texts["title"]) == want
+    assert text.encode("utf-8")
+
+
+@pytest.mark.parametrize("name", ["token_attr", "token_attr_se", "output_attr", "output_attr_se"])
+def test_numbers_are_those_of_the_data_to_five_digits(name):
+    data = example(20, 10, seed=3)
+    data[name][4][1] = 1.2345678e-9
+    data[name][5][2] = -9876543.21
+    data[name][6][0] = 100000.0
+    assert numbers(Parsed(html.page(data)).data[name]) == pytest.approx(
+        numbers(data[name]),
+        rel=5.1e-5,
+        abs=0,
+    )
+
+
+def test_unknown_numbers_are_null():
+    data = example()
+    data["token_attr"][1][2] = math.nan
+    data["token_attr_se"][0][0] = None
+    data["full_values"][0] = math.inf
+    data["provenance"] = {"tol": math.nan}
+    kept = Parsed(html.page(data)).data
+    assert kept["token_attr"][1][2] is None
+    assert kept["token_attr"][1][1] == pytest.approx(data["token_attr"][1][1], rel=1e-4)
+    assert kept["token_attr_se"][0][0] is None
+    assert kept["full_values"][0] is None
+    assert kept["provenance"] == {"tol": None}
+
+
+def test_data_is_stored_once_and_stays_small():
+    data = example(200, 100)
+    data["token_attr"][7][3], data["output_attr"][9][2] = 1.2345e77, -5.4321e78
+    text = html.page(data)
+    assert text.count("1.2345e+77") == text.count("-5.4321e+78") == 1
+    assert len(text.encode()) < 1_000_000
+    assert len(html.fragment(data).encode()) < 1_000_000
+
+
+def test_the_data_is_left_as_it_was():
+    data = example()
+    before = json.dumps(data)
+    html.page(data)
+    assert json.dumps(data) == before
+
+
+def test_a_fragment_is_one_frame_around_the_page():
+    data = example()
+    data["output"][0]["text"] = HOSTILE[1]
+    parsed = Parsed(html.fragment(data))
+    ((tag, attributes),) = parsed.elements
+    assert tag == "iframe"
+    assert attributes["srcdoc"] == html.page(data)
+    assert attributes["title"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "layout"),
+    [
+        (["name", "city", "job"], "list"),
+        (["Dave", " lives", " here"], "text"),
+        (["un", "happy", " man"], "text"),
+        (["北京", "是", "首都"], "text"),
+        (["name"], "text"),
+    ],
+)
+def test_names_that_would_run_together_are_set_apart(texts, layout):
+    data = example(len(texts), 2)
+    data["prompt"] = [{"text": text, "feature": i} for i, text in enumerate(texts)]
+    assert Parsed(html.page(data)).data["prompt_layout"] == layout
+    data["prompt_layout"] = "list"
+    assert Parsed(html.page(data)).data["prompt_layout"] == "list"
+
+
+def test_without_pieces_the_names_are_shown():
+    data = example(prompt=[], output=[])
+    kept = Parsed(html.page(data)).data
+    assert kept["output"] == example()["output"]
+    assert kept["prompt"] == example()["prompt"][1:]
+    fixed = example(prompt=[], output=[], output_features=None, output_attr=None)
+    fixed["output_attr_se"] = None
+    pieces = Parsed(html.page(fixed)).data["output"]
+    assert pieces == [{"text": text, "feature": None} for text in fixed["output_tokens"]]
+
+
+def test_the_title_is_the_answer_cut_at_a_word():
+    data = example(2, 40)
+    heading = Parsed(html.page(data)).texts["h1"]
+    answer = "".join(piece["text"] for piece in data["output"]).strip()
+    shown = re.fullmatch(r"What made the model write “(.*)…”", heading)[1]
+    assert answer.startswith(shown + " ")
+    assert len(shown) <= 60
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"output_features": None}, "`output_attr`.*both"),
+        ({"token_attr": [[0.0] * 6] * 4}, "`token_attr` has 4 rows.*5 rows of 6"),
+        ({"token_attr_se": [[0.0] * 7] * 5}, r"`token_attr_se` has 5 rows of \[7\]"),
+        ({"output": [{"text": "x", "feature": 0}]}, "`output` has 1 entries for 5 tokens"),
+        ({"empty_values": [0.0]}, "`empty_values` has 1 entries"),
+        ({"prompt": [{"text": "x", "feature": 6}]}, "`prompt`.*feature 6, there are 6"),
+    ],
+)
+def test_data_that_does_not_fit_together_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        html.page(example(**change))
+
+
+def test_missing_data_is_named():
+    data = example()
+    del data["token_attr"]
+    with pytest.raises(ValueError, match="lacks token_attr"):
+        html.page(data)
+
+
+# The page in a browser ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tab():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("no chromium to open the page in")
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=program, args=flags)
+        page = browser.new_page()
+        page.set_default_timeout(20_000)
+        yield page
+        browser.close()
+
+
+@pytest.fixture
+def view(tab, tmp_path):
+    """Opens data as a page; no error, no dialog and no request may happen while it is open."""
+    seen = []
+    notes = {
+        "pageerror": str,
+        "console": lambda message: message.text,
+        "dialog": lambda dialog: dialog.dismiss() or dialog.message,
+        "request": lambda request: request.url,
+    }
+    listeners = {event: lambda x, note=note: seen.append(note(x)) for event, note in notes.items()}
+
+    def open_text(text):
+        path = tmp_path / "view.html"
+        path.write_text(text, encoding="utf-8")
+        tab.mouse.move(1, 1)
+        tab.goto(path.as_uri())
+        assert seen == [path.as_uri()]
+        seen.clear()
+        return tab
+
+    def open_view(data):
+        return open_text(html.page(data))
+
+    open_view.text = open_text
+    for event, listener in listeners.items():
+        tab.on(event, listener)
+    yield open_view
+    for event, listener in listeners.items():
+        tab.remove_listener(event, listener)
+    tab.emulate_media(color_scheme="light")
+    assert seen == []
+
+
+def answer(page, token):
+    return page.locator("#answer .piece").nth(token)
+
+
+def prompt(page, feature):
+    return page.locator("#prompt .piece").nth(feature)
+
+
+def levels(page, side):
+    """Signed strength of the colour of each piece, as drawn."""
+    return page.evaluate(
+        """(side) => Array.from(document.querySelectorAll(`#${side} .piece .ink`), (ink) => {
+            const sign = ink.classList.contains("up") ? 1 : ink.classList.contains("down") ? -1 : 0;
+            return sign && sign * Number(ink.style.getPropertyValue("--a"));
+        })""",
+        side,
+    )
+
+
+def having(page, side, name):
+    """Indices of the pieces whose ink has this class."""
+    inks = page.locator(f"#{side} .piece .ink")
+    return [
+        i
+        for i, c in enumerate(inks.evaluate_all("all => all.map(e => e.className)"))
+        if name in c.split()
+    ]
+
+
+def scaled(values, most=None):
+    """What the colours should be: shares of the largest, drawn in steps of 1/40."""
+    most = most or max(map(abs, values))
+    return pytest.approx([value / most for value in values], abs=0.5 / 40 + 1e-6)
+
+
+def sure(data):
+    """The same data with errors too small to make anything pale."""
+    tiny = [[1e-9] * len(row) for row in data["token_attr"]]
+    return data | {"token_attr_se": tiny, "output_attr_se": None}
+
+
+def added(rows):
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def number(text):
+    return float(text.replace("−", "-").replace("+", ""))
+
+
+def row_values(data, token):
+    """Attributions of one token to the prompt and to the output, beside each other."""
+    return data["token_attr"][token], data["output_attr"][token]
+
+
+def test_at_first_the_whole_answer_is_selected(view):
+    data = sure(example())
+    page = view(data)
+    prompt_sum, output_sum = added(data["token_attr"]), added(data["output_attr"])
+    most = max(map(abs, prompt_sum + output_sum))
+    assert page.inner_text("#chosen-name") == "Whole answer"
+    assert levels(page, "prompt") == scaled(prompt_sum, most)
+    assert levels(page, "answer") == scaled(output_sum, most)
+    first = page.locator("#top tbody tr").first
+    names = data["input_tokens"] + data["output_features"]
+    strongest = max(range(len(names)), key=lambda i: abs((prompt_sum + output_sum)[i]))
+    assert first.locator(".what").inner_text() == names[strongest].strip()
+    assert number(first.locator(".value").inner_text().split(" ")[0]) == pytest.approx(
+        (prompt_sum + output_sum)[strongest], abs=0.006
+    )
+
+
+def test_pointing_at_a_token_shows_its_causes_and_only_those(view):
+    data = sure(example())
+    page = view(data)
+    answer(page, 3).hover()
+    of_prompt, of_output = row_values(data, 3)
+    most = max(map(abs, of_prompt + of_output))
+    assert levels(page, "prompt") == scaled(of_prompt, most)
+    assert levels(page, "answer") == scaled(of_output, most)
+    assert levels(page, "answer")[3:] == [0, 0]
+    assert having(page, "answer", "later") == [4]
+    assert having(page, "answer", "chosen") == [3]
+    page.mouse.move(1, 1)
+    assert page.inner_text("#chosen-name") == "Whole answer"
+
+
+def test_pointing_at_the_prompt_shows_where_it_mattered(view):
+    data = sure(example())
+    page = view(data)
+    prompt(page, 2).hover()
+    column = [row[2] for row in data["token_attr"]]
+    assert levels(page, "answer") == scaled(column)
+    assert levels(page, "prompt") == [0] * 6
+    assert having(page, "prompt", "chosen") == [2]
+    most = max(range(5), key=lambda t: abs(column[t]))
+    assert f"mattered most for “t{most}”" in page.inner_text("#details")
+
+
+def test_a_click_keeps_a_token_and_escape_lets_it_go(view):
+    data = example()
+    page = view(data)
+    answer(page, 4).click()
+    prompt(page, 1).hover()
+    assert page.inner_text("#chosen-name") == "“t4”"
+    cause, target, value, error = re.fullmatch(
+        r"“(.*)” → “(.*)”: (\S+) ± (\S+) nats(?:, within its error)?", page.inner_text("#details")
+    ).groups()
+    assert (cause, target) == ("p1", "t4")
+    assert number(value) == pytest.approx(data["token_attr"][4][1], abs=0.006)
+    assert number(error) == pytest.approx(data["token_attr_se"][4][1], abs=0.006)
+    answer(page, 2).hover()
+    assert page.inner_text("#details").startswith("“t2” → “t4”")
+    page.keyboard.press("Escape")
+    assert page.inner_text("#chosen-name") == "Whole answer"
+    answer(page, 1).click()
+    answer(page, 3).hover()
+    assert page.inner_text("#details") == "“t3” comes after “t1” and cannot be its cause"
+    answer(page, 1).click()
+    page.mouse.move(1, 1)
+    assert page.inner_text("#chosen-name") == "Whole answer"
+
+
+def drag(page):
+    answer(page, 1).hover()
+    page.mouse.down()
+    answer(page, 2).hover()
+    answer(page, 3).hover()
+    page.mouse.up()
+
+
+def shift_click(page):
+    answer(page, 3).click()
+    answer(page, 1).click(modifiers=["Shift"])
+
+
+def shift_arrows(page):
+    answer(page, 1).focus()
+    page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Shift+ArrowRight")
+
+
+@pytest.mark.parametrize("select", [drag, shift_click, shift_arrows])
+def test_a_span_is_the_sum_of_its_rows(view, select):
+    data = sure(example())
+    page = view(data)
+    select(page)
+    prompt_sum, output_sum = added(data["token_attr"][1:4]), added(data["output_attr"][1:4])
+    most = max(map(abs, prompt_sum + output_sum))
+    assert page.inner_text("#chosen-name") == "“t1 t2 t3”"
+    assert page.inner_text("#chosen-place") == "tokens 2–4 of 5, summed"
+    assert levels(page, "prompt") == scaled(prompt_sum, most)
+    assert levels(page, "answer") == scaled(output_sum, most)
+    assert having(page, "answer", "chosen") == [1, 2, 3]
+    assert page.evaluate("getSelection().isCollapsed")
+    page.click("#clear")
+    assert page.inner_text("#chosen-name") == "Whole answer"
+
+
+def bridge(page):
+    steps = page.locator(".step").evaluate_all(
+        "all => all.map(e => [e.firstChild.firstChild.data, e.lastChild.textContent])"
+    )
+    return {name: number(value) for name, value in steps}
+
+
+@pytest.mark.parametrize("tokens", [[3], [0, 1, 2, 3, 4]])
+def test_the_bar_leads_from_empty_to_full(view, tokens):
+    data = example()
+    data["full_values"][3] += 0.5  # as of a method that is not efficient
+    page = view(data)
+    if len(tokens) == 1:
+        answer(page, tokens[0]).hover()
+    assert bridge(page) == pytest.approx(
+        {
+            "v(empty)": sum(data["empty_values"][t] for t in tokens),
+            "prompt": sum(sum(data["token_attr"][t]) for t in tokens),
+            "earlier answer": sum(sum(data["output_attr"][t]) for t in tokens),
+            "gap": 0.5,
+            "v(full)": sum(data["full_values"][t] for t in tokens),
+        },
+        abs=0.051,  # drawn with one to three decimals
+    )
+
+
+def test_scale_and_sign_are_switched(view):
+    data = sure(example())
+    data["token_attr"][0] = [0.2, -0.2, 0.0, 0.0, 0.0, 0.05]
+    data["token_attr"][4][5] = -4.0
+    page = view(data)
+    answer(page, 0).click()
+    assert levels(page, "prompt") == scaled(data["token_attr"][0])
+    assert page.inner_text("#high") == "+0.200 nats"
+    page.check("input[value=common]")
+    assert levels(page, "prompt") == scaled(data["token_attr"][0], 4.0)
+    assert page.inner_text("#high") == "+4.00 nats"
+    page.check("input[value=own]")
+    colour = "all => all.slice(0, 2).map((ink) => getComputedStyle(ink).backgroundColor)"
+    inks = page.locator("#prompt .piece .ink")
+    up, down = inks.evaluate_all(colour)
+    assert up != down
+    page.check("input[value=absolute]")
+    up, down = inks.evaluate_all(colour)
+    assert up == down
+    assert page.inner_text("#low") == "0"
+
+
+def test_signs_can_be_read_without_colour(view):
+    data = sure(example())
+    data["token_attr"][0] = [1.0, -1.0, 0.0, 0.0, 0.0, 0.0]
+    page = view(data)
+    answer(page, 0).hover()
+    lines = page.locator("#prompt .piece .ink").evaluate_all(
+        "all => all.slice(0, 3).map(e => { const s = getComputedStyle(e);"
+        " return s.textDecorationLine === 'none' ? 'none' : s.textDecorationStyle; })"
+    )
+    assert lines == ["solid", "dashed", "none"]
+    values = page.locator("#top td.value").all_inner_texts()
+    assert [value[0] for value in values[:2]] == ["+", "−"]
+
+
+def test_what_lies_within_its_error_is_pale(view):
+    data = example()
+    data["token_attr"][0] = [1.0, 1.0, -0.5, 0.0, 0.0, 0.0]
+    data["token_attr_se"][0] = [0.1, 0.52, None, 0.0, 0.0, 0.0]
+    page = view(data)
+    answer(page, 0).hover()
+    assert levels(page, "prompt")[:3] == pytest.approx([1.0, 0.3, -0.5], abs=0.0126)
+    assert having(page, "prompt", "sure") == [0, 2]
+    assert page.locator("#top tbody tr.unsure .what").all_inner_texts() == ["p1"]
+    assert "±" not in page.locator("#top td.value").nth(2).inner_text()
+    answer(page, 0).click()
+    prompt(page, 1).hover()
+    assert page.inner_text("#details").endswith("within its error")
+
+
+def test_everything_works_from_the_keyboard(view):
+    page = view(example())
+    reached = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.closest('[id], body').id"))
+    assert {"tools", "prompt", "answer"} <= set(reached)
+    answer(page, 0).focus()
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#chosen-name") == "“t1”"
+    page.keyboard.press("Enter")
+    page.keyboard.press("End")
+    assert page.evaluate("document.activeElement.textContent") == " t4"
+    assert page.inner_text("#chosen-name") == "“t1”"
+    assert answer(page, 1).get_attribute("aria-selected") == "true"
+    page.keyboard.press("Escape")
+    prompt(page, 0).focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")
+    assert page.inner_text("#chosen-name") == "“p1”"
+
+
+def test_roles_and_names_are_those_of_a_reader(view):
+    data = example()
+    data["output"][1]["text"] = "\n"
+    page = view(data)
+    assert page.get_by_role("listbox", name="Prompt").count() == 1
+    assert page.get_by_role("listbox", name="Answer").count() == 1
+    assert page.get_by_role("option", name="new line").count() == 1
+    assert page.get_by_role("option", name="t0", exact=True).count() == 1
+    assert page.get_by_role("group", name="Scale").get_by_role("radio").count() == 2
+    assert page.get_by_role("table", name="Strongest causes").count() == 1
+    assert page.get_by_role("columnheader", name="attribution").count() == 1
+
+
+CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const over = (colours) => {
+    canvas.clearRect(0, 0, 1, 1);
+    for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+    return Array.from(canvas.getImageData(0, 0, 1, 1).data.slice(0, 3));
+  };
+  const light = (rgb) => rgb.map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  let worst = 99;
+  for (const el of document.querySelectorAll("body *")) {
+    const own = Array.from(el.childNodes).some((n) => n.nodeType === 3 && n.data.trim());
+    if (!own || !el.checkVisibility() || el.closest("th, noscript, script, style")) continue;
+    const under = [];
+    for (let up = el; up; up = up.parentElement)
+      under.unshift(getComputedStyle(up).backgroundColor);
+    const a = light(over(under)), b = light(over([...under, getComputedStyle(el).color]));
+    worst = Math.min(worst, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
+  }
+  return worst;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_has_enough_contrast(view, scheme):
+    data = sure(example())
+    data["token_attr"][2] = [1.0, -1.0, 0.5, -0.5, 1.0, -1.0]
+    data["output_attr"][2][:2] = [1.0, -1.0]
+    page = view(data)
+    page.emulate_media(color_scheme=scheme)
+    answer(page, 2).hover()
+    assert page.evaluate(CONTRAST) >= 4.5  # WCAG 2.2, AA
+    page.check("input[value=absolute]")
+    answer(page, 2).hover()
+    assert page.evaluate(CONTRAST) >= 4.5
+
+
+def test_markup_stays_text_and_white_space_stays(view):
+    data = example(len(HOSTILE), 3)
+    for i, text in enumerate(HOSTILE):
+        data["prompt"][i + 1]["text"] = data["input_tokens"][i] = text
+    data["output"][1]["text"] = data["output_features"][1] = "\n\n   <b>bold</b>\n"
+    page = view(data)
+    for i in range(len(HOSTILE)):
+        prompt(page, i).hover()
+    answer(page, 1).click()
+    drawn = page.evaluate("['prompt', 'answer'].map(id => document.getElementById(id).textContent)")
+    assert drawn[0] == "<s>" + "".join(HOSTILE)
+    assert drawn[1] == " t0\n\n   <b>bold</b>\n t2"
+    assert page.evaluate(
+        "[typeof window.hacked, document.querySelectorAll('b:not(.step b), img').length]"
+    ) == ["undefined", 0]
+
+
+def test_pieces_of_one_feature_light_up_together(view):
+    data = sure(example(2, 4))
+    data["prompt"] = [
+        {"text": " Palm", "feature": 0},
+        {"text": " Coast", "feature": 0},
+        {"text": " and", "feature": 1},
+        {"text": " it", "feature": 0},
+    ]
+    data["output"] = [{"text": f" t{t}", "feature": t // 2} for t in range(4)]
+    data["output_features"] = [" t0 t1", " t2 t3"]
+    data["output_attr"] = [[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [2.0, 0.0]]
+    data["token_attr"] = [[0.5, -0.25]] * 4
+    page = view(data)
+    answer(page, 3).hover()
+    assert page.locator("#prompt .piece").all_inner_texts() == [" Palm Coast", " and", " it"]
+    assert levels(page, "prompt") == pytest.approx([0.25, -0.125, 0.25], abs=0.0126)
+    assert levels(page, "answer") == [1, 1, 0, 0]
+
+
+def test_an_answer_held_fixed_is_no_cause(view):
+    data = sure(example(output_features=None, output_attr=None))
+    data["output"] = [piece | {"feature": None} for piece in data["output"]]
+    page = view(data)
+    answer(page, 3).click()
+    assert levels(page, "prompt") == scaled(data["token_attr"][3])
+    assert levels(page, "answer") == [0] * 5
+    answer(page, 1).hover()
+    assert page.inner_text("#details") == "“t1” was held fixed"
+    assert list(bridge(page)) == ["v(empty)", "prompt", "gap", "v(full)"]
+
+
+@pytest.mark.parametrize(("n_prompt", "n_target"), [(1, 1), (0, 2), (3, 0)])
+def test_tiny_results_open(view, n_prompt, n_target):
+    page = view(example(n_prompt, n_target))
+    assert page.locator("#prompt .piece").count() == n_prompt
+    assert page.locator("#answer .piece").count() == n_target
+
+
+def test_there_is_no_element_per_cell_and_long_texts_get_a_ruler(view):
+    data = example(600, 120)
+    page = view(data)
+    assert page.locator("*").count() < 4 * (600 + 120) + 300  # 72,000 cells
+    assert page.locator("#prompt + .ruler").is_visible()
+    answer(page, 5).click()
+    row = data["token_attr"][5]
+    best = max(range(600), key=lambda j: abs(row[j]))
+    page.click("#top tbody tr:has(.where:text-is('prompt')) button >> nth=0")
+    assert page.evaluate(
+        """(j) => { const box = document.getElementById("prompt").getBoundingClientRect();
+        const piece = document.querySelectorAll("#prompt .piece")[j].getBoundingClientRect();
+        return piece.top >= box.top && piece.bottom <= box.bottom; }""",
+        best,
+    )
+
+
+def test_two_fragments_share_a_page_without_touching_each_other(view):
+    first, second = example(seed=1), example(seed=2)
+    frames = html.fragment(first) + html.fragment(second)
+    page = view.text(f"<!DOCTYPE html><h1>Notebook</h1>{frames}")
+    weight = page.evaluate("getComputedStyle(document.querySelector('h1')).fontSize")
+    one, two = page.frame_locator("iframe").first, page.frame_locator("iframe").last
+    one.locator("#answer .piece").nth(2).click()
+    two.locator("#chosen-name").wait_for()
+    assert one.locator("#chosen-name").inner_text() == "“t2”"
+    assert two.locator("#chosen-name").inner_text() == "Whole answer"
+    assert weight == "32px"  # the browser's own size: the page's style has not leaked
+    heights = page.locator("iframe").evaluate_all(
+        "all => all.map(f => [f.clientHeight, f.contentDocument.documentElement.scrollHeight])"
+    )
+    assert all(inner <= outer for outer, inner in heights)
+
+
+def test_the_escaped_page_is_the_page():
+    data = example()
+    assert html.page(data) == escapes.unescape(
+        html.fragment(data).split('srcdoc="')[1][: -len('"></iframe>')]
+    )

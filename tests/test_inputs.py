@@ -1,0 +1,231 @@
+"""Features own whole tokens, and coalitions touch nothing but what is absent."""
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captum_llm_ext import TextSegmentInput
+from captum_llm_ext.inputs import GeneratedText
+
+TOKENIZERS = {
+    "byte-level": tiny.byte_level(),
+    "metaspace": tiny.metaspace(),
+    "word piece": tiny.word_piece(),
+    "no offsets": tiny.NoOffsets(tiny.byte_level()),
+}
+TEXTS = st.text(
+    st.one_of(st.sampled_from("Dave lives. FL,\n\t 東京🙂é"), st.characters(codec="utf-8")),
+    min_size=1,
+    max_size=40,
+).filter(str.strip)
+
+
+def _generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def _render(inp, mask, seed=0):
+    return inp.render(torch.tensor([mask]), _generator(seed))[0].ids
+
+
+def _input_or_skip(text, tokenizer, unit, **arguments):
+    special = tokenizer.all_special_ids
+    if all(token in special for token in tokenizer.encode(text)):
+        # A text of nothing but characters that the tokenizer drops has no feature.
+        with pytest.raises(ValueError, match="no token of its own"):
+            TextSegmentInput(text, tokenizer, unit, **arguments)
+        return None
+    return TextSegmentInput(text, tokenizer, unit, **arguments)
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "sentence"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=170, deadline=None)  # 12 combinations: more than 2,000 cases
+@given(TEXTS, st.randoms(use_true_random=False))
+def test_rendering_touches_only_the_absent_features(name, unit, text, rng):
+    tokenizer = TOKENIZERS[name]
+    inp = _input_or_skip(text, tokenizer, unit, baselines=lambda slot, generator: [7, 8])
+    if inp is None:
+        return
+    assert list(_render(inp, [True] * inp.n_features)) == list(tokenizer.encode(text))
+    # Every id belongs to one feature or to the fixed part, in order.
+    owned = [token for slot in inp.slots for token in slot.ids]
+    special = [token for token in inp.ids if token in tokenizer.all_special_ids]
+    assert sorted(owned + special) == sorted(inp.ids)
+    mask = [rng.random() < 0.5 for _ in range(inp.n_features)]
+    expected = []
+    for feature, chunk in inp._chunks:
+        present = feature is None or mask[feature]
+        expected += chunk if present else [7, 8]
+    assert list(_render(inp, mask)) == expected
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_names_spell_the_features(name):
+    text = "Dave lives in Palm Coast, FL."
+    inp = TextSegmentInput(text, TOKENIZERS[name])
+    assert inp.names == ["Dave", " lives", " in", " Palm", " Coast,", " FL."]
+    assert inp.values == inp.names
+    assert "".join(piece.text for piece in inp.pieces).removeprefix("<s>") == text
+
+
+def test_special_tokens_are_features_only_when_asked_for(tokenizer):
+    assert TextSegmentInput("Dave lives", tokenizer).names == ["Dave", " lives"]
+    inp = TextSegmentInput("Dave lives", tokenizer, special_tokens_are_features=True)
+    assert inp.names == ["<s>", "Dave", " lives"]
+    assert _render(inp, [False, True, True]) == inp.ids[1:]
+    marked = TextSegmentInput("Dave</s> lives", tokenizer)
+    assert 2 not in [token for slot in marked.slots for token in slot.ids]
+
+
+def test_explicit_spans_leave_the_rest_fixed(tokenizer):
+    text = "Dave lives in Palm Coast, FL."
+    inp = TextSegmentInput(text, tokenizer, [(14, 24), (26, 28)])
+    assert inp.names == [" Palm Coast", " FL"]
+    assert tokenizer.decode(_render(inp, [False, True])) == "<s>Dave lives in, FL."
+    assert [piece.text for piece in inp.pieces if piece.feature is None] == [
+        "<s>",
+        "Dave lives in",
+        ",",
+        ".",
+    ]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_replacement_text_is_tokenised_in_place(name):
+    tokenizer = TOKENIZERS[name]
+    inp = TextSegmentInput(
+        "Dave lives in Austin",
+        tokenizer,
+        baselines=["Ann", "golf", "  and", "Palm Coast"],
+    )
+    whole = tokenizer.encode("Ann golf and Palm Coast")
+    assert list(_render(inp, [False] * 4)) == list(whole)
+    assert list(_render(inp, [False, True, True, True])) == list(
+        tokenizer.encode("Ann lives in Austin")
+    )
+
+
+def test_draws_follow_the_generator_and_the_draw_number(tokenizer):
+    inp = TextSegmentInput("Dave lives in", tokenizer, baselines=[["Ann", "Bob", "Eve"], "x", "y"])
+    masks = torch.tensor([[False, True, True]] * 40)
+    rows = [row.ids for row in inp.render(masks, _generator())]
+    assert len(set(rows)) == 3
+    assert [row.ids for row in inp.render(masks, _generator())] == rows
+    assert [row.ids for row in inp.render(masks, _generator(1))] != rows
+    # Rows of one draw agree, also where they lack other features as well.
+    masks[1::2] = torch.tensor([False, False, True])
+    pairs = inp.render(masks, _generator(), torch.arange(40) // 2)
+    names = [tokenizer.decode(row.ids).split()[0] for row in pairs]
+    assert names[::2] == names[1::2]
+    assert set(names) == {"<s>Ann", "<s>Bob", "<s>Eve"}
+    # A draw does not depend on how many others there are.
+    few = inp.render(masks[:4], _generator(), torch.arange(4) // 2)
+    assert few == pairs[:4]
+
+
+def test_works_as_an_interpretable_input_of_captum(tokenizer):
+    inp = TextSegmentInput("Dave lives in", tokenizer)
+    assert torch.equal(inp.to_tensor(), torch.ones(1, 3))
+    assert inp.to_model_input().tolist() == [tokenizer.encode("Dave lives in")]
+    assert inp.to_model_input(torch.tensor([[1.0, 0.0, 1.0]])).tolist() == [
+        tokenizer.encode("Dave in")
+    ]
+    attr = torch.rand(2, 3)
+    assert inp.format_attr(attr) is attr
+
+
+def test_tokens_that_run_across_words_make_one_feature(tokenizer):
+    class Crossing(tiny.NoOffsets):
+        is_fast = True
+
+        def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
+            return {"input_ids": [9, 10], "offset_mapping": [(0, 8), (8, 13)]}
+
+    inp = TextSegmentInput("New York City", Crossing(tokenizer))
+    assert inp.names == ["New York", " City"]
+    with pytest.raises(ValueError, match="owns no whole token"):
+        TextSegmentInput("New York City", Crossing(tokenizer), [(0, 3), (4, 8)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"text": ""}, ValueError, "the prompt is empty"),
+        ({"text": " \n"}, ValueError, "the prompt is empty"),
+        ({"text": 3}, TypeError, "`text` is a int"),
+        ({"unit": "phrase"}, ValueError, "unknown unit"),
+        ({"unit": [(0, 3), (2, 4)]}, ValueError, "overlap"),
+        ({"unit": [(0, 99)]}, ValueError, "leaves the text"),
+        ({"baselines": ["a"]}, ValueError, "has 1 entries for 3 features"),
+        ({"baselines": ["a", "b", []]}, ValueError, r"baselines\[2\]` is an empty list"),
+        ({"baselines": ["a", "b", 3]}, TypeError, r"baselines\[2\]` is 3"),
+        ({"baselines": "nonsense"}, ValueError, "no token of this vocabulary"),
+        ({"baselines": {"Dave": "Ann"}}, TypeError, "`baselines` is a mapping"),
+        ({"baselines": 1.5}, TypeError, "`baselines` is a float"),
+    ],
+)
+def test_bad_inputs_say_what_to_do(tokenizer, arguments, error, message):
+    settings = {"text": "Dave lives in", "tokenizer": tokenizer} | arguments
+    with pytest.raises(error, match=message):
+        TextSegmentInput(**settings)
+
+
+def test_a_baseline_that_returns_nonsense_is_named(tokenizer):
+    inp = TextSegmentInput("Dave lives", tokenizer, baselines=lambda slot, generator: None)
+    with pytest.raises(TypeError, match="the baseline returned None for 'Dave'"):
+        _render(inp, [False, True])
+
+
+# --- generated text -------------------------------------------------------------------------------
+
+
+def _generated(tokenizer, text, unit):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return GeneratedText(ids, tokenizer, unit), ids
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_words_of_the_output_are_whole_tokens(name):
+    generated, ids = _generated(TOKENIZERS[name], " golf, chess and golf.", "word")
+    texts = ["".join(p.text for p in generated.pieces if p.feature == g) for g in range(4)]
+    assert [text.strip().replace(" ,", ",").replace(" .", ".") for text in texts] == [
+        "golf,",
+        "chess",
+        "and",
+        "golf.",
+    ]
+    assert generated.n_features == 4
+    assert len(generated.groups) == len(ids)
+    firsts = [generated.groups.index(g) for g in range(4)]
+    for t, (group, visible, own) in enumerate(
+        zip(generated.groups, generated.n_visible, generated.required, strict=True)
+    ):
+        assert visible == group
+        assert own == (None if t in firsts else group)
+
+
+def test_special_tokens_of_the_output_are_words_of_their_own(tokenizer):
+    ids = [*tokenizer.encode(" golf.", add_special_tokens=False), 2]
+    generated = GeneratedText(ids, tokenizer, "word")
+    assert generated.names == [" golf.", "</s>"]
+
+
+def test_fixed_stretches_between_spans_of_the_output(tokenizer):
+    generated, ids = _generated(tokenizer, " golf and chess", [(10, 15)])
+    assert generated.names == [" chess"] or generated.names == ["chess"]
+    assert generated.groups.count(None) + generated.groups.count(0) == len(ids)
+    rows = generated.render([(1,)], torch.tensor([[False]]), _generator())
+    kept = [i for i, g in zip(ids, generated.groups, strict=True) if g is None]
+    assert rows[0][0] == (1, *kept)
+    assert rows[0][1][: len(kept) + 1] == list(range(len(kept) + 1))
+
+
+def test_nothing_left_before_the_target_begins_with_bos(tokenizer):
+    generated, ids = _generated(tokenizer, " golf", "token")
+    rows = generated.render(
+        [()], torch.ones(1, generated.n_features, dtype=torch.bool), _generator()
+    )
+    assert rows[0][0] == (tokenizer.bos_token_id, *ids[:-1])

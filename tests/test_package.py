@@ -1,0 +1,97 @@
+"""The package from outside: what it offers, what importing it does, what the command line says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+import captum_llm_ext
+from captum_llm_ext.__main__ import main
+
+PUBLIC = {
+    "Baseline",
+    "CorpusBaselines",
+    "Deletion",
+    "FixedTexts",
+    "GenerationAttribution",
+    "GenerationAttributionResult",
+    "Match",
+    "Slot",
+    "TextSegmentInput",
+    "TokenBaseline",
+}
+
+
+def test_public_names():
+    assert set(captum_llm_ext.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(captum_llm_ext, name).__doc__
+
+
+def test_importing_is_quiet_and_loads_no_transformers():
+    program = (
+        "import sys, captum_llm_ext\n"
+        "print([n for n in ('transformers', 'accelerate', 'sklearn') if n in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
+    assert run.stderr == ""
+
+
+def test_the_demo_needs_nothing(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path), "--method", "FeatureAblation"]) == 0
+    shown = capsys.readouterr().out
+    assert "His personal interests include" in shown
+    assert "←" in shown
+    for name in ("demo.html", "demo.png", "demo.safetensors"):
+        assert (tmp_path / name).stat().st_size > 1000
+        assert name in shown
+    result = captum_llm_ext.GenerationAttributionResult.load(tmp_path / "demo.safetensors")
+    assert result.output_attr.abs().max() > 1  # the last interest is caused by the first
+
+
+def test_the_demo_runs_on_any_model(tmp_path, tokenizer, capsys):
+    tiny.llama(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "corpus.txt").write_text("\n".join(tiny.TEXTS), encoding="utf-8")
+    arguments = ["demo", "--model", str(tmp_path / "model"), "--prompt", "Dave lives. He"]
+    more = ["--unit", "sentence", "--max-new-tokens", "3", "--out", str(tmp_path / "out")]
+    assert main([*arguments, *more]) == 0
+    assert main([*arguments, *more, "--corpus", str(tmp_path / "corpus.txt")]) == 0
+    assert "prompt:  Dave lives. He" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such/model", "--prompt", "x"], "/no/such/model"),
+        (["--model", "x"], "--model needs a --prompt"),
+        (["--unit", "phrase"], "unknown unit 'phrase'"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--corpus", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, arguments, message):
+    assert main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("captum-llm-ext: error:")
+    assert message in error
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "captum-llm-ext demo" in capsys.readouterr().out
+
+
+def test_the_readme_tells_what_is_installed():
+    root = Path(__file__).parent.parent
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert "pip install -c constraints.txt . && captum-llm-ext demo" in readme
+    assert 'pip install -c constraints.txt ".[test]" && pytest' in readme
+    assert f'"{captum_llm_ext.__version__}"' in (root / "captum_llm_ext/__init__.py").read_text()

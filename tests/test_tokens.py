@@ -1,0 +1,99 @@
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captum_llm_ext import tokens
+
+TOKENIZERS = {
+    "byte-level": tiny.byte_level(),
+    "metaspace": tiny.metaspace(),
+    "word piece": tiny.word_piece(),
+}
+TOKENIZERS["no offsets, byte-level"] = tiny.NoOffsets(TOKENIZERS["byte-level"])
+TOKENIZERS["no offsets, metaspace"] = tiny.NoOffsets(TOKENIZERS["metaspace"])
+TOKENIZERS["no offsets, word piece"] = tiny.NoOffsets(TOKENIZERS["word piece"])
+EXACT = [name for name in TOKENIZERS if "byte" in name]
+WORDS = st.lists(st.sampled_from("Dave lives golf, 東京 🙂 naïve FL. x chess!".split()), min_size=1)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_token_is_anchored_in_its_own_word(name):
+    text = "Dave lives in Palm Coast, FL. golf"
+    encoding = tokens.encode(TOKENIZERS[name], text)
+    assert list(encoding.ids) == TOKENIZERS[name].encode(text)
+    assert encoding.anchors[0] is None  # BOS
+    for token, anchor in zip(encoding.ids[1:], encoding.anchors[1:], strict=True):
+        shown = tokens.decode(TOKENIZERS[name], [token]).strip().removeprefix("##")
+        assert text[anchor:].lower().startswith(shown.lower())
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_offsets_found_by_decoding_are_those_of_the_fast_tokenizer(name):
+    if not name.startswith("no offsets"):
+        pytest.skip("the reference itself")
+    text = "Dave lives in Palm Coast, FL and is a lawyer. His golf 🙂 ends."
+    if "word piece" in name or "metaspace" in name:
+        text = text.replace("🙂", "chess")
+    found = tokens.encode(TOKENIZERS[name], text)
+    fast = tokens.encode(TOKENIZERS[name.removeprefix("no offsets, ")], text)
+    assert found.ids == fast.ids
+    assert found.anchors == fast.anchors
+
+
+@pytest.mark.parametrize("name", EXACT)
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8"), max_size=30))
+def test_pieces_put_together_are_the_decoded_text(name, text):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    parts = tokens.pieces(tokenizer, ids)
+    assert len(parts) == len(ids)
+    assert "".join(parts) == text
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=50, deadline=None)
+@given(WORDS, st.integers(0, 40))
+def test_labels_never_fail_even_on_a_target_cut_inside_a_character(name, words, cut):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(" ".join(words), add_special_tokens=False)[cut:]
+    names = tokens.labels(tokenizer, ids)
+    assert len(names) == len(ids)
+    assert all(names)
+
+
+def test_parts_of_a_character_say_so(tokenizer):
+    ids = tokenizer.encode(" 🙂", add_special_tokens=False)
+    names = tokens.labels(tokenizer, ids)
+    assert names[-1] == f"🙂[{len(ids) - names.count('␣')}/{len(ids) - names.count('␣')}]"
+    assert tokens.labels(tokenizer, tokenizer.encode("\n", add_special_tokens=False)) == ["\\n"]
+
+
+@pytest.mark.parametrize("name", ["byte-level", "metaspace", "word piece"])
+@settings(max_examples=100, deadline=None)
+@given(WORDS, WORDS)
+def test_text_tokenised_in_place_is_what_the_whole_text_gives(name, left, right):
+    tokenizer = TOKENIZERS[name]
+    before, after = " ".join(left), " " + " ".join(right)
+    whole = tokenizer.encode(before + after, add_special_tokens=False)
+    own = tokenizer.encode(before, add_special_tokens=False)
+    assert [*own, *tokens.encode_in_place(tokenizer, after, before)] == whole
+
+
+def test_text_that_begins_with_bos_gets_no_second_one(tokenizer):
+    assert tokens.encode(tokenizer, "<s>Dave").ids == tokens.encode(tokenizer, "Dave").ids
+
+
+def test_a_long_text_takes_no_quadratic_time(tokenizer):
+    # 200,000 characters: a quadratic pass would run for minutes.
+    text = "Dave lives in Palm Coast, FL and is a lawyer. " * 4400
+    slow = tokens.encode(tiny.NoOffsets(tokenizer), text)
+    assert slow.anchors == tokens.encode(tokenizer, text).anchors
+
+
+def test_token_names_are_looked_up_as_captum_does(tokenizer):
+    assert tokens.token_id(tokenizer, "<pad>") == 0
+    assert tokens.token_id(tokenizer, "<unk>") == 3
+    with pytest.raises(ValueError, match="no token of this vocabulary"):
+        tokens.token_id(tokenizer, "no such token")
