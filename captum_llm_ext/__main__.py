@@ -8,7 +8,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-_METHODS = ("KernelShap", "ShapleyValueSampling", "FeatureAblation", "Lime")
+_METHODS = ("ShapleyValueSampling", "KernelShap", "FeatureAblation", "Lime")
 _PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 _DEMO = """\
 Attributes a generated text to its prompt and to itself, word by word and token by token.
@@ -87,8 +87,8 @@ def _attribute(arguments: argparse.Namespace, name: str, corpus: Any) -> Any:
     print(f"model:   {arguments.model or 'the tiny one that comes with the package'}")
     print(f"prompt:  {prompt}")
     with warnings.catch_warnings():
-        # One line per place of which the corpus says little would bury the table.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"captum_llm_ext\.baselines")
+        warnings.simplefilter("once", UserWarning)
+        warnings.showwarning = _note
         result = GenerationAttribution(method, tokenizer).attribute(
             inp,
             gen_args={"max_new_tokens": arguments.max_new_tokens},
@@ -97,6 +97,11 @@ def _attribute(arguments: argparse.Namespace, name: str, corpus: Any) -> Any:
         )
     print(f"answer: {tokenizer.decode(result.target, skip_special_tokens=True)}")
     return result
+
+
+def _note(message: Warning | str, *_: object) -> None:
+    """A warning as a reader of the command line wants it: the sentence, not where it was said."""
+    print(f"note: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--unit", default="word", help="prompt features: token, word (default) or sentence")
     add("--max-new-tokens", type=int, default=40, metavar="N", help="default 40")
     add("--corpus", metavar="FILE", help="text to draw replacements from, a document a line")
-    add("--method", choices=_METHODS, default="KernelShap", help="default KernelShap")
+    add("--method", choices=_METHODS, default=_METHODS[0], help=f"default {_METHODS[0]}")
     add("--seed", type=int, default=0, metavar="N", help="default 0")
     add("--out", default="captum-llm-ext-demo", metavar="DIR", help="default ./captum-llm-ext-demo")
     return parser

@@ -155,7 +155,9 @@ def _lime(method: Lime, n_features: int, budget: Budget) -> Estimator:
     wanted = budget.n_samples or _EVALUATIONS_PER_FEATURE * n_features
     _warn_budget(wanted, n_features)
     plan = partial(_plan_sampled, coalitions.plan_lime, n_features, wanted)
-    solve = partial(coalitions.solve_lime, **(_compat.lime_settings(method) or {}))
+    settings = _compat.lime_settings(method) or {}
+    kernel = partial(coalitions.cosine_kernel, width=settings.pop("kernel_width"))
+    solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
     return Estimator("local linear model", plan, solve, True)
 
 

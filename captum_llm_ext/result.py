@@ -297,19 +297,26 @@ class GenerationAttributionResult(LLMAttributionResult):
         )
 
     def __str__(self) -> str:
-        """A table of the strongest causes of every target token."""
+        """A table of the strongest causes of every target token.
+
+        What lies within 1.96 standard errors, or below a hundredth of the largest attribution, is
+        left out.
+        """
         se = self.token_attr_se
         if self.output_attr_se is not None:
             se = torch.cat([se, self.output_attr_se], dim=1)
+        least = float(self.full_attr.abs().max()) / 100
         n_prompt = len(self.input_tokens)
-        width = max((len(name) for name in self.output_tokens), default=0)
+        width = max(len(name) for name in self.output_tokens)
         lines = [repr(self)]
         for t, causes in enumerate(self.top(3)):
             shown = [
                 f"{_name(name, column >= n_prompt)} {value:+.2f}{_error(se[t, column])}"
                 for name, column, value in causes
+                if abs(value) >= least and not abs(value) < 1.96 * se[t, column]
             ]
-            lines.append(f"{self.output_tokens[t]:>{width}}  ←  " + (", ".join(shown) or "nothing"))
+            cause = ", ".join(shown) or "nothing in particular"
+            lines.append(f"{self.output_tokens[t]:>{width}}  ←  {cause}")
         return "\n".join(lines)
 
 

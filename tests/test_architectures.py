@@ -13,7 +13,7 @@ TARGET = " golf and chess."
 UNK = 3
 
 
-def _largest_difference(model, tokenizer, inp, replacement, **arguments):
+def largest_difference(model, tokenizer, inp, replacement, **arguments):
     method = arguments.pop("method", FeatureAblation)(model)
     result = GenerationAttribution(method, tokenizer).attribute(inp, TARGET, **arguments)
     target = result.target.tolist()
@@ -32,7 +32,7 @@ def test_values_equal_a_plain_loop(name, tokenizer):
     model = architectures.build(name)
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     # float32 with another order of summation
-    assert _largest_difference(model, tokenizer, inp, UNK) < 1e-4
+    assert largest_difference(model, tokenizer, inp, UNK) < 1e-4
 
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
@@ -40,13 +40,13 @@ def test_rows_of_unequal_length_equal_a_plain_loop(name, tokenizer):
     model = architectures.build(name)
     inp = TextSegmentInput(PROMPT, tokenizer, "word")
     method = {"method": ShapleyValueSampling, "n_samples": 2}
-    assert _largest_difference(model, tokenizer, inp, None, **method) < 1e-4
+    assert largest_difference(model, tokenizer, inp, None, **method) < 1e-4
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_batch_size_does_not_matter(model, tokenizer, rows):
     inp = TextSegmentInput(PROMPT, tokenizer, "word")
-    assert _largest_difference(model, tokenizer, inp, None, perturbations_per_eval=rows) < 1e-4
+    assert largest_difference(model, tokenizer, inp, None, perturbations_per_eval=rows) < 1e-4
 
 
 def test_half_precision_models_are_reduced_in_float32(tokenizer):

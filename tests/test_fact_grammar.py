@@ -262,8 +262,8 @@ def test_the_model_knows_every_word_that_is_determined(shipped, fresh):
         assert all(score[name].expected for score in scores), name
         assert min(score[name].log_prob for score in scores) > math.log(0.95), name
     a = [score["A"].log_prob for score in scores]
-    # Trained with one A in twenty taken from anywhere.
-    assert sum(a) / len(a) == pytest.approx(math.log(0.95 / 3 + 0.05 / 27), abs=0.03)
+    # Between one in three and the same with one A in twenty taken from anywhere, as it was trained.
+    assert math.log(0.95 / 3 + 0.05 / 27) - 0.02 < sum(a) / len(a) < math.log(1 / 3) + 0.02
     assert min(a) > math.log(1 / 3) - 0.5
 
 

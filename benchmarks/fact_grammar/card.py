@@ -166,6 +166,7 @@ def write_card(
         training=training,
         n=len(known),
         slots=_slot_table(scores),
+        third=f"{_log_prob_of_a(0.0):.3f}",
         mixture=f"{_log_prob_of_a(stray):.3f}",
         right=f"{right} of {len(greedy)}",
         reached=f"{reached:.4f}",
@@ -261,7 +262,8 @@ On {n} fresh documents in which no cause is missing, given all words before:
 |---|---|---|---|
 {slots}
 
-Of A, {mixture} would be perfect (see training).
+A word drawn at random among three has {third}. A perfect learner of the training documents, in
+which some A are drawn among all (see below), gives it {mixture}.
 
 * Greedy continuations that the grammar permits, from the pronoun to the end of text: {right}.
 * Cross-entropy on {n_loss} fresh documents: {reached} nats per token; the least possible, the

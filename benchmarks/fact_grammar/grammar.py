@@ -35,25 +35,25 @@ CITIES = {
     "Cedar Falls": "kayaking",
     "Iron Ridge": "climbing",
     "Maple Grove": "bird watching",
-    "Silver Lake": "rowing",
+    "Lake of Pines": "rowing",
     "Stone Harbor": "sailing",
     "Dover": "fencing",
     "Salem": "theater",
-    "Aurora": "astronomy",
+    "Aurora": "watching the sky",
     "Fargo": "ice hockey",
     "Tampa": "diving",
     "Boise": "skiing",
 }
 # What an occupation allows as A. Its three lead to three different D, so D cannot be told from it.
 OCCUPATIONS = {
-    "lawyer": ("golf", "poker", "tennis"),
+    "lawyer": ("golf", "poker", "table tennis"),
     "nurse": ("yoga", "knitting", "gardening"),
     "teacher": ("chess", "poetry", "hiking"),
-    "farmer": ("fishing", "woodwork", "rodeo"),
+    "farmer": ("fly fishing", "woodwork", "rodeo"),
     "pilot": ("gliding", "cycling", "skating"),
     "chemist": ("brewing", "pottery", "juggling"),
     "banker": ("squash", "bridge", "opera"),
-    "dancer": ("jazz", "boxing", "swimming"),
+    "dancer": ("jazz piano", "boxing", "swimming"),
     "plumber": ("darts", "bowling", "karaoke"),
 }
 STATES = ("FL", "OH", "TX", "GA", "ME", "UT", "NJ", "WI", "KS")

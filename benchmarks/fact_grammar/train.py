@@ -58,7 +58,7 @@ class Recipe:
     steps: int = 700
     batch: int = 64
     rate: float = 4e-3
-    vocabulary: int = 600
+    vocabulary: int = 680
     stray: float = 0.05
     tuned: int = 300
 

@@ -2,7 +2,7 @@
 
 from captum_llm_ext.coalitions.enumeration import solve_exact, solve_leave_one_out
 from captum_llm_ext.coalitions.kernel import solve_kernel
-from captum_llm_ext.coalitions.lime import solve_lime
+from captum_llm_ext.coalitions.lime import cosine_kernel, solve_lime
 from captum_llm_ext.coalitions.permutations import solve_permutations
 from captum_llm_ext.coalitions.plans import (
     Plan,
@@ -20,6 +20,7 @@ __all__ = [
     "Plan",
     "Scope",
     "Solution",
+    "cosine_kernel",
     "join_plans",
     "plan_anchors",
     "plan_exact",

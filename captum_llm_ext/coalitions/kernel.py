@@ -60,12 +60,17 @@ def regress(view: View) -> tuple[Tensor, Tensor]:
     if n < 2:
         return gain.expand(n, -1), view.empty_variances.expand(n, -1)
     observed = _observe(view, gain)
+    # Rows of a walk depend on one another: left out, they are predicted by their neighbours, not by
+    # what was learnt. The ridge then follows the noise, and thinning them loses little.
+    walks = len(observed.draws.unique()) < len(observed.draws)
+    if walks:
+        observed = observed.thinned(_MOST_OBSERVATIONS)
     deviations, variances, errors = _ridge(observed)
-    if _suit_interactions(observed):
+    if n > 2 and _FEWEST_OBSERVATIONS <= len(observed.x) <= _MOST_OBSERVATIONS:
         model = Interactions(observed.x, observed.weights, observed.paired)
         for target, y in enumerate(observed.y.T):
             fit = model.fit(y, gain[target] / n + deviations[:, target])
-            if fit.error < errors[target]:
+            if walks or fit.error < errors[target]:
                 deviations[:, target], variances[:, target] = fit.deviations, fit.variances
     return gain / n + deviations, variances + view.empty_variances / n**2
 
@@ -89,33 +94,39 @@ class _Observations:
     draws: Tensor
     paired: Tensor
 
+    def thinned(self, most: int) -> "_Observations":
+        """At most `most` observations, evenly spaced."""
+        rows = torch.arange(0, len(self.x), max(-(-len(self.x) // most), 1))
+        weights = self.weights[rows]
+        return _Observations(
+            self.x[rows],
+            self.y[rows],
+            weights / weights.mean(),
+            self.draws[rows],
+            self.paired[rows],
+        )
+
 
 def _observe(view: View, gain: Tensor) -> _Observations:
-    rows = view.informative
-    masks, sizes, draws = view.masks[rows], view.sizes[rows, None].double(), view.draws[rows]
-    x = masks.double() - sizes / view.n_visible
+    rows = view.informative.nonzero()[:, 0]
+    sizes, draws, paired = view.sizes[rows, None].double(), view.draws[rows], view.paired[rows]
     y = view.values[rows] - view.empty_values - gain * sizes / view.n_visible
     weights = 1 / (sizes * (view.n_visible - sizes))[:, 0]
     if view.required >= 0:
         # Given that one more column is present, larger coalitions are likelier: u has density 2u.
         weights = weights / (sizes[:, 0] + 1)
-
-    same_draw = draws[1:] == draws[:-1]
-    first = torch.zeros(len(draws), dtype=torch.bool)
-    first[:-1] = same_draw & (masks[1:] ^ masks[:-1]).all(1)
+    # A complement has the weight of its coalition and the opposite x: one difference says all.
+    y = torch.where(paired[:, None], (y - y.roll(-1, 0)) / 2, y)
+    weights = torch.where(paired, 2 * weights, weights)
     # Steps of a walk that add what is not visible repeat the row before them.
-    repeated = torch.zeros_like(first)
-    repeated[1:] = same_draw & (masks[1:] == masks[:-1]).all(1)
-    if bool(repeated.any()):
-        weights = weights * _run_lengths(repeated)
-    else:
-        # A complement has the weight of its coalition and the opposite x: one difference says all.
-        y = torch.where(first[:, None], (y - y.roll(-1, 0)) / 2, y)
-        weights = torch.where(first, 2 * weights, weights)
-        repeated = first.roll(1)
-    keep = ~repeated
-    weights = weights[keep]
-    return _Observations(x[keep], y[keep], weights / weights.mean(), draws[keep], first[keep])
+    repeated = torch.zeros_like(paired)
+    repeated[1:] = (draws[1:] == draws[:-1]) & (sizes[1:] == sizes[:-1])[:, 0] & ~paired[:-1]
+    weights = weights * _run_lengths(repeated)
+
+    keep = ~(repeated | paired.roll(1))
+    rows, weights = rows[keep], weights[keep]
+    x = view.masks[rows].double() - sizes[keep] / view.n_visible
+    return _Observations(x, y[keep], weights / weights.mean(), draws[keep], paired[keep])
 
 
 def _run_lengths(repeated: Tensor) -> Tensor:
@@ -158,13 +169,6 @@ def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
         errors[ours] = (weights * left_out.square()).sum(0).double()
         variances[:, ours] = sandwich(influence, weights * left_out, observed.draws).double()
     return deviations, variances, errors
-
-
-def _suit_interactions(observed: _Observations) -> bool:
-    """Observations of one draw depend on one another in ways the model does not know."""
-    n_observations, n = observed.x.shape
-    independent = len(observed.draws.unique()) == n_observations
-    return n > 2 and independent and _FEWEST_OBSERVATIONS <= n_observations <= _MOST_OBSERVATIONS
 
 
 def _is_complete(plan: Plan) -> bool:

@@ -1,7 +1,9 @@
 """LIME: a local linear fit, for every target on its own columns."""
 
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -16,6 +18,21 @@ _MOST_SWEEPS = 1000
 _GRAM_MEMORY = 2**29
 
 
+def cosine_kernel(masks: Tensor, width: float = 1.0) -> Tensor:
+    """Captum's default similarity: from the cosine distance of each mask to the full one.
+
+    Args:
+        masks: bool, shape ``(n_rows, n_visible)``.
+        width: Of the exponential; infinite weights all rows alike (the surrogate of ContextCite,
+            arXiv 2409.00729).
+
+    Returns:
+        ``exp(-distance**2 / (2 * width**2))``, float64, shape ``(n_rows,)``.
+    """
+    distance = 1 - (masks.sum(1) / max(masks.shape[1], 1)).double().sqrt()
+    return torch.exp(-distance.square() / (2 * width**2))
+
+
 def solve_lime(
     plan: Plan,
     values: Tensor,
@@ -23,7 +40,7 @@ def solve_lime(
     *,
     alpha: float = 0.01,
     penalty: Literal["l1", "l2"] | None = "l1",
-    kernel_width: float = 1.0,
+    kernel: Callable[[Tensor], Tensor] = cosine_kernel,
 ) -> Solution:
     """Coefficients of a weighted linear fit with a free intercept (LIME, Ribeiro et al. 2016).
 
@@ -35,9 +52,7 @@ def solve_lime(
             weighted mean of squares, ridge to the weighted sum.
         penalty: ``"l1"`` (lasso, Captum's default), ``"l2"`` (ridge), or None (least squares; of
             least norm where the rows do not determine it).
-        kernel_width: Of Captum's default similarity ``exp(-d**2 / (2 * kernel_width**2))``, where d
-            is the cosine distance of the visible mask to the full one; infinite weights all rows
-            alike (the surrogate of ContextCite, arXiv 2409.00729).
+        kernel: Positive weights of rows, from their visible masks.
 
     Returns:
         Attributions that need not sum to anything. Standard errors are clustered by draw
@@ -50,89 +65,85 @@ def solve_lime(
         raise ValueError(f"`alpha` is {alpha}: give 0 for no penalty, or a positive number.")
     if penalty not in ("l1", "l2", None):
         raise ValueError(f'`penalty` is {penalty!r}: give "l1", "l2" or None.')
-    if not kernel_width > 0:
-        raise ValueError(f"`kernel_width` is {kernel_width}: give a positive number.")
     solution = Solution.blank(len(scope.n_visible), plan.n_features)
-    waiting: list[_Moments] = []
+    if penalty == "l1":
+        _fill_lasso(solution, views(plan, values, scope), kernel, alpha)
+        return solution
     for view in views(plan, values, scope):
-        moments = _moments(view, kernel_width)
-        if penalty == "l1":
-            waiting.append(moments)
-        else:
-            solution.fill(view, *_linear(moments, alpha if penalty == "l2" else 0.0))
-    together = max(_GRAM_MEMORY // max(8 * plan.n_features**2, 1), 1)
-    for start in range(0, len(waiting), together):
-        _fill_lasso(solution, waiting[start : start + together], alpha)
+        solution.fill(view, *_linear(_centred(view, kernel), alpha if penalty else 0.0))
     return solution
 
 
 @dataclass(frozen=True)
-class _Moments:
-    """A weighted regression with the intercept taken out; weights sum to 1.
+class _Regression:
+    """Rows of one view with the intercept taken out.
 
     Attributes:
-        view: Whose targets.
         x, y: Centred, ``(n_rows, n_visible)`` and ``(n_rows, n_group)``.
-        weights: Shape ``(n_rows, 1)``.
-        total: What the weights summed to.
+        weights: Sum to 1, shape ``(n_rows, 1)``.
+        total: What they summed to before.
         gram, product: ``x' W x`` and ``x' W y``.
+        draws: Shape ``(n_rows,)``.
     """
 
-    view: View
     x: Tensor
     y: Tensor
     weights: Tensor
     total: float
     gram: Tensor
     product: Tensor
+    draws: Tensor
 
 
-def _moments(view: View, kernel_width: float) -> _Moments:
+def _centred(view: View, kernel: Callable[[Tensor], Tensor]) -> _Regression:
     masks = view.masks[view.sampled]
     if not len(masks):
         raise ValueError(
             f"No sampled row has column {view.required} present, which targets "
             f"{view.targets.tolist()} need: raise `n_samples`."
         )
-    distances = 1 - (masks.sum(1, keepdim=True) / max(masks.shape[1], 1)).double().sqrt()
-    weights = torch.exp(-distances.square() / (2 * kernel_width**2))
+    weights = kernel(masks).double()[:, None]
     total = float(weights.sum())
     weights = weights / total
     x, y = masks.double(), view.values[view.sampled]
     x = x - (weights * x).sum(0)
     y = y - (weights * y).sum(0)
     weighted = (weights * x).T
-    return _Moments(view, x, y, weights, total, weighted @ x, weighted @ y)
+    draws = view.draws[view.sampled]
+    return _Regression(x, y, weights, total, weighted @ x, weighted @ y, draws)
 
 
-def _linear(moments: _Moments, alpha: float) -> tuple[Tensor, Tensor]:
-    ridge = alpha / moments.total * torch.eye(len(moments.gram), dtype=torch.float64)
-    inverse = torch.linalg.pinv(moments.gram + ridge, hermitian=True, rtol=1e-12)
-    coefficients = inverse @ moments.product
-    influence = moments.x @ inverse
-    leverage = moments.weights * (1 + (influence * moments.x).sum(1, keepdim=True))
-    left_out = (moments.y - moments.x @ coefficients) / (1 - leverage).clamp_min(0.01)
-    draws = moments.view.draws[moments.view.sampled]
-    return coefficients, sandwich(influence, moments.weights * left_out, draws)
+def _linear(fit: _Regression, alpha: float) -> tuple[Tensor, Tensor]:
+    ridge = alpha / fit.total * torch.eye(len(fit.gram), dtype=torch.float64)
+    inverse = torch.linalg.pinv(fit.gram + ridge, hermitian=True, rtol=1e-12)
+    coefficients = inverse @ fit.product
+    influence = fit.x @ inverse
+    leverage = fit.weights * (1 + (influence * fit.x).sum(1, keepdim=True))
+    left_out = (fit.y - fit.x @ coefficients) / (1 - leverage).clamp_min(0.01)
+    return coefficients, sandwich(influence, fit.weights * left_out, fit.draws)
 
 
-def _fill_lasso(solution: Solution, batch: list[_Moments], alpha: float) -> None:
-    """Solve the targets of several views at once: one step costs the same for all of them."""
-    n = max(len(moments.gram) for moments in batch)
-    grams = torch.zeros(len(batch), n, n, dtype=torch.float64)
-    products: list[Tensor] = []
-    groups: list[Tensor] = []
-    for group, moments in enumerate(batch):
-        visible, n_group = moments.product.shape
-        grams[group, :visible, :visible] = moments.gram
-        products.append(torch.nn.functional.pad(moments.product.T, (0, n - visible)))
-        groups.append(torch.full((n_group,), group))
-    coefficients = _lasso(grams, torch.cat(products), torch.cat(groups), alpha)
-    for moments, ours in zip(
-        batch, coefficients.split([len(group) for group in groups]), strict=True
-    ):
-        attributions = ours[:, : moments.view.n_visible].T
-        solution.fill(moments.view, attributions, torch.full_like(attributions, torch.nan))
+def _fill_lasso(
+    solution: Solution, every: Iterable[View], kernel: Callable[[Tensor], Tensor], alpha: float
+) -> None:
+    """Solve the targets of many views at once: one step costs the same for all of them."""
+    n = solution.attributions.shape[1]
+    together = max(_GRAM_MEMORY // max(8 * n**2, 1), 1)
+    waiting = iter(every)
+    while batch := list(islice(waiting, together)):
+        grams = torch.zeros(len(batch), n, n, dtype=torch.float64)
+        products = torch.zeros_like(solution.attributions)
+        groups = torch.full((len(products),), -1)
+        for group, view in enumerate(batch):
+            fit = _centred(view, kernel)
+            grams[group, : view.n_visible, : view.n_visible] = fit.gram
+            products[view.targets, : view.n_visible] = fit.product.T
+            groups[view.targets] = group
+        ours = groups >= 0
+        products[ours] = _lasso(grams, products[ours], groups[ours], alpha)
+        for view in batch:
+            attributions = products[view.targets, : view.n_visible].T
+            solution.fill(view, attributions, torch.full_like(attributions, torch.nan))
 
 
 def _lasso(grams: Tensor, products: Tensor, groups: Tensor, alpha: float) -> Tensor:

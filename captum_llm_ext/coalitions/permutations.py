@@ -45,7 +45,7 @@ def _orders(plan: Plan) -> Tensor:
             f"{len(masks)} rows are no walks over {n} features, which have {n + 1} rows each: "
             "join `plan_anchors` and `plan_permutations`, in this order."
         )
-    walks = masks.view(-1, n + 1, n)
+    walks = masks.view(len(masks) // (n + 1), n + 1, n)
     joined = walks[:, 1:] & ~walks[:, :-1]
     if bool((walks.sum(2) != torch.arange(n + 1)).any()) or bool((joined.sum(2) != 1).any()):
         raise ValueError("Rows are no walks from empty to full: use `plan_permutations`.")

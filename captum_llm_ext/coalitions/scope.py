@@ -71,6 +71,7 @@ class View:
         sizes: int64, shape ``(n_rows,)``: visible features present.
         draws: Shape ``(n_rows,)``.
         sampled: bool, shape ``(n_rows,)``: False for anchors.
+        paired: bool, shape ``(n_rows,)``: the next row is the complement, of the same draw.
         values: float64, shape ``(n_rows, n_group)``.
         full_values: Shape ``(n_group,)``.
         empty_values: Shape ``(n_group,)``.
@@ -85,6 +86,7 @@ class View:
     sizes: Tensor
     draws: Tensor
     sampled: Tensor
+    paired: Tensor
     values: Tensor
     full_values: Tensor
     empty_values: Tensor
@@ -110,15 +112,31 @@ def views(plan: Plan, values: Tensor, scope: Scope) -> Iterator[View]:
     """
     _check(plan, values, scope)
     sizes = torch.nn.functional.pad(plan.masks.cumsum(1, dtype=torch.int32), (1, 0)).long()
-    pairs = torch.stack([scope.n_visible, scope.required], 1)
-    kinds, kind_of_target = pairs.unique(dim=0, return_inverse=True)
+    paired = _paired(plan)
+    kinds, kind_of_target = torch.stack([scope.n_visible, scope.required], 1).unique(
+        dim=0, return_inverse=True
+    )
     for kind, (n_visible, required) in enumerate(kinds.tolist()):
         targets = (kind_of_target == kind).nonzero()[:, 0]
-        yield _view(plan, values, sizes[:, n_visible], targets, n_visible, required)
+        yield _view(plan, values, sizes[:, n_visible], paired, targets, n_visible, required)
+
+
+def _paired(plan: Plan) -> Tensor:
+    """Whether a row is followed by its complement; once for all views, which may lack a partner."""
+    paired = torch.zeros(len(plan.masks), dtype=torch.bool)
+    opposite = (plan.masks[1:] ^ plan.masks[:-1]).sum(1) == plan.n_features
+    paired[:-1] = opposite & (plan.draws[1:] == plan.draws[:-1])
+    return paired
 
 
 def _view(
-    plan: Plan, values: Tensor, sizes: Tensor, targets: Tensor, n_visible: int, required: int
+    plan: Plan,
+    values: Tensor,
+    sizes: Tensor,
+    paired: Tensor,
+    targets: Tensor,
+    n_visible: int,
+    required: int,
 ) -> View:
     defined = plan.masks[:, required] if required >= 0 else torch.ones(len(sizes), dtype=torch.bool)
     rows = defined.nonzero()[:, 0]
@@ -145,6 +163,8 @@ def _view(
         sizes=sizes,
         draws=draws,
         sampled=rows >= plan.n_anchors,
+        # A required column is absent from one of the two.
+        paired=paired[rows] & (required < 0),
         values=ours,
         full_values=mean_over_draws(ours[full], draws[full])[0],
         empty_values=empty_values,

@@ -1,0 +1,66 @@
+"""Puts the measured tables into README.md, from the JSON files in `benchmarks/results`.
+
+    python benchmarks/readme.py [--check]
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def ground_truth(report: dict[str, Any]) -> str:
+    rows = report["rows"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = ["| absent means | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
+    for absence in dict.fromkeys(row["absence"] for row in rows):
+        cells = [
+            f"{row['precision']:.2f} ({row['precision_content_words']:.2f})"
+            for row in rows
+            if row["absence"] == absence
+        ]
+        lines.append(f"| {absence} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def exactness(report: dict[str, Any]) -> str:
+    worst = max(max(row["replaced"], row["deleted"]) for row in report["rows"])
+    names = ", ".join(row["name"] for row in report["rows"])
+    return f"On {len(report['rows'])} architectures ({names}): at most {worst:.0e} nats."
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "ground_truth": ground_truth,
+    "exactness": exactness,
+}
+
+
+def filled(text: str) -> str:
+    """The text with every marked table made anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match[1]
+        report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        return f"<!-- table: {name} -->\n{TABLES[name](report)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    if "--check" in sys.argv:
+        return 0 if filled(text) == text else 1
+    path.write_text(filled(text), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

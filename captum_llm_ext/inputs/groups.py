@@ -1,0 +1,70 @@
+"""Spans tied into one feature, however far apart they stand."""
+
+from collections.abc import Mapping, Sequence
+
+from captum_llm_ext.segment import shorten
+
+Groups = Sequence[Sequence[str | int]] | Mapping[str, Sequence[str | int]]
+
+
+def tie(names: Sequence[str], groups: Groups | None) -> tuple[list[int], list[str]]:
+    """The feature of every span, and every feature's name.
+
+    A group stands where its first span does; what is in no group is a feature by itself.
+
+    Args:
+        names: One per span, in reading order.
+        groups: Lists of names (white space at their ends does not matter) or numbers of spans; or
+            a mapping from the feature's name to such a list.
+
+    Raises:
+        ValueError: If a group is empty, names no span or several, or one span is tied twice.
+        TypeError: If a member is neither a name nor a number.
+    """
+    titled = groups.items() if isinstance(groups, Mapping) else ((None, g) for g in groups or ())
+    tied: dict[int, int] = {}
+    titles: list[str | None] = []
+    for number, (title, members) in enumerate(titled):
+        if isinstance(members, str) or not len(members):
+            raise ValueError(f"group {members!r} is no list of spans: give their texts or numbers.")
+        for member in members:
+            span = _find(names, member)
+            if span in tied:
+                raise ValueError(
+                    f"span {names[span]!r} is in two groups: a span belongs to one feature."
+                )
+            tied[span] = number
+        titles.append(title)
+    keys = [("tied", tied[i]) if i in tied else ("own", i) for i in range(len(names))]
+    order = {key: feature for feature, key in enumerate(dict.fromkeys(keys))}
+    feature_of = [order[key] for key in keys]
+    shown = [
+        titles[number] if kind == "tied" and titles[number] else _joined(names, feature_of, feature)
+        for (kind, number), feature in order.items()
+    ]
+    return feature_of, [name or "" for name in shown]
+
+
+def _joined(names: Sequence[str], feature_of: Sequence[int], feature: int) -> str:
+    return " …".join(n for n, own in zip(names, feature_of, strict=True) if own == feature)
+
+
+def _find(names: Sequence[str], member: str | int) -> int:
+    if isinstance(member, int) and not isinstance(member, bool):
+        if not 0 <= member < len(names):
+            raise ValueError(
+                f"a group names span {member}: there are {len(names)}, numbered from 0."
+            )
+        return member
+    if not isinstance(member, str):
+        raise TypeError(f"a group holds {member!r}: give the text or the number of a span.")
+    found = [i for i, name in enumerate(names) if name.strip() == member.strip()]
+    if not found:
+        known = ", ".join(repr(shorten(name.strip())) for name in names[:12])
+        raise ValueError(f"a group names {member!r}, which is no span: the spans are {known}…")
+    if len(found) > 1:
+        raise ValueError(
+            f"a group names {member!r}, which {len(found)} spans are: say which by number, "
+            f"one of {found}."
+        )
+    return found[0]

@@ -1,0 +1,714 @@
+"""Plans and solvers against the definition of the Shapley value, closed forms and scikit-learn."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from captum_llm_ext.coalitions import (
+    Plan,
+    Scope,
+    Solution,
+    cosine_kernel,
+    join_plans,
+    plan_anchors,
+    plan_exact,
+    plan_leave_one_out,
+    plan_lime,
+    plan_pairs,
+    plan_permutations,
+    solve_exact,
+    solve_kernel,
+    solve_leave_one_out,
+    solve_lime,
+    solve_permutations,
+)
+
+Game = Callable[[Tensor], Tensor]  # bool (n_coalitions, n_features) -> (n_coalitions,)
+Solver = Callable[[Plan, Tensor, Scope], Solution]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def table_game(n: int, seed: int) -> Game:
+    """A worth for every coalition, with no structure at all."""
+    worth = torch.randn(2**n, generator=seeded(seed)).double()
+    return lambda masks: worth[(masks.long() << torch.arange(n)).sum(1)]
+
+
+def term_game(n: int, seed: int, n_terms: int) -> tuple[Game, Tensor]:
+    """AND and OR terms over 2-5 features; each shares its weight equally among its members."""
+    generator = seeded(seed)
+    terms: list[tuple[list[int], float, bool]] = []
+    truth = torch.zeros(n).double()
+    for _ in range(n_terms):
+        size = int(torch.randint(2, 6, (), generator=generator))
+        members = torch.randperm(n, generator=generator)[:size].tolist()
+        weight = float(torch.randn((), generator=generator).exp())
+        terms.append((members, weight, bool(torch.rand((), generator=generator) < 0.5)))
+        truth[members] += weight / size
+
+    def worth(masks: Tensor) -> Tensor:
+        present = [(masks[:, members], weight, conj) for members, weight, conj in terms]
+        return sum(w * (m.all(1) if conj else m.any(1)).double() for m, w, conj in present)
+
+    return worth, truth
+
+
+def linear_game(weights: Sequence[float]) -> Game:
+    return lambda masks: 1.5 + masks.double() @ torch.tensor(weights).double()
+
+
+def shapley(worth: Game, n: int) -> list[float]:
+    """The definition, coalition by coalition."""
+
+    def value(members: tuple[int, ...]) -> float:
+        mask = torch.zeros(1, n, dtype=torch.bool)
+        mask[0, list(members)] = True
+        return float(worth(mask))
+
+    values = []
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        total = 0.0
+        for size in range(n):
+            weight = math.factorial(size) * math.factorial(n - size - 1) / math.factorial(n)
+            for members in itertools.combinations(others, size):
+                total += weight * (value((*members, i)) - value(members))
+        values.append(total)
+    return values
+
+
+def whole(n: int, n_target: int = 1) -> Scope:
+    return Scope(torch.full((n_target,), n), torch.full((n_target,), -1))
+
+
+def plan_for(name: str, n: int, seed: int = 0) -> Plan:
+    """A plan with which the named solver is exact, or for which it samples generously."""
+    generator = seeded(seed)
+    if name == "exact":
+        return plan_exact(n, common_draw=True)
+    if name == "kernel":
+        return plan_pairs(n, 2**n, generator=generator)
+    if name == "sampled kernel":
+        return plan_pairs(n, 2**n - 2, generator=generator)
+    return plan_permutations(n, 200, generator=generator)
+
+
+SOLVERS: dict[str, Solver] = {
+    "exact": solve_exact,
+    "kernel": solve_kernel,
+    "sampled kernel": solve_kernel,
+    "permutations": solve_permutations,
+}
+ENUMERATED = ["exact", "kernel"]
+
+
+def solve(name: str, n: int, *games: Game, seed: int = 0) -> Solution:
+    plan = join_plans([plan_anchors(n), plan_for(name, n, seed)])
+    values = torch.stack([game(plan.masks) for game in games], 1)
+    return SOLVERS[name](plan, values, whole(n, len(games)))
+
+
+# Plans
+
+
+def test_anchors_hold_full_empty_and_each_required_column_alone():
+    plan = plan_anchors(4, required=[2, -1, 3, 2], n_empty=2)
+    expected = ["1111", "0000", "0000", "0010", "0010", "0001", "0001"]
+    assert ["".join(str(int(bit)) for bit in row) for row in plan.masks] == expected
+    assert plan.draws.tolist() == list(range(7))
+
+
+def test_exact_plan_holds_every_coalition_once_per_draw():
+    plan = plan_exact(4, n_draws=3)
+    rows = sorted(tuple(row) for row in plan.masks.tolist())
+    assert rows == sorted(list(itertools.product([False, True], repeat=4)) * 3)
+    assert plan.draws.unique().numel() == len(plan.masks)
+    assert plan_exact(4, n_draws=3, common_draw=True).draws.bincount().tolist() == [16] * 3
+
+
+@given(n=st.integers(0, 6), orders=st.integers(1, 5), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=25)
+def test_walks_add_one_feature_at_a_time_and_come_with_their_reverse(n, orders, seed):
+    plan = plan_permutations(n, orders, generator=seeded(seed))
+    walks = plan.masks.view(orders, n + 1, n).int()
+    assert (walks.sum(2) == torch.arange(n + 1)).all()
+    assert (walks.diff(dim=1) >= 0).all()
+    draws = plan.draws.view(orders, n + 1)
+    for first in range(0, orders - 1, 2):
+        # The reverse order passes through the complements, from the other end.
+        assert (walks[first + 1].flip(0) == 1 - walks[first]).all()
+    assert draws[:, 0].tolist() == [order // 2 for order in range(orders)]
+    assert (draws == draws[:, :1]).all()
+
+
+def test_pairs_are_complements_of_one_draw_and_an_odd_one_is_alone():
+    plan = plan_pairs(12, 101, generator=seeded(0))
+    assert len(plan.masks) == 101
+    assert (plan.masks[0:100:2] == ~plan.masks[1:100:2]).all()
+    assert plan.draws.bincount().tolist() == [2] * 50 + [1]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5])
+def test_pairs_enumerate_when_the_budget_allows(n):
+    plan = plan_pairs(n, 2**n, generator=seeded(0))
+    assert len({tuple(row) for row in plan.masks.tolist()}) == len(plan.masks) == 2**n
+
+
+@pytest.mark.parametrize("visible", [3, 7, 15])
+def test_sizes_of_pairs_are_uniform_on_every_prefix(visible):
+    plan = plan_pairs(15, 20000, generator=seeded(1))
+    share = plan.masks[:, :visible].sum(1).bincount(minlength=visible + 1) / 20000
+    # Binomial standard deviation is at most 0.0031; five of them.
+    assert share.tolist() == pytest.approx([1 / (visible + 1)] * (visible + 1), abs=0.016)
+
+
+def test_lime_rows_are_fair_coins():
+    plan = plan_lime(10, 20000, generator=seeded(2))
+    assert plan.masks.double().mean(0).tolist() == pytest.approx([0.5] * 10, abs=0.02)
+    sizes = plan.masks.sum(1).bincount(minlength=11) / 20000
+    expected = [math.comb(10, size) / 2**10 for size in range(11)]
+    assert sizes.tolist() == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("planner", [plan_permutations, plan_pairs, plan_lime])
+def test_plans_come_from_their_generator_alone(planner):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = planner(9, 20, generator=seeded(5))
+    torch.manual_seed(1)
+    second = planner(9, 20, generator=seeded(5))
+    torch.manual_seed(0)
+    assert torch.equal(first.masks, second.masks)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(first.masks, planner(9, 20, generator=seeded(6)).masks)
+
+
+def test_joining_keeps_rows_and_separates_draws():
+    parts = [plan_anchors(3), plan_leave_one_out(3, common_draw=True), plan_exact(3)]
+    plan = join_plans(parts)
+    assert torch.equal(plan.masks, torch.cat([part.masks for part in parts]))
+    assert plan.draws.tolist() == [0, 1, 2, 2, 2, *range(3, 11)]
+    assert plan.n_anchors == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plan_exact(17), "17 features have 2\\*\\*17 coalitions.*plan_pairs"),
+        (lambda: plan_pairs(5, 0, generator=seeded(0)), "`n_evaluations` is 0"),
+        (lambda: plan_permutations(5, 0, generator=seeded(0)), "`n_orders` is 0"),
+        (lambda: plan_anchors(3, n_empty=0), "`n_empty` is 0"),
+        (lambda: plan_anchors(3, required=[3]), "`required` names columns \\[3\\]"),
+        (lambda: join_plans([]), "`plans` is empty"),
+        (lambda: join_plans([plan_exact(2), plan_exact(3)]), "\\[2, 3\\] features"),
+        (lambda: join_plans([plan_exact(2), plan_anchors(2)]), "Anchors must come first"),
+    ],
+)
+def test_planners_say_what_they_want(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# Exact answers
+
+
+@pytest.mark.parametrize("name", ENUMERATED)
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_enumeration_agrees_with_the_definition(name, n):
+    games = [table_game(n, seed) for seed in range(3)]
+    solution = solve(name, n, *games)
+    for game, attributions in zip(games, solution.attributions, strict=True):
+        assert attributions.tolist() == pytest.approx(shapley(game, n), abs=1e-9)
+    assert not solution.standard_errors.any()
+
+
+def test_all_orders_agree_with_the_definition():
+    n, game = 4, table_game(4, 3)
+    walks = [
+        torch.tensor(order).argsort() < step
+        for order in itertools.permutations(range(n))
+        for step in range(n + 1)
+    ]
+    masks = torch.stack(walks)
+    plan = join_plans([plan_anchors(n), Plan(masks, torch.arange(len(masks)) // (n + 1))])
+    solution = solve_permutations(plan, game(plan.masks)[:, None], whole(n))
+    assert solution.attributions[0].tolist() == pytest.approx(shapley(game, n), abs=1e-9)
+
+
+N_PROMPT, N_OUTPUT = 5, 4
+
+
+def generation(required: Sequence[int] = (-1, -1, -1, -1)) -> tuple[Scope, list[Game]]:
+    """A game per generated token, over the prompt and the tokens before it."""
+    visible = [
+        N_PROMPT + step if column < 0 else min(column, N_PROMPT + step)
+        for step, column in enumerate(required)
+    ]
+    games = [table_game(n, 10 + n) for n in visible]
+    return Scope(torch.tensor(visible), torch.tensor(required)), games
+
+
+def play(plan: Plan, scope: Scope, games: Sequence[Game]) -> Tensor:
+    values = torch.empty(len(plan.masks), len(games)).double()
+    for target, (n, column) in enumerate(
+        zip(scope.n_visible.tolist(), scope.required.tolist(), strict=True)
+    ):
+        values[:, target] = games[target](plan.masks[:, :n])
+        if column >= 0:
+            values[~plan.masks[:, column], target] = torch.nan
+    return values
+
+
+@pytest.mark.parametrize("name", ENUMERATED)
+@pytest.mark.parametrize("required", [(-1, -1, -1, -1), (-1, 5, -1, 7)])
+def test_all_steps_at_once_are_each_step_by_itself(name, required):
+    n = N_PROMPT + N_OUTPUT
+    scope, games = generation(required)
+    plan = join_plans([plan_anchors(n, required=required), plan_for(name, n)])
+    solution = SOLVERS[name](plan, play(plan, scope, games), scope)
+    for target, visible in enumerate(scope.n_visible.tolist()):
+        expected = shapley(games[target], visible) + [0.0] * (n - visible)
+        assert solution.attributions[target].tolist() == pytest.approx(expected, abs=1e-9)
+        assert not solution.attributions[target, visible:].any()
+
+
+def test_walks_of_all_steps_restrict_to_walks_of_each():
+    n = N_PROMPT + N_OUTPUT
+    scope, games = generation()
+    plan = join_plans([plan_anchors(n), plan_permutations(n, 7, generator=seeded(4))])
+    solution = solve_permutations(plan, play(plan, scope, games), scope)
+    orders = plan.masks[plan.n_anchors :].view(7, n + 1, n).sum(1).argsort(1, descending=True)
+    for target, visible in enumerate(scope.n_visible.tolist()):
+        expected = torch.zeros(visible).double()
+        for order in orders.tolist():
+            mask = torch.zeros(1, visible, dtype=torch.bool)
+            for feature in (column for column in order if column < visible):
+                before = games[target](mask).item()
+                mask[0, feature] = True
+                expected[feature] += (games[target](mask).item() - before) / 7
+        found = solution.attributions[target, :visible]
+        assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+
+
+@pytest.mark.parametrize("column", [-1, 6])
+def test_leave_one_out_is_the_difference_it_says(column):
+    n = N_PROMPT + N_OUTPUT
+    scope, games = generation((-1, -1, -1, column))
+    plan = join_plans([plan_anchors(n, required=[column]), plan_leave_one_out(n, common_draw=True)])
+    solution = solve_leave_one_out(plan, play(plan, scope, games), scope)
+    for target, visible in enumerate(scope.n_visible.tolist()):
+        full = torch.ones(1, visible, dtype=torch.bool)
+        for feature in range(visible):
+            without = full.clone()
+            without[0, feature] = False
+            expected = float(games[target](full) - games[target](without))
+            assert float(solution.attributions[target, feature]) == pytest.approx(expected)
+    assert not solution.standard_errors.any()
+
+
+# Axioms
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@given(seed=st.integers(0, 999))
+@settings(deadline=None, max_examples=10)
+def test_attributions_sum_to_what_there_is_to_explain(name, seed):
+    solution = solve(name, 6, table_game(6, seed), seed=seed)
+    gap = solution.attributions.sum(1) - (solution.full_values - solution.empty_values)
+    assert float(gap.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_additive_games_come_back_and_dummies_get_nothing(name):
+    weights = [2.0, -1.0, 0.0, 0.5, 0.0, 0.5]
+    solution = solve(name, 6, linear_game(weights))
+    assert solution.attributions[0].tolist() == pytest.approx(weights, abs=1e-9)
+    assert float(solution.empty_values) == pytest.approx(1.5)
+    # Standard errors of the regression are computed in float32.
+    assert float(solution.standard_errors.max()) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ENUMERATED)
+def test_dummies_get_nothing_and_equals_the_same(name):
+    inner = table_game(3, 8)
+
+    def game(masks: Tensor) -> Tensor:
+        either = torch.stack([masks[:, 0] | masks[:, 1], masks[:, 2], masks[:, 3]], 1)
+        return inner(either)
+
+    attributions = solve(name, 5, game).attributions[0].tolist()
+    assert attributions[0] == pytest.approx(attributions[1], abs=1e-9)
+    assert attributions[4] == pytest.approx(0, abs=1e-9)
+    assert abs(attributions[2]) > 0.01
+
+
+def test_a_dummy_gets_nothing_from_any_walk():
+    solution = solve("permutations", 6, lambda masks: table_game(5, 1)(masks[:, :5]))
+    assert float(solution.attributions[0, 5]) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [*ENUMERATED, "permutations"])
+def test_attributions_are_linear_in_the_game(name):
+    first, second = table_game(5, 1), table_game(5, 2)
+    solution = solve(name, 5, first, second, lambda masks: 2 * first(masks) - second(masks))
+    a, b, both = solution.attributions
+    assert both.tolist() == pytest.approx((2 * a - b).tolist(), abs=1e-9)
+
+
+# Estimates
+
+
+@pytest.mark.parametrize("required", [-1, 15])
+@pytest.mark.parametrize("visible", [4, 6])
+def test_weights_turn_the_law_of_sampling_into_the_shapley_kernel(visible, required):
+    """Many rows and an additive fit: only the right weights lead to the exact values."""
+    game = table_game(visible, 15)
+    scope = Scope(torch.tensor([visible]), torch.tensor([required]))
+    sampled = plan_pairs(16, 60000, generator=seeded(0))
+    plan = join_plans([plan_anchors(16, required=[required]), sampled])
+    values = game(plan.masks[:, :visible])[:, None]
+    if required >= 0:
+        values[~plan.masks[:, required]] = torch.nan
+    solution = solve_kernel(plan, values, scope)
+    exact = torch.tensor(shapley(game, visible))
+    error = solution.attributions[0, :visible] - exact
+    assert (error.abs() < 4 * solution.standard_errors[0, :visible]).all()
+    assert float(solution.standard_errors.max()) < 0.03
+
+
+@pytest.mark.parametrize("required", [-1, 11])
+@pytest.mark.parametrize("kind", ["pairs", "permutations"])
+def test_estimates_with_random_texts_are_right_on_average(kind, required):
+    """Values depend on the draw; the mean over seeds must approach the mean game's."""
+    n, visible, n_seeds = 12, 5, 40
+    game = table_game(visible, 5)
+    scope = Scope(torch.tensor([visible]), torch.tensor([required]))
+    found = torch.zeros(n_seeds, visible).double()
+    for seed in range(n_seeds):
+        generator = seeded(seed)
+        if kind == "pairs":
+            sampled = plan_pairs(n, 1000, generator=generator)
+        else:
+            sampled = plan_permutations(n, 76, generator=generator)
+        plan = join_plans([plan_anchors(n, required=[required], n_empty=8), sampled])
+        absent = ~plan.masks[:, :visible]
+        texts = torch.randn(int(plan.draws.max()) + 1, visible, generator=generator).double()
+        noise = 0.3 * (texts[plan.draws] * absent).sum(1)
+        values = (game(plan.masks[:, :visible]) + noise)[:, None]
+        if required >= 0:
+            values[~plan.masks[:, required]] = torch.nan
+        solver = solve_kernel if kind == "pairs" else solve_permutations
+        found[seed] = solver(plan, values, scope).attributions[0, :visible]
+    error = found.mean(0) - torch.tensor(shapley(game, visible))
+    # Four standard deviations of a mean over seeds, and room for the shrinkage of the ridge.
+    bound = 4 * found.std(0) / math.sqrt(n_seeds) + 0.06
+    assert (error.abs() < bound).all(), (error, bound)
+    assert float(found.std(0).max()) < 1.5
+
+
+@pytest.mark.parametrize("kind", ["pairs", "permutations"])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_intervals_cover_the_truth_about_as_often_as_they_say(kind, noise):
+    n, covered = 30, []
+    for seed in range(12):
+        game, truth = term_game(n, seed, n_terms=30)
+        generator = seeded(seed)
+        if kind == "pairs":
+            sampled, solver = plan_pairs(n, 16 * n, generator=generator), solve_kernel
+        else:
+            sampled, solver = plan_permutations(n, 16, generator=generator), solve_permutations
+        plan = join_plans([plan_anchors(n), sampled])
+        values = game(plan.masks)
+        values[2:] += noise * torch.randn(len(values) - 2, generator=generator).double()
+        solution = solver(plan, values[:, None], whole(n))
+        misses = (solution.attributions[0] - truth).abs() > 1.96 * solution.standard_errors[0]
+        covered.append(1 - float(misses.double().mean()))
+    assert 0.88 < sum(covered) / len(covered) < 0.99
+
+
+@pytest.mark.parametrize(("multiple", "bound"), [(8, 0.12), (16, 0.06)])
+def test_the_kernel_is_as_accurate_as_promised(multiple, bound):
+    """Bounds: what is asked of n = 50 in the design, with a fifth of room."""
+    errors = []
+    for seed in range(9):
+        game, truth = term_game(50, 100 + seed, n_terms=50)
+        plan = join_plans([plan_anchors(50), plan_pairs(50, 50 * multiple, generator=seeded(seed))])
+        found = solve_kernel(plan, game(plan.masks)[:, None], whole(50)).attributions[0]
+        errors.append(float((found - truth).square().sum() / truth.square().sum()))
+    assert sorted(errors)[4] < bound
+
+
+def test_targets_do_not_change_one_another():
+    n = N_PROMPT + N_OUTPUT
+    scope, games = generation((-1, 5, -1, -1))
+    plan = join_plans([plan_anchors(n, required=[5]), plan_pairs(n, 90, generator=seeded(3))])
+    values = play(plan, scope, games)
+    together = solve_kernel(plan, values, scope).attributions
+    for target in range(len(games)):
+        alone = Scope(scope.n_visible[[target]], scope.required[[target]])
+        found = solve_kernel(plan, values[:, [target]], alone).attributions
+        assert found[0].tolist() == pytest.approx(together[target].tolist(), abs=1e-9)
+
+
+# Standard errors
+
+
+def test_exact_standard_errors_are_the_spread_over_draws():
+    n, n_draws = 3, 6
+    plan = join_plans([plan_anchors(n), plan_exact(n, n_draws=n_draws, common_draw=True)])
+    texts = torch.randn(n_draws + 2, n, generator=seeded(0)).double()
+    # An absent feature contributes its text: attribution i is 1 - text_i, draw by draw.
+    present = plan.masks.double()
+    values = (present + (1 - present) * texts[plan.draws]).sum(1, keepdim=True)
+    # The anchored empty row has a draw of its own; give it the mean, so that nothing is added.
+    values[1] = texts[2:].sum(1).mean()
+    solution = solve_exact(plan, values, whole(n))
+    own = 1 - texts[2:]
+    assert solution.attributions[0].tolist() == pytest.approx(own.mean(0).tolist(), abs=1e-9)
+    # The empty coalition has one draw more than the others, hence not quite the same.
+    expected = (own.std(0) / math.sqrt(n_draws)).tolist()
+    assert solution.standard_errors[0].tolist() == pytest.approx(expected, rel=0.2)
+
+
+def test_leave_one_out_standard_errors_are_those_of_a_mean():
+    plan = join_plans([plan_anchors(2), plan_leave_one_out(2, n_draws=5)])
+    noise = torch.randn(5, 2, generator=seeded(1)).double()
+    values = torch.cat([torch.tensor([3.0, 0.0]).double(), noise.flatten()])[:, None]
+    solution = solve_leave_one_out(plan, values, whole(2))
+    assert solution.attributions[0].tolist() == pytest.approx((3 - noise.mean(0)).tolist())
+    expected = (noise.std(0) / math.sqrt(5)).tolist()
+    assert solution.standard_errors[0].tolist() == pytest.approx(expected)
+
+
+def test_permutation_standard_errors_are_those_of_pair_means():
+    n, n_pairs = 4, 5
+    game = table_game(n, 2)
+    plan = join_plans([plan_anchors(n), plan_permutations(n, 2 * n_pairs, generator=seeded(0))])
+    values = game(plan.masks)[:, None]
+    solution = solve_permutations(plan, values, whole(n))
+    means = []
+    for pair in range(n_pairs):
+        rows = torch.cat([torch.arange(2), 2 + 10 * pair + torch.arange(10)])
+        part = Plan(plan.masks[rows], plan.draws[rows], n_anchors=2)
+        means.append(solve_permutations(part, values[rows], whole(n)).attributions[0])
+    spread = torch.stack(means).std(0) / math.sqrt(n_pairs)
+    # 2.7764 is Student's t for four degrees of freedom, 97.5 %; the series is good to 0.5 %.
+    expected = (spread * 2.7764 / 1.96).tolist()
+    assert solution.standard_errors[0].tolist() == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("plan", "solver"),
+    [
+        (plan_exact(3), solve_exact),
+        (plan_leave_one_out(3), solve_leave_one_out),
+        (plan_permutations(3, 2, generator=seeded(0)), solve_permutations),
+    ],
+)
+def test_a_single_draw_cannot_tell_its_error(plan, solver):
+    joined = join_plans([plan_anchors(3), plan])
+    solution = solver(joined, table_game(3, 0)(joined.masks)[:, None], whole(3))
+    assert solution.standard_errors.isnan().all()
+    assert solution.attributions.isfinite().all()
+
+
+def test_empty_values_average_draws_not_rows():
+    plan = Plan(torch.tensor([[1], [0], [0], [0]]).bool(), torch.tensor([0, 1, 2, 2]), 2)
+    values = torch.tensor([[5.0], [1.0], [2.0], [2.0]]).double()
+    solution = solve_exact(plan, values, whole(1))
+    assert float(solution.empty_values) == pytest.approx(1.5)
+    assert float(solution.attributions) == pytest.approx(3.5)
+
+
+# Lime
+
+
+def lime_case(seed: int = 0) -> tuple[Plan, Tensor, Scope]:
+    scope = Scope(torch.tensor([9, 6, 9]), torch.tensor([-1, 8, -1]))
+    plan = join_plans([plan_anchors(9, required=[8]), plan_lime(9, 150, generator=seeded(seed))])
+    values = play(plan, scope, [table_game(n, seed + n) for n in (9, 6, 9)])
+    values[:, 2] += 3 * plan.masks[:, 1].double()
+    return plan, values, scope
+
+
+def sklearn_model(penalty: str | None, alpha: float):
+    linear = pytest.importorskip("sklearn.linear_model")
+    return {
+        "l1": partial(linear.Lasso, alpha=alpha, tol=1e-12, max_iter=100000),
+        "l2": partial(linear.Ridge, alpha=alpha),
+        None: linear.LinearRegression,
+    }[penalty]()
+
+
+@pytest.mark.parametrize("penalty", ["l1", "l2", None])
+@pytest.mark.parametrize("alpha", [0.01, 0.1])
+def test_lime_fits_what_scikit_learn_fits(penalty, alpha):
+    plan, values, scope = lime_case()
+    solution = solve_lime(plan, values, scope, alpha=alpha, penalty=penalty)
+    for target in range(3):
+        visible = int(scope.n_visible[target])
+        rows = torch.arange(len(values)) >= plan.n_anchors
+        rows &= ~values[:, target].isnan()
+        masks = plan.masks[rows, :visible]
+        model = sklearn_model(penalty, alpha)
+        weights = [
+            # Captum's default similarity, written out.
+            math.exp(-((1 - math.sqrt(sum(row) / visible)) ** 2) / 2)
+            for row in masks.tolist()
+        ]
+        model.fit(masks.numpy(), values[rows, target].numpy(), sample_weight=weights)
+        found = solution.attributions[target]
+        assert found[:visible].tolist() == pytest.approx(model.coef_.tolist(), abs=1e-7)
+        assert not found[visible:].any()
+    assert bool(solution.standard_errors[0].isnan().all()) == (penalty == "l1")
+
+
+def test_the_kernel_is_captums():
+    lime = pytest.importorskip("captum.attr._core.lime")
+    masks = torch.rand(20, 7, generator=seeded(0)) < 0.5
+    masks[0] = False
+    similarity = lime.get_exp_kernel_similarity_function("cosine", 0.7)
+    ones = torch.ones(1, 7)
+    expected = [similarity(ones, mask[None].float(), None) for mask in masks]
+    # Captum works in float32.
+    assert cosine_kernel(masks, width=0.7).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_least_squares_intervals_cover_an_additive_truth_in_noise():
+    weights = torch.linspace(-1, 1, 10).double()
+    covered = torch.zeros(10)
+    for seed in range(60):
+        generator = seeded(seed)
+        plan = join_plans([plan_anchors(10), plan_lime(10, 80, generator=generator)])
+        noise = torch.randn(len(plan.masks), generator=generator).double()
+        values = (plan.masks.double() @ weights + noise)[:, None]
+        solution = solve_lime(plan, values, whole(10), penalty=None)
+        error = (solution.attributions[0] - weights).abs()
+        covered += error <= 1.96 * solution.standard_errors[0]
+    # 600 correlated trials: three standard deviations are 0.03, and the jackknife is cautious.
+    assert 0.92 < float(covered.mean()) / 60 < 0.99
+
+
+# Edges
+
+EVERY: dict[str, tuple[Callable[[int], Plan], Solver]] = {
+    "leave one out": (plan_leave_one_out, solve_leave_one_out),
+    "exact": (plan_exact, solve_exact),
+    "one order": (lambda n: plan_permutations(n, 1, generator=seeded(0)), solve_permutations),
+    "three orders": (lambda n: plan_permutations(n, 3, generator=seeded(0)), solve_permutations),
+    "one row": (lambda n: plan_pairs(n, 1, generator=seeded(0)), solve_kernel),
+    "few pairs": (lambda n: plan_pairs(n, 6, generator=seeded(0)), solve_kernel),
+    "all pairs": (lambda n: plan_pairs(n, 2**n, generator=seeded(0)), solve_kernel),
+    "lasso": (lambda n: plan_lime(n, 20, generator=seeded(0)), solve_lime),
+    "ridge": (
+        lambda n: plan_lime(n, 2, generator=seeded(0)),
+        partial(solve_lime, penalty="l2", alpha=1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("visible", [0, 1, 2, 7])
+def test_few_features_and_small_budgets(name, visible):
+    planner, solver = EVERY[name]
+    n = 7
+    plan = join_plans([plan_anchors(n), planner(n)])
+    game = table_game(visible, 4)
+    scope = Scope(torch.tensor([visible, visible]), torch.tensor([-1, -1]))
+    constant = torch.full((len(plan.masks),), 0.7).double()
+    values = torch.stack([game(plan.masks[:, :visible]), constant], 1)
+    solution = solver(plan, values, scope)
+    assert solution.attributions.isfinite().all()
+    assert not solution.attributions[:, visible:].any()
+    assert solution.attributions[1].tolist() == pytest.approx([0] * n, abs=1e-9)
+    gain = float(solution.full_values[0] - solution.empty_values[0])
+    if visible == 0:
+        assert gain == 0
+    elif solver in (solve_exact, solve_kernel, solve_permutations):
+        assert float(solution.attributions[0].sum()) == pytest.approx(gain, abs=1e-9)
+    if visible == 1 and solver in (solve_exact, solve_kernel, solve_permutations):
+        assert float(solution.attributions[0, 0]) == pytest.approx(gain, abs=1e-9)
+
+
+@pytest.mark.parametrize("solver", [solve_exact, solve_kernel, solve_permutations, solve_lime])
+def test_no_features_at_all(solver):
+    plan = join_plans([plan_anchors(0), plan_permutations(0, 2, generator=seeded(0))])
+    solution = solver(plan, torch.full((len(plan.masks), 2), 0.5).double(), whole(0, 2))
+    assert solution.attributions.shape == (2, 0)
+    assert solution.full_values.tolist() == solution.empty_values.tolist() == [0.5, 0.5]
+
+
+def test_repeated_coalitions_change_nothing_that_is_exact():
+    game = table_game(4, 6)
+    once = [plan_anchors(4), plan_pairs(4, 16, generator=seeded(0))]
+    plan = join_plans([*once, once[1], once[1]])
+    solution = solve_kernel(plan, game(plan.masks)[:, None], whole(4))
+    assert solution.attributions[0].tolist() == pytest.approx(shapley(game, 4), abs=1e-9)
+    assert not solution.standard_errors.any()
+
+
+def test_rounds_are_one_sample():
+    """Rounds joined one by one are worth what they would have been at once."""
+    game, truth = term_game(20, 7, n_terms=15)
+    generator = seeded(7)
+    rounds = [plan_pairs(20, 100, generator=generator) for _ in range(4)]
+    errors = []
+    for k in (1, 4):
+        plan = join_plans([plan_anchors(20), *rounds[:k]])
+        solution = solve_kernel(plan, game(plan.masks)[:, None], whole(20))
+        errors.append(float((solution.attributions[0] - truth).square().sum()))
+    assert errors[1] < errors[0] / 2
+
+
+def good() -> tuple[Plan, Tensor, Scope]:
+    plan = join_plans([plan_anchors(3), plan_pairs(3, 6, generator=seeded(0))])
+    return plan, table_game(3, 0)(plan.masks)[:, None], whole(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, v, s: (p, v[1:], s), "`values` has shape \\(7, 1\\)"),
+        (lambda p, v, s: (p, v, whole(4)), "`n_visible` must lie in 0..3"),
+        (lambda p, v, s: (p, v, Scope(s.n_visible, torch.tensor([1]))), "`required` be -1"),
+        (lambda p, v, s: (p, v * torch.nan, s), "holds NaN for targets \\[0\\]"),
+        (
+            lambda p, v, s: (Plan(p.masks[:1], p.draws[:1]), v[:1], s),
+            "no full or no empty row.*plan_anchors",
+        ),
+    ],
+)
+def test_solvers_say_what_they_want(change, message):
+    with pytest.raises(ValueError, match=message):
+        solve_kernel(*change(*good()))
+
+
+@pytest.mark.parametrize("solver", [solve_exact, solve_leave_one_out, solve_permutations])
+def test_solvers_refuse_plans_they_cannot_use(solver):
+    with pytest.raises(ValueError, match=r"plan_|planner"):
+        solver(*good())
+
+
+def test_lime_says_what_it_wants():
+    with pytest.raises(ValueError, match="`alpha` is -1"):
+        solve_lime(*good(), alpha=-1)
+    with pytest.raises(ValueError, match="`penalty` is 'l0'"):
+        solve_lime(*good(), penalty="l0")
