@@ -261,6 +261,7 @@ def large(seed: int) -> dict[str, Any]:
         "n_target": n_target,
         "n_features": n,
         "n_coalitions": 8000,
+        "threads": torch.get_num_threads(),
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,
         "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

@@ -14,13 +14,15 @@ before it::
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines import Baseline, Deletion, FixedTexts, Slot, TokenBaseline
 from captum_llm_ext.baselines.corpus import CorpusBaselines, Match
-from captum_llm_ext.inputs import TextSegmentInput
+from captum_llm_ext.demo import load_demo
+from captum_llm_ext.inputs import ChatInput, TextSegmentInput
 from captum_llm_ext.result import GenerationAttributionResult
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Baseline",
+    "ChatInput",
     "CorpusBaselines",
     "Deletion",
     "FixedTexts",
@@ -30,4 +32,5 @@ __all__ = [
     "Slot",
     "TextSegmentInput",
     "TokenBaseline",
+    "load_demo",
 ]

@@ -4,12 +4,13 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from captum_llm_ext.demo import PROMPT, folder
+from captum_llm_ext.segment import segmenter
+
 _METHODS = ("ShapleyValueSampling", "KernelShap", "FeatureAblation", "Lime")
-_PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 _DEMO = """\
 Attributes a generated text to its prompt and to itself, word by word and token by token.
 
@@ -50,14 +51,13 @@ def demo(arguments: argparse.Namespace) -> None:
     """Generates, attributes, prints a table and writes a picture, a page and the numbers."""
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    if arguments.unit not in ("token", "word", "sentence"):
-        raise ValueError(f"unknown unit {arguments.unit!r}: give token, word or sentence.")
-    with as_file(files("captum_llm_ext") / "demo_model") as shipped:
-        own = arguments.model is None
-        if arguments.prompt is None and not own:
-            raise ValueError("--model needs a --prompt to continue.")
-        corpus = arguments.corpus or (shipped / "corpus.txt" if own else None)
-        result = _attribute(arguments, str(shipped) if own else arguments.model, corpus)
+    if arguments.unit != "token":
+        segmenter(arguments.unit)  # a name that is none is told before a model is loaded
+    own = arguments.model is None
+    if arguments.prompt is None and not own:
+        raise ValueError("--model needs a --prompt to continue.")
+    corpus = arguments.corpus or (folder() / "corpus.txt" if own else None)
+    result = _attribute(arguments, str(folder()) if own else arguments.model, corpus)
     print(f"\n{result}\n")
     result.to_html(out / "demo.html", title="captum-llm-ext demo")
     figure, _ = result.plot_token_attr()
@@ -80,7 +80,7 @@ def _attribute(arguments: argparse.Namespace, name: str, corpus: Any) -> Any:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name).eval()
-    prompt = _PROMPT if arguments.prompt is None else arguments.prompt
+    prompt = PROMPT if arguments.prompt is None else arguments.prompt
     baselines = None if corpus is None else CorpusBaselines(corpus, seed=arguments.seed)
     inp = TextSegmentInput(prompt, tokenizer, arguments.unit, baselines=baselines)
     method = getattr(captum.attr, arguments.method)(model)
@@ -122,7 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     add = demo.add_argument
     add("--model", metavar="PATH_OR_NAME", help="a Hugging Face causal language model")
     add("--prompt", metavar="TEXT", help="what the model continues")
-    add("--unit", default="word", help="prompt features: token, word (default) or sentence")
+    add(
+        "--unit",
+        default="word",
+        help="prompt features: token, word (default), sentence, line, paragraph, block",
+    )
     add("--max-new-tokens", type=int, default=40, metavar="N", help="default 40")
     add("--corpus", metavar="FILE", help="text to draw replacements from, a document a line")
     add("--method", choices=_METHODS, default=_METHODS[0], help=f"default {_METHODS[0]}")

@@ -1,9 +1,12 @@
 """`GenerationAttribution`: captum's LLM attribution, for prompt and generated text alike."""
 
+import inspect
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -153,11 +156,7 @@ class GenerationAttribution(LLMAttribution):
         if tol is not None and not tol > 0:
             raise ValueError(f"`tol` is {tol!r}: give a number above 0, such as 0.05.")
         if kwargs and is_known(self.attr_method):
-            raise TypeError(
-                f"attribute() got {', '.join(map(repr, sorted(kwargs)))}, which "
-                f"{type(self.attr_method).__name__} does not take: leave it out. What stands for "
-                "absent features is said by the input (`baselines=`)."
-            )
+            raise TypeError(_unknown_argument(next(iter(kwargs)), self.attr_method))
         effort = _Effort(
             Budget(n_samples, n_draws, max_exact_features), num_trials, tol, max_evaluations
         )
@@ -274,6 +273,7 @@ class GenerationAttribution(LLMAttribution):
             draws=outcome.plan.draws.to(self.device),
             target=game.target.to(self.device),
             prompt_pieces=prompt.pieces,
+            levels=prompt.levels,
             output_pieces=generated.pieces,
             provenance=self._provenance(game, outcome, gen_args),
         )
@@ -295,7 +295,7 @@ class GenerationAttribution(LLMAttribution):
             "n_evaluations": game.run.scorer.n_evaluations,
             "deterministic_baselines": game.deterministic,
             "generation": None if gen_args is None else {k: repr(v) for k, v in gen_args.items()},
-            "model": getattr(config, "_name_or_path", "") or type(self.model).__name__,
+            "model": _model_name(getattr(config, "_name_or_path", "")),
             "model_class": type(self.model).__name__,
             "dtype": str(parameter.dtype) if parameter is not None else None,
             "device": str(self.device),
@@ -551,6 +551,22 @@ def _as_ids(target: object, tokenizer: Any) -> Tensor:
 def _at_least_one(name: str, value: int | None) -> None:
     if value is not None and (not isinstance(value, int) or value < 1):
         raise ValueError(f"`{name}` is {value!r}: give an integer of at least 1.")
+
+
+def _unknown_argument(name: str, method: PerturbationAttribution) -> str:
+    said = f"attribute() got {name!r}, which {type(method).__name__} does not take"
+    known = inspect.signature(GenerationAttribution.attribute).parameters
+    close = get_close_matches(name, known, n=1, cutoff=0.8)
+    if close:
+        return f"{said}: did you mean {close[0]!r}?"
+    if name == "baselines":
+        return f"{said}: what stands for absent features is said by the input."
+    return f"{said}: leave it out."
+
+
+def _model_name(name: str) -> str | None:
+    """The model's name; of a local folder its last part: results are shown to others."""
+    return (Path(name).name if Path(name).exists() else name) or None
 
 
 def _name_of(function: object) -> str:

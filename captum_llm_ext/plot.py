@@ -404,6 +404,8 @@ def _mark_cells(
 
 def _write_cell(ax: Axes, x: float, y: float, value: float, colours: _Colours) -> None:
     text, ink = _number(value, colours.scale), colours.ink(value)
+    if not text.strip("0."):
+        return  # a page of zeros hides what is none
     number = ax.text(x, y, text, ha="center", va="center", size=_LABEL_POINTS - 1, color=ink)
     number.set_in_layout(False)  # within its cell anyway, and measuring hundreds is slow
 

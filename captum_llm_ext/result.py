@@ -4,13 +4,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from captum.attr import InterpretableInput, LLMAttributionResult
 from torch import Tensor
 
-from captum_llm_ext.inputs import Piece
+from captum_llm_ext.inputs import Level, Piece
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +35,30 @@ _TENSORS = (
 _NAMES = ("input_tokens", "output_tokens", "output_features")
 
 
+class Cause(NamedTuple):
+    """One feature's share in a target token.
+
+    Attributes:
+        name: The feature.
+        attribution: In the unit of the value (nats for log-probabilities).
+        standard_error: 0 where the attribution is exact, NaN where it cannot be told.
+        column: Of `full_attr`.
+        is_output: Whether it is earlier output, not a part of the prompt.
+    """
+
+    name: str
+    attribution: float
+    standard_error: float
+    column: int
+    is_output: bool
+
+    def __str__(self) -> str:
+        name = self.name.strip()
+        name = name if any(map(str.isalnum, name)) else repr(self.name)
+        error = f" ± {self.standard_error:.2f}" if self.standard_error > 0 else ""
+        return f"{name}{' (output)' if self.is_output else ''} {self.attribution:+.2f}{error}"
+
+
 class GenerationAttributionResult(LLMAttributionResult):
     """Attributions of every target token to the prompt and to the output before it.
 
@@ -43,8 +67,9 @@ class GenerationAttributionResult(LLMAttributionResult):
     coalitions.
 
     Attributes:
-        input_tokens: ``P`` names of prompt columns, in prompt order.
-        output_tokens: ``T`` printable names of the target tokens.
+        input_tokens: ``P`` names of prompt columns, in prompt order; white space included where
+            the feature has it (``" lives"``).
+        output_tokens: ``T`` printable names of the target tokens, stripped, as in captum.
         output_features: ``G`` names of generated features, or None where the output is held fixed.
         token_attr: ``(T, P)``, to the prompt features, in the unit of the value (nats).
         output_attr: ``(T, G)``, to earlier output: exactly 0 where a feature holds the token or a
@@ -67,6 +92,7 @@ class GenerationAttributionResult(LLMAttributionResult):
         target: ``(T,)``, the target's token ids.
         prompt_pieces, output_pieces: The text in reading order, with the column that each piece
             shows.
+        levels: Coarser readings of the prompt's columns: see `at_level`.
         provenance: Versions, model, method, seed, budget: what is needed to run it again.
     """
 
@@ -93,6 +119,7 @@ class GenerationAttributionResult(LLMAttributionResult):
         target: Tensor,
         prompt_pieces: Sequence[Piece] = (),
         output_pieces: Sequence[Piece] = (),
+        levels: Sequence[Level] = (),
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -117,6 +144,7 @@ class GenerationAttributionResult(LLMAttributionResult):
         self.target = target
         self.prompt_pieces = list(prompt_pieces)
         self.output_pieces = list(output_pieces)
+        self.levels = list(levels)
         self.provenance = dict(provenance or {})
 
     @property
@@ -125,22 +153,76 @@ class GenerationAttributionResult(LLMAttributionResult):
         attr = cast(Tensor, self.token_attr)
         return attr if self.output_attr is None else torch.cat([attr, self.output_attr], dim=1)
 
-    def top(self, k: int = 3) -> list[list[tuple[str, int, float]]]:
-        """The strongest causes of every target token.
+    @property
+    def full_attr_se(self) -> Tensor:
+        """Standard errors of `full_attr`."""
+        se = self.token_attr_se
+        return se if self.output_attr_se is None else torch.cat([se, self.output_attr_se], dim=1)
+
+    def why(self, token: int | str, k: int = 5) -> list["Cause"]:
+        """What made the model write one token.
 
         Args:
-            k: How many at most.
+            token: Its position in the target, or its name in `output_tokens`.
+            k: How many causes at most.
 
         Returns:
-            Per target token up to `k` causes ``(name, column of full_attr, attribution)``, by
-            falling magnitude; zeros are no causes.
+            The strongest causes, by falling magnitude; zeros are no causes.
+
+        Raises:
+            ValueError: If there is no such token, or there are several of that name.
         """
+        attr, se = self.full_attr[self._position(token)], self.full_attr_se[self._position(token)]
         names = [*self.input_tokens, *(self.output_features or ())]
-        found: list[list[tuple[str, int, float]]] = []
-        for row in self.full_attr:
-            order = row.abs().argsort(descending=True, stable=True)[:k].tolist()
-            found.append([(names[c], c, float(row[c])) for c in order if row[c] != 0])
-        return found
+        order = attr.abs().argsort(descending=True, stable=True)[:k].tolist()
+        return [
+            Cause(names[c], float(attr[c]), float(se[c]), c, c >= len(self.input_tokens))
+            for c in order
+            if attr[c] != 0
+        ]
+
+    def top(self, k: int = 3) -> list[list["Cause"]]:
+        """The `k` strongest causes of every target token, as `why` gives them."""
+        return [self.why(position, k) for position in range(len(self.output_tokens))]
+
+    def at_level(self, name: str) -> tuple[list[str], Tensor]:
+        """Prompt attributions summed over the parts of a coarser level.
+
+        For additive methods (Shapley values) that is what the part contributes.
+
+        Args:
+            name: A name of `levels`, such as ``"sentence"`` or ``"turn"``.
+
+        Returns:
+            The names of the parts, and their attributions ``(T, n_parts)``.
+
+        Raises:
+            ValueError: If there is no such level.
+        """
+        level = next((level for level in self.levels if level.name == name), None)
+        if level is None:
+            known = ", ".join(repr(level.name) for level in self.levels) or "none"
+            raise ValueError(
+                f"there is no level {name!r}: the levels are {known}. A tuple of units, such as "
+                '`unit=("sentence", "word")`, makes them.'
+            )
+        attr = cast(Tensor, self.token_attr)
+        sums = attr.new_zeros(len(attr), len(level.parts))
+        return level.parts, sums.index_add(1, torch.tensor(level.part_of, device=attr.device), attr)
+
+    def _position(self, token: int | str) -> int:
+        n_target = len(self.output_tokens)
+        if isinstance(token, int):
+            if not -n_target <= token < n_target:
+                raise ValueError(f"there is no token {token}: the target has {n_target}.")
+            return token % n_target
+        found = [i for i, name in enumerate(self.output_tokens) if name == token.strip()]
+        if len(found) != 1:
+            raise ValueError(
+                f"{len(found)} target tokens are {token!r}: give the position"
+                + (f", one of {found}." if found else f" of one of {self.output_tokens}.")
+            )
+        return found[0]
 
     def plot_token_attr(
         self, show: bool = False, *, ax: "Axes | None" = None, cmap: str = "RdBu"
@@ -228,6 +310,10 @@ class GenerationAttributionResult(LLMAttributionResult):
             "full_values": _lists(self.full_values),
             "empty_values": _lists(self.empty_values),
             "efficiency_gap": _lists(self.efficiency_gap),
+            "levels": [
+                {"name": level.name, "parts": level.parts, "part_of": level.part_of}
+                for level in self.levels
+            ],
             "n_evaluations": self.n_evaluations,
             "attr_target": self.provenance.get("attr_target", "log_prob"),
             "method": self.provenance.get("method", ""),
@@ -253,6 +339,7 @@ class GenerationAttributionResult(LLMAttributionResult):
             "n_evaluations": self.n_evaluations,
             "prompt_pieces": [[p.text, p.feature] for p in self.prompt_pieces],
             "output_pieces": [[p.text, p.feature] for p in self.output_pieces],
+            "levels": [[level.name, level.parts, level.part_of] for level in self.levels],
             "provenance": self.provenance,
         }
         save_file(tensors, path, metadata={"captum_llm_ext": json.dumps(rest)})
@@ -286,6 +373,7 @@ class GenerationAttributionResult(LLMAttributionResult):
             )
         for name in ("prompt_pieces", "output_pieces"):
             rest[name] = [Piece(*piece) for piece in rest[name]]
+        rest["levels"] = [Level(*level) for level in rest["levels"]]
         return cls(**tensors, **rest)
 
     def __repr__(self) -> str:
@@ -302,31 +390,18 @@ class GenerationAttributionResult(LLMAttributionResult):
         What lies within 1.96 standard errors, or below a hundredth of the largest attribution, is
         left out.
         """
-        se = self.token_attr_se
-        if self.output_attr_se is not None:
-            se = torch.cat([se, self.output_attr_se], dim=1)
         least = float(self.full_attr.abs().max()) / 100
-        n_prompt = len(self.input_tokens)
         width = max(len(name) for name in self.output_tokens)
         lines = [repr(self)]
-        for t, causes in enumerate(self.top(3)):
+        for name, causes in zip(self.output_tokens, self.top(3), strict=True):
             shown = [
-                f"{_name(name, column >= n_prompt)} {value:+.2f}{_error(se[t, column])}"
-                for name, column, value in causes
-                if abs(value) >= least and not abs(value) < 1.96 * se[t, column]
+                str(cause)
+                for cause in causes
+                if abs(cause.attribution) >= least
+                and not abs(cause.attribution) < 1.96 * cause.standard_error
             ]
-            cause = ", ".join(shown) or "nothing in particular"
-            lines.append(f"{self.output_tokens[t]:>{width}}  ←  {cause}")
+            lines.append(f"{name:>{width}}  ←  {', '.join(shown) or 'nothing in particular'}")
         return "\n".join(lines)
-
-
-def _name(name: str, is_output: bool) -> str:
-    return (name.strip() or repr(name)) + (" (output)" if is_output else "")
-
-
-def _error(se: Tensor) -> str:
-    value = float(se)
-    return f" ± {value:.2f}" if value > 0 else ""
 
 
 def _lists(tensor: Tensor | None) -> Any:

@@ -689,7 +689,7 @@ def good() -> tuple[Plan, Tensor, Scope]:
         (lambda p, v, s: (p, v[1:], s), "`values` has shape \\(7, 1\\)"),
         (lambda p, v, s: (p, v, whole(4)), "`n_visible` must lie in 0..3"),
         (lambda p, v, s: (p, v, Scope(s.n_visible, torch.tensor([1]))), "`required` be -1"),
-        (lambda p, v, s: (p, v * torch.nan, s), "holds NaN for targets \\[0\\]"),
+        (lambda p, v, s: (p, v * torch.nan, s), "holds NaN or infinity for targets \\[0\\]"),
         (
             lambda p, v, s: (Plan(p.masks[:1], p.draws[:1]), v[:1], s),
             "no full or no empty row.*plan_anchors",

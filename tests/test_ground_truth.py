@@ -6,7 +6,6 @@ import pytest
 from fact_grammar import load
 from ground_truth import absences, attribute, documents, precision
 
-
 SAME_SLOT = ["same slot, lists by hand", "same slot, `CorpusBaselines`"]
 
 
@@ -21,9 +20,7 @@ def absent():
 
 
 @pytest.mark.parametrize("absence", SAME_SLOT)
-@pytest.mark.parametrize(
-    "method", ["leave-one-out", "Shapley, permutations", "Shapley, kernel"]
-)
+@pytest.mark.parametrize("method", ["leave-one-out", "Shapley, permutations", "Shapley, kernel"])
 def test_same_slot_replacement_names_every_true_cause(known, absent, method, absence):
     # Other documents than those of the benchmark.
     for document in documents(3, seed=7):

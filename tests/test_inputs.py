@@ -56,8 +56,8 @@ def test_rendering_touches_only_the_absent_features(name, unit, text, rng):
     assert sorted(owned + special) == sorted(inp.ids)
     mask = [rng.random() < 0.5 for _ in range(inp.n_features)]
     expected = []
-    for feature, chunk in inp._chunks:
-        present = feature is None or mask[feature]
+    for slot, chunk in inp._chunks:
+        present = slot is None or mask[slot.feature]
         expected += chunk if present else [7, 8]
     assert list(_render(inp, mask)) == expected
 
@@ -83,7 +83,7 @@ def test_special_tokens_are_features_only_when_asked_for(tokenizer):
 def test_explicit_spans_leave_the_rest_fixed(tokenizer):
     text = "Dave lives in Palm Coast, FL."
     inp = TextSegmentInput(text, tokenizer, [(14, 24), (26, 28)])
-    assert inp.names == [" Palm Coast", " FL"]
+    assert inp.names == ["Palm Coast", "FL"]
     assert tokenizer.decode(_render(inp, [False, True])) == "<s>Dave lives in, FL."
     assert [piece.text for piece in inp.pieces if piece.feature is None] == [
         "<s>",

@@ -12,6 +12,7 @@ from captum_llm_ext.__main__ import main
 
 PUBLIC = {
     "Baseline",
+    "ChatInput",
     "CorpusBaselines",
     "Deletion",
     "FixedTexts",
@@ -21,6 +22,7 @@ PUBLIC = {
     "Slot",
     "TextSegmentInput",
     "TokenBaseline",
+    "load_demo",
 }
 
 

@@ -108,11 +108,25 @@ def test_to_dict_is_json_and_tells_the_text(model, tokenizer):
 
 def test_top_causes_are_the_largest(model, tokenizer):
     result = _result(model, tokenizer)
-    for row, causes in zip(result.full_attr, result.top(3), strict=True):
+    for row, se, causes in zip(result.full_attr, result.full_attr_se, result.top(3), strict=True):
         assert len(causes) == 3
         values = sorted(row.abs().tolist(), reverse=True)[:3]
-        assert [abs(value) for _, _, value in causes] == pytest.approx(values)
-        assert all(row[column] == value for _, column, value in causes)
+        assert [abs(cause.attribution) for cause in causes] == pytest.approx(values)
+        for cause in causes:
+            assert row[cause.column] == cause.attribution
+            assert se[cause.column] == cause.standard_error
+            assert cause.is_output == (cause.column >= len(result.input_tokens))
+
+
+def test_why_takes_a_position_or_a_name(model, tokenizer):
+    result = _result(model, tokenizer)
+    last = len(result.output_tokens) - 1
+    assert result.why(last) == result.why(-1) == result.why(result.output_tokens[-1])
+    assert result.why(last) == result.top(5)[last]
+    with pytest.raises(ValueError, match="0 target tokens are 'nothing'"):
+        result.why("nothing")
+    with pytest.raises(ValueError, match="there is no token 99"):
+        result.why(99)
 
 
 def test_printing_names_every_target_token(model, tokenizer):

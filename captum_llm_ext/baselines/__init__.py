@@ -72,7 +72,7 @@ class FixedTexts:
 
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
         """One of the texts of the feature."""
-        choices = self.choices[slot.feature]
+        choices = self.choices[slot.index]
         return choices[int(torch.randint(len(choices), (), generator=generator))]
 
     def __repr__(self) -> str:

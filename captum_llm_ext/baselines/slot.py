@@ -16,7 +16,8 @@ class Slot:
         start: First character of the feature in `context`; its leading white space belongs to it.
         stop: One past the feature's last character.
         ids: The feature's own token ids.
-        feature: Column of the feature (prompt features first, counted within prompt or output).
+        index: Number of the slot, counted in reading order within prompt or output.
+        feature: Number of the feature it belongs to: `index` itself unless slots are tied.
         unit: ``"token"``, ``"word"``, ``"sentence"``, or None for spans of the user's own.
         generated: Whether the feature is a part of the model's own output.
     """
@@ -25,6 +26,7 @@ class Slot:
     start: int
     stop: int
     ids: tuple[int, ...] = ()
+    index: int = 0
     feature: int = 0
     unit: str | None = None
     generated: bool = False

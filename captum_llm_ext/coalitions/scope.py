@@ -107,8 +107,8 @@ def views(plan: Plan, values: Tensor, scope: Scope) -> Iterator[View]:
         scope: One entry per target.
 
     Raises:
-        ValueError: If shapes or columns disagree, a needed value is missing, or there is no
-            full or no empty row for a target.
+        ValueError: If shapes or columns disagree, a needed value is not finite, or there is
+            no full or no empty row for a target.
     """
     _check(plan, values, scope)
     sizes = torch.nn.functional.pad(plan.masks.cumsum(1, dtype=torch.int32), (1, 0)).long()
@@ -142,10 +142,10 @@ def _view(
     rows = defined.nonzero()[:, 0]
     sizes, draws = sizes[rows], plan.draws[rows]
     ours = values[rows[:, None], targets].double()
-    if bool(ours.isnan().any()):
+    if not bool(ours.isfinite().all()):
         raise ValueError(
-            f"`values` holds NaN for targets {targets.tolist()} in rows where all they require is "
-            "present: score these rows again, in float32 if the model overflows in half precision."
+            f"`values` holds NaN or infinity for targets {targets.tolist()} in rows where all they "
+            "require is present: score these rows again, in float32 if half precision overflows."
         )
     full, empty = sizes == n_visible, sizes == 0
     if not (bool(full.any()) and bool(empty.any())):

@@ -1,17 +1,20 @@
 """Prompts as features: which ids belong to which feature, and what a coalition looks like.
 
-`TextSegmentInput` is the package's own input. `as_prompt` gives captum's inputs the same shape, so
-that the rest of the package knows one kind of prompt only. `GeneratedText` is the same for what
-the model wrote.
+`TextSegmentInput` is the package's own input, `ChatInput` the same for the turns of a chat.
+`as_prompt` gives captum's inputs the same shape, so that the rest of the package knows one kind of
+prompt only. `GeneratedText` is the same for what the model wrote.
 """
 
 from captum_llm_ext.inputs.captum_inputs import as_prompt
+from captum_llm_ext.inputs.chat import ChatInput
 from captum_llm_ext.inputs.generated import GeneratedText
-from captum_llm_ext.inputs.prompt import Piece, Prompt, RenderedPrompt
+from captum_llm_ext.inputs.prompt import Level, Piece, Prompt, RenderedPrompt
 from captum_llm_ext.inputs.text import TextSegmentInput
 
 __all__ = [
+    "ChatInput",
     "GeneratedText",
+    "Level",
     "Piece",
     "Prompt",
     "RenderedPrompt",

@@ -1,5 +1,6 @@
 """Captum's own inputs, given the shape of a `Prompt`."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -8,12 +9,13 @@ from captum.attr import InterpretableInput, ProductBaselines, TextTemplateInput,
 from torch import Tensor
 
 from captum_llm_ext import tokens
-from captum_llm_ext.baselines import Deletion, TokenBaseline, draw_generator
+from captum_llm_ext.baselines import Baseline, Deletion, Slot, TokenBaseline, draw_generator
 from captum_llm_ext.inputs.prompt import (
     Piece,
     Prompt,
     RenderedPrompt,
     draw_seed,
+    template_pieces,
 )
 from captum_llm_ext.inputs.text import TextSegmentInput
 
@@ -93,8 +95,14 @@ class _TemplatePrompt(Prompt):
         self.n_features = len(set(self.columns))
         self.names = list(inp.values)
         self.text = self._format(inp.values)
-        self.pieces = self._find_pieces()
-        self.baseline = Deletion()
+        values = dict(zip(inp.dict_keys, inp.values, strict=True)) if inp.dict_keys else inp.values
+        found = template_pieces(inp.format_fn, values)
+        self.pieces = found or [Piece(name, i) for i, name in enumerate(self.names)]
+        # What may be called with a slot is a baseline of this package, and speaks of output too.
+        baseline = inp.baselines if _takes_slot(inp.baselines) else None
+        self._slots = None if baseline is None else self._find_slots(found)
+        self._draw_slot = cast(Baseline, baseline)
+        self.baseline = cast(Baseline, baseline or Deletion())
         self.deterministic = not callable(inp.baselines)
 
     def render(
@@ -106,7 +114,7 @@ class _TemplatePrompt(Prompt):
         order = range(len(masks)) if draws is None else draws.tolist()
         for mask, draw in zip(masks.tolist(), order, strict=True):
             if draw not in absent:
-                absent[draw] = self._draw(draw_generator(seed, draw))
+                absent[draw] = self._draw(seed, draw)
             values = [
                 value if mask[feature] else absent[draw][i]
                 for i, (value, feature) in enumerate(
@@ -116,10 +124,33 @@ class _TemplatePrompt(Prompt):
             rows.append(RenderedPrompt(_text_ids(self._tokenizer, self._format(values))))
         return rows
 
-    def _draw(self, generator: torch.Generator) -> list[str]:
+    def _find_slots(self, pieces: Sequence[Piece] | None) -> list[Slot]:
+        """The place of every value in the text, in the order of the values."""
+        if pieces is None:
+            raise ValueError(
+                "the values cannot be found in the text that the template makes of them: a "
+                "baseline that looks at their surroundings needs that. Give lists of values, or "
+                "`TextSegmentInput`."
+            )
+        places: dict[int, tuple[int, int]] = {}
+        position = 0
+        for piece in pieces:
+            if piece.feature is not None:
+                places[piece.feature] = (position, position + len(piece.text))
+            position += len(piece.text)
+        return [
+            Slot(self.text, *places.get(i, (0, 0)), index=i, feature=self.columns[i])
+            for i in range(len(self.names))
+        ]
+
+    def _draw(self, seed: int, draw: int) -> list[str]:
         baselines = self._inp.baselines
+        if self._slots is not None:
+            generators = [draw_generator(seed, draw, slot.feature) for slot in self._slots]
+            pairs = zip(self._slots, generators, strict=True)
+            return [_as_text(self._draw_slot(s, g), s) if s.text else "" for s, g in pairs]
         if isinstance(baselines, ProductBaselines):
-            drawn: Any = _draw_product(baselines, generator)
+            drawn: Any = _draw_product(baselines, draw_generator(seed, draw))
         else:
             drawn = baselines() if callable(baselines) else baselines
         if isinstance(drawn, Mapping):
@@ -135,23 +166,6 @@ class _TemplatePrompt(Prompt):
         if self._inp.dict_keys:
             return self._inp.format_fn(**dict(zip(self._inp.dict_keys, values, strict=True)))
         return self._inp.format_fn(*values)
-
-    def _find_pieces(self) -> list[Piece]:
-        """The text around and in the values, found by marking the values."""
-        opening, closing = "\ue000", "\ue001"
-        values = [f"{opening}{i}{closing}{value}{closing}" for i, value in enumerate(self.names)]
-        try:
-            marked = self._format(values)
-            first, *rest = marked.split(opening)
-            pieces = [Piece(first, None)]
-            for part in rest:
-                number, value, after = part.split(closing)
-                pieces += [Piece(value, int(number)), Piece(after, None)]
-        except Exception:  # a template function may do anything with values it does not expect
-            pieces = []
-        if "".join(piece.text for piece in pieces) != self.text:
-            return [Piece(name, i) for i, name in enumerate(self.names)]
-        return [piece for piece in pieces if piece.text]
 
 
 class _OpaquePrompt(Prompt):
@@ -237,6 +251,22 @@ class _MergedPrompt(Prompt):
 def _text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     # As captum does it: with the tokenizer's own special tokens, whatever the text holds.
     return tuple(int(token) for token in tokenizer.encode(text))
+
+
+def _takes_slot(baselines: object) -> bool:
+    """Whether it is to be called with a slot and a generator; captum's callables take nothing."""
+    if not callable(baselines) or isinstance(baselines, ProductBaselines):
+        return False
+    parameters = inspect.signature(baselines).parameters.values()
+    return sum(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in parameters) >= 2
+
+
+def _as_text(found: object, slot: Slot) -> str:
+    if not isinstance(found, str):
+        raise TypeError(
+            f"the baseline returned {found!r} for {slot.text!r}: the value of a template is a text."
+        )
+    return found
 
 
 def _renders_as(inp: InterpretableInput, kind: type[InterpretableInput]) -> bool:

@@ -193,6 +193,6 @@ def _slots(
         stop = start + sum(len(text) for _, text, _ in members)
         if group is not None:
             own = tuple(token for token, _, _ in members)
-            slots.append(Slot(context, start, stop, own, group, name, generated=True))
+            slots.append(Slot(context, start, stop, own, group, group, name, generated=True))
         start = stop
     return slots

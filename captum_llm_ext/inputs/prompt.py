@@ -36,6 +36,21 @@ class Piece:
     feature: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A coarser reading of the features.
+
+    Attributes:
+        name: Its unit: ``"sentence"``, ``"turn"``…
+        parts: One name per part.
+        part_of: Per feature the part it is in.
+    """
+
+    name: str
+    parts: list[str]
+    part_of: list[int]
+
+
 class Prompt(ABC):
     """What attribution asks of a prompt, whatever it was made from.
 
@@ -47,6 +62,7 @@ class Prompt(ABC):
         text: The prompt as one text: what generated text continues.
         baseline: What stands where generated features are absent, unless the user says otherwise.
         deterministic: Whether two renderings of one coalition are always equal.
+        levels: Coarser readings of the columns, from coarse to fine; empty for most inputs.
     """
 
     n_features: int
@@ -56,6 +72,7 @@ class Prompt(ABC):
     text: str
     baseline: Baseline
     deterministic: bool
+    levels: Sequence[Level] = ()
 
     @abstractmethod
     def render(
@@ -79,7 +96,7 @@ class Replacements:
 
     Args:
         baseline: What stands there.
-        slots: One per feature.
+        slots: All places, in reading order.
         tokenizer: Tokenises replacement texts in place.
     """
 
@@ -93,7 +110,7 @@ class Replacements:
     def draws(
         self, n_rows: int, generator: torch.Generator, draws: Tensor | None
     ) -> list[Callable[[int], tuple[int, ...]]]:
-        """Per row a function from a feature to the ids that stand in its place.
+        """Per row a function from a slot's index to the ids that stand in its place.
 
         Args:
             n_rows: Number of coalitions.
@@ -104,14 +121,14 @@ class Replacements:
         numbers = range(n_rows) if draws is None else draws.tolist()
         known: dict[tuple[int, int], tuple[int, ...]] = {}
 
-        def ids(draw: int, feature: int) -> tuple[int, ...]:
-            if (draw, feature) not in known:
-                # A generator for each place: a row draws only what it lacks, and the same as
-                # every other row of its draw.
-                known[draw, feature] = self._ids(
-                    self._slots[feature], draw_generator(seed, draw, feature)
-                )
-            return known[draw, feature]
+        def ids(draw: int, index: int) -> tuple[int, ...]:
+            if (draw, index) not in known:
+                slot = self._slots[index]
+                # A generator for each feature: a row draws only what it lacks, and the same as
+                # every other row of its draw. Slots of one feature share it: what they draw from
+                # lists of equal length stands at one place of them.
+                known[draw, index] = self._ids(slot, draw_generator(seed, draw, slot.feature))
+            return known[draw, index]
 
         return [partial(ids, 0 if self.deterministic else number) for number in numbers]
 
@@ -135,6 +152,41 @@ class Replacements:
         if (text, left) not in self._in_place:
             self._in_place[text, left] = tokens.encode_in_place(self._tokenizer, text, left)
         return self._in_place[text, left]
+
+
+def template_pieces(
+    template: str | Callable[..., str], values: Sequence[str] | Mapping[str, str]
+) -> list[Piece] | None:
+    """The text that a template makes, cut into values (numbered) and what is around them.
+
+    Returns:
+        The pieces in reading order, or None if the values cannot be found: a template function
+        may do anything with them.
+    """
+    opening, closing = "\ue000", "\ue001"
+    make = template.format if isinstance(template, str) else template
+    given = list(values.values() if isinstance(values, Mapping) else values)
+    marked = [f"{opening}{i}{closing}{value}{closing}" for i, value in enumerate(given)]
+
+    def text(parts: Sequence[str]) -> str:
+        if isinstance(values, Mapping):
+            return make(**dict(zip(values, parts, strict=True)))
+        return make(*parts)
+
+    try:
+        first, *rest = text(marked).split(opening)
+        pieces = [Piece(first, None)]
+        for part in rest:
+            number, value, after = part.split(closing)
+            pieces += [Piece(value, int(number)), Piece(after, None)]
+    except Exception:  # whatever a function does with values that it does not expect
+        return None
+    if "".join(piece.text for piece in pieces) != text(given):
+        return None
+    found = [piece.feature for piece in pieces if piece.feature is not None]
+    if sorted(found) != list(range(len(given))):
+        return None  # a value left out, or used twice
+    return [piece for piece in pieces if piece.text]
 
 
 def draw_seed(generator: torch.Generator) -> int:

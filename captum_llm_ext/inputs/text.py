@@ -1,9 +1,9 @@
 """`TextSegmentInput`: a text cut into features that own whole tokens."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from captum.attr import InterpretableInput
@@ -11,8 +11,19 @@ from torch import Tensor
 
 from captum_llm_ext import tokens
 from captum_llm_ext.baselines import Slot, as_baseline, for_generated
-from captum_llm_ext.inputs.prompt import Piece, Prompt, RenderedPrompt, Replacements
-from captum_llm_ext.segment import Span, Unit, segment, shorten
+from captum_llm_ext.inputs.groups import Groups, tie
+from captum_llm_ext.inputs.ownership import Ownership, own
+from captum_llm_ext.inputs.prompt import (
+    Level,
+    Piece,
+    Prompt,
+    RenderedPrompt,
+    Replacements,
+    template_pieces,
+)
+from captum_llm_ext.segment import Span, Unit, shorten
+
+Part = tuple[str, str] | tuple[str, str, bool]
 
 
 class TextSegmentInput(InterpretableInput, Prompt):
@@ -25,20 +36,36 @@ class TextSegmentInput(InterpretableInput, Prompt):
     Args:
         text: The prompt.
         tokenizer: The model's tokenizer.
-        unit: ``"token"``, ``"word"``, ``"sentence"``, a list of ``(start, stop)`` character spans,
-            or a callable ``text -> list of (start, stop)``. What lies between spans is fixed text.
+        unit: ``"token"``, ``"word"``, ``"sentence"``, ``"line"``, ``"paragraph"``, ``"block"``
+            (of Markdown), a list of ``(start, stop)`` character spans, or a callable ``text ->
+            list of (start, stop)`` such as those of `captum_llm_ext.segment`. What lies between
+            spans is fixed text. A tuple of units, from coarse to fine, makes features of the
+            finest and levels of all: ``("paragraph", "sentence", "word")``.
         baselines: What stands where a feature is absent: None (nothing: the tokens are deleted), a
             token id, a token of the vocabulary, a list with one text (or list of texts to draw
-            from) per feature, captum's `ProductBaselines` over such a list, or a callable
-            ``(slot, generator) -> text or ids``. Text takes the leading white space of the feature
+            from) per span, captum's `ProductBaselines` over such a list, or a callable
+            ``(slot, generator) -> text or ids``. Text takes the leading white space of the span
             it replaces and is tokenised in place.
+        groups: Spans that are one feature, however far apart: lists of their texts or their
+            numbers in reading order, or a mapping from the feature's name to such a list. A group
+            stands where its first span does. Lists of replacement texts of equal length are drawn
+            from at the same place for all spans of a group.
+        fixed: What is never switched: ``(start, stop)`` spans, or texts, found in order.
+        names: One name per span, for results. By default its text.
         add_special_tokens: Whether the tokenizer adds its BOS and the like. Text that already
             begins with BOS gets no second one.
         special_tokens_are_features: Whether BOS and other special tokens are features too.
 
+    Attributes:
+        n_features: Number of features.
+        names: One name per feature.
+        slots: Per span the place it leaves when absent; ``slot.feature`` is the feature it is of.
+        levels: From coarse to fine, the names of a level's parts and the part each feature is in.
+
     Raises:
         ValueError: If the text is empty, the unit unknown, spans overlap or leave the text, a span
-            of the user's owns no whole token, or `baselines` has the wrong number of entries.
+            of the user's owns no whole token, a group names what is no span, or `baselines` or
+            `names` has the wrong number of entries.
         TypeError: If an argument is of the wrong kind.
     """
 
@@ -46,9 +73,12 @@ class TextSegmentInput(InterpretableInput, Prompt):
         self,
         text: str,
         tokenizer: Any,
-        unit: Unit = "word",
+        unit: Unit | tuple[Unit, ...] = "word",
         *,
         baselines: Any = None,
+        groups: Groups | None = None,
+        fixed: Sequence[tuple[int, int]] | Sequence[str] = (),
+        names: Sequence[str] | None = None,
         add_special_tokens: bool = True,
         special_tokens_are_features: bool = False,
     ) -> None:
@@ -61,24 +91,115 @@ class TextSegmentInput(InterpretableInput, Prompt):
         self.unit = unit
         encoding = tokens.encode(tokenizer, text, add_special_tokens=add_special_tokens)
         self.ids = encoding.ids
-        self.spans, owners = _owners(text, unit, encoding)
-        if special_tokens_are_features:
-            self.spans, owners = _with_specials(self.spans, owners, encoding)
-        self._chunks = _chunks(owners, self.ids)
-        self._slots = _slots(self, owners, encoding)
-        self.n_features = self.n_itp_features = len(self.spans)
+        units = as_units(unit)
+        owned = own(text, units, encoding, fixed=fixed, with_special=special_tokens_are_features)
+        self.spans = owned.spans
+        shown = _span_names(text, owned, encoding, tokenizer)
+        if names is not None:
+            if len(names) != len(self.spans):
+                raise ValueError(
+                    f"`names` has {len(names)} entries for {len(self.spans)} spans: give one each."
+                )
+            shown = list(names)
+        feature_of, self.names = tie(shown, groups)
+        self.values = self.names
+        self.n_features = self.n_itp_features = len(self.names)
         self.columns = list(range(self.n_features))
-        self.names = self.values = _names(self._slots, owners, encoding, tokenizer)
-        self.pieces = _pieces(text, self._slots, self.names, owners, encoding, tokenizer)
-        replacement = as_baseline(baselines, tokenizer, self.n_features)
+        kind = units[-1] if isinstance(units[-1], str) else None
+        self.slots = _slots(text, owned, feature_of, encoding, kind)
+        self.levels = _levels(text, units, owned, self.slots)
+        self.pieces = _pieces(text, self.slots, owned, encoding, tokenizer)
+        self._chunks = [
+            (None if owner is None else self.slots[owner], tuple(token for _, token in run))
+            for owner, run in groupby(
+                zip(owned.owners, self.ids, strict=True), key=lambda pair: pair[0]
+            )
+        ]
+        replacement = as_baseline(baselines, tokenizer, len(self.spans))
         self.baseline = for_generated(replacement)
-        self._replacements = Replacements(replacement, self._slots, tokenizer)
+        self._replacements = Replacements(replacement, self.slots, tokenizer)
         self.deterministic = self._replacements.deterministic
 
-    @property
-    def slots(self) -> list[Slot]:
-        """Per feature the place it leaves when absent, as its baseline is asked about it."""
-        return list(self._slots)
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Sequence[Part],
+        tokenizer: Any,
+        unit: Unit | tuple[Unit, ...] | None = None,
+        *,
+        joiner: str = "\n\n",
+        **arguments: Any,
+    ) -> "TextSegmentInput":
+        """A prompt put together from named parts: an instruction, examples, passages, a question.
+
+        Args:
+            parts: ``(name, text)``, or ``(name, text, fixed)`` where `fixed` says that the part is
+                never switched.
+            tokenizer: The model's tokenizer.
+            unit: None: every part is one feature, of its name. Otherwise the unit of the features
+                inside the parts, which are then the coarsest level.
+            joiner: Stands between two parts, as fixed text.
+            **arguments: As of `TextSegmentInput`.
+
+        Raises:
+            ValueError: If there is no part to switch, or a part is empty.
+        """
+        spans, text = _joined(parts, joiner)
+        switched = [i for i, part in enumerate(parts) if not (len(part) > 2 and part[2])]
+        if not switched:
+            raise ValueError("every part is fixed: leave one to attribute to.")
+        chosen = Parts([parts[i][0] for i in switched], [spans[i] for i in switched])
+        if unit is None:
+            return cls(text, tokenizer, chosen, names=chosen.names, **arguments)
+        return cls(text, tokenizer, (chosen, *as_units(unit)), **arguments)
+
+    @classmethod
+    def from_template(
+        cls,
+        template: str | Callable[..., str],
+        values: Sequence[str] | Mapping[str, str],
+        tokenizer: Any,
+        *,
+        mask: Sequence[Any] | Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> "TextSegmentInput":
+        """What captum's `TextTemplateInput` is, on token ids: other tokens never move.
+
+        Args:
+            template: A format string, or a function from the values to the text.
+            values: The values, in a list or by name.
+            tokenizer: The model's tokenizer.
+            mask: As in captum: values with equal numbers are one feature.
+            **arguments: As of `TextSegmentInput`; `baselines` has one entry per value, in the
+                order in which the values stand in the text.
+
+        Raises:
+            ValueError: If the values cannot be found in the text that the template makes.
+        """
+        keys = list(values) if isinstance(values, Mapping) else list(range(len(values)))
+        given = [values[key] for key in keys]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        pieces = template_pieces(template, values)
+        if pieces is None:
+            raise ValueError(
+                "the values cannot be found in the text that the template makes of them (it may "
+                "change or drop some): use captum's `TextTemplateInput`, or give the text itself."
+            )
+        order = [piece.feature for piece in pieces if piece.feature is not None]
+        spans: list[Span] = []
+        position = 0
+        for piece in pieces:
+            if piece.feature is not None:
+                spans.append(Span(position, position + len(piece.text)))
+            position += len(piece.text)
+        text = "".join(piece.text for piece in pieces)
+        if mask is not None:
+            labels = [mask[keys[i]] for i in order]  # pyright: ignore[reportArgumentType, reportCallIssue]
+            arguments["groups"] = [
+                [place for place, own in enumerate(labels) if own == label]
+                for label in dict.fromkeys(labels)
+            ]
+        names = [given[i] for i in order]
+        return cls(text, tokenizer, spans, names=names, **arguments)
 
     def to_tensor(self) -> Tensor:
         """All features present: ones, shape ``(1, n_features)``."""
@@ -100,8 +221,8 @@ class TextSegmentInput(InterpretableInput, Prompt):
         rows: list[RenderedPrompt] = []
         for mask, absent in zip(masks.tolist(), replacements, strict=True):
             ids: list[int] = []
-            for feature, chunk in self._chunks:
-                ids += chunk if feature is None or mask[feature] else absent(feature)
+            for slot, chunk in self._chunks:
+                ids += chunk if slot is None or mask[slot.feature] else absent(slot.index)
             rows.append(RenderedPrompt(tuple(ids)))
         return rows
 
@@ -112,135 +233,132 @@ class TextSegmentInput(InterpretableInput, Prompt):
         )
 
 
-def _owners(
-    text: str, unit: Unit, encoding: tokens.Encoding
-) -> tuple[list[Span], list[int | None]]:
-    """The spans that own tokens, and per token the span it belongs to."""
-    if isinstance(unit, str) and unit == "token":
-        return _token_spans(text, encoding)
-    spans = segment(text, unit)
-    starts = [span.start for span in spans]
-    owners: list[int | None] = []
-    for anchor in encoding.anchors:
-        at = -1 if anchor is None else bisect_right(starts, anchor) - 1
-        owners.append(at if at >= 0 and anchor is not None and anchor < spans[at].stop else None)
-    owning = {owner for owner in owners if owner is not None}
-    homeless = [span for i, span in enumerate(spans) if i not in owning]
-    if homeless and not isinstance(unit, str):
-        start, stop = homeless[0]
-        raise ValueError(
-            f"span ({start}, {stop}) {text[start:stop]!r} owns no whole token (its first one "
-            "begins before it): widen it to the border of a token."
-        )
-    if not owning:
-        raise ValueError(f"the prompt {shorten(text)!r} has no token of its own to attribute to.")
-    # A tokenizer whose tokens run across words: such words are one feature.
-    kept = sorted(owning)
-    number = {old: new for new, old in enumerate(kept)}
-    ends = [spans[after - 1].stop for after in [*kept[1:], len(spans)]]
-    merged = [Span(spans[old].start, end) for old, end in zip(kept, ends, strict=True)]
-    return merged, [None if owner is None else number[owner] for owner in owners]
+class Parts:
+    """Named spans of one text, as a unit.
+
+    Args:
+        names: One per span.
+        spans: In reading order.
+        title: What a part is called, as a level of results.
+    """
+
+    def __init__(self, names: Sequence[str], spans: Sequence[Span], title: str = "part") -> None:
+        self.names, self._spans, self.title = list(names), list(spans), title
+
+    def __call__(self, text: str) -> list[Span]:
+        """The spans, whatever the text."""
+        return self._spans
+
+    def __repr__(self) -> str:
+        return f"{len(self._spans)} {self.title}s"
 
 
-def _token_spans(text: str, encoding: tokens.Encoding) -> tuple[list[Span], list[int | None]]:
-    places = [i for i, anchor in enumerate(encoding.anchors) if anchor is not None]
-    if not places:
-        raise ValueError(f"the prompt {shorten(text)!r} has no token of its own to attribute to.")
-    borders = [encoding.starts[place] for place in places[1:]] + [len(text)]
-    spans = [
-        Span(min(encoding.starts[place], border), border)
-        for place, border in zip(places, borders, strict=True)
-    ]
-    owners: list[int | None] = [None] * len(encoding.ids)
-    for feature, place in enumerate(places):
-        owners[place] = feature
-    return spans, owners
+def as_units(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
+    """A unit, or several from coarse to fine. A tuple of pairs of numbers is one unit: spans."""
+    if isinstance(unit, tuple) and any(isinstance(u, str) or callable(u) for u in unit):
+        return cast(tuple[Unit, ...], unit)
+    return (cast(Unit, unit),)
 
 
-def _with_specials(
-    spans: list[Span], owners: list[int | None], encoding: tokens.Encoding
-) -> tuple[list[Span], list[int | None]]:
-    """Every special token as a feature of its own, numbered in reading order."""
-    keys: list[int | tuple[int, int] | None] = [
-        (place, -1) if anchor is None else owner
-        for place, (owner, anchor) in enumerate(zip(owners, encoding.anchors, strict=True))
-    ]
-    order = list(dict.fromkeys(key for key in keys if key is not None))
-    number = {key: i for i, key in enumerate(order)}
-    found = [
-        spans[key]
-        if isinstance(key, int)
-        else Span(encoding.starts[key[0]], encoding.starts[key[0]])
-        for key in order
-    ]
-    return found, [None if key is None else number[key] for key in keys]
-
-
-def _chunks(
-    owners: Sequence[int | None], ids: Sequence[int]
-) -> list[tuple[int | None, tuple[int, ...]]]:
-    """Runs of tokens with one owner, in order."""
-    pairs = zip(owners, ids, strict=True)
-    return [
-        (owner, tuple(token for _, token in run))
-        for owner, run in groupby(pairs, key=lambda pair: pair[0])
-    ]
+def _joined(parts: Sequence[Part], joiner: str) -> tuple[list[Span], str]:
+    spans: list[Span] = []
+    text = ""
+    for part in parts:
+        name, content = part[0], part[1]
+        if not content.strip():
+            raise ValueError(f"part {name!r} is empty: leave it out.")
+        text += joiner if text else ""
+        spans.append(Span(len(text), len(text) + len(content)))
+        text += content
+    return spans, text
 
 
 def _slots(
-    inp: TextSegmentInput, owners: Sequence[int | None], encoding: tokens.Encoding
+    text: str,
+    owned: Ownership,
+    feature_of: Sequence[int],
+    encoding: tokens.Encoding,
+    unit: str | None,
 ) -> list[Slot]:
     first: dict[int, int] = {}
     ids: dict[int, list[int]] = {}
-    for place, owner in enumerate(owners):
+    for place, owner in enumerate(owned.owners):
         if owner is not None:
             first.setdefault(owner, place)
             ids.setdefault(owner, []).append(encoding.ids[place])
     slots: list[Slot] = []
-    for feature, span in enumerate(inp.spans):
+    for index, span in enumerate(owned.spans):
         # White space that the first token carries goes with it, also when the span leaves it out.
-        start = encoding.starts[first[feature]]
-        if start > span.start or inp.text[start : span.start].strip():
+        start = encoding.starts[first[index]]
+        if start > span.start or text[start : span.start].strip():
             start = span.start
-        unit = inp.unit if isinstance(inp.unit, str) else None
-        slots.append(Slot(inp.text, start, span.stop, tuple(ids[feature]), feature, unit))
+        slots.append(
+            Slot(text, start, span.stop, tuple(ids[index]), index, feature_of[index], unit)
+        )
     return slots
 
 
-def _names(
-    slots: Sequence[Slot],
-    owners: Sequence[int | None],
-    encoding: tokens.Encoding,
-    tokenizer: Any,
+def _levels(
+    text: str, units: Sequence[Unit], owned: Ownership, slots: Sequence[Slot]
+) -> list[Level]:
+    """The coarser levels: their parts, and the part that each feature is in."""
+    levels: list[Level] = []
+    for unit, spans in zip(units, owned.coarse, strict=False):
+        starts = [span.start for span in spans]
+        part_of: dict[int, int] = {}
+        for slot in slots:
+            anchor = slot.stop - len(slot.text.lstrip()) if slot.text.strip() else slot.start
+            part = max(0, bisect_right(starts, anchor) - 1)
+            if part_of.setdefault(slot.feature, part) != part:
+                raise ValueError(
+                    f"a group ties spans of different parts of level {_title(unit)!r}: tie spans "
+                    "within one part, or use a single unit."
+                )
+        names = unit.names if isinstance(unit, Parts) else [text[a:b] for a, b in spans]
+        levels.append(Level(_title(unit), names, [part_of[f] for f in range(len(part_of))]))
+    return levels
+
+
+def _title(unit: Unit) -> str:
+    if isinstance(unit, str):
+        return unit
+    return str(getattr(unit, "title", None) or getattr(unit, "__name__", "span"))
+
+
+def _span_names(
+    text: str, owned: Ownership, encoding: tokens.Encoding, tokenizer: Any
 ) -> list[str]:
-    """The features' texts; special tokens and parts of characters, which have none, by name."""
-    if all(slot.text for slot in slots):
-        return [slot.text for slot in slots]
+    """The spans' texts; special tokens and parts of characters, which have none, by name."""
+    names = [text[start:stop] for start, stop in owned.spans]
+    if all(names):
+        return names
     labels = tokens.labels(tokenizer, encoding.ids)
-    return [slot.text or labels[owners.index(i)] for i, slot in enumerate(slots)]
+    return [name or labels[owned.owners.index(i)] for i, name in enumerate(names)]
 
 
 def _pieces(
     text: str,
     slots: Sequence[Slot],
-    names: Sequence[str],
-    owners: Sequence[int | None],
+    owned: Ownership,
     encoding: tokens.Encoding,
     tokenizer: Any,
 ) -> list[Piece]:
-    """The text cut at the features; special tokens, which have no text of their own, decoded."""
+    """The text cut at the spans; special tokens, which have no text of their own, decoded."""
     leading = [i for i, _ in takewhile(lambda pair: pair[1] is None, enumerate(encoding.anchors))]
     shown = tokens.decode(tokenizer, [encoding.ids[i] for i in leading]) if leading else ""
     special = {
         t for t, anchor in zip(encoding.ids, encoding.anchors, strict=True) if anchor is None
     }
     pieces: list[Piece] = []
-    if shown and owners[0] is None and not text.startswith(shown):
+    if shown and owned.owners[0] is None and not text.startswith(shown):
         pieces.append(Piece(shown, None))
     position = 0
-    for feature, slot in enumerate(slots):
+    for slot in slots:
         pieces.append(Piece(text[position : slot.start], None))
-        pieces.append(Piece(slot.text or names[feature] * (slot.ids[0] in special), feature))
+        own_text = slot.text
+        if not own_text and slot.ids[0] in special:
+            own_text = tokens.decode(tokenizer, slot.ids)
+        pieces.append(Piece(own_text, slot.feature))
         position = slot.stop
     pieces.append(Piece(text[position:], None))
     return [piece for piece in pieces if piece.text]
