@@ -192,7 +192,7 @@ MARKDOWN = [
     ),
     ("loose list", ["1) a", "\n\n2) b", "\n\n\n10) c"]),
     ("fence in a list", ["- a", "\n  ```\n  - x\n  ```", "\n  after", "\n- b"]),
-    ("no list", ["It was in\n1986. A good year\n- ", "x"]),
+    ("no list", ["It was in\n1986. A good year\n*\nand so on"]),
     ("table", ["Look:", "\n| a | b |\n|---|:-:|\n| 1 | - |\n| 2 | `c` |", "\n\nend"]),
     ("table without pipes outside", ["a | b\n--- | ---\n1 | 2", "\n\n3 | 4"]),
     ("no table", ["a | b\n| - |\nc"]),
@@ -208,6 +208,51 @@ def test_markdown_blocks(expected, end):
     expected = [piece.replace("\n", end) for piece in expected]
     text = "".join(expected)
     assert _cut(text, markdown_blocks(text)) == expected
+
+
+MARKDOWN_LINES = [
+    *(
+        "text",
+        "more words",
+        "# head",
+        "---",
+        "===",
+        "* * *",
+        "> q",
+        "",
+        "  goes on",
+        "    code",
+        "    ",
+    ),
+    *("- a", "  - b", "    - c", "1. one", "7. seven", "```", "~~~py"),
+]
+
+
+def _blocks_by_markdown_it(text):
+    """First lines of blocks by another implementation, quotations and items taken as here."""
+    tokens = pytest.importorskip("markdown_it").MarkdownIt("commonmark").parse(text)
+    kinds = {"heading_open", "fence", "code_block", "hr", "list_item_open", "paragraph_open"}
+    starts, quotes = set(), 0
+    for before, token in zip([None, *tokens], tokens, strict=False):
+        if token.type == "blockquote_open" and not quotes:
+            starts.add(token.map[0])
+        quotes += token.type.startswith("blockquote") * token.nesting
+        # A later paragraph of a list item belongs to the item.
+        later = token.level and before.type == "paragraph_close"
+        if token.type in kinds and not quotes and not (token.type == "paragraph_open" and later):
+            starts.add(token.map[0])
+    return starts
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.sampled_from(MARKDOWN_LINES), max_size=8))
+def test_markdown_blocks_begin_where_commonmark_says(pieces):
+    text = "\n".join(pieces)
+    found = markdown_blocks(text)
+    contents = [
+        start + len(text[start:stop]) - len(text[start:stop].lstrip()) for start, stop in found
+    ]
+    assert {text.count("\n", 0, start) for start in contents} == _blocks_by_markdown_it(text)
 
 
 # Chosen parts
@@ -239,9 +284,8 @@ def test_passages_between_markers():
     tags = between(re.compile(r"<\w+>"), re.compile(r"</\w+>"))
     assert tags(text) == between("<doc>", "</doc>")(text)
     assert _cut('a """b""" c """d"""', between('"""', '"""')('a """b""" c """d"""')) == ["b", "d"]
-    # Markers may match nothing: line by line.
-    by_line = between(re.compile("^", re.M), re.compile("$", re.M))
-    assert _cut("a\nb\n", by_line("a\nb\n")) == ["a", "b"]
+    # Empty matches mark nothing.
+    assert _cut("a<b>c<d>", between(re.compile("<?"), re.compile(">?"))("a<b>c<d>")) == ["b", "d"]
 
 
 def test_blocks_that_a_delimiter_separates():

@@ -38,15 +38,14 @@ def tie(names: Sequence[str], groups: Groups | None) -> tuple[list[int], list[st
     keys = [("tied", tied[i]) if i in tied else ("own", i) for i in range(len(names))]
     order = {key: feature for feature, key in enumerate(dict.fromkeys(keys))}
     feature_of = [order[key] for key in keys]
-    shown = [
-        titles[number] if kind == "tied" and titles[number] else _joined(names, feature_of, feature)
-        for (kind, number), feature in order.items()
-    ]
-    return feature_of, [name or "" for name in shown]
-
-
-def _joined(names: Sequence[str], feature_of: Sequence[int], feature: int) -> str:
-    return " …".join(n for n, own in zip(names, feature_of, strict=True) if own == feature)
+    own_names: list[list[str]] = [[] for _ in order]
+    for name, feature in zip(names, feature_of, strict=True):
+        own_names[feature].append(name)
+    shown = [" …".join(own) for own in own_names]
+    for (kind, number), feature in order.items():
+        if kind == "tied":
+            shown[feature] = titles[number] or shown[feature]
+    return feature_of, shown
 
 
 def _find(names: Sequence[str], member: str | int) -> int:

@@ -84,7 +84,7 @@ def blocks(delimiter: str | re.Pattern[str], *, delimiter_is: Delimiter = "fixed
     call = f"blocks({_shown(delimiter)}, delimiter_is={delimiter_is!r})"
 
     def find(text: str) -> list[Span]:
-        marks = [Span(*match.span()) for match in marker.finditer(text) if match.group()]
+        marks = list(_marks(marker, text))
         _some(marks, call, text)
         if delimiter_is == "following":
             return tiles(text, (mark.start for mark in marks))
@@ -148,17 +148,26 @@ def _shown(marker: str | re.Pattern[str]) -> str:
 def _enclosed(
     text: str, opening: re.Pattern[str], closing: re.Pattern[str], call: str
 ) -> Iterator[tuple[int, int]]:
-    after = opening.search(text)
-    while after:
-        before = closing.search(text, after.end())
+    position = 0
+    while after := _next(opening, text, position):
+        before = _next(closing, text, after.stop)
         if not before:
             raise ValueError(
-                f"{call}: the marker at character {after.start()} "
-                f"({shorten(text[after.start() :])!r}) is never closed: close it, or use `blocks`."
+                f"{call}: the marker at character {after.start} "
+                f"({shorten(text[after.start :])!r}) is never closed: close it, or use `blocks`."
             )
-        yield after.end(), before.start()
-        # An empty match moves on all the same.
-        after = opening.search(text, max(before.end(), after.end(), after.start() + 1))
+        yield after.stop, before.start
+        position = before.stop
+
+
+def _next(marker: re.Pattern[str], text: str, position: int) -> Span | None:
+    return next(_marks(marker, text, position), None)
+
+
+def _marks(marker: re.Pattern[str], text: str, position: int = 0) -> Iterator[Span]:
+    """Where the marker stands; empty matches mark nothing."""
+    found = (Span(*match.span()) for match in marker.finditer(text, position))
+    return (span for span in found if span.start < span.stop)
 
 
 def _gaps(text: str, marks: Sequence[Span]) -> Iterator[tuple[int, int]]:

@@ -44,7 +44,7 @@ class _Scanner:
         self._kind: Kind | None = None  # of the block that is open
         self._after_blank = False
         self._fence = ""  # what opened the code block that is open
-        self._margin: int | None = None  # where the text of the open list item begins
+        self._margins: list[int] = []  # where the texts of the open list items begin
 
     def begins(self, line: str, following: str) -> bool:
         """Whether a block begins with `line`."""
@@ -67,7 +67,7 @@ class _Scanner:
         return begins
 
     def _classify(self, content: str, indent: int, following: str) -> Kind:
-        if indent >= 4 and self._margin is None:
+        if indent >= 4 and not self._margins:
             return "text" if self._interrupts_text else "code"
         if self._is_underline(content) or self._is_delimiter_row(content):
             return "text"
@@ -92,22 +92,21 @@ class _Scanner:
         if kind != "text" or self._kind in (None, "heading", "rule", "fence", "code"):
             return True
         # Indented text goes on with its list item, also after an empty line.
-        of_item = self._kind == "item" and self._margin is not None and indent >= self._margin
+        of_item = self._kind == "item" and indent >= self._margins[-1]
         return self._after_blank and not of_item
 
     def _open(self, kind: Kind, indent: int, content: str) -> None:
         self._kind = kind
         if fence := _FENCE.match(content) if kind == "fence" else None:
             self._fence = fence[1] or fence[2]
-        item = _ITEM.match(content) if kind == "item" else None
-        if item:
-            self._margin = indent + len(item[0].expandtabs(4))
-        elif self._margin is not None and indent < self._margin:
-            self._margin = None
+        while self._margins and indent < self._margins[-1]:
+            self._margins.pop()
+        if item := _ITEM.match(content) if kind == "item" else None:
+            self._margins.append(indent + len(item[0].expandtabs(4)))
 
     @property
     def _interrupts_text(self) -> bool:
-        return self._kind in ("text", "quote", "item", "table") and not self._after_blank
+        return self._kind in ("text", "quote", "item") and not self._after_blank
 
     def _is_underline(self, content: str) -> bool:
         return (
