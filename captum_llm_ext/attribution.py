@@ -3,8 +3,7 @@
 import inspect
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +14,9 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
 from captum_llm_ext import _compat, tokens
-from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
-from captum_llm_ext.driven import attribute_with
-from captum_llm_ext.estimators import Budget, Estimator, estimator, is_known
-from captum_llm_ext.inputs import GeneratedText, Prompt, as_prompt
+from captum_llm_ext.estimators import Budget, is_known
+from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
+from captum_llm_ext.inputs import as_prompt
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.scoring import AttrTarget, Scorer, TokenRow
 from captum_llm_ext.segment import Unit
@@ -26,10 +24,6 @@ from captum_llm_ext.segment import Unit
 _TARGETS = ("log_prob", "prob", "logit")
 _GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 _NEW_TOKENS = {"max_new_tokens": 25}  # captum's
-# The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
-_EMPTY_DRAWS = 32
-_MOST_ROUNDS = 64
-_Inspect = Callable[[str, str, list[float]], None]
 
 
 class GenerationAttribution(LLMAttribution):
@@ -84,7 +78,7 @@ class GenerationAttribution(LLMAttribution):
         num_trials: int = 1,
         gen_args: Mapping[str, Any] | None = None,
         use_cached_outputs: bool = True,
-        _inspect_forward: _Inspect | None = None,
+        _inspect_forward: Inspect | None = None,
         forward_in_tokens: bool = True,
         *,
         output_unit: Unit | None = "token",
@@ -157,7 +151,7 @@ class GenerationAttribution(LLMAttribution):
             raise ValueError(f"`tol` is {tol!r}: give a number above 0, such as 0.05.")
         if kwargs and is_known(self.attr_method):
             raise TypeError(_unknown_argument(next(iter(kwargs)), self.attr_method))
-        effort = _Effort(
+        effort = Effort(
             Budget(n_samples, n_draws, max_exact_features), num_trials, tol, max_evaluations
         )
         scorer = Scorer(
@@ -166,19 +160,25 @@ class GenerationAttribution(LLMAttribution):
             max_rows=perturbations_per_eval,
             show_progress=show_progress,
         )
-        run = _Run(self, as_prompt(inp, self.tokenizer, feature_mask), scorer, seed)
-        run.callback = _inspect_forward
+        run = Run(
+            self.attr_method,
+            self.tokenizer,
+            as_prompt(inp, self.tokenizer, feature_mask),
+            scorer,
+            seed,
+            _inspect_forward,
+        )
         target_ids = self._target_ids(run, target, gen_args, skip_tokens)
-        game = _Game(run, run.generated_text(target_ids, output_unit, output_baselines))
-        outcome = _solve(game, effort, kwargs)
+        game = Game(run, run.generated_text(target_ids, output_unit, output_baselines))
+        outcome = solve(game, effort, kwargs)
         joint = None
         if self.attr_target == "prob":
-            joint = _solve(game.joint(), effort, kwargs).solution.attributions[0]
+            joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
         return self._result(inp, game, outcome, joint, gen_args if target is None else None)
 
     def _target_ids(
         self,
-        run: "_Run",
+        run: Run,
         target: str | Tensor | Sequence[int] | None,
         gen_args: Mapping[str, Any] | None,
         skip_tokens: Sequence[int] | Sequence[str] | None,
@@ -203,7 +203,7 @@ class GenerationAttribution(LLMAttribution):
         self._check_target(run, ids)
         return ids
 
-    def _generated_ids(self, run: "_Run", gen_args: Mapping[str, Any] | None) -> Tensor:
+    def _generated_ids(self, run: Run, gen_args: Mapping[str, Any] | None) -> Tensor:
         if not callable(getattr(self.model, "generate", None)):
             raise ValueError(
                 f"{type(self.model).__name__} has no `generate`: give the `target` to explain."
@@ -216,7 +216,7 @@ class GenerationAttribution(LLMAttribution):
         row = TokenRow(run.full.ids, (), run.full.extras)
         return run.scorer.generate(row, arguments, run.seed)
 
-    def _check_target(self, run: "_Run", ids: Tensor) -> None:
+    def _check_target(self, run: Run, ids: Tensor) -> None:
         if len(ids) == 0:
             raise ValueError("the target is empty: give at least one token to explain.")
         size = _compat.vocabulary_size(self.model)
@@ -231,8 +231,8 @@ class GenerationAttribution(LLMAttribution):
     def _result(
         self,
         inp: InterpretableInput,
-        game: "_Game",
-        outcome: "_Outcome",
+        game: Game,
+        outcome: Outcome,
         joint: Tensor | None,
         gen_args: Mapping[str, Any] | None,
     ) -> GenerationAttributionResult:
@@ -279,7 +279,7 @@ class GenerationAttribution(LLMAttribution):
         )
 
     def _provenance(
-        self, game: "_Game", outcome: "_Outcome", gen_args: Mapping[str, Any] | None
+        self, game: Game, outcome: Outcome, gen_args: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         parameter = next(self.model.parameters(), None)
         config = _compat.text_config(self.model)
@@ -307,223 +307,6 @@ class GenerationAttribution(LLMAttribution):
         parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
         is_double = parameter is not None and parameter.dtype == torch.float64
         return torch.float64 if is_double else torch.float32
-
-
-class _Run:
-    """What stays the same during one call of ``attribute``."""
-
-    callback: _Inspect | None = None
-
-    def __init__(
-        self, owner: GenerationAttribution, prompt: Prompt, scorer: Scorer, seed: int
-    ) -> None:
-        self.method, self.tokenizer = owner.attr_method, owner.tokenizer
-        self.attr_target: AttrTarget = owner.attr_target
-        self.prompt, self.scorer, self.seed = prompt, scorer, seed
-        self.generator = torch.Generator().manual_seed(seed)
-        everything = torch.ones(1, prompt.n_features, dtype=torch.bool)
-        self.full = prompt.render(everything, torch.Generator().manual_seed(0))[0]
-        if not self.full.ids:
-            raise ValueError("the prompt is empty: it has no token before the target.")
-
-    def generated_text(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
-        """The target as features."""
-        return GeneratedText(
-            ids.tolist(),
-            self.tokenizer,
-            unit,
-            baselines=self.prompt.baseline if baselines is None else baselines,
-            prompt_text=self.prompt.text,
-            prompt_ids=self.full.ids,
-        )
-
-
-class _Game:
-    """Coalitions of prompt and generated features in, values of the target tokens out.
-
-    The last generated feature has no token after it and can cause nothing: it is no player.
-
-    Args:
-        run: The call this belongs to.
-        generated: The target.
-        is_joint: Whether the one value of a coalition is the product over the target tokens.
-    """
-
-    def __init__(self, run: _Run, generated: GeneratedText, *, is_joint: bool = False) -> None:
-        self.run, self.generated, self._is_joint = run, generated, is_joint
-        self.target = torch.tensor(generated.ids)
-        n_prompt = run.prompt.n_features
-        self.n_features = n_prompt + max(0, generated.n_features - 1)
-        self.deterministic = run.prompt.deterministic and generated.deterministic
-        n_visible = [n_prompt] if is_joint else [n + n_prompt for n in generated.n_visible]
-        # The last feature is always present and need not be required.
-        last = generated.n_features - 1
-        required = [-1 if g in (None, last) else g + n_prompt for g in generated.required]
-        self.scope = Scope(
-            n_visible=torch.tensor(n_visible), required=torch.tensor(required[: len(n_visible)])
-        )
-        self._seen: set[tuple[tuple[int, ...], object]] = set()
-
-    def joint(self) -> "_Game":
-        """The game of the target's joint probability, the output held fixed, as in captum."""
-        fixed = self.run.generated_text(self.target, None, None)
-        return _Game(self.run, fixed, is_joint=True)
-
-    def values(self, plan: Plan) -> Tensor:
-        """Values ``(n_coalitions, n_target)``, NaN where a coalition gives a token none."""
-        run, n_prompt = self.run, self.run.prompt.n_features
-        masks = self.with_last_feature(plan.masks, True)
-        prompts = run.prompt.render(masks[:, :n_prompt], run.generator, plan.draws)
-        texts = self.generated.render(
-            [prompt.ids for prompt in prompts], masks[:, n_prompt:], run.generator, plan.draws
-        )
-        rows = [
-            TokenRow(ids, positions, prompt.extras, prompt.key)
-            for prompt, (ids, positions) in zip(prompts, texts, strict=True)
-        ]
-        run.scorer.check_length(
-            max(len(row.ids) for row in rows), "the longest coalition and the target"
-        )
-        values = run.scorer.values(rows, self.target)
-        if run.callback is not None:
-            self._tell(run.callback, [prompt.ids for prompt in prompts], rows, values)
-        return values.prod(1, keepdim=True) if self._is_joint else values
-
-    def with_last_feature(self, tensor: Tensor, value: float) -> Tensor:
-        """Puts back the column of the last generated feature, which is no player."""
-        missing = self.run.prompt.n_features + self.generated.n_features - tensor.shape[1]
-        return torch.nn.functional.pad(tensor, (0, missing), value=value)
-
-    def _tell(
-        self,
-        callback: _Inspect,
-        prompts: Sequence[tuple[int, ...]],
-        rows: Sequence[TokenRow],
-        values: Tensor,
-    ) -> None:
-        """Tells every distinct row to captum's hook."""
-        response = tokens.decode(self.run.tokenizer, self.generated.ids)
-        is_log = self.run.attr_target == "log_prob"
-        for prompt, row, value in zip(prompts, rows, values, strict=True):
-            if (row.ids, row.key) in self._seen:
-                continue
-            self._seen.add((row.ids, row.key))
-            told = value.exp() if is_log else value
-            joint = told.prod(0, keepdim=True)
-            text = tokens.decode(self.run.tokenizer, prompt)
-            callback(text, response, torch.cat([joint, told]).tolist())
-
-
-@dataclass(frozen=True)
-class _Effort:
-    """What the user allows one attribution to spend."""
-
-    budget: Budget
-    num_trials: int
-    tol: float | None
-    max_evaluations: int | None
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What was found, and how."""
-
-    name: str
-    plan: Plan
-    values: Tensor
-    solution: Solution
-    estimate: bool
-    converged: bool | None = None
-
-
-def _solve(game: _Game, effort: _Effort, arguments: Mapping[str, Any]) -> _Outcome:
-    method = game.run.method
-    if not is_known(method):
-        return _drive(game, method, effort, arguments)
-    chosen = estimator(method, game.n_features, effort.budget, deterministic=game.deterministic)
-    return _sample(game, chosen, effort)
-
-
-def _sample(game: _Game, method: Estimator, effort: _Effort) -> _Outcome:
-    """Plans, scores and solves, in rounds until the tolerance is met."""
-    generator = game.run.generator
-    required = [column for column in game.scope.required.tolist() if column >= 0]
-    anchors = plan_anchors(
-        game.n_features, required=required, n_empty=1 if game.deterministic else _EMPTY_DRAWS
-    )
-    first = [method.plan(generator) for _ in range(effort.num_trials)]
-    plan = join_plans([anchors, *first])
-    values = game.values(plan)
-    solution = method.solve(plan, values, game.scope)
-    if effort.tol is None:
-        return _Outcome(method.name, plan, values, solution, method.estimate)
-    while not (converged := _error(solution) <= effort.tol) and method.estimate:
-        more = method.plan(generator)
-        most = effort.max_evaluations or _MOST_ROUNDS * len(more.masks)
-        if game.run.scorer.n_evaluations + len(more.masks) > most:
-            break
-        plan = join_plans([plan, more])
-        values = torch.cat([values, game.values(more)])
-        solution = method.solve(plan, values, game.scope)
-    return _Outcome(method.name, plan, values, solution, method.estimate, converged)
-
-
-def _error(solution: Solution) -> float:
-    """Largest standard error over the range of the attributions.
-
-    Raises:
-        ValueError: If there is no standard error to go by.
-    """
-    errors, found = solution.standard_errors, solution.attributions
-    if errors.isnan().any():
-        raise ValueError(
-            "`tol` needs standard errors, and here there are none (a lasso, or a single draw): "
-            "leave `tol` out, or give more samples or draws."
-        )
-    spread = float(found.max() - found.min())
-    return float(errors.max()) / spread if spread else 0.0
-
-
-def _drive(
-    game: _Game,
-    method: PerturbationAttribution,
-    effort: _Effort,
-    arguments: Mapping[str, Any],
-) -> _Outcome:
-    """Runs a method that the package does not know through its own ``attribute``."""
-    name = type(method).__name__
-    if effort.tol is not None or effort.budget.n_draws is not None:
-        raise ValueError(
-            f"`tol` and `n_draws` would be ignored: {name} runs through its own `attribute`."
-        )
-    if (game.scope.required >= 0).any():
-        raise ValueError(
-            f"{name} runs through its own `attribute`, which cannot hold a generated word while "
-            'its later tokens are explained: use `output_unit="token"` or None.'
-        )
-    if effort.budget.n_samples is not None:
-        arguments = {**arguments, "n_samples": effort.budget.n_samples}
-    anchors = plan_anchors(game.n_features)
-    ends = game.values(anchors)
-    found = attribute_with(
-        method,
-        game.values,
-        game.n_features,
-        n_target=len(game.scope.n_visible),
-        num_trials=effort.num_trials,
-        seed=game.run.seed,
-        arguments=arguments,
-    )
-    later = torch.arange(game.n_features) >= game.scope.n_visible[:, None]
-    attributions = found.attributions.masked_fill(later, 0.0)
-    solution = Solution(
-        attributions=attributions,
-        standard_errors=torch.full_like(attributions, torch.nan).masked_fill(later, 0.0),
-        full_values=ends[0],
-        empty_values=ends[1],
-    )
-    plan = join_plans([anchors, found.plan])
-    return _Outcome(name, plan, torch.cat([ends, found.values]), solution, estimate=True)
 
 
 def _as_ids(target: object, tokenizer: Any) -> Tensor:

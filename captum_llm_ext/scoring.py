@@ -2,7 +2,8 @@
 
 Each distinct row costs one teacher-forced pass that serves all target tokens. Rows are padded on
 the right, without an attention mask: a causal model cannot see what comes after, and its positions
-then need no telling. The model is left as it was found.
+then need no telling. (A module of the user's own that does see it gets a pass for every target
+token.) The model is left as it was found.
 """
 
 import sys
@@ -73,6 +74,7 @@ class Scorer:
         self._arguments = _compat.forward_arguments(model)
         self._kept = _compat.kept_logits(model)
         self._known: dict[bytes, Tensor] = {}
+        self._is_causal: bool | None = None
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
         """The token ids that the model continues a row with.
@@ -124,11 +126,47 @@ class Scorer:
             ValueError: If the model gives NaN, or an infinite value.
             TypeError: If the model returns no logits, or a callable target the wrong shape.
         """
+        with self._as_found():
+            if not self._causal(rows[0]):
+                return self._values_step_by_step(rows, target)
+            return self._values(rows, target)
+
+    def _values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
         digests = [_digest(row, target) for row in rows]
         todo = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
-        with self._as_found(), self._progress(len(todo)) as advance:
+        with self._progress(len(todo)) as advance:
             self._score(todo, target, advance)
         return torch.stack([self._known[digest] for digest in digests])
+
+    def _values_step_by_step(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+        """One pass for every target token, with nothing after it to be seen."""
+        values = torch.full((len(rows), len(target)), torch.nan, dtype=torch.float64)
+        for t in range(len(target)):
+            places = [row.positions[t] for row in rows]
+            known = [i for i, place in enumerate(places) if place >= 0]
+            ends = [
+                TokenRow(rows[i].ids[: places[i] + 1], (places[i],), rows[i].extras, rows[i].key)
+                for i in known
+            ]
+            values[known, t] = self._values(ends, target[t : t + 1])[:, 0]
+        return values
+
+    def _causal(self, row: TokenRow) -> bool:
+        """Whether the model says the same of a token whatever follows it.
+
+        Those of transformers that generate text do. A module of the user's own may not: two
+        forwards tell.
+        """
+        if hasattr(self.model, "can_generate") or row.extras is not None:
+            self._is_causal = True
+        elif self._is_causal is None:
+            other = int(row.ids[0] == 0)  # without positions, repeated ids would change nothing
+            ids = torch.tensor([[*row.ids, *[other] * len(row.ids)]], device=self.device)
+            whole = _compat.sequence_logits(self.model(input_ids=ids))
+            half = _compat.sequence_logits(self.model(input_ids=ids[:, : len(row.ids)]))
+            same = torch.isclose(whole[:, : len(row.ids)], half, rtol=1e-3, atol=1e-4)
+            self._is_causal = bool((same | half.isnan()).all())
+        return self._is_causal
 
     def _score(
         self, todo: Mapping[bytes, TokenRow], target: Tensor, advance: Callable[[int], Any]
@@ -138,6 +176,9 @@ class Scorer:
         queue = sorted(todo, key=lambda digest: len(todo[digest].ids), reverse=True)
         while queue:
             batch = queue[: self._batch_size(todo[queue[0]], len(target))]
+            if not self._is_causal:  # and so sees what a row is padded with
+                lengths = [len(todo[digest].ids) for digest in batch]
+                batch = batch[: lengths.count(lengths[0])]
             try:
                 scored = self._forward([todo[digest] for digest in batch], target)
             except RuntimeError as error:

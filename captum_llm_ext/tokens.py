@@ -203,7 +203,8 @@ def _find_offsets(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, 
     for token in ids:
         pending.append(token)
         shown = decode(tokenizer, pending)
-        if shown.endswith(_INCOMPLETE) and len(pending) < _LONGEST_FRAGMENT:
+        # Some tokenizers show part of a character as U+FFFD, others as nothing.
+        if (not shown or shown.endswith(_INCOMPLETE)) and len(pending) < _LONGEST_FRAGMENT:
             continue
         part = shown.strip().removeprefix("##")
         found = _find_next(text, lowered, part, position)

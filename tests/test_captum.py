@@ -1,5 +1,7 @@
 """With the output held fixed the numbers are captum's, on every input that captum has."""
 
+import argparse
+
 import pytest
 import torch
 from captum.attr import (
@@ -167,6 +169,26 @@ def test_inputs_that_render_to_a_mapping(model, tokenizer, types):
     truth = LLMAttribution(FeatureAblation(seeing), tokenizer).attribute(plain, target, **RIGHT)
     torch.testing.assert_close(found.token_attr, truth.token_attr, atol=1e-4, rtol=1e-4)
     assert found.plot_image_heatmap() is not None
+
+
+class SeesAhead(torch.nn.Module):
+    """As small as the models of captum's own tests: no config, and attention both ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embedding = torch.nn.Embedding(400, 8)
+        self.layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.5)
+        self.head = torch.nn.Linear(8, 400)
+
+    def forward(self, input_ids, **_):
+        return argparse.Namespace(logits=self.head(self.layer(self.embedding(input_ids))))
+
+
+@pytest.mark.parametrize("name", ["tokens, BOS skipped", "template, deletion"])
+def test_a_module_that_sees_ahead_is_asked_step_by_step(tokenizer, name):
+    both = _both(SeesAhead().eval(), tokenizer, FeatureAblation, INPUTS[name](tokenizer))
+    _assert_same(*both)
 
 
 def test_the_inspection_hook_sees_what_captums_sees(model, tokenizer):

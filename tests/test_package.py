@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import readme as readme_tables
 import tiny
 
 import captum_llm_ext
@@ -96,4 +97,6 @@ def test_the_readme_tells_what_is_installed():
     readme = (root / "README.md").read_text(encoding="utf-8")
     assert "pip install -c constraints.txt . && captum-llm-ext demo" in readme
     assert 'pip install -c constraints.txt ".[test]" && pytest' in readme
+    assert readme_tables.filled(readme) == readme  # made from the JSON, not by hand
+    assert len(readme.splitlines()) < 200
     assert f'"{captum_llm_ext.__version__}"' in (root / "captum_llm_ext/__init__.py").read_text()

@@ -18,7 +18,8 @@ class Slot:
         ids: The feature's own token ids.
         index: Number of the slot, counted in reading order within prompt or output.
         feature: Number of the feature it belongs to: `index` itself unless slots are tied.
-        unit: ``"token"``, ``"word"``, ``"sentence"``, or None for spans of the user's own.
+        unit: ``"token"``, ``"word"``, ``"sentence"`` and the like, or None for spans of the
+            user's own.
         generated: Whether the feature is a part of the model's own output.
     """
 

@@ -1,0 +1,252 @@
+"""One attribution as a game: coalitions of features in, values of the target tokens out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum.attr._utils.attribution import PerturbationAttribution
+from torch import Tensor
+
+from captum_llm_ext import tokens
+from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
+from captum_llm_ext.driven import attribute_with
+from captum_llm_ext.estimators import Budget, Estimator, estimator, is_known
+from captum_llm_ext.inputs import GeneratedText, Prompt
+from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.segment import Unit
+
+# The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
+_EMPTY_DRAWS = 32
+_MOST_ROUNDS = 64
+Inspect = Callable[[str, str, list[float]], None]
+
+
+class Run:
+    """What stays the same during one call of ``attribute``."""
+
+    def __init__(
+        self,
+        method: PerturbationAttribution,
+        tokenizer: Any,
+        prompt: Prompt,
+        scorer: Scorer,
+        seed: int,
+        callback: Inspect | None = None,
+    ) -> None:
+        self.method, self.tokenizer = method, tokenizer
+        self.prompt, self.scorer, self.seed, self.callback = prompt, scorer, seed, callback
+        self.generator = torch.Generator().manual_seed(seed)
+        everything = torch.ones(1, prompt.n_features, dtype=torch.bool)
+        self.full = prompt.render(everything, torch.Generator().manual_seed(0))[0]
+        if not self.full.ids:
+            raise ValueError("the prompt is empty: it has no token before the target.")
+
+    def generated_text(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
+        """The target as features."""
+        return GeneratedText(
+            ids.tolist(),
+            self.tokenizer,
+            unit,
+            baselines=self.prompt.baseline if baselines is None else baselines,
+            prompt_text=self.prompt.text,
+            prompt_ids=self.full.ids,
+        )
+
+
+class Game:
+    """Coalitions of prompt and generated features in, values of the target tokens out.
+
+    The last generated feature has no token after it and can cause nothing: it is no player.
+
+    Args:
+        run: The call this belongs to.
+        generated: The target.
+        is_joint: Whether the one value of a coalition is the product over the target tokens.
+    """
+
+    def __init__(self, run: Run, generated: GeneratedText, *, is_joint: bool = False) -> None:
+        self.run, self.generated, self._is_joint = run, generated, is_joint
+        self.target = torch.tensor(generated.ids)
+        n_prompt = run.prompt.n_features
+        self.n_features = n_prompt + max(0, generated.n_features - 1)
+        self.deterministic = run.prompt.deterministic and generated.deterministic
+        n_visible = [n_prompt] if is_joint else [n + n_prompt for n in generated.n_visible]
+        # The last feature is always present and need not be required.
+        last = generated.n_features - 1
+        required = [-1 if g in (None, last) else g + n_prompt for g in generated.required]
+        self.scope = Scope(
+            n_visible=torch.tensor(n_visible), required=torch.tensor(required[: len(n_visible)])
+        )
+        self._seen: set[tuple[tuple[int, ...], object]] = set()
+
+    def joint(self) -> "Game":
+        """The game of the target's joint probability, the output held fixed, as in captum."""
+        fixed = self.run.generated_text(self.target, None, None)
+        return Game(self.run, fixed, is_joint=True)
+
+    def values(self, plan: Plan) -> Tensor:
+        """Values ``(n_coalitions, n_target)``, NaN where a coalition gives a token none."""
+        run, n_prompt = self.run, self.run.prompt.n_features
+        masks = self.with_last_feature(plan.masks, True)
+        prompts = run.prompt.render(masks[:, :n_prompt], run.generator, plan.draws)
+        texts = self.generated.render(
+            [prompt.ids for prompt in prompts], masks[:, n_prompt:], run.generator, plan.draws
+        )
+        rows = [
+            TokenRow(ids, positions, prompt.extras, prompt.key)
+            for prompt, (ids, positions) in zip(prompts, texts, strict=True)
+        ]
+        run.scorer.check_length(
+            max(len(row.ids) for row in rows), "the longest coalition and the target"
+        )
+        values = run.scorer.values(rows, self.target)
+        if run.callback is not None:
+            self._tell(run.callback, [prompt.ids for prompt in prompts], rows, values)
+        return values.prod(1, keepdim=True) if self._is_joint else values
+
+    def with_last_feature(self, tensor: Tensor, value: float) -> Tensor:
+        """Puts back the column of the last generated feature, which is no player."""
+        missing = self.run.prompt.n_features + self.generated.n_features - tensor.shape[1]
+        return torch.nn.functional.pad(tensor, (0, missing), value=value)
+
+    def _tell(
+        self,
+        callback: Inspect,
+        prompts: Sequence[tuple[int, ...]],
+        rows: Sequence[TokenRow],
+        values: Tensor,
+    ) -> None:
+        """Tells every distinct row to captum's hook."""
+        response = tokens.decode(self.run.tokenizer, self.generated.ids)
+        is_log = self.run.scorer.attr_target == "log_prob"
+        for prompt, row, value in zip(prompts, rows, values, strict=True):
+            if (row.ids, row.key) in self._seen:
+                continue
+            self._seen.add((row.ids, row.key))
+            told = value.exp() if is_log else value
+            joint = told.prod(0, keepdim=True)
+            text = tokens.decode(self.run.tokenizer, prompt)
+            callback(text, response, torch.cat([joint, told]).tolist())
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What the user allows one attribution to spend."""
+
+    budget: Budget
+    num_trials: int
+    tol: float | None
+    max_evaluations: int | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found, and how."""
+
+    name: str
+    plan: Plan
+    values: Tensor
+    solution: Solution
+    estimate: bool
+    converged: bool | None = None
+
+
+def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
+    """Attributes the game with the method of its run.
+
+    Args:
+        game: What is played.
+        effort: What may be spent.
+        arguments: For methods that the package does not know: passed to their ``attribute``.
+
+    Raises:
+        ValueError: If the effort names what the method would ignore.
+    """
+    method = game.run.method
+    if not is_known(method):
+        return _drive(game, method, effort, arguments)
+    chosen = estimator(method, game.n_features, effort.budget, deterministic=game.deterministic)
+    return _sample(game, chosen, effort)
+
+
+def _sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
+    """Plans, scores and solves, in rounds until the tolerance is met."""
+    generator = game.run.generator
+    required = [column for column in game.scope.required.tolist() if column >= 0]
+    anchors = plan_anchors(
+        game.n_features, required=required, n_empty=1 if game.deterministic else _EMPTY_DRAWS
+    )
+    first = [method.plan(generator) for _ in range(effort.num_trials)]
+    plan = join_plans([anchors, *first])
+    values = game.values(plan)
+    solution = method.solve(plan, values, game.scope)
+    if effort.tol is None:
+        return Outcome(method.name, plan, values, solution, method.estimate)
+    while not (converged := _error(solution) <= effort.tol) and method.estimate:
+        more = method.plan(generator)
+        most = effort.max_evaluations or _MOST_ROUNDS * len(more.masks)
+        if game.run.scorer.n_evaluations + len(more.masks) > most:
+            break
+        plan = join_plans([plan, more])
+        values = torch.cat([values, game.values(more)])
+        solution = method.solve(plan, values, game.scope)
+    return Outcome(method.name, plan, values, solution, method.estimate, converged)
+
+
+def _error(solution: Solution) -> float:
+    """Largest standard error over the range of the attributions.
+
+    Raises:
+        ValueError: If there is no standard error to go by.
+    """
+    errors, found = solution.standard_errors, solution.attributions
+    if errors.isnan().any():
+        raise ValueError(
+            "`tol` needs standard errors, and here there are none (a lasso, or a single draw): "
+            "leave `tol` out, or give more samples or draws."
+        )
+    spread = float(found.max() - found.min())
+    return float(errors.max()) / spread if spread else 0.0
+
+
+def _drive(
+    game: Game,
+    method: PerturbationAttribution,
+    effort: Effort,
+    arguments: Mapping[str, Any],
+) -> Outcome:
+    """Runs a method that the package does not know through its own ``attribute``."""
+    name = type(method).__name__
+    if effort.tol is not None or effort.budget.n_draws is not None:
+        raise ValueError(
+            f"`tol` and `n_draws` would be ignored: {name} runs through its own `attribute`."
+        )
+    if (game.scope.required >= 0).any():
+        raise ValueError(
+            f"{name} runs through its own `attribute`, which cannot hold a generated word while "
+            'its later tokens are explained: use `output_unit="token"` or None.'
+        )
+    if effort.budget.n_samples is not None:
+        arguments = {**arguments, "n_samples": effort.budget.n_samples}
+    anchors = plan_anchors(game.n_features)
+    ends = game.values(anchors)
+    found = attribute_with(
+        method,
+        game.values,
+        game.n_features,
+        n_target=len(game.scope.n_visible),
+        num_trials=effort.num_trials,
+        seed=game.run.seed,
+        arguments=arguments,
+    )
+    later = torch.arange(game.n_features) >= game.scope.n_visible[:, None]
+    attributions = found.attributions.masked_fill(later, 0.0)
+    solution = Solution(
+        attributions=attributions,
+        standard_errors=torch.full_like(attributions, torch.nan).masked_fill(later, 0.0),
+        full_values=ends[0],
+        empty_values=ends[1],
+    )
+    plan = join_plans([anchors, found.plan])
+    return Outcome(name, plan, torch.cat([ends, found.values]), solution, estimate=True)
