@@ -16,12 +16,13 @@ from captum_llm_ext.baselines import Baseline, Deletion, FixedTexts, Slot, Token
 from captum_llm_ext.baselines.corpus import CorpusBaselines, Match
 from captum_llm_ext.demo import load_demo
 from captum_llm_ext.inputs import ChatInput, TextSegmentInput
-from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result import Cause, GenerationAttributionResult
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Baseline",
+    "Cause",
     "ChatInput",
     "CorpusBaselines",
     "Deletion",

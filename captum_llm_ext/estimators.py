@@ -33,12 +33,14 @@ class Estimator:
         plan: One round of coalitions from a generator.
         solve: Attributions from the coalitions of all rounds and their values.
         estimate: Whether the answer is sampled, so that more rounds make it better.
+        tells_error: Whether standard errors come with it.
     """
 
     name: str
     plan: Callable[[torch.Generator], Plan]
     solve: Callable[[Plan, Tensor, Scope], Solution]
     estimate: bool
+    tells_error: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,11 @@ def _leave_one_out(n_features: int, budget: Budget, deterministic: bool) -> Esti
     common = deterministic or n_draws > 1
     plan = coalitions.plan_leave_one_out(n_features, n_draws=n_draws, common_draw=common)
     return Estimator(
-        "leave-one-out", lambda _: plan, coalitions.solve_leave_one_out, not deterministic
+        "leave-one-out",
+        lambda _: plan,
+        coalitions.solve_leave_one_out,
+        not deterministic,
+        tells_error=common,
     )
 
 
@@ -158,7 +164,8 @@ def _lime(method: Lime, n_features: int, budget: Budget) -> Estimator:
     settings = _compat.lime_settings(method) or {}
     kernel = partial(coalitions.cosine_kernel, width=settings.pop("kernel_width"))
     solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
-    return Estimator("local linear model", plan, solve, True)
+    tells_error = settings["penalty"] != "l1"
+    return Estimator("local linear model", plan, solve, True, tells_error)
 
 
 def _plan_sampled(

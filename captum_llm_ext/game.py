@@ -19,6 +19,10 @@ from captum_llm_ext.segment import Unit
 # The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
 _EMPTY_DRAWS = 32
 _MOST_ROUNDS = 64
+_NO_ERROR = (
+    "`tol` needs standard errors, and here there are none (a lasso, or a single draw): leave `tol` "
+    "out, or give more samples or draws."
+)
 Inspect = Callable[[str, str, list[float]], None]
 
 
@@ -172,6 +176,8 @@ def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
 
 def _sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
     """Plans, scores and solves, in rounds until the tolerance is met."""
+    if effort.tol is not None and not method.tells_error:
+        raise ValueError(_NO_ERROR)
     generator = game.run.generator
     required = [column for column in game.scope.required.tolist() if column >= 0]
     anchors = plan_anchors(
@@ -202,10 +208,7 @@ def _error(solution: Solution) -> float:
     """
     errors, found = solution.standard_errors, solution.attributions
     if errors.isnan().any():
-        raise ValueError(
-            "`tol` needs standard errors, and here there are none (a lasso, or a single draw): "
-            "leave `tol` out, or give more samples or draws."
-        )
+        raise ValueError(_NO_ERROR)
     spread = float(found.max() - found.min())
     return float(errors.max()) / spread if spread else 0.0
 

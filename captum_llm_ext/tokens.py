@@ -27,7 +27,7 @@ class Encoding:
     Attributes:
         ids: Token ids, ``n_tokens`` of them.
         anchors: Per token the character that decides whom it belongs to: its first that is not
-            white space. None for special tokens.
+            white space. None for special tokens other than an unknown word.
         starts: Per token its first character, the white space before it included.
     """
 
@@ -46,12 +46,14 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> Enc
     if bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]:
         ids, offsets = ids[1:], offsets[1:]
     special: frozenset[int] = frozenset(getattr(tokenizer, "all_special_ids", None) or ())
+    # What the vocabulary does not know is a word of the text all the same.
+    unknown = getattr(tokenizer, "unk_token_id", None)
     anchors: list[int | None] = []
     starts: list[int] = []
     covered = 0
     for token, (start, stop) in zip(ids, offsets, strict=True):
         starts.append(covered if not text[covered:start].strip() else start)
-        if token in special:
+        if token in special and not (token == unknown and start < stop):
             anchors.append(None)
         else:
             space = len(text[start:stop]) - len(text[start:stop].lstrip())

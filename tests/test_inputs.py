@@ -30,8 +30,13 @@ def _render(inp, mask, seed=0):
     return inp.render(torch.tensor([mask]), _generator(seed))[0].ids
 
 
+def _special(tokenizer):
+    """Special tokens but for the one of unknown words, which are words of the text."""
+    return set(tokenizer.all_special_ids) - {getattr(tokenizer, "unk_token_id", None)}
+
+
 def _input_or_skip(text, tokenizer, unit, **arguments):
-    special = tokenizer.all_special_ids
+    special = _special(tokenizer)
     if all(token in special for token in tokenizer.encode(text)):
         # A text of nothing but characters that the tokenizer drops has no feature.
         with pytest.raises(ValueError, match="no token of its own"):
@@ -52,13 +57,13 @@ def test_rendering_touches_only_the_absent_features(name, unit, text, rng):
     assert list(_render(inp, [True] * inp.n_features)) == list(tokenizer.encode(text))
     # Every id belongs to one feature or to the fixed part, in order.
     owned = [token for slot in inp.slots for token in slot.ids]
-    special = [token for token in inp.ids if token in tokenizer.all_special_ids]
+    special = [token for token in inp.ids if token in _special(tokenizer)]
     assert sorted(owned + special) == sorted(inp.ids)
     mask = [rng.random() < 0.5 for _ in range(inp.n_features)]
     expected = []
-    for slot, chunk in inp._chunks:
+    for slot, chunk, is_first in inp._chunks:
         present = slot is None or mask[slot.feature]
-        expected += chunk if present else [7, 8]
+        expected += chunk if present else [7, 8] * is_first
     assert list(_render(inp, mask)) == expected
 
 
@@ -78,6 +83,23 @@ def test_special_tokens_are_features_only_when_asked_for(tokenizer):
     assert _render(inp, [False, True, True]) == inp.ids[1:]
     marked = TextSegmentInput("Dave</s> lives", tokenizer)
     assert 2 not in [token for slot in marked.slots for token in slot.ids]
+
+
+def test_words_that_the_vocabulary_does_not_know_are_features():
+    tokenizer = TOKENIZERS["word piece"]
+    inp = TextSegmentInput("Dave ☃ lives", tokenizer)
+    assert inp.names == ["Dave", " ☃", " lives"]
+    assert inp.slots[1].ids == (tokenizer.unk_token_id,)
+
+
+def test_what_stands_for_a_span_stands_there_once(tokenizer):
+    # A special token in the middle of the sentence stays where it is.
+    inp = TextSegmentInput(
+        "Dave</s> lives. Go.", tokenizer, "sentence", baselines=lambda s, g: [7, 8]
+    )
+    assert inp.n_features == 2
+    assert _render(inp, [False, True])[:4] == (1, 7, 8, 2)
+    assert _render(inp, [False, True])[4:] == inp.slots[1].ids
 
 
 def test_explicit_spans_leave_the_rest_fixed(tokenizer):

@@ -13,6 +13,7 @@ from captum_llm_ext.__main__ import main
 
 PUBLIC = {
     "Baseline",
+    "Cause",
     "ChatInput",
     "CorpusBaselines",
     "Deletion",

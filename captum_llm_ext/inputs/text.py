@@ -109,20 +109,14 @@ class TextSegmentInput(InterpretableInput, Prompt):
         self.slots = _slots(text, owned, feature_of, encoding, kind)
         self.levels = _levels(text, units, owned, self.slots)
         self.pieces = _pieces(text, self.slots, owned, encoding, tokenizer)
-        self._chunks = [
-            (None if owner is None else self.slots[owner], tuple(token for _, token in run))
-            for owner, run in groupby(
-                zip(owned.owners, self.ids, strict=True), key=lambda pair: pair[0]
-            )
-        ]
+        self._chunks = _chunks(self.slots, owned.owners, self.ids)
         replacement = as_baseline(baselines, tokenizer, len(self.spans))
         self.baseline = for_generated(replacement)
         self._replacements = Replacements(replacement, self.slots, tokenizer)
         self.deterministic = self._replacements.deterministic
 
-    @classmethod
+    @staticmethod
     def from_parts(
-        cls,
         parts: Sequence[Part],
         tokenizer: Any,
         unit: Unit | tuple[Unit, ...] | None = None,
@@ -150,12 +144,11 @@ class TextSegmentInput(InterpretableInput, Prompt):
             raise ValueError("every part is fixed: leave one to attribute to.")
         chosen = Parts([parts[i][0] for i in switched], [spans[i] for i in switched])
         if unit is None:
-            return cls(text, tokenizer, chosen, names=chosen.names, **arguments)
-        return cls(text, tokenizer, (chosen, *as_units(unit)), **arguments)
+            return TextSegmentInput(text, tokenizer, chosen, names=chosen.names, **arguments)
+        return TextSegmentInput(text, tokenizer, (chosen, *as_units(unit)), **arguments)
 
-    @classmethod
+    @staticmethod
     def from_template(
-        cls,
         template: str | Callable[..., str],
         values: Sequence[str] | Mapping[str, str],
         tokenizer: Any,
@@ -199,7 +192,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
                 for label in dict.fromkeys(labels)
             ]
         names = [given[i] for i in order]
-        return cls(text, tokenizer, spans, names=names, **arguments)
+        return TextSegmentInput(text, tokenizer, spans, names=names, **arguments)
 
     def to_tensor(self) -> Tensor:
         """All features present: ones, shape ``(1, n_features)``."""
@@ -221,8 +214,11 @@ class TextSegmentInput(InterpretableInput, Prompt):
         rows: list[RenderedPrompt] = []
         for mask, absent in zip(masks.tolist(), replacements, strict=True):
             ids: list[int] = []
-            for slot, chunk in self._chunks:
-                ids += chunk if slot is None or mask[slot.feature] else absent(slot.index)
+            for slot, chunk, is_first in self._chunks:
+                if slot is None or mask[slot.feature]:
+                    ids += chunk
+                elif is_first:
+                    ids += absent(slot.index)
             rows.append(RenderedPrompt(tuple(ids)))
         return rows
 
@@ -296,6 +292,22 @@ def _slots(
             Slot(text, start, span.stop, tuple(ids[index]), index, feature_of[index], unit)
         )
     return slots
+
+
+def _chunks(
+    slots: Sequence[Slot], owners: Sequence[int | None], ids: Sequence[int]
+) -> list[tuple[Slot | None, tuple[int, ...], bool]]:
+    """Runs of tokens with one owner: the slot, its ids, and whether they are its first.
+
+    A special token within a span cuts it in two; what stands for the span stands there once.
+    """
+    seen: set[int | None] = set()
+    chunks: list[tuple[Slot | None, tuple[int, ...], bool]] = []
+    for owner, run in groupby(zip(owners, ids, strict=True), key=lambda pair: pair[0]):
+        slot = None if owner is None else slots[owner]
+        chunks.append((slot, tuple(token for _, token in run), owner not in seen))
+        seen.add(owner)
+    return chunks
 
 
 def _levels(
