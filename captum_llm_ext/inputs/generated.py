@@ -155,7 +155,7 @@ def _groups(
         return [None] * len(ids)
     if isinstance(unit, str) and unit == "token":
         return list(range(len(ids)))
-    special = set(getattr(tokenizer, "all_special_ids", None) or ())
+    special: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
     special.discard(getattr(tokenizer, "unk_token_id", None))  # a word like any other
     shown = ["" if token in special else text for token, text in zip(ids, texts, strict=True)]
     text = "".join(shown)
