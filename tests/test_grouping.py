@@ -163,6 +163,10 @@ def test_prompts_of_named_parts(model, tokenizer):
     assert words.names[:2] == ["Dave", " lives"]
     found = _attribute(model, tokenizer, words)
     assert found.at_level("part")[0] == ["passage 1", "passage 2"]
+    named = TextSegmentInput.from_parts(parts, tokenizer, ("passage", "sentence"), joiner="\n")
+    assert named.names == ["Dave lives in Austin.", "Ann is a nurse."]
+    assert [level.name for level in named.levels] == ["passage"]
+    assert TextSegmentInput.from_parts(parts, tokenizer, "example").names == inp.names
     for bad, message in (
         ([("a", " ")], "part 'a' is empty"),
         ([("a", "b", True)], "every part is fixed"),

@@ -24,6 +24,7 @@ from captum_llm_ext.inputs.prompt import (
 from captum_llm_ext.segment import Span, Unit, shorten
 
 Part = tuple[str, str] | tuple[str, str, bool]
+_PARTS = ("part", "example", "passage")
 
 
 class TextSegmentInput(InterpretableInput, Prompt):
@@ -119,7 +120,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
     def from_parts(
         parts: Sequence[Part],
         tokenizer: Any,
-        unit: Unit | tuple[Unit, ...] | None = None,
+        unit: Unit | tuple[Unit, ...] = "part",
         *,
         joiner: str = "\n\n",
         **arguments: Any,
@@ -130,8 +131,9 @@ class TextSegmentInput(InterpretableInput, Prompt):
             parts: ``(name, text)``, or ``(name, text, fixed)`` where `fixed` says that the part is
                 never switched.
             tokenizer: The model's tokenizer.
-            unit: None: every part is one feature, of its name. Otherwise the unit of the features
-                inside the parts, which are then the coarsest level.
+            unit: ``"part"``, ``"example"`` or ``"passage"``, whichever reads best: every part is
+                one feature, of its name. Otherwise the unit of the features inside the parts,
+                which are then the coarsest level; ``("passage", "sentence")`` names that level.
             joiner: Stands between two parts, as fixed text.
             **arguments: As of `TextSegmentInput`.
 
@@ -142,10 +144,17 @@ class TextSegmentInput(InterpretableInput, Prompt):
         switched = [i for i, part in enumerate(parts) if not (len(part) > 2 and part[2])]
         if not switched:
             raise ValueError("every part is fixed: leave one to attribute to.")
-        chosen = Parts([parts[i][0] for i in switched], [spans[i] for i in switched])
-        if unit is None:
+        units = as_units(unit)
+        named = units[0] in _PARTS
+        chosen = Parts(
+            [parts[i][0] for i in switched],
+            [spans[i] for i in switched],
+            title=str(units[0]) if named else "part",
+        )
+        inner = units[1:] if named else units
+        if not inner:
             return TextSegmentInput(text, tokenizer, chosen, names=chosen.names, **arguments)
-        return TextSegmentInput(text, tokenizer, (chosen, *as_units(unit)), **arguments)
+        return TextSegmentInput(text, tokenizer, (chosen, *inner), **arguments)
 
     @staticmethod
     def from_template(
