@@ -170,10 +170,11 @@ class GenerationAttribution(LLMAttribution):
         )
         target_ids = self._target_ids(run, target, gen_args, skip_tokens)
         game = Game(run, run.generated_text(target_ids, output_unit, output_baselines))
-        outcome = solve(game, effort, kwargs)
         joint = None
-        if self.attr_target == "prob":
-            joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
+        with scorer.progress():
+            outcome = solve(game, effort, kwargs)
+            if self.attr_target == "prob":
+                joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
         return self._result(inp, game, outcome, joint, gen_args if target is None else None)
 
     def _target_ids(

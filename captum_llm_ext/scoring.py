@@ -54,7 +54,7 @@ class Scorer:
         attr_target: ``"log_prob"``, ``"prob"``, ``"logit"``, or a callable ``(logits (batch,
             n_target, vocabulary), target (n_target,)) -> (batch, n_target)``.
         max_rows: At most so many rows in a batch. By default as many as memory allows.
-        show_progress: Whether a bar over the model's evaluations is drawn on stderr.
+        show_progress: Whether `progress` draws a bar over the model's evaluations on stderr.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Scorer:
         self._kept = _compat.kept_logits(model)
         self._known: dict[bytes, Tensor] = {}
         self._is_causal: bool | None = None
+        self._bar: Any = None
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
         """The token ids that the model continues a row with.
@@ -134,8 +135,8 @@ class Scorer:
     def _values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
         digests = [_digest(row, target) for row in rows]
         todo = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
-        with self._progress(len(todo)) as advance:
-            self._score(todo, target, advance)
+        self._announce(len(todo))
+        self._score(todo, target)
         return torch.stack([self._known[digest] for digest in digests])
 
     def _values_step_by_step(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
@@ -168,9 +169,7 @@ class Scorer:
             self._is_causal = bool((same | half.isnan()).all())
         return self._is_causal
 
-    def _score(
-        self, todo: Mapping[bytes, TokenRow], target: Tensor, advance: Callable[[int], Any]
-    ) -> None:
+    def _score(self, todo: Mapping[bytes, TokenRow], target: Tensor) -> None:
         # Neighbours in length share a batch: little padding. The longest first: what does not fit
         # in memory fails at once.
         queue = sorted(todo, key=lambda digest: len(todo[digest].ids), reverse=True)
@@ -188,8 +187,7 @@ class Scorer:
                 continue
             self._check(scored, [todo[digest] for digest in batch], target)
             self._known.update(zip(batch, scored, strict=True))
-            self.n_evaluations += len(batch)
-            advance(len(batch))
+            self._advance(len(batch))
             queue = queue[len(batch) :]
 
     def _forward(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
@@ -299,14 +297,25 @@ class Scorer:
                 module.training = True
 
     @contextmanager
-    def _progress(self, total: int) -> Generator[Callable[[int], Any]]:
-        if not self._show_progress or not total:
-            yield lambda _: None
+    def progress(self) -> Generator[None]:
+        """Draws one bar over all evaluations within, whatever number of calls they come in."""
+        if not self._show_progress:
+            yield
             return
         from tqdm.auto import tqdm  # captum and transformers both bring it
 
-        with tqdm(total=total, desc="model evaluations", unit="row") as bar:
-            yield bar.update
+        with tqdm(total=0, desc="model evaluations", unit="row") as self._bar:
+            yield
+
+    def _announce(self, n_rows: int) -> None:
+        if self._bar is not None:
+            self._bar.total += n_rows
+            self._bar.refresh()
+
+    def _advance(self, n_rows: int) -> None:
+        self.n_evaluations += n_rows
+        if self._bar is not None:
+            self._bar.update(n_rows)
 
 
 def _digest(row: TokenRow, target: Tensor) -> bytes:

@@ -405,8 +405,14 @@ def test_unknown_methods_that_fit_one_number_are_asked_for_each_token(model, tok
     assert (own.token_attr[0] - known.token_attr[0]).abs().max() < 0.3 * spread
 
 
-def test_progress_is_one_bar_over_the_evaluations(model, tokenizer, capsys):
-    result = _attribute(model, tokenizer, FeatureAblation, show_progress=True)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"attr_target": "prob"}, {"method": KernelShap, "n_samples": 40, "tol": 0.2}],
+)
+def test_progress_is_one_bar_over_the_evaluations(model, tokenizer, capsys, arguments):
+    method = arguments.pop("method", FeatureAblation)
+    result = _attribute(model, tokenizer, method, show_progress=True, **arguments)
     shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1  # bars that are done end their line
     assert f"{result.n_evaluations}/{result.n_evaluations}" in shown.err
     assert shown.out == ""
