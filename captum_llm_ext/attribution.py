@@ -209,11 +209,14 @@ class GenerationAttribution(LLMAttribution):
             raise ValueError(
                 f"{type(self.model).__name__} has no `generate`: give the `target` to explain."
             )
-        run.scorer.check_length(len(run.full.ids) + 1, "the prompt and one token")
         given = dict(gen_args or {})
         arguments = given if given.get("do_sample") else _GREEDY | given
         if not {"max_new_tokens", "max_length"} & set(given):
             arguments = arguments | _NEW_TOKENS
+        n_new = arguments.get("max_new_tokens") or 1
+        run.scorer.check_length(
+            len(run.full.ids) + n_new - 1, f"the prompt and {n_new} new tokens (`max_new_tokens`)"
+        )
         row = TokenRow(run.full.ids, (), run.full.extras)
         return run.scorer.generate(row, arguments, run.seed)
 

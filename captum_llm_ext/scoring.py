@@ -25,6 +25,8 @@ AttrTarget = str | Callable[[Tensor, Tensor], Tensor]
 _TOKENS_PER_BATCH = {"cpu": 4096}
 _TOKENS_ELSEWHERE = 65536
 _CPU_BUDGET = 2**30
+# A few ids tell whether a model sees ahead, and fit into any number of positions.
+_PROBE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,8 @@ class Scorer:
             where a row gives a token no value. Softmax and sums are taken in float32 at least.
 
         Raises:
-            ValueError: If the model gives NaN, or an infinite value.
+            ValueError: If an id is outside the vocabulary, or the model gives NaN or an infinite
+                value.
             TypeError: If the model returns no logits, or a callable target the wrong shape.
         """
         with self._as_found():
@@ -161,11 +164,12 @@ class Scorer:
         if hasattr(self.model, "can_generate") or row.extras is not None:
             self._is_causal = True
         elif self._is_causal is None:
-            other = int(row.ids[0] == 0)  # without positions, repeated ids would change nothing
-            ids = torch.tensor([[*row.ids, *[other] * len(row.ids)]], device=self.device)
+            head = row.ids[:_PROBE]
+            other = int(head[0] == 0)  # without positions, repeated ids would change nothing
+            ids = torch.tensor([[*head, *[other] * len(head)]], device=self.device)
             whole = _compat.sequence_logits(self.model(input_ids=ids))
-            half = _compat.sequence_logits(self.model(input_ids=ids[:, : len(row.ids)]))
-            same = torch.isclose(whole[:, : len(row.ids)], half, rtol=1e-3, atol=1e-4)
+            half = _compat.sequence_logits(self.model(input_ids=ids[:, : len(head)]))
+            same = torch.isclose(whole[:, : len(head)], half, rtol=1e-3, atol=1e-4)
             self._is_causal = bool((same | half.isnan()).all())
         return self._is_causal
 
@@ -196,6 +200,7 @@ class Scorer:
         ids = torch.tensor(
             [[*row.ids, *row.ids[:1] * (length - len(row.ids))] for row in rows], device=self.device
         )
+        self._check_ids(ids)
         positions = torch.tensor([list(row.positions) for row in rows])
         at = positions.clamp(min=0).to(self.device)
         arguments = self._extras(rows[0], length - len(rows[0].ids))
@@ -213,6 +218,15 @@ class Scorer:
                 1, at.to(logits.device)[..., None].expand(-1, -1, logits.shape[2])
             )
         return self._reduce(logits, target).masked_fill(positions < 0, torch.nan)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        size = _compat.vocabulary_size(self.model)
+        if size is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise ValueError(
+                f"a row holds token id {wrong}, outside the model's vocabulary of {size} tokens: "
+                "check the baselines, and that tokenizer and model belong together."
+            )
 
     def _reduce(self, logits: Tensor, target: Tensor) -> Tensor:
         """Values ``(batch, n_target)`` in float64 on the CPU from logits, row by row."""

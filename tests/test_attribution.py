@@ -368,6 +368,28 @@ def test_sampling_goes_on_until_the_tolerance_is_met(model, tokenizer):
     assert stopped.n_evaluations <= 100
 
 
+def test_batches_that_do_not_fit_are_halved_and_nothing_is_lost(model, tokenizer):
+    whole = _attribute(model, tokenizer, KernelShap)
+    sizes = []
+
+    def limited(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 5:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = model.register_forward_pre_hook(limited, with_kwargs=True)
+    try:
+        found = _attribute(model, tokenizer, KernelShap)
+    finally:
+        handle.remove()
+    assert max(sizes) > 5
+    fitting = [size for size in sizes if size <= 5]
+    assert sum(fitting) == found.n_evaluations == whole.n_evaluations
+    # Decided once: after the first batch that fits, none is too large.
+    assert sizes[-len(fitting) :] == fitting
+    torch.testing.assert_close(found.full_attr, whole.full_attr, atol=1e-4, rtol=1e-4)
+
+
 # --- methods of the user's own --------------------------------------------------------------------
 
 

@@ -50,6 +50,11 @@ def _attribute(model, tokenizer, *, method=FeatureAblation, prompt="Dave lives i
         ({"target": " golf", "gen_args": {"max_new_tokens": 3}}, ValueError, "would be ignored"),
         ({"prompt": "Dave lives in " * 9}, ValueError, "the model has 24"),
         ({"prompt": "Dave lives in " * 9, "target": None}, ValueError, "the model has 24"),
+        (
+            {"target": None, "gen_args": {"max_new_tokens": 30}},
+            ValueError,
+            "and 30 new tokens .* take .* the model has 24",
+        ),
         ({"target": " golf" * 20}, ValueError, "the model has 24"),
         ({"output_unit": "phrase"}, ValueError, "unknown unit 'phrase'"),
         ({"output_unit": [(0, 99)]}, ValueError, "leaves the text"),
@@ -74,6 +79,12 @@ def _attribute(model, tokenizer, *, method=FeatureAblation, prompt="Dave lives i
 def test_bad_arguments(silent_model, tokenizer, arguments, error, message):
     with pytest.raises(error, match=message):
         _attribute(silent_model, tokenizer, **arguments)
+
+
+def test_baselines_outside_the_vocabulary(silent_model, tokenizer):
+    inp = TextTokenInput("Dave lives", tokenizer, baselines=5000)
+    with pytest.raises(ValueError, match="token id 5000, outside the model's vocabulary of 400"):
+        _attribute(silent_model, tokenizer, inp=inp)
 
 
 def test_empty_prompts_of_captums_inputs(silent_model, tokenizer):

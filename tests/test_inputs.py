@@ -51,20 +51,33 @@ def _input_or_skip(text, tokenizer, unit, **arguments):
 @given(TEXTS, st.randoms(use_true_random=False))
 def test_rendering_touches_only_the_absent_features(name, unit, text, rng):
     tokenizer = TOKENIZERS[name]
-    inp = _input_or_skip(text, tokenizer, unit, baselines=lambda slot, generator: [7, 8])
+    # Ids that no vocabulary has mark what stands where.
+    inp = _input_or_skip(text, tokenizer, unit, baselines=lambda slot, _: [10**6 + slot.index])
     if inp is None:
         return
     assert list(_render(inp, [True] * inp.n_features)) == list(tokenizer.encode(text))
-    # Every id belongs to one feature or to the fixed part, in order.
+    # Every id belongs to one feature or to the fixed part.
     owned = [token for slot in inp.slots for token in slot.ids]
     special = [token for token in inp.ids if token in _special(tokenizer)]
     assert sorted(owned + special) == sorted(inp.ids)
     mask = [rng.random() < 0.5 for _ in range(inp.n_features)]
-    expected = []
-    for slot, chunk, is_first in inp._chunks:
-        present = slot is None or mask[slot.feature]
-        expected += chunk if present else [7, 8] * is_first
-    assert list(_render(inp, mask)) == expected
+    row = _render(inp, mask)
+    marks = [token - 10**6 for token in row if token >= 10**6]
+    assert marks == [slot.index for slot in inp.slots if not mask[slot.feature]]
+    # With the features' own ids in their place again, the prompt is as it was.
+    back = [
+        t for token in row for t in (inp.slots[token - 10**6].ids if token >= 10**6 else [token])
+    ]
+    assert back == list(inp.ids)
+
+
+@pytest.mark.parametrize("unit", ["word", "sentence"])
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS)
+def test_a_features_ids_are_the_text_of_the_feature(unit, text):
+    tokenizer = TOKENIZERS["byte-level"]
+    for slot in TextSegmentInput(text, tokenizer, unit).slots:
+        assert tokenizer.decode(slot.ids) == slot.text
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -1,5 +1,6 @@
 """The package from outside: what it offers, what importing it does, what the command line says."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,17 @@ def test_help_has_examples(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     assert "captum-llm-ext demo" in capsys.readouterr().out
+
+
+def test_the_readmes_example_prints_what_the_readme_shows(capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code, shown = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", readme, re.DOTALL).groups()
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    number = r"[+-]?\d+\.\d+"
+    assert re.sub(number, "#", printed) == re.sub(number, "#", shown)
+    pairs = zip(re.findall(number, printed), re.findall(number, shown), strict=True)
+    assert all(float(a) == pytest.approx(float(b), abs=0.011) for a, b in pairs)
 
 
 def test_the_readme_tells_what_is_installed():

@@ -13,8 +13,6 @@ from captum_llm_ext.baselines import Slot, as_baseline
 from captum_llm_ext.inputs.prompt import Piece, Replacements
 from captum_llm_ext.segment import Unit, segment
 
-Absent = Callable[[int], tuple[int, ...]]
-
 
 class GeneratedText:
     """The target tokens, grouped into features that later tokens may depend on.
