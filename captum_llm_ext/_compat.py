@@ -18,8 +18,7 @@ def kept_logits(model: nn.Module) -> str | None:
     """
     if "logits_to_keep" not in forward_arguments(model):
         return None
-    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    if not type(inner).__module__.startswith("transformers."):
+    if not is_transformers(model):
         return "count"
     # transformers 5.19 (2026-07): `slice_logits_to_keep` and with it 2-D `logits_to_keep`. Before,
     # a 2-D tensor indexes wrongly without an error. Drop when the lower bound passes it.
@@ -30,8 +29,90 @@ def kept_logits(model: nn.Module) -> str | None:
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
     """Names that the model's forward takes explicitly."""
-    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    return frozenset(inspect.signature(inner.forward).parameters)
+    return frozenset(inspect.signature(_inner(model).forward).parameters)
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether the model's forward is one of transformers."""
+    return getattr(type(_inner(model)).forward, "__module__", "").startswith("transformers.")
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """What torch.compile wraps, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def state_argument(model: nn.Module) -> str | None:
+    """Under what name the model takes and returns its state (its cache), or None if it has none."""
+    if not is_transformers(model):
+        return None
+    names = forward_arguments(model)
+    return next((name for name in ("past_key_values", "cache_params") if name in names), None)
+
+
+def why_not_read_on(model: nn.Module) -> str | None:
+    """Why several tokens must not be read on from the model's state; None where nothing is known.
+
+    transformers 5.23 (2026): these take a state to mean that one token follows, and give wrong
+    numbers without an error. Drop one when its row in `tests/test_reuse.py` says that it is right.
+    """
+    kind = getattr(text_config(model), "model_type", None)
+    broken = ("mamba", "falcon_mamba", "jamba", "bamba", "recurrent_gemma")
+    return f"{kind} reads only one token on from a state" if kind in broken else None
+
+
+def state_bytes(state: Any) -> int:
+    """Size of a model's state."""
+    layers = getattr(state, "layers", None) or [state]
+    return sum(_tensor_bytes(vars(layer)) for layer in layers)
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(item) for item in cast(dict[Any, Any], value).values())
+    return 0
+
+
+def fixed_positions(model: nn.Module) -> int | None:
+    """Up to what length positions mean the same in rows of any length; None: always.
+
+    transformers 5.23 (2026): the rope types "dynamic" and "longrope" choose their frequencies by
+    the longest row of a batch, for all that is in it.
+    """
+    config = text_config(model)
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    most = getattr(config, "max_position_embeddings", None)
+    limits = [
+        cast(dict[str, Any], part).get("original_max_position_embeddings") or most
+        for part in parts
+        if cast(dict[str, Any], part).get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def couples_rows(model: nn.Module) -> bool:
+    """Whether a row's values depend on the other rows of its batch: LLM.int8 looks for outliers."""
+    settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(settings, dict):
+        return bool(cast(dict[str, Any], settings).get("load_in_8bit"))
+    return bool(getattr(settings, "load_in_8bit", False))
+
+
+def has_eager_attention(model: nn.Module) -> bool:
+    """Whether the model makes all attention scores of a layer at once."""
+    return getattr(text_config(model), "_attn_implementation", None) == "eager"
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that are free, or None where nobody tells."""
+    try:
+        import psutil  # accelerate 1.x brings it
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)
 
 
 def sequence_logits(output: Any) -> Tensor:

@@ -17,6 +17,22 @@ _COMMON = {
     "eos_token_id": 2,
 }
 
+_NO_ATTENTION = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"))
+_MAMBA_2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
 # name -> (configuration class, settings beside the common ones; None removes one)
 CONFIGS = {
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
@@ -69,14 +85,126 @@ CONFIGS = {
         "Mamba2Config",
         {"num_heads": 8, "state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 4},
     ),
+    "mamba": ("MambaConfig", {"state_size": 4, **_NO_ATTENTION}),
+    "falcon mamba": ("FalconMambaConfig", {"state_size": 4, **_NO_ATTENTION}),
+    "jamba, recurrent hybrid": (
+        "JambaConfig",
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "bamba, recurrent hybrid": (
+        "BambaConfig",
+        {"attn_layer_indices": [1], "mamba_chunk_size": 4, **_MAMBA_2},
+    ),
+    "granite 4, recurrent hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 16,
+            "mamba_expand": 2,
+            "mamba_chunk_size": 4,
+            **_MAMBA_2,
+        },
+    ),
+    "nemotron-h, recurrent hybrid": (
+        "NemotronHConfig",
+        {
+            "layers_block_type": ["mamba", "attention", "mlp"],
+            "num_hidden_layers": None,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 4,
+        },
+    ),
+    "qwen 3 next, linear attention": (
+        "Qwen3NextConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            **_LINEAR,
+        },
+    ),
+    "qwen 3.5, linear attention": ("Qwen3_5TextConfig", _LINEAR),
+    "minimax, lightning attention": (
+        "MiniMaxConfig",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "block_size": 4,
+        },
+    ),
+    "deepseek v3, latent attention": (
+        "DeepseekV3Config",
+        {
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 1,
+            "head_dim": None,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "llama 4, chunked attention": (
+        "Llama4TextConfig",
+        {
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 6,
+            "interleave_moe_layer_step": 2,
+            "num_hidden_layers": 4,
+        },
+    ),
+    "gemma 3n, shared states": (
+        "Gemma3nTextConfig",
+        {
+            "sliding_window": 6,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 400,
+            "num_kv_shared_layers": 2,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "intermediate_size": [48] * 4,
+        },
+    ),
+    "phi 3": ("Phi3Config", {}),
+    "cohere 2, sliding window": ("Cohere2Config", {"sliding_window": 6}),
 }
 
 
-def build(name: str, seed: int = 0) -> torch.nn.Module:
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     config_name, settings = CONFIGS[name]
     given = {k: v for k, v in (_COMMON | settings).items() if v is not None}
     config = getattr(transformers, config_name)(**given)
     # Random weights of the usual size make a model that answers the same to everything.
     config.initializer_range = 0.3
     torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    if dtype == torch.float64:  # grouped products of experts know no float64
+        model.set_experts_implementation("eager")
+    return model

@@ -387,7 +387,8 @@ def test_batches_that_do_not_fit_are_halved_and_nothing_is_lost(model, tokenizer
     assert sum(fitting) == found.n_evaluations == whole.n_evaluations
     # Decided once: after the first batch that fits, none is too large.
     assert sizes[-len(fitting) :] == fitting
-    torch.testing.assert_close(found.full_attr, whole.full_attr, atol=1e-4, rtol=1e-4)
+    # Values, not attributions: the regression on few coalitions enlarges rounding a hundredfold.
+    torch.testing.assert_close(found.values, whole.values, atol=1e-4, rtol=1e-4)
 
 
 # --- methods of the user's own --------------------------------------------------------------------

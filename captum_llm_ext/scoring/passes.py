@@ -1,0 +1,230 @@
+"""Runs the model: on whole rows, or on what follows ids that it has read before."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.scoring.logits import AttrTarget, called_values, wanted_values
+from captum_llm_ext.scoring.plan import Branch
+from captum_llm_ext.scoring.rows import TokenRow
+
+# Largest difference between log-probabilities that other shapes of the same products make.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
+
+
+class Passes:
+    """Forward passes of one model. Rows are padded on the right, without an attention mask: a
+    causal model cannot see what comes after, and its positions then need no telling.
+
+    Args:
+        model: The model, in evaluation mode and without gradients whenever it is called.
+        attr_target: As for `Scorer`.
+        device: Where the model reads its ids.
+
+    Attributes:
+        kept: How many logits the model can be asked for, as `_compat.kept_logits` says.
+        n_positions: Number of token positions computed up to now, padding included.
+        n_rows: Number of rows of the latest pass, come what came of it.
+        state_bytes: What the model remembers of one position, where it has been seen.
+    """
+
+    def __init__(self, model: nn.Module, attr_target: AttrTarget, device: torch.device) -> None:
+        self.model, self.attr_target, self.device = model, attr_target, device
+        self.kept = _compat.kept_logits(model)
+        self.n_positions = self.n_rows = 0
+        self.state_bytes: int | None = None
+        self._arguments = _compat.forward_arguments(model)
+        self._state = _compat.state_argument(model)
+
+    def run(
+        self,
+        root: Branch,
+        rows: Sequence[TokenRow],
+        target: Tensor,
+        state: Any = None,
+        on_head: Callable[[Any], None] | None = None,
+    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Runs the branches of a plan.
+
+        Args:
+            root: The plan.
+            rows: The rows that it was made for.
+            target: Token ids ``(n_target,)``.
+            state: The model's state after the ids before the root. It is left as it is.
+            on_head: Given the state after the root's own stretch, which is then left as it is.
+
+        Yields:
+            Indices of rows and their values ``(len(indices), n_target)``, batch by batch.
+        """
+        positions = torch.tensor([list(row.positions) for row in rows])
+        values = torch.full(positions.shape, torch.nan, dtype=torch.float64)
+        todo = [(root, state, False)]
+        while todo:
+            branch, state, is_last = todo.pop()
+            if branch.stop > branch.start:
+                state = state if is_last else _copies(state)
+                state = self._stretch(branch, rows, positions, target, state, values)
+            if branch is root and on_head is not None:
+                on_head(state)
+            for batch in branch.batches:
+                index = torch.tensor(batch)
+                at = positions[index] - branch.stop
+                ends = [rows[i] for i in batch]
+                found = self._ends(ends, at, branch.stop, target, state)
+                values[index] = values[index].where(at < 0, found)
+                yield batch, values[index].masked_fill(positions[index] < 0, torch.nan)
+            # The last branch may change the state: no other comes after it.
+            todo += [
+                (grown, state, grown is branch.branches[-1] and branch is not root)
+                for grown in reversed(branch.branches)
+            ]
+
+    def _stretch(
+        self,
+        branch: Branch,
+        rows: Sequence[TokenRow],
+        positions: Tensor,
+        target: Tensor,
+        state: Any,
+        values: Tensor,
+    ) -> Any:
+        """Reads what rows share; the values that are said there are put into `values`."""
+        index = torch.tensor(branch.rows)
+        places = positions[index]
+        inside = (places >= branch.start) & (places < branch.stop)
+        which, tokens = inside.nonzero(as_tuple=True)
+        # One place may say several target tokens, each of them for many rows.
+        said = torch.stack([places[which, tokens] - branch.start, tokens])
+        said, back = said.unique(dim=1, return_inverse=True)
+        ids = torch.tensor([rows[branch.rows[0]].ids[branch.start : branch.stop]])
+        at = said[:1] if said.shape[1] else torch.tensor([[ids.shape[1] - 1]])
+        logits, state = self._logits(ids, at, state=state, keeps_state=True)
+        if said.shape[1] and isinstance(self.attr_target, str):
+            found = wanted_values(logits[0], target[said[1]], self.attr_target)
+            values[index[which], tokens] = found[back]
+        return state
+
+    def _ends(
+        self, rows: Sequence[TokenRow], at: Tensor, start: int, target: Tensor, state: Any
+    ) -> Tensor:
+        """Values ``(n_rows, n_target)`` of rows read from `start` on; any where `at` is below 0."""
+        ids = _padded([row.ids[start:] for row in rows])
+        arguments = self.extras(rows[0], ids.shape[1] - len(rows[0].ids) + start)
+        state = None if start == 0 else _copies(state, len(rows))
+        if not isinstance(self.attr_target, str):
+            logits, _ = self._logits(ids, at.clamp(min=0), state=state, extras=arguments)
+            return called_values(logits, target, self.attr_target)
+        columns = (at >= 0).any(0)
+        logits, _ = self._logits(ids, at[:, columns].clamp(min=0), state=state, extras=arguments)
+        values = torch.full(at.shape, torch.nan, dtype=torch.float64)
+        wanted = target[columns].expand(len(rows), -1)
+        values[:, columns] = wanted_values(logits, wanted, self.attr_target)
+        return values
+
+    def _logits(
+        self,
+        ids: Tensor,
+        at: Tensor,
+        *,
+        state: Any = None,
+        keeps_state: bool = False,
+        extras: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Logits at places ``at (batch, n)`` of ``ids (batch, length)``, and the state after."""
+        self._check_ids(ids)
+        self.n_rows = len(ids)
+        arguments = dict(extras or {})
+        if "use_cache" in self._arguments:
+            arguments["use_cache"] = keeps_state or state is not None
+        if state is not None:
+            arguments[self._state or ""] = state
+        if self.kept == "positions":
+            arguments["logits_to_keep"] = at.to(self.device)
+        elif self.kept == "count":
+            arguments["logits_to_keep"] = ids.shape[1] - int(at.min())
+        output = self.model(input_ids=ids.to(self.device), **arguments)
+        self.n_positions += ids.numel()
+        logits = _compat.sequence_logits(output)
+        if self.kept != "positions":
+            at = (at - (ids.shape[1] - logits.shape[1])).to(logits.device)
+            logits = logits.gather(1, at[..., None].expand(-1, -1, logits.shape[2]))
+        return logits, getattr(output, self._state, None) if self._state else None
+
+    def _check_ids(self, ids: Tensor) -> None:
+        size = _compat.vocabulary_size(self.model)
+        low, high = int(ids.min()), int(ids.max())
+        if size is not None and not 0 <= low <= high < size:
+            raise ValueError(
+                f"a row holds token id {low if low < 0 else high}, outside the model's vocabulary "
+                f"of {size} tokens: check the baselines, and that tokenizer and model belong "
+                "together."
+            )
+
+    def extras(self, row: TokenRow, padding: int) -> dict[str, Any]:
+        """The row's other arguments; those with one entry per token are made as long as its ids."""
+        arguments: dict[str, Any] = {}
+        for name, value in (row.extras or {}).items():
+            if isinstance(value, Tensor):
+                value = value.to(self.device)
+                if name.endswith("token_type_ids"):
+                    short = len(row.ids) + padding - value.shape[-1]
+                    value = nn.functional.pad(value, (0, short))
+            arguments[name] = value
+        return arguments
+
+    def reads_on(self, row: Sequence[int], other: Sequence[int], shared: int) -> float:
+        """How much the next token's distribution changes when rows are read on from a state.
+
+        The shared beginning is read in two stretches, then both rows from copies of the state, the
+        other one padded. What the model says after each is held against a pass of its own.
+
+        Args:
+            row: Token ids.
+            other: Token ids; a row not longer than the first.
+            shared: Number of ids that both begin with, fewer than either has.
+
+        Returns:
+            Largest difference between log-probabilities over what rounding explains: reading on
+            is right up to 1.
+        """
+        state: Any = None
+        middle = shared // 4 * 2
+        for a, b in ((0, middle), (middle, shared)):
+            if b > a:
+                ids = torch.tensor([row[a:b]])
+                _, state = self._logits(
+                    ids, torch.tensor([[b - a - 1]]), state=state, keeps_state=True
+                )
+        if state is None:
+            return float("inf")
+        self.state_bytes = _compat.state_bytes(state) // shared
+        ends = [row[shared:], other[shared:]]
+        at = torch.tensor([[len(end) - 1] for end in ends])
+        found, _ = self._logits(_padded(ends), at, state=_copies(state, 2))
+        worst = 0.0
+        for logits, whole in zip(found, (row, other), strict=True):
+            alone, _ = self._logits(torch.tensor([whole]), torch.tensor([[len(whole) - 1]]))
+            difference = logits.double().log_softmax(-1) - alone[0].double().log_softmax(-1)
+            worst = max(worst, float(difference.abs().nan_to_num(nan=torch.inf).max()))
+        return worst / _ROUNDING.get(found.dtype, 0.0)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows as one tensor ``(n_rows, longest)``."""
+    length = max(len(row) for row in rows)
+    # What stands right of a row is never seen by it: its own first id is as good as any.
+    return torch.tensor([[*row, *[row[0]] * (length - len(row))] for row in rows])
+
+
+def _copies(state: Any, n: int | None = None) -> Any:
+    """A state of the model for `n` rows from that of one; without a number, for that one."""
+    if state is None:
+        return None
+    state = copy.deepcopy(state)
+    if n is not None:
+        state.reorder_cache(torch.zeros(n, dtype=torch.long))
+    return state

@@ -1,0 +1,42 @@
+"""What the model reads for one coalition."""
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """What the model reads for one coalition, and where it says each target token.
+
+    Attributes:
+        ids: Token ids of the prompt and of the generated text before the last target token.
+        positions: ``(n_target,)``: the place in `ids` whose logits predict the target token; -1
+            where the coalition gives the token no value.
+        extras: Other arguments of the model's forward, batch size 1.
+        key: Tells rows apart whose extras differ.
+    """
+
+    ids: tuple[int, ...]
+    positions: Sequence[int]
+    extras: Mapping[str, Any] | None = None
+    key: object = None
+
+    @property
+    def first(self) -> int:
+        """The first place that a target token is said at."""
+        return min((place for place in self.positions if place >= 0), default=len(self.ids) - 1)
+
+
+def digest(row: TokenRow, target: Tensor) -> bytes:
+    """Equal for rows that the model cannot tell apart."""
+    parts = (array("q", row.ids), array("q", row.positions), array("q", target.tolist()))
+    content = blake2b(digest_size=16)
+    for part in parts:
+        content.update(len(part).to_bytes(8) + part.tobytes())
+    content.update(repr(row.key).encode())
+    return content.digest()

@@ -1,0 +1,333 @@
+"""`Scorer`: every distinct row once, in batches that fit, without computing a beginning twice."""
+
+import logging
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.scoring import memory
+from captum_llm_ext.scoring.logits import AttrTarget
+from captum_llm_ext.scoring.memory import Memory
+from captum_llm_ext.scoring.passes import Passes
+from captum_llm_ext.scoring.plan import Branch, plan
+from captum_llm_ext.scoring.rows import TokenRow, digest
+
+Reuse = Literal["auto", "off"]
+
+_logger = logging.getLogger(__name__)
+# A few ids tell whether a model sees ahead, and fit into any number of positions.
+_PROBE = 8
+# Two rows read twice: once each on their own, once from what they share.
+_COMPARISON = 4
+
+
+class Scorer:
+    """Generates with a model and scores rows on it, each distinct row once.
+
+    Args:
+        model: A causal language model: a module that returns ``logits`` (batch, length, vocabulary)
+            for ``input_ids``.
+        attr_target: ``"log_prob"``, ``"prob"``, ``"logit"``, or a callable ``(logits (batch,
+            n_target, vocabulary), target (n_target,)) -> (batch, n_target)``.
+        max_rows: At most so many rows in a batch. By default as many as memory allows.
+        show_progress: Whether `progress` draws a bar over the model's evaluations on stderr.
+        reuse: ``"auto"``: what rows begin with in common is computed once, where that pays and a
+            first comparison on the model itself shows the same numbers. ``"off"``: never.
+        overhead: What a pass costs beside its positions, in positions: what reuse must save to
+            pay. By default estimated from the model's size and device.
+
+    Attributes:
+        n_evaluations: Distinct rows scored.
+        n_row_positions: Token positions that these rows have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        attr_target: AttrTarget = "log_prob",
+        max_rows: int | None = None,
+        show_progress: bool = False,
+        reuse: Reuse = "auto",
+        overhead: int | None = None,
+    ) -> None:
+        self.model = model
+        self.attr_target = attr_target
+        self.device = _compat.input_device(model)
+        self.n_evaluations = 0
+        self.n_row_positions = 0
+        self._passes = Passes(model, attr_target, self.device)
+        self._max_rows = 1 if _compat.couples_rows(model) else max_rows or sys.maxsize
+        self._overhead = memory.overhead(model, self.device) if overhead is None else overhead
+        self._reuse = reuse != "off" and _compat.state_argument(model) is not None
+        self._compared = 0  # length up to which reading on has been seen to be right
+        self._head: tuple[tuple[int, ...], Any] = ((), None)
+        self._show_progress = show_progress
+        self._known: dict[bytes, Tensor] = {}
+        self._is_causal: bool | None = None
+        self._bar: Any = None
+
+    @property
+    def n_positions(self) -> int:
+        """Token positions computed up to now, padding and comparisons included."""
+        return self._passes.n_positions
+
+    def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
+        """The token ids that the model continues a row with.
+
+        Args:
+            row: The prompt.
+            gen_args: Arguments of the model's ``generate``.
+            seed: Seeds sampling; the global random state is as before afterwards.
+
+        Returns:
+            Shape ``(n_target,)``, int64 on the CPU.
+        """
+        ids = torch.tensor([row.ids], device=self.device)
+        arguments = {**self._passes.extras(row, 0), "attention_mask": torch.ones_like(ids)}
+        arguments |= _compat.padding_for_generate(self.model) | dict(gen_args)
+        devices = [self.device] if self.device.type == "cuda" else []
+        generate = cast(Callable[..., Any], self.model.generate)
+        with self._as_found(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            output = generate(input_ids=ids, **arguments)
+        sequences = cast(Tensor, getattr(output, "sequences", output))
+        return sequences[0, ids.shape[1] :].cpu()
+
+    def check_length(self, length: int, what: str) -> None:
+        """Refuses rows that are longer than the model's positions.
+
+        Raises:
+            ValueError: If `length` tokens, which are `what`, do not fit.
+        """
+        most = _compat.longest_sequence(self.model)
+        if most is not None and length > most:
+            raise ValueError(
+                f"{what} take {length} positions, the model has {most}: shorten the prompt or the "
+                "target."
+            )
+
+    def values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+        """What the model gives each target token after each row.
+
+        Args:
+            rows: One token row per coalition.
+            target: Token ids, shape ``(n_target,)``.
+
+        Returns:
+            Shape ``(n_rows, n_target)``, float64 on the CPU, in nats for log-probabilities; NaN
+            where a row gives a token no value. Softmax and sums are taken in float32 at least.
+
+        Raises:
+            ValueError: If an id is outside the vocabulary, or the model gives NaN or an infinite
+                value.
+            TypeError: If the model returns no logits, or a callable target the wrong shape.
+        """
+        with self._as_found():
+            if not self._causal(rows[0]):
+                return self._values_step_by_step(rows, target)
+            return self._values(rows, target)
+
+    def _values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+        digests = [digest(row, target) for row in rows]
+        todo = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
+        self._announce(len(todo))
+        while todo:
+            try:
+                self._score(todo, target)
+            except RuntimeError as error:
+                if not memory.is_out_of_memory(error) or not self._back_off():
+                    raise
+            todo = {d: row for d, row in todo.items() if d not in self._known}
+        return torch.stack([self._known[digest] for digest in digests])
+
+    def _values_step_by_step(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+        """One pass for every target token, with nothing after it to be seen."""
+        values = torch.full((len(rows), len(target)), torch.nan, dtype=torch.float64)
+        for t in range(len(target)):
+            places = [row.positions[t] for row in rows]
+            known = [i for i, place in enumerate(places) if place >= 0]
+            ends = [
+                TokenRow(rows[i].ids[: places[i] + 1], (places[i],), rows[i].extras, rows[i].key)
+                for i in known
+            ]
+            values[known, t] = self._values(ends, target[t : t + 1])[:, 0]
+        return values
+
+    def _causal(self, row: TokenRow) -> bool:
+        """Whether the model says the same of a token whatever follows it.
+
+        Those of transformers that generate text do. A module of the user's own may not: two
+        forwards tell.
+        """
+        if hasattr(self.model, "can_generate") or row.extras is not None:
+            self._is_causal = True
+        elif self._is_causal is None:
+            head = row.ids[:_PROBE]
+            other = int(head[0] == 0)  # without positions, repeated ids would change nothing
+            ids = torch.tensor([[*head, *[other] * len(head)]], device=self.device)
+            whole = _compat.sequence_logits(self.model(input_ids=ids))
+            half = _compat.sequence_logits(self.model(input_ids=ids[:, : len(head)]))
+            same = torch.isclose(whole[:, : len(head)], half, rtol=1e-3, atol=1e-4)
+            self._is_causal = bool((same | half.isnan()).all())
+        return self._is_causal
+
+    def _score(self, todo: Mapping[bytes, TokenRow], target: Tensor) -> None:
+        keys, rows = list(todo), list(todo.values())
+        root = self._plan(rows, target)
+        state = self._head[1] if root.start else None
+
+        def keep(state: Any) -> None:
+            if root.stop > root.start:
+                self._head = (rows[0].ids[: root.stop], state)
+
+        for batch, values in self._passes.run(root, rows, target, state, keep):
+            scored = [rows[i] for i in batch]
+            _check(values, scored, target)
+            self._known.update(zip((keys[i] for i in batch), values, strict=True))
+            self.n_row_positions += sum(len(row.ids) for row in scored)
+            self._advance(len(batch))
+
+    def _plan(self, rows: Sequence[TokenRow], target: Tensor) -> Branch:
+        """The cheapest way that is known to be right."""
+        apart = self._cut(rows, target, shares=False)
+        if not self._reuse or any(row.extras is not None for row in rows):
+            return apart
+        together = self._cut(rows, target, shares=True)
+        lengths = [len(row.ids) for row in rows]
+        saved = apart.positions(lengths) - together.positions(lengths)
+        longest = max(
+            (lengths[b[0]] for branch in together.walk() if branch.stop for b in branch.batches),
+            default=0,
+        )
+        if longest <= self._compared:
+            return together if saved > 0 else apart
+        if saved <= _COMPARISON * longest or not self._compare(rows, together):
+            return apart
+        self._compared = longest
+        return self._cut(rows, target, shares=True)  # now that the size of a state is known
+
+    def _cut(self, rows: Sequence[TokenRow], target: Tensor, *, shares: bool) -> Branch:
+        fits = Memory(
+            self.model,
+            self.device,
+            kept=self._passes.kept,
+            n_target=len(target),
+            state_bytes=self._passes.state_bytes,
+        )
+        # Pixel values and the like are made for one prompt each.
+        most = 1 if any(row.extras is not None for row in rows) else self._max_rows
+        longest = max(len(row.ids) for row in rows)
+        even = not self._is_causal or longest > (_compat.fixed_positions(self.model) or sys.maxsize)
+        first = min(row.first for row in rows)
+        # A callable is given the logits of all target tokens at once.
+        whole = not isinstance(self.attr_target, str)
+        shareable = [min(len(row.ids) - 2, row.first if whole else sys.maxsize) for row in rows]
+        head = len(self._head[0])
+        usable = shares and all(
+            head <= most and row.ids[:head] == self._head[0]
+            for row, most in zip(rows, shareable, strict=True)
+        )
+        return plan(
+            [row.ids for row in rows],
+            shareable if shares and not even else [0] * len(rows),
+            overhead=self._overhead,
+            most_padding=0 if even else self._overhead,
+            most_rows=lambda longest, before: min(most, fits.most_rows(longest, before)),
+            head=head if usable and head <= first and not even else 0,
+            most_head=first,
+        )
+
+    def _compare(self, rows: Sequence[TokenRow], root: Branch) -> bool:
+        """Whether the model reads on as it reads: one comparison on rows of the run itself."""
+        lengths = [len(row.ids) for row in rows]
+        depth, batch = max(
+            ((branch.stop, b) for branch in root.walk() if branch.stop for b in branch.batches),
+            key=lambda pair: (lengths[pair[1][0]], len(pair[1])),
+        )
+        row, other = rows[batch[0]].ids, rows[batch[-1]].ids
+        other = other[: depth + (len(other) - depth + 1) // 2]  # so that there is padding
+        reason = _compat.why_not_read_on(self.model)
+        if reason is None:
+            try:
+                error = self._passes.reads_on(row, other, depth)
+                reason = None if error <= 1 else f"values differ by {error:.2g} times rounding"
+            except Exception as error:  # whatever a model does with a state: there is a way without
+                if isinstance(error, RuntimeError) and memory.is_out_of_memory(error):
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            _logger.warning(
+                "%s computes every row on its own, beginnings are not reused (%s).",
+                type(self.model).__name__,
+                reason,
+            )
+            self._reuse = False
+        return self._reuse
+
+    def _back_off(self) -> bool:
+        """Asks for less memory from now on; whether there is less to ask for."""
+        self._head = ((), None)
+        if self._passes.n_rows > 1:
+            self._max_rows = self._passes.n_rows // 2
+        elif self._reuse:
+            self._reuse = False
+        else:
+            return False
+        return True
+
+    @contextmanager
+    def _as_found(self) -> Generator[None]:
+        """Evaluation mode without gradients; every module's own mode is put back, come what may."""
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    @contextmanager
+    def progress(self) -> Generator[None]:
+        """Draws one bar over all evaluations within, whatever number of calls they come in."""
+        if not self._show_progress:
+            yield
+            return
+        from tqdm.auto import tqdm  # captum and transformers both bring it
+
+        with tqdm(total=0, desc="model evaluations", unit="row") as self._bar:
+            yield
+
+    def forecast(self, n_rows: int) -> None:
+        """Says in the bar how many evaluations are likely still to come; 0 takes it away."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"about {n_rows} more" if n_rows > 0 else "")
+
+    def _announce(self, n_rows: int) -> None:
+        if self._bar is not None:
+            self._bar.total += n_rows
+            self._bar.refresh()
+
+    def _advance(self, n_rows: int) -> None:
+        self.n_evaluations += n_rows
+        if self._bar is not None:
+            self._bar.update(n_rows)
+
+
+def _check(values: Tensor, rows: Sequence[TokenRow], target: Tensor) -> None:
+    wanted = torch.tensor([list(row.positions) for row in rows]) >= 0
+    bad = (~values.isfinite() & wanted).nonzero()
+    if len(bad):
+        row, token = bad[0].tolist()
+        raise ValueError(
+            f"the model gives {values[row, token].item()} to target token {token} (id "
+            f"{int(target[token])}) after a row of {len(rows[row].ids)} tokens. Values must be "
+            "finite: load half-precision models in bfloat16 or float32, check the weights for "
+            "NaN, and do not explain a token that the model rules out."
+        )

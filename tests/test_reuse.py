@@ -1,0 +1,349 @@
+"""What rows share is computed once, and the values are those of a plain loop all the same."""
+
+import logging
+import random
+
+import architectures
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captum_llm_ext import _compat
+from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.scoring.plan import distinct_positions, plan
+
+UNK = 3
+# These read several tokens on from a state wrongly; the first five without an error.
+WRONG = {
+    "mamba",
+    "falcon mamba",
+    "jamba, recurrent hybrid",
+    "bamba, recurrent hybrid",
+    "recurrentgemma, recurrent hybrid",
+    "minimax, lightning attention",
+}
+# These keep states or softmax in float32 whatever the model's dtype: in float64 that is refused.
+FLOAT32_INSIDE = {
+    "gemma 2, sliding window",
+    "bloom",
+    "falcon-h1, recurrent hybrid",
+    "granite 4, recurrent hybrid",
+    "qwen 3 next, linear attention",
+    "qwen 3.5, linear attention",
+    "deepseek v3, latent attention",
+}
+# Whatever is done with these in float64, their own float32 parts differ by batch and padding.
+ROUGH = {"mamba", "falcon mamba", "mamba 2", "nemotron-h, recurrent hybrid", "bloom"} | {
+    "gemma 2, sliding window",
+    "llama 4, chunked attention",
+    "deepseek v3, latent attention",
+}
+
+
+def make_rows(n_prompt=18, n_target=5, seed=0, n_random=6):
+    """Replaced, deleted and sampled prompt tokens, deleted generated ones: rows of all lengths."""
+    draw = random.Random(seed)
+    ids = [draw.randrange(4, 400) for _ in range(n_prompt + n_target)]
+    prompt, target = ids[:n_prompt], ids[n_prompt:]
+    prompts = [prompt]
+    for i in range(n_prompt):
+        prompts += [[*prompt[:i], UNK, *prompt[i + 1 :]], [*prompt[:i], *prompt[i + 1 :]]]
+    prompts += [[x for x in prompt if draw.random() < 0.6] or [UNK] for _ in range(n_random)]
+    rows = [TokenRow((*p, *target[:-1]), range(len(p) - 1, len(p) - 1 + n_target)) for p in prompts]
+    for absent in range(n_target - 1):
+        read, positions = list(prompt), []
+        for place, token in enumerate(target):
+            positions.append(len(read) - 1)
+            read += [] if place == absent else [token]
+        rows.append(TokenRow(tuple(read[: positions[-1] + 1]), positions))
+    return rows, torch.tensor(target)
+
+
+@torch.no_grad()
+def loop(model, rows, target):
+    """One uncached, unpadded forward of batch 1 for every row."""
+    values = []
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
+        said = logits[list(row.positions)].double().log_softmax(-1)
+        values.append(said.gather(1, target[:, None])[:, 0])
+    return torch.stack(values)
+
+
+def difference(values, truth):
+    return float((values - truth).abs().max())
+
+
+def n_reused(scorer):
+    return scorer.n_row_positions - scorer.n_positions
+
+
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_float32_values_equal_a_plain_loop(name):
+    model = architectures.build(name)
+    rows, target = make_rows()
+    scorer = Scorer(model, overhead=3)
+    assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-4
+    assert (n_reused(scorer) > 0) == (name not in WRONG)
+
+
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_float64_values_equal_a_plain_loop(name):
+    model = architectures.build(name, dtype=torch.float64)
+    rows, target = make_rows(seed=1)
+    scorer = Scorer(model, overhead=3)
+    error = difference(scorer.values(rows, target), loop(model, rows, target))
+    assert error < (5e-6 if name in ROUGH else 1e-9)
+    if name not in ROUGH:
+        assert (n_reused(scorer) > 0) == (name not in WRONG | FLOAT32_INSIDE)
+
+
+@pytest.mark.parametrize("name", sorted(WRONG))
+def test_the_comparison_alone_finds_what_reads_on_wrongly(name, monkeypatch, caplog):
+    monkeypatch.setattr(_compat, "why_not_read_on", lambda model: None)
+    model = architectures.build(name)
+    rows, target = make_rows()
+    scorer = Scorer(model, overhead=3)
+    with caplog.at_level(logging.WARNING):
+        values = [scorer.values(rows[:30], target), scorer.values(rows[30:], target)]
+    assert difference(torch.cat(values), loop(model, rows, target)) < 1e-4
+    assert n_reused(scorer) < 0  # the comparison came on top
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("overhead", [0, 1, 5, 30, 1000])
+@pytest.mark.parametrize("max_rows", [1, 3, None])
+def test_no_way_of_cutting_changes_a_value(overhead, max_rows):
+    model = tiny.llama().double()
+    rows, target = make_rows(n_prompt=24, seed=2)
+    scorer = Scorer(model, overhead=overhead, max_rows=max_rows)
+    values = scorer.values(rows, target)
+    assert difference(values, loop(model, rows, target)) < 1e-11
+    assert scorer.n_evaluations == len({row.ids for row in rows})
+
+
+@pytest.mark.parametrize("kept", ["count", None])
+def test_models_that_give_all_logits_reuse_as_well(kept, monkeypatch):
+    monkeypatch.setattr(_compat, "kept_logits", lambda model: kept)
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    scorer = Scorer(model, overhead=3)
+    assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
+    assert n_reused(scorer) > 0
+
+
+@pytest.mark.parametrize("attr_target", ["prob", "logit", "callable"])
+def test_every_kind_of_value_is_the_one_without_reuse(attr_target):
+    def against_next(logits, target):  # looks at the logits of all target tokens at once
+        own = logits.gather(2, target.view(1, -1, 1))[:, :, 0]
+        return own - logits.mean((1, 2))[:, None]
+
+    chosen = against_next if attr_target == "callable" else attr_target
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    alone = Scorer(model, attr_target=chosen, reuse="off", max_rows=1).values(rows, target)
+    scorer = Scorer(model, attr_target=chosen, overhead=3)
+    assert difference(scorer.values(rows, target), alone) < 1e-11
+    assert n_reused(scorer) > 0
+
+
+def test_values_that_rows_do_not_have_stay_missing():
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    holes = [TokenRow(row.ids, [-1, *row.positions[1:-1], row.positions[-1]]) for row in rows]
+    values = Scorer(model, overhead=3).values(holes, target)
+    assert values[:, 0].isnan().all()
+    assert difference(values[:, 1:], loop(model, rows, target)[:, 1:]) < 1e-11
+
+
+def test_text_before_the_first_feature_is_computed_once_per_run():
+    model = tiny.llama().double()
+    rows, target = make_rows(n_prompt=12)
+    head = tuple(range(20, 100))
+    rows = [TokenRow(head + row.ids, [80 + p for p in row.positions]) for row in rows]
+    scorer = Scorer(model, overhead=3)
+    first = scorer.values(rows[:15], target)
+    before = scorer.n_positions
+    second = scorer.values(rows[15:], target)
+    assert difference(torch.cat([first, second]), loop(model, rows, target)) < 1e-11
+    assert scorer.n_positions - before <= sum(len(row.ids) - 80 for row in rows[15:])
+    # Rows that begin otherwise are right as well.
+    other = [TokenRow(row.ids[40:], [p - 40 for p in row.positions]) for row in rows]
+    assert difference(scorer.values(other, target), loop(model, other, target)) < 1e-11
+
+
+def test_running_out_of_memory_loses_nothing(monkeypatch):
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    truth = loop(model, rows, target)
+    sizes, forward = [], model.forward
+
+    def small(input_ids, **arguments):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids=input_ids, **arguments)
+
+    scorer = Scorer(model, overhead=20)
+    monkeypatch.setattr(model, "forward", small)
+    assert difference(scorer.values(rows, target), truth) < 1e-11
+    failures = [size for size in sizes if size > 3]
+    assert failures == sorted(set(failures), reverse=True)  # halved each time, decided once
+    assert scorer.n_evaluations == len({row.ids for row in rows})
+
+
+def test_without_memory_for_states_rows_are_read_alone(monkeypatch):
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    truth = loop(model, rows, target)
+    forward = model.forward
+
+    def stateless(input_ids, use_cache=False, **arguments):
+        if use_cache:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids=input_ids, use_cache=False, **arguments)
+
+    scorer = Scorer(model, overhead=3)
+    monkeypatch.setattr(model, "forward", stateless)
+    assert difference(scorer.values(rows, target), truth) < 1e-11
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementations(attention):
+    model = tiny.llama(attn_implementation=attention).double()
+    rows, target = make_rows()
+    scorer = Scorer(model, overhead=3)
+    # Eager attention takes its softmax in float32.
+    tolerance = 1e-5 if attention == "eager" else 1e-11
+    assert difference(scorer.values(rows, target), loop(model, rows, target)) < tolerance
+
+
+def test_compiled_models():
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    truth = loop(model, rows, target)
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    scorer = Scorer(compiled, overhead=3)
+    assert difference(scorer.values(rows, target), truth) < 1e-11
+    assert n_reused(scorer) > 0
+
+
+def test_bfloat16_models_reuse():
+    model = architectures.build("llama", dtype=torch.bfloat16)
+    rows, target = make_rows()
+    scorer = Scorer(model, overhead=3)
+    values = scorer.values(rows, target)
+    assert n_reused(scorer) > 0
+    # Logits near 6 are multiples of 1/32 in bfloat16.
+    assert difference(values, loop(model, rows, target)) < 0.25
+
+
+def test_positions_that_depend_on_the_longest_row_are_not_mixed():
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 20,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+    }
+    model = tiny.llama(rope_parameters=rope, max_position_embeddings=80).double()
+    rows, target = make_rows(n_prompt=24)  # rows of both kinds
+    values = Scorer(model, overhead=3).values(rows, target)
+    assert difference(values, loop(model, rows, target)) < 1e-6  # frequencies are float32
+
+
+def test_a_state_of_the_users_own_and_the_model_are_left_as_found():
+    model = tiny.llama().train()
+    model.config.use_cache = False
+    rows, target = make_rows()
+    ids = torch.tensor([rows[0].ids])
+    with torch.no_grad():
+        state = model(input_ids=ids, use_cache=True).past_key_values
+    kept = [layer.keys.clone() for layer in state.layers]
+    scorer = Scorer(model, overhead=3)
+    scorer.values(rows, target)
+    assert n_reused(scorer) > 0
+    for layer, keys in zip(state.layers, kept, strict=True):
+        assert torch.equal(layer.keys, keys)
+    with pytest.raises(ValueError, match="outside the model's vocabulary"):
+        scorer.values([*rows, TokenRow((*rows[0].ids[:-1], 4000), rows[0].positions)], target)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert model.config.use_cache is False
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_short_rows_of_a_small_model_are_not_worth_it():
+    model = tiny.llama()
+    rows, target = make_rows()
+    scorer = Scorer(model)
+    scorer.values(rows, target)
+    assert n_reused(scorer) <= 0
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=24),
+    st.integers(0, 4),
+    st.integers(1, 5),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_plan_reads_every_row_to_its_end_once(rows, overhead, most):
+    shareable = [max(0, len(row) - 2) for row in rows]
+    root = plan(
+        rows,
+        shareable,
+        overhead=overhead,
+        most_padding=overhead,
+        most_rows=lambda longest, before: most,
+        most_head=99,
+    )
+    ends = []
+    for branch in root.walk():
+        assert all(
+            rows[i][: branch.stop] == rows[branch.rows[0]][: branch.stop] for i in branch.rows
+        )
+        # A single token is read on by other code in some models.
+        assert all(grown.start == branch.stop <= grown.stop - 2 for grown in branch.branches)
+        for batch in branch.batches:
+            ends += batch
+            lengths = [len(rows[i]) for i in batch]
+            assert lengths == sorted(lengths, reverse=True)
+            assert branch.stop == 0 or branch.stop <= lengths[-1] - 2
+            assert len(batch) <= most
+            assert sum(lengths[0] - length for length in lengths) <= overhead
+    assert sorted(ends) == list(range(len(rows)))
+    assert distinct_positions(rows) == len({tuple(r[: i + 1]) for r in rows for i in range(len(r))})
+
+
+def test_where_passes_cost_nothing_no_position_is_computed_twice():
+    rows = [row.ids for row in make_rows()[0]]
+    rows = list(dict.fromkeys(rows))
+    root = plan(
+        rows,
+        [len(row) - 2 for row in rows],
+        overhead=0,
+        most_padding=0,
+        most_rows=lambda longest, before: 99,
+        most_head=99,
+    )
+    # Stretches have two tokens at least: up to two of a row's own come twice.
+    lengths = [len(row) for row in rows]
+    assert root.positions(lengths) <= distinct_positions(rows) + 2 * len(rows)
+    assert root.positions(lengths) < 0.7 * sum(lengths)
+
+
+def test_positions_stay_near_the_least_possible():
+    prompt = list(range(100, 228))
+    tail = list(range(300, 331))
+    rows = [prompt + tail] + [[*prompt[:i], UNK, *prompt[i + 1 :], *tail] for i in range(128)]
+    root = plan(
+        rows,
+        [len(row) - 2 for row in rows],
+        overhead=40,
+        most_padding=40,
+        most_rows=lambda longest, before: 4096 // (longest - before),
+    )
+    assert root.positions([len(row) for row in rows]) <= 1.15 * distinct_positions(rows)
