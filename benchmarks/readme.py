@@ -21,11 +21,12 @@ def ground_truth(report: dict[str, Any]) -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = ["| absent means | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
     for absence in dict.fromkeys(row["absence"] for row in rows):
-        cells = [
-            f"{row['precision']:.2f} ({row['precision_content_words']:.2f})"
-            for row in rows
-            if row["absence"] == absence
-        ]
+        cells: list[str] = []
+        for method in methods:
+            of = [r for r in rows if (r["absence"], r["method"]) == (absence, method)]
+            everything = " / ".join(f"{row['precision']:.2f}" for row in of)
+            content = " / ".join(f"{row['precision_content_words']:.2f}" for row in of)
+            cells.append(f"{everything} ({content})")
         lines.append(f"| {absence} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

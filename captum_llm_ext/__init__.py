@@ -12,26 +12,47 @@ before it::
 """
 
 from captum_llm_ext.attribution import GenerationAttribution
-from captum_llm_ext.baselines import Baseline, Deletion, FixedTexts, Slot, TokenBaseline
+from captum_llm_ext.baselines import (
+    Baseline,
+    Deletion,
+    FixedTexts,
+    Infilling,
+    Slot,
+    TokenBaseline,
+)
 from captum_llm_ext.baselines.corpus import CorpusBaselines, Match
+from captum_llm_ext.causes import Cause, Redundancy, SpanAttribution, UnresolvedGroup
+from captum_llm_ext.coalition_game import CoalitionGame
 from captum_llm_ext.demo import load_demo
+from captum_llm_ext.feature_inclusion import FeatureInclusion
 from captum_llm_ext.inputs import ChatInput, TextSegmentInput
-from captum_llm_ext.result import Cause, GenerationAttributionResult
+from captum_llm_ext.partition_shap import PartitionShap
+from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.sensitivity import BaselineComparison, compare_baselines
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Baseline",
+    "BaselineComparison",
     "Cause",
     "ChatInput",
+    "CoalitionGame",
     "CorpusBaselines",
     "Deletion",
+    "FeatureInclusion",
     "FixedTexts",
     "GenerationAttribution",
     "GenerationAttributionResult",
+    "Infilling",
     "Match",
+    "PartitionShap",
+    "Redundancy",
     "Slot",
+    "SpanAttribution",
     "TextSegmentInput",
     "TokenBaseline",
+    "UnresolvedGroup",
+    "compare_baselines",
     "load_demo",
 ]

@@ -14,9 +14,11 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
 from captum_llm_ext import _compat, tokens
+from captum_llm_ext.coalition_game import CoalitionGame
 from captum_llm_ext.estimators import Budget, is_known
 from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
 from captum_llm_ext.inputs import as_prompt
+from captum_llm_ext.refit import Design
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.scoring import AttrTarget, Scorer, TokenRow
 from captum_llm_ext.segment import Unit
@@ -177,6 +179,52 @@ class GenerationAttribution(LLMAttribution):
                 joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
         return self._result(inp, game, outcome, joint, gen_args if target is None else None)
 
+    def to_game(
+        self,
+        inp: InterpretableInput,
+        target: str | Tensor | Sequence[int] | None = None,
+        *,
+        token: int | tuple[int, int] | None = None,
+        gen_args: Mapping[str, Any] | None = None,
+        output_unit: Unit | None = "token",
+        output_baselines: Any = None,
+        n_draws: int = 8,
+        normalize: bool = True,
+        seed: int = 0,
+        perturbations_per_eval: int | None = None,
+        feature_mask: Tensor | None = None,
+    ) -> CoalitionGame:
+        """The game behind an attribution, for packages such as shapiq.
+
+        ``shapiq.KernelSHAPIQ(game.n_players, max_order=2).approximate(500, game)`` finds
+        interactions; `attr_method` does not matter here.
+
+        Args:
+            inp: The prompt, as for `attribute`.
+            target: The text to explain; None: the model generates it.
+            token: One target token, or a span ``(start, stop)``. None: the whole target, whose
+                players are the prompt's features alone.
+            gen_args, output_unit, output_baselines, seed, feature_mask: As for `attribute`.
+            n_draws: Draws of random baselines that the value of every coalition averages.
+            normalize: Whether the empty coalition's value is subtracted.
+            perturbations_per_eval: At most so many rows in a batch.
+
+        Returns:
+            A callable: booleans ``(n_coalitions, n_players)`` to numbers ``(n_coalitions,)``.
+
+        Raises:
+            ValueError: If there is no such token, or as `attribute` does.
+        """
+        _at_least_one("n_draws", n_draws)
+        _at_least_one("perturbations_per_eval", perturbations_per_eval)
+        scorer = Scorer(self.model, attr_target=self.attr_target, max_rows=perturbations_per_eval)
+        prompt = as_prompt(inp, self.tokenizer, feature_mask)
+        run = Run(self.attr_method, self.tokenizer, prompt, scorer, seed)
+        target_ids = self._target_ids(run, target, gen_args, None)
+        game = Game(run, run.generated_text(target_ids, output_unit, output_baselines))
+        start, stop = _span(token, len(target_ids))
+        return CoalitionGame(game, start, stop, n_draws=n_draws, normalize=normalize)
+
     def _target_ids(
         self,
         run: Run,
@@ -279,6 +327,7 @@ class GenerationAttribution(LLMAttribution):
             prompt_pieces=prompt.pieces,
             levels=prompt.levels,
             output_pieces=generated.pieces,
+            design=_design(game, outcome),
             provenance=self._provenance(game, outcome, gen_args),
         )
 
@@ -298,6 +347,7 @@ class GenerationAttribution(LLMAttribution):
             "n_coalitions": len(outcome.plan.masks),
             "n_evaluations": game.run.scorer.n_evaluations,
             "deterministic_baselines": game.deterministic,
+            "matches": game.matches(),
             "generation": None if gen_args is None else {k: repr(v) for k, v in gen_args.items()},
             "model": _model_name(getattr(config, "_name_or_path", "")),
             "model_class": type(self.model).__name__,
@@ -311,6 +361,33 @@ class GenerationAttribution(LLMAttribution):
         parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
         is_double = parameter is not None and parameter.dtype == torch.float64
         return torch.float64 if is_double else torch.float32
+
+
+def _design(game: Game, outcome: Outcome) -> Design:
+    return Design(
+        planned=outcome.name,
+        solved=outcome.name,
+        options=outcome.options,
+        n_features=game.n_features,
+        n_anchors=outcome.plan.n_anchors,
+        n_visible=game.scope.n_visible.tolist(),
+        required=game.scope.required.tolist(),
+        columns=list(game.run.prompt.columns),
+        deterministic=game.deterministic,
+    )
+
+
+def _span(token: int | tuple[int, int] | None, n_target: int) -> tuple[int, int]:
+    if token is None:
+        return 0, n_target
+    start, stop = (token, token + 1 or n_target) if isinstance(token, int) else token
+    chosen = range(n_target)[start:stop]
+    if not chosen or (isinstance(token, int) and not -n_target <= token < n_target):
+        raise ValueError(
+            f"`token` is {token!r}: give the position of one of {n_target} target tokens, or a "
+            "span (start, stop)."
+        )
+    return chosen.start, chosen.stop
 
 
 def _as_ids(target: object, tokenizer: Any) -> Tensor:

@@ -5,9 +5,10 @@ coalitions are few, paired or antithetic sampling elsewhere.
 """
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from captum.attr import FeatureAblation, KernelShap, Lime, ShapleyValues, ShapleyValueSampling
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.coalitions import Plan, Scope, Solution
+from captum_llm_ext.coalitions.hierarchy import Tree
 from captum_llm_ext.coalitions.plans import MOST_EXACT_FEATURES
+from captum_llm_ext.feature_inclusion import FeatureInclusion
+from captum_llm_ext.partition_shap import PartitionShap, Unfold, partition
 
 _MAX_DRAWS = 8
 _ROWS_WORTH_REPEATING = 1024
@@ -34,6 +38,8 @@ class Estimator:
         solve: Attributions from the coalitions of all rounds and their values.
         estimate: Whether the answer is sampled, so that more rounds make it better.
         tells_error: Whether standard errors come with it.
+        unfold: In place of `plan` where the values decide what is scored next.
+        options: What `solve` was given beside, as numbers and text.
     """
 
     name: str
@@ -41,6 +47,8 @@ class Estimator:
     solve: Callable[[Plan, Tensor, Scope], Solution]
     estimate: bool
     tells_error: bool = True
+    unfold: Unfold | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -78,11 +86,18 @@ def is_known(method: PerturbationAttribution) -> bool:
     """
     if type(method) is Lime:
         return _compat.lime_settings(method) is not None
-    return type(method) in (FeatureAblation, KernelShap, ShapleyValues, ShapleyValueSampling)
+    ours = (FeatureInclusion, PartitionShap)
+    return type(method) in (FeatureAblation, KernelShap, ShapleyValues, ShapleyValueSampling, *ours)
 
 
 def estimator(
-    method: PerturbationAttribution, n_features: int, budget: Budget, *, deterministic: bool
+    method: PerturbationAttribution,
+    n_features: int,
+    budget: Budget,
+    *,
+    deterministic: bool,
+    tree: Tree = (),
+    held: Sequence[int] = (),
 ) -> Estimator:
     """The estimator for a captum method over `n_features` features.
 
@@ -92,6 +107,8 @@ def estimator(
         budget: What may be spent.
         deterministic: Whether a coalition renders the same every time. If not, methods that
             enumerate repeat with fresh draws while that is cheap (at most 8 times).
+        tree: The nesting of all features, for `PartitionShap`.
+        held: Columns that some target requires.
 
     Raises:
         ValueError: If the budget names something that the method would ignore.
@@ -103,6 +120,11 @@ def estimator(
     if type(method) is FeatureAblation:
         _refuse(budget.n_samples is not None, "n_samples", "FeatureAblation", "n_draws")
         return _leave_one_out(n_features, budget, deterministic)
+    if type(method) is FeatureInclusion:
+        _refuse(budget.n_samples is not None, "n_samples", "FeatureInclusion", "n_draws")
+        return _only_one_in(n_features, budget, deterministic, held)
+    if type(method) is PartitionShap:
+        return _partition(method, n_features, budget, deterministic, tree, held)
     if type(method) is ShapleyValues:
         if n_features <= budget.max_exact_features:
             _refuse(budget.n_samples is not None, "n_samples", "exact ShapleyValues", "n_draws")
@@ -126,6 +148,23 @@ def _leave_one_out(n_features: int, budget: Budget, deterministic: bool) -> Esti
         "leave-one-out",
         lambda _: plan,
         coalitions.solve_leave_one_out,
+        not deterministic,
+        tells_error=common,
+    )
+
+
+def _only_one_in(
+    n_features: int, budget: Budget, deterministic: bool, held: Sequence[int]
+) -> Estimator:
+    n_draws = _n_draws(n_features, budget, deterministic)
+    common = deterministic or n_draws > 1
+    plan = coalitions.plan_only_one_in(
+        n_features, required=held, n_draws=n_draws, common_draw=common
+    )
+    return Estimator(
+        "only one in",
+        lambda _: plan,
+        coalitions.solve_only_one_in,
         not deterministic,
         tells_error=common,
     )
@@ -162,10 +201,40 @@ def _lime(method: Lime, n_features: int, budget: Budget) -> Estimator:
     _warn_budget(wanted, n_features)
     plan = partial(_plan_sampled, coalitions.plan_lime, n_features, wanted)
     settings = _compat.lime_settings(method) or {}
+    options = dict(settings)
     kernel = partial(coalitions.cosine_kernel, width=settings.pop("kernel_width"))
     solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
     tells_error = settings["penalty"] != "l1"
-    return Estimator("local linear model", plan, solve, True, tells_error)
+    return Estimator("local linear model", plan, solve, True, tells_error, options=options)
+
+
+def _partition(
+    method: PartitionShap,
+    n_features: int,
+    budget: Budget,
+    deterministic: bool,
+    tree: Tree,
+    held: Sequence[int],
+) -> Estimator:
+    found = partition(
+        tree,
+        n_features,
+        method.scheme,
+        budget.n_samples,
+        held=held,
+        deterministic=deterministic,
+        n_draws=budget.n_draws,
+    )
+    ignored = budget.n_draws is not None and found.name == "nested orders"
+    _refuse(ignored, "n_draws", "nested orders of PartitionShap", "n_samples")
+    return Estimator(
+        found.name,
+        found.plan,
+        found.solve,
+        estimate=not (found.is_complete and deterministic),
+        unfold=found.unfold,
+        options={"tree": found.tree},
+    )
 
 
 def _plan_sampled(

@@ -1,7 +1,8 @@
 """One attribution as a game: coalitions of features in, values of the target tokens out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,15 +11,20 @@ from torch import Tensor
 
 from captum_llm_ext import tokens
 from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
+from captum_llm_ext.coalitions.hierarchy import Tree
 from captum_llm_ext.driven import attribute_with
 from captum_llm_ext.estimators import Budget, Estimator, estimator, is_known
 from captum_llm_ext.inputs import GeneratedText, Prompt
+from captum_llm_ext.likelihood import Likelihood
+from captum_llm_ext.partition_shap import PartitionShap, Unfold, nesting
 from captum_llm_ext.scoring import Scorer, TokenRow
 from captum_llm_ext.segment import Unit
 
 # The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
 _EMPTY_DRAWS = 32
 _MOST_ROUNDS = 64
+# Rounds that hold nothing new cost no evaluation: they would never end a run.
+_MOST_IDLE_ROUNDS = 8
 _NO_ERROR = (
     "`tol` needs standard errors, and here there are none (a lasso, or a single draw): leave `tol` "
     "out, or give more samples or draws."
@@ -39,7 +45,9 @@ class Run:
         callback: Inspect | None = None,
     ) -> None:
         self.method, self.tokenizer = method, tokenizer
-        self.prompt, self.scorer, self.seed, self.callback = prompt, scorer, seed, callback
+        self._model = Likelihood(scorer.model, tokenizer)
+        self.prompt = prompt = prompt.with_model(self._model)
+        self.scorer, self.seed, self.callback = scorer, seed, callback
         self.generator = torch.Generator().manual_seed(seed)
         everything = torch.ones(1, prompt.n_features, dtype=torch.bool)
         self.full = prompt.render(everything, torch.Generator().manual_seed(0))[0]
@@ -55,13 +63,14 @@ class Run:
             baselines=self.prompt.baseline if baselines is None else baselines,
             prompt_text=self.prompt.text,
             prompt_ids=self.full.ids,
+            model=self._model,
         )
 
 
 class Game:
     """Coalitions of prompt and generated features in, values of the target tokens out.
 
-    The last generated feature has no token after it and can cause nothing: it is no player.
+    A generated feature with no token after it can cause nothing: it is no player.
 
     Args:
         run: The call this belongs to.
@@ -73,29 +82,79 @@ class Game:
         self.run, self.generated, self._is_joint = run, generated, is_joint
         self.target = torch.tensor(generated.ids)
         n_prompt = run.prompt.n_features
-        self.n_features = n_prompt + max(0, generated.n_features - 1)
+        n_generated = max(generated.n_visible)
+        self.n_features = n_prompt + n_generated
         self.deterministic = run.prompt.deterministic and generated.deterministic
         n_visible = [n_prompt] if is_joint else [n + n_prompt for n in generated.n_visible]
-        # The last feature is always present and need not be required.
-        last = generated.n_features - 1
-        required = [-1 if g in (None, last) else g + n_prompt for g in generated.required]
+        # What is no player is always present and need not be required.
+        required = [
+            -1 if g is None or g >= n_generated else g + n_prompt for g in generated.required
+        ]
         self.scope = Scope(
             n_visible=torch.tensor(n_visible), required=torch.tensor(required[: len(n_visible)])
         )
         self._seen: set[tuple[tuple[int, ...], object]] = set()
+
+    @property
+    def names(self) -> list[str]:
+        """One per column; prompt features that span several columns of results by all of them."""
+        prompt = self.run.prompt
+        shown: list[list[str]] = [[] for _ in range(prompt.n_features)]
+        for name, feature in zip(prompt.names, prompt.columns, strict=True):
+            shown[feature].append(name)
+        names = [" …".join(own) for own in shown]
+        return [*names, *self.generated.names][: self.n_features]
+
+    def matches(self) -> dict[str, list[dict[str, Any]] | None]:
+        """How stand-ins were found, per place of prompt and output; None for fixed baselines."""
+        n_generated = self.n_features - self.run.prompt.n_features
+        found = {
+            "prompt": self.run.prompt.matches(),
+            "output": self.generated.matches(n_generated),
+        }
+        return {
+            part: None if matches is None else [asdict(match) for match in matches]
+            for part, matches in found.items()
+        }
 
     def joint(self) -> "Game":
         """The game of the target's joint probability, the output held fixed, as in captum."""
         fixed = self.run.generated_text(self.target, None, None)
         return Game(self.run, fixed, is_joint=True)
 
-    def values(self, plan: Plan) -> Tensor:
-        """Values ``(n_coalitions, n_target)``, NaN where a coalition gives a token none."""
+    @property
+    def held(self) -> list[int]:
+        """Columns that some target requires."""
+        return sorted(set(self.scope.required.tolist()) - {-1})
+
+    def tree(self, hierarchy: Sequence[Any] | None) -> Tree:
+        """The nesting of all columns: the user's, or that of the prompt's levels.
+
+        Raises:
+            ValueError: If it does not hold every feature once.
+        """
+        levels = [level.part_of for level in self.run.prompt.levels]
+        return nesting(
+            hierarchy,
+            self.run.prompt.n_features,
+            self.n_features,
+            levels=levels,
+            beyond=self._is_joint,
+        )
+
+    def values(self, plan: Plan, seed: int | None = None) -> Tensor:
+        """Values ``(n_coalitions, n_target)``, NaN where a coalition gives a token none.
+
+        Args:
+            plan: The coalitions.
+            seed: Draws of equal number are equal in all calls with the same seed.
+        """
         run, n_prompt = self.run, self.run.prompt.n_features
+        generator = run.generator if seed is None else torch.Generator().manual_seed(seed)
         masks = self.with_last_feature(plan.masks, True)
-        prompts = run.prompt.render(masks[:, :n_prompt], run.generator, plan.draws)
+        prompts = run.prompt.render(masks[:, :n_prompt], generator, plan.draws)
         texts = self.generated.render(
-            [prompt.ids for prompt in prompts], masks[:, n_prompt:], run.generator, plan.draws
+            [prompt.ids for prompt in prompts], masks[:, n_prompt:], generator, plan.draws
         )
         rows = [
             TokenRow(ids, positions, prompt.extras, prompt.key)
@@ -146,7 +205,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found, and how."""
+    """What was found, and how; `options` are those of the solver."""
 
     name: str
     plan: Plan
@@ -154,6 +213,7 @@ class Outcome:
     solution: Solution
     estimate: bool
     converged: bool | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
@@ -170,8 +230,38 @@ def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
     method = game.run.method
     if not is_known(method):
         return _drive(game, method, effort, arguments)
-    chosen = estimator(method, game.n_features, effort.budget, deterministic=game.deterministic)
+    chosen = estimator(
+        method,
+        game.n_features,
+        effort.budget,
+        deterministic=game.deterministic,
+        tree=game.tree(method.hierarchy) if isinstance(method, PartitionShap) else (),
+        held=game.held,
+    )
+    if chosen.unfold is not None:
+        return _unfold(game, chosen, chosen.unfold, effort)
     return _sample(game, chosen, effort)
+
+
+def _unfold(game: Game, method: Estimator, unfold: Unfold, effort: Effort) -> Outcome:
+    """Scores what the values found so far say is worth it."""
+    if effort.tol is not None or effort.num_trials > 1:
+        raise ValueError(
+            '`tol` and `num_trials` have no meaning: `scheme="splits"` spends `n_samples` where it '
+            'tells most. Use `scheme="orders"`, or more `n_samples`.'
+        )
+    anchors = _anchors(game)
+    seed = int(torch.randint(2**62, (), generator=game.run.generator))
+    ends = game.values(anchors)
+    plan, values = unfold(partial(game.values, seed=seed), game.scope)
+    plan, values = join_plans([anchors, plan]), torch.cat([ends, values])
+    solution = method.solve(plan, values, game.scope)
+    return Outcome(method.name, plan, values, solution, method.estimate, options=method.options)
+
+
+def _anchors(game: Game) -> Plan:
+    n_empty = 1 if game.deterministic else _EMPTY_DRAWS
+    return plan_anchors(game.n_features, required=game.held, n_empty=n_empty)
 
 
 def _sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
@@ -179,25 +269,28 @@ def _sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
     if effort.tol is not None and not method.tells_error:
         raise ValueError(_NO_ERROR)
     generator = game.run.generator
-    required = [column for column in game.scope.required.tolist() if column >= 0]
-    anchors = plan_anchors(
-        game.n_features, required=required, n_empty=1 if game.deterministic else _EMPTY_DRAWS
-    )
     first = [method.plan(generator) for _ in range(effort.num_trials)]
-    plan = join_plans([anchors, *first])
+    plan = join_plans([_anchors(game), *first])
     values = game.values(plan)
     solution = method.solve(plan, values, game.scope)
     if effort.tol is None:
-        return Outcome(method.name, plan, values, solution, method.estimate)
-    while not (converged := _error(solution) <= effort.tol) and method.estimate:
+        return Outcome(method.name, plan, values, solution, method.estimate, options=method.options)
+    scorer, idle = game.run.scorer, 0
+    while not (converged := (error := _error(solution)) <= effort.tol) and method.estimate:
         more = method.plan(generator)
         most = effort.max_evaluations or _MOST_ROUNDS * len(more.masks)
-        if game.run.scorer.n_evaluations + len(more.masks) > most:
+        if scorer.n_evaluations + len(more.masks) > most or idle > _MOST_IDLE_ROUNDS:
             break
+        # Standard errors shrink with the square root of the evaluations.
+        likely = scorer.n_evaluations * (error / effort.tol) ** 2
+        scorer.forecast(round(min(likely, most)) - scorer.n_evaluations)
         plan = join_plans([plan, more])
+        scored_before = scorer.n_evaluations
         values = torch.cat([values, game.values(more)])
+        idle = idle + 1 if scorer.n_evaluations == scored_before else 0
         solution = method.solve(plan, values, game.scope)
-    return Outcome(method.name, plan, values, solution, method.estimate, converged)
+    scorer.forecast(0)
+    return Outcome(method.name, plan, values, solution, method.estimate, converged, method.options)
 
 
 def _error(solution: Solution) -> float:

@@ -42,6 +42,7 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             the output in reading order, the names of the features, and per explained token the
             attributions ``token_attr`` ``(n_target, n_prompt_features)`` and ``output_attr``
             ``(n_target, n_output_features)`` or ``None``, with standard errors where known.
+            ``levels``, from coarse to fine, are larger parts that the prompt can be read by.
             ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"`` (names
             that stand apart); without it, names that would run together are set apart.
         title: Heading of the page; by default what was generated.
@@ -197,6 +198,8 @@ def _check(data: Mapping[str, Any]) -> None:
             _check_length(data, name, n_target)
     _check_features(data, "prompt", n_prompt)
     _check_features(data, "output", n_output or 0)
+    for level in data.get("levels") or ():
+        _check_level(level, n_prompt)
 
 
 def _check_shape(data: Mapping[str, Any], name: str, rows: int, columns: int | None) -> None:
@@ -229,3 +232,13 @@ def _check_features(data: Mapping[str, Any], name: str, count: int) -> None:
                 f"A piece of `{name}` ({piece['text']!r}) belongs to feature {feature}, there are "
                 f"{count}: number them from 0, or give None for fixed text."
             )
+
+
+def _check_level(level: Mapping[str, Any], n_prompt: int) -> None:
+    """Every feature of the prompt is in one of its parts."""
+    part_of, n_parts = level["part_of"], len(level["parts"])
+    if len(part_of) != n_prompt or not all(0 <= part < n_parts for part in part_of):
+        raise ValueError(
+            f"The level {level['name']!r} must give each of the {n_prompt} features of the prompt "
+            f"one of its {n_parts} parts: `part_of` is {part_of}."
+        )

@@ -2,21 +2,24 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from captum.attr import InterpretableInput, LLMAttributionResult
+from captum.attr import InterpretableInput
 from torch import Tensor
 
+from captum_llm_ext.causes import Cause, Redundancy, SpanAttribution, UnresolvedGroup, strongest
+from captum_llm_ext.drawn import DrawnResult
 from captum_llm_ext.inputs import Level, Piece
+from captum_llm_ext.refit import Design, Evidence, Method, convert, method_name
+from captum_llm_ext.segment import shorten
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_FORMAT = 1
+_FORMAT = 2  # of files; 1 had no design
+_DICT_FORMAT = 1
+_MOST_REMARKS = 3
 _TENSORS = (
     "seq_attr",
     "token_attr",
@@ -32,34 +35,15 @@ _TENSORS = (
     "draws",
     "target",
 )
+# What a refit leaves as it is.
+_SAME = (
+    "input_tokens output_tokens output_probs inp output_features n_evaluations masks draws target "
+    "prompt_pieces output_pieces levels"
+).split()
 _NAMES = ("input_tokens", "output_tokens", "output_features")
 
 
-class Cause(NamedTuple):
-    """One feature's share in a target token.
-
-    Attributes:
-        name: The feature.
-        attribution: In the unit of the value (nats for log-probabilities).
-        standard_error: 0 where the attribution is exact, NaN where it cannot be told.
-        column: Of `full_attr`.
-        is_output: Whether it is earlier output, not a part of the prompt.
-    """
-
-    name: str
-    attribution: float
-    standard_error: float
-    column: int
-    is_output: bool
-
-    def __str__(self) -> str:
-        name = self.name.strip()
-        name = name if any(map(str.isalnum, name)) else repr(self.name)
-        error = f" ± {self.standard_error:.2f}" if self.standard_error > 0 else ""
-        return f"{name}{' (output)' if self.is_output else ''} {self.attribution:+.2f}{error}"
-
-
-class GenerationAttributionResult(LLMAttributionResult):
+class GenerationAttributionResult(DrawnResult):
     """Attributions of every target token to the prompt and to the output before it.
 
     Captum's fields have captum's meaning and shape; the others are new. There are ``T`` target
@@ -93,6 +77,8 @@ class GenerationAttributionResult(LLMAttributionResult):
         prompt_pieces, output_pieces: The text in reading order, with the column that each piece
             shows.
         levels: Coarser readings of the prompt's columns: see `at_level`.
+        design: How the coalitions were planned, for `refit` and `attribute_span`; None for results
+            of earlier versions.
         provenance: Versions, model, method, seed, budget: what is needed to run it again.
     """
 
@@ -120,6 +106,7 @@ class GenerationAttributionResult(LLMAttributionResult):
         prompt_pieces: Sequence[Piece] = (),
         output_pieces: Sequence[Piece] = (),
         levels: Sequence[Level] = (),
+        design: Design | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -145,6 +132,7 @@ class GenerationAttributionResult(LLMAttributionResult):
         self.prompt_pieces = list(prompt_pieces)
         self.output_pieces = list(output_pieces)
         self.levels = list(levels)
+        self.design = design
         self.provenance = dict(provenance or {})
 
     @property
@@ -159,7 +147,242 @@ class GenerationAttributionResult(LLMAttributionResult):
         se = self.token_attr_se
         return se if self.output_attr_se is None else torch.cat([se, self.output_attr_se], dim=1)
 
-    def why(self, token: int | str, k: int = 5) -> list["Cause"]:
+    @property
+    def converged(self) -> bool | None:
+        """Whether `tol` was met; None if none was given."""
+        return self.provenance.get("converged")
+
+    def attribute_span(self, start: int, stop: int | None = None) -> "SpanAttribution":
+        """What made the model write several target tokens: no model call is needed.
+
+        The attributions of the span's tokens are added up, each to what came before that token.
+        For log-probabilities that explains the probability of the span as a whole.
+
+        Args:
+            start: The first target token.
+            stop: The one after the last; by default a span of one token. Negative numbers count
+                from the end, as in a slice.
+
+        Returns:
+            One attribution per column of `full_attr`. The standard errors take into account that
+            the tokens share their coalitions; where the span's tokens stand in several generated
+            words, those of the words' parts are added up, which is an upper bound.
+
+        Raises:
+            ValueError: If the span is empty, or the values are probabilities, whose sum means
+                nothing.
+        """
+        rows = self._rows(start, stop)
+        n_tokens = rows.stop - rows.start
+        if n_tokens > 1 and self.provenance.get("attr_target") == "prob":
+            raise ValueError(
+                "probabilities of tokens do not add up to that of a span: take the span of "
+                '`result.refit(attr_target="log_prob")`.'
+            )
+        evidence = self._evidence()
+        errors = evidence.span_errors(range(rows.start, rows.stop))
+        errors = torch.cat([part[0] for part in self._split(errors[None])])
+        return self._span(rows, self.full_attr[rows].sum(0), errors)
+
+    def contextcite(
+        self, start: int = 0, stop: int | None = None, *, alpha: float = 0.01
+    ) -> "SpanAttribution":
+        """The few features that a statement of the answer rests on: no model call is needed.
+
+        A lasso on the log-odds of the statement (Cohen-Wang et al. 2024, arXiv 2409.00729), over
+        the coalitions of `Lime`, in which each feature is present with probability 1/2.
+
+        Args:
+            start: The statement's first target token.
+            stop: The one after its last; by default the end of the answer.
+            alpha: Strength of the penalty.
+
+        Returns:
+            One attribution per column of `full_attr`, in log-odds; a lasso tells no errors (NaN).
+
+        Raises:
+            ValueError: If the statement is empty, its tokens see different features (hold the
+                output fixed by ``output_unit=None``), or the coalitions or values do not serve.
+        """
+        rows = self._rows(start, len(self.output_tokens) if stop is None else stop)
+        given = str(self.provenance["attr_target"])
+        evidence = self._evidence()
+        evidence = replace(evidence, values=convert(evidence.values, given, "log_prob"))
+        found = evidence.contextcite(range(rows.start, rows.stop), alpha)
+        values, errors = (
+            torch.cat([part[0] for part in self._split(part)])
+            for part in (found.attributions, found.standard_errors)
+        )
+        return self._span(rows, values, errors)
+
+    def refit(
+        self, method: Method | None = None, *, attr_target: str | None = None
+    ) -> "GenerationAttributionResult":
+        """Another method's answer, or that to another question, from the same coalitions.
+
+        Nothing is sampled and no model is called.
+
+        Args:
+            method: A captum class, or an object of it if its settings matter (``Lime``). None: the
+                method as it was.
+            attr_target: ``"log_prob"``, ``"prob"`` or ``"log_odds"``, of which each tells the
+                others. None: as it was.
+
+        Returns:
+            A new result. For ``attr_target="prob"`` its `seq_attr` is NaN where generated features
+            were switched as well: the joint probability with the output held fixed was not scored.
+
+        Raises:
+            ValueError: If the coalitions do not tell what is asked for, such as Shapley values
+                from leave-one-out, or logits from probabilities.
+        """
+        evidence = self._evidence()
+        given = str(self.provenance["attr_target"])
+        wanted = attr_target or given
+        evidence = replace(evidence, values=convert(evidence.values, given, wanted))
+        if method is not None:
+            levels = [level.part_of for level in self.levels]
+            evidence = evidence.refitted(method, levels)
+        return self._solved(evidence, method, wanted)
+
+    @property
+    def unresolved(self) -> "list[UnresolvedGroup]":
+        """Groups that `PartitionShap` did not tell apart within its budget, the largest first."""
+        if self.design is None:
+            return []
+        found: list[UnresolvedGroup] = []
+        for group in self._evidence().unresolved():
+            columns = [
+                column for column, feature in enumerate(self._features) if feature in group.columns
+            ]
+            names = [self._column_names[column] for column in columns]
+            found.append(UnresolvedGroup(names, columns, group.totals.to(self.full_attr)))
+        return found
+
+    @property
+    def additivity(self) -> Tensor:
+        """How much of the values' variation attributions that add up explain, shape ``(T,)``.
+
+        R², 1 where features do not interact: low, and single numbers per feature tell little. NaN
+        where the coalitions do not tell, such as those of leave-one-out.
+        """
+        if self.design is None:
+            return torch.full_like(self.full_values, torch.nan)
+        return self._evidence().additivity().to(self.full_values)
+
+    def redundant_pairs(self, k: int = 5) -> list[Redundancy]:
+        """Pairs of features that say the same, which leave-one-out gives next to nothing.
+
+        Args:
+            k: How many at most for each target token.
+
+        Returns:
+            By target token, the pair with most in common first.
+
+        Raises:
+            ValueError: If the coalitions do not tell, such as those of leave-one-out.
+        """
+        found = self._evidence().redundant_pairs(k)
+        first_column = {f: c for c, f in reversed(list(enumerate(self._features)))}
+        pairs: list[Redundancy] = []
+        for target, own in enumerate(found):
+            for pair in own:
+                columns = first_column[pair.first], first_column[pair.second]
+                names = self._column_names[columns[0]], self._column_names[columns[1]]
+                pairs.append(
+                    Redundancy(target, names, columns, pair.alone, pair.together, pair.z_score)
+                )
+        return pairs
+
+    @property
+    def _column_names(self) -> list[str]:
+        return [*self.input_tokens, *(self.output_features or ())]
+
+    @property
+    def _features(self) -> list[int]:
+        """Per column of `full_attr` its feature: a column of `masks`."""
+        assert self.design is not None
+        n_prompt = 1 + max(self.design.columns)
+        generated = range(n_prompt, n_prompt + len(self.output_features or ()))
+        return [*self.design.columns, *generated]
+
+    def _rows(self, start: int, stop: int | None) -> slice:
+        """The target tokens of a span.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        n_target = len(self.output_tokens)
+        end = (start + 1 or None) if stop is None else stop
+        rows = slice(*slice(start, end).indices(n_target)[:2])
+        if rows.start >= rows.stop:
+            raise ValueError(
+                f"there is no target token from {start} to {end}: there are {n_target}."
+            )
+        return rows
+
+    def _span(self, rows: slice, values: Tensor, errors: Tensor) -> SpanAttribution:
+        return SpanAttribution(
+            start=rows.start,
+            stop=rows.stop,
+            tokens=self.output_tokens[rows],
+            names=self._column_names,
+            values=values,
+            standard_errors=errors,
+            n_prompt=len(self.input_tokens),
+        )
+
+    def _split(self, solved: Tensor) -> tuple[Tensor, Tensor]:
+        """What a solver says of features, at the columns of prompt and output."""
+        n_prompt = len(self.input_tokens)
+        # The last generated feature has no token after it: it was no player.
+        known = torch.nn.functional.pad(solved, (0, self.masks.shape[1] - solved.shape[1]))
+        wide = known[:, self._features].to(self.full_attr)
+        return wide[:, :n_prompt], wide[:, n_prompt:]
+
+    def _solved(
+        self, evidence: Evidence, method: Method | None, attr_target: str
+    ) -> "GenerationAttributionResult":
+        """The result of solving the evidence; everything else is as it is here."""
+        solution = evidence.solve()
+        token_attr, output_attr = self._split(solution.attributions)
+        token_attr_se, output_attr_se = self._split(solution.standard_errors)
+        full, empty = solution.full_values, solution.empty_values
+        joint = token_attr.sum(0)
+        if attr_target == "prob":
+            fixed = evidence.joint()
+            joint = joint * torch.nan
+            if fixed is not None:
+                joint = self._split(fixed.solve().attributions)[0][0]
+        name = self.provenance["method"] if method is None else method_name(method)
+        other: dict[str, Any] = {
+            "token_attr": token_attr,
+            "token_attr_se": token_attr_se,
+            "output_attr": None if self.output_attr is None else output_attr,
+            "output_attr_se": None if self.output_attr is None else output_attr_se,
+            "seq_attr": joint,
+            "full_values": full.to(token_attr),
+            "empty_values": empty.to(token_attr),
+            "efficiency_gap": (full - empty - solution.attributions.sum(1)).to(token_attr),
+            "values": evidence.values.to(self.values),
+            "design": evidence.design,
+            "provenance": self.provenance
+            | {"method": name, "estimator": evidence.design.solved, "attr_target": attr_target}
+            | {"estimate": evidence.is_estimate, "converged": None}
+            | {"refitted_from": [self.provenance["method"], self.provenance["attr_target"]]},
+        }
+        same: dict[str, Any] = {name: getattr(self, name) for name in _SAME}
+        return GenerationAttributionResult(**same | other)
+
+    def _evidence(self) -> Evidence:
+        if self.design is None:
+            raise ValueError(
+                "this result was written by an earlier version, which did not note how its "
+                "coalitions were planned: attribute again."
+            )
+        return Evidence(self.design, self.masks, self.draws, self.values, self.design.scope)
+
+    def why(self, token: int | str, k: int = 5) -> list[Cause]:
         """What made the model write one token.
 
         Args:
@@ -172,16 +395,11 @@ class GenerationAttributionResult(LLMAttributionResult):
         Raises:
             ValueError: If there is no such token, or there are several of that name.
         """
-        attr, se = self.full_attr[self._position(token)], self.full_attr_se[self._position(token)]
-        names = [*self.input_tokens, *(self.output_features or ())]
-        order = attr.abs().argsort(descending=True, stable=True)[:k].tolist()
-        return [
-            Cause(names[c], float(attr[c]), float(se[c]), c, c >= len(self.input_tokens))
-            for c in order
-            if attr[c] != 0
-        ]
+        t = self._position(token)
+        attr, se = self.full_attr[t], self.full_attr_se[t]
+        return strongest(self._column_names, attr, se, len(self.input_tokens), k)
 
-    def top(self, k: int = 3) -> list[list["Cause"]]:
+    def top(self, k: int = 3) -> list[list[Cause]]:
         """The `k` strongest causes of every target token, as `why` gives them."""
         return [self.why(position, k) for position in range(len(self.output_tokens))]
 
@@ -224,48 +442,31 @@ class GenerationAttributionResult(LLMAttributionResult):
             )
         return found[0]
 
-    def plot_token_attr(
-        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str = "RdBu"
-    ) -> "tuple[Figure, Axes] | None":
-        """A heat map: one row per target token, prompt features left, earlier output right.
-
-        Args:
-            show: Show it, and return None.
-            ax: Axes to draw in; by default a new figure of fitting size.
-            cmap: A diverging colour map, centred at zero.
-
-        Returns:
-            ``(figure, axes)``, or None if shown.
-        """
-        from captum_llm_ext import plot
-
-        return plot.heat_map(
-            cast(Tensor, self.token_attr).cpu(),
-            None if self.output_attr is None else self.output_attr.cpu(),
-            input_labels=self.input_tokens,
-            output_feature_labels=self.output_features,
-            output_labels=self.output_tokens,
-            output_features=[piece.feature for piece in self.output_pieces] or None,
-            ax=ax,
-            cmap=cmap,
-            show=show,
-        )
-
-    def plot_seq_attr(
-        self, show: bool = False, *, ax: "Axes | None" = None
-    ) -> "tuple[Figure, Axes] | None":
-        """A bar per prompt feature: its attribution for the whole target.
-
-        Args:
-            show: Show it, and return None.
-            ax: Axes to draw in; by default a new figure of fitting size.
-
-        Returns:
-            ``(figure, axes)``, or None if shown.
-        """
-        from captum_llm_ext import plot
-
-        return plot.bars(self.seq_attr.cpu(), labels=self.input_tokens, ax=ax, show=show)
+    def _remarks(self) -> list[str]:
+        """What a reader of the numbers should know."""
+        remarks: list[str] = []
+        if groups := self.unresolved:
+            total = sum(float(group.attributions.abs().sum()) for group in groups)
+            share = total / float(self.full_attr.abs().sum() or 1)
+            remarks.append(
+                f"{len(groups)} groups were not told apart and share {share:.0%} of all "
+                "attributions evenly: see `unresolved`, or give more `n_samples`."
+            )
+        # Where every coalition was scored, it costs nothing to look.
+        if self.design is not None and self.design.planned == "exact":
+            gained = (self.full_values - self.empty_values).tolist()
+            said = {
+                pair.names: self.output_tokens[pair.target]
+                for pair in self.redundant_pairs(1)
+                if pair.together > max(0.5 * gained[pair.target], 10 * max(map(abs, pair.alone)))
+            }
+            remarks += [
+                f"{a.strip()!r} and {b.strip()!r} say the same ({token})."
+                for (a, b), token in list(said.items())[:_MOST_REMARKS]
+            ]
+        if self.converged is False:
+            remarks.append("`tol` was not met: see the standard errors.")
+        return remarks
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, title: str | None = None
@@ -294,7 +495,7 @@ class GenerationAttributionResult(LLMAttributionResult):
     def to_dict(self) -> dict[str, Any]:
         """Everything but the coalitions, as lists, numbers and text that JSON can hold."""
         return {
-            "format": _FORMAT,
+            "format": _DICT_FORMAT,
             "prompt": [{"text": p.text, "feature": p.feature} for p in self.prompt_pieces],
             "output": [{"text": p.text, "feature": p.feature} for p in self.output_pieces],
             "target": self.target.tolist(),
@@ -340,6 +541,7 @@ class GenerationAttributionResult(LLMAttributionResult):
             "prompt_pieces": [[p.text, p.feature] for p in self.prompt_pieces],
             "output_pieces": [[p.text, p.feature] for p in self.output_pieces],
             "levels": [[level.name, level.parts, level.part_of] for level in self.levels],
+            "design": None if self.design is None else self.design.to_dict(),
             "provenance": self.provenance,
         }
         save_file(tensors, path, metadata={"captum_llm_ext": json.dumps(rest)})
@@ -374,6 +576,8 @@ class GenerationAttributionResult(LLMAttributionResult):
         for name in ("prompt_pieces", "output_pieces"):
             rest[name] = [Piece(*piece) for piece in rest[name]]
         rest["levels"] = [Level(*level) for level in rest["levels"]]
+        if rest.get("design") is not None:
+            rest["design"] = Design.from_dict(rest["design"])
         return cls(**tensors, **rest)
 
     def __repr__(self) -> str:
@@ -385,23 +589,41 @@ class GenerationAttributionResult(LLMAttributionResult):
         )
 
     def __str__(self) -> str:
-        """A table of the strongest causes of every target token.
+        return self.table()
+
+    def table(self, k: int = 3, *, paint: Callable[[str, str], str] | None = None) -> str:
+        """The strongest causes of every target token, a line each.
 
         What lies within 1.96 standard errors, or below a hundredth of the largest attribution, is
         left out.
+
+        Args:
+            k: Causes per token, at most.
+            paint: From a text and its kind (``"token"``, ``"raises"``, ``"lowers"``,
+                ``"nothing"``) to what is shown, such as the text in a terminal's colours.
         """
+        show = paint or _plain
         least = float(self.full_attr.abs().max()) / 100
         width = max(len(name) for name in self.output_tokens)
         lines = [repr(self)]
-        for name, causes in zip(self.output_tokens, self.top(3), strict=True):
+        for name, causes in zip(self.output_tokens, self.top(k), strict=True):
             shown = [
-                str(cause)
+                show(_short(cause), "raises" if cause.attribution > 0 else "lowers")
                 for cause in causes
                 if abs(cause.attribution) >= least
                 and not abs(cause.attribution) < 1.96 * cause.standard_error
             ]
-            lines.append(f"{name:>{width}}  ←  {', '.join(shown) or 'nothing in particular'}")
-        return "\n".join(lines)
+            told = ", ".join(shown) or show("nothing in particular", "nothing")
+            lines.append(f"{show(f'{name:>{width}}', 'token')}  ←  {told}")
+        return "\n".join([*lines, *self._remarks()])
+
+
+def _short(cause: Cause) -> str:
+    return str(cause._replace(name=shorten(cause.name.strip()) or cause.name))
+
+
+def _plain(text: str, _: str) -> str:
+    return text
 
 
 def _lists(tensor: Tensor | None) -> Any:

@@ -82,6 +82,11 @@ def encode_in_place(tokenizer: Any, text: str, left: str) -> tuple[int, ...]:
     return tuple(_encode_with_offsets(tokenizer, text, False)[0])
 
 
+def count_in_place(tokenizer: Any, text: str, left: str) -> int:
+    """How many tokens `text` is after `left`."""
+    return len(encode_in_place(tokenizer, text, left))
+
+
 def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
     """The text of every token: put together, they are the decoded text.
 

@@ -17,18 +17,23 @@ from captum_llm_ext.coalitions import (
     Solution,
     cosine_kernel,
     join_plans,
+    logit_scaled,
     plan_anchors,
     plan_exact,
     plan_leave_one_out,
     plan_lime,
+    plan_only_one_in,
     plan_pairs,
     plan_permutations,
+    solve_contextcite,
     solve_exact,
     solve_kernel,
     solve_leave_one_out,
     solve_lime,
+    solve_only_one_in,
     solve_permutations,
 )
+from captum_llm_ext.coalitions.scope import views
 
 Game = Callable[[Tensor], Tensor]  # bool (n_coalitions, n_features) -> (n_coalitions,)
 Solver = Callable[[Plan, Tensor, Scope], Solution]
@@ -172,12 +177,52 @@ def test_pairs_enumerate_when_the_budget_allows(n):
     assert len({tuple(row) for row in plan.masks.tolist()}) == len(plan.masks) == 2**n
 
 
-@pytest.mark.parametrize("visible", [3, 7, 15])
+@pytest.mark.parametrize("visible", [3, 7, 39])
 def test_sizes_of_pairs_are_uniform_on_every_prefix(visible):
-    plan = plan_pairs(15, 20000, generator=seeded(1))
-    share = plan.masks[:, :visible].sum(1).bincount(minlength=visible + 1) / 20000
-    # Binomial standard deviation is at most 0.0031; five of them.
-    assert share.tolist() == pytest.approx([1 / (visible + 1)] * (visible + 1), abs=0.016)
+    """But for the empty and the full coalition, which say nothing new."""
+    masks = torch.cat([plan_pairs(40, 500, generator=seeded(seed)).masks for seed in range(40)])
+    counts = masks[:, :visible].sum(1).bincount(minlength=visible + 1)[1:visible]
+    # Sizes 1 and 39 of 40 come less often: 40 coalitions in 500 rows. Else, by definition of the
+    # law, P(size on the prefix) is the same for all; binomial standard deviations, five of them.
+    share = counts / counts.sum()
+    bound = 5 * (1 / len(counts) / counts.sum()).sqrt()
+    assert share.tolist() == pytest.approx([1 / len(counts)] * len(counts), abs=float(bound))
+
+
+@given(n=st.integers(2, 9), size=st.integers(1, 600), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_pairs_never_repeat_and_small_sizes_are_enumerated_first(n, size, seed):
+    plan = plan_pairs(n, size, generator=seeded(seed))
+    assert len(plan.masks) == min(size, 2**n if size >= 2**n else 2**n - 2)
+    assert len({tuple(row) for row in plan.masks.tolist()}) == len(plan.masks)
+    even = len(plan.masks) // 2 * 2
+    assert torch.equal(plan.masks[0:even:2], ~plan.masks[1:even:2])
+    if size >= 2**n:
+        return
+    # A size is either enumerated or, give or take the rounding, as frequent as the others.
+    counts = (plan.masks.sum(1) + (n - 2 * plan.masks.sum(1)).clamp_max(0)).bincount(
+        minlength=n // 2 + 1
+    )[1:]
+    shares = counts / torch.tensor([1.0 if 2 * s == n else 2.0 for s in range(1, n // 2 + 1)])
+    every = [math.comb(n, s) * (1 if 2 * s == n else 2) for s in range(1, n // 2 + 1)]
+    missing = [share for share, c, e in zip(shares, counts, every, strict=True) if c < e - 1]
+    assert all(share <= min(missing, default=math.inf) + 4 for share in shares.tolist())
+
+
+@pytest.mark.parametrize("visible", [4, 12])
+def test_weights_make_up_for_sizes_that_are_enumerated(visible):
+    """Weighted by how rare a size is, sizes on every prefix are as frequent as one another."""
+    shares = torch.zeros(visible + 1).double()
+    for seed in range(60):
+        plan = join_plans([plan_anchors(12), plan_pairs(12, 800, generator=seeded(seed))])
+        scope = Scope(torch.tensor([visible]), torch.tensor([-1]))
+        (view,) = views(plan, torch.zeros(len(plan.masks), 1), scope)
+        assert int(view.complete.sum()) >= 2 * 12  # sizes 1 and 11, at least
+        rows = view.informative
+        shares.index_add_(0, view.sizes[rows], view.weights[rows])
+    shares = shares[1:visible] / shares.sum()
+    # 60 plans of 800 rows, weights up to ten: 2 % of each share is three standard deviations.
+    assert shares.tolist() == pytest.approx([1 / (visible - 1)] * (visible - 1), rel=0.03)
 
 
 def test_lime_rows_are_fair_coins():
@@ -324,6 +369,24 @@ def test_leave_one_out_is_the_difference_it_says(column):
     assert not solution.standard_errors.any()
 
 
+@pytest.mark.parametrize("column", [-1, 6])
+def test_only_one_in_is_the_difference_it_says(column):
+    n = N_PROMPT + N_OUTPUT
+    scope, games = generation((-1, -1, -1, column))
+    alone = plan_only_one_in(n, required=[column], common_draw=True)
+    plan = join_plans([plan_anchors(n, required=[column]), alone])
+    solution = solve_only_one_in(plan, play(plan, scope, games), scope)
+    for target, visible in enumerate(scope.n_visible.tolist()):
+        empty = torch.zeros(1, visible, dtype=torch.bool)
+        for feature in range(visible):
+            only = empty.clone()
+            only[0, feature] = True
+            expected = float(games[target](only) - games[target](empty))
+            assert float(solution.attributions[target, feature]) == pytest.approx(expected)
+        assert not solution.attributions[target, visible:].any()
+    assert not solution.standard_errors.any()
+
+
 # Axioms
 
 
@@ -365,6 +428,28 @@ def test_a_dummy_gets_nothing_from_any_walk():
     assert float(solution.attributions[0, 5]) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", ["sampled kernel", "permutations"])
+def test_estimates_give_equals_about_the_same(name):
+    """Swapping two equal features leaves the game as it is; estimates differ by chance alone."""
+    n, generator = 14, seeded(2)
+    inner = table_game(4, 8)
+
+    def game(masks: Tensor) -> Tensor:
+        either = torch.stack([masks[:, 0] | masks[:, 1], *masks[:, 2:5].T], 1)
+        return inner(either) + masks[:, 5:].double().sum(1)
+
+    if name == "permutations":
+        plan, solver = plan_permutations(n, 60, generator=generator), solve_permutations
+    else:
+        plan, solver = plan_pairs(n, 60 * n, generator=generator), solve_kernel
+    plan = join_plans([plan_anchors(n), plan])
+    solution = solver(plan, game(plan.masks)[:, None], whole(n))
+    difference = float(solution.attributions[0, 0] - solution.attributions[0, 1])
+    assert abs(difference) < 4 * float(solution.standard_errors[0, :2].norm()) + 1e-9
+    # The others are dummies but for what they add.
+    assert solution.attributions[0, 5:].tolist() == pytest.approx([1.0] * 9, abs=0.05)
+
+
 @pytest.mark.parametrize("name", [*ENUMERATED, "permutations"])
 def test_attributions_are_linear_in_the_game(name):
     first, second = table_game(5, 1), table_game(5, 2)
@@ -383,15 +468,18 @@ def test_weights_turn_the_law_of_sampling_into_the_shapley_kernel(visible, requi
     game = table_game(visible, 15)
     scope = Scope(torch.tensor([visible]), torch.tensor([required]))
     sampled = plan_pairs(16, 60000, generator=seeded(0))
-    plan = join_plans([plan_anchors(16, required=[required]), sampled])
+    plan = join_plans([plan_anchors(16, required=[required], n_empty=2), sampled])
     values = game(plan.masks[:, :visible])[:, None]
+    # Texts that vary a little: every coalition is there, but not its mean.
+    values[1::2] += 1e-3
     if required >= 0:
         values[~plan.masks[:, required]] = torch.nan
     solution = solve_kernel(plan, values, scope)
     exact = torch.tensor(shapley(game, visible))
     error = solution.attributions[0, :visible] - exact
     assert (error.abs() < 4 * solution.standard_errors[0, :visible]).all()
-    assert float(solution.standard_errors.max()) < 0.03
+    # Nine tenths of all coalitions were sampled: nothing but the weights could be far off.
+    assert float(error.abs().max()) < 0.01
 
 
 @pytest.mark.parametrize("required", [-1, 11])
@@ -510,8 +598,10 @@ def test_permutation_standard_errors_are_those_of_pair_means():
         part = Plan(plan.masks[rows], plan.draws[rows], n_anchors=2)
         means.append(solve_permutations(part, values[rows], whole(n)).attributions[0])
     spread = torch.stack(means).std(0) / math.sqrt(n_pairs)
-    # 2.7764 is Student's t for four degrees of freedom, 97.5 %; the series is good to 0.5 %.
-    expected = (spread * 2.7764 / 1.96).tolist()
+    # The mean over features counts as a fifth degree of freedom beside the four of five pairs;
+    # 2.5706 is Student's t for five, 97.5 %, and the series is good to 0.5 %.
+    leaning = ((4 * spread.square() + spread.square().mean()) / 5).sqrt()
+    expected = (leaning * 2.5706 / 1.96).tolist()
     assert solution.standard_errors[0].tolist() == pytest.approx(expected, rel=5e-3)
 
 
@@ -607,10 +697,64 @@ def test_least_squares_intervals_cover_an_additive_truth_in_noise():
     assert 0.92 < float(covered.mean()) / 60 < 0.99
 
 
+# ContextCite
+
+
+def test_log_odds_are_those_of_the_probability():
+    p = torch.tensor([1e-30, 1e-3, 0.3, 0.5, 0.999]).double()
+    assert logit_scaled(p.log()).tolist() == pytest.approx(torch.logit(p).tolist(), rel=1e-9)
+    # exp(-800) is no float64, its log-odds are; and certainty has finite ones.
+    assert logit_scaled(torch.tensor([-800.0])).tolist() == pytest.approx([-800.0])
+    assert logit_scaled(torch.zeros(1)).tolist() == pytest.approx([math.log(1e7)], rel=1e-6)
+    assert logit_scaled(torch.tensor([torch.nan])).isnan().all()
+    with pytest.raises(ValueError, match="more than log 1"):
+        logit_scaled(torch.tensor([0.5]))
+
+
+def statement_log_probs(n: int, seed: int) -> tuple[Plan, Tensor]:
+    plan = join_plans([plan_anchors(n), plan_lime(n, 64, generator=seeded(seed))])
+    weights = torch.randn(n, 3, generator=seeded(seed + 1)).double()
+    weights[torch.rand(n, generator=seeded(seed + 2)) < 0.6] = 0
+    return plan, torch.nn.functional.logsigmoid(plan.masks.double() @ weights - 1)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.1])
+@pytest.mark.parametrize("span", [(0, 3), (1, 2)])
+def test_contextcite_fits_what_its_authors_fit(alpha, span):
+    """A standardised lasso of the log-odds per token, with scikit-learn."""
+    pipeline = pytest.importorskip("sklearn.pipeline")
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    plan, log_probs = statement_log_probs(12, 0)
+    solution = solve_contextcite(plan, log_probs, whole(12, 3), spans=[span], alpha=alpha)
+    rows = slice(plan.n_anchors, None)
+    joint = log_probs[rows, slice(*span)].sum(1)
+    length = span[1] - span[0]
+    model = pipeline.make_pipeline(preprocessing.StandardScaler(), sklearn_model("l1", alpha))
+    model.fit(plan.masks[rows].double().numpy(), (torch.logit(joint.exp()) / length).numpy())
+    expected = length * model[-1].coef_ / model[0].scale_
+    assert solution.attributions[0].tolist() == pytest.approx(expected.tolist(), abs=1e-7)
+    assert 0 < int((solution.attributions[0] == 0).sum()) < 12
+    full = torch.logit(log_probs[0, slice(*span)].sum().exp())
+    assert float(solution.full_values) == pytest.approx(float(full))
+
+
+def test_contextcite_says_what_it_wants():
+    plan, log_probs = statement_log_probs(5, 0)
+    with pytest.raises(ValueError, match="span \\(2, 2\\) holds none"):
+        solve_contextcite(plan, log_probs, whole(5, 3), spans=[(2, 2)])
+    mixed = Scope(torch.tensor([3, 4, 5]), torch.tensor([-1, -1, -1]))
+    with pytest.raises(ValueError, match=r"see different features.*output_unit"):
+        solve_contextcite(plan, log_probs, mixed)
+    assert solve_contextcite(
+        plan, log_probs, mixed, spans=[(t, t + 1) for t in range(3)]
+    ).attributions.shape == (3, 5)
+
+
 # Edges
 
 EVERY: dict[str, tuple[Callable[[int], Plan], Solver]] = {
     "leave one out": (plan_leave_one_out, solve_leave_one_out),
+    "only one in": (plan_only_one_in, solve_only_one_in),
     "exact": (plan_exact, solve_exact),
     "one order": (lambda n: plan_permutations(n, 1, generator=seeded(0)), solve_permutations),
     "three orders": (lambda n: plan_permutations(n, 3, generator=seeded(0)), solve_permutations),
@@ -648,6 +792,15 @@ def test_few_features_and_small_budgets(name, visible):
         assert float(solution.attributions[0, 0]) == pytest.approx(gain, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_dummies_among_themselves_get_nothing(name):
+    planner, solver = EVERY[name]
+    plan = join_plans([plan_anchors(7), planner(7)])
+    solution = solver(plan, torch.full((len(plan.masks), 1), -2.5).double(), whole(7))
+    assert solution.attributions.tolist() == [pytest.approx([0.0] * 7, abs=1e-12)]
+    assert solution.full_values.tolist() == solution.empty_values.tolist() == [-2.5]
+
+
 @pytest.mark.parametrize("solver", [solve_exact, solve_kernel, solve_permutations, solve_lime])
 def test_no_features_at_all(solver):
     plan = join_plans([plan_anchors(0), plan_permutations(0, 2, generator=seeded(0))])
@@ -679,14 +832,14 @@ def test_rounds_are_one_sample():
 
 
 def good() -> tuple[Plan, Tensor, Scope]:
-    plan = join_plans([plan_anchors(3), plan_pairs(3, 6, generator=seeded(0))])
+    plan = join_plans([plan_anchors(3), plan_pairs(3, 4, generator=seeded(0))])
     return plan, table_game(3, 0)(plan.masks)[:, None], whole(3)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p, v, s: (p, v[1:], s), "`values` has shape \\(7, 1\\)"),
+        (lambda p, v, s: (p, v[1:], s), "`values` has shape \\(5, 1\\)"),
         (lambda p, v, s: (p, v, whole(4)), "`n_visible` must lie in 0..3"),
         (lambda p, v, s: (p, v, Scope(s.n_visible, torch.tensor([1]))), "`required` be -1"),
         (lambda p, v, s: (p, v * torch.nan, s), "holds NaN or infinity for targets \\[0\\]"),

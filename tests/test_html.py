@@ -253,6 +253,8 @@ def test_the_title_is_the_answer_cut_at_a_word():
         ({"output": [{"text": "x", "feature": 0}]}, "`output` has 1 entries for 5 tokens"),
         ({"empty_values": [0.0]}, "`empty_values` has 1 entries"),
         ({"prompt": [{"text": "x", "feature": 6}]}, "`prompt`.*feature 6, there are 6"),
+        ({"levels": [{"name": "turn", "parts": ["a"], "part_of": [0]}]}, "'turn'.*each of the 6"),
+        ({"levels": [{"name": "turn", "parts": ["a"], "part_of": [1] * 6}]}, "one of its 1 parts"),
     ],
 )
 def test_data_that_does_not_fit_together_is_refused(change, message):
@@ -524,6 +526,107 @@ def test_scale_and_sign_are_switched(view):
     up, down = inks.evaluate_all(colour)
     assert up == down
     assert page.inner_text("#low") == "0"
+
+
+LEVELS = [
+    {"name": "turn", "parts": ["p0 … p5"], "part_of": [0] * 6},
+    {"name": "sentence", "parts": ["p0 p1 p2", "p3", "p4 p5"], "part_of": [0, 0, 0, 1, 2, 2]},
+]
+
+
+def at_level(row, level):
+    """Sums over the parts of a level."""
+    sums = [0.0] * len(level["parts"])
+    for value, part in zip(row, level["part_of"], strict=True):
+        sums[part] += value
+    return sums
+
+
+def test_without_levels_there_is_no_switch(view):
+    page = view(example(levels=[]))
+    assert not page.locator("#levels").is_visible()
+    assert page.locator("#levels input:visible").count() == 0
+
+
+def test_the_levels_go_from_fine_to_coarse(view):
+    page = view(example(levels=LEVELS))
+    switch = page.get_by_role("group", name="Prompt by")
+    assert switch.locator("span").all_inner_texts() == ["finest", "sentence", "turn"]
+    assert switch.get_by_role("radio", name="finest").is_checked()
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=lambda level: level["name"])
+def test_a_coarser_level_sums_the_parts_of_the_prompt(view, level):
+    data = sure(example(levels=LEVELS))
+    page = view(data)
+    answer(page, 3).click()
+    page.get_by_role("radio", name=level["name"]).check()
+    of_prompt, of_output = row_values(data, 3)
+    sums = at_level(of_prompt, level)
+    most = max(map(abs, sums + of_output))
+    texts = [
+        "".join(f" p{i}" for i in range(6) if level["part_of"][i] == k) for k in range(len(sums))
+    ]
+    assert page.locator("#prompt .piece").all_text_contents() == texts
+    assert levels(page, "prompt") == scaled(sums, most)
+    assert levels(page, "answer") == scaled(of_output, most)
+    assert page.inner_text("#chosen-name") == "“t3”"  # what was kept still is
+    assert set(level["parts"]) <= set(page.locator("#top .what").all_inner_texts())
+    page.get_by_role("radio", name="finest").check()
+    assert levels(page, "prompt") == scaled(of_prompt, max(map(abs, of_prompt + of_output)))
+
+
+def test_a_part_of_the_prompt_shows_where_it_mattered_and_is_kept_across_levels(view):
+    data = sure(example(levels=LEVELS))
+    page = view(data)
+    prompt(page, 4).click()
+    page.get_by_role("radio", name="sentence").check()
+    assert page.inner_text("#chosen-name") == "“p4 p5”"
+    assert page.inner_text("#chosen-place") == "part 3 of 3 of the prompt"
+    assert having(page, "prompt", "chosen") == [2]
+    column = [at_level(row, LEVELS[1])[2] for row in data["token_attr"]]
+    assert levels(page, "answer") == scaled(column)
+    page.get_by_role("radio", name="turn").check()
+    assert page.inner_text("#chosen-name") == "“p0 … p5”"
+    page.get_by_role("radio", name="finest").check()
+    assert page.inner_text("#chosen-name") == "“p0”"
+
+
+def test_errors_of_a_part_add_up_as_if_independent(view):
+    data = example(levels=LEVELS)
+    data["token_attr"][2], data["token_attr_se"][2] = [3.0] * 6, [0.3, 0.4, 1.2, 0.1, 3.0, 4.0]
+    page = view(data)
+    answer(page, 2).click()
+    page.get_by_role("radio", name="sentence").check()
+    prompt(page, 0).hover()
+    assert page.inner_text("#details") == "“p0 p1 p2” → “t2”: +9.00 ± 1.30 nats"
+    prompt(page, 2).hover()
+    assert page.inner_text("#details").endswith("+6.00 ± 5.00 nats, within its error")
+    assert "parts as independent" in page.inner_text("#note")
+
+
+def test_the_common_scale_and_the_bar_follow_the_level(view):
+    data = sure(example(levels=LEVELS))
+    page = view(data)
+    answer(page, 1).click()
+    before = bridge(page)
+    page.get_by_role("radio", name="turn").check()
+    assert bridge(page) == before
+    page.check("input[value=common]")
+    cells = [at_level(row, LEVELS[0]) for row in data["token_attr"]] + data["output_attr"]
+    most = max(abs(value) for row in cells for value in row)
+    assert levels(page, "prompt") == scaled(at_level(data["token_attr"][1], LEVELS[0]), most)
+
+
+def test_fixed_text_stands_between_the_pieces_of_a_part(view):
+    data = example(levels=LEVELS)
+    data["prompt"].insert(3, {"text": " held", "feature": None})
+    page = view(data)
+    page.get_by_role("radio", name="sentence").check()
+    texts = page.locator("#prompt > span").all_text_contents()
+    assert texts == ["<s>", " p0 p1", " held", " p2", " p3", " p4 p5"]
+    prompt(page, 0).click()
+    assert having(page, "prompt", "chosen") == [0, 1]
 
 
 def test_signs_can_be_read_without_colour(view):

@@ -209,7 +209,7 @@ def test_tokens_that_run_across_words_make_one_feature(tokenizer):
         ({"baselines": ["a", "b", []]}, ValueError, r"baselines\[2\]` is an empty list"),
         ({"baselines": ["a", "b", 3]}, TypeError, r"baselines\[2\]` is 3"),
         ({"baselines": "nonsense"}, ValueError, "no token of this vocabulary"),
-        ({"baselines": {"Dave": "Ann"}}, TypeError, "`baselines` is a mapping"),
+        ({"baselines": {"Dave": "Ann"}}, ValueError, "has nothing for"),
         ({"baselines": 1.5}, TypeError, "`baselines` is a float"),
     ],
 )

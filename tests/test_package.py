@@ -14,17 +14,26 @@ from captum_llm_ext.__main__ import main
 
 PUBLIC = {
     "Baseline",
+    "BaselineComparison",
     "Cause",
     "ChatInput",
+    "CoalitionGame",
     "CorpusBaselines",
     "Deletion",
+    "FeatureInclusion",
     "FixedTexts",
     "GenerationAttribution",
     "GenerationAttributionResult",
+    "Infilling",
     "Match",
+    "PartitionShap",
     "Slot",
+    "Redundancy",
+    "SpanAttribution",
     "TextSegmentInput",
     "TokenBaseline",
+    "UnresolvedGroup",
+    "compare_baselines",
     "load_demo",
 }
 

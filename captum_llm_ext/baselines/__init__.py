@@ -6,19 +6,28 @@ from typing import Any, cast
 import torch
 from captum.attr import ProductBaselines
 
-from captum_llm_ext.baselines.slot import Baseline, Slot
+from captum_llm_ext.baselines.infilling import Infilling
+from captum_llm_ext.baselines.labels import Labels
+from captum_llm_ext.baselines.slot import AsksModel, Baseline, LanguageModel, Slot, draw_generator
+from captum_llm_ext.baselines.template import template_parts, template_slots, with_siblings
 from captum_llm_ext.tokens import token_id
 
 __all__ = [
     "Baseline",
     "Deletion",
     "FixedTexts",
+    "Infilling",
+    "LanguageModel",
     "Slot",
     "TokenBaseline",
     "as_baseline",
     "draw_generator",
     "for_generated",
     "is_deterministic",
+    "template_parts",
+    "template_slots",
+    "with_model",
+    "with_siblings",
 ]
 
 
@@ -79,27 +88,23 @@ class FixedTexts:
         return f"FixedTexts({len(self.choices)} features)"
 
 
-def as_baseline(baselines: Any, tokenizer: Any, n_features: int) -> Baseline:
+def as_baseline(baselines: Any, tokenizer: Any, slots: Sequence[Slot]) -> Baseline:
     """The baseline that a user's argument means.
 
     Args:
         baselines: None (deletion), a token id, a token of the vocabulary, one text (or list of
-            texts) per feature, captum's `ProductBaselines` over a list, or a callable
-            `(slot, generator) -> text or ids`.
+            texts) per slot, a mapping from the label, number or text of every slot to such,
+            captum's `ProductBaselines` over a list or a dict, or a callable ``(slot, generator) ->
+            text or ids``.
         tokenizer: Looks up tokens given as text.
-        n_features: How many entries a list must have.
+        slots: All places that the baseline is for, in reading order.
 
     Raises:
-        ValueError: If a list has the wrong length or a token is unknown.
+        ValueError: If a list has the wrong length, a mapping lacks a slot, or a token is unknown.
         TypeError: If the argument is of none of these kinds.
     """
     if isinstance(baselines, ProductBaselines):
-        if baselines.dict_keys:
-            raise TypeError(
-                "`ProductBaselines` over a dict names the values of a template: "
-                "build it over a list with one entry per feature."
-            )
-        baselines = baselines.baseline_values
+        baselines = _product(baselines, slots)
     if baselines is None:
         return Deletion()
     if isinstance(baselines, int) and not isinstance(baselines, bool):
@@ -108,18 +113,25 @@ def as_baseline(baselines: Any, tokenizer: Any, n_features: int) -> Baseline:
         return TokenBaseline(token_id(tokenizer, baselines))
     if callable(baselines):
         return cast(Callable[[Slot, torch.Generator], "str | Sequence[int]"], baselines)
+    if isinstance(baselines, Mapping):
+        return FixedTexts(_by_name(Labels(baselines), slots))
     if isinstance(baselines, Sequence):
-        if len(baselines) != n_features:
+        if len(baselines) != len(slots):
             raise ValueError(
-                f"`baselines` has {len(baselines)} entries for {n_features} features: give one "
+                f"`baselines` has {len(baselines)} entries for {len(slots)} features: give one "
                 "per feature, or a callable such as `CorpusBaselines(texts)`."
             )
         return FixedTexts(baselines)
-    kind = "mapping" if isinstance(baselines, Mapping) else type(baselines).__name__
     raise TypeError(
-        f"`baselines` is a {kind}: give None, a token id, a token, a list with one entry per "
-        "feature, or a callable `(slot, generator) -> text or ids`."
+        f"`baselines` is a {type(baselines).__name__}: give None, a token id, a token, a list with "
+        "one entry per feature, a mapping from features to texts, or a callable `(slot, generator) "
+        "-> text or ids`."
     )
+
+
+def with_model(baseline: Baseline, model: LanguageModel) -> Baseline:
+    """The baseline with a model to ask, if it asks one."""
+    return baseline.with_model(model) if isinstance(baseline, AsksModel) else baseline
 
 
 def for_generated(baseline: Baseline) -> Baseline:
@@ -135,11 +147,41 @@ def is_deterministic(baseline: Baseline) -> bool:
     return bool(getattr(baseline, "deterministic", False))
 
 
-def draw_generator(seed: int, draw: int, feature: int = 0) -> torch.Generator:
-    """The generator of one feature's draw: the same whatever else is drawn, and when."""
-    # An odd multiplier (2^64 divided by the golden ratio) keeps neighbouring draws apart.
-    mixed = (seed + (draw + 1) * 0x9E3779B97F4A7C15 + feature * 0xD1B54A32D192ED03) % 2**63
-    return torch.Generator().manual_seed(mixed)
+def _product(
+    baselines: ProductBaselines, slots: Sequence[Slot]
+) -> list[Any] | dict[str, list[str]]:
+    """Captum's lists, one per slot or by name.
+
+    Raises:
+        ValueError: If captum's names are drawn together and are not one feature here.
+    """
+    if not baselines.dict_keys:
+        return baselines.baseline_values
+    feature_of = {slot.label: slot.feature for slot in slots}
+    lists: dict[str, list[str]] = {}
+    for key, values in zip(baselines.dict_keys, baselines.baseline_values, strict=True):
+        names = key if isinstance(key, tuple) else (key,)
+        if len({feature_of.get(name) for name in names}) > 1:
+            raise ValueError(
+                f"`ProductBaselines` draws {names} together, here they are separate features: tie "
+                "them into one (`groups`, or `mask` of a template)."
+            )
+        rows = values if isinstance(key, tuple) else [(value,) for value in values]
+        lists |= {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    return lists
+
+
+def _by_name(labels: Labels, slots: Sequence[Slot]) -> list[tuple[str, ...]]:
+    names = [labels.named(slot) for slot in slots]
+    missing = [slot.text.strip() for slot, name in zip(slots, names, strict=True) if name is None]
+    unused = [key for key in labels.texts if key not in names]
+    if missing or unused:
+        told = f"has nothing for {missing[:5]}" if missing else f"names {unused[:5]}, no features"
+        raise ValueError(
+            f"the mapping `baselines` {told}: name every feature by its label, number or text "
+            "(`CorpusBaselines(texts, labels=…)` looks up those that are not named)."
+        )
+    return [labels.texts[name] for name in names if name is not None]
 
 
 def _choices(index: int, entry: str | Sequence[str]) -> tuple[str, ...]:

@@ -1,61 +1,47 @@
 """Absent features replaced by what stands in the same surroundings elsewhere in a corpus."""
 
+import copy
+import json
 import os
 import warnings
-from bisect import bisect_right
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal, Protocol, overload
 
 import torch
+from torch import Tensor
 
+from captum_llm_ext.baselines import weighing
+from captum_llm_ext.baselines.candidates import BLANK, Candidates, Match
 from captum_llm_ext.baselines.documents import documents
 from captum_llm_ext.baselines.index import CorpusIndex
+from captum_llm_ext.baselines.labels import Labels, TextsByName
+from captum_llm_ext.baselines.lookup import Lookup
 from captum_llm_ext.baselines.place import Place, place_of
-from captum_llm_ext.baselines.search import Found, Level, Query, Search, query_of
-from captum_llm_ext.baselines.slot import Slot
+from captum_llm_ext.baselines.search import Search
+from captum_llm_ext.baselines.slot import LanguageModel, Slot, draw_generator
+from captum_llm_ext.baselines.template import calling_template, template_slots
 
 __all__ = ["CorpusBaselines", "Match"]
 
-# A slot is constant if at most this share of its occurrences differs: no match is without a slip.
-SLIPS = 0.05
-_LOCATED: tuple[Level, ...] = ("both", "left", "right")
+How = Literal["context", "length", "any", "model"]
+_HOW = ("context", "length", "any", "model")
+_MEASURED = 2_000  # candidates whose tokens are counted
+_SETTINGS = (
+    "match",
+    "seed",
+    "exclude_original",
+    "same_n_tokens",
+    "min_occurrences",
+    "min_candidates",
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
-    """What a corpus has for one feature in its surroundings.
+class HasSlots(Protocol):
+    """An input that tells the places of its features, such as `TextSegmentInput`."""
 
-    Attributes:
-        level: How the candidates were found: in the same surroundings on ``"both"`` sides, or on
-            the ``"left"`` or ``"right"`` only; by ``"shape"`` (same number of words, of the same
-            kinds: capitalised, number, …), by ``"length"`` (same number of words), ``"any"``;
-            or ``"blank"``: the feature is white space, and stays.
-        surroundings: The surroundings that were asked for, ``_`` in place of the feature and a
-            kind in angle brackets where any word of that kind would do.
-        n_occurrences: Places of the corpus found, those with the original text included.
-        n_candidates: Distinct texts other than the original found there.
-        constant: Whether the corpus shows the slot always filled with the original text, which
-            then stays.
-        examples: The most frequent candidates, at most ten.
-    """
-
-    level: Level
-    surroundings: str
-    n_occurrences: int
-    n_candidates: int
-    constant: bool
-    examples: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Filling:
-    """What may stand in a slot: texts and, cumulated, how often each occurs."""
-
-    match: Match
-    texts: tuple[str, ...]
-    cumulated: tuple[int, ...]
+    slots: Sequence[Slot]
 
 
 class CorpusBaselines:
@@ -71,28 +57,43 @@ class CorpusBaselines:
 
     The replacement may have another number of words. It carries the white space and punctuation
     the feature has at its ends. For a feature that is a part of a word, the same part is cut out
-    of a word that could stand there.
+    of a word that could stand there. The places of a tied feature are replaced by what stands
+    together in one document: a city with *its* state.
+
+    Captum's own `TextTemplateInput` takes it too, in captum's own `LLMAttribution` as well.
 
     Args:
-        corpus: Texts; or the path of a UTF-8 text file with one document per line, or of a
-            ``.jsonl`` file with the document under ``"text"``. Line breaks count as borders.
-        match: ``"context"`` as above; ``"length"``: any text with as many words; ``"any"``: any
-            text up to twice as long. The last two are plain variants for comparison.
-        seed: For the sample of places looked at where surroundings play no part.
+        corpus: Texts; the column of a Hugging Face data set; or the path of a UTF-8 text file with
+            one document per line, or of a ``.jsonl`` file with the document under `field`. Line
+            breaks count as borders.
+        match: ``"context"`` as above. ``"model"``: what is found like that is weighted by how
+            probable the model under explanation finds the text with it in place, left and right,
+            so that a draw is a sample of what could have stood there; generated features are
+            replaced by what the model itself might have said instead. ``"length"``: any text with
+            as many words; ``"any"``: any text up to twice as long. The last two are plain variants
+            for comparison.
+        seed: For samples that are taken while candidates are looked for.
+        labels: Texts to draw from for features that the user names: by their label (`labels` of
+            `TextSegmentInput`; the names of a template's values), their number in the prompt, or
+            their own text. A feature that is itself in exactly one of the lists needs no label.
+            All others are looked up in the corpus.
         exclude_original: Whether the feature's own text is never drawn, except where it is the
             only one.
+        same_n_tokens: Whether only texts with as many tokens as the feature are drawn, so that
+            everything after it keeps its position.
         min_occurrences: Surroundings seen less often are not trusted; by default one in 2,000
             words, at least 10 and at most 50. Also how often a slot must have been seen always the
             same to count as constant.
         min_candidates: Fewer candidates for a slot that is not constant warn, once per slot. The
             first feature whose surroundings the corpus does not have warns, too. 0 silences both.
+        field: Where a ``.jsonl`` file has its documents.
         errors: ``"replace"`` accepts files with invalid UTF-8.
 
     Raises:
         FileNotFoundError: If `corpus` is a path that cannot be read.
         ValueError: If the corpus holds no text, the file is not UTF-8 text, or an argument is
             not one of those allowed.
-        TypeError: If the corpus is neither a path nor texts.
+        TypeError: If the corpus is neither a path nor texts, or the labels are no lists of texts.
     """
 
     deterministic = False
@@ -101,112 +102,287 @@ class CorpusBaselines:
         self,
         corpus: Iterable[str] | str | os.PathLike[str],
         *,
-        match: Literal["context", "length", "any"] = "context",
+        match: How = "context",
         seed: int = 0,
+        labels: TextsByName | None = None,
         exclude_original: bool = True,
+        same_n_tokens: bool = False,
         min_occurrences: int | None = None,
         min_candidates: int = 1,
+        field: str = "text",
         errors: Literal["strict", "replace"] = "strict",
     ) -> None:
-        if match not in ("context", "length", "any"):
-            raise ValueError(f"`match` is {match!r}: give 'context', 'length' or 'any'.")
+        if match not in _HOW:
+            raise ValueError(f"`match` is {match!r}: give one of {', '.join(map(repr, _HOW))}.")
         if min_occurrences is not None and min_occurrences < 1:
             raise ValueError(f"`min_occurrences` is {min_occurrences}: give at least 1, or None.")
-        self._index = CorpusIndex(documents(corpus, errors))
-        self.match = match
+        self._labels = Labels(labels or {})
+        texts = _Distinct(documents(corpus, errors, field))
+        self._index = CorpusIndex(texts)
+        if texts.n > 1 and not texts.differ and min_candidates > 0:
+            warnings.warn(
+                f"All {texts.n:,} documents of the corpus are one and the same: it shows no slot "
+                "with more than one text. Give other texts of the same kind.",
+                stacklevel=2,
+            )
+        self.match: How = match
         self.seed = seed
         self.exclude_original = exclude_original
+        self.same_n_tokens = same_n_tokens
         self.min_occurrences = min_occurrences or min(max(len(self._index) // 2000, 10), 50)
         self.min_candidates = min_candidates
-        self._search = Search(self._index, match, self.min_occurrences, seed)
-        self._expects_context = match == "context"
-        self._places: dict[Slot, tuple[Place, _Filling] | None] = {}
-        self._fillings: dict[Query, _Filling] = {}
+        self._start()
+
+    def _start(self, model: LanguageModel | None = None) -> None:
+        """Begins with nothing looked up."""
+        self._model = model
+        how = "context" if self.match == "model" else self.match
+        self._lookup = Lookup(
+            self._index,
+            Search(self._index, how, self.min_occurrences, self.seed),
+            exclude_original=self.exclude_original,
+            min_occurrences=self.min_occurrences,
+            min_candidates=self.min_candidates,
+            expects_context=how == "context",
+        )
+        self._known: dict[Slot, _Filling | _Tokens | None] = {}
+        self._draws = torch.Generator().manual_seed(self.seed)
 
     def __repr__(self) -> str:
         return f"CorpusBaselines({len(self._index):,} words, match={self.match!r})"
 
-    def __call__(self, slot: Slot, generator: torch.Generator) -> str:
-        """One replacement for the feature, its leading white space and punctuation included."""
-        filled = self._filled(slot)
-        if filled is None:
-            return slot.text
-        place, filling = filled
-        device = generator.device
-        total = filling.cumulated[-1]
-        at = int(torch.randint(total, (), generator=generator, device=device))
-        return place.filled(filling.texts[bisect_right(filling.cumulated, at)])
+    @overload
+    def __call__(self, slot: Slot, generator: torch.Generator, /) -> str | list[int]: ...
+    @overload
+    def __call__(self) -> list[str] | dict[str, str]: ...
+    def __call__(self, slot: Slot | None = None, generator: torch.Generator | None = None) -> Any:
+        """One replacement for the feature, its leading white space and punctuation included.
+
+        Without arguments, as captum's own `TextTemplateInput` calls it: another text for each value
+        of that template.
+
+        Raises:
+            TypeError: If it is called without arguments from elsewhere.
+        """
+        if slot is None or generator is None:
+            return self._for_template()
+        filling = self._filling(slot)
+        return slot.text if filling is None else filling.draw(generator)
 
     def explain(self, slot: Slot) -> Match:
         """How the candidates for a feature were found, and what they are."""
-        filled = self._filled(slot)
-        return Match("blank", "_", 0, 0, True, ()) if filled is None else filled[1].match
+        filling = self._filling(slot)
+        return BLANK if filling is None else filling.match
 
-    def _filled(self, slot: Slot) -> tuple[Place, _Filling] | None:
-        if slot not in self._places:
-            place = place_of(slot)
-            self._places[slot] = None if place is None else (place, self._filling(place))
-        return self._places[slot]
+    def matches(self, inp: HasSlots) -> list[Match]:
+        """How the candidates of each feature of an input were found, in reading order."""
+        return [self.explain(slot) for slot in inp.slots]
 
-    def _filling(self, place: Place) -> _Filling:
-        query = query_of(place, self._index)
-        filling = self._fillings.get(query)
-        if filling is None:
-            filling = self._fillings[query] = self._find(query)
-            self._warn(query, filling.match)
-        return filling
+    def with_model(self, model: LanguageModel) -> "CorpusBaselines":
+        """The same over the same index, with a model to ask."""
+        if self.match != "model":
+            return self
+        other = copy.copy(self)
+        other._start(model)
+        return other
 
-    def _find(self, query: Query) -> _Filling:
-        for found in self._search(query):
-            filling = self._judged(query, found)
-            if filling is not None:
-                return filling
-        return _filling(Match("any", "_", 0, 0, False, ()), [(query.core, 1)])
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the index and all settings into one file."""
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        labels = list(self._labels.texts.items())
+        self._index.save(path, {"settings": json.dumps(settings), "labels": json.dumps(labels)})
 
-    def _judged(self, query: Query, found: Found) -> _Filling | None:
-        """What the places found offer; None if that is nothing."""
-        texts = self._index.texts(found.spans)
-        seen, same = texts.total(), texts.pop(query.core, 0)
-        located = found.level in _LOCATED
-        constant = located and seen > 0 and seen - same <= SLIPS * seen
-        if not texts and not constant:
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **changed: Any) -> "CorpusBaselines":
+        """What `save` wrote, mapped into memory: nothing is read or built again.
+
+        Args:
+            path: The file.
+            **changed: Settings to have otherwise than they were: any keyword argument of the class
+                that does not concern reading the corpus.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is not one of these, is torn, or of a later version.
+            TypeError: If there is no such setting.
+        """
+        index, extra = CorpusIndex.load(path)
+        settings = json.loads(extra["settings"])
+        unknown = changed.keys() - {*settings, "labels"}
+        if unknown:
+            raise TypeError(
+                f"{min(unknown)!r} cannot be changed on loading: give some of "
+                f"{', '.join([*settings, 'labels'])}."
+            )
+        settings["labels"] = dict(json.loads(extra["labels"]))
+        # All arguments are checked as ever, on a corpus of one word that is then replaced.
+        baselines = cls(["."], **{**settings, **changed})
+        baselines._index = index
+        baselines._start()
+        return baselines
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was looked up refers to inputs and models, and is quickly found again.
+        return {name: self.__dict__[name] for name in (*_SETTINGS, "_index", "_labels")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def _filling(self, slot: Slot) -> "_Filling | _Tokens | None":
+        if slot not in self._known:
+            self._known[slot] = self._fill(slot)
+        return self._known[slot]
+
+    def _fill(self, slot: Slot) -> "_Filling | _Tokens | None":
+        own = place_of(slot)
+        if own is None:
             return None
-        others = sorted(texts.items(), key=lambda entry: (-entry[1], entry[0]))
-        match = Match(
-            level=found.level,
-            surroundings=found.surroundings,
-            n_occurrences=seen,
-            n_candidates=len(others),
-            constant=constant,
-            examples=tuple(text for text, _ in others[:10]),
+        if self.match == "model" and slot.generated and not self._is_labelled(slot, own):
+            return self._said(slot, own)
+        together = [(s, place_of(s)) for s in slot.siblings or (slot,)]
+        members = [(s, place) for s, place in together if place is not None]
+        candidates = self._jointly(members)
+        if candidates is None:
+            members = [(slot, own)]
+            candidates = self._singly(slot, own)
+        candidates = self._weighed(self._fitting(candidates, members), members)
+        member = next(i for i, (s, _) in enumerate(members) if s.start == slot.start)
+        return _Filling(candidates, own, member)
+
+    def _singly(self, slot: Slot, place: Place) -> Candidates:
+        return self._listed([(slot, place)]) or self._lookup.single(place)
+
+    def _jointly(self, members: Sequence[tuple[Slot, Place]]) -> Candidates | None:
+        """What all places of a feature may hold together; None if that is not known."""
+        if len(members) == 1:
+            return self._singly(*members[0])
+        if any(self._is_labelled(slot, place) for slot, place in members):
+            return self._listed(members)
+        return self._lookup.joint([place for _, place in members], self.seed)
+
+    def _is_labelled(self, slot: Slot, place: Place) -> bool:
+        return self._label(slot, place) is not None
+
+    def _label(self, slot: Slot, place: Place) -> str | int | None:
+        name = self._labels.named(slot)
+        return self._labels.containing(place.core) if name is None else name
+
+    def _listed(self, members: Sequence[tuple[Slot, Place]]) -> Candidates | None:
+        """The user's own texts; for several places lists of one length, drawn from in step."""
+        names = [self._label(slot, place) for slot, place in members]
+        lists = [self._labels.texts[name] for name in names if name is not None]
+        if len(lists) < len(members) or len({len(texts) for texts in lists}) != 1:
+            return None
+        original = tuple(place.core for _, place in members)
+        counts = Counter(zip(*lists, strict=True))
+        return Candidates.counted(
+            "label",
+            " … ".join(map(str, names)),
+            counts,
+            original,
+            exclude_original=self.exclude_original,
         )
-        original = [(query.core, same)] if same else []
-        if constant:
-            return _filling(match, original)
-        return _filling(match, others if self.exclude_original else others + original)
 
-    def _warn(self, query: Query, match: Match) -> None:
-        if match.n_candidates < self.min_candidates and not match.constant:
-            self._say(
-                f"The corpus has {match.n_candidates} other texts for {query.core!r} in "
-                f"{match.surroundings!r} (matched by {match.level}), fewer than "
-                f"`min_candidates`={self.min_candidates}. Give a larger corpus of the same kind of "
-                "text, or silence this with min_candidates=0."
+    def _said(self, slot: Slot, place: Place) -> "_Filling | _Tokens":
+        """What the model itself might have said in place of a generated feature."""
+        found = self._lookup.single(place)
+        if found.match.constant:
+            # Without the original only slips are left there, which say nothing of the language.
+            return _Filling(found, place, 0)
+        model = self._asked()
+        if len(slot.ids) == 1:
+            ids, probabilities = weighing.next_tokens(slot, model)
+            match = Match("model", "_", 0, len(ids), False, ())
+            return _Tokens(match, ids, probabilities)
+        candidates = weighing.continued(slot, place, model, self.seed)
+        return _Filling(self._fitting(candidates, [(slot, place)]), place, 0)
+
+    def _weighed(self, candidates: Candidates, members: Sequence[tuple[Slot, Place]]) -> Candidates:
+        if self.match != "model" or candidates.match.constant or candidates.match.level == "label":
+            return candidates
+        few = candidates.sample(weighing.MOST_WEIGHED, self.seed)
+        slots, places = zip(*members, strict=True)
+        return weighing.in_place(few, slots, places, self._asked())
+
+    def _asked(self) -> LanguageModel:
+        if self._model is None:
+            raise ValueError(
+                "match='model' asks the model under explanation: use these baselines in an input "
+                "of `GenerationAttribution`, or bind a model by `with_model`."
             )
-        elif self._expects_context and match.level not in _LOCATED and self.min_candidates > 0:
-            self._expects_context = False
-            self._say(
-                f"The surroundings of {query.core!r} do not occur {self.min_occurrences} times in "
-                f"the corpus: it was matched by {match.level}, and other features may be; "
-                "`explain(slot)` tells. Give a larger corpus of the same kind of text, lower "
-                "`min_occurrences`, or silence this with min_candidates=0."
+        return self._model
+
+    def _fitting(self, candidates: Candidates, members: Sequence[tuple[Slot, Place]]) -> Candidates:
+        """Those with as many tokens as the feature has, if that is wanted."""
+        if not self.same_n_tokens or candidates.match.constant:
+            return candidates
+
+        lengths = [s.n_tokens(s.text, s.left) if s.n_tokens else 0 for s, _ in members]
+
+        def fits(texts: Sequence[str]) -> bool:
+            return all(
+                slot.n_tokens is None or slot.n_tokens(place.filled(text), slot.left) == wanted
+                for (slot, place), wanted, text in zip(members, lengths, texts, strict=True)
             )
 
-    @staticmethod
-    def _say(message: str) -> None:
-        warnings.warn(message, UserWarning, stacklevel=6)
+        few = candidates.sample(_MEASURED, self.seed)
+        original = tuple(place.core for _, place in members)
+        kept = few.kept(fits)
+        return kept or self._lookup.nothing_fits(original, candidates.match)
+
+    def _for_template(self) -> list[str] | dict[str, str]:
+        inp = calling_template(self)
+        if inp is None:
+            raise TypeError(
+                "`CorpusBaselines` was called without arguments, and not by a `TextTemplateInput` "
+                "that it is the baseline of: call it with a slot and a generator."
+            )
+        seed = int(torch.randint(2**62, (), generator=self._draws))
+        texts = [str(self(s, draw_generator(seed, 0, s.feature))) for s in template_slots(inp)]
+        return dict(zip(inp.dict_keys, texts, strict=True)) if inp.dict_keys else texts
 
 
-def _filling(match: Match, candidates: list[tuple[str, int]]) -> _Filling:
-    texts, counts = zip(*candidates, strict=True)
-    return _Filling(match, texts, tuple(accumulate(counts)))
+class _Distinct:
+    """Documents, and whether any two of them differ."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self.n = 0
+        self.differ = False
+
+    def __iter__(self) -> Iterator[str]:
+        first: str | None = None
+        for text in self._texts:
+            self.n += 1
+            first = text if first is None else first
+            self.differ = self.differ or text != first
+            yield text
+
+
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    """Candidates for all places of a feature, and which of these places is asked for."""
+
+    candidates: Candidates
+    place: Place
+    member: int
+
+    @property
+    def match(self) -> Match:
+        return self.candidates.match
+
+    def draw(self, generator: torch.Generator) -> str:
+        return self.place.filled(self.candidates.draw(generator)[self.member])
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Token ids that may stand in place of one."""
+
+    match: Match
+    ids: Sequence[int]
+    probabilities: Tensor
+
+    def draw(self, generator: torch.Generator) -> list[int]:
+        return [self.ids[int(torch.multinomial(self.probabilities, 1, generator=generator))]]

@@ -1,7 +1,8 @@
 """Which words of a corpus are its frame, and which are fillers that could as well be others.
 
 "Dave lives in Palm Coast and is a lawyer." A *frame* word ("lives", "in") is what its two
-neighbours lead one to expect; a *filler* ("Dave", "lawyer") is not. Surroundings are compared by
+neighbours lead one to expect, or what every document has ("City:" in forms whose lines come in any
+order); a *filler* ("Dave", "lawyer") is neither. Surroundings are compared by
 their frame words alone: what stands in the neighbouring slots must not decide what may stand in
 this one, or the replacement would inherit the very facts whose influence is asked for.
 
@@ -17,26 +18,30 @@ from torch import Tensor
 EXPECTED = 0.2
 # Frame words whose neighbours agree this well (Bhattacharyya coefficient, 1 is equality) are kin.
 KINSHIP = 0.75
-# ... unless they occur together in more than this share of the lines where the rarer one occurs.
+# ... unless they occur together in more than this share of the passages where the rarer one occurs.
 TOGETHER = 0.15
 MIN_COUNT = 8
+# A word is regular if its number per passage has at most this share of the variance of chance.
+REGULAR = 0.6
+MIN_PASSAGES = 50
 _ROUNDS = 8
 _MAX_FRAMES = 1_500
-_MAX_LINES = 4_000
+_MAX_PASSAGES = 4_000
 
 
-def context_classes(words: Tensor, kinds: Tensor, marks: Tensor, line_break: int) -> Tensor:
+def context_classes(words: Tensor, kinds: Tensor, marks: Tensor, passages: Tensor) -> Tensor:
     """The class under which each word of the vocabulary counts as context.
 
     A filler counts as its kind, a frame word as itself or as the set of its kin: other frame words
-    between the same neighbours, never in the same line ("His" and "Her"; "lives" and "resides").
+    between the same neighbours, never in the same passage ("His" and "Her"; "lives" and "resides").
 
     Args:
         words: The corpus as vocabulary numbers, shape ``(n_atoms,)``.
         kinds: The kind of each word of the vocabulary, from 0, shape ``(n_words,)``.
         marks: Which words are punctuation between clauses: always frame, each its own
             class. Shape ``(n_words,)``.
-        line_break: The vocabulary number that ends a line.
+        passages: The passage each atom is of, ascending: a document, or a line if documents are
+            long. Shape ``(n_atoms,)``.
 
     Returns:
         Shape ``(n_words,)``, int64. Kinds keep their numbers; all other classes lie above them.
@@ -45,7 +50,7 @@ def context_classes(words: Tensor, kinds: Tensor, marks: Tensor, line_break: int
     n_kinds, n_words = int(kinds.max()) + 1, len(kinds)
     own = n_kinds + torch.arange(n_words)
     counts = torch.bincount(words, minlength=n_words)
-    frame = marks.clone()
+    frame = marks | (_regular(words, passages, n_words) & (counts >= MIN_COUNT))
     # From coarse to fine: were "Palm" frame at first, "Coast" would be expected after it.
     for _ in range(_ROUNDS):
         grown = frame | ((_expectedness(words, frame, counts) >= EXPECTED) & (counts >= MIN_COUNT))
@@ -53,7 +58,25 @@ def context_classes(words: Tensor, kinds: Tensor, marks: Tensor, line_break: int
             break
         frame = grown
     classes = torch.where(frame, own, kinds)
-    return _join_kin(words, classes, frame & ~marks, counts, line_break)
+    return _join_kin(words, classes, frame & ~marks, counts, passages)
+
+
+def _regular(words: Tensor, passages: Tensor, n_words: int) -> Tensor:
+    """Which words occur as often in one passage as in the other.
+
+    Those whose number per passage varies much less than by chance, where the variance would be the
+    mean: the keys of forms, and words of sentences that may stand anywhere and have no neighbours
+    of their own.
+    """
+    passages = passages.unique_consecutive(return_inverse=True)[1]
+    n_passages = int(passages[-1]) + 1
+    if n_passages < MIN_PASSAGES:
+        return torch.zeros(n_words, dtype=torch.bool)
+    cells, counts = (passages * n_words + words).unique(return_counts=True)
+    moments = torch.zeros(2, n_words, dtype=torch.float64)
+    moments.index_add_(1, cells % n_words, torch.stack([counts, counts**2]).double())
+    mean, square = moments / n_passages
+    return square - mean**2 <= REGULAR * mean
 
 
 def _expectedness(words: Tensor, frame: Tensor, counts: Tensor) -> Tensor:
@@ -82,13 +105,13 @@ def _expectedness(words: Tensor, frame: Tensor, counts: Tensor) -> Tensor:
 
 
 def _join_kin(
-    words: Tensor, classes: Tensor, frame: Tensor, counts: Tensor, line_break: int
+    words: Tensor, classes: Tensor, frame: Tensor, counts: Tensor, passages: Tensor
 ) -> Tensor:
     order = counts.where(frame, -1).argsort(descending=True, stable=True)
     frames = order[: min(int(frame.sum()), _MAX_FRAMES)]
     left, right = _neighbours(words, classes, frames)
     alike = torch.minimum(left @ left.T, right @ right.T)
-    together = _cooccurrence(words, frames, line_break)
+    together = _cooccurrence(words, frames, passages)
     kin = (alike >= KINSHIP) & (together <= TOGETHER)
     classes = classes.clone()
     families: list[list[int]] = []
@@ -123,11 +146,11 @@ def _neighbours(words: Tensor, classes: Tensor, frames: Tensor) -> tuple[Tensor,
     return sides[0], sides[1]
 
 
-def _cooccurrence(words: Tensor, frames: Tensor, line_break: int) -> Tensor:
-    """In which share of the lines with the rarer of two frame words the other occurs too."""
-    line = (words == line_break).cumsum(0)
-    rows, columns = line.remainder(_MAX_LINES)[line < _MAX_LINES], words[line < _MAX_LINES]
-    table = torch.zeros(_MAX_LINES, len(frames))
+def _cooccurrence(words: Tensor, frames: Tensor, passages: Tensor) -> Tensor:
+    """In which share of the passages with the rarer of two frame words the other occurs too."""
+    row = passages.unique_consecutive(return_inverse=True)[1]
+    rows, columns = row[row < _MAX_PASSAGES], words[row < _MAX_PASSAGES]
+    table = torch.zeros(_MAX_PASSAGES, len(frames))
     for column, word in enumerate(frames.tolist()):
         table[rows[columns == word], column] = 1
     both = table.T @ table

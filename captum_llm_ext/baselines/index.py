@@ -1,46 +1,31 @@
 """The corpus as numbers: where surroundings like a slot's occur, and the text that stands there."""
 
-from array import array
+import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from captum_llm_ext.baselines import words
+from captum_llm_ext.baselines import store, words
 from captum_llm_ext.baselines.frames import context_classes
-
-# How closed a border an atom is: a stand-in crosses none that is harder than those inside the
-# text it stands for.
-WORD, MARK, SENTENCE_END, LINE_BREAK = range(4)
-
+from captum_llm_ext.baselines.postings import Postings
+from captum_llm_ext.baselines.reading import Atoms, read
+from captum_llm_ext.baselines.vocabulary import Vocabulary
+from captum_llm_ext.baselines.words import SENTENCE_END, WORD
 
 _SAMPLE = 2_000_000  # atoms from which the frame words are learnt
-_PIECES = 500_000  # remembered while the corpus is read
-_DRAWN = 20_000  # random places looked at where surroundings play no part
+_LONG = 300  # atoms of a document that is not one passage
+_STRETCHES = 20  # of the corpus that make up the sample
+_STRETCH = 2  # atoms that an element of the surroundings has at most, on average
+_LOOKED = 20_000  # places looked at for one thing, where there are more
+_STEPS = 400_000  # … and places times lengths tried
+_SPELLED = 500_000  # atoms of spans found
 
-
-class _Numbering(dict[str, int]):
-    """Numbers things in the order in which they are first asked for."""
-
-    def __missing__(self, key: str) -> int:
-        self[key] = number = len(self)
-        return number
-
-
-class _Pieces(dict[str, tuple[int, ...]]):
-    """The chunks of what stands between white spaces: most of it has been seen before."""
-
-    def __init__(self, numbering: _Numbering) -> None:
-        super().__init__()
-        self._numbering = numbering
-
-    def __missing__(self, key: str) -> tuple[int, ...]:
-        if len(self) >= _PIECES:
-            self.clear()
-        self[key] = numbers = tuple(map(self._numbering.__getitem__, words.chunks(" " + key)))
-        return numbers
+_N_KINDS = len(words.KINDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,81 +57,113 @@ class Spans:
     @staticmethod
     def joined(parts: Sequence["Spans"]) -> "Spans":
         """All spans of all parts."""
+        if not parts:
+            return NO_SPANS
         return Spans(*map(torch.cat, zip(*(part._parts() for part in parts), strict=True)))
+
+    def distinct(self) -> "Spans":
+        """Each span once."""
+        keys = self.starts * (int(self.lengths.max()) + 1 if len(self) else 1) + self.lengths
+        ordered, order = keys.sort(stable=True)
+        first = torch.ones(len(order), dtype=torch.bool)
+        first[1:] = ordered[1:] != ordered[:-1]
+        return self[order[first]]
+
+    def thinned(self, most: int, generator: torch.Generator) -> "Spans":
+        """All, or so many at random that they have about `most` atoms in all."""
+        total = int(self.lengths.sum())
+        if total <= most:
+            return self
+        return self[torch.rand(len(self), generator=generator) < most / total]
 
 
 class CorpusIndex:
     """All atoms of a corpus (see `words`), each under the class that counts as context.
 
-    Takes about 9 bytes per atom of the corpus.
+    Takes 8 bytes per atom of the corpus and about 40 per distinct word, and reads the documents
+    once, one after the other. A search looks at a few times 20,000 places at most: where the rarest
+    of the surroundings stands more often, at a sample of them, drawn evenly from all parts of the
+    corpus.
 
     Args:
         documents: The texts; each line of each is surrounded by line breaks.
 
     Raises:
-        ValueError: If no document holds any text.
+        ValueError: If no document holds any text, or there are 2³¹ atoms or more.
         TypeError: If a document is not a string.
     """
 
     def __init__(self, documents: Iterable[str]) -> None:
-        numbering = _Numbering({words.BREAK: 0})
-        numbers_of = _Pieces(numbering)
-        numbers = array("i", [0])
-        for position, document in enumerate(documents):
-            if not isinstance(document, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(
-                    f"Document {position} of the corpus is a {type(document).__name__}: "
-                    "give strings (of a data set, the column that holds the text)."
-                )
-            for line in document.splitlines():
-                pieces = line.split()
-                for piece in pieces:
-                    numbers.extend(numbers_of[piece])
-                if pieces:
-                    numbers.append(0)
-        if len(numbering) == 1:
-            raise ValueError("The corpus holds no text: give at least one document with a word.")
-        self._chunks = list(numbering)
-        self._numbers = torch.frombuffer(numbers, dtype=torch.int32)
-        self._classify()
+        atoms = read(documents)
+        classes = _classes(atoms)
+        postings = Postings.of(
+            lambda start, stop: classes.index_select(0, atoms.numbers[start:stop] >> 1),
+            len(atoms.numbers),
+            int(classes.max()) + 1,
+        )
+        self._hold(atoms, classes, postings)
 
-    def _classify(self) -> None:
-        atoms = _Numbering({words.BREAK: 0})
-        # The same word with and without white space before it is one atom of the vocabulary.
-        atom_of = torch.tensor([atoms[c.strip() or words.BREAK] for c in self._chunks])
-        kinds = [words.kind(atom) for atom in atoms]
-        kind_ids = torch.tensor([_kind_number(kind) for kind in kinds])
-        borders = torch.tensor([border(atom) for atom in atoms], dtype=torch.uint8)
-        sample = atom_of[self._numbers[:_SAMPLE].long()]
-        classes = context_classes(sample, kind_ids, borders > WORD, line_break=0)
-        self._atoms, self._atom_of = dict(atoms), atom_of
-        self._class_of = dict(zip(atoms, classes.tolist(), strict=True))
-        self._joined = {number for number, n in Counter(classes.tolist()).items() if n > 1}
-        # By way of the chunks: scans read one small number per atom of the corpus.
-        numbers = self._numbers
-        self._classes = classes.to(torch.int32)[atom_of].index_select(0, numbers)
-        self._kinds = kind_ids.to(torch.uint8)[atom_of].index_select(0, numbers)
-        self._borders = borders[atom_of].index_select(0, numbers)
-        counts = torch.bincount(self._classes, minlength=int(classes.max()) + 1)
-        self._bits = -(counts.double().clamp(min=1) / len(numbers)).log2()
+    def _hold(self, atoms: Atoms, classes: Tensor, postings: Postings) -> None:
+        self._atoms, self._classes, self._postings = atoms, classes, postings
+        self._numbers, self._vocabulary = atoms.numbers, atoms.vocabulary
+        self._bits = -(postings.counts.double().clamp(min=1) / len(self)).log2()
+        self._members = torch.bincount(classes)
+
+    def save(self, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
+        """Writes the index to one file.
+
+        Args:
+            path: The file; one that is there already is replaced when all is written.
+            extra: What else to keep in it.
+        """
+        tensors = {
+            "numbers": self._numbers,
+            "documents": self._atoms.documents,
+            "classes": self._classes,
+            **{f"vocabulary.{name}": t for name, t in vars(self._vocabulary).items()},
+            **{f"postings.{name}": t for name, t in vars(self._postings).items()},
+        }
+        store.save(path, tensors, extra or {})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> tuple["CorpusIndex", dict[str, str]]:
+        """An index that `save` wrote, and what else is in the file.
+
+        The file is mapped into memory: its pages are read when they are used, and shared by all
+        processes that map it.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is no saved index, damaged, or of a later version.
+        """
+        tensors, extra = store.load(path)
+        vocabulary = Vocabulary(**_part(tensors, "vocabulary."))
+        atoms = Atoms(tensors["numbers"], tensors["documents"], vocabulary)
+        index = cls.__new__(cls)
+        index._hold(atoms, tensors["classes"], Postings(**_part(tensors, "postings.")))
+        return index, extra
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def context(self, atoms: Iterable[str]) -> list[int]:
         """The classes of atoms; words the corpus does not have count as their kind."""
-        return [self._class_of.get(atom, self._unknown(atom)) for atom in atoms]
+        return [self._class(atom, self._unknown(atom)) for atom in atoms]
+
+    def _class(self, atom: str, otherwise: int = -1) -> int:
+        number = self._vocabulary.number(atom)
+        return int(self._classes[number]) if number >= 0 else otherwise
 
     def _unknown(self, atom: str) -> int:
-        return -1 if border(atom) > WORD else _kind_number(words.kind(atom))
+        return -1 if words.border(atom) > WORD else words.kind_number(atom)
 
     def is_frame(self, context_class: int) -> bool:
         """Whether a class tells more than what kind of word stands there."""
-        return context_class >= len(words.KINDS)
+        return context_class >= _N_KINDS
 
     def is_lone_frame(self, context_class: int) -> bool:
         """Whether a class is that of one word or mark of the frame."""
-        return self.is_frame(context_class) and context_class not in self._joined
+        return self.is_frame(context_class) and int(self._members[context_class]) == 1
 
     def bits(self, context_class: int) -> float:
         """How surprising the class is, in bits."""
@@ -154,144 +171,302 @@ class CorpusIndex:
 
     def texts(self, spans: Spans) -> Counter[str]:
         """How often each text stands in the spans, the white space before it left out."""
-        found: Counter[str] = Counter()
-        for length in spans.lengths.unique().tolist():
-            starts = spans.starts[spans.lengths == length]
-            rows = self._numbers[starts[:, None] + torch.arange(length)]
-            # The flat form is much the faster, and most spans are one word.
-            rows = rows if length > 1 else rows[:, 0]
-            rows, counts = rows.unique(dim=0 if length > 1 else None, return_counts=True)
-            rows = rows.view(-1, length)
-            for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
-                text = "".join(self._chunks[number] for number in row)
-                found[text.strip().replace("\n ", "\n")] += count
-        return found
+        rows: Counter[tuple[int, ...]] = Counter()
+        for _, found in self._rows(spans):
+            rows.update(found)
+        counts: Counter[str] = Counter()
+        for text, count in zip(self._spelled(rows), rows.values(), strict=True):
+            counts[text] += count
+        return counts
 
-    def between(
-        self, left: Sequence[int], right: Sequence[int], lengths: range, hardest: int
+    def text_of(self, spans: Spans) -> list[str]:
+        """The text of each span, spelled as by `texts`."""
+        texts = [""] * len(spans)
+        for numbers, rows in self._rows(spans):
+            distinct = set(rows)
+            text = dict(zip(distinct, self._spelled(distinct), strict=True))
+            for number, row in zip(numbers, rows, strict=True):
+                texts[number] = text[row]
+        return texts
+
+    def document_of(self, places: Tensor) -> Tensor:
+        """The document each atom is of, counted from 0 in the order they were given."""
+        return torch.bucketize(places, self._atoms.documents, right=True) - 1
+
+    def surrounded(
+        self,
+        left: Sequence[int],
+        right: Sequence[int],
+        lengths: range,
+        hardest: int,
+        generator: torch.Generator,
     ) -> Spans:
         """Spans after `left[0]` and before `right[0]`.
 
         Args:
-            left: Classes before the span, the nearest first, at least one.
-            right: Classes after the span, the nearest first, at least one.
+            left: Classes before the span, the nearest first.
+            right: Classes after the span, the nearest first. One of the two may be empty: then
+                nothing is asked of that side.
             lengths: How many atoms the span may have.
             hardest: The hardest border inside the span.
+            generator: Draws the places looked at where there are too many.
         """
-        starts, before = self._matched(left, forward=False)
-        stops, after = self._matched(right, forward=True)
-        depth = torch.zeros(len(self) + 1, dtype=torch.int8).index_put((stops,), after)
+        sides = {1: left, -1: right}
         found: list[Spans] = []
-        for length, (begin, chosen) in self._grown(starts, lengths, hardest):
-            ends = depth[begin + length]
-            hit = ends > 0
-            found.append(
-                Spans(
-                    begin[hit], torch.full_like(begin[hit], length), before[chosen][hit], ends[hit]
-                )
-            )
-        return Spans.joined(found) if found else NO_SPANS
+        for toward, offset in self._anchors({way: side for way, side in sides.items() if side}):
+            near, far = sides[toward], sides[-toward]
+            edges = self._places([near[offset]], lengths, generator)
+            edges += 1 + offset if toward > 0 else -offset
+            depth = self._depth(edges, -toward, range(1), near)[:, 0]
+            free = self._free(edges, lengths, hardest, toward)
+            fitting = (depth > offset) & (free >= lengths.start)
+            edges, depth, free = edges[fitting], depth[fitting], free[fitting]
+            beyond = self._depth(edges, toward, lengths, far)
+            hits = (beyond > 0) if far else torch.ones_like(beyond, dtype=torch.bool)
+            hits &= torch.tensor(lengths) <= free[:, None]
+            row, column = hits.nonzero(as_tuple=True)
+            length = column + lengths.start
+            depths = depth[row], beyond[row, column]
+            starts = edges[row] if toward > 0 else edges[row] - length
+            found.append(Spans(starts, length, *depths[::toward]))
+        spans = found[0] if len(found) == 1 else Spans.joined(found).distinct()
+        return spans.thinned(_SPELLED, generator)
 
-    def beside(self, side: str, context: Sequence[int], length: int, hardest: int) -> Spans:
-        """Spans of one length after (`side` is ``"left"``) or before (``"right"``) a context."""
-        places, depth = self._matched(context, forward=side == "right")
-        starts = places if side == "left" else places - length
-        depth, starts = depth[starts > 0], starts[starts > 0]
-        for _, (begin, chosen) in self._grown(starts, range(length, length + 1), hardest):
-            none = torch.zeros_like(depth[chosen])
-            sides = (depth[chosen], none) if side == "left" else (none, depth[chosen])
-            return Spans(begin, torch.full_like(begin, length), *sides)
-        return NO_SPANS
+    def _anchors(self, sides: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, int]]:
+        """From which atoms of the surroundings to look for the others: side, and how far away.
 
-    def shaped(self, shape: Sequence[str]) -> Spans:
+        The rarer of the nearest ones. If that is not rare enough to look at all of its places, rare
+        ones behind as well: the few places where all surroundings fit would else be missed.
+        """
+        counts = {way: [*map(self._postings.count, side)] for way, side in sides.items()}
+        rarer = min(counts, key=lambda way: counts[way][0])
+        yield rarer, 0
+        if counts[rarer][0] <= _LOOKED:
+            return
+        for way, row in counts.items():
+            least = row[0]
+            for offset, count in enumerate(row):
+                if least <= _LOOKED or count == 0:
+                    break
+                if _n_near(sides[way]) < offset and sides[way][offset - 1] < _N_KINDS:
+                    break  # a run of fillers has any length: how far away the next is, nobody knows
+                if count <= least / 2:
+                    yield way, offset
+                    least = count
+
+    def shaped(self, shape: Sequence[str], generator: torch.Generator) -> Spans:
         """Spans with one kind of word, or one punctuation mark, at each atom."""
-        last = len(self) - len(shape)
-        same = torch.ones(max(last, 0), dtype=torch.bool)
+        keys = [
+            self._classes_of_kind[words.KINDS.index(wanted)]
+            if wanted in words.KINDS
+            else [self._class(wanted)]
+            for wanted in shape
+        ]
+        counts = [sum(map(self._postings.count, some)) for some in keys]
+        rarest = counts.index(min(counts))
+        starts = self._postings.holding(keys[rarest], _LOOKED, generator) - rarest
+        starts = starts[(starts >= 0) & (starts < len(self) - len(shape))]
         for offset, wanted in enumerate(shape):
-            here = slice(offset, max(last, 0) + offset)
-            if wanted in words.KINDS:
-                same &= self._kinds[here] == words.KINDS.index(wanted)
-                same &= self._borders[here] == WORD
-            else:
-                same &= self._classes[here] == self._class_of.get(wanted, -1)
-        return _placed(same.nonzero()[:, 0], len(shape))
+            starts = starts[self.is_like(starts + offset, wanted)]
+        return _placed(starts, torch.full_like(starts, len(shape)))
+
+    def is_like(self, places: Tensor, wanted: str) -> Tensor:
+        """Whether the atoms there are of a kind, or that mark."""
+        if wanted not in words.KINDS:
+            return self._class_at(places) == self._class(wanted)
+        alike = self.kinds_at(places) == words.KINDS.index(wanted)
+        return alike & (self._borders_at(places) == WORD)
+
+    @cached_property
+    def _classes_of_kind(self) -> list[list[int]]:
+        """For each kind, itself and the classes of the frame with such a word."""
+        frame = self._classes >= _N_KINDS
+        classes, kinds = self._classes[frame], self._vocabulary.kinds[frame]
+        return [[kind, *classes[kinds == kind].unique().tolist()] for kind in range(_N_KINDS)]
 
     def anywhere(self, lengths: range, hardest: int, generator: torch.Generator) -> Spans:
         """Spans at random places, each of a random length, that begin and end with a word."""
-        starts = torch.randint(len(self), (_DRAWN,), generator=generator)
-        starts = starts[self._borders[starts] == WORD]
+        starts = torch.randint(len(self), (_LOOKED,), generator=generator)
+        starts = starts[self._borders_at(starts) == WORD]
         wanted = torch.randint(lengths.start, lengths.stop, (len(starts),), generator=generator)
-        found = [NO_SPANS]
-        for length, (begin, chosen) in self._grown(starts, lengths, hardest):
-            begin = begin[wanted[chosen] == length]
-            found.append(_placed(begin[self._borders[begin + length - 1] == WORD], length))
-        return Spans.joined(found)
+        fitting = self._free(starts, lengths, hardest) >= wanted
+        starts, wanted = starts[fitting], wanted[fitting]
+        ended = self._borders_at(starts + wanted - 1) == WORD
+        return _placed(starts[ended], wanted[ended])
 
-    def sentences(self, lengths: range, hardest: int) -> Spans:
+    def sentences(self, lengths: range, hardest: int, generator: torch.Generator) -> Spans:
         """Spans that begin after, and end before, the end of a sentence or line."""
-        starts = (self._borders >= SENTENCE_END).nonzero()[:, 0] + 1
-        found = [NO_SPANS]
-        for length, (begin, _) in self._grown(starts, lengths, hardest):
-            found.append(_placed(begin[self._borders[begin + length] >= SENTENCE_END], length))
-        return Spans.joined(found)
+        ends = [self._class(mark) for mark in (words.BREAK, *sorted(words.SENTENCE_ENDS))]
+        starts = self._places(ends, lengths, generator) + 1
+        free = self._free(starts, lengths, hardest)
+        found: list[Spans] = []
+        for length in lengths:
+            begin = starts[free >= length]
+            begin = begin[self._borders_at(begin + length) >= SENTENCE_END]
+            found.append(_placed(begin, torch.full_like(begin, length)))
+        return Spans.joined(found).thinned(_SPELLED, generator)
 
     def kinds_at(self, places: Tensor) -> Tensor:
         """The kind of the words there, as its place in `words.KINDS`."""
-        return self._kinds[places]
+        return self._vocabulary.kinds.index_select(0, self._words_at(places))
 
     def framed_at(self, places: Tensor) -> Tensor:
         """Whether the atoms there are of the frame."""
-        return self._classes[places] >= len(words.KINDS)
+        return self._class_at(places) >= _N_KINDS
+
+    def closed_at(self, places: Tensor) -> Tensor:
+        """Whether the atoms there are punctuation between clauses, or breaks."""
+        return self._borders_at(places) > WORD
 
     def is_atom(self, places: Tensor, atom: str) -> Tensor:
         """Whether exactly this atom stands there."""
-        return self._atom_of[self._numbers[places].long()] == self._atoms.get(atom, -1)
+        return self._words_at(places) == self._vocabulary.number(atom)
 
-    def _matched(self, context: Sequence[int], *, forward: bool) -> tuple[Tensor, Tensor]:
-        """Borders next to which the nearest atom fits, and how many atoms in a row fit there."""
-        step = 1 if forward else -1
-        at = (self._classes == context[0]).nonzero()[:, 0]
-        borders = at if forward else at + 1
-        depth = torch.ones(len(at), dtype=torch.int8)
-        row = torch.arange(len(at))
-        for offset, wanted in enumerate(context[1:], start=1):
-            here = at[row] + step * offset
-            inside = (here >= 0) & (here < len(self))
-            row, here = row[inside], here[inside]
-            row = row[self._classes[here] == wanted]
-            depth[row] += 1
-        return borders, depth
+    def _words_at(self, places: Tensor) -> Tensor:
+        return self._numbers.index_select(0, places) >> 1
 
-    def _grown(
-        self, starts: Tensor, lengths: range, hardest: int
-    ) -> Iterable[tuple[int, tuple[Tensor, Tensor]]]:
-        """Per length, the starts from which so many atoms cross no harder border."""
-        chosen = torch.arange(len(starts))
-        for length in range(1, lengths.stop):
-            here = starts[chosen] + length - 1
-            inside = here < len(self) - 1
-            chosen, here = chosen[inside], here[inside]
-            chosen = chosen[self._borders[here] <= hardest]
-            if length in lengths:
-                yield length, (starts[chosen], chosen)
+    def _class_at(self, places: Tensor) -> Tensor:
+        return self._classes.index_select(0, self._words_at(places))
+
+    def _borders_at(self, places: Tensor) -> Tensor:
+        return self._vocabulary.borders.index_select(0, self._words_at(places))
+
+    def _places(self, classes: Sequence[int], lengths: range, generator: torch.Generator) -> Tensor:
+        """Places of some classes, no more than spans of these lengths can be tried at."""
+        most = max(min(_LOOKED, _STEPS // lengths.stop), _LOOKED // 20)
+        return self._postings.holding(classes, most, generator)
+
+    def _depth(self, edges: Tensor, toward: int, skipped: range, context: Sequence[int]) -> Tensor:
+        """How many atoms in a row fit a context, beyond so many atoms from an edge.
+
+        Args:
+            edges: The edges of spans: their first atom, or the one after the last.
+            toward: 1 to look from the edge to the right, -1 to the left.
+            skipped: How many atoms to leave out before the context.
+            context: Classes, the nearest first.
+
+        Returns:
+            Shape ``(n_edges, n_skipped)``, int8.
+        """
+        depth = torch.zeros(len(edges), len(skipped), dtype=torch.int8)
+        places = self._along(edges, toward, skipped.stop - 1 + _STRETCH * len(context))
+        outside = (places < 0) | (places >= len(self))
+        numbers = self._numbers.take(places.clamp_(0, len(self) - 1)) >> 1
+        classes = self._classes.take(numbers.long()).masked_fill_(outside, -2)
+        element, head = _elements(classes)
+        # Next to the span nobody knows where its slot ends: there every atom counts by itself.
+        n_near = _n_near(context)
+        fits = torch.ones_like(depth, dtype=torch.bool)
+        for offset, wanted in enumerate(context):
+            here = slice(skipped.start + min(offset, n_near), skipped.stop + min(offset, n_near))
+            if offset < n_near:
+                found = classes[:, here]
+            else:
+                at = element[:, here] + (offset - n_near)
+                found = head.gather(1, at.clamp(max=head.shape[1] - 1))
+            fits &= found == wanted
+            depth += fits
+        return depth
+
+    def _free(self, edges: Tensor, lengths: range, hardest: int, toward: int = 1) -> Tensor:
+        """How many atoms from each edge on cross no harder border, as far as `lengths` go."""
+        parts = edges.split(max(_STEPS // lengths.stop, 1))
+        return torch.cat([self._free_of(part, lengths, hardest, toward) for part in parts])
+
+    def _free_of(self, edges: Tensor, lengths: range, hardest: int, toward: int) -> Tensor:
+        places = self._along(edges, toward, lengths.stop - 1)
+        inside = (places > 0) & (places < len(self) - 1)
+        numbers = self._numbers.take(places.clamp_(0, len(self) - 1)) >> 1
+        closed = (self._vocabulary.borders.take(numbers.long()) > hardest) | ~inside
+        # The first closed one; where there is none, one past the last.
+        closed = torch.nn.functional.pad(closed, (0, 1), value=True)
+        return closed.byte().argmax(1)
+
+    def _along(self, edges: Tensor, toward: int, n: int) -> Tensor:
+        steps = torch.arange(n)
+        return edges[:, None] + (steps if toward > 0 else -1 - steps)
+
+    def _rows(self, spans: Spans) -> Iterator[tuple[list[int], list[tuple[int, ...]]]]:
+        """Per length, which spans have it and what stands in each."""
+        for length in spans.lengths.unique().tolist():
+            of = (spans.lengths == length).nonzero()[:, 0]
+            starts = spans.starts[of]
+            columns = (self._numbers.index_select(0, starts + n).tolist() for n in range(length))
+            yield of.tolist(), list(zip(*columns, strict=True))
+
+    def _spelled(self, rows: Collection[tuple[int, ...]]) -> Iterator[str]:
+        numbers = torch.tensor(sorted(set(chain.from_iterable(rows))), dtype=torch.int64)
+        spelled = {
+            number: " " * (number % 2) + word
+            for number, word in zip(
+                numbers.tolist(), self._vocabulary.words(numbers >> 1), strict=True
+            )
+        }
+        for row in rows:
+            text = "".join(map(spelled.__getitem__, row))
+            yield text.strip().replace("\n ", "\n")
 
 
-def border(atom: str) -> int:
-    """How hard a border an atom is: `WORD` is none, `LINE_BREAK` the hardest."""
-    if atom == words.BREAK:
-        return LINE_BREAK
-    if atom in words.SENTENCE_ENDS:
-        return SENTENCE_END
-    return MARK if atom in words.CLAUSE_MARKS else WORD
+def _n_near(context: Sequence[int]) -> int:
+    """How many fillers a context begins with."""
+    return next((n for n, number in enumerate(context) if number >= _N_KINDS), len(context))
 
 
-def _kind_number(kind: str) -> int:
-    return words.KINDS.index(kind if kind in words.KINDS else "symbol")
+def _elements(classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of classes with each run of fillers taken for one element.
+
+    Returns:
+        The number of the element each atom is of, and the class of each element's first atom,
+        -2 where there are no more: one column wider than `classes`.
+    """
+    filler = (classes >= 0) & (classes < _N_KINDS)
+    goes_on = torch.zeros_like(filler)
+    goes_on[:, 1:] = filler[:, 1:] & filler[:, :-1]
+    element = (~goes_on).cumsum(1) - 1
+    head = torch.nn.functional.pad(torch.full_like(classes, -2), (0, 1), value=-2)
+    row, column = (~goes_on).nonzero(as_tuple=True)
+    head[row, element[row, column]] = classes[row, column]
+    return element, head
 
 
-def _placed(starts: Tensor, length: int) -> Spans:
+def _classes(atoms: Atoms) -> Tensor:
+    """The class of each word as context, shape ``(n_words,)``, int32, numbered without gaps."""
+    vocabulary = atoms.vocabulary
+    places = _sampled(len(atoms.numbers))
+    words_there = atoms.numbers.index_select(0, places) >> 1
+    known, sample = words_there.unique(return_inverse=True)
+    passages = torch.bucketize(places, atoms.documents, right=True)
+    if len(atoms.numbers) > _LONG * len(atoms.documents):
+        passages = (words_there == 0).cumsum(0)  # line breaks
+    is_mark = vocabulary.borders > WORD
+    classes = vocabulary.kinds.int()
+    classes[known] = context_classes(
+        sample, vocabulary.kinds[known].long(), is_mark[known], passages
+    ).int()
+    # Marks that the sample does not have.
+    lone = (is_mark & (classes < _N_KINDS)).nonzero()[:, 0]
+    classes[lone] = int(classes.max()) + 1 + torch.arange(len(lone), dtype=torch.int32)
+    frame = classes >= _N_KINDS
+    classes[frame] = _N_KINDS + classes[frame].unique(return_inverse=True)[1].int()
+    return classes
+
+
+def _sampled(n: int) -> Tensor:
+    """The places of stretches from all parts of a corpus of `n` atoms, all if it is small."""
+    if n <= _SAMPLE:
+        return torch.arange(n)
+    size = _SAMPLE // _STRETCHES
+    starts = torch.linspace(0, n - size, _STRETCHES, dtype=torch.float64).long()
+    return (starts[:, None] + torch.arange(size)).flatten()
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _placed(starts: Tensor, lengths: Tensor) -> Spans:
     unmatched = torch.zeros_like(starts, dtype=torch.int8)
-    return Spans(starts, torch.full_like(starts, length), unmatched, unmatched)
+    return Spans(starts, lengths, unmatched, unmatched)
 
 
-NO_SPANS = _placed(torch.zeros(0, dtype=torch.int64), 0)
+NO_SPANS = _placed(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))

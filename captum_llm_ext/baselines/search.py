@@ -1,6 +1,6 @@
 """Places of a corpus that a feature could stand in, the most alike first."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.baselines import words
-from captum_llm_ext.baselines.index import (
-    MARK,
-    NO_SPANS,
-    SENTENCE_END,
-    WORD,
-    CorpusIndex,
-    Spans,
-    border,
-)
+from captum_llm_ext.baselines.index import NO_SPANS, CorpusIndex, Spans
 from captum_llm_ext.baselines.place import Place
+from captum_llm_ext.baselines.words import MARK, SENTENCE_END, WORD, border
 
 # What the bits of an atom weigh, by those of its neighbour nearer to the slot.
 NEARNESS = 0.5
+# Surroundings with the same fillers need to be seen this often only: all of them the same by
+# chance, of two that are as frequent, is one case in 32.
+AGREED = 5
+# Surroundings where the feature is this much rarer than in others are not those of its slot; the
+# others need to be sure of theirs by this many standard errors.
+AS_LIKELY = 0.75
+SURE = 1.5
 
 Level = Literal["both", "left", "right", "shape", "length", "any", "blank"]
 Side = Literal["left", "right"]
@@ -77,11 +77,26 @@ def query_of(place: Place, index: CorpusIndex) -> Query:
     bordered = bordered and bool(right) and border(place.right[0]) >= SENTENCE_END
     names = (_names(place.left, left, index), _names(place.right, right, index))
     whole = bordered or place.is_sentence
+    # How many words a neighbouring fact has must not decide what may stand here.
+    kept = [_elements(side, index) for side in (left, right)]
+    names = tuple(tuple(side[n] for n in own) for side, own in zip(names, kept, strict=True))
+    left, right = (
+        tuple(side[n] for n in own) for side, own in zip((left, right), kept, strict=True)
+    )
     agreeing: list[Agreeing] = []
     if all(map(index.is_lone_frame, index.context(place.atoms))):
         agreeing.extend(("right", n, place.right[n]) for n in _nearest_filler(right, index))
         agreeing.extend(("left", n, place.left[n]) for n in _nearest_filler(left, index))
     return Query(place.core, place.atoms, left, right, whole, tuple(agreeing), names)
+
+
+def _elements(classes: Sequence[int], index: CorpusIndex) -> list[int]:
+    """Which classes begin an element: all but fillers that go on a run of fillers.
+
+    Next to the slot it is unknown where that ends: there every atom is an element.
+    """
+    framed = [index.is_frame(number) for number in classes]
+    return [n for n, here in enumerate(framed) if here or not any(framed[:n]) or framed[n - 1]]
 
 
 def _nearest_filler(classes: Sequence[int], index: CorpusIndex) -> list[int]:
@@ -102,7 +117,7 @@ class Search:
         index: The corpus.
         match: How alike places must be: see `CorpusBaselines`.
         min_occurrences: Surroundings seen less often are not trusted.
-        seed: For the choice of places where surroundings play no part.
+        seed: For the choice of places, where not all can be looked at.
     """
 
     def __init__(
@@ -123,13 +138,13 @@ class Search:
             yield from self._surrounded(query)
             if not query.whole:
                 shape = [words.kind(atom) for atom in query.atoms]
-                yield Found("shape", "_", self._index.shaped(shape))
-        generator = torch.Generator().manual_seed(self._seed)
+                yield Found("shape", "_", self._index.shaped(shape, self._generator()))
+        generator = self._generator()
         n = query.n_atoms
         if self._match != "any":
             if query.whole:
                 lengths = range(max(n // 2, 1), 2 * n + 1)
-                spans = self._index.sentences(lengths, query.hardest)
+                spans = self._index.sentences(lengths, query.hardest, self._generator())
             else:
                 spans = self._index.anywhere(range(n, n + 1), query.hardest, generator)
             yield Found("length", "_", spans)
@@ -138,8 +153,9 @@ class Search:
 
     def _surrounded(self, query: Query) -> Iterator[Found]:
         if query.left and query.right:
-            lengths = self._lengths(query)
-            spans = self._index.between(query.left, query.right, lengths, query.hardest)
+            spans = self._index.surrounded(
+                query.left, query.right, self._lengths(query), query.hardest, self._generator()
+            )
             yield from self._narrowed(query, "both", spans)
         one_sided = [
             *self._narrowed(query, "left", self._beside(query, "left")),
@@ -148,30 +164,69 @@ class Search:
         yield from sorted(one_sided, key=lambda found: -found.telling)
 
     def _beside(self, query: Query, side: Side) -> Spans:
-        context = query.left if side == "left" else query.right
-        if not context:
+        left, right = (query.left, ()) if side == "left" else ((), query.right)
+        if not left and not right:
             return NO_SPANS
-        return self._index.beside(side, context, query.n_atoms, query.hardest)
+        spans = self._index.surrounded(
+            left, right, self._lengths(query), query.hardest, self._generator()
+        )
+        if query.whole or self._is_framed(query):
+            return spans[spans.lengths == query.n_atoms]
+        # Where a slot ends on the other side is unknown: at punctuation, or at a word of the frame.
+        beyond = spans.stops if side == "left" else spans.starts - 1
+        for closed in (self._index.closed_at(beyond), self._index.framed_at(beyond)):
+            if int(closed.sum()) >= self._min_occurrences:
+                return spans[closed]
+        return spans[spans.lengths == query.n_atoms]
+
+    def _generator(self) -> torch.Generator:
+        # Each search its own: what is found does not depend on what was looked for before.
+        return torch.Generator().manual_seed(self._seed)
 
     def _lengths(self, query: Query) -> range:
         n = query.n_atoms
         if query.whole or n > 4:
             return range(max(n // 2, 1), 2 * n + 1)
-        # What is a word of the frame for two others would let words of the next slot in.
-        framed = all(map(self._index.is_frame, self._index.context(query.atoms)))
-        return range(n, n + 1) if framed else range(1, n + 3)
+        return range(1, n + 3)
 
     def _narrowed(self, query: Query, level: Level, spans: Spans) -> Iterator[Found]:
         """The spans in the most telling surroundings that are seen often enough, if any are."""
-        spans = self._agreeing(query, self._aligned(query, spans))
+        spans = self._aligned(query, self._apart(query, spans))
+        agreeing = self._agreeing(query, spans)
+        enough = self._min_occurrences
+        if len(agreeing) < len(spans):
+            spans, enough = agreeing, min(enough, len(agreeing))
         left = () if level == "right" else query.left
         right = () if level == "left" else query.right
-        telling, i, j = self._most_telling(spans, left, right)
+        telling, i, j = self._most_telling(spans, left, right, enough, self._alike(query, spans))
         if telling > 0:
             before, after = query.names[0][:i], query.names[1][:j]
             surroundings = " ".join([*before[::-1], "_", *after])
             spans = spans[(spans.left >= i) & (spans.right >= j)]
             yield Found(level, surroundings, self._of_a_kind(query, spans), telling)
+
+    def _apart(self, query: Query, spans: Spans) -> Spans:
+        """For words of the frame, those that do not have these and more: more is the next slot's.
+
+        "lives" is not to become "lives Palm" between a name and "Coast".
+        """
+        if not self._is_framed(query):
+            return spans
+        longer = (spans.lengths > query.n_atoms).nonzero()[:, 0]
+        begin, end = spans.starts[longer], spans.stops[longer] - query.n_atoms
+        apart = torch.ones(len(spans), dtype=torch.bool)
+        apart[longer] = ~(self._spells(query, begin) | self._spells(query, end))
+        return spans[apart]
+
+    def _spells(self, query: Query, starts: Tensor) -> Tensor:
+        """Whether the feature's own text stands there."""
+        same = torch.ones(len(starts), dtype=torch.bool)
+        for offset, atom in enumerate(query.atoms):
+            same &= self._index.is_atom(starts + offset, atom)
+        return same
+
+    def _is_framed(self, query: Query) -> bool:
+        return all(map(self._index.is_frame, self._index.context(query.atoms)))
 
     def _aligned(self, query: Query, spans: Spans) -> Spans:
         """Those that leave the words of neighbouring slots to these.
@@ -182,10 +237,18 @@ class Search:
         index = self._index
         framed = [index.is_frame(number) for number in index.context(query.atoms)]
         if query.left and not index.is_frame(query.left[0]):
-            spans = spans[index.framed_at(spans.starts) == framed[0]]
+            spans = spans[self._like(spans.starts, query.atoms[0], framed[0])]
         if query.right and not index.is_frame(query.right[0]):
-            spans = spans[index.framed_at(spans.stops - 1) == framed[-1]]
+            spans = spans[self._like(spans.stops - 1, query.atoms[-1], framed[-1])]
         return spans
+
+    def _like(self, places: Tensor, atom: str, framed: bool) -> Tensor:
+        """Whether the words there are of the frame as this one is, and then of its kind."""
+        like = self._index.framed_at(places) == framed
+        kind = words.kind(atom)
+        if framed and kind in words.KINDS:
+            like &= self._index.kinds_at(places) == words.KINDS.index(kind)
+        return like
 
     def _agreeing(self, query: Query, spans: Spans) -> Spans:
         """Those next to the very fillers that are next to the feature, as far as there are enough.
@@ -199,32 +262,60 @@ class Search:
             # Further out than the surroundings fit, another text's filler would be asked.
             fits = (depth > offset).nonzero()[:, 0]
             same = fits[self._index.is_atom(places[fits], atom)]
-            if len(same) >= self._min_occurrences:
+            if len(same) >= min(self._min_occurrences, AGREED):
                 spans = spans[same]
         return spans
 
     def _most_telling(
-        self, spans: Spans, left: Sequence[int], right: Sequence[int]
+        self,
+        spans: Spans,
+        left: Sequence[int],
+        right: Sequence[int],
+        enough: int,
+        alike: Iterable[Tensor],
     ) -> tuple[float, int, int]:
         """How much of the surroundings to ask for: how telling it is, and the atoms on each side.
 
         Of what occurs often enough: with words of the frame on as many sides as can be, then with
-        the most bits, where a near atom counts for more than all beyond it.
+        the most bits, where a near atom counts for more than all beyond it. But only surroundings
+        in which the feature is about as frequent as in any others: those of another slot may have
+        the more surprising words.
+
+        Args:
+            spans: Places with some of the surroundings.
+            left: The surroundings on the left.
+            right: Those on the right.
+            enough: How many places there must be.
+            alike: Which spans are like the feature, in one respect and another.
         """
         bits_left, framed_left = self._weight(left)
         bits_right, framed_right = self._weight(right)
         shape = (len(left) + 1, len(right) + 1)
         cells = spans.left.long() * shape[1] + spans.right.long()
-        counts = torch.bincount(cells, minlength=shape[0] * shape[1]).view(shape)
-        at_least = counts.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1)
+        at_least = _at_least(cells, shape)
         framed = framed_left[:, None].int() + framed_right
-        allowed = (at_least >= self._min_occurrences) & (framed > 0)
+        allowed = (at_least >= enough) & (framed > 0)
         allowed[: min(len(left), 1)] = False
         allowed[:, : min(len(right), 1)] = False
+        for respect in alike:
+            found = _at_least(cells[respect], shape).double()
+            surely = (found - SURE * found.sqrt()) / at_least.clamp(min=1)
+            likely = AS_LIKELY * surely.where(allowed, 0).max()
+            allowed &= found >= likely * at_least
         # The bits of one side, weighted, stay far below 1,000.
         telling = (framed * 1000 + bits_left[:, None] + bits_right).where(allowed, 0)
         best = int(telling.argmax())
         return float(telling.flatten()[best]), best // shape[1], best % shape[1]
+
+    def _alike(self, query: Query, spans: Spans) -> Iterator[Tensor]:
+        """Which spans have the feature's shape, and which its text."""
+        same = spans.lengths == query.n_atoms
+        starts = spans.starts[same]
+        shaped = torch.ones(len(starts), dtype=torch.bool)
+        for offset, atom in enumerate(query.atoms):
+            shaped &= self._index.is_like(starts + offset, words.kind(atom))
+        for respect in (shaped, self._spells(query, starts)):
+            yield same.masked_scatter(same, respect)
 
     def _weight(self, context: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Of the nearest 0, 1, 2, … atoms: their weighted bits, and whether one is of the frame."""
@@ -243,3 +334,9 @@ class Search:
             return spans
         others = self._index.texts(same).keys() - {query.core}
         return same if len(others) >= 3 else spans
+
+
+def _at_least(cells: Tensor, shape: tuple[int, int]) -> Tensor:
+    """How many spans match at least so much of each side."""
+    counts = torch.bincount(cells, minlength=shape[0] * shape[1]).view(shape)
+    return counts.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1)

@@ -1,10 +1,11 @@
 """What a baseline is asked: one place of a text whose feature is absent."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,11 @@ class Slot:
         unit: ``"token"``, ``"word"``, ``"sentence"`` and the like, or None for spans of the
             user's own.
         generated: Whether the feature is a part of the model's own output.
+        label: What the user calls the kind of thing that stands here: ``"city"``.
+        siblings: All places of a feature that has several, in reading order, this one included (and
+            none of them with siblings); empty for a feature that stands in one place.
+        n_tokens: How many tokens a text takes after another: ``n_tokens(text, left)``; None where
+            nobody can say.
     """
 
     context: str
@@ -31,6 +37,9 @@ class Slot:
     feature: int = 0
     unit: str | None = None
     generated: bool = False
+    label: str | None = None
+    siblings: "tuple[Slot, ...]" = ()
+    n_tokens: Callable[[str, str], int] | None = field(default=None, compare=False)
 
     @property
     def text(self) -> str:
@@ -61,3 +70,37 @@ class Baseline(Protocol):
     def __call__(self, slot: Slot, generator: torch.Generator, /) -> str | Sequence[int]:
         """The replacement for `slot`."""
         ...
+
+
+class LanguageModel(Protocol):
+    """What a baseline may ask the model that is being explained."""
+
+    def log_likelihoods(self, texts: Sequence[str]) -> Tensor:
+        """The log-probability of each text as a whole, in nats, shape ``(n_texts,)``."""
+        ...
+
+    def next_token(self, text: str) -> Tensor:
+        """Log-probabilities of what follows a text, ``(vocabulary,)``; special tokens have none."""
+        ...
+
+    def continuations(
+        self, text: str, n_tokens: int, n: int, generator: torch.Generator
+    ) -> list[str]:
+        """Samples of what follows a text: `n` texts of at most `n_tokens` tokens each."""
+        ...
+
+
+@runtime_checkable
+class AsksModel(Protocol):
+    """A baseline that needs the model: it is given it once, before a run."""
+
+    def with_model(self, model: LanguageModel, /) -> Baseline:
+        """The same baseline with a model to ask; the object itself stays as it is."""
+        ...
+
+
+def draw_generator(seed: int, draw: int, feature: int = 0) -> torch.Generator:
+    """The generator of one feature's draw: the same whatever else is drawn, and when."""
+    # An odd multiplier (2^64 divided by the golden ratio) keeps neighbouring draws apart.
+    mixed = (seed + (draw + 1) * 0x9E3779B97F4A7C15 + feature * 0xD1B54A32D192ED03) % 2**63
+    return torch.Generator().manual_seed(mixed)

@@ -4,6 +4,7 @@ import functools
 import re
 import sys
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 BREAK = "\n"
@@ -16,6 +17,12 @@ CLAUSE_MARKS = SENTENCE_ENDS | frozenset(',;:、，；：؛،()[]{}"“”„«�
 
 # What a word looks like from afar; every other atom (a punctuation mark) is its own kind.
 KINDS = ("number", "upper", "capital", "lower", "letters", "symbol")
+
+# How closed a border an atom is: a stand-in crosses none that is harder than those inside the
+# text it stands for.
+WORD, MARK, SENTENCE_END, LINE_BREAK = range(4)
+
+_LONG = 10_000  # characters whose atoms are not all held at once
 
 # Scripts written without spaces: every character, with its marks, is a word of its own.
 _UNSPACED = (
@@ -54,9 +61,11 @@ def _pattern() -> re.Pattern[str]:
     return re.compile(rf"\s*(?:{atom})")
 
 
-def chunks(text: str) -> list[str]:
-    """The atoms of a text, each with the white space before it."""
-    return _pattern().findall(text)
+def chunks(piece: str) -> Iterable[str]:
+    """The atoms of a text without white space."""
+    if len(piece) <= _LONG:
+        return _pattern().findall(piece)
+    return (match.group() for match in _pattern().finditer(piece))
 
 
 def atoms(text: str) -> list[Atom]:
@@ -89,3 +98,18 @@ def kind(word: str) -> str:
 def is_mark(word: str) -> bool:
     """Whether an atom is punctuation or `BREAK`, not a word."""
     return kind(word) not in KINDS
+
+
+def kind_number(word: str) -> int:
+    """The place in `KINDS` of a word's kind; punctuation, too, is a symbol."""
+    found = kind(word)
+    return KINDS.index(found if found in KINDS else "symbol")
+
+
+def border(word: str) -> int:
+    """How hard a border an atom is: `WORD` is none, `LINE_BREAK` the hardest."""
+    if word == BREAK:
+        return LINE_BREAK
+    if word in SENTENCE_ENDS:
+        return SENTENCE_END
+    return MARK if word in CLAUSE_MARKS else WORD

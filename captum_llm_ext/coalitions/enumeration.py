@@ -32,6 +32,29 @@ def solve_leave_one_out(plan: Plan, values: Tensor, scope: Scope) -> Solution:
     return solution
 
 
+def solve_only_one_in(plan: Plan, values: Tensor, scope: Scope) -> Solution:
+    """What each target gains when one feature alone is present: ``only - empty``.
+
+    The complement of leave-one-out: it finds what suffices, also where another feature would do.
+
+    Args:
+        plan: Joined from `plan_anchors` and `plan_only_one_in`, with the same `required`.
+        values: Shape ``(n_coalitions, n_target)``.
+        scope: One entry per target.
+
+    Returns:
+        Attributions that need not sum to anything. Standard errors come from the spread over
+        draws; one common draw counts as exact.
+
+    Raises:
+        ValueError: If a row that is needed is missing.
+    """
+    solution = Solution.blank(len(scope.n_visible), plan.n_features)
+    for view in views(plan, values, scope):
+        solution.fill(view, *_only_one_in(view))
+    return solution
+
+
 def solve_exact(plan: Plan, values: Tensor, scope: Scope) -> Solution:
     """Shapley values by their definition (Shapley 1953), from every coalition.
 
@@ -88,11 +111,22 @@ def _leave_one_out(view: View) -> tuple[Tensor, Tensor]:
     without_one = view.sizes == view.n_visible - 1
     absent = view.masks[without_one].int().argmin(1) if view.n_visible else view.rows[:0]
     table = _tabulate(view, without_one, absent, view.n_visible)
+    return view.full_values - table.means, _variances(table, view)
+
+
+def _only_one_in(view: View) -> tuple[Tensor, Tensor]:
+    alone = view.sizes == 1
+    present = view.masks[alone].int().argmax(1) if view.n_visible else view.rows[:0]
+    table = _tabulate(view, alone, present, view.n_visible)
+    return table.means - view.empty_values, _variances(table, view) + view.empty_variances
+
+
+def _variances(table: _Table, view: View) -> Tensor:
     variances = torch.zeros_like(table.means)
     variances.index_add_(0, table.codes, (table.residuals * table.scale).square())
     if not _one_draw(view):
         variances[table.n_draws < 2] = torch.nan
-    return view.full_values - table.means, variances
+    return variances
 
 
 def exact(view: View) -> tuple[Tensor, Tensor]:

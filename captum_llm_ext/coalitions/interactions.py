@@ -1,23 +1,47 @@
-"""Shapley values of a Gaussian process with interactions of up to three features.
+"""Shapley values of a Gaussian process over interactions.
 
 Only the odd part of an interaction moves Shapley values, and pairs (S, complement) observe just it
-(OddSHAP, arXiv 2602.01399). Here all interactions of three features are fitted at once, by their
-kernel: each has a prior variance, the product of its features' relevances, so features that matter
-alone are expected to matter together. Weighted like KernelSHAP, such a fit keeps the estimand: what
-is left over is orthogonal to every additive game.
+(OddSHAP, arXiv 2602.01399). Here all odd interactions are fitted at once, by their kernel: each has
+a prior variance, the product of its features' relevances, so features that matter alone are
+expected to matter together; a second kernel expects interactions among neighbours. Weighted like
+KernelSHAP, such a fit keeps the estimand: what is left over is orthogonal to every additive game.
+
+Where there are more observations than can be afforded, the process is fitted to some of them, and
+the rest correct its attributions: a regression adjustment (Witter et al., arXiv 2506.11849).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Noise, relative to the mean prior variance of an observation, and what three features together
-# may explain relative to single ones.
-_NOISE = torch.logspace(-3.5, 1.5, 11).double().tolist()
+# Noise and interactions, relative to what single features explain.
+_NOISE = torch.logspace(-3, 1.5, 10).tolist()
 _STRENGTH = (0.1, 0.3, 1.0, 3.0, 10.0)
-_START = (5, 2)
-_MOST_FOR_SEARCH = 512
+_STARTS = ((3, 2), (5, 2))
+# Neighbours are up to so many columns apart.
+_REACH = 4
+_MOST_FOR_SEARCH = 256
+_SEARCH_STEPS = 20
+# Of a fixed point that three usually reach.
+_ROUNDS = 8
+_TINY = 1e-30
+# Gauss-Legendre nodes: interactions of up to 16 features are integrated exactly.
+_LOWER_NODES = (0.0198550718, 0.1016667613, 0.2372337950, 0.4082826788)
+_NODES = torch.tensor([*_LOWER_NODES, *(1 - node for node in _LOWER_NODES)]).double()
+_NODE_WEIGHTS = torch.tensor(2 * (0.0506142681, 0.1111905172, 0.1568533229, 0.1813418917)).double()
+
+
+class _Kind(NamedTuple):
+    """A kernel: how fast relevance falls with the order of an interaction, and where they are."""
+
+    reach: float
+    local: bool
+
+
+_KINDS = (_Kind(1.0, False), _Kind(3.0, False), _Kind(6.0, False), _Kind(3.0, True))
 
 
 @dataclass(frozen=True)
@@ -26,13 +50,22 @@ class Fit:
 
     Attributes:
         deviations: From equal attributions, shape ``(n_features,)``.
-        variances: Posterior variances, the scale estimated by maximum likelihood.
-        error: Weighted sum of squared leave-one-out errors.
+        variances: Posterior variances.
+        error: Weighted mean of squared errors in observations that were left out.
     """
 
     deviations: Tensor
     variances: Tensor
-    error: Tensor
+    error: float
+
+
+def cost(n_observations: int, n_fitted: int, n_features: int) -> float:
+    """Floating point operations of one `Interactions.fit`, to within a factor of two."""
+    few = min(n_fitted, _MOST_FOR_SEARCH)
+    near = n_features * _REACH * (_REACH - 1) // 2
+    per_entry = 4 * n_features + 2 * near + 100
+    kernels = (n_observations * n_fitted + len(_KINDS) * few**2) * per_entry
+    return kernels + n_fitted**3 + 4 * n_fitted**2 * n_features + _SEARCH_STEPS * few**3
 
 
 @dataclass(frozen=True)
@@ -40,8 +73,9 @@ class _Prior:
     """Covariances under the prior, as far as they are needed.
 
     Attributes:
-        observations: Between weighted observations, ``(n_observations, n_observations)``.
-        cross: Of observations with attributions, ``(n_observations, n_features)``.
+        observations: Of all rows with the fitted ones, which come first, ``(n_rows, n_fitted)``.
+        cross: Of fitted rows with attributions, ``(n_fitted, n_features)``; empty in a search,
+            which does not ask for them.
         variances: Of attributions, ``(n_features,)``.
     """
 
@@ -49,15 +83,17 @@ class _Prior:
     cross: Tensor
     variances: Tensor
 
-    def plus(self, other: "_Prior", strength: float) -> "_Prior":
+    def scaled(self) -> "_Prior":
+        """With mean variance 1 of the fitted rows."""
+        size = self.observations.diagonal().mean().clamp_min(1e-30)
+        return _Prior(self.observations / size, self.cross / size, self.variances / size)
+
+    def plus(self, other: "_Prior", strength: float = 1.0) -> "_Prior":
         return _Prior(
             self.observations + strength * other.observations,
             self.cross + strength * other.cross,
             self.variances + strength * other.variances,
         )
-
-    def head(self, rows: Tensor) -> "_Prior":
-        return _Prior(self.observations[rows][:, rows], self.cross[rows], self.variances)
 
 
 class Interactions:
@@ -67,20 +103,24 @@ class Interactions:
         x: Masks less the share present, shape ``(n_observations, n_features)``.
         weights: Shape ``(n_observations,)``, mean 1.
         paired: bool, shape ``(n_observations,)``: False where an observation is no difference of
-            complements, so that interactions of two features show.
+            complements, so that even interactions show.
+        stride: The process is fitted to every so many-th observation; the others correct it.
     """
 
-    def __init__(self, x: Tensor, weights: Tensor, paired: Tensor) -> None:
+    def __init__(self, x: Tensor, weights: Tensor, paired: Tensor, stride: int = 1) -> None:
         n_observations, n = x.shape
-        self._signs = torch.cat([torch.where(x > 0, 1.0, -1.0), torch.ones(1, n)]).double()
-        self._root = weights.sqrt()
-        self._single = (~paired).double()
-        moved = 2 * x * self._root[:, None]
-        self._linear = _Prior(
-            moved @ moved.T / n, 2 / n * moved, torch.full((n,), 4 / n * (1 - 1 / n)).double()
-        )
-        step = max(n_observations // _MOST_FOR_SEARCH, 1)
-        self._few = torch.arange(0, n_observations, step)[:_MOST_FOR_SEARCH]
+        first = torch.arange(0, n_observations, stride)
+        rest = torch.ones(n_observations, dtype=torch.bool)
+        rest[first] = False
+        self._order = torch.cat([first, rest.nonzero()[:, 0]])
+        self._n_fitted = len(first)
+        self._x, self._weights = x[self._order], weights[self._order]
+        # Half the digits are enough beside the noise, and take half the time.
+        self._signs = torch.where(self._x > 0, 1.0, -1.0).float()
+        self._root = self._weights.sqrt().float()[:, None]
+        self._single = (~paired)[self._order].float()[:, None]
+        self._moved = 2 * self._x.float() * self._root
+        self._near = _neighbours(n)
 
     def fit(self, y: Tensor, attributions: Tensor) -> Fit:
         """Fit one target.
@@ -89,94 +129,260 @@ class Interactions:
             y: Observations less those of equal attributions, shape ``(n_observations,)``.
             attributions: First guess, says which features are relevant.
         """
-        y = y * self._root
-        cubic = self._cubic(_relevance(attributions))
-        strength, noise = _search(self._linear.head(self._few), cubic.head(self._few), y[self._few])
-        prior = self._linear.plus(cubic, strength)
-        inverse, solved, error = _leave_one_out(prior, noise, y)
+        y = y[self._order] * self._root[:, 0]
+        size = y.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        y = y / size
+        head, fitted = y.float(), y[: self._n_fitted].float()
+        few = torch.arange(0, self._n_fitted, max(self._n_fitted // _MOST_FOR_SEARCH, 1))
+        few = few[:_MOST_FOR_SEARCH]
+        searches = [self._searched(kind, attributions, few, head[few]) for kind in _KINDS]
+        search = min(searches, key=lambda search: search.error)
+        strength, noise = search.walk()
+        rows = torch.arange(len(y))
+        n = self._n_fitted
+        linear, product = self._priors(search.kind, attributions, rows, n, n)
+        prior = linear.plus(product, strength)
+        cholesky, _ = factor(prior.observations[: self._n_fitted], noise)
+        inverse = torch.cholesky_inverse(cholesky)
+        solved = inverse @ fitted
+        left_out = solved / inverse.diagonal()
+        # Strength and noise suit these very rows, and so does the relevance of each feature: the
+        # larger of two estimates of the scale, less the freedom that the relevances had.
+        scale = torch.maximum((fitted * solved).mean(), (left_out * solved).mean())
+        scale = scale / max(1 - len(attributions) / len(y), 0.5)
         explained = (prior.cross * (inverse @ prior.cross)).sum(0)
-        scale = (y * solved).mean()
-        return Fit(
-            prior.cross.T @ solved, scale * (prior.variances - explained).clamp_min(0), error
+        variances = (scale * (prior.variances - explained)).clamp_min(0).double()
+        found = _Answer((prior.cross.T @ solved).double(), variances)
+        if self._n_fitted == len(y):
+            error = float(left_out.square().mean())
+        else:
+            rest = slice(self._n_fitted, None)
+            residuals = y[rest] - (prior.observations[rest] @ solved).double()
+            moved = self._x[rest] * self._weights[rest, None].sqrt()
+            found, error = _corrected(found, moved, residuals)
+        # What rounding took from the sum.
+        deviations = found.deviations - found.deviations.mean()
+        return Fit(deviations * size, found.variances * size**2, error * float(size) ** 2)
+
+    def _searched(self, kind: _Kind, attributions: Tensor, rows: Tensor, y: Tensor) -> "_Search":
+        linear, interactions = self._priors(kind, attributions, rows, len(rows), 0)
+        return _Search(kind, linear.observations, interactions.observations, y)
+
+    def _priors(
+        self, kind: _Kind, attributions: Tensor, rows: Tensor, n_fitted: int, n_cross: int
+    ) -> tuple[_Prior, _Prior]:
+        """Of single features and of interactions, each with mean variance 1."""
+        linear = self._linear(relevance_of(attributions, 1.0), rows, n_fitted, n_cross)
+        relevance = relevance_of(attributions, 0.1)
+        interactions = self._product(kind.reach * relevance, rows, n_fitted, n_cross).scaled()
+        if kind.local and len(self._near):
+            near = self._local(relevance, rows, n_fitted, n_cross)
+            interactions = interactions.plus(near.scaled())
+        return linear.scaled(), interactions.scaled()
+
+    @cached_property
+    def _near_terms(self) -> Tensor:
+        """Interactions of neighbours in every row, less those at the full mask."""
+        s, n = self._signs, self._signs.shape[1]
+        blocks = [s[:, : n - b] * s[:, a : n - b + a] * s[:, b:] for a, b in _apart(n)]
+        return (torch.cat(blocks, 1) - s.mean(1, keepdim=True)) * self._root
+
+    def _linear(self, relevance: Tensor, rows: Tensor, n_fitted: int, n_cross: int) -> _Prior:
+        n = len(relevance)
+        moved = self._moved[rows]
+        cross = 2 * relevance.float() * moved[:n_fitted]
+        return _Prior(
+            moved @ cross.T / 2,
+            cross[:n_cross] - cross[:n_cross].mean(1, keepdim=True),
+            (4 * (relevance - 2 * relevance / n + relevance.sum() / n**2)).float(),
         )
 
-    def _cubic(self, relevance: Tensor) -> _Prior:
-        # Newton's identities: sums over sets of features from sums of powers. Signs square to 1.
-        scaled = self._signs * relevance
-        first = scaled @ self._signs.T
-        second = relevance.square().sum()
-        third = (self._signs * relevance**3) @ self._signs.T
-        share = self._signs[:-1].mean(1, keepdim=True)
-        triples = _anchored((first**3 - 3 * first * second + 2 * third) / 6, share)
-        pairs = _anchored((first.square() - second) / 2, torch.ones_like(share))
-        triples += pairs * self._single[:, None] * self._single
+    def _product(self, relevance: Tensor, rows: Tensor, n_fitted: int, n_cross: int) -> _Prior:
+        """All odd interactions of three features and more: sinh of a weighted agreement.
 
-        # A triple's term is worth 2/3 to each member: 1/3 of what it gains from empty to full.
-        others = scaled.sum(1, keepdim=True) - scaled
-        cross = scaled * (others.square() - (second - relevance.square())) / 3
-        cross = cross[:-1] - share * cross[-1]
-        cross = (cross - cross.mean(1, keepdim=True)) * self._root[:, None]
-        return _Prior(triples * self._root[:, None] * self._root, cross, _spread(relevance))
+        ``exp(sum_i r_i s_i t_i)`` is, up to a factor, the product of ``1 + tanh(r_i) s_i t_i``,
+        whose terms are the interactions; sinh is its odd half.
+        """
+        each, factor = relevance.tanh(), relevance.cosh().log().sum().exp()
+        signs = torch.cat([self._signs[rows], torch.ones(1, len(relevance))])
+        right = torch.cat([signs[:n_fitted], signs[-1:]])
+        agreement = (signs * relevance.float()) @ right.T
+        odd = agreement.sinh().sub_((signs * (factor * each).float()) @ right.T)
+        share = signs.mean(1, keepdim=True)
+        covariance = _anchored(odd, share, n_fitted)
+        single = self._single[rows]
+        if bool(single.any()):
+            even = _anchored(agreement.cosh(), torch.ones_like(share), n_fitted)
+            covariance = covariance + single * even * single[:n_fitted].T
+        root = self._root[rows]
+        asked = torch.cat([signs[:n_cross], signs[-1:]])
+        cross, variances = _shapley_of_product(asked, each, factor)
+        cross = cross[:-1] - share[:n_cross] * cross[-1]
+        cross = (cross - cross.mean(1, keepdim=True)) * root[:n_cross]
+        return _Prior(covariance * root * root[:n_fitted].T, cross, variances)
+
+    def _local(self, relevance: Tensor, rows: Tensor, n_fitted: int, n_cross: int) -> _Prior:
+        """Interactions of three neighbours; less relevant features have them, too."""
+        size = relevance[self._near].prod(1).sqrt().float()
+        terms = self._near_terms[rows]
+        right = terms[:n_fitted] * size
+        n = len(relevance)
+        # A term is worth 2/3 to each of its three members, and its mean over all features is 2/n.
+        cross = torch.zeros(n_cross, n)
+        variances = torch.zeros(n)
+        for member in self._near.T:
+            cross.index_add_(1, member, 2 / 3 * right[:n_cross])
+            variances.index_add_(0, member, (4 / 9 - 8 / (3 * n)) * size)
+        cross -= 2 / n * right[:n_cross].sum(1, keepdim=True)
+        return _Prior(terms @ right.T, cross, variances + 4 / n**2 * size.sum())
 
 
-def _relevance(attributions: Tensor) -> Tensor:
-    """Shares that sum to 1; a tenth is equal, so that nothing is ruled out."""
+def relevance_of(attributions: Tensor, equal: float) -> Tensor:
+    """Shares that sum to 1; some of it is equal, so that nothing is ruled out."""
     size = attributions.abs()
-    share = size / size.mean().clamp_min(torch.finfo(size.dtype).tiny) + 0.1
+    share = size / size.mean().clamp_min(torch.finfo(size.dtype).tiny) + equal
     return share / share.sum()
 
 
-def _anchored(kernel: Tensor, share: Tensor) -> Tensor:
+def _apart(n: int) -> list[tuple[int, int]]:
+    """How far the second and third of three neighbours are from the first."""
+    return [(a, b) for b in range(2, min(_REACH, n - 1) + 1) for a in range(1, b)]
+
+
+def _neighbours(n: int) -> Tensor:
+    """Triples of columns at most `_REACH` apart, shape ``(n_triples, 3)``."""
+    first = torch.arange(n)[:, None]
+    triples = [first[: n - b] + torch.tensor([0, a, b]) for a, b in _apart(n)]
+    return torch.cat([torch.zeros(0, 3, dtype=torch.int64), *triples])
+
+
+def _anchored(kernel: Tensor, share: Tensor, n_fitted: int) -> Tensor:
     """Take from each function the additive one that agrees with it at the empty and full mask.
 
     Args:
-        kernel: Observations, and the full mask last.
-        share: Of its value at the full mask, what each observation loses, ``(n_observations, 1)``.
+        kernel: Rows and columns are masks; the full mask is last in both.
+        share: Of its value at the full mask, what each row loses, ``(n_rows + 1, 1)``.
+        n_fitted: How many of the rows, the first, are the columns.
     """
-    edge = kernel[:-1, -1:] * share.T
-    return kernel[:-1, :-1] - edge - edge.T + kernel[-1, -1] * share * share.T
+    left, right = share[:-1], share[:n_fitted]
+    full = kernel[-1, -1] * left - kernel[:-1, -1:]
+    return kernel[:-1, :-1] - left * kernel[-1, :-1] + full * right.T
 
 
-def _spread(relevance: Tensor) -> Tensor:
-    """Prior variances of what triples give each feature, less the mean over features."""
-    total, square = relevance.sum(), relevance.square().sum()
-    apart = total - relevance
-    both = relevance[:, None] * relevance * (apart[:, None] - relevance)
-    own = relevance * (apart.square() - (square - relevance.square())) / 2
-    covariance = 4 / 9 * torch.where(torch.eye(len(relevance)).bool(), own[:, None], both)
-    return covariance.diag() - 2 * covariance.mean(1) + covariance.mean()
+def _shapley_of_product(signs: Tensor, each: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariances of product interactions with attributions, and variances of the latter.
+
+    An odd interaction of k features is worth 2/k to each: ``1 / k`` is the integral of
+    ``t ** (k - 1)``, and its square that of ``-log(t) * t ** (k - 1)``, over the unit interval.
+
+    Args:
+        signs: Shape ``(n_rows, n_features)``, the last row all ones.
+        each: What a feature contributes to the product, shape ``(n_features,)``.
+        factor: Of all products.
+
+    Returns:
+        Shape ``(n_rows, n_features)`` and, less the mean over features, ``(n_features,)``.
+    """
+    n = len(each)
+    cross = torch.zeros_like(signs)
+    variances = torch.zeros(n, dtype=torch.float64)
+    for node, weight in zip(_NODES, _NODE_WEIGHTS, strict=True):
+        part = node * each
+        up, down = torch.log1p(part), torch.log1p(-part)
+        agreement = signs @ ((up - down) / 2).float()[:, None]
+        level = ((up + down) / 2).sum().float()
+        own = part.float() * signs
+        # Both halves lack the feature itself: its even interactions with the others.
+        others = (level + agreement).exp() / (1 + own) + (level - agreement).exp() / (1 - own)
+        others = others / 2 - 1
+        cross += weight.float() * others
+        variances -= weight * node.log() * others[-1].double()
+    shared = each * cross[-1].double() / n
+    whole = (torch.sinh(each.atanh().sum()) / factor - each.sum()) / n**2
+    variances = 4 * factor * (each * variances - 2 * shared + whole)
+    return 2 * (factor * each).float() * signs * cross, variances.clamp_min(0).float()
 
 
-def _search(linear: _Prior, cubic: _Prior, y: Tensor) -> tuple[float, float]:
-    """Strength and noise with the least leave-one-out error, walking downhill on their grid."""
-    errors: dict[tuple[int, int], float] = {}
+class _Search:
+    """Strength and noise of one kernel with the least leave-one-out error, on their grid."""
 
-    def error(place: tuple[int, int]) -> float:
-        if place not in errors:
-            prior = linear.plus(cubic, _STRENGTH[place[1]])
-            errors[place] = float(_leave_one_out(prior, _NOISE[place[0]], y)[2])
-        return errors[place]
+    def __init__(self, kind: _Kind, linear: Tensor, interactions: Tensor, y: Tensor) -> None:
+        self.kind, self._linear, self._interactions, self._y = kind, linear, interactions, y
+        self._errors: dict[tuple[int, int], float] = {}
+        self._place = min(_STARTS, key=self._error)
 
-    place = _START
+    @property
+    def error(self) -> float:
+        return self._error(self._place)
+
+    def walk(self) -> tuple[float, float]:
+        """Strength and noise, downhill from the best start."""
+        while True:
+            noise, strength = self._place
+            nearby = [
+                (noise + i, strength + j)
+                for i, j in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
+                if 0 <= noise + i < len(_NOISE) and 0 <= strength + j < len(_STRENGTH)
+            ]
+            best = min(nearby, key=self._error)
+            if best == self._place:
+                return _STRENGTH[strength], _NOISE[noise]
+            self._place = best
+
+    def _error(self, place: tuple[int, int]) -> float:
+        if place not in self._errors:
+            noise, strength = place
+            covariance = self._linear + _STRENGTH[strength] * self._interactions
+            self._errors[place] = left_out_error(covariance, _NOISE[noise], self._y)
+        return self._errors[place]
+
+
+def left_out_error(covariance: Tensor, noise: float, y: Tensor) -> float:
+    """Squared error of left-out observations (Rasmussen and Williams 2006, section 5.4.2)."""
+    inverse = torch.cholesky_inverse(factor(covariance, noise)[0])
+    return float((inverse @ y / inverse.diagonal()).square().sum())
+
+
+def factor(covariance: Tensor, noise: float) -> tuple[Tensor, float]:
+    """Cholesky factor with noise, more of it where rounding asks for more."""
     while True:
-        nearby = [
-            (place[0] + i, place[1] + j)
-            for i, j in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
-            if 0 <= place[0] + i < len(_NOISE) and 0 <= place[1] + j < len(_STRENGTH)
-        ]
-        best = min(nearby, key=error)
-        if best == place:
-            return _STRENGTH[place[1]], _NOISE[place[0]]
-        place = best
+        noisy = covariance.clone()
+        noisy.diagonal().add_(noise * covariance.diagonal().mean())
+        cholesky, failed = torch.linalg.cholesky_ex(noisy)
+        if not int(failed):
+            return cholesky, noise
+        noise *= 10
 
 
-def _leave_one_out(prior: _Prior, noise: float, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse covariance, it times y, and the squared error of left-out observations.
+@dataclass(frozen=True)
+class _Answer:
+    deviations: Tensor
+    variances: Tensor
 
-    Rasmussen and Williams 2006, section 5.4.2.
+
+def _corrected(found: _Answer, x: Tensor, residuals: Tensor) -> tuple[_Answer, float]:
+    """Learn from rows that were not fitted how far the attributions are off.
+
+    Bayesian linear regression: the posterior of the process is the prior of the correction, and
+    what is not additive in the residuals is noise.
+
+    Returns:
+        The answer, and the mean of squared left-out residuals.
     """
-    covariance = prior.observations.clone()
-    covariance.diagonal().add_(noise * covariance.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
-    solved = inverse @ y
-    return inverse, solved, (solved / inverse.diagonal()).square().sum()
+    root = found.variances.sqrt()
+    scaled = x * root
+    eigenvalues, vectors = torch.linalg.eigh(scaled.T @ scaled)
+    projected = vectors.T @ (scaled.T @ residuals)
+    eigenvalues, rotated = eigenvalues.clamp_min(0), scaled @ vectors
+    noise = residuals.square().mean().clamp_min(_TINY)
+    for _ in range(_ROUNDS):
+        shrunk = 1 / (eigenvalues + noise)
+        unexplained = (residuals - rotated @ (shrunk * projected)).square().sum()
+        freedom = len(residuals) - (eigenvalues * shrunk).sum()
+        noise = (unexplained / freedom.clamp_min(1)).clamp_min(_TINY)
+    shrunk = 1 / (eigenvalues + noise)
+    leverage = (rotated.square() * shrunk).sum(1)
+    left_out = (residuals - rotated @ (shrunk * projected)) / (1 - leverage).clamp_min(0.01)
+    deviations = found.deviations + root * (vectors @ (shrunk * projected))
+    variances = found.variances * noise * (vectors.square() @ shrunk)
+    return _Answer(deviations, variances), float(left_out.square().mean())

@@ -7,31 +7,40 @@ from torch import Tensor
 
 from captum_llm_ext.coalitions.draws import sandwich
 from captum_llm_ext.coalitions.enumeration import exact
-from captum_llm_ext.coalitions.interactions import Interactions
+from captum_llm_ext.coalitions.interactions import Interactions, cost
 from captum_llm_ext.coalitions.plans import Plan
 from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
 
 # Ridge penalties tried, in units of the mean eigenvalue.
 _PENALTIES = torch.cat([torch.zeros(1), torch.logspace(-6, 1.5, 31)]).double()
-# Below, interactions cannot be told from noise; above, they cost more than they gain (cubic time).
-_FEWEST_OBSERVATIONS, _MOST_OBSERVATIONS = 8, 2048
+# Below, interactions cannot be told from noise.
+_FEWEST_OBSERVATIONS = 8
+# A Gaussian process on a smaller part of the observations adds nothing to a regression on all.
+_LARGEST_STRIDE = 8
+_MOST_OF_WALKS = 1024
+# Of a matrix of interactions, several of which are held at a time.
+_MOST_ENTRIES = 2**24
+# Floating point operations spent on interactions: some seconds on two cores.
+EFFORT = 3e11
 _MOST_COMPLETE_FEATURES = 20
 
 
-def solve_kernel(plan: Plan, values: Tensor, scope: Scope) -> Solution:
+def solve_kernel(plan: Plan, values: Tensor, scope: Scope, *, effort: float = EFFORT) -> Solution:
     """KernelSHAP's estimand (Lundberg and Lee 2017, section 4.1) from complementary pairs.
 
     Differences within pairs are regressed on the masks with importance weights that turn uniform
     sizes into the Shapley kernel (Leverage SHAP, arXiv 2410.01917), under the constraint that the
-    attributions sum to ``full - empty``; generalised cross-validation chooses the ridge. Up to
-    about 4,096 rows, `Interactions` replaces this for targets whose left-out values it predicts
-    better.
+    attributions sum to ``full - empty``; generalised cross-validation chooses the ridge.
+    `Interactions` replaces this for targets whose left-out values it predicts better, on as many
+    rows as `effort` affords.
 
     Args:
         plan: Joined from `plan_anchors` and one or more `plan_pairs`.
         values: Shape ``(n_coalitions, n_target)``.
         scope: One entry per target. Rows that are empty or full on what a target sees only
             inform its full and empty values.
+        effort: Floating point operations that all targets together may spend on interactions, as
+            forecast; 0 for none. The default takes some seconds on two cores, whatever the shape.
 
     Returns:
         Attributions that sum to ``full - empty``. Standard errors are clustered by draw
@@ -40,9 +49,10 @@ def solve_kernel(plan: Plan, values: Tensor, scope: Scope) -> Solution:
         worth the same in every draw.
     """
     solution = Solution.blank(len(scope.n_visible), plan.n_features)
-    complete = _is_complete(plan)
+    effort = effort / max(len(scope.n_visible), 1)
     for view in views(plan, values, scope):
-        attributions, variances = exact(view) if complete else regress(view)
+        complete = is_complete(view)
+        attributions, variances = exact(view) if complete else regress(view, effort)
         if complete:
             unrepeated = variances.isnan() & (view.empty_variances == 0)
             variances = variances.masked_fill(unrepeated, 0)
@@ -50,10 +60,12 @@ def solve_kernel(plan: Plan, values: Tensor, scope: Scope) -> Solution:
     return solution
 
 
-def regress(view: View) -> tuple[Tensor, Tensor]:
+def regress(view: View, effort: float) -> tuple[Tensor, Tensor]:
     """Attributions of one view and their variances, both ``(n_visible, n_group)``.
 
-    Sizes of the sampled rows must be uniform on all columns of the plan.
+    Args:
+        view: Sizes of the sampled rows must be uniform on all columns of the plan.
+        effort: Floating point operations that each target may spend on interactions.
     """
     n = view.n_visible
     gain = view.full_values - view.empty_values
@@ -64,15 +76,28 @@ def regress(view: View) -> tuple[Tensor, Tensor]:
     # what was learnt. The ridge then follows the noise, and thinning them loses little.
     walks = len(observed.draws.unique()) < len(observed.draws)
     if walks:
-        observed = observed.thinned(_MOST_OBSERVATIONS)
+        observed = observed.thinned(_MOST_OF_WALKS)
     deviations, variances, errors = _ridge(observed)
-    if n > 2 and _FEWEST_OBSERVATIONS <= len(observed.x) <= _MOST_OBSERVATIONS:
-        model = Interactions(observed.x, observed.weights, observed.paired)
+    stride = _affordable(len(observed.x), n, effort)
+    if n > 2 and stride and not (walks and stride > 1):
+        model = Interactions(observed.x, observed.weights, observed.paired, stride)
         for target, y in enumerate(observed.y.T):
             fit = model.fit(y, gain[target] / n + deviations[:, target])
             if walks or fit.error < errors[target]:
                 deviations[:, target], variances[:, target] = fit.deviations, fit.variances
     return gain / n + deviations, variances + view.empty_variances / n**2
+
+
+def _affordable(n_observations: int, n_features: int, effort: float) -> int:
+    """The smallest stride at which interactions cost no more than `effort`, 0 if there is none."""
+    for stride in range(1, _LARGEST_STRIDE + 1):
+        n_fitted = -(-n_observations // stride)
+        if n_fitted < _FEWEST_OBSERVATIONS:
+            return 0
+        entries = n_observations * n_fitted
+        if entries <= _MOST_ENTRIES and cost(n_observations, n_fitted, n_features) <= effort:
+            return stride
+    return 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +111,7 @@ class _Observations:
         weights: Shapley kernel over the law of sampling, ``(n_observations,)``, mean 1.
         draws: ``(n_observations,)``.
         paired: bool, ``(n_observations,)``: half the difference of a coalition and its complement.
+        chance: bool, ``(n_observations, n_group)``: whether another sample would have had others.
     """
 
     x: Tensor
@@ -93,6 +119,7 @@ class _Observations:
     weights: Tensor
     draws: Tensor
     paired: Tensor
+    chance: Tensor
 
     def thinned(self, most: int) -> "_Observations":
         """At most `most` observations, evenly spaced."""
@@ -104,6 +131,7 @@ class _Observations:
             weights / weights.mean(),
             self.draws[rows],
             self.paired[rows],
+            self.chance[rows],
         )
 
 
@@ -111,10 +139,7 @@ def _observe(view: View, gain: Tensor) -> _Observations:
     rows = view.informative.nonzero()[:, 0]
     sizes, draws, paired = view.sizes[rows, None].double(), view.draws[rows], view.paired[rows]
     y = view.values[rows] - view.empty_values - gain * sizes / view.n_visible
-    weights = 1 / (sizes * (view.n_visible - sizes))[:, 0]
-    if view.required >= 0:
-        # Given that one more column is present, larger coalitions are likelier: u has density 2u.
-        weights = weights / (sizes[:, 0] + 1)
+    weights = kernel_weights(view, rows)
     # A complement has the weight of its coalition and the opposite x: one difference says all.
     y = torch.where(paired[:, None], (y - y.roll(-1, 0)) / 2, y)
     weights = torch.where(paired, 2 * weights, weights)
@@ -126,7 +151,27 @@ def _observe(view: View, gain: Tensor) -> _Observations:
     keep = ~(repeated | paired.roll(1))
     rows, weights = rows[keep], weights[keep]
     x = view.masks[rows].double() - sizes[keep] / view.n_visible
-    return _Observations(x, y[keep], weights / weights.mean(), draws[keep], paired[keep])
+    # Where replacement texts do not vary, nothing does once all coalitions of a size are there.
+    chance = ~view.complete[rows, None] | (view.empty_variances > 0)
+    return _Observations(x, y[keep], weights / weights.mean(), draws[keep], paired[keep], chance)
+
+
+def kernel_weights(view: View, rows: Tensor) -> Tensor:
+    """Shapley kernel over the law of sampling, shape ``(n_rows,)``; sizes 0 and all have none."""
+    sizes = view.sizes[rows].double()
+    weights = view.weights[rows] / (sizes * (view.n_visible - sizes))
+    # Given that one more column is present, larger coalitions are likelier: u has density 2u.
+    return weights / (sizes + 1) if view.required >= 0 else weights
+
+
+def ridge(view: View) -> tuple[Tensor, Tensor, Tensor]:
+    """The additive fit to one view.
+
+    Returns:
+        Deviations from equal attributions and their variances, ``(n_visible, n_group)``, and
+        weighted means of squares of what was left out, ``(n_group,)``.
+    """
+    return _ridge(_observe(view, view.full_values - view.empty_values))
 
 
 def _run_lengths(repeated: Tensor) -> Tensor:
@@ -136,7 +181,7 @@ def _run_lengths(repeated: Tensor) -> Tensor:
 
 
 def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
-    """Deviations from equal attributions, their variances, and weighted leave-one-out errors."""
+    """Deviations from equal attributions, their variances, and mean squares of what is left out."""
     x, y, weights = observed.x, observed.y, observed.weights[:, None]
     n_observations, n = x.shape
     if not n_observations:
@@ -166,16 +211,21 @@ def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
         influence = x @ ((vectors * inverses[choice]) @ vectors.T).float()
         leverage = weights * (influence * x).sum(1, keepdim=True)
         left_out = residuals[:, ours] / (1 - leverage).clamp_min(0.01)
-        errors[ours] = (weights * left_out.square()).sum(0).double()
-        variances[:, ours] = sandwich(influence, weights * left_out, observed.draws).double()
+        errors[ours] = (weights * left_out.square()).mean(0).double()
+        varying = weights * left_out * observed.chance[:, ours]
+        variances[:, ours] = sandwich(influence, varying, observed.draws).double()
     return deviations, variances, errors
 
 
-def _is_complete(plan: Plan) -> bool:
-    """Whether every coalition was sampled, all of them equally often."""
-    masks = plan.masks[plan.n_anchors :]
-    n = plan.n_features
-    if n > _MOST_COMPLETE_FEATURES or not len(masks) or len(masks) % 2**n:
+def is_complete(view: View) -> bool:
+    """Whether every coalition came, all of them equally often where replacement texts vary."""
+    n, masks = view.n_visible, view.masks[view.sampled]
+    if not 2 <= n <= _MOST_COMPLETE_FEATURES or len(masks) < 2**n - 2:
         return False
-    counts = (masks.long() << torch.arange(n)).sum(1).bincount(minlength=2**n)
-    return bool((counts == counts[0]).all())
+    # The empty and the full coalition are anchored, too.
+    counts = (masks.long() << torch.arange(n)).sum(1).bincount(minlength=2**n)[1:-1]
+    return bool(counts.all()) and _settled(counts, view)
+
+
+def _settled(counts: Tensor, view: View) -> bool:
+    return bool((counts == counts[0]).all()) or not bool(view.empty_variances.any())

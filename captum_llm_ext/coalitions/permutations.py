@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.coalitions.draws import normal_scale
-from captum_llm_ext.coalitions.kernel import regress
+from captum_llm_ext.coalitions.kernel import EFFORT, regress
 from captum_llm_ext.coalitions.plans import Plan
 from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
 
@@ -23,15 +23,19 @@ def solve_permutations(plan: Plan, values: Tensor, scope: Scope) -> Solution:
 
     Returns:
         Attributions that sum to ``full - empty``. Standard errors come from the spread over pairs
-        of an order and its reverse, with Student's t for few of them; NaN for a single pair.
+        of an order and its reverse; NaN for a single pair. Gains have heavy tails, and few pairs
+        seldom show them: each variance is averaged with the mean over features, which counts as
+        one more degree of freedom of Student's t (Smyth 2004, "Linear models and empirical Bayes
+        methods", section 4). Even a feature that never gained anything has an error then.
 
     Raises:
         ValueError: If the rows are no walks.
     """
     order = _orders(plan)
+    effort = EFFORT / max(len(scope.n_visible), 1)
     solution = Solution.blank(len(scope.n_visible), plan.n_features)
     for view in views(plan, values, scope):
-        answer = regress(view) if view.required >= 0 else _walk(view, order)
+        answer = regress(view, effort) if view.required >= 0 else _walk(view, order)
         solution.fill(view, *answer)
     return solution
 
@@ -66,12 +70,18 @@ def _walk(view: View, order: Tensor) -> tuple[Tensor, Tensor]:
     sums = torch.zeros(len(numbers), *attributions.shape, dtype=gains.dtype)
     sums.index_add_(0, cluster, gains - attributions)
     spread = sums.square().sum(0) / n_orders**2
-    if len(numbers) < 2:
-        variances = torch.full_like(spread, torch.nan)
-    else:
-        variances = spread * len(numbers) / (len(numbers) - 1) * normal_scale(len(numbers) - 1) ** 2
+    variances = _moderated(spread, len(numbers))
     gap = view.full_values - view.empty_values - attributions.sum(0)
     return attributions + gap * _share(spread), variances
+
+
+def _moderated(spread: Tensor, n_draws: int) -> Tensor:
+    """Variances from sums of squares over draws, each leaning on those of the other features."""
+    if n_draws < 2 or not len(spread):
+        return torch.full_like(spread, torch.nan)
+    own = spread * n_draws / (n_draws - 1)
+    moderated = ((n_draws - 1) * own + own.mean(0)) / n_draws
+    return moderated * normal_scale(n_draws) ** 2
 
 
 def _share(spread: Tensor) -> Tensor:

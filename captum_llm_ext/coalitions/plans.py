@@ -3,6 +3,8 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb
 
 import torch
 from torch import Tensor
@@ -49,12 +51,7 @@ def plan_anchors(n_features: int, *, required: Sequence[int] = (), n_empty: int 
     """
     n_features = _count("n_features", n_features, at_least=0)
     n_empty = _count("n_empty", n_empty, at_least=1)
-    columns = sorted({int(column) for column in required} - {-1})
-    if columns and not 0 <= columns[0] <= columns[-1] < n_features:
-        raise ValueError(
-            f"`required` names columns {columns}, but there are {n_features} features: "
-            "give column numbers, or -1 for none."
-        )
+    columns = _columns(required, n_features)
     masks = torch.zeros(1 + n_empty * (1 + len(columns)), n_features, dtype=torch.bool)
     masks[0] = True
     for block, column in enumerate(columns, start=1):
@@ -77,6 +74,36 @@ def plan_leave_one_out(n_features: int, *, n_draws: int = 1, common_draw: bool =
     n_features = _count("n_features", n_features, at_least=0)
     masks = ~torch.eye(n_features, dtype=torch.bool)
     return _repeated(masks, _count("n_draws", n_draws, at_least=1), common_draw)
+
+
+def plan_only_one_in(
+    n_features: int,
+    *,
+    required: Sequence[int] = (),
+    n_draws: int = 1,
+    common_draw: bool = False,
+) -> Plan:
+    """Each feature present alone, once per draw.
+
+    Args:
+        n_features: Number of columns.
+        required: Columns that some target cannot do without, as in `plan_anchors`: each adds the
+            same rows with that column present.
+        n_draws: As in `plan_leave_one_out`.
+        common_draw: As in `plan_leave_one_out`.
+
+    Returns:
+        ``n_draws * n_features`` rows, and for each required column one more for it and for every
+        column before it.
+
+    Raises:
+        ValueError: If a count is too small or a required column does not exist.
+    """
+    n_features = _count("n_features", n_features, at_least=0)
+    alone = torch.eye(n_features, dtype=torch.bool)
+    columns = _columns(required, n_features)
+    masks = [alone, *((alone | alone[column])[: column + 1] for column in columns)]
+    return _repeated(torch.cat(masks), _count("n_draws", n_draws, at_least=1), common_draw)
 
 
 def plan_exact(n_features: int, *, n_draws: int = 1, common_draw: bool = False) -> Plan:
@@ -127,16 +154,18 @@ def plan_permutations(n_features: int, n_orders: int, *, generator: torch.Genera
 
 
 def plan_pairs(n_features: int, n_evaluations: int, *, generator: torch.Generator) -> Plan:
-    """Coalitions of uniform size, each beside its complement.
+    """Different coalitions of uniform size, each beside its complement.
 
-    ``u ~ U(0, 1)``, stratified over the pairs, and each feature present with probability u: sizes
-    are then uniform on every prefix of the columns as well. The pairing is that of Leverage SHAP
-    (arXiv 2410.01917, section 3).
+    Sizes from 1 to ``n_features - 1`` are equally frequent, so that they are on every prefix of
+    the columns as well; small and large ones, of which there are fewer than that, all come once,
+    and the others take their place. (Leverage SHAP, arXiv 2410.01917, sections 3 and 4: pairs,
+    without replacement.)
 
     Args:
         n_features: Number of columns.
-        n_evaluations: Rows; an odd last one has no complement. From ``2**n_features`` on, every
-            coalition comes exactly once, and the answer is exact.
+        n_evaluations: Rows; an odd last one has no complement. From ``2**n_features - 2`` on, all
+            coalitions that are neither empty nor full come exactly once, and the answer is exact;
+            from ``2**n_features`` on, these two come as well, and there are no more rows.
         generator: Where sizes and members come from.
 
     Returns:
@@ -144,17 +173,15 @@ def plan_pairs(n_features: int, n_evaluations: int, *, generator: torch.Generato
     """
     n_features = _count("n_features", n_features, at_least=0)
     n_evaluations = _count("n_evaluations", n_evaluations, at_least=1)
-    if n_features < 63 and n_evaluations >= 2**n_features:
+    if (n_features < 63 and n_evaluations >= 2**n_features) or n_features < 2:
         half = _enumerated(n_features)[: (2**n_features + 1) // 2]
-        n_evaluations = 2**n_features
     else:
-        n_pairs = (n_evaluations + 1) // 2
-        # In random order, so that an odd last row is as likely to be large as to be small.
-        stratum = torch.randperm(n_pairs, generator=generator)
-        share = (stratum + torch.rand(n_pairs, generator=generator)) / n_pairs
-        half = torch.rand(n_pairs, n_features, generator=generator) < share[:, None]
+        half = _different(n_features, (n_evaluations + 1) // 2, generator)
+        # One of the two is first by chance, lest an odd last row have its complement for certain.
+        flipped = torch.rand(len(half), 1, generator=generator) < 0.5
+        half = (half ^ flipped)[torch.randperm(len(half), generator=generator)]
     masks = torch.stack([half, ~half], 1).flatten(0, 1)[:n_evaluations]
-    return Plan(masks, torch.arange(n_evaluations) // 2)
+    return Plan(masks, torch.arange(len(masks)) // 2)
 
 
 def plan_lime(n_features: int, n_evaluations: int, *, generator: torch.Generator) -> Plan:
@@ -206,6 +233,83 @@ def _repeated(masks: Tensor, n_draws: int, common_draw: bool) -> Plan:
 def _enumerated(n_features: int) -> Tensor:
     codes = torch.arange(2**n_features)
     return (codes[:, None] >> torch.arange(n_features) & 1).bool()
+
+
+def _different(n_features: int, n_pairs: int, generator: torch.Generator) -> Tensor:
+    """Coalitions no two of which are equal or complements, the smaller of each pair's two.
+
+    Returns:
+        Shape ``(n_pairs, n_features)``, fewer where there are not as many.
+    """
+    counts = _quotas(n_features, n_pairs, generator)
+    listed, drawn = [torch.zeros(0, n_features, dtype=torch.bool)], torch.zeros_like(counts)
+    for size, count in enumerate(counts.tolist(), start=1):
+        if 2 * count > _pairs_of_size(n_features, size):  # too dense to draw until they differ
+            every = _of_size(n_features, size)
+            listed.append(every[torch.randperm(len(every), generator=generator)[:count]])
+        else:
+            drawn[size - 1] = count
+    sizes = torch.arange(1, len(counts) + 1).repeat_interleave(drawn)
+    masks = _drawn(n_features, sizes, generator)
+    hashes = torch.randint(-(2**62), 2**62, (n_features,), generator=generator)
+    while len(again := _repetitions(masks, hashes)):
+        masks[again] = _drawn(n_features, sizes[again], generator)
+    return torch.cat([*listed, masks])
+
+
+def _quotas(n_features: int, n_pairs: int, generator: torch.Generator) -> Tensor:
+    """How many pairs of each size 1, 2, … up to half of the features; equally many of each size."""
+    sizes = range(1, n_features // 2 + 1)
+    most = torch.tensor([float(min(_pairs_of_size(n_features, s), n_pairs)) for s in sizes])
+    share = torch.full_like(most, 2.0)
+    if n_features % 2 == 0:
+        share[-1] = 1  # its complements have this size, too
+    quotas = torch.zeros_like(most)
+    full = torch.zeros_like(most, dtype=torch.bool)
+    for _ in range(len(most)):
+        left = n_pairs - float(most[full].sum())
+        quotas = torch.where(full, most, left * share / share[~full].sum().clamp_min(1))
+        if not bool((quotas > most).any()):
+            break
+        full |= quotas >= most
+    # Systematic rounding: sums differ from those of the quotas by less than one.
+    ends = (quotas.minimum(most).cumsum(0) + torch.rand((), generator=generator)).floor()
+    return ends.diff(prepend=torch.zeros(1)).long()
+
+
+def _pairs_of_size(n_features: int, size: int) -> int:
+    """How many coalitions of this size there are, complements counted once."""
+    return comb(n_features, size) // (2 if 2 * size == n_features else 1)
+
+
+def _of_size(n_features: int, size: int) -> Tensor:
+    # Of two complementary halves, the one with the first feature.
+    always = [0] if 2 * size == n_features else []
+    members = combinations(range(len(always), n_features), size - len(always))
+    rows = torch.tensor([[*always, *chosen] for chosen in members])
+    return torch.zeros(len(rows), n_features, dtype=torch.bool).scatter_(1, rows, True)
+
+
+def _drawn(n_features: int, sizes: Tensor, generator: torch.Generator) -> Tensor:
+    rank = torch.rand(len(sizes), n_features, generator=generator).argsort(1).argsort(1)
+    return rank < sizes[:, None]
+
+
+def _repetitions(masks: Tensor, hashes: Tensor) -> Tensor:
+    """Rows equal to an earlier one, or to the complement of one."""
+    codes = ((masks ^ masks[:, :1]).long() * hashes).sum(1)
+    ordered, order = codes.sort(stable=True)
+    return order[1:][ordered[1:] == ordered[:-1]]
+
+
+def _columns(required: Sequence[int], n_features: int) -> list[int]:
+    columns = sorted({int(column) for column in required} - {-1})
+    if columns and not 0 <= columns[0] <= columns[-1] < n_features:
+        raise ValueError(
+            f"`required` names columns {columns}, but there are {n_features} features: "
+            "give column numbers, or -1 for none."
+        )
+    return columns
 
 
 def _count(name: str, value: int, *, at_least: int) -> int:

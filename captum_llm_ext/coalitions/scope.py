@@ -72,6 +72,10 @@ class View:
         draws: Shape ``(n_rows,)``.
         sampled: bool, shape ``(n_rows,)``: False for anchors.
         paired: bool, shape ``(n_rows,)``: the next row is the complement, of the same draw.
+        weights: Shape ``(n_rows,)``: how much rarer a sampled row's size is, over all columns of
+            the plan, than if all sizes were equally frequent.
+        complete: bool, shape ``(n_rows,)``: all coalitions of that size were sampled, so that
+            nothing but replacement texts is left to chance.
         values: float64, shape ``(n_rows, n_group)``.
         full_values: Shape ``(n_group,)``.
         empty_values: Shape ``(n_group,)``.
@@ -87,6 +91,8 @@ class View:
     draws: Tensor
     sampled: Tensor
     paired: Tensor
+    weights: Tensor
+    complete: Tensor
     values: Tensor
     full_values: Tensor
     empty_values: Tensor
@@ -113,12 +119,21 @@ def views(plan: Plan, values: Tensor, scope: Scope) -> Iterator[View]:
     _check(plan, values, scope)
     sizes = torch.nn.functional.pad(plan.masks.cumsum(1, dtype=torch.int32), (1, 0)).long()
     paired = _paired(plan)
+    weights, complete = _sizes(sizes[:, -1], plan)
     kinds, kind_of_target = torch.stack([scope.n_visible, scope.required], 1).unique(
         dim=0, return_inverse=True
     )
     for kind, (n_visible, required) in enumerate(kinds.tolist()):
         targets = (kind_of_target == kind).nonzero()[:, 0]
-        yield _view(plan, values, sizes[:, n_visible], paired, targets, n_visible, required)
+        yield _view(
+            plan,
+            values,
+            sizes[:, n_visible],
+            (paired, weights, complete),
+            targets,
+            n_visible,
+            required,
+        )
 
 
 def _paired(plan: Plan) -> Tensor:
@@ -129,11 +144,33 @@ def _paired(plan: Plan) -> Tensor:
     return paired
 
 
+def _sizes(sizes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Weights that make all sizes but 0 and all features equally frequent, and which are complete.
+
+    Only a size of which every coalition came is known to be rarer than the others: elsewhere the
+    counts differ by chance.
+    """
+    n, sampled = plan.n_features, plan.masks[plan.n_anchors :]
+    counts = sizes[plan.n_anchors :].bincount(minlength=n + 1).double()
+    size = torch.arange(n + 1, dtype=torch.float64)
+    every = (size + 1).lgamma() + (n - size + 1).lgamma()
+    every = (every[0] - every).exp().round()
+    rest = (size > 0) & (size < n)
+    complete = rest & (counts >= every)
+    for k in complete.nonzero()[:, 0].tolist():
+        members = sampled[sizes[plan.n_anchors :] == k]
+        complete[k] = len(members.unique(dim=0)) >= every[k]
+    rest &= ~complete
+    usual = counts[rest].mean() if bool(counts[rest].any()) else counts.max()
+    weights = torch.where(complete, usual / counts.clamp_min(1), 1)
+    return weights[sizes], complete[sizes]
+
+
 def _view(
     plan: Plan,
     values: Tensor,
     sizes: Tensor,
-    paired: Tensor,
+    of_rows: tuple[Tensor, Tensor, Tensor],
     targets: Tensor,
     n_visible: int,
     required: int,
@@ -141,6 +178,7 @@ def _view(
     defined = plan.masks[:, required] if required >= 0 else torch.ones(len(sizes), dtype=torch.bool)
     rows = defined.nonzero()[:, 0]
     sizes, draws = sizes[rows], plan.draws[rows]
+    paired, weights, complete = (column[rows] for column in of_rows)
     ours = values[rows[:, None], targets].double()
     if not bool(ours.isfinite().all()):
         raise ValueError(
@@ -164,7 +202,9 @@ def _view(
         draws=draws,
         sampled=rows >= plan.n_anchors,
         # A required column is absent from one of the two.
-        paired=paired[rows] & (required < 0),
+        paired=paired & (required < 0),
+        weights=weights,
+        complete=complete,
         values=ours,
         full_values=mean_over_draws(ours[full], draws[full])[0],
         empty_values=empty_values,

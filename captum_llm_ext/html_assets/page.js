@@ -8,7 +8,6 @@ const at = (id) => document.getElementById(id);
 /* Numbers: what was computed, summed over the tokens of a view ------------------------------- */
 
 const nTarget = data.output_tokens.length;
-const nPrompt = data.input_tokens.length;
 const nOutput = data.output_features ? data.output_features.length : 0;
 const unit = { log_prob: "nats", logit: "logits", prob: "" }[data.attr_target] ?? "";
 
@@ -37,7 +36,7 @@ function sumRows(values, errors, from, to, width) {
 }
 
 function rowsView(from, to) {
-  const prompt = sumRows(data.token_attr, data.token_attr_se, from, to, nPrompt);
+  const prompt = sumRows(shown.attr, shown.se, from, to, shown.names.length);
   const output = nOutput
     ? sumRows(data.output_attr, data.output_attr_se, from, to, nOutput)
     : { value: new Float64Array(0), error: new Float64Array(0) };
@@ -45,9 +44,9 @@ function rowsView(from, to) {
 }
 
 function columnView(index) {
-  const value = Float64Array.from(data.token_attr, (row) => known(row[index]));
-  const error = Float64Array.from(data.token_attr, (_, t) => {
-    const spread = data.token_attr_se && data.token_attr_se[t];
+  const value = Float64Array.from(shown.attr, (row) => known(row[index]));
+  const error = Float64Array.from(shown.attr, (_, t) => {
+    const spread = shown.se && shown.se[t];
     return known(spread && spread[index]);
   });
   return { kind: "column", index, tokens: { value, error } };
@@ -59,9 +58,28 @@ const peak = (values, start = 0) => {
   for (const x of values) if (Math.abs(x) > most) most = Math.abs(x);
   return most;
 };
-let cellPeak = 0;
-for (const row of data.token_attr) cellPeak = peak(row, cellPeak);
-for (const row of data.output_attr || []) cellPeak = peak(row, cellPeak);
+
+/* Levels: the prompt by its features, or by the larger parts that these make up. */
+const parts = (rows, partOf, width, from, to) => rows && rows.map((row) => {
+  const sums = new Float64Array(width);
+  if (row) row.forEach((x, j) => { sums[partOf[j]] += from(known(x)); });
+  else sums.fill(NaN);
+  return sums.map(to);
+});
+function levelOf({ name, parts: names, part_of: partOf }) {
+  const attr = parts(data.token_attr, partOf, names.length, (x) => x, (x) => x);
+  return { name, names, partOf, attr, se: parts(data.token_attr_se, partOf, names.length, (x) => x * x, Math.sqrt) };
+}
+const finest = { name: "finest", names: data.input_tokens, partOf: data.input_tokens.map((_, j) => j), attr: data.token_attr, se: data.token_attr_se };
+const levels = [() => finest, ...(data.levels || []).map((level) => () => levelOf(level)).reverse()];
+let shown = finest;
+function peakOfCells() {
+  let most = 0;
+  for (const row of shown.attr) most = peak(row, most);
+  for (const row of data.output_attr || []) most = peak(row, most);
+  return most;
+}
+let cellPeak = peakOfCells();
 
 function ownPeak(view) {
   if (view.kind === "column") return peak(view.tokens.value);
@@ -161,14 +179,16 @@ function joined(pieces) {
 }
 
 if (data.prompt_layout === "list") at("prompt").classList.add("list");
-const promptPieces = layOut(at("prompt"), "prompt", joined(data.prompt));
+const layOutPrompt = () => layOut(at("prompt"), "prompt", joined(data.prompt.map(
+  ({ text, feature }) => ({ text, feature: feature === null ? null : shown.partOf[feature] }))));
+let promptPieces = layOutPrompt();
 const answerPieces = layOut(at("answer"), "answer", data.output.map((p, token) => ({ ...p, token })));
 const pieces = { prompt: promptPieces, answer: answerPieces };
 
 /* Where the strong parts of a long text are: marks beside its scroll bar. */
-function ruler(box, marks) {
+function ruler(box, marksOf) {
   const canvas = box.nextElementSibling;
-  let places = [], colours = [];
+  let marks = [], places = [], colours = [];
   const measure = () => {
     /* Asking for styles while painting would compute them twice. */
     const style = getComputedStyle(root);
@@ -177,6 +197,7 @@ function ruler(box, marks) {
     canvas.hidden = !long;
     canvas.width = 12;
     canvas.height = box.clientHeight;
+    marks = marksOf();
     places = long ? marks.map((piece) => piece.el.offsetTop / box.scrollHeight) : [];
   };
   const draw = () => {
@@ -195,7 +216,8 @@ function ruler(box, marks) {
   });
   return { measure, draw };
 }
-const rulers = [ruler(at("prompt"), promptPieces), ruler(at("answer"), answerPieces)];
+const rulers = [ruler(at("prompt"), () => promptPieces), ruler(at("answer"), () => answerPieces)];
+const remeasure = () => { for (const { measure, draw } of rulers) { measure(); draw(); } };
 
 /* State: what is kept, what is pointed at ------------------------------------------------------ */
 
@@ -321,7 +343,7 @@ function strongest(view, count) {
     gather(view.tokens, (t) => [answerPieces[t]], "answer", (t) => data.output[t].text);
   } else {
     const owners = (all) => (j) => all.filter((piece) => piece.feature === j);
-    gather(view.prompt, owners(promptPieces), "prompt", (j) => data.input_tokens[j]);
+    gather(view.prompt, owners(promptPieces), "prompt", (j) => shown.names[j]);
     gather(view.output, owners(answerPieces), "answer", (j) => data.output_features[j]);
   }
   return rows.sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, count);
@@ -352,8 +374,8 @@ function tableRow(row, most) {
 
 function drawPanel(view) {
   const rows = view.kind === "rows", count = rows ? view.to - view.from : 0;
-  at("chosen-name").textContent = rows ? tokensText(view.from, view.to) : quoted(data.input_tokens[view.index]);
-  at("chosen-place").textContent = !rows ? "part " + (view.index + 1) + " of " + nPrompt + " of the prompt"
+  at("chosen-name").textContent = rows ? tokensText(view.from, view.to) : quoted(shown.names[view.index]);
+  at("chosen-place").textContent = !rows ? "part " + (view.index + 1) + " of " + shown.names.length + " of the prompt"
     : count === nTarget ? nTarget + (nTarget === 1 ? " token" : " tokens, summed")
     : count === 1 ? "token " + (view.from + 1) + " of " + nTarget
     : "tokens " + (view.from + 1) + "–" + view.to + " of " + nTarget + ", summed";
@@ -368,7 +390,8 @@ function drawPanel(view) {
   at("top").tBodies[0].replaceChildren(...strongest(view, 10).map((row) => tableRow(row, most)));
   const notes = [];
   if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause.");
-  if (rows && count > 1 && data.token_attr_se) notes.push("Errors of a sum take its tokens as independent.");
+  const summed = [rows && count > 1 ? "tokens" : "", shown === finest ? "" : "parts"].filter(Boolean);
+  if (summed.length && data.token_attr_se) notes.push("Errors of a sum take its " + summed.join(" and ") + " as independent.");
   if (rows && count > 1 && data.attr_target === "prob") notes.push("A sum of the tokens' probabilities, not the probability of all of them.");
   if (data.token_attr_se) notes.push("± is one standard error; what lies within 1.96 of them is pale.");
   if (root.classList.contains("signed")) notes.push("Solid underline raises, dashed lowers.");
@@ -391,7 +414,7 @@ function describeToken(view) {
 }
 
 function describeColumn(view) {
-  const name = quoted(data.input_tokens[view.index]), [first] = strongest(view, 1);
+  const name = quoted(shown.names[view.index]), [first] = strongest(view, 1);
   if (!first) return name + " changed no token of the answer";
   return name + " mattered most for " + quoted(data.output[first.i].text) + ": " + describeCell(view.tokens, first.i);
 }
@@ -402,8 +425,8 @@ function describe(view) {
   const target = view.kind === "rows" ? tokensText(view.from, view.to) : quoted(piece.text);
   const cell = cellOf(view, piece);
   if (cell) {
-    const cause = view.kind === "column" ? data.input_tokens[view.index]
-      : piece.side === "prompt" ? data.input_tokens[piece.feature] : data.output_features[piece.feature];
+    const cause = view.kind === "column" ? shown.names[view.index]
+      : piece.side === "prompt" ? shown.names[piece.feature] : data.output_features[piece.feature];
     return quoted(cause) + " → " + target + ": " + describeCell(...cell);
   }
   if (view.kind === "column") return whole;
@@ -537,12 +560,36 @@ addEventListener("pointerup", () => {
 });
 addEventListener("pointercancel", () => { dragging = null; });
 
+/* What is kept stays kept: as the part that holds it, or the first that it holds. */
+function setLevel(number) {
+  const first = pinned && pinned.kind === "column" ? shown.partOf.indexOf(pinned.index) : -1;
+  shown = levels[number]();
+  views.clear();
+  cellPeak = peakOfCells();
+  at("prompt").replaceChildren();
+  promptPieces = pieces.prompt = layOutPrompt();
+  if (first >= 0) pinned = { kind: "column", index: shown.partOf[first] };
+  pointed = null;
+  remeasure();
+}
+
+function offerLevels() {
+  [finest.name, ...(data.levels || []).map((level) => level.name).reverse()].forEach((name, i) => {
+    const label = make("label"), input = make("input");
+    Object.assign(input, { type: "radio", name: "level", value: i, checked: i === 0 });
+    label.append(input, make("span", "", name));
+    at("levels").append(label);
+  });
+  at("levels").hidden = levels.length < 2;
+}
+
 function clear() { pinned = null; pointed = null; render(); }
 at("clear").addEventListener("click", clear);
 addEventListener("keydown", (event) => { if (event.key === "Escape") clear(); });
 
 at("tools").addEventListener("change", (event) => {
-  if (event.target.name === "colour") root.classList.replace(...(event.target.value === "absolute" ? ["signed", "absolute"] : ["absolute", "signed"]));
+  if (event.target.name === "level") setLevel(Number(event.target.value));
+  else if (event.target.name === "colour") root.classList.replace(...(event.target.value === "absolute" ? ["signed", "absolute"] : ["absolute", "signed"]));
   else commonScale = event.target.value === "common";
   render();
 });
@@ -574,12 +621,12 @@ function provenance() {
 root.classList.add("signed");
 at("about").textContent = about();
 provenance();
+offerLevels();
 render();
 /* In a notebook the page sits in a frame that should be as high as its content. */
 let frame = null;
 try { frame = window.frameElement; } catch { /* a frame of another origin keeps its height */ }
 if (window.parent !== window) root.classList.add("framed");
-const remeasure = () => { for (const { measure, draw } of rulers) { measure(); draw(); } };
 new ResizeObserver(() => {
   remeasure();
   if (frame) frame.style.height = Math.ceil(document.body.getBoundingClientRect().height) + "px";

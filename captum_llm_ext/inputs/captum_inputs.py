@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,18 @@ from captum.attr import InterpretableInput, ProductBaselines, TextTemplateInput,
 from torch import Tensor
 
 from captum_llm_ext import tokens
-from captum_llm_ext.baselines import Baseline, Deletion, Slot, TokenBaseline, draw_generator
+from captum_llm_ext.baselines import (
+    Baseline,
+    Deletion,
+    LanguageModel,
+    Slot,
+    TokenBaseline,
+    draw_generator,
+    template_slots,
+    with_model,
+)
+from captum_llm_ext.baselines.candidates import Match
+from captum_llm_ext.baselines.corpus import CorpusBaselines
 from captum_llm_ext.inputs.prompt import (
     Piece,
     Prompt,
@@ -100,8 +112,7 @@ class _TemplatePrompt(Prompt):
         self.pieces = found or [Piece(name, i) for i, name in enumerate(self.names)]
         # What may be called with a slot is a baseline of this package, and speaks of output too.
         baseline = inp.baselines if _takes_slot(inp.baselines) else None
-        self._slots = None if baseline is None else self._find_slots(found)
-        self._draw_slot = cast(Baseline, baseline)
+        self._slots = None if baseline is None else template_slots(inp)
         self.baseline = cast(Baseline, baseline or Deletion())
         self.deterministic = not callable(inp.baselines)
 
@@ -124,31 +135,22 @@ class _TemplatePrompt(Prompt):
             rows.append(RenderedPrompt(_text_ids(self._tokenizer, self._format(values))))
         return rows
 
-    def _find_slots(self, pieces: Sequence[Piece] | None) -> list[Slot]:
-        """The place of every value in the text, in the order of the values."""
-        if pieces is None:
-            raise ValueError(
-                "the values cannot be found in the text that the template makes of them: a "
-                "baseline that looks at their surroundings needs that. Give lists of values, or "
-                "`TextSegmentInput`."
-            )
-        places: dict[int, tuple[int, int]] = {}
-        position = 0
-        for piece in pieces:
-            if piece.feature is not None:
-                places[piece.feature] = (position, position + len(piece.text))
-            position += len(piece.text)
-        return [
-            Slot(self.text, *places.get(i, (0, 0)), index=i, feature=self.columns[i])
-            for i in range(len(self.names))
-        ]
+    def with_model(self, model: LanguageModel) -> Prompt:
+        changed = copy(self)
+        changed.baseline = with_model(self.baseline, model)
+        return changed
+
+    def matches(self) -> list[Match] | None:
+        explain = getattr(self.baseline, "explain", None)
+        slots = self._slots
+        return None if explain is None or slots is None else [explain(slot) for slot in slots]
 
     def _draw(self, seed: int, draw: int) -> list[str]:
         baselines = self._inp.baselines
         if self._slots is not None:
             generators = [draw_generator(seed, draw, slot.feature) for slot in self._slots]
             pairs = zip(self._slots, generators, strict=True)
-            return [_as_text(self._draw_slot(s, g), s) if s.text else "" for s, g in pairs]
+            return [_as_text(self.baseline(s, g), s) if s.text else "" for s, g in pairs]
         if isinstance(baselines, ProductBaselines):
             drawn: Any = _draw_product(baselines, draw_generator(seed, draw))
         else:
@@ -224,6 +226,8 @@ class _MergedPrompt(Prompt):
             )
         self._prompt = prompt
         groups = _renumber(mask)
+        if isinstance(prompt, TextSegmentInput):
+            prompt = self._prompt = prompt.drawn_together(groups)
         self._groups = torch.tensor(groups)
         self.n_features = max(groups) + 1
         self.text, self.baseline = prompt.text, prompt.baseline
@@ -247,6 +251,15 @@ class _MergedPrompt(Prompt):
     ) -> list[RenderedPrompt]:
         return self._prompt.render(masks[:, self._groups], generator, draws)
 
+    def with_model(self, model: LanguageModel) -> Prompt:
+        changed = copy(self)
+        changed._prompt = self._prompt.with_model(model)
+        changed.baseline = changed._prompt.baseline
+        return changed
+
+    def matches(self) -> list[Match] | None:
+        return self._prompt.matches()
+
 
 def _text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     # As captum does it: with the tokenizer's own special tokens, whatever the text holds.
@@ -255,6 +268,8 @@ def _text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 def _takes_slot(baselines: object) -> bool:
     """Whether it is to be called with a slot and a generator; captum's callables take nothing."""
+    if isinstance(baselines, CorpusBaselines):
+        return True  # it takes both
     if not callable(baselines) or isinstance(baselines, ProductBaselines):
         return False
     parameters = inspect.signature(baselines).parameters.values()

@@ -2,6 +2,8 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext import tokens
-from captum_llm_ext.baselines import Slot, as_baseline
+from captum_llm_ext.baselines import LanguageModel, Slot, as_baseline, with_model
+from captum_llm_ext.baselines.candidates import Match
 from captum_llm_ext.inputs.prompt import Piece, Replacements
 from captum_llm_ext.segment import Unit, segment
 
@@ -29,6 +32,7 @@ class GeneratedText:
         baselines: What stands where a feature is absent, as for `TextSegmentInput`.
         prompt_text: The text before, as context for baselines.
         prompt_ids: Its ids, so that a leading space of the first token is seen.
+        model: For baselines that ask one.
 
     Attributes:
         n_features: Number of features, ``G``.
@@ -48,6 +52,7 @@ class GeneratedText:
         baselines: Any = None,
         prompt_text: str = "",
         prompt_ids: Sequence[int] = (),
+        model: LanguageModel | None = None,
     ) -> None:
         self.ids = tuple(ids)
         self._start = tokens.start_id(tokenizer)
@@ -56,8 +61,14 @@ class GeneratedText:
         self.groups = _groups(self.ids, texts, tokenizer, unit)
         self.n_features = 1 + max((g for g in self.groups if g is not None), default=-1)
         self.pieces = [Piece(t, g) for t, g in zip(texts, self.groups, strict=True)]
-        slots = _slots(self.ids, texts, self.groups, prompt_text, unit)
-        baseline = as_baseline(baselines, tokenizer, self.n_features)
+        counter = partial(tokens.count_in_place, tokenizer)
+        slots = [
+            replace(slot, n_tokens=counter)
+            for slot in _slots(self.ids, texts, self.groups, prompt_text, unit)
+        ]
+        baseline = as_baseline(baselines, tokenizer, slots)
+        if model is not None:
+            baseline = with_model(baseline, model)
         self.names = list(self.labels) if unit == "token" else [slot.text for slot in slots]
         self._replacements = Replacements(baseline, slots, tokenizer)
         self.deterministic = self._replacements.deterministic
@@ -82,6 +93,10 @@ class GeneratedText:
         return [
             group if before == group else None for before, group in pairwise([None, *self.groups])
         ]
+
+    def matches(self, n: int) -> list[Match] | None:
+        """How the baseline found candidates for the first `n` features, if it is one that tells."""
+        return self._replacements.matches(n)
 
     def render(
         self,

@@ -1,4 +1,4 @@
-"""Spans tied into one feature, however far apart they stand."""
+"""Spans tied into one feature, however far apart they stand, and what kind of thing they are."""
 
 from collections.abc import Mapping, Sequence
 
@@ -48,22 +48,56 @@ def tie(names: Sequence[str], groups: Groups | None) -> tuple[list[int], list[st
     return feature_of, shown
 
 
+def label_spans(
+    names: Sequence[str], labels: Sequence[str | None] | Mapping[str | int, str] | None
+) -> list[str | None]:
+    """The label of every span.
+
+    Args:
+        names: One per span, in reading order.
+        labels: One per span; or a mapping from names or numbers of spans. None: no labels.
+
+    Raises:
+        ValueError: If there are more or fewer labels than spans, or a key is no span.
+        TypeError: If a key is neither a name nor a number, or a label no text.
+    """
+    found: list[str | None] = [None] * len(names)
+    if isinstance(labels, Mapping):
+        for key, label in labels.items():
+            found[_find(names, key)] = label
+    elif labels is not None:
+        if isinstance(labels, str) or len(labels) != len(names):
+            raise ValueError(
+                f"`labels` has {len(labels)} entries for {len(names)} spans: give one (or None) "
+                "each, or a mapping from spans to labels."
+            )
+        found = list(labels)
+    wrong = [label for label in found if label is not None and not isinstance(label, str)]
+    if wrong:
+        raise TypeError(f"`labels` holds {wrong[0]!r}: a label is a text such as 'city'.")
+    return found
+
+
 def _find(names: Sequence[str], member: str | int) -> int:
     if isinstance(member, int) and not isinstance(member, bool):
         if not 0 <= member < len(names):
             raise ValueError(
-                f"a group names span {member}: there are {len(names)}, numbered from 0."
+                f"a group or label names span {member}: there are {len(names)}, numbered from 0."
             )
         return member
     if not isinstance(member, str):
-        raise TypeError(f"a group holds {member!r}: give the text or the number of a span.")
+        raise TypeError(
+            f"a group or label holds {member!r}: give the text or the number of a span."
+        )
     found = [i for i, name in enumerate(names) if name.strip() == member.strip()]
     if not found:
         known = ", ".join(repr(shorten(name.strip())) for name in names[:12])
-        raise ValueError(f"a group names {member!r}, which is no span: the spans are {known}…")
+        raise ValueError(
+            f"a group or label names {member!r}, which is no span: the spans are {known}…"
+        )
     if len(found) > 1:
         raise ValueError(
-            f"a group names {member!r}, which {len(found)} spans are: say which by number, "
-            f"one of {found}."
+            f"a group or label names {member!r}, which {len(found)} spans are: say which by "
+            f"number, one of {found}."
         )
     return found[0]

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext import tokens
-from captum_llm_ext.baselines import Baseline, Slot, draw_generator, is_deterministic
+from captum_llm_ext.baselines import (
+    Baseline,
+    LanguageModel,
+    Slot,
+    draw_generator,
+    is_deterministic,
+    template_parts,
+    with_model,
+)
+from captum_llm_ext.baselines.candidates import Match
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,14 @@ class Prompt(ABC):
             One rendered prompt per coalition.
         """
 
+    def with_model(self, model: LanguageModel) -> "Prompt":
+        """The prompt with a model for baselines that ask one; itself if none does."""
+        return self
+
+    def matches(self) -> list[Match] | None:
+        """How the baseline found candidates for each place, if it is one that tells."""
+        return None
+
 
 class Replacements:
     """The ids that stand where features are absent, draw by draw.
@@ -106,6 +123,19 @@ class Replacements:
         self._slots = slots
         self._tokenizer = tokenizer
         self._in_place: dict[tuple[str, str], tuple[int, ...]] = {}
+
+    def with_model(self, model: LanguageModel) -> "Replacements":
+        """The same with a model for the baseline to ask."""
+        return Replacements(with_model(self._baseline, model), self._slots, self._tokenizer)
+
+    def over(self, slots: Sequence[Slot]) -> "Replacements":
+        """The same for other slots."""
+        return Replacements(self._baseline, slots, self._tokenizer)
+
+    def matches(self, n: int | None = None) -> list[Match] | None:
+        """How the baseline found candidates for the first `n` slots, if it is one that tells."""
+        explain = getattr(self._baseline, "explain", None)
+        return None if explain is None else [explain(slot) for slot in self._slots[:n]]
 
     def draws(
         self, n_rows: int, generator: torch.Generator, draws: Tensor | None
@@ -157,36 +187,9 @@ class Replacements:
 def template_pieces(
     template: str | Callable[..., str], values: Sequence[str] | Mapping[str, str]
 ) -> list[Piece] | None:
-    """The text that a template makes, cut into values (numbered) and what is around them.
-
-    Returns:
-        The pieces in reading order, or None if the values cannot be found: a template function
-        may do anything with them.
-    """
-    opening, closing = "\ue000", "\ue001"
-    make = template.format if isinstance(template, str) else template
-    given = list(values.values() if isinstance(values, Mapping) else values)
-    marked = [f"{opening}{i}{closing}{value}{closing}" for i, value in enumerate(given)]
-
-    def text(parts: Sequence[str]) -> str:
-        if isinstance(values, Mapping):
-            return make(**dict(zip(values, parts, strict=True)))
-        return make(*parts)
-
-    try:
-        first, *rest = text(marked).split(opening)
-        pieces = [Piece(first, None)]
-        for part in rest:
-            number, value, after = part.split(closing)
-            pieces += [Piece(value, int(number)), Piece(after, None)]
-    except Exception:  # whatever a function does with values that it does not expect
-        return None
-    if "".join(piece.text for piece in pieces) != text(given):
-        return None
-    found = [piece.feature for piece in pieces if piece.feature is not None]
-    if sorted(found) != list(range(len(given))):
-        return None  # a value left out, or used twice
-    return [piece for piece in pieces if piece.text]
+    """The text that a template makes, its values numbered; None if they cannot be found in it."""
+    parts = template_parts(template, values)
+    return None if parts is None else [Piece(text, number) for text, number in parts if text]
 
 
 def draw_seed(generator: torch.Generator) -> int:

@@ -2,16 +2,27 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from functools import partial
 from itertools import groupby, takewhile
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_llm_ext import tokens
-from captum_llm_ext.baselines import Slot, as_baseline, for_generated
-from captum_llm_ext.inputs.groups import Groups, tie
+from captum_llm_ext.baselines import (
+    LanguageModel,
+    Slot,
+    as_baseline,
+    for_generated,
+    with_model,
+    with_siblings,
+)
+from captum_llm_ext.baselines.candidates import Match
+from captum_llm_ext.inputs.groups import Groups, label_spans, tie
 from captum_llm_ext.inputs.ownership import Ownership, own
 from captum_llm_ext.inputs.prompt import (
     Level,
@@ -44,15 +55,18 @@ class TextSegmentInput(InterpretableInput, Prompt):
             finest and levels of all: ``("paragraph", "sentence", "word")``.
         baselines: What stands where a feature is absent: None (nothing: the tokens are deleted), a
             token id, a token of the vocabulary, a list with one text (or list of texts to draw
-            from) per span, captum's `ProductBaselines` over such a list, or a callable
-            ``(slot, generator) -> text or ids``. Text takes the leading white space of the span
-            it replaces and is tokenised in place.
+            from) per span, a mapping from every span's label, number or text to such, captum's
+            `ProductBaselines`, or a callable ``(slot, generator) -> text or ids``. Text takes the
+            leading white space of the span it replaces and is tokenised in place.
         groups: Spans that are one feature, however far apart: lists of their texts or their
             numbers in reading order, or a mapping from the feature's name to such a list. A group
             stands where its first span does. Lists of replacement texts of equal length are drawn
             from at the same place for all spans of a group.
         fixed: What is never switched: ``(start, stop)`` spans, or texts, found in order.
         names: One name per span, for results. By default its text.
+        labels: What kind of thing a span is, for baselines that go by it (`CorpusBaselines(...,
+            labels={"city": [...]})`, a mapping, captum's `ProductBaselines` over a dict): one label
+            (or None) per span, or a mapping from a span's text or number to its label.
         add_special_tokens: Whether the tokenizer adds its BOS and the like. Text that already
             begins with BOS gets no second one.
         special_tokens_are_features: Whether BOS and other special tokens are features too.
@@ -65,8 +79,8 @@ class TextSegmentInput(InterpretableInput, Prompt):
 
     Raises:
         ValueError: If the text is empty, the unit unknown, spans overlap or leave the text, a span
-            of the user's owns no whole token, a group names what is no span, or `baselines` or
-            `names` has the wrong number of entries.
+            of the user's owns no whole token, a group or label names what is no span, or
+            `baselines`, `names` or `labels` has the wrong number of entries.
         TypeError: If an argument is of the wrong kind.
     """
 
@@ -80,6 +94,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
         groups: Groups | None = None,
         fixed: Sequence[tuple[int, int]] | Sequence[str] = (),
         names: Sequence[str] | None = None,
+        labels: Sequence[str | None] | Mapping[str | int, str] | None = None,
         add_special_tokens: bool = True,
         special_tokens_are_features: bool = False,
     ) -> None:
@@ -107,14 +122,55 @@ class TextSegmentInput(InterpretableInput, Prompt):
         self.n_features = self.n_itp_features = len(self.names)
         self.columns = list(range(self.n_features))
         kind = units[-1] if isinstance(units[-1], str) else None
-        self.slots = _slots(text, owned, feature_of, encoding, kind)
+        slots = _slots(text, owned, feature_of, encoding, kind)
+        counter = partial(tokens.count_in_place, tokenizer)
+        self.slots = with_siblings(
+            [
+                replace(slot, label=label, n_tokens=counter)
+                for slot, label in zip(slots, label_spans(shown, labels), strict=True)
+            ]
+        )
         self.levels = _levels(text, units, owned, self.slots)
         self.pieces = _pieces(text, self.slots, owned, encoding, tokenizer)
         self._chunks = _chunks(self.slots, owned.owners, self.ids)
-        replacement = as_baseline(baselines, tokenizer, len(self.spans))
+        self._replace_by(baselines)
+
+    def _replace_by(self, baselines: Any) -> None:
+        replacement = as_baseline(baselines, self.tokenizer, self.slots)
         self.baseline = for_generated(replacement)
-        self._replacements = Replacements(replacement, self.slots, tokenizer)
+        self._replacements = Replacements(replacement, self.slots, self.tokenizer)
         self.deterministic = self._replacements.deterministic
+
+    def with_baselines(self, baselines: Any) -> Self:
+        """A copy that differs in what stands where a feature is absent.
+
+        Args:
+            baselines: As of `TextSegmentInput`.
+
+        Raises:
+            ValueError, TypeError: As the constructor does.
+        """
+        changed = copy(self)
+        changed._replace_by(baselines)
+        return changed
+
+    def with_model(self, model: LanguageModel) -> Self:
+        """See `Prompt.with_model`."""
+        changed = copy(self)
+        changed._replacements = self._replacements.with_model(model)
+        changed.baseline = with_model(self.baseline, model)
+        return changed
+
+    def drawn_together(self, groups: Sequence[int]) -> Self:
+        """A copy in which features of one group (one number per feature) share their draws."""
+        changed = copy(self)
+        tied = [replace(slot, feature=groups[slot.feature]) for slot in self.slots]
+        changed._replacements = self._replacements.over(with_siblings(tied))
+        return changed
+
+    def matches(self) -> list[Match] | None:
+        """See `Prompt.matches`."""
+        return self._replacements.matches()
 
     @staticmethod
     def from_parts(
@@ -153,7 +209,8 @@ class TextSegmentInput(InterpretableInput, Prompt):
         )
         inner = units[1:] if named else units
         if not inner:
-            return TextSegmentInput(text, tokenizer, chosen, names=chosen.names, **arguments)
+            arguments = {"names": chosen.names, "labels": chosen.names} | arguments
+            return TextSegmentInput(text, tokenizer, chosen, **arguments)
         return TextSegmentInput(text, tokenizer, (chosen, *inner), **arguments)
 
     @staticmethod
@@ -172,8 +229,8 @@ class TextSegmentInput(InterpretableInput, Prompt):
             values: The values, in a list or by name.
             tokenizer: The model's tokenizer.
             mask: As in captum: values with equal numbers are one feature.
-            **arguments: As of `TextSegmentInput`; `baselines` has one entry per value, in the
-                order in which the values stand in the text.
+            **arguments: As of `TextSegmentInput`; `baselines` as a list has one entry per value, in
+                the order in which the values stand in the text. Names of values are labels.
 
         Raises:
             ValueError: If the values cannot be found in the text that the template makes.
@@ -200,8 +257,10 @@ class TextSegmentInput(InterpretableInput, Prompt):
                 [place for place, own in enumerate(labels) if own == label]
                 for label in dict.fromkeys(labels)
             ]
-        names = [given[i] for i in order]
-        return TextSegmentInput(text, tokenizer, spans, names=names, **arguments)
+        arguments.setdefault("names", [given[i] for i in order])
+        if isinstance(values, Mapping):
+            arguments.setdefault("labels", [str(keys[i]) for i in order])
+        return TextSegmentInput(text, tokenizer, spans, **arguments)
 
     def to_tensor(self) -> Tensor:
         """All features present: ones, shape ``(1, n_features)``."""

@@ -1,0 +1,167 @@
+"""From features to candidates: what a corpus offers for one place, or for several at once."""
+
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from captum_llm_ext.baselines.candidates import Candidates, Match
+from captum_llm_ext.baselines.index import CorpusIndex
+from captum_llm_ext.baselines.place import Place
+from captum_llm_ext.baselines.search import Found, Query, Search, query_of
+from captum_llm_ext.baselines.tied import Occurrences, together
+
+# A slot is constant if at most this share of its occurrences differs: no match is without a slip.
+SLIPS = 0.05
+_LOCATED = ("both", "left", "right")
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What stands where a feature could stand: the places, and the texts with their counts."""
+
+    found: Found
+    texts: Counter[str]
+    constant: bool
+
+
+class Lookup:
+    """Looks features up in a corpus, each distinct question once.
+
+    Args:
+        index: The corpus.
+        search: Finds places in it.
+        exclude_original: Whether a feature's own text is no candidate.
+        min_occurrences: For what is said in warnings.
+        min_candidates: Fewer warn; 0 silences all warnings.
+        expects_context: Whether features that are found by less than their surroundings warn.
+    """
+
+    def __init__(
+        self,
+        index: CorpusIndex,
+        search: Search,
+        *,
+        exclude_original: bool,
+        min_occurrences: int,
+        min_candidates: int,
+        expects_context: bool,
+    ) -> None:
+        self._index, self._search = index, search
+        self._exclude_original = exclude_original
+        self._min_occurrences, self._min_candidates = min_occurrences, min_candidates
+        self._expects_context = expects_context
+        self._known: dict[Query, Candidates] = {}
+
+    def single(self, place: Place) -> Candidates:
+        """What may stand in one place."""
+        query = query_of(place, self._index)
+        if query not in self._known:
+            self._known[query] = self._find(query)
+            self._warn(query, self._known[query].match)
+        return self._known[query]
+
+    def joint(self, places: Sequence[Place], seed: int) -> Candidates | None:
+        """What stands together, in one document, in the places of one feature.
+
+        Returns:
+            None if no document has something for all of them; that warns.
+        """
+        original = tuple(place.core for place in places)
+        queries = [query_of(place, self._index) for place in places]
+        offers = [next(self._offers(query), None) for query in queries]
+        varying = [i for i, offer in enumerate(offers) if offer is None or not offer.constant]
+        if not varying:
+            return Candidates.counted(
+                "document", "_", {original: 1}, original, exclude_original=True
+            )
+        members = [self._occurrences(offers[i]) for i in varying]
+        found: Counter[tuple[str, ...]] = Counter()
+        for texts, n in together(members, torch.Generator().manual_seed(seed)).items():
+            whole = list(original)
+            for i, text in zip(varying, texts, strict=True):
+                whole[i] = text
+            found[tuple(whole)] += n
+        if not found.keys() - {original}:
+            self._say(
+                f"No document of the corpus has other texts for all places of the tied feature "
+                f"{' … '.join(original)!r}: each place is drawn by itself."
+            )
+            return None
+        surroundings = " … ".join("_" if o is None else o.found.surroundings for o in offers)
+        return Candidates.counted(
+            "document", surroundings, found, original, exclude_original=self._exclude_original
+        )
+
+    def nothing_fits(self, original: tuple[str, ...], match: Match) -> Candidates:
+        """The original, where no candidate has as many tokens; that warns."""
+        self._say(
+            f"None of the {match.n_candidates} candidates for {' … '.join(original)!r} has as many "
+            "tokens: its text stays. Leave `same_n_tokens` out, or give a larger corpus."
+        )
+        return Candidates.of(replace(match, n_candidates=0, examples=()), {original: 1.0})
+
+    def _occurrences(self, offer: _Offer | None) -> Occurrences:
+        if offer is None:
+            none = torch.zeros(0, dtype=torch.int64)
+            return Occurrences(none, none, [])
+        spans = offer.found.spans
+        return Occurrences(
+            self._index.document_of(spans.starts), spans.starts, self._index.text_of(spans)
+        )
+
+    def _find(self, query: Query) -> Candidates:
+        original = (query.core,)
+        offer = next(self._offers(query), None)
+        if offer is None:
+            return Candidates.of(Match("any", "_", 0, 0, False, ()), {original: 1.0})
+        return Candidates.counted(
+            offer.found.level,
+            offer.found.surroundings,
+            {(text,): n for text, n in offer.texts.items()},
+            original,
+            exclude_original=self._exclude_original,
+            constant=offer.constant,
+        )
+
+    def _offers(self, query: Query) -> Iterator[_Offer]:
+        """What the corpus has, the most alike surroundings first, as far as it is of use."""
+        for found in self._search(query):
+            texts = self._index.texts(found.spans)
+            seen, same = texts.total(), texts[query.core]
+            constant = found.level in _LOCATED and seen > 0 and seen - same <= SLIPS * seen
+            if seen > same or constant:
+                yield _Offer(found, texts, constant)
+
+    def _warn(self, query: Query, match: Match) -> None:
+        if match.n_candidates < self._min_candidates and not match.constant:
+            self._say(
+                f"The corpus has {match.n_candidates} other texts for {query.core!r} in "
+                f"{match.surroundings!r} (matched by {match.level}), fewer than "
+                f"`min_candidates`={self._min_candidates}. Give a larger corpus of the same kind "
+                "of text, or silence this with min_candidates=0."
+            )
+        elif self._expects_context and match.level not in _LOCATED:
+            self._expects_context = False
+            self._say(
+                f"No context of the corpus matched that of {query.core!r}: its surroundings do not "
+                f"occur {self._min_occurrences} times, so it was matched by {match.level}, and "
+                "other features may be; `matches(inp)` tells. Give a larger corpus of the same "
+                "kind of text, lower `min_occurrences`, or silence this with min_candidates=0."
+            )
+
+    def _say(self, message: str) -> None:
+        if self._min_candidates > 0:
+            warnings.warn(message, UserWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """How far up the stack the package was called from: a draw is asked for from many places."""
+    frame, level = inspect.currentframe(), 0
+    package = __name__.split(".")[0]
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return level

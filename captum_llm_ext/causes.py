@@ -1,0 +1,115 @@
+"""What results say of single features, of spans of the answer and of groups."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Cause(NamedTuple):
+    """One feature's share in a target token.
+
+    Attributes:
+        name: The feature.
+        attribution: In the unit of the value (nats for log-probabilities).
+        standard_error: 0 where the attribution is exact, NaN where it cannot be told.
+        column: Of `full_attr`.
+        is_output: Whether it is earlier output, not a part of the prompt.
+    """
+
+    name: str
+    attribution: float
+    standard_error: float
+    column: int
+    is_output: bool
+
+    def __str__(self) -> str:
+        name = self.name.strip()
+        name = name if any(map(str.isalnum, name)) else repr(self.name)
+        error = f" ± {self.standard_error:.2f}" if self.standard_error > 0 else ""
+        return f"{name}{' (output)' if self.is_output else ''} {self.attribution:+.2f}{error}"
+
+
+def strongest(
+    names: list[str], attributions: Tensor, errors: Tensor, n_prompt: int, k: int
+) -> list[Cause]:
+    """The `k` strongest causes by falling magnitude; zeros are no causes.
+
+    Args:
+        names: One per column.
+        attributions, errors: Shape ``(n_columns,)``.
+        n_prompt: Columns of the prompt, which come first.
+        k: How many at most.
+    """
+    order = attributions.abs().argsort(descending=True, stable=True)[:k].tolist()
+    return [
+        Cause(names[c], float(attributions[c]), float(errors[c]), c, c >= n_prompt)
+        for c in order
+        if attributions[c] != 0
+    ]
+
+
+@dataclass(frozen=True)
+class SpanAttribution:
+    """What made the model write the target tokens from `start` up to `stop`.
+
+    Attributes:
+        start, stop: The span; `stop` is the token after it.
+        tokens: Printable names of its tokens.
+        names: One per column of the result's `full_attr`.
+        values: Attributions ``(n_columns,)``, in the unit of the value, summed over the span.
+        standard_errors: Same shape.
+        n_prompt: Columns of the prompt, which come first.
+    """
+
+    start: int
+    stop: int
+    tokens: list[str]
+    names: list[str]
+    values: Tensor
+    standard_errors: Tensor
+    n_prompt: int
+
+    def top(self, k: int = 5) -> list[Cause]:
+        """The `k` strongest causes by falling magnitude; zeros are no causes."""
+        return strongest(self.names, self.values, self.standard_errors, self.n_prompt, k)
+
+    def __str__(self) -> str:
+        causes = ", ".join(map(str, self.top(3))) or "nothing in particular"
+        return f"{' '.join(self.tokens)}  ←  {causes}"
+
+
+class UnresolvedGroup(NamedTuple):
+    """Features that were not told apart everywhere, and what they share evenly for want of it.
+
+    Attributes:
+        names: Of the features.
+        columns: Of `full_attr`.
+        attributions: Shape ``(n_target,)``: what was shared evenly among them; a part of what
+            their columns hold.
+    """
+
+    names: list[str]
+    columns: list[int]
+    attributions: Tensor
+
+
+class Redundancy(NamedTuple):
+    """Two features that say the same: without either little is lost, without both much is.
+
+    Attributes:
+        target: Position of the target token.
+        names: Of the two features.
+        columns: Of `full_attr`.
+        alone: What is lost without the first, and without the second, in the unit of the value.
+        together: What is lost without both.
+        z_score: Of ``together`` less the sum of ``alone``, in standard errors; infinite where every
+            coalition was scored.
+    """
+
+    target: int
+    names: tuple[str, str]
+    columns: tuple[int, int]
+    alone: tuple[float, float]
+    together: float
+    z_score: float

@@ -1,0 +1,101 @@
+"""The command line: ``captum-llm-ext``, also ``python -m captum_llm_ext``.
+
+Results go to stdout, all else to stderr. The exit status is 0, 1 where the command could not be
+carried out, 2 where it was written wrongly, 130 after Ctrl-C.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+
+import captum_llm_ext
+from captum_llm_ext.cli import attribute, compare, demo, doctor, show
+from captum_llm_ext.cli.command import UsageError, note, say, shown_examples
+
+__all__ = ["main"]
+
+_COMMANDS = (demo, attribute, show, compare, doctor)
+_EXPECTED = (ValueError, TypeError, OSError, ImportError)  # their messages say what to do
+_BROKEN_PIPE = 141  # as of any program that SIGPIPE ends
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: Arguments; by default those of the process.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        SystemExit: With 2 if there is no such command or option, with 0 after ``--help``.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    arguments = parser.parse_args(given)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    arguments.command_line = shlex.join(["captum-llm-ext", *map(_without_folder, given)])
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        say("captum-llm-ext: interrupted")
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except Exception as error:
+        return _failed(error, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    run: Callable[[argparse.Namespace], int | None] = arguments.run
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", UserWarning)
+        warnings.showwarning = note
+        status = run(arguments) or 0
+    sys.stdout.flush()  # here, where a broken pipe is told apart from other errors
+    return status
+
+
+def _failed(error: Exception, arguments: argparse.Namespace) -> int:
+    if arguments.debug:
+        traceback.print_exception(error)
+    said = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.filename is not None:
+        said = f"{error.filename!r}: {error.strerror}"
+    say(f"captum-llm-ext: error: {said}")
+    if not isinstance(error, UsageError):
+        return 1
+    say(f"See: captum-llm-ext {arguments.command} --help")
+    return 2
+
+
+def _without_folder(argument: str) -> str:
+    """An argument as results keep it: of a path its last part, for results are shown to others."""
+    option = "".join(re.findall(r"\A(?:--[\w-]+=)?(?:\w+:)?", argument))
+    value = argument.removeprefix(option)
+    is_path = os.path.isabs(value) and os.path.isdir(os.path.dirname(value))
+    return option + os.path.basename(value) if is_path else argument
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="captum-llm-ext",
+        description="Why did the language model write that?",
+        epilog=shown_examples([command.EXAMPLES[0] for command in _COMMANDS]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"captum-llm-ext {captum_llm_ext.__version__}"
+    parser.add_argument("-V", "--version", action="version", version=version)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    for command in _COMMANDS:
+        command.add(commands)
+    return parser

@@ -1,0 +1,59 @@
+"""``captum-llm-ext attribute``: what made a model write its answer."""
+
+import argparse
+from typing import Any
+
+from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
+from captum_llm_ext.cli.job import Job, add_job, as_baselines
+from captum_llm_ext.cli.outputs import add_outputs, check_outputs, paint, write_outputs
+
+EXAMPLES = (
+    'attribute --model demo --prompt "Dave lives in Palm Coast, FL and is a lawyer. His personal '
+    'interests include" --baselines corpus:demo --save dave.safetensors',
+    "attribute --model Qwen/Qwen3-0.6B --prompt-file letter.txt --unit sentence --html letter.html",
+    "attribute --model ./my-model --chat chat.json --unit sentence --method partition "
+    "--max-new-tokens 60",
+    'attribute --model ./my-model --prompt "2 + 2 =" --target " 5" --method ablation --json - | jq',
+    "attribute --model ./my-model --prompt-file q.txt --sample --temperature 0.7 --tol 0.05",
+)
+_DESCRIPTION = """\
+Attributes every token that the model generates, or of a given target, to the prompt and to the
+tokens before it. Prints the strongest causes per token.
+"""
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "attribute",
+        run,
+        summary="explain what a model writes",
+        description=_DESCRIPTION,
+        examples=EXAMPLES,
+        usage="--model NAME --prompt TEXT [options]",
+    )
+    add_job(parser, several=False)
+    parser.add_argument("--top", type=positive, default=3, metavar="K", help="causes per token (3)")
+    add_outputs(parser, "html", "png", "json", "save")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Attributes, prints a table, writes what is wanted."""
+    check_outputs(arguments)
+    job = Job(arguments)
+    given = arguments.baselines or ["delete"]
+    if len(given) > 1:
+        raise UsageError(f"{len(given)} --baselines: `captum-llm-ext compare` runs several.")
+    attribution, inp = job.prepared(as_baselines(given[0], arguments.seed))
+    if arguments.baselines is None:
+        note(
+            "what is absent is deleted, which leaves text the model may never have seen: "
+            "--baselines corpus:FILE puts other text of the same kind there."
+        )
+    result = attribution.attribute(inp, **job.options)
+    result.provenance["command"] = arguments.command_line
+    say(f"answer: {''.join(piece.text for piece in result.output_pieces)}")
+    write_outputs(
+        arguments, result, result.table(arguments.top, paint=paint), result.plot_token_attr
+    )

@@ -1,0 +1,73 @@
+"""What every command has: a parser with examples, and the line to the user on stderr."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class UsageError(ValueError):
+    """Options that contradict one another: the command line has to be written otherwise."""
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    *,
+    summary: str,
+    description: str,
+    examples: Sequence[str],
+    usage: str = "[options]",
+) -> argparse.ArgumentParser:
+    """Adds a command.
+
+    Args:
+        commands: What `argparse.ArgumentParser.add_subparsers` gave.
+        name: The command.
+        run: Carries it out; returns the exit status, None for 0.
+        summary: One line, for the list of commands.
+        description: For the command's own help.
+        examples: Whole command lines, without the program's name.
+        usage: What comes after the command's name, in short.
+
+    Returns:
+        Its parser, to add options to.
+    """
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        usage=f"captum-llm-ext {name} {usage}",
+        description=description,
+        epilog=shown_examples(examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="show where an error came from, for bug reports"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def shown_examples(examples: Sequence[str]) -> str:
+    """Command lines as the end of a help text."""
+    return "\n".join(["examples:", *(f"  captum-llm-ext {example}" for example in examples)])
+
+
+def say(text: str) -> None:
+    """Tells the user something that is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def note(message: Warning | str, *_: object) -> None:
+    """A warning as a reader of the command line wants it: the sentence, not where it was said."""
+    say(f"note: {message}")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as the type of an option."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number

@@ -1,0 +1,144 @@
+"""``captum-llm-ext doctor``: what is installed, and whether numbers are right here."""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import captum_llm_ext
+from captum_llm_ext import _compat
+from captum_llm_ext.cli.command import add_command
+from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer
+from captum_llm_ext.cli.probe import Probe, probe
+
+EXAMPLES = (
+    "doctor",
+    "doctor Qwen/Qwen3-0.6B",
+    "doctor ./my-model --dtype bfloat16 --device-map auto",
+    "doctor --json | jq .probe.captum_is_right",
+)
+_DESCRIPTION = """\
+Tells what is installed and runs a short model check: are the values those of plain uncached
+forwards, which shortcuts does scoring take with this model, and does captum's own default
+(use_cached_outputs=True) give right numbers with it? Exit status 1 if the values are not right.
+"""
+_OPTIONAL = ("matplotlib", "sentencex", "datasets", "shap", "pandas")
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "doctor",
+        run,
+        summary="check the installation and a model",
+        description=_DESCRIPTION,
+        examples=EXAMPLES,
+        usage="[MODEL] [options]",
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=DEMO,
+        metavar="MODEL",
+        help=f"a Hugging Face name or a folder (default: {DEMO}, which comes with the package)",
+    )
+    add_loading(parser)
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what it finds; 1 if the package's own values are wrong."""
+    machine = _machine()
+    if not arguments.json:
+        print("\n".join(f"{name:<15} {value}" for name, value in machine.items()), flush=True)
+    tokenizer = load_tokenizer(arguments.model)
+    model = load_model(arguments.model, arguments)
+    about = _about(arguments.model, model, tokenizer)
+    found = probe(model, tokenizer)
+    if arguments.json:
+        content = {"machine": machine, "model": about, "probe": found.to_dict()}
+        print(json.dumps(content, ensure_ascii=False))
+    else:
+        print(f"\n{', '.join(about.values())}")
+        print("\n".join(f"  {line}" for line in _lines(found)))
+    return 0 if found.is_right else 1
+
+
+def _machine() -> dict[str, str]:
+    versions = {name: version or "" for name, version in _compat.versions().items()}
+    versions["captum-llm-ext"] = captum_llm_ext.__version__
+    optional = {name: _version(name) for name in _OPTIONAL}
+    free = _compat.free_memory()
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return {
+        **versions,
+        **{name: version for name, version in optional.items() if version},
+        "python": f"{platform.python_version()} on {platform.system()}",
+        "cpu": threads if free is None else f"{threads}, {free / 2**30:.1f} GB free",
+        "gpu": ", ".join(_gpus()) or "none",
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> Iterator[str]:
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        name = torch.cuda.get_device_name(i)
+        yield f"{name} ({free / 2**30:.0f} of {total / 2**30:.0f} GB free)"
+    if torch.backends.mps.is_available():
+        yield "mps"
+
+
+def _about(name: str, model: Any, tokenizer: Any) -> dict[str, str]:
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    n_positions = _compat.longest_sequence(model)
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    return {
+        "name": name,
+        "class": type(model).__name__,
+        "parameters": f"{n_parameters / 1e6:,.1f} million parameters in {' and '.join(dtypes)}",
+        "device": f"on {_compat.input_device(model)}",
+        "positions": "no limit of positions" if n_positions is None else f"{n_positions} positions",
+        "chat_template": "a chat template" if has_template else "no chat template",
+    }
+
+
+def _lines(found: Probe) -> Iterator[str]:
+    verdict = "right" if found.is_right else "WRONG"
+    yield (
+        f"{verdict:<6} values: within {found.error:.1g} nats of a plain uncached forward on "
+        f"{found.n_rows} rows (rounding in {found.dtype}: {found.rounding:g})"
+    )
+    if found.shared is None:
+        yield f"no     shared beginnings: {found.why_not_shared or 'every row is computed whole'}"
+    else:
+        yield f"yes    shared beginnings: {found.shared:.0%} of the positions were computed"
+    yield {
+        "positions": "yes    logits of single positions",
+        "count": "partly logits of the last positions only, not of single ones",
+    }.get(found.logits or "", "no     logits of single positions: all of them are computed")
+    yield _captum_line(found)
+
+
+def _captum_line(found: Probe) -> str:
+    if found.captum_error is None:
+        return f"–      captum's own default: fails here ({found.captum_failed})"
+    if found.captum_is_right:
+        return f"right  captum's own default: within {found.captum_error:.1g} nats of no cache"
+    return (
+        f"WRONG  captum's own default (use_cached_outputs=True): off by up to "
+        f"{found.captum_error:.2g} nats: give use_cached_outputs=False there"
+    )

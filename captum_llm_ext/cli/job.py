@@ -1,0 +1,308 @@
+"""An attribution as its options describe it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+from captum_llm_ext.attribution import GenerationAttribution
+from captum_llm_ext.baselines.corpus import CorpusBaselines
+from captum_llm_ext.cli.command import UsageError, positive
+from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, location
+from captum_llm_ext.demo import folder
+from captum_llm_ext.inputs import ChatInput, TextSegmentInput
+from captum_llm_ext.segment import segmenter
+
+METHODS = {
+    "ablation": "captum.attr:FeatureAblation",
+    "shapley": "captum.attr:ShapleyValues",
+    "sampling": "captum.attr:ShapleyValueSampling",
+    "kernel": "captum.attr:KernelShap",
+    "lime": "captum.attr:Lime",
+    "partition": "captum_llm_ext.partition_shap:PartitionShap",
+}
+_BASELINES = """\
+baselines: what stands where a word is absent
+  delete        nothing
+  <pad>         a token of the vocabulary (token:TEXT where it reads like another line of these)
+  corpus:FILE   text from the same surroundings in a file: a document a line, or .jsonl with the
+                field "text"; corpus:demo is the tiny model's
+  index:FILE    the same from what CorpusBaselines.save wrote
+"""
+Prompt = str | Mapping[str, Any]
+
+
+def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
+    """Adds the options of a run.
+
+    Args:
+        parser: The command's parser.
+        several: Whether baselines are given several times; then nothing is required, for there is
+            another way to use the command.
+    """
+    required = not several
+    what = parser.add_argument_group("what is explained")
+    what.add_argument(
+        "--model",
+        required=required,
+        metavar="NAME",
+        help=f"'{DEMO}' (comes with the package), a Hugging Face name, or a folder",
+    )
+    add_loading(what)
+    prompt = what.add_mutually_exclusive_group(required=required)
+    prompt.add_argument("--prompt", metavar="TEXT", help="what the model continues")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same in a file; - is stdin")
+    prompt.add_argument(
+        "--chat",
+        metavar="JSON",
+        help='a chat, [{"role": "user", "content": "…"}, …] or {"messages": […], "tools": […]}: '
+        "JSON, a file with it, or - for stdin",
+    )
+    _add_target(what)
+    how = parser.add_argument_group("how")
+    _add_method(how)
+    _add_settings(how)
+    how.add_argument(
+        "--baselines",
+        action="append",
+        metavar="WHAT",
+        help=f"see below{'; twice or more' if several else ' (default: delete)'}",
+    )
+    parser.epilog = f"{_BASELINES}\n{parser.epilog}"
+
+
+def _add_target(group: Any) -> None:
+    add = group.add_argument
+    add("--target", metavar="TEXT", help="the text to explain (default: what the model generates)")
+    add("--max-new-tokens", type=positive, metavar="N", help="generate at most N (default: 25)")
+    add("--sample", action="store_true", help="generate at random, seeded (default: greedily)")
+    add("--temperature", type=float, metavar="X", help="of --sample")
+    add("--top-p", type=float, metavar="X", help="of --sample")
+
+
+def _add_method(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--method",
+        type=method_name,
+        choices=METHODS,
+        metavar="METHOD",
+        default="sampling",
+        help=f"{', '.join(METHODS)} (default: sampling, Shapley values by random orders)",
+    )
+    add(
+        "--unit",
+        metavar="UNIT",
+        help="prompt features: token, word, sentence, line, paragraph, block, of a chat also turn; "
+        "several from coarse to fine with commas (default: word, of a chat turn)",
+    )
+    add(
+        "--output-unit",
+        default="token",
+        metavar="UNIT",
+        help="features of the generated text, or 'none' to hold it fixed (default: token)",
+    )
+    add("--roles", metavar="ROLES", help="of a chat: whose turns are features (user,system)")
+
+
+def _add_settings(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--attr-target",
+        choices=("log_prob", "prob", "logit"),
+        default="log_prob",
+        help="the value that is explained (default: log_prob)",
+    )
+    add("--n-samples", type=positive, metavar="N", help="budget, as of the method in captum")
+    add("--tol", type=float, metavar="X", help="sample until the errors are below X of the range")
+    add(
+        "--max-evaluations", type=positive, metavar="N", help="with --tol: stop there at the latest"
+    )
+    add("--batch-size", type=positive, metavar="N", help="default: what memory allows")
+    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def method_name(text: str) -> str:
+    """A key of `METHODS`; captum's class names mean the same."""
+    classes = {path.partition(":")[2]: name for name, path in METHODS.items()}
+    return classes.get(text, text)
+
+
+def method(name: str, model: Any) -> Any:
+    """The attribution method over a model."""
+    module, _, cls = METHODS[name].partition(":")
+    return getattr(import_module(module), cls)(model)
+
+
+class Job:
+    """A run: its prompt, its model, its settings.
+
+    What needs no model is checked on construction, what needs the tokenizer alone before the model
+    is loaded.
+
+    Args:
+        arguments: Options of `add_job`.
+
+    Raises:
+        UsageError: If options contradict one another.
+        ValueError: If the prompt, a unit or the model's name is none.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._gen_args = _gen_args(arguments)
+        self._prompt = _read_prompt(arguments)
+        self._units = _units(arguments.unit, is_chat=not isinstance(self._prompt, str))
+        self._output_unit = None if arguments.output_unit == "none" else arguments.output_unit
+        if self._output_unit not in (None, "token"):
+            segmenter(arguments.output_unit)
+        if arguments.roles and isinstance(self._prompt, str):
+            raise UsageError("--roles would be ignored: it is about the turns of a --chat.")
+        if arguments.max_evaluations is not None and arguments.tol is None:
+            raise UsageError("--max-evaluations has no meaning without --tol.")
+        location(arguments.model)
+
+    def prepared(self, baselines: Any) -> tuple[GenerationAttribution, TextSegmentInput]:
+        """What attributes, and the prompt over these baselines."""
+        arguments = self._arguments
+        tokenizer = load_tokenizer(arguments.model)
+        inp = self._input(tokenizer, baselines)
+        model = load_model(arguments.model, arguments)
+        attribution = GenerationAttribution(
+            method(arguments.method, model), tokenizer, arguments.attr_target
+        )
+        return attribution, inp
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of ``attribute``."""
+        arguments = self._arguments
+        return {
+            "target": arguments.target,
+            "gen_args": self._gen_args,
+            "output_unit": self._output_unit,
+            "n_samples": arguments.n_samples,
+            "tol": arguments.tol,
+            "max_evaluations": arguments.max_evaluations,
+            "perturbations_per_eval": arguments.batch_size,
+            "seed": arguments.seed,
+            "show_progress": not arguments.quiet,
+        }
+
+    def _input(self, tokenizer: Any, baselines: Any) -> TextSegmentInput:
+        if isinstance(self._prompt, str):
+            return TextSegmentInput(self._prompt, tokenizer, self._units, baselines=baselines)
+        roles = (self._arguments.roles or "user,system").split(",")
+        return ChatInput(
+            self._prompt["messages"],
+            tokenizer,
+            self._units[0] if len(self._units) == 1 else self._units,
+            [role.strip() for role in roles],
+            tools=self._prompt.get("tools"),
+            baselines=baselines,
+        )
+
+
+def as_baselines(given: str, seed: int) -> Any:
+    """What `TextSegmentInput` takes for an entry of ``--baselines``.
+
+    Raises:
+        UsageError: If a file is given without saying what it is.
+        ValueError, OSError: If the file cannot be read.
+    """
+    kind, _, name = given.partition(":")
+    if given == "delete":
+        return None
+    if kind == "token" and name:
+        return name
+    if kind == "corpus" and name:
+        is_demo = name == DEMO and not Path(name).exists()
+        return CorpusBaselines(folder() / "corpus.txt" if is_demo else name, seed=seed)
+    if kind == "index" and name:
+        return CorpusBaselines.load(name, seed=seed)
+    if kind.isalpha() and name:
+        raise UsageError(
+            f"--baselines {given}: before the colon goes corpus, index or token (token:{given} for "
+            "a token that reads like that)."
+        )
+    if Path(given).is_file():
+        raise UsageError(
+            f"--baselines {given} is a file: say corpus:{given} if it holds texts, index:{given} "
+            "if `CorpusBaselines.save` wrote it."
+        )
+    return given
+
+
+def _gen_args(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    given = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "do_sample": arguments.sample or None,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.target is not None and given:
+        raise UsageError(
+            f"--{_option(next(iter(given)))} would be ignored: with a --target nothing is "
+            "generated."
+        )
+    for name in ("temperature", "top_p"):
+        if name in given and not arguments.sample:
+            raise UsageError(f"--{_option(name)} would be ignored without --sample.")
+    return None if arguments.target is not None else given
+
+
+def _option(name: str) -> str:
+    return {"do_sample": "sample"}.get(name, name).replace("_", "-")
+
+
+def _units(given: str | None, *, is_chat: bool) -> tuple[str, ...]:
+    units = tuple(unit.strip() for unit in (given or ("turn" if is_chat else "word")).split(","))
+    for unit in units:
+        if unit == "turn" and not is_chat:
+            raise UsageError("--unit turn is about the turns of a --chat.")
+        if unit not in ("token", "turn"):
+            segmenter(unit)
+    # Turns are the coarsest level of a chat anyway.
+    return units[1:] if is_chat and len(units) > 1 and units[0] == "turn" else units
+
+
+def _read_prompt(arguments: argparse.Namespace) -> Prompt:
+    if arguments.chat is not None:
+        return _chat(arguments.chat)
+    if arguments.prompt_file is None:
+        return cast(str, arguments.prompt)
+    text = _text(arguments.prompt_file)
+    # The line break that ends a file's last line is the editor's.
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _chat(given: str) -> Mapping[str, Any]:
+    is_json = given.lstrip().startswith(("[", "{"))
+    where = "--chat" if is_json else f"the chat in {given!r}"
+    try:
+        found: Any = json.loads(given if is_json else _text(given))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where} is no JSON ({error}): give a list of messages with 'role' and 'content'."
+        ) from error
+    chat = cast(Any, found if isinstance(found, dict) else {"messages": found})
+    if not isinstance(chat.get("messages"), Sequence) or isinstance(chat["messages"], str):
+        raise ValueError(
+            f"{where} has no list of messages: give a list of objects with 'role' and 'content', "
+            'or an object that holds it as "messages".'
+        )
+    return chat
+
+
+def _text(name: str) -> str:
+    if name == "-":
+        return sys.stdin.read()
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name!r} is no UTF-8 text ({error}).") from error

@@ -1,0 +1,176 @@
+"""Does this model give right numbers here, and which shortcuts does scoring take with it?"""
+
+import logging
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
+from torch import Tensor
+
+from captum_llm_ext import _compat, tokens
+from captum_llm_ext.scoring import Scorer, TokenRow
+
+_TEXT = (
+    "Dave lives in Palm Coast, FL and is a lawyer. Ann, who came from Austin in 1998, teaches "
+    "music at a small school near the river and plays chess with her neighbours on Sundays."
+)
+_ANSWER = " They meet at the harbour and talk about the weather."
+_LONGEST_PROMPT, _LONGEST_ANSWER = 48, 8
+_SHORT_PROMPT, _SHORT_ANSWER = 8, 4  # for captum, which runs every row token by token
+# Nats that the order of additions explains.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was seen of a model.
+
+    Attributes:
+        dtype: Of its weights.
+        n_rows: Distinct rows that were scored.
+        rounding: Nats that rounding explains in this dtype.
+        error: Largest difference of the package's values to one plain uncached forward per row.
+        shared: Share of the rows' positions that were computed with beginnings reused; None where
+            they are not.
+        why_not_shared: What scoring says about that, if anything.
+        logits: What the model is asked logits of: ``"positions"``, ``"count"`` or None (all).
+        captum_error: Largest difference of an attribution between captum's default and captum
+            without its cache; None if captum fails.
+        captum_failed: What it said then.
+    """
+
+    dtype: str
+    n_rows: int
+    rounding: float
+    error: float
+    shared: float | None
+    why_not_shared: str | None
+    logits: str | None
+    captum_error: float | None
+    captum_failed: str | None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the package's values are those of plain forwards, up to rounding."""
+        return self.error <= self.rounding  # False for NaN
+
+    @property
+    def captum_is_right(self) -> bool | None:
+        """The same of captum's own default; None if it fails."""
+        if self.captum_error is None:
+            return None
+        return (
+            self.captum_error <= 2 * self.rounding
+        )  # an attribution is a difference of two values
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        verdicts = {"is_right": self.is_right, "captum_is_right": self.captum_is_right}
+        return asdict(self) | verdicts
+
+
+def probe(model: Any, tokenizer: Any) -> Probe:
+    """Runs a model on some sixty short rows.
+
+    Raises:
+        ValueError: If the tokenizer gives ids that the model does not have, or nothing at all.
+    """
+    prompt, target = _ids(model, tokenizer)
+    rows = _rows(prompt, target)
+    wanted = torch.tensor(target)
+    plain = Scorer(model, reuse="off")
+    values = [plain.values(rows, wanted)]
+    # No overhead: whether sharing pays on rows this short is not the question.
+    sharing = Scorer(model, overhead=0)
+    with _warnings_of("captum_llm_ext.scoring") as said:
+        values.append(sharing.values(rows, wanted))
+    expected = _plain_values(model, rows, wanted)
+    share = sharing.n_positions / sharing.n_row_positions
+    captum_error, captum_failed = _captum_error(model, tokenizer, target)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return Probe(
+        dtype=str(dtype).removeprefix("torch."),
+        n_rows=sharing.n_evaluations,
+        rounding=_ROUNDING.get(dtype, _ROUNDING[torch.float32]),
+        error=max(float((found - expected).abs().max()) for found in values),
+        shared=share if share < 1 else None,
+        why_not_shared="; ".join(said) or None,
+        logits=_compat.kept_logits(model),
+        captum_error=captum_error,
+        captum_failed=captum_failed,
+    )
+
+
+def _ids(model: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
+    target = tokenizer.encode(_ANSWER, add_special_tokens=False)[:_LONGEST_ANSWER]
+    most = _compat.longest_sequence(model) or _LONGEST_PROMPT
+    prompt = list(tokens.encode(tokenizer, _TEXT).ids)[: min(_LONGEST_PROMPT, most - len(target))]
+    if len(prompt) < 2 or not target:
+        raise ValueError("the tokenizer makes no tokens of English text: nothing can be probed.")
+    return prompt, target
+
+
+def _rows(prompt: Sequence[int], target: Sequence[int]) -> list[TokenRow]:
+    """The prompt, without each token, without each stretch from its middle: of many lengths."""
+    half = len(prompt) // 2
+    prompts = [
+        list(prompt),
+        *([*prompt[:i], *prompt[i + 1 :]] for i in range(1, len(prompt))),
+        *([*prompt[:half], *prompt[stop:]] for stop in range(half + 2, len(prompt))),
+    ]
+    return [
+        TokenRow((*ids, *target[:-1]), range(len(ids) - 1, len(ids) - 1 + len(target)))
+        for ids in prompts
+    ]
+
+
+@torch.no_grad()
+def _plain_values(model: Any, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+    """One uncached, unpadded forward per row."""
+    arguments = {"use_cache": False} if "use_cache" in _compat.forward_arguments(model) else {}
+    found: list[Tensor] = []
+    for row in rows:
+        ids = torch.tensor([row.ids], device=_compat.input_device(model))
+        logits = _compat.sequence_logits(model(input_ids=ids, **arguments))[0, list(row.positions)]
+        said = logits.double().log_softmax(-1).cpu()
+        found.append(said.gather(1, target[:, None])[:, 0])
+    return torch.stack(found)
+
+
+def _captum_error(
+    model: Any, tokenizer: Any, target: Sequence[int]
+) -> tuple[float | None, str | None]:
+    """How far captum's default is from captum without its cache, or why that cannot be told."""
+    try:
+        text = tokenizer.decode(tokenizer.encode(_TEXT, add_special_tokens=False)[:_SHORT_PROMPT])
+        inp = TextTokenInput(text, tokenizer)
+        attribution = LLMAttribution(FeatureAblation(model), tokenizer)
+        ids = torch.tensor(target[:_SHORT_ANSWER])
+        cached, right = (
+            attribution.attribute(inp, ids, use_cached_outputs=cached).token_attr
+            for cached in (True, False)
+        )
+        if cached is None or right is None:
+            return None, "it gives no attribution per token"
+        return float((cached - right).abs().max()), None
+    except Exception as error:  # it is captum's default that is looked at: whatever it raises
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextmanager
+def _warnings_of(name: str) -> Generator[list[str]]:
+    """What a logger warns of, collected in place of being shown."""
+    said: list[str] = []
+    logger = logging.getLogger(name)
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated

@@ -1,0 +1,72 @@
+"""``captum-llm-ext show``: a saved result."""
+
+import argparse
+import re
+from typing import Any
+
+from captum_llm_ext.causes import Cause
+from captum_llm_ext.cli.command import add_command, positive
+from captum_llm_ext.cli.outputs import add_outputs, check_outputs, paint, write_outputs
+from captum_llm_ext.result import GenerationAttributionResult
+
+EXAMPLES = (
+    "show dave.safetensors",
+    "show dave.safetensors --token surfing --top 10",
+    "show dave.safetensors --token 6:9",
+    "show dave.safetensors --html dave.html --png dave.png",
+    "show dave.safetensors --json - | jq .seq_attr",
+)
+_TOP = 3
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "show",
+        run,
+        summary="look at a saved result",
+        description="Prints, draws or converts a result that --save wrote. No model is loaded.",
+        examples=EXAMPLES,
+        usage="RESULT [options]",
+    )
+    parser.add_argument("result", metavar="RESULT", help="a file written by --save or result.save")
+    parser.add_argument("--top", type=positive, default=_TOP, metavar="K", help="causes (3)")
+    parser.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="what caused one token: its position, the first is 0, or its text; or several as one, "
+        "START:STOP",
+    )
+    add_outputs(parser, "html", "png", "json")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints a table or the causes of a token, writes what is wanted."""
+    check_outputs(arguments)
+    result = GenerationAttributionResult.load(arguments.result)
+    if arguments.token is None:
+        text = result.table(arguments.top, paint=paint)
+    else:
+        text = _causes(result, arguments.token, arguments.top)
+    write_outputs(arguments, result, text, result.plot_token_attr)
+
+
+def _causes(result: GenerationAttributionResult, token: str, k: int) -> str:
+    """The causes of one token or of several, one a line, whatever their errors."""
+    span = re.fullmatch(r"(-?\d+):(-?\d+)", token)
+    if span is not None:
+        found = result.attribute_span(int(span[1]), int(span[2]))
+        return _listed(" ".join(found.tokens), found.top(k))
+    position = int(token) if re.fullmatch(r"-?\d+", token) else token
+    causes = result.why(position, k)
+    name = result.output_tokens[position] if isinstance(position, int) else token
+    return _listed(name, causes)
+
+
+def _listed(name: str, causes: list[Cause]) -> str:
+    lines = [
+        f"  {paint(str(cause), 'raises' if cause.attribution > 0 else 'lowers')}"
+        for cause in causes
+    ]
+    return "\n".join([f"{paint(name, 'token')}  ←", *(lines or ["  nothing at all"])])

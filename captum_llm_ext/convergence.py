@@ -1,0 +1,85 @@
+"""What an estimate was when it had seen fewer coalitions."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from captum_llm_ext.coalitions import Scope, Solution
+from captum_llm_ext.refit import Evidence
+
+_SMALLEST_SHARE = 1 / 32
+
+
+def earlier(
+    evidence: Evidence, tokens: Sequence[int], n_estimates: int = 8
+) -> list[tuple[int, Solution]]:
+    """The same solver's answers from the first coalitions alone, without a model call.
+
+    Coalitions that only make sense together (an order and its reverse, a coalition and its
+    complement, one repetition of an enumeration) are added together. What says what the full and
+    the empty coalition are worth is there from the start.
+
+    Args:
+        evidence: All coalitions.
+        tokens: The target tokens to solve.
+        n_estimates: How many answers at most; each comes from about as many times more coalitions
+            than the one before it.
+
+    Returns:
+        Number of coalitions and solution, whose rows are those of `tokens`. The answer from all
+        coalitions is not among them.
+
+    Raises:
+        ValueError: If there is no part of the coalitions to solve.
+    """
+    chosen = torch.tensor(list(tokens))
+    scope = Scope(evidence.scope.n_visible[chosen], evidence.scope.required[chosen])
+    values = evidence.values[:, chosen.to(evidence.values.device)]
+    found: list[tuple[int, Solution]] = []
+    for n in _counts(_cuts(evidence), evidence, n_estimates):
+        part = replace(
+            evidence,
+            masks=evidence.masks[:n],
+            draws=evidence.draws[:n],
+            values=values[:n],
+            scope=scope,
+        )
+        with warnings.catch_warnings():  # that these are few coalitions is the point
+            warnings.simplefilter("ignore", UserWarning)
+            found.append((n, part.solve()))
+    return found
+
+
+def _cuts(evidence: Evidence) -> list[int]:
+    """Numbers of rows after which what is there can be solved, all rows excepted."""
+    design, draws = evidence.design, evidence.draws[evidence.design.n_anchors :].cpu()
+    enumerates = design.solved in ("exact", "leave-one-out", "exact Owen values")
+    steps = draws.diff()
+    if enumerates and design.planned != design.solved:
+        ends = torch.zeros(0, dtype=torch.long)
+    elif design.solved == "exact":
+        ends = torch.arange(2**design.n_features, len(draws), 2**design.n_features)
+    elif design.solved == "best-first splits":
+        # Every repetition scores the same coalitions, batch by batch.
+        whole = steps < 0 if bool(steps.any()) else torch.ones_like(steps, dtype=torch.bool)
+        ends = whole.nonzero()[:, 0] + 1
+    else:
+        ends = steps.nonzero()[:, 0] + 1
+    if not len(ends):
+        raise ValueError(
+            f"what {design.solved} found did not converge to anything: it takes all of its "
+            "coalitions at once. Plot that of `KernelShap` or `ShapleyValueSampling`."
+        )
+    return (ends + design.n_anchors).tolist()
+
+
+def _counts(cuts: Sequence[int], evidence: Evidence, n_estimates: int) -> list[int]:
+    """Some of the cuts, evenly spaced on a logarithmic scale."""
+    n_anchors, n_features = evidence.design.n_anchors, evidence.design.n_features
+    n_rows = len(evidence.masks) - n_anchors
+    # Fewer rows than features say little, and their standard errors less.
+    first = min(max(n_features, round(_SMALLEST_SHARE * n_rows)), n_rows)
+    wanted = [n_anchors + first * (n_rows / first) ** (i / n_estimates) for i in range(n_estimates)]
+    return sorted({min(cuts, key=lambda cut: abs(cut - count)) for count in wanted})

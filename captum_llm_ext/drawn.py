@@ -1,0 +1,284 @@
+"""What a result draws: captum's two plots and three more."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from captum.attr import LLMAttributionResult
+from torch import Tensor
+
+from captum_llm_ext.convergence import earlier
+from captum_llm_ext.inputs import Piece
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from captum_llm_ext.causes import SpanAttribution
+    from captum_llm_ext.refit import Design, Evidence
+
+    Drawing = tuple[Figure, Axes] | None
+
+
+class DrawnResult(LLMAttributionResult):
+    """The drawings of a result; the numbers are those of `GenerationAttributionResult`."""
+
+    if TYPE_CHECKING:
+        output_features: list[str] | None
+        output_attr: Tensor | None
+        token_attr_se: Tensor
+        output_attr_se: Tensor | None
+        masks: Tensor
+        prompt_pieces: list[Piece]
+        output_pieces: list[Piece]
+        design: Design | None
+        provenance: dict[str, Any]
+
+        @property
+        def full_attr(self) -> Tensor: ...  # noqa: D102
+        @property
+        def full_attr_se(self) -> Tensor: ...  # noqa: D102
+        def attribute_span(  # noqa: D102
+            self, start: int, stop: int | None = None
+        ) -> SpanAttribution: ...
+        @property
+        def _features(self) -> list[int]: ...
+        def _position(self, token: int | str) -> int: ...
+        def _evidence(self) -> Evidence: ...
+        def _split(self, solved: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def plot_token_attr(
+        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str = "RdBu"
+    ) -> "Drawing":
+        """A heat map: one row per target token, prompt features left, earlier output right.
+
+        Args:
+            show: Show it, and return None.
+            ax: Axes to draw in; by default a new figure of fitting size.
+            cmap: A diverging colour map, centred at zero.
+
+        Returns:
+            ``(figure, axes)``, or None if shown.
+        """
+        from captum_llm_ext import plot
+
+        return plot.heat_map(
+            cast(Tensor, self.token_attr),
+            self.output_attr,
+            input_labels=self.input_tokens,
+            output_feature_labels=self.output_features,
+            output_labels=self.output_tokens,
+            output_features=[piece.feature for piece in self.output_pieces] or None,
+            ax=ax,
+            cmap=cmap,
+            show=show,
+        )
+
+    def plot_seq_attr(
+        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str = "RdBu"
+    ) -> "Drawing":
+        """A bar per prompt feature: its attribution for the whole target, with its error if known.
+
+        Args:
+            show: Show it, and return None.
+            ax: Axes to draw in; by default a new figure of fitting size.
+            cmap: A diverging colour map: bars have the colours of its ends.
+
+        Returns:
+            ``(figure, axes)``, or None if shown.
+        """
+        from captum_llm_ext import plot
+
+        errors = None
+        if self.design is not None and self.provenance.get("attr_target") != "prob":
+            errors = self._total(None)[1][: len(self.input_tokens)]
+        attr = self.seq_attr
+        return plot.bars(attr, labels=self.input_tokens, errors=errors, ax=ax, cmap=cmap, show=show)
+
+    def plot_text(
+        self,
+        target_token: int | str | None = None,
+        show: bool = False,
+        *,
+        ax: "Axes | None" = None,
+        cmap: str = "RdBu",
+    ) -> "Drawing":
+        """Prompt and answer as they read, shaded by what made the model write a token.
+
+        Args:
+            target_token: The explained token: its position in the target, or its name in
+                `output_tokens`. None: all of them, summed.
+            show: Show it, and return None.
+            ax: Axes to draw in; by default a new figure as high as the text needs.
+            cmap: A diverging colour map, centred at zero.
+
+        Returns:
+            ``(figure, axes)``, or None if shown.
+
+        Raises:
+            ValueError: If there is no such token, or the sum is that of probabilities.
+        """
+        from captum_llm_ext import plot
+
+        token = None if target_token is None else self._position(target_token)
+        values, errors = self._total(token)
+        prompt, output = list(self._prompt_text()), list(self._output_text(token))
+        first = len(prompt)
+        return plot.running_text(
+            [*prompt, *output],
+            values,
+            errors=errors,
+            headings={0: "prompt", first: "generated"},
+            explained=() if token is None else (first + token,),
+            later=() if token is None else range(first + token + 1, first + len(output)),
+            ax=ax,
+            cmap=cmap,
+            show=show,
+        )
+
+    def plot_flow(
+        self,
+        target_token: int | str | None = None,
+        show: bool = False,
+        *,
+        least: float = 0.05,
+        ax: "Axes | None" = None,
+    ) -> "Drawing":
+        """Which parts of the prompt led to which tokens, and which of these led to later ones.
+
+        Only what is beyond its error is drawn.
+
+        Args:
+            target_token: Only what led to this token, directly or through earlier ones: its
+                position in the target, or its name in `output_tokens`. None: everything.
+            show: Show it, and return None.
+            least: Share of the largest attribution below which one is left out.
+            ax: Axes to draw in; by default a new figure of fitting size.
+
+        Returns:
+            ``(figure, axes)``, or None if shown.
+
+        Raises:
+            ValueError: If there is no such token.
+        """
+        from captum_llm_ext import plot
+
+        return plot.flow(
+            cast(Tensor, self.token_attr),
+            self.output_attr,
+            input_labels=self.input_tokens,
+            output_feature_labels=self.output_features,
+            output_labels=self.output_tokens,
+            output_features=[piece.feature for piece in self.output_pieces] or None,
+            prompt_errors=self.token_attr_se,
+            output_errors=self.output_attr_se,
+            towards=None if target_token is None else self._position(target_token),
+            least=least,
+            ax=ax,
+            show=show,
+        )
+
+    def plot_convergence(
+        self,
+        target_token: int | str | None = None,
+        show: bool = False,
+        *,
+        k: int = 5,
+        n_estimates: int = 8,
+        ax: "Axes | None" = None,
+    ) -> "Drawing":
+        """How the estimates of the strongest causes settled as coalitions were added.
+
+        The solver is run again on the first coalitions alone; no model is called.
+
+        Args:
+            target_token: Whose causes: its position in the target, or its name in
+                `output_tokens`. None: those of any token.
+            show: Show it, and return None.
+            k: How many causes.
+            n_estimates: How many estimates before the last one.
+            ax: Axes to draw in; by default a new figure.
+
+        Returns:
+            ``(figure, axes)``, or None if shown.
+
+        Raises:
+            ValueError: If there is no such token, nothing has an effect, or the estimator takes all
+                of its coalitions at once.
+        """
+        from captum_llm_ext import plot
+
+        evidence = self._evidence()
+        cells = self._strongest(None if target_token is None else self._position(target_token), k)
+        if not cells:
+            raise ValueError("no attribution differs from zero: there is nothing to converge.")
+        tokens = sorted({token for token, _ in cells})
+        found = earlier(evidence, tokens, n_estimates)
+
+        def picked(attributions: Tensor) -> list[float]:
+            wide = torch.cat(self._split(attributions), dim=1)
+            return [float(wide[tokens.index(token), column]) for token, column in cells]
+
+        attributions = [picked(solution.attributions) for _, solution in found]
+        errors = [picked(solution.standard_errors) for _, solution in found]
+        attributions.append([float(self.full_attr[cell]) for cell in cells])
+        errors.append([float(self.full_attr_se[cell]) for cell in cells])
+        names = [*self.input_tokens, *(self.output_features or ())]
+        return plot.convergence(
+            [*(n for n, _ in found), len(self.masks)],
+            attributions,
+            labels=[
+                names[column]
+                if target_token is not None
+                else f"{self.output_tokens[token]} ← {names[column].strip()}"
+                for token, column in cells
+            ],
+            errors=errors,
+            ax=ax,
+            show=show,
+        )
+
+    def _total(self, token: int | None) -> tuple[Tensor, Tensor]:
+        """Attributions of one token, or of all of them together, and their errors."""
+        if token is not None:
+            return self.full_attr[token], self.full_attr_se[token]
+        if self.design is None:  # of an earlier version, which did not note what tells errors
+            total = self.full_attr.sum(0)
+            return total, torch.full_like(total, torch.nan)
+        span = self.attribute_span(0, len(self.output_tokens))
+        return span.values, span.standard_errors
+
+    def _prompt_text(self) -> Iterator[tuple[str, int | None]]:
+        pieces = self.prompt_pieces or [Piece(n, i) for i, n in enumerate(self.input_tokens)]
+        edges = [(one.text[-1:], other.text[:1]) for one, other in pairwise(pieces)]
+        # Names of fields rather than text: they would run together.
+        apart = bool(edges) and all(
+            (a + b).isascii() and a.isalnum() and b.isalnum() for a, b in edges
+        )
+        for piece in pieces:
+            yield piece.text + "   " * apart, piece.feature
+
+    def _output_text(self, token: int | None) -> Iterator[tuple[str, int | None]]:
+        """The answer; an explained token and what comes after it have no number."""
+        pieces = self.output_pieces or [Piece(f"{name} ", None) for name in self.output_tokens]
+        last = {piece.feature: t for t, piece in enumerate(pieces)}
+        for piece in pieces:
+            feature = piece.feature
+            if feature is None or (token is not None and last[feature] >= token):
+                yield piece.text, None
+            else:
+                yield piece.text, len(self.input_tokens) + feature
+
+    def _strongest(self, token: int | None, k: int) -> list[tuple[int, int]]:
+        """Token and column of the largest attributions; columns of one feature count once."""
+        size = self.full_attr.abs()
+        if token is not None:
+            size = size * (torch.arange(len(size), device=size.device) == token)[:, None]
+        found: dict[tuple[int, int], tuple[int, int]] = {}
+        for flat in size.flatten().argsort(descending=True, stable=True).tolist():
+            cell = divmod(flat, size.shape[1])
+            if len(found) == k or not size[cell] > 0:
+                break
+            found.setdefault((cell[0], self._features[cell[1]]), cell)
+        return list(found.values())

@@ -1,0 +1,12 @@
+"""Drawings of attributions. The only part that imports matplotlib, and only when it draws.
+
+Plain arrays in, ``(fig, ax)`` out. Red lowers and blue raises, as in Captum's bars; a sign can also
+be read without colour. Global matplotlib settings are read, never written.
+"""
+
+from captum_llm_ext.plot.arcs import flow
+from captum_llm_ext.plot.maps import baseline_map, heat_map
+from captum_llm_ext.plot.passage import running_text
+from captum_llm_ext.plot.series import bars, convergence
+
+__all__ = ["bars", "baseline_map", "convergence", "flow", "heat_map", "running_text"]

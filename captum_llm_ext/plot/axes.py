@@ -1,0 +1,117 @@
+"""Figures, axes and their labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from captum_llm_ext.plot.arrays import Array
+from captum_llm_ext.plot.style import LABEL_POINTS, MUTED
+from captum_llm_ext.plot.text import drawable, label, text_style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LABEL_PITCH = 0.14  # inches from one label to the next
+
+
+def figure(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
+    """The axes to draw into; a new figure stays between postcard and poster, in inches."""
+    if ax is not None:
+        return ax.figure, ax  # pyright: ignore[reportReturnType]
+    import matplotlib.pyplot as plt
+
+    size = (float(np.clip(width, 5.0, 16.0)), float(np.clip(height, 3.2, 14.0)))
+    return plt.subplots(figsize=size, layout="constrained")
+
+
+def finish(fig: Figure, ax: Axes, title: str | None, show: bool) -> tuple[Figure, Axes] | None:
+    """Sets the title; shows the figure, or returns it."""
+    if title is not None:
+        title = "".join(map(drawable, title))  # it may quote a token
+        heading = ax.set_title(title, loc="left", pad=10)
+        heading.set(**text_style([title]) | {"size": LABEL_POINTS + 3})
+    if not show:
+        return fig, ax
+    import matplotlib.pyplot as plt
+
+    plt.show()
+    return None
+
+
+def inches(ax: Axes) -> tuple[float, float]:
+    """Width and height of the axes as laid out so far."""
+    fig = ax.get_figure(root=True)
+    if fig is None:
+        raise ValueError("`ax` belongs to no figure: pass axes made by `plt.subplots()`.")
+    return ax.bbox.width / fig.dpi, ax.bbox.height / fig.dpi
+
+
+def inches_per_unit(ax: Axes) -> tuple[float, float]:
+    """Width and height of one cell as laid out so far."""
+    (width, height), (left, right), (low, high) = inches(ax), ax.get_xlim(), ax.get_ylim()
+    return width / max(abs(right - left), 1.0), height / max(abs(high - low), 1.0)
+
+
+def settle(ax: Axes) -> None:
+    """Lays the figure out, where it has a layout engine, so that sizes are those to be drawn."""
+    fig = ax.get_figure(root=True)
+    engine = None if fig is None else fig.get_layout_engine()
+    if fig is not None and engine is not None:
+        engine.execute(fig)
+
+
+def label_columns(
+    ax: Axes, places: Array, names: Sequence[str], wanted: Iterable[int] = ()
+) -> None:
+    """Labels above the columns; where not all have room, `wanted` before others."""
+    cell = inches_per_unit(ax)[0] * 0.9
+    kept = thinned(len(names), cell, wanted)
+    texts = [label(names[i]) for i in kept]
+    steep = cell < 0.3
+    ax.set_xticks(
+        places[kept],
+        labels=texts,
+        rotation=90 if steep else 40,
+        ha="center" if steep else "left",
+        rotation_mode="default" if steep else "anchor",
+        **text_style(texts),
+    )
+    ax.tick_params(axis="x", top=True, bottom=False, labeltop=True, labelbottom=False)
+    ax.tick_params(axis="both", length=2.5, color=MUTED)
+
+
+def label_rows(ax: Axes, names: Sequence[str], what: str = "explained token") -> None:
+    """Labels left of the rows, as many as have room."""
+    kept = thinned(len(names), inches_per_unit(ax)[1] * 0.9)
+    texts = [label(names[i]) for i in kept]
+    ax.set_yticks(kept, labels=texts, **text_style(texts))
+    ax.set_ylabel(what, size=LABEL_POINTS + 1, color=MUTED)
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+
+
+def thinned(n: int, pitch: float, wanted: Iterable[int] = ()) -> list[int]:
+    """Indices so far apart that labels do not run into each other: first `wanted`, then others."""
+    step = max(1, math.ceil(_LABEL_PITCH / max(pitch, 1e-6)))
+    kept: list[int] = []
+    for i in (*wanted, *range(0, n, step)):
+        if all(abs(i - j) >= step for j in kept):
+            kept.append(i)
+    return sorted(kept)
+
+
+def headings(ax: Axes, parts: dict[str, tuple[float, int]]) -> None:
+    """A ruled heading under each part of the columns."""
+    across = ax.get_xaxis_transform()
+    for name, (start, width) in parts.items():
+        if width:
+            ends = [start - 0.5, start + width - 0.5]
+            ax.plot(ends, [-0.012] * 2, transform=across, color=MUTED, lw=1.0, clip_on=False)
+            middle = (ends[0] + ends[1]) / 2
+            heading = ax.text(middle, -0.02, name, transform=across, ha="center", va="top")
+            heading.set(size=LABEL_POINTS + 1, color=MUTED)

@@ -1,0 +1,388 @@
+"""Running text, shaded by what each part of it is attributed."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from captum_llm_ext.plot.arrays import Array, array, numbers, scale
+from captum_llm_ext.plot.axes import figure, finish, inches, settle
+from captum_llm_ext.plot.cells import Colours, colour_bar
+from captum_llm_ext.plot.style import (
+    DARK,
+    DOWN,
+    FAINT,
+    LABEL_POINTS,
+    MUTED,
+    PALE,
+    SIGN_FROM,
+    SURE,
+    UP,
+)
+from captum_llm_ext.plot.text import drawable, text_style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+_SIZES = (11.0, 9.5, 8.0, 7.0, 6.0)  # points, the largest at which all of the text fits
+_LINE = 1.75  # height of a line in letter sizes, with room for an underline
+_MOST_INCHES = 12.0
+_WORDS = re.compile(r"\n|[^\S\n]+|\S+")
+
+_Measure = Callable[[str], float]
+
+
+def running_text(
+    pieces: Sequence[tuple[str, int | None]],
+    values: npt.ArrayLike,
+    *,
+    errors: npt.ArrayLike | None = None,
+    headings: Mapping[int, str] | None = None,
+    explained: Collection[int] = (),
+    later: Collection[int] = (),
+    ax: Axes | None = None,
+    cmap: str | Colormap = "RdBu",
+    show: bool = False,
+    title: str | None = None,
+) -> tuple[Figure, Axes] | None:
+    """Draws text as it reads, each part shaded by its value; new lines and indentation stay.
+
+    A solid line below a part says that it raises, a dashed one that it lowers. White space around a
+    part stays unshaded; a part of nothing else is marked.
+
+    Args:
+        pieces: The text in reading order: each with the number of its value, or None if it has
+            none.
+        values: Shape ``(n_values,)``.
+        errors: Standard errors of the same shape, NaN where unknown; what lies within 1.96 of them
+            is pale and not underlined.
+        headings: Headings, by the piece that each stands above.
+        explained: Pieces that are framed: what the values are about.
+        later: Pieces that are grey: what comes after it.
+        ax: Axes to draw into; by default a new figure as high as the text needs.
+        cmap: A diverging colour map; its middle is put at zero.
+        show: Show the figure and return ``None``, as in Captum.
+        title: Title above the text.
+
+    Returns:
+        Figure and axes, or ``None`` if `show`.
+
+    Raises:
+        ValueError: If values and errors do not match in number.
+    """
+    shades = _shades(values, errors, cmap)
+    atoms = list(_atoms(pieces, headings or {}))
+    style = text_style(atom.text for atom in atoms)
+    is_new = ax is None
+    fig, ax = figure(ax, 9.0, 4.0)
+    ax.set_axis_off()
+    bar = colour_bar(fig, ax, shades.colours, below=True)
+    bar.set_label("Attribution", size=LABEL_POINTS + 1)
+    settle(ax)
+    width, room = _points(ax)
+    lines, size = _fitted(ax, atoms, style, width, _MOST_INCHES * 72 if is_new else room)
+    height = (len(lines) + 1) * _LINE * size  # a line more, for the key
+    if is_new:
+        fig.set_figheight(height / 72 + 1.1)
+        settle(ax)
+    ax.set_xlim(0, width)
+    ax.set_ylim(max(height, _points(ax)[1]), 0)
+    _draw(ax, lines, shades, style | {"size": size}, set(explained), set(later))
+    _write_key(ax, shades, bool(explained))
+    return finish(fig, ax, title, show)
+
+
+def _points(ax: Axes) -> tuple[float, float]:
+    """Width and height of the axes as laid out so far, in points."""
+    width, height = inches(ax)
+    return width * 72, height * 72
+
+
+def _fitted(
+    ax: Axes, atoms: Sequence[_Atom], style: Mapping[str, Any], width: float, room: float
+) -> tuple[list[list[_Run]], float]:
+    """The lines, and the size of the letters: the largest at which they fit, or the smallest."""
+    lines: list[list[_Run]] = []
+    size, probe = _SIZES[0], ax.text(0, 0, "", **style)
+    for size in _SIZES:
+        probe.set_fontsize(size)
+        lines = _lines(atoms, width, _measure(probe))
+        if (len(lines) + 1) * _LINE * size <= room:
+            break
+    probe.remove()
+    return lines, size
+
+
+def _write_key(ax: Axes, shades: _Shades, is_framed: bool) -> None:
+    signs = {shades.sign(i) for i in range(len(shades.values))}
+    said = {
+        "framed: explained": is_framed,
+        "solid line: raises": 1 in signs,
+        "dashed: lowers": -1 in signs,
+        "pale: within its error": bool(shades.within.any()),
+    }
+    text = "    ".join(text for text, needed in said.items() if needed)
+    key = ax.text(0, 0, text, transform=ax.transAxes, va="bottom", color=MUTED, size=LABEL_POINTS)
+    key.set_in_layout(False)
+
+
+@dataclass(frozen=True)
+class _Shades:
+    """What is known of each value.
+
+    Attributes:
+        colours: The scale.
+        values: Shape ``(n_values,)``.
+        within: bool, ``(n_values,)``: within its error.
+    """
+
+    colours: Colours
+    values: Array
+    within: npt.NDArray[np.bool_]
+
+    def face(self, i: int) -> tuple[float, ...] | None:
+        value = float(self.values[i])
+        if value == 0:
+            return None
+        red, green, blue, _ = self.colours.rgba(value)
+        return (red, green, blue, PALE if self.within[i] else 1.0)
+
+    def ink(self, i: int) -> str:
+        value = float(self.values[i])
+        return DARK if self.within[i] or np.isnan(value) else self.colours.ink(value)
+
+    def sign(self, i: int) -> int:
+        """1 or -1 where a line says so, 0 where the colour is too pale to need one."""
+        value = self.values[i]
+        if self.within[i] or not abs(value) >= SIGN_FROM * self.colours.scale:
+            return 0
+        return 1 if value > 0 else -1
+
+
+def _shades(values: npt.ArrayLike, errors: npt.ArrayLike | None, cmap: str | Colormap) -> _Shades:
+    known = numbers(values).reshape(-1)
+    within = np.zeros(known.shape, dtype=bool)
+    if errors is not None:
+        within = np.abs(known) < SURE * array("errors", errors, known.shape)
+    return _Shades(Colours(cmap, scale(known)), known, within)
+
+
+# Lines -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Atom:
+    """A word, white space, a new line (``"\\n"``) or a heading.
+
+    Attributes:
+        text: As drawn.
+        piece: Its piece, -1 for a heading.
+        value: The number of its value.
+        is_edge: Whether it is white space before or after the words of its piece.
+    """
+
+    text: str
+    piece: int
+    value: int | None
+    is_edge: bool = False
+
+    @property
+    def is_space(self) -> bool:
+        return self.text.isspace()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one piece has on one line, from `left` to `right` in points."""
+
+    text: str
+    piece: int
+    value: int | None
+    left: float
+    right: float
+
+
+def _atoms(
+    pieces: Sequence[tuple[str, int | None]], headings: Mapping[int, str]
+) -> Iterator[_Atom]:
+    for i, (text, value) in enumerate(pieces):
+        if i in headings:
+            yield from (_Atom("\n", -1, None),) * (2 if i else 0)
+            yield from (_Atom(headings[i], -1, None), _Atom("\n", -1, None))
+            text = text.removeprefix(" ") or text  # no indentation was meant
+        text = text.replace("\r\n", "\n").replace("\t", "    ")
+        words: list[str] = _WORDS.findall(text)
+        if not text.strip():
+            yield from _marked(words, i, value)
+            continue
+        inner = [k for k, word in enumerate(words) if not word.isspace()]
+        for k, word in enumerate(words):
+            if word.isspace():
+                yield _Atom(word, i, value, is_edge=not inner[0] < k < inner[-1])
+            else:
+                yield _Atom("".join(map(drawable, word)), i, value)
+
+
+def _marked(words: list[str], piece: int, value: int | None) -> Iterator[_Atom]:
+    """A piece of white space alone: seen where it has a value, as it is where not."""
+    for word in words or ["∅"]:
+        if value is None or word == "∅":
+            yield from [_Atom(word, piece, value)] if value is not None or words else []
+        elif word == "\n":
+            yield from (_Atom("⏎", piece, value), _Atom("\n", piece, value))
+        else:
+            yield _Atom("␣" * len(word), piece, value)
+
+
+def _lines(atoms: Sequence[_Atom], width: float, measure: _Measure) -> list[list[_Run]]:
+    """Wraps at white space, and within what would not fit a line by itself."""
+    lines: list[list[_Atom]] = [[]]
+    x = 0.0
+    for group in _groups(atoms):
+        if group[0].text == "\n":
+            lines.append([])
+            x = 0.0
+            continue
+        wide = sum(measure(atom.text) for atom in group)
+        if x and x + wide > width and (group[0].is_space or wide <= width / 2):
+            lines.append([])
+            x = 0.0
+            if group[0].is_space:
+                continue  # white space at a break is the break
+        for atom in group if x + wide <= width else _letters(group):
+            step = measure(atom.text)
+            if x and x + step > width:
+                lines.append([])
+                x = 0.0
+            lines[-1].append(atom)
+            x += step
+    return [_runs(line, measure) for line in lines]
+
+
+def _groups(atoms: Sequence[_Atom]) -> Iterator[list[_Atom]]:
+    """What no line break may separate: words of neighbouring pieces without space in between."""
+    group: list[_Atom] = []
+    for atom in atoms:
+        if atom.is_space and group:
+            yield group
+            group = []
+        if atom.is_space:
+            yield [atom]
+        else:
+            group.append(atom)
+    if group:
+        yield group
+
+
+def _letters(group: Sequence[_Atom]) -> Iterator[_Atom]:
+    for atom in group:
+        for letter in atom.text:
+            yield _Atom(letter, atom.piece, atom.value)
+
+
+def _runs(line: Sequence[_Atom], measure: _Measure) -> list[_Run]:
+    """Joins what belongs to one piece, so that shading covers the space between its words."""
+    runs: list[_Run] = []
+    x, start = 0.0, 0
+    for stop in range(1, len(line) + 1):
+        first = line[start]
+        if stop < len(line) and _key(line[stop]) == _key(first):
+            continue
+        text = "".join(atom.text for atom in line[start:stop])
+        right = x + measure(text)
+        if text.strip():
+            runs.append(_Run(text, first.piece, first.value, x, right))
+        x, start = right, stop
+    return runs
+
+
+def _key(atom: _Atom) -> tuple[int, bool]:
+    return atom.piece, atom.is_edge
+
+
+def _measure(probe: Text) -> _Measure:
+    """Width of text in points: how far it moves the pen, white space included."""
+    dpi = fig.dpi if (fig := probe.get_figure(root=True)) else 72.0
+
+    @functools.cache
+    def extent(text: str) -> float:
+        probe.set_text(f"|{text}|")  # spaces at an end have no extent of their own
+        return probe.get_window_extent().width * 72 / dpi
+
+    return lambda text: extent(text) - extent("")
+
+
+# Drawing -----------------------------------------------------------------------------------------
+
+
+def _draw(
+    ax: Axes,
+    lines: Sequence[Sequence[_Run]],
+    shades: _Shades,
+    style: Mapping[str, Any],
+    explained: set[int],
+    later: set[int],
+) -> None:
+    size: float = style["size"]
+    placed = [
+        (run, (number + 0.62) * _LINE * size) for number, line in enumerate(lines) for run in line
+    ]
+    for run, base in placed:
+        ink = MUTED if run.piece < 0 or run.value is None else shades.ink(run.value)
+        ink = DARK if run.piece in explained else FAINT if run.piece in later else ink
+        text = ax.text(run.left, base, run.text, va="baseline", color=ink, **style)
+        text.set_in_layout(False)  # its place is found, and measuring hundreds is slow
+    _draw_shades(ax, placed, shades, size)
+    _draw_signs(ax, placed, shades, size)
+    boxes = [_box(run, base, size) for run, base in placed if run.piece in explained]
+    _add_boxes(ax, boxes, facecolors="none", edgecolors=DARK, linewidths=1.2)
+
+
+def _draw_shades(
+    ax: Axes, placed: Sequence[tuple[_Run, float]], shades: _Shades, size: float
+) -> None:
+    found = [
+        (_box(run, base, size), face)
+        for run, base in placed
+        if run.value is not None and (face := shades.face(run.value))
+    ]
+    boxes, faces = [box for box, _ in found], [face for _, face in found]
+    _add_boxes(ax, boxes, facecolors=faces, linewidths=0, zorder=0.5)
+
+
+def _draw_signs(
+    ax: Axes, placed: Sequence[tuple[_Run, float]], shades: _Shades, size: float
+) -> None:
+    from matplotlib.collections import LineCollection
+
+    for sign, colour, style in ((1, UP, "-"), (-1, DOWN, (0, (2.5, 1.5)))):
+        lines = [
+            [(run.left, base + 0.42 * size), (run.right, base + 0.42 * size)]
+            for run, base in placed
+            if run.value is not None and shades.sign(run.value) == sign
+        ]
+        if lines:
+            drawn = LineCollection(lines, colors=colour, linewidths=1.2, linestyles=[style])
+            ax.add_collection(drawn, autolim=False)
+
+
+def _box(run: _Run, base: float, size: float) -> list[tuple[float, float]]:
+    top, bottom = base - 0.95 * size, base + 0.33 * size
+    return [(run.left, top), (run.right, top), (run.right, bottom), (run.left, bottom)]
+
+
+def _add_boxes(ax: Axes, boxes: Sequence[list[tuple[float, float]]], **look: Any) -> None:
+    """One collection for all: hundreds of patches are slow to add."""
+    from matplotlib.collections import PolyCollection
+
+    if boxes:
+        ax.add_collection(PolyCollection(boxes, **look), autolim=False)

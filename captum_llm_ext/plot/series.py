@@ -1,0 +1,204 @@
+"""One number per feature, and how it settles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from captum_llm_ext.plot.arrays import Array, array, notable, numbers
+from captum_llm_ext.plot.axes import figure, finish, inches, label_columns, settle
+from captum_llm_ext.plot.style import LABEL_POINTS, MUTED, PALE, SURE
+from captum_llm_ext.plot.text import label, text_style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+
+# Told apart by the colour-blind (Okabe and Ito 2008) and, by their marks, without colour.
+_LINES = (
+    ("#0072b2", "o"),
+    ("#d55e00", "s"),
+    ("#009e73", "^"),
+    ("#a6599b", "D"),
+    ("#8a6d00", "v"),
+    ("#3a3a3a", "P"),
+    ("#56788f", "X"),
+)
+_LABEL_PITCH = 0.15  # inches
+_LONGEST = 40  # characters
+
+
+def bars(
+    seq_attr: npt.ArrayLike,
+    *,
+    labels: Sequence[str],
+    errors: npt.ArrayLike | None = None,
+    ax: Axes | None = None,
+    cmap: str | Colormap = "RdBu",
+    show: bool = False,
+    title: str | None = None,
+) -> tuple[Figure, Axes] | None:
+    """Draws the attribution of the whole answer to each feature.
+
+    Args:
+        seq_attr: Attributions, shape ``(n_features,)``; NaN is drawn as a question mark.
+        labels: Text of the features.
+        errors: Standard errors, shape ``(n_features,)``, drawn as whiskers of one standard error
+            where known (not NaN). A bar within 1.96 standard errors of zero is pale.
+        ax: Axes to draw into; by default a new figure whose width follows the number of bars.
+        cmap: A diverging colour map: bars have the colours of its ends.
+        show: Show the figure and return ``None``, as in Captum.
+        title: Title above the labels.
+
+    Returns:
+        Figure and axes, or ``None`` if `show`.
+
+    Raises:
+        ValueError: If labels, values and errors do not match in number, or an error is negative.
+    """
+    values = array("seq_attr", seq_attr, (len(labels),))
+    spread = np.full_like(values, np.nan)
+    if errors is not None:
+        spread = array("errors", errors, (len(labels),))
+    if (spread < 0).any():
+        raise ValueError(
+            f"`errors` holds {float(np.nanmin(spread)):g}: standard errors cannot be negative; "
+            "give NaN where one is unknown."
+        )
+    fig, ax = figure(ax, 1.8 + 0.42 * len(values), 4.2)
+    places = np.arange(len(values), dtype=np.float64)
+    down, up = _ends(cmap)
+    drawn = ax.bar(
+        places,
+        np.nan_to_num(values),
+        width=0.8,
+        color=[up if value > 0 else down for value in values],
+    )
+    for bar, pale in zip(drawn, np.abs(values) < SURE * spread, strict=True):
+        bar.set_alpha(PALE if pale else 1.0)
+    known = np.isfinite(values) & np.isfinite(spread)
+    _whiskers(
+        ax, places[known], values[known], spread[known], cap=min(3.0, 90.0 / max(len(values), 1))
+    )
+    for place in places[np.isnan(values)]:
+        ax.text(place, 0.0, "?", ha="center", va="bottom", size=LABEL_POINTS, color=MUTED)
+    ax.axhline(0.0, color="#3a3a3a", linewidth=0.8)
+    ax.set_xlim(-0.7, len(values) - 0.3)
+    ax.margins(y=0.08)
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    ax.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.tick_params(axis="y", labelsize=LABEL_POINTS)
+    label_columns(ax, places, labels, notable(values))
+    ax.tick_params(axis="x", length=0)
+    name = "Sequence attribution" + (" ± standard error" if known.any() else "")
+    ax.set_ylabel(name, size=LABEL_POINTS + 1)
+    return finish(fig, ax, title, show)
+
+
+def convergence(
+    n_coalitions: npt.ArrayLike,
+    attributions: npt.ArrayLike,
+    *,
+    labels: Sequence[str],
+    errors: npt.ArrayLike | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+    title: str | None = None,
+) -> tuple[Figure, Axes] | None:
+    """Draws how estimates settle as coalitions are added.
+
+    Args:
+        n_coalitions: How many each estimate was made from, rising, shape ``(n_estimates,)``.
+        attributions: Shape ``(n_estimates, n_causes)``.
+        labels: Names of the causes, written beside their last estimates.
+        errors: Standard errors of the shape of `attributions`, drawn as bands of one standard error
+            where known (not NaN).
+        ax: Axes to draw into.
+        show: Show the figure and return ``None``, as in Captum.
+        title: Title above the lines.
+
+    Returns:
+        Figure and axes, or ``None`` if `show`.
+
+    Raises:
+        ValueError: If the shapes do not match.
+    """
+    counts = numbers(n_coalitions).reshape(-1)
+    values = array("attributions", attributions, (len(counts), len(labels)))
+    spread = np.full_like(values, np.nan)
+    if errors is not None:
+        spread = array("errors", errors, values.shape)
+    fig, ax = figure(ax, 8.0, 4.2)
+    ax.axhline(0.0, color="#3a3a3a", linewidth=0.8)
+    for i, (line, error) in enumerate(zip(values.T, spread.T, strict=True)):
+        colour, marker = _LINES[i % len(_LINES)]
+        ax.axhline(line[-1], color=colour, lw=0.8, ls=":", zorder=0.5)
+        ax.fill_between(counts, line - error, line + error, color=colour, alpha=0.18, linewidth=0)
+        ax.plot(counts, line, color=colour, marker=marker, markersize=4.5, lw=1.5)
+    _log_counts(ax, counts)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=LABEL_POINTS)
+    ax.set_xlabel("coalitions", size=LABEL_POINTS + 1)
+    name = "Attribution" + (" ± standard error" if np.isfinite(spread).any() else "")
+    ax.set_ylabel(name, size=LABEL_POINTS + 1)
+    if values.size:
+        _label_ends(ax, values[-1], labels)
+    return finish(fig, ax, title, show)
+
+
+def _log_counts(ax: Axes, counts: Array) -> None:
+    """Each estimate takes a good part more coalitions than the one before it."""
+    from matplotlib.ticker import NullLocator
+
+    ax.set_xscale("log")
+    ax.xaxis.set_minor_locator(NullLocator())
+    kept = [*range(len(counts) - 1, -1, -2)][::-1]  # the last one certainly
+    ax.set_xticks(counts[kept], labels=[f"{count:,.0f}" for count in counts[kept]])
+
+
+def _label_ends(ax: Axes, ends: Array, labels: Sequence[str]) -> None:
+    """Names on the right, at the height of the last estimates as far as they leave room."""
+    texts = [label(text, _LONGEST) for text in labels]
+    settle(ax)
+    low, high = ax.get_ylim()
+    pitch = _LABEL_PITCH * (high - low) / inches(ax)[1]
+    for (i, text), y in zip(
+        sorted(enumerate(texts), key=lambda pair: ends[pair[0]]),
+        _apart(np.sort(ends), pitch),
+        strict=True,
+    ):
+        across, colour = ax.get_yaxis_transform(), _LINES[i % len(_LINES)][0]
+        written = ax.text(1.015, y, text, transform=across, va="center", color=colour)
+        written.set(**text_style([text]))
+
+
+def _apart(places: Array, pitch: float) -> Array:
+    """The nearest places that are at least `pitch` apart, in the same order; `places` rise."""
+    # Distances above the pitch are what may be pooled: isotonic regression.
+    blocks: list[tuple[float, int]] = []
+    for place in places - pitch * np.arange(len(places)):
+        blocks.append((float(place), 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, n), (b, m) = blocks[-2:]
+            blocks[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    pooled = [value for value, n in blocks for _ in range(n)]
+    return np.array(pooled, dtype=np.float64) + pitch * np.arange(len(places))
+
+
+def _ends(cmap: str | Colormap) -> tuple[Any, Any]:
+    import matplotlib
+
+    colours = matplotlib.colormaps.get_cmap(cmap)
+    return colours(0.1), colours(0.9)
+
+
+def _whiskers(ax: Axes, x: Array, y: Array, spread: Array, cap: float) -> None:
+    if x.size:
+        style = {"ecolor": "#3a3a3a", "elinewidth": 1.0, "capsize": cap}
+        ax.errorbar(x, y, yerr=spread, fmt="none", **style)  # pyright: ignore[reportArgumentType]

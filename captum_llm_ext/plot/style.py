@@ -1,0 +1,12 @@
+"""Colours and sizes that all drawings share."""
+
+UP, DOWN = "#2166ac", "#b2182b"  # the two ends of RdBu, told apart also by the colour-blind
+UNKNOWN = "#e4e4e4"
+DARK = "#222222"
+MUTED = "#6b6b6b"
+FAINT = "#8c8c8c"
+
+LABEL_POINTS = 8.0
+SIGN_FROM = 0.1  # share of the scale below which a colour is too pale to need a sign
+PALE = 0.35  # opacity of what lies within its error
+SURE = 1.96  # standard errors from zero on: beyond its error

@@ -1,0 +1,382 @@
+"""Other answers from the coalitions of an attribution, without another model call."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from captum.attr import FeatureAblation, KernelShap, Lime, ShapleyValues, ShapleyValueSampling
+from captum.attr._utils.attribution import PerturbationAttribution
+from torch import Tensor
+
+from captum_llm_ext import _compat, coalitions
+from captum_llm_ext.coalitions import Plan, Scope, Solution
+from captum_llm_ext.coalitions.hierarchy import as_tree, binary, solve_nested_orders
+from captum_llm_ext.coalitions.splits import Unresolved, solve_splits, unresolved
+from captum_llm_ext.feature_inclusion import FeatureInclusion
+from captum_llm_ext.partition_shap import PartitionShap, nesting
+
+Method = PerturbationAttribution | type[PerturbationAttribution]
+
+_UNIFORM_SIZES = ("paired kernel regression", "antithetic permutations")
+_SHAPLEY = (KernelShap, ShapleyValueSampling, ShapleyValues)
+_MOST_ENUMERATED = 20
+
+
+@dataclass(frozen=True)
+class Design:
+    """What solving the coalitions of an attribution again takes.
+
+    Attributes:
+        planned: Name of the estimator whose law the coalitions follow.
+        solved: Name of the estimator that solved them; `SOLVERS` has those that can do it again.
+        options: Its options, such as the nesting of Owen values.
+        n_features: Columns of the masks that were switched.
+        n_anchors: See `Plan`.
+        n_visible, required: See `Scope`.
+        columns: Per prompt column of the result its feature.
+        deterministic: Whether a coalition is worth the same every time.
+    """
+
+    planned: str
+    solved: str
+    options: Mapping[str, Any]
+    n_features: int
+    n_anchors: int
+    n_visible: list[int]
+    required: list[int]
+    columns: list[int]
+    deterministic: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and text that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Design":
+        """What `to_dict` gave, or JSON made of it."""
+        design = cls(**data)
+        options = dict(design.options)
+        if "tree" in options:
+            options["tree"] = as_tree(options["tree"], design.n_features)
+        return replace(design, options=options)
+
+    @property
+    def scope(self) -> Scope:
+        """What each target token can depend on."""
+        return Scope(torch.tensor(self.n_visible), torch.tensor(self.required))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Coalitions and what they are worth.
+
+    Attributes:
+        design: How they came about.
+        masks: bool, ``(n_coalitions, at least n_features)``.
+        draws: ``(n_coalitions,)``.
+        values: ``(n_coalitions, n_target)``.
+        scope: One entry per target.
+    """
+
+    design: Design
+    masks: Tensor
+    draws: Tensor
+    values: Tensor
+    scope: Scope
+
+    @property
+    def plan(self) -> Plan:
+        """The coalitions as planned."""
+        design, draws = self.design, self.draws.cpu()
+        if design.deterministic and design.solved in ("exact", "leave-one-out", "only one in"):
+            draws = torch.zeros_like(draws)  # the draw makes no difference: what is found is exact
+        return Plan(self.masks[:, : design.n_features].cpu(), draws, design.n_anchors)
+
+    def solve(self) -> Solution:
+        """Attributions by the estimator that the design names.
+
+        Raises:
+            ValueError: If the coalitions cannot be solved again.
+        """
+        solver = SOLVERS.get(self.design.solved)
+        if solver is None:
+            raise ValueError(
+                f"what {self.design.solved} found cannot be solved again from its coalitions: it "
+                "ran through its own `attribute`."
+            )
+        return solver(self.plan, self.values.double().cpu(), self.scope, **self.design.options)
+
+    def span_errors(self, tokens: range) -> Tensor:
+        """Standard errors of attributions summed over target tokens, ``(n_features,)``.
+
+        The sum of the values is solved as a target of its own. Tokens inside generated words have
+        values where their word stands only: words apart, and the errors added up.
+        """
+        scope, total = self.scope, torch.zeros(self.design.n_features).double()
+        if self.design.solved not in SOLVERS:
+            seen = torch.arange(len(total)) < scope.n_visible[list(tokens)].max()
+            return total.masked_fill(seen, torch.nan)
+        required = scope.required[list(tokens)]
+        for column in required.unique():
+            ours = torch.tensor(list(tokens))[required == column]
+            one = Scope(scope.n_visible[ours].max()[None], column[None])
+            values = self.values[:, ours.to(self.values.device)].sum(1, keepdim=True)
+            total += replace(self, values=values, scope=one).solve().standard_errors[0]
+        return total
+
+    def contextcite(self, tokens: range, alpha: float) -> Solution:
+        """ContextCite's sparse fit of a statement, see `coalitions.solve_contextcite`.
+
+        Raises:
+            ValueError: If the coalitions do not have each feature present with probability 1/2, or
+                the tokens see different features.
+        """
+        if self._law() != "half":
+            raise ValueError(
+                f"the coalitions of {self.design.planned} have all sizes alike, ContextCite wants "
+                "each feature present with probability 1/2: attribute with Lime."
+            )
+        span = (tokens.start, tokens.stop)
+        return coalitions.solve_contextcite(
+            self.plan, self.values.double().cpu(), self.scope, spans=[span], alpha=alpha
+        )
+
+    def joint(self) -> "Evidence | None":
+        """The product of all targets' values; None where generated features were switched."""
+        n_features = self.design.n_features
+        if n_features > 1 + max(self.design.columns):
+            return None
+        scope = Scope(torch.tensor([n_features]), torch.tensor([-1]))
+        return replace(self, values=self.values.prod(1, keepdim=True), scope=scope)
+
+    def unresolved(self) -> list[Unresolved]:
+        """Groups of features that were not told apart, see `splits.unresolved`."""
+        if SOLVERS.get(self.design.solved) is not solve_splits:
+            return []
+        values = self.values.double().cpu()
+        return unresolved(self.plan, values, self.scope, tree=self.design.options["tree"])
+
+    def additivity(self) -> Tensor:
+        """R² of attributions that add up, per target; NaN where the coalitions do not tell."""
+        if self.design.planned not in (*_UNIFORM_SIZES, "exact"):
+            return torch.full((len(self.scope.n_visible),), torch.nan).double()
+        return coalitions.additive_fit(self.plan, self.values.double().cpu(), self.scope)
+
+    def redundant_pairs(self, most: int) -> list[list[coalitions.RedundantPair]]:
+        """Per target the pairs of features that say the same.
+
+        Raises:
+            ValueError: If the coalitions do not tell.
+        """
+        if self.design.planned not in (*_UNIFORM_SIZES, "exact"):
+            raise ValueError(
+                f"the coalitions of {self.design.planned} do not tell which features say the same: "
+                "attribute with KernelShap, ShapleyValueSampling or ShapleyValues."
+            )
+        values = self.values.double().cpu()
+        return coalitions.redundant_pairs(self.plan, values, self.scope, most=most)
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether other coalitions or draws might have given another answer."""
+        exact = ("exact", "leave-one-out", "only one in", "exact Owen values")
+        return not (self.design.deterministic and self.design.solved in exact)
+
+    def refitted(self, method: Method, levels: Sequence[Sequence[int]] = ()) -> "Evidence":
+        """The same coalitions, to be solved by another method.
+
+        Args:
+            method: A captum class or an object of it.
+            levels: Nesting of the prompt's features, see `nesting`.
+
+        Raises:
+            ValueError: If the method is unknown, or the coalitions do not tell what it asks for.
+        """
+        kind = method if isinstance(method, type) else type(method)
+        if kind is FeatureAblation:
+            return self._each("leave-one-out", "each feature's absence alone", kind)
+        if kind is FeatureInclusion:
+            return self._each("only one in", "each feature's presence alone", kind)
+        if kind in _SHAPLEY:
+            return self._as(self._shapley(kind))
+        if kind is Lime:
+            settings = _compat.lime_settings(cast(Lime, _instance(method)))
+            if settings is None:
+                raise ValueError(
+                    "a `Lime` with a kernel or model of your own cannot be solved from coalitions: "
+                    "give captum's default, or one of its lasso, ridge and linear models."
+                )
+            return self._as("local linear model", **settings, law=self._law())
+        if kind is PartitionShap:
+            return self._partition(cast(PartitionShap, _instance(method)), levels)
+        raise ValueError(
+            f"{kind.__name__} cannot be solved from coalitions: give FeatureAblation, "
+            "FeatureInclusion, KernelShap, Lime, PartitionShap, ShapleyValues or "
+            "ShapleyValueSampling."
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every coalition was scored."""
+        n = self.design.n_features
+        if n > _MOST_ENUMERATED or 2**n > len(self.masks):
+            return False
+        codes = (self.plan.masks.long() << torch.arange(n)).sum(1)
+        return len(codes.unique()) == 2**n
+
+    def _as(self, solved: str, **options: Any) -> "Evidence":
+        return replace(self, design=replace(self.design, solved=solved, options=options))
+
+    def _each(self, solved: str, what: str, kind: type[PerturbationAttribution]) -> "Evidence":
+        found = self._as(solved)
+        try:
+            found.solve()
+        except ValueError as error:
+            raise ValueError(
+                f"the coalitions of {self.design.planned} do not hold {what}: attribute again with "
+                f"{kind.__name__}."
+            ) from error
+        return found
+
+    def _shapley(self, kind: type[PerturbationAttribution]) -> str:
+        planned = self.design.planned
+        if self.is_complete:
+            return "exact"
+        if planned not in _UNIFORM_SIZES:
+            raise ValueError(
+                f"the coalitions of {planned} do not tell Shapley values, which need those of every"
+                f" size: attribute again with {kind.__name__}."
+            )
+        is_walk = planned == "antithetic permutations" and kind is not KernelShap
+        return planned if is_walk else "paired kernel regression"
+
+    def _law(self) -> str:
+        """Of the coalitions' sizes, for weights that turn it into Lime's."""
+        planned = self.design.planned
+        if planned == "local linear model" or planned == "exact":
+            return "half"
+        if planned in _UNIFORM_SIZES:
+            sampled = self.plan.masks[self.design.n_anchors :]
+            complete = self.is_complete and len(sampled) == 2**self.design.n_features
+            return "half" if complete else "uniform"
+        raise ValueError(
+            f"the coalitions of {planned} do not tell what Lime asks for: attribute again with "
+            "Lime, or refit those of KernelShap or ShapleyValueSampling."
+        )
+
+    def _partition(self, method: PartitionShap, levels: Sequence[Sequence[int]]) -> "Evidence":
+        planned, known = self.design.planned, self.design.options.get("tree")
+        tree = known
+        if method.hierarchy is not None or tree is None:
+            n_prompt, n_features = 1 + max(self.design.columns), self.design.n_features
+            tree = nesting(method.hierarchy, n_prompt, n_features, levels=levels)
+        if planned == "nested orders" and tree == known and method.scheme == "orders":
+            return self._as("nested orders", tree=tree)
+        if method.scheme == "splits":
+            tree = binary(tree)
+        found = self._as("best-first splits", tree=tree)
+        if not found.unresolved():
+            return self._as("exact Owen values", tree=tree)
+        if method.scheme == "orders":
+            raise ValueError(
+                f"the coalitions of {planned} do not tell every group of this nesting apart: "
+                'attribute again, or refit with `scheme="splits"`, which shares evenly where they '
+                "do not."
+            )
+        return found
+
+
+def _instance(method: Method) -> PerturbationAttribution:
+    return method(_nothing) if isinstance(method, type) else method
+
+
+def _nothing(*_: Any) -> None:
+    """Stands for a forward that is not called."""
+
+
+def _solve_lime(
+    plan: Plan, values: Tensor, scope: Scope, *, kernel_width: float, law: str = "half", **rest: Any
+) -> Solution:
+    """Lime's fit, on coalitions of its own law or weighted to be so."""
+    kernel = partial(coalitions.cosine_kernel, width=kernel_width)
+    if law == "uniform":
+        kernel = partial(_reweighted, kernel)
+    return coalitions.solve_lime(plan, values, scope, kernel=kernel, **rest)
+
+
+def _reweighted(kernel: Callable[[Tensor], Tensor], masks: Tensor) -> Tensor:
+    """The kernel times what makes each size as frequent as fair coins do.
+
+    Coalitions of one size are equally likely under every plan that samples all sizes.
+    """
+    sizes = masks.sum(1)
+    n, size = torch.tensor(masks.shape[1]).double(), sizes.double()
+    frequency = sizes.bincount()[sizes].double()
+    log_weight = (n + 1).lgamma() - (size + 1).lgamma() - (n - size + 1).lgamma() - frequency.log()
+    weights = (log_weight - log_weight.max()).exp()
+    effective = float(weights.sum().square() / weights.square().sum())
+    if effective < 2 * masks.shape[1]:
+        warnings.warn(
+            f"{len(masks)} coalitions of all sizes are worth about {effective:.0f} of Lime's, for "
+            f"{masks.shape[1]} features: attribute with Lime itself for a sound fit.",
+            stacklevel=2,
+        )
+    return kernel(masks) * weights.clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def _solve_nested(plan: Plan, values: Tensor, scope: Scope, **_: Any) -> Solution:
+    return solve_nested_orders(plan, values, scope)
+
+
+SOLVERS: dict[str, Callable[..., Solution]] = {
+    "leave-one-out": coalitions.solve_leave_one_out,
+    "only one in": coalitions.solve_only_one_in,
+    "exact": coalitions.solve_exact,
+    "paired kernel regression": coalitions.solve_kernel,
+    "antithetic permutations": coalitions.solve_permutations,
+    "local linear model": _solve_lime,
+    "nested orders": _solve_nested,
+    "exact Owen values": solve_splits,
+    "best-first splits": solve_splits,
+}
+
+
+def convert(values: Tensor, given: str, wanted: str) -> Tensor:
+    """Values in another unit.
+
+    Args:
+        values: Any shape.
+        given, wanted: ``"log_prob"``, ``"prob"`` or ``"log_odds"``.
+
+    Raises:
+        ValueError: If one does not tell the other: that takes logits, and so the model.
+    """
+    if given == wanted:
+        return values
+    known = ("log_prob", "prob", "log_odds")
+    if given not in known or wanted not in known:
+        raise ValueError(
+            f"values of {given!r} do not tell {wanted!r}: without the model only "
+            f"{', '.join(map(repr, known))} can be turned into one another. Attribute again."
+        )
+    values = values.double()
+    log_prob = {
+        "log_prob": values,
+        "prob": values.clamp_min(torch.finfo(values.dtype).tiny).log(),
+        "log_odds": torch.nn.functional.logsigmoid(values),
+    }[given]
+    if wanted == "log_prob":
+        return log_prob
+    if wanted == "prob":
+        return log_prob.exp()
+    # log(1 - p) without cancellation; a token that is certain has finite log-odds in float64.
+    rest = torch.log(-torch.expm1(log_prob.clamp_max(-1e-16)))
+    return log_prob - rest
+
+
+def method_name(method: Method) -> str:
+    """The name of its class."""
+    return (method if isinstance(method, type) else type(method)).__name__

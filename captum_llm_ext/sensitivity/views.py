@@ -1,0 +1,141 @@
+"""The numbers several baselines give the possible causes of one token, and where they disagree."""
+
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Verdict = Literal["robust", "depends", "open", "none"]
+
+
+class View:
+    """What every baseline says of the possible causes of one token.
+
+    Args:
+        attr: Attributions, float64 of shape ``(n_baselines, n_features)``.
+        se: Standard errors of that shape, NaN where they cannot be told: then intervals have no
+            width.
+        scale: Per baseline the size that attributions are seen against, ``(n_baselines,)``.
+        z: Half the width of intervals, in standard errors.
+        least: Share of `scale` up to which an attribution counts as nothing.
+
+    Attributes:
+        low, high: Ends of the intervals around the magnitudes.
+        clear: `attr` where it is something beyond its error, 0 elsewhere.
+    """
+
+    def __init__(self, attr: Tensor, se: Tensor, scale: Tensor, *, z: float, least: float) -> None:
+        self.attr, self.se = attr, se
+        self._size = attr.abs()
+        self._scale = scale.where(scale > 0, 1.0)
+        self._floor = least * scale
+        width = z * se.nan_to_num(nan=0.0)
+        self.low, self.high = self._size - width, self._size + width
+        self.clear = attr * ((self.low > 0) & (self._size > self._floor[:, None]))
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """Places by magnitude, 1 = strongest; equals share the best of theirs."""
+        ordered = self._size.sort(dim=1).values
+        stronger = torch.searchsorted(ordered, self._size.contiguous(), right=True)
+        return self.attr.shape[1] - stronger + 1
+
+    @property
+    def tops(self) -> list[int | None]:
+        """Per baseline the strongest feature, None where there is nothing in particular."""
+        found = [self.strongest(row, 1) for row in range(len(self.attr))]
+        return [columns[0] if columns else None for columns in found]
+
+    def strongest(self, row: int, k: int) -> list[int]:
+        """The at most `k` strongest features under one baseline, strongest first."""
+        size = self.clear[row].abs()
+        order = size.argsort(descending=True, stable=True)[:k].tolist()
+        return [column for column in order if size[column] > 0]
+
+    def sign_changes(self, a: int, b: int) -> dict[int, float]:
+        """Features that raise under one baseline and lower under the other, clearly.
+
+        Returns:
+            Per column the mean of the two magnitudes, each relative to its baseline's scale.
+        """
+        changed = (self.clear[a] * self.clear[b] < 0).nonzero()[:, 0]
+        weight = (self._size[a] / self._scale[a] + self._size[b] / self._scale[b]) / 2
+        return {int(column): float(weight[column]) for column in changed}
+
+    def rank_changes(self, a: int, b: int) -> dict[int, tuple[float, tuple[int, ...]]]:
+        """Features clearly above some other under one baseline and below it under the other.
+
+        Returns:
+            Per column the largest disagreement (mean of the lead under one baseline and the lag
+            under the other, each relative to its baseline's scale) and the features it changes
+            places with, largest disagreement first.
+        """
+        # A feature above another is itself something: no other need be looked at.
+        columns = ((self.clear[a] != 0) | (self.clear[b] != 0)).nonzero()[:, 0]
+        over_a, over_b = self._above(a, columns), self._above(b, columns)
+        lead = (self._leads(a, columns) + self._leads(b, columns).T) / 2
+        one_way = torch.where(over_a & over_b.T, lead, 0.0)
+        weight = torch.maximum(one_way, one_way.T)
+        found: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for column, row in zip(columns.tolist(), weight, strict=True):
+            order = row.argsort(descending=True, stable=True)[: int((row > 0).sum())]
+            if len(order):
+                found[column] = float(row.max()), tuple(columns[order].tolist())
+        return found
+
+    def verdict(self) -> Verdict:
+        """Whether the baselines name the same strongest feature, and if not, whether for sure."""
+        tops = self.tops
+        named = {top for top in tops if top is not None}
+        if not named:
+            return "none"
+        rows = range(len(tops))
+        if any(self._contradict(a, b) for a in rows for b in rows if a < b):
+            return "depends"
+        return "robust" if len(named) == 1 and None not in tops else "open"
+
+    def rank_correlation(self, a: int, b: int) -> float:
+        """Spearman's, of the magnitudes of `clear`; NaN where one side has nothing but ties."""
+        x, y = (_mean_ranks(self.clear[row].abs()) for row in (a, b))
+        x, y = x - x.mean(), y - y.mean()
+        return float((x @ y) / (x.norm() * y.norm()))
+
+    def overlap(self, a: int, b: int, k: int) -> float:
+        """Share of the `k` strongest features that two baselines have in common.
+
+        Where both have fewer, of the longer list. NaN where neither has any.
+        """
+        one, other = set(self.strongest(a, k)), set(self.strongest(b, k))
+        longest = max(len(one), len(other))
+        return len(one & other) / longest if longest else torch.nan
+
+    def _contradict(self, a: int, b: int) -> bool:
+        """Whether the strongest features under two baselines cannot both be right."""
+        i, j = self.tops[a], self.tops[b]
+        if i is None or j is None:
+            if i is None and j is None:
+                return False
+            row, other, top = (a, b, i) if i is not None else (b, a, j)
+            floor = torch.maximum(self._floor[row], self._floor[other])
+            return bool(self.low[row, top] - self.high[other, top] > floor)
+        if i == j:
+            return bool(self.clear[a, i] * self.clear[b, j] < 0)
+        pair = torch.tensor([i, j])
+        return bool(self._above(a, pair)[0, 1] and self._above(b, pair)[1, 0])
+
+    def _above(self, row: int, columns: Tensor) -> Tensor:
+        """``[i, j]``: whether the first is clearly stronger than the second."""
+        margin = self.low[row, columns][:, None] - self.high[row, columns]
+        return margin > self._floor[row]
+
+    def _leads(self, row: int, columns: Tensor) -> Tensor:
+        """``[i, j]``: by how much the first is stronger, relative to the scale."""
+        size = self._size[row, columns] / self._scale[row]
+        return size[:, None] - size
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    """Places from the least on; equals share the mean of theirs."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[place]

@@ -1,0 +1,571 @@
+"""The command line as it is typed: on the shipped model, in process and in processes of its own."""
+
+import functools
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import architectures
+import pytest
+import tiny
+import torch
+from captum.attr import FeatureAblation, LLMAttribution, ShapleyValueSampling, TextTokenInput
+from reference import loop_log_probs
+
+import captum_llm_ext
+from captum_llm_ext import (
+    ChatInput,
+    CorpusBaselines,
+    GenerationAttribution,
+    GenerationAttributionResult,
+    TextSegmentInput,
+    load_demo,
+)
+from captum_llm_ext.cli import doctor, main, probe
+from captum_llm_ext.cli.command import UsageError
+from captum_llm_ext.cli.job import METHODS, as_baselines, method
+from captum_llm_ext.demo import PROMPT, folder
+
+QUICK = ["--model", "demo", "--quiet", "--method", "ablation"]
+ATTRIBUTE = ["attribute", *QUICK, "--prompt", PROMPT]
+COMMANDS = ("demo", "attribute", "show", "compare", "doctor")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_demo()
+
+
+@pytest.fixture(scope="module")
+def attribution(demo):
+    model, tokenizer, _ = demo
+    return GenerationAttribution(FeatureAblation(model), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Two results of one answer, written by the command."""
+    at = tmp_path_factory.mktemp("saved")
+    more = ["--max-new-tokens", "5", "--save"]
+    assert main([*ATTRIBUTE, "--baselines", "delete", *more, str(at / "deleted.st")]) == 0
+    assert main([*ATTRIBUTE, "--baselines", "corpus:demo", *more, str(at / "corpus.st")]) == 0
+    return at / "deleted.st", at / "corpus.st"
+
+
+def run(*arguments, **settings):
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "captum_llm_ext", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **settings,
+    )
+
+
+def test_a_saved_run_holds_what_the_library_gives(saved, demo, attribution):
+    _, tokenizer, texts = demo
+    result = GenerationAttributionResult.load(saved[1])
+    inp = TextSegmentInput(PROMPT, tokenizer, baselines=CorpusBaselines(texts))
+    expected = attribution.attribute(inp, gen_args={"max_new_tokens": 5})
+    assert torch.equal(result.target, expected.target)
+    torch.testing.assert_close(result.full_attr, expected.full_attr)
+    assert result.provenance["command"].startswith("captum-llm-ext attribute --model demo")
+
+
+def test_options_reach_the_library(tmp_path, demo):
+    model, tokenizer, _ = demo
+    options = "--method sampling --n-samples 4 --unit sentence,word --output-unit word --seed 3"
+    options += " --sample --temperature 1.5 --top-p 0.9 --max-new-tokens 4 --attr-target prob"
+    options += f" --dtype float64 --batch-size 3 --baselines <unk> --save {tmp_path / 'r.st'}"
+    assert main([*ATTRIBUTE, *options.split()]) == 0
+    result = GenerationAttributionResult.load(tmp_path / "r.st")
+    inp = TextSegmentInput(PROMPT, tokenizer, ("sentence", "word"), baselines="<unk>")
+    generation = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "max_new_tokens": 4}
+    model = type(model).from_pretrained(folder(), dtype=torch.float64)
+    expected = GenerationAttribution(ShapleyValueSampling(model), tokenizer, "prob").attribute(
+        inp, gen_args=generation, output_unit="word", n_samples=4, seed=3
+    )
+    assert torch.equal(result.target, expected.target)
+    torch.testing.assert_close(result.full_attr, expected.full_attr)
+    assert result.full_attr.dtype == torch.float64
+    assert [level.name for level in result.levels] == ["sentence"]
+
+
+def test_a_target_is_explained_as_it_is_given(capsys, attribution, demo):
+    target = " golf and chess."
+    assert main([*ATTRIBUTE, "--target", target, "--output-unit", "none", "--json", "-"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["target"] == demo[1].encode(target, add_special_tokens=False)
+    expected = attribution.attribute(TextSegmentInput(PROMPT, demo[1]), target, output_unit=None)
+    torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
+    assert shown["output_attr"] is None
+
+
+def test_results_go_to_stdout_and_all_else_to_stderr(saved, capsys):
+    assert main([*ATTRIBUTE, "--max-new-tokens", "5", "--baselines", "corpus:demo"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{GenerationAttributionResult.load(saved[1])}\n"
+    assert "answer: " in shown.err
+    assert "note:" not in shown.err
+    assert main([*ATTRIBUTE, "--max-new-tokens", "2"]) == 0
+    assert "note: what is absent is deleted" in capsys.readouterr().err
+
+
+def test_a_result_goes_through_a_pipe(saved):
+    shown = run("show", saved[1], "--json", "-")
+    assert shown.returncode == 0
+    assert shown.stderr == ""
+    assert json.loads(shown.stdout)["output_tokens"][2] == "surfing"
+
+
+def test_progress_is_drawn_unless_it_is_not_wanted(capsys):
+    arguments = [part for part in ATTRIBUTE if part != "--quiet"]
+    assert main([*arguments, "--max-new-tokens", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "model evaluations" in shown.err
+    assert "model evaluations" not in shown.out
+    assert main([*ATTRIBUTE, "--max-new-tokens", "2"]) == 0
+    assert "model evaluations" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", ""])
+def test_a_prompt_is_read_from_a_file_without_its_last_line_break(tmp_path, ending, capsys):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(f"{PROMPT}\n{ending}".encode())
+    arguments = ["attribute", *QUICK, "--max-new-tokens", "2", "--json", "-"]
+    assert main([*arguments, "--prompt-file", str(path)]) == 0
+    pieces = json.loads(capsys.readouterr().out)["prompt"]
+    text = "".join(piece["text"] for piece in pieces).removeprefix("<s>")
+    assert text == (PROMPT + "\n" if ending else PROMPT)
+
+
+def test_a_prompt_comes_through_a_pipe(monkeypatch, capsys, attribution, demo):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Ann lives in Austin, TX."))
+    arguments = ["attribute", *QUICK, "--max-new-tokens", "2", "--json", "-"]
+    assert main([*arguments, "--prompt-file", "-"]) == 0
+    inp = TextSegmentInput("Ann lives in Austin, TX.", demo[1])
+    expected = attribution.attribute(inp, gen_args={"max_new_tokens": 2})
+    assert json.loads(capsys.readouterr().out)["target"] == expected.target.tolist()
+
+
+@pytest.mark.parametrize("how", ["json", "file", "object", "stdin"])
+def test_chats(tmp_path, monkeypatch, capsys, attribution, demo, how):
+    messages = [
+        {"role": "system", "content": "Dave lives in Palm Coast, FL and is a lawyer."},
+        {"role": "user", "content": "His personal interests include"},
+    ]
+    text = json.dumps({"messages": messages} if how == "object" else messages)
+    (tmp_path / "chat.json").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    given = {"file": str(tmp_path / "chat.json"), "stdin": "-"}.get(how, text)
+    more = ["--unit", "turn,word", "--roles", "system", "--max-new-tokens", "3", "--json", "-"]
+    assert main(["attribute", *QUICK, "--chat", given, *more]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    inp = ChatInput(messages, demo[1], "word", ["system"])
+    expected = attribution.attribute(inp, gen_args={"max_new_tokens": 3})
+    assert shown["input_tokens"] == expected.input_tokens
+    torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
+
+
+def test_a_chats_turns_are_its_features_unless_said_otherwise(capsys):
+    chat = '[{"role": "user", "content": "Ann lives in Austin."}]'
+    arguments = ["attribute", *QUICK, "--chat", chat, "--max-new-tokens", "2", "--json", "-"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["input_tokens"] == ["user: Ann lives in Austin."]
+
+
+def test_pages_and_pictures(saved, tmp_path, capsys):
+    result = GenerationAttributionResult.load(saved[1])
+    files = [tmp_path / name for name in ("r.html", "r.png", "r.json")]
+    options = zip(("--html", "--png", "--json"), map(str, files), strict=True)
+    arguments = ["show", str(saved[1]), *(part for option in options for part in option)]
+    assert main(arguments) == 0
+    assert files[0].read_text(encoding="utf-8") == result.to_html()
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    written = json.loads(files[2].read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(result.to_dict()))
+    shown = capsys.readouterr()
+    assert shown.out == f"{result}\n"
+    assert all(f"written: {name}" in shown.err for name in files)
+
+
+def test_the_causes_of_one_token(saved, capsys):
+    result = GenerationAttributionResult.load(saved[1])
+    for given, token in (("surfing", "surfing"), ("2", 2), ("-3", -3)):
+        assert main(["show", str(saved[1]), f"--token={given}", "--top", "4"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "surfing  ←"
+        assert lines[1:] == [f"  {cause}" for cause in result.why(token, 4)]
+        assert "Palm" in lines[1]
+    assert main(["show", str(saved[1]), "--token", "0:3", "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["poker , surfing  ←", *(f"  {c}" for c in result.attribute_span(0, 3).top(2))]
+
+
+def test_how_many_causes_are_shown(saved, capsys):
+    assert main(["show", str(saved[0]), "--top", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:6]
+    top = GenerationAttributionResult.load(saved[0]).top(1)
+    assert [line.partition("←")[2].strip() for line in lines] == [str(c[0]) for c in top]
+
+
+def test_colours_are_for_terminals_that_want_them(saved, capsys, monkeypatch):
+    lowered = int(GenerationAttributionResult.load(saved[0]).full_attr.amin(1).argmin())
+
+    def shown():
+        assert main(["show", str(saved[0])]) == 0
+        assert main(["show", str(saved[0]), f"--token={lowered}", "--top=99"]) == 0
+        return capsys.readouterr().out
+
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    plain = shown()
+    assert "\x1b" not in plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    coloured = shown()
+    assert "\x1b[34m" in coloured  # raises
+    assert "\x1b[31m" in coloured  # lowers
+    for code in ("\x1b[34m", "\x1b[31m", "\x1b[1m", "\x1b[2m", "\x1b[0m"):
+        coloured = coloured.replace(code, "")
+    assert coloured == plain
+    monkeypatch.setenv("TERM", "dumb")
+    assert shown() == plain
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown() == plain
+
+
+def test_saved_results_are_compared(saved, tmp_path, capsys):
+    files = ["--png", str(tmp_path / "c.png"), "--json", str(tmp_path / "c.json")]
+    assert main(["compare", *map(str, saved), "--token", "surfing", *files]) == 0
+    shown = capsys.readouterr().out
+    results = {path.stem: GenerationAttributionResult.load(path) for path in saved}
+    comparison = captum_llm_ext.BaselineComparison(results)
+    assert shown.startswith(f"{comparison.summary()}\nsurfing:\n")
+    assert all(f"{change.kind} {change}" in shown for change in comparison.changes("surfing"))
+    assert "surfing  ←  deleted: ',' (output); corpus: Palm" in shown  # the known cause is Palm
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "c.json").read_text("utf-8"))["names"] == ["deleted", "corpus"]
+
+
+def test_results_of_one_name_in_two_folders_are_told_apart(saved, tmp_path, capsys):
+    other = tmp_path / "deleted.st"
+    other.write_bytes(saved[1].read_bytes())
+    assert main(["compare", str(saved[0]), str(other)]) == 0
+    assert f"BaselineComparison({saved[0]}, {other}:" in capsys.readouterr().out
+
+
+def test_baselines_of_one_prompt_are_compared(saved, capsys):
+    several = ["--baselines", "delete", "--baselines", "corpus:demo"]
+    arguments = ["compare", *QUICK, "--prompt", PROMPT, *several, "--max-new-tokens", "5"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    results = [GenerationAttributionResult.load(path) for path in saved]
+    names = ("delete", "corpus:demo")
+    comparison = captum_llm_ext.BaselineComparison(dict(zip(names, results, strict=True)))
+    assert shown == f"{comparison.summary()}\n"
+
+
+def test_what_baselines_are_called(tmp_path, demo):
+    (tmp_path / "texts.txt").write_text("\n".join(tiny.TEXTS), encoding="utf-8")
+    corpus = as_baselines(f"corpus:{tmp_path / 'texts.txt'}", 5)
+    assert corpus.seed == 5
+    corpus.save(tmp_path / "index")
+    index = as_baselines(f"index:{tmp_path / 'index'}", 7)
+    assert repr(index) == repr(corpus)
+    assert index.seed == 7
+    assert repr(as_baselines("corpus:demo", 0)) == repr(CorpusBaselines(demo[2]))
+    assert as_baselines("delete", 0) is None
+    assert as_baselines("<unk>", 0) == "<unk>"
+    assert as_baselines("token:delete", 0) == "delete"
+    with pytest.raises(UsageError, match="index:"):
+        as_baselines(str(tmp_path / "index"), 0)
+    with pytest.raises(UsageError, match="before the colon"):
+        as_baselines("coprus:x", 0)
+
+
+def test_every_method_is_there(model):
+    for name, path in METHODS.items():
+        assert type(method(name, model)).__name__ == path.partition(":")[2]
+
+
+def mistake(capsys, arguments):
+    """Exit status and error line of a command that cannot be carried out."""
+    try:
+        status = main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Traceback" not in shown.err
+    errors = [line for line in shown.err.splitlines() if "error: " in line]
+    assert len(errors) == 1
+    return status, errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt-file", "no-such-file"], "'no-such-file': No such file"),
+        (["--prompt-file", str(folder() / "model.safetensors")], "is no UTF-8 text"),
+        (["--chat", "[{"], "--chat is no JSON"),
+        (["--chat", "no-such-file"], "'no-such-file': No such file"),
+        (["--chat", str(folder() / "corpus.txt")], "is no JSON"),
+        (["--chat", '{"role": "user"}'], "has no list of messages"),
+        (["--chat", "[3]"], "message 0 is 3"),
+        (["--chat", "[]"], "no message has a role"),
+        (["--prompt", "x", "--unit", "phrase"], "unknown unit 'phrase'"),
+        (["--prompt", "x", "--output-unit", "phrase"], "unknown unit 'phrase'"),
+        (["--prompt", "x", "--baselines", "<nothing>"], "'<nothing>' is no token"),
+        (["--prompt", "x", "--baselines", "corpus:no-such-file"], "'no-such-file'"),
+        (["--prompt", "x", "--baselines", "index:no-such-file"], "no-such-file"),
+        (["--prompt", "x", "--html", "no-such-folder/x.html"], "no-such-folder"),
+        (["--prompt", "x", "--save", "."], "is a folder"),
+        (["--prompt", "x " * 400], "shorten the prompt"),
+        (["--prompt", "x", "--device-map", "{"], "is no JSON"),
+        (["--prompt", "x", "--target", ""], "the target is empty"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
+    status, error = mistake(capsys, ["attribute", *QUICK, *arguments])
+    assert status == 1
+    assert error.startswith("captum-llm-ext: error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attribute"], "required: --model"),
+        (["attribute", *QUICK], "--prompt --prompt-file --chat is required"),
+        ([*ATTRIBUTE, "--chat", "[]"], "not allowed with"),
+        ([*ATTRIBUTE, "--method", "magic"], "'ablation', 'shapley'"),
+        ([*ATTRIBUTE, "--max-new-tokens", "0"], "0 is below 1"),
+        ([*ATTRIBUTE, "--max-new", "3"], "unrecognized arguments: --max-new"),
+        ([*ATTRIBUTE, "--target", "x", "--sample"], "--sample would be ignored"),
+        ([*ATTRIBUTE, "--top-p", "0.5"], "--top-p would be ignored without --sample"),
+        ([*ATTRIBUTE, "--max-evaluations", "9"], "no meaning without --tol"),
+        ([*ATTRIBUTE, "--roles", "user"], "--roles would be ignored"),
+        ([*ATTRIBUTE, "--unit", "turn"], "turns of a --chat"),
+        ([*ATTRIBUTE, "--baselines", "delete", "--baselines", "<unk>"], "2 --baselines"),
+        ([*ATTRIBUTE, "--baselines", str(folder() / "corpus.txt")], "say corpus:"),
+        (["compare"], "nothing to compare"),
+        (["compare", "a"], "at least two"),
+        (["compare", "a", "a"], "at least two"),
+        (["compare", "a", "b", "--seed", "3"], "--seed would be ignored"),
+        (["compare", *QUICK, "--prompt", "x"], "several --baselines"),
+        (["compare", *QUICK, "--prompt", "x", "--baselines", "delete"], "1 different --baselines"),
+        (["show"], "required: RESULT"),
+        (["explain"], "invalid choice: 'explain'"),
+    ],
+)
+def test_what_is_written_wrongly_has_a_status_of_its_own(capsys, arguments, message):
+    status, error = mistake(capsys, arguments)
+    assert status == 2
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("/no/such/folder", "there is no model folder"),
+        ("", "there is no model folder"),
+        ("no/such-model", "the tokenizer of 'no/such-model' cannot be loaded"),
+        ("EMPTY", "holds no model (no config.json)"),
+        ("EMPTY/file", "is a file: give the folder"),
+        ("TORN", "the model of"),
+    ],
+)
+def test_wrong_models(tmp_path, capsys, tokenizer, model, message):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "EMPTY" / "file").touch()
+    if model == "TORN":
+        tiny.llama(len(tokenizer)).save_pretrained(tmp_path / "TORN")
+        tokenizer.save_pretrained(tmp_path / "TORN")
+        weights = tmp_path / "TORN" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:2000])
+    name = str(tmp_path / model) if model[:1].isupper() else model
+    status, error = mistake(capsys, ["attribute", "--model", name, "--prompt", "Dave lives."])
+    assert status == 1
+    assert message in error
+
+
+def test_damaged_and_missing_results(saved, tmp_path, capsys):
+    torn = tmp_path / "torn.st"
+    torn.write_bytes(saved[0].read_bytes()[:3000])
+    for name, message in ((torn, "damaged"), (tmp_path / "none", "No such file")):
+        status, error = mistake(capsys, ["show", str(name)])
+        assert (status, message in error) == (1, True)
+    for token in ("9", "-9", "nobody", "9:12"):
+        status, error = mistake(capsys, ["show", str(saved[0]), f"--token={token}"])
+        assert status == 1
+        assert "token" in error
+
+
+def test_results_of_different_answers_are_not_compared(saved, tmp_path, capsys):
+    other = str(tmp_path / "other.st")
+    assert main([*ATTRIBUTE, "--max-new-tokens", "2", "--save", other]) == 0
+    capsys.readouterr()
+    status, error = mistake(capsys, ["compare", str(saved[0]), other])
+    assert status == 1
+    assert "have different targets" in error
+
+
+def test_a_traceback_comes_on_demand(capsys):
+    assert main([*ATTRIBUTE, "--unit", "phrase", "--debug"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.splitlines()[-1].startswith("captum-llm-ext: error: unknown unit")
+
+
+def test_what_nobody_foresaw_is_named(saved, capsys, monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(GenerationAttributionResult, "load", fails)
+    assert main(["show", str(saved[0])]) == 1
+    assert capsys.readouterr().err == "captum-llm-ext: error: ZeroDivisionError: by zero\n"
+
+
+def test_saved_commands_keep_no_folders(tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("\n".join(tiny.TEXTS), encoding="utf-8")
+    path = str(tmp_path / "r.st")
+    more = ["--baselines", f"corpus:{tmp_path}/texts.txt", f"--html={tmp_path}/x.html"]
+    assert main([*ATTRIBUTE, *more, "--max-new-tokens", "1", "--save", path]) == 0
+    command = GenerationAttributionResult.load(path).provenance["command"]
+    assert str(tmp_path) not in command
+    assert command.endswith(
+        "--baselines corpus:texts.txt --html=x.html --max-new-tokens 1 --save r.st"
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    _, _, examples = shown.partition("examples:\n")
+    lines = examples.splitlines()
+    assert len(lines) >= 3
+    assert all(line.startswith(f"  captum-llm-ext {command}") for line in lines)
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert all(f"    {command}" in shown.err for command in COMMANDS)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"captum-llm-ext {captum_llm_ext.__version__}\n"
+
+
+def test_ctrl_c_ends_a_run_cleanly():
+    command = [sys.executable, "-m", "captum_llm_ext", *ATTRIBUTE, "--method", "sampling"]
+    process = subprocess.Popen(
+        [*command, "--n-samples", "100000"], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        told = b""
+        while b"note:" not in told:  # it is about to ask the model
+            line = process.stderr.readline()
+            assert line, told
+            told += line
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert error.decode().splitlines()[-1] == "captum-llm-ext: interrupted"
+    assert b"Traceback" not in error
+    assert out == b""
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(saved):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        process = subprocess.run(
+            [sys.executable, "-m", "captum_llm_ext", "show", str(saved[0])],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert process.returncode == 141
+    assert process.stderr == b""
+
+
+# doctor ------------------------------------------------------------------------------------------
+
+
+def test_the_doctor_looks_at_the_shipped_model(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"torch           {torch.__version__}" in text
+    assert "LlamaForCausalLM" in text
+    assert "right  values" in text
+
+
+def test_the_probe_sees_how_wrong_captums_default_is(tokenizer, model):
+    found = probe.probe(model, tokenizer)
+    target = tokenizer.encode(probe._ANSWER, add_special_tokens=False)[: probe._SHORT_ANSWER]
+    ids = tokenizer.encode(probe._TEXT, add_special_tokens=False)[: probe._SHORT_PROMPT]
+    inp = TextTokenInput(tokenizer.decode(ids), tokenizer)
+    default = LLMAttribution(FeatureAblation(model), tokenizer).attribute(inp, torch.tensor(target))
+    read = [target[:t] for t in range(len(target))]
+    prompt = inp.to_model_input()[0].tolist()
+    rows = [[*prompt[:i], 0, *prompt[i + 1 :]] for i in range(len(prompt))]
+    full = loop_log_probs(model, prompt, read, target)
+    right = torch.stack([full - loop_log_probs(model, row, read, target) for row in rows], dim=1)
+    off = float((default.token_attr - right).abs().max())
+    assert found.captum_error == pytest.approx(off, abs=1e-4)
+    assert found.captum_is_right == (off <= 2e-4)
+    assert found.is_right
+
+
+def test_the_probe_tells_which_beginnings_are_shared(tokenizer):
+    found = probe.probe(architectures.build("qwen 3"), tokenizer)
+    assert 0.2 < found.shared < 1
+    assert found.why_not_shared is None
+    found = probe.probe(architectures.build("mamba"), tokenizer)
+    assert found.shared is None
+    assert "reads only one token on" in found.why_not_shared
+    assert found.is_right
+
+
+def test_the_probe_finds_a_model_whose_batches_are_wrong(tokenizer, monkeypatch, capsys):
+    model = tiny.llama(len(tokenizer))
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def off_in_batches(*arguments, **named):
+        output = forward(*arguments, **named)
+        if len(output.logits) > 1:
+            output.logits[..., 5] += 3
+        return output
+
+    model.forward = off_in_batches
+    monkeypatch.setattr(doctor, "load_model", lambda *_: model)
+    monkeypatch.setattr(doctor, "load_tokenizer", lambda *_: tokenizer)
+    assert main(["doctor"]) == 1
+    assert "WRONG  values" in capsys.readouterr().out
+
+
+def test_the_doctor_on_half_precision(capsys):
+    assert main(["doctor", "demo", "--dtype", "bfloat16", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["machine"]["torch"] == torch.__version__
+    assert shown["model"]["class"] == "LlamaForCausalLM"
+    assert shown["probe"]["is_right"]
+    assert shown["probe"]["dtype"] == "bfloat16"
+    assert "in bfloat16" in shown["model"]["parameters"]

@@ -1,0 +1,322 @@
+"""What results draw, and how their estimates settled."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from captum.attr import FeatureAblation, KernelShap, Lime, ShapleyValues, ShapleyValueSampling
+from matplotlib.collections import FillBetweenPolyCollection, LineCollection
+from matplotlib.patches import PathPatch
+
+from captum_llm_ext import (
+    GenerationAttribution,
+    GenerationAttributionResult,
+    PartitionShap,
+    TextSegmentInput,
+    plot,
+)
+from captum_llm_ext.coalitions import join_plans, plan_anchors, plan_pairs, plan_permutations
+from captum_llm_ext.convergence import earlier
+from captum_llm_ext.refit import Design, Evidence
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def _closed_figures():
+    yield
+    plt.close("all")
+
+
+def attributed(model, tokenizer, method=ShapleyValueSampling, text=" golf & chess\n.", **options):
+    prompt = "Dave lives in Austin and is a nurse. Ann lives"
+    inp = TextSegmentInput(prompt, tokenizer, ("sentence", "word"))
+    options = {"output_unit": "word"} | options
+    return GenerationAttribution(method(model), tokenizer).attribute(inp, text, **options)
+
+
+@pytest.fixture(scope="module")
+def result(model, tokenizer):
+    return attributed(model, tokenizer, n_samples=20)
+
+
+# Convergence -------------------------------------------------------------------------------------
+
+
+def game(mask):
+    """Three features matter, two of them only together."""
+    return 2.0 * mask[..., 0] + 3.0 * (mask[..., 1] & mask[..., 3]) - 1.0 * mask[..., 2]
+
+
+def evidence(planned, plan, solved=None, deterministic=True):
+    design = Design(
+        planned=planned,
+        solved=solved or planned,
+        options={},
+        n_features=plan.n_features,
+        n_anchors=plan.n_anchors,
+        n_visible=[plan.n_features] * 2,
+        required=[-1] * 2,
+        columns=list(range(plan.n_features)),
+        deterministic=deterministic,
+    )
+    values = torch.stack([game(plan.masks).double(), -game(plan.masks).double()], 1)
+    return Evidence(design, plan.masks, plan.draws, values, design.scope)
+
+
+def walks(n_orders, n=5):
+    generator = torch.Generator().manual_seed(0)
+    plan = plan_permutations(n, n_orders, generator=generator)
+    return evidence("antithetic permutations", join_plans([plan_anchors(n), plan]))
+
+
+def test_earlier_estimates_are_those_of_the_first_walks():
+    found = earlier(walks(64), [1, 0])
+    counts = [count for count, _ in found]
+    assert counts == sorted(set(counts))
+    assert len(counts) > 4
+    everything = walks(64)
+    for count, solution in found:
+        masks = everything.masks[2:count]
+        assert len(masks) % (2 * 6) == 0  # an order and its reverse, six rows each
+        gains = np.zeros(5)
+        for walk in masks.view(-1, 6, 5):
+            for before, after in pairwise(walk):
+                gains[(after & ~before).nonzero()] += float(game(after) - game(before))
+        want = gains / (len(masks) / 6)
+        np.testing.assert_allclose(solution.attributions[1], want, atol=1e-9)
+        np.testing.assert_allclose(solution.attributions[0], -want, atol=1e-9)
+
+
+def test_estimates_are_spread_over_powers_of_their_number():
+    counts = [count - 2 for count, _ in earlier(walks(512), [0], 5)]
+    ratios = np.array(counts[1:]) / counts[:-1]
+    assert 3 <= len(counts) <= 5
+    assert ratios.max() / ratios.min() < 1.5
+    assert counts[-1] < 512 * 6
+
+
+def test_a_coalition_and_its_complement_are_added_together():
+    plan = plan_pairs(8, 120, generator=torch.Generator().manual_seed(0))
+    known = evidence("paired kernel regression", join_plans([plan_anchors(8), plan]))
+    found = earlier(known, [0])
+    assert all((count - 2) % 2 == 0 for count, _ in found)
+    # The errors of an additive game with one interaction fall with their number.
+    truth = torch.tensor([2.0, 1.5, -1.0, 1.5, 0, 0, 0, 0]).double()
+    errors = [float((solution.attributions[0] - truth).abs().max()) for _, solution in found]
+    assert errors[-1] < 0.1 < errors[0]
+
+
+def test_repetitions_of_an_enumeration_are_added_one_after_another(model, tokenizer):
+    # Random words stand for absent ones, so that repetitions differ.
+    prompt, words = (
+        "Dave lives in Austin",
+        [["Ann", "Bob"], ["is", "was"], ["at", "near"], ["X", "Y"]],
+    )
+    inp = TextSegmentInput(prompt, tokenizer, "word", baselines=words)
+    for method, rows in ((FeatureAblation, 4), (ShapleyValues, 16)):
+        attribution = GenerationAttribution(method(model), tokenizer)
+        found = attribution.attribute(inp, " golf", output_unit=None, n_draws=6)
+        counts = [count for count, _ in earlier(found._evidence(), [0])]
+        assert len(counts) > 1
+        assert all((count - found.design.n_anchors) % rows == 0 for count in counts)
+
+
+def test_what_takes_all_of_its_coalitions_cannot_converge(model, tokenizer):
+    exact = attributed(model, tokenizer, FeatureAblation)
+    with pytest.raises(ValueError, match="leave-one-out found did not converge"):
+        exact.plot_convergence()
+    complete = replace(walks(64).design, solved="exact")
+    with pytest.raises(ValueError, match="exact found did not converge"):
+        earlier(replace(walks(64), design=complete), [0])
+
+
+@pytest.mark.parametrize("method", [ShapleyValueSampling, KernelShap, Lime, PartitionShap])
+def test_the_last_estimates_are_those_of_the_result(model, tokenizer, method):
+    found = attributed(model, tokenizer, method, n_samples=16 if "Sampling" in str(method) else 200)
+    _, ax = found.plot_convergence(k=3)
+    largest = found.full_attr.abs().flatten().sort(descending=True).values[:3]
+    drawn = [line for line in ax.lines if len(line.get_xdata()) > 2]
+    assert [abs(line.get_ydata()[-1]) for line in drawn] == pytest.approx(largest.tolist())
+    for line in drawn:
+        assert line.get_xdata()[-1] == len(found.masks)
+        assert (np.diff(line.get_xdata()) > 0).all()
+        # Estimates from half of the coalitions are near, and no copies of, the last; splits that
+        # are left to the end change nothing here.
+        apart = abs(line.get_ydata()[-2] - line.get_ydata()[-1])
+        assert apart < largest[0] / 2
+        assert apart > 0 or method is PartitionShap
+
+
+def test_causes_are_named_at_their_last_estimates(result):
+    _, ax = result.plot_convergence(k=4)
+    want = []
+    for token, causes in enumerate(result.top(9)):
+        want += [(abs(c.attribution), c.attribution, token, c.name) for c in causes]
+    want = sorted(want, reverse=True)[:4]
+    names = {f"{result.output_tokens[t]} ← {name.strip()}" for _, _, t, name in want}
+    texts = {t.get_text(): t for t in ax.texts}
+    assert {text[:20] for text in texts} == {plot.text.label(name, 40)[:20] for name in names}
+    heights = sorted(t.get_window_extent().y0 for t in texts.values())
+    assert np.diff(heights).min() > 8  # pixels
+    token = result.output_tokens[-1]
+    _, ax = result.plot_convergence(len(result.output_tokens) - 1, k=2)
+    assert {t.get_text() for t in ax.texts} == {
+        plot.text.label(cause.name, 40) for cause in result.why(len(result.output_tokens) - 1, 2)
+    }, token
+
+
+def test_bands_are_one_error_wide():
+    fig, ax = plot.convergence(
+        [10, 20, 40], [[1.0], [2.0], [3.0]], labels=["a"], errors=[[np.nan], [0.5], [0.25]]
+    )
+    fig.draw_without_rendering()
+    (band,) = (c for c in ax.collections if isinstance(c, FillBetweenPolyCollection))
+    vertices = np.concatenate([path.vertices for path in band.get_paths()])
+    for x, low, high in ((20, 1.5, 2.5), (40, 2.75, 3.25)):
+        ys = vertices[np.isclose(vertices[:, 0], x), 1]
+        assert (ys.min(), ys.max()) == (low, high)
+    assert not np.isclose(vertices[:, 0], 10).any()
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["10", "40"]
+    assert "±" in ax.get_ylabel()
+    assert "±" not in plot.convergence([1, 2], [[1.0], [2.0]], labels=["a"])[1].get_ylabel()
+
+
+def test_nothing_that_differs_from_zero_cannot_converge(result):
+    nothing = result.refit()
+    nothing.token_attr, nothing.output_attr = nothing.token_attr * 0, nothing.output_attr * 0
+    with pytest.raises(ValueError, match="no attribution differs from zero"):
+        nothing.plot_convergence()
+
+
+def test_labels_move_no_further_than_they_must():
+    ends = [5.0, 5.01, 5.02, -4.0]
+    _, ax = plot.convergence([1, 2], [ends, ends], labels=list("abcd"))
+    at = {t.get_text(): t.get_position()[1] for t in ax.texts}
+    assert at["d"] == -4.0
+    assert at["b"] == pytest.approx(5.01)
+    assert at["c"] - at["b"] == pytest.approx(at["b"] - at["a"])
+    assert at["c"] - at["b"] > 0.1
+
+
+# Text, flow, bars --------------------------------------------------------------------------------
+
+
+def written(ax):
+    return [t.get_text() for t in ax.texts]
+
+
+def test_text_reads_as_prompt_and_answer(result):
+    for token in (None, 2, -1):
+        _, ax = result.plot_text(token)
+        shown = "".join("".join(written(ax)).split()).translate({ord("␣"): "", ord("⏎"): ""})
+        answer = "".join(piece.text for piece in result.output_pieces)
+        prompt = "".join(piece.text for piece in result.prompt_pieces)
+        want = "".join(f"prompt{prompt}generated{answer}".split())
+        assert shown.startswith(want)
+
+
+def shaded(ax):
+    """Texts above a shade that is neither white nor within its error."""
+    found = set()
+    for collection in ax.collections:
+        faces = getattr(collection, "get_facecolor", list)()
+        for path, face in zip(collection.get_paths(), faces, strict=False):
+            (x, y), (_, low) = path.vertices.min(0), path.vertices.max(0)
+            found |= {
+                t.get_text() for t in ax.texts
+                if abs(t.get_position()[0] - x) < 1e-6 and y < t.get_position()[1] < low
+            } if face[3] == 1 else set()  # fmt: skip
+    return found
+
+
+def test_text_shades_what_made_the_model_write_a_token(model, tokenizer, result):
+    exact = attributed(model, tokenizer, FeatureAblation)
+    token = len(exact.output_tokens) - 1
+    _, ax = exact.plot_text(token)
+    attr, last = exact.full_attr[token], exact.output_pieces[token].feature
+    want = set()
+    for pieces, first in ((exact.prompt_pieces, 0), (exact.output_pieces, len(exact.input_tokens))):
+        for piece in pieces:
+            is_cause = piece.feature is not None and (not first or piece.feature != last)
+            if is_cause and attr[first + piece.feature] != 0:
+                want.add(piece.text.strip() or "␣" * len(piece.text))
+    assert len(want) > 4
+    assert shaded(ax) == want
+
+
+def test_text_of_all_tokens_is_their_sum(result):
+    span = result.attribute_span(0, len(result.output_tokens))
+    _, ax = result.plot_text()
+    strongest = float(span.values.abs().max())
+    bar = ax.figure.axes[1]
+    assert bar.get_xlim() == pytest.approx((-strongest, strongest))
+    with pytest.raises(ValueError, match="probabilities of tokens do not add up"):
+        result.refit(attr_target="prob").plot_text()
+    assert result.refit(attr_target="prob").plot_text(0)
+
+
+def test_results_of_earlier_versions_are_drawn_without_what_they_lack(result, tmp_path):
+    result.save(tmp_path / "result")
+    old = GenerationAttributionResult.load(tmp_path / "result")
+    old.design = None
+    assert "within" not in "".join(written(old.plot_text()[1]))
+    _, ax = old.plot_seq_attr()
+    assert not [c for c in ax.collections if isinstance(c, LineCollection)]
+    assert old.plot_flow()
+    with pytest.raises(ValueError, match="earlier version"):
+        old.plot_convergence()
+
+
+def test_flow_joins_what_is_beyond_its_error(result):
+    _, ax = result.plot_flow(least=0.1)
+    least = 0.1 * float(result.full_attr.abs().max())
+    n_prompt, want = len(result.input_tokens), set()
+    for token, causes in enumerate(result.top(999)):
+        for cause in causes:
+            if abs(cause.attribution) >= max(least, 1.96 * cause.standard_error):
+                side = "output" if cause.is_output else "prompt"
+                want.add(f"{side} {cause.column - n_prompt * cause.is_output} {token}")
+    assert {p.get_gid() for p in ax.patches if isinstance(p, PathPatch)} == want
+    assert want
+    last = result.plot_flow(-1, least=0.1)[1]
+    assert {p.get_gid() for p in last.patches if isinstance(p, PathPatch)} < want
+
+
+def test_bars_have_the_errors_of_the_sum(result):
+    _, ax = result.plot_seq_attr(cmap="PuOr")
+    errors = result.attribute_span(0, len(result.output_tokens)).standard_errors
+    (whiskers,) = (c for c in ax.collections if isinstance(c, LineCollection))
+    spans = [np.ptp(segment[:, 1]) / 2 for segment in whiskers.get_segments()]
+    assert spans == pytest.approx(errors[: len(result.input_tokens)].tolist(), rel=1e-4)
+    heights = [patch.get_height() for patch in ax.patches]
+    assert heights == pytest.approx(result.seq_attr.tolist())
+    colours = plt.get_cmap("PuOr")
+    faces = {tuple(np.round(p.get_facecolor()[:3], 3)) for p in ax.patches}
+    assert faces <= {tuple(np.round(colours(end)[:3], 3)) for end in (0.1, 0.9)}
+
+
+@pytest.mark.parametrize("name", ["token_attr", "seq_attr", "text", "flow", "convergence"])
+def test_every_plot_takes_axes_and_can_be_shown(result, monkeypatch, name):
+    fig, ax = plt.subplots()
+    method = getattr(result, f"plot_{name}")
+    assert method(ax=ax) == (fig, ax)
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(True))
+    assert method(show=True) is None
+    assert shown == [True]
+
+
+def test_a_prompt_of_names_does_not_run_together(result):
+    named = GenerationAttributionResult.__new__(GenerationAttributionResult)
+    named.__dict__.update(result.__dict__)
+    named.prompt_pieces = []
+    named.input_tokens = [f"field{i}" for i in range(len(result.input_tokens))]
+    _, ax = named.plot_text()
+    assert set(named.input_tokens) <= set(written(ax))
+    left = sorted(t.get_window_extent().x0 for t in ax.texts if t.get_text().startswith("field"))
+    assert np.diff(left).min() > 20  # pixels

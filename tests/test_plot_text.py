@@ -1,0 +1,339 @@
+"""Running text and flow: what is drawn where."""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.patches import PathPatch
+
+from captum_llm_ext import plot
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def _closed_figures():
+    yield
+    plt.close("all")
+
+
+# Running text ------------------------------------------------------------------------------------
+
+
+def text(parts, values, **options):
+    """Pieces numbered in order; those of None have no value."""
+    numbers = iter(range(len(values)))
+    pieces = [(part, next(numbers)) if isinstance(part, str) else (part[0], None) for part in parts]
+    return plot.running_text(pieces, values, **options)
+
+
+def lines(ax):
+    """The written words by line, from the top; without the key."""
+    found = {}
+    for t in ax.texts:
+        if t.get_transform() == ax.transData:
+            found.setdefault(t.get_position()[1], []).append((t.get_position()[0], t.get_text()))
+    return [[word for _, word in sorted(found[y])] for y in sorted(found)]
+
+
+def left(ax, word):
+    (t,) = (t for t in ax.texts if t.get_text() == word)
+    return t.get_position()[0]
+
+
+def boxes(ax, framed=False):
+    """Colour by left end of each shaded box; or the left ends of frames."""
+    found = {}
+    for collection in ax.collections:
+        if isinstance(collection, PolyCollection) and framed == (
+            not len(collection.get_facecolor())
+        ):
+            faces = collection.get_facecolor() if not framed else [None] * 99
+            for path, face in zip(collection.get_paths(), faces, strict=False):
+                found[path.vertices[:, 0].min()] = face
+    return found
+
+
+def underlines(ax):
+    """Left ends of solid and of dashed lines."""
+    found = {"solid": [], "dashed": []}
+    for collection in ax.collections:
+        if isinstance(collection, LineCollection):
+            ((_, dashes),) = collection.get_linestyle()
+            ends = [segment[0][0] for segment in collection.get_segments()]
+            found["dashed" if dashes else "solid"] += ends
+    return found
+
+
+def test_blue_boxes_raise_red_ones_lower_and_zero_has_none():
+    _, ax = text(["up", " down", " none"], [2.0, -2.0, 0.0])
+    assert lines(ax) == [["up", "down", "none"]]
+    found = boxes(ax)
+    assert set(found) == {left(ax, "up"), left(ax, "down")}
+    up, down = found[left(ax, "up")], found[left(ax, "down")]
+    assert up[2] > up[0]
+    assert down[0] > down[2]
+    assert underlines(ax) == {"solid": [left(ax, "up")], "dashed": [left(ax, "down")]}
+
+
+def test_what_lies_within_its_error_is_pale_and_has_no_sign():
+    _, ax = text(["sure", " not", " unknown"], [1.0, -1.0, -1.0], errors=[0.5, 0.52, np.nan])
+    alpha = {x: face[3] for x, face in boxes(ax).items()}
+    assert alpha[left(ax, "sure")] == alpha[left(ax, "unknown")] == 1.0
+    assert alpha[left(ax, "not")] < 0.5
+    assert underlines(ax) == {"solid": [left(ax, "sure")], "dashed": [left(ax, "unknown")]}
+    assert any("pale: within its error" in t.get_text() for t in ax.texts)
+
+
+def test_weak_parts_have_no_line():
+    _, ax = text(["a", " b", " c"], [1.0, 0.05, -0.05])
+    assert underlines(ax) == {"solid": [left(ax, "a")], "dashed": []}
+
+
+def test_new_lines_and_indentation_stay():
+    _, ax = text(["one", "\n  two", ("\n\n",), "three"], [1.0, 1.0, 1.0])
+    assert lines(ax) == [["one"], ["two"], ["three"]]
+    ys = sorted({t.get_position()[1] for t in ax.texts if t.get_text() in ("one", "two", "three")})
+    assert np.diff(ys)[1] == pytest.approx(2 * np.diff(ys)[0])  # an empty line
+    assert left(ax, "one") == left(ax, "three") == 0
+    assert left(ax, "two") > 0
+
+
+def test_white_space_with_a_value_is_marked():
+    _, ax = text(["a", "\n", "b", "  ", "c", ""], [1.0] * 6)
+    assert lines(ax) == [["a", "⏎"], ["b", "␣␣", "c", "∅"]]
+    assert sum(len(c.get_paths()) for c in ax.collections if isinstance(c, PolyCollection)) == 6
+
+
+def test_a_part_is_shaded_from_its_first_word_to_its_last():
+    _, ax = text([" a sentence here.", " x"], [1.0, -1.0])
+    assert lines(ax) == [["a sentence here.", "x"]]
+    (polygon,) = (
+        path.vertices
+        for c in ax.collections if isinstance(c, PolyCollection)
+        for path, face in zip(c.get_paths(), c.get_facecolor(), strict=True)
+        if face[2] > face[0]
+    )  # fmt: skip
+    (words,) = (t for t in ax.texts if t.get_text() == "a sentence here.")
+    extent = words.get_window_extent().transformed(ax.transData.inverted())
+    assert polygon[:, 0].min() == pytest.approx(extent.x0, abs=2)  # points
+    assert polygon[:, 0].max() == pytest.approx(extent.x1, abs=2)
+
+
+@pytest.mark.parametrize("n", [5, 60, 500])
+def test_long_text_is_wrapped_between_words_and_fits(n):
+    words = [f"w{'o' * (i % 9)}rd{i}" for i in range(n)]
+    parts = [piece for word in words for piece in (f" {word[:2]}", word[2:])]  # two tokens a word
+    fig, ax = text(parts, np.linspace(-1, 1, 2 * n))
+    fig.draw_without_rendering()
+    assert fig.get_size_inches()[1] <= 14
+    assert "".join(map("".join, lines(ax))) == "".join(words)
+    # No word is torn apart: every line ends where a word does.
+    ends = set(np.cumsum([len(word) for word in words]).tolist())
+    assert set(np.cumsum([len("".join(line)) for line in lines(ax)]).tolist()) <= ends
+    right = [t.get_window_extent().x1 for t in ax.texts]
+    assert max(right) <= ax.get_window_extent().x1 + 3
+    assert min(t.get_fontsize() for t in ax.texts) >= 6
+
+
+@pytest.mark.parametrize("long", ["x" * 400, "東京は日本の首都です" * 12])
+def test_what_is_longer_than_a_line_is_broken_anywhere(long):
+    fig, ax = text(["before ", long, " after"], [1.0, 2.0, -3.0])
+    fig.draw_without_rendering()
+    written = "".join(map("".join, lines(ax)))
+    shown = "".join(plot.text.drawable(char) for char in long)
+    assert written == f"before{shown}after"
+    assert len(lines(ax)) > 1
+    assert max(t.get_window_extent().x1 for t in ax.texts) <= ax.get_window_extent().x1 + 3
+
+
+def test_the_explained_part_is_framed_and_what_follows_is_grey():
+    _, ax = text(
+        ["a", ("b",), ("c",)], [1.0], headings={0: "prompt", 1: "generated"},
+        explained=[1], later=[2],
+    )  # fmt: skip
+    assert lines(ax) == [["prompt"], ["a"], ["generated"], ["b", "c"]]
+    assert set(boxes(ax, framed=True)) == {left(ax, "b")}
+    ink = {t.get_text(): t.get_color() for t in ax.texts}
+    assert ink["c"] != ink["b"]
+
+
+def test_token_text_is_no_mathematics():
+    fig, ax = text(["$x_1$", " \\frac{", " bell\x07"], [1.0, 2.0, 3.0])
+    fig.canvas.draw()  # warnings of mathtext, or of missing glyphs, would fail here
+    assert lines(ax) == [["$x_1$", "\\frac{", "bell\\x07"]]
+
+
+def test_text_goes_into_given_axes():
+    fig, (first, second) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    assert plot.running_text([("a", 0)], [1.0], ax=second, title="mine") == (fig, second)
+    assert not first.texts
+    assert fig.get_size_inches().tolist() == [9, 3]
+    assert second.get_title(loc="left") == "mine"
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [np.nan, np.nan]])
+def test_nothing_known_can_be_drawn(values):
+    fig, ax = text(["a", " b"], values)
+    fig.draw_without_rendering()
+    assert lines(ax) == [["a", "b"]]
+    assert underlines(ax) == {"solid": [], "dashed": []}
+
+
+def test_errors_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"`errors` has shape \(1,\)"):
+        text(["a", " b"], [1.0, 2.0], errors=[1.0])
+
+
+# Flow --------------------------------------------------------------------------------------------
+
+
+def attributions(n_target, n_prompt, seed=0):
+    random = np.random.default_rng(seed)
+    prompt = random.normal(size=(n_target, n_prompt)) ** 3
+    return prompt, np.tril(random.normal(size=(n_target, n_target)) ** 3, -1)
+
+
+def flow(prompt, output=None, **options):
+    n_target, n_prompt = np.shape(prompt)
+    names = None if output is None else [f"g{i}" for i in range(np.shape(output)[1])]
+    labels = {
+        "input_labels": [f"p{i}" for i in range(n_prompt)],
+        "output_feature_labels": names,
+        "output_labels": [f"t{i}" for i in range(n_target)],
+    }
+    return plot.flow(prompt, output, **(labels | options))
+
+
+def curves(ax):
+    """The curves by what they join: ("prompt" or "output", feature, token)."""
+    found = {}
+    for patch in ax.patches:
+        if isinstance(patch, PathPatch):
+            side, feature, token = patch.get_gid().split()
+            found[side, int(feature), int(token)] = patch
+    return found
+
+
+def names(ax):
+    return {t.get_text(): t for t in ax.texts}
+
+
+def test_what_is_beyond_its_error_and_not_negligible_is_joined():
+    prompt, output = attributions(9, 5)
+    errors = np.abs(attributions(9, 5, seed=1)[0]), np.full((9, 9), 0.2)
+    _, ax = flow(prompt, output, prompt_errors=errors[0], output_errors=errors[1], least=0.1)
+    most = max(np.abs(prompt).max(), np.abs(output).max())
+    want = set()
+    for side, values, error in (("prompt", prompt, errors[0]), ("output", output, errors[1])):
+        for (token, feature), value in np.ndenumerate(values):
+            if abs(value) >= 0.1 * most and abs(value) >= 1.96 * error[token, feature]:
+                want.add((side, feature, token))
+    assert len(want) > 4
+    assert set(curves(ax)) == want
+
+
+def test_what_cannot_be_told_is_drawn_and_what_is_unknown_is_not():
+    _, ax = flow([[1.0, np.nan, 1.0]], prompt_errors=[[np.nan, 0.1, 9.0]])
+    assert set(curves(ax)) == {("prompt", 0, 0)}
+
+
+def test_width_follows_size_and_lowering_is_red_and_dashed():
+    _, ax = flow([[4.0, -2.0, 1.0]])
+    found = {feature: patch for (_, feature, _), patch in curves(ax).items()}
+    widths = [found[i].get_linewidth() for i in range(3)]
+    assert widths == pytest.approx([widths[0], widths[0] / 2, widths[0] / 4])
+    assert found[0].get_linestyle() == "-"
+    assert found[1].get_linestyle() != "-"
+    assert found[0].get_edgecolor()[2] > found[0].get_edgecolor()[0]
+    assert found[1].get_edgecolor()[0] > found[1].get_edgecolor()[2]
+
+
+def ends(patch):
+    return patch.get_path().vertices[[0, -1]]
+
+
+def test_curves_end_at_the_words_they_join():
+    _, ax = flow([[0, 0], [1.0, 0], [0, 0]], [[0, 0, 0], [0, 0, 0], [0, 2.0, 0]])
+    at = {name: t.get_position() for name, t in names(ax).items()}
+    found = curves(ax)
+    start, end = ends(found["prompt", 0, 1])
+    assert start[1] == at["p0"][1]
+    assert end[1] == pytest.approx(at["t1"][1], abs=0.2)
+    assert at["p0"][0] < start[0] < end[0] < at["t1"][0]
+    start, end = ends(found["output", 1, 2])
+    assert [start[1], end[1]] == pytest.approx([at["t1"][1], at["t2"][1]], abs=0.2)
+    assert min(start[0], end[0]) > at["t2"][0]
+    assert found["output", 1, 2].get_path().vertices[:, 0].max() <= ax.get_xlim()[1] * 1.35
+
+
+def leads(links, target, owners):
+    """All that leads to a token, by following every chain of causes."""
+    found = set()
+    for side, feature, token in links:
+        if token == target:
+            found.add((side, feature, token))
+            if side == "output":
+                for t, owner in enumerate(owners):
+                    found |= leads(links, t, owners) if owner == feature else set()
+    return found
+
+
+@pytest.mark.parametrize("target", [0, 3, 7])
+def test_only_what_led_to_a_token(target):
+    prompt, output = attributions(8, 4, seed=3)
+    everything = set(curves(flow(prompt, output, least=0.2)[1]))
+    _, ax = flow(prompt, output, least=0.2, towards=target)
+    assert set(curves(ax)) == leads(everything, target, range(8))
+    assert names(ax)[f"t{target}"].get_bbox_patch() is not None
+
+
+def test_a_generated_word_passes_on_what_its_tokens_received():
+    owners = [0, 0, 1, None]
+    prompt = [[1.0], [0], [0], [0]]
+    output = np.array([[0, 0], [0, 0], [2.0, 0], [0, 1.5]])
+    _, ax = flow(prompt, output, output_features=owners, towards=3)
+    found = curves(ax)
+    assert set(found) == {("prompt", 0, 0), ("output", 0, 2), ("output", 1, 3)}
+    at = {name: t.get_position()[1] for name, t in names(ax).items()}
+    (_, start), _ = ends(found["output", 0, 2])
+    assert start == pytest.approx((at["t0"] + at["t1"]) / 2, abs=0.2)
+    with pytest.raises(ValueError, match="2 output features for 4 tokens: give `output_features`"):
+        flow(prompt, output)
+
+
+def test_of_a_long_prompt_only_causes_are_shown():
+    prompt = np.zeros((4, 300))
+    prompt[2, [7, 250]] = 1.0
+    _, ax = flow(prompt)
+    assert {name for name in names(ax) if name[0] == "p" and name != "prompt"} == {"p7", "p250"}
+    assert {"t0", "t1", "t2", "t3"} <= set(names(ax))
+    short = names(flow(prompt[:, :20])[1])
+    assert {f"p{i}" for i in range(20)} <= set(short)
+    assert short["p7"].get_color() != short["p8"].get_color()
+
+
+@pytest.mark.parametrize(("n_target", "n_prompt"), [(1, 1), (15, 14), (60, 100), (200, 500)])
+def test_the_figure_is_bounded_and_labels_do_not_touch(n_target, n_prompt):
+    fig, ax = flow(*attributions(n_target, n_prompt), least=0.3)
+    fig.draw_without_rendering()
+    assert max(fig.get_size_inches()) <= 16
+    for first in "pt":
+        written = [t for name, t in names(ax).items() if name[1:].isdigit() and name[0] == first]
+        heights = sorted(t.get_window_extent().y0 for t in written)
+        assert len(written) > 0
+        assert len(heights) == 1 or np.diff(heights).min() >= 0.9 * 8 * fig.dpi / 72  # points
+
+
+def test_nothing_to_join_can_be_drawn():
+    for values in (np.zeros((3, 2)), np.full((3, 2), np.nan), np.zeros((2, 0))):
+        fig, ax = flow(values)
+        fig.draw_without_rendering()
+        assert curves(ax) == {}
+
+
+def test_flow_goes_into_given_axes():
+    fig, ax = plt.subplots(figsize=(7, 3))
+    assert flow([[1.0]], ax=ax, title="mine") == (fig, ax)
+    assert ax.get_title(loc="left") == "mine"
