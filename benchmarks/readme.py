@@ -47,10 +47,38 @@ def rendering(report: dict[str, Any]) -> str:
     )
 
 
+def corpus_index(report: dict[str, Any]) -> str:
+    row = next(row for row in report["rows"] if row["words"] == "mixed")
+    build, look = row["building"], row["looking_up"]
+    return (
+        f"The index of {build['corpus_mb']:.0f} MB of text takes {build['build']['cpu_s']:.0f} "
+        f"seconds of one core and {build['peak_mb'] / 1000:.1f} GB at most; loaded again from its "
+        f"file, the first look at a feature takes {look['first_look_median']['cpu_s'] * 1000:.0f} "
+        f"ms, a draw {look['later_draw_mean']['cpu_s'] * 1e6:.0f} µs."
+    )
+
+
+def throughput(report: dict[str, Any]) -> str:
+    beside = report["threads_1"]["beside_captum"]["result"]
+    ratios = beside["ratios"]
+    sizes = beside["sizes"]
+    return (
+        f"Leave-one-out over {sizes['F']} tokens for {sizes['T']} target tokens "
+        f"({beside['model']}, one CPU thread): "
+        f"{ratios['captum, one pass per perturbation']:.1f} times as fast as captum's one pass per "
+        f"perturbation, {ratios['captum, token by token (extrapolated)']:.0f} times as fast as its "
+        "token-by-token path; with earlier output as causes "
+        f"{ratios['prompt and output: captum on the growing prompt (extrapolated)']:.0f} times as "
+        "fast as captum on a growing prompt."
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ground_truth": ground_truth,
     "exactness": exactness,
     "rendering": rendering,
+    "corpus_index": corpus_index,
+    "throughput": throughput,
 }
 
 
