@@ -32,6 +32,7 @@ _REQUIRED = (
     "token_attr",
     "output_attr",
 )
+_LONG = "matches"  # of provenance: a table of every feature's candidates, no line of text
 
 
 def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
@@ -55,7 +56,8 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
     """
     data = {**data, **_missing_pieces(data)}
     _check(data)
-    shown = {"prompt_layout": _layout(data["prompt"]), **data}
+    told = {name: value for name, value in data.get("provenance", {}).items() if name != _LONG}
+    shown = {"prompt_layout": _layout(data["prompt"]), **data, "provenance": told}
     style, script = _asset("page.css"), _asset("page.js")
     heading = title if title is not None else _heading(data["output"])
     return string.Template(_asset("page.html")).substitute(

@@ -72,22 +72,26 @@ class Found:
 
 def query_of(place: Place, index: CorpusIndex) -> Query:
     """What to ask the corpus for a feature."""
-    left, right = tuple(index.context(place.left)), tuple(index.context(place.right))
+    left, left_names = _side(place.left, index)
+    right, right_names = _side(place.right, index)
     bordered = bool(left) and border(place.left[0]) >= SENTENCE_END
     bordered = bordered and bool(right) and border(place.right[0]) >= SENTENCE_END
-    names = (_names(place.left, left, index), _names(place.right, right, index))
     whole = bordered or place.is_sentence
-    # How many words a neighbouring fact has must not decide what may stand here.
-    kept = [_elements(side, index) for side in (left, right)]
-    names = tuple(tuple(side[n] for n in own) for side, own in zip(names, kept, strict=True))
-    left, right = (
-        tuple(side[n] for n in own) for side, own in zip((left, right), kept, strict=True)
-    )
     agreeing: list[Agreeing] = []
     if all(map(index.is_lone_frame, index.context(place.atoms))):
         agreeing.extend(("right", n, place.right[n]) for n in _nearest_filler(right, index))
         agreeing.extend(("left", n, place.left[n]) for n in _nearest_filler(left, index))
+    names = (left_names, right_names)
     return Query(place.core, place.atoms, left, right, whole, tuple(agreeing), names)
+
+
+def _side(atoms: Sequence[str], index: CorpusIndex) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The surroundings on one side, the nearest first: classes, and what to call them."""
+    classes = index.context(atoms)
+    names = _names(atoms, classes, index)
+    # How many words a neighbouring fact has must not decide what may stand here.
+    kept = _elements(classes, index)
+    return tuple(classes[n] for n in kept), tuple(names[n] for n in kept)
 
 
 def _elements(classes: Sequence[int], index: CorpusIndex) -> list[int]:
