@@ -21,6 +21,7 @@ from captum_llm_ext import (
     CorpusBaselines,
     GenerationAttribution,
     Infilling,
+    Slot,
     TextSegmentInput,
     load_demo,
 )
@@ -565,3 +566,17 @@ def test_warnings_point_at_the_line_of_the_user(tokenizer):
     with pytest.warns(UserWarning, match="No context of the corpus matched") as caught:
         absent_texts(inp, tokenizer, [0], n=1)
     assert caught[0].filename == __file__
+
+
+def test_a_word_that_its_phrase_determines_is_a_part_of_another_phrase():
+    places = ("Lake of Pines", "Dover", "Salem", "Reno", "Boise", "Tulsa", "Macon", "Iron Ridge")
+    corpus = [f"{name} lives in {place} now." for place in places for name in NAMES] * 3
+    baselines = CorpusBaselines(corpus)
+    text = "Ann lives in Lake of Pines now."
+    for word, part in ((" Lake", 0), (" of", 1), (" Pines", 2)):
+        slot = Slot(text, text.index(word), text.index(word) + len(word))
+        generator = torch.Generator().manual_seed(0)
+        drawn = {baselines(slot, generator).strip() for _ in range(300)}
+        ridge = ("Iron", "Iron Ridge", "Ridge")[part]
+        assert drawn == {*places[1:7], ridge}
+    assert baselines.explain(Slot(text, 3, 9)).constant

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from captum_llm_ext.baselines import words
 from captum_llm_ext.baselines.candidates import Candidates, Match
 from captum_llm_ext.baselines.index import CorpusIndex
 from captum_llm_ext.baselines.place import Place
@@ -60,8 +61,11 @@ class Lookup:
         """What may stand in one place."""
         query = query_of(place, self._index)
         if query not in self._known:
-            self._known[query] = self._find(query)
-            self._warn(query, self._known[query].match)
+            found = self._find(query)
+            if found.match.constant:
+                found = self._within_phrase(place) or found
+            self._known[query] = found
+            self._warn(query, found.match)
         return self._known[query]
 
     def joint(self, places: Sequence[Place], seed: int) -> Candidates | None:
@@ -95,6 +99,41 @@ class Lookup:
         return Candidates.counted(
             "document", surroundings, found, original, exclude_original=self._exclude_original
         )
+
+    def _within_phrase(self, place: Place) -> Candidates | None:
+        """What may stand for a word that the rest of its own phrase determines.
+
+        "Lake" is constant before "of Pines". What is not is the phrase: of others that stand in
+        its place, the word is given the part that it is of its own.
+        """
+        if any(map(self._index.is_frame, self._index.context(place.atoms))):
+            return None
+        n_left, n_right = map(self._n_fillers, (place.left, place.right))
+        if n_left + n_right == 0:
+            return None
+        phrase = place.widened(n_left, n_right)
+        found = self._find(query_of(phrase, self._index))
+        n_own, n_all = len(place.atoms), len(phrase.atoms)
+        counts: Counter[tuple[str, ...]] = Counter()
+        for (text,), count in found.weights().items():
+            atoms = [atom.text for atom in words.atoms(text)]
+            start = n_left * len(atoms) // n_all
+            stop = max(-(-(n_left + n_own) * len(atoms) // n_all), start + 1)
+            counts[(" ".join(atoms[start:stop]),)] += round(count)
+        if found.match.level not in _LOCATED or not counts.keys() - {(place.core,)}:
+            return None
+        return Candidates.counted(
+            found.match.level,
+            found.match.surroundings,
+            counts,
+            (place.core,),
+            exclude_original=self._exclude_original,
+        )
+
+    def _n_fillers(self, atoms: Sequence[str]) -> int:
+        """How many of the nearest atoms are no words of the frame."""
+        framed = [self._index.is_frame(number) for number in self._index.context(atoms)]
+        return next((n for n, here in enumerate(framed) if here), len(framed))
 
     def nothing_fits(self, original: tuple[str, ...], match: Match) -> Candidates:
         """The original, where no candidate has as many tokens; that warns."""

@@ -35,6 +35,12 @@ class Place:
     part: tuple[float, float]
     is_sentence: bool
 
+    def widened(self, n_left: int, n_right: int) -> "Place":
+        """The place of the feature and so many atoms around it, as a whole."""
+        atoms = (*self.left[:n_left][::-1], *self.atoms, *self.right[:n_right])
+        left, right = self.left[n_left:], self.right[n_right:]
+        return Place(" ".join(atoms), atoms, left, right, "", "", (0.0, 1.0), False)
+
     def filled(self, text: str) -> str:
         """The feature's replacement if `text` stands in place of the core."""
         if self.part != (0.0, 1.0):
