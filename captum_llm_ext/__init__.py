@@ -21,13 +21,17 @@ from captum_llm_ext.baselines import (
     TokenBaseline,
 )
 from captum_llm_ext.baselines.corpus import CorpusBaselines, Match
-from captum_llm_ext.causes import Cause, Redundancy, SpanAttribution, UnresolvedGroup
 from captum_llm_ext.coalition_game import CoalitionGame
 from captum_llm_ext.demo import load_demo
-from captum_llm_ext.feature_inclusion import FeatureInclusion
 from captum_llm_ext.inputs import ChatInput, TextSegmentInput
-from captum_llm_ext.partition_shap import PartitionShap
-from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.methods import FeatureInclusion, PartitionShap
+from captum_llm_ext.result import (
+    Cause,
+    GenerationAttributionResult,
+    Redundancy,
+    SpanAttribution,
+    UnresolvedGroup,
+)
 from captum_llm_ext.sensitivity import BaselineComparison, compare_baselines
 
 __version__ = "0.1.0"

@@ -18,8 +18,7 @@ from captum_llm_ext.coalition_game import CoalitionGame
 from captum_llm_ext.estimators import Budget, is_known
 from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
 from captum_llm_ext.inputs import as_prompt
-from captum_llm_ext.refit import Design
-from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result import Design, GenerationAttributionResult
 from captum_llm_ext.scoring import AttrTarget, Scorer, TokenRow
 from captum_llm_ext.segment import Unit
 

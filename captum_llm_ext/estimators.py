@@ -19,8 +19,7 @@ from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.coalitions import Plan, Scope, Solution
 from captum_llm_ext.coalitions.hierarchy import Tree
 from captum_llm_ext.coalitions.plans import MOST_EXACT_FEATURES
-from captum_llm_ext.feature_inclusion import FeatureInclusion
-from captum_llm_ext.partition_shap import PartitionShap, Unfold, partition
+from captum_llm_ext.methods import FeatureInclusion, PartitionShap, Unfold, partition
 
 _MAX_DRAWS = 8
 _ROWS_WORTH_REPEATING = 1024

@@ -15,9 +15,9 @@ from captum_llm_ext.coalitions.hierarchy import Tree
 from captum_llm_ext.driven import attribute_with
 from captum_llm_ext.estimators import Budget, Estimator, estimator, is_known
 from captum_llm_ext.inputs import GeneratedText, Prompt
-from captum_llm_ext.likelihood import Likelihood
-from captum_llm_ext.partition_shap import PartitionShap, Unfold, nesting
+from captum_llm_ext.methods import PartitionShap, Unfold, nesting
 from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.segment import Unit
 
 # The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.

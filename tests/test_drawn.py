@@ -20,8 +20,8 @@ from captum_llm_ext import (
     plot,
 )
 from captum_llm_ext.coalitions import join_plans, plan_anchors, plan_pairs, plan_permutations
-from captum_llm_ext.convergence import earlier
-from captum_llm_ext.refit import Design, Evidence
+from captum_llm_ext.result.convergence import earlier
+from captum_llm_ext.result.refit import Design, Evidence
 
 matplotlib.use("Agg")
 

@@ -26,7 +26,7 @@ from captum_llm_ext import (
     TextSegmentInput,
 )
 from captum_llm_ext.coalitions import Plan, Scope, plan_pairs, solve_lime
-from captum_llm_ext.refit import SOLVERS, convert
+from captum_llm_ext.result.refit import SOLVERS, convert
 
 PROMPT = "Dave lives in Austin."
 TARGET = " golf and chess"

@@ -84,10 +84,10 @@ def test_damaged_files_are_told(model, tokenizer, tmp_path):
 
 
 def test_later_formats_are_refused(model, tokenizer, tmp_path, monkeypatch):
-    import captum_llm_ext.result as module
+    import captum_llm_ext.result.files as module
 
     path = tmp_path / "result.safetensors"
-    monkeypatch.setattr(module, "_FORMAT", 99)
+    monkeypatch.setattr(module, "FORMAT", 99)
     _result(model, tokenizer).save(path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="later version"):

@@ -22,7 +22,7 @@ METHODS = {
     "sampling": "captum.attr:ShapleyValueSampling",
     "kernel": "captum.attr:KernelShap",
     "lime": "captum.attr:Lime",
-    "partition": "captum_llm_ext.partition_shap:PartitionShap",
+    "partition": "captum_llm_ext.methods:PartitionShap",
 }
 _BASELINES = """\
 baselines: what stands where a word is absent

@@ -4,10 +4,9 @@ import argparse
 import re
 from typing import Any
 
-from captum_llm_ext.causes import Cause
 from captum_llm_ext.cli.command import add_command, positive
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, paint, write_outputs
-from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result import Cause, GenerationAttributionResult
 
 EXAMPLES = (
     "show dave.safetensors",

@@ -1,7 +1,8 @@
 """Runs the model: on whole rows, or on what follows ids that it has read before."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from captum_llm_ext.scoring.rows import TokenRow
 
 # Largest difference between log-probabilities that other shapes of the same products make.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
+
+
+@contextmanager
+def as_found(model: nn.Module) -> Generator[None]:
+    """Evaluation mode without gradients; every module's own mode is put back, come what may."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class Passes:

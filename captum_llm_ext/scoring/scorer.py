@@ -13,7 +13,7 @@ from captum_llm_ext import _compat
 from captum_llm_ext.scoring import memory
 from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.memory import Memory
-from captum_llm_ext.scoring.passes import Passes
+from captum_llm_ext.scoring.passes import Passes, as_found
 from captum_llm_ext.scoring.plan import Branch, plan
 from captum_llm_ext.scoring.rows import TokenRow, digest
 
@@ -93,7 +93,7 @@ class Scorer:
         arguments |= _compat.padding_for_generate(self.model) | dict(gen_args)
         devices = [self.device] if self.device.type == "cuda" else []
         generate = cast(Callable[..., Any], self.model.generate)
-        with self._as_found(), torch.random.fork_rng(devices):
+        with as_found(self.model), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             output = generate(input_ids=ids, **arguments)
         sequences = cast(Tensor, getattr(output, "sequences", output))
@@ -128,7 +128,7 @@ class Scorer:
                 value.
             TypeError: If the model returns no logits, or a callable target the wrong shape.
         """
-        with self._as_found():
+        with as_found(self.model):
             if not self._causal(rows[0]):
                 return self._values_step_by_step(rows, target)
             return self._values(rows, target)
@@ -280,18 +280,6 @@ class Scorer:
         else:
             return False
         return True
-
-    @contextmanager
-    def _as_found(self) -> Generator[None]:
-        """Evaluation mode without gradients; every module's own mode is put back, come what may."""
-        training = [module for module in self.model.modules() if module.training]
-        try:
-            self.model.eval()
-            with torch.no_grad():
-                yield
-        finally:
-            for module in training:
-                module.training = True
 
     @contextmanager
     def progress(self) -> Generator[None]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from captum_llm_ext.coalitions import Scope, Solution
-from captum_llm_ext.refit import Evidence
+from captum_llm_ext.result.refit import Evidence
 
 _SMALLEST_SHARE = 1 / 32
 

@@ -15,8 +15,7 @@ from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.coalitions import Plan, Scope, Solution
 from captum_llm_ext.coalitions.hierarchy import as_tree, binary, solve_nested_orders
 from captum_llm_ext.coalitions.splits import Unresolved, solve_splits, unresolved
-from captum_llm_ext.feature_inclusion import FeatureInclusion
-from captum_llm_ext.partition_shap import PartitionShap, nesting
+from captum_llm_ext.methods import FeatureInclusion, PartitionShap, nesting
 
 Method = PerturbationAttribution | type[PerturbationAttribution]
 

@@ -1,6 +1,5 @@
 """What an attribution found: numbers, names and where they came from."""
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,13 +10,19 @@ import torch
 from captum.attr import InterpretableInput
 from torch import Tensor
 
-from captum_llm_ext.causes import Cause, Redundancy, SpanAttribution, UnresolvedGroup, strongest
-from captum_llm_ext.drawn import DrawnResult
 from captum_llm_ext.inputs import Level, Piece
-from captum_llm_ext.refit import Design, Evidence, Method, convert, method_name
+from captum_llm_ext.result.causes import (
+    Cause,
+    Redundancy,
+    SpanAttribution,
+    UnresolvedGroup,
+    strongest,
+)
+from captum_llm_ext.result.drawn import DrawnResult
+from captum_llm_ext.result.files import read, write
+from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
 from captum_llm_ext.segment import shorten
 
-_FORMAT = 2  # of files; 1 had no design
 _DICT_FORMAT = 1
 _MOST_REMARKS = 3
 _TENSORS = (
@@ -527,15 +532,8 @@ class GenerationAttributionResult(DrawnResult):
 
         The interpretable input is not a part of it.
         """
-        from safetensors.torch import save_file  # transformers brings it
-
-        tensors = {
-            name: value.detach().cpu().contiguous().clone()
-            for name in _TENSORS
-            if (value := getattr(self, name)) is not None
-        }
+        tensors = {name: getattr(self, name) for name in _TENSORS}
         rest = {
-            "format": _FORMAT,
             **{name: getattr(self, name) for name in _NAMES},
             "n_evaluations": self.n_evaluations,
             "prompt_pieces": [[p.text, p.feature] for p in self.prompt_pieces],
@@ -544,35 +542,17 @@ class GenerationAttributionResult(DrawnResult):
             "design": None if self.design is None else self.design.to_dict(),
             "provenance": self.provenance,
         }
-        save_file(tensors, path, metadata={"captum_llm_ext": json.dumps(rest)})
+        write(path, tensors, rest)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "GenerationAttributionResult":
         """Reads a result that `save` wrote; `inp` is None.
 
         Raises:
+            FileNotFoundError: If there is no such file.
             ValueError: If the file is damaged, no result, or of a later format.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with cast(Any, safe_open)(path, framework="pt") as file:
-                rest = json.loads((file.metadata() or {}).get("captum_llm_ext", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{os.fspath(path)!r} is damaged or no saved result ({error}): give a file written "
-                "by `GenerationAttributionResult.save`."
-            ) from error
-        if rest is None:
-            raise ValueError(
-                f"{os.fspath(path)!r} is a safetensors file but no saved result: give one written "
-                "by `GenerationAttributionResult.save`."
-            )
-        if rest.pop("format") > _FORMAT:
-            raise ValueError(
-                f"{os.fspath(path)!r} was written by a later version: update captum-llm-ext."
-            )
+        tensors, rest = read(path)
         for name in ("prompt_pieces", "output_pieces"):
             rest[name] = [Piece(*piece) for piece in rest[name]]
         rest["levels"] = [Level(*level) for level in rest["levels"]]

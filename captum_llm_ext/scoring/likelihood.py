@@ -1,13 +1,13 @@
 """What a baseline may ask the model under explanation: how probable texts are, and what it says."""
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat, tokens
+from captum_llm_ext.scoring.passes import as_found
 
 # Rows of one pass. These texts are few and short beside the coalitions that are scored later.
 _ROWS_AT_ONCE = 16
@@ -84,7 +84,7 @@ class Likelihood:
         arguments = {}
         if "use_cache" in _compat.forward_arguments(self._model):
             arguments["use_cache"] = False
-        with _as_found(self._model):
+        with as_found(self._model):
             output = self._model(input_ids=ids.to(self._device), **arguments)
         return _compat.sequence_logits(output)
 
@@ -92,15 +92,3 @@ class Likelihood:
         """Ids that end or pad a text: none of its words."""
         ids: set[int] = set(getattr(self._tokenizer, "all_special_ids", None) or ())
         return [token for token in ids if token < size]
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Generator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

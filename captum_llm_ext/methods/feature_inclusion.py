@@ -12,7 +12,7 @@ from captum_llm_ext.coalitions import (
     plan_only_one_in,
     solve_only_one_in,
 )
-from captum_llm_ext.tensors import TensorGame, Tensors
+from captum_llm_ext.methods.tensors import TensorGame, Tensors
 
 
 class FeatureInclusion(PerturbationAttribution):

@@ -22,7 +22,7 @@ from captum_llm_ext.coalitions.hierarchy import (
     tree_of_levels,
 )
 from captum_llm_ext.coalitions.splits import n_splits, plan_splits, solve_splits, unfold
-from captum_llm_ext.tensors import TensorGame, Tensors
+from captum_llm_ext.methods.tensors import TensorGame, Tensors
 
 Scheme = Literal["orders", "splits"]
 Score = Callable[[Plan], Tensor]

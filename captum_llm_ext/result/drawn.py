@@ -8,15 +8,15 @@ import torch
 from captum.attr import LLMAttributionResult
 from torch import Tensor
 
-from captum_llm_ext.convergence import earlier
 from captum_llm_ext.inputs import Piece
+from captum_llm_ext.result.convergence import earlier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from captum_llm_ext.causes import SpanAttribution
-    from captum_llm_ext.refit import Design, Evidence
+    from captum_llm_ext.result.causes import SpanAttribution
+    from captum_llm_ext.result.refit import Design, Evidence
 
     Drawing = tuple[Figure, Axes] | None
 

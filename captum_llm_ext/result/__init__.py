@@ -1,0 +1,14 @@
+"""What an attribution found, and what else its coalitions tell."""
+
+from captum_llm_ext.result.causes import Cause, Redundancy, SpanAttribution, UnresolvedGroup
+from captum_llm_ext.result.refit import Design
+from captum_llm_ext.result.result import GenerationAttributionResult
+
+__all__ = [
+    "Cause",
+    "Design",
+    "GenerationAttributionResult",
+    "Redundancy",
+    "SpanAttribution",
+    "UnresolvedGroup",
+]
