@@ -33,8 +33,8 @@ def ground_truth(report: dict[str, Any]) -> str:
 
 def exactness(report: dict[str, Any]) -> str:
     worst = max(max(row["replaced"], row["deleted"]) for row in report["rows"])
-    names = "; ".join(row["name"] for row in report["rows"])
-    return f"On {len(report['rows'])} architectures ({names}): at most {worst:.0e} nats."
+    n = len(report["rows"])
+    return f"On {n} architectures (`tests/architectures.py`): at most {worst:.0e} nats."
 
 
 def rendering(report: dict[str, Any]) -> str:

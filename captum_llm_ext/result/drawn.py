@@ -44,7 +44,7 @@ class DrawnResult(LLMAttributionResult):
         ) -> SpanAttribution: ...
         @property
         def _features(self) -> list[int]: ...
-        def _position(self, token: int | str) -> int: ...
+        def position(self, token: int | str) -> int: ...  # noqa: D102
         def _evidence(self) -> Evidence: ...
         def _split(self, solved: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -121,7 +121,7 @@ class DrawnResult(LLMAttributionResult):
         """
         from captum_llm_ext import plot
 
-        token = None if target_token is None else self._position(target_token)
+        token = None if target_token is None else self.position(target_token)
         values, errors = self._total(token)
         prompt, output = list(self._prompt_text()), list(self._output_text(token))
         first = len(prompt)
@@ -173,7 +173,7 @@ class DrawnResult(LLMAttributionResult):
             output_features=[piece.feature for piece in self.output_pieces] or None,
             prompt_errors=self.token_attr_se,
             output_errors=self.output_attr_se,
-            towards=None if target_token is None else self._position(target_token),
+            towards=None if target_token is None else self.position(target_token),
             least=least,
             ax=ax,
             show=show,
@@ -210,7 +210,7 @@ class DrawnResult(LLMAttributionResult):
         from captum_llm_ext import plot
 
         evidence = self._evidence()
-        cells = self._strongest(None if target_token is None else self._position(target_token), k)
+        cells = self._strongest(None if target_token is None else self.position(target_token), k)
         if not cells:
             raise ValueError("no attribution differs from zero: there is nothing to converge.")
         tokens = sorted({token for token, _ in cells})

@@ -21,10 +21,9 @@ from captum_llm_ext.result.causes import (
 from captum_llm_ext.result.drawn import DrawnResult
 from captum_llm_ext.result.files import read, write
 from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
-from captum_llm_ext.segment import shorten
+from captum_llm_ext.result.table import table
 
 _DICT_FORMAT = 1
-_MOST_REMARKS = 3
 _TENSORS = (
     "seq_attr",
     "token_attr",
@@ -400,7 +399,7 @@ class GenerationAttributionResult(DrawnResult):
         Raises:
             ValueError: If there is no such token, or there are several of that name.
         """
-        t = self._position(token)
+        t = self.position(token)
         attr, se = self.full_attr[t], self.full_attr_se[t]
         return strongest(self._column_names, attr, se, len(self.input_tokens), k)
 
@@ -433,7 +432,15 @@ class GenerationAttributionResult(DrawnResult):
         sums = attr.new_zeros(len(attr), len(level.parts))
         return level.parts, sums.index_add(1, torch.tensor(level.part_of, device=attr.device), attr)
 
-    def _position(self, token: int | str) -> int:
+    def position(self, token: int | str) -> int:
+        """The place of a target token, from 0.
+
+        Args:
+            token: Its position, negative ones from the end; or its name in `output_tokens`.
+
+        Raises:
+            ValueError: If there is no such token, or there are several of that name.
+        """
         n_target = len(self.output_tokens)
         if isinstance(token, int):
             if not -n_target <= token < n_target:
@@ -446,32 +453,6 @@ class GenerationAttributionResult(DrawnResult):
                 + (f", one of {found}." if found else f" of one of {self.output_tokens}.")
             )
         return found[0]
-
-    def _remarks(self) -> list[str]:
-        """What a reader of the numbers should know."""
-        remarks: list[str] = []
-        if groups := self.unresolved:
-            total = sum(float(group.attributions.abs().sum()) for group in groups)
-            share = total / float(self.full_attr.abs().sum() or 1)
-            remarks.append(
-                f"{len(groups)} groups were not told apart and share {share:.0%} of all "
-                "attributions evenly: see `unresolved`, or give more `n_samples`."
-            )
-        # Where every coalition was scored, it costs nothing to look.
-        if self.design is not None and self.design.planned == "exact":
-            gained = (self.full_values - self.empty_values).tolist()
-            said = {
-                pair.names: self.output_tokens[pair.target]
-                for pair in self.redundant_pairs(1)
-                if pair.together > max(0.5 * gained[pair.target], 10 * max(map(abs, pair.alone)))
-            }
-            remarks += [
-                f"{a.strip()!r} and {b.strip()!r} say the same ({token})."
-                for (a, b), token in list(said.items())[:_MOST_REMARKS]
-            ]
-        if self.converged is False:
-            remarks.append("`tol` was not met: see the standard errors.")
-        return remarks
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, title: str | None = None
@@ -582,28 +563,7 @@ class GenerationAttributionResult(DrawnResult):
             paint: From a text and its kind (``"token"``, ``"raises"``, ``"lowers"``,
                 ``"nothing"``) to what is shown, such as the text in a terminal's colours.
         """
-        show = paint or _plain
-        least = float(self.full_attr.abs().max()) / 100
-        width = max(len(name) for name in self.output_tokens)
-        lines = [repr(self)]
-        for name, causes in zip(self.output_tokens, self.top(k), strict=True):
-            shown = [
-                show(_short(cause), "raises" if cause.attribution > 0 else "lowers")
-                for cause in causes
-                if abs(cause.attribution) >= least
-                and not abs(cause.attribution) < 1.96 * cause.standard_error
-            ]
-            told = ", ".join(shown) or show("nothing in particular", "nothing")
-            lines.append(f"{show(f'{name:>{width}}', 'token')}  ←  {told}")
-        return "\n".join([*lines, *self._remarks()])
-
-
-def _short(cause: Cause) -> str:
-    return str(cause._replace(name=shorten(cause.name.strip()) or cause.name))
-
-
-def _plain(text: str, _: str) -> str:
-    return text
+        return table(self, k, paint)
 
 
 def _lists(tensor: Tensor | None) -> Any:

@@ -204,7 +204,7 @@ class BaselineComparison:
         Raises:
             ValueError: If there is no such token, or there are several of that text.
         """
-        token = None if target_token is None else self._position(target_token)
+        token = None if target_token is None else self._first.position(target_token)
         return [
             change
             for change in self._changes
@@ -305,7 +305,7 @@ class BaselineComparison:
         """
         from captum_llm_ext import plot
 
-        token = None if target_token is None else self._position(target_token)
+        token = None if target_token is None else self._first.position(target_token)
         row = next(row for row in self._rows if row.token == token)
         changes = [change for change in self._changes if change.token == token]
         title = "the whole answer" if token is None else repr(row.name.strip() or row.name)
@@ -419,9 +419,6 @@ class BaselineComparison:
 
     def _between(self, a: int, b: int) -> tuple[str, str]:
         return self.names[a], self.names[b]
-
-    def _position(self, token: int | str) -> int:
-        return self._first._position(token)  # pyright: ignore[reportPrivateUsage]
 
 
 def check_numbers(z: float, k: int, least: float) -> None:
