@@ -23,6 +23,8 @@ from captum_llm_ext.segment import Unit
 # The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
 _EMPTY_DRAWS = 32
 _MOST_ROUNDS = 64
+# With a tolerance, each round adds about this share of what there is.
+_GROWTH = 0.25
 # Rounds that hold nothing new cost no evaluation: they would never end a run.
 _MOST_IDLE_ROUNDS = 8
 _NO_ERROR = (
@@ -275,12 +277,15 @@ def _sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
     solution = method.solve(plan, values, game.scope)
     if effort.tol is None:
         return Outcome(method.name, plan, values, solution, method.estimate, options=method.options)
-    scorer, idle = game.run.scorer, 0
+    scorer, idle, size = game.run.scorer, 0, len(first[0].masks)
+    most = effort.max_evaluations or _MOST_ROUNDS * size
     while not (converged := (error := _error(solution)) <= effort.tol) and method.estimate:
-        more = method.plan(generator)
-        most = effort.max_evaluations or _MOST_ROUNDS * len(more.masks)
-        if scorer.n_evaluations + len(more.masks) > most or idle > _MOST_IDLE_ROUNDS:
+        # Solving everything again after every single round would cost more than the rounds.
+        n_rounds = max(1, round(_GROWTH * len(plan.masks) / max(size, 1)))
+        n_rounds = min(n_rounds, (most - scorer.n_evaluations) // max(size, 1))
+        if n_rounds < 1 or idle > _MOST_IDLE_ROUNDS:
             break
+        more = join_plans([method.plan(generator) for _ in range(n_rounds)])
         # Standard errors shrink with the square root of the evaluations.
         likely = scorer.n_evaluations * (error / effort.tol) ** 2
         scorer.forecast(round(min(likely, most)) - scorer.n_evaluations)

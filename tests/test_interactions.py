@@ -132,6 +132,44 @@ def test_interactions_beat_the_regression_and_cost_what_they_may(share):
     assert sorted(ratios)[3] < 0.75
 
 
+def test_which_features_interact_is_learnt_from_the_values():
+    """Most features matter together alone: what single features do gives little of it away."""
+    n, ratios = 36, []
+    for seed in range(7):
+        generator = seeded(seed)
+        alone = torch.zeros(n).double()
+        alone[24:] = torch.randn(12, generator=generator).double()
+        weight = torch.randn(12, generator=generator).double()
+        members = torch.arange(24)[torch.randperm(24, generator=generator)].view(12, 2).tolist()
+        third = torch.randint(12, (12,), generator=generator).tolist()
+
+        def worth(masks: Tensor, members=members, third=third, weight=weight, alone=alone):
+            both = zip(members, third, strict=True)
+            threes = [masks[:, [*pair, members[t][0]]] for pair, t in both]
+            odd = torch.stack([three.sum(1) % 2 for three in threes], 1).double()
+            return odd @ weight + masks.double() @ alone
+
+        truth = alone.clone()
+        for pair, t, w in zip(members, third, weight, strict=True):
+            of = [*pair, members[t][0]]
+            once = [i for i in set(of) if of.count(i) == 1]
+            # An odd parity is shared equally; two that cancel leave the third one, or nothing.
+            if len(once) == 3:
+                truth[once] += w / 3
+            elif len(once) == 1:
+                truth[once] += w
+        plan = anchored(plan_pairs(n, 16 * n, generator=seeded(seed)))
+        values = worth(plan.masks)[:, None]
+        pairs = 8 * n
+        without = 1.01 * cost(pairs, pairs, n)
+        few, plenty = (
+            relative_error(solve_kernel(plan, values, whole(n), effort=e).attributions[0], truth)
+            for e in (without, 1e12)
+        )
+        ratios.append(plenty / few)
+    assert sorted(ratios)[3] < 0.8
+
+
 def test_rows_that_are_not_fitted_still_count():
     n = 30
     worth, truth = terms(n, 3, n_terms=20, longest=4)

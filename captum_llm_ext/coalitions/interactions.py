@@ -3,8 +3,9 @@
 Only the odd part of an interaction moves Shapley values, and pairs (S, complement) observe just it
 (OddSHAP, arXiv 2602.01399). Here all odd interactions are fitted at once, by their kernel: each has
 a prior variance, the product of its features' relevances, so features that matter alone are
-expected to matter together; a second kernel expects interactions among neighbours. Weighted like
-KernelSHAP, such a fit keeps the estimand: what is left over is orthogonal to every additive game.
+expected to matter together; a second kernel expects interactions among neighbours. What the values
+say of each feature's relevance is learnt from there. Weighted like KernelSHAP, such a fit keeps the
+estimand: what is left over is orthogonal to every additive game.
 
 Where there are more observations than can be afforded, the process is fitted to some of them, and
 the rest correct its attributions: a regression adjustment (Witter et al., arXiv 2506.11849).
@@ -25,6 +26,10 @@ _STARTS = ((3, 2), (5, 2))
 _REACH = 4
 _MOST_FOR_SEARCH = 256
 _SEARCH_STEPS = 20
+# Relevances are learnt from so many rows, by steps of that size in their logarithms.
+_MOST_FOR_LEARNING = 1024
+_LEARNING_STEPS = 15
+_LEARNING_RATE = 0.2
 # Of a fixed point that three usually reach.
 _ROUNDS = 8
 _TINY = 1e-30
@@ -66,6 +71,31 @@ def cost(n_observations: int, n_fitted: int, n_features: int) -> float:
     per_entry = 4 * n_features + 2 * near + 100
     kernels = (n_observations * n_fitted + len(_KINDS) * few**2) * per_entry
     return kernels + n_fitted**3 + 4 * n_fitted**2 * n_features + _SEARCH_STEPS * few**3
+
+
+def learning_cost(n_rows: int, n_features: int, *, local: bool = True) -> float:
+    """Floating point operations of learning from `n_rows`, to within a factor of two."""
+    near = n_features * _REACH * (_REACH - 1) // 2 if local else 0
+    per_entry = 12 * n_features + 6 * near + 200
+    return _LEARNING_STEPS * (2 * n_rows**3 + n_rows**2 * per_entry)
+
+
+class _Hyper(NamedTuple):
+    """What the prior is made of.
+
+    Attributes:
+        alone: Prior variance of what each feature does alone, up to scale; ``(n_features,)``.
+        together: How much each feature interacts, ``(n_features,)``.
+        local: Whether neighbours interact beside that.
+        strength: Of interactions, relative to single features.
+        noise: Relative to both.
+    """
+
+    alone: Tensor
+    together: Tensor
+    local: bool
+    strength: Tensor
+    noise: Tensor
 
 
 @dataclass(frozen=True)
@@ -122,26 +152,30 @@ class Interactions:
         self._moved = 2 * self._x.float() * self._root
         self._near = _neighbours(n)
 
-    def fit(self, y: Tensor, attributions: Tensor) -> Fit:
+    def fit(self, y: Tensor, attributions: Tensor, effort: float = 0.0) -> Fit:
         """Fit one target.
 
         Args:
             y: Observations less those of equal attributions, shape ``(n_observations,)``.
             attributions: First guess, says which features are relevant.
+            effort: Floating point operations that learning the relevances may take.
         """
         y = y[self._order] * self._root[:, 0]
         size = y.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         y = y / size
         head, fitted = y.float(), y[: self._n_fitted].float()
-        few = torch.arange(0, self._n_fitted, max(self._n_fitted // _MOST_FOR_SEARCH, 1))
-        few = few[:_MOST_FOR_SEARCH]
+        few = _every(self._n_fitted, _MOST_FOR_SEARCH)
         searches = [self._searched(kind, attributions, few, head[few]) for kind in _KINDS]
-        search = min(searches, key=lambda search: search.error)
-        strength, noise = search.walk()
+        hyper = min(searches, key=lambda search: search.error).walk()
+        freedom = len(attributions)
+        if n_learning := self._affordable(hyper.local, effort):
+            freedom *= 2
+            some = _every(self._n_fitted, n_learning)
+            hyper = self._learnt(hyper, some, head[some])
         rows = torch.arange(len(y))
         n = self._n_fitted
-        linear, product = self._priors(search.kind, attributions, rows, n, n)
-        prior = linear.plus(product, strength)
+        linear, product = self._priors(hyper, rows, n, n)
+        prior, noise = linear.plus(product, float(hyper.strength)), float(hyper.noise)
         cholesky, _ = factor(prior.observations[: self._n_fitted], noise)
         inverse = torch.cholesky_inverse(cholesky)
         solved = inverse @ fitted
@@ -149,7 +183,7 @@ class Interactions:
         # Strength and noise suit these very rows, and so does the relevance of each feature: the
         # larger of two estimates of the scale, less the freedom that the relevances had.
         scale = torch.maximum((fitted * solved).mean(), (left_out * solved).mean())
-        scale = scale / max(1 - len(attributions) / len(y), 0.5)
+        scale = scale / max(1 - freedom / len(y), 0.5)
         explained = (prior.cross * (inverse @ prior.cross)).sum(0)
         variances = (scale * (prior.variances - explained)).clamp_min(0).double()
         found = _Answer((prior.cross.T @ solved).double(), variances)
@@ -164,18 +198,66 @@ class Interactions:
         deviations = found.deviations - found.deviations.mean()
         return Fit(deviations * size, found.variances * size**2, error * float(size) ** 2)
 
+    def _affordable(self, local: bool, effort: float) -> int:
+        """From how many rows relevances can be learnt, 0 if from too few."""
+        n = self._x.shape[1]
+        most = min(self._n_fitted, _MOST_FOR_LEARNING)
+        while most > n and learning_cost(most, n, local=local) > effort:
+            most = most * 3 // 4
+        return most if most > n else 0
+
     def _searched(self, kind: _Kind, attributions: Tensor, rows: Tensor, y: Tensor) -> "_Search":
-        linear, interactions = self._priors(kind, attributions, rows, len(rows), 0)
-        return _Search(kind, linear.observations, interactions.observations, y)
+        one = torch.ones(())
+        hyper = _Hyper(
+            relevance_of(attributions, 1.0),
+            kind.reach * relevance_of(attributions, 0.1),
+            kind.local,
+            one,
+            one,
+        )
+        linear, interactions = self._priors(hyper, rows, len(rows), 0)
+        return _Search(hyper, linear.observations, interactions.observations, y)
+
+    def _learnt(self, start: _Hyper, rows: Tensor, y: Tensor) -> _Hyper:
+        """Automatic relevance determination: the most probable prior given the observations.
+
+        Maximises the marginal likelihood (Rasmussen and Williams 2006, section 5.4.1), its scale
+        profiled out, under the assumption that the logarithms of relevances are normal about where
+        they start, with standard deviation 1: few observations then change little.
+        """
+        logs = [part.clamp_min(1e-12).log() for part in start if isinstance(part, Tensor)]
+        begin = [log.detach().clone() for log in logs]
+        with torch.enable_grad():
+            for log in logs:
+                log.requires_grad_(True)
+            steps = torch.optim.Adam(logs, lr=_LEARNING_RATE)
+            for _ in range(_LEARNING_STEPS):
+                alone, together, strength, noise = (log.exp() for log in logs)
+                hyper = _Hyper(alone, together, start.local, strength, noise)
+                linear, product = self._priors(hyper, rows, len(rows), 0)
+                covariance = linear.observations + strength.float() * product.observations
+                level = noise.float() * covariance.diagonal().mean()
+                covariance = covariance + level * torch.eye(len(rows))
+                with torch.no_grad():
+                    inverse = torch.cholesky_inverse(factor(covariance, 0.0)[0])
+                    solved = inverse @ y
+                    scale = (y @ solved / len(y)).clamp_min(_TINY)
+                    slope = (inverse - torch.outer(solved, solved) / scale) / 2
+                moved = sum((a - b).square().sum() for a, b in zip(logs[:2], begin, strict=False))
+                steps.zero_grad()
+                ((slope * covariance).sum() + moved / 2).backward()
+                steps.step()
+        alone, together, strength, noise = (log.detach().exp() for log in logs)
+        return _Hyper(alone, together, start.local, strength, noise.clamp_min(_NOISE[0]))
 
     def _priors(
-        self, kind: _Kind, attributions: Tensor, rows: Tensor, n_fitted: int, n_cross: int
+        self, hyper: _Hyper, rows: Tensor, n_fitted: int, n_cross: int
     ) -> tuple[_Prior, _Prior]:
         """Of single features and of interactions, each with mean variance 1."""
-        linear = self._linear(relevance_of(attributions, 1.0), rows, n_fitted, n_cross)
-        relevance = relevance_of(attributions, 0.1)
-        interactions = self._product(kind.reach * relevance, rows, n_fitted, n_cross).scaled()
-        if kind.local and len(self._near):
+        linear = self._linear(hyper.alone, rows, n_fitted, n_cross)
+        interactions = self._product(hyper.together, rows, n_fitted, n_cross).scaled()
+        if hyper.local and len(self._near):
+            relevance = hyper.together / hyper.together.sum()
             near = self._local(relevance, rows, n_fitted, n_cross)
             interactions = interactions.plus(near.scaled())
         return linear.scaled(), interactions.scaled()
@@ -207,7 +289,7 @@ class Interactions:
         signs = torch.cat([self._signs[rows], torch.ones(1, len(relevance))])
         right = torch.cat([signs[:n_fitted], signs[-1:]])
         agreement = (signs * relevance.float()) @ right.T
-        odd = agreement.sinh().sub_((signs * (factor * each).float()) @ right.T)
+        odd = agreement.sinh() - (signs * (factor * each).float()) @ right.T
         share = signs.mean(1, keepdim=True)
         covariance = _anchored(odd, share, n_fitted)
         single = self._single[rows]
@@ -215,17 +297,22 @@ class Interactions:
             even = _anchored(agreement.cosh(), torch.ones_like(share), n_fitted)
             covariance = covariance + single * even * single[:n_fitted].T
         root = self._root[rows]
+        covariance = covariance * root * root[:n_fitted].T
+        if not n_cross:
+            return _Prior(covariance, signs[:0], relevance)
         asked = torch.cat([signs[:n_cross], signs[-1:]])
         cross, variances = _shapley_of_product(asked, each, factor)
         cross = cross[:-1] - share[:n_cross] * cross[-1]
         cross = (cross - cross.mean(1, keepdim=True)) * root[:n_cross]
-        return _Prior(covariance * root * root[:n_fitted].T, cross, variances)
+        return _Prior(covariance, cross, variances)
 
     def _local(self, relevance: Tensor, rows: Tensor, n_fitted: int, n_cross: int) -> _Prior:
         """Interactions of three neighbours; less relevant features have them, too."""
         size = relevance[self._near].prod(1).sqrt().float()
         terms = self._near_terms[rows]
         right = terms[:n_fitted] * size
+        if not n_cross:
+            return _Prior(terms @ right.T, terms[:0, : len(relevance)], relevance)
         n = len(relevance)
         # A term is worth 2/3 to each of its three members, and its mean over all features is 2/n.
         cross = torch.zeros(n_cross, n)
@@ -235,6 +322,11 @@ class Interactions:
             variances.index_add_(0, member, (4 / 9 - 8 / (3 * n)) * size)
         cross -= 2 / n * right[:n_cross].sum(1, keepdim=True)
         return _Prior(terms @ right.T, cross, variances + 4 / n**2 * size.sum())
+
+
+def _every(n: int, most: int) -> Tensor:
+    """At most so many of n rows, evenly spaced."""
+    return torch.arange(0, n, max(n // most, 1))[:most]
 
 
 def relevance_of(attributions: Tensor, equal: float) -> Tensor:
@@ -306,8 +398,8 @@ def _shapley_of_product(signs: Tensor, each: Tensor, factor: Tensor) -> tuple[Te
 class _Search:
     """Strength and noise of one kernel with the least leave-one-out error, on their grid."""
 
-    def __init__(self, kind: _Kind, linear: Tensor, interactions: Tensor, y: Tensor) -> None:
-        self.kind, self._linear, self._interactions, self._y = kind, linear, interactions, y
+    def __init__(self, hyper: _Hyper, linear: Tensor, interactions: Tensor, y: Tensor) -> None:
+        self._hyper, self._linear, self._interactions, self._y = hyper, linear, interactions, y
         self._errors: dict[tuple[int, int], float] = {}
         self._place = min(_STARTS, key=self._error)
 
@@ -315,7 +407,7 @@ class _Search:
     def error(self) -> float:
         return self._error(self._place)
 
-    def walk(self) -> tuple[float, float]:
+    def walk(self) -> _Hyper:
         """Strength and noise, downhill from the best start."""
         while True:
             noise, strength = self._place
@@ -326,7 +418,8 @@ class _Search:
             ]
             best = min(nearby, key=self._error)
             if best == self._place:
-                return _STRENGTH[strength], _NOISE[noise]
+                found = torch.tensor([_STRENGTH[strength], _NOISE[noise]]).double()
+                return self._hyper._replace(strength=found[0], noise=found[1])
             self._place = best
 
     def _error(self, place: tuple[int, int]) -> float:
@@ -351,7 +444,7 @@ def factor(covariance: Tensor, noise: float) -> tuple[Tensor, float]:
         cholesky, failed = torch.linalg.cholesky_ex(noisy)
         if not int(failed):
             return cholesky, noise
-        noise *= 10
+        noise = 10 * noise or _NOISE[0]
 
 
 @dataclass(frozen=True)

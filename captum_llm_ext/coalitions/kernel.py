@@ -22,7 +22,11 @@ _MOST_OF_WALKS = 1024
 _MOST_ENTRIES = 2**24
 # Floating point operations spent on interactions: some seconds on two cores.
 EFFORT = 3e11
+# Of which this share, on top of it, goes into learning which features interact.
+_LEARNING = 1 / 3
 _MOST_COMPLETE_FEATURES = 20
+# Columns multiplied at a time.
+_BLOCK = 96
 
 
 def solve_kernel(plan: Plan, values: Tensor, scope: Scope, *, effort: float = EFFORT) -> Solution:
@@ -82,7 +86,7 @@ def regress(view: View, effort: float) -> tuple[Tensor, Tensor]:
     if n > 2 and stride and not (walks and stride > 1):
         model = Interactions(observed.x, observed.weights, observed.paired, stride)
         for target, y in enumerate(observed.y.T):
-            fit = model.fit(y, gain[target] / n + deviations[:, target])
+            fit = model.fit(y, gain[target] / n + deviations[:, target], effort * _LEARNING)
             if walks or fit.error < errors[target]:
                 deviations[:, target], variances[:, target] = fit.deviations, fit.variances
     return gain / n + deviations, variances + view.empty_variances / n**2
@@ -180,6 +184,18 @@ def _run_lengths(repeated: Tensor) -> Tensor:
     return run.bincount()[run].double()
 
 
+def _gram(x: Tensor) -> Tensor:
+    """``x.T @ x``, of which only one triangle is computed."""
+    n = x.shape[1]
+    gram = x.new_empty(n, n)
+    for start in range(0, n, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        part = x[:, start:].T @ x[:, block]
+        gram[start:, block] = part
+        gram[block, start:] = part.T
+    return gram
+
+
 def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
     """Deviations from equal attributions, their variances, and mean squares of what is left out."""
     x, y, weights = observed.x, observed.y, observed.weights[:, None]
@@ -187,14 +203,14 @@ def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
     if not n_observations:
         nothing = torch.zeros(n, y.shape[1], dtype=y.dtype)
         return nothing, nothing + torch.nan, nothing.sum(0)
-    weighted = (x * weights).T
-    eigenvalues, vectors = torch.linalg.eigh(weighted @ x)
+    rooted = x * weights.sqrt()
+    eigenvalues, vectors = torch.linalg.eigh(_gram(rooted))
     # The direction in which all attributions grow together is fixed by the constraint.
     live = eigenvalues > 1e-10 * eigenvalues[-1]
     determined = int(live.sum()) == n - 1 and n_observations > n
     penalties = _PENALTIES[0 if determined else 1 :, None] * eigenvalues[live].mean()
     inverses = torch.where(live, 1 / (eigenvalues + penalties), 0)
-    projected = vectors.T @ (weighted @ y)
+    projected = vectors.T @ (rooted.T @ (y * weights.sqrt()))
 
     explained = ((2 - eigenvalues * inverses) * inverses) @ projected.square()
     unexplained = ((weights * y.square()).sum(0) - explained).clamp_min(0)
