@@ -5,7 +5,7 @@ own estimators, and shapiq's where it is installed, run in the same process on t
 error is the squared distance from the truth relative to its squared length.
 
     python benchmarks/estimators.py [--games 10] [--seed 0] [--workers 1] [--threads N]
-        [--out FILE]
+        [--only games] [--out FILE]
 """
 
 import argparse
@@ -213,32 +213,41 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=None, help="of the large shapes")
     parser.add_argument("--out", type=Path, default=RESULTS / "estimators.json")
+    parser.add_argument("--only", choices=("games", "shapes"), help="keep the other as measured")
     arguments = parser.parse_args()
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    shapes = [large(*shape, arguments.seed) for shape in SHAPES]
-    tasks = [
-        (kind, n, arguments.games, arguments.seed)
-        for n in sorted({n for n, _ in SIZES})
-        for kind in DEVELOPED_ON | HELD_OUT
-    ]
-    report = {
+    report: dict[str, Any] = {}
+    if arguments.only:
+        report = json.loads(arguments.out.read_text(encoding="utf-8"))
+    report |= {
         **environment(seed=arguments.seed, dtype="float64"),
         "others": {"shapiq": version("shapiq")} if importlib.util.find_spec("shapiq") else {},
         "games": arguments.games,
         "error": "median over games of |estimate - truth|^2 / |truth|^2",
-        "large": shapes[-1],
-        "shapes": shapes,
         "reference_orders": REFERENCE_ORDERS,
-        "rows": [],
     }
+    if arguments.only != "games":
+        report["shapes"] = [large(*shape, arguments.seed) for shape in SHAPES]
     arguments.out.parent.mkdir(exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")  # threads do not survive a fork
-    with ProcessPoolExecutor(arguments.workers, mp_context=spawn) as workers:
-        for part in workers.map(rows, tasks):
-            report["rows"] += part
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if arguments.only != "shapes":
+        report["rows"] = []
+        tasks = [
+            (kind, n, arguments.games, arguments.seed)
+            for n in sorted({n for n, _ in SIZES})
+            for kind in DEVELOPED_ON | HELD_OUT
+        ]
+        spawn = multiprocessing.get_context("spawn")  # threads do not survive a fork
+        with ProcessPoolExecutor(arguments.workers, mp_context=spawn) as workers:
+            for part in workers.map(rows, tasks):
+                report["rows"] += part
+                _write(arguments.out, report)
+    _write(arguments.out, report)
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
