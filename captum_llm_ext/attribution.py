@@ -342,6 +342,7 @@ class GenerationAttribution(LLMAttribution):
             "estimate": outcome.estimate,
             "converged": outcome.converged,
             "attr_target": target if isinstance(target, str) else _name_of(target),
+            "unit": game.run.prompt.unit_name,
             "seed": game.run.seed,
             "n_coalitions": len(outcome.plan.masks),
             "n_evaluations": game.run.scorer.n_evaluations,

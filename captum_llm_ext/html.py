@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import heapq
 import html
 import json
 import math
@@ -33,6 +34,9 @@ _REQUIRED = (
     "output_attr",
 )
 _LONG = "matches"  # of provenance: a table of every feature's candidates, no line of text
+_SCRIPTS = ("model", "words", "text", "links", "panel", "page")  # one closure, in this order
+_LEAST = 0.01  # share of the largest attribution below which that telling leaves one out
+_PLAIN_ROWS = 500  # tokens that the page tells of where scripts are switched off
 
 
 def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
@@ -43,7 +47,11 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             the output in reading order, the names of the features, and per explained token the
             attributions ``token_attr`` ``(n_target, n_prompt_features)`` and ``output_attr``
             ``(n_target, n_output_features)`` or ``None``, with standard errors where known.
-            ``levels``, from coarse to fine, are larger parts that the prompt can be read by.
+            ``levels``, from coarse to fine, are larger parts that the prompt can be read by, and
+            ``output_levels`` the same for the output (``part_of`` per token). A piece's ``role``
+            says whose message of a chat it is in, or ``"template"``. ``whole_se``, one per column,
+            are the errors of the sum over all tokens; ``unresolved`` lists the columns of each
+            group that was not told apart; below ``noise_floor`` nothing is certain.
             ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"`` (names
             that stand apart); without it, names that would run together are set apart.
         title: Heading of the page; by default what was generated.
@@ -58,13 +66,14 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
     _check(data)
     told = {name: value for name, value in data.get("provenance", {}).items() if name != _LONG}
     shown = {"prompt_layout": _layout(data["prompt"]), **data, "provenance": told}
-    style, script = _asset("page.css"), _asset("page.js")
+    style, script = _asset("page.css"), _script()
     heading = title if title is not None else _heading(data["output"])
     return string.Template(_asset("page.html")).substitute(
         policy=f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; "
         "base-uri 'none'; form-action 'none'",
         title=_escaped(heading),
         heading=_escaped(heading),
+        plain=_plain(shown),
         style=style,
         script=script,
         data=_json(shown),
@@ -93,6 +102,12 @@ def _asset(name: str) -> str:
     return (resources.files("captum_llm_ext") / "html_assets" / name).read_text(encoding="utf-8")
 
 
+def _script() -> str:
+    """The page's scripts as one, with a scope of their own."""
+    parts = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
+    return f'(() => {{\n"use strict";\n\n{parts}}})();'
+
+
 def _source(content: str) -> str:
     """What a content security policy calls this inline script or style, and no other."""
     digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
@@ -109,6 +124,31 @@ def _heading(output: Sequence[Mapping[str, Any]]) -> str:
     if len(answer) > 60:
         answer = (answer[:60].rpartition(" ")[0] or answer[:60]) + "…"
     return f"What made the model write “{answer}”"
+
+
+def _plain(data: Mapping[str, Any]) -> str:
+    """The text and the strongest causes of every token, for where scripts are switched off."""
+    texts = (_escaped("".join(p["text"] for p in data[name])) for name in ("prompt", "output"))
+    prompt, output = texts
+    names = [*data["input_tokens"], *(data["output_features"] or ())]
+    found: list[list[tuple[float, int]]] = []
+    for t in range(min(len(data["output_tokens"]), _PLAIN_ROWS)):
+        numbers = [*data["token_attr"][t], *(data["output_attr"][t] if data["output_attr"] else ())]
+        known = ((x, i) for i, x in enumerate(numbers) if x is not None and math.isfinite(x))
+        found.append(heapq.nlargest(3, known, key=lambda cause: abs(cause[0])))
+    least = _LEAST * max((abs(x) for causes in found for x, _ in causes), default=0.0)
+    lines: list[str] = []
+    for token, causes in zip(data["output_tokens"], found, strict=False):
+        told = ", ".join(f"{names[i].strip()} {x:+.3g}" for x, i in causes if abs(x) > least)
+        lines.append(
+            f'<tr><th scope="row">{_escaped(token)}</th><td>{_escaped(told or "–")}</td></tr>'
+        )
+    rest = len(data["output_tokens"]) - len(lines)
+    return (
+        f"<h2>Prompt</h2><pre>{prompt}</pre><h2>Answer</h2><pre>{output}</pre>"
+        "<table><caption>Strongest causes of every token</caption>"
+        f"{''.join(lines)}</table>" + (f"<p>… and {rest} tokens more.</p>" if rest else "")
+    )
 
 
 def _missing_pieces(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,6 +242,13 @@ def _check(data: Mapping[str, Any]) -> None:
     _check_features(data, "output", n_output or 0)
     for level in data.get("levels") or ():
         _check_level(level, n_prompt)
+    for level in data.get("output_levels") or ():
+        _check_length({"output_levels": level["part_of"]}, "output_levels", n_target)
+    if data.get("whole_se") is not None and len(data["whole_se"]) != n_prompt + (n_output or 0):
+        raise ValueError(
+            f"`whole_se` has {len(data['whole_se'])} entries for {n_prompt + (n_output or 0)} "
+            "features: give one per column."
+        )
 
 
 def _check_shape(data: Mapping[str, Any], name: str, rows: int, columns: int | None) -> None:

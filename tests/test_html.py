@@ -544,8 +544,9 @@ def at_level(row, level):
 
 def test_without_levels_there_is_no_switch(view):
     page = view(example(levels=[]))
-    assert not page.locator("#levels").is_visible()
-    assert page.locator("#levels input:visible").count() == 0
+    for side in ("prompt", "answer"):
+        assert page.locator(f"#{side}-levels").count() == 1
+        assert not page.locator(f"#{side}-levels").is_visible()
 
 
 def test_the_levels_go_from_fine_to_coarse(view):
@@ -784,6 +785,117 @@ def test_tiny_results_open(view, n_prompt, n_target):
     page = view(example(n_prompt, n_target))
     assert page.locator("#prompt .piece").count() == n_prompt
     assert page.locator("#answer .piece").count() == n_target
+
+
+def chat():
+    """A system and a user turn in a template, and an answer that ends in a special token."""
+    data = sure(example(3, 3))
+    said = [
+        ("<|system|>\n", None, "template"),
+        ("Be", None, "system"),
+        (" brief.", 0, "system"),
+        ("</s>\n<|user|>\n", None, "template"),
+        ("Who", 1, "user"),
+        (" is\nit?", 2, "user"),
+        ("</s>\n<|assistant|>\n", None, "template"),
+    ]
+    data["prompt"] = [{"text": t, "feature": f, "role": role} for t, f, role in said]
+    data["output"][2] |= {"text": "</s>", "role": "template"}
+    return data
+
+
+def test_chat_turns_are_bubbles_and_the_template_is_grey(view):
+    page = view(chat())
+    turns = page.locator("#prompt .turn")
+    assert turns.evaluate_all("all => all.map(e => [e.dataset.role, e.textContent])") == [
+        ["system", "Be brief."],
+        ["user", "Who is\nit?"],
+    ]
+    names = [page.get_by_role("group", name=name, exact=True) for name in ("system", "user")]
+    assert [name.count() for name in names] == [1, 1]
+    assert page.locator("#answer .turn").all_text_contents() == [" t0 t1"]
+    edges = turns.evaluate_all("all => all.map(e => [e.offsetLeft, e.offsetLeft + e.offsetWidth])")
+    assert edges[1][0] > edges[0][0]  # the user's is at the other side
+    grey, ink = page.evaluate(
+        "['.template', '.turn .piece'].map(one => getComputedStyle(document.querySelector(one)).color)"
+    )
+    assert grey != ink
+    template = page.locator("#prompt .template, #answer .template").all_text_contents()
+    assert template == ["<|system|>\n", "</s>\n<|user|>\n", "</s>\n<|assistant|>\n", "</s>"]
+    page.get_by_role("option", name="Who").click()
+    assert having(page, "prompt", "chosen") == [1]
+    assert page.evaluate(CONTRAST) >= 4.5
+
+
+OUTPUT_LEVELS = [{"name": "word", "part_of": [0, 0, 1, 2, 2]}]
+
+
+def test_the_answer_is_read_by_larger_parts(view):
+    data = sure(example(output_levels=OUTPUT_LEVELS))
+    page = view(data)
+    switch = page.get_by_role("group", name="Answer by")
+    assert switch.locator("span").all_inner_texts() == ["token", "word"]
+    answer(page, 4).click()
+    switch.get_by_role("radio", name="word").check()
+    assert page.locator("#answer .piece").all_text_contents() == [" t0 t1", " t2", " t3 t4"]
+    assert page.inner_text("#chosen-name") == "“t3 t4”"
+    of_prompt, of_output = added(data["token_attr"][3:]), added(data["output_attr"][3:])
+    words = [of_output[0] + of_output[1], of_output[2], of_output[3] + of_output[4]]
+    most = max(map(abs, of_prompt + words))
+    assert levels(page, "prompt") == scaled(of_prompt, most)
+    assert levels(page, "answer") == scaled(words, most)
+    prompt(page, 2).click()
+    column = [row[2] for row in data["token_attr"]]
+    words = [column[0] + column[1], column[2], column[3] + column[4]]
+    assert levels(page, "answer") == scaled(words)
+
+
+def test_links_lead_from_the_strongest_causes_and_can_be_switched_off(view):
+    data = sure(example())
+    data["token_attr"][3] = [4.0, -2.0, 0.1, 0.0, 0.0, 0.0]
+    data["output_attr"][3][1:3] = [1.0, 0.0]
+    data["output_attr"][3][0] = 0.0
+    page = view(data)
+    answer(page, 3).hover()
+    drawn = page.locator("#links path").evaluate_all(
+        "all => all.map(e => [e.dataset.link, e.getAttribute('class')])"
+    )
+    assert drawn == [["prompt 0 3", "up"], ["prompt 1 3", "down"], ["answer 1 3", "up"]]
+    page.get_by_role("checkbox", name="lines").uncheck()
+    answer(page, 3).hover()
+    assert page.locator("#links path").count() == 0
+
+
+def test_a_kept_token_tells_what_it_led_to(view):
+    data = sure(example())
+    for t, value in [(2, 0.5), (3, -2.0), (4, 1.0)]:
+        data["output_attr"][t][1] = value
+    page = view(data)
+    answer(page, 1).click()
+    rows = page.locator("#effects tbody tr")
+    assert rows.locator(".what").all_inner_texts() == ["t3", "t4", "t2"]
+    assert [number(v) for v in rows.locator(".value").all_inner_texts()] == [-2.0, 1.0, 0.5]
+    answer(page, 4).click()  # the last one leads to nothing
+    assert not page.locator("#effects").is_visible()
+
+
+def test_without_scripts_the_causes_are_told_as_text(tab):
+    data = sure(example())
+    data["token_attr"][1] = [0.0, 0.0, 7.5, 0.0, -6.25, 0.0]
+    context = tab.context.browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.set_content(html.page(data))
+    told = page.locator("noscript tr").nth(1).inner_text()
+    assert page.locator("noscript pre").nth(1).inner_text().split() == [
+        "t0",
+        "t1",
+        "t2",
+        "t3",
+        "t4",
+    ]
+    context.close()
+    assert told.split("\t")[0].strip() == "t1"
+    assert told.split("\t")[1].startswith("p2 +7.5, p4 -6.25")
 
 
 def test_there_is_no_element_per_cell_and_long_texts_get_a_ruler(view):

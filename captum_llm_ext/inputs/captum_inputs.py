@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -67,6 +68,8 @@ def as_prompt(inp: InterpretableInput, tokenizer: Any, feature_mask: Tensor | No
 class _TokenPrompt(Prompt):
     """Captum's token input: absent tokens become one id."""
 
+    unit_name = "token"
+
     def __init__(self, inp: TextTokenInput) -> None:
         self._ids = inp.inp_tensor[0].tolist()
         places = range(len(self._ids)) if inp.itp_mask is None else inp.itp_mask[0].nonzero()[:, 0]
@@ -97,6 +100,8 @@ class _TokenPrompt(Prompt):
 
 class _TemplatePrompt(Prompt):
     """Captum's template input: absent values become other values, the text is tokenised anew."""
+
+    unit_name = "field"
 
     def __init__(self, inp: TextTemplateInput, tokenizer: Any) -> None:
         self._inp = inp
@@ -231,6 +236,7 @@ class _MergedPrompt(Prompt):
         self._groups = torch.tensor(groups)
         self.n_features = max(groups) + 1
         self.text, self.baseline = prompt.text, prompt.baseline
+        self.unit_name = prompt.unit_name
         self.deterministic = prompt.deterministic
         if isinstance(prompt, TextSegmentInput):
             self.columns = list(range(self.n_features))
@@ -239,7 +245,7 @@ class _MergedPrompt(Prompt):
                 for group in self.columns
             ]
             self.pieces = [
-                Piece(piece.text, None if piece.feature is None else groups[piece.feature])
+                piece if piece.feature is None else replace(piece, feature=groups[piece.feature])
                 for piece in prompt.pieces
             ]
         else:

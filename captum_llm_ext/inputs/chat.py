@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any, cast
 
+from captum_llm_ext.inputs.prompt import Piece
 from captum_llm_ext.inputs.text import Parts, TextSegmentInput, as_units
 from captum_llm_ext.segment import Span, Unit, shorten
 
@@ -77,6 +79,7 @@ class ChatInput(TextSegmentInput):
             add_special_tokens=False,
             **arguments,
         )
+        self.pieces = _with_roles(self.pieces, template.said(self.messages, text))
 
 
 class _Template:
@@ -126,6 +129,20 @@ class _Template:
                 names.append(f"{messages[i]['role']}: {shown}")
         return names, spans
 
+    def said(self, messages: Sequence[Message], text: str) -> list[tuple[Span, str]]:
+        """Where messages stand in the rendered text, and whose they are, in reading order.
+
+        What cannot be found, such as a message that the template changes, is left out.
+        """
+        found: list[tuple[Span, str]] = []
+        for i, message in enumerate(messages):
+            try:
+                _, spans = self.locate(messages, text, [i])
+            except ValueError:
+                continue
+            found += [(span, str(message["role"])) for span in spans]
+        return sorted(found)
+
     def _find(
         self, messages: Sequence[Message], text: str, i: int, part: int, content: str
     ) -> Span:
@@ -146,6 +163,23 @@ class _Template:
             "the chat template makes of it: the template changes, repeats or drops it. Leave its "
             "role out of `roles`, or give the rendered text to `TextSegmentInput`."
         )
+
+
+def _with_roles(pieces: Sequence[Piece], said: Sequence[tuple[Span, str]]) -> list[Piece]:
+    """The same text, with whose message each piece is in; fixed text is cut where one ends."""
+    marked: list[Piece] = []
+    borders = sorted({place for span, _ in said for place in span})
+    position = 0
+    for piece in pieces:
+        stop = position + len(piece.text)
+        cuts = [position, *(b for b in borders if position < b < stop), stop]
+        # A feature is within one message, but for white space that its first token carries.
+        for a, b in [(position, stop)] if piece.feature is not None else pairwise(cuts):
+            last = b - 1 if piece.feature is not None else a
+            owner = next((role for (x, y), role in said if x <= last < y), "template")
+            marked.append(Piece(piece.text[a - position : b - position], piece.feature, owner))
+        position = stop
+    return marked
 
 
 def _checked(messages: Sequence[Message]) -> list[Message]:

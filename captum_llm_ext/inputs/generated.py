@@ -40,7 +40,8 @@ class GeneratedText:
         groups: Per target token its feature, or None for fixed text.
         labels: Per target token a printable name.
         deterministic: Whether two renderings of one coalition are always equal.
-        pieces: Per target token its text and its feature.
+        pieces: Per target token its text and its feature; special tokens have the role
+            ``"template"``.
     """
 
     def __init__(
@@ -60,7 +61,11 @@ class GeneratedText:
         self.labels = tokens.labels(tokenizer, ids, prompt_ids)
         self.groups = _groups(self.ids, texts, tokenizer, unit)
         self.n_features = 1 + max((g for g in self.groups if g is not None), default=-1)
-        self.pieces = [Piece(t, g) for t, g in zip(texts, self.groups, strict=True)]
+        special = _special(tokenizer)
+        self.pieces = [
+            Piece(text, group, "template" if token in special else None)
+            for token, text, group in zip(self.ids, texts, self.groups, strict=True)
+        ]
         counter = partial(tokens.count_in_place, tokenizer)
         slots = [
             replace(slot, n_tokens=counter)
@@ -160,6 +165,12 @@ class GeneratedText:
         return (self._start,)
 
 
+def _special(tokenizer: Any) -> set[int]:
+    """Ids that are no text; an unknown word is a word like any other."""
+    special: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
+    return special - {getattr(tokenizer, "unk_token_id", None)}
+
+
 def _groups(
     ids: Sequence[int], texts: Sequence[str], tokenizer: Any, unit: Unit | None
 ) -> list[int | None]:
@@ -168,8 +179,7 @@ def _groups(
         return [None] * len(ids)
     if isinstance(unit, str) and unit == "token":
         return list(range(len(ids)))
-    special: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
-    special.discard(getattr(tokenizer, "unk_token_id", None))  # a word like any other
+    special = _special(tokenizer)
     shown = ["" if token in special else text for token, text in zip(ids, texts, strict=True)]
     text = "".join(shown)
     spans = segment(text, unit) if text.strip() or not isinstance(unit, str) else []

@@ -39,10 +39,23 @@ class RenderedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of text and the feature it shows; None for fixed text."""
+    """A stretch of text.
+
+    Attributes:
+        text: As it stands.
+        feature: The feature it shows; None for fixed text.
+        role: Whose message of a chat it is in; ``"template"`` for what no one said (what a chat
+            template puts around messages, special tokens); None for other text.
+    """
 
     text: str
     feature: int | None
+    role: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its parts by name; the role only where there is one."""
+        told = {"text": self.text, "feature": self.feature}
+        return told if self.role is None else told | {"role": self.role}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,7 @@ class Prompt(ABC):
         baseline: What stands where generated features are absent, unless the user says otherwise.
         deterministic: Whether two renderings of one coalition are always equal.
         levels: Coarser readings of the columns, from coarse to fine; empty for most inputs.
+        unit_name: What one feature is called: ``"word"``, ``"turn"``…
     """
 
     n_features: int
@@ -82,6 +96,7 @@ class Prompt(ABC):
     baseline: Baseline
     deterministic: bool
     levels: Sequence[Level] = ()
+    unit_name: str = "feature"
 
     @abstractmethod
     def render(

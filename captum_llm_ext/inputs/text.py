@@ -131,6 +131,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
             ]
         )
         self.levels = _levels(text, units, owned, self.slots)
+        self.unit_name = unit_name(units[-1])
         self.pieces = _pieces(text, self.slots, owned, encoding, tokenizer)
         self._chunks = _chunks(self.slots, owned.owners, self.ids)
         self._replace_by(baselines)
@@ -391,15 +392,16 @@ def _levels(
             part = max(0, bisect_right(starts, anchor) - 1)
             if part_of.setdefault(slot.feature, part) != part:
                 raise ValueError(
-                    f"a group ties spans of different parts of level {_title(unit)!r}: tie spans "
-                    "within one part, or use a single unit."
+                    f"a group ties spans of different parts of level {unit_name(unit)!r}: tie "
+                    "spans within one part, or use a single unit."
                 )
         names = unit.names if isinstance(unit, Parts) else [text[a:b] for a, b in spans]
-        levels.append(Level(_title(unit), names, [part_of[f] for f in range(len(part_of))]))
+        levels.append(Level(unit_name(unit), names, [part_of[f] for f in range(len(part_of))]))
     return levels
 
 
-def _title(unit: Unit) -> str:
+def unit_name(unit: Unit) -> str:
+    """What a part that the unit makes is called."""
     if isinstance(unit, str):
         return unit
     return str(getattr(unit, "title", None) or getattr(unit, "__name__", "span"))

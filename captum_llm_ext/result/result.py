@@ -20,6 +20,7 @@ from captum_llm_ext.result.causes import (
 )
 from captum_llm_ext.result.drawn import DrawnResult
 from captum_llm_ext.result.files import read, write
+from captum_llm_ext.result.reading import reading
 from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
 from captum_llm_ext.result.table import table
 
@@ -468,7 +469,7 @@ class GenerationAttributionResult(DrawnResult):
         """
         from captum_llm_ext import html
 
-        page = html.page(self.to_dict(), title=title)
+        page = html.page({**self.to_dict(), **reading(self)}, title=title)
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page
@@ -476,14 +477,14 @@ class GenerationAttributionResult(DrawnResult):
     def _repr_html_(self) -> str:
         from captum_llm_ext import html
 
-        return html.fragment(self.to_dict())
+        return html.fragment({**self.to_dict(), **reading(self)})
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the coalitions, as lists, numbers and text that JSON can hold."""
         return {
             "format": _DICT_FORMAT,
-            "prompt": [{"text": p.text, "feature": p.feature} for p in self.prompt_pieces],
-            "output": [{"text": p.text, "feature": p.feature} for p in self.output_pieces],
+            "prompt": [p.to_dict() for p in self.prompt_pieces],
+            "output": [p.to_dict() for p in self.output_pieces],
             "target": self.target.tolist(),
             "input_tokens": list(self.input_tokens),
             "output_tokens": list(self.output_tokens),
@@ -517,8 +518,8 @@ class GenerationAttributionResult(DrawnResult):
         rest = {
             **{name: getattr(self, name) for name in _NAMES},
             "n_evaluations": self.n_evaluations,
-            "prompt_pieces": [[p.text, p.feature] for p in self.prompt_pieces],
-            "output_pieces": [[p.text, p.feature] for p in self.output_pieces],
+            "prompt_pieces": [list(p.to_dict().values()) for p in self.prompt_pieces],
+            "output_pieces": [list(p.to_dict().values()) for p in self.output_pieces],
             "levels": [[level.name, level.parts, level.part_of] for level in self.levels],
             "design": None if self.design is None else self.design.to_dict(),
             "provenance": self.provenance,

@@ -1,0 +1,185 @@
+/* The numbers: matrices, the levels they can be read at, and the sums that a view shows. */
+
+const data = JSON.parse(document.getElementById("attribution-data").textContent);
+
+const matrix = (rows) => rows && rows.map((row) => {
+  if (!row) return null;
+  const numbers = new Float64Array(row.length);
+  row.forEach((x, j) => { numbers[j] = x === null ? NaN : x; });
+  return numbers;
+});
+const nTarget = data.output_tokens.length, nPrompt = data.input_tokens.length;
+const nOutput = data.output_features ? data.output_features.length : 0;
+const unit = { log_prob: "nats", logit: "logits", prob: "" }[data.attr_target] ?? "";
+for (const name of ["token_attr", "token_attr_se", "output_attr", "output_attr_se"]) data[name] = matrix(data[name]);
+
+const known = (x) => (x === null || x === undefined ? NaN : x);
+const total = (xs, from, to) => {
+  let sum = 0;
+  for (let t = from; t < to; t++) sum += known(xs ? xs[t] : null);
+  return sum;
+};
+const peak = (values, start = 0) => {
+  let most = start;
+  for (const x of values) if (Math.abs(x) > most) most = Math.abs(x);
+  return most;
+};
+const range = (n) => Array.from({ length: n }, (_, i) => i);
+
+/* Levels: features, or the larger parts that these make up -------------------------------------- */
+
+/* Columns of one part added up; `from` and `to` make errors add as if independent. */
+const added = (rows, partOf, width, from = (x) => x, to = (x) => x) => rows && rows.map((row) => {
+  const sums = new Float64Array(width);
+  if (row) row.forEach((x, j) => { sums[partOf[j]] += from(x); });
+  else sums.fill(NaN);
+  return sums.map(to);
+});
+const addedErrors = (rows, partOf, width) => added(rows, partOf, width, (x) => x * x, Math.sqrt);
+
+const promptLevels = [
+  { name: (data.provenance || {}).unit || "finest", names: data.input_tokens, partOf: range(nPrompt), attr: data.token_attr, se: data.token_attr_se },
+  ...(data.levels || []).map(({ name, parts, part_of }) => ({ name, names: parts, partOf: part_of })).reverse(),
+];
+
+/* Parts of the answer are runs of tokens, and columns of what they cause. */
+const answerLevels = [
+  { name: "token", runs: range(nTarget).map((t) => [t, t + 1]), names: data.output_features || [],
+    columns: data.output.map((piece) => (nOutput ? piece.feature : null)), attr: data.output_attr, se: data.output_attr_se },
+  ...(data.output_levels || []).map(answerLevel).reverse(),
+];
+function answerLevel({ name, part_of: partOf }) {
+  const runs = [], partOfFeature = [];
+  data.output.forEach((piece, t) => {
+    if (t && partOf[t] === partOf[t - 1]) runs[runs.length - 1][1] = t + 1;
+    else runs.push([t, t + 1]);
+    if (piece.feature !== null) partOfFeature[piece.feature] = runs.length - 1;
+  });
+  const owning = new Set(partOfFeature);
+  const names = runs.map(([from, to]) => data.output.slice(from, to).map((piece) => piece.text).join(""));
+  return { name, runs, names, partOf: partOfFeature, columns: runs.map((_, i) => (nOutput && owning.has(i) ? i : null)) };
+}
+
+/* A part can be a cause only of what follows a feature of it. */
+function withEnds(level) {
+  const last = new Array(nOutput).fill(-1);
+  data.output.forEach((piece, t) => { if (piece.feature !== null) last[piece.feature] = t; });
+  level.firstEnd = new Array(level.names.length).fill(Infinity);
+  last.forEach((t, j) => {
+    const column = level.partOf ? level.partOf[j] : j;
+    level.firstEnd[column] = Math.min(level.firstEnd[column], t);
+  });
+}
+function filled(level, attr, se) {
+  if (level.attr === undefined) {
+    level.attr = added(attr, level.partOf, level.names.length);
+    level.se = addedErrors(se, level.partOf, level.names.length);
+  }
+  if (level.peak === undefined) level.peak = (level.attr || []).reduce((most, row) => (row ? peak(row, most) : most), 0);
+  return level;
+}
+const promptLevel = (i) => filled(promptLevels[i], data.token_attr, data.token_attr_se);
+function answerLevelAt(i) {
+  const level = filled(answerLevels[i], data.output_attr, data.output_attr_se);
+  if (!level.firstEnd) withEnds(level);
+  return level;
+}
+
+let prompt = promptLevel(0), answer = answerLevelAt(0); /* the levels shown */
+const isFinest = () => prompt === promptLevels[0] && answer === answerLevels[0];
+
+/* Views ------------------------------------------------------------------------------------------ */
+
+/* Sums of rows from…to; errors add as if independent, since their covariances are not stored. */
+function sumRows({ attr, se }, from, to, width) {
+  const value = new Float64Array(width), error = new Float64Array(width).fill(se ? 0 : NaN);
+  for (let t = from; t < to; t++) {
+    const row = attr[t], spread = se && se[t];
+    for (let j = 0; j < width; j++) {
+      value[j] += row[j];
+      if (se) error[j] += (spread ? spread[j] : NaN) ** 2;
+    }
+  }
+  return { value, error: error.map(Math.sqrt), count: to - from };
+}
+const none = { value: new Float64Array(0), error: new Float64Array(0), count: 1 };
+
+function rowsView(from, to) {
+  const view = {
+    kind: "rows", from, to,
+    prompt: sumRows(prompt, from, to, prompt.names.length),
+    output: nOutput ? sumRows(answer, from, to, answer.names.length) : none,
+  };
+  const exact = data.whole_se && isWhole(view) && isFinest();
+  if (exact) {
+    view.prompt.error = Float64Array.from(data.whole_se.slice(0, nPrompt), known);
+    view.output.error = Float64Array.from(data.whole_se.slice(nPrompt), known);
+  }
+  view.independent = [to - from > 1 && !exact ? "tokens" : "", isFinest() ? "" : "parts"].filter(Boolean);
+  view.piece = answer.runs.findIndex(([a, b]) => a === from && b === to);
+  return view;
+}
+const isWhole = (view) => view.from === 0 && view.to === nTarget && nTarget > 1;
+
+/* What one column does to every part of the answer. */
+function columnOver({ attr, se }, index) {
+  const value = new Float64Array(answer.runs.length), error = new Float64Array(answer.runs.length);
+  answer.runs.forEach(([from, to], p) => {
+    for (let t = from; t < to; t++) {
+      value[p] += attr[t] ? attr[t][index] : NaN;
+      error[p] += (se && se[t] ? se[t][index] : NaN) ** 2;
+    }
+  });
+  return { value, error: error.map(Math.sqrt), count: 1 };
+}
+const columnView = (index) => ({
+  kind: "column", index, tokens: columnOver(prompt, index),
+  independent: isFinest() ? [] : ["parts"],
+});
+
+/* What an earlier part of the answer did to the later ones. */
+function effectsOf(view) {
+  const column = view.kind === "rows" && view.piece >= 0 && !isWhole(view) ? answer.columns[view.piece] : null;
+  return column === null ? null : columnOver(answer, column);
+}
+
+const floor = known(data.noise_floor ?? (data.provenance || {}).noise_floor);
+const within = (series, i) => Math.abs(series.value[i]) < 1.96 * series.error[i];
+/* Below what the model's own arithmetic adds; that of a sum grows with the root of its terms. */
+const isNoise = (series, i) => Math.abs(series.value[i]) < floor * Math.sqrt(series.count);
+const isFaint = (series, i) => within(series, i) || isNoise(series, i);
+
+const ownPeak = (view) => (view.kind === "column" ? peak(view.tokens.value) : peak(view.output.value, peak(view.prompt.value)));
+const commonPeak = () => Math.max(prompt.peak, answer.peak);
+
+/* The strongest single causes in a view: from a column to a part of the answer. */
+const MOST_LINKS = 12, LEAST_LINK = 0.08;
+function linksOf(view) {
+  const found = [];
+  const offer = (side, column, piece, value, error) => {
+    const size = Math.abs(value);
+    if (!(size > 0) || size < 1.96 * error || size < floor) return;
+    if (found.length === MOST_LINKS && size <= Math.abs(found[MOST_LINKS - 1].value)) return;
+    let k = found.length === MOST_LINKS ? MOST_LINKS - 1 : found.length;
+    for (; k > 0 && Math.abs(found[k - 1].value) < size; k--) found[k] = found[k - 1];
+    found[k] = { side, column, piece, value };
+  };
+  if (view.kind === "column") {
+    view.tokens.value.forEach((value, p) => offer("prompt", view.index, p, value, view.tokens.error[p]));
+  } else {
+    answer.runs.forEach(([a, b], p) => {
+      if (b <= view.from || a >= view.to) return;
+      const from = Math.max(a, view.from), to = Math.min(b, view.to);
+      const whole = view.piece === p;
+      const own = whole ? view.prompt : sumRows(prompt, from, to, prompt.names.length);
+      own.value.forEach((value, j) => offer("prompt", j, p, value, own.error[j]));
+      if (!nOutput) return;
+      const before = whole ? view.output : sumRows(answer, from, to, answer.names.length);
+      before.value.forEach((value, j) => { if (answer.columns[p] !== j) offer("answer", j, p, value, before.error[j]); });
+    });
+  }
+  const most = found.length ? Math.abs(found[0].value) : 0;
+  return found.filter((link) => Math.abs(link.value) >= LEAST_LINK * most);
+}
+const MOST_CELLS = 3e6; /* beyond, links of a whole answer would take too long to look for */
+const hasLinks = (view) => view.kind === "column" || (view.to - view.from) * (nPrompt + nOutput) <= MOST_CELLS;

@@ -1,0 +1,196 @@
+/* What is selected: the bar from v(empty) to v(full), the strongest causes, the line of details. */
+
+/* One line of the bridge from v(empty) to v(full); `span` is [low, high] of the whole bridge. */
+function step(label, from, to, span, kind, aside) {
+  const line = make("div", "step" + (kind === "point" ? " end" : ""));
+  const name = make("span", "", label), track = make("div", "track"), mark = make("i");
+  if (aside) name.append(make("small", "", aside));
+  const width = span[1] - span[0] || 1, place = (x) => (100 * (x - span[0])) / width;
+  mark.style.left = place(Math.min(from, to)) + "%";
+  if (kind === "point") mark.className = "point";
+  else {
+    mark.className = to >= from ? "up" : "down";
+    mark.style.width = Math.abs(place(to) - place(from)) + "%";
+    const lead = make("u");
+    lead.style.left = place(from) + "%";
+    track.append(lead);
+  }
+  if (kind === "point" || Math.abs(to - from) > width / 400) track.append(mark);
+  const most = Math.min(Math.max(Math.abs(span[0]), Math.abs(span[1])), width);
+  line.append(name, track, make("b", "", kind === "point" ? plain(to, most) : signed(to - from, most)));
+  return line;
+}
+
+const sum = (values) => values.reduce((a, b) => a + b, 0);
+
+function bridge(view) {
+  const empty = total(data.empty_values, view.from, view.to);
+  const full = total(data.full_values, view.from, view.to);
+  const byPrompt = empty + sum(view.prompt.value);
+  const byOutput = byPrompt + sum(view.output.value);
+  const points = [empty, byPrompt, byOutput, full].filter(Number.isFinite);
+  if (points.length < 4) return [];
+  const span = [Math.min(...points), Math.max(...points)];
+  const steps = [
+    step("v(empty)", empty, empty, span, "point", share(empty)),
+    step("prompt", empty, byPrompt, span),
+    nOutput ? step("earlier answer", byPrompt, byOutput, span) : "",
+    step("gap", byOutput, full, span),
+    step("v(full)", full, full, span, "point", share(full)),
+  ];
+  return [make("h2", "", "From all absent to all present" + (unit ? ", " + unit : "")), ...steps];
+}
+
+/* Features that were not told apart share evenly; known of single features only. */
+const groupOf = new Map();
+for (const group of data.unresolved || []) for (const column of group) groupOf.set(column, group.length);
+function sharing(side, column) {
+  const level = side === "prompt" ? prompt === promptLevels[0] : answer === answerLevels[0];
+  return level ? groupOf.get(side === "prompt" ? column : nPrompt + column) || 0 : 0;
+}
+
+const nameOf = (side, column) => (side === "prompt" ? prompt.names : answer.names)[column];
+
+function strongest(view) {
+  const rows = [];
+  const gather = (series, side, piecesOf, textOf) => series.value.forEach((value, i) => {
+    if (Math.abs(value) > 0) rows.push({ series, i, value, side, piecesOf, textOf });
+  });
+  if (view.kind === "column") gather(view.tokens, "answer", (p) => [pieces.answer[p]], (p) => pieces.answer[p].text);
+  else {
+    for (const [series, side] of [[view.prompt, "prompt"], [view.output, "answer"]]) {
+      gather(series, side, (j) => owners[side][j] || [], (j) => nameOf(side, j));
+    }
+  }
+  return rows.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+}
+
+/* Where bars begin: zero is at the left unless something lowers. */
+function axisOf(rows) {
+  const low = Math.max(0, ...rows.map((row) => -row.value)), high = Math.max(0, ...rows.map((row) => row.value));
+  const width = low + high || 1;
+  return { zero: (96 * low) / width + 2, share: 96 / width };
+}
+
+function tableRow(view, row, most, axis) {
+  const { series, i, value, side } = row, line = make("tr", isFaint(series, i) ? "unsure" : "");
+  const what = make("td", "what"), button = make("button", "", visible(row.textOf(i)));
+  const barCell = make("td", "bar"), bar = make("i", value > 0 ? "up" : "down");
+  const number = make("td", "value", signed(value, most));
+  button.type = "button";
+  button.dir = "auto";
+  button.title = row.textOf(i);
+  bar.style.left = (value > 0 ? axis.zero : axis.zero - axis.share * -value) + "%";
+  bar.style.width = axis.share * Math.abs(value) + "%";
+  number.append(make("small", "", plusMinus(series.error[i], most)));
+  what.append(button);
+  barCell.append(bar);
+  const within = view.kind === "rows" && side === "answer" && answer.columns[view.piece] === i;
+  const shared = view.kind === "rows" && sharing(side, i);
+  line.append(what, make("td", "where", (within ? "itself" : side) + (shared ? " ≈" : "")), barCell, number);
+  const found = row.piecesOf(i);
+  const find = (on) => () => found.forEach((piece) => piece.ink.classList.toggle("found", on));
+  line.addEventListener("pointerenter", find(true));
+  line.addEventListener("pointerleave", find(false));
+  button.addEventListener("focus", find(true));
+  button.addEventListener("blur", find(false));
+  button.addEventListener("click", () => found[0] && found[0].el.scrollIntoView({ block: "center" }));
+  return line;
+}
+
+const MOST_ROWS = 10;
+function fillTable(table, view, rows, most) {
+  const shown = rows.slice(0, MOST_ROWS), rest = rows.slice(MOST_ROWS), axis = axisOf(shown);
+  const lines = shown.map((row) => tableRow(view, row, most, axis));
+  if (rest.length) {
+    const line = make("tr", "rest"), label = make("td", "what", rest.length + (rest.length === 1 ? " other" : " others together"));
+    label.colSpan = 3;
+    line.append(label, make("td", "value", signed(sum(rest.map((row) => row.value)), most)));
+    lines.push(line);
+  }
+  table.tBodies[0].replaceChildren(...lines);
+}
+
+/* What the chosen part of the answer led to, further on. */
+function drawEffects(view) {
+  const effects = effectsOf(view), rows = [];
+  if (effects) effects.value.forEach((value, p) => {
+    if (p !== view.piece && Math.abs(value) > 0 && !isFaint(effects, p)) {
+      rows.push({ series: effects, i: p, value, side: "answer", piecesOf: (k) => [pieces.answer[k]], textOf: (k) => pieces.answer[k].text });
+    }
+  });
+  const most = peak(rows.map((row) => row.value));
+  const shown = rows.filter((row) => Math.abs(row.value) >= 0.01 * most).sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 4);
+  at("effects").hidden = !shown.length;
+  at("effects").tBodies[0].replaceChildren(...shown.map((row) => tableRow({ kind: "effects" }, row, most, axisOf(shown))));
+}
+
+function notesOn(view) {
+  const notes = [], rows = view.kind === "rows";
+  if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause.");
+  if (view.independent.length && data.token_attr_se) notes.push("Errors of a sum take its " + view.independent.join(" and ") + " as independent.");
+  if (rows && view.to - view.from > 1 && data.attr_target === "prob") notes.push("A sum of the tokens' probabilities, not the probability of all of them.");
+  if (data.token_attr_se) notes.push("± is one standard error; what lies within 1.96 of them is pale.");
+  if (floor > 0) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale too.");
+  if (groupOf.size) notes.push("≈ " + groupOf.size + " features were not told apart within the budget: groups of them share evenly.");
+  if (root.classList.contains("signed")) notes.push("Solid lines raise, dashed ones lower.");
+  return notes.join(" ");
+}
+
+function drawPanel(view, isKept) {
+  const rows = view.kind === "rows", count = rows ? view.to - view.from : 0;
+  at("chosen-name").textContent = rows ? tokensText(view) : quoted(prompt.names[view.index]);
+  at("chosen-place").textContent = !rows ? "part " + (view.index + 1) + " of " + prompt.names.length + " of the prompt"
+    : count === nTarget ? nTarget + (nTarget === 1 ? " token" : " tokens, summed")
+    : count === 1 ? "token " + (view.from + 1) + " of " + nTarget
+    : "tokens " + (view.from + 1) + "–" + view.to + " of " + nTarget + ", summed";
+  at("clear").hidden = !isKept;
+  const most = ownPeak(view);
+  if (rows) at("bridge").replaceChildren(...bridge(view));
+  else {
+    const all = sum(view.tokens.value);
+    at("bridge").replaceChildren(make("p", "", withUnit(signed(all, Math.max(most, Math.abs(all)))) + " over the whole answer"));
+  }
+  at("top").caption.textContent = rows ? "Strongest causes" : "Where it mattered most";
+  fillTable(at("top"), view, strongest(view), most);
+  drawEffects(view);
+  at("note").textContent = notesOn(view);
+}
+
+/* Details line ----------------------------------------------------------------------------------- */
+
+function describeCell(series, i) {
+  const most = peak(series.value);
+  return withUnit(signed(series.value[i], most) + plusMinus(series.error[i], most))
+    + (within(series, i) ? ", within its error" : isNoise(series, i) ? ", below the model's noise" : "");
+}
+
+function describeRows(view) {
+  const full = total(data.full_values, view.from, view.to), empty = total(data.empty_values, view.from, view.to);
+  const most = Math.max(Math.abs(full), Math.abs(empty)), name = tokensText(view);
+  if (!Number.isFinite(most)) return name;
+  const told = (x) => withUnit(plain(x, most)) + (share(x) ? " (" + share(x) + ")" : "");
+  return name + ": " + told(full) + "; " + told(empty) + " with everything absent";
+}
+
+function describeColumn(view) {
+  const name = quoted(prompt.names[view.index]), [first] = strongest(view);
+  if (!first) return name + " changed no token of the answer";
+  return name + " mattered most for " + quoted(pieces.answer[first.i].text) + ": " + describeCell(view.tokens, first.i);
+}
+
+function describe(view, pointed) {
+  const whole = view.kind === "rows" ? describeRows(view) : describeColumn(view);
+  if (!pointed || (isChosen(view, pointed) && !cellOf(view, pointed))) return whole;
+  const target = view.kind === "rows" ? tokensText(view) : quoted(pointed.text);
+  const cell = cellOf(view, pointed);
+  if (cell) {
+    const cause = view.kind === "column" ? prompt.names[view.index] : nameOf(pointed.side, pointed.feature);
+    const shared = view.kind === "rows" ? sharing(pointed.side, pointed.feature) : sharing("prompt", view.index);
+    return (isChosen(view, pointed) ? "Within " + target + ": " : quoted(cause) + " → " + target + ": ")
+      + describeCell(...cell) + (shared ? ", shared evenly by " + shared + " features that were not told apart" : "");
+  }
+  if (view.kind === "column") return whole;
+  if (pointed.from >= view.to) return quoted(pointed.text) + " comes after " + target + " and cannot be its cause";
+  return quoted(pointed.text) + (nOutput && pointed.feature !== null ? " ends " + target + " and cannot be its cause" : " was held fixed");
+}

@@ -1,0 +1,161 @@
+/* Running text: pieces, bubbles, colours, and marks beside the scroll bar. */
+
+/* White space around a piece stays uncoloured; a piece of nothing else is coloured and marked. */
+function fill(el, text) {
+  const lead = text.match(/^\s*/)[0];
+  const ink = make("span", "ink");
+  if (lead.length === text.length) {
+    text.split("\n").forEach((part, i) => {
+      if (i) ink.append(make("span", "newline"), "\n");
+      ink.append(part);
+    });
+    el.append(ink);
+  } else {
+    const body = text.slice(lead.length).trimEnd();
+    ink.append(body);
+    el.append(lead, ink, text.slice(lead.length + body.length));
+  }
+  return ink;
+}
+
+/* Where the next piece goes: the bubble of whoever said it, or the box itself. */
+function bubbles(box) {
+  let bubble = null;
+  return (role) => {
+    if (!role || role === "template") { bubble = null; return box; }
+    if (!bubble || bubble.dataset.role !== role) {
+      bubble = make("div", "turn");
+      bubble.dataset.role = role;
+      bubble.setAttribute("role", "group");
+      bubble.setAttribute("aria-label", role);
+      bubble.dir = "auto";
+      box.append(bubble);
+    }
+    return bubble;
+  };
+}
+
+function layOut(box, side, pieces, placeOf) {
+  const made = [];
+  for (const { text, feature, role, from, to, template } of pieces) {
+    const live = side === "answer" || feature !== null;
+    const el = make("span", live ? "piece" : "fixed");
+    if (template || role === "template") el.classList.add("template");
+    el.setAttribute("role", "option");
+    const ink = fill(el, text);
+    placeOf(role).append(el);
+    if (!live) { el.setAttribute("aria-disabled", "true"); continue; }
+    if (!text.trim()) el.setAttribute("aria-label", /\n/.test(text) ? "new line" : text ? "space" : "part of a character");
+    el.dataset.i = made.length;
+    el.tabIndex = -1;
+    made.push({ el, ink, side, feature, from, to, text, i: made.length, drawn: "", level: 0, chosen: null });
+  }
+  if (made.length) made[0].el.tabIndex = 0;
+  return made;
+}
+
+/* Neighbouring pieces of one prompt feature are one; those of the answer stay apart. */
+function joined(pieces) {
+  const out = [];
+  for (const { text, feature, role } of pieces) {
+    const last = out[out.length - 1];
+    if (last && last.feature === feature && last.role === role) last.text += text;
+    else out.push({ text, feature, role });
+  }
+  return out;
+}
+
+const isChat = data.prompt.some((piece) => piece.role && piece.role !== "template");
+if (data.prompt_layout === "list") at("prompt").classList.add("list");
+if (isChat) for (const side of ["prompt", "answer"]) at(side).classList.add("chat");
+
+const pieces = { prompt: [], answer: [] };
+const owners = { prompt: [], answer: [] }; /* per column its pieces */
+function layOutSide(side) {
+  const box = at(side), parts = side === "prompt"
+    ? joined(data.prompt.map(({ text, feature, role }) => ({ text, role, feature: feature === null ? null : prompt.partOf[feature] })))
+    : answer.runs.map(([from, to], i) => ({
+      text: textOf(from, to), feature: answer.columns[i], role: isChat ? "assistant" : undefined, from, to,
+      template: data.output.slice(from, to).every((piece) => piece.role === "template"),
+    }));
+  box.replaceChildren();
+  pieces[side] = layOut(box, side, parts, bubbles(box));
+  owners[side] = [];
+  for (const piece of pieces[side]) if (piece.feature !== null) (owners[side][piece.feature] ||= []).push(piece);
+}
+layOutSide("prompt");
+layOutSide("answer");
+
+/* Where the strong parts of a long text are: marks beside its scroll bar. */
+function ruler(side) {
+  const box = at(side), canvas = box.nextElementSibling;
+  let places = [], colours = [];
+  const measure = () => {
+    /* Asking for styles while painting would compute them twice. */
+    const style = getComputedStyle(root);
+    colours = ["--up", "--down", "--size"].map((name) => "rgb(" + style.getPropertyValue(name) + ")");
+    const long = box.scrollHeight > box.clientHeight + 4 && box.clientHeight > 0;
+    canvas.hidden = !long;
+    canvas.width = 12;
+    canvas.height = box.clientHeight;
+    const top = box.getBoundingClientRect().top - box.scrollTop;
+    places = long ? pieces[side].map((piece) => (piece.el.getBoundingClientRect().top - top) / box.scrollHeight) : [];
+  };
+  const draw = () => {
+    if (canvas.hidden) return;
+    const pen = canvas.getContext("2d"), absolute = root.classList.contains("absolute");
+    pen.clearRect(0, 0, canvas.width, canvas.height);
+    pieces[side].forEach((piece, i) => {
+      if (Math.abs(piece.level) < 0.08) return;
+      pen.globalAlpha = Math.abs(piece.level);
+      pen.fillStyle = colours[absolute ? 2 : piece.level > 0 ? 0 : 1];
+      pen.fillRect(1, Math.round(places[i] * canvas.height), 10, 3);
+    });
+  };
+  canvas.addEventListener("click", (event) => {
+    box.scrollTop = (event.offsetY / canvas.clientHeight) * box.scrollHeight - box.clientHeight / 2;
+  });
+  return { measure, draw };
+}
+const rulers = [ruler("prompt"), ruler("answer")];
+
+/* The series and the place in it that colour a piece, or null where it has no number. */
+function cellOf(view, piece) {
+  if (view.kind === "column") return piece.side === "answer" ? [view.tokens, piece.i] : null;
+  if (piece.side === "prompt") return [view.prompt, piece.feature];
+  if (piece.feature === null || answer.firstEnd[piece.feature] >= view.to - 1) return null;
+  return [view.output, piece.feature];
+}
+function isChosen(view, piece) {
+  if (view.kind === "column") return piece.side === "prompt" && piece.feature === view.index;
+  return piece.side === "answer" && !isWhole(view) && piece.from < view.to && piece.to > view.from;
+}
+
+function paintPiece(view, piece, most) {
+  const cell = cellOf(view, piece), chosen = isChosen(view, piece);
+  let level = 0, sure = false;
+  if (cell) {
+    const [series, i] = cell, faint = isFaint(series, i);
+    level = most > 0 ? Math.max(-1, Math.min(1, series.value[i] / most)) || 0 : 0;
+    if (faint) level *= 0.3;
+    sure = !faint && Math.abs(level) >= 0.1;
+  }
+  level = Math.round(level * 40) / 40;
+  const later = view.kind === "rows" && piece.side === "answer" && !chosen && piece.from >= view.to;
+  const drawn = "ink" + (level > 0 ? " up" : level < 0 ? " down" : "") + (sure ? " sure" : "")
+    + (chosen ? " chosen" : "") + (later ? " later" : "");
+  /* Most pieces change little from view to view, and restyling thousands of elements is slow. */
+  if (piece.drawn !== drawn) piece.ink.className = piece.drawn = drawn;
+  if (piece.chosen !== chosen) piece.el.setAttribute("aria-selected", (piece.chosen = chosen));
+  if (piece.level !== level && level) piece.ink.style.setProperty("--a", Math.abs(level));
+  piece.level = level;
+}
+
+function paint(view, isCommon) {
+  const most = isCommon ? Math.max(commonPeak(), ownPeak(view)) : ownPeak(view);
+  for (const side of ["prompt", "answer"]) for (const piece of pieces[side]) paintPiece(view, piece, most);
+  for (const { draw } of rulers) draw();
+  const absolute = root.classList.contains("absolute");
+  at("low").textContent = absolute ? "0" : plain(-most, most);
+  at("high").textContent = withUnit(absolute ? plain(most, most) : signed(most, most));
+}

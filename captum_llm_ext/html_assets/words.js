@@ -1,0 +1,54 @@
+/* Words for numbers and for text. */
+
+const at = (id) => document.getElementById(id);
+const root = document.documentElement;
+
+const decimals = (most) => (most > 0 ? Math.min(6, Math.max(most < 1000 ? 1 : 0, 2 - Math.floor(Math.log10(most)))) : 2);
+function plain(x, most) {
+  if (!Number.isFinite(x)) return "?";
+  const text = Math.abs(x).toFixed(decimals(most));
+  return (x < 0 && Number(text) !== 0 ? "−" : "") + text;
+}
+function signed(x, most) {
+  const text = plain(x, most);
+  return x > 0 && Number(text) !== 0 ? "+" + text : text;
+}
+function plusMinus(error, most) {
+  if (!Number.isFinite(error)) return "";
+  const text = plain(error, most);
+  return error > 0 && Number(text) === 0 ? " ± <" + (10 ** -decimals(most)).toFixed(decimals(most)) : " ± " + text;
+}
+const withUnit = (text) => (unit ? text + " " + unit : text);
+function percent(logProb) {
+  const share = 100 * Math.exp(logProb);
+  if (!(share <= 101)) return "";
+  return share < 0.01 ? "<0.01\u00a0%" : Number(share.toPrecision(2)) + "\u00a0%";
+}
+const share = (x) => (data.attr_target === "log_prob" ? percent(x) : "");
+
+function visible(text) {
+  const inner = text.trim();
+  if (inner) return inner.replace(/\s+/g, " ");
+  return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣") || "∅";
+}
+/* Cut by characters as a reader sees them: half an emoji is none. */
+function short(text, most = 48) {
+  if (text.length <= most) return text;
+  const shown = Intl.Segmenter ? Array.from(new Intl.Segmenter().segment(text.slice(0, 4 * most)), (part) => part.segment) : Array.from(text);
+  return shown.length > most ? shown.slice(0, most - 1).join("").trimEnd() + "…" : shown.join("");
+}
+/* What runs to the left is isolated: it would turn the words around it. */
+const runsLeft = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]/;
+function quoted(text, most) {
+  const shown = short(visible(text), most);
+  return runsLeft.test(shown) ? "“\u2068" + shown + "\u2069”" : "“" + shown + "”";
+}
+const textOf = (from, to) => data.output.slice(from, to).map((piece) => piece.text).join("");
+const tokensText = (view) => (isWhole(view) ? "Whole answer" : quoted(textOf(view.from, view.to)));
+
+function make(tag, className, text) {
+  const el = document.createElement(tag);
+  if (className) el.className = className;
+  if (text !== undefined) el.textContent = text;
+  return el;
+}
