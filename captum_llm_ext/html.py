@@ -120,7 +120,8 @@ def _escaped(text: str) -> str:
 
 
 def _heading(output: Sequence[Mapping[str, Any]]) -> str:
-    answer = " ".join("".join(piece["text"] for piece in output).split())
+    said = (piece["text"] for piece in output if piece.get("role") != "template")
+    answer = " ".join("".join(said).split())
     if len(answer) > 60:
         answer = (answer[:60].rpartition(" ")[0] or answer[:60]) + "…"
     return f"What made the model write “{answer}”"

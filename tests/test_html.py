@@ -816,8 +816,9 @@ def test_chat_turns_are_bubbles_and_the_template_is_grey(view):
     assert page.locator("#answer .turn").all_text_contents() == [" t0 t1"]
     edges = turns.evaluate_all("all => all.map(e => [e.offsetLeft, e.offsetLeft + e.offsetWidth])")
     assert edges[1][0] > edges[0][0]  # the user's is at the other side
-    grey, ink = page.evaluate(
-        "['.template', '.turn .piece'].map(one => getComputedStyle(document.querySelector(one)).color)"
+    grey, ink = (
+        page.locator(one).first.evaluate("e => getComputedStyle(e).color")
+        for one in (".template", ".turn .piece")
     )
     assert grey != ink
     template = page.locator("#prompt .template, #answer .template").all_text_contents()

@@ -165,6 +165,7 @@ addEventListener("pointercancel", () => { dragging = null; });
 
 /* What is kept stays kept: as the part that holds it, or the first that it holds. */
 function setLevel(side, number) {
+  drawLinks([]); /* they lead to pieces that will be gone */
   if (side === "prompt") {
     const first = pinned && pinned.kind === "column" ? prompt.partOf.indexOf(pinned.index) : -1;
     prompt = promptLevel(number);

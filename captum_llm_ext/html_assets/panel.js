@@ -56,7 +56,7 @@ function strongest(view) {
   const gather = (series, side, piecesOf, textOf) => series.value.forEach((value, i) => {
     if (Math.abs(value) > 0) rows.push({ series, i, value, side, piecesOf, textOf });
   });
-  if (view.kind === "column") gather(view.tokens, "answer", (p) => [pieces.answer[p]], (p) => pieces.answer[p].text);
+  if (view.kind === "column") gather(view.tokens, "answer", (p) => [pieces.answer[p]], (p) => pieces.answer[p].name);
   else {
     for (const [series, side] of [[view.prompt, "prompt"], [view.output, "answer"]]) {
       gather(series, side, (j) => owners[side][j] || [], (j) => nameOf(side, j));
@@ -85,9 +85,9 @@ function tableRow(view, row, most, axis) {
   number.append(make("small", "", plusMinus(series.error[i], most)));
   what.append(button);
   barCell.append(bar);
-  const within = view.kind === "rows" && side === "answer" && answer.columns[view.piece] === i;
+  const isItself = view.kind === "rows" && side === "answer" && answer.columns[view.piece] === i;
   const shared = view.kind === "rows" && sharing(side, i);
-  line.append(what, make("td", "where", (within ? "itself" : side) + (shared ? " ≈" : "")), barCell, number);
+  line.append(what, make("td", "where", (isItself ? "itself" : side) + (shared ? " ≈" : "")), barCell, number);
   const found = row.piecesOf(i);
   const find = (on) => () => found.forEach((piece) => piece.ink.classList.toggle("found", on));
   line.addEventListener("pointerenter", find(true));
@@ -116,11 +116,11 @@ function drawEffects(view) {
   const effects = effectsOf(view), rows = [];
   if (effects) effects.value.forEach((value, p) => {
     if (p !== view.piece && Math.abs(value) > 0 && !isFaint(effects, p)) {
-      rows.push({ series: effects, i: p, value, side: "answer", piecesOf: (k) => [pieces.answer[k]], textOf: (k) => pieces.answer[k].text });
+      rows.push({ series: effects, i: p, value, side: "answer", piecesOf: (k) => [pieces.answer[k]], textOf: (k) => pieces.answer[k].name });
     }
   });
   const most = peak(rows.map((row) => row.value));
-  const shown = rows.filter((row) => Math.abs(row.value) >= 0.01 * most).sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 4);
+  const shown = rows.filter((row) => Math.abs(row.value) >= 0.01 * commonPeak()).sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 4);
   at("effects").hidden = !shown.length;
   at("effects").tBodies[0].replaceChildren(...shown.map((row) => tableRow({ kind: "effects" }, row, most, axisOf(shown))));
 }
@@ -176,13 +176,13 @@ function describeRows(view) {
 function describeColumn(view) {
   const name = quoted(prompt.names[view.index]), [first] = strongest(view);
   if (!first) return name + " changed no token of the answer";
-  return name + " mattered most for " + quoted(pieces.answer[first.i].text) + ": " + describeCell(view.tokens, first.i);
+  return name + " mattered most for " + quoted(pieces.answer[first.i].name) + ": " + describeCell(view.tokens, first.i);
 }
 
 function describe(view, pointed) {
   const whole = view.kind === "rows" ? describeRows(view) : describeColumn(view);
   if (!pointed || (isChosen(view, pointed) && !cellOf(view, pointed))) return whole;
-  const target = view.kind === "rows" ? tokensText(view) : quoted(pointed.text);
+  const target = view.kind === "rows" ? tokensText(view) : quoted(pointed.name);
   const cell = cellOf(view, pointed);
   if (cell) {
     const cause = view.kind === "column" ? prompt.names[view.index] : nameOf(pointed.side, pointed.feature);
@@ -191,6 +191,6 @@ function describe(view, pointed) {
       + describeCell(...cell) + (shared ? ", shared evenly by " + shared + " features that were not told apart" : "");
   }
   if (view.kind === "column") return whole;
-  if (pointed.from >= view.to) return quoted(pointed.text) + " comes after " + target + " and cannot be its cause";
-  return quoted(pointed.text) + (nOutput && pointed.feature !== null ? " ends " + target + " and cannot be its cause" : " was held fixed");
+  if (pointed.from >= view.to) return quoted(pointed.name) + " comes after " + target + " and cannot be its cause";
+  return quoted(pointed.name) + (nOutput && pointed.feature !== null ? " ends " + target + " and cannot be its cause" : " was held fixed");
 }

@@ -37,10 +37,10 @@ function bubbles(box) {
 
 function layOut(box, side, pieces, placeOf) {
   const made = [];
-  for (const { text, feature, role, from, to, template } of pieces) {
+  for (const { text, feature, role, from, to } of pieces) {
     const live = side === "answer" || feature !== null;
     const el = make("span", live ? "piece" : "fixed");
-    if (template || role === "template") el.classList.add("template");
+    if (role === "template") el.classList.add("template");
     el.setAttribute("role", "option");
     const ink = fill(el, text);
     placeOf(role).append(el);
@@ -48,7 +48,7 @@ function layOut(box, side, pieces, placeOf) {
     if (!text.trim()) el.setAttribute("aria-label", /\n/.test(text) ? "new line" : text ? "space" : "part of a character");
     el.dataset.i = made.length;
     el.tabIndex = -1;
-    made.push({ el, ink, side, feature, from, to, text, i: made.length, drawn: "", level: 0, chosen: null });
+    made.push({ el, ink, side, feature, from, to, text, name: side === "answer" ? nameOfRun(from, to) : text, i: made.length, drawn: "", level: 0, chosen: null });
   }
   if (made.length) made[0].el.tabIndex = 0;
   return made;
@@ -74,11 +74,13 @@ const owners = { prompt: [], answer: [] }; /* per column its pieces */
 function layOutSide(side) {
   const box = at(side), parts = side === "prompt"
     ? joined(data.prompt.map(({ text, feature, role }) => ({ text, role, feature: feature === null ? null : prompt.partOf[feature] })))
-    : answer.runs.map(([from, to], i) => ({
-      text: textOf(from, to), feature: answer.columns[i], role: isChat ? "assistant" : undefined, from, to,
-      template: data.output.slice(from, to).every((piece) => piece.role === "template"),
-    }));
+    : answer.runs.map(([from, to], i) => {
+      const template = data.output.slice(from, to).every((piece) => piece.role === "template");
+      const role = template ? "template" : isChat ? "assistant" : undefined;
+      return { text: textOf(from, to), feature: answer.columns[i], role, from, to };
+    });
   box.replaceChildren();
+  box.dir = directionOf(parts.map((part) => (part.feature === null && side === "prompt" ? "" : part.text)).join(""));
   pieces[side] = layOut(box, side, parts, bubbles(box));
   owners[side] = [];
   for (const piece of pieces[side]) if (piece.feature !== null) (owners[side][piece.feature] ||= []).push(piece);

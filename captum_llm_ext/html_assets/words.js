@@ -43,8 +43,12 @@ function quoted(text, most) {
   const shown = short(visible(text), most);
   return runsLeft.test(shown) ? "“\u2068" + shown + "\u2069”" : "“" + shown + "”";
 }
+/* Which way a text runs: as its first letter does. */
+const directionOf = (text) => (runsLeft.test((text.match(/\p{L}/u) || [""])[0]) ? "rtl" : "ltr");
 const textOf = (from, to) => data.output.slice(from, to).map((piece) => piece.text).join("");
-const tokensText = (view) => (isWhole(view) ? "Whole answer" : quoted(textOf(view.from, view.to)));
+/* A token that holds a part of a character has no text, but a name. */
+const nameOfRun = (from, to) => textOf(from, to) || data.output_tokens[from] || "";
+const tokensText = (view) => (isWhole(view) ? "Whole answer" : quoted(nameOfRun(view.from, view.to)));
 
 function make(tag, className, text) {
   const el = document.createElement(tag);
