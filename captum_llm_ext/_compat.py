@@ -2,6 +2,7 @@
 
 import inspect
 from importlib import metadata
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -242,3 +243,30 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def model_source(model: Any) -> tuple[str | None, str | None]:
+    """Where a transformers model came from.
+
+    Returns:
+        Its name, of a local folder the last part; and the revision (commit) of the repository
+        that it was loaded from. None for what is not known.
+    """
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None, None
+    if Path(name).exists():
+        return Path(name).resolve().name, None
+    # transformers 5.3 kept the commit; 5.23 (2026) does not: then only the cache tells it.
+    revision = getattr(config, "_commit_hash", None) or _only_revision(name)
+    return name, revision
+
+
+def _only_revision(name: str) -> str | None:
+    """The one commit of a repository that the cache holds; None if there are none or several."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    found = [path.name for path in folder.glob("*")]
+    return found[0] if len(found) == 1 else None

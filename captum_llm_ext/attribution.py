@@ -5,7 +5,6 @@ import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from captum_llm_ext.estimators import Budget, is_known
 from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
 from captum_llm_ext.inputs import as_prompt
 from captum_llm_ext.result import Design, GenerationAttributionResult
+from captum_llm_ext.result.provenance import command_line
 from captum_llm_ext.scoring import AttrTarget, Scorer, TokenRow
 from captum_llm_ext.segment import Unit
 
@@ -334,7 +334,7 @@ class GenerationAttribution(LLMAttribution):
         self, game: Game, outcome: Outcome, gen_args: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         parameter = next(self.model.parameters(), None)
-        config = _compat.text_config(self.model)
+        model, revision = _compat.model_source(self.model)
         target = self.attr_target
         return {
             "method": type(self.attr_method).__name__,
@@ -349,12 +349,14 @@ class GenerationAttribution(LLMAttribution):
             "deterministic_baselines": game.deterministic,
             "matches": game.matches(),
             "generation": None if gen_args is None else {k: repr(v) for k, v in gen_args.items()},
-            "model": _model_name(getattr(config, "_name_or_path", "")),
+            "model": model,
+            "revision": revision,
             "model_class": type(self.model).__name__,
             "dtype": str(parameter.dtype) if parameter is not None else None,
             "device": str(self.device),
             "python": platform.python_version(),
             "versions": _compat.versions(),
+            "command": command_line(),
         }
 
     def _result_dtype(self) -> torch.dtype:
@@ -426,11 +428,6 @@ def _unknown_argument(name: str, method: PerturbationAttribution) -> str:
     if name == "baselines":
         return f"{said}: what stands for absent features is said by the input."
     return f"{said}: leave it out."
-
-
-def _model_name(name: str) -> str | None:
-    """The model's name; of a local folder its last part: results are shown to others."""
-    return (Path(name).name if Path(name).exists() else name) or None
 
 
 def _name_of(function: object) -> str:

@@ -227,10 +227,11 @@ def test_colours_are_for_terminals_that_want_them(saved, capsys, monkeypatch):
     plain = shown()
     assert "\x1b" not in plain
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "400")
     coloured = shown()
-    assert "\x1b[34m" in coloured  # raises
-    assert "\x1b[31m" in coloured  # lowers
-    for code in ("\x1b[34m", "\x1b[31m", "\x1b[1m", "\x1b[2m", "\x1b[0m"):
+    assert "\x1b[94m" in coloured  # raises
+    assert "\x1b[91m" in coloured  # lowers
+    for code in ("\x1b[94m", "\x1b[91m", "\x1b[1m", "\x1b[2m", "\x1b[0m"):
         coloured = coloured.replace(code, "")
     assert coloured == plain
     monkeypatch.setenv("TERM", "dumb")

@@ -1,9 +1,22 @@
 import json
+import os
+import pickle
 import random
+import shutil
+import stat
+import sys
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from captum.attr import FeatureAblation, KernelShap, LLMAttributionResult
+from captum.attr import (
+    FeatureAblation,
+    KernelShap,
+    LLMAttributionResult,
+    ShapleyValues,
+    TextTokenInput,
+)
 
 from captum_llm_ext import GenerationAttribution, GenerationAttributionResult, TextSegmentInput
 
@@ -11,6 +24,9 @@ FIELDS = (
     "seq_attr token_attr output_probs token_attr_se output_attr output_attr_se full_values "
     "empty_values efficiency_gap masks values draws target".split()
 )
+
+
+DATA = Path(__file__).parent / "data"
 
 
 def _result(
@@ -70,7 +86,7 @@ def test_damaged_files_are_told(model, tokenizer, tmp_path):
     _result(model, tokenizer).save(path)
     whole = path.read_bytes()
     rng = random.Random(0)
-    for size in [0, 4, 8, 100, *(rng.randrange(len(whole)) for _ in range(30))]:
+    for size in [0, 4, 8, 100, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(100))]:
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="damaged or no saved result"):
             GenerationAttributionResult.load(path)
@@ -92,6 +108,133 @@ def test_later_formats_are_refused(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="later version"):
         GenerationAttributionResult.load(path)
+
+
+def test_no_damage_changes_a_number(model, tokenizer, tmp_path):
+    """A changed byte is told, or it changes nothing (blanks in the header)."""
+    path = tmp_path / "result.safetensors"
+    result = _result(model, tokenizer)
+    result.save(path)
+    whole, rng = path.read_bytes(), random.Random(1)
+    told = []
+    for _ in range(300):
+        torn = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 8])):
+            torn[rng.randrange(len(torn))] = rng.randrange(256)
+        path.write_bytes(torn)
+        try:
+            found = GenerationAttributionResult.load(path)
+        except ValueError as error:
+            told.append(str(error))
+        else:
+            assert found.to_dict() == result.to_dict()
+            assert torch.equal(found.values, result.values)
+    assert len(told) > 250
+    assert all("damaged" in error or "no saved result" in error for error in told)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_earlier_versions_are_read(version, tmp_path):
+    """Written by those versions, with what they told of them as JSON."""
+    path = DATA / f"result_format_{version}.safetensors"
+    told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    result = GenerationAttributionResult.load(path)
+    data = json.loads(json.dumps(result.to_dict()))
+    assert {name: data[name] for name in told} == told
+    assert (result.design is None) == (version == 1)
+    if version == 1:
+        with pytest.raises(ValueError, match="written by an earlier version"):
+            result.refit(ShapleyValues)
+    result.save(tmp_path / "again")
+    assert GenerationAttributionResult.load(tmp_path / "again").to_dict() == result.to_dict()
+    assert (str(result), result.top(2)) == (str(result.table()), [c[:2] for c in result.top(9)])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_damaged_files_without_a_digest_are_told(version, tmp_path):
+    whole = bytearray((DATA / f"result_format_{version}.safetensors").read_bytes())
+    path, rng = tmp_path / "torn", random.Random(version)
+    size, told = 8 + int.from_bytes(whole[:8], "little"), []
+    for _ in range(200):
+        torn = whole.copy()
+        torn[rng.randrange(size)] = rng.randrange(256)
+        path.write_bytes(torn)
+        try:
+            GenerationAttributionResult.load(path)
+        except ValueError as error:
+            told.append(str(error))
+    assert len(told) > 50
+    assert all(str(path) in error for error in told)
+
+
+@pytest.mark.parametrize("content", ["null", "3", "[]", "{}", '{"format": "x"}', '{"format": 2}'])
+def test_files_of_other_programs_are_no_results(content, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other"
+    save_file({"masks": torch.ones(2, 2)}, path, metadata={"captum_llm_ext": content})
+    with pytest.raises(ValueError, match="damaged"):
+        GenerationAttributionResult.load(path)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    path, trace = tmp_path / "pickle", tmp_path / "executed"
+    path.write_bytes(pickle.dumps(_Payload(trace)))
+    for content in (path.read_bytes(), None):
+        if content is None:
+            torch.save({"x": torch.ones(3)}, path)
+        with pytest.raises(ValueError, match="damaged or no saved result"):
+            GenerationAttributionResult.load(path)
+    assert not trace.exists()
+
+
+class _Payload:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(model, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "result"
+    result = _result(model, tokenizer)
+    result.save(path)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+    before = path.read_bytes()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            result.save(path)
+    result.provenance["me"] = object()
+    with pytest.raises(TypeError, match="cannot be saved"):
+        result.save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["result"]
+
+
+def test_provenance_tells_model_revision_and_command(tokenizer, tmp_path, monkeypatch):
+    """A cache as Hugging Face lays it out."""
+    home, revision = tmp_path / "models--me--tiny", "0123456789abcdef0123456789abcdef01234567"
+    tiny.llama(len(tokenizer)).save_pretrained(home / "snapshots" / revision)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    loaded = type(tiny.llama(len(tokenizer))).from_pretrained("me/tiny", cache_dir=tmp_path).eval()
+    monkeypatch.setattr(sys, "argv", ["/home/me/explain.py", "--out", str(tmp_path / "x y")])
+    told = _result(loaded, tokenizer).provenance
+    assert (told["model"], told["revision"]) == ("me/tiny", revision)
+    assert told["command"] == "explain.py --out 'x y'"
+    assert (told["seed"], told["versions"]["torch"]) == (0, torch.__version__)
+    local = shutil.copytree(home / "snapshots" / revision, tmp_path / "mine")
+    told = _result(type(loaded).from_pretrained(local), tokenizer).provenance
+    assert (told["model"], told["revision"]) == ("mine", None)
 
 
 def test_to_dict_is_json_and_tells_the_text(model, tokenizer):
@@ -151,3 +294,156 @@ def test_plots_and_pages_are_captums_and_more(model, tokenizer, tmp_path):
     import matplotlib.pyplot as plt
 
     plt.close("all")
+
+
+# print -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_terminal(monkeypatch):
+    """stdout as a terminal of so many columns."""
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+
+    def set_up(columns):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        monkeypatch.setenv("COLUMNS", str(columns))
+
+    return set_up
+
+
+def _plain(text):
+    for code in ("94", "91", "1", "2", "0"):
+        text = text.replace(f"\x1b[{code}m", "")
+    return text
+
+
+def test_a_terminal_gets_colours_and_its_width(model, tokenizer, as_terminal, monkeypatch):
+    result = _result(model, tokenizer)
+    whole = str(result)
+    assert "\x1b" not in whole
+    as_terminal(400)
+    assert _plain(str(result)) == whole
+    assert "\x1b[94m" in str(result)
+    assert f"{result}" == whole  # for logs
+    for columns in (70, 50, 40):
+        as_terminal(columns)
+        lines = _plain(str(result)).splitlines()
+        assert max(map(len, lines)) <= columns
+        causes = [line for line in lines if "←" in line]
+        assert len(causes) == len(result.target)
+        for line, full in zip(causes, whole.splitlines()[1:], strict=True):
+            assert full.startswith(line.removesuffix(" …")) or "…" in line
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in str(result)
+
+
+def test_names_cannot_steer_the_terminal(model, tokenizer, as_terminal):
+    result = _result(model, tokenizer)
+    result.input_tokens[1] = " evil\x1b[2J\u202e\n名字名字名字名字名字名字名字名字名字名字名字名字"
+    as_terminal(60)
+    lines = _plain(str(result)).splitlines()
+    assert any("evil\\x1b[2J\\u202e\\n" in line or "evil\\x1b" in line for line in lines)
+    assert not any(char in line for line in lines for char in "\x1b\u202e")
+    assert len([line for line in lines if "←" in line]) == len(result.target)
+    wide = [sum(2 if char in "名字" else 1 for char in line) for line in lines]
+    assert max(wide) <= 60
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # shap's own
+def test_columns_of_one_feature_are_one_cause(model, tokenizer):
+    inp = TextTokenInput("Dave lives here", tokenizer)
+    n = len(inp.values)
+    mask = torch.tensor([[0, 1, 1, *range(2, n - 1)]])
+    result = GenerationAttribution(KernelShap(model), tokenizer).attribute(
+        inp, " golf.", feature_mask=mask, output_unit=None
+    )
+    for row, causes in zip(result.token_attr, result.top(99), strict=True):
+        assert sum(cause.attribution for cause in causes) == pytest.approx(
+            float(row.sum() - row[2]), abs=1e-5
+        )
+        (joint,) = [cause for cause in causes if cause.column == 1]
+        assert joint.name == f"{inp.values[1].strip()} + {inp.values[2].strip()}"
+    assert len(result.attribute_span(0, 2).top(99)) == n - 1
+    assert result.to_shap().values.shape == (n - 1, len(result.target))
+
+
+def test_fewer_than_one_cause_is_refused(model, tokenizer):
+    result = _result(model, tokenizer)
+    for asked in (lambda: result.top(0), lambda: result.why(0, -1), lambda: result.table(0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            asked()
+
+
+# Other tools -------------------------------------------------------------------------------------
+
+
+def test_json_is_what_the_dictionary_tells(model, tokenizer, tmp_path):
+    result = _result(model, tokenizer)
+    text = result.to_json(tmp_path / "r.json", indent=1)
+    assert json.loads(text) == json.loads(json.dumps(result.to_dict()))
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == json.loads(text)
+    assert len(result.to_json().splitlines()) == 1
+
+
+@pytest.mark.parametrize("unit", ["token", "word", None])
+def test_frames_hold_every_possible_cause(model, tokenizer, unit):
+    result = _result(model, tokenizer, unit=unit)
+    frame = result.to_dataframe()
+    wide = result.to_dataframe("wide")
+    assert torch.equal(torch.tensor(wide.to_numpy()), result.full_attr)
+    assert wide.columns.get_level_values("feature").tolist() == [
+        *result.input_tokens,
+        *(result.output_features or ()),
+    ]
+    assert wide.index.get_level_values("token").tolist() == result.output_tokens
+    sums = torch.tensor(frame.groupby("position")["attribution"].sum().to_numpy())
+    torch.testing.assert_close(sums, result.full_values - result.empty_values, atol=1e-4, rtol=0)
+    row = frame.iloc[-1]
+    assert result.full_attr[row["position"], row["column"]] == pytest.approx(row["attribution"])
+    assert result.full_attr_se[row["position"], row["column"]] == pytest.approx(
+        row["standard_error"]
+    )
+    later = frame[frame["source"] == "output"]
+    last = {piece.feature: t for t, piece in enumerate(result.output_pieces)}
+    n_prompt = len(result.input_tokens)
+    assert all(last[c - n_prompt] < p for p, c in zip(later.position, later.column, strict=True))
+    missing = result.full_attr.abs().sum() - frame["attribution"].abs().sum()
+    assert float(missing) == pytest.approx(0.0, abs=1e-4)
+    with pytest.raises(ValueError, match="'long' or 'wide'"):
+        result.to_dataframe("tall")
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # shap's own
+def test_shap_draws_a_result(model, tokenizer):
+    shap = pytest.importorskip("shap")
+    import matplotlib.pyplot as plt
+
+    result = _result(model, tokenizer)
+    explanation = result.to_shap()
+    assert isinstance(explanation, shap.Explanation)
+    torch.testing.assert_close(
+        torch.tensor(explanation.base_values + explanation.values.sum(0)).float(),
+        result.full_values,
+        atol=1e-4,
+        rtol=0,
+    )
+    assert "".join(explanation.data) == "Dave lives in <b>Austin</b> golf & chess\n."
+    shap.plots.waterfall(explanation[:, 2], show=False)
+    shap.plots.bar(explanation[:, 2], show=False)
+    names = {text.get_text().rpartition("= ")[2] for text in plt.gcf().axes[0].get_yticklabels()}
+    assert {"Dave", "lives"} & names
+    plt.close("all")
+    page = shap.plots.text(explanation, display=False)
+    assert all(name in page for name in ("Dave", "lf", "ches", "Austin"))
+    ablation = _result(model, tokenizer, FeatureAblation)
+    with pytest.warns(UserWarning, match="FeatureAblation do not sum"):
+        ablation.to_shap()
+
+
+@pytest.mark.parametrize("package", ["pandas", "shap"])
+def test_what_is_not_installed_is_named(model, tokenizer, monkeypatch, package):
+    result = _result(model, tokenizer)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"pip install 'captum-llm-ext\[{package}\]'"):
+        (result.to_dataframe if package == "pandas" else result.to_shap)()

@@ -5,9 +5,8 @@ carried out, 2 where it was written wrongly, 130 after Ctrl-C.
 """
 
 import argparse
+import io
 import os
-import re
-import shlex
 import sys
 import traceback
 import warnings
@@ -16,12 +15,18 @@ from collections.abc import Callable, Sequence
 import captum_llm_ext
 from captum_llm_ext.cli import attribute, compare, demo, doctor, show
 from captum_llm_ext.cli.command import UsageError, note, say, shown_examples
+from captum_llm_ext.result.provenance import command_line
 
 __all__ = ["main"]
 
 _COMMANDS = (demo, attribute, show, compare, doctor)
 _EXPECTED = (ValueError, TypeError, OSError, ImportError)  # their messages say what to do
 _BROKEN_PIPE = 141  # as of any program that SIGPIPE ends
+_STATUS = """
+
+Results go to stdout, progress and notes to stderr. Exit status: 0; 1 where the command could not be
+carried out, or doctor finds wrong values; 2 where it was written wrongly; 130 after Ctrl-C.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help(sys.stderr)
         return 2
-    arguments.command_line = shlex.join(["captum-llm-ext", *map(_without_folder, given)])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # arrows in a terminal that has none
+        sys.stdout.reconfigure(errors="backslashreplace")
+    arguments.command_line = command_line("captum-llm-ext", given)
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -78,19 +85,11 @@ def _failed(error: Exception, arguments: argparse.Namespace) -> int:
     return 2
 
 
-def _without_folder(argument: str) -> str:
-    """An argument as results keep it: of a path its last part, for results are shown to others."""
-    option = "".join(re.findall(r"\A(?:--[\w-]+=)?(?:\w+:)?", argument))
-    value = argument.removeprefix(option)
-    is_path = os.path.isabs(value) and os.path.isdir(os.path.dirname(value))
-    return option + os.path.basename(value) if is_path else argument
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="captum-llm-ext",
         description="Why did the language model write that?",
-        epilog=shown_examples([command.EXAMPLES[0] for command in _COMMANDS]),
+        epilog=shown_examples([command.EXAMPLES[0] for command in _COMMANDS]) + _STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = f"captum-llm-ext {captum_llm_ext.__version__}"

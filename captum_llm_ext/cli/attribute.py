@@ -5,7 +5,8 @@ from typing import Any
 
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
-from captum_llm_ext.cli.outputs import add_outputs, check_outputs, paint, write_outputs
+from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
+from captum_llm_ext.result.terminal import paint, width
 
 EXAMPLES = (
     'attribute --model demo --prompt "Dave lives in Palm Coast, FL and is a lawyer. His personal '
@@ -54,6 +55,5 @@ def run(arguments: argparse.Namespace) -> None:
     result = attribution.attribute(inp, **job.options)
     result.provenance["command"] = arguments.command_line
     say(f"answer: {''.join(piece.text for piece in result.output_pieces)}")
-    write_outputs(
-        arguments, result, result.table(arguments.top, paint=paint), result.plot_token_attr
-    )
+    text = result.table(arguments.top, paint=paint, width=width())
+    write_outputs(arguments, result, text, result.plot_token_attr)

@@ -1,7 +1,7 @@
 """``captum-llm-ext doctor``: what is installed, and whether numbers are right here."""
 
 import argparse
-import json
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import captum_llm_ext
 from captum_llm_ext import _compat
 from captum_llm_ext.cli.command import add_command
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer
+from captum_llm_ext.cli.outputs import as_json
 from captum_llm_ext.cli.probe import Probe, probe
 
 EXAMPLES = (
@@ -24,7 +25,7 @@ EXAMPLES = (
 )
 _DESCRIPTION = """\
 Tells what is installed and runs a short model check: are the values those of plain uncached
-forwards, which shortcuts does scoring take with this model, and does captum's own default
+forwards, which ways to reuse computation are exact with this model, and does captum's own default
 (use_cached_outputs=True) give right numbers with it? Exit status 1 if the values are not right.
 """
 _OPTIONAL = ("matplotlib", "sentencex", "datasets", "shap", "pandas")
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = probe(model, tokenizer)
     if arguments.json:
         content = {"machine": machine, "model": about, "probe": found.to_dict()}
-        print(json.dumps(content, ensure_ascii=False))
+        print(as_json(content))
     else:
         print(f"\n{', '.join(about.values())}")
         print("\n".join(f"  {line}" for line in _lines(found)))
@@ -117,20 +118,38 @@ def _about(name: str, model: Any, tokenizer: Any) -> dict[str, str]:
 
 
 def _lines(found: Probe) -> Iterator[str]:
-    verdict = "right" if found.is_right else "WRONG"
+    errors = [error for error in (found.whole_error, found.shared_error) if error is not None]
     yield (
-        f"{verdict:<6} values: within {found.error:.1g} nats of a plain uncached forward on "
-        f"{found.n_rows} rows (rounding in {found.dtype}: {found.rounding:g})"
+        f"{'right' if found.is_right else 'WRONG':<6} values: within "
+        f"{max(errors, key=_nan_last):.1g} nats of a plain uncached forward on {found.n_rows} rows "
+        f"(rounding in {found.dtype}: {found.rounding:g})"
     )
-    if found.shared is None:
-        yield f"no     shared beginnings: {found.why_not_shared or 'every row is computed whole'}"
+    whole = f"{_verdict(found.whole_is_exact)} {{}}: within {found.whole_error:.1g} nats"
+    if found.batched:
+        yield whole.format("rows in padded batches")
     else:
-        yield f"yes    shared beginnings: {found.shared:.0%} of the positions were computed"
+        yield f"{whole.format('rows one by one')} (this model mixes the rows of a batch)"
+    if found.shared is None or found.shared_error is None:
+        yield f"off    beginnings reused: {found.why_not_shared or 'every row is computed whole'}"
+    else:
+        yield (
+            f"{_verdict(found.shared_is_exact)} beginnings reused: within "
+            f"{found.shared_error:.1g} nats, {found.shared:.0%} of the positions computed"
+        )
+    exact = _verdict(found.is_right)  # both ways ask for no other logits
     yield {
-        "positions": "yes    logits of single positions",
-        "count": "partly logits of the last positions only, not of single ones",
-    }.get(found.logits or "", "no     logits of single positions: all of them are computed")
+        "positions": f"{exact} logits of the target's positions only",
+        "count": f"{exact} logits of the last positions only, not of single ones",
+    }.get(found.logits or "", "off    logits of single positions: all of them are computed")
     yield _captum_line(found)
+
+
+def _verdict(is_exact: bool | None) -> str:
+    return f"{'exact' if is_exact else 'WRONG':<6}"
+
+
+def _nan_last(error: float) -> float:
+    return math.inf if math.isnan(error) else error
 
 
 def _captum_line(found: Probe) -> str:

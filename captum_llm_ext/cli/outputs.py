@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from captum_llm_ext.cli.command import say
+from captum_llm_ext.result.files import finite
 
 Kind = Literal["html", "png", "json", "save"]
 _HELP: dict[Kind, str] = {
@@ -17,8 +18,6 @@ _HELP: dict[Kind, str] = {
     "json": "the numbers as JSON; - is stdout, in place of the table",
     "save": "the whole result, for show and compare",
 }
-# Blue raises and red lowers, as in the pictures; the signs are there as well.
-_COLOURS = {"token": "1", "raises": "34", "lowers": "31", "nothing": "2"}
 
 
 def add_outputs(parser: argparse.ArgumentParser, *kinds: Kind) -> None:
@@ -70,19 +69,14 @@ def write_outputs(arguments: argparse.Namespace, found: Any, text: str, figure: 
 
 
 def _write_json(name: str, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, ensure_ascii=False) + "\n"
     if name == "-":
-        sys.stdout.write(text)
+        print(as_json(content), flush=True)
     else:
-        Path(name).write_text(text, encoding="utf-8")
+        text = json.dumps(finite(content), ensure_ascii=False, allow_nan=False)
+        Path(name).write_text(text + "\n", encoding="utf-8")
 
 
-def paint(text: str, kind: str) -> str:
-    """Text in the colour of its kind, where stdout is a terminal that wants colours.
-
-    ``NO_COLOR`` is respected (no-color.org).
-    """
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if plain or not sys.stdout.isatty():
-        return text
-    return f"\x1b[{_COLOURS[kind]}m{text}\x1b[0m"
+def as_json(content: Mapping[str, Any]) -> str:
+    """JSON for stdout, in whatever encoding that is."""
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    return json.dumps(finite(content), ensure_ascii=not is_utf8, allow_nan=False)

@@ -32,9 +32,12 @@ class Probe:
         dtype: Of its weights.
         n_rows: Distinct rows that were scored.
         rounding: Nats that rounding explains in this dtype.
-        error: Largest difference of the package's values to one plain uncached forward per row.
+        batched: Whether rows are run together, padded; False where the model mixes a batch's.
+        whole_error: Largest difference of the package's values to one plain uncached forward per
+            row, where every row is computed whole.
         shared: Share of the rows' positions that were computed with beginnings reused; None where
             they are not.
+        shared_error: As `whole_error`, with beginnings reused; None where they are not.
         why_not_shared: What scoring says about that, if anything.
         logits: What the model is asked logits of: ``"positions"``, ``"count"`` or None (all).
         captum_error: Largest difference of an attribution between captum's default and captum
@@ -45,8 +48,10 @@ class Probe:
     dtype: str
     n_rows: int
     rounding: float
-    error: float
+    batched: bool
+    whole_error: float
     shared: float | None
+    shared_error: float | None
     why_not_shared: str | None
     logits: str | None
     captum_error: float | None
@@ -55,7 +60,17 @@ class Probe:
     @property
     def is_right(self) -> bool:
         """Whether the package's values are those of plain forwards, up to rounding."""
-        return self.error <= self.rounding  # False for NaN
+        return self.whole_is_exact and self.shared_is_exact is not False
+
+    @property
+    def whole_is_exact(self) -> bool:
+        """Whether rows that are computed whole have the values of plain forwards."""
+        return self.whole_error <= self.rounding  # False for NaN
+
+    @property
+    def shared_is_exact(self) -> bool | None:
+        """The same where beginnings are reused; None where they are not."""
+        return None if self.shared_error is None else self.shared_error <= self.rounding
 
     @property
     def captum_is_right(self) -> bool | None:
@@ -68,8 +83,8 @@ class Probe:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        verdicts = {"is_right": self.is_right, "captum_is_right": self.captum_is_right}
-        return asdict(self) | verdicts
+        names = ("is_right", "whole_is_exact", "shared_is_exact", "captum_is_right")
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
 
 def probe(model: Any, tokenizer: Any) -> Probe:
@@ -82,11 +97,11 @@ def probe(model: Any, tokenizer: Any) -> Probe:
     rows = _rows(prompt, target)
     wanted = torch.tensor(target)
     plain = Scorer(model, reuse="off")
-    values = [plain.values(rows, wanted)]
+    whole = plain.values(rows, wanted)
     # No overhead: whether sharing pays on rows this short is not the question.
     sharing = Scorer(model, overhead=0)
     with _warnings_of("captum_llm_ext.scoring") as said:
-        values.append(sharing.values(rows, wanted))
+        shared = sharing.values(rows, wanted)
     expected = _plain_values(model, rows, wanted)
     share = sharing.n_positions / sharing.n_row_positions
     captum_error, captum_failed = _captum_error(model, tokenizer, target)
@@ -95,8 +110,10 @@ def probe(model: Any, tokenizer: Any) -> Probe:
         dtype=str(dtype).removeprefix("torch."),
         n_rows=sharing.n_evaluations,
         rounding=_ROUNDING.get(dtype, _ROUNDING[torch.float32]),
-        error=max(float((found - expected).abs().max()) for found in values),
+        batched=not _compat.couples_rows(model),
+        whole_error=float((whole - expected).abs().max()),
         shared=share if share < 1 else None,
+        shared_error=float((shared - expected).abs().max()) if share < 1 else None,
         why_not_shared="; ".join(said) or None,
         logits=_compat.kept_logits(model),
         captum_error=captum_error,

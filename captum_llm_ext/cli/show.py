@@ -5,8 +5,9 @@ import re
 from typing import Any
 
 from captum_llm_ext.cli.command import add_command, positive
-from captum_llm_ext.cli.outputs import add_outputs, check_outputs, paint, write_outputs
+from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
 from captum_llm_ext.result import Cause, GenerationAttributionResult
+from captum_llm_ext.result.terminal import paint, width
 
 EXAMPLES = (
     "show dave.safetensors",
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_outputs(arguments)
     result = GenerationAttributionResult.load(arguments.result)
     if arguments.token is None:
-        text = result.table(arguments.top, paint=paint)
+        text = result.table(arguments.top, paint=paint, width=width())
     else:
         text = _causes(result, arguments.token, arguments.top)
     write_outputs(arguments, result, text, result.plot_token_attr)

@@ -1,9 +1,14 @@
 """What results say of single features, of spans of the answer and of groups."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+
+from captum_llm_ext.result.terminal import one_line
+
+_MOST_NAMES = 3  # of the columns of one feature
 
 
 class Cause(NamedTuple):
@@ -24,14 +29,19 @@ class Cause(NamedTuple):
     is_output: bool
 
     def __str__(self) -> str:
-        name = self.name.strip()
+        name = one_line(self.name.strip())
         name = name if any(map(str.isalnum, name)) else repr(self.name)
         error = f" ± {self.standard_error:.2f}" if self.standard_error > 0 else ""
         return f"{name}{' (output)' if self.is_output else ''} {self.attribution:+.2f}{error}"
 
 
 def strongest(
-    names: list[str], attributions: Tensor, errors: Tensor, n_prompt: int, k: int
+    names: Sequence[str],
+    attributions: Tensor,
+    errors: Tensor,
+    n_prompt: int,
+    k: int,
+    features: Sequence[int] | None = None,
 ) -> list[Cause]:
     """The `k` strongest causes by falling magnitude; zeros are no causes.
 
@@ -40,13 +50,33 @@ def strongest(
         attributions, errors: Shape ``(n_columns,)``.
         n_prompt: Columns of the prompt, which come first.
         k: How many at most.
+        features: Per column its feature. Columns of one feature are one cause, by their names
+            together: captum's groups have the group's score at each member.
+
+    Raises:
+        ValueError: If `k` is below 1.
     """
-    order = attributions.abs().argsort(descending=True, stable=True)[:k].tolist()
+    if k < 1:
+        raise ValueError(f"`k` is {k}: give how many causes you want, at least 1.")
+    columns: dict[int, list[int]] = {}
+    for column, feature in enumerate(features or range(len(names))):
+        columns.setdefault(feature, []).append(column)
+    first = [members[0] for members in columns.values()]
+    joined = {members[0]: joined_name([names[c] for c in members]) for members in columns.values()}
+    order = attributions[first].abs().argsort(descending=True, stable=True)[:k].tolist()
     return [
-        Cause(names[c], float(attributions[c]), float(errors[c]), c, c >= n_prompt)
-        for c in order
+        Cause(joined[c], float(attributions[c]), float(errors[c]), c, c >= n_prompt)
+        for c in (first[i] for i in order)
         if attributions[c] != 0
     ]
+
+
+def joined_name(names: Sequence[str]) -> str:
+    """What a feature is called whose columns have these names."""
+    if len(names) == 1:
+        return names[0]
+    more = [f"… ({len(names)})"] if len(names) > _MOST_NAMES else []
+    return " + ".join([*(name.strip() for name in names[:_MOST_NAMES]), *more])
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,7 @@ class SpanAttribution:
         values: Attributions ``(n_columns,)``, in the unit of the value, summed over the span.
         standard_errors: Same shape.
         n_prompt: Columns of the prompt, which come first.
+        features: Per column its feature: columns of one feature are one cause.
     """
 
     start: int
@@ -69,10 +100,12 @@ class SpanAttribution:
     values: Tensor
     standard_errors: Tensor
     n_prompt: int
+    features: Sequence[int] | None = None
 
     def top(self, k: int = 5) -> list[Cause]:
         """The `k` strongest causes by falling magnitude; zeros are no causes."""
-        return strongest(self.names, self.values, self.standard_errors, self.n_prompt, k)
+        found = self.values, self.standard_errors
+        return strongest(self.names, *found, self.n_prompt, k, self.features)
 
     def __str__(self) -> str:
         causes = ", ".join(map(str, self.top(3))) or "nothing in particular"

@@ -11,6 +11,7 @@ from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_llm_ext.inputs import Level, Piece
+from captum_llm_ext.result import terminal
 from captum_llm_ext.result.causes import (
     Cause,
     Redundancy,
@@ -18,8 +19,8 @@ from captum_llm_ext.result.causes import (
     UnresolvedGroup,
     strongest,
 )
-from captum_llm_ext.result.drawn import DrawnResult
-from captum_llm_ext.result.files import read, write
+from captum_llm_ext.result.exported import ExportedResult, lists
+from captum_llm_ext.result.files import BROKEN, broken, check_shapes, read, write
 from captum_llm_ext.result.reading import reading
 from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
 from captum_llm_ext.result.table import table
@@ -48,7 +49,7 @@ _SAME = (
 _NAMES = ("input_tokens", "output_tokens", "output_features")
 
 
-class GenerationAttributionResult(DrawnResult):
+class GenerationAttributionResult(ExportedResult):
     """Attributions of every target token to the prompt and to the output before it.
 
     Captum's fields have captum's meaning and shape; the others are new. There are ``T`` target
@@ -335,6 +336,7 @@ class GenerationAttributionResult(DrawnResult):
             values=values,
             standard_errors=errors,
             n_prompt=len(self.input_tokens),
+            features=None if self.design is None else self._features,
         )
 
     def _split(self, solved: Tensor) -> tuple[Tensor, Tensor]:
@@ -398,15 +400,27 @@ class GenerationAttributionResult(DrawnResult):
             The strongest causes, by falling magnitude; zeros are no causes.
 
         Raises:
-            ValueError: If there is no such token, or there are several of that name.
+            ValueError: If there is no such token, there are several of that name, or `k` is below
+                1.
         """
         t = self.position(token)
-        attr, se = self.full_attr[t], self.full_attr_se[t]
-        return strongest(self._column_names, attr, se, len(self.input_tokens), k)
+        return self._causes(self.full_attr[t], self.full_attr_se[t], k)
 
     def top(self, k: int = 3) -> list[list[Cause]]:
-        """The `k` strongest causes of every target token, as `why` gives them."""
-        return [self.why(position, k) for position in range(len(self.output_tokens))]
+        """The `k` strongest causes of every target token, as `why` gives them.
+
+        Those of the whole answer are ``attribute_span(0, T).top(k)``.
+
+        Raises:
+            ValueError: If `k` is below 1.
+        """
+        rows = zip(self.full_attr, self.full_attr_se, strict=True)
+        return [self._causes(attributions, errors, k) for attributions, errors in rows]
+
+    def _causes(self, attributions: Tensor, errors: Tensor, k: int) -> list[Cause]:
+        features = None if self.design is None else self._features
+        n_prompt = len(self.input_tokens)
+        return strongest(self._column_names, attributions, errors, n_prompt, k, features)
 
     def at_level(self, name: str) -> tuple[list[str], Tensor]:
         """Prompt attributions summed over the parts of a coarser level.
@@ -489,15 +503,15 @@ class GenerationAttributionResult(DrawnResult):
             "input_tokens": list(self.input_tokens),
             "output_tokens": list(self.output_tokens),
             "output_features": self.output_features,
-            "token_attr": _lists(self.token_attr),
-            "token_attr_se": _lists(self.token_attr_se),
-            "output_attr": _lists(self.output_attr),
-            "output_attr_se": _lists(self.output_attr_se),
-            "seq_attr": _lists(self.seq_attr),
-            "output_probs": _lists(self.output_probs),
-            "full_values": _lists(self.full_values),
-            "empty_values": _lists(self.empty_values),
-            "efficiency_gap": _lists(self.efficiency_gap),
+            "token_attr": lists(self.token_attr),
+            "token_attr_se": lists(self.token_attr_se),
+            "output_attr": lists(self.output_attr),
+            "output_attr_se": lists(self.output_attr_se),
+            "seq_attr": lists(self.seq_attr),
+            "output_probs": lists(self.output_probs),
+            "full_values": lists(self.full_values),
+            "empty_values": lists(self.empty_values),
+            "efficiency_gap": lists(self.efficiency_gap),
             "levels": [
                 {"name": level.name, "parts": level.parts, "part_of": level.part_of}
                 for level in self.levels
@@ -512,7 +526,11 @@ class GenerationAttributionResult(DrawnResult):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the result to one safetensors file: tensors as they are, the rest as JSON.
 
-        The interpretable input is not a part of it.
+        The interpretable input is not a part of it. `captum_llm_ext.result.files` tells the layout.
+
+        Raises:
+            TypeError, ValueError: If `provenance` holds what JSON cannot.
+            OSError: If the file cannot be written; one that was there is left as it was.
         """
         tensors = {name: getattr(self, name) for name in _TENSORS}
         rest = {
@@ -531,16 +549,20 @@ class GenerationAttributionResult(DrawnResult):
         """Reads a result that `save` wrote; `inp` is None.
 
         Raises:
-            FileNotFoundError: If there is no such file.
+            OSError: If there is no such file, or it cannot be read.
             ValueError: If the file is damaged, no result, or of a later format.
         """
         tensors, rest = read(path)
-        for name in ("prompt_pieces", "output_pieces"):
-            rest[name] = [Piece(*piece) for piece in rest[name]]
-        rest["levels"] = [Level(*level) for level in rest["levels"]]
-        if rest.get("design") is not None:
-            rest["design"] = Design.from_dict(rest["design"])
-        return cls(**tensors, **rest)
+        try:
+            check_shapes(tensors, rest)
+            for name in ("prompt_pieces", "output_pieces"):
+                rest[name] = [Piece(*piece) for piece in rest[name]]
+            rest["levels"] = [Level(*level) for level in rest.get("levels", ())]
+            if rest.get("design") is not None:
+                rest["design"] = Design.from_dict(rest["design"])
+            return cls(**tensors, **rest)
+        except BROKEN as error:
+            raise broken(path, error) from error
 
     def __repr__(self) -> str:
         features = len(self.output_features or ())
@@ -551,29 +573,32 @@ class GenerationAttributionResult(DrawnResult):
         )
 
     def __str__(self) -> str:
-        return self.table()
+        return self.table(paint=terminal.paint, width=terminal.width())
 
-    def table(self, k: int = 3, *, paint: Callable[[str, str], str] | None = None) -> str:
+    def __format__(self, spec: str) -> str:
+        return format(self.table(), spec)
+
+    def table(
+        self,
+        k: int = 3,
+        *,
+        paint: Callable[[str, str], str] | None = None,
+        width: int | None = None,
+    ) -> str:
         """The strongest causes of every target token, a line each.
 
         What lies within 1.96 standard errors, or below a hundredth of the largest attribution, is
-        left out.
+        left out. ``print(result)`` shows it in the colours and the width of the terminal;
+        elsewhere, and in ``f"{result}"``, it is plain.
 
         Args:
             k: Causes per token, at most.
             paint: From a text and its kind (``"token"``, ``"raises"``, ``"lowers"``,
                 ``"nothing"``) to what is shown, such as the text in a terminal's colours.
+            width: Columns that a line may take: weaker causes that do not fit give way to " …".
+                None: as many as needed.
+
+        Raises:
+            ValueError: If `k` is below 1.
         """
-        return table(self, k, paint)
-
-
-def _lists(tensor: Tensor | None) -> Any:
-    """Nested lists, None for what is not finite: JSON has no NaN."""
-    if tensor is None:
-        return None
-    if tensor.dim() > 1:
-        return [_lists(row) for row in tensor]
-    return [
-        value if finite else None
-        for value, finite in zip(tensor.tolist(), tensor.isfinite().tolist(), strict=True)
-    ]
+        return table(self, k, paint, width)

@@ -1,35 +1,80 @@
 """A result as text: the strongest causes of every target token, and what a reader should know."""
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from captum_llm_ext.result.causes import Cause
+from captum_llm_ext.result.terminal import columns, one_line, shortened
 from captum_llm_ext.segment import shorten
 
 if TYPE_CHECKING:
     from captum_llm_ext.result.result import GenerationAttributionResult
 
+    Paint = Callable[[str, str], str]
+
 _MOST_REMARKS = 3
+_LONGEST_NAME = 24
+_ARROW = "  ←  "
+_LEAST_ROOM = 20  # for causes: below that, lines are longer than the terminal is wide
+_NOTHING = "nothing in particular"
 
 
 def table(
-    result: "GenerationAttributionResult", k: int, paint: Callable[[str, str], str] | None
+    result: "GenerationAttributionResult", k: int, paint: "Paint | None", width: int | None
 ) -> str:
     """See `GenerationAttributionResult.table`."""
     show = paint or _plain
     least = float(result.full_attr.abs().max()) / 100
-    width = max(len(name) for name in result.output_tokens)
-    lines = [repr(result)]
-    for name, causes in zip(result.output_tokens, result.top(k), strict=True):
-        shown = [
-            show(_short(cause), "raises" if cause.attribution > 0 else "lowers")
+    names = [shortened(one_line(name), _LONGEST_NAME) for name in result.output_tokens]
+    longest = max(map(columns, names))
+    room = None if width is None else max(width - longest - len(_ARROW), _LEAST_ROOM)
+    lines = _wrapped([repr(result)], width)
+    for name, causes in zip(names, result.top(k), strict=True):
+        telling = [
+            cause
             for cause in causes
             if abs(cause.attribution) >= least
             and not abs(cause.attribution) < 1.96 * cause.standard_error
         ]
-        told = ", ".join(shown) or show("nothing in particular", "nothing")
-        lines.append(f"{show(f'{name:>{width}}', 'token')}  ←  {told}")
-    return "\n".join([*lines, *_remarks(result)])
+        told = _told(telling, room, show) or show(_NOTHING, "nothing")
+        padding = " " * (longest - columns(name))
+        lines.append(f"{padding}{show(name, 'token')}{_ARROW}{told}")
+    return "\n".join([*lines, *_wrapped(_remarks(result), width)])
+
+
+def _told(causes: Sequence[Cause], room: int | None, show: "Paint") -> str:
+    """As many of the causes as there is room for, the first in any case."""
+    parts: list[str] = []
+    for i, cause in enumerate(causes):
+        text = str(cause._replace(name=shorten(cause.name.strip()) or cause.name))
+        if room is not None:
+            room -= len(", ") if parts else 0
+            # What is left out is told by " …".
+            most = room if i == len(causes) - 1 else room - len(" …")
+            if columns(text) > most and parts:
+                return f"{', '.join(parts)} …"
+            text = text if columns(text) <= most else _fitting(cause, most)
+            room -= columns(text)
+        parts.append(show(text, "raises" if cause.attribution > 0 else "lowers"))
+    return ", ".join(parts)
+
+
+def _fitting(cause: Cause, most: int) -> str:
+    """A cause whose name gives way to its number."""
+    name = one_line(cause.name.strip())
+    rest = columns(str(cause._replace(name="x"))) - 1
+    return str(cause._replace(name=shortened(name, max(most - rest, 2))))
+
+
+def _wrapped(lines: Sequence[str], width: int | None) -> list[str]:
+    if width is None:
+        return list(lines)
+    return [
+        part
+        for line in lines
+        for part in textwrap.wrap(line, max(width, _LEAST_ROOM), subsequent_indent="  ")
+    ]
 
 
 def _remarks(result: "GenerationAttributionResult") -> list[str]:
@@ -57,10 +102,6 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
     if result.converged is False:
         remarks.append("`tol` was not met: see the standard errors.")
     return remarks
-
-
-def _short(cause: Cause) -> str:
-    return str(cause._replace(name=shorten(cause.name.strip()) or cause.name))
 
 
 def _plain(text: str, _: str) -> str:
