@@ -1,6 +1,7 @@
 """Every line that depends on a version of captum or transformers."""
 
 import inspect
+from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -140,6 +141,19 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def model_description(model: nn.Module) -> str:
+    """A model's class, type of numbers and sizes; nothing that says where it was loaded from."""
+    dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), None)
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    # How it is stored, loaded or run is no part of what it is.
+    moving = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
+    kept = {k: v for k, v in settings.items() if k not in moving and "distributed" not in k}
+    content = repr(sorted(kept.items(), key=lambda item: item[0]))
+    digest = blake2b(content.encode(), digest_size=4).hexdigest()
+    return f"{type(_inner(model)).__name__} {dtype} {digest}"
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """Number of token ids the model knows, or None where it does not tell."""
     size = getattr(text_config(model), "vocab_size", None)
@@ -168,6 +182,11 @@ def check_causal(model: Any) -> None:
             "the attribution method was made over a "
             f"{type(model).__name__}, which is no `torch.nn.Module`: {advice}"
         )
+    if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        raise TypeError(
+            f"the model is wrapped in {type(model).__name__}, which is made for training: give "
+            "`accelerator.unwrap_model(model)`, or the model as it was before `prepare`."
+        )
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise TypeError(
@@ -190,6 +209,54 @@ def input_device(model: nn.Module) -> torch.device:
     if isinstance(device, torch.device) and device.type != "meta":
         return device
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def process_rank() -> int:
+    """The number of this process within the process group."""
+    return torch.distributed.get_rank()
+
+
+def has_process_group() -> bool:
+    """Whether torch knows of other processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def process_store(name: str) -> Any:
+    """The store of the process group, with keys that begin with a name of their own.
+
+    torch 2.13 (2026) has no public name for it.
+    """
+    from torch.distributed import distributed_c10d
+
+    return torch.distributed.PrefixStore(name, distributed_c10d._get_default_store())  # pyright: ignore[reportPrivateUsage]
+
+
+def process_timeout() -> float:
+    """Seconds that the processes of a group wait for one another."""
+    store: Any = process_store("")
+    return float(store.timeout.total_seconds())
+
+
+def all_gathered(value: Any) -> list[Any]:
+    """What each process of the group gives, by its number."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def model_ranks(model: nn.Module) -> tuple[int, ...]:
+    """The processes that hold the model together, this one among them; none where one has it all.
+
+    transformers 5.23 (2026): ``distributed_config=`` makes parameters `DTensor` and keeps the mesh
+    of one copy of the model; fully_shard of torch has the parameters' own mesh alone.
+    """
+    meshes = (getattr(p, "device_mesh", None) for p in model.parameters())
+    mesh: Any = next((mesh for mesh in meshes if mesh is not None), None)
+    if mesh is None:
+        return ()
+    whole: Any = getattr(_inner(model), "_device_mesh", None) or mesh
+    ranks = tuple(int(rank) for rank in whole.mesh.flatten().tolist())
+    return ranks if len(ranks) > 1 else ()
 
 
 def end_token_ids(model: nn.Module) -> Any:

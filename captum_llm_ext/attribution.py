@@ -1,10 +1,13 @@
 """`GenerationAttribution`: captum's LLM attribution, for prompt and generated text alike."""
 
 import inspect
+import os
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
+from hashlib import blake2b
 from typing import Any, cast
 
 import torch
@@ -19,7 +22,14 @@ from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
 from captum_llm_ext.inputs import as_prompt
 from captum_llm_ext.result import Design, GenerationAttributionResult
 from captum_llm_ext.result.provenance import command_line
-from captum_llm_ext.scoring import AttrTarget, Scorer, TokenRow
+from captum_llm_ext.scoring import (
+    Accelerator,
+    AttrTarget,
+    Journal,
+    Processes,
+    Scorer,
+    TokenRow,
+)
 from captum_llm_ext.segment import Unit
 
 _TARGETS = ("log_prob", "prob", "logit")
@@ -41,10 +51,18 @@ class GenerationAttribution(LLMAttribution):
         attr_target: What is explained for a target token: its ``"log_prob"`` in nats, its
             ``"prob"``, its ``"logit"``, or a callable ``(logits (batch, n_target, vocabulary),
             target (n_target,)) -> (batch, n_target)``.
+        accelerator: An `accelerate.Accelerator` (or its `PartialState`), in a script that was
+            started on several processes, on one machine or many: they share the model's
+            evaluations, and every one returns the whole result. All of them make the same calls
+            with the same arguments. The model may be whole on each of them, or sharded by
+            transformers (``distributed_config=``) over some of them or all.
 
     Raises:
         TypeError: If the method is no perturbation method, or its model no causal language model.
         ValueError: If `attr_target` is unknown.
+
+    Warns:
+        UserWarning: If the accelerator reports one process and the environment asks for more.
     """
 
     SUPPORTED_METHODS = (PerturbationAttribution,)
@@ -55,6 +73,8 @@ class GenerationAttribution(LLMAttribution):
         attr_method: PerturbationAttribution,
         tokenizer: Any,
         attr_target: AttrTarget = "log_prob",
+        *,
+        accelerator: Accelerator | None = None,
     ) -> None:
         if not isinstance(attr_method, PerturbationAttribution):
             raise TypeError(
@@ -71,6 +91,10 @@ class GenerationAttribution(LLMAttribution):
         self.attr_target = cast(Any, attr_target)
         self.include_per_token_attr = True
         self.device = _compat.input_device(self.model)
+        self._processes = Processes.of(accelerator, self.model)
+        # Without an accelerator, batches are as large as suits one process.
+        is_shared = accelerator is not None or self._processes.are_many
+        self._shared = self._processes if is_shared else None
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
         self,
@@ -94,6 +118,7 @@ class GenerationAttribution(LLMAttribution):
         feature_mask: Tensor | None = None,
         show_progress: bool = False,
         skip_tokens: Sequence[int] | Sequence[str] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> GenerationAttributionResult:
         """Attributes the target, or what the model generates, to its causes.
@@ -131,6 +156,11 @@ class GenerationAttribution(LLMAttribution):
             feature_mask: As in captum: shape ``(1, n_features)``, equal numbers are one feature.
             show_progress: Whether a bar over the model's evaluations is shown.
             skip_tokens: Deprecated, as captum had it up to 0.8: tokens left out of the target.
+            checkpoint: A file that ends in ``.safetensors``, or a folder for the files of several
+                runs. Values are written there as they are found, every second or so; the same call
+                after a kill or Ctrl-C goes on from there, on any number of processes, and gives
+                the same result. `tol`, `max_evaluations` and the number of processes may change;
+                another `perturbations_per_eval` changes batches and with them last digits.
             **kwargs: Passed to the ``attribute`` of methods that this package does not know.
 
         Returns:
@@ -143,40 +173,44 @@ class GenerationAttribution(LLMAttribution):
                 values are not finite.
             TypeError: If an argument is of the wrong kind.
         """
-        _at_least_one("num_trials", num_trials)
-        _at_least_one("max_evaluations", max_evaluations)
-        _at_least_one("perturbations_per_eval", perturbations_per_eval)
-        if max_evaluations is not None and tol is None:
-            raise ValueError("`max_evaluations` has no meaning without `tol`: give `tol` as well.")
-        if tol is not None and not tol > 0:
-            raise ValueError(f"`tol` is {tol!r}: give a number above 0, such as 0.05.")
-        if kwargs and is_known(self.attr_method):
-            raise TypeError(_unknown_argument(next(iter(kwargs)), self.attr_method))
-        effort = Effort(
-            Budget(n_samples, n_draws, max_exact_features), num_trials, tol, max_evaluations
-        )
-        scorer = Scorer(
-            self.model,
-            attr_target=self.attr_target,
-            max_rows=perturbations_per_eval,
-            show_progress=show_progress,
-        )
-        run = Run(
-            self.attr_method,
-            self.tokenizer,
-            as_prompt(inp, self.tokenizer, feature_mask),
-            scorer,
-            seed,
-            _inspect_forward,
-        )
-        target_ids = self._target_ids(run, target, gen_args, skip_tokens)
-        game = Game(run, run.generated_text(target_ids, output_unit, output_baselines))
-        joint = None
-        with scorer.progress():
-            outcome = solve(game, effort, kwargs)
-            if self.attr_target == "prob":
-                joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
-        return self._result(inp, game, outcome, joint, gen_args if target is None else None)
+        with self._processes.session("`attribute`"):
+            _at_least_one("num_trials", num_trials)
+            _at_least_one("max_evaluations", max_evaluations)
+            _at_least_one("perturbations_per_eval", perturbations_per_eval)
+            if max_evaluations is not None and tol is None:
+                raise ValueError(
+                    "`max_evaluations` has no meaning without `tol`: give `tol` as well."
+                )
+            if tol is not None and not tol > 0:
+                raise ValueError(f"`tol` is {tol!r}: give a number above 0, such as 0.05.")
+            if kwargs and is_known(self.attr_method):
+                raise TypeError(_unknown_argument(next(iter(kwargs)), self.attr_method))
+            budget = Budget(n_samples, n_draws, max_exact_features)
+            effort = Effort(budget, num_trials, tol, max_evaluations)
+            scorer = Scorer(
+                self.model,
+                attr_target=self.attr_target,
+                max_rows=perturbations_per_eval,
+                show_progress=show_progress,
+                processes=self._shared,
+            )
+            prompt = as_prompt(inp, self.tokenizer, feature_mask)
+            callback = _inspect_forward if self._processes.is_main else None
+            run = Run(self.attr_method, self.tokenizer, prompt, scorer, seed, callback)
+            open_journal = None
+            if checkpoint is not None:
+                wanted = _generation(gen_args or {}) if target is None else target
+                about = self._about(run, effort, output_unit, wanted)
+                open_journal = partial(Journal, checkpoint, about)
+            with scorer.keeping(open_journal):
+                target_ids = self._target_ids(run, target, gen_args, skip_tokens)
+                game = Game(run, run.generated_text(target_ids, output_unit, output_baselines))
+                joint = None
+                with scorer.progress():
+                    outcome = solve(game, effort, kwargs)
+                    if self.attr_target == "prob":
+                        joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
+            return self._result(inp, game, outcome, joint, gen_args if target is None else None)
 
     def to_game(
         self,
@@ -279,6 +313,29 @@ class GenerationAttribution(LLMAttribution):
             )
         run.scorer.check_length(len(run.full.ids) + len(ids) - 1, "prompt and target")
 
+    def _about(
+        self, run: Run, effort: Effort, output_unit: Unit | None, target: Any
+    ) -> dict[str, Any]:
+        """What a run's values depend on; not all of it, but what another run differs in."""
+        nothing = torch.zeros(1, run.prompt.n_features, dtype=torch.bool)
+        absent = run.prompt.render(nothing, torch.Generator().manual_seed(0))[0]
+        if not isinstance(target, dict):
+            target = _as_ids(target, self.tokenizer).tolist()
+        settings = {"n_samples": effort.budget.n_samples, "n_draws": effort.budget.n_draws}
+        named = {"attr_target": self.attr_target, "output_unit": output_unit}
+        return {
+            "model": _compat.model_description(self.model),
+            "method": type(self.attr_method).__name__,
+            "prompt": _digest([run.full.ids, run.prompt.columns]),
+            "baselines": _digest(absent.ids),
+            "target": target if isinstance(target, dict) else _digest(target),
+            "seed": run.seed,
+            "num_trials": effort.num_trials,
+            "max_exact_features": effort.budget.max_exact_features,
+            **settings,
+            **{k: v if isinstance(v, str | None) else _name_of(v) for k, v in named.items()},
+        }
+
     def _result(
         self,
         inp: InterpretableInput,
@@ -348,7 +405,8 @@ class GenerationAttribution(LLMAttribution):
             "n_evaluations": game.run.scorer.n_evaluations,
             "deterministic_baselines": game.deterministic,
             "matches": game.matches(),
-            "generation": None if gen_args is None else {k: repr(v) for k, v in gen_args.items()},
+            "generation": None if gen_args is None else _generation(gen_args),
+            "rows_by_process": game.run.scorer.n_scored if self._shared else None,
             "model": model,
             "revision": revision,
             "model_class": type(self.model).__name__,
@@ -428,6 +486,14 @@ def _unknown_argument(name: str, method: PerturbationAttribution) -> str:
     if name == "baselines":
         return f"{said}: what stands for absent features is said by the input."
     return f"{said}: leave it out."
+
+
+def _generation(gen_args: Mapping[str, Any]) -> dict[str, str]:
+    return {name: repr(value) for name, value in gen_args.items()}
+
+
+def _digest(content: Any) -> str:
+    return blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
 def _name_of(function: object) -> str:

@@ -3,12 +3,24 @@
 Each distinct row costs one teacher-forced pass at most, which serves all target tokens; rows that
 begin alike share the passes of their beginnings. `plan` finds out which, `passes` runs the model,
 `memory` tells how much fits, `logits` turns what comes out into values; `Scorer` is the whole.
-`Likelihood` is the same model as baselines ask it, text by text.
+`processes` makes several processes one and `shares` cuts the work for them, `journal` keeps what is
+found on disk. `Likelihood` is the same model as baselines ask it, text by text.
 """
 
+from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.scoring.logits import AttrTarget
+from captum_llm_ext.scoring.processes import Accelerator, Processes
 from captum_llm_ext.scoring.rows import TokenRow
 from captum_llm_ext.scoring.scorer import Reuse, Scorer
 
-__all__ = ["AttrTarget", "Likelihood", "Reuse", "Scorer", "TokenRow"]
+__all__ = [
+    "Accelerator",
+    "AttrTarget",
+    "Journal",
+    "Likelihood",
+    "Processes",
+    "Reuse",
+    "Scorer",
+    "TokenRow",
+]

@@ -27,6 +27,7 @@ class Memory:
         kept: How many logits it can be asked for, as `_compat.kept_logits` says.
         n_target: Number of target tokens.
         state_bytes: Bytes the model remembers of one position; None: estimated from its sizes.
+        budget: Bytes a batch may take; None: of what is free now.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Memory:
         kept: str | None,
         n_target: int,
         state_bytes: int | None,
+        budget: int | None = None,
     ) -> None:
         config = _compat.text_config(model)
         self._itemsize = next((p.element_size() for p in model.parameters()), 4)
@@ -48,7 +50,7 @@ class Memory:
         layers = int(getattr(config, "num_hidden_layers", 0) or 1)
         self._state = state_bytes or 2 * layers * self._hidden * self._itemsize
         self._tokens = _TOKENS_PER_BATCH.get(device.type, _TOKENS_ELSEWHERE)
-        self._budget = _budget(device)
+        self._budget = batch_budget(device) if budget is None else budget
 
     def most_rows(self, longest: int, before: int) -> int:
         """How many rows fit.
@@ -81,7 +83,7 @@ def overhead(model: nn.Module, device: torch.device) -> int:
     return round(_BALANCE.get(device.type, _BALANCE_ELSEWHERE) + start)
 
 
-def _budget(device: torch.device) -> int:
+def batch_budget(device: torch.device) -> int:
     """Bytes a batch may take."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

@@ -17,6 +17,11 @@ from captum_llm_ext.scoring.rows import TokenRow
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 
 
+def rounding(dtype: torch.dtype | None) -> float:
+    """Largest difference between log-probabilities that other shapes of the same products make."""
+    return _ROUNDING.get(dtype or torch.float32, _ROUNDING[torch.float32])
+
+
 @contextmanager
 def as_found(model: nn.Module) -> Generator[None]:
     """Evaluation mode without gradients; every module's own mode is put back, come what may."""

@@ -2,8 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import blake2b
 from typing import Any, Literal, cast
 
 import torch
@@ -11,11 +13,14 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import memory
+from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.memory import Memory
-from captum_llm_ext.scoring.passes import Passes, as_found
+from captum_llm_ext.scoring.passes import Passes, as_found, rounding
 from captum_llm_ext.scoring.plan import Branch, plan
+from captum_llm_ext.scoring.processes import Processes
 from captum_llm_ext.scoring.rows import TokenRow, digest
+from captum_llm_ext.scoring.shares import shares, without
 
 Reuse = Literal["auto", "off"]
 
@@ -24,6 +29,10 @@ _logger = logging.getLogger(__name__)
 _PROBE = 8
 # Two rows read twice: once each on their own, once from what they share.
 _COMPARISON = 4
+# Where processes share the work there are so many batches, as long as what each pass costs beside
+# its positions stays below one in so many of them.
+_BATCHES = 32
+_WORTH_A_PASS = 50
 
 
 class Scorer:
@@ -40,10 +49,13 @@ class Scorer:
             first comparison on the model itself shows the same numbers. ``"off"``: never.
         overhead: What a pass costs beside its positions, in positions: what reuse must save to
             pay. By default estimated from the model's size and device.
+        processes: Those that share the work; all give the same rows in the same order. By default
+            this one alone.
 
     Attributes:
-        n_evaluations: Distinct rows scored.
+        n_evaluations: Distinct rows scored, by whatever process.
         n_row_positions: Token positions that these rows have.
+        n_scored: The rows that each replica of the model scored.
     """
 
     def __init__(
@@ -55,6 +67,7 @@ class Scorer:
         show_progress: bool = False,
         reuse: Reuse = "auto",
         overhead: int | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.model = model
         self.attr_target = attr_target
@@ -67,7 +80,15 @@ class Scorer:
         self._reuse = reuse != "off" and _compat.state_argument(model) is not None
         self._compared = 0  # length up to which reading on has been seen to be right
         self._head: tuple[tuple[int, ...], Any] = ((), None)
-        self._show_progress = show_progress
+        self._processes = processes or Processes()
+        self._shares_work = processes is not None
+        self._journal: Journal | None = None
+        self._generated: Tensor | None = None
+        self._keeps_budget = processes is not None
+        self._budget: int | None = None
+        self._trusts_journal = False
+        self.n_scored = [0] * self._processes.n_replicas
+        self._show_progress = show_progress and self._processes.is_main
         self._known: dict[bytes, Tensor] = {}
         self._is_causal: bool | None = None
         self._bar: Any = None
@@ -78,7 +99,7 @@ class Scorer:
         return self._passes.n_positions
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
-        """The token ids that the model continues a row with.
+        """The token ids that the model continues a row with; all processes get the same.
 
         Args:
             row: The prompt.
@@ -88,6 +109,14 @@ class Scorer:
         Returns:
             Shape ``(n_target,)``, int64 on the CPU.
         """
+        if self._generated is not None:  # by the run that is gone on with
+            return self._generated
+        ids = self._processes.decide(lambda: self._generate(row, gen_args, seed))
+        if self._journal is not None:
+            self._journal.keep_target(ids)
+        return ids
+
+    def _generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
         ids = torch.tensor([row.ids], device=self.device)
         arguments = {**self._passes.extras(row, 0), "attention_mask": torch.ones_like(ids)}
         arguments |= _compat.padding_for_generate(self.model) | dict(gen_args)
@@ -138,11 +167,7 @@ class Scorer:
         todo = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
         self._announce(len(todo))
         while todo:
-            try:
-                self._score(todo, target)
-            except RuntimeError as error:
-                if not memory.is_out_of_memory(error) or not self._back_off():
-                    raise
+            self._score(todo, target)
             todo = {d: row for d, row in todo.items() if d not in self._known}
         return torch.stack([self._known[digest] for digest in digests])
 
@@ -178,20 +203,115 @@ class Scorer:
         return self._is_causal
 
     def _score(self, todo: Mapping[bytes, TokenRow], target: Tensor) -> None:
+        """Scores rows, or some of them and backs off where memory runs out."""
         keys, rows = list(todo), list(todo.values())
-        root = self._plan(rows, target)
+        content = _digest_of(keys)
+        if self._budget is None and self._keeps_budget:
+            self._budget = self._agreed_budget()
+        root, planned, stored = self._processes.decide(
+            lambda: (self._planned(rows, target), content, self._stored(keys))
+        )
+        if planned != content:
+            raise ValueError(
+                "this process has other rows to score than the main one: give every process the "
+                "same prompt, target, baselines, method and seed."
+            )
+        self._check_stored(stored, rows, target)
+        root = self._after_head(root, rows, target)
         state = self._head[1] if root.start else None
+        if stored:
+            for i, values in stored.items():
+                self._keep([(keys[i], rows[i], values)])
+            root = without(root, {*stored})
+        lengths = [len(row.ids) for row in rows]
+        parts = shares(root, lengths, self._processes.n_replicas, overhead=self._overhead)
+        work = self._processes.work()
+        failure: tuple[int, RuntimeError] | None = None
+        try:
+            for number in work.take(len(parts)):
+                for batch, values in self._passes.run(parts[number], rows, target, state):
+                    _check(values, [rows[i] for i in batch], target)
+                    work.tell((self._processes.number, batch, values))
+                    self._take_in(work.heard(), keys, rows)
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            failure = (self._passes.n_rows, error.with_traceback(None))
+        work.end(failure)
+        self._take_in(work.rest(), keys, rows)
+        if work.failures:
+            n_rows, error = min(work.failures, key=lambda told: told[0])
+            if not self._back_off(n_rows):
+                raise error
+
+    def _agreed_budget(self) -> int:
+        """Bytes a batch may take: the same on all processes, and as when the journal was begun."""
+        here = self._processes.least(memory.batch_budget(self.device))
+        journal = self._journal
+        return self._processes.decide(lambda: here if journal is None else journal.budget(here))
+
+    def _stored(self, keys: Sequence[bytes]) -> dict[int, Tensor]:
+        journal = self._journal
+        return {} if journal is None else journal.found(keys)
+
+    def _check_stored(
+        self, stored: Mapping[int, Tensor], rows: Sequence[TokenRow], target: Tensor
+    ) -> None:
+        """Holds one stored row against the model as it is now."""
+        if self._trusts_journal or not stored:
+            return
+        i = min(stored, key=lambda i: len(rows[i].ids))
+        alone = Branch(0, 0, (i,), ((i,),))
+        [(_, values)] = self._passes.run(alone, rows, target)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        difference = float((values[0] - stored[i]).abs().nan_to_num(nan=0.0).max())
+        scale = 1 if self.attr_target == "log_prob" else max(1.0, float(values.nan_to_num().max()))
+        if difference > scale * rounding(dtype):
+            raise ValueError(
+                f"the checkpoint was written with another model: a row differs by {difference:.2g}. "
+                "Give another file, or delete this one to begin anew."
+            )
+        self._trusts_journal = True
+
+    def _after_head(self, root: Branch, rows: Sequence[TokenRow], target: Tensor) -> Branch:
+        """Reads what all rows begin with, once on every process; the plan of what comes after."""
+        if root.stop == root.start:
+            return root
 
         def keep(state: Any) -> None:
-            if root.stop > root.start:
-                self._head = (rows[0].ids[: root.stop], state)
+            self._head = (rows[0].ids[: root.stop], state)
 
-        for batch, values in self._passes.run(root, rows, target, state, keep):
-            scored = [rows[i] for i in batch]
-            _check(values, scored, target)
-            self._known.update(zip((keys[i] for i in batch), values, strict=True))
-            self.n_row_positions += sum(len(row.ids) for row in scored)
-            self._advance(len(batch))
+        head = replace(root, batches=(), branches=())
+        for _ in self._passes.run(head, rows, target, self._head[1] if root.start else None, keep):
+            pass
+        return replace(root, start=root.stop)
+
+    def _take_in(
+        self,
+        told: Iterable[tuple[int, Sequence[int], Tensor]],
+        keys: Sequence[bytes],
+        rows: Sequence[TokenRow],
+    ) -> None:
+        for replica, batch, values in told:
+            self.n_scored[replica] += len(batch)
+            scored = [(keys[i], rows[i], own) for i, own in zip(batch, values, strict=True)]
+            self._keep(scored)
+            if self._journal is not None:
+                self._journal.add([key for key, _, _ in scored], values)
+
+    def _keep(self, scored: Sequence[tuple[bytes, TokenRow, Tensor]]) -> None:
+        self._known.update((key, values) for key, _, values in scored)
+        self.n_row_positions += sum(len(row.ids) for _, row, _ in scored)
+        self._advance(len(scored))
+
+    def _planned(self, rows: Sequence[TokenRow], target: Tensor) -> Branch:
+        """A plan; memory may run out in the comparison that it begins with."""
+        while True:
+            try:
+                return self._plan(rows, target)
+            except RuntimeError as error:
+                if not memory.is_out_of_memory(error) or not self._back_off(self._passes.n_rows):
+                    raise
 
     def _plan(self, rows: Sequence[TokenRow], target: Tensor) -> Branch:
         """The cheapest way that is known to be right."""
@@ -219,10 +339,15 @@ class Scorer:
             kept=self._passes.kept,
             n_target=len(target),
             state_bytes=self._passes.state_bytes,
+            budget=self._budget,
         )
         # Pixel values and the like are made for one prompt each.
         most = 1 if any(row.extras is not None for row in rows) else self._max_rows
         longest = max(len(row.ids) for row in rows)
+        if self._shares_work:
+            # Of the rows alone, not of the number of processes: the same values come out.
+            worth = _WORTH_A_PASS * self._overhead // longest
+            most = min(most, max(-(-len(rows) // _BATCHES), worth, 1))
         even = not self._is_causal or longest > (_compat.fixed_positions(self.model) or sys.maxsize)
         first = min(row.first for row in rows)
         # A callable is given the logits of all target tokens at once.
@@ -270,11 +395,11 @@ class Scorer:
             self._reuse = False
         return self._reuse
 
-    def _back_off(self) -> bool:
-        """Asks for less memory from now on; whether there is less to ask for."""
+    def _back_off(self, n_rows: int) -> bool:
+        """Asks for less memory than a pass of so many rows; whether there is less to ask for."""
         self._head = ((), None)
-        if self._passes.n_rows > 1:
-            self._max_rows = self._passes.n_rows // 2
+        if n_rows > 1:
+            self._max_rows = n_rows // 2
         elif self._reuse:
             self._reuse = False
         else:
@@ -292,6 +417,26 @@ class Scorer:
         with tqdm(total=0, desc="model evaluations", unit="row") as self._bar:
             yield
 
+    @contextmanager
+    def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
+        """Keeps values within as they are found, and scores none again that an earlier run kept.
+
+        Args:
+            open_journal: Opens where they are kept; called on the main process alone. None: nowhere.
+        """
+        if open_journal is None:
+            yield
+            return
+        self._keeps_budget = True
+        try:
+            if self._processes.is_main:
+                self._journal = open_journal()
+            self._generated = self._processes.decide(lambda: self._journal and self._journal.target)
+            yield
+        finally:
+            if self._journal is not None:
+                self._journal.close()
+
     def forecast(self, n_rows: int) -> None:
         """Says in the bar how many evaluations are likely still to come; 0 takes it away."""
         if self._bar is not None:
@@ -306,6 +451,10 @@ class Scorer:
         self.n_evaluations += n_rows
         if self._bar is not None:
             self._bar.update(n_rows)
+
+
+def _digest_of(keys: Sequence[bytes]) -> bytes:
+    return blake2b(b"".join(keys), digest_size=16).digest()
 
 
 def _check(values: Tensor, rows: Sequence[TokenRow], target: Tensor) -> None:

@@ -1,0 +1,174 @@
+"""A run's values on disk, as they are found: what is killed goes on where it was."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+_KEY = "captum_llm_ext_checkpoint"
+_FORMAT = 1
+_ENDING = ".safetensors"
+_DIGEST = 16
+# Seconds between two writings; and of the run's time at most one part in so many.
+_SHORTEST_WAIT = 1.0
+_SHARE_OF_TIME = 50
+
+
+class Journal:
+    """Values of rows in one safetensors file, which is whole at any moment.
+
+    The file is written anew, beside the old one, and then takes its place: every second, or less
+    often where that takes long. What a kill loses is what was found since.
+
+    Args:
+        path: A file that ends in ``.safetensors``, or a folder: then the file's name follows from
+            what it is about, and different runs may share the folder.
+        about: What the values depend on, as JSON has it.
+
+    Raises:
+        ValueError: If the file is about something else, is none of these, or damaged.
+        OSError: If it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
+        self._about = cast(dict[str, Any], json.loads(json.dumps(about)))
+        self.path = _file(Path(path), self._about)
+        self._known: dict[bytes, Tensor] = {}
+        self._budget: int | None = None
+        self._target: Tensor | None = None
+        if self.path.exists():
+            self._read()
+        self._written_at = -float("inf")
+        self._took = 0.0
+        self._is_new = False
+        self._write()  # what cannot be written is told before anything costly is done
+
+    @property
+    def target(self) -> Tensor | None:
+        """The target that was generated, ``(n_target,)``."""
+        return self._target
+
+    def keep_target(self, ids: Tensor) -> None:
+        """Notes the target that was generated."""
+        self._target = ids.clone()
+        self._write()
+
+    def budget(self, here: int) -> int:
+        """Bytes that batches were cut by, for the same batches have the same values.
+
+        Args:
+            here: What they are cut by if this is the first time.
+        """
+        if self._budget is None:
+            self._budget = here
+            self._write()
+        return self._budget
+
+    def found(self, keys: Sequence[bytes]) -> dict[int, Tensor]:
+        """Values ``(n_target,)`` of the rows that are known, by their place in `keys`."""
+        return {i: self._known[key] for i, key in enumerate(keys) if key in self._known}
+
+    def add(self, keys: Sequence[bytes], values: Tensor) -> None:
+        """Notes what was found.
+
+        Args:
+            keys: One digest of 16 bytes for each row.
+            values: Shape ``(n_rows, n_target)``.
+        """
+        self._known.update(zip(keys, values.clone(), strict=True))
+        self._is_new = True
+        waited = time.monotonic() - self._written_at
+        if waited > max(_SHORTEST_WAIT, _SHARE_OF_TIME * self._took):
+            self._write()
+
+    def close(self) -> None:
+        """Writes what is new."""
+        if self._is_new:
+            self._write()
+
+    def _write(self) -> None:
+        from safetensors.torch import save_file  # transformers brings it
+
+        began = time.monotonic()
+        tensors: dict[str, Tensor] = {}
+        for n_target in sorted({len(values) for values in self._known.values()}):
+            own = {k: v for k, v in self._known.items() if len(v) == n_target}
+            digests = torch.frombuffer(bytearray(b"".join(own)), dtype=torch.uint8)
+            tensors[f"rows.{n_target}"] = digests.view(-1, _DIGEST)
+            tensors[f"values.{n_target}"] = torch.stack(list(own.values()))
+        if self._target is not None:
+            tensors["target"] = self._target
+        rest = {"format": _FORMAT, "about": self._about, "budget": self._budget}
+        part = self.path.with_name(self.path.name + ".part")
+        save_file(tensors, part, metadata={_KEY: json.dumps(rest)})
+        os.replace(part, self.path)
+        self._is_new = False
+        self._written_at = time.monotonic()
+        self._took = self._written_at - began
+
+    def _read(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        name = repr(str(self.path))
+        try:
+            with cast(Any, safe_open)(self.path, framework="pt") as file:
+                rest = json.loads((file.metadata() or {}).get(_KEY, "null"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"the checkpoint {name} is damaged or none ({error}): delete it to begin anew."
+            ) from error
+        if rest is None:
+            raise ValueError(
+                f"{name} is a safetensors file but no checkpoint: give another name, it would be "
+                "overwritten."
+            )
+        if rest["format"] > _FORMAT:
+            raise ValueError(f"{name} was written by a later version: update captum-llm-ext.")
+        _compare(name, rest["about"], self._about)
+        self._budget, self._target = rest["budget"], tensors.pop("target", None)
+        for key, digests in tensors.items():
+            if key.startswith("rows."):
+                raw = digests.numpy().tobytes()
+                keys = (raw[i : i + _DIGEST] for i in range(0, len(raw), _DIGEST))
+                values = tensors[key.replace("rows.", "values.")]
+                self._known.update(zip(keys, values, strict=True))
+
+
+def _file(path: Path, about: Mapping[str, Any]) -> Path:
+    if path.suffix == _ENDING and not path.is_dir():
+        if not path.parent.is_dir():
+            raise ValueError(
+                f"`checkpoint` lies in {str(path.parent)!r}, and there is no such folder."
+            )
+        return path
+    if path.is_file() or (path.suffix and not path.is_dir()):
+        raise ValueError(
+            f"`checkpoint` is {str(path)!r}: give a file that ends in {_ENDING}, or a folder."
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(about, sort_keys=True).encode()
+    return path / f"{blake2b(content, digest_size=8).hexdigest()}{_ENDING}"
+
+
+def _compare(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses the file of another run, and says in what it is another."""
+    differ = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    if not differ:
+        return
+    said = ", ".join(
+        f"`{key}` was {then.get(key)!r} and is {now.get(key)!r}"
+        if len(f"{then.get(key)}{now.get(key)}") < 120
+        else f"another {key}"
+        for key in differ
+    )
+    raise ValueError(
+        f"the checkpoint {name} belongs to another run ({said}): give the same arguments, another "
+        "file, or delete it to begin anew."
+    )

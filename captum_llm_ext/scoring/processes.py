@@ -1,0 +1,515 @@
+"""Several processes as one: what they decide is the same on all, what they do is shared out.
+
+Everything goes through the store of the process group, a small server that all processes can
+reach, and nothing through its collectives. So no process waits at a collective while another
+computes, the group's timeout ends no long run, and it does not matter what backend it has.
+"""
+
+import os
+import pickle
+import socket
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol, TypeVar, cast
+
+from torch import nn
+
+from captum_llm_ext import _compat
+
+T = TypeVar("T")
+
+# Seconds. A process that computes still tells that it lives, from a thread of its own.
+_BEAT = 1.0
+_SILENCE = 60.0
+_SHORTEST_NAP, _LONGEST_NAP = 0.0005, 0.02
+# So long a process that failed waits until the others know, before it may end the run for all.
+_FAREWELL = 5.0
+# What belongs together goes by a number of its own, the same on all processes.
+_numbers: Counter[tuple[int, ...]] = Counter()
+
+
+class Accelerator(Protocol):
+    """What is used of accelerate's `Accelerator` (its `PartialState` has it as well)."""
+
+    @property
+    def num_processes(self) -> int: ...
+    @property
+    def process_index(self) -> int: ...
+
+
+class Processes:
+    """The processes that work on the same, this one among them.
+
+    Several of them may hold one model together (tensor parallel): such a replica takes work as one,
+    and its processes run the same passes. What a replica found is told by the first of its
+    processes.
+
+    Args:
+        ranks: Numbers of the processes within the process group, the same on all of them.
+        replicas: The same in groups that hold a model together; by default each its own.
+
+    Attributes:
+        ranks: As given.
+        rank: This process.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int] = (0,), replicas: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        self.ranks = tuple(ranks)
+        self._replicas = [tuple(r) for r in replicas or [[rank] for rank in ranks]]
+        self.rank = _compat.process_rank() if len(self.ranks) > 1 else self.ranks[0]
+        self._own = next(i for i, ranks in enumerate(self._replicas) if self.rank in ranks)
+        self._store: _Store | None = None
+        self._n = 0
+
+    @classmethod
+    def of(cls, accelerator: Accelerator | None, model: nn.Module) -> "Processes":
+        """The processes of an accelerator, or of a model that several hold together.
+
+        Raises:
+            TypeError: If it is no accelerator.
+            ValueError: If there are several processes and no process group, or a replica of the
+                model is not among them.
+
+        Warns:
+            UserWarning: If the accelerator reports one process and the environment asks for more.
+        """
+        together = _compat.model_ranks(model)
+        if accelerator is None:
+            return cls(together, [together]) if together else cls()
+        n, rank = (getattr(accelerator, name, None) for name in ("num_processes", "process_index"))
+        if not isinstance(n, int) or not isinstance(rank, int):
+            raise TypeError(
+                f"`accelerator` is a {type(accelerator).__name__}: give an `accelerate.Accelerator`"
+                ", or leave it out."
+            )
+        if n == 1:
+            _warn_alone()
+            return cls(together, [together]) if together else cls()
+        if not _compat.has_process_group():
+            raise ValueError(
+                f"the accelerator has {n} processes and there is no torch process group: start the "
+                "script with `torchrun`."
+            )
+        ranks = range(n)
+        replicas = _compat.all_gathered(together) if together else [[one] for one in ranks]
+        replicas = sorted({tuple(sorted(replica)) for replica in replicas})
+        if sorted(rank for replica in replicas for rank in replica) != list(ranks):
+            raise ValueError(
+                f"the model is held together by the processes {replicas}, which are not {n} in "
+                "groups: load it the same way on every process."
+            )
+        return cls(ranks, replicas)
+
+    @property
+    def n_replicas(self) -> int:
+        """Number of models that work at the same time."""
+        return len(self._replicas)
+
+    @property
+    def number(self) -> int:
+        """The number of this process's replica, from 0."""
+        return self._own
+
+    @property
+    def are_many(self) -> bool:
+        """Whether there is another process than this one."""
+        return len(self.ranks) > 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process shows progress and writes files."""
+        return self.rank == self.ranks[0]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks for its replica."""
+        return self.rank == self._replicas[self._own][0]
+
+    def replica(self) -> "Processes":
+        """Those that hold this process's model, on their own."""
+        own = self._replicas[self._own]
+        return Processes(own, [own])
+
+    @contextmanager
+    def session(self, what: str) -> Generator[None]:
+        """Something all processes do together, from the first to the last line of it.
+
+        An error on one is raised on all of them, with a note that says whose it was.
+
+        Args:
+            what: What it is, for messages.
+
+        Raises:
+            RuntimeError: If a process is gone, or does not come.
+        """
+        if not self.are_many or self._store is not None:  # alone, or within a session
+            yield
+            return
+        number = _numbers[self.ranks]
+        _numbers[self.ranks] += 1
+        name = f"captum_llm_ext/{'-'.join(map(str, self.ranks))}/{number}"
+        self._store = store = _Store(name, self.ranks, self.rank, what)
+        self._n = 0
+        try:
+            with store.beating():
+                yield
+                store.leave()
+        except BaseException as error:
+            store.tell_error(error)
+            raise
+        finally:
+            self._store = None
+
+    def decide(self, function: Callable[[], T]) -> T:
+        """What the first replica's function returns, on all processes.
+
+        The function is called on the processes of the first replica alone, all of them, so that it
+        may run the model.
+        """
+        store = self._store
+        if store is None:
+            return function()
+        key = self._next("decided")
+        found = function() if self._own == 0 else None
+        if self.is_main:
+            store.set(key, found)
+        return cast(T, store.wait_for(key, self.ranks[0]))
+
+    def least(self, number: int) -> int:
+        """The smallest of the numbers that the processes give."""
+        store = self._store
+        if store is None:
+            return number
+        key = self._next("number")
+        store.set(f"{key}/{self.rank}", number)
+        return min(cast(int, store.wait_for(f"{key}/{rank}", rank)) for rank in self.ranks)
+
+    def work(self) -> "Work":
+        """A piece of work to be shared out; every process begins it at the same place."""
+        return Work(self._store, self._next("work"), self._replicas, self._own, self.leads)
+
+    def _next(self, what: str) -> str:
+        self._n += 1
+        return f"{what}/{self._n}"
+
+
+class Work:
+    """Shares of a piece of work: each is taken by one replica, what comes of it is told to all.
+
+    The order of calls is `take` to its end, `end`, `rest`; `tell` and `heard` in between.
+
+    Attributes:
+        n_told: Messages by replica, those heard up to now.
+        failures: What went wrong, as `end` was told; known after `rest`.
+    """
+
+    def __init__(
+        self,
+        store: "_Store | None",
+        name: str,
+        replicas: Sequence[tuple[int, ...]],
+        own: int,
+        leads: bool,
+    ) -> None:
+        self._store, self._name, self._own, self._leads = store, name, own, leads
+        self._leaders = [ranks[0] for ranks in replicas]
+        self._is_lone = len(replicas[own]) == 1
+        self.n_told = [0] * len(replicas)
+        self.failures: list[Any] = []
+        self._inbox: list[Any] = []
+        self._n_own = 0
+
+    def take(self, n: int | None = None) -> Iterator[int]:
+        """Numbers from 0, below `n`: those that this replica does, as it becomes free.
+
+        Ends early where a replica failed.
+        """
+        count = 0
+        while True:
+            number = self._next_number(count)
+            count += 1
+            if (n is not None and number >= n) or self._failed():
+                return
+            yield number
+
+    def _next_number(self, count: int) -> int:
+        if self._store is None:
+            return count
+        key = f"{self._name}/taken/{self._own}/{count}"
+        if self._leads:
+            number = self._store.count(f"{self._name}/next") - 1
+            if not self._is_lone:
+                self._store.set(key, number)
+            return number
+        return cast(int, self._store.wait_for(key, self._leaders[self._own]))
+
+    def _failed(self) -> bool:
+        # A replica of several must not part: all of it goes on, or none.
+        return self._store is not None and self._is_lone and self._store.has(f"{self._name}/failed")
+
+    def tell(self, message: Any) -> None:
+        """Tells what came of a share, this replica's own processes too."""
+        if not self._leads:
+            return
+        if self._store is not None:
+            self._store.set(f"{self._name}/{self._own}/{self._n_own}", message)
+        self._n_own += 1
+        self.n_told[self._own] += 1
+        self._inbox.append(message)
+
+    def heard(self) -> list[Any]:
+        """What has been told since the last call, without waiting."""
+        if self._store is not None:
+            self._store.check()
+            for replica in self._others():
+                while self._store.has(key := f"{self._name}/{replica}/{self.n_told[replica]}"):
+                    self._inbox.append(self._store.get(key))
+                    self.n_told[replica] += 1
+        inbox, self._inbox = self._inbox, []
+        return inbox
+
+    def end(self, failure: Any = None) -> None:
+        """Says that this replica is through, or what stopped it; the others stop then too."""
+        if self._store is None:
+            self.failures += [] if failure is None else [failure]
+            return
+        if failure is not None:
+            self._store.set(f"{self._name}/failed", True)
+        if self._leads:
+            self._store.set(f"{self._name}/end/{self._own}", (self._n_own, failure))
+
+    def rest(self) -> Iterator[Any]:
+        """What is told until all are through; waits for it."""
+        yield from self.heard()
+        if self._store is None:
+            return
+        found: dict[int, Any] = {}
+        nap = _Nap()
+        while len(found) < len(self._leaders):
+            messages = self.heard()
+            yield from messages
+            nap.over() if messages else nap.take()
+            for replica, leader in enumerate(self._leaders):
+                if replica in found:
+                    continue
+                self._store.watch(leader)
+                key = f"{self._name}/end/{replica}"
+                if self._store.has(key):
+                    n, failure = cast(tuple[int, Any], self._store.get(key))
+                    if self.n_told[replica] == n:
+                        found[replica] = failure
+        self.failures = [found[i] for i in sorted(found) if found[i] is not None]
+
+    def _others(self) -> Iterable[int]:
+        return (i for i in range(len(self._leaders)) if i != self._own or not self._leads)
+
+
+class _Nap:
+    """Waits a little, and longer the longer nothing happens."""
+
+    def __init__(self) -> None:
+        self._seconds = _SHORTEST_NAP
+
+    def take(self) -> None:
+        time.sleep(self._seconds)
+        self._seconds = min(1.5 * self._seconds, _LONGEST_NAP)
+
+    def over(self) -> None:
+        self._seconds = _SHORTEST_NAP
+
+
+class _Store:
+    """The store of the process group as one session sees it: its own keys, errors, who lives."""
+
+    def __init__(self, name: str, ranks: Sequence[int], rank: int, what: str) -> None:
+        self._store = _compat.process_store(name)
+        self._join_within = _compat.process_timeout()
+        self._ranks, self._rank, self._what = ranks, rank, what
+        self._keys: list[str] = []
+        self._heard: dict[int, tuple[Any, float]] = {}
+        self._began = time.monotonic()
+        self._looked = 0.0
+        self._raised: BaseException | None = None
+
+    def set(self, key: str, value: Any) -> None:
+        with self._reached():
+            self._store.set(key, pickle.dumps(value))
+        self._keys.append(key)
+
+    def get(self, key: str) -> Any:
+        with self._reached():
+            return pickle.loads(self._store.get(key))
+
+    def has(self, key: str) -> bool:
+        with self._reached():
+            return bool(self._store.check([key]))
+
+    def count(self, key: str) -> int:
+        """Adds one; what comes out is told to one process alone."""
+        with self._reached():
+            return int(self._store.add(key, 1))
+
+    def wait_for(self, key: str, rank: int) -> Any:
+        """A value that a process sets."""
+        nap = _Nap()
+        while not self.has(key):
+            self.watch(rank)
+            nap.take()
+        return self.get(key)
+
+    def watch(self, rank: int) -> None:
+        """Raises if a process has failed, or the one that is waited for is gone."""
+        now = time.monotonic()
+        if now - self._looked < _BEAT / 10:
+            return
+        self._looked = now
+        self.check()
+        key = f"beat/{rank}"
+        beat = self.get(key) if self.has(key) else None
+        last, since = self._heard.get(rank, (None, self._began))
+        if beat != last:
+            self._heard[rank] = (beat, now)
+            return
+        if beat is not None and now - since > _SILENCE:
+            raise RuntimeError(
+                f"rank {rank} has not been heard of for {_SILENCE:.0f} seconds during {self._what}"
+                ": its process is gone or stopped."
+            )
+        if beat is None and now - since > self._join_within:
+            raise RuntimeError(
+                f"rank {rank} has not begun {self._what} within {self._join_within:.0f} seconds, "
+                f"which rank {self._rank} waits at: every process has to call it, in the same "
+                "order."
+            )
+
+    def check(self) -> None:
+        """Raises what another process raised."""
+        if not self.has("error"):
+            return
+        rank, error, trace = cast(tuple[int, BaseException, str], self.get("error"))
+        if rank == self._rank:
+            return
+        error.add_note(f"Raised on rank {rank} of {len(self._ranks)}, where it was:\n{trace}")
+        self._raised = error
+        raise error
+
+    def tell_error(self, error: BaseException) -> None:
+        """Tells an error of this process, and waits a little until the others have it."""
+        with suppress(RuntimeError):  # a store that is gone takes no error
+            if error is self._raised:
+                self._store.add("knows error", 1)
+                return
+            error.add_note(
+                f"Raised on rank {self._rank} of {len(self._ranks)} ({socket.gethostname()})."
+            )
+            if self.count("errors") > 1:
+                return
+            trace = "".join(traceback.format_exception(error))
+            self.set("error", (self._rank, _as_sent(error), trace))
+            until, nap = time.monotonic() + _FAREWELL, _Nap()
+            while time.monotonic() < until:
+                if self._store.add("knows error", 0) >= len(self._ranks) - 1:
+                    return
+                nap.take()
+
+    def leave(self) -> None:
+        """Waits for all to have come to the end, and takes away what was left in the store."""
+        with self._reached():
+            self._store.set(f"left/{self._rank}", b"")
+        self._keys.append(f"left/{self._rank}")
+        for rank in self._ranks:
+            self.wait_for_key(f"left/{rank}", rank)
+        with suppress(RuntimeError):  # it is done: nothing that goes wrong now matters
+            self._store.add("gone", 1)
+            # The process that holds the store must not end it while another one still asks.
+            until, nap = time.monotonic() + _FAREWELL, _Nap()
+            is_first = self._rank == self._ranks[0]
+            while is_first and time.monotonic() < until:
+                if self._store.add("gone", 0) >= len(self._ranks):
+                    break
+                nap.take()
+            if is_first:
+                for rank in self._ranks:
+                    self._store.delete_key(f"beat/{rank}")
+            for key in self._keys:
+                if not key.startswith("left/"):
+                    self._store.delete_key(key)
+
+    def wait_for_key(self, key: str, rank: int) -> None:
+        nap = _Nap()
+        while not self.has(key):
+            self.watch(rank)
+            nap.take()
+
+    @contextmanager
+    def beating(self) -> Generator[None]:
+        """Has a thread tell that this process lives."""
+        stop = threading.Event()
+        key = f"beat/{self._rank}"
+
+        def beat() -> None:
+            n = 0
+            with suppress(RuntimeError):  # the main thread finds out as well, and tells
+                while not stop.wait(_BEAT if n else 0):
+                    n += 1
+                    self._store.set(key, pickle.dumps(n))
+
+        thread = threading.Thread(target=beat, daemon=True, name="captum-llm-ext beat")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    @contextmanager
+    def _reached(self) -> Generator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed's own are all RuntimeErrors
+            raise RuntimeError(
+                f"the store of the process group cannot be reached from rank {self._rank} during "
+                f"{self._what} ({str(error).splitlines()[0]}): the process that held it has ended, "
+                "most likely because it failed."
+            ) from error
+
+
+def _as_sent(error: BaseException) -> BaseException:
+    """The error, or what can be sent in its place: of the same kind where that can be made."""
+    with suppress(Exception):
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            copy.__notes__ = []
+            return copy
+    for kind in type(error).__mro__:
+        with suppress(Exception):
+            copy = cast(BaseException, kind(str(error)))
+            pickle.loads(pickle.dumps(copy))
+            return copy
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _warn_alone() -> None:
+    """Says so where more than one process was asked for, and there is one."""
+    asked = os.environ.get("WORLD_SIZE", "1")
+    if asked.isdigit() and int(asked) > 1:
+        warnings.warn(
+            f"the accelerator reports one process, the environment asks for {asked}: each of them "
+            "does all of the work. Without a GPU, say `Accelerator(cpu=True)`.",
+            stacklevel=4,
+        )
+    elif "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        # accelerate 1.15 (2026) sets the address where --num_processes is above 1, and starts one.
+        warnings.warn(
+            "the accelerator reports one process, although `accelerate launch` was asked for more: "
+            "with --cpu it starts only one. Start the script with `torchrun --standalone "
+            "--nproc_per_node 2` and say `Accelerator(cpu=True)`.",
+            stacklevel=4,
+        )
