@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.prompt is None and arguments.model is not None:
         raise ValueError("--model needs a --prompt to continue.")
     result = _attribute(arguments)
-    print(f"\n{result}\n")
+    print("", result, "", sep="\n")
     result.to_html(out / "demo.html", title="captum-llm-ext demo")
     figure, _ = result.plot_token_attr()
     figure.savefig(out / "demo.png", dpi=150, bbox_inches="tight")

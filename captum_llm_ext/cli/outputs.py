@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from captum_llm_ext.cli.command import say
+from captum_llm_ext.cli.command import UsageError, say
 from captum_llm_ext.result.files import finite
 
 Kind = Literal["html", "png", "json", "save"]
@@ -31,12 +31,19 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     """Refuses files that could not be written, before anything costly is done.
 
     Raises:
+        UsageError: If two are the same file, or one that stdout does not take is to go there.
         ValueError: If there is no folder to write one in.
     """
+    taken: dict[str, Kind] = {}
     for kind in _HELP:
         name = getattr(arguments, kind, None)
         if name is None or (kind == "json" and name == "-"):
             continue
+        if name == "-":
+            raise UsageError(f"--{kind} -: only --json goes to stdout, give a file.")
+        same = taken.setdefault(os.path.realpath(name), kind)
+        if same != kind:
+            raise UsageError(f"--{same} and --{kind} are the same file {name!r}: give two.")
         parent = Path(name).parent
         if Path(name).is_dir() or not os.access(parent, os.W_OK):
             why = "is a folder" if Path(name).is_dir() else f"cannot be written in {str(parent)!r}"

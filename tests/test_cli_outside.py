@@ -1,0 +1,161 @@
+"""The command line from outside: what its help shows, terminals, encodings, devices, verdicts."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import termios
+from dataclasses import replace
+from itertools import pairwise
+
+import architectures
+import pytest
+import torch
+
+from captum_llm_ext import GenerationAttributionResult, load_demo
+from captum_llm_ext.cli import _COMMANDS, doctor, main, probe
+from captum_llm_ext.cli.loading import load_model
+from captum_llm_ext.demo import PROMPT, folder
+
+EXAMPLES = [example for command in _COMMANDS for example in command.EXAMPLES]
+FILES = ("--html", "--png", "--json", "--save", "--out")
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with everything that the examples in the help texts speak of."""
+    at = tmp_path_factory.mktemp("desk")
+    for name in ("my-model", "Qwen/Qwen3-0.6B"):  # a folder goes before a name
+        (at / name).parent.mkdir(exist_ok=True)
+        shutil.copytree(folder(), at / name)
+    letter = "Ann lives in Austin, TX and is a nurse. Her personal interests include tennis and"
+    (at / "letter.txt").write_text(letter, encoding="utf-8")
+    (at / "q.txt").write_text(PROMPT, encoding="utf-8")
+    texts = load_demo()[2]
+    (at / "letters.txt").write_text("\n".join(texts[:200]), encoding="utf-8")
+    chat = [{"role": "user", "content": "Dave lives in Palm Coast, FL. He is a lawyer."}]
+    (at / "chat.json").write_text(json.dumps(chat), encoding="utf-8")
+    for name in ("dave", "deleted", "corpus"):
+        baselines = "delete" if name == "deleted" else "corpus:demo"
+        quick = ["--model", "demo", "--quiet", "--method", "ablation", "--max-new-tokens", "12"]
+        save = ["--baselines", baselines, "--save", str(at / f"{name}.safetensors")]
+        assert main(["attribute", "--prompt", PROMPT, *quick, *save]) == 0
+    return at
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example[:60])
+def test_examples_of_the_help_run(example, desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    before = {path: path.stat().st_mtime_ns for path in desk.rglob("*")}
+    capsys.readouterr()
+    line, _, query = example.partition(" | ")
+    arguments = shlex.split(line)
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert shown.out
+    assert "error" not in shown.err
+    if query:  # jq, which may not be there
+        value = json.loads(shown.out)
+        for name in filter(None, query.removeprefix("jq").strip().split(".")):
+            value = value[name]
+        assert value not in (None, {}, [])
+    written = {path for path in desk.rglob("*") if before.get(path) != path.stat().st_mtime_ns}
+    wanted = [value for part, value in pairwise(arguments) if part in FILES]
+    assert {desk / name for name in wanted if name != "-"} <= written
+
+
+def test_a_terminal_gets_colours_in_its_width(desk):
+    """A real pseudo-terminal of 50 columns."""
+    show = [sys.executable, "-m", "captum_llm_ext", "show", str(desk / "dave.safetensors")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 50))
+    with subprocess.Popen(show, stdout=theirs, env=environment | {"TERM": "xterm"}) as process:
+        os.close(theirs)
+        read = b""
+        with contextlib.suppress(OSError):  # how Linux tells that the other end is closed
+            while part := os.read(ours, 4096):
+                read += part
+    os.close(ours)
+    assert process.returncode == 0
+    shown = read.decode().replace("\r\n", "\n")
+    assert "\x1b[94m" in shown
+    lines = re.sub(r"\x1b\[\d+m", "", shown).splitlines()
+    assert max(map(len, lines)) <= 50
+    assert any("surfing  ←  Palm" in line for line in lines)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_any_encoding_of_stdout_will_do(desk, monkeypatch, encoding):
+    """Arrows that it has not are spelt out, and JSON stays JSON."""
+
+    def shown(*arguments):
+        written = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+            assert main(["show", str(desk / "emoji.safetensors"), *arguments]) == 0
+            sys.stdout.flush()
+            return written.getvalue().decode(encoding)
+
+    result = GenerationAttributionResult.load(desk / "dave.safetensors")
+    result.output_tokens[0] = "🙂"
+    result.save(desk / "emoji.safetensors")
+    assert "surfing  \\u2190  Palm" in shown()
+    assert json.loads(shown("--json", "-"))["output_tokens"][:3] == ["🙂", ",", "surfing"]
+
+
+def test_dtypes_and_device_maps_reach_transformers():
+    for given in ("meta", '{"": "meta"}'):
+        loaded = load_model("demo", argparse.Namespace(dtype="bfloat16", device_map=given))
+        assert not loaded.training
+        for parameter in loaded.parameters():
+            assert (parameter.device.type, parameter.dtype) == ("meta", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["--html", "-"], "--html -: only --json goes to stdout"),
+        (["--html", "x", "--json", "./x"], "--html and --json are the same file './x'"),
+    ],
+)
+def test_files_that_would_be_lost_are_told_before_anything_is_read(files, message, capsys):
+    assert main(["show", "no-such-result", *files]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""
+
+
+def test_the_help_tells_exit_statuses(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "Exit status: 0; 1 where" in capsys.readouterr().out
+
+
+def test_the_doctor_tells_which_reuse_is_exact(tokenizer, model):
+    lines = "\n".join(doctor._lines(probe.probe(model, tokenizer)))
+    assert "exact  rows in padded batches: within" in lines
+    assert "exact  beginnings reused: within" in lines
+    assert "exact  logits of the target's positions only" in lines
+    assert "WRONG  captum's own default (use_cached_outputs=True): off by up to" in lines
+    found = probe.probe(architectures.build("mamba"), tokenizer)
+    lines = "\n".join(doctor._lines(found))
+    assert "off    beginnings reused: MambaForCausalLM computes every row on its own" in lines
+    assert found.to_dict()["shared_is_exact"] is None
+
+
+def test_a_way_of_reuse_that_is_wrong_is_told_from_those_that_are_not(tokenizer, model):
+    found = replace(probe.probe(model, tokenizer), shared_error=0.5)
+    lines = list(doctor._lines(found))
+    assert lines[0].startswith("WRONG  values: within 0.5 nats")
+    assert lines[1].startswith("exact  rows in padded batches")
+    assert lines[2].startswith("WRONG  beginnings reused: within 0.5 nats")
+    assert not replace(found, shared_error=float("nan")).is_right
+    assert not replace(found, shared_error=0.0, whole_error=float("nan")).is_right
