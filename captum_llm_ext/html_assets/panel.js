@@ -98,9 +98,10 @@ function tableRow(view, row, most, axis) {
   return line;
 }
 
-const MOST_ROWS = 10;
+const MOST_ROWS = 10, LEAST_ROW = 0.02; /* of the strongest: less is told as a sum */
 function fillTable(table, view, rows, most) {
-  const shown = rows.slice(0, MOST_ROWS), rest = rows.slice(MOST_ROWS), axis = axisOf(shown);
+  const worth = rows.filter((row) => Math.abs(row.value) >= LEAST_ROW * most).slice(0, MOST_ROWS);
+  const shown = rows.slice(0, rows.length - worth.length === 1 ? rows.length : worth.length), rest = rows.slice(shown.length), axis = axisOf(shown);
   const lines = shown.map((row) => tableRow(view, row, most, axis));
   if (rest.length) {
     const line = make("tr", "rest"), label = make("td", "what", rest.length + (rest.length === 1 ? " other" : " others together"));

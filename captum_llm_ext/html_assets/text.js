@@ -67,6 +67,8 @@ function joined(pieces) {
 
 const isChat = data.prompt.some((piece) => piece.role && piece.role !== "template");
 if (data.prompt_layout === "list") at("prompt").classList.add("list");
+const nCharacters = [...data.prompt, ...data.output].reduce((n, piece) => n + piece.text.length, 0);
+if (nCharacters < 400 && !isChat) root.classList.add("brief");
 if (isChat) for (const side of ["prompt", "answer"]) at(side).classList.add("chat");
 
 const pieces = { prompt: [], answer: [] };

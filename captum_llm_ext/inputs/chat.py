@@ -168,17 +168,20 @@ class _Template:
 def _with_roles(pieces: Sequence[Piece], said: Sequence[tuple[Span, str]]) -> list[Piece]:
     """The same text, with whose message each piece is in; fixed text is cut where one ends."""
     marked: list[Piece] = []
-    borders = sorted({place for span, _ in said for place in span})
     position = 0
     for piece in pieces:
-        stop = position + len(piece.text)
-        cuts = [position, *(b for b in borders if position < b < stop), stop]
-        # A feature is within one message, but for white space that its first token carries.
-        for a, b in [(position, stop)] if piece.feature is not None else pairwise(cuts):
-            last = b - 1 if piece.feature is not None else a
-            owner = next((role for (x, y), role in said if x <= last < y), "template")
-            marked.append(Piece(piece.text[a - position : b - position], piece.feature, owner))
-        position = stop
+        first, position = position, position + len(piece.text)
+        # A feature may begin with the white space before its message, which its first token
+        # carries, and a token with the special one after it.
+        borders = {span.stop for span, _ in said}
+        if piece.feature is None:
+            borders |= {span.start for span, _ in said}
+        inner = sorted(border for border in borders if first < border < position)
+        for start, stop in pairwise([first, *inner, position]):
+            owner = next((role for span, role in said if span.start < stop <= span.stop), None)
+            feature = None if owner is None else piece.feature
+            text = piece.text[start - first : stop - first]
+            marked.append(Piece(text, feature, owner or "template"))
     return marked
 
 
