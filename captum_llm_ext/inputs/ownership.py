@@ -63,8 +63,19 @@ def _levels(text: str, units: Sequence[Unit], encoding: Encoding) -> list[list[S
     if units[-1] != "token":
         return nest(text, units)
     coarse = nest(text, units[:-1]) if len(units) > 1 else []
-    own = [s for s, a in zip(encoding.starts, encoding.anchors, strict=True) if a is not None]
-    return [*coarse, [Span(min(a, b), b) for a, b in pairwise([*own, len(text)])]]
+    borders = pairwise([*encoding.starts, len(text)])
+    own = [
+        Span(min(a, b), b)
+        for anchor, (a, b) in zip(encoding.anchors, borders, strict=True)
+        # What lies between the coarser spans, such as a chat's template, is fixed text.
+        if anchor is not None and (not coarse or _is_within(anchor, coarse[-1]))
+    ]
+    return [*coarse, own]
+
+
+def _is_within(place: int, spans: Sequence[Span]) -> bool:
+    at = bisect_right([span.start for span in spans], place) - 1
+    return at >= 0 and place < spans[at].stop
 
 
 def _fixed_spans(text: str, fixed: Sequence[tuple[int, int]] | Sequence[str]) -> list[Span]:
