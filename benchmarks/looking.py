@@ -39,6 +39,7 @@ from captum_llm_ext import (
     GenerationAttribution,
     GenerationAttributionResult,
     TextSegmentInput,
+    html,
     load_demo,
 )
 from captum_llm_ext.inputs import Piece
@@ -110,7 +111,7 @@ def page(runs: int) -> dict[str, Any]:
     return {
         "size": [200, 100],
         "bytes": len(result.to_html().encode()),
-        "notebook_bytes": len(result._repr_html_().encode()),
+        "notebook_bytes": len(html.fragment(result.to_dict()).encode()),
         "seconds": built,
         "wanted": "<= 1 MB, <= 1 s",
     }

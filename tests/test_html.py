@@ -899,6 +899,50 @@ def test_without_scripts_the_causes_are_told_as_text(tab):
     assert told.split("\t")[1].startswith("p2 +7.5, p4 -6.25")
 
 
+def test_what_was_not_told_apart_or_is_noise_says_so(view):
+    data = sure(example(unresolved=[[0, 1, 6]], noise_floor=0.2))
+    data["token_attr"][3] = [1.0, 1.0, 0.1, 0.0, 0.0, 0.0]
+    page = view(data)
+    answer(page, 3).click()
+    prompt(page, 1).hover()
+    assert page.inner_text("#details").endswith(
+        "shared evenly by 3 features that were not told apart"
+    )
+    prompt(page, 2).hover()
+    assert page.inner_text("#details").endswith("below the model's noise")
+    assert having(page, "prompt", "sure") == [0, 1]
+    assert "3 features were not told apart" in page.inner_text("#note")
+
+
+def test_text_that_runs_to_the_left_is_walked_to_the_left(view):
+    data = example(2, 2)
+    for i, text in enumerate(["مرحبا", " بك"]):
+        data["prompt"][i + 1]["text"] = data["input_tokens"][i] = text
+    page = view(data)  # the prompt begins with "<s>", which does not turn it
+    assert page.locator("#prompt").evaluate("e => getComputedStyle(e).direction") == "rtl"
+    prompt(page, 0).focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("document.activeElement.textContent") == " بك"
+
+
+def test_errors_of_the_whole_answer_are_those_that_were_told(view):
+    data = example(whole_se=[0.5] * 6 + [0.25] * 5)
+    page = view(data)
+    errors = page.locator("#top td.value small").all_inner_texts()
+    assert {error.split()[-1] for error in errors} <= {
+        "0.5",
+        "0.50",
+        "0.500",
+        "0.3",
+        "0.25",
+        "0.250",
+    }
+    assert "independent" not in page.inner_text("#note")
+    data["whole_se"] = [0.5]
+    with pytest.raises(ValueError, match="`whole_se` has 1 entries for 11"):
+        html.page(data)
+
+
 def test_there_is_no_element_per_cell_and_long_texts_get_a_ruler(view):
     data = example(600, 120)
     page = view(data)
