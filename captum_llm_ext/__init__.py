@@ -22,6 +22,7 @@ from captum_llm_ext.baselines import (
 )
 from captum_llm_ext.baselines.corpus import CorpusBaselines, Match
 from captum_llm_ext.coalition_game import CoalitionGame
+from captum_llm_ext.dataset import DatasetReport, attribute_dataset
 from captum_llm_ext.demo import load_demo
 from captum_llm_ext.inputs import ChatInput, TextSegmentInput
 from captum_llm_ext.methods import FeatureInclusion, PartitionShap
@@ -43,6 +44,7 @@ __all__ = [
     "ChatInput",
     "CoalitionGame",
     "CorpusBaselines",
+    "DatasetReport",
     "Deletion",
     "FeatureInclusion",
     "FixedTexts",
@@ -57,6 +59,7 @@ __all__ = [
     "TextSegmentInput",
     "TokenBaseline",
     "UnresolvedGroup",
+    "attribute_dataset",
     "compare_baselines",
     "load_demo",
 ]

@@ -344,7 +344,7 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
     ("arguments", "message"),
     [
         (["attribute"], "required: --model"),
-        (["attribute", *QUICK], "--prompt --prompt-file --chat is required"),
+        (["attribute", *QUICK], "--prompt --prompt-file --chat --input is required"),
         ([*ATTRIBUTE, "--chat", "[]"], "not allowed with"),
         ([*ATTRIBUTE, "--method", "magic"], "'ablation', 'shapley'"),
         ([*ATTRIBUTE, "--max-new-tokens", "0"], "0 is below 1"),

@@ -19,6 +19,7 @@ PUBLIC = {
     "ChatInput",
     "CoalitionGame",
     "CorpusBaselines",
+    "DatasetReport",
     "Deletion",
     "FeatureInclusion",
     "FixedTexts",
@@ -33,6 +34,7 @@ PUBLIC = {
     "TextSegmentInput",
     "TokenBaseline",
     "UnresolvedGroup",
+    "attribute_dataset",
     "compare_baselines",
     "load_demo",
 }

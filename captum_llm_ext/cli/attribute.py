@@ -5,6 +5,7 @@ from typing import Any
 
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
+from captum_llm_ext.cli.many import add_many, check_many, run_many
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
 from captum_llm_ext.result.terminal import paint, width
 
@@ -16,6 +17,7 @@ EXAMPLES = (
     "--max-new-tokens 60",
     'attribute --model ./my-model --prompt "2 + 2 =" --target " 5" --method ablation --json - | jq',
     "attribute --model ./my-model --prompt-file q.txt --sample --temperature 0.7 --tol 0.05",
+    "attribute --model ./my-model --input prompts.jsonl --out results/",
 )
 _DESCRIPTION = """\
 Attributes every token that the model generates, or of a given target, to the prompt and to the
@@ -37,10 +39,13 @@ def add(commands: Any) -> None:
     add_job(parser, several=False)
     parser.add_argument("--top", type=positive, default=3, metavar="K", help="causes per token (3)")
     add_outputs(parser, "html", "png", "json", "save")
+    add_many(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int | None:
     """Attributes, prints a table, writes what is wanted."""
+    if check_many(arguments):
+        return run_many(arguments)
     check_outputs(arguments)
     job = Job(arguments)
     given = arguments.baselines or ["delete"]
@@ -57,3 +62,4 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"answer: {''.join(piece.text for piece in result.output_pieces)}")
     text = result.table(arguments.top, paint=paint, width=width())
     write_outputs(arguments, result, text, result.plot_token_attr)
+    return None

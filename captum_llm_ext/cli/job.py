@@ -61,6 +61,13 @@ def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
         help='a chat, [{"role": "user", "content": "…"}, …] or {"messages": […], "tools": […]}: '
         "JSON, a file with it, or - for stdin",
     )
+    if not several:
+        prompt.add_argument(
+            "--input",
+            metavar="JSONL",
+            help='many prompts: a line for each, {"prompt": "…"} or {"messages": […]}, with '
+            '"target" and "id" as wanted; needs --out',
+        )
     _add_target(what)
     how = parser.add_argument_group("how")
     _add_method(how)
@@ -155,12 +162,15 @@ class Job:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._gen_args = _gen_args(arguments)
-        self._prompt = _read_prompt(arguments)
-        self._units = _units(arguments.unit, is_chat=not isinstance(self._prompt, str))
+        # Of many prompts, each says for itself what it is.
+        is_many = getattr(arguments, "input", None) is not None
+        self._prompt = "" if is_many else _read_prompt(arguments)
+        is_chat = not isinstance(self._prompt, str) or (is_many and bool(arguments.roles))
+        self._units = _units(arguments.unit, is_chat=is_chat)
         self._output_unit = None if arguments.output_unit == "none" else arguments.output_unit
         if self._output_unit not in (None, "token"):
             segmenter(arguments.output_unit)
-        if arguments.roles and isinstance(self._prompt, str):
+        if arguments.roles and not is_chat:
             raise UsageError("--roles would be ignored: it is about the turns of a --chat.")
         if arguments.max_evaluations is not None and arguments.tol is None:
             raise UsageError("--max-evaluations has no meaning without --tol.")
@@ -171,11 +181,24 @@ class Job:
         arguments = self._arguments
         tokenizer = load_tokenizer(arguments.model)
         inp = self._input(tokenizer, baselines)
+        return self._attribution(tokenizer), inp
+
+    def for_many(self) -> tuple[GenerationAttribution, dict[str, Any]]:
+        """What attributes, and the arguments of `attribute_dataset` that say what features are."""
+        arguments = self._arguments
+        chosen: dict[str, Any] = {}
+        if arguments.unit:
+            chosen["unit"] = self._units[0] if len(self._units) == 1 else self._units
+        if arguments.roles:
+            chosen["roles"] = [role.strip() for role in arguments.roles.split(",")]
+        return self._attribution(load_tokenizer(arguments.model)), chosen
+
+    def _attribution(self, tokenizer: Any) -> GenerationAttribution:
+        arguments = self._arguments
         model = load_model(arguments.model, arguments)
-        attribution = GenerationAttribution(
+        return GenerationAttribution(
             method(arguments.method, model), tokenizer, arguments.attr_target
         )
-        return attribution, inp
 
     @property
     def options(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def load_model(name: str, arguments: argparse.Namespace) -> Any:
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     device_map = _device_map(arguments.device_map)
     if device_map is None and torch.cuda.is_available() and name != DEMO:
-        device_map = "cuda:0"  # the tiny model is faster without
+        # The tiny model is faster without. torchrun numbers the processes of a machine.
+        device_map = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     say(f"loading {name} …")
     load = AutoModelForCausalLM.from_pretrained
     model = _loaded("model", name, load, place, dtype=dtype, device_map=device_map)

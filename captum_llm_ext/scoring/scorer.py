@@ -268,8 +268,8 @@ class Scorer:
         scale = 1 if self.attr_target == "log_prob" else max(1.0, float(values.nan_to_num().max()))
         if difference > scale * rounding(dtype):
             raise ValueError(
-                f"the checkpoint was written with another model: a row differs by {difference:.2g}. "
-                "Give another file, or delete this one to begin anew."
+                "the checkpoint was written with another model: a row differs by "
+                f"{difference:.2g}. Give another file, or delete this one to begin anew."
             )
         self._trusts_journal = True
 
@@ -422,7 +422,7 @@ class Scorer:
         """Keeps values within as they are found, and scores none again that an earlier run kept.
 
         Args:
-            open_journal: Opens where they are kept; called on the main process alone. None: nowhere.
+            open_journal: Opens where they are kept, on the main process alone. None: nowhere.
         """
         if open_journal is None:
             yield

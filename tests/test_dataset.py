@@ -1,0 +1,194 @@
+"""Many prompts: one file each, whatever happens to the process that writes them."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+from captum.attr import FeatureAblation, KernelShap
+
+from captum_llm_ext import (
+    ChatInput,
+    DatasetReport,
+    GenerationAttribution,
+    GenerationAttributionResult,
+    TextSegmentInput,
+    attribute_dataset,
+)
+from captum_llm_ext.cli import main
+
+CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Dave lives."}]
+PROMPT = "Dave lives in Palm Coast, FL"
+OPTIONS = ["--method", "ablation", "--max-new-tokens", "2", "--output-unit", "none", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = tiny.byte_level()
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def attribution(tokenizer):
+    return GenerationAttribution(FeatureAblation(tiny.llama(len(tokenizer))), tokenizer)
+
+
+def results(folder):
+    found = sorted(folder.glob("*.safetensors"))
+    return [GenerationAttributionResult.load(path) for path in found]
+
+
+def test_each_record_gets_what_attribute_gives_it(attribution, tokenizer, tmp_path):
+    records = [
+        PROMPT,
+        {"prompt": PROMPT, "target": " and chess", "id": "a/b", "source": "letters"},
+        {"messages": MESSAGES, "target": [5, 6]},
+    ]
+    report = attribute_dataset(records, attribution, tmp_path, gen_args={"max_new_tokens": 3})
+    assert report == DatasetReport(n_written=3)
+    plain = TextSegmentInput(PROMPT, tokenizer)
+    expected = [
+        attribution.attribute(plain, gen_args={"max_new_tokens": 3}),
+        attribution.attribute(plain, " and chess"),
+        attribution.attribute(ChatInput(MESSAGES, tokenizer), [5, 6]),
+    ]
+    for number, (found, wanted) in enumerate(zip(results(tmp_path), expected, strict=True)):
+        assert torch.equal(found.token_attr, wanted.token_attr)
+        assert torch.equal(found.output_attr, wanted.output_attr)
+        assert found.input_tokens == wanted.input_tokens
+        own_id = "a/b" if number == 1 else None
+        assert found.provenance["record"] == {"number": number, "id": own_id}
+
+
+def test_what_is_there_is_skipped_and_what_failed_is_tried_again(attribution, tmp_path):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    lines = ['"Dave lives"', "{bad", "", '{"prompt": "", "id": "empty"}', '{"promt": "Dave"}', "7"]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    report = attribute_dataset(file, attribution, out, gen_args={"max_new_tokens": 1})
+    assert (report.n_written, report.n_skipped, report.n_failed) == (1, 0, 4)
+    assert [number for number, _ in report.failures] == [1, 2, 3, 4]
+    for (_, said), wanted in zip(
+        report.failures, ("line 2 is no JSON", "empty", "did you mean 'prompt'", "int"), strict=True
+    ):
+        assert wanted in said
+    errors = [json.loads(path.read_text()) for path in sorted(out.glob("*.error.json"))]
+    assert [error["number"] for error in errors] == [1, 2, 3, 4]
+    assert [(e["number"], e["error"]) for e in errors] == list(report.failures)
+    before = [path.stat().st_mtime_ns for path in out.glob("*.safetensors")]
+    # Mended, the second line is another record; the fourth and fifth still fail.
+    file.write_text("\n".join([lines[0], '"Ann lives"', *lines[3:]]), encoding="utf-8")
+    again = attribute_dataset(file, attribution, out, gen_args={"max_new_tokens": 1})
+    assert (again.n_written, again.n_skipped, again.n_failed) == (1, 1, 3)
+    assert before[0] in [path.stat().st_mtime_ns for path in out.glob("*.safetensors")]
+    assert not (out / "000001.error.json").exists()
+
+
+def test_records_are_read_one_at_a_time(attribution, tmp_path):
+    """The file of a record is there before the next but one is asked for."""
+    seen = []
+
+    def records():
+        for _ in range(3):
+            seen.append(len(list(tmp_path.glob("*.safetensors"))))
+            yield {"prompt": "Dave lives", "target": [7]}
+
+    attribute_dataset(records(), attribution, tmp_path)
+    assert seen == [0, 1, 2]
+
+
+def test_other_settings_need_another_folder(attribution, tokenizer, tmp_path):
+    records = [{"prompt": "Dave lives", "target": [7]}]
+    attribute_dataset(records, attribution, tmp_path, seed=1)
+    with pytest.raises(ValueError, match="holds results with arguments"):
+        attribute_dataset(records, attribution, tmp_path, seed=2)
+    other = GenerationAttribution(KernelShap(attribution.model), tokenizer)
+    with pytest.raises(ValueError, match=r"method='FeatureAblation'.*'KernelShap'"):
+        attribute_dataset(records, other, tmp_path, seed=1)
+    # How fast it goes is no setting.
+    report = attribute_dataset(records, attribution, tmp_path, seed=1, perturbations_per_eval=1)
+    assert report.n_skipped == 1
+
+
+def test_wrong_options_are_told_before_anything_is_run(attribution, tmp_path):
+    def records():
+        pytest.fail("a record was asked for")
+        yield ""
+
+    with pytest.raises(TypeError, match="did you mean 'gen_args'"):
+        attribute_dataset(records(), attribution, tmp_path, gen_arg={})
+    with pytest.raises(ValueError, match="`target` cannot be the same"):
+        attribute_dataset(records(), attribution, tmp_path, target="x")
+    with pytest.raises(TypeError, match=r"Accelerator"):
+        attribute_dataset(records(), attribution, tmp_path, accelerator=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (["--input", "INPUT"], 2, "--input needs --out"),
+        (["--prompt", "x", "--out", "y"], 2, "--save writes one"),
+        (["--input", "INPUT", "--out", "y", "--html", "z"], 2, "--html is for one prompt"),
+        (["--input", "INPUT", "--out", "y", "--target", "z"], 2, '"target" in each line'),
+        (["--input", "no.jsonl", "--out", "y"], 1, "there is no such file"),
+    ],
+)
+def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, more, status, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "INPUT").write_text('"Dave"\n')
+    assert main(["attribute", "--model", "demo", *more]) == status
+    assert message in capsys.readouterr().err
+
+
+def _prompts(folder, n):
+    path = folder / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"{i} Dave lives in Palm", "id": str(i)}) for i in range(n)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def _check_all_there(out, n):
+    found = results(out)  # a torn file cannot be loaded
+    assert [result.provenance["record"]["number"] for result in found] == list(range(n))
+    assert {path.suffix for path in out.iterdir()} == {".safetensors", ".json"}
+    assert [path.name for path in out.glob("*.json")] == ["run.json"]
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path):
+    n, out = 48, tmp_path / "out"
+    arguments = ["attribute", "--model", "demo", "--input", str(_prompts(tmp_path, n)), "--out"]
+    command = [sys.executable, "-m", "captum_llm_ext", *arguments, str(out), *OPTIONS]
+    chance = random.Random(0)
+    for part in range(1, 3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(out.glob("*.safetensors"))) < part * n // 4:
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.05)
+        assert process.poll() is None, "it ended before it was killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 0 < len(list(out.glob("*.safetensors"))) < n
+    assert main([*arguments, str(out), *OPTIONS]) == 0
+    _check_all_there(out, n)
+
+
+def test_two_processes_share_the_records(tmp_path):
+    n, out = 40, tmp_path / "out"
+    arguments = ["attribute", "--model", "demo", "--input", str(_prompts(tmp_path, n)), "--out"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, "-m", "captum_llm_ext", *arguments, str(out), *OPTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # One line, from the main process, with the counts of both.
+    assert done.stdout == f"{n} records: {n} written, 0 there already, 0 failed in {out}\n"
+    _check_all_there(out, n)
+    assert main([*arguments, str(tmp_path / "alone"), *OPTIONS]) == 0
+    for a, b in zip(results(out), results(tmp_path / "alone"), strict=True):
+        assert torch.equal(a.token_attr, b.token_attr)
