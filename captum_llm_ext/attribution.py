@@ -96,6 +96,11 @@ class GenerationAttribution(LLMAttribution):
         is_shared = accelerator is not None or self._processes.are_many
         self._shared = self._processes if is_shared else None
 
+    @property
+    def shares_out(self) -> bool:
+        """Whether several processes, each with a model, work on one attribution."""
+        return self._processes.n_replicas > 1
+
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
         self,
         inp: InterpretableInput,

@@ -87,7 +87,7 @@ def attribute_dataset(
             ``"tools"`` where there are some), and as wanted ``"target"`` (text or token ids) and
             ``"id"``; other keys are left alone. Or a file with one such JSON object, or one JSON
             string, a line. Records are read one at a time.
-        attribution: What attributes them. It works alone; `accelerator` belongs here.
+        attribution: What attributes them, made without an accelerator: that one is given here.
         out: Folder for the results, made where it is missing. A file's name begins with the
             record's number, counted from 0; `GenerationAttributionResult.load` reads it, and
             ``provenance["record"]`` tells the number and the id.
@@ -103,11 +103,17 @@ def attribute_dataset(
         The same report on every process.
 
     Raises:
-        ValueError: If `out` holds results of other settings, or an option belongs to the records.
+        ValueError: If `out` holds results of other settings, an option belongs to the records, or
+            the attribution has an accelerator of its own.
         TypeError: If there is no such option.
         OSError: If the folder or the file of records cannot be used.
     """
     _check_options(options, attribution)
+    if attribution.shares_out:
+        raise ValueError(
+            "the attribution was made with an `accelerator`, which would share out every record: "
+            "make it without, and give the accelerator to `attribute_dataset`."
+        )
     folder = Path(out)
     units = {"unit": unit, "roles": list(roles), "baselines": baselines}
     settings = _settings(attribution, units | options)
@@ -146,7 +152,7 @@ def _run(
             found = next((pair for pair in source if pair[0] == ticket), None)
             if found is None:
                 break
-            own += _one(*found, makes, folder)
+            own += _one(*found, makes, folder, writes=processes.leads)
             if time.monotonic() - told > _TELL_EVERY:
                 work.tell(own)
                 total = hear(work.heard())
@@ -194,8 +200,13 @@ class _Maker:
         )
 
 
-def _one(number: int, entry: Record | Exception, makes: _Maker, folder: Path) -> DatasetReport:
-    """Writes the result of a record, or why there is none."""
+def _one(
+    number: int, entry: Record | Exception, makes: _Maker, folder: Path, *, writes: bool
+) -> DatasetReport:
+    """Writes the result of a record, or why there is none.
+
+    Of the processes that hold a model together all come here, and one writes.
+    """
     failed = folder / f"{number:06d}.error.json"
     record: Mapping[str, Any] = {}
     try:
@@ -210,8 +221,11 @@ def _one(number: int, entry: Record | Exception, makes: _Maker, folder: Path) ->
     except Exception as error:  # whatever is wrong with one record: the others do not suffer
         said = f"{type(error).__name__}: {error}"
         content = {"number": number, "id": record.get("id"), "error": said}
-        _write(failed, content)
+        if writes:
+            _write(failed, content)
         return DatasetReport(n_failed=1, failures=((number, said),))
+    if not writes:
+        return DatasetReport(n_written=1)
     # A full disk is no record's fault: its error ends the run.
     temporary = folder / f".{name}.tmp"
     result.save(temporary)

@@ -192,3 +192,13 @@ def test_two_processes_share_the_records(tmp_path):
     assert main([*arguments, str(tmp_path / "alone"), *OPTIONS]) == 0
     for a, b in zip(results(out), results(tmp_path / "alone"), strict=True):
         assert torch.equal(a.token_attr, b.token_attr)
+
+
+def test_an_accelerator_belongs_to_the_records(tokenizer, tmp_path, monkeypatch):
+    """Processes that share out both records and batches would wait for one another for ever."""
+    attribution = GenerationAttribution(FeatureAblation(tiny.llama(len(tokenizer))), tokenizer)
+    assert not attribution.shares_out
+    monkeypatch.setattr(type(attribution), "shares_out", True)
+    with pytest.raises(ValueError, match="give the accelerator to `attribute_dataset`"):
+        attribute_dataset(["Dave lives"], attribution, tmp_path)
+    assert not list(tmp_path.iterdir())
