@@ -154,3 +154,11 @@ def test_templates_that_fail_or_hide_a_message():
             ChatInput(MESSAGES[:1], tokenizer)
     with pytest.raises(TypeError, match="has no `apply_chat_template`"):
         ChatInput(MESSAGES, tiny.NoOffsets(tokenizer))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_tokens_of_the_template_and_of_other_roles_are_fixed(name):
+    chat = ChatInput(MESSAGES, _tokenizer(name), "token", roles=("user",))
+    said = "".join(piece.text for piece in chat.pieces if piece.feature is not None)
+    assert "".join(said.split()) == "".join("".join(MESSAGES[i]["content"].split()) for i in (1, 3))
+    assert {piece.role for piece in chat.pieces if piece.feature is not None} == {"user"}
