@@ -1,6 +1,8 @@
 """Every line that depends on a version of captum or transformers."""
 
 import inspect
+from collections.abc import Callable, Collection, Generator
+from contextlib import contextmanager
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
@@ -75,6 +77,93 @@ def _tensor_bytes(value: Any) -> int:
     if isinstance(value, dict):
         return sum(_tensor_bytes(item) for item in cast(dict[Any, Any], value).values())
     return 0
+
+
+def is_list_of_layers(state: Any) -> bool:
+    """Whether a state is no more than a list of the states of layers, kept where they are used.
+
+    transformers 5.23 (2026): `DynamicCache`. Others hold states beside, or move layers about.
+    """
+    plain = type(state).__name__ == "DynamicCache" and is_transformers_object(state)
+    return plain and not getattr(state, "offloading", False)
+
+
+def is_transformers_object(thing: object) -> bool:
+    """Whether something is of a class of transformers."""
+    return type(thing).__module__.startswith("transformers.")
+
+
+def growing_layers() -> tuple[type[Any], ...]:
+    """Kinds of states of a layer that get new keys and values by concatenation, never in place.
+
+    transformers 5.23 (2026): what they keep beside is in dicts of tensors, which are written to.
+    """
+    from transformers import cache_utils
+
+    names = ("DynamicLayer", "DynamicSlidingWindowLayer")
+    names += (
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+    )
+    kinds = (getattr(cache_utils, name, None) for name in names)
+    return tuple(kind for kind in kinds if kind is not None)
+
+
+@contextmanager
+def attention_of(
+    model: nn.Module,
+    name: str,
+    attention: Callable[..., Any],
+    mask: Callable[..., Any],
+    instead_of: Collection[str],
+) -> Generator[None]:
+    """Has a model of transformers attend by other functions; everything is put back, come what may.
+
+    Args:
+        model: The model.
+        name: What the functions are registered as meanwhile.
+        attention, mask: For `AttentionInterface` and `AttentionMaskInterface`.
+        instead_of: Names of the implementations that may be replaced.
+
+    Raises:
+        NotImplementedError: If the model's attention is another one, or it is compiled: what was
+            compiled for one attention would not notice the other.
+    """
+    # transformers 5.23 (2026): a plain set goes through checks that know their own names only.
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
+
+    field = "_attn_implementation_internal"
+    modules = (module for module in model.modules() if hasattr(module, "config"))
+    configs = {id(module.config): module.config for module in modules}
+    before = [(config, getattr(config, field, None)) for config in configs.values()]
+    used = {str(implementation) for _, implementation in before if implementation is not None}
+    if not used or not used <= set(instead_of) or _inner(model) is not model:
+        how = ", ".join(sorted(used)) or "nothing that its configuration tells"
+        raise NotImplementedError(f"attention of {type(model).__name__} by {how}")
+    registries: list[dict[str, Any]] = [
+        cast(Any, registry)._global_mapping for registry in (ATTENTIONS, MASKS)
+    ]
+    try:
+        for registry, function in zip(registries, (attention, mask), strict=True):
+            registry[name] = function
+        for config, implementation in before:
+            if implementation is not None:
+                setattr(config, field, name)
+        yield
+    finally:
+        for config, implementation in before:
+            if implementation is not None:
+                setattr(config, field, implementation)
+        for registry in registries:
+            registry.pop(name, None)
+
+
+def boolean_mask(*sizes: int, **arguments: Any) -> Tensor:
+    """A mask of transformers, True where something is seen."""
+    from transformers.masking_utils import sdpa_mask
+
+    return cast(Tensor, cast(Any, sdpa_mask)(*sizes, **arguments))
 
 
 def fixed_positions(model: nn.Module) -> int | None:

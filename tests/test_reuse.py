@@ -41,6 +41,9 @@ ROUGH = {"mamba", "falcon mamba", "mamba 2", "nemotron-h, recurrent hybrid", "bl
     "deepseek v3, latent attention",
 }
 
+# Their keys and values are no plain list beside the attention's: rows are given copies.
+NOT_LENT = {"bloom", "mamba 2", "deepseek v3, latent attention"}
+
 
 def make_rows(n_prompt=18, n_target=5, seed=0, n_random=6):
     """Replaced, deleted and sampled prompt tokens, deleted generated ones: rows of all lengths."""
@@ -84,20 +87,70 @@ def n_reused(scorer):
 def test_float32_values_equal_a_plain_loop(name):
     model = architectures.build(name)
     rows, target = make_rows()
-    scorer = Scorer(model, overhead=3)
-    assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-4
-    assert (n_reused(scorer) > 0) == (name not in WRONG)
+    truth = loop(model, rows, target)
+    for reuse in ("copy", "lend"):
+        scorer = Scorer(model, overhead=3, reuse=reuse)
+        assert difference(scorer.values(rows, target), truth) < 1e-4
+        assert (n_reused(scorer) > 0) == (name not in WRONG)
+        assert scorer.lends == (reuse == "lend" and name not in WRONG | NOT_LENT)
 
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
 def test_float64_values_equal_a_plain_loop(name):
     model = architectures.build(name, dtype=torch.float64)
     rows, target = make_rows(seed=1)
-    scorer = Scorer(model, overhead=3)
-    error = difference(scorer.values(rows, target), loop(model, rows, target))
-    assert error < (5e-6 if name in ROUGH else 1e-9)
-    if name not in ROUGH:
-        assert (n_reused(scorer) > 0) == (name not in WRONG | FLOAT32_INSIDE)
+    truth = loop(model, rows, target)
+    for reuse in ("copy", "lend"):
+        scorer = Scorer(model, overhead=3, reuse=reuse)
+        error = difference(scorer.values(rows, target), truth)
+        assert error < (5e-6 if name in ROUGH else 1e-9)
+        if name not in ROUGH:
+            assert (n_reused(scorer) > 0) == (name not in WRONG | FLOAT32_INSIDE)
+            assert scorer.lends == (reuse == "lend" and n_reused(scorer) > 0)
+
+
+def test_attention_of_the_users_own_is_left_alone():
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
+
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    truth = loop(model, rows, target)
+    AttentionInterface.register("my_own", ATTENTIONS["sdpa"])
+    AttentionMaskInterface.register("my_own", MASKS["sdpa"])
+    try:
+        model.config._attn_implementation = "my_own"
+        scorer = Scorer(model, overhead=3, reuse="lend")
+        assert difference(scorer.values(rows, target), truth) < 1e-9
+        assert not scorer.lends
+        assert n_reused(scorer) > 0
+    finally:
+        AttentionInterface._global_mapping.pop("my_own")
+        AttentionMaskInterface._global_mapping.pop("my_own")
+
+
+def test_keys_that_are_altered_on_their_way_are_not_lent_to(caplog):
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    truth = loop(model, rows, target)
+    layer = model.model.layers[1].self_attn
+    forward = layer.forward
+
+    def altered(*args, past_key_values=None, **kwargs):
+        class Touched:
+            def update(self, keys, values, *rest, **more):
+                keys, values = past_key_values.update(keys, values, *rest, **more)
+                return keys * 1.0, values
+
+        return forward(*args, past_key_values=past_key_values and Touched(), **kwargs)
+
+    layer.forward = altered
+    scorer = Scorer(model, overhead=3, reuse="lend")
+    with caplog.at_level(logging.INFO):
+        assert difference(scorer.values(rows, target), truth) < 1e-11
+    assert not scorer.lends
+    assert "keys that do not come as the state gives them" in caplog.text
 
 
 @pytest.mark.parametrize("name", sorted(WRONG))
@@ -111,6 +164,72 @@ def test_the_comparison_alone_finds_what_reads_on_wrongly(name, monkeypatch, cap
     assert difference(torch.cat(values), loop(model, rows, target)) < 1e-4
     assert n_reused(scorer) < 0  # the comparison came on top
     assert len(caplog.records) == 1
+
+
+def wide_rows(head, n_rows, n_target=3):
+    """Rows of one long beginning that differ after it, the last ones shorter."""
+    shared = [4 + i * 7 % 390 for i in range(head)]
+    rows = []
+    for i in range(n_rows):
+        ids = (*shared, 4 + i, 9, *([11] if i < n_rows // 2 else []), 12, 13)
+        rows.append(TokenRow(ids, range(len(ids) - n_target, len(ids))))
+    return rows, torch.tensor([12, 13, 14])
+
+
+def test_long_beginnings_of_many_rows_are_lent_and_others_copied():
+    model = tiny.llama(max_position_embeddings=400).double()
+    for head, lends in ((20, False), (340, True)):
+        rows, target = wide_rows(head, 24)
+        scorer = Scorer(model, overhead=0)
+        assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
+        assert scorer.lends == lends
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_lending_leaves_model_and_registries_as_found(attention, monkeypatch):
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
+
+    model = tiny.llama(attn_implementation=attention)
+    rows, target = make_rows()
+    names, seen = (set(ATTENTIONS), set(MASKS)), set()
+    forward = model.forward
+
+    def full(input_ids, **arguments):
+        seen.add(model.config._attn_implementation)
+        output = forward(input_ids=input_ids, **arguments)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        return output
+
+    scorer = Scorer(model, overhead=3, reuse="lend")
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(KeyboardInterrupt):
+        scorer.values(rows, target)
+    assert len(seen) == 2  # it was interrupted while lending
+    assert model.config._attn_implementation == attention
+    assert (set(ATTENTIONS), set(MASKS)) == names
+
+
+def test_attention_that_the_comparison_did_not_meet_is_given_copies(monkeypatch, caplog):
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    truth = loop(model, rows, target)
+    forward = model.forward
+
+    def strange(input_ids, **arguments):
+        if len(input_ids) > 2 and model.config._attn_implementation != "sdpa":
+            raise NotImplementedError("so many rows")
+        return forward(input_ids=input_ids, **arguments)
+
+    scorer = Scorer(model, overhead=3, reuse="lend")
+    monkeypatch.setattr(model, "forward", strange)
+    with caplog.at_level(logging.INFO):
+        assert difference(scorer.values(rows, target), truth) < 1e-11
+    assert not scorer.lends
+    assert [record.getMessage() for record in caplog.records] == [
+        "LlamaForCausalLM is given copies of what rows share (so many rows)."
+    ]
 
 
 @pytest.mark.parametrize("overhead", [0, 1, 5, 30, 1000])
@@ -214,10 +333,12 @@ def test_without_memory_for_states_rows_are_read_alone(monkeypatch):
 def test_attention_implementations(attention):
     model = tiny.llama(attn_implementation=attention).double()
     rows, target = make_rows()
-    scorer = Scorer(model, overhead=3)
     # Eager attention takes its softmax in float32.
     tolerance = 1e-5 if attention == "eager" else 1e-11
-    assert difference(scorer.values(rows, target), loop(model, rows, target)) < tolerance
+    truth = loop(model, rows, target)
+    for reuse in ("off", "copy", "lend"):
+        scorer = Scorer(model, overhead=3, reuse=reuse)
+        assert difference(scorer.values(rows, target), truth) < tolerance
 
 
 def test_compiled_models():

@@ -28,6 +28,7 @@ class Memory:
         n_target: Number of target tokens.
         state_bytes: Bytes the model remembers of one position; None: estimated from its sizes.
         budget: Bytes a batch may take; None: of what is free now.
+        lends: Whether rows have no copies of what was read before.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Memory:
         n_target: int,
         state_bytes: int | None,
         budget: int | None = None,
+        lends: bool = False,
     ) -> None:
         config = _compat.text_config(model)
         self._itemsize = next((p.element_size() for p in model.parameters()), 4)
@@ -46,6 +48,7 @@ class Memory:
         self._heads = int(getattr(config, "num_attention_heads", 0) or 1)
         self._vocabulary = _compat.vocabulary_size(model) or 2**15
         self._eager = _compat.has_eager_attention(model)
+        self._lends = lends
         self._device, self._kept, self._n_target = device, kept, n_target
         layers = int(getattr(config, "num_hidden_layers", 0) or 1)
         self._state = state_bytes or 2 * layers * self._hidden * self._itemsize
@@ -68,7 +71,7 @@ class Memory:
         row += new * longest * (8 + self._eager * self._heads * (self._itemsize + 4))
         budget = self._budget
         if before:
-            row += longest * self._state
+            row += (new if self._lends else longest) * self._state
             budget -= 3 * before * self._state  # what the rows are copied from, and what that was
         return max(1, min(budget // row, self._tokens // new))
 

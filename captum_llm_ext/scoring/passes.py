@@ -1,18 +1,31 @@
 """Runs the model: on whole rows, or on what follows ids that it has read before."""
 
-import copy
+import logging
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.scoring import attention
 from captum_llm_ext.scoring.logits import AttrTarget, called_values, wanted_values
+from captum_llm_ext.scoring.memory import is_out_of_memory
 from captum_llm_ext.scoring.plan import Branch
 from captum_llm_ext.scoring.rows import TokenRow
+from captum_llm_ext.scoring.states import copies, lent
 
+# How rows are given what they share: as copies or as it is ("lend"), whichever costs less.
+Sharing = Literal["auto", "copy", "lend"]
+
+_logger = logging.getLogger(__name__)
+# Tokens that the rows of a pass must be spared a copy of for lending to pay: it takes more
+# operations, each of them on less.
+_WORTH_LENDING = 4096
+# A batch of so many rows is thought of before it is known.
+_ROWS_IN_MIND = 16
 # Largest difference between log-probabilities that other shapes of the same products make.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 
@@ -43,15 +56,25 @@ class Passes:
         model: The model, in evaluation mode and without gradients whenever it is called.
         attr_target: As for `Scorer`.
         device: Where the model reads its ids.
+        sharing: How rows are given the state that they share.
 
     Attributes:
+        lends: Whether a comparison has shown that states can be lent.
         kept: How many logits the model can be asked for, as `_compat.kept_logits` says.
         n_positions: Number of token positions computed up to now, padding included.
         n_rows: Number of rows of the latest pass, come what came of it.
         state_bytes: What the model remembers of one position, where it has been seen.
     """
 
-    def __init__(self, model: nn.Module, attr_target: AttrTarget, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        attr_target: AttrTarget,
+        device: torch.device,
+        sharing: Sharing = "auto",
+    ) -> None:
+        self._least = {"copy": sys.maxsize, "lend": 0}.get(sharing, _WORTH_LENDING)
+        self.lends: bool | None = None
         self.model, self.attr_target, self.device = model, attr_target, device
         self.kept = _compat.kept_logits(model)
         self.n_positions = self.n_rows = 0
@@ -85,7 +108,7 @@ class Passes:
         while todo:
             branch, state, is_last = todo.pop()
             if branch.stop > branch.start:
-                state = state if is_last else _copies(state)
+                state = state if is_last else copies(state)
                 state = self._stretch(branch, rows, positions, target, state, values)
             if branch is root and on_head is not None:
                 on_head(state)
@@ -133,16 +156,42 @@ class Passes:
         """Values ``(n_rows, n_target)`` of rows read from `start` on; any where `at` is below 0."""
         ids = _padded([row.ids[start:] for row in rows])
         arguments = self.extras(rows[0], ids.shape[1] - len(rows[0].ids) + start)
-        state = None if start == 0 else _copies(state, len(rows))
-        if not isinstance(self.attr_target, str):
-            logits, _ = self._logits(ids, at.clamp(min=0), state=state, extras=arguments)
-            return called_values(logits, target, self.attr_target)
+        is_called = not isinstance(self.attr_target, str)
         columns = (at >= 0).any(0)
-        logits, _ = self._logits(ids, at[:, columns].clamp(min=0), state=state, extras=arguments)
+        places = (at if is_called else at[:, columns]).clamp(min=0)
+        logits = None
+        if self.lends and state is not None and start * len(rows) >= self._least:
+            try:
+                logits = self._read_on(ids, places, state, lends=True, extras=arguments)
+            except NotImplementedError as failure:  # what the comparison did not meet
+                self._stop_lending(failure)
+        if logits is None:
+            logits = self._read_on(ids, places, state, lends=False, extras=arguments)
+        if not isinstance(self.attr_target, str):
+            return called_values(logits, target, self.attr_target)
         values = torch.full(at.shape, torch.nan, dtype=torch.float64)
         wanted = target[columns].expand(len(rows), -1)
         values[:, columns] = wanted_values(logits, wanted, self.attr_target)
         return values
+
+    def _read_on(
+        self,
+        ids: Tensor,
+        at: Tensor,
+        state: Any,
+        *,
+        lends: bool,
+        extras: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Logits at places of rows that begin with what a state of one row has read, if any."""
+        if state is None or not lends:
+            return self._logits(ids, at, state=copies(state, len(ids)), extras=extras)[0]
+        borrowed, loans = lent(state, len(ids))
+        with attention.merged(self.model):
+            logits, _ = self._logits(ids, at, state=borrowed, extras=extras)
+        if not all(loan.was_used for loan in loans):
+            raise NotImplementedError("attention that does not see what is lent")
+        return logits
 
     def _logits(
         self,
@@ -223,13 +272,40 @@ class Passes:
         self.state_bytes = _compat.state_bytes(state) // shared
         ends = [row[shared:], other[shared:]]
         at = torch.tensor([[len(end) - 1] for end in ends])
-        found, _ = self._logits(_padded(ends), at, state=_copies(state, 2))
-        worst = 0.0
-        for logits, whole in zip(found, (row, other), strict=True):
-            alone, _ = self._logits(torch.tensor([whole]), torch.tensor([[len(whole) - 1]]))
-            difference = logits.double().log_softmax(-1) - alone[0].double().log_softmax(-1)
-            worst = max(worst, float(difference.abs().nan_to_num(nan=torch.inf).max()))
-        return worst / _ROUNDING.get(found.dtype, 0.0)
+        alone = [
+            self._logits(torch.tensor([ids]), torch.tensor([[len(ids) - 1]]))[0]
+            for ids in (row, other)
+        ]
+
+        def error(*, lends: bool) -> float:
+            found = self._read_on(_padded(ends), at, state, lends=lends)
+            differences = found.double().log_softmax(-1) - torch.cat(alone).double().log_softmax(-1)
+            worst = float(differences.abs().nan_to_num(nan=torch.inf).max())
+            return worst / _ROUNDING.get(found.dtype, 0.0)
+
+        copied = error(lends=False)
+        if copied <= 1 and self.lends is not False and shared * _ROWS_IN_MIND >= self._least:
+            self.lends = self._can_lend(error)
+        return copied
+
+    def _can_lend(self, error: Callable[..., float]) -> bool:
+        """Whether rows read on rightly from a state that they have no copies of."""
+        try:
+            found = error(lends=True)
+            reason = None if found <= 1 else f"values differ by {found:.2g} times rounding"
+        except Exception as failure:  # whatever a model does with keys: there is a way without
+            if isinstance(failure, RuntimeError) and is_out_of_memory(failure):
+                raise
+            reason = f"{type(failure).__name__}: {failure}"
+        if reason is not None:
+            self._stop_lending(reason)
+        return reason is None
+
+    def _stop_lending(self, reason: object) -> None:
+        self.lends = False
+        _logger.info(
+            "%s is given copies of what rows share (%s).", type(self.model).__name__, reason
+        )
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -237,13 +313,3 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
     length = max(len(row) for row in rows)
     # What stands right of a row is never seen by it: its own first id is as good as any.
     return torch.tensor([[*row, *[row[0]] * (length - len(row))] for row in rows])
-
-
-def _copies(state: Any, n: int | None = None) -> Any:
-    """A state of the model for `n` rows from that of one; without a number, for that one."""
-    if state is None:
-        return None
-    state = copy.deepcopy(state)
-    if n is not None:
-        state.reorder_cache(torch.zeros(n, dtype=torch.long))
-    return state

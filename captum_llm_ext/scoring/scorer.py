@@ -22,7 +22,7 @@ from captum_llm_ext.scoring.processes import Processes
 from captum_llm_ext.scoring.rows import TokenRow, digest
 from captum_llm_ext.scoring.shares import shares, without
 
-Reuse = Literal["auto", "off"]
+Reuse = Literal["auto", "off", "copy", "lend"]
 
 _logger = logging.getLogger(__name__)
 # A few ids tell whether a model sees ahead, and fit into any number of positions.
@@ -47,6 +47,8 @@ class Scorer:
         show_progress: Whether `progress` draws a bar over the model's evaluations on stderr.
         reuse: ``"auto"``: what rows begin with in common is computed once, where that pays and a
             first comparison on the model itself shows the same numbers. ``"off"``: never.
+            ``"copy"``, ``"lend"``: always by copies of the model's state, or always without where
+            that shows the same numbers too; by default whichever costs less.
         overhead: What a pass costs beside its positions, in positions: what reuse must save to
             pay. By default estimated from the model's size and device.
         processes: Those that share the work; all give the same rows in the same order. By default
@@ -74,7 +76,8 @@ class Scorer:
         self.device = _compat.input_device(model)
         self.n_evaluations = 0
         self.n_row_positions = 0
-        self._passes = Passes(model, attr_target, self.device)
+        sharing = reuse if reuse in ("copy", "lend") else "auto"
+        self._passes = Passes(model, attr_target, self.device, sharing)
         self._max_rows = 1 if _compat.couples_rows(model) else max_rows or sys.maxsize
         self._overhead = memory.overhead(model, self.device) if overhead is None else overhead
         self._reuse = reuse != "off" and _compat.state_argument(model) is not None
@@ -97,6 +100,14 @@ class Scorer:
     def n_positions(self) -> int:
         """Token positions computed up to now, padding and comparisons included."""
         return self._passes.n_positions
+
+    @property
+    def lends(self) -> bool:
+        """Whether rows attend to what they share where it is, without a copy for each.
+
+        Known after the first comparison that was worth it.
+        """
+        return bool(self._passes.lends)
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
         """The token ids that the model continues a row with; all processes get the same.
@@ -340,6 +351,7 @@ class Scorer:
             n_target=len(target),
             state_bytes=self._passes.state_bytes,
             budget=self._budget,
+            lends=bool(self.lends),
         )
         # Pixel values and the like are made for one prompt each.
         most = 1 if any(row.extras is not None for row in rows) else self._max_rows

@@ -1,0 +1,228 @@
+"""Attention of many rows to what they share and to their own, each with a softmax of its own.
+
+The two are merged by their log-sum-exps: with ``l`` that of all scores, ``exp(l_shared - l)`` and
+``exp(l_own - l)`` are what each is worth. The shared keys are read where they are, by all rows at
+once; no row has a copy. Grouped heads, windows, soft caps, sinks and values of another size than
+keys are handled; whatever else a model asks for is refused.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.scoring.states import lent_to
+
+_NAME = "captum_llm_ext_merged"
+_SIDES = "_captum_llm_ext_sides"
+# Scores that exist at once where no kernel keeps them to itself.
+_MOST_SCORES = 2**25
+# What models pass that is no part of the scores, or is in the mask already.
+_HARMLESS = frozenset(
+    "sliding_window position_ids cache_position output_attentions use_cache past_key_values "
+    "output_hidden_states return_dict output_router_logits layer_idx labels logits_to_keep "
+    "input_ids num_items_in_batch cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+)
+_KNOWN = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+
+
+@contextmanager
+def merged(model: nn.Module) -> Generator[None]:
+    """Has the model attend in this way; its configuration and the registry are put back.
+
+    Raises:
+        NotImplementedError: If the model's attention is none that is known, or is compiled.
+    """
+    with _compat.attention_of(model, _NAME, _attend, _mask, _KNOWN):
+        yield
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """What is seen, ``(1, 1, q_length, kv_length)``; the same in all rows, as none is padded."""
+    if attention_mask is not None:
+        raise NotImplementedError("an attention mask")
+    arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
+    return _compat.boolean_mask(1, q_length, kv_length, q_offset, kv_offset, **arguments)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers; ``(batch, heads, length, size)`` each.
+
+    Raises:
+        NotImplementedError: If something is asked for that is not known here.
+    """
+    unknown = [name for name, given in others.items() if given is not None]
+    unknown = [name for name in unknown if name not in _HARMLESS]
+    if unknown or dropout or is_causal is False or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(f"attention with {unknown or 'dropout, or that sees ahead'}")
+    if attention_mask is None or attention_mask.dtype != torch.bool:
+        raise NotImplementedError("attention without a mask of what is seen")
+    if attention_mask.shape[:2] != (1, 1):
+        raise NotImplementedError("a mask for each row or head")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    shared = lent_to(key)
+    n_shared = 0 if shared is None else shared.keys.shape[-2]
+    if attention_mask.shape[-1] != n_shared + key.shape[-2]:
+        # Whatever was done to the keys on their way here, those that were lent are lost.
+        raise NotImplementedError("keys that do not come as the state gives them")
+    seen_of_shared, seen_of_own = _sides(attention_mask, n_shared)
+    found, total = _part(query, key, value, seen_of_own, scale, softcap)
+    if shared is not None:
+        shared.was_used = True
+        other, size = _part(query, shared.keys, shared.values, seen_of_shared, scale, softcap)
+        both = torch.logaddexp(total, size)
+        found = found * (total - both).exp()[..., None] + other * (size - both).exp()[..., None]
+        total = both
+    if s_aux is not None:  # a score of its own that no value belongs to
+        both = torch.logaddexp(total, s_aux.to(total).view(1, -1, 1))
+        found = found * (total - both).exp()[..., None]
+    return found.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _part(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention to some of the keys, and the log-sum-exp ``(batch, heads, length)`` of the scores.
+
+    Args:
+        query: ``(batch, heads, length, size)``.
+        key, value: ``(batch or 1, groups, n, …)``.
+        seen: bool, ``(1, 1, length, n)``; None: all of it.
+        scale: What scores are multiplied by.
+        softcap: Bound of the scores, if any.
+
+    Returns:
+        Both in float32 at least; 0 and minus infinity where nothing is seen.
+    """
+    batch, heads, length, size = query.shape
+    groups = key.shape[1]
+    per_group = heads // groups
+    # The heads of a group are so many queries more; with one set of keys, so are the rows.
+    folded = query.view(batch, groups, per_group, length, size)
+    together = seen is None and len(key) == 1
+    if together:
+        folded = folded.permute(1, 2, 0, 3, 4).reshape(1, groups, -1, size)
+    else:
+        folded = folded.reshape(batch, groups, -1, size)
+        key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+    seen = None if seen is None else seen.repeat(1, 1, per_group, 1)
+    kernel = None if softcap else _kernel(folded, value)
+    if kernel is not None:
+        found, total = kernel(folded, key, value, seen, scale)
+    else:
+        found, total = _by_hand(folded, key, value, seen, scale, softcap)
+    if seen is not None:
+        blind = ~seen.any(-1)
+        total = total.masked_fill(blind, -torch.inf)
+        found = found.masked_fill(blind[..., None], 0.0)
+    if together:
+        found = found.view(groups, per_group, batch, length, -1).permute(2, 0, 1, 3, 4)
+        total = total.view(groups, per_group, batch, length).permute(2, 0, 1, 3)
+    return found.reshape(batch, heads, length, -1), total.reshape(batch, heads, length)
+
+
+def _sides(mask: Tensor, n_shared: int) -> list[Tensor | None]:
+    """What is seen of what is shared and of the own keys; None where that is all of it.
+
+    Found once for each mask: all layers of a kind are given the same one.
+    """
+    known: dict[int, list[Tensor | None]] = getattr(mask, _SIDES, {})
+    setattr(mask, _SIDES, known)
+    if n_shared not in known:
+        sides = mask[..., :n_shared], mask[..., n_shared:]
+        known[n_shared] = [None if bool(side.all()) else side for side in sides]
+    return known[n_shared]
+
+
+def _kernel(query: Tensor, value: Tensor) -> Any:
+    """The kernel of torch that gives sums along, or None."""
+    if query.device.type == "cpu":
+        return _on_cpu
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return _on_cuda
+    return None
+
+
+def _on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    size, out = query.shape[-1], value.shape[-1]
+    if out != size:  # one size for all: zeros change neither scores nor sums
+        wide = max(size, out)
+        query, key, value = (
+            nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value)
+        )
+    bias = None
+    if seen is not None:
+        bias = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+    attention: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found, total = attention(query, key, value, attn_mask=bias, scale=scale)
+    return found[..., :out].to(total.dtype), total
+
+
+def _on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    if seen is not None or query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+        return _by_hand(query, key, value, seen, scale, None)
+    attention: Any = torch.ops.aten._scaled_dot_product_flash_attention
+    found, total = attention(query, key, value, scale=scale)[:2]
+    return found.to(total.dtype), total
+
+
+def _by_hand(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # Pieces of rows, or of the queries where they are all in one.
+    dim = 0 if len(query) > 1 else 2
+    per = query.numel() // query.shape[-1] // query.shape[dim] * key.shape[-2]
+    found: list[Tensor] = []
+    totals: list[Tensor] = []
+    step = max(1, _MOST_SCORES // per)
+    for start in range(0, query.shape[dim], step):
+        piece = query.narrow(dim, start, min(step, query.shape[dim] - start)).to(dtype)
+        rows = slice(start, start + step) if dim == 0 else slice(None)
+        scores = piece @ key[rows].to(dtype).transpose(-1, -2) * scale
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        if seen is not None:
+            part = seen if dim == 0 else seen.narrow(2, start, piece.shape[2])
+            scores = scores.masked_fill(~part, -torch.inf)
+        total = scores.logsumexp(-1)
+        found.append((scores - total[..., None]).exp() @ value[rows].to(dtype))
+        totals.append(total)
+    return torch.cat(found, dim), torch.cat(totals, dim)

@@ -1,0 +1,124 @@
+"""What rows are given of a model's state after the ids they share: copies, or the state itself."""
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext import _compat
+
+# Where keys carry the ones that were lent, for `attention` to find them.
+_LENT = "_captum_llm_ext_lent"
+
+
+@dataclass
+class Loan:
+    """Keys and values ``(1, n_heads, n, size)`` that go before new ones, and whether they did."""
+
+    keys: Tensor
+    values: Tensor
+    was_used: bool = False
+
+
+def copies(state: Any, n: int | None = None) -> Any:
+    """A state of the model for `n` rows from that of one; without a number, for that one.
+
+    Keys and values of plain layers are never changed in place: they are seen, not copied.
+    """
+    if state is None:
+        return None
+    kinds = _compat.growing_layers()
+    if not _compat.is_list_of_layers(state):
+        kinds = ()
+    if not kinds:
+        state = copy.deepcopy(state)
+        if n is not None:
+            state.reorder_cache(torch.zeros(n, dtype=torch.long))
+        return state
+    found = copy.copy(state)
+    found.layers = [
+        _seen(layer, n) if type(layer) in kinds else _copied(layer, n) for layer in state.layers
+    ]
+    return found
+
+
+def lent(state: Any, n: int) -> tuple[Any, list[Loan]]:
+    """The state of one row for `n` rows to read on from, without a copy of it for each.
+
+    Made for one pass within `attention.merged`: keys then come with those that were lent.
+
+    Returns:
+        The state, and a list that the pass fills: of all that was lent, and whether it was used.
+
+    Raises:
+        NotImplementedError: If no layer of the state can be lent.
+    """
+    kinds = _compat.growing_layers()
+    if not _compat.is_list_of_layers(state) or not any(type(x) in kinds for x in state.layers):
+        raise NotImplementedError(f"the layers of a {type(state).__name__} cannot be lent")
+    found, loans = copy.copy(state), list[Loan]()
+    found.layers = [
+        _lent_layer(layer, n, loans) if type(layer) in kinds else _copied(layer, n)
+        for layer in state.layers
+    ]
+    return found, loans
+
+
+def lent_to(keys: Tensor) -> Loan | None:
+    """What goes before these keys; None if nothing does."""
+    return getattr(keys, _LENT, None)
+
+
+def _seen(layer: Any, n: int | None) -> Any:
+    found = _with_own_dicts(layer, n)
+    if n is not None and isinstance(layer.keys, Tensor) and layer.keys.dim() == 4:
+        found.keys = layer.keys.expand(n, -1, -1, -1)
+        found.values = layer.values.expand(n, -1, -1, -1)
+    return found
+
+
+def _copied(layer: Any, n: int | None) -> Any:
+    layer = copy.deepcopy(layer)
+    if n is not None:
+        layer.reorder_cache(torch.zeros(n, dtype=torch.long))
+    return layer
+
+
+def _lent_layer(layer: Any, n: int, loans: list[Loan]) -> Any:
+    if not isinstance(layer.keys, Tensor) or layer.keys.dim() != 4:
+        return _copied(layer, n)
+    found = _with_own_dicts(layer, n)
+    found.__class__ = _lending(type(layer))
+    found.loans = loans
+    return found
+
+
+def _with_own_dicts(layer: Any, n: int | None) -> Any:
+    """A shallow copy; recurrent states, which layers keep in dicts and change in place, are own."""
+    found = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(found, name, {k: _own(v, n) for k, v in value.items()})
+    return found
+
+
+def _own(value: Any, n: int | None) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if n is None else value.repeat_interleave(n, 0)
+
+
+@cache
+def _lending(kind: type[Any]) -> type[Any]:
+    """The kind of layer that keeps what it has for itself and sends it along with new keys."""
+
+    def update(self: Any, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
+        loan = Loan(self.keys, self.values)
+        self.loans.append(loan)
+        setattr(keys, _LENT, loan)
+        return keys, values
+
+    return type(f"Lent{kind.__name__}", (kind,), {"update": update})
