@@ -192,6 +192,13 @@ def couples_rows(model: nn.Module) -> bool:
     return bool(getattr(settings, "load_in_8bit", False))
 
 
+def half_precision(model: nn.Module) -> str | None:
+    """Name of the half precision that the model computes in, or None."""
+    half = (torch.bfloat16, torch.float16)
+    found = (p.dtype for p in model.parameters() if p.dtype in half)
+    return next((str(dtype).removeprefix("torch.") for dtype in found), None)
+
+
 def has_eager_attention(model: nn.Module) -> bool:
     """Whether the model makes all attention scores of a layer at once."""
     return getattr(text_config(model), "_attn_implementation", None) == "eager"

@@ -389,7 +389,7 @@ class GenerationAttribution(LLMAttribution):
             levels=prompt.levels,
             output_pieces=generated.pieces,
             design=_design(game, outcome),
-            provenance=self._provenance(game, outcome, gen_args),
+            provenance=self._provenance(game, outcome, gen_args) | self._precision(game),
         )
 
     def _provenance(
@@ -421,6 +421,14 @@ class GenerationAttribution(LLMAttribution):
             "versions": _compat.versions(),
             "command": command_line(),
         }
+
+    def _precision(self, game: Game) -> dict[str, Any]:
+        """What a reader must know of the arithmetic."""
+        floor = game.run.scorer.noise_floor(game.full_row, game.target)
+        told: dict[str, Any] = {"noise_floor": None if floor is None else floor.tolist()}
+        if _compat.couples_rows(self.model):
+            told["batching"] = "one row at a time: LLM.int8 couples the rows of a batch"
+        return told
 
     def _result_dtype(self) -> torch.dtype:
         parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)

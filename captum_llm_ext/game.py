@@ -170,6 +170,15 @@ class Game:
             self._tell(run.callback, [prompt.ids for prompt in prompts], rows, values)
         return values.prod(1, keepdim=True) if self._is_joint else values
 
+    @property
+    def full_row(self) -> TokenRow:
+        """What the model reads where everything is present."""
+        prompt = self.run.full
+        every = torch.ones(1, self.generated.n_features, dtype=torch.bool)
+        generator = torch.Generator().manual_seed(0)  # nothing is absent, nothing is drawn
+        (text,) = self.generated.render([prompt.ids], every, generator, torch.zeros(1).long())
+        return TokenRow(*text, prompt.extras, prompt.key)
+
     def with_last_feature(self, tensor: Tensor, value: float) -> Tensor:
         """Puts back the column of the last generated feature, which is no player."""
         missing = self.run.prompt.n_features + self.generated.n_features - tensor.shape[1]

@@ -29,7 +29,7 @@ class ExportedResult(DrawnResult):
         full_values: Tensor
         empty_values: Tensor
 
-        def to_dict(self) -> dict[str, Any]: ...  # noqa: D102
+        def to_dict(self) -> dict[str, Any]: ...
         @property
         def _column_names(self) -> list[str]: ...
 

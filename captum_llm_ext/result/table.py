@@ -30,11 +30,14 @@ def table(
     longest = max(map(columns, names))
     room = None if width is None else max(width - longest - len(_ARROW), _LEAST_ROOM)
     lines = _wrapped([repr(result)], width)
-    for name, causes in zip(names, result.top(k), strict=True):
+    floor = result.noise_floor
+    floors = [0.0] * len(names) if floor is None else floor.tolist()
+    for name, floor, causes in zip(names, floors, result.top(k), strict=True):
         telling = [
             cause
             for cause in causes
             if abs(cause.attribution) >= least
+            and abs(cause.attribution) > floor
             and not abs(cause.attribution) < 1.96 * cause.standard_error
         ]
         told = _told(telling, room, show) or show(_NOTHING, "nothing")
@@ -99,6 +102,12 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
             f"{a.strip()!r} and {b.strip()!r} say the same ({token})."
             for (a, b), token in list(said.items())[:_MOST_REMARKS]
         ]
+    hidden = result.below_noise & (result.full_attr != 0)
+    if result.noise_floor is not None and bool(hidden.any()):
+        remarks.append(
+            f"{int(hidden.sum())} attributions are no larger than what rounding does to a value "
+            f"(up to {float(result.noise_floor.max()):.2g}): see `below_noise`."
+        )
     if result.converged is False:
         remarks.append("`tol` was not met: see the standard errors.")
     return remarks

@@ -16,6 +16,7 @@ from captum_llm_ext.scoring import memory
 from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.memory import Memory
+from captum_llm_ext.scoring.noise import noise_floor
 from captum_llm_ext.scoring.passes import Passes, as_found, rounding
 from captum_llm_ext.scoring.plan import Branch, plan
 from captum_llm_ext.scoring.processes import Processes
@@ -172,6 +173,26 @@ class Scorer:
             if not self._causal(rows[0]):
                 return self._values_step_by_step(rows, target)
             return self._values(rows, target)
+
+    def noise_floor(self, row: TokenRow, target: Tensor) -> Tensor | None:
+        """How far apart values of one row are that differ in the shape of their batch alone.
+
+        Args:
+            row: The row of the whole text.
+            target: Token ids, shape ``(n_target,)``.
+
+        Returns:
+            Shape ``(n_target,)``, float64, in the unit of the values; None for models in float32 or
+            better, which have none worth telling, and for those that see one row at a time.
+        """
+        if _compat.half_precision(self.model) is None or _compat.couples_rows(self.model):
+            return None
+        most = 1 if row.extras is not None else self._max_rows
+        with as_found(self.model):
+            if not self._causal(row):
+                return None
+            reads_on = self._reuse and self._compared > 0
+            return noise_floor(self._passes, row, target, most_rows=most, reads_on=reads_on)
 
     def _values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
         digests = [digest(row, target) for row in rows]
