@@ -25,7 +25,7 @@ from captum_llm_ext.coalition_game import CoalitionGame
 from captum_llm_ext.dataset import DatasetReport, attribute_dataset
 from captum_llm_ext.demo import load_demo
 from captum_llm_ext.inputs import ChatInput, TextSegmentInput
-from captum_llm_ext.methods import FeatureInclusion, PartitionShap
+from captum_llm_ext.methods import FeatureInclusion, HierarchicalAblation, PartitionShap
 from captum_llm_ext.result import (
     Cause,
     GenerationAttributionResult,
@@ -50,6 +50,7 @@ __all__ = [
     "FixedTexts",
     "GenerationAttribution",
     "GenerationAttributionResult",
+    "HierarchicalAblation",
     "Infilling",
     "Match",
     "PartitionShap",

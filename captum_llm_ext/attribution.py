@@ -405,6 +405,7 @@ class GenerationAttribution(LLMAttribution):
             "converged": outcome.converged,
             "attr_target": target if isinstance(target, str) else _name_of(target),
             "unit": game.run.prompt.unit_name,
+            "rule": getattr(self.attr_method, "rule", None),
             "seed": game.run.seed,
             "n_coalitions": len(outcome.plan.masks),
             "n_evaluations": game.run.scorer.n_evaluations,

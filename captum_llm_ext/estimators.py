@@ -19,7 +19,15 @@ from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.coalitions import Plan, Scope, Solution
 from captum_llm_ext.coalitions.hierarchy import Tree
 from captum_llm_ext.coalitions.plans import MOST_EXACT_FEATURES
-from captum_llm_ext.methods import FeatureInclusion, PartitionShap, Unfold, partition
+from captum_llm_ext.coalitions.search import solve_search
+from captum_llm_ext.methods import (
+    FeatureInclusion,
+    HierarchicalAblation,
+    PartitionShap,
+    Unfold,
+    partition,
+    searching,
+)
 
 _MAX_DRAWS = 8
 _ROWS_WORTH_REPEATING = 1024
@@ -85,7 +93,7 @@ def is_known(method: PerturbationAttribution) -> bool:
     """
     if type(method) is Lime:
         return _compat.lime_settings(method) is not None
-    ours = (FeatureInclusion, PartitionShap)
+    ours = (FeatureInclusion, HierarchicalAblation, PartitionShap)
     return type(method) in (FeatureAblation, KernelShap, ShapleyValues, ShapleyValueSampling, *ours)
 
 
@@ -106,7 +114,8 @@ def estimator(
         budget: What may be spent.
         deterministic: Whether a coalition renders the same every time. If not, methods that
             enumerate repeat with fresh draws while that is cheap (at most 8 times).
-        tree: The nesting of all features, for `PartitionShap`.
+        tree: The nesting of all features for `PartitionShap`, of the prompt's for
+            `HierarchicalAblation`.
         held: Columns that some target requires.
 
     Raises:
@@ -122,6 +131,8 @@ def estimator(
     if type(method) is FeatureInclusion:
         _refuse(budget.n_samples is not None, "n_samples", "FeatureInclusion", "n_draws")
         return _only_one_in(n_features, budget, deterministic, held)
+    if type(method) is HierarchicalAblation:
+        return _hierarchical(method, n_features, budget, deterministic, tree)
     if type(method) is PartitionShap:
         return _partition(method, n_features, budget, deterministic, tree, held)
     if type(method) is ShapleyValues:
@@ -166,6 +177,24 @@ def _only_one_in(
         coalitions.solve_only_one_in,
         not deterministic,
         tells_error=common,
+    )
+
+
+def _hierarchical(
+    method: HierarchicalAblation,
+    n_features: int,
+    budget: Budget,
+    deterministic: bool,
+    tree: Tree,
+) -> Estimator:
+    n_draws = _n_draws(n_features, budget, deterministic)
+    return Estimator(
+        "hierarchical search",
+        lambda _: coalitions.plan_leave_one_out(n_features),
+        partial(solve_search, tree=tree),
+        estimate=True,
+        unfold=searching(tree, n_features, method.share, budget.n_samples, n_draws),
+        options={"tree": tree},
     )
 
 

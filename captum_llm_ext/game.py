@@ -15,7 +15,13 @@ from captum_llm_ext.coalitions.hierarchy import Tree
 from captum_llm_ext.driven import attribute_with
 from captum_llm_ext.estimators import Budget, Estimator, estimator, is_known
 from captum_llm_ext.inputs import GeneratedText, Prompt
-from captum_llm_ext.methods import PartitionShap, Unfold, nesting
+from captum_llm_ext.methods import (
+    HierarchicalAblation,
+    PartitionShap,
+    Unfold,
+    nesting,
+    tree_of_prompt,
+)
 from captum_llm_ext.scoring import Scorer, TokenRow
 from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.segment import Unit
@@ -246,7 +252,7 @@ def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
         game.n_features,
         effort.budget,
         deterministic=game.deterministic,
-        tree=game.tree(method.hierarchy) if isinstance(method, PartitionShap) else (),
+        tree=_tree(game, method),
         held=game.held,
     )
     if chosen.unfold is not None:
@@ -254,12 +260,21 @@ def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
     return _sample(game, chosen, effort)
 
 
+def _tree(game: Game, method: PerturbationAttribution) -> Tree:
+    if isinstance(method, PartitionShap):
+        return game.tree(method.hierarchy)
+    if isinstance(method, HierarchicalAblation):
+        prompt = game.run.prompt
+        return tree_of_prompt(prompt.n_features, [level.part_of for level in prompt.levels])
+    return ()
+
+
 def _unfold(game: Game, method: Estimator, unfold: Unfold, effort: Effort) -> Outcome:
     """Scores what the values found so far say is worth it."""
     if effort.tol is not None or effort.num_trials > 1:
         raise ValueError(
-            '`tol` and `num_trials` have no meaning: `scheme="splits"` spends `n_samples` where it '
-            'tells most. Use `scheme="orders"`, or more `n_samples`.'
+            f"`tol` and `num_trials` have no meaning for {method.name}, where the values decide "
+            "what is scored next: leave them out, or give more `n_samples` or `n_draws`."
         )
     anchors = _anchors(game)
     seed = int(torch.randint(2**62, (), generator=game.run.generator))

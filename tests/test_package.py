@@ -25,6 +25,7 @@ PUBLIC = {
     "FixedTexts",
     "GenerationAttribution",
     "GenerationAttributionResult",
+    "HierarchicalAblation",
     "Infilling",
     "Match",
     "PartitionShap",

@@ -143,7 +143,8 @@ function effectsOf(view) {
   return column === null ? null : columnOver(answer, column);
 }
 
-const floor = known(data.noise_floor ?? (data.provenance || {}).noise_floor);
+/* One per token in results; the largest is safe for all. */
+const floor = Math.max(0, ...[data.noise_floor ?? (data.provenance || {}).noise_floor].flat().map(known).filter(Number.isFinite));
 const within = (series, i) => Math.abs(series.value[i]) < 1.96 * series.error[i];
 /* Below what the model's own arithmetic adds; that of a sum grows with the root of its terms. */
 const isNoise = (series, i) => Math.abs(series.value[i]) < floor * Math.sqrt(series.count);

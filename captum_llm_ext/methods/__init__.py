@@ -1,6 +1,20 @@
 """Attribution methods that captum does not have, in captum's form: for models and plain tensors."""
 
 from captum_llm_ext.methods.feature_inclusion import FeatureInclusion
+from captum_llm_ext.methods.hierarchical_ablation import (
+    HierarchicalAblation,
+    searching,
+    tree_of_prompt,
+)
 from captum_llm_ext.methods.partition_shap import PartitionShap, Unfold, nesting, partition
 
-__all__ = ["FeatureInclusion", "PartitionShap", "Unfold", "nesting", "partition"]
+__all__ = [
+    "FeatureInclusion",
+    "HierarchicalAblation",
+    "PartitionShap",
+    "Unfold",
+    "nesting",
+    "partition",
+    "searching",
+    "tree_of_prompt",
+]

@@ -14,6 +14,7 @@ from torch import Tensor
 from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.coalitions import Plan, Scope, Solution
 from captum_llm_ext.coalitions.hierarchy import as_tree, binary, solve_nested_orders
+from captum_llm_ext.coalitions.search import solve_search, unopened
 from captum_llm_ext.coalitions.splits import Unresolved, solve_splits, unresolved
 from captum_llm_ext.methods import FeatureInclusion, PartitionShap, nesting
 
@@ -59,7 +60,9 @@ class Design:
         design = cls(**data)
         options = dict(design.options)
         if "tree" in options:
-            options["tree"] = as_tree(options["tree"], design.n_features)
+            is_of_prompt = design.solved == "hierarchical search"
+            n_nested = 1 + max(design.columns) if is_of_prompt else design.n_features
+            options["tree"] = as_tree(options["tree"], n_nested)
         return replace(design, options=options)
 
     @property
@@ -153,10 +156,13 @@ class Evidence:
 
     def unresolved(self) -> list[Unresolved]:
         """Groups of features that were not told apart, see `splits.unresolved`."""
-        if SOLVERS.get(self.design.solved) is not solve_splits:
+        find = {solve_splits: unresolved, solve_search: unopened}.get(
+            SOLVERS.get(self.design.solved, solve_splits)
+        )
+        if find is None or self.design.solved not in SOLVERS:
             return []
         values = self.values.double().cpu()
-        return unresolved(self.plan, values, self.scope, tree=self.design.options["tree"])
+        return find(self.plan, values, self.scope, tree=self.design.options["tree"])
 
     def additivity(self) -> Tensor:
         """R² of attributions that add up, per target; NaN where the coalitions do not tell."""
@@ -268,6 +274,8 @@ class Evidence:
 
     def _partition(self, method: PartitionShap, levels: Sequence[Sequence[int]]) -> "Evidence":
         planned, known = self.design.planned, self.design.options.get("tree")
+        if planned == "hierarchical search":  # it nests the prompt's features alone
+            known = None
         tree = known
         if method.hierarchy is not None or tree is None:
             n_prompt, n_features = 1 + max(self.design.columns), self.design.n_features
@@ -340,6 +348,7 @@ SOLVERS: dict[str, Callable[..., Solution]] = {
     "nested orders": _solve_nested,
     "exact Owen values": solve_splits,
     "best-first splits": solve_splits,
+    "hierarchical search": solve_search,
 }
 
 

@@ -271,7 +271,8 @@ class GenerationAttributionResult(ExportedResult):
 
     @property
     def unresolved(self) -> "list[UnresolvedGroup]":
-        """Groups that `PartitionShap` did not tell apart within its budget, the largest first."""
+        """Groups that were not told apart, the largest first: by `PartitionShap` within its budget,
+        or because `HierarchicalAblation` did not open them. Their features share evenly."""
         if self.design is None:
             return []
         found: list[UnresolvedGroup] = []

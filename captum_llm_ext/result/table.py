@@ -88,7 +88,7 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
         share = total / float(result.full_attr.abs().sum() or 1)
         remarks.append(
             f"{len(groups)} groups were not told apart and share {share:.0%} of all "
-            "attributions evenly: see `unresolved`, or give more `n_samples`."
+            f"attributions evenly: see `unresolved`, or {_more(result)}."
         )
     # Where every coalition was scored, it costs nothing to look.
     if result.design is not None and result.design.planned == "exact":
@@ -111,6 +111,12 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
     if result.converged is False:
         remarks.append("`tol` was not met: see the standard errors.")
     return remarks
+
+
+def _more(result: "GenerationAttributionResult") -> str:
+    """What would tell more groups apart."""
+    is_search = result.design is not None and result.design.solved == "hierarchical search"
+    return "give a smaller `share`" if is_search else "give more `n_samples`"
 
 
 def _plain(text: str, _: str) -> str:

@@ -1,0 +1,83 @@
+"""`HierarchicalAblation`: leave-one-out that looks closer only where it matters."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from captum.attr import FeatureAblation
+from torch import Tensor
+
+from captum_llm_ext.coalitions import Plan, Scope
+from captum_llm_ext.coalitions.hierarchy import Tree, tree_of_levels
+from captum_llm_ext.coalitions.search import search
+
+
+class HierarchicalAblation(FeatureAblation):
+    """`FeatureAblation` for long contexts: words are taken out only in the parts that matter.
+
+    The parts of the input's coarsest level are taken out first, one at a time (``unit=("paragraph",
+    "sentence", "word")``); then the next finer parts of those whose loss changes the value of some
+    target token by at least `share` of the largest change found, and so on. Earlier output is
+    always taken out feature by feature. What was not opened is in `result.unresolved`; its features
+    share evenly what is lost with the whole. Features that were taken out alone have the values of
+    `FeatureAblation`, which stays the exact answer: a part in which two features cancel, or whose
+    loss other parts make up for, is not opened.
+
+    A method of its own, as `PartitionShap` is, because it finds something else than
+    `FeatureAblation`: a result then says by its method that not all was looked at.
+
+    Args:
+        forward_func: The model, or any forward that captum's methods take. Over plain tensors,
+            which have no nesting, this is `FeatureAblation`.
+        share: From 0, where everything is opened, to 1.
+
+    Raises:
+        ValueError: If `share` is out of range.
+    """
+
+    def __init__(self, forward_func: Callable[..., Any], share: float = 0.05) -> None:
+        super().__init__(forward_func)
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(
+                f"`share` is {share!r}: give the part of the largest change that is worth a closer "
+                "look, from 0 (everything) to 1, such as 0.05."
+            )
+        self.share = float(share)
+
+    @property
+    def rule(self) -> str:
+        """What is opened, in words."""
+        return (
+            "a part is opened where taking it out changes a target token's value by at least "
+            f"{self.share:.3g} of the largest change found"
+        )
+
+
+def tree_of_prompt(n_prompt: int, levels: Sequence[Sequence[int]]) -> Tree:
+    """The nesting of the prompt's features.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not levels:
+        raise ValueError(
+            "the features of this input lie in no coarser parts, and there is nothing to search: "
+            'give a nesting, such as `unit=("paragraph", "sentence", "word")`, or use '
+            "`FeatureAblation`."
+        )
+    return tree_of_levels(n_prompt, levels)
+
+
+def searching(
+    tree: Tree, n_features: int, share: float, n_evaluations: int | None, n_draws: int
+) -> Callable[[Callable[[Plan], Tensor], Scope], tuple[Plan, Tensor]]:
+    """What `estimators` wants of a method whose values decide what is scored next."""
+    return partial(
+        _search, tree, n_features, share=share, n_evaluations=n_evaluations, n_draws=n_draws
+    )
+
+
+def _search(
+    tree: Tree, n_features: int, score: Callable[[Plan], Tensor], scope: Scope, **settings: Any
+) -> tuple[Plan, Tensor]:
+    return search(score, tree, n_features, scope, **settings)
