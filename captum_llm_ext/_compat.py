@@ -245,7 +245,7 @@ def model_description(model: nn.Module) -> str:
     # How it is stored, loaded or run is no part of what it is.
     moving = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
     kept = {k: v for k, v in settings.items() if k not in moving and "distributed" not in k}
-    content = repr(sorted(kept.items(), key=lambda item: item[0]))
+    content = repr([(name, kept[name]) for name in sorted(kept)])
     digest = blake2b(content.encode(), digest_size=4).hexdigest()
     return f"{type(_inner(model)).__name__} {dtype} {digest}"
 
@@ -324,7 +324,8 @@ def process_store(name: str) -> Any:
     """
     from torch.distributed import distributed_c10d
 
-    return torch.distributed.PrefixStore(name, distributed_c10d._get_default_store())  # pyright: ignore[reportPrivateUsage]
+    distributed: Any = distributed_c10d
+    return distributed.PrefixStore(name, distributed._get_default_store())
 
 
 def process_timeout() -> float:

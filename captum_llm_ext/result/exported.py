@@ -29,7 +29,7 @@ class ExportedResult(DrawnResult):
         full_values: Tensor
         empty_values: Tensor
 
-        def to_dict(self) -> dict[str, Any]: ...
+        def to_dict(self) -> dict[str, Any]: ...  # noqa: D102
         @property
         def _column_names(self) -> list[str]: ...
 

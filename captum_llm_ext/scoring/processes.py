@@ -37,9 +37,14 @@ class Accelerator(Protocol):
     """What is used of accelerate's `Accelerator` (its `PartialState` has it as well)."""
 
     @property
-    def num_processes(self) -> int: ...
+    def num_processes(self) -> int:
+        """How many there are."""
+        ...
+
     @property
-    def process_index(self) -> int: ...
+    def process_index(self) -> int:
+        """Which of them this is."""
+        ...
 
 
 class Processes:
@@ -63,7 +68,7 @@ class Processes:
     ) -> None:
         self.ranks = tuple(ranks)
         self._replicas = [tuple(r) for r in replicas or [[rank] for rank in ranks]]
-        self.rank = _compat.process_rank() if len(self.ranks) > 1 else self.ranks[0]
+        self.rank = _compat.process_rank() if self.are_many else ranks[0]
         self._own = next(i for i, ranks in enumerate(self._replicas) if self.rank in ranks)
         self._store: _Store | None = None
         self._n = 0
