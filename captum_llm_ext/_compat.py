@@ -361,8 +361,17 @@ def end_token_ids(model: nn.Module) -> Any:
     return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
 
 
-def padding_for_generate(model: nn.Module) -> dict[str, Any]:
-    """What keeps ``generate`` from warning about a missing pad token."""
+def arguments_for_generate(model: nn.Module) -> dict[str, Any]:
+    """What keeps ``generate`` from warnings, and from waiting for processes that do not call it."""
+    arguments = _padding_for_generate(model)
+    if model_ranks(model):
+        # transformers 5.23 (2026) asks all processes there are whether they are through, where
+        # copies of a model are sharded. Those of one copy draw the same, and end together.
+        arguments["synced_gpus"] = False
+    return arguments
+
+
+def _padding_for_generate(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "generation_config", None)
     if config is None or getattr(config, "pad_token_id", None) is not None:
         return {}

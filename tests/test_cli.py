@@ -472,7 +472,7 @@ def test_without_a_command_there_is_help(capsys):
 def test_ctrl_c_ends_a_run_cleanly():
     command = [sys.executable, "-m", "captum_llm_ext", *ATTRIBUTE, "--method", "sampling"]
     process = subprocess.Popen(
-        [*command, "--n-samples", "100000"], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        [*command, "--n-samples", "5000"], stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         told = b""

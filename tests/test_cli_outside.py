@@ -42,6 +42,7 @@ def desk(tmp_path_factory):
     (at / "letters.txt").write_text("\n".join(texts[:200]), encoding="utf-8")
     chat = [{"role": "user", "content": "Dave lives in Palm Coast, FL. He is a lawyer."}]
     (at / "chat.json").write_text(json.dumps(chat), encoding="utf-8")
+    (at / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}), encoding="utf-8")
     for name in ("dave", "deleted", "corpus"):
         baselines = "delete" if name == "deleted" else "corpus:demo"
         quick = ["--model", "demo", "--quiet", "--method", "ablation", "--max-new-tokens", "12"]

@@ -1,6 +1,5 @@
 """Answers without another model call, against attributions that did call it."""
 
-import json
 import warnings
 from types import SimpleNamespace
 
@@ -391,27 +390,6 @@ def test_values_that_do_not_tell_others_are_refused(model, tokenizer):
 
 
 # Files, stopping, printing
-
-
-def test_results_of_the_first_format_are_still_read(model, tokenizer, tmp_path):
-    from safetensors.torch import load_file, safe_open, save_file
-
-    result = attribute(model, tokenizer, KernelShap)
-    path = tmp_path / "result.safetensors"
-    result.save(path)
-    with safe_open(path, framework="pt") as file:
-        rest = json.loads(file.metadata()["captum_llm_ext"])
-    assert rest.pop("format") == 2
-    del rest["design"]
-    metadata = {"captum_llm_ext": json.dumps({"format": 1, **rest})}
-    save_file(load_file(path), path, metadata=metadata)
-    old = GenerationAttributionResult.load(path)
-    assert torch.equal(old.full_attr, result.full_attr)
-    assert str(old) == str(result)
-    assert old.unresolved == []
-    for call in (old.refit, lambda: old.attribute_span(0)):
-        with pytest.raises(ValueError, match="written by an earlier version"):
-            call()
 
 
 def test_a_result_says_whether_it_converged(model, tokenizer, tmp_path):

@@ -131,7 +131,7 @@ class Scorer:
     def _generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
         ids = torch.tensor([row.ids], device=self.device)
         arguments = {**self._passes.extras(row, 0), "attention_mask": torch.ones_like(ids)}
-        arguments |= _compat.padding_for_generate(self.model) | dict(gen_args)
+        arguments |= _compat.arguments_for_generate(self.model) | dict(gen_args)
         devices = [self.device] if self.device.type == "cuda" else []
         generate = cast(Callable[..., Any], self.model.generate)
         with as_found(self.model), torch.random.fork_rng(devices):

@@ -1,0 +1,251 @@
+"""What tests of several processes run on each: ``torchrun … tests/ranks.py WHAT OUT``."""
+
+import faulthandler
+import inspect
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import tiny
+import torch
+from accelerate import Accelerator
+from captum.attr import (
+    FeatureAblation,
+    FeaturePermutation,
+    KernelShap,
+    Lime,
+    ShapleyValues,
+    ShapleyValueSampling,
+)
+
+from captum_llm_ext import (
+    FeatureInclusion,
+    GenerationAttribution,
+    PartitionShap,
+    TextSegmentInput,
+    attribute_dataset,
+)
+from captum_llm_ext.scoring import processes
+
+PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
+# Name: method, features, arguments of ``attribute``.
+CASES = {
+    "FeatureAblation": (FeatureAblation, "token", {}),
+    "FeatureInclusion": (FeatureInclusion, "word", {}),
+    "exact": (ShapleyValues, [(0, 14), (14, 28), (28, 45), (45, 76)], {"output_unit": None}),
+    "ShapleyValueSampling": (ShapleyValueSampling, "word", {"n_samples": 8, "num_trials": 2}),
+    "KernelShap": (KernelShap, "word", {"n_samples": 90}),
+    "Lime": (Lime, "word", {"n_samples": 90}),
+    "nested orders": (PartitionShap, ("sentence", "word"), {"n_samples": 90}),
+    "splits": (
+        lambda model: PartitionShap(model, scheme="splits"),
+        ("sentence", "word"),
+        {"n_samples": 40, "output_unit": None},
+    ),
+    "rounds": (KernelShap, "word", {"n_samples": 60, "tol": 0.02, "max_evaluations": 200}),
+    "of captum": (FeaturePermutation, "word", {"output_unit": None}),
+}
+SAMPLED = {"max_new_tokens": 5, "do_sample": True, "temperature": 1.3}
+ANSWER = " golf, chess and"
+
+
+def make(seed=0):
+    tokenizer = tiny.byte_level()
+    return tiny.llama(len(tokenizer), seed=seed), tokenizer
+
+
+def attribute(model, tokenizer, name, accelerator=None, **more):
+    method, unit, arguments = CASES[name]
+    inp = TextSegmentInput(PROMPT, tokenizer, unit, baselines=None)
+    attribution = GenerationAttribution(method(model), tokenizer, accelerator=accelerator)
+    arguments = {"target": ANSWER, "perturbations_per_eval": 4, **arguments, **more}
+    if arguments.get("target") is None:
+        arguments["gen_args"] = SAMPLED
+    return attribution.attribute(inp, **arguments)
+
+
+def numbers(result):
+    return {
+        "masks": result.masks,
+        "values": result.values,
+        "target": result.target,
+        "full_attr": result.full_attr,
+        "seq_attr": result.seq_attr,
+        "n": result.n_evaluations,
+        "rows": result.provenance["rows_by_process"],
+    }
+
+
+def all_cases(accelerator=None):
+    """Every method, and a generated target, as tensors."""
+    model, tokenizer = make()
+    found = {name: numbers(attribute(model, tokenizer, name, accelerator)) for name in CASES}
+    found["generated"] = numbers(
+        attribute(model, tokenizer, "ShapleyValueSampling", accelerator, target=None)
+    )
+    return found
+
+
+def replace_forward(model, before):
+    """Has a function called with the number of rows before every pass."""
+    forward = type(model).forward.__get__(model)
+
+    def replaced(*args, **arguments):
+        before(len(arguments["input_ids"]))
+        return forward(*args, **arguments)
+
+    replaced.__signature__ = inspect.signature(forward)
+    model.forward = replaced
+
+
+def failures(accelerator):
+    """What comes of errors, of too little memory, of unequal arguments, on every process."""
+    found = {}
+    rank = accelerator.process_index
+    is_last = rank == accelerator.num_processes - 1
+    model, tokenizer = make()
+    calls = []
+
+    def fail(n_rows):
+        calls.append(n_rows)
+        time.sleep(0.01)
+        if is_last and len(calls) == 4:
+            raise KeyError("broken here")
+
+    replace_forward(model, fail)
+    began = time.monotonic()
+    try:
+        attribute(model, tokenizer, "KernelShap", accelerator)
+    except KeyError as error:
+        found["raised"] = [repr(error), *error.__notes__]
+    found["seconds"] = time.monotonic() - began
+
+    def short_of_memory(n_rows):
+        time.sleep(0.005)
+        if is_last and n_rows > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    replace_forward(model, short_of_memory)
+    found["memory"] = numbers(
+        attribute(model, tokenizer, "KernelShap", accelerator, perturbations_per_eval=16)
+    )
+    model, tokenizer = make()
+    for name, more in (("seed", {"seed": rank}), ("argument", {"n_samples": -is_last or 9})):
+        try:
+            attribute(model, tokenizer, "KernelShap", accelerator, **more)
+        except ValueError as error:
+            found[name] = str(error)
+    found["afterwards"] = numbers(attribute(model, tokenizer, "KernelShap", accelerator))
+    return found
+
+
+def tensor_parallel(accelerator, folder):
+    """A model held together by two processes, once or twice."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    n = accelerator.num_processes
+    config = DistributedConfig(tp_size=2, dp_replicate_size=n // 2 if n > 2 else None)
+    model = LlamaForCausalLM.from_pretrained(folder / "model", distributed_config=config).eval()
+    tokenizer = tiny.byte_level()
+    found = {
+        name: numbers(attribute(model, tokenizer, name, accelerator))
+        for name in ("FeatureAblation", "KernelShap")
+    }
+    found["generated"] = numbers(
+        attribute(model, tokenizer, "ShapleyValueSampling", accelerator, target=None)
+    )
+    return found
+
+
+def records(n):
+    return [
+        {"prompt": f"Dave {i} lives in Palm Coast.", "target": " golf and chess"} for i in range(n)
+    ]
+
+
+def dataset(accelerator, folder):
+    model, tokenizer = make()
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    broken = [*records(20)[:7], {"prompt": ""}, *records(20)[7:]]
+    out = folder / "results"
+    reports = [
+        attribute_dataset(broken, attribution, out, accelerator=accelerator) for _ in range(2)
+    ]
+    return [[r.n_written, r.n_skipped, r.failures] for r in reports]
+
+
+def slowed(seconds=0.004):
+    model, tokenizer = make()
+    replace_forward(model, lambda n_rows: time.sleep(seconds))
+    return model, tokenizer
+
+
+def together(folder):
+    """What needs no process of its own."""
+    accelerator = Accelerator(cpu=True)
+    found = {"cases": all_cases(accelerator), "failures": failures(accelerator)}
+    found["dataset"] = dataset(accelerator, folder)
+    n = accelerator.num_processes
+    checkpoint = folder / f"half {n}.safetensors"
+    model, tokenizer = slowed()
+    found["resumed"] = numbers(
+        attribute(model, tokenizer, "KernelShap", accelerator, checkpoint=checkpoint)
+    )
+    found["sharded"] = tensor_parallel(accelerator, folder)
+    torch.save(found, folder / f"{n}.{accelerator.process_index}.pt")
+
+
+def raising(folder):
+    accelerator = Accelerator(cpu=True)
+    model, tokenizer = make()
+
+    def fail(n_rows):
+        if accelerator.process_index == 1:
+            raise ZeroDivisionError("no luck")
+        time.sleep(0.05)
+
+    replace_forward(model, fail)
+    attribute(model, tokenizer, "KernelShap", accelerator)
+
+
+def killed(folder):
+    """One process is gone in the middle, and nothing like torchrun looks after the other."""
+    processes._SILENCE = 3.0
+    accelerator = Accelerator(cpu=True)
+    model, tokenizer = make()
+
+    def die(n_rows):
+        time.sleep(0.02)
+        if accelerator.process_index == int(os.environ["DIES"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    replace_forward(model, die)
+    try:
+        attribute(model, tokenizer, "KernelShap", accelerator)
+    except RuntimeError as error:
+        print(error, flush=True)
+        os._exit(3)  # torch waits for its lost process group when it is taken down
+
+
+def long_run(folder):
+    """A run that takes seconds, to be killed; says how many passes it took."""
+    model, tokenizer = make()
+    passes = []
+
+    def wait(n_rows):
+        passes.append(n_rows)
+        time.sleep(0.02)
+
+    replace_forward(model, wait)
+    name = folder / "long.safetensors"
+    result = attribute(model, tokenizer, "ShapleyValueSampling", n_samples=60, checkpoint=name)
+    torch.save({**numbers(result), "passes": len(passes)}, folder / "long.pt")
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(150, exit=True)  # what hangs tells where
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,309 @@
+"""Several processes, real ones with gloo: the same numbers, and no process left waiting."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ranks
+import tiny
+import torch
+from captum.attr import FeatureAblation
+from test_reuse import make_rows
+
+from captum_llm_ext import GenerationAttribution
+from captum_llm_ext.scoring import Scorer, scorer
+from captum_llm_ext.scoring.plan import plan
+from captum_llm_ext.scoring.shares import shares
+
+pytestmark = pytest.mark.processes
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+each_number = pytest.mark.parametrize("n", [2, 4])
+
+
+def torchrun(n, what, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={n}", str(ROOT / "tests/ranks.py"), what, str(folder)]
+    return subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+def start(what, folder, **environment):
+    command = [sys.executable, str(ROOT / "tests/ranks.py"), what, str(folder)]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=ENVIRONMENT | environment, **output)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return ranks.all_cases()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    at = tmp_path_factory.mktemp("ranks")
+    ranks.make()[0].save_pretrained(at / "model")
+    for n in (2, 4):  # interrupted in the middle, in this one process
+        model, tokenizer = ranks.make()
+        passes = []
+
+        def stop(n_rows, passes=passes):
+            passes.append(n_rows)
+            if len(passes) == 12:
+                raise KeyboardInterrupt
+
+        ranks.replace_forward(model, stop)
+        with pytest.raises(KeyboardInterrupt):
+            ranks.attribute(model, tokenizer, "KernelShap", checkpoint=at / f"half {n}.safetensors")
+    return at
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """By number of processes, what each of them has."""
+    everything = {}
+    for n in (2, 4):
+        run = torchrun(n, "together", folder)
+        assert run.returncode == 0, run.stderr[-6000:]
+        everything[n] = [
+            torch.load(folder / f"{n}.{rank}.pt", weights_only=False) for rank in range(n)
+        ]
+    return everything
+
+
+def same(found, expected, tolerance=1e-6):
+    for name in ("masks", "target", "n"):
+        assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name]))
+    for name in ("values", "full_attr", "seq_attr"):
+        torch.testing.assert_close(
+            found[name], expected[name], atol=tolerance, rtol=0, equal_nan=True
+        )
+
+
+@each_number
+@pytest.mark.parametrize("case", [*ranks.CASES, "generated"])
+def test_every_process_has_the_result_of_one(found, alone, n, case):
+    for own in found[n]:
+        same(own["cases"][case], alone[case])
+
+
+@each_number
+def test_every_process_scores_a_part(found, n):
+    for own in found[n]:
+        rows = own["cases"]["FeatureAblation"]["rows"]
+        assert len(rows) == n
+        assert sum(rows) == own["cases"]["FeatureAblation"]["n"]
+        assert sum(count > 0 for count in rows) > 1
+
+
+@each_number
+def test_an_error_of_one_is_raised_on_all_within_seconds(found, n):
+    for own in found[n]:
+        message, *notes = own["failures"]["raised"]
+        assert message == "KeyError('broken here')"
+        assert any(f"rank {n - 1} of {n}" in note for note in notes)
+        assert own["failures"]["seconds"] < 20
+    foreign = "\n".join(found[n][0]["failures"]["raised"])
+    assert "in fail" in foreign  # where it was
+
+
+@each_number
+def test_memory_that_one_lacks_is_asked_less_of_by_all(found, alone, n):
+    for own in found[n]:
+        # Batches are others then, and so are last digits.
+        same(own["failures"]["memory"], alone["KernelShap"], tolerance=1e-4)
+
+
+@each_number
+def test_unequal_arguments_are_told(found, alone, n):
+    for rank, own in enumerate(found[n]):
+        assert "has other rows to score than the main one" in own["failures"]["seed"], rank
+        assert "`n_samples` is -1" in own["failures"]["argument"]
+        same(own["failures"]["afterwards"], alone["KernelShap"])
+
+
+@each_number
+def test_a_checkpoint_is_gone_on_with_by_another_number(found, alone, n):
+    for own in found[n]:
+        resumed = own["resumed"]
+        same(resumed, alone["KernelShap"])
+        assert 0 < sum(resumed["rows"]) < resumed["n"]
+
+
+@each_number
+def test_models_that_processes_hold_together(found, alone, n):
+    for own in found[n]:
+        for case in ("FeatureAblation", "KernelShap", "generated"):
+            # Sums over parts of a layer are taken in another order.
+            same(own["sharded"][case], alone[case], tolerance=2e-4)
+            assert len(own["sharded"][case]["rows"]) == n // 2
+
+
+@each_number
+def test_records_are_spread_each_once(found, folder, n):
+    for own in found[n]:
+        first, second = own["dataset"]
+        if n == 2:
+            assert first[:2] == [20, 0]
+        assert second[:2] == [0, 20]
+        [(number, error)] = second[2]
+        assert number == 7
+        assert "the prompt is empty" in error
+    names = sorted(path.name for path in (folder / "results").iterdir())
+    kinds = ["error.json" if i == 7 else "safetensors" for i in range(21)]
+    assert [name.partition("-")[0] for name in names[:-1]] == [f"{i:06d}" for i in range(21)]
+    assert [name.partition(".")[2] for name in names] == [*kinds, "json"]
+
+
+def test_an_error_ends_the_run_and_names_the_process(tmp_path):
+    began = time.monotonic()
+    run = torchrun(2, "raising", tmp_path)
+    assert run.returncode != 0
+    assert time.monotonic() - began < 60
+    assert run.stderr.count("ZeroDivisionError: no luck") >= 2  # on both
+    assert "Raised on rank 1 of 2" in run.stderr
+
+
+def test_nobody_waits_for_a_process_that_is_gone(tmp_path):
+    runs = {}
+    for dies in (0, 1):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        runs[dies] = [
+            start("killed", tmp_path, RANK=r, LOCAL_RANK=r, DIES=str(dies), **common)
+            for r in ("0", "1")
+        ]
+    for dies, (first, second) in runs.items():
+        gone, other = (second, first) if dies else (first, second)
+        said, _ = other.communicate(timeout=90)
+        assert gone.wait(timeout=10) == -signal.SIGKILL
+        assert other.returncode == 3
+        # The first one holds the store: without it nothing can be asked.
+        expected = "rank 1 has not been heard of" if dies else "store of the process group cannot"
+        assert expected in said
+        gone.stdout.close()
+
+
+def kill_at_random(what, folder, grows, times, seed):
+    """Starts it and kills it as often, each time somewhen after what it writes has grown."""
+    draw = random.Random(seed)
+    for _ in range(times):
+        before = grows()
+        process = start(what, folder)
+        until = time.monotonic() + 60
+        while grows() == before and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(draw.random())
+        process.kill()
+        process.communicate()
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bits(tmp_path):
+    model, tokenizer = ranks.make()
+    expected = ranks.attribute(model, tokenizer, "ShapleyValueSampling", n_samples=60)
+    checkpoint = tmp_path / "long.safetensors"
+    kill_at_random("long_run", tmp_path, lambda: size(checkpoint), 2, seed=1)
+    assert not (tmp_path / "long.pt").exists()
+    n_kept = n_rows_kept(checkpoint)
+    assert 0 < n_kept < expected.n_evaluations
+    passes = []
+    ranks.replace_forward(model, passes.append)
+    result = ranks.attribute(
+        model, tokenizer, "ShapleyValueSampling", n_samples=60, checkpoint=checkpoint
+    )
+    for name in ("masks", "values", "full_attr", "full_attr_se", "empty_values", "seq_attr"):
+        assert torch.equal(getattr(result, name), getattr(expected, name)), name
+    assert result.n_evaluations == expected.n_evaluations
+    # Beside the rows that were missing: the prompt, a comparison, and a row of the checkpoint.
+    assert sum(passes) <= expected.n_evaluations - n_kept + 8
+
+
+def size(path):
+    return path.stat().st_size // 20_000 if path.exists() else 0
+
+
+def n_rows_kept(path):
+    from safetensors.torch import load_file
+
+    return sum(len(t) for name, t in load_file(path).items() if name.startswith("rows."))
+
+
+@pytest.mark.parametrize(
+    ("environment", "advice"),
+    [
+        ({"WORLD_SIZE": "2"}, r"Accelerator\(cpu=True\)"),
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, "torchrun"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, None),
+        ({}, None),
+    ],
+)
+def test_one_process_where_more_were_asked_for_is_told(
+    model, tokenizer, monkeypatch, environment, advice
+):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    one = SimpleNamespace(num_processes=1, process_index=0)
+    if advice is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=one)
+    else:
+        with pytest.warns(UserWarning, match=advice):
+            GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=one)
+
+
+def test_what_is_no_accelerator_is_told(model, tokenizer):
+    with pytest.raises(TypeError, match=r"give an `accelerate.Accelerator`"):
+        GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=2)
+    several = SimpleNamespace(num_processes=2, process_index=0)
+    with pytest.raises(ValueError, match="no torch process group"):
+        GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=several)
+
+
+def test_shares_hold_every_batch_once_and_end_small():
+    rows = [tuple(range(i, i + 20)) for i in range(64)]
+    root = plan(
+        rows,
+        [0] * 64,
+        overhead=1,
+        most_padding=0,
+        most_rows=lambda longest, before: 2,
+    )
+    parts = shares(root, [20] * 64, 4, overhead=1)
+    batches = [batch for part in parts for branch in part.walk() for batch in branch.batches]
+    assert sorted(batches) == sorted(root.batches)
+    sizes = [sum(len(b.batches) for b in part.walk()) for part in parts]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 4  # an eighth of all
+    assert sizes[-1] == 1
+
+
+def test_shares_of_a_tree_give_the_same_bits(monkeypatch):
+    model = tiny.llama()
+    rows, target = make_rows(n_prompt=30)
+    expected = Scorer(model, overhead=3).values(rows, target)
+
+    def as_for_four(root, lengths, n, *, overhead):
+        parts = shares(root, lengths, 4, overhead=overhead)
+        assert len(parts) > 4
+        return parts
+
+    monkeypatch.setattr(scorer, "shares", as_for_four)
+    assert torch.equal(Scorer(model, overhead=3).values(rows, target), expected)
