@@ -16,11 +16,15 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
 
+# Of the table of baselines: others say the same.
+LEFT_OUT = ("corpus span of equal length", "… with labels")
+
+
 def ground_truth(report: dict[str, Any]) -> str:
     rows = report["rows"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = ["| absent means | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
-    for absence in dict.fromkeys(row["absence"] for row in rows):
+    for absence in dict.fromkeys(row["absence"] for row in rows if row["absence"] not in LEFT_OUT):
         cells: list[str] = []
         for method in methods:
             of = [r for r in rows if (r["absence"], r["method"]) == (absence, method)]
@@ -73,12 +77,36 @@ def throughput(report: dict[str, Any]) -> str:
     )
 
 
+AND_OR = ("terms", "long terms", "scattered terms")
+OURS = {"kernel": "**`KernelShap`** here", "permutations": "**`ShapleyValueSampling`** here"}
+
+
+def estimators(report: dict[str, Any]) -> str:
+    """Median errors on AND/OR games, and the span of coverage over all games."""
+    found = {
+        (r["estimator"], r["game"], r["n_features"], r["evaluations_per_feature"]): r
+        for r in report["rows"]
+    }
+    sizes = sorted({key[2:] for key in found})
+    head = " | ".join(f"n={n}, {multiple}n" for n, multiple in sizes)
+    lines = [f"| | {head} |", "|---|" + "---|" * len(sizes)]
+    for name in dict.fromkeys(key[0] for key in found if key[0] != "shapiq KernelSHAP"):
+        cells = (
+            " / ".join(f"{found[name, game, *size]['median_error']:.3f}" for game in AND_OR)
+            for size in sizes
+        )
+        shown = OURS.get(name, name.replace("Captum", "captum"))
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ground_truth": ground_truth,
     "exactness": exactness,
     "rendering": rendering,
     "corpus_index": corpus_index,
     "throughput": throughput,
+    "estimators": estimators,
 }
 
 
