@@ -164,7 +164,7 @@ def test_records_are_spread_each_once(found, folder, n):
         assert "the prompt is empty" in error
     names = sorted(path.name for path in (folder / "results").iterdir())
     kinds = ["error.json" if i == 7 else "safetensors" for i in range(21)]
-    assert [name.partition("-")[0] for name in names[:-1]] == [f"{i:06d}" for i in range(21)]
+    assert [name[:6] for name in names[:-1]] == [f"{i:06d}" for i in range(21)]
     assert [name.partition(".")[2] for name in names] == [*kinds, "json"]
 
 
