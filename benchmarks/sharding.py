@@ -30,7 +30,7 @@ from captum_llm_ext import (
 )
 
 RESULTS = Path(__file__).parent / "results" / "sharding.json"
-ROWS = 2000
+ROWS = 2040
 WORDS = 60
 DATASET = 1000
 KILLS = 3

@@ -342,6 +342,7 @@ class _Store:
         self._began = time.monotonic()
         self._looked = 0.0
         self._raised: BaseException | None = None
+        self._n_gone = 0
 
     def set(self, key: str, value: Any) -> None:
         with self._reached():
@@ -383,6 +384,7 @@ class _Store:
             self._heard[rank] = (beat, now)
             return
         if beat is not None and now - since > _SILENCE:
+            self._n_gone = 1
             raise RuntimeError(
                 f"rank {rank} has not been heard of for {_SILENCE:.0f} seconds during {self._what}"
                 ": its process is gone or stopped."
@@ -420,7 +422,7 @@ class _Store:
             self.set("error", (self._rank, _as_sent(error), trace))
             until, nap = time.monotonic() + _FAREWELL, _Nap()
             while time.monotonic() < until:
-                if self._store.add("knows error", 0) >= len(self._ranks) - 1:
+                if self._store.add("knows error", 0) >= len(self._ranks) - 1 - self._n_gone:
                     return
                 nap.take()
 
