@@ -21,7 +21,7 @@ from captum_llm_ext.coalitions import (
     solve_kernel,
     solve_permutations,
 )
-from captum_llm_ext.coalitions.interactions import Interactions, cost
+from captum_llm_ext.coalitions.interactions import Interactions, _unevenness, cost
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +214,14 @@ def test_intervals_cover_at_small_budgets(kind, multiple, longest):
     # 400 correlated trials: two hundredths for chance.
     assert 0.88 < sum(covered) / len(covered) <= 1.0
     assert sum(covered) / len(covered) < 0.995
+
+
+def test_what_rests_on_tame_observations_is_less_certain():
+    """Expected left-out errors are 1; the game keeps to a quarter of that on half of the rows."""
+    surprise = torch.tensor([0.25, 0.25, 1.75, 1.75])
+    everywhere, tame, wild = torch.ones(4), surprise.lt(1).float(), surprise.gt(1).float()
+    found = _unevenness(torch.stack([everywhere, 3 * tame, wild], 1), surprise)
+    torch.testing.assert_close(found, torch.tensor([1.0, 4.0, 1.0]).double())
 
 
 # Additivity

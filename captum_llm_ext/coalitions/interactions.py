@@ -180,12 +180,14 @@ class Interactions:
         inverse = torch.cholesky_inverse(cholesky)
         solved = inverse @ fitted
         left_out = solved / inverse.diagonal()
-        # Strength and noise suit these very rows, and so does the relevance of each feature: the
-        # larger of two estimates of the scale, less the freedom that the relevances had.
+        # Strength, noise and the relevance of each feature suit these very rows: the larger of two
+        # estimates of the scale, enlarged for the freedom that the relevances had.
         scale = torch.maximum((fitted * solved).mean(), (left_out * solved).mean())
-        scale = scale / max(1 - freedom / len(y), 0.5)
-        explained = (prior.cross * (inverse @ prior.cross)).sum(0)
+        scale = scale * (1 + freedom / len(y))
+        influence = inverse @ prior.cross
+        explained = (prior.cross * influence).sum(0)
         variances = (scale * (prior.variances - explained)).clamp_min(0).double()
+        variances = variances * _unevenness(influence, left_out * solved)
         found = _Answer((prior.cross.T @ solved).double(), variances)
         if self._n_fitted == len(y):
             error = float(left_out.square().mean())
@@ -334,6 +336,21 @@ def relevance_of(attributions: Tensor, equal: float) -> Tensor:
     size = attributions.abs()
     share = size / size.mean().clamp_min(torch.finfo(size.dtype).tiny) + equal
     return share / share.sum()
+
+
+def _unevenness(influence: Tensor, surprise: Tensor) -> Tensor:
+    """How much less is known than if all observations were equally hard to predict, at least 1.
+
+    The prior expects as much of every size of coalition. Where the game is tame on most and wild on
+    a few, attributions rest on the tame ones, whose left-out errors say too little of the rest.
+
+    Args:
+        influence: Of each observation on each attribution, ``(n_observations, n_features)``.
+        surprise: Squares of left-out errors over what was expected of them, ``(n_observations,)``.
+    """
+    share = influence.square()
+    own = (surprise @ share) / share.sum(0).clamp_min(_TINY)
+    return (surprise.mean() / own.clamp_min(_TINY)).clamp_min(1).double()
 
 
 def _apart(n: int) -> list[tuple[int, int]]:
