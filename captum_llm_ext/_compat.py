@@ -250,6 +250,11 @@ def model_description(model: nn.Module) -> str:
     return f"{type(_inner(model)).__name__} {dtype} {digest}"
 
 
+def number_of_layers(model: nn.Module) -> int | None:
+    """Number of layers that the model's configuration tells."""
+    return getattr(text_config(model), "num_hidden_layers", None)
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """Number of token ids the model knows, or None where it does not tell."""
     size = getattr(text_config(model), "vocab_size", None)

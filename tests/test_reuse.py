@@ -43,6 +43,14 @@ ROUGH = {"mamba", "falcon mamba", "mamba 2", "nemotron-h, recurrent hybrid", "bl
 
 # Their keys and values are no plain list beside the attention's: rows are given copies.
 NOT_LENT = {"bloom", "mamba 2", "deepseek v3, latent attention"}
+# Not all of their layers attend, or tokens are not told their places: rows are not packed.
+NOT_PACKED = {name for name in architectures.CONFIGS if "hybrid" in name or "linear" in name} | {
+    "bloom",
+    "mamba",
+    "falcon mamba",
+    "mamba 2",
+    "minimax, lightning attention",
+}
 
 
 def make_rows(n_prompt=18, n_target=5, seed=0, n_random=6):
@@ -93,6 +101,9 @@ def test_float32_values_equal_a_plain_loop(name):
         assert difference(scorer.values(rows, target), truth) < 1e-4
         assert (n_reused(scorer) > 0) == (name not in WRONG)
         assert scorer.lends == (reuse == "lend" and name not in WRONG | NOT_LENT)
+    scorer = Scorer(model, overhead=3, reuse="pack")
+    assert difference(scorer.values(rows, target), truth) < 1e-4
+    assert scorer.packs == (name not in NOT_PACKED)
 
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
@@ -107,6 +118,10 @@ def test_float64_values_equal_a_plain_loop(name):
         if name not in ROUGH:
             assert (n_reused(scorer) > 0) == (name not in WRONG | FLOAT32_INSIDE)
             assert scorer.lends == (reuse == "lend" and n_reused(scorer) > 0)
+    scorer = Scorer(model, overhead=3, reuse="pack")
+    assert difference(scorer.values(rows, target), truth) < (5e-6 if name in ROUGH else 1e-9)
+    if name not in ROUGH:
+        assert scorer.packs == (name not in NOT_PACKED | FLOAT32_INSIDE)
 
 
 def test_attention_of_the_users_own_is_left_alone():

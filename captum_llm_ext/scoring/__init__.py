@@ -1,7 +1,8 @@
 """Token rows and a target in, values out: the only place where the model runs.
 
 Each distinct row costs one teacher-forced pass at most, which serves all target tokens; rows that
-begin alike share the passes of their beginnings. `plan` finds out which, `passes` runs the model,
+begin alike share the passes of their beginnings, or are packed in one sequence where none of their
+tokens comes twice. `plan` finds out which, `packing` makes that sequence, `passes` runs the model,
 `memory` tells how much fits, `logits` turns what comes out into values; `Scorer` is the whole.
 `processes` makes several processes one and `shares` cuts the work for them, `journal` keeps what is
 found on disk. `Likelihood` is the same model as baselines ask it, text by text.

@@ -1,22 +1,30 @@
 """Attention of many rows to what they share and to their own, each with a softmax of its own.
 
 The two are merged by their log-sum-exps: with ``l`` that of all scores, ``exp(l_shared - l)`` and
-``exp(l_own - l)`` are what each is worth. The shared keys are read where they are, by all rows at
-once; no row has a copy. Grouped heads, windows, soft caps, sinks and values of another size than
-keys are handled; whatever else a model asks for is refused.
+``exp(l_own - l)`` are what each is worth. The shared keys are read where they are; no row has a
+copy. `merged` is for rows side by side that share one beginning, `packed` for rows in one sequence
+(see `packing`). Grouped heads, windows, soft caps, sinks and values of another size than keys are
+handled; whatever else a model asks for is refused.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.scoring.packing import Segment
 from captum_llm_ext.scoring.states import lent_to
 
+# What is seen of some keys: as a mask tells, or of those at the queries' own places up to each.
+_Seen = Tensor | Literal["before"] | None
+
 _NAME = "captum_llm_ext_merged"
+_PACKED = "captum_llm_ext_packed"
 _SIDES = "_captum_llm_ext_sides"
 # Scores that exist at once where no kernel keeps them to itself.
 _MOST_SCORES = 2**25
@@ -74,39 +82,190 @@ def _attend(
     Raises:
         NotImplementedError: If something is asked for that is not known here.
     """
-    unknown = [name for name, given in others.items() if given is not None]
-    unknown = [name for name in unknown if name not in _HARMLESS]
-    if unknown or dropout or is_causal is False or getattr(module, "is_causal", True) is False:
-        raise NotImplementedError(f"attention with {unknown or 'dropout, or that sees ahead'}")
+    scale = _scale(module, query, scaling, dropout, is_causal, others)
     if attention_mask is None or attention_mask.dtype != torch.bool:
         raise NotImplementedError("attention without a mask of what is seen")
     if attention_mask.shape[:2] != (1, 1):
         raise NotImplementedError("a mask for each row or head")
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     shared = lent_to(key)
     n_shared = 0 if shared is None else shared.keys.shape[-2]
     if attention_mask.shape[-1] != n_shared + key.shape[-2]:
         # Whatever was done to the keys on their way here, those that were lent are lost.
         raise NotImplementedError("keys that do not come as the state gives them")
     seen_of_shared, seen_of_own = _sides(attention_mask, n_shared)
-    found, total = _part(query, key, value, seen_of_own, scale, softcap)
+    parts = [_part(query, key, value, seen_of_own, scale, softcap)]
     if shared is not None:
         shared.was_used = True
-        other, size = _part(query, shared.keys, shared.values, seen_of_shared, scale, softcap)
-        both = torch.logaddexp(total, size)
-        found = found * (total - both).exp()[..., None] + other * (size - both).exp()[..., None]
-        total = both
-    if s_aux is not None:  # a score of its own that no value belongs to
-        both = torch.logaddexp(total, s_aux.to(total).view(1, -1, 1))
+        parts.append(_part(query, shared.keys, shared.values, seen_of_shared, scale, softcap))
+    return _merged(parts, s_aux).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+@dataclass
+class Packing:
+    """What one pass over a pack needs to know.
+
+    Attributes:
+        segments: Those of the pack.
+        n_read: Number of ids that the model has read before the pack.
+        n_attended: How many layers have attended up to now.
+    """
+
+    segments: Sequence[Segment]
+    n_read: int
+    n_attended: int = 0
+    _kinds: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    _known: dict[tuple[int, ...], tuple[_Seen, _Seen]] = field(
+        default_factory=dict[tuple[int, ...], tuple[_Seen, _Seen]]
+    )
+
+    def mask(
+        self, attention_mask: Tensor | None = None, device: Any = "cpu", **arguments: Any
+    ) -> Tensor:
+        """Stands for the mask that a kind of layers asks for: which pairs it sees is asked later.
+
+        Raises:
+            NotImplementedError: If some tokens of the sequence are said to be padding.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise NotImplementedError("an attention mask")
+        arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
+        for name in ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset"):
+            arguments.pop(name, None)
+        self._kinds.append(arguments | {"device": device})
+        return torch.full((1, 1, 1, 1), len(self._kinds) - 1, dtype=torch.int64, device=device)
+
+    def sides(self, kind: int, segment: Segment, n_kept: int) -> tuple[_Seen, _Seen]:
+        """What a segment sees of its path and of itself.
+
+        Args:
+            kind: The entry of what `mask` gave.
+            segment: One of the segments.
+            n_kept: Of the ids read before the pack, the state still has so many, the last ones.
+        """
+        length, depth = segment.stop - segment.start, segment.depth
+        key = (kind, length, depth, n_kept)
+        if key not in self._known:
+            before = n_kept + depth
+            whole = _compat.boolean_mask(
+                1,
+                length,
+                before + length,
+                self.n_read + depth,
+                self.n_read - n_kept,
+                **self._kinds[kind],
+            )
+            path, own = whole[..., :before], whole[..., before:]
+            is_plain = torch.equal(own[0, 0], torch.ones_like(own[0, 0]).tril())
+            seen_of_path = None if bool(path.all()) else path
+            self._known[key] = seen_of_path, "before" if is_plain else own
+        return self._known[key]
+
+
+@contextmanager
+def packed(model: nn.Module, segments: Sequence[Segment], n_read: int) -> Generator[Packing]:
+    """Has every token of a pack see those of its own row alone.
+
+    Args:
+        model: Whose configuration and registries are put back.
+        segments: Of the pack that is run meanwhile, a single one.
+        n_read: Number of ids that the model has read before.
+
+    Raises:
+        NotImplementedError: If the model's attention is none that is known, or is compiled.
+    """
+    packing = Packing(segments, n_read)
+    attend = partial(_attend_packed, packing)
+    with _compat.attention_of(model, _PACKED, attend, packing.mask, _KNOWN):
+        yield packing
+
+
+def _attend_packed(
+    packing: Packing,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers; ``(1, heads, length, size)`` each."""
+    scale = _scale(module, query, scaling, dropout, is_causal, others)
+    if attention_mask is None or attention_mask.shape != (1, 1, 1, 1):
+        raise NotImplementedError("attention without a mask of what is seen")
+    n_kept = key.shape[2] - query.shape[2]
+    if n_kept < 0 or query.shape[2] != packing.segments[-1].stop or len(query) != 1:
+        raise NotImplementedError("keys that do not come as the state gives them")
+    packing.n_attended += 1
+    kind = int(attention_mask)
+    found = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    for segment in packing.segments:
+        of_path, of_own = packing.sides(kind, segment, n_kept)
+        here = slice(segment.start, segment.stop)
+        own = slice(n_kept + segment.start, n_kept + segment.stop)
+        q = query[:, :, here]
+        parts = [_part(q, key[:, :, own], value[:, :, own], of_own, scale, softcap)]
+        path = [(n_kept + start, n_kept + stop) for start, stop in segment.path]
+        path = [(0, n_kept), *path] if n_kept else path
+        if path:
+            keys, values = _along(key, path), _along(value, path)
+            parts.append(_part(q, keys, values, of_path, scale, softcap))
+        found[:, here] = _merged(parts, s_aux).transpose(1, 2)
+    return found, None
+
+
+def _along(x: Tensor, path: Sequence[tuple[int, int]]) -> Tensor:
+    """What stands at places of a sequence, ``(1, heads, n, size)``."""
+    pieces = [x[:, :, start:stop] for start, stop in path]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def _scale(
+    module: nn.Module,
+    query: Tensor,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool | None,
+    others: dict[str, Any],
+) -> float:
+    """What scores are multiplied by.
+
+    Raises:
+        NotImplementedError: If something is asked for that is not known here.
+    """
+    unknown = [name for name, given in others.items() if given is not None]
+    unknown = [name for name in unknown if name not in _HARMLESS]
+    if unknown or dropout or is_causal is False or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(f"attention with {unknown or 'dropout, or that sees ahead'}")
+    return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+
+
+def _merged(parts: Sequence[tuple[Tensor, Tensor]], sink: Tensor | None) -> Tensor:
+    """Attention to all keys from that to some of them each, ``(batch, heads, length, size)``.
+
+    Args:
+        parts: Attention, and log-sum-exps ``(batch, heads, length)``; one part or two.
+        sink: A score of its own per head that no value belongs to.
+    """
+    found, total = parts[0]
+    for other, size in parts[1:]:
+        found = found.lerp(other, (size - total).sigmoid()[..., None])
+        total = torch.logaddexp(total, size)
+    if sink is not None:
+        both = torch.logaddexp(total, sink.to(total).view(1, -1, 1))
         found = found * (total - both).exp()[..., None]
-    return found.to(query.dtype).transpose(1, 2).contiguous(), None
+    return found
 
 
 def _part(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seen: Tensor | None,
+    seen: _Seen,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
@@ -115,7 +274,8 @@ def _part(
     Args:
         query: ``(batch, heads, length, size)``.
         key, value: ``(batch or 1, groups, n, …)``.
-        seen: bool, ``(1, 1, length, n)``; None: all of it.
+        seen: bool, ``(1, 1, length, n)``; None: all of it; "before": as many keys as queries, and
+            of these each sees those before it and its own.
         scale: What scores are multiplied by.
         softcap: Bound of the scores, if any.
 
@@ -125,6 +285,12 @@ def _part(
     batch, heads, length, size = query.shape
     groups = key.shape[1]
     per_group = heads // groups
+    if isinstance(seen, str):
+        if not softcap and query.device.type == "cpu":  # half of the scores are not computed
+            if per_group > 1:
+                key, value = (x.repeat_interleave(per_group, 1) for x in (key, value))
+            return _on_cpu(query, key, value, seen, scale)
+        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
     # The heads of a group are so many queries more; with one set of keys, so are the rows.
     folded = query.view(batch, groups, per_group, length, size)
     together = seen is None and len(key) == 1
@@ -172,7 +338,7 @@ def _kernel(query: Tensor, value: Tensor) -> Any:
 
 
 def _on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, seen: _Seen, scale: float
 ) -> tuple[Tensor, Tensor]:
     size, out = query.shape[-1], value.shape[-1]
     if out != size:  # one size for all: zeros change neither scores nor sums
@@ -181,10 +347,11 @@ def _on_cpu(
             nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value)
         )
     bias = None
-    if seen is not None:
+    if isinstance(seen, Tensor):
         bias = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
     attention: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    found, total = attention(query, key, value, attn_mask=bias, scale=scale)
+    is_causal = isinstance(seen, str)
+    found, total = attention(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
     return found[..., :out].to(total.dtype), total
 
 

@@ -9,6 +9,8 @@ from captum_llm_ext import _compat
 _TOKENS_PER_BATCH = {"cpu": 4096}
 _TOKENS_ELSEWHERE = 65536
 _CPU_BUDGET = 2**30
+# In a pack, whose rows attend one after another, there is nothing to gain from more.
+_IDS_PER_PACK = {"cpu": 2048}
 # Seconds a layer takes to start, however little it does; operations a second; positions whose
 # arithmetic takes as long as reading the weights. Orders of magnitude are enough.
 _LAYER_START = 3e-4
@@ -75,15 +77,35 @@ class Memory:
             budget -= 3 * before * self._state  # what the rows are copied from, and what that was
         return max(1, min(budget // row, self._tokens // new))
 
+    def most_packed(self, longest: int, before: int) -> tuple[int, int]:
+        """How many ids and how many rows a pack may have.
+
+        Args:
+            longest: Number of ids of the longest row.
+            before: Number of ids of each that the model has read before.
+        """
+        logits = self._vocabulary * (self._itemsize + 6)
+        # As in `most_rows`, and what is seen of each id.
+        each = 24 * self._hidden * max(self._itemsize, 4) + self._state + 2 * longest
+        each += 0 if self._kept == "positions" else logits
+        row = self._n_target * logits if self._kept == "positions" else 1
+        half = (self._budget - 3 * before * self._state) // 2
+        most_ids = min(half // each, _IDS_PER_PACK.get(self._device.type, self._tokens))
+        return max(1, most_ids), max(1, half // row)
+
 
 def overhead(model: nn.Module, device: torch.device) -> int:
     """What a pass costs beside its positions, in positions."""
+    return _BALANCE.get(device.type, _BALANCE_ELSEWHERE) + start(model, device)
+
+
+def start(model: nn.Module, device: torch.device) -> int:
+    """What starting every layer once costs, in positions; about that of a row that is packed."""
     config = _compat.text_config(model)
     layers = int(getattr(config, "num_hidden_layers", 0) or 1)
     operations = 2 * max(1, sum(p.numel() for p in model.parameters()))
     speed = _SPEED.get(device.type, _SPEED_ELSEWHERE)
-    start = layers * _LAYER_START * speed / operations
-    return round(_BALANCE.get(device.type, _BALANCE_ELSEWHERE) + start)
+    return round(layers * _LAYER_START * speed / operations)
 
 
 def batch_budget(device: torch.device) -> int:

@@ -13,6 +13,7 @@ from captum_llm_ext import _compat
 from captum_llm_ext.scoring import attention
 from captum_llm_ext.scoring.logits import AttrTarget, called_values, wanted_values
 from captum_llm_ext.scoring.memory import is_out_of_memory
+from captum_llm_ext.scoring.packing import Pack, pack
 from captum_llm_ext.scoring.plan import Branch
 from captum_llm_ext.scoring.rows import TokenRow
 from captum_llm_ext.scoring.states import copies, lent
@@ -116,7 +117,8 @@ class Passes:
                 index = torch.tensor(batch)
                 at = positions[index] - branch.stop
                 ends = [rows[i] for i in batch]
-                found = self._ends(ends, at, branch.stop, target, state)
+                read = self._ends if branch.own is None else self._packed
+                found = read(ends, at, branch.stop, target, state)
                 values[index] = values[index].where(at < 0, found)
                 yield batch, values[index].masked_fill(positions[index] < 0, torch.nan)
             # The last branch may change the state: no other comes after it.
@@ -174,6 +176,52 @@ class Passes:
         values[:, columns] = wanted_values(logits, wanted, self.attr_target)
         return values
 
+    def _packed(
+        self, rows: Sequence[TokenRow], at: Tensor, start: int, target: Tensor, state: Any
+    ) -> Tensor:
+        """As `_ends`, from one sequence in which no id comes twice."""
+        packed = pack([row.ids[start:] for row in rows])
+        which, tokens = (at >= 0).nonzero(as_tuple=True)
+        where = torch.stack([packed.places[r][at[r, t]] for r, t in (at >= 0).nonzero()])
+        needed, back = where.unique(return_inverse=True)
+        logits = self._pack_logits(packed, needed, start, len(rows), state)
+        if not isinstance(self.attr_target, str):
+            index = torch.zeros(at.shape, dtype=torch.int64)
+            index[which, tokens] = back
+            return called_values(logits[index.to(logits.device)], target, self.attr_target)
+        # A place may say several target tokens, and each of them for many rows.
+        said, back = torch.stack([back, target[tokens]]).unique(dim=1, return_inverse=True)
+        if not torch.equal(said[0], torch.arange(len(logits))):
+            logits = logits[said[0].to(logits.device)]
+        found = wanted_values(logits, said[1], self.attr_target)
+        values = torch.full(at.shape, torch.nan, dtype=torch.float64)
+        values[which, tokens] = found[back]
+        return values
+
+    def _pack_logits(
+        self, packed: Pack, needed: Tensor, start: int, n_rows: int, state: Any
+    ) -> Tensor:
+        """Logits ``(n, vocabulary)`` at places of a pack of rows whose first ids have been read.
+
+        Raises:
+            NotImplementedError: If the model does not attend in a way that is known.
+        """
+        if "position_ids" not in self._arguments:
+            raise NotImplementedError("no `position_ids`")
+        depths = torch.tensor([packed.depths], device=self.device) + start
+        with attention.packed(self.model, packed.segments, start) as packing:
+            logits, _ = self._logits(
+                torch.tensor([packed.ids]),
+                needed[None],
+                state=copies(state),
+                keeps_state=True,  # with an empty state, nobody looks for where sequences begin
+                extras={"position_ids": depths},
+                n_rows=n_rows,
+            )
+        if packing.n_attended != _compat.number_of_layers(self.model):
+            raise NotImplementedError(f"{packing.n_attended} layers attend")
+        return logits[0]
+
     def _read_on(
         self,
         ids: Tensor,
@@ -201,10 +249,11 @@ class Passes:
         state: Any = None,
         keeps_state: bool = False,
         extras: Mapping[str, Any] | None = None,
+        n_rows: int | None = None,
     ) -> tuple[Tensor, Any]:
         """Logits at places ``at (batch, n)`` of ``ids (batch, length)``, and the state after."""
         self._check_ids(ids)
-        self.n_rows = len(ids)
+        self.n_rows = n_rows or len(ids)
         arguments = dict(extras or {})
         if "use_cache" in self._arguments:
             arguments["use_cache"] = keeps_state or state is not None
@@ -244,6 +293,30 @@ class Passes:
             arguments[name] = value
         return arguments
 
+    def packs(self, row: Sequence[int], other: Sequence[int], start: int) -> float:
+        """How much the next token's distribution changes when a row is read in a pack.
+
+        Args:
+            row: Token ids.
+            other: Token ids of the row before it in the pack.
+            start: So many ids, which both begin with, are read before.
+
+        Returns:
+            As `reads_on`.
+
+        Raises:
+            NotImplementedError: If the model does not attend in a way that is known.
+        """
+        state: Any = None
+        last = torch.tensor([[len(row) - 1]])
+        if start:
+            ids = torch.tensor([row[:start]])
+            _, state = self._logits(ids, torch.tensor([[start - 1]]), keeps_state=True)
+        packed = pack([other[start:], row[start:]])
+        found = self._pack_logits(packed, packed.places[1][-1:], start, 2, state)
+        alone, _ = self._logits(torch.tensor([row]), last)
+        return _error(found, alone[0])
+
     def reads_on(self, row: Sequence[int], other: Sequence[int], shared: int) -> float:
         """How much the next token's distribution changes when rows are read on from a state.
 
@@ -278,10 +351,7 @@ class Passes:
         ]
 
         def error(*, lends: bool) -> float:
-            found = self._read_on(_padded(ends), at, state, lends=lends)
-            differences = found.double().log_softmax(-1) - torch.cat(alone).double().log_softmax(-1)
-            worst = float(differences.abs().nan_to_num(nan=torch.inf).max())
-            return worst / _ROUNDING.get(found.dtype, 0.0)
+            return _error(self._read_on(_padded(ends), at, state, lends=lends), torch.cat(alone))
 
         copied = error(lends=False)
         if copied <= 1 and self.lends is not False and shared * _ROWS_IN_MIND >= self._least:
@@ -306,6 +376,13 @@ class Passes:
         _logger.info(
             "%s is given copies of what rows share (%s).", type(self.model).__name__, reason
         )
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference between log-probabilities over what rounding explains."""
+    differences = found.double().log_softmax(-1) - expected.double().log_softmax(-1)
+    worst = float(differences.abs().nan_to_num(nan=torch.inf).max())
+    return worst / _ROUNDING.get(found.dtype, 0.0)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

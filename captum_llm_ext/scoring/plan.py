@@ -5,10 +5,11 @@ model's state is then copied for the rows that go on from there. What pays is co
 positions; a pass costs some on top, however short it is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from struct import Struct
+
+from captum_llm_ext.scoring.order import sorted_rows
+from captum_llm_ext.scoring.packing import packs
 
 MostRows = Callable[[int, int], int]
 Cut = Callable[[Sequence[int], int], tuple[tuple[int, ...], ...]]
@@ -30,6 +31,8 @@ class Branch:
         batches: Indices of those that are run to their ends from here, one pass for each batch; the
             longest row first.
         branches: The other ones share more: the branches that grow from here.
+        own: Where rows of a batch are packed (see `packing`), of each how many of its ids no row
+            before it in the batch has. None: batches are padded.
     """
 
     start: int
@@ -37,6 +40,7 @@ class Branch:
     rows: tuple[int, ...]
     batches: tuple[tuple[int, ...], ...]
     branches: tuple["Branch", ...] = ()
+    own: Mapping[int, int] | None = None
 
     def walk(self) -> Iterator["Branch"]:
         """This branch and all that grow from it."""
@@ -55,9 +59,19 @@ class Branch:
         return sum(
             branch.stop
             - branch.start
-            + sum(len(batch) * (lengths[batch[0]] - branch.stop) for batch in branch.batches)
+            + sum(branch.positions_of(batch, lengths) for batch in branch.batches)
             for branch in self.walk()
         )
+
+    def positions_of(self, batch: Sequence[int], lengths: Sequence[int]) -> int:
+        """Number of token positions that one of the batches computes."""
+        if self.own is not None:
+            return sum(self.own[row] for row in batch)
+        return len(batch) * (lengths[batch[0]] - self.stop)
+
+    def n_passes(self) -> int:
+        """Number of passes that running all of it takes."""
+        return sum(len(one.batches) + (one.stop > one.start) for one in self.walk())
 
 
 def plan(
@@ -86,7 +100,7 @@ def plan(
     Returns:
         The branch that all others grow from. Its stretch, after `head`, is what all rows share.
     """
-    order, shared = _sorted(rows, shareable)
+    order, shared = sorted_rows(rows, shareable)
     stop = _whole_steps(min([*shared[1:], most_head]), head)
     if (len(rows) - 1) * (stop - head) <= 2 * overhead:
         stop = head
@@ -107,41 +121,46 @@ def plan(
     return Branch(head, stop, tuple(order), tuple(batches), tuple(branches))
 
 
+def plan_packed(
+    rows: Sequence[Sequence[int]],
+    *,
+    overhead: int,
+    most_ids: int,
+    most_rows: int,
+    head: int = 0,
+    most_head: int = 0,
+) -> Branch:
+    """Cuts rows into packs: no id is computed twice in one.
+
+    Args:
+        rows: Token ids.
+        overhead: What a pass costs beside its positions, in positions.
+        most_ids: So many ids in a pack, unless a single row has more.
+        most_rows: So many rows at most in a pack.
+        head: So many ids, the same for all rows, are there already.
+        most_head: So many ids at most are in the stretch of the branch returned.
+    """
+    order, shared = sorted_rows(rows, [len(row) for row in rows])
+    stop = _whole_steps(
+        min([*(len(row) - _SHORTEST for row in rows), *shared[1:], most_head]), head
+    )
+    batches, own = packs(rows, order, shared, max(stop, head), most_ids, most_rows)
+    # A head that is read on its own spares all packs but one from reading it.
+    if stop > head and (len(batches) - 1) * (stop - head) <= overhead:
+        stop = head
+        batches, own = packs(rows, order, shared, stop, most_ids, most_rows)
+    return Branch(head, stop, tuple(order), tuple(batches), own=own)
+
+
 def distinct_positions(rows: Sequence[Sequence[int]]) -> int:
     """Number of positions that a perfect tree would compute: no beginning twice, no padding."""
-    order, shared = _sorted(rows, [len(row) for row in rows])
+    order, shared = sorted_rows(rows, [len(row) for row in rows])
     return sum(len(rows[i]) for i in order) - sum(shared)
-
-
-def _sorted(rows: Sequence[Sequence[int]], shareable: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The rows' order by content, and what each may share with the one before it."""
-    if not any(shareable):
-        return list(range(len(rows))), [0] * len(rows)
-    # As bytes, rows are compared by the C library.
-    keys = [Struct(f">{len(row)}q").pack(*row) for row in rows]
-    order = sorted(range(len(rows)), key=keys.__getitem__)
-    shared = [0]
-    for before, after in pairwise(order):
-        most = min(shareable[before], shareable[after])
-        shared.append(_common(keys[before], keys[after], most))
-    return order, shared
 
 
 def _whole_steps(depth: int, start: int) -> int:
     """A place not after `depth`, and a multiple of the shortest stretch after `start`."""
     return start + max(0, depth - start) // _SHORTEST * _SHORTEST
-
-
-def _common(one: bytes, other: bytes, most: int) -> int:
-    """Length of the common beginning in ids of 8 bytes each, at most `most`, by bisection."""
-    low, high = 0, min(len(one) // 8, len(other) // 8, most)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[8 * low : 8 * middle] == other[8 * low : 8 * middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 @dataclass(slots=True)

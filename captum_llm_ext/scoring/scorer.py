@@ -18,18 +18,20 @@ from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.memory import Memory
 from captum_llm_ext.scoring.noise import noise_floor
 from captum_llm_ext.scoring.passes import Passes, as_found, rounding
-from captum_llm_ext.scoring.plan import Branch, plan
+from captum_llm_ext.scoring.plan import Branch, plan, plan_packed
 from captum_llm_ext.scoring.processes import Processes
 from captum_llm_ext.scoring.rows import TokenRow, digest
 from captum_llm_ext.scoring.shares import shares, without
 
-Reuse = Literal["auto", "off", "copy", "lend"]
+Reuse = Literal["auto", "off", "copy", "lend", "pack"]
 
 _logger = logging.getLogger(__name__)
 # A few ids tell whether a model sees ahead, and fit into any number of positions.
 _PROBE = 8
 # Two rows read twice: once each on their own, once from what they share.
 _COMPARISON = 4
+# One row alone, and in a pack after another one.
+_PACKED_COMPARISON = 3
 # Where processes share the work there are so many batches, as long as what each pass costs beside
 # its positions stays below one in so many of them.
 _BATCHES = 32
@@ -48,10 +50,11 @@ class Scorer:
         show_progress: Whether `progress` draws a bar over the model's evaluations on stderr.
         reuse: ``"auto"``: what rows begin with in common is computed once, where that pays and a
             first comparison on the model itself shows the same numbers. ``"off"``: never.
-            ``"copy"``, ``"lend"``: always by copies of the model's state, or always without where
-            that shows the same numbers too; by default whichever costs less.
-        overhead: What a pass costs beside its positions, in positions: what reuse must save to
-            pay. By default estimated from the model's size and device.
+            ``"copy"``, ``"lend"``, ``"pack"``: always by copies of the model's state; without them;
+            or by rows packed in one sequence, in which no id comes twice; the latter two where they
+            show the same numbers too. By default whichever costs less.
+        overhead: What a pass, or a row of a pack, costs beside its positions, in positions: what
+            reuse must save to pay. By default estimated from the model's size and device.
         processes: Those that share the work; all give the same rows in the same order. By default
             this one alone.
 
@@ -81,8 +84,13 @@ class Scorer:
         self._passes = Passes(model, attr_target, self.device, sharing)
         self._max_rows = 1 if _compat.couples_rows(model) else max_rows or sys.maxsize
         self._overhead = memory.overhead(model, self.device) if overhead is None else overhead
+        self._row_overhead = memory.start(model, self.device) if overhead is None else overhead
+        self._reuse_is_given = reuse == "pack"
         self._reuse = reuse != "off" and _compat.state_argument(model) is not None
         self._compared = 0  # length up to which reading on has been seen to be right
+        self._packed = 0  # and up to which packs have
+        # Rows in a pack attend one by one, which leaves a GPU idle.
+        self._packs = reuse == "pack" or (reuse == "auto" and self.device.type == "cpu")
         self._head: tuple[tuple[int, ...], Any] = ((), None)
         self._processes = processes or Processes()
         self._shares_work = processes is not None
@@ -109,6 +117,11 @@ class Scorer:
         Known after the first comparison that was worth it.
         """
         return bool(self._passes.lends)
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are packed in one sequence; known after the first comparison."""
+        return self._packed > 0
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
         """The token ids that the model continues a row with; all processes get the same.
@@ -351,6 +364,8 @@ class Scorer:
         if not self._reuse or any(row.extras is not None for row in rows):
             return apart
         together = self._cut(rows, target, shares=True)
+        if (packed := self._plan_packed(rows, target, apart, together)) is not None:
+            return packed
         lengths = [len(row.ids) for row in rows]
         saved = apart.positions(lengths) - together.positions(lengths)
         longest = max(
@@ -364,8 +379,66 @@ class Scorer:
         self._compared = longest
         return self._cut(rows, target, shares=True)  # now that the size of a state is known
 
+    def _plan_packed(
+        self, rows: Sequence[TokenRow], target: Tensor, apart: Branch, together: Branch
+    ) -> Branch | None:
+        """Packs, where they cost less than the other ways and are known to be right."""
+        longest = max(len(row.ids) for row in rows)
+        if not self._packs or self._mixes_positions(longest):
+            return None
+        lengths = [len(row.ids) for row in rows]
+        first = min(row.first for row in rows)
+        head = len(self._head[0]) if self._begins_with_head(rows, first) else 0
+        most_ids, most_rows = self._memory(target).most_packed(longest, head)
+        root = plan_packed(
+            [row.ids for row in rows],
+            overhead=self._overhead,
+            most_ids=most_ids,
+            most_rows=min(most_rows, self._most_rows(len(rows), longest)),
+            head=head,
+            most_head=first,
+        )
+        cost, *others = (
+            one.positions(lengths) + one.n_passes() * self._overhead
+            for one in (root, apart, together)
+        )
+        cost += len(rows) * self._row_overhead
+        if self._reuse_is_given and root.positions(lengths) >= apart.positions(lengths):
+            return None
+        if not self._reuse_is_given and cost >= min(others):
+            return None
+        if longest > self._packed:
+            if others[0] - cost <= _PACKED_COMPARISON * longest and not self._reuse_is_given:
+                return None
+            if not self._compare_packed(rows, root):
+                return None
+            self._packed = longest
+        return root
+
     def _cut(self, rows: Sequence[TokenRow], target: Tensor, *, shares: bool) -> Branch:
-        fits = Memory(
+        fits = self._memory(target)
+        longest = max(len(row.ids) for row in rows)
+        # Pixel values and the like are made for one prompt each.
+        has_extras = any(row.extras is not None for row in rows)
+        most = 1 if has_extras else self._most_rows(len(rows), longest)
+        even = self._mixes_positions(longest)
+        first = min(row.first for row in rows)
+        # A callable is given the logits of all target tokens at once.
+        whole = not isinstance(self.attr_target, str)
+        shareable = [min(len(row.ids) - 2, row.first if whole else sys.maxsize) for row in rows]
+        usable = shares and not even and self._begins_with_head(rows, min(first, *shareable))
+        return plan(
+            [row.ids for row in rows],
+            shareable if shares and not even else [0] * len(rows),
+            overhead=self._overhead,
+            most_padding=0 if even else self._overhead,
+            most_rows=lambda longest, before: min(most, fits.most_rows(longest, before)),
+            head=len(self._head[0]) if usable else 0,
+            most_head=first,
+        )
+
+    def _memory(self, target: Tensor) -> Memory:
+        return Memory(
             self.model,
             self.device,
             kept=self._passes.kept,
@@ -374,32 +447,42 @@ class Scorer:
             budget=self._budget,
             lends=bool(self.lends),
         )
-        # Pixel values and the like are made for one prompt each.
-        most = 1 if any(row.extras is not None for row in rows) else self._max_rows
-        longest = max(len(row.ids) for row in rows)
-        if self._shares_work:
-            # Of the rows alone, not of the number of processes: the same values come out.
-            worth = _WORTH_A_PASS * self._overhead // longest
-            most = min(most, max(-(-len(rows) // _BATCHES), worth, 1))
-        even = not self._is_causal or longest > (_compat.fixed_positions(self.model) or sys.maxsize)
-        first = min(row.first for row in rows)
-        # A callable is given the logits of all target tokens at once.
-        whole = not isinstance(self.attr_target, str)
-        shareable = [min(len(row.ids) - 2, row.first if whole else sys.maxsize) for row in rows]
-        head = len(self._head[0])
-        usable = shares and all(
-            head <= most and row.ids[:head] == self._head[0]
-            for row, most in zip(rows, shareable, strict=True)
-        )
-        return plan(
-            [row.ids for row in rows],
-            shareable if shares and not even else [0] * len(rows),
-            overhead=self._overhead,
-            most_padding=0 if even else self._overhead,
-            most_rows=lambda longest, before: min(most, fits.most_rows(longest, before)),
-            head=head if usable and head <= first and not even else 0,
-            most_head=first,
-        )
+
+    def _most_rows(self, n_rows: int, longest: int) -> int:
+        """How many rows may run together, whatever the memory."""
+        if not self._shares_work:
+            return self._max_rows
+        # Of the rows alone, not of the number of processes: the same values come out.
+        worth = _WORTH_A_PASS * self._overhead // longest
+        return min(self._max_rows, max(-(-n_rows // _BATCHES), worth, 1))
+
+    def _mixes_positions(self, longest: int) -> bool:
+        """Whether what a position means depends on the other rows of its batch."""
+        return not self._is_causal or longest > (_compat.fixed_positions(self.model) or sys.maxsize)
+
+    def _begins_with_head(self, rows: Sequence[TokenRow], most: int) -> bool:
+        """Whether all rows begin with what has been read, and it is not more than may be shared."""
+        head = self._head[0]
+        return len(head) <= most and all(row.ids[: len(head)] == head for row in rows)
+
+    def _compare_packed(self, rows: Sequence[TokenRow], root: Branch) -> bool:
+        """Whether the model reads a row in a pack as it reads it alone."""
+        lengths = [len(row.ids) for row in rows]
+        batch = max(root.batches, key=lambda batch: max(lengths[i] for i in batch))
+        # Another one before it, and not what it shares most with: something is not to be seen.
+        other, *others = batch
+        row = max(reversed(others or [other]), key=lengths.__getitem__)
+        try:
+            error = self._passes.packs(rows[row].ids, rows[other].ids, root.stop)
+            reason = None if error <= 1 else f"values differ by {error:.2g} times rounding"
+        except Exception as error:  # whatever a model does: there are other ways
+            if isinstance(error, RuntimeError) and memory.is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            self._packs = False
+            _logger.info("%s is given rows apart (%s).", type(self.model).__name__, reason)
+        return self._packs
 
     def _compare(self, rows: Sequence[TokenRow], root: Branch) -> bool:
         """Whether the model reads on as it reads: one comparison on rows of the run itself."""

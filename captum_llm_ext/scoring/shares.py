@@ -30,7 +30,7 @@ def shares(root: Branch, lengths: Sequence[int], n: int, *, overhead: int) -> li
     batches = list(_batches(root))
     if n == 1 or len(batches) < 2:
         return [root] if batches else []
-    costs = [len(b) * (lengths[b[0]] - branch.stop) + overhead for branch, b in batches]
+    costs = [branch.positions_of(b, lengths) + overhead for branch, b in batches]
     share_of: dict[int, int] = {}
     rest, spent, part, size = sum(costs), 0, 0, sum(costs) / (2 * n)
     for (_, batch), cost in zip(batches, costs, strict=True):

@@ -1,0 +1,48 @@
+"""Rows sorted by what they begin with, and how much that is."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from struct import Struct
+
+
+def sorted_rows(
+    rows: Sequence[Sequence[int]], shareable: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The rows' order by content, and what each may share with the one before it.
+
+    Args:
+        rows: Token ids.
+        shareable: Per row how many of its first ids may be shared. Zeros: the order stays.
+    """
+    if not any(shareable):
+        return list(range(len(rows))), [0] * len(rows)
+    keys = [_key(row) for row in rows]
+    order = sorted(range(len(rows)), key=keys.__getitem__)
+    shared = [0]
+    for before, after in pairwise(order):
+        most = min(shareable[before], shareable[after])
+        shared.append(_common(keys[before], keys[after], most))
+    return order, shared
+
+
+def in_common(rows: Sequence[Sequence[int]]) -> list[int]:
+    """How many of its first ids each row has in common with the one before it; 0 for the first."""
+    keys = [_key(row) for row in rows]
+    return [0, *(_common(one, other, len(one)) for one, other in pairwise(keys))][: len(rows)]
+
+
+def _key(row: Sequence[int]) -> bytes:
+    # As bytes, rows are compared by the C library.
+    return Struct(f">{len(row)}q").pack(*row)
+
+
+def _common(one: bytes, other: bytes, most: int) -> int:
+    """Length of the common beginning in ids of 8 bytes each, at most `most`, by bisection."""
+    low, high = 0, min(len(one) // 8, len(other) // 8, most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[8 * low : 8 * middle] == other[8 * low : 8 * middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

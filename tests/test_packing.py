@@ -1,0 +1,221 @@
+"""Rows in one sequence: each token sees those of its own row alone, and none comes twice."""
+
+import logging
+from itertools import pairwise
+
+import architectures
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_reuse import difference, loop, make_rows, n_reused
+
+from captum_llm_ext import _compat
+from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.scoring.packing import pack
+from captum_llm_ext.scoring.plan import distinct_positions, plan_packed
+
+WINDOWS = (
+    "mistral, sliding window",
+    "gemma 3, sliding window",
+    "gpt-oss",
+    "llama 4, chunked attention",
+    "deepseek v3, latent attention",
+    "gpt2",
+)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=24))
+@settings(max_examples=200, deadline=None)
+def test_a_pack_holds_every_row_and_no_beginning_twice(rows):
+    rows = sorted(rows)
+    packed = pack(rows)
+    ids = torch.tensor(packed.ids)
+    assert [ids[places].tolist() for places in packed.places] == rows
+    assert len(packed.ids) == distinct_positions(rows)
+    assert [(a.stop, b.start) for a, b in pairwise(packed.segments)] == [
+        (a.stop, a.stop) for a in packed.segments[:-1]
+    ]
+    for segment in packed.segments:
+        places = [i for stretch in segment.path for i in range(*stretch)]
+        assert len(places) == segment.depth
+        # What comes before in the row comes before in the pack, at depths 0, 1, 2 and so on.
+        assert [packed.depths[i] for i in places] == list(range(segment.depth))
+        assert all(i < segment.start for i in places)
+        own = range(segment.start, segment.stop)
+        assert [packed.depths[i] - segment.depth for i in own] == list(range(len(own)))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=9), min_size=1, max_size=24),
+    st.integers(1, 30),
+    st.integers(1, 5),
+)
+@settings(max_examples=200, deadline=None)
+def test_packs_keep_to_their_limits_and_are_counted(rows, most_ids, most_rows):
+    root = plan_packed(rows, overhead=1, most_ids=most_ids, most_rows=most_rows, most_head=2)
+    lengths = [len(row) for row in rows]
+    assert sorted(i for batch in root.batches for i in batch) == list(range(len(rows)))
+    positions = root.stop
+    for batch in root.batches:
+        assert all(rows[i][: root.stop] == rows[batch[0]][: root.stop] for i in batch)
+        n_ids = len(pack([rows[i][root.stop :] for i in batch]).ids)
+        assert n_ids == root.positions_of(batch, lengths)
+        assert len(batch) <= most_rows
+        assert n_ids <= most_ids or len(batch) == 1
+        positions += n_ids
+    assert root.positions(lengths) == positions
+    assert root.n_passes() == len(root.batches) + (root.stop > 0)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("head", [5, 30])
+def test_packs_go_on_from_what_was_read_before(name, head):
+    """Heads shorter and longer than windows, of which a state keeps the end alone."""
+    model = architectures.build(name)
+    rows, target = make_rows(n_prompt=12)
+    ids = tuple(range(20, 20 + head))
+    rows = [TokenRow(ids + row.ids, [head + p for p in row.positions]) for row in rows]
+    scorer = Scorer(model, overhead=3, reuse="pack", max_rows=9)
+    values = [scorer.values(rows[:20], target), scorer.values(rows[20:], target)]
+    assert difference(torch.cat(values), loop(model, rows, target)) < 1e-4
+    assert scorer.packs
+    assert len(scorer._head[0]) >= head // 2 * 2
+
+
+@pytest.mark.parametrize("attr_target", ["log_prob", "prob", "logit", "callable"])
+@pytest.mark.parametrize("kept", ["positions", "count", None])
+def test_every_kind_of_value(attr_target, kept, monkeypatch):
+    def against_next(logits, target):
+        own = logits.gather(2, target.view(1, -1, 1))[:, :, 0]
+        return own - logits.mean((1, 2))[:, None]
+
+    chosen = against_next if attr_target == "callable" else attr_target
+    monkeypatch.setattr(_compat, "kept_logits", lambda model: kept)
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    alone = Scorer(model, attr_target=chosen, reuse="off", max_rows=1).values(rows, target)
+    scorer = Scorer(model, attr_target=chosen, overhead=3, reuse="pack")
+    assert difference(scorer.values(rows, target), alone) < 1e-11
+    assert scorer.packs
+
+
+@pytest.mark.parametrize("overhead", [0, 5, 1000])
+@pytest.mark.parametrize("max_rows", [1, 3, None])
+def test_no_way_of_packing_changes_a_value(overhead, max_rows):
+    model = tiny.llama().double()
+    rows, target = make_rows(n_prompt=24, seed=2)
+    scorer = Scorer(model, overhead=overhead, max_rows=max_rows, reuse="pack")
+    assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
+    assert scorer.n_evaluations == len({row.ids for row in rows})
+
+
+def test_no_position_is_computed_twice_but_in_the_comparison():
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    scorer = Scorer(model, overhead=0, reuse="pack")
+    scorer.values(rows, target)
+    assert n_reused(scorer) > 0
+    longest = max(len(row.ids) for row in rows)
+    assert scorer.n_positions <= distinct_positions([row.ids for row in rows]) + 3 * longest
+
+
+def test_values_that_rows_do_not_have_stay_missing():
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    holes = [TokenRow(row.ids, [-1, *row.positions[1:-1], row.positions[-1]]) for row in rows]
+    values = Scorer(model, overhead=3, reuse="pack").values(holes, target)
+    assert values[:, 0].isnan().all()
+    assert difference(values[:, 1:], loop(model, rows, target)[:, 1:]) < 1e-11
+
+
+def test_one_place_says_several_tokens():
+    """Where generated tokens are deleted, one place is asked for more than one target token."""
+    model = tiny.llama().double()
+    ids, target = tuple(range(10, 22)), torch.tensor([5, 6, 7])
+    rows = [
+        TokenRow(ids, [9, 10, 11]),
+        TokenRow(ids[:11], [9, 10, 10]),
+        TokenRow(ids[:10], [9] * 3),
+    ]
+    scorer = Scorer(model, overhead=0, reuse="pack")
+    assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
+
+
+def test_models_that_read_a_pack_wrongly_are_given_rows_apart(monkeypatch, caplog):
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    truth = loop(model, rows, target)
+    layer = model.model.layers[1].mlp
+    forward = layer.forward
+
+    def mixing(x):  # what a convolution does: a token sees the one before it in the sequence
+        return forward(x + 0.1 * x.roll(1, 1)) if x.shape[1] > len(rows[0].ids) else forward(x)
+
+    monkeypatch.setattr(layer, "forward", mixing)
+    scorer = Scorer(model, overhead=3, reuse="pack")
+    with caplog.at_level(logging.INFO):
+        assert difference(scorer.values(rows, target), truth) < 1e-11
+    assert not scorer.packs
+    assert "values differ by" in caplog.text
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packing_leaves_model_and_registries_as_found(attention, monkeypatch):
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
+
+    model = tiny.llama(attn_implementation=attention)
+    rows, target = make_rows()
+    names, n_packs = (set(ATTENTIONS), set(MASKS)), 0
+    forward = model.forward
+
+    def full(input_ids, **arguments):
+        nonlocal n_packs
+        output = forward(input_ids=input_ids, **arguments)
+        n_packs += model.config._attn_implementation != attention
+        if n_packs == 2:
+            raise KeyboardInterrupt
+        return output
+
+    scorer = Scorer(model, overhead=3, reuse="pack", max_rows=8)
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(KeyboardInterrupt):
+        scorer.values(rows, target)
+    assert n_packs == 2  # the comparison, and the first of the packs
+    assert model.config._attn_implementation == attention
+    assert (set(ATTENTIONS), set(MASKS)) == names
+
+
+def test_packs_that_do_not_fit_are_halved(monkeypatch):
+    model = tiny.llama().double()
+    rows, target = make_rows()
+    truth = loop(model, rows, target)
+    sizes, forward = [], model.forward
+
+    def small(input_ids, **arguments):
+        sizes.append(input_ids.numel())
+        if input_ids.numel() > 120:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids=input_ids, **arguments)
+
+    scorer = Scorer(model, overhead=3, reuse="pack")
+    monkeypatch.setattr(model, "forward", small)
+    assert difference(scorer.values(rows, target), truth) < 1e-11
+    failures = [size for size in sizes if size > 120]
+    assert failures == sorted(set(failures), reverse=True)
+    assert scorer.packs
+    assert scorer.n_evaluations == len({row.ids for row in rows})
+
+
+def test_packs_are_chosen_where_layers_are_worth_more_than_starting_them():
+    """On a CPU, where rows are many and differ late."""
+    rows, target = make_rows(n_prompt=60)
+    for model, packs in (
+        (tiny.llama(), False),
+        (tiny.llama(hidden_size=512, intermediate_size=2048), True),
+    ):
+        scorer = Scorer(model.double())
+        assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-9
+        assert scorer.packs == packs
