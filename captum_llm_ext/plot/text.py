@@ -36,9 +36,13 @@ def label(text: str, width: int = 22) -> str:
     if not inner:
         inner = "␣" * len(text) or "∅"
     inner = inner.replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥")
-    if len(inner) > width:
-        inner = inner[: width - 1] + "…"
-    return "".join(drawable(char) for char in inner)
+    shown = [drawable(char) for char in inner[: width + 1]]
+    if sum(map(len, shown)) <= width:
+        return "".join(shown)
+    # An escape is six to ten characters long: what is cut is what is shown.
+    while shown and sum(map(len, shown)) > width - 1:
+        shown.pop()
+    return "".join(shown) + "…"
 
 
 def drawable(char: str) -> str:

@@ -133,7 +133,9 @@ class GenerationAttributionResult(ExportedResult):
         self.draws = draws
         self.target = target
         self.prompt_pieces = list(prompt_pieces)
-        self.output_pieces = list(output_pieces)
+        # Where the output was held fixed no piece of it has a column.
+        fixed = output_attr is None
+        self.output_pieces = [replace(p, feature=None) if fixed else p for p in output_pieces]
         self.levels = list(levels)
         self.design = design
         self.provenance = dict(provenance or {})
