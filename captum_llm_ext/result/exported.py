@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -14,6 +14,7 @@ from captum_llm_ext.result.causes import joined_name
 from captum_llm_ext.result.drawn import DrawnResult
 from captum_llm_ext.result.files import finite
 from captum_llm_ext.result.reading import reading
+from captum_llm_ext.result.sums import sums
 from captum_llm_ext.result.terminal import one_line
 
 if TYPE_CHECKING:
@@ -66,7 +67,15 @@ class ExportedResult(DrawnResult):
 
     def _shown(self) -> dict[str, Any]:
         whole = cast("GenerationAttributionResult", self)
-        return {**self.to_dict(), **reading(whole)}
+        return {**self.to_dict(), **(read := reading(whole)), "sums": self._sums(read)}
+
+    def _sums(self, read: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Errors of what a page adds up, where they can be told."""
+        if self.design is None or self.provenance.get("attr_target") == "prob":
+            return []
+        evidence, levels = self._evidence(), (read["levels"], read["output_levels"])
+        pieces = self.output_pieces or [Piece("", None)] * len(self.output_tokens)
+        return sums(evidence, self._features, len(self.input_tokens), pieces, *levels)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the coalitions, as lists, numbers and text that JSON can hold."""

@@ -19,15 +19,12 @@ def reading(result: "GenerationAttributionResult") -> dict[str, Any]:
 
     Returns:
         ``levels``: the result's, and those of a reader (words, sentences, paragraphs) that its
-        features nest in. ``output_levels``: the same for the target tokens. ``whole_se``: standard
-        errors of the sums over the whole target, with the tokens' shared coalitions taken into
-        account, where they can be told. ``unresolved``: the columns of each group that was not
-        told apart.
+        features nest in. ``output_levels``: the same for the target tokens. ``unresolved``: the
+        columns of each group that was not told apart.
     """
     return {
         "levels": _prompt_levels(result),
         "output_levels": _output_levels(result.output_pieces),
-        "whole_se": _whole_errors(result),
         "unresolved": [group.columns for group in result.unresolved],
     }
 
@@ -129,10 +126,3 @@ def _numbered(parts: Sequence[int | None]) -> list[int]:
         numbers.setdefault(("alone", i) if part is None else part, len(numbers))
         for i, part in enumerate(parts)
     ]
-
-
-def _whole_errors(result: "GenerationAttributionResult") -> list[float | None] | None:
-    if result.design is None or result.provenance.get("attr_target") == "prob":
-        return None
-    errors = result.attribute_span(0, len(result.output_tokens)).standard_errors
-    return [error if error == error else None for error in errors.tolist()]  # NaN is None

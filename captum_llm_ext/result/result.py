@@ -203,8 +203,8 @@ class GenerationAttributionResult(ExportedResult):
                 '`result.refit(attr_target="log_prob")`.'
             )
         evidence = self._evidence()
-        errors = evidence.span_errors(range(rows.start, rows.stop))
-        errors = torch.cat([part[0] for part in self._split(errors[None])])
+        errors = evidence.span_errors([range(rows.start, rows.stop)])
+        errors = torch.cat([part[0] for part in self._split(errors)])
         return self._span(rows, self.full_attr[rows].sum(0), errors)
 
     def contextcite(
