@@ -1,5 +1,6 @@
 """What a page is told beside a result's numbers: larger parts, roles, errors of the whole."""
 
+import copy
 import json
 import re
 
@@ -83,6 +84,17 @@ def test_roles_and_levels_of_a_chat_survive_a_file(model, chatter, tmp_path):
     levels = {level["name"]: level["parts"] for level in reading(loaded)["levels"]}
     assert list(levels) == ["turn", "paragraph", "sentence"]
     assert levels["sentence"] == ["Be brief.", "Dave lives here.", "Where?", "Why?", "Tell me."]
+
+
+def test_no_part_reaches_from_one_speaker_to_the_next(model, chatter):
+    """In a template that puts nothing between messages."""
+    tokenizer = copy.deepcopy(chatter)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    messages = [{"role": role, "content": f"{role} says so"} for role in ("system", "user")]
+    chat = ChatInput(messages, tokenizer, "word", roles=("system", "user"))
+    result = attribute(model, tokenizer, chat, " Golf")
+    for level in reading(result)["levels"]:
+        assert level["part_of"] == [0, 0, 0, 1, 1, 1], level["name"]
 
 
 def test_the_finest_level_has_the_name_of_its_unit(model, tokenizer):

@@ -11,6 +11,7 @@ from captum_llm_ext.segment import segment, shorten
 if TYPE_CHECKING:
     from captum_llm_ext.result.result import GenerationAttributionResult
 
+_TEMPLATE = "template"
 _UNITS = ("paragraph", "sentence", "word")  # what readers know, from coarse to fine
 
 
@@ -71,7 +72,7 @@ def _output_levels(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
 
 
 def _is_template(piece: Piece) -> bool:
-    return piece.role == "template"
+    return piece.role == _TEMPLATE
 
 
 def _is_new(part_of: Sequence[int], n: int, known: Sequence[Mapping[str, Any]]) -> bool:
@@ -83,14 +84,15 @@ def _is_new(part_of: Sequence[int], n: int, known: Sequence[Mapping[str, Any]]) 
 def _parts(pieces: Sequence[Piece], unit: str) -> list[int | None]:
     """The word, sentence… that each piece is in; None where it is in several.
 
-    What no one said stands between parts, each such piece by itself.
+    What no one said stands between parts, each such piece by itself; where the speaker changes, a
+    part ends, also in templates that put nothing between messages.
     """
     found: list[int | None] = []
     n = 0
-    for is_template, run in groupby(pieces, key=_is_template):
+    for role, run in groupby(pieces, key=lambda piece: piece.role):
         texts = [piece.text for piece in run]
         whole = "".join(texts)
-        if is_template or not whole.strip():
+        if role == _TEMPLATE or not whole.strip():
             found += range(n, n + len(texts))
             n += len(texts)
             continue
