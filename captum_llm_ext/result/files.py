@@ -146,19 +146,8 @@ def _checked(
 ) -> dict[str, Any]:
     """The rest, if it is what was written."""
     text, digest = metadata[_KEY], metadata.get(_DIGEST)
-    try:
-        rest: Any = json.loads(text)
-        version = rest.pop("format")
-        if type(version) is not int or version < 1:
-            raise ValueError(f"its format is {version!r}, not a number from 1")
-        later = version > FORMAT
-    except BROKEN as error:
-        raise ValueError(f"{name} is damaged or no saved result ({error}): {_ADVICE}") from error
-    if later:
-        raise ValueError(
-            f"{name} was written by a later version (format {version}, this one reads up to "
-            f"{FORMAT}): update captum-llm-ext."
-        )
+    rest = _parsed(name, text)
+    version = rest.pop("format")
     if (digest is None and version >= _DIGEST_SINCE) or (
         digest is not None and digest != _digest(tensors, text)
     ):
@@ -167,6 +156,22 @@ def _checked(
         _check_pieces(rest, version)
     except BROKEN as error:
         raise ValueError(f"{name} is damaged ({error}): {_ADVICE}") from error
+    return rest
+
+
+def _parsed(name: str, text: str) -> dict[str, Any]:
+    try:
+        rest: Any = json.loads(text)
+        version = rest["format"]
+        if type(version) is not int or version < 1:
+            raise ValueError(f"its format is {version!r}, not a number from 1")
+    except BROKEN as error:
+        raise ValueError(f"{name} is damaged or no saved result ({error}): {_ADVICE}") from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{name} was written by a later version (format {version}, this one reads up to "
+            f"{FORMAT}): update captum-llm-ext."
+        )
     return rest
 
 
