@@ -203,9 +203,11 @@ def test_errors_of_every_span_are_those_that_the_library_tells(model, tokenizer,
     n_target, n_prompt = len(result.output_tokens), len(result.input_tokens)
     told = sums(result)
     spans = {(a, b) for a in range(n_target) for b in range(a + 2, n_target + 1)}
-    if method is KernelShap:  # which takes a regression for each
-        spans = {(0, n_target)}
-    assert set(told["prompt", None]) == spans
+    if method is KernelShap:  # which takes a regression for each: a few, the largest first
+        assert len(told["prompt", None]) == 5
+        assert (0, n_target) in told["prompt", None]
+    else:
+        assert set(told["prompt", None]) == spans
     for span, errors in told["prompt", None].items():
         whole = result.attribute_span(*span).standard_errors
         assert errors == pytest.approx(whole[:n_prompt].tolist(), rel=5e-3)

@@ -14,6 +14,7 @@ from torch import Tensor
 from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.coalitions import Plan, Scope, Solution
 from captum_llm_ext.coalitions.hierarchy import as_tree, binary, solve_nested_orders
+from captum_llm_ext.coalitions.kernel import EFFORT
 from captum_llm_ext.coalitions.search import solve_search, unopened
 from captum_llm_ext.coalitions.splits import Unresolved, solve_splits, unresolved
 from captum_llm_ext.methods import FeatureInclusion, PartitionShap, nesting
@@ -164,9 +165,13 @@ class Evidence:
         visible = [int(self.scope.n_visible[ours[i]].max()) for i in which]
         scope = Scope(torch.tensor(visible), torch.full((len(which),), column))
         values = [self.values[:, ours[i]].sum(1) for i in which]
-        return which, replace(
-            self, values=torch.stack(values, 1) if values else self.values[:, :0], scope=scope
-        )
+        summed = torch.stack(values, 1) if values else self.values[:, :0]
+        design = self.design
+        if design.solved == "paired kernel regression":
+            # Each sum gets what each token got, or it were another estimator's error.
+            effort = EFFORT * len(which) / max(len(required), 1)
+            design = replace(design, options={**design.options, "effort": effort})
+        return which, replace(self, design=design, values=summed, scope=scope)
 
     def contextcite(self, tokens: range, alpha: float) -> Solution:
         """ContextCite's sparse fit of a statement, see `coalitions.solve_contextcite`.

@@ -5,7 +5,7 @@ independent. What can be told from the coalitions is told here, within the size 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from captum_llm_ext.inputs import Piece
 from captum_llm_ext.result.refit import Evidence
 
 _MOST_NUMBERS = 60_000  # of them, some five letters each
+_MOST_REGRESSIONS = 4
 _MOST_OF_ALL_SPANS = 20_000  # up to which every span of the answer has its own
 Span = tuple[int, int]
 
@@ -39,8 +40,8 @@ def sums(
     Returns:
         Per side (``"prompt"`` or ``"answer"``) and level (None: the finest) an object with
         ``side``, ``level``, ``spans`` (of target tokens, ``[start, stop]``) and ``se``: per span
-        a number per column, or per part of the level. Regressions are slow to solve: of these,
-        only the whole answer is told.
+        a number per column, or per part of the level. Spans that take a regression, which is
+        slow, are the whole answer and a few of the largest parts.
     """
     runs = {level["name"]: list(_runs(level["part_of"])) for level in output_levels}
     tokens = [(t, t + 1) for t in range(len(output_pieces))]
@@ -87,11 +88,13 @@ def _spans(
         named += [(a, b) for a in range(n_target) for b in range(a + 2, n_target + 1)]
     wanted = [span for span in [(0, n_target), *named] if span[1] - span[0] > 1]
     wanted = list(dict.fromkeys(wanted))[: max(_MOST_NUMBERS // max(n_columns, 1), 1)]
-    if evidence.n_regressions([range(*span) for span in wanted]):
-        # The whole answer as it always is; others where they take no regression.
-        cheap = [span for span in wanted if not evidence.n_regressions([range(*span)])]
-        wanted = list(dict.fromkeys([*wanted[:1], *cheap]))
-    return wanted
+    costs = [evidence.n_regressions([range(*span)]) for span in wanted]
+    spent = [0, *accumulate(costs[1:])]  # the whole answer's, which always comes, is not counted
+    return [
+        span
+        for i, (span, cost) in enumerate(zip(wanted, costs, strict=True))
+        if not i or not cost or spent[i] <= _MOST_REGRESSIONS
+    ]
 
 
 def _runs(part_of: Sequence[int]) -> Iterator[Span]:
