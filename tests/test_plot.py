@@ -219,6 +219,14 @@ def test_tensors_of_any_dtype_can_be_drawn():
     np.testing.assert_array_equal(ax.images[0].get_array(), [[0.5, -1.5]])
 
 
+def test_wide_letters_count_twice(monkeypatch):
+    monkeypatch.setattr(plot.text, "drawable", lambda char: char)  # as with a font that has them
+    assert plot.text.label("東京は日本の首都", 16) == "東京は日本の首都"
+    assert plot.text.label("東京は日本の首都", 15) == "東京は日本の首…"
+    assert plot.text.label("Tokyo", 5) == "Tokyo"
+    assert plot.text.label("Tokyo", 4) == "Tok…"
+
+
 def test_output_that_was_held_fixed_has_no_columns_whatever_its_tokens_make_up():
     fig, ax = draw(np.ones((3, 2)), output_features=[0, 1, 2])
     fig.draw_without_rendering()

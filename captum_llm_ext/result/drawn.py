@@ -56,7 +56,8 @@ class DrawnResult(LLMAttributionResult):
 
         Args:
             show: Show it, and return None.
-            ax: Axes to draw in; by default a new figure of fitting size.
+            ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
+                ``layout="constrained"`` leaves labels their room.
             cmap: A diverging colour map, centred at zero.
 
         Returns:
@@ -84,7 +85,8 @@ class DrawnResult(LLMAttributionResult):
 
         Args:
             show: Show it, and return None.
-            ax: Axes to draw in; by default a new figure of fitting size.
+            ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
+                ``layout="constrained"`` leaves labels their room.
             cmap: A diverging colour map: bars have the colours of its ends.
 
         Returns:
