@@ -397,6 +397,15 @@ def test_of_a_long_answer_only_tokens_with_links_are_shown():
     assert ends(found["prompt", 1, 120])[1][1] == at["t120"]
 
 
+def test_of_very_many_links_the_strongest_are_drawn():
+    prompt, _ = attributions(30, 30)
+    _, ax = flow(prompt, least=0.0)
+    found = {(feature, token) for _, feature, token in curves(ax)}
+    order = np.abs(prompt).ravel().argsort()[::-1][:200]
+    assert found == {(i % 30, i // 30) for i in order.tolist()}
+    assert any("the 200 strongest of 900" in name for name in names(ax))
+
+
 def test_curves_follow_their_words_where_axes_get_smaller():
     fig, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     flow([[0, 1.0, 0]], ax=axes[1])

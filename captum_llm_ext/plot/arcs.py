@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _FEW = 30  # features of a prompt that are all shown, whatever they led to
 _FEW_TOKENS = 60  # the same of an answer, which is read as a whole
+_MOST_LINKS = 200  # more are no picture any more
 _WIDEST = 6.0  # points
 _PITCH = 0.21  # inches from one token to the next
 _APART = 0.13  # rows
@@ -61,7 +62,7 @@ def flow(
     the left of a token; arcs on the right lead from a token down to one that it was a cause of. The
     wider, the larger the attribution; what lowers is dashed. Of a long prompt, only features that
     led somewhere are shown, of a long answer only tokens that something led to or that led to
-    something.
+    something. Of very many links the 200 largest are drawn.
 
     Args:
         prompt_attr: Attributions to the prompt, shape ``(n_target, n_prompt_features)``.
@@ -101,6 +102,7 @@ def flow(
     if towards is not None:
         links = _leading_to(towards, links, owned)
     links.sort(key=lambda link: -abs(link.value))
+    n_links, links = len(links), links[:_MOST_LINKS]
     led = list(dict.fromkeys(link.feature for link in links if link.is_prompt))
     taken = list(dict.fromkeys(token for link in links for token in _joined(link, owned)))
     if towards is not None and towards not in taken:
@@ -119,6 +121,7 @@ def flow(
         bool(output.size),
         most,
         least,
+        n_links,
         len(output_labels) if not few else 0,
         unit,
     )
@@ -143,6 +146,7 @@ class _Flow:
         has_arcs: Whether there may be links from earlier output.
         most: The largest attribution.
         least: Share of it that is left out.
+        n_links: How many there are, those included that are too many to be drawn.
         n_tokens: How many there are, if not all are shown; else 0.
         unit: Of the attributions.
     """
@@ -157,6 +161,7 @@ class _Flow:
     has_arcs: bool
     most: float
     least: float
+    n_links: int
     n_tokens: int
     unit: str | None
 
@@ -194,6 +199,7 @@ class _Flow:
             "solid: raises": any(link.value > 0 for link in self.links),
             "dashed: lowers": any(link.value < 0 for link in self.links),
             f"left out: within error, or below {self.least:.0%}": True,
+            f"the {len(self.links)} strongest of {self.n_links:,}": self.n_links > len(self.links),
             f"{len(self.tokens)} of {self.n_tokens} tokens: those with links": self.n_tokens > 0,
         }
         return key_lines([text for text, needed in said.items() if needed], width)
