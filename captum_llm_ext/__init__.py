@@ -11,29 +11,33 @@ before it::
     print(result)
 """
 
-from captum_llm_ext.attribution import GenerationAttribution
-from captum_llm_ext.baselines import (
-    Baseline,
-    Deletion,
-    FixedTexts,
-    Infilling,
-    Slot,
-    TokenBaseline,
-)
-from captum_llm_ext.baselines.corpus import CorpusBaselines, Match
-from captum_llm_ext.coalition_game import CoalitionGame
-from captum_llm_ext.dataset import DatasetReport, attribute_dataset
-from captum_llm_ext.demo import load_demo
-from captum_llm_ext.inputs import ChatInput, TextSegmentInput
-from captum_llm_ext.methods import FeatureInclusion, HierarchicalAblation, PartitionShap
-from captum_llm_ext.result import (
-    Cause,
-    GenerationAttributionResult,
-    Redundancy,
-    SpanAttribution,
-    UnresolvedGroup,
-)
-from captum_llm_ext.sensitivity import BaselineComparison, compare_baselines
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from captum_llm_ext.attribution import GenerationAttribution
+    from captum_llm_ext.baselines import (
+        Baseline,
+        Deletion,
+        FixedTexts,
+        Infilling,
+        Slot,
+        TokenBaseline,
+    )
+    from captum_llm_ext.baselines.corpus import CorpusBaselines, Match
+    from captum_llm_ext.coalition_game import CoalitionGame
+    from captum_llm_ext.dataset import DatasetReport, attribute_dataset
+    from captum_llm_ext.demo import load_demo
+    from captum_llm_ext.inputs import ChatInput, TextSegmentInput
+    from captum_llm_ext.methods import FeatureInclusion, HierarchicalAblation, PartitionShap
+    from captum_llm_ext.result import (
+        Cause,
+        GenerationAttributionResult,
+        Redundancy,
+        SpanAttribution,
+        UnresolvedGroup,
+    )
+    from captum_llm_ext.sensitivity import BaselineComparison, compare_baselines
 
 __version__ = "0.1.0"
 
@@ -64,3 +68,31 @@ __all__ = [
     "compare_baselines",
     "load_demo",
 ]
+
+# Names are imported when they are first asked for: torch takes seconds, in which the command line
+# would otherwise meet Ctrl-C with a traceback.
+_NAMES = {
+    "attribution": "GenerationAttribution",
+    "baselines": "Baseline Deletion FixedTexts Infilling Slot TokenBaseline",
+    "baselines.corpus": "CorpusBaselines Match",
+    "coalition_game": "CoalitionGame",
+    "dataset": "DatasetReport attribute_dataset",
+    "demo": "load_demo",
+    "inputs": "ChatInput TextSegmentInput",
+    "methods": "FeatureInclusion HierarchicalAblation PartitionShap",
+    "result": "Cause GenerationAttributionResult Redundancy SpanAttribution UnresolvedGroup",
+    "sensitivity": "BaselineComparison compare_baselines",
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -441,6 +441,24 @@ def model_source(model: Any) -> tuple[str | None, str | None]:
     return name, revision
 
 
+def note_revision(model: Any, revision: str) -> None:
+    """Lets `model_source` tell the commit that a model was loaded from.
+
+    Args:
+        model: One that was just loaded from a repository; nothing is noted of a folder.
+        revision: The branch, tag or commit that was asked for.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if config is None or not isinstance(name, str) or Path(name).exists():
+        return
+    # transformers 5.23 (2026) forgets the commit; the cache has it in the path of every file.
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    config._commit_hash = Path(found).parent.name if isinstance(found, str) else revision
+
+
 def _only_revision(name: str) -> str | None:
     """The one commit of a repository that the cache holds; None if there are none or several."""
     from huggingface_hub import constants

@@ -49,9 +49,11 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             ``(n_target, n_output_features)`` or ``None``, with standard errors where known.
             ``levels``, from coarse to fine, are larger parts that the prompt can be read by, and
             ``output_levels`` the same for the output (``part_of`` per token). A piece's ``role``
-            says whose message of a chat it is in, or ``"template"``. ``whole_se``, one per column,
-            are the errors of the sum over all tokens; ``unresolved`` lists the columns of each
-            group that was not told apart; below ``noise_floor`` nothing is certain.
+            says whose message of a chat it is in, or ``"template"``. ``sums`` are errors of sums,
+            for a ``side`` and ``level``: per entry of ``spans`` (``[start, stop]`` of tokens) in
+            ``se`` one per column; the page takes what it adds up beside these as independent, and
+            says so. ``unresolved`` lists the columns of each group that was not told apart; below
+            ``noise_floor`` nothing is certain.
             ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"`` (names
             that stand apart); without it, names that would run together are set apart.
         title: Heading of the page; by default what was generated.
@@ -245,11 +247,13 @@ def _check(data: Mapping[str, Any]) -> None:
         _check_level(level, n_prompt)
     for level in data.get("output_levels") or ():
         _check_length({"output_levels": level["part_of"]}, "output_levels", n_target)
-    if data.get("whole_se") is not None and len(data["whole_se"]) != n_prompt + (n_output or 0):
-        raise ValueError(
-            f"`whole_se` has {len(data['whole_se'])} entries for {n_prompt + (n_output or 0)} "
-            "features: give one per column."
-        )
+    widths = {("prompt", None): n_prompt, ("answer", None): n_output or 0}
+    widths |= {("prompt", level["name"]): len(level["parts"]) for level in data.get("levels") or ()}
+    for level in data.get("output_levels") or ():
+        changes = (a != b for a, b in pairwise(level["part_of"]))
+        widths["answer", level["name"]] = 1 + sum(changes)
+    for entry in data.get("sums") or ():
+        _check_sums(entry, widths.get((entry["side"], entry["level"])))
 
 
 def _check_shape(data: Mapping[str, Any], name: str, rows: int, columns: int | None) -> None:
@@ -265,6 +269,16 @@ def _check_shape(data: Mapping[str, Any], name: str, rows: int, columns: int | N
                 f"`{key}` has {len(data[key])} rows of {sorted(widths)} numbers, the names ask for "
                 f"{rows} rows of {columns}."
             )
+
+
+def _check_sums(entry: Mapping[str, Any], width: int | None) -> None:
+    found = {len(row) for row in entry["se"]}
+    if len(entry["se"]) != len(entry["spans"]) or found - {width}:
+        raise ValueError(
+            f"`sums` of the {entry['side']} by {entry['level'] or 'its finest parts'} has "
+            f"{len(entry['se'])} rows of {sorted(found)} numbers for {len(entry['spans'])} spans "
+            f"of {'no such level' if width is None else f'{width} parts'}."
+        )
 
 
 def _check_length(data: Mapping[str, Any], name: str, n_target: int) -> None:

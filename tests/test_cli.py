@@ -13,15 +13,26 @@ import architectures
 import pytest
 import tiny
 import torch
-from captum.attr import FeatureAblation, LLMAttribution, ShapleyValueSampling, TextTokenInput
+from captum.attr import (
+    FeatureAblation,
+    KernelShap,
+    Lime,
+    LLMAttribution,
+    ShapleyValues,
+    ShapleyValueSampling,
+    TextTokenInput,
+)
+from captum.attr._utils.attribution import PerturbationAttribution
 from reference import loop_log_probs
 
 import captum_llm_ext
 from captum_llm_ext import (
     ChatInput,
     CorpusBaselines,
+    FeatureInclusion,
     GenerationAttribution,
     GenerationAttributionResult,
+    HierarchicalAblation,
     TextSegmentInput,
     load_demo,
 )
@@ -32,6 +43,7 @@ from captum_llm_ext.demo import PROMPT, folder
 
 QUICK = ["--model", "demo", "--quiet", "--method", "ablation"]
 ATTRIBUTE = ["attribute", *QUICK, "--prompt", PROMPT]
+CAPTUMS = (FeatureAblation, ShapleyValues, ShapleyValueSampling, KernelShap, Lime)
 COMMANDS = ("demo", "attribute", "show", "compare", "doctor")
 
 
@@ -293,6 +305,40 @@ def test_what_baselines_are_called(tmp_path, demo):
 def test_every_method_is_there(model):
     for name, path in METHODS.items():
         assert type(method(name, model)).__name__ == path.partition(":")[2]
+    assert {path.partition(":")[2] for path in METHODS.values()} == {
+        cls.__name__ for cls in (*CAPTUMS, *every_method_of_the_package())
+    }
+
+
+def every_method_of_the_package():
+    public = map(captum_llm_ext.__dict__.get, captum_llm_ext.__all__)
+    return [c for c in public if isinstance(c, type) and issubclass(c, PerturbationAttribution)]
+
+
+def test_a_search_is_that_of_the_library(tmp_path, demo):
+    model, tokenizer, _ = demo
+    prompt = "Ann lives in Austin, TX. She likes tennis.\n\nBob lives in Dallas, TX. He likes"
+    command = ["attribute", "--model", "demo", "--quiet", "--prompt", prompt, "--target", " chess"]
+    more = ["--method", "hierarchical", "--share", "0.5", "--save", str(tmp_path / "r.st")]
+    assert main([*command, *more]) == 0
+    result = GenerationAttributionResult.load(tmp_path / "r.st")
+    inp = TextSegmentInput(prompt, tokenizer, ("paragraph", "sentence", "word"))
+    expected = GenerationAttribution(HierarchicalAblation(model, 0.5), tokenizer)
+    expected = expected.attribute(inp, " chess")
+    torch.testing.assert_close(result.full_attr, expected.full_attr)
+    assert "at least 0.5 of the largest" in result.provenance["rule"]
+    assert [level.name for level in result.levels] == ["paragraph", "sentence"]
+
+
+def test_what_a_feature_does_alone(tmp_path, demo, capsys):
+    model, tokenizer, _ = demo
+    more = ["--method", "inclusion", "--target", " golf", "--n-draws", "3", "--json", "-"]
+    assert main([*ATTRIBUTE, "--baselines", "corpus:demo", *more]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    inp = TextSegmentInput(PROMPT, tokenizer, baselines=CorpusBaselines(demo[2]))
+    expected = GenerationAttribution(FeatureInclusion(model), tokenizer)
+    expected = expected.attribute(inp, " golf", n_draws=3)
+    torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
 
 
 def mistake(capsys, arguments):
@@ -346,7 +392,13 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         (["attribute"], "required: --model"),
         (["attribute", *QUICK], "--prompt --prompt-file --chat --input is required"),
         ([*ATTRIBUTE, "--chat", "[]"], "not allowed with"),
-        ([*ATTRIBUTE, "--method", "magic"], "'ablation', 'shapley'"),
+        ([*ATTRIBUTE, "--method", "magic"], "'ablation', 'inclusion', 'shapley'"),
+        ([*ATTRIBUTE, "--share", "0.1"], "--share would be ignored: it is of --method hierarch"),
+        ([*ATTRIBUTE, "--scheme", "splits"], "--scheme would be ignored"),
+        ([*ATTRIBUTE, "--n-samples", "9"], "--n-samples would be ignored"),
+        ([*ATTRIBUTE, "--method", "lime", "--n-draws", "9"], "--n-draws would be ignored"),
+        ([*ATTRIBUTE, "--method", "hierarchical", "--share", "2"], "2 is not between 0 and 1"),
+        ([*ATTRIBUTE, "--method", "hierarchical", "--unit", "word"], "paragraph,sentence,word"),
         ([*ATTRIBUTE, "--max-new-tokens", "0"], "0 is below 1"),
         ([*ATTRIBUTE, "--max-new", "3"], "unrecognized arguments: --max-new"),
         ([*ATTRIBUTE, "--target", "x", "--sample"], "--sample would be ignored"),
@@ -489,6 +541,25 @@ def test_ctrl_c_ends_a_run_cleanly():
     assert process.returncode == 130
     assert error.decode().splitlines()[-1] == "captum-llm-ext: interrupted"
     assert b"Traceback" not in error
+    assert out == b""
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line_too():
+    command = [sys.executable, "-X", "importtime", "-m", "captum_llm_ext", *ATTRIBUTE]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        told = b""
+        while b"torch" not in told:  # told of each import as it ends
+            told = process.stderr.readline()
+            assert told
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    lines = [line for line in error.splitlines() if not line.startswith(b"import time:")]
+    assert lines == [b"captum-llm-ext: interrupted"]
     assert out == b""
 
 

@@ -18,6 +18,7 @@ from itertools import pairwise
 import architectures
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from captum_llm_ext import GenerationAttributionResult, load_demo
 from captum_llm_ext.cli import _COMMANDS, doctor, main, probe
@@ -114,10 +115,52 @@ def test_any_encoding_of_stdout_will_do(desk, monkeypatch, encoding):
 
 def test_dtypes_and_device_maps_reach_transformers():
     for given in ("meta", '{"": "meta"}'):
-        loaded = load_model("demo", argparse.Namespace(dtype="bfloat16", device_map=given))
+        loaded = load_model(
+            "demo", argparse.Namespace(dtype="bfloat16", device_map=given, revision=None)
+        )
         assert not loaded.training
         for parameter in loaded.parameters():
             assert (parameter.device.type, parameter.dtype) == ("meta", torch.bfloat16)
+
+
+def test_a_revision_is_loaded_and_told(tmp_path, capsys):
+    """From a cache of the hub with two commits, as downloads leave it."""
+    repository = tmp_path / "models--someone--tiny"
+    old, new = "1" * 40, "2" * 40
+    (repository / "refs").mkdir(parents=True)
+    for name, commit in {"v1": old, "main": new}.items():
+        shutil.copytree(folder(), repository / "snapshots" / commit)
+        (repository / "refs" / name).write_text(commit)
+    weights = repository / "snapshots" / old / "model.safetensors"
+    state = load_file(weights)
+    state["model.norm.weight"] *= 2
+    save_file(state, weights, metadata={"format": "pt"})
+    tiny = ["attribute", "--model", "someone/tiny", "--prompt", "Ann likes"]
+    quick = ["--method", "ablation", "--target", " golf", "--quiet", "--json", "-"]
+
+    def shown(*revision):
+        run = subprocess.run(
+            [sys.executable, "-m", "captum_llm_ext", *tiny, *quick, *revision],
+            env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(run.stdout)
+
+    main_, tagged = shown(), shown("--revision", "v1")
+    assert (main_["provenance"]["model"], main_["provenance"]["revision"]) == ("someone/tiny", new)
+    assert tagged["provenance"]["revision"] == old
+    assert main_["full_values"] != tagged["full_values"]
+    assert main(["attribute", "--model", "demo", "--prompt", "Ann likes", *quick]) == 0
+    assert main_["full_values"] == json.loads(capsys.readouterr().out)["full_values"]
+
+
+@pytest.mark.parametrize("model", ["demo", str(folder())])
+def test_a_folder_has_no_revisions(model, capsys):
+    for command in (["attribute", "--model", model, "--prompt", "x"], ["doctor", model]):
+        assert main([*command, "--revision", "v1"]) == 2
+        assert "error: --revision would be ignored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What results draw, and how their estimates settled."""
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 
@@ -20,6 +21,7 @@ from captum_llm_ext import (
     plot,
 )
 from captum_llm_ext.coalitions import join_plans, plan_anchors, plan_pairs, plan_permutations
+from captum_llm_ext.inputs import Piece
 from captum_llm_ext.result.convergence import earlier
 from captum_llm_ext.result.refit import Design, Evidence
 
@@ -309,6 +311,41 @@ def test_every_plot_takes_axes_and_can_be_shown(result, monkeypatch, name):
     monkeypatch.setattr(plt, "show", lambda: shown.append(True))
     assert method(show=True) is None
     assert shown == [True]
+
+
+@pytest.mark.parametrize(("value", "unit"), [("log_prob", "nats"), ("logit", "logits")])
+def test_plots_tell_the_unit_of_the_value(result, value, unit):
+    found = copy.copy(result)
+    found.provenance = result.provenance | {"attr_target": value}
+    assert unit in found.plot_token_attr()[0].axes[1].get_ylabel()
+    assert unit in found.plot_text(0)[0].axes[1].get_xlabel()
+    for _, ax in (found.plot_seq_attr(), found.plot_convergence()):
+        assert f"({unit})" in ax.get_ylabel()
+    assert [t for t in found.plot_flow()[1].texts if t.get_text().split("    ")[0].endswith(unit)]
+
+
+def test_a_result_made_by_hand_can_be_drawn_without_what_it_lacks():
+    made = GenerationAttributionResult(
+        input_tokens=["a", " b"],
+        output_tokens=["c", "d"],
+        seq_attr=torch.tensor([1.0, -2.0]),
+        token_attr=torch.tensor([[1.0, 0.0], [0.0, -2.0]]),
+        token_attr_se=torch.full((2, 2), torch.nan),
+        full_values=torch.zeros(2),
+        empty_values=torch.zeros(2),
+        efficiency_gap=torch.zeros(2),
+        n_evaluations=0,
+        masks=torch.zeros(0, 2, dtype=torch.bool),
+        values=torch.zeros(0, 2),
+        draws=torch.zeros(0),
+        target=torch.tensor([0, 1]),
+        output_pieces=[Piece("c", 0), Piece("d", 1)],  # with columns that there are none of
+    )
+    for plotted in (made.plot_token_attr, made.plot_seq_attr, made.plot_text, made.plot_flow):
+        fig, _ = plotted()
+        fig.canvas.draw()
+    assert [image.get_array().shape for image in made.plot_token_attr()[1].images] == [(2, 2)]
+    assert "c" in made.to_html()
 
 
 def test_a_prompt_of_names_does_not_run_together(result):

@@ -603,7 +603,8 @@ def test_errors_of_a_part_add_up_as_if_independent(view):
     assert page.inner_text("#details") == "“p0 p1 p2” → “t2”: +9.00 ± 1.30 nats"
     prompt(page, 2).hover()
     assert page.inner_text("#details").endswith("+6.00 ± 5.00 nats, within its error")
-    assert "parts as independent" in page.inner_text("#note")
+    note = page.inner_text("#note")
+    assert "± is approximate here: the errors of the parts that are added up are taken as" in note
 
 
 def test_the_common_scale_and_the_bar_follow_the_level(view):
@@ -926,7 +927,11 @@ def test_text_that_runs_to_the_left_is_walked_to_the_left(view):
 
 
 def test_errors_of_the_whole_answer_are_those_that_were_told(view):
-    data = example(whole_se=[0.5] * 6 + [0.25] * 5)
+    whole = [
+        {"side": "prompt", "level": None, "spans": [[0, 5]], "se": [[0.5] * 6]},
+        {"side": "answer", "level": None, "spans": [[0, 5]], "se": [[0.25] * 5]},
+    ]
+    data = example(sums=whole)
     page = view(data)
     errors = page.locator("#top td.value small").all_inner_texts()
     assert {error.split()[-1] for error in errors} <= {
@@ -938,9 +943,41 @@ def test_errors_of_the_whole_answer_are_those_that_were_told(view):
         "0.250",
     }
     assert "independent" not in page.inner_text("#note")
-    data["whole_se"] = [0.5]
-    with pytest.raises(ValueError, match="`whole_se` has 1 entries for 11"):
+    whole[1]["se"] = [[0.5]]
+    with pytest.raises(ValueError, match="answer by its finest parts has 1 rows"):
         html.page(data)
+    whole[1] = {"side": "prompt", "level": "verse", "spans": [], "se": []}
+    assert html.page(data)  # says nothing
+
+
+def test_errors_of_parts_and_spans_that_are_known_are_shown(view):
+    spans = [[t, t + 1] for t in range(5)] + [[1, 3]]
+    told = [
+        {"side": "prompt", "level": "sentence", "spans": spans, "se": [[0.125, 9.0, 9.0]] * 6},
+        {"side": "prompt", "level": None, "spans": [[1, 3]], "se": [[0.0625] * 6]},
+        {"side": "answer", "level": None, "spans": [[1, 3]], "se": [[0.03125] * 5]},
+    ]
+    data = example(levels=LEVELS, sums=told)
+    data["token_attr"][1], data["token_attr"][2] = [3.0] * 6, [3.0] * 6
+    page = view(data)
+    answer(page, 1).click()
+    answer(page, 2).click(modifiers=["Shift"])
+    prompt(page, 0).hover()
+    assert page.inner_text("#details").endswith("+6.00 ± 0.06 nats")
+    assert "approximate" not in page.inner_text("#note")
+    page.get_by_role("radio", name="sentence").check()
+    prompt(page, 0).hover()
+    assert page.inner_text("#details").endswith("+18.0 ± 0.1 nats")
+    prompt(page, 2).hover()
+    assert page.inner_text("#details").endswith("± 9.0 nats, within its error")
+    assert "approximate" not in page.inner_text("#note")
+    page.keyboard.press("Escape")
+    prompt(page, 0).click()  # what it did to each token
+    answer(page, 2).hover()
+    assert page.inner_text("#details").endswith("+9.00 ± 0.13 nats")
+    assert "approximate" not in page.inner_text("#note")
+    page.get_by_role("radio", name="turn").check()
+    assert "errors of the parts that are added up" in page.inner_text("#note")
 
 
 def test_there_is_no_element_per_cell_and_long_texts_get_a_ruler(view):

@@ -61,13 +61,13 @@ def test_importing_is_quiet_and_loads_no_transformers():
 
 def test_the_demo_needs_nothing(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path), "--method", "FeatureAblation"]) == 0
-    shown = capsys.readouterr().out
-    assert "His personal interests include" in shown
-    assert "←" in shown
+    shown = capsys.readouterr()
+    assert "prompt:  Dave lives in Palm Coast, FL and is a lawyer. His personal" in shown.err
     for name in ("demo.html", "demo.png", "demo.safetensors"):
         assert (tmp_path / name).stat().st_size > 1000
-        assert name in shown
+        assert name in shown.err
     result = captum_llm_ext.GenerationAttributionResult.load(tmp_path / "demo.safetensors")
+    assert shown.out == f"{result}\n"  # what is asked for goes to stdout, talk does not
     assert result.output_attr.abs().max() > 1  # the last interest is caused by the first
 
 
@@ -79,14 +79,13 @@ def test_the_demo_runs_on_any_model(tmp_path, tokenizer, capsys):
     more = ["--unit", "sentence", "--max-new-tokens", "3", "--out", str(tmp_path / "out")]
     assert main([*arguments, *more]) == 0
     assert main([*arguments, *more, "--corpus", str(tmp_path / "corpus.txt")]) == 0
-    assert "prompt:  Dave lives. He" in capsys.readouterr().out
+    assert "prompt:  Dave lives. He" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "/no/such/model", "--prompt", "x"], "/no/such/model"),
-        (["--model", "x"], "--model needs a --prompt"),
         (["--unit", "phrase"], "unknown unit 'phrase'"),
         (["--prompt", " "], "the prompt is empty"),
         (["--corpus", "/no/such/file"], "/no/such/file"),
@@ -97,6 +96,27 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, arguments, 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("captum-llm-ext: error:")
     assert message in error
+
+
+def test_a_demo_of_another_model_needs_a_prompt(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path), "--model", "x"]) == 2
+    assert "error: --model needs a --prompt" in capsys.readouterr().err
+
+
+def test_names_are_there_before_they_are_asked_for():
+    program = (
+        "import sys, captum_llm_ext as c\n"
+        "print(sorted(set(c.__all__) - set(dir(c))), 'torch' in sys.modules)\n"
+        "from captum_llm_ext import *\n"
+        "import captum_llm_ext.result\n"
+        "print(load_demo.__name__, captum_llm_ext.Cause is captum_llm_ext.result.Cause)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split("\n") == ["[] False", "load_demo True", ""]
+    with pytest.raises(AttributeError, match="no attribute 'attribute_everything'"):
+        captum_llm_ext.attribute_everything  # noqa: B018
 
 
 def test_help_has_examples(capsys):

@@ -1,5 +1,8 @@
 """Running text and flow: what is drawn where."""
 
+import re
+from itertools import pairwise
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -146,6 +149,72 @@ def test_what_is_longer_than_a_line_is_broken_anywhere(long):
     assert written == f"before{shown}after"
     assert len(lines(ax)) > 1
     assert max(t.get_window_extent().x1 for t in ax.texts) <= ax.get_window_extent().x1 + 3
+
+
+def gaps(ax):
+    """Pixels between the words of each line: (end of one, start of the next)."""
+    by_line = {}
+    for t in ax.texts:
+        if t.get_transform() == ax.transData and t.get_text() != "…":
+            by_line.setdefault(t.get_position()[1], []).append(t)
+    for line in by_line.values():
+        line.sort(key=lambda t: t.get_position()[0])
+        for one, other in pairwise(line):
+            yield other.get_window_extent().x0 - one.get_window_extent().x1
+
+
+WORDS = [f" {word}" for word in "Ann lives in Austin and likes to sing in the choir".split()]
+
+
+def test_words_keep_apart_where_other_plots_make_axes_smaller():
+    fig, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    ax = axes[0, 0]
+    text(WORDS * 2, np.linspace(-1, 1, 22), ax=ax, headings={0: "prompt"})
+    before = lines(ax)
+    for other in axes.flat[1:]:
+        other.set_ylabel("tall\n" * 8)
+    fig.canvas.draw()
+    assert len(lines(ax)) > len(before)
+    assert " ".join(map(" ".join, lines(ax)[1:])) == "".join(WORDS * 2).strip()
+    assert min(gaps(ax)) > 0
+    right = ax.get_window_extent().x1
+    assert max(t.get_window_extent().x1 for t in ax.texts) <= right + 3
+    shaded = [c for c in ax.collections if isinstance(c, PolyCollection)]
+    assert sum(len(c.get_paths()) for c in shaded) == 22  # each once
+
+
+@pytest.mark.parametrize("dpi", [50, 70, 100, 220])
+def test_words_are_evenly_apart_at_any_resolution(dpi):
+    """Letters are set to whole pixels: a word is not the same part of an inch everywhere."""
+    fig, ax = text(WORDS * 2, np.linspace(-1, 1, 22))
+    fig.set_dpi(dpi)
+    fig.canvas.draw()
+    found = list(gaps(ax))
+    assert len(found) > 15
+    assert min(found) > 0
+    assert max(found) - min(found) <= 3  # pixels: bearings of letters
+
+
+def test_saved_files_hold_each_word_once(tmp_path):
+    fig, _ = text(WORDS, np.linspace(-1, 1, 11))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        fig.savefig(tmp_path / "text.svg", bbox_inches="tight")
+    written = re.findall(r">([^<>]+)</text>", (tmp_path / "text.svg").read_text(encoding="utf-8"))
+    assert [word for word in written if f" {word}" in WORDS] == "".join(WORDS).split()
+    fig.savefig(tmp_path / "text.pdf")
+
+
+def test_what_has_no_room_is_left_out_at_the_end():
+    fig, ax = plt.subplots(figsize=(3, 2), layout="constrained")
+    text(WORDS * 20, np.linspace(-1, 1, 220), ax=ax, unit="nats")
+    fig.canvas.draw()
+    written = lines(ax)
+    assert written[-1] == ["…"]
+    assert (" ".join(WORDS * 20).split()[:5]) == " ".join(map(" ".join, written)).split()[:5]
+    (key,) = (t for t in ax.texts if "raises" in t.get_text())
+    lowest = min(t.get_window_extent().y0 for t in ax.texts if t is not key)
+    assert key.get_window_extent().y1 < lowest
+    assert key.get_window_extent().x1 <= ax.get_window_extent().x1 + 2
 
 
 def test_the_explained_part_is_framed_and_what_follows_is_grey():
@@ -312,6 +381,42 @@ def test_of_a_long_prompt_only_causes_are_shown():
     short = names(flow(prompt[:, :20])[1])
     assert {f"p{i}" for i in range(20)} <= set(short)
     assert short["p7"].get_color() != short["p8"].get_color()
+
+
+def test_of_a_long_answer_only_tokens_with_links_are_shown():
+    prompt, output = np.zeros((200, 4)), np.zeros((200, 200))
+    prompt[120, 1], output[170, 120] = 2.0, -1.0
+    fig, ax = flow(prompt, output, unit="nats", towards=170)
+    assert {name for name in names(ax) if name[0] == "t"} == {"t120", "t170"}
+    key = next(name for name in names(ax) if "widest" in name)
+    assert "widest: 2 nats" in key
+    assert "2 of 200 tokens: those with links" in key
+    assert fig.get_size_inches()[1] < 5
+    found = curves(ax)
+    at = {name: t.get_position()[1] for name, t in names(ax).items()}
+    assert ends(found["prompt", 1, 120])[1][1] == at["t120"]
+
+
+def test_of_very_many_links_the_strongest_are_drawn():
+    prompt, _ = attributions(30, 30)
+    _, ax = flow(prompt, least=0.0)
+    found = {(feature, token) for _, feature, token in curves(ax)}
+    order = np.abs(prompt).ravel().argsort()[::-1][:200]
+    assert found == {(i % 30, i // 30) for i in order.tolist()}
+    assert any("the 200 strongest of 900" in name for name in names(ax))
+
+
+def test_curves_follow_their_words_where_axes_get_smaller():
+    fig, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    flow([[0, 1.0, 0]], ax=axes[1])
+    for other in axes[::2]:
+        other.set_ylabel("wide\n" * 8)
+    fig.canvas.draw()
+    (curve,) = curves(axes[1]).values()
+    written = names(axes[1])
+    start, end = axes[1].transData.transform(ends(curve))
+    assert 0 < start[0] - written["p1"].get_window_extent().x1 < 12
+    assert 0 < written["t0"].get_window_extent().x0 - end[0] < 12
 
 
 @pytest.mark.parametrize(("n_target", "n_prompt"), [(1, 1), (15, 14), (60, 100), (200, 500)])

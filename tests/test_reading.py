@@ -1,9 +1,13 @@
 """What a page is told beside a result's numbers: larger parts, roles, errors of the whole."""
 
+import copy
+import json
+import re
+
 import pytest
 import tiny
 import torch
-from captum.attr import ShapleyValueSampling
+from captum.attr import KernelShap, ShapleyValues, ShapleyValueSampling
 
 from captum_llm_ext import (
     ChatInput,
@@ -11,6 +15,15 @@ from captum_llm_ext import (
     GenerationAttributionResult,
     TextSegmentInput,
 )
+from captum_llm_ext.coalitions import (
+    Scope,
+    join_plans,
+    part_errors,
+    plan_anchors,
+    plan_permutations,
+    solve_permutations,
+)
+from captum_llm_ext.coalitions.draws import normal_scale
 from captum_llm_ext.inputs import Piece
 from captum_llm_ext.result.reading import reading
 
@@ -71,6 +84,17 @@ def test_roles_and_levels_of_a_chat_survive_a_file(model, chatter, tmp_path):
     levels = {level["name"]: level["parts"] for level in reading(loaded)["levels"]}
     assert list(levels) == ["turn", "paragraph", "sentence"]
     assert levels["sentence"] == ["Be brief.", "Dave lives here.", "Where?", "Why?", "Tell me."]
+
+
+def test_no_part_reaches_from_one_speaker_to_the_next(model, chatter):
+    """In a template that puts nothing between messages."""
+    tokenizer = copy.deepcopy(chatter)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    messages = [{"role": role, "content": f"{role} says so"} for role in ("system", "user")]
+    chat = ChatInput(messages, tokenizer, "word", roles=("system", "user"))
+    result = attribute(model, tokenizer, chat, " Golf")
+    for level in reading(result)["levels"]:
+        assert level["part_of"] == [0, 0, 0, 1, 1, 1], level["name"]
 
 
 def test_the_finest_level_has_the_name_of_its_unit(model, tokenizer):
@@ -146,7 +170,117 @@ def test_errors_of_the_whole_answer_know_of_shared_coalitions(model, tokenizer):
     attribution = GenerationAttribution(ShapleyValueSampling(model), tokenizer)
     target = tokenizer.encode(" Golf and", add_special_tokens=False)
     result = attribution.attribute(inp, target=target, n_samples=6)
-    told = torch.tensor(reading(result)["whole_se"])
-    assert torch.equal(told, result.attribute_span(0, len(target)).standard_errors)
+    assert sums(result)["prompt", None][0, len(target)] == pytest.approx(
+        result.attribute_span(0, len(target)).standard_errors[:10].tolist(), rel=5e-3
+    )
     result.provenance["attr_target"] = "prob"  # the sum of which means nothing
-    assert reading(result)["whole_se"] is None
+    assert sums(result) == {}
+
+
+def sums(result):
+    """By side and level: per span its errors, as the page holds them."""
+    page = result.to_html()
+    (held,) = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
+    return {
+        (entry["side"], entry["level"]): dict(
+            zip(map(tuple, entry["spans"]), entry["se"], strict=True)
+        )
+        for entry in json.loads(held)["sums"]
+    }
+
+
+def example(model, tokenizer, method=ShapleyValueSampling, **options):
+    inp = TextSegmentInput("Dave lives here. Ann sings. Bob is old.", tokenizer, "word")
+    target = tokenizer.encode(" Golf. She sings and", add_special_tokens=False)
+    return GenerationAttribution(method(model), tokenizer).attribute(inp, target=target, **options)
+
+
+@pytest.mark.parametrize("method", [ShapleyValueSampling, KernelShap, ShapleyValues])
+def test_errors_of_every_span_are_those_that_the_library_tells(model, tokenizer, method):
+    options = {} if method is ShapleyValues else {"n_samples": 60}
+    options |= {"output_unit": None} if method is ShapleyValues else {}
+    result = example(model, tokenizer, method, **options)
+    n_target, n_prompt = len(result.output_tokens), len(result.input_tokens)
+    told = sums(result)
+    spans = {(a, b) for a in range(n_target) for b in range(a + 2, n_target + 1)}
+    if method is KernelShap:  # which takes a regression for each: a few, the largest first
+        assert len(told["prompt", None]) == 5
+        assert (0, n_target) in told["prompt", None]
+    else:
+        assert set(told["prompt", None]) == spans
+    for span, errors in told["prompt", None].items():
+        whole = result.attribute_span(*span).standard_errors
+        assert errors == pytest.approx(whole[:n_prompt].tolist(), rel=5e-3)
+        if ("answer", None) in told:
+            assert told["answer", None][span] == pytest.approx(whole[n_prompt:].tolist(), rel=5e-3)
+
+
+def test_errors_of_parts_are_those_of_their_sums_in_every_pair_of_walks(model, tokenizer):
+    """Walk by walk, in loops."""
+    result = example(model, tokenizer, n_samples=8)
+    told = sums(result)
+    levels = {level["name"]: level["part_of"] for level in reading(result)["levels"]}
+    assert set(levels) == {"sentence"}
+    n, sentences = result.design.n_features, levels["sentence"]
+    masks, values = result.masks[2:, :n], result.values[2:].double()
+    assert len(masks) == 8 * (n + 1)
+    for (start, stop), errors in told["prompt", "sentence"].items():
+        pairs = torch.zeros(4, 3).double()
+        each = torch.zeros(4, len(result.full_attr[0])).double()
+        for walk in range(8):
+            for row in range(walk * (n + 1) + 1, (walk + 1) * (n + 1)):
+                joined = int((masks[row] & ~masks[row - 1]).nonzero())
+                gain = float((values[row] - values[row - 1])[start:stop].sum()) / 2
+                each[walk // 2, joined] += gain
+                if joined < len(sentences):
+                    pairs[walk // 2, sentences[joined]] += gain
+        n_visible = len(sentences) + stop - 1
+        variance = pairs.var(0) / 4
+        features = each[:, :n_visible].var(0).mean() / 4
+        sizes = torch.tensor(sentences).bincount()
+        wanted = ((3 * variance + sizes * features) / 4).sqrt() * normal_scale(4)
+        assert errors == pytest.approx(wanted.tolist(), rel=5e-3, abs=1e-9)
+
+
+def test_words_of_the_answer_have_errors_as_causes(model, tokenizer):
+    result = example(model, tokenizer, n_samples=8)
+    told = sums(result)
+    runs = {level["name"]: level["part_of"] for level in reading(result)["output_levels"]}
+    n_target = len(result.output_tokens)
+    for name, part_of in runs.items():
+        every = told["answer", name]
+        assert {(t, t + 1) for t in range(n_target)} <= set(every)
+        assert {len(errors) for errors in every.values()} == {1 + max(part_of)}
+        for t in range(n_target):  # a part that begins later is no cause
+            later = [part for part in range(1 + max(part_of)) if part_of.index(part) >= t]
+            assert [every[t, t + 1][part] for part in later] == [0] * len(later)
+        alone = [part for part in range(max(part_of)) if part_of.count(part) == 1]
+        for part in alone:
+            single = result.output_attr_se[:, part_of.index(part)].tolist()
+            assert [every[t, t + 1][part] for t in range(n_target)] == pytest.approx(
+                single, rel=5e-3
+            )
+
+
+def test_errors_of_parts_are_as_large_as_sums_vary():
+    """Over 400 samples of a game whose features make up for one another within each part."""
+    n, part_of = 9, torch.arange(9) // 3
+    draw = torch.Generator().manual_seed(1)
+    weights = torch.randn(n, n, generator=draw).double().triu(1)
+    found, told, single = [], [], []
+    for seed in range(400):
+        plan = plan_permutations(n, 12, generator=torch.Generator().manual_seed(seed))
+        plan = join_plans([plan_anchors(n), plan])
+        x = plan.masks.double()
+        values = (((x @ weights) * x).sum(1) ** 2)[:, None]
+        scope = Scope(torch.tensor([n]), torch.tensor([-1]))
+        solution = solve_permutations(plan, values, scope)
+        found.append(solution.attributions[0].view(3, 3).sum(1))
+        told.append(part_errors(plan, values, scope, part_of)[0])
+        single.append(solution.standard_errors[0].square().view(3, 3).sum(1).sqrt())
+    spread = torch.stack(found).std(0)
+    coverage = (torch.stack(found) - torch.stack(found).mean(0)).abs() < 1.96 * torch.stack(told)
+    # 400 samples tell a coverage to about 0.01.
+    assert coverage.double().mean(0).tolist() == pytest.approx([0.95] * 3, abs=0.035)
+    # As if independent they would be too large: a walk's gains add up to the same.
+    assert bool((torch.stack(single).mean(0) > 1.1 * spread).all())

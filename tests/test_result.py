@@ -17,8 +17,11 @@ from captum.attr import (
     ShapleyValues,
     TextTokenInput,
 )
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from captum_llm_ext import GenerationAttribution, GenerationAttributionResult, TextSegmentInput
+from captum_llm_ext.inputs import Piece
 
 FIELDS = (
     "seq_attr token_attr output_probs token_attr_se output_attr output_attr_se full_values "
@@ -106,8 +109,70 @@ def test_later_formats_are_refused(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FORMAT", 99)
     _result(model, tokenizer).save(path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="later version"):
+    with pytest.raises(ValueError, match=r"later version \(format 99, this one reads up to 4"):
         GenerationAttributionResult.load(path)
+
+
+def _rewritten(path, version, change, to):
+    """The file with another format number and other JSON, and a digest where one belongs."""
+    import captum_llm_ext.result.files as module
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        rest = json.loads(file.metadata()["captum_llm_ext"])
+    change(rest)
+    text = json.dumps(rest | {"format": version})
+    digest = {"sha256": module._digest(tensors, text)} if version >= 3 else {}
+    save_file(tensors, to, metadata={"captum_llm_ext": text} | digest)
+    return to
+
+
+def test_the_format_that_is_written_is_the_documented_one(tmp_path):
+    """Roles are told by the number: readers that know none refuse it as one of a later version."""
+    result = GenerationAttributionResult.load(DATA / "result_format_3.safetensors")
+    result.save(tmp_path / "again")
+    with safe_open(tmp_path / "again", framework="pt") as file:
+        rest = json.loads(file.metadata()["captum_llm_ext"])
+    assert rest["format"] == 4
+    roles = [piece[2] for piece in rest["prompt_pieces"] if len(piece) == 3]
+    assert set(roles) == {"template", "user"}
+    assert [p.role for p in result.prompt_pieces] == roles
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["prompt_pieces", "output_pieces"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        ["x", 0],
+        ["x", 0, "user"],
+        *(["x"], ["x", 0, "user", 1], ["x", 0, 7], ["x", "0"], ["x", True], ["x", 99], ["x", -1]),
+        *([1, 0], "xy", 3),
+    ],
+    ids=str,
+)
+def test_pieces_are_those_of_their_format(version, name, piece, tmp_path):
+    def change(rest):
+        rest[name] = [["a", None]] * 6 + [piece]
+
+    path = _rewritten(DATA / "result_format_2.safetensors", version, change, tmp_path / "r")
+    if piece == ["x", 0] or (piece == ["x", 0, "user"] and version >= 3):
+        loaded = GenerationAttributionResult.load(path)
+        assert getattr(loaded, name)[6] == Piece(*piece)
+    else:
+        with pytest.raises(ValueError, match=r"damaged \(.*give a file written by"):
+            GenerationAttributionResult.load(path)
+
+
+@pytest.mark.parametrize("version", [0, -1, 2.0, True, "2", None])
+def test_formats_are_numbers(version, tmp_path):
+    with safe_open(DATA / "result_format_2.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        rest = json.loads(file.metadata()["captum_llm_ext"])
+    text = json.dumps(rest | {"format": version})
+    save_file(tensors, tmp_path / "r", metadata={"captum_llm_ext": text})
+    with pytest.raises(ValueError, match=r"damaged or no saved result \(its format is"):
+        GenerationAttributionResult.load(tmp_path / "r")
 
 
 def test_no_damage_changes_a_number(model, tokenizer, tmp_path):
@@ -133,7 +198,7 @@ def test_no_damage_changes_a_number(model, tokenizer, tmp_path):
     assert all("damaged" in error or "no saved result" in error for error in told)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_files_of_earlier_versions_are_read(version, tmp_path):
     """Written by those versions, with what they told of them as JSON."""
     path = DATA / f"result_format_{version}.safetensors"

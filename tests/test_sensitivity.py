@@ -19,6 +19,7 @@ from captum.attr import (
     TextTemplateInput,
     TextTokenInput,
 )
+from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy.stats import rankdata, spearmanr
@@ -623,6 +624,35 @@ def test_signs_and_what_matters_are_readable_at_any_size(n):
     signs = sum(len(c.get_offsets()) for c in ax.collections)
     assert numbers + signs >= below.sum()
     assert ("− lowers" in ax.get_xlabel()) == (n > 5)
+
+
+@pytest.mark.parametrize("n", [5, 300])
+def test_changes_are_marked_below_columns_of_any_width(n):
+    fig, ax = plot.baseline_map(
+        np.random.default_rng(0).normal(size=(2, n)),
+        labels=[f"w{i}" for i in range(n)],
+        row_labels=["A", "B"],
+        n_prompt=n,
+        pale=np.ones((2, n)),
+        strongest=[0, 1],
+        changes_sign={1, 2},
+        changes_rank={2, 3},
+        unit="nats",
+    )
+    fig.canvas.draw()
+    rows = labels(ax.get_yticklabels())
+    if n == 5:
+        assert rows == ["A", "B", "changes"]
+        assert marks(ax) == {1.0: "±", 2.0: "±\n⇅", 3.0: "⇅"}
+    else:
+        assert rows == ["A", "B", "changes sign", "changes rank"]
+        assert marks(ax) == {}
+        drawn = [c for c in ax.collections if isinstance(c, LineCollection)]
+        found = [{tuple(np.mean(s, axis=0)) for s in c.get_segments()} for c in drawn]
+        assert found == [{(1, 2), (2, 2)}, {(2, 3), (3, 3)}]
+    assert fig.axes[1].get_ylabel() == "Attribution (nats)"
+    key = ax.xaxis.label.get_window_extent()
+    assert fig.bbox.x0 <= key.x0 < key.x1 <= fig.bbox.x1
 
 
 @pytest.mark.parametrize("token", ["$x$ $", "東京", "\n", "$\\no"])

@@ -16,7 +16,12 @@ EXAMPLES = (
     "attribute --model ./my-model --chat chat.json --unit sentence --method partition "
     "--max-new-tokens 60",
     'attribute --model ./my-model --prompt "2 + 2 =" --target " 5" --method ablation --json - | jq',
-    "attribute --model ./my-model --prompt-file q.txt --sample --temperature 0.7 --tol 0.05",
+    'attribute --model ./my-model --prompt "2 + 2 =" --target " 5" --method inclusion',
+    'attribute --model ./my-model --prompt "2 + 2 =" --method shapley --max-new-tokens 1',
+    "attribute --model ./my-model --prompt-file q.txt --sample --temperature 0.7 --method kernel "
+    "--tol 0.05",
+    "attribute --model ./my-model --prompt-file q.txt --method lime --n-samples 200",
+    "attribute --model ./my-model --prompt-file letter.txt --method hierarchical --share 0.1",
     "attribute --model ./my-model --input prompts.jsonl --out results/",
 )
 _DESCRIPTION = """\

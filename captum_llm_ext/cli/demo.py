@@ -6,12 +6,11 @@ from typing import Any
 
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines.corpus import CorpusBaselines
-from captum_llm_ext.cli.command import add_command, positive
-from captum_llm_ext.cli.job import METHODS, method, method_name
+from captum_llm_ext.cli.command import UsageError, add_command, positive, say
+from captum_llm_ext.cli.job import METHODS, method, method_name, units
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer
 from captum_llm_ext.demo import PROMPT, folder
 from captum_llm_ext.inputs import TextSegmentInput
-from captum_llm_ext.segment import segmenter
 
 EXAMPLES = (
     "demo",
@@ -43,8 +42,8 @@ def add(commands: Any) -> None:
     add("--prompt", metavar="TEXT", help="what the model continues")
     add(
         "--unit",
-        default="word",
-        help="prompt features: token, word (default), sentence, line, paragraph, block",
+        help="prompt features: token, word (default), sentence, line, paragraph, block; several "
+        "from coarse to fine with commas",
     )
     add("--max-new-tokens", type=positive, default=40, metavar="N", help="default 40")
     add("--corpus", metavar="FILE", help="text to draw replacements from, a document a line")
@@ -53,7 +52,9 @@ def add(commands: Any) -> None:
         type=method_name,
         choices=METHODS,
         default="sampling",
-        help="default sampling: Shapley values",
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)} (default: sampling, Shapley values by random orders); see "
+        "attribute --help",
     )
     add("--seed", type=int, default=0, metavar="N", help="default 0")
     add("--out", default="captum-llm-ext-demo", metavar="DIR", help="default ./captum-llm-ext-demo")
@@ -63,38 +64,38 @@ def run(arguments: argparse.Namespace) -> None:
     """Generates, attributes, prints a table and writes a picture, a page and the numbers."""
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    if arguments.unit != "token":
-        segmenter(arguments.unit)  # a name that is none is told before a model is loaded
     if arguments.prompt is None and arguments.model is not None:
-        raise ValueError("--model needs a --prompt to continue.")
-    result = _attribute(arguments)
-    print("", result, "", sep="\n")
+        raise UsageError("--model needs a --prompt to continue.")
+    # A name that is none is told before a model is loaded.
+    parts = units(arguments.unit, is_chat=False, is_nested=arguments.method == "hierarchical")
+    result = _attribute(arguments, parts)
+    print(result, flush=True)
     result.to_html(out / "demo.html", title="captum-llm-ext demo")
     figure, _ = result.plot_token_attr()
     figure.savefig(out / "demo.png", dpi=150, bbox_inches="tight")
     result.save(out / "demo.safetensors")
-    print("written:")
-    print(f"  {out / 'demo.html'}          the text, with causes on hover: open it in a browser")
-    print(f"  {out / 'demo.png'}           the heat map")
-    print(f"  {out / 'demo.safetensors'}   the numbers: captum-llm-ext show reads them")
+    say("\nwritten:")
+    say(f"  {out / 'demo.html'}          the text, with causes on hover: open it in a browser")
+    say(f"  {out / 'demo.png'}           the heat map")
+    say(f"  {out / 'demo.safetensors'}   the numbers: captum-llm-ext show reads them")
 
 
-def _attribute(arguments: argparse.Namespace) -> Any:
+def _attribute(arguments: argparse.Namespace, parts: tuple[str, ...]) -> Any:
     own = arguments.model is None
     name = DEMO if own else arguments.model
     corpus = arguments.corpus or (folder() / "corpus.txt" if own else None)
     prompt = PROMPT if arguments.prompt is None else arguments.prompt
     baselines = None if corpus is None else CorpusBaselines(corpus, seed=arguments.seed)
-    tokenizer = load_tokenizer(name)
-    inp = TextSegmentInput(prompt, tokenizer, arguments.unit, baselines=baselines)
+    tokenizer = load_tokenizer(name, arguments.revision)
+    inp = TextSegmentInput(prompt, tokenizer, parts, baselines=baselines)
     attributes = method(arguments.method, load_model(name, arguments))
-    print(f"model:   {arguments.model or 'the tiny one that comes with the package'}")
-    print(f"prompt:  {prompt}", flush=True)
+    say(f"model:   {arguments.model or 'the tiny one that comes with the package'}")
+    say(f"prompt:  {prompt}")
     result = GenerationAttribution(attributes, tokenizer).attribute(
         inp,
         gen_args={"max_new_tokens": arguments.max_new_tokens},
         seed=arguments.seed,
         show_progress=True,
     )
-    print(f"answer: {tokenizer.decode(result.target, skip_special_tokens=True)}")
+    say(f"answer: {tokenizer.decode(result.target, skip_special_tokens=True)}\n")
     return result

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     machine = _machine()
     if not arguments.json:
         print("\n".join(f"{name:<15} {value}" for name, value in machine.items()), flush=True)
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model, arguments.revision)
     model = load_model(arguments.model, arguments)
     about = _about(arguments.model, model, tokenizer)
     found = probe(model, tokenizer)
@@ -107,8 +107,10 @@ def _about(name: str, model: Any, tokenizer: Any) -> dict[str, str]:
     n_positions = _compat.longest_sequence(model)
     has_template = getattr(tokenizer, "chat_template", None) is not None
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    revision = _compat.model_source(model)[1]
     return {
         "name": name,
+        **({} if revision is None else {"revision": f"revision {revision}"}),
         "class": type(model).__name__,
         "parameters": f"{n_parameters / 1e6:,.1f} million parameters in {' and '.join(dtypes)}",
         "device": f"on {_compat.input_device(model)}",

@@ -18,12 +18,26 @@ from captum_llm_ext.segment import segmenter
 
 METHODS = {
     "ablation": "captum.attr:FeatureAblation",
+    "inclusion": "captum_llm_ext.methods:FeatureInclusion",
     "shapley": "captum.attr:ShapleyValues",
     "sampling": "captum.attr:ShapleyValueSampling",
     "kernel": "captum.attr:KernelShap",
     "lime": "captum.attr:Lime",
     "partition": "captum_llm_ext.methods:PartitionShap",
+    "hierarchical": "captum_llm_ext.methods:HierarchicalAblation",
 }
+_METHODS = """\
+methods: what an attribution is, of n features (captum's names of classes mean the same)
+  ablation      what is lost without the feature: n + 1 evaluations
+  inclusion     what the feature alone gains: n + 1 evaluations
+  shapley       Shapley values, exact: 2^n evaluations
+  sampling      Shapley values from random orders of the features (default)
+  kernel        Shapley values by regression over random coalitions
+  lime          LIME's linear model
+  partition     Owen values: Shapley values of orders that keep to the nesting of --unit
+  hierarchical  ablation of long prompts: only parts that matter are opened to their words
+"""
+_NESTED = ("paragraph", "sentence", "word")  # what a search goes down, if nothing else is said
 _BASELINES = """\
 baselines: what stands where a word is absent
   delete        nothing
@@ -78,7 +92,7 @@ def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
         metavar="WHAT",
         help=f"see below{'; twice or more' if several else ' (default: delete)'}",
     )
-    parser.epilog = f"{_BASELINES}\n{parser.epilog}"
+    parser.epilog = f"{_METHODS}\n{_BASELINES}\n{parser.epilog}"
 
 
 def _add_target(group: Any) -> None:
@@ -98,13 +112,27 @@ def _add_method(group: Any) -> None:
         choices=METHODS,
         metavar="METHOD",
         default="sampling",
-        help=f"{', '.join(METHODS)} (default: sampling, Shapley values by random orders)",
+        help=f"{', '.join(METHODS)}: see below (default: sampling)",
+    )
+    add(
+        "--share",
+        type=_share,
+        metavar="X",
+        help="of hierarchical: a part is opened where its loss changes a token's value by this "
+        "share of the largest change, from 0 to 1 (default: 0.05)",
+    )
+    add(
+        "--scheme",
+        choices=("orders", "splits"),
+        help="of partition: random orders (default), or the group that adds most is split first, "
+        "for budgets below an evaluation per feature",
     )
     add(
         "--unit",
         metavar="UNIT",
         help="prompt features: token, word, sentence, line, paragraph, block, of a chat also turn; "
-        "several from coarse to fine with commas (default: word, of a chat turn)",
+        "several from coarse to fine with commas (default: word; of a chat turn; of hierarchical "
+        f"{','.join(_NESTED)})",
     )
     add(
         "--output-unit",
@@ -124,6 +152,12 @@ def _add_settings(group: Any) -> None:
         help="the value that is explained (default: log_prob)",
     )
     add("--n-samples", type=positive, metavar="N", help="budget, as of the method in captum")
+    add(
+        "--n-draws",
+        type=positive,
+        metavar="N",
+        help="of ablation, inclusion, shapley, hierarchical: draws of random baselines",
+    )
     add("--tol", type=float, metavar="X", help="sample until the errors are below X of the range")
     add(
         "--max-evaluations", type=positive, metavar="N", help="with --tol: stop there at the latest"
@@ -133,16 +167,25 @@ def _add_settings(group: Any) -> None:
     add("--quiet", action="store_true", help="no progress bar")
 
 
+def _share(text: str) -> float:
+    """A number from 0 to 1, as the type of an option."""
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return share
+
+
 def method_name(text: str) -> str:
     """A key of `METHODS`; captum's class names mean the same."""
     classes = {path.partition(":")[2]: name for name, path in METHODS.items()}
     return classes.get(text, text)
 
 
-def method(name: str, model: Any) -> Any:
-    """The attribution method over a model."""
+def method(name: str, model: Any, **settings: Any) -> Any:
+    """The attribution method over a model; settings that are None are its defaults."""
     module, _, cls = METHODS[name].partition(":")
-    return getattr(import_module(module), cls)(model)
+    given = {key: value for key, value in settings.items() if value is not None}
+    return getattr(import_module(module), cls)(model, **given)
 
 
 class Job:
@@ -166,7 +209,8 @@ class Job:
         is_many = getattr(arguments, "input", None) is not None
         self._prompt = "" if is_many else _read_prompt(arguments)
         is_chat = not isinstance(self._prompt, str) or (is_many and bool(arguments.roles))
-        self._units = _units(arguments.unit, is_chat=is_chat)
+        self._units = units(arguments.unit, is_chat=is_chat, is_nested=_is_search(arguments.method))
+        _check_method(arguments)
         self._output_unit = None if arguments.output_unit == "none" else arguments.output_unit
         if self._output_unit not in (None, "token"):
             segmenter(arguments.output_unit)
@@ -174,12 +218,12 @@ class Job:
             raise UsageError("--roles would be ignored: it is about the turns of a --chat.")
         if arguments.max_evaluations is not None and arguments.tol is None:
             raise UsageError("--max-evaluations has no meaning without --tol.")
-        location(arguments.model)
+        location(arguments.model, arguments.revision)
 
     def prepared(self, baselines: Any) -> tuple[GenerationAttribution, TextSegmentInput]:
         """What attributes, and the prompt over these baselines."""
         arguments = self._arguments
-        tokenizer = load_tokenizer(arguments.model)
+        tokenizer = load_tokenizer(arguments.model, arguments.revision)
         inp = self._input(tokenizer, baselines)
         return self._attribution(tokenizer), inp
 
@@ -187,17 +231,18 @@ class Job:
         """What attributes, and the arguments of `attribute_dataset` that say what features are."""
         arguments = self._arguments
         chosen: dict[str, Any] = {}
-        if arguments.unit:
+        if arguments.unit or _is_search(arguments.method):
             chosen["unit"] = self._units[0] if len(self._units) == 1 else self._units
         if arguments.roles:
             chosen["roles"] = [role.strip() for role in arguments.roles.split(",")]
-        return self._attribution(load_tokenizer(arguments.model)), chosen
+        return self._attribution(load_tokenizer(arguments.model, arguments.revision)), chosen
 
     def _attribution(self, tokenizer: Any) -> GenerationAttribution:
         arguments = self._arguments
         model = load_model(arguments.model, arguments)
+        settings = {"share": arguments.share, "scheme": arguments.scheme}
         return GenerationAttribution(
-            method(arguments.method, model), tokenizer, arguments.attr_target
+            method(arguments.method, model, **settings), tokenizer, arguments.attr_target
         )
 
     @property
@@ -209,6 +254,7 @@ class Job:
             "gen_args": self._gen_args,
             "output_unit": self._output_unit,
             "n_samples": arguments.n_samples,
+            "n_draws": arguments.n_draws,
             "tol": arguments.tol,
             "max_evaluations": arguments.max_evaluations,
             "perturbations_per_eval": arguments.batch_size,
@@ -283,8 +329,49 @@ def _option(name: str) -> str:
     return {"do_sample": "sample"}.get(name, name).replace("_", "-")
 
 
-def _units(given: str | None, *, is_chat: bool) -> tuple[str, ...]:
-    units = tuple(unit.strip() for unit in (given or ("turn" if is_chat else "word")).split(","))
+def _is_search(name: str) -> bool:
+    return name == "hierarchical"
+
+
+def _check_method(arguments: argparse.Namespace) -> None:
+    """Refuses settings that the method has not.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    each = ("ablation", "inclusion")
+    owners = {
+        "share": ("hierarchical",),
+        "scheme": ("partition",),
+        "n_samples": tuple(name for name in METHODS if name not in each),
+        "n_draws": (*each, "shapley", "partition", "hierarchical"),
+    }
+    for name, methods in owners.items():
+        if getattr(arguments, name) is not None and arguments.method not in methods:
+            raise UsageError(
+                f"--{_option(name)} would be ignored: it is of --method {', '.join(methods)}."
+            )
+
+
+def units(given: str | None, *, is_chat: bool, is_nested: bool) -> tuple[str, ...]:
+    """The units that ``--unit`` names, from coarse to fine.
+
+    Args:
+        given: The option; None where it is not given.
+        is_chat: Whether turns are the coarsest parts.
+        is_nested: Whether the method wants parts in parts.
+
+    Raises:
+        UsageError: If they are of no use here.
+        ValueError: If one is unknown.
+    """
+    unsaid = ",".join(_NESTED) if is_nested else "turn" if is_chat else "word"
+    units = tuple(unit.strip() for unit in (given or unsaid).split(","))
+    if is_nested and (len(units) < 2 and not (is_chat and units != ("turn",))):
+        raise UsageError(
+            f"--unit {given}: --method hierarchical opens larger parts to smaller ones: give "
+            f"several, such as {','.join(_NESTED)}."
+        )
     for unit in units:
         if unit == "turn" and not is_chat:
             raise UsageError("--unit turn is about the turns of a --chat.")

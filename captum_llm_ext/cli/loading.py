@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from captum_llm_ext.cli.command import say
+from captum_llm_ext import _compat
+from captum_llm_ext.cli.command import UsageError, say
 from captum_llm_ext.demo import folder
 
 DEMO = "demo"
+_MAIN = "main"  # of every repository
 _DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 _ADVICE = (
     f"give '{DEMO}' (the tiny model that comes with the package), the name of a Hugging Face "
@@ -31,14 +33,25 @@ def add_loading(parser: Any) -> None:
         help="as of transformers: cpu, cuda:0, auto, or a JSON object (default: cuda:0 where there "
         "is one, else cpu)",
     )
+    parser.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="of a Hugging Face name: its branch, tag or commit (default: main)",
+    )
 
 
-def location(name: str) -> str:
+def location(name: str, revision: str | None = None) -> str:
     """Where transformers finds a model that goes by this name here.
 
     Raises:
-        ValueError: If it names a place that holds no model.
+        UsageError: If a revision is asked of what has none.
+        ValueError: If the name is of a place that holds no model.
     """
+    if revision is not None and (name == DEMO or Path(name).expanduser().is_dir()):
+        raise UsageError(
+            f"--revision would be ignored: {name!r} comes with the package or is a folder, which "
+            "holds one revision alone."
+        )
     if name == DEMO:
         return str(folder())
     path = Path(name).expanduser()
@@ -53,13 +66,13 @@ def location(name: str) -> str:
     return name
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        UsageError, ValueError: If it cannot be loaded.
     """
-    place = location(name)
+    place = location(name, revision)
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -67,7 +80,8 @@ def load_tokenizer(name: str) -> Any:
     if Path(place).is_dir():  # downloads, which take longer, keep their bars
         logging.disable_progress_bar()
     try:
-        return _loaded("tokenizer", name, AutoTokenizer.from_pretrained, place)
+        load = AutoTokenizer.from_pretrained
+        return _loaded("tokenizer", name, load, place, revision=revision or _MAIN)
     except ValueError as error:  # it is what is loaded first: most often the name is wrong
         raise ValueError(f"{error} {_ADVICE[0].upper()}{_ADVICE[1:]}") from error
 
@@ -76,9 +90,9 @@ def load_model(name: str, arguments: argparse.Namespace) -> Any:
     """A model in evaluation mode, as the options of `add_loading` say.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        UsageError, ValueError: If it cannot be loaded.
     """
-    place = location(name)
+    place = location(name, arguments.revision)
     from transformers import AutoModelForCausalLM
 
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
@@ -88,7 +102,11 @@ def load_model(name: str, arguments: argparse.Namespace) -> Any:
         device_map = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     say(f"loading {name} …")
     load = AutoModelForCausalLM.from_pretrained
-    model = _loaded("model", name, load, place, dtype=dtype, device_map=device_map)
+    revision = arguments.revision or _MAIN
+    model = _loaded(
+        "model", name, load, place, dtype=dtype, device_map=device_map, revision=revision
+    )
+    _compat.note_revision(model, revision)
     return model.eval()
 
 

@@ -13,7 +13,7 @@ from captum_llm_ext.coalitions.lime import (
     solve_contextcite,
     solve_lime,
 )
-from captum_llm_ext.coalitions.permutations import solve_permutations
+from captum_llm_ext.coalitions.permutations import part_errors, solve_permutations
 from captum_llm_ext.coalitions.plans import (
     Plan,
     join_plans,
@@ -36,6 +36,7 @@ __all__ = [
     "cosine_kernel",
     "join_plans",
     "logit_scaled",
+    "part_errors",
     "plan_anchors",
     "plan_exact",
     "plan_leave_one_out",

@@ -40,6 +40,36 @@ def solve_permutations(plan: Plan, values: Tensor, scope: Scope) -> Solution:
     return solution
 
 
+def part_errors(plan: Plan, values: Tensor, scope: Scope, part_of: Tensor) -> Tensor:
+    """Standard errors of attributions that `solve_permutations` gives, summed over features.
+
+    What features gain in one walk is not independent: it adds up to the same in all of them.
+
+    Args:
+        plan, values, scope: As for `solve_permutations`.
+        part_of: int64, shape ``(n_features,)``: the part that each feature is in, -1 for none.
+
+    Returns:
+        Shape ``(n_target, n_parts)``; those of parts of one feature are those of that feature. NaN
+        for targets that require a column, and for a single pair of walks.
+    """
+    order, n_parts = _orders(plan), int(part_of.max()) + 1
+    errors = torch.full((len(scope.n_visible), n_parts), torch.nan).double()
+    for view in views(plan, values, scope):
+        if view.required >= 0:
+            continue
+        gains, cluster = _gains(view, order)
+        inside = (part_of[: view.n_visible] >= 0).nonzero()[:, 0]
+        ours = part_of[inside]
+        parts = gains.new_zeros(len(gains), n_parts, gains.shape[2])
+        parts.index_add_(1, ours, gains[:, inside])
+        sizes = ours.bincount(minlength=n_parts)[:, None]
+        each = _spread(gains, cluster).mean(0)
+        variances = _moderated(_spread(parts, cluster), int(cluster.max()) + 1, sizes * each)
+        errors[view.targets] = variances.masked_fill(sizes == 0, 0).sqrt().T
+    return errors
+
+
 def _orders(plan: Plan) -> Tensor:
     """The feature that joins at each step, shape ``(n_orders, n_features)``."""
     n = plan.n_features
@@ -57,30 +87,37 @@ def _orders(plan: Plan) -> Tensor:
 
 
 def _walk(view: View, order: Tensor) -> tuple[Tensor, Tensor]:
-    n_orders, n = order.shape
-    walks = view.values[view.sampled].view(n_orders, n + 1, -1)
-    gains = torch.empty(n_orders, n, len(view.targets), dtype=walks.dtype)
-    gains.scatter_(1, order[:, :, None].expand_as(gains), walks.diff(dim=1))
-    gains = gains[:, : view.n_visible]
-
-    # The unit that varies is the draw: an order and its reverse, or a single last order.
-    draws = view.draws[view.sampled].view(n_orders, n + 1)[:, 0]
-    numbers, cluster = draws.unique(return_inverse=True)
-    attributions = gains.mean(0)
-    sums = torch.zeros(len(numbers), *attributions.shape, dtype=gains.dtype)
-    sums.index_add_(0, cluster, gains - attributions)
-    spread = sums.square().sum(0) / n_orders**2
-    variances = _moderated(spread, len(numbers))
+    gains, cluster = _gains(view, order)
+    attributions, spread = gains.mean(0), _spread(gains, cluster)
+    variances = _moderated(spread, int(cluster.max()) + 1, spread.mean(0))
     gap = view.full_values - view.empty_values - attributions.sum(0)
     return attributions + gap * _share(spread), variances
 
 
-def _moderated(spread: Tensor, n_draws: int) -> Tensor:
-    """Variances from sums of squares over draws, each leaning on those of the other features."""
+def _gains(view: View, order: Tensor) -> tuple[Tensor, Tensor]:
+    """What each visible feature adds, ``(n_orders, n_visible, n_group)``; per order its draw."""
+    n_orders, n = order.shape
+    walks = view.values[view.sampled].view(n_orders, n + 1, -1)
+    gains = torch.empty(n_orders, n, len(view.targets), dtype=walks.dtype)
+    gains.scatter_(1, order[:, :, None].expand_as(gains), walks.diff(dim=1))
+    # The unit that varies is the draw: an order and its reverse, or a single last order.
+    draws = view.draws[view.sampled].view(n_orders, n + 1)[:, 0]
+    return gains[:, : view.n_visible], draws.unique(return_inverse=True)[1]
+
+
+def _spread(gains: Tensor, cluster: Tensor) -> Tensor:
+    """Sums of squares over draws, of means over orders."""
+    sums = torch.zeros(int(cluster.max()) + 1, *gains.shape[1:], dtype=gains.dtype)
+    sums.index_add_(0, cluster, gains - gains.mean(0))
+    return sums.square().sum(0) / len(gains) ** 2
+
+
+def _moderated(spread: Tensor, n_draws: int, expected: Tensor) -> Tensor:
+    """Variances from sums of squares over draws, each leaning on what features' lead to expect."""
     if n_draws < 2 or not len(spread):
         return torch.full_like(spread, torch.nan)
-    own = spread * n_draws / (n_draws - 1)
-    moderated = ((n_draws - 1) * own + own.mean(0)) / n_draws
+    own, others = (part * n_draws / (n_draws - 1) for part in (spread, expected))
+    moderated = ((n_draws - 1) * own + others) / n_draws
     return moderated * normal_scale(n_draws) ** 2
 
 

@@ -38,13 +38,13 @@ const added = (rows, partOf, width, from = (x) => x, to = (x) => x) => rows && r
 const addedErrors = (rows, partOf, width) => added(rows, partOf, width, (x) => x * x, Math.sqrt);
 
 const promptLevels = [
-  { name: (data.provenance || {}).unit || "finest", names: data.input_tokens, partOf: range(nPrompt), attr: data.token_attr, se: data.token_attr_se },
-  ...(data.levels || []).map(({ name, parts, part_of }) => ({ name, names: parts, partOf: part_of })).reverse(),
+  { name: (data.provenance || {}).unit || "finest", side: "prompt", names: data.input_tokens, partOf: range(nPrompt), attr: data.token_attr, se: data.token_attr_se },
+  ...(data.levels || []).map(({ name, parts, part_of }) => ({ name, key: name, side: "prompt", names: parts, partOf: part_of })).reverse(),
 ];
 
 /* Parts of the answer are runs of tokens, and columns of what they cause. */
 const answerLevels = [
-  { name: "token", runs: range(nTarget).map((t) => [t, t + 1]), names: data.output_features || [],
+  { name: "token", side: "answer", runs: range(nTarget).map((t) => [t, t + 1]), names: data.output_features || [],
     columns: data.output.map((piece) => (nOutput ? piece.feature : null)), attr: data.output_attr, se: data.output_attr_se },
   ...(data.output_levels || []).map(answerLevel).reverse(),
 ];
@@ -57,7 +57,7 @@ function answerLevel({ name, part_of: partOf }) {
   });
   const owning = new Set(partOfFeature);
   const names = runs.map(([from, to]) => data.output.slice(from, to).map((piece) => piece.text).join(""));
-  return { name, runs, names, partOf: partOfFeature, columns: runs.map((_, i) => (nOutput && owning.has(i) ? i : null)) };
+  return { name, key: name, side: "answer", runs, names, partOf: partOfFeature, columns: runs.map((_, i) => (nOutput && owning.has(i) ? i : null)) };
 }
 
 /* A part can be a cause only of what follows a feature of it. */
@@ -86,12 +86,21 @@ function answerLevelAt(i) {
 }
 
 let prompt = promptLevel(0), answer = answerLevelAt(0); /* the levels shown */
-const isFinest = () => prompt === promptLevels[0] && answer === answerLevels[0];
 
 /* Views ------------------------------------------------------------------------------------------ */
 
-/* Sums of rows from…to; errors add as if independent, since their covariances are not stored. */
-function sumRows({ attr, se }, from, to, width) {
+/* Errors of sums that are known; others add as if independent, since no covariances are stored. */
+const toldErrors = new Map();
+const sumKey = (side, key, from, to) => [side, from, to, key ?? ""].join(" ");
+for (const { side, level, spans, se } of data.sums || []) {
+  spans.forEach(([from, to], i) => toldErrors.set(sumKey(side, level, from, to), Float64Array.from(se[i], known)));
+}
+const told = (level, from, to) => toldErrors.get(sumKey(level.side, level.key, from, to));
+/* What is added up that may not be independent. */
+const guessed = (level, from, to) => (told(level, from, to) ? [] : [to - from > 1 ? "tokens" : "", level.key ? "parts" : ""].filter(Boolean));
+
+function sumRows(level, from, to) {
+  const { attr, se } = level, width = level.names.length;
   const value = new Float64Array(width), error = new Float64Array(width).fill(se ? 0 : NaN);
   for (let t = from; t < to; t++) {
     const row = attr[t], spread = se && se[t];
@@ -100,41 +109,39 @@ function sumRows({ attr, se }, from, to, width) {
       if (se) error[j] += (spread ? spread[j] : NaN) ** 2;
     }
   }
-  return { value, error: error.map(Math.sqrt), count: to - from };
+  return { value, error: told(level, from, to) || error.map(Math.sqrt), count: to - from };
 }
 const none = { value: new Float64Array(0), error: new Float64Array(0), count: 1 };
 
 function rowsView(from, to) {
   const view = {
     kind: "rows", from, to,
-    prompt: sumRows(prompt, from, to, prompt.names.length),
-    output: nOutput ? sumRows(answer, from, to, answer.names.length) : none,
+    prompt: sumRows(prompt, from, to),
+    output: nOutput ? sumRows(answer, from, to) : none,
+    guessed: new Set([...guessed(prompt, from, to), ...(nOutput ? guessed(answer, from, to) : [])]),
   };
-  const exact = data.whole_se && isWhole(view) && isFinest();
-  if (exact) {
-    view.prompt.error = Float64Array.from(data.whole_se.slice(0, nPrompt), known);
-    view.output.error = Float64Array.from(data.whole_se.slice(nPrompt), known);
-  }
-  view.independent = [to - from > 1 && !exact ? "tokens" : "", isFinest() ? "" : "parts"].filter(Boolean);
   view.piece = answer.runs.findIndex(([a, b]) => a === from && b === to);
   return view;
 }
 const isWhole = (view) => view.from === 0 && view.to === nTarget && nTarget > 1;
 
 /* What one column does to every part of the answer. */
-function columnOver({ attr, se }, index) {
+function columnOver(level, index) {
+  const { attr, se } = level;
   const value = new Float64Array(answer.runs.length), error = new Float64Array(answer.runs.length);
   answer.runs.forEach(([from, to], p) => {
+    const exact = told(level, from, to);
     for (let t = from; t < to; t++) {
       value[p] += attr[t] ? attr[t][index] : NaN;
       error[p] += (se && se[t] ? se[t][index] : NaN) ** 2;
     }
+    if (exact) error[p] = exact[index] ** 2;
   });
   return { value, error: error.map(Math.sqrt), count: 1 };
 }
 const columnView = (index) => ({
   kind: "column", index, tokens: columnOver(prompt, index),
-  independent: isFinest() ? [] : ["parts"],
+  guessed: new Set(answer.runs.flatMap(([from, to]) => guessed(prompt, from, to))),
 });
 
 /* What an earlier part of the answer did to the later ones. */
@@ -172,10 +179,10 @@ function linksOf(view) {
       if (b <= view.from || a >= view.to) return;
       const from = Math.max(a, view.from), to = Math.min(b, view.to);
       const whole = view.piece === p;
-      const own = whole ? view.prompt : sumRows(prompt, from, to, prompt.names.length);
+      const own = whole ? view.prompt : sumRows(prompt, from, to);
       own.value.forEach((value, j) => offer("prompt", j, p, value, own.error[j]));
       if (!nOutput) return;
-      const before = whole ? view.output : sumRows(answer, from, to, answer.names.length);
+      const before = whole ? view.output : sumRows(answer, from, to);
       before.value.forEach((value, j) => { if (answer.columns[p] !== j) offer("answer", j, p, value, before.error[j]); });
     });
   }

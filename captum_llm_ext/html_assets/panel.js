@@ -129,7 +129,7 @@ function drawEffects(view) {
 function notesOn(view) {
   const notes = [], rows = view.kind === "rows";
   if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause.");
-  if (view.independent.length && data.token_attr_se) notes.push("Errors of a sum take its " + view.independent.join(" and ") + " as independent.");
+  if (view.guessed.size && data.token_attr_se) notes.push("± is approximate here: the errors of the " + [...view.guessed].join(" and of the ") + " that are added up are taken as independent, which they are not.");
   if (rows && view.to - view.from > 1 && data.attr_target === "prob") notes.push("A sum of the tokens' probabilities, not the probability of all of them.");
   if (data.token_attr_se) notes.push("± is one standard error; what lies within 1.96 of them is pale.");
   if (floor > 0) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale too.");

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from captum_llm_ext.plot.arrays import Array, array, output_array, scale
-from captum_llm_ext.plot.axes import figure, finish, inches, inches_per_unit, settle, thinned
+from captum_llm_ext.plot.axes import (
+    KEY_LINE,
+    figure,
+    finish,
+    inches,
+    inches_per_unit,
+    key_lines,
+    settle,
+    thinned,
+)
 from captum_llm_ext.plot.style import DARK, DOWN, FAINT, LABEL_POINTS, MUTED, SURE, UP
 from captum_llm_ext.plot.text import label, text_style
 
@@ -20,6 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
 
 _FEW = 30  # features of a prompt that are all shown, whatever they led to
+_FEW_TOKENS = 60  # the same of an answer, which is read as a whole
+_MOST_LINKS = 200  # more are no picture any more
 _WIDEST = 6.0  # points
 _PITCH = 0.21  # inches from one token to the next
 _APART = 0.13  # rows
@@ -43,13 +54,15 @@ def flow(
     ax: Axes | None = None,
     show: bool = False,
     title: str | None = None,
+    unit: str | None = None,
 ) -> tuple[Figure, Axes] | None:
     """Draws causes as curves: from the prompt to a generated token, and on to later ones.
 
     Prompt and answer stand beside each other, both read downwards. Curves from the prompt end on
     the left of a token; arcs on the right lead from a token down to one that it was a cause of. The
     wider, the larger the attribution; what lowers is dashed. Of a long prompt, only features that
-    led somewhere are shown.
+    led somewhere are shown, of a long answer only tokens that something led to or that led to
+    something. Of very many links the 200 largest are drawn.
 
     Args:
         prompt_attr: Attributions to the prompt, shape ``(n_target, n_prompt_features)``.
@@ -67,6 +80,7 @@ def flow(
         ax: Axes to draw into; by default a new figure whose size follows the number of tokens.
         show: Show the figure and return ``None``, as in Captum.
         title: Title above the drawing.
+        unit: Of the attributions.
 
     Returns:
         Figure and axes, or ``None`` if `show`.
@@ -75,6 +89,8 @@ def flow(
         ValueError: If labels and arrays do not match in number, or it is not known which tokens
             make up an output feature.
     """
+    from captum_llm_ext.plot.fitted import Fitted
+
     prompt = array("prompt_attr", prompt_attr, (len(output_labels), len(input_labels)))
     output = output_array(output_attr, output_feature_labels, len(output_labels))
     owned = _owned(output_features, *output.shape)
@@ -86,29 +102,107 @@ def flow(
     if towards is not None:
         links = _leading_to(towards, links, owned)
     links.sort(key=lambda link: -abs(link.value))
+    n_links, links = len(links), links[:_MOST_LINKS]
     led = list(dict.fromkeys(link.feature for link in links if link.is_prompt))
+    taken = list(dict.fromkeys(token for link in links for token in _joined(link, owned)))
+    if towards is not None and towards not in taken:
+        taken.append(towards)
+    few = len(output_labels) <= _FEW_TOKENS or not taken
     shown = range(len(input_labels)) if len(input_labels) <= _FEW else sorted(led)
-    height = max(len(shown), len(output_labels), 1)
-    fig, ax = figure(ax, 8.0, 2 * _MARGIN + _PITCH * height)
+    told = range(len(output_labels)) if few else sorted(taken)
+    drawn = _Flow(
+        links,
+        {i: label(input_labels[i], _LABEL_WIDTH) for i in shown},
+        {i: label(output_labels[i], _LABEL_WIDTH) for i in told},
+        led,
+        taken,
+        owned,
+        towards,
+        bool(output.size),
+        most,
+        least,
+        n_links,
+        len(output_labels) if not few else 0,
+        unit,
+    )
+    fig, ax = figure(ax, 8.0, 2 * _MARGIN + _PITCH * drawn.height)
     ax.set_axis_off()
     settle(ax)
-    width, tall = inches(ax)
-    row = max(tall - 2 * _MARGIN, 0.1) / height
-    ax.set_xlim(0, width)
-    ax.set_ylim(height - 0.5 + _MARGIN / row, -0.5 - _MARGIN / row)
-
-    texts = {i: label(input_labels[i], _LABEL_WIDTH) for i in shown}
-    words = _written(ax, texts, _spread(len(shown), height), led)
-    taken = list(dict.fromkeys(token for link in links for token in _joined(link, owned)))
-    texts = {i: label(text, _LABEL_WIDTH) for i, text in enumerate(output_labels)}
-    tokens = _written(ax, texts, _spread(len(texts), height), taken)
-    _place(ax, words, tokens, bool(output.size))
-    for link in links:
-        _draw(ax, link, words, tokens, owned, most)
-    if towards is not None:
-        _frame(ax, tokens, towards)
-    _write_key(ax, links, most, least)
+    Fitted(ax, drawn.lay_out)
     return finish(fig, ax, title, show)
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """What is drawn, whatever the size of the axes.
+
+    Attributes:
+        links: The strongest first.
+        words: Text of the prompt's features that are shown.
+        tokens: Text of the tokens that are shown.
+        led, taken: Which of these are linked, in the order in which they get room.
+        owned: The tokens of each output feature.
+        towards: The token that is explained, if only one is.
+        has_arcs: Whether there may be links from earlier output.
+        most: The largest attribution.
+        least: Share of it that is left out.
+        n_links: How many there are, those included that are too many to be drawn.
+        n_tokens: How many there are, if not all are shown; else 0.
+        unit: Of the attributions.
+    """
+
+    links: Sequence[_Link]
+    words: dict[int, str]
+    tokens: dict[int, str]
+    led: Sequence[int]
+    taken: Sequence[int]
+    owned: Sequence[Sequence[int]]
+    towards: int | None
+    has_arcs: bool
+    most: float
+    least: float
+    n_links: int
+    n_tokens: int
+    unit: str | None
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return max(len(self.words), len(self.tokens), 1)
+
+    def lay_out(self, ax: Axes, renderer: Any) -> None:
+        """Draws it into the axes."""
+        width, tall = inches(ax)
+        key = self._key(width * 72)
+        below = _MARGIN + key.count("\n") * KEY_LINE / 72
+        row = max(tall - _MARGIN - below, 0.1) / self.height
+        ax.set_xlim(0, width)
+        ax.set_ylim(self.height - 0.5 + below / row, -0.5 - _MARGIN / row)
+        columns = ((self.words, self.led), (self.tokens, self.taken))
+        words, tokens = (
+            _written(ax, texts, _spread(len(texts), self.height), linked, renderer)
+            for texts, linked in columns
+        )
+        _place(ax, words, tokens, self.has_arcs)
+        for link in self.links:
+            _draw(ax, link, words, tokens, self.owned, self.most)
+        if self.towards is not None:
+            _frame(ax, tokens, self.towards)
+        text = ax.text(0, 0, key, transform=ax.transAxes, va="bottom", color=MUTED)
+        text.set(size=LABEL_POINTS)
+        text.set_in_layout(False)
+
+    def _key(self, width: float) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        said = {
+            f"widest: {self.most:.3g}{unit}": bool(self.links),
+            "solid: raises": any(link.value > 0 for link in self.links),
+            "dashed: lowers": any(link.value < 0 for link in self.links),
+            f"left out: within error, or below {self.least:.0%}": True,
+            f"the {len(self.links)} strongest of {self.n_links:,}": self.n_links > len(self.links),
+            f"{len(self.tokens)} of {self.n_tokens} tokens: those with links": self.n_tokens > 0,
+        }
+        return key_lines([text for text, needed in said.items() if needed], width)
 
 
 class _Link(NamedTuple):
@@ -192,7 +286,9 @@ class _Column:
         return max(self.widths.values(), default=0.0)
 
 
-def _written(ax: Axes, texts: dict[int, str], rows: Array, linked: Sequence[int]) -> _Column:
+def _written(
+    ax: Axes, texts: dict[int, str], rows: Array, linked: Sequence[int], renderer: Any
+) -> _Column:
     """Writes what has room, what is linked first; `_place` moves it to where it belongs."""
     items, style = list(texts), text_style(texts.values())
     pitch = inches_per_unit(ax)[1] * (rows[1] - rows[0] if len(rows) > 1 else 1.0)
@@ -204,7 +300,7 @@ def _written(ax: Axes, texts: dict[int, str], rows: Array, linked: Sequence[int]
         text = ax.text(0, column.rows[item], texts[item], va="center", color=ink, **style)
         text.set_in_layout(False)
         column.texts[item] = text
-        column.widths[item] = text.get_window_extent().width / dpi
+        column.widths[item] = text.get_window_extent(renderer).width / dpi
     return column
 
 
@@ -282,15 +378,3 @@ def _frame(ax: Axes, tokens: _Column, token: int) -> None:
     text = tokens.texts.get(token)
     if text is not None:
         text.set_bbox({"facecolor": "none", "edgecolor": DARK, "pad": 2.0})
-
-
-def _write_key(ax: Axes, links: Sequence[_Link], most: float, least: float) -> None:
-    said = {
-        f"widest: {most:.3g}": bool(links),
-        "solid: raises": any(link.value > 0 for link in links),
-        "dashed: lowers": any(link.value < 0 for link in links),
-        f"left out: within error, or below {least:.0%}": True,
-    }
-    text = "    ".join(text for text, needed in said.items() if needed)
-    key = ax.text(0, 0, text, transform=ax.transAxes, va="bottom", color=MUTED, size=LABEL_POINTS)
-    key.set_in_layout(False)

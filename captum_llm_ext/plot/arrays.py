@@ -45,6 +45,8 @@ def output_array(values: Any, labels: Sequence[str] | None, n_target: int) -> Ar
 def open_columns(output: Array, features: Sequence[int | None] | None) -> npt.NDArray[np.intp]:
     """How many of the generated columns lie wholly before each row's token, shape (n_target,)."""
     n_target, n_output = output.shape
+    if not n_output:  # held fixed: no column may be a cause, whatever tokens make up
+        return np.zeros(n_target, dtype=np.intp)
     if features is None:
         if n_target == n_output:
             return np.arange(n_target)
@@ -57,8 +59,14 @@ def open_columns(output: Array, features: Sequence[int | None] | None) -> npt.ND
         )
     ends = np.zeros(n_output, dtype=np.intp)  # the last token of each column
     for token, feature in enumerate(features):
-        if feature is not None:
-            ends[feature] = token
+        if feature is None:
+            continue
+        if not 0 <= feature < n_output:
+            raise ValueError(
+                f"`output_features` says column {feature} of token {token}, `output_attr` has "
+                f"{n_output} columns: give numbers from 0, or None."
+            )
+        ends[feature] = token
     return (ends[None, :] < np.arange(n_target)[:, None]).sum(axis=1)
 
 

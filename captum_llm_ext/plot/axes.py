@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LABEL_PITCH = 0.14  # inches from one label to the next
+_SHORTEST, _LONGEST = 8, 22  # characters that labels of columns have at most
+_LETTER = 0.56  # width of a letter, on average and with some room, in letter sizes
+KEY_LINE = 1.35 * LABEL_POINTS  # points from one line of a key to the next
 
 
 def figure(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
@@ -71,7 +74,9 @@ def label_columns(
     """Labels above the columns; where not all have room, `wanted` before others."""
     cell = inches_per_unit(ax)[0] * 0.9
     kept = thinned(len(names), cell, wanted)
-    texts = [label(names[i]) for i in kept]
+    # No longer than the axes are high: in small ones labels would leave nothing to be labelled.
+    longest = int(inches(ax)[1] * 72 / (_LETTER * LABEL_POINTS))
+    texts = [label(names[i], min(max(longest, _SHORTEST), _LONGEST)) for i in kept]
     steep = cell < 0.3
     ax.set_xticks(
         places[kept],
@@ -95,6 +100,29 @@ def label_rows(ax: Axes, names: Sequence[str], what: str = "explained token") ->
     ax.grid(False)
 
 
+def named(what: str, unit: str | None) -> str:
+    """What an axis shows, with its unit."""
+    return f"{what} ({unit})" if unit else what
+
+
+def label_along(what: str, more: str, length: float) -> str:
+    """The words beside an axis of this length in inches: on two lines if one is too long."""
+    needed = _LETTER * (LABEL_POINTS + 1) / 72 * len(f"{what} {more}")
+    return what if not more else f"{what}{' ' if needed <= length else chr(10)}{more}"
+
+
+def key_lines(parts: Sequence[str], width: float) -> str:
+    """What signs mean, one after another, on as many lines as a width in points asks for."""
+    lines: list[str] = []
+    for part in parts:
+        longer = f"{lines[-1]}    {part}" if lines else part
+        if lines and _LETTER * LABEL_POINTS * len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return "\n".join(lines)
+
+
 def thinned(n: int, pitch: float, wanted: Iterable[int] = ()) -> list[int]:
     """Indices so far apart that labels do not run into each other: first `wanted`, then others."""
     step = max(1, math.ceil(_LABEL_PITCH / max(pitch, 1e-6)))
@@ -113,5 +141,7 @@ def headings(ax: Axes, parts: dict[str, tuple[float, int]]) -> None:
             ends = [start - 0.5, start + width - 0.5]
             ax.plot(ends, [-0.012] * 2, transform=across, color=MUTED, lw=1.0, clip_on=False)
             middle = (ends[0] + ends[1]) / 2
+            if _LETTER * (LABEL_POINTS + 1) / 72 * len(name) > inches_per_unit(ax)[0] * width:
+                name = name.replace(" ", "\n")  # else it would run into its neighbour
             heading = ax.text(middle, -0.02, name, transform=across, ha="center", va="top")
             heading.set(size=LABEL_POINTS + 1, color=MUTED)

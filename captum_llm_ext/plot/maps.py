@@ -9,8 +9,28 @@ import numpy as np
 import numpy.typing as npt
 
 from captum_llm_ext.plot.arrays import array, notable, open_columns, output_array, scale
-from captum_llm_ext.plot.axes import figure, finish, headings, label_columns, label_rows
-from captum_llm_ext.plot.cells import Colours, frame, hatch_closed, images, mark_cells, write_marks
+from captum_llm_ext.plot.axes import (
+    figure,
+    finish,
+    headings,
+    inches,
+    inches_per_unit,
+    key_lines,
+    label_along,
+    label_columns,
+    label_rows,
+    named,
+    settle,
+)
+from captum_llm_ext.plot.cells import (
+    Colours,
+    frame,
+    hatch_closed,
+    images,
+    mark_cells,
+    mark_columns,
+    write_marks,
+)
 from captum_llm_ext.plot.style import LABEL_POINTS, MUTED, PALE
 from captum_llm_ext.plot.text import text_style
 
@@ -18,6 +38,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+
+_SIGN = 0.13  # inches that a sign below a column takes
 
 
 def heat_map(
@@ -32,6 +54,7 @@ def heat_map(
     cmap: str | Colormap = "RdBu",
     show: bool = False,
     title: str | None = None,
+    unit: str | None = None,
 ) -> tuple[Figure, Axes] | None:
     """Draws what every generated token owes to the prompt and to the tokens before it.
 
@@ -53,6 +76,7 @@ def heat_map(
         cmap: A diverging colour map; its middle is put at zero.
         show: Show the figure and return ``None``, as in Captum.
         title: Title above the column labels.
+        unit: Of the attributions.
 
     Returns:
         Figure and axes, or ``None`` if `show`.
@@ -86,8 +110,11 @@ def heat_map(
     label_rows(ax, output_labels)
     numbered = mark_cells(ax, places, cells, shown, colours)
     if bar is not None:
-        marks = "" if numbered else "  (− marks what lowers)"
-        bar.set_label("Token attribution" + marks, size=LABEL_POINTS + 1)
+        what = named("Token attribution", unit)
+        if not numbered:
+            settle(ax)
+            what = label_along(f"{what},", "− marks what lowers", inches(ax)[1])
+        bar.set_label(what, size=LABEL_POINTS + 1)
     return finish(fig, ax, title, show)
 
 
@@ -105,12 +132,14 @@ def baseline_map(
     cmap: str | Colormap = "RdBu",
     show: bool = False,
     title: str | None = None,
+    unit: str | None = None,
 ) -> tuple[Figure, Axes] | None:
     """Draws what one token is attributed to under several baselines, in one scale.
 
     One row per baseline; the prompt's columns, a gap, then the generated columns. The strongest
     cause of each row is framed, ``±`` stands below features that change sign and ``⇅`` below those
-    that change rank. Numbers and minus signs as in `heat_map`.
+    that change rank; below columns too narrow for these, lines in two rows. Numbers and minus signs
+    as in `heat_map`.
 
     Args:
         attr: Attributions, shape ``(n_baselines, n_features)``.
@@ -125,6 +154,7 @@ def baseline_map(
         cmap: A diverging colour map; its middle is put at zero.
         show: Show the figure and return ``None``, as in Captum.
         title: Title above the column labels.
+        unit: Of the attributions.
 
     Returns:
         Figure and axes, or ``None`` if `show`.
@@ -144,29 +174,38 @@ def baseline_map(
     parts = [(0.0, cells[:, :n_prompt]), (n_prompt + gap, cells[:, n_prompt:])]
     bar = images(fig, ax, colours, parts, [shade[:, :n_prompt], shade[:, n_prompt:]])
     ax.set_xlim(-0.5, max(len(labels) + gap, 1) - 0.5)
-    ax.set_ylim(n_rows + 0.5, -0.5)  # a row more, for what changes
+    # Rows more for what changes: one of signs, or where these would touch two of lines.
+    is_narrow = inches_per_unit(ax)[0] < _SIGN
+    kinds: dict[str, Collection[int]] = {"changes": ()}
+    if is_narrow:
+        kinds = {"changes sign": changes_sign, "changes rank": changes_rank}
+    ax.set_ylim(n_rows + len(kinds) - 0.5, -0.5)
     ax.set_autoscale_on(False)
     if n_output:
         headings(ax, {"prompt": (0.0, n_prompt), "generated before": (n_prompt + gap, n_output)})
     framed = [column for column in strongest if column is not None]
     label_columns(ax, places, labels, (*framed, *changes_sign, *changes_rank))
-    label_rows(ax, [*row_labels, "changes"], "absent means")
+    label_rows(ax, [*row_labels, *kinds], "absent means")
     frame(ax, [(places[c], row) for row, c in enumerate(strongest) if c is not None])
-    for column, place in enumerate(places):
-        signs = ("±" * (column in changes_sign), "⇅" * (column in changes_rank))
-        write_marks(ax, place, n_rows, "\n".join(filter(None, signs)))
+    if is_narrow:
+        for row, columns in enumerate(kinds.values(), n_rows):
+            mark_columns(ax, places[sorted(columns)], row)
+    else:
+        for column, place in enumerate(places):
+            signs = ("±" * (column in changes_sign), "⇅" * (column in changes_rank))
+            write_marks(ax, place, n_rows, "\n".join(filter(None, signs)))
     if not (changes_sign or changes_rank):
         write_marks(ax, (places[0] + places[-1]) / 2, n_rows, "none")
     numbered = mark_cells(ax, places, cells, np.ones(cells.shape, dtype=bool), colours, shade)
     if bar is not None:
-        bar.set_label("Attribution", size=LABEL_POINTS + 1)
+        bar.set_label(named("Attribution", unit), size=LABEL_POINTS + 1)
     said = {
         "□ strongest": bool(framed),
         "pale and grey: within its error": bool((shade < 1).any()),
         "− lowers": not numbered,
-        "± changes sign": bool(changes_sign),
-        "⇅ changes rank": bool(changes_rank),
+        "± changes sign": bool(changes_sign) and not is_narrow,
+        "⇅ changes rank": bool(changes_rank) and not is_narrow,
     }
-    key = "    ".join(text for text, needed in said.items() if needed)
+    key = key_lines([text for text, needed in said.items() if needed], inches(ax)[0] * 72)
     ax.set_xlabel(key, color=MUTED, labelpad=16 if n_output else 6, **text_style([key]))
     return finish(fig, ax, title, show)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captum_llm_ext.plot.arrays import Array, array, numbers, scale
-from captum_llm_ext.plot.axes import figure, finish, inches, settle
+from captum_llm_ext.plot.axes import KEY_LINE, figure, finish, inches, key_lines, named, settle
 from captum_llm_ext.plot.cells import Colours, colour_bar
 from captum_llm_ext.plot.style import (
     DARK,
@@ -53,6 +53,7 @@ def running_text(
     cmap: str | Colormap = "RdBu",
     show: bool = False,
     title: str | None = None,
+    unit: str | None = None,
 ) -> tuple[Figure, Axes] | None:
     """Draws text as it reads, each part shaded by its value; new lines and indentation stay.
 
@@ -68,10 +69,12 @@ def running_text(
         headings: Headings, by the piece that each stands above.
         explained: Pieces that are framed: what the values are about.
         later: Pieces that are grey: what comes after it.
-        ax: Axes to draw into; by default a new figure as high as the text needs.
+        ax: Axes to draw into; by default a new figure as high as the text needs. In given axes
+            letters get smaller, down to 6 points, and the end of what has no room is left out.
         cmap: A diverging colour map; its middle is put at zero.
         show: Show the figure and return ``None``, as in Captum.
         title: Title above the text.
+        unit: Of the values.
 
     Returns:
         Figure and axes, or ``None`` if `show`.
@@ -79,60 +82,89 @@ def running_text(
     Raises:
         ValueError: If values and errors do not match in number.
     """
+    from captum_llm_ext.plot.fitted import Fitted
+
     shades = _shades(values, errors, cmap)
     atoms = list(_atoms(pieces, headings or {}))
     style = text_style(atom.text for atom in atoms)
+    passage = _Passage(atoms, shades, style, frozenset(explained), frozenset(later))
     is_new = ax is None
     fig, ax = figure(ax, 9.0, 4.0)
     ax.set_axis_off()
     bar = colour_bar(fig, ax, shades.colours, below=True)
-    bar.set_label("Attribution", size=LABEL_POINTS + 1)
+    bar.set_label(named("Attribution", unit), size=LABEL_POINTS + 1)
     settle(ax)
-    width, room = _points(ax)
-    lines, size = _fitted(ax, atoms, style, width, _MOST_INCHES * 72 if is_new else room)
-    height = (len(lines) + 1) * _LINE * size  # a line more, for the key
     if is_new:
-        fig.set_figheight(height / 72 + 1.1)
+        fig.set_figheight(passage.height(ax, _MOST_INCHES * 72) / 72 + 1.1)
         settle(ax)
-    ax.set_xlim(0, width)
-    ax.set_ylim(max(height, _points(ax)[1]), 0)
-    _draw(ax, lines, shades, style | {"size": size}, set(explained), set(later))
-    _write_key(ax, shades, bool(explained))
+    Fitted(ax, passage.lay_out)
     return finish(fig, ax, title, show)
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """The text, and what is to be seen of it, whatever the size of the axes."""
+
+    atoms: Sequence[_Atom]
+    shades: _Shades
+    style: Mapping[str, Any]
+    explained: frozenset[int]
+    later: frozenset[int]
+
+    def height(self, ax: Axes, most: float) -> float:
+        """Points that the text takes in the width of the axes, at most about `most`."""
+        width, _ = _points(ax)
+        lines, size = self._fitted(ax, width, most, None)
+        return len(lines) * _LINE * size + self._key(width)[1]
+
+    def lay_out(self, ax: Axes, renderer: Any) -> None:
+        """Writes it into the axes; what has no room is left out at the end."""
+        width, room = _points(ax)
+        key, below = self._key(width)
+        lines, size = self._fitted(ax, width, room, renderer)
+        most = max(int((room - below) / (_LINE * size) + 0.01), 1)
+        if len(lines) > most:
+            lines = [*lines[: most - 1], [_Run("…", -1, None, 0.0, 0.0)]]
+        ax.set_xlim(0, width)
+        ax.set_ylim(max(room, 1.0), 0)
+        _draw(ax, lines, self.shades, {**self.style, "size": size}, self.explained, self.later)
+        text = ax.text(0, 0, key, transform=ax.transAxes, va="bottom", color=MUTED)
+        text.set(size=LABEL_POINTS)
+        text.set_in_layout(False)
+
+    def _fitted(
+        self, ax: Axes, width: float, room: float, renderer: Any
+    ) -> tuple[list[list[_Run]], float]:
+        """The lines, and the size of the letters: the largest that fits, or the smallest."""
+        below = self._key(width)[1]
+        lines: list[list[_Run]] = []
+        size, probe = _SIZES[0], ax.text(0, 0, "", **self.style)
+        for size in _SIZES:
+            probe.set_fontsize(size)
+            lines = _lines(self.atoms, width, _measure(probe, renderer))
+            if len(lines) * _LINE * size + below <= room + 0.01:
+                break
+        probe.remove()
+        return lines, size
+
+    def _key(self, width: float) -> tuple[str, float]:
+        """What the signs mean, in lines, and points that they take below the text."""
+        shades = self.shades
+        signs = {shades.sign(i) for i in range(len(shades.values))}
+        said = {
+            "framed: explained": bool(self.explained),
+            "solid line: raises": 1 in signs,
+            "dashed: lowers": -1 in signs,
+            "pale: within its error": bool(shades.within.any()),
+        }
+        text = key_lines([text for text, needed in said.items() if needed], width)
+        return text, (1 + text.count("\n")) * KEY_LINE + 0.75 * LABEL_POINTS
 
 
 def _points(ax: Axes) -> tuple[float, float]:
     """Width and height of the axes as laid out so far, in points."""
     width, height = inches(ax)
     return width * 72, height * 72
-
-
-def _fitted(
-    ax: Axes, atoms: Sequence[_Atom], style: Mapping[str, Any], width: float, room: float
-) -> tuple[list[list[_Run]], float]:
-    """The lines, and the size of the letters: the largest at which they fit, or the smallest."""
-    lines: list[list[_Run]] = []
-    size, probe = _SIZES[0], ax.text(0, 0, "", **style)
-    for size in _SIZES:
-        probe.set_fontsize(size)
-        lines = _lines(atoms, width, _measure(probe))
-        if (len(lines) + 1) * _LINE * size <= room:
-            break
-    probe.remove()
-    return lines, size
-
-
-def _write_key(ax: Axes, shades: _Shades, is_framed: bool) -> None:
-    signs = {shades.sign(i) for i in range(len(shades.values))}
-    said = {
-        "framed: explained": is_framed,
-        "solid line: raises": 1 in signs,
-        "dashed: lowers": -1 in signs,
-        "pale: within its error": bool(shades.within.any()),
-    }
-    text = "    ".join(text for text, needed in said.items() if needed)
-    key = ax.text(0, 0, text, transform=ax.transAxes, va="bottom", color=MUTED, size=LABEL_POINTS)
-    key.set_in_layout(False)
 
 
 @dataclass(frozen=True)
@@ -309,14 +341,14 @@ def _key(atom: _Atom) -> tuple[int, bool]:
     return atom.piece, atom.is_edge
 
 
-def _measure(probe: Text) -> _Measure:
+def _measure(probe: Text, renderer: Any) -> _Measure:
     """Width of text in points: how far it moves the pen, white space included."""
     dpi = fig.dpi if (fig := probe.get_figure(root=True)) else 72.0
 
     @functools.cache
     def extent(text: str) -> float:
         probe.set_text(f"|{text}|")  # spaces at an end have no extent of their own
-        return probe.get_window_extent().width * 72 / dpi
+        return probe.get_window_extent(renderer).width * 72 / dpi
 
     return lambda text: extent(text) - extent("")
 
@@ -329,8 +361,8 @@ def _draw(
     lines: Sequence[Sequence[_Run]],
     shades: _Shades,
     style: Mapping[str, Any],
-    explained: set[int],
-    later: set[int],
+    explained: Collection[int],
+    later: Collection[int],
 ) -> None:
     size: float = style["size"]
     placed = [

@@ -9,7 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from captum_llm_ext.plot.arrays import Array, array, notable, numbers
-from captum_llm_ext.plot.axes import figure, finish, inches, label_columns, settle
+from captum_llm_ext.plot.axes import (
+    figure,
+    finish,
+    inches,
+    label_along,
+    label_columns,
+    named,
+    settle,
+)
 from captum_llm_ext.plot.style import LABEL_POINTS, MUTED, PALE, SURE
 from captum_llm_ext.plot.text import label, text_style
 
@@ -42,6 +50,7 @@ def bars(
     cmap: str | Colormap = "RdBu",
     show: bool = False,
     title: str | None = None,
+    unit: str | None = None,
 ) -> tuple[Figure, Axes] | None:
     """Draws the attribution of the whole answer to each feature.
 
@@ -54,6 +63,7 @@ def bars(
         cmap: A diverging colour map: bars have the colours of its ends.
         show: Show the figure and return ``None``, as in Captum.
         title: Title above the labels.
+        unit: Of the attributions.
 
     Returns:
         Figure and axes, or ``None`` if `show`.
@@ -96,8 +106,7 @@ def bars(
     ax.tick_params(axis="y", labelsize=LABEL_POINTS)
     label_columns(ax, places, labels, notable(values))
     ax.tick_params(axis="x", length=0)
-    name = "Sequence attribution" + (" ± standard error" if known.any() else "")
-    ax.set_ylabel(name, size=LABEL_POINTS + 1)
+    _label_values(ax, "Sequence attribution", bool(known.any()), unit)
     return finish(fig, ax, title, show)
 
 
@@ -110,6 +119,7 @@ def convergence(
     ax: Axes | None = None,
     show: bool = False,
     title: str | None = None,
+    unit: str | None = None,
 ) -> tuple[Figure, Axes] | None:
     """Draws how estimates settle as coalitions are added.
 
@@ -122,6 +132,7 @@ def convergence(
         ax: Axes to draw into.
         show: Show the figure and return ``None``, as in Captum.
         title: Title above the lines.
+        unit: Of the attributions.
 
     Returns:
         Figure and axes, or ``None`` if `show`.
@@ -145,11 +156,16 @@ def convergence(
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=LABEL_POINTS)
     ax.set_xlabel("coalitions", size=LABEL_POINTS + 1)
-    name = "Attribution" + (" ± standard error" if np.isfinite(spread).any() else "")
-    ax.set_ylabel(name, size=LABEL_POINTS + 1)
+    _label_values(ax, "Attribution", bool(np.isfinite(spread).any()), unit)
     if values.size:
         _label_ends(ax, values[-1], labels)
     return finish(fig, ax, title, show)
+
+
+def _label_values(ax: Axes, what: str, has_errors: bool, unit: str | None) -> None:
+    settle(ax)
+    more = named("± standard error" if has_errors else "", unit).strip()
+    ax.set_ylabel(label_along(what, more, inches(ax)[1]), size=LABEL_POINTS + 1)
 
 
 def _log_counts(ax: Axes, counts: Array) -> None:
@@ -174,7 +190,9 @@ def _label_ends(ax: Axes, ends: Array, labels: Sequence[str]) -> None:
         strict=True,
     ):
         across, colour = ax.get_yaxis_transform(), _LINES[i % len(_LINES)][0]
-        written = ax.text(1.015, y, text, transform=across, va="center", color=colour)
+        lead = ax.plot([1.0, 1.02], [ends[i], y], transform=across, color=colour, lw=0.8)
+        lead[0].set(clip_on=False, linestyle=":")
+        written = ax.text(1.027, y, text, transform=across, va="center", color=colour)
         written.set(**text_style([text]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,8 @@ _FALLBACK_FONTS = (
     "Noto Sans CJK JP",
     "Noto Sans CJK KR",
     "Noto Sans SC",
+    "WenQuanYi Zen Hei",
+    "SimHei",
     "Noto Sans Devanagari",
     "Noto Sans Thai",
     "PingFang SC",
@@ -31,14 +34,28 @@ _FALLBACK_FONTS = (
 
 
 def label(text: str, width: int = 22) -> str:
-    """A token's text on one line: white space visible where it matters, long text cut."""
+    """A token's text on one line: white space visible where it matters, long text cut.
+
+    Args:
+        text: Of the token.
+        width: Letters that it may take; those of Chinese, Japanese and Korean count twice.
+    """
     inner = text.strip(" ")
     if not inner:
         inner = "␣" * len(text) or "∅"
     inner = inner.replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥")
-    if len(inner) > width:
-        inner = inner[: width - 1] + "…"
-    return "".join(drawable(char) for char in inner)
+    shown = [drawable(char) for char in inner[: width + 1]]
+    if sum(map(_width, shown)) <= width:
+        return "".join(shown)
+    # An escape is six to ten letters long: what is cut is what is shown.
+    while shown and sum(map(_width, shown)) > width - 1:
+        shown.pop()
+    return "".join(shown) + "…"
+
+
+def _width(shown: str) -> int:
+    """Of a character or its escape, in letters."""
+    return len(shown) + sum(unicodedata.east_asian_width(char) in "WF" for char in shown)
 
 
 def drawable(char: str) -> str:

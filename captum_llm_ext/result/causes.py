@@ -2,13 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from captum_llm_ext.result.terminal import one_line
 
+_UNITS = {
+    "log_prob": "nats",
+    "log_odds": "nats of log-odds",
+    "logit": "logits",
+    "prob": "probability",
+}
 _MOST_NAMES = 3  # of the columns of one feature
+
+
+def unit_of(result: Any) -> str | None:
+    """What the attributions of a result are counted in; None where that is not known."""
+    return _UNITS.get(str(result.provenance.get("attr_target")))
 
 
 class Cause(NamedTuple):

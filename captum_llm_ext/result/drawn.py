@@ -9,6 +9,7 @@ from captum.attr import LLMAttributionResult
 from torch import Tensor
 
 from captum_llm_ext.inputs import Piece
+from captum_llm_ext.result.causes import unit_of
 from captum_llm_ext.result.convergence import earlier
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class DrawnResult(LLMAttributionResult):
 
         Args:
             show: Show it, and return None.
-            ax: Axes to draw in; by default a new figure of fitting size.
+            ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
+                ``layout="constrained"`` leaves labels their room.
             cmap: A diverging colour map, centred at zero.
 
         Returns:
@@ -73,6 +75,7 @@ class DrawnResult(LLMAttributionResult):
             ax=ax,
             cmap=cmap,
             show=show,
+            unit=unit_of(self),
         )
 
     def plot_seq_attr(
@@ -82,7 +85,8 @@ class DrawnResult(LLMAttributionResult):
 
         Args:
             show: Show it, and return None.
-            ax: Axes to draw in; by default a new figure of fitting size.
+            ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
+                ``layout="constrained"`` leaves labels their room.
             cmap: A diverging colour map: bars have the colours of its ends.
 
         Returns:
@@ -94,7 +98,15 @@ class DrawnResult(LLMAttributionResult):
         if self.design is not None and self.provenance.get("attr_target") != "prob":
             errors = self._total(None)[1][: len(self.input_tokens)]
         attr = self.seq_attr
-        return plot.bars(attr, labels=self.input_tokens, errors=errors, ax=ax, cmap=cmap, show=show)
+        return plot.bars(
+            attr,
+            labels=self.input_tokens,
+            errors=errors,
+            ax=ax,
+            cmap=cmap,
+            show=show,
+            unit=unit_of(self),
+        )
 
     def plot_text(
         self,
@@ -135,6 +147,7 @@ class DrawnResult(LLMAttributionResult):
             ax=ax,
             cmap=cmap,
             show=show,
+            unit=unit_of(self),
         )
 
     def plot_flow(
@@ -177,6 +190,7 @@ class DrawnResult(LLMAttributionResult):
             least=least,
             ax=ax,
             show=show,
+            unit=unit_of(self),
         )
 
     def plot_convergence(
@@ -237,6 +251,7 @@ class DrawnResult(LLMAttributionResult):
             errors=errors,
             ax=ax,
             show=show,
+            unit=unit_of(self),
         )
 
     def _total(self, token: int | None) -> tuple[Tensor, Tensor]:

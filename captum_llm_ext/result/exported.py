@@ -1,23 +1,28 @@
-"""A result for other tools: JSON, pandas, shap."""
+"""A result for other tools: plain data, JSON, a page, pandas, shap."""
 
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from captum_llm_ext.inputs import Piece
+from captum_llm_ext.inputs import Level, Piece
 from captum_llm_ext.result.causes import joined_name
 from captum_llm_ext.result.drawn import DrawnResult
 from captum_llm_ext.result.files import finite
+from captum_llm_ext.result.reading import reading
+from captum_llm_ext.result.sums import sums
 from captum_llm_ext.result.terminal import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+_DICT_FORMAT = 1
 _INSTALL = "`{method}` needs {package}: pip install 'captum-llm-ext[{package}]'."
 _UNEXPLAINED = 0.01  # share of full - empty beyond which a sum is no longer called one
 
@@ -26,12 +31,81 @@ class ExportedResult(DrawnResult):
     """What a result is in other tools; the numbers are those of `GenerationAttributionResult`."""
 
     if TYPE_CHECKING:
+        target: Tensor
         full_values: Tensor
         empty_values: Tensor
+        efficiency_gap: Tensor
+        levels: list[Level]
+        n_evaluations: int
 
-        def to_dict(self) -> dict[str, Any]: ...  # noqa: D102
         @property
         def _column_names(self) -> list[str]: ...
+
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, *, title: str | None = None
+    ) -> str:
+        """One self-contained page: text, attributions on hover, nothing from the network.
+
+        Args:
+            path: Where to write it, if anywhere.
+            title: Title of the page.
+
+        Returns:
+            The page.
+        """
+        from captum_llm_ext import html
+
+        page = html.page(self._shown(), title=title)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+    def _repr_html_(self) -> str:
+        from captum_llm_ext import html
+
+        return html.fragment(self._shown())
+
+    def _shown(self) -> dict[str, Any]:
+        whole = cast("GenerationAttributionResult", self)
+        return {**self.to_dict(), **(read := reading(whole)), "sums": self._sums(read)}
+
+    def _sums(self, read: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Errors of what a page adds up, where they can be told."""
+        if self.design is None or self.provenance.get("attr_target") == "prob":
+            return []
+        evidence, levels = self._evidence(), (read["levels"], read["output_levels"])
+        pieces = self.output_pieces or [Piece("", None)] * len(self.output_tokens)
+        return sums(evidence, self._features, len(self.input_tokens), pieces, *levels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the coalitions, as lists, numbers and text that JSON can hold."""
+        return {
+            "format": _DICT_FORMAT,
+            "prompt": [p.to_dict() for p in self.prompt_pieces],
+            "output": [p.to_dict() for p in self.output_pieces],
+            "target": self.target.tolist(),
+            "input_tokens": list(self.input_tokens),
+            "output_tokens": list(self.output_tokens),
+            "output_features": self.output_features,
+            "token_attr": lists(self.token_attr),
+            "token_attr_se": lists(self.token_attr_se),
+            "output_attr": lists(self.output_attr),
+            "output_attr_se": lists(self.output_attr_se),
+            "seq_attr": lists(self.seq_attr),
+            "output_probs": lists(self.output_probs),
+            "full_values": lists(self.full_values),
+            "empty_values": lists(self.empty_values),
+            "efficiency_gap": lists(self.efficiency_gap),
+            "levels": [
+                {"name": level.name, "parts": level.parts, "part_of": level.part_of}
+                for level in self.levels
+            ],
+            "n_evaluations": self.n_evaluations,
+            "attr_target": self.provenance.get("attr_target", "log_prob"),
+            "method": self.provenance.get("method", ""),
+            "estimate": bool(self.provenance.get("estimate", False)),
+            "provenance": self.provenance,
+        }
 
     def to_json(
         self, path: str | os.PathLike[str] | None = None, *, indent: int | None = None

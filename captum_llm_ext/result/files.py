@@ -1,16 +1,20 @@
 """Results as files: safetensors, with everything that is no tensor as JSON in its metadata.
 
-A file of format 3 holds
+A file of format 4 holds
 
 * tensors, by the names of the result's fields: ``token_attr``, ``masks``, ``values`` …; those that
   are None are left out;
 * in the metadata ``captum_llm_ext``: a JSON object with ``format``, ``input_tokens``,
-  ``output_tokens``, ``output_features``, ``prompt_pieces`` and ``output_pieces`` (text and column
-  of each piece), ``levels``, ``n_evaluations``, ``design`` and ``provenance``;
+  ``output_tokens``, ``output_features``, ``prompt_pieces`` and ``output_pieces`` (per piece
+  ``[text, column]``, the column null for fixed text, or ``[text, column, role]`` where someone said
+  it in a chat or a chat's template did), ``levels``, ``n_evaluations``, ``design`` and
+  ``provenance``;
 * in the metadata ``sha256``: a digest of both, so that a damaged file is told from a good one.
 
-Any reader of safetensors reads it; nothing in it is ever executed. Format 2 had no digest, format 1
-no ``design`` either, and at first no ``levels``; all are read.
+Any reader of safetensors reads it; nothing in it is ever executed. Format 3 was the same, but its
+first readers know no roles: files with roles have had a number of their own since. Format 2 had no
+digest and no roles, format 1 no ``design`` either, and at first no ``levels``. All are read, by
+their own rules; a file of a format above this is refused as one of a later version.
 """
 
 import hashlib
@@ -24,9 +28,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-FORMAT = 3
+FORMAT = 4
 _KEY, _DIGEST = "captum_llm_ext", "sha256"
 _DIGEST_SINCE = 3
+_ROLES_SINCE = 3  # some files of format 3 have them
 _ADVICE = "give a file written by `GenerationAttributionResult.save`."
 # What a file that is no result, or no longer one, makes its readers raise.
 BROKEN = (
@@ -117,6 +122,8 @@ def check_shapes(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None
             raise ValueError(f"it has no `{name}`")
         if found is not None and tuple(found.shape) != shape:
             raise ValueError(f"`{name}` has shape {tuple(found.shape)}, not {shape}")
+    if rest["output_pieces"] and len(rest["output_pieces"]) != n_target:
+        raise ValueError(f"it has {len(rest['output_pieces'])} pieces of {n_target} target tokens")
     design = rest.get("design")
     if design is not None and (
         design["n_features"] > n_features or len(design["n_visible"]) != n_target
@@ -139,19 +146,53 @@ def _checked(
 ) -> dict[str, Any]:
     """The rest, if it is what was written."""
     text, digest = metadata[_KEY], metadata.get(_DIGEST)
-    try:
-        rest: Any = json.loads(text)
-        version = rest.pop("format")
-        later = version > FORMAT
-    except BROKEN as error:
-        raise ValueError(f"{name} is damaged or no saved result ({error}): {_ADVICE}") from error
-    if later:
-        raise ValueError(f"{name} was written by a later version: update captum-llm-ext.")
+    rest = _parsed(name, text)
+    version = rest.pop("format")
     if (digest is None and version >= _DIGEST_SINCE) or (
         digest is not None and digest != _digest(tensors, text)
     ):
         raise ValueError(f"{name} is damaged (what it holds is not what was written): {_ADVICE}")
+    try:
+        _check_pieces(rest, version)
+    except BROKEN as error:
+        raise ValueError(f"{name} is damaged ({error}): {_ADVICE}") from error
     return rest
+
+
+def _parsed(name: str, text: str) -> dict[str, Any]:
+    try:
+        rest: Any = json.loads(text)
+        version = rest["format"]
+        if type(version) is not int or version < 1:
+            raise ValueError(f"its format is {version!r}, not a number from 1")
+    except BROKEN as error:
+        raise ValueError(f"{name} is damaged or no saved result ({error}): {_ADVICE}") from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{name} was written by a later version (format {version}, this one reads up to "
+            f"{FORMAT}): update captum-llm-ext."
+        )
+    return rest
+
+
+def _check_pieces(rest: Mapping[str, Any], version: int) -> None:
+    """Every piece is what pieces of that format are.
+
+    Raises:
+        ValueError, LookupError, TypeError: If one is not.
+    """
+    for name, columns in (("prompt_pieces", "input_tokens"), ("output_pieces", "output_features")):
+        n_columns = None if rest[columns] is None else len(rest[columns])
+        for piece in rest[name]:
+            text, column, *role = piece
+            is_column = column is None or (
+                type(column) is int and column >= 0 and (n_columns is None or column < n_columns)
+            )
+            is_role = len(role) <= (version >= _ROLES_SINCE) and all(
+                isinstance(part, str) for part in role
+            )
+            if not (isinstance(text, str) and is_column and is_role):
+                raise ValueError(f"`{name}` of format {version} holds {piece!r}")
 
 
 def _as_json(content: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from captum_llm_ext.segment import segment, shorten
 if TYPE_CHECKING:
     from captum_llm_ext.result.result import GenerationAttributionResult
 
+_TEMPLATE = "template"
 _UNITS = ("paragraph", "sentence", "word")  # what readers know, from coarse to fine
 
 
@@ -19,15 +20,12 @@ def reading(result: "GenerationAttributionResult") -> dict[str, Any]:
 
     Returns:
         ``levels``: the result's, and those of a reader (words, sentences, paragraphs) that its
-        features nest in. ``output_levels``: the same for the target tokens. ``whole_se``: standard
-        errors of the sums over the whole target, with the tokens' shared coalitions taken into
-        account, where they can be told. ``unresolved``: the columns of each group that was not
-        told apart.
+        features nest in. ``output_levels``: the same for the target tokens. ``unresolved``: the
+        columns of each group that was not told apart.
     """
     return {
         "levels": _prompt_levels(result),
         "output_levels": _output_levels(result.output_pieces),
-        "whole_se": _whole_errors(result),
         "unresolved": [group.columns for group in result.unresolved],
     }
 
@@ -74,7 +72,7 @@ def _output_levels(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
 
 
 def _is_template(piece: Piece) -> bool:
-    return piece.role == "template"
+    return piece.role == _TEMPLATE
 
 
 def _is_new(part_of: Sequence[int], n: int, known: Sequence[Mapping[str, Any]]) -> bool:
@@ -86,14 +84,15 @@ def _is_new(part_of: Sequence[int], n: int, known: Sequence[Mapping[str, Any]]) 
 def _parts(pieces: Sequence[Piece], unit: str) -> list[int | None]:
     """The word, sentence… that each piece is in; None where it is in several.
 
-    What no one said stands between parts, each such piece by itself.
+    What no one said stands between parts, each such piece by itself; where the speaker changes, a
+    part ends, also in templates that put nothing between messages.
     """
     found: list[int | None] = []
     n = 0
-    for is_template, run in groupby(pieces, key=_is_template):
+    for role, run in groupby(pieces, key=lambda piece: piece.role):
         texts = [piece.text for piece in run]
         whole = "".join(texts)
-        if is_template or not whole.strip():
+        if role == _TEMPLATE or not whole.strip():
             found += range(n, n + len(texts))
             n += len(texts)
             continue
@@ -129,10 +128,3 @@ def _numbered(parts: Sequence[int | None]) -> list[int]:
         numbers.setdefault(("alone", i) if part is None else part, len(numbers))
         for i, part in enumerate(parts)
     ]
-
-
-def _whole_errors(result: "GenerationAttributionResult") -> list[float | None] | None:
-    if result.design is None or result.provenance.get("attr_target") == "prob":
-        return None
-    errors = result.attribute_span(0, len(result.output_tokens)).standard_errors
-    return [error if error == error else None for error in errors.tolist()]  # NaN is None

@@ -14,6 +14,7 @@ from torch import Tensor
 from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.coalitions import Plan, Scope, Solution
 from captum_llm_ext.coalitions.hierarchy import as_tree, binary, solve_nested_orders
+from captum_llm_ext.coalitions.kernel import EFFORT
 from captum_llm_ext.coalitions.search import solve_search, unopened
 from captum_llm_ext.coalitions.splits import Unresolved, solve_splits, unresolved
 from captum_llm_ext.methods import FeatureInclusion, PartitionShap, nesting
@@ -111,23 +112,66 @@ class Evidence:
             )
         return solver(self.plan, self.values.double().cpu(), self.scope, **self.design.options)
 
-    def span_errors(self, tokens: range) -> Tensor:
-        """Standard errors of attributions summed over target tokens, ``(n_features,)``.
+    def span_errors(self, spans: Sequence[range]) -> Tensor:
+        """Standard errors of attributions summed over target tokens, ``(n_spans, n_features)``.
 
         The sum of the values is solved as a target of its own. Tokens inside generated words have
         values where their word stands only: words apart, and the errors added up.
         """
-        scope, total = self.scope, torch.zeros(self.design.n_features).double()
+        total = torch.zeros(len(spans), self.design.n_features).double()
         if self.design.solved not in SOLVERS:
-            seen = torch.arange(len(total)) < scope.n_visible[list(tokens)].max()
+            last = [self.scope.n_visible[list(span)].max() for span in spans]
+            seen = torch.arange(total.shape[1]) < torch.tensor(last)[:, None]
             return total.masked_fill(seen, torch.nan)
-        required = scope.required[list(tokens)]
-        for column in required.unique():
-            ours = torch.tensor(list(tokens))[required == column]
-            one = Scope(scope.n_visible[ours].max()[None], column[None])
-            values = self.values[:, ours.to(self.values.device)].sum(1, keepdim=True)
-            total += replace(self, values=values, scope=one).solve().standard_errors[0]
+        for column in self.scope.required.unique().tolist():
+            which, summed = self._summed(spans, column)
+            if which:
+                total[which] += summed.solve().standard_errors
         return total
+
+    def part_errors(self, spans: Sequence[range], part_of: Sequence[int]) -> Tensor | None:
+        """Standard errors of attributions summed over target tokens and over features.
+
+        Args:
+            spans: Of target tokens.
+            part_of: The part that each feature is in, -1 for none.
+
+        Returns:
+            Shape ``(n_spans, n_parts)``, NaN where they cannot be told; None if none can.
+        """
+        if not self.is_estimate:
+            return torch.zeros(len(spans), 1 + max(part_of)).double()
+        is_walk = self.design.solved == "antithetic permutations"
+        if not is_walk or bool((self.scope.required >= 0).any()):
+            return None
+        _, summed = self._summed(spans, -1)
+        values = summed.values.double().cpu()
+        return coalitions.part_errors(summed.plan, values, summed.scope, torch.tensor(part_of))
+
+    def n_regressions(self, spans: Sequence[range]) -> int:
+        """How many regressions `span_errors` takes, each of which may take a tenth of a second."""
+        if self.design.solved not in _UNIFORM_SIZES or self.is_complete:
+            return 0
+        is_walk = self.design.solved == "antithetic permutations"
+        required = self.scope.required.tolist()
+        found = [{required[t] for t in span} - ({-1} if is_walk else set()) for span in spans]
+        return sum(map(len, found))
+
+    def _summed(self, spans: Sequence[range], column: int) -> tuple[list[int], "Evidence"]:
+        """Which spans have tokens that require the column (-1: none), and these tokens' sums."""
+        required = self.scope.required.tolist()
+        ours = [[t for t in span if required[t] == column] for span in spans]
+        which = [i for i, tokens in enumerate(ours) if tokens]
+        visible = [int(self.scope.n_visible[ours[i]].max()) for i in which]
+        scope = Scope(torch.tensor(visible), torch.full((len(which),), column))
+        values = [self.values[:, ours[i]].sum(1) for i in which]
+        summed = torch.stack(values, 1) if values else self.values[:, :0]
+        design = self.design
+        if design.solved == "paired kernel regression":
+            # Each sum gets what each token got, or it were another estimator's error.
+            effort = EFFORT * len(which) / max(len(required), 1)
+            design = replace(design, options={**design.options, "effort": effort})
+        return which, replace(self, design=design, values=summed, scope=scope)
 
     def contextcite(self, tokens: range, alpha: float) -> Solution:
         """ContextCite's sparse fit of a statement, see `coalitions.solve_contextcite`.

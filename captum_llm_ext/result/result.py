@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,13 +18,11 @@ from captum_llm_ext.result.causes import (
     UnresolvedGroup,
     strongest,
 )
-from captum_llm_ext.result.exported import ExportedResult, lists
+from captum_llm_ext.result.exported import ExportedResult
 from captum_llm_ext.result.files import BROKEN, broken, check_shapes, read, write
-from captum_llm_ext.result.reading import reading
 from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
 from captum_llm_ext.result.table import table
 
-_DICT_FORMAT = 1
 _TENSORS = (
     "seq_attr",
     "token_attr",
@@ -136,7 +133,9 @@ class GenerationAttributionResult(ExportedResult):
         self.draws = draws
         self.target = target
         self.prompt_pieces = list(prompt_pieces)
-        self.output_pieces = list(output_pieces)
+        # Where the output was held fixed no piece of it has a column.
+        fixed = output_attr is None
+        self.output_pieces = [replace(p, feature=None) if fixed else p for p in output_pieces]
         self.levels = list(levels)
         self.design = design
         self.provenance = dict(provenance or {})
@@ -204,8 +203,8 @@ class GenerationAttributionResult(ExportedResult):
                 '`result.refit(attr_target="log_prob")`.'
             )
         evidence = self._evidence()
-        errors = evidence.span_errors(range(rows.start, rows.stop))
-        errors = torch.cat([part[0] for part in self._split(errors[None])])
+        errors = evidence.span_errors([range(rows.start, rows.stop)])
+        errors = torch.cat([part[0] for part in self._split(errors)])
         return self._span(rows, self.full_attr[rows].sum(0), errors)
 
     def contextcite(
@@ -489,60 +488,6 @@ class GenerationAttributionResult(ExportedResult):
                 + (f", one of {found}." if found else f" of one of {self.output_tokens}.")
             )
         return found[0]
-
-    def to_html(
-        self, path: str | os.PathLike[str] | None = None, *, title: str | None = None
-    ) -> str:
-        """One self-contained page: text, attributions on hover, nothing from the network.
-
-        Args:
-            path: Where to write it, if anywhere.
-            title: Title of the page.
-
-        Returns:
-            The page.
-        """
-        from captum_llm_ext import html
-
-        page = html.page({**self.to_dict(), **reading(self)}, title=title)
-        if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
-        return page
-
-    def _repr_html_(self) -> str:
-        from captum_llm_ext import html
-
-        return html.fragment({**self.to_dict(), **reading(self)})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the coalitions, as lists, numbers and text that JSON can hold."""
-        return {
-            "format": _DICT_FORMAT,
-            "prompt": [p.to_dict() for p in self.prompt_pieces],
-            "output": [p.to_dict() for p in self.output_pieces],
-            "target": self.target.tolist(),
-            "input_tokens": list(self.input_tokens),
-            "output_tokens": list(self.output_tokens),
-            "output_features": self.output_features,
-            "token_attr": lists(self.token_attr),
-            "token_attr_se": lists(self.token_attr_se),
-            "output_attr": lists(self.output_attr),
-            "output_attr_se": lists(self.output_attr_se),
-            "seq_attr": lists(self.seq_attr),
-            "output_probs": lists(self.output_probs),
-            "full_values": lists(self.full_values),
-            "empty_values": lists(self.empty_values),
-            "efficiency_gap": lists(self.efficiency_gap),
-            "levels": [
-                {"name": level.name, "parts": level.parts, "part_of": level.part_of}
-                for level in self.levels
-            ],
-            "n_evaluations": self.n_evaluations,
-            "attr_target": self.provenance.get("attr_target", "log_prob"),
-            "method": self.provenance.get("method", ""),
-            "estimate": bool(self.provenance.get("estimate", False)),
-            "provenance": self.provenance,
-        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the result to one safetensors file: tensors as they are, the rest as JSON.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.result import Cause, GenerationAttributionResult
+from captum_llm_ext.result.causes import unit_of
 from captum_llm_ext.sensitivity.views import Verdict, View
 
 if TYPE_CHECKING:
@@ -322,6 +323,7 @@ class BaselineComparison:
             cmap=cmap,
             show=show,
             title=f"Causes of {title}",
+            unit=unit_of(self._first),
         )
 
     @cached_property
