@@ -157,6 +157,10 @@ def tensor_parallel(accelerator, folder):
     found["generated"] = numbers(
         attribute(model, tokenizer, "ShapleyValueSampling", accelerator, target=None)
     )
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=accelerator)
+    some = [*records(4 * n)[:5], {"prompt": ""}, *records(4 * n)[5:]]
+    report = attribute_dataset(some, attribution, folder / "sharded results")
+    found["dataset"] = [report.n_written, report.n_skipped, report.failures]
     return found
 
 
@@ -168,13 +172,29 @@ def records(n):
 
 def dataset(accelerator, folder):
     model, tokenizer = make()
-    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    method = FeatureAblation(model)
+    # The accelerator may be given in either place, or in both.
+    shared = GenerationAttribution(method, tokenizer, accelerator=accelerator)
+    plain = GenerationAttribution(method, tokenizer)
     broken = [*records(20)[:7], {"prompt": ""}, *records(20)[7:]]
     out = folder / "results"
     reports = [
-        attribute_dataset(broken, attribution, out, accelerator=accelerator) for _ in range(2)
+        attribute_dataset(broken, shared, out),
+        attribute_dataset(broken, plain, out, accelerator=accelerator),
+        attribute_dataset(broken, shared, out, accelerator=accelerator),
     ]
     return [[r.n_written, r.n_skipped, r.failures] for r in reports]
+
+
+def other_weights(accelerator, folder):
+    """What becomes of processes that were given different models."""
+    model, tokenizer = make(seed=accelerator.process_index)
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=accelerator)
+    try:
+        attribute_dataset(records(4), attribution, folder / f"unequal {accelerator.num_processes}")
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def slowed(seconds=0.004):
@@ -188,6 +208,7 @@ def together(folder):
     accelerator = Accelerator(cpu=True)
     found = {"cases": all_cases(accelerator), "failures": failures(accelerator)}
     found["dataset"] = dataset(accelerator, folder)
+    found["other weights"] = other_weights(accelerator, folder)
     n = accelerator.num_processes
     checkpoint = folder / f"half {n}.safetensors"
     model, tokenizer = slowed()

@@ -18,7 +18,7 @@ import torch
 from captum.attr import FeatureAblation
 from test_reuse import make_rows
 
-from captum_llm_ext import GenerationAttribution
+from captum_llm_ext import GenerationAttribution, GenerationAttributionResult, attribute_dataset
 from captum_llm_ext.scoring import Scorer, scorer
 from captum_llm_ext.scoring.plan import plan
 from captum_llm_ext.scoring.shares import shares
@@ -155,17 +155,49 @@ def test_models_that_processes_hold_together(found, alone, n):
 @each_number
 def test_records_are_spread_each_once(found, folder, n):
     for own in found[n]:
-        first, second = own["dataset"]
+        first, *others = own["dataset"]
         if n == 2:
             assert first[:2] == [20, 0]
-        assert second[:2] == [0, 20]
-        [(number, error)] = second[2]
-        assert number == 7
-        assert "the prompt is empty" in error
-    names = sorted(path.name for path in (folder / "results").iterdir())
-    kinds = ["error.json" if i == 7 else "safetensors" for i in range(21)]
-    assert [name[:6] for name in names[:-1]] == [f"{i:06d}" for i in range(21)]
-    assert [name.partition(".")[2] for name in names] == [*kinds, "json"]
+        for other in others:
+            assert other[:2] == [0, 20]
+            [(number, error)] = other[2]
+            assert number == 7
+            assert "the prompt is empty" in error
+    check_folder(folder / "results", 21, failed=7)
+
+
+def check_folder(folder, n, failed):
+    names = sorted(path.name for path in folder.iterdir())
+    kinds = ["error.json" if i == failed else "safetensors" for i in range(n)]
+    assert names == [*(f"{i:06d}.{kind}" for i, kind in enumerate(kinds)), "run.json"]
+
+
+def test_records_are_spread_over_models_that_processes_hold_together(found, folder):
+    """Two processes with one model, four with two, then this one with it whole: one folder."""
+    for n, written, there in ((2, 8, 0), (4, 8, 8)):
+        for own in found[n]:
+            *counts, [(number, error)] = own["sharded"]["dataset"]
+            assert counts == [written, there]
+            assert (number, "the prompt is empty" in error) == (5, True)
+    out = folder / "sharded results"
+    check_folder(out, 17, failed=5)
+    model, tokenizer = ranks.make()
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    some = [*ranks.records(16)[:5], {"prompt": ""}, *ranks.records(16)[5:]]
+    again = attribute_dataset(some, attribution, out)
+    assert (again.n_written, again.n_skipped, again.n_failed) == (0, 16, 1)
+    alone = attribute_dataset(some, attribution, folder / "alone")
+    assert alone.n_written == 16
+    for path in sorted(out.glob("*.safetensors")):
+        shared = GenerationAttributionResult.load(path)
+        own = GenerationAttributionResult.load(folder / "alone" / path.name)
+        torch.testing.assert_close(shared.full_attr, own.full_attr, atol=2e-4, rtol=0)
+
+
+@each_number
+def test_processes_with_other_weights_are_told(found, n):
+    for own in found[n]:
+        assert "other settings than the main one (`weights` was" in own["other weights"]
 
 
 def test_an_error_ends_the_run_and_names_the_process(tmp_path):

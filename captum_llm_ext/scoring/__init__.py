@@ -4,9 +4,11 @@ Each distinct row costs one teacher-forced pass at most, which serves all target
 begin alike share the passes of their beginnings. `plan` finds out which, `passes` runs the model,
 `memory` tells how much fits, `logits` turns what comes out into values; `Scorer` is the whole.
 `processes` makes several processes one and `shares` cuts the work for them, `journal` keeps what is
-found on disk. `Likelihood` is the same model as baselines ask it, text by text.
+found on disk, `identity` tells whether it is still the same model. `Likelihood` is that model as
+baselines ask it, text by text.
 """
 
+from captum_llm_ext.scoring.identity import model_identity
 from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.scoring.logits import AttrTarget
@@ -23,4 +25,5 @@ __all__ = [
     "Reuse",
     "Scorer",
     "TokenRow",
+    "model_identity",
 ]

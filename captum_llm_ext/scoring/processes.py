@@ -229,7 +229,7 @@ class Work:
         self.n_told = [0] * len(replicas)
         self.failures: list[Any] = []
         self._inbox: list[Any] = []
-        self._n_own = 0
+        self._n_own = self._n_agreed = 0
 
     def take(self, n: int | None = None) -> Iterator[int]:
         """Numbers from 0, below `n`: those that this replica does, as it becomes free.
@@ -254,6 +254,18 @@ class Work:
                 self._store.set(key, number)
             return number
         return cast(int, self._store.wait_for(key, self._leaders[self._own]))
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """What the function returns on the first process of this replica, on all of them."""
+        if self._store is None or self._is_lone:
+            return function()
+        key = f"{self._name}/agreed/{self._own}/{self._n_agreed}"
+        self._n_agreed += 1
+        if not self._leads:
+            return cast(T, self._store.wait_for(key, self._leaders[self._own]))
+        found = function()
+        self._store.set(key, found)
+        return found
 
     def _failed(self) -> bool:
         # A replica of several must not part: all of it goes on, or none.
