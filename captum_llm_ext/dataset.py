@@ -28,7 +28,8 @@ _SAMPLE = "The 27 quick-brown foxes' naïve Straße: 中文, русский!\n\t
 # They change how fast an answer comes, not what it is.
 _NO_SETTINGS = ("show_progress", "perturbations_per_eval")
 _MOST_FAILURES = 100
-_TELL_EVERY = 0.5  # seconds
+# Seconds; and one in so many of the run's own, for what is told is kept until the run ends.
+_TELL_EVERY, _TELLINGS = 0.5, 1000
 _ABANDONED = 60.0
 Agree = Callable[[Callable[[], "DatasetReport | None"]], "DatasetReport | None"]
 
@@ -166,7 +167,7 @@ def _run(
     total, own = DatasetReport(), DatasetReport()
     work = processes.work()
     source = enumerate(_entries(records))
-    told = time.monotonic()
+    began = said = time.monotonic()
     with tqdm(total=_length(records), desc="records", unit="record", disable=hides) as bar:
 
         def hear(messages: Iterable[DatasetReport]) -> DatasetReport:
@@ -181,10 +182,11 @@ def _run(
             if found is None:
                 break
             own += _one(*found, makes, folder, leads=processes.leads, agree=work.agree)
-            if time.monotonic() - told > _TELL_EVERY:
+            now = time.monotonic()
+            if now - said > max(_TELL_EVERY, (now - began) / _TELLINGS):
                 work.tell(own)
                 total = hear(work.heard())
-                own, told = DatasetReport(), time.monotonic()
+                own, said = DatasetReport(), now
         work.tell(own)
         work.end()
         for message in work.rest():

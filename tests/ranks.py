@@ -25,6 +25,7 @@ from captum_llm_ext import (
     GenerationAttribution,
     PartitionShap,
     TextSegmentInput,
+    _compat,
     attribute_dataset,
 )
 from captum_llm_ext.scoring import processes
@@ -147,6 +148,7 @@ def tensor_parallel(accelerator, folder):
     from transformers.distributed import DistributedConfig
 
     n = accelerator.num_processes
+    processes._REMEMBERED = 3  # as if there were hundreds of records
     config = DistributedConfig(tp_size=2, dp_replicate_size=n // 2 if n > 2 else None)
     model = LlamaForCausalLM.from_pretrained(folder / "model", distributed_config=config).eval()
     tokenizer = tiny.byte_level()
@@ -159,7 +161,11 @@ def tensor_parallel(accelerator, folder):
     )
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=accelerator)
     some = [*records(4 * n)[:5], {"prompt": ""}, *records(4 * n)[5:]]
+    before = stored(accelerator)
     report = attribute_dataset(some, attribution, folder / "sharded results")
+    assert (
+        stored(accelerator) == before
+    )  # of a thousand records a thousand times as much would be left
     found["dataset"] = [report.n_written, report.n_skipped, report.failures]
     return found
 
@@ -178,12 +184,22 @@ def dataset(accelerator, folder):
     plain = GenerationAttribution(method, tokenizer)
     broken = [*records(20)[:7], {"prompt": ""}, *records(20)[7:]]
     out = folder / "results"
+    before = stored(accelerator)
     reports = [
         attribute_dataset(broken, shared, out),
         attribute_dataset(broken, plain, out, accelerator=accelerator),
         attribute_dataset(broken, shared, out, accelerator=accelerator),
     ]
+    assert stored(accelerator) == before
     return [[r.n_written, r.n_skipped, r.failures] for r in reports]
+
+
+def stored(accelerator):
+    """How much is in the store that the processes share."""
+    accelerator.wait_for_everyone()
+    found = _compat.process_store("").underlying_store.num_keys()
+    accelerator.wait_for_everyone()
+    return found
 
 
 def other_weights(accelerator, folder):

@@ -1,12 +1,16 @@
 """Many prompts: one file each, whatever happens to the process that writes them."""
 
 import copy
+import gc
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import weakref
 
 import pytest
 import tiny
@@ -141,6 +145,59 @@ def test_other_settings_need_another_folder(attribution, tokenizer, tmp_path):
     # How fast it goes is no setting.
     report = attribute_dataset(records, attribution, tmp_path, seed=1, perturbations_per_eval=1)
     assert report.n_skipped == 1
+
+
+def test_nothing_is_kept_of_a_record_that_is_done(tokenizer, tmp_path):
+    """However many records there are, one of them is in memory, with its result."""
+    alive, results = [], []
+
+    class Watched(GenerationAttribution):
+        def attribute(self, *args, **options):
+            result = super().attribute(*args, **options)
+            results.append(weakref.ref(result))
+            return result
+
+    class Watchable(dict):
+        pass
+
+    seen = []
+
+    def records():
+        for i in range(12):
+            gc.collect()
+            alive.append([sum(ref() is not None for ref in refs) for refs in (seen, results)])
+            record = Watchable(prompt=f"Dave {i} lives", target=[7])
+            if i % 3 == 2:
+                record = Watchable(prompt="")  # which fails
+            seen.append(weakref.ref(record))
+            yield record
+            del record
+
+    attribution = Watched(FeatureAblation(tiny.llama(len(tokenizer))), tokenizer)
+    report = attribute_dataset(records(), attribution, tmp_path)
+    assert (report.n_written, report.n_failed) == (8, 4)
+    assert max(n for n, _ in alive) <= 2  # the one before, until there is another
+    assert max(n for _, n in alive) <= 1
+
+
+def test_memory_does_not_grow_with_what_is_there(attribution, tmp_path):
+    record = {"prompt": "Dave lives", "target": [7]}
+    peaks = []
+    for n in (50, 2000):
+        attribute_dataset([record], attribution, tmp_path / str(n))
+        first = tmp_path / str(n) / "000000.safetensors"
+        for i in range(1, n):
+            os.link(first, first.with_name(f"{i:06d}.safetensors"))
+        lines = tmp_path / f"{n}.jsonl"
+        lines.write_text(f"{json.dumps(record)}\n" * n)
+        gc.collect()
+        tracemalloc.start()
+        report = attribute_dataset(lines, attribution, tmp_path / str(n))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert report.n_skipped == n
+    # Nothing else than a name of each would be 150 kB.
+    assert peaks[1] < peaks[0] + 30_000
 
 
 def other_template(tokenizer):

@@ -29,6 +29,8 @@ _SILENCE = 60.0
 _SHORTEST_NAP, _LONGEST_NAP = 0.0005, 0.02
 # So long a process that failed waits until the others know, before it may end the run for all.
 _FAREWELL = 5.0
+# What the first of a replica tells the others is taken out of the store after so many times.
+_REMEMBERED = 256
 # What belongs together goes by a number of its own, the same on all processes.
 _numbers: Counter[tuple[int, ...]] = Counter()
 
@@ -166,6 +168,7 @@ class Processes:
             with store.beating():
                 yield
                 store.leave()
+            store.clear()
         except BaseException as error:
             store.tell_error(error)
             raise
@@ -225,7 +228,8 @@ class Work:
     ) -> None:
         self._store, self._name, self._own, self._leads = store, name, own, leads
         self._leaders = [ranks[0] for ranks in replicas]
-        self._is_lone = len(replicas[own]) == 1
+        self._replica = replicas[own]
+        self._is_lone = len(self._replica) == 1
         self.n_told = [0] * len(replicas)
         self.failures: list[Any] = []
         self._inbox: list[Any] = []
@@ -247,25 +251,35 @@ class Work:
     def _next_number(self, count: int) -> int:
         if self._store is None:
             return count
-        key = f"{self._name}/taken/{self._own}/{count}"
-        if self._leads:
-            number = self._store.count(f"{self._name}/next") - 1
-            if not self._is_lone:
-                self._store.set(key, number)
-            return number
-        return cast(int, self._store.wait_for(key, self._leaders[self._own]))
+        store = self._store
+        return self.agree(lambda: store.count(f"{self._name}/next") - 1)
 
     def agree(self, function: Callable[[], T]) -> T:
         """What the function returns on the first process of this replica, on all of them."""
-        if self._store is None or self._is_lone:
+        store = self._store
+        if store is None or self._is_lone:
             return function()
-        key = f"{self._name}/agreed/{self._own}/{self._n_agreed}"
+        name, n = f"{self._name}/agreed/{self._own}", self._n_agreed
         self._n_agreed += 1
-        if not self._leads:
-            return cast(T, self._store.wait_for(key, self._leaders[self._own]))
-        found = function()
-        self._store.set(key, found)
+        if self._leads:
+            found = function()
+            store.set(f"{name}/{n}", found)
+        else:
+            found = cast(T, store.wait_for(f"{name}/{n}", self._leaders[self._own]))
+        if (n + 1) % _REMEMBERED == 0:
+            self._forget(store, name, n)
         return found
+
+    def _forget(self, store: "_Store", name: str, n: int) -> None:
+        """Takes out of the store what all processes of this replica have read."""
+        if not self._leads:
+            store.set(f"{name}/{n}/read by {store.rank}", True)
+            return
+        for rank in self._replica[1:]:
+            store.wait_for(f"{name}/{n}/read by {rank}", rank)
+            store.forget(f"{name}/{n}/read by {rank}")
+        for i in range(n + 1 - _REMEMBERED, n + 1):
+            store.forget(f"{name}/{i}")
 
     def _failed(self) -> bool:
         # A replica of several must not part: all of it goes on, or none.
@@ -348,8 +362,9 @@ class _Store:
     def __init__(self, name: str, ranks: Sequence[int], rank: int, what: str) -> None:
         self._store = _compat.process_store(name)
         self._join_within = _compat.process_timeout()
+        self.rank = rank
         self._ranks, self._rank, self._what = ranks, rank, what
-        self._keys: list[str] = []
+        self._keys: dict[str, None] = {}  # to be taken away at the end, in order
         self._heard: dict[int, tuple[Any, float]] = {}
         self._began = time.monotonic()
         self._looked = 0.0
@@ -359,7 +374,13 @@ class _Store:
     def set(self, key: str, value: Any) -> None:
         with self._reached():
             self._store.set(key, pickle.dumps(value))
-        self._keys.append(key)
+        self._keys[key] = None
+
+    def forget(self, key: str) -> None:
+        """Takes a value away that nobody is going to ask for."""
+        with self._reached():
+            self._store.delete_key(key)
+        self._keys.pop(key, None)
 
     def get(self, key: str) -> Any:
         with self._reached():
@@ -371,6 +392,7 @@ class _Store:
 
     def count(self, key: str) -> int:
         """Adds one; what comes out is told to one process alone."""
+        self._keys[key] = None
         with self._reached():
             return int(self._store.add(key, 1))
 
@@ -439,27 +461,28 @@ class _Store:
                 nap.take()
 
     def leave(self) -> None:
-        """Waits for all to have come to the end, and takes away what was left in the store."""
+        """Waits for all to have come to the end."""
         with self._reached():
             self._store.set(f"left/{self._rank}", b"")
-        self._keys.append(f"left/{self._rank}")
         for rank in self._ranks:
             self.wait_for_key(f"left/{rank}", rank)
+
+    def clear(self) -> None:
+        """Takes away what was left in the store, after `leave`."""
         with suppress(RuntimeError):  # it is done: nothing that goes wrong now matters
+            for key in (*self._keys, f"beat/{self._rank}"):
+                self._store.delete_key(key)
             self._store.add("gone", 1)
+            if self._rank != self._ranks[0]:
+                return
             # The process that holds the store must not end it while another one still asks.
             until, nap = time.monotonic() + _FAREWELL, _Nap()
-            is_first = self._rank == self._ranks[0]
-            while is_first and time.monotonic() < until:
+            while time.monotonic() < until:
                 if self._store.add("gone", 0) >= len(self._ranks):
-                    break
+                    for key in ("gone", *(f"left/{rank}" for rank in self._ranks)):
+                        self._store.delete_key(key)
+                    return
                 nap.take()
-            if is_first:
-                for rank in self._ranks:
-                    self._store.delete_key(f"beat/{rank}")
-            for key in self._keys:
-                if not key.startswith("left/"):
-                    self._store.delete_key(key)
 
     def wait_for_key(self, key: str, rank: int) -> None:
         nap = _Nap()
