@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,13 @@ import torch
 from captum.attr import FeatureAblation
 from test_reuse import make_rows
 
-from captum_llm_ext import GenerationAttribution, GenerationAttributionResult, attribute_dataset
+from captum_llm_ext import (
+    GenerationAttribution,
+    GenerationAttributionResult,
+    attribute_dataset,
+    game,
+)
+from captum_llm_ext.coalitions import permutations
 from captum_llm_ext.scoring import Scorer, scorer
 from captum_llm_ext.scoring.plan import plan
 from captum_llm_ext.scoring.shares import shares
@@ -30,6 +37,7 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+EFFORT = 1e6
 each_number = pytest.mark.parametrize("n", [2, 4])
 
 
@@ -339,3 +347,28 @@ def test_shares_of_a_tree_give_the_same_bits(monkeypatch):
 
     monkeypatch.setattr(scorer, "shares", as_for_four)
     assert torch.equal(Scorer(model, overhead=3).values(rows, target), expected)
+
+
+@pytest.mark.parametrize("name", ["KernelShap", "ShapleyValueSampling", "Lime", "FeatureAblation"])
+def test_targets_solved_apart_get_what_they_get_together(monkeypatch, name):
+    """With an effort that does not reach for all, each has its share of it and no more."""
+    monkeypatch.setattr(permutations, "EFFORT", EFFORT)
+    found = []
+
+    def solve(*arguments):
+        found.append(arguments)
+        return outcome_of(*arguments)
+
+    outcome_of = game._solved
+    monkeypatch.setattr(game, "_solved", solve)
+    ranks.attribute(*ranks.make(), name)
+    [(played, method, plan, values)] = found
+    solver = partial(method.solve, effort=EFFORT) if name == "KernelShap" else method.solve
+    whole = solver(plan, values, played.scope)
+    cuts = [slice(0, 1), slice(1, 4), slice(4, None)]
+    parts = [solver(plan, values[:, cut], played.scope.part(cut)) for cut in cuts]
+    joined = type(whole).joined(parts)
+    for field in ("attributions", "standard_errors", "full_values", "empty_values"):
+        torch.testing.assert_close(
+            getattr(joined, field), getattr(whole, field), atol=1e-9, rtol=0, equal_nan=True
+        )

@@ -21,7 +21,7 @@ from torch import nn
 
 from captum_llm_ext import _compat
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 
 # Seconds. A process that computes still tells that it lives, from a thread of its own.
 _BEAT = 1.0
@@ -198,6 +198,15 @@ class Processes:
         key = self._next("number")
         store.set(f"{key}/{self.rank}", number)
         return min(cast(int, store.wait_for(f"{key}/{rank}", rank)) for rank in self.ranks)
+
+    def each(self, items: Sequence[S], function: Callable[[S], T]) -> list[T]:
+        """What a function gives for each item, on all processes; one replica calls it for each."""
+        work = self.work()
+        for number in work.take(len(items)):
+            work.tell((number, function(items[number])))
+        work.end()
+        found: dict[int, T] = dict(work.rest())
+        return [found[number] for number in range(len(items))]
 
     def work(self) -> "Work":
         """A piece of work to be shared out; every process begins it at the same place."""
