@@ -21,7 +21,8 @@ from torch import nn
 
 from captum_llm_ext import _compat
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 
 # Seconds. A process that computes still tells that it lives, from a thread of its own.
 _BEAT = 1.0
