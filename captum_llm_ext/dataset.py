@@ -215,6 +215,11 @@ class _Maker:
             options.pop("gen_args", None)
         return self._attribution.attribute(self._input(record), target, **options)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more can be asked of the model."""
+        return self._attribution.processes.have_parted
+
     def _input(self, record: Mapping[str, Any]) -> TextSegmentInput:
         tokenizer = self._attribution.tokenizer
         if "prompt" in record:
@@ -273,6 +278,8 @@ def _one(
     try:
         result = makes(record)
     except Exception as error:
+        if makes.is_over:  # some of those that hold the model are still in the middle of a pass
+            raise
         return fails(error)
     if leads:
         result.provenance["record"] = {"number": number, "id": record.get("id")}

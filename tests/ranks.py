@@ -28,7 +28,7 @@ from captum_llm_ext import (
     _compat,
     attribute_dataset,
 )
-from captum_llm_ext.scoring import processes
+from captum_llm_ext.scoring import processes, store
 
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 # Name: method, features, arguments of ``attribute``.
@@ -142,16 +142,22 @@ def failures(accelerator):
     return found
 
 
-def tensor_parallel(accelerator, folder):
-    """A model held together by two processes, once or twice."""
+def sharded(accelerator, folder):
+    """A model that two processes hold together, as often as there are two."""
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
     n = accelerator.num_processes
-    processes._REMEMBERED = 3  # as if there were hundreds of records
     config = DistributedConfig(tp_size=2, dp_replicate_size=n // 2 if n > 2 else None)
     model = LlamaForCausalLM.from_pretrained(folder / "model", distributed_config=config).eval()
-    tokenizer = tiny.byte_level()
+    return model, tiny.byte_level()
+
+
+def tensor_parallel(accelerator, folder):
+    """Methods and records with such models."""
+    n = accelerator.num_processes
+    processes._REMEMBERED = 3  # as if there were hundreds of records
+    model, tokenizer = sharded(accelerator, folder)
     found = {
         name: numbers(attribute(model, tokenizer, name, accelerator))
         for name in ("FeatureAblation", "KernelShap")
@@ -250,7 +256,7 @@ def raising(folder):
 
 def killed(folder):
     """One process is gone in the middle, and nothing like torchrun looks after the other."""
-    processes._SILENCE = 3.0
+    store._SILENCE = 3.0
     accelerator = Accelerator(cpu=True)
     model, tokenizer = make()
 
@@ -265,6 +271,42 @@ def killed(folder):
     except RuntimeError as error:
         print(error, flush=True)
         os._exit(3)  # torch waits for its lost process group when it is taken down
+
+
+def half_a_pass(folder):
+    """One of two processes that hold a model together does not come to the end of a pass."""
+    how = os.environ["HOW"]
+    store._SILENCE = store._STUCK = 3.0
+    accelerator = Accelerator(cpu=True)
+    model, tokenizer = sharded(accelerator, folder)
+    passes = []
+
+    def leave(*_):
+        passes.append(1)
+        if accelerator.process_index != 1 or len(passes) < 6:
+            return
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyError("broken here")
+
+    # The first layer's sums over both processes are through, the second one's never come.
+    model.model.layers[1].register_forward_pre_hook(leave)
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=accelerator)
+    status = 0
+    try:
+        attribute_dataset(records(6), attribution, folder / how)
+    except Exception as error:
+        print(f"raised {type(error).__name__}: {error}", *error.__notes__, sep="\n", flush=True)
+        status = 3
+        if how == "caught" and accelerator.process_index == 1:
+            try:
+                attribution.attribute(TextSegmentInput(PROMPT, tokenizer), ANSWER)
+            except RuntimeError as again:
+                print(again, flush=True)
+            time.sleep(20)  # it does not end, and with it no connection
+    os._exit(status)  # torch waits for its lost process group when it is taken down
 
 
 def long_run(folder):

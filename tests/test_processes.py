@@ -239,6 +239,39 @@ def test_nobody_waits_for_a_process_that_is_gone(tmp_path):
         gone.stdout.close()
 
 
+def test_nobody_waits_in_a_pass_that_another_one_left(folder):
+    """Two processes hold a model together, and one of them does not come to the next sum."""
+    runs = {}
+    for how in ("raised", "caught", "killed", "stopped"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        runs[how] = [
+            start("half_a_pass", folder, RANK=r, LOCAL_RANK=r, HOW=how, **common)
+            for r in ("0", "1")
+        ]
+    said = {how: first.communicate(timeout=120)[0] for how, (first, _) in runs.items()}
+    status = {how: first.returncode for how, (first, _) in runs.items()}
+    runs["stopped"][1].kill()
+    other = {how: second.communicate(timeout=60)[0] for how, (_, second) in runs.items()}
+    # Where the other one ends, its error is found in place of that of the connection …
+    assert "raised KeyError: 'broken here'" in said["raised"]
+    assert "Raised on rank 1 of 2" in said["raised"]
+    assert "raised KeyError: 'broken here'" in other["raised"]
+    assert "some of which are still in a pass" in other["raised"]
+    assert status["raised"] == 3
+    # … where it is killed there is that one alone …
+    assert "raised RuntimeError" in said["killed"]
+    assert status["killed"] == 3
+    # … and where it neither goes on nor ends, there is no way to have an error raised.
+    assert status["caught"] == status["stopped"] == 1
+    assert "rank 0 ends itself" in said["caught"]
+    assert "rank 1 failed (KeyError: 'broken here')" in said["caught"]
+    assert "rank 1 has not been heard of for 3 seconds" in said["stopped"]
+    assert "failed in the middle of a pass" in other["caught"]  # what is asked of it afterwards
+
+
 def kill_at_random(what, folder, grows, times, seed):
     """Starts it and kills it as often, each time somewhen after what it writes has grown."""
     draw = random.Random(seed)

@@ -6,34 +6,29 @@ computes, the group's timeout ends no long run, and it does not matter what back
 """
 
 import os
-import pickle
-import socket
-import threading
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
 from torch import nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.scoring.store import Nap, Store
 
 S = TypeVar("S")
 T = TypeVar("T")
 
-# Seconds. A process that computes still tells that it lives, from a thread of its own.
-_BEAT = 1.0
-_SILENCE = 60.0
-_SHORTEST_NAP, _LONGEST_NAP = 0.0005, 0.02
-# So long a process that failed waits until the others know, before it may end the run for all.
-_FAREWELL = 5.0
+# Seconds that those of a replica wait for one another where one ran out of memory.
+_TOGETHER = 30.0
 # What the first of a replica tells the others is taken out of the store after so many times.
 _REMEMBERED = 256
 # What belongs together goes by a number of its own, the same on all processes.
 _numbers: Counter[tuple[int, ...]] = Counter()
+# Replicas whose processes are no longer at the same pass.
+_parted: set[tuple[int, ...]] = set()
 
 
 class Accelerator(Protocol):
@@ -73,7 +68,7 @@ class Processes:
         self._replicas = [tuple(r) for r in replicas or [[rank] for rank in ranks]]
         self.rank = _compat.process_rank() if self.are_many else ranks[0]
         self._own = next(i for i, ranks in enumerate(self._replicas) if self.rank in ranks)
-        self._store: _Store | None = None
+        self._store: Store | None = None
         self._n = 0
 
     @classmethod
@@ -140,6 +135,11 @@ class Processes:
         """Whether this process speaks for its replica."""
         return self.rank == self._replicas[self._own][0]
 
+    @property
+    def have_parted(self) -> bool:
+        """Whether those that hold this process's model are no longer at the same pass, for good."""
+        return self._replicas[self._own] in _parted
+
     def replica(self) -> "Processes":
         """Those that hold this process's model, on their own."""
         own = self._replicas[self._own]
@@ -160,10 +160,16 @@ class Processes:
         if not self.are_many or self._store is not None:  # alone, or within a session
             yield
             return
+        own = self._replicas[self._own]
+        if own in _parted:
+            raise RuntimeError(
+                f"the processes {list(own)} hold a model together, and one of them failed in the "
+                "middle of a pass: what they compute now does not belong together. Start them anew."
+            )
         number = _numbers[self.ranks]
         _numbers[self.ranks] += 1
         name = f"captum_llm_ext/{'-'.join(map(str, self.ranks))}/{number}"
-        self._store = store = _Store(name, self.ranks, self.rank, what)
+        self._store = store = Store(name, self.ranks, self.rank, what, own)
         self._n = 0
         try:
             with store.beating():
@@ -171,7 +177,11 @@ class Processes:
                 store.leave()
             store.clear()
         except BaseException as error:
-            store.tell_error(error)
+            told = store.tell_error(error)
+            if store.has_parted:
+                _parted.add(own)
+            if told is not error:
+                raise told from error
             raise
         finally:
             self._store = None
@@ -230,7 +240,7 @@ class Work:
 
     def __init__(
         self,
-        store: "_Store | None",
+        store: Store | None,
         name: str,
         replicas: Sequence[tuple[int, ...]],
         own: int,
@@ -280,7 +290,7 @@ class Work:
             self._forget(store, name, n)
         return found
 
-    def _forget(self, store: "_Store", name: str, n: int) -> None:
+    def _forget(self, store: Store, name: str, n: int) -> None:
         """Takes out of the store what all processes of this replica have read."""
         if not self._leads:
             store.set(f"{name}/{n}/read by {store.rank}", True)
@@ -323,8 +333,25 @@ class Work:
             return
         if failure is not None:
             self._store.set(f"{self._name}/failed", True)
+            if not self._is_lone:
+                self._check_together(self._store)
         if self._leads:
             self._store.set(f"{self._name}/end/{self._own}", (self._n_own, failure))
+
+    def _check_together(self, store: Store) -> None:
+        """Raises unless all processes of this replica failed: the others are in a pass for ever."""
+        store.set(f"{self._name}/failed/{store.rank}", True)
+        until, nap = time.monotonic() + _TOGETHER, Nap()
+        for rank in self._replica:
+            while not store.has(f"{self._name}/failed/{rank}"):
+                store.watch(rank)
+                if time.monotonic() > until:
+                    raise RuntimeError(
+                        f"rank {store.rank} failed in a pass that rank {rank}, which holds the "
+                        "model together with it, went on with: nothing can be asked of them any "
+                        "more. Where it ran out of memory, give a smaller `perturbations_per_eval`."
+                    )
+                nap.take()
 
     def rest(self) -> Iterator[Any]:
         """What is told until all are through; waits for it."""
@@ -332,7 +359,7 @@ class Work:
         if self._store is None:
             return
         found: dict[int, Any] = {}
-        nap = _Nap()
+        nap = Nap()
         while len(found) < len(self._leaders):
             messages = self.heard()
             yield from messages
@@ -350,202 +377,6 @@ class Work:
 
     def _others(self) -> Iterable[int]:
         return (i for i in range(len(self._leaders)) if i != self._own or not self._leads)
-
-
-class _Nap:
-    """Waits a little, and longer the longer nothing happens."""
-
-    def __init__(self) -> None:
-        self._seconds = _SHORTEST_NAP
-
-    def take(self) -> None:
-        time.sleep(self._seconds)
-        self._seconds = min(1.5 * self._seconds, _LONGEST_NAP)
-
-    def over(self) -> None:
-        self._seconds = _SHORTEST_NAP
-
-
-class _Store:
-    """The store of the process group as one session sees it: its own keys, errors, who lives."""
-
-    def __init__(self, name: str, ranks: Sequence[int], rank: int, what: str) -> None:
-        self._store = _compat.process_store(name)
-        self._join_within = _compat.process_timeout()
-        self.rank = rank
-        self._ranks, self._rank, self._what = ranks, rank, what
-        self._keys: dict[str, None] = {}  # to be taken away at the end, in order
-        self._heard: dict[int, tuple[Any, float]] = {}
-        self._began = time.monotonic()
-        self._looked = 0.0
-        self._raised: BaseException | None = None
-        self._n_gone = 0
-
-    def set(self, key: str, value: Any) -> None:
-        with self._reached():
-            self._store.set(key, pickle.dumps(value))
-        self._keys[key] = None
-
-    def forget(self, key: str) -> None:
-        """Takes a value away that nobody is going to ask for."""
-        with self._reached():
-            self._store.delete_key(key)
-        self._keys.pop(key, None)
-
-    def get(self, key: str) -> Any:
-        with self._reached():
-            return pickle.loads(self._store.get(key))
-
-    def has(self, key: str) -> bool:
-        with self._reached():
-            return bool(self._store.check([key]))
-
-    def count(self, key: str) -> int:
-        """Adds one; what comes out is told to one process alone."""
-        self._keys[key] = None
-        with self._reached():
-            return int(self._store.add(key, 1))
-
-    def wait_for(self, key: str, rank: int) -> Any:
-        """A value that a process sets."""
-        nap = _Nap()
-        while not self.has(key):
-            self.watch(rank)
-            nap.take()
-        return self.get(key)
-
-    def watch(self, rank: int) -> None:
-        """Raises if a process has failed, or the one that is waited for is gone."""
-        now = time.monotonic()
-        if now - self._looked < _BEAT / 10:
-            return
-        self._looked = now
-        self.check()
-        key = f"beat/{rank}"
-        beat = self.get(key) if self.has(key) else None
-        last, since = self._heard.get(rank, (None, self._began))
-        if beat != last:
-            self._heard[rank] = (beat, now)
-            return
-        if beat is not None and now - since > _SILENCE:
-            self._n_gone = 1
-            raise RuntimeError(
-                f"rank {rank} has not been heard of for {_SILENCE:.0f} seconds during {self._what}"
-                ": its process is gone or stopped."
-            )
-        if beat is None and now - since > self._join_within:
-            raise RuntimeError(
-                f"rank {rank} has not begun {self._what} within {self._join_within:.0f} seconds, "
-                f"which rank {self._rank} waits at: every process has to call it, in the same "
-                "order."
-            )
-
-    def check(self) -> None:
-        """Raises what another process raised."""
-        if not self.has("error"):
-            return
-        rank, error, trace = cast(tuple[int, BaseException, str], self.get("error"))
-        if rank == self._rank:
-            return
-        error.add_note(f"Raised on rank {rank} of {len(self._ranks)}, where it was:\n{trace}")
-        self._raised = error
-        raise error
-
-    def tell_error(self, error: BaseException) -> None:
-        """Tells an error of this process, and waits a little until the others have it."""
-        with suppress(RuntimeError):  # a store that is gone takes no error
-            if error is self._raised:
-                self._store.add("knows error", 1)
-                return
-            error.add_note(
-                f"Raised on rank {self._rank} of {len(self._ranks)} ({socket.gethostname()})."
-            )
-            if self.count("errors") > 1:
-                return
-            trace = "".join(traceback.format_exception(error))
-            self.set("error", (self._rank, _as_sent(error), trace))
-            until, nap = time.monotonic() + _FAREWELL, _Nap()
-            while time.monotonic() < until:
-                if self._store.add("knows error", 0) >= len(self._ranks) - 1 - self._n_gone:
-                    return
-                nap.take()
-
-    def leave(self) -> None:
-        """Waits for all to have come to the end."""
-        with self._reached():
-            self._store.set(f"left/{self._rank}", b"")
-        for rank in self._ranks:
-            self.wait_for_key(f"left/{rank}", rank)
-
-    def clear(self) -> None:
-        """Takes away what was left in the store, after `leave`."""
-        with suppress(RuntimeError):  # it is done: nothing that goes wrong now matters
-            for key in (*self._keys, f"beat/{self._rank}"):
-                self._store.delete_key(key)
-            self._store.add("gone", 1)
-            if self._rank != self._ranks[0]:
-                return
-            # The process that holds the store must not end it while another one still asks.
-            until, nap = time.monotonic() + _FAREWELL, _Nap()
-            while time.monotonic() < until:
-                if self._store.add("gone", 0) >= len(self._ranks):
-                    for key in ("gone", *(f"left/{rank}" for rank in self._ranks)):
-                        self._store.delete_key(key)
-                    return
-                nap.take()
-
-    def wait_for_key(self, key: str, rank: int) -> None:
-        nap = _Nap()
-        while not self.has(key):
-            self.watch(rank)
-            nap.take()
-
-    @contextmanager
-    def beating(self) -> Generator[None]:
-        """Has a thread tell that this process lives."""
-        stop = threading.Event()
-        key = f"beat/{self._rank}"
-
-        def beat() -> None:
-            n = 0
-            with suppress(RuntimeError):  # the main thread finds out as well, and tells
-                while not stop.wait(_BEAT if n else 0):
-                    n += 1
-                    self._store.set(key, pickle.dumps(n))
-
-        thread = threading.Thread(target=beat, daemon=True, name="captum-llm-ext beat")
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-
-    @contextmanager
-    def _reached(self) -> Generator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # torch.distributed's own are all RuntimeErrors
-            raise RuntimeError(
-                f"the store of the process group cannot be reached from rank {self._rank} during "
-                f"{self._what} ({str(error).splitlines()[0]}): the process that held it has ended, "
-                "most likely because it failed."
-            ) from error
-
-
-def _as_sent(error: BaseException) -> BaseException:
-    """The error, or what can be sent in its place: of the same kind where that can be made."""
-    with suppress(Exception):
-        copy = pickle.loads(pickle.dumps(error))
-        if type(copy) is type(error) and str(copy) == str(error):
-            copy.__notes__ = []
-            return copy
-    for kind in type(error).__mro__:
-        with suppress(Exception):
-            copy = cast(BaseException, kind(str(error)))
-            pickle.loads(pickle.dumps(copy))
-            return copy
-    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _warn_alone() -> None:
