@@ -4,6 +4,7 @@ import faulthandler
 import inspect
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -276,7 +277,7 @@ def killed(folder):
 def half_a_pass(folder):
     """One of two processes that hold a model together does not come to the end of a pass."""
     how = os.environ["HOW"]
-    store._SILENCE = store._STUCK = 3.0
+    store._FAREWELL, store._SILENCE, store._STUCK = 1.0, 3.0, 5.0
     accelerator = Accelerator(cpu=True)
     model, tokenizer = sharded(accelerator, folder)
     passes = []
@@ -305,8 +306,34 @@ def half_a_pass(folder):
                 attribution.attribute(TextSegmentInput(PROMPT, tokenizer), ANSWER)
             except RuntimeError as again:
                 print(again, flush=True)
-            time.sleep(20)  # it does not end, and with it no connection
+            time.sleep(15)  # it does not end, and with it no connection
     os._exit(status)  # torch waits for its lost process group when it is taken down
+
+
+def half_passes(folder):
+    """All kinds of it at the same time, in processes that share what has been imported."""
+    running = {}
+    for how in ("raised", "caught", "killed", "stopped"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in ("0", "1"):
+            name = f"{how}.{rank}"
+            running[name] = os.fork()
+            if running[name]:
+                continue
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOW": how}
+            os.environ |= {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+            with open(folder / name, "w") as said:
+                for output in (1, 2):
+                    os.dup2(said.fileno(), output)
+                half_a_pass(folder)
+    for name, pid in running.items():
+        if name == "stopped.1":
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with open(folder / name, "a") as said:
+            said.write(f"\nstatus {status}")
 
 
 def long_run(folder):
