@@ -28,6 +28,7 @@ from captum_llm_ext import (
     attribute_dataset,
 )
 from captum_llm_ext.cli import main
+from captum_llm_ext.scoring import Journal
 
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Dave lives."}]
@@ -315,6 +316,8 @@ def test_wrong_options_are_told_before_anything_is_run(attribution, tmp_path):
         (["--input", "INPUT", "--out", "y", "--html", "z"], 2, "--html is for one prompt"),
         (["--input", "INPUT", "--out", "y", "--target", "z"], 2, '"target" in each line'),
         (["--input", "no.jsonl", "--out", "y"], 1, "there is no such file"),
+        (["--input", "INPUT", "--out", "y", "--checkpoint", "z"], 2, "goes on where it was"),
+        (["--prompt", "x", "--checkpoint", "no/z.safetensors"], 1, "no such folder"),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, more, status, message):
@@ -369,3 +372,54 @@ def test_two_processes_share_the_records(tmp_path):
     assert main([*arguments, str(tmp_path / "alone"), *OPTIONS]) == 0
     for a, b in zip(results(out), results(tmp_path / "alone"), strict=True):
         assert torch.equal(a.token_attr, b.token_attr)
+
+
+ONE = ["--prompt", "Dave lives in Palm Coast, FL and", "--method", "kernel", "--n-samples", "90"]
+ONE += ["--max-new-tokens", "3", "--quiet", "--baselines", "delete"]
+
+
+def test_two_processes_share_one_prompt(tmp_path, monkeypatch, capsys):
+    """Interrupted on one process, gone on with on two, of which one prints and writes."""
+    checkpoint, saved = tmp_path / "half.safetensors", tmp_path / "whole.safetensors"
+    command = ["attribute", "--model", "demo", *ONE, "--checkpoint", str(checkpoint)]
+    add = Journal.add
+
+    def stop(self, keys, values):
+        add(self, keys, values)
+        if len(self.found(keys)) and checkpoint.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "add", stop)
+        assert main(command) != 0
+    capsys.readouterr()
+    n_kept = checkpoint.stat().st_size
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    more = ["--save", str(saved), "--json", "-"]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "captum_llm_ext", *command, *more],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.stat().st_size > n_kept
+    assert done.stderr.count("answer:") == done.stderr.count("written:") == 1
+    found = GenerationAttributionResult.load(saved)
+    assert (
+        json.loads(done.stdout)["provenance"]["rows_by_process"]
+        == (found.provenance["rows_by_process"])
+    )
+    rows = found.provenance["rows_by_process"]
+    assert len(rows) == 2
+    assert 0 < sum(rows) < found.n_evaluations  # the rest was in the checkpoint
+    alone = tmp_path / "alone.safetensors"
+    assert main(["attribute", "--model", "demo", *ONE, "--save", str(alone)]) == 0
+    expected = GenerationAttributionResult.load(alone)
+    torch.testing.assert_close(found.full_attr, expected.full_attr, atol=1e-5, rtol=0)
+
+
+def test_one_stdin_is_not_for_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["attribute", "--model", "demo", "--prompt-file", "-"]) == 2
+    assert "--prompt-file - is one stdin for several processes" in capsys.readouterr().err
