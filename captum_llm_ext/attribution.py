@@ -58,7 +58,11 @@ class GenerationAttribution(LLMAttribution):
             started on several processes, on one machine or many: they share the model's
             evaluations, and every one returns the whole result. All of them make the same calls
             with the same arguments. The model may be whole on each of them, or sharded by
-            transformers (``distributed_config=``) over some of them or all.
+            transformers (``distributed_config=``) over some of them or all. An error on one is
+            raised on all. Only where those that hold a model together wait for one another within
+            a pass nothing can be raised: such a process gets the error when the one that failed
+            ends (with NCCL: when ``torchrun`` ends it), and ends itself, with a message and status
+            1, where that one goes on instead (after 30 seconds) or is silent (60 seconds).
 
     Raises:
         TypeError: If the method is no perturbation method, or its model no causal language model.

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
@@ -116,6 +117,9 @@ def attribute_dataset(
             accelerator is not the attribution's, or processes differ in what they were given.
         TypeError: If there is no such option.
         OSError: If the folder or the file of records cannot be used.
+
+    Warns:
+        UserWarning: If more processes were started than share the records.
     """
     _check_options(options, attribution)
     folder = Path(out)
@@ -142,10 +146,18 @@ def attribute_dataset(
 
 def _processes(attribution: GenerationAttribution, accelerator: Accelerator | None) -> Processes:
     """Those that share the records."""
-    if accelerator is None:
-        return attribution.processes
-    given = Processes.of(accelerator, attribution.model)
     known = attribution.processes
+    if accelerator is None:
+        asked = os.environ.get("WORLD_SIZE", "1")
+        if asked.isdigit() and int(asked) > len(known.ranks):
+            warnings.warn(
+                f"{asked} processes were started, and {len(known.ranks)} of them do all records by "
+                "themselves: make the attribution with `accelerator=Accelerator()` to share them "
+                "out.",
+                stacklevel=3,
+            )
+        return known
+    given = Processes.of(accelerator, attribution.model)
     if known.n_replicas > 1 and known.ranks != given.ranks:
         raise ValueError(
             f"the attribution was made with an accelerator of {len(known.ranks)} processes, and "

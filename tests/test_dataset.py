@@ -419,6 +419,13 @@ def test_two_processes_share_one_prompt(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(found.full_attr, expected.full_attr, atol=1e-5, rtol=0)
 
 
+def test_processes_that_do_not_share_are_told(attribution, tmp_path, monkeypatch):
+    records = [{"prompt": "Dave lives", "target": [7]}]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match=r"2 processes were started, and 1 of them do all records"):
+        attribute_dataset(records, attribution, tmp_path)
+
+
 def test_one_stdin_is_not_for_several_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["attribute", "--model", "demo", "--prompt-file", "-"]) == 2
