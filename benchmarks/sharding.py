@@ -1,6 +1,8 @@
 """How well processes share the work, what that costs one alone, and what kills leave behind.
 
-Writes ``results/sharding.json``. On a quiet machine with two cores: about five minutes.
+Writes ``results/sharding.json``. On a quiet machine with two cores: about ten minutes, less with
+``--only scaling --size small``. Speed-ups are told in seconds, which need a machine that does
+nothing else, and in processor seconds, which do not.
 """
 
 import argparse
@@ -13,7 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,20 +37,25 @@ from captum_llm_ext import (
 RESULTS = Path(__file__).parent / "results" / "sharding.json"
 ROWS = 2040
 WORDS = 60
+# Hidden size and layers; and of so many batches one is run for the machine's own limit.
+SIZES = {"small": (256, 4), "larger": (512, 6)}
+BARE = {"small": 6, "larger": 24}
+REPEATS = {"small": 5, "larger": 2}
 DATASET = 1000
 KILLS = 3
 
 
-def made() -> tuple[Any, Any]:
-    """A Llama of 3 million parameters with random weights, and the demo's tokenizer."""
+def made(size: str = "small") -> tuple[Any, Any]:
+    """A Llama with random weights, of 3 or 19 million parameters, and the demo's tokenizer."""
     logging.disable_progress_bar()
     _, tokenizer, _ = load_demo()
     torch.manual_seed(0)
+    hidden, layers = SIZES[size]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=4,
+        hidden_size=hidden,
+        intermediate_size=hidden * 5 // 2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
@@ -63,68 +73,114 @@ def attribute(model: Any, tokenizer: Any, accelerator: Any, rows: int) -> Any:
     return attribution.attribute(inp, target, n_samples=rows, output_unit=None)
 
 
-def worker(out: Path, rows: int) -> None:
-    """One of the processes: the time that all take from a common start."""
+def shapes_of(model: Any, attributes: Callable[[], Any]) -> list[torch.Size]:
+    """The batches that a model is called with."""
+    found: list[torch.Size] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: found.append(given["input_ids"].shape), with_kwargs=True
+    )
+    attributes()
+    hook.remove()
+    return found
+
+
+@torch.no_grad()
+def forwards(model: Any, shapes: list[torch.Size]) -> None:
+    """Nothing but forwards, of batches of these shapes."""
+    for shape in shapes:
+        ids = torch.zeros(shape, dtype=torch.long)
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+
+def worker(out: Path, rows: int, size: str, repeats: int) -> None:
+    """One of two processes; each thing is done by the first alone and then by both, in turn.
+
+    While the first works alone the other waits at a collective, which takes no processor time.
+    """
     from accelerate import Accelerator
 
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    model, tokenizer = made()
-    attribute(model, tokenizer, accelerator, 120)
-    found = []
-    for _ in range(3):
-        accelerator.wait_for_everyone()
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = attribute(model, tokenizer, accelerator, rows)
-        found.append([time.perf_counter() - wall, time.process_time() - cpu])
-    report = {
-        "seconds": found,
-        "rows": result.provenance["rows_by_process"],
-        "n": result.n_evaluations,
+    both = Accelerator(cpu=True)
+    model, tokenizer = made(size)
+    first = both.process_index == 0
+    # What a script that was started on one process has.
+    alone = SimpleNamespace(num_processes=1, process_index=0)
+    warnings.filterwarnings("ignore", "the accelerator reports one process")
+    shapes = shapes_of(model, lambda: attribute(model, tokenizer, alone, rows))[:: BARE[size]]
+    result: dict[str, Any] = {}
+
+    def shared(name: str, accelerator: Any) -> None:
+        result[name] = attribute(model, tokenizer, accelerator, rows)
+
+    ways: dict[str, tuple[bool, Callable[[], None]]] = {
+        "forwards of one": (first, lambda: forwards(model, shapes)),
+        "forwards of two, each all": (True, lambda: forwards(model, shapes)),
+        "one process": (first, lambda: shared("one", alone)),
+        "two processes": (True, lambda: shared("two", both)),
     }
-    torch.save([result.masks, result.values], out / f"{accelerator.process_index}.pt")
-    (out / f"{accelerator.process_index}.json").write_text(json.dumps(report))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, (does, function) in ways.items():
+            both.wait_for_everyone()
+            wall, cpu = time.perf_counter(), time.process_time()
+            if does:
+                function()
+                found = (time.perf_counter() - wall, time.process_time() - cpu)
+                times[name].append(found)
+    two = result["two"]
+    report = {"times": times, "rows": two.provenance["rows_by_process"], "n": two.n_evaluations}
+    (out / f"{both.process_index}.json").write_text(json.dumps(report))
+    numbers = [[r.masks, r.values, r.full_attr] for r in result.values()]
+    torch.save(numbers, out / f"{both.process_index}.pt")
 
 
-def started(n: int, rows: int) -> tuple[list[Any], list[Any]]:
-    """Runs the workers; their reports and their numbers."""
+def scaling(rows: int, size: str, repeats: int) -> dict[str, Any]:
+    """Two processes beside one, with a thread each, and what the machine has to give to two."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
-        command += [f"--master_port={port}", __file__, "--worker", folder, "--rows", str(rows)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        command += [f"--master_port={port}", __file__, "--worker", folder, "--size", size]
+        command += ["--rows", str(rows), "--repeats", str(repeats)]
         subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-        reports = [json.loads((Path(folder) / f"{i}.json").read_text()) for i in range(n)]
-        numbers = [torch.load(Path(folder) / f"{i}.pt") for i in range(n)]
-    return reports, numbers
-
-
-def scaling(rows: int) -> dict[str, Any]:
-    """Two processes beside one, with a thread each."""
+        reports = [json.loads((Path(folder) / f"{i}.json").read_text()) for i in range(2)]
+        numbers = [n for i in range(2) for n in torch.load(Path(folder) / f"{i}.pt")]
+    times = {
+        name: [r["times"][name] for r in reports if r["times"][name]]
+        for name in reports[0]["times"]
+    }
+    # Of two processes the later one counts; processor time is that of work alone, whoever else
+    # has the machine, and shows what processes that run at the same time cost one another.
     found: dict[str, Any] = {}
-    numbers = {}
-    for n in (1, 2):
-        reports, numbers[n] = started(n, rows)
-        walls = [
-            max(times)
-            for times in zip(*([t[0] for t in r["seconds"]] for r in reports), strict=True)
-        ]
-        found[f"{n} processes"] = {
-            "rows": reports[0]["n"],
-            "seconds": statistics.median(walls),
-            "all seconds": walls,
-            "processor seconds": [[t[1] for t in r["seconds"]] for r in reports],
-            "share of rows": [count / reports[0]["n"] for count in reports[0]["rows"]],
+    for kind, which in (("seconds", 0), ("processor seconds", 1)):
+        slowest = {
+            name: [max(t[which] for t in turn) for turn in zip(*own, strict=True)]
+            for name, own in times.items()
         }
-    one, two = (found[f"{n} processes"]["seconds"] for n in (1, 2))
-    found["speed-up"] = one / two
-    masks, values = numbers[1][0]
-    found["same coalitions"] = all(torch.equal(masks, other[0]) for other in numbers[2])
-    found["largest difference of values"] = max(
-        float((values - other[1]).abs().max()) for other in numbers[2]
-    )
-    return found
+        one, two, alone, shared = slowest.values()
+        found[kind] = {
+            "all": slowest,
+            "median": {name: statistics.median(own) for name, own in slowest.items()},
+            "speed-up": statistics.median(a / b for a, b in zip(alone, shared, strict=True)),
+            "two independent processes, no machinery": statistics.median(
+                2 * a / b for a, b in zip(one, two, strict=True)
+            ),
+        }
+    masks, values, attributions = numbers[0]
+    return {
+        "parameters": sum(p.numel() for p in made(size)[0].parameters()),
+        "rows": reports[0]["n"],
+        "share of rows": [count / reports[0]["n"] for count in reports[0]["rows"]],
+        **found,
+        "same coalitions": all(torch.equal(masks, other[0]) for other in numbers),
+        "largest difference of values": max(
+            float((values - other[1]).abs().max()) for other in numbers
+        ),
+        "largest difference of attributions": max(
+            float((attributions - other[2]).abs().max()) for other in numbers
+        ),
+    }
 
 
 def overhead(rows: int) -> dict[str, Any]:
@@ -190,15 +246,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--size", choices=SIZES, default=None, help="of the model; default: both")
+    parser.add_argument("--repeats", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("scaling", "overhead", "kills"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.worker:
-        worker(arguments.worker, arguments.rows)
+        worker(arguments.worker, arguments.rows, arguments.size, arguments.repeats)
         return
-    found = {"environment": environment(seed=0), "scaling": scaling(arguments.rows)}
-    found["overhead"] = overhead(arguments.rows // 4)
-    found["kills"] = kills()
+    found: dict[str, Any] = {}
+    if arguments.only and arguments.out.exists():
+        found = json.loads(arguments.out.read_text())
+    found["environment"] = environment(seed=0)
+    if arguments.only in (None, "scaling"):
+        sizes = [arguments.size] if arguments.size else list(SIZES)
+        found["scaling"] = {size: scaling(arguments.rows, size, REPEATS[size]) for size in sizes}
+    if arguments.only in (None, "overhead"):
+        found["overhead"] = overhead(arguments.rows // 4)
+    if arguments.only in (None, "kills"):
+        found["kills"] = kills()
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

@@ -1,6 +1,6 @@
 """What attribution costs beside captum, beside the bare model, and how that grows.
 
-    python benchmarks/throughput.py [--threads 1] [--runs 3]
+    python benchmarks/throughput.py [--threads 1] [--runs 5] [--part beside_captum …]
 
 One process; the candidates run in turn, medians of all runs. Seconds are those of the process on
 its processors (``time.process_time``): on a machine that others use as well, the clock on the wall
@@ -9,14 +9,12 @@ evaluations, which all cost the same, and the time for 129 is proportional; the 
 """
 
 import argparse
-import gc
 import json
 import math
 import random
 import resource
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,92 +22,20 @@ from statistics import median
 from typing import Any
 
 import torch
-from captum.attr import FeatureAblation, KernelShap, LLMAttribution, TextTokenInput
+from captum.attr import FeatureAblation, LLMAttribution
 from environment import environment
-from fact_grammar import corpus, load
-from transformers import LlamaConfig, LlamaForCausalLM
+from measured import Counting, counts, in_turn, llama, prompt_of, texts
+from peers import beside_inseq, beside_shap
 
 import captum_llm_ext.attribution as attribution
 from captum_llm_ext import GenerationAttribution
 from captum_llm_ext.scoring import Scorer, TokenRow
-from captum_llm_ext.scoring.memory import overhead
-from captum_llm_ext.scoring.plan import distinct_positions, plan
+from captum_llm_ext.scoring.memory import Memory, overhead
+from captum_llm_ext.scoring.plan import distinct_positions, plan, plan_packed
 
 RESULTS = Path(__file__).parent / "results"
 P, T = 128, 32
 GROUPS = 2
-
-
-def seconds(function: Callable[[], object]) -> float:
-    gc.collect()
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def in_turn(candidates: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    """Times of every candidate: one of each, then again."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(runs):
-        for name, function in candidates.items():
-            times[name].append(seconds(function))
-            print(f"  {name:34} {times[name][-1]:8.2f} s", flush=True)
-    return times
-
-
-def llama(layers: int = 8, hidden: int = 512, vocabulary: int = 32000) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=hidden * 43 // 16,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        max_position_embeddings=8192,
-        initializer_range=0.05,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-class Counting(Scorer):
-    """Remembers the latest scorer and all rows it was given."""
-
-    latest: "Counting"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rows: dict[tuple[int, ...], None] = {}
-        Counting.latest = self
-
-    def values(self, rows: Any, target: Any) -> Any:
-        """As the scorer's."""
-        self.rows.update(dict.fromkeys(row.ids for row in rows))
-        return super().values(rows, target)
-
-
-def counts() -> dict[str, float]:
-    scorer = Counting.latest
-    least = distinct_positions(list(scorer.rows))
-    return {
-        "rows": scorer.n_evaluations,
-        "positions_of_rows": scorer.n_row_positions,
-        "positions_computed": scorer.n_positions,
-        "positions_of_a_perfect_tree": least,
-        "ratio": scorer.n_positions / least,
-    }
-
-
-def texts(n: int) -> tuple[Any, list[int]]:
-    """A tokenizer and text of `n` tokens."""
-    _, tokenizer = load()
-    return tokenizer, tokenizer.encode(" ".join(corpus()))[:n]
-
-
-def prompt_of(tokenizer: Any, ids: list[int]) -> TextTokenInput:
-    inp = TextTokenInput(tokenizer.decode(ids[1:]), tokenizer, baselines=3)
-    if inp.inp_tensor.shape[1] != len(ids):
-        raise RuntimeError("the text does not come back to the same tokens")
-    return inp
 
 
 def beside_captum(runs: int) -> dict[str, Any]:
@@ -212,23 +138,31 @@ def permutations_of_groups() -> dict[str, Any]:
             rows[(*prompt, *ids[P:])] = None
     distinct = list(rows)
     lengths = [len(row) for row in distinct]
-    cost = overhead(llama(), torch.device("cpu"))
-    root = plan(
-        distinct,
-        [n - 2 for n in lengths],
-        overhead=cost,
-        most_padding=cost,
-        most_rows=lambda longest, before: 4096 // (longest - before),
-        most_head=P,
-    )
-    least, computed = distinct_positions(distinct), root.positions(lengths)
+    model, device = llama(), torch.device("cpu")
+    cost = overhead(model, device)
+    memory = Memory(model, device, kept="positions", n_target=T, state_bytes=None)
+    most_ids, most_rows = memory.most_packed(max(lengths), 0)
+    ways = {
+        "packed": plan_packed(distinct, overhead=cost, most_ids=most_ids, most_rows=most_rows),
+        "padded": plan(
+            distinct,
+            [n - 2 for n in lengths],
+            overhead=cost,
+            most_padding=cost,
+            most_rows=lambda longest, before: 4096 // (longest - before),
+            most_head=P,
+        ),
+    }
+    least = distinct_positions(distinct)
+    computed = {name: root.positions(lengths) for name, root in ways.items()}
     return {
         "rows": len(rows),
         "overhead": cost,
         "positions_of_rows": sum(lengths),
-        "positions_computed": computed,
+        "positions_computed": computed["packed"],
+        "positions_computed_padded": computed["padded"],
         "positions_of_a_perfect_tree": least,
-        "ratio": computed / least,
+        "ratio": computed["packed"] / least,
     }
 
 
@@ -291,54 +225,13 @@ def peak() -> None:
     )
 
 
-def beside_shap(runs: int) -> dict[str, Any] | None:
-    """shap's PartitionExplainer on the same evaluations: 32 prompt tokens, 16 targets."""
-    try:
-        import shap
-    except ImportError:
-        return None
-
-    model = llama(4, 256, 50000)
-    tokenizer, ids = texts(48)
-    text, target = tokenizer.decode(ids[1:32]), ids[32:]
-    inp = prompt_of(tokenizer, ids[:32])
-    ours = GenerationAttribution(KernelShap(model), tokenizer)
-
-    @torch.no_grad()
-    def log_probs(prompts: Any) -> Any:
-        rows = []
-        for prompt in prompts:
-            head = tokenizer.encode(str(prompt))
-            logits = model(input_ids=torch.tensor([head + target[:-1]])).logits[0]
-            said = logits[len(head) - 1 :].log_softmax(-1)
-            rows.append(said.gather(1, torch.tensor(target)[:, None])[:, 0])
-        return torch.stack(rows).numpy()
-
-    explainer = shap.PartitionExplainer(log_probs, shap.maskers.Text(tokenizer))
-    times = in_turn(
-        {
-            "ours, 500 evaluations": lambda: ours.attribute(
-                inp, torch.tensor(target), output_unit=None, n_samples=500
-            ),
-            "shap, 500 evaluations": lambda: explainer([text], max_evals=500, silent=True),
-        },
-        runs,
-    )
-    middle = {name: median(took) for name, took in times.items()}
-    return {
-        "model": "Llama, 4 layers, d=256, V=50,000",
-        "sizes": {"P": 32, "T": 16, "evaluations": 500},
-        "seconds": times,
-        "ratio": middle["shap, 500 evaluations"] / middle["ours, 500 evaluations"],
-    }
-
-
 PARTS: dict[str, Callable[[int], Any]] = {
     "beside_captum": beside_captum,
     "permutations": lambda runs: permutations_of_groups(),
     "growth": growth,
     "peak_memory": lambda runs: peak_memory(),
     "beside_shap": beside_shap,
+    "beside_inseq": beside_inseq,
 }
 
 
@@ -346,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the ratios and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -360,10 +253,13 @@ def main(argv: list[str] | None = None) -> None:
     for name in arguments.part or PARTS:
         print(name, flush=True)
         result = PARTS[name](arguments.runs)
+        if result is None:
+            print("  left as it was: what it is measured beside is not installed")
+            continue
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         found = report.setdefault(f"threads_{arguments.threads}", {})
         found[name] = {**environment(seed=0), "unit": "processor seconds", "result": result}
-        print(json.dumps({k: v for k, v in (result or {}).items() if k != "seconds"}, indent=1))
+        print(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=1))
         RESULTS.mkdir(exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

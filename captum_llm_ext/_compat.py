@@ -1,7 +1,7 @@
 """Every line that depends on a version of captum or transformers."""
 
 import inspect
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from importlib import metadata
@@ -247,7 +247,47 @@ def model_description(model: nn.Module) -> str:
     kept = {k: v for k, v in settings.items() if k not in moving and "distributed" not in k}
     content = repr([(name, kept[name]) for name in sorted(kept)])
     digest = blake2b(content.encode(), digest_size=4).hexdigest()
-    return f"{type(_inner(model)).__name__} {dtype} {digest}"
+    # torch 2.13 (2026): fully_shard puts a class FSDPLlama… in the place of the model's own.
+    mine = (c for c in type(_inner(model)).__mro__ if not _is_wrapped(c))
+    return f"{next(mine).__name__} {dtype} {digest}"
+
+
+def _is_wrapped(cls: type) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in cls.__mro__)
+
+
+def own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and parameters of all modules, each while it is where it can be read.
+
+    accelerate 1.x: what is offloaded is "meta", and its hook brings it for the time of a pass.
+    """
+    from accelerate.utils import align_module_device
+
+    for prefix, module in _inner(model).named_modules():
+        with align_module_device(module):
+            yield from module.named_parameters(prefix, recurse=False)
+
+
+def summed_over_shards(parameter: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """A sum over a parameter's elements, of which other processes may hold some.
+
+    torch 2.13 (2026): a `DTensor` tells by its placements what each process holds. All of them have
+    to come here then.
+    """
+    placements = getattr(parameter, "placements", None)
+    if placements is None:
+        return total(parameter)
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    whole: Any = cast(Any, parameter)
+    found: Tensor = total(whole.to_local())
+    n = len(placements)
+    for dim, placement in enumerate(placements):
+        if not placement.is_replicate():
+            # One dimension of the mesh after the other: torch warns of several at once.
+            how = [Partial() if i == dim else Replicate() for i in range(n)]
+            found = cast(Any, DTensor.from_local(found, whole.device_mesh, how)).full_tensor()
+    return found
 
 
 def number_of_layers(model: nn.Module) -> int | None:

@@ -1,5 +1,6 @@
 """`GenerationAttribution`: captum's LLM attribution, for prompt and generated text alike."""
 
+import copy
 import inspect
 import os
 import platform
@@ -11,12 +12,13 @@ from hashlib import blake2b
 from typing import Any, cast
 
 import torch
-from captum.attr import InterpretableInput, LLMAttribution
+from captum.attr import InterpretableInput, Lime, LLMAttribution
 from captum.attr._utils.attribution import PerturbationAttribution
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_llm_ext import _compat, tokens
 from captum_llm_ext.coalition_game import CoalitionGame
+from captum_llm_ext.content import told
 from captum_llm_ext.estimators import Budget, is_known
 from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
 from captum_llm_ext.inputs import as_prompt
@@ -29,6 +31,7 @@ from captum_llm_ext.scoring import (
     Processes,
     Scorer,
     TokenRow,
+    model_identity,
 )
 from captum_llm_ext.segment import Unit
 
@@ -55,7 +58,11 @@ class GenerationAttribution(LLMAttribution):
             started on several processes, on one machine or many: they share the model's
             evaluations, and every one returns the whole result. All of them make the same calls
             with the same arguments. The model may be whole on each of them, or sharded by
-            transformers (``distributed_config=``) over some of them or all.
+            transformers (``distributed_config=``) over some of them or all. An error on one is
+            raised on all. Only where those that hold a model together wait for one another within
+            a pass nothing can be raised: such a process gets the error when the one that failed
+            ends (with NCCL: when ``torchrun`` ends it), and ends itself, with a message and status
+            1, where that one goes on instead (after 30 seconds) or is silent (60 seconds).
 
     Raises:
         TypeError: If the method is no perturbation method, or its model no causal language model.
@@ -97,9 +104,41 @@ class GenerationAttribution(LLMAttribution):
         self._shared = self._processes if is_shared else None
 
     @property
-    def shares_out(self) -> bool:
-        """Whether several processes, each with a model, work on one attribution."""
-        return self._processes.n_replicas > 1
+    def processes(self) -> Processes:
+        """Those that work together on one attribution."""
+        return self._processes
+
+    def on(self, processes: Processes, *, shares_work: bool) -> "GenerationAttribution":
+        """The same on other processes.
+
+        Args:
+            processes: Those that work together on one attribution.
+            shares_work: Whether batches are cut for several processes, even if it is one.
+        """
+        other = copy.copy(self)
+        other._processes = processes
+        other._shared = processes if shares_work else None
+        return other
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on beside the arguments of `attribute`, as JSON has it.
+
+        Where several processes hold the model together, all of them have to call this.
+        """
+        method = self.attr_method
+        settings = {
+            name: type(value).__name__ if isinstance(value, nn.Module) else told(value)
+            for name, value in sorted(vars(method).items())
+            if not name.startswith("_") and name != "forward_func"
+        }
+        if isinstance(method, Lime):  # kept where `vars` does not show it
+            settings |= _compat.lime_settings(method) or {}
+        return {
+            **model_identity(self.model),
+            "method": type(method).__name__,
+            "method_settings": settings,
+            "attr_target": told(self.attr_target),
+        }
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
         self,
@@ -327,18 +366,16 @@ class GenerationAttribution(LLMAttribution):
         if not isinstance(target, dict):
             target = _as_ids(target, self.tokenizer).tolist()
         settings = {"n_samples": effort.budget.n_samples, "n_draws": effort.budget.n_draws}
-        named = {"attr_target": self.attr_target, "output_unit": output_unit}
         return {
-            "model": _compat.model_description(self.model),
-            "method": type(self.attr_method).__name__,
+            **self.identity(),
             "prompt": _digest([run.full.ids, run.prompt.columns]),
             "baselines": _digest(absent.ids),
             "target": target if isinstance(target, dict) else _digest(target),
             "seed": run.seed,
             "num_trials": effort.num_trials,
             "max_exact_features": effort.budget.max_exact_features,
+            "output_unit": told(output_unit),
             **settings,
-            **{k: v if isinstance(v, str | None) else _name_of(v) for k, v in named.items()},
         }
 
     def _result(

@@ -5,28 +5,34 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from captum_llm_ext import _compat
 from captum_llm_ext.attribution import GenerationAttribution
+from captum_llm_ext.content import differences, digest, told
 from captum_llm_ext.estimators import is_known
 from captum_llm_ext.inputs import ChatInput, TextSegmentInput
+from captum_llm_ext.result.files import read_provenance
 from captum_llm_ext.scoring.processes import Accelerator, Processes
 from captum_llm_ext.segment import Unit
 
 Record = str | Mapping[str, Any]
 _KEYS = ("prompt", "messages", "tools", "target", "id")
 _RUN = "run.json"
-_FORMAT = 1
+_FORMAT = 2
+_SAMPLE = "The 27 quick-brown foxes' naïve Straße: 中文, русский!\n\t{'x': [0.5]}"
 # They change how fast an answer comes, not what it is.
 _NO_SETTINGS = ("show_progress", "perturbations_per_eval")
 _MOST_FAILURES = 100
-_TELL_EVERY = 0.5  # seconds
+# Seconds; and one in so many of the run's own, for what is told is kept until the run ends.
+_TELL_EVERY, _TELLINGS = 0.5, 1000
+_ABANDONED = 60.0
+Agree = Callable[[Callable[[], "DatasetReport | None"]], "DatasetReport | None"]
 
 
 @dataclass(frozen=True)
@@ -81,21 +87,25 @@ def attribute_dataset(
 
     Called again with the same arguments, it goes on: a record whose file is there is skipped, one
     that failed is tried again. Files appear whole or not at all, whenever the process is killed.
+    What is there is never overwritten: another model, other arguments or another corpus in the same
+    folder are an error, and so, for that record, is another one under a number that has a result.
 
     Args:
         records: Prompts, or mappings with ``"prompt"`` (a text) or ``"messages"`` (a chat, with
             ``"tools"`` where there are some), and as wanted ``"target"`` (text or token ids) and
             ``"id"``; other keys are left alone. Or a file with one such JSON object, or one JSON
             string, a line. Records are read one at a time.
-        attribution: What attributes them, made without an accelerator: that one is given here.
-        out: Folder for the results, made where it is missing. A file's name begins with the
-            record's number, counted from 0; `GenerationAttributionResult.load` reads it, and
-            ``provenance["record"]`` tells the number and the id.
+        attribution: What attributes them. Made with an ``accelerator`` (in a script that
+            ``torchrun`` started, the same on every process), each process takes the next record
+            as it becomes free. Where several processes hold the model together (tensor parallel),
+            they take records together, and copies of such a model each on their own.
+        out: Folder for the results, made where it is missing. A file's name is the record's number,
+            counted from 0 (``000000.safetensors``); `GenerationAttributionResult.load` reads it,
+            and ``provenance["record"]`` tells the number and the id.
         unit, baselines: As of `TextSegmentInput` and `ChatInput`. By default words of a prompt,
             turns of a chat.
         roles: As of `ChatInput`.
-        accelerator: accelerate's `Accelerator` in a script that ``torchrun`` started: each process
-            takes the next record as it becomes free. All of them need the same records.
+        accelerator: For an attribution that was made without; the same as giving it there.
         show_progress: Whether one bar over the records is shown, by the main process.
         **options: Arguments of `GenerationAttribution.attribute`, the same for each record.
 
@@ -103,26 +113,57 @@ def attribute_dataset(
         The same report on every process.
 
     Raises:
-        ValueError: If `out` holds results of other settings, an option belongs to the records, or
-            the attribution has an accelerator of its own.
+        ValueError: If `out` holds results of other settings, an option belongs to the records, the
+            accelerator is not the attribution's, or processes differ in what they were given.
         TypeError: If there is no such option.
         OSError: If the folder or the file of records cannot be used.
+
+    Warns:
+        UserWarning: If more processes were started than share the records.
     """
     _check_options(options, attribution)
-    if attribution.shares_out:
-        raise ValueError(
-            "the attribution was made with an `accelerator`, which would share out every record: "
-            "make it without, and give the accelerator to `attribute_dataset`."
-        )
     folder = Path(out)
     units = {"unit": unit, "roles": list(roles), "baselines": baselines}
-    settings = _settings(attribution, units | options)
-    processes = Processes.of(accelerator, attribution.model)
+    processes = _processes(attribution, accelerator)
+    own = processes.replica()
+    # Batches are cut as for one process: a record's values do not depend on how many there are.
+    attribution = attribution.on(own, shares_work=own.are_many)
     makes = _Maker(attribution, unit, tuple(roles), baselines, options)
     with processes.session("attribute_dataset"):
-        processes.decide(lambda: _prepare(folder, settings))
+        settings = _settings(attribution, units | options)
+        there = processes.decide(
+            lambda: _prepare(folder, settings) if processes.is_main else settings
+        )
+        differ = differences(there, settings)
+        if differ:
+            raise ValueError(
+                f"this process has other settings than the main one ({differ}): give every process "
+                "the same model, baselines and arguments."
+            )
         folder.mkdir(parents=True, exist_ok=True)  # where machines share no disk
         return _run(records, makes, folder, processes, show_progress)
+
+
+def _processes(attribution: GenerationAttribution, accelerator: Accelerator | None) -> Processes:
+    """Those that share the records."""
+    known = attribution.processes
+    if accelerator is None:
+        asked = os.environ.get("WORLD_SIZE", "1")
+        if asked.isdigit() and int(asked) > len(known.ranks):
+            warnings.warn(
+                f"{asked} processes were started, and {len(known.ranks)} of them do all records by "
+                "themselves: make the attribution with `accelerator=Accelerator()` to share them "
+                "out.",
+                stacklevel=3,
+            )
+        return known
+    given = Processes.of(accelerator, attribution.model)
+    if known.n_replicas > 1 and known.ranks != given.ranks:
+        raise ValueError(
+            f"the attribution was made with an accelerator of {len(known.ranks)} processes, and "
+            f"`accelerator` has {len(given.ranks)}: leave `accelerator` out."
+        )
+    return given
 
 
 def _run(
@@ -138,7 +179,7 @@ def _run(
     total, own = DatasetReport(), DatasetReport()
     work = processes.work()
     source = enumerate(_entries(records))
-    told = time.monotonic()
+    began = said = time.monotonic()
     with tqdm(total=_length(records), desc="records", unit="record", disable=hides) as bar:
 
         def hear(messages: Iterable[DatasetReport]) -> DatasetReport:
@@ -152,11 +193,12 @@ def _run(
             found = next((pair for pair in source if pair[0] == ticket), None)
             if found is None:
                 break
-            own += _one(*found, makes, folder, writes=processes.leads)
-            if time.monotonic() - told > _TELL_EVERY:
+            own += _one(*found, makes, folder, leads=processes.leads, agree=work.agree)
+            now = time.monotonic()
+            if now - said > max(_TELL_EVERY, (now - began) / _TELLINGS):
                 work.tell(own)
                 total = hear(work.heard())
-                own, told = DatasetReport(), time.monotonic()
+                own, said = DatasetReport(), now
         work.tell(own)
         work.end()
         for message in work.rest():
@@ -185,6 +227,11 @@ class _Maker:
             options.pop("gen_args", None)
         return self._attribution.attribute(self._input(record), target, **options)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more can be asked of the model."""
+        return self._attribution.processes.have_parted
+
     def _input(self, record: Mapping[str, Any]) -> TextSegmentInput:
         tokenizer = self._attribution.tokenizer
         if "prompt" in record:
@@ -201,46 +248,86 @@ class _Maker:
 
 
 def _one(
-    number: int, entry: Record | Exception, makes: _Maker, folder: Path, *, writes: bool
+    number: int,
+    entry: Record | Exception,
+    makes: _Maker,
+    folder: Path,
+    *,
+    leads: bool,
+    agree: Agree,
 ) -> DatasetReport:
     """Writes the result of a record, or why there is none.
 
-    Of the processes that hold a model together all come here, and one writes.
+    Of the processes that hold a model together all come here, and one looks and writes.
     """
-    failed = folder / f"{number:06d}.error.json"
-    record: Mapping[str, Any] = {}
-    try:
-        if isinstance(entry, Exception):
-            raise entry
-        name = _name(number, entry)
-        if (folder / f"{name}.safetensors").exists():
-            return DatasetReport(n_skipped=1)
-        record = _checked(entry)
-        result = makes(record)
-        result.provenance["record"] = {"number": number, "id": record.get("id")}
-    except Exception as error:  # whatever is wrong with one record: the others do not suffer
+    path, failed = folder / f"{number:06d}.safetensors", folder / f"{number:06d}.error.json"
+
+    def fails(error: Exception) -> DatasetReport:
         said = f"{type(error).__name__}: {error}"
-        content = {"number": number, "id": record.get("id"), "error": said}
-        if writes:
-            _write(failed, content)
+        name = entry.get("id") if isinstance(entry, Mapping) else None
+        if leads:
+            _write(failed, {"number": number, "id": name, "error": said})
         return DatasetReport(n_failed=1, failures=((number, said),))
-    if not writes:
-        return DatasetReport(n_written=1)
-    # A full disk is no record's fault: its error ends the run.
-    temporary = folder / f".{name}.tmp"
-    result.save(temporary)
-    os.replace(temporary, folder / f"{name}.safetensors")
-    failed.unlink(missing_ok=True)
+
+    def known() -> DatasetReport | None:
+        """What there is to say without the model."""
+        try:
+            if isinstance(entry, Exception):
+                raise entry
+            record = _checked(entry)
+            if not path.exists():
+                return None
+            _check_same(path, record)
+        except Exception as error:  # whatever is wrong with one record: the others do not suffer
+            return fails(error)
+        failed.unlink(missing_ok=True)
+        return DatasetReport(n_skipped=1)
+
+    report = agree(known)
+    if report is not None:
+        return report
+    record = _checked(cast(Record, entry))
+    try:
+        result = makes(record)
+    except Exception as error:
+        if makes.is_over:  # some of those that hold the model are still in the middle of a pass
+            raise
+        return fails(error)
+    if leads:
+        result.provenance["record"] = {"number": number, "id": record.get("id")}
+        result.provenance["record_digests"] = _digests(record)
+        result.save(path)  # a full disk is no record's fault: its error ends the run
+        failed.unlink(missing_ok=True)
     return DatasetReport(n_written=1)
 
 
-def _name(number: int, entry: Record) -> str:
-    """What a record's files are called: another record at its place gets another name."""
-    content = json.dumps(entry, sort_keys=True, default=_as_json)
-    digest = blake2b(content.encode(), digest_size=5).hexdigest()
-    own = str(entry.get("id") or "") if isinstance(entry, Mapping) else ""
-    slug = re.sub(r"[^\w.-]+", "_", own)[:40]
-    return "-".join(part for part in (f"{number:06d}", slug, digest) if part)
+def _digests(record: Mapping[str, Any]) -> dict[str, str]:
+    """What makes a record another one, key by key."""
+    return {key: digest(_plain(record[key])) for key in _KEYS if record.get(key) is not None}
+
+
+def _check_same(path: Path, record: Mapping[str, Any]) -> None:
+    """Refuses a record that is another than the one that the file is of."""
+    there = read_provenance(path)
+    then, now = there.get("record_digests") or {}, _digests(record)
+    differ = [key for key in _KEYS if then.get(key) != now.get(key)]
+    if differ:
+        name = (there.get("record") or {}).get("id")
+        whose = "" if name is None else f" (id {name!r})"
+        raise ValueError(
+            f"{path.name} is the result of another record{whose}: {_and(differ)} differ"
+            f"{'s' if len(differ) == 1 else ''}. It was left as it is: put the records back in "
+            "their order, delete the file to have this one attributed, or give another folder."
+        )
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: the same whether it came from a file or not."""
+    return json.loads(json.dumps(value, default=_as_json))
 
 
 def _as_json(value: Any) -> Any:
@@ -289,54 +376,63 @@ def _length(records: Iterable[Record] | str | os.PathLike[str]) -> int | None:
     return len(records) if isinstance(records, Sized) else None
 
 
-def _prepare(folder: Path, settings: Mapping[str, Any]) -> None:
+def _prepare(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Makes the folder, or checks that what it holds was made in the same way."""
     folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     path = folder / _RUN
     if not path.exists():
+        if next(folder.glob("*.safetensors"), None) is not None:
+            raise ValueError(
+                f"{str(folder)!r} holds results and no {_RUN}, which tells what they are results "
+                "of: give another folder."
+            )
         _write(path, settings)
-        return
+        return settings
     try:
-        there: Any = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in settings if there.get(name) != settings[name]]
-    except (ValueError, AttributeError) as error:
+        differ = differences(json.loads(path.read_text(encoding="utf-8")), settings)
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} is none of this package's: give another folder."
         ) from error
-    if names:
-        name = names[0]
+    if differ:
         raise ValueError(
-            f"{str(folder)!r} holds results with {name}={there.get(name)!r}, and now it is "
-            f"{settings[name]!r}: give the same settings, or another folder."
+            f"{str(folder)!r} holds results of another run ({differ}): give the same settings, or "
+            "another folder. Nothing was overwritten."
         )
+    return settings
+
+
+def _sweep(folder: Path) -> None:
+    """Takes away what a kill left half written; what is young may be another's at this moment."""
+    with os.scandir(folder) as found:
+        for entry in found:
+            if entry.name.startswith(".") and re.match(r"\.\d{6,}\.|\.run\.", entry.name):
+                with suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > _ABANDONED:
+                        os.unlink(entry.path)
 
 
 def _settings(attribution: GenerationAttribution, given: Mapping[str, Any]) -> dict[str, Any]:
     """What results depend on, as far as JSON can tell it."""
-    target: Any = attribution.attr_target
     kept = {
-        name: _told(value)
+        name: told(value)
         for name, value in sorted(given.items())
         if name not in _NO_SETTINGS and value is not None
     }
     found = {
         "format": _FORMAT,
-        "model": _compat.model_description(attribution.model),
-        "method": type(attribution.attr_method).__name__,
-        "attr_target": _told(target),
-        "arguments": kept,
+        **attribution.identity(),
+        "tokenizer": _tokenizer(attribution.tokenizer),
+        **kept,
     }
     return json.loads(json.dumps(found))  # as it is read again: lists for tuples
 
 
-def _told(value: Any) -> Any:
-    """The value, if it is made of texts and numbers, or what kind of thing it is."""
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        shown = getattr(value, "__qualname__", None) or repr(value)
-        return type(value).__name__ if " at 0x" in shown else shown
-    return value
+def _tokenizer(tokenizer: Any) -> str:
+    """What tells tokenizers apart: the ids of a text with a bit of everything, and the template."""
+    ids = list(tokenizer.encode(_SAMPLE))
+    return f"{type(tokenizer).__name__} {digest([ids, getattr(tokenizer, 'chat_template', None)])}"
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

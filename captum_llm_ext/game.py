@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -298,7 +299,7 @@ def _sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
     first = [method.plan(generator) for _ in range(effort.num_trials)]
     plan = join_plans([_anchors(game), *first])
     values = game.values(plan)
-    solution = method.solve(plan, values, game.scope)
+    solution = _solved(game, method, plan, values)
     if effort.tol is None:
         return Outcome(method.name, plan, values, solution, method.estimate, options=method.options)
     scorer, idle, size = game.run.scorer, 0, len(first[0].masks)
@@ -317,9 +318,26 @@ def _sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
         scored_before = scorer.n_evaluations
         values = torch.cat([values, game.values(more)])
         idle = idle + 1 if scorer.n_evaluations == scored_before else 0
-        solution = method.solve(plan, values, game.scope)
+        solution = _solved(game, method, plan, values)
     scorer.forecast(0)
     return Outcome(method.name, plan, values, solution, method.estimate, converged, method.options)
+
+
+def _solved(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Solution:
+    """Attributions of all targets; of several processes each solves for some of the targets."""
+    processes, n_target = game.run.scorer.processes, len(game.scope.n_visible)
+    if processes.n_replicas == 1:
+        return method.solve(plan, values, game.scope)
+    # Several parts each, for all to be through at the same time; but what targets have in common
+    # is computed once for each part.
+    n_parts = min(4 * processes.n_replicas, n_target)
+    borders = [i * n_target // n_parts for i in range(n_parts + 1)]
+    parts = [slice(start, stop) for start, stop in pairwise(borders)]
+
+    def solve(part: slice) -> Solution:
+        return method.solve(plan, values[:, part], game.scope.part(part))
+
+    return Solution.joined(processes.each(parts, solve))
 
 
 def _error(solution: Solution) -> float:

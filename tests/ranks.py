@@ -4,6 +4,7 @@ import faulthandler
 import inspect
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -25,9 +26,10 @@ from captum_llm_ext import (
     GenerationAttribution,
     PartitionShap,
     TextSegmentInput,
+    _compat,
     attribute_dataset,
 )
-from captum_llm_ext.scoring import processes
+from captum_llm_ext.scoring import processes, store
 
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 # Name: method, features, arguments of ``attribute``.
@@ -141,15 +143,22 @@ def failures(accelerator):
     return found
 
 
-def tensor_parallel(accelerator, folder):
-    """A model held together by two processes, once or twice."""
+def sharded(accelerator, folder):
+    """A model that two processes hold together, as often as there are two."""
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
     n = accelerator.num_processes
     config = DistributedConfig(tp_size=2, dp_replicate_size=n // 2 if n > 2 else None)
     model = LlamaForCausalLM.from_pretrained(folder / "model", distributed_config=config).eval()
-    tokenizer = tiny.byte_level()
+    return model, tiny.byte_level()
+
+
+def tensor_parallel(accelerator, folder):
+    """Methods and records with such models."""
+    n = accelerator.num_processes
+    processes._REMEMBERED = 3  # as if there were hundreds of records
+    model, tokenizer = sharded(accelerator, folder)
     found = {
         name: numbers(attribute(model, tokenizer, name, accelerator))
         for name in ("FeatureAblation", "KernelShap")
@@ -157,6 +166,14 @@ def tensor_parallel(accelerator, folder):
     found["generated"] = numbers(
         attribute(model, tokenizer, "ShapleyValueSampling", accelerator, target=None)
     )
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=accelerator)
+    some = [*records(4 * n)[:5], {"prompt": ""}, *records(4 * n)[5:]]
+    before = stored(accelerator)
+    report = attribute_dataset(some, attribution, folder / "sharded results")
+    assert (
+        stored(accelerator) == before
+    )  # of a thousand records a thousand times as much would be left
+    found["dataset"] = [report.n_written, report.n_skipped, report.failures]
     return found
 
 
@@ -168,13 +185,39 @@ def records(n):
 
 def dataset(accelerator, folder):
     model, tokenizer = make()
-    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    method = FeatureAblation(model)
+    # The accelerator may be given in either place, or in both.
+    shared = GenerationAttribution(method, tokenizer, accelerator=accelerator)
+    plain = GenerationAttribution(method, tokenizer)
     broken = [*records(20)[:7], {"prompt": ""}, *records(20)[7:]]
     out = folder / "results"
+    before = stored(accelerator)
     reports = [
-        attribute_dataset(broken, attribution, out, accelerator=accelerator) for _ in range(2)
+        attribute_dataset(broken, shared, out),
+        attribute_dataset(broken, plain, out, accelerator=accelerator),
+        attribute_dataset(broken, shared, out, accelerator=accelerator),
     ]
+    assert stored(accelerator) == before
     return [[r.n_written, r.n_skipped, r.failures] for r in reports]
+
+
+def stored(accelerator):
+    """How much is in the store that the processes share."""
+    accelerator.wait_for_everyone()
+    found = _compat.process_store("").underlying_store.num_keys()
+    accelerator.wait_for_everyone()
+    return found
+
+
+def other_weights(accelerator, folder):
+    """What becomes of processes that were given different models."""
+    model, tokenizer = make(seed=accelerator.process_index)
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=accelerator)
+    try:
+        attribute_dataset(records(4), attribution, folder / f"unequal {accelerator.num_processes}")
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def slowed(seconds=0.004):
@@ -188,6 +231,7 @@ def together(folder):
     accelerator = Accelerator(cpu=True)
     found = {"cases": all_cases(accelerator), "failures": failures(accelerator)}
     found["dataset"] = dataset(accelerator, folder)
+    found["other weights"] = other_weights(accelerator, folder)
     n = accelerator.num_processes
     checkpoint = folder / f"half {n}.safetensors"
     model, tokenizer = slowed()
@@ -213,7 +257,7 @@ def raising(folder):
 
 def killed(folder):
     """One process is gone in the middle, and nothing like torchrun looks after the other."""
-    processes._SILENCE = 3.0
+    store._SILENCE = 3.0
     accelerator = Accelerator(cpu=True)
     model, tokenizer = make()
 
@@ -228,6 +272,68 @@ def killed(folder):
     except RuntimeError as error:
         print(error, flush=True)
         os._exit(3)  # torch waits for its lost process group when it is taken down
+
+
+def half_a_pass(folder):
+    """One of two processes that hold a model together does not come to the end of a pass."""
+    how = os.environ["HOW"]
+    store._FAREWELL, store._SILENCE, store._STUCK = 1.0, 3.0, 5.0
+    accelerator = Accelerator(cpu=True)
+    model, tokenizer = sharded(accelerator, folder)
+    passes = []
+
+    def leave(*_):
+        passes.append(1)
+        if accelerator.process_index != 1 or len(passes) < 6:
+            return
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyError("broken here")
+
+    # The first layer's sums over both processes are through, the second one's never come.
+    model.model.layers[1].register_forward_pre_hook(leave)
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=accelerator)
+    status = 0
+    try:
+        attribute_dataset(records(6), attribution, folder / how)
+    except Exception as error:
+        print(f"raised {type(error).__name__}: {error}", *error.__notes__, sep="\n", flush=True)
+        status = 3
+        if how == "caught" and accelerator.process_index == 1:
+            try:
+                attribution.attribute(TextSegmentInput(PROMPT, tokenizer), ANSWER)
+            except RuntimeError as again:
+                print(again, flush=True)
+            time.sleep(15)  # it does not end, and with it no connection
+    os._exit(status)  # torch waits for its lost process group when it is taken down
+
+
+def half_passes(folder):
+    """All kinds of it at the same time, in processes that share what has been imported."""
+    running = {}
+    for how in ("raised", "caught", "killed", "stopped"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in ("0", "1"):
+            name = f"{how}.{rank}"
+            running[name] = os.fork()
+            if running[name]:
+                continue
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOW": how}
+            os.environ |= {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+            with open(folder / name, "w") as said:
+                for output in (1, 2):
+                    os.dup2(said.fileno(), output)
+                half_a_pass(folder)
+    for name, pid in running.items():
+        if name == "stopped.1":
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with open(folder / name, "a") as said:
+            said.write(f"\nstatus {status}")
 
 
 def long_run(folder):

@@ -1,11 +1,16 @@
 """Many prompts: one file each, whatever happens to the process that writes them."""
 
+import copy
+import gc
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import weakref
 
 import pytest
 import tiny
@@ -14,13 +19,16 @@ from captum.attr import FeatureAblation, KernelShap
 
 from captum_llm_ext import (
     ChatInput,
+    CorpusBaselines,
     DatasetReport,
     GenerationAttribution,
     GenerationAttributionResult,
+    Infilling,
     TextSegmentInput,
     attribute_dataset,
 )
 from captum_llm_ext.cli import main
+from captum_llm_ext.scoring import Journal
 
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Dave lives."}]
@@ -106,14 +114,184 @@ def test_records_are_read_one_at_a_time(attribution, tmp_path):
 def test_other_settings_need_another_folder(attribution, tokenizer, tmp_path):
     records = [{"prompt": "Dave lives", "target": [7]}]
     attribute_dataset(records, attribution, tmp_path, seed=1)
-    with pytest.raises(ValueError, match="holds results with arguments"):
-        attribute_dataset(records, attribution, tmp_path, seed=2)
-    other = GenerationAttribution(KernelShap(attribution.model), tokenizer)
-    with pytest.raises(ValueError, match=r"method='FeatureAblation'.*'KernelShap'"):
-        attribute_dataset(records, other, tmp_path, seed=1)
+
+    def refused(message, attribution=attribution, records=records, **options):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(ValueError, match=f"of another run.*{message}"):
+            attribute_dataset(records, attribution, tmp_path, **{"seed": 1} | options)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    model = attribution.model
+    refused("`seed` was 1 and is 2", seed=2)
+    refused("`n_samples`", n_samples=9)
+    refused("`unit` was None and is 'token'", unit="token")
+    refused(
+        "`method` was 'FeatureAblation' and is 'KernelShap'",
+        GenerationAttribution(KernelShap(model), tokenizer),
+    )
+    refused(
+        "`attr_target` was 'log_prob'",
+        GenerationAttribution(FeatureAblation(model), tokenizer, "logit"),
+    )
+    # The same sizes and other numbers; and one number of one weight.
+    refused(
+        "`weights`",
+        GenerationAttribution(FeatureAblation(tiny.llama(len(tokenizer), seed=1)), tokenizer),
+    )
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[3, 2] += 1e-5
+    refused("`weights`", GenerationAttribution(FeatureAblation(changed), tokenizer))
+    refused("`tokenizer`", GenerationAttribution(FeatureAblation(model), other_template(tokenizer)))
     # How fast it goes is no setting.
     report = attribute_dataset(records, attribution, tmp_path, seed=1, perturbations_per_eval=1)
     assert report.n_skipped == 1
+
+
+def test_nothing_is_kept_of_a_record_that_is_done(tokenizer, tmp_path):
+    """However many records there are, one of them is in memory, with its result."""
+    alive, results = [], []
+
+    class Watched(GenerationAttribution):
+        def attribute(self, *args, **options):
+            result = super().attribute(*args, **options)
+            results.append(weakref.ref(result))
+            return result
+
+    class Watchable(dict):
+        pass
+
+    seen = []
+
+    def records():
+        for i in range(12):
+            gc.collect()
+            alive.append([sum(ref() is not None for ref in refs) for refs in (seen, results)])
+            record = Watchable(prompt=f"Dave {i} lives", target=[7])
+            if i % 3 == 2:
+                record = Watchable(prompt="")  # which fails
+            seen.append(weakref.ref(record))
+            yield record
+            del record
+
+    attribution = Watched(FeatureAblation(tiny.llama(len(tokenizer))), tokenizer)
+    report = attribute_dataset(records(), attribution, tmp_path)
+    assert (report.n_written, report.n_failed) == (8, 4)
+    assert max(n for n, _ in alive) <= 2  # the one before, until there is another
+    assert max(n for _, n in alive) <= 1
+
+
+def test_memory_does_not_grow_with_what_is_there(attribution, tmp_path):
+    record = {"prompt": "Dave lives", "target": [7]}
+    peaks = []
+    for n in (50, 2000):
+        attribute_dataset([record], attribution, tmp_path / str(n))
+        first = tmp_path / str(n) / "000000.safetensors"
+        for i in range(1, n):
+            os.link(first, first.with_name(f"{i:06d}.safetensors"))
+        lines = tmp_path / f"{n}.jsonl"
+        lines.write_text(f"{json.dumps(record)}\n" * n)
+        gc.collect()
+        tracemalloc.start()
+        report = attribute_dataset(lines, attribution, tmp_path / str(n))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert report.n_skipped == n
+    # Nothing else than a name of each would be 150 kB.
+    assert peaks[1] < peaks[0] + 30_000
+
+
+def other_template(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = CHAT.replace(": ", " - ")
+    return other
+
+
+def test_another_corpus_needs_another_folder(attribution, tmp_path):
+    texts = [
+        f"Dave lives in {place}, {state}." for place, state in zip("ABCD", "WXYZ", strict=True)
+    ] * 20
+    records = [{"prompt": "Dave lives in E, V.", "target": [7]}]
+    kinds = {
+        "corpus": lambda texts: CorpusBaselines(texts, min_candidates=0),
+        "labels": lambda texts: CorpusBaselines(["Dave"], labels={"x": texts}, min_candidates=0),
+        "generator": lambda texts: Infilling(lambda left, right, n: texts),
+        "callable": lambda texts: lambda slot, generator: texts[0],
+        "object": lambda texts: Fixed(texts),
+    }
+    for name, make in kinds.items():
+        out = tmp_path / name
+        assert attribute_dataset(records, attribution, out, baselines=make(texts)).n_written == 1
+        # Made again it is the same, also if it has been used.
+        used = make(list(texts))
+        attribute_dataset(records, attribution, tmp_path / f"{name} used", baselines=used)
+        again = attribute_dataset(records, attribution, out, baselines=used)
+        assert again.n_skipped == 1, name
+        with pytest.raises(ValueError, match=r"of another run.*`baselines`"):
+            attribute_dataset(records, attribution, out, baselines=make([*texts[1:], "Ann."]))
+        with pytest.raises(ValueError, match=r"of another run.*`baselines`"):
+            attribute_dataset(records, attribution, out)
+
+
+class Fixed:
+    """A baseline of the user's own, which remembers what it gave."""
+
+    def __init__(self, texts):
+        self.texts, self._given = texts, []
+
+    def __call__(self, slot, generator):
+        self._given.append(slot)
+        return self.texts[0]
+
+
+def test_a_saved_corpus_is_the_same_corpus(attribution, tmp_path):
+    texts = [f"Dave lives in {place}." for place in "ABCDEFGH"] * 10
+    records = [{"prompt": "Dave lives in E.", "target": [7]}]
+    baselines = CorpusBaselines(texts, min_candidates=0)
+    attribute_dataset(records, attribution, tmp_path / "out", baselines=baselines)
+    baselines.save(tmp_path / "index.safetensors")
+    loaded = CorpusBaselines.load(tmp_path / "index.safetensors")
+    report = attribute_dataset(records, attribution, tmp_path / "out", baselines=loaded)
+    assert report.n_skipped == 1
+
+
+def test_another_record_in_the_place_of_one_is_told(attribution, tmp_path):
+    records = [
+        {"prompt": "Dave lives", "target": [7], "id": "a"},
+        {"prompt": "Ann lives", "target": [8], "id": "b", "source": "letters"},
+        {"messages": MESSAGES, "target": [5]},
+    ]
+    attribute_dataset(records, attribution, tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [path.name for path in files] == [f"00000{i}.safetensors" for i in range(3)]
+    before = [path.read_bytes() for path in files]
+    changed = [
+        {"prompt": "Dave left", "target": [7], "id": "a"},
+        # What a record brings along beside is no part of what was attributed.
+        {"prompt": "Ann lives", "target": [8], "id": "b", "source": "mails"},
+        {"messages": [*MESSAGES, MESSAGES[1]], "target": torch.tensor([6]), "id": "c"},
+    ]
+    report = attribute_dataset(changed, attribution, tmp_path)
+    assert (report.n_written, report.n_skipped, report.n_failed) == (0, 1, 2)
+    [(first, said), (third, other)] = report.failures
+    assert (first, third) == (0, 2)
+    assert "another record (id 'a'): `prompt` differs" in said
+    assert "`messages` and `target` and `id` differ" in other
+    assert [path.read_bytes() for path in files] == before
+    # Put right, nothing is left of the errors. A tensor is what a file has as a list.
+    records[2]["target"] = torch.tensor([5])
+    assert attribute_dataset(records, attribution, tmp_path).n_skipped == 3
+    assert not list(tmp_path.glob("*.error.json"))
+
+
+def test_a_folder_of_something_else_is_left_alone(attribution, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"holds results and no run\.json"):
+        attribute_dataset(["Dave"], attribution, tmp_path)
+    (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(ValueError, match="none of this package's"):
+        attribute_dataset(["Dave"], attribution, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
 
 
 def test_wrong_options_are_told_before_anything_is_run(attribution, tmp_path):
@@ -138,6 +316,8 @@ def test_wrong_options_are_told_before_anything_is_run(attribution, tmp_path):
         (["--input", "INPUT", "--out", "y", "--html", "z"], 2, "--html is for one prompt"),
         (["--input", "INPUT", "--out", "y", "--target", "z"], 2, '"target" in each line'),
         (["--input", "no.jsonl", "--out", "y"], 1, "there is no such file"),
+        (["--input", "INPUT", "--out", "y", "--checkpoint", "z"], 2, "goes on where it was"),
+        (["--prompt", "x", "--checkpoint", "no/z.safetensors"], 1, "no such folder"),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, more, status, message):
@@ -194,11 +374,59 @@ def test_two_processes_share_the_records(tmp_path):
         assert torch.equal(a.token_attr, b.token_attr)
 
 
-def test_an_accelerator_belongs_to_the_records(tokenizer, tmp_path, monkeypatch):
-    """Processes that share out both records and batches would wait for one another for ever."""
-    attribution = GenerationAttribution(FeatureAblation(tiny.llama(len(tokenizer))), tokenizer)
-    assert not attribution.shares_out
-    monkeypatch.setattr(type(attribution), "shares_out", True)
-    with pytest.raises(ValueError, match="give the accelerator to `attribute_dataset`"):
-        attribute_dataset(["Dave lives"], attribution, tmp_path)
-    assert not list(tmp_path.iterdir())
+ONE = ["--prompt", "Dave lives in Palm Coast, FL and", "--method", "kernel", "--n-samples", "90"]
+ONE += ["--max-new-tokens", "3", "--quiet", "--baselines", "delete"]
+
+
+def test_two_processes_share_one_prompt(tmp_path, monkeypatch, capsys):
+    """Interrupted on one process, gone on with on two, of which one prints and writes."""
+    checkpoint, saved = tmp_path / "half.safetensors", tmp_path / "whole.safetensors"
+    command = ["attribute", "--model", "demo", *ONE, "--checkpoint", str(checkpoint)]
+    add = Journal.add
+
+    def stop(self, keys, values):
+        add(self, keys, values)
+        if len(self.found(keys)) and checkpoint.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "add", stop)
+        assert main(command) != 0
+    capsys.readouterr()
+    n_kept = checkpoint.stat().st_size
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    more = ["--save", str(saved), "--json", "-"]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "captum_llm_ext", *command, *more],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.stat().st_size > n_kept
+    assert done.stderr.count("answer:") == done.stderr.count("written:") == 1
+    found = GenerationAttributionResult.load(saved)
+    assert (
+        json.loads(done.stdout)["provenance"]["rows_by_process"]
+        == (found.provenance["rows_by_process"])
+    )
+    rows = found.provenance["rows_by_process"]
+    assert len(rows) == 2
+    assert 0 < sum(rows) < found.n_evaluations  # the rest was in the checkpoint
+    alone = tmp_path / "alone.safetensors"
+    assert main(["attribute", "--model", "demo", *ONE, "--save", str(alone)]) == 0
+    expected = GenerationAttributionResult.load(alone)
+    torch.testing.assert_close(found.full_attr, expected.full_attr, atol=1e-5, rtol=0)
+
+
+def test_processes_that_do_not_share_are_told(attribution, tmp_path, monkeypatch):
+    records = [{"prompt": "Dave lives", "target": [7]}]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match=r"2 processes were started, and 1 of them do all records"):
+        attribute_dataset(records, attribution, tmp_path)
+
+
+def test_one_stdin_is_not_for_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["attribute", "--model", "demo", "--prompt-file", "-"]) == 2
+    assert "--prompt-file - is one stdin for several processes" in capsys.readouterr().err

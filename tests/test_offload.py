@@ -8,6 +8,7 @@ from captum.attr import ShapleyValueSampling
 from transformers import AutoModelForCausalLM
 
 from captum_llm_ext import GenerationAttribution, TextSegmentInput, _compat
+from captum_llm_ext.scoring import model_identity
 
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His interests"
 LAYERS = ("model.layers.0", "model.layers.1")
@@ -58,6 +59,11 @@ def test_offloaded_models_give_the_same(how, tokenizer, tmp_path, expected):
     torch.testing.assert_close(result.full_attr, expected.full_attr, atol=1e-6, rtol=0)
     assert result.values.device.type == "cpu"
     assert {n: m._hf_hook for n, m in model.named_modules() if has_hook(m)} == hooks
+    # It is the same model as far as a checkpoint or a folder of results can tell.
+    places = {name: p.device for name, p in model.named_parameters()}
+    assert model_identity(model) == model_identity(tiny.llama(len(tokenizer)))
+    assert model_identity(model) != model_identity(tiny.llama(len(tokenizer), seed=1))
+    assert {name: p.device for name, p in model.named_parameters()} == places
 
 
 def has_hook(module):

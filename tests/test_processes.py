@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,13 @@ import torch
 from captum.attr import FeatureAblation
 from test_reuse import make_rows
 
-from captum_llm_ext import GenerationAttribution
+from captum_llm_ext import (
+    GenerationAttribution,
+    GenerationAttributionResult,
+    attribute_dataset,
+    game,
+)
+from captum_llm_ext.coalitions import permutations
 from captum_llm_ext.scoring import Scorer, scorer
 from captum_llm_ext.scoring.plan import plan
 from captum_llm_ext.scoring.shares import shares
@@ -30,6 +37,7 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+EFFORT = 1e6
 each_number = pytest.mark.parametrize("n", [2, 4])
 
 
@@ -155,17 +163,49 @@ def test_models_that_processes_hold_together(found, alone, n):
 @each_number
 def test_records_are_spread_each_once(found, folder, n):
     for own in found[n]:
-        first, second = own["dataset"]
+        first, *others = own["dataset"]
         if n == 2:
             assert first[:2] == [20, 0]
-        assert second[:2] == [0, 20]
-        [(number, error)] = second[2]
-        assert number == 7
-        assert "the prompt is empty" in error
-    names = sorted(path.name for path in (folder / "results").iterdir())
-    kinds = ["error.json" if i == 7 else "safetensors" for i in range(21)]
-    assert [name[:6] for name in names[:-1]] == [f"{i:06d}" for i in range(21)]
-    assert [name.partition(".")[2] for name in names] == [*kinds, "json"]
+        for other in others:
+            assert other[:2] == [0, 20]
+            [(number, error)] = other[2]
+            assert number == 7
+            assert "the prompt is empty" in error
+    check_folder(folder / "results", 21, failed=7)
+
+
+def check_folder(folder, n, failed):
+    names = sorted(path.name for path in folder.iterdir())
+    kinds = ["error.json" if i == failed else "safetensors" for i in range(n)]
+    assert names == [*(f"{i:06d}.{kind}" for i, kind in enumerate(kinds)), "run.json"]
+
+
+def test_records_are_spread_over_models_that_processes_hold_together(found, folder):
+    """Two processes with one model, four with two, then this one with it whole: one folder."""
+    for n, written, there in ((2, 8, 0), (4, 8, 8)):
+        for own in found[n]:
+            *counts, [(number, error)] = own["sharded"]["dataset"]
+            assert counts == [written, there]
+            assert (number, "the prompt is empty" in error) == (5, True)
+    out = folder / "sharded results"
+    check_folder(out, 17, failed=5)
+    model, tokenizer = ranks.make()
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    some = [*ranks.records(16)[:5], {"prompt": ""}, *ranks.records(16)[5:]]
+    again = attribute_dataset(some, attribution, out)
+    assert (again.n_written, again.n_skipped, again.n_failed) == (0, 16, 1)
+    alone = attribute_dataset(some, attribution, folder / "alone")
+    assert alone.n_written == 16
+    for path in sorted(out.glob("*.safetensors")):
+        shared = GenerationAttributionResult.load(path)
+        own = GenerationAttributionResult.load(folder / "alone" / path.name)
+        torch.testing.assert_close(shared.full_attr, own.full_attr, atol=2e-4, rtol=0)
+
+
+@each_number
+def test_processes_with_other_weights_are_told(found, n):
+    for own in found[n]:
+        assert "other settings than the main one (`weights` was" in own["other weights"]
 
 
 def test_an_error_ends_the_run_and_names_the_process(tmp_path):
@@ -197,6 +237,36 @@ def test_nobody_waits_for_a_process_that_is_gone(tmp_path):
         expected = "rank 1 has not been heard of" if dies else "store of the process group cannot"
         assert expected in said
         gone.stdout.close()
+
+
+def test_nobody_waits_in_a_pass_that_another_one_left(folder):
+    """Two processes hold a model together, and one of them does not come to the next sum."""
+    said, _ = start("half_passes", folder).communicate(timeout=120)
+    assert not said
+    found = {path.name: path.read_text() for path in folder.glob("*.[01]")}
+    # Where the other one ends, its error is found in place of that of the connection …
+    assert "raised KeyError: 'broken here'" in found["raised.0"]
+    assert "Raised on rank 1 of 2" in found["raised.0"]
+    assert "raised KeyError: 'broken here'" in found["raised.1"]
+    assert "some of which are still in a pass" in found["raised.1"]
+    # … where it is killed there is that one alone …
+    assert "raised RuntimeError" in found["killed.0"]
+    # … and where it neither goes on nor ends, there is no way to have an error raised.
+    assert "rank 0 ends itself" in found["caught.0"]
+    assert "rank 1 failed (KeyError: 'broken here')" in found["caught.0"]
+    assert "rank 1 has not been heard of for 3 seconds" in found["stopped.0"]
+    assert "failed in the middle of a pass" in found["caught.1"]  # what is asked of it afterwards
+    status = {name: int(text.rpartition("status ")[2]) for name, text in found.items()}
+    assert status == {
+        "raised.0": 3,
+        "raised.1": 3,
+        "killed.0": 3,
+        "killed.1": -signal.SIGKILL,
+        "caught.0": 1,
+        "caught.1": 3,
+        "stopped.0": 1,
+        "stopped.1": -signal.SIGKILL,
+    }
 
 
 def kill_at_random(what, folder, grows, times, seed):
@@ -307,3 +377,28 @@ def test_shares_of_a_tree_give_the_same_bits(monkeypatch):
 
     monkeypatch.setattr(scorer, "shares", as_for_four)
     assert torch.equal(Scorer(model, overhead=3).values(rows, target), expected)
+
+
+@pytest.mark.parametrize("name", ["KernelShap", "ShapleyValueSampling", "Lime", "FeatureAblation"])
+def test_targets_solved_apart_get_what_they_get_together(monkeypatch, name):
+    """With an effort that does not reach for all, each has its share of it and no more."""
+    monkeypatch.setattr(permutations, "EFFORT", EFFORT)
+    found = []
+
+    def solve(*arguments):
+        found.append(arguments)
+        return outcome_of(*arguments)
+
+    outcome_of = game._solved
+    monkeypatch.setattr(game, "_solved", solve)
+    ranks.attribute(*ranks.make(), name)
+    [(played, method, plan, values)] = found
+    solver = partial(method.solve, effort=EFFORT) if name == "KernelShap" else method.solve
+    whole = solver(plan, values, played.scope)
+    cuts = [slice(0, 1), slice(1, 4), slice(4, None)]
+    parts = [solver(plan, values[:, cut], played.scope.part(cut)) for cut in cuts]
+    joined = type(whole).joined(parts)
+    for field in ("attributions", "standard_errors", "full_values", "empty_values"):
+        torch.testing.assert_close(
+            getattr(joined, field), getattr(whole, field), atol=1e-9, rtol=0, equal_nan=True
+        )

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,10 @@ class CorpusIndex:
         self._numbers, self._vocabulary = atoms.numbers, atoms.vocabulary
         self._bits = -(postings.counts.double().clamp(min=1) / len(self)).log2()
         self._members = torch.bincount(classes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was looked up is found again.
+        return {k: v for k, v in self.__dict__.items() if k != "_classes_of_kind"}
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
         """Writes the index to one file.

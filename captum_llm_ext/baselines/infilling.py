@@ -1,6 +1,7 @@
 """Replacements that a generator of the user's own writes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -45,6 +46,10 @@ class Infilling:
         texts = self._texts[slot]
         device = generator.device
         return texts[int(torch.randint(len(texts), (), generator=generator, device=device))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the generator gave it gives again.
+        return {**self.__dict__, "_texts": {}}
 
     def _ask(self, slot: Slot) -> list[str]:
         given = self._generate(slot.left, slot.right, len(slot.ids))

@@ -7,6 +7,7 @@ from captum_llm_ext.cli.command import UsageError, add_command, note, positive, 
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
 from captum_llm_ext.cli.many import add_many, check_many, run_many
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
+from captum_llm_ext.cli.together import accelerator, check_readable, is_main
 from captum_llm_ext.result.terminal import paint, width
 
 EXAMPLES = (
@@ -43,6 +44,12 @@ def add(commands: Any) -> None:
     )
     add_job(parser, several=False)
     parser.add_argument("--top", type=positive, default=3, metavar="K", help="causes per token (3)")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="keep what is found in FILE (.safetensors, or a folder): killed, the same command "
+        "goes on from there, on any number of processes",
+    )
     add_outputs(parser, "html", "png", "json", "save")
     add_many(parser)
 
@@ -52,17 +59,21 @@ def run(arguments: argparse.Namespace) -> int | None:
     if check_many(arguments):
         return run_many(arguments)
     check_outputs(arguments)
+    check_readable(arguments)
     job = Job(arguments)
     given = arguments.baselines or ["delete"]
     if len(given) > 1:
         raise UsageError(f"{len(given)} --baselines: `captum-llm-ext compare` runs several.")
-    attribution, inp = job.prepared(as_baselines(given[0], arguments.seed))
-    if arguments.baselines is None:
+    baselines = as_baselines(given[0], arguments.seed)
+    attribution, inp = job.prepared(baselines, accelerator())
+    if arguments.baselines is None and is_main():
         note(
             "what is absent is deleted, which leaves text the model may never have seen: "
             "--baselines corpus:FILE puts other text of the same kind there."
         )
-    result = attribution.attribute(inp, **job.options)
+    result = attribution.attribute(inp, **job.options, checkpoint=arguments.checkpoint)
+    if not is_main():
+        return None
     result.provenance["command"] = arguments.command_line
     say(f"answer: {''.join(piece.text for piece in result.output_pieces)}")
     text = result.table(arguments.top, paint=paint, width=width())

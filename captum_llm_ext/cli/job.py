@@ -220,14 +220,16 @@ class Job:
             raise UsageError("--max-evaluations has no meaning without --tol.")
         location(arguments.model, arguments.revision)
 
-    def prepared(self, baselines: Any) -> tuple[GenerationAttribution, TextSegmentInput]:
+    def prepared(
+        self, baselines: Any, accelerator: Any = None
+    ) -> tuple[GenerationAttribution, TextSegmentInput]:
         """What attributes, and the prompt over these baselines."""
         arguments = self._arguments
         tokenizer = load_tokenizer(arguments.model, arguments.revision)
         inp = self._input(tokenizer, baselines)
-        return self._attribution(tokenizer), inp
+        return self._attribution(tokenizer, accelerator), inp
 
-    def for_many(self) -> tuple[GenerationAttribution, dict[str, Any]]:
+    def for_many(self, accelerator: Any) -> tuple[GenerationAttribution, dict[str, Any]]:
         """What attributes, and the arguments of `attribute_dataset` that say what features are."""
         arguments = self._arguments
         chosen: dict[str, Any] = {}
@@ -235,14 +237,18 @@ class Job:
             chosen["unit"] = self._units[0] if len(self._units) == 1 else self._units
         if arguments.roles:
             chosen["roles"] = [role.strip() for role in arguments.roles.split(",")]
-        return self._attribution(load_tokenizer(arguments.model, arguments.revision)), chosen
+        tokenizer = load_tokenizer(arguments.model, arguments.revision)
+        return self._attribution(tokenizer, accelerator), chosen
 
-    def _attribution(self, tokenizer: Any) -> GenerationAttribution:
+    def _attribution(self, tokenizer: Any, accelerator: Any) -> GenerationAttribution:
         arguments = self._arguments
         model = load_model(arguments.model, arguments)
         settings = {"share": arguments.share, "scheme": arguments.scheme}
         return GenerationAttribution(
-            method(arguments.method, model, **settings), tokenizer, arguments.attr_target
+            method(arguments.method, model, **settings),
+            tokenizer,
+            arguments.attr_target,
+            accelerator=accelerator,
         )
 
     @property

@@ -1,12 +1,11 @@
 """``captum-llm-ext attribute --input``: a file of prompts, a folder of results."""
 
 import argparse
-import os
 from pathlib import Path
-from typing import Any
 
 from captum_llm_ext.cli.command import UsageError, say
 from captum_llm_ext.cli.job import Job, as_baselines
+from captum_llm_ext.cli.together import accelerator, is_main
 from captum_llm_ext.dataset import attribute_dataset
 
 # As many errors are shown; all of them are in files.
@@ -19,7 +18,8 @@ def add_many(parser: argparse.ArgumentParser) -> None:
         "many prompts",
         "One .safetensors per line of --input. Run again, the command goes on where it was. Under "
         "torchrun (torchrun --standalone --nproc_per_node 2 -m captum_llm_ext attribute …) every "
-        "process takes the next line as it becomes free.",
+        "process takes the next line as it becomes free; of a single prompt they share the model's "
+        "evaluations.",
     )
     group.add_argument("--out", metavar="FOLDER", help="where results of --input go")
 
@@ -34,15 +34,16 @@ def check_many(arguments: argparse.Namespace) -> bool:
     if arguments.input is None:
         if arguments.out is not None:
             raise UsageError("--out is where results of --input go: here, --save writes one.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UsageError(
-                "several processes would all do the same: torchrun is for --input, many prompts."
-            )
         return False
     if arguments.out is None:
         raise UsageError("--input needs --out: the folder for the results.")
-    for name in ("html", "png", "json", "save", "target"):
+    for name in ("html", "png", "json", "save", "target", "checkpoint"):
         if getattr(arguments, name) is not None:
+            if name == "checkpoint":
+                raise UsageError(
+                    "--checkpoint is for one prompt: with --input the same command goes on where "
+                    "it was."
+                )
             what = '"target" in each line' if name == "target" else "`show` on a file of --out"
             raise UsageError(f"--{name} is for one prompt: use {what}.")
     if len(arguments.baselines or []) > 1:
@@ -54,34 +55,23 @@ def check_many(arguments: argparse.Namespace) -> bool:
 
 def run_many(arguments: argparse.Namespace) -> int:
     """Attributes every line; the status is 1 if one of them failed."""
-    accelerator = _accelerator()
+    processes = accelerator()
     job = Job(arguments)
     baselines = as_baselines((arguments.baselines or ["delete"])[0], arguments.seed)
-    attribution, chosen = job.for_many()
+    attribution, chosen = job.for_many(processes)
     options = {name: value for name, value in job.options.items() if name != "target"}
     report = attribute_dataset(
         arguments.input,
         attribution,
         arguments.out,
         baselines=baselines,
-        accelerator=accelerator,
         **chosen,
         **options,
     )
-    if accelerator is None or accelerator.process_index == 0:
+    if is_main():
         for number, error in report.failures[:_SHOWN]:
             say(f"record {number} failed: {error}")
         if report.n_failed > _SHOWN:
             say(f"… and {report.n_failed - _SHOWN} more: see the .error.json in {arguments.out}")
         print(f"{report} in {arguments.out}", flush=True)
     return 1 if report.n_failed else 0
-
-
-def _accelerator() -> Any:
-    """What tells of the other processes, under torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        return None
-    import torch
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.cuda.is_available())

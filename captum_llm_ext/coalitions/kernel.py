@@ -53,7 +53,7 @@ def solve_kernel(plan: Plan, values: Tensor, scope: Scope, *, effort: float = EF
         worth the same in every draw.
     """
     solution = Solution.blank(len(scope.n_visible), plan.n_features)
-    effort = effort / max(len(scope.n_visible), 1)
+    effort = scope.share(effort)
     for view in views(plan, values, scope):
         complete = is_complete(view)
         attributions, variances = exact(view) if complete else regress(view, effort)

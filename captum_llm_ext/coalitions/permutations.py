@@ -32,7 +32,7 @@ def solve_permutations(plan: Plan, values: Tensor, scope: Scope) -> Solution:
         ValueError: If the rows are no walks.
     """
     order = _orders(plan)
-    effort = EFFORT / max(len(scope.n_visible), 1)
+    effort = scope.share(EFFORT)
     solution = Solution.blank(len(scope.n_visible), plan.n_features)
     for view in views(plan, values, scope):
         answer = regress(view, effort) if view.required >= 0 else _walk(view, order)

@@ -1,7 +1,7 @@
 """What each target token may depend on, and the rows that say something about it."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -19,10 +19,21 @@ class Scope:
             columns only (prompt columns first, then columns of earlier generated text).
         required: int64, shape ``(n_target,)``. A column beyond the visible ones that must be
             present for a value of target t to exist (the word that t continues), or -1.
+        n_sharing: Number of targets that share what a solver may spend; 0: these.
     """
 
     n_visible: Tensor
     required: Tensor
+    n_sharing: int = 0
+
+    def share(self, effort: float) -> float:
+        """What of an effort for all targets is for each of them."""
+        return effort / max(self.n_sharing or len(self.n_visible), 1)
+
+    def part(self, targets: slice) -> "Scope":
+        """Some of the targets, each to be solved as among all of them."""
+        n_sharing = self.n_sharing or len(self.n_visible)
+        return Scope(self.n_visible[targets], self.required[targets], n_sharing)
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,12 @@ class Solution:
         wide = torch.zeros(2, n_target, n_features, dtype=torch.float64)
         narrow = torch.zeros(2, n_target, dtype=torch.float64)
         return cls(wide[0], wide[1], narrow[0], narrow[1])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Solution"]) -> "Solution":
+        """One solution of the targets of several, in their order."""
+        names = [field.name for field in fields(cls)]
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
     def fill(self, view: "View", attributions: Tensor, variances: Tensor) -> None:
         """Store the answer for the targets of `view`; both shapes ``(n_visible, n_group)``."""

@@ -75,6 +75,26 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         OSError: If there is no such file, or it cannot be read.
         ValueError: If the file is damaged, no result, or of a later format.
     """
+    name = repr(os.fspath(path))
+    tensors, metadata = _opened(path)
+    return tensors, _checked(name, tensors, metadata)
+
+
+def read_provenance(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """What a result's file says of its origin; no tensor is read, and what they hold not checked.
+
+    Raises:
+        OSError: If there is no such file, or it cannot be read.
+        ValueError: If the file is torn, no result, or of a later format.
+    """
+    _, metadata = _opened(path, tensors=False)
+    rest = _parsed(repr(os.fspath(path)), metadata[_KEY])
+    return rest.get("provenance") or {}
+
+
+def _opened(
+    path: str | os.PathLike[str], *, tensors: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     name = repr(os.fspath(path))
@@ -83,12 +103,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     try:
         with cast(Any, safe_open)(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = file.keys() if tensors else ()
+            found = {key: file.get_tensor(key) for key in names}
     except (SafetensorError, OSError, *BROKEN) as error:
         raise ValueError(f"{name} is damaged or no saved result ({error}): {_ADVICE}") from error
     if _KEY not in metadata:
         raise ValueError(f"{name} is a safetensors file but no saved result: {_ADVICE}")
-    return tensors, _checked(name, tensors, metadata)
+    return found, metadata
 
 
 def broken(path: str | os.PathLike[str], error: Exception) -> ValueError:

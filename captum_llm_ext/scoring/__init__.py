@@ -5,9 +5,11 @@ begin alike share the passes of their beginnings, or are packed in one sequence 
 tokens comes twice. `plan` finds out which, `packing` makes that sequence, `passes` runs the model,
 `memory` tells how much fits, `logits` turns what comes out into values; `Scorer` is the whole.
 `processes` makes several processes one and `shares` cuts the work for them, `journal` keeps what is
-found on disk. `Likelihood` is the same model as baselines ask it, text by text.
+found on disk, `identity` tells whether it is still the same model. `Likelihood` is that model as
+baselines ask it, text by text.
 """
 
+from captum_llm_ext.scoring.identity import model_identity
 from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.scoring.logits import AttrTarget
@@ -24,4 +26,5 @@ __all__ = [
     "Reuse",
     "Scorer",
     "TokenRow",
+    "model_identity",
 ]

@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from captum_llm_ext.content import differences
+
 _KEY = "captum_llm_ext_checkpoint"
 _FORMAT = 1
 _ENDING = ".safetensors"
@@ -159,15 +161,9 @@ def _file(path: Path, about: Mapping[str, Any]) -> Path:
 
 def _compare(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses the file of another run, and says in what it is another."""
-    differ = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    if not differ:
+    said = differences(then, now)
+    if not said:
         return
-    said = ", ".join(
-        f"`{key}` was {then.get(key)!r} and is {now.get(key)!r}"
-        if len(f"{then.get(key)}{now.get(key)}") < 120
-        else f"another {key}"
-        for key in differ
-    )
     raise ValueError(
         f"the checkpoint {name} belongs to another run ({said}): give the same arguments, another "
         "file, or delete it to begin anew."

@@ -6,31 +6,29 @@ computes, the group's timeout ends no long run, and it does not matter what back
 """
 
 import os
-import pickle
-import socket
-import threading
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
 from torch import nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.scoring.store import Nap, Store
 
+S = TypeVar("S")
 T = TypeVar("T")
 
-# Seconds. A process that computes still tells that it lives, from a thread of its own.
-_BEAT = 1.0
-_SILENCE = 60.0
-_SHORTEST_NAP, _LONGEST_NAP = 0.0005, 0.02
-# So long a process that failed waits until the others know, before it may end the run for all.
-_FAREWELL = 5.0
+# Seconds that those of a replica wait for one another where one ran out of memory.
+_TOGETHER = 30.0
+# What the first of a replica tells the others is taken out of the store after so many times.
+_REMEMBERED = 256
 # What belongs together goes by a number of its own, the same on all processes.
 _numbers: Counter[tuple[int, ...]] = Counter()
+# Replicas whose processes are no longer at the same pass.
+_parted: set[tuple[int, ...]] = set()
 
 
 class Accelerator(Protocol):
@@ -70,7 +68,7 @@ class Processes:
         self._replicas = [tuple(r) for r in replicas or [[rank] for rank in ranks]]
         self.rank = _compat.process_rank() if self.are_many else ranks[0]
         self._own = next(i for i, ranks in enumerate(self._replicas) if self.rank in ranks)
-        self._store: _Store | None = None
+        self._store: Store | None = None
         self._n = 0
 
     @classmethod
@@ -137,6 +135,11 @@ class Processes:
         """Whether this process speaks for its replica."""
         return self.rank == self._replicas[self._own][0]
 
+    @property
+    def have_parted(self) -> bool:
+        """Whether those that hold this process's model are no longer at the same pass, for good."""
+        return self._replicas[self._own] in _parted
+
     def replica(self) -> "Processes":
         """Those that hold this process's model, on their own."""
         own = self._replicas[self._own]
@@ -157,17 +160,28 @@ class Processes:
         if not self.are_many or self._store is not None:  # alone, or within a session
             yield
             return
+        own = self._replicas[self._own]
+        if own in _parted:
+            raise RuntimeError(
+                f"the processes {list(own)} hold a model together, and one of them failed in the "
+                "middle of a pass: what they compute now does not belong together. Start them anew."
+            )
         number = _numbers[self.ranks]
         _numbers[self.ranks] += 1
         name = f"captum_llm_ext/{'-'.join(map(str, self.ranks))}/{number}"
-        self._store = store = _Store(name, self.ranks, self.rank, what)
+        self._store = store = Store(name, self.ranks, self.rank, what, own)
         self._n = 0
         try:
             with store.beating():
                 yield
                 store.leave()
+            store.clear()
         except BaseException as error:
-            store.tell_error(error)
+            told = store.tell_error(error)
+            if store.has_parted:
+                _parted.add(own)
+            if told is not error:
+                raise told from error
             raise
         finally:
             self._store = None
@@ -196,6 +210,15 @@ class Processes:
         store.set(f"{key}/{self.rank}", number)
         return min(cast(int, store.wait_for(f"{key}/{rank}", rank)) for rank in self.ranks)
 
+    def each(self, items: Sequence[S], function: Callable[[S], T]) -> list[T]:
+        """What a function gives for each item, on all processes; one replica calls it for each."""
+        work = self.work()
+        for number in work.take(len(items)):
+            work.tell((number, function(items[number])))
+        work.end()
+        found: dict[int, T] = dict(work.rest())
+        return [found[number] for number in range(len(items))]
+
     def work(self) -> "Work":
         """A piece of work to be shared out; every process begins it at the same place."""
         return Work(self._store, self._next("work"), self._replicas, self._own, self.leads)
@@ -217,7 +240,7 @@ class Work:
 
     def __init__(
         self,
-        store: "_Store | None",
+        store: Store | None,
         name: str,
         replicas: Sequence[tuple[int, ...]],
         own: int,
@@ -225,11 +248,12 @@ class Work:
     ) -> None:
         self._store, self._name, self._own, self._leads = store, name, own, leads
         self._leaders = [ranks[0] for ranks in replicas]
-        self._is_lone = len(replicas[own]) == 1
+        self._replica = replicas[own]
+        self._is_lone = len(self._replica) == 1
         self.n_told = [0] * len(replicas)
         self.failures: list[Any] = []
         self._inbox: list[Any] = []
-        self._n_own = 0
+        self._n_own = self._n_agreed = 0
 
     def take(self, n: int | None = None) -> Iterator[int]:
         """Numbers from 0, below `n`: those that this replica does, as it becomes free.
@@ -247,13 +271,35 @@ class Work:
     def _next_number(self, count: int) -> int:
         if self._store is None:
             return count
-        key = f"{self._name}/taken/{self._own}/{count}"
+        store = self._store
+        return self.agree(lambda: store.count(f"{self._name}/next") - 1)
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """What the function returns on the first process of this replica, on all of them."""
+        store = self._store
+        if store is None or self._is_lone:
+            return function()
+        name, n = f"{self._name}/agreed/{self._own}", self._n_agreed
+        self._n_agreed += 1
         if self._leads:
-            number = self._store.count(f"{self._name}/next") - 1
-            if not self._is_lone:
-                self._store.set(key, number)
-            return number
-        return cast(int, self._store.wait_for(key, self._leaders[self._own]))
+            found = function()
+            store.set(f"{name}/{n}", found)
+        else:
+            found = cast(T, store.wait_for(f"{name}/{n}", self._leaders[self._own]))
+        if (n + 1) % _REMEMBERED == 0:
+            self._forget(store, name, n)
+        return found
+
+    def _forget(self, store: Store, name: str, n: int) -> None:
+        """Takes out of the store what all processes of this replica have read."""
+        if not self._leads:
+            store.set(f"{name}/{n}/read by {store.rank}", True)
+            return
+        for rank in self._replica[1:]:
+            store.wait_for(f"{name}/{n}/read by {rank}", rank)
+            store.forget(f"{name}/{n}/read by {rank}")
+        for i in range(n + 1 - _REMEMBERED, n + 1):
+            store.forget(f"{name}/{i}")
 
     def _failed(self) -> bool:
         # A replica of several must not part: all of it goes on, or none.
@@ -287,8 +333,25 @@ class Work:
             return
         if failure is not None:
             self._store.set(f"{self._name}/failed", True)
+            if not self._is_lone:
+                self._check_together(self._store)
         if self._leads:
             self._store.set(f"{self._name}/end/{self._own}", (self._n_own, failure))
+
+    def _check_together(self, store: Store) -> None:
+        """Raises unless all processes of this replica failed: the others are in a pass for ever."""
+        store.set(f"{self._name}/failed/{store.rank}", True)
+        until, nap = time.monotonic() + _TOGETHER, Nap()
+        for rank in self._replica:
+            while not store.has(f"{self._name}/failed/{rank}"):
+                store.watch(rank)
+                if time.monotonic() > until:
+                    raise RuntimeError(
+                        f"rank {store.rank} failed in a pass that rank {rank}, which holds the "
+                        "model together with it, went on with: nothing can be asked of them any "
+                        "more. Where it ran out of memory, give a smaller `perturbations_per_eval`."
+                    )
+                nap.take()
 
     def rest(self) -> Iterator[Any]:
         """What is told until all are through; waits for it."""
@@ -296,7 +359,7 @@ class Work:
         if self._store is None:
             return
         found: dict[int, Any] = {}
-        nap = _Nap()
+        nap = Nap()
         while len(found) < len(self._leaders):
             messages = self.heard()
             yield from messages
@@ -314,193 +377,6 @@ class Work:
 
     def _others(self) -> Iterable[int]:
         return (i for i in range(len(self._leaders)) if i != self._own or not self._leads)
-
-
-class _Nap:
-    """Waits a little, and longer the longer nothing happens."""
-
-    def __init__(self) -> None:
-        self._seconds = _SHORTEST_NAP
-
-    def take(self) -> None:
-        time.sleep(self._seconds)
-        self._seconds = min(1.5 * self._seconds, _LONGEST_NAP)
-
-    def over(self) -> None:
-        self._seconds = _SHORTEST_NAP
-
-
-class _Store:
-    """The store of the process group as one session sees it: its own keys, errors, who lives."""
-
-    def __init__(self, name: str, ranks: Sequence[int], rank: int, what: str) -> None:
-        self._store = _compat.process_store(name)
-        self._join_within = _compat.process_timeout()
-        self._ranks, self._rank, self._what = ranks, rank, what
-        self._keys: list[str] = []
-        self._heard: dict[int, tuple[Any, float]] = {}
-        self._began = time.monotonic()
-        self._looked = 0.0
-        self._raised: BaseException | None = None
-        self._n_gone = 0
-
-    def set(self, key: str, value: Any) -> None:
-        with self._reached():
-            self._store.set(key, pickle.dumps(value))
-        self._keys.append(key)
-
-    def get(self, key: str) -> Any:
-        with self._reached():
-            return pickle.loads(self._store.get(key))
-
-    def has(self, key: str) -> bool:
-        with self._reached():
-            return bool(self._store.check([key]))
-
-    def count(self, key: str) -> int:
-        """Adds one; what comes out is told to one process alone."""
-        with self._reached():
-            return int(self._store.add(key, 1))
-
-    def wait_for(self, key: str, rank: int) -> Any:
-        """A value that a process sets."""
-        nap = _Nap()
-        while not self.has(key):
-            self.watch(rank)
-            nap.take()
-        return self.get(key)
-
-    def watch(self, rank: int) -> None:
-        """Raises if a process has failed, or the one that is waited for is gone."""
-        now = time.monotonic()
-        if now - self._looked < _BEAT / 10:
-            return
-        self._looked = now
-        self.check()
-        key = f"beat/{rank}"
-        beat = self.get(key) if self.has(key) else None
-        last, since = self._heard.get(rank, (None, self._began))
-        if beat != last:
-            self._heard[rank] = (beat, now)
-            return
-        if beat is not None and now - since > _SILENCE:
-            self._n_gone = 1
-            raise RuntimeError(
-                f"rank {rank} has not been heard of for {_SILENCE:.0f} seconds during {self._what}"
-                ": its process is gone or stopped."
-            )
-        if beat is None and now - since > self._join_within:
-            raise RuntimeError(
-                f"rank {rank} has not begun {self._what} within {self._join_within:.0f} seconds, "
-                f"which rank {self._rank} waits at: every process has to call it, in the same "
-                "order."
-            )
-
-    def check(self) -> None:
-        """Raises what another process raised."""
-        if not self.has("error"):
-            return
-        rank, error, trace = cast(tuple[int, BaseException, str], self.get("error"))
-        if rank == self._rank:
-            return
-        error.add_note(f"Raised on rank {rank} of {len(self._ranks)}, where it was:\n{trace}")
-        self._raised = error
-        raise error
-
-    def tell_error(self, error: BaseException) -> None:
-        """Tells an error of this process, and waits a little until the others have it."""
-        with suppress(RuntimeError):  # a store that is gone takes no error
-            if error is self._raised:
-                self._store.add("knows error", 1)
-                return
-            error.add_note(
-                f"Raised on rank {self._rank} of {len(self._ranks)} ({socket.gethostname()})."
-            )
-            if self.count("errors") > 1:
-                return
-            trace = "".join(traceback.format_exception(error))
-            self.set("error", (self._rank, _as_sent(error), trace))
-            until, nap = time.monotonic() + _FAREWELL, _Nap()
-            while time.monotonic() < until:
-                if self._store.add("knows error", 0) >= len(self._ranks) - 1 - self._n_gone:
-                    return
-                nap.take()
-
-    def leave(self) -> None:
-        """Waits for all to have come to the end, and takes away what was left in the store."""
-        with self._reached():
-            self._store.set(f"left/{self._rank}", b"")
-        self._keys.append(f"left/{self._rank}")
-        for rank in self._ranks:
-            self.wait_for_key(f"left/{rank}", rank)
-        with suppress(RuntimeError):  # it is done: nothing that goes wrong now matters
-            self._store.add("gone", 1)
-            # The process that holds the store must not end it while another one still asks.
-            until, nap = time.monotonic() + _FAREWELL, _Nap()
-            is_first = self._rank == self._ranks[0]
-            while is_first and time.monotonic() < until:
-                if self._store.add("gone", 0) >= len(self._ranks):
-                    break
-                nap.take()
-            if is_first:
-                for rank in self._ranks:
-                    self._store.delete_key(f"beat/{rank}")
-            for key in self._keys:
-                if not key.startswith("left/"):
-                    self._store.delete_key(key)
-
-    def wait_for_key(self, key: str, rank: int) -> None:
-        nap = _Nap()
-        while not self.has(key):
-            self.watch(rank)
-            nap.take()
-
-    @contextmanager
-    def beating(self) -> Generator[None]:
-        """Has a thread tell that this process lives."""
-        stop = threading.Event()
-        key = f"beat/{self._rank}"
-
-        def beat() -> None:
-            n = 0
-            with suppress(RuntimeError):  # the main thread finds out as well, and tells
-                while not stop.wait(_BEAT if n else 0):
-                    n += 1
-                    self._store.set(key, pickle.dumps(n))
-
-        thread = threading.Thread(target=beat, daemon=True, name="captum-llm-ext beat")
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-
-    @contextmanager
-    def _reached(self) -> Generator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # torch.distributed's own are all RuntimeErrors
-            raise RuntimeError(
-                f"the store of the process group cannot be reached from rank {self._rank} during "
-                f"{self._what} ({str(error).splitlines()[0]}): the process that held it has ended, "
-                "most likely because it failed."
-            ) from error
-
-
-def _as_sent(error: BaseException) -> BaseException:
-    """The error, or what can be sent in its place: of the same kind where that can be made."""
-    with suppress(Exception):
-        copy = pickle.loads(pickle.dumps(error))
-        if type(copy) is type(error) and str(copy) == str(error):
-            copy.__notes__ = []
-            return copy
-    for kind in type(error).__mro__:
-        with suppress(Exception):
-            copy = cast(BaseException, kind(str(error)))
-            pickle.loads(pickle.dumps(copy))
-            return copy
-    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _warn_alone() -> None:

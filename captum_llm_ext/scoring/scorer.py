@@ -106,6 +106,11 @@ class Scorer:
         self._bar: Any = None
 
     @property
+    def processes(self) -> Processes:
+        """Those that share the work."""
+        return self._processes
+
+    @property
     def n_positions(self) -> int:
         """Token positions computed up to now, padding and comparisons included."""
         return self._passes.n_positions

@@ -1,0 +1,104 @@
+"""What attribution costs beside other packages, each run as its own documentation tells."""
+
+import importlib.util
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from captum.attr import FeatureAblation
+from measured import in_turn, llama, prompt_of, texts
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from captum_llm_ext import GenerationAttribution, PartitionShap
+
+
+def beside_shap(runs: int) -> dict[str, Any] | None:
+    """shap's PartitionExplainer and `PartitionShap`: 500 evaluations, 32 prompt tokens, 16 targets.
+
+    Once with shap's own model of generated text, as ``shap.Explainer(model, tokenizer)`` makes it,
+    and once with the least that such a model can do: one plain forward for each masked text, and a
+    softmax of the logits that predict the target.
+    """
+    if not importlib.util.find_spec("shap"):
+        return None
+    import shap
+
+    model = llama(4, 256, 50000)
+    tokenizer, ids = texts(48)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    text, target = tokenizer.decode(ids[1:32]), ids[32:]
+    inp = prompt_of(tokenizer, ids[:32])
+    ours = GenerationAttribution(PartitionShap(model), tokenizer)
+    answer = np.array([tokenizer.decode(target)])
+
+    @torch.no_grad()
+    def log_probs(prompts: Any) -> Any:
+        rows = []
+        for prompt in prompts:
+            head = tokenizer.encode(str(prompt))
+            logits = model(input_ids=torch.tensor([head + target[:-1]])).logits[0]
+            said = logits[len(head) - 1 :].log_softmax(-1)
+            rows.append(said.gather(1, torch.tensor(target)[:, None])[:, 0])
+        return torch.stack(rows).numpy()
+
+    least = shap.PartitionExplainer(log_probs, shap.maskers.Text(tokenizer))
+    # What `shap.Explainer` makes, but for the answer: it is given, not generated.
+    masker = shap.maskers.Text(tokenizer, mask_token="...", collapse_mask_token=True)
+    forced = shap.models.TeacherForcing(model, tokenizer)
+    own = shap.PartitionExplainer(forced, shap.maskers.OutputComposite(masker, lambda _: answer))
+    times = in_turn(
+        {
+            "ours, 500 evaluations": lambda: ours.attribute(
+                inp, torch.tensor(target), output_unit=None, n_samples=500
+            ),
+            "shap, 500 evaluations": lambda: own([text], max_evals=500, silent=True),
+            "shap, plain forwards, 500 evaluations": lambda: least(
+                [text], max_evals=500, silent=True
+            ),
+        },
+        runs,
+    )
+    middle = {name: median(took) for name, took in times.items()}
+    here = middle["ours, 500 evaluations"]
+    return {
+        "model": "Llama, 4 layers, d=256, V=50,000",
+        "sizes": {"P": 32, "T": 16, "evaluations": 500},
+        "shap": version("shap"),
+        "seconds": times,
+        "ratio": middle["shap, 500 evaluations"] / here,
+        "ratio_plain_forwards": middle["shap, plain forwards, 500 evaluations"] / here,
+    }
+
+
+def beside_inseq(runs: int) -> dict[str, Any] | None:
+    """inseq's occlusion, which has earlier output as features: 32 prompt tokens, 16 targets."""
+    if not importlib.util.find_spec("inseq"):
+        return None
+    import inseq
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    tokenizer, ids = texts(48)
+    text, whole = tokenizer.decode(ids[1:32]), tokenizer.decode(ids[1:])
+    inp, target = prompt_of(tokenizer, ids[:32]), torch.tensor(ids[32:])
+    theirs: Any = inseq.load_model(model, "occlusion", tokenizer=tokenizer)
+    ours = GenerationAttribution(FeatureAblation(model), tokenizer)
+    times = in_turn(
+        {
+            "ours, prompt and output": lambda: ours.attribute(inp, target),
+            "inseq, occlusion": lambda: theirs.attribute(
+                text, whole, show_progress=False, pretty_progress=False
+            ),
+        },
+        runs,
+    )
+    middle = {name: median(took) for name, took in times.items()}
+    return {
+        "model": "GPT-2, 12 layers, d=768, V=50,257",
+        "sizes": {"P": 32, "T": 16},
+        "inseq": version("inseq"),
+        "seconds": times,
+        "ratio": middle["inseq, occlusion"] / middle["ours, prompt and output"],
+    }

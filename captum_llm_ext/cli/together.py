@@ -1,0 +1,40 @@
+"""The processes of ``torchrun``, if it started the command."""
+
+import argparse
+import os
+from typing import Any
+
+from captum_llm_ext.cli.command import UsageError
+
+
+def are_several() -> bool:
+    """Whether there are other processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0 or not are_several()
+
+
+def accelerator() -> Any:
+    """What tells of the other processes; None where there are none."""
+    if not are_several():
+        return None
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def check_readable(arguments: argparse.Namespace) -> None:
+    """Refuses what only one process can read.
+
+    Raises:
+        UsageError: If several are to read one stdin.
+    """
+    for name in ("prompt_file", "chat"):
+        if are_several() and getattr(arguments, name) == "-":
+            raise UsageError(
+                f"--{name.replace('_', '-')} - is one stdin for several processes: give a file."
+            )

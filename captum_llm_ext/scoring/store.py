@@ -1,0 +1,283 @@
+"""The store of the process group as one session sees it: values, errors, and who still lives."""
+
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, cast
+
+from captum_llm_ext import _compat
+
+# Seconds. A process that computes still tells that it lives, from a thread of its own.
+_BEAT = 1.0
+_SILENCE = 60.0
+_SHORTEST_NAP, _LONGEST_NAP = 0.0005, 0.02
+# So long a process that failed waits until the others know, before it may end the run for all.
+_FAREWELL = 5.0
+# So long a process may stay in a pass after another one has failed.
+_STUCK = 30.0
+
+
+class Nap:
+    """Waits a little, and longer the longer nothing happens."""
+
+    def __init__(self) -> None:
+        self._seconds = _SHORTEST_NAP
+
+    def take(self) -> None:
+        """Waits."""
+        time.sleep(self._seconds)
+        self._seconds = min(1.5 * self._seconds, _LONGEST_NAP)
+
+    def over(self) -> None:
+        """Something has happened."""
+        self._seconds = _SHORTEST_NAP
+
+
+class Store:
+    """The store of the process group as one session sees it: its own keys, errors, who lives."""
+
+    def __init__(
+        self, name: str, ranks: Sequence[int], rank: int, what: str, replica: Sequence[int]
+    ) -> None:
+        self._store = _compat.process_store(name)
+        self._join_within = _compat.process_timeout()
+        self.rank = rank
+        self._partners = [other for other in replica if other != rank]
+        self.has_parted = False
+        self._ranks, self._rank, self._what = ranks, rank, what
+        self._keys: dict[str, None] = {}  # to be taken away at the end, in order
+        self._heard: dict[int, tuple[Any, float]] = {}
+        self._began = time.monotonic()
+        self._looked = 0.0
+        self._raised: BaseException | None = None
+        self._n_gone = 0
+
+    def set(self, key: str, value: Any) -> None:
+        """Tells a value."""
+        with self._reached():
+            self._store.set(key, pickle.dumps(value))
+        self._keys[key] = None
+
+    def forget(self, key: str) -> None:
+        """Takes a value away that nobody is going to ask for."""
+        with self._reached():
+            self._store.delete_key(key)
+        self._keys.pop(key, None)
+
+    def get(self, key: str) -> Any:
+        """A value that has been told."""
+        with self._reached():
+            return pickle.loads(self._store.get(key))
+
+    def has(self, key: str) -> bool:
+        """Whether a value has been told."""
+        with self._reached():
+            return bool(self._store.check([key]))
+
+    def count(self, key: str) -> int:
+        """Adds one; what comes out is told to one process alone."""
+        self._keys[key] = None
+        with self._reached():
+            return int(self._store.add(key, 1))
+
+    def wait_for(self, key: str, rank: int) -> Any:
+        """A value that a process sets."""
+        nap = Nap()
+        while not self.has(key):
+            self.watch(rank)
+            nap.take()
+        return self.get(key)
+
+    def watch(self, rank: int) -> None:
+        """Raises if a process has failed, or the one that is waited for is gone."""
+        now = time.monotonic()
+        if now - self._looked < _BEAT / 10:
+            return
+        self._looked = now
+        self.check()
+        key = f"beat/{rank}"
+        beat = self.get(key) if self.has(key) else None
+        last, since = self._heard.get(rank, (None, self._began))
+        if beat != last:
+            self._heard[rank] = (beat, now)
+            return
+        if beat is not None and now - since > _SILENCE:
+            self._n_gone = 1
+            raise RuntimeError(
+                f"rank {rank} has not been heard of for {_SILENCE:.0f} seconds during {self._what}"
+                ": its process is gone or stopped."
+            )
+        if beat is None and now - since > self._join_within:
+            raise RuntimeError(
+                f"rank {rank} has not begun {self._what} within {self._join_within:.0f} seconds, "
+                f"which rank {self._rank} waits at: every process has to call it, in the same "
+                "order."
+            )
+
+    def check(self) -> None:
+        """Raises what another process raised."""
+        if not self.has("error"):
+            return
+        rank, error, trace = cast(tuple[int, BaseException, str], self.get("error"))
+        if rank == self._rank:
+            return
+        error.add_note(f"Raised on rank {rank} of {len(self._ranks)}, where it was:\n{trace}")
+        self._raised = error
+        raise error
+
+    def tell_error(self, error: BaseException) -> BaseException:
+        """Tells an error of this process, and waits a little until the others have it.
+
+        Returns:
+            The error to raise: another's, where this one only comes of it.
+        """
+        with suppress(RuntimeError):  # a store that is gone takes no error
+            if error is not self._raised and self._partners and isinstance(error, RuntimeError):
+                # A pass that another process left ends in an error of the connection.
+                try:
+                    self.check()
+                except BaseException as cause:
+                    error = cause
+            if error is self._raised:
+                self._store.add("knows error", 1)
+                return error
+            error.add_note(
+                f"Raised on rank {self._rank} of {len(self._ranks)} ({socket.gethostname()})."
+            )
+            if self.count("errors") > 1:
+                self._store.add("knows error", 1)
+                return error
+            trace = "".join(traceback.format_exception(error))
+            self.set("error", (self._rank, _as_sent(error), trace))
+            until, nap = time.monotonic() + _FAREWELL, Nap()
+            while time.monotonic() < until:
+                if self._store.add("knows error", 0) >= len(self._ranks) - 1 - self._n_gone:
+                    return error
+                nap.take()
+            if self._partners:
+                self.has_parted = True
+                error.add_note(
+                    f"Rank {self._rank} holds the model together with {self._partners}, some of "
+                    "which are still in a pass: end this process, they end with it."
+                )
+        return error
+
+    def leave(self) -> None:
+        """Waits for all to have come to the end."""
+        with self._reached():
+            self._store.set(f"left/{self._rank}", b"")
+        for rank in self._ranks:
+            self.wait_for_key(f"left/{rank}", rank)
+
+    def clear(self) -> None:
+        """Takes away what was left in the store, after `leave`."""
+        with suppress(RuntimeError):  # it is done: nothing that goes wrong now matters
+            for key in (*self._keys, f"beat/{self._rank}"):
+                self._store.delete_key(key)
+            self._store.add("gone", 1)
+            if self._rank != self._ranks[0]:
+                return
+            # The process that holds the store must not end it while another one still asks.
+            until, nap = time.monotonic() + _FAREWELL, Nap()
+            while time.monotonic() < until:
+                if self._store.add("gone", 0) >= len(self._ranks):
+                    for key in ("gone", *(f"left/{rank}" for rank in self._ranks)):
+                        self._store.delete_key(key)
+                    return
+                nap.take()
+
+    def wait_for_key(self, key: str, rank: int) -> None:
+        """Until a process has set a key."""
+        nap = Nap()
+        while not self.has(key):
+            self.watch(rank)
+            nap.take()
+
+    @contextmanager
+    def beating(self) -> Generator[None]:
+        """Has a thread tell that this process lives."""
+        stop = threading.Event()
+        since: dict[Any, Any] = {}
+        key = f"beat/{self._rank}"
+
+        def beat() -> None:
+            n = 0
+            with suppress(RuntimeError):  # the main thread finds out as well, and tells
+                while not stop.wait(_BEAT if n else 0):
+                    n += 1
+                    self._store.set(key, pickle.dumps(n))
+                    if self._partners:
+                        self._end_if_stuck(since)
+
+        thread = threading.Thread(target=beat, daemon=True, name="captum-llm-ext beat")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _end_if_stuck(self, since: dict[Any, Any]) -> None:
+        """Ends this process where its main thread is in a pass that others will never join.
+
+        A thread that waits within a collective cannot be reached by any exception.
+
+        Args:
+            since: When things were first seen, kept by the caller.
+        """
+        now = time.monotonic()
+        if self.has("error"):
+            rank, error, trace = cast(tuple[int, BaseException, str], self.get("error"))
+            if rank == self._rank or now - since.setdefault("error", now) < _STUCK:
+                return
+            reason = f"rank {rank} failed ({type(error).__name__}: {error})\n{trace}"
+        else:
+            gone = None
+            for partner in self._partners:
+                beat = self.get(f"beat/{partner}") if self.has(f"beat/{partner}") else None
+                last, heard = since.get(partner, (None, now))
+                since[partner] = (beat, now if beat != last else heard)
+                if beat is not None and beat == last and now - heard > _SILENCE:
+                    gone = partner
+            if gone is None:
+                return
+            reason = f"rank {gone} has not been heard of for {_SILENCE:.0f} seconds"
+        print(
+            f"captum-llm-ext: rank {self._rank} ends itself during {self._what}: it is in a pass "
+            f"that it shares with rank {self._partners}, and {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    @contextmanager
+    def _reached(self) -> Generator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed's own are all RuntimeErrors
+            raise RuntimeError(
+                f"the store of the process group cannot be reached from rank {self._rank} during "
+                f"{self._what} ({str(error).splitlines()[0]}): the process that held it has ended, "
+                "most likely because it failed."
+            ) from error
+
+
+def _as_sent(error: BaseException) -> BaseException:
+    """The error, or what can be sent in its place: of the same kind where that can be made."""
+    with suppress(Exception):
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            copy.__notes__ = []
+            return copy
+    for kind in type(error).__mro__:
+        with suppress(Exception):
+            copy = cast(BaseException, kind(str(error)))
+            pickle.loads(pickle.dumps(copy))
+            return copy
+    return RuntimeError(f"{type(error).__name__}: {error}")

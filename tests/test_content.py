@@ -1,0 +1,189 @@
+"""What two runs differ in is told: digests of things, and checkpoints that refuse another run."""
+
+import copy
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from captum._utils.models.linear_model import SkLearnLasso
+from captum.attr import FeatureAblation, KernelShap, Lime
+
+from captum_llm_ext import (
+    CorpusBaselines,
+    GenerationAttribution,
+    HierarchicalAblation,
+    PartitionShap,
+    TextSegmentInput,
+)
+from captum_llm_ext.content import checksum, differences, digest, told
+from captum_llm_ext.scoring import model_identity
+
+PROMPT = "Dave lives in Palm Coast, FL"
+
+
+class Own:
+    """An object of the user's, with something it remembers."""
+
+    def __init__(self, texts):
+        self.texts, self._seen = texts, {}
+        self.itself = self
+
+    def method(self):
+        return self.texts
+
+
+def closing_over(texts):
+    return lambda slot: texts[0]
+
+
+def one_and_other():
+    """Pairs of things that hold something else."""
+    return {
+        "numbers": (1, 1.0),
+        "kinds": ("1", 1),
+        "texts": (["ab", "c"], ["a", "bc"]),
+        "order": ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        "sets": ({"a", "b"}, {"a", "c"}),
+        "tensors": (torch.arange(6), torch.arange(6).view(2, 3)),
+        "objects": (Own(["a"]), Own(["b"])),
+        "methods": (Own(["a"]).method, Own(["b"]).method),
+        "closures": (closing_over(["a"]), closing_over(["b"])),
+        "code": (lambda x: x + 1, lambda x: x + 2),
+        "operations": (lambda x, y: x + y, lambda x, y: x - y),
+        "partials": (functools.partial(max, key=1), functools.partial(max, key=2)),
+        "modules": (torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)),
+        "corpora": (
+            CorpusBaselines(["Dave lives here."], min_candidates=0),
+            CorpusBaselines(["Dave lives there."], min_candidates=0),
+        ),
+        "settings": (
+            CorpusBaselines(["Dave."], min_candidates=0),
+            CorpusBaselines(["Dave."], min_candidates=0, match="any"),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", one_and_other())
+def test_what_holds_something_else_has_another_digest(name):
+    one, other = one_and_other()[name]
+    assert digest(one) != digest(other)
+    if name not in ("numbers", "order"):  # which are the same to Python
+        assert told(one) != told(other)
+
+
+def test_another_process_finds_the_same():
+    names = [name for name in one_and_other() if name != "modules"]  # whose weights are random
+    here = [digest(one_and_other()[name][0]) for name in names]
+    code = (
+        "import test_content as t; pairs = t.one_and_other(); "
+        f"print(*[t.digest(pairs[name][0]) for name in {names!r}])"
+    )
+    path = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(path)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        # Sets of texts come in another order there.
+        env={"PYTHONPATH": str(path.parent), "PYTHONHASHSEED": "7"},
+    )
+    assert done.stdout.split() == here
+
+
+def test_what_an_object_remembers_does_not_count():
+    one, other = Own(["a"]), Own(["a"])
+    other._seen["slot"] = "a"
+    assert digest(one) == digest(other)
+
+
+def test_what_is_short_is_shown():
+    assert told({"unit": ("word", 3)}) == {"unit": ["word", 3]}
+    assert told("word") == "word"
+    assert told(closing_over).startswith("closing_over ")
+    assert told([str(i) for i in range(500)]).startswith("list ")
+    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "`b` was 2 and is 3"
+    assert differences({"a": "x" * 300}, {}) == "another `a`"
+    assert differences({"a": [1]}, {"a": [1]}) == ""
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64]
+)
+def test_a_checksum_is_that_of_the_parts(dtype):
+    whole = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).mul(3).to(dtype)
+    parts = [checksum(part) for part in whole.split(3, dim=1)]
+    assert checksum(whole) == sum(parts)
+    raw = whole.contiguous().view(torch.uint8).numpy().tobytes()
+    size = 4 if dtype.is_complex else whole.element_size()
+    numbers = [
+        int.from_bytes(raw[i : i + size], sys.byteorder, signed=size > 1)
+        for i in range(0, len(raw), size)
+    ]
+    assert int(checksum(whole)) == (sum(numbers) + 2**63) % 2**64 - 2**63
+    assert int(checksum(whole[:0])) == 0
+
+
+def test_one_weight_makes_another_model(model):
+    other = copy.deepcopy(model)
+    assert model_identity(other) == model_identity(model)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] = torch.nextafter(other.lm_head.weight[0, 0], torch.tensor(9.0))
+    found = model_identity(other)
+    assert found["model"] == model_identity(model)["model"]
+    assert found["weights"] != model_identity(model)["weights"]
+    assert model_identity(model.to(torch.bfloat16))["model"] != found["model"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tokenizer, tmp_path):
+    model = tiny.llama(len(tokenizer))
+    other = tiny.llama(len(tokenizer), seed=1)
+    path = tmp_path / "run.safetensors"
+
+    def run(
+        method=None, prompt=PROMPT, unit="word", baselines=None, attr_target="log_prob", **more
+    ):
+        method = Lime(model) if method is None else method
+        inp = TextSegmentInput(prompt, tokenizer, unit, baselines=baselines)
+        attribution = GenerationAttribution(method, tokenizer, attr_target)
+        arguments = {"target": [5, 6], "n_samples": 20, "checkpoint": path, "output_unit": None}
+        return attribution.attribute(inp, **arguments | more)
+
+    expected = run()
+    content = path.read_bytes()
+    assert torch.equal(run().values, expected.values)
+    for name, arguments in {
+        "weights": {"method": Lime(other)},
+        "method": {"method": KernelShap(model)},
+        "method_settings": {"method": Lime(model, SkLearnLasso(alpha=0.5))},
+        "prompt": {"prompt": "Dave lives in Palm Coast, TX"},
+        "baselines": {"baselines": "<unk>"},
+        "target": {"target": [5, 7]},
+        "seed": {"seed": 3},
+        "num_trials": {"num_trials": 2},
+        "n_samples": {"n_samples": 21},
+        "output_unit": {"output_unit": "token"},
+        "attr_target": {"attr_target": "logit"},
+    }.items():
+        with pytest.raises(ValueError, match=f"belongs to another run.*`{name}`"):
+            run(**arguments)
+        assert path.read_bytes() == content, name
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (PartitionShap, lambda model: PartitionShap(model, scheme="splits")),
+        (HierarchicalAblation, lambda model: HierarchicalAblation(model, share=0.2)),
+        (FeatureAblation, HierarchicalAblation),
+    ],
+)
+def test_settings_of_a_method_make_another_run(model, tokenizer, one, other):
+    first, second = (
+        GenerationAttribution(make(model), tokenizer).identity() for make in (one, other)
+    )
+    assert "`method" in differences(first, second)
+    assert differences(first, GenerationAttribution(one(model), tokenizer).identity()) == ""
