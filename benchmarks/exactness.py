@@ -3,26 +3,43 @@
     python benchmarks/exactness.py
 
 Random weights, float32, on the CPU. The loop is one uncached, unpadded forward of batch 1 for every
-coalition and target token.
+coalition and target token. For each way of not computing what rows share: its difference from the
+loop, or null where a comparison on the model has refused it.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import test_architectures as tests
+import test_reuse
 import tiny
 from architectures import CONFIGS, build
 from captum.attr import ShapleyValueSampling, TextTokenInput
 from environment import environment
 
 from captum_llm_ext import TextSegmentInput
+from captum_llm_ext.scoring import Reuse, Scorer
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def reuse(model: torch.nn.Module) -> dict[str, float | None]:
+    """Per way of reuse the largest difference of values from a loop; None where it is not taken."""
+    tokens, target = test_reuse.make_rows()
+    truth = test_reuse.loop(model, tokens, target)
+    found: dict[str, float | None] = {}
+    for way in get_args(Reuse)[2:]:
+        scorer = Scorer(model, overhead=3, reuse=way)
+        error = float((scorer.values(tokens, target) - truth).abs().max())
+        taken = {"lend": scorer.lends, "pack": scorer.packs}
+        found[way] = error if taken.get(way, scorer.n_positions < scorer.n_row_positions) else None
+    return found
 
 
 def main() -> None:
@@ -38,8 +55,10 @@ def main() -> None:
         deleted = tests.largest_difference(
             model, tokenizer, words, None, method=ShapleyValueSampling, n_samples=2
         )
-        rows.append({"name": name, "replaced": replaced, "deleted": deleted})
-        print(f"{name:40} {replaced:.1e} {deleted:.1e}")
+        ways = reuse(model)
+        rows.append({"name": name, "replaced": replaced, "deleted": deleted, "reuse": ways})
+        told = (f"{way} {'–' if e is None else format(e, '.0e')}" for way, e in ways.items())
+        print(f"{name:40} {replaced:.1e} {deleted:.1e}  {', '.join(told)}", flush=True)
     report = {**environment(seed=0), "unit": "nats", "rows": rows}
     path = RESULTS / "exactness.json"
     path.parent.mkdir(exist_ok=True)

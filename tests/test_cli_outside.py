@@ -187,11 +187,14 @@ def test_the_doctor_tells_which_reuse_is_exact(tokenizer, model):
     lines = "\n".join(doctor._lines(probe.probe(model, tokenizer)))
     assert "exact  rows in padded batches: within" in lines
     assert "exact  beginnings reused: within" in lines
+    assert "exact  beginnings lent, not copied: within" in lines
+    assert "exact  rows packed in one sequence: within" in lines
     assert "exact  logits of the target's positions only" in lines
     assert "WRONG  captum's own default (use_cached_outputs=True): off by up to" in lines
     found = probe.probe(architectures.build("mamba"), tokenizer)
     lines = "\n".join(doctor._lines(found))
     assert "off    beginnings reused: MambaForCausalLM computes every row on its own" in lines
+    assert "off    rows packed in one sequence: not with this model" in lines
     assert found.to_dict()["shared_is_exact"] is None
 
 
@@ -202,4 +205,5 @@ def test_a_way_of_reuse_that_is_wrong_is_told_from_those_that_are_not(tokenizer,
     assert lines[1].startswith("exact  rows in padded batches")
     assert lines[2].startswith("WRONG  beginnings reused: within 0.5 nats")
     assert not replace(found, shared_error=float("nan")).is_right
+    assert not replace(found, shared_error=0.0, packed_error=0.5).is_right
     assert not replace(found, shared_error=0.0, whole_error=float("nan")).is_right

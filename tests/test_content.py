@@ -135,7 +135,7 @@ def test_one_weight_makes_another_model(model):
     found = model_identity(other)
     assert found["model"] == model_identity(model)["model"]
     assert found["weights"] != model_identity(model)["weights"]
-    assert model_identity(model.to(torch.bfloat16))["model"] != found["model"]
+    assert model_identity(other.to(torch.bfloat16))["model"] != found["model"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(tokenizer, tmp_path):

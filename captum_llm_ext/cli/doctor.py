@@ -120,7 +120,8 @@ def _about(name: str, model: Any, tokenizer: Any) -> dict[str, str]:
 
 
 def _lines(found: Probe) -> Iterator[str]:
-    errors = [error for error in (found.whole_error, found.shared_error) if error is not None]
+    ways = (found.whole_error, found.shared_error, found.lent_error, found.packed_error)
+    errors = [error for error in ways if error is not None]
     yield (
         f"{'right' if found.is_right else 'WRONG':<6} values: within "
         f"{max(errors, key=_nan_last):.1g} nats of a plain uncached forward on {found.n_rows} rows "
@@ -138,12 +139,20 @@ def _lines(found: Probe) -> Iterator[str]:
             f"{_verdict(found.shared_is_exact)} beginnings reused: within "
             f"{found.shared_error:.1g} nats, {found.shared:.0%} of the positions computed"
         )
+    yield _way("beginnings lent, not copied", found.lent_is_exact, found.lent_error)
+    yield _way("rows packed in one sequence", found.packed_is_exact, found.packed_error)
     exact = _verdict(found.is_right)  # both ways ask for no other logits
     yield {
         "positions": f"{exact} logits of the target's positions only",
         "count": f"{exact} logits of the last positions only, not of single ones",
     }.get(found.logits or "", "off    logits of single positions: all of them are computed")
     yield _captum_line(found)
+
+
+def _way(name: str, is_exact: bool | None, error: float | None) -> str:
+    if error is None:
+        return f"off    {name}: not with this model"
+    return f"{_verdict(is_exact)} {name}: within {error:.1g} nats"
 
 
 def _verdict(is_exact: bool | None) -> str:

@@ -39,6 +39,9 @@ class Probe:
             they are not.
         shared_error: As `whole_error`, with beginnings reused; None where they are not.
         why_not_shared: What scoring says about that, if anything.
+        lent_error: As `whole_error`, where rows attend to a beginning they have no copy of; None
+            where they do not.
+        packed_error: As `whole_error`, with rows packed in one sequence; None where they are not.
         logits: What the model is asked logits of: ``"positions"``, ``"count"`` or None (all).
         captum_error: Largest difference of an attribution between captum's default and captum
             without its cache; None if captum fails.
@@ -53,6 +56,8 @@ class Probe:
     shared: float | None
     shared_error: float | None
     why_not_shared: str | None
+    lent_error: float | None
+    packed_error: float | None
     logits: str | None
     captum_error: float | None
     captum_failed: str | None
@@ -60,7 +65,8 @@ class Probe:
     @property
     def is_right(self) -> bool:
         """Whether the package's values are those of plain forwards, up to rounding."""
-        return self.whole_is_exact and self.shared_is_exact is not False
+        others = (self.shared_is_exact, self.lent_is_exact, self.packed_is_exact)
+        return self.whole_is_exact and False not in others
 
     @property
     def whole_is_exact(self) -> bool:
@@ -70,7 +76,20 @@ class Probe:
     @property
     def shared_is_exact(self) -> bool | None:
         """The same where beginnings are reused; None where they are not."""
-        return None if self.shared_error is None else self.shared_error <= self.rounding
+        return self._is_exact(self.shared_error)
+
+    @property
+    def lent_is_exact(self) -> bool | None:
+        """The same where beginnings are lent; None where they are not."""
+        return self._is_exact(self.lent_error)
+
+    @property
+    def packed_is_exact(self) -> bool | None:
+        """The same where rows are packed; None where they are not."""
+        return self._is_exact(self.packed_error)
+
+    def _is_exact(self, error: float | None) -> bool | None:
+        return None if error is None else error <= self.rounding
 
     @property
     def captum_is_right(self) -> bool | None:
@@ -83,7 +102,8 @@ class Probe:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        names = ("is_right", "whole_is_exact", "shared_is_exact", "captum_is_right")
+        ways = ("whole_is_exact", "shared_is_exact", "lent_is_exact", "packed_is_exact")
+        names = ("is_right", *ways, "captum_is_right")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 
@@ -99,10 +119,17 @@ def probe(model: Any, tokenizer: Any) -> Probe:
     plain = Scorer(model, reuse="off")
     whole = plain.values(rows, wanted)
     # No overhead: whether sharing pays on rows this short is not the question.
-    sharing = Scorer(model, overhead=0)
+    sharing = Scorer(model, overhead=0, reuse="copy")
     with _warnings_of("captum_llm_ext.scoring") as said:
         shared = sharing.values(rows, wanted)
     expected = _plain_values(model, rows, wanted)
+    lent, packed = Scorer(model, overhead=0, reuse="lend"), Scorer(model, overhead=0, reuse="pack")
+    with _warnings_of("captum_llm_ext.scoring"):  # the same ones
+        by_loan, by_pack = (scorer.values(rows, wanted) for scorer in (lent, packed))
+
+    def error(values: Tensor) -> float:
+        return float((values - expected).abs().max())
+
     share = sharing.n_positions / sharing.n_row_positions
     captum_error, captum_failed = _captum_error(model, tokenizer, target)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -111,10 +138,12 @@ def probe(model: Any, tokenizer: Any) -> Probe:
         n_rows=sharing.n_evaluations,
         rounding=_ROUNDING.get(dtype, _ROUNDING[torch.float32]),
         batched=not _compat.couples_rows(model),
-        whole_error=float((whole - expected).abs().max()),
+        whole_error=error(whole),
         shared=share if share < 1 else None,
-        shared_error=float((shared - expected).abs().max()) if share < 1 else None,
+        shared_error=error(shared) if share < 1 else None,
         why_not_shared="; ".join(said) or None,
+        lent_error=error(by_loan) if lent.lends else None,
+        packed_error=error(by_pack) if packed.packs else None,
         logits=_compat.kept_logits(model),
         captum_error=captum_error,
         captum_failed=captum_failed,

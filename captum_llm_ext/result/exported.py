@@ -75,7 +75,8 @@ class ExportedResult(DrawnResult):
             return []
         evidence, levels = self._evidence(), (read["levels"], read["output_levels"])
         pieces = self.output_pieces or [Piece("", None)] * len(self.output_tokens)
-        return sums(evidence, self._features, len(self.input_tokens), pieces, *levels)
+        n_prompt = len(self.input_tokens)
+        return sums(evidence, self._features, n_prompt, pieces, *levels, self.full_attr_se)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the coalitions, as lists, numbers and text that JSON can hold."""

@@ -21,6 +21,7 @@ from captum_llm_ext.result.causes import (
 from captum_llm_ext.result.exported import ExportedResult
 from captum_llm_ext.result.files import BROKEN, broken, check_shapes, read, write
 from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
+from captum_llm_ext.result.sums import at_most
 from captum_llm_ext.result.table import table
 
 _TENSORS = (
@@ -189,7 +190,8 @@ class GenerationAttributionResult(ExportedResult):
         Returns:
             One attribution per column of `full_attr`. The standard errors take into account that
             the tokens share their coalitions; where the span's tokens stand in several generated
-            words, those of the words' parts are added up, which is an upper bound.
+            words, those of the words' parts are added up, which is an upper bound. None is larger
+            than the errors of the tokens together.
 
         Raises:
             ValueError: If the span is empty, or the values are probabilities, whose sum means
@@ -205,6 +207,7 @@ class GenerationAttributionResult(ExportedResult):
         evidence = self._evidence()
         errors = evidence.span_errors([range(rows.start, rows.stop)])
         errors = torch.cat([part[0] for part in self._split(errors)])
+        errors = at_most(errors, self.full_attr_se[rows].sum(0))
         return self._span(rows, self.full_attr[rows].sum(0), errors)
 
     def contextcite(

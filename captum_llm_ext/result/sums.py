@@ -27,6 +27,7 @@ def sums(
     output_pieces: Sequence[Piece],
     levels: Sequence[Mapping[str, Any]],
     output_levels: Sequence[Mapping[str, Any]],
+    token_errors: Tensor,
 ) -> list[dict[str, Any]]:
     """Standard errors of sums.
 
@@ -36,6 +37,7 @@ def sums(
         n_prompt: Columns of the prompt, which come first.
         output_pieces: The target tokens.
         levels, output_levels: As `reading` gives them.
+        token_errors: Standard errors per target token and column of the result.
 
     Returns:
         Per side (``"prompt"`` or ``"answer"``) and level (None: the finest) an object with
@@ -49,7 +51,8 @@ def sums(
     told: list[dict[str, Any]] = []
     if spans:
         wide = _wide(evidence.span_errors([range(*span) for span in spans]), len(columns))
-        found = wide[:, list(columns)]
+        each = torch.stack([token_errors[a:b].sum(0) for a, b in spans])
+        found = at_most(wide[:, list(columns)], each)
         told.append(_entry("prompt", None, spans, found[:, :n_prompt]))
         if len(columns) > n_prompt:
             told.append(_entry("answer", None, spans, found[:, n_prompt:]))
@@ -74,6 +77,11 @@ def sums(
         if errors is not None:
             told.append(_entry(side, name, every, _wide(errors, n_parts)))
     return told
+
+
+def at_most(errors: Tensor, summed: Tensor) -> Tensor:
+    """Errors of sums, which are never larger than those of the terms together; NaN stays."""
+    return errors.where(errors.isnan() | ~(summed < errors), summed.to(errors.dtype))
 
 
 def _spans(
