@@ -63,7 +63,8 @@ def corpus_index(report: dict[str, Any]) -> str:
 
 
 def throughput(report: dict[str, Any]) -> str:
-    beside = report["threads_1"]["beside_captum"]["result"]
+    others = report["threads_1"]
+    beside = others["beside_captum"]["result"]
     ratios = beside["ratios"]
     sizes = beside["sizes"]
     return (
@@ -73,7 +74,10 @@ def throughput(report: dict[str, Any]) -> str:
         f"perturbation, {ratios['captum, token by token (extrapolated)']:.0f} times as fast as its "
         "token-by-token path; with earlier output as causes "
         f"{ratios['prompt and output: captum on the growing prompt (extrapolated)']:.0f} times as "
-        "fast as captum on a growing prompt."
+        "fast as captum on a growing prompt. On smaller models "
+        f"{others['beside_inseq']['result']['ratio']:.0f} times as fast as inseq's occlusion with "
+        f"earlier output, {others['beside_shap']['result']['ratio']:.0f} times as fast as shap's "
+        "PartitionExplainer on as many evaluations."
     )
 
 
