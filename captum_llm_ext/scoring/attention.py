@@ -7,11 +7,11 @@ copy. `merged` is for rows side by side that share one beginning, `packed` for r
 handled; whatever else a model asks for is refused.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ def merged(model: nn.Module) -> Generator[None]:
     Raises:
         NotImplementedError: If the model's attention is none that is known, or is compiled.
     """
-    with _compat.attention_of(model, _NAME, _attend, _mask, _KNOWN):
+    attend = partial(_attend, _attend_lent)
+    with _compat.attention_of(model, _NAME, attend, _mask, _KNOWN):
         yield
 
 
@@ -64,7 +65,22 @@ def _mask(
     return _compat.boolean_mask(1, q_length, kv_length, q_offset, kv_offset, **arguments)
 
 
+class _Scores(NamedTuple):
+    """How queries and keys are scored.
+
+    Attributes:
+        scale: What products are multiplied by.
+        softcap: Bound of the scores, if any.
+        sink: A score of its own per head that no value belongs to.
+    """
+
+    scale: float
+    softcap: float | None
+    sink: Tensor | None
+
+
 def _attend(
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, _Scores], Tensor],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -82,22 +98,33 @@ def _attend(
     Raises:
         NotImplementedError: If something is asked for that is not known here.
     """
-    scale = _scale(module, query, scaling, dropout, is_causal, others)
-    if attention_mask is None or attention_mask.dtype != torch.bool:
+    unknown = [name for name, given in others.items() if given is not None]
+    unknown = [name for name in unknown if name not in _HARMLESS]
+    if unknown or dropout or is_causal is False or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(f"attention with {unknown or 'dropout, or that sees ahead'}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    found = attention(query, key, value, attention_mask, _Scores(scale, softcap, s_aux))
+    return found.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _attend_lent(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: _Scores
+) -> Tensor:
+    if mask is None or mask.dtype != torch.bool:
         raise NotImplementedError("attention without a mask of what is seen")
-    if attention_mask.shape[:2] != (1, 1):
+    if mask.shape[:2] != (1, 1):
         raise NotImplementedError("a mask for each row or head")
     shared = lent_to(key)
     n_shared = 0 if shared is None else shared.keys.shape[-2]
-    if attention_mask.shape[-1] != n_shared + key.shape[-2]:
+    if mask.shape[-1] != n_shared + key.shape[-2]:
         # Whatever was done to the keys on their way here, those that were lent are lost.
         raise NotImplementedError("keys that do not come as the state gives them")
-    seen_of_shared, seen_of_own = _sides(attention_mask, n_shared)
-    parts = [_part(query, key, value, seen_of_own, scale, softcap)]
+    seen_of_shared, seen_of_own = _sides(mask, n_shared)
+    parts = [_part(query, key, value, seen_of_own, scores)]
     if shared is not None:
         shared.was_used = True
-        parts.append(_part(query, shared.keys, shared.values, seen_of_shared, scale, softcap))
-    return _merged(parts, s_aux).to(query.dtype).transpose(1, 2).contiguous(), None
+        parts.append(_part(query, shared.keys, shared.values, seen_of_shared, scores))
+    return _merged(parts, scores.sink)
 
 
 @dataclass
@@ -174,74 +201,46 @@ def packed(model: nn.Module, segments: Sequence[Segment], n_read: int) -> Genera
         NotImplementedError: If the model's attention is none that is known, or is compiled.
     """
     packing = Packing(segments, n_read)
-    attend = partial(_attend_packed, packing)
+    attend = partial(_attend, partial(_attend_packed, packing))
     with _compat.attention_of(model, _PACKED, attend, packing.mask, _KNOWN):
         yield packing
 
 
 def _attend_packed(
     packing: Packing,
-    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """An attention function of transformers; ``(1, heads, length, size)`` each."""
-    scale = _scale(module, query, scaling, dropout, is_causal, others)
-    if attention_mask is None or attention_mask.shape != (1, 1, 1, 1):
+    mask: Tensor | None,
+    scores: _Scores,
+) -> Tensor:
+    if mask is None or mask.shape != (1, 1, 1, 1):
         raise NotImplementedError("attention without a mask of what is seen")
     n_kept = key.shape[2] - query.shape[2]
     if n_kept < 0 or query.shape[2] != packing.segments[-1].stop or len(query) != 1:
         raise NotImplementedError("keys that do not come as the state gives them")
     packing.n_attended += 1
-    kind = int(attention_mask)
-    found = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    kind = int(mask)
+    # In the order in which it is wanted, for it not to be copied.
+    found = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
     for segment in packing.segments:
         of_path, of_own = packing.sides(kind, segment, n_kept)
         here = slice(segment.start, segment.stop)
         own = slice(n_kept + segment.start, n_kept + segment.stop)
-        q = query[:, :, here]
-        parts = [_part(q, key[:, :, own], value[:, :, own], of_own, scale, softcap)]
+        parts = [_part(query[:, :, here], key[:, :, own], value[:, :, own], of_own, scores)]
         path = [(n_kept + start, n_kept + stop) for start, stop in segment.path]
         path = [(0, n_kept), *path] if n_kept else path
         if path:
             keys, values = _along(key, path), _along(value, path)
-            parts.append(_part(q, keys, values, of_path, scale, softcap))
-        found[:, here] = _merged(parts, s_aux).transpose(1, 2)
-    return found, None
+            parts.append(_part(query[:, :, here], keys, values, of_path, scores))
+        found[:, :, here] = _merged(parts, scores.sink)
+    return found
 
 
 def _along(x: Tensor, path: Sequence[tuple[int, int]]) -> Tensor:
     """What stands at places of a sequence, ``(1, heads, n, size)``."""
     pieces = [x[:, :, start:stop] for start, stop in path]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
-
-
-def _scale(
-    module: nn.Module,
-    query: Tensor,
-    scaling: float | None,
-    dropout: float,
-    is_causal: bool | None,
-    others: dict[str, Any],
-) -> float:
-    """What scores are multiplied by.
-
-    Raises:
-        NotImplementedError: If something is asked for that is not known here.
-    """
-    unknown = [name for name, given in others.items() if given is not None]
-    unknown = [name for name in unknown if name not in _HARMLESS]
-    if unknown or dropout or is_causal is False or getattr(module, "is_causal", True) is False:
-        raise NotImplementedError(f"attention with {unknown or 'dropout, or that sees ahead'}")
-    return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
 
 
 def _merged(parts: Sequence[tuple[Tensor, Tensor]], sink: Tensor | None) -> Tensor:
@@ -262,12 +261,7 @@ def _merged(parts: Sequence[tuple[Tensor, Tensor]], sink: Tensor | None) -> Tens
 
 
 def _part(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seen: _Seen,
-    scale: float,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, seen: _Seen, scores: _Scores
 ) -> tuple[Tensor, Tensor]:
     """Attention to some of the keys, and the log-sum-exp ``(batch, heads, length)`` of the scores.
 
@@ -276,12 +270,12 @@ def _part(
         key, value: ``(batch or 1, groups, n, …)``.
         seen: bool, ``(1, 1, length, n)``; None: all of it; "before": as many keys as queries, and
             of these each sees those before it and its own.
-        scale: What scores are multiplied by.
-        softcap: Bound of the scores, if any.
+        scores: How they are made; the sink is no part of them.
 
     Returns:
         Both in float32 at least; 0 and minus infinity where nothing is seen.
     """
+    scale, softcap = scores.scale, scores.softcap
     batch, heads, length, size = query.shape
     groups = key.shape[1]
     per_group = heads // groups
