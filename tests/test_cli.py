@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import architectures
 import pytest
@@ -521,11 +522,22 @@ def test_without_a_command_there_is_help(capsys):
     assert capsys.readouterr().out == f"captum-llm-ext {captum_llm_ext.__version__}\n"
 
 
+@contextmanager
+def _interruptible():
+    """Processes begun within hear Ctrl-C, also where this one does not: in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_ends_a_run_cleanly():
     command = [sys.executable, "-m", "captum_llm_ext", *ATTRIBUTE, "--method", "sampling"]
-    process = subprocess.Popen(
-        [*command, "--n-samples", "5000"], stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    with _interruptible():
+        process = subprocess.Popen(
+            [*command, "--n-samples", "5000"], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
     try:
         told = b""
         while b"note:" not in told:  # it is about to ask the model
@@ -546,7 +558,8 @@ def test_ctrl_c_ends_a_run_cleanly():
 
 def test_ctrl_c_while_torch_is_imported_is_one_line_too():
     command = [sys.executable, "-X", "importtime", "-m", "captum_llm_ext", *ATTRIBUTE]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    with _interruptible():
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         told = b""
         while b"torch" not in told:  # told of each import as it ends

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import shutil
 
 import architectures
 import pytest
@@ -354,6 +355,18 @@ def test_attention_implementations(attention):
     for reuse in ("off", "copy", "lend"):
         scorer = Scorer(model, overhead=3, reuse=reuse)
         assert difference(scorer.values(rows, target), truth) < tolerance
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="flex attention is compiled, by g++")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's and transformers' own
+def test_flex_attention():
+    model = tiny.llama(attn_implementation="flex_attention", hidden_size=64)  # heads of 16 at least
+    rows, target = make_rows()
+    truth = loop(tiny.llama(hidden_size=64), rows, target)
+    scorer = Scorer(model, overhead=3, reuse="pack")  # every other shape is compiled anew
+    assert difference(scorer.values(rows, target), truth) < 1e-4
+    assert scorer.packs
+    assert model.config._attn_implementation == "flex_attention"
 
 
 def test_compiled_models():
