@@ -24,6 +24,7 @@ from captum.attr import (
 from captum_llm_ext import (
     FeatureInclusion,
     GenerationAttribution,
+    HierarchicalAblation,
     PartitionShap,
     TextSegmentInput,
     _compat,
@@ -46,6 +47,7 @@ CASES = {
         ("sentence", "word"),
         {"n_samples": 40, "output_unit": None},
     ),
+    "HierarchicalAblation": (HierarchicalAblation, ("sentence", "word"), {}),
     "rounds": (KernelShap, "word", {"n_samples": 60, "tol": 0.02, "max_evaluations": 200}),
     "of captum": (FeaturePermutation, "word", {"output_unit": None}),
 }

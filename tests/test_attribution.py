@@ -18,7 +18,7 @@ from captum.attr import (
 from captum.attr._utils.attribution import PerturbationAttribution
 from reference import loop_log_probs, shapley_values, tokens_read
 
-from captum_llm_ext import GenerationAttribution, TextSegmentInput
+from captum_llm_ext import GenerationAttribution, PartitionShap, TextSegmentInput
 
 PROMPT = "Dave lives in Austin"
 TARGET = " golf and chess"
@@ -168,6 +168,18 @@ def test_logits_are_the_models_own(model, tokenizer):
     start = len(tokenizer.encode(PROMPT)) - 1
     truth = logits[start : start + len(result.target)].gather(1, result.target[:, None])[:, 0]
     torch.testing.assert_close(result.full_values, truth, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*(too few|less than an order)")
+@pytest.mark.parametrize("prompt", ["Dave", "Dave lives", PROMPT])
+@pytest.mark.parametrize("method", [KernelShap, ShapleyValueSampling, PartitionShap, Lime])
+def test_a_budget_of_one_is_an_answer_without_errors(model, tokenizer, method, prompt):
+    inp = TextSegmentInput(prompt, tokenizer)
+    result = _attribute(model, tokenizer, method, inp=inp, n_samples=1)
+    assert result.full_attr.isfinite().all()
+    assert result.full_attr_se.isnan().any()  # one draw tells nothing of the next
+    if method is not Lime:
+        assert result.efficiency_gap.abs().max() < 1e-5
 
 
 # --- one pass, ids in and out ---------------------------------------------------------------------

@@ -522,6 +522,13 @@ def test_without_a_command_there_is_help(capsys):
     assert capsys.readouterr().out == f"captum-llm-ext {captum_llm_ext.__version__}\n"
 
 
+def test_what_cannot_be_a_checkpoint_is_refused_before_the_model_is_loaded(capsys, tmp_path):
+    assert main([*ATTRIBUTE, "--checkpoint", str(tmp_path / "run.st")]) == 1
+    said = capsys.readouterr().err
+    assert "give a file that ends in .safetensors, or a folder" in said
+    assert "loading" not in said
+
+
 @contextmanager
 def _interruptible():
     """Processes begun within hear Ctrl-C, also where this one does not: in the background."""

@@ -9,6 +9,7 @@ from captum_llm_ext.cli.many import add_many, check_many, run_many
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.together import accelerator, check_readable, is_main
 from captum_llm_ext.result.terminal import paint, width
+from captum_llm_ext.scoring.journal import check_place
 
 EXAMPLES = (
     'attribute --model demo --prompt "Dave lives in Palm Coast, FL and is a lawyer. His personal '
@@ -60,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         return run_many(arguments)
     check_outputs(arguments)
     check_readable(arguments)
+    if arguments.checkpoint is not None:
+        check_place(arguments.checkpoint)
     job = Job(arguments)
     given = arguments.baselines or ["delete"]
     if len(given) > 1:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from captum_llm_ext import _compat
+from captum_llm_ext.cli import together
 from captum_llm_ext.cli.command import UsageError, say
 from captum_llm_ext.demo import folder
 
@@ -100,7 +101,8 @@ def load_model(name: str, arguments: argparse.Namespace) -> Any:
     if device_map is None and torch.cuda.is_available() and name != DEMO:
         # The tiny model is faster without. torchrun numbers the processes of a machine.
         device_map = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    say(f"loading {name} …")
+    if together.is_main():
+        say(f"loading {name} …")
     load = AutoModelForCausalLM.from_pretrained
     revision = arguments.revision or _MAIN
     model = _loaded(

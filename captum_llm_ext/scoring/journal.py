@@ -143,17 +143,30 @@ class Journal:
                 self._known.update(zip(keys, values, strict=True))
 
 
-def _file(path: Path, about: Mapping[str, Any]) -> Path:
-    if path.suffix == _ENDING and not path.is_dir():
-        if not path.parent.is_dir():
-            raise ValueError(
-                f"`checkpoint` lies in {str(path.parent)!r}, and there is no such folder."
-            )
-        return path
-    if path.is_file() or (path.suffix and not path.is_dir()):
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Refuses a place that no checkpoint can be in.
+
+    Args:
+        path: As of `Journal`.
+
+    Raises:
+        ValueError: If it is no folder, and no file that ends in ``.safetensors`` in a folder.
+    """
+    path = Path(path)
+    if path.is_dir() or not (path.suffix or path.exists()):  # a folder, or one that is to be made
+        return
+    if path.suffix != _ENDING:
         raise ValueError(
             f"`checkpoint` is {str(path)!r}: give a file that ends in {_ENDING}, or a folder."
         )
+    if not path.parent.is_dir():
+        raise ValueError(f"`checkpoint` lies in {str(path.parent)!r}, and there is no such folder.")
+
+
+def _file(path: Path, about: Mapping[str, Any]) -> Path:
+    check_place(path)
+    if path.suffix == _ENDING and not path.is_dir():
+        return path
     path.mkdir(parents=True, exist_ok=True)
     content = json.dumps(about, sort_keys=True).encode()
     return path / f"{blake2b(content, digest_size=8).hexdigest()}{_ENDING}"

@@ -28,10 +28,8 @@ Reuse = Literal["auto", "off", "copy", "lend", "pack"]
 _logger = logging.getLogger(__name__)
 # A few ids tell whether a model sees ahead, and fit into any number of positions.
 _PROBE = 8
-# Two rows read twice: once each on their own, once from what they share.
+# Rows read twice: once on their own, once from what they share or in a pack. So many at most.
 _COMPARISON = 4
-# One row alone, and in a pack after another one.
-_PACKED_COMPARISON = 3
 # Where processes share the work there are so many batches, as long as what each pass costs beside
 # its positions stays below one in so many of them.
 _BATCHES = 32
@@ -85,7 +83,7 @@ class Scorer:
         self._max_rows = 1 if _compat.couples_rows(model) else max_rows or sys.maxsize
         self._overhead = memory.overhead(model, self.device) if overhead is None else overhead
         self._row_overhead = memory.start(model, self.device) if overhead is None else overhead
-        self._reuse_is_given = reuse == "pack"
+        self._always_packs = reuse == "pack"
         self._reuse = reuse != "off" and _compat.state_argument(model) is not None
         self._compared = 0  # length up to which reading on has been seen to be right
         self._packed = 0  # and up to which packs have
@@ -403,21 +401,19 @@ class Scorer:
             head=head,
             most_head=first,
         )
-        cost, *others = (
-            one.positions(lengths) + one.n_passes() * self._overhead
-            for one in (root, apart, together)
-        )
-        cost += len(rows) * self._row_overhead
-        if self._reuse_is_given and root.positions(lengths) >= apart.positions(lengths):
+
+        def cost(one: Branch, compared: float = float("inf")) -> int:
+            comparison = _COMPARISON * longest if longest > compared else 0
+            return one.positions(lengths) + one.n_passes() * self._overhead + comparison
+
+        if self._always_packs:
+            pays = root.positions(lengths) < apart.positions(lengths)
+        else:
+            here = cost(root, self._packed) + len(rows) * self._row_overhead
+            pays = here < min(cost(apart), cost(together, self._compared))
+        if not pays or (longest > self._packed and not self._compare_packed(rows, root)):
             return None
-        if not self._reuse_is_given and cost >= min(others):
-            return None
-        if longest > self._packed:
-            if others[0] - cost <= _PACKED_COMPARISON * longest and not self._reuse_is_given:
-                return None
-            if not self._compare_packed(rows, root):
-                return None
-            self._packed = longest
+        self._packed = max(longest, self._packed)
         return root
 
     def _cut(self, rows: Sequence[TokenRow], target: Tensor, *, shares: bool) -> Branch:

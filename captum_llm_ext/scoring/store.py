@@ -50,7 +50,7 @@ class Store:
         self.rank = rank
         self._partners = [other for other in replica if other != rank]
         self.has_parted = False
-        self._ranks, self._rank, self._what = ranks, rank, what
+        self._ranks, self._what = ranks, what
         self._keys: dict[str, None] = {}  # to be taken away at the end, in order
         self._heard: dict[int, tuple[Any, float]] = {}
         self._began = time.monotonic()
@@ -88,11 +88,14 @@ class Store:
 
     def wait_for(self, key: str, rank: int) -> Any:
         """A value that a process sets."""
+        self._wait(key, rank)
+        return self.get(key)
+
+    def _wait(self, key: str, rank: int) -> None:
         nap = Nap()
         while not self.has(key):
             self.watch(rank)
             nap.take()
-        return self.get(key)
 
     def watch(self, rank: int) -> None:
         """Raises if a process has failed, or the one that is waited for is gone."""
@@ -116,7 +119,7 @@ class Store:
         if beat is None and now - since > self._join_within:
             raise RuntimeError(
                 f"rank {rank} has not begun {self._what} within {self._join_within:.0f} seconds, "
-                f"which rank {self._rank} waits at: every process has to call it, in the same "
+                f"which rank {self.rank} waits at: every process has to call it, in the same "
                 "order."
             )
 
@@ -125,7 +128,7 @@ class Store:
         if not self.has("error"):
             return
         rank, error, trace = cast(tuple[int, BaseException, str], self.get("error"))
-        if rank == self._rank:
+        if rank == self.rank:
             return
         error.add_note(f"Raised on rank {rank} of {len(self._ranks)}, where it was:\n{trace}")
         self._raised = error
@@ -148,13 +151,13 @@ class Store:
                 self._store.add("knows error", 1)
                 return error
             error.add_note(
-                f"Raised on rank {self._rank} of {len(self._ranks)} ({socket.gethostname()})."
+                f"Raised on rank {self.rank} of {len(self._ranks)} ({socket.gethostname()})."
             )
             if self.count("errors") > 1:
                 self._store.add("knows error", 1)
                 return error
             trace = "".join(traceback.format_exception(error))
-            self.set("error", (self._rank, _as_sent(error), trace))
+            self.set("error", (self.rank, _as_sent(error), trace))
             until, nap = time.monotonic() + _FAREWELL, Nap()
             while time.monotonic() < until:
                 if self._store.add("knows error", 0) >= len(self._ranks) - 1 - self._n_gone:
@@ -163,7 +166,7 @@ class Store:
             if self._partners:
                 self.has_parted = True
                 error.add_note(
-                    f"Rank {self._rank} holds the model together with {self._partners}, some of "
+                    f"Rank {self.rank} holds the model together with {self._partners}, some of "
                     "which are still in a pass: end this process, they end with it."
                 )
         return error
@@ -171,17 +174,17 @@ class Store:
     def leave(self) -> None:
         """Waits for all to have come to the end."""
         with self._reached():
-            self._store.set(f"left/{self._rank}", b"")
+            self._store.set(f"left/{self.rank}", b"")
         for rank in self._ranks:
-            self.wait_for_key(f"left/{rank}", rank)
+            self._wait(f"left/{rank}", rank)
 
     def clear(self) -> None:
         """Takes away what was left in the store, after `leave`."""
         with suppress(RuntimeError):  # it is done: nothing that goes wrong now matters
-            for key in (*self._keys, f"beat/{self._rank}"):
+            for key in (*self._keys, f"beat/{self.rank}"):
                 self._store.delete_key(key)
             self._store.add("gone", 1)
-            if self._rank != self._ranks[0]:
+            if self.rank != self._ranks[0]:
                 return
             # The process that holds the store must not end it while another one still asks.
             until, nap = time.monotonic() + _FAREWELL, Nap()
@@ -192,19 +195,12 @@ class Store:
                     return
                 nap.take()
 
-    def wait_for_key(self, key: str, rank: int) -> None:
-        """Until a process has set a key."""
-        nap = Nap()
-        while not self.has(key):
-            self.watch(rank)
-            nap.take()
-
     @contextmanager
     def beating(self) -> Generator[None]:
         """Has a thread tell that this process lives."""
         stop = threading.Event()
         since: dict[Any, Any] = {}
-        key = f"beat/{self._rank}"
+        key = f"beat/{self.rank}"
 
         def beat() -> None:
             n = 0
@@ -234,7 +230,7 @@ class Store:
         now = time.monotonic()
         if self.has("error"):
             rank, error, trace = cast(tuple[int, BaseException, str], self.get("error"))
-            if rank == self._rank or now - since.setdefault("error", now) < _STUCK:
+            if rank == self.rank or now - since.setdefault("error", now) < _STUCK:
                 return
             reason = f"rank {rank} failed ({type(error).__name__}: {error})\n{trace}"
         else:
@@ -249,7 +245,7 @@ class Store:
                 return
             reason = f"rank {gone} has not been heard of for {_SILENCE:.0f} seconds"
         print(
-            f"captum-llm-ext: rank {self._rank} ends itself during {self._what}: it is in a pass "
+            f"captum-llm-ext: rank {self.rank} ends itself during {self._what}: it is in a pass "
             f"that it shares with rank {self._partners}, and {reason}",
             file=sys.stderr,
             flush=True,
@@ -262,7 +258,7 @@ class Store:
             yield
         except RuntimeError as error:  # torch.distributed's own are all RuntimeErrors
             raise RuntimeError(
-                f"the store of the process group cannot be reached from rank {self._rank} during "
+                f"the store of the process group cannot be reached from rank {self.rank} during "
                 f"{self._what} ({str(error).splitlines()[0]}): the process that held it has ended, "
                 "most likely because it failed."
             ) from error
