@@ -46,6 +46,24 @@ def _inner(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has been at the model, or at a part of it."""
+    if _inner(model) is not model:
+        return True
+    modules = model.modules()
+    return any(hasattr(m, "_orig_mod") or vars(m).get("_compiled_call_impl") for m in modules)
+
+
+def output_layer(model: nn.Module) -> nn.Linear | None:
+    """The layer that makes logits, where it is a plain linear one that lies on a CPU."""
+    find = getattr(model, "get_output_embeddings", None)
+    layer = find() if callable(find) and not is_compiled(model) else None
+    if type(layer) is not nn.Linear:
+        return None
+    plain = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in layer.parameters())
+    return layer if plain else None
+
+
 def state_argument(model: nn.Module) -> str | None:
     """Under what name the model takes and returns its state (its cache), or None if it has none."""
     if not is_transformers(model):
@@ -138,7 +156,7 @@ def attention_of(
     configs = {id(module.config): module.config for module in modules}
     before = [(config, getattr(config, field, None)) for config in configs.values()]
     used = {str(implementation) for _, implementation in before if implementation is not None}
-    if not used or not used <= set(instead_of) or _inner(model) is not model:
+    if not used or not used <= set(instead_of) or is_compiled(model):
         how = ", ".join(sorted(used)) or "nothing that its configuration tells"
         raise NotImplementedError(f"attention of {type(model).__name__} by {how}")
     registries: list[dict[str, Any]] = [

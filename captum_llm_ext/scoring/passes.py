@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import attention
+from captum_llm_ext.scoring.head import Head
 from captum_llm_ext.scoring.logits import AttrTarget, called_values, wanted_values
 from captum_llm_ext.scoring.memory import is_out_of_memory
 from captum_llm_ext.scoring.packing import Pack, pack
@@ -78,6 +79,7 @@ class Passes:
         self.lends: bool | None = None
         self.model, self.attr_target, self.device = model, attr_target, device
         self.kept = _compat.kept_logits(model)
+        self._head = Head(model)
         self.n_positions = self.n_rows = 0
         self.state_bytes: int | None = None
         self._arguments = _compat.forward_arguments(model)
@@ -251,7 +253,10 @@ class Passes:
         extras: Mapping[str, Any] | None = None,
         n_rows: int | None = None,
     ) -> tuple[Tensor, Any]:
-        """Logits at places ``at (batch, n)`` of ``ids (batch, length)``, and the state after."""
+        """Logits at places ``at (batch, n)`` of ``ids (batch, length)``, and the state after.
+
+        They are good until the next pass.
+        """
         self._check_ids(ids)
         self.n_rows = n_rows or len(ids)
         arguments = dict(extras or {})
@@ -263,7 +268,9 @@ class Passes:
             arguments["logits_to_keep"] = at.to(self.device)
         elif self.kept == "count":
             arguments["logits_to_keep"] = ids.shape[1] - int(at.min())
-        output = self.model(input_ids=ids.to(self.device), **arguments)
+        # A callable of the user's may keep what it is given.
+        with self._head.in_place() if isinstance(self.attr_target, str) else nullcontext():
+            output = self.model(input_ids=ids.to(self.device), **arguments)
         self.n_positions += ids.numel()
         logits = _compat.sequence_logits(output)
         if self.kept != "positions":
@@ -313,7 +320,7 @@ class Passes:
             ids = torch.tensor([row[:start]])
             _, state = self._logits(ids, torch.tensor([[start - 1]]), keeps_state=True)
         packed = pack([other[start:], row[start:]])
-        found = self._pack_logits(packed, packed.places[1][-1:], start, 2, state)
+        found = self._pack_logits(packed, packed.places[1][-1:], start, 2, state).clone()
         alone, _ = self._logits(torch.tensor([row]), last)
         return _error(found, alone[0])
 
@@ -346,7 +353,7 @@ class Passes:
         ends = [row[shared:], other[shared:]]
         at = torch.tensor([[len(end) - 1] for end in ends])
         alone = [
-            self._logits(torch.tensor([ids]), torch.tensor([[len(ids) - 1]]))[0]
+            self._logits(torch.tensor([ids]), torch.tensor([[len(ids) - 1]]))[0].clone()
             for ids in (row, other)
         ]
 
