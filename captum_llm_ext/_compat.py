@@ -127,6 +127,12 @@ def growing_layers() -> tuple[type[Any], ...]:
     return tuple(kind for kind in kinds if kind is not None)
 
 
+def keeps_every_id(state: Any) -> bool:
+    """Whether a state is of keys and values alone, with those of every id that was read."""
+    plain = growing_layers()[:1]
+    return is_list_of_layers(state) and all(type(layer) in plain for layer in state.layers)
+
+
 @contextmanager
 def attention_of(
     model: nn.Module,
@@ -311,6 +317,16 @@ def summed_over_shards(parameter: Tensor, total: Callable[[Tensor], Tensor]) -> 
 def number_of_layers(model: nn.Module) -> int | None:
     """Number of layers that the model's configuration tells."""
     return getattr(text_config(model), "num_hidden_layers", None)
+
+
+def last_layer(model: nn.Module) -> nn.Module | None:
+    """The last of the layers that the configuration counts, where the model can be looked into."""
+    if is_compiled(model) or model_ranks(model):
+        return None
+    n = number_of_layers(model)
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
+    # Modules come before their parts: layers before the experts of one.
+    return next((layers[-1] for layers in lists), None)
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
