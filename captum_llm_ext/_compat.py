@@ -319,14 +319,14 @@ def number_of_layers(model: nn.Module) -> int | None:
     return getattr(text_config(model), "num_hidden_layers", None)
 
 
-def last_layer(model: nn.Module) -> nn.Module | None:
-    """The last of the layers that the configuration counts, where the model can be looked into."""
+def outer_layers(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The first and the last layer, where the model can be looked into."""
     if is_compiled(model) or model_ranks(model):
         return None
     n = number_of_layers(model)
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
     # Modules come before their parts: layers before the experts of one.
-    return next((layers[-1] for layers in lists), None)
+    return next(((layers[0], layers[-1]) for layers in lists), None)
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

@@ -51,16 +51,31 @@ def test_a_pack_holds_every_row_and_no_beginning_twice(rows):
     st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=9), min_size=1, max_size=24),
     st.integers(1, 30),
     st.integers(1, 5),
+    st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
-def test_packs_keep_to_their_limits_and_are_counted(rows, most_ids, most_rows):
-    root = plan_packed(rows, overhead=1, most_ids=most_ids, most_rows=most_rows, most_head=2)
+def test_packs_keep_to_their_limits_and_are_counted(rows, most_ids, most_rows, chained):
+    root = plan_packed(
+        rows,
+        overhead=1,
+        most_ids=most_ids,
+        most_rows=most_rows,
+        most_head=2,
+        chained=chained,
+    )
     lengths = [len(row) for row in rows]
     assert sorted(i for batch in root.batches for i in batch) == list(range(len(rows)))
     positions = root.stop
+    last = None
     for batch in root.batches:
         assert all(rows[i][: root.stop] == rows[batch[0]][: root.stop] for i in batch)
-        n_ids = len(pack([rows[i] for i in batch], root.stop).ids)
+        n_read = root.read_before(batch, lengths)
+        if n_read != root.stop:  # what the row before has read
+            assert chained
+            assert root.stop < n_read <= 2
+            assert rows[last][:n_read] == rows[batch[0]][:n_read]
+        last = batch[-1]
+        n_ids = len(pack([rows[i] for i in batch], n_read).ids)
         assert n_ids == root.positions_of(batch, lengths)
         assert len(batch) <= most_rows
         assert n_ids <= most_ids or len(batch) == 1
@@ -119,6 +134,70 @@ def test_no_position_is_computed_twice_but_in_the_comparison():
     assert n_reused(scorer) > 0
     longest = max(len(row.ids) for row in rows)
     assert scorer.n_positions <= distinct_positions([row.ids for row in rows]) + 3 * longest
+
+
+@pytest.mark.parametrize("max_rows", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_packs_go_on_from_one_another(name, max_rows):
+    model = architectures.build(name).double()
+    rows, target = make_rows()
+    scorer = Scorer(model, overhead=0, reuse="pack", max_rows=max_rows)
+    assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
+    # None of them reads again what the last one has read before the target.
+    longest = max(len(row.ids) for row in rows)
+    n_packs = -(-scorer.n_evaluations // max_rows)
+    least = distinct_positions([row.ids for row in rows])
+    assert scorer.n_positions <= least + 3 * longest + n_packs * len(target)
+
+
+def test_rows_part_within_what_was_read_before():
+    model = tiny.llama().double()
+    ids, target = tuple(range(10, 22)), torch.tensor([5, 6])
+    rows = [TokenRow((*ids[:n], 7, *ids[n + 1 :]), [10, 11]) for n in (9, 8, 6, 3, 1)]
+    scorer = Scorer(model, overhead=0, reuse="pack", max_rows=2)
+    assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
+    assert scorer.packs
+
+
+def sizes_seen(module, monkeypatch):
+    """How many tokens a module is given, pass by pass, from now on."""
+    sizes, forward = [], module.forward
+
+    def counting(x):
+        sizes.append(x.shape[1])
+        return forward(x)
+
+    monkeypatch.setattr(module, "forward", counting)
+    return sizes
+
+
+def test_weights_at_the_ends_of_the_model_see_few_tokens(monkeypatch):
+    """Of those alike before the first attention one; after the last one, those asked about."""
+    model = tiny.llama().double()
+    rows, target = make_rows(n_prompt=60)
+    layers = model.model.layers
+    modules = (layers[0].self_attn.q_proj, layers[0].mlp, layers[-1].mlp)
+    first, middle, last = (sizes_seen(module, monkeypatch) for module in modules)
+    scorer = Scorer(model, overhead=0, reuse="pack")
+    values = scorer.values(rows, target)
+    assert sum(last) < 0.4 * sum(middle)
+    assert sum(first) < 0.5 * sum(middle)
+    assert difference(values, loop(model, rows, target)) < 1e-11
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_that_want_all_tokens_are_given_all(layer, monkeypatch):
+    model = tiny.llama().double()
+    rows, target = make_rows(n_prompt=60)
+    lengths = sizes_seen(model.model.embed_tokens, monkeypatch)
+    chosen = model.model.layers[1].mlp if layer else model.model.layers[0].self_attn.q_proj
+    forward = chosen.forward
+    monkeypatch.setattr(chosen, "forward", lambda x: forward(x).view(len(x), lengths[-1], -1))
+    scorer = Scorer(model, overhead=0, reuse="pack")
+    assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
+    assert scorer.packs
+    assert scorer._passes._ends_of_model is None
 
 
 def test_values_that_rows_do_not_have_stay_missing():

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from reference import loop_log_probs
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import Scorer, TokenRow, logits, memory
@@ -124,3 +125,63 @@ def test_rows_of_models_that_couple_them_run_alone(monkeypatch):
     rows = [TokenRow((1, 5, 6 + i), (1, 2)) for i in range(4)]
     scorer.values(rows, torch.tensor([6, 7]))
     assert sizes == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_are_written_to_the_same_memory_and_the_layer_is_left_as_found(bias, monkeypatch):
+    model = tiny.llama().double()
+    if bias:
+        model.lm_head = torch.nn.Linear(32, 400).double()
+    rows = [TokenRow(tuple(range(10 + i, 20 + i)), [8, 9]) for i in range(12)]
+    target = torch.tensor([3, 4])
+    where, product = set(), model.forward
+
+    def forward(**arguments):
+        output = product(**arguments)
+        where.add(output.logits.data_ptr())
+        return output
+
+    monkeypatch.setattr(model, "forward", forward)
+    scorer = Scorer(model, max_rows=1, reuse="off")
+    values = scorer.values(rows, target)
+    assert len(where) == 1
+    assert "forward" not in vars(model.lm_head)
+    monkeypatch.undo()
+    expected = [loop_log_probs(model, row.ids[:9], ([], row.ids[9:]), [3, 4]) for row in rows]
+    assert float((values - torch.stack(expected)).abs().max()) < 1e-11
+
+
+def test_logits_that_a_callable_keeps_stay_its_own():
+    model = tiny.llama()
+    kept = []
+
+    def keeping(logits, target):
+        kept.append(logits)
+        return logits[:, range(len(target)), target]
+
+    rows = [TokenRow(tuple(range(10 + i, 20 + i)), [8, 9]) for i in range(3)]
+    values = Scorer(model, attr_target=keeping, max_rows=1, reuse="off").values(
+        rows, torch.tensor([3, 4])
+    )
+    again = torch.cat([logits[:, [0, 1], [3, 4]] for logits in kept])
+    assert torch.equal(values, again.double())
+
+
+def test_the_output_layer_is_left_as_found_by_failures(monkeypatch):
+    model = tiny.llama()
+    monkeypatch.setattr(model.lm_head, "weight", torch.nn.Parameter(torch.ones(400, 5)))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        Scorer(model).values([TokenRow((5, 6, 7), [2])], torch.tensor([3]))
+    assert "forward" not in vars(model.lm_head)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3, 30])
+@pytest.mark.parametrize("vocabulary", [7, 50_000])
+def test_log_sum_exps_are_those_of_float64(scale, vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    given = scale * torch.randn(40, vocabulary, generator=generator) + 50
+    given[:, 0] = -torch.inf  # ids that a model rules out
+    wanted = torch.randint(1, vocabulary, (40,), generator=generator)
+    values = logits.wanted_values(given, wanted, "log_prob")
+    expected = given.double().log_softmax(1).gather(1, wanted[:, None])[:, 0]
+    assert float((values - expected).abs().max()) < 1e-5 * max(1, scale)

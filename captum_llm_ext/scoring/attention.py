@@ -20,7 +20,8 @@ from captum_llm_ext import _compat
 from captum_llm_ext.scoring.packing import Pack, Segment, ends
 from captum_llm_ext.scoring.states import lent_to
 
-# What is seen of some keys: as a mask tells, or of those at the queries' own places up to each.
+# What is seen of some keys: as a mask tells, or a bias, with which every query sees some of them;
+# or of those at the queries' own places up to each.
 _Seen = Tensor | Literal["before"] | None
 
 _NAME = "captum_llm_ext_merged"
@@ -28,6 +29,8 @@ _PACKED = "captum_llm_ext_packed"
 _SIDES = "_captum_llm_ext_sides"
 # Scores that exist at once where no kernel keeps them to itself.
 _MOST_SCORES = 2**25
+# Up to so many queries, masking what is not to be seen costs less than merging two softmaxes.
+_SHORT = 256
 # What models pass that is no part of the scores, or is in the mask already.
 _HARMLESS = frozenset(
     "sliding_window position_ids cache_position output_attentions use_cache past_key_values "
@@ -143,9 +146,14 @@ class Packing:
     last: Sequence[Segment]
     n_attended: int = 0
     _kinds: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    _known: dict[tuple[int, ...], tuple[_Seen, _Seen]] = field(
+    _biases: dict[tuple[int, ...], Tensor] = field(default_factory=dict[tuple[int, ...], Tensor])
+    _sides: dict[tuple[int, ...], tuple[_Seen, _Seen]] = field(
         default_factory=dict[tuple[int, ...], tuple[_Seen, _Seen]]
     )
+
+    def is_before(self) -> bool:
+        """Whether no layer has attended yet."""
+        return self.n_attended == 0
 
     def is_through(self) -> bool:
         """Whether all layers have attended."""
@@ -167,26 +175,43 @@ class Packing:
         self._kinds.append(arguments | {"device": device})
         return torch.full((1, 1, 1, 1), len(self._kinds) - 1, dtype=torch.int64, device=device)
 
-    def sides(self, kind: int, segment: Segment, n_gone: int) -> tuple[_Seen, _Seen]:
-        """What a segment sees of its path and of itself.
+    def bias(self, kind: int, segment: Segment, n_gone: int, dtype: torch.dtype) -> Tensor:
+        """What a segment sees of its path and of itself, to be added to scores.
 
         Args:
             kind: The entry of what `mask` gave.
             segment: One of the segments.
             n_gone: Of the first ids that were read before, the state has so many no more.
+            dtype: Of the scores.
+
+        Returns:
+            Shape ``(1, 1, length, n)``, 0 or minus infinity.
         """
-        length, depth = segment.stop - segment.start, segment.depth
-        key = (kind, length, depth, n_gone)
-        if key not in self._known:
-            before = depth - n_gone
-            whole = _compat.boolean_mask(
-                1, length, before + length, depth, n_gone, **self._kinds[kind]
-            )
+        key = (kind, segment.stop - segment.start, segment.depth, n_gone)
+        if key not in self._biases:
+            seen = self._seen(kind, segment, n_gone)
+            bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            self._biases[key] = bias.masked_fill_(~seen, -torch.inf)
+        return self._biases[key]
+
+    def sides(self, kind: int, segment: Segment, n_gone: int) -> tuple[_Seen, _Seen]:
+        """What it sees of its path, and of itself."""
+        key = (kind, segment.stop - segment.start, segment.depth, n_gone)
+        if key not in self._sides:
+            whole = self._seen(kind, segment, n_gone)
+            before = segment.depth - n_gone
             path, own = whole[..., :before], whole[..., before:]
             is_plain = torch.equal(own[0, 0], torch.ones_like(own[0, 0]).tril())
             seen_of_path = None if bool(path.all()) else path
-            self._known[key] = seen_of_path, "before" if is_plain else own
-        return self._known[key]
+            self._sides[key] = seen_of_path, "before" if is_plain else own
+        return self._sides[key]
+
+    def _seen(self, kind: int, segment: Segment, n_gone: int) -> Tensor:
+        length = segment.stop - segment.start
+        kv_length = segment.depth - n_gone + length
+        return _compat.boolean_mask(
+            1, length, kv_length, segment.depth, n_gone, **self._kinds[kind]
+        )
 
 
 @contextmanager
@@ -227,15 +252,21 @@ def _attend_packed(
     # In the order in which it is wanted, for it not to be copied.
     found = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
     for segment in packing.last if packing.is_through() else pack.segments:
-        of_path, of_own = packing.sides(kind, segment, n_gone)
         here = slice(segment.start - pack.n_read, segment.stop - pack.n_read)
-        own = slice(segment.start - n_gone, segment.stop - n_gone)
-        parts = [_part(query[:, :, here], key[:, :, own], value[:, :, own], of_own, scores)]
+        own = (segment.start - n_gone, segment.stop - n_gone)
         path = [(max(0, start - n_gone), stop - n_gone) for start, stop in segment.path]
         path = [(start, stop) for start, stop in path if stop > start]
-        if path:
-            keys, values = _along(key, path), _along(value, path)
-            parts.append(_part(query[:, :, here], keys, values, of_path, scores))
+        if segment.stop - segment.start <= _SHORT:
+            keys, values = _along(key, [*path, own]), _along(value, [*path, own])
+            bias = packing.bias(kind, segment, n_gone, query.dtype)
+            parts = [_part(query[:, :, here], keys, values, bias, scores)]
+        else:
+            of_path, of_own = packing.sides(kind, segment, n_gone)
+            keys, values = _along(key, [own]), _along(value, [own])
+            parts = [_part(query[:, :, here], keys, values, of_own, scores)]
+            if path:
+                keys, values = _along(key, path), _along(value, path)
+                parts.append(_part(query[:, :, here], keys, values, of_path, scores))
         found[:, :, here] = _merged(parts, scores.sink)
     return found
 
@@ -271,8 +302,8 @@ def _part(
     Args:
         query: ``(batch, heads, length, size)``.
         key, value: ``(batch or 1, groups, n, …)``.
-        seen: bool, ``(1, 1, length, n)``; None: all of it; "before": as many keys as queries, and
-            of these each sees those before it and its own.
+        seen: bool or a bias, ``(1, 1, length, n)``; None: all of it; "before": as many keys as
+            queries, and of these each sees those before it and its own.
         scores: How they are made; the sink is no part of them.
 
     Returns:
@@ -296,13 +327,14 @@ def _part(
     else:
         folded = folded.reshape(batch, groups, -1, size)
         key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
-    seen = None if seen is None else seen.repeat(1, 1, per_group, 1)
+    if seen is not None and per_group > 1:
+        seen = seen.repeat(1, 1, per_group, 1)
     kernel = None if softcap else _kernel(folded, value)
     if kernel is not None:
         found, total = kernel(folded, key, value, seen, scale)
     else:
         found, total = _by_hand(folded, key, value, seen, scale, softcap)
-    if seen is not None:
+    if seen is not None and seen.dtype == torch.bool:
         blind = ~seen.any(-1)
         total = total.masked_fill(blind, -torch.inf)
         found = found.masked_fill(blind[..., None], 0.0)
@@ -344,7 +376,9 @@ def _on_cpu(
             nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value)
         )
     bias = None
-    if isinstance(seen, Tensor):
+    if isinstance(seen, Tensor) and seen.is_floating_point():
+        bias = seen
+    elif isinstance(seen, Tensor):
         bias = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
     attention: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     is_causal = isinstance(seen, str)
@@ -385,7 +419,9 @@ def _by_hand(
             scores = softcap * (scores / softcap).tanh()
         if seen is not None:
             part = seen if dim == 0 else seen.narrow(2, start, piece.shape[2])
-            scores = scores.masked_fill(~part, -torch.inf)
+            scores = (
+                scores + part if part.is_floating_point() else scores.masked_fill(~part, -torch.inf)
+            )
         total = scores.logsumexp(-1)
         found.append((scores - total[..., None]).exp() @ value[rows].to(dtype))
         totals.append(total)

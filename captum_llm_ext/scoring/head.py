@@ -33,18 +33,21 @@ class Head:
             yield
             return
 
-        def forward(x: Tensor) -> Tensor:
-            flat = x.reshape(-1, x.shape[-1])
-            n = len(flat) * layer.out_features
-            if self._memory.numel() < n or self._memory.dtype != x.dtype:
+        bias: Tensor | None = getattr(layer, "bias", None)
+        weight, n_words = layer.weight.t(), layer.out_features
+
+        def forward(input: Tensor) -> Tensor:
+            flat = input.reshape(-1, input.shape[-1])
+            n = len(flat) * n_words
+            if self._memory.numel() < n or self._memory.dtype != input.dtype:
                 self._memory = torch.empty(0)  # not both at a time
-                self._memory = x.new_empty(n)
-            out = self._memory[:n].view(len(flat), layer.out_features)
-            if layer.bias is None:
-                torch.mm(flat, layer.weight.t(), out=out)
+                self._memory = input.new_empty(n)
+            out = self._memory[:n].view(len(flat), n_words)
+            if bias is None:
+                torch.mm(flat, weight, out=out)
             else:
-                torch.addmm(layer.bias, flat, layer.weight.t(), out=out)
-            return out.view(*x.shape[:-1], layer.out_features)
+                torch.addmm(bias, flat, weight, out=out)
+            return out.view(*input.shape[:-1], n_words)
 
         layer.forward = forward
         try:

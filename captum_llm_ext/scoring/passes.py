@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from captum_llm_ext import _compat
-from captum_llm_ext.scoring import attention
+from captum_llm_ext.scoring import attention, edges
 from captum_llm_ext.scoring.head import Head
 from captum_llm_ext.scoring.logits import AttrTarget, called_values, wanted_values
 from captum_llm_ext.scoring.memory import is_out_of_memory
@@ -20,7 +20,6 @@ from captum_llm_ext.scoring.packing import Pack, pack
 from captum_llm_ext.scoring.plan import Branch
 from captum_llm_ext.scoring.rows import TokenRow
 from captum_llm_ext.scoring.states import copies, lent, part
-from captum_llm_ext.scoring.tail import for_some
 
 # How rows are given what they share: as copies or as it is ("lend"), whichever costs less.
 Sharing = Literal["auto", "copy", "lend"]
@@ -31,6 +30,8 @@ _logger = logging.getLogger(__name__)
 _WORTH_LENDING = 4096
 # A batch of so many rows is thought of before it is known.
 _ROWS_IN_MIND = 16
+# So many ids of a row are read in a pack of their own, to see whether that is right.
+_PARTED = 32
 # Largest difference between log-probabilities that other shapes of the same products make.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 
@@ -85,7 +86,7 @@ class Passes:
         self.model, self.attr_target, self.device = model, attr_target, device
         self.kept = _compat.kept_logits(model)
         self._head = Head(model)
-        self._last_layer = _compat.last_layer(model)
+        self._ends_of_model = _compat.outer_layers(model)
         self.n_positions = self.n_rows = 0
         self.state_bytes: int | None = None
         self._arguments = _compat.forward_arguments(model)
@@ -245,7 +246,7 @@ class Passes:
         return values, state
 
     def _pack_logits(
-        self, packed: Pack, needed: Tensor, state: Any
+        self, packed: Pack, needed: Tensor, state: Any, *, cuts: bool = False
     ) -> tuple[Tensor, Any]:
         """Logits ``(n, vocabulary)`` at places of a pack, and the state after it.
 
@@ -253,24 +254,30 @@ class Passes:
             packed: The rows.
             needed: The places, none of them read before.
             state: The model's state after the ids read before.
+            cuts: Whether tokens are left out at the ends of the model even if that does not pay.
 
         Raises:
             NotImplementedError: If the model does not attend in a way that is known.
         """
         if "position_ids" not in self._arguments:
             raise NotImplementedError("no `position_ids`")
-        depths = torch.tensor([packed.depths], device=self.device)
-        at = needed - packed.n_read
+        ids, depths = torch.tensor(packed.ids), torch.tensor(packed.depths)
+        at, length = needed - packed.n_read, len(packed.ids)
         with attention.packed(self.model, packed, needed) as packing, ExitStack() as stack:
-            if self._last_layer is not None and 2 * len(at) < len(packed.ids):
-                length = len(packed.ids)
-                stack.enter_context(for_some(self._last_layer, at, length, packing.is_through))
+            if self._ends_of_model is not None:
+                first, last = self._ends_of_model
+                for layer, (some, spread), is_time in (
+                    (first, edges.alike(ids, depths), packing.is_before),
+                    (last, edges.needed(at, length), packing.is_through),
+                ):
+                    if cuts or 2 * len(some) < length:
+                        stack.enter_context(edges.for_some(layer, some, spread, length, is_time))
             logits, state = self._logits(
-                torch.tensor([packed.ids]),
+                ids[None],
                 at[None],
                 state=copies(state),
                 keeps_state=True,  # with an empty state, nobody looks for where sequences begin
-                extras={"position_ids": depths},
+                extras={"position_ids": depths[None].to(self.device)},
                 n_rows=len(packed.places),
             )
         if not packing.is_through():
@@ -353,13 +360,15 @@ class Passes:
             arguments[name] = value
         return arguments
 
-    def reads_packed(self, row: Sequence[int], other: Sequence[int], start: int) -> float:
+    def reads_packed(self, row: Sequence[int]) -> float:
         """How much distributions of next tokens change when a row is read in a pack.
 
+        It parts from another one, which goes on with its ids after a different one: what is to be
+        seen differs there, whatever tokens themselves have in common. The beginning is read before,
+        where the state is one that packs go on from.
+
         Args:
-            row: Token ids; one that the other does not begin with.
-            other: Token ids of the row before it in the pack.
-            start: So many ids, which both begin with, are read before.
+            row: Token ids, at least two.
 
         Returns:
             As `reads_on`.
@@ -367,30 +376,30 @@ class Passes:
         Raises:
             NotImplementedError: If the model does not attend in a way that is known.
         """
-        state: Any = None
-        if start:
-            ids = torch.tensor([row[:start]])
-            _, state = self._logits(ids, torch.tensor([[start - 1]]), keeps_state=True)
-        packed = pack([other, row], start)
+        parting = max(1, len(row) - _PARTED)
+        another = next((i for i in row if i != row[parting]), int(row[parting] == 0))
+        other = [*row[:parting], another, *row[parting + 1 : parting + _PARTED // 2]]
         # The first that has another's token before it in the pack, and those after it.
-        first = packed.segments[-1].depth
-        at = torch.tensor([first, (first + len(row) - 1) // 2, len(row) - 1]).unique()
-        alone, _ = self._logits(torch.tensor([row]), at[None])
+        at = torch.tensor([parting, (parting + len(row) - 1) // 2, len(row) - 1]).unique()
+        alone, state = self._logits(torch.tensor([row]), at[None], keeps_state=True)
         alone = alone[0].clone()
+        self.chains = state is not None and _compat.keeps_every_id(state)
+        n_read = max(0, parting - _PARTED // 4) if self.chains else 0
+        packed = pack([other, row], n_read)
 
         def error() -> float:
-            found, after = self._pack_logits(packed, packed.places[1][at], state)
-            self.chains = _compat.keeps_every_id(after)
+            before = part(state, torch.arange(n_read))
+            found, _ = self._pack_logits(packed, packed.places[1][at], before, cuts=True)
             return _error(found, alone)
 
-        if self._last_layer is not None:
+        if self._ends_of_model is not None:
             try:
                 if (found := error()) <= 1:
                     return found
             except Exception as failure:  # whatever a model does: there is a way without
                 if isinstance(failure, RuntimeError) and is_out_of_memory(failure):
                     raise
-            self._last_layer = None
+            self._ends_of_model = None
         return error()
 
     def reads_on(self, row: Sequence[int], other: Sequence[int], shared: int) -> float:

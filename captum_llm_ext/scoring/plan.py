@@ -149,7 +149,8 @@ def plan_packed(
         most_rows: So many rows at most in a pack.
         head: So many ids, the same for all rows, are there already.
         most_head: So many ids at most are read before the packs: nothing is asked about them.
-        chained: Whether packs may go on from the last row of the one before: no id is computed twice.
+        chained: Whether packs may go on from the last row of the one before: then what comes
+            before `most_head` is computed once for all.
     """
     order, shared = sorted_rows(rows, [len(row) for row in rows])
     most_shared = most_head if chained else 0

@@ -17,7 +17,6 @@ from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.memory import Memory
 from captum_llm_ext.scoring.noise import noise_floor
-from captum_llm_ext.scoring.order import in_common
 from captum_llm_ext.scoring.passes import Passes, as_found, rounding
 from captum_llm_ext.scoring.plan import Branch, plan, plan_packed
 from captum_llm_ext.scoring.processes import Processes
@@ -31,8 +30,7 @@ _logger = logging.getLogger(__name__)
 _PROBE = 8
 # Rows read twice: once on their own, once from what they share or in a pack. So many at most.
 _COMPARISON = 4
-# Ids of the one before it that a packed row must not see: in the comparison so many are enough.
-_UNSEEN = 16
+_COMPARISON_OF_PACKS = 2
 # Where processes share the work there are so many batches, as long as what each pass costs beside
 # its positions stays below one in so many of them.
 _BATCHES = 32
@@ -411,16 +409,16 @@ class Scorer:
 
         root = cut()
 
-        def cost(one: Branch, compared: float = float("inf")) -> int:
-            comparison = _COMPARISON * longest if longest > compared else 0
+        def cost(one: Branch, compared: float = float("inf"), rows_compared: int = 0) -> int:
+            comparison = rows_compared * longest if longest > compared else 0
             return one.positions(lengths) + one.n_passes() * self._overhead + comparison
 
         if self._always_packs:
             pays = root.positions(lengths) < apart.positions(lengths)
         else:
-            here = cost(root, self._packed) + len(rows) * self._row_overhead
-            pays = here < min(cost(apart), cost(together, self._compared))
-        if not pays or (longest > self._packed and not self._compare_packed(rows, root)):
+            here = cost(root, self._packed, _COMPARISON_OF_PACKS) + len(rows) * self._row_overhead
+            pays = here < min(cost(apart), cost(together, self._compared, _COMPARISON))
+        if not pays or (longest > self._packed and not self._compare_packed(rows)):
             return None
         self._packed = max(longest, self._packed)
         return cut()
@@ -475,18 +473,10 @@ class Scorer:
         head = self._head[0]
         return len(head) <= most and all(row.ids[: len(head)] == head for row in rows)
 
-    def _compare_packed(self, rows: Sequence[TokenRow], root: Branch) -> bool:
+    def _compare_packed(self, rows: Sequence[TokenRow]) -> bool:
         """Whether the model reads a row in a pack as it reads it alone."""
-        lengths = [len(row.ids) for row in rows]
-        batch = max(root.batches, key=lambda batch: max(lengths[i] for i in batch))
-        # Another one before it, and not what it shares most with: something is not to be seen.
-        other, *others = batch
-        row = max(reversed(others or [other]), key=lengths.__getitem__)
-        before, ids = rows[other].ids, rows[row].ids
-        _, shared = in_common([before, ids])
-        before = before[: max(shared, root.stop) + _UNSEEN]
         try:
-            error = self._passes.reads_packed(ids, before, root.stop)
+            error = self._passes.reads_packed(max((row.ids for row in rows), key=len))
             reason = None if error <= 1 else f"values differ by {error:.2g} times rounding"
         except Exception as error:  # whatever a model does: there are other ways
             if isinstance(error, RuntimeError) and memory.is_out_of_memory(error):
