@@ -67,7 +67,7 @@ class Server:
     def _choice(self, index, ids, body):
         written, told = list(ids), []
         for _ in range(body.get("max_tokens", 16)):
-            logits = self.model(input_ids=torch.tensor([written])).logits[0, -1].float()
+            logits = self.model(input_ids=torch.tensor([written])).logits[0, -1]
             values = logits.log_softmax(-1)
             if body.get("temperature", 1.0) == 0:
                 token = int(logits.argmax())
@@ -81,7 +81,7 @@ class Server:
         new = written[len(ids) :]
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         choice = {"index": index, "text": text, "finish_reason": "length", "logprobs": None}
-        logits = self.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        logits = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         own = [None, *(float(logits[i, token]) for i, token in enumerate(ids[1:]))]
         if body.get("return_token_ids") and self.tells_ids:
             choice["token_ids"] = new
@@ -120,11 +120,11 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         models = [{"id": name, "max_model_len": 256} for name in self.owner.names]
         self.reply(200, {"object": "list", "data": models})
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         owner = self.owner
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with owner.lock:
