@@ -137,7 +137,7 @@ class Http:
             n_tries += 1
             wait = None
             try:
-                status, headers, content = self._once(method, path, body)
+                status, headers, content = self._once(method, path, body, epoch)
                 if status < 300:
                     return self._parsed(content)
                 failure = self._refused(status, headers, content)
@@ -148,8 +148,7 @@ class Http:
                 failure = self._unreached(error)
                 if epoch == self._epoch and not self._may_help(error):
                     raise failure from error
-            if epoch != self._epoch:
-                raise InterruptedRequestError("the request was interrupted.")
+            self._check(epoch)
             too_long = wait is not None and wait > _MOST_PATIENCE
             if n_tries > self._max_retries or too_long:
                 said = f"asked to wait {wait:.0f} seconds" if too_long else f"{n_tries} tries"
@@ -172,30 +171,41 @@ class Http:
         seconds = self._random.uniform(longest / 2, longest) if wait is None else wait
         with self._changed:
             self._changed.wait_for(lambda: self._epoch != epoch, timeout=seconds)
-        if self._epoch != epoch:
+        self._check(epoch)
+
+    def _check(self, epoch: int) -> None:
+        if epoch != self._epoch:
             raise InterruptedRequestError("the request was interrupted.")
 
     def _once(
-        self, method: str, path: str, body: bytes | None
+        self, method: str, path: str, body: bytes | None, epoch: int
     ) -> tuple[int, Mapping[str, str], bytes]:
         with self._changed:
             known = self._idle.pop() if self._idle else None
         try:
-            return self._exchange(known or self._connect(), method, path, body)
+            return self._exchange(known or self._connect(), method, path, body, epoch)
         except _STALE:
-            if known is None:
+            if known is None or epoch != self._epoch:
                 raise
         # The server had closed the connection meanwhile, which is no failure.
-        return self._exchange(self._connect(), method, path, body)
+        return self._exchange(self._connect(), method, path, body, epoch)
 
     def _exchange(
-        self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: bytes | None,
+        epoch: int,
     ) -> tuple[int, Mapping[str, str], bytes]:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         is_kept = False
-        with self._changed:
-            self._busy.add(connection)
         try:
+            if connection.sock is None:
+                connection.connect()
+            with self._changed:
+                self._check(epoch)
+                self._busy.add(connection)
             target = self._target(path)
             connection.request(method, target, body, headers | self._secrets.headers)
             answer = connection.getresponse()
