@@ -1,7 +1,7 @@
 """Attribution over an API: the numbers of the same model run here, whoever is asked and however."""
 
-import os
 import re
+import sys
 
 import pytest
 import tiny
@@ -118,8 +118,8 @@ def test_the_numbers_are_those_of_the_model_run_here(
     baselines = (
         CorpusBaselines(tiny.TEXTS, min_candidates=0) if method is ShapleyValueSampling else None
     )
-    nested = ("sentence", "word") if method is HierarchicalAblation else "word"
-    inp = words(tokenizer, baselines=baselines, unit=nested)
+    units = {HierarchicalAblation: ("sentence", "word"), ShapleyValues: "sentence"}
+    inp = words(tokenizer, baselines=baselines, unit=units.get(method, "word"))
     sampled = method in (ShapleyValueSampling, KernelShap, Lime)
     arguments = {"output_unit": output_unit} | ({"n_samples": 30} if sampled else {})
     local = GenerationAttribution(method(model), tokenizer).attribute(inp, TARGET, **arguments)
@@ -133,8 +133,12 @@ def test_the_numbers_are_those_of_the_model_run_here(
     # Each prompt was sent once, and no target was ever made text.
     assert len(server.prompts) == len(set(map(tuple, server.prompts)))
     assert len(server.prompts) == found.provenance["n_requests"]
+    n_output = 0 if output_unit is None else len(found.output_features) - 1
+    if output_unit is None or method in (FeatureAblation, ShapleyValues):
+        # What one coalition leaves out is what another one has; not so where everything is absent.
+        n_apart = n_output if method is FeatureAblation else 0
+        assert found.provenance["n_requests"] == found.n_evaluations + n_apart
     if output_unit is None:
-        assert found.provenance["n_requests"] == found.n_evaluations
         n_target = len(found.target)
         assert {tuple(prompt[-n_target:]) for prompt in server.prompts} == {
             tuple(found.target.tolist())
@@ -186,24 +190,32 @@ def test_joint_probabilities(model, tokenizer, provider):
 
 
 @pytest.mark.parametrize("unit", ["token", "word"])
-def test_how_many_requests_there_are(model, tokenizer, server, unit):
-    inp = words(tokenizer)
+@pytest.mark.parametrize("baselines", [None, "texts"])
+def test_how_many_requests_there_are(tokenizer, server, unit, baselines):
+    texts = CorpusBaselines(tiny.TEXTS, min_candidates=0) if baselines else None
+    inp = words(tokenizer, baselines=texts)
     arguments = {"n_samples": 24, "output_unit": unit}
     found = {}
-    for top in (0, 20):
+    for top in (0, 20, *([] if baselines else [len(tokenizer)])):
         server.prompts.clear()
         provider = CompletionsProvider(server.url, "tiny", top_logprobs=top)
         remote = RemoteGenerationAttribution(KernelShap(PLACEHOLDER), tokenizer, provider)
         found[top] = remote.attribute(inp, TARGET, **arguments)
-        assert len(server.prompts) == found[top].provenance["n_requests"]
-    plain, top = found[0], found[20]
-    torch.testing.assert_close(top.values, plain.values, equal_nan=True)
-    # One for a coalition, and one more for each absent feature of the output, if nothing is equal.
-    absent = (~plain.masks[:, len(plain.input_tokens) :]).sum()
-    most = plain.n_evaluations + int(absent)
-    assert plain.n_evaluations < plain.provenance["n_requests"] <= most
-    assert plain.provenance["n_requests"] > 0.8 * most
-    assert top.provenance["n_requests"] < plain.provenance["n_requests"]
+        sent = {tuple(prompt) for prompt in server.prompts}
+        assert len(sent) == len(server.prompts) == found[top].provenance["n_requests"]
+        # What is the beginning of another prompt is told by it.
+        assert not {prompt[:n] for prompt in sent for n in range(len(prompt))} & sent
+    plain, *others = found.values()
+    n_rows, n_plain = plain.n_evaluations, plain.provenance["n_requests"]
+    # At most one for a coalition, and one for each absent feature of the output.
+    absent = int((~plain.masks[:, len(plain.input_tokens) :]).sum())
+    assert n_rows < n_plain <= n_rows + absent
+    for other in others:
+        torch.testing.assert_close(other.values, plain.values, equal_nan=True)
+        assert n_rows <= other.provenance["n_requests"] <= n_plain
+    if baselines is None:
+        assert n_plain < n_rows + absent  # deletion leaves what other coalitions begin with
+        assert others[-1].provenance["n_requests"] == n_rows  # every token is told everywhere
 
 
 def test_the_cost_is_told_before_anything_is_sent(tokenizer, server, provider):
@@ -213,6 +225,7 @@ def test_the_cost_is_told_before_anything_is_sent(tokenizer, server, provider):
     inp = words(tokenizer)
     with pytest.warns(UserWarning, match="asked for by itself") as told:
         remote.attribute(inp, TARGET, output_unit="token", n_samples=40)
+    assert told[0].filename == __file__
     said = re.match(r"(\d+) coalitions take (\d+) requests", str(told[0].message))
     n_rows, n = map(int, said.groups())
     assert len(told) == 1
@@ -414,14 +427,13 @@ def test_datasets_comparisons_games_and_files(model, tokenizer, provider, tmp_pa
     assert (report.n_written, report.n_failed) == (2, 0)
     loaded = GenerationAttributionResult.load(tmp_path / "000001.safetensors")
     assert loaded.provenance["provider"] == "CompletionsProvider"
-    assert loaded.to_html().count("CompletionsProvider") >= 0
-    compared = compare_baselines(
-        remote,
-        words(tokenizer, unit="sentence"),
-        {"deletion": None, "texts": CorpusBaselines(tiny.TEXTS, min_candidates=0)},
-        target=TARGET,
-    )
-    assert "texts" in repr(compared.results) or compared is not None
+    assert "CompletionsProvider" in loaded.to_html()
+    baselines = {"deletion": None, "unknown": "<unk>"}
+    inp, settings = words(tokenizer, unit="sentence"), {"output_unit": None}
+    compared = compare_baselines(remote, inp, baselines, target=TARGET)
+    truth = compare_baselines(local, inp, baselines, target=TARGET, **settings)
+    for name in baselines:
+        assert_same(compared.results[name], truth.results[name])
     inp = words(tokenizer)
     masks = torch.rand(12, inp.n_features, generator=torch.Generator().manual_seed(0)) < 0.5
     games = [one.to_game(inp, TARGET, output_unit=None)(masks.numpy()) for one in (remote, local)]
@@ -514,7 +526,6 @@ def test_wrong_arguments_of_a_provider(arguments, message):
 
 
 def test_openai_is_named_where_it_is_missing(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "openai", None)
+    monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ImportError, match=r"pip install captum\[remote\]"):
         VLLMProvider("http://localhost:1/v1")
-    assert os.environ  # the environment is not asked

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from captum_llm_ext import tokens
+from captum_llm_ext.content import level_of_caller
 from captum_llm_ext.remote.http import shown_url
 
 _SHOWN = 60
@@ -208,7 +209,7 @@ class IdsSource(_Asked):
             warnings.warn(
                 "the server tells no ids of what it wrote: the target is its text, encoded anew "
                 "by the tokenizer. The model may have written other tokens.",
-                stacklevel=8,
+                stacklevel=level_of_caller(),
             )
             return _encoded_after(self._tokenizer, prompt, found)
         return [int(token) for token in found]
@@ -266,7 +267,7 @@ class TextSource(_Asked):
                     f"{place(request, self._tokenizer)}: the prompt is sent as text and read as "
                     "other tokens than it was rendered to (as many rows as that are counted in "
                     "`provenance`): give a provider that takes ids, such as `CompletionsProvider`.",
-                    stacklevel=9,
+                    stacklevel=level_of_caller(),
                 )
         if joint != (*alone, *target):
             self._mismatch(request, joint[-len(target) :], target)
@@ -300,7 +301,7 @@ class TextSource(_Asked):
                 '`on_mismatch="warn"` if yours joins tokens, not texts.'
             )
         if self._n_mismatches == 1:
-            warnings.warn(f"{said}, if the provider joins texts.", stacklevel=10)
+            warnings.warn(f"{said}, if the provider joins texts.", stacklevel=level_of_caller())
 
     def _names(self, ids: Sequence[int]) -> list[str]:
         return [str(name) for name in self._tokenizer.convert_ids_to_tokens(list(ids))]

@@ -2,14 +2,16 @@
 
 import warnings
 from array import array
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from captum_llm_ext.content import level_of_caller
 from captum_llm_ext.remote.providers import Answer, Request, Source, is_ruled_out, place
 from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.scoring import Journal, Processes, TokenRow
@@ -22,10 +24,11 @@ _NOISE = 0.2
 class RemoteScorer:
     """`captum_llm_ext.scoring.Values` over a provider.
 
-    A row whose generated text stands takes one request. One that lacks some of it takes another
-    one for each target token at a changed place: the token that is asked about is not the one that
-    is read there. Where a provider tells the likeliest tokens of each place, and the wanted one is
-    among them, that request is saved.
+    A row takes one request for all that it reads. The target token at a place where generated text
+    is absent is not read there, and is asked for by itself: the row's beginning, and that token.
+    Unless another row begins so and has that token, which is always so where one feature is left
+    out at a time, or all coalitions are enumerated; or the provider tells the likeliest tokens of
+    each place and it is among them.
 
     Args:
         provider: Whom to ask.
@@ -59,6 +62,8 @@ class RemoteScorer:
         self._show_progress = show_progress
         self._rows: dict[bytes, Tensor] = {}
         self._known: dict[bytes, Tensor] = {}
+        # Tokens after a beginning: which request tells them, and at what place.
+        self._steps: dict[bytes, tuple[bytes, int]] = {}
         self._journal: Journal | None = None
         self._generated: Tensor | None = None
         self._trusts_journal = self._has_warned = False
@@ -106,13 +111,16 @@ class RemoteScorer:
             d: self._parts(row, target.tolist(), self.n_evaluations + i)
             for i, (d, row) in enumerate(new.items())
         }
-        firsts = {key(own[0]): own[0] for own in parts.values()}
-        others = {key(part): part for own in parts.values() for part in own[1:]}
-        self._look_up([*firsts, *others])
-        self._warn_of_cost({**firsts, **others}, len(new))
+        whole = _merged(own[0] for own in parts.values())
+        apart = _merged(part for own in parts.values() for part in own[1:])
+        self._look_up([*whole, *apart])
+        if apart:
+            self._note_steps(whole)
+            apart = {k: part for k, part in apart.items() if k not in self._steps}
+        self._warn_of_cost({**whole, **apart}, len(new))
         # Those of whole rows first: they may tell what the others would ask for.
-        self._ask(firsts, wanted=set(others))
-        self._ask(others)
+        self._ask(whole, wanted={k for k in apart if k not in self._known})
+        self._ask(apart)
         for d, row in new.items():
             self._rows[d] = self._assembled(row, parts[d], target)
             self.n_evaluations += 1
@@ -140,6 +148,21 @@ class RemoteScorer:
             )
         return asked + [Request((*row.ids[: p + 1], token), p, (0,), number) for p, token in apart]
 
+    def _note_steps(self, whole: Mapping[bytes, Request]) -> None:
+        """Notes what requests of whole rows tell, token by token: other rows may ask for the same.
+
+        What the absence of one feature changes is what comes after it, so the token that would
+        have stood there is said by the row that has it, if its beginning is the same.
+        """
+        for k, request in whole.items():
+            content = blake2b(
+                array("q", request.ids[: request.first + 1]).tobytes(), digest_size=16
+            )
+            for i, token in enumerate(request.asked):
+                content.update(array("q", (token,)).tobytes())
+                if i in request.wanted:
+                    self._steps.setdefault(content.digest(), (k, i))
+
     def _look_up(self, keys: Sequence[bytes]) -> None:
         """Takes over what an earlier run has kept."""
         if self._journal is not None:
@@ -156,7 +179,7 @@ class RemoteScorer:
                 "generated text is absent has to be asked for by itself. Fewer: a coarser "
                 "`output_unit`, or None; fewer evaluations; a provider that tells the likeliest "
                 "tokens (`top_logprobs`).",
-                stacklevel=6,
+                stacklevel=level_of_caller(),
             )
 
     def _ask(self, asked: Mapping[bytes, Request], wanted: set[bytes] | None = None) -> None:
@@ -242,7 +265,7 @@ class RemoteScorer:
         """The row's values from what was asked for it."""
         whole, *others = parts
         of_whole = self._known[key(whole)]
-        apart = {(part.first, part.ids[-1]): self._known[key(part)][0] for part in others}
+        apart = {(part.first, part.ids[-1]): self._step(key(part)) for part in others}
         values = torch.full((len(target),), torch.nan, dtype=torch.float64)
         for t, (p, token) in enumerate(zip(row.positions, target.tolist(), strict=True)):
             if p >= 0:
@@ -252,6 +275,13 @@ class RemoteScorer:
                     what = "gave no log-probability of"
                     raise ValueError(self._no_value(whole, p - whole.first, what, _NULL))
         return values
+
+    def _step(self, k: bytes) -> Tensor:
+        """The value of a single token, whoever told it."""
+        if k in self._known:
+            return self._known[k][0]
+        of_whole, i = self._steps[k]
+        return self._known[of_whole][i]
 
     def told(self) -> dict[str, Any]:
         """What provenance is to say of what was asked."""
@@ -306,6 +336,23 @@ _INFINITE = "The model rules that token out: do not explain it."
 
 
 def key(request: Request) -> bytes:
-    """Equal for requests that ask for the same, 16 bytes."""
-    content = array("q", (len(request.ids), request.first, *request.ids))
-    return blake2b(content.tobytes(), digest_size=16).digest()
+    """Equal for requests that ask for the same, 16 bytes.
+
+    Of a request for a single token it is the digest of its ids, one after the other.
+    """
+    asks_for = b"" if len(request.asked) == 1 else array("q", (request.first,)).tobytes()
+    content = blake2b(array("q", request.ids).tobytes(), digest_size=16, key=asks_for)
+    return content.digest()
+
+
+def _merged(requests: Iterable[Request]) -> dict[bytes, Request]:
+    """Requests by key; of those that are the same, one that wants what any of them wants."""
+    found: dict[bytes, Request] = {}
+    for request in requests:
+        k = key(request)
+        known = found.get(k)
+        if known is not None and known.wanted != request.wanted:
+            both = tuple(sorted({*known.wanted, *request.wanted}))
+            request = replace(known, wanted=both)
+        found[k] = known if known is not None and known.wanted == request.wanted else request
+    return found

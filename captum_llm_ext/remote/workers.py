@@ -65,7 +65,9 @@ def do_all(
         threading.Thread(target=run, daemon=True, name=f"captum-llm-ext request {i}")
         for i in range(n_threads)
     ]
-    n_running, failure, until = n_threads, None, None
+    n_running = n_threads
+    failure: Exception | None = None
+    until: float | None = None
     try:
         for thread in threads:
             thread.start()
@@ -77,12 +79,12 @@ def do_all(
                 break
             if message is None:
                 n_running -= 1
-            elif isinstance(message, Exception):
-                failure = failure or message
+                continue
+            error = message if isinstance(message, Exception) else _taken(take, *message)
+            if error is not None:
+                failure = failure or error
                 until = until or time.monotonic() + _GRACE
                 stop.set()
-            else:
-                take(*message)
     finally:
         stop.set()
         if n_running:
@@ -92,9 +94,18 @@ def do_all(
                 while True:
                     message = done.get_nowait()
                     if isinstance(message, tuple):
-                        take(*message)
+                        _taken(take, *message)
     if failure is not None:
         raise failure
+
+
+def _taken(take: Callable[[S, T], None], job: S, found: T) -> Exception | None:
+    """Takes something in, and gives back what went wrong with it: others are still to be taken."""
+    try:
+        take(job, found)
+    except Exception as error:
+        return error
+    return None
 
 
 def _say_goodbye(threads: Sequence[threading.Thread]) -> None:
