@@ -435,7 +435,6 @@ class GenerationAttribution(LLMAttribution):
             "generation": None if gen_args is None else _generation(gen_args),
             "rows_by_process": game.run.scorer.n_scored if self._shared else None,
             **self._model_provenance(),
-            "device": str(self.device),
             "python": platform.python_version(),
             "versions": _compat.versions(),
             "command": command_line(),
@@ -485,6 +484,7 @@ class GenerationAttribution(LLMAttribution):
             "revision": revision,
             "model_class": type(self.model).__name__,
             "dtype": str(parameter.dtype) if parameter is not None else None,
+            "device": str(self.device),
         }
 
     def _arithmetic(self, game: Game) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Attribution over an API: the numbers of the same model run here, whoever is asked and however."""
 
+import inspect
 import re
 import sys
 
@@ -143,6 +144,16 @@ def test_the_numbers_are_those_of_the_model_run_here(
         assert {tuple(prompt[-n_target:]) for prompt in server.prompts} == {
             tuple(found.target.tolist())
         }
+
+
+def test_arguments_are_captums_in_captums_order():
+    for name in ("__init__", "attribute"):
+        captums = inspect.signature(getattr(RemoteLLMAttribution, name)).parameters
+        ours = inspect.signature(getattr(RemoteGenerationAttribution, name)).parameters
+        plain = [p for p in captums if captums[p].kind is captums[p].POSITIONAL_OR_KEYWORD]
+        assert list(ours)[: len(plain)] == plain
+        rest = [p for p in list(ours)[len(plain) :] if p != "arguments"]
+        assert all(ours[p].kind is ours[p].KEYWORD_ONLY for p in rest)
 
 
 def test_output_is_held_fixed_unless_it_is_asked_for(tokenizer, provider):

@@ -133,6 +133,19 @@ def test_the_server_says_when(tokenizer, server, form):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
 
 
+def test_all_threads_leave_the_server_alone(tokenizer, server):
+    server.delay = 0.02
+    server.failures.extend([None, None, status(429, Retry_After="0.7")])
+    provider = provider_of(server, max_concurrency=4)
+    inp = TextSegmentInput("Dave lives. Ann is in TX. The quick fox jumps", tokenizer)
+    remote(provider, tokenizer).attribute(inp, TARGET)
+    pauses = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
+    longest = max(range(len(pauses)), key=pauses.__getitem__)
+    assert pauses[longest] > 0.5
+    assert longest <= 2 + 4  # what was under way
+    assert sorted(pauses)[-2] < 0.3
+
+
 def test_waits_become_longer(tokenizer, server, quick):
     server.always = status(500, "out of memory")
     provider = provider_of(server, max_retries=4, max_concurrency=1)
@@ -166,6 +179,34 @@ def test_what_the_server_refuses_is_told_at_once(tokenizer, server, code, messag
     by_auto = provider_of(server, api_key=KEY)
     with pytest.raises(ApiError, match=str(code)):
         remote(by_auto, tokenizer).attribute(words(tokenizer), TARGET)
+
+
+def test_which_row_is_refused(tokenizer, server):
+    def longest(handler, body):
+        prompts = [body["prompt"]] if isinstance(body["prompt"][0], int) else body["prompt"]
+        if max(map(len, prompts)) > 16:
+            return status(400, "prompt too long")(handler, body)
+        return lambda answer: answer
+
+    server.always = longest
+    provider = provider_of(server, prompts_per_request=8, logprobs="prompt_logprobs")
+    with pytest.raises(ApiError, match=r"row 0 \(after '<s>Dave lives. Ann .*\): .*too long"):
+        remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+
+
+def test_servers_that_take_one_prompt_at_a_time(model, tokenizer, server):
+    def one(handler, body):
+        if not isinstance(body["prompt"][0], int):
+            return status(400, "a list of lists is not supported")(handler, body)
+        return lambda answer: answer
+
+    server.always = one
+    provider = provider_of(server, prompts_per_request=4, max_concurrency=1)
+    found = remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+    assert_true(found, model, tokenizer)
+    assert len(server.prompts) == found.n_evaluations
+    refused = [body for body in server.bodies if not isinstance(body["prompt"][0], int)]
+    assert len(refused) <= 2  # by either way of asking, once
 
 
 def test_a_key_is_shown_nowhere(tokenizer, server, monkeypatch, tmp_path):
@@ -366,9 +407,12 @@ def test_ctrl_c_ends_at_once_and_loses_nothing(tokenizer, server, tmp_path, n_th
     server.always = silent(20) if state == "silent" else status(429, Retry_After="20")
     provider = provider_of(server, max_concurrency=n_threads, timeout=60)
 
+    # Of a busy server all threads keep away once one of them was told so.
+    n_bodies = 5 + (n_threads if state == "silent" else 1)
+
     def interrupt():
         until = time.monotonic() + 10
-        while len(server.bodies) < 5 + n_threads and time.monotonic() < until:
+        while len(server.bodies) < n_bodies and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGINT)

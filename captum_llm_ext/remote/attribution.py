@@ -212,7 +212,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return {name: told[name] for name in ("provider", "model") if told[name] is not None}
 
     def _model_provenance(self) -> dict[str, Any]:
-        return described(self.provider) | {"revision": None, "model_class": None, "dtype": None}
+        unknown = dict.fromkeys(("revision", "model_class", "dtype", "device"))
+        return described(self.provider) | unknown
 
     def _arithmetic(self, game: Game) -> dict[str, Any]:
         scorer = cast(RemoteScorer, game.run.scorer)

@@ -98,6 +98,7 @@ class Http:
         self._changed = threading.Condition()
         self._epoch = 0
         self._was_reached = False
+        self._not_before = 0.0  # until then the server wants to be left alone, by all threads
         self._random = random.Random()  # apart from the global one
         weakref.finalize(self, _close_all, self._idle)
 
@@ -124,6 +125,7 @@ class Http:
         """Ends all requests that are under way, in whatever thread; later ones are as ever."""
         with self._changed:
             self._epoch += 1
+            self._not_before = 0.0  # it will say so again
             busy = list(self._busy)
             self._changed.notify_all()
         for connection in busy:
@@ -136,6 +138,7 @@ class Http:
         while True:
             n_tries += 1
             wait = None
+            self._rest(self._not_before - time.monotonic(), epoch)
             try:
                 status, headers, content = self._once(method, path, body, epoch)
                 if status < 300:
@@ -154,7 +157,12 @@ class Http:
                 said = f"asked to wait {wait:.0f} seconds" if too_long else f"{n_tries} tries"
                 failure.args = (f"{failure.args[0]} ({said})",)
                 raise failure
-            self._rest(n_tries, wait, epoch)
+            if wait is not None:
+                self._not_before = max(self._not_before, time.monotonic() + wait)
+                continue
+            # Threads that failed together must not come back together.
+            longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (n_tries - 1))
+            self._rest(self._random.uniform(longest / 2, longest), epoch)
 
     def _may_help(self, error: Exception) -> bool:
         """Whether another try may; a server that has never answered is most likely not there."""
@@ -165,13 +173,11 @@ class Http:
         # Other errors are what a TLS connection says that another thread has ended.
         return isinstance(error, OSError | http.client.HTTPException)
 
-    def _rest(self, n_tries: int, wait: float | None, epoch: int) -> None:
-        longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (n_tries - 1))
-        # Threads that failed together must not come back together.
-        seconds = self._random.uniform(longest / 2, longest) if wait is None else wait
-        with self._changed:
-            self._changed.wait_for(lambda: self._epoch != epoch, timeout=seconds)
-        self._check(epoch)
+    def _rest(self, seconds: float, epoch: int) -> None:
+        if seconds > 0:
+            with self._changed:
+                self._changed.wait_for(lambda: self._epoch != epoch, timeout=seconds)
+            self._check(epoch)
 
     def _check(self, epoch: int) -> None:
         if epoch != self._epoch:

@@ -8,11 +8,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from captum_llm_ext import tokens
 from captum_llm_ext.content import level_of_caller
-from captum_llm_ext.remote.http import shown_url
+from captum_llm_ext.remote.http import ApiError, shown_url
 
 _SHOWN = 60
 # Servers that cannot write an infinite number say this one: vLLM does.
 _RULED_OUT = -9999.0
+# Statuses of what is wrong with a prompt, or with several at a time.
+_ABOUT_PROMPTS = (400, 413, 422)
 
 
 @runtime_checkable
@@ -177,13 +179,28 @@ class IdsSource(_Asked):
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """See `Source.ask`."""
-        found = self._provider.get_token_logprobs([request.ids for request in requests])
+        if len(requests) > self.most_prompts:
+            return self._one_by_one(requests)
+        try:
+            found = self._provider.get_token_logprobs([request.ids for request in requests])
+        except ApiError as error:
+            if error.status not in _ABOUT_PROMPTS:
+                raise
+            if len(requests) == 1:
+                said = f"{place(requests[0], self._tokenizer)}: {error}"
+                raise ApiError(said, error.status) from error
+            answers = self._one_by_one(requests)  # or the one that is refused is told
+            self.most_prompts = 1
+            return answers
         if len(found) != len(requests):
             raise ValueError(
                 f"the provider gave {len(found)} answers for {len(requests)} prompts, of "
                 f"{place(requests[0], self._tokenizer)} and after: one each is wanted."
             )
         return [self._answer(*pair) for pair in zip(requests, found, strict=True)]
+
+    def _one_by_one(self, requests: Sequence[Request]) -> list[Answer]:
+        return [answer for request in requests for answer in self.ask([request])]
 
     def _answer(self, request: Request, found: Sequence[Mapping[int, float] | None]) -> Answer:
         if len(found) != len(request.ids):

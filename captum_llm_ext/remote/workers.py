@@ -41,8 +41,12 @@ def do_all(
     """
     n_threads = min(n_threads, len(jobs))
     if n_threads <= 1:
-        for job in jobs:
-            take(job, work(job))
+        try:
+            for job in jobs:
+                take(job, work(job))
+        except KeyboardInterrupt:
+            interrupt()
+            raise
         return
     todo: queue.SimpleQueue[S] = queue.SimpleQueue()
     for job in jobs:
