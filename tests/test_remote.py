@@ -356,6 +356,10 @@ def test_any_provider_works_as_it_is(model, tokenizer, kind):
     if kind is Plain:
         with pytest.raises(ValueError, match="Plain has no `generate_tokens`: give the `target`"):
             remote.attribute(inp)
+        own.generate = lambda prompt, **gen_args: TARGET
+        written = remote.attribute(inp)
+        assert written.provenance["target_from"] == "text"
+        assert written.output_tokens == local.attribute(inp, TARGET).output_tokens
     else:
         assert remote.attribute(inp).output_tokens == local.attribute(inp, TARGET).output_tokens
 

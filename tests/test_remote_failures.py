@@ -194,6 +194,24 @@ def test_which_row_is_refused(tokenizer, server):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
 
 
+def test_answers_in_another_order(model, tokenizer, server):
+    server.always = changed(lambda answer: answer | {"choices": answer["choices"][::-1]})
+    provider = provider_of(server, prompts_per_request=4, max_concurrency=2)
+    found = remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+    assert_true(found, model, tokenizer)
+    assert not any(isinstance(body["prompt"][0], int) for body in server.bodies)
+
+
+def test_errors_of_a_providers_own_say_where(tokenizer):
+    class Broken:
+        def get_logprobs(self, input_prompt, target_str, tokenizer):
+            raise KeyError("API response missing 'prompt_logprobs' data")
+
+    with pytest.raises(KeyError) as raised:
+        remote(Broken(), tokenizer).attribute(words(tokenizer), TARGET)
+    assert raised.value.__notes__[0].startswith("This was asked at row 0 (after '<s>Dave lives.")
+
+
 def test_servers_that_take_one_prompt_at_a_time(model, tokenizer, server):
     def one(handler, body):
         if not isinstance(body["prompt"][0], int):

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from captum.attr import InterpretableInput, RemoteLLMAttribution
-from captum.attr._core.remote_provider import RemoteLLMProvider
+from captum.attr import InterpretableInput, RemoteLLMAttribution, RemoteLLMProvider
 from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 

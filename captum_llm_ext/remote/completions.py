@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
-from captum._utils.typing import TokenizerLike
-from captum.attr._core.remote_provider import RemoteLLMProvider
+from captum.attr import RemoteLLMProvider
 
 from captum_llm_ext.remote.http import ApiError, Http, Secrets, api_key
 
@@ -16,7 +15,7 @@ _IDS_AS_TEXT = "token_id:"
 
 
 class CompletionsProvider(RemoteLLMProvider):
-    """A model behind ``/v1/completions``: vLLM, SGLang, llama.cpp and others.
+    """A model behind ``/v1/completions`` that tells log-probabilities of prompts, as vLLM does.
 
     Prompts are sent as token ids, several at a time and in several threads. What is answered by
     429 or 5xx, or not at all, is asked for again, later and later, or when the server says
@@ -107,7 +106,7 @@ class CompletionsProvider(RemoteLLMProvider):
         self,
         input_prompt: str,
         target_str: str,
-        tokenizer: TokenizerLike | None = None,
+        tokenizer: Any = None,
     ) -> list[float]:
         """Captum's question: log-probabilities of a target's tokens after a prompt.
 
@@ -127,7 +126,7 @@ class CompletionsProvider(RemoteLLMProvider):
         if tokenizer is None or not target_str:
             raise ValueError("give the model's `tokenizer`, and a target that is not empty.")
         prompt = _ids(tokenizer.encode(input_prompt))
-        target = _ids(cast(Any, tokenizer).encode(target_str, add_special_tokens=False))
+        target = _ids(tokenizer.encode(target_str, add_special_tokens=False))
         if self.takes_ids:
             ids = [*prompt, *target]
             [entries] = self._logprobs([ids], [ids])

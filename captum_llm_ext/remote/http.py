@@ -157,12 +157,10 @@ class Http:
                 said = f"asked to wait {wait:.0f} seconds" if too_long else f"{n_tries} tries"
                 failure.args = (f"{failure.args[0]} ({said})",)
                 raise failure
-            if wait is not None:
-                self._not_before = max(self._not_before, time.monotonic() + wait)
-                continue
+            self._not_before = max(self._not_before, time.monotonic() + (wait or 0.0))
             # Threads that failed together must not come back together.
             longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (n_tries - 1))
-            self._rest(self._random.uniform(longest / 2, longest), epoch)
+            self._rest(self._random.uniform(longest / 2, longest) - (wait or 0.0), epoch)
 
     def _may_help(self, error: Exception) -> bool:
         """Whether another try may; a server that has never answered is most likely not there."""

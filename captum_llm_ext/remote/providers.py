@@ -2,7 +2,8 @@
 
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -182,7 +183,8 @@ class IdsSource(_Asked):
         if len(requests) > self.most_prompts:
             return self._one_by_one(requests)
         try:
-            found = self._provider.get_token_logprobs([request.ids for request in requests])
+            with noted(requests[0], self._tokenizer):
+                found = self._provider.get_token_logprobs([request.ids for request in requests])
         except ApiError as error:
             if error.status not in _ABOUT_PROMPTS:
                 raise
@@ -255,9 +257,10 @@ class TextSource(_Asked):
         prompt, target = request.ids[: request.first + 1], request.asked
         with self._lock:
             text, continued = self._texts(request, prompt, target)
-        found = self._provider.get_logprobs(
-            input_prompt=text, target_str=continued, tokenizer=self._tokenizer
-        )
+        with noted(request, self._tokenizer):
+            found = self._provider.get_logprobs(
+                input_prompt=text, target_str=continued, tokenizer=self._tokenizer
+            )
         if len(found) != len(target):
             raise ValueError(
                 f"{place(request, self._tokenizer)}: the provider gave {len(found)} "
@@ -343,6 +346,16 @@ def place(request: Request, tokenizer: Any) -> str:
     text = tokens.decode(tokenizer, request.ids[: request.first + 1])
     shown = text if len(text) <= _SHOWN else f"…{text[-_SHOWN:]}"
     return f"row {request.row} (after {shown!r})"
+
+
+@contextmanager
+def noted(request: Request, tokenizer: Any) -> Generator[None]:
+    """Notes on a provider's own errors where they happened."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This was asked at {place(request, tokenizer)}.")
+        raise
 
 
 def is_ruled_out(value: float) -> bool:
