@@ -345,6 +345,13 @@ def test_missing_log_probabilities_where_the_user_says_what_they_are(tokenizer, 
     assert len({tuple(p) for p in server.prompts} & set(asked[:3])) == 1
     assert found.provenance["n_missing"] == 1
     assert (found.values[:, -1] == -20.0).sum() == 1
+    # It is kept as missing: what stands for it may change, or nothing be allowed to.
+    server.prompts.clear()
+    other = remote(provider, tokenizer, missing=-5.0).attribute(inp, TARGET, checkpoint=path)
+    assert (other.values[:, -1] == -5.0).sum() == 1
+    with pytest.raises(ValueError, match="no log-probability"):
+        remote(provider, tokenizer).attribute(inp, TARGET, checkpoint=path)
+    assert len(server.prompts) == 2
 
 
 @pytest.mark.parametrize("output_unit", [None, "word"])

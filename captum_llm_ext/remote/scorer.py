@@ -215,12 +215,10 @@ class RemoteScorer:
         request = min(stored, key=lambda request: len(request.ids))
         [answer] = self._source.ask([request])
         self.n_requests += 1
-        told = [answer.values[i] for i in request.wanted]
-        instead = 0.0 if self._missing is None else self._missing
-        now = torch.tensor([instead if v is None else v for v in told], dtype=torch.float64)
-        then = self._known[key(request)][list(request.wanted)]
-        difference = float((now - then).abs().max()) if len(then) else 0.0
-        if difference > _NOISE + 0.01 * float(then.abs().max()):
+        wanted = list(request.wanted)
+        now, then = _as_tensor(answer.values)[wanted], self._known[key(request)][wanted]
+        difference = float((now - then).abs().nan_to_num().amax()) if wanted else 0.0
+        if difference > _NOISE + 0.01 * float(then.abs().nan_to_num().amax()):
             raise ValueError(
                 f"the checkpoint was written with another model: {place(request, self._tokenizer)} "
                 f"differs by {difference:.2g}. Give another file, or delete this one to begin anew."
@@ -231,17 +229,13 @@ class RemoteScorer:
         """Keeps an answer; in place of one that cannot be used, what is wrong with it."""
         self.n_requests += 1
         self._advance()
-        values = answer.values
         for i in request.wanted:
-            value = values[i]
-            if value is None and self._missing is not None:
-                values[i] = self._missing
-                self.n_missing += 1
-            elif value is None:
-                return self._no_value(request, i, "gave no log-probability of", _NULL)
-            elif is_ruled_out(value):
-                return self._no_value(request, i, f"gives {value:g} to", _INFINITE)
-        self._keep(key(request), [float("nan") if value is None else value for value in values])
+            value = answer.values[i]
+            if value is None and self._missing is None:
+                return self._no_value(request, request.asked[i], _UNTOLD, _NULL)
+            if value is not None and is_ruled_out(value):
+                return self._no_value(request, request.asked[i], f"gives {value:g} to", _INFINITE)
+        self._keep(key(request), answer.values)
         for i, others in enumerate(answer.others):
             if wanted and len(others) > 1:
                 before = request.ids[: request.first + i + 1]
@@ -251,13 +245,12 @@ class RemoteScorer:
                         self._keep(k, [value])
         return None
 
-    def _no_value(self, request: Request, i: int, what: str, advice: str) -> str:
-        token = request.asked[i]
+    def _no_value(self, request: Request, token: int, what: str, advice: str) -> str:
         name = f"{self._tokenizer.convert_ids_to_tokens([token])[0]!r} (id {token})"
         return f"{place(request, self._tokenizer)}: the provider {what} {name}. {advice}"
 
-    def _keep(self, k: bytes, values: Sequence[float]) -> None:
-        self._known[k] = torch.tensor(values, dtype=torch.float64)
+    def _keep(self, k: bytes, values: Sequence[float | None]) -> None:
+        self._known[k] = _as_tensor(values)
         if self._journal is not None:
             self._journal.add([k], self._known[k][None])
 
@@ -271,9 +264,11 @@ class RemoteScorer:
             if p >= 0:
                 found = apart.get((p, token))
                 values[t] = of_whole[p - whole.first] if found is None else found
-                if values[t].isnan():
-                    what = "gave no log-probability of"
-                    raise ValueError(self._no_value(whole, p - whole.first, what, _NULL))
+        untold = [t for t in values.isnan().nonzero()[:, 0].tolist() if row.positions[t] >= 0]
+        if untold and self._missing is None:
+            raise ValueError(self._no_value(whole, int(target[untold[0]]), _UNTOLD, _NULL))
+        self.n_missing += len(untold)
+        values[untold] = float("nan") if self._missing is None else self._missing
         return values
 
     def _step(self, k: bytes) -> Tensor:
@@ -327,12 +322,19 @@ class RemoteScorer:
             self._bar.update()
 
 
+_UNTOLD = "gave no log-probability of"
 _NULL = (
     "Servers that tell the likeliest tokens only, or none of the prompt, cannot be used: have it "
     "tell those of all prompt tokens (vLLM: `prompt_logprobs`), or say what to take in their place "
     "with `missing=-20.0`."
 )
 _INFINITE = "The model rules that token out: do not explain it."
+
+
+def _as_tensor(values: Sequence[float | None]) -> Tensor:
+    """Log-probabilities, NaN where there is none."""
+    told = [float("nan") if v is None or is_ruled_out(v) else v for v in values]
+    return torch.tensor(told, dtype=torch.float64)
 
 
 def key(request: Request) -> bytes:
