@@ -301,7 +301,7 @@ class GenerationAttribution(LLMAttribution):
     def _run(
         self, prompt: Prompt, scorer: Values, seed: int, callback: Inspect | None = None
     ) -> Run:
-        model = self._language_model()
+        model = self._language_model(scorer)
         return Run(self.attr_method, self.tokenizer, prompt, scorer, model, seed, callback)
 
     def _target_ids(
@@ -451,7 +451,8 @@ class GenerationAttribution(LLMAttribution):
             processes=self._shared,
         )
 
-    def _language_model(self) -> LanguageModel:
+    def _language_model(self, scorer: Values) -> LanguageModel:
+        del scorer
         return Likelihood(self.model, self.tokenizer)
 
     def _generated_ids(self, run: Run, gen_args: Mapping[str, Any] | None) -> Tensor:

@@ -455,6 +455,22 @@ def test_datasets_comparisons_games_and_files(model, tokenizer, provider, tmp_pa
     assert games[0] == pytest.approx(games[1], abs=1e-4)
 
 
+def test_baselines_that_ask_the_model(model, tokenizer, server, provider, vllm):
+    texts = CorpusBaselines(tiny.TEXTS, match="model", min_candidates=0)
+    inp = words(tokenizer, baselines=texts)
+    method, arguments = ShapleyValueSampling, {"target": TARGET, "n_samples": 4}
+    remote = RemoteGenerationAttribution(method(PLACEHOLDER), tokenizer, provider)
+    found = remote.attribute(inp, **arguments)
+    local = GenerationAttribution(method(model), tokenizer)
+    assert_same(found, local.attribute(inp, output_unit=None, **arguments))
+    assert len(server.prompts) == found.provenance["n_requests"] > found.n_evaluations
+    with pytest.raises(ValueError, match="which an API does not"):
+        remote.attribute(inp, output_unit="word", **arguments)
+    by_text = RemoteGenerationAttribution(method(PLACEHOLDER), tokenizer, vllm)
+    with pytest.raises(ValueError, match="a provider that takes texts does not tell"):
+        by_text.attribute(inp, **arguments)
+
+
 def test_a_method_of_the_users_own(model, tokenizer, provider):
     class Own(FeatureAblation):
         """Driven through its own `attribute`."""
@@ -508,11 +524,6 @@ def test_what_an_api_has_no_use_for_is_refused(tokenizer, provider, server):
     )
     with pytest.raises(ValueError, match="more than text"):
         remote.attribute(image, TARGET)
-    asking = words(
-        tokenizer, baselines=CorpusBaselines(tiny.TEXTS, match="model", min_candidates=0)
-    )
-    with pytest.raises(ValueError, match="asks the model itself"):
-        remote.attribute(asking, TARGET)
     told = CompletionsProvider(server.url)
     with pytest.raises(ValueError, match=r"positions, the server has 256"):
         made(told).attribute(words(tokenizer), [5] * 256)

@@ -11,6 +11,7 @@ from torch import Tensor
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines import LanguageModel
 from captum_llm_ext.game import Game, Inspect, Run
+from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.remote.providers import (
     OnMismatch,
     Source,
@@ -189,8 +190,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             most_requests=self._most_requests,
         )
 
-    def _language_model(self) -> LanguageModel:
-        return _NotAsked()
+    def _language_model(self, scorer: Values) -> LanguageModel:
+        return RemoteLikelihood(cast(RemoteScorer, scorer), self.tokenizer)
 
     def _generated_ids(self, run: Run, gen_args: Mapping[str, Any] | None) -> Tensor:
         given = dict(gen_args or {})
@@ -220,27 +221,3 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
     def _result_dtype(self) -> torch.dtype:
         return torch.float32
-
-
-class _NotAsked:
-    """What a baseline is given that wants to ask the model."""
-
-    def log_likelihoods(self, texts: Sequence[str]) -> Tensor:
-        """Not to be had."""
-        raise ValueError(_NO_MODEL)
-
-    def next_token(self, text: str) -> Tensor:
-        """Not to be had."""
-        raise ValueError(_NO_MODEL)
-
-    def continuations(
-        self, text: str, n_tokens: int, n: int, generator: torch.Generator
-    ) -> list[str]:
-        """Not to be had."""
-        raise ValueError(_NO_MODEL)
-
-
-_NO_MODEL = (
-    "this baseline asks the model itself for distributions, which an API does not tell: give "
-    'another one, such as `CorpusBaselines(texts)` with `match="context"`.'
-)

@@ -70,6 +70,11 @@ class RemoteScorer:
         self._bar: Any = None
 
     @property
+    def takes_ids(self) -> bool:
+        """Whether prompts are sent as ids."""
+        return self._source.takes_ids
+
+    @property
     def processes(self) -> Processes:
         """This one alone."""
         return Processes()
@@ -127,6 +132,26 @@ class RemoteScorer:
             self.n_scored[0] += 1
         found = torch.stack([self._rows[d] for d in digests])
         return found.exp() if self.attr_target == "prob" else found
+
+    def sums(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """Log-probability of each row's ids after its first one, all together.
+
+        Args:
+            rows: Token ids, not as texts; each is asked for once.
+
+        Returns:
+            Shape ``(n_rows,)``, float64, in nats.
+        """
+        asked: dict[tuple[int, ...], Request] = {
+            ids: Request(ids, 0, tuple(range(len(ids) - 1)), i) for i, ids in enumerate(rows)
+        }
+        requests = _merged(request for request in asked.values() if request.asked)
+        self._look_up([*requests])
+        self._ask(requests)
+        instead = self._missing or 0.0
+        sums = {k: self._known[k].nan_to_num(nan=instead).sum() for k in requests}
+        nothing = torch.zeros((), dtype=torch.float64)
+        return torch.stack([sums.get(key(asked[ids]), nothing) for ids in rows])
 
     def _parts(self, row: TokenRow, target: list[int], number: int) -> list[Request]:
         """What to ask for a row: first all that it reads, then tokens that it does not read."""
