@@ -7,6 +7,7 @@ import sys
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from captum.attr import (
     FeatureAblation,
     ImageMaskInput,
@@ -187,6 +188,10 @@ def test_captums_provider_is_asked_as_it_is(model, tokenizer, server, vllm):
     assert (told["provider"], told["model"], told["api"]) == ("VLLMProvider", "tiny", server.url)
     assert told["sent_as"] == "text"
     assert "of-the-test" not in repr(told)
+    # Ends of texts are tokens too, and a tokenizer's text of them is read as that.
+    ended = [*tokenizer.encode(TARGET, add_special_tokens=False), tokenizer.eos_token_id]
+    found = remote.attribute(inp, ended, **arguments)
+    assert_same(found, local.attribute(inp, ended, output_unit=None, **arguments))
     with pytest.raises(ValueError, match="VLLMProvider takes texts"):
         remote.attribute(inp, TARGET, output_unit="word")
 
@@ -437,7 +442,11 @@ def test_datasets_comparisons_games_and_files(model, tokenizer, provider, tmp_pa
     remote = RemoteGenerationAttribution(KernelShap(PLACEHOLDER), tokenizer, provider)
     local = GenerationAttribution(KernelShap(model), tokenizer)
     report = attribute_dataset(
-        ["Dave lives", "Ann is"], remote, tmp_path, gen_args={"max_new_tokens": 3}
+        ["Dave lives", "Ann is"],
+        remote,
+        tmp_path,
+        accelerator=Accelerator(cpu=True),
+        gen_args={"max_new_tokens": 3},
     )
     assert (report.n_written, report.n_failed) == (2, 0)
     loaded = GenerationAttributionResult.load(tmp_path / "000001.safetensors")
@@ -507,7 +516,8 @@ def test_what_an_api_has_no_use_for_is_refused(tokenizer, provider, server):
         made(server.url)
     with pytest.raises(TypeError, match="`attr_method` is a int"):
         RemoteGenerationAttribution(3, tokenizer, provider)
-    for wrong in ({"missing": 1.0}, {"max_concurrency": 0}, {"on_mismatch": "no"}):
+    wrong_ones = ({"missing": 1.0}, {"max_concurrency": 0}, {"on_mismatch": "no"})
+    for wrong in (*wrong_ones, {"on_mismatch": "warn"}):  # ids are read as they are
         with pytest.raises(ValueError, match=next(iter(wrong))):
             made(provider, **wrong)
     remote = made(provider)
@@ -541,6 +551,7 @@ def test_what_an_api_has_no_use_for_is_refused(tokenizer, provider, server):
         ({"top_logprobs": -1}, "at least 0"),
         ({"timeout": 0}, "above 0"),
         ({"logprobs": "echo", "top_logprobs": 3}, "would be ignored"),
+        ({"prompts": "text", "top_logprobs": 3}, "would be ignored"),
         ({"api_key": "two\nlines"}, "check the key"),
     ],
 )

@@ -32,7 +32,11 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
     Takes what captum's `RemoteLLMAttribution` takes, and any of its providers. Estimators, inputs,
     baselines, error bars, checkpoints and results are those of `GenerationAttribution`; the model's
-    forward passes are requests instead.
+    forward passes are requests instead::
+
+        provider = CompletionsProvider("http://localhost:8000/v1")
+        method = ShapleyValueSampling(RemoteLLMAttribution.placeholder_model)
+        result = RemoteGenerationAttribution(method, tokenizer, provider).attribute(inp)
 
     *By ids or by text.* A provider that takes token ids (`CompletionsProvider`, or any
     `TokenProvider`) is sent the very ids of each coalition and of the target. Captum's own
@@ -41,11 +45,14 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     tokens than it was rendered to is sent, with a warning, and counted in ``provenance``.
 
     *What it costs.* With the generated text held fixed, which is the default here, a coalition
-    takes one request. With generated text among the causes (`output_unit`) it takes one more for
-    each target token at a place where generated text is absent, about half of the output's
-    features more: the token asked about is not the one that is read there. A warning tells the
-    number before anything is sent where it is above `most_requests`; ``provenance["n_requests"]``
-    counts prompts sent, of which a call may hold several.
+    takes one request. With generated text among the causes (`output_unit`) the target token at a
+    place where generated text is absent is asked for by itself, for it is not what is read there:
+    one more request for each absent feature of the output, half of them on average in sampled
+    coalitions. It is saved where another coalition begins alike and has that token (always so in
+    `FeatureAblation`, but for the empty coalition, and where all coalitions are enumerated), and
+    where the provider tells it among the likeliest. A warning tells the number before any of them
+    is sent where it is above `most_requests`. ``provenance["n_requests"]`` counts prompts sent, of
+    which a call may hold several.
 
     Args:
         attr_method: As of `GenerationAttribution`, over captum's placeholder:
@@ -107,7 +114,15 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             raise ValueError(f"`missing` is {missing!r}: give nats between -9999 and 0.")
         if on_mismatch not in ("error", "warn"):
             raise ValueError(f"`on_mismatch` is {on_mismatch!r}: give 'error' or 'warn'.")
-        source(provider, tokenizer, max_concurrency, on_mismatch)  # refuses what is none
+        # This refuses what is no provider.
+        if (
+            source(provider, tokenizer, max_concurrency, on_mismatch).takes_ids
+            and on_mismatch != "error"
+        ):
+            raise ValueError(
+                f"`on_mismatch` would be ignored: {type(provider).__name__} takes ids, which are "
+                "read as they are."
+            )
         RemoteLLMAttribution.__init__(
             self, attr_method, tokenizer, cast(RemoteLLMProvider, provider), attr_target
         )

@@ -75,8 +75,11 @@ class CompletionsProvider(RemoteLLMProvider):
         _at_least("max_retries", max_retries, 0)
         if not timeout > 0:
             raise ValueError(f"`timeout` is {timeout!r}: give seconds above 0.")
-        if top_logprobs and logprobs == "echo":
-            raise ValueError("`top_logprobs` would be ignored: echoed ones have no token ids.")
+        if top_logprobs and (logprobs == "echo" or prompts == "text"):
+            raise ValueError(
+                "`top_logprobs` would be ignored: it is of use with prompts as ids alone, and "
+                "echoed ones have no token ids."
+            )
         self._http = Http(
             api_url, _secrets(api_key, headers), timeout=timeout, max_retries=max_retries
         )
