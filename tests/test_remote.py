@@ -196,6 +196,23 @@ def test_captums_provider_is_asked_as_it_is(model, tokenizer, server, vllm):
         remote.attribute(inp, TARGET, output_unit="word")
 
 
+def test_the_inspection_hook_sees_what_captums_sees(tokenizer, provider):
+    def seen_by(attribution):
+        seen = {}
+        attribution.attribute(
+            template(), TARGET, _inspect_forward=lambda *told: seen.update({told[:2]: told[2]})
+        )
+        return seen
+
+    captums = seen_by(RemoteLLMAttribution(FeatureAblation(PLACEHOLDER), tokenizer, provider))
+    found = seen_by(RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), tokenizer, provider))
+    # Texts of ids begin with what the tokenizer puts before them.
+    ours = {(prompt.removeprefix("<s>"), text): told for (prompt, text), told in found.items()}
+    assert captums.keys() <= ours.keys()
+    for key, probabilities in captums.items():
+        assert ours[key] == pytest.approx(probabilities, rel=1e-4)
+
+
 def test_joint_probabilities(model, tokenizer, provider):
     local = GenerationAttribution(ShapleyValues(model), tokenizer, "prob")
     remote = RemoteGenerationAttribution(ShapleyValues(PLACEHOLDER), tokenizer, provider, "prob")

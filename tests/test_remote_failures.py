@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from captum_llm_ext import (
     RemoteGenerationAttribution,
     TextSegmentInput,
 )
-from captum_llm_ext.remote import http
+from captum_llm_ext.remote import transport
 
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 TARGET = " golf and chess."
@@ -46,7 +47,7 @@ def server(model, tokenizer):
 @pytest.fixture
 def quick(monkeypatch):
     """Waits are as they are, but a tenth as long."""
-    monkeypatch.setattr(http, "_FIRST_WAIT", 0.05)
+    monkeypatch.setattr(transport, "_FIRST_WAIT", 0.05)
 
 
 def provider_of(server, **arguments):
@@ -254,6 +255,13 @@ def test_a_server_that_is_not_there_is_told_at_once(tokenizer):
     with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9/v1 cannot be asked"):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
     assert time.monotonic() - started < 2
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections, shakes no hands
+        provider = CompletionsProvider(
+            f"https://127.0.0.1:{deaf.getsockname()[1]}/v1", "tiny", timeout=0.3
+        )
+        with pytest.raises(ConnectionError, match=r"no connection within 0\.3 seconds"):
+            remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+    assert time.monotonic() - started < 4
 
 
 def without(name):

@@ -5,7 +5,7 @@ from typing import Any, Literal, cast
 
 from captum.attr import RemoteLLMProvider
 
-from captum_llm_ext.remote.http import ApiError, Http, Secrets, api_key
+from captum_llm_ext.remote.transport import ApiError, Http, Secrets, api_key
 
 Entry = Mapping[int, float] | None
 Way = Literal["prompt_logprobs", "echo"]

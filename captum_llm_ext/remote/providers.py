@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from captum_llm_ext import tokens
 from captum_llm_ext.content import level_of_caller
-from captum_llm_ext.remote.http import ApiError, shown_url
+from captum_llm_ext.remote.transport import ApiError, shown_url
 
 _SHOWN = 60
 # Servers that cannot write an infinite number say this one: vLLM does.

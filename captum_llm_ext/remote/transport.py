@@ -18,6 +18,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 # Seconds before the second try; doubled for every further one, up to the longest.
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+_CONNECTED_WITHIN = 20.0
 # A server that wants to be left alone for longer is not waited for.
 _MOST_PATIENCE = 600.0
 _SHOWN = 500
@@ -206,7 +207,7 @@ class Http:
         is_kept = False
         try:
             if connection.sock is None:
-                connection.connect()
+                self._open(connection)
             with self._changed:
                 self._check(epoch)
                 self._busy.add(connection)
@@ -224,6 +225,15 @@ class Http:
                     self._idle.append(connection)
             if not is_kept:
                 connection.close()
+
+    def _open(self, connection: http.client.HTTPConnection) -> None:
+        try:
+            connection.connect()
+        except TimeoutError as error:
+            within = f"no connection within {connection.timeout:g} seconds"
+            raise ConnectionRefusedError(within) from error
+        # To think about an answer takes longer than to listen.
+        connection.sock.settimeout(self._timeout)
 
     def _target(self, path: str) -> str:
         path = self._url.path + path
@@ -243,10 +253,11 @@ class Http:
         is_tls = self._url.scheme == "https"
         host, port = self._url.hostname or "", self._url.port or (443 if is_tls else 80)
         to = (host, port) if proxy is None else (proxy.hostname or "", proxy.port or 80)
+        within = min(self._timeout, _CONNECTED_WITHIN)
         if not is_tls:
-            return http.client.HTTPConnection(*to, timeout=self._timeout)
+            return http.client.HTTPConnection(*to, timeout=within)
         context = ssl.create_default_context()
-        connection = http.client.HTTPSConnection(*to, timeout=self._timeout, context=context)
+        connection = http.client.HTTPSConnection(*to, timeout=within, context=context)
         if proxy is not None:
             connection.set_tunnel(host, port)
         return connection
