@@ -34,6 +34,7 @@ class Server:
         self.delay = 0.0
         self.n_parallel = self.most_parallel = 0
         self.lock = threading.Lock()
+        self.closing = threading.Event()
         self._model_lock = threading.Lock()
         server = self
 
@@ -49,9 +50,14 @@ class Server:
         return self
 
     def __exit__(self, *_):
+        self.closing.set()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
+        # A thread that computes must not outlive the program that ends.
+        until = time.monotonic() + 5
+        while self.n_parallel and time.monotonic() < until:
+            time.sleep(0.01)
 
     def answer(self, body):
         prompts = body["prompt"]
@@ -181,7 +187,7 @@ def silent(seconds):
     """No answer for a while, and then none."""
 
     def hang(handler, body):
-        time.sleep(seconds)
+        handler.owner.closing.wait(seconds)
         handler.close_connection = True
 
     return hang
