@@ -512,8 +512,9 @@ def test_progress_counts_requests(tokenizer, server, capsys):
     remote(provider_of(server), tokenizer).attribute(
         words(tokenizer), TARGET, show_progress=True, output_unit="word"
     )
-    n = len(server.prompts)
-    assert f"requests: 100%|██████████| {n}/{n}" in capsys.readouterr().err
+    n, shown = len(server.prompts), capsys.readouterr().err
+    assert f"| 0/{n} [" in shown  # told before the first is sent
+    assert f"requests: 100%|██████████| {n}/{n}" in shown
 
 
 def test_with_a_tolerance_nothing_is_asked_for_twice(tokenizer, server):

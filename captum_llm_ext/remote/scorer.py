@@ -122,9 +122,13 @@ class RemoteScorer:
         if apart:
             self._note_steps(whole)
             apart = {k: part for k, part in apart.items() if k not in self._steps}
-        self._warn_of_cost({**whole, **apart}, len(new))
+        n_apart = self._n_unknown(apart)
+        n = self._n_unknown(whole) + n_apart
+        self._warn_of_cost(n, len(new))
+        self._announce(n)
         # Those of whole rows first: they may tell what the others would ask for.
         self._ask(whole, wanted={k for k in apart if k not in self._known})
+        self._announce(self._n_unknown(apart) - n_apart)
         self._ask(apart)
         for d, row in new.items():
             self._rows[d] = self._assembled(row, parts[d], target)
@@ -147,6 +151,7 @@ class RemoteScorer:
         }
         requests = _merged(request for request in asked.values() if request.asked)
         self._look_up([*requests])
+        self._announce(self._n_unknown(requests))
         self._ask(requests)
         instead = self._missing or 0.0
         sums = {k: self._known[k].nan_to_num(nan=instead).sum() for k in requests}
@@ -195,8 +200,10 @@ class RemoteScorer:
             for i, values in self._journal.found(unknown).items():
                 self._known[unknown[i]] = values
 
-    def _warn_of_cost(self, asked: Mapping[bytes, Request], n_rows: int) -> None:
-        n = sum(k not in self._known for k in asked)
+    def _n_unknown(self, asked: Mapping[bytes, Request]) -> int:
+        return sum(k not in self._known for k in asked)
+
+    def _warn_of_cost(self, n: int, n_rows: int) -> None:
         if n > max(n_rows, self._most_requests) and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -211,7 +218,6 @@ class RemoteScorer:
         """Asks for what is not known; notes `wanted` requests that answers tell by the way."""
         self._check_stored(asked)
         todo = [request for k, request in asked.items() if k not in self._known]
-        self._announce(len(todo))
         n = min(self._most_prompts, -(-len(todo) // self._source.n_threads))
         batches = [todo[i : i + n] for i in range(0, len(todo), max(n, 1))]
 
