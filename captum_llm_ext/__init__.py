@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from captum_llm_ext.demo import load_demo
     from captum_llm_ext.inputs import ChatInput, TextSegmentInput
     from captum_llm_ext.methods import FeatureInclusion, HierarchicalAblation, PartitionShap
+    from captum_llm_ext.remote import (
+        ApiError,
+        CompletionsProvider,
+        RemoteGenerationAttribution,
+        TokenProvider,
+    )
     from captum_llm_ext.result import (
         Cause,
         GenerationAttributionResult,
@@ -42,11 +48,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ApiError",
     "Baseline",
     "BaselineComparison",
     "Cause",
     "ChatInput",
     "CoalitionGame",
+    "CompletionsProvider",
     "CorpusBaselines",
     "DatasetReport",
     "Deletion",
@@ -59,10 +67,12 @@ __all__ = [
     "Match",
     "PartitionShap",
     "Redundancy",
+    "RemoteGenerationAttribution",
     "Slot",
     "SpanAttribution",
     "TextSegmentInput",
     "TokenBaseline",
+    "TokenProvider",
     "UnresolvedGroup",
     "attribute_dataset",
     "compare_baselines",
@@ -80,6 +90,7 @@ _NAMES = {
     "demo": "load_demo",
     "inputs": "ChatInput TextSegmentInput",
     "methods": "FeatureInclusion HierarchicalAblation PartitionShap",
+    "remote": "ApiError CompletionsProvider RemoteGenerationAttribution TokenProvider",
     "result": "Cause GenerationAttributionResult Redundancy SpanAttribution UnresolvedGroup",
     "sensitivity": "BaselineComparison compare_baselines",
 }

@@ -426,7 +426,9 @@ def model_ranks(model: nn.Module) -> tuple[int, ...]:
     transformers 5.23 (2026): ``distributed_config=`` makes parameters `DTensor` and keeps the mesh
     of one copy of the model; fully_shard of torch has the parameters' own mesh alone.
     """
-    meshes = (getattr(p, "device_mesh", None) for p in model.parameters())
+    # captum 0.9 (2026): what stands for a model that an API serves has no parameters.
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    meshes = (getattr(p, "device_mesh", None) for p in parameters)
     mesh: Any = next((mesh for mesh in meshes if mesh is not None), None)
     if mesh is None:
         return ()

@@ -17,11 +17,12 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat, tokens
+from captum_llm_ext.baselines import LanguageModel
 from captum_llm_ext.coalition_game import CoalitionGame
 from captum_llm_ext.content import told
 from captum_llm_ext.estimators import Budget, is_known
 from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
-from captum_llm_ext.inputs import as_prompt
+from captum_llm_ext.inputs import Prompt, as_prompt
 from captum_llm_ext.result import Design, GenerationAttributionResult
 from captum_llm_ext.result.provenance import command_line
 from captum_llm_ext.scoring import (
@@ -31,8 +32,10 @@ from captum_llm_ext.scoring import (
     Processes,
     Scorer,
     TokenRow,
+    Values,
     model_identity,
 )
+from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.segment import Unit
 
 _TARGETS = ("log_prob", "prob", "logit")
@@ -134,7 +137,7 @@ class GenerationAttribution(LLMAttribution):
         if isinstance(method, Lime):  # kept where `vars` does not show it
             settings |= _compat.lime_settings(method) or {}
         return {
-            **model_identity(self.model),
+            **self._model_identity(),
             "method": type(method).__name__,
             "method_settings": settings,
             "attr_target": told(self.attr_target),
@@ -231,16 +234,10 @@ class GenerationAttribution(LLMAttribution):
                 raise TypeError(_unknown_argument(next(iter(kwargs)), self.attr_method))
             budget = Budget(n_samples, n_draws, max_exact_features)
             effort = Effort(budget, num_trials, tol, max_evaluations)
-            scorer = Scorer(
-                self.model,
-                attr_target=self.attr_target,
-                max_rows=perturbations_per_eval,
-                show_progress=show_progress,
-                processes=self._shared,
-            )
+            scorer = self._scorer(perturbations_per_eval, show_progress)
             prompt = as_prompt(inp, self.tokenizer, feature_mask)
             callback = _inspect_forward if self._processes.is_main else None
-            run = Run(self.attr_method, self.tokenizer, prompt, scorer, seed, callback)
+            run = self._run(prompt, scorer, seed, callback)
             open_journal = None
             if checkpoint is not None:
                 wanted = _generation(gen_args or {}) if target is None else target
@@ -294,13 +291,18 @@ class GenerationAttribution(LLMAttribution):
         """
         _at_least_one("n_draws", n_draws)
         _at_least_one("perturbations_per_eval", perturbations_per_eval)
-        scorer = Scorer(self.model, attr_target=self.attr_target, max_rows=perturbations_per_eval)
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
-        run = Run(self.attr_method, self.tokenizer, prompt, scorer, seed)
+        run = self._run(prompt, self._scorer(perturbations_per_eval), seed)
         target_ids = self._target_ids(run, target, gen_args, None)
         game = Game(run, run.generated_text(target_ids, output_unit, output_baselines))
         start, stop = _span(token, len(target_ids))
         return CoalitionGame(game, start, stop, n_draws=n_draws, normalize=normalize)
+
+    def _run(
+        self, prompt: Prompt, scorer: Values, seed: int, callback: Inspect | None = None
+    ) -> Run:
+        model = self._language_model(scorer)
+        return Run(self.attr_method, self.tokenizer, prompt, scorer, model, seed, callback)
 
     def _target_ids(
         self,
@@ -329,26 +331,10 @@ class GenerationAttribution(LLMAttribution):
         self._check_target(run, ids)
         return ids
 
-    def _generated_ids(self, run: Run, gen_args: Mapping[str, Any] | None) -> Tensor:
-        if not callable(getattr(self.model, "generate", None)):
-            raise ValueError(
-                f"{type(self.model).__name__} has no `generate`: give the `target` to explain."
-            )
-        given = dict(gen_args or {})
-        arguments = given if given.get("do_sample") else _GREEDY | given
-        if not {"max_new_tokens", "max_length"} & set(given):
-            arguments = arguments | _NEW_TOKENS
-        n_new = arguments.get("max_new_tokens") or 1
-        run.scorer.check_length(
-            len(run.full.ids) + n_new - 1, f"the prompt and {n_new} new tokens (`max_new_tokens`)"
-        )
-        row = TokenRow(run.full.ids, (), run.full.extras)
-        return run.scorer.generate(row, arguments, run.seed)
-
     def _check_target(self, run: Run, ids: Tensor) -> None:
         if len(ids) == 0:
             raise ValueError("the target is empty: give at least one token to explain.")
-        size = _compat.vocabulary_size(self.model)
+        size = self._vocabulary_size()
         wrong = [i for i in ids.tolist() if i < 0 or (size is not None and i >= size)]
         if wrong:
             raise ValueError(
@@ -426,14 +412,12 @@ class GenerationAttribution(LLMAttribution):
             levels=prompt.levels,
             output_pieces=generated.pieces,
             design=_design(game, outcome),
-            provenance=self._provenance(game, outcome, gen_args) | self._precision(game),
+            provenance=self._provenance(game, outcome, gen_args) | self._arithmetic(game),
         )
 
     def _provenance(
         self, game: Game, outcome: Outcome, gen_args: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        parameter = next(self.model.parameters(), None)
-        model, revision = _compat.model_source(self.model)
         target = self.attr_target
         return {
             "method": type(self.attr_method).__name__,
@@ -450,18 +434,62 @@ class GenerationAttribution(LLMAttribution):
             "matches": game.matches(),
             "generation": None if gen_args is None else _generation(gen_args),
             "rows_by_process": game.run.scorer.n_scored if self._shared else None,
-            "model": model,
-            "revision": revision,
-            "model_class": type(self.model).__name__,
-            "dtype": str(parameter.dtype) if parameter is not None else None,
-            "device": str(self.device),
+            **self._model_provenance(),
             "python": platform.python_version(),
             "versions": _compat.versions(),
             "command": command_line(),
         }
 
-    def _precision(self, game: Game) -> dict[str, Any]:
-        """What a reader must know of the arithmetic."""
+    # All below asks the model itself; over an API these are other methods.
+
+    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> Values:
+        return Scorer(
+            self.model,
+            attr_target=self.attr_target,
+            max_rows=max_rows,
+            show_progress=show_progress,
+            processes=self._shared,
+        )
+
+    def _language_model(self, scorer: Values) -> LanguageModel:
+        del scorer
+        return Likelihood(self.model, self.tokenizer)
+
+    def _generated_ids(self, run: Run, gen_args: Mapping[str, Any] | None) -> Tensor:
+        if not callable(getattr(self.model, "generate", None)):
+            raise ValueError(
+                f"{type(self.model).__name__} has no `generate`: give the `target` to explain."
+            )
+        given = dict(gen_args or {})
+        arguments = given if given.get("do_sample") else _GREEDY | given
+        if not {"max_new_tokens", "max_length"} & set(given):
+            arguments = arguments | _NEW_TOKENS
+        n_new = arguments.get("max_new_tokens") or 1
+        run.scorer.check_length(
+            len(run.full.ids) + n_new - 1, f"the prompt and {n_new} new tokens (`max_new_tokens`)"
+        )
+        row = TokenRow(run.full.ids, (), run.full.extras)
+        return run.scorer.generate(row, arguments, run.seed)
+
+    def _vocabulary_size(self) -> int | None:
+        return _compat.vocabulary_size(self.model)
+
+    def _model_identity(self) -> dict[str, str]:
+        return model_identity(self.model)
+
+    def _model_provenance(self) -> dict[str, Any]:
+        parameter = next(self.model.parameters(), None)
+        model, revision = _compat.model_source(self.model)
+        return {
+            "model": model,
+            "revision": revision,
+            "model_class": type(self.model).__name__,
+            "dtype": str(parameter.dtype) if parameter is not None else None,
+            "device": str(self.device),
+        }
+
+    def _arithmetic(self, game: Game) -> dict[str, Any]:
+        """What a reader must know of it."""
         floor = game.run.scorer.noise_floor(game.full_row, game.target)
         told: dict[str, Any] = {"noise_floor": None if floor is None else floor.tolist()}
         if _compat.couples_rows(self.model):

@@ -42,6 +42,14 @@ def digest(thing: Any) -> str:
     return found.hexdigest()
 
 
+def level_of_caller() -> int:
+    """How far up the stack the package was called from: warnings come from many places."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == _PACKAGE:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def checksum(tensor: Tensor) -> Tensor:
     """The sum of a tensor's elements, their bits read as integers.
 

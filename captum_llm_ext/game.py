@@ -11,6 +11,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
 from captum_llm_ext import tokens
+from captum_llm_ext.baselines import LanguageModel
 from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
 from captum_llm_ext.coalitions.hierarchy import Tree
 from captum_llm_ext.driven import attribute_with
@@ -23,8 +24,7 @@ from captum_llm_ext.methods import (
     nesting,
     tree_of_prompt,
 )
-from captum_llm_ext.scoring import Scorer, TokenRow
-from captum_llm_ext.scoring.likelihood import Likelihood
+from captum_llm_ext.scoring import TokenRow, Values
 from captum_llm_ext.segment import Unit
 
 # The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
@@ -42,20 +42,31 @@ Inspect = Callable[[str, str, list[float]], None]
 
 
 class Run:
-    """What stays the same during one call of ``attribute``."""
+    """What stays the same during one call of ``attribute``.
+
+    Args:
+        method: The attribution method.
+        tokenizer: The model's tokenizer.
+        prompt: The prompt.
+        scorer: Where values come from.
+        model: The model as baselines ask it.
+        seed: Seeds every random choice.
+        callback: Captum's hook.
+    """
 
     def __init__(
         self,
         method: PerturbationAttribution,
         tokenizer: Any,
         prompt: Prompt,
-        scorer: Scorer,
+        scorer: Values,
+        model: LanguageModel,
         seed: int,
         callback: Inspect | None = None,
     ) -> None:
         self.method, self.tokenizer = method, tokenizer
-        self._model = Likelihood(scorer.model, tokenizer)
-        self.prompt = prompt = prompt.with_model(self._model)
+        self._model = model
+        self.prompt = prompt = prompt.with_model(model)
         self.scorer, self.seed, self.callback = scorer, seed, callback
         self.generator = torch.Generator().manual_seed(seed)
         everything = torch.ones(1, prompt.n_features, dtype=torch.bool)

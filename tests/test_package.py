@@ -13,11 +13,13 @@ import captum_llm_ext
 from captum_llm_ext.__main__ import main
 
 PUBLIC = {
+    "ApiError",
     "Baseline",
     "BaselineComparison",
     "Cause",
     "ChatInput",
     "CoalitionGame",
+    "CompletionsProvider",
     "CorpusBaselines",
     "DatasetReport",
     "Deletion",
@@ -31,9 +33,11 @@ PUBLIC = {
     "PartitionShap",
     "Slot",
     "Redundancy",
+    "RemoteGenerationAttribution",
     "SpanAttribution",
     "TextSegmentInput",
     "TokenBaseline",
+    "TokenProvider",
     "UnresolvedGroup",
     "attribute_dataset",
     "compare_baselines",

@@ -1,6 +1,5 @@
 """From features to candidates: what a corpus offers for one place, or for several at once."""
 
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from captum_llm_ext.baselines.index import CorpusIndex
 from captum_llm_ext.baselines.place import Place
 from captum_llm_ext.baselines.search import Found, Query, Search, query_of
 from captum_llm_ext.baselines.tied import Occurrences, together
+from captum_llm_ext.content import level_of_caller
 
 # A slot is constant if at most this share of its occurrences differs: no match is without a slip.
 SLIPS = 0.05
@@ -194,13 +194,4 @@ class Lookup:
 
     def _say(self, message: str) -> None:
         if self._min_candidates > 0:
-            warnings.warn(message, UserWarning, stacklevel=_level_of_caller())
-
-
-def _level_of_caller() -> int:
-    """How far up the stack the package was called from: a draw is asked for from many places."""
-    frame, level = inspect.currentframe(), 0
-    package = __name__.split(".")[0]
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == package:
-        frame, level = frame.f_back, level + 1
-    return level
+            warnings.warn(message, UserWarning, stacklevel=level_of_caller())

@@ -6,7 +6,7 @@ tokens comes twice. `plan` finds out which, `packing` makes that sequence, `pass
 `memory` tells how much fits, `logits` turns what comes out into values; `Scorer` is the whole.
 `processes` makes several processes one and `shares` cuts the work for them, `journal` keeps what is
 found on disk, `identity` tells whether it is still the same model. `Likelihood` is that model as
-baselines ask it, text by text.
+baselines ask it, text by text. `Values` is what others rely on of a `Scorer`.
 """
 
 from captum_llm_ext.scoring.identity import model_identity
@@ -16,6 +16,7 @@ from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.processes import Accelerator, Processes
 from captum_llm_ext.scoring.rows import TokenRow
 from captum_llm_ext.scoring.scorer import Reuse, Scorer
+from captum_llm_ext.scoring.values import Values
 
 __all__ = [
     "Accelerator",
@@ -26,5 +27,6 @@ __all__ = [
     "Reuse",
     "Scorer",
     "TokenRow",
+    "Values",
     "model_identity",
 ]

@@ -1,0 +1,14 @@
+"""Attribution of models that an API serves.
+
+`RemoteGenerationAttribution` is captum's `RemoteLLMAttribution` with all of this package's
+estimators; `CompletionsProvider` asks servers with OpenAI's completions endpoint by token ids.
+`providers` knows what can be asked of whom, `scorer` what has to be asked, `workers` and
+`transport` how it is done.
+"""
+
+from captum_llm_ext.remote.attribution import RemoteGenerationAttribution
+from captum_llm_ext.remote.completions import CompletionsProvider
+from captum_llm_ext.remote.providers import TokenProvider
+from captum_llm_ext.remote.transport import ApiError
+
+__all__ = ["ApiError", "CompletionsProvider", "RemoteGenerationAttribution", "TokenProvider"]

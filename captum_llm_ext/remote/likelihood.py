@@ -1,0 +1,56 @@
+"""What baselines may ask a model that an API serves: how probable texts are, and no more."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext import tokens
+from captum_llm_ext.remote.scorer import RemoteScorer
+
+_NO_MODEL = (
+    "this baseline asks the model for {what}, which {who}: give another one, such as "
+    '`CorpusBaselines(texts)` with `match="context"`{instead}.'
+)
+
+
+class RemoteLikelihood:
+    """The served model as a `LanguageModel`, as far as it can be one.
+
+    Args:
+        scorer: Asks for the texts, each once, and counts them among its requests.
+        tokenizer: The model's tokenizer.
+    """
+
+    def __init__(self, scorer: RemoteScorer, tokenizer: Any) -> None:
+        self._scorer, self._tokenizer = scorer, tokenizer
+
+    def log_likelihoods(self, texts: Sequence[str]) -> Tensor:
+        """See `LanguageModel.log_likelihoods`; float64.
+
+        Raises:
+            ValueError: If the provider takes texts: their own beginning has no probability there.
+        """
+        if not self._scorer.takes_ids:
+            self._refuse("the probability of texts", "a provider that takes texts does not tell")
+        return self._scorer.sums([self._ids(text) for text in texts])
+
+    def next_token(self, text: str) -> Tensor:
+        """Not to be had."""
+        self._refuse("distributions", "an API does not tell", ", or `output_unit=None`")
+
+    def continuations(
+        self, text: str, n_tokens: int, n: int, generator: torch.Generator
+    ) -> list[str]:
+        """Not to be had: what an API samples does not follow a generator."""
+        self._refuse("samples from a seed", "an API does not give", ", or `output_unit=None`")
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        ids = tokens.encode(self._tokenizer, text).ids
+        # The first token has no probability; with BOS or the like before it, every word has one.
+        start = tokens.start_id(self._tokenizer)
+        return ids if start is None or ids[:1] == (start,) else (start, *ids)
+
+    def _refuse(self, what: str, who: str, instead: str = "") -> NoReturn:
+        raise ValueError(_NO_MODEL.format(what=what, who=who, instead=instead))

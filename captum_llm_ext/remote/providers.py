@@ -1,0 +1,369 @@
+"""Providers as they are asked: by token ids where they take them, by text where they do not."""
+
+import threading
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from captum_llm_ext import tokens
+from captum_llm_ext.content import level_of_caller
+from captum_llm_ext.remote.transport import ApiError, shown_url
+
+_SHOWN = 60
+# Servers that cannot write an infinite number say this one: vLLM does.
+_RULED_OUT = -9999.0
+# Statuses of what is wrong with a prompt, or with several at a time.
+_ABOUT_PROMPTS = (400, 413, 422)
+
+
+@runtime_checkable
+class TokenProvider(Protocol):
+    """A provider that takes prompts as token ids; `CompletionsProvider` is one.
+
+    Its ``max_concurrency`` tells in how many threads it may be asked (1 where there is none), its
+    ``prompts_per_request`` how many prompts it is given in one call, and ``generate_tokens(prompt,
+    **gen_args)`` gives the ids of what the model writes.
+    """
+
+    def get_token_logprobs(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> Sequence[Sequence[Mapping[int, float] | None]]:
+        """Log-probabilities of all tokens of prompts.
+
+        Args:
+            prompts: Token ids.
+
+        Returns:
+            Per prompt one entry per token: log-probabilities in nats, given all tokens before, of
+            the token itself and of as many others as the provider likes to tell. None where it
+            tells nothing, as of the first token.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be sent, and what is wanted of it.
+
+    Attributes:
+        ids: All that is sent.
+        first: The last place before those that are asked about.
+        wanted: Which of the tokens after it, from 0, are tokens of the target.
+        row: For messages: the number of the row that it belongs to.
+    """
+
+    ids: tuple[int, ...]
+    first: int
+    wanted: tuple[int, ...]
+    row: int
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The tokens after `first`."""
+        return self.ids[self.first + 1 :]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a provider says to a request.
+
+    Attributes:
+        values: One log-probability for each token after the request's first place; None where it
+            told none.
+        others: At each of these places, those of other tokens.
+    """
+
+    values: list[float | None]
+    others: list[Mapping[int, float]] = field(default_factory=list[Mapping[int, float]])
+
+
+class Source(Protocol):
+    """A provider as the scorer knows it.
+
+    Attributes:
+        takes_ids: Whether prompts are sent as ids.
+        n_threads: In how many threads it may be asked.
+        most_prompts: How many prompts it takes at a time.
+        longest: Tokens of the longest prompt, where that is known.
+    """
+
+    takes_ids: bool
+    n_threads: int
+    most_prompts: int
+    longest: int | None
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """An answer to each; called from several threads."""
+        ...
+
+    def generate(self, prompt: Sequence[int], gen_args: Mapping[str, Any]) -> list[int]:
+        """The ids of what the model continues a prompt with."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ends what is under way."""
+        ...
+
+    def told(self) -> dict[str, Any]:
+        """What a result's provenance is to say of how it was asked."""
+        ...
+
+
+OnMismatch = Literal["error", "warn"]
+
+
+def source(
+    provider: Any, tokenizer: Any, max_concurrency: int | None, on_mismatch: OnMismatch
+) -> Source:
+    """How a provider is asked.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    takes_ids = isinstance(provider, TokenProvider) and getattr(provider, "takes_ids", True)
+    if not takes_ids and not callable(getattr(provider, "get_logprobs", None)):
+        raise TypeError(
+            f"`provider` is a {type(provider).__name__}: give one of captum's, such as "
+            "`captum.attr.VLLMProvider(api_url)`, or `CompletionsProvider(api_url)`."
+        )
+    n_threads = max_concurrency or int(getattr(provider, "max_concurrency", 1))
+    kind = IdsSource if takes_ids else TextSource
+    return kind(provider, tokenizer, n_threads, on_mismatch)
+
+
+def described(provider: Any) -> dict[str, Any]:
+    """Which provider and which model it is, without anything secret."""
+    url = getattr(provider, "api_url", None)
+    name = getattr(provider, "model_name", None)
+    return {
+        "provider": type(provider).__name__,
+        "model": name if isinstance(name, str) else None,
+        "api": shown_url(url) if isinstance(url, str) else None,
+    }
+
+
+class _Asked:
+    """What both kinds have in common."""
+
+    def __init__(
+        self, provider: Any, tokenizer: Any, n_threads: int, on_mismatch: OnMismatch
+    ) -> None:
+        self._provider, self._tokenizer, self._on_mismatch = provider, tokenizer, on_mismatch
+        self.n_threads = n_threads
+        longest = getattr(provider, "max_model_len", None)
+        self.longest = longest if isinstance(longest, int) else None
+
+    def interrupt(self) -> None:
+        """Ends what is under way, where the provider knows how."""
+        interrupt = getattr(self._provider, "interrupt", None)
+        if callable(interrupt):
+            interrupt()
+
+    def _generates(self, name: str) -> None:
+        if not callable(getattr(self._provider, name, None)):
+            raise ValueError(
+                f"{type(self._provider).__name__} has no `{name}`: give the `target` to explain."
+            )
+
+
+class IdsSource(_Asked):
+    """A provider that takes ids: what is asked about is what was meant, token by token."""
+
+    takes_ids = True
+
+    def __init__(self, provider: TokenProvider, *rest: Any) -> None:
+        super().__init__(provider, *rest)
+        self.most_prompts = int(getattr(provider, "prompts_per_request", 1))
+        self._anew = False
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """See `Source.ask`."""
+        if len(requests) > self.most_prompts:
+            return self._one_by_one(requests)
+        try:
+            with noted(requests[0], self._tokenizer):
+                found = self._provider.get_token_logprobs([request.ids for request in requests])
+        except ApiError as error:
+            if error.status not in _ABOUT_PROMPTS:
+                raise
+            if len(requests) == 1:
+                said = f"{place(requests[0], self._tokenizer)}: {error}"
+                raise ApiError(said, error.status) from error
+            answers = self._one_by_one(requests)  # or the one that is refused is told
+            self.most_prompts = 1
+            return answers
+        if len(found) != len(requests):
+            raise ValueError(
+                f"the provider gave {len(found)} answers for {len(requests)} prompts, of "
+                f"{place(requests[0], self._tokenizer)} and after: one each is wanted."
+            )
+        return [self._answer(*pair) for pair in zip(requests, found, strict=True)]
+
+    def _one_by_one(self, requests: Sequence[Request]) -> list[Answer]:
+        return [answer for request in requests for answer in self.ask([request])]
+
+    def _answer(self, request: Request, found: Sequence[Mapping[int, float] | None]) -> Answer:
+        if len(found) != len(request.ids):
+            raise ValueError(
+                f"{place(request, self._tokenizer)}: the provider gave log-probabilities of "
+                f"{len(found)} tokens for {len(request.ids)} ids: one each is wanted. A server "
+                "that adds tokens to ids, or reads others, cannot be used."
+            )
+        own = [entry or {} for entry in found[request.first + 1 :]]
+        values = [entry.get(token) for entry, token in zip(own, request.asked, strict=True)]
+        return Answer(values, own)
+
+    def generate(self, prompt: Sequence[int], gen_args: Mapping[str, Any]) -> list[int]:
+        """See `Source.generate`."""
+        if not hasattr(self._provider, "generate_tokens") and hasattr(self._provider, "generate"):
+            text = TextSource(self._provider, self._tokenizer, 1, self._on_mismatch)
+            self._anew = True
+            return text.generate(prompt, gen_args)
+        self._generates("generate_tokens")
+        found = self._provider.generate_tokens(list(prompt), **gen_args)
+        if isinstance(found, str):
+            self._anew = True
+            warnings.warn(
+                "the server tells no ids of what it wrote: the target is its text, encoded anew "
+                "by the tokenizer. The model may have written other tokens.",
+                stacklevel=level_of_caller(),
+            )
+            return _encoded_after(self._tokenizer, prompt, found)
+        return [int(token) for token in found]
+
+    def told(self) -> dict[str, Any]:
+        """See `Source.told`."""
+        return {"sent_as": "ids", **({"target_from": "text"} if self._anew else {})}
+
+
+class TextSource(_Asked):
+    """A provider that takes text: what the server makes of it is foreseen with the tokenizer."""
+
+    takes_ids = False
+    most_prompts = 1
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._n_retokenized = self._n_mismatches = 0
+        self._lock = threading.Lock()  # fast tokenizers are not for several threads at a time
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """See `Source.ask`."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Request) -> Answer:
+        prompt, target = request.ids[: request.first + 1], request.asked
+        with self._lock:
+            text, continued = self._texts(request, prompt, target)
+        with noted(request, self._tokenizer):
+            found = self._provider.get_logprobs(
+                input_prompt=text, target_str=continued, tokenizer=self._tokenizer
+            )
+        if len(found) != len(target):
+            raise ValueError(
+                f"{place(request, self._tokenizer)}: the provider gave {len(found)} "
+                f"log-probabilities for {len(target)} target tokens. As text they are other "
+                "tokens: give a `target` that is tokenised as it is written, or a provider that "
+                "takes ids, such as `CompletionsProvider`."
+            )
+        return Answer([None if value is None else float(value) for value in found])
+
+    def _texts(
+        self, request: Request, prompt: tuple[int, ...], target: tuple[int, ...]
+    ) -> tuple[str, str]:
+        """The texts to send: those that are tokenised as the ids are, if there are any."""
+        shown, text = self._prompt_text(prompt)
+        whole = tokens.decode(self._tokenizer, (*shown, *target))
+        is_continued = whole.startswith(text)
+        # A space at the beginning of a target belongs to it, even if its own decoding drops it.
+        continued = whole[len(text) :] if is_continued else tokens.decode(self._tokenizer, target)
+        alone, joint = self._encoded(text), self._encoded(text + continued)
+        if alone != prompt:
+            self._n_retokenized += 1
+            if self._n_retokenized == 1:
+                warnings.warn(
+                    f"{place(request, self._tokenizer)}: the prompt is sent as text and read as "
+                    "other tokens than it was rendered to (as many rows as that are counted in "
+                    "`provenance`): give a provider that takes ids, such as `CompletionsProvider`.",
+                    stacklevel=level_of_caller(),
+                )
+        if joint != (*alone, *target):
+            self._mismatch(request, joint[-len(target) :], target)
+        return text, continued
+
+    def _prompt_text(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+        """Ids and their text, which a server turns into the prompt again."""
+        bos = getattr(self._tokenizer, "bos_token_id", None)
+        kept = prompt[1:] if prompt[:1] == (bos,) else prompt
+        # Servers put BOS before a text, as the tokenizer does.
+        for ids in (kept, prompt):
+            text = tokens.decode(self._tokenizer, ids) if ids else ""
+            if self._encoded(text) == prompt:
+                return ids, text
+        return kept, tokens.decode(self._tokenizer, kept) if kept else ""
+
+    def _encoded(self, text: str) -> tuple[int, ...]:
+        return tuple(int(token) for token in self._tokenizer.encode(text))
+
+    def _mismatch(self, request: Request, read: tuple[int, ...], target: tuple[int, ...]) -> None:
+        self._n_mismatches += 1
+        said = (
+            f"{place(request, self._tokenizer)}: after this prompt the target's text is read as "
+            f"the tokens {self._names(read)}, not {self._names(target)}, and log-probabilities "
+            "would belong to the wrong ones"
+        )
+        if self._on_mismatch == "error":
+            raise ValueError(
+                f"{said}. Begin the target where the tokenizer does (mostly with its space), give "
+                "a provider that takes ids, such as `CompletionsProvider`, or say "
+                '`on_mismatch="warn"` if yours joins tokens, not texts.'
+            )
+        if self._n_mismatches == 1:
+            warnings.warn(f"{said}, if the provider joins texts.", stacklevel=level_of_caller())
+
+    def _names(self, ids: Sequence[int]) -> list[str]:
+        return [str(name) for name in self._tokenizer.convert_ids_to_tokens(list(ids))]
+
+    def generate(self, prompt: Sequence[int], gen_args: Mapping[str, Any]) -> list[int]:
+        """See `Source.generate`."""
+        self._generates("generate")
+        _, text = self._prompt_text(tuple(prompt))
+        found = self._provider.generate(text, **gen_args)
+        if not isinstance(found, str):
+            raise TypeError(f"the provider generated a {type(found).__name__}: a text is wanted.")
+        return _encoded_after(self._tokenizer, prompt, found)
+
+    def told(self) -> dict[str, Any]:
+        """See `Source.told`."""
+        told: dict[str, Any] = {"sent_as": "text", "target_from": "text"}
+        return told | {"n_retokenized": self._n_retokenized, "n_mismatches": self._n_mismatches}
+
+
+def place(request: Request, tokenizer: Any) -> str:
+    """Which row a message is about."""
+    text = tokens.decode(tokenizer, request.ids[: request.first + 1])
+    shown = text if len(text) <= _SHOWN else f"…{text[-_SHOWN:]}"
+    return f"row {request.row} (after {shown!r})"
+
+
+@contextmanager
+def noted(request: Request, tokenizer: Any) -> Generator[None]:
+    """Notes on a provider's own errors where they happened."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This was asked at {place(request, tokenizer)}.")
+        raise
+
+
+def is_ruled_out(value: float) -> bool:
+    """Whether a log-probability stands for none at all."""
+    return not value > _RULED_OUT
+
+
+def _encoded_after(tokenizer: Any, prompt: Sequence[int], text: str) -> list[int]:
+    """Ids of a text as they come out after a prompt."""
+    before = tokens.decode(tokenizer, prompt[-tokens.CONTEXT :])
+    return list(tokens.encode_in_place(tokenizer, text, before))

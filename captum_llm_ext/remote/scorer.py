@@ -1,0 +1,391 @@
+"""Rows scored by an API: every prompt asked for once, several at a time, none lost."""
+
+import warnings
+from array import array
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.content import level_of_caller
+from captum_llm_ext.remote.providers import Answer, Request, Source, is_ruled_out, place
+from captum_llm_ext.remote.workers import do_all
+from captum_llm_ext.scoring import Journal, Processes, TokenRow
+from captum_llm_ext.scoring.rows import digest
+
+# Nats that a server may differ from itself: batches change last digits of half precision.
+_NOISE = 0.2
+
+
+class RemoteScorer:
+    """`captum_llm_ext.scoring.Values` over a provider.
+
+    A row takes one request for all that it reads. The target token at a place where generated text
+    is absent is not read there, and is asked for by itself: the row's beginning, and that token.
+    Unless another row begins so and has that token, which is always so where one feature is left
+    out at a time, or all coalitions are enumerated; or the provider tells the likeliest tokens of
+    each place and it is among them.
+
+    Args:
+        provider: Whom to ask.
+        tokenizer: For messages.
+        attr_target: ``"log_prob"`` or ``"prob"``.
+        max_rows: At most so many prompts in a call.
+        show_progress: Whether `progress` draws a bar over the requests on stderr.
+        missing: What a log-probability is taken for that the provider does not tell; None: an
+            error.
+        most_requests: A warning tells beforehand if one call of `values` takes more, because of
+            changed output.
+    """
+
+    def __init__(
+        self,
+        provider: Source,
+        tokenizer: Any,
+        *,
+        attr_target: Literal["log_prob", "prob"],
+        max_rows: int | None,
+        show_progress: bool,
+        missing: float | None,
+        most_requests: int,
+    ) -> None:
+        self.attr_target: Any = attr_target
+        self.n_evaluations = self.n_requests = self.n_missing = 0
+        self.n_scored = [0]
+        self._source, self._tokenizer = provider, tokenizer
+        self._most_prompts = min(provider.most_prompts, max_rows or provider.most_prompts)
+        self._missing, self._most_requests = missing, most_requests
+        self._show_progress = show_progress
+        self._rows: dict[bytes, Tensor] = {}
+        self._known: dict[bytes, Tensor] = {}
+        # Tokens after a beginning: which request tells them, and at what place.
+        self._steps: dict[bytes, tuple[bytes, int]] = {}
+        self._journal: Journal | None = None
+        self._generated: Tensor | None = None
+        self._trusts_journal = self._has_warned = False
+        self._bar: Any = None
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether prompts are sent as ids."""
+        return self._source.takes_ids
+
+    @property
+    def processes(self) -> Processes:
+        """This one alone."""
+        return Processes()
+
+    def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
+        """See `Scorer.generate`; `seed` is an argument like others."""
+        del seed
+        if self._generated is not None:  # by the run that is gone on with
+            return self._generated
+        ids = torch.tensor(self._source.generate(row.ids, gen_args), dtype=torch.long)
+        if self._journal is not None:
+            self._journal.keep_target(ids)
+        return ids
+
+    def check_length(self, length: int, what: str) -> None:
+        """See `Scorer.check_length`."""
+        most = self._source.longest
+        if most is not None and length >= most:  # the target's last token is sent as well
+            raise ValueError(
+                f"{what} take {length + 1} positions, the server has {most}: shorten the prompt "
+                "or the target."
+            )
+
+    def noise_floor(self, row: TokenRow, target: Tensor) -> Tensor | None:
+        """None: nobody tells in what precision a server computes."""
+        return None
+
+    def values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+        """See `Scorer.values`.
+
+        Raises:
+            ValueError: If a row cannot be sent, or a log-probability is missing or not finite.
+            ConnectionError, RuntimeError: If the provider gives up. What it has answered until
+                then is kept.
+        """
+        digests = [digest(row, target) for row in rows]
+        new = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._rows}
+        parts = {
+            d: self._parts(row, target.tolist(), self.n_evaluations + i)
+            for i, (d, row) in enumerate(new.items())
+        }
+        whole = _merged(own[0] for own in parts.values())
+        apart = _merged(part for own in parts.values() for part in own[1:])
+        self._look_up([*whole, *apart])
+        if apart:
+            self._note_steps(whole)
+            apart = {k: part for k, part in apart.items() if k not in self._steps}
+        n_apart = self._n_unknown(apart)
+        n = self._n_unknown(whole) + n_apart
+        self._warn_of_cost(n, len(new))
+        self._announce(n)
+        # Those of whole rows first: they may tell what the others would ask for.
+        self._ask(whole, wanted={k for k in apart if k not in self._known})
+        self._announce(self._n_unknown(apart) - n_apart)
+        self._ask(apart)
+        for d, row in new.items():
+            self._rows[d] = self._assembled(row, parts[d], target)
+            self.n_evaluations += 1
+            self.n_scored[0] += 1
+        found = torch.stack([self._rows[d] for d in digests])
+        return found.exp() if self.attr_target == "prob" else found
+
+    def sums(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """Log-probability of each row's ids after its first one, all together.
+
+        Args:
+            rows: Token ids, not as texts; each is asked for once.
+
+        Returns:
+            Shape ``(n_rows,)``, float64, in nats.
+        """
+        asked: dict[tuple[int, ...], Request] = {
+            ids: Request(ids, 0, tuple(range(len(ids) - 1)), i) for i, ids in enumerate(rows)
+        }
+        requests = _merged(request for request in asked.values() if request.asked)
+        self._look_up([*requests])
+        self._announce(self._n_unknown(requests))
+        self._ask(requests)
+        instead = self._missing or 0.0
+        sums = {k: self._known[k].nan_to_num(nan=instead).sum() for k in requests}
+        nothing = torch.zeros((), dtype=torch.float64)
+        return torch.stack([sums.get(key(asked[ids]), nothing) for ids in rows])
+
+    def _parts(self, row: TokenRow, target: list[int], number: int) -> list[Request]:
+        """What to ask for a row: first all that it reads, then tokens that it does not read."""
+        if row.extras is not None:
+            raise ValueError(
+                "the input renders to more than text (an image?), which the provider cannot be "
+                "sent: explain it with a model of your own, by `GenerationAttribution`."
+            )
+        last = max(range(len(target)), key=lambda t: (row.positions[t], t))
+        ids = (*row.ids[: row.positions[last] + 1], target[last])
+        places = [(t, p) for t, p in enumerate(row.positions) if p >= 0]
+        read = tuple(p - row.first for t, p in places if ids[p + 1] == target[t])
+        asked = [Request(ids, row.first, read, number)]
+        apart = dict.fromkeys((p, target[t]) for t, p in places if ids[p + 1] != target[t])
+        if not self._source.takes_ids and (apart or len(read) < len(ids) - row.first - 1):
+            raise ValueError(
+                "generated tokens as causes need a provider that takes ids, such as "
+                "`CompletionsProvider`, and this one takes text: give `output_unit=None`."
+            )
+        return asked + [Request((*row.ids[: p + 1], token), p, (0,), number) for p, token in apart]
+
+    def _note_steps(self, whole: Mapping[bytes, Request]) -> None:
+        """Notes what requests of whole rows tell, token by token: other rows may ask for the same.
+
+        What the absence of one feature changes is what comes after it, so the token that would
+        have stood there is said by the row that has it, if its beginning is the same.
+        """
+        for k, request in whole.items():
+            content = blake2b(
+                array("q", request.ids[: request.first + 1]).tobytes(), digest_size=16
+            )
+            for i, token in enumerate(request.asked):
+                content.update(array("q", (token,)).tobytes())
+                if i in request.wanted:
+                    self._steps.setdefault(content.digest(), (k, i))
+
+    def _look_up(self, keys: Sequence[bytes]) -> None:
+        """Takes over what an earlier run has kept."""
+        if self._journal is not None:
+            unknown = [k for k in keys if k not in self._known]
+            for i, values in self._journal.found(unknown).items():
+                self._known[unknown[i]] = values
+
+    def _n_unknown(self, asked: Mapping[bytes, Request]) -> int:
+        return sum(k not in self._known for k in asked)
+
+    def _warn_of_cost(self, n: int, n_rows: int) -> None:
+        if n > max(n_rows, self._most_requests) and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{n_rows} coalitions take {n} requests, because a target token at a place where "
+                "generated text is absent has to be asked for by itself. Fewer: a coarser "
+                "`output_unit`, or None; fewer evaluations; a provider that tells the likeliest "
+                "tokens (`top_logprobs`).",
+                stacklevel=level_of_caller(),
+            )
+
+    def _ask(self, asked: Mapping[bytes, Request], wanted: set[bytes] | None = None) -> None:
+        """Asks for what is not known; notes `wanted` requests that answers tell by the way."""
+        self._check_stored(asked)
+        todo = [request for k, request in asked.items() if k not in self._known]
+        n = min(self._most_prompts, -(-len(todo) // self._source.n_threads))
+        batches = [todo[i : i + n] for i in range(0, len(todo), max(n, 1))]
+
+        def take(batch: Sequence[Request], answers: Sequence[Answer]) -> None:
+            problems: list[str] = []
+            for request, answer in zip(batch, answers, strict=True):
+                problem = self._take_in(request, answer, wanted or set())
+                problems += [] if problem is None else [problem]
+            if problems:
+                raise ValueError(problems[0])
+
+        do_all(
+            batches,
+            self._source.ask,
+            take,
+            n_threads=self._source.n_threads,
+            interrupt=self._source.interrupt,
+        )
+
+    def _check_stored(self, asked: Mapping[bytes, Request]) -> None:
+        """Holds one answer of an earlier run against the server as it is now."""
+        stored = [request for k, request in asked.items() if k in self._known]
+        if self._trusts_journal or self._journal is None or not stored:
+            self._trusts_journal = True  # whatever is known from now on, this run has found
+            return
+        request = min(stored, key=lambda request: len(request.ids))
+        [answer] = self._source.ask([request])
+        self.n_requests += 1
+        wanted = list(request.wanted)
+        now, then = _as_tensor(answer.values)[wanted], self._known[key(request)][wanted]
+        difference = float((now - then).abs().nan_to_num().amax()) if wanted else 0.0
+        if difference > _NOISE + 0.01 * float(then.abs().nan_to_num().amax()):
+            raise ValueError(
+                f"the checkpoint was written with another model: {place(request, self._tokenizer)} "
+                f"differs by {difference:.2g}. Give another file, or delete this one to begin anew."
+            )
+        self._trusts_journal = True
+
+    def _take_in(self, request: Request, answer: Answer, wanted: set[bytes]) -> str | None:
+        """Keeps an answer; in place of one that cannot be used, what is wrong with it."""
+        self.n_requests += 1
+        self._advance()
+        for i in request.wanted:
+            value = answer.values[i]
+            if value is None and self._missing is None:
+                return self._no_value(request, request.asked[i], _UNTOLD, _NULL)
+            if value is not None and is_ruled_out(value):
+                return self._no_value(request, request.asked[i], f"gives {value:g} to", _INFINITE)
+        self._keep(key(request), answer.values)
+        for i, others in enumerate(answer.others):
+            if wanted and len(others) > 1:
+                before = request.ids[: request.first + i + 1]
+                for token, value in others.items():
+                    k = key(Request((*before, token), len(before) - 1, (0,), 0))
+                    if k in wanted and k not in self._known and not is_ruled_out(value):
+                        self._keep(k, [value])
+        return None
+
+    def _no_value(self, request: Request, token: int, what: str, advice: str) -> str:
+        name = f"{self._tokenizer.convert_ids_to_tokens([token])[0]!r} (id {token})"
+        return f"{place(request, self._tokenizer)}: the provider {what} {name}. {advice}"
+
+    def _keep(self, k: bytes, values: Sequence[float | None]) -> None:
+        self._known[k] = _as_tensor(values)
+        if self._journal is not None:
+            self._journal.add([k], self._known[k][None])
+
+    def _assembled(self, row: TokenRow, parts: Sequence[Request], target: Tensor) -> Tensor:
+        """The row's values from what was asked for it."""
+        whole, *others = parts
+        of_whole = self._known[key(whole)]
+        apart = {(part.first, part.ids[-1]): self._step(key(part)) for part in others}
+        values = torch.full((len(target),), torch.nan, dtype=torch.float64)
+        for t, (p, token) in enumerate(zip(row.positions, target.tolist(), strict=True)):
+            if p >= 0:
+                found = apart.get((p, token))
+                values[t] = of_whole[p - whole.first] if found is None else found
+        untold = [t for t in values.isnan().nonzero()[:, 0].tolist() if row.positions[t] >= 0]
+        if untold and self._missing is None:
+            raise ValueError(self._no_value(whole, int(target[untold[0]]), _UNTOLD, _NULL))
+        self.n_missing += len(untold)
+        values[untold] = float("nan") if self._missing is None else self._missing
+        return values
+
+    def _step(self, k: bytes) -> Tensor:
+        """The value of a single token, whoever told it."""
+        if k in self._known:
+            return self._known[k][0]
+        of_whole, i = self._steps[k]
+        return self._known[of_whole][i]
+
+    def told(self) -> dict[str, Any]:
+        """What provenance is to say of what was asked."""
+        counts = {"n_requests": self.n_requests, "n_missing": self.n_missing}
+        return self._source.told() | counts
+
+    @contextmanager
+    def progress(self) -> Generator[None]:
+        """Draws one bar over all requests within, whatever number of calls they come in."""
+        if not self._show_progress:
+            yield
+            return
+        from tqdm.auto import tqdm  # captum and transformers both bring it
+
+        with tqdm(total=0, desc="requests", unit="prompt") as self._bar:
+            yield
+
+    @contextmanager
+    def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
+        """See `Scorer.keeping`."""
+        if open_journal is None:
+            yield
+            return
+        self._journal = open_journal()
+        try:
+            self._generated = self._journal.target
+            yield
+        finally:
+            self._journal.close()
+
+    def forecast(self, n_rows: int) -> None:
+        """See `Scorer.forecast`."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"about {n_rows} more coalitions" if n_rows > 0 else "")
+
+    def _announce(self, n_requests: int) -> None:
+        if self._bar is not None:
+            self._bar.total += n_requests
+            self._bar.refresh()
+
+    def _advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+
+_UNTOLD = "gave no log-probability of"
+_NULL = (
+    "Servers that tell the likeliest tokens only, or none of the prompt, cannot be used: have it "
+    "tell those of all prompt tokens (vLLM: `prompt_logprobs`), or say what to take in their place "
+    "with `missing=-20.0`."
+)
+_INFINITE = "The model rules that token out: do not explain it."
+
+
+def _as_tensor(values: Sequence[float | None]) -> Tensor:
+    """Log-probabilities, NaN where there is none."""
+    told = [float("nan") if v is None or is_ruled_out(v) else v for v in values]
+    return torch.tensor(told, dtype=torch.float64)
+
+
+def key(request: Request) -> bytes:
+    """Equal for requests that ask for the same, 16 bytes.
+
+    Of a request for a single token it is the digest of its ids, one after the other.
+    """
+    asks_for = b"" if len(request.asked) == 1 else array("q", (request.first,)).tobytes()
+    content = blake2b(array("q", request.ids).tobytes(), digest_size=16, key=asks_for)
+    return content.digest()
+
+
+def _merged(requests: Iterable[Request]) -> dict[bytes, Request]:
+    """Requests by key; of those that are the same, one that wants what any of them wants."""
+    found: dict[bytes, Request] = {}
+    for request in requests:
+        k = key(request)
+        known = found.get(k)
+        if known is not None and known.wanted != request.wanted:
+            both = tuple(sorted({*known.wanted, *request.wanted}))
+            request = replace(known, wanted=both)
+        found[k] = known if known is not None and known.wanted == request.wanted else request
+    return found

@@ -1,0 +1,341 @@
+"""JSON over HTTP: tried again where that may help, ended at once where the user asks for it."""
+
+import http.client
+import json
+import os
+import random
+import socket
+import ssl
+import threading
+import time
+import urllib.request
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from typing import Any, NoReturn, cast
+from urllib.parse import SplitResult, urlsplit, urlunsplit
+
+# Seconds before the second try; doubled for every further one, up to the longest.
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+_CONNECTED_WITHIN = 20.0
+# A server that wants to be left alone for longer is not waited for.
+_MOST_PATIENCE = 600.0
+_SHOWN = 500
+_SHORTEST_SECRET = 6
+_STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
+_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+
+
+class ApiError(RuntimeError):
+    """A server refused a request, or gave an answer of another kind than was asked for.
+
+    Attributes:
+        status: The HTTP status; None where the answer itself is wrong.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class InterruptedRequestError(RuntimeError):
+    """A request that the user's own interruption, or the failure of another one, has ended."""
+
+
+class Secrets:
+    """What must be shown nowhere: neither printed, nor written, nor within another text."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self._headers = {name: value.strip() for name, value in headers.items()}
+        for name, value in self._headers.items():
+            if not value.isascii() or not value.isprintable():
+                raise ValueError(f"the header {name!r} holds what no header may: check the key.")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that hold them."""
+        return dict(self._headers)
+
+    def hidden(self, text: str) -> str:
+        """A text without them."""
+        for value in self._headers.values():
+            for secret in (value, value.removeprefix("Bearer ")):
+                if len(secret) >= _SHORTEST_SECRET:
+                    text = text.replace(secret, "***")
+        return text
+
+    def __repr__(self) -> str:
+        return "Secrets(***)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a provider holds an API key and is not pickled: make it anew.")
+
+
+def shown_url(url: str) -> str:
+    """A URL less what may be secret in it: user, password, query."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+class Http:
+    """One server. Any number of threads may ask it at the same time.
+
+    Args:
+        url: What paths are put after.
+        secrets: Headers with keys.
+        timeout: Seconds that the server may be silent.
+        max_retries: So many further tries after one that was answered by 429 or 5xx, or not at all.
+
+    Raises:
+        ValueError: If the URL is none, or holds a password or a query.
+    """
+
+    def __init__(self, url: str, secrets: Secrets, *, timeout: float, max_retries: int) -> None:
+        self._url = _checked(url)
+        self._secrets, self._timeout, self._max_retries = secrets, timeout, max_retries
+        self._idle: list[http.client.HTTPConnection] = []
+        self._busy: set[http.client.HTTPConnection] = set()
+        self._changed = threading.Condition()
+        self._epoch = 0
+        self._was_reached = False
+        self._not_before = 0.0  # until then the server wants to be left alone, by all threads
+        self._random = random.Random()  # apart from the global one
+        weakref.finalize(self, _close_all, self._idle)
+
+    @property
+    def url(self) -> str:
+        """The address, without anything secret."""
+        return urlunsplit(self._url)
+
+    def get(self, path: str) -> Any:
+        """What the server has at a path, from JSON. Errors are those of `post`."""
+        return self._ask("GET", path, None)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """What the server answers to a body, both as JSON.
+
+        Raises:
+            ApiError: If the server refuses it, or goes on failing.
+            ConnectionError: If there is no answer, however often it is tried.
+            InterruptedRequestError: After `interrupt`.
+        """
+        return self._ask("POST", path, json.dumps(body).encode())
+
+    def interrupt(self) -> None:
+        """Ends all requests that are under way, in whatever thread; later ones are as ever."""
+        with self._changed:
+            self._epoch += 1
+            self._not_before = 0.0  # it will say so again
+            busy = list(self._busy)
+            self._changed.notify_all()
+        for connection in busy:
+            with suppress(OSError, AttributeError):  # not yet connected, or closed by now
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _ask(self, method: str, path: str, body: bytes | None) -> Any:
+        epoch = self._epoch
+        n_tries = 0
+        while True:
+            n_tries += 1
+            wait = None
+            self._rest(self._not_before - time.monotonic(), epoch)
+            try:
+                status, headers, content = self._once(method, path, body, epoch)
+                if status < 300:
+                    return self._parsed(content)
+                failure = self._refused(status, headers, content)
+                if status not in _AGAIN:
+                    raise failure
+                wait = _retry_after(headers)
+            except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
+                failure = self._unreached(error)
+                if epoch == self._epoch and not self._may_help(error):
+                    raise failure from error
+            self._check(epoch)
+            too_long = wait is not None and wait > _MOST_PATIENCE
+            if n_tries > self._max_retries or too_long:
+                said = f"asked to wait {wait:.0f} seconds" if too_long else f"{n_tries} tries"
+                failure.args = (f"{failure.args[0]} ({said})",)
+                raise failure
+            self._not_before = max(self._not_before, time.monotonic() + (wait or 0.0))
+            # Threads that failed together must not come back together.
+            longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (n_tries - 1))
+            self._rest(self._random.uniform(longest / 2, longest) - (wait or 0.0), epoch)
+
+    def _may_help(self, error: Exception) -> bool:
+        """Whether another try may; a server that has never answered is most likely not there."""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return False
+        if isinstance(error, ConnectionRefusedError | socket.gaierror):
+            return self._was_reached
+        # Other errors are what a TLS connection says that another thread has ended.
+        return isinstance(error, OSError | http.client.HTTPException)
+
+    def _rest(self, seconds: float, epoch: int) -> None:
+        if seconds > 0:
+            with self._changed:
+                self._changed.wait_for(lambda: self._epoch != epoch, timeout=seconds)
+            self._check(epoch)
+
+    def _check(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            raise InterruptedRequestError("the request was interrupted.")
+
+    def _once(
+        self, method: str, path: str, body: bytes | None, epoch: int
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        with self._changed:
+            known = self._idle.pop() if self._idle else None
+        try:
+            return self._exchange(known or self._connect(), method, path, body, epoch)
+        except _STALE:
+            if known is None or epoch != self._epoch:
+                raise
+        # The server had closed the connection meanwhile, which is no failure.
+        return self._exchange(self._connect(), method, path, body, epoch)
+
+    def _exchange(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: bytes | None,
+        epoch: int,
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        is_kept = False
+        try:
+            if connection.sock is None:
+                self._open(connection)
+            with self._changed:
+                self._check(epoch)
+                self._busy.add(connection)
+            target = self._target(path)
+            connection.request(method, target, body, headers | self._secrets.headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            is_kept = not answer.will_close
+            self._was_reached = True
+            return answer.status, cast(Mapping[str, str], answer.headers), content
+        finally:
+            with self._changed:
+                self._busy.discard(connection)
+                if is_kept:
+                    self._idle.append(connection)
+            if not is_kept:
+                connection.close()
+
+    def _open(self, connection: http.client.HTTPConnection) -> None:
+        try:
+            connection.connect()
+        except TimeoutError as error:
+            within = f"no connection within {connection.timeout:g} seconds"
+            raise ConnectionRefusedError(within) from error
+        # To think about an answer takes longer than to listen.
+        connection.sock.settimeout(self._timeout)
+
+    def _target(self, path: str) -> str:
+        path = self._url.path + path
+        if self._url.scheme == "http" and self._proxy() is not None:
+            return f"http://{self._url.netloc}{path}"
+        return path
+
+    def _proxy(self) -> SplitResult | None:
+        host = self._url.hostname or ""
+        proxy = urllib.request.getproxies().get(self._url.scheme)
+        if not proxy or urllib.request.proxy_bypass(host):
+            return None
+        return urlsplit(proxy if "//" in proxy else f"http://{proxy}")
+
+    def _connect(self) -> http.client.HTTPConnection:
+        proxy = self._proxy()
+        is_tls = self._url.scheme == "https"
+        host, port = self._url.hostname or "", self._url.port or (443 if is_tls else 80)
+        to = (host, port) if proxy is None else (proxy.hostname or "", proxy.port or 80)
+        within = min(self._timeout, _CONNECTED_WITHIN)
+        if not is_tls:
+            return http.client.HTTPConnection(*to, timeout=within)
+        context = ssl.create_default_context()
+        connection = http.client.HTTPSConnection(*to, timeout=within, context=context)
+        if proxy is not None:
+            connection.set_tunnel(host, port)
+        return connection
+
+    def _parsed(self, content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except ValueError:
+            shown = self._secrets.hidden(content.decode("utf-8", "replace"))[:_SHOWN]
+            raise ApiError(
+                f"{self.url} answered with what is no JSON: {shown!r}. Give the URL of an "
+                "OpenAI-compatible API, such as http://localhost:8000/v1."
+            ) from None
+
+    def _refused(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
+        said = self._secrets.hidden(_message(content))[:_SHOWN]
+        if 300 <= status < 400:
+            to = self._secrets.hidden(headers.get("Location") or "nowhere")
+            return ApiError(f"{self.url} has moved to {to}: give that URL.", status)
+        advice = {
+            401: " Give `api_key`, or set OPENAI_API_KEY.",
+            403: " Give an `api_key` that may use this model.",
+            404: " Check the URL (it mostly ends in /v1) and the name of the model.",
+        }
+        return ApiError(f"{self.url} answered {status}: {said}{advice.get(status, '')}", status)
+
+    def _unreached(self, error: Exception) -> Exception:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if isinstance(error, TimeoutError):
+            what = f"no answer within {self._timeout:g} seconds (`timeout`)"
+        return ConnectionError(f"{self.url} cannot be asked: {self._secrets.hidden(what)}")
+
+
+def _checked(url: str) -> SplitResult:
+    parts = urlsplit(url.strip() if isinstance(url, str) else "")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(
+            f"`api_url` is {shown_url(str(url))!r}: give a URL such as http://localhost:8000/v1."
+        )
+    if "@" in parts.netloc or parts.query:
+        raise ValueError(
+            "`api_url` holds a user or a query, which might be a key and would be shown: give "
+            "`api_key`, or `headers`."
+        )
+    path = parts.path.rstrip("/").removesuffix("/completions")
+    return SplitResult(parts.scheme, parts.netloc, path, "", "")
+
+
+def _message(content: bytes) -> str:
+    """What a server says is wrong."""
+    text = content.decode("utf-8", "replace").strip()
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text or "nothing"
+    for name in ("error", "message", "detail"):
+        if isinstance(found, dict) and name in found:
+            found = cast(dict[str, Any], found)[name]
+    return found if isinstance(found, str) else json.dumps(found)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds until the server wants to be asked again, where it says so."""
+    said = headers.get("Retry-After")
+    if said is None:
+        return None
+    with suppress(ValueError):
+        return max(0.0, float(said))
+    with suppress(ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    return None
+
+
+def _close_all(connections: list[http.client.HTTPConnection]) -> None:
+    while connections:
+        connections.pop().close()
+
+
+def api_key(given: str | None, variable: str = "OPENAI_API_KEY") -> str | None:
+    """The key that was given, or the environment's."""
+    return given or os.environ.get(variable) or None
