@@ -452,6 +452,24 @@ def lime_settings(method: Lime) -> dict[str, Any] | None:
     return {"penalty": penalties[name], "alpha": float(alpha), "kernel_width": width}
 
 
+def integration_rules() -> tuple[str, ...]:
+    """Names of the rules by which captum integrates."""
+    from captum.attr._utils import approximation_methods
+
+    return tuple(approximation_methods.SUPPORTED_METHODS)
+
+
+def integration_points(rule: str, n_steps: int) -> tuple[list[float], list[float]]:
+    """Where between 0 and 1 captum evaluates an integrand by a rule, and the weights of the sum.
+
+    captum 0.9 (2026): `approximation_parameters` is no public name.
+    """
+    from captum.attr._utils.approximation_methods import approximation_parameters
+
+    weights, points = approximation_parameters(rule)
+    return list(points(n_steps)), list(weights(n_steps))
+
+
 def versions() -> dict[str, str | None]:
     """Versions of the packages that numbers depend on; None for one that is run uninstalled."""
     found: dict[str, str | None] = {}

@@ -25,6 +25,7 @@ PUBLIC = {
     "FixedTexts",
     "GenerationAttribution",
     "GenerationAttributionResult",
+    "GenerationGradientAttribution",
     "HierarchicalAblation",
     "Infilling",
     "Match",
