@@ -227,11 +227,14 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             found = paths.attribute(generated)
             if self.attr_target == "prob":
                 joint = paths.attribute(text(None, None), is_joint=True).attributions[0]
-        about = {"seed": seed, "absent": "zero activation" if points.from_zero else absent}
-        about |= {"deterministic_baselines": deterministic, "n_draws": paths.n_draws}
-        about["generation"] = (
-            None if target is not None else {k: repr(v) for k, v in (gen_args or {}).items()}
-        )
+        generation = {name: repr(value) for name, value in (gen_args or {}).items()}
+        about: dict[str, Any] = {
+            "seed": seed,
+            "absent": "zero activation" if points.from_zero else absent,
+            "deterministic_baselines": deterministic,
+            "n_draws": paths.n_draws,
+            "generation": generation if target is None else None,
+        }
         return self._result(inp, prompt, generated, paths, found, joint, about)
 
     def _layer(self) -> torch.nn.Module | None:
@@ -259,7 +262,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         paths: Paths,
         found: Found,
         joint: Tensor | None,
-        about: Mapping[str, Any],
+        about: dict[str, Any],
     ) -> GenerationAttributionResult:
         columns, n_prompt = torch.tensor(prompt.columns), prompt.n_features
 

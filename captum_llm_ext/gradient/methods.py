@@ -68,7 +68,7 @@ def check_method(method: object) -> None:
         )
 
 
-def check_arguments(method: object, given: dict[str, Any]) -> None:
+def check_arguments(method: Any, given: dict[str, Any]) -> None:
     """Refuses arguments that the method would ignore.
 
     Args:

@@ -115,7 +115,7 @@ class Slopes:
         self._reader, self._layers, self.row = reader, layers, row
         self._attr_target, self._is_joint = attr_target, is_joint
         self._grad_kwargs = dict(grad_kwargs or {})
-        self._on_rows = on_rows or (lambda _: None)
+        self._on_rows = on_rows
         self.n_rows = 0
         self.n_values = 1 if is_joint else len(row.target)
         self._tokens = _TOKENS.get(row.ids.device.type, _TOKENS_ELSEWHERE)
@@ -190,7 +190,8 @@ class Slopes:
                 self._most_rows = n_rows // 2
                 continue
             self.n_rows += n_rows
-            self._on_rows(n_rows)
+            if self._on_rows is not None:
+                self._on_rows(n_rows)
             yield rows, tensor
             start = rows.stop
 
@@ -386,7 +387,7 @@ def _gradients(
     are_batched: bool,
     grad_kwargs: Mapping[str, Any],
 ) -> list[Tensor]:
-    found = torch.autograd.grad(
+    found: Any = torch.autograd.grad(
         outputs,
         points,
         grad_outputs=given,
@@ -396,8 +397,6 @@ def _gradients(
     )
     shape = given.shape[:1] if are_batched else ()
     return [
-        torch.zeros(*shape, *point.shape, dtype=point.dtype, device=point.device)
-        if own is None
-        else own
+        point.new_zeros(*shape, *point.shape) if own is None else own
         for own, point in zip(found, points, strict=True)
     ]

@@ -258,7 +258,9 @@ class DrawnResult(LLMAttributionResult):
         """Attributions of one token, or of all of them together, and their errors."""
         if token is not None:
             return self.full_attr[token], self.full_attr_se[token]
-        if self.design is None:  # of an earlier version, which did not note what tells errors
+        if self.design is None and not self.provenance.get(
+            "gradients"
+        ):  # of an earlier version, which did not note what tells errors
             total = self.full_attr.sum(0)
             return total, torch.full_like(total, torch.nan)
         span = self.attribute_span(0, len(self.output_tokens))
