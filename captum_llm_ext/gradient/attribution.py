@@ -2,6 +2,7 @@
 
 import inspect
 import platform
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -31,6 +32,8 @@ from captum_llm_ext.target import target_ids
 
 _TARGETS = ("log_prob", "prob", "logit")
 _N_DRAWS = 8
+# Of what is explained: that much is missing where a quadrature has too few points.
+_WIDE_GAP = 0.1
 
 
 class GenerationGradientAttribution(LLMGradientAttribution):
@@ -162,6 +165,9 @@ class GenerationGradientAttribution(LLMGradientAttribution):
                 outside the vocabulary, prompt and target are longer than the model's positions,
                 the layer does not suit, no gradient reaches it, or values are not finite.
             TypeError: If an argument is of the wrong kind.
+
+        Warns:
+            UserWarning: If `n_steps` is too small for the attributions to sum to what they explain.
         """
         if kwargs:
             raise TypeError(_unknown(next(iter(kwargs)), self.attribute))
@@ -235,6 +241,8 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             "n_draws": paths.n_draws,
             "generation": generation if target is None else None,
         }
+        if paths.is_complete:
+            _warn_of_gap(found.efficiency_gap, found.full_values - found.empty_values, n_steps)
         return self._result(inp, prompt, generated, paths, found, joint, about)
 
     def _layer(self) -> torch.nn.Module | None:
@@ -292,7 +300,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             output_attr_se=output_attr_se,
             full_values=convert(full),
             empty_values=convert(empty),
-            efficiency_gap=convert(full - empty - found.attributions.sum(1)),
+            efficiency_gap=convert(found.efficiency_gap),
             n_evaluations=paths.n_rows,
             masks=masks.to(self.device),
             values=convert(torch.stack([full, empty])),
@@ -379,6 +387,18 @@ def _kept(baselines: Any, n_features: int, *, is_drawn: bool) -> Tensor:
         f"are present at the beginning, as numbers ({n}, {n_features}). What stands for absent "
         "ones is said by the input: `TextSegmentInput(…, baselines=CorpusBaselines(texts))`."
     )
+
+
+def _warn_of_gap(gap: Tensor, explained: Tensor, n_steps: int | None) -> None:
+    worst, most = float(gap.abs().max()), float(explained.abs().max())
+    if worst > _WIDE_GAP * most:
+        n = 50 if n_steps is None else n_steps
+        warnings.warn(
+            f"{n} steps are too few for this path: the attributions miss {worst:.2g} of what they "
+            f"explain (up to {most:.2g}; see `efficiency_gap`). Give more `n_steps`, or baselines "
+            "that are text of the same kind, from where the path is smoother than from zero.",
+            stacklevel=3,
+        )
 
 
 def _unknown(name: str, attribute: Callable[..., Any]) -> str:

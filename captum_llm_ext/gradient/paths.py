@@ -44,6 +44,11 @@ class Found:
     full_values: Tensor
     empty_values: Tensor
 
+    @property
+    def efficiency_gap(self) -> Tensor:
+        """What the attributions miss of full minus empty, ``(n_target,)``."""
+        return self.full_values - self.empty_values - self.attributions.sum(1)
+
 
 class Paths:
     """The paths of one prompt through one model.
@@ -106,6 +111,13 @@ class Paths:
         names = {id(module): name for name, module in self._model.named_modules()}
         return [names[id(module)] + ".input" * self._of_input for module in modules]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether attributions sum to full minus empty but for the error of a quadrature."""
+        points = self.points
+        whole = self._layers is self._embeddings and points.multiplies
+        return whole and not points.is_sampled and not points.from_zero
+
     def attribute(self, generated: GeneratedText, *, is_joint: bool = False) -> Found:
         """Attributions of a target.
 
@@ -135,7 +147,13 @@ class Paths:
         attributions = torch.zeros(n_values, own.n_features, dtype=torch.float64)
         errors, full = torch.zeros_like(attributions), torch.zeros(n_values, dtype=torch.float64)
         empty = torch.zeros_like(full)
-        for scene in scenes(generated, one_each=not is_joint and not self._is_causal(whole)):
+        is_causal = self._is_causal(whole)
+        if is_joint and not is_causal:
+            raise ValueError(
+                f"{type(self._model).__name__} sees what comes after a token: there is no joint "
+                'probability to differentiate. Use `attr_target="log_prob"`.'
+            )
+        for scene in scenes(generated, one_each=not is_causal):
             places = list(scene.targets)
             length = start + scene.n_read
             row = Row(ids[:, :length], at[places], target[places])
