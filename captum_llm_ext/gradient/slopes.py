@@ -357,7 +357,8 @@ class Slopes:
             values = self._values(1)
         del values
         budget = batch_budget(self.row.ids.device)
-        most = int(budget / (_WORKING * max(1, sum(kept.values()))))
+        self._row_bytes = max(1, sum(kept.values()))
+        most = int(budget / (_WORKING * self._row_bytes))
         self._most_rows = max(1, min(self._most_rows, most))
         self._was_measured = True
 
