@@ -112,19 +112,21 @@ def _always(activation: Tensor) -> Callable[[Tensor], Tensor]:
 def _changed(given: Any, function: Callable[[Tensor], Tensor | None], what: str) -> Any:
     """A layer's output or its arguments, with the first tensor as the function has it."""
     is_tuple = isinstance(given, tuple)
-    activation = cast(Any, given)[0] if is_tuple and given else given
-    if not isinstance(activation, Tensor) or activation.dim() != 3:
-        shape = tuple(activation.shape) if isinstance(activation, Tensor) else type(given).__name__
-        raise ValueError(
-            f"{what} is {shape}: attribution wants one tensor (batch, length, size), such as the "
-            "embedding's output or that of a whole decoder layer."
-        )
-    if not activation.is_floating_point():
+    parts = cast(tuple[Any, ...], given) if is_tuple else (given,)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    activation = parts[0] if parts else None
+    if isinstance(activation, Tensor) and not activation.is_floating_point():
         raise ValueError(
             f"{what} holds {activation.dtype}, which have no gradient: attribute to its output "
             "(`attribute_to_layer_input=False`)."
         )
+    if not isinstance(activation, Tensor) or activation.dim() != 3 or len(tensors) > 1:
+        found = ", ".join(str(tuple(t.shape)) for t in tensors) or type(given).__name__
+        raise ValueError(
+            f"{what} is {found}: attribution wants one tensor (batch, length, size), such as the "
+            "embedding's output or that of a whole decoder layer."
+        )
     new = function(activation)
     if new is None:
         return given
-    return (new, *cast(tuple[Any, ...], given)[1:]) if is_tuple else new
+    return (new, *parts[1:]) if is_tuple else new
