@@ -405,3 +405,19 @@ def test_a_layer_further_up_is_that_of_a_loop(smooth, tokenizer):
     )
     assert torch.allclose(same.full_attr, found.full_attr, atol=1e-12)
     assert same.provenance["layer"] == ["model.layers.1.input"]
+
+
+@TOO_FEW
+def test_long_outputs_go_through_the_model_in_parts(smooth, tokenizer):
+    """Early tokens need not be read, and gone back through, with all that comes after them."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(5, 390, (40,), generator=generator).tolist()
+    inp = TextTokenInput("Dave", tokenizer, baselines=UNK, skip_tokens=["<s>"])
+    found = attributed(smooth, tokenizer, inp, target, n_steps=2, output_unit="token")
+    prompt = tokenizer.encode("Dave")
+    present = embedded(smooth, [*prompt, *target[:-1]])
+    absent = embedded(smooth, [prompt[0]] + [UNK] * (len(prompt) + len(target) - 2))
+    expected = loop(smooth, present, absent, target, len(prompt), n_steps=2)
+    assert torch.allclose(found.token_attr, expected[:, 1 : len(prompt)], atol=1e-9)
+    assert torch.allclose(found.output_attr[:, :-1], expected[:, len(prompt) :], atol=1e-9)
+    assert found.n_evaluations > 2 * (2 + 2)  # several parts: the ends and the points of each

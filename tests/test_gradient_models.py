@@ -249,9 +249,10 @@ def test_a_measured_row_is_what_a_row_keeps(model, tokenizer):
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     row = slopes.Row(ids, torch.arange(2, ids.shape[1]), ids[0, 2:])
     layers = slopes.Layers([model.get_input_embeddings()])
-    own = slopes.Slopes(slopes.Reader(model), layers, row, "log_prob")
+    manner = slopes.manner(model, ids.device, None)
+    own = slopes.Slopes(slopes.Reader(model), layers, row, "log_prob", manner)
     point = model.get_input_embeddings()(ids).detach()
-    own._measure([point])
+    list(own.products(1, lambda rows: ([point], [point])))
     kept = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -262,7 +263,7 @@ def test_a_measured_row_is_what_a_row_keeps(model, tokenizer):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(inputs_embeds=point.requires_grad_(), use_cache=False).logits.log_softmax(-1)
-    assert own._row_bytes == pytest.approx(sum(kept.values()), rel=0.5)
+    assert manner.row_bytes == pytest.approx(sum(kept.values()), rel=0.5)
 
 
 class Interrupts(nn.Module):

@@ -13,6 +13,7 @@ from captum_llm_ext.gradient.layers import Layers, modules_reading
 from captum_llm_ext.gradient.methods import Points
 from captum_llm_ext.gradient.scenes import (
     Absent,
+    Apart,
     Features,
     Scene,
     absent_embeddings,
@@ -20,7 +21,7 @@ from captum_llm_ext.gradient.scenes import (
     held_positions,
     scenes,
 )
-from captum_llm_ext.gradient.slopes import Reader, Row, Slopes
+from captum_llm_ext.gradient.slopes import Reader, Row, Slopes, manner
 from captum_llm_ext.inputs import GeneratedText, Prompt
 from captum_llm_ext.scoring import AttrTarget
 from captum_llm_ext.scoring.passes import rounding
@@ -97,8 +98,9 @@ class Paths:
         self._attr_target, self._of_input = attr_target, of_input
         self.n_draws = len(points.alphas) if points.is_sampled and n_draws > 1 else n_draws
         self._absent: Absent = "zero" if points.from_zero else absent
-        self._seed, self._most_rows, self._grad_kwargs = seed, most_rows, grad_kwargs
+        self._seed, self._grad_kwargs = seed, grad_kwargs
         self._reader = Reader(model)
+        self._manner = manner(model, _compat.input_device(model), most_rows)
         self._embeddings: Layers | None = None
         self._layers: Layers | None = None
         self.n_rows = 0
@@ -153,7 +155,8 @@ class Paths:
                 f"{type(self._model).__name__} sees what comes after a token: there is no joint "
                 'probability to differentiate. Use `attr_target="log_prob"`.'
             )
-        for scene in scenes(generated, one_each=not is_causal):
+        apart: Apart = "cheapest" if is_causal else "always"
+        for scene in scenes(generated, n_before=start, apart="never" if is_joint else apart):
             places = list(scene.targets)
             length = start + scene.n_read
             row = Row(ids[:, :length], at[places], target[places])
@@ -177,8 +180,8 @@ class Paths:
             layers,
             row,
             self._attr_target,
+            self._manner,
             is_joint=is_joint,
-            most_rows=self._most_rows,
             grad_kwargs=self._grad_kwargs,
             on_rows=self.on_rows,
         )

@@ -1,7 +1,6 @@
 """Which tokens fade in together on the way from absent to present, and what is there before."""
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
 import torch
@@ -11,6 +10,7 @@ from captum_llm_ext import _compat
 from captum_llm_ext.inputs import GeneratedText, Place, Prompt
 
 Absent = Literal["baseline", "zero"]
+Apart = Literal["never", "cheapest", "always"]
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,42 @@ class Scene:
         return self.targets[-1]
 
 
-def scenes(generated: GeneratedText, *, one_each: bool) -> list[Scene]:
-    """The fewest paths that explain every target token by what may be absent before it.
+def scenes(generated: GeneratedText, *, n_before: int, apart: Apart) -> list[Scene]:
+    """The paths that explain every target token by what may be absent before it, longest first.
 
     A generated word that has begun stands while its other tokens are explained: these need a path
-    of their own. Where every feature is one token, or none, there is a single path.
+    of their own. Where every feature is one token, or none, one path would do.
 
     Args:
         generated: The target as features.
-        one_each: Whether every token needs a pass of its own, as for models that see ahead.
+        n_before: Token ids before it.
+        apart: Whether tokens of one path share a pass: ``"never"`` apart, ``"always"`` (for models
+            that see ahead), or what is ``"cheapest"``: early tokens need not be read, and gone
+            back through, with all that comes after them.
     """
     fixed = {place for place, group in enumerate(generated.groups) if group is None}
-    order = sorted(
-        range(len(generated.ids)),
-        key=lambda t: (-1 if (own := generated.required[t]) is None else own, t),
-    )
+    required = [-1 if own is None else own for own in generated.required]
     found: list[Scene] = []
-    for own, run in groupby(order, key=lambda t: generated.required[t]):
+    for own in sorted(set(required)):
         held = {place for place, group in enumerate(generated.groups) if group == own} | fixed
-        members = list(run)
-        for targets in [[t] for t in members] if one_each else [members]:
-            found.append(Scene(tuple(targets), frozenset(fixed if own is None else held)))
-    return found
+        members = [t for t, word in enumerate(required) if word == own]
+        if apart == "always":
+            blocks = [[t] for t in members]
+        else:
+            blocks = _blocks(members, n_before) if apart == "cheapest" else [members]
+        found += [Scene(tuple(block), frozenset(held)) for block in blocks]
+    return sorted(found, key=lambda scene: -scene.n_read)
+
+
+def _blocks(targets: list[int], n_before: int) -> list[list[int]]:
+    """Cuts targets where that is cheapest: each block costs a pass, each target a way back."""
+
+    def cost(blocks: list[list[int]]) -> int:
+        return sum((n_before + block[-1]) * (1 + len(block)) for block in blocks)
+
+    sizes = {-(-len(targets) // n) for n in range(1, len(targets) + 1)}
+    cuts = [[targets[i : i + n] for i in range(0, len(targets), n)] for n in sorted(sizes)]
+    return min(cuts, key=lambda blocks: (cost(blocks), len(blocks)))
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,40 @@ class Row:
         return self.ids.shape[1]
 
 
+@dataclass
+class Manner:
+    """How a model wants to be run, as found out while running it.
+
+    Attributes:
+        most_tokens: Token ids that fit into a pass with gradients.
+        most_rows: At most so many rows in a pass.
+        was_tried: Whether the following is known.
+        splits: Whether one way through the head serves all target tokens.
+        batches: Whether the ways back of several target tokens can be one.
+        row_bytes: What the row that was tried keeps for the way back.
+    """
+
+    most_tokens: int
+    most_rows: int | None = None
+    was_tried: bool = False
+    splits: bool = True
+    batches: bool = True
+    row_bytes: int = 0
+
+
+def manner(model: nn.Module, device: torch.device, most_rows: int | None) -> Manner:
+    """What is known before the first pass.
+
+    Args:
+        model: The model.
+        device: Where it reads its ids.
+        most_rows: The user's choice; what memory allows if there is none.
+    """
+    # Rows of LLM.int8 depend on one another.
+    most_rows = 1 if _compat.couples_rows(model) else most_rows
+    return Manner(_TOKENS.get(device.type, _TOKENS_ELSEWHERE), most_rows)
+
+
 class Reader:
     """The model's forward on token ids, with the logits of some places.
 
@@ -92,9 +126,10 @@ class Slopes:
         layers: What the gradients are with respect to.
         row: What is read.
         attr_target: What a value is.
+        manner: How the model is run; it learns from what happens.
         is_joint: Whether the one value is the product over the target tokens.
-        most_rows: At most so many points in a pass. By default what memory allows.
         grad_kwargs: Passed on to `torch.autograd.grad`.
+        on_rows: Called with the number of points of every pass.
 
     Attributes:
         n_rows: Points that the model was run on.
@@ -106,28 +141,19 @@ class Slopes:
         layers: Layers,
         row: Row,
         attr_target: AttrTarget,
+        manner: Manner,
         *,
         is_joint: bool = False,
-        most_rows: int | None = None,
         grad_kwargs: Mapping[str, Any] | None = None,
         on_rows: Callable[[int], None] | None = None,
     ) -> None:
         self._reader, self._layers, self.row = reader, layers, row
-        self._attr_target, self._is_joint = attr_target, is_joint
-        self._grad_kwargs = dict(grad_kwargs or {})
-        self._on_rows = on_rows
+        self._attr_target, self._manner, self._is_joint = attr_target, manner, is_joint
+        self._grad_kwargs, self._on_rows = dict(grad_kwargs or {}), on_rows
         self.n_rows = 0
         self.n_values = 1 if is_joint else len(row.target)
-        self._tokens = _TOKENS.get(row.ids.device.type, _TOKENS_ELSEWHERE)
-        most = self._tokens // row.length
-        # Rows of LLM.int8 depend on one another.
-        couples = _compat.couples_rows(reader.model)
-        self._most_rows = 1 if couples else max(1, min(most, most_rows or most))
-        self._was_measured = most_rows is not None or couples
-        self._was_compared = False
         # A callable may make a token's value from the logits of any other.
-        self._splits = isinstance(attr_target, str) and self.n_values > 1
-        self._batches = True
+        self._may_split = isinstance(attr_target, str) and self.n_values > 1
 
     def values(self, n_points: int, points: Points) -> Tensor:
         """Values at points, float64 on the CPU, shape ``(n_points, n_values)``.
@@ -161,8 +187,8 @@ class Slopes:
         Raises:
             ValueError: If no gradient reaches the layer, or one is not finite.
         """
-        if not self._was_measured and n_points > 1:
-            self._measure(points(slice(0, 1))[0])
+        if not self._manner.was_tried:
+            self._try(points(slice(0, 1))[0])
 
         def found(rows: slice) -> Tensor:
             return self._products(*points(rows))
@@ -178,16 +204,17 @@ class Slopes:
     def _in_batches(
         self, n_points: int, found: Callable[[slice], Tensor]
     ) -> Iterator[tuple[slice, Tensor]]:
-        start = 0
+        start, manner = 0, self._manner
         while start < n_points:
-            rows = slice(start, min(n_points, start + self._most_rows))
+            most = max(1, manner.most_tokens // self.row.length)
+            rows = slice(start, min(n_points, start + min(most, manner.most_rows or most)))
             n_rows = rows.stop - start
             try:
                 tensor = found(rows)
             except RuntimeError as error:
                 if n_rows == 1 or not is_out_of_memory(error):
                     raise
-                self._most_rows = n_rows // 2
+                manner.most_tokens = n_rows // 2 * self.row.length
                 continue
             self.n_rows += n_rows
             if self._on_rows is not None:
@@ -212,7 +239,7 @@ class Slopes:
     def _heard(self) -> Generator[list[Tensor]]:
         """What the model's head is given in the pass within."""
         given = getattr(self._reader.model, "get_output_embeddings", None)
-        head = given() if callable(given) and self._splits else None
+        head = given() if callable(given) and self._may_split else None
         heard: list[Tensor] = []
         if not isinstance(head, nn.Module):
             yield heard
@@ -257,20 +284,24 @@ class Slopes:
 
         The gradient of a value summed over rows is that of each row: they do not see one another.
         """
-        outputs, begin = values, self._at_values(values)
-        if self._splits and before_head is not None and before_head.requires_grad:
-            outputs, begin = before_head, self._at_head(values, before_head)
-        size = max(1, self._tokens // (len(values) * self.row.length)) if self._batches else 1
-        if not self._was_compared:
-            if not self._agree(values, outputs, begin, points, size):
-                self._splits = self._batches = False
-                outputs, begin, size = values, self._at_values(values), 1
-            elif not self._batches:
-                size = 1
-            self._was_compared = True
+        outputs, begin = self._beginnings(values, before_head)
+        size = self._tokens_at_once(len(values))
         for start in range(0, self.n_values, size):
             numbers = range(start, min(start + size, self.n_values))
             yield start, self._gradients(outputs, begin, points, numbers)
+
+    def _tokens_at_once(self, n_rows: int) -> int:
+        """Of how many target tokens the ways back are one: small passes leave room for it."""
+        room = self._manner.most_tokens // (n_rows * self.row.length)
+        return max(1, room) if self._manner.batches else 1
+
+    def _beginnings(
+        self, values: Tensor, before_head: Tensor | None
+    ) -> tuple[Tensor, Callable[[int], Tensor]]:
+        """Where the ways back begin, and with what for every value."""
+        if self._manner.splits and before_head is not None and before_head.requires_grad:
+            return before_head, self._at_head(values, before_head)
+        return values, self._at_values(values)
 
     def _gradients(
         self,
@@ -280,14 +311,14 @@ class Slopes:
         numbers: range,
     ) -> list[Tensor]:
         """Gradients of several values, ``(len(numbers), n_rows, length, size)`` per layer."""
-        if len(numbers) > 1 and self._batches:
+        if len(numbers) > 1 and self._manner.batches:
             try:
                 given = torch.stack([begin(number) for number in numbers])
                 return _gradients(outputs, points, given, True, self._grad_kwargs)
             except RuntimeError as error:  # an operation that knows no batches of gradients
                 if is_out_of_memory(error):
                     raise
-                self._batches = False
+                self._manner.batches = False
                 _logger.info("gradients of one token after another (%s).", error)
         each = [
             _gradients(outputs, points, begin(number), False, self._grad_kwargs)
@@ -295,20 +326,41 @@ class Slopes:
         ]
         return [torch.stack(own) for own in zip(*each, strict=True)]
 
-    def _agree(
-        self,
-        values: Tensor,
-        outputs: Tensor,
-        begin: Callable[[int], Tensor],
-        points: list[Tensor],
-        size: int,
-    ) -> bool:
+    @torch.enable_grad()
+    def _try(self, points: list[Tensor]) -> None:
+        """Finds out on one point how many fit, and whether the short ways back are right."""
+        own = {p.untyped_storage().data_ptr() for p in self._reader.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        points = [point.detach().requires_grad_() for point in points]
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with self._layers.replaced(points), hooks:
+            values, before_head = self._values(1)
+        manner = self._manner
+        manner.row_bytes = max(1, sum(kept.values()))
+        most = batch_budget(self.row.ids.device) / (_WORKING * manner.row_bytes)
+        if manner.most_rows is None:
+            manner.most_tokens = max(1, min(manner.most_tokens, int(most * self.row.length)))
+        if values.requires_grad and not self._agree(values, before_head, points):
+            manner.splits = manner.batches = False
+        # With a single value there was no short way to try.
+        manner.was_tried |= self.n_values > 1
+
+    def _agree(self, values: Tensor, before_head: Tensor | None, points: list[Tensor]) -> bool:
         """Whether the short way gives the gradient of the plain one, for the last token."""
         last = self.n_values - 1
-        if outputs is values and size == 1:
+        outputs, begin = self._beginnings(values, before_head)
+        at_once = min(2, self.n_values, self._tokens_at_once(1))
+        if outputs is values and at_once == 1:
             return True
         plain = _gradients(values, points, self._at_values(values)(last), False, self._grad_kwargs)
-        numbers = range(max(0, last + 1 - min(size, 2)), last + 1)
+        numbers = range(last + 1 - at_once, last + 1)
         short = self._gradients(outputs, begin, points, numbers)
         tolerance = _ROUNDING.get(points[0].dtype, _ROUNDING_HALF)
         worst = max(
@@ -339,28 +391,6 @@ class Slopes:
             return given
 
         return begin
-
-    def _measure(self, points: list[Tensor]) -> None:
-        """Finds how many points fit, from what one keeps for the way back."""
-        own = {p.untyped_storage().data_ptr() for p in self._reader.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        points = [point.detach().requires_grad_() for point in points]
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with torch.enable_grad(), self._layers.replaced(points), hooks:
-            values = self._values(1)
-        del values
-        budget = batch_budget(self.row.ids.device)
-        self._row_bytes = max(1, sum(kept.values()))
-        most = int(budget / (_WORKING * self._row_bytes))
-        self._most_rows = max(1, min(self._most_rows, most))
-        self._was_measured = True
 
 
 def called(
