@@ -46,6 +46,14 @@ def _inner(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model without torch.compile's wrapper.
+
+    torch 2.13 (2026): what was compiled before does not notice hooks that come later.
+    """
+    return _inner(model)
+
+
 def state_argument(model: nn.Module) -> str | None:
     """Under what name the model takes and returns its state (its cache), or None if it has none."""
     if not is_transformers(model):

@@ -1,5 +1,6 @@
 """Features, what stands where they are absent, what results are good for, what is refused."""
 
+import inspect
 import json
 from statistics import mean
 
@@ -15,6 +16,7 @@ from captum.attr import (
     LayerGradientShap,
     LayerGradientXActivation,
     LayerIntegratedGradients,
+    LLMGradientAttribution,
     TextTemplateInput,
     TextTokenInput,
 )
@@ -362,6 +364,7 @@ WRONG = {
     "unit": ({"output_unit": "phrase"}, ValueError, "unknown unit 'phrase'"),
     "output": ({"output_baselines": 4000}, ValueError, "a baseline gives token id 4000, outside"),
     "grouping": ({"feature_mask": torch.zeros(1, 3)}, ValueError, "`feature_mask` has shape"),
+    "grad": ({"grad_kwargs": {"retain_graph": True}}, ValueError, "which is decided here"),
     "ids": ({"attribute_to_layer_input": True}, ValueError, "no gradient: attribute to its output"),
 }
 
@@ -422,3 +425,40 @@ def test_layers_and_inputs_that_do_not_suit(model, tokenizer):
         GenerationGradientAttribution(
             LayerIntegratedGradients(model, None), tokenizer
         ).attribute_future()
+
+
+def test_captums_arguments_come_first(model, tokenizer):
+    for name in ("__init__", "attribute"):
+        captums = inspect.signature(getattr(LLMGradientAttribution, name)).parameters
+        ours = inspect.signature(getattr(GenerationGradientAttribution, name)).parameters
+        assert list(ours)[: len(captums) - 1] == list(captums)[:-1]
+        assert {p.kind for p in list(ours.values())[len(captums) :]} <= {
+            inspect.Parameter.KEYWORD_ONLY,
+            inspect.Parameter.VAR_KEYWORD,
+        }
+    attribution = GenerationGradientAttribution(LayerIntegratedGradients(model, None), tokenizer)
+    assert isinstance(attribution, LLMGradientAttribution)
+
+
+def test_progress_is_shown_where_it_is_asked_for(model, tokenizer, capsys):
+    inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
+    attributed(model, tokenizer, inp)
+    assert capsys.readouterr().err == ""
+    found = attributed(model, tokenizer, inp, show_progress=True)
+    shown = capsys.readouterr().err
+    assert f"{found.n_evaluations}/{found.n_evaluations}" in shown
+
+
+def test_provenance_tells_what_was_done(known):
+    model, tokenizer = known
+    document = documents(1, seed=7)[0]
+    kinds = absences(Grammar(), corpus())
+    found = attribute(model, tokenizer, document, kinds["mean of 8 same-slot texts"], seed=3)
+    told = found.provenance
+    assert told["method"] == "LayerIntegratedGradients"
+    assert (told["n_steps"], told["rule"]) == (50, "gausslegendre")
+    assert (told["seed"], told["n_draws"], told["layer"]) == (3, 8, ["model.embed_tokens"])
+    assert told["baselines"].startswith("CorpusBaselines(")
+    assert len(told["matches"]["prompt"]) == len(document.segments("prompt"))
+    again = attribute(model, tokenizer, document, kinds["mean of 8 same-slot texts"], seed=3)
+    assert torch.equal(again.full_attr, found.full_attr)

@@ -377,3 +377,34 @@ def test_generated_text_is_explained(model, tokenizer):
     )
     assert found.target.tolist() == ids[0, len(inp.ids) :].tolist()
     assert found.provenance["generation"] == {"max_new_tokens": "3"}
+
+
+def test_compiled_models_are_explained(tokenizer):
+    """Compiled and run before: later hooks would not be seen."""
+    model = tiny.llama(len(tokenizer))
+    expected = attributed(model, tokenizer)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(torch.tensor([tokenizer.encode(PROMPT)]))
+    found = attributed(compiled, tokenizer, layer=model.model.embed_tokens)
+    assert torch.equal(found.full_attr, expected.full_attr)
+
+
+def test_unused_layers_have_no_attribution(model, tokenizer):
+    """captum's `grad_kwargs`: an output that the model reads nothing of."""
+
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.idle = model, nn.Linear(3, 3)
+
+        def forward(self, input_ids, use_cache=False):
+            self.idle(torch.zeros(*input_ids.shape, 3))
+            return self.inner(input_ids=input_ids, use_cache=use_cache)
+
+    idle = Idle()
+    given = {"layer": idle.idle, "kind": LayerGradientXActivation}
+    with pytest.raises(RuntimeError, match="allow_unused"):
+        attributed(idle, tokenizer, **given)
+    found = attributed(idle, tokenizer, grad_kwargs={"allow_unused": True}, **given)
+    assert (found.full_attr == 0).all()

@@ -5,6 +5,7 @@ import platform
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ from captum_llm_ext.target import target_ids
 
 _TARGETS = ("log_prob", "prob", "logit")
 _N_DRAWS = 8
+_OURS = ("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph", "is_grads_batched")
 # Of what is explained: that much is missing where a quadrature has too few points.
 _WIDE_GAP = 0.1
 
@@ -188,7 +190,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             stdevs=stdevs,
             seed=seed,
         )
-        _check_counts(points, n_draws, internal_batch_size, absent, output_baselines)
+        _check_values(points, n_draws, internal_batch_size, absent, output_baselines, grad_kwargs)
         scorer = Scorer(self.model, attr_target=self.attr_target)
         model = Likelihood(self.model, self.tokenizer)
         prompt = as_prompt(inp, self.tokenizer, feature_mask).with_model(model)
@@ -229,7 +231,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             grad_kwargs=grad_kwargs,
         )
         joint = None
-        with as_found(self.model), _progress(show_progress) as paths.on_rows:
+        with as_found(self.model), _progress(show_progress) as (paths.on_total, paths.on_rows):
             found = paths.attribute(generated)
             if self.attr_target == "prob":
                 joint = paths.attribute(text(None, None), is_joint=True).attributions[0]
@@ -239,6 +241,8 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             "absent": "zero activation" if points.from_zero else absent,
             "deterministic_baselines": deterministic,
             "n_draws": paths.n_draws,
+            "baselines": None if points.from_zero or absent == "zero" else repr(prompt.baseline),
+            "matches": _matches(prompt, generated),
             "generation": generation if target is None else None,
         }
         if paths.is_complete:
@@ -346,16 +350,23 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         return torch.float64 if is_double else torch.float32
 
 
-def _check_counts(
+def _check_values(
     points: Points,
     n_draws: int | None,
     internal_batch_size: int | None,
     absent: Absent,
     output_baselines: Any,
+    grad_kwargs: Mapping[str, Any] | None,
 ) -> None:
     for name, value in (("n_draws", n_draws), ("internal_batch_size", internal_batch_size)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` is {value!r}: give an integer of at least 1.")
+    wrong = sorted(set(grad_kwargs or ()) & set(_OURS))
+    if wrong:
+        raise ValueError(
+            f"`grad_kwargs` holds {wrong[0]!r}, which is decided here: `allow_unused` and "
+            "`materialize_grads` are yours."
+        )
     if n_draws is not None and (points.is_sampled or points.from_zero or absent == "zero"):
         raise ValueError(
             "`n_draws` would be ignored: "
@@ -363,6 +374,15 @@ def _check_counts(
         )
     if output_baselines is not None and (points.from_zero or absent == "zero"):
         raise ValueError("`output_baselines` would be ignored: what is absent is the zero vector.")
+
+
+def _matches(prompt: Prompt, generated: GeneratedText) -> dict[str, Any]:
+    """How stand-ins were found, per place of prompt and output; None for fixed baselines."""
+    found = {"prompt": prompt.matches(), "output": generated.matches(max(generated.n_visible))}
+    return {
+        part: None if matches is None else [asdict(match) for match in matches]
+        for part, matches in found.items()
+    }
 
 
 def _kept(baselines: Any, n_features: int, *, is_drawn: bool) -> Tensor:
@@ -409,13 +429,21 @@ def _unknown(name: str, attribute: Callable[..., Any]) -> str:
     return f"{said}: did you mean {close[0]!r}?" if close else f"{said}: leave it out."
 
 
+Count = Callable[[int], None]
+
+
 @contextmanager
-def _progress(is_shown: bool) -> Generator[Callable[[int], None]]:
-    """Draws a bar over points that have been through the model."""
+def _progress(is_shown: bool) -> Generator[tuple[Count | None, Count | None]]:
+    """Draws a bar over points that go through the model: how many there will be, and have been."""
     if not is_shown:
-        yield lambda _: None
+        yield None, None
         return
     from tqdm.auto import tqdm  # captum and transformers both bring it
 
-    with tqdm(desc="points of the path", unit="row") as bar:
-        yield lambda n: cast(None, bar.update(n))
+    with tqdm(total=0, desc="points of the path", unit="row") as bar:
+
+        def announce(n: int) -> None:
+            bar.total += n
+            bar.refresh()
+
+        yield announce, lambda n: cast(None, bar.update(n))

@@ -73,6 +73,7 @@ class Paths:
     Attributes:
         n_draws: Draws of the baselines.
         n_rows: Points that the model was run on.
+        on_total: Called with the number of points that a target takes, before the first.
         on_rows: Called with the number of points of every pass.
     """
 
@@ -99,18 +100,19 @@ class Paths:
         self.n_draws = len(points.alphas) if points.is_sampled and n_draws > 1 else n_draws
         self._absent: Absent = "zero" if points.from_zero else absent
         self._seed, self._grad_kwargs = seed, grad_kwargs
-        self._reader = Reader(model)
+        self._reader = Reader(_compat.uncompiled(model))
         self._manner = manner(model, _compat.input_device(model), most_rows)
         self._embeddings: Layers | None = None
         self._layers: Layers | None = None
         self.n_rows = 0
-        self.on_rows: Callable[[int], None] = lambda _: None
+        self.on_total: Callable[[int], None] | None = None
+        self.on_rows: Callable[[int], None] | None = None
 
     @property
     def layer_names(self) -> list[str]:
         """Names of the attributed modules within the model."""
         modules = self._layers.modules if self._layers else []
-        names = {id(module): name for name, module in self._model.named_modules()}
+        names = {id(module): name for name, module in self._reader.model.named_modules()}
         return [names[id(module)] + ".input" * self._of_input for module in modules]
 
     @property
@@ -156,7 +158,11 @@ class Paths:
                 'probability to differentiate. Use `attr_target="log_prob"`.'
             )
         apart: Apart = "cheapest" if is_causal else "always"
-        for scene in scenes(generated, n_before=start, apart="never" if is_joint else apart):
+        found_scenes = scenes(generated, n_before=start, apart="never" if is_joint else apart)
+        if self.on_total is not None:
+            n_ends = self.n_draws if self.points.is_sampled else 1
+            self.on_total(len(found_scenes) * (1 + n_ends + len(self.points.alphas)))
+        for scene in found_scenes:
             places = list(scene.targets)
             length = start + scene.n_read
             row = Row(ids[:, :length], at[places], target[places])
