@@ -26,6 +26,8 @@ from ground_truth import documents, precision
 
 from captum_llm_ext import (
     ChatInput,
+    CorpusBaselines,
+    GenerationAttribution,
     GenerationAttributionResult,
     GenerationGradientAttribution,
     TextSegmentInput,
@@ -352,6 +354,12 @@ WRONG = {
         ValueError,
         "`output_baselines` would be ignored",
     ),
+    "same draws": ({"n_draws": 3}, ValueError, "every draw of these baselines is the same"),
+    "held output": (
+        {"output_unit": None, "output_baselines": 3},
+        ValueError,
+        "`output_unit=None` holds it fixed",
+    ),
     "delta": ({"return_convergence_delta": True}, ValueError, "`efficiency_gap` of the result"),
     "mask": ({"baselines": torch.zeros(2, 4)}, ValueError, r"is \(2, 4\) for 18 features"),
     "text mask": ({"baselines": "<pad>"}, ValueError, "is str for 18 features"),
@@ -425,6 +433,43 @@ def test_layers_and_inputs_that_do_not_suit(model, tokenizer):
         GenerationGradientAttribution(
             LayerIntegratedGradients(model, None), tokenizer
         ).attribute_future()
+
+
+def test_values_without_a_gradient_are_told(model, tokenizer):
+    inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
+    with pytest.raises(ValueError, match="`attr_target` returned have no gradient"):
+        attributed(
+            model, tokenizer, inp, attr_target=lambda logits, target: logits.argmax(-1).float()
+        )
+    with pytest.raises(TypeError, match=r"`attr_target` returned torch.Size\(\[\]\) for logits"):
+        attributed(model, tokenizer, inp, attr_target=lambda logits, target: logits.sum())
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "sentence", None])
+def test_the_ends_of_the_path_are_those_of_coalitions(model, tokenizer, unit):
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="<unk>")
+    found = attributed(model, tokenizer, inp, output_unit=unit, n_steps=2)
+    coalitions = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(
+        inp, TARGET, output_unit=unit
+    )
+    # float32, in other batches
+    assert torch.allclose(found.full_values, coalitions.full_values, atol=1e-4)
+    assert torch.allclose(found.empty_values, coalitions.empty_values, atol=1e-4)
+    assert found.output_features == coalitions.output_features
+    assert found.target.tolist() == coalitions.target.tolist()
+    if unit is not None:
+        assert torch.equal(found.output_attr == 0, coalitions.output_attr == 0)
+
+
+def test_baselines_that_ask_the_model(known):
+    model, tokenizer = known
+    text = "Dave lives in Palm Coast, FL and is a lawyer. His personal"
+    weighed = CorpusBaselines(corpus()[:200], match="model")
+    inp = TextSegmentInput(text, tokenizer, [(0, 4), (36, 44)], baselines=weighed)
+    found = attributed(model, tokenizer, inp, " interests", n_draws=2, n_steps=5)
+    assert found.provenance["baselines"].startswith("CorpusBaselines(")
+    assert found.token_attr.isfinite().all()
+    assert (found.token_attr != 0).any()
 
 
 def test_captums_arguments_come_first(model, tokenizer):

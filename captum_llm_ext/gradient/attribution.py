@@ -1,6 +1,5 @@
 """`GenerationGradientAttribution`: captum's LLM gradient attribution, for prompt and output."""
 
-import inspect
 import platform
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -14,13 +13,14 @@ from captum.attr._utils.attribution import GradientAttribution
 from torch import Tensor
 
 from captum_llm_ext import _compat
-from captum_llm_ext.gradient.methods import (
-    SUPPORTED,
-    Points,
-    check_arguments,
-    check_method,
-    points_of,
+from captum_llm_ext.gradient.arguments import (
+    check_common,
+    check_own,
+    check_used,
+    present_features,
+    unknown_argument,
 )
+from captum_llm_ext.gradient.methods import SUPPORTED, check_method, points_of
 from captum_llm_ext.gradient.paths import Found, Paths
 from captum_llm_ext.gradient.scenes import Absent
 from captum_llm_ext.inputs import GeneratedText, Prompt, as_prompt
@@ -33,7 +33,6 @@ from captum_llm_ext.target import target_ids
 
 _TARGETS = ("log_prob", "prob", "logit")
 _N_DRAWS = 8
-_OURS = ("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph", "is_grads_batched")
 # Of what is explained: that much is missing where a quadrature has too few points.
 _WIDE_GAP = 0.1
 
@@ -50,6 +49,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
       activations, absent and present.
     * `LayerGradientXActivation`: the gradient at the present activation, times that. What it
       explains to first order is the difference to the activation 0: that is `empty_values`.
+      (`memory_efficient` changes nothing: gradients are summed as they are found.)
     * `LayerGradientShap`: expected gradients, at a random point between a random draw of the
       baselines and the present activation, with standard errors over the `n_samples` draws (bounds
       for the sums that `attribute_span` makes). Captum's own class means the same but, over the
@@ -136,7 +136,8 @@ class GenerationGradientAttribution(LLMGradientAttribution):
                 By default what the prompt's baseline does.
             seed: Seeds every random choice. The global random state is neither read nor changed.
             n_draws: Draws of a random baseline, such as `CorpusBaselines`, whose mean embedding
-                stands for an absent feature. By default 8. `LayerGradientShap` takes one draw for
+                stands for an absent feature. By default 8; with other baselines there is nothing
+                to draw. `LayerGradientShap` takes one draw for
                 each of its `n_samples` instead.
             absent: ``"zero"``: the zero vector stands for absent features, whatever the baselines.
             feature_mask: As for `GenerationAttribution`: shape ``(1, n_features)``, equal numbers
@@ -172,16 +173,16 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             UserWarning: If `n_steps` is too small for the attributions to sum to what they explain.
         """
         if kwargs:
-            raise TypeError(_unknown(next(iter(kwargs)), self.attribute))
-        if return_convergence_delta:
-            raise ValueError(
-                "`return_convergence_delta` would be ignored: `efficiency_gap` of the result is it."
-            )
-        if absent not in ("baseline", "zero"):
-            raise ValueError(f"`absent` is {absent!r}: give 'baseline' or 'zero'.")
+            raise TypeError(unknown_argument(next(iter(kwargs)), self.attribute))
         own = {"n_steps": n_steps, "method": method, "internal_batch_size": internal_batch_size}
         own |= {"n_samples": n_samples, "stdevs": stdevs, "baselines": baselines}
-        check_arguments(self.attr_method, own | {"grad_kwargs": grad_kwargs})
+        check_own(self.attr_method, own | {"grad_kwargs": grad_kwargs})
+        check_common(
+            absent=absent,
+            n_draws=n_draws,
+            internal_batch_size=internal_batch_size,
+            return_convergence_delta=return_convergence_delta,
+        )
         points = points_of(
             self.attr_method,
             n_steps=n_steps,
@@ -190,12 +191,19 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             stdevs=stdevs,
             seed=seed,
         )
-        _check_values(points, n_draws, internal_batch_size, absent, output_baselines, grad_kwargs)
+        is_zero = points.from_zero or absent == "zero"
+        check_used(
+            points,
+            is_zero=is_zero,
+            n_draws=n_draws,
+            output_baselines=output_baselines,
+            is_held=output_unit is None,
+        )
         scorer = Scorer(self.model, attr_target=self.attr_target)
         model = Likelihood(self.model, self.tokenizer)
         prompt = as_prompt(inp, self.tokenizer, feature_mask).with_model(model)
         prompt.places()  # whether it knows any, before the costly part
-        kept = _kept(baselines, prompt.n_features, is_drawn=points.is_sampled)
+        kept = present_features(baselines, prompt.n_features, is_drawn=points.is_sampled)
         every = torch.ones(1, prompt.n_features, dtype=torch.bool)
         full = prompt.render(every, torch.Generator().manual_seed(0))[0]
         if not full.ids:
@@ -215,6 +223,11 @@ class GenerationGradientAttribution(LLMGradientAttribution):
 
         generated = text(output_unit, output_baselines)
         deterministic = prompt.deterministic and generated.deterministic
+        if deterministic and n_draws is not None:
+            raise ValueError(
+                "`n_draws` would be ignored: every draw of these baselines is the same. Random "
+                "ones are lists of several texts, or `CorpusBaselines(texts)`."
+            )
         paths = Paths(
             self.model,
             self._layer(),
@@ -224,7 +237,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             kept,
             self.attr_target,
             of_input=attribute_to_layer_input,
-            n_draws=1 if deterministic or absent == "zero" else n_draws or _N_DRAWS,
+            n_draws=1 if deterministic or is_zero else n_draws or _N_DRAWS,
             absent=absent,
             seed=seed,
             most_rows=internal_batch_size,
@@ -241,7 +254,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             "absent": "zero activation" if points.from_zero else absent,
             "deterministic_baselines": deterministic,
             "n_draws": paths.n_draws,
-            "baselines": None if points.from_zero or absent == "zero" else repr(prompt.baseline),
+            "baselines": None if is_zero else repr(prompt.baseline),
             "matches": _matches(prompt, generated),
             "generation": generation if target is None else None,
         }
@@ -350,32 +363,6 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         return torch.float64 if is_double else torch.float32
 
 
-def _check_values(
-    points: Points,
-    n_draws: int | None,
-    internal_batch_size: int | None,
-    absent: Absent,
-    output_baselines: Any,
-    grad_kwargs: Mapping[str, Any] | None,
-) -> None:
-    for name, value in (("n_draws", n_draws), ("internal_batch_size", internal_batch_size)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"`{name}` is {value!r}: give an integer of at least 1.")
-    wrong = sorted(set(grad_kwargs or ()) & set(_OURS))
-    if wrong:
-        raise ValueError(
-            f"`grad_kwargs` holds {wrong[0]!r}, which is decided here: `allow_unused` and "
-            "`materialize_grads` are yours."
-        )
-    if n_draws is not None and (points.is_sampled or points.from_zero or absent == "zero"):
-        raise ValueError(
-            "`n_draws` would be ignored: "
-            + ("every one of `n_samples` is a draw." if points.is_sampled else "nothing is drawn.")
-        )
-    if output_baselines is not None and (points.from_zero or absent == "zero"):
-        raise ValueError("`output_baselines` would be ignored: what is absent is the zero vector.")
-
-
 def _matches(prompt: Prompt, generated: GeneratedText) -> dict[str, Any]:
     """How stand-ins were found, per place of prompt and output; None for fixed baselines."""
     found = {"prompt": prompt.matches(), "output": generated.matches(max(generated.n_visible))}
@@ -383,30 +370,6 @@ def _matches(prompt: Prompt, generated: GeneratedText) -> dict[str, Any]:
         part: None if matches is None else [asdict(match) for match in matches]
         for part, matches in found.items()
     }
-
-
-def _kept(baselines: Any, n_features: int, *, is_drawn: bool) -> Tensor:
-    """Features of the prompt that are present at the beginning, bool ``(n, n_features)``."""
-    if callable(baselines):
-        if not is_drawn:
-            raise ValueError("a callable `baselines` is for LayerGradientShap: give a tensor.")
-        takes = len(inspect.signature(baselines).parameters)
-        baselines = baselines(torch.ones(1, n_features)) if takes else baselines()
-    if isinstance(baselines, tuple) and len(cast(tuple[Any, ...], baselines)) == 1:
-        baselines = cast(Any, baselines)[0]
-    if baselines is None or isinstance(baselines, int | float):
-        return torch.full((1, n_features), baselines == 1)
-    if isinstance(baselines, Tensor) and baselines.dim() == 2:
-        n, width = baselines.shape
-        if width == n_features and (n == 1 or (is_drawn and n > 0)):
-            return (baselines == 1).cpu()
-    shape = tuple(baselines.shape) if isinstance(baselines, Tensor) else type(baselines).__name__
-    n = "n" if is_drawn else "1"
-    raise ValueError(
-        f"`baselines` is {shape} for {n_features} features: as in captum it tells which of them "
-        f"are present at the beginning, as numbers ({n}, {n_features}). What stands for absent "
-        "ones is said by the input: `TextSegmentInput(…, baselines=CorpusBaselines(texts))`."
-    )
 
 
 def _warn_of_gap(gap: Tensor, explained: Tensor, n_steps: int | None) -> None:
@@ -419,14 +382,6 @@ def _warn_of_gap(gap: Tensor, explained: Tensor, n_steps: int | None) -> None:
             "that are text of the same kind, from where the path is smoother than from zero.",
             stacklevel=3,
         )
-
-
-def _unknown(name: str, attribute: Callable[..., Any]) -> str:
-    from difflib import get_close_matches
-
-    said = f"attribute() got {name!r}, which it does not take"
-    close = get_close_matches(name, inspect.signature(attribute).parameters, n=1, cutoff=0.8)
-    return f"{said}: did you mean {close[0]!r}?" if close else f"{said}: leave it out."
 
 
 Count = Callable[[int], None]

@@ -15,13 +15,6 @@ from torch import Tensor
 from captum_llm_ext import _compat
 
 SUPPORTED = (LayerIntegratedGradients, LayerGradientXActivation, LayerGradientShap)
-# Arguments of captum's `attribute` methods, as far as they mean something here.
-_TAKES = {
-    LayerIntegratedGradients: ("n_steps", "method", "internal_batch_size", "baselines"),
-    LayerGradientXActivation: (),
-    LayerGradientShap: ("n_samples", "stdevs", "baselines"),
-}
-_GRAD_KWARGS = (LayerIntegratedGradients, LayerGradientXActivation)
 
 
 @dataclass(frozen=True)
@@ -68,26 +61,6 @@ def check_method(method: object) -> None:
         )
 
 
-def check_arguments(method: Any, given: dict[str, Any]) -> None:
-    """Refuses arguments that the method would ignore.
-
-    Args:
-        method: One of the three.
-        given: Those that the user gave, by name.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    takes = _TAKES[type(method)] + ("grad_kwargs",) * isinstance(method, _GRAD_KWARGS)
-    for name, value in given.items():
-        if value is not None and name not in takes:
-            known = ", ".join(f"`{taken}`" for taken in takes)
-            raise ValueError(
-                f"`{name}` has no meaning for {type(method).__name__} and would be ignored: its "
-                f"own arguments are {known}."
-            )
-
-
 def points_of(
     method: Any,
     *,
@@ -108,7 +81,7 @@ def points_of(
     if isinstance(method, LayerGradientXActivation):
         one = torch.ones(1, dtype=torch.float64)
         return Points("gradient x activation", one, one, from_zero=True, multiplies=multiplies)
-    n = _at_least_one("n_samples", 5 if n_samples is None else n_samples)
+    n = at_least_one("n_samples", 5 if n_samples is None else n_samples)
     noise = _deviation(stdevs)
     generator = torch.Generator().manual_seed(seed)
     return Points(
@@ -123,7 +96,7 @@ def points_of(
 
 
 def _integrated(n_steps: int, rule: str, multiplies: bool) -> Points:
-    _at_least_one("n_steps", n_steps)
+    at_least_one("n_steps", n_steps)
     known = _compat.integration_rules()
     if rule not in known:
         raise ValueError(f"`method` is {rule!r}: give one of {', '.join(map(repr, known))}.")
@@ -139,7 +112,12 @@ def _integrated(n_steps: int, rule: str, multiplies: bool) -> Points:
     )
 
 
-def _at_least_one(name: str, value: object) -> int:
+def at_least_one(name: str, value: object) -> int:
+    """The value.
+
+    Raises:
+        ValueError: If it is no integer of at least 1.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` is {value!r}: give an integer of at least 1.")
     return value

@@ -262,6 +262,12 @@ class Slopes:
         factors = [factor.to(dtype) for factor in factors]
         with self._layers.replaced(points):
             values, before_head = self._values(n_rows)
+        if not values.requires_grad and callable(self._attr_target):
+            raise ValueError(
+                "the values that `attr_target` returned have no gradient: it must be made of "
+                "differentiable operations on the logits (no argmax, rounding, `.item()` or "
+                "`.detach()`), and the model must run with gradients."
+            )
         if not values.requires_grad:
             raise ValueError(
                 "no gradient reaches the layer: the model runs without gradients there (quantised "
