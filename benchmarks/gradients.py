@@ -11,6 +11,7 @@ with the largest difference of their numbers. Causes: precision at k on the fact
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median
@@ -168,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=out)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    # Paths from zero are not smooth; how far off they are is a column of the table.
+    warnings.filterwarnings("ignore", ".*steps are too few", UserWarning)
     report = {
         **environment(seed=arguments.seed),
         "documents": arguments.documents,
