@@ -92,12 +92,16 @@ def causes(n: int, seed: int) -> list[dict[str, Any]]:
                 continue  # it knows no other baseline than zero
             if more and method == "expected gradients":
                 continue  # each of its samples is a draw of its own
+            told = name
+            if method == "expected gradients":
+                told = name.replace("mean of 8 same-slot texts", "a same-slot text per sample")
+                told = told.replace("mean of 8 texts of any slot", "a text of any slot per sample")
             results = [attribute(model, tokenizer, d, absence, method) for d in given]
             both = list(zip(given, results, strict=True))
             rows.append(
                 {
                     "method": method,
-                    "absence": name,
+                    "absence": told,
                     "precision": mean(v for d, r in both for v in precision(d, r).values()),
                     "precision_content_words": mean(
                         v for d, r in both for v in precision(d, r, content_only=True).values()

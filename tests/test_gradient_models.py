@@ -404,7 +404,7 @@ def test_unused_layers_have_no_attribution(model, tokenizer):
 
     idle = Idle()
     given = {"layer": idle.idle, "kind": LayerGradientXActivation}
-    with pytest.raises(RuntimeError, match="allow_unused"):
+    with pytest.raises(ValueError, match=r"does not use the layer.*`allow_unused`"):
         attributed(idle, tokenizer, **given)
     found = attributed(idle, tokenizer, grad_kwargs={"allow_unused": True}, **given)
     assert (found.full_attr == 0).all()

@@ -1,7 +1,7 @@
 """From absent to present: every target token's attributions along the paths that explain it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,6 @@ from captum_llm_ext.gradient.slopes import Reader, Row, Slopes, manner
 from captum_llm_ext.inputs import GeneratedText, Prompt
 from captum_llm_ext.scoring import AttrTarget
 from captum_llm_ext.scoring.passes import rounding
-
-# Rows of a pass without gradients that only reads activations.
-_ROWS_READ = 16
 
 
 @dataclass(frozen=True)
@@ -160,8 +157,7 @@ class Paths:
         apart: Apart = "cheapest" if is_causal else "always"
         found_scenes = scenes(generated, n_before=start, apart="never" if is_joint else apart)
         if self.on_total is not None:
-            n_ends = self.n_draws if self.points.is_sampled else 1
-            self.on_total(len(found_scenes) * (1 + n_ends + len(self.points.alphas)))
+            self.on_total(len(found_scenes) * (1 + self._n_ends + len(self.points.alphas)))
         for scene in found_scenes:
             places = list(scene.targets)
             length = start + scene.n_read
@@ -180,7 +176,8 @@ class Paths:
     def _along(self, scene: Scene, row: Row, own: Features, is_joint: bool) -> Found:
         points, layers = self.points, self._layers
         assert layers is not None
-        present, absent, free = self._ends(scene, row, own)
+        present = self._read(layers, row)
+        begin, free = self._beginning(scene, row, own, present)
         slopes = Slopes(
             self._reader,
             layers,
@@ -193,11 +190,10 @@ class Paths:
         )
 
         def between(rows: slice) -> tuple[list[Tensor], list[Tensor]]:
-            return self._between(present, absent, free, rows)
+            return self._between(present, begin(rows), free, rows)
 
         full = slopes.values(1, lambda _: (present, []))[0]
-        n_ends = len(absent[0])
-        empty = slopes.values(n_ends, lambda rows: ([a[rows] for a in absent], [])).mean(0)
+        empty = slopes.values(self._n_ends, lambda rows: (begin(rows), [])).mean(0)
         owners = own.owners(row.length)
         each: list[Tensor] = []
         total = torch.zeros(slopes.n_values, own.n_features, dtype=torch.float64)
@@ -208,34 +204,32 @@ class Paths:
             if points.is_sampled:
                 each.append(summed)
         self.n_rows += slopes.n_rows
-        errors = torch.zeros_like(total)
-        if points.is_sampled:
-            errors = (
-                torch.cat(each).std(0) / len(points.alphas) ** 0.5
-                if len(points.alphas) > 1
-                else errors * torch.nan
-            )
-        elif self.n_draws > 1:
-            errors = errors * torch.nan
-        return Found(total, errors, full, empty)
+        return Found(total, self._errors(each, total), full, empty)
+
+    def _errors(self, each: list[Tensor], total: Tensor) -> Tensor:
+        """Standard errors of a total, from the attributions of every sample if there are any."""
+        n_samples = sum(len(some) for some in each)
+        if n_samples > 1:
+            return torch.cat(each).std(0) / n_samples**0.5
+        # A single sample, and the mean of draws of a baseline, tell nothing of their error.
+        unknown = n_samples == 1 or self.n_draws > 1
+        return torch.full_like(total, torch.nan if unknown else 0.0)
 
     def _between(
         self, present: list[Tensor], absent: list[Tensor], free: Tensor, rows: slice
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Activations at some points, and how they change along the path there."""
         points = self.points
+        free = _some(free, rows)[..., None]
         activations: list[Tensor] = []
         changes: list[Tensor] = []
-        for number, (end, ends) in enumerate(zip(present, absent, strict=True)):
-            dtype = torch.promote_types(end.dtype, torch.float32)
-            begin = (ends[rows] if len(ends) > 1 else ends).to(dtype)
-            target = end.to(dtype).expand(rows.stop - rows.start, -1, -1)
+        for number, (end, begin) in enumerate(zip(present, absent, strict=True)):
+            wide = torch.promote_types(end.dtype, torch.float32)
+            target, begin = end.to(wide).expand(rows.stop - rows.start, -1, -1), begin.to(wide)
             if points.noise:
-                target = target + points.noise * self._noise(end, number, rows) * free[
-                    rows if len(free) > 1 else slice(None)
-                ][..., None].to(end.device)
-            alphas = points.alphas[rows].to(end.device, dtype)[:, None, None]
+                target = target + points.noise * self._noise(end, number, rows) * free.to(end)
             change = target - begin
+            alphas = points.alphas[rows].to(end.device, wide)[:, None, None]
             activations.append((begin + alphas * change).to(end.dtype))
             changes.append(change if points.multiplies else torch.ones_like(change))
         return activations, changes
@@ -248,32 +242,47 @@ class Paths:
         ]
         return torch.stack(each).to(end.device)
 
-    def _ends(
-        self, scene: Scene, row: Row, own: Features
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Activations with everything present ``(1, …)`` and absent ``(1 or n_points, …)``.
+    @property
+    def _n_ends(self) -> int:
+        """Beginnings of the path: one, unless each sampled point has its own."""
+        is_one = self.n_draws == 1 and len(self._kept) == 1
+        return len(self.points.alphas) if self.points.is_sampled and not is_one else 1
+
+    def _beginning(
+        self, scene: Scene, row: Row, own: Features, present: list[Tensor]
+    ) -> tuple[Callable[[slice], list[Tensor]], Tensor]:
+        """Activations of some points where features are absent, ``(1 or n, length, size)`` each.
 
         And which places are free to change, bool ``(1 or n_points, length)``.
         """
         layers, embeddings = self._layers, self._embeddings
         assert layers is not None
         assert embeddings is not None
-        present = self._read(layers, row)
         free = ~held_positions(scene, own, self._drawn_kept(), row.length)
         free &= own.owners(row.length) < own.n_features
         if self.points.from_zero:
-            return present, [a * ~free[..., None].to(a.device) for a in present], free
+            zero = [a * ~free[..., None].to(a.device) for a in present]
+            return lambda _: zero, free
         embedded = present if layers is embeddings else self._read(embeddings, row)
-        absent: list[Tensor] = []
-        for module, vectors in zip(embeddings.modules, embedded, strict=True):
-            given = absent_embeddings(module, vectors, own, self._model)
-            if not self.points.is_sampled:
-                wide = torch.promote_types(given.dtype, torch.float32)
-                given = given.to(wide).mean(0, keepdim=True).to(given.dtype)
-            absent.append(torch.where(free[..., None].to(vectors.device), given, vectors))
-        if layers is embeddings:
-            return present, absent, free
-        return present, self._carried(absent, row), torch.ones_like(free)
+
+        def found(rows: slice) -> list[Tensor]:
+            mask, some = _some(free, rows)[..., None], own
+            if self.points.is_sampled and len(own.draws) > 1:
+                some = replace(own, draws=own.draws[rows])
+            absent: list[Tensor] = []
+            for module, vectors in zip(embeddings.modules, embedded, strict=True):
+                given = absent_embeddings(module, vectors, some, self._model)
+                if not self.points.is_sampled:
+                    wide = torch.promote_types(given.dtype, torch.float32)
+                    given = given.to(wide).mean(0, keepdim=True).to(given.dtype)
+                absent.append(torch.where(mask.to(vectors.device), given, vectors))
+            return absent if layers is embeddings else self._carried(absent, row)
+
+        free_there = free if layers is embeddings else torch.ones_like(free)
+        if self._n_ends > 1:  # made for every pass anew: all of them may not fit
+            return found, free_there
+        once = found(slice(0, 1))
+        return lambda _: once, free_there
 
     def _drawn_kept(self) -> Tensor:
         if len(self._kept) == 1:
@@ -292,13 +301,9 @@ class Paths:
         layers, embeddings = self._layers, self._embeddings
         assert layers is not None
         assert embeddings is not None
-        found: list[list[Tensor]] = []
-        for start in range(0, len(embedded[0]), _ROWS_READ):
-            some = [own[start : start + _ROWS_READ] for own in embedded]
-            with torch.no_grad(), embeddings.replaced(some), layers.read() as activations:
-                self._reader.logits(row.ids.expand(len(some[0]), -1), row.at)
-            found.append(activations)
-        return [torch.cat(own) for own in zip(*found, strict=True)]
+        with torch.no_grad(), embeddings.replaced(embedded), layers.read() as activations:
+            self._reader.logits(row.ids.expand(len(embedded[0]), -1), row.at)
+        return activations
 
     def _find_layers(self, row: Row) -> None:
         """Finds the embeddings, and whether the layer is one.
@@ -356,6 +361,11 @@ class Paths:
             whole = self._reader.logits(row.ids, row.at[:1])
             alone = self._reader.logits(row.ids[:, : int(row.at[0]) + 1], row.at[:1])
         return _agree(whole, alone)
+
+
+def _some(tensor: Tensor, rows: slice) -> Tensor:
+    """Some rows of a tensor, or the only one that it has."""
+    return tensor if len(tensor) == 1 else tensor[rows]
 
 
 def _agree(logits: Tensor, others: Tensor) -> bool:

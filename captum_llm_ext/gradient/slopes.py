@@ -26,6 +26,11 @@ _WORKING = 1.5
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 _ROUNDING_HALF = 0.1
 
+_NO_GRADIENT = (
+    "no gradient reaches the layer: the model runs without gradients there (quantised or offloaded "
+    "layers, `torch.no_grad` or an integer cast in its forward), or does not use the layer. Load "
+    "it in float32 or bfloat16, or use `GenerationAttribution`, which needs no gradient."
+)
 # From some of the points: per layer their activations, and what gradients are multiplied by, each
 # (n_points, length, size).
 Points = Callable[[slice], tuple[list[Tensor], list[Tensor]]]
@@ -269,11 +274,7 @@ class Slopes:
                 "`.detach()`), and the model must run with gradients."
             )
         if not values.requires_grad:
-            raise ValueError(
-                "no gradient reaches the layer: the model runs without gradients there (quantised "
-                "or offloaded layers, `torch.no_grad` or an integer cast in its forward). Load it "
-                "in float32 or bfloat16, or use `GenerationAttribution`, which needs no gradient."
-            )
+            raise ValueError(_NO_GRADIENT)
         back = self._way_back(values, before_head, points)
         products = torch.zeros(n_rows, self.n_values, length, dtype=dtype, device=points[0].device)
         for start, gradients in back:
@@ -424,14 +425,19 @@ def _gradients(
     are_batched: bool,
     grad_kwargs: Mapping[str, Any],
 ) -> list[Tensor]:
-    found: Any = torch.autograd.grad(
-        outputs,
-        points,
-        grad_outputs=given,
-        retain_graph=True,
-        is_grads_batched=are_batched,
-        **grad_kwargs,
-    )
+    try:
+        found: Any = torch.autograd.grad(
+            outputs,
+            points,
+            grad_outputs=given,
+            retain_graph=True,
+            is_grads_batched=are_batched,
+            **grad_kwargs,
+        )
+    except RuntimeError as error:
+        if "not have been used" not in str(error):
+            raise
+        raise ValueError(f"{_NO_GRADIENT} (`allow_unused` of `grad_kwargs` makes it 0.)") from error
     shape = given.shape[:1] if are_batched else ()
     return [
         point.new_zeros(*shape, *point.shape) if own is None else own
