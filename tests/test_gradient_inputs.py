@@ -274,6 +274,10 @@ def test_results_are_good_for_all_that_results_are(smooth, tokenizer, tmp_path):
         assert (" ± " in str(again)) is (kind is LayerGradientShap)
         page = again.to_html()
         assert kind.__name__ in page
+        told = {one["side"]: one for one in again._shown()["sums"]}
+        assert told["prompt"]["spans"][0] == [0, len(found.target)]
+        errors = found.token_attr_se.sum(0)
+        assert told["prompt"]["se"][0] == pytest.approx(errors.tolist(), rel=1e-2)
         for draw in (again.plot_token_attr, again.plot_seq_attr, again.plot_text):
             draw()
         again.plot_text(1)

@@ -95,7 +95,8 @@ class DrawnResult(LLMAttributionResult):
         from captum_llm_ext import plot
 
         errors = None
-        if self.design is not None and self.provenance.get("attr_target") != "prob":
+        known = self.design is not None or self.provenance.get("gradients")
+        if known and self.provenance.get("attr_target") != "prob":
             errors = self._total(None)[1][: len(self.input_tokens)]
         attr = self.seq_attr
         return plot.bars(
