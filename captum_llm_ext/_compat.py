@@ -54,6 +54,24 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return _inner(model)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has been at the model, or at a part of it."""
+    if _inner(model) is not model:
+        return True
+    modules = model.modules()
+    return any(hasattr(m, "_orig_mod") or vars(m).get("_compiled_call_impl") for m in modules)
+
+
+def output_layer(model: nn.Module) -> nn.Linear | None:
+    """The layer that makes logits, where it is a plain linear one that lies on a CPU."""
+    find = getattr(model, "get_output_embeddings", None)
+    layer = find() if callable(find) and not is_compiled(model) else None
+    if type(layer) is not nn.Linear:
+        return None
+    plain = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in layer.parameters())
+    return layer if plain else None
+
+
 def state_argument(model: nn.Module) -> str | None:
     """Under what name the model takes and returns its state (its cache), or None if it has none."""
     if not is_transformers(model):
@@ -117,6 +135,12 @@ def growing_layers() -> tuple[type[Any], ...]:
     return tuple(kind for kind in kinds if kind is not None)
 
 
+def keeps_every_id(state: Any) -> bool:
+    """Whether a state is of keys and values alone, with those of every id that was read."""
+    plain = growing_layers()[:1]
+    return is_list_of_layers(state) and all(type(layer) in plain for layer in state.layers)
+
+
 @contextmanager
 def attention_of(
     model: nn.Module,
@@ -146,7 +170,7 @@ def attention_of(
     configs = {id(module.config): module.config for module in modules}
     before = [(config, getattr(config, field, None)) for config in configs.values()]
     used = {str(implementation) for _, implementation in before if implementation is not None}
-    if not used or not used <= set(instead_of) or _inner(model) is not model:
+    if not used or not used <= set(instead_of) or is_compiled(model):
         how = ", ".join(sorted(used)) or "nothing that its configuration tells"
         raise NotImplementedError(f"attention of {type(model).__name__} by {how}")
     registries: list[dict[str, Any]] = [
@@ -301,6 +325,16 @@ def summed_over_shards(parameter: Tensor, total: Callable[[Tensor], Tensor]) -> 
 def number_of_layers(model: nn.Module) -> int | None:
     """Number of layers that the model's configuration tells."""
     return getattr(text_config(model), "num_hidden_layers", None)
+
+
+def last_layer(model: nn.Module) -> nn.Module | None:
+    """The last of the layers that the configuration counts, where the model can be looked into."""
+    if is_compiled(model) or model_ranks(model):
+        return None
+    n = number_of_layers(model)
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
+    # Modules come before their parts: layers before the experts of one.
+    return next((layers[-1] for layers in lists), None)
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from captum_llm_ext import _compat
 from captum_llm_ext.gradient.layers import Layers
 from captum_llm_ext.scoring import AttrTarget
-from captum_llm_ext.scoring.logits import wanted_values
 from captum_llm_ext.scoring.memory import batch_budget, is_out_of_memory
 
 _logger = logging.getLogger(__name__)
@@ -235,7 +234,7 @@ class Slopes:
         if callable(self._attr_target):
             values = called(logits, target, self._attr_target)
         else:
-            values = wanted_values(logits, target.expand(n_rows, -1), self._attr_target)
+            values = named(logits, target, self._attr_target)
         if self._is_joint:
             values = values.prod(1, keepdim=True)
         return values, heard[0] if len(heard) == 1 else None
@@ -398,6 +397,21 @@ class Slopes:
             return given
 
         return begin
+
+
+def named(logits: Tensor, target: Tensor, attr_target: str) -> Tensor:
+    """Values ``(batch, n_target)``, float64 on the CPU, with their gradient.
+
+    What `scoring` does without one, it does in place. Softmax and sums are taken in float32 at
+    least.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    found = logits.gather(2, target.expand(len(logits), -1)[..., None])[..., 0].to(dtype)
+    if attr_target != "logit":
+        found = found - logits.to(dtype).logsumexp(2)
+    if attr_target == "prob":
+        found = found.exp()
+    return found.double().cpu()
 
 
 def called(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.scoring.packing import Segment
+from captum_llm_ext.scoring.packing import Pack, Segment, ends
 from captum_llm_ext.scoring.states import lent_to
 
 # What is seen of some keys: as a mask tells, or of those at the queries' own places up to each.
@@ -132,18 +132,24 @@ class Packing:
     """What one pass over a pack needs to know.
 
     Attributes:
-        segments: Those of the pack.
-        n_read: Number of ids that the model has read before the pack.
+        pack: The rows.
+        n_layers: How many layers attend.
+        last: What the last one is asked about of the pack's segments.
         n_attended: How many layers have attended up to now.
     """
 
-    segments: Sequence[Segment]
-    n_read: int
+    pack: Pack
+    n_layers: int | None
+    last: Sequence[Segment]
     n_attended: int = 0
     _kinds: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     _known: dict[tuple[int, ...], tuple[_Seen, _Seen]] = field(
         default_factory=dict[tuple[int, ...], tuple[_Seen, _Seen]]
     )
+
+    def is_through(self) -> bool:
+        """Whether all layers have attended."""
+        return self.n_attended == self.n_layers
 
     def mask(
         self, attention_mask: Tensor | None = None, device: Any = "cpu", **arguments: Any
@@ -161,25 +167,20 @@ class Packing:
         self._kinds.append(arguments | {"device": device})
         return torch.full((1, 1, 1, 1), len(self._kinds) - 1, dtype=torch.int64, device=device)
 
-    def sides(self, kind: int, segment: Segment, n_kept: int) -> tuple[_Seen, _Seen]:
+    def sides(self, kind: int, segment: Segment, n_gone: int) -> tuple[_Seen, _Seen]:
         """What a segment sees of its path and of itself.
 
         Args:
             kind: The entry of what `mask` gave.
             segment: One of the segments.
-            n_kept: Of the ids read before the pack, the state still has so many, the last ones.
+            n_gone: Of the first ids that were read before, the state has so many no more.
         """
         length, depth = segment.stop - segment.start, segment.depth
-        key = (kind, length, depth, n_kept)
+        key = (kind, length, depth, n_gone)
         if key not in self._known:
-            before = n_kept + depth
+            before = depth - n_gone
             whole = _compat.boolean_mask(
-                1,
-                length,
-                before + length,
-                self.n_read + depth,
-                self.n_read - n_kept,
-                **self._kinds[kind],
+                1, length, before + length, depth, n_gone, **self._kinds[kind]
             )
             path, own = whole[..., :before], whole[..., before:]
             is_plain = torch.equal(own[0, 0], torch.ones_like(own[0, 0]).tril())
@@ -189,18 +190,19 @@ class Packing:
 
 
 @contextmanager
-def packed(model: nn.Module, segments: Sequence[Segment], n_read: int) -> Generator[Packing]:
+def packed(model: nn.Module, pack: Pack, needed: Tensor) -> Generator[Packing]:
     """Has every token of a pack see those of its own row alone.
 
     Args:
         model: Whose configuration and registries are put back.
-        segments: Of the pack that is run meanwhile, a single one.
-        n_read: Number of ids that the model has read before.
+        pack: What a single pass within reads.
+        needed: Places of the tokens that are asked about, sorted: the last layer's attention of
+            others is 0 where there are many of them.
 
     Raises:
         NotImplementedError: If the model's attention is none that is known, or is compiled.
     """
-    packing = Packing(segments, n_read)
+    packing = Packing(pack, _compat.number_of_layers(model), ends(pack, needed))
     attend = partial(_attend, partial(_attend_packed, packing))
     with _compat.attention_of(model, _PACKED, attend, packing.mask, _KNOWN):
         yield packing
@@ -216,20 +218,21 @@ def _attend_packed(
 ) -> Tensor:
     if mask is None or mask.shape != (1, 1, 1, 1):
         raise NotImplementedError("attention without a mask of what is seen")
-    n_kept = key.shape[2] - query.shape[2]
-    if n_kept < 0 or query.shape[2] != packing.segments[-1].stop or len(query) != 1:
+    pack, n_kept = packing.pack, key.shape[2] - query.shape[2]
+    n_gone = pack.n_read - n_kept
+    if n_kept < 0 or n_gone < 0 or query.shape[2] != len(pack.ids) or len(query) != 1:
         raise NotImplementedError("keys that do not come as the state gives them")
     packing.n_attended += 1
     kind = int(mask)
     # In the order in which it is wanted, for it not to be copied.
-    found = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
-    for segment in packing.segments:
-        of_path, of_own = packing.sides(kind, segment, n_kept)
-        here = slice(segment.start, segment.stop)
-        own = slice(n_kept + segment.start, n_kept + segment.stop)
+    found = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
+    for segment in packing.last if packing.is_through() else pack.segments:
+        of_path, of_own = packing.sides(kind, segment, n_gone)
+        here = slice(segment.start - pack.n_read, segment.stop - pack.n_read)
+        own = slice(segment.start - n_gone, segment.stop - n_gone)
         parts = [_part(query[:, :, here], key[:, :, own], value[:, :, own], of_own, scores)]
-        path = [(n_kept + start, n_kept + stop) for start, stop in segment.path]
-        path = [(0, n_kept), *path] if n_kept else path
+        path = [(max(0, start - n_gone), stop - n_gone) for start, stop in segment.path]
+        path = [(start, stop) for start, stop in path if stop > start]
         if path:
             keys, values = _along(key, path), _along(value, path)
             parts.append(_part(query[:, :, here], keys, values, of_path, scores))

@@ -1,5 +1,6 @@
 """Logits in, values of the target tokens out."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,8 +10,9 @@ AttrTarget = str | Callable[[Tensor, Tensor], Tensor]
 
 # Logits are reduced piece by piece: a copy of each in float32 is all that exists beside them. On a
 # CPU a piece stays in its cache.
-_PIECE = {"cpu": 2**18}
+_PIECE = {"cpu": 2**19}
 _PIECE_ELSEWHERE = 2**27
+_LOG2_E = math.log2(math.e)
 
 
 def wanted_values(logits: Tensor, wanted: Tensor, attr_target: str) -> Tensor:
@@ -28,12 +30,26 @@ def wanted_values(logits: Tensor, wanted: Tensor, attr_target: str) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     found = flat.gather(1, wanted.to(logits.device).reshape(-1, 1))[:, 0].to(dtype)
     if attr_target != "logit":
-        size = _PIECE.get(logits.device.type, _PIECE_ELSEWHERE)
-        pieces = flat.split(max(1, size // logits.shape[-1]))
-        found = found - torch.cat([piece.to(dtype).logsumexp(1) for piece in pieces])
+        found = found - _logsumexp(flat, dtype)
     if attr_target == "prob":
         found = found.exp()
     return found.double().cpu().view(wanted.shape)
+
+
+def _logsumexp(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log-sum-exps ``(n,)`` of logits ``(n, vocabulary)``.
+
+    On CPUs ``torch.logsumexp`` takes nearly twice the time, for the sake of its exponential.
+    """
+    n, vocabulary = logits.shape
+    size = max(1, _PIECE.get(logits.device.type, _PIECE_ELSEWHERE) // vocabulary)
+    piece = logits.new_empty(min(n, size), vocabulary, dtype=dtype)
+    found: list[Tensor] = []
+    for some in logits.split(size):
+        largest = some.amax(1, keepdim=True).to(dtype)
+        powers = torch.sub(some, largest, out=piece[: len(some)]).mul_(_LOG2_E).exp2_()
+        found.append(powers.sum(1).log_() + largest[:, 0])
+    return torch.cat(found)
 
 
 def called_values(

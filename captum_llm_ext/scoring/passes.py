@@ -3,20 +3,24 @@
 import logging
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import attention
+from captum_llm_ext.scoring.head import Head
 from captum_llm_ext.scoring.logits import AttrTarget, called_values, wanted_values
 from captum_llm_ext.scoring.memory import is_out_of_memory
 from captum_llm_ext.scoring.packing import Pack, pack
 from captum_llm_ext.scoring.plan import Branch
 from captum_llm_ext.scoring.rows import TokenRow
-from captum_llm_ext.scoring.states import copies, lent
+from captum_llm_ext.scoring.states import copies, lent, part
+from captum_llm_ext.scoring.tail import for_some
 
 # How rows are given what they share: as copies or as it is ("lend"), whichever costs less.
 Sharing = Literal["auto", "copy", "lend"]
@@ -61,6 +65,7 @@ class Passes:
 
     Attributes:
         lends: Whether a comparison has shown that states can be lent.
+        chains: Whether the latest comparison of packs saw a state that packs can hand on.
         kept: How many logits the model can be asked for, as `_compat.kept_logits` says.
         n_positions: Number of token positions computed up to now, padding included.
         n_rows: Number of rows of the latest pass, come what came of it.
@@ -76,8 +81,11 @@ class Passes:
     ) -> None:
         self._least = {"copy": sys.maxsize, "lend": 0}.get(sharing, _WORTH_LENDING)
         self.lends: bool | None = None
+        self.chains = False
         self.model, self.attr_target, self.device = model, attr_target, device
         self.kept = _compat.kept_logits(model)
+        self._head = Head(model)
+        self._last_layer = _compat.last_layer(model)
         self.n_positions = self.n_rows = 0
         self.state_bytes: int | None = None
         self._arguments = _compat.forward_arguments(model)
@@ -113,19 +121,52 @@ class Passes:
                 state = self._stretch(branch, rows, positions, target, state, values)
             if branch is root and on_head is not None:
                 on_head(state)
-            for batch in branch.batches:
+            run = self._batches if branch.own is None else self._packs
+            for batch, found in run(branch, rows, positions, target, state):
                 index = torch.tensor(batch)
-                at = positions[index] - branch.stop
-                ends = [rows[i] for i in batch]
-                read = self._ends if branch.own is None else self._packed
-                found = read(ends, at, branch.stop, target, state)
-                values[index] = values[index].where(at < 0, found)
+                values[index] = values[index].where(found.isnan(), found)
                 yield batch, values[index].masked_fill(positions[index] < 0, torch.nan)
             # The last branch may change the state: no other comes after it.
             todo += [
                 (grown, state, grown is branch.branches[-1] and branch is not root)
                 for grown in reversed(branch.branches)
             ]
+
+    def _batches(
+        self,
+        branch: Branch,
+        rows: Sequence[TokenRow],
+        positions: Tensor,
+        target: Tensor,
+        state: Any,
+    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Values of the ends of rows in padded batches; NaN at places before the ends."""
+        for batch in branch.batches:
+            at = positions[torch.tensor(batch)] - branch.stop
+            yield batch, self._ends([rows[i] for i in batch], at, branch.stop, target, state)
+
+    def _packs(
+        self,
+        branch: Branch,
+        rows: Sequence[TokenRow],
+        positions: Tensor,
+        target: Tensor,
+        state: Any,
+    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """As `_batches`, from sequences in which no id comes twice."""
+        lengths = [len(row.ids) for row in rows]
+        last = _LastRow(state)
+        for batch in branch.batches:
+            n_read = branch.read_before(batch, lengths)
+            if branch.chained:
+                state = last.after(n_read)
+            last = _LastRow(None)  # not both states at a time
+            packed = pack([rows[i].ids for i in batch], n_read)
+            at = positions[torch.tensor(batch)]
+            found, read = self._packed(packed, at, target, state)
+            if branch.chained:
+                last = _LastRow(read, packed.places[-1])
+            yield batch, found
 
     def _stretch(
         self,
@@ -155,7 +196,7 @@ class Passes:
     def _ends(
         self, rows: Sequence[TokenRow], at: Tensor, start: int, target: Tensor, state: Any
     ) -> Tensor:
-        """Values ``(n_rows, n_target)`` of rows read from `start` on; any where `at` is below 0."""
+        """Values ``(n_rows, n_target)`` of rows read from `start` on; NaN where `at` is below 0."""
         ids = _padded([row.ids[start:] for row in rows])
         arguments = self.extras(rows[0], ids.shape[1] - len(rows[0].ids) + start)
         is_called = not isinstance(self.attr_target, str)
@@ -170,57 +211,69 @@ class Passes:
         if logits is None:
             logits = self._read_on(ids, places, state, lends=False, extras=arguments)
         if not isinstance(self.attr_target, str):
-            return called_values(logits, target, self.attr_target)
-        values = torch.full(at.shape, torch.nan, dtype=torch.float64)
-        wanted = target[columns].expand(len(rows), -1)
-        values[:, columns] = wanted_values(logits, wanted, self.attr_target)
-        return values
+            values = called_values(logits, target, self.attr_target)
+        else:
+            values = torch.full(at.shape, torch.nan, dtype=torch.float64)
+            wanted = target[columns].expand(len(rows), -1)
+            values[:, columns] = wanted_values(logits, wanted, self.attr_target)
+        return values.masked_fill(at < 0, torch.nan)
 
     def _packed(
-        self, rows: Sequence[TokenRow], at: Tensor, start: int, target: Tensor, state: Any
-    ) -> Tensor:
-        """As `_ends`, from one sequence in which no id comes twice."""
-        packed = pack([row.ids[start:] for row in rows])
-        which, tokens = (at >= 0).nonzero(as_tuple=True)
-        where = torch.stack([packed.places[r][at[r, t]] for r, t in (at >= 0).nonzero()])
-        needed, back = where.unique(return_inverse=True)
-        logits = self._pack_logits(packed, needed, start, len(rows), state)
-        if not isinstance(self.attr_target, str):
-            index = torch.zeros(at.shape, dtype=torch.int64)
-            index[which, tokens] = back
-            return called_values(logits[index.to(logits.device)], target, self.attr_target)
-        # A place may say several target tokens, and each of them for many rows.
-        said, back = torch.stack([back, target[tokens]]).unique(dim=1, return_inverse=True)
-        if not torch.equal(said[0], torch.arange(len(logits))):
-            logits = logits[said[0].to(logits.device)]
-        found = wanted_values(logits, said[1], self.attr_target)
-        values = torch.full(at.shape, torch.nan, dtype=torch.float64)
-        values[which, tokens] = found[back]
-        return values
+        self, packed: Pack, positions: Tensor, target: Tensor, state: Any
+    ) -> tuple[Tensor, Any]:
+        """Values ``(n_rows, n_target)`` of rows in one sequence, and the model's state after it.
 
-    def _pack_logits(
-        self, packed: Pack, needed: Tensor, start: int, n_rows: int, state: Any
-    ) -> Tensor:
-        """Logits ``(n, vocabulary)`` at places of a pack of rows whose first ids have been read.
+        They are NaN at positions that were read before.
+        """
+        said = positions >= packed.n_read
+        tokens = said.nonzero()[:, 1]
+        places = pad_sequence(list(packed.places), batch_first=True)
+        where = places.gather(1, positions.clamp(min=0))[said]
+        needed, back = where.unique(return_inverse=True)
+        logits, state = self._pack_logits(packed, needed, state)
+        if not isinstance(self.attr_target, str):
+            index = torch.zeros(said.shape, dtype=torch.int64)
+            index[said] = back
+            values = called_values(logits[index.to(logits.device)], target, self.attr_target)
+            return values.masked_fill(~said, torch.nan), state
+        # A place may say several target tokens, and each of them for many rows.
+        pairs, back = torch.stack([back, target[tokens]]).unique(dim=1, return_inverse=True)
+        if not torch.equal(pairs[0], torch.arange(len(logits))):
+            logits = logits[pairs[0].to(logits.device)]
+        values = torch.full(said.shape, torch.nan, dtype=torch.float64)
+        values[said] = wanted_values(logits, pairs[1], self.attr_target)[back]
+        return values, state
+
+    def _pack_logits(self, packed: Pack, needed: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Logits ``(n, vocabulary)`` at places of a pack, and the state after it.
+
+        Args:
+            packed: The rows.
+            needed: The places, none of them read before.
+            state: The model's state after the ids read before.
 
         Raises:
             NotImplementedError: If the model does not attend in a way that is known.
         """
         if "position_ids" not in self._arguments:
             raise NotImplementedError("no `position_ids`")
-        depths = torch.tensor([packed.depths], device=self.device) + start
-        with attention.packed(self.model, packed.segments, start) as packing:
-            logits, _ = self._logits(
+        depths = torch.tensor([packed.depths], device=self.device)
+        at = needed - packed.n_read
+        with attention.packed(self.model, packed, needed) as packing, ExitStack() as stack:
+            if self._last_layer is not None and 2 * len(at) < len(packed.ids):
+                length = len(packed.ids)
+                stack.enter_context(for_some(self._last_layer, at, length, packing.is_through))
+            logits, state = self._logits(
                 torch.tensor([packed.ids]),
-                needed[None],
+                at[None],
                 state=copies(state),
                 keeps_state=True,  # with an empty state, nobody looks for where sequences begin
                 extras={"position_ids": depths},
-                n_rows=n_rows,
+                n_rows=len(packed.places),
             )
-        if packing.n_attended != _compat.number_of_layers(self.model):
+        if not packing.is_through():
             raise NotImplementedError(f"{packing.n_attended} layers attend")
-        return logits[0]
+        return logits[0], state
 
     def _read_on(
         self,
@@ -251,7 +304,10 @@ class Passes:
         extras: Mapping[str, Any] | None = None,
         n_rows: int | None = None,
     ) -> tuple[Tensor, Any]:
-        """Logits at places ``at (batch, n)`` of ``ids (batch, length)``, and the state after."""
+        """Logits at places ``at (batch, n)`` of ``ids (batch, length)``, and the state after.
+
+        They are good until the next pass.
+        """
         self._check_ids(ids)
         self.n_rows = n_rows or len(ids)
         arguments = dict(extras or {})
@@ -263,7 +319,9 @@ class Passes:
             arguments["logits_to_keep"] = at.to(self.device)
         elif self.kept == "count":
             arguments["logits_to_keep"] = ids.shape[1] - int(at.min())
-        output = self.model(input_ids=ids.to(self.device), **arguments)
+        # A callable of the user's may keep what it is given.
+        with self._head.in_place() if isinstance(self.attr_target, str) else nullcontext():
+            output = self.model(input_ids=ids.to(self.device), **arguments)
         self.n_positions += ids.numel()
         logits = _compat.sequence_logits(output)
         if self.kept != "positions":
@@ -293,11 +351,11 @@ class Passes:
             arguments[name] = value
         return arguments
 
-    def packs(self, row: Sequence[int], other: Sequence[int], start: int) -> float:
-        """How much the next token's distribution changes when a row is read in a pack.
+    def reads_packed(self, row: Sequence[int], other: Sequence[int], start: int) -> float:
+        """How much distributions of next tokens change when a row is read in a pack.
 
         Args:
-            row: Token ids.
+            row: Token ids; one that the other does not begin with.
             other: Token ids of the row before it in the pack.
             start: So many ids, which both begin with, are read before.
 
@@ -308,20 +366,36 @@ class Passes:
             NotImplementedError: If the model does not attend in a way that is known.
         """
         state: Any = None
-        last = torch.tensor([[len(row) - 1]])
         if start:
             ids = torch.tensor([row[:start]])
             _, state = self._logits(ids, torch.tensor([[start - 1]]), keeps_state=True)
-        packed = pack([other[start:], row[start:]])
-        found = self._pack_logits(packed, packed.places[1][-1:], start, 2, state)
-        alone, _ = self._logits(torch.tensor([row]), last)
-        return _error(found, alone[0])
+        packed = pack([other, row], start)
+        # The first that has another's token before it in the pack, and those after it.
+        first = packed.segments[-1].depth
+        at = torch.tensor([first, (first + len(row) - 1) // 2, len(row) - 1]).unique()
+        alone, _ = self._logits(torch.tensor([row]), at[None])
+        alone = alone[0].clone()
+
+        def error() -> float:
+            found, after = self._pack_logits(packed, packed.places[1][at], state)
+            self.chains = _compat.keeps_every_id(after)
+            return _error(found, alone)
+
+        if self._last_layer is not None:
+            try:
+                if (found := error()) <= 1:
+                    return found
+            except Exception as failure:  # whatever a model does: there is a way without
+                if isinstance(failure, RuntimeError) and is_out_of_memory(failure):
+                    raise
+            self._last_layer = None
+        return error()
 
     def reads_on(self, row: Sequence[int], other: Sequence[int], shared: int) -> float:
-        """How much the next token's distribution changes when rows are read on from a state.
+        """How much distributions of next tokens change when rows are read on from a state.
 
         The shared beginning is read in two stretches, then both rows from copies of the state, the
-        other one padded. What the model says after each is held against a pass of its own.
+        other one padded. What the model says in each is held against a pass of its own.
 
         Args:
             row: Token ids.
@@ -344,10 +418,11 @@ class Passes:
             return float("inf")
         self.state_bytes = _compat.state_bytes(state) // shared
         ends = [row[shared:], other[shared:]]
-        at = torch.tensor([[len(end) - 1] for end in ends])
+        # The first that has nothing but the state before it, and the last.
+        at = torch.tensor([[0, len(end) - 1] for end in ends])
         alone = [
-            self._logits(torch.tensor([ids]), torch.tensor([[len(ids) - 1]]))[0]
-            for ids in (row, other)
+            self._logits(torch.tensor([ids]), at[i : i + 1] + shared)[0].clone()
+            for i, ids in enumerate((row, other))
         ]
 
         def error(*, lends: bool) -> float:
@@ -376,6 +451,23 @@ class Passes:
         _logger.info(
             "%s is given copies of what rows share (%s).", type(self.model).__name__, reason
         )
+
+
+@dataclass(frozen=True)
+class _LastRow:
+    """The row that was read last.
+
+    Attributes:
+        state: The model's state after it.
+        places: Where its ids are in the state; None: nothing else is there.
+    """
+
+    state: Any
+    places: Tensor | None = None
+
+    def after(self, n: int) -> Any:
+        """The state after its first `n` ids; without others in it, that is after all there are."""
+        return self.state if self.places is None else part(self.state, self.places[:n])
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -33,6 +33,8 @@ class Branch:
         branches: The other ones share more: the branches that grow from here.
         own: Where rows of a batch are packed (see `packing`), of each how many of its ids no row
             before it in the batch has. None: batches are padded.
+        chained: Whether a pack goes on from the last row of the one before it: what `own` leaves
+            out of its first row has been read there.
     """
 
     start: int
@@ -41,6 +43,7 @@ class Branch:
     batches: tuple[tuple[int, ...], ...]
     branches: tuple["Branch", ...] = ()
     own: Mapping[int, int] | None = None
+    chained: bool = False
 
     def walk(self) -> Iterator["Branch"]:
         """This branch and all that grow from it."""
@@ -68,6 +71,12 @@ class Branch:
         if self.own is not None:
             return sum(self.own[row] for row in batch)
         return len(batch) * (lengths[batch[0]] - self.stop)
+
+    def read_before(self, batch: Sequence[int], lengths: Sequence[int]) -> int:
+        """Number of ids of its rows that one of the batches goes on from."""
+        if self.own is None or not self.chained:
+            return self.stop
+        return lengths[batch[0]] - self.own[batch[0]]
 
     def n_passes(self) -> int:
         """Number of passes that running all of it takes."""
@@ -129,6 +138,7 @@ def plan_packed(
     most_rows: int,
     head: int = 0,
     most_head: int = 0,
+    chained: bool = False,
 ) -> Branch:
     """Cuts rows into packs: no id is computed twice in one.
 
@@ -138,18 +148,21 @@ def plan_packed(
         most_ids: So many ids in a pack, unless a single row has more.
         most_rows: So many rows at most in a pack.
         head: So many ids, the same for all rows, are there already.
-        most_head: So many ids at most are in the stretch of the branch returned.
+        most_head: So many ids at most are read before the packs: nothing is asked about them.
+        chained: Whether packs may go on from the last row of the one before: no id is computed twice.
     """
     order, shared = sorted_rows(rows, [len(row) for row in rows])
+    most_shared = most_head if chained else 0
     stop = _whole_steps(
         min([*(len(row) - _SHORTEST for row in rows), *shared[1:], most_head]), head
     )
-    batches, own = packs(rows, order, shared, max(stop, head), most_ids, most_rows)
-    # A head that is read on its own spares all packs but one from reading it.
+    batches, own = packs(rows, order, shared, max(stop, head), most_ids, most_rows, most_shared)
+    # A head that is read on its own spares all packs but one from reading it; in a chain, it spares
+    # those of the next rows.
     if stop > head and (len(batches) - 1) * (stop - head) <= overhead:
         stop = head
-        batches, own = packs(rows, order, shared, stop, most_ids, most_rows)
-    return Branch(head, stop, tuple(order), tuple(batches), own=own)
+        batches, own = packs(rows, order, shared, stop, most_ids, most_rows, most_shared)
+    return Branch(head, stop, tuple(order), tuple(batches), own=own, chained=chained)
 
 
 def distinct_positions(rows: Sequence[Sequence[int]]) -> int:

@@ -17,6 +17,7 @@ from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.memory import Memory
 from captum_llm_ext.scoring.noise import noise_floor
+from captum_llm_ext.scoring.order import in_common
 from captum_llm_ext.scoring.passes import Passes, as_found, rounding
 from captum_llm_ext.scoring.plan import Branch, plan, plan_packed
 from captum_llm_ext.scoring.processes import Processes
@@ -30,6 +31,8 @@ _logger = logging.getLogger(__name__)
 _PROBE = 8
 # Rows read twice: once on their own, once from what they share or in a pack. So many at most.
 _COMPARISON = 4
+# Ids of the one before it that a packed row must not see: in the comparison so many are enough.
+_UNSEEN = 16
 # Where processes share the work there are so many batches, as long as what each pass costs beside
 # its positions stays below one in so many of them.
 _BATCHES = 32
@@ -393,14 +396,20 @@ class Scorer:
         first = min(row.first for row in rows)
         head = len(self._head[0]) if self._begins_with_head(rows, first) else 0
         most_ids, most_rows = self._memory(target).most_packed(longest, head)
-        root = plan_packed(
-            [row.ids for row in rows],
-            overhead=self._overhead,
-            most_ids=most_ids,
-            most_rows=min(most_rows, self._most_rows(len(rows), longest)),
-            head=head,
-            most_head=first,
-        )
+
+        def cut() -> Branch:
+            return plan_packed(
+                [row.ids for row in rows],
+                overhead=self._overhead,
+                most_ids=most_ids,
+                most_rows=min(most_rows, self._most_rows(len(rows), longest)),
+                head=head,
+                most_head=first,
+                # Where some packs are run elsewhere, or were long ago, no other hangs on them.
+                chained=self._passes.chains and not self._keeps_budget,
+            )
+
+        root = cut()
 
         def cost(one: Branch, compared: float = float("inf")) -> int:
             comparison = _COMPARISON * longest if longest > compared else 0
@@ -414,7 +423,7 @@ class Scorer:
         if not pays or (longest > self._packed and not self._compare_packed(rows, root)):
             return None
         self._packed = max(longest, self._packed)
-        return root
+        return cut()
 
     def _cut(self, rows: Sequence[TokenRow], target: Tensor, *, shares: bool) -> Branch:
         fits = self._memory(target)
@@ -473,8 +482,11 @@ class Scorer:
         # Another one before it, and not what it shares most with: something is not to be seen.
         other, *others = batch
         row = max(reversed(others or [other]), key=lengths.__getitem__)
+        before, ids = rows[other].ids, rows[row].ids
+        _, shared = in_common([before, ids])
+        before = before[: max(shared, root.stop) + _UNSEEN]
         try:
-            error = self._passes.packs(rows[row].ids, rows[other].ids, root.stop)
+            error = self._passes.reads_packed(ids, before, root.stop)
             reason = None if error <= 1 else f"values differ by {error:.2g} times rounding"
         except Exception as error:  # whatever a model does: there are other ways
             if isinstance(error, RuntimeError) and memory.is_out_of_memory(error):

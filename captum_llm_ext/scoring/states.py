@@ -45,6 +45,30 @@ def copies(state: Any, n: int | None = None) -> Any:
     return found
 
 
+def part(state: Any, places: Tensor) -> Any:
+    """The state after some of the ids that one has read, as if there had been no others.
+
+    Args:
+        state: Of one row.
+        places: Where these ids are, in order, int64 ``(n,)``; without any there is no state.
+
+    Raises:
+        NotImplementedError: If the state does not keep every id apart from all others.
+    """
+    if not len(places):
+        return None
+    if not _compat.keeps_every_id(state):
+        raise NotImplementedError(f"a part of a {type(state).__name__}")
+    found = copy.copy(state)
+    found.layers = [copy.copy(layer) for layer in state.layers]
+    for layer in found.layers:
+        if isinstance(layer.keys, Tensor) and layer.keys.numel():
+            here = places.to(layer.keys.device)
+            layer.keys = layer.keys.index_select(-2, here)
+            layer.values = layer.values.index_select(-2, here)
+    return found
+
+
 def lent(state: Any, n: int) -> tuple[Any, list[Loan]]:
     """The state of one row for `n` rows to read on from, without a copy of it for each.
 
