@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.coalition_game import CoalitionGame
     from captum_llm_ext.dataset import DatasetReport, attribute_dataset
     from captum_llm_ext.demo import load_demo
+    from captum_llm_ext.gradient import GenerationGradientAttribution
     from captum_llm_ext.inputs import ChatInput, TextSegmentInput
     from captum_llm_ext.methods import FeatureInclusion, HierarchicalAblation, PartitionShap
     from captum_llm_ext.remote import (
@@ -62,6 +63,7 @@ __all__ = [
     "FixedTexts",
     "GenerationAttribution",
     "GenerationAttributionResult",
+    "GenerationGradientAttribution",
     "HierarchicalAblation",
     "Infilling",
     "Match",
@@ -88,6 +90,7 @@ _NAMES = {
     "coalition_game": "CoalitionGame",
     "dataset": "DatasetReport attribute_dataset",
     "demo": "load_demo",
+    "gradient": "GenerationGradientAttribution",
     "inputs": "ChatInput TextSegmentInput",
     "methods": "FeatureInclusion HierarchicalAblation PartitionShap",
     "remote": "ApiError CompletionsProvider RemoteGenerationAttribution TokenProvider",

@@ -46,6 +46,14 @@ def _inner(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model without torch.compile's wrapper.
+
+    torch 2.13 (2026): what was compiled before does not notice hooks that come later.
+    """
+    return _inner(model)
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile has been at the model, or at a part of it."""
     if _inner(model) is not model:
@@ -486,6 +494,24 @@ def lime_settings(method: Lime) -> dict[str, Any] | None:
         return None
     width = float(settings["kernel_width"])
     return {"penalty": penalties[name], "alpha": float(alpha), "kernel_width": width}
+
+
+def integration_rules() -> tuple[str, ...]:
+    """Names of the rules by which captum integrates."""
+    from captum.attr._utils import approximation_methods
+
+    return tuple(approximation_methods.SUPPORTED_METHODS)
+
+
+def integration_points(rule: str, n_steps: int) -> tuple[list[float], list[float]]:
+    """Where between 0 and 1 captum evaluates an integrand by a rule, and the weights of the sum.
+
+    captum 0.9 (2026): `approximation_parameters` is no public name.
+    """
+    from captum.attr._utils.approximation_methods import approximation_parameters
+
+    weights, points = approximation_parameters(rule)
+    return list(points(n_steps)), list(weights(n_steps))
 
 
 def versions() -> dict[str, str | None]:

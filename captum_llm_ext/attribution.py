@@ -37,6 +37,7 @@ from captum_llm_ext.scoring import (
 )
 from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.segment import Unit
+from captum_llm_ext.target import as_ids
 
 _TARGETS = ("log_prob", "prob", "logit")
 _GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -316,7 +317,7 @@ class GenerationAttribution(LLMAttribution):
         elif gen_args is not None:
             raise ValueError("`gen_args` would be ignored: with a `target` nothing is generated.")
         else:
-            ids = _as_ids(target, self.tokenizer)
+            ids = as_ids(target, self.tokenizer)
         if skip_tokens:
             warnings.warn(
                 "`skip_tokens` is deprecated, as captum dropped it in 0.9: give the target as ids "
@@ -350,7 +351,7 @@ class GenerationAttribution(LLMAttribution):
         nothing = torch.zeros(1, run.prompt.n_features, dtype=torch.bool)
         absent = run.prompt.render(nothing, torch.Generator().manual_seed(0))[0]
         if not isinstance(target, dict):
-            target = _as_ids(target, self.tokenizer).tolist()
+            target = as_ids(target, self.tokenizer).tolist()
         settings = {"n_samples": effort.budget.n_samples, "n_draws": effort.budget.n_draws}
         return {
             **self.identity(),
@@ -527,28 +528,6 @@ def _span(token: int | tuple[int, int] | None, n_target: int) -> tuple[int, int]
             "span (start, stop)."
         )
     return chosen.start, chosen.stop
-
-
-def _as_ids(target: object, tokenizer: Any) -> Tensor:
-    """The target's token ids; text is encoded without special tokens, as in captum."""
-    if isinstance(target, str):
-        ids = tokenizer.encode(target, add_special_tokens=False)
-        return torch.tensor(ids, dtype=torch.long)
-    if not isinstance(target, Tensor | Sequence):
-        raise TypeError(
-            f"`target` is a {type(target).__name__}: give a text, token ids (n_target,), or None "
-            "to have the model generate."
-        )
-    ids = torch.as_tensor(target).detach().cpu()
-    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
-    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-        if ids.numel():
-            raise TypeError(
-                f"`target` has shape {tuple(ids.shape)} and type {ids.dtype}: give token ids of "
-                "shape (n_target,)."
-            )
-        ids = ids.reshape(-1)
-    return ids.long()
 
 
 def _at_least_one(name: str, value: int | None) -> None:

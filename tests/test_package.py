@@ -27,6 +27,7 @@ PUBLIC = {
     "FixedTexts",
     "GenerationAttribution",
     "GenerationAttributionResult",
+    "GenerationGradientAttribution",
     "HierarchicalAblation",
     "Infilling",
     "Match",

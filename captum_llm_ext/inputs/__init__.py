@@ -8,7 +8,7 @@ prompt only. `GeneratedText` is the same for what the model wrote.
 from captum_llm_ext.inputs.captum_inputs import as_prompt
 from captum_llm_ext.inputs.chat import ChatInput
 from captum_llm_ext.inputs.generated import GeneratedText
-from captum_llm_ext.inputs.prompt import Level, Piece, Prompt, RenderedPrompt
+from captum_llm_ext.inputs.prompt import Level, Piece, Place, Prompt, RenderedPrompt
 from captum_llm_ext.inputs.text import TextSegmentInput
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "GeneratedText",
     "Level",
     "Piece",
+    "Place",
     "Prompt",
     "RenderedPrompt",
     "TextSegmentInput",

@@ -25,6 +25,7 @@ from captum_llm_ext.baselines.candidates import Match
 from captum_llm_ext.baselines.corpus import CorpusBaselines
 from captum_llm_ext.inputs.prompt import (
     Piece,
+    Place,
     Prompt,
     RenderedPrompt,
     draw_seed,
@@ -96,6 +97,12 @@ class _TokenPrompt(Prompt):
                     ids[place] = self._token
             rows.append(RenderedPrompt(tuple(ids)))
         return rows
+
+    def places(self) -> list[Place]:
+        return [Place((place,), feature) for feature, place in enumerate(self._places)]
+
+    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
+        return [[(self._token,)] * self.n_features] * n_draws
 
 
 class _TemplatePrompt(Prompt):
@@ -256,6 +263,13 @@ class _MergedPrompt(Prompt):
         self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
     ) -> list[RenderedPrompt]:
         return self._prompt.render(masks[:, self._groups], generator, draws)
+
+    def places(self) -> list[Place]:
+        groups = self._groups.tolist()
+        return [replace(place, feature=groups[place.feature]) for place in self._prompt.places()]
+
+    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
+        return self._prompt.stand_ins(n_draws, generator)
 
     def with_model(self, model: LanguageModel) -> Prompt:
         changed = copy(self)

@@ -13,7 +13,7 @@ from torch import Tensor
 from captum_llm_ext import tokens
 from captum_llm_ext.baselines import LanguageModel, Slot, as_baseline, with_model
 from captum_llm_ext.baselines.candidates import Match
-from captum_llm_ext.inputs.prompt import Piece, Replacements
+from captum_llm_ext.inputs.prompt import Piece, Place, Replacements
 from captum_llm_ext.segment import Unit, segment
 
 
@@ -102,6 +102,15 @@ class GeneratedText:
     def matches(self, n: int) -> list[Match] | None:
         """How the baseline found candidates for the first `n` features, if it is one that tells."""
         return self._replacements.matches(n)
+
+    def places(self) -> list[Place]:
+        """Where the features stand among the target's ids; what has no token after it too."""
+        return [Place(places, group) for group, places in self._runs if group is not None]
+
+    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
+        """See `Prompt.stand_ins`."""
+        draws = self._replacements.draws(n_draws, generator, None)
+        return [[absent(place.feature) for place in self.places()] for absent in draws]
 
     def render(
         self,

@@ -21,6 +21,12 @@ from captum_llm_ext.baselines import (
 )
 from captum_llm_ext.baselines.candidates import Match
 
+_NO_PLACES = (
+    "gradients need features that own tokens, which templates, images and inputs of other kinds do "
+    "not tell: give captum's `TextTokenInput`, or `TextSegmentInput` (`from_template` for a "
+    "template) or `ChatInput`."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
@@ -73,6 +79,19 @@ class Level:
     part_of: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a feature's tokens stand, or a part of them that is replaced as a whole.
+
+    Attributes:
+        positions: Indices of token ids, in reading order.
+        feature: The feature they are of.
+    """
+
+    positions: tuple[int, ...]
+    feature: int
+
+
 class Prompt(ABC):
     """What attribution asks of a prompt, whatever it was made from.
 
@@ -113,6 +132,29 @@ class Prompt(ABC):
         Returns:
             One rendered prompt per coalition.
         """
+
+    def places(self) -> list[Place]:
+        """Where the features stand in the ids of the prompt with every feature present.
+
+        Raises:
+            TypeError: If absent features change more than the tokens in their own places.
+        """
+        raise TypeError(_NO_PLACES)
+
+    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
+        """The ids that stand in every one of `places` where it is absent; none for deletion.
+
+        Args:
+            n_draws: Number of draws.
+            generator: One number is taken from it.
+
+        Returns:
+            Per draw and place the ids, as many as the baseline gives.
+
+        Raises:
+            TypeError: As `places`.
+        """
+        raise TypeError(_NO_PLACES)
 
     def with_model(self, model: LanguageModel) -> "Prompt":
         """The prompt with a model for baselines that ask one; itself if none does."""

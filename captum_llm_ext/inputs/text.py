@@ -27,6 +27,7 @@ from captum_llm_ext.inputs.ownership import Ownership, own
 from captum_llm_ext.inputs.prompt import (
     Level,
     Piece,
+    Place,
     Prompt,
     RenderedPrompt,
     Replacements,
@@ -290,6 +291,21 @@ class TextSegmentInput(InterpretableInput, Prompt):
                     ids += absent(slot.index)
             rows.append(RenderedPrompt(tuple(ids)))
         return rows
+
+    def places(self) -> list[Place]:
+        """See `Prompt.places`."""
+        positions: dict[int, list[int]] = {}
+        start = 0
+        for slot, chunk, _ in self._chunks:
+            if slot is not None:
+                positions.setdefault(slot.index, []).extend(range(start, start + len(chunk)))
+            start += len(chunk)
+        return [Place(tuple(positions[slot.index]), slot.feature) for slot in self.slots]
+
+    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
+        """See `Prompt.stand_ins`."""
+        draws = self._replacements.draws(n_draws, generator, None)
+        return [[absent(slot.index) for slot in self.slots] for absent in draws]
 
     def __repr__(self) -> str:
         unit = self.unit if isinstance(self.unit, str) else "spans"

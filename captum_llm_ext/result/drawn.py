@@ -95,7 +95,8 @@ class DrawnResult(LLMAttributionResult):
         from captum_llm_ext import plot
 
         errors = None
-        if self.design is not None and self.provenance.get("attr_target") != "prob":
+        known = self.design is not None or self.provenance.get("gradients")
+        if known and self.provenance.get("attr_target") != "prob":
             errors = self._total(None)[1][: len(self.input_tokens)]
         attr = self.seq_attr
         return plot.bars(
@@ -258,7 +259,9 @@ class DrawnResult(LLMAttributionResult):
         """Attributions of one token, or of all of them together, and their errors."""
         if token is not None:
             return self.full_attr[token], self.full_attr_se[token]
-        if self.design is None:  # of an earlier version, which did not note what tells errors
+        if self.design is None and not self.provenance.get(
+            "gradients"
+        ):  # of an earlier version, which did not note what tells errors
             total = self.full_attr.sum(0)
             return total, torch.full_like(total, torch.nan)
         span = self.attribute_span(0, len(self.output_tokens))

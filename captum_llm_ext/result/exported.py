@@ -14,7 +14,7 @@ from captum_llm_ext.result.causes import joined_name
 from captum_llm_ext.result.drawn import DrawnResult
 from captum_llm_ext.result.files import finite
 from captum_llm_ext.result.reading import reading
-from captum_llm_ext.result.sums import sums
+from captum_llm_ext.result.sums import bounds, sums
 from captum_llm_ext.result.terminal import one_line
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ class ExportedResult(DrawnResult):
 
     def _sums(self, read: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Errors of what a page adds up, where they can be told."""
+        if self.provenance.get("gradients"):
+            errors, n_prompt = self.full_attr_se, len(self.input_tokens)
+            is_sum = self.provenance.get("attr_target") != "prob"
+            return bounds(errors, n_prompt, read["output_levels"]) if is_sum else []
         if self.design is None or self.provenance.get("attr_target") == "prob":
             return []
         evidence, levels = self._evidence(), (read["levels"], read["output_levels"])

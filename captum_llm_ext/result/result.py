@@ -190,8 +190,8 @@ class GenerationAttributionResult(ExportedResult):
         Returns:
             One attribution per column of `full_attr`. The standard errors take into account that
             the tokens share their coalitions; where the span's tokens stand in several generated
-            words, those of the words' parts are added up, which is an upper bound. None is larger
-            than the errors of the tokens together.
+            words, those of the words' parts are added up, which is an upper bound, and so are
+            those of gradients. None is larger than the errors of the tokens together.
 
         Raises:
             ValueError: If the span is empty, or the values are probabilities, whose sum means
@@ -204,10 +204,10 @@ class GenerationAttributionResult(ExportedResult):
                 "probabilities of tokens do not add up to that of a span: take the span of "
                 '`result.refit(attr_target="log_prob")`.'
             )
-        evidence = self._evidence()
-        errors = evidence.span_errors([range(rows.start, rows.stop)])
-        errors = torch.cat([part[0] for part in self._split(errors)])
-        errors = at_most(errors, self.full_attr_se[rows].sum(0))
+        errors = self.full_attr_se[rows].sum(0)
+        if not self._is_of_gradients:  # whose draws are not kept: their sum is what it can be
+            exact = self._evidence().span_errors([range(rows.start, rows.stop)])
+            errors = at_most(torch.cat([part[0] for part in self._split(exact)]), errors)
         return self._span(rows, self.full_attr[rows].sum(0), errors)
 
     def contextcite(
@@ -322,13 +322,20 @@ class GenerationAttributionResult(ExportedResult):
         return pairs
 
     @property
+    def _is_of_gradients(self) -> bool:
+        return bool(self.provenance.get("gradients"))
+
+    @property
     def _column_names(self) -> list[str]:
         return [*self.input_tokens, *(self.output_features or ())]
 
     @property
     def _features(self) -> list[int]:
         """Per column of `full_attr` its feature: a column of `masks`."""
-        assert self.design is not None
+        if self.design is None:
+            n_columns = len(self._column_names)
+            own = self.provenance.get("columns", range(len(self.input_tokens)))
+            return [*own, *range(max(own) + 1, max(own) + 1 + n_columns - len(own))]
         n_prompt = 1 + max(self.design.columns)
         generated = range(n_prompt, n_prompt + len(self.output_features or ()))
         return [*self.design.columns, *generated]
@@ -405,6 +412,11 @@ class GenerationAttributionResult(ExportedResult):
         return GenerationAttributionResult(**same | other)
 
     def _evidence(self) -> Evidence:
+        if self._is_of_gradients:
+            raise ValueError(
+                "gradients come from no coalitions that could tell: attribute with "
+                "`GenerationAttribution`."
+            )
         if self.design is None:
             raise ValueError(
                 "this result was written by an earlier version, which did not note how its "

@@ -79,6 +79,29 @@ def sums(
     return told
 
 
+def bounds(
+    token_errors: Tensor, n_prompt: int, output_levels: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """What errors of sums over tokens are at most, where nothing tells how they go together.
+
+    Args:
+        token_errors: Standard errors per target token and column of the result.
+        n_prompt: Columns of the prompt, which come first.
+        output_levels: As `reading` gives them.
+
+    Returns:
+        As `sums`, for the finest level.
+    """
+    n_target, n_columns = token_errors.shape
+    runs = {level["name"]: list(_runs(level["part_of"])) for level in output_levels}
+    spans = _wanted(n_target, n_columns, runs)
+    if not spans:
+        return []
+    found = torch.stack([token_errors[a:b].sum(0) for a, b in spans])
+    told = [_entry("prompt", None, spans, found[:, :n_prompt])]
+    return told + [_entry("answer", None, spans, found[:, n_prompt:])] * (n_columns > n_prompt)
+
+
 def at_most(errors: Tensor, summed: Tensor) -> Tensor:
     """Errors of sums, which are never larger than those of the terms together; NaN stays."""
     return errors.where(errors.isnan() | ~(summed < errors), summed.to(errors.dtype))
@@ -87,6 +110,18 @@ def at_most(errors: Tensor, summed: Tensor) -> Tensor:
 def _spans(
     evidence: Evidence, n_target: int, n_columns: int, runs: Mapping[str, list[Span]]
 ) -> list[Span]:
+    """Those of several tokens that are worth their regressions, the most wanted first."""
+    wanted = _wanted(n_target, n_columns, runs)
+    costs = [evidence.n_regressions([range(*span)]) for span in wanted]
+    spent = [0, *accumulate(costs[1:])]  # the whole answer's, which always comes, is not counted
+    return [
+        span
+        for i, (span, cost) in enumerate(zip(wanted, costs, strict=True))
+        if not i or not cost or spent[i] <= _MOST_REGRESSIONS
+    ]
+
+
+def _wanted(n_target: int, n_columns: int, runs: Mapping[str, list[Span]]) -> list[Span]:
     """Of several tokens, the most wanted first: the whole answer, then parts from large to small.
 
     A short answer has all spans.
@@ -95,14 +130,7 @@ def _spans(
     if n_target * (n_target - 1) // 2 * n_columns <= _MOST_OF_ALL_SPANS:
         named += [(a, b) for a in range(n_target) for b in range(a + 2, n_target + 1)]
     wanted = [span for span in [(0, n_target), *named] if span[1] - span[0] > 1]
-    wanted = list(dict.fromkeys(wanted))[: max(_MOST_NUMBERS // max(n_columns, 1), 1)]
-    costs = [evidence.n_regressions([range(*span)]) for span in wanted]
-    spent = [0, *accumulate(costs[1:])]  # the whole answer's, which always comes, is not counted
-    return [
-        span
-        for i, (span, cost) in enumerate(zip(wanted, costs, strict=True))
-        if not i or not cost or spent[i] <= _MOST_REGRESSIONS
-    ]
+    return list(dict.fromkeys(wanted))[: max(_MOST_NUMBERS // max(n_columns, 1), 1)]
 
 
 def _runs(part_of: Sequence[int]) -> Iterator[Span]:

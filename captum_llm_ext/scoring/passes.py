@@ -156,17 +156,18 @@ class Passes:
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """As `_batches`, from sequences in which no id comes twice."""
         lengths = [len(row.ids) for row in rows]
-        last = _LastRow(state)
+        last: _LastRow | None = None
         for batch in branch.batches:
-            n_read = branch.read_before(batch, lengths)
-            if branch.chained:
-                state = last.after(n_read)
-            last = _LastRow(None)  # not both states at a time
+            if last is None:
+                n_read, before = branch.stop, state
+            else:
+                n_read = branch.read_before(batch, lengths)
+                before = last.after(n_read)
+                last = None  # not both states at a time
             packed = pack([rows[i].ids for i in batch], n_read)
-            at = positions[torch.tensor(batch)]
-            found, read = self._packed(packed, at, target, state)
-            if branch.chained:
-                last = _LastRow(read, packed.places[-1])
+            found, read = self._packed(packed, positions[torch.tensor(batch)], target, before)
+            last = _LastRow(read, packed.places[-1]) if branch.chained else None
+            del read, before
             yield batch, found
 
     def _stretch(
@@ -469,16 +470,16 @@ class _LastRow:
     """The row that was read last.
 
     Attributes:
-        state: The model's state after it.
-        places: Where its ids are in the state; None: nothing else is there.
+        state: The model's state after it, and after others.
+        places: Where its ids are in the state.
     """
 
     state: Any
-    places: Tensor | None = None
+    places: Tensor
 
     def after(self, n: int) -> Any:
-        """The state after its first `n` ids; without others in it, that is after all there are."""
-        return self.state if self.places is None else part(self.state, self.places[:n])
+        """The state after its first `n` ids."""
+        return part(self.state, self.places[:n])
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,404 @@
+"""`GenerationGradientAttribution`: captum's LLM gradient attribution, for prompt and output."""
+
+import platform
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from captum.attr import InterpretableInput, LLMGradientAttribution
+from captum.attr._utils.attribution import GradientAttribution
+from torch import Tensor
+
+from captum_llm_ext import _compat
+from captum_llm_ext.gradient.arguments import (
+    check_common,
+    check_own,
+    check_used,
+    present_features,
+    unknown_argument,
+)
+from captum_llm_ext.gradient.methods import SUPPORTED, check_method, points_of
+from captum_llm_ext.gradient.paths import Found, Paths
+from captum_llm_ext.gradient.scenes import Absent
+from captum_llm_ext.inputs import GeneratedText, Prompt, as_prompt
+from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result.provenance import command_line
+from captum_llm_ext.scoring import AttrTarget, Likelihood, Scorer
+from captum_llm_ext.scoring.passes import as_found
+from captum_llm_ext.segment import Unit
+from captum_llm_ext.target import target_ids
+
+_TARGETS = ("log_prob", "prob", "logit")
+_N_DRAWS = 8
+# Of what is explained: that much is missing where a quadrature has too few points.
+_WIDE_GAP = 0.1
+
+
+class GenerationGradientAttribution(LLMGradientAttribution):
+    """Attributes every token of a generated text by gradients, to the prompt and to earlier output.
+
+    Takes what captum's `LLMGradientAttribution` takes. A token's attribution is summed over the
+    layer's size, a feature's over its tokens. Prompt and earlier output go together from absent to
+    present, so that under `LayerIntegratedGradients` the attributions of a target token sum to
+    ``full_values - empty_values``, up to the error of the quadrature, which is `efficiency_gap`.
+
+    * `LayerIntegratedGradients`: gradients at points of the straight line between the layer's
+      activations, absent and present.
+    * `LayerGradientXActivation`: the gradient at the present activation, times that. What it
+      explains to first order is the difference to the activation 0: that is `empty_values`.
+      (`memory_efficient` changes nothing: gradients are summed as they are found.)
+    * `LayerGradientShap`: expected gradients, at a random point between a random draw of the
+      baselines and the present activation, with standard errors over the `n_samples` draws (bounds
+      for the sums that `attribute_span` makes). Captum's own class means the same but, over the
+      integer masks of `LLMGradientAttribution`, rounds the random point down to 0: it takes all
+      gradients at the baseline. Here they are taken where they belong, so these numbers differ
+      from captum's.
+
+    Args:
+        attr_method: One of these over the model and a layer: a module whose activations are
+            ``(batch, length, size)``. None, or the model's embedding, finds everything that turns
+            token ids into vectors. At layers further up, attributions of the places of fixed text
+            (such as BOS), which has taken up what came before, belong to no feature and are part
+            of `efficiency_gap`.
+        tokenizer: The model's tokenizer.
+        attr_target: What is explained for a target token: its ``"log_prob"`` in nats (captum's),
+            its ``"prob"``, its ``"logit"``, or a differentiable callable ``(logits (batch,
+            n_target, vocabulary), target (n_target,)) -> (batch, n_target)``.
+
+    Raises:
+        TypeError: If the method is another one, or its model no causal language model.
+        ValueError: If `attr_target` is unknown or the layer no module of the model.
+    """
+
+    SUPPORTED_METHODS = SUPPORTED
+    SUPPORTED_INPUTS = (InterpretableInput,)
+
+    def __init__(
+        self,
+        attr_method: GradientAttribution,
+        tokenizer: Any,
+        *,
+        attr_target: AttrTarget = "log_prob",
+    ) -> None:
+        check_method(attr_method)
+        _compat.check_causal(attr_method.forward_func)
+        if not callable(attr_target) and attr_target not in _TARGETS:
+            raise ValueError(
+                f"`attr_target` is {attr_target!r}: give one of {', '.join(map(repr, _TARGETS))}, "
+                "or a callable `(logits, target) -> values`."
+            )
+        super().__init__(attr_method, tokenizer)
+        self.attr_target = attr_target
+        self.device = _compat.input_device(self.model)
+
+    def attribute(  # captum's arguments in captum's order, then keyword-only ones
+        self,
+        inp: InterpretableInput,
+        target: str | Tensor | Sequence[int] | None = None,
+        gen_args: Mapping[str, Any] | None = None,
+        *,
+        output_unit: Unit | None = "token",
+        output_baselines: Any = None,
+        seed: int = 0,
+        n_draws: int | None = None,
+        absent: Absent = "baseline",
+        feature_mask: Tensor | None = None,
+        show_progress: bool = False,
+        baselines: Any = None,
+        n_steps: int | None = None,
+        method: str | None = None,
+        internal_batch_size: int | None = None,
+        n_samples: int | None = None,
+        stdevs: float | tuple[float, ...] | None = None,
+        attribute_to_layer_input: bool = False,
+        grad_kwargs: Mapping[str, Any] | None = None,
+        return_convergence_delta: bool = False,
+        **kwargs: Any,
+    ) -> GenerationAttributionResult:
+        """Attributes the target, or what the model generates, to its causes.
+
+        Args:
+            inp: The prompt: captum's `TextTokenInput`, `TextSegmentInput` or `ChatInput`. What
+                stands for an absent feature is what its baselines say: the embedding of a token id
+                in each of its places, or that of another text. A text of as many tokens stands
+                token by token; of one of another length, the mean of its embeddings stands in each
+                of the feature's places; for deletion, which a path cannot do, the zero vector does.
+            target: The text to explain, as text or as token ids ``(n_target,)``. None: the model
+                generates it.
+            gen_args: Arguments of the model's ``generate``, without a target only. Greedy, 25 new
+                tokens, where they do not say otherwise. Sampling is seeded by `seed`.
+            output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``, spans
+                or a segmenter over its text. None holds it fixed: captum's numbers.
+            output_baselines: What stands where such a feature is absent, as for `TextSegmentInput`.
+                By default what the prompt's baseline does.
+            seed: Seeds every random choice. The global random state is neither read nor changed.
+            n_draws: Draws of a random baseline, such as `CorpusBaselines`, whose mean embedding
+                stands for an absent feature. By default 8; with other baselines there is nothing
+                to draw. `LayerGradientShap` takes one draw for
+                each of its `n_samples` instead.
+            absent: ``"zero"``: the zero vector stands for absent features, whatever the baselines.
+            feature_mask: As for `GenerationAttribution`: shape ``(1, n_features)``, equal numbers
+                are one feature.
+            show_progress: Whether a bar over the points is shown.
+            baselines: As in captum: which features of the prompt are present at the path's
+                beginning (1; anything else is absent), shape ``(1, n_features)``; for
+                `LayerGradientShap` ``(n, n_features)`` to draw from, or a callable that returns
+                that. By default none is.
+            n_steps: Points of `LayerIntegratedGradients`. By default 50.
+            method: Its rule: ``"gausslegendre"`` (default), ``"riemann_trapezoid"`` and the others
+                of captum.
+            internal_batch_size: At most so many points in a pass; by default what memory allows.
+            n_samples: Draws of `LayerGradientShap`. By default 5.
+            stdevs: Standard deviation of the noise that it adds to the present activations.
+            attribute_to_layer_input: Whether the layer's input is meant, not its output.
+            grad_kwargs: Passed on to `torch.autograd.grad`.
+            return_convergence_delta: `efficiency_gap` of the result always tells it.
+            **kwargs: None is known.
+
+        Returns:
+            The result; its tensors are on the model's device, in float32 (float64 for float64
+            models). There are no coalitions: `masks` and `values` hold the path's two ends, and
+            `refit` has nothing to go by.
+
+        Raises:
+            ValueError: If an argument is out of range or would be ignored, the target is empty or
+                outside the vocabulary, prompt and target are longer than the model's positions,
+                the layer does not suit, no gradient reaches it, or values are not finite.
+            TypeError: If an argument is of the wrong kind.
+
+        Warns:
+            UserWarning: If `n_steps` is too small for the attributions to sum to what they explain.
+        """
+        if kwargs:
+            raise TypeError(unknown_argument(next(iter(kwargs)), self.attribute))
+        own = {"n_steps": n_steps, "method": method, "internal_batch_size": internal_batch_size}
+        own |= {"n_samples": n_samples, "stdevs": stdevs, "baselines": baselines}
+        check_own(self.attr_method, own | {"grad_kwargs": grad_kwargs})
+        check_common(
+            absent=absent,
+            n_draws=n_draws,
+            internal_batch_size=internal_batch_size,
+            return_convergence_delta=return_convergence_delta,
+        )
+        points = points_of(
+            self.attr_method,
+            n_steps=n_steps,
+            rule=method,
+            n_samples=n_samples,
+            stdevs=stdevs,
+            seed=seed,
+        )
+        is_zero = points.from_zero or absent == "zero"
+        check_used(
+            points,
+            is_zero=is_zero,
+            n_draws=n_draws,
+            output_baselines=output_baselines,
+            is_held=output_unit is None,
+        )
+        scorer = Scorer(self.model, attr_target=self.attr_target)
+        model = Likelihood(self.model, self.tokenizer)
+        prompt = as_prompt(inp, self.tokenizer, feature_mask).with_model(model)
+        prompt.places()  # whether it knows any, before the costly part
+        kept = present_features(baselines, prompt.n_features, is_drawn=points.is_sampled)
+        every = torch.ones(1, prompt.n_features, dtype=torch.bool)
+        full = prompt.render(every, torch.Generator().manual_seed(0))[0]
+        if not full.ids:
+            raise ValueError("the prompt is empty: it has no token before the target.")
+        ids = target_ids(scorer, self.tokenizer, full, target, gen_args, seed)
+
+        def text(unit: Unit | None, given: Any) -> GeneratedText:
+            return GeneratedText(
+                ids.tolist(),
+                self.tokenizer,
+                unit,
+                baselines=prompt.baseline if given is None else given,
+                prompt_text=prompt.text,
+                prompt_ids=full.ids,
+                model=model,
+            )
+
+        generated = text(output_unit, output_baselines)
+        deterministic = prompt.deterministic and generated.deterministic
+        if deterministic and n_draws is not None:
+            raise ValueError(
+                "`n_draws` would be ignored: every draw of these baselines is the same. Random "
+                "ones are lists of several texts, or `CorpusBaselines(texts)`."
+            )
+        paths = Paths(
+            self.model,
+            self._layer(),
+            points,
+            prompt,
+            full.ids,
+            kept,
+            self.attr_target,
+            of_input=attribute_to_layer_input,
+            n_draws=1 if deterministic or is_zero else n_draws or _N_DRAWS,
+            absent=absent,
+            seed=seed,
+            most_rows=internal_batch_size,
+            grad_kwargs=grad_kwargs,
+        )
+        joint = None
+        with as_found(self.model), _progress(show_progress) as (paths.on_total, paths.on_rows):
+            found = paths.attribute(generated)
+            if self.attr_target == "prob":
+                joint = paths.attribute(text(None, None), is_joint=True).attributions[0]
+        generation = {name: repr(value) for name, value in (gen_args or {}).items()}
+        about: dict[str, Any] = {
+            "seed": seed,
+            "absent": "zero activation" if points.from_zero else absent,
+            "deterministic_baselines": deterministic,
+            "n_draws": paths.n_draws,
+            "baselines": None if is_zero else repr(prompt.baseline),
+            "matches": _matches(prompt, generated),
+            "generation": generation if target is None else None,
+        }
+        if paths.is_complete:
+            _warn_of_gap(found.efficiency_gap, found.full_values - found.empty_values, n_steps)
+        return self._result(inp, prompt, generated, paths, found, joint, about)
+
+    def _layer(self) -> torch.nn.Module | None:
+        layer: Any = getattr(self.attr_method, "layer", None)
+        if isinstance(layer, list | tuple):
+            layers = cast("list[Any]", layer)
+            if len(layers) != 1:
+                raise ValueError(
+                    f"`layer` is a list of {len(layers)}: give one module, or None for all "
+                    "embeddings of token ids."
+                )
+            layer = layers[0]
+        if layer is not None and all(layer is not module for module in self.model.modules()):
+            raise ValueError(
+                f"`layer` is {type(layer).__name__}, which is no module of the model: give one of "
+                "its own, such as `model.get_input_embeddings()`."
+            )
+        return layer
+
+    def _result(
+        self,
+        inp: InterpretableInput,
+        prompt: Prompt,
+        generated: GeneratedText,
+        paths: Paths,
+        found: Found,
+        joint: Tensor | None,
+        about: dict[str, Any],
+    ) -> GenerationAttributionResult:
+        columns, n_prompt = torch.tensor(prompt.columns), prompt.n_features
+
+        def convert(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, self._result_dtype())
+
+        def split(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+            output = convert(tensor[:, n_prompt:]) if generated.n_features else None
+            return convert(tensor[:, :n_prompt][:, columns]), output
+
+        token_attr, output_attr = split(found.attributions)
+        token_attr_se, output_attr_se = split(found.standard_errors)
+        full, empty = found.full_values, found.empty_values
+        probabilities = {"log_prob": full.exp, "prob": full.clone}.get(cast(str, self.attr_target))
+        masks = torch.zeros(2, n_prompt + generated.n_features, dtype=torch.bool)
+        masks[0] = True
+        return GenerationAttributionResult(
+            input_tokens=list(prompt.names),
+            output_tokens=list(generated.labels),
+            seq_attr=token_attr.sum(0) if joint is None else convert(joint[columns]),
+            token_attr=token_attr,
+            output_probs=None if probabilities is None else convert(probabilities()),
+            inp=inp,
+            output_features=generated.names if generated.n_features else None,
+            output_attr=output_attr,
+            token_attr_se=token_attr_se,
+            output_attr_se=output_attr_se,
+            full_values=convert(full),
+            empty_values=convert(empty),
+            efficiency_gap=convert(found.efficiency_gap),
+            n_evaluations=paths.n_rows,
+            masks=masks.to(self.device),
+            values=convert(torch.stack([full, empty])),
+            draws=torch.zeros(2, dtype=torch.long, device=self.device),
+            target=torch.tensor(generated.ids, device=self.device),
+            prompt_pieces=prompt.pieces,
+            levels=prompt.levels,
+            output_pieces=generated.pieces,
+            provenance=self._provenance(prompt, paths) | about,
+        )
+
+    def _provenance(self, prompt: Prompt, paths: Paths) -> dict[str, Any]:
+        parameter = next(self.model.parameters(), None)
+        model, revision = _compat.model_source(self.model)
+        target: Any = self.attr_target
+        named = target if isinstance(target, str) else getattr(target, "__qualname__", None)
+        points = paths.points
+        return {
+            "method": type(self.attr_method).__name__,
+            "estimator": points.name,
+            "gradients": True,
+            **dict(points.settings),
+            "layer": paths.layer_names,
+            "multiply_by_inputs": points.multiplies,
+            "estimate": points.is_sampled or paths.n_draws > 1,
+            "attr_target": named or type(target).__name__,
+            "unit": prompt.unit_name,
+            "columns": list(prompt.columns),
+            "n_evaluations": paths.n_rows,
+            "model": model,
+            "revision": revision,
+            "model_class": type(self.model).__name__,
+            "dtype": str(parameter.dtype) if parameter is not None else None,
+            "device": str(self.device),
+            "python": platform.python_version(),
+            "versions": _compat.versions(),
+            "command": command_line(),
+        }
+
+    def _result_dtype(self) -> torch.dtype:
+        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        is_double = parameter is not None and parameter.dtype == torch.float64
+        return torch.float64 if is_double else torch.float32
+
+
+def _matches(prompt: Prompt, generated: GeneratedText) -> dict[str, Any]:
+    """How stand-ins were found, per place of prompt and output; None for fixed baselines."""
+    found = {"prompt": prompt.matches(), "output": generated.matches(max(generated.n_visible))}
+    return {
+        part: None if matches is None else [asdict(match) for match in matches]
+        for part, matches in found.items()
+    }
+
+
+def _warn_of_gap(gap: Tensor, explained: Tensor, n_steps: int | None) -> None:
+    worst, most = float(gap.abs().max()), float(explained.abs().max())
+    if worst > _WIDE_GAP * most:
+        n = 50 if n_steps is None else n_steps
+        warnings.warn(
+            f"{n} steps are too few for this path: the attributions miss {worst:.2g} of what they "
+            f"explain (up to {most:.2g}; see `efficiency_gap`). Give more `n_steps`, or baselines "
+            "that are text of the same kind, from where the path is smoother than from zero.",
+            stacklevel=3,
+        )
+
+
+Count = Callable[[int], None]
+
+
+@contextmanager
+def _progress(is_shown: bool) -> Generator[tuple[Count | None, Count | None]]:
+    """Draws a bar over points that go through the model: how many there will be, and have been."""
+    if not is_shown:
+        yield None, None
+        return
+    from tqdm.auto import tqdm  # captum and transformers both bring it
+
+    with tqdm(total=0, desc="points of the path", unit="row") as bar:
+
+        def announce(n: int) -> None:
+            bar.total += n
+            bar.refresh()
+
+        yield announce, lambda n: cast(None, bar.update(n))

@@ -1,0 +1,132 @@
+"""What captum's gradient methods mean: at which points of the path, and how they are weighed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum.attr import (
+    LayerGradientShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+)
+from torch import Tensor
+
+from captum_llm_ext import _compat
+
+SUPPORTED = (LayerIntegratedGradients, LayerGradientXActivation, LayerGradientShap)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points between absent and present, and what becomes of the gradients there.
+
+    Attributes:
+        name: For people and provenance.
+        alphas: ``(n,)``: 0 is absent, 1 is present.
+        weights: ``(n,)``, of the sum over points.
+        noise: Standard deviation of what is added to the present activations, point by point.
+        is_sampled: Whether the points are draws of equal weight, whose spread tells an error.
+        from_zero: Whether absent is the activation 0, whatever the input's baselines say.
+        multiplies: Whether gradients are multiplied by what changes along the path.
+        settings: For provenance.
+    """
+
+    name: str
+    alphas: Tensor
+    weights: Tensor
+    noise: float = 0.0
+    is_sampled: bool = False
+    from_zero: bool = False
+    multiplies: bool = True
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+def check_method(method: object) -> None:
+    """Refuses what is not one of the three methods, or changes them.
+
+    Raises:
+        TypeError: Saying which are supported.
+    """
+    if type(method) not in SUPPORTED:
+        raise TypeError(
+            f"`attr_method` is a {type(method).__name__}: give captum's LayerIntegratedGradients, "
+            "LayerGradientXActivation or LayerGradientShap over the model (perturbation methods "
+            "such as ShapleyValueSampling belong to `GenerationAttribution`)."
+        )
+    if getattr(method, "device_ids", None) is not None:
+        raise ValueError(
+            "`device_ids` is for DataParallel models, which are not supported: give the model "
+            "itself, on one device or with a `device_map`."
+        )
+
+
+def points_of(
+    method: Any,
+    *,
+    n_steps: int | None,
+    rule: str | None,
+    n_samples: int | None,
+    stdevs: float | Sequence[float] | None,
+    seed: int,
+) -> Points:
+    """The points at which a method wants gradients.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    multiplies = bool(method.multiplies_by_inputs)
+    if isinstance(method, LayerIntegratedGradients):
+        return _integrated(50 if n_steps is None else n_steps, rule or "gausslegendre", multiplies)
+    if isinstance(method, LayerGradientXActivation):
+        one = torch.ones(1, dtype=torch.float64)
+        return Points("gradient x activation", one, one, from_zero=True, multiplies=multiplies)
+    n = at_least_one("n_samples", 5 if n_samples is None else n_samples)
+    noise = _deviation(stdevs)
+    generator = torch.Generator().manual_seed(seed)
+    return Points(
+        "expected gradients",
+        torch.rand(n, dtype=torch.float64, generator=generator),
+        torch.full((n,), 1 / n, dtype=torch.float64),
+        noise=noise,
+        is_sampled=True,
+        multiplies=multiplies,
+        settings=(("n_samples", n), ("stdevs", noise)),
+    )
+
+
+def _integrated(n_steps: int, rule: str, multiplies: bool) -> Points:
+    at_least_one("n_steps", n_steps)
+    known = _compat.integration_rules()
+    if rule not in known:
+        raise ValueError(f"`method` is {rule!r}: give one of {', '.join(map(repr, known))}.")
+    if n_steps < 2 and rule != "gausslegendre":
+        raise ValueError(f"`n_steps` is {n_steps}: {rule} takes at least 2.")
+    alphas, weights = _compat.integration_points(rule, n_steps)
+    return Points(
+        "integrated gradients",
+        torch.tensor(alphas, dtype=torch.float64),
+        torch.tensor(weights, dtype=torch.float64),
+        multiplies=multiplies,
+        settings=(("n_steps", n_steps), ("rule", rule)),
+    )
+
+
+def at_least_one(name: str, value: object) -> int:
+    """The value.
+
+    Raises:
+        ValueError: If it is no integer of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}: give an integer of at least 1.")
+    return value
+
+
+def _deviation(stdevs: float | Sequence[float] | None) -> float:
+    given = (0.0 if stdevs is None else stdevs,) if not isinstance(stdevs, Sequence) else stdevs
+    if len(given) != 1 or not isinstance(given[0], int | float) or not given[0] >= 0:
+        raise ValueError(
+            f"`stdevs` is {stdevs!r}: give one number of at least 0, for there is one input."
+        )
+    return float(given[0])
