@@ -13,7 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from captum_llm_ext import GenerationAttribution, PartitionShap
 
-
 # Layers and width: from a model that is all head to one whose layers weigh as much.
 SHAP_MODELS = ((2, 64), (4, 256))
 

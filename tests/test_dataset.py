@@ -53,6 +53,17 @@ def results(folder):
     return [GenerationAttributionResult.load(path) for path in found]
 
 
+def test_what_a_kill_left_half_written_is_taken_away_once_it_is_old(attribution, tmp_path):
+    names = (".000007.safetensors.a1", ".run.json.b2", ".000008.safetensors.c3", ".notes")
+    for name in names:
+        (tmp_path / name).write_text("half")
+    for name in (names[0], names[1], names[3]):  # the third may be another's at this moment
+        os.utime(tmp_path / name, (time.time() - 3600,) * 2)
+    attribute_dataset([PROMPT], attribution, tmp_path, gen_args={"max_new_tokens": 2})
+    hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert hidden == {names[2], names[3]}
+
+
 def test_each_record_gets_what_attribute_gives_it(attribution, tokenizer, tmp_path):
     records = [
         PROMPT,

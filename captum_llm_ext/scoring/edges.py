@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from captum_llm_ext.scoring.order import distinct_pairs
+
 # From what a layer's weights make of some tokens, ``(…, n_some, size)``, to that of all.
 Spread = Callable[[Tensor], Tensor]
 
@@ -25,8 +27,8 @@ def alike(ids: Tensor, places: Tensor) -> tuple[Tensor, Spread]:
     Returns:
         Where they are, int64 ``(n,)``, and the way from them to all.
     """
-    _, back = torch.stack([ids, places]).unique(dim=1, return_inverse=True)
-    some = back.new_empty(int(back.max()) + 1)
+    pairs, back = distinct_pairs(ids, places)
+    some = back.new_empty(pairs.shape[1])
     some[back] = torch.arange(len(back))
     return some, lambda x: x.index_select(-2, back.to(x.device))
 

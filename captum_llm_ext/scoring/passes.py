@@ -16,6 +16,7 @@ from captum_llm_ext.scoring import attention, edges
 from captum_llm_ext.scoring.head import Head
 from captum_llm_ext.scoring.logits import AttrTarget, called_values, wanted_values
 from captum_llm_ext.scoring.memory import is_out_of_memory
+from captum_llm_ext.scoring.order import distinct_pairs
 from captum_llm_ext.scoring.packing import Pack, pack
 from captum_llm_ext.scoring.plan import Branch
 from captum_llm_ext.scoring.rows import TokenRow
@@ -185,8 +186,7 @@ class Passes:
         inside = (places >= branch.start) & (places < branch.stop)
         which, tokens = inside.nonzero(as_tuple=True)
         # One place may say several target tokens, each of them for many rows.
-        said = torch.stack([places[which, tokens] - branch.start, tokens])
-        said, back = said.unique(dim=1, return_inverse=True)
+        said, back = distinct_pairs(places[which, tokens] - branch.start, tokens)
         ids = torch.tensor([rows[branch.rows[0]].ids[branch.start : branch.stop]])
         at = said[:1] if said.shape[1] else torch.tensor([[ids.shape[1] - 1]])
         logits, state = self._logits(ids, at, state=state, keeps_state=True)
@@ -239,7 +239,7 @@ class Passes:
             values = called_values(logits[index.to(logits.device)], target, self.attr_target)
             return values.masked_fill(~said, torch.nan), state
         # A place may say several target tokens, and each of them for many rows.
-        pairs, back = torch.stack([back, target[tokens]]).unique(dim=1, return_inverse=True)
+        pairs, back = distinct_pairs(back, target[tokens])
         if not torch.equal(pairs[0], torch.arange(len(logits))):
             logits = logits[pairs[0].to(logits.device)]
         values = torch.full(said.shape, torch.nan, dtype=torch.float64)
