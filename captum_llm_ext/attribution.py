@@ -3,7 +3,6 @@
 import copy
 import inspect
 import os
-import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -24,24 +23,21 @@ from captum_llm_ext.estimators import Budget, is_known
 from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
 from captum_llm_ext.inputs import Prompt, as_prompt
 from captum_llm_ext.result import Design, GenerationAttributionResult
-from captum_llm_ext.result.provenance import command_line
+from captum_llm_ext.result.provenance import of_model, of_run
 from captum_llm_ext.scoring import (
     Accelerator,
     AttrTarget,
     Journal,
     Processes,
     Scorer,
-    TokenRow,
     Values,
     model_identity,
 )
 from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.segment import Unit
-from captum_llm_ext.target import as_ids
+from captum_llm_ext.target import as_ids, check_target, generate_target, target_ids
 
 _TARGETS = ("log_prob", "prob", "logit")
-_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-_NEW_TOKENS = {"max_new_tokens": 25}  # captum's
 
 
 class GenerationAttribution(LLMAttribution):
@@ -245,8 +241,8 @@ class GenerationAttribution(LLMAttribution):
                 about = self._about(run, effort, output_unit, wanted)
                 open_journal = partial(Journal, checkpoint, about)
             with scorer.keeping(open_journal):
-                target_ids = self._target_ids(run, target, gen_args, skip_tokens)
-                game = Game(run, run.generated_text(target_ids, output_unit, output_baselines))
+                ids = self._target_ids(run, target, gen_args, skip_tokens)
+                game = Game(run, run.generated_text(ids, output_unit, output_baselines))
                 joint = None
                 with scorer.progress():
                     outcome = solve(game, effort, kwargs)
@@ -294,9 +290,9 @@ class GenerationAttribution(LLMAttribution):
         _at_least_one("perturbations_per_eval", perturbations_per_eval)
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
         run = self._run(prompt, self._scorer(perturbations_per_eval), seed)
-        target_ids = self._target_ids(run, target, gen_args, None)
-        game = Game(run, run.generated_text(target_ids, output_unit, output_baselines))
-        start, stop = _span(token, len(target_ids))
+        ids = self._target_ids(run, target, gen_args, None)
+        game = Game(run, run.generated_text(ids, output_unit, output_baselines))
+        start, stop = _span(token, len(ids))
         return CoalitionGame(game, start, stop, n_draws=n_draws, normalize=normalize)
 
     def _run(
@@ -312,12 +308,8 @@ class GenerationAttribution(LLMAttribution):
         gen_args: Mapping[str, Any] | None,
         skip_tokens: Sequence[int] | Sequence[str] | None,
     ) -> Tensor:
-        if target is None:
-            ids = self._generated_ids(run, gen_args)
-        elif gen_args is not None:
-            raise ValueError("`gen_args` would be ignored: with a `target` nothing is generated.")
-        else:
-            ids = as_ids(target, self.tokenizer)
+        generate = partial(self._generated_ids, run, gen_args)
+        ids = target_ids(target, self.tokenizer, gen_args, generate)
         if skip_tokens:
             warnings.warn(
                 "`skip_tokens` is deprecated, as captum dropped it in 0.9: give the target as ids "
@@ -329,20 +321,8 @@ class GenerationAttribution(LLMAttribution):
                 tokens.token_id(self.tokenizer, t) if isinstance(t, str) else t for t in skip_tokens
             }
             ids = torch.tensor([i for i in ids.tolist() if i not in skipped], dtype=torch.long)
-        self._check_target(run, ids)
+        check_target(ids, run.full, run.scorer, self._vocabulary_size())
         return ids
-
-    def _check_target(self, run: Run, ids: Tensor) -> None:
-        if len(ids) == 0:
-            raise ValueError("the target is empty: give at least one token to explain.")
-        size = self._vocabulary_size()
-        wrong = [i for i in ids.tolist() if i < 0 or (size is not None and i >= size)]
-        if wrong:
-            raise ValueError(
-                f"target token id {wrong[0]} is outside the model's vocabulary of {size} tokens: "
-                "check that tokenizer and model belong together."
-            )
-        run.scorer.check_length(len(run.full.ids) + len(ids) - 1, "prompt and target")
 
     def _about(
         self, run: Run, effort: Effort, output_unit: Unit | None, target: Any
@@ -436,9 +416,7 @@ class GenerationAttribution(LLMAttribution):
             "generation": None if gen_args is None else _generation(gen_args),
             "rows_by_process": game.run.scorer.n_scored if self._shared else None,
             **self._model_provenance(),
-            "python": platform.python_version(),
-            "versions": _compat.versions(),
-            "command": command_line(),
+            **of_run(),
         }
 
     # All below asks the model itself; over an API these are other methods.
@@ -457,20 +435,7 @@ class GenerationAttribution(LLMAttribution):
         return Likelihood(self.model, self.tokenizer)
 
     def _generated_ids(self, run: Run, gen_args: Mapping[str, Any] | None) -> Tensor:
-        if not callable(getattr(self.model, "generate", None)):
-            raise ValueError(
-                f"{type(self.model).__name__} has no `generate`: give the `target` to explain."
-            )
-        given = dict(gen_args or {})
-        arguments = given if given.get("do_sample") else _GREEDY | given
-        if not {"max_new_tokens", "max_length"} & set(given):
-            arguments = arguments | _NEW_TOKENS
-        n_new = arguments.get("max_new_tokens") or 1
-        run.scorer.check_length(
-            len(run.full.ids) + n_new - 1, f"the prompt and {n_new} new tokens (`max_new_tokens`)"
-        )
-        row = TokenRow(run.full.ids, (), run.full.extras)
-        return run.scorer.generate(row, arguments, run.seed)
+        return generate_target(cast(Scorer, run.scorer), run.full, gen_args, run.seed)
 
     def _vocabulary_size(self) -> int | None:
         return _compat.vocabulary_size(self.model)
@@ -479,15 +444,7 @@ class GenerationAttribution(LLMAttribution):
         return model_identity(self.model)
 
     def _model_provenance(self) -> dict[str, Any]:
-        parameter = next(self.model.parameters(), None)
-        model, revision = _compat.model_source(self.model)
-        return {
-            "model": model,
-            "revision": revision,
-            "model_class": type(self.model).__name__,
-            "dtype": str(parameter.dtype) if parameter is not None else None,
-            "device": str(self.device),
-        }
+        return of_model(self.model, self.device)
 
     def _arithmetic(self, game: Game) -> dict[str, Any]:
         """What a reader must know of it."""

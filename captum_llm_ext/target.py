@@ -1,60 +1,69 @@
 """The target: text or ids that are given, or what the model writes."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_llm_ext import _compat
 from captum_llm_ext.inputs import RenderedPrompt
-from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.scoring import Scorer, TokenRow, Values
 
 _GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 _NEW_TOKENS = {"max_new_tokens": 25}  # captum's
 
 
 def target_ids(
-    scorer: Scorer,
-    tokenizer: Any,
-    prompt: RenderedPrompt,
     target: str | Tensor | Sequence[int] | None,
+    tokenizer: Any,
     gen_args: Mapping[str, Any] | None,
-    seed: int,
+    generate: Callable[[], Tensor],
 ) -> Tensor:
-    """The token ids to explain, shape ``(n_target,)``.
+    """The token ids to explain, int64 ``(n_target,)``.
 
     Args:
-        scorer: Of the model.
-        tokenizer: The model's tokenizer.
-        prompt: With every feature present.
         target: Text, which is encoded without special tokens, as in captum; ids ``(n_target,)``; or
             None: the model generates it.
-        gen_args: Arguments of the model's ``generate``, without a target only.
-        seed: Seeds sampling.
+        tokenizer: The model's tokenizer.
+        gen_args: What the model generates with, without a target only.
+        generate: Has it do so.
 
     Raises:
-        ValueError: If there is nothing to explain, an id is outside the vocabulary, prompt and
-            target are longer than the model's positions, or `gen_args` would be ignored.
+        ValueError: If `gen_args` would be ignored.
         TypeError: If `target` is of another kind.
     """
     if target is None:
-        ids = _generated(scorer, prompt, gen_args, seed)
-    elif gen_args is not None:
+        return generate()
+    if gen_args is not None:
         raise ValueError("`gen_args` would be ignored: with a `target` nothing is generated.")
-    else:
-        ids = as_ids(target, tokenizer)
+    return as_ids(target, tokenizer)
+
+
+def check_target(
+    ids: Tensor, prompt: RenderedPrompt, scorer: Values, vocabulary_size: int | None
+) -> None:
+    """Refuses a target before anything is scored.
+
+    Args:
+        ids: Token ids ``(n_target,)``.
+        prompt: With every feature present.
+        scorer: Of the model.
+        vocabulary_size: Of the model; None where it is not known.
+
+    Raises:
+        ValueError: If there is nothing to explain, an id is outside the vocabulary, or prompt and
+            target are longer than the model's positions.
+    """
     if len(ids) == 0:
         raise ValueError("the target is empty: give at least one token to explain.")
-    size = _compat.vocabulary_size(scorer.model)
-    wrong = [i for i in ids.tolist() if i < 0 or (size is not None and i >= size)]
+    wrong = [i for i in ids.tolist() if i < 0 or i >= (vocabulary_size or sys.maxsize)]
     if wrong:
         raise ValueError(
-            f"target token id {wrong[0]} is outside the model's vocabulary of {size} tokens: "
-            "check that tokenizer and model belong together."
+            f"target token id {wrong[0]} is outside the model's vocabulary of {vocabulary_size} "
+            "tokens: check that tokenizer and model belong together."
         )
     scorer.check_length(len(prompt.ids) + len(ids) - 1, "prompt and target")
-    return ids
 
 
 def as_ids(target: object, tokenizer: Any) -> Tensor:
@@ -83,9 +92,21 @@ def as_ids(target: object, tokenizer: Any) -> Tensor:
     return ids.long()
 
 
-def _generated(
+def generate_target(
     scorer: Scorer, prompt: RenderedPrompt, gen_args: Mapping[str, Any] | None, seed: int
 ) -> Tensor:
+    """What a model of this process writes, int64 ``(n_target,)``.
+
+    Args:
+        scorer: Of the model.
+        prompt: With every feature present.
+        gen_args: Arguments of the model's ``generate``; greedy, 25 new tokens, where they do not
+            say otherwise.
+        seed: Seeds sampling.
+
+    Raises:
+        ValueError: If the model does not generate, or it does not fit into its positions.
+    """
     if not callable(getattr(scorer.model, "generate", None)):
         raise ValueError(
             f"{type(scorer.model).__name__} has no `generate`: give the `target` to explain."

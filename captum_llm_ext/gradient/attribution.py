@@ -1,10 +1,10 @@
 """`GenerationGradientAttribution`: captum's LLM gradient attribution, for prompt and output."""
 
-import platform
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,11 +25,11 @@ from captum_llm_ext.gradient.paths import Found, Paths
 from captum_llm_ext.gradient.scenes import Absent
 from captum_llm_ext.inputs import GeneratedText, Prompt, as_prompt
 from captum_llm_ext.result import GenerationAttributionResult
-from captum_llm_ext.result.provenance import command_line
+from captum_llm_ext.result.provenance import of_model, of_run
 from captum_llm_ext.scoring import AttrTarget, Likelihood, Scorer
 from captum_llm_ext.scoring.passes import as_found
 from captum_llm_ext.segment import Unit
-from captum_llm_ext.target import target_ids
+from captum_llm_ext.target import check_target, generate_target, target_ids
 
 _TARGETS = ("log_prob", "prob", "logit")
 _N_DRAWS = 8
@@ -208,7 +208,9 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         full = prompt.render(every, torch.Generator().manual_seed(0))[0]
         if not full.ids:
             raise ValueError("the prompt is empty: it has no token before the target.")
-        ids = target_ids(scorer, self.tokenizer, full, target, gen_args, seed)
+        generate = partial(generate_target, scorer, full, gen_args, seed)
+        ids = target_ids(target, self.tokenizer, gen_args, generate)
+        check_target(ids, full, scorer, _compat.vocabulary_size(self.model))
 
         def text(unit: Unit | None, given: Any) -> GeneratedText:
             return GeneratedText(
@@ -330,8 +332,6 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         )
 
     def _provenance(self, prompt: Prompt, paths: Paths) -> dict[str, Any]:
-        parameter = next(self.model.parameters(), None)
-        model, revision = _compat.model_source(self.model)
         target: Any = self.attr_target
         named = target if isinstance(target, str) else getattr(target, "__qualname__", None)
         points = paths.points
@@ -347,14 +347,8 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             "unit": prompt.unit_name,
             "columns": list(prompt.columns),
             "n_evaluations": paths.n_rows,
-            "model": model,
-            "revision": revision,
-            "model_class": type(self.model).__name__,
-            "dtype": str(parameter.dtype) if parameter is not None else None,
-            "device": str(self.device),
-            "python": platform.python_version(),
-            "versions": _compat.versions(),
-            "command": command_line(),
+            **of_model(self.model, self.device),
+            **of_run(),
         }
 
     def _result_dtype(self) -> torch.dtype:

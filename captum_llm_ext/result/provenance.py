@@ -1,12 +1,46 @@
-"""Which command numbers came from."""
+"""Which model, versions and command numbers came from."""
 
 import os
+import platform
 import re
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from captum_llm_ext import _compat
 
 _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
+
+
+def of_model(model: nn.Module, device: torch.device | str) -> dict[str, Any]:
+    """What results say of a model that runs in this process.
+
+    Args:
+        model: The model.
+        device: Where it reads its ids.
+    """
+    parameter = next(model.parameters(), None)
+    source, revision = _compat.model_source(model)
+    return {
+        "model": source,
+        "revision": revision,
+        "model_class": type(model).__name__,
+        "dtype": str(parameter.dtype) if parameter is not None else None,
+        "device": str(device),
+    }
+
+
+def of_run() -> dict[str, Any]:
+    """What results say of the program that made them."""
+    return {
+        "python": platform.python_version(),
+        "versions": _compat.versions(),
+        "command": command_line(),
+    }
 
 
 def command_line(program: str | None = None, arguments: Sequence[str] | None = None) -> str | None:
