@@ -143,7 +143,14 @@ def permutations_of_groups() -> dict[str, Any]:
     memory = Memory(model, device, kept="positions", n_target=T, state_bytes=None)
     most_ids, most_rows = memory.most_packed(max(lengths), 0)
     ways = {
-        "packed": plan_packed(distinct, overhead=cost, most_ids=most_ids, most_rows=most_rows),
+        "packed": plan_packed(
+            distinct,
+            overhead=cost,
+            most_ids=most_ids,
+            most_rows=most_rows,
+            most_head=P - 1,
+            chained=True,
+        ),
         "padded": plan(
             distinct,
             [n - 2 for n in lengths],

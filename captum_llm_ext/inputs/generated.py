@@ -108,9 +108,10 @@ class GeneratedText:
         return [Place(places, group) for group, places in self._runs if group is not None]
 
     def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
-        """See `Prompt.stand_ins`."""
+        """See `Prompt.stand_ins`; nothing for what no target token comes after."""
         draws = self._replacements.draws(n_draws, generator, None)
-        return [[absent(place.feature) for place in self.places()] for absent in draws]
+        n_seen, groups = max(self.n_visible), [place.feature for place in self.places()]
+        return [[absent(g) if g < n_seen else () for g in groups] for absent in draws]
 
     def render(
         self,
