@@ -17,15 +17,10 @@ from typing import Any
 import torch
 from captum.attr import FeatureAblation
 from environment import environment
-from fact_grammar import Grammar, corpus, load
+from fact_grammar import Grammar, load
 from measured import seconds
 
-from captum_llm_ext import (
-    CorpusBaselines,
-    GenerationAttribution,
-    HierarchicalAblation,
-    TextSegmentInput,
-)
+from captum_llm_ext import GenerationAttribution, HierarchicalAblation, TextSegmentInput
 
 RESULTS = Path(__file__).parent / "results"
 PARAGRAPHS = 4
@@ -40,14 +35,9 @@ def page(grammar: Grammar, draw: random.Random) -> tuple[str, str]:
     return "\n\n".join([*(one.text.strip() for one in before), last.prompt]), last.continuation
 
 
-def one(model: Any, tokenizer: Any, texts: list[str], prompt: str, target: str) -> dict[str, Any]:
-    """Both methods on a prompt."""
-    inp = TextSegmentInput(
-        prompt,
-        tokenizer,
-        ("paragraph", "sentence", "word"),
-        baselines=CorpusBaselines(texts),
-    )
+def one(model: Any, tokenizer: Any, prompt: str, target: str) -> dict[str, Any]:
+    """Both methods on a prompt; nothing is drawn, so that they differ in what they open alone."""
+    inp = TextSegmentInput(prompt, tokenizer, ("paragraph", "sentence", "word"), baselines="<unk>")
     found: dict[str, Any] = {}
 
     def run(name: str, method: Any) -> float:
@@ -90,11 +80,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load()
-    texts, grammar, draw = list(corpus()), Grammar(), random.Random(arguments.seed)
+    grammar, draw = Grammar(), random.Random(arguments.seed)
     rows = []
     for _ in range(arguments.prompts):
         prompt, target = page(grammar, draw)
-        rows.append(one(model, tokenizer, texts, prompt, target))
+        rows.append(one(model, tokenizer, prompt, target))
     shares: dict[str, dict[str, float]] = {}
     for share in map(str, SHARES):
         shares[share] = {name: mean(row[share][name] for row in rows) for name in rows[0][share]}
