@@ -431,6 +431,15 @@ def test_captums_providers_are_asked_in_threads_where_the_user_says_so(tokenizer
     assert server.most_parallel == 3
 
 
+@pytest.fixture
+def hears_interrupts():
+    """In a shell's background Ctrl-C is ignored, by tests as well."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize("state", ["silent", "busy"])
 @pytest.mark.parametrize("n_threads", [1, 4])
 def test_ctrl_c_ends_at_once_and_loses_nothing(tokenizer, server, tmp_path, n_threads, state):
@@ -472,6 +481,7 @@ from transformers import AutoTokenizer
 from captum.attr import FeatureAblation, RemoteLLMAttribution
 from captum_llm_ext import CompletionsProvider, RemoteGenerationAttribution, TextSegmentInput
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path)!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)
 provider = CompletionsProvider({server.url!r}, "tiny", prompts_per_request=1)
 provider.interrupt = None  # nothing wakes its threads
 method = FeatureAblation(RemoteLLMAttribution.placeholder_model)
