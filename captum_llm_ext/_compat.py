@@ -33,30 +33,25 @@ def kept_logits(model: nn.Module) -> str | None:
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
     """Names that the model's forward takes explicitly."""
-    return frozenset(inspect.signature(_inner(model).forward).parameters)
+    return frozenset(inspect.signature(uncompiled(model).forward).parameters)
 
 
 def is_transformers(model: nn.Module) -> bool:
     """Whether the model's forward is one of transformers."""
-    return getattr(type(_inner(model)).forward, "__module__", "").startswith("transformers.")
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """What torch.compile wraps, or the model itself."""
-    return getattr(model, "_orig_mod", model)
+    return getattr(type(uncompiled(model)).forward, "__module__", "").startswith("transformers.")
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model without torch.compile's wrapper.
+    """What torch.compile wraps, or the model itself.
 
     torch 2.13 (2026): what was compiled before does not notice hooks that come later.
     """
-    return _inner(model)
+    return getattr(model, "_orig_mod", model)
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile has been at the model, or at a part of it."""
-    if _inner(model) is not model:
+    if uncompiled(model) is not model:
         return True
     modules = model.modules()
     return any(hasattr(m, "_orig_mod") or vars(m).get("_compiled_call_impl") for m in modules)
@@ -280,7 +275,7 @@ def model_description(model: nn.Module) -> str:
     content = repr([(name, kept[name]) for name in sorted(kept)])
     digest = blake2b(content.encode(), digest_size=4).hexdigest()
     # torch 2.13 (2026): fully_shard puts a class FSDPLlama… in the place of the model's own.
-    mine = (c for c in type(_inner(model)).__mro__ if not _is_wrapped(c))
+    mine = (c for c in type(uncompiled(model)).__mro__ if not _is_wrapped(c))
     return f"{next(mine).__name__} {dtype} {digest}"
 
 
@@ -295,7 +290,7 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     from accelerate.utils import align_module_device
 
-    for prefix, module in _inner(model).named_modules():
+    for prefix, module in uncompiled(model).named_modules():
         with align_module_device(module):
             yield from module.named_parameters(prefix, recurse=False)
 
@@ -440,7 +435,7 @@ def model_ranks(model: nn.Module) -> tuple[int, ...]:
     mesh: Any = next((mesh for mesh in meshes if mesh is not None), None)
     if mesh is None:
         return ()
-    whole: Any = getattr(_inner(model), "_device_mesh", None) or mesh
+    whole: Any = getattr(uncompiled(model), "_device_mesh", None) or mesh
     ranks = tuple(int(rank) for rank in whole.mesh.flatten().tolist())
     return ranks if len(ranks) > 1 else ()
 

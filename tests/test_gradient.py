@@ -5,7 +5,6 @@ import math
 import architectures
 import numpy as np
 import pytest
-import tiny
 import torch
 from captum.attr import (
     GradientShap,
@@ -23,12 +22,6 @@ PROMPT = "Dave lives in Palm Coast, FL and is a lawyer."
 TARGET = " golf and chess."
 UNK = 3
 TOO_FEW = pytest.mark.filterwarnings("ignore:.*steps are too few:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def smooth(tokenizer):
-    """A model on whose paths 50 steps are enough, in float64."""
-    return tiny.llama(len(tokenizer), initializer_range=0.15).double()
 
 
 def attributed(model, tokenizer, inp, target=TARGET, **given):

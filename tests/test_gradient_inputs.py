@@ -23,6 +23,7 @@ from captum.attr import (
 from fact_grammar import Grammar, corpus, load
 from gradients import absences, attribute
 from ground_truth import documents, precision
+from test_gradient import PROMPT, TARGET, UNK, attributed
 
 from captum_llm_ext import (
     ChatInput,
@@ -33,23 +34,7 @@ from captum_llm_ext import (
     TextSegmentInput,
 )
 
-PROMPT = "Dave lives in Palm Coast, FL and is a lawyer."
-TARGET = " golf and chess."
-UNK = 3
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*steps are too few:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def smooth(tokenizer):
-    return tiny.llama(len(tokenizer), initializer_range=0.15).double()
-
-
-def attributed(model, tokenizer, inp, target=TARGET, **given):
-    kind, layer = given.pop("kind", LayerIntegratedGradients), given.pop("layer", None)
-    what = {name: given.pop(name) for name in ("attr_target",) if name in given}
-    method = kind(model, layer)
-    return GenerationGradientAttribution(method, tokenizer, **what).attribute(inp, target, **given)
 
 
 def from_there(model, inp, absent, target, *, held=()):

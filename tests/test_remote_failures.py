@@ -107,12 +107,12 @@ def test_what_failed_is_asked_for_again(model, tokenizer, server, quick, kind, n
 
 
 def test_a_silent_server_is_asked_again(model, tokenizer, server, quick):
-    server.failures.append(silent(1.5))
+    server.failures.append(silent(4))
     provider = provider_of(server, timeout=0.3, max_concurrency=1)
     started = time.monotonic()
     found = remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
     assert_true(found, model, tokenizer)
-    assert 0.3 < time.monotonic() - started < 1.4
+    assert 0.3 < time.monotonic() - started < 4
     server.always = silent(1.0)
     provider = provider_of(server, timeout=0.1, max_retries=1)
     with pytest.raises(ConnectionError, match=r"no answer within 0.1 seconds \(`timeout`\)"):
@@ -127,8 +127,9 @@ def test_the_server_says_when(tokenizer, server, form):
     provider = provider_of(server, max_concurrency=1)
     remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
     waited = server.times[1] - server.times[0]
-    assert (0.6 if form == "seconds" else 0.9) <= waited < 3
-    assert max(b - a for a, b in zip(server.times[1:], server.times[2:], strict=False)) < 0.5
+    assert waited >= (0.6 if form == "seconds" else 0.9)
+    # No other request waits.
+    assert max(b - a for a, b in zip(server.times[1:], server.times[2:], strict=False)) < waited
     server.always = status(429, "quota of today is used up", Retry_After="86400")
     with pytest.raises(ApiError, match=r"429: quota of today .*asked to wait 86400 seconds"):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
@@ -144,7 +145,7 @@ def test_all_threads_leave_the_server_alone(tokenizer, server):
     longest = max(range(len(pauses)), key=pauses.__getitem__)
     assert pauses[longest] > 0.5
     assert longest <= 2 + 4  # what was under way
-    assert sorted(pauses)[-2] < 0.3
+    assert sorted(pauses)[-2] < pauses[longest] / 2
 
 
 def test_waits_become_longer(tokenizer, server, quick):

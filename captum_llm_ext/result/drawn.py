@@ -95,7 +95,7 @@ class DrawnResult(LLMAttributionResult):
         from captum_llm_ext import plot
 
         errors = None
-        known = self.design is not None or self.provenance.get("gradients")
+        known = self.design is not None or self._is_of_gradients
         if known and self.provenance.get("attr_target") != "prob":
             errors = self._total(None)[1][: len(self.input_tokens)]
         attr = self.seq_attr
@@ -255,13 +255,17 @@ class DrawnResult(LLMAttributionResult):
             unit=unit_of(self),
         )
 
+    @property
+    def _is_of_gradients(self) -> bool:
+        """Whether there are no coalitions behind the numbers, but gradients."""
+        return bool(self.provenance.get("gradients"))
+
     def _total(self, token: int | None) -> tuple[Tensor, Tensor]:
         """Attributions of one token, or of all of them together, and their errors."""
         if token is not None:
             return self.full_attr[token], self.full_attr_se[token]
-        if self.design is None and not self.provenance.get(
-            "gradients"
-        ):  # of an earlier version, which did not note what tells errors
+        # An earlier version did not note what tells errors.
+        if self.design is None and not self._is_of_gradients:
             total = self.full_attr.sum(0)
             return total, torch.full_like(total, torch.nan)
         span = self.attribute_span(0, len(self.output_tokens))

@@ -71,7 +71,7 @@ class ExportedResult(DrawnResult):
 
     def _sums(self, read: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Errors of what a page adds up, where they can be told."""
-        if self.provenance.get("gradients"):
+        if self._is_of_gradients:
             errors, n_prompt = self.full_attr_se, len(self.input_tokens)
             is_sum = self.provenance.get("attr_target") != "prob"
             return bounds(errors, n_prompt, read["output_levels"]) if is_sum else []

@@ -322,10 +322,6 @@ class GenerationAttributionResult(ExportedResult):
         return pairs
 
     @property
-    def _is_of_gradients(self) -> bool:
-        return bool(self.provenance.get("gradients"))
-
-    @property
     def _column_names(self) -> list[str]:
         return [*self.input_tokens, *(self.output_features or ())]
 
