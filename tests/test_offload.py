@@ -55,8 +55,9 @@ def test_offloaded_models_give_the_same(how, tokenizer, tmp_path, expected):
     hooks = {name: module._hf_hook for name, module in model.named_modules() if has_hook(module)}
     result = attribute(model, tokenizer)
     assert torch.equal(result.target, expected.target)
-    torch.testing.assert_close(result.values, expected.values, atol=1e-6, rtol=0)
-    torch.testing.assert_close(result.full_attr, expected.full_attr, atol=1e-6, rtol=0)
+    # Logits are summed up in another order: float32, down to -25 nats.
+    torch.testing.assert_close(result.values, expected.values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.full_attr, expected.full_attr, atol=1e-5, rtol=0)
     assert result.values.device.type == "cpu"
     assert {n: m._hf_hook for n, m in model.named_modules() if has_hook(m)} == hooks
     # It is the same model as far as a checkpoint or a folder of results can tell.

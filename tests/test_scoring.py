@@ -1,5 +1,8 @@
 """Values from logits, how many rows fit, and rows that are scored once."""
 
+import functools
+
+import architectures
 import pytest
 import tiny
 import torch
@@ -7,6 +10,7 @@ from reference import loop_log_probs
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import Scorer, TokenRow, logits, memory
+from captum_llm_ext.scoring.head import Said
 from captum_llm_ext.scoring.memory import Memory
 
 CPU = torch.device("cpu")
@@ -22,7 +26,7 @@ def test_values_are_those_of_a_whole_softmax(monkeypatch, piece, dtype):
     own = given.double().gather(2, wanted[..., None])[..., 0]
     truth = given.double().log_softmax(2).gather(2, wanted[..., None])[..., 0]
     for name, expected in (("log_prob", truth), ("prob", truth.exp()), ("logit", own)):
-        found = logits.wanted_values(given, wanted, name)
+        found = Said(given).values(torch.arange(15), wanted.flatten(), name).view(3, 5)
         assert found.dtype == torch.float64
         # Reduced in float32 at least, whatever the model's dtype.
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
@@ -32,7 +36,7 @@ def test_values_are_those_of_a_whole_softmax(monkeypatch, piece, dtype):
 def test_logits_are_left_as_they_are():
     given = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     before = given.clone()
-    logits.wanted_values(given, torch.zeros(2, 3, dtype=torch.long), "log_prob")
+    Said(given).values(torch.arange(6), torch.zeros(6, dtype=torch.long), "log_prob")
     assert torch.equal(given, before)
 
 
@@ -127,28 +131,180 @@ def test_rows_of_models_that_couple_them_run_alone(monkeypatch):
     assert sizes == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_logits_are_written_to_the_same_memory_and_the_layer_is_left_as_found(bias, monkeypatch):
-    model = tiny.llama().double()
-    if bias:
-        model.lm_head = torch.nn.Linear(32, 400).double()
-    rows = [TokenRow(tuple(range(10 + i, 20 + i)), [8, 9]) for i in range(12)]
-    target = torch.tensor([3, 4])
-    where, product = set(), model.forward
+def some_rows(n):
+    rows = [TokenRow(tuple(range(10 + i, 20 + i)), [8, 9]) for i in range(n)]
+    return rows, torch.tensor([3, 4])
 
-    def forward(**arguments):
-        output = product(**arguments)
-        where.add(output.logits.data_ptr())
+
+def plain_values(model, rows, target):
+    ids = target.tolist()
+    return torch.stack([loop_log_probs(model, row.ids[:9], ([], row.ids[9:]), ids) for row in rows])
+
+
+def with_bias(model):
+    model.lm_head = torch.nn.Linear(32, 400).double()
+    return model
+
+
+def seen_by(model, monkeypatch):
+    """The logits that the class's forward returns, as they are later added."""
+    seen, forward = [], type(model).forward
+
+    @functools.wraps(forward)
+    def watching(self, **arguments):
+        output = forward(self, **arguments)
+        seen.append(output.logits)
         return output
 
-    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(type(model), "forward", watching)
+    return seen
+
+
+@pytest.mark.parametrize("change", [lambda model: model, with_bias])
+def test_logits_are_made_once_and_then_never_again(change, monkeypatch):
+    model = change(tiny.llama().double())
+    rows, target = some_rows(12)
+    seen = seen_by(model, monkeypatch)
     scorer = Scorer(model, max_rows=1, reuse="off")
     values = scorer.values(rows, target)
-    assert len(where) == 1
+    assert [logits.shape[-1] for logits in seen] == [400] + [1] * 11
     assert "forward" not in vars(model.lm_head)
     monkeypatch.undo()
-    expected = [loop_log_probs(model, row.ids[:9], ([], row.ids[9:]), [3, 4]) for row in rows]
-    assert float((values - torch.stack(expected)).abs().max()) < 1e-11
+    assert float((values - plain_values(model, rows, target)).abs().max()) < 1e-11
+
+
+@pytest.mark.parametrize("name", ["gemma 2, sliding window", "cohere 2, sliding window"])
+def test_logits_that_the_model_changes_are_made_in_the_same_memory(name):
+    model = architectures.build(name, dtype=torch.float64)
+    rows, target = some_rows(12)
+    scorer = Scorer(model, max_rows=1, reuse="off")
+    memory = set()
+    for row in rows:
+        scorer.values([row], target)
+        memory.add(scorer._passes._head._memory.data_ptr())
+    assert len(memory) == 1
+    values = scorer.values(rows, target)
+    assert float((values - plain_values(model, rows, target)).abs().max()) < 1e-11
+
+
+def test_the_logits_of_a_forward_of_the_users_own_are_there_whatever_it_does_to_them():
+    model = tiny.llama().double()
+    forward, calls = model.forward, []
+
+    def moody(**arguments):
+        output = forward(**arguments)
+        calls.append(output.logits.shape[-1])
+        if len(calls) % 3 == 0:
+            output.logits.mul_(0.5)
+        elif len(calls) > 5:
+            output.logits = output.logits * 0.5
+        return output
+
+    model.forward = moody
+    rows, target = some_rows(8)
+    values = Scorer(model, max_rows=1, reuse="off").values(rows, target)
+    assert set(calls) == {400}
+    del model.forward
+    ids = torch.tensor([row.ids for row in rows])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, 8:10]
+    cooled = [False, False, True, False, False, True, True, True]
+    logits[torch.tensor(cooled)] *= 0.5
+    own = logits.log_softmax(-1)[:, [0, 1], target]
+    torch.testing.assert_close(values, own, atol=1e-11, rtol=0)
+
+
+def test_who_listens_to_the_last_layer_hears_its_logits(monkeypatch):
+    model = tiny.llama()
+    heard = []
+    handle = model.lm_head.register_forward_hook(lambda *given: heard.append(given[2].clone()))
+    rows, target = some_rows(3)
+    scorer = Scorer(model, max_rows=1, reuse="off")
+    values = scorer.values(rows, target)
+    handle.remove()
+    own = torch.stack([logits[0].log_softmax(-1)[[0, 1], target] for logits in heard])
+    torch.testing.assert_close(values, own.double(), atol=1e-5, rtol=0)
+
+
+def test_logits_that_went_missing_are_told(monkeypatch):
+    model = tiny.llama()
+    seen = seen_by(model, monkeypatch)
+    watching = type(model).forward
+
+    @functools.wraps(watching)
+    def moody(self, **arguments):
+        output = watching(self, **arguments)
+        if len(seen) > 2:
+            output.logits = output.logits * 0.5
+        return output
+
+    monkeypatch.setattr(type(model), "forward", moody)
+    rows, target = some_rows(4)
+    with pytest.raises(RuntimeError, match="does not return what its last layer does"):
+        Scorer(model, max_rows=1, reuse="off").values(rows, target)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_logits_of_autocast_are_its_own():
+    model = tiny.llama()
+    rows, target = some_rows(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = Scorer(model, max_rows=1, reuse="off").values(rows, target)
+        ids = torch.tensor([row.ids for row in rows])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[:, 8:10]
+    assert logits.dtype == torch.bfloat16
+    own = logits.float().log_softmax(-1)[:, [0, 1], target]
+    torch.testing.assert_close(values, own.double(), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("piece", [1, 40, 2**19])
+@pytest.mark.parametrize("bias", [None, "small", "rules words out"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_of_logits_that_are_never_there(monkeypatch, piece, bias, dtype):
+    monkeypatch.setitem(logits._PIECE, "cpu", piece)
+    monkeypatch.setattr(logits, "_PLACES", 4)
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(6, 50, bias=bias is not None, dtype=dtype).requires_grad_(False)
+    layer.weight.copy_(torch.randn(50, 6, generator=generator))
+    if bias is not None:
+        layer.bias.copy_(torch.randn(50, generator=generator))
+    if bias == "rules words out":
+        layer.bias[40:] = -torch.inf
+    # From flat to such that what is wanted is 100 nats and more below the likeliest.
+    scale = torch.tensor([0.01, 1, 5, 50, 200, 1, 30])[:, None]
+    vectors = (scale * torch.randn(7, 6, generator=generator)).to(dtype)
+    where = torch.arange(7).repeat(2)
+    wanted = torch.randint(0, 40, (14,), generator=generator)
+    made = torch.nn.functional.linear(vectors.double(), layer.weight.double())
+    made = made if bias is None else made + layer.bias.double()
+    expected = made.log_softmax(1)[where, wanted]
+    assert expected.min() < -100
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-7  # of the largest logits
+    said = Said(vectors, layer)
+    for name, truth in (
+        ("log_prob", expected),
+        ("prob", expected.exp()),
+        ("logit", made[where, wanted]),
+    ):
+        found = said.values(where, wanted, name)
+        assert found.dtype == torch.float64
+        size = made[where].abs().nan_to_num(posinf=0).amax(1)
+        assert bool(((found - truth).abs() <= tolerance * (4 + size)).all())
+    assert bool((said.values(where, wanted, "log_prob") <= 0).all())
+    torch.testing.assert_close(said.logits(), made.to(dtype), atol=1e-4, rtol=1e-5)
+
+
+def test_nan_stays_nan_and_what_is_ruled_out_is_minus_infinity():
+    layer = torch.nn.Linear(3, 9).requires_grad_(False)
+    layer.bias[8] = -torch.inf
+    vectors = torch.ones(2, 3)
+    vectors[1] = torch.nan
+    found = Said(vectors, layer).values(
+        torch.tensor([0, 0, 1]), torch.tensor([8, 2, 2]), "log_prob"
+    )
+    assert found.isneginf().tolist() == [True, False, False]
+    assert found.isnan().tolist() == [False, False, True]
 
 
 def test_logits_that_a_callable_keeps_stay_its_own():
@@ -182,6 +338,6 @@ def test_log_sum_exps_are_those_of_float64(scale, vocabulary):
     given = scale * torch.randn(40, vocabulary, generator=generator) + 50
     given[:, 0] = -torch.inf  # ids that a model rules out
     wanted = torch.randint(1, vocabulary, (40,), generator=generator)
-    values = logits.wanted_values(given, wanted, "log_prob")
+    values = logits.log_probs(given, torch.arange(40), wanted)
     expected = given.double().log_softmax(1).gather(1, wanted[:, None])[:, 0]
     assert float((values - expected).abs().max()) < 1e-5 * max(1, scale)

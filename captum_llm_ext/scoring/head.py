@@ -1,56 +1,163 @@
-"""The layer that makes logits, and memory for it to write them to.
+"""The layer that makes logits: what they say is found without their ever being there.
 
-Logits are by far the largest tensors of a pass. On a CPU the memory of one that is made anew is
-mapped page by page while it is written, which costs a quarter of the product itself.
+Logits are by far the largest tensors of a pass, and of each only a number or two are wanted. Where
+the model's logits are what a plain linear layer returns, values come from the vectors that it is
+given, by products that stay in the processor's cache until they are summed up: the forward pass of
+cut cross-entropy (Wijmans et al., arXiv 2411.09009, section 4.2).
 """
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.scoring.logits import bias_of, log_probs, log_probs_of_product, logits_of
+
+# Coarser ones round their logits, and values are those of the rounded ones.
+_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says at some places.
+
+    Attributes:
+        vectors: Its logits ``(…, vocabulary)``, or what its last layer makes them of.
+        layer: That layer. None: `vectors` are the logits.
+    """
+
+    vectors: Tensor
+    layer: nn.Linear | None = None
+
+    def at(self, places: Tensor) -> "Said":
+        """At some places ``(batch, n)`` of sequences ``(batch, length)``."""
+        index = places.to(self.vectors.device)[..., None]
+        return Said(self.vectors.gather(1, index.expand(-1, -1, self.vectors.shape[2])), self.layer)
+
+    def logits(self) -> Tensor:
+        """Shape ``(…, vocabulary)``."""
+        return self.vectors if self.layer is None else self.layer(self.vectors)
+
+    def values(self, where: Tensor, wanted: Tensor, attr_target: str) -> Tensor:
+        """Values of ids at places.
+
+        Args:
+            where: Which of all places, int64 ``(n,)``.
+            wanted: Token ids ``(n,)``.
+            attr_target: ``"log_prob"``, ``"prob"`` or ``"logit"``.
+
+        Returns:
+            Shape ``(n,)``, float64 on the CPU, rounded to float32 where vectors are not finer.
+            Softmax and sums are taken in float32 at least.
+        """
+        vectors = self.vectors.reshape(-1, self.vectors.shape[-1])
+        if attr_target == "logit":
+            found = logits_of(vectors, where, wanted, self.layer)
+        elif self.layer is None:
+            found = log_probs(vectors, where, wanted)
+        else:
+            found = log_probs_of_product(vectors, where, wanted, self.layer)
+        found = found.exp() if attr_target == "prob" else found
+        # As results keep them: what is made of them later is made of the same numbers.
+        return found.to(torch.promote_types(vectors.dtype, torch.float32)).double()
 
 
 class Head:
-    """Lets the last layer of a model write into the same memory in every pass.
+    """Sees what the last layer of a model is given, and whether its logits are what it returns.
 
     Args:
-        model: Its last layer is left as found. Where that is not a plain linear one on a CPU,
-            nothing changes.
+        model: Its last layer is left as found. Where that is not a plain linear one on a CPU, or
+            the model's code is not that of transformers, which does the same in every pass, the
+            model makes its logits as ever.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layer = _compat.output_layer(model)
+        self._model, self._layer = model, _compat.output_layer(model)
+        self._is_last = False  # not known before the first pass
+        self._withheld = False
+        self._given: Tensor | None = None
+        self._returned: Tensor | None = None
+        self._version = 0
         self._memory = torch.empty(0)
 
+    @property
+    def makes_logits(self) -> bool:
+        """Whether passes have logits, as far as is known."""
+        return not self._is_last
+
     @contextmanager
-    def in_place(self) -> Generator[None]:
-        """Logits of the one pass within are good until the next one."""
-        layer = self._layer
-        if layer is None or torch.is_grad_enabled() or "forward" in vars(layer):
+    def watched(self) -> Generator[None]:
+        """The one pass within may have no logits: `said` knows what they are."""
+        layer, self._given = self._layer, None
+        if layer is None or not _is_plain(layer):
             yield
             return
-
-        bias: Tensor | None = getattr(layer, "bias", None)
-        weight, n_words = layer.weight.t(), layer.out_features
+        self._withheld = self._is_last and self._is_known()
 
         def forward(input: Tensor) -> Tensor:
-            flat = input.reshape(-1, input.shape[-1])
-            n = len(flat) * n_words
-            if self._memory.numel() < n or self._memory.dtype != input.dtype:
-                self._memory = torch.empty(0)  # not both at a time
-                self._memory = input.new_empty(n)
-            out = self._memory[:n].view(len(flat), n_words)
-            if bias is None:
-                torch.mm(flat, weight, out=out)
+            if self._withheld:  # who reads them after all shall see it
+                returned = input.new_full((*input.shape[:-1], 1), torch.nan)
             else:
-                torch.addmm(bias, flat, weight, out=out)
-            return out.view(*input.shape[:-1], n_words)
+                returned = self._product(layer, input)
+            self._given, self._returned = input, returned
+            self._version = returned._version
+            return returned
 
         layer.forward = forward
         try:
             yield
         finally:
             del layer.forward
+
+    def said(self, logits: Tensor) -> Said:
+        """What a pass says that was watched.
+
+        Args:
+            logits: As the model returned them, ``(batch, length, vocabulary)``.
+
+        Returns:
+            At all places that it has logits of; good until the next pass.
+        """
+        given, returned = self._given, self._returned
+        self._given = self._returned = None
+        if given is None:
+            return Said(logits)
+        is_last = logits is returned and logits._version == self._version
+        if self._withheld and not is_last:
+            raise RuntimeError("the model does not return what its last layer does, as it did.")
+        self._is_last = is_last and self._is_known() and given.dtype in _DTYPES
+        if not self._is_last:
+            return Said(logits)
+        self._memory = torch.empty(0)
+        return Said(given, self._layer)
+
+    def _is_known(self) -> bool:
+        return _compat.is_transformers(self._model) and _is_plain(self._model)
+
+    def _product(self, layer: nn.Linear, input: Tensor) -> Tensor:
+        """The layer's logits, written where the last ones were.
+
+        Memory made anew is mapped page by page while it is written, which costs a quarter of the
+        product itself.
+        """
+        flat = input.reshape(-1, input.shape[-1])
+        n = len(flat) * layer.out_features
+        if self._memory.numel() < n or self._memory.dtype != input.dtype:
+            self._memory = torch.empty(0)  # not both at a time
+            self._memory = input.new_empty(n)
+        out = self._memory[:n].view(len(flat), layer.out_features)
+        if (bias := bias_of(layer)) is None:
+            torch.mm(flat, layer.weight.t(), out=out)
+        else:
+            torch.addmm(bias, flat, layer.weight.t(), out=out)
+        return out.view(*input.shape[:-1], layer.out_features)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling a module does nothing but what its class says."""
+    own = vars(module)
+    changes = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+    return not (changes or torch.is_autocast_enabled("cpu") or torch.is_grad_enabled())

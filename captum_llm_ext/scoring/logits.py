@@ -1,10 +1,11 @@
-"""Logits in, values of the target tokens out."""
+"""Logits in, or what they are made of; values of the target tokens out."""
 
 import math
 from collections.abc import Callable
+from itertools import repeat
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 AttrTarget = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -12,44 +13,120 @@ AttrTarget = str | Callable[[Tensor, Tensor], Tensor]
 # CPU a piece stays in its cache.
 _PIECE = {"cpu": 2**19}
 _PIECE_ELSEWHERE = 2**27
+# So many places share the reading of a layer's weights.
+_PLACES = 2048
 _LOG2_E = math.log2(math.e)
 
 
-def wanted_values(logits: Tensor, wanted: Tensor, attr_target: str) -> Tensor:
-    """Values of the ids wanted at each place.
+def logits_of(vectors: Tensor, where: Tensor, wanted: Tensor, layer: nn.Linear | None) -> Tensor:
+    """Logits of ids at places.
 
     Args:
-        logits: Shape ``(..., vocabulary)``.
-        wanted: Token ids ``(...)``.
-        attr_target: ``"log_prob"``, ``"prob"`` or ``"logit"``.
+        vectors: Logits ``(n_places, vocabulary)``, or what a layer makes them of.
+        where: Which of the places, int64 ``(n,)``.
+        wanted: Token ids ``(n,)``.
+        layer: That layer. None: `vectors` are the logits.
 
     Returns:
-        Shape ``(...)``, float64 on the CPU. Softmax and sums are taken in float32 at least.
+        Shape ``(n,)``, float64 on the CPU.
     """
-    flat = logits.reshape(-1, logits.shape[-1])
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    found = flat.gather(1, wanted.to(logits.device).reshape(-1, 1))[:, 0].to(dtype)
-    if attr_target != "logit":
-        found = found - _logsumexp(flat, dtype)
-    if attr_target == "prob":
-        found = found.exp()
-    return found.double().cpu().view(wanted.shape)
+    if layer is None:
+        return vectors[where.to(vectors.device), wanted.to(vectors.device)].cpu().double()
+    found = (vectors[where] * layer.weight[wanted]).sum(1, dtype=torch.float64)
+    bias = bias_of(layer)
+    return found if bias is None else found + bias[wanted]
 
 
-def _logsumexp(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log-sum-exps ``(n,)`` of logits ``(n, vocabulary)``.
+def bias_of(layer: nn.Linear) -> Tensor | None:
+    """What a layer adds to its product, ``(out_features,)``, if anything."""
+    return getattr(layer, "bias", None)
+
+
+def log_probs(logits: Tensor, where: Tensor, wanted: Tensor) -> Tensor:
+    """Log-probabilities of ids at places.
+
+    Args:
+        logits: Shape ``(n_places, vocabulary)``.
+        where: Which of the places, int64 ``(n,)``.
+        wanted: Token ids ``(n,)``.
+
+    Returns:
+        Shape ``(n,)``, float64 on the CPU. Softmax and sums are taken in float32 at least.
+    """
+    return logits_of(logits, where, wanted, None) - _logsumexp(logits)[where]
+
+
+def log_probs_of_product(
+    vectors: Tensor, where: Tensor, wanted: Tensor, layer: nn.Linear
+) -> Tensor:
+    """As `log_probs`, of logits that are never there as a whole.
+
+    Args:
+        vectors: What `layer` makes logits of, ``(n_places, size)``.
+        where: Which of the places, int64 ``(n,)``; each of them once at least.
+        wanted: Token ids ``(n,)``.
+        layer: A plain linear layer.
+    """
+    own = logits_of(vectors, where, wanted, layer)
+    # Powers are of what logits are above one that is wanted: their sums then are 1 or more, and
+    # nobody looks for the largest logit first.
+    level = own.new_full((len(vectors),), -torch.inf).scatter_reduce_(0, where, own, "amax")
+    level = (level * _LOG2_E).to(vectors.dtype)
+    found = (level.double() + _sums_of_powers(vectors, level, layer).log2()) / _LOG2_E
+    if len(beyond := (~found.isfinite()).nonzero()[:, 0]):  # above it by more than 88 nats
+        for some in beyond.split(max(1, _PIECE["cpu"] // layer.out_features)):
+            found[some] = _logsumexp(layer(vectors[some]))
+    return (own - found[where]).clamp_(max=0)
+
+
+def _sums_of_powers(vectors: Tensor, level: Tensor, layer: nn.Linear) -> Tensor:
+    """Sums over the vocabulary of the powers of 2 of ``logits / ln 2 - level``, piece by piece.
+
+    Args:
+        vectors: What `layer` makes logits of, ``(n, size)``.
+        level: Shape ``(n,)``.
+        layer: A plain linear layer.
+
+    Returns:
+        Shape ``(n,)``, float64.
+    """
+    found: list[Tensor] = []
+    for some, below in zip(vectors.split(_PLACES), level.split(_PLACES), strict=True):
+        n, size = len(some), max(1, _PIECE["cpu"] // len(some))
+        piece = some.new_empty(n * size)
+        sums = some.new_zeros(n, dtype=torch.float64)
+        # Words as rows: with the many first, a product of this shape takes a tenth less.
+        columns = (some * _LOG2_E).t().contiguous()
+        whole = bias_of(layer)
+        biases = repeat(None) if whole is None else whole.split(size)
+        for weight, bias in zip(layer.weight.split(size), biases, strict=False):
+            powers = piece[: len(weight) * n].view(len(weight), n)
+            if bias is None:
+                torch.addmm(below, weight, columns, beta=-1, out=powers)
+            else:
+                torch.sub(bias[:, None] * _LOG2_E, below, out=powers).addmm_(weight, columns)
+            sums += powers.exp2_().sum(0)
+        found.append(sums)
+    return torch.cat(found)
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """Log-sum-exps ``(n,)`` of logits ``(n, vocabulary)``, float64 on the CPU.
 
     On CPUs ``torch.logsumexp`` takes nearly twice the time, for the sake of its exponential.
     """
     n, vocabulary = logits.shape
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     size = max(1, _PIECE.get(logits.device.type, _PIECE_ELSEWHERE) // vocabulary)
     piece = logits.new_empty(min(n, size), vocabulary, dtype=dtype)
-    found: list[Tensor] = []
-    for some in logits.split(size):
-        largest = some.amax(1, keepdim=True).to(dtype)
-        powers = torch.sub(some, largest, out=piece[: len(some)]).mul_(_LOG2_E).exp2_()
-        found.append(powers.sum(1).log_() + largest[:, 0])
-    return torch.cat(found)
+    sums, largest = logits.new_empty(2, n, dtype=dtype)
+    for i in range(0, n, size):
+        some = logits[i : i + size]
+        level = some.amax(1, keepdim=True).to(dtype)
+        largest[i : i + size] = level[:, 0]
+        powers = torch.sub(some, level, out=piece[: len(some)]).mul_(_LOG2_E).exp2_()
+        torch.sum(powers, 1, out=sums[i : i + size])
+    return largest.cpu().double() + sums.cpu().double().log()
 
 
 def called_values(

@@ -31,6 +31,7 @@ class Memory:
         state_bytes: Bytes the model remembers of one position; None: estimated from its sizes.
         budget: Bytes a batch may take; None: of what is free now.
         lends: Whether rows have no copies of what was read before.
+        makes_logits: Whether logits are ever there.
     """
 
     def __init__(
@@ -43,12 +44,15 @@ class Memory:
         state_bytes: int | None,
         budget: int | None = None,
         lends: bool = False,
+        makes_logits: bool = True,
     ) -> None:
         config = _compat.text_config(model)
         self._itemsize = next((p.element_size() for p in model.parameters()), 4)
         self._hidden = int(getattr(config, "hidden_size", 0) or 1024)
         self._heads = int(getattr(config, "num_attention_heads", 0) or 1)
-        self._vocabulary = _compat.vocabulary_size(model) or 2**15
+        # Of one position: logits, and what they are reduced in.
+        vocabulary = _compat.vocabulary_size(model) or 2**15
+        self._logits = vocabulary * (self._itemsize + 6) if makes_logits else 0
         self._eager = _compat.has_eager_attention(model)
         self._lends = lends
         self._device, self._kept, self._n_target = device, kept, n_target
@@ -67,7 +71,7 @@ class Memory:
         new = longest - before
         kept = self._n_target if self._kept == "positions" else new
         # Logits, and a layer's activations: measured peaks lie below 24 vectors per token.
-        row = kept * self._vocabulary * (self._itemsize + 6)
+        row = kept * self._logits
         row += 24 * new * self._hidden * max(self._itemsize, 4)
         # A mask, and the scores themselves where attention makes them.
         row += new * longest * (8 + self._eager * self._heads * (self._itemsize + 4))
@@ -84,11 +88,10 @@ class Memory:
             longest: Number of ids of the longest row.
             before: Number of ids of each that the model has read before.
         """
-        logits = self._vocabulary * (self._itemsize + 6)
         # As in `most_rows`, and what is seen of each id.
         each = 24 * self._hidden * max(self._itemsize, 4) + self._state + 2 * longest
-        each += 0 if self._kept == "positions" else logits
-        row = self._n_target * logits if self._kept == "positions" else 1
+        each += 0 if self._kept == "positions" else self._logits
+        row = max(1, self._n_target * self._logits if self._kept == "positions" else 1)
         half = (self._budget - 3 * before * self._state) // 2
         most_ids = min(half // each, _IDS_PER_PACK.get(self._device.type, self._tokens))
         return max(1, most_ids), max(1, half // row)

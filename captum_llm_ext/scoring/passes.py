@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import attention, edges
-from captum_llm_ext.scoring.head import Head
-from captum_llm_ext.scoring.logits import AttrTarget, called_values, wanted_values
+from captum_llm_ext.scoring.head import Head, Said
+from captum_llm_ext.scoring.logits import AttrTarget, called_values
 from captum_llm_ext.scoring.memory import is_out_of_memory
 from captum_llm_ext.scoring.order import distinct_pairs
 from captum_llm_ext.scoring.packing import Pack, pack
@@ -92,6 +92,11 @@ class Passes:
         self.state_bytes: int | None = None
         self._arguments = _compat.forward_arguments(model)
         self._state = _compat.state_argument(model)
+
+    @property
+    def makes_logits(self) -> bool:
+        """Whether logits are there in a pass, as far as is known."""
+        return self._head.makes_logits
 
     def run(
         self,
@@ -185,14 +190,12 @@ class Passes:
         places = positions[index]
         inside = (places >= branch.start) & (places < branch.stop)
         which, tokens = inside.nonzero(as_tuple=True)
-        # One place may say several target tokens, each of them for many rows.
-        said, back = distinct_pairs(places[which, tokens] - branch.start, tokens)
+        needed, back = (places[which, tokens] - branch.start).unique(return_inverse=True)
         ids = torch.tensor([rows[branch.rows[0]].ids[branch.start : branch.stop]])
-        at = said[:1] if said.shape[1] else torch.tensor([[ids.shape[1] - 1]])
-        logits, state = self._logits(ids, at, state=state, keeps_state=True)
-        if said.shape[1] and isinstance(self.attr_target, str):
-            found = wanted_values(logits[0], target[said[1]], self.attr_target)
-            values[index[which], tokens] = found[back]
+        at = needed if len(needed) else torch.tensor([ids.shape[1] - 1])
+        said, state = self._pass(ids, at[None], state=state, keeps_state=True)
+        if len(needed) and isinstance(self.attr_target, str):
+            values[index[which], tokens] = _values(said, back, target[tokens], self.attr_target)
         return state
 
     def _ends(
@@ -204,20 +207,21 @@ class Passes:
         is_called = not isinstance(self.attr_target, str)
         columns = (at >= 0).any(0)
         places = (at if is_called else at[:, columns]).clamp(min=0)
-        logits = None
+        said = None
         if self.lends and state is not None and start * len(rows) >= self._least:
             try:
-                logits = self._read_on(ids, places, state, lends=True, extras=arguments)
+                said = self._read_on(ids, places, state, lends=True, extras=arguments)
             except NotImplementedError as failure:  # what the comparison did not meet
                 self._stop_lending(failure)
-        if logits is None:
-            logits = self._read_on(ids, places, state, lends=False, extras=arguments)
+        if said is None:
+            said = self._read_on(ids, places, state, lends=False, extras=arguments)
         if not isinstance(self.attr_target, str):
-            values = called_values(logits, target, self.attr_target)
+            values = called_values(said.logits(), target, self.attr_target)
         else:
             values = torch.full(at.shape, torch.nan, dtype=torch.float64)
-            wanted = target[columns].expand(len(rows), -1)
-            values[:, columns] = wanted_values(logits, wanted, self.attr_target)
+            wanted = target[columns].repeat(len(rows))
+            found = said.values(torch.arange(len(wanted)), wanted, self.attr_target)
+            values[:, columns] = found.view(places.shape)
         return values.masked_fill(at < 0, torch.nan)
 
     def _packed(
@@ -232,24 +236,21 @@ class Passes:
         places = pad_sequence(list(packed.places), batch_first=True)
         where = places.gather(1, positions.clamp(min=0))[said]
         needed, back = where.unique(return_inverse=True)
-        logits, state = self._pack_logits(packed, needed, state)
+        answer, state = self._read_pack(packed, needed, state)
         if not isinstance(self.attr_target, str):
             index = torch.zeros(said.shape, dtype=torch.int64)
             index[said] = back
+            logits = answer.logits()[0]
             values = called_values(logits[index.to(logits.device)], target, self.attr_target)
             return values.masked_fill(~said, torch.nan), state
-        # A place may say several target tokens, and each of them for many rows.
-        pairs, back = distinct_pairs(back, target[tokens])
-        if not torch.equal(pairs[0], torch.arange(len(logits))):
-            logits = logits[pairs[0].to(logits.device)]
         values = torch.full(said.shape, torch.nan, dtype=torch.float64)
-        values[said] = wanted_values(logits, pairs[1], self.attr_target)[back]
+        values[said] = _values(answer, back, target[tokens], self.attr_target)
         return values, state
 
-    def _pack_logits(
+    def _read_pack(
         self, packed: Pack, needed: Tensor, state: Any, *, cuts: bool = False
-    ) -> tuple[Tensor, Any]:
-        """Logits ``(n, vocabulary)`` at places of a pack, and the state after it.
+    ) -> tuple[Said, Any]:
+        """What is said ``(1, n)`` at places of a pack, and the state after it.
 
         Args:
             packed: The rows.
@@ -273,7 +274,7 @@ class Passes:
                 ):
                     if cuts or 2 * len(some) < length:
                         stack.enter_context(edges.for_some(layer, some, spread, length, is_time))
-            logits, state = self._logits(
+            answer, state = self._pass(
                 ids[None],
                 at[None],
                 state=copies(state),
@@ -283,7 +284,7 @@ class Passes:
             )
         if not packing.is_through():
             raise NotImplementedError(f"{packing.n_attended} layers attend")
-        return logits[0], state
+        return answer, state
 
     def _read_on(
         self,
@@ -293,18 +294,18 @@ class Passes:
         *,
         lends: bool,
         extras: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """Logits at places of rows that begin with what a state of one row has read, if any."""
+    ) -> Said:
+        """What rows say that begin with what a state of one row has read, if any."""
         if state is None or not lends:
-            return self._logits(ids, at, state=copies(state, len(ids)), extras=extras)[0]
+            return self._pass(ids, at, state=copies(state, len(ids)), extras=extras)[0]
         borrowed, loans = lent(state, len(ids))
         with attention.merged(self.model):
-            logits, _ = self._logits(ids, at, state=borrowed, extras=extras)
+            said, _ = self._pass(ids, at, state=borrowed, extras=extras)
         if not all(loan.was_used for loan in loans):
             raise NotImplementedError("attention that does not see what is lent")
-        return logits
+        return said
 
-    def _logits(
+    def _pass(
         self,
         ids: Tensor,
         at: Tensor,
@@ -313,10 +314,10 @@ class Passes:
         keeps_state: bool = False,
         extras: Mapping[str, Any] | None = None,
         n_rows: int | None = None,
-    ) -> tuple[Tensor, Any]:
-        """Logits at places ``at (batch, n)`` of ``ids (batch, length)``, and the state after.
+    ) -> tuple[Said, Any]:
+        """What is said at places ``at (batch, n)`` of ``ids (batch, length)``; the state after.
 
-        They are good until the next pass.
+        It is good until the next pass.
         """
         self._check_ids(ids)
         self.n_rows = n_rows or len(ids)
@@ -330,14 +331,13 @@ class Passes:
         elif self.kept == "count":
             arguments["logits_to_keep"] = ids.shape[1] - int(at.min())
         # A callable of the user's may keep what it is given.
-        with self._head.in_place() if isinstance(self.attr_target, str) else nullcontext():
+        with self._head.watched() if isinstance(self.attr_target, str) else nullcontext():
             output = self.model(input_ids=ids.to(self.device), **arguments)
         self.n_positions += ids.numel()
-        logits = _compat.sequence_logits(output)
+        said = self._head.said(_compat.sequence_logits(output))
         if self.kept != "positions":
-            at = (at - (ids.shape[1] - logits.shape[1])).to(logits.device)
-            logits = logits.gather(1, at[..., None].expand(-1, -1, logits.shape[2]))
-        return logits, getattr(output, self._state, None) if self._state else None
+            said = said.at(at - (ids.shape[1] - said.vectors.shape[1]))
+        return said, getattr(output, self._state, None) if self._state else None
 
     def _check_ids(self, ids: Tensor) -> None:
         size = _compat.vocabulary_size(self.model)
@@ -382,16 +382,16 @@ class Passes:
         other = [*row[:parting], another, *row[parting + 1 : parting + _PARTED // 2]]
         # The first that has another's token before it in the pack, and those after it.
         at = torch.tensor([parting, (parting + len(row) - 1) // 2, len(row) - 1]).unique()
-        alone, state = self._logits(torch.tensor([row]), at[None], keeps_state=True)
-        alone = alone[0].clone()
+        said, state = self._pass(torch.tensor([row]), at[None], keeps_state=True)
+        alone = said.logits().clone()
         self.chains = state is not None and _compat.keeps_every_id(state)
         n_read = max(0, parting - _PARTED // 4) if self.chains else 0
         packed = pack([other, row], n_read)
 
         def error() -> float:
             before = part(state, torch.arange(n_read))
-            found, _ = self._pack_logits(packed, packed.places[1][at], before, cuts=True)
-            return _error(found, alone)
+            found, _ = self._read_pack(packed, packed.places[1][at], before, cuts=True)
+            return _error(found.logits(), alone)
 
         if self._ends_of_model is not None:
             try:
@@ -423,7 +423,7 @@ class Passes:
         for a, b in ((0, middle), (middle, shared)):
             if b > a:
                 ids = torch.tensor([row[a:b]])
-                _, state = self._logits(
+                _, state = self._pass(
                     ids, torch.tensor([[b - a - 1]]), state=state, keeps_state=True
                 )
         if state is None:
@@ -433,12 +433,13 @@ class Passes:
         # The first that has nothing but the state before it, and the last.
         at = torch.tensor([[0, len(end) - 1] for end in ends])
         alone = [
-            self._logits(torch.tensor([ids]), at[i : i + 1] + shared)[0].clone()
+            self._pass(torch.tensor([ids]), at[i : i + 1] + shared)[0].logits().clone()
             for i, ids in enumerate((row, other))
         ]
 
         def error(*, lends: bool) -> float:
-            return _error(self._read_on(_padded(ends), at, state, lends=lends), torch.cat(alone))
+            found = self._read_on(_padded(ends), at, state, lends=lends)
+            return _error(found.logits(), torch.cat(alone))
 
         copied = error(lends=False)
         if copied <= 1 and self.lends is not False and shared * _ROWS_IN_MIND >= self._least:
@@ -480,6 +481,12 @@ class _LastRow:
     def after(self, n: int) -> Any:
         """The state after its first `n` ids."""
         return part(self.state, self.places[:n])
+
+
+def _values(said: Said, where: Tensor, wanted: Tensor, attr_target: str) -> Tensor:
+    """As `Said.values`; a place may say several ids, and each of them for many rows."""
+    pairs, back = distinct_pairs(where, wanted)
+    return said.values(pairs[0], pairs[1], attr_target)[back]
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -454,6 +454,8 @@ class Scorer:
             state_bytes=self._passes.state_bytes,
             budget=self._budget,
             lends=bool(self.lends),
+            # What is known later must not change batches that an earlier run may have begun with.
+            makes_logits=self._passes.makes_logits or self._keeps_budget,
         )
 
     def _most_rows(self, n_rows: int, longest: int) -> int:
