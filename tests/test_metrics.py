@@ -33,6 +33,7 @@ from captum_llm_ext.metrics import (
     Estimate,
     comprehensiveness,
     linear_datamodeling_score,
+    measure_attributions,
     perturbation_curve,
     sufficiency,
 )
@@ -184,6 +185,20 @@ def test_areas_have_no_share_where_features_together_raise_nothing():
     assert np.isnan(float(rounding.normalized_area))
 
 
+def test_areas_have_no_share_where_full_and_empty_differ_within_their_error():
+    class Drawn(Recorded):
+        def draw_values(self, masks):
+            return np.stack([masks.sum(1) * slope for slope in slopes])
+
+    slopes = [1.0, 3.0, -2.0, 0.5]  # full less empty is 1.25 ± 2.1
+    unsure = perturbation_curve([2.0, 1.0], Drawn(None, 2)).normalized_area
+    assert np.isnan(float(unsure))
+    slopes = [1.0, 1.2, 0.8, 1.1]
+    sure = perturbation_curve([2.0, 1.0], Drawn(None, 2)).normalized_area
+    assert float(sure) == pytest.approx(0.5)  # whatever the slope
+    assert float(sure.value.standard_error) == pytest.approx(0.0, abs=1e-12)
+
+
 def test_equal_attributions_are_judged_by_no_place():
     # One feature of twelve matters; where no attribution says so, on average it goes in the middle.
     n, areas = 12, []
@@ -256,6 +271,29 @@ def test_the_jackknife_tells_how_scores_of_other_coalitions_differ():
     assert errors == pytest.approx(spread, rel=0.25)  # a spread of 80 runs is known to 8 %
     few = [linear_datamodeling_score(weights, both, share=0.9, seed=s) for s in range(3)]
     assert all(float(run.value.standard_error) > 0 for run in few)
+
+
+def test_numbers_of_other_packages_are_measured_side_by_side():
+    weights = [3.0, 1.0, -2.0, 0.5]
+    recorded = Recorded(linear(weights), 4)
+    given = {"right": weights, "wrong": [-w for w in weights]}
+    report = measure_attributions(given, recorded, k=2, unit="points")
+    assert len(recorded.calls) == 1
+    assert (report.names, report.features[-1]) == (["right", "wrong"], "player 3")
+    assert float(report.metrics["right"]["lds"]) == pytest.approx(1.0)
+    assert float(report.metrics["wrong"]["comprehensiveness@2"]) == pytest.approx(-1.5)
+    # Each metric is what its own function gives.
+    alone = comprehensiveness(weights, linear(weights), 2)
+    assert float(report.metrics["right"][alone.name]) == float(alone)
+    better = report.difference("right", "wrong")
+    assert all(float(better[name]) > 0 for name in better)
+    assert "comprehensiveness@2 (higher is better, points)" in str(report)
+    with pytest.raises(TypeError, match="mapping from names to numbers"):
+        measure_attributions(weights, recorded)
+    with pytest.raises(ValueError, match=r"`attributions\['a'\]` has shape \(1,\): give \(4,\)"):
+        measure_attributions({"a": [1.0]}, recorded)
+    with pytest.raises(ValueError, match="'b' has 3 numbers, another has 4"):
+        measure_attributions({"a": weights, "b": weights[:3]}, linear(weights))
 
 
 # Standard errors ---------------------------------------------------------------------------------
@@ -494,7 +532,10 @@ def test_what_does_not_fit_is_refused(model, tokenizer):
     refused("`output_unit` and `output_baselines` have no meaning", output_unit="word")
     refused("there is no token 9", token=9)
     refused("0 target tokens are 'chess'", token="chess")
-    refused("or a span", token=(2, 2))
+    refused("which is empty", token=(2, 2))
+    refused("`token` is 1.5: give the position or the text", TypeError, token=1.5)
+    refused("`token` is \\(1, None\\)", TypeError, token=(1, None))
+    refused("`seed` is '0'", seed="0")
     refused("numbers of features from 1 to 4", k=5)
     refused("`n_draws` is 0", n_draws=0)
     refused("`n_orders` is 0", n_orders=0)

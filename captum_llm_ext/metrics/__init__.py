@@ -9,6 +9,7 @@ from captum_llm_ext.metrics.faithfulness import measure_faithfulness
 from captum_llm_ext.metrics.game_metrics import (
     comprehensiveness,
     linear_datamodeling_score,
+    measure_attributions,
     perturbation_curve,
     sufficiency,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "PerturbationCurve",
     "comprehensiveness",
     "linear_datamodeling_score",
+    "measure_attributions",
     "measure_faithfulness",
     "perturbation_curve",
     "sufficiency",

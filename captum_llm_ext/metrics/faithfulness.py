@@ -49,7 +49,7 @@ def measure_faithfulness(
     Absent features are replaced as the *input's own* baselines say, with draws of their own (others
     than those of ``attribute`` with the same seed), averaged, for every value. Give an input with
     `CorpusBaselines`: metrics that delete features, or put one token in their place, ask the model
-    about texts it never saw, and rank true causes low.
+    about texts it never saw, and put true causes last (``benchmarks/faithfulness.py``).
 
     It takes up to ``n_draws`` × (2 × `max_steps` for every result + `max_steps` × `n_orders` +
     `n_coalitions`) evaluations, each row once, all in one call.
@@ -126,17 +126,14 @@ def measure_faithfulness(
         absent["output"] = prompt.baseline if output_baselines is None else output_baselines
     _warn_of_absence(absent.values())
     _warn_of_another_model(named, span, game.grand_coalition_value)
-    unit = unit_of(first)
-    measured = measure(attributions, game, questions, unit)
-    return FaithfulnessReport(
-        names=list(named),
-        target=_target(first, span),
+    return measure(
+        attributions,
+        game,
+        questions,
         features=list(game.player_names),
+        unit=unit_of(first),
+        target=_target(first, span),
         absence=_absence(absent),
-        unit=unit,
-        **vars(measured),
-        n_draws=game.n_draws,
-        seed=seed,
     )
 
 
@@ -154,9 +151,9 @@ def _warn_of_absence(baselines: Iterable[object]) -> None:
         what = "become one and the same token" if is_token else "are deleted"
         warnings.warn(
             f"Absent features {what}: faithfulness is measured on texts that the model never saw. "
-            "On languages whose causes are known, metrics like that put the true causes next to "
-            "last, just above random ones; with what stands in the same slot elsewhere they come "
-            "out among the best. Give the input `baselines=CorpusBaselines(texts)`.",
+            "On a language whose causes are known, metrics like that put the true causes last or "
+            "next to last, hardly above random numbers; by what stands in the same slot elsewhere "
+            "they come out first. Give the input `baselines=CorpusBaselines(texts)`.",
             stacklevel=3,
         )
         return

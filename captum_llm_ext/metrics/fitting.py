@@ -94,30 +94,35 @@ def check_fit(
             )
         explained = result.provenance.get("attr_target", value)
         if explained != value:
+            can_refit = {explained, value} <= {"log_prob", "prob"}
             raise ValueError(
                 f"{name!r} explains {explained!r}, `attribution` scores {value!r}: give a "
-                f"`GenerationAttribution(…, attr_target={explained!r})`, or "
-                f"`result.refit(attr_target={value!r})`."
+                f"`GenerationAttribution` whose `attr_target` is {explained!r}"
+                + (f", or `result.refit(attr_target={value!r})`." if can_refit else ".")
             )
 
 
-def span_of(result: GenerationAttributionResult, token: Token | None) -> tuple[int, int]:
+def span_of(result: GenerationAttributionResult, token: Token) -> tuple[int, int]:
     """The target tokens that are measured.
 
     Raises:
+        TypeError: If `token` is of the wrong kind.
         ValueError: If there are none.
     """
     n_target = len(result.output_tokens)
-    if token is None:
-        return 0, n_target
     if isinstance(token, int | str):
         start = result.position(token)
         return start, start + 1
+    if not isinstance(token, Sequence) or [type(place) for place in token] != [int, int]:
+        raise TypeError(
+            f"`token` is {token!r}: give the position or the text of a target token, or a span of "
+            "them, (start, stop)."
+        )
     chosen = range(n_target)[token[0] : token[1]]
     if not chosen:
         raise ValueError(
-            f"`token` is {token!r}: give the position or the text of one of {n_target} target "
-            "tokens, or a span (start, stop)."
+            f"`token` is {token!r}, which is empty: give a span (start, stop) of {n_target} target "
+            "tokens."
         )
     return chosen.start, chosen.stop
 

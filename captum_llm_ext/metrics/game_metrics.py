@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.metrics.asking import Game, ask
-from captum_llm_ext.metrics.estimate import Estimate
+from captum_llm_ext.metrics.report import FaithfulnessReport
 from captum_llm_ext.metrics.scores import Kind, Metric, Paths, PerturbationCurve, RandomCoalitions
 
 _USUAL_K = (1, 3, 5)
@@ -49,6 +49,8 @@ class Questions:
                 raise ValueError(
                     f"`{name}` is {value!r}: give an integer of at least {least_value}."
                 )
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"`seed` is {self.seed!r}: give an integer.")
         if not 0 < self.share < 1:
             raise ValueError(f"`share` is {self.share!r}: give a number between 0 and 1.")
 
@@ -67,34 +69,26 @@ class Questions:
         return sorted(set(wanted))
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What a game says of attributions.
-
-    Attributes:
-        curves: By name of the attribution and kind, strongest first.
-        metrics: By name of the attribution and of the metric.
-        full, empty: What all features are worth, and none.
-        n_coalitions: Distinct coalitions that the game was asked.
-    """
-
-    curves: dict[str, dict[Kind, PerturbationCurve]]
-    metrics: dict[str, dict[str, Metric]]
-    full: Estimate
-    empty: Estimate
-    n_coalitions: int
-
-
 def measure(
-    attributions: Mapping[str, Tensor], game: Game, questions: Questions, unit: str | None
-) -> Measured:
+    attributions: Mapping[str, Tensor],
+    game: Game,
+    questions: Questions,
+    *,
+    features: list[str],
+    unit: str | None,
+    target: str = "a game",
+    absence: str = "as the game has it",
+) -> FaithfulnessReport:
     """Every metric of every attribution, from one call of the game.
 
     Args:
         attributions: By name, float64 ``(n,)``.
         game: A function of coalitions, see `ask`.
         questions: What is asked of it.
+        features: Names of the players.
         unit: Of its values.
+        target: What is explained.
+        absence: What stands where a feature is absent.
     """
     generator = torch.Generator().manual_seed(questions.seed)
     n = len(next(iter(attributions.values())))
@@ -114,7 +108,20 @@ def measure(
     scores = coalitions.read(answers[n_along:], attributions)
     metrics = {name: _told(curves[name], k) | {"lds": scores[name]} for name in attributions}
     path = next(iter(curves.values()))["insertion"].values
-    return Measured(curves, metrics, path[-1], path[0], len(masks.unique(dim=0)))
+    return FaithfulnessReport(
+        names=list(attributions),
+        target=target,
+        features=features,
+        absence=absence,
+        unit=unit,
+        full=path[-1],
+        empty=path[0],
+        metrics=metrics,
+        curves=curves,
+        n_draws=getattr(game, "n_draws", 1),
+        n_coalitions=len(masks.unique(dim=0)),
+        seed=questions.seed,
+    )
 
 
 def _told(curves: Mapping[Kind, PerturbationCurve], k: Sequence[int]) -> dict[str, Metric]:
@@ -136,6 +143,52 @@ def _between(name: str, upper: Metric, lower: Metric) -> Metric:
     """What lies between the curves of weakest-first and strongest-first removal."""
     value, reference = upper.value - lower.value, upper.reference - lower.reference
     return Metric(name, value, reference, upper.unit, True)
+
+
+def measure_attributions(
+    attributions: Mapping[str, Any],
+    game: Game,
+    *,
+    k: int | Sequence[int] | None = None,
+    n_orders: int = 8,
+    n_coalitions: int = 128,
+    max_steps: int = 20,
+    seed: int = 0,
+    unit: str | None = None,
+) -> FaithfulnessReport:
+    """Every metric of any attributions of one game, as `measure_faithfulness` has it for results.
+
+    Args:
+        attributions: By name, shape ``(n_players,)`` each: of whatever method or package.
+        game: As of `perturbation_curve`.
+        k: For comprehensiveness and sufficiency: numbers of features. None: those of 1, 3 and 5
+            that there are features for.
+        n_orders: Random orders that curves are held against.
+        n_coalitions: Random coalitions of the linear datamodeling score.
+        max_steps: At most so many steps of a curve, those at `k` not counted.
+        seed: Of everything that is drawn here.
+        unit: Of the game's values.
+
+    Raises:
+        ValueError: As `perturbation_curve`.
+        TypeError: If `attributions` is no mapping.
+    """
+    if not isinstance(attributions, Mapping) or not attributions:
+        raise TypeError(
+            "`attributions` must be a mapping from names to numbers, such as "
+            "`{'mine': attributions}`, and hold at least one."
+        )
+    questions = Questions(k, n_orders, n_coalitions, max_steps=max_steps, seed=seed)
+    numbers = {
+        name: as_attributions(f"attributions[{name!r}]", given, game)
+        for name, given in attributions.items()
+    }
+    n = len(next(iter(numbers.values())))
+    for name, attr in numbers.items():
+        if len(attr) != n:
+            raise ValueError(f"{name!r} has {len(attr)} numbers, another has {n}: give one each.")
+    names = getattr(game, "player_names", None) or [f"player {i}" for i in range(n)]
+    return measure(numbers, game, questions, features=list(names), unit=unit)
 
 
 # One metric at a time ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from captum_llm_ext.metrics.estimate import Estimate, average
 Kind = Literal["removal", "insertion"]
 # Full minus empty, relative to the larger of them, below which it is rounding of float32.
 _ROUNDING = 1e-6
+_SURE = 1.96  # standard errors
 _SHUFFLES = 100  # they cost no coalition
 _MOST_AT_ONCE = 2**22  # numbers of a jackknife over coalitions
 
@@ -81,14 +82,18 @@ class PerturbationCurve:
         """`area` over full minus empty.
 
         1 if the value were that of all features all along, 0 if it were that of none. NaN where
-        full is not above empty: then features do not raise the value together, and there is no
-        share of what they do.
+        full is not above empty by more than the error of that (1.96 standard errors): then features
+        do not raise the value together, and there is no share of what they do.
         """
+        span = self.values.map(lambda path: self._full(path) - self._empty(path))
+        least = _ROUNDING * float(self.values.value[[0, -1]].abs().max())
+        error = float(span.standard_error.nan_to_num())
+        has_meaning = float(span) > max(least, _SURE * error)
 
         def share(path: Tensor) -> Tensor:
-            span = self._full(path) - self._empty(path)
-            least = _ROUNDING * path[:, [0, -1]].abs().amax(1)
-            return torch.where(span > least, self._height(path) / span, torch.nan)
+            if not has_meaning:
+                return torch.full_like(path[:, 0], torch.nan)
+            return self._height(path) / (self._full(path) - self._empty(path))
 
         return self._metric(f"normalized_{self.kind}_area", None, share, self._rises)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LONGEST = 40  # characters
-_MOST_WIDER = 3
 _MOST_MARKS = 25  # marks of a line; more of them would be a bar
 
 
@@ -72,13 +72,13 @@ def perturbation_curves(
     for i, text in enumerate(labels):
         colour, marker = LINES[i % len(LINES)]
         spread = _errors("errors", errors, solid)[i]
-        looks = {"colour": colour, "marker": marker, "wider": len(labels) - 1 - i}
-        _curve(ax, x, solid[i], spread, **looks)
+        wider = (len(labels) - 1 - i) / max(len(labels) - 1, 1)
+        curve = partial(_curve, ax, x, colour=colour, marker=marker, wider=wider)
+        curve(solid[i], spread)
         ax.plot([], [], color=colour, marker=marker, markersize=4.5, label=label(text, _LONGEST))
         if dashed is not None:
             weakest = array("dashed", dashed, shape)
-            spread = _errors("dashed_errors", dashed_errors, weakest)[i]
-            _curve(ax, x, weakest[i], spread, style="--", **looks)
+            curve(weakest[i], _errors("dashed_errors", dashed_errors, weakest)[i], style="--")
     if dashed is not None:
         ax.plot([], [], color=MUTED, linestyle="--", label="smallest attribution first")
     _label(ax, what, unit, labels)
@@ -94,21 +94,20 @@ def _curve(
     colour: str,
     style: str = "-",
     marker: str | None = None,
-    wider: int = 0,
+    wider: float = 0.0,
 ) -> None:
     ax.fill_between(x, y - spread, y + spread, color=colour, alpha=0.18, linewidth=0)
     every = max(1, -(-len(x) // _MOST_MARKS))
     # What comes later would hide those below it where they are equal.
-    size = min(wider, _MOST_WIDER)
     ax.plot(
         x,
         y,
         style,
         color=colour,
         marker=marker,
-        markersize=4.5 + 2.5 * size,
+        markersize=4.5 + 3.0 * wider,
         markevery=every,
-        linewidth=1.5 + 1.5 * size,
+        linewidth=1.5 + 2.0 * wider,
     )
 
 
