@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"{row['measured_by']:28} {row['metric']:18} truth {row['scores']['the truth']:7.2f} "
             f"rank {row['rank_of_truth']:2} of {row['of']}, random {row['scores']['random']:7.2f}, "
-            f"best other +{row['best_other_less_truth']:.2f} ± {row['standard_error']:.2f} "
+            f"best other {row['best_other_less_truth']:+.2f} ± {row['standard_error']:.2f} "
             f"({row['best_other']})"
         )
 

@@ -49,7 +49,8 @@ def measure_faithfulness(
     Absent features are replaced as the *input's own* baselines say, with draws of their own (others
     than those of ``attribute`` with the same seed), averaged, for every value. Give an input with
     `CorpusBaselines`: metrics that delete features, or put one token in their place, ask the model
-    about texts it never saw, and put true causes last (``benchmarks/faithfulness.py``).
+    about texts it never saw, and put true causes hardly above random numbers
+    (``benchmarks/faithfulness.py``).
 
     It takes up to ``n_draws`` × (2 × `max_steps` for every result + `max_steps` × `n_orders` +
     `n_coalitions`) evaluations, each row once, all in one call.
@@ -69,7 +70,9 @@ def measure_faithfulness(
         n_orders: Random orders that curves are held against.
         n_coalitions: Random coalitions of the linear datamodeling score.
         max_steps: At most so many steps of a curve, those at `k` not counted.
-        output_unit, output_baselines, feature_mask: As the results were made; for a token only.
+        output_unit, output_baselines: As of ``attribute``, for a `token` only; the unit is that of
+            the results.
+        feature_mask: As of ``attribute``, if the results were made with one.
         seed: Of everything that is drawn.
         perturbations_per_eval: At most so many rows in a batch.
 
@@ -151,9 +154,10 @@ def _warn_of_absence(baselines: Iterable[object]) -> None:
         what = "become one and the same token" if is_token else "are deleted"
         warnings.warn(
             f"Absent features {what}: faithfulness is measured on texts that the model never saw. "
-            "On a language whose causes are known, metrics like that put the true causes last or "
-            "next to last, hardly above random numbers; by what stands in the same slot elsewhere "
-            "they come out first. Give the input `baselines=CorpusBaselines(texts)`.",
+            "On a language whose causes are known, metrics like that put the true causes hardly "
+            "above random numbers and far below attributions made in the same way; by what stands "
+            "in the same slot elsewhere they come out best. Give the input "
+            "`baselines=CorpusBaselines(texts)`.",
             stacklevel=3,
         )
         return
