@@ -49,8 +49,8 @@ def measure_faithfulness(
     Absent features are replaced as the *input's own* baselines say, with draws of their own (others
     than those of ``attribute`` with the same seed), averaged, for every value. Give an input with
     `CorpusBaselines`: metrics that delete features, or put one token in their place, ask the model
-    about texts it never saw, and put true causes hardly above random numbers
-    (``benchmarks/faithfulness.py``).
+    about texts it never saw, and most of them put true causes not far above random
+    numbers (``benchmarks/faithfulness.py``).
 
     It takes up to ``n_draws`` × (2 × `max_steps` for every result + `max_steps` × `n_orders` +
     `n_coalitions`) evaluations, each row once, all in one call.
@@ -154,8 +154,8 @@ def _warn_of_absence(baselines: Iterable[object]) -> None:
         what = "become one and the same token" if is_token else "are deleted"
         warnings.warn(
             f"Absent features {what}: faithfulness is measured on texts that the model never saw. "
-            "On a language whose causes are known, metrics like that put the true causes hardly "
-            "above random numbers and far below attributions made in the same way; by what stands "
+            "On a language whose causes are known, most metrics like that put the true causes not "
+            "far above random numbers, and below attributions made in the same way; by what stands "
             "in the same slot elsewhere they come out best. Give the input "
             "`baselines=CorpusBaselines(texts)`.",
             stacklevel=3,

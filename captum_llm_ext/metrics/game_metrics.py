@@ -289,10 +289,11 @@ def linear_datamodeling_score(
         share: Probability that a feature is present.
 
     Returns:
-        The score. Its standard error is the jackknife's over coalitions, and over the game's draws.
-        The reference are the same numbers dealt out to the features at random: it is above 0
-        where attributions, and values, rise with the number of features alone. Noise of few draws
-        lowers the score of every attribution.
+        The score. Its standard error is the jackknife's over coalitions, and over the game's draws,
+        variances added. Where values have few levels, whose order hangs on the draws, the latter is
+        too large rather than too small: ranks change by leaps. The reference are the same numbers
+        dealt out to the features at random: it is above 0 where attributions, and values, rise with
+        the number of features alone. Noise of few draws lowers the score of every attribution.
 
     Raises:
         ValueError: As `perturbation_curve`.
