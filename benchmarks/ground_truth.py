@@ -82,6 +82,16 @@ def attribute(
 ) -> Any:
     """Attributes the document's own continuation; features are its slots and connecting words."""
     kind, arguments = METHODS[method]
+    inp, output = as_input(document, tokenizer, absence)
+    return GenerationAttribution(kind(model), tokenizer).attribute(
+        inp, document.continuation, seed=seed, **output, **arguments
+    )
+
+
+def as_input(
+    document: Document, tokenizer: Any, absence: Absence
+) -> tuple[TextSegmentInput, dict[str, Any]]:
+    """The document's prompt, and what `attribute` is told of its output."""
     spans = [(s.start, s.stop) for s in document.segments("prompt")]
     output = [(s.start, s.stop) for s in document.segments("continuation")]
     inp = TextSegmentInput(
@@ -91,14 +101,8 @@ def attribute(
         labels=[s.slot for s in document.segments("prompt")],
         baselines=absence.prompt(document),
     )
-    return GenerationAttribution(kind(model), tokenizer).attribute(
-        inp,
-        document.continuation,
-        output_unit=[(start - document.cut, stop - document.cut) for start, stop in output],
-        output_baselines=absence.output(document),
-        seed=seed,
-        **arguments,
-    )
+    unit = [(start - document.cut, stop - document.cut) for start, stop in output]
+    return inp, {"output_unit": unit, "output_baselines": absence.output(document)}
 
 
 def precision(document: Document, result: Any, *, content_only: bool = False) -> dict[str, float]:

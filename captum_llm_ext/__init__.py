@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.gradient import GenerationGradientAttribution
     from captum_llm_ext.inputs import ChatInput, TextSegmentInput
     from captum_llm_ext.methods import FeatureInclusion, HierarchicalAblation, PartitionShap
+    from captum_llm_ext.metrics import FaithfulnessReport, measure_faithfulness
     from captum_llm_ext.remote import (
         ApiError,
         CompletionsProvider,
@@ -59,6 +60,7 @@ __all__ = [
     "CorpusBaselines",
     "DatasetReport",
     "Deletion",
+    "FaithfulnessReport",
     "FeatureInclusion",
     "FixedTexts",
     "GenerationAttribution",
@@ -79,6 +81,7 @@ __all__ = [
     "attribute_dataset",
     "compare_baselines",
     "load_demo",
+    "measure_faithfulness",
 ]
 
 # Names are imported when they are first asked for: torch takes seconds, in which the command line
@@ -93,6 +96,7 @@ _NAMES = {
     "gradient": "GenerationGradientAttribution",
     "inputs": "ChatInput TextSegmentInput",
     "methods": "FeatureInclusion HierarchicalAblation PartitionShap",
+    "metrics": "FaithfulnessReport measure_faithfulness",
     "remote": "ApiError CompletionsProvider RemoteGenerationAttribution TokenProvider",
     "result": "Cause GenerationAttributionResult Redundancy SpanAttribution UnresolvedGroup",
     "sensitivity": "BaselineComparison compare_baselines",

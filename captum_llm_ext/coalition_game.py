@@ -28,6 +28,8 @@ class CoalitionGame:
 
     Attributes:
         n_players: Number of players.
+        n_draws: Draws that a value averages; 1 where nothing is drawn.
+        deterministic: Whether nothing is drawn.
         player_names: One name each.
         empty_coalition_value, grand_coalition_value: Before anything is subtracted.
         normalization_value: What is subtracted.
@@ -37,11 +39,12 @@ class CoalitionGame:
         self, game: Game, start: int, stop: int, *, n_draws: int = 8, normalize: bool = True
     ) -> None:
         self._game, self._span = game, slice(start, stop)
-        self._n_draws = 1 if game.deterministic else n_draws
+        self.deterministic = game.deterministic
+        self.n_draws = 1 if game.deterministic else n_draws
         self._seed = int(torch.randint(2**62, (), generator=game.run.generator))
         self.n_players = int(game.scope.n_visible[start])
         self.player_names = game.names[: self.n_players]
-        ends = self._values(torch.tensor([[False], [True]]).expand(2, self.n_players))
+        ends = self._values(torch.tensor([[False], [True]]).expand(2, self.n_players)).mean(0)
         self.empty_coalition_value, self.grand_coalition_value = ends.tolist()
         self.normalization_value = self.empty_coalition_value if normalize else 0.0
 
@@ -54,6 +57,20 @@ class CoalitionGame:
 
         Returns:
             A numpy array of float64, shape ``(n_coalitions,)``.
+
+        Raises:
+            ValueError: If there is another number of players.
+        """
+        return self.draw_values(coalitions).mean(0)
+
+    def draw_values(self, coalitions: Any) -> Any:
+        """The values of coalitions under each draw: what a call averages.
+
+        Args:
+            coalitions: As of a call.
+
+        Returns:
+            A numpy array of float64, shape ``(n_draws, n_coalitions)``.
 
         Raises:
             ValueError: If there is another number of players.
@@ -71,12 +88,12 @@ class CoalitionGame:
 
     def _values(self, masks: Tensor) -> Tensor:
         if not len(masks):
-            return torch.zeros(0, dtype=torch.float64)
+            return torch.zeros(self.n_draws, 0, dtype=torch.float64)
         rest = self._game.n_features - self.n_players
         masks = torch.nn.functional.pad(masks, (0, rest), value=True)
-        draws = torch.arange(self._n_draws).repeat_interleave(len(masks))
-        plan = Plan(masks.repeat(self._n_draws, 1), draws)
+        draws = torch.arange(self.n_draws).repeat_interleave(len(masks))
+        plan = Plan(masks.repeat(self.n_draws, 1), draws)
         values = self._game.values(plan, self._seed)[:, self._span]
         is_probability = self._game.run.scorer.attr_target == "prob"
         worth = values.prod(1) if is_probability else values.sum(1)
-        return worth.view(self._n_draws, -1).mean(0)
+        return worth.view(self.n_draws, -1)

@@ -1,10 +1,16 @@
-"""Attributions name the true causes of a language whose causes are known."""
+"""Attributions name the true causes of a language whose causes are known; metrics know them."""
 
 from statistics import mean
 
 import pytest
+import torch
+from captum.attr import FeatureAblation
 from fact_grammar import Grammar, corpus, load
-from ground_truth import absences, attribute, documents, precision
+from faithfulness import candidates, words
+from ground_truth import absences, as_input, attribute, documents, precision
+
+from captum_llm_ext import GenerationAttribution
+from captum_llm_ext.metrics import measure_attributions
 
 SAME_SLOT = [
     "same slot, lists by hand",
@@ -57,3 +63,38 @@ def test_deletion_names_far_fewer(known, absent, method):
         ).values()
     ]
     assert mean(found) < 0.5
+
+
+def test_metrics_put_the_truth_first_by_the_same_slot_and_not_by_deletion(known, absent):
+    same_slot = "same slot, `CorpusBaselines`"
+    document = documents(1, seed=3)[0]
+    results = {
+        name: attribute(*known, document, "leave-one-out", absent[name])
+        for name in ("deletion", same_slot)
+    }
+    attribution = GenerationAttribution(FeatureAblation(known[0]), known[1])
+    behind: dict[str, list[float]] = {"deletion": [], same_slot: []}
+    ahead: list[float] = []
+    draw = torch.Generator().manual_seed(0)
+    for word, place in words(document).items():
+        given = candidates(document, word, place, results, draw)
+        pieces = results["deletion"].output_pieces
+        rows = [t for t, piece in enumerate(pieces) if piece.feature == place]
+        for name, found in behind.items():
+            inp, output = as_input(document, known[1], absent[name])
+            span = (rows[0], rows[-1] + 1)
+            game = attribution.to_game(
+                inp, document.continuation, token=span, n_draws=2, seed=9, **output
+            )
+            report = measure_attributions(
+                given, game, k=len(document.causes[word]), n_coalitions=3, n_orders=1
+            )
+            area = {one: float(report.metrics[one]["area_between"]) for one in given}
+            found.append(max(area.values()) - area["the truth"])
+            if name == same_slot:
+                lost = report.metrics["the truth"][f"sufficiency@{len(document.causes[word])}"]
+                assert float(lost) == pytest.approx(0.0, abs=0.1)  # the causes say it all
+                ahead.append(area["the truth"] - area["random"])
+    assert mean(behind[same_slot]) < 0.3  # nats, as the design notes have it
+    assert mean(ahead) > 3
+    assert mean(behind["deletion"]) > 3

@@ -23,6 +23,7 @@ PUBLIC = {
     "CorpusBaselines",
     "DatasetReport",
     "Deletion",
+    "FaithfulnessReport",
     "FeatureInclusion",
     "FixedTexts",
     "GenerationAttribution",
@@ -43,6 +44,7 @@ PUBLIC = {
     "attribute_dataset",
     "compare_baselines",
     "load_demo",
+    "measure_faithfulness",
 }
 
 

@@ -36,6 +36,7 @@ from captum_llm_ext import (
     TokenProvider,
     attribute_dataset,
     compare_baselines,
+    measure_faithfulness,
 )
 
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
@@ -479,6 +480,18 @@ def test_datasets_comparisons_games_and_files(model, tokenizer, provider, tmp_pa
     masks = torch.rand(12, inp.n_features, generator=torch.Generator().manual_seed(0)) < 0.5
     games = [one.to_game(inp, TARGET, output_unit=None)(masks.numpy()) for one in (remote, local)]
     assert games[0] == pytest.approx(games[1], abs=1e-4)
+    inp = words(tokenizer, unit="sentence")
+    with pytest.warns(UserWarning, match="Absent features are deleted"):
+        there, here = (
+            measure_faithfulness(
+                one, inp, compared.results, n_coalitions=8, n_orders=2, max_steps=3
+            )
+            for one in (remote, local)
+        )
+    for name in baselines:
+        for kind, curve in here.curves[name].items():
+            found = there.curves[name][kind].values.value
+            torch.testing.assert_close(found, curve.values.value, atol=1e-4, rtol=0)
 
 
 def test_baselines_that_ask_the_model(model, tokenizer, server, provider, vllm):

@@ -83,7 +83,7 @@ class _TokenPrompt(Prompt):
         feature_of = {place: feature for feature, place in enumerate(self._places)}
         self.pieces = [Piece(text, feature_of.get(i)) for i, text in enumerate(texts)]
         self.text = "".join(texts)
-        self.baseline = TokenBaseline(self._token)
+        self.baseline = self.own_baseline = TokenBaseline(self._token)
         self.deterministic = True
 
     def render(
@@ -126,6 +126,8 @@ class _TemplatePrompt(Prompt):
         baseline = inp.baselines if _takes_slot(inp.baselines) else None
         self._slots = None if baseline is None else template_slots(inp)
         self.baseline = cast(Baseline, baseline or Deletion())
+        is_nothing = isinstance(inp.baselines, list) and not any(inp.baselines)
+        self.own_baseline = None if is_nothing else inp.baselines
         self.deterministic = not callable(inp.baselines)
 
     def render(
@@ -196,6 +198,7 @@ class _OpaquePrompt(Prompt):
         original = inp.to_model_input()
         self.text = original if isinstance(original, str) else ""
         self.baseline = Deletion()
+        self.own_baseline = inp
         # What such an input draws from is its own affair; captum's image input draws nothing.
         self.deterministic = not callable(getattr(inp, "baselines", None))
 
@@ -243,6 +246,7 @@ class _MergedPrompt(Prompt):
         self._groups = torch.tensor(groups)
         self.n_features = max(groups) + 1
         self.text, self.baseline = prompt.text, prompt.baseline
+        self.own_baseline = prompt.own_baseline
         self.unit_name = prompt.unit_name
         self.deterministic = prompt.deterministic
         if isinstance(prompt, TextSegmentInput):

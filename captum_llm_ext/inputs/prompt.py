@@ -102,6 +102,8 @@ class Prompt(ABC):
         pieces: The prompt as text, in reading order; a piece's number is a column of the result.
         text: The prompt as one text: what generated text continues.
         baseline: What stands where generated features are absent, unless the user says otherwise.
+        own_baseline: What stands where those of the prompt are: a baseline, or what captum's inputs
+            have for one. None: nothing.
         deterministic: Whether two renderings of one coalition are always equal.
         levels: Coarser readings of the columns, from coarse to fine; empty for most inputs.
         unit_name: What one feature is called: ``"word"``, ``"turn"``…
@@ -113,6 +115,7 @@ class Prompt(ABC):
     pieces: list[Piece]
     text: str
     baseline: Baseline
+    own_baseline: Any
     deterministic: bool
     levels: Sequence[Level] = ()
     unit_name: str = "feature"

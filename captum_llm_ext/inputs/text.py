@@ -139,7 +139,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
 
     def _replace_by(self, baselines: Any) -> None:
         replacement = as_baseline(baselines, self.tokenizer, self.slots)
-        self.baseline = for_generated(replacement)
+        self.own_baseline, self.baseline = replacement, for_generated(replacement)
         self._replacements = Replacements(replacement, self.slots, self.tokenizer)
         self.deterministic = self._replacements.deterministic
 

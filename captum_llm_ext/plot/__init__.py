@@ -5,8 +5,17 @@ be read without colour. Global matplotlib settings are read, never written.
 """
 
 from captum_llm_ext.plot.arcs import flow
+from captum_llm_ext.plot.curves import perturbation_curves
 from captum_llm_ext.plot.maps import baseline_map, heat_map
 from captum_llm_ext.plot.passage import running_text
 from captum_llm_ext.plot.series import bars, convergence
 
-__all__ = ["bars", "baseline_map", "convergence", "flow", "heat_map", "running_text"]
+__all__ = [
+    "bars",
+    "baseline_map",
+    "convergence",
+    "flow",
+    "heat_map",
+    "perturbation_curves",
+    "running_text",
+]

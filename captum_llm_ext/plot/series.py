@@ -18,7 +18,7 @@ from captum_llm_ext.plot.axes import (
     named,
     settle,
 )
-from captum_llm_ext.plot.style import LABEL_POINTS, MUTED, PALE, SURE
+from captum_llm_ext.plot.style import LABEL_POINTS, LINES, MUTED, PALE, SURE
 from captum_llm_ext.plot.text import label, text_style
 
 if TYPE_CHECKING:
@@ -27,16 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Told apart by the colour-blind (Okabe and Ito 2008) and, by their marks, without colour.
-_LINES = (
-    ("#0072b2", "o"),
-    ("#d55e00", "s"),
-    ("#009e73", "^"),
-    ("#a6599b", "D"),
-    ("#8a6d00", "v"),
-    ("#3a3a3a", "P"),
-    ("#56788f", "X"),
-)
 _LABEL_PITCH = 0.15  # inches
 _LONGEST = 40  # characters
 
@@ -148,7 +138,7 @@ def convergence(
     fig, ax = figure(ax, 8.0, 4.2)
     ax.axhline(0.0, color="#3a3a3a", linewidth=0.8)
     for i, (line, error) in enumerate(zip(values.T, spread.T, strict=True)):
-        colour, marker = _LINES[i % len(_LINES)]
+        colour, marker = LINES[i % len(LINES)]
         ax.axhline(line[-1], color=colour, lw=0.8, ls=":", zorder=0.5)
         ax.fill_between(counts, line - error, line + error, color=colour, alpha=0.18, linewidth=0)
         ax.plot(counts, line, color=colour, marker=marker, markersize=4.5, lw=1.5)
@@ -189,7 +179,7 @@ def _label_ends(ax: Axes, ends: Array, labels: Sequence[str]) -> None:
         _apart(np.sort(ends), pitch),
         strict=True,
     ):
-        across, colour = ax.get_yaxis_transform(), _LINES[i % len(_LINES)][0]
+        across, colour = ax.get_yaxis_transform(), LINES[i % len(LINES)][0]
         lead = ax.plot([1.0, 1.02], [ends[i], y], transform=across, color=colour, lw=0.8)
         lead[0].set(clip_on=False, linestyle=":")
         written = ax.text(1.027, y, text, transform=across, va="center", color=colour)

@@ -10,3 +10,13 @@ LABEL_POINTS = 8.0
 SIGN_FROM = 0.1  # share of the scale below which a colour is too pale to need a sign
 PALE = 0.35  # opacity of what lies within its error
 SURE = 1.96  # standard errors from zero on: beyond its error
+# Told apart by the colour-blind (Okabe and Ito 2008) and, by their marks, without colour.
+LINES = (
+    ("#0072b2", "o"),
+    ("#d55e00", "s"),
+    ("#009e73", "^"),
+    ("#a6599b", "D"),
+    ("#8a6d00", "v"),
+    ("#3a3a3a", "P"),
+    ("#56788f", "X"),
+)

@@ -10,13 +10,13 @@ from copy import copy
 from typing import Any
 
 import torch
-from captum.attr import InterpretableInput, ProductBaselines, TextTemplateInput, TextTokenInput
+from captum.attr import InterpretableInput, TextTemplateInput, TextTokenInput
 from torch import Tensor
 
 from captum_llm_ext import tokens
 from captum_llm_ext.attribution import GenerationAttribution
-from captum_llm_ext.baselines import Deletion, FixedTexts, TokenBaseline
-from captum_llm_ext.baselines.corpus import CorpusBaselines
+from captum_llm_ext.baselines import TokenBaseline
+from captum_llm_ext.baselines.kind import kind_of
 from captum_llm_ext.baselines.slot import AsksModel
 from captum_llm_ext.inputs import TextSegmentInput, as_prompt
 from captum_llm_ext.result import GenerationAttributionResult
@@ -113,32 +113,13 @@ def _named(baselines: object) -> dict[str, Any]:
 
 def _numbered(entries: Sequence[Any]) -> dict[str, Any]:
     """Names by what the entries are, with a number where several are the same."""
-    kinds = [_kind(entry) for entry in entries]
+    kinds = [kind_of(entry) for entry in entries]
     seen: Counter[str] = Counter()
     named: dict[str, Any] = {}
     for kind, entry in zip(kinds, entries, strict=True):
         seen[kind] += 1
         named[kind if kinds.count(kind) == 1 else f"{kind} {seen[kind]}"] = entry
     return named
-
-
-def _kind(baseline: object) -> str:
-    match baseline:
-        case None | Deletion():
-            return "deleted"
-        case str():
-            return baseline
-        case int():
-            return f"token {baseline}"
-        case TokenBaseline():
-            return f"token {baseline.token}"
-        case CorpusBaselines():
-            return "corpus"
-        case FixedTexts() | ProductBaselines() | Sequence() | Mapping():
-            return "texts"
-        case _:
-            name = getattr(baseline, "__name__", type(baseline).__name__)
-            return "function" if name == "<lambda>" else str(name)
 
 
 # Inputs ------------------------------------------------------------------------------------------

@@ -1,0 +1,34 @@
+"""What a baseline is called where it is one of several, or where it matters which it is."""
+
+from collections.abc import Mapping, Sequence
+
+from captum.attr import ProductBaselines
+
+from captum_llm_ext.baselines import Deletion, FixedTexts, TokenBaseline
+from captum_llm_ext.baselines.corpus import CorpusBaselines
+
+
+def kind_of(baseline: object) -> str:
+    """In a word or two.
+
+    Args:
+        baseline: A baseline, or what a user may give as one.
+    """
+    match baseline:
+        case None | Deletion():
+            return "deleted"
+        case str():
+            return baseline
+        case int():
+            return f"token {baseline}"
+        case TokenBaseline():
+            return f"token {baseline.token}"
+        case CorpusBaselines():
+            return "corpus"
+        case FixedTexts() if not any(any(texts) for texts in baseline.choices):
+            return "deleted"
+        case FixedTexts() | ProductBaselines() | Sequence() | Mapping():
+            return "texts"
+        case _:
+            name = getattr(baseline, "__name__", type(baseline).__name__)
+            return "function" if name == "<lambda>" else str(name)

@@ -1,0 +1,88 @@
+"""Numbers and how much they would differ with other draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number, or several, and how sure it is.
+
+    Standard errors are the jackknife's (Efron and Stein 1981), for each source of chance on its
+    own: draws of a random baseline, random orders, random coalitions. Variances of several sources
+    are added. Estimates from the same draws are compared by their difference, whose error takes
+    into account what they have in common.
+
+    Attributes:
+        value: float64, of any shape.
+        left_out: Per source of chance the value without each of its units, shape
+            ``(n_units, *shape)``; empty where nothing is left to chance.
+    """
+
+    value: Tensor
+    left_out: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Of the shape of `value`: 0 where it is exact, NaN where a single unit cannot tell."""
+        variance = torch.zeros_like(self.value)
+        for values in self.left_out.values():
+            n = len(values)
+            spread = (values - values.mean(0)).square().sum(0)
+            variance = variance + (spread * (n - 1) / n if n > 1 else spread * torch.nan)
+        return variance.sqrt()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Estimate:
+        """What follows from the value.
+
+        Args:
+            function: From ``(n, *shape)`` to ``(n, *other_shape)``, each of the n for itself.
+        """
+        left_out = {source: function(values) for source, values in self.left_out.items()}
+        return Estimate(function(self.value[None])[0], left_out)
+
+    def __getitem__(self, index: Any) -> Estimate:
+        return self.map(lambda values: values[:, index])
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """The difference; units of the same source are left out on both sides at once."""
+        left_out = {
+            source: self._without(source) - other._without(source)
+            for source in dict.fromkeys([*self.left_out, *other.left_out])
+        }
+        return Estimate(self.value - other.value, left_out)
+
+    def __neg__(self) -> Estimate:
+        return self.map(torch.neg)
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __str__(self) -> str:
+        if self.value.dim():
+            return repr(self)
+        error = float(self.standard_error)
+        value = round(float(self.value), 2) + 0.0  # of which none is -0.00
+        return f"{value:.2f}" + (f" ± {error:.2f}" if error > 0 else "")
+
+    def _without(self, source: str) -> Tensor:
+        return self.left_out.get(source, self.value[None])
+
+
+def average(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the units of a source of chance, and that without each of them.
+
+    Args:
+        values: Shape ``(n_units, *shape)``.
+
+    Returns:
+        Shapes ``(*shape)`` and ``(n_units, *shape)``; of a single unit the mean itself, twice.
+    """
+    mean, n = values.mean(0), len(values)
+    return mean, values if n < 2 else mean + (mean - values) / (n - 1)
