@@ -76,7 +76,8 @@ class GenerationGradientAttribution(LLMGradientAttribution):
 
     Raises:
         TypeError: If the method is another one, or its model no causal language model.
-        ValueError: If `attr_target` is unknown or the layer no module of the model.
+        ValueError: If `attr_target` is unknown, the layer no module of the model, or the model held
+            together by several processes (tensor parallel).
     """
 
     SUPPORTED_METHODS = SUPPORTED
@@ -96,23 +97,26 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         self.attr_target = attr_target
         self.device = _compat.input_device(self.model)
         self._processes = Processes.of(None, self.model)
+        if self._processes.are_many:
+            raise ValueError(
+                f"the model is held together by {len(self._processes.ranks)} processes, and "
+                "gradients need it whole: load it on one device or with a `device_map`, or take "
+                "`GenerationAttribution`, which asks for none."
+            )
 
     @property
     def processes(self) -> Processes:
-        """Those that work together on one attribution: this one, or all that hold the model."""
+        """Those that work together on one attribution: this one alone."""
         return self._processes
 
     def on(self, processes: Processes) -> "GenerationGradientAttribution":
-        """The same on other processes, which work together on one attribution."""
+        """The same, where these processes make up one of those that share records."""
         other = copy.copy(self)
         other._processes = processes
         return other
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on beside the arguments of `attribute`, as JSON has it.
-
-        Where several processes hold the model together, all of them have to call this.
-        """
+        """What results depend on beside the arguments of `attribute`, as JSON has it."""
         layer, modules = self._layer(), _compat.uncompiled(self.model).named_modules()
         name = next((name for name, module in modules if module is layer), None)
         method: Any = self.attr_method
