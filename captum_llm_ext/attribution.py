@@ -1,11 +1,9 @@
 """`GenerationAttribution`: captum's LLM attribution, for prompt and generated text alike."""
 
 import copy
-import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from functools import partial
 from hashlib import blake2b
 from typing import Any, cast
@@ -16,6 +14,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat, tokens
+from captum_llm_ext.arguments import at_least_one, check_attr_target, check_counts, unknown_argument
 from captum_llm_ext.baselines import LanguageModel
 from captum_llm_ext.coalition_game import CoalitionGame
 from captum_llm_ext.content import told
@@ -23,7 +22,8 @@ from captum_llm_ext.estimators import Budget, is_known
 from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
 from captum_llm_ext.inputs import Prompt, as_prompt
 from captum_llm_ext.result import Design, GenerationAttributionResult
-from captum_llm_ext.result.provenance import of_model, of_run
+from captum_llm_ext.result.assembled import assembled, numbers_of
+from captum_llm_ext.result.provenance import generation, of_model, of_question, of_run
 from captum_llm_ext.scoring import (
     Accelerator,
     AttrTarget,
@@ -36,8 +36,6 @@ from captum_llm_ext.scoring import (
 from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.segment import Unit
 from captum_llm_ext.target import as_ids, check_target, generate_target, target_ids
-
-_TARGETS = ("log_prob", "prob", "logit")
 
 
 class GenerationAttribution(LLMAttribution):
@@ -89,11 +87,7 @@ class GenerationAttribution(LLMAttribution):
                 "perturbation methods over the model, such as `ShapleyValueSampling(model)`."
             )
         _compat.check_causal(attr_method.forward_func)
-        if not callable(attr_target) and attr_target not in _TARGETS:
-            raise ValueError(
-                f"`attr_target` is {attr_target!r}: give one of {', '.join(map(repr, _TARGETS))}, "
-                "or a callable `(logits, target) -> values`."
-            )
+        check_attr_target(attr_target)
         super().__init__(attr_method, tokenizer)
         self.attr_target = cast(Any, attr_target)
         self.include_per_token_attr = True
@@ -108,16 +102,11 @@ class GenerationAttribution(LLMAttribution):
         """Those that work together on one attribution."""
         return self._processes
 
-    def on(self, processes: Processes, *, shares_work: bool) -> "GenerationAttribution":
-        """The same on other processes.
-
-        Args:
-            processes: Those that work together on one attribution.
-            shares_work: Whether batches are cut for several processes, even if it is one.
-        """
+    def on(self, processes: Processes) -> "GenerationAttribution":
+        """The same on other processes, which work together on one attribution."""
         other = copy.copy(self)
         other._processes = processes
-        other._shared = processes if shares_work else None
+        other._shared = processes if processes.are_many else None
         return other
 
     def identity(self) -> dict[str, Any]:
@@ -218,9 +207,10 @@ class GenerationAttribution(LLMAttribution):
             TypeError: If an argument is of the wrong kind.
         """
         with self._processes.session("`attribute`"):
-            _at_least_one("num_trials", num_trials)
-            _at_least_one("max_evaluations", max_evaluations)
-            _at_least_one("perturbations_per_eval", perturbations_per_eval)
+            at_least_one("num_trials", num_trials)
+            check_counts(
+                max_evaluations=max_evaluations, perturbations_per_eval=perturbations_per_eval
+            )
             if max_evaluations is not None and tol is None:
                 raise ValueError(
                     "`max_evaluations` has no meaning without `tol`: give `tol` as well."
@@ -228,7 +218,9 @@ class GenerationAttribution(LLMAttribution):
             if tol is not None and not tol > 0:
                 raise ValueError(f"`tol` is {tol!r}: give a number above 0, such as 0.05.")
             if kwargs and is_known(self.attr_method):
-                raise TypeError(_unknown_argument(next(iter(kwargs)), self.attr_method))
+                known, name = GenerationAttribution.attribute, type(self.attr_method).__name__
+                which = f"{name} does not take"
+                raise TypeError(unknown_argument(next(iter(kwargs)), known, which=which))
             budget = Budget(n_samples, n_draws, max_exact_features)
             effort = Effort(budget, num_trials, tol, max_evaluations)
             scorer = self._scorer(perturbations_per_eval, show_progress)
@@ -237,12 +229,12 @@ class GenerationAttribution(LLMAttribution):
             run = self._run(prompt, scorer, seed, callback)
             open_journal = None
             if checkpoint is not None:
-                wanted = _generation(gen_args or {}) if target is None else target
+                wanted = generation(gen_args or {}) if target is None else target
                 about = self._about(run, effort, output_unit, wanted)
                 open_journal = partial(Journal, checkpoint, about)
             with scorer.keeping(open_journal):
                 ids = self._target_ids(run, target, gen_args, skip_tokens)
-                game = Game(run, run.generated_text(ids, output_unit, output_baselines))
+                game = Game(run, run.context.generated(ids, output_unit, output_baselines))
                 joint = None
                 with scorer.progress():
                     outcome = solve(game, effort, kwargs)
@@ -286,12 +278,12 @@ class GenerationAttribution(LLMAttribution):
         Raises:
             ValueError: If there is no such token, or as `attribute` does.
         """
-        _at_least_one("n_draws", n_draws)
-        _at_least_one("perturbations_per_eval", perturbations_per_eval)
+        at_least_one("n_draws", n_draws)
+        check_counts(perturbations_per_eval=perturbations_per_eval)
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
         run = self._run(prompt, self._scorer(perturbations_per_eval), seed)
         ids = self._target_ids(run, target, gen_args, None)
-        game = Game(run, run.generated_text(ids, output_unit, output_baselines))
+        game = Game(run, run.context.generated(ids, output_unit, output_baselines))
         start, stop = _span(token, len(ids))
         return CoalitionGame(game, start, stop, n_draws=n_draws, normalize=normalize)
 
@@ -353,67 +345,37 @@ class GenerationAttribution(LLMAttribution):
         joint: Tensor | None,
         gen_args: Mapping[str, Any] | None,
     ) -> GenerationAttributionResult:
-        generated, prompt, solution = game.generated, game.run.prompt, outcome.solution
-        columns = torch.tensor(prompt.columns)
-        n_prompt = prompt.n_features
-
-        def convert(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, self._result_dtype())
-
-        def split(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-            tensor = game.with_last_feature(tensor, 0.0)
-            output = convert(tensor[:, n_prompt:]) if generated.n_features else None
-            return convert(tensor[:, :n_prompt][:, columns]), output
-
-        token_attr, output_attr = split(solution.attributions)
-        token_attr_se, output_attr_se = split(solution.standard_errors)
-        gap = solution.full_values - solution.empty_values - solution.attributions.sum(1)
-        full = solution.full_values
-        probabilities = {"log_prob": full.exp, "prob": full.clone}.get(self.attr_target)
-        return GenerationAttributionResult(
-            input_tokens=list(prompt.names),
-            output_tokens=list(generated.labels),
-            seq_attr=token_attr.sum(0) if joint is None else convert(joint[columns]),
-            token_attr=token_attr,
-            output_probs=None if probabilities is None else convert(probabilities()),
-            inp=inp,
-            output_features=generated.names if generated.n_features else None,
-            output_attr=output_attr,
-            token_attr_se=token_attr_se,
-            output_attr_se=output_attr_se,
-            full_values=convert(full),
-            empty_values=convert(solution.empty_values),
-            efficiency_gap=convert(gap),
+        return assembled(
+            inp,
+            game.run.prompt,
+            game.generated,
+            outcome.solution,
+            joint,
+            masks=game.with_last_feature(outcome.plan.masks, True),
+            values=outcome.values,
+            draws=outcome.plan.draws,
             n_evaluations=game.run.scorer.n_evaluations,
-            masks=game.with_last_feature(outcome.plan.masks, True).to(self.device),
-            values=convert(outcome.values),
-            draws=outcome.plan.draws.to(self.device),
-            target=game.target.to(self.device),
-            prompt_pieces=prompt.pieces,
-            levels=prompt.levels,
-            output_pieces=generated.pieces,
-            design=_design(game, outcome),
+            like=self._numbers(),
             provenance=self._provenance(game, outcome, gen_args) | self._arithmetic(game),
+            design=_design(game, outcome),
         )
 
     def _provenance(
         self, game: Game, outcome: Outcome, gen_args: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        target = self.attr_target
         return {
             "method": type(self.attr_method).__name__,
             "estimator": outcome.name,
             "estimate": outcome.estimate,
             "converged": outcome.converged,
-            "attr_target": target if isinstance(target, str) else _name_of(target),
+            **of_question(self.attr_target, gen_args),
             "unit": game.run.prompt.unit_name,
             "rule": getattr(self.attr_method, "rule", None),
             "seed": game.run.seed,
             "n_coalitions": len(outcome.plan.masks),
             "n_evaluations": game.run.scorer.n_evaluations,
             "deterministic_baselines": game.deterministic,
-            "matches": game.matches(),
-            "generation": None if gen_args is None else _generation(gen_args),
+            "matches": game.run.context.matches(game.generated),
             "rows_by_process": game.run.scorer.n_scored if self._shared else None,
             **self._model_provenance(),
             **of_run(),
@@ -454,10 +416,8 @@ class GenerationAttribution(LLMAttribution):
             told["batching"] = "one row at a time: LLM.int8 couples the rows of a batch"
         return told
 
-    def _result_dtype(self) -> torch.dtype:
-        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        is_double = parameter is not None and parameter.dtype == torch.float64
-        return torch.float64 if is_double else torch.float32
+    def _numbers(self) -> Tensor:
+        return numbers_of(self.model, self.device)
 
 
 def _design(game: Game, outcome: Outcome) -> Design:
@@ -487,29 +447,5 @@ def _span(token: int | tuple[int, int] | None, n_target: int) -> tuple[int, int]
     return chosen.start, chosen.stop
 
 
-def _at_least_one(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"`{name}` is {value!r}: give an integer of at least 1.")
-
-
-def _unknown_argument(name: str, method: PerturbationAttribution) -> str:
-    said = f"attribute() got {name!r}, which {type(method).__name__} does not take"
-    known = inspect.signature(GenerationAttribution.attribute).parameters
-    close = get_close_matches(name, known, n=1, cutoff=0.8)
-    if close:
-        return f"{said}: did you mean {close[0]!r}?"
-    if name == "baselines":
-        return f"{said}: what stands for absent features is said by the input."
-    return f"{said}: leave it out."
-
-
-def _generation(gen_args: Mapping[str, Any]) -> dict[str, str]:
-    return {name: repr(value) for name, value in gen_args.items()}
-
-
 def _digest(content: Any) -> str:
     return blake2b(repr(content).encode(), digest_size=8).hexdigest()
-
-
-def _name_of(function: object) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)

@@ -11,23 +11,26 @@ from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
+from captum_llm_ext.arguments import unknown_argument
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.content import differences, digest, told
 from captum_llm_ext.estimators import is_known
+from captum_llm_ext.gradient import GenerationGradientAttribution
 from captum_llm_ext.inputs import ChatInput, TextSegmentInput
 from captum_llm_ext.result.files import read_provenance
 from captum_llm_ext.scoring.processes import Accelerator, Processes
 from captum_llm_ext.segment import Unit
 
 Record = str | Mapping[str, Any]
+Attribution = GenerationAttribution | GenerationGradientAttribution
 _KEYS = ("prompt", "messages", "tools", "target", "id")
 _RUN = "run.json"
 _FORMAT = 2
 _SAMPLE = "The 27 quick-brown foxes' naïve Straße: 中文, русский!\n\t{'x': [0.5]}"
 # They change how fast an answer comes, not what it is.
-_NO_SETTINGS = ("show_progress", "perturbations_per_eval")
+_NO_SETTINGS = ("show_progress", "perturbations_per_eval", "internal_batch_size")
 _MOST_FAILURES = 100
 # Seconds; and one in so many of the run's own, for what is told is kept until the run ends.
 _TELL_EVERY, _TELLINGS = 0.5, 1000
@@ -73,7 +76,7 @@ class DatasetReport:
 
 def attribute_dataset(
     records: Iterable[Record] | str | os.PathLike[str],
-    attribution: GenerationAttribution,
+    attribution: Attribution,
     out: str | os.PathLike[str],
     *,
     unit: Unit | tuple[Unit, ...] | None = None,
@@ -95,7 +98,8 @@ def attribute_dataset(
             ``"tools"`` where there are some), and as wanted ``"target"`` (text or token ids) and
             ``"id"``; other keys are left alone. Or a file with one such JSON object, or one JSON
             string, a line. Records are read one at a time.
-        attribution: What attributes them. Made with an ``accelerator`` (in a script that
+        attribution: What attributes them: a `GenerationAttribution` (also one over an API) or a
+            `GenerationGradientAttribution`. With an ``accelerator`` (in a script that
             ``torchrun`` started, the same on every process), each process takes the next record
             as it becomes free. Where several processes hold the model together (tensor parallel),
             they take records together, and copies of such a model each on their own.
@@ -105,9 +109,9 @@ def attribute_dataset(
         unit, baselines: As of `TextSegmentInput` and `ChatInput`. By default words of a prompt,
             turns of a chat.
         roles: As of `ChatInput`.
-        accelerator: For an attribution that was made without; the same as giving it there.
+        accelerator: For an attribution that was made without, as those by gradients are.
         show_progress: Whether one bar over the records is shown, by the main process.
-        **options: Arguments of `GenerationAttribution.attribute`, the same for each record.
+        **options: Arguments of the attribution's ``attribute``, the same for each record.
 
     Returns:
         The same report on every process.
@@ -127,7 +131,7 @@ def attribute_dataset(
     processes = _processes(attribution, accelerator)
     own = processes.replica()
     # Batches are cut as for one process: a record's values do not depend on how many there are.
-    attribution = attribution.on(own, shares_work=own.are_many)
+    attribution = attribution.on(own)
     makes = _Maker(attribution, unit, tuple(roles), baselines, options)
     with processes.session("attribute_dataset"):
         settings = _settings(attribution, units | options)
@@ -144,7 +148,7 @@ def attribute_dataset(
         return _run(records, makes, folder, processes, show_progress)
 
 
-def _processes(attribution: GenerationAttribution, accelerator: Accelerator | None) -> Processes:
+def _processes(attribution: Attribution, accelerator: Accelerator | None) -> Processes:
     """Those that share the records."""
     known = attribution.processes
     if accelerator is None:
@@ -211,7 +215,7 @@ class _Maker:
 
     def __init__(
         self,
-        attribution: GenerationAttribution,
+        attribution: Attribution,
         unit: Unit | tuple[Unit, ...] | None,
         roles: Sequence[str],
         baselines: Any,
@@ -413,7 +417,7 @@ def _sweep(folder: Path) -> None:
                         os.unlink(entry.path)
 
 
-def _settings(attribution: GenerationAttribution, given: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(attribution: Attribution, given: Mapping[str, Any]) -> dict[str, Any]:
     """What results depend on, as far as JSON can tell it."""
     kept = {
         name: told(value)
@@ -441,12 +445,20 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _check_options(options: Mapping[str, Any], attribution: GenerationAttribution) -> None:
-    known = inspect.signature(GenerationAttribution.attribute).parameters
+def _check_options(options: Mapping[str, Any], attribution: Attribution) -> None:
+    if not isinstance(attribution, Attribution):
+        raise TypeError(
+            f"`attribution` is a {type(attribution).__name__}: give a `GenerationAttribution` or a "
+            "`GenerationGradientAttribution`."
+        )
+    is_open = isinstance(attribution, GenerationAttribution) and not is_known(
+        attribution.attr_method
+    )
+    kind = next(kind for kind in get_args(Attribution) if isinstance(attribution, kind))
+    known = inspect.signature(kind.attribute).parameters
     for name in options:
         if name in ("inp", "target", "checkpoint"):
             raise ValueError(f"`{name}` cannot be the same for all records: leave it out.")
-        if name not in known and is_known(attribution.attr_method):
-            close = get_close_matches(name, known, n=1, cutoff=0.8)
-            advice = f"did you mean {close[0]!r}?" if close else "leave it out."
-            raise TypeError(f"attribute_dataset() got {name!r}, which `attribute` lacks: {advice}")
+        if name not in known and not is_open:
+            called = {"called": "attribute_dataset", "which": "`attribute` lacks"}
+            raise TypeError(unknown_argument(name, kind.attribute, **called))

@@ -16,6 +16,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
 from captum_llm_ext import _compat, coalitions
+from captum_llm_ext.arguments import check_counts
 from captum_llm_ext.coalitions import Plan, Scope, Solution
 from captum_llm_ext.coalitions.hierarchy import Tree
 from captum_llm_ext.coalitions.plans import MOST_EXACT_FEATURES
@@ -74,10 +75,7 @@ class Budget:
     max_exact_features: int = 12
 
     def __post_init__(self) -> None:
-        for name in ("n_samples", "n_draws"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` is {value!r}: give an integer of at least 1.")
+        check_counts(n_samples=self.n_samples, n_draws=self.n_draws)
         if not 1 <= self.max_exact_features <= MOST_EXACT_FEATURES:
             raise ValueError(
                 f"`max_exact_features` is {self.max_exact_features}: enumeration takes 2^n "

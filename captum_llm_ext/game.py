@@ -1,7 +1,7 @@
 """One attribution as a game: coalitions of features in, values of the target tokens out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,7 @@ from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_an
 from captum_llm_ext.coalitions.hierarchy import Tree
 from captum_llm_ext.driven import attribute_with
 from captum_llm_ext.estimators import Budget, Estimator, estimator, is_known
-from captum_llm_ext.inputs import GeneratedText, Prompt
+from captum_llm_ext.inputs import Context, GeneratedText, Prompt
 from captum_llm_ext.methods import (
     HierarchicalAblation,
     PartitionShap,
@@ -25,7 +25,6 @@ from captum_llm_ext.methods import (
     tree_of_prompt,
 )
 from captum_llm_ext.scoring import TokenRow, Values
-from captum_llm_ext.segment import Unit
 
 # The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
 _EMPTY_DRAWS = 32
@@ -65,26 +64,10 @@ class Run:
         callback: Inspect | None = None,
     ) -> None:
         self.method, self.tokenizer = method, tokenizer
-        self._model = model
-        self.prompt = prompt = prompt.with_model(model)
+        self.context = Context(prompt, tokenizer, model)
+        self.prompt, self.full = self.context.prompt, self.context.full
         self.scorer, self.seed, self.callback = scorer, seed, callback
         self.generator = torch.Generator().manual_seed(seed)
-        everything = torch.ones(1, prompt.n_features, dtype=torch.bool)
-        self.full = prompt.render(everything, torch.Generator().manual_seed(0))[0]
-        if not self.full.ids:
-            raise ValueError("the prompt is empty: it has no token before the target.")
-
-    def generated_text(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
-        """The target as features."""
-        return GeneratedText(
-            ids.tolist(),
-            self.tokenizer,
-            unit,
-            baselines=self.prompt.baseline if baselines is None else baselines,
-            prompt_text=self.prompt.text,
-            prompt_ids=self.full.ids,
-            model=self._model,
-        )
 
 
 class Game:
@@ -125,21 +108,9 @@ class Game:
         names = [" …".join(own) for own in shown]
         return [*names, *self.generated.names][: self.n_features]
 
-    def matches(self) -> dict[str, list[dict[str, Any]] | None]:
-        """How stand-ins were found, per place of prompt and output; None for fixed baselines."""
-        n_generated = self.n_features - self.run.prompt.n_features
-        found = {
-            "prompt": self.run.prompt.matches(),
-            "output": self.generated.matches(n_generated),
-        }
-        return {
-            part: None if matches is None else [asdict(match) for match in matches]
-            for part, matches in found.items()
-        }
-
     def joint(self) -> "Game":
         """The game of the target's joint probability, the output held fixed, as in captum."""
-        fixed = self.run.generated_text(self.target, None, None)
+        fixed = self.run.context.generated(self.target, None, None)
         return Game(self.run, fixed, is_joint=True)
 
     @property

@@ -16,6 +16,7 @@ from captum.attr import (
     FeatureAblation,
     FeaturePermutation,
     KernelShap,
+    LayerGradientShap,
     Lime,
     ShapleyValues,
     ShapleyValueSampling,
@@ -24,6 +25,7 @@ from captum.attr import (
 from captum_llm_ext import (
     FeatureInclusion,
     GenerationAttribution,
+    GenerationGradientAttribution,
     HierarchicalAblation,
     PartitionShap,
     TextSegmentInput,
@@ -176,6 +178,10 @@ def tensor_parallel(accelerator, folder):
         stored(accelerator) == before
     )  # of a thousand records a thousand times as much would be left
     found["dataset"] = [report.n_written, report.n_skipped, report.failures]
+    try:
+        GenerationGradientAttribution(LayerGradientShap(model, None), tokenizer)
+    except ValueError as error:
+        found["gradients"] = str(error)
     return found
 
 

@@ -17,8 +17,12 @@ import torch
 from captum.attr import (
     FeatureAblation,
     KernelShap,
+    LayerGradientShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
     Lime,
     LLMAttribution,
+    LLMGradientAttribution,
     ShapleyValues,
     ShapleyValueSampling,
     TextTokenInput,
@@ -33,18 +37,22 @@ from captum_llm_ext import (
     FeatureInclusion,
     GenerationAttribution,
     GenerationAttributionResult,
+    GenerationGradientAttribution,
     HierarchicalAblation,
     TextSegmentInput,
     load_demo,
 )
 from captum_llm_ext.cli import doctor, main, probe
 from captum_llm_ext.cli.command import UsageError
-from captum_llm_ext.cli.job import METHODS, as_baselines, method
+from captum_llm_ext.cli.job import as_baselines
+from captum_llm_ext.cli.methods import METHODS, method
 from captum_llm_ext.demo import PROMPT, folder
 
 QUICK = ["--model", "demo", "--quiet", "--method", "ablation"]
 ATTRIBUTE = ["attribute", *QUICK, "--prompt", PROMPT]
+IG, GXA = ["--method", "integrated-gradients"], ["--method", "gradient-x-activation"]
 CAPTUMS = (FeatureAblation, ShapleyValues, ShapleyValueSampling, KernelShap, Lime)
+GRADIENTS = (LayerIntegratedGradients, LayerGradientShap, LayerGradientXActivation)
 COMMANDS = ("demo", "attribute", "show", "compare", "doctor")
 
 
@@ -307,12 +315,12 @@ def test_every_method_is_there(model):
     for name, path in METHODS.items():
         assert type(method(name, model)).__name__ == path.partition(":")[2]
     assert {path.partition(":")[2] for path in METHODS.values()} == {
-        cls.__name__ for cls in (*CAPTUMS, *every_method_of_the_package())
+        cls.__name__ for cls in (*CAPTUMS, *GRADIENTS, *every_method_of_the_package())
     }
 
 
 def every_method_of_the_package():
-    public = map(captum_llm_ext.__dict__.get, captum_llm_ext.__all__)
+    public = [getattr(captum_llm_ext, name) for name in captum_llm_ext.__all__]
     return [c for c in public if isinstance(c, type) and issubclass(c, PerturbationAttribution)]
 
 
@@ -340,6 +348,110 @@ def test_what_a_feature_does_alone(tmp_path, demo, capsys):
     expected = GenerationAttribution(FeatureInclusion(model), tokenizer)
     expected = expected.attribute(inp, " golf", n_draws=3)
     torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
+
+
+@pytest.mark.filterwarnings("ignore:.*steps are too few:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "kind", "given", "layer"),
+    [
+        ("integrated-gradients", LayerIntegratedGradients, {"n_steps": 9}, "model.embed_tokens"),
+        ("integrated-gradients", LayerIntegratedGradients, {}, "model.layers.1"),
+        ("gradient-x-activation", LayerGradientXActivation, {}, "model.layers.0.mlp"),
+    ],
+)
+def test_gradients_are_captums(tmp_path, demo, name, kind, given, layer):
+    """With the output held fixed, token by token, they are those of captum's own class."""
+    model, tokenizer, _ = demo
+    path, target = str(tmp_path / "r.st"), " golf and chess."
+    more = ["--method", name, "--layer", layer, "--target", target, "--save", path]
+    more += ["--unit", "token", "--output-unit", "none", *options_of(given)]
+    if kind is LayerIntegratedGradients:
+        more += ["--baselines", "<unk>"]
+    assert main([*ATTRIBUTE, *more]) == 0
+    result = GenerationAttributionResult.load(path)
+    captums = LLMGradientAttribution(kind(model, model.get_submodule(layer)), tokenizer)
+    unk = tokenizer.convert_tokens_to_ids("<unk>")
+    inp = TextTokenInput(PROMPT, tokenizer, baselines=unk, skip_tokens=["<s>"])
+    expected = captums.attribute(inp, target, **given).token_attr
+    assert (result.token_attr != 0).any()
+    # float32, in other batches; attributions are up to 10
+    torch.testing.assert_close(result.token_attr, expected, atol=2e-5, rtol=1e-5)
+    assert result.provenance["layer"] == [layer]
+
+
+def options_of(given):
+    return [part for name, n in given.items() for part in (f"--{name.replace('_', '-')}", str(n))]
+
+
+def test_options_of_gradients_reach_the_library(tmp_path, demo):
+    model, tokenizer, texts = demo
+    files = {kind: tmp_path / f"r.{kind}" for kind in ("save", "html", "png", "json")}
+    more = [part for kind, path in files.items() for part in (f"--{kind}", str(path))]
+    more += ["--method", "LayerGradientShap", "--n-samples", "7", "--seed", "3"]
+    more += ["--attr-target", "logit", "--output-unit", "word", "--batch-size", "2"]
+    more += ["--max-new-tokens", "4"]
+    assert main([*ATTRIBUTE, "--baselines", "corpus:demo", *more]) == 0
+    result = GenerationAttributionResult.load(files["save"])
+    inp = TextSegmentInput(PROMPT, tokenizer, baselines=CorpusBaselines(texts, seed=3))
+    expected = GenerationGradientAttribution(
+        LayerGradientShap(model, None), tokenizer, attr_target="logit"
+    ).attribute(inp, gen_args={"max_new_tokens": 4}, output_unit="word", n_samples=7, seed=3)
+    torch.testing.assert_close(result.full_attr, expected.full_attr)
+    torch.testing.assert_close(result.full_attr_se, expected.full_attr_se)
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert json.loads(files["json"].read_text("utf-8"))["output_attr"] is not None
+    assert files["html"].read_text(encoding="utf-8") == result.to_html()
+
+
+def test_draws_of_integrated_gradients(tmp_path, demo, capsys):
+    model, tokenizer, texts = demo
+    more = ["--method", "integrated-gradients", "--target", " golf", "--n-draws", "3"]
+    assert main([*ATTRIBUTE, "--baselines", "corpus:demo", *more, "--json", "-"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    inp = TextSegmentInput(PROMPT, tokenizer, baselines=CorpusBaselines(texts))
+    expected = GenerationGradientAttribution(LayerIntegratedGradients(model, None), tokenizer)
+    expected = expected.attribute(inp, " golf", n_draws=3)
+    torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
+
+
+def test_what_absence_means_to_gradients_is_told(capsys):
+    for name, said in (
+        ("integrated-gradients", "note: the zero vector stands where a word is absent"),
+        ("gradient-x-activation", None),
+    ):
+        assert main([*ATTRIBUTE, "--method", name, "--max-new-tokens", "2"]) == 0
+        shown = capsys.readouterr().err
+        assert "is deleted" not in shown
+        assert said is None or said in shown
+
+
+@pytest.mark.filterwarnings("ignore:.*steps are too few:UserWarning")
+def test_baselines_of_gradients_are_compared(demo, capsys):
+    model, tokenizer, texts = demo
+    several = ["--baselines", "delete", "--baselines", "corpus:demo", "--max-new-tokens", "5"]
+    arguments = ["compare", *QUICK, "--method", "integrated-gradients", "--prompt", PROMPT]
+    assert main([*arguments, *several]) == 0
+    attribution = GenerationGradientAttribution(LayerIntegratedGradients(model, None), tokenizer)
+    comparison = captum_llm_ext.compare_baselines(
+        attribution,
+        TextSegmentInput(PROMPT, tokenizer),
+        {"delete": None, "corpus:demo": CorpusBaselines(texts)},
+        gen_args={"max_new_tokens": 5},
+    )
+    assert capsys.readouterr().out == f"{comparison.summary()}\n"
+
+
+def test_the_demo_takes_gradients_too(tmp_path, capsys):
+    options = ["--method", "integrated-gradients", "--max-new-tokens", "4", "--out", str(tmp_path)]
+    assert main(["demo", *options]) == 0
+    assert "surfing  ←  Palm" in capsys.readouterr().out
+
+
+def test_several_processes_and_one_prompt_of_gradients(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, error = mistake(capsys, [*ATTRIBUTE, "--method", "gradient-shap"])
+    assert status == 2
+    assert "takes one process for a prompt" in error
 
 
 def mistake(capsys, arguments):
@@ -378,6 +490,14 @@ def mistake(capsys, arguments):
         (["--prompt", "x " * 400], "shorten the prompt"),
         (["--prompt", "x", "--device-map", "{"], "is no JSON"),
         (["--prompt", "x", "--target", ""], "the target is empty"),
+        (
+            ["--prompt", "x", "--method", "integrated-gradients", "--layer", "model.layer.1"],
+            "the model has no such module; it has model.layers.1, ",
+        ),
+        (
+            ["--prompt", "x", "--method", "integrated-gradients", "--n-draws", "3"],
+            "every draw of these baselines is the same",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
@@ -400,6 +520,16 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, "--method", "lime", "--n-draws", "9"], "--n-draws would be ignored"),
         ([*ATTRIBUTE, "--method", "hierarchical", "--share", "2"], "2 is not between 0 and 1"),
         ([*ATTRIBUTE, "--method", "hierarchical", "--unit", "word"], "paragraph,sentence,word"),
+        ([*ATTRIBUTE, "--n-steps", "9"], "it is of --method integrated-gradients."),
+        ([*ATTRIBUTE, "--layer", "lm_head"], "it is of --method integrated-gradients, gradient-sh"),
+        ([*ATTRIBUTE, *IG, "--n-samples", "9"], "it has --n-steps"),
+        ([*ATTRIBUTE, *IG, "--tol", "0.1"], "--tol would be ignored by --method integrated-grad"),
+        ([*ATTRIBUTE, *IG, "--checkpoint", "x.safetensors"], "which evaluate no coalitions"),
+        ([*ATTRIBUTE, *IG, "--share", "0.1"], "--share would be ignored: it is of --method hier"),
+        ([*ATTRIBUTE, "--method", "gradient-shap", "--n-draws", "9"], "--n-samples is a draw"),
+        ([*ATTRIBUTE, *GXA, "--n-samples", "9"], "it is of --method shapley, sampling"),
+        ([*ATTRIBUTE, *GXA, "--batch-size", "9"], "it has one row to run"),
+        ([*ATTRIBUTE, *GXA, "--baselines", "<unk>"], "it compares with the activation 0"),
         ([*ATTRIBUTE, "--max-new-tokens", "0"], "0 is below 1"),
         ([*ATTRIBUTE, "--max-new", "3"], "unrecognized arguments: --max-new"),
         ([*ATTRIBUTE, "--target", "x", "--sample"], "--sample would be ignored"),

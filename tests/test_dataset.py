@@ -15,7 +15,7 @@ import weakref
 import pytest
 import tiny
 import torch
-from captum.attr import FeatureAblation, KernelShap
+from captum.attr import FeatureAblation, KernelShap, LayerIntegratedGradients
 
 from captum_llm_ext import (
     ChatInput,
@@ -23,6 +23,7 @@ from captum_llm_ext import (
     DatasetReport,
     GenerationAttribution,
     GenerationAttributionResult,
+    GenerationGradientAttribution,
     Infilling,
     TextSegmentInput,
     attribute_dataset,
@@ -212,6 +213,52 @@ def test_memory_does_not_grow_with_what_is_there(attribution, tmp_path):
     assert peaks[1] < peaks[0] + 30_000
 
 
+def test_gradients_of_many_prompts(tokenizer, tmp_path):
+    model = tiny.llama(len(tokenizer))
+    method = LayerIntegratedGradients(model, model.model.layers[0])
+    attribution = GenerationGradientAttribution(method, tokenizer)
+    records = [
+        {"prompt": PROMPT, "id": "a"},
+        {"messages": MESSAGES, "target": [5, 6]},
+        {"prompt": ""},
+    ]
+    options = {"gen_args": {"max_new_tokens": 2}, "n_steps": 4, "baselines": "<unk>"}
+    report = attribute_dataset(records, attribution, tmp_path, **options)
+    assert (report.n_written, report.n_failed) == (2, 1)
+    inputs = (
+        TextSegmentInput(PROMPT, tokenizer, baselines="<unk>"),
+        ChatInput(MESSAGES, tokenizer, baselines="<unk>"),
+    )
+    expected = [
+        attribution.attribute(inputs[0], gen_args={"max_new_tokens": 2}, n_steps=4),
+        attribution.attribute(inputs[1], [5, 6], n_steps=4),
+    ]
+    for found, wanted in zip(results(tmp_path), expected, strict=True):
+        assert torch.equal(found.full_attr, wanted.full_attr)
+    assert results(tmp_path)[0].provenance["record"] == {"number": 0, "id": "a"}
+    # Speed is no setting; all else is.
+    again = attribute_dataset(records, attribution, tmp_path, internal_batch_size=1, **options)
+    assert (again.n_written, again.n_skipped, again.n_failed) == (0, 2, 1)
+
+    def refused(message, method=method, attr_target="log_prob", **more):
+        other = GenerationGradientAttribution(method, tokenizer, attr_target=attr_target)
+        with pytest.raises(ValueError, match=f"of another run.*{message}"):
+            attribute_dataset(records, other, tmp_path, **options | more)
+
+    refused("`n_steps` was 4 and is 5", n_steps=5)
+    refused("`attr_target` was 'log_prob' and is 'logit'", attr_target="logit")
+    refused("'model.layers.1'", LayerIntegratedGradients(model, model.model.layers[1]))
+    refused("'layer': None", LayerIntegratedGradients(model, None))
+    alone = LayerIntegratedGradients(model, model.model.layers[0], multiply_by_inputs=False)
+    refused("'multiply_by_inputs': False", alone)
+    other = tiny.llama(len(tokenizer), seed=1)
+    refused("`weights`", LayerIntegratedGradients(other, other.model.layers[0]))
+    with pytest.raises(TypeError, match="did you mean 'n_steps'"):
+        attribute_dataset(records, attribution, tmp_path, n_step=5)
+    with pytest.raises(TypeError, match="`attribution` is a LayerIntegratedGradients"):
+        attribute_dataset(records, method, tmp_path)
+
+
 def other_template(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = CHAT.replace(": ", " - ")
@@ -372,17 +419,20 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     _check_all_there(out, n)
 
 
-def test_two_processes_share_the_records(tmp_path):
-    n, out = 40, tmp_path / "out"
+@pytest.mark.parametrize(
+    ("n", "method"), [(40, []), (12, ["--method", "integrated-gradients", "--n-steps", "5"])]
+)
+def test_two_processes_share_the_records(tmp_path, n, method):
+    out, options = tmp_path / "out", [*OPTIONS, *method]
     arguments = ["attribute", "--model", "demo", "--input", str(_prompts(tmp_path, n)), "--out"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launch, "-m", "captum_llm_ext", *arguments, str(out), *OPTIONS]
+    command = [sys.executable, *launch, "-m", "captum_llm_ext", *arguments, str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     # One line, from the main process, with the counts of both.
     assert done.stdout == f"{n} records: {n} written, 0 there already, 0 failed in {out}\n"
     _check_all_there(out, n)
-    assert main([*arguments, str(tmp_path / "alone"), *OPTIONS]) == 0
+    assert main([*arguments, str(tmp_path / "alone"), *options]) == 0
     for a, b in zip(results(out), results(tmp_path / "alone"), strict=True):
         assert torch.equal(a.token_attr, b.token_attr)
 

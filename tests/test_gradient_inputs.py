@@ -388,6 +388,7 @@ def test_wrong_arguments_are_explained(model, tokenizer, name):
         (LayerGradientXActivation, {"n_steps": 5}, "`n_steps` has no meaning for LayerGradientX"),
         (LayerGradientXActivation, {"output_baselines": 3}, "what is absent is the zero vector"),
         (LayerGradientXActivation, {"n_draws": 3}, "nothing is drawn"),
+        (LayerGradientXActivation, {"internal_batch_size": 3}, "has no meaning for LayerGradientX"),
         (LayerGradientShap, {"n_draws": 3}, "every one of `n_samples` is a draw"),
         (LayerGradientShap, {"n_samples": 0}, "`n_samples` is 0"),
         (LayerGradientShap, {"stdevs": -1.0}, "`stdevs` is -1.0"),
@@ -481,6 +482,31 @@ def test_progress_is_shown_where_it_is_asked_for(model, tokenizer, capsys):
     found = attributed(model, tokenizer, inp, show_progress=True)
     shown = capsys.readouterr().err
     assert f"{found.n_evaluations}/{found.n_evaluations}" in shown
+
+
+def test_points_of_expected_gradients_in_passes_of_any_size(model, tokenizer):
+    inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
+    whole, parts = (
+        attributed(model, tokenizer, inp, kind=LayerGradientShap, n_samples=7, **given)
+        for given in ({}, {"internal_batch_size": 2})
+    )
+    torch.testing.assert_close(parts.full_attr, whole.full_attr, atol=1e-5, rtol=0)  # float32
+
+
+@pytest.mark.parametrize("cls", [GenerationAttribution, GenerationGradientAttribution])
+def test_a_callable_is_not_taken_for_the_value_of_its_name(model, tokenizer, cls):
+    """`log_prob` is nats, which tell probabilities; what a function of that name gives is not."""
+
+    def log_prob(logits, target):
+        return logits.gather(2, target.expand(len(logits), -1)[..., None])[..., 0] / 7
+
+    log_prob.__qualname__ = "log_prob"
+    is_gradient = cls is GenerationGradientAttribution
+    method = LayerIntegratedGradients(model, None) if is_gradient else FeatureAblation(model)
+    inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
+    found = cls(method, tokenizer, attr_target=log_prob).attribute(inp, TARGET)
+    assert found.provenance["attr_target"] == "log_prob()"
+    assert found.output_probs is None
 
 
 def test_provenance_tells_what_was_done(known):

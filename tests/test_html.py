@@ -607,6 +607,18 @@ def test_errors_of_a_part_add_up_as_if_independent(view):
     assert "± is approximate here: the errors of the parts that are added up are taken as" in note
 
 
+@pytest.mark.parametrize("errors", [0.0, None, 0.25])
+def test_errors_are_spoken_of_where_there_are_any(view, errors):
+    """Not for what is exact, nor for integrated gradients, whose error nothing tells."""
+    data = example()
+    for name in ("token_attr", "output_attr"):
+        data[f"{name}_se"] = [[errors] * len(row) for row in data[name]]
+    page = view(data)
+    answer(page, 2).click()
+    shown = page.inner_text("#note") + page.inner_text("#top") + page.inner_text("#details")
+    assert ("±" in shown) == bool(errors)
+
+
 def test_the_common_scale_and_the_bar_follow_the_level(view):
     data = sure(example(levels=LEVELS))
     page = view(data)

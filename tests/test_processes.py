@@ -158,6 +158,10 @@ def test_models_that_processes_hold_together(found, alone, n):
             # Sums over parts of a layer are taken in another order.
             same(own["sharded"][case], alone[case], tolerance=2e-4)
             assert len(own["sharded"][case]["rows"]) == n // 2
+        assert (
+            "held together by 2 processes, and gradients need it whole"
+            in (own["sharded"]["gradients"])
+        )
 
 
 @each_number

@@ -13,6 +13,8 @@ from captum.attr import (
     FeatureAblation,
     ImageMaskInput,
     KernelShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
     Lime,
     ProductBaselines,
     ShapleyValueSampling,
@@ -32,6 +34,7 @@ from captum_llm_ext import (
     FixedTexts,
     GenerationAttribution,
     GenerationAttributionResult,
+    GenerationGradientAttribution,
     TextSegmentInput,
     TokenBaseline,
     compare_baselines,
@@ -528,6 +531,22 @@ def test_numbers_out_of_range(model, tokenizer, number, message):
 def test_only_this_packages_attribution_explains(model, tokenizer):
     with pytest.raises(TypeError, match="is a KernelShap: give a `GenerationAttribution`"):
         compare_baselines(KernelShap(model), TextSegmentInput("Dave", tokenizer), [None, 3])
+
+
+@pytest.mark.filterwarnings("ignore:.*steps are too few:UserWarning")
+def test_gradients_under_several_baselines(model, tokenizer):
+    attribution = GenerationGradientAttribution(LayerIntegratedGradients(model, None), tokenizer)
+    inp = TextSegmentInput("Dave lives in Palm Coast, FL", tokenizer)
+    comparison = compare_baselines(attribution, inp, [None, 3], target=" golf", n_steps=5)
+    assert list(comparison.results) == ["zero vector", "token 3"]
+    for baselines, found in zip((None, 3), comparison.results.values(), strict=True):
+        expected = attribution.attribute(inp.with_baselines(baselines), " golf", n_steps=5)
+        assert torch.equal(found.full_attr, expected.full_attr)
+    with pytest.raises(ValueError, match="`baselines` would be ignored: what is absent is the zer"):
+        compare_baselines(attribution, inp, [None, 3], absent="zero")
+    other = GenerationGradientAttribution(LayerGradientXActivation(model, None), tokenizer)
+    with pytest.raises(ValueError, match=r"Give `LayerIntegratedGradients\(model, None\)`"):
+        compare_baselines(other, inp, [None, 3])
 
 
 @pytest.mark.parametrize(

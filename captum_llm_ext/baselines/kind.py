@@ -8,15 +8,16 @@ from captum_llm_ext.baselines import Deletion, FixedTexts, TokenBaseline
 from captum_llm_ext.baselines.corpus import CorpusBaselines
 
 
-def kind_of(baseline: object) -> str:
+def kind_of(baseline: object, nothing: str = "deleted") -> str:
     """In a word or two.
 
     Args:
         baseline: A baseline, or what a user may give as one.
+        nothing: What it is called where there is no text.
     """
     match baseline:
         case None | Deletion():
-            return "deleted"
+            return nothing
         case str():
             return baseline
         case int():
@@ -26,7 +27,7 @@ def kind_of(baseline: object) -> str:
         case CorpusBaselines():
             return "corpus"
         case FixedTexts() if not any(any(texts) for texts in baseline.choices):
-            return "deleted"
+            return nothing
         case FixedTexts() | ProductBaselines() | Sequence() | Mapping():
             return "texts"
         case _:

@@ -6,6 +6,7 @@ from typing import Any
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
 from captum_llm_ext.cli.many import add_many, check_many, run_many
+from captum_llm_ext.cli.methods import said_of_deletion
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.together import accelerator, check_readable, is_main
 from captum_llm_ext.result.terminal import paint, width
@@ -24,6 +25,8 @@ EXAMPLES = (
     "--tol 0.05",
     "attribute --model ./my-model --prompt-file q.txt --method lime --n-samples 200",
     "attribute --model ./my-model --prompt-file letter.txt --method hierarchical --share 0.1",
+    "attribute --model ./my-model --prompt-file q.txt --method integrated-gradients --baselines "
+    "corpus:letters.txt",
     "attribute --model ./my-model --input prompts.jsonl --out results/",
 )
 _DESCRIPTION = """\
@@ -70,11 +73,11 @@ def run(arguments: argparse.Namespace) -> int | None:
     baselines = as_baselines(given[0], arguments.seed)
     attribution, inp = job.prepared(baselines, accelerator())
     if arguments.baselines is None and is_main():
-        note(
-            "what is absent is deleted, which leaves text the model may never have seen: "
-            "--baselines corpus:FILE puts other text of the same kind there."
-        )
-    result = attribution.attribute(inp, **job.options, checkpoint=arguments.checkpoint)
+        said = said_of_deletion(arguments.method)
+        if said is not None:
+            note(said)
+    kept = {} if arguments.checkpoint is None else {"checkpoint": arguments.checkpoint}
+    result = attribution.attribute(inp, **job.options, **kept)
     if not is_main():
         return None
     result.provenance["command"] = arguments.command_line

@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines.corpus import CorpusBaselines
 from captum_llm_ext.cli.command import UsageError, add_command, positive, say
-from captum_llm_ext.cli.job import METHODS, method, method_name, units
+from captum_llm_ext.cli.job import units
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer
+from captum_llm_ext.cli.methods import add_method, attribution, is_search, method
 from captum_llm_ext.demo import PROMPT, folder
 from captum_llm_ext.inputs import TextSegmentInput
 
@@ -47,15 +47,7 @@ def add(commands: Any) -> None:
     )
     add("--max-new-tokens", type=positive, default=40, metavar="N", help="default 40")
     add("--corpus", metavar="FILE", help="text to draw replacements from, a document a line")
-    add(
-        "--method",
-        type=method_name,
-        choices=METHODS,
-        default="sampling",
-        metavar="METHOD",
-        help=f"{', '.join(METHODS)} (default: sampling, Shapley values by random orders); see "
-        "attribute --help",
-    )
+    add_method(parser, more="see attribute --help")
     add("--seed", type=int, default=0, metavar="N", help="default 0")
     add("--out", default="captum-llm-ext-demo", metavar="DIR", help="default ./captum-llm-ext-demo")
 
@@ -67,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.prompt is None and arguments.model is not None:
         raise UsageError("--model needs a --prompt to continue.")
     # A name that is none is told before a model is loaded.
-    parts = units(arguments.unit, is_chat=False, is_nested=arguments.method == "hierarchical")
+    parts = units(arguments.unit, is_chat=False, is_nested=is_search(arguments.method))
     result = _attribute(arguments, parts)
     print(result, flush=True)
     result.to_html(out / "demo.html", title="captum-llm-ext demo")
@@ -91,7 +83,7 @@ def _attribute(arguments: argparse.Namespace, parts: tuple[str, ...]) -> Any:
     attributes = method(arguments.method, load_model(name, arguments))
     say(f"model:   {arguments.model or 'the tiny one that comes with the package'}")
     say(f"prompt:  {prompt}")
-    result = GenerationAttribution(attributes, tokenizer).attribute(
+    result = attribution(attributes, tokenizer).attribute(
         inp,
         gen_args={"max_new_tokens": arguments.max_new_tokens},
         seed=arguments.seed,

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,41 +11,33 @@ from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines.corpus import CorpusBaselines
 from captum_llm_ext.cli.command import UsageError, positive
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, location
+from captum_llm_ext.cli.methods import (
+    HELP,
+    add_method,
+    add_settings,
+    attribution,
+    check_method,
+    is_of_gradients,
+    is_search,
+    method,
+)
+from captum_llm_ext.cli.together import are_several
 from captum_llm_ext.demo import folder
+from captum_llm_ext.gradient import GenerationGradientAttribution
 from captum_llm_ext.inputs import ChatInput, TextSegmentInput
 from captum_llm_ext.segment import segmenter
 
-METHODS = {
-    "ablation": "captum.attr:FeatureAblation",
-    "inclusion": "captum_llm_ext.methods:FeatureInclusion",
-    "shapley": "captum.attr:ShapleyValues",
-    "sampling": "captum.attr:ShapleyValueSampling",
-    "kernel": "captum.attr:KernelShap",
-    "lime": "captum.attr:Lime",
-    "partition": "captum_llm_ext.methods:PartitionShap",
-    "hierarchical": "captum_llm_ext.methods:HierarchicalAblation",
-}
-_METHODS = """\
-methods: what an attribution is, of n features (captum's names of classes mean the same)
-  ablation      what is lost without the feature: n + 1 evaluations
-  inclusion     what the feature alone gains: n + 1 evaluations
-  shapley       Shapley values, exact: 2^n evaluations
-  sampling      Shapley values from random orders of the features (default)
-  kernel        Shapley values by regression over random coalitions
-  lime          LIME's linear model
-  partition     Owen values: Shapley values of orders that keep to the nesting of --unit
-  hierarchical  ablation of long prompts: only parts that matter are opened to their words
-"""
 _NESTED = ("paragraph", "sentence", "word")  # what a search goes down, if nothing else is said
 _BASELINES = """\
 baselines: what stands where a word is absent
-  delete        nothing
+  delete        nothing (of gradients: the zero vector)
   <pad>         a token of the vocabulary (token:TEXT where it reads like another line of these)
   corpus:FILE   text from the same surroundings in a file: a document a line, or .jsonl with the
                 field "text"; corpus:demo is the tiny model's
   index:FILE    the same from what CorpusBaselines.save wrote
 """
 Prompt = str | Mapping[str, Any]
+Attribution = GenerationAttribution | GenerationGradientAttribution
 
 
 def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
@@ -84,15 +75,17 @@ def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
         )
     _add_target(what)
     how = parser.add_argument_group("how")
-    _add_method(how)
-    _add_settings(how)
+    add_method(how)
+    add_settings(how)
+    _add_features(how)
+    _add_budget(how)
     how.add_argument(
         "--baselines",
         action="append",
         metavar="WHAT",
         help=f"see below{'; twice or more' if several else ' (default: delete)'}",
     )
-    parser.epilog = f"{_METHODS}\n{_BASELINES}\n{parser.epilog}"
+    parser.epilog = f"{HELP}\n{_BASELINES}\n{parser.epilog}"
 
 
 def _add_target(group: Any) -> None:
@@ -104,29 +97,8 @@ def _add_target(group: Any) -> None:
     add("--top-p", type=float, metavar="X", help="of --sample")
 
 
-def _add_method(group: Any) -> None:
+def _add_features(group: Any) -> None:
     add = group.add_argument
-    add(
-        "--method",
-        type=method_name,
-        choices=METHODS,
-        metavar="METHOD",
-        default="sampling",
-        help=f"{', '.join(METHODS)}: see below (default: sampling)",
-    )
-    add(
-        "--share",
-        type=_share,
-        metavar="X",
-        help="of hierarchical: a part is opened where its loss changes a token's value by this "
-        "share of the largest change, from 0 to 1 (default: 0.05)",
-    )
-    add(
-        "--scheme",
-        choices=("orders", "splits"),
-        help="of partition: random orders (default), or the group that adds most is split first, "
-        "for budgets below an evaluation per feature",
-    )
     add(
         "--unit",
         metavar="UNIT",
@@ -143,7 +115,7 @@ def _add_method(group: Any) -> None:
     add("--roles", metavar="ROLES", help="of a chat: whose turns are features (user,system)")
 
 
-def _add_settings(group: Any) -> None:
+def _add_budget(group: Any) -> None:
     add = group.add_argument
     add(
         "--attr-target",
@@ -156,7 +128,7 @@ def _add_settings(group: Any) -> None:
         "--n-draws",
         type=positive,
         metavar="N",
-        help="of ablation, inclusion, shapley, hierarchical: draws of random baselines",
+        help="draws of random baselines, of methods that enumerate coalitions or take steps",
     )
     add("--tol", type=float, metavar="X", help="sample until the errors are below X of the range")
     add(
@@ -165,27 +137,6 @@ def _add_settings(group: Any) -> None:
     add("--batch-size", type=positive, metavar="N", help="default: what memory allows")
     add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
     add("--quiet", action="store_true", help="no progress bar")
-
-
-def _share(text: str) -> float:
-    """A number from 0 to 1, as the type of an option."""
-    share = float(text)
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return share
-
-
-def method_name(text: str) -> str:
-    """A key of `METHODS`; captum's class names mean the same."""
-    classes = {path.partition(":")[2]: name for name, path in METHODS.items()}
-    return classes.get(text, text)
-
-
-def method(name: str, model: Any, **settings: Any) -> Any:
-    """The attribution method over a model; settings that are None are its defaults."""
-    module, _, cls = METHODS[name].partition(":")
-    given = {key: value for key, value in settings.items() if value is not None}
-    return getattr(import_module(module), cls)(model, **given)
 
 
 class Job:
@@ -209,8 +160,13 @@ class Job:
         is_many = getattr(arguments, "input", None) is not None
         self._prompt = "" if is_many else _read_prompt(arguments)
         is_chat = not isinstance(self._prompt, str) or (is_many and bool(arguments.roles))
-        self._units = units(arguments.unit, is_chat=is_chat, is_nested=_is_search(arguments.method))
-        _check_method(arguments)
+        self._units = units(arguments.unit, is_chat=is_chat, is_nested=is_search(arguments.method))
+        check_method(arguments)
+        if is_of_gradients(arguments.method) and are_several() and not is_many:
+            raise UsageError(
+                f"--method {arguments.method} takes one process for a prompt: start it without "
+                "torchrun, or give many prompts with --input, which the processes share."
+            )
         self._output_unit = None if arguments.output_unit == "none" else arguments.output_unit
         if self._output_unit not in (None, "token"):
             segmenter(arguments.output_unit)
@@ -222,50 +178,49 @@ class Job:
 
     def prepared(
         self, baselines: Any, accelerator: Any = None
-    ) -> tuple[GenerationAttribution, TextSegmentInput]:
+    ) -> tuple[Attribution, TextSegmentInput]:
         """What attributes, and the prompt over these baselines."""
         arguments = self._arguments
         tokenizer = load_tokenizer(arguments.model, arguments.revision)
         inp = self._input(tokenizer, baselines)
         return self._attribution(tokenizer, accelerator), inp
 
-    def for_many(self, accelerator: Any) -> tuple[GenerationAttribution, dict[str, Any]]:
+    def for_many(self) -> tuple[Attribution, dict[str, Any]]:
         """What attributes, and the arguments of `attribute_dataset` that say what features are."""
         arguments = self._arguments
         chosen: dict[str, Any] = {}
-        if arguments.unit or _is_search(arguments.method):
+        if arguments.unit or is_search(arguments.method):
             chosen["unit"] = self._units[0] if len(self._units) == 1 else self._units
         if arguments.roles:
             chosen["roles"] = [role.strip() for role in arguments.roles.split(",")]
         tokenizer = load_tokenizer(arguments.model, arguments.revision)
-        return self._attribution(tokenizer, accelerator), chosen
+        return self._attribution(tokenizer, None), chosen
 
-    def _attribution(self, tokenizer: Any, accelerator: Any) -> GenerationAttribution:
+    def _attribution(self, tokenizer: Any, accelerator: Any) -> Attribution:
         arguments = self._arguments
         model = load_model(arguments.model, arguments)
-        settings = {"share": arguments.share, "scheme": arguments.scheme}
-        return GenerationAttribution(
-            method(arguments.method, model, **settings),
-            tokenizer,
-            arguments.attr_target,
-            accelerator=accelerator,
-        )
+        settings = {name: getattr(arguments, name) for name in ("share", "scheme", "layer")}
+        attributes = method(arguments.method, model, **settings)
+        return attribution(attributes, tokenizer, arguments.attr_target, accelerator)
 
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of ``attribute``."""
         arguments = self._arguments
+        if is_of_gradients(arguments.method):
+            own = {"n_steps": arguments.n_steps, "internal_batch_size": arguments.batch_size}
+        else:
+            own = {"tol": arguments.tol, "max_evaluations": arguments.max_evaluations}
+            own |= {"perturbations_per_eval": arguments.batch_size}
         return {
             "target": arguments.target,
             "gen_args": self._gen_args,
             "output_unit": self._output_unit,
             "n_samples": arguments.n_samples,
             "n_draws": arguments.n_draws,
-            "tol": arguments.tol,
-            "max_evaluations": arguments.max_evaluations,
-            "perturbations_per_eval": arguments.batch_size,
             "seed": arguments.seed,
             "show_progress": not arguments.quiet,
+            **own,
         }
 
     def _input(self, tokenizer: Any, baselines: Any) -> TextSegmentInput:
@@ -333,30 +288,6 @@ def _gen_args(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def _option(name: str) -> str:
     return {"do_sample": "sample"}.get(name, name).replace("_", "-")
-
-
-def _is_search(name: str) -> bool:
-    return name == "hierarchical"
-
-
-def _check_method(arguments: argparse.Namespace) -> None:
-    """Refuses settings that the method has not.
-
-    Raises:
-        UsageError: If there is one.
-    """
-    each = ("ablation", "inclusion")
-    owners = {
-        "share": ("hierarchical",),
-        "scheme": ("partition",),
-        "n_samples": tuple(name for name in METHODS if name not in each),
-        "n_draws": (*each, "shapley", "partition", "hierarchical"),
-    }
-    for name, methods in owners.items():
-        if getattr(arguments, name) is not None and arguments.method not in methods:
-            raise UsageError(
-                f"--{_option(name)} would be ignored: it is of --method {', '.join(methods)}."
-            )
 
 
 def units(given: str | None, *, is_chat: bool, is_nested: bool) -> tuple[str, ...]:

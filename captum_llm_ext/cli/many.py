@@ -55,16 +55,16 @@ def check_many(arguments: argparse.Namespace) -> bool:
 
 def run_many(arguments: argparse.Namespace) -> int:
     """Attributes every line; the status is 1 if one of them failed."""
-    processes = accelerator()
     job = Job(arguments)
     baselines = as_baselines((arguments.baselines or ["delete"])[0], arguments.seed)
-    attribution, chosen = job.for_many(processes)
+    attribution, chosen = job.for_many()
     options = {name: value for name, value in job.options.items() if name != "target"}
     report = attribute_dataset(
         arguments.input,
         attribution,
         arguments.out,
         baselines=baselines,
+        accelerator=accelerator(),
         **chosen,
         **options,
     )

@@ -54,6 +54,11 @@ class Solution:
     full_values: Tensor
     empty_values: Tensor
 
+    @property
+    def efficiency_gap(self) -> Tensor:
+        """What the attributions miss of full minus empty, ``(n_target,)``."""
+        return self.full_values - self.empty_values - self.attributions.sum(1)
+
     @classmethod
     def blank(cls, n_target: int, n_features: int) -> "Solution":
         """All zeros, for a solver to fill in."""

@@ -1,8 +1,7 @@
 """What users may ask of gradients: nothing that would be ignored."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -13,9 +12,11 @@ from captum.attr import (
 )
 from torch import Tensor
 
-from captum_llm_ext.gradient.methods import Points, at_least_one
+from captum_llm_ext.arguments import check_counts
+from captum_llm_ext.gradient.methods import Points
 
-# Arguments of captum's `attribute` methods, as far as they mean something here.
+# Arguments of captum's `attribute` methods, as far as they mean something here; passes have a size
+# wherever there are several points.
 _OWN: dict[type, tuple[str, ...]] = {
     LayerIntegratedGradients: (
         "n_steps",
@@ -25,7 +26,7 @@ _OWN: dict[type, tuple[str, ...]] = {
         "grad_kwargs",
     ),
     LayerGradientXActivation: ("grad_kwargs",),
-    LayerGradientShap: ("n_samples", "stdevs", "baselines"),
+    LayerGradientShap: ("n_samples", "stdevs", "baselines", "internal_batch_size"),
 }
 _DECIDED = ("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph", "is_grads_batched")
 
@@ -74,9 +75,7 @@ def check_common(
         )
     if absent not in ("baseline", "zero"):
         raise ValueError(f"`absent` is {absent!r}: give 'baseline' or 'zero'.")
-    for name, value in (("n_draws", n_draws), ("internal_batch_size", internal_batch_size)):
-        if value is not None:
-            at_least_one(name, value)
+    check_counts(n_draws=n_draws, internal_batch_size=internal_batch_size)
 
 
 def check_used(
@@ -135,10 +134,3 @@ def present_features(baselines: Any, n_features: int, *, is_drawn: bool) -> Tens
         f"are present at the beginning, as numbers ({rows}, {n_features}). What stands for absent "
         "ones is said by the input: `TextSegmentInput(…, baselines=CorpusBaselines(texts))`."
     )
-
-
-def unknown_argument(name: str, attribute: Callable[..., Any]) -> str:
-    """What to tell of an argument that `attribute` does not take."""
-    said = f"attribute() got {name!r}, which it does not take"
-    close = get_close_matches(name, inspect.signature(attribute).parameters, n=1, cutoff=0.8)
-    return f"{said}: did you mean {close[0]!r}?" if close else f"{said}: leave it out."

@@ -1,9 +1,9 @@
 """`GenerationGradientAttribution`: captum's LLM gradient attribution, for prompt and output."""
 
+import copy
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
 
@@ -13,25 +13,27 @@ from captum.attr._utils.attribution import GradientAttribution
 from torch import Tensor
 
 from captum_llm_ext import _compat
+from captum_llm_ext.arguments import check_attr_target, unknown_argument
+from captum_llm_ext.coalitions import Solution
+from captum_llm_ext.content import told
 from captum_llm_ext.gradient.arguments import (
     check_common,
     check_own,
     check_used,
     present_features,
-    unknown_argument,
 )
 from captum_llm_ext.gradient.methods import SUPPORTED, check_method, points_of
-from captum_llm_ext.gradient.paths import Found, Paths
+from captum_llm_ext.gradient.paths import Paths
 from captum_llm_ext.gradient.scenes import Absent
-from captum_llm_ext.inputs import GeneratedText, Prompt, as_prompt
+from captum_llm_ext.inputs import Context, GeneratedText, Prompt, as_prompt
 from captum_llm_ext.result import GenerationAttributionResult
-from captum_llm_ext.result.provenance import of_model, of_run
-from captum_llm_ext.scoring import AttrTarget, Likelihood, Scorer
+from captum_llm_ext.result.assembled import assembled, numbers_of
+from captum_llm_ext.result.provenance import of_model, of_question, of_run
+from captum_llm_ext.scoring import AttrTarget, Likelihood, Processes, Scorer, model_identity
 from captum_llm_ext.scoring.passes import as_found
 from captum_llm_ext.segment import Unit
 from captum_llm_ext.target import check_target, generate_target, target_ids
 
-_TARGETS = ("log_prob", "prob", "logit")
 _N_DRAWS = 8
 # Of what is explained: that much is missing where a quadrature has too few points.
 _WIDE_GAP = 0.1
@@ -68,9 +70,14 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             its ``"prob"``, its ``"logit"``, or a differentiable callable ``(logits (batch,
             n_target, vocabulary), target (n_target,)) -> (batch, n_target)``.
 
+    There is no ``accelerator=``: the points of one text are a few passes and as many ways back,
+    which a single process takes in seconds. What is shared out are texts: `attribute_dataset` takes
+    the accelerator, and each process a prompt at a time.
+
     Raises:
         TypeError: If the method is another one, or its model no causal language model.
-        ValueError: If `attr_target` is unknown or the layer no module of the model.
+        ValueError: If `attr_target` is unknown, the layer no module of the model, or the model held
+            together by several processes (tensor parallel).
     """
 
     SUPPORTED_METHODS = SUPPORTED
@@ -85,14 +92,40 @@ class GenerationGradientAttribution(LLMGradientAttribution):
     ) -> None:
         check_method(attr_method)
         _compat.check_causal(attr_method.forward_func)
-        if not callable(attr_target) and attr_target not in _TARGETS:
-            raise ValueError(
-                f"`attr_target` is {attr_target!r}: give one of {', '.join(map(repr, _TARGETS))}, "
-                "or a callable `(logits, target) -> values`."
-            )
+        check_attr_target(attr_target)
         super().__init__(attr_method, tokenizer)
         self.attr_target = attr_target
         self.device = _compat.input_device(self.model)
+        self._processes = Processes.of(None, self.model)
+        if self._processes.are_many:
+            raise ValueError(
+                f"the model is held together by {len(self._processes.ranks)} processes, and "
+                "gradients need it whole: load it on one device or with a `device_map`, or take "
+                "`GenerationAttribution`, which asks for none."
+            )
+
+    @property
+    def processes(self) -> Processes:
+        """Those that work together on one attribution: this one alone."""
+        return self._processes
+
+    def on(self, processes: Processes) -> "GenerationGradientAttribution":
+        """The same, where these processes make up one of those that share records."""
+        other = copy.copy(self)
+        other._processes = processes
+        return other
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on beside the arguments of `attribute`, as JSON has it."""
+        layer, modules = self._layer(), _compat.uncompiled(self.model).named_modules()
+        name = next((name for name, module in modules if module is layer), None)
+        method: Any = self.attr_method
+        return {
+            **model_identity(self.model),
+            "method": type(method).__name__,
+            "method_settings": {"layer": name, "multiply_by_inputs": method.multiplies_by_inputs},
+            "attr_target": told(self.attr_target),
+        }
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
         self,
@@ -200,31 +233,15 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             is_held=output_unit is None,
         )
         scorer = Scorer(self.model, attr_target=self.attr_target)
-        model = Likelihood(self.model, self.tokenizer)
-        prompt = as_prompt(inp, self.tokenizer, feature_mask).with_model(model)
+        prompt = as_prompt(inp, self.tokenizer, feature_mask)
         prompt.places()  # whether it knows any, before the costly part
         kept = present_features(baselines, prompt.n_features, is_drawn=points.is_sampled)
-        every = torch.ones(1, prompt.n_features, dtype=torch.bool)
-        full = prompt.render(every, torch.Generator().manual_seed(0))[0]
-        if not full.ids:
-            raise ValueError("the prompt is empty: it has no token before the target.")
-        generate = partial(generate_target, scorer, full, gen_args, seed)
+        context = Context(prompt, self.tokenizer, Likelihood(self.model, self.tokenizer))
+        generate = partial(generate_target, scorer, context.full, gen_args, seed)
         ids = target_ids(target, self.tokenizer, gen_args, generate)
-        check_target(ids, full, scorer, _compat.vocabulary_size(self.model))
-
-        def text(unit: Unit | None, given: Any) -> GeneratedText:
-            return GeneratedText(
-                ids.tolist(),
-                self.tokenizer,
-                unit,
-                baselines=prompt.baseline if given is None else given,
-                prompt_text=prompt.text,
-                prompt_ids=full.ids,
-                model=model,
-            )
-
-        generated = text(output_unit, output_baselines)
-        deterministic = prompt.deterministic and generated.deterministic
+        check_target(ids, context.full, scorer, _compat.vocabulary_size(self.model))
+        generated = context.generated(ids, output_unit, output_baselines)
+        deterministic = context.prompt.deterministic and generated.deterministic
         if deterministic and n_draws is not None:
             raise ValueError(
                 "`n_draws` would be ignored: every draw of these baselines is the same. Random "
@@ -234,8 +251,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             self.model,
             self._layer(),
             points,
-            prompt,
-            full.ids,
+            context,
             kept,
             self.attr_target,
             of_input=attribute_to_layer_input,
@@ -249,20 +265,20 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         with as_found(self.model), _progress(show_progress) as (paths.on_total, paths.on_rows):
             found = paths.attribute(generated)
             if self.attr_target == "prob":
-                joint = paths.attribute(text(None, None), is_joint=True).attributions[0]
-        generation = {name: repr(value) for name, value in (gen_args or {}).items()}
+                fixed = context.generated(ids, None, None)
+                joint = paths.attribute(fixed, is_joint=True).attributions[0]
         about: dict[str, Any] = {
+            **of_question(self.attr_target, (gen_args or {}) if target is None else None),
             "seed": seed,
             "absent": "zero activation" if points.from_zero else absent,
             "deterministic_baselines": deterministic,
             "n_draws": paths.n_draws,
-            "baselines": None if is_zero else repr(prompt.baseline),
-            "matches": _matches(prompt, generated),
-            "generation": generation if target is None else None,
+            "baselines": None if is_zero else repr(context.prompt.baseline),
+            "matches": context.matches(generated),
         }
         if paths.is_complete:
             _warn_of_gap(found.efficiency_gap, found.full_values - found.empty_values, n_steps)
-        return self._result(inp, prompt, generated, paths, found, joint, about)
+        return self._result(inp, context.prompt, generated, paths, found, joint, about)
 
     def _layer(self) -> torch.nn.Module | None:
         layer: Any = getattr(self.attr_method, "layer", None)
@@ -287,53 +303,27 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         prompt: Prompt,
         generated: GeneratedText,
         paths: Paths,
-        found: Found,
+        found: Solution,
         joint: Tensor | None,
         about: dict[str, Any],
     ) -> GenerationAttributionResult:
-        columns, n_prompt = torch.tensor(prompt.columns), prompt.n_features
-
-        def convert(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, self._result_dtype())
-
-        def split(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-            output = convert(tensor[:, n_prompt:]) if generated.n_features else None
-            return convert(tensor[:, :n_prompt][:, columns]), output
-
-        token_attr, output_attr = split(found.attributions)
-        token_attr_se, output_attr_se = split(found.standard_errors)
-        full, empty = found.full_values, found.empty_values
-        probabilities = {"log_prob": full.exp, "prob": full.clone}.get(cast(str, self.attr_target))
-        masks = torch.zeros(2, n_prompt + generated.n_features, dtype=torch.bool)
-        masks[0] = True
-        return GenerationAttributionResult(
-            input_tokens=list(prompt.names),
-            output_tokens=list(generated.labels),
-            seq_attr=token_attr.sum(0) if joint is None else convert(joint[columns]),
-            token_attr=token_attr,
-            output_probs=None if probabilities is None else convert(probabilities()),
-            inp=inp,
-            output_features=generated.names if generated.n_features else None,
-            output_attr=output_attr,
-            token_attr_se=token_attr_se,
-            output_attr_se=output_attr_se,
-            full_values=convert(full),
-            empty_values=convert(empty),
-            efficiency_gap=convert(found.efficiency_gap),
+        ends = torch.zeros(2, prompt.n_features + generated.n_features, dtype=torch.bool)
+        ends[0] = True
+        return assembled(
+            inp,
+            prompt,
+            generated,
+            found,
+            joint,
+            masks=ends,
+            values=torch.stack([found.full_values, found.empty_values]),
+            draws=torch.zeros(2, dtype=torch.long),
             n_evaluations=paths.n_rows,
-            masks=masks.to(self.device),
-            values=convert(torch.stack([full, empty])),
-            draws=torch.zeros(2, dtype=torch.long, device=self.device),
-            target=torch.tensor(generated.ids, device=self.device),
-            prompt_pieces=prompt.pieces,
-            levels=prompt.levels,
-            output_pieces=generated.pieces,
+            like=numbers_of(self.model, self.device),
             provenance=self._provenance(prompt, paths) | about,
         )
 
     def _provenance(self, prompt: Prompt, paths: Paths) -> dict[str, Any]:
-        target: Any = self.attr_target
-        named = target if isinstance(target, str) else getattr(target, "__qualname__", None)
         points = paths.points
         return {
             "method": type(self.attr_method).__name__,
@@ -343,27 +333,12 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             "layer": paths.layer_names,
             "multiply_by_inputs": points.multiplies,
             "estimate": points.is_sampled or paths.n_draws > 1,
-            "attr_target": named or type(target).__name__,
             "unit": prompt.unit_name,
             "columns": list(prompt.columns),
             "n_evaluations": paths.n_rows,
             **of_model(self.model, self.device),
             **of_run(),
         }
-
-    def _result_dtype(self) -> torch.dtype:
-        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        is_double = parameter is not None and parameter.dtype == torch.float64
-        return torch.float64 if is_double else torch.float32
-
-
-def _matches(prompt: Prompt, generated: GeneratedText) -> dict[str, Any]:
-    """How stand-ins were found, per place of prompt and output; None for fixed baselines."""
-    found = {"prompt": prompt.matches(), "output": generated.matches(max(generated.n_visible))}
-    return {
-        part: None if matches is None else [asdict(match) for match in matches]
-        for part, matches in found.items()
-    }
 
 
 def _warn_of_gap(gap: Tensor, explained: Tensor, n_steps: int | None) -> None:

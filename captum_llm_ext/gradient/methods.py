@@ -13,6 +13,7 @@ from captum.attr import (
 from torch import Tensor
 
 from captum_llm_ext import _compat
+from captum_llm_ext.arguments import at_least_one
 
 SUPPORTED = (LayerIntegratedGradients, LayerGradientXActivation, LayerGradientShap)
 
@@ -110,17 +111,6 @@ def _integrated(n_steps: int, rule: str, multiplies: bool) -> Points:
         multiplies=multiplies,
         settings=(("n_steps", n_steps), ("rule", rule)),
     )
-
-
-def at_least_one(name: str, value: object) -> int:
-    """The value.
-
-    Raises:
-        ValueError: If it is no integer of at least 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` is {value!r}: give an integer of at least 1.")
-    return value
 
 
 def _deviation(stdevs: float | Sequence[float] | None) -> float:

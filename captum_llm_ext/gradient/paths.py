@@ -1,7 +1,7 @@
 """From absent to present: every target token's attributions along the paths that explain it."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.baselines import draw_generator
+from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.gradient.layers import Layers, modules_reading
 from captum_llm_ext.gradient.methods import Points
 from captum_llm_ext.gradient.scenes import (
@@ -22,30 +23,9 @@ from captum_llm_ext.gradient.scenes import (
     scenes,
 )
 from captum_llm_ext.gradient.slopes import Reader, Row, Slopes, manner
-from captum_llm_ext.inputs import GeneratedText, Prompt
+from captum_llm_ext.inputs import Context, GeneratedText
 from captum_llm_ext.scoring import AttrTarget
 from captum_llm_ext.scoring.passes import rounding
-
-
-@dataclass(frozen=True)
-class Found:
-    """Attributions of all target tokens, float64 on the CPU.
-
-    Attributes:
-        attributions: ``(n_target, n_features)``, features of the prompt first.
-        standard_errors: Of the same shape: 0 where nothing is drawn, NaN where it cannot be told.
-        full_values, empty_values: ``(n_target,)``.
-    """
-
-    attributions: Tensor
-    standard_errors: Tensor
-    full_values: Tensor
-    empty_values: Tensor
-
-    @property
-    def efficiency_gap(self) -> Tensor:
-        """What the attributions miss of full minus empty, ``(n_target,)``."""
-        return self.full_values - self.empty_values - self.attributions.sum(1)
 
 
 class Paths:
@@ -55,8 +35,7 @@ class Paths:
         model: The model.
         layer: Where activations fade in; None: at everything that embeds token ids.
         points: At which points of the path, and how they are weighed.
-        prompt: The prompt.
-        prompt_ids: Its ids with every feature present.
+        context: The prompt.
         kept: Bool ``(n, n_features)``: prompt features that are present all along; with several
             rows each sampled point draws one.
         attr_target: What a value is.
@@ -79,8 +58,7 @@ class Paths:
         model: nn.Module,
         layer: nn.Module | None,
         points: Points,
-        prompt: Prompt,
-        prompt_ids: Sequence[int],
+        context: Context,
         kept: Tensor,
         attr_target: AttrTarget,
         *,
@@ -92,7 +70,8 @@ class Paths:
         grad_kwargs: Mapping[str, Any] | None,
     ) -> None:
         self._model, self._layer, self.points = model, layer, points
-        self._prompt, self._prompt_ids, self._kept = prompt, tuple(prompt_ids), kept
+        self._prompt, self._prompt_ids = context.prompt, context.full.ids
+        self._kept = kept
         self._attr_target, self._of_input = attr_target, of_input
         self.n_draws = len(points.alphas) if points.is_sampled and n_draws > 1 else n_draws
         self._absent: Absent = "zero" if points.from_zero else absent
@@ -119,8 +98,10 @@ class Paths:
         whole = self._layers is self._embeddings and points.multiplies
         return whole and not points.is_sampled and not points.from_zero
 
-    def attribute(self, generated: GeneratedText, *, is_joint: bool = False) -> Found:
-        """Attributions of a target.
+    def attribute(self, generated: GeneratedText, *, is_joint: bool = False) -> Solution:
+        """Attributions of a target, float64 on the CPU, features of the prompt first.
+
+        Standard errors are 0 where nothing is drawn.
 
         Args:
             generated: The target as features.
@@ -169,11 +150,11 @@ class Paths:
         # What holds the token or comes after it is no cause: what models give it is rounding.
         n_before = torch.tensor([0] if is_joint else generated.n_visible) + own.n_prompt
         later = torch.arange(own.n_features) >= n_before[:, None]
-        return Found(
+        return Solution(
             attributions.masked_fill(later, 0.0), errors.masked_fill(later, 0.0), full, empty
         )
 
-    def _along(self, scene: Scene, row: Row, own: Features, is_joint: bool) -> Found:
+    def _along(self, scene: Scene, row: Row, own: Features, is_joint: bool) -> Solution:
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
@@ -204,7 +185,7 @@ class Paths:
             if points.is_sampled:
                 each.append(summed)
         self.n_rows += slopes.n_rows
-        return Found(total, self._errors(each, total), full, empty)
+        return Solution(total, self._errors(each, total), full, empty)
 
     def _errors(self, each: list[Tensor], total: Tensor) -> Tensor:
         """Standard errors of a total, from the attributions of every sample if there are any."""

@@ -12,6 +12,8 @@ const nTarget = data.output_tokens.length, nPrompt = data.input_tokens.length;
 const nOutput = data.output_features ? data.output_features.length : 0;
 const unit = { log_prob: "nats", logit: "logits", prob: "" }[data.attr_target] ?? "";
 for (const name of ["token_attr", "token_attr_se", "output_attr", "output_attr_se"]) data[name] = matrix(data[name]);
+/* Exact values, and those of whose error nothing is known, have none to show. */
+const hasErrors = [data.token_attr_se, data.output_attr_se].some((rows) => (rows || []).some((row) => row && row.some((error) => error > 0)));
 
 const known = (x) => (x === null || x === undefined ? NaN : x);
 const total = (xs, from, to) => {

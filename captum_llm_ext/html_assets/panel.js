@@ -129,10 +129,10 @@ function drawEffects(view) {
 function notesOn(view) {
   const notes = [], rows = view.kind === "rows";
   if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause.");
-  if (view.guessed.size && data.token_attr_se) notes.push("± is approximate here: the errors of the " + [...view.guessed].join(" and of the ") + " that are added up are taken as independent, which they are not.");
+  if (view.guessed.size && hasErrors) notes.push("± is approximate here: the errors of the " + [...view.guessed].join(" and of the ") + " that are added up are taken as independent, which they are not.");
   if (rows && view.to - view.from > 1 && data.attr_target === "prob") notes.push("A sum of the tokens' probabilities, not the probability of all of them.");
-  if (data.token_attr_se) notes.push("± is one standard error; what lies within 1.96 of them is pale.");
-  if (floor > 0) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale too.");
+  if (hasErrors) notes.push("± is one standard error; what lies within 1.96 of them is pale.");
+  if (floor > 0) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale" + (hasErrors ? " too." : "."));
   if (groupOf.size) notes.push("≈ " + groupOf.size + " features were not told apart within the budget: groups of them share evenly.");
   if (root.classList.contains("signed")) notes.push("Solid lines raise, dashed ones lower.");
   return notes.join(" ");

@@ -14,7 +14,7 @@ function signed(x, most) {
   return x > 0 && Number(text) !== 0 ? "+" + text : text;
 }
 function plusMinus(error, most) {
-  if (!Number.isFinite(error)) return "";
+  if (!hasErrors || !Number.isFinite(error)) return "";
   const text = plain(error, most);
   return error > 0 && Number(text) === 0 ? " ± <" + (10 ** -decimals(most)).toFixed(decimals(most)) : " ± " + text;
 }

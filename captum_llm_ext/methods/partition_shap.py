@@ -10,6 +10,7 @@ import torch
 from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
+from captum_llm_ext.arguments import check_counts
 from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
 from captum_llm_ext.coalitions.hierarchy import (
     Tree,
@@ -181,8 +182,7 @@ def partition(
     Warns:
         UserWarning: If the budget is below one order and its reverse.
     """
-    if n_samples is not None and (not isinstance(n_samples, int) or n_samples < 1):
-        raise ValueError(f"`n_samples` is {n_samples!r}: give an integer of at least 1.")
+    check_counts(n_samples=n_samples)
     budget = n_samples or _EVALUATIONS_PER_FEATURE * n_features
     if scheme == "splits":
         tree = binary(tree)

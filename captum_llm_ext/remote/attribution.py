@@ -234,5 +234,5 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         scorer = cast(RemoteScorer, game.run.scorer)
         return {"noise_floor": None, **scorer.told()}
 
-    def _result_dtype(self) -> torch.dtype:
-        return torch.float32
+    def _numbers(self) -> Tensor:
+        return torch.empty(0)

@@ -5,13 +5,14 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.arguments import TARGETS
 
 _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
@@ -32,6 +33,29 @@ def of_model(model: nn.Module, device: torch.device | str) -> dict[str, Any]:
         "dtype": str(parameter.dtype) if parameter is not None else None,
         "device": str(device),
     }
+
+
+def of_question(attr_target: object, gen_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What results say of what they explain.
+
+    Args:
+        attr_target: What a value is: a name or a callable.
+        gen_args: What the target was generated with; None where it was given.
+    """
+    named = attr_target
+    if not isinstance(named, str):
+        named = getattr(attr_target, "__qualname__", type(attr_target).__name__)
+        # A function may be called like one of the names, which say what the numbers are.
+        named = f"{named}()" if named in TARGETS else named
+    return {
+        "attr_target": named,
+        "generation": None if gen_args is None else generation(gen_args),
+    }
+
+
+def generation(gen_args: Mapping[str, Any]) -> dict[str, str]:
+    """Arguments of ``generate`` as JSON has them."""
+    return {name: repr(value) for name, value in gen_args.items()}
 
 
 def of_run() -> dict[str, Any]:

@@ -394,7 +394,7 @@ class GenerationAttributionResult(ExportedResult):
             "seq_attr": joint,
             "full_values": full.to(token_attr),
             "empty_values": empty.to(token_attr),
-            "efficiency_gap": (full - empty - solution.attributions.sum(1)).to(token_attr),
+            "efficiency_gap": solution.efficiency_gap.to(token_attr),
             "values": evidence.values.to(self.values),
             "design": evidence.design,
             "provenance": self.provenance

@@ -10,7 +10,12 @@ from copy import copy
 from typing import Any
 
 import torch
-from captum.attr import InterpretableInput, TextTemplateInput, TextTokenInput
+from captum.attr import (
+    InterpretableInput,
+    LayerGradientXActivation,
+    TextTemplateInput,
+    TextTokenInput,
+)
 from torch import Tensor
 
 from captum_llm_ext import tokens
@@ -18,6 +23,7 @@ from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines import TokenBaseline
 from captum_llm_ext.baselines.kind import kind_of
 from captum_llm_ext.baselines.slot import AsksModel
+from captum_llm_ext.gradient import GenerationGradientAttribution
 from captum_llm_ext.inputs import TextSegmentInput, as_prompt
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.sensitivity.comparison import (
@@ -32,7 +38,7 @@ __all__ = ["Agreement", "BaselineComparison", "Change", "Conclusion", "compare_b
 
 
 def compare_baselines(
-    attribution: GenerationAttribution,
+    attribution: GenerationAttribution | GenerationGradientAttribution,
     inp: InterpretableInput,
     baselines: Mapping[str, Any] | Sequence[Any],
     *,
@@ -49,7 +55,7 @@ def compare_baselines(
     baseline, as in ``attribute``, unless `output_baselines` is given, which then holds for all.
 
     Args:
-        attribution: What explains.
+        attribution: What explains: coalitions, or gradients that know a baseline.
         inp: The prompt: `TextSegmentInput`, `ChatInput`, or captum's `TextTokenInput` (whose
             baselines are single tokens) or `TextTemplateInput`. Its own baselines play no part,
             and it is left as it is.
@@ -72,15 +78,24 @@ def compare_baselines(
         TypeError: If an argument is of the wrong kind, or the input's baselines cannot be told
             apart from it.
     """
-    if not isinstance(attribution, GenerationAttribution):
+    if not isinstance(attribution, GenerationAttribution | GenerationGradientAttribution):
         raise TypeError(
             f"`attribution` is a {type(attribution).__name__}: give a `GenerationAttribution`, "
-            "such as `GenerationAttribution(ShapleyValueSampling(model), tokenizer)`."
+            "such as `GenerationAttribution(ShapleyValueSampling(model), tokenizer)`, or a "
+            "`GenerationGradientAttribution`."
+        )
+    is_from_zero = isinstance(attribution.attr_method, LayerGradientXActivation)
+    if is_from_zero or arguments.get("absent") == "zero":
+        raise ValueError(
+            "`baselines` would be ignored: what is absent is the zero vector under all of them. "
+            "Give `LayerIntegratedGradients(model, None)`, without `absent`."
         )
     check_numbers(z, k, least)
+    # A path cannot delete: it begins at the zero vector.
+    nothing = "deleted" if isinstance(attribution, GenerationAttribution) else "zero vector"
     prompts = {
         name: _changed(inp, name, entry, attribution.tokenizer, arguments.get("feature_mask"))
-        for name, entry in _named(baselines).items()
+        for name, entry in _named(baselines, nothing).items()
     }
     results: dict[str, GenerationAttributionResult] = {}
     for name, prompt in prompts.items():
@@ -92,12 +107,12 @@ def compare_baselines(
 # Names -------------------------------------------------------------------------------------------
 
 
-def _named(baselines: object) -> dict[str, Any]:
+def _named(baselines: object, nothing: str) -> dict[str, Any]:
     """Baselines by name; those of a list are named by what they are."""
     if isinstance(baselines, Mapping):
         named = dict(baselines)
     elif isinstance(baselines, Sequence) and not isinstance(baselines, str):
-        named = _numbered(list(baselines))
+        named = _numbered(list(baselines), nothing)
     else:
         raise TypeError(
             f"`baselines` is a {type(baselines).__name__}: give a mapping from names to baselines, "
@@ -111,9 +126,9 @@ def _named(baselines: object) -> dict[str, Any]:
     return named
 
 
-def _numbered(entries: Sequence[Any]) -> dict[str, Any]:
+def _numbered(entries: Sequence[Any], nothing: str) -> dict[str, Any]:
     """Names by what the entries are, with a number where several are the same."""
-    kinds = [kind_of(entry) for entry in entries]
+    kinds = [kind_of(entry, nothing) for entry in entries]
     seen: Counter[str] = Counter()
     named: dict[str, Any] = {}
     for kind, entry in zip(kinds, entries, strict=True):

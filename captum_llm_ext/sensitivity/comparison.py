@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from captum_llm_ext.arguments import at_least_one
 from captum_llm_ext.result import Cause, GenerationAttributionResult
 from captum_llm_ext.result.causes import unit_of
 from captum_llm_ext.sensitivity.views import Verdict, View
@@ -431,8 +432,7 @@ def check_numbers(z: float, k: int, least: float) -> None:
     """
     if not 0 <= z < math.inf:
         raise ValueError(f"`z` is {z!r}: give a number of standard errors, such as 1.96.")
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"`k` is {k!r}: give an integer of at least 1.")
+    at_least_one("k", k)
     if not 0 <= least < 1:
         raise ValueError(f"`least` is {least!r}: give a share from 0 to below 1, such as 0.01.")
 

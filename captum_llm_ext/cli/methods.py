@@ -1,0 +1,210 @@
+"""What methods are called on the command line, and which options each of them has."""
+
+import argparse
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from captum_llm_ext.attribution import GenerationAttribution
+from captum_llm_ext.cli.command import UsageError, positive
+from captum_llm_ext.gradient import GenerationGradientAttribution
+
+METHODS = {
+    "ablation": "captum.attr:FeatureAblation",
+    "inclusion": "captum_llm_ext.methods:FeatureInclusion",
+    "shapley": "captum.attr:ShapleyValues",
+    "sampling": "captum.attr:ShapleyValueSampling",
+    "kernel": "captum.attr:KernelShap",
+    "lime": "captum.attr:Lime",
+    "partition": "captum_llm_ext.methods:PartitionShap",
+    "hierarchical": "captum_llm_ext.methods:HierarchicalAblation",
+    "integrated-gradients": "captum.attr:LayerIntegratedGradients",
+    "gradient-shap": "captum.attr:LayerGradientShap",
+    "gradient-x-activation": "captum.attr:LayerGradientXActivation",
+}
+HELP = """\
+methods: what an attribution is, of n features (captum's names of classes mean the same)
+  ablation               what is lost without the feature: n + 1 evaluations
+  inclusion              what the feature alone gains: n + 1 evaluations
+  shapley                Shapley values, exact: 2^n evaluations
+  sampling               Shapley values from random orders of the features (default)
+  kernel                 Shapley values by regression over random coalitions
+  lime                   LIME's linear model
+  partition              Owen values: Shapley values of orders that keep to the nesting of --unit
+  hierarchical           ablation of long prompts: only parts that matter are opened to their words
+  integrated-gradients   gradients at --n-steps points from absent to present, which add up
+  gradient-shap          gradients at --n-samples random points from random baselines, with errors
+  gradient-x-activation  one gradient where all is present, times the activation: a first look
+"""
+_GRADIENTS = ("integrated-gradients", "gradient-shap", "gradient-x-activation")
+_COALITIONS = tuple(name for name in METHODS if name not in _GRADIENTS)
+_SEVERAL = tuple(name for name in METHODS if name != "gradient-x-activation")
+_EACH = ("ablation", "inclusion")
+# Options that not every method has, and whose they are.
+_OWNERS = {
+    "share": ("hierarchical",),
+    "scheme": ("partition",),
+    "n_steps": ("integrated-gradients",),
+    "layer": _GRADIENTS,
+    "n_samples": (*(name for name in _COALITIONS if name not in _EACH), "gradient-shap"),
+    "n_draws": (*_EACH, "shapley", "partition", "hierarchical", "integrated-gradients"),
+    "tol": _COALITIONS,
+    "max_evaluations": _COALITIONS,
+    "checkpoint": _COALITIONS,
+    "baselines": _SEVERAL,
+    "batch_size": _SEVERAL,
+}
+_INSTEAD = {
+    ("n_samples", "integrated-gradients"): "it has --n-steps",
+    ("n_draws", "gradient-shap"): "each of its --n-samples is a draw",
+    ("baselines", "gradient-x-activation"): "it compares with the activation 0, whatever the text",
+    ("batch_size", "gradient-x-activation"): "it has one row to run",
+}
+
+
+def add_method(group: Any, *, more: str = "see below") -> None:
+    """Adds the option that names the method.
+
+    Args:
+        group: A parser or a group of its options.
+        more: Where more is told.
+    """
+    group.add_argument(
+        "--method",
+        type=method_name,
+        choices=METHODS,
+        metavar="METHOD",
+        default="sampling",
+        help=f"{', '.join(METHODS)}: {more} (default: sampling)",
+    )
+
+
+def add_settings(group: Any) -> None:
+    """Adds the options that a single kind of method has."""
+    add = group.add_argument
+    add(
+        "--share",
+        type=_share,
+        metavar="X",
+        help="of hierarchical: a part is opened where its loss changes a token's value by this "
+        "share of the largest change, from 0 to 1 (default: 0.05)",
+    )
+    add(
+        "--scheme",
+        choices=("orders", "splits"),
+        help="of partition: random orders (default), or the group that adds most is split first, "
+        "for budgets below an evaluation per feature",
+    )
+    add(
+        "--n-steps",
+        type=positive,
+        metavar="N",
+        help="of integrated-gradients: points between absent and present (default: 50)",
+    )
+    add(
+        "--layer",
+        metavar="NAME",
+        help="of gradients: the module of the model whose activations are attributed, such as "
+        "model.layers.0 (default: the embeddings of tokens)",
+    )
+
+
+def method_name(text: str) -> str:
+    """A key of `METHODS`; captum's class names mean the same."""
+    classes = {path.partition(":")[2]: name for name, path in METHODS.items()}
+    return classes.get(text, text)
+
+
+def is_search(name: str) -> bool:
+    """Whether the method wants parts in parts."""
+    return name == "hierarchical"
+
+
+def is_of_gradients(name: str) -> bool:
+    """Whether the method asks for gradients, not for coalitions."""
+    return name in _GRADIENTS
+
+
+def said_of_deletion(name: str) -> str | None:
+    """What to tell who lets a method delete, by default, what is absent."""
+    if name == "gradient-x-activation":  # whose zero no baseline changes
+        return None
+    if is_of_gradients(name):
+        return (
+            "the zero vector stands where a word is absent, which no text of the model holds: "
+            "--baselines corpus:FILE puts the embeddings of other text of the same kind there."
+        )
+    return (
+        "what is absent is deleted, which leaves text the model may never have seen: "
+        "--baselines corpus:FILE puts other text of the same kind there."
+    )
+
+
+def check_method(arguments: argparse.Namespace) -> None:
+    """Refuses settings that the method has not.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    name = arguments.method
+    for setting, owners in _OWNERS.items():
+        if getattr(arguments, setting, None) is None or name in owners:
+            continue
+        option = f"--{setting.replace('_', '-')}"
+        instead = _INSTEAD.get((setting, name))
+        if instead is not None:
+            raise UsageError(f"{option} would be ignored by --method {name}: {instead}.")
+        listed = ", ".join(owners)
+        if owners == _COALITIONS:
+            listed = "methods other than gradients, which evaluate no coalitions"
+            raise UsageError(f"{option} would be ignored by --method {name}: it is of {listed}.")
+        raise UsageError(f"{option} would be ignored: it is of --method {listed}.")
+
+
+def method(name: str, model: nn.Module, *, layer: str | None = None, **settings: Any) -> Any:
+    """The attribution method over a model; settings that are None are its defaults.
+
+    Raises:
+        ValueError: If the model has no such layer.
+    """
+    module, _, cls = METHODS[name].partition(":")
+    kind = getattr(import_module(module), cls)
+    if is_of_gradients(name):
+        return kind(model, None if layer is None else _module(model, layer))
+    given = {key: value for key, value in settings.items() if value is not None}
+    return kind(model, **given)
+
+
+def attribution(
+    attributes: Any, tokenizer: Any, attr_target: str = "log_prob", accelerator: Any = None
+) -> GenerationAttribution | GenerationGradientAttribution:
+    """What attributes by such a method.
+
+    Args:
+        attributes: What `method` gave.
+        tokenizer: The model's tokenizer.
+        attr_target: The value that is explained.
+        accelerator: Tells of the other processes; not for gradients.
+    """
+    if type(attributes) in GenerationGradientAttribution.SUPPORTED_METHODS:
+        return GenerationGradientAttribution(attributes, tokenizer, attr_target=attr_target)
+    return GenerationAttribution(attributes, tokenizer, attr_target, accelerator=accelerator)
+
+
+def _module(model: nn.Module, layer: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if layer in modules:
+        return modules[layer]
+    close = get_close_matches(layer, modules, n=3, cutoff=0.5)
+    listed = ", ".join(close or [name for name in modules if name][:5])
+    raise ValueError(f"--layer {layer}: the model has no such module; it has {listed}, …")
+
+
+def _share(text: str) -> float:
+    """A number from 0 to 1, as the type of an option."""
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return share

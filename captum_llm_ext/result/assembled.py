@@ -1,0 +1,95 @@
+"""A result from what was found of features, in whatever way."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from captum.attr import InterpretableInput
+from torch import Tensor, nn
+
+from captum_llm_ext.coalitions import Solution
+from captum_llm_ext.inputs import GeneratedText, Prompt
+from captum_llm_ext.result.refit import Design
+from captum_llm_ext.result.result import GenerationAttributionResult
+
+
+def assembled(
+    inp: InterpretableInput,
+    prompt: Prompt,
+    generated: GeneratedText,
+    solution: Solution,
+    joint: Tensor | None,
+    *,
+    masks: Tensor,
+    values: Tensor,
+    draws: Tensor,
+    n_evaluations: int,
+    like: Tensor,
+    provenance: Mapping[str, Any],
+    design: Design | None = None,
+) -> GenerationAttributionResult:
+    """The result in the prompt's columns, where captum has its own.
+
+    Args:
+        inp: What the user gave as a prompt.
+        prompt, generated: Whose features they are. Those of the prompt come first; of the generated
+            ones the last may be missing, for no token comes after it.
+        solution: What was found of every feature.
+        joint: Attributions of the target's joint probability ``(n_features,)``, where that is what
+            `seq_attr` explains. None: it is the sum over target tokens.
+        masks: Bool ``(n_coalitions, n_prompt_features + n_output_features)``.
+        values: ``(n_coalitions, n_target)``.
+        draws: ``(n_coalitions,)``.
+        n_evaluations: Distinct rows that the model was run on.
+        like: A tensor of the device and the type that all numbers get.
+        provenance: Its ``"attr_target"`` tells what a value is.
+        design: How the coalitions were planned.
+    """
+    n_prompt, n_features = prompt.n_features, prompt.n_features + generated.n_features
+    columns = torch.tensor(prompt.columns)
+    full = solution.full_values
+    probabilities = {"log_prob": full.exp, "prob": full.clone}.get(provenance["attr_target"])
+
+    def split(found: Tensor) -> tuple[Tensor, Tensor | None]:
+        wide = nn.functional.pad(found, (0, n_features - found.shape[1])).to(like)
+        return wide[:, :n_prompt][:, columns], wide[:, n_prompt:] if generated.n_features else None
+
+    token_attr, output_attr = split(solution.attributions)
+    token_attr_se, output_attr_se = split(solution.standard_errors)
+    return GenerationAttributionResult(
+        input_tokens=list(prompt.names),
+        output_tokens=list(generated.labels),
+        seq_attr=token_attr.sum(0) if joint is None else joint[columns].to(like),
+        token_attr=token_attr,
+        output_probs=None if probabilities is None else probabilities().to(like),
+        inp=inp,
+        output_features=generated.names if generated.n_features else None,
+        output_attr=output_attr,
+        token_attr_se=token_attr_se,
+        output_attr_se=output_attr_se,
+        full_values=full.to(like),
+        empty_values=solution.empty_values.to(like),
+        efficiency_gap=solution.efficiency_gap.to(like),
+        n_evaluations=n_evaluations,
+        masks=masks.to(like.device),
+        values=values.to(like),
+        draws=draws.to(like.device),
+        target=torch.tensor(generated.ids, device=like.device),
+        prompt_pieces=prompt.pieces,
+        levels=prompt.levels,
+        output_pieces=generated.pieces,
+        design=design,
+        provenance=provenance,
+    )
+
+
+def numbers_of(model: nn.Module, device: torch.device | str) -> Tensor:
+    """A tensor like the numbers of its results: float64 for float64 models, otherwise float32.
+
+    Args:
+        model: The model.
+        device: Where it reads its ids.
+    """
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    is_double = parameter is not None and parameter.dtype == torch.float64
+    return torch.empty(0, dtype=torch.float64 if is_double else torch.float32, device=device)
