@@ -70,7 +70,7 @@ class Head:
 
     Args:
         model: Its last layer is left as found. Where that is not a plain linear one on a CPU, or
-            the model's code is not that of transformers, which does the same in every pass, the
+            the code that runs is not that of transformers, which does the same in every pass, the
             model makes its logits as ever.
     """
 
@@ -86,7 +86,7 @@ class Head:
     @property
     def makes_logits(self) -> bool:
         """Whether passes have logits, as far as is known."""
-        return not self._is_last
+        return not (self._is_last and self._is_known())
 
     @contextmanager
     def watched(self) -> Generator[None]:
@@ -128,11 +128,11 @@ class Head:
         is_last = logits is returned and logits._version == self._version
         if self._withheld and not is_last:
             raise RuntimeError("the model does not return what its last layer does, as it did.")
-        self._is_last = is_last and self._is_known() and given.dtype in _DTYPES
-        if not self._is_last:
-            return Said(logits)
-        self._memory = torch.empty(0)
-        return Said(given, self._layer)
+        self._is_last = is_last and given.dtype in _DTYPES
+        if not self.makes_logits:
+            self._memory = torch.empty(0)
+        # From the vectors even if there are logits: who looks on must not change a digit.
+        return Said(given, self._layer) if self._is_last else Said(logits)
 
     def _is_known(self) -> bool:
         return _compat.is_transformers(self._model) and _is_plain(self._model)
@@ -157,7 +157,6 @@ class Head:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether calling a module does nothing but what its class says."""
-    own = vars(module)
-    changes = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+    """Whether a module returns what its class says; what it is given may be somebody's else."""
+    changes = vars(module)["_forward_hooks"] or "forward" in vars(module)
     return not (changes or torch.is_autocast_enabled("cpu") or torch.is_grad_enabled())
