@@ -1,7 +1,8 @@
-"""What every kind of attribution says of an argument that it cannot use."""
+"""What is said of arguments alike: of those that cannot be used, and of several without names."""
 
 import inspect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -65,3 +66,18 @@ def unknown_argument(
     if name == "baselines":
         return f"{said}: what stands for absent features is said by the input."
     return f"{said}: leave it out."
+
+
+def numbered(kinds: Sequence[str], entries: Sequence[Any]) -> dict[str, Any]:
+    """Entries by their kinds, with a number where several are of one kind.
+
+    Args:
+        kinds: What the entries are, one each.
+        entries: As many.
+    """
+    seen: Counter[str] = Counter()
+    named: dict[str, Any] = {}
+    for kind, entry in zip(kinds, entries, strict=True):
+        seen[kind] += 1
+        named[kind if kinds.count(kind) == 1 else f"{kind} {seen[kind]}"] = entry
+    return named

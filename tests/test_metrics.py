@@ -648,3 +648,20 @@ def test_areas_in_nats_are_shown_where_there_is_no_share(model, tokenizer):
         assert ("insertion_area (higher is better, nats)" in str(report)) != raises
         shares.add(raises)
     assert shares == {True, False}
+
+
+def test_a_callable_that_is_called_like_a_known_value_is_measured_by_itself(model, tokenizer):
+    def log_prob(logits, target):
+        return logits[:, range(len(target)), target]
+
+    log_prob.__qualname__ = "log_prob"  # as at the top of a module
+    inp = TextSegmentInput(PROMPT, tokenizer, baselines=lambda *given: ' Ann')
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer, attr_target=log_prob)
+    known = GenerationAttribution(FeatureAblation(model), tokenizer, attr_target="logit")
+    result = attribution.attribute(inp, TARGET)
+    expected = measure_faithfulness(known, inp, known.attribute(inp, TARGET))
+    found = measure_faithfulness(attribution, inp, result)
+    assert float(found.full) == pytest.approx(float(expected.full), abs=1e-4)  # float32 sums
+    plain = GenerationAttribution(FeatureAblation(model), tokenizer)
+    with pytest.raises(ValueError, match=r"explains 'log_prob\(\)'"):
+        measure_faithfulness(plain, inp, result)

@@ -1,14 +1,15 @@
 """Whether results fit the input they are measured on, and the numbers of theirs that are."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
 
+from captum_llm_ext.arguments import numbered
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.inputs import Piece, Prompt
 from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result.provenance import value_name
 
 Token = int | str | tuple[int, int]
 
@@ -54,12 +55,7 @@ def _numbered(results: Sequence[Any]) -> dict[str, Any]:
         str(getattr(result, "provenance", {}).get("method") or type(result).__name__)
         for result in results
     ]
-    seen: Counter[str] = Counter()
-    named: dict[str, Any] = {}
-    for method, result in zip(methods, results, strict=True):
-        seen[method] += 1
-        named[method if methods.count(method) == 1 else f"{method} {seen[method]}"] = result
-    return named
+    return numbered(methods, results)
 
 
 def check_fit(
@@ -73,8 +69,7 @@ def check_fit(
         ValueError: If target, prompt or values differ.
     """
     first_name, first = next(iter(results.items()))
-    target = attribution.attr_target
-    value = target if isinstance(target, str) else _name_of(target)
+    value = value_name(attribution.attr_target)
     for name, result in results.items():
         if result.target.tolist() != first.target.tolist():
             raise ValueError(
@@ -174,7 +169,3 @@ def _first_other(names: Sequence[str], others: Sequence[str]) -> str:
         if name != other:
             return f" ({name!r} and {other!r} are the first that differ)"
     return ""
-
-
-def _name_of(function: object) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)

@@ -42,15 +42,19 @@ def of_question(attr_target: object, gen_args: Mapping[str, Any] | None) -> dict
         attr_target: What a value is: a name or a callable.
         gen_args: What the target was generated with; None where it was given.
     """
-    named = attr_target
-    if not isinstance(named, str):
-        named = getattr(attr_target, "__qualname__", type(attr_target).__name__)
-        # A function may be called like one of the names, which say what the numbers are.
-        named = f"{named}()" if named in TARGETS else named
     return {
-        "attr_target": named,
+        "attr_target": value_name(attr_target),
         "generation": None if gen_args is None else generation(gen_args),
     }
+
+
+def value_name(attr_target: object) -> str:
+    """What a value is called: as the name that was given, or by the callable's name."""
+    if isinstance(attr_target, str):
+        return attr_target
+    named = str(getattr(attr_target, "__qualname__", type(attr_target).__name__))
+    # A function may be called like one of the names, which say what the numbers are.
+    return f"{named}()" if named in TARGETS else named
 
 
 def generation(gen_args: Mapping[str, Any]) -> dict[str, str]:

@@ -4,7 +4,6 @@ One target, explained under several baselines: which features change sign or ran
 named under all.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -19,6 +18,7 @@ from captum.attr import (
 from torch import Tensor
 
 from captum_llm_ext import tokens
+from captum_llm_ext.arguments import numbered
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines import TokenBaseline
 from captum_llm_ext.baselines.kind import kind_of
@@ -112,7 +112,8 @@ def _named(baselines: object, nothing: str) -> dict[str, Any]:
     if isinstance(baselines, Mapping):
         named = dict(baselines)
     elif isinstance(baselines, Sequence) and not isinstance(baselines, str):
-        named = _numbered(list(baselines), nothing)
+        entries = list(baselines)
+        named = numbered([kind_of(entry, nothing) for entry in entries], entries)
     else:
         raise TypeError(
             f"`baselines` is a {type(baselines).__name__}: give a mapping from names to baselines, "
@@ -123,17 +124,6 @@ def _named(baselines: object, nothing: str) -> dict[str, Any]:
             raise TypeError(f"{name!r} names a baseline: give a text that is not empty.")
     if len(named) < 2:
         raise ValueError(f"`baselines` has {len(named)} entries: give at least two to compare.")
-    return named
-
-
-def _numbered(entries: Sequence[Any], nothing: str) -> dict[str, Any]:
-    """Names by what the entries are, with a number where several are the same."""
-    kinds = [kind_of(entry, nothing) for entry in entries]
-    seen: Counter[str] = Counter()
-    named: dict[str, Any] = {}
-    for kind, entry in zip(kinds, entries, strict=True):
-        seen[kind] += 1
-        named[kind if kinds.count(kind) == 1 else f"{kind} {seen[kind]}"] = entry
     return named
 
 
