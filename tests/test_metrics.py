@@ -655,7 +655,7 @@ def test_a_callable_that_is_called_like_a_known_value_is_measured_by_itself(mode
         return logits[:, range(len(target)), target]
 
     log_prob.__qualname__ = "log_prob"  # as at the top of a module
-    inp = TextSegmentInput(PROMPT, tokenizer, baselines=lambda *given: ' Ann')
+    inp = TextSegmentInput(PROMPT, tokenizer, baselines=lambda *given: " Ann")
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer, attr_target=log_prob)
     known = GenerationAttribution(FeatureAblation(model), tokenizer, attr_target="logit")
     result = attribution.attribute(inp, TARGET)
