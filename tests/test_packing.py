@@ -1,6 +1,7 @@
 """Rows in one sequence: each token sees those of its own row alone, and none comes twice."""
 
 import logging
+import math
 from itertools import pairwise
 
 import architectures
@@ -13,6 +14,7 @@ from test_reuse import difference, loop, make_rows, n_reused
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.scoring.order import in_common, most_first, sorted_rows
 from captum_llm_ext.scoring.packing import pack
 from captum_llm_ext.scoring.plan import distinct_positions, plan_packed
 
@@ -45,6 +47,30 @@ def test_a_pack_holds_every_row_and_no_beginning_twice(rows):
         assert all(i < segment.start for i in places)
         own = range(segment.start, segment.stop)
         assert [packed.depths[i] - segment.depth for i in own] == list(range(len(own)))
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=24))
+@settings(max_examples=200, deadline=None)
+def test_what_comes_before_a_row_lies_in_few_stretches(rows):
+    """In a tree of n rows, a way down leaves the heavy path log2 n times at most."""
+    rows = [list(row) for row in {tuple(row) for row in rows}]
+    by_content = sorted_rows(rows, [len(row) for row in rows])
+    order, shared = most_first(*by_content)
+    assert sorted(order) == list(range(len(rows)))
+    assert shared == in_common([rows[i] for i in order])
+    assert sum(shared) == sum(by_content[1])  # in the order of content nothing comes twice
+    packed = pack([rows[i] for i in order])
+    most = 1 + math.log2(len(rows))
+    assert all(len(segment.path) <= most for segment in packed.segments)
+
+
+def test_leaving_one_out_attends_to_one_stretch_of_the_whole_row():
+    whole = list(range(10, 60))
+    rows = [whole, *([*whole[:i], i % 2, *whole[i + 1 :]] for i in range(1, 50))]
+    root = plan_packed(rows, overhead=1, most_ids=10**6, most_rows=10**6)
+    (batch,) = root.batches
+    segments = pack([rows[i] for i in batch]).segments
+    assert max(len(segment.path) for segment in segments) == 1
 
 
 @given(
@@ -114,6 +140,22 @@ def test_every_kind_of_value(attr_target, kept, monkeypatch):
     scorer = Scorer(model, attr_target=chosen, overhead=3, reuse="pack")
     assert difference(scorer.values(rows, target), alone) < 1e-11
     assert scorer.packs
+
+
+def test_what_packs_leave_out_of_the_outer_layers_counts(monkeypatch):
+    """Packs that compute as many positions as batches cost less by about a layer."""
+    model = architectures.build("llama")
+    ids = [7 * i % 90 + 3 for i in range(60)]
+    changed = [(*ids[:i], ids[i] - 1, *ids[i + 1 :]) for i in range(50)]
+    rows = [TokenRow(one, range(50, 60)) for one in (tuple(ids), *changed)]
+    target = torch.arange(5, 15)
+    scorer = Scorer(model, overhead=16)
+    assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-4
+    assert scorer.packs
+    monkeypatch.setattr(_compat, "outer_layers", lambda model: None)
+    scorer = Scorer(model, overhead=16)
+    scorer.values(rows, target)
+    assert not scorer.packs
 
 
 @pytest.mark.parametrize("overhead", [0, 5, 1000])

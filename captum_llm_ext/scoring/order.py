@@ -7,6 +7,9 @@ from struct import Struct
 import torch
 from torch import Tensor
 
+# Rows in order, and what each has in common with the one before it.
+_Rows = tuple[list[int], list[int]]
+
 
 def sorted_rows(
     rows: Sequence[Sequence[int]], shareable: Sequence[int]
@@ -26,6 +29,39 @@ def sorted_rows(
         most = min(shareable[before], shareable[after])
         shared.append(_common(keys[before], keys[after], most))
     return order, shared
+
+
+def most_first(order: Sequence[int], shared: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Sorted rows in another order: of those that part somewhere, the branch with most rows first.
+
+    As much is shared. But what a row has in common with those before it lies in few stretches, at
+    most one more than the logarithm of their number: branches with most rows are the heavy paths of
+    the tree of rows (Sleator and Tarjan, A data structure for dynamic trees, 1983, section 4).
+
+    Args:
+        order, shared: As from `sorted_rows`.
+
+    Returns:
+        The same of the new order.
+    """
+    if not order:
+        return [], []
+    # Where rows part on the way to the latest: the depth, and the branches before its own.
+    way: list[tuple[int, list[_Rows]]] = []
+    latest: _Rows = ([order[0]], [0])
+    for row, depth in zip(order[1:], shared[1:], strict=True):
+        while way and way[-1][0] > depth:
+            above, branches = way.pop()
+            latest = _joined([*branches, latest], above)
+        if not way or way[-1][0] < depth:
+            way.append((depth, []))
+        way[-1][1].append(latest)
+        latest = ([row], [depth])
+    while way:
+        depth, branches = way.pop()
+        latest = _joined([*branches, latest], depth)
+    latest[1][0] = 0
+    return latest
 
 
 def in_common(rows: Sequence[Sequence[int]]) -> list[int]:
@@ -48,6 +84,17 @@ def distinct_pairs(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     size = int(other.max()) + 1 if len(other) else 1
     found, back = (one * size + other).unique(return_inverse=True)
     return torch.stack([found // size, found % size]), back
+
+
+def _joined(branches: list[_Rows], depth: int) -> _Rows:
+    """The rows of all branches, those of the one with most first."""
+    most = max(branches, key=lambda branch: len(branch[0]))
+    for branch in branches:
+        if branch is not most:
+            branch[1][0] = depth
+            most[0].extend(branch[0])
+            most[1].extend(branch[1])
+    return most
 
 
 def _key(row: Sequence[int]) -> bytes:

@@ -98,6 +98,21 @@ class Passes:
         """Whether logits are there in a pass, as far as is known."""
         return self._head.makes_logits
 
+    def spared_in_packs(self, n_positions: int, n_said: int) -> int:
+        """What packs leave out at the ends of the model (see `edges`), in positions.
+
+        Most of the last layer is left out for tokens that nobody asks about, and the beginning of
+        the first one for those that others stand for: about a layer in all.
+
+        Args:
+            n_positions: Number of positions that the packs have.
+            n_said: Number of those that are asked about.
+        """
+        layers = _compat.number_of_layers(self.model)
+        if self._ends_of_model is None or not layers or 2 * n_said >= n_positions:
+            return 0
+        return (n_positions - n_said) // layers
+
     def run(
         self,
         root: Branch,

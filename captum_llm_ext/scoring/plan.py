@@ -8,7 +8,7 @@ positions; a pass costs some on top, however short it is.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from captum_llm_ext.scoring.order import sorted_rows
+from captum_llm_ext.scoring.order import most_first, sorted_rows
 from captum_llm_ext.scoring.packing import packs
 
 MostRows = Callable[[int, int], int]
@@ -152,7 +152,7 @@ def plan_packed(
         chained: Whether packs may go on from the last row of the one before: then what comes
             before `most_head` is computed once for all.
     """
-    order, shared = sorted_rows(rows, [len(row) for row in rows])
+    order, shared = most_first(*sorted_rows(rows, [len(row) for row in rows]))
     most_shared = most_head if chained else 0
     stop = _whole_steps(
         min([*(len(row) - _SHORTEST for row in rows), *shared[1:], most_head]), head

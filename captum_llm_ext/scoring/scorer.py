@@ -417,6 +417,8 @@ class Scorer:
             pays = root.positions(lengths) < apart.positions(lengths)
         else:
             here = cost(root, self._packed, _COMPARISON_OF_PACKS) + len(rows) * self._row_overhead
+            n_said = len(rows) * len(target)
+            here -= self._passes.spared_in_packs(root.positions(lengths), n_said)
             pays = here < min(cost(apart), cost(together, self._compared, _COMPARISON))
         if not pays or (longest > self._packed and not self._compare_packed(rows)):
             return None
