@@ -72,7 +72,9 @@ def state_argument(model: nn.Module) -> str | None:
     if not is_transformers(model):
         return None
     names = forward_arguments(model)
-    return next((name for name in ("past_key_values", "cache_params") if name in names), None)
+    # transformers calls it `cache` since 5.24 (2026), and still takes the older names.
+    known = ("cache", "past_key_values", "cache_params")
+    return next((name for name in known if name in names), None)
 
 
 def why_not_read_on(model: nn.Module) -> str | None:

@@ -153,13 +153,17 @@ def test_keys_that_are_altered_on_their_way_are_not_lent_to(caplog):
     layer = model.model.layers[1].self_attn
     forward = layer.forward
 
-    def altered(*args, past_key_values=None, **kwargs):
+    name = _compat.state_argument(model)
+
+    def altered(*args, **kwargs):
+        state = kwargs[name]
+
         class Touched:
             def update(self, keys, values, *rest, **more):
-                keys, values = past_key_values.update(keys, values, *rest, **more)
+                keys, values = state.update(keys, values, *rest, **more)
                 return keys * 1.0, values
 
-        return forward(*args, past_key_values=past_key_values and Touched(), **kwargs)
+        return forward(*args, **kwargs | {name: state and Touched()})
 
     layer.forward = altered
     scorer = Scorer(model, overhead=3, reuse="lend")
@@ -413,7 +417,7 @@ def test_a_state_of_the_users_own_and_the_model_are_left_as_found():
     rows, target = make_rows()
     ids = torch.tensor([rows[0].ids])
     with torch.no_grad():
-        state = model(input_ids=ids, use_cache=True).past_key_values
+        state = model(input_ids=ids, use_cache=True)[_compat.state_argument(model)]
     kept = [layer.keys.clone() for layer in state.layers]
     scorer = Scorer(model, overhead=3)
     scorer.values(rows, target)

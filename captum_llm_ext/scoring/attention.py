@@ -33,7 +33,7 @@ _MOST_SCORES = 2**25
 _SHORT = 256
 # What models pass that is no part of the scores, or is in the mask already.
 _HARMLESS = frozenset(
-    "sliding_window position_ids cache_position output_attentions use_cache past_key_values "
+    "sliding_window position_ids cache_position output_attentions use_cache cache past_key_values "
     "output_hidden_states return_dict output_router_logits layer_idx labels logits_to_keep "
     "input_ids num_items_in_batch cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
 )
