@@ -4,7 +4,7 @@ import datetime
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -22,9 +22,17 @@ def environment(*, seed: int, device: str = "cpu", dtype: str = "float32") -> di
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "device": device if device != "cpu" else platform.machine(),
         "threads": torch.get_num_threads(),
         "dtype": dtype,
         "seed": seed,
     }
+
+
+def _version(name: str) -> str | None:
+    """None where it is missing: hours of measuring are not lost for a name."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
