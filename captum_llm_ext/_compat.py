@@ -213,6 +213,17 @@ def fixed_positions(model: nn.Module) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
+def is_known_causal(model: nn.Module) -> bool:
+    """Whether a token's logits are known not to depend on what follows it.
+
+    transformers 5.23 (2026): of what `AutoModelForCausalLM` gives, encoders see ahead unless their
+    ``is_decoder`` is set, and the four named here whatever is set; all others do not.
+    """
+    config = text_config(model)
+    named = getattr(config, "model_type", None) in ("cpmant", "flaubert", "xlm", "xlnet")
+    return is_transformers(model) and not named and bool(getattr(config, "is_decoder", True))
+
+
 def couples_rows(model: nn.Module) -> bool:
     """Whether a row's values depend on the other rows of its batch: LLM.int8 looks for outliers."""
     settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)

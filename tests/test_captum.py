@@ -15,6 +15,7 @@ from captum.attr import (
     TextTokenInput,
 )
 from PIL import Image
+from transformers import BertConfig, BertLMHeadModel, XLNetConfig, XLNetLMHeadModel
 
 from captum_llm_ext import GenerationAttribution
 
@@ -185,9 +186,34 @@ class SeesAhead(torch.nn.Module):
         return argparse.Namespace(logits=self.head(self.layer(self.embedding(input_ids))))
 
 
+def _encoder():
+    """`AutoModelForCausalLM` gives it, with a line in the log that it should be a decoder."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=400,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.5,
+        pad_token_id=0,
+    )
+    return BertLMHeadModel(config)
+
+
+def _of_permutations():
+    torch.manual_seed(0)
+    return XLNetLMHeadModel(
+        XLNetConfig(
+            vocab_size=400, d_model=32, n_layer=2, n_head=4, d_inner=64, initializer_range=0.5
+        )
+    )
+
+
 @pytest.mark.parametrize("name", ["tokens, BOS skipped", "template, deletion"])
-def test_a_module_that_sees_ahead_is_asked_step_by_step(tokenizer, name):
-    both = _both(SeesAhead().eval(), tokenizer, FeatureAblation, INPUTS[name](tokenizer))
+@pytest.mark.parametrize("make", [SeesAhead, _encoder, _of_permutations])
+def test_a_module_that_sees_ahead_is_asked_step_by_step(tokenizer, make, name):
+    both = _both(make().eval(), tokenizer, FeatureAblation, INPUTS[name](tokenizer))
     _assert_same(*both)
 
 

@@ -333,10 +333,9 @@ class Paths:
     def _is_causal(self, row: Row) -> bool:
         """Whether what follows a token changes nothing of what the model says of it.
 
-        Those of transformers that generate text see nothing of it; of a module of the user's own
-        two forwards tell.
+        Two forwards tell where nothing else does.
         """
-        if hasattr(self._model, "can_generate") or len(row.at) == 1:
+        if _compat.is_known_causal(self._model) or len(row.at) == 1:
             return True
         with torch.no_grad():
             whole = self._reader.logits(row.ids, row.at[:1])

@@ -334,7 +334,7 @@ class Passes:
 
         It is good until the next pass.
         """
-        self._check_ids(ids)
+        self.check_ids(ids)
         self.n_rows = n_rows or len(ids)
         arguments = dict(extras or {})
         if "use_cache" in self._arguments:
@@ -354,7 +354,8 @@ class Passes:
             said = said.at(at - (ids.shape[1] - said.vectors.shape[1]))
         return said, getattr(output, self._state, None) if self._state else None
 
-    def _check_ids(self, ids: Tensor) -> None:
+    def check_ids(self, ids: Tensor) -> None:
+        """Raises a ValueError if an id is none of the model's."""
         size = _compat.vocabulary_size(self.model)
         low, high = int(ids.min()), int(ids.max())
         if size is not None and not 0 <= low <= high < size:

@@ -28,6 +28,8 @@ Reuse = Literal["auto", "off", "copy", "lend", "pack"]
 _logger = logging.getLogger(__name__)
 # A few ids tell whether a model sees ahead, and fit into any number of positions.
 _PROBE = 8
+# Larger differences between log-probabilities come from what follows.
+_SEEN_AHEAD = 1e-3
 # Rows read twice: once on their own, once from what they share or in a pack. So many at most.
 _COMPARISON = 4
 _COMPARISON_OF_PACKS = 2
@@ -236,19 +238,25 @@ class Scorer:
     def _causal(self, row: TokenRow) -> bool:
         """Whether the model says the same of a token whatever follows it.
 
-        Those of transformers that generate text do. A module of the user's own may not: two
-        forwards tell.
+        Two forwards of one shape tell, which differ in what follows, where nothing else does.
         """
-        if hasattr(self.model, "can_generate") or row.extras is not None:
+        known = _compat.is_known_causal(self.model) or _compat.couples_rows(self.model)
+        if known or row.extras is not None:
             self._is_causal = True
         elif self._is_causal is None:
             head = row.ids[:_PROBE]
-            other = int(head[0] == 0)  # without positions, repeated ids would change nothing
-            ids = torch.tensor([[*head, *[other] * len(head)]], device=self.device)
-            whole = _compat.sequence_logits(self.model(input_ids=ids))
-            half = _compat.sequence_logits(self.model(input_ids=ids[:, : len(head)]))
-            same = torch.isclose(whole[:, : len(head)], half, rtol=1e-3, atol=1e-4)
-            self._is_causal = bool((same | half.isnan()).all())
+            self._passes.check_ids(torch.tensor(head))
+            # Without positions, repeated ids would change nothing.
+            one, other = (
+                _compat.sequence_logits(
+                    self.model(input_ids=torch.tensor([[*head, *ends]], device=self.device))
+                )[:, : len(head)].double()
+                for ends in ([int(head[0] == 0)] * len(head), [head[0]] * len(head))
+            )
+            differences = one.log_softmax(-1) - other.log_softmax(-1)
+            worst = float(differences.abs().nan_to_num(0.0).max())
+            half = _compat.half_precision(self.model)
+            self._is_causal = worst <= (rounding(getattr(torch, half)) if half else _SEEN_AHEAD)
         return self._is_causal
 
     def _score(self, todo: Mapping[bytes, TokenRow], target: Tensor) -> None:
