@@ -25,6 +25,7 @@ from captum_llm_ext.gradient.scenes import (
 from captum_llm_ext.gradient.slopes import Reader, Row, Slopes, manner
 from captum_llm_ext.inputs import Context, GeneratedText
 from captum_llm_ext.scoring import AttrTarget
+from captum_llm_ext.scoring.causality import is_causal
 from captum_llm_ext.scoring.passes import rounding
 
 
@@ -129,13 +130,14 @@ class Paths:
         attributions = torch.zeros(n_values, own.n_features, dtype=torch.float64)
         errors, full = torch.zeros_like(attributions), torch.zeros(n_values, dtype=torch.float64)
         empty = torch.zeros_like(full)
-        is_causal = self._is_causal(whole)
-        if is_joint and not is_causal:
+        with torch.no_grad():
+            sees_nothing = len(whole.at) == 1 or is_causal(self._model, whole.ids[0].tolist())
+        if is_joint and not sees_nothing:
             raise ValueError(
                 f"{type(self._model).__name__} sees what comes after a token: there is no joint "
                 'probability to differentiate. Use `attr_target="log_prob"`.'
             )
-        apart: Apart = "cheapest" if is_causal else "always"
+        apart: Apart = "cheapest" if sees_nothing else "always"
         found_scenes = scenes(generated, n_before=start, apart="never" if is_joint else apart)
         if self.on_total is not None:
             self.on_total(len(found_scenes) * (1 + self._n_ends + len(self.points.alphas)))
@@ -329,18 +331,6 @@ class Paths:
         with torch.no_grad(), embeddings.replaced(vectors):
             others = self._reader.logits(row.ids.roll(1, 1), row.at)
         return _agree(logits, others)
-
-    def _is_causal(self, row: Row) -> bool:
-        """Whether what follows a token changes nothing of what the model says of it.
-
-        Two forwards tell where nothing else does.
-        """
-        if _compat.is_known_causal(self._model) or len(row.at) == 1:
-            return True
-        with torch.no_grad():
-            whole = self._reader.logits(row.ids, row.at[:1])
-            alone = self._reader.logits(row.ids[:, : int(row.at[0]) + 1], row.at[:1])
-        return _agree(whole, alone)
 
 
 def _some(tensor: Tensor, rows: slice) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import memory
+from captum_llm_ext.scoring.causality import is_causal
 from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.memory import Memory
@@ -26,10 +27,6 @@ from captum_llm_ext.scoring.shares import shares, without
 Reuse = Literal["auto", "off", "copy", "lend", "pack"]
 
 _logger = logging.getLogger(__name__)
-# A few ids tell whether a model sees ahead, and fit into any number of positions.
-_PROBE = 8
-# Larger differences between log-probabilities come from what follows.
-_SEEN_AHEAD = 1e-3
 # Rows read twice: once on their own, once from what they share or in a pack. So many at most.
 _COMPARISON = 4
 _COMPARISON_OF_PACKS = 2
@@ -236,27 +233,10 @@ class Scorer:
         return values
 
     def _causal(self, row: TokenRow) -> bool:
-        """Whether the model says the same of a token whatever follows it.
-
-        Two forwards of one shape tell, which differ in what follows, where nothing else does.
-        """
-        known = _compat.is_known_causal(self.model) or _compat.couples_rows(self.model)
-        if known or row.extras is not None:
-            self._is_causal = True
-        elif self._is_causal is None:
-            head = row.ids[:_PROBE]
-            self._passes.check_ids(torch.tensor(head))
-            # Without positions, repeated ids would change nothing.
-            one, other = (
-                _compat.sequence_logits(
-                    self.model(input_ids=torch.tensor([[*head, *ends]], device=self.device))
-                )[:, : len(head)].double()
-                for ends in ([int(head[0] == 0)] * len(head), [head[0]] * len(head))
-            )
-            differences = one.log_softmax(-1) - other.log_softmax(-1)
-            worst = float(differences.abs().nan_to_num(0.0).max())
-            half = _compat.half_precision(self.model)
-            self._is_causal = worst <= (rounding(getattr(torch, half)) if half else _SEEN_AHEAD)
+        """Whether the model sees nothing ahead; asked once."""
+        if self._is_causal is None:
+            self._passes.check_ids(torch.tensor(row.ids))
+            self._is_causal = row.extras is not None or is_causal(self.model, row.ids)
         return self._is_causal
 
     def _score(self, todo: Mapping[bytes, TokenRow], target: Tensor) -> None:
