@@ -3,16 +3,15 @@
 import inspect
 import json
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from captum_llm_ext import files
 from captum_llm_ext.arguments import unknown_argument
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.content import differences, digest, told
@@ -34,7 +33,6 @@ _NO_SETTINGS = ("show_progress", "perturbations_per_eval", "internal_batch_size"
 _MOST_FAILURES = 100
 # Seconds; and one in so many of the run's own, for what is told is kept until the run ends.
 _TELL_EVERY, _TELLINGS = 0.5, 1000
-_ABANDONED = 60.0
 Agree = Callable[[Callable[[], "DatasetReport | None"]], "DatasetReport | None"]
 
 
@@ -383,7 +381,7 @@ def _length(records: Iterable[Record] | str | os.PathLike[str]) -> int | None:
 def _prepare(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Makes the folder, or checks that what it holds was made in the same way."""
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    files.sweep(folder, r"\d{6,}\.safetensors|\d{6,}\.error\.json|run\.json")
     path = folder / _RUN
     if not path.exists():
         if next(folder.glob("*.safetensors"), None) is not None:
@@ -405,16 +403,6 @@ def _prepare(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
             "another folder. Nothing was overwritten."
         )
     return settings
-
-
-def _sweep(folder: Path) -> None:
-    """Takes away what a kill left half written; what is young may be another's at this moment."""
-    with os.scandir(folder) as found:
-        for entry in found:
-            if entry.name.startswith(".") and re.match(r"\.\d{6,}\.|\.run\.", entry.name):
-                with suppress(OSError):
-                    if time.time() - entry.stat().st_mtime > _ABANDONED:
-                        os.unlink(entry.path)
 
 
 def _settings(attribution: Attribution, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -440,9 +428,7 @@ def _tokenizer(tokenizer: Any) -> str:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    files.write(path, json.dumps(content, ensure_ascii=False) + "\n")
 
 
 def _check_options(options: Mapping[str, Any], attribution: Attribution) -> None:

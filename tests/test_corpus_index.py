@@ -1,12 +1,15 @@
 """The index of a corpus, held against plain scans of it, and what it is read from and kept in."""
 
 import copy
+import errno
 import functools
 import gzip
 import json
+import os
 import pickle
 import random
 import sys
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -370,14 +373,18 @@ def test_a_file_that_is_no_index_is_refused(index, tmp_path):
     with pytest.raises(FileNotFoundError):
         CorpusIndex.load(path)
     path.write_bytes(b"some text")
-    with pytest.raises(ValueError, match="damaged or of another kind"):
+    with pytest.raises(ValueError, match="damaged or no saved corpus index"):
         CorpusIndex.load(path)
     safetensors.torch.save_file({"numbers": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="is a safetensors file of another kind"):
+    with pytest.raises(ValueError, match="is a safetensors file but no saved corpus index"):
         CorpusIndex.load(path)
-    metadata = {"format": "captum-llm-ext corpus index", "version": "99", "extra": "{}"}
+    metadata = {"captum_llm_ext_index": '{"format": 99}'}
     safetensors.torch.save_file({"numbers": torch.zeros(1)}, path, metadata)
-    with pytest.raises(ValueError, match=r"version 99 of the format.*update captum-llm-ext"):
+    with pytest.raises(ValueError, match=r"later version \(format 99.*update captum-llm-ext"):
+        CorpusIndex.load(path)
+    metadata = {"format": "captum-llm-ext corpus index", "version": "1", "extra": "{}"}
+    safetensors.torch.save_file({"numbers": torch.zeros(1)}, path, metadata)
+    with pytest.raises(ValueError, match=r"by an earlier version.*have the corpus indexed anew"):
         CorpusIndex.load(path)
     index.save(path)
     content = path.read_bytes()
@@ -391,15 +398,76 @@ def test_a_write_that_fails_leaves_the_old_file(index, tmp_path, monkeypatch):
     path = tmp_path / "corpus.index"
     index.save(path)
 
-    def interrupted(tensors, filename, metadata=None):
-        filename.write_bytes(b"half")
-        raise OSError("disk full")
+    def full(*_):
+        raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
-    with pytest.raises(OSError, match="disk full"):
-        CorpusIndex(["something else"]).save(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=rf"disk full.*{path}"):
+            CorpusIndex(["something else"]).save(path)
     assert [found.name for found in tmp_path.iterdir()] == ["corpus.index"]
     assert_same(CorpusIndex.load(path)[0], index)
+
+
+CHANGES = {
+    "another file's content": lambda path, other: path.write_bytes(other),
+    "one byte": lambda path, other: flip(path),
+    "one byte, the times as before": lambda path, other: flip(path, keeps_times=True),
+    "cut off": lambda path, other: os.truncate(path, 10_000),
+    "empty": lambda path, other: os.truncate(path, 0),
+    "longer": lambda path, other: path.write_bytes(path.read_bytes() + b"x"),
+}
+
+
+def flip(path, keeps_times=False):
+    times = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    if keeps_times:
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("age", [0, 3600], ids=["just written", "old"])
+def test_a_loaded_index_never_answers_from_a_file_that_was_changed(
+    index, scan, corpus, tmp_path, change, age
+):
+    path = tmp_path / "mapped.index"
+    index.save(path)
+    CorpusIndex([*corpus, "more"]).save(tmp_path / "other")
+    os.utime(path, (time.time() - age,) * 2)
+    loaded, _ = CorpusIndex.load(path)
+    left, right, lengths, hardest = next(surroundings(scan, 1))
+    asked = {
+        "surrounded": lambda: listed(loaded.surrounded(left, right, lengths, hardest, generator())),
+        "texts": lambda: loaded.texts(loaded.anywhere(lengths, hardest, generator())),
+        "context": lambda: loaded.context(["Dave"]),
+        "pickle": lambda: pickle.dumps(loaded),
+        "save": lambda: loaded.save(tmp_path / "again"),
+        "deepcopy": lambda: copy.deepcopy(loaded),
+    }
+    if age:
+        asked["surrounded"]()
+    sent = pickle.loads(pickle.dumps(loaded))
+    CHANGES[change](path, (tmp_path / "other").read_bytes())
+    for ask in asked.values():
+        with pytest.raises(ValueError, match=r"mapped\.index' was changed after it was opened"):
+            ask()
+    assert_same(sent, index)
+
+
+def test_a_file_that_takes_the_place_of_a_loaded_one_changes_nothing(index, scan, tmp_path):
+    path = tmp_path / "mapped.index"
+    index.save(path)
+    loaded, _ = CorpusIndex.load(path)
+    CorpusIndex(["something else"]).save(path)
+    assert_same(loaded, index)
+    path.unlink()
+    assert_same(loaded, index)
+    assert loaded.context(scan.atoms) == scan.classes
 
 
 # What a corpus may be

@@ -21,6 +21,7 @@ from captum_llm_ext.baselines.lookup import Lookup
 from captum_llm_ext.baselines.place import Place, place_of
 from captum_llm_ext.baselines.search import Search
 from captum_llm_ext.baselines.slot import LanguageModel, Slot, draw_generator
+from captum_llm_ext.baselines.store import BROKEN, broken
 from captum_llm_ext.baselines.template import calling_template, template_slots
 
 __all__ = ["CorpusBaselines", "Match"]
@@ -28,14 +29,14 @@ __all__ = ["CorpusBaselines", "Match"]
 How = Literal["context", "length", "any", "model"]
 _HOW = ("context", "length", "any", "model")
 _MEASURED = 2_000  # candidates whose tokens are counted
-_SETTINGS = (
-    "match",
-    "seed",
-    "exclude_original",
-    "same_n_tokens",
-    "min_occurrences",
-    "min_candidates",
-)
+_SETTINGS = {
+    "match": str,
+    "seed": int,
+    "exclude_original": bool,
+    "same_n_tokens": bool,
+    "min_occurrences": int,
+    "min_candidates": int,
+}
 
 
 class HasSlots(Protocol):
@@ -194,7 +195,10 @@ class CorpusBaselines:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **changed: Any) -> "CorpusBaselines":
-        """What `save` wrote, mapped into memory: nothing is read or built again.
+        """What `save` wrote, mapped into memory: nothing is built again.
+
+        A file that takes the other's place changes nothing. Where the file itself is written into
+        or cut off, whatever is asked of the baselines from then on is a `ValueError`.
 
         Args:
             path: The file.
@@ -202,21 +206,28 @@ class CorpusBaselines:
                 that does not concern reading the corpus.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is not one of these, is torn, or of a later version.
+            OSError: If there is no such file, or it cannot be read.
+            ValueError: If the file is not one of these, is damaged, or of another version.
             TypeError: If there is no such setting.
         """
         index, extra = CorpusIndex.load(path)
-        settings = json.loads(extra["settings"])
-        unknown = changed.keys() - {*settings, "labels"}
+        try:
+            settings: dict[str, Any] = dict(json.loads(extra["settings"]))
+            if {name: type(value) for name, value in settings.items()} != _SETTINGS:
+                raise ValueError(f"its settings are {settings}")
+            settings["labels"] = dict(json.loads(extra["labels"]))
+            # All arguments are checked as ever, on a corpus of one word that is then replaced.
+            baselines = cls(["."], **settings)
+        except BROKEN as error:
+            raise broken(path, error) from error
+        unknown = changed.keys() - settings.keys()
         if unknown:
             raise TypeError(
                 f"{min(unknown)!r} cannot be changed on loading: give some of "
-                f"{', '.join([*settings, 'labels'])}."
+                f"{', '.join(settings)}."
             )
-        settings["labels"] = dict(json.loads(extra["labels"]))
-        # All arguments are checked as ever, on a corpus of one word that is then replaced.
-        baselines = cls(["."], **{**settings, **changed})
+        if changed:
+            baselines = cls(["."], **{**settings, **changed})
         baselines._index = index
         baselines._start()
         return baselines

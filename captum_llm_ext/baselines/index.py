@@ -1,12 +1,13 @@
 """The corpus as numbers: where surroundings like a slot's occur, and the text that stands there."""
 
+import functools
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from captum_llm_ext.baselines.postings import Postings
 from captum_llm_ext.baselines.reading import Atoms, read
 from captum_llm_ext.baselines.vocabulary import Vocabulary
 from captum_llm_ext.baselines.words import SENTENCE_END, WORD
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _SAMPLE = 2_000_000  # atoms from which the frame words are learnt
 _LONG = 300  # atoms of a document that is not one passage
@@ -78,6 +82,22 @@ class Spans:
         return self[torch.rand(len(self), generator=generator) < most / total]
 
 
+def _of_an_unchanged_file(method: Callable[P, T]) -> Callable[P, T]:
+    """Has a method of an index fail where the file that it is mapped from was changed meanwhile."""
+
+    @functools.wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        file = cast("CorpusIndex", args[0]).mapped
+        if file is None:
+            return method(*args, **kwargs)
+        file.check()
+        found = method(*args, **kwargs)
+        file.check()
+        return found
+
+    return checked
+
+
 class CorpusIndex:
     """All atoms of a corpus (see `words`), each under the class that counts as context.
 
@@ -89,10 +109,15 @@ class CorpusIndex:
     Args:
         documents: The texts; each line of each is surrounded by line breaks.
 
+    Attributes:
+        mapped: The file whose pages it consists of; None where it is in memory.
+
     Raises:
         ValueError: If no document holds any text, or there are 2³¹ atoms or more.
         TypeError: If a document is not a string.
     """
+
+    mapped: store.MappedFile | None = None
 
     def __init__(self, documents: Iterable[str]) -> None:
         atoms = read(documents)
@@ -110,10 +135,16 @@ class CorpusIndex:
         self._bits = -(postings.counts.double().clamp(min=1) / len(self)).log2()
         self._members = torch.bincount(classes)
 
+    @_of_an_unchanged_file
     def __getstate__(self) -> dict[str, Any]:
-        # What was looked up is found again.
-        return {k: v for k, v in self.__dict__.items() if k != "_classes_of_kind"}
+        # What was looked up is found again; what is sent is no longer in the file.
+        left = ("_classes_of_kind", "mapped")
+        return {k: v for k, v in self.__dict__.items() if k not in left}
 
+    def __copy__(self) -> "CorpusIndex":
+        return self  # nothing changes it
+
+    @_of_an_unchanged_file
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
         """Writes the index to one file.
 
@@ -134,23 +165,29 @@ class CorpusIndex:
     def load(cls, path: str | os.PathLike[str]) -> tuple["CorpusIndex", dict[str, str]]:
         """An index that `save` wrote, and what else is in the file.
 
-        The file is mapped into memory: its pages are read when they are used, and shared by all
-        processes that map it.
+        The file is read once to compare its digest, and mapped into memory: its pages are shared by
+        all processes that map it. One that takes its place leaves the index as it is; where it is
+        written into, whatever is asked of the index from then on raises a `ValueError`.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is no saved index, damaged, or of a later version.
+            OSError: If there is no such file, or it cannot be read.
+            ValueError: If the file is no saved index, damaged, or of another version.
         """
-        tensors, extra = store.load(path)
-        vocabulary = Vocabulary(**_part(tensors, "vocabulary."))
-        atoms = Atoms(tensors["numbers"], tensors["documents"], vocabulary)
-        index = cls.__new__(cls)
-        index._hold(atoms, tensors["classes"], Postings(**_part(tensors, "postings.")))
+        tensors, extra, mapped = store.load(path)
+        try:
+            vocabulary = Vocabulary(**_part(tensors, "vocabulary."))
+            atoms = Atoms(tensors["numbers"], tensors["documents"], vocabulary)
+            index = cls.__new__(cls)
+            index._hold(atoms, tensors["classes"], Postings(**_part(tensors, "postings.")))
+        except (*store.BROKEN, RuntimeError) as error:
+            raise store.broken(path, error) from error
+        index.mapped = mapped
         return index, extra
 
     def __len__(self) -> int:
         return len(self._numbers)
 
+    @_of_an_unchanged_file
     def context(self, atoms: Iterable[str]) -> list[int]:
         """The classes of atoms; words the corpus does not have count as their kind."""
         return [self._class(atom, self._unknown(atom)) for atom in atoms]
@@ -174,6 +211,7 @@ class CorpusIndex:
         """How surprising the class is, in bits."""
         return float(self._bits[context_class]) if context_class >= 0 else 0.0
 
+    @_of_an_unchanged_file
     def texts(self, spans: Spans) -> Counter[str]:
         """How often each text stands in the spans, the white space before it left out."""
         rows: Counter[tuple[int, ...]] = Counter()
@@ -184,6 +222,7 @@ class CorpusIndex:
             counts[text] += count
         return counts
 
+    @_of_an_unchanged_file
     def text_of(self, spans: Spans) -> list[str]:
         """The text of each span, spelled as by `texts`."""
         texts = [""] * len(spans)
@@ -194,10 +233,12 @@ class CorpusIndex:
                 texts[number] = text[row]
         return texts
 
+    @_of_an_unchanged_file
     def document_of(self, places: Tensor) -> Tensor:
         """The document each atom is of, counted from 0 in the order they were given."""
         return torch.bucketize(places, self._atoms.documents, right=True) - 1
 
+    @_of_an_unchanged_file
     def surrounded(
         self,
         left: Sequence[int],
@@ -259,6 +300,7 @@ class CorpusIndex:
                     yield way, offset
                     least = count
 
+    @_of_an_unchanged_file
     def shaped(self, shape: Sequence[str], generator: torch.Generator) -> Spans:
         """Spans with one kind of word, or one punctuation mark, at each atom."""
         keys = [
@@ -275,6 +317,7 @@ class CorpusIndex:
             starts = starts[self.is_like(starts + offset, wanted)]
         return _placed(starts, torch.full_like(starts, len(shape)))
 
+    @_of_an_unchanged_file
     def is_like(self, places: Tensor, wanted: str) -> Tensor:
         """Whether the atoms there are of a kind, or that mark."""
         if wanted not in words.KINDS:
@@ -289,6 +332,7 @@ class CorpusIndex:
         classes, kinds = self._classes[frame], self._vocabulary.kinds[frame]
         return [[kind, *classes[kinds == kind].unique().tolist()] for kind in range(_N_KINDS)]
 
+    @_of_an_unchanged_file
     def anywhere(self, lengths: range, hardest: int, generator: torch.Generator) -> Spans:
         """Spans at random places, each of a random length, that begin and end with a word."""
         starts = torch.randint(len(self), (_LOOKED,), generator=generator)
@@ -299,6 +343,7 @@ class CorpusIndex:
         ended = self._borders_at(starts + wanted - 1) == WORD
         return _placed(starts[ended], wanted[ended])
 
+    @_of_an_unchanged_file
     def sentences(self, lengths: range, hardest: int, generator: torch.Generator) -> Spans:
         """Spans that begin after, and end before, the end of a sentence or line."""
         ends = [self._class(mark) for mark in (words.BREAK, *sorted(words.SENTENCE_ENDS))]
@@ -311,18 +356,22 @@ class CorpusIndex:
             found.append(_placed(begin, torch.full_like(begin, length)))
         return Spans.joined(found).thinned(_SPELLED, generator)
 
+    @_of_an_unchanged_file
     def kinds_at(self, places: Tensor) -> Tensor:
         """The kind of the words there, as its place in `words.KINDS`."""
         return self._vocabulary.kinds.index_select(0, self._words_at(places))
 
+    @_of_an_unchanged_file
     def framed_at(self, places: Tensor) -> Tensor:
         """Whether the atoms there are of the frame."""
         return self._class_at(places) >= _N_KINDS
 
+    @_of_an_unchanged_file
     def closed_at(self, places: Tensor) -> Tensor:
         """Whether the atoms there are punctuation between clauses, or breaks."""
         return self._borders_at(places) > WORD
 
+    @_of_an_unchanged_file
     def is_atom(self, places: Tensor, atom: str) -> Tensor:
         """Whether exactly this atom stands there."""
         return self._words_at(places) == self._vocabulary.number(atom)

@@ -1,16 +1,25 @@
-"""Named tensors and a few strings in one file, mapped into memory when it is read."""
+"""The file of a corpus index: named tensors and a few strings, mapped into memory when read."""
 
-import json
 import os
-import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
-_FORMAT = "captum-llm-ext corpus index"
-_VERSION = 1
+from captum_llm_ext import tensor_file
+from captum_llm_ext.tensor_file import BROKEN, MappedFile
+
+_KIND = tensor_file.Kind(
+    "saved corpus index",
+    "captum_llm_ext_index",
+    format=2,
+    advice="give a file written by `save` of this release, or have the corpus indexed anew.",
+    digest_since=2,
+    oldest=2,
+    # What earlier releases look at.
+    label={"format": "captum-llm-ext corpus index", "version": "2"},
+    earlier={"format": "captum-llm-ext corpus index", "version": "1"},
+)
 
 
 def save(
@@ -20,46 +29,37 @@ def save(
 
     Args:
         path: The file.
-        tensors: Contiguous tensors on the CPU.
+        tensors: Tensors on the CPU.
         extra: What else to keep.
-    """
-    from safetensors.torch import save_file  # transformers brings it
-
-    path = Path(path)
-    metadata = {"format": _FORMAT, "version": str(_VERSION), "extra": json.dumps(dict(extra))}
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        save_file(dict(tensors), unfinished, metadata=metadata)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `save` wrote. The tensors are read from the disk when they are used.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is of another kind, damaged, or of a later version.
+        OSError: If it cannot be written.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with cast(Any, safe_open)(os.fspath(path), framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(_refusal(path, "is a safetensors file of another kind"))
-            version = int(metadata["version"])
-            if version > _VERSION:
-                raise ValueError(
-                    f"{os.fspath(path)!r} has version {version} of the format, this release reads "
-                    f"up to {_VERSION}: update captum-llm-ext, or build the index anew."
-                )
-            extra = json.loads(metadata["extra"])
-            return {name: file.get_tensor(name) for name in file.keys()}, extra  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(_refusal(path, f"is damaged or of another kind ({error})")) from error
+    tensor_file.write(path, _KIND, tensors, {"extra": dict(extra)})
 
 
-def _refusal(path: str | os.PathLike[str], why: str) -> str:
-    return f"{os.fspath(path)!r} {why}: give a file written by `save`."
+def load(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Tensor], dict[str, str], MappedFile]:
+    """What `save` wrote: tensors that are the file's own pages, and what tells if those change.
+
+    The file is read once, from beginning to end, to compare its digest.
+
+    Raises:
+        OSError: If there is no such file, or it cannot be read.
+        ValueError: If the file is of another kind, damaged, or of another version.
+    """
+    tensors, rest, mapped = tensor_file.read_mapped(path, _KIND)
+    extra: Any = rest.get("extra")
+    if not isinstance(extra, dict) or not all(isinstance(v, str) for v in extra.values()):
+        raise broken(path, TypeError("`extra` holds what is no text"))
+    return tensors, cast(dict[str, str], extra), mapped
+
+
+def broken(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    """The error to raise where what `load` gave makes no index."""
+    why = str(error) or type(error).__name__
+    return ValueError(f"{os.fspath(path)!r} is damaged ({why}): {_KIND.advice}")
+
+
+__all__ = ["BROKEN", "MappedFile", "broken", "load", "save"]

@@ -9,6 +9,7 @@ from captum_llm_ext.cli.command import UsageError, add_command, positive, say
 from captum_llm_ext.cli.job import units
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer
 from captum_llm_ext.cli.methods import add_method, attribution, is_search, method
+from captum_llm_ext.cli.outputs import write_png
 from captum_llm_ext.demo import PROMPT, folder
 from captum_llm_ext.inputs import TextSegmentInput
 
@@ -63,8 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = _attribute(arguments, parts)
     print(result, flush=True)
     result.to_html(out / "demo.html", title="captum-llm-ext demo")
-    figure, _ = result.plot_token_attr()
-    figure.savefig(out / "demo.png", dpi=150, bbox_inches="tight")
+    write_png(out / "demo.png", result.plot_token_attr()[0])
     result.save(out / "demo.safetensors")
     say("\nwritten:")
     say(f"  {out / 'demo.html'}          the text, with causes on hover: open it in a browser")

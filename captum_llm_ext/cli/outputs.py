@@ -1,13 +1,14 @@
 """What a command leaves: a table on stdout, files where the options say."""
 
 import argparse
+import io
 import json
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
+from captum_llm_ext import files
 from captum_llm_ext.cli.command import UsageError, say
 from captum_llm_ext.result.files import finite
 
@@ -44,10 +45,14 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         same = taken.setdefault(os.path.realpath(name), kind)
         if same != kind:
             raise UsageError(f"--{same} and --{kind} are the same file {name!r}: give two.")
-        parent = Path(name).parent
-        if Path(name).is_dir() or not os.access(parent, os.W_OK):
-            why = "is a folder" if Path(name).is_dir() else f"cannot be written in {str(parent)!r}"
-            raise ValueError(f"--{kind} {name} {why}: give a file in a folder that is there.")
+        try:
+            files.check_place(name)
+        except OSError as error:
+            is_folder = isinstance(error, IsADirectoryError)
+            why = "is a folder" if is_folder else f"cannot be written ({error.strerror})"
+            raise ValueError(
+                f"--{kind} {name} {why}: give a file in a folder that is there."
+            ) from error
 
 
 def write_outputs(arguments: argparse.Namespace, found: Any, text: str, figure: Any) -> None:
@@ -69,10 +74,21 @@ def write_outputs(arguments: argparse.Namespace, found: Any, text: str, figure: 
     if wanted["html"] is not None:
         found.to_html(wanted["html"])
     if wanted["png"] is not None:
-        figure()[0].savefig(wanted["png"], dpi=150, bbox_inches="tight", format="png")
+        write_png(wanted["png"], figure()[0])
     for name in wanted.values():
         if name not in (None, "-"):
             say(f"written: {name}")
+
+
+def write_png(path: files.Path, figure: Any) -> None:
+    """Writes a picture of a figure of matplotlib.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, bbox_inches="tight", format="png")
+    files.write(path, picture.getbuffer())
 
 
 def _write_json(name: str, content: Mapping[str, Any]) -> None:
@@ -80,7 +96,7 @@ def _write_json(name: str, content: Mapping[str, Any]) -> None:
         print(as_json(content), flush=True)
     else:
         text = json.dumps(finite(content), ensure_ascii=False, allow_nan=False)
-        Path(name).write_text(text + "\n", encoding="utf-8")
+        files.write(name, text + "\n")
 
 
 def as_json(content: Mapping[str, Any]) -> str:

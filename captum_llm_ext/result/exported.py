@@ -4,11 +4,11 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from captum_llm_ext import files
 from captum_llm_ext.inputs import Level, Piece
 from captum_llm_ext.result.causes import joined_name
 from captum_llm_ext.result.drawn import DrawnResult
@@ -57,7 +57,7 @@ class ExportedResult(DrawnResult):
 
         page = html.page(self._shown(), title=title)
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            files.write(path, page)
         return page
 
     def _repr_html_(self) -> str:
@@ -130,7 +130,7 @@ class ExportedResult(DrawnResult):
             finite(self.to_dict()), ensure_ascii=False, allow_nan=False, indent=indent
         )
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            files.write(path, text + "\n")
         return text
 
     def to_dataframe(self, layout: Literal["long", "wide"] = "long") -> Any:

@@ -17,32 +17,29 @@ digest and no roles, format 1 no ``design`` either, and at first no ``levels``. 
 their own rules; a file of a format above this is refused as one of a later version.
 """
 
-import hashlib
 import json
 import math
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-FORMAT = 4
-_KEY, _DIGEST = "captum_llm_ext", "sha256"
-_DIGEST_SINCE = 3
-_ROLES_SINCE = 3  # some files of format 3 have them
-_ADVICE = "give a file written by `GenerationAttributionResult.save`."
-# What a file that is no result, or no longer one, makes its readers raise.
-BROKEN = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    RecursionError,
+from captum_llm_ext import tensor_file
+from captum_llm_ext.tensor_file import BROKEN, Kind
+
+KIND = Kind(
+    "saved result",
+    "captum_llm_ext",
+    format=4,
+    advice="give a file written by `GenerationAttributionResult.save`.",
+    digest_since=3,
+    oldest=1,
 )
+_INTEGERS = (torch.int64, torch.int32)
+_MOST = 2**63
+_ROLES_SINCE = 3  # some files of format 3 have them
 
 
 def write(
@@ -56,16 +53,16 @@ def write(
         TypeError, ValueError: If JSON cannot hold the rest.
         OSError: If the file cannot be written.
     """
-    from safetensors.torch import save  # transformers brings it
-
-    copies = {
-        name: value.detach().cpu().contiguous().clone()
-        for name, value in tensors.items()
-        if value is not None
-    }
-    text = _as_json({"format": FORMAT, **rest})
-    metadata = {_KEY: text, _DIGEST: _digest(copies, text)}
-    _replace(os.path.realpath(path), save(copies, metadata=metadata))
+    plain = finite(rest)
+    try:
+        json.dumps(plain, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"the result cannot be saved: {error}. Give `provenance` numbers, text, lists and "
+            "mappings only."
+        ) from error
+    there = {name: value for name, value in tensors.items() if value is not None}
+    tensor_file.write(path, KIND, there, plain)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -75,9 +72,16 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         OSError: If there is no such file, or it cannot be read.
         ValueError: If the file is damaged, no result, or of a later format.
     """
-    name = repr(os.fspath(path))
-    tensors, metadata = _opened(path)
-    return tensors, _checked(name, tensors, metadata)
+    tensors, rest = tensor_file.read(path, KIND)
+    version = rest.pop("format")
+    try:
+        _check_rest(rest, version)
+        _check_tensors(tensors, rest)
+        if version < KIND.digest_since:
+            _check_sums(tensors, rest)
+    except BROKEN as error:
+        raise broken(path, error) from error
+    return tensors, rest
 
 
 def read_provenance(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -87,41 +91,23 @@ def read_provenance(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         OSError: If there is no such file, or it cannot be read.
         ValueError: If the file is torn, no result, or of a later format.
     """
-    _, metadata = _opened(path, tensors=False)
-    rest = _parsed(repr(os.fspath(path)), metadata[_KEY])
-    return rest.get("provenance") or {}
-
-
-def _opened(
-    path: str | os.PathLike[str], *, tensors: bool = True
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    name = repr(os.fspath(path))
-    with open(path, "rb"):
-        pass  # what the system says of files that cannot be read is clear enough
-    try:
-        with cast(Any, safe_open)(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = file.keys() if tensors else ()
-            found = {key: file.get_tensor(key) for key in names}
-    except (SafetensorError, OSError, *BROKEN) as error:
-        raise ValueError(f"{name} is damaged or no saved result ({error}): {_ADVICE}") from error
-    if _KEY not in metadata:
-        raise ValueError(f"{name} is a safetensors file but no saved result: {_ADVICE}")
-    return found, metadata
+    found = tensor_file.read_rest(path, KIND).get("provenance") or {}
+    if not isinstance(found, dict):
+        raise broken(path, TypeError("its provenance is no object"))
+    return cast(dict[str, Any], found)
 
 
 def broken(path: str | os.PathLike[str], error: Exception) -> ValueError:
     """The error to raise where what `read` gave makes no result."""
-    return ValueError(f"{os.fspath(path)!r} is damaged ({error}): {_ADVICE}")
+    said = str(error) or type(error).__name__
+    return ValueError(f"{os.fspath(path)!r} is damaged ({said}): {KIND.advice}")
 
 
-def check_shapes(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
     """What was read fits together.
 
     Raises:
-        ValueError: If it does not.
+        ValueError, LookupError: If it does not.
     """
     n_target, n_prompt = len(rest["output_tokens"]), len(rest["input_tokens"])
     n_output = None if rest["output_features"] is None else len(rest["output_features"])
@@ -134,6 +120,7 @@ def check_shapes(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None
         "seq_attr": (n_prompt,),
         "values": (n_coalitions, n_target),
         "draws": (n_coalitions,),
+        "masks": (n_coalitions, n_features),
     }
     if n_output is not None:
         expected |= dict.fromkeys(("output_attr", "output_attr_se"), (n_target, n_output))
@@ -143,13 +130,30 @@ def check_shapes(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None
             raise ValueError(f"it has no `{name}`")
         if found is not None and tuple(found.shape) != shape:
             raise ValueError(f"`{name}` has shape {tuple(found.shape)}, not {shape}")
+    for name, found in tensors.items():
+        wanted = {"masks": (torch.bool,), "target": _INTEGERS, "draws": _INTEGERS}.get(name)
+        is_right = found.is_floating_point() if wanted is None else found.dtype in wanted
+        if name not in expected or not is_right:
+            raise ValueError(f"it has a `{name}` of {found.dtype}")
     if rest["output_pieces"] and len(rest["output_pieces"]) != n_target:
         raise ValueError(f"it has {len(rest['output_pieces'])} pieces of {n_target} target tokens")
     design = rest.get("design")
     if design is not None and (
-        design["n_features"] > n_features or len(design["n_visible"]) != n_target
+        design["n_features"] > n_features
+        or len(design["n_visible"]) != n_target
+        or len(design["columns"]) != n_prompt
     ):
         raise ValueError("`design` is about other coalitions")
+
+
+def _check_sums(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """What can be told without a digest: the sum over target tokens is one."""
+    if rest["provenance"].get("attr_target") == "prob":
+        return
+    attr, found = tensors["token_attr"].double(), tensors["seq_attr"].double()
+    within = 1e-3 * (1 + attr.abs().sum(0))  # of float32
+    if bool(((attr.sum(0) - found).abs() > within).any()):
+        raise ValueError("`seq_attr` is not the sum of `token_attr`")
 
 
 def finite(content: Any) -> Any:
@@ -162,38 +166,49 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _checked(
-    name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> dict[str, Any]:
-    """The rest, if it is what was written."""
-    text, digest = metadata[_KEY], metadata.get(_DIGEST)
-    rest = _parsed(name, text)
-    version = rest.pop("format")
-    if (digest is None and version >= _DIGEST_SINCE) or (
-        digest is not None and digest != _digest(tensors, text)
-    ):
-        raise ValueError(f"{name} is damaged (what it holds is not what was written): {_ADVICE}")
-    try:
-        _check_pieces(rest, version)
-    except BROKEN as error:
-        raise ValueError(f"{name} is damaged ({error}): {_ADVICE}") from error
-    return rest
+def _check_rest(rest: Mapping[str, Any], version: int) -> None:
+    """Everything beside the tensors is of the kind that it has in that format.
+
+    Raises:
+        ValueError, LookupError, TypeError: If something is not.
+    """
+    n_columns = len(_list_of(str, rest, "input_tokens"))
+    _list_of(str, rest, "output_tokens")
+    if rest["output_features"] is not None:
+        _list_of(str, rest, "output_features")
+    if type(rest["n_evaluations"]) is not int or not isinstance(rest["provenance"], dict):
+        raise ValueError("`n_evaluations` is no number, or `provenance` no object")
+    _check_pieces(rest, version)
+    for name, parts, part_of in rest.get("levels", ()):
+        level = {"parts": parts, "part_of": part_of}
+        n_parts = len(_list_of(str, level, "parts"))
+        if not isinstance(name, str) or len(_list_of(int, level, "part_of")) != n_columns:
+            raise ValueError(f"the level {name!r} is not one of {n_columns} features")
+        if not all(0 <= part < n_parts for part in part_of):
+            raise ValueError(f"the level {name!r} has no part {max(part_of)}")
+    if rest["provenance"].get("noise_floor") is not None:
+        floor = _list_of(float, rest["provenance"], "noise_floor")
+        if len(floor) != len(rest["output_tokens"]):
+            raise ValueError(f"`noise_floor` has {len(floor)} numbers")
+    if "columns" in rest["provenance"]:
+        _list_of(int, rest["provenance"], "columns")
+    design = rest.get("design")
+    if design is not None:
+        for name in ("n_visible", "required", "columns"):
+            _list_of(int, design, name)
+        kinds = {"planned": str, "solved": str, "options": dict, "deterministic": bool}
+        for name, kind in {**kinds, "n_features": int, "n_anchors": int}.items():
+            if type(design[name]) is not kind:
+                raise ValueError(f"`{name}` of `design` is {design[name]!r}")
 
 
-def _parsed(name: str, text: str) -> dict[str, Any]:
-    try:
-        rest: Any = json.loads(text)
-        version = rest["format"]
-        if type(version) is not int or version < 1:
-            raise ValueError(f"its format is {version!r}, not a number from 1")
-    except BROKEN as error:
-        raise ValueError(f"{name} is damaged or no saved result ({error}): {_ADVICE}") from error
-    if version > FORMAT:
-        raise ValueError(
-            f"{name} was written by a later version (format {version}, this one reads up to "
-            f"{FORMAT}): update captum-llm-ext."
-        )
-    return rest
+def _list_of(kind: type, rest: Mapping[str, Any], name: str) -> Sequence[Any]:
+    found = rest[name]
+    if not isinstance(found, list) or not all(type(one) is kind for one in cast(list[Any], found)):
+        raise ValueError(f"`{name}` is no list of {kind.__name__}")
+    if kind is int and not all(-_MOST < one < _MOST for one in cast(list[int], found)):
+        raise ValueError(f"`{name}` holds a number of more than 64 bits")
+    return cast(list[Any], found)
 
 
 def _check_pieces(rest: Mapping[str, Any], version: int) -> None:
@@ -214,49 +229,3 @@ def _check_pieces(rest: Mapping[str, Any], version: int) -> None:
             )
             if not (isinstance(text, str) and is_column and is_role):
                 raise ValueError(f"`{name}` of format {version} holds {piece!r}")
-
-
-def _as_json(content: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(finite(content), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"the result cannot be saved: {error}. Give `provenance` numbers, text, lists and "
-            "mappings only."
-        ) from error
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    found = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        content: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        found.update(memoryview(content))
-    return found.hexdigest()
-
-
-def _replace(path: str, content: bytes) -> None:
-    """Puts a file in the place of another at once: nobody finds half of it."""
-    if os.path.exists(path) and not os.path.isfile(path):  # a device, a pipe
-        with open(path, "wb") as file:
-            file.write(content)
-        return
-    folder, name = os.path.split(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, _mode(path))
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _mode(path: str) -> int:
-    """The permissions of the file that is there, else those of any new file of this user."""
-    if os.path.exists(path):
-        return os.stat(path).st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask

@@ -19,10 +19,11 @@ from captum_llm_ext.result.causes import (
     strongest,
 )
 from captum_llm_ext.result.exported import ExportedResult
-from captum_llm_ext.result.files import BROKEN, broken, check_shapes, read, write
+from captum_llm_ext.result.files import broken, read, write
 from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
 from captum_llm_ext.result.sums import at_most
 from captum_llm_ext.result.table import table
+from captum_llm_ext.tensor_file import BROKEN
 
 _TENSORS = (
     "seq_attr",
@@ -531,7 +532,6 @@ class GenerationAttributionResult(ExportedResult):
         """
         tensors, rest = read(path)
         try:
-            check_shapes(tensors, rest)
             for name in ("prompt_pieces", "output_pieces"):
                 rest[name] = [Piece(*piece) for piece in rest[name]]
             rest["levels"] = [Level(*level) for level in rest.get("levels", ())]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
@@ -11,10 +12,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from captum_llm_ext import files, tensor_file
 from captum_llm_ext.content import differences
 
-_KEY = "captum_llm_ext_checkpoint"
-_FORMAT = 1
+_KIND = tensor_file.Kind(
+    "checkpoint",
+    "captum_llm_ext_checkpoint",
+    format=2,
+    advice="give another name, or delete it to begin anew.",
+    digest_since=2,
+    oldest=2,
+)
 _ENDING = ".safetensors"
 _DIGEST = 16
 # Seconds between two writings; and of the run's time at most one part in so many.
@@ -25,8 +33,9 @@ _SHARE_OF_TIME = 50
 class Journal:
     """Values of rows in one safetensors file, which is whole at any moment.
 
-    The file is written anew, beside the old one, and then takes its place: every second, or less
-    often where that takes long. What a kill loses is what was found since.
+    The file is written anew with a digest of all it holds, beside the old one, and then takes its
+    place: every second, or less often where that takes long. What a kill loses is what was found
+    since. A file that is damaged, or of a release that wrote none of these digests, is refused.
 
     Args:
         path: A file that ends in ``.safetensors``, or a folder: then the file's name follows from
@@ -44,6 +53,7 @@ class Journal:
         self._known: dict[bytes, Tensor] = {}
         self._budget: int | None = None
         self._target: Tensor | None = None
+        files.sweep(self.path.parent, re.escape(self.path.name))
         if self.path.exists():
             self._read()
         self._written_at = -float("inf")
@@ -95,8 +105,6 @@ class Journal:
             self._write()
 
     def _write(self) -> None:
-        from safetensors.torch import save_file  # transformers brings it
-
         began = time.monotonic()
         tensors: dict[str, Tensor] = {}
         for n_target in sorted({len(values) for values in self._known.values()}):
@@ -106,41 +114,58 @@ class Journal:
             tensors[f"values.{n_target}"] = torch.stack(list(own.values()))
         if self._target is not None:
             tensors["target"] = self._target
-        rest = {"format": _FORMAT, "about": self._about, "budget": self._budget}
-        part = self.path.with_name(self.path.name + ".part")
-        save_file(tensors, part, metadata={_KEY: json.dumps(rest)})
-        os.replace(part, self.path)
+        rest = {"about": self._about, "budget": self._budget}
+        tensor_file.write(self.path, _KIND, tensors, rest)
         self._is_new = False
         self._written_at = time.monotonic()
         self._took = self._written_at - began
 
     def _read(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
+        tensors, rest = tensor_file.read(self.path, _KIND)
         name = repr(str(self.path))
         try:
-            with cast(Any, safe_open)(self.path, framework="pt") as file:
-                rest = json.loads((file.metadata() or {}).get(_KEY, "null"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            known, target, budget = _content(tensors, rest)
+            said = differences(rest["about"], self._about)
+        except tensor_file.BROKEN as error:
+            why = str(error) or type(error).__name__
+            raise ValueError(f"{name} is damaged ({why}): {_KIND.advice}") from error
+        if said:
             raise ValueError(
-                f"the checkpoint {name} is damaged or none ({error}): delete it to begin anew."
-            ) from error
-        if rest is None:
-            raise ValueError(
-                f"{name} is a safetensors file but no checkpoint: give another name, it would be "
-                "overwritten."
+                f"the checkpoint {name} belongs to another run ({said}): give the same arguments, "
+                "another file, or delete it to begin anew."
             )
-        if rest["format"] > _FORMAT:
-            raise ValueError(f"{name} was written by a later version: update captum-llm-ext.")
-        _compare(name, rest["about"], self._about)
-        self._budget, self._target = rest["budget"], tensors.pop("target", None)
-        for key, digests in tensors.items():
-            if key.startswith("rows."):
-                raw = digests.numpy().tobytes()
-                keys = (raw[i : i + _DIGEST] for i in range(0, len(raw), _DIGEST))
-                values = tensors[key.replace("rows.", "values.")]
-                self._known.update(zip(keys, values, strict=True))
+        self._known, self._target, self._budget = known, target, budget
+
+
+def _content(
+    tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+) -> tuple[dict[bytes, Tensor], Tensor | None, int | None]:
+    """Values by row, the target and the budget that a file holds.
+
+    Raises:
+        ValueError, LookupError, TypeError: If they are not what is kept of a run.
+    """
+    rest, tensors = dict(rest), dict(tensors)
+    about, budget, target = rest["about"], rest["budget"], tensors.pop("target", None)
+    if not isinstance(about, dict) or not (budget is None or type(budget) is int):
+        raise ValueError("`about` is no object, or `budget` no number")
+    if target is not None and (target.dtype != torch.int64 or target.dim() != 1):
+        raise ValueError(f"its target is {target.dtype} of shape {tuple(target.shape)}")
+    known: dict[bytes, Tensor] = {}
+    for name in [name for name in tensors if name.startswith("rows.")]:
+        digests, values = tensors.pop(name), tensors.pop(name.replace("rows.", "values."))
+        n_target = int(name.removeprefix("rows."))
+        is_right = digests.dtype == torch.uint8 and values.is_floating_point()
+        if digests.shape != (len(values), _DIGEST) or values.shape[1:] != (n_target,):
+            is_right = False
+        if not is_right:
+            raise ValueError(f"`{name}` has shape {tuple(digests.shape)}")
+        raw = digests.numpy().tobytes()
+        keys = (raw[i : i + _DIGEST] for i in range(0, len(raw), _DIGEST))
+        known.update(zip(keys, values, strict=True))
+    if tensors:
+        raise ValueError(f"it has a tensor {min(tensors)!r}")
+    return known, target, budget
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
@@ -170,14 +195,3 @@ def _file(path: Path, about: Mapping[str, Any]) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     content = json.dumps(about, sort_keys=True).encode()
     return path / f"{blake2b(content, digest_size=8).hexdigest()}{_ENDING}"
-
-
-def _compare(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses the file of another run, and says in what it is another."""
-    said = differences(then, now)
-    if not said:
-        return
-    raise ValueError(
-        f"the checkpoint {name} belongs to another run ({said}): give the same arguments, another "
-        "file, or delete it to begin anew."
-    )

@@ -1,0 +1,210 @@
+"""How every file of the package is written: whole, or as it was before."""
+
+import errno
+import os
+import re
+import secrets
+import stat
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO, Any, cast
+
+_TOKEN = 8  # bytes that make a temporary file's name its own
+_ABANDONED = 60.0  # seconds: what is younger may be another process's at this moment
+_LINKS = 40  # followed at most, as by Linux
+# A folder that takes no new file; a file that is mounted, or another user's in /tmp.
+_KEPT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
+_NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+Path = str | os.PathLike[str]
+Content = str | bytes | bytearray | memoryview
+
+
+def write(path: Path, content: Content | Sequence[Content]) -> None:
+    """Writes a file that is there whole or, whatever goes wrong, as it was before.
+
+    The content goes to a temporary file in the same folder, and to the disk, before that takes the
+    file's place at once. A file that is there keeps its permissions, a new one has those that the
+    umask leaves; of a link the target is written. Devices, pipes and descriptors (``/dev/stdout``)
+    are written to as they are, and so is a file that may be written in a folder that may not: if
+    that fails, it gets back what it held.
+
+    Args:
+        path: The file.
+        content: Text, which is written as UTF-8, or bytes; or several parts of either.
+
+    Raises:
+        OSError: If it cannot be written; it names `path`.
+    """
+    is_one = isinstance(content, str | bytes | bytearray | memoryview)
+    parts = cast(Sequence[Content], [content] if is_one else content)
+    with _named(path):
+        own = _descriptor(os.fspath(path))
+        if own is not None:
+            _write_open(own, parts)
+            return
+        target = os.path.realpath(path)
+        found = _status(target)
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            with open(path, "wb", buffering=0) as file:  # a folder says here that it is one
+                _put(file, parts)
+            return
+        if found is not None and not os.access(target, os.W_OK):
+            raise _error(errno.EACCES)
+        try:
+            _replace(target, found, parts)
+        except OSError as error:
+            if found is None or error.errno not in _KEPT:
+                raise
+            _overwrite(target, parts)
+
+
+def check_place(path: Path) -> None:
+    """Refuses, without touching it, a place that `write` cannot write to.
+
+    Raises:
+        OSError: If it is a folder, or there is no permission or no folder for it.
+    """
+    with _named(path):
+        if _descriptor(os.fspath(path)) is not None:
+            return
+        target = os.path.realpath(path)
+        if os.path.isdir(target):
+            raise _error(errno.EISDIR)
+        if os.path.exists(target):
+            may = os.access(target, os.W_OK)
+        else:
+            folder = os.path.dirname(target)
+            if not os.path.isdir(folder):
+                raise _error(errno.ENOENT)
+            may = os.access(folder, os.W_OK | os.X_OK)
+        if not may:
+            raise _error(errno.EACCES)
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Takes away temporary files that a kill has left, and that are older than a minute.
+
+    Args:
+        folder: Where to look.
+        name: Pattern of the names of the files that they were to become.
+    """
+    left = re.compile(rf"\.(?:{name})\.[0-9a-z_]+(?:\.tmp)?", re.DOTALL)
+    with suppress(OSError), os.scandir(folder) as found:
+        for entry in found:
+            if left.fullmatch(entry.name):
+                with suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > _ABANDONED:
+                        os.unlink(entry.path)
+
+
+@contextmanager
+def _named(path: Path) -> Generator[None]:
+    """Has errors name the file that was asked for, whichever they are about."""
+    try:
+        yield
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise OSError(error.errno or 0, said, os.fspath(path)) from error
+
+
+def _error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _replace(target: str, found: os.stat_result | None, parts: Sequence[Content]) -> None:
+    folder, name = os.path.split(target)
+    short = name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")
+    temporary = os.path.join(folder, f".{short}.{secrets.token_hex(_TOKEN)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        # The system applies the umask (to ask for it is to change it for all threads).
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb", buffering=0) as file:
+            if found is not None:
+                _keep_owner(file.fileno(), found)
+            _put(file, parts)
+            _to_disk(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:  # Ctrl-C as well
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _keep_owner(descriptor: int, found: os.stat_result) -> None:
+    """Gives a new file the owner and the permissions of another."""
+    if not hasattr(os, "fchmod"):
+        return
+    mode, own = stat.S_IMODE(found.st_mode), os.fstat(descriptor)
+    with suppress(OSError):
+        if (own.st_uid, own.st_gid) != (found.st_uid, found.st_gid):
+            os.fchown(descriptor, found.st_uid, found.st_gid)
+    with suppress(OSError):
+        os.fchmod(descriptor, mode)
+
+
+def _overwrite(target: str, parts: Sequence[Content]) -> None:
+    with open(target, "r+b", buffering=0) as file:
+        before = file.read()
+        try:
+            file.seek(0)
+            _put(file, parts)
+            file.truncate()
+            _to_disk(file.fileno())
+        except BaseException:
+            file.seek(0)
+            _put(file, [before])  # for which there was room
+            file.truncate()
+            raise
+
+
+def _write_open(descriptor: int, parts: Sequence[Content]) -> None:
+    """Writes to what is open already, where it stands."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            if stream.fileno() == descriptor:
+                stream.flush()  # what was printed before comes before
+    with os.fdopen(os.dup(descriptor), "wb", buffering=0) as file:
+        _put(file, parts)
+
+
+def _put(file: IO[Any], parts: Sequence[Content]) -> None:
+    for part in parts:
+        rest = memoryview(part.encode("utf-8") if isinstance(part, str) else part)
+        rest = rest.cast("B") if rest.nbytes else rest[:0]
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
+def _to_disk(descriptor: int) -> None:
+    """Waits for the disk: some systems tell only here that it is full."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+
+
+def _descriptor(path: str) -> int | None:
+    """The open descriptor that a name such as ``/dev/stdout`` or ``/dev/fd/3`` stands for.
+
+    What it leads to may be an ordinary file (``> table.txt``), which must not be replaced.
+    """
+    folders = {"/dev/fd", os.path.realpath("/dev/fd"), f"/proc/{os.getpid()}/fd"}
+    for _ in range(_LINKS):
+        folder, name = os.path.split(path)
+        if name.isdecimal() and os.path.realpath(folder) in folders:
+            return int(name)
+        if not os.path.islink(path):
+            return None
+        path = os.path.join(folder, os.readlink(path))
+    return None
