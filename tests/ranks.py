@@ -32,6 +32,8 @@ from captum_llm_ext import (
     _compat,
     attribute_dataset,
 )
+from captum_llm_ext.coalitions import Solution
+from captum_llm_ext.content import digest
 from captum_llm_ext.scoring import processes, store
 
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
@@ -234,6 +236,39 @@ def slowed(seconds=0.004):
     return model, tokenizer
 
 
+N_MANY, LONG = 400, [5 + i % 40 for i in range(30)]
+LARGE = (1000, 5000)  # target tokens, features
+
+
+def many_rows(folder, accelerator=None):
+    """A run whose rows, each with the storage that it is a view of, are 40 MB."""
+    model, tokenizer = make()
+    more = {"target": LONG, "n_samples": N_MANY, "checkpoint": folder / "many.safetensors"}
+    return numbers(attribute(model, tokenizer, "KernelShap", accelerator, **more))
+
+
+def large_part(number):
+    """A quarter of the solution of a large game."""
+    n_target, n_features = LARGE
+    draw = torch.Generator().manual_seed(number)
+    parts = torch.randn(2, n_target // 4, n_features, generator=draw, dtype=torch.float64)
+    ends = torch.randn(2, n_target, generator=draw, dtype=torch.float64)[:, : n_target // 4]
+    return Solution(parts[0], parts[1], *ends)
+
+
+def large(accelerator):
+    """What is found of large things on every process: a digest of each, and what is left over."""
+    model, _ = make()
+    group = processes.Processes.of(accelerator, model)
+    before = stored(accelerator)
+    with group.session("a test"):
+        numbers_of = torch.arange(3_000_000, dtype=torch.float64)
+        decided = group.decide(lambda: (numbers_of.view(1000, 3000)[:, 7], numbers_of, "x" * 9**7))
+        solution = Solution.joined(group.each(range(4), large_part))
+    assert stored(accelerator) == before
+    return [digest([*decided]), digest([*vars(solution).values()])]
+
+
 def together(folder):
     """What needs no process of its own."""
     accelerator = Accelerator(cpu=True)
@@ -246,6 +281,8 @@ def together(folder):
     found["resumed"] = numbers(
         attribute(model, tokenizer, "KernelShap", accelerator, checkpoint=checkpoint)
     )
+    found["many rows"] = many_rows(folder, accelerator)
+    found["large"] = large(accelerator)
     found["sharded"] = tensor_parallel(accelerator, folder)
     torch.save(found, folder / f"{n}.{accelerator.process_index}.pt")
 
@@ -265,7 +302,6 @@ def raising(folder):
 
 def killed(folder):
     """One process is gone in the middle, and nothing like torchrun looks after the other."""
-    store._SILENCE = 3.0
     accelerator = Accelerator(cpu=True)
     model, tokenizer = make()
 

@@ -1,6 +1,7 @@
 """Several processes, real ones with gloo: the same numbers, and no process left waiting."""
 
 import os
+import pickle
 import random
 import signal
 import socket
@@ -25,8 +26,9 @@ from captum_llm_ext import (
     attribute_dataset,
     game,
 )
-from captum_llm_ext.coalitions import permutations
-from captum_llm_ext.scoring import Scorer, scorer
+from captum_llm_ext.coalitions import Solution, permutations
+from captum_llm_ext.content import digest
+from captum_llm_ext.scoring import Scorer, scorer, store
 from captum_llm_ext.scoring.plan import plan
 from captum_llm_ext.scoring.shares import shares
 
@@ -76,6 +78,7 @@ def folder(tmp_path_factory):
         ranks.replace_forward(model, stop)
         with pytest.raises(KeyboardInterrupt):
             ranks.attribute(model, tokenizer, "KernelShap", checkpoint=at / f"half {n}.safetensors")
+    torch.save(ranks.many_rows(at), at / "many.pt")
     return at
 
 
@@ -149,6 +152,50 @@ def test_a_checkpoint_is_gone_on_with_by_another_number(found, alone, n):
         resumed = own["resumed"]
         same(resumed, alone["KernelShap"])
         assert 0 < sum(resumed["rows"]) < resumed["n"]
+
+
+@each_number
+def test_a_checkpoint_of_many_rows_is_gone_on_with(found, folder, n):
+    expected = torch.load(folder / "many.pt", weights_only=False)
+    assert expected["n"] > 350
+    for own in found[n]:
+        same(own["many rows"], expected)
+        assert sum(own["many rows"]["rows"]) == 0  # nothing was left to be scored
+
+
+@each_number
+def test_what_is_larger_than_the_store_takes_goes_through_it(found, n):
+    """24 MB at once, and a solution of 5,000 features and 1,000 tokens: 80 MB."""
+    column = torch.arange(3_000_000, dtype=torch.float64).view(1000, 3000)[:, 7]
+    decided = (column, torch.arange(3_000_000, dtype=torch.float64), "x" * 9**7)
+    solution = Solution.joined([ranks.large_part(number) for number in range(4)])
+    expected = [digest([*decided]), digest([*vars(solution).values()])]
+    assert all(own["large"] == expected for own in found[n])
+
+
+VIEWS = {
+    "a row": lambda t: t[3],
+    "a column": lambda t: t[:, 3],
+    "expanded": lambda t: t[:1, :2].expand(50, 2),
+    "none of it": lambda t: t[:0],
+    "one number": lambda t: t[3, 3],
+    "as bits": lambda t: t[3].view(torch.int64),
+    "in half": lambda t: t[3].to(torch.bfloat16)[:7],
+    "booleans": lambda t: (t > 0)[3],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_is_sent_without_what_it_is_a_view_of(name):
+    whole = torch.randn(1000, 1000, dtype=torch.float64)
+    view = VIEWS[name](whole)
+    pieces = store._pieces({"of": [view, (view,)]})
+    assert sum(map(len, pieces)) < 2 * view.nbytes + 1000
+    sent = pickle.loads(b"".join(pieces)[store._COUNT :])["of"]
+    assert torch.equal(sent[0], view)
+    assert sent[0].dtype == view.dtype
+    assert sent[0] is sent[1][0]
+    sent[0].add_(1) if sent[0].dtype != torch.bool else sent[0].logical_not_()  # it is its own
 
 
 @each_number
@@ -234,8 +281,8 @@ def test_nobody_waits_for_a_process_that_is_gone(tmp_path):
         ]
     for dies, (first, second) in runs.items():
         gone, other = (second, first) if dies else (first, second)
-        said, _ = other.communicate(timeout=90)
-        assert gone.wait(timeout=10) == -signal.SIGKILL
+        assert gone.wait(timeout=120) == -signal.SIGKILL
+        said, _ = other.communicate(timeout=45)  # less than it is waited for without a connection
         assert other.returncode == 3
         # The first one holds the store: without it nothing can be asked.
         expected = "rank 1 has not been heard of" if dies else "store of the process group cannot"

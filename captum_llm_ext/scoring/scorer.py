@@ -245,9 +245,10 @@ class Scorer:
         content = _digest_of(keys)
         if self._budget is None and self._keeps_budget:
             self._budget = self._agreed_budget()
-        root, planned, stored = self._processes.decide(
+        root, planned, (places, known) = self._processes.decide(
             lambda: (self._planned(rows, target), content, self._stored(keys))
         )
+        stored = dict(zip(places, known, strict=True))
         if planned != content:
             raise ValueError(
                 "this process has other rows to score than the main one: give every process the "
@@ -287,9 +288,16 @@ class Scorer:
         journal = self._journal
         return self._processes.decide(lambda: here if journal is None else journal.budget(here))
 
-    def _stored(self, keys: Sequence[bytes]) -> dict[int, Tensor]:
-        journal = self._journal
-        return {} if journal is None else journal.found(keys)
+    def _stored(self, keys: Sequence[bytes]) -> tuple[list[int], Tensor]:
+        """Which of the rows an earlier run has kept, and their values: one tensor, for it is sent.
+
+        Returns:
+            Places in `keys`; values ``(n_stored, n_target)``.
+        """
+        found = {} if self._journal is None else self._journal.found(keys)
+        if not found:
+            return [], torch.empty(0, 0, dtype=torch.float64, device="cpu")
+        return [*found], torch.stack([*found.values()])
 
     def _check_stored(
         self, stored: Mapping[int, Tensor], rows: Sequence[TokenRow], target: Tensor

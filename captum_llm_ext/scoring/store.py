@@ -1,5 +1,6 @@
 """The store of the process group as one session sees it: values, errors, and who still lives."""
 
+import io
 import os
 import pickle
 import socket
@@ -11,11 +12,20 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from captum_llm_ext import _compat
+from captum_llm_ext.scoring.connection import Connections
 
 # Seconds. A process that computes still tells that it lives, from a thread of its own.
 _BEAT = 1.0
 _SILENCE = 60.0
+# So long it is waited for one whose connection has ended: it may have said before that it is done.
+_ENDED = 3.0
+# Bytes: torch's store takes values of up to 8 MiB.
+_PIECE = 4 << 20
+_COUNT = 4  # bytes for the number of pieces that follow the first
 _SHORTEST_NAP, _LONGEST_NAP = 0.0005, 0.02
 # So long a process that failed waits until the others know, before it may end the run for all.
 _FAREWELL = 5.0
@@ -51,7 +61,9 @@ class Store:
         self._partners = [other for other in replica if other != rank]
         self.has_parted = False
         self._ranks, self._what = ranks, what
-        self._keys: dict[str, None] = {}  # to be taken away at the end, in order
+        # To be taken away at the end, in order, with the number of pieces that follow the first.
+        self._keys: dict[str, int] = {}
+        self._connections = Connections()
         self._heard: dict[int, tuple[Any, float]] = {}
         self._began = time.monotonic()
         self._looked = 0.0
@@ -59,21 +71,32 @@ class Store:
         self._n_gone = 0
 
     def set(self, key: str, value: Any) -> None:
-        """Tells a value."""
+        """Tells a value, however large."""
+        first, *others = _pieces(value)
+        self._keys[key] = len(others)
         with self._reached():
-            self._store.set(key, pickle.dumps(value))
-        self._keys[key] = None
+            for i, piece in enumerate(others):
+                self._store.set(f"{key}/piece {i}", piece)
+            self._store.set(key, first)  # who finds it finds all
 
     def forget(self, key: str) -> None:
         """Takes a value away that nobody is going to ask for."""
         with self._reached():
-            self._store.delete_key(key)
+            self._delete(key)
         self._keys.pop(key, None)
+
+    def _delete(self, key: str) -> None:
+        self._store.delete_key(key)
+        for i in range(self._keys.get(key, 0)):
+            self._store.delete_key(f"{key}/piece {i}")
 
     def get(self, key: str) -> Any:
         """A value that has been told."""
         with self._reached():
-            return pickle.loads(self._store.get(key))
+            first = self._store.get(key)
+            n = int.from_bytes(first[:_COUNT], "little")
+            parts = [first[_COUNT:], *(self._store.get(f"{key}/piece {i}") for i in range(n))]
+        return pickle.loads(b"".join(parts))
 
     def has(self, key: str) -> bool:
         """Whether a value has been told."""
@@ -82,7 +105,7 @@ class Store:
 
     def count(self, key: str) -> int:
         """Adds one; what comes out is told to one process alone."""
-        self._keys[key] = None
+        self._keys[key] = 0
         with self._reached():
             return int(self._store.add(key, 1))
 
@@ -110,11 +133,11 @@ class Store:
         if beat != last:
             self._heard[rank] = (beat, now)
             return
-        if beat is not None and now - since > _SILENCE:
+        if beat is not None and now - since > self._patience(beat):
             self._n_gone = 1
             raise RuntimeError(
-                f"rank {rank} has not been heard of for {_SILENCE:.0f} seconds during {self._what}"
-                ": its process is gone or stopped."
+                f"rank {rank} has not been heard of for {now - since:.0f} seconds during "
+                f"{self._what}: its process is gone or stopped."
             )
         if beat is None and now - since > self._join_within:
             raise RuntimeError(
@@ -122,6 +145,10 @@ class Store:
                 f"which rank {self.rank} waits at: every process has to call it, in the same "
                 "order."
             )
+
+    def _patience(self, beat: tuple[int, Any]) -> float:
+        """Seconds without another beat after which a process is given up."""
+        return min(_ENDED, _SILENCE) if self._connections.has_ended(beat[1]) else _SILENCE
 
     def check(self) -> None:
         """Raises what another process raised."""
@@ -182,7 +209,7 @@ class Store:
         """Takes away what was left in the store, after `leave`."""
         with suppress(RuntimeError):  # it is done: nothing that goes wrong now matters
             for key in (*self._keys, f"beat/{self.rank}"):
-                self._store.delete_key(key)
+                self._delete(key)
             self._store.add("gone", 1)
             if self.rank != self._ranks[0]:
                 return
@@ -207,7 +234,8 @@ class Store:
             with suppress(RuntimeError):  # the main thread finds out as well, and tells
                 while not stop.wait(_BEAT if n else 0):
                     n += 1
-                    self._store.set(key, pickle.dumps(n))
+                    [told] = _pieces((n, self._connections.address))
+                    self._store.set(key, told)
                     if self._partners:
                         self._end_if_stuck(since)
 
@@ -218,6 +246,7 @@ class Store:
         finally:
             stop.set()
             thread.join()
+            self._connections.close()
 
     def _end_if_stuck(self, since: dict[Any, Any]) -> None:
         """Ends this process where its main thread is in a pass that others will never join.
@@ -234,16 +263,16 @@ class Store:
                 return
             reason = f"rank {rank} failed ({type(error).__name__}: {error})\n{trace}"
         else:
-            gone = None
+            gone, silent = None, 0.0
             for partner in self._partners:
                 beat = self.get(f"beat/{partner}") if self.has(f"beat/{partner}") else None
                 last, heard = since.get(partner, (None, now))
                 since[partner] = (beat, now if beat != last else heard)
-                if beat is not None and beat == last and now - heard > _SILENCE:
-                    gone = partner
+                if beat is not None and beat == last and now - heard > self._patience(beat):
+                    gone, silent = partner, now - heard
             if gone is None:
                 return
-            reason = f"rank {gone} has not been heard of for {_SILENCE:.0f} seconds"
+            reason = f"rank {gone} has not been heard of for {silent:.0f} seconds"
         print(
             f"captum-llm-ext: rank {self.rank} ends itself during {self._what}: it is in a pass "
             f"that it shares with rank {self._partners}, and {reason}",
@@ -262,6 +291,34 @@ class Store:
                 f"{self._what} ({str(error).splitlines()[0]}): the process that held it has ended, "
                 "most likely because it failed."
             ) from error
+
+
+def _pieces(value: Any) -> list[bytes]:
+    """A value as the store takes it; the first piece begins with the number of the others."""
+    content = io.BytesIO()
+    _Pickler(content, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    whole = content.getbuffer()
+    cuts = range(_PIECE, len(whole), _PIECE)
+    first = len(cuts).to_bytes(_COUNT, "little") + whole[:_PIECE]
+    return [first, *(bytes(whole[at : at + _PIECE]) for at in cuts)]
+
+
+class _Pickler(pickle.Pickler):
+    """Sends of a tensor its own numbers, not all that it may be a view of."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is not Tensor or obj.device.type != "cpu" or obj.layout != torch.strided:
+            return NotImplemented
+        if obj.requires_grad or obj.is_quantized:
+            return NotImplemented
+        flat: Any = obj.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        return _tensor, (bytearray(flat.numpy()), obj.dtype, tuple(obj.shape))
+
+
+def _tensor(raw: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not raw:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(raw, dtype=dtype).view(shape)
 
 
 def _as_sent(error: BaseException) -> BaseException:
