@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from hashlib import blake2b
 from typing import Any, cast
 
 import torch
@@ -17,13 +16,13 @@ from captum_llm_ext import _compat, tokens
 from captum_llm_ext.arguments import at_least_one, check_attr_target, check_counts, unknown_argument
 from captum_llm_ext.baselines import LanguageModel
 from captum_llm_ext.coalition_game import CoalitionGame
-from captum_llm_ext.content import told
+from captum_llm_ext.content import digest, told
 from captum_llm_ext.estimators import Budget, is_known
 from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
 from captum_llm_ext.inputs import Prompt, as_prompt
 from captum_llm_ext.result import Design, GenerationAttributionResult
 from captum_llm_ext.result.assembled import assembled, numbers_of
-from captum_llm_ext.result.provenance import generation, of_model, of_question, of_run
+from captum_llm_ext.result.provenance import of_model, of_question, of_run
 from captum_llm_ext.scoring import (
     Accelerator,
     AttrTarget,
@@ -229,8 +228,7 @@ class GenerationAttribution(LLMAttribution):
             run = self._run(prompt, scorer, seed, callback)
             open_journal = None
             if checkpoint is not None:
-                wanted = generation(gen_args or {}) if target is None else target
-                about = self._about(run, effort, output_unit, wanted)
+                about = self._about(run, effort, output_unit, target, gen_args)
                 open_journal = partial(Journal, checkpoint, about)
             with scorer.keeping(open_journal):
                 ids = self._target_ids(run, target, gen_args, skip_tokens)
@@ -317,19 +315,26 @@ class GenerationAttribution(LLMAttribution):
         return ids
 
     def _about(
-        self, run: Run, effort: Effort, output_unit: Unit | None, target: Any
+        self,
+        run: Run,
+        effort: Effort,
+        output_unit: Unit | None,
+        target: str | Tensor | Sequence[int] | None,
+        gen_args: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         """What a run's values depend on; not all of it, but what another run differs in."""
         nothing = torch.zeros(1, run.prompt.n_features, dtype=torch.bool)
         absent = run.prompt.render(nothing, torch.Generator().manual_seed(0))[0]
-        if not isinstance(target, dict):
-            target = as_ids(target, self.tokenizer).tolist()
+        if target is None:  # what generates it
+            wanted = {name: told(value) for name, value in (gen_args or {}).items()}
+        else:
+            wanted = digest(as_ids(target, self.tokenizer).tolist())
         settings = {"n_samples": effort.budget.n_samples, "n_draws": effort.budget.n_draws}
         return {
             **self.identity(),
-            "prompt": _digest([run.full.ids, run.prompt.columns]),
-            "baselines": _digest(absent.ids),
-            "target": target if isinstance(target, dict) else _digest(target),
+            "prompt": digest([run.full.ids, run.prompt.columns, run.full.extras]),
+            "baselines": digest(absent.ids),
+            "target": wanted,
             "seed": run.seed,
             "num_trials": effort.num_trials,
             "max_exact_features": effort.budget.max_exact_features,
@@ -445,7 +450,3 @@ def _span(token: int | tuple[int, int] | None, n_target: int) -> tuple[int, int]
             "span (start, stop)."
         )
     return chosen.start, chosen.stop
-
-
-def _digest(content: Any) -> str:
-    return blake2b(repr(content).encode(), digest_size=8).hexdigest()

@@ -1,10 +1,15 @@
 """What a thing holds, as a digest that another process finds too, and what two runs differ in."""
 
+import copyreg
+import dis
 import functools
 import inspect
 import json
+import sys
+import sysconfig
 import types
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import PurePath
 from typing import Any, cast
@@ -13,32 +18,44 @@ import torch
 from torch import Tensor, nn
 
 _PACKAGE = __name__.partition(".")[0]
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, PurePath, torch.dtype, torch.device)
+_PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes, PurePath, range, slice),
+    *(torch.dtype, torch.device),
+)
 _PART = 1 << 22  # elements summed at a time: as integers they take more room than they are
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # What is no longer than this is shown as it is.
 _SHOWN = 200
 # Their objects note down what became of them while they are used.
 _LIBRARIES = ("transformers", "tokenizers", "accelerate", "datasets")
+# What the same object has otherwise in another process, or another release.
+_OF_THE_MOMENT = ("transformers_version", "initial_timestamp")
+_OF_CALLS = ("padding", "truncation")
 
 
 def told(thing: Any) -> Any:
     """What JSON shows of a thing: texts and numbers themselves, of others a name and a digest.
 
     Objects count with what their class's ``__getstate__`` gives, or else with their public
-    attributes; functions with their code and what they close over.
+    attributes and those named like arguments of their constructor; classes of the user's own and
+    functions with their code, what they close over, and the plain values they refer to. What holds
+    something that cannot be told (a lock, an open file) is shown by a name that says so: two such
+    things are taken for the same, for nothing tells them apart in another process.
     """
     try:
         text = json.dumps(thing)
-    except (TypeError, ValueError):
-        return f"{_shown(thing)} {digest(thing)}"
+    except (TypeError, ValueError, RecursionError):
+        found = _Digest()
+        found.add(thing)
+        left = f" (less what cannot be told of: {', '.join(found.untold)})" if found.untold else ""
+        return f"{_shown(thing)} {found.hexdigest()}{left}"
     return json.loads(text) if len(text) <= _SHOWN else f"{type(thing).__name__} {digest(thing)}"
 
 
 def digest(thing: Any) -> str:
-    """The digest of what a thing holds, 16 characters."""
-    found = blake2b(digest_size=8)
-    _feed(found, thing, ())
+    """The digest of what a thing holds, 16 characters; see `told`."""
+    found = _Digest()
+    found.add(thing)
     return found.hexdigest()
 
 
@@ -89,43 +106,68 @@ def _shown(thing: Any) -> str:
     return type(thing).__name__ if " at 0x" in text or len(text) > _SHOWN / 2 else text
 
 
-def _feed(found: Any, thing: Any, within: tuple[int, ...]) -> None:
-    """Adds a thing to a digest; `within` are the ids of those it is a part of."""
+class _Digest:
+    """A digest that things are added to.
 
-    def add(*parts: Any) -> None:
-        for part in parts:
-            _feed(found, part, (*within, id(thing)))
+    Attributes:
+        untold: Names of parts whose content cannot be told.
+    """
 
-    if id(thing) in within:
-        kind, content = "again", ()
-    elif isinstance(thing, _PLAIN):
-        kind, content = repr(thing), ()
-    elif isinstance(thing, Tensor):
-        kind, content = f"{thing.dtype} {tuple(thing.shape)}", ()
-        found.update(_bytes(thing))
-    elif isinstance(thing, Mapping):
-        kind, content = "mapping", cast(Iterable[Any], thing.items())
-    elif isinstance(thing, Set):
-        kind, content = "set", sorted(digest(part) for part in cast(Set[Any], thing))
-    elif isinstance(thing, Sequence):
-        kind, content = "sequence", cast(Sequence[Any], thing)
-    elif isinstance(thing, nn.Module):
-        kind, content = _kind(type(thing)), _weights(thing)
-    elif isinstance(thing, functools.partial):
-        kind, content = "partial", (thing.func, thing.args, thing.keywords)
-    elif isinstance(thing, types.MethodType):
-        kind, content = "method", (thing.__func__, thing.__self__)
-    elif isinstance(thing, types.FunctionType):
-        kind, content = _kind(thing), _function(thing)
-    elif isinstance(thing, types.CodeType):
-        kind, content = thing.co_name, (thing.co_code, thing.co_consts, thing.co_names)
-    elif isinstance(thing, type | types.BuiltinFunctionType | types.ModuleType):
-        kind, content = _kind(thing), ()
-    else:
-        kind, content = _kind(type(thing)), _state(thing)
-    content = tuple(content)
-    found.update(f"\n{kind} {len(content)}\n".encode("utf-8", "surrogatepass"))
-    add(*content)
+    def __init__(self) -> None:
+        self._found = blake2b(digest_size=8)
+        self.untold: dict[str, None] = {}
+
+    def hexdigest(self) -> str:
+        """As text."""
+        return self._found.hexdigest()
+
+    def add(self, thing: Any, within: tuple[int, ...] = ()) -> None:
+        """Adds a thing; `within` are the ids of those it is a part of."""
+        if id(thing) in within:
+            kind, content = "again", ()
+        else:
+            try:
+                kind, content = self._content(thing)
+                content = tuple(content)
+            except Exception as error:  # whatever an object raises that is looked into
+                del error
+                kind, content = _kind(type(thing)), ()
+                self.untold[type(thing).__name__] = None
+        self._found.update(f"\n{kind} {len(content)}\n".encode("utf-8", "surrogatepass"))
+        for part in content:
+            self.add(part, (*within, id(thing)))
+
+    def _content(self, thing: Any) -> tuple[str, Iterable[Any]]:
+        """What kind of thing it is, and its parts."""
+        if isinstance(thing, _PLAIN):
+            return repr(thing), ()
+        if isinstance(thing, Tensor):
+            self._found.update(_bytes(thing))
+            return f"{thing.dtype} {tuple(thing.shape)}", ()
+        if isinstance(thing, bytearray | memoryview):
+            return "bytes", (bytes(thing),)
+        if isinstance(thing, Mapping):
+            return "mapping", cast(Iterable[Any], thing.items())
+        if isinstance(thing, Set):
+            return "set", sorted(digest(part) for part in cast(Set[Any], thing))
+        if isinstance(thing, Sequence):
+            return "sequence", cast(Sequence[Any], thing)
+        if isinstance(thing, nn.Module):
+            return _kind(type(thing)), _weights(thing)
+        if isinstance(thing, functools.partial):
+            return "partial", (thing.func, thing.args, thing.keywords)
+        if isinstance(thing, types.MethodType):
+            return "method", (thing.__func__, thing.__self__)
+        if isinstance(thing, types.FunctionType):
+            return _kind(thing), _function(thing)
+        if isinstance(thing, types.CodeType):
+            return thing.co_name, (thing.co_code, thing.co_consts, thing.co_names)
+        if isinstance(thing, types.BuiltinFunctionType | types.MethodWrapperType):
+            owner = thing.__self__
+            return _kind(thing), () if isinstance(owner, types.ModuleType) else (owner,)
+        if isinstance(thing, type | types.ModuleType):
+            return _kind(thing), ()
+        return _kind(type(thing)), _state(thing)
 
 
 def _kind(thing: Any) -> str:
@@ -134,14 +176,32 @@ def _kind(thing: Any) -> str:
 
 
 def _function(function: types.FunctionType) -> Iterable[Any]:
-    """What a function computes with: its code, its defaults, and what it closes over."""
-    closed = inspect.getclosurevars(function).nonlocals
+    """What a function computes with: code, defaults, what it closes over, plain global values."""
+    closed: dict[str, Any] = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # one that holds nothing yet
+            closed[name] = cell.cell_contents
+    steps = dis.get_instructions(function.__code__)
+    written = {step.argval for step in steps if step.opname == "STORE_GLOBAL"}  # such as counters
+    names = {name for name in function.__code__.co_names if not name.startswith("__")} - written
+    seen = {name: function.__globals__.get(name) for name in names}
     return (
         function.__code__,
         function.__defaults__,
         function.__kwdefaults__,
         sorted(closed.items(), key=lambda pair: pair[0]),
+        sorted(
+            ((name, value) for name, value in seen.items() if _is_constant(value)),
+            key=lambda pair: pair[0],
+        ),
     )
+
+
+def _is_constant(thing: Any) -> bool:
+    """Whether it is a plain value, or made of such, that nothing can change in place."""
+    if isinstance(thing, tuple | frozenset):
+        return all(map(_is_constant, cast(Iterable[Any], thing)))
+    return isinstance(thing, _PLAIN)
 
 
 def _state(thing: object) -> Iterable[Any]:
@@ -149,15 +209,110 @@ def _state(thing: object) -> Iterable[Any]:
     cls = type(thing)
     package = cls.__module__.partition(".")[0]
     if package in _LIBRARIES:
-        return (getattr(thing, "name_or_path", None),)
+        return _library_state(thing)
+    own = package == _PACKAGE
+    code = () if own else _own_code(cls)
     if getattr(cls, "__getstate__", None) is not getattr(object, "__getstate__", None):
         state: Any = cast(Any, thing).__getstate__()
-        return (state,)
-    own = package == _PACKAGE
-    held = getattr(thing, "__dict__", {})
+        return (state, *code)
+    held: dict[str, Any] = getattr(thing, "__dict__", {})
     if not held and hasattr(thing, "tolist"):  # of numpy
         return (cast(Any, thing).tolist(),)
-    return tuple((k, held[k]) for k in sorted(held) if own or not k.startswith("_"))
+    if not held:
+        return (*_reduced(thing), *code)
+    if own:
+        return tuple(sorted(held.items(), key=lambda pair: pair[0]))
+    return (*_attributes(thing, _arguments(cls)), *code)
+
+
+def _attributes(thing: object, arguments: Iterable[str]) -> list[tuple[str, Any]]:
+    """Public attributes, and private ones that are named like some arguments."""
+    named = {f"_{name}" for name in arguments}
+    held = vars(thing)
+    kept = (name for name in sorted(held) if not name.startswith("_") or name in named)
+    return [(name, held[name]) for name in kept if name not in _OF_THE_MOMENT]
+
+
+def _arguments(cls: type) -> list[str]:
+    """Names of a constructor's arguments."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    try:
+        parameters = inspect.signature(cls.__init__).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [one.name for one in parameters if one.kind not in kinds][1:]
+
+
+def _library_state(thing: Any) -> Iterable[Any]:
+    """What counts of an object of the libraries, which write into theirs."""
+    if hasattr(thing, "get_vocab"):
+        return _tokenizer_state(thing)
+    if callable(getattr(thing, "to_dict", None)):  # of a configuration
+        told: dict[str, Any] = thing.to_dict()
+        left = _OF_THE_MOMENT
+        return [(k, told[k]) for k in sorted(told) if not k.startswith("_") and k not in left]
+    fingerprint = getattr(thing, "_fingerprint", None)
+    if fingerprint is not None:  # of a data set
+        return (fingerprint,)
+    held: dict[str, Any] = getattr(thing, "__dict__", {})
+    if not held:
+        return _reduced(thing)
+    arguments = _arguments(type(thing))
+    if arguments and all(name in held for name in arguments):
+        return [(name, held[name]) for name in arguments if name not in _OF_THE_MOMENT]
+    return _attributes(thing, arguments)
+
+
+def _tokenizer_state(thing: Any) -> Iterable[Any]:
+    backend = getattr(thing, "backend_tokenizer", thing)
+    extra = getattr(thing, "special_tokens_map", None), getattr(thing, "chat_template", None)
+    if not hasattr(backend, "to_str"):
+        return (json.dumps(thing.get_vocab(), sort_keys=True), *extra)
+    content: dict[str, Any] = json.loads(backend.to_str())
+    kept = {k: v for k, v in content.items() if k not in _OF_CALLS}
+    return (json.dumps(kept, sort_keys=True), *extra)
+
+
+def _reduced(thing: object) -> Iterable[Any]:
+    """What an object would be pickled with: patterns, dates, objects with slots."""
+    registered = copyreg.dispatch_table.get(type(thing))
+    made: Any = thing.__reduce_ex__(4) if registered is None else registered(thing)
+    if isinstance(made, str):
+        return (made,)
+    return [part if isinstance(part, tuple | dict) else _listed(part) for part in made[1:]]
+
+
+def _listed(part: Any) -> Any:
+    return list(part) if hasattr(part, "__next__") else part
+
+
+def _own_code(cls: type) -> list[Any]:
+    """What a class of the user's own, and those it is made from, do and have."""
+    found: list[Any] = []
+    for one in cls.__mro__:
+        if _is_installed(one.__module__):
+            continue
+        for name, value in sorted(vars(one).items()):
+            function = getattr(value, "__func__", getattr(value, "fget", value))
+            if isinstance(function, types.FunctionType):
+                found.append((name, function))
+            elif not name.startswith("_") and _is_constant(value):
+                found.append((name, value))
+    return found
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    """Whether a module comes with Python, with a package, or with this one."""
+    if module.partition(".")[0] == _PACKAGE:
+        return True
+    if module == "__main__":  # a notebook, or a script
+        return False
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        return True
+    paths = sysconfig.get_paths()
+    return any(file.startswith(paths[name]) for name in ("stdlib", "purelib", "platlib"))
 
 
 def _weights(module: nn.Module) -> Iterable[Any]:

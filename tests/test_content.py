@@ -1,16 +1,33 @@
 """What two runs differ in is told: digests of things, and checkpoints that refuse another run."""
 
 import copy
+import datetime
 import functools
+import json
+import operator
+import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from captum._utils.models.linear_model import SkLearnLasso
 from captum.attr import FeatureAblation, KernelShap, Lime
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    SequenceBiasLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
 
 from captum_llm_ext import (
     CorpusBaselines,
@@ -187,3 +204,151 @@ def test_settings_of_a_method_make_another_run(model, tokenizer, one, other):
     )
     assert "`method" in differences(first, second)
     assert differences(first, GenerationAttribution(one(model), tokenizer).identity()) == ""
+
+
+# What goes into `generate`, as objects
+
+
+class Stop(StoppingCriteria):
+    """The user's own: what it was given is private."""
+
+    def __init__(self, token, after=2):
+        self._token, self.after = token, after
+        self._calls = 0
+
+    def __call__(self, input_ids, scores, **_):
+        self._calls += 1
+        return torch.full((len(input_ids),), input_ids.shape[1] > 40 + self.after)
+
+
+class Slots:
+    __slots__ = ("held",)
+
+    def __init__(self, held):
+        self.held = held
+
+
+class Locked:
+    def __init__(self, words):
+        self.words, self.lock = words, threading.Lock()
+
+
+def defined(code):
+    """A class or function as a notebook's cell defines it: `thing`."""
+    space = {"__name__": "__main__"}
+    exec(code, space)
+    return space["thing"]
+
+
+def criteria(**given):
+    return StoppingCriteriaList([MaxLengthCriteria(**given)])
+
+
+def generating():
+    """Pairs of arguments of ``generate`` that do something else, made anew by each call."""
+    tokenizer, other = tiny.byte_level(), tiny.byte_level()
+    other.add_tokens(["<more>"])
+    call = "class thing:\n    limit = {}\n    def __call__(self, ids): return ids{}"
+    return {
+        "configurations": (GenerationConfig(max_new_tokens=3), GenerationConfig(max_new_tokens=4)),
+        "criteria": (criteria(max_length=30), criteria(max_length=31)),
+        "criteria of its own": (Stop(3), Stop(4)),
+        "public": (Stop(3, 1), Stop(3, 2)),
+        "processors": (
+            LogitsProcessorList([TemperatureLogitsWarper(0.5)]),
+            LogitsProcessorList([TemperatureLogitsWarper(0.6)]),
+        ),
+        "biases": (
+            [SequenceBiasLogitsProcessor([[[3], 1.0]])],
+            [SequenceBiasLogitsProcessor([[[3], 2.0]])],
+        ),
+        "tokenizers": (tokenizer, other),
+        "tokens": ([torch.tensor([3, 4])], [torch.tensor([3, 5])]),
+        "lambdas": (lambda ids: ids[:3], lambda ids: ids[:4]),
+        "constants": (
+            defined("N = 3\ndef thing(ids): return ids[:N]"),
+            defined("N = 4\ndef thing(ids): return ids[:N]"),
+        ),
+        "code of a class": (defined(call.format(1, "[0]"))(), defined(call.format(1, "[1]"))()),
+        "values of a class": (defined(call.format(1, ""))(), defined(call.format(2, ""))()),
+        "patterns": (re.compile("a+"), re.compile("a*")),
+        "slots": (Slots([3]), Slots([4])),
+        "bound": ({3}.__contains__, {4}.__contains__),
+        "getters": (operator.itemgetter(1), operator.itemgetter(2)),
+        "ranges": (range(10**12), range(10**12 + 1)),
+        "dates": (datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)),
+        "arrays": (np.arange(3), np.arange(4)),
+        "bytes": (bytearray(b"a"), bytearray(b"b")),
+    }
+
+
+@pytest.mark.parametrize("name", generating())
+def test_what_generates_otherwise_has_another_digest_and_no_address(name):
+    (one, other), (again, _) = generating()[name], generating()[name]
+    assert told(one) == told(again)
+    assert digest(one) == digest(again)
+    assert told(one) != told(other)
+    assert digest(one) != digest(other)
+    assert "0x" not in json.dumps(told(one))
+
+
+def test_what_the_moment_or_use_changes_does_not_count():
+    tokenizer = tiny.byte_level()
+    before = digest(tokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or "</s>"
+    padded = digest(tokenizer)
+    tokenizer(["a", "b c d e"], padding=True, truncation=True, max_length=3)
+    assert digest(tokenizer) == padded
+    assert before is not None
+    first = digest(MaxTimeCriteria(3.0))
+    time.sleep(0.01)
+    assert digest(MaxTimeCriteria(3.0)) == first != digest(MaxTimeCriteria(4.0))
+    stop = Stop(3)
+    before = digest(stop)
+    stop(torch.zeros(1, 5), None)
+    assert digest(stop) == before
+
+
+def test_what_cannot_be_told_is_named():
+    one = told(Locked(["a"]))
+    assert re.fullmatch(r"Locked [0-9a-f]{16} \(less what cannot be told of: lock\)", one)
+    assert one == told(Locked(["a"])) != told(Locked(["b"]))
+    with open(__file__) as file:
+        assert "TextIOWrapper" in told({"file": file})
+    recursive = []
+    recursive.append(recursive)
+    assert told(recursive) == told(recursive)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda: {"generation_config": GenerationConfig(max_new_tokens=4, do_sample=False)},
+        lambda: {"max_new_tokens": 6, "stopping_criteria": criteria(max_length=30)},
+        lambda: {"max_new_tokens": 6, "stopping_criteria": StoppingCriteriaList([Stop(3)])},
+        lambda: {
+            "max_new_tokens": 4,
+            "logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.7)]),
+        },
+        lambda: {"max_new_tokens": 4, "prefix_allowed_tokens_fn": lambda b, ids: list(range(40))},
+        lambda: {"max_new_tokens": 4, "stop_strings": ["x"], "tokenizer": tiny.byte_level()},
+    ],
+)
+def test_a_checkpoint_is_gone_on_with_whatever_generates(tmp_path, arguments):
+    """With objects made anew, as in another process; and with others it is another run."""
+    tokenizer = tiny.byte_level()
+    model = tiny.llama(len(tokenizer))
+    path = tmp_path / "run.safetensors"
+
+    def run(given):
+        inp = TextSegmentInput(PROMPT, tokenizer, "word")
+        attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+        return attribution.attribute(inp, gen_args=given, checkpoint=path)
+
+    expected, content = run(arguments()), path.read_bytes()
+    assert b"0x" not in content[:2000]
+    again = run(arguments())
+    assert torch.equal(again.values, expected.values)
+    assert torch.equal(again.target, expected.target)
+    with pytest.raises(ValueError, match=r"belongs to another run.*`target`"):
+        run({**arguments(), "max_new_tokens": 5, "repetition_penalty": 1.5})
