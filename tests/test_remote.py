@@ -447,6 +447,62 @@ def test_a_targets_leading_space_is_kept_as_text():
             captums.attribute(template(), " golf and chess.")
 
 
+class CountsRightly(CompletionsProvider):
+    """Tells values of what stands after the prompt in the joint text, however many these are."""
+
+    def get_logprobs(self, input_prompt, target_str, tokenizer=None):
+        before, ids = tokenizer.encode(input_prompt), tokenizer.encode(input_prompt + target_str)
+        (entries,) = self._logprobs([input_prompt + target_str], [ids])
+        return [(e or {}).get(i) for i, e in zip(ids, entries, strict=True)][len(before) :]
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "n_alone"),
+    [
+        ("{} lives in {} and is a {}. His interests include", "golf and chess.", 4),
+        ("{} lives in {} and is a {}. His interests include", " golf and chess.", 5),
+        ("{} lives in {} and is a {}. His interests include (", ["go", "lf"], 1),
+        ("{} lives in {} and is a {}. (", ["go", "lf", "▁and"], 2),
+    ],
+)
+@pytest.mark.parametrize("kind", ["vllm", "rightly", "ours"])
+def test_providers_that_count_a_target_by_itself(monkeypatch, kind, text, target, n_alone):
+    """Of a tokenizer that marks the beginning of every text, as that of Llama-2 does."""
+    tokenizer = tiny.prepending()
+    model = tiny.llama(len(tokenizer)).double()
+    ids = (
+        tokenizer.encode(target, add_special_tokens=False)
+        if isinstance(target, str)
+        else tokenizer.convert_tokens_to_ids(target)
+    )
+    inp = template(template=text)
+    truth = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(
+        inp, ids, output_unit=None
+    )
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-test")
+    with Server(model, tokenizer) as server:
+        if kind == "vllm":
+            provider = VLLMProvider(server.url)
+        else:
+            cls = CountsRightly if kind == "rightly" else CompletionsProvider
+            provider = cls(server.url, prompts="text")
+        try:
+            ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), tokenizer, provider)
+            assert_same(ours.attribute(inp, torch.tensor(ids)), truth)
+            if kind == "vllm":
+                # No request was for anything but the texts of the coalitions.
+                assert len(set(server.prompts)) == truth.n_evaluations
+                # One that joins tokens tells values of others: their number stays an error.
+                warned = RemoteGenerationAttribution(
+                    FeatureAblation(PLACEHOLDER), tokenizer, provider, on_mismatch="warn"
+                )
+                with pytest.raises(ValueError, match=f"{n_alone} log-probabilities for {len(ids)}"):
+                    warned.attribute(inp, torch.tensor(ids))
+        finally:
+            if kind == "vllm":
+                provider.client.close()
+
+
 def test_prompts_that_text_cannot_tell_are_counted(tokenizer, vllm):
     # Tokens that are left of a word merge to others.
     inp = TextSegmentInput("includxe", tokenizer, unit="token")

@@ -70,6 +70,16 @@ def metaspace(*, bos: bool = True) -> PreTrainedTokenizerFast:
     return _fast(tokenizer, bos=bos)
 
 
+def prepending(*, bos: bool = True) -> PreTrainedTokenizerFast:
+    """Laid out as Llama-2's: a mark is put before every text, whatever it begins with."""
+    tokenizer = metaspace(bos=bos).backend_tokenizer
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.pre_tokenizer = None
+    return _fast(tokenizer, bos=bos)
+
+
 def word_piece() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.BertNormalizer()

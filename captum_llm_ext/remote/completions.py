@@ -120,7 +120,8 @@ class CompletionsProvider(RemoteLLMProvider):
 
         Returns:
             One number for each token of the target. With prompts as ids, prompt and target are
-            encoded apart, and no token merges across their border.
+            encoded apart, and no token merges across their border; as text, its tokens are those
+            after the prompt's.
 
         Raises:
             ValueError: If there is no tokenizer or no target, a number is missing, or the server
@@ -137,10 +138,15 @@ class CompletionsProvider(RemoteLLMProvider):
             text = input_prompt + target_str
             ids = _ids(tokenizer.encode(text))
             if ids[-len(target) :] != target:
-                raise ValueError(
-                    f"{target_str!r} is read as other tokens after {input_prompt[-40:]!r} than by "
-                    'itself: say `prompts="ids"`, or begin it where the tokenizer does.'
-                )
+                # Another number of tokens is seen by who asks; as many other ones would not be.
+                after = ids[len(prompt) :]
+                if ids[: len(prompt)] != prompt or len(after) == len(target) or not after:
+                    raise ValueError(
+                        f"{target_str!r} is read as other tokens after {input_prompt[-40:]!r} "
+                        'than by itself: say `prompts="ids"`, or begin it where the tokenizer '
+                        "does."
+                    )
+                target = after
             [entries] = self._logprobs([text], [ids])
         found: list[float] = []
         for token, entry in zip(target, entries[-len(target) :], strict=True):

@@ -4,7 +4,7 @@ import threading
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from captum_llm_ext import tokens
@@ -238,6 +238,22 @@ class IdsSource(_Asked):
         return {"sent_as": "ids", **({"target_from": "text"} if self._anew else {})}
 
 
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A prompt and a target as text.
+
+    Attributes:
+        prompt, target: Together what the server is to read.
+        n_alone: How many tokens the target's text is by itself.
+        is_foreseen: Whether together they are read as the prompt's tokens and the target's.
+    """
+
+    prompt: str
+    target: str
+    n_alone: int
+    is_foreseen: bool
+
+
 class TextSource(_Asked):
     """A provider that takes text: what the server makes of it is foreseen with the tokenizer."""
 
@@ -247,6 +263,7 @@ class TextSource(_Asked):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self._n_retokenized = self._n_mismatches = 0
+        self._counts_alone = False  # whether the provider is known to count targets by themselves
         self._lock = threading.Lock()  # fast tokenizers are not for several threads at a time
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
@@ -254,13 +271,21 @@ class TextSource(_Asked):
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Request) -> Answer:
-        prompt, target = request.ids[: request.first + 1], request.asked
+        target = request.asked
         with self._lock:
-            text, continued = self._texts(request, prompt, target)
-        with noted(request, self._tokenizer):
-            found = self._provider.get_logprobs(
-                input_prompt=text, target_str=continued, tokenizer=self._tokenizer
-            )
+            text = self._text(request, request.ids[: request.first + 1], target)
+            if self._counts_alone:
+                text = self._with_enough(text, len(target))
+        found = self._asked(request, text)
+        if len(found) == text.n_alone < len(target) and text.is_foreseen:
+            self._counts_alone = True
+            with self._lock:
+                text = self._with_enough(text, len(target))
+            found = self._asked(request, text)
+        # Captum's providers tell as many values as the target has tokens by itself, of the last
+        # tokens of both texts: some may be of what stands before the target.
+        if len(found) == text.n_alone > len(target) and text.is_foreseen:
+            found = found[-len(target) :]
         if len(found) != len(target):
             raise ValueError(
                 f"{place(request, self._tokenizer)}: the provider gave {len(found)} "
@@ -270,9 +295,13 @@ class TextSource(_Asked):
             )
         return Answer([None if value is None else float(value) for value in found])
 
-    def _texts(
-        self, request: Request, prompt: tuple[int, ...], target: tuple[int, ...]
-    ) -> tuple[str, str]:
+    def _asked(self, request: Request, text: _Text) -> Sequence[Any]:
+        with noted(request, self._tokenizer):
+            return self._provider.get_logprobs(
+                input_prompt=text.prompt, target_str=text.target, tokenizer=self._tokenizer
+            )
+
+    def _text(self, request: Request, prompt: tuple[int, ...], target: tuple[int, ...]) -> _Text:
         """The texts to send: those that are tokenised as the ids are, if there are any."""
         shown, text = self._prompt_text(prompt)
         whole = tokens.decode(self._tokenizer, (*shown, *target))
@@ -289,9 +318,26 @@ class TextSource(_Asked):
                     "`provenance`): give a provider that takes ids, such as `CompletionsProvider`.",
                     stacklevel=level_of_caller(),
                 )
-        if joint != (*alone, *target):
+        is_read_so = joint == (*alone, *target)
+        if not is_read_so:
             self._mismatch(request, joint[-len(target) :], target)
-        return text, continued
+        # What is told by a provider that joins tokens is of other ones than the joint text has.
+        is_foreseen = is_read_so and self._on_mismatch == "error"
+        return _Text(text, continued, self._n_alone(continued), is_foreseen)
+
+    def _n_alone(self, text: str) -> int:
+        return len(self._encoded(text, add_special_tokens=False))
+
+    def _with_enough(self, text: _Text, n: int) -> _Text:
+        """The same joint text, cut where its second part has at least `n` tokens by itself."""
+        border = len(text.prompt)
+        while text.n_alone < n and border > 0 and text.is_foreseen:
+            border -= 1
+            target = text.prompt[border:] + text.target
+            n_alone = self._n_alone(target)
+            if n_alone >= n:
+                return replace(text, prompt=text.prompt[:border], target=target, n_alone=n_alone)
+        return text
 
     def _prompt_text(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
         """Ids and their text, which a server turns into the prompt again."""
@@ -304,8 +350,8 @@ class TextSource(_Asked):
                 return ids, text
         return kept, tokens.decode(self._tokenizer, kept) if kept else ""
 
-    def _encoded(self, text: str) -> tuple[int, ...]:
-        return tuple(int(token) for token in self._tokenizer.encode(text))
+    def _encoded(self, text: str, **how: Any) -> tuple[int, ...]:
+        return tuple(int(token) for token in self._tokenizer.encode(text, **how))
 
     def _mismatch(self, request: Request, read: tuple[int, ...], target: tuple[int, ...]) -> None:
         self._n_mismatches += 1
