@@ -2,9 +2,11 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 TARGETS = ("log_prob", "prob", "logit")
 
@@ -44,6 +46,67 @@ def check_attr_target(attr_target: object) -> None:
         )
 
 
+def check_passed_on(
+    given: Mapping[str, Any],
+    method: object,
+    attribute: Callable[..., Any],
+    *,
+    called: str = "attribute",
+    which: str | None = None,
+) -> None:
+    """Refuses arguments that captum would have passed on, and that would be ignored here.
+
+    Those of the method's own ``attribute`` that say what it does without them are let through, and
+    so is None for whatever captum's methods once took.
+
+    Args:
+        given: Arguments that `attribute` does not name.
+        method: The attribution method.
+        attribute: What has arguments, one of which may be meant.
+        called: What was called.
+        which: Who does not take what is unknown; by default the method.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    own = inspect.signature(cast(Any, method).attribute).parameters
+    name = type(method).__name__
+    for argument, value in given.items():
+        if argument in own and own[argument].kind is not inspect.Parameter.VAR_KEYWORD:
+            if not _says_nothing(argument, value, own[argument].default):
+                raise TypeError(
+                    f"{called}() got {argument!r}, which would be ignored: coalitions or points of "
+                    f"{name} are planned here. " + _INSTEAD.get(argument, "Leave it out.")
+                )
+        elif value is not None or _close(argument, attribute):
+            raise TypeError(
+                unknown_argument(
+                    argument, attribute, called=called, which=which or f"{name} does not take"
+                )
+            )
+
+
+_INSTEAD = {
+    "baselines": "What stands for absent features is said by the input.",
+    "additional_forward_args": "What the model is to read beside text is said by the input.",
+}
+
+
+def _says_nothing(name: str, value: object, default: object) -> bool:
+    """Whether an argument has the meaning of its default."""
+    if isinstance(value, tuple | list) and len(cast(Sequence[Any], value)) == 1:
+        return _says_nothing(name, cast(Sequence[Any], value)[0], default)
+    if name == "baselines" and isinstance(value, Tensor):
+        return not bool(value.any())
+    if name == "baselines" and value == 0:  # captum's None
+        return True
+    return value is default or (isinstance(value, int | float | str) and value == default)
+
+
+def _close(name: str, attribute: Callable[..., Any]) -> list[str]:
+    return get_close_matches(name, inspect.signature(attribute).parameters, n=1, cutoff=0.8)
+
+
 def unknown_argument(
     name: str,
     attribute: Callable[..., Any],
@@ -60,8 +123,7 @@ def unknown_argument(
         which: Who does not take it.
     """
     said = f"{called}() got {name!r}, which {which}"
-    close = get_close_matches(name, inspect.signature(attribute).parameters, n=1, cutoff=0.8)
-    if close:
+    if close := _close(name, attribute):
         return f"{said}: did you mean {close[0]!r}?"
     if name == "baselines":
         return f"{said}: what stands for absent features is said by the input."

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -12,8 +11,8 @@ from captum.attr import InterpretableInput, Lime, LLMAttribution
 from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor, nn
 
-from captum_llm_ext import _compat, tokens
-from captum_llm_ext.arguments import at_least_one, check_attr_target, check_counts, unknown_argument
+from captum_llm_ext import _compat
+from captum_llm_ext.arguments import at_least_one, check_attr_target, check_counts, check_passed_on
 from captum_llm_ext.baselines import LanguageModel
 from captum_llm_ext.coalition_game import CoalitionGame
 from captum_llm_ext.content import digest, told
@@ -34,7 +33,14 @@ from captum_llm_ext.scoring import (
 )
 from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.segment import Unit
-from captum_llm_ext.target import as_ids, check_target, generate_target, target_ids
+from captum_llm_ext.target import (
+    Skipped,
+    as_ids,
+    check_target,
+    generate_target,
+    target_ids,
+    without_skipped,
+)
 
 
 class GenerationAttribution(LLMAttribution):
@@ -149,7 +155,7 @@ class GenerationAttribution(LLMAttribution):
         perturbations_per_eval: int | None = None,
         feature_mask: Tensor | None = None,
         show_progress: bool = False,
-        skip_tokens: Sequence[int] | Sequence[str] | None = None,
+        skip_tokens: Skipped | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> GenerationAttributionResult:
@@ -193,7 +199,8 @@ class GenerationAttribution(LLMAttribution):
                 after a kill or Ctrl-C goes on from there, on any number of processes, and gives
                 the same result. `tol`, `max_evaluations` and the number of processes may change;
                 another `perturbations_per_eval` changes batches and with them last digits.
-            **kwargs: Passed to the ``attribute`` of methods that this package does not know.
+            **kwargs: Passed to the ``attribute`` of methods that this package does not know. Of the
+                others, what says no more than the default does (``return_input_shape=True``).
 
         Returns:
             The result; its tensors are on the model's device, in float32 (float64 for float64
@@ -216,10 +223,8 @@ class GenerationAttribution(LLMAttribution):
                 )
             if tol is not None and not tol > 0:
                 raise ValueError(f"`tol` is {tol!r}: give a number above 0, such as 0.05.")
-            if kwargs and is_known(self.attr_method):
-                known, name = GenerationAttribution.attribute, type(self.attr_method).__name__
-                which = f"{name} does not take"
-                raise TypeError(unknown_argument(next(iter(kwargs)), known, which=which))
+            if is_known(self.attr_method):
+                check_passed_on(kwargs, self.attr_method, GenerationAttribution.attribute)
             budget = Budget(n_samples, n_draws, max_exact_features)
             effort = Effort(budget, num_trials, tol, max_evaluations)
             scorer = self._scorer(perturbations_per_eval, show_progress)
@@ -296,21 +301,11 @@ class GenerationAttribution(LLMAttribution):
         run: Run,
         target: str | Tensor | Sequence[int] | None,
         gen_args: Mapping[str, Any] | None,
-        skip_tokens: Sequence[int] | Sequence[str] | None,
+        skip_tokens: Skipped | None,
     ) -> Tensor:
         generate = partial(self._generated_ids, run, gen_args)
         ids = target_ids(target, self.tokenizer, gen_args, generate)
-        if skip_tokens:
-            warnings.warn(
-                "`skip_tokens` is deprecated, as captum dropped it in 0.9: give the target as ids "
-                "without them.",
-                DeprecationWarning,
-                stacklevel=3,
-            )
-            skipped = {
-                tokens.token_id(self.tokenizer, t) if isinstance(t, str) else t for t in skip_tokens
-            }
-            ids = torch.tensor([i for i in ids.tolist() if i not in skipped], dtype=torch.long)
+        ids = without_skipped(ids, skip_tokens, self.tokenizer)
         check_target(ids, run.full, run.scorer, self._vocabulary_size())
         return ids
 

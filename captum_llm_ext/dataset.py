@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from captum_llm_ext import files
-from captum_llm_ext.arguments import unknown_argument
+from captum_llm_ext.arguments import check_passed_on
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.content import differences, digest, told
 from captum_llm_ext.estimators import is_known
@@ -445,6 +445,11 @@ def _check_options(options: Mapping[str, Any], attribution: Attribution) -> None
     for name in options:
         if name in ("inp", "target", "checkpoint"):
             raise ValueError(f"`{name}` cannot be the same for all records: leave it out.")
-        if name not in known and not is_open:
-            called = {"called": "attribute_dataset", "which": "`attribute` lacks"}
-            raise TypeError(unknown_argument(name, kind.attribute, **called))
+    if not is_open:
+        check_passed_on(
+            {name: value for name, value in options.items() if name not in known},
+            attribution.attr_method,
+            kind.attribute,
+            called="attribute_dataset",
+            which="`attribute` lacks",
+        )

@@ -21,6 +21,7 @@ from captum_llm_ext.coalitions import Plan, Scope, Solution
 from captum_llm_ext.coalitions.hierarchy import Tree
 from captum_llm_ext.coalitions.plans import MOST_EXACT_FEATURES
 from captum_llm_ext.coalitions.search import solve_search
+from captum_llm_ext.content import level_of_caller
 from captum_llm_ext.methods import (
     FeatureInclusion,
     HierarchicalAblation,
@@ -124,7 +125,12 @@ def estimator(
             for and can only be estimated.
     """
     if type(method) is FeatureAblation:
-        _refuse(budget.n_samples is not None, "n_samples", "FeatureAblation", "n_draws")
+        if budget.n_samples is not None:  # captum takes it, and goes by nothing
+            warnings.warn(
+                "`n_samples` has no meaning for FeatureAblation and is ignored (`n_draws` is what "
+                "repeats it).",
+                stacklevel=level_of_caller(),
+            )
         return _leave_one_out(n_features, budget, deterministic)
     if type(method) is FeatureInclusion:
         _refuse(budget.n_samples is not None, "n_samples", "FeatureInclusion", "n_draws")

@@ -1,14 +1,20 @@
 """The target: text or ids that are given, or what the model writes."""
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from captum_llm_ext import tokens
+from captum_llm_ext.content import level_of_caller
 from captum_llm_ext.inputs import RenderedPrompt
 from captum_llm_ext.scoring import Scorer, TokenRow, Values
+
+# Ids or tokens, several or one.
+Skipped = Tensor | Sequence[int] | Sequence[str] | int
 
 _GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 _NEW_TOKENS = {"max_new_tokens": 25}  # captum's
@@ -64,6 +70,37 @@ def check_target(
             "tokens: check that tokenizer and model belong together."
         )
     scorer.check_length(len(prompt.ids) + len(ids) - 1, "prompt and target")
+
+
+def without_skipped(ids: Tensor, skip_tokens: Skipped | None, tokenizer: Any) -> Tensor:
+    """The target less some tokens, as captum had it up to 0.8.
+
+    Args:
+        ids: Token ids ``(n_target,)``.
+        skip_tokens: Ids or tokens to leave out; None or empty: none.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        ValueError: If a token is none of the vocabulary.
+
+    Warns:
+        DeprecationWarning: If there are any.
+    """
+    if isinstance(skip_tokens, Tensor):
+        skip_tokens = skip_tokens.flatten().tolist()
+    given: Sequence[Any] = (
+        [skip_tokens] if isinstance(skip_tokens, str | int) else skip_tokens or ()
+    )
+    if not given:
+        return ids
+    warnings.warn(
+        "`skip_tokens` is deprecated, as captum dropped it in 0.9: give the target as ids without "
+        "them.",
+        DeprecationWarning,
+        stacklevel=level_of_caller(),
+    )
+    skipped = {tokens.token_id(tokenizer, t) if isinstance(t, str) else int(t) for t in given}
+    return torch.tensor([i for i in ids.tolist() if i not in skipped], dtype=torch.long)
 
 
 def as_ids(target: object, tokenizer: Any) -> Tensor:

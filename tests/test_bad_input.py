@@ -62,7 +62,6 @@ def _attribute(model, tokenizer, *, method=FeatureAblation, prompt="Dave lives i
         ({"output_baselines": "nonsense"}, ValueError, "no token of this vocabulary"),
         ({"num_trials": 0}, ValueError, "`num_trials` is 0"),
         ({"perturbations_per_eval": 0}, ValueError, "`perturbations_per_eval` is 0"),
-        ({"n_samples": 10}, ValueError, "`n_samples` has no meaning for FeatureAblation"),
         ({"method": KernelShap, "n_samples": 0}, ValueError, "`n_samples` is 0"),
         ({"method": KernelShap, "n_samples": 2.5}, ValueError, "`n_samples` is 2.5"),
         ({"method": KernelShap, "n_draws": 3}, ValueError, "`n_draws` has no meaning for Kernel"),
@@ -72,7 +71,7 @@ def _attribute(model, tokenizer, *, method=FeatureAblation, prompt="Dave lives i
         ({"method": Lime, "tol": 0.1, "n_samples": 99}, ValueError, "`tol` needs standard errors"),
         ({"n_sample": 9}, TypeError, "did you mean 'n_samples'"),
         ({"feature_mask": torch.tensor([[0, 1]])}, ValueError, r"give shape \(1, 3\)"),
-        ({"baselines": 0}, TypeError, "'baselines', which FeatureAblation does not take"),
+        ({"baselines": 3}, TypeError, "'baselines', which would be ignored"),
         ({"inp": "Dave lives"}, TypeError, "`inp` is a str"),
     ],
 )

@@ -1,23 +1,34 @@
 """With the output held fixed the numbers are captum's, on every input that captum has."""
 
 import argparse
+import inspect
 
 import pytest
 import torch
 from captum.attr import (
     FeatureAblation,
     ImageMaskInput,
+    KernelShap,
+    Lime,
     LLMAttribution,
     LLMAttributionResult,
     ProductBaselines,
     ShapleyValues,
+    ShapleyValueSampling,
     TextTemplateInput,
     TextTokenInput,
 )
 from PIL import Image
 from transformers import BertConfig, BertLMHeadModel, XLNetConfig, XLNetLMHeadModel
 
-from captum_llm_ext import GenerationAttribution
+from captum_llm_ext import (
+    FeatureInclusion,
+    GenerationAttribution,
+    HierarchicalAblation,
+    PartitionShap,
+    TextSegmentInput,
+    attribute_dataset,
+)
 
 TARGET = " golf and chess."
 RIGHT = {"use_cached_outputs": False}  # captum's default is wrong: see test_upstream.py
@@ -254,3 +265,83 @@ def test_skip_tokens_works_with_a_warning(model, tokenizer):
     with pytest.warns(DeprecationWarning, match="skip_tokens"):
         result = ours.attribute(inp, torch.tensor([1, 50, 60, 2]), skip_tokens=["<s>", "</s>"])
     assert result.target.tolist() == [50, 60]
+
+
+def test_one_token_may_be_skipped_or_several_in_whatever_they_come(model, tokenizer):
+    ours = GenerationAttribution(FeatureAblation(model), tokenizer)
+    inp = TextTokenInput("Dave lives", tokenizer)
+    for skipped in ([1, 2], torch.tensor([1, 2]), {"<s>", "</s>"}, ("<s>", 2)):
+        with pytest.warns(DeprecationWarning, match="skip_tokens"):
+            result = ours.attribute(inp, torch.tensor([1, 50, 60, 2]), skip_tokens=skipped)
+        assert result.target.tolist() == [50, 60]
+    for skipped in ("</s>", 2, torch.tensor(2)):
+        with pytest.warns(DeprecationWarning, match="skip_tokens"):
+            result = ours.attribute(inp, torch.tensor([1, 50, 60, 2]), skip_tokens=skipped)
+        assert result.target.tolist() == [1, 50, 60]
+    assert ours.attribute(inp, [50, 2], skip_tokens=[]).target.tolist() == [50, 2]
+
+
+def _defaults(method):
+    parameters = inspect.signature(method.attribute).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        FeatureAblation,
+        FeatureInclusion,
+        HierarchicalAblation,
+        KernelShap,
+        Lime,
+        PartitionShap,
+        ShapleyValueSampling,
+        ShapleyValues,
+    ],
+)
+def test_arguments_that_say_what_holds_without_them_change_nothing(
+    model, tokenizer, method, tmp_path
+):
+    ours = GenerationAttribution(method(model), tokenizer)
+    inp = TextSegmentInput("Dave lives. Go.", tokenizer, unit=("sentence", "word"))
+    given = _defaults(method)
+    assert {"baselines", "additional_forward_args", "perturbations_per_eval"} <= set(given)
+    of_captum = {"n_samples": given["n_samples"]} if given.get("n_samples") else {}
+    truth = ours.attribute(inp, [50, 60], perturbations_per_eval=1, **of_captum)
+    del given["target"]  # it has another meaning here
+    assert torch.equal(ours.attribute(inp, [50, 60], **given).full_attr, truth.full_attr)
+    for zero in (0, 0.0, torch.zeros(1, 3), (torch.zeros(1, 3),)):
+        found = ours.attribute(inp, [50, 60], **given | {"baselines": zero, "use_futures": None})
+        assert torch.equal(found.full_attr, truth.full_attr)
+    records = [{"id": "a", "prompt": "Dave lives. Go.", "target": " golf"}]
+    units = ("sentence", "word")
+    options = {"unit": units, "additional_forward_args": None, "use_futures": None}
+    assert attribute_dataset(records, ours, tmp_path / "all", **options).n_written == 1
+    with pytest.raises(TypeError, match="'forward_arg'.* which `attribute` lacks"):
+        attribute_dataset(records, ours, tmp_path / "none", forward_arg=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"return_input_shape": False}, "would be ignored: coalitions or points of KernelShap"),
+        ({"baselines": 3}, "What stands for absent features is said by the input"),
+        ({"baselines": torch.tensor([[0, 1, 0]])}, "is said by the input"),
+        ({"additional_forward_args": (1,)}, "is said by the input"),
+        ({"use_futures": True}, "'use_futures', which KernelShap does not take: leave it out"),
+        ({"n_sample": None}, "did you mean 'n_samples'"),
+        ({"inputs": None}, "'inputs', which would be ignored"),
+    ],
+)
+def test_arguments_that_ask_for_something_else_are_refused(model, tokenizer, given, message):
+    ours = GenerationAttribution(KernelShap(model), tokenizer)
+    with pytest.raises(TypeError, match=message):
+        ours.attribute(TextTokenInput("Dave lives", tokenizer), [50], **given)
+
+
+def test_samples_of_what_does_not_sample_are_ignored_with_a_warning(model, tokenizer):
+    ours = GenerationAttribution(FeatureAblation(model), tokenizer)
+    inp = TextTokenInput("Dave lives", tokenizer)
+    with pytest.warns(UserWarning, match="`n_samples` has no meaning for FeatureAblation and is"):
+        found = ours.attribute(inp, [50, 60], n_samples=9)
+    assert torch.equal(found.full_attr, ours.attribute(inp, [50, 60]).full_attr)

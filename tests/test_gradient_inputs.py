@@ -329,7 +329,7 @@ def test_methods_that_are_not_supported(model, tokenizer):
 
 WRONG = {
     "unknown": ({"n_step": 5}, TypeError, "did you mean 'n_steps'"),
-    "unknown too": ({"perturbations": 5}, TypeError, "'perturbations', which it does not take"),
+    "unknown too": ({"perturbations": 5}, TypeError, "'perturbations', which LayerIntegratedG"),
     "of another method": ({"n_samples": 5}, ValueError, "`n_samples` has no meaning for LayerInt"),
     "no step": ({"n_steps": 0}, ValueError, "`n_steps` is 0: give an integer of at least 1"),
     "one step": ({"n_steps": 1, "method": "riemann_left"}, ValueError, "riemann_left takes at"),
@@ -522,3 +522,31 @@ def test_provenance_tells_what_was_done(known):
     assert len(told["matches"]["prompt"]) == len(document.segments("prompt"))
     again = attribute(model, tokenizer, document, kinds["mean of 8 same-slot texts"], seed=3)
     assert torch.equal(again.full_attr, found.full_attr)
+
+
+@pytest.mark.parametrize(
+    "kind", [LayerIntegratedGradients, LayerGradientXActivation, LayerGradientShap]
+)
+def test_arguments_that_say_what_holds_without_them_change_nothing(model, tokenizer, kind):
+    inp = TextTokenInput("Dave lives in", tokenizer, baselines=UNK)
+    parameters = inspect.signature(kind.attribute).parameters.values()
+    given = {p.name: p.default for p in parameters if p.default is not p.empty}
+    del given["target"]  # it has another meaning here
+    assert "additional_forward_args" in given
+    truth = attributed(model, tokenizer, inp, kind=kind)
+    found = attributed(model, tokenizer, inp, kind=kind, use_futures=None, **given)
+    assert torch.equal(found.full_attr, truth.full_attr)
+    with pytest.raises(TypeError, match="is said by the input"):
+        attributed(model, tokenizer, inp, kind=kind, additional_forward_args=(1,))
+
+
+def test_skip_tokens_works_with_a_warning(model, tokenizer):
+    inp = TextTokenInput("Dave lives", tokenizer)
+    truth = attributed(model, tokenizer, inp, [50, 60], n_steps=5)
+    for skipped in (["<s>", "</s>"], [1, 2]):
+        with pytest.warns(DeprecationWarning, match="skip_tokens"):
+            found = attributed(
+                model, tokenizer, inp, [1, 50, 60, 2], n_steps=5, skip_tokens=skipped
+            )
+        assert found.target.tolist() == [50, 60]
+        assert torch.equal(found.full_attr, truth.full_attr)

@@ -443,7 +443,7 @@ def test_a_targets_leading_space_is_kept_as_text():
         # Captum sends "includegolf".
         captums = RemoteLLMAttribution(FeatureAblation(PLACEHOLDER), tokenizer, provider)
         server.prompts.clear()
-        with pytest.raises(ValueError, match="read as other tokens after"):
+        with pytest.raises(ValueError, match="does not match expected target token length"):
             captums.attribute(template(), " golf and chess.")
 
 

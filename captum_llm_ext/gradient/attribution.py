@@ -13,7 +13,7 @@ from captum.attr._utils.attribution import GradientAttribution
 from torch import Tensor
 
 from captum_llm_ext import _compat
-from captum_llm_ext.arguments import check_attr_target, unknown_argument
+from captum_llm_ext.arguments import check_attr_target, check_passed_on
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.content import told
 from captum_llm_ext.gradient.arguments import (
@@ -32,7 +32,13 @@ from captum_llm_ext.result.provenance import of_model, of_question, of_run
 from captum_llm_ext.scoring import AttrTarget, Likelihood, Processes, Scorer, model_identity
 from captum_llm_ext.scoring.passes import as_found
 from captum_llm_ext.segment import Unit
-from captum_llm_ext.target import check_target, generate_target, target_ids
+from captum_llm_ext.target import (
+    Skipped,
+    check_target,
+    generate_target,
+    target_ids,
+    without_skipped,
+)
 
 _N_DRAWS = 8
 # Of what is explained: that much is missing where a quadrature has too few points.
@@ -149,6 +155,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         attribute_to_layer_input: bool = False,
         grad_kwargs: Mapping[str, Any] | None = None,
         return_convergence_delta: bool = False,
+        skip_tokens: Skipped | None = None,
         **kwargs: Any,
     ) -> GenerationAttributionResult:
         """Attributes the target, or what the model generates, to its causes.
@@ -189,7 +196,9 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             attribute_to_layer_input: Whether the layer's input is meant, not its output.
             grad_kwargs: Passed on to `torch.autograd.grad`.
             return_convergence_delta: `efficiency_gap` of the result always tells it.
-            **kwargs: None is known.
+            skip_tokens: Deprecated, as captum had it up to 0.8: tokens left out of the target.
+            **kwargs: None is known. What the method's own ``attribute`` takes may be given as long
+                as it says no more than the default does.
 
         Returns:
             The result; its tensors are on the model's device, in float32 (float64 for float64
@@ -205,8 +214,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         Warns:
             UserWarning: If `n_steps` is too small for the attributions to sum to what they explain.
         """
-        if kwargs:
-            raise TypeError(unknown_argument(next(iter(kwargs)), self.attribute))
+        check_passed_on(kwargs, self.attr_method, GenerationGradientAttribution.attribute)
         own = {"n_steps": n_steps, "method": method, "internal_batch_size": internal_batch_size}
         own |= {"n_samples": n_samples, "stdevs": stdevs, "baselines": baselines}
         check_own(self.attr_method, own | {"grad_kwargs": grad_kwargs})
@@ -239,6 +247,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         context = Context(prompt, self.tokenizer, Likelihood(self.model, self.tokenizer))
         generate = partial(generate_target, scorer, context.full, gen_args, seed)
         ids = target_ids(target, self.tokenizer, gen_args, generate)
+        ids = without_skipped(ids, skip_tokens, self.tokenizer)
         check_target(ids, context.full, scorer, _compat.vocabulary_size(self.model))
         generated = context.generated(ids, output_unit, output_baselines)
         deterministic = context.prompt.deterministic and generated.deterministic
