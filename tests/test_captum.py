@@ -317,7 +317,7 @@ def test_arguments_that_say_what_holds_without_them_change_nothing(
     units = ("sentence", "word")
     options = {"unit": units, "additional_forward_args": None, "use_futures": None}
     assert attribute_dataset(records, ours, tmp_path / "all", **options).n_written == 1
-    with pytest.raises(TypeError, match="'forward_arg'.* which `attribute` lacks"):
+    with pytest.raises(TypeError, match=r"'forward_arg'.* which `attribute` lacks"):
         attribute_dataset(records, ours, tmp_path / "none", forward_arg=1)
 
 

@@ -115,7 +115,7 @@ def test_a_silent_server_is_asked_again(model, tokenizer, server, quick):
     assert 0.3 < time.monotonic() - started < 4
     server.always = silent(1.0)
     provider = provider_of(server, timeout=0.1, max_retries=1)
-    with pytest.raises(ConnectionError, match=r"no answer within 0.1 seconds \(`timeout`\)"):
+    with pytest.raises(ConnectionError, match=r"no whole answer within 0.1 seconds \(`timeout`\)"):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
 
 
@@ -308,11 +308,17 @@ WRONG = {
         ValueError,
         r"row \d+ .* gave no log-probability of '\.' .*missing=",
     ),
-    "null within": (with_value("null"), ValueError, r"gave no log-probability"),
+    "null within": (with_value("null"), ApiError, "gave 'null' as a log-probability: a number"),
+    "probable": (with_value(5.0), ApiError, r"gave 5\.0 as a log-probability: a number of nats"),
+    "true": (with_value(True), ApiError, "gave True as a log-probability"),
+    "plus infinity": (with_value(float("inf")), ApiError, "gave inf as a log-probability"),
+    "text": (with_value("-1.5"), ApiError, r"gave '-1\.5' as a log-probability"),
+    "huge": (with_value(10**400), ApiError, "gave 1000000.* as a log-probability"),
+    "list": (with_value([-1.5]), ApiError, r"gave \[-1\.5\] as a log-probability"),
     "top only": (with_value("likeliest"), ValueError, r"row \d+ .* gave no log-probability"),
     "ruled out": (with_value(-9999.0), ValueError, r"row \d+ .* gives -9999 to '\.'"),
     "infinite": (with_value(-float("inf")), ValueError, r"gives -inf"),
-    "not a number": (with_value(float("nan")), ValueError, r"gives nan"),
+    "not a number": (with_value(float("nan")), ApiError, "gave nan as a log-probability"),
     "neither way": (
         lambda answer: without("logprobs")(without("prompt_logprobs")(answer)),
         ApiError,

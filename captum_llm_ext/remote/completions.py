@@ -5,13 +5,26 @@ from typing import Any, Literal, cast
 
 from captum.attr import RemoteLLMProvider
 
-from captum_llm_ext.remote.transport import ApiError, Http, Secrets, api_key
+from captum_llm_ext.remote.providers import log_prob
+from captum_llm_ext.remote.transport import (
+    ApiError,
+    Http,
+    Secrets,
+    UnusableAnswerError,
+    api_key,
+)
+from captum_llm_ext.result.terminal import one_line
 
 Entry = Mapping[int, float] | None
 Way = Literal["prompt_logprobs", "echo"]
 # What a server says that does not know an argument.
 _UNKNOWN_ARGUMENT = (400, 404, 422, 501)
 _IDS_AS_TEXT = "token_id:"
+# More than any vocabulary has, and no more than a tensor holds.
+_MOST_DIGITS = 12
+# That much JSON tells of one token, with its text of escaped characters.
+_ENTRY_BYTES = 512
+_SHOWN = 200
 
 
 class CompletionsProvider(RemoteLLMProvider):
@@ -36,7 +49,7 @@ class CompletionsProvider(RemoteLLMProvider):
             every place. It saves requests where generated text is a cause.
         max_concurrency: At most so many requests at a time.
         prompts_per_request: At most so many prompts in one.
-        timeout: Seconds that the server may be silent.
+        timeout: Seconds that a whole answer may take, each time that it is asked for.
         max_retries: So many further tries.
         headers: Sent with every request; they may hold keys, and are shown nowhere.
         extra_body: Arguments sent with every request.
@@ -101,7 +114,8 @@ class CompletionsProvider(RemoteLLMProvider):
         Raises:
             ApiError: If the server refuses, or answers something else.
             ConnectionError: If it does not answer.
-            ValueError: If it tells another number of tokens than were sent.
+            ValueError: If it tells another number of tokens than were sent, or what is no
+                log-probability. (An `ApiError` as well.)
         """
         return self._logprobs([list(prompt) for prompt in prompts], prompts)
 
@@ -166,7 +180,7 @@ class CompletionsProvider(RemoteLLMProvider):
             **gen_args: Of the server (``max_tokens``, ``temperature``…), or as transformers has
                 them: ``max_new_tokens``, ``do_sample``. By default 25 tokens, greedy.
         """
-        return cast(str, self._generated(prompt, gen_args)["text"])
+        return _text(self._generated(prompt, gen_args))
 
     def generate_tokens(self, prompt: Sequence[int], **gen_args: Any) -> list[int] | str:
         """What the model writes after token ids.
@@ -188,11 +202,14 @@ class CompletionsProvider(RemoteLLMProvider):
                 raise
             choice = self._generated(list(prompt), gen_args)
         if isinstance(choice.get("token_ids"), list):
-            return [int(token) for token in choice["token_ids"]]
-        told: Any = (choice.get("logprobs") or {}).get("tokens") or []
-        if told and all(str(token).startswith(_IDS_AS_TEXT) for token in told):
-            return [int(str(token).removeprefix(_IDS_AS_TEXT)) for token in told]
-        return cast(str, choice["text"])
+            return _token_ids(choice["token_ids"])
+        logprobs: Any = choice.get("logprobs")
+        told: Any = logprobs.get("tokens") if isinstance(logprobs, dict) else None
+        names = cast(list[Any], told) if isinstance(told, list) else []
+        if names and all(str(token).startswith(_IDS_AS_TEXT) for token in names):
+            digits = [str(token).removeprefix(_IDS_AS_TEXT) for token in names]
+            return _token_ids([int(d) if _is_number(d) else d for d in digits])
+        return _text(choice)
 
     def interrupt(self) -> None:
         """Ends all requests that are under way, in whatever thread."""
@@ -201,12 +218,14 @@ class CompletionsProvider(RemoteLLMProvider):
     def _first_model(self) -> str:
         found = self._http.get("/models")
         models: Any = found.get("data") if isinstance(found, dict) else None
-        if not models or not isinstance(models[0], dict) or "id" not in models[0]:
+        first: Any = models[0] if isinstance(models, list) and models else None
+        name: Any = first.get("id") if isinstance(first, dict) else None
+        # It is shown wherever results are: a terminal would obey other characters.
+        if not isinstance(name, str) or not name or not name.isprintable():
             raise ApiError(f"{self.api_url} names no models: give `model_name`.")
-        first = cast(dict[str, Any], models[0])
-        length = first.get("max_model_len")
-        self.max_model_len = length if isinstance(length, int) else None
-        return str(first["id"])
+        length: Any = cast(dict[str, Any], first).get("max_model_len")
+        self.max_model_len = length if _is_integer(length) and length > 0 else None
+        return name
 
     def _generated(self, prompt: str | list[int], gen_args: Mapping[str, Any]) -> dict[str, Any]:
         answer = self._http.post("/completions", self._body(prompt, _as_served(gen_args)))
@@ -223,12 +242,16 @@ class CompletionsProvider(RemoteLLMProvider):
             found = self._logprobs_by("prompt_logprobs", prompts, ids)
             self._way = "prompt_logprobs"
             return found
+        except UnusableAnswerError:
+            raise
         except ApiError as error:
             if error.status not in (None, *_UNKNOWN_ARGUMENT):
                 raise
             first = error
         try:
             found = self._logprobs_by("echo", prompts, ids)
+        except UnusableAnswerError:
+            raise
         except ApiError as error:
             raise ApiError(
                 f"no log-probabilities of prompts are to be had. By `prompt_logprobs`: {first} "
@@ -248,7 +271,10 @@ class CompletionsProvider(RemoteLLMProvider):
         else:
             arguments |= {"prompt_logprobs": self.top_logprobs}
         prompt = prompts[0] if len(prompts) == 1 else list(prompts)
-        answer = self._http.post("/completions", self._body(prompt, arguments))
+        n_entries = sum(map(len, ids)) * (2 + self.top_logprobs)
+        answer = self._http.post(
+            "/completions", self._body(prompt, arguments), most_bytes=_ENTRY_BYTES * n_entries
+        )
         choices = self._choices(answer, len(prompts))
         read = _echoed if way == "echo" else _told
         return [read(choice, own) for choice, own in zip(choices, ids, strict=True)]
@@ -258,10 +284,13 @@ class CompletionsProvider(RemoteLLMProvider):
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise ApiError(f"{self.api_url} answered without `choices`.")
         choices = cast(list[dict[str, Any]], found)
-        numbers = [one.get("index", i) for i, one in enumerate(choices)]
-        if sorted(numbers) != list(range(n)):
-            raise ValueError(
-                f"{self.api_url} answered with the choices {numbers} to {n} prompts: one each is "
+        numbers: list[Any] = [one.get("index") for one in choices]
+        if all(number is None for number in numbers):
+            numbers = list(range(len(choices)))
+        if not all(map(_is_integer, numbers)) or sorted(numbers) != list(range(n)):
+            shown = one_line(repr(numbers))[:_SHOWN]
+            raise UnusableAnswerError(
+                f"{self.api_url} answered with the choices {shown} to {n} prompts: one each is "
                 "wanted. Say `prompts_per_request=1` for servers that take one prompt at a time."
             )
         return [choices[numbers.index(i)] for i in range(n)]
@@ -275,40 +304,92 @@ def _told(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
     entries = cast(list[Any], told)
     if len(entries) != len(ids):
         raise _wrong_count(len(entries), len(ids))
-    found: list[Entry] = []
-    for entry in entries:
-        if not isinstance(entry, dict):
-            found.append(None)
-            continue
-        values = {int(token): _number(said) for token, said in cast(dict[Any, Any], entry).items()}
-        found.append({token: value for token, value in values.items() if value is not None})
+    read = choice.get("prompt_token_ids")
+    if isinstance(read, list) and read != list(ids):
+        raise UnusableAnswerError(
+            "the server read the prompt as other token ids than were sent: it adds tokens to ids, "
+            "or leaves some out, and cannot be used."
+        )
+    return [None if entry is None else _entry(entry) for entry in entries]
+
+
+def _entry(told: Any) -> dict[int, float]:
+    if not isinstance(told, dict):
+        raise _unusable("an entry of `prompt_logprobs`", told, "a mapping of token ids")
+    found: dict[int, float] = {}
+    for token, said in cast(dict[str, Any], told).items():
+        if not _is_number(token):
+            raise _unusable("a key of `prompt_logprobs`", token, "a token id")
+        value = cast(dict[str, Any], said).get("logprob") if isinstance(said, dict) else said
+        found[int(token)] = _number(value)
     return found
 
 
 def _echoed(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
     """Log-probabilities of an echoed prompt; what was generated stands after it."""
-    told: Any = (choice.get("logprobs") or {}).get("token_logprobs")
+    logprobs: Any = choice.get("logprobs")
+    told: Any = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(told, list):
         raise ApiError("the server's answer holds no `logprobs` of the echoed prompt.")
     values = cast(list[Any], told)
-    if len(values) not in (len(ids), len(ids) + 1):
+    names: Any = cast(dict[str, Any], logprobs).get("tokens")
+    n_named = len(cast(list[Any], names)) if isinstance(names, list) else len(values)
+    if len(values) not in (len(ids), len(ids) + 1) or n_named != len(values):
         raise _wrong_count(len(values), len(ids))
-    pairs = zip(ids, map(_number, values), strict=False)
-    return [None if value is None else {token: value} for token, value in pairs]
+    if len(values) == len(ids) and values and values[0] is not None:
+        raise UnusableAnswerError(
+            "the server told as many log-probabilities as the prompt has tokens, and one of the "
+            "first, which has none: whether they are shifted by one is not to be seen."
+        )
+    pairs = zip(ids, values[: len(ids)], strict=True)
+    return [None if value is None else {token: _number(value)} for token, value in pairs]
 
 
-def _wrong_count(found: int, wanted: int) -> ValueError:
-    return ValueError(
+def _wrong_count(found: int, wanted: int) -> ApiError:
+    return UnusableAnswerError(
         f"the server told log-probabilities of {found} tokens to a prompt of {wanted}: it reads it "
         "as other tokens, and nothing says which is which. Check that the tokenizer is the "
         'model\'s; a server that takes no ids wants `prompts="text"`.'
     )
 
 
-def _number(said: Any) -> float | None:
-    if isinstance(said, dict):
-        said = cast(dict[str, Any], said).get("logprob")
-    return float(said) if isinstance(said, int | float) else None
+def _number(said: Any) -> float:
+    """A log-probability, -inf for a token that is ruled out."""
+    value = log_prob(said)
+    if value is None:
+        raise _unusable("a log-probability", said, "a number of nats, 0 at most")
+    return value
+
+
+def _token_ids(told: Any) -> list[int]:
+    ids = cast(list[Any], told)
+    for token in ids:
+        if not _is_integer(token) or not 0 <= token < 10**_MOST_DIGITS:
+            raise _unusable("a token id", token, "an integer of at least 0")
+    return ids
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    text = choice.get("text")
+    if not isinstance(text, str):
+        raise _unusable("what the model wrote", text, "a text")
+    return text
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _unusable(what: str, found: Any, wanted: str) -> ApiError:
+    try:
+        shown = one_line(repr(found))[:_SHOWN]
+    except (RecursionError, ValueError):  # too deep, or an integer of too many digits
+        shown = f"a {type(found).__name__}"
+    return UnusableAnswerError(f"the server gave {shown} as {what}: {wanted} is wanted.")
 
 
 def _as_served(gen_args: Mapping[str, Any]) -> dict[str, Any]:

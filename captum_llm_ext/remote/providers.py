@@ -9,11 +9,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from captum_llm_ext import tokens
 from captum_llm_ext.content import level_of_caller
-from captum_llm_ext.remote.transport import ApiError, shown_url
+from captum_llm_ext.remote.transport import ApiError, UnusableAnswerError, shown_url
+from captum_llm_ext.result.terminal import one_line
 
 _SHOWN = 60
 # Servers that cannot write an infinite number say this one: vLLM does.
 _RULED_OUT = -9999.0
+# How far above log 1 = 0 rounding may bring the log-probability of a certain token.
+_ROUNDING = 1e-4
 # Statuses of what is wrong with a prompt, or with several at a time.
 _ABOUT_PROMPTS = (400, 413, 422)
 
@@ -161,6 +164,16 @@ class _Asked:
         if callable(interrupt):
             interrupt()
 
+    def _log_prob(self, request: Request, told: Any) -> float | None:
+        value = None if told is None else log_prob(told)
+        if told is not None and value is None:
+            shown = one_line(repr(told))[:_SHOWN]
+            raise UnusableAnswerError(
+                f"{place(request, self._tokenizer)}: the provider gave {shown} as a "
+                "log-probability: a number of nats, 0 at most, is wanted."
+            )
+        return value
+
     def _generates(self, name: str) -> None:
         if not callable(getattr(self._provider, name, None)):
             raise ValueError(
@@ -213,7 +226,7 @@ class IdsSource(_Asked):
             )
         own = [entry or {} for entry in found[request.first + 1 :]]
         values = [entry.get(token) for entry, token in zip(own, request.asked, strict=True)]
-        return Answer(values, own)
+        return Answer([self._log_prob(request, value) for value in values], own)
 
     def generate(self, prompt: Sequence[int], gen_args: Mapping[str, Any]) -> list[int]:
         """See `Source.generate`."""
@@ -293,7 +306,7 @@ class TextSource(_Asked):
                 "tokens: give a `target` that is tokenised as it is written, or a provider that "
                 "takes ids, such as `CompletionsProvider`."
             )
-        return Answer([None if value is None else float(value) for value in found])
+        return Answer([self._log_prob(request, value) for value in found])
 
     def _asked(self, request: Request, text: _Text) -> Sequence[Any]:
         with noted(request, self._tokenizer):
@@ -402,6 +415,17 @@ def noted(request: Request, tokenizer: Any) -> Generator[None]:
     except Exception as error:
         error.add_note(f"This was asked at {place(request, tokenizer)}.")
         raise
+
+
+def log_prob(told: Any) -> float | None:
+    """A log-probability as a number; None for what can be none: text, NaN, more than log 1."""
+    if isinstance(told, bool | str | bytes):
+        return None
+    try:
+        value = float(told)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return value if value <= _ROUNDING else None
 
 
 def is_ruled_out(value: float) -> bool:

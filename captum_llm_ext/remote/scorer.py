@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.content import level_of_caller
-from captum_llm_ext.remote.providers import Answer, Request, Source, is_ruled_out, place
+from captum_llm_ext.remote.providers import (
+    Answer,
+    Request,
+    Source,
+    is_ruled_out,
+    log_prob,
+    place,
+)
+from captum_llm_ext.remote.transport import UnusableAnswerError
 from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.scoring import Journal, Processes, TokenRow
 from captum_llm_ext.scoring.rows import digest
@@ -227,7 +235,7 @@ class RemoteScorer:
                 problem = self._take_in(request, answer, wanted or set())
                 problems += [] if problem is None else [problem]
             if problems:
-                raise ValueError(problems[0])
+                raise UnusableAnswerError(problems[0])
 
         do_all(
             batches,
@@ -272,8 +280,9 @@ class RemoteScorer:
                 before = request.ids[: request.first + i + 1]
                 for token, value in others.items():
                     k = key(Request((*before, token), len(before) - 1, (0,), 0))
-                    if k in wanted and k not in self._known and not is_ruled_out(value):
-                        self._keep(k, [value])
+                    known = log_prob(value) if k in wanted and k not in self._known else None
+                    if known is not None and not is_ruled_out(known):
+                        self._keep(k, [known])
         return None
 
     def _no_value(self, request: Request, token: int, what: str, advice: str) -> str:
@@ -297,7 +306,7 @@ class RemoteScorer:
                 values[t] = of_whole[p - whole.first] if found is None else found
         untold = [t for t in values.isnan().nonzero()[:, 0].tolist() if row.positions[t] >= 0]
         if untold and self._missing is None:
-            raise ValueError(self._no_value(whole, int(target[untold[0]]), _UNTOLD, _NULL))
+            raise UnusableAnswerError(self._no_value(whole, int(target[untold[0]]), _UNTOLD, _NULL))
         self.n_missing += len(untold)
         values[untold] = float("nan") if self._missing is None else self._missing
         return values

@@ -8,7 +8,6 @@ import socket
 import ssl
 import threading
 import time
-import urllib.request
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,12 +15,16 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, cast
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
+from captum_llm_ext.remote.connection import Answer, Connection, TooLongError
+from captum_llm_ext.result.terminal import one_line
+
 # Seconds before the second try; doubled for every further one, up to the longest.
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
-_CONNECTED_WITHIN = 20.0
 # A server that wants to be left alone for longer is not waited for.
 _MOST_PATIENCE = 600.0
 _SHOWN = 500
+# Of an answer, beside what is due to a long prompt.
+_MOST_BYTES = 2**24
 _SHORTEST_SECRET = 6
 _STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
@@ -37,6 +40,10 @@ class ApiError(RuntimeError):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+class UnusableAnswerError(ApiError, ValueError):
+    """What a server or a provider answered is no answer to what was asked."""
 
 
 class InterruptedRequestError(RuntimeError):
@@ -73,9 +80,21 @@ class Secrets:
 
 
 def shown_url(url: str) -> str:
-    """A URL less what may be secret in it: user, password, query."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    """A URL less what may be secret in it: user, password, query, fragment.
+
+    Where it is not plain which part is which, nothing of it is shown.
+    """
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+        # A password with a slash or the like makes what is taken for the host a user's name.
+        is_plain = "@" not in parts.path + parts.query + parts.fragment
+        is_plain &= bool(parts.netloc) or "@" not in url
+    except ValueError:
+        is_plain, parts, host = False, SplitResult("", "", "", "", ""), ""
+    if not is_plain:
+        return "***"
+    return one_line(urlunsplit((parts.scheme, host, parts.path, "", "")))
 
 
 class Http:
@@ -84,7 +103,7 @@ class Http:
     Args:
         url: What paths are put after.
         secrets: Headers with keys.
-        timeout: Seconds that the server may be silent.
+        timeout: Seconds that a whole answer may take.
         max_retries: So many further tries after one that was answered by 429 or 5xx, or not at all.
 
     Raises:
@@ -94,8 +113,8 @@ class Http:
     def __init__(self, url: str, secrets: Secrets, *, timeout: float, max_retries: int) -> None:
         self._url = _checked(url)
         self._secrets, self._timeout, self._max_retries = secrets, timeout, max_retries
-        self._idle: list[http.client.HTTPConnection] = []
-        self._busy: set[http.client.HTTPConnection] = set()
+        self._idle: list[Connection] = []
+        self._busy: set[Connection] = set()
         self._changed = threading.Condition()
         self._epoch = 0
         self._was_reached = False
@@ -110,17 +129,23 @@ class Http:
 
     def get(self, path: str) -> Any:
         """What the server has at a path, from JSON. Errors are those of `post`."""
-        return self._ask("GET", path, None)
+        return self._ask("GET", path, None, _MOST_BYTES)
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(self, path: str, body: Mapping[str, Any], *, most_bytes: int = 0) -> Any:
         """What the server answers to a body, both as JSON.
 
+        Args:
+            path: Put after the URL.
+            body: What is sent.
+            most_bytes: What the answer may have beside 16 MiB.
+
         Raises:
-            ApiError: If the server refuses it, or goes on failing.
+            ApiError: If the server refuses it, goes on failing, or answers with no JSON or with
+                more than it may.
             ConnectionError: If there is no answer, however often it is tried.
             InterruptedRequestError: After `interrupt`.
         """
-        return self._ask("POST", path, json.dumps(body).encode())
+        return self._ask("POST", path, json.dumps(body).encode(), _MOST_BYTES + most_bytes)
 
     def interrupt(self) -> None:
         """Ends all requests that are under way, in whatever thread; later ones are as ever."""
@@ -130,10 +155,9 @@ class Http:
             busy = list(self._busy)
             self._changed.notify_all()
         for connection in busy:
-            with suppress(OSError, AttributeError):  # not yet connected, or closed by now
-                connection.sock.shutdown(socket.SHUT_RDWR)
+            connection.cut()
 
-    def _ask(self, method: str, path: str, body: bytes | None) -> Any:
+    def _ask(self, method: str, path: str, body: bytes | None, most: int) -> Any:
         epoch = self._epoch
         n_tries = 0
         while True:
@@ -141,13 +165,16 @@ class Http:
             wait = None
             self._rest(self._not_before - time.monotonic(), epoch)
             try:
-                status, headers, content = self._once(method, path, body, epoch)
+                status, headers, content = self._once(method, path, body, epoch, most)
                 if status < 300:
-                    return self._parsed(content)
+                    return self._parsed(headers, content)
                 failure = self._refused(status, headers, content)
                 if status not in _AGAIN:
                     raise failure
                 wait = _retry_after(headers)
+            except TooLongError:
+                said = f"{self.url} answered with more than {most / 2**20:.0f} MiB"
+                raise ApiError(f"{said}, which is no answer to what was asked.") from None
             except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
                 failure = self._unreached(error)
                 if epoch == self._epoch and not self._may_help(error):
@@ -182,100 +209,69 @@ class Http:
         if epoch != self._epoch:
             raise InterruptedRequestError("the request was interrupted.")
 
-    def _once(
-        self, method: str, path: str, body: bytes | None, epoch: int
-    ) -> tuple[int, Mapping[str, str], bytes]:
+    def _once(self, method: str, path: str, body: bytes | None, epoch: int, most: int) -> Answer:
         with self._changed:
             known = self._idle.pop() if self._idle else None
+        if known is not None and not known.is_quiet():
+            known.close()
+            known = None
         try:
-            return self._exchange(known or self._connect(), method, path, body, epoch)
+            return self._exchange(known or self._connection(), method, path, body, epoch, most)
         except _STALE:
             if known is None or epoch != self._epoch:
                 raise
         # The server had closed the connection meanwhile, which is no failure.
-        return self._exchange(self._connect(), method, path, body, epoch)
+        return self._exchange(self._connection(), method, path, body, epoch, most)
+
+    def _connection(self) -> Connection:
+        return Connection(self._url, self._timeout)
 
     def _exchange(
         self,
-        connection: http.client.HTTPConnection,
+        connection: Connection,
         method: str,
         path: str,
         body: bytes | None,
         epoch: int,
-    ) -> tuple[int, Mapping[str, str], bytes]:
+        most: int,
+    ) -> Answer:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        is_kept = False
         try:
-            if connection.sock is None:
-                self._open(connection)
             with self._changed:
                 self._check(epoch)
                 self._busy.add(connection)
-            target = self._target(path)
-            connection.request(method, target, body, headers | self._secrets.headers)
-            answer = connection.getresponse()
-            content = answer.read()
-            is_kept = not answer.will_close
+            answer = connection.exchange(
+                method, self._url.path + path, body, headers | self._secrets.headers, most
+            )
             self._was_reached = True
-            return answer.status, cast(Mapping[str, str], answer.headers), content
+            return answer
         finally:
             with self._changed:
                 self._busy.discard(connection)
-                if is_kept:
+                if connection.is_kept:
                     self._idle.append(connection)
-            if not is_kept:
+            if not connection.is_kept:
                 connection.close()
 
-    def _open(self, connection: http.client.HTTPConnection) -> None:
-        try:
-            connection.connect()
-        except TimeoutError as error:
-            within = f"no connection within {connection.timeout:g} seconds"
-            raise ConnectionRefusedError(within) from error
-        # To think about an answer takes longer than to listen.
-        connection.sock.settimeout(self._timeout)
-
-    def _target(self, path: str) -> str:
-        path = self._url.path + path
-        if self._url.scheme == "http" and self._proxy() is not None:
-            return f"http://{self._url.netloc}{path}"
-        return path
-
-    def _proxy(self) -> SplitResult | None:
-        host = self._url.hostname or ""
-        proxy = urllib.request.getproxies().get(self._url.scheme)
-        if not proxy or urllib.request.proxy_bypass(host):
-            return None
-        return urlsplit(proxy if "//" in proxy else f"http://{proxy}")
-
-    def _connect(self) -> http.client.HTTPConnection:
-        proxy = self._proxy()
-        is_tls = self._url.scheme == "https"
-        host, port = self._url.hostname or "", self._url.port or (443 if is_tls else 80)
-        to = (host, port) if proxy is None else (proxy.hostname or "", proxy.port or 80)
-        within = min(self._timeout, _CONNECTED_WITHIN)
-        if not is_tls:
-            return http.client.HTTPConnection(*to, timeout=within)
-        context = ssl.create_default_context()
-        connection = http.client.HTTPSConnection(*to, timeout=within, context=context)
-        if proxy is not None:
-            connection.set_tunnel(host, port)
-        return connection
-
-    def _parsed(self, content: bytes) -> Any:
+    def _parsed(self, headers: Mapping[str, str], content: bytes) -> Any:
+        packed = headers.get("Content-Encoding") or "identity"
+        if packed.strip().lower() != "identity":  # what it unpacks to may have any size
+            raise ApiError(
+                f"{self.url} answered in {self._shown(packed)!r}, which was not asked for."
+            )
         try:
             return json.loads(content)
-        except ValueError:
-            shown = self._secrets.hidden(content.decode("utf-8", "replace"))[:_SHOWN]
+        except (ValueError, RecursionError):
+            shown = self._shown(content.decode("utf-8", "replace"))
             raise ApiError(
                 f"{self.url} answered with what is no JSON: {shown!r}. Give the URL of an "
                 "OpenAI-compatible API, such as http://localhost:8000/v1."
             ) from None
 
     def _refused(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
-        said = self._secrets.hidden(_message(content))[:_SHOWN]
+        said = self._shown(_message(content))
         if 300 <= status < 400:
-            to = self._secrets.hidden(headers.get("Location") or "nowhere")
+            to = self._shown(shown_url(headers.get("Location") or "nowhere"))
             return ApiError(f"{self.url} has moved to {to}: give that URL.", status)
         advice = {
             401: " Give `api_key`, or set OPENAI_API_KEY.",
@@ -287,20 +283,30 @@ class Http:
     def _unreached(self, error: Exception) -> Exception:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         if isinstance(error, TimeoutError):
-            what = f"no answer within {self._timeout:g} seconds (`timeout`)"
-        return ConnectionError(f"{self.url} cannot be asked: {self._secrets.hidden(what)}")
+            what = f"no whole answer within {self._timeout:g} seconds (`timeout`)"
+        return ConnectionError(f"{self.url} cannot be asked: {self._shown(what)}")
+
+    def _shown(self, text: str) -> str:
+        """What a server says, as one line without keys or anything that a terminal would obey."""
+        return one_line(" ".join(self._secrets.hidden(text).split()))[:_SHOWN]
 
 
 def _checked(url: str) -> SplitResult:
-    parts = urlsplit(url.strip() if isinstance(url, str) else "")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(
-            f"`api_url` is {shown_url(str(url))!r}: give a URL such as http://localhost:8000/v1."
-        )
-    if "@" in parts.netloc or parts.query:
+    given = url.strip() if isinstance(url, str) else ""
+    if "@" in given or "?" in given or "#" in given:
         raise ValueError(
             "`api_url` holds a user or a query, which might be a key and would be shown: give "
             "`api_key`, or `headers`."
+        )
+    try:
+        parts = urlsplit(given)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port, or of brackets
+        parts, is_one = SplitResult("", "", "", "", ""), False
+    # HTTP has no other characters there; some would be lines of their own.
+    if not is_one or not given.isascii() or not given.isprintable() or " " in given:
+        raise ValueError(
+            f"`api_url` is {shown_url(str(url))!r}: give a URL such as http://localhost:8000/v1."
         )
     path = parts.path.rstrip("/").removesuffix("/completions")
     return SplitResult(parts.scheme, parts.netloc, path, "", "")
@@ -311,12 +317,12 @@ def _message(content: bytes) -> str:
     text = content.decode("utf-8", "replace").strip()
     try:
         found = json.loads(text)
-    except ValueError:
+        for name in ("error", "message", "detail"):
+            if isinstance(found, dict) and name in found:
+                found = cast(dict[str, Any], found)[name]
+        return found if isinstance(found, str) else json.dumps(found)
+    except (ValueError, RecursionError):
         return text or "nothing"
-    for name in ("error", "message", "detail"):
-        if isinstance(found, dict) and name in found:
-            found = cast(dict[str, Any], found)[name]
-    return found if isinstance(found, str) else json.dumps(found)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -326,12 +332,12 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return None
     with suppress(ValueError):
         return max(0.0, float(said))
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, OverflowError):
         return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
     return None
 
 
-def _close_all(connections: list[http.client.HTTPConnection]) -> None:
+def _close_all(connections: list[Connection]) -> None:
     while connections:
         connections.pop().close()
 
