@@ -12,6 +12,7 @@ from captum.attr import (
     LayerGradientShap,
     LayerGradientXActivation,
     LayerIntegratedGradients,
+    LLMGradientAttribution,
     TextTokenInput,
 )
 from torch import nn
@@ -408,3 +409,182 @@ def test_unused_layers_have_no_attribution(model, tokenizer):
         attributed(idle, tokenizer, **given)
     found = attributed(idle, tokenizer, grad_kwargs={"allow_unused": True}, **given)
     assert (found.full_attr == 0).all()
+
+
+LAYERS = {
+    "head": lambda model: model.get_output_embeddings(),
+    "norm": lambda model: model.model.norm,
+    "last layer": lambda model: model.model.layers[-1],
+    "first MLP": lambda model: model.model.layers[0].mlp,
+    "projection": lambda model: model.model.layers[1].self_attn.o_proj,
+}
+
+
+@pytest.mark.parametrize("kind", [LayerIntegratedGradients, LayerGradientXActivation])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("target", [" golf and", " a"])
+def test_any_layer_has_captums_numbers(smooth, tokenizer, name, kind, target):
+    layer = LAYERS[name](smooth)
+    inp = TextTokenInput(PROMPT, tokenizer, baselines=0)  # captum's own, whatever is given
+    steps = {"n_steps": 7} if kind is LayerIntegratedGradients else {}
+    ids = torch.tensor(tokenizer.encode(target, add_special_tokens=False))
+    captums = LLMGradientAttribution(kind(smooth, layer), tokenizer).attribute(inp, ids, **steps)
+    found = attributed(
+        smooth, tokenizer, kind, ids, layer=layer, inp=inp, output_unit=None, **steps
+    )
+    size = float(captums.token_attr.abs().max())
+    assert size > 0
+    torch.testing.assert_close(found.token_attr, captums.token_attr, atol=1e-6 * size, rtol=1e-6)
+
+
+def test_a_layer_that_returns_more_than_its_activation(smooth, tokenizer):
+    attention = smooth.model.layers[1].self_attn
+    expected = attributed(smooth, tokenizer, layer=attention.o_proj, n_steps=5)
+    found = attributed(smooth, tokenizer, layer=attention, n_steps=5)  # and no weights of attention
+    assert torch.equal(found.full_attr, expected.full_attr)
+
+
+def test_the_heads_input_is_the_last_norm(smooth, tokenizer):
+    given = {"n_steps": 5, "target": " golf and chess"}
+    head = smooth.get_output_embeddings()
+    found = attributed(smooth, tokenizer, layer=head, attribute_to_layer_input=True, **given)
+    expected = attributed(smooth, tokenizer, layer=smooth.model.norm, **given)
+    torch.testing.assert_close(found.full_attr, expected.full_attr, atol=1e-10, rtol=1e-8)
+
+
+class Around(nn.Module):
+    """A model with a layer of some kind that its values go through."""
+
+    def __init__(self, inner, layer, call):
+        super().__init__()
+        self.inner, self.layer, self._call = inner, layer, call
+
+    def forward(self, input_ids, use_cache=False):
+        vectors = self.inner.get_input_embeddings()(input_ids)
+        return self.inner(inputs_embeds=self._call(self.layer, vectors), use_cache=use_cache)
+
+
+class Two(nn.Module):
+    def forward(self, x):
+        return x, x.detach()
+
+
+class Named(nn.Module):
+    def forward(self, x):
+        return {"x": x}
+
+
+REFUSED = {
+    "router": (
+        lambda: nn.Linear(32, 4),
+        lambda layer, x: x * layer(x.flatten(0, 1)).softmax(-1)[:, 0].view(*x.shape[:2], 1),
+        r"the output of layer Linear is \(\d+, 4\): attribution wants one tensor",
+    ),
+    "tokens in a row": (
+        lambda: nn.Linear(32, 32),
+        lambda layer, x: layer(x.flatten(0, 1)).view(x.shape),
+        r"the output of layer Linear is \(\d+, 32\)",
+    ),
+    "tokens first": (
+        lambda: nn.Linear(32, 32),
+        lambda layer, x: layer(x.transpose(0, 1)).transpose(0, 1),
+        r"the output of layer Linear is \(\d+, 1, 32\) for one row of \d+ token ids",
+    ),
+    "pooled": (
+        lambda: nn.Linear(32, 32),
+        lambda layer, x: x + layer(x[:, :1]),
+        r"the output of layer Linear is \(1, 1, 32\) for one row",
+    ),
+    "one row of all": (
+        lambda: nn.Linear(32, 32),
+        lambda layer, x: layer(x.reshape(1, -1, 32)).view(x.shape),
+        r"activation is \(1, \d+, 32\) where \(\d+, \d+, 32\) was wanted: its first axis is",
+    ),
+    "several times": (
+        lambda: nn.Linear(32, 32),
+        lambda layer, x: layer(layer(x)),
+        "layer Linear runs 2 times in one pass",
+    ),
+    "never": (lambda: nn.Linear(32, 32), lambda layer, x: x, "layer Linear does not run in one"),
+    "two tensors": (Two, lambda layer, x: layer(x)[0], r"layer Two is \(1, \d+, 32\), \(1, "),
+    "a mapping": (Named, lambda layer, x: layer(x)["x"], "the output of layer Named is dict"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("kind", METHODS)
+def test_layers_without_an_activation_for_each_token_are_refused(model, tokenizer, name, kind):
+    make, call, message = REFUSED[name]
+    around = Around(model, make(), call).eval()
+    if kind is LayerGradientXActivation and name == "one row of all":
+        attributed(around, tokenizer, kind, layer=around.layer)  # a single row is the same
+        return
+    with pytest.raises(ValueError, match=message):
+        attributed(around, tokenizer, kind, layer=around.layer)
+
+
+def test_what_is_done_in_place_is_not_what_the_layer_gave(model, tokenizer):
+    def call(layer, x):
+        return x.mul_(1.5)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids, use_cache=False):
+            vectors = self.inner.get_input_embeddings()(input_ids) * 1.5
+            return self.inner(inputs_embeds=vectors, use_cache=use_cache)
+
+    around = Around(model, nn.Identity(), call).eval()
+    found = attributed(around, tokenizer, n_steps=5)
+    expected = attributed(Scaled().eval(), tokenizer, n_steps=5)
+    assert torch.equal(found.full_attr, expected.full_attr)
+
+
+class Adapted(nn.Module):
+    """An embedding within what adapts it, as adapters of low rank have it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.change = base_layer, nn.Embedding(400, 32)
+
+    def forward(self, ids):
+        return self.base_layer(ids) + self.change(ids)
+
+
+def test_an_adapted_embedding_is_one(tokenizer):
+    model, merged = tiny.llama(len(tokenizer)), tiny.llama(len(tokenizer))
+    adapted = Adapted(model.get_input_embeddings())
+    with torch.no_grad():
+        merged.get_input_embeddings().weight += adapted.change.weight
+    model.set_input_embeddings(adapted)
+    expected = attributed(merged, tokenizer, n_steps=5)
+    found = attributed(model, tokenizer, n_steps=5)
+    torch.testing.assert_close(found.full_attr, expected.full_attr, atol=1e-5, rtol=1e-4)
+    assert found.provenance["layer"] == ["model.embed_tokens"]
+
+
+def test_ids_that_come_by_name(model, tokenizer):
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids, use_cache=False):
+            vectors = self.inner.model.embed_tokens(input=input_ids)
+            return self.inner(inputs_embeds=vectors, use_cache=use_cache)
+
+    class ByWeight(ByName):
+        def forward(self, input_ids, use_cache=False):
+            weight = self.inner.model.embed_tokens.weight
+            vectors = nn.functional.embedding(input_ids, weight)
+            return self.inner(inputs_embeds=vectors, use_cache=use_cache)
+
+    expected = attributed(model, tokenizer, n_steps=5)
+    found = attributed(ByName(), tokenizer, n_steps=5)
+    assert torch.equal(found.full_attr, expected.full_attr)
+    with pytest.raises(
+        ValueError, match="no module of ByWeight was seen to be given the token ids"
+    ):
+        attributed(ByWeight(), tokenizer)

@@ -31,21 +31,27 @@ class Layers:
         activations: list[Tensor] = []
 
         def note(place: int) -> Callable[[Tensor], None]:
-            return lambda activation: found[place].append(activation)
+            # What is done to it in place later on is not what the layer gave.
+            return lambda activation: found[place].append(activation.detach().clone())
 
         with self._hooked([note(i) for i in range(len(self.modules))]):
             yield activations
         for module, own in zip(self.modules, found, strict=True):
             if len(own) != 1:
+                runs = f"runs {len(own)} times" if own else "does not run"
                 raise ValueError(
-                    f"layer {type(module).__name__} runs {len(own)} times in one pass: give a "
+                    f"layer {type(module).__name__} {runs} in one pass: give a "
                     "layer that runs once, such as the embedding (`layer=None` finds it)."
                 )
-            activations.append(own[0].detach())
+            activations.append(own[0])
 
     @contextmanager
     def replaced(self, activations: Sequence[Tensor]) -> Generator[None]:
-        """Has the modules give these activations, one per module, in the passes within."""
+        """Has the modules give these activations, one per module, in the passes within.
+
+        Raises:
+            ValueError: If a module gives another shape in their place.
+        """
         with self._hooked([_always(activation) for activation in activations]):
             yield
 
@@ -90,8 +96,8 @@ def modules_reading(
     candidates = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is main]
     found: list[nn.Module] = []
 
-    def note(module: nn.Module, arguments: Any) -> None:
-        read = arguments[0] if arguments else None
+    def note(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        read = next(iter([*arguments, *keywords.values()]), None)
         if isinstance(read, Tensor) and not read.is_floating_point() and module not in found:
             same = read.numel() == ids.numel() and torch.equal(read.reshape(-1).cpu(), ids[0].cpu())
             if same:
@@ -99,14 +105,26 @@ def modules_reading(
 
     with ExitStack() as stack:
         for module in candidates:
-            stack.callback(module.register_forward_pre_hook(note).remove)
+            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         forward(ids)
+    # An adapter of an embedding holds it, and gives what the model goes on with.
+    parts = {id(part) for module in found for part in module.modules() if part is not module}
+    found = [module for module in found if id(module) not in parts]
     # The main one first, so that it is the one that is told of.
     return sorted(found, key=lambda module: module is not main)
 
 
 def _always(activation: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda _: activation
+    def put(found: Tensor) -> Tensor:
+        if found.shape != activation.shape:
+            raise ValueError(
+                f"a layer's activation is {tuple(found.shape)} where {tuple(activation.shape)} was "
+                "wanted: its first axis is not the batch, or its size is not that of a token. Give "
+                "another layer, such as the embedding (`layer=None` finds it)."
+            )
+        return activation.clone()  # models may add to it in place, which no leaf allows
+
+    return put
 
 
 def _changed(given: Any, function: Callable[[Tensor], Tensor | None], what: str) -> Any:

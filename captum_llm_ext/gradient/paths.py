@@ -303,8 +303,10 @@ class Paths:
         layer, name = self._layer, type(self._model).__name__
         if not modules:
             raise ValueError(
-                f"no module of {name} turns token ids into vectors: it has no `nn.Embedding`, and "
-                "`get_input_embeddings()` is not given ids."
+                f"no module of {name} was seen to be given the token ids and to make vectors of "
+                "them (an `nn.Embedding`, or what `get_input_embeddings()` returns, that is called "
+                "with the ids as they are): let the model call one, or use "
+                "`GenerationAttribution`, which needs none."
             )
         self._embeddings = Layers(modules)
         if layer is None or (layer in modules and not self._of_input):
@@ -321,6 +323,27 @@ class Paths:
                 )
         else:
             self._layers = Layers([layer], of_input=self._of_input)
+            self._check_length(self._layers, row)
+
+    def _check_length(self, layers: Layers, row: Row) -> None:
+        """Has all logits made where the layer lies among those that are left out otherwise.
+
+        Raises:
+            ValueError: If the layer has no activation for each place of the row.
+        """
+        last = replace(row, at=row.at[-1:], target=row.target[-1:])
+        shape = self._read(layers, last)[0].shape
+        if shape[1] != row.length:
+            self._reader.keep_all()
+            shape = self._read(layers, last)[0].shape
+        if shape[:2] != (1, row.length):
+            what = "input" if self._of_input else "output"
+            raise ValueError(
+                f"the {what} of layer {type(self._layer).__name__} is {tuple(shape)} for one row "
+                f"of {row.length} token ids: attribution wants (batch, length, size), an "
+                "activation for each token, such as the embedding's output or that of a whole "
+                "decoder layer."
+            )
 
     def _all_is_embedded(self, row: Row) -> bool:
         """Whether the model says the same to other ids with the embeddings of these."""

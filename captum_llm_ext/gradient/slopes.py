@@ -112,6 +112,10 @@ class Reader:
         places = self.places(at, ids.shape[1], logits.shape[1])
         return logits if places is None else logits[:, places.to(logits.device)]
 
+    def keep_all(self) -> None:
+        """Has the model make the logits of all places from now on."""
+        self._kept = None
+
     def places(self, at: Tensor, length: int, n_kept: int) -> Tensor | None:
         """Where the logits of these places are among those that the model gives; None: in order."""
         return None if self._kept == "positions" else at - (length - n_kept)
@@ -361,13 +365,18 @@ class Slopes:
     def _agree(self, values: Tensor, before_head: Tensor | None, points: list[Tensor]) -> bool:
         """Whether the short way gives the gradient of the plain one, for the last token."""
         last = self.n_values - 1
-        outputs, begin = self._beginnings(values, before_head)
         at_once = min(2, self.n_values, self._tokens_at_once(1))
-        if outputs is values and at_once == 1:
-            return True
         plain = _gradients(values, points, self._at_values(values)(last), False, self._grad_kwargs)
         numbers = range(last + 1 - at_once, last + 1)
-        short = self._gradients(outputs, begin, points, numbers)
+        try:
+            outputs, begin = self._beginnings(values, before_head)
+            short = self._gradients(outputs, begin, points, numbers)
+        except ValueError:  # the layer is the head, or lies beyond it
+            return False
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            return False
         tolerance = _ROUNDING.get(points[0].dtype, _ROUNDING_HALF)
         worst = max(
             float((a[-1] - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
