@@ -345,3 +345,12 @@ def test_samples_of_what_does_not_sample_are_ignored_with_a_warning(model, token
     with pytest.warns(UserWarning, match="`n_samples` has no meaning for FeatureAblation and is"):
         found = ours.attribute(inp, [50, 60], n_samples=9)
     assert torch.equal(found.full_attr, ours.attribute(inp, [50, 60]).full_attr)
+
+
+def test_the_result_says_what_gives_captums_quantity(model, tokenizer):
+    ours = GenerationAttribution(FeatureAblation(model), tokenizer)
+    inp = TextTokenInput("Dave lives", tokenizer)
+    pointer = "`output_unit=None` holds it fixed and gives captum's own quantity"
+    assert pointer in repr(ours.attribute(inp, [50, 60]))
+    assert pointer not in repr(ours.attribute(inp, [50, 60], output_unit=None))
+    assert pointer not in repr(ours.attribute(inp, [50]))  # no output is earlier than the first

@@ -387,8 +387,10 @@ def test_compiled_models_are_explained(tokenizer):
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(torch.tensor([tokenizer.encode(PROMPT)]))
-    found = attributed(compiled, tokenizer, layer=model.model.embed_tokens)
-    assert torch.equal(found.full_attr, expected.full_attr)
+    embedding = model.model.embed_tokens
+    for layer in (embedding, torch.compile(embedding, backend="eager")):
+        found = attributed(compiled, tokenizer, layer=layer)
+        assert torch.equal(found.full_attr, expected.full_attr)
 
 
 def test_unused_layers_have_no_attribution(model, tokenizer):

@@ -299,6 +299,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
                     "embeddings of token ids."
                 )
             layer = layers[0]
+        layer = None if layer is None else _compat.uncompiled(layer)
         if layer is not None and all(layer is not module for module in self.model.modules()):
             raise ValueError(
                 f"`layer` is {type(layer).__name__}, which is no module of the model: give one of "

@@ -541,12 +541,23 @@ class GenerationAttributionResult(ExportedResult):
         except BROKEN as error:
             raise broken(path, error) from error
 
-    def __repr__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How much of what was attributed, by what, in a line."""
         features = len(self.output_features or ())
         return (
             f"GenerationAttributionResult({len(self.output_tokens)} target tokens × "
             f"({len(self.input_tokens)} prompt + {features} output features), "
             f"{self.provenance.get('method', 'attribution')}, {self.n_evaluations} evaluations)"
+        )
+
+    def __repr__(self) -> str:
+        if not self.output_features or len(self.output_tokens) < 2:
+            return self.summary
+        # Nothing else tells who comes from captum why these numbers are not those of captum.
+        return (
+            f"{self.summary}: earlier output takes part as a cause; `output_unit=None` holds it "
+            "fixed and gives captum's own quantity"
         )
 
     def __str__(self) -> str:

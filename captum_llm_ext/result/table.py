@@ -29,7 +29,7 @@ def table(
     names = [shortened(one_line(name), _LONGEST_NAME) for name in result.output_tokens]
     longest = max(map(columns, names))
     room = None if width is None else max(width - longest - len(_ARROW), _LEAST_ROOM)
-    lines = _wrapped([repr(result)], width)
+    lines = _wrapped([result.summary], width)
     floor = result.noise_floor
     floors = [0.0] * len(names) if floor is None else floor.tolist()
     for name, floor, causes in zip(names, floors, result.top(k), strict=True):
