@@ -523,3 +523,12 @@ def test_an_answer_nobody_asked_for_is_not_taken_for_the_next_one(server):
         time.sleep(0.1)
         assert provider.get_token_logprobs([IDS]) == one
         assert len(raw.requests) == 2
+
+
+@pytest.mark.parametrize("proxy", ["http://me:p/hunter2@host:3", "http://me:hunter2@host:port"])
+def test_a_proxys_password_is_not_shown(monkeypatch, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(ConnectionError, match="names for http has no valid address") as raised:
+        asked("http://some.where/v1")
+    assert "hunter2" not in "".join(traceback.format_exception(raised.value))
