@@ -30,7 +30,6 @@ from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.assembled import assembled, numbers_of
 from captum_llm_ext.result.provenance import of_model, of_question, of_run
 from captum_llm_ext.scoring import AttrTarget, Likelihood, Processes, Scorer, model_identity
-from captum_llm_ext.scoring.passes import as_found
 from captum_llm_ext.segment import Unit
 from captum_llm_ext.target import (
     Skipped,
@@ -271,7 +270,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             grad_kwargs=grad_kwargs,
         )
         joint = None
-        with as_found(self.model), _progress(show_progress) as (paths.on_total, paths.on_rows):
+        with _progress(show_progress) as (paths.on_total, paths.on_rows):
             found = paths.attribute(generated)
             if self.attr_target == "prob":
                 fixed = context.generated(ids, None, None)

@@ -1,4 +1,7 @@
-"""The layers whose activations are attributed to: read where the model makes them, or replaced."""
+"""The layers whose activations are attributed to: read where the model makes them, or replaced.
+
+Only in passes of the thread that wants it; those of others see nothing of it.
+"""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -6,6 +9,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from captum_llm_ext.scoring.exclusive import of_this_thread
 
 
 class Layers:
@@ -69,7 +74,7 @@ class Layers:
             def after(_: nn.Module, arguments: Any, output: Any) -> Any:
                 return _changed(output, function, f"the output of layer {name}")
 
-            return module.register_forward_hook(after)
+            return module.register_forward_hook(of_this_thread(after))
 
         def before(_: nn.Module, arguments: Any, keywords: dict[str, Any]) -> Any:
             what = f"the input of layer {name}"
@@ -78,7 +83,7 @@ class Layers:
                 return (arguments, {**keywords, "hidden_states": new})
             return (_changed(arguments, function, what), keywords)
 
-        return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_pre_hook(of_this_thread(before), with_kwargs=True)
 
 
 def modules_reading(
@@ -105,7 +110,8 @@ def modules_reading(
 
     with ExitStack() as stack:
         for module in candidates:
-            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+            hook = module.register_forward_pre_hook(of_this_thread(note), with_kwargs=True)
+            stack.callback(hook.remove)
         forward(ids)
     # An adapter of an embedding holds it, and gives what the model goes on with.
     parts = {id(part) for module in found for part in module.modules() if part is not module}

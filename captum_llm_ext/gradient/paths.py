@@ -26,6 +26,7 @@ from captum_llm_ext.gradient.slopes import Reader, Row, Slopes, manner
 from captum_llm_ext.inputs import Context, GeneratedText
 from captum_llm_ext.scoring import AttrTarget
 from captum_llm_ext.scoring.causality import is_causal
+from captum_llm_ext.scoring.exclusive import as_found
 from captum_llm_ext.scoring.passes import rounding
 
 
@@ -117,7 +118,9 @@ class Paths:
         ids = ids.to(_compat.input_device(self._model))
         at = torch.arange(start - 1, start - 1 + len(target))
         whole = Row(ids, at, target)
-        self._find_layers(whole)
+        with as_found(self._model):
+            self._find_layers(whole)
+        # Baselines may ask a model, perhaps another one: none is held meanwhile.
         own = features(
             self._prompt,
             start,
@@ -126,12 +129,19 @@ class Paths:
             absent=self._absent,
             seed=self._seed,
         )
+        with as_found(self._model):
+            return self._summed(generated, whole, own, is_joint)
+
+    def _summed(
+        self, generated: GeneratedText, whole: Row, own: Features, is_joint: bool
+    ) -> Solution:
+        """The attributions of all scenes."""
+        ids, at, target, start = whole.ids, whole.at, whole.target, own.start
         n_values = 1 if is_joint else len(target)
         attributions = torch.zeros(n_values, own.n_features, dtype=torch.float64)
         errors, full = torch.zeros_like(attributions), torch.zeros(n_values, dtype=torch.float64)
         empty = torch.zeros_like(full)
-        with torch.no_grad():
-            sees_nothing = len(whole.at) == 1 or is_causal(self._model, whole.ids[0].tolist())
+        sees_nothing = len(at) == 1 or is_causal(self._model, ids[0].tolist())
         if is_joint and not sees_nothing:
             raise ValueError(
                 f"{type(self._model).__name__} sees what comes after a token: there is no joint "
@@ -275,7 +285,7 @@ class Paths:
         return self._kept[drawn]
 
     def _read(self, layers: Layers, row: Row) -> list[Tensor]:
-        with torch.no_grad(), layers.read() as activations:
+        with layers.read() as activations:
             self._reader.logits(row.ids, row.at)
         return activations
 
@@ -284,7 +294,7 @@ class Paths:
         layers, embeddings = self._layers, self._embeddings
         assert layers is not None
         assert embeddings is not None
-        with torch.no_grad(), embeddings.replaced(embedded), layers.read() as activations:
+        with embeddings.replaced(embedded), layers.read() as activations:
             self._reader.logits(row.ids.expand(len(embedded[0]), -1), row.at)
         return activations
 
@@ -296,10 +306,9 @@ class Paths:
         """
         if self._layers is not None:
             return
-        with torch.no_grad():
-            modules = modules_reading(
-                self._model, row.ids, lambda ids: self._reader.logits(ids, row.at)
-            )
+        modules = modules_reading(
+            self._model, row.ids, lambda ids: self._reader.logits(ids, row.at)
+        )
         layer, name = self._layer, type(self._model).__name__
         if not modules:
             raise ValueError(
@@ -349,9 +358,9 @@ class Paths:
         """Whether the model says the same to other ids with the embeddings of these."""
         embeddings = self._layers
         assert embeddings is not None
-        with torch.no_grad(), embeddings.read() as vectors:
+        with embeddings.read() as vectors:
             logits = self._reader.logits(row.ids, row.at)
-        with torch.no_grad(), embeddings.replaced(vectors):
+        with embeddings.replaced(vectors):
             others = self._reader.logits(row.ids.roll(1, 1), row.at)
         return _agree(logits, others)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from captum_llm_ext import _compat
 from captum_llm_ext.gradient.layers import Layers
 from captum_llm_ext.scoring import AttrTarget
+from captum_llm_ext.scoring.exclusive import of_this_thread
 from captum_llm_ext.scoring.memory import batch_budget, is_out_of_memory
 
 _logger = logging.getLogger(__name__)
@@ -256,7 +257,7 @@ class Slopes:
         def note(_: nn.Module, arguments: Any) -> None:
             heard.extend(a for a in arguments[:1] if isinstance(a, Tensor) and a.dim() == 3)
 
-        hook = head.register_forward_pre_hook(note)
+        hook = head.register_forward_pre_hook(of_this_thread(note))
         try:
             yield heard
         finally:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from captum_llm_ext.scoring.exclusive import of_this_thread
 from captum_llm_ext.scoring.order import distinct_pairs
 
 # From what a layer's weights make of some tokens, ``(…, n_some, size)``, to that of all.
@@ -55,7 +56,7 @@ def needed(some: Tensor, length: int) -> tuple[Tensor, Spread]:
 def for_some(
     layer: nn.Module, some: Tensor, spread: Spread, length: int, is_time: Callable[[], bool]
 ) -> Generator[None]:
-    """Has the weights of a layer see some of the tokens alone.
+    """Has the weights of a layer see some of the tokens alone, in passes of this thread.
 
     Args:
         layer: Its hooks are taken off again.
@@ -85,13 +86,14 @@ def for_some(
             raise NotImplementedError(f"a {type(module).__name__} that returns no vector per token")
         return (spread(first), *others) if isinstance(output, tuple) else spread(first)
 
+    on_entry, on_exit = of_this_thread(before), of_this_thread(after)
     hooks: list[RemovableHandle] = []
     try:
         # Vectors that are added or multiplied are not worth it.
         for module in layer.modules():
             if module is not layer and any(p.dim() > 1 for p in module.parameters()):
-                hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                hooks.append(module.register_forward_hook(after))
+                hooks.append(module.register_forward_pre_hook(on_entry, with_kwargs=True))
+                hooks.append(module.register_forward_hook(on_exit))
         yield
     finally:
         for hook in hooks:

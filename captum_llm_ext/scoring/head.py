@@ -6,9 +6,11 @@ given, by products that stay in the processor's cache until they are summed up: 
 cut cross-entropy (Wijmans et al., arXiv 2411.09009, section 4.2).
 """
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,14 +92,24 @@ class Head:
 
     @contextmanager
     def watched(self) -> Generator[None]:
-        """The one pass within may have no logits: `said` knows what they are."""
+        """The one pass within may have no logits: `said` knows what they are.
+
+        Those of other threads have theirs.
+        """
         layer, self._given = self._layer, None
         if layer is None or not _is_plain(layer):
             yield
             return
         self._withheld = self._is_last and self._is_known()
 
-        def forward(input: Tensor) -> Tensor:
+        owner, usual = threading.get_ident(), layer.forward
+
+        def forward(*arguments: Any, **named: Any) -> Tensor:
+            if threading.get_ident() != owner:
+                return usual(*arguments, **named)
+            return watched(*arguments, **named)
+
+        def watched(input: Tensor) -> Tensor:
             if self._withheld:  # who reads them after all shall see it
                 returned = input.new_full((*input.shape[:-1], 1), torch.nan)
             else:

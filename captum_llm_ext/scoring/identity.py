@@ -7,6 +7,7 @@ from torch import nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.content import checksum
+from captum_llm_ext.scoring.exclusive import held
 
 
 def model_identity(model: nn.Module) -> dict[str, str]:
@@ -18,7 +19,7 @@ def model_identity(model: nn.Module) -> dict[str, str]:
         ``"model"``: its class, type of numbers and sizes. ``"weights"``: a digest of all weights.
     """
     found = blake2b(digest_size=8)
-    with torch.no_grad():
+    with held(model), torch.no_grad():  # accelerate brings offloaded weights for the time
         sums = dict(_sums(model))
     for name in sorted(sums):
         found.update(f"{name} {sums[name]}\n".encode())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat, tokens
-from captum_llm_ext.scoring.passes import as_found
+from captum_llm_ext.scoring.exclusive import as_found
 
 # Rows of one pass. These texts are few and short beside the coalitions that are scored later.
 _ROWS_AT_ONCE = 16

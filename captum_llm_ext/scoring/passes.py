@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,19 +40,6 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torc
 def rounding(dtype: torch.dtype | None) -> float:
     """Largest difference between log-probabilities that other shapes of the same products make."""
     return _ROUNDING.get(dtype or torch.float32, _ROUNDING[torch.float32])
-
-
-@contextmanager
-def as_found(model: nn.Module) -> Generator[None]:
-    """Evaluation mode without gradients; every module's own mode is put back, come what may."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class Passes:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import memory
 from captum_llm_ext.scoring.causality import is_causal
+from captum_llm_ext.scoring.exclusive import as_found
 from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.memory import Memory
 from captum_llm_ext.scoring.noise import noise_floor
-from captum_llm_ext.scoring.passes import Passes, as_found, rounding
+from captum_llm_ext.scoring.passes import Passes, rounding
 from captum_llm_ext.scoring.plan import Branch, plan, plan_packed
 from captum_llm_ext.scoring.processes import Processes
 from captum_llm_ext.scoring.rows import TokenRow, digest
