@@ -220,7 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     _, tokenizer = load()
-    report: dict[str, Any] = {"environment": environment(seed=0), "switch_interval": SWITCH_INTERVAL}
+    report: dict[str, Any] = {
+        "environment": environment(seed=0),
+        "switch_interval": SWITCH_INTERVAL,
+    }
     for name in given.models:
         model = model_of(name, len(tokenizer))
         own, others = attributions(model, tokenizer), uses(model, tokenizer)

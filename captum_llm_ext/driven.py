@@ -13,6 +13,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
 from captum_llm_ext.coalitions import Plan
+from captum_llm_ext.scoring.seeded import seeded
 
 _ROWS_AT_ONCE = 32
 
@@ -50,7 +51,7 @@ def attribute_with(
         n_features: Columns of a coalition.
         n_target: Values per coalition.
         num_trials: Repetitions, averaged.
-        seed: Seeds torch's global generator for the run; it is as before afterwards.
+        seed: Of what the method draws from torch's global generator, which is left alone.
         arguments: Passed to the method's ``attribute``.
 
     Returns:
@@ -65,9 +66,8 @@ def attribute_with(
     if "perturbations_per_eval" in inspect.signature(cast(Any, method).attribute).parameters:
         arguments.setdefault("perturbations_per_eval", _ROWS_AT_ONCE)
     total = torch.zeros(n_target, n_features, dtype=torch.float64)
-    with torch.random.fork_rng([]):
-        for trial in range(num_trials):
-            total += _one_trial(method, record, n_features, n_target, seed + trial, arguments)
+    for trial in range(num_trials):
+        total += _one_trial(method, record, n_features, n_target, seed + trial, arguments)
     masks, scored = torch.cat(record.masks), torch.cat(record.values)
     plan = Plan(masks, torch.arange(len(masks)))
     return Driven(total / num_trials, plan, scored)
@@ -77,14 +77,15 @@ class _Record:
     """Scores perturbed tensors and remembers them as coalitions."""
 
     def __init__(self, values: Callable[[Plan], Tensor]) -> None:
-        self._score = values
+        self._score, self._default_device = values, torch.get_default_device()
         self.masks: list[Tensor] = []
         self.values: list[Tensor] = []
 
     def column(self, column: int | slice, perturbed: Tensor) -> Tensor:
         """The values of one target, or of all, for rows of ones (present) and zeros."""
         masks = (perturbed > 0.5).cpu()
-        values = self._score(Plan(masks, torch.arange(len(masks))))
+        with torch.device(self._default_device):
+            values = self._score(Plan(masks, torch.arange(len(masks))))
         self.masks.append(masks)
         self.values.append(values)
         return values[:, column]
@@ -106,9 +107,11 @@ def _one_trial(
         columns = list(range(n_target))
     found: list[Tensor] = []
     for column in columns:
-        torch.manual_seed(seed)
         method.forward_func = partial(record.column, column)
-        found.append(method.attribute(inputs, **arguments).detach().double().cpu().flatten())
+        # What it makes belongs to its inputs, wherever the user has tensors made.
+        with torch.device(inputs.device), seeded(seed):
+            attributed = method.attribute(inputs, **arguments)
+        found.append(attributed.detach().double().cpu().flatten())
     result = torch.cat(found)
     if result.numel() != n_target * n_features:
         raise ValueError(

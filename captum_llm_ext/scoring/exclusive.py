@@ -8,12 +8,14 @@ threads that both want it wait for one another.
 import os
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from captum_llm_ext import _compat
 
 # A thread that was interrupted while it let go of a model may have told nobody.
 _LOOK_AGAIN = 1.0  # seconds
@@ -56,9 +58,11 @@ def held(model: nn.Module) -> Generator[None]:
 def as_found(model: nn.Module) -> Generator[None]:
     """The model is held, in evaluation mode and without gradients; its modes are put back.
 
-    Inference mode is left as well: its tensors do not tell when they are written to.
+    Inference mode is left as well: its tensors do not tell when they are written to. And what the
+    model makes without saying where is made where the model is, whatever `torch.set_default_device`
+    has been told.
     """
-    with held(model), outside_inference_mode():
+    with held(model), outside_inference_mode(), _where_it_is(model):
         training = [module for module in model.modules() if module.training]
         try:
             if training:
@@ -79,6 +83,15 @@ def outside_inference_mode() -> Generator[None]:
     takes_gradients = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(takes_gradients):
         yield
+
+
+def _where_it_is(model: nn.Module) -> AbstractContextManager[Any]:
+    """Has tensors made where the model reads its ids, unless they are made where they always were.
+
+    Plain passes meet the latter as well.
+    """
+    is_usual = torch.get_default_device().type == "cpu"
+    return nullcontext() if is_usual else _compat.input_device(model)
 
 
 def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from captum_llm_ext.scoring.passes import Passes, rounding
 from captum_llm_ext.scoring.plan import Branch, plan, plan_packed
 from captum_llm_ext.scoring.processes import Processes
 from captum_llm_ext.scoring.rows import TokenRow, digest
+from captum_llm_ext.scoring.seeded import reseeded, seeded
 from captum_llm_ext.scoring.shares import shares, without
 
 Reuse = Literal["auto", "off", "copy", "lend", "pack"]
@@ -133,7 +134,7 @@ class Scorer:
         Args:
             row: The prompt.
             gen_args: Arguments of the model's ``generate``.
-            seed: Seeds sampling; the global random state is as before afterwards.
+            seed: Seeds sampling; the global random state is left alone.
 
         Returns:
             Shape ``(n_target,)``, int64 on the CPU.
@@ -149,10 +150,9 @@ class Scorer:
         ids = torch.tensor([row.ids], device=self.device)
         arguments = {**self._passes.extras(row, 0), "attention_mask": torch.ones_like(ids)}
         arguments |= _compat.arguments_for_generate(self.model) | dict(gen_args)
-        devices = [self.device] if self.device.type == "cuda" else []
         generate = cast(Callable[..., Any], self.model.generate)
-        with as_found(self.model), torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+        is_compiled = _compat.is_compiled(self.model)
+        with as_found(self.model), reseeded(seed, self.device) if is_compiled else seeded(seed):
             output = generate(input_ids=ids, **arguments)
         sequences = cast(Tensor, getattr(output, "sequences", output))
         return sequences[0, ids.shape[1] :].cpu()

@@ -1,0 +1,70 @@
+"""What other people's code draws from torch's global generator, drawn from one that has a seed."""
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_MAKE = frozenset("rand randn randint randperm normal".split())
+_DRAW = frozenset(
+    "multinomial bernoulli bernoulli_ binomial poisson exponential_ uniform_ normal_ random_ "
+    "geometric_ cauchy_ log_normal_ _standard_gamma _sample_dirichlet".split()
+)
+# torch 2.6 (2025) had no generator for these.
+_LIKE = {"rand_like": torch.rand, "randn_like": torch.randn, "randint_like": torch.randint}
+
+
+def seeded(seed: int) -> AbstractContextManager[Any]:
+    """Code within draws what it would after ``torch.manual_seed(seed)``.
+
+    The global generators are neither read nor written, so that other threads, whose they are as
+    well, draw as if there was nothing. Random functions that torch itself calls (dropout) draw from
+    them as ever.
+    """
+    return _Seeded(seed)
+
+
+@contextmanager
+def reseeded(seed: int, device: torch.device) -> Generator[None]:
+    """The same by the global generators, put back afterwards: for code that torch has compiled."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Seeded(TorchFunctionMode):
+    """Of this thread alone, as torch's modes are."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, named = getattr(func, "__name__", ""), dict(kwargs or {})
+        if (name in _MAKE or name in _DRAW or name in _LIKE) and named.get("generator") is None:
+            tensor = next((a for a in (*args, *named.values()) if isinstance(a, Tensor)), None)
+            if name in _LIKE and tensor is not None:
+                func, args = cast(Callable[..., Any], _LIKE[name]), (*args[1:], tensor.shape)
+                named = {"dtype": tensor.dtype, "device": tensor.device, **named}
+                named.pop("memory_format", None)
+            named["generator"] = self._generator(_device(tensor, named.get("device")))
+        return func(*args, **named)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+
+def _device(tensor: Tensor | None, named: Any) -> torch.device:
+    """Where something is drawn."""
+    if named is not None:
+        return torch.device(named)
+    return torch.get_default_device() if tensor is None else tensor.device
