@@ -137,6 +137,7 @@ class Interactions:
         stride: The process is fitted to every so many-th observation; the others correct it.
     """
 
+    @torch.inference_mode(False)  # relevances are learnt by gradients
     def __init__(self, x: Tensor, weights: Tensor, paired: Tensor, stride: int = 1) -> None:
         n_observations, n = x.shape
         first = torch.arange(0, n_observations, stride)
@@ -152,6 +153,7 @@ class Interactions:
         self._moved = 2 * self._x.float() * self._root
         self._near = _neighbours(n)
 
+    @torch.inference_mode(False)
     def fit(self, y: Tensor, attributions: Tensor, effort: float = 0.0) -> Fit:
         """Fit one target.
 

@@ -112,13 +112,19 @@ class Paths:
         Raises:
             ValueError: If the layer does not suit, or values or gradients are not finite.
         """
-        target = torch.tensor(generated.ids)
         start = len(self._prompt_ids)
-        ids = torch.tensor([[*self._prompt_ids, *generated.ids[:-1]]])
-        ids = ids.to(_compat.input_device(self._model))
-        at = torch.arange(start - 1, start - 1 + len(target))
-        whole = Row(ids, at, target)
+        if any(parameter.is_inference() for parameter in self._model.parameters()):
+            raise ValueError(
+                "the model's weights were made inside `torch.inference_mode()`, where there are "
+                "no gradients: load the model outside of it, or take `GenerationAttribution`, "
+                "which needs none."
+            )
         with as_found(self._model):
+            target = torch.tensor(generated.ids)
+            ids = torch.tensor([[*self._prompt_ids, *generated.ids[:-1]]])
+            ids = ids.to(_compat.input_device(self._model))
+            at = torch.arange(start - 1, start - 1 + len(target))
+            whole = Row(ids, at, target)
             self._find_layers(whole)
         # Baselines may ask a model, perhaps another one: none is held meanwhile.
         own = features(

@@ -13,6 +13,7 @@ from captum_llm_ext.result.refit import Design
 from captum_llm_ext.result.result import GenerationAttributionResult
 
 
+@torch.inference_mode(False)  # what users get are ordinary tensors, copies of those found in it
 def assembled(
     inp: InterpretableInput,
     prompt: Prompt,
@@ -51,7 +52,7 @@ def assembled(
     probabilities = {"log_prob": full.exp, "prob": full.clone}.get(provenance["attr_target"])
 
     def split(found: Tensor) -> tuple[Tensor, Tensor | None]:
-        wide = nn.functional.pad(found, (0, n_features - found.shape[1])).to(like)
+        wide = nn.functional.pad(found, (0, n_features - found.shape[1])).to(like, copy=True)
         return wide[:, :n_prompt][:, columns], wide[:, n_prompt:] if generated.n_features else None
 
     token_attr, output_attr = split(solution.attributions)
@@ -59,21 +60,21 @@ def assembled(
     return GenerationAttributionResult(
         input_tokens=list(prompt.names),
         output_tokens=list(generated.labels),
-        seq_attr=token_attr.sum(0) if joint is None else joint[columns].to(like),
+        seq_attr=token_attr.sum(0) if joint is None else joint[columns].to(like, copy=True),
         token_attr=token_attr,
-        output_probs=None if probabilities is None else probabilities().to(like),
+        output_probs=None if probabilities is None else probabilities().to(like, copy=True),
         inp=inp,
         output_features=generated.names if generated.n_features else None,
         output_attr=output_attr,
         token_attr_se=token_attr_se,
         output_attr_se=output_attr_se,
-        full_values=full.to(like),
-        empty_values=solution.empty_values.to(like),
-        efficiency_gap=solution.efficiency_gap.to(like),
+        full_values=full.to(like, copy=True),
+        empty_values=solution.empty_values.to(like, copy=True),
+        efficiency_gap=solution.efficiency_gap.to(like, copy=True),
         n_evaluations=n_evaluations,
-        masks=masks.to(like.device),
-        values=values.to(like),
-        draws=draws.to(like.device),
+        masks=masks.to(like.device, copy=True),
+        values=values.to(like, copy=True),
+        draws=draws.to(like.device, copy=True),
         target=torch.tensor(generated.ids, device=like.device),
         prompt_pieces=prompt.pieces,
         levels=prompt.levels,
