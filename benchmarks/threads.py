@@ -20,7 +20,7 @@ import torch
 from captum.attr import (
     FeatureAblation,
     LayerGradientShap,
-    LayerIntegratedGradients,
+    LayerGradientXActivation,
     ShapleyValueSampling,
     TextTokenInput,
 )
@@ -65,14 +65,16 @@ def model_of(name: str, vocab_size: int) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings)).eval()
 
 
-def attributions(model: Any, tokenizer: Any) -> dict[str, Call]:
+def attributions(
+    model: Any, tokenizer: Any, prompt: str = PROMPT, answer: str = ANSWER
+) -> dict[str, Call]:
     """What is attributed, and in which ways rows are read."""
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
-    target = tokenizer.encode(ANSWER, add_special_tokens=False)
+    inp = TextSegmentInput(prompt, tokenizer, "word")
+    target = tokenizer.encode(answer, add_special_tokens=False)
 
     def by(method: Any, inp: Any = inp, **options: Any) -> Call:
         kind = GenerationAttribution
-        if isinstance(method, LayerIntegratedGradients | LayerGradientShap):
+        if isinstance(method, LayerGradientXActivation | LayerGradientShap):
             kind = GenerationGradientAttribution
         attribution = kind(method, tokenizer)
         return lambda: attribution.attribute(inp, target, **options).full_attr
@@ -82,8 +84,7 @@ def attributions(model: Any, tokenizer: Any) -> dict[str, Call]:
         arguments = {"max_new_tokens": 6, "do_sample": True}
         return attribution.attribute(inp, gen_args=arguments, seed=3).full_attr
 
-    prompt = inp.ids
-    prompts = [prompt[:i] + prompt[i + 1 :] for i in range(1, len(prompt))]
+    prompts = [inp.ids[:i] + inp.ids[i + 1 :] for i in range(1, len(inp.ids))]
     rows = [
         TokenRow((*ids, *target[:-1]), range(len(ids) - 1, len(ids) - 1 + len(target)))
         for ids in prompts
@@ -94,17 +95,17 @@ def attributions(model: Any, tokenizer: Any) -> dict[str, Call]:
 
     layer = model.get_input_embeddings()
     # Its candidates are weighed by the model itself.
-    corpus = CorpusBaselines(TEXTS, match="model", seed=0)
-    likely = TextSegmentInput(PROMPT, tokenizer, "word", baselines=corpus)
+    corpus = CorpusBaselines(TEXTS, match="model", min_candidates=0, seed=0)
+    likely = TextSegmentInput(prompt, tokenizer, "word", baselines=corpus)
     return {
         "leave-one-out": by(FeatureAblation(model)),
         "Shapley": by(ShapleyValueSampling(model), n_samples=4),
         "baselines that ask the model": by(FeatureAblation(model), likely, n_draws=1),
-        "integrated gradients": by(
-            LayerIntegratedGradients(model, layer), TextTokenInput(PROMPT, tokenizer), n_steps=4
+        "gradient x activation": by(
+            LayerGradientXActivation(model, layer), TextTokenInput(prompt, tokenizer)
         ),
         "expected gradients": by(
-            LayerGradientShap(model, None), TextTokenInput(PROMPT, tokenizer), n_samples=3
+            LayerGradientShap(model, None), TextTokenInput(prompt, tokenizer), n_samples=3
         ),
         "sampled text": written,
         "packed rows": scored("pack"),

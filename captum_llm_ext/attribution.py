@@ -67,6 +67,11 @@ class GenerationAttribution(LLMAttribution):
             ends (with NCCL: when ``torchrun`` ends it), and ends itself, with a message and status
             1, where that one goes on instead (after 30 seconds) or is silent (60 seconds).
 
+    Several threads may attribute on one model, and others use it meanwhile: attributions (by
+    gradients, too) wait for one another pass by pass, as do models that share modules or weights,
+    and other threads' own forwards and generations come out as ever. A model in training mode is in
+    evaluation mode for the time of a pass, for all threads: do not train it at the same time.
+
     Raises:
         TypeError: If the method is no perturbation method, or its model no causal language model.
         ValueError: If `attr_target` is unknown.

@@ -349,16 +349,23 @@ def _nothing(*_: Any) -> None:
 
 
 def _solve_lime(
-    plan: Plan, values: Tensor, scope: Scope, *, kernel_width: float, law: str = "half", **rest: Any
+    plan: Plan,
+    values: Tensor,
+    scope: Scope,
+    *,
+    kernel_width: float,
+    law: str = "half",
+    warns: bool = True,
+    **rest: Any,
 ) -> Solution:
     """Lime's fit, on coalitions of its own law or weighted to be so."""
     kernel = partial(coalitions.cosine_kernel, width=kernel_width)
     if law == "uniform":
-        kernel = partial(_reweighted, kernel)
+        kernel = partial(_reweighted, kernel, warns)
     return coalitions.solve_lime(plan, values, scope, kernel=kernel, **rest)
 
 
-def _reweighted(kernel: Callable[[Tensor], Tensor], masks: Tensor) -> Tensor:
+def _reweighted(kernel: Callable[[Tensor], Tensor], warns: bool, masks: Tensor) -> Tensor:
     """The kernel times what makes each size as frequent as fair coins do.
 
     Coalitions of one size are equally likely under every plan that samples all sizes.
@@ -369,7 +376,7 @@ def _reweighted(kernel: Callable[[Tensor], Tensor], masks: Tensor) -> Tensor:
     log_weight = (n + 1).lgamma() - (size + 1).lgamma() - (n - size + 1).lgamma() - frequency.log()
     weights = (log_weight - log_weight.max()).exp()
     effective = float(weights.sum().square() / weights.square().sum())
-    if effective < 2 * masks.shape[1]:
+    if warns and effective < 2 * masks.shape[1]:
         warnings.warn(
             f"{len(masks)} coalitions of all sizes are worth about {effective:.0f} of Lime's, for "
             f"{masks.shape[1]} features: attribute with Lime itself for a sound fit.",
