@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from captum_llm_ext import files
+from captum_llm_ext import encoding, files
 from captum_llm_ext.arguments import check_passed_on
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.content import differences, digest, told
@@ -423,7 +423,7 @@ def _settings(attribution: Attribution, given: Mapping[str, Any]) -> dict[str, A
 
 def _tokenizer(tokenizer: Any) -> str:
     """What tells tokenizers apart: the ids of a text with a bit of everything, and the template."""
-    ids = list(tokenizer.encode(_SAMPLE))
+    ids = encoding.ids(tokenizer, _SAMPLE)
     return f"{type(tokenizer).__name__} {digest([ids, getattr(tokenizer, 'chat_template', None)])}"
 
 

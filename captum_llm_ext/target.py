@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_llm_ext import tokens
+from captum_llm_ext import encoding, tokens
 from captum_llm_ext.content import level_of_caller
 from captum_llm_ext.inputs import RenderedPrompt
 from captum_llm_ext.scoring import Scorer, TokenRow, Values
@@ -110,7 +110,7 @@ def as_ids(target: object, tokenizer: Any) -> Tensor:
         TypeError: If it is neither a text nor one row of ids.
     """
     if isinstance(target, str):
-        ids = tokenizer.encode(target, add_special_tokens=False)
+        ids = encoding.ids(tokenizer, target, add_special_tokens=False)
         return torch.tensor(ids, dtype=torch.long)
     if not isinstance(target, Tensor | Sequence):
         raise TypeError(

@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import torch
 
+from captum_llm_ext import encoding
+
 _INCOMPLETE = "\ufffd"
 # A UTF-8 character has at most four bytes; byte-level tokens may also split a mark off its base.
 _LONGEST_FRAGMENT = 8
@@ -190,13 +192,13 @@ def _encode_with_offsets(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     if getattr(tokenizer, "is_fast", True):
         try:
-            enc = tokenizer(
-                text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
+            enc = encoding.call(
+                tokenizer, text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
             )
             return list(enc["input_ids"]), [tuple(pair) for pair in enc["offset_mapping"]]
         except (NotImplementedError, KeyError, TypeError):
             pass  # a tokenizer that cannot tell: found out below
-    ids = [int(token) for token in tokenizer.encode(text, add_special_tokens=add_special_tokens)]
+    ids = encoding.ids(tokenizer, text, add_special_tokens=add_special_tokens)
     return ids, _find_offsets(tokenizer, text, ids)
 
 

@@ -13,7 +13,7 @@ import torch
 from captum.attr import FeatureAblation, KernelShap, Lime, ShapleyValueSampling
 from torch import nn
 
-from captum_llm_ext import GenerationAttribution, TextSegmentInput
+from captum_llm_ext import GenerationAttribution, TextSegmentInput, encoding
 from captum_llm_ext.result.convergence import earlier
 from captum_llm_ext.scoring import Scorer, TokenRow
 from captum_llm_ext.scoring.exclusive import as_found, held
@@ -277,6 +277,43 @@ def test_a_method_of_the_users_own_draws_from_no_global_generator(tokenizer, mod
     assert torch.equal(one.token_attr, again.token_attr)
     other = attribution.attribute(inp, " golf", n_samples=3, seed=5)
     assert not torch.equal(one.masks, other.masks)
+
+
+def test_a_tokenizer_that_other_threads_have_cut_and_pad_texts(model):
+    """It keeps that in itself; what was encoded for us meanwhile is encoded again."""
+    tokenizer = tiny.byte_level()
+    expected, stop = tokenizer(PROMPT)["input_ids"], threading.Event()
+
+    def cut():
+        while not stop.is_set():
+            tokenizer([PROMPT, "a"], padding=True, truncation=True, max_length=5)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(threads.SWITCH_INTERVAL)
+    others = [in_thread(cut) for _ in range(2)]
+    try:
+        found = [TextSegmentInput(PROMPT, tokenizer, "word").ids for _ in range(40)]
+        said = [encoding.ids(tokenizer, PROMPT) for _ in range(40)]
+    finally:
+        stop.set()
+        sys.setswitchinterval(before)
+    for thread, raised in others:
+        thread.join(PATIENCE)
+        assert raised == [None]
+    assert all(list(ids) == expected for ids in found + said)
+
+
+def test_a_tokenizer_that_never_gives_the_whole_text_is_told():
+    tokenizer = tiny.byte_level()
+
+    class Cut:
+        backend_tokenizer = tokenizer.backend_tokenizer
+
+        def __call__(self, text, **options):
+            return tokenizer(text, truncation=True, max_length=3)
+
+    with pytest.raises(RuntimeError, match="a tokenizer of its own"):
+        encoding.ids(Cut(), PROMPT)
 
 
 def test_convergence_leaves_the_filters_of_warnings_alone(tokenizer, model, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from captum.attr import InterpretableInput, ProductBaselines, TextTemplateInput, TextTokenInput
 from torch import Tensor
 
-from captum_llm_ext import tokens
+from captum_llm_ext import encoding, tokens
 from captum_llm_ext.baselines import (
     Baseline,
     Deletion,
@@ -287,7 +287,7 @@ class _MergedPrompt(Prompt):
 
 def _text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     # As captum does it: with the tokenizer's own special tokens, whatever the text holds.
-    return tuple(int(token) for token in tokenizer.encode(text))
+    return tuple(encoding.ids(tokenizer, text))
 
 
 def _takes_slot(baselines: object) -> bool:
