@@ -323,7 +323,7 @@ class GenerationAttribution(LLMAttribution):
         gen_args: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         """What a run's values depend on; not all of it, but what another run differs in."""
-        nothing = torch.zeros(1, run.prompt.n_features, dtype=torch.bool)
+        nothing = torch.zeros(1, run.prompt.n_features, dtype=torch.bool, device="cpu")
         absent = run.prompt.render(nothing, torch.Generator().manual_seed(0))[0]
         if target is None:  # what generates it
             wanted = {name: told(value) for name, value in (gen_args or {}).items()}

@@ -41,10 +41,14 @@ class CoalitionGame:
         self._game, self._span = game, slice(start, stop)
         self.deterministic = game.deterministic
         self.n_draws = 1 if game.deterministic else n_draws
-        self._seed = int(torch.randint(2**62, (), generator=game.run.generator))
+        self._seed = int(torch.randint(2**62, (), generator=game.run.generator, device="cpu"))
         self.n_players = int(game.scope.n_visible[start])
         self.player_names = game.names[: self.n_players]
-        ends = self._values(torch.tensor([[False], [True]]).expand(2, self.n_players)).mean(0)
+        ends = self._values(
+            torch.tensor([[False], [True]], dtype=torch.bool, device="cpu").expand(
+                2, self.n_players
+            )
+        ).mean(0)
         self.empty_coalition_value, self.grand_coalition_value = ends.tolist()
         self.normalization_value = self.empty_coalition_value if normalize else 0.0
 
@@ -88,10 +92,10 @@ class CoalitionGame:
 
     def _values(self, masks: Tensor) -> Tensor:
         if not len(masks):
-            return torch.zeros(self.n_draws, 0, dtype=torch.float64)
+            return torch.zeros(self.n_draws, 0, dtype=torch.float64, device="cpu")
         rest = self._game.n_features - self.n_players
         masks = torch.nn.functional.pad(masks, (0, rest), value=True)
-        draws = torch.arange(self.n_draws).repeat_interleave(len(masks))
+        draws = torch.arange(self.n_draws, device="cpu").repeat_interleave(len(masks))
         plan = Plan(masks.repeat(self.n_draws, 1), draws)
         values = self._game.values(plan, self._seed)[:, self._span]
         is_probability = self._game.run.scorer.attr_target == "prob"

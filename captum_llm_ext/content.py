@@ -84,7 +84,7 @@ def checksum(tensor: Tensor) -> Tensor:
         flat = torch.view_as_real(flat).reshape(-1)
     numbers = flat.view(_INTEGERS[flat.element_size()])
     sums = [part.sum(dtype=torch.int64) for part in numbers.split(_PART)]
-    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64)
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

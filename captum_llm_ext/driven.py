@@ -65,11 +65,11 @@ def attribute_with(
     arguments = dict(arguments)
     if "perturbations_per_eval" in inspect.signature(cast(Any, method).attribute).parameters:
         arguments.setdefault("perturbations_per_eval", _ROWS_AT_ONCE)
-    total = torch.zeros(n_target, n_features, dtype=torch.float64)
+    total = torch.zeros(n_target, n_features, dtype=torch.float64, device="cpu")
     for trial in range(num_trials):
         total += _one_trial(method, record, n_features, n_target, seed + trial, arguments)
     masks, scored = torch.cat(record.masks), torch.cat(record.values)
-    plan = Plan(masks, torch.arange(len(masks)))
+    plan = Plan(masks, torch.arange(len(masks), device="cpu"))
     return Driven(total / num_trials, plan, scored)
 
 
@@ -85,7 +85,7 @@ class _Record:
         """The values of one target, or of all, for rows of ones (present) and zeros."""
         masks = (perturbed > 0.5).cpu()
         with torch.device(self._default_device):
-            values = self._score(Plan(masks, torch.arange(len(masks))))
+            values = self._score(Plan(masks, torch.arange(len(masks), device="cpu")))
         self.masks.append(masks)
         self.values.append(values)
         return values[:, column]
@@ -100,7 +100,7 @@ def _one_trial(
     arguments: Mapping[str, Any],
 ) -> Tensor:
     """Attributions of all targets; methods that fit one number are asked for each in turn."""
-    inputs = torch.ones(1, n_features)
+    inputs = torch.ones(1, n_features, dtype=torch.float32, device="cpu")
     # One target at a time, but the same coalitions each time: they are scored once.
     columns: list[int | slice] = [slice(None)]
     if isinstance(method, LimeBase):

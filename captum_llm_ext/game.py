@@ -83,7 +83,7 @@ class Game:
 
     def __init__(self, run: Run, generated: GeneratedText, *, is_joint: bool = False) -> None:
         self.run, self.generated, self._is_joint = run, generated, is_joint
-        self.target = torch.tensor(generated.ids)
+        self.target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
         n_prompt = run.prompt.n_features
         n_generated = max(generated.n_visible)
         self.n_features = n_prompt + n_generated
@@ -94,7 +94,8 @@ class Game:
             -1 if g is None or g >= n_generated else g + n_prompt for g in generated.required
         ]
         self.scope = Scope(
-            n_visible=torch.tensor(n_visible), required=torch.tensor(required[: len(n_visible)])
+            n_visible=torch.tensor(n_visible, dtype=torch.int64, device="cpu"),
+            required=torch.tensor(required[: len(n_visible)], dtype=torch.int64, device="cpu"),
         )
         self._seen: set[tuple[tuple[int, ...], object]] = set()
 
@@ -163,9 +164,11 @@ class Game:
     def full_row(self) -> TokenRow:
         """What the model reads where everything is present."""
         prompt = self.run.full
-        every = torch.ones(1, self.generated.n_features, dtype=torch.bool)
+        every = torch.ones(1, self.generated.n_features, dtype=torch.bool, device="cpu")
         generator = torch.Generator().manual_seed(0)  # nothing is absent, nothing is drawn
-        (text,) = self.generated.render([prompt.ids], every, generator, torch.zeros(1).long())
+        (text,) = self.generated.render(
+            [prompt.ids], every, generator, torch.zeros(1, dtype=torch.int64, device="cpu")
+        )
         return TokenRow(*text, prompt.extras, prompt.key)
 
     def with_last_feature(self, tensor: Tensor, value: float) -> Tensor:
@@ -260,7 +263,7 @@ def _unfold(game: Game, method: Estimator, unfold: Unfold, effort: Effort) -> Ou
             "what is scored next: leave them out, or give more `n_samples` or `n_draws`."
         )
     anchors = _anchors(game)
-    seed = int(torch.randint(2**62, (), generator=game.run.generator))
+    seed = int(torch.randint(2**62, (), generator=game.run.generator, device="cpu"))
     ends = game.values(anchors)
     plan, values = unfold(partial(game.values, seed=seed), game.scope)
     plan, values = join_plans([anchors, plan]), torch.cat([ends, values])
@@ -365,7 +368,7 @@ def _drive(
         seed=game.run.seed,
         arguments=arguments,
     )
-    later = torch.arange(game.n_features) >= game.scope.n_visible[:, None]
+    later = torch.arange(game.n_features, device="cpu") >= game.scope.n_visible[:, None]
     attributions = found.attributions.masked_fill(later, 0.0)
     solution = Solution(
         attributions=attributions,

@@ -100,7 +100,9 @@ def without_skipped(ids: Tensor, skip_tokens: Skipped | None, tokenizer: Any) ->
         stacklevel=level_of_caller(),
     )
     skipped = {tokens.token_id(tokenizer, t) if isinstance(t, str) else int(t) for t in given}
-    return torch.tensor([i for i in ids.tolist() if i not in skipped], dtype=torch.long)
+    return torch.tensor(
+        [i for i in ids.tolist() if i not in skipped], dtype=torch.long, device="cpu"
+    )
 
 
 def as_ids(target: object, tokenizer: Any) -> Tensor:
@@ -111,13 +113,18 @@ def as_ids(target: object, tokenizer: Any) -> Tensor:
     """
     if isinstance(target, str):
         ids = encoding.ids(tokenizer, target, add_special_tokens=False)
-        return torch.tensor(ids, dtype=torch.long)
+        return torch.tensor(ids, dtype=torch.long, device="cpu")
     if not isinstance(target, Tensor | Sequence):
         raise TypeError(
             f"`target` is a {type(target).__name__}: give a text, token ids (n_target,), or None "
             "to have the model generate."
         )
-    ids = torch.as_tensor(target).detach().cpu()
+    if isinstance(target, Tensor) and target.device.type == "meta":
+        raise ValueError(
+            '`target` is on the device "meta", where tensors have no numbers: make it on another '
+            "(`torch.set_default_device` decides where that does not name one), or give a list."
+        )
+    ids = torch.as_tensor(target, device="cpu").detach().cpu()
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
     if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         if ids.numel():

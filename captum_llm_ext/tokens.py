@@ -144,7 +144,7 @@ def labels(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> li
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of `ids`, special tokens shown, white space as it stands."""
-    tensor = torch.tensor(list(ids), dtype=torch.long)
+    tensor = torch.tensor(list(ids), dtype=torch.long, device="cpu")
     if hasattr(tokenizer, "clean_up_tokenization_spaces"):
         return cast(str, tokenizer.decode(tensor, clean_up_tokenization_spaces=False))
     return cast(str, tokenizer.decode(tensor))

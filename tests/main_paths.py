@@ -44,8 +44,8 @@ from captum_llm_ext import (
 )
 from captum_llm_ext.scoring import Scorer, TokenRow
 
-PROMPT = "Dave lives in Palm Coast, FL and is a lawyer."
-TARGET = " golf and chess."
+PROMPT = "Dave lives in Palm Coast, FL."
+TARGET = " golf and"
 TEXTS = [
     "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include golf and chess.",
     "Ann lives in Austin, TX and is a nurse! Her interests include tennis, music and cooking.",
@@ -141,10 +141,11 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
 
         return found
 
+    tokens = TextTokenInput(PROMPT, tokenizer, skip_tokens=[1])
+
     def captum_inputs() -> list[Any]:
         attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
         template = TextTemplateInput("{} lives in {}.", ["Dave", "Palm Coast"], ["Ann", "Austin"])
-        tokens = TextTokenInput(PROMPT, tokenizer, skip_tokens=[1])
         mask = torch.tensor([[0, 0, 1]], device="cpu")
         three = TextTemplateInput("{} lives in {}, {}.", ["Dave", "Palm Coast", "FL"])
         return [
@@ -199,7 +200,7 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
         return [str(found), *_numbers(found.results["corpus"])]
 
     def again() -> list[Any]:
-        shap = result(KernelShap, n_samples=96)
+        shap = result(KernelShap, n_samples=64)
         lime = result(Lime, n_samples=48, output_unit=None)
         span = shap.attribute_span(1, 3)
         return [
@@ -210,13 +211,13 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
             span.standard_errors,
             lime.contextcite().values,
             shap.additivity,
-            [[(pair.names, pair.strength) for pair in shap.redundant_pairs(2)]],
+            str(shap.redundant_pairs(2)),
             shap.below_noise,
             str(shap.top(2)),
         ]
 
     def redundant() -> list[Any]:
-        found = result(ShapleyValues, unit=[(0, 9), (9, 16), (16, 28), (28, 45)])
+        found = result(ShapleyValues, unit=[(0, 8), (8, 14), (14, 28), (28, 29)])
         return [found.additivity, str(found.redundant_pairs(2)), *_numbers(found.refit(KernelShap))]
 
     def shown() -> list[Any]:
@@ -228,16 +229,14 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
         return [table, len(page), found.to_json(), found.to_dataframe().to_numpy()[:, -2:]]
 
     def kept() -> list[Any]:
-        found = result(KernelShap, n_samples=64)
         path = folder / "kept.safetensors"
-        found.save(path)
+        result(KernelShap, n_samples=48, output_unit=None).save(path)
         loaded = GenerationAttributionResult.load(path)
-        _drawn(loaded)
         index = folder / "corpus.index"
         corpus().save(index)
         again = result(FeatureAblation, CorpusBaselines.load(index), n_draws=2)
         checkpoint = folder / "run.safetensors"
-        twice = [result(KernelShap, n_samples=64, checkpoint=checkpoint) for _ in range(2)]
+        twice = [result(FeatureAblation, checkpoint=checkpoint) for _ in range(2)]
         for one in (path, index, checkpoint):
             one.unlink()
         return [*_numbers(loaded), *_numbers(loaded.refit()), *_numbers(again), *_numbers(twice[1])]
@@ -245,7 +244,7 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
     def dataset() -> list[Any]:
         out = folder / "results"
         attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
-        records = [{"prompt": PROMPT, "target": TARGET}, {"prompt": TEXTS[1]}]
+        records = [{"prompt": PROMPT, "target": TARGET}, {"prompt": PROMPT[:14]}]
         reports = [
             attribute_dataset(records, attribution, out, baselines=corpus(), n_draws=2)
             for _ in range(2)
@@ -260,9 +259,7 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
         with Server(model, tokenizer) as server:
             provider = CompletionsProvider(server.url, "tiny")
             placeholder = RemoteGenerationAttribution.placeholder_model
-            attribution = RemoteGenerationAttribution(
-                KernelShap(placeholder), tokenizer, provider
-            )
+            attribution = RemoteGenerationAttribution(KernelShap(placeholder), tokenizer, provider)
             return _numbers(attribution.attribute(segments(), TARGET, n_samples=64))
 
     def ways_of_reading() -> list[Any]:
@@ -277,7 +274,7 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
         return [Scorer(model, reuse=way, overhead=0).values(rows, wanted) for way in ways]
 
     layer = model.get_input_embeddings()
-    exact = [(0, 9), (9, 16), (16, 28), (28, 45)]
+    exact = [(0, 8), (8, 14), (14, 28), (28, 29)]
     return {
         "leave-one-out": attributed(FeatureAblation),
         "leave-one-out of probabilities": attributed(FeatureAblation, attr_target="prob"),
@@ -288,7 +285,7 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
         "orders to a tolerance": attributed(
             ShapleyValueSampling, n_samples=4, tol=0.5, max_evaluations=300
         ),
-        "pairs": attributed(KernelShap, n_samples=96),
+        "pairs": attributed(KernelShap, n_samples=64),
         "trials of pairs": corpus_of(KernelShap, {}, n_samples=64, num_trials=2),
         "lime": attributed(Lime, n_samples=64),
         "lasso": attributed(Lime, n_samples=64, output_unit=None),
@@ -306,7 +303,7 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
         "a corpus and tokens": corpus_of(FeatureAblation, {"same_n_tokens": True}, n_draws=2),
         "a corpus and the model": corpus_of(FeatureAblation, {"match": "model"}, n_draws=2),
         "integrated gradients": gradients(
-            lambda: LayerIntegratedGradients(model, layer), segments, n_steps=40
+            lambda: LayerIntegratedGradients(model, layer), segments, n_steps=120
         ),
         "gradient x activation": gradients(lambda: LayerGradientXActivation(model, None), segments),
         "expected gradients": gradients(

@@ -82,7 +82,7 @@ class FixedTexts:
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
         """One of the texts of the feature."""
         choices = self.choices[slot.index]
-        return choices[int(torch.randint(len(choices), (), generator=generator))]
+        return choices[int(torch.randint(len(choices), (), generator=generator, device="cpu"))]
 
     def __repr__(self) -> str:
         return f"FixedTexts({len(self.choices)} features)"

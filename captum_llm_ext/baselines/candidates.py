@@ -112,7 +112,7 @@ class Candidates:
 
     def weights(self) -> dict[Texts, float]:
         """The weight of every choice."""
-        steps = torch.tensor([0.0, *self.cumulated], dtype=torch.float64).diff()
+        steps = torch.tensor([0.0, *self.cumulated], dtype=torch.float64, device="cpu").diff()
         return dict(zip(self.choices, steps.tolist(), strict=True))
 
     def sample(self, n: int, seed: int) -> "Candidates":
@@ -120,11 +120,14 @@ class Candidates:
         if len(self.choices) <= n:
             return self
         weights = self.weights()
-        rates = torch.tensor(list(weights.values()), dtype=torch.float64)
+        rates = torch.tensor(list(weights.values()), dtype=torch.float64, device="cpu")
         generator = torch.Generator().manual_seed(seed)
         # The first to ring of clocks that run at the rate of the weights: a weighted sample without
         # replacement (Efraimidis & Spirakis 2006).
-        clocks = -torch.rand(len(rates), generator=generator, dtype=torch.float64).log() / rates
+        clocks = (
+            -torch.rand(len(rates), generator=generator, dtype=torch.float64, device="cpu").log()
+            / rates
+        )
         chosen = clocks.argsort()[:n].sort().values.tolist()
         return Candidates.of(
             self.match, {self.choices[i]: weights[self.choices[i]] for i in chosen}
@@ -137,7 +140,7 @@ class Candidates:
 
     def weighted(self, log_weights: Sequence[float]) -> "Candidates":
         """The same choices, by other weights, given as logarithms."""
-        weights = torch.tensor(log_weights, dtype=torch.float64).softmax(0).tolist()
+        weights = torch.tensor(log_weights, dtype=torch.float64, device="cpu").softmax(0).tolist()
         return self._with(dict(zip(self.choices, weights, strict=True)))
 
     def _with(self, weights: Mapping[Texts, float]) -> "Candidates":

@@ -349,7 +349,7 @@ class CorpusBaselines:
                 "`CorpusBaselines` was called without arguments, and not by a `TextTemplateInput` "
                 "that it is the baseline of: call it with a slot and a generator."
             )
-        seed = int(torch.randint(2**62, (), generator=self._draws))
+        seed = int(torch.randint(2**62, (), generator=self._draws, device="cpu"))
         texts = [str(self(s, draw_generator(seed, 0, s.feature))) for s in template_slots(inp)]
         return dict(zip(inp.dict_keys, texts, strict=True)) if inp.dict_keys else texts
 

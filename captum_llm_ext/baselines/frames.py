@@ -48,7 +48,7 @@ def context_classes(words: Tensor, kinds: Tensor, marks: Tensor, passages: Tenso
     """
     words = words.long()
     n_kinds, n_words = int(kinds.max()) + 1, len(kinds)
-    own = n_kinds + torch.arange(n_words)
+    own = n_kinds + torch.arange(n_words, device="cpu")
     counts = torch.bincount(words, minlength=n_words)
     frame = marks | (_regular(words, passages, n_words) & (counts >= MIN_COUNT))
     # From coarse to fine: were "Palm" frame at first, "Coast" would be expected after it.
@@ -71,9 +71,9 @@ def _regular(words: Tensor, passages: Tensor, n_words: int) -> Tensor:
     passages = passages.unique_consecutive(return_inverse=True)[1]
     n_passages = int(passages[-1]) + 1
     if n_passages < MIN_PASSAGES:
-        return torch.zeros(n_words, dtype=torch.bool)
+        return torch.zeros(n_words, dtype=torch.bool, device="cpu")
     cells, counts = (passages * n_words + words).unique(return_counts=True)
-    moments = torch.zeros(2, n_words, dtype=torch.float64)
+    moments = torch.zeros(2, n_words, dtype=torch.float64, device="cpu")
     moments.index_add_(1, cells % n_words, torch.stack([counts, counts**2]).double())
     mean, square = moments / n_passages
     return square - mean**2 <= REGULAR * mean
@@ -92,15 +92,15 @@ def _expectedness(words: Tensor, frame: Tensor, counts: Tensor) -> Tensor:
     gap = fixed.cumsum(0) - 1
     inside = ~fixed & (gap >= 0) & (gap < len(alike))
     if not inside.any():
-        return torch.zeros(n_words, dtype=torch.float64)
+        return torch.zeros(n_words, dtype=torch.float64, device="cpu")
     n_gaps = torch.bincount(alike[gap[inside].unique()])
     # A word twice in one gap counts once.
     found = (gap[inside] * n_words + words[inside]).unique()
     place, word = alike[found // n_words], found % n_words
     pairs, n_pair = (place * n_words + word).unique(return_counts=True)
     others = (n_gaps[pairs // n_words] - 1).clamp(min=1)
-    mass = torch.zeros(n_words, dtype=torch.float64)
-    mass.index_add_(0, pairs % n_words, (n_pair * (n_pair - 1) / others).double())
+    mass = torch.zeros(n_words, dtype=torch.float64, device="cpu")
+    mass.index_add_(0, pairs % n_words, (n_pair * (n_pair - 1)).double() / others)
     return mass / counts.clamp(min=1)
 
 
@@ -134,7 +134,9 @@ def _join_kin(
 
 def _neighbours(words: Tensor, classes: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
     """Roots of the distributions of what stands before and after each frame word."""
-    row_of = torch.full((len(classes),), -1).index_put((frames,), torch.arange(len(frames)))
+    row_of = torch.full((len(classes),), -1, dtype=torch.int64, device="cpu").index_put(
+        (frames,), torch.arange(len(frames), device="cpu")
+    )
     found, around = classes[words].unique(return_inverse=True)
     sides: list[Tensor] = []
     for mid, near in ((words[1:], around[:-1]), (words[:-1], around[1:])):
@@ -150,7 +152,7 @@ def _cooccurrence(words: Tensor, frames: Tensor, passages: Tensor) -> Tensor:
     """In which share of the passages with the rarer of two frame words the other occurs too."""
     row = passages.unique_consecutive(return_inverse=True)[1]
     rows, columns = row[row < _MAX_PASSAGES], words[row < _MAX_PASSAGES]
-    table = torch.zeros(_MAX_PASSAGES, len(frames))
+    table = torch.zeros(_MAX_PASSAGES, len(frames), dtype=torch.float32, device="cpu")
     for column, word in enumerate(frames.tolist()):
         table[rows[columns == word], column] = 1
     both = table.T @ table

@@ -70,7 +70,7 @@ class Spans:
         """Each span once."""
         keys = self.starts * (int(self.lengths.max()) + 1 if len(self) else 1) + self.lengths
         ordered, order = keys.sort(stable=True)
-        first = torch.ones(len(order), dtype=torch.bool)
+        first = torch.ones(len(order), dtype=torch.bool, device="cpu")
         first[1:] = ordered[1:] != ordered[:-1]
         return self[order[first]]
 
@@ -79,7 +79,10 @@ class Spans:
         total = int(self.lengths.sum())
         if total <= most:
             return self
-        return self[torch.rand(len(self), generator=generator) < most / total]
+        return self[
+            torch.rand(len(self), generator=generator, dtype=torch.float32, device="cpu")
+            < most / total
+        ]
 
 
 def _of_an_unchanged_file(method: Callable[P, T]) -> Callable[P, T]:
@@ -269,7 +272,7 @@ class CorpusIndex:
             edges, depth, free = edges[fitting], depth[fitting], free[fitting]
             beyond = self._depth(edges, toward, lengths, far)
             hits = (beyond > 0) if far else torch.ones_like(beyond, dtype=torch.bool)
-            hits &= torch.tensor(lengths) <= free[:, None]
+            hits &= torch.tensor(lengths, dtype=torch.int64, device="cpu") <= free[:, None]
             row, column = hits.nonzero(as_tuple=True)
             length = column + lengths.start
             depths = depth[row], beyond[row, column]
@@ -335,9 +338,11 @@ class CorpusIndex:
     @_of_an_unchanged_file
     def anywhere(self, lengths: range, hardest: int, generator: torch.Generator) -> Spans:
         """Spans at random places, each of a random length, that begin and end with a word."""
-        starts = torch.randint(len(self), (_LOOKED,), generator=generator)
+        starts = torch.randint(len(self), (_LOOKED,), generator=generator, device="cpu")
         starts = starts[self._borders_at(starts) == WORD]
-        wanted = torch.randint(lengths.start, lengths.stop, (len(starts),), generator=generator)
+        wanted = torch.randint(
+            lengths.start, lengths.stop, (len(starts),), generator=generator, device="cpu"
+        )
         fitting = self._free(starts, lengths, hardest) >= wanted
         starts, wanted = starts[fitting], wanted[fitting]
         ended = self._borders_at(starts + wanted - 1) == WORD
@@ -402,7 +407,7 @@ class CorpusIndex:
         Returns:
             Shape ``(n_edges, n_skipped)``, int8.
         """
-        depth = torch.zeros(len(edges), len(skipped), dtype=torch.int8)
+        depth = torch.zeros(len(edges), len(skipped), dtype=torch.int8, device="cpu")
         places = self._along(edges, toward, skipped.stop - 1 + _STRETCH * len(context))
         outside = (places < 0) | (places >= len(self))
         numbers = self._numbers.take(places.clamp_(0, len(self) - 1)) >> 1
@@ -437,7 +442,7 @@ class CorpusIndex:
         return closed.byte().argmax(1)
 
     def _along(self, edges: Tensor, toward: int, n: int) -> Tensor:
-        steps = torch.arange(n)
+        steps = torch.arange(n, device="cpu")
         return edges[:, None] + (steps if toward > 0 else -1 - steps)
 
     def _rows(self, spans: Spans) -> Iterator[tuple[list[int], list[tuple[int, ...]]]]:
@@ -449,7 +454,9 @@ class CorpusIndex:
             yield of.tolist(), list(zip(*columns, strict=True))
 
     def _spelled(self, rows: Collection[tuple[int, ...]]) -> Iterator[str]:
-        numbers = torch.tensor(sorted(set(chain.from_iterable(rows))), dtype=torch.int64)
+        numbers = torch.tensor(
+            sorted(set(chain.from_iterable(rows))), dtype=torch.int64, device="cpu"
+        )
         spelled = {
             number: " " * (number % 2) + word
             for number, word in zip(
@@ -499,7 +506,9 @@ def _classes(atoms: Atoms) -> Tensor:
     ).int()
     # Marks that the sample does not have.
     lone = (is_mark & (classes < _N_KINDS)).nonzero()[:, 0]
-    classes[lone] = int(classes.max()) + 1 + torch.arange(len(lone), dtype=torch.int32)
+    classes[lone] = (
+        int(classes.max()) + 1 + torch.arange(len(lone), dtype=torch.int32, device="cpu")
+    )
     frame = classes >= _N_KINDS
     classes[frame] = _N_KINDS + classes[frame].unique(return_inverse=True)[1].int()
     return classes
@@ -508,10 +517,10 @@ def _classes(atoms: Atoms) -> Tensor:
 def _sampled(n: int) -> Tensor:
     """The places of stretches from all parts of a corpus of `n` atoms, all if it is small."""
     if n <= _SAMPLE:
-        return torch.arange(n)
+        return torch.arange(n, device="cpu")
     size = _SAMPLE // _STRETCHES
-    starts = torch.linspace(0, n - size, _STRETCHES, dtype=torch.float64).long()
-    return (starts[:, None] + torch.arange(size)).flatten()
+    starts = torch.linspace(0, n - size, _STRETCHES, dtype=torch.float64, device="cpu").long()
+    return (starts[:, None] + torch.arange(size, device="cpu")).flatten()
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -523,4 +532,6 @@ def _placed(starts: Tensor, lengths: Tensor) -> Spans:
     return Spans(starts, lengths, unmatched, unmatched)
 
 
-NO_SPANS = _placed(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+NO_SPANS = _placed(
+    torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0, dtype=torch.int64, device="cpu")
+)

@@ -145,7 +145,7 @@ class Lookup:
 
     def _occurrences(self, offer: _Offer | None) -> Occurrences:
         if offer is None:
-            none = torch.zeros(0, dtype=torch.int64)
+            none = torch.zeros(0, dtype=torch.int64, device="cpu")
             return Occurrences(none, none, [])
         spans = offer.found.spans
         return Occurrences(

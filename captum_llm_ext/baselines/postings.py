@@ -31,16 +31,16 @@ class Postings:
             n_keys: How many keys there are; they count from 0.
         """
         blocks = [(at, min(at + _BLOCK, n_places)) for at in range(0, n_places, _BLOCK)]
-        ends = torch.zeros(n_keys + 1, dtype=torch.int64)
+        ends = torch.zeros(n_keys + 1, dtype=torch.int64, device="cpu")
         for start, stop in blocks:
             ends[1:] += torch.bincount(keys(start, stop), minlength=n_keys)
         ends = ends.cumsum(0)
-        places = torch.empty(n_places, dtype=torch.int32)
+        places = torch.empty(n_places, dtype=torch.int32, device="cpu")
         free = ends[:-1].clone()
         for start, stop in blocks:
             ordered, order = keys(start, stop).sort(stable=True)
             counts = torch.bincount(ordered, minlength=n_keys)
-            rank = torch.arange(stop - start) - (counts.cumsum(0) - counts)[ordered]
+            rank = torch.arange(stop - start, device="cpu") - (counts.cumsum(0) - counts)[ordered]
             places[free[ordered] + rank] = (order + start).int()
             free += counts
         return Postings(places, ends)
@@ -59,7 +59,7 @@ class Postings:
 
         Of more than `most` about `most`, drawn evenly from all parts of the sequence.
         """
-        chosen = torch.tensor([key for key in keys if key >= 0], dtype=torch.int64)
+        chosen = torch.tensor([key for key in keys if key >= 0], dtype=torch.int64, device="cpu")
         starts, counts = self.ends[chosen], self.ends[chosen + 1] - self.ends[chosen]
         total = int(counts.sum())
         if total <= most:
@@ -67,7 +67,9 @@ class Postings:
             return torch.cat(parts).long() if parts else chosen
         # One from each stretch of equal length. Equidistant ones might keep step with a corpus
         # whose documents are all alike.
-        at = torch.arange(most) + torch.rand(most, generator=generator, dtype=torch.float64)
+        at = torch.arange(most, device="cpu") + torch.rand(
+            most, generator=generator, dtype=torch.float64, device="cpu"
+        )
         at = (at * (total / most)).long().clamp(max=total - 1).unique_consecutive()
         ends = counts.cumsum(0)
         of = torch.bucketize(at, ends, right=True)

@@ -218,13 +218,13 @@ class Search:
             return spans
         longer = (spans.lengths > query.n_atoms).nonzero()[:, 0]
         begin, end = spans.starts[longer], spans.stops[longer] - query.n_atoms
-        apart = torch.ones(len(spans), dtype=torch.bool)
+        apart = torch.ones(len(spans), dtype=torch.bool, device="cpu")
         apart[longer] = ~(self._spells(query, begin) | self._spells(query, end))
         return spans[apart]
 
     def _spells(self, query: Query, starts: Tensor) -> Tensor:
         """Whether the feature's own text stands there."""
-        same = torch.ones(len(starts), dtype=torch.bool)
+        same = torch.ones(len(starts), dtype=torch.bool, device="cpu")
         for offset, atom in enumerate(query.atoms):
             same &= self._index.is_atom(starts + offset, atom)
         return same
@@ -315,7 +315,7 @@ class Search:
         """Which spans have the feature's shape, and which its text."""
         same = spans.lengths == query.n_atoms
         starts = spans.starts[same]
-        shaped = torch.ones(len(starts), dtype=torch.bool)
+        shaped = torch.ones(len(starts), dtype=torch.bool, device="cpu")
         for offset, atom in enumerate(query.atoms):
             shaped &= self._index.is_like(starts + offset, words.kind(atom))
         for respect in (shaped, self._spells(query, starts)):
@@ -324,8 +324,10 @@ class Search:
     def _weight(self, context: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Of the nearest 0, 1, 2, … atoms: their weighted bits, and whether one is of the frame."""
         bits = [self._index.bits(number) * NEARNESS**n for n, number in enumerate(context)]
-        bits = torch.tensor([0.0, *bits])
-        framed = torch.tensor([False, *map(self._index.is_frame, context)])
+        bits = torch.tensor([0.0, *bits], dtype=torch.float32, device="cpu")
+        framed = torch.tensor(
+            [False, *map(self._index.is_frame, context)], dtype=torch.bool, device="cpu"
+        )
         return bits.cumsum(0), framed.cumsum(0) > 0
 
     def _of_a_kind(self, query: Query, spans: Spans) -> Spans:

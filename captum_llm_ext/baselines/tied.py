@@ -45,7 +45,9 @@ def together(
     for member in members[1:]:
         shared = shared[torch.isin(shared, member.documents)]
     if len(shared) > _MOST_DOCUMENTS:
-        shared = shared[torch.randperm(len(shared), generator=generator)[:_MOST_DOCUMENTS]]
+        shared = shared[
+            torch.randperm(len(shared), generator=generator, device="cpu")[:_MOST_DOCUMENTS]
+        ]
     per_document = [_by_document(member, shared) for member in members]
     found: Counter[tuple[str, ...]] = Counter()
     for document in shared.tolist():

@@ -103,12 +103,12 @@ class Numbering(dict[str, int]):
         kinds = torch.frombuffer(self._kinds, dtype=torch.uint8)
         borders = torch.frombuffer(self._borders, dtype=torch.uint8)
         digests, numbers = torch.frombuffer(self._digests, dtype=torch.int64).sort(stable=True)
-        first = torch.ones(len(digests), dtype=torch.bool)
+        first = torch.ones(len(digests), dtype=torch.bool, device="cpu")
         first[1:] = digests[1:] != digests[:-1]
         if bool(first.all()):
             return Vocabulary(characters, ends, digests, numbers.int(), kinds, borders), None
         # The sort was stable: of equal digests the word's first number comes first.
-        kept = torch.zeros(len(digests), dtype=torch.bool)
+        kept = torch.zeros(len(digests), dtype=torch.bool, device="cpu")
         kept[numbers[first]] = True
         renumbered = kept.cumsum(0, dtype=torch.int32) - 1
         owner = renumbered[numbers[first]]
@@ -126,7 +126,7 @@ def _kept(characters: Tensor, ends: Tensor, kept: Tensor) -> tuple[Tensor, Tenso
         stop = min(start + _PART, len(kept))
         inside = kept[start:stop].repeat_interleave(lengths[start:stop])
         parts.append(characters[ends[start] : ends[stop]][inside])
-    ends = torch.zeros(int(kept.sum()) + 1, dtype=torch.int64)
+    ends = torch.zeros(int(kept.sum()) + 1, dtype=torch.int64, device="cpu")
     torch.cumsum(lengths[kept], 0, out=ends[1:])
     return torch.cat(parts), ends
 

@@ -115,7 +115,7 @@ def probe(model: Any, tokenizer: Any) -> Probe:
     """
     prompt, target = _ids(model, tokenizer)
     rows = _rows(prompt, target)
-    wanted = torch.tensor(target)
+    wanted = torch.tensor(target, dtype=torch.int64, device="cpu")
     plain = Scorer(model, reuse="off")
     whole = plain.values(rows, wanted)
     # No overhead: whether sharing pays on rows this short is not the question.
@@ -179,7 +179,7 @@ def _plain_values(model: Any, rows: Sequence[TokenRow], target: Tensor) -> Tenso
     arguments = {"use_cache": False} if "use_cache" in _compat.forward_arguments(model) else {}
     found: list[Tensor] = []
     for row in rows:
-        ids = torch.tensor([row.ids], device=_compat.input_device(model))
+        ids = torch.tensor([row.ids], device=_compat.input_device(model), dtype=torch.int64)
         logits = _compat.sequence_logits(model(input_ids=ids, **arguments))[0, list(row.positions)]
         said = logits.double().log_softmax(-1).cpu()
         found.append(said.gather(1, target[:, None])[:, 0])
@@ -194,7 +194,7 @@ def _captum_error(
         text = tokenizer.decode(tokenizer.encode(_TEXT, add_special_tokens=False)[:_SHORT_PROMPT])
         inp = TextTokenInput(text, tokenizer)
         attribution = LLMAttribution(FeatureAblation(model), tokenizer)
-        ids = torch.tensor(target[:_SHORT_ANSWER])
+        ids = torch.tensor(target[:_SHORT_ANSWER], dtype=torch.int64, device="cpu")
         cached, right = (
             attribution.attribute(inp, ids, use_cached_outputs=cached).token_attr
             for cached in (True, False)

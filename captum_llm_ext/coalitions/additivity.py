@@ -54,7 +54,7 @@ def additive_fit(plan: Plan, values: Tensor, scope: Scope) -> Tensor:
         R², shape ``(n_target,)``: 1 for an additive game, below 0 where the mean predicts better,
         NaN where nothing was sampled. Replacement texts that vary count as unexplained.
     """
-    shares = torch.full((len(scope.n_visible),), torch.nan, dtype=torch.float64)
+    shares = torch.full((len(scope.n_visible),), torch.nan, dtype=torch.float64, device="cpu")
     for view in views(plan, values, scope):
         shares[view.targets] = _additive_share(view)
     return shares
@@ -129,10 +129,10 @@ def _redundant(losses: _Losses, most: int, least_z: float) -> list[RedundantPair
 def _additive_share(view: View) -> Tensor:
     n = view.n_visible
     if n < 2:
-        return torch.ones(len(view.targets), dtype=torch.float64)
+        return torch.ones(len(view.targets), dtype=torch.float64, device="cpu")
     rows = view.informative.nonzero()[:, 0]
     if not len(rows):
-        return torch.full((len(view.targets),), torch.nan, dtype=torch.float64)
+        return torch.full((len(view.targets),), torch.nan, dtype=torch.float64, device="cpu")
     gain = view.full_values - view.empty_values
     if is_complete(view):
         return _share_of_all(view, exact(view)[0])
@@ -152,7 +152,7 @@ def _share_of_all(view: View, attributions: Tensor) -> Tensor:
     """Each coalition once, however often it came."""
     n = view.n_visible
     rows = view.informative
-    codes = (view.masks[rows].long() << torch.arange(n)).sum(1)
+    codes = (view.masks[rows].long() << torch.arange(n, device="cpu")).sum(1)
     sizes = view.sizes[rows].double()
     log_weights = (sizes + 1).lgamma() + (n - sizes + 1).lgamma() - (sizes * (n - sizes)).log()
     weights = (log_weights - log_weights.max()).exp() / codes.bincount()[codes]
@@ -181,15 +181,20 @@ def _losses(view: View, column: int) -> _Losses | None:
 
 def _looked_up(view: View, column: int) -> _Losses:
     n = view.n_visible
-    codes = (view.masks.long() << torch.arange(n)).sum(1)
-    worth = torch.zeros(2**n, dtype=torch.float64)
+    codes = (view.masks.long() << torch.arange(n, device="cpu")).sum(1)
+    worth = torch.zeros(2**n, dtype=torch.float64, device="cpu")
     worth.index_add_(0, codes, view.values[:, column])
     worth /= codes.bincount(minlength=2**n)
-    bit = 2 ** torch.arange(n)
+    bit = 2 ** torch.arange(n, device="cpu")
     alone = worth[-1] - worth[2**n - 1 - bit]
     pairs = 2**n - 1 - (bit[:, None] | bit)
     together = worth[-1] - worth[pairs]
-    return _Losses(torch.arange(n), alone, together, torch.zeros(n, n, dtype=torch.float64))
+    return _Losses(
+        torch.arange(n, device="cpu"),
+        alone,
+        together,
+        torch.zeros(n, n, dtype=torch.float64, device="cpu"),
+    )
 
 
 def _predicted(view: View, column: int, attributions: Tensor) -> _Losses:
@@ -198,7 +203,9 @@ def _predicted(view: View, column: int, attributions: Tensor) -> _Losses:
     signs, y = _residuals(view, column, attributions)
     scale = y.square().mean().sqrt().clamp_min(1e-30)
     relevance = relevance_of(attributions, 0.1)
-    few = torch.arange(0, len(y), max(len(y) // _MOST_FOR_SEARCH, 1))[:_MOST_FOR_SEARCH]
+    few = torch.arange(0, len(y), max(len(y) // _MOST_FOR_SEARCH, 1), device="cpu")[
+        :_MOST_FOR_SEARCH
+    ]
     _, reach, noise = min(
         (left_out_error(_agreement(signs[few], signs[few], r * relevance), e, y[few]), r, e)
         for r in _REACHES
@@ -210,15 +217,15 @@ def _predicted(view: View, column: int, attributions: Tensor) -> _Losses:
     solved = torch.cholesky_solve((y / scale)[:, None], cholesky)[:, 0]
 
     m = len(features)
-    first, second = torch.triu_indices(m, m, 1)
-    points = torch.ones(1 + m + len(first), view.n_visible, dtype=torch.float64)
-    points[1 + torch.arange(m), features] = -1
-    points[1 + m + torch.arange(len(first)), features[first]] = -1
-    points[1 + m + torch.arange(len(first)), features[second]] = -1
+    first, second = torch.triu_indices(m, m, 1, device="cpu")
+    points = torch.ones(1 + m + len(first), view.n_visible, dtype=torch.float64, device="cpu")
+    points[1 + torch.arange(m, device="cpu"), features] = -1
+    points[1 + m + torch.arange(len(first), device="cpu"), features[first]] = -1
+    points[1 + m + torch.arange(len(first), device="cpu"), features[second]] = -1
     cross = _agreement(points, signs, relevance)
     moved = scale * (cross @ solved)
     alone = moved[0] - moved[1 : 1 + m]
-    together = torch.zeros(m, m, dtype=torch.float64)
+    together = torch.zeros(m, m, dtype=torch.float64, device="cpu")
     together[first, second] = moved[0] - moved[1 + m :]
     own = attributions[features]
     alone, together = alone + own, together + (own[:, None] + own)
@@ -228,7 +235,7 @@ def _predicted(view: View, column: int, attributions: Tensor) -> _Losses:
     prior = _contrast_variance(points, relevance, first, second, m)
     explained = (contrast @ torch.cholesky_inverse(cholesky) * contrast).sum(1)
     size = (y / scale @ solved) / len(y) * scale.square()
-    error = torch.full((m, m), torch.inf, dtype=torch.float64)
+    error = torch.full((m, m), torch.inf, dtype=torch.float64, device="cpu")
     error[first, second] = (size * (prior - explained)).clamp_min(1e-30).sqrt()
     return _Losses(features, alone, together, error)
 
@@ -239,8 +246,10 @@ def _residuals(view: View, column: int, attributions: Tensor) -> tuple[Tensor, T
     masks = view.masks[rows].double()
     y = view.values[rows, column] - view.empty_values[column] - masks @ attributions
     # The full coalition is known to leave nothing over.
-    full = torch.ones(1, view.n_visible, dtype=torch.float64)
-    return torch.cat([full, 2 * masks - 1]), torch.cat([torch.zeros(1, dtype=y.dtype), y])
+    full = torch.ones(1, view.n_visible, dtype=torch.float64, device="cpu")
+    return torch.cat([full, 2 * masks - 1]), torch.cat(
+        [torch.zeros(1, dtype=y.dtype, device="cpu"), y]
+    )
 
 
 def _agreement(left: Tensor, right: Tensor, relevance: Tensor) -> Tensor:

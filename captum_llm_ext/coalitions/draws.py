@@ -17,7 +17,7 @@ def mean_over_draws(values: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         The mean over draws of each draw's mean, and its variance (0 for a single draw).
     """
     _, draw_of_row, count = draws.unique(return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(count), values.shape[1], dtype=values.dtype)
+    sums = torch.zeros(len(count), values.shape[1], dtype=values.dtype, device="cpu")
     means = sums.index_add_(0, draw_of_row, values) / count[:, None]
     if len(means) < 2:
         return means[0], torch.zeros_like(means[0])
@@ -40,9 +40,11 @@ def squared_influences(influence: Tensor, residuals: Tensor, draws: Tensor) -> T
     numbers, cluster = draws.unique(return_inverse=True)
     if len(numbers) == len(draws):
         return influence.square().T @ residuals.square()
-    squares = torch.empty(influence.shape[1], residuals.shape[1], dtype=residuals.dtype)
+    squares = torch.empty(
+        influence.shape[1], residuals.shape[1], dtype=residuals.dtype, device="cpu"
+    )
     for target, residual in enumerate(residuals.T):
-        sums = torch.zeros(len(numbers), influence.shape[1], dtype=residuals.dtype)
+        sums = torch.zeros(len(numbers), influence.shape[1], dtype=residuals.dtype, device="cpu")
         sums.index_add_(0, cluster, influence * residual[:, None])
         squares[:, target] = sums.square().sum(0)
     return squares

@@ -83,11 +83,14 @@ def shapley_coefficients(n_features: int) -> Tensor:
         Shape ``(2**n_features, n_features)``; row number = sum of 2**i over the features present.
     """
     if not n_features:
-        return torch.zeros(1, 0, dtype=torch.float64)
-    present = (torch.arange(2**n_features)[:, None] >> torch.arange(n_features) & 1).bool()
+        return torch.zeros(1, 0, dtype=torch.float64, device="cpu")
+    present = (
+        torch.arange(2**n_features, device="cpu")[:, None] >> torch.arange(n_features, device="cpu")
+        & 1
+    ).bool()
     others = present.sum(1, keepdim=True) - present.long()
     share = [1 / (n_features * comb(n_features - 1, size)) for size in range(n_features)]
-    weight = torch.tensor(share, dtype=torch.float64)[others]
+    weight = torch.tensor(share, dtype=torch.float64, device="cpu")[others]
     return torch.where(present, weight, -weight)
 
 
@@ -131,7 +134,7 @@ def _variances(table: _Table, view: View) -> Tensor:
 
 def exact(view: View) -> tuple[Tensor, Tensor]:
     """Shapley values of one view and their variances, both ``(n_visible, n_group)``."""
-    code = (view.masks.long() << torch.arange(view.n_visible)).sum(1)
+    code = (view.masks.long() << torch.arange(view.n_visible, device="cpu")).sum(1)
     table = _tabulate(view, torch.ones_like(view.sampled), code, 2**view.n_visible)
     coefficients = shapley_coefficients(view.n_visible)
     variances = squared_influences(
@@ -161,7 +164,9 @@ def _tabulate(view: View, rows: Tensor, codes: Tensor, n_codes: int) -> _Table:
 
 
 def _mean_by(index: Tensor, values: Tensor, n: int) -> Tensor:
-    sums = torch.zeros(n, values.shape[1], dtype=values.dtype).index_add_(0, index, values)
+    sums = torch.zeros(n, values.shape[1], dtype=values.dtype, device="cpu").index_add_(
+        0, index, values
+    )
     return sums / index.bincount(minlength=n).clamp_min(1)[:, None]
 
 

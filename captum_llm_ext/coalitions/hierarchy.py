@@ -105,15 +105,15 @@ def plan_nested_orders(
     tree = tree if held < 0 else pruned(tree, held)
     n_walked = len(leaves(tree))
     n_pairs = (n_orders + 1) // 2
-    rank = torch.full((n_pairs, n_features), n_features)
-    _place(tree, torch.zeros(n_pairs, dtype=torch.long), rank, generator)
+    rank = torch.full((n_pairs, n_features), n_features, dtype=torch.int64, device="cpu")
+    _place(tree, torch.zeros(n_pairs, dtype=torch.long, device="cpu"), rank, generator)
     reverse = torch.where(rank < n_features, n_walked - 1 - rank, rank)
     ranks = torch.stack([rank, reverse], 1).flatten(0, 1)[:n_orders]
-    steps = torch.arange(n_walked + 1)[:, None]
+    steps = torch.arange(n_walked + 1, device="cpu")[:, None]
     masks = (ranks[:, None, :] < steps).flatten(0, 1)
     if held >= 0:
         masks[:, held] = True
-    return Plan(masks, (torch.arange(n_orders) // 2).repeat_interleave(n_walked + 1))
+    return Plan(masks, (torch.arange(n_orders, device="cpu") // 2).repeat_interleave(n_walked + 1))
 
 
 def solve_nested_orders(plan: Plan, values: Tensor, scope: Scope) -> Solution:
@@ -161,8 +161,12 @@ def _place(tree: Tree, start: Tensor, rank: Tensor, generator: torch.Generator) 
     if isinstance(tree, int):
         rank[:, tree] = start
         return
-    order = torch.rand(len(start), len(tree), generator=generator).argsort(1)
-    sizes = torch.tensor([len(leaves(child)) for child in tree], dtype=torch.long)[order]
+    order = torch.rand(
+        len(start), len(tree), generator=generator, dtype=torch.float32, device="cpu"
+    ).argsort(1)
+    sizes = torch.tensor([len(leaves(child)) for child in tree], dtype=torch.long, device="cpu")[
+        order
+    ]
     before = torch.empty_like(order).scatter_(1, order, sizes.cumsum(1) - sizes)
     for child, offset in zip(tree, before.T, strict=True):
         _place(child, start + offset, rank, generator)
@@ -171,10 +175,10 @@ def _place(tree: Tree, start: Tensor, rank: Tensor, generator: torch.Generator) 
 def _chains(plan: Plan) -> tuple[Tensor, Tensor]:
     """Per row the number of its walk (-1 for anchors), and per walk the column it holds, or -1."""
     masks, draws = plan.masks, plan.draws
-    begins = torch.zeros(len(masks), dtype=torch.bool)
+    begins = torch.zeros(len(masks), dtype=torch.bool, device="cpu")
     begins[plan.n_anchors : plan.n_anchors + 1] = True
     left = (masks[:-1] & ~masks[1:]).any(1) | (draws[1:] != draws[:-1])
-    begins[1:] |= left & (torch.arange(1, len(masks)) > plan.n_anchors)
+    begins[1:] |= left & (torch.arange(1, len(masks), device="cpu") > plan.n_anchors)
     chain = begins.cumsum(0) - 1
     first = masks[begins]
     size = first.sum(1)
@@ -204,7 +208,9 @@ def _walk(plan: Plan, view: View, chain: Tensor, held: Tensor) -> tuple[Tensor, 
     numbers, cluster = plan.draws[rows].unique(return_inverse=True)
     gains = values.diff(dim=0)[inside][seen]
     cell = cluster[1:][inside][seen] * view.n_visible + column[seen]
-    sums = torch.zeros(len(numbers) * view.n_visible, values.shape[1], dtype=values.dtype)
+    sums = torch.zeros(
+        len(numbers) * view.n_visible, values.shape[1], dtype=values.dtype, device="cpu"
+    )
     sums = sums.index_add_(0, cell, gains).view(len(numbers), view.n_visible, -1)
 
     attributions = sums.sum(0) / n_orders

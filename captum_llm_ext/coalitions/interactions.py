@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # Noise and interactions, relative to what single features explain.
-_NOISE = torch.logspace(-3, 1.5, 10).tolist()
+_NOISE = torch.logspace(-3, 1.5, 10, dtype=torch.float32, device="cpu").tolist()
 _STRENGTH = (0.1, 0.3, 1.0, 3.0, 10.0)
 _STARTS = ((3, 2), (5, 2))
 # Neighbours are up to so many columns apart.
@@ -35,8 +35,12 @@ _ROUNDS = 8
 _TINY = 1e-30
 # Gauss-Legendre nodes: interactions of up to 16 features are integrated exactly.
 _LOWER_NODES = (0.0198550718, 0.1016667613, 0.2372337950, 0.4082826788)
-_NODES = torch.tensor([*_LOWER_NODES, *(1 - node for node in _LOWER_NODES)]).double()
-_NODE_WEIGHTS = torch.tensor(2 * (0.0506142681, 0.1111905172, 0.1568533229, 0.1813418917)).double()
+_NODES = torch.tensor(
+    [*_LOWER_NODES, *(1 - node for node in _LOWER_NODES)], dtype=torch.float64, device="cpu"
+)
+_NODE_WEIGHTS = torch.tensor(
+    2 * (0.0506142681, 0.1111905172, 0.1568533229, 0.1813418917), dtype=torch.float64, device="cpu"
+)
 
 
 class _Kind(NamedTuple):
@@ -140,14 +144,14 @@ class Interactions:
     @torch.inference_mode(False)  # relevances are learnt by gradients
     def __init__(self, x: Tensor, weights: Tensor, paired: Tensor, stride: int = 1) -> None:
         n_observations, n = x.shape
-        first = torch.arange(0, n_observations, stride)
-        rest = torch.ones(n_observations, dtype=torch.bool)
+        first = torch.arange(0, n_observations, stride, device="cpu")
+        rest = torch.ones(n_observations, dtype=torch.bool, device="cpu")
         rest[first] = False
         self._order = torch.cat([first, rest.nonzero()[:, 0]])
         self._n_fitted = len(first)
         self._x, self._weights = x[self._order], weights[self._order]
         # Half the digits are enough beside the noise, and take half the time.
-        self._signs = torch.where(self._x > 0, 1.0, -1.0).float()
+        self._signs = 2 * (self._x > 0).float() - 1
         self._root = self._weights.sqrt().float()[:, None]
         self._single = (~paired)[self._order].float()[:, None]
         self._moved = 2 * self._x.float() * self._root
@@ -174,7 +178,7 @@ class Interactions:
             freedom *= 2
             some = _every(self._n_fitted, n_learning)
             hyper = self._learnt(hyper, some, head[some])
-        rows = torch.arange(len(y))
+        rows = torch.arange(len(y), device="cpu")
         n = self._n_fitted
         linear, product = self._priors(hyper, rows, n, n)
         prior, noise = linear.plus(product, float(hyper.strength)), float(hyper.noise)
@@ -211,7 +215,7 @@ class Interactions:
         return most if most > n else 0
 
     def _searched(self, kind: _Kind, attributions: Tensor, rows: Tensor, y: Tensor) -> "_Search":
-        one = torch.ones(())
+        one = torch.ones((), dtype=torch.float32, device="cpu")
         hyper = _Hyper(
             relevance_of(attributions, 1.0),
             kind.reach * relevance_of(attributions, 0.1),
@@ -241,7 +245,9 @@ class Interactions:
                 linear, product = self._priors(hyper, rows, len(rows), 0)
                 covariance = linear.observations + strength.float() * product.observations
                 level = noise.float() * covariance.diagonal().mean()
-                covariance = covariance + level * torch.eye(len(rows))
+                covariance = covariance + level * torch.eye(
+                    len(rows), dtype=torch.float32, device="cpu"
+                )
                 with torch.no_grad():
                     inverse = torch.cholesky_inverse(factor(covariance, 0.0)[0])
                     solved = inverse @ y
@@ -290,7 +296,9 @@ class Interactions:
         whose terms are the interactions; sinh is its odd half.
         """
         each, factor = relevance.tanh(), relevance.cosh().log().sum().exp()
-        signs = torch.cat([self._signs[rows], torch.ones(1, len(relevance))])
+        signs = torch.cat(
+            [self._signs[rows], torch.ones(1, len(relevance), dtype=torch.float32, device="cpu")]
+        )
         right = torch.cat([signs[:n_fitted], signs[-1:]])
         agreement = (signs * relevance.float()) @ right.T
         odd = agreement.sinh() - (signs * (factor * each).float()) @ right.T
@@ -319,8 +327,8 @@ class Interactions:
             return _Prior(terms @ right.T, terms[:0, : len(relevance)], relevance)
         n = len(relevance)
         # A term is worth 2/3 to each of its three members, and its mean over all features is 2/n.
-        cross = torch.zeros(n_cross, n)
-        variances = torch.zeros(n)
+        cross = torch.zeros(n_cross, n, dtype=torch.float32, device="cpu")
+        variances = torch.zeros(n, dtype=torch.float32, device="cpu")
         for member in self._near.T:
             cross.index_add_(1, member, 2 / 3 * right[:n_cross])
             variances.index_add_(0, member, (4 / 9 - 8 / (3 * n)) * size)
@@ -330,7 +338,7 @@ class Interactions:
 
 def _every(n: int, most: int) -> Tensor:
     """At most so many of n rows, evenly spaced."""
-    return torch.arange(0, n, max(n // most, 1))[:most]
+    return torch.arange(0, n, max(n // most, 1), device="cpu")[:most]
 
 
 def relevance_of(attributions: Tensor, equal: float) -> Tensor:
@@ -362,9 +370,12 @@ def _apart(n: int) -> list[tuple[int, int]]:
 
 def _neighbours(n: int) -> Tensor:
     """Triples of columns at most `_REACH` apart, shape ``(n_triples, 3)``."""
-    first = torch.arange(n)[:, None]
-    triples = [first[: n - b] + torch.tensor([0, a, b]) for a, b in _apart(n)]
-    return torch.cat([torch.zeros(0, 3, dtype=torch.int64), *triples])
+    first = torch.arange(n, device="cpu")[:, None]
+    triples = [
+        first[: n - b] + torch.tensor([0, a, b], dtype=torch.int64, device="cpu")
+        for a, b in _apart(n)
+    ]
+    return torch.cat([torch.zeros(0, 3, dtype=torch.int64, device="cpu"), *triples])
 
 
 def _anchored(kernel: Tensor, share: Tensor, n_fitted: int) -> Tensor:
@@ -396,7 +407,7 @@ def _shapley_of_product(signs: Tensor, each: Tensor, factor: Tensor) -> tuple[Te
     """
     n = len(each)
     cross = torch.zeros_like(signs)
-    variances = torch.zeros(n, dtype=torch.float64)
+    variances = torch.zeros(n, dtype=torch.float64, device="cpu")
     for node, weight in zip(_NODES, _NODE_WEIGHTS, strict=True):
         part = node * each
         up, down = torch.log1p(part), torch.log1p(-part)
@@ -437,7 +448,9 @@ class _Search:
             ]
             best = min(nearby, key=self._error)
             if best == self._place:
-                found = torch.tensor([_STRENGTH[strength], _NOISE[noise]]).double()
+                found = torch.tensor(
+                    [_STRENGTH[strength], _NOISE[noise]], dtype=torch.float64, device="cpu"
+                )
                 return self._hyper._replace(strength=found[0], noise=found[1])
             self._place = best
 

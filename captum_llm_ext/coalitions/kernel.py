@@ -12,7 +12,12 @@ from captum_llm_ext.coalitions.plans import Plan
 from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
 
 # Ridge penalties tried, in units of the mean eigenvalue.
-_PENALTIES = torch.cat([torch.zeros(1), torch.logspace(-6, 1.5, 31)]).double()
+_PENALTIES = torch.cat(
+    [
+        torch.zeros(1, dtype=torch.float32, device="cpu"),
+        torch.logspace(-6, 1.5, 31, dtype=torch.float32, device="cpu"),
+    ]
+).double()
 # Below, interactions cannot be told from noise.
 _FEWEST_OBSERVATIONS = 8
 # A Gaussian process on a smaller part of the observations adds nothing to a regression on all.
@@ -127,7 +132,7 @@ class _Observations:
 
     def thinned(self, most: int) -> "_Observations":
         """At most `most` observations, evenly spaced."""
-        rows = torch.arange(0, len(self.x), max(-(-len(self.x) // most), 1))
+        rows = torch.arange(0, len(self.x), max(-(-len(self.x) // most), 1), device="cpu")
         weights = self.weights[rows]
         return _Observations(
             self.x[rows],
@@ -201,7 +206,7 @@ def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
     x, y, weights = observed.x, observed.y, observed.weights[:, None]
     n_observations, n = x.shape
     if not n_observations:
-        nothing = torch.zeros(n, y.shape[1], dtype=y.dtype)
+        nothing = torch.zeros(n, y.shape[1], dtype=y.dtype, device="cpu")
         return nothing, nothing + torch.nan, nothing.sum(0)
     rooted = x * weights.sqrt()
     eigenvalues, vectors = torch.linalg.eigh(_gram(rooted))
@@ -239,7 +244,7 @@ def is_complete(view: View) -> bool:
     if not 2 <= n <= _MOST_COMPLETE_FEATURES or len(masks) < 2**n - 2:
         return False
     # The empty and the full coalition are anchored, too.
-    counts = (masks.long() << torch.arange(n)).sum(1).bincount(minlength=2**n)[1:-1]
+    counts = (masks.long() << torch.arange(n, device="cpu")).sum(1).bincount(minlength=2**n)[1:-1]
     return bool(counts.all()) and _settled(counts, view)
 
 

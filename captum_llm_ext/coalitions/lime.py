@@ -31,7 +31,7 @@ def cosine_kernel(masks: Tensor, width: float = 1.0) -> Tensor:
     Returns:
         ``exp(-distance**2 / (2 * width**2))``, float64, shape ``(n_rows,)``.
     """
-    distance = 1 - (masks.sum(1) / max(masks.shape[1], 1)).double().sqrt()
+    distance = 1 - (masks.sum(1).double() / max(masks.shape[1], 1)).sqrt()
     return torch.exp(-distance.square() / (2 * width**2))
 
 
@@ -137,8 +137,8 @@ def solve_contextcite(
     if not alpha >= 0:
         raise ValueError(f"`alpha` is {alpha}: give 0 for no penalty, or a positive number.")
     joint = torch.stack([log_probs[:, a:b].double().sum(1) for a, b in spans], 1)
-    first = torch.tensor([start for start, _ in spans])
-    lengths = torch.tensor([end - start for start, end in spans])
+    first = torch.tensor([start for start, _ in spans], dtype=torch.int64, device="cpu")
+    lengths = torch.tensor([end - start for start, end in spans], dtype=torch.int64, device="cpu")
     values = logit_scaled(joint) / lengths
     seen = Scope(scope.n_visible[first], scope.required[first])
     solution = Solution.blank(len(spans), plan.n_features)
@@ -208,7 +208,7 @@ def _centred(view: View, kernel: Callable[[Tensor], Tensor]) -> _Regression:
 
 
 def _linear(fit: _Regression, alpha: float) -> tuple[Tensor, Tensor]:
-    ridge = alpha / fit.total * torch.eye(len(fit.gram), dtype=torch.float64)
+    ridge = alpha / fit.total * torch.eye(len(fit.gram), dtype=torch.float64, device="cpu")
     inverse = torch.linalg.pinv(fit.gram + ridge, hermitian=True, rtol=1e-12)
     coefficients = inverse @ fit.product
     influence = fit.x @ inverse
@@ -229,13 +229,17 @@ def _fill_lasso(
     together = max(_GRAM_MEMORY // max(8 * n**2, 1), 1)
     waiting = iter(every)
     while batch := list(islice(waiting, together)):
-        grams = torch.zeros(len(batch), n, n, dtype=torch.float64)
+        grams = torch.zeros(len(batch), n, n, dtype=torch.float64, device="cpu")
         products = torch.zeros_like(solution.attributions)
-        units = torch.ones(len(batch), n, dtype=torch.float64)
-        groups = torch.full((len(products),), -1)
+        units = torch.ones(len(batch), n, dtype=torch.float64, device="cpu")
+        groups = torch.full((len(products),), -1, dtype=torch.int64, device="cpu")
         for group, view in enumerate(batch):
             n_seen, fit = view.n_visible, _centred(view, kernel)
-            unit = fit.gram.diagonal().sqrt() if standardised else torch.ones(n_seen).double()
+            unit = (
+                fit.gram.diagonal().sqrt()
+                if standardised
+                else torch.ones(n_seen, dtype=torch.float64, device="cpu")
+            )
             # What never varies has no coefficient, whatever its unit.
             units[group, :n_seen] = unit.clamp_min(1e-12)
             grams[group] = torch.nn.functional.pad(fit.gram, (0, n - n_seen, 0, n - n_seen))

@@ -54,7 +54,9 @@ def part_errors(plan: Plan, values: Tensor, scope: Scope, part_of: Tensor) -> Te
         for targets that require a column, and for a single pair of walks.
     """
     order, n_parts = _orders(plan), int(part_of.max()) + 1
-    errors = torch.full((len(scope.n_visible), n_parts), torch.nan).double()
+    errors = torch.full(
+        (len(scope.n_visible), n_parts), torch.nan, dtype=torch.float64, device="cpu"
+    )
     for view in views(plan, values, scope):
         if view.required >= 0:
             continue
@@ -81,7 +83,9 @@ def _orders(plan: Plan) -> Tensor:
         )
     walks = masks.view(len(masks) // (n + 1), n + 1, n)
     joined = walks[:, 1:] & ~walks[:, :-1]
-    if bool((walks.sum(2) != torch.arange(n + 1)).any()) or bool((joined.sum(2) != 1).any()):
+    if bool((walks.sum(2) != torch.arange(n + 1, device="cpu")).any()) or bool(
+        (joined.sum(2) != 1).any()
+    ):
         raise ValueError("Rows are no walks from empty to full: use `plan_permutations`.")
     return joined.int().argmax(2) if n else joined.sum(2)
 
@@ -98,7 +102,7 @@ def _gains(view: View, order: Tensor) -> tuple[Tensor, Tensor]:
     """What each visible feature adds, ``(n_orders, n_visible, n_group)``; per order its draw."""
     n_orders, n = order.shape
     walks = view.values[view.sampled].view(n_orders, n + 1, -1)
-    gains = torch.empty(n_orders, n, len(view.targets), dtype=walks.dtype)
+    gains = torch.empty(n_orders, n, len(view.targets), dtype=walks.dtype, device="cpu")
     gains.scatter_(1, order[:, :, None].expand_as(gains), walks.diff(dim=1))
     # The unit that varies is the draw: an order and its reverse, or a single last order.
     draws = view.draws[view.sampled].view(n_orders, n + 1)[:, 0]
@@ -107,7 +111,7 @@ def _gains(view: View, order: Tensor) -> tuple[Tensor, Tensor]:
 
 def _spread(gains: Tensor, cluster: Tensor) -> Tensor:
     """Sums of squares over draws, of means over orders."""
-    sums = torch.zeros(int(cluster.max()) + 1, *gains.shape[1:], dtype=gains.dtype)
+    sums = torch.zeros(int(cluster.max()) + 1, *gains.shape[1:], dtype=gains.dtype, device="cpu")
     sums.index_add_(0, cluster, gains - gains.mean(0))
     return sums.square().sum(0) / len(gains) ** 2
 

@@ -52,11 +52,13 @@ def plan_anchors(n_features: int, *, required: Sequence[int] = (), n_empty: int 
     n_features = _count("n_features", n_features, at_least=0)
     n_empty = _count("n_empty", n_empty, at_least=1)
     columns = _columns(required, n_features)
-    masks = torch.zeros(1 + n_empty * (1 + len(columns)), n_features, dtype=torch.bool)
+    masks = torch.zeros(
+        1 + n_empty * (1 + len(columns)), n_features, dtype=torch.bool, device="cpu"
+    )
     masks[0] = True
     for block, column in enumerate(columns, start=1):
         masks[1 + block * n_empty : 1 + (block + 1) * n_empty, column] = True
-    return Plan(masks, torch.arange(len(masks)), n_anchors=len(masks))
+    return Plan(masks, torch.arange(len(masks), device="cpu"), n_anchors=len(masks))
 
 
 def plan_leave_one_out(n_features: int, *, n_draws: int = 1, common_draw: bool = False) -> Plan:
@@ -72,7 +74,7 @@ def plan_leave_one_out(n_features: int, *, n_draws: int = 1, common_draw: bool =
         ``n_draws * n_features`` rows.
     """
     n_features = _count("n_features", n_features, at_least=0)
-    masks = ~torch.eye(n_features, dtype=torch.bool)
+    masks = ~torch.eye(n_features, dtype=torch.bool, device="cpu")
     return _repeated(masks, _count("n_draws", n_draws, at_least=1), common_draw)
 
 
@@ -100,7 +102,7 @@ def plan_only_one_in(
         ValueError: If a count is too small or a required column does not exist.
     """
     n_features = _count("n_features", n_features, at_least=0)
-    alone = torch.eye(n_features, dtype=torch.bool)
+    alone = torch.eye(n_features, dtype=torch.bool, device="cpu")
     columns = _columns(required, n_features)
     masks = [alone, *((alone | alone[column])[: column + 1] for column in columns)]
     return _repeated(torch.cat(masks), _count("n_draws", n_draws, at_least=1), common_draw)
@@ -146,11 +148,19 @@ def plan_permutations(n_features: int, n_orders: int, *, generator: torch.Genera
     """
     n_features = _count("n_features", n_features, at_least=0)
     n_orders = _count("n_orders", n_orders, at_least=1)
-    rank = torch.rand((n_orders + 1) // 2, n_features, generator=generator).argsort(1).argsort(1)
+    rank = (
+        torch.rand(
+            (n_orders + 1) // 2, n_features, generator=generator, dtype=torch.float32, device="cpu"
+        )
+        .argsort(1)
+        .argsort(1)
+    )
     ranks = torch.stack([rank, n_features - 1 - rank], 1).flatten(0, 1)[:n_orders]
-    steps = torch.arange(n_features + 1)[:, None]
+    steps = torch.arange(n_features + 1, device="cpu")[:, None]
     masks = (ranks[:, None, :] < steps).flatten(0, 1)
-    return Plan(masks, (torch.arange(n_orders) // 2).repeat_interleave(n_features + 1))
+    return Plan(
+        masks, (torch.arange(n_orders, device="cpu") // 2).repeat_interleave(n_features + 1)
+    )
 
 
 def plan_pairs(n_features: int, n_evaluations: int, *, generator: torch.Generator) -> Plan:
@@ -178,10 +188,12 @@ def plan_pairs(n_features: int, n_evaluations: int, *, generator: torch.Generato
     else:
         half = _different(n_features, (n_evaluations + 1) // 2, generator)
         # One of the two is first by chance, lest an odd last row have its complement for certain.
-        flipped = torch.rand(len(half), 1, generator=generator) < 0.5
-        half = (half ^ flipped)[torch.randperm(len(half), generator=generator)]
+        flipped = (
+            torch.rand(len(half), 1, generator=generator, dtype=torch.float32, device="cpu") < 0.5
+        )
+        half = (half ^ flipped)[torch.randperm(len(half), generator=generator, device="cpu")]
     masks = torch.stack([half, ~half], 1).flatten(0, 1)[:n_evaluations]
-    return Plan(masks, torch.arange(len(masks)) // 2)
+    return Plan(masks, torch.arange(len(masks), device="cpu") // 2)
 
 
 def plan_lime(n_features: int, n_evaluations: int, *, generator: torch.Generator) -> Plan:
@@ -194,8 +206,13 @@ def plan_lime(n_features: int, n_evaluations: int, *, generator: torch.Generator
     """
     n_features = _count("n_features", n_features, at_least=0)
     n_evaluations = _count("n_evaluations", n_evaluations, at_least=1)
-    masks = torch.rand(n_evaluations, n_features, generator=generator) < 0.5
-    return Plan(masks, torch.arange(n_evaluations))
+    masks = (
+        torch.rand(
+            n_evaluations, n_features, generator=generator, dtype=torch.float32, device="cpu"
+        )
+        < 0.5
+    )
+    return Plan(masks, torch.arange(n_evaluations, device="cpu"))
 
 
 def join_plans(plans: Sequence[Plan]) -> Plan:
@@ -226,13 +243,13 @@ def join_plans(plans: Sequence[Plan]) -> Plan:
 
 def _repeated(masks: Tensor, n_draws: int, common_draw: bool) -> Plan:
     rows = masks.repeat(n_draws, 1)
-    draws = torch.arange(len(rows))
+    draws = torch.arange(len(rows), device="cpu")
     return Plan(rows, draws // max(len(masks), 1) if common_draw else draws)
 
 
 def _enumerated(n_features: int) -> Tensor:
-    codes = torch.arange(2**n_features)
-    return (codes[:, None] >> torch.arange(n_features) & 1).bool()
+    codes = torch.arange(2**n_features, device="cpu")
+    return (codes[:, None] >> torch.arange(n_features, device="cpu") & 1).bool()
 
 
 def _different(n_features: int, n_pairs: int, generator: torch.Generator) -> Tensor:
@@ -242,16 +259,21 @@ def _different(n_features: int, n_pairs: int, generator: torch.Generator) -> Ten
         Shape ``(n_pairs, n_features)``, fewer where there are not as many.
     """
     counts = _quotas(n_features, n_pairs, generator)
-    listed, drawn = [torch.zeros(0, n_features, dtype=torch.bool)], torch.zeros_like(counts)
+    listed, drawn = (
+        [torch.zeros(0, n_features, dtype=torch.bool, device="cpu")],
+        torch.zeros_like(counts),
+    )
     for size, count in enumerate(counts.tolist(), start=1):
         if 2 * count > _pairs_of_size(n_features, size):  # too dense to draw until they differ
             every = _of_size(n_features, size)
-            listed.append(every[torch.randperm(len(every), generator=generator)[:count]])
+            listed.append(
+                every[torch.randperm(len(every), generator=generator, device="cpu")[:count]]
+            )
         else:
             drawn[size - 1] = count
-    sizes = torch.arange(1, len(counts) + 1).repeat_interleave(drawn)
+    sizes = torch.arange(1, len(counts) + 1, device="cpu").repeat_interleave(drawn)
     masks = _drawn(n_features, sizes, generator)
-    hashes = torch.randint(-(2**62), 2**62, (n_features,), generator=generator)
+    hashes = torch.randint(-(2**62), 2**62, (n_features,), generator=generator, device="cpu")
     while len(again := _repetitions(masks, hashes)):
         masks[again] = _drawn(n_features, sizes[again], generator)
     return torch.cat([*listed, masks])
@@ -260,7 +282,11 @@ def _different(n_features: int, n_pairs: int, generator: torch.Generator) -> Ten
 def _quotas(n_features: int, n_pairs: int, generator: torch.Generator) -> Tensor:
     """How many pairs of each size 1, 2, … up to half of the features; equally many of each size."""
     sizes = range(1, n_features // 2 + 1)
-    most = torch.tensor([float(min(_pairs_of_size(n_features, s), n_pairs)) for s in sizes])
+    most = torch.tensor(
+        [float(min(_pairs_of_size(n_features, s), n_pairs)) for s in sizes],
+        dtype=torch.float32,
+        device="cpu",
+    )
     share = torch.full_like(most, 2.0)
     if n_features % 2 == 0:
         share[-1] = 1  # its complements have this size, too
@@ -273,8 +299,11 @@ def _quotas(n_features: int, n_pairs: int, generator: torch.Generator) -> Tensor
             break
         full |= quotas >= most
     # Systematic rounding: sums differ from those of the quotas by less than one.
-    ends = (quotas.minimum(most).cumsum(0) + torch.rand((), generator=generator)).floor()
-    return ends.diff(prepend=torch.zeros(1)).long()
+    ends = (
+        quotas.minimum(most).cumsum(0)
+        + torch.rand((), generator=generator, dtype=torch.float32, device="cpu")
+    ).floor()
+    return ends.diff(prepend=torch.zeros(1, dtype=torch.float32, device="cpu")).long()
 
 
 def _pairs_of_size(n_features: int, size: int) -> int:
@@ -286,12 +315,18 @@ def _of_size(n_features: int, size: int) -> Tensor:
     # Of two complementary halves, the one with the first feature.
     always = [0] if 2 * size == n_features else []
     members = combinations(range(len(always), n_features), size - len(always))
-    rows = torch.tensor([[*always, *chosen] for chosen in members])
-    return torch.zeros(len(rows), n_features, dtype=torch.bool).scatter_(1, rows, True)
+    rows = torch.tensor([[*always, *chosen] for chosen in members], dtype=torch.int64, device="cpu")
+    return torch.zeros(len(rows), n_features, dtype=torch.bool, device="cpu").scatter_(
+        1, rows, True
+    )
 
 
 def _drawn(n_features: int, sizes: Tensor, generator: torch.Generator) -> Tensor:
-    rank = torch.rand(len(sizes), n_features, generator=generator).argsort(1).argsort(1)
+    rank = (
+        torch.rand(len(sizes), n_features, generator=generator, dtype=torch.float32, device="cpu")
+        .argsort(1)
+        .argsort(1)
+    )
     return rank < sizes[:, None]
 
 

@@ -62,8 +62,8 @@ class Solution:
     @classmethod
     def blank(cls, n_target: int, n_features: int) -> "Solution":
         """All zeros, for a solver to fill in."""
-        wide = torch.zeros(2, n_target, n_features, dtype=torch.float64)
-        narrow = torch.zeros(2, n_target, dtype=torch.float64)
+        wide = torch.zeros(2, n_target, n_features, dtype=torch.float64, device="cpu")
+        narrow = torch.zeros(2, n_target, dtype=torch.float64, device="cpu")
         return cls(wide[0], wide[1], narrow[0], narrow[1])
 
     @classmethod
@@ -160,7 +160,7 @@ def views(plan: Plan, values: Tensor, scope: Scope) -> Iterator[View]:
 
 def _paired(plan: Plan) -> Tensor:
     """Whether a row is followed by its complement; once for all views, which may lack a partner."""
-    paired = torch.zeros(len(plan.masks), dtype=torch.bool)
+    paired = torch.zeros(len(plan.masks), dtype=torch.bool, device="cpu")
     opposite = (plan.masks[1:] ^ plan.masks[:-1]).sum(1) == plan.n_features
     paired[:-1] = opposite & (plan.draws[1:] == plan.draws[:-1])
     return paired
@@ -174,7 +174,7 @@ def _sizes(sizes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """
     n, sampled = plan.n_features, plan.masks[plan.n_anchors :]
     counts = sizes[plan.n_anchors :].bincount(minlength=n + 1).double()
-    size = torch.arange(n + 1, dtype=torch.float64)
+    size = torch.arange(n + 1, dtype=torch.float64, device="cpu")
     every = (size + 1).lgamma() + (n - size + 1).lgamma()
     every = (every[0] - every).exp().round()
     rest = (size > 0) & (size < n)
@@ -197,7 +197,11 @@ def _view(
     n_visible: int,
     required: int,
 ) -> View:
-    defined = plan.masks[:, required] if required >= 0 else torch.ones(len(sizes), dtype=torch.bool)
+    defined = (
+        plan.masks[:, required]
+        if required >= 0
+        else torch.ones(len(sizes), dtype=torch.bool, device="cpu")
+    )
     rows = defined.nonzero()[:, 0]
     sizes, draws = sizes[rows], plan.draws[rows]
     paired, weights, complete = (column[rows] for column in of_rows)

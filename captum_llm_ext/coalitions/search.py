@@ -42,16 +42,16 @@ def search(
     Returns:
         The plan, without anchors, and its values.
     """
-    full = torch.ones(1, n_features, dtype=torch.bool)
+    full = torch.ones(1, n_features, dtype=torch.bool, device="cpu")
     beside = sorted(set(range(n_features)) - set(leaves(tree)))
     waiting: list[Tree] = [*_roots(tree), *beside]
     plans: list[Plan] = []
     found: list[Tensor] = []
     scored = torch.cat([full, *(_without(part, n_features) for part in waiting)])
     n_rows, most = 0, 0.0
-    whole = torch.zeros(0)
+    whole = torch.zeros(0, dtype=torch.float32, device="cpu")
     while len(scored):
-        draws = torch.arange(n_draws).repeat_interleave(len(scored))
+        draws = torch.arange(n_draws, device="cpu").repeat_interleave(len(scored))
         plans.append(Plan(scored.repeat(n_draws, 1), draws))
         found.append(score(plans[-1]).double())
         n_rows += len(draws)
@@ -91,7 +91,9 @@ def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
     solution = Solution.blank(len(scope.n_visible), plan.n_features)
     for view in views(plan, values, scope):
         losses = _Losses.of(plan, view)
-        attributions = torch.zeros(view.n_visible, len(view.targets), dtype=torch.float64)
+        attributions = torch.zeros(
+            view.n_visible, len(view.targets), dtype=torch.float64, device="cpu"
+        )
         variances = torch.zeros_like(attributions)
         for part, is_alone in _known(losses, tree, view.n_visible):
             mean, variance = losses.of_part(part)
@@ -112,7 +114,10 @@ def unopened(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Un
         losses = _Losses.of(plan, view)
         for part, is_alone in _known(losses, tree, view.n_visible):
             if not is_alone:
-                total = totals.setdefault(part, torch.zeros(len(scope.n_visible)).double())
+                total = totals.setdefault(
+                    part,
+                    torch.zeros(len(scope.n_visible), dtype=torch.float64, device="cpu"),
+                )
                 total[view.targets] += losses.of_part(part)[0]
     found = [Unresolved(columns, total) for columns, total in totals.items()]
     return sorted(found, key=lambda part: -float(part.totals.abs().sum()))
@@ -127,7 +132,7 @@ def _roots(tree: Tree) -> tuple[Tree, ...]:
 
 
 def _without(part: Tree, n_features: int) -> Tensor:
-    mask = torch.ones(1, n_features, dtype=torch.bool)
+    mask = torch.ones(1, n_features, dtype=torch.bool, device="cpu")
     mask[0, leaves(part)] = False
     return mask
 
@@ -161,7 +166,9 @@ class _Losses:
         )
         common = sorted(full.keys() & without.keys())
         losses = self.values[[full[d] for d in common]] - self.values[[without[d] for d in common]]
-        mean, variance = mean_over_draws(losses, torch.tensor(common))
+        mean, variance = mean_over_draws(
+            losses, torch.tensor(common, dtype=torch.int64, device="cpu")
+        )
         if len(common) > 1:
             variance = losses.var(0) / len(common) * normal_scale(len(common) - 1) ** 2
         return mean, variance

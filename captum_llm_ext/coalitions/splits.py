@@ -133,7 +133,10 @@ def unresolved(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[
         credit = _Credit(_Table.of(view))
         credit.share(pruned(tree, view.n_visible))
         for columns, amount in credit.unresolved.items():
-            total = totals.setdefault(columns, torch.zeros(len(scope.n_visible)).double())
+            total = totals.setdefault(
+                columns,
+                torch.zeros(len(scope.n_visible), dtype=torch.float64, device="cpu"),
+            )
             total[view.targets] += amount.mean(0)
     found = [Unresolved(columns, total) for columns, total in totals.items()]
     return sorted(found, key=lambda group: -float(group.totals.abs().sum()))
@@ -141,7 +144,7 @@ def unresolved(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[
 
 def _held(tree: Tree, n_features: int, held: int) -> tuple[Tree, Tensor]:
     """The tree of what is switched, and the coalition ``(1, n_features)`` it starts from."""
-    start = torch.zeros(1, n_features, dtype=torch.bool)
+    start = torch.zeros(1, n_features, dtype=torch.bool, device="cpu")
     if held < 0:
         return tree, start
     start[0, held] = True
@@ -149,7 +152,7 @@ def _held(tree: Tree, n_features: int, held: int) -> tuple[Tree, Tensor]:
 
 
 def _mask(tree: Tree, n_features: int) -> Tensor:
-    mask = torch.zeros(n_features, dtype=torch.bool)
+    mask = torch.zeros(n_features, dtype=torch.bool, device="cpu")
     mask[leaves(tree)] = True
     return mask
 
@@ -157,7 +160,10 @@ def _mask(tree: Tree, n_features: int) -> Tensor:
 def _subsets(tree: tuple[Tree, ...], n_features: int) -> Tensor:
     """Unions of children, ``(2**n_children, n_features)``; row number = sum of 2**i over them."""
     children = torch.stack([_mask(child, n_features) for child in tree])
-    chosen = torch.arange(2 ** len(tree))[:, None] >> torch.arange(len(tree)) & 1
+    chosen = (
+        torch.arange(2 ** len(tree), device="cpu")[:, None] >> torch.arange(len(tree), device="cpu")
+        & 1
+    )
     return chosen.float() @ children.float() > 0
 
 
@@ -167,11 +173,11 @@ def _without(child: int, n_children: int) -> tuple[Tensor, Tensor]:
     Returns:
         Both of shape ``(2**(n_children - 1),)``.
     """
-    codes = torch.arange(2**n_children)
+    codes = torch.arange(2**n_children, device="cpu")
     codes = codes[codes >> child & 1 == 0]
-    sizes = (codes[:, None] >> torch.arange(n_children) & 1).sum(1).tolist()
+    sizes = (codes[:, None] >> torch.arange(n_children, device="cpu") & 1).sum(1).tolist()
     shares = [1 / (n_children * comb(n_children - 1, size)) for size in sizes]
-    return codes, torch.tensor(shares, dtype=torch.float64)
+    return codes, torch.tensor(shares, dtype=torch.float64, device="cpu")
 
 
 def _collect(tree: Tree, contexts: Tensor, found: list[Tensor]) -> None:
@@ -186,7 +192,7 @@ def _collect(tree: Tree, contexts: Tensor, found: list[Tensor]) -> None:
 
 
 def _drawn(masks: Tensor, n_draws: int) -> Plan:
-    draws = torch.arange(n_draws).repeat_interleave(len(masks))
+    draws = torch.arange(n_draws, device="cpu").repeat_interleave(len(masks))
     return Plan(masks.repeat(n_draws, 1), draws)
 
 
@@ -339,7 +345,7 @@ class _Table:
         if not bool(counts.all()):  # draws that do not hold every coalition are averaged over
             numbers, cell = numbers[:1], code
             counts = cell.bincount(minlength=len(keys))
-        sums = torch.zeros(len(counts), values.shape[1], dtype=values.dtype)
+        sums = torch.zeros(len(counts), values.shape[1], dtype=values.dtype, device="cpu")
         means = sums.index_add_(0, cell, values) / counts[:, None]
         return cls(masks[first], means.view(len(keys), len(numbers), -1), keys)
 
@@ -352,15 +358,15 @@ class _Table:
 def _keys(masks: Tensor) -> Tensor:
     """A number per coalition; wrong ones that collide are told by comparing the masks."""
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(2**62, (masks.shape[-1],), generator=generator)
+    factors = torch.randint(2**62, (masks.shape[-1],), generator=generator, device="cpu")
     return (masks.long() * factors).sum(-1)
 
 
 def _distinct(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sorted distinct keys, the first row of each, and each row's place among them."""
     distinct, place = keys.unique(return_inverse=True)
-    first = torch.full((len(distinct),), len(keys))
-    first.scatter_reduce_(0, place, torch.arange(len(keys)), "amin")
+    first = torch.full((len(distinct),), len(keys), dtype=torch.int64, device="cpu")
+    first.scatter_reduce_(0, place, torch.arange(len(keys), device="cpu"), "amin")
     return distinct, first, place
 
 
@@ -375,7 +381,9 @@ class _Credit:
 
     def __init__(self, table: _Table) -> None:
         self._table = table
-        self.shares = torch.zeros(table.masks.shape[1], *table.values.shape[1:]).double()
+        self.shares = torch.zeros(
+            table.masks.shape[1], *table.values.shape[1:], dtype=torch.float64, device="cpu"
+        )
         self.unresolved: dict[tuple[int, ...], Tensor] = {}
         self.uncertain: set[int] = set()
 
@@ -383,10 +391,15 @@ class _Credit:
         """Shares out what the tree adds where everything else is absent."""
         if tree == ():
             return
-        empty = torch.zeros(1, self._table.masks.shape[1], dtype=torch.bool)
+        empty = torch.zeros(1, self._table.masks.shape[1], dtype=torch.bool, device="cpu")
         ends = torch.cat([empty, empty | _mask(tree, empty.shape[1])])
         total = self._table.values[self._table.find(ends)[0]]
-        self._share(tree, empty, torch.ones(1).double(), total[1] - total[0])
+        self._share(
+            tree,
+            empty,
+            torch.ones(1, dtype=torch.float64, device="cpu"),
+            total[1] - total[0],
+        )
 
     def _share(self, tree: Tree, contexts: Tensor, weights: Tensor, total: Tensor) -> None:
         """Shares what `tree` adds in all.
@@ -420,7 +433,9 @@ class _Credit:
     def _lookup(self, children: tuple[Tree, ...], contexts: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of all unions ``(m, 2**k)``, and the contexts ``(m,)`` that have all of them."""
         if 2 ** len(children) > len(self._table.keys):
-            return contexts[:, :0].long(), torch.zeros(len(contexts), dtype=torch.bool)
+            return contexts[:, :0].long(), torch.zeros(
+                len(contexts), dtype=torch.bool, device="cpu"
+            )
         unions = contexts[:, None] | _subsets(children, contexts.shape[1])
         index, found = self._table.find(unions)
         return index, found.all(1)

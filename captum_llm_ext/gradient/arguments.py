@@ -118,11 +118,15 @@ def present_features(baselines: Any, n_features: int, *, is_drawn: bool) -> Tens
         if not is_drawn:
             raise ValueError("a callable `baselines` is for LayerGradientShap: give a tensor.")
         takes = len(inspect.signature(baselines).parameters)
-        baselines = baselines(torch.ones(1, n_features)) if takes else baselines()
+        baselines = (
+            baselines(torch.ones(1, n_features, dtype=torch.float32, device="cpu"))
+            if takes
+            else baselines()
+        )
     if isinstance(baselines, tuple) and len(cast(tuple[Any, ...], baselines)) == 1:
         baselines = cast(Any, baselines)[0]
     if baselines is None or isinstance(baselines, int | float):
-        return torch.full((1, n_features), baselines == 1)
+        return torch.full((1, n_features), baselines == 1, dtype=torch.bool, device="cpu")
     if isinstance(baselines, Tensor) and baselines.dim() == 2:
         n, width = baselines.shape
         if width == n_features and (n == 1 or (is_drawn and n > 0)):

@@ -316,7 +316,9 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         joint: Tensor | None,
         about: dict[str, Any],
     ) -> GenerationAttributionResult:
-        ends = torch.zeros(2, prompt.n_features + generated.n_features, dtype=torch.bool)
+        ends = torch.zeros(
+            2, prompt.n_features + generated.n_features, dtype=torch.bool, device="cpu"
+        )
         ends[0] = True
         return assembled(
             inp,
@@ -326,7 +328,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             joint,
             masks=ends,
             values=torch.stack([found.full_values, found.empty_values]),
-            draws=torch.zeros(2, dtype=torch.long),
+            draws=torch.zeros(2, dtype=torch.long, device="cpu"),
             n_evaluations=paths.n_rows,
             like=numbers_of(self.model, self.device),
             provenance=self._provenance(prompt, paths) | about,

@@ -80,15 +80,15 @@ def points_of(
     if isinstance(method, LayerIntegratedGradients):
         return _integrated(50 if n_steps is None else n_steps, rule or "gausslegendre", multiplies)
     if isinstance(method, LayerGradientXActivation):
-        one = torch.ones(1, dtype=torch.float64)
+        one = torch.ones(1, dtype=torch.float64, device="cpu")
         return Points("gradient x activation", one, one, from_zero=True, multiplies=multiplies)
     n = at_least_one("n_samples", 5 if n_samples is None else n_samples)
     noise = _deviation(stdevs)
     generator = torch.Generator().manual_seed(seed)
     return Points(
         "expected gradients",
-        torch.rand(n, dtype=torch.float64, generator=generator),
-        torch.full((n,), 1 / n, dtype=torch.float64),
+        torch.rand(n, dtype=torch.float64, generator=generator, device="cpu"),
+        torch.full((n,), 1 / n, dtype=torch.float64, device="cpu"),
         noise=noise,
         is_sampled=True,
         multiplies=multiplies,
@@ -106,8 +106,8 @@ def _integrated(n_steps: int, rule: str, multiplies: bool) -> Points:
     alphas, weights = _compat.integration_points(rule, n_steps)
     return Points(
         "integrated gradients",
-        torch.tensor(alphas, dtype=torch.float64),
-        torch.tensor(weights, dtype=torch.float64),
+        torch.tensor(alphas, dtype=torch.float64, device="cpu"),
+        torch.tensor(weights, dtype=torch.float64, device="cpu"),
         multiplies=multiplies,
         settings=(("n_steps", n_steps), ("rule", rule)),
     )

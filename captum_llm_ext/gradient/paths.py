@@ -120,10 +120,12 @@ class Paths:
                 "which needs none."
             )
         with as_found(self._model):
-            target = torch.tensor(generated.ids)
-            ids = torch.tensor([[*self._prompt_ids, *generated.ids[:-1]]])
+            target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
+            ids = torch.tensor(
+                [[*self._prompt_ids, *generated.ids[:-1]]], dtype=torch.int64, device="cpu"
+            )
             ids = ids.to(_compat.input_device(self._model))
-            at = torch.arange(start - 1, start - 1 + len(target))
+            at = torch.arange(start - 1, start - 1 + len(target), device="cpu")
             whole = Row(ids, at, target)
             self._find_layers(whole)
         # Baselines may ask a model, perhaps another one: none is held meanwhile.
@@ -144,8 +146,11 @@ class Paths:
         """The attributions of all scenes."""
         ids, at, target, start = whole.ids, whole.at, whole.target, own.start
         n_values = 1 if is_joint else len(target)
-        attributions = torch.zeros(n_values, own.n_features, dtype=torch.float64)
-        errors, full = torch.zeros_like(attributions), torch.zeros(n_values, dtype=torch.float64)
+        attributions = torch.zeros(n_values, own.n_features, dtype=torch.float64, device="cpu")
+        errors, full = (
+            torch.zeros_like(attributions),
+            torch.zeros(n_values, dtype=torch.float64, device="cpu"),
+        )
         empty = torch.zeros_like(full)
         sees_nothing = len(at) == 1 or is_causal(self._model, ids[0].tolist())
         if is_joint and not sees_nothing:
@@ -166,8 +171,11 @@ class Paths:
             attributions[rows], errors[rows] = found.attributions, found.standard_errors
             full[rows], empty[rows] = found.full_values, found.empty_values
         # What holds the token or comes after it is no cause: what models give it is rounding.
-        n_before = torch.tensor([0] if is_joint else generated.n_visible) + own.n_prompt
-        later = torch.arange(own.n_features) >= n_before[:, None]
+        n_before = (
+            torch.tensor([0] if is_joint else generated.n_visible, dtype=torch.int64, device="cpu")
+            + own.n_prompt
+        )
+        later = torch.arange(own.n_features, device="cpu") >= n_before[:, None]
         return Solution(
             attributions.masked_fill(later, 0.0), errors.masked_fill(later, 0.0), full, empty
         )
@@ -195,7 +203,7 @@ class Paths:
         empty = slopes.values(self._n_ends, lambda rows: (begin(rows), [])).mean(0)
         owners = own.owners(row.length)
         each: list[Tensor] = []
-        total = torch.zeros(slopes.n_values, own.n_features, dtype=torch.float64)
+        total = torch.zeros(slopes.n_values, own.n_features, dtype=torch.float64, device="cpu")
         for rows, products in slopes.products(len(points.alphas), between):
             summed = products.new_zeros(*products.shape[:2], own.n_features + 1)
             summed = summed.index_add(2, owners, products)[..., :-1]
@@ -236,7 +244,12 @@ class Paths:
     def _noise(self, end: Tensor, layer: int, rows: slice) -> Tensor:
         """Normal noise ``(n, length, size)``: the same for a point whatever pass it is in."""
         each = [
-            torch.randn(end.shape[1:], generator=draw_generator(self._seed, point, layer))
+            torch.randn(
+                end.shape[1:],
+                generator=draw_generator(self._seed, point, layer),
+                dtype=torch.float32,
+                device="cpu",
+            )
             for point in range(rows.start, rows.stop)
         ]
         return torch.stack(each).to(end.device)
@@ -287,7 +300,9 @@ class Paths:
         if len(self._kept) == 1:
             return self._kept
         generator = draw_generator(self._seed, len(self._kept))
-        drawn = torch.randint(len(self._kept), (len(self.points.alphas),), generator=generator)
+        drawn = torch.randint(
+            len(self._kept), (len(self.points.alphas),), generator=generator, device="cpu"
+        )
         return self._kept[drawn]
 
     def _read(self, layers: Layers, row: Row) -> list[Tensor]:

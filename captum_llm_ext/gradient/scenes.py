@@ -90,7 +90,7 @@ class Features:
 
     def owners(self, length: int) -> Tensor:
         """Per place of a row of so many ids its feature, ``n_features`` if it is fixed text."""
-        owners = torch.full((length,), self.n_features)
+        owners = torch.full((length,), self.n_features, dtype=torch.int64, device="cpu")
         for place in self.places:
             owners[[p for p in place.positions if p < length]] = place.feature
         return owners
@@ -163,7 +163,7 @@ def absent_embeddings(
         )
     vectors = present[0, :0]
     if order:
-        ids = torch.tensor([order], device=_compat.input_device(model))
+        ids = torch.tensor([order], device=_compat.input_device(model), dtype=torch.int64)
         vectors = embedding(ids).detach()[0].to(present.device)
     number = {token: i for i, token in enumerate(order)}
     length = present.shape[1]
@@ -198,8 +198,10 @@ def held_positions(scene: Scene, features: Features, kept: Tensor, length: int) 
         length: Of the row.
     """
     owners = features.owners(length)
-    every = torch.ones(len(kept), 1, dtype=torch.bool)
-    output = torch.zeros(len(kept), features.n_features - features.n_prompt, dtype=torch.bool)
+    every = torch.ones(len(kept), 1, dtype=torch.bool, device="cpu")
+    output = torch.zeros(
+        len(kept), features.n_features - features.n_prompt, dtype=torch.bool, device="cpu"
+    )
     held = torch.cat([kept, output, every], dim=1)[:, owners]
     held[:, [p for place in scene.held if (p := features.start + place) < length]] = True
     return held

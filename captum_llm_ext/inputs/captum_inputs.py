@@ -191,7 +191,9 @@ class _OpaquePrompt(Prompt):
         self._inp = inp
         self._tokenizer = tokenizer
         self.n_features = int(inp.n_itp_features)
-        column_of = inp.format_attr(torch.arange(float(self.n_features)).unsqueeze(0))
+        column_of = inp.format_attr(
+            torch.arange(float(self.n_features), dtype=torch.float32, device="cpu").unsqueeze(0)
+        )
         self.columns = [int(column) for column in column_of.reshape(-1).tolist()]
         self.names = [str(value) for value in inp.values]
         self.pieces = [Piece(name, i) for i, name in enumerate(self.names)]
@@ -224,7 +226,7 @@ class _OpaquePrompt(Prompt):
                 "ids or a mapping with `input_ids` is wanted."
             )
         extras = dict(cast(Mapping[str, Any], model_input))
-        ids = torch.as_tensor(extras.pop("input_ids")).reshape(-1).tolist()
+        ids = torch.as_tensor(extras.pop("input_ids"), device="cpu").reshape(-1).tolist()
         extras.pop("attention_mask", None)  # all ones for one prompt, as captum takes it
         return RenderedPrompt(tuple(ids), extras or None, key if extras else None)
 
@@ -233,7 +235,7 @@ class _MergedPrompt(Prompt):
     """A prompt whose features are tied together by captum's `feature_mask`."""
 
     def __init__(self, prompt: Prompt, feature_mask: Tensor) -> None:
-        mask = torch.as_tensor(feature_mask).reshape(-1).tolist()
+        mask = torch.as_tensor(feature_mask, device="cpu").reshape(-1).tolist()
         if len(mask) != prompt.n_features:
             raise ValueError(
                 f"`feature_mask` has shape {tuple(feature_mask.shape)} for {prompt.n_features} "
@@ -243,7 +245,7 @@ class _MergedPrompt(Prompt):
         groups = _renumber(mask)
         if isinstance(prompt, TextSegmentInput):
             prompt = self._prompt = prompt.drawn_together(groups)
-        self._groups = torch.tensor(groups)
+        self._groups = torch.tensor(groups, dtype=torch.int64, device="cpu")
         self.n_features = max(groups) + 1
         self.text, self.baseline = prompt.text, prompt.baseline
         self.own_baseline = prompt.own_baseline
@@ -316,7 +318,7 @@ def _renders_as(inp: InterpretableInput, kind: type[InterpretableInput]) -> bool
 def _draw_product(baselines: ProductBaselines, generator: torch.Generator) -> Any:
     """`ProductBaselines.sample`, from an explicit generator in place of the global one."""
     drawn = [
-        choices[int(torch.randint(len(choices), (), generator=generator))]
+        choices[int(torch.randint(len(choices), (), generator=generator, device="cpu"))]
         for choices in baselines.baseline_values
     ]
     if not baselines.dict_keys:

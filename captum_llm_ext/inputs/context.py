@@ -31,7 +31,7 @@ class Context:
     def __init__(self, prompt: Prompt, tokenizer: Any, model: LanguageModel) -> None:
         self._tokenizer, self._model = tokenizer, model
         self.prompt = prompt = prompt.with_model(model)
-        everything = torch.ones(1, prompt.n_features, dtype=torch.bool)
+        everything = torch.ones(1, prompt.n_features, dtype=torch.bool, device="cpu")
         self.full = prompt.render(everything, torch.Generator().manual_seed(0))[0]
         if not self.full.ids:
             raise ValueError("the prompt is empty: it has no token before the target.")

@@ -254,4 +254,4 @@ def template_pieces(
 
 def draw_seed(generator: torch.Generator) -> int:
     """One number from which all draws of a rendering follow."""
-    return int(torch.randint(2**62, (), generator=generator))
+    return int(torch.randint(2**62, (), generator=generator, device="cpu"))

@@ -266,12 +266,12 @@ class TextSegmentInput(InterpretableInput, Prompt):
 
     def to_tensor(self) -> Tensor:
         """All features present: ones, shape ``(1, n_features)``."""
-        return torch.ones(1, self.n_features)
+        return torch.ones(1, self.n_features, dtype=torch.float32, device="cpu")
 
     def to_model_input(self, perturbed_tensor: Tensor | None = None) -> Tensor:
         """Token ids ``(1, n_tokens)`` of the prompt, or of the coalition in `perturbed_tensor`."""
         if perturbed_tensor is None:
-            return torch.tensor([self.ids])
+            return torch.tensor([self.ids], dtype=torch.int64, device="cpu")
         mask = perturbed_tensor[:1] == 1
         row = self.render(mask, torch.Generator().manual_seed(0))[0]
         return torch.tensor([row.ids], device=perturbed_tensor.device, dtype=torch.long)

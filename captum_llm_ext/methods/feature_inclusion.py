@@ -64,5 +64,8 @@ class FeatureInclusion(PerturbationAttribution):
         plan = join_plans([plan_anchors(n), plan_only_one_in(n, common_draw=True)])
         values = game.values(plan)
         n_outputs = values.shape[1]
-        scope = Scope(torch.full((n_outputs,), n), torch.full((n_outputs,), -1))
+        scope = Scope(
+            torch.full((n_outputs,), n, dtype=torch.int64, device="cpu"),
+            torch.full((n_outputs,), -1, dtype=torch.int64, device="cpu"),
+        )
         return game.attributions(solve_only_one_in(plan, values, scope).attributions)

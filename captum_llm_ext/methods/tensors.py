@@ -70,7 +70,7 @@ class TensorGame:
         self._columns = [c.view(m.shape) for c, m in zip(columns, masks, strict=True)]
         self._at_once = perturbations_per_eval
         self._known: dict[bytes, Tensor] = {}
-        first = self._run(torch.ones(1, len(self.features), dtype=torch.bool))
+        first = self._run(torch.ones(1, len(self.features), dtype=torch.bool, device="cpu"))
         self._shape = first.shape if first.dim() else torch.Size([1])
         self._dtype = first.dtype if first.is_floating_point() else torch.float32
         self._check_batches()
@@ -126,7 +126,11 @@ class TensorGame:
         arguments = _expand_additional_forward_args(self._arguments, n)
         with torch.no_grad():
             output = _run_forward(self._forward, inputs, _expand_target(self._target, n), arguments)
-        return output if isinstance(output, Tensor) else torch.tensor(output)
+        return (
+            output
+            if isinstance(output, Tensor)
+            else torch.tensor(output, dtype=torch.float32, device="cpu")
+        )
 
     def _check_batches(self) -> None:
         n_rows = len(self._inputs[0])

@@ -28,7 +28,7 @@ def ask(game: Game, masks: Tensor) -> Estimate:
     distinct, places = masks.unique(dim=0, return_inverse=True)
     draw_values = getattr(game, "draw_values", None)
     given = game(distinct.numpy()) if draw_values is None else draw_values(distinct.numpy())
-    values = torch.as_tensor(given).detach().cpu().double()
+    values = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
     wanted = (len(distinct),) if draw_values is None else (len(values), len(distinct))
     if values.shape != wanted:
         raise ValueError(

@@ -142,7 +142,7 @@ def measure_faithfulness(
 
 def _seed_of_draws(seed: int) -> int:
     """Other draws than those that attributions with the same seed were made from."""
-    return int(torch.randint(2**62, (), generator=draw_generator(seed, 0)))
+    return int(torch.randint(2**62, (), generator=draw_generator(seed, 0), device="cpu"))
 
 
 def _warn_of_absence(baselines: Iterable[object]) -> None:

@@ -311,7 +311,7 @@ def as_attributions(name: str, attributions: Any, game: Game) -> Tensor:
     Raises:
         ValueError: If they are not finite, or not one per player.
     """
-    attr = torch.as_tensor(attributions).detach().cpu().double()
+    attr = torch.as_tensor(attributions, dtype=torch.float64, device="cpu").detach()
     n_players = getattr(game, "n_players", None)
     if attr.dim() != 1 or not len(attr) or len(attr) != (n_players or len(attr)):
         wanted = "(n_players,)" if n_players is None else f"({n_players},)"

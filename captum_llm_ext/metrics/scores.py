@@ -177,12 +177,12 @@ class Paths:
         self._names, self._n_orders = list(attributions), n_orders
         n = len(next(iter(attributions.values())))
         self._sizes = _sizes(n, k, max_steps)
-        ties = torch.randperm(n, generator=generator)
+        ties = torch.randperm(n, generator=generator, device="cpu")
         orders: list[Tensor] = []
         for attr in attributions.values():
             order = strongest_first(attr, ties)
             orders += [order, order.flip(0)]
-        orders += [torch.randperm(n, generator=generator) for _ in range(n_orders)]
+        orders += [torch.randperm(n, generator=generator, device="cpu") for _ in range(n_orders)]
         self.masks = torch.cat([self._along(order) for order in orders])
 
     def read(
@@ -205,7 +205,7 @@ class Paths:
                 "removal": (_backwards(others), _backwards(random)),
                 "insertion": (added, random),
             }
-            sizes = torch.tensor(self._sizes)
+            sizes = torch.tensor(self._sizes, dtype=torch.int64, device="cpu")
             found[name] = {
                 kind: PerturbationCurve(kind, first, sizes, *values, unit)
                 for kind, values in of_kind.items()
@@ -215,7 +215,7 @@ class Paths:
     def _along(self, order: Tensor) -> Tensor:
         """The first of an order: bool ``(n_points, n)``."""
         place = order.argsort()
-        return place < torch.tensor(self._sizes)[:, None]
+        return place < torch.tensor(self._sizes, dtype=torch.int64, device="cpu")[:, None]
 
     def _reference(self, paths: Estimate) -> Estimate:
         """The mean over orders of ``(n_orders, n_points)``, whose choice is one more chance."""
@@ -272,9 +272,14 @@ class RandomCoalitions:
         self._are_all = share == 0.5 and 2**n <= n_coalitions
         self._generator = generator
         if self._are_all:
-            self.masks = (torch.arange(2**n)[:, None] >> torch.arange(n) & 1).bool()
+            self.masks = (
+                torch.arange(2**n, device="cpu")[:, None] >> torch.arange(n, device="cpu") & 1
+            ).bool()
         else:
-            self.masks = torch.rand(n_coalitions, n, generator=generator) < share
+            self.masks = (
+                torch.rand(n_coalitions, n, generator=generator, dtype=torch.float32, device="cpu")
+                < share
+            )
 
     def read(self, answers: Estimate, attributions: Mapping[str, Tensor]) -> dict[str, Metric]:
         """The score of every attribution.
@@ -285,7 +290,7 @@ class RandomCoalitions:
         """
         n = self.masks.shape[1]
         dealt = torch.stack(
-            [torch.randperm(n, generator=self._generator) for _ in range(_SHUFFLES)]
+            [torch.randperm(n, generator=self._generator, device="cpu") for _ in range(_SHUFFLES)]
         )
         return {name: self._metric(answers, attr, dealt) for name, attr in attributions.items()}
 
@@ -330,7 +335,7 @@ def _ranks(values: Tensor) -> Tensor:
 def _left_out_correlations(x: Tensor, y: Tensor) -> Tensor:
     """The correlation without each of the coalitions, shape ``(n_coalitions,)``."""
     n = len(x)
-    places = torch.arange(n)
+    places = torch.arange(n, device="cpu")
     found: list[Tensor] = []
     for part in places.split(max(1, _MOST_AT_ONCE // n)):
         others = places.expand(len(part), n)[places != part[:, None]].view(len(part), n - 1)

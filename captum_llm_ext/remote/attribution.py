@@ -235,4 +235,4 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return {"noise_floor": None, **scorer.told()}
 
     def _numbers(self) -> Tensor:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")

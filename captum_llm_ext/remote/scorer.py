@@ -92,7 +92,7 @@ class RemoteScorer:
         del seed
         if self._generated is not None:  # by the run that is gone on with
             return self._generated
-        ids = torch.tensor(self._source.generate(row.ids, gen_args), dtype=torch.long)
+        ids = torch.tensor(self._source.generate(row.ids, gen_args), dtype=torch.long, device="cpu")
         if self._journal is not None:
             self._journal.keep_target(ids)
         return ids
@@ -163,7 +163,7 @@ class RemoteScorer:
         self._ask(requests)
         instead = self._missing or 0.0
         sums = {k: self._known[k].nan_to_num(nan=instead).sum() for k in requests}
-        nothing = torch.zeros((), dtype=torch.float64)
+        nothing = torch.zeros((), dtype=torch.float64, device="cpu")
         return torch.stack([sums.get(key(asked[ids]), nothing) for ids in rows])
 
     def _parts(self, row: TokenRow, target: list[int], number: int) -> list[Request]:
@@ -299,7 +299,7 @@ class RemoteScorer:
         whole, *others = parts
         of_whole = self._known[key(whole)]
         apart = {(part.first, part.ids[-1]): self._step(key(part)) for part in others}
-        values = torch.full((len(target),), torch.nan, dtype=torch.float64)
+        values = torch.full((len(target),), torch.nan, dtype=torch.float64, device="cpu")
         for t, (p, token) in enumerate(zip(row.positions, target.tolist(), strict=True)):
             if p >= 0:
                 found = apart.get((p, token))
@@ -374,7 +374,7 @@ _INFINITE = "The model rules that token out: do not explain it."
 def _as_tensor(values: Sequence[float | None]) -> Tensor:
     """Log-probabilities, NaN where there is none."""
     told = [float("nan") if v is None or is_ruled_out(v) else v for v in values]
-    return torch.tensor(told, dtype=torch.float64)
+    return torch.tensor(told, dtype=torch.float64, device="cpu")
 
 
 def key(request: Request) -> bytes:

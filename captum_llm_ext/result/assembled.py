@@ -47,7 +47,7 @@ def assembled(
         design: How the coalitions were planned.
     """
     n_prompt, n_features = prompt.n_features, prompt.n_features + generated.n_features
-    columns = torch.tensor(prompt.columns)
+    columns = torch.tensor(prompt.columns, dtype=torch.int64, device="cpu")
     full = solution.full_values
     probabilities = {"log_prob": full.exp, "prob": full.clone}.get(provenance["attr_target"])
 
@@ -75,7 +75,7 @@ def assembled(
         masks=masks.to(like.device, copy=True),
         values=values.to(like, copy=True),
         draws=draws.to(like.device, copy=True),
-        target=torch.tensor(generated.ids, device=like.device),
+        target=torch.tensor(generated.ids, device=like.device, dtype=torch.int64),
         prompt_pieces=prompt.pieces,
         levels=prompt.levels,
         output_pieces=generated.pieces,

@@ -33,7 +33,7 @@ def earlier(
     Raises:
         ValueError: If there is no part of the coalitions to solve.
     """
-    chosen = torch.tensor(list(tokens))
+    chosen = torch.tensor(list(tokens), dtype=torch.int64, device="cpu")
     scope = Scope(evidence.scope.n_visible[chosen], evidence.scope.required[chosen])
     values = evidence.values[:, chosen.to(evidence.values.device)]
     if evidence.design.options.get("law") == "uniform":  # that these are few is the point
@@ -58,9 +58,9 @@ def _cuts(evidence: Evidence) -> list[int]:
     enumerates = design.solved in ("exact", "leave-one-out", "exact Owen values")
     steps = draws.diff()
     if enumerates and design.planned != design.solved:
-        ends = torch.zeros(0, dtype=torch.long)
+        ends = torch.zeros(0, dtype=torch.long, device="cpu")
     elif design.solved == "exact":
-        ends = torch.arange(2**design.n_features, len(draws), 2**design.n_features)
+        ends = torch.arange(2**design.n_features, len(draws), 2**design.n_features, device="cpu")
     elif design.solved == "best-first splits":
         # Every repetition scores the same coalitions, batch by batch.
         whole = steps < 0 if bool(steps.any()) else torch.ones_like(steps, dtype=torch.bool)

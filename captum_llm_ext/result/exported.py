@@ -244,7 +244,7 @@ class ExportedResult(DrawnResult):
     def _possible_causes(self) -> "Tensor":
         """Which columns come before a target token, bool ``(n_target, n_columns)``."""
         n_target, n_prompt = len(self.output_tokens), len(self.input_tokens)
-        possible = torch.ones(n_target, len(self._column_names), dtype=torch.bool)
+        possible = torch.ones(n_target, len(self._column_names), dtype=torch.bool, device="cpu")
         pieces = self.output_pieces or [Piece("", i) for i in range(n_target)]
         last = {piece.feature: t for t, piece in enumerate(pieces) if piece.feature is not None}
         for feature, t in last.items():

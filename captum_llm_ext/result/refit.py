@@ -69,7 +69,10 @@ class Design:
     @property
     def scope(self) -> Scope:
         """What each target token can depend on."""
-        return Scope(torch.tensor(self.n_visible), torch.tensor(self.required))
+        return Scope(
+            torch.tensor(self.n_visible, dtype=torch.int64, device="cpu"),
+            torch.tensor(self.required, dtype=torch.int64, device="cpu"),
+        )
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,13 @@ class Evidence:
         The sum of the values is solved as a target of its own. Tokens inside generated words have
         values where their word stands only: words apart, and the errors added up.
         """
-        total = torch.zeros(len(spans), self.design.n_features).double()
+        total = torch.zeros(len(spans), self.design.n_features, dtype=torch.float64, device="cpu")
         if self.design.solved not in SOLVERS:
             last = [self.scope.n_visible[list(span)].max() for span in spans]
-            seen = torch.arange(total.shape[1]) < torch.tensor(last)[:, None]
+            seen = (
+                torch.arange(total.shape[1], device="cpu")
+                < torch.tensor(last, dtype=torch.int64, device="cpu")[:, None]
+            )
             return total.masked_fill(seen, torch.nan)
         for column in self.scope.required.unique().tolist():
             which, summed = self._summed(spans, column)
@@ -140,13 +146,18 @@ class Evidence:
             Shape ``(n_spans, n_parts)``, NaN where they cannot be told; None if none can.
         """
         if not self.is_estimate:
-            return torch.zeros(len(spans), 1 + max(part_of)).double()
+            return torch.zeros(len(spans), 1 + max(part_of), dtype=torch.float64, device="cpu")
         is_walk = self.design.solved == "antithetic permutations"
         if not is_walk or bool((self.scope.required >= 0).any()):
             return None
         _, summed = self._summed(spans, -1)
         values = summed.values.double().cpu()
-        return coalitions.part_errors(summed.plan, values, summed.scope, torch.tensor(part_of))
+        return coalitions.part_errors(
+            summed.plan,
+            values,
+            summed.scope,
+            torch.tensor(part_of, dtype=torch.int64, device="cpu"),
+        )
 
     def n_regressions(self, spans: Sequence[range]) -> int:
         """How many regressions `span_errors` takes, each of which may take a tenth of a second."""
@@ -163,7 +174,10 @@ class Evidence:
         ours = [[t for t in span if required[t] == column] for span in spans]
         which = [i for i, tokens in enumerate(ours) if tokens]
         visible = [int(self.scope.n_visible[ours[i]].max()) for i in which]
-        scope = Scope(torch.tensor(visible), torch.full((len(which),), column))
+        scope = Scope(
+            torch.tensor(visible, dtype=torch.int64, device="cpu"),
+            torch.full((len(which),), column, dtype=torch.int64, device="cpu"),
+        )
         values = [self.values[:, ours[i]].sum(1) for i in which]
         summed = torch.stack(values, 1) if values else self.values[:, :0]
         design = self.design
@@ -195,7 +209,10 @@ class Evidence:
         n_features = self.design.n_features
         if n_features > 1 + max(self.design.columns):
             return None
-        scope = Scope(torch.tensor([n_features]), torch.tensor([-1]))
+        scope = Scope(
+            torch.tensor([n_features], dtype=torch.int64, device="cpu"),
+            torch.tensor([-1], dtype=torch.int64, device="cpu"),
+        )
         return replace(self, values=self.values.prod(1, keepdim=True), scope=scope)
 
     def unresolved(self) -> list[Unresolved]:
@@ -211,7 +228,9 @@ class Evidence:
     def additivity(self) -> Tensor:
         """R² of attributions that add up, per target; NaN where the coalitions do not tell."""
         if self.design.planned not in (*_UNIFORM_SIZES, "exact"):
-            return torch.full((len(self.scope.n_visible),), torch.nan).double()
+            return torch.full(
+                (len(self.scope.n_visible),), torch.nan, dtype=torch.float64, device="cpu"
+            )
         return coalitions.additive_fit(self.plan, self.values.double().cpu(), self.scope)
 
     def redundant_pairs(self, most: int) -> list[list[coalitions.RedundantPair]]:
@@ -273,7 +292,7 @@ class Evidence:
         n = self.design.n_features
         if n > _MOST_ENUMERATED or 2**n > len(self.masks):
             return False
-        codes = (self.plan.masks.long() << torch.arange(n)).sum(1)
+        codes = (self.plan.masks.long() << torch.arange(n, device="cpu")).sum(1)
         return len(codes.unique()) == 2**n
 
     def _as(self, solved: str, **options: Any) -> "Evidence":
@@ -371,7 +390,7 @@ def _reweighted(kernel: Callable[[Tensor], Tensor], warns: bool, masks: Tensor) 
     Coalitions of one size are equally likely under every plan that samples all sizes.
     """
     sizes = masks.sum(1)
-    n, size = torch.tensor(masks.shape[1]).double(), sizes.double()
+    n, size = torch.tensor(masks.shape[1], dtype=torch.int64, device="cpu").double(), sizes.double()
     frequency = sizes.bincount()[sizes].double()
     log_weight = (n + 1).lgamma() - (size + 1).lgamma() - (n - size + 1).lgamma() - frequency.log()
     weights = (log_weight - log_weight.max()).exp()

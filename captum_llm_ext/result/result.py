@@ -167,7 +167,11 @@ class GenerationAttributionResult(ExportedResult):
         where it was not measured: in float32 it is far below any attribution.
         """
         floor = self.provenance.get("noise_floor")
-        return None if floor is None else torch.tensor(floor).to(self.full_values)
+        return (
+            None
+            if floor is None
+            else torch.tensor(floor, dtype=torch.float64, device="cpu").to(self.full_values)
+        )
 
     @property
     def below_noise(self) -> Tensor:
@@ -477,7 +481,9 @@ class GenerationAttributionResult(ExportedResult):
             )
         attr = cast(Tensor, self.token_attr)
         sums = attr.new_zeros(len(attr), len(level.parts))
-        return level.parts, sums.index_add(1, torch.tensor(level.part_of, device=attr.device), attr)
+        return level.parts, sums.index_add(
+            1, torch.tensor(level.part_of, device=attr.device, dtype=torch.int64), attr
+        )
 
     def position(self, token: int | str) -> int:
         """The place of a target token, from 0.

@@ -379,7 +379,9 @@ def _on_cpu(
     if isinstance(seen, Tensor) and seen.is_floating_point():
         bias = seen
     elif isinstance(seen, Tensor):
-        bias = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+        bias = torch.zeros(seen.shape, dtype=query.dtype, device="cpu").masked_fill_(
+            ~seen, -torch.inf
+        )
     attention: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     is_causal = isinstance(seen, str)
     found, total = attention(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)

@@ -33,7 +33,9 @@ def is_causal(model: nn.Module, ids: Sequence[int]) -> bool:
         _compat.sequence_logits(
             model(
                 input_ids=torch.tensor(
-                    [[*head, *end * len(head)]], device=_compat.input_device(model)
+                    [[*head, *end * len(head)]],
+                    device=_compat.input_device(model),
+                    dtype=torch.int64,
                 )
             )
         )[:, : len(head)].double()

@@ -30,7 +30,7 @@ def alike(ids: Tensor, places: Tensor) -> tuple[Tensor, Spread]:
     """
     pairs, back = distinct_pairs(ids, places)
     some = back.new_empty(pairs.shape[1])
-    some[back] = torch.arange(len(back))
+    some[back] = torch.arange(len(back), device="cpu")
     return some, lambda x: x.index_select(-2, back.to(x.device))
 
 

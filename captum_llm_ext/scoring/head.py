@@ -83,7 +83,7 @@ class Head:
         self._given: Tensor | None = None
         self._returned: Tensor | None = None
         self._version = 0
-        self._memory = torch.empty(0)
+        self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
 
     @property
     def makes_logits(self) -> bool:
@@ -142,7 +142,7 @@ class Head:
             raise RuntimeError("the model does not return what its last layer does, as it did.")
         self._is_last = is_last and given.dtype in _DTYPES
         if not self.makes_logits:
-            self._memory = torch.empty(0)
+            self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
         # From the vectors even if there are logits: who looks on must not change a digit.
         return Said(given, self._layer) if self._is_last else Said(logits)
 
@@ -158,7 +158,7 @@ class Head:
         flat = input.reshape(-1, input.shape[-1])
         n = len(flat) * layer.out_features
         if self._memory.numel() < n or self._memory.dtype != input.dtype:
-            self._memory = torch.empty(0)  # not both at a time
+            self._memory = torch.empty(0, dtype=torch.float32, device="cpu")  # not both at a time
             self._memory = input.new_empty(n)
         out = self._memory[:n].view(len(flat), layer.out_features)
         if (bias := bias_of(layer)) is None:

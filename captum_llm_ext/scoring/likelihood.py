@@ -30,7 +30,7 @@ class Likelihood:
         rows = [self._ids(text) for text in texts]
         # Neighbours in length share a pass.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        found = torch.zeros(len(rows), dtype=torch.float64)
+        found = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
         for start in range(0, len(order), _ROWS_AT_ONCE):
             batch = order[start : start + _ROWS_AT_ONCE]
             found[batch] = self._sums([rows[i] for i in batch])
@@ -38,7 +38,11 @@ class Likelihood:
 
     def next_token(self, text: str) -> Tensor:
         """See `LanguageModel.next_token`; float64 on the CPU."""
-        logits = self._logits(torch.tensor([self._ids(text)]))[0, -1].double().cpu()
+        logits = (
+            self._logits(torch.tensor([self._ids(text)], dtype=torch.int64, device="cpu"))[0, -1]
+            .double()
+            .cpu()
+        )
         logits[self._special(len(logits))] = -torch.inf
         return logits.log_softmax(0)
 
@@ -49,7 +53,9 @@ class Likelihood:
         start = self._ids(text)
         written: list[str] = []
         for first in range(0, n, _ROWS_AT_ONCE):
-            rows = torch.tensor([start] * min(_ROWS_AT_ONCE, n - first))
+            rows = torch.tensor(
+                [start] * min(_ROWS_AT_ONCE, n - first), dtype=torch.int64, device="cpu"
+            )
             for _ in range(n_tokens):
                 logits = self._logits(rows)[:, -1].double().cpu()
                 logits[:, self._special(logits.shape[1])] = -torch.inf
@@ -71,14 +77,16 @@ class Likelihood:
         """Log-probability of each row, ``(n_rows,)``."""
         length = max(map(len, rows))
         # What stands right of a row is never seen by it.
-        ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+        ids = torch.tensor(
+            [[*row, *[0] * (length - len(row))] for row in rows], dtype=torch.int64, device="cpu"
+        )
         logits = self._logits(ids[:, :-1])
         sums: list[float] = []
         for own, row in zip(logits, rows, strict=True):  # a copy in float32 of one row at a time
             own = own[: len(row) - 1].to(torch.promote_types(own.dtype, torch.float32))
-            said = torch.tensor(row[1:], device=own.device)[:, None]
+            said = torch.tensor(row[1:], device=own.device, dtype=torch.int64)[:, None]
             sums.append(float((own.gather(1, said)[:, 0] - own.logsumexp(1)).double().sum()))
-        return torch.tensor(sums, dtype=torch.float64)
+        return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
     def _logits(self, ids: Tensor) -> Tensor:
         arguments = {}

@@ -75,7 +75,7 @@ def pack(rows: Sequence[Sequence[int]], n_read: int = 0) -> Pack:
             path = _joined(path, (start, stop))
             ids += row[depth:]
             depths += range(depth, len(row))
-        places.append(torch.cat([torch.arange(*stretch) for stretch in path]))
+        places.append(torch.cat([torch.arange(*stretch, device="cpu") for stretch in path]))
     return Pack(tuple(ids), tuple(depths), tuple(segments), tuple(places), n_read)
 
 
@@ -88,7 +88,9 @@ def ends(pack: Pack, needed: Tensor) -> tuple[Segment, ...]:
     """
     found: list[Segment] = []
     for one in pack.segments:
-        first, after = torch.searchsorted(needed, torch.tensor([one.start, one.stop])).tolist()
+        first, after = torch.searchsorted(
+            needed, torch.tensor([one.start, one.stop], dtype=torch.int64, device="cpu")
+        ).tolist()
         if after > first:
             start, stop = int(needed[first]), int(needed[after - 1]) + 1
             path = _joined(one.path, (one.start, start)) if start > one.start else one.path

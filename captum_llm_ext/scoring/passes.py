@@ -120,8 +120,10 @@ class Passes:
         Yields:
             Indices of rows and their values ``(len(indices), n_target)``, batch by batch.
         """
-        positions = torch.tensor([list(row.positions) for row in rows])
-        values = torch.full(positions.shape, torch.nan, dtype=torch.float64)
+        positions = torch.tensor(
+            [list(row.positions) for row in rows], dtype=torch.int64, device="cpu"
+        )
+        values = torch.full(positions.shape, torch.nan, dtype=torch.float64, device="cpu")
         todo = [(root, state, False)]
         while todo:
             branch, state, is_last = todo.pop()
@@ -132,7 +134,7 @@ class Passes:
                 on_head(state)
             run = self._batches if branch.own is None else self._packs
             for batch, found in run(branch, rows, positions, target, state):
-                index = torch.tensor(batch)
+                index = torch.tensor(batch, dtype=torch.int64, device="cpu")
                 values[index] = values[index].where(found.isnan(), found)
                 yield batch, values[index].masked_fill(positions[index] < 0, torch.nan)
             # The last branch may change the state: no other comes after it.
@@ -151,7 +153,7 @@ class Passes:
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Values of the ends of rows in padded batches; NaN at places before the ends."""
         for batch in branch.batches:
-            at = positions[torch.tensor(batch)] - branch.stop
+            at = positions[torch.tensor(batch, dtype=torch.int64, device="cpu")] - branch.stop
             yield batch, self._ends([rows[i] for i in batch], at, branch.stop, target, state)
 
     def _packs(
@@ -173,7 +175,12 @@ class Passes:
                 before = last.after(n_read)
                 last = None  # not both states at a time
             packed = pack([rows[i].ids for i in batch], n_read)
-            found, read = self._packed(packed, positions[torch.tensor(batch)], target, before)
+            found, read = self._packed(
+                packed,
+                positions[torch.tensor(batch, dtype=torch.int64, device="cpu")],
+                target,
+                before,
+            )
             last = _LastRow(read, packed.places[-1]) if branch.chained else None
             del read, before
             yield batch, found
@@ -188,13 +195,19 @@ class Passes:
         values: Tensor,
     ) -> Any:
         """Reads what rows share; the values that are said there are put into `values`."""
-        index = torch.tensor(branch.rows)
+        index = torch.tensor(branch.rows, dtype=torch.int64, device="cpu")
         places = positions[index]
         inside = (places >= branch.start) & (places < branch.stop)
         which, tokens = inside.nonzero(as_tuple=True)
         needed, back = (places[which, tokens] - branch.start).unique(return_inverse=True)
-        ids = torch.tensor([rows[branch.rows[0]].ids[branch.start : branch.stop]])
-        at = needed if len(needed) else torch.tensor([ids.shape[1] - 1])
+        ids = torch.tensor(
+            [rows[branch.rows[0]].ids[branch.start : branch.stop]], dtype=torch.int64, device="cpu"
+        )
+        at = (
+            needed
+            if len(needed)
+            else torch.tensor([ids.shape[1] - 1], dtype=torch.int64, device="cpu")
+        )
         said, state = self._pass(ids, at[None], state=state, keeps_state=True)
         if len(needed) and isinstance(self.attr_target, str):
             values[index[which], tokens] = _values(said, back, target[tokens], self.attr_target)
@@ -220,9 +233,9 @@ class Passes:
         if not isinstance(self.attr_target, str):
             values = called_values(said.logits(), target, self.attr_target)
         else:
-            values = torch.full(at.shape, torch.nan, dtype=torch.float64)
+            values = torch.full(at.shape, torch.nan, dtype=torch.float64, device="cpu")
             wanted = target[columns].repeat(len(rows))
-            found = said.values(torch.arange(len(wanted)), wanted, self.attr_target)
+            found = said.values(torch.arange(len(wanted), device="cpu"), wanted, self.attr_target)
             values[:, columns] = found.view(places.shape)
         return values.masked_fill(at < 0, torch.nan)
 
@@ -240,12 +253,12 @@ class Passes:
         needed, back = where.unique(return_inverse=True)
         answer, state = self._read_pack(packed, needed, state)
         if not isinstance(self.attr_target, str):
-            index = torch.zeros(said.shape, dtype=torch.int64)
+            index = torch.zeros(said.shape, dtype=torch.int64, device="cpu")
             index[said] = back
             logits = answer.logits()[0]
             values = called_values(logits[index.to(logits.device)], target, self.attr_target)
             return values.masked_fill(~said, torch.nan), state
-        values = torch.full(said.shape, torch.nan, dtype=torch.float64)
+        values = torch.full(said.shape, torch.nan, dtype=torch.float64, device="cpu")
         values[said] = _values(answer, back, target[tokens], self.attr_target)
         return values, state
 
@@ -265,7 +278,10 @@ class Passes:
         """
         if "position_ids" not in self._arguments:
             raise NotImplementedError("no `position_ids`")
-        ids, depths = torch.tensor(packed.ids), torch.tensor(packed.depths)
+        ids, depths = (
+            torch.tensor(packed.ids, dtype=torch.int64, device="cpu"),
+            torch.tensor(packed.depths, dtype=torch.int64, device="cpu"),
+        )
         at, length = needed - packed.n_read, len(packed.ids)
         with attention.packed(self.model, packed, needed) as packing, ExitStack() as stack:
             if self._ends_of_model is not None:
@@ -384,15 +400,19 @@ class Passes:
         another = next((i for i in row if i != row[parting]), int(row[parting] == 0))
         other = [*row[:parting], another, *row[parting + 1 : parting + _PARTED // 2]]
         # The first that has another's token before it in the pack, and those after it.
-        at = torch.tensor([parting, (parting + len(row) - 1) // 2, len(row) - 1]).unique()
-        said, state = self._pass(torch.tensor([row]), at[None], keeps_state=True)
+        at = torch.tensor(
+            [parting, (parting + len(row) - 1) // 2, len(row) - 1], dtype=torch.int64, device="cpu"
+        ).unique()
+        said, state = self._pass(
+            torch.tensor([row], dtype=torch.int64, device="cpu"), at[None], keeps_state=True
+        )
         alone = said.logits().clone()
         self.chains = state is not None and _compat.keeps_every_id(state)
         n_read = max(0, parting - _PARTED // 4) if self.chains else 0
         packed = pack([other, row], n_read)
 
         def error() -> float:
-            before = part(state, torch.arange(n_read))
+            before = part(state, torch.arange(n_read, device="cpu"))
             found, _ = self._read_pack(packed, packed.places[1][at], before, cuts=True)
             return _error(found.logits(), alone)
 
@@ -425,18 +445,25 @@ class Passes:
         middle = shared // 4 * 2
         for a, b in ((0, middle), (middle, shared)):
             if b > a:
-                ids = torch.tensor([row[a:b]])
+                ids = torch.tensor([row[a:b]], dtype=torch.int64, device="cpu")
                 _, state = self._pass(
-                    ids, torch.tensor([[b - a - 1]]), state=state, keeps_state=True
+                    ids,
+                    torch.tensor([[b - a - 1]], dtype=torch.int64, device="cpu"),
+                    state=state,
+                    keeps_state=True,
                 )
         if state is None:
             return float("inf")
         self.state_bytes = _compat.state_bytes(state) // shared
         ends = [row[shared:], other[shared:]]
         # The first that has nothing but the state before it, and the last.
-        at = torch.tensor([[0, len(end) - 1] for end in ends])
+        at = torch.tensor([[0, len(end) - 1] for end in ends], dtype=torch.int64, device="cpu")
         alone = [
-            self._pass(torch.tensor([ids]), at[i : i + 1] + shared)[0].logits().clone()
+            self._pass(
+                torch.tensor([ids], dtype=torch.int64, device="cpu"), at[i : i + 1] + shared
+            )[0]
+            .logits()
+            .clone()
             for i, ids in enumerate((row, other))
         ]
 
@@ -503,4 +530,6 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
     """Rows as one tensor ``(n_rows, longest)``."""
     length = max(len(row) for row in rows)
     # What stands right of a row is never seen by it: its own first id is as good as any.
-    return torch.tensor([[*row, *[row[0]] * (length - len(row))] for row in rows])
+    return torch.tensor(
+        [[*row, *[row[0]] * (length - len(row))] for row in rows], dtype=torch.int64, device="cpu"
+    )

@@ -147,7 +147,7 @@ class Scorer:
         return ids
 
     def _generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
-        ids = torch.tensor([row.ids], device=self.device)
+        ids = torch.tensor([row.ids], device=self.device, dtype=torch.int64)
         arguments = {**self._passes.extras(row, 0), "attention_mask": torch.ones_like(ids)}
         arguments |= _compat.arguments_for_generate(self.model) | dict(gen_args)
         generate = cast(Callable[..., Any], self.model.generate)
@@ -222,7 +222,7 @@ class Scorer:
 
     def _values_step_by_step(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
         """One pass for every target token, with nothing after it to be seen."""
-        values = torch.full((len(rows), len(target)), torch.nan, dtype=torch.float64)
+        values = torch.full((len(rows), len(target)), torch.nan, dtype=torch.float64, device="cpu")
         for t in range(len(target)):
             places = [row.positions[t] for row in rows]
             known = [i for i, place in enumerate(places) if place >= 0]
@@ -236,7 +236,7 @@ class Scorer:
     def _causal(self, row: TokenRow) -> bool:
         """Whether the model sees nothing ahead; asked once."""
         if self._is_causal is None:
-            self._passes.check_ids(torch.tensor(row.ids))
+            self._passes.check_ids(torch.tensor(row.ids, dtype=torch.int64, device="cpu"))
             self._is_causal = row.extras is not None or is_causal(self.model, row.ids)
         return self._is_causal
 
@@ -578,7 +578,9 @@ def _digest_of(keys: Sequence[bytes]) -> bytes:
 
 
 def _check(values: Tensor, rows: Sequence[TokenRow], target: Tensor) -> None:
-    wanted = torch.tensor([list(row.positions) for row in rows]) >= 0
+    wanted = (
+        torch.tensor([list(row.positions) for row in rows], dtype=torch.int64, device="cpu") >= 0
+    )
     bad = (~values.isfinite() & wanted).nonzero()
     if len(bad):
         row, token = bad[0].tolist()

@@ -36,7 +36,7 @@ def copies(state: Any, n: int | None = None) -> Any:
     if not kinds:
         state = copy.deepcopy(state)
         if n is not None:
-            state.reorder_cache(torch.zeros(n, dtype=torch.long))
+            state.reorder_cache(torch.zeros(n, dtype=torch.long, device="cpu"))
         return state
     found = copy.copy(state)
     found.layers = [
@@ -107,7 +107,7 @@ def _seen(layer: Any, n: int | None) -> Any:
 def _copied(layer: Any, n: int | None) -> Any:
     layer = copy.deepcopy(layer)
     if n is not None:
-        layer.reorder_cache(torch.zeros(n, dtype=torch.long))
+        layer.reorder_cache(torch.zeros(n, dtype=torch.long, device="cpu"))
     return layer
 
 

@@ -121,7 +121,7 @@ class View:
             return bool(self.low[row, top] - self.high[other, top] > floor)
         if i == j:
             return bool(self.clear[a, i] * self.clear[b, j] < 0)
-        pair = torch.tensor([i, j])
+        pair = torch.tensor([i, j], dtype=torch.int64, device="cpu")
         return bool(self._above(a, pair)[0, 1] and self._above(b, pair)[1, 0])
 
     def _above(self, row: int, columns: Tensor) -> Tensor:
@@ -138,4 +138,4 @@ class View:
 def _mean_ranks(values: Tensor) -> Tensor:
     """Places from the least on; equals share the mean of theirs."""
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[place]
+    return (counts.cumsum(0) - (counts - 1).double() / 2)[place]
