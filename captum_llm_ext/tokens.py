@@ -1,12 +1,14 @@
 """How token ids and characters line up, on any tokenizer.
 
-Fast tokenizers tell the offsets of their tokens; for others they are found by decoding token by
-token. Only the methods of captum's ``TokenizerLike`` are relied upon.
+Fast tokenizers tell the offsets of their tokens; for others, and where those fail, tokens are
+decoded and found again in the text. Only the methods of captum's ``TokenizerLike`` are relied upon.
 """
 
-import re
-from collections.abc import Sequence
+import functools
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -19,7 +21,11 @@ _LONGEST_FRAGMENT = 8
 _WINDOW = 16
 # How many characters to the left decide how a text is tokenised in place.
 CONTEXT = 16
-_SPACE = re.compile(r"\s*")
+# Where decoded text and the text itself differ (a normaliser, an unknown word), they are looked
+# for together again this many characters ahead, by as many equal ones.
+_AHEAD, _AGREE = 24, 3
+
+Offsets = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,21 @@ class Encoding:
     Attributes:
         ids: Token ids, ``n_tokens`` of them.
         anchors: Per token the character that decides whom it belongs to: its first that is not
-            white space. None for special tokens other than an unknown word.
+            white space. None for special tokens that are no part of the text: those that the
+            tokenizer adds.
         starts: Per token its first character, the white space before it included.
+        stops: Per token the end of its last character. Tokens of one character share it.
+        special: Per token whether it is a special one, in the text or added; an unknown word is a
+            word like any other.
+        n_opening: How many characters at the beginning spell the BOS that the tokenizer would add.
     """
 
     ids: tuple[int, ...]
     anchors: tuple[int | None, ...]
     starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    special: tuple[bool, ...]
+    n_opening: int = 0
 
 
 def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> Encoding:
@@ -45,23 +59,73 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> Enc
     """
     ids, offsets = _encode_with_offsets(tokenizer, text, add_special_tokens)
     bos, bos_id = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
-    if bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]:
-        ids, offsets = ids[1:], offsets[1:]
-    special: frozenset[int] = frozenset(getattr(tokenizer, "all_special_ids", None) or ())
-    # What the vocabulary does not know is a word of the text all the same.
-    unknown = getattr(tokenizer, "unk_token_id", None)
+    n_opening = 0
+    if bos and text.startswith(bos) and _encode(tokenizer, bos, True)[:2] == [bos_id, bos_id]:
+        n_opening = len(bos)
+        if ids[:2] == [bos_id, bos_id]:
+            ids, offsets = ids[1:], offsets[1:]
+    return _encoding(tokenizer, text, ids, offsets, n_opening)
+
+
+def find(tokenizer: Any, text: str, ids: Sequence[int]) -> Encoding:
+    """The place of every one of these tokens in the text that they spell, more or less."""
+    return _encoding(tokenizer, text, ids, _find_offsets(tokenizer, text, ids))
+
+
+def spell(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> tuple[str, Encoding]:
+    """The text of these tokens, special ones shown, and the place of every token in it.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: Token ids, ``n_tokens`` of them.
+        before: Ids that precede them, so that a leading space is not taken for a beginning.
+    """
+    texts = pieces(tokenizer, ids, before)
+    stops = list(accumulate(map(len, texts)))
+    offsets = [(stop - len(text), stop) for stop, text in zip(stops, texts, strict=True)]
+    # Parts of a character have all of it, each.
+    for i in range(len(texts) - 2, -1, -1):
+        if not texts[i]:
+            offsets[i] = offsets[i + 1]
+    text = "".join(texts)
+    return text, _encoding(tokenizer, text, ids, offsets)
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids that are no words: an unknown word is one, unless its token ends texts as well."""
+    found = {int(token) for token in getattr(tokenizer, "all_special_ids", None) or ()}
+    try:
+        added = tokenizer.added_tokens_decoder.items()
+        found |= {int(token) for token, told in added if told.special}
+    except Exception:  # tokenizers that have no such list, each with an error of its own
+        pass
+    ends = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    return frozenset(found - ({getattr(tokenizer, "unk_token_id", None)} - ends))
+
+
+def _encoding(
+    tokenizer: Any, text: str, ids: Sequence[int], offsets: Offsets, n_opening: int = 0
+) -> Encoding:
+    special = special_ids(tokenizer)
     anchors: list[int | None] = []
     starts: list[int] = []
     covered = 0
     for token, (start, stop) in zip(ids, offsets, strict=True):
         starts.append(covered if not text[covered:start].strip() else start)
-        if token in special and not (token == unknown and start < stop):
+        if token in special and start == stop:
             anchors.append(None)
         else:
             space = len(text[start:stop]) - len(text[start:stop].lstrip())
             anchors.append(start if start + space == stop else start + space)
         covered = max(covered, stop)
-    return Encoding(tuple(ids), tuple(anchors), tuple(starts))
+    return Encoding(
+        tuple(ids),
+        tuple(anchors),
+        tuple(starts),
+        tuple(stop for _, stop in offsets),
+        tuple(token in special for token in ids),
+        n_opening,
+    )
 
 
 def encode_in_place(tokenizer: Any, text: str, left: str) -> tuple[int, ...]:
@@ -114,7 +178,8 @@ def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> li
         pending = 0
         texts.append(text[_common(text, known) :])
         known = text
-        if len(window) > _WINDOW:
+        # Some tokenizers show parts of a character as nothing: no window begins inside one.
+        if len(window) > _WINDOW and (texts[-1] or len(window) > _WINDOW + _LONGEST_FRAGMENT):
             window = window[-1:]
             known = decode(tokenizer, window)
     return texts
@@ -189,53 +254,102 @@ def _printable(text: str) -> str:
 
 def _encode_with_offsets(
     tokenizer: Any, text: str, add_special_tokens: bool
-) -> tuple[list[int], list[tuple[int, int]]]:
+) -> tuple[list[int], Offsets]:
     if getattr(tokenizer, "is_fast", True):
         try:
             enc = encoding.call(
                 tokenizer, text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
             )
-            return list(enc["input_ids"]), [tuple(pair) for pair in enc["offset_mapping"]]
-        except (NotImplementedError, KeyError, TypeError):
-            pass  # a tokenizer that cannot tell: found out below
+            ids = [int(token) for token in enc["input_ids"]]
+            offsets = [(int(start), int(stop)) for start, stop in enc["offset_mapping"]]
+            if len(ids) == len(offsets):
+                return ids, offsets
+        except Exception:  # tokenizers that know no offsets say so each with an error of its own
+            pass
     ids = encoding.ids(tokenizer, text, add_special_tokens=add_special_tokens)
+    if not add_special_tokens:
+        return ids, _find_offsets(tokenizer, text, ids)
+    bare = encoding.ids(tokenizer, text, add_special_tokens=False)
+    for n_before in range(len(ids) - len(bare) + 1):
+        n_after = len(ids) - len(bare) - n_before
+        if ids[n_before : len(ids) - n_after] == bare:
+            own = _find_offsets(tokenizer, text, bare)
+            return ids, [(0, 0)] * n_before + own + [(len(text), len(text))] * n_after
     return ids, _find_offsets(tokenizer, text, ids)
 
 
-def _find_offsets(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]]:
-    """Offsets for a tokenizer that knows none, by looking for each token's text in turn."""
-    special: frozenset[int] = frozenset(getattr(tokenizer, "all_special_ids", None) or ())
-    offsets: list[tuple[int, int]] = []
+def _find_offsets(tokenizer: Any, text: str, ids: Sequence[int]) -> Offsets:
+    """Offsets of tokens of a text, by looking for what each is decoded to.
+
+    What cannot be found (an unknown word, a special token that is not in the text) has what is left
+    between its neighbours.
+    """
+    texts = pieces(tokenizer, ids)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    shown = ["" if token == unknown else piece for token, piece in zip(ids, texts, strict=True)]
+    wanted = [(c, i) for i, piece in enumerate(shown) for char in piece for c in _folded(char)]
+    given = [(c, place) for place, char in enumerate(text) for c in _folded(char)]
+    offsets: list[tuple[int, int] | None] = [None] * len(ids)
+    for i, j in _matches([c for c, _ in wanted], [c for c, _ in given]):
+        token, place = wanted[i][1], given[j][1]
+        start, _ = offsets[token] or (place, place)
+        offsets[token] = (start, place + 1)
+    # A part of a character that is shown as nothing has what the rest of the character has.
+    for i in range(len(ids) - 2, -1, -1):
+        if offsets[i] is None and not texts[i]:
+            offsets[i] = offsets[i + 1]
+    return _filled(text, offsets, shown)
+
+
+def _filled(text: str, offsets: Sequence[tuple[int, int] | None], shown: Sequence[str]) -> Offsets:
+    """The same with what was not found where it must be."""
+    after = [len(text)] * (len(offsets) + 1)
+    for i in range(len(offsets) - 1, -1, -1):
+        known = offsets[i]
+        after[i] = after[i + 1] if known is None else known[0]
+    found: Offsets = []
     position = 0
-    pending: list[int] = []
-    lowered = text.lower() if len(text.lower()) == len(text) else text
-    for token in ids:
-        pending.append(token)
-        shown = decode(tokenizer, pending)
-        # Some tokenizers show part of a character as U+FFFD, others as nothing.
-        if (not shown or shown.endswith(_INCOMPLETE)) and len(pending) < _LONGEST_FRAGMENT:
+    for i, known in enumerate(offsets):
+        if known is None:
+            left = text[position : after[i]]
+            space = len(left) - len(left.lstrip())
+            if not left.strip():  # white space alone is as long as it is shown
+                stop = min(position + len(shown[i]) * shown[i].isspace(), after[i])
+                known = (position, stop)
+            else:
+                known = (position + space, position + len(left.rstrip()))
+        found.append(known)
+        # Unknown words side by side share what is between the known ones.
+        if offsets[i] is not None or not text[known[0] : known[1]].strip():
+            position = max(position, known[1])
+    return found
+
+
+def _matches(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Pairs of places at which two texts agree, in order, by the nearest way past differences."""
+    i = j = 0
+    while i < len(one) and j < len(other):
+        if one[i] == other[j]:
+            yield i, j
+            i, j = i + 1, j + 1
             continue
-        part = shown.strip().removeprefix("##")
-        found = _find_next(text, lowered, part, position)
-        is_special = token in special and found is None
-        if found is None and not shown.strip() and not is_special:
-            found = position + len(shown)  # white space alone
-            span = (position, min(found, len(text)))
-        elif found is None:
-            span = (position, position)
-        else:
-            span = (found, found + len(part))
-        offsets.extend([span] * len(pending))
-        position = span[1]
-        pending = []
-    offsets.extend([(position, len(text))] * len(pending))
-    return offsets
+        ahead = _past(one[i : i + 2 * _AHEAD], other[j : j + 2 * _AHEAD])
+        i, j = i + ahead[0], j + ahead[1]
 
 
-def _find_next(text: str, lowered: str, part: str, position: int) -> int | None:
-    """Where `part` comes next, with nothing but white space before it."""
-    space = _SPACE.match(text, position)
-    at = space.end() if space else position
-    if part and (text.startswith(part, at) or lowered.startswith(part.lower(), at)):
-        return at
-    return None
+def _past(one: Sequence[str], other: Sequence[str]) -> tuple[int, int]:
+    """How far two texts that differ are from agreeing again; one character each if nowhere near."""
+    for total in range(1, 2 * _AHEAD):
+        for a in range(max(0, total - _AHEAD), min(total, _AHEAD) + 1):
+            b = total - a
+            n = min(_AGREE, len(one) - a, len(other) - b)
+            if n > 0 and one[a : a + n] == other[b : b + n]:
+                return a, b
+    return 1, 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _folded(char: str) -> str:
+    """A character without case, accents and other forms; nothing for white space."""
+    decomposed = unicodedata.normalize("NFKD", char.casefold())
+    return "".join(c for c in decomposed if not c.isspace() and not unicodedata.combining(c))

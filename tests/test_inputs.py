@@ -96,8 +96,21 @@ def test_special_tokens_are_features_only_when_asked_for(tokenizer):
     inp = TextSegmentInput("Dave lives", tokenizer, special_tokens_are_features=True)
     assert inp.names == ["<s>", "Dave", " lives"]
     assert _render(inp, [False, True, True]) == inp.ids[1:]
-    marked = TextSegmentInput("Dave</s> lives", tokenizer)
-    assert 2 not in [token for slot in marked.slots for token in slot.ids]
+    marked = TextSegmentInput("Dave</s> lives", tokenizer, special_tokens_are_features=True)
+    assert marked.names == ["<s>", "Dave", "</s>", " lives"]
+
+
+def test_special_tokens_in_the_text_belong_to_the_features_that_they_are_in(tokenizer):
+    text = "Dave</s> lives.<s>\n Go</s>"
+    for unit in ("token", "word", "sentence", [(0, 8), (8, len(text))], [(4, 8), (15, 18)]):
+        inp = TextSegmentInput(text, tokenizer, unit)
+        assert list(inp.ids) == tokenizer.encode(text)
+        for slot in inp.slots:
+            assert tokenizer.decode(slot.ids) == slot.text
+        owned = [token for slot in inp.slots for token in slot.ids]
+        n = 2 if unit == [(4, 8), (15, 18)] else len(inp.ids) - 1  # all but the BOS that is added
+        assert len(owned) == n
+        assert "".join(piece.text for piece in inp.pieces) == "<s>" + text
 
 
 def test_words_that_the_vocabulary_does_not_know_are_features():
@@ -107,14 +120,12 @@ def test_words_that_the_vocabulary_does_not_know_are_features():
     assert inp.slots[1].ids == (tokenizer.unk_token_id,)
 
 
-def test_what_stands_for_a_span_stands_there_once(tokenizer):
-    # A special token in the middle of the sentence stays where it is.
+def test_a_sentence_is_absent_with_the_special_tokens_in_it(tokenizer):
     inp = TextSegmentInput(
         "Dave</s> lives. Go.", tokenizer, "sentence", baselines=lambda s, g: [7, 8]
     )
-    assert inp.n_features == 2
-    assert _render(inp, [False, True])[:4] == (1, 7, 8, 2)
-    assert _render(inp, [False, True])[4:] == inp.slots[1].ids
+    assert inp.names == ["Dave</s> lives.", " Go."]
+    assert _render(inp, [False, True]) == (1, 7, 8, *inp.slots[1].ids)
 
 
 def test_explicit_spans_leave_the_rest_fixed(tokenizer):

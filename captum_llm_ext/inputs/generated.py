@@ -1,20 +1,20 @@
 """Generated text as features, and the place where the model says each of its tokens."""
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from captum_llm_ext import tokens
-from captum_llm_ext.baselines import LanguageModel, Slot, as_baseline, with_model
+from captum_llm_ext.baselines import LanguageModel, as_baseline, with_model
 from captum_llm_ext.baselines.candidates import Match
+from captum_llm_ext.inputs.ownership import Ownership, own, owned_slots
 from captum_llm_ext.inputs.prompt import Piece, Place, Replacements
-from captum_llm_ext.segment import Unit, segment
+from captum_llm_ext.segment import Span, Unit
 
 
 class GeneratedText:
@@ -27,8 +27,10 @@ class GeneratedText:
     Args:
         ids: Target token ids, ``n_target`` of them. They are never decoded and encoded again.
         tokenizer: The model's tokenizer.
-        unit: As for `TextSegmentInput`, over the decoded text; ``"token"`` makes column j token
-            j. None: the text is held fixed, there are no features.
+        unit: As for `TextSegmentInput`, over the decoded text with its special tokens, which end
+            words, sentences and other units with a name and are features of their own there;
+            spans and segmenters have those within their characters. ``"token"`` makes column j
+            token j. None: the text is held fixed, there are no features.
         baselines: What stands where a feature is absent, as for `TextSegmentInput`.
         prompt_text: The text before, as context for baselines.
         prompt_ids: Its ids, so that a leading space of the first token is seen.
@@ -59,22 +61,25 @@ class GeneratedText:
         self._start = tokens.start_id(tokenizer)
         texts = tokens.pieces(tokenizer, ids, prompt_ids)
         self.labels = tokens.labels(tokenizer, ids, prompt_ids)
-        self.groups = _groups(self.ids, texts, tokenizer, unit)
-        self.n_features = 1 + max((g for g in self.groups if g is not None), default=-1)
-        special = _special(tokenizer)
+        text, encoding = tokens.spell(tokenizer, ids, prompt_ids)
+        owned = _owned(text, texts, encoding, unit)
+        self.groups = owned.owners
+        self.n_features = len(owned.spans)
         self.pieces = [
-            Piece(text, group, "template" if token in special else None)
-            for token, text, group in zip(self.ids, texts, self.groups, strict=True)
+            Piece(piece, group, "template" if is_special else None)
+            for piece, group, is_special in zip(texts, self.groups, encoding.special, strict=True)
         ]
         counter = partial(tokens.count_in_place, tokenizer)
+        name = unit if isinstance(unit, str) else None
+        context, offset = prompt_text + text, len(prompt_text)
         slots = [
             replace(slot, n_tokens=counter)
-            for slot in _slots(self.ids, texts, self.groups, prompt_text, unit)
+            for slot in owned_slots(owned, self.ids, context, name, offset=offset, generated=True)
         ]
         baseline = as_baseline(baselines, tokenizer, slots)
         if model is not None:
             baseline = with_model(baseline, model)
-        self.names = list(self.labels) if unit == "token" else [slot.text for slot in slots]
+        self.names = list(self.labels) if unit == "token" else [text[a:b] for a, b in owned.named]
         self._replacements = Replacements(baseline, slots, tokenizer)
         self.deterministic = self._replacements.deterministic
         self._runs = [
@@ -175,58 +180,15 @@ class GeneratedText:
         return (self._start,)
 
 
-def _special(tokenizer: Any) -> set[int]:
-    """Ids that are no text; an unknown word is a word like any other."""
-    special: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
-    return special - {getattr(tokenizer, "unk_token_id", None)}
-
-
-def _groups(
-    ids: Sequence[int], texts: Sequence[str], tokenizer: Any, unit: Unit | None
-) -> list[int | None]:
-    """Per token the number of its feature, counted in reading order."""
-    if unit is None:
-        return [None] * len(ids)
-    if isinstance(unit, str) and unit == "token":
-        return list(range(len(ids)))
-    special = _special(tokenizer)
-    shown = ["" if token in special else text for token, text in zip(ids, texts, strict=True)]
-    text = "".join(shown)
-    spans = segment(text, unit) if text.strip() or not isinstance(unit, str) else []
-    starts = [span.start for span in spans]
-    groups: list[int | None] = []
-    position, number = 0, -1
-    previous: object = None
-    for place, part in enumerate(shown):
-        space = len(part) - len(part.lstrip())
-        anchor = position if space == len(part) else position + space
-        position += len(part)
-        at = bisect_right(starts, anchor) - 1
-        owner: object = at if at >= 0 and anchor < spans[at].stop else None
-        if ids[place] in special:
-            owner = ("special", place)
-        number += owner is not None and owner != previous
-        groups.append(None if owner is None else number)
-        previous = owner
-    return groups
-
-
-def _slots(
-    ids: Sequence[int],
-    texts: Sequence[str],
-    groups: Sequence[int | None],
-    prompt_text: str,
-    unit: Unit | None,
-) -> list[Slot]:
-    context = prompt_text + "".join(texts)
-    name = unit if isinstance(unit, str) else None
-    slots: list[Slot] = []
-    start = len(prompt_text)
-    for group, run in groupby(zip(ids, texts, groups, strict=True), key=lambda item: item[2]):
-        members = list(run)
-        stop = start + sum(len(text) for _, text, _ in members)
-        if group is not None:
-            own = tuple(token for token, _, _ in members)
-            slots.append(Slot(context, start, stop, own, group, group, name, generated=True))
-        start = stop
-    return slots
+def _owned(
+    text: str, texts: Sequence[str], encoding: tokens.Encoding, unit: Unit | None
+) -> Ownership:
+    """The tokens' owners, counted in reading order."""
+    stops = [0, *accumulate(map(len, texts))]
+    if unit == "token":  # each has a column, what is special and parts of characters too
+        each = [Span(start, stop) for start, stop in pairwise(stops)]
+        return Ownership(each, list(range(len(texts))), each)
+    # Nothing but white space is no word, and no reason to refuse an answer.
+    if unit is None or (isinstance(unit, str) and not text.strip()):
+        return Ownership([], [None] * len(texts), [])
+    return own(text, (unit,), encoding, apart=isinstance(unit, str))

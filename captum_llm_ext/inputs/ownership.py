@@ -1,13 +1,36 @@
-"""Which token belongs to which span."""
+"""Which token belongs to which span: the one rule for prompts, chats, templates and what is said.
 
-from bisect import bisect_right
+A token belongs to the span that holds its first character other than white space, special tokens in
+the text included. What shares a token cannot be switched apart: such spans are one, or an error
+where the user drew them.
+"""
+
+import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import cast
+from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
+from typing import NamedTuple, cast
 
-from captum_llm_ext.segment import Span, Unit, nest, segment, shorten, strings
+from captum_llm_ext.baselines import Slot
+from captum_llm_ext.content import level_of_caller
+from captum_llm_ext.segment import Span, Unit, is_drawn, nest, segment, shorten, strings, unit_name
 from captum_llm_ext.tokens import Encoding
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """The spans of a coarser unit that own features.
+
+    Attributes:
+        spans: In reading order.
+        part_of: Per span of the finest unit the one it is in.
+        numbers: Per span its number among those that the unit gave; None for a special token.
+    """
+
+    spans: list[Span]
+    part_of: list[int]
+    numbers: list[int | None]
 
 
 @dataclass(frozen=True)
@@ -15,14 +38,26 @@ class Ownership:
     """Spans that own whole tokens.
 
     Attributes:
-        spans: In reading order, none without a token.
+        spans: In reading order, none without a token. Each is the text of its tokens, the white
+            space that its first one carries included.
         owners: Per token the number of its span, or None for fixed text.
-        coarse: The spans of coarser units, from coarse to fine.
+        named: Per span the text that names it: what was cut, as far as its tokens go.
+        coarse: The parts of coarser units, from coarse to fine.
+        alone: Per span whether it is a special token outside all that was cut.
     """
 
     spans: list[Span]
     owners: list[int | None]
-    coarse: list[list[Span]]
+    named: list[Span]
+    coarse: list[Coarse] = field(default_factory=list[Coarse])
+    alone: list[bool] = field(default_factory=list[bool])
+
+
+class Visible(NamedTuple):
+    """What a token shows: its characters without the white space around them."""
+
+    start: int
+    stop: int
 
 
 def own(
@@ -31,7 +66,7 @@ def own(
     encoding: Encoding,
     *,
     fixed: Sequence[tuple[int, int]] | Sequence[str] = (),
-    with_special: bool = False,
+    apart: bool = False,
 ) -> Ownership:
     """Cuts a text and gives every token to the span that holds its first visible character.
 
@@ -39,59 +74,138 @@ def own(
         text: The text.
         units: From coarse to fine; the finest makes the spans.
         encoding: Its tokens.
-        fixed: Spans or texts whose tokens are nobody's.
-        with_special: Whether special tokens become spans of their own.
+        fixed: Spans or texts: a token that shows a character of theirs is nobody's. So is a BOS at
+            the beginning that the tokenizer would add.
+        apart: Whether units with a name end where a special token stands, which then is a span by
+            itself.
 
     Raises:
-        ValueError: If nothing owns a token, or a span of the user's owns none.
+        ValueError: If everything is fixed, spans that the user drew share a token, or one of them
+            owns none.
     """
-    *coarse, finest = _levels(text, units, encoding)
-    spans = _without(finest, _fixed_spans(text, fixed), text)
+    drawn = is_drawn(units[-1])
+    # Who draws a span around BOS means it.
+    holes = _holes(text, fixed, 0 if apart or drawn else encoding.n_opening)
+    coarse, finest = _cut(text, units, encoding, apart)
     if units[-1] == "token":
-        spans, owners = _one_each(spans, encoding)
+        spans, owners = _one_each(text, encoding, coarse[-1] if coarse else None, holes)
+        named = spans
     else:
-        owners = _by_anchor(spans, encoding)
-    if not any(owner is not None for owner in owners):
-        raise ValueError(f"the prompt {shorten(text)!r} has no token of its own to attribute to.")
-    spans, owners = _owning(text, spans, owners, may_merge=isinstance(units[-1], str))
-    if with_special:
-        spans, owners = _with_special(spans, owners, encoding)
-    return Ownership(spans, owners, coarse)
-
-
-def _levels(text: str, units: Sequence[Unit], encoding: Encoding) -> list[list[Span]]:
-    if units[-1] != "token":
-        return nest(text, units)
-    coarse = nest(text, units[:-1]) if len(units) > 1 else []
-    borders = pairwise([*encoding.starts, len(text)])
-    own = [
-        Span(min(a, b), b)
-        for anchor, (a, b) in zip(encoding.anchors, borders, strict=True)
-        # What lies between the coarser spans, such as a chat's template, is fixed text.
-        if anchor is not None and (not coarse or _is_within(anchor, coarse[-1]))
+        finest = _without(finest, holes, text) if holes else finest
+        firsts, lasts = _reach(text, finest, encoding, holes)
+        if drawn:
+            _check_drawn(text, finest, encoding, firsts, lasts)
+        finest, owners = _joined(finest, firsts, lasts, drawn)
+        spans = _extents(text, finest, owners, encoding)
+        named = _named(text, finest, spans)
+    parts = [
+        _parts(text, level, is_drawn(unit), spans, owners, encoding, unit_name(unit))
+        for unit, level in zip(units, coarse, strict=False)
     ]
-    return [*coarse, own]
+    found = Ownership(spans, owners, named, parts, [False] * len(spans))
+    return found if not apart else _with_special(found, encoding)
 
 
-def _is_within(place: int, spans: Sequence[Span]) -> bool:
-    at = bisect_right([span.start for span in spans], place) - 1
-    return at >= 0 and place < spans[at].stop
+def owned_slots(
+    owned: Ownership,
+    ids: Sequence[int],
+    context: str,
+    unit: str | None,
+    *,
+    offset: int = 0,
+    generated: bool = False,
+) -> list[Slot]:
+    """The place of every span, each a feature by itself.
+
+    Args:
+        owned: Spans that own tokens.
+        ids: Those tokens.
+        context: The text they are in.
+        unit: What makes the spans, where it has a name.
+        offset: Where in `context` the text begins that was cut.
+        generated: Whether it is a part of the model's own output.
+    """
+    own_ids: list[list[int]] = [[] for _ in owned.spans]
+    for token, owner in zip(ids, owned.owners, strict=True):
+        if owner is not None:
+            own_ids[owner].append(token)
+    return [
+        Slot(
+            context,
+            offset + start,
+            offset + stop,
+            tuple(own_ids[index]),
+            index,
+            index,
+            unit,
+            generated,
+        )
+        for index, (start, stop) in enumerate(owned.spans)
+    ]
 
 
-def _fixed_spans(text: str, fixed: Sequence[tuple[int, int]] | Sequence[str]) -> list[Span]:
+def _cut(
+    text: str, units: Sequence[Unit], encoding: Encoding, apart: bool
+) -> tuple[list[list[Span]], list[Span]]:
+    coarse = nest(text, units[:-1]) if len(units) > 1 else []
+    unit = units[-1]
+    if unit == "token":
+        return coarse, []
+    if not apart or not isinstance(unit, str):
+        return coarse, nest(text, units)[-1]
+    special = [
+        Span(encoding.starts[i], encoding.stops[i])
+        for i, is_special in enumerate(encoding.special)
+        if is_special and encoding.anchors[i] is not None
+    ]
+    finest: list[Span] = []
+    for outer in coarse[-1] if coarse else [Span(0, len(text))]:
+        for (start, stop), is_special in _stretches(text, outer, special):
+            if is_special:
+                finest.append(Span(start, stop))
+            else:
+                inner = segment(text[start:stop], unit)
+                finest += [Span(start + a, start + b) for a, b in inner]
+    return coarse, finest
+
+
+def _stretches(text: str, outer: Span, special: Sequence[Span]) -> list[tuple[Span, bool]]:
+    """A span cut at the special tokens in it; white space alone goes with the one after it."""
+    cuts: list[tuple[Span, bool]] = []
+    position = outer.start
+    first = bisect_left([token.start for token in special], outer.start)
+    for token in takewhile(lambda token: token.stop <= outer.stop, special[first:]):
+        if text[position : token.start].strip():
+            cuts.append((Span(position, token.start), False))
+            position = token.start
+        cuts.append((Span(position, token.stop), True))
+        position = token.stop
+    if text[position : outer.stop].strip():
+        cuts.append((Span(position, outer.stop), False))
+    elif cuts:
+        (start, _), is_special = cuts.pop()
+        cuts.append((Span(start, outer.stop), is_special))
+    return cuts
+
+
+def _holes(
+    text: str, fixed: Sequence[tuple[int, int]] | Sequence[str], n_opening: int
+) -> list[Span]:
+    """What is fixed by hand, and the BOS that opens the text."""
     if isinstance(fixed, str):
         raise TypeError("`fixed` is one string: give a list of texts or of (start, stop) pairs.")
-    if not len(fixed):
-        return []
-    if all(isinstance(part, str) for part in fixed):
-        return segment(text, strings(cast(Sequence[str], fixed)))
-    return segment(text, cast(Sequence[tuple[int, int]], fixed))
+    holes: list[Span] = []
+    if len(fixed) and all(isinstance(part, str) for part in fixed):
+        holes = segment(text, strings(cast(Sequence[str], fixed)))
+    elif len(fixed):
+        holes = segment(text, cast(Sequence[tuple[int, int]], fixed))
+    if n_opening and not (holes and holes[0].start < n_opening):
+        holes = [Span(0, n_opening), *holes]
+    return holes
 
 
 def _without(spans: Sequence[Span], holes: Sequence[Span], text: str) -> list[Span]:
     """What the holes leave of the spans; nothing but white space is not worth a feature."""
-    if not holes:
-        return list(spans)
     kept: list[Span] = []
     stops = [hole.stop for hole in holes]
     for start, stop in spans:
@@ -102,68 +216,250 @@ def _without(spans: Sequence[Span], holes: Sequence[Span], text: str) -> list[Sp
             start = min(hole.stop, stop)
         kept.append(Span(start, stop))
     kept = [span for span in kept if text[span.start : span.stop].strip()]
-    if not kept:
+    if spans and not kept:
         raise ValueError("everything is `fixed`: leave something to attribute to.")
     return kept
 
 
-def _by_anchor(spans: Sequence[Span], encoding: Encoding) -> list[int | None]:
-    starts = [span.start for span in spans]
-    owners: list[int | None] = []
-    for anchor in encoding.anchors:
-        at = -1 if anchor is None else bisect_right(starts, anchor) - 1
-        owners.append(at if at >= 0 and anchor is not None and anchor < spans[at].stop else None)
-    return owners
+def _visible(text: str, encoding: Encoding, place: int) -> Visible:
+    anchor = cast(int, encoding.anchors[place])
+    shown = text[anchor : encoding.stops[place]].rstrip()
+    return Visible(anchor, anchor + len(shown))
 
 
-def _one_each(spans: Sequence[Span], encoding: Encoding) -> tuple[list[Span], list[int | None]]:
+def _touched(text: str, spans: Sequence[Span], starts: Sequence[int], token: Visible) -> range:
+    """The numbers of the spans that hold the token's first visible character or a later one."""
+    first = bisect_right(starts, token.start) - 1
+    if first < 0 or token.start >= spans[first].stop:
+        first += 1
+    last = first
+    while last < len(spans) and (
+        spans[last].start <= token.start < spans[last].stop
+        or text[max(spans[last].start, token.start) : min(spans[last].stop, token.stop)].strip()
+    ):
+        last += 1
+    return range(first, last)
+
+
+def _is_fixed(text: str, holes: Sequence[Span], starts: Sequence[int], token: Visible) -> bool:
+    return bool(holes) and len(_touched(text, holes, starts, token)) > 0
+
+
+def _reach(
+    text: str, spans: Sequence[Span], encoding: Encoding, holes: Sequence[Span]
+) -> tuple[list[int | None], list[int | None]]:
+    """Per token the first and the last span that it has a part of; None for fixed text."""
+    starts, hole_starts = [span.start for span in spans], [hole.start for hole in holes]
+    firsts: list[int | None] = []
+    lasts: list[int | None] = []
+    for place, anchor in enumerate(encoding.anchors):
+        first = last = None
+        if anchor is not None:
+            token = _visible(text, encoding, place)
+            touched = _touched(text, spans, starts, token)
+            begins = bool(touched) and spans[touched[0]].start <= anchor < spans[touched[0]].stop
+            if begins and not _is_fixed(text, holes, hole_starts, token):
+                first, last = touched[0], touched[-1]
+        firsts.append(first)
+        lasts.append(last)
+    return firsts, lasts
+
+
+def _one_each(
+    text: str, encoding: Encoding, within: Sequence[Span] | None, holes: Sequence[Span]
+) -> tuple[list[Span], list[int | None]]:
     """Every token a span. Of several tokens of one character the first has its text."""
-    if len(spans) == sum(anchor is not None for anchor in encoding.anchors):
-        numbers = iter(range(len(spans)))
-        return list(spans), [None if a is None else next(numbers) for a in encoding.anchors]
-    # Some are fixed: what is left of a token is its own if it holds its first visible character.
-    owners = _by_anchor(spans, encoding)
-    return list(spans), owners
+    starts = [span.start for span in within or ()]
+    hole_starts = [hole.start for hole in holes]
+    borders = pairwise([*encoding.starts, len(text)])
+    spans: list[Span] = []
+    owners: list[int | None] = []
+    for place, (anchor, (a, b)) in enumerate(zip(encoding.anchors, borders, strict=True)):
+        owner = None
+        # What lies between the coarser spans, such as a chat's template, is fixed text.
+        inside = anchor is not None and (within is None or _holds(within, starts, anchor))
+        if inside and not _is_fixed(text, holes, hole_starts, _visible(text, encoding, place)):
+            owner = len(spans)
+            spans.append(Span(min(a, b), b))
+        owners.append(owner)
+    return spans, owners
 
 
-def _owning(
-    text: str, spans: Sequence[Span], owners: Sequence[int | None], *, may_merge: bool
+def _holds(spans: Sequence[Span], starts: Sequence[int], place: int) -> bool:
+    at = bisect_right(starts, place) - 1
+    return at >= 0 and place < spans[at].stop
+
+
+def _joined(
+    spans: Sequence[Span],
+    firsts: Sequence[int | None],
+    lasts: Sequence[int | None],
+    drawn: bool,
 ) -> tuple[list[Span], list[int | None]]:
-    """Leaves out spans without a token.
+    """Spans that share a token as one; those without any go with the one before."""
+    owning = sorted({first for first in firsts if first is not None})
+    # Per span the last one that a token of it reaches; what lies between is one with it.
+    reach: dict[int, int] = {}
+    for first, last in zip(firsts, lasts, strict=True):
+        if first is not None and last is not None:
+            reach[first] = max(last, reach.get(first, first))
+    joined: list[tuple[int, int]] = []
+    for number in owning:
+        if joined and number <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], reach[number]))
+        else:
+            joined.append((number, reach[number]))
+    if joined and not drawn:
+        # Text that the tokenizer drops is told with what stands right before it.
+        stops = [*(first for first, _ in joined[1:]), len(spans)]
+        for i, ((first, last), stop) in enumerate(zip(joined, stops, strict=True)):
+            while last + 1 < stop and spans[last + 1].start == spans[last].stop:
+                last += 1
+            joined[i] = (first, last)
+    begins = [first for first, _ in joined]
+    owners = [None if first is None else bisect_right(begins, first) - 1 for first in firsts]
+    return [Span(spans[a].start, spans[b].stop) for a, b in joined], owners
 
-    Tokens of some tokenizers run across words: such words are one feature. Spans that the user
-    drew are never changed.
-    """
-    owning = {owner for owner in owners if owner is not None}
-    if len(owning) == len(spans):
-        return list(spans), list(owners)
-    if not may_merge:
-        start, stop = next(span for i, span in enumerate(spans) if i not in owning)
+
+def _extents(
+    text: str, spans: Sequence[Span], owners: Sequence[int | None], encoding: Encoding
+) -> list[Span]:
+    """The text of every span's tokens, and what of the span no token has."""
+    places: dict[int, tuple[int, int]] = {}
+    for place, owner in enumerate(owners):
+        if owner is not None:
+            places[owner] = (places.get(owner, (place, place))[0], place)
+    # What is before a token is covered, what is after one begins with the next token's space.
+    covered = [0]
+    for stop in encoding.stops:
+        covered.append(max(covered[-1], stop))
+    n = len(owners)
+    following = [len(text)] * (n + 1)
+    for place in range(n - 1, -1, -1):
+        has_text = encoding.anchors[place] is not None
+        following[place] = encoding.starts[place] if has_text else following[place + 1]
+    found: list[Span] = []
+    for number, span in enumerate(spans):
+        first, last = places[number]
+        start, stop = encoding.starts[first], covered[last + 1]
+        if start > span.start:
+            start = min(start, max(span.start, covered[first]))
+        stop = max(stop, min(span.stop, following[last + 1]))
+        found.append(Span(start, max(start, stop)))
+    return found
+
+
+def _named(text: str, drawn: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
+    """What was cut, as far as its tokens go; wider where they show more."""
+    named: list[Span] = []
+    for (first, last), (start, stop) in zip(drawn, spans, strict=True):
+        # White space alone makes no other name.
+        start = start if text[first:start].strip() else first
+        differs = text[last:stop].strip() or text[stop:last].strip()
+        named.append(Span(start, stop if differs else last))
+    return named
+
+
+def _check_drawn(
+    text: str,
+    spans: Sequence[Span],
+    encoding: Encoding,
+    firsts: Sequence[int | None],
+    lasts: Sequence[int | None],
+) -> None:
+    """Refuses spans by hand that share a token; tells those that end inside one."""
+    barren = set(range(len(spans))) - set(firsts)
+    if barren:
+        start, stop = spans[min(barren)]
         raise ValueError(
-            f"span ({start}, {stop}) {text[start:stop]!r} owns no whole token (its first one "
-            "begins before it): widen it to the border of a token."
+            f"span ({start}, {stop}) {shorten(text[start:stop])!r} owns no whole token (its first "
+            "one begins before it): widen it to the border of a token."
         )
-    kept = sorted(owning)
-    number = {old: new for new, old in enumerate(kept)}
-    stops = [spans[after - 1].stop for after in [*kept[1:], len(spans)]]
-    merged = [Span(spans[old].start, stop) for old, stop in zip(kept, stops, strict=True)]
-    return merged, [None if owner is None else number[owner] for owner in owners]
+    starts = [span.start for span in spans]
+    cut: list[tuple[Span, Visible]] = []
+    for place, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+        if encoding.anchors[place] is None:
+            continue
+        token = _visible(text, encoding, place)
+        if first is not None and first != last:
+            one, other = (text[slice(*spans[i])] for i in (first, first + 1))
+            raise ValueError(
+                f"spans {shorten(one)!r} and {shorten(other)!r} share the token "
+                f"{text[slice(*token)]!r} and cannot be switched apart: draw one span around "
+                "both, or end the first where a token ends."
+            )
+        if first is not None:
+            if text[spans[first].stop : token.stop].strip():
+                cut.append((spans[first], token))
+        elif touched := _touched(text, spans, starts, token):
+            cut.append((spans[touched[0]], token))
+    if cut:
+        (span, token), n = cut[0], len({span for span, _ in cut})
+        others = f" (and {n - 1} more spans like it)" if n > 1 else ""
+        whose = "is switched with it" if span.start <= token.start else "stays when it is absent"
+        warnings.warn(
+            f"span {tuple(span)} {shorten(text[slice(*span)])!r} has a part of the token "
+            f"{text[slice(*token)]!r}, all of which {whose}{others}: end spans where tokens end.",
+            UserWarning,
+            stacklevel=level_of_caller(),
+        )
 
 
-def _with_special(
-    spans: Sequence[Span], owners: Sequence[int | None], encoding: Encoding
-) -> tuple[list[Span], list[int | None]]:
-    """Every special token as a span of its own, numbered in reading order."""
-    keys: list[int | tuple[int, int] | None] = [
-        (place, -1) if anchor is None else owner
-        for place, (owner, anchor) in enumerate(zip(owners, encoding.anchors, strict=True))
+def _parts(
+    text: str,
+    level: Sequence[Span],
+    drawn: bool,
+    spans: Sequence[Span],
+    owners: Sequence[int | None],
+    encoding: Encoding,
+    name: str,
+) -> Coarse:
+    """The spans of a coarser unit, joined where a finer span or token is in two of them."""
+    starts = [span.start for span in level]
+    firsts: list[int | None] = [None] * len(spans)
+    lasts: list[int | None] = [None] * len(spans)
+    for place, owner in enumerate(owners):
+        if owner is None:
+            continue
+        touched = _touched(text, level, starts, _visible(text, encoding, place))
+        if not touched:
+            continue
+        known_first, known_last = firsts[owner], lasts[owner]
+        firsts[owner] = touched[0] if known_first is None else min(known_first, touched[0])
+        lasts[owner] = touched[-1] if known_last is None else max(known_last, touched[-1])
+        if drawn and firsts[owner] != lasts[owner]:
+            raise ValueError(
+                f"two {name}s share {shorten(text[slice(*spans[owner])])!r}, of which a token "
+                "cannot be switched in halves: put something between them."
+            )
+    merged, part_of = _joined(level, firsts, lasts, drawn)
+    numbers = [bisect_right(starts, span.start) - 1 for span in merged]
+    return Coarse(merged, [0 if part is None else part for part in part_of], [*numbers])
+
+
+def _with_special(owned: Ownership, encoding: Encoding) -> Ownership:
+    """Every special token that nobody has as a span of its own, numbered in reading order."""
+    keys: list[tuple[bool, int] | None] = [
+        (False, owner) if owner is not None else (True, place) if is_special else None
+        for place, (owner, is_special) in enumerate(
+            zip(owned.owners, encoding.special, strict=True)
+        )
     ]
     order = list(dict.fromkeys(key for key in keys if key is not None))
     number = {key: i for i, key in enumerate(order)}
-    found = [
-        spans[key]
-        if isinstance(key, int)
-        else Span(encoding.starts[key[0]], encoding.starts[key[0]])
-        for key in order
-    ]
-    return found, [None if key is None else number[key] for key in keys]
+    own = {place: Span(encoding.starts[place], encoding.stops[place]) for a, place in order if a}
+    spans = [own[i] if alone else owned.spans[i] for alone, i in order]
+    named = [own[i] if alone else owned.named[i] for alone, i in order]
+    coarse: list[Coarse] = []
+    for parts in owned.coarse:
+        told = dict.fromkeys((a, i if a else parts.part_of[i]) for a, i in order)
+        place = {key: i for i, key in enumerate(told)}
+        coarse.append(
+            Coarse(
+                [own[i] if alone else parts.spans[i] for alone, i in told],
+                [place[a, i if a else parts.part_of[i]] for a, i in order],
+                [None if alone else parts.numbers[i] for alone, i in told],
+            )
+        )
+    owners = [None if key is None else number[key] for key in keys]
+    return Ownership(spans, owners, named, coarse, [alone for alone, _ in order])

@@ -1,6 +1,5 @@
 """`TextSegmentInput`: a text cut into features that own whole tokens."""
 
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -23,7 +22,7 @@ from captum_llm_ext.baselines import (
 )
 from captum_llm_ext.baselines.candidates import Match
 from captum_llm_ext.inputs.groups import Groups, label_spans, tie
-from captum_llm_ext.inputs.ownership import Ownership, own
+from captum_llm_ext.inputs.ownership import Ownership, own, owned_slots
 from captum_llm_ext.inputs.prompt import (
     Level,
     Piece,
@@ -33,7 +32,7 @@ from captum_llm_ext.inputs.prompt import (
     Replacements,
     template_pieces,
 )
-from captum_llm_ext.segment import Span, Unit, shorten
+from captum_llm_ext.segment import Span, Unit, shorten, unit_name
 
 Part = tuple[str, str] | tuple[str, str, bool]
 _PARTS = ("part", "example", "passage")
@@ -106,36 +105,41 @@ class TextSegmentInput(InterpretableInput, Prompt):
         self.text = text
         self.tokenizer = tokenizer
         self.unit = unit
-        encoding = tokens.encode(tokenizer, text, add_special_tokens=add_special_tokens)
+        encoding = self._encoded(text, tokenizer, add_special_tokens)
         self.ids = encoding.ids
         units = as_units(unit)
-        owned = own(text, units, encoding, fixed=fixed, with_special=special_tokens_are_features)
+        owned = own(text, units, encoding, fixed=fixed, apart=special_tokens_are_features)
+        if not owned.spans:
+            raise ValueError(
+                f"the prompt {shorten(text)!r} has no token of its own to attribute to."
+            )
         self.spans = owned.spans
-        shown = _span_names(text, owned, encoding, tokenizer)
-        if names is not None:
-            if len(names) != len(self.spans):
-                raise ValueError(
-                    f"`names` has {len(names)} entries for {len(self.spans)} spans: give one each."
-                )
-            shown = list(names)
+        shown = _span_names(text, owned, encoding, tokenizer, names)
         feature_of, self.names = tie(shown, groups)
         self.values = self.names
         self.n_features = self.n_itp_features = len(self.names)
         self.columns = list(range(self.n_features))
         kind = units[-1] if isinstance(units[-1], str) else None
-        slots = _slots(text, owned, feature_of, encoding, kind)
         counter = partial(tokens.count_in_place, tokenizer)
         self.slots = with_siblings(
             [
-                replace(slot, label=label, n_tokens=counter)
-                for slot, label in zip(slots, label_spans(shown, labels), strict=True)
+                replace(slot, label=label, feature=feature, n_tokens=counter)
+                for slot, label, feature in zip(
+                    owned_slots(owned, encoding.ids, text, kind),
+                    label_spans(shown, _for_drawn(labels, owned)),
+                    feature_of,
+                    strict=True,
+                )
             ]
         )
-        self.levels = _levels(text, units, owned, self.slots)
+        self.levels = _levels(text, units, owned, feature_of, shown)
         self.unit_name = unit_name(units[-1])
         self.pieces = _pieces(text, self.slots, owned, encoding, tokenizer)
         self._chunks = _chunks(self.slots, owned.owners, self.ids)
         self._replace_by(baselines)
+
+    def _encoded(self, text: str, tokenizer: Any, add_special_tokens: bool) -> tokens.Encoding:
+        return tokens.encode(tokenizer, text, add_special_tokens=add_special_tokens)
 
     def _replace_by(self, baselines: Any) -> None:
         replacement = as_baseline(baselines, self.tokenizer, self.slots)
@@ -325,6 +329,7 @@ class Parts:
 
     def __init__(self, names: Sequence[str], spans: Sequence[Span], title: str = "part") -> None:
         self.names, self._spans, self.title = list(names), list(spans), title
+        self.positional = True
 
     def __call__(self, text: str) -> list[Span]:
         """The spans, whatever the text."""
@@ -354,31 +359,6 @@ def _joined(parts: Sequence[Part], joiner: str) -> tuple[list[Span], str]:
     return spans, text
 
 
-def _slots(
-    text: str,
-    owned: Ownership,
-    feature_of: Sequence[int],
-    encoding: tokens.Encoding,
-    unit: str | None,
-) -> list[Slot]:
-    first: dict[int, int] = {}
-    ids: dict[int, list[int]] = {}
-    for place, owner in enumerate(owned.owners):
-        if owner is not None:
-            first.setdefault(owner, place)
-            ids.setdefault(owner, []).append(encoding.ids[place])
-    slots: list[Slot] = []
-    for index, span in enumerate(owned.spans):
-        # White space that the first token carries goes with it, also when the span leaves it out.
-        start = encoding.starts[first[index]]
-        if start > span.start or text[start : span.start].strip():
-            start = span.start
-        slots.append(
-            Slot(text, start, span.stop, tuple(ids[index]), index, feature_of[index], unit)
-        )
-    return slots
-
-
 def _chunks(
     slots: Sequence[Slot], owners: Sequence[int | None], ids: Sequence[int]
 ) -> list[tuple[Slot | None, tuple[int, ...], bool]]:
@@ -396,42 +376,66 @@ def _chunks(
 
 
 def _levels(
-    text: str, units: Sequence[Unit], owned: Ownership, slots: Sequence[Slot]
+    text: str,
+    units: Sequence[Unit],
+    owned: Ownership,
+    feature_of: Sequence[int],
+    shown: Sequence[str],
 ) -> list[Level]:
     """The coarser levels: their parts, and the part that each feature is in."""
     levels: list[Level] = []
-    for unit, spans in zip(units, owned.coarse, strict=False):
-        starts = [span.start for span in spans]
+    for unit, coarse in zip(units, owned.coarse, strict=False):
         part_of: dict[int, int] = {}
-        for slot in slots:
-            anchor = slot.stop - len(slot.text.lstrip()) if slot.text.strip() else slot.start
-            part = max(0, bisect_right(starts, anchor) - 1)
-            if part_of.setdefault(slot.feature, part) != part:
+        for feature, part in zip(feature_of, coarse.part_of, strict=True):
+            if part_of.setdefault(feature, part) != part:
                 raise ValueError(
                     f"a group ties spans of different parts of level {unit_name(unit)!r}: tie "
                     "spans within one part, or use a single unit."
                 )
-        names = unit.names if isinstance(unit, Parts) else [text[a:b] for a, b in spans]
+        names = [text[start:stop] for start, stop in coarse.spans]
+        for part, number in enumerate(coarse.numbers):
+            if number is None:
+                names[part] = shown[coarse.part_of.index(part)]
+            elif isinstance(unit, Parts):
+                names[part] = unit.names[number]
         levels.append(Level(unit_name(unit), names, [part_of[f] for f in range(len(part_of))]))
     return levels
 
 
-def unit_name(unit: Unit) -> str:
-    """What a part that the unit makes is called."""
-    if isinstance(unit, str):
-        return unit
-    return str(getattr(unit, "title", None) or getattr(unit, "__name__", "span"))
-
-
 def _span_names(
-    text: str, owned: Ownership, encoding: tokens.Encoding, tokenizer: Any
+    text: str,
+    owned: Ownership,
+    encoding: tokens.Encoding,
+    tokenizer: Any,
+    given: Sequence[str] | None,
 ) -> list[str]:
-    """The spans' texts; special tokens and parts of characters, which have none, by name."""
-    names = [text[start:stop] for start, stop in owned.spans]
+    """The spans' texts, or what they are called; what has no text, such as BOS, by its token."""
+    names = [text[start:stop] for start, stop in owned.named]
+    if given is not None:
+        drawn = [i for i, alone in enumerate(owned.alone) if not alone]
+        if len(given) != len(drawn):
+            raise ValueError(
+                f"`names` has {len(given)} entries for {len(drawn)} spans: give one each."
+            )
+        for i, name in zip(drawn, given, strict=True):
+            names[i] = name
     if all(names):
         return names
     labels = tokens.labels(tokenizer, encoding.ids)
     return [name or labels[owned.owners.index(i)] for i, name in enumerate(names)]
+
+
+def _for_drawn(
+    labels: Sequence[str | None] | Mapping[str | int, str] | None, owned: Ownership
+) -> Sequence[str | None] | Mapping[str | int, str] | None:
+    """Labels as given for the spans, with None for special tokens besides."""
+    n_alone = sum(owned.alone)
+    if not n_alone or labels is None or isinstance(labels, Mapping | str):
+        return labels
+    if len(labels) != len(owned.spans) - n_alone:
+        return labels
+    rest = iter(labels)
+    return [None if alone else next(rest) for alone in owned.alone]
 
 
 def _pieces(

@@ -16,7 +16,7 @@ from captum_llm_ext.segment.markdown import markdown_blocks
 from captum_llm_ext.segment.nesting import nest, parents
 from captum_llm_ext.segment.prose import lines, paragraphs, sentences, sentences_of, words
 from captum_llm_ext.segment.span import Segmenter, Span, shorten
-from captum_llm_ext.segment.unit import Unit, segment, segmenter
+from captum_llm_ext.segment.unit import Unit, is_drawn, segment, segmenter, unit_name
 
 __all__ = [
     "Segmenter",
@@ -24,6 +24,7 @@ __all__ = [
     "Unit",
     "between",
     "blocks",
+    "is_drawn",
     "lines",
     "markdown_blocks",
     "nest",
@@ -37,5 +38,6 @@ __all__ = [
     "shorten",
     "spans",
     "strings",
+    "unit_name",
     "words",
 ]

@@ -54,6 +54,19 @@ def segmenter(unit: Unit) -> Segmenter:
     )
 
 
+def is_drawn(unit: Unit) -> bool:
+    """Whether a unit is spans of one text that somebody drew, which are taken as they are."""
+    by_hand = isinstance(unit, Sequence) and not isinstance(unit, str)
+    return by_hand or bool(getattr(unit, "positional", False))
+
+
+def unit_name(unit: Unit) -> str:
+    """What a part that the unit makes is called."""
+    if isinstance(unit, str):
+        return unit
+    return str(getattr(unit, "title", None) or getattr(unit, "__name__", "span"))
+
+
 def segment(text: str, unit: Unit) -> list[Span]:
     """The spans of `unit` in `text`, checked and in reading order.
 
