@@ -1,33 +1,36 @@
 """`ChatInput`: the turns of a chat, found in what the tokenizer's own template makes of them."""
 
+import warnings
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
+from captum_llm_ext import tokens
+from captum_llm_ext.content import level_of_caller
+from captum_llm_ext.inputs.messages import Found, Message, Template, checked, describe, has_text
 from captum_llm_ext.inputs.prompt import Piece
 from captum_llm_ext.inputs.text import Parts, TextSegmentInput, as_units
-from captum_llm_ext.segment import Span, Unit, shorten
-
-Message = Mapping[str, Any]
-# Plain letters and digits: no template has a reason to treat it otherwise than other text.
-_MARK = "captumllmextmark7351"
+from captum_llm_ext.segment import Span, Unit
 
 
 class ChatInput(TextSegmentInput):
     """A chat whose turns, or the sentences, words or tokens in them, are switched on and off.
 
-    The tokenizer's chat template is applied once. What it puts around the messages is fixed text,
-    and so are messages of other roles. No BOS is added to the one that the template writes.
+    What the tokenizer's chat template puts around the messages is fixed text, and so are messages
+    of other roles; special tokens in what somebody said belong to it. No BOS is added to the one
+    that the template writes. A message is found as far as the template leaves it as it is, in JSON
+    or in several places too; what it leaves out (such as thoughts of earlier turns) is told by a
+    warning.
 
     Args:
         messages: As for ``tokenizer.apply_chat_template``: mappings with ``"role"`` and
             ``"content"``; the content is a text, or a list of parts of which those with
-            ``"text"`` count.
+            ``"text"`` count. Reasoning (``"reasoning_content"`` and the like) and ``"tool_calls"``
+            are a part of the turn where the template writes them.
         tokenizer: The model's tokenizer, with a chat template.
         unit: ``"turn"``: every message is one feature. Otherwise a unit of `TextSegmentInput`, or a
             tuple of them from coarse to fine, for the features inside the messages; turns are
-            then the coarsest level.
+            then the coarsest level, whether the tuple begins with ``"turn"`` or not.
         roles: Whose messages are switched.
         tools: Passed to the template; what it writes of them is fixed text.
         add_generation_prompt: Whether the template opens the model's own turn.
@@ -35,8 +38,9 @@ class ChatInput(TextSegmentInput):
         **arguments: `baselines`, `groups`, `fixed` as of `TextSegmentInput`.
 
     Raises:
-        ValueError: If there is no message of these roles, one of them is empty, the template
-            fails, or a message cannot be found again in what it made.
+        ValueError: If there is no message of these roles, none of them has a text, the template
+            fails, none of them can be found again in what it made, or a message holds pictures or
+            the like.
         TypeError: If the tokenizer has no chat template, or a message is of the wrong kind.
     """
 
@@ -52,16 +56,10 @@ class ChatInput(TextSegmentInput):
         template_arguments: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
-        self.messages = _checked(messages)
-        chosen = [i for i, message in enumerate(self.messages) if message["role"] in roles]
-        if not chosen:
-            found = sorted({str(message["role"]) for message in self.messages})
-            raise ValueError(
-                f"no message has a role of {tuple(roles)}: the roles are {found}. Name some of "
-                "them in `roles`."
-            )
+        self.messages = checked(messages)
         self.roles = tuple(roles)
-        template = _Template(
+        chosen = _chosen(self.messages, self.roles)
+        template = Template(
             tokenizer,
             {
                 "add_generation_prompt": add_generation_prompt,
@@ -70,99 +68,109 @@ class ChatInput(TextSegmentInput):
             },
         )
         text = template.render(self.messages)
-        turns = Parts(*template.locate(self.messages, text, chosen), title="turn")
+        self._template_ids = template.ids(self.messages)
+        found = [template.locate(self.messages, text, i) for i in range(len(self.messages))]
+        _tell(self.messages, {i: found[i] for i in chosen})
+        said = sorted((span, i) for i, message in enumerate(found) for span in message.spans)
+        roles_of = [str(message["role"]) for message in self.messages]
+        own = [(span, i) for span, i in said if i in chosen]
+        messages_of = [i for _, i in own]
+        turns = Parts(
+            [
+                ("" if i in messages_of[:n] else f"{roles_of[i]}: ") + text[slice(*span)]
+                for n, (span, i) in enumerate(own)
+            ],
+            [span for span, _ in own],
+            title="turn",
+            wholes=messages_of,
+        )
+        inner = _inside(unit)
+        if not inner:
+            arguments = {"groups": _stretches(messages_of) or None} | arguments
         super().__init__(
             text,
             tokenizer,
-            turns if unit == "turn" else (turns, *as_units(unit)),
-            names=turns.names if unit == "turn" else None,
+            (turns, *inner) if inner else turns,
+            names=None if inner else turns.names,
             add_special_tokens=False,
             **arguments,
         )
-        self.pieces = _with_roles(self.pieces, template.said(self.messages, text))
+        self.pieces = _with_roles(self.pieces, [(span, roles_of[i]) for span, i in said])
+
+    def _encoded(self, text: str, tokenizer: Any, add_special_tokens: bool) -> tokens.Encoding:
+        encoding = super()._encoded(text, tokenizer, add_special_tokens)
+        # Some tokenizers read the template's own tokens as text when they come as text.
+        if encoding.ids == tuple(self._template_ids):
+            return encoding
+        return tokens.find(tokenizer, text, self._template_ids)
 
 
-class _Template:
-    """The tokenizer's chat template with its arguments."""
+def _chosen(messages: Sequence[Message], roles: Sequence[str]) -> list[int]:
+    """The numbers of the messages of these roles that say something.
 
-    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any]) -> None:
-        if not hasattr(tokenizer, "apply_chat_template"):
-            raise TypeError(
-                f"{type(tokenizer).__name__} has no `apply_chat_template`: give a tokenizer of "
-                "transformers, or the rendered text to `TextSegmentInput`."
-            )
-        self._tokenizer = tokenizer
-        self._arguments = dict(arguments)
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """The chat as text.
-
-        Raises:
-            ValueError: If the template refuses the messages.
-        """
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, **self._arguments
-            )
-        except Exception as error:  # jinja2's own errors, and whatever a template raises
-            raise ValueError(
-                f"the tokenizer's chat template cannot render these messages: {error}"
-            ) from error
-        return cast(str, text)
-
-    def locate(
-        self, messages: Sequence[Message], text: str, chosen: Sequence[int]
-    ) -> tuple[list[str], list[Span]]:
-        """Names and spans of the chosen messages' content in the rendered text.
-
-        Each is found by rendering the chat once more with a mark in its place: what is left and
-        right of the mark is left and right of the content, whatever the content says.
-        """
-        names: list[str] = []
-        spans: list[Span] = []
-        for i in chosen:
-            contents = _texts(messages[i])
-            for part, content in enumerate(contents):
-                start = self._find(messages, text, i, part, content)
-                spans.append(start)
-                shown = text[start.start : start.stop]
-                names.append(f"{messages[i]['role']}: {shown}")
-        return names, spans
-
-    def said(self, messages: Sequence[Message], text: str) -> list[tuple[Span, str]]:
-        """Where messages stand in the rendered text, and whose they are, in reading order.
-
-        What cannot be found, such as a message that the template changes, is left out.
-        """
-        found: list[tuple[Span, str]] = []
-        for i, message in enumerate(messages):
-            try:
-                _, spans = self.locate(messages, text, [i])
-            except ValueError:
-                continue
-            found += [(span, str(message["role"])) for span in spans]
-        return sorted(found)
-
-    def _find(
-        self, messages: Sequence[Message], text: str, i: int, part: int, content: str
-    ) -> Span:
-        rendered = self.render(_with_text(messages, i, part, _MARK))
-        pieces = rendered.split(_MARK)
-        if len(pieces) == 2:
-            before, after = pieces
-            start, stop = len(before), len(text) - len(after)
-            same = text.startswith(before) and text.endswith(after) and start <= stop
-            # Templates strip white space; what else they do to a text nobody can know.
-            if same and text[start:stop].strip() == content.strip():
-                return Span(start, stop)
-        start = text.find(content.strip())
-        if start >= 0 and text.count(content.strip()) == 1:
-            return Span(start, start + len(content.strip()))
+    Raises:
+        ValueError: If there is none.
+    """
+    of_role = [i for i, message in enumerate(messages) if message["role"] in roles]
+    if not of_role:
+        found = sorted({str(message["role"]) for message in messages})
         raise ValueError(
-            f"message {i} ({messages[i]['role']}: {shorten(content)!r}) cannot be found in what "
-            "the chat template makes of it: the template changes, repeats or drops it. Leave its "
+            f"no message has a role of {tuple(roles)}: the roles are {found}. Name some of them "
+            "in `roles`."
+        )
+    chosen = [i for i in of_role if has_text(messages[i])]
+    if not chosen:
+        raise ValueError(
+            f"a message of role {messages[of_role[0]]['role']!r} has no text: leave its role out "
+            "of `roles`."
+        )
+    return chosen
+
+
+def _tell(messages: Sequence[Message], found: Mapping[int, Found]) -> None:
+    """Says what the template leaves out of the chosen messages.
+
+    Raises:
+        ValueError: If none of them is left.
+    """
+    if not any(message.spans for message in found.values()):
+        i = next(iter(found))
+        raise ValueError(
+            f"message {describe(i, messages[i], found[i].missing)} cannot be found in what the "
+            "chat template makes of it: the template changes, repeats or drops it. Leave its "
             "role out of `roles`, or give the rendered text to `TextSegmentInput`."
         )
+    told = [
+        describe(i, messages[i], message.missing) for i, message in found.items() if message.missing
+    ]
+    if told:
+        warnings.warn(
+            "the chat template leaves out, changes or repeats what cannot be attributed to, "
+            f"therefore: of message {'; of message '.join(told)}.",
+            UserWarning,
+            stacklevel=level_of_caller(),
+        )
+
+
+def _inside(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
+    """The units within turns, from coarse to fine.
+
+    Raises:
+        ValueError: If turns are said to be within something.
+    """
+    units = as_units(unit)
+    inner = units[1:] if units[0] == "turn" else units
+    if any(isinstance(one, str) and one == "turn" for one in inner):
+        raise ValueError(f"`unit` is {unit!r}: turns are the coarsest parts of a chat.")
+    return inner
+
+
+def _stretches(messages: Sequence[int]) -> list[list[str | int]]:
+    """The places of every message that stands in several."""
+    places: dict[int, list[str | int]] = {}
+    for place, i in enumerate(messages):
+        places.setdefault(i, []).append(place)
+    return [own for own in places.values() if len(own) > 1]
 
 
 def _with_roles(pieces: Sequence[Piece], said: Sequence[tuple[Span, str]]) -> list[Piece]:
@@ -183,44 +191,3 @@ def _with_roles(pieces: Sequence[Piece], said: Sequence[tuple[Span, str]]) -> li
             text = piece.text[start - first : stop - first]
             marked.append(Piece(text, feature, owner or "template"))
     return marked
-
-
-def _checked(messages: Sequence[Message]) -> list[Message]:
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise TypeError(
-            f"`messages` is a {type(messages).__name__}: give a list of mappings with 'role' and "
-            "'content'."
-        )
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise TypeError(
-                f"message {i} is {message!r}: give a mapping with 'role' and 'content'."
-            )
-    return [dict(message) for message in messages]
-
-
-def _texts(message: Message) -> list[str]:
-    """The texts of a message: its content, or those of its parts that are text."""
-    content = message.get("content")
-    if isinstance(content, str):
-        texts = [content]
-    else:
-        texts = [
-            part["text"] for part in content or () if isinstance(part, Mapping) and "text" in part
-        ]
-    if not texts or not all(text.strip() for text in texts):
-        raise ValueError(
-            f"a message of role {message['role']!r} has no text: leave its role out of `roles`."
-        )
-    return texts
-
-
-def _with_text(messages: Sequence[Message], i: int, part: int, text: str) -> list[Message]:
-    """The messages with another text in one place."""
-    changed: list[dict[str, Any]] = [deepcopy(dict(message)) for message in messages]
-    if isinstance(changed[i]["content"], str):
-        changed[i]["content"] = text
-    else:
-        parts = [p for p in changed[i]["content"] if isinstance(p, dict) and "text" in p]
-        parts[part]["text"] = text
-    return list(changed)

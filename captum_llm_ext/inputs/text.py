@@ -325,11 +325,20 @@ class Parts:
         names: One per span.
         spans: In reading order.
         title: What a part is called, as a level of results.
+        wholes: Spans with equal number are stretches of one part. By default each is one.
     """
 
-    def __init__(self, names: Sequence[str], spans: Sequence[Span], title: str = "part") -> None:
+    positional = True  # see `segment.is_drawn`
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        spans: Sequence[Span],
+        title: str = "part",
+        wholes: Sequence[int] | None = None,
+    ) -> None:
         self.names, self._spans, self.title = list(names), list(spans), title
-        self.positional = True
+        self.wholes = list(range(len(spans)) if wholes is None else wholes)
 
     def __call__(self, text: str) -> list[Span]:
         """The spans, whatever the text."""
@@ -385,20 +394,31 @@ def _levels(
     """The coarser levels: their parts, and the part that each feature is in."""
     levels: list[Level] = []
     for unit, coarse in zip(units, owned.coarse, strict=False):
+        names: dict[tuple[bool, int], str] = {}
+        for part, (number, span) in enumerate(zip(coarse.numbers, coarse.spans, strict=True)):
+            if number is None:
+                names[True, part] = shown[coarse.part_of.index(part)]
+            elif isinstance(unit, Parts):
+                key = False, unit.wholes[number]
+                known = f"{names[key]} …" if key in names else ""
+                names[key] = known + unit.names[number]
+            else:
+                names[False, number] = text[slice(*span)]
+        place = {key: i for i, key in enumerate(names)}
         part_of: dict[int, int] = {}
         for feature, part in zip(feature_of, coarse.part_of, strict=True):
-            if part_of.setdefault(feature, part) != part:
+            number = coarse.numbers[part]
+            if number is None:
+                whole = place[True, part]
+            else:
+                whole = place[False, unit.wholes[number] if isinstance(unit, Parts) else number]
+            if part_of.setdefault(feature, whole) != whole:
                 raise ValueError(
                     f"a group ties spans of different parts of level {unit_name(unit)!r}: tie "
                     "spans within one part, or use a single unit."
                 )
-        names = [text[start:stop] for start, stop in coarse.spans]
-        for part, number in enumerate(coarse.numbers):
-            if number is None:
-                names[part] = shown[coarse.part_of.index(part)]
-            elif isinstance(unit, Parts):
-                names[part] = unit.names[number]
-        levels.append(Level(unit_name(unit), names, [part_of[f] for f in range(len(part_of))]))
+        ordered = [part_of[feature] for feature in range(len(part_of))]
+        levels.append(Level(unit_name(unit), list(names.values()), ordered))
     return levels
 
 
