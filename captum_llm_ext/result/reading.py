@@ -30,6 +30,32 @@ def reading(result: "GenerationAttributionResult") -> dict[str, Any]:
     }
 
 
+def prompt_level(result: "GenerationAttributionResult", name: str) -> tuple[list[str], list[int]]:
+    """A level that the prompt can be read at, the finest and all that a page offers.
+
+    Args:
+        result: The result.
+        name: The level's name: ``"word"``, ``"turn"``…
+
+    Returns:
+        The names of its parts, and the part that each column is in.
+
+    Raises:
+        ValueError: If there is no such level.
+    """
+    finest = str(result.provenance.get("unit") or "finest")
+    levels = {
+        finest: (list(result.input_tokens), list(range(len(result.input_tokens)))),
+        **{level["name"]: (level["parts"], level["part_of"]) for level in _prompt_levels(result)},
+    }
+    if name not in levels:
+        raise ValueError(
+            f"there is no level {name!r}: the levels are {', '.join(map(repr, levels))}. A tuple "
+            'of units, such as `unit=("sentence", "word")`, makes more.'
+        )
+    return levels[name]
+
+
 def _prompt_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]]:
     known = [
         {"name": level.name, "parts": level.parts, "part_of": level.part_of}
@@ -37,7 +63,9 @@ def _prompt_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]
     ]
     n = len(result.input_tokens)
     unit = result.provenance.get("unit")
-    for name in _UNITS:
+    n_features = result.masks.shape[1] - len(result.output_features or ())
+    # Where columns are copies of one feature's score, as captum has it, sums would count it twice.
+    for name in () if 0 < n_features < n else _UNITS:
         if name == unit or any(level["name"] == name for level in known):
             continue
         found = _parts(result.prompt_pieces, name)

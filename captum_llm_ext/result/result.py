@@ -20,6 +20,7 @@ from captum_llm_ext.result.causes import (
 )
 from captum_llm_ext.result.exported import ExportedResult
 from captum_llm_ext.result.files import broken, read, write
+from captum_llm_ext.result.reading import prompt_level
 from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
 from captum_llm_ext.result.sums import at_most
 from captum_llm_ext.result.table import table
@@ -464,7 +465,9 @@ class GenerationAttributionResult(ExportedResult):
         For additive methods (Shapley values) that is what the part contributes.
 
         Args:
-            name: A name of `levels`, such as ``"sentence"`` or ``"turn"``.
+            name: A name of `levels`, such as ``"sentence"`` or ``"turn"``; the unit of the
+                features themselves; or any other that the page offers, whose parts the features
+                nest in.
 
         Returns:
             The names of the parts, and their attributions ``(T, n_parts)``.
@@ -472,18 +475,11 @@ class GenerationAttributionResult(ExportedResult):
         Raises:
             ValueError: If there is no such level.
         """
-        level = next((level for level in self.levels if level.name == name), None)
-        if level is None:
-            known = ", ".join(repr(level.name) for level in self.levels) or "none"
-            raise ValueError(
-                f"there is no level {name!r}: the levels are {known}. A tuple of units, such as "
-                '`unit=("sentence", "word")`, makes them.'
-            )
+        parts, part_of = prompt_level(self, name)
         attr = cast(Tensor, self.token_attr)
-        sums = attr.new_zeros(len(attr), len(level.parts))
-        return level.parts, sums.index_add(
-            1, torch.tensor(level.part_of, device=attr.device, dtype=torch.int64), attr
-        )
+        sums = attr.new_zeros(len(attr), len(parts))
+        at = torch.tensor(part_of, device=attr.device, dtype=torch.int64)
+        return parts, sums.index_add(1, at, attr)
 
     def position(self, token: int | str) -> int:
         """The place of a target token, from 0.
