@@ -7,7 +7,15 @@ from typing import Any
 
 from captum_llm_ext import tokens
 from captum_llm_ext.content import level_of_caller
-from captum_llm_ext.inputs.messages import Found, Message, Template, checked, describe, has_text
+from captum_llm_ext.inputs.messages import (
+    Found,
+    Message,
+    Template,
+    checked,
+    describe,
+    has_text,
+    located,
+)
 from captum_llm_ext.inputs.prompt import Piece
 from captum_llm_ext.inputs.text import Parts, TextSegmentInput, as_units
 from captum_llm_ext.segment import Span, Unit
@@ -69,7 +77,7 @@ class ChatInput(TextSegmentInput):
         )
         text = template.render(self.messages)
         self._template_ids = template.ids(self.messages)
-        found = [template.locate(self.messages, text, i) for i in range(len(self.messages))]
+        found = located(template, self.messages, text)
         _tell(self.messages, {i: found[i] for i in chosen})
         said = sorted((span, i) for i, message in enumerate(found) for span in message.spans)
         roles_of = [str(message["role"]) for message in self.messages]
@@ -145,8 +153,8 @@ def _tell(messages: Sequence[Message], found: Mapping[int, Found]) -> None:
     ]
     if told:
         warnings.warn(
-            "the chat template leaves out, changes or repeats what cannot be attributed to, "
-            f"therefore: of message {'; of message '.join(told)}.",
+            "what the chat template leaves out, changes or repeats is no part of a feature: "
+            f"{'; '.join(told)}.",
             UserWarning,
             stacklevel=level_of_caller(),
         )

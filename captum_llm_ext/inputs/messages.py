@@ -99,18 +99,21 @@ class Template:
             found = self._find(messages, text, i, path, said)
             spans += found.spans
             missing += found.missing
-        for lacking in _lacking(messages[i]):
+        for what, lacking in _lacking(messages[i]):
             span = self._difference(messages, text, i, lacking)
             if span is not None:
                 spans.append(span)
             else:
-                missing.append("its tool calls" if "tool_calls" not in lacking else "its content")
+                missing.append(what)
         return Found(_united(text, spans), missing)
 
     def _find(
         self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
     ) -> Found:
-        pieces = self._marked(messages, i, path, _MARK).split(_MARK)
+        marked = self._marked(messages, i, path, _MARK)
+        if marked == text:
+            return Found([], [said])  # it is nowhere, whatever it says
+        pieces = marked.split(_MARK)
         if len(pieces) == 2:
             before, after = pieces
             start, stop = len(before), len(text) - len(after)
@@ -215,6 +218,23 @@ def checked(messages: Sequence[Message]) -> list[Message]:
     return [dict(message) for message in messages]
 
 
+def located(template: Template, messages: Sequence[Message], text: str) -> list[Found]:
+    """Where every message stands in the rendered text; no two in one place."""
+    taken: list[Span] = []
+    found: list[Found] = []
+    for i in range(len(messages)):
+        one = template.locate(messages, text, i)
+        clash = [s for s in one.spans for t in taken if s.start < t.stop and t.start < s.stop]
+        if clash:  # found by its words, which somebody else has said
+            one = Found(
+                [span for span in one.spans if span not in clash],
+                [*one.missing, *(text[slice(*span)] for span in clash)],
+            )
+        taken += one.spans
+        found.append(one)
+    return found
+
+
 def has_text(message: Message) -> bool:
     """Whether a message says anything that may be switched."""
     return bool(_texts(message) or _lacking(message))
@@ -235,14 +255,15 @@ def _texts(message: Message) -> list[tuple[_Path, str]]:
     return [(path, said) for path, said in found if said.strip()]
 
 
-def _lacking(message: Message) -> list[Message]:
-    """The message without what no mark can stand for, one thing at a time."""
-    found: list[Message] = []
+def _lacking(message: Message) -> list[tuple[str, Message]]:
+    """The message without what no mark can stand for, one thing at a time, and what that is."""
+    found: list[tuple[str, Message]] = []
     if message.get("tool_calls"):
         rest = {key: value for key, value in message.items() if key != "tool_calls"}
-        found.append(rest | {"content": message.get("content") or ""})
-    if isinstance(message.get("content"), Mapping) and message["content"]:
-        found.append({**message, "content": {}})
+        found.append(("its tool calls", rest | {"content": message.get("content") or ""}))
+    content = message.get("content")
+    if isinstance(content, Mapping) and content:
+        found.append((str(content), {**message, "content": {}}))
     return found
 
 
@@ -261,7 +282,8 @@ def _compared(text: str, span: Span, said: str) -> Found:
     shown, wanted = text[slice(*span)].strip(), said.strip()
     if not shown:
         return Found([], [said])
-    if any(shown.casefold() == write(wanted).casefold() for write in _WRITTEN):
+    same = (write(one).strip().casefold() for write in _WRITTEN for one in (wanted, said))
+    if shown.casefold() in same:
         return Found([span])
     start = _agreeing(wanted, shown)
     n_after = _agreeing(wanted[start:][::-1], shown[start:][::-1])

@@ -91,7 +91,9 @@ def own(
         spans, owners = _one_each(text, encoding, coarse[-1] if coarse else None, holes)
         named = spans
     else:
-        finest = _without(finest, holes, text) if holes else finest
+        finest = _without(finest, holes, text)
+        if fixed and not finest:
+            raise ValueError("everything is `fixed`: leave something to attribute to.")
         firsts, lasts = _reach(text, finest, encoding, holes)
         if drawn:
             _check_drawn(text, finest, encoding, firsts, lasts)
@@ -206,6 +208,8 @@ def _holes(
 
 def _without(spans: Sequence[Span], holes: Sequence[Span], text: str) -> list[Span]:
     """What the holes leave of the spans; nothing but white space is not worth a feature."""
+    if not holes:
+        return list(spans)
     kept: list[Span] = []
     stops = [hole.stop for hole in holes]
     for start, stop in spans:
@@ -215,10 +219,7 @@ def _without(spans: Sequence[Span], holes: Sequence[Span], text: str) -> list[Sp
             kept.append(Span(start, max(start, hole.start)))
             start = min(hole.stop, stop)
         kept.append(Span(start, stop))
-    kept = [span for span in kept if text[span.start : span.stop].strip()]
-    if spans and not kept:
-        raise ValueError("everything is `fixed`: leave something to attribute to.")
-    return kept
+    return [span for span in kept if text[span.start : span.stop].strip()]
 
 
 def _visible(text: str, encoding: Encoding, place: int) -> Visible:
@@ -447,7 +448,15 @@ def _with_special(owned: Ownership, encoding: Encoding) -> Ownership:
     ]
     order = list(dict.fromkeys(key for key in keys if key is not None))
     number = {key: i for i, key in enumerate(order)}
-    own = {place: Span(encoding.starts[place], encoding.stops[place]) for a, place in order if a}
+    own: dict[int, Span] = {}
+    position = 0
+    for alone, i in order:
+        if alone:
+            start, stop = encoding.starts[i], encoding.stops[i]
+            # What the tokenizer adds has no characters: it stands where the text is up to.
+            has_text = encoding.anchors[i] is not None
+            own[i] = Span(start, stop) if has_text else Span(position, position)
+        position = own[i].stop if alone else owned.spans[i].stop
     spans = [own[i] if alone else owned.spans[i] for alone, i in order]
     named = [own[i] if alone else owned.named[i] for alone, i in order]
     coarse: list[Coarse] = []
