@@ -16,6 +16,7 @@ import torch
 from captum_llm_ext import encoding
 
 _INCOMPLETE = "\ufffd"
+_SPACE = "\u2581"  # of SentencePiece, which some tokenizers show as it is
 # A UTF-8 character has at most four bytes; byte-level tokens may also split a mark off its base.
 _LONGEST_FRAGMENT = 8
 _WINDOW = 16
@@ -318,6 +319,14 @@ def _filled(text: str, offsets: Sequence[tuple[int, int] | None], shown: Sequenc
                 known = (position, stop)
             else:
                 known = (position + space, position + len(left.rstrip()))
+        else:
+            lead, trail = (len(shown[i]) - len(x) for x in (shown[i].lstrip(), shown[i].rstrip()))
+            start, stop = known
+            while lead > 0 and start > position and text[start - 1].isspace():
+                start, lead = start - 1, lead - 1
+            while trail > 0 and stop < after[i + 1] and text[stop].isspace():
+                stop, trail = stop + 1, trail - 1
+            known = (start, stop)
         found.append(known)
         # Unknown words side by side share what is between the known ones.
         if offsets[i] is not None or not text[known[0] : known[1]].strip():
@@ -351,5 +360,7 @@ def _past(one: Sequence[str], other: Sequence[str]) -> tuple[int, int]:
 @functools.lru_cache(maxsize=4096)
 def _folded(char: str) -> str:
     """A character without case, accents and other forms; nothing for white space."""
+    if char == _SPACE:
+        return ""
     decomposed = unicodedata.normalize("NFKD", char.casefold())
     return "".join(c for c in decomposed if not c.isspace() and not unicodedata.combining(c))

@@ -237,7 +237,10 @@ class Replacements:
         if not content or not slot.text:
             return ()
         own = slot.text
+        # The white space that the feature's tokens hold at their ends is not what it says.
         text = own[: len(own) - len(own.lstrip())] + content
+        if own.strip() and content == content.rstrip():
+            text += own[len(own.rstrip()) :]
         left = slot.context[max(0, slot.start - tokens.CONTEXT) : slot.start]
         if (text, left) not in self._in_place:
             self._in_place[text, left] = tokens.encode_in_place(self._tokenizer, text, left)

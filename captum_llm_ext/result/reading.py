@@ -44,10 +44,8 @@ def prompt_level(result: "GenerationAttributionResult", name: str) -> tuple[list
         ValueError: If there is no such level.
     """
     finest = str(result.provenance.get("unit") or "finest")
-    levels = {
-        finest: (list(result.input_tokens), list(range(len(result.input_tokens)))),
-        **{level["name"]: (level["parts"], level["part_of"]) for level in _prompt_levels(result)},
-    }
+    levels = {level["name"]: (level["parts"], level["part_of"]) for level in _prompt_levels(result)}
+    levels[finest] = list(result.input_tokens), list(range(len(result.input_tokens)))
     if name not in levels:
         raise ValueError(
             f"there is no level {name!r}: the levels are {', '.join(map(repr, levels))}. A tuple "
