@@ -179,8 +179,10 @@ class GenerationAttribution(LLMAttribution):
                 uncached forward.
             _inspect_forward: Called with (prompt, target, [joint, *per token] probabilities or
                 values) of every distinct row, after it is scored.
-            output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``, spans
-                or a segmenter over its text. None holds it fixed: captum's numbers.
+            output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``…, each
+                special token by itself; or spans or a segmenter over its text with special tokens
+                shown, as in ``"<|channel|>final<|message|>golf"`` (the result's `output_pieces`
+                spell it). None holds it fixed: captum's numbers.
             output_baselines: What stands where such a feature is absent, as for `TextSegmentInput`;
                 a list has one entry per feature of the target. By default what the prompt's
                 baseline does, and deletion where that says nothing about generated text.

@@ -5,11 +5,13 @@ decoded and found again in the text. Only the methods of captum's ``TokenizerLik
 """
 
 import functools
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -17,6 +19,7 @@ from captum_llm_ext import encoding
 
 _INCOMPLETE = "\ufffd"
 _SPACE = "\u2581"  # of SentencePiece, which some tokenizers show as it is
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a part of a character, whatever it is marked as
 # A UTF-8 character has at most four bytes; byte-level tokens may also split a mark off its base.
 _LONGEST_FRAGMENT = 8
 _WINDOW = 16
@@ -94,14 +97,28 @@ def spell(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> tup
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids that are no words: an unknown word is one, unless its token ends texts as well."""
-    found = {int(token) for token in getattr(tokenizer, "all_special_ids", None) or ()}
-    try:
-        added = tokenizer.added_tokens_decoder.items()
-        found |= {int(token) for token, told in added if told.special}
-    except Exception:  # tokenizers that have no such list, each with an error of its own
-        pass
+    found = frozenset(int(token) for token in getattr(tokenizer, "all_special_ids", None) or ())
     ends = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
-    return frozenset(found - ({getattr(tokenizer, "unk_token_id", None)} - ends))
+    found = (found | _added_special_ids(tokenizer)) - (
+        {getattr(tokenizer, "unk_token_id", None)} - ends
+    )
+    return frozenset(found)
+
+
+_added: "WeakKeyDictionary[Any, tuple[int, frozenset[int]]]" = WeakKeyDictionary()
+
+
+def _added_special_ids(tokenizer: Any) -> frozenset[int]:
+    """Those that a tokenizer marks as special without giving them a part to play."""
+    try:
+        size, known = len(tokenizer), _added.get(tokenizer)
+        if known is None or known[0] != size:  # the list itself takes long to be had
+            tokens = tokenizer.added_tokens_decoder.items()
+            ids = {int(i) for i, t in tokens if t.special and not _BYTE.fullmatch(t.content)}
+            known = _added[tokenizer] = size, frozenset(ids)
+        return known[1]
+    except Exception:  # tokenizers that have no such list, each with an error of its own
+        return frozenset()
 
 
 def _encoding(
@@ -117,7 +134,9 @@ def _encoding(
             anchors.append(None)
         else:
             space = len(text[start:stop]) - len(text[start:stop].lstrip())
-            anchors.append(start if start + space == stop else start + space)
+            # Offsets without the white space of tokens leave nothing of some.
+            first = starts[-1] if start == stop else start
+            anchors.append(first if start + space == stop else start + space)
         covered = max(covered, stop)
     return Encoding(
         tuple(ids),

@@ -1,5 +1,7 @@
 """Tokenizers in the layouts of well-known ones, trained in memory on a few sentences."""
 
+import json
+
 import tiny
 from tokenizers import (
     AddedToken,
@@ -14,7 +16,6 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 # Llama 3 and Qwen: marks take the line breaks after them, spaces are of the word after them.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -39,6 +40,18 @@ def _byte_pairs(tokenizer: Tokenizer, special=("<pad>", "<s>", "</s>"), size=420
     )
     tokenizer.train_from_iterator(tiny.TEXTS, trainer)
     return tokenizer
+
+
+def _with_bytes(tokenizer: Tokenizer) -> None:
+    """Every byte as a token, as SentencePiece has them."""
+    told = json.loads(tokenizer.to_str())["model"]
+    vocabulary = dict(told["vocab"])
+    for byte in range(256):
+        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+    merges = [tuple(pair) for pair in told["merges"]]
+    tokenizer.model = models.BPE(
+        vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True
+    )
 
 
 def _adds(tokenizer: Tokenizer, single: str, *names: str) -> None:
@@ -73,12 +86,13 @@ def llama3(**arguments):
 
 def llama2(**arguments):
     """SentencePiece BPE: the normalizer puts "▁" first and in place of spaces; bytes fall back."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
-    _byte_pairs(tokenizer, ("<pad>", "<s>", "</s>", "<unk>", *_BYTES), 700)
+    _byte_pairs(tokenizer, ("<pad>", "<s>", "</s>", "<unk>"))
+    _with_bytes(tokenizer)
     # Trained on words, used on whole texts.
     tokenizer.pre_tokenizer = None
     tokenizer.decoder = decoders.Sequence(
@@ -95,10 +109,11 @@ def llama2(**arguments):
 
 def gemma(**arguments):
     """SentencePiece BPE without a space put first; BOS and EOS added."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    _byte_pairs(tokenizer, ("<pad>", "<s>", "</s>", "<unk>", *_BYTES), 700)
+    _byte_pairs(tokenizer, ("<pad>", "<s>", "</s>", "<unk>"))
+    _with_bytes(tokenizer)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -145,7 +160,8 @@ class NoOffsets:
 
     def __init__(self, inner: PreTrainedTokenizerFast, *, splits: bool = True) -> None:
         self._inner, self._splits = inner, splits
-        self.all_special_ids = inner.all_special_ids
+        added = inner.added_tokens_decoder
+        self.all_special_ids = [token for token, told in added.items() if told.special]
         self.bos_token, self.bos_token_id = inner.bos_token, inner.bos_token_id
         self.eos_token_id, self.pad_token_id = inner.eos_token_id, inner.pad_token_id
         self.unk_token, self.unk_token_id = inner.unk_token, inner.unk_token_id

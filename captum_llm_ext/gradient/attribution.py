@@ -169,8 +169,10 @@ class GenerationGradientAttribution(LLMGradientAttribution):
                 generates it.
             gen_args: Arguments of the model's ``generate``, without a target only. Greedy, 25 new
                 tokens, where they do not say otherwise. Sampling is seeded by `seed`.
-            output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``, spans
-                or a segmenter over its text. None holds it fixed: captum's numbers.
+            output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``…, each
+                special token by itself; or spans or a segmenter over its text with special tokens
+                shown, as in ``"<|channel|>final<|message|>golf"`` (the result's `output_pieces`
+                spell it). None holds it fixed: captum's numbers.
             output_baselines: What stands where such a feature is absent, as for `TextSegmentInput`.
                 By default what the prompt's baseline does.
             seed: Seeds every random choice. The global random state is neither read nor changed.

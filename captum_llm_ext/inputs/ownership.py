@@ -95,6 +95,8 @@ def own(
         if fixed and not finest:
             raise ValueError("everything is `fixed`: leave something to attribute to.")
         firsts, lasts = _reach(text, finest, encoding, holes)
+        if holes and not drawn:
+            firsts = _shown(text, finest, encoding, firsts)
         if drawn:
             _check_drawn(text, finest, encoding, firsts, lasts)
         finest, owners = _joined(finest, firsts, lasts, drawn)
@@ -177,9 +179,10 @@ def _stretches(text: str, outer: Span, special: Sequence[Span]) -> list[tuple[Sp
     position = outer.start
     first = bisect_left([token.start for token in special], outer.start)
     for token in takewhile(lambda token: token.stop <= outer.stop, special[first:]):
-        if text[position : token.start].strip():
-            cuts.append((Span(position, token.start), False))
-            position = token.start
+        content = len(text[position : token.start].rstrip())
+        if content:
+            cuts.append((Span(position, position + content), False))
+            position += content
         cuts.append((Span(position, token.stop), True))
         position = token.stop
     if text[position : outer.stop].strip():
@@ -264,6 +267,20 @@ def _reach(
         firsts.append(first)
         lasts.append(last)
     return firsts, lasts
+
+
+def _shown(
+    text: str, spans: Sequence[Span], encoding: Encoding, firsts: Sequence[int | None]
+) -> list[int | None]:
+    """The same without spans of which fixed tokens leave nothing but white space."""
+    seen: set[int] = set()
+    for place, first in enumerate(firsts):
+        if first is not None and text[slice(*_visible(text, encoding, place))].strip():
+            seen.add(first)
+    return [
+        first if first is None or first in seen or not text[slice(*spans[first])].strip() else None
+        for first in firsts
+    ]
 
 
 def _one_each(

@@ -42,8 +42,10 @@ class TextSegmentInput(InterpretableInput, Prompt):
     """A text whose words, sentences or other spans are switched on and off together.
 
     Features own whole tokens: a token belongs to the span that holds its first character other
-    than white space. Tokens outside all spans, special tokens and BOS are fixed text. With every
-    feature present the rendered ids are those of the tokenizer, unchanged.
+    than white space, and so do special tokens in the text (``</s>`` in a passage). Words or other
+    parts that share a token are one feature, whose name says so; spans given by hand that do are an
+    error. Tokens outside all spans are fixed text, and so are BOS and what else the tokenizer adds.
+    With every feature present the rendered ids are those of the tokenizer, unchanged.
 
     Args:
         text: The prompt.
@@ -57,19 +59,21 @@ class TextSegmentInput(InterpretableInput, Prompt):
             token id, a token of the vocabulary, a list with one text (or list of texts to draw
             from) per span, a mapping from every span's label, number or text to such, captum's
             `ProductBaselines`, or a callable ``(slot, generator) -> text or ids``. Text takes the
-            leading white space of the span it replaces and is tokenised in place.
+            white space around the text it replaces and is tokenised in place.
         groups: Spans that are one feature, however far apart: lists of their texts or their
             numbers in reading order, or a mapping from the feature's name to such a list. A group
             stands where its first span does. Lists of replacement texts of equal length are drawn
             from at the same place for all spans of a group.
-        fixed: What is never switched: ``(start, stop)`` spans, or texts, found in order.
+        fixed: What is never switched: ``(start, stop)`` spans, or texts, found in order. A token
+            that shows a character of it is fixed as a whole.
         names: One name per span, for results. By default its text.
         labels: What kind of thing a span is, for baselines that go by it (`CorpusBaselines(...,
             labels={"city": [...]})`, a mapping, captum's `ProductBaselines` over a dict): one label
             (or None) per span, or a mapping from a span's text or number to its label.
         add_special_tokens: Whether the tokenizer adds its BOS and the like. Text that already
             begins with BOS gets no second one.
-        special_tokens_are_features: Whether BOS and other special tokens are features too.
+        special_tokens_are_features: Whether BOS and other special tokens are features of their own;
+            those within a span given by hand remain a part of it.
 
     Attributes:
         n_features: Number of features.
@@ -79,8 +83,8 @@ class TextSegmentInput(InterpretableInput, Prompt):
 
     Raises:
         ValueError: If the text is empty, the unit unknown, spans overlap or leave the text, a span
-            of the user's owns no whole token, a group or label names what is no span, or
-            `baselines`, `names` or `labels` has the wrong number of entries.
+            of the user's owns no whole token or shares one with another, a group or label names
+            what is no span, or `baselines`, `names` or `labels` has the wrong number of entries.
         TypeError: If an argument is of the wrong kind.
     """
 
