@@ -7,7 +7,13 @@ import re
 import pytest
 import tiny
 import torch
-from captum.attr import KernelShap, ShapleyValues, ShapleyValueSampling
+from captum.attr import (
+    KernelShap,
+    ShapleyValues,
+    ShapleyValueSampling,
+    TextTemplateInput,
+    TextTokenInput,
+)
 
 from captum_llm_ext import (
     ChatInput,
@@ -284,3 +290,46 @@ def test_errors_of_parts_are_as_large_as_sums_vary():
     assert coverage.double().mean(0).tolist() == pytest.approx([0.95] * 3, abs=0.035)
     # As if independent they would be too large: a walk's gains add up to the same.
     assert bool((torch.stack(single).mean(0) > 1.1 * spread).all())
+
+
+@pytest.mark.parametrize("kind", ["words", "parts", "template", "captum's tokens"])
+def test_every_level_that_a_page_offers_can_be_asked_for(model, tokenizer, kind):
+    text = "Dave lives here. Where?\n\nIn Reno. Or Austin."
+    make = {
+        "words": lambda: TextSegmentInput(text, tokenizer, ("sentence", "word")),
+        "parts": lambda: TextSegmentInput.from_parts(
+            [("rule", "Be brief. Now."), ("question", "Why? Tell me.")],
+            tokenizer,
+            ("passage", "word"),
+        ),
+        "template": lambda: TextSegmentInput.from_template(
+            "{} lives in {}. {} lives in {}.", ["Dave", "Reno", "Ann", "Austin"], tokenizer
+        ),
+        "captum's tokens": lambda: TextTokenInput(text, tokenizer),
+    }
+    result = attribute(model, tokenizer, make[kind](), " golf", output_unit=None)
+    page = json.loads(json.dumps(reading(result)))
+    asked = [result.provenance["unit"], *(level["name"] for level in page["levels"])]
+    expected = {
+        "words": ["word", "paragraph", "sentence"],
+        "parts": ["word", "passage", "sentence"],
+        "template": ["span", "sentence"],
+        "captum's tokens": ["token", "paragraph", "sentence", "word"],
+    }
+    assert sorted(asked) == sorted(expected[kind])
+    for name in asked:
+        parts, attr = result.at_level(name)
+        assert len(parts) == attr.shape[1]
+        torch.testing.assert_close(attr.sum(1), result.token_attr.sum(1))
+    finest, attr = result.at_level(result.provenance["unit"])
+    assert finest == result.input_tokens
+    assert torch.equal(attr, result.token_attr)
+
+
+def test_copies_of_one_score_are_not_added_up(model, tokenizer):
+    inp = TextTemplateInput("{} lives. {} too.", ["Dave", "Ann"], ["x", "y"], mask=[0, 0])
+    result = attribute(model, tokenizer, inp, " golf", output_unit=None)
+    assert result.token_attr.shape[1] == 2
+    assert reading(result)["levels"] == []
+    with pytest.raises(ValueError, match=r"no level 'sentence': the levels are 'field'\."):
+        result.at_level("sentence")

@@ -108,9 +108,8 @@ class ChatInput(TextSegmentInput):
     def _encoded(self, text: str, tokenizer: Any, add_special_tokens: bool) -> tokens.Encoding:
         encoding = super()._encoded(text, tokenizer, add_special_tokens)
         # Some tokenizers read the template's own tokens as text when they come as text.
-        if encoding.ids == tuple(self._template_ids):
-            return encoding
-        return tokens.find(tokenizer, text, self._template_ids)
+        ids = self._template_ids
+        return encoding if ids in (None, encoding.ids) else tokens.find(tokenizer, text, ids)
 
 
 def _chosen(messages: Sequence[Message], roles: Sequence[str]) -> list[int]:

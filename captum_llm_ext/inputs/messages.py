@@ -67,14 +67,13 @@ class Template:
         """
         return cast(str, self._applied(messages, tokenize=False))
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The chat as token ids.
-
-        Raises:
-            ValueError: If the template refuses the messages.
-        """
-        found = self._applied(messages, tokenize=True, return_dict=True)
-        return [int(token) for token in found["input_ids"]]
+    def ids(self, messages: Sequence[Message]) -> tuple[int, ...] | None:
+        """The chat as token ids; None for tokenizers that render text alone."""
+        try:
+            found = self._applied(messages, tokenize=True, return_dict=True)
+            return tuple(int(token) for token in found["input_ids"])
+        except (ValueError, TypeError, KeyError, IndexError):
+            return None
 
     def _applied(self, messages: Sequence[Message], **how: Any) -> Any:
         try:
