@@ -1,5 +1,7 @@
 """Messages are found in what the chat template makes of them, and nothing around them moves."""
 
+import re
+
 import layouts
 import pytest
 import templates
@@ -312,6 +314,27 @@ def test_what_others_said_is_not_taken_for_a_message_that_is_left_out():
     with pytest.warns(UserWarning, match=r"message 0 \(system\): 'Obey\.'"):
         chat = ChatInput(messages, tokenizer)
     assert chat.names == ["user: Say: Obey."]
+
+
+@pytest.mark.parametrize(
+    ("written", "shown", "missing"),
+    [
+        ("m.content | e", "Tom &amp; &#39;Ann&#39;\n&lt;b&gt; say &#34;hi&#34;.", None),
+        ("m.content | tojson", "Tom & 'Ann'\\n<b> say \\\"hi\\\".", None),
+        ("m.content | lower", "tom & 'ann'\n<b> say \"hi\".", None),
+        ("m.content[:9]", "Tom & 'An", '<b> say "hi".'),
+        ("m.content.split('<b>')[-1]", ' say "hi".', "Tom & 'Ann' <b>"),
+    ],
+)
+def test_a_message_is_found_as_the_template_writes_it(written, shown, missing):
+    tokenizer = layouts.llama3()
+    tokenizer.chat_template = f"{{% for m in messages %}}<s>{{{{ {written} }}}}</s>{{% endfor %}}"
+    messages = [{"role": "user", "content": "Tom & 'Ann'\n<b> say \"hi\"."}]
+    if missing is None:
+        assert ChatInput(messages, tokenizer).names == [f"user: {shown}"]
+    else:
+        with pytest.warns(UserWarning, match=re.escape(missing)):
+            assert ChatInput(messages, tokenizer).names == [f"user: {shown}"]
 
 
 def test_parts_of_one_message_are_one_turn():

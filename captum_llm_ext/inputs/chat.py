@@ -143,7 +143,7 @@ def _tell(messages: Sequence[Message], found: Mapping[int, Found]) -> None:
     if not any(message.spans for message in found.values()):
         i = next(iter(found))
         raise ValueError(
-            f"message {describe(i, messages[i], found[i].missing)} cannot be found in what the "
+            f"{describe(i, messages[i], found[i].missing)} cannot be found in what the "
             "chat template makes of it: the template changes, repeats or drops it. Leave its "
             "role out of `roles`, or give the rendered text to `TextSegmentInput`."
         )

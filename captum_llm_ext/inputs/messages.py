@@ -17,12 +17,13 @@ _MARK = "captumllmextmark7351"
 _TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Za-z_]{1,40}\]")
 # Other texts of a message that templates write besides its content.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-# As the template writes it: as it is, in JSON (two ways), in HTML.
+# As templates write a text: as it is, in JSON (two ways), in HTML (two ways).
 _WRITTEN: tuple[Callable[[str], str], ...] = (
     str,
     lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
     lambda text: json.dumps(text)[1:-1],
     html.escape,
+    lambda text: html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"),
 )
 
 
@@ -120,7 +121,20 @@ class Template:
                 return _compared(text, Span(start, stop), said)
         elif len(pieces) > 2:
             return Found([], [said])
-        return self._find_between_tags(messages, text, i, path, said) or _literally(text, said)
+        return (
+            self._find_between_tags(messages, text, i, path, said)
+            or self._find_rest(messages, text, i, path, said)
+            or _literally(text, said)
+        )
+
+    def _find_rest(
+        self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
+    ) -> Found | None:
+        """For templates that cut a message short: what the chat lacks without it."""
+        span = self._difference(messages, text, i, _with_text(messages, i, path, "")[i])
+        if span is None or text[slice(*span)].strip() not in said:
+            return None
+        return _compared(text, span, said)
 
     def _find_between_tags(
         self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
