@@ -356,16 +356,16 @@ def _is_wrapped(cls: type) -> bool:
     return any(base.__name__ == "FSDPModule" for base in cls.__mro__)
 
 
-def own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and parameters of all modules, each while it is where it can be read.
+def readable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules, each while what it holds is where it can be read.
 
     accelerate 1.x: what is offloaded is "meta", and its hook brings it for the time of a pass.
     """
     from accelerate.utils import align_module_device
 
-    for prefix, module in uncompiled(model).named_modules():
+    for name, module in uncompiled(model).named_modules():
         with align_module_device(module):
-            yield from module.named_parameters(prefix, recurse=False)
+            yield name.replace("_orig_mod.", ""), module
 
 
 def summed_over_shards(parameter: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
@@ -516,6 +516,34 @@ def model_ranks(model: nn.Module) -> tuple[int, ...]:
 def end_token_ids(model: nn.Module) -> Any:
     """The model's end-of-text ids as its generation configuration has them, or None."""
     return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+
+
+def is_generation_config(thing: object) -> bool:
+    """Whether something is a `transformers.GenerationConfig`."""
+    return any(base.__name__ == "GenerationConfig" for base in type(thing).__mro__)
+
+
+def generation_settings(config: Any) -> dict[str, Any]:
+    """What a generation configuration says; None says nothing.
+
+    transformers 5.0 (2025): fields that were not given are None. Before, they held defaults.
+    """
+    if config is None:
+        return {}
+    hidden = ("transformers_version",)
+    items = config.to_dict().items()
+    return {k: v for k, v in items if v is not None and not k.startswith("_") and k not in hidden}
+
+
+def defaults_for_sampling() -> dict[str, Any]:
+    """What generation chooses at random by, where nobody says anything.
+
+    transformers 5.23 (2026) has no public name for them.
+    """
+    from transformers import GenerationConfig
+
+    defaults: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    return {k: v for k, v in defaults.items() if k in ("temperature", "top_k", "top_p")}
 
 
 def arguments_for_generate(model: nn.Module) -> dict[str, Any]:

@@ -25,21 +25,23 @@ from captum_llm_ext.result.provenance import of_model, of_question, of_run
 from captum_llm_ext.scoring import (
     Accelerator,
     AttrTarget,
+    Generation,
     Journal,
     Processes,
     Scorer,
     Values,
     model_identity,
+    planned_generation,
 )
 from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.segment import Unit
 from captum_llm_ext.target import (
     Skipped,
     as_ids,
+    check_stored,
     check_target,
     generate_target,
     target_ids,
-    without_skipped,
 )
 
 
@@ -169,11 +171,15 @@ class GenerationAttribution(LLMAttribution):
         Args:
             inp: The prompt: `TextSegmentInput`, or captum's `TextTokenInput`, `TextTemplateInput`,
                 `ImageMaskInput`.
-            target: The text to explain, as text or as token ids ``(n_target,)``. None: the model
-                generates it.
+            target: The text to explain, as text or as token ids ``(n_target,)``: a tensor, an
+                array, a list, or what a tokenizer or ``generate`` returned, of one text; then
+                what comes after the prompt is meant. None: the model generates it.
             num_trials: Repetitions with fresh draws of baselines and coalitions, averaged.
-            gen_args: Arguments of the model's ``generate``, without a target only. Greedy, 25 new
-                tokens, where they do not say otherwise. Sampling is seeded by `seed`.
+            gen_args: Arguments of the model's ``generate``, among them a ``generation_config`` if
+                you like, without a target only. Greedy, 25 new tokens, where they do not say
+                otherwise; all else is as the model's own generation configuration has it, and
+                ``provenance["generation"]`` tells what was done. One answer is explained. Sampling
+                is seeded by `seed`.
             use_cached_outputs, forward_in_tokens: Accepted for captum's sake. They choose between
                 captum's ways of scoring; here there is one, and its numbers are those of an
                 uncached forward.
@@ -232,6 +238,7 @@ class GenerationAttribution(LLMAttribution):
                 raise ValueError(f"`tol` is {tol!r}: give a number above 0, such as 0.05.")
             if is_known(self.attr_method):
                 check_passed_on(kwargs, self.attr_method, GenerationAttribution.attribute)
+            generation = None if target is not None else self.generation(gen_args)
             budget = Budget(n_samples, n_draws, max_exact_features)
             effort = Effort(budget, num_trials, tol, max_evaluations)
             scorer = self._scorer(perturbations_per_eval, show_progress)
@@ -240,17 +247,32 @@ class GenerationAttribution(LLMAttribution):
             run = self._run(prompt, scorer, seed, callback)
             open_journal = None
             if checkpoint is not None:
-                about = self._about(run, effort, output_unit, target, gen_args)
+                about = self._about(run, effort, output_unit, target, generation)
                 open_journal = partial(Journal, checkpoint, about)
             with scorer.keeping(open_journal):
-                ids = self._target_ids(run, target, gen_args, skip_tokens)
+                ids = self._target_ids(run, target, gen_args, generation, skip_tokens)
                 game = Game(run, run.context.generated(ids, output_unit, output_baselines))
                 joint = None
                 with scorer.progress():
                     outcome = solve(game, effort, kwargs)
                     if self.attr_target == "prob":
                         joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
-            return self._result(inp, game, outcome, joint, gen_args if target is None else None)
+            return self._result(inp, game, outcome, joint, generation)
+
+    def check_stored(self, inp: InterpretableInput, target: Tensor, values: Tensor) -> None:
+        """Holds what a stored result says of its whole text against the model as it is now.
+
+        Args:
+            inp: The prompt, as for `attribute`.
+            target: The result's target, ``(n_target,)``.
+            values: Its `full_values`.
+
+        Raises:
+            ValueError: If another model gave them.
+        """
+        scorer = self._scorer(None)
+        run = self._run(as_prompt(inp, self.tokenizer, None), scorer, 0)
+        check_stored(scorer, run.full, run.context.generated(target.cpu(), None, None), values)
 
     def to_game(
         self,
@@ -292,7 +314,8 @@ class GenerationAttribution(LLMAttribution):
         check_counts(perturbations_per_eval=perturbations_per_eval)
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
         run = self._run(prompt, self._scorer(perturbations_per_eval), seed)
-        ids = self._target_ids(run, target, gen_args, None)
+        generation = None if target is not None else self.generation(gen_args)
+        ids = self._target_ids(run, target, gen_args, generation, None)
         game = Game(run, run.context.generated(ids, output_unit, output_baselines))
         start, stop = _span(token, len(ids))
         return CoalitionGame(game, start, stop, n_draws=n_draws, normalize=normalize)
@@ -308,11 +331,11 @@ class GenerationAttribution(LLMAttribution):
         run: Run,
         target: str | Tensor | Sequence[int] | None,
         gen_args: Mapping[str, Any] | None,
+        generation: Generation | None,
         skip_tokens: Skipped | None,
     ) -> Tensor:
-        generate = partial(self._generated_ids, run, gen_args)
-        ids = target_ids(target, self.tokenizer, gen_args, generate)
-        ids = without_skipped(ids, skip_tokens, self.tokenizer)
+        generate = partial(self._generated_ids, run, cast(Generation, generation))
+        ids = target_ids(target, self.tokenizer, gen_args, generate, run.full, skip_tokens)
         check_target(ids, run.full, run.scorer, self._vocabulary_size())
         return ids
 
@@ -322,13 +345,13 @@ class GenerationAttribution(LLMAttribution):
         effort: Effort,
         output_unit: Unit | None,
         target: str | Tensor | Sequence[int] | None,
-        gen_args: Mapping[str, Any] | None,
+        generation: Generation | None,
     ) -> dict[str, Any]:
         """What a run's values depend on; not all of it, but what another run differs in."""
         nothing = torch.zeros(1, run.prompt.n_features, dtype=torch.bool, device="cpu")
         absent = run.prompt.render(nothing, torch.Generator().manual_seed(0))[0]
-        if target is None:  # what generates it
-            wanted = {name: told(value) for name, value in (gen_args or {}).items()}
+        if generation is not None:
+            wanted = dict(generation.settings)
         else:
             wanted = digest(as_ids(target, self.tokenizer).tolist())
         settings = {"n_samples": effort.budget.n_samples, "n_draws": effort.budget.n_draws}
@@ -350,7 +373,7 @@ class GenerationAttribution(LLMAttribution):
         game: Game,
         outcome: Outcome,
         joint: Tensor | None,
-        gen_args: Mapping[str, Any] | None,
+        generation: Generation | None,
     ) -> GenerationAttributionResult:
         return assembled(
             inp,
@@ -363,19 +386,19 @@ class GenerationAttribution(LLMAttribution):
             draws=outcome.plan.draws,
             n_evaluations=game.run.scorer.n_evaluations,
             like=self._numbers(),
-            provenance=self._provenance(game, outcome, gen_args) | self._arithmetic(game),
+            provenance=self._provenance(game, outcome, generation) | self._arithmetic(game),
             design=_design(game, outcome),
         )
 
     def _provenance(
-        self, game: Game, outcome: Outcome, gen_args: Mapping[str, Any] | None
+        self, game: Game, outcome: Outcome, generation: Generation | None
     ) -> dict[str, Any]:
         return {
             "method": type(self.attr_method).__name__,
             "estimator": outcome.name,
             "estimate": outcome.estimate,
             "converged": outcome.converged,
-            **of_question(self.attr_target, gen_args),
+            **of_question(self.attr_target, generation and generation.settings),
             "unit": game.run.prompt.unit_name,
             "rule": getattr(self.attr_method, "rule", None),
             "seed": game.run.seed,
@@ -390,6 +413,14 @@ class GenerationAttribution(LLMAttribution):
 
     # All below asks the model itself; over an API these are other methods.
 
+    def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
+        """How a target is generated, where none is given.
+
+        Raises:
+            ValueError, TypeError: If it cannot be, or an argument has no meaning.
+        """
+        return planned_generation(self.model, self.tokenizer, gen_args)
+
     def _scorer(self, max_rows: int | None, show_progress: bool = False) -> Values:
         return Scorer(
             self.model,
@@ -403,8 +434,8 @@ class GenerationAttribution(LLMAttribution):
         del scorer
         return Likelihood(self.model, self.tokenizer)
 
-    def _generated_ids(self, run: Run, gen_args: Mapping[str, Any] | None) -> Tensor:
-        return generate_target(cast(Scorer, run.scorer), run.full, gen_args, run.seed)
+    def _generated_ids(self, run: Run, generation: Generation) -> Tensor:
+        return generate_target(cast(Scorer, run.scorer), run.full, generation, run.seed)
 
     def _vocabulary_size(self) -> int | None:
         return _compat.vocabulary_size(self.model)

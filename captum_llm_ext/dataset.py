@@ -18,22 +18,25 @@ from captum_llm_ext.content import differences, digest, told
 from captum_llm_ext.estimators import is_known
 from captum_llm_ext.gradient import GenerationGradientAttribution
 from captum_llm_ext.inputs import ChatInput, TextSegmentInput
+from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.files import read_provenance
 from captum_llm_ext.scoring.processes import Accelerator, Processes
 from captum_llm_ext.segment import Unit
+from captum_llm_ext.target import plain_target
 
 Record = str | Mapping[str, Any]
 Attribution = GenerationAttribution | GenerationGradientAttribution
 _KEYS = ("prompt", "messages", "tools", "target", "id")
 _RUN = "run.json"
-_FORMAT = 2
+_GENERATION = "generation"
+_FORMAT = 3
 _SAMPLE = "The 27 quick-brown foxes' naïve Straße: 中文, русский!\n\t{'x': [0.5]}"
 # They change how fast an answer comes, not what it is.
 _NO_SETTINGS = ("show_progress", "perturbations_per_eval", "internal_batch_size")
 _MOST_FAILURES = 100
 # Seconds; and one in so many of the run's own, for what is told is kept until the run ends.
 _TELL_EVERY, _TELLINGS = 0.5, 1000
-Agree = Callable[[Callable[[], "DatasetReport | None"]], "DatasetReport | None"]
+Agree = Callable[[Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ def attribute_dataset(
     that failed is tried again. Files appear whole or not at all, whenever the process is killed.
     What is there is never overwritten: another model, other arguments or another corpus in the same
     folder are an error, and so, for that record, is another one under a number that has a result.
+    A model is another one if its weights are, its buffers, its active adapters, or, where targets
+    are generated, what it generates with; and if the whole text of the first result that is there,
+    scored anew, has other values (hooks, a forward of its own).
 
     Args:
         records: Prompts, or mappings with ``"prompt"`` (a text) or ``"messages"`` (a chat, with
@@ -221,6 +227,7 @@ class _Maker:
     ) -> None:
         self._attribution, self._options = attribution, dict(options)
         self._unit, self._roles, self._baselines = unit, roles, baselines
+        self._has_checked = False
 
     def __call__(self, record: Mapping[str, Any]) -> Any:
         target = record.get("target")
@@ -228,6 +235,30 @@ class _Maker:
         if target is not None:  # nothing is generated then
             options.pop("gen_args", None)
         return self._attribution.attribute(self._input(record), target, **options)
+
+    def check(self, record: Mapping[str, Any], path: Path, agree: Agree) -> None:
+        """Holds the first result that is there against the model as it is now.
+
+        What no digest of the model shows is noticed by this: hooks, a forward of the user's own.
+
+        Args:
+            record: The result's.
+            path: Its file.
+            agree: Has one of those that hold a model together read it.
+
+        Raises:
+            ValueError: If another model gave it.
+        """
+        if self._has_checked:
+            return
+
+        def stored() -> tuple[Any, Any]:
+            result = GenerationAttributionResult.load(path)
+            return result.target, result.full_values
+
+        target, values = agree(stored)
+        self._attribution.check_stored(self._input(record), target, values)
+        self._has_checked = True
 
     @property
     def is_over(self) -> bool:
@@ -286,9 +317,12 @@ def _one(
         return DatasetReport(n_skipped=1)
 
     report = agree(known)
-    if report is not None:
+    if report is not None and not report.n_skipped:
         return report
     record = _checked(cast(Record, entry))
+    if report is not None:
+        makes.check(record, path, agree)
+        return report
     try:
         result = makes(record)
     except Exception as error:
@@ -305,7 +339,10 @@ def _one(
 
 def _digests(record: Mapping[str, Any]) -> dict[str, str]:
     """What makes a record another one, key by key."""
-    return {key: digest(_plain(record[key])) for key in _KEYS if record.get(key) is not None}
+    given = {key: record[key] for key in _KEYS if record.get(key) is not None}
+    if "target" in given:
+        given["target"] = plain_target(given["target"])
+    return {key: digest(_plain(value)) for key, value in given.items()}
 
 
 def _check_same(path: Path, record: Mapping[str, Any]) -> None:
@@ -392,17 +429,28 @@ def _prepare(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         _write(path, settings)
         return settings
     try:
-        differ = differences(json.loads(path.read_text(encoding="utf-8")), settings)
-    except (ValueError, AttributeError, TypeError) as error:
+        then = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} is none of this package's: give another folder."
         ) from error
-    if differ:
+    differ = differences(then, settings)
+    generates = {_GENERATION: settings[_GENERATION]}
+    if differ and not differences(then | generates, settings) and not _any_is_generated(folder):
+        # What the model generates with says nothing of targets that were given.
+        _write(path, settings)
+    elif differ:
         raise ValueError(
             f"{str(folder)!r} holds results of another run ({differ}): give the same settings, or "
             "another folder. Nothing was overwritten."
         )
     return settings
+
+
+def _any_is_generated(folder: Path) -> bool:
+    """Whether the target of any result was written by the model, not given."""
+    found = (read_provenance(path) for path in sorted(folder.glob("*.safetensors")))
+    return any(provenance.get("generation") is not None for provenance in found)
 
 
 def _settings(attribution: Attribution, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -412,13 +460,25 @@ def _settings(attribution: Attribution, given: Mapping[str, Any]) -> dict[str, A
         for name, value in sorted(given.items())
         if name not in _NO_SETTINGS and value is not None
     }
+    kept.pop("gen_args", None)
     found = {
         "format": _FORMAT,
         **attribution.identity(),
         "tokenizer": _tokenizer(attribution.tokenizer),
+        _GENERATION: _generation(attribution, given.get("gen_args")),
         **kept,
     }
     return json.loads(json.dumps(found))  # as it is read again: lists for tuples
+
+
+def _generation(attribution: Attribution, gen_args: Any) -> dict[str, str] | None:
+    """How targets are generated; None for a model that cannot, where each record brings its own."""
+    try:
+        return dict(attribution.generation(gen_args).settings)
+    except ValueError:
+        if gen_args is not None:
+            raise
+        return None
 
 
 def _tokenizer(tokenizer: Any) -> str:

@@ -27,6 +27,7 @@ from captum_llm_ext.methods import (
     HierarchicalAblation,
     PartitionShap,
     Unfold,
+    evaluations_of_orders,
     partition,
     searching,
 )
@@ -35,6 +36,7 @@ _MAX_DRAWS = 8
 _ROWS_WORTH_REPEATING = 1024
 _EVALUATIONS_PER_FEATURE = 16
 _CAPTUM_ORDERS = 25
+_TWO_DRAWS = "2 `n_draws`"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Estimator:
         tells_error: Whether standard errors come with it.
         unfold: In place of `plan` where the values decide what is scored next.
         options: What `solve` was given beside, as numbers and text.
+        needs: What would tell errors, where there are none for want of it.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Estimator:
     tells_error: bool = True
     unfold: Unfold | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def estimator(
     deterministic: bool,
     tree: Tree = (),
     held: Sequence[int] = (),
+    num_trials: int = 1,
 ) -> Estimator:
     """The estimator for a captum method over `n_features` features.
 
@@ -116,14 +121,34 @@ def estimator(
         tree: The nesting of all features for `PartitionShap`, of the prompt's for
             `HierarchicalAblation`.
         held: Columns that some target requires.
+        num_trials: How often its coalitions are planned anew.
 
     Raises:
         ValueError: If the budget names something that the method would ignore.
 
     Warns:
-        UserWarning: If the budget is below two evaluations per feature, or exact values were asked
-            for and can only be estimated.
+        UserWarning: If the budget is below two evaluations per feature, or tells no standard
+            errors, or exact values were asked for and can only be estimated.
     """
+    found = _estimator(method, n_features, budget, deterministic, tree, held, num_trials)
+    if found.needs is not None:
+        warnings.warn(
+            f"no standard errors come of {found.name} with this budget, and without them nothing "
+            f"tells a cause from noise: give at least {found.needs}.",
+            stacklevel=level_of_caller(),
+        )
+    return found
+
+
+def _estimator(
+    method: PerturbationAttribution,
+    n_features: int,
+    budget: Budget,
+    deterministic: bool,
+    tree: Tree,
+    held: Sequence[int],
+    num_trials: int,
+) -> Estimator:
     if type(method) is FeatureAblation:
         if budget.n_samples is not None:  # captum takes it, and goes by nothing
             warnings.warn(
@@ -138,7 +163,7 @@ def estimator(
     if type(method) is HierarchicalAblation:
         return _hierarchical(method, n_features, budget, deterministic, tree)
     if type(method) is PartitionShap:
-        return _partition(method, n_features, budget, deterministic, tree, held)
+        return _partition(method, n_features, budget, deterministic, tree, held, num_trials)
     if type(method) is ShapleyValues:
         if n_features <= budget.max_exact_features:
             _refuse(budget.n_samples is not None, "n_samples", "exact ShapleyValues", "n_draws")
@@ -148,7 +173,7 @@ def estimator(
     if type(method) is Lime:
         return _lime(method, n_features, budget)
     if type(method) is ShapleyValueSampling:
-        return _permutations(n_features, budget, deterministic)
+        return _permutations(n_features, budget, deterministic, num_trials)
     return _pairs(n_features, budget, deterministic)
 
 
@@ -164,6 +189,7 @@ def _leave_one_out(n_features: int, budget: Budget, deterministic: bool) -> Esti
         coalitions.solve_leave_one_out,
         not deterministic,
         tells_error=common,
+        needs=None if common else _TWO_DRAWS,
     )
 
 
@@ -181,6 +207,7 @@ def _only_one_in(
         coalitions.solve_only_one_in,
         not deterministic,
         tells_error=common,
+        needs=None if common else _TWO_DRAWS,
     )
 
 
@@ -205,12 +232,20 @@ def _hierarchical(
 def _exact(n_features: int, budget: Budget, deterministic: bool) -> Estimator:
     n_draws = _n_draws(2**n_features, budget, deterministic)
     plan = coalitions.plan_exact(n_features, n_draws=n_draws, common_draw=deterministic)
-    return Estimator("exact", lambda _: plan, coalitions.solve_exact, not deterministic)
+    tells_error = deterministic or n_draws > 1
+    return Estimator(
+        "exact",
+        lambda _: plan,
+        coalitions.solve_exact,
+        not deterministic,
+        tells_error=tells_error,
+        needs=None if tells_error else _TWO_DRAWS,
+    )
 
 
 def _pairs(n_features: int, budget: Budget, deterministic: bool) -> Estimator:
     wanted = budget.n_samples or _EVALUATIONS_PER_FEATURE * n_features
-    if _enumerable(n_features, wanted):
+    if _enumerable(n_features, wanted, deterministic):
         draws = Budget(n_draws=1 if deterministic else wanted // 2**n_features)
         return _exact(n_features, draws, deterministic)
     _warn_budget(wanted, n_features)
@@ -218,14 +253,25 @@ def _pairs(n_features: int, budget: Budget, deterministic: bool) -> Estimator:
     return Estimator("paired kernel regression", plan, coalitions.solve_kernel, True)
 
 
-def _permutations(n_features: int, budget: Budget, deterministic: bool) -> Estimator:
+def _permutations(
+    n_features: int, budget: Budget, deterministic: bool, num_trials: int
+) -> Estimator:
     orders = budget.n_samples or _CAPTUM_ORDERS
-    if _enumerable(n_features, orders * n_features):
+    if _enumerable(n_features, orders * n_features, deterministic):
         draws = Budget(n_draws=1 if deterministic else orders * n_features // 2**n_features)
         return _exact(n_features, draws, deterministic)
-    _warn_budget(orders * n_features, n_features)
+    is_warned = _warn_budget(orders * n_features, n_features)
     plan = partial(_plan_sampled, coalitions.plan_permutations, n_features, orders)
-    return Estimator("antithetic permutations", plan, coalitions.solve_permutations, True)
+    # An order and its reverse are one draw.
+    tells_error = -(-orders // 2) * num_trials > 1
+    return Estimator(
+        "antithetic permutations",
+        plan,
+        coalitions.solve_permutations,
+        estimate=True,
+        tells_error=tells_error,
+        needs=None if tells_error or is_warned else "`n_samples=4`: two orders and their reverses",
+    )
 
 
 def _lime(method: Lime, n_features: int, budget: Budget) -> Estimator:
@@ -247,6 +293,7 @@ def _partition(
     deterministic: bool,
     tree: Tree,
     held: Sequence[int],
+    num_trials: int,
 ) -> Estimator:
     found = partition(
         tree,
@@ -259,11 +306,18 @@ def _partition(
     )
     ignored = budget.n_draws is not None and found.name == "nested orders"
     _refuse(ignored, "n_draws", "nested orders of PartitionShap", "n_samples")
+    few = found.name == "nested orders" and found.n_orders * num_trials < 4
+    one_draw = found.is_complete and not deterministic and budget.n_draws == 1
+    needs = None
+    if few and found.has_budget:
+        needs = f"`n_samples={evaluations_of_orders(4, n_features, bool(held))}`, which four take"
     return Estimator(
         found.name,
         found.plan,
         found.solve,
         estimate=not (found.is_complete and deterministic),
+        tells_error=not (few or one_draw),
+        needs=_TWO_DRAWS if one_draw else needs,
         unfold=found.unfold,
         options={"tree": found.tree},
     )
@@ -282,8 +336,10 @@ def _n_draws(n_coalitions: int, budget: Budget, deterministic: bool) -> int:
     return budget.n_draws or max(2, min(_MAX_DRAWS, most))
 
 
-def _enumerable(n_features: int, wanted: int) -> bool:
-    return n_features <= MOST_EXACT_FEATURES and 2**n_features <= wanted
+def _enumerable(n_features: int, wanted: int, deterministic: bool) -> bool:
+    # A single draw of a random baseline would tell no errors.
+    n_draws = 1 if deterministic else 2
+    return n_features <= MOST_EXACT_FEATURES and n_draws * 2**n_features <= wanted
 
 
 def _refuse(given: bool, name: str, method: str, instead: str) -> None:
@@ -294,14 +350,16 @@ def _refuse(given: bool, name: str, method: str, instead: str) -> None:
         )
 
 
-def _warn_budget(evaluations: int, n_features: int) -> None:
+def _warn_budget(evaluations: int, n_features: int) -> bool:
+    """Warns of too few evaluations; whether there was reason to."""
     if evaluations < 2 * n_features:
         warnings.warn(
             f"{evaluations} evaluations for {n_features} features are too few for a sound "
             f"estimate: give at least {2 * n_features}, or at most {max(1, evaluations // 2)} "
             "features (a coarser unit, `output_unit`, or `feature_mask`).",
-            stacklevel=4,
+            stacklevel=level_of_caller(),
         )
+    return evaluations < 2 * n_features
 
 
 def _warn_estimate(n_features: int, budget: Budget) -> None:
@@ -310,5 +368,5 @@ def _warn_estimate(n_features: int, budget: Budget) -> None:
         f"exact Shapley values of {n_features} features need 2^{n_features} evaluations: they are "
         f"estimated from {wanted}, with standard errors in `token_attr_se`. Fewer features "
         f"(at most {budget.max_exact_features}) are solved exactly.",
-        stacklevel=4,
+        stacklevel=level_of_caller(),
     )

@@ -25,6 +25,7 @@ from captum_llm_ext.methods import (
     tree_of_prompt,
 )
 from captum_llm_ext.scoring import TokenRow, Values
+from captum_llm_ext.target import whole_row
 
 # The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
 _EMPTY_DRAWS = 32
@@ -163,13 +164,7 @@ class Game:
     @property
     def full_row(self) -> TokenRow:
         """What the model reads where everything is present."""
-        prompt = self.run.full
-        every = torch.ones(1, self.generated.n_features, dtype=torch.bool, device="cpu")
-        generator = torch.Generator().manual_seed(0)  # nothing is absent, nothing is drawn
-        (text,) = self.generated.render(
-            [prompt.ids], every, generator, torch.zeros(1, dtype=torch.int64, device="cpu")
-        )
-        return TokenRow(*text, prompt.extras, prompt.key)
+        return whole_row(self.run.full, self.generated)
 
     def with_last_feature(self, tensor: Tensor, value: float) -> Tensor:
         """Puts back the column of the last generated feature, which is no player."""
@@ -240,6 +235,7 @@ def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
         deterministic=game.deterministic,
         tree=_tree(game, method),
         held=game.held,
+        num_trials=effort.num_trials,
     )
     if chosen.unfold is not None:
         return _unfold(game, chosen, chosen.unfold, effort)

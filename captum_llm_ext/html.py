@@ -36,6 +36,7 @@ _REQUIRED = (
 _LONG = "matches"  # of provenance: a table of every feature's candidates, no line of text
 _SCRIPTS = ("model", "words", "text", "links", "panel", "page")  # one closure, in this order
 _LEAST = 0.01  # share of the largest attribution below which that telling leaves one out
+_UNKNOWN = ", estimates of unknown error: nothing tells a cause from noise"
 _PLAIN_ROWS = 500  # tokens that the page tells of where scripts are switched off
 
 
@@ -147,9 +148,10 @@ def _plain(data: Mapping[str, Any]) -> str:
             f'<tr><th scope="row">{_escaped(token)}</th><td>{_escaped(told or "–")}</td></tr>'
         )
     rest = len(data["output_tokens"]) - len(lines)
+    unknown = "" if not data.get("errors_unknown") else _UNKNOWN
     return (
         f"<h2>Prompt</h2><pre>{prompt}</pre><h2>Answer</h2><pre>{output}</pre>"
-        "<table><caption>Strongest causes of every token</caption>"
+        f"<table><caption>Strongest causes of every token{unknown}</caption>"
         f"{''.join(lines)}</table>" + (f"<p>… and {rest} tokens more.</p>" if rest else "")
     )
 

@@ -64,7 +64,11 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> Enc
     ids, offsets = _encode_with_offsets(tokenizer, text, add_special_tokens)
     bos, bos_id = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
     n_opening = 0
-    if bos and text.startswith(bos) and encoding.ids(tokenizer, bos, add_special_tokens=True)[:2] == [bos_id, bos_id]:
+    if (
+        bos
+        and text.startswith(bos)
+        and encoding.ids(tokenizer, bos, add_special_tokens=True)[:2] == [bos_id, bos_id]
+    ):
         n_opening = len(bos)
         if ids[:2] == [bos_id, bos_id]:
             ids, offsets = ids[1:], offsets[1:]

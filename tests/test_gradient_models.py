@@ -377,7 +377,7 @@ def test_generated_text_is_explained(model, tokenizer):
         attention_mask=torch.ones(1, len(inp.ids)),
     )
     assert found.target.tolist() == ids[0, len(inp.ids) :].tolist()
-    assert found.provenance["generation"] == {"max_new_tokens": "3"}
+    assert found.provenance["generation"]["max_new_tokens"] == "3"
 
 
 def test_compiled_models_are_explained(tokenizer):

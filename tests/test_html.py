@@ -360,7 +360,8 @@ def scaled(values, most=None):
 def sure(data):
     """The same data with errors too small to make anything pale."""
     tiny = [[1e-9] * len(row) for row in data["token_attr"]]
-    return data | {"token_attr_se": tiny, "output_attr_se": None}
+    none = [[0.0] * len(row) for row in data["output_attr"] or ()] or None
+    return data | {"token_attr_se": tiny, "output_attr_se": none}
 
 
 def added(rows):
@@ -607,10 +608,10 @@ def test_errors_of_a_part_add_up_as_if_independent(view):
     assert "± is approximate here: the errors of the parts that are added up are taken as" in note
 
 
-@pytest.mark.parametrize("errors", [0.0, None, 0.25])
-def test_errors_are_spoken_of_where_there_are_any(view, errors):
-    """Not for what is exact, nor for integrated gradients, whose error nothing tells."""
-    data = example()
+@pytest.mark.parametrize(("errors", "estimate"), [(0.0, True), (None, False), (0.25, True)])
+def test_errors_are_spoken_of_where_there_are_any(view, errors, estimate):
+    """Not for what is exact, nor where nothing is estimated."""
+    data = example(estimate=estimate)
     for name in ("token_attr", "output_attr"):
         data[f"{name}_se"] = [[errors] * len(row) for row in data[name]]
     page = view(data)
@@ -663,13 +664,41 @@ def test_what_lies_within_its_error_is_pale(view):
     data["token_attr_se"][0] = [0.1, 0.52, None, 0.0, 0.0, 0.0]
     page = view(data)
     answer(page, 0).hover()
-    assert levels(page, "prompt")[:3] == pytest.approx([1.0, 0.3, -0.5], abs=0.0126)
-    assert having(page, "prompt", "sure") == [0, 2]
-    assert page.locator("#top tbody tr.unsure .what").all_inner_texts() == ["p1"]
-    assert "±" not in page.locator("#top td.value").nth(2).inner_text()
+    # Of the third, an estimate, no error is known.
+    assert levels(page, "prompt")[:3] == pytest.approx([1.0, 0.3, -0.15], abs=0.0126)
+    assert having(page, "prompt", "sure") == [0]
+    assert page.locator("#top tbody tr.unsure .what").all_inner_texts() == ["p1", "p2"]
+    assert page.locator("#top td.value").nth(2).inner_text().endswith("± ?")
+    assert "± ?: of these estimates no error is known" in page.inner_text("#note")
     answer(page, 0).click()
     prompt(page, 1).hover()
     assert page.inner_text("#details").endswith("within its error")
+
+
+def test_estimates_of_unknown_error_are_no_causes(view):
+    data = example()
+    for name in ("token_attr", "output_attr"):
+        data[f"{name}_se"] = [[None] * len(row) for row in data[name]]
+    page = view(data)
+    assert page.inner_text("#about").endswith(
+        "evaluations, of unknown error · log-probability in nats"
+    )
+    for look in (lambda: None, lambda: answer(page, 3).click()):
+        look()
+        assert page.inner_text("#top caption") == "Largest estimates, of unknown error"
+        assert "nothing tells a cause from noise" in page.inner_text("#note")
+        assert not having(page, "prompt", "sure") + having(page, "answer", "sure")
+        assert page.locator("#links path").count() == 0
+        rows = page.locator("#top tbody tr:not(.rest)")
+        assert rows.count() == page.locator("#top tbody tr.unsure").count() > 0
+        shown = rows.locator("td.value").all_inner_texts()
+        assert all(value.endswith("± ?") for value in shown)
+    prompt(page, 1).hover()
+    assert page.inner_text("#details").endswith("± ? nats, of unknown error")
+    # The same numbers where nothing is estimated are what they are.
+    page = view(data | {"estimate": False})
+    assert page.inner_text("#top caption") == "Strongest causes"
+    assert page.locator("#links path").count() > 0
 
 
 def test_everything_works_from_the_keyboard(view):
@@ -773,6 +802,7 @@ def test_pieces_of_one_feature_light_up_together(view):
     data["output"] = [{"text": f" t{t}", "feature": t // 2} for t in range(4)]
     data["output_features"] = [" t0 t1", " t2 t3"]
     data["output_attr"] = [[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [2.0, 0.0]]
+    data["output_attr_se"] = [[0.0, 0.0]] * 4
     data["token_attr"] = [[0.5, -0.25]] * 4
     page = view(data)
     answer(page, 3).hover()
@@ -888,7 +918,8 @@ def test_a_kept_token_tells_what_it_led_to(view):
     answer(page, 1).click()
     rows = page.locator("#effects tbody tr")
     assert rows.locator(".what").all_inner_texts() == ["t3", "t4", "t2"]
-    assert [number(v) for v in rows.locator(".value").all_inner_texts()] == [-2.0, 1.0, 0.5]
+    values = [v.split(" ")[0] for v in rows.locator(".value").all_inner_texts()]
+    assert [number(v) for v in values] == [-2.0, 1.0, 0.5]
     answer(page, 4).click()  # the last one leads to nothing
     assert not page.locator("#effects").is_visible()
 

@@ -325,8 +325,8 @@ def test_whiskers_span_one_error_to_either_side():
     spans = [sorted(segment[:, 1]) for segment in whiskers.get_segments()]
     assert spans == [pytest.approx(span) for span in ([0.75, 1.25], [-2.5, -1.5], [-0.2, 0.6])]
     alphas = [bar.get_alpha() for bar in ax.patches]
-    assert alphas[2] < 0.5
-    assert {alphas[0], alphas[1], alphas[3]} == {1.0}
+    assert max(alphas[2:]) < 0.5  # the last one's error is unknown
+    assert {alphas[0], alphas[1]} == {1.0}
 
 
 @pytest.mark.parametrize("height", [1.5, 6.0])

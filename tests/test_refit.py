@@ -66,7 +66,7 @@ def test_a_span_of_one_token_is_that_token(model, tokenizer, method, output_unit
         tokenizer,
         method,
         output_unit=output_unit,
-        n_samples=12 if method is ShapleyValueSampling else 60,
+        n_samples=12 if method is ShapleyValueSampling else 80,
         prompt="Dave lives in Austin. He has a dog.",
     )
     for t in range(len(result.target)):
@@ -273,7 +273,7 @@ def test_few_coalitions_of_limes_sizes_are_told(model, tokenizer):
 @pytest.mark.parametrize("planned", [FeatureAblation, Lime, PartitionShap])
 def test_what_coalitions_do_not_tell_is_an_error(model, tokenizer, planned):
     prompt = "Dave lives in Austin. He has a dog"
-    arguments = {} if planned is FeatureAblation else {"n_samples": 40}
+    arguments = {} if planned is FeatureAblation else {"n_samples": 60}
     result = attribute(
         model, tokenizer, planned, prompt=prompt, unit=("sentence", "word"), **arguments
     )

@@ -29,14 +29,22 @@ from captum_llm_ext.inputs import Context, GeneratedText, Prompt, as_prompt
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.assembled import assembled, numbers_of
 from captum_llm_ext.result.provenance import of_model, of_question, of_run
-from captum_llm_ext.scoring import AttrTarget, Likelihood, Processes, Scorer, model_identity
+from captum_llm_ext.scoring import (
+    AttrTarget,
+    Generation,
+    Likelihood,
+    Processes,
+    Scorer,
+    model_identity,
+    planned_generation,
+)
 from captum_llm_ext.segment import Unit
 from captum_llm_ext.target import (
     Skipped,
+    check_stored,
     check_target,
     generate_target,
     target_ids,
-    without_skipped,
 )
 
 _N_DRAWS = 8
@@ -165,10 +173,14 @@ class GenerationGradientAttribution(LLMGradientAttribution):
                 in each of its places, or that of another text. A text of as many tokens stands
                 token by token; of one of another length, the mean of its embeddings stands in each
                 of the feature's places; for deletion, which a path cannot do, the zero vector does.
-            target: The text to explain, as text or as token ids ``(n_target,)``. None: the model
-                generates it.
-            gen_args: Arguments of the model's ``generate``, without a target only. Greedy, 25 new
-                tokens, where they do not say otherwise. Sampling is seeded by `seed`.
+            target: The text to explain, as text or as token ids ``(n_target,)``: a tensor, an
+                array, a list, or what a tokenizer or ``generate`` returned, of one text; then
+                what comes after the prompt is meant. None: the model generates it.
+            gen_args: Arguments of the model's ``generate``, among them a ``generation_config`` if
+                you like, without a target only. Greedy, 25 new tokens, where they do not say
+                otherwise; all else is as the model's own generation configuration has it, and
+                ``provenance["generation"]`` tells what was done. One answer is explained. Sampling
+                is seeded by `seed`.
             output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``…, each
                 special token by itself; or spans or a segmenter over its text with special tokens
                 shown, as in ``"<|channel|>final<|message|>golf"`` (the result's `output_pieces`
@@ -241,14 +253,16 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             output_baselines=output_baselines,
             is_held=output_unit is None,
         )
+        generation = None if target is not None else self.generation(gen_args)
         scorer = Scorer(self.model, attr_target=self.attr_target)
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
         prompt.places()  # whether it knows any, before the costly part
         kept = present_features(baselines, prompt.n_features, is_drawn=points.is_sampled)
         context = Context(prompt, self.tokenizer, Likelihood(self.model, self.tokenizer))
-        generate = partial(generate_target, scorer, context.full, gen_args, seed)
-        ids = target_ids(target, self.tokenizer, gen_args, generate)
-        ids = without_skipped(ids, skip_tokens, self.tokenizer)
+        generation = None if target is not None else self.generation(gen_args)
+        planned = cast(Generation, generation)
+        generate = partial(generate_target, scorer, context.full, planned, seed)
+        ids = target_ids(target, self.tokenizer, gen_args, generate, context.full, skip_tokens)
         check_target(ids, context.full, scorer, _compat.vocabulary_size(self.model))
         generated = context.generated(ids, output_unit, output_baselines)
         deterministic = context.prompt.deterministic and generated.deterministic
@@ -278,7 +292,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
                 fixed = context.generated(ids, None, None)
                 joint = paths.attribute(fixed, is_joint=True).attributions[0]
         about: dict[str, Any] = {
-            **of_question(self.attr_target, (gen_args or {}) if target is None else None),
+            **of_question(self.attr_target, generation and generation.settings),
             "seed": seed,
             "absent": "zero activation" if points.from_zero else absent,
             "deterministic_baselines": deterministic,
@@ -289,6 +303,21 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         if paths.is_complete:
             _warn_of_gap(found.efficiency_gap, found.full_values - found.empty_values, n_steps)
         return self._result(inp, context.prompt, generated, paths, found, joint, about)
+
+    def check_stored(self, inp: InterpretableInput, target: Tensor, values: Tensor) -> None:
+        """See `GenerationAttribution.check_stored`."""
+        prompt = as_prompt(inp, self.tokenizer, None)
+        context = Context(prompt, self.tokenizer, Likelihood(self.model, self.tokenizer))
+        scorer = Scorer(self.model, attr_target=self.attr_target)
+        check_stored(scorer, context.full, context.generated(target.cpu(), None, None), values)
+
+    def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
+        """How a target is generated, where none is given.
+
+        Raises:
+            ValueError, TypeError: If it cannot be, or an argument has no meaning.
+        """
+        return planned_generation(self.model, self.tokenizer, gen_args)
 
     def _layer(self) -> torch.nn.Module | None:
         layer: Any = getattr(self.attr_method, "layer", None)

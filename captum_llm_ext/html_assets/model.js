@@ -15,6 +15,13 @@ for (const name of ["token_attr", "token_attr_se", "output_attr", "output_attr_s
 /* Exact values, and those of whose error nothing is known, have none to show. */
 const hasErrors = [data.token_attr_se, data.output_attr_se].some((rows) => (rows || []).some((row) => row && row.some((error) => error > 0)));
 
+/* Estimates of whose error nothing is known: nothing tells them from noise. */
+const isUntold = (value, error) => Boolean(data.estimate) && value !== 0 && !Number.isFinite(error);
+const nUntold = [["token_attr", "token_attr_se"], ["output_attr", "output_attr_se"]].reduce((n, [attr, se]) => n + (data[attr] || []).reduce((m, row, t) => {
+  const spread = data[se] && data[se][t];
+  return m + (row ? row.reduce((k, x, j) => k + (Number.isFinite(x) && isUntold(x, spread ? spread[j] : NaN) ? 1 : 0), 0) : 0);
+}, 0), 0);
+
 const known = (x) => (x === null || x === undefined ? NaN : x);
 const total = (xs, from, to) => {
   let sum = 0;
@@ -157,7 +164,8 @@ const floor = Math.max(0, ...[data.noise_floor ?? (data.provenance || {}).noise_
 const within = (series, i) => Math.abs(series.value[i]) < 1.96 * series.error[i];
 /* Below what the model's own arithmetic adds; that of a sum grows with the root of its terms. */
 const isNoise = (series, i) => Math.abs(series.value[i]) < floor * Math.sqrt(series.count);
-const isFaint = (series, i) => within(series, i) || isNoise(series, i);
+const isUnknown = (series, i) => isUntold(series.value[i], series.error[i]);
+const isFaint = (series, i) => within(series, i) || isNoise(series, i) || isUnknown(series, i);
 
 const ownPeak = (view) => (view.kind === "column" ? peak(view.tokens.value) : peak(view.output.value, peak(view.prompt.value)));
 const commonPeak = () => Math.max(prompt.peak, answer.peak);
@@ -168,7 +176,7 @@ function linksOf(view) {
   const found = [];
   const offer = (side, column, piece, value, error) => {
     const size = Math.abs(value);
-    if (!(size > 0) || size < 1.96 * error || size < floor) return;
+    if (!(size > 0) || size < 1.96 * error || size < floor || isUntold(value, error)) return;
     if (found.length === MOST_LINKS && size <= Math.abs(found[MOST_LINKS - 1].value)) return;
     let k = found.length === MOST_LINKS ? MOST_LINKS - 1 : found.length;
     for (; k > 0 && Math.abs(found[k - 1].value) < size; k--) found[k] = found[k - 1];

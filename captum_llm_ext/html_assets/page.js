@@ -214,7 +214,7 @@ function about() {
   const named = { log_prob: "log-probability", prob: "probability", logit: "logit" };
   const value = named[data.attr_target] || data.attr_target;
   const evaluations = data.n_evaluations === null || data.n_evaluations === undefined ? ""
-    : (data.estimate ? "an estimate from " : "") + data.n_evaluations.toLocaleString("en") + " evaluations";
+    : (data.estimate ? "an estimate from " : "") + data.n_evaluations.toLocaleString("en") + " evaluations" + (nUntold && !hasErrors ? ", of unknown error" : "");
   return [data.method, evaluations, value + (unit && unit !== "logits" ? " in " + unit : "")].filter(Boolean).join(" · ");
 }
 

@@ -131,6 +131,7 @@ function notesOn(view) {
   if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause.");
   if (view.guessed.size && hasErrors) notes.push("± is approximate here: the errors of the " + [...view.guessed].join(" and of the ") + " that are added up are taken as independent, which they are not.");
   if (rows && view.to - view.from > 1 && data.attr_target === "prob") notes.push("A sum of the tokens' probabilities, not the probability of all of them.");
+  if (nUntold) notes.push((hasErrors ? "± ?: of these estimates no error is known" : "Of these estimates no error is known") + ", and nothing tells a cause from noise: they are pale, and no line leads to them.");
   if (hasErrors) notes.push("± is one standard error; what lies within 1.96 of them is pale.");
   if (floor > 0) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale" + (hasErrors ? " too." : "."));
   if (groupOf.size) notes.push("≈ " + groupOf.size + " features were not told apart within the budget: groups of them share evenly.");
@@ -152,8 +153,9 @@ function drawPanel(view, isKept) {
     const all = sum(view.tokens.value);
     at("bridge").replaceChildren(make("p", "", withUnit(signed(all, Math.max(most, Math.abs(all)))) + " over the whole answer"));
   }
-  at("top").caption.textContent = rows ? "Strongest causes" : "Where it mattered most";
-  fillTable(at("top"), view, strongest(view), most);
+  const found = strongest(view), isUntoldAll = found.length > 0 && found.every((row) => isUnknown(row.series, row.i));
+  at("top").caption.textContent = isUntoldAll ? "Largest estimates, of unknown error" : rows ? "Strongest causes" : "Where it mattered most";
+  fillTable(at("top"), view, found, most);
   drawEffects(view);
   at("note").textContent = notesOn(view);
 }
@@ -163,7 +165,7 @@ function drawPanel(view, isKept) {
 function describeCell(series, i) {
   const most = peak(series.value);
   return withUnit(signed(series.value[i], most) + plusMinus(series.error[i], most))
-    + (within(series, i) ? ", within its error" : isNoise(series, i) ? ", below the model's noise" : "");
+    + (isUnknown(series, i) ? ", of unknown error" : within(series, i) ? ", within its error" : isNoise(series, i) ? ", below the model's noise" : "");
 }
 
 function describeRows(view) {

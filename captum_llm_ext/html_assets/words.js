@@ -14,7 +14,8 @@ function signed(x, most) {
   return x > 0 && Number(text) !== 0 ? "+" + text : text;
 }
 function plusMinus(error, most) {
-  if (!hasErrors || !Number.isFinite(error)) return "";
+  if (!Number.isFinite(error)) return nUntold ? " ± ?" : "";
+  if (!hasErrors) return "";
   const text = plain(error, most);
   return error > 0 && Number(text) === 0 ? " ± <" + (10 ** -decimals(most)).toFixed(decimals(most)) : " ± " + text;
 }

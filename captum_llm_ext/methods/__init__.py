@@ -6,13 +6,20 @@ from captum_llm_ext.methods.hierarchical_ablation import (
     searching,
     tree_of_prompt,
 )
-from captum_llm_ext.methods.partition_shap import PartitionShap, Unfold, nesting, partition
+from captum_llm_ext.methods.partition_shap import (
+    PartitionShap,
+    Unfold,
+    evaluations_of_orders,
+    nesting,
+    partition,
+)
 
 __all__ = [
     "FeatureInclusion",
     "HierarchicalAblation",
     "PartitionShap",
     "Unfold",
+    "evaluations_of_orders",
     "nesting",
     "partition",
     "searching",

@@ -23,6 +23,7 @@ from captum_llm_ext.coalitions.hierarchy import (
     tree_of_levels,
 )
 from captum_llm_ext.coalitions.splits import n_splits, plan_splits, solve_splits, unfold
+from captum_llm_ext.content import level_of_caller
 from captum_llm_ext.methods.tensors import TensorGame, Tensors
 
 Scheme = Literal["orders", "splits"]
@@ -141,6 +142,8 @@ class Partition:
         unfold: In place of `plan` where the values decide what is scored next: from a score and a
             scope to a plan and its values.
         is_complete: Whether nothing is sampled or left out.
+        n_orders: Of a round, where orders are sampled.
+        has_budget: Whether the budget holds as many.
     """
 
     name: str
@@ -149,6 +152,8 @@ class Partition:
     solve: Callable[[Plan, Tensor, Scope], Solution]
     unfold: Unfold | None = None
     is_complete: bool = False
+    n_orders: int = 0
+    has_budget: bool = True
 
     def run(self, score: Score, scope: Scope, generator: torch.Generator) -> tuple[Plan, Tensor]:
         """One round of coalitions and their values."""
@@ -202,7 +207,19 @@ def partition(
         return Partition("best-first splits", tree, every, solve, unfold=grow)
     n_orders = _orders(budget, n_features, bool(held))
     plan = partial(_plan_orders, tree, n_features, held, n_orders)
-    return Partition("nested orders", tree, plan, solve_nested_orders)
+    return Partition(
+        "nested orders",
+        tree,
+        plan,
+        solve_nested_orders,
+        n_orders=n_orders,
+        has_budget=budget >= _rows(2, n_features, bool(held)),
+    )
+
+
+def evaluations_of_orders(n_orders: int, n_features: int, with_held: bool) -> int:
+    """How many distinct coalitions so many orders have at most: all begin and end with the same."""
+    return (n_orders * (n_features - 1) + 2) * (2 if with_held else 1)
 
 
 def nesting(
@@ -297,12 +314,18 @@ def _unfold(
 
 def _orders(budget: int, n_features: int, with_held: bool) -> int:
     """How many orders the budget allows: an even number, two at least."""
-    rows = (n_features + 1) * (2 if with_held else 1)
-    if budget < 2 * rows:
+    pair = _rows(2, n_features, with_held)
+    if budget < pair:
         warnings.warn(
             f"{budget} evaluations are less than an order of {n_features} features and its "
-            f'reverse, which take {2 * rows} and are run: `scheme="splits"` keeps to less, or give '
+            f'reverse, which take {pair} and are run: `scheme="splits"` keeps to less, or give '
             f"at most {max(1, budget // 2 - 1)} features.",
-            stacklevel=5,
+            stacklevel=level_of_caller(),
         )
-    return max(2, budget // rows // 2 * 2)
+    # Errors are told by two pairs at least.
+    least = 4 if budget >= evaluations_of_orders(4, n_features, with_held) else 2
+    return max(least, budget // _rows(1, n_features, with_held) // 2 * 2)
+
+
+def _rows(n_orders: int, n_features: int, with_held: bool) -> int:
+    return n_orders * (n_features + 1) * (2 if with_held else 1)

@@ -198,7 +198,7 @@ class _Flow:
             f"widest: {self.most:.3g}{unit}": bool(self.links),
             "solid: raises": any(link.value > 0 for link in self.links),
             "dashed: lowers": any(link.value < 0 for link in self.links),
-            f"left out: within error, or below {self.least:.0%}": True,
+            f"left out: within error, of unknown error, or below {self.least:.0%}": True,
             f"the {len(self.links)} strongest of {self.n_links:,}": self.n_links > len(self.links),
             f"{len(self.tokens)} of {self.n_tokens} tokens: those with links": self.n_tokens > 0,
         }
@@ -236,7 +236,7 @@ def _links(
     name = "prompt_errors" if is_prompt else "output_errors"
     spread = np.zeros(values.shape) if errors is None else array(name, errors, values.shape)
     size = np.abs(np.nan_to_num(values))
-    for token, feature in np.argwhere((size > 0) & (size >= least) & ~(size < SURE * spread)):
+    for token, feature in np.argwhere((size > 0) & (size >= least) & (size >= SURE * spread)):
         value = float(values[token, feature])
         yield _Link(is_prompt, int(feature), int(token), value)
 

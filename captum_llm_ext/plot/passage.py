@@ -155,7 +155,7 @@ class _Passage:
             "framed: explained": bool(self.explained),
             "solid line: raises": 1 in signs,
             "dashed: lowers": -1 in signs,
-            "pale: within its error": bool(shades.within.any()),
+            "pale: within its error, or that is unknown": bool(shades.within.any()),
         }
         text = key_lines([text for text, needed in said.items() if needed], width)
         return text, (1 + text.count("\n")) * KEY_LINE + 0.75 * LABEL_POINTS
@@ -204,7 +204,7 @@ def _shades(values: npt.ArrayLike, errors: npt.ArrayLike | None, cmap: str | Col
     known = numbers(values).reshape(-1)
     within = np.zeros(known.shape, dtype=bool)
     if errors is not None:
-        within = np.abs(known) < SURE * array("errors", errors, known.shape)
+        within = ~(np.abs(known) >= SURE * array("errors", errors, known.shape))
     return _Shades(Colours(cmap, scale(known)), known, within)
 
 

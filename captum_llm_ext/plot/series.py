@@ -48,7 +48,8 @@ def bars(
         seq_attr: Attributions, shape ``(n_features,)``; NaN is drawn as a question mark.
         labels: Text of the features.
         errors: Standard errors, shape ``(n_features,)``, drawn as whiskers of one standard error
-            where known (not NaN). A bar within 1.96 standard errors of zero is pale.
+            where known (not NaN). A bar within 1.96 standard errors of zero, or of
+            unknown error, is pale.
         ax: Axes to draw into; by default a new figure whose width follows the number of bars.
         cmap: A diverging colour map: bars have the colours of its ends.
         show: Show the figure and return ``None``, as in Captum.
@@ -79,7 +80,8 @@ def bars(
         width=0.8,
         color=[up if value > 0 else down for value in values],
     )
-    for bar, pale in zip(drawn, np.abs(values) < SURE * spread, strict=True):
+    sure = np.abs(values) >= SURE * (0.0 if errors is None else spread)
+    for bar, pale in zip(drawn, ~sure & ~np.isnan(values), strict=True):
         bar.set_alpha(PALE if pale else 1.0)
     known = np.isfinite(values) & np.isfinite(spread)
     _whiskers(

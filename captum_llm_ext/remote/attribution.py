@@ -21,9 +21,10 @@ from captum_llm_ext.remote.providers import (
 )
 from captum_llm_ext.remote.scorer import RemoteScorer
 from captum_llm_ext.result import GenerationAttributionResult
-from captum_llm_ext.scoring import Processes, TokenRow, Values
+from captum_llm_ext.scoring import Generation, Processes, TokenRow, Values
 from captum_llm_ext.segment import Unit
 
+_SEVERAL = ("n", "num_return_sequences")
 _LENGTHS = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
 
 
@@ -150,8 +151,9 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
         Args:
             inp: The prompt, as for `GenerationAttribution.attribute`; no images.
-            target: The text to explain, as text or as token ids ``(n_target,)``. None: the model
-                generates it.
+            target: The text to explain, as text or as token ids ``(n_target,)``: a tensor, an
+                array, a list, or what a tokenizer or ``generate`` returned, of one text; then
+                what comes after the prompt is meant. None: the model generates it.
             num_trials: Repetitions with fresh draws of baselines and coalitions, averaged.
             gen_args: Arguments of the provider's ``generate``, without a target only. Greedy, 25
                 new tokens, where they do not say otherwise. With ``do_sample`` a provider that
@@ -208,19 +210,35 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     def _language_model(self, scorer: Values) -> LanguageModel:
         return RemoteLikelihood(cast(RemoteScorer, scorer), self.tokenizer)
 
-    def _generated_ids(self, run: Run, gen_args: Mapping[str, Any] | None) -> Tensor:
+    def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
+        """See `GenerationAttribution.generation`; the provider's own defaults are not known."""
         given = dict(gen_args or {})
+        several = next((n for n in _SEVERAL if (given.get(n) or 1) != 1), None)
+        if several is not None:
+            raise ValueError(
+                f"`{several}` is {given[several]!r}, and one answer is explained at a time: leave "
+                "it out, or give each answer as `target`."
+            )
+        if "generation_config" in given:
+            raise ValueError(
+                "`generation_config` is nothing that an API takes: give its fields as `gen_args`."
+            )
         if not _LENGTHS & set(given):
             given["max_new_tokens"] = 25
-        if given.get("do_sample") and self._source().takes_ids:
-            given.setdefault("seed", run.seed)
-        elif "temperature" not in given and not given.get("do_sample"):
+        if "temperature" not in given and not given.get("do_sample"):
             # Captum's None is the server's default, which samples.
             given |= {"do_sample": False, "temperature": 0.0}
+        return Generation(given, {name: repr(value) for name, value in given.items()})
+
+    def _generated_ids(self, run: Run, generation: Generation) -> Tensor:
+        given = dict(generation.arguments)
+        if given.get("do_sample") and self._source().takes_ids:
+            given.setdefault("seed", run.seed)
         return run.scorer.generate(TokenRow(run.full.ids, (), run.full.extras), given, run.seed)
 
     def _vocabulary_size(self) -> int | None:
-        return None
+        tokenizer: Any = self.tokenizer  # captum's protocol knows no length
+        return len(tokenizer) if hasattr(tokenizer, "__len__") else None
 
     def _model_identity(self) -> dict[str, str]:
         told = described(self.provider)

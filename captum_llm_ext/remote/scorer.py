@@ -22,11 +22,12 @@ from captum_llm_ext.remote.providers import (
 )
 from captum_llm_ext.remote.transport import UnusableAnswerError
 from captum_llm_ext.remote.workers import do_all
-from captum_llm_ext.scoring import Journal, Processes, TokenRow
+from captum_llm_ext.scoring import Journal, Processes, TokenRow, check_same
 from captum_llm_ext.scoring.rows import digest
 
 # Nats that a server may differ from itself: batches change last digits of half precision.
 _NOISE = 0.2
+_NOISE_PER_NAT = 0.01  # of large ones
 
 
 class RemoteScorer:
@@ -109,6 +110,12 @@ class RemoteScorer:
     def noise_floor(self, row: TokenRow, target: Tensor) -> Tensor | None:
         """None: nobody tells in what precision a server computes."""
         return None
+
+    def tolerance(self, values: Tensor) -> Tensor:
+        """See `Scorer.tolerance`; nobody tells in what precision a server computes."""
+        if self.attr_target == "prob":
+            return _NOISE * values.double()
+        return _noise(values)
 
     def values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
         """See `Scorer.values`.
@@ -256,12 +263,13 @@ class RemoteScorer:
         self.n_requests += 1
         wanted = list(request.wanted)
         now, then = _as_tensor(answer.values)[wanted], self._known[key(request)][wanted]
-        difference = float((now - then).abs().nan_to_num().amax()) if wanted else 0.0
-        if difference > _NOISE + 0.01 * float(then.abs().nan_to_num().amax()):
-            raise ValueError(
-                f"the checkpoint was written with another model: {place(request, self._tokenizer)} "
-                f"differs by {difference:.2g}. Give another file, or delete this one to begin anew."
-            )
+        check_same(
+            now,
+            then,
+            _noise(then),
+            whose=f"the checkpoint holds values ({place(request, self._tokenizer)})",
+            advice="Give another file, or delete this one to begin anew.",
+        )
         self._trusts_journal = True
 
     def _take_in(self, request: Request, answer: Answer, wanted: set[bytes]) -> str | None:
@@ -360,6 +368,11 @@ class RemoteScorer:
     def _advance(self) -> None:
         if self._bar is not None:
             self._bar.update()
+
+
+def _noise(values: Tensor) -> Tensor:
+    """How far a server may differ from itself, for each of these log-probabilities."""
+    return _NOISE + _NOISE_PER_NAT * values.double().abs().nan_to_num()
 
 
 _UNTOLD = "gave no log-probability of"

@@ -1,5 +1,6 @@
 """What results say of single features, of spans of the answer and of groups."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class Cause(NamedTuple):
         name = one_line(self.name.strip())
         name = name if any(map(str.isalnum, name)) else repr(self.name)
         error = f" ± {self.standard_error:.2f}" if self.standard_error > 0 else ""
+        error = " ± ?" if math.isnan(self.standard_error) else error
         return f"{name}{' (output)' if self.is_output else ''} {self.attribution:+.2f}{error}"
 
 

@@ -40,6 +40,8 @@ class DrawnResult(LLMAttributionResult):
         def full_attr(self) -> Tensor: ...  # noqa: D102
         @property
         def full_attr_se(self) -> Tensor: ...  # noqa: D102
+        @property
+        def errors_unknown(self) -> Tensor: ...  # noqa: D102
         def attribute_span(  # noqa: D102
             self, start: int, stop: int | None = None
         ) -> SpanAttribution: ...
@@ -75,6 +77,7 @@ class DrawnResult(LLMAttributionResult):
             ax=ax,
             cmap=cmap,
             show=show,
+            title=self._doubt,
             unit=unit_of(self),
         )
 
@@ -106,6 +109,7 @@ class DrawnResult(LLMAttributionResult):
             ax=ax,
             cmap=cmap,
             show=show,
+            title=self._doubt,
             unit=unit_of(self),
         )
 
@@ -148,6 +152,7 @@ class DrawnResult(LLMAttributionResult):
             ax=ax,
             cmap=cmap,
             show=show,
+            title=self._doubt,
             unit=unit_of(self),
         )
 
@@ -191,6 +196,7 @@ class DrawnResult(LLMAttributionResult):
             least=least,
             ax=ax,
             show=show,
+            title=self._doubt,
             unit=unit_of(self),
         )
 
@@ -252,8 +258,18 @@ class DrawnResult(LLMAttributionResult):
             errors=errors,
             ax=ax,
             show=show,
+            title=self._doubt,
             unit=unit_of(self),
         )
+
+    @property
+    def _doubt(self) -> str | None:
+        """What is written above drawings of estimates of whose errors nothing is known."""
+        n = int(self.errors_unknown.sum())
+        if not n:
+            return None
+        some = "" if n == int((self.full_attr != 0).sum()) else "in part "
+        return f"Estimates {some}of unknown error: nothing tells them from noise"
 
     @property
     def _is_of_gradients(self) -> bool:
@@ -267,7 +283,8 @@ class DrawnResult(LLMAttributionResult):
         # An earlier version did not note what tells errors.
         if self.design is None and not self._is_of_gradients:
             total = self.full_attr.sum(0)
-            return total, torch.full_like(total, torch.nan)
+            unknown = torch.nan if self.provenance.get("estimate") else 0.0
+            return total, torch.full_like(total, unknown)
         span = self.attribute_span(0, len(self.output_tokens))
         return span.values, span.standard_errors
 

@@ -39,6 +39,8 @@ class ExportedResult(DrawnResult):
         n_evaluations: int
 
         @property
+        def errors_unknown(self) -> Tensor: ...  # noqa: D102
+        @property
         def _column_names(self) -> list[str]: ...
 
     def to_html(
@@ -109,6 +111,7 @@ class ExportedResult(DrawnResult):
             "attr_target": self.provenance.get("attr_target", "log_prob"),
             "method": self.provenance.get("method", ""),
             "estimate": bool(self.provenance.get("estimate", False)),
+            "errors_unknown": int(self.errors_unknown.sum()),
             "provenance": self.provenance,
         }
 

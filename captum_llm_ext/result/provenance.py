@@ -35,16 +35,16 @@ def of_model(model: nn.Module, device: torch.device | str) -> dict[str, Any]:
     }
 
 
-def of_question(attr_target: object, gen_args: Mapping[str, Any] | None) -> dict[str, Any]:
+def of_question(attr_target: object, generation: Mapping[str, str] | None) -> dict[str, Any]:
     """What results say of what they explain.
 
     Args:
         attr_target: What a value is: a name or a callable.
-        gen_args: What the target was generated with; None where it was given.
+        generation: What the target was generated with; None where it was given.
     """
     return {
         "attr_target": value_name(attr_target),
-        "generation": None if gen_args is None else generation(gen_args),
+        "generation": None if generation is None else dict(generation),
     }
 
 
@@ -55,11 +55,6 @@ def value_name(attr_target: object) -> str:
     named = str(getattr(attr_target, "__qualname__", type(attr_target).__name__))
     # A function may be called like one of the names, which say what the numbers are.
     return f"{named}()" if named in TARGETS else named
-
-
-def generation(gen_args: Mapping[str, Any]) -> dict[str, str]:
-    """Arguments of ``generate`` as JSON has them."""
-    return {name: repr(value) for name, value in gen_args.items()}
 
 
 def of_run() -> dict[str, Any]:

@@ -182,6 +182,15 @@ class GenerationAttributionResult(ExportedResult):
             return torch.zeros_like(self.full_attr, dtype=torch.bool)
         return self.full_attr.abs() <= floor[:, None]
 
+    @property
+    def errors_unknown(self) -> Tensor:
+        """Which attributions of `full_attr` are estimates of unknown error, bool ``(T, P + G)``.
+
+        A single pair of orders tells none, nor does a lasso, a single draw of a random baseline, or
+        a method that is run through its own ``attribute``: nothing tells these from noise.
+        """
+        return self.full_attr_se.isnan() & (self.full_attr != 0)
+
     def attribute_span(self, start: int, stop: int | None = None) -> "SpanAttribution":
         """What made the model write several target tokens: no model call is needed.
 
@@ -578,7 +587,8 @@ class GenerationAttributionResult(ExportedResult):
         """The strongest causes of every target token, a line each.
 
         What lies within 1.96 standard errors, or below a hundredth of the largest attribution, is
-        left out. ``print(result)`` shows it in the colours and the width of the terminal;
+        left out. Estimates of unknown error are marked ± ?, and painted as nothing
+        certain. ``print(result)`` shows it in the colours and the width of the terminal;
         elsewhere, and in ``f"{result}"``, it is plain.
 
         Args:

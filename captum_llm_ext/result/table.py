@@ -1,5 +1,6 @@
 """A result as text: the strongest causes of every target token, and what a reader should know."""
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -59,7 +60,8 @@ def _told(causes: Sequence[Cause], room: int | None, show: "Paint") -> str:
                 return f"{', '.join(parts)} …"
             text = text if columns(text) <= most else _fitting(cause, most)
             room -= columns(text)
-        parts.append(show(text, "raises" if cause.attribution > 0 else "lowers"))
+        kind = "raises" if cause.attribution > 0 else "lowers"
+        parts.append(show(text, "nothing" if math.isnan(cause.standard_error) else kind))
     return ", ".join(parts)
 
 
@@ -83,6 +85,11 @@ def _wrapped(lines: Sequence[str], width: int | None) -> list[str]:
 def _remarks(result: "GenerationAttributionResult") -> list[str]:
     """What a reader of the numbers should know."""
     remarks: list[str] = []
+    n_unknown, n = int(result.errors_unknown.sum()), int((result.full_attr != 0).sum())
+    if n_unknown:
+        which = "All of these" if n_unknown == n else f"{n_unknown} of {n} attributions, with ± ?,"
+        said = "are estimates of unknown error: nothing tells them from noise"
+        remarks.append(f"{which} {said}{_errors(result)}.")
     if groups := result.unresolved:
         total = sum(float(group.attributions.abs().sum()) for group in groups)
         share = total / float(result.full_attr.abs().sum() or 1)
@@ -111,6 +118,18 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
     if result.converged is False:
         remarks.append("`tol` was not met: see the standard errors.")
     return remarks
+
+
+def _errors(result: "GenerationAttributionResult") -> str:
+    """What would tell errors, where something would."""
+    orders = ("antithetic permutations", "nested orders")
+    by = result.provenance.get("estimator")
+    known = {"local linear model": " (a lasso has none; a ridge has)"}
+    known |= dict.fromkeys(orders, ". Give more `n_samples`: two pairs of orders tell errors")
+    known |= dict.fromkeys(
+        ("leave-one-out", "only one in", "exact"), ". Give at least 2 `n_draws`, which tell errors"
+    )
+    return known.get(str(by), "")
 
 
 def _more(result: "GenerationAttributionResult") -> str:

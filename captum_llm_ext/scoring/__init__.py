@@ -5,11 +5,13 @@ begin alike share the passes of their beginnings, or are packed in one sequence 
 tokens comes twice. `plan` finds out which, `packing` makes that sequence, `passes` runs the model,
 `memory` tells how much fits, `logits` turns what comes out into values; `Scorer` is the whole.
 `processes` makes several processes one and `shares` cuts the work for them, `journal` keeps what is
-found on disk, `identity` tells whether it is still the same model. `Likelihood` is that model as
+found on disk, `identity` tells whether it is still the same model, `generation` what it generates
+with. `Likelihood` is that model as
 baselines ask it, text by text. `Values` is what others rely on of a `Scorer`.
 """
 
-from captum_llm_ext.scoring.identity import model_identity
+from captum_llm_ext.scoring.generation import Generation, planned_generation
+from captum_llm_ext.scoring.identity import check_same, model_identity
 from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.scoring.logits import AttrTarget
@@ -21,6 +23,7 @@ from captum_llm_ext.scoring.values import Values
 __all__ = [
     "Accelerator",
     "AttrTarget",
+    "Generation",
     "Journal",
     "Likelihood",
     "Processes",
@@ -28,5 +31,7 @@ __all__ = [
     "Scorer",
     "TokenRow",
     "Values",
+    "check_same",
     "model_identity",
+    "planned_generation",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from captum_llm_ext import _compat
 from captum_llm_ext.scoring import memory
 from captum_llm_ext.scoring.causality import is_causal
 from captum_llm_ext.scoring.exclusive import as_found
+from captum_llm_ext.scoring.generation import continued
+from captum_llm_ext.scoring.identity import check_same
 from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.memory import Memory
@@ -133,11 +135,14 @@ class Scorer:
 
         Args:
             row: The prompt.
-            gen_args: Arguments of the model's ``generate``.
+            gen_args: Arguments of the model's ``generate``, as `planned_generation` gives them.
             seed: Seeds sampling; the global random state is left alone.
 
         Returns:
             Shape ``(n_target,)``, int64 on the CPU.
+
+        Raises:
+            ValueError: If there are several answers, or they do not begin with the prompt.
         """
         if self._generated is not None:  # by the run that is gone on with
             return self._generated
@@ -148,14 +153,10 @@ class Scorer:
 
     def _generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
         ids = torch.tensor([row.ids], device=self.device, dtype=torch.int64)
-        arguments = {**self._passes.extras(row, 0), "attention_mask": torch.ones_like(ids)}
-        arguments |= _compat.arguments_for_generate(self.model) | dict(gen_args)
-        generate = cast(Callable[..., Any], self.model.generate)
+        extras = self._passes.extras(row, 0)
         is_compiled = _compat.is_compiled(self.model)
-        with as_found(self.model), reseeded(seed, self.device) if is_compiled else seeded(seed):
-            output = generate(input_ids=ids, **arguments)
-        sequences = cast(Tensor, getattr(output, "sequences", output))
-        return sequences[0, ids.shape[1] :].cpu()
+        with as_found(self.model), reseeded(self.model, seed) if is_compiled else seeded(seed):
+            return continued(self.model, ids, {**extras, **gen_args}).cpu()
 
     def check_length(self, length: int, what: str) -> None:
         """Refuses rows that are longer than the model's positions.
@@ -210,6 +211,19 @@ class Scorer:
                 return None
             reads_on = self._reuse and self._compared > 0
             return noise_floor(self._passes, row, target, most_rows=most, reads_on=reads_on)
+
+    def tolerance(self, values: Tensor) -> Tensor:
+        """How far rounding may move each of these values between two runs of the same model.
+
+        Args:
+            values: Shape ``(n_target,)``.
+        """
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        sizes = values.double().abs().nan_to_num()
+        if self.attr_target == "prob":  # what is added to its logarithm
+            return rounding(dtype) * sizes
+        largest = sizes.max().clamp_min(1.0) if self.attr_target != "log_prob" else 1.0
+        return torch.full_like(sizes, rounding(dtype)) * largest
 
     def _values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
         digests = [digest(row, target) for row in rows]
@@ -309,14 +323,13 @@ class Scorer:
         i = min(stored, key=lambda i: len(rows[i].ids))
         alone = Branch(0, 0, (i,), ((i,),))
         [(_, values)] = self._passes.run(alone, rows, target)
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
-        difference = float((values[0] - stored[i]).abs().nan_to_num(nan=0.0).max())
-        scale = 1 if self.attr_target == "log_prob" else max(1.0, float(values.nan_to_num().max()))
-        if difference > scale * rounding(dtype):
-            raise ValueError(
-                "the checkpoint was written with another model: a row differs by "
-                f"{difference:.2g}. Give another file, or delete this one to begin anew."
-            )
+        check_same(
+            values[0],
+            stored[i],
+            self.tolerance(values[0]),
+            whose="the checkpoint holds values",
+            advice="Give another file, or delete this one to begin anew.",
+        )
         self._trusts_journal = True
 
     def _after_head(self, root: Branch, rows: Sequence[TokenRow], target: Tensor) -> Branch:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _MAKE = frozenset("rand randn randint randperm normal".split())
@@ -28,11 +28,15 @@ def seeded(seed: int) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def reseeded(seed: int, device: torch.device) -> Generator[None]:
+def reseeded(model: nn.Module, seed: int) -> Generator[None]:
     """The same by the global generators, put back afterwards: for code that torch has compiled."""
-    devices = [device] if device.type == "cuda" else []
+    used = {parameter.device for parameter in model.parameters()}
+    devices = sorted({device.index or 0 for device in used if device.type == "cuda"})
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+        # Not `torch.manual_seed`, which would reach devices that are not put back.
+        torch.default_generator.manual_seed(seed)
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(seed)
         yield
 
 

@@ -46,6 +46,10 @@ class Values(Protocol):
         """See `Scorer.noise_floor`."""
         ...
 
+    def tolerance(self, values: Tensor) -> Tensor:
+        """See `Scorer.tolerance`."""
+        ...
+
     def progress(self) -> AbstractContextManager[None]:
         """See `Scorer.progress`."""
         ...
