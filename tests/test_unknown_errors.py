@@ -40,7 +40,7 @@ def attribute(model, tokenizer, method, *, baselines=None, unit="word", **option
         (FeatureInclusion, {"n_draws": 1, "baselines": drawn}, "2 `n_draws`"),
         (
             ShapleyValues,
-            {"n_draws": 1, "baselines": drawn, "output_unit": None, "unit": [(0, 9), (9, 45)]},
+            {"n_draws": 1, "baselines": drawn, "output_unit": None, "unit": [(0, 10), (10, 45)]},
             "2 `n_draws`",
         ),
     ],
@@ -69,7 +69,7 @@ def test_two_draws_of_orders_are_enough(model, tokenizer, options):
 
 def test_few_coalitions_of_random_baselines_are_sampled_not_enumerated_once(model, tokenizer):
     """All coalitions, each with a single draw, would tell no errors."""
-    spans = [(0, 9), (9, 20), (20, 30), (30, 45)]
+    spans = [(0, 10), (10, 25), (25, 32), (32, 45)]
     options = {"output_unit": None, "unit": spans, "baselines": drawn, "n_samples": 5}
     found = attribute(model, tokenizer, ShapleyValueSampling, **options)
     assert 2**4 <= 5 * 4 < 2 * 2**4
