@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from importlib import metadata
@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from captum.attr import Lime
 from torch import Tensor, nn
+
+_ADVICE = "give a causal language model, such as one from `AutoModelForCausalLM`."
 
 
 def kept_logits(model: nn.Module) -> str | None:
@@ -35,7 +37,13 @@ def kept_logits(model: nn.Module) -> str | None:
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
     """Names that the model's forward takes explicitly."""
-    return frozenset(inspect.signature(uncompiled(model).forward).parameters)
+    return frozenset(_signature(model))
+
+
+def _signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    inner = uncompiled(model)
+    inner = inner.module if isinstance(inner, nn.DataParallel) else inner
+    return inspect.signature(inner.forward).parameters
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -61,12 +69,20 @@ def is_compiled(model: nn.Module) -> bool:
 
 def output_layer(model: nn.Module) -> nn.Linear | None:
     """The layer that makes logits, where it is a plain linear one that lies on a CPU."""
-    find = getattr(model, "get_output_embeddings", None)
-    layer = find() if callable(find) and not is_compiled(model) else None
+    layer = None if is_compiled(model) else embeddings(model, "get_output_embeddings")
     if type(layer) is not nn.Linear:
         return None
     plain = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in layer.parameters())
     return layer if plain else None
+
+
+def embeddings(model: nn.Module, method: str) -> Any:
+    """What a method such as ``get_input_embeddings`` returns; None where the model has none."""
+    find = getattr(model, method, None)
+    try:
+        return find() if callable(find) else None
+    except NotImplementedError:  # transformers 5.23 (2026): classes that do not say where it is
+        return None
 
 
 def state_argument(model: nn.Module) -> str | None:
@@ -256,7 +272,7 @@ def boolean_mask(*sizes: int, **arguments: Any) -> Tensor:
 
 
 def fixed_positions(model: nn.Module) -> int | None:
-    """Up to what length positions mean the same in rows of any length; None: always.
+    """Beyond what length rows of several lengths must not even be tried together; None: not known.
 
     transformers 5.23 (2026): the rope types "dynamic" and "longrope" choose their frequencies by
     the longest row of a batch, for all that is in it.
@@ -273,30 +289,37 @@ def fixed_positions(model: nn.Module) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
-def is_known_causal(model: nn.Module) -> bool:
-    """Whether a token's logits are known not to depend on what follows it.
+def why_not_batched(model: nn.Module) -> str | None:
+    """Why rows must not even be tried together; None where nothing is known.
 
-    transformers 5.23 (2026): of what `AutoModelForCausalLM` gives, encoders see ahead unless their
-    ``is_decoder`` is set, and the four named here whatever is set; all others do not.
+    transformers 5.23 (2026): LLM.int8 looks for outliers in all rows of a batch, which a short
+    comparison may not meet.
     """
-    config = text_config(model)
-    named = getattr(config, "model_type", None) in ("cpmant", "flaubert", "xlm", "xlnet")
-    return is_transformers(model) and not named and bool(getattr(config, "is_decoder", True))
-
-
-def couples_rows(model: nn.Module) -> bool:
-    """Whether a row's values depend on the other rows of its batch: LLM.int8 looks for outliers."""
     settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(settings, dict):
-        return bool(cast(dict[str, Any], settings).get("load_in_8bit"))
-    return bool(getattr(settings, "load_in_8bit", False))
+        is_int8 = cast(dict[str, Any], settings).get("load_in_8bit")
+    else:
+        is_int8 = getattr(settings, "load_in_8bit", False)
+    return "LLM.int8 couples the rows of a batch" if is_int8 else None
 
 
-def half_precision(model: nn.Module) -> str | None:
-    """Name of the half precision that the model computes in, or None."""
+def computes_roughly(model: nn.Module) -> bool:
+    """Whether anything in a model is known to be coarser than float32: its rounding is measured."""
+    fine = (torch.float32, torch.float64)
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    tensors = (*model.parameters(), *model.buffers())
+    coarse = any(t.is_floating_point() and t.dtype not in fine for t in tensors)
+    # torch 2.13 (2026): what is quantised keeps its weights packed, neither parameters nor buffers.
+    packed = any("quantized" in type(module).__module__ for module in model.modules())
+    # Others look like float32 and are not; what is only held by several processes is.
+    kinds = (type(t.data) for t in tensors if not hasattr(t, "placements"))
+    return coarse or packed or settings is not None or any(kind is not Tensor for kind in kinds)
+
+
+def half_precision(model: nn.Module) -> bool:
+    """Whether a model holds numbers of sixteen bits."""
     half = (torch.bfloat16, torch.float16)
-    found = (p.dtype for p in model.parameters() if p.dtype in half)
-    return next((str(dtype).removeprefix("torch.") for dtype in found), None)
+    return any(t.dtype in half for t in (*model.parameters(), *model.buffers()))
 
 
 def has_eager_attention(model: nn.Module) -> bool:
@@ -313,20 +336,39 @@ def free_memory() -> int | None:
     return int(psutil.virtual_memory().available)
 
 
+def called(model: nn.Module, ids: Tensor, **arguments: Any) -> Any:
+    """What a model returns for ids ``(batch, length)``, whatever its first argument is called."""
+    parameters = _signature(model)
+    kinds = {parameter.kind for parameter in parameters.values()}
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if "input_ids" not in parameters and kinds & {*positional}:
+        return model(ids, **arguments)
+    return model(input_ids=ids, **arguments)
+
+
 def sequence_logits(output: Any) -> Tensor:
     """The logits ``(batch, length, vocabulary)`` of a model's output.
+
+    They are its ``logits``, the output itself where that is a tensor, or the first of a tuple.
 
     Raises:
         TypeError: If the output holds no such tensor.
     """
-    logits = getattr(output, "logits", None)
+    logits = output
+    if not isinstance(output, Tensor):
+        logits = getattr(output, "logits", None)
+        if logits is None and isinstance(output, dict):
+            logits = cast(dict[str, Any], output).get("logits")
+        elif logits is None and isinstance(output, tuple | list):
+            logits = next(iter(cast("tuple[Any, ...]", output)), None)
     if isinstance(logits, Tensor) and logits.dim() == 4:
         # captum 0.9 (2026): some Llama 4 checkpoints return (1, 1, length, vocabulary).
         logits = logits[:, 0]
-    if not isinstance(logits, Tensor) or logits.dim() != 3:
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
+        shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
         raise TypeError(
-            f"the model returned {type(output).__name__} without `logits` of shape (batch, length, "
-            "vocabulary): give a causal language model, such as one from `AutoModelForCausalLM`."
+            f"the model returned {type(output).__name__}{shape} without `logits` of shape (batch, "
+            f"length, vocabulary): {_ADVICE}"
         )
     return logits
 
@@ -334,7 +376,10 @@ def sequence_logits(output: Any) -> Tensor:
 def text_config(model: nn.Module) -> Any:
     """The configuration of the model's language part, or None."""
     config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # transformers 5.23 (2026): several, of which none is known to be meant
+        return config
 
 
 def model_description(model: nn.Module) -> str:
@@ -422,35 +467,87 @@ def longest_sequence(model: nn.Module) -> int | None:
 
 
 def check_causal(model: Any) -> None:
-    """Refuses what is no causal language model.
+    """Refuses what is known to be no causal language model; the rest is seen when it is run.
 
     Raises:
-        TypeError: If `model` is no module, is an encoder-decoder, or has no language head.
+        TypeError: If `model` is no module, is wrapped for training or without weights, or is an
+            encoder-decoder, a model for masked words, or one without a language head.
     """
-    advice = "give a causal language model, such as one from `AutoModelForCausalLM`."
+    name = type(model).__name__
     if not isinstance(model, nn.Module):
+        inner = getattr(model, "model", None)
+        advice = f"give its `.model`, a {type(inner).__name__}."
         raise TypeError(
-            "the attribution method was made over a "
-            f"{type(model).__name__}, which is no `torch.nn.Module`: {advice}"
+            f"the attribution method was made over a {name}, which is no `torch.nn.Module`: "
+            f"{advice if isinstance(inner, nn.Module) else _ADVICE}"
         )
-    if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+    if name in ("DistributedDataParallel", "FullyShardedDataParallel"):
         raise TypeError(
-            f"the model is wrapped in {type(model).__name__}, which is made for training: give "
+            f"the model is wrapped in {name}, which is made for training: give "
             "`accelerator.unwrap_model(model)`, or the model as it was before `prepare`."
         )
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TypeError(f"{name} is an encoder-decoder model, which is not supported: {_ADVICE}")
+    _check_head(model)
+    # accelerate 1.x: what is offloaded is on "meta" as well, until its hook brings it.
+    is_empty = any(p.device.type == "meta" for p in model.parameters())
+    if is_empty and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise TypeError(
-            f"{type(model).__name__} is an encoder-decoder model, which is not supported: {advice}"
+            f"weights of {name} are on the `meta` device, where there are no numbers: load them, "
+            "with `from_pretrained` or `model.to_empty(...)` and `load_state_dict`."
         )
-    can_generate = getattr(model, "can_generate", None)
-    if callable(can_generate) and not can_generate():
-        raise TypeError(f"{type(model).__name__} generates no text: {advice}")
+
+
+def _check_head(model: nn.Module) -> None:
+    """Refuses the models of transformers that say no next tokens."""
+    inner = uncompiled(model)
+    # peft's wrappers, and others that hold one module alone.
+    while not is_transformers_object(inner) and len(held := [*inner.children()]) == 1:
+        inner = held[0]
+    if not is_transformers_object(inner):
+        return
+    # transformers 5.23 (2026): plain dicts from a model's type to names of classes.
+    from transformers.models.auto import modeling_auto
+
+    auto: Any = modeling_auto
+    causal: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    name, kind = type(inner).__name__, getattr(getattr(inner, "config", None), "model_type", None)
+    if name in causal.values():
+        return
+    own = causal.get(kind) or next(
+        (f"{stem}ForCausalLM" for stem in [name.removesuffix("Model")] if name != stem), None
+    )
+    own = own if own in causal.values() else None
+    advice = f"load it as `{own}`, which `AutoModelForCausalLM` gives." if own else _ADVICE
+    masked = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    if name in masked or name.endswith("ForMaskedLM"):
+        raise TypeError(
+            f"{name} generates no text, it says what stands at a place and not what comes next: "
+            f"{advice}"
+        )
+    bare = {x for names in auto.MODEL_MAPPING_NAMES.values() for x in _tuple(names)}
+    if name in bare and name.endswith("Model") and inner is uncompiled(model):
+        raise TypeError(f"{name} generates no text, it has no language head: {advice}")
+
+
+def _tuple(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def language_part(model: nn.Module) -> str | None:
+    """Where in a model there is one that generates text, as an attribute; None if there is none."""
+    parts = (name for name, child in model.named_children() if _generates(child))
+    return next((f"model.{name}" for name in parts), None)
+
+
+def _generates(model: nn.Module) -> bool:
+    can = getattr(model, "can_generate", None)
+    return callable(getattr(model, "generate", None)) and (not callable(can) or bool(can()))
 
 
 def input_device(model: nn.Module) -> torch.device:
     """Where the model wants its token ids."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding = embeddings(model, "get_input_embeddings")
     hook = getattr(embedding, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     if device is not None:

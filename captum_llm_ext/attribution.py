@@ -449,10 +449,8 @@ class GenerationAttribution(LLMAttribution):
     def _arithmetic(self, game: Game) -> dict[str, Any]:
         """What a reader must know of it."""
         floor = game.run.scorer.noise_floor(game.full_row, game.target)
-        told: dict[str, Any] = {"noise_floor": None if floor is None else floor.tolist()}
-        if _compat.couples_rows(self.model):
-            told["batching"] = "one row at a time: LLM.int8 couples the rows of a batch"
-        return told
+        about = cast(Scorer, game.run.scorer).told()
+        return {"noise_floor": None if floor is None else floor.tolist(), **about}
 
     def _numbers(self) -> Tensor:
         return numbers_of(self.model, self.device)

@@ -19,6 +19,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from reference import loop_log_probs, shapley_values, tokens_read
 
 from captum_llm_ext import GenerationAttribution, PartitionShap, TextSegmentInput
+from captum_llm_ext.scoring import noise
 
 PROMPT = "Dave lives in Austin"
 TARGET = " golf and chess"
@@ -191,11 +192,14 @@ def test_a_coalition_costs_one_row_whatever_the_length_of_the_target(model, toke
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     try:
+        _attribute(model, tokenizer, FeatureAblation)  # the model is looked at once
+        rows.clear()
         result = _attribute(model, tokenizer, FeatureAblation)
     finally:
         handle.remove()
     n_features = 4 + len(result.target) - 1
-    assert sum(rows) == result.n_evaluations == n_features + 2  # and the full and the empty one
+    assert result.n_evaluations == n_features + 2  # and the full and the empty one
+    assert sum(rows) == result.n_evaluations + noise._CHECKED
 
 
 def test_the_target_is_never_encoded_again(model, tokenizer):
@@ -392,12 +396,15 @@ def test_batches_that_do_not_fit_are_halved_and_nothing_is_lost(model, tokenizer
 
     handle = model.register_forward_pre_hook(limited, with_kwargs=True)
     try:
+        _attribute(model, tokenizer, KernelShap)  # the model is looked at once
+        sizes.clear()
         found = _attribute(model, tokenizer, KernelShap)
     finally:
         handle.remove()
     assert max(sizes) > 5
     fitting = [size for size in sizes if size <= 5]
-    assert sum(fitting) == found.n_evaluations == whole.n_evaluations
+    assert found.n_evaluations == whole.n_evaluations
+    assert sum(fitting) == found.n_evaluations + noise._CHECKED
     # Decided once: after the first batch that fits, none is too large.
     assert sizes[-len(fitting) :] == fitting
     # Values, not attributions: the regression on few coalitions enlarges rounding a hundredfold.

@@ -1,5 +1,6 @@
 """Half precision: how much rounding alone moves a value is measured, told and marked."""
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -19,30 +20,28 @@ def attribute(model, method=FeatureAblation, **arguments):
     return attribution.attribute(inp, TARGET, **arguments)
 
 
-@torch.no_grad()
-def spread(model, row, target):
-    """Largest difference between values of one row, by plain passes over batches of four shapes."""
-    longer, places = [*row.ids, *row.ids[:7]], list(row.positions)
-    said = []
-    for n, length in ((1, 40), (2, 40), (8, 40), (2, 47)):
-        ids = torch.tensor([longer[:length]] * n)
-        logits = model(
-            input_ids=ids, use_cache=False, logits_to_keep=torch.tensor([places] * n)
-        ).logits.float()
-        own = logits.gather(2, target.expand(n, -1)[..., None])[..., 0]
-        said.append((own - logits.logsumexp(2)).double())
-    said = torch.cat(said)
-    return said.amax(0) - said.amin(0)
+def rows_of(n_prompt=24, n_target=8):
+    ids = torch.randint(4, 400, (n_prompt + n_target,), generator=torch.Generator().manual_seed(0))
+    prompt, target = ids[:n_prompt].tolist(), ids[n_prompt:]
+    prompts = [prompt, *([*prompt[:i], *prompt[i + 1 :]] for i in range(n_prompt))]
+    prompts += [[*prompt[:i], 3, *prompt[i + 1 :]] for i in range(n_prompt)]
+    read = target[:-1].tolist()
+    rows = [TokenRow((*p, *read), range(len(p) - 1, len(p) + n_target - 1)) for p in prompts]
+    return rows, target
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_floor_is_what_plain_passes_of_several_shapes_differ_by(dtype):
-    model = tiny.llama(hidden_size=256, intermediate_size=512, initializer_range=0.1).to(dtype)
-    ids = torch.randint(4, 400, (40,), generator=torch.Generator().manual_seed(0))
-    row, target = TokenRow(tuple(ids.tolist()), range(30, 40)), ids[:10]
-    floor = Scorer(model).noise_floor(row, target)
-    assert torch.allclose(floor, spread(model, row, target), atol=1e-5)
-    assert floor.max() < 64 * torch.finfo(dtype).eps
+@pytest.mark.parametrize("name", ["llama", "lfm 2, convolution hybrid", "cohere 2, sliding window"])
+def test_no_run_with_other_batches_differs_by_more_than_the_floor(name, dtype):
+    model = architectures.build(name, dtype=dtype)
+    rows, target = rows_of()
+    scorer = Scorer(model)
+    values = scorer.values(rows, target)
+    floor = scorer.noise_floor(rows[0], target)
+    assert 0 < floor.max() < 16 * torch.finfo(dtype).eps
+    for max_rows in (1, 5):
+        others = Scorer(model, max_rows=max_rows).values(rows, target)
+        assert bool(((others - values).abs().amax(0) <= floor).all())
 
 
 def test_better_precision_has_no_floor_worth_telling():
@@ -89,6 +88,7 @@ def test_one_row_at_a_time_where_rows_change_each_other():
 
     model.forward = counted
     result = attribute(model)
-    assert set(sizes) == {1}
-    assert result.noise_floor is None
+    assert sizes.count(1) > len(sizes) - 6  # the probe alone has looked at several
+    # The same however often they are computed, but for what eight bits cannot tell.
+    assert 0 < result.noise_floor.max() < 0.1
     assert "one row at a time" in result.provenance["batching"]

@@ -10,8 +10,10 @@ from reference import loop_log_probs
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import Scorer, TokenRow, logits, memory
+from captum_llm_ext.scoring.exclusive import as_found
 from captum_llm_ext.scoring.head import Said
 from captum_llm_ext.scoring.memory import Memory
+from captum_llm_ext.scoring.probe import findings
 
 CPU = torch.device("cpu")
 
@@ -125,9 +127,10 @@ def test_rows_of_models_that_couple_them_run_alone(monkeypatch):
         return forward(input_ids=input_ids, **arguments)
 
     scorer = Scorer(model, max_rows=8)
+    rows = [TokenRow((1, 5, 6 + i), (1, 2)) for i in range(5)]
+    scorer.values(rows[4:], torch.tensor([6, 7]))  # the model is looked at
     monkeypatch.setattr(model, "forward", seen)
-    rows = [TokenRow((1, 5, 6 + i), (1, 2)) for i in range(4)]
-    scorer.values(rows, torch.tensor([6, 7]))
+    scorer.values(rows[:4], torch.tensor([6, 7]))
     assert sizes == [1, 1, 1, 1]
 
 
@@ -148,6 +151,8 @@ def with_bias(model):
 
 def seen_by(model, monkeypatch):
     """The logits that the class's forward returns, as they are later added."""
+    with as_found(model):
+        findings(model, some_rows(1)[0])  # once for this model
     seen, forward = [], type(model).forward
 
     @functools.wraps(forward)
@@ -200,9 +205,11 @@ def test_the_logits_of_a_forward_of_the_users_own_are_there_whatever_it_does_to_
             output.logits = output.logits * 0.5
         return output
 
-    model.forward = moody
     rows, target = some_rows(8)
-    values = Scorer(model, max_rows=1, reuse="off").values(rows, target)
+    scorer = Scorer(model, max_rows=1, reuse="off")
+    scorer.values(some_rows(9)[0][8:], target)  # the model is looked at
+    model.forward = moody
+    values = scorer.values(rows, target)
     assert set(calls) == {400}
     del model.forward
     ids = torch.tensor([row.ids for row in rows])
@@ -217,9 +224,10 @@ def test_the_logits_of_a_forward_of_the_users_own_are_there_whatever_it_does_to_
 def test_who_listens_to_the_last_layer_hears_its_logits(monkeypatch):
     model = tiny.llama()
     heard = []
-    handle = model.lm_head.register_forward_hook(lambda *given: heard.append(given[2].clone()))
     rows, target = some_rows(3)
     scorer = Scorer(model, max_rows=1, reuse="off")
+    scorer.values(some_rows(4)[0][3:], target)  # the model is looked at
+    handle = model.lm_head.register_forward_hook(lambda *given: heard.append(given[2].clone()))
     values = scorer.values(rows, target)
     handle.remove()
     own = torch.stack([logits[0].log_softmax(-1)[[0, 1], target] for logits in heard])

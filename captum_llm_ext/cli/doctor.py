@@ -128,10 +128,9 @@ def _lines(found: Probe) -> Iterator[str]:
         f"(rounding in {found.dtype}: {found.rounding:g})"
     )
     whole = f"{_verdict(found.whole_is_exact)} {{}}: within {found.whole_error:.1g} nats"
-    if found.batched:
-        yield whole.format("rows in padded batches")
-    else:
-        yield f"{whole.format('rows one by one')} (this model mixes the rows of a batch)"
+    seen = found.found
+    together = "rows in batches of one length" if seen.even else "rows in padded batches"
+    yield whole.format("rows one by one" if seen.couples_rows else together)
     if found.shared is None or found.shared_error is None:
         yield f"off    beginnings reused: {found.why_not_shared or 'every row is computed whole'}"
     else:
@@ -141,6 +140,15 @@ def _lines(found: Probe) -> Iterator[str]:
         )
     yield _way("beginnings lent, not copied", found.lent_is_exact, found.lent_error)
     yield _way("rows packed in one sequence", found.packed_is_exact, found.packed_error)
+    yield _seen("what follows a token", seen.sees_ahead, seen.ahead)
+    yield _seen("other rows of a batch", seen.couples_rows, seen.coupling)
+    if seen.manner is not None:
+        yield f"note   asked {seen.manner}"
+    yield (
+        "exact  the shape of a batch changes no more than float32 rounds"
+        if found.noise_floor is None
+        else f"note   the shape of a batch changes values by up to {found.noise_floor:.2g} nats"
+    )
     exact = _verdict(found.is_right)  # both ways ask for no other logits
     yield {
         "positions": f"{exact} logits of the target's positions only",
@@ -153,6 +161,12 @@ def _way(name: str, is_exact: bool | None, error: float | None) -> str:
     if error is None:
         return f"off    {name}: not with this model"
     return f"{_verdict(is_exact)} {name}: within {error:.1g} nats"
+
+
+def _seen(what: str, changes: bool, much: float | None) -> str:
+    if not changes:
+        return f"exact  {what}: changes nothing" + (f" (within {much:.1g} nats)" if much else "")
+    return f"note   {what}: changes values" + (f" by up to {much:.2g} nats" if much else "")
 
 
 def _verdict(is_exact: bool | None) -> str:

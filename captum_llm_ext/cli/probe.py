@@ -12,6 +12,8 @@ from torch import Tensor
 
 from captum_llm_ext import _compat, tokens
 from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.scoring.passes import rounding
+from captum_llm_ext.scoring.probe import Findings
 
 _TEXT = (
     "Dave lives in Palm Coast, FL and is a lawyer. Ann, who came from Austin in 1998, teaches "
@@ -20,8 +22,6 @@ _TEXT = (
 _ANSWER = " They meet at the harbour and talk about the weather."
 _LONGEST_PROMPT, _LONGEST_ANSWER = 48, 8
 _SHORT_PROMPT, _SHORT_ANSWER = 8, 4  # for captum, which runs every row token by token
-# Nats that the order of additions explains.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Probe:
         dtype: Of its weights.
         n_rows: Distinct rows that were scored.
         rounding: Nats that rounding explains in this dtype.
-        batched: Whether rows are run together, padded; False where the model mixes a batch's.
+        found: What `scoring.probe` found: how the model is asked follows from it.
+        noise_floor: Largest difference that batches alone make of a value; None where it is below
+            float32 rounding.
         whole_error: Largest difference of the package's values to one plain uncached forward per
             row, where every row is computed whole.
         shared: Share of the rows' positions that were computed with beginnings reused; None where
@@ -51,7 +53,8 @@ class Probe:
     dtype: str
     n_rows: int
     rounding: float
-    batched: bool
+    found: Findings
+    noise_floor: float | None
     whole_error: float
     shared: float | None
     shared_error: float | None
@@ -104,7 +107,8 @@ class Probe:
         """As JSON can hold it."""
         ways = ("whole_is_exact", "shared_is_exact", "lent_is_exact", "packed_is_exact")
         names = ("is_right", *ways, "captum_is_right")
-        return asdict(self) | {name: getattr(self, name) for name in names}
+        found = {"found": self.found.told(), "batched": not self.found.couples_rows}
+        return asdict(self) | found | {name: getattr(self, name) for name in names}
 
 
 def probe(model: Any, tokenizer: Any) -> Probe:
@@ -118,11 +122,14 @@ def probe(model: Any, tokenizer: Any) -> Probe:
     wanted = torch.tensor(target, dtype=torch.int64, device="cpu")
     plain = Scorer(model, reuse="off")
     whole = plain.values(rows, wanted)
+    floor = plain.noise_floor(rows[0], wanted)
+    found = plain.findings
+    assert found is not None
     # No overhead: whether sharing pays on rows this short is not the question.
     sharing = Scorer(model, overhead=0, reuse="copy")
     with _warnings_of("captum_llm_ext.scoring") as said:
         shared = sharing.values(rows, wanted)
-    expected = _plain_values(model, rows, wanted)
+    expected = _plain_values(model, rows, wanted, apart=found.step_by_step)
     lent, packed = Scorer(model, overhead=0, reuse="lend"), Scorer(model, overhead=0, reuse="pack")
     with _warnings_of("captum_llm_ext.scoring"):  # the same ones
         by_loan, by_pack = (scorer.values(rows, wanted) for scorer in (lent, packed))
@@ -136,8 +143,9 @@ def probe(model: Any, tokenizer: Any) -> Probe:
     return Probe(
         dtype=str(dtype).removeprefix("torch."),
         n_rows=sharing.n_evaluations,
-        rounding=_ROUNDING.get(dtype, _ROUNDING[torch.float32]),
-        batched=not _compat.couples_rows(model),
+        rounding=rounding(dtype),
+        found=found,
+        noise_floor=None if floor is None else float(floor.max()),
         whole_error=error(whole),
         shared=share if share < 1 else None,
         shared_error=error(shared) if share < 1 else None,
@@ -174,15 +182,22 @@ def _rows(prompt: Sequence[int], target: Sequence[int]) -> list[TokenRow]:
 
 
 @torch.no_grad()
-def _plain_values(model: Any, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
-    """One uncached, unpadded forward per row."""
+def _plain_values(model: Any, rows: Sequence[TokenRow], target: Tensor, *, apart: bool) -> Tensor:
+    """One uncached, unpadded forward per row, or per target token with nothing after it."""
     arguments = {"use_cache": False} if "use_cache" in _compat.forward_arguments(model) else {}
+
+    def logits(ids: Sequence[int]) -> Tensor:
+        given = torch.tensor([ids], device=_compat.input_device(model), dtype=torch.int64)
+        found = _compat.sequence_logits(_compat.called(model, given, **arguments))[0]
+        return found if apart else found[-len(ids) :]  # without those of a soft prompt
+
     found: list[Tensor] = []
     for row in rows:
-        ids = torch.tensor([row.ids], device=_compat.input_device(model), dtype=torch.int64)
-        logits = _compat.sequence_logits(model(input_ids=ids, **arguments))[0, list(row.positions)]
-        said = logits.double().log_softmax(-1).cpu()
-        found.append(said.gather(1, target[:, None])[:, 0])
+        if apart:
+            said = torch.stack([logits(row.ids[: place + 1])[-1] for place in row.positions])
+        else:
+            said = logits(row.ids)[list(row.positions)]
+        found.append(said.double().log_softmax(-1).cpu().gather(1, target[:, None])[:, 0])
     return torch.stack(found)
 
 

@@ -378,6 +378,8 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             "unit": prompt.unit_name,
             "columns": list(prompt.columns),
             "n_evaluations": paths.n_rows,
+            "probe": None if paths.found is None else paths.found.told(),
+            "batching": None if paths.found is None else paths.found.manner,
             **of_model(self.model, self.device),
             **of_run(),
         }

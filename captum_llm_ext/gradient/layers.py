@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext import _compat
 from captum_llm_ext.scoring.exclusive import of_this_thread
 
 
@@ -96,8 +97,7 @@ def modules_reading(
         ids: Token ids ``(1, length)``, no plain count: positions are embedded too.
         forward: Runs the model on ids.
     """
-    given = getattr(model, "get_input_embeddings", None)
-    main = given() if callable(given) else None
+    main = _compat.embeddings(model, "get_input_embeddings")
     candidates = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is main]
     found: list[nn.Module] = []
 

@@ -24,10 +24,10 @@ from captum_llm_ext.gradient.scenes import (
 )
 from captum_llm_ext.gradient.slopes import Reader, Row, Slopes, manner
 from captum_llm_ext.inputs import Context, GeneratedText
-from captum_llm_ext.scoring import AttrTarget
-from captum_llm_ext.scoring.causality import is_causal
+from captum_llm_ext.scoring import AttrTarget, TokenRow
 from captum_llm_ext.scoring.exclusive import as_found
 from captum_llm_ext.scoring.passes import rounding
+from captum_llm_ext.scoring.probe import Findings, findings
 
 
 class Paths:
@@ -51,6 +51,7 @@ class Paths:
     Attributes:
         n_draws: Draws of the baselines.
         n_rows: Points that the model was run on.
+        found: What the probe found of the model; None before the first target.
         on_total: Called with the number of points that a target takes, before the first.
         on_rows: Called with the number of points of every pass.
     """
@@ -79,9 +80,10 @@ class Paths:
         self._absent: Absent = "zero" if points.from_zero else absent
         self._seed, self._grad_kwargs = seed, grad_kwargs
         self._reader = Reader(_compat.uncompiled(model))
-        self._manner = manner(model, _compat.input_device(model), most_rows)
+        self._manner = manner(_compat.input_device(model), most_rows)
         self._embeddings: Layers | None = None
         self._layers: Layers | None = None
+        self.found: Findings | None = None
         self.n_rows = 0
         self.on_total: Callable[[int], None] | None = None
         self.on_rows: Callable[[int], None] | None = None
@@ -127,7 +129,8 @@ class Paths:
             ids = ids.to(_compat.input_device(self._model))
             at = torch.arange(start - 1, start - 1 + len(target), device="cpu")
             whole = Row(ids, at, target)
-            self._find_layers(whole)
+            apart = self._look(whole).step_by_step and len(target) > 1
+            self._find_layers(Row(ids, at[-1:], target[-1:]) if apart else whole)
         # Baselines may ask a model, perhaps another one: none is held meanwhile.
         own = features(
             self._prompt,
@@ -152,13 +155,13 @@ class Paths:
             torch.zeros(n_values, dtype=torch.float64, device="cpu"),
         )
         empty = torch.zeros_like(full)
-        sees_nothing = len(at) == 1 or is_causal(self._model, ids[0].tolist())
-        if is_joint and not sees_nothing:
+        step_by_step = self.found is not None and self.found.step_by_step and len(at) > 1
+        if is_joint and step_by_step:
             raise ValueError(
-                f"{type(self._model).__name__} sees what comes after a token: there is no joint "
+                f"{type(self._model).__name__} is asked for every token apart: there is no joint "
                 'probability to differentiate. Use `attr_target="log_prob"`.'
             )
-        apart: Apart = "cheapest" if sees_nothing else "always"
+        apart: Apart = "always" if step_by_step else "cheapest"
         found_scenes = scenes(generated, n_before=start, apart="never" if is_joint else apart)
         if self.on_total is not None:
             self.on_total(len(found_scenes) * (1 + self._n_ends + len(self.points.alphas)))
@@ -179,6 +182,17 @@ class Paths:
         return Solution(
             attributions.masked_fill(later, 0.0), errors.masked_fill(later, 0.0), full, empty
         )
+
+    def _look(self, whole: Row) -> Findings:
+        """What the model does, which decides how it is asked."""
+        row = TokenRow(tuple(whole.ids[0].tolist()), whole.at.tolist())
+        with torch.no_grad():
+            found = findings(_compat.uncompiled(self._model), [row])
+        self._reader.kept = found.kept
+        if found.couples_rows:
+            self._manner.most_rows = 1
+        self.found = found
+        return found
 
     def _along(self, scene: Scene, row: Row, own: Features, is_joint: bool) -> Solution:
         points, layers = self.points, self._layers

@@ -77,16 +77,13 @@ class Manner:
     row_bytes: int = 0
 
 
-def manner(model: nn.Module, device: torch.device, most_rows: int | None) -> Manner:
+def manner(device: torch.device, most_rows: int | None) -> Manner:
     """What is known before the first pass.
 
     Args:
-        model: The model.
         device: Where it reads its ids.
         most_rows: The user's choice; what memory allows if there is none.
     """
-    # Rows of LLM.int8 depend on one another.
-    most_rows = 1 if _compat.couples_rows(model) else most_rows
     return Manner(_TOKENS.get(device.type, _TOKENS_ELSEWHERE), most_rows)
 
 
@@ -95,21 +92,24 @@ class Reader:
 
     Args:
         model: The model, in evaluation mode whenever it is called.
+
+    Attributes:
+        kept: How it is asked for the logits of some places only; None: it gives all.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._kept = _compat.kept_logits(model)
+        self.kept = _compat.kept_logits(model)
         self._arguments = _compat.forward_arguments(model)
 
     def logits(self, ids: Tensor, at: Tensor) -> Tensor:
         """Logits ``(batch, n, vocabulary)`` at places ``at (n,)`` of ``ids (batch, length)``."""
         arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in self._arguments else {}
-        if self._kept == "positions":
+        if self.kept == "positions":
             arguments["logits_to_keep"] = at.to(ids.device).expand(len(ids), -1)
-        elif self._kept == "count":
+        elif self.kept == "count":
             arguments["logits_to_keep"] = ids.shape[1] - int(at.min())
-        logits = _compat.sequence_logits(self.model(input_ids=ids, **arguments))
+        logits = _compat.sequence_logits(_compat.called(self.model, ids, **arguments))
         places = self.places(at, ids.shape[1], logits.shape[1])
         return logits if places is None else logits[:, places.to(logits.device)]
 
@@ -119,7 +119,7 @@ class Reader:
 
     def places(self, at: Tensor, length: int, n_kept: int) -> Tensor | None:
         """Where the logits of these places are among those that the model gives; None: in order."""
-        return None if self._kept == "positions" else at - (length - n_kept)
+        return None if self.kept == "positions" else at - (length - n_kept)
 
 
 class Slopes:
@@ -247,10 +247,9 @@ class Slopes:
     @contextmanager
     def _heard(self) -> Generator[list[Tensor]]:
         """What the model's head is given in the pass within."""
-        given = getattr(self._reader.model, "get_output_embeddings", None)
-        head = given() if callable(given) and self._may_split else None
+        head = _compat.embeddings(self._reader.model, "get_output_embeddings")
         heard: list[Tensor] = []
-        if not isinstance(head, nn.Module):
+        if not isinstance(head, nn.Module) or not self._may_split:
             yield heard
             return
 

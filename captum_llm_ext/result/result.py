@@ -164,8 +164,9 @@ class GenerationAttributionResult(ExportedResult):
     def noise_floor(self) -> Tensor | None:
         """How far rounding alone moves the value of each target token, shape ``(T,)``.
 
-        Measured on the whole text in batches of several shapes, for models in half precision. None
-        where it was not measured: in float32 it is far below any attribution.
+        Measured on rows of the run, computed in other batches and alone, for models in half
+        precision, quantised ones, and others whose values depend on the batch. None where float32
+        rounds no more than it should, which is far below any attribution.
         """
         floor = self.provenance.get("noise_floor")
         return (

@@ -2,8 +2,10 @@
 
 Each distinct row costs one teacher-forced pass at most, which serves all target tokens; rows that
 begin alike share the passes of their beginnings, or are packed in one sequence where none of their
-tokens comes twice. `plan` finds out which, `packing` makes that sequence, `passes` runs the model,
-`memory` tells how much fits, `logits` turns what comes out into values; `Scorer` is the whole.
+tokens comes twice. `probe` finds out what the model does, and so how it may be asked at all; `plan`
+finds out which rows run together, `packing` makes that sequence, `passes` runs the model, `memory`
+tells how much fits, `logits` turns what comes out into values, `noise` measures how far rounding
+alone moves them; `Scorer` is the whole.
 `processes` makes several processes one and `shares` cuts the work for them, `journal` keeps what is
 found on disk, `identity` tells whether it is still the same model, `generation` what it generates
 with. `Likelihood` is that model as

@@ -128,9 +128,8 @@ def _check_model(model: nn.Module) -> None:
     can = getattr(model, "can_generate", lambda: True)
     if callable(generates) and can():
         return
-    inner = getattr(model, "module", None)
-    wraps = isinstance(inner, nn.Module) and callable(getattr(inner, "generate", None))
-    other = ", or make the attribution over what it wraps (`model.module`)" if wraps else ""
+    part = _compat.language_part(model)
+    other = "" if part is None else f", or make the attribution over what it wraps (`{part}`)"
     raise ValueError(
         f"{type(model).__name__} has no `generate`: give the `target` to explain, as text or as "
         f"token ids{other}."

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat, tokens
 from captum_llm_ext.scoring.exclusive import as_found
+from captum_llm_ext.scoring.probe import Findings, findings
+from captum_llm_ext.scoring.rows import TokenRow
 
 # Rows of one pass. These texts are few and short beside the coalitions that are scored later.
 _ROWS_AT_ONCE = 16
@@ -30,11 +32,16 @@ class Likelihood:
         rows = [self._ids(text) for text in texts]
         # Neighbours in length share a pass.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        found = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
-        for start in range(0, len(order), _ROWS_AT_ONCE):
-            batch = order[start : start + _ROWS_AT_ONCE]
-            found[batch] = self._sums([rows[i] for i in batch])
-        return found
+        sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+        if not any(len(row) > 1 for row in rows):
+            return sums
+        found = self._look([row for row in rows if len(row) > 1])
+        at_once = 1 if found.couples_rows or found.even else _ROWS_AT_ONCE
+        for start in range(0, len(order), at_once):
+            batch = order[start : start + at_once]
+            some = [rows[i] for i in batch]
+            sums[batch] = self._sums(some) if not found.step_by_step else self._stepping(some[0])
+        return sums
 
     def next_token(self, text: str) -> Tensor:
         """See `LanguageModel.next_token`; float64 on the CPU."""
@@ -51,11 +58,10 @@ class Likelihood:
     ) -> list[str]:
         """See `LanguageModel.continuations`."""
         start = self._ids(text)
+        at_once = 1 if self._look([[*start, start[-1]]]).couples_rows else _ROWS_AT_ONCE
         written: list[str] = []
-        for first in range(0, n, _ROWS_AT_ONCE):
-            rows = torch.tensor(
-                [start] * min(_ROWS_AT_ONCE, n - first), dtype=torch.int64, device="cpu"
-            )
+        for first in range(0, n, at_once):
+            rows = torch.tensor([start] * min(at_once, n - first), dtype=torch.int64, device="cpu")
             for _ in range(n_tokens):
                 logits = self._logits(rows)[:, -1].double().cpu()
                 logits[:, self._special(logits.shape[1])] = -torch.inf
@@ -82,18 +88,37 @@ class Likelihood:
         )
         logits = self._logits(ids[:, :-1])
         sums: list[float] = []
+        before = logits.shape[1] - ids.shape[1] + 1  # a soft prompt's
         for own, row in zip(logits, rows, strict=True):  # a copy in float32 of one row at a time
-            own = own[: len(row) - 1].to(torch.promote_types(own.dtype, torch.float32))
+            own = own[before : before + len(row) - 1].to(
+                torch.promote_types(own.dtype, torch.float32)
+            )
             said = torch.tensor(row[1:], device=own.device, dtype=torch.int64)[:, None]
             sums.append(float((own.gather(1, said)[:, 0] - own.logsumexp(1)).double().sum()))
         return torch.tensor(sums, dtype=torch.float64, device="cpu")
+
+    def _stepping(self, row: Sequence[int]) -> Tensor:
+        """Log-probability of a row, whose every token is asked with nothing after it, ``(1,)``."""
+        total = 0.0
+        for n in range(1, len(row)):
+            logits = self._logits(torch.tensor([row[:n]], dtype=torch.int64, device="cpu"))[
+                0, -1
+            ].double()
+            total += float(logits.log_softmax(0)[row[n]])
+        return torch.tensor([total], dtype=torch.float64, device="cpu")
+
+    def _look(self, rows: Sequence[Sequence[int]]) -> Findings:
+        """What the model does with such rows."""
+        read = [TokenRow(tuple(row[:-1]), range(len(row) - 1)) for row in rows]
+        with as_found(self._model):
+            return findings(self._model, read)
 
     def _logits(self, ids: Tensor) -> Tensor:
         arguments = {}
         if "use_cache" in _compat.forward_arguments(self._model):
             arguments["use_cache"] = False
         with as_found(self._model):
-            output = self._model(input_ids=ids.to(self._device), **arguments)
+            output = _compat.called(self._model, ids.to(self._device), **arguments)
         return _compat.sequence_logits(output)
 
     def _special(self, size: int) -> list[int]:

@@ -1,52 +1,164 @@
 """How much a value changes by nothing but the company a row is computed in."""
 
+import math
+import warnings
+from collections.abc import Sequence
+from zlib import crc32
+
 import torch
 from torch import Tensor
 
-from captum_llm_ext.scoring.passes import Passes
+from captum_llm_ext.scoring.passes import Passes, rounding
 from captum_llm_ext.scoring.plan import Branch
+from captum_llm_ext.scoring.probe import Findings
 from captum_llm_ext.scoring.rows import TokenRow
 
-# Rows of the batches that a row is computed in: kernels are chosen by size.
-_BATCHES = (1, 2, 8)
-_PADDING = 7
-_SHORTEST = 4  # of a beginning that is read apart
+# Rows that are computed once more: the longest, the shortest, and some that chance chooses; the
+# first of them alone, all of them in batches that nobody else would cut.
+_ROWS = 64
+_ALONE = 8
+_ALONE_STEPPING = 2  # where each of them takes a pass per token
+_CHECKED = 4
+_BATCH = 13
+# Other batches than those seen may lie further apart: in 60 small models by less than twice as
+# much, or twice the last digit of the logits, of which one may be rounded up, the other down.
+_UNSEEN = 2.0
+_DIGITS = 2.0
+# A value that can hardly move: rounding is told of those that can.
+_STEADY = 1e-3
+# A noise floor of so many times what rounding explains is warned of.
+_WORTH_TELLING = 4
+_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float64, torch.bfloat16, torch.float16)}
 
 
-def noise_floor(
-    passes: Passes, row: TokenRow, target: Tensor, *, most_rows: int, reads_on: bool
-) -> Tensor:
-    """Largest difference between values of one row in batches of several shapes.
-
-    The row is computed alone, beside copies of itself, padded, and read on from its own beginning.
-    In exact arithmetic all values were the same; an attribution that is not larger than their
-    difference may be rounding.
+class NoiseFloor:
+    """Remembers some of the rows that were scored, to compute them in other ways.
 
     Args:
         passes: Of the model.
-        row: Any row, best the one of the whole text.
-        target: Token ids ``(n_target,)``.
-        most_rows: So many rows at most in a batch.
-        reads_on: Whether reading on from a state is used at all.
-
-    Returns:
-        Shape ``(n_target,)``, float64, in the unit of the values; NaN where the row gives none.
     """
-    longer = TokenRow((*row.ids, *row.ids[:_PADDING]), row.positions, row.extras, row.key)
-    found: list[Tensor] = []
-    for n in sorted({min(n, most_rows) for n in _BATCHES}):
-        found.append(_together(passes, [row] * n, target, 0))
-    if row.extras is None and most_rows > 1:
-        found.append(_together(passes, [longer, row], target, 0))
-    shared = min(row.first, len(row.ids) - 2) // 2 * 2
-    if reads_on and shared >= _SHORTEST:
-        found.append(_together(passes, [row] * min(2, most_rows), target, shared))
-    values = torch.cat(found)
-    return values.amax(0) - values.amin(0)
 
+    def __init__(self, passes: Passes) -> None:
+        self._passes, self._attr_target = passes, passes.attr_target
+        self._kept: dict[tuple[int, ...], tuple[int, TokenRow, Tensor]] = {}
+        self._scale: Tensor | None = None
+        self._n = 0
 
-def _together(passes: Passes, rows: list[TokenRow], target: Tensor, shared: int) -> Tensor:
-    """Values ``(n_rows, n_target)`` of rows in one batch, after reading `shared` ids once."""
-    every = tuple(range(len(rows)))
-    whole = Branch(0, shared, every, (every,))
-    return torch.cat([values for _, values in passes.run(whole, rows, target)])
+    def note(self, rows: Sequence[TokenRow], values: Tensor) -> None:
+        """Takes notice of rows and their values ``(n_rows, n_target)``, as they were computed."""
+        if self._scale is not None and len(self._scale) != values.shape[1]:
+            self._kept, self._scale, self._n = {}, None, 0  # another target
+        scale = self._scales(values).amax(0)
+        self._scale = scale if self._scale is None else self._scale.maximum(scale)
+        self._n += len(rows)
+        for row, own in zip(rows, values, strict=True):
+            self._kept[row.ids] = (crc32(repr(row.ids).encode()), row, own)
+        if len(self._kept) > _ROWS:
+            self._kept = {ids: self._kept[ids] for ids in self._order()[:_ROWS]}
+
+    def _order(self) -> list[tuple[int, ...]]:
+        """The longest and the shortest row, and the others as chance will have it."""
+        by_length = sorted(self._kept, key=len)
+        chance = sorted(by_length[1:-1], key=lambda ids: self._kept[ids][0])
+        return [*dict.fromkeys((by_length[-1], by_length[0])), *chance]
+
+    def floor(
+        self, found: Findings, target: Tensor, *, together: bool, cuts: bool
+    ) -> Tensor | None:
+        """How far apart values lie that are computed in several ways; see `Scorer.noise_floor`.
+
+        Args:
+            found: What is known of the model.
+            target: Token ids ``(n_target,)``.
+            together: Whether the model is ever given rows of several lengths at once.
+            cuts: Whether a row without what follows a token says the same of it.
+        """
+        is_named = isinstance(self._attr_target, str)
+        explained = self._explained(found)
+        # A callable may make of one token's logits another value without the others'.
+        checked = self._checked(target) if is_named and cuts else 0.0
+        if not found.is_rough and checked <= explained:
+            return None
+        floor = self._measured(found, target, together)
+        floor = floor.clamp(min=checked if checked > explained else 0.0)
+        if float(floor.max()) > _WORTH_TELLING * explained:
+            warnings.warn(
+                f"{type(self._passes.model).__name__} gives equal rows values up to "
+                f"{float(floor.max()):.2g} apart, by the batches they are computed in: "
+                "attributions below that mean nothing (see `noise_floor`). "
+                "`perturbations_per_eval=1` may help.",
+                stacklevel=5,
+            )
+        return floor
+
+    def _explained(self, found: Findings) -> float:
+        """What rounding explains of a difference between values."""
+        sizes = [own.nan_to_num(nan=0.0).abs().max() for _, _, own in self._kept.values()]
+        scale = 1.0 if self._attr_target == "log_prob" else max(1.0, *map(float, sizes))
+        return scale * max(rounding(_DTYPES.get(found.dtype)), rounding(torch.float32))
+
+    def _checked(self, target: Tensor) -> float:
+        """How far some values are from those of a pass of their own, with nothing that follows."""
+        differences = [0.0]
+        for i, ids in enumerate(self._order()[:_CHECKED]):
+            number, row, own = self._kept[ids]
+            known = [t for t, place in enumerate(row.positions) if place >= 0]
+            if not known:
+                continue
+            t = known[(number + i) % len(known)]  # of each row another token
+            value = self._stepped(row, target, [t])[t]
+            differences.append(float((value - own[t]).abs().nan_to_num(nan=0.0)))
+        return max(differences)
+
+    def _measured(self, found: Findings, target: Tensor, together: bool) -> Tensor:
+        """The largest difference that was seen of any token, and what others are likely to show.
+
+        That is in proportion to how far a value can move at all, and not less than what the last
+        digits of the logits are worth.
+        """
+        kept = [self._kept[ids] for ids in self._order()]
+        rows = [row for _, row, _ in kept]
+        computed = torch.stack([own for _, _, own in kept])
+        alone = torch.full_like(computed, torch.nan)
+        for i, row in enumerate(rows[: _ALONE_STEPPING if found.step_by_step else _ALONE]):
+            if found.step_by_step:
+                alone[i] = self._stepped(row, target, range(len(target)))
+            else:
+                alone[i] = self._together([row], target)[0]
+        ways = [computed, alone]
+        if together:
+            batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
+            ways.append(torch.cat([self._together(some, target) for some in batches]))
+        stacked = torch.stack(ways)
+        highest = stacked.nan_to_num(nan=-torch.inf).amax(0)
+        apart = (highest - stacked.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)
+        ratios = apart / self._scales(computed)
+        # Of n normal numbers the largest is about so many standard deviations away.
+        likely = math.sqrt(2 * math.log(2 * self._n + 1)) * float(ratios.square().mean().sqrt())
+        digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
+        assert self._scale is not None
+        return max(likely, _UNSEEN * float(ratios.max()), digit) * self._scale
+
+    def _stepped(self, row: TokenRow, target: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Values ``(n_target,)`` of some tokens, in passes of their own; NaN for the others."""
+        values = torch.full((len(target),), torch.nan, dtype=torch.float64, device="cpu")
+        for t in tokens:
+            if (end := row.up_to(t)) is not None:
+                values[t] = self._together([end], target[t : t + 1])[0, 0]
+        return values
+
+    def _together(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+        """Values ``(n_rows, n_target)`` of rows in one batch."""
+        every = tuple(range(len(rows)))
+        [(_, values)] = self._passes.run(Branch(0, 0, every, (every,)), rows, target)
+        return values
+
+    def _scales(self, values: Tensor) -> Tensor:
+        """How far values move with logits: those of sure tokens hardly do."""
+        if self._attr_target == "log_prob":
+            scales = -values.expm1()
+        elif self._attr_target == "prob":
+            scales = values * (1 - values)
+        else:
+            scales = torch.ones_like(values)
+        return scales.nan_to_num(nan=0.0).clamp(min=_STEADY)

@@ -350,7 +350,7 @@ class Passes:
             arguments["logits_to_keep"] = ids.shape[1] - int(at.min())
         # A callable of the user's may keep what it is given.
         with self._head.watched() if isinstance(self.attr_target, str) else nullcontext():
-            output = self.model(input_ids=ids.to(self.device), **arguments)
+            output = _compat.called(self.model, ids.to(self.device), **arguments)
         self.n_positions += ids.numel()
         said = self._head.said(_compat.sequence_logits(output))
         if self.kept != "positions":

@@ -31,6 +31,16 @@ class TokenRow:
         """The first place that a target token is said at."""
         return min((place for place in self.positions if place >= 0), default=len(self.ids) - 1)
 
+    def up_to(self, t: int) -> "TokenRow | None":
+        """The row up to where it says target token `t`, which it says alone, with nothing after it.
+
+        None where it does not.
+        """
+        place = self.positions[t]
+        if place < 0:
+            return None
+        return TokenRow(self.ids[: place + 1], (place,), self.extras, self.key)
+
 
 def digest(row: TokenRow, target: Tensor) -> bytes:
     """Equal for rows that the model cannot tell apart."""

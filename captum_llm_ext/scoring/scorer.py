@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import memory
-from captum_llm_ext.scoring.causality import is_causal
 from captum_llm_ext.scoring.exclusive import as_found
 from captum_llm_ext.scoring.generation import continued
 from captum_llm_ext.scoring.identity import check_same
 from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.memory import Memory
-from captum_llm_ext.scoring.noise import noise_floor
+from captum_llm_ext.scoring.noise import NoiseFloor
 from captum_llm_ext.scoring.passes import Passes, rounding
 from captum_llm_ext.scoring.plan import Branch, plan, plan_packed
+from captum_llm_ext.scoring.probe import Findings, findings
+from captum_llm_ext.scoring.probe.reuse import why_not_packed, why_not_read_on
 from captum_llm_ext.scoring.processes import Processes
 from captum_llm_ext.scoring.rows import TokenRow, digest
 from captum_llm_ext.scoring.seeded import reseeded, seeded
@@ -84,7 +85,7 @@ class Scorer:
         self.n_row_positions = 0
         sharing = reuse if reuse in ("copy", "lend") else "auto"
         self._passes = Passes(model, attr_target, self.device, sharing)
-        self._max_rows = 1 if _compat.couples_rows(model) else max_rows or sys.maxsize
+        self._max_rows = max_rows or sys.maxsize
         self._overhead = memory.overhead(model, self.device) if overhead is None else overhead
         self._row_overhead = memory.start(model, self.device) if overhead is None else overhead
         self._always_packs = reuse == "pack"
@@ -104,7 +105,8 @@ class Scorer:
         self.n_scored = [0] * self._processes.n_replicas
         self._show_progress = show_progress and self._processes.is_main
         self._known: dict[bytes, Tensor] = {}
-        self._is_causal: bool | None = None
+        self._findings: Findings | None = None
+        self._noise = NoiseFloor(self._passes)
         self._bar: Any = None
 
     @property
@@ -188,29 +190,76 @@ class Scorer:
             TypeError: If the model returns no logits, or a callable target the wrong shape.
         """
         with as_found(self.model):
-            if not self._causal(rows[0]):
-                return self._values_step_by_step(rows, target)
-            return self._values(rows, target)
+            values = self._asked(self._look(rows), rows, target)
+        self._noise.note(rows, values)
+        return values
 
     def noise_floor(self, row: TokenRow, target: Tensor) -> Tensor | None:
-        """How far apart values of one row are that differ in the shape of their batch alone.
+        """How far apart values are that differ in how they were computed alone.
+
+        Some rows of those that were scored, short and long ones among them, are computed alone and
+        together once more, in some twenty short passes at most: a run with other batches shows no
+        larger differences, as far as that many rows tell. Where the probe saw nothing beyond
+        float32 rounding four values, each of a short pass of its own, confirm it.
 
         Args:
             row: The row of the whole text.
             target: Token ids, shape ``(n_target,)``.
 
         Returns:
-            Shape ``(n_target,)``, float64, in the unit of the values; None for models in float32 or
-            better, which have none worth telling, and for those that see one row at a time.
+            Shape ``(n_target,)``, float64, in the unit of the values; None for models whose values
+            are as fine as float32, which have none worth telling.
+
+        Warns:
+            UserWarning: If it is more than the model's type of numbers explains.
         """
-        if _compat.half_precision(self.model) is None or _compat.couples_rows(self.model):
-            return None
-        most = 1 if row.extras is not None else self._max_rows
         with as_found(self.model):
-            if not self._causal(row):
-                return None
-            reads_on = self._reuse and self._compared > 0
-            return noise_floor(self._passes, row, target, most_rows=most, reads_on=reads_on)
+            found = self._look([row])
+            self._noise.note([row], self._asked(found, [row], target))
+
+            mixes = self._mixes_positions(found.longest)
+            apart = mixes or found.couples_rows or row.extras is not None or self._max_rows == 1
+            cuts = found.step_by_step or not mixes
+            return self._noise.floor(found, target, together=not apart, cuts=cuts)
+
+    @property
+    def findings(self) -> Findings | None:
+        """What the probe found of the model; None before the first values."""
+        return self._findings
+
+    def told(self) -> dict[str, Any]:
+        """What results keep of the model's ways."""
+        found = self._findings
+        if found is None:
+            return {}
+        reads_on = self._compared > 0 if self._compared or not self._reuse else None
+        packs = True if self._packed else None
+        about = {"reuses_beginnings": reads_on, "lends_beginnings": self._passes.lends}
+        return {"probe": found.told() | about | {"packs_rows": packs}, "batching": found.manner}
+
+    def _look(self, rows: Sequence[TokenRow]) -> Findings:
+        """What the model does on such rows; it is looked at where these are news."""
+        lengths = [len(row.ids) for row in rows]
+        found = self._findings
+        if found is not None and found.covers(min(lengths), max(lengths)):
+            return found
+        self._passes.check_ids(
+            torch.tensor([i for row in rows for i in row.ids], dtype=torch.int64, device="cpu")
+        )
+        extras = self._passes.extras(rows[0], 0) if rows[0].extras is not None else None
+        looked_at = rows[:1] if extras else rows
+        found = self._processes.decide(lambda: findings(self.model, looked_at, extras))
+        if extras:  # rows are given one by one, whatever their lengths
+            found = replace(found, shortest=0, longest=sys.maxsize)
+        if found.couples_rows:
+            self._max_rows = 1
+            self._reuse = self._packs = False
+        self._passes.kept = found.kept
+        self._findings = found
+        return found
+
+    def _asked(self, found: Findings, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+        return self._stepping(rows, target) if found.step_by_step else self._values(rows, target)
 
     def tolerance(self, values: Tensor) -> Tensor:
         """How far rounding may move each of these values between two runs of the same model.
@@ -234,25 +283,15 @@ class Scorer:
             todo = {d: row for d, row in todo.items() if d not in self._known}
         return torch.stack([self._known[digest] for digest in digests])
 
-    def _values_step_by_step(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+    def _stepping(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
         """One pass for every target token, with nothing after it to be seen."""
         values = torch.full((len(rows), len(target)), torch.nan, dtype=torch.float64, device="cpu")
         for t in range(len(target)):
-            places = [row.positions[t] for row in rows]
-            known = [i for i, place in enumerate(places) if place >= 0]
-            ends = [
-                TokenRow(rows[i].ids[: places[i] + 1], (places[i],), rows[i].extras, rows[i].key)
-                for i in known
-            ]
-            values[known, t] = self._values(ends, target[t : t + 1])[:, 0]
+            ends = {i: end for i, row in enumerate(rows) if (end := row.up_to(t)) is not None}
+            if ends:
+                found = self._values([*ends.values()], target[t : t + 1])
+                values[[*ends], t] = found[:, 0]
         return values
-
-    def _causal(self, row: TokenRow) -> bool:
-        """Whether the model sees nothing ahead; asked once."""
-        if self._is_causal is None:
-            self._passes.check_ids(torch.tensor(row.ids, dtype=torch.int64, device="cpu"))
-            self._is_causal = row.extras is not None or is_causal(self.model, row.ids)
-        return self._is_causal
 
     def _score(self, todo: Mapping[bytes, TokenRow], target: Tensor) -> None:
         """Scores rows, or some of them and backs off where memory runs out."""
@@ -480,7 +519,8 @@ class Scorer:
 
     def _mixes_positions(self, longest: int) -> bool:
         """Whether what a position means depends on the other rows of its batch."""
-        return not self._is_causal or longest > (_compat.fixed_positions(self.model) or sys.maxsize)
+        even = self._findings is not None and self._findings.even
+        return even or longest > (_compat.fixed_positions(self.model) or sys.maxsize)
 
     def _begins_with_head(self, rows: Sequence[TokenRow], most: int) -> bool:
         """Whether all rows begin with what has been read, and it is not more than may be shared."""
@@ -489,36 +529,15 @@ class Scorer:
 
     def _compare_packed(self, rows: Sequence[TokenRow]) -> bool:
         """Whether the model reads a row in a pack as it reads it alone."""
-        try:
-            error = self._passes.reads_packed(max((row.ids for row in rows), key=len))
-            reason = None if error <= 1 else f"values differ by {error:.2g} times rounding"
-        except Exception as error:  # whatever a model does: there are other ways
-            if isinstance(error, RuntimeError) and memory.is_out_of_memory(error):
-                raise
-            reason = f"{type(error).__name__}: {error}"
+        reason = why_not_packed(self._passes, rows)
         if reason is not None:
             self._packs = False
             _logger.info("%s is given rows apart (%s).", type(self.model).__name__, reason)
         return self._packs
 
     def _compare(self, rows: Sequence[TokenRow], root: Branch) -> bool:
-        """Whether the model reads on as it reads: one comparison on rows of the run itself."""
-        lengths = [len(row.ids) for row in rows]
-        depth, batch = max(
-            ((branch.stop, b) for branch in root.walk() if branch.stop for b in branch.batches),
-            key=lambda pair: (lengths[pair[1][0]], len(pair[1])),
-        )
-        row, other = rows[batch[0]].ids, rows[batch[-1]].ids
-        other = other[: depth + (len(other) - depth + 1) // 2]  # so that there is padding
-        reason = _compat.why_not_read_on(self.model)
-        if reason is None:
-            try:
-                error = self._passes.reads_on(row, other, depth)
-                reason = None if error <= 1 else f"values differ by {error:.2g} times rounding"
-            except Exception as error:  # whatever a model does with a state: there is a way without
-                if isinstance(error, RuntimeError) and memory.is_out_of_memory(error):
-                    raise
-                reason = f"{type(error).__name__}: {error}"
+        """Whether the model reads on as it reads."""
+        reason = why_not_read_on(self._passes, rows, root)
         if reason is not None:
             _logger.warning(
                 "%s computes every row on its own, beginnings are not reused (%s).",

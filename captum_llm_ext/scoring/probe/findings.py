@@ -1,0 +1,85 @@
+"""What a probe has found of a model, and how the model may then be asked."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a model was seen to do. Differences are between log-probabilities, in nats.
+
+    Attributes:
+        shortest: Number of ids of the shortest row it was seen with.
+        longest: Of the longest one.
+        dtype: Of its logits.
+        vocabulary: Number of logits at a place.
+        kept: How it can be asked for the logits of some places only, as `_compat.kept_logits` says.
+        last_digit: What the last digit of its logits is worth.
+        n_before: Number of logits in front of those of the first id (a soft prompt's).
+        last_only: Whether it gives the logits of the last place alone.
+        sees_ahead: Whether what follows a token changes what is said at it.
+        couples_rows: Whether the other rows of a batch change what is said in one.
+        mixes_lengths: Whether the length of a batch changes what is said in its shorter rows.
+        ahead: The largest difference seen that what follows makes; None: not looked for.
+        coupling: The same of other rows.
+        rounding: The largest difference seen that is left where neither of these is at work: of a
+            row alone, and in a batch.
+        is_rough: Whether values have a noise floor worth telling.
+        reasons: What else is known of the model, in words.
+    """
+
+    shortest: int
+    longest: int
+    dtype: str
+    vocabulary: int
+    kept: str | None = None
+    last_digit: float = 0.0
+    n_before: int = 0
+    last_only: bool = False
+    sees_ahead: bool = False
+    couples_rows: bool = False
+    mixes_lengths: bool = False
+    ahead: float | None = None
+    coupling: float | None = None
+    rounding: float = 0.0
+    is_rough: bool = False
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def step_by_step(self) -> bool:
+        """Whether every target token needs a pass of its own, with nothing after it."""
+        return self.sees_ahead or self.last_only
+
+    @property
+    def even(self) -> bool:
+        """Whether only rows of one length may be asked together."""
+        return self.step_by_step or self.mixes_lengths
+
+    @property
+    def shares(self) -> bool:
+        """Whether rows may share anything at all: a batch, a beginning, a pack."""
+        return not self.couples_rows
+
+    def covers(self, shortest: int, longest: int) -> bool:
+        """Whether rows of these lengths are no news."""
+        return self.shortest <= shortest and longest <= self.longest
+
+    def told(self) -> dict[str, Any]:
+        """As results keep it in their provenance."""
+        return asdict(self) | {"reasons": list(self.reasons)}
+
+    @property
+    def manner(self) -> str | None:
+        """How the model is asked, and why, where that is not the usual way."""
+        said = [*self.reasons]
+        if self.couples_rows:
+            much = "" if self.coupling is None else f" (by {self.coupling:.2g} nats)"
+            said.append(f"one row at a time: rows of a batch change one another{much}")
+        if self.sees_ahead:
+            much = "" if self.ahead is None else f" (by {self.ahead:.2g} nats)"
+            said.append(f"step by step: what follows a token changes what is said at it{much}")
+        if self.last_only:
+            said.append("step by step: the model gives logits of the last place alone")
+        if self.mixes_lengths:
+            said.append("rows of one length together: the longest row changes the others")
+        return "; ".join(said) or None

@@ -1,0 +1,99 @@
+"""Whether a model is still what it was: without reading a weight, and without a pass."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+
+State = Mapping[tuple[Any, ...], object]
+_SIMPLE = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device)
+# Every attribution sets and restores it.
+_PASSING = frozenset({"training"})
+
+
+def state_of(model: nn.Module) -> dict[tuple[Any, ...], object]:
+    """What tells whether a model may do something else than before.
+
+    Its parts, where every weight and buffer lies and how often it was written to, whatever numbers,
+    names and switches its modules and configurations hold (adapters that are active, windows, the
+    kind of attention, quantisation), who looks on, and how torch computes.
+    """
+    found: dict[tuple[Any, ...], object] = {("torch",): _arithmetic()}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        found[name, "module"] = (id(module), type(module))
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers"):
+                for own, tensor in value.items():
+                    if tensor is not None:
+                        found[name, own] = _place_of(tensor)
+            elif key not in _PASSING and key != "_modules":
+                found[name, key] = _content(value, seen)
+    return found
+
+
+def differences(one: State, other: State) -> set[tuple[Any, ...]]:
+    """What two states differ in."""
+    return {key for key in {*one, *other} if one.get(key, _NONE) != other.get(key, _NONE)}
+
+
+_NONE = object()
+
+
+def _arithmetic() -> tuple[object, ...]:
+    kinds = ("cpu", "cuda")
+    return (
+        *(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in kinds),
+        torch.get_float32_matmul_precision(),
+    )
+
+
+def _place_of(tensor: Tensor) -> tuple[object, ...]:
+    about = (tensor.dtype, tensor.device, tuple(tensor.shape), type(tensor))
+    if tensor.device.type == "meta":  # brought by a hook for the time of a pass
+        return about
+    try:
+        where = tensor.data_ptr()
+    except RuntimeError:  # some subclasses have none
+        where = id(tensor)
+    try:
+        version = tensor._version
+    except RuntimeError:  # tensors of inference mode are not counted
+        version = -1
+    return (*about, where, version)
+
+
+def _content(value: object, seen: set[int], depth: int = 0) -> object:
+    """Something that is equal as long as a value is the same; of large things their identity."""
+    if isinstance(value, _SIMPLE):
+        return value
+    if isinstance(value, Tensor):
+        return _place_of(value)
+    if depth > 3:
+        return type(value)
+    if isinstance(value, Mapping):
+        items = cast(Mapping[Any, Any], value).items()
+        return tuple((str(key), _content(item, seen, depth + 1)) for key, item in items)
+    if isinstance(value, Sequence | set | frozenset):
+        return tuple(_content(item, seen, depth + 1) for item in cast("Sequence[Any]", value))
+    if isinstance(value, nn.Module):
+        return id(value)
+    if _is_settings(value):
+        # One configuration is that of many modules.
+        if id(value) in seen:
+            return id(value)
+        seen.add(id(value))
+        return (id(value), tuple(_settings(value, seen, depth)))
+    return (type(value), id(value)) if callable(value) else type(value)
+
+
+def _is_settings(value: object) -> bool:
+    return _compat.is_transformers_object(value) and hasattr(value, "__dict__")
+
+
+def _settings(value: object, seen: set[int], depth: int) -> Iterator[tuple[str, object]]:
+    for key, item in vars(value).items():
+        yield key, _content(item, seen, depth + 1)

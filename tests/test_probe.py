@@ -1,0 +1,434 @@
+"""What a model does is seen on the model in hand, and it is asked accordingly."""
+
+import argparse
+
+import pytest
+import tiny
+import torch
+import transformers
+from architectures import _COMMON, build
+from captum.attr import FeatureAblation, LayerIntegratedGradients
+from torch import nn
+
+from captum_llm_ext import GenerationAttribution, GenerationGradientAttribution, TextSegmentInput
+from captum_llm_ext.scoring import Likelihood, Scorer, TokenRow
+from captum_llm_ext.scoring.exclusive import as_found
+from captum_llm_ext.scoring.probe import findings, looking
+
+TEXT = "Dave lives in Palm Coast, FL and is a lawyer."
+
+
+def rows_of(n_prompt=14, n_target=6, seed=0):
+    """A prompt without some tokens, with some replaced, and one without a token of the target."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 400, (n_prompt + n_target,), generator=generator).tolist()
+    prompt, target = ids[:n_prompt], ids[n_prompt:]
+    prompts = [prompt, *([*prompt[:i], *prompt[i + 1 :]] for i in range(0, n_prompt, 2))]
+    prompts += [[*prompt[:i], 3, *prompt[i + 1 :]] for i in range(0, n_prompt, 2)]
+    rows = [TokenRow((*p, *target[:-1]), range(len(p) - 1, len(p) - 1 + n_target)) for p in prompts]
+    short = [*prompt, *target[1:-1]]
+    places = [n_prompt - 1, n_prompt - 1, *range(n_prompt, n_prompt + n_target - 2)]
+    return [*rows, TokenRow(tuple(short), places)], torch.tensor(target)
+
+
+@torch.no_grad()
+def step_by_step(model, rows, target):
+    """One uncached forward of batch 1 per target token, with nothing after the place it is said."""
+    values = []
+    for row in rows:
+        said = []
+        for place, token in zip(row.positions, target, strict=True):
+            output = model(torch.tensor([row.ids[: place + 1]]))
+            output = getattr(output, "logits", output)
+            logits = output[0] if isinstance(output, tuple) else output
+            said.append(logits[0, -1].double().log_softmax(-1)[token])
+        values.append(torch.stack(said))
+    return torch.stack(values)
+
+
+def gemma_both_ways():
+    torch.manual_seed(0)
+    settings = {"query_pre_attn_scalar": 8, "use_bidirectional_attention": True}
+    config = transformers.Gemma3TextConfig(**_COMMON | settings)
+    config.initializer_range = 0.3
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
+def pali_gemma():
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": 32}
+    config = transformers.PaliGemmaConfig(
+        text_config={"model_type": "gemma", **_COMMON},
+        vision_config={"model_type": "siglip_vision_model", **vision},
+        image_token_index=399,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    config.text_config.initializer_range = 0.3
+    return transformers.PaliGemmaForConditionalGeneration(config).eval()
+
+
+class Changed(nn.Module):
+    """A model with its logits changed by a function of them and the ids."""
+
+    def __init__(self, change, inner=None):
+        super().__init__()
+        self.inner, self.change = inner or tiny.llama(), change
+        self.n_passes = 0
+
+    def forward(self, input_ids, use_cache=False):
+        self.n_passes += 1
+        logits = self.inner(input_ids=input_ids, use_cache=False).logits
+        return argparse.Namespace(logits=self.change(logits, input_ids))
+
+
+def next_of(only=None, distance=1):
+    """What stands at a distance is likelier, if it is one of some ids."""
+
+    def change(logits, ids):
+        later = ids[:, distance:]
+        seen = torch.ones_like(later) if only is None else torch.isin(later, torch.tensor(only))
+        bonus = nn.functional.one_hot(later, logits.shape[-1]) * seen[..., None]
+        return torch.cat([logits[:, :-distance] + 2 * bonus, logits[:, -distance:]], 1)
+
+    return change
+
+
+def one_of_the_target():
+    return Changed(next_of([int(rows_of()[1][3])]))
+
+
+AHEAD = {
+    "gemma 3 both ways": gemma_both_ways,
+    "prefix attention": pali_gemma,
+    "the next id": lambda: Changed(next_of()),
+    "the fourth id after": lambda: Changed(next_of(distance=4)),
+    "one id of the target alone": one_of_the_target,
+}
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_models_that_see_ahead_are_asked_with_nothing_ahead(name):
+    model = AHEAD[name]()
+    rows, target = rows_of()
+    scorer = Scorer(model)
+    values = scorer.values(rows, target)
+    assert float((values - step_by_step(model, rows, target)).abs().max()) < 1e-5
+    assert scorer.findings.sees_ahead
+    assert scorer.findings.ahead > 0.1
+    assert not scorer.findings.couples_rows
+
+
+def quantised():
+    model = tiny.llama(
+        hidden_size=128, intermediate_size=256, num_key_value_heads=4, initializer_range=0.15
+    )
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+COUPLED = {
+    "int8 with one scale": quantised,
+    "the mean of the batch": lambda: Changed(lambda x, _: x + 0.3 * x.mean(0, keepdim=True)),
+    "the number of rows": lambda: Changed(lambda x, _: x * (1 + 0.1 * (len(x) > 1))),
+    "the largest of all": lambda: Changed(lambda x, _: x * 9 / x.abs().max()),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization|.*quantize_per_tensor:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
+def test_rows_that_change_one_another_are_asked_one_by_one(name):
+    model = COUPLED[name]()
+    rows, target = rows_of()
+    scorer = Scorer(model)
+    values = scorer.values(rows, target)
+    # Logits are the same bits; sums over the vocabulary are taken in float32.
+    assert float((values - step_by_step(model, rows, target)).abs().max()) < 1e-5
+    assert scorer.findings.couples_rows
+    assert float(scorer.noise_floor(rows[0], target).max()) < 5e-6  # float32's last digits
+    others = Scorer(model, max_rows=3).values(rows, target)
+    assert torch.equal(values, others)
+
+
+@pytest.mark.filterwarnings("ignore:.* steps are too few")
+def test_the_gradients_of_models_that_see_ahead_do_not_leak(tokenizer):
+    model = Changed(lambda logits, ids: logits + 0.5 * logits.roll(-1, 1))
+    inp = TextSegmentInput(TEXT, tokenizer, "word")
+    method = LayerIntegratedGradients(model, model.inner.get_input_embeddings())
+    result = GenerationGradientAttribution(method, tokenizer).attribute(inp, " golf", n_steps=4)
+    rows = [
+        TokenRow(
+            (*inp.ids, *result.target[:-1].tolist()),
+            range(len(inp.ids) - 1, len(inp.ids) + len(result.target) - 1),
+        )
+    ]
+    truth = step_by_step(model, rows, result.target)[0]
+    torch.testing.assert_close(result.full_values.double(), truth, atol=1e-5, rtol=0)
+    assert result.provenance["probe"]["sees_ahead"]
+    assert "step by step" in result.provenance["batching"]
+
+
+@pytest.mark.filterwarnings("ignore:.* steps are too few")
+def test_the_gradients_of_models_that_couple_rows_are_those_of_one_row(tokenizer):
+    inp = TextSegmentInput(TEXT, tokenizer, "word")
+    found = []
+    for change in (lambda x, _: x + 0.3 * x.mean(0, keepdim=True), lambda x, _: 1.3 * x):
+        model = Changed(change)
+        method = LayerIntegratedGradients(model, model.inner.get_input_embeddings())
+        attribution = GenerationGradientAttribution(method, tokenizer)
+        found.append(attribution.attribute(inp, " golf", n_steps=6).full_attr)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["the next id", "the mean of the batch"])
+def test_baselines_are_told_likelihoods_of_texts_alone(name, tokenizer):
+    model = (AHEAD | COUPLED)[name]()
+    texts = [TEXT, "Ann lives", "The quick brown fox"]
+    said = Likelihood(model, tokenizer).log_likelihoods(texts)
+    for text, value in zip(texts, said.tolist(), strict=True):
+        ids = tokenizer.encode(text)
+        row = TokenRow(tuple(ids[:-1]), range(len(ids) - 1))
+        truth = step_by_step(model, [row], torch.tensor(ids[1:])).sum()
+        assert value == pytest.approx(float(truth), abs=1e-3)  # a sum of many in float32
+
+
+class SoftPrompt(nn.Module):
+    """Vectors of its own before, or after, those of the ids; it gives the logits of all."""
+
+    def __init__(self, *, behind=False):
+        super().__init__()
+        self.inner, self.behind = tiny.llama(), behind
+        torch.manual_seed(0)
+        self.soft = nn.Parameter(0.4 * torch.randn(4, 32))
+
+    def forward(self, input_ids, **arguments):
+        given = self.inner.get_input_embeddings()(input_ids)
+        soft = self.soft.expand(len(given), -1, -1)
+        given = torch.cat([given, soft] if self.behind else [soft, given], 1)
+        return self.inner(inputs_embeds=given, **arguments)
+
+
+def test_logits_of_a_soft_prompt_in_front_belong_to_no_id(tokenizer):
+    model = SoftPrompt().eval()
+    rows, target = rows_of()
+    values = Scorer(model).values(rows, target)
+    assert float((values - step_by_step(model, rows, target)).abs().max()) < 1e-5
+    with as_found(model):
+        assert findings(model, rows).n_before == 4
+    with pytest.raises(ValueError, match="returns 12 logits for 8 ids"):
+        Scorer(SoftPrompt(behind=True).eval()).values(rows, target)
+    inp = TextSegmentInput(TEXT, tokenizer, "word")
+    found = [
+        GenerationAttribution(FeatureAblation(model), tokenizer).attribute(
+            inp, " golf and", perturbations_per_eval=n
+        )
+        for n in (1, None)
+    ]
+    torch.testing.assert_close(found[0].full_attr, found[1].full_attr, atol=1e-5, rtol=0)
+
+
+def test_a_soft_prompt_that_a_hook_puts_in_front_is_seen():
+    model = tiny.llama()
+    embedding = model.get_input_embeddings()
+    soft = 0.4 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+
+    def in_front(module, args, kwargs):
+        given = embedding(kwargs.pop("input_ids", None) if not args else args[0])
+        kwargs["inputs_embeds"] = torch.cat([soft.expand(len(given), -1, -1), given], 1)
+        return (), kwargs
+
+    model.register_forward_pre_hook(in_front, with_kwargs=True)
+    rows, target = rows_of()
+    values = Scorer(model).values(rows, target)
+    assert float((values - step_by_step(model, rows, target)).abs().max()) < 1e-5
+
+
+class PlainOutput(nn.Module):
+    """A forward in the manner of nanoGPT."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner, self.kind = tiny.llama(), kind
+
+    def forward(self, idx, targets=None):
+        logits = self.inner(input_ids=idx, use_cache=False).logits
+        kinds = {"tensor": logits, "tuple": (logits, None), "last": (logits[:, [-1]], None)}
+        return kinds.get(self.kind, {"logits": logits})
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "dict", "last"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_outputs_and_names_that_have_one_meaning_are_taken(kind, wrapped, tokenizer):
+    model = PlainOutput(kind)
+    model = nn.DataParallel(model) if wrapped else model
+    inp = TextSegmentInput(TEXT, tokenizer, "word")
+    found = [
+        GenerationAttribution(FeatureAblation(m), tokenizer).attribute(inp, " golf and")
+        for m in (model, tiny.llama())
+    ]
+    torch.testing.assert_close(found[0].full_attr, found[1].full_attr, atol=1e-5, rtol=0)
+
+
+def test_generate_is_asked_for_where_there_is_no_target(tokenizer):
+    class Own(transformers.LlamaPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.inner = transformers.LlamaForCausalLM(config)
+            self.post_init()
+
+        def forward(self, input_ids=None, **arguments):
+            return self.inner(input_ids=input_ids, **arguments)
+
+    inp = TextSegmentInput(TEXT, tokenizer, "word")
+    own = Own(tiny.llama().config).eval()
+    truth = GenerationAttribution(FeatureAblation(own.inner), tokenizer).attribute(inp, " golf")
+    attribution = GenerationAttribution(FeatureAblation(own), tokenizer)
+    found = attribution.attribute(inp, " golf")
+    torch.testing.assert_close(found.full_attr, truth.full_attr, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"no `generate`: give the `target` .*`model\.inner`"):
+        attribution.attribute(inp)
+    parallel = GenerationAttribution(FeatureAblation(nn.DataParallel(tiny.llama())), tokenizer)
+    with pytest.raises(ValueError, match=r"DataParallel has no `generate`.*`model\.module`"):
+        parallel.attribute(inp)
+    assert parallel.attribute(inp, " golf").provenance["batching"] is None
+
+
+def blip_2():
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2}
+    config = transformers.Blip2Config(
+        vision_config={**small, "image_size": 28, "patch_size": 14},
+        qformer_config={**small, "encoder_hidden_size": 16, "vocab_size": 50},
+        text_config={**_COMMON, "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32},
+        num_query_tokens=2,
+    )
+    return transformers.Blip2ForConditionalGeneration(config)
+
+
+def on_meta():
+    with torch.device("meta"):
+        return tiny.llama()
+
+
+def _pipeline(tokenizer):
+    return transformers.TextGenerationPipeline(model=tiny.llama(), tokenizer=tokenizer)
+
+
+class OfClasses(nn.Module):
+    """One row of logits for a whole text."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids):
+        return argparse.Namespace(logits=torch.zeros(len(input_ids), 400))
+
+
+REFUSED = {
+    "a pipeline": (_pipeline, r"give its `\.model`, a LlamaForCausalLM"),
+    "no weights": (lambda _: on_meta(), "on the `meta` device"),
+    "no head": (lambda _: tiny.llama().model, "load it as `LlamaForCausalLM`"),
+    "no head, wrapped": (
+        lambda _: Changed(lambda x, _: x, Hidden(tiny.llama().model)),
+        "these are no logits",
+    ),
+    "blip 2 without an image": (lambda _: blip_2(), r"give `model\.language_model`"),
+    "classes": (lambda _: OfClasses(), r"shape \(1, 400\) without `logits`"),
+}
+
+
+class Hidden(nn.Module):
+    """Gives vectors where logits should be."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids, use_cache=False):
+        return argparse.Namespace(logits=self.inner(input_ids=input_ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_says_no_next_tokens_is_refused_with_what_to_give(name, tokenizer):
+    make, message = REFUSED[name]
+    method, inp = FeatureAblation(make(tokenizer)), TextSegmentInput(TEXT, tokenizer, "word")
+    with pytest.raises(TypeError, match=message):
+        GenerationAttribution(method, tokenizer).attribute(inp, " golf and")
+
+
+def test_a_model_is_looked_at_once_as_long_as_it_stays_the_same():
+    model = Changed(lambda x, _: x)
+    model.ahead = 0.0
+    model.change = lambda x, ids: x + model.ahead * next_of()(torch.zeros_like(x), ids)
+    rows, target = rows_of()
+
+    def passes():
+        before = model.n_passes
+        scorer = Scorer(model)
+        scorer.values(rows, target)
+        return model.n_passes - before, scorer.findings
+
+    first, _ = passes()
+    second, found = passes()
+    assert second < first
+    assert not found.sees_ahead
+    third, _ = passes()
+    assert third == second
+    with torch.no_grad():
+        model.inner.lm_head.weight.mul_(1.1)  # in place
+    assert passes()[0] == first
+    model.inner.double()
+    assert passes()[0] == first
+    model.inner.config.sliding_window = 8
+    assert passes()[0] == first
+    assert passes()[0] == second
+    model.ahead = 1.0  # a switch of the module's own
+    assert passes()[1].sees_ahead
+    longer = [TokenRow((*row.ids, 7, 8), row.positions) for row in rows]
+    model.ahead = 0.0
+    passes()
+    before = model.n_passes
+    with as_found(model):
+        assert findings(model, longer).longest == len(longer[0].ids)
+    assert model.n_passes > before
+
+
+def test_a_model_is_forgotten_with_its_last_user():
+    model = tiny.llama()
+    with as_found(model):
+        findings(model, rows_of()[0])
+    n = len(looking._known)
+    del model
+    assert len(looking._known) == n - 1
+
+
+def test_lengths_that_change_what_positions_mean_are_seen_and_not_mixed():
+    model = Changed(lambda x, ids: x * (1 + 0.5 * (ids.shape[1] > 18)))
+    rows, target = rows_of()
+    scorer = Scorer(model)
+    values = scorer.values(rows, target)
+    assert scorer.findings.mixes_lengths
+    with torch.no_grad():
+        truth = torch.stack(
+            [
+                model(torch.tensor([row.ids]))
+                .logits[0][list(row.positions)]
+                .double()
+                .log_softmax(-1)
+                .gather(1, target[:, None])[:, 0]
+                for row in rows
+            ]
+        )
+    assert float((values - truth).abs().max()) < 1e-5
+
+
+def test_rounding_is_no_effect_of_other_rows_or_of_what_follows():
+    for name in ("llama", "qwen 3, mixture of experts", "mamba 2"):
+        model = build(name, dtype=torch.bfloat16)
+        with as_found(model):
+            found = findings(model, rows_of()[0])
+        assert not found.sees_ahead
+        assert not found.couples_rows
+        assert found.is_rough
