@@ -129,8 +129,8 @@ class Paths:
             ids = ids.to(_compat.input_device(self._model))
             at = torch.arange(start - 1, start - 1 + len(target), device="cpu")
             whole = Row(ids, at, target)
-            apart = self._look(whole).step_by_step and len(target) > 1
-            self._find_layers(Row(ids, at[-1:], target[-1:]) if apart else whole)
+            found = self._look(whole)
+            self._find_layers(Row(ids, at[-1:], target[-1:]) if found.last_only else whole)
         # Baselines may ask a model, perhaps another one: none is held meanwhile.
         own = features(
             self._prompt,
@@ -188,7 +188,8 @@ class Paths:
         row = TokenRow(tuple(whole.ids[0].tolist()), whole.at.tolist())
         with torch.no_grad():
             found = findings(_compat.uncompiled(self._model), [row])
-        self._reader.kept = found.kept
+        if found.kept is None:
+            self._reader.keep_all()
         if found.couples_rows:
             self._manner.most_rows = 1
         self.found = found

@@ -115,7 +115,7 @@ class Reader:
 
     def keep_all(self) -> None:
         """Has the model make the logits of all places from now on."""
-        self._kept = None
+        self.kept = None
 
     def places(self, at: Tensor, length: int, n_kept: int) -> Tensor | None:
         """Where the logits of these places are among those that the model gives; None: in order."""

@@ -1,6 +1,6 @@
 """What a probe has found of a model, and how the model may then be asked."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -65,8 +65,17 @@ class Findings:
         return self.shortest <= shortest and longest <= self.longest
 
     def told(self) -> dict[str, Any]:
-        """As results keep it in their provenance."""
-        return asdict(self) | {"reasons": list(self.reasons)}
+        """As results keep it in their provenance: the same for the same run, whatever came before.
+
+        Differences are told where they decide something.
+        """
+        names = ("dtype", "n_before", "last_only", "sees_ahead", "couples_rows", "mixes_lengths")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "ahead": _rounded(self.ahead) if self.sees_ahead else None,
+            "coupling": _rounded(self.coupling) if self.couples_rows else None,
+            "reasons": list(self.reasons),
+        }
 
     @property
     def manner(self) -> str | None:
@@ -83,3 +92,7 @@ class Findings:
         if self.mixes_lengths:
             said.append("rows of one length together: the longest row changes the others")
         return "; ".join(said) or None
+
+
+def _rounded(difference: float | None) -> float | None:
+    return None if difference is None else float(f"{difference:.2g}")
