@@ -536,13 +536,8 @@ def _tuple(names: Any) -> tuple[str, ...]:
 
 def language_part(model: nn.Module) -> str | None:
     """Where in a model there is one that generates text, as an attribute; None if there is none."""
-    parts = (name for name, child in model.named_children() if _generates(child))
+    parts = (n for n, child in model.named_children() if callable(getattr(child, "generate", None)))
     return next((f"model.{name}" for name in parts), None)
-
-
-def _generates(model: nn.Module) -> bool:
-    can = getattr(model, "can_generate", None)
-    return callable(getattr(model, "generate", None)) and (not callable(can) or bool(can()))
 
 
 def input_device(model: nn.Module) -> torch.device:

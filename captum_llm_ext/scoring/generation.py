@@ -124,9 +124,8 @@ def _as_configuration(config: Any, arguments: Mapping[str, Any]) -> dict[str, An
 
 
 def _check_model(model: nn.Module) -> None:
-    generates = getattr(model, "generate", None)
-    can = getattr(model, "can_generate", lambda: True)
-    if callable(generates) and can():
+    # One of the user's own does, of which `can_generate` knows nothing.
+    if callable(getattr(model, "generate", None)):
         return
     part = _compat.language_part(model)
     other = "" if part is None else f", or make the attribution over what it wraps (`{part}`)"
