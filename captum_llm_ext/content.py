@@ -82,7 +82,7 @@ def checksum(tensor: Tensor) -> Tensor:
     inner = _inner(tensor)
     if inner is not None:
         sums = [checksum(part).cpu() * _odd(name, part) for name, part in inner]
-        return sum(sums, torch.zeros((), dtype=torch.int64)).to(tensor.device)
+        return sum(sums, torch.zeros((), dtype=torch.int64, device="cpu")).to(tensor.device)
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
@@ -102,8 +102,8 @@ def _inner(tensor: Tensor) -> list[tuple[str, Tensor]] | None:
         return [*parts, ("settings", said[:1]), ("more settings", said[1:])]
     if tensor.is_quantized:
         if thing.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-            scale = torch.tensor(thing.q_scale(), dtype=torch.float64)
-            zero = torch.tensor(thing.q_zero_point())
+            scale = torch.tensor(thing.q_scale(), dtype=torch.float64, device="cpu")
+            zero = torch.tensor(thing.q_zero_point(), dtype=torch.int64, device="cpu")
         else:
             scale, zero = thing.q_per_channel_scales(), thing.q_per_channel_zero_points()
         return [("integers", thing.int_repr()), ("scales", scale), ("zero points", zero)]
