@@ -326,7 +326,8 @@ def check_stored(
     Raises:
         ValueError: If one of its values is another.
     """
-    target, row = torch.tensor(generated.ids), whole_row(prompt, generated)
+    target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
+    row = whole_row(prompt, generated)
     now = scorer.values([row], target)[0]
     tolerance = scorer.tolerance(now)
     if bool(((now - stored.cpu()).abs() > tolerance).any()):
