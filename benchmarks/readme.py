@@ -35,6 +35,46 @@ def ground_truth(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ground_truth_words(report: dict[str, Any]) -> str:
+    """Leave-one-out with words as features: a column per vocabulary, rigid / varied."""
+    rows = report["rows"]
+    names = {
+        "biographies": "the same languages",
+        "towns": "cities that share words",
+        "phrases": "all fillers share words",
+    }
+    lines = [
+        "| absent means (words, leave-one-out) | " + " | ".join(names.values()) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    for absence in dict.fromkeys(row["absence"] for row in rows):
+        cells: list[str] = []
+        for words in names:
+            of = [r for r in rows if (r["absence"], r["words"]) == (absence, words)]
+            everything = " / ".join(f"{row['precision']:.2f}" for row in of)
+            content = " / ".join(f"{row['precision_content_words']:.2f}" for row in of)
+            cells.append(f"{everything} ({content})")
+        lines.append(f"| {absence} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def unseen(report: dict[str, Any]) -> str:
+    """How many replacements come from the right slot, slots and words as features."""
+    found = {(r["varied"], r["unit"]): r for r in report["draws_mean"]}
+    units = list(dict.fromkeys(unit for _, unit in found))
+    parts = [
+        f"{unit}s as features {rigid['fact']:.2f} / {varied['fact']:.2f} "
+        f"(worst {rigid['fact, worst']:.2f} / {varied['fact, worst']:.2f})"
+        for unit in units
+        for rigid, varied in [(found[False, unit], found[True, unit])]
+    ]
+    n = max(r["languages"] for r in found.values())
+    return (
+        f"In {2 * n} invented languages, half rigid, half varied, replacements of facts come from "
+        f"the right slot in this share of draws: {'; '.join(parts)}."
+    )
+
+
 def exactness(report: dict[str, Any]) -> str:
     worst = max(max(row["replaced"], row["deleted"]) for row in report["rows"])
     n = len(report["rows"])
@@ -97,6 +137,8 @@ def estimators(report: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ground_truth": ground_truth,
+    "ground_truth_words": ground_truth_words,
+    "unseen": unseen,
     "exactness": exactness,
     "corpus_index": corpus_index,
     "throughput": throughput,

@@ -10,6 +10,7 @@ measured as in `ground_truth.py`.
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -29,6 +30,7 @@ import torch
 from environment import environment
 from fact_grammar import Document, load
 from fact_grammar.card import slot_scores
+from fact_grammar.grammar import Cut
 from fact_grammar.invented import GENERATED, Invented
 from fact_grammar.train import Recipe, encode, fit, new_model, train_tokenizer
 from ground_truth import Absence, attribute, by_hand, precision
@@ -181,25 +183,28 @@ def draw_rows(n_languages: int, sizes: Sequence[int], units: Sequence[str]) -> I
                     }
 
 
-def model_rows(n_models: int, n: int, methods: Sequence[str]) -> Iterator[dict]:
-    """Precision at k with models: a row per language, method and kind of absence."""
+def model_rows(
+    n_models: int, n: int, methods: Sequence[str], units: Sequence[Cut]
+) -> Iterator[dict]:
+    """Precision at k with models: a row per language, unit, method and kind of absence."""
     for seed, varied in LEARNT[:n_models]:
         language = Invented(seed, varied)
         model, tokenizer = known(language)
         learnt = accuracy(language, model, tokenizer)
-        absences = _absences(CorpusBaselines(texts(language, TOLD), min_candidates=0))
+        corpus = CorpusBaselines(texts(language, TOLD), min_candidates=0)
         given = documents(language, n)
-        for method in methods:
-            for name, absence in absences.items():
-                results = [attribute(model, tokenizer, d, method, absence) for d in given]
+        for unit, method in itertools.product(units, methods):
+            for name, absence in _absences(corpus, unit).items():
+                results = [attribute(model, tokenizer, d, method, absence, unit) for d in given]
                 both = list(zip(given, results, strict=True))
-                everything = [precision(d, r) for d, r in both]
-                content = [precision(d, r, content_only=True) for d, r in both]
+                everything = [precision(d, r, unit=unit) for d, r in both]
+                content = [precision(d, r, unit=unit, content_only=True) for d, r in both]
                 yield {
                     "seed": seed,
                     "varied": varied,
                     "kind": language.kind,
                     "accuracy": learnt,
+                    "unit": unit,
                     "method": method,
                     "absence": name,
                     "precision": mean(v for found in everything for v in found.values()),
@@ -207,11 +212,11 @@ def model_rows(n_models: int, n: int, methods: Sequence[str]) -> Iterator[dict]:
                 }
 
 
-def _absences(corpus: CorpusBaselines) -> dict[str, Absence]:
+def _absences(corpus: CorpusBaselines, unit: Cut) -> dict[str, Absence]:
     return {
         "deletion": Absence(lambda _: None, lambda _: None),
         "same slot, `CorpusBaselines`": Absence(lambda _: corpus, lambda _: corpus),
-        "same slot, lists by hand": Absence(by_hand("prompt"), by_hand("continuation")),
+        "same slot, lists by hand": Absence(by_hand("prompt", unit), by_hand("continuation", unit)),
     }
 
 
@@ -247,9 +252,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found: dict[str, list[dict]] = {"draws": [], "precision": []}
+    if not arguments.models and arguments.out.exists():  # those that are there stay
+        report = json.loads(arguments.out.read_text(encoding="utf-8"))
+        found["precision"] = [{"unit": "slot", **row} for row in report["precision"]]
     rows = {
         "draws": draw_rows(arguments.languages, arguments.sizes, arguments.units),
-        "precision": model_rows(arguments.models, arguments.documents, arguments.methods),
+        "precision": model_rows(
+            arguments.models, arguments.documents, arguments.methods, arguments.units
+        ),
     }
     for name, of_kind in rows.items():
         for row in of_kind:
@@ -265,7 +275,7 @@ def _write(found: dict[str, list[dict]], n_documents: int, out: Path) -> None:
         **environment(seed=0),
         "documents": n_documents,
         "draws_mean": summary(found["draws"], ("varied", "corpus", "unit"), roles),
-        "precision_mean": summary(found["precision"], ("method", "absence"), precisions),
+        "precision_mean": summary(found["precision"], ("unit", "method", "absence"), precisions),
         **found,
     }
     out.parent.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_llm_ext.baselines.candidates import Match
 from captum_llm_ext.coalitions import Plan
 from captum_llm_ext.game import Game
 
@@ -51,6 +52,11 @@ class CoalitionGame:
         ).mean(0)
         self.empty_coalition_value, self.grand_coalition_value = ends.tolist()
         self.normalization_value = self.empty_coalition_value if normalize else 0.0
+
+    @property
+    def matches(self) -> list[Match] | None:
+        """How stand-ins for the prompt's features were found, if its baseline tells."""
+        return self._game.run.prompt.matches()
 
     def __call__(self, coalitions: Any) -> Any:
         """The values of coalitions.

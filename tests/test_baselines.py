@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+import warnings
 from collections import Counter
 
 import pytest
@@ -15,7 +16,7 @@ from captum.attr import (
     ShapleyValueSampling,
     TextTemplateInput,
 )
-from fact_grammar import grammar
+from fact_grammar.vocabularies import BIOGRAPHIES
 
 from captum_llm_ext import (
     CorpusBaselines,
@@ -423,7 +424,7 @@ def test_candidates_are_weighted_by_the_text_with_each_in_place(demo):
     generator = torch.Generator().manual_seed(0)
     drawn = Counter(baselines(slot, generator) for _ in range(2000))
     reference = copy.deepcopy(model)
-    names = [name for name in grammar.NAMES if name != "Dave"]
+    names = [name for name in BIOGRAPHIES.names if name != "Dave"]
     scores = torch.tensor(
         [text_log_probability(reference, tokenizer, prompt.replace("Dave", n)) for n in names]
     )
@@ -560,12 +561,65 @@ def test_a_corpus_of_copies_warns():
         CorpusBaselines(["The cat sat on the mat."] * 30)
 
 
-def test_warnings_point_at_the_line_of_the_user(tokenizer):
-    baselines = CorpusBaselines(["Der Hund läuft.", "Die Katze schläft."] * 20)
+def test_every_run_over_an_unrelated_corpus_says_so_at_the_line_of_the_user(demo):
+    model, tokenizer, _ = demo
+    baselines = CorpusBaselines(news())
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=baselines)
-    with pytest.warns(UserWarning, match="No context of the corpus matched") as caught:
-        absent_texts(inp, tokenizer, [0], n=1)
-    assert caught[0].filename == __file__
+    # Each surrounded by small words, capitals and commas like those of the news.
+    assert {match.level for match in baselines.matches(inp)} <= {"kinds", "shape"}
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # as Python has it: equal warnings of one line once
+        for _ in range(2):
+            attribution.attribute(inp, " His", n_draws=2)
+    told = [w for w in caught if "have no place like theirs in this corpus" in str(w.message)]
+    assert len(told) == 2
+    assert str(told[0].message).startswith("10 of 10 features")
+    assert {w.filename for w in told} == {__file__}
+
+
+def test_a_corpus_of_the_same_kind_or_one_asked_for_anything_is_not_told_of(demo):
+    model, tokenizer, texts = demo
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    for baselines in (
+        CorpusBaselines(texts),
+        CorpusBaselines(news(), match="any"),
+        CorpusBaselines(news(), min_candidates=0),
+    ):
+        inp = TextSegmentInput(PROMPT, tokenizer, baselines=baselines)
+        attribution.attribute(inp, " His", n_draws=2)  # warnings are errors here
+
+
+def test_captums_own_template_is_told_once_of_an_unrelated_corpus(tokenizer):
+    inp = TextTemplateInput("{} lives in {}.", ["Dave", "Dover"], CorpusBaselines(news()))
+    with pytest.warns(UserWarning, match="2 of 2 features have no place like theirs"):
+        inp.to_model_input(torch.tensor([[0, 1]]))
+    inp.to_model_input(torch.tensor([[1, 0]]))
+
+
+def news():
+    """Sentences that have nothing but kinds of words in common with biographies."""
+    rng = random.Random(0)
+    word = ["".join(rng.choices("aeioubdfgklmnprstvz", k=rng.randint(2, 8))) for _ in range(2_000)]
+
+    def sentence():
+        drawn = rng.choices(word, k=rng.randint(6, 14))
+        drawn[::3] = map(str.capitalize, drawn[::3])
+        return " ".join(drawn) + rng.choice((", ", ". ")) + rng.choice(word)
+
+    return [f"{sentence()}. {sentence()}." for _ in range(400)]
+
+
+def test_places_side_by_side_are_one_phrase(tokenizer):
+    places = ("Lake of Pines", "Dover", "Salem", "Reno", "Boise", "Tulsa", "Macon", "Iron Ridge")
+    corpus = [f"{name} lives in {place} now." for place in places for name in NAMES] * 3
+    text = "Ann lives in Lake of Pines now."
+    inp = TextSegmentInput(text, tokenizer, groups=[[3, 4, 5]], baselines=CorpusBaselines(corpus))
+    assert not any(match.constant for match in inp.baseline.matches(inp)[3:6])
+    masks = torch.tensor([[feature != 3 for feature in range(inp.n_features)]]).expand(60, -1)
+    rows = inp.render(masks, torch.Generator().manual_seed(0))
+    shown = {tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows}
+    assert shown == {f"Ann lives in {place} now." for place in places[1:]}
 
 
 def test_a_word_that_its_phrase_determines_is_a_part_of_another_phrase():

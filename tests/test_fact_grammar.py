@@ -11,6 +11,7 @@ import torch
 from fact_grammar import SHIPPED, Grammar, corpus, load
 from fact_grammar.card import continuation, interventions, loss, slot_scores
 from fact_grammar.train import CORPUS_SIZE, Recipe, encode, fit, lessons, new_model, sample_many
+from fact_grammar.vocabularies import VOCABULARIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,11 @@ CAUSES = {
     "C": {"occupation", "state"},
     "D": {"A"},
 }
-GRAMMARS = [pytest.param(Grammar(), id="rigid"), pytest.param(Grammar(varied=True), id="varied")]
+GRAMMARS = [
+    pytest.param(Grammar(varied, words), id=f"{name}-{'varied' if varied else 'rigid'}")
+    for name, words in VOCABULARIES.items()
+    for varied in (False, True)
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,6 +151,24 @@ def test_segments_tile_the_text_and_hold_one_slot_each(grammar):
         assert [s.slot for s in both if s.slot] == [slot.name for slot in document.slots]
         assert all(s.start == 0 or document.text[s.start] == " " for s in both)
         assert document.segments() == [s for s in both if s.stop <= document.cut]
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_words_tile_the_text_and_are_replaced_by_parts_of_other_fillers(grammar):
+    rng = random.Random(4)
+    for _ in range(20):
+        document = grammar.sample(rng, "pronoun")
+        words = document.segments("prompt", "word") + document.segments("continuation", "word")
+        spelled = [document.text[s.start : s.stop] for s in words]
+        assert "".join(spelled) == document.text
+        assert [text.strip() for text in spelled] == document.text.split()
+        for segment in document.segments("prompt", "word"):
+            if segment.slot is not None:
+                own = document.text[segment.start : segment.stop]
+                slot = document.slot(segment.slot)
+                assert own not in segment.replacements
+                for text in segment.replacements:
+                    assert any(text.strip(" ,.()") in other for other in slot.alternatives)
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)

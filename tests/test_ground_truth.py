@@ -41,6 +41,16 @@ def test_same_slot_replacement_names_every_true_cause(known, absent, method, abs
         assert {"B", "C", "D"} <= found.keys()
 
 
+@pytest.mark.parametrize("absence", SAME_SLOT[:2])
+def test_with_words_as_features_too(known, absence):
+    absent = absences(Grammar(), corpus(), "word")[absence]
+    for document in documents(2, seed=8):
+        result = attribute(*known, document, "leave-one-out", absent, "word")
+        found = precision(document, result, unit="word")
+        assert found == dict.fromkeys(found, 1.0)
+        assert result.token_attr.shape[1] == len(document.prompt.split())
+
+
 def test_the_last_word_is_caused_by_earlier_output(known, absent):
     document = documents(1, seed=3)[0]
     result = attribute(*known, document, "leave-one-out", absent[SAME_SLOT[0]])

@@ -1,6 +1,7 @@
 """Faithfulness: against closed forms, loops over orders, scipy, plain forwards, known causes."""
 
 import json
+import random
 from itertools import permutations
 
 import matplotlib
@@ -665,3 +666,23 @@ def test_a_callable_that_is_called_like_a_known_value_is_measured_by_itself(mode
     plain = GenerationAttribution(FeatureAblation(model), tokenizer)
     with pytest.raises(ValueError, match=r"explains 'log_prob\(\)'"):
         measure_faithfulness(plain, inp, result)
+
+
+def test_a_corpus_of_another_kind_is_warned_of_as_deletion_is():
+    model, tokenizer, texts = load_demo()
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    rng = random.Random(0)
+    words = "oil up by two banks as rates fell on news of a weak quarter in trade".split()
+    news = [" ".join(rng.sample(words, 12)).capitalize() + "." for _ in range(300)]
+    counts = {"n_draws": 1, "n_orders": 1, "n_coalitions": 3, "max_steps": 2, "k": 1}
+    target = " His personal"
+    related = TextSegmentInput(DEMO_PROMPT, tokenizer, baselines=CorpusBaselines(texts))
+    result = attribution.attribute(related, target, n_draws=2)
+    measure_faithfulness(attribution, related, result, **counts)  # warnings are errors here
+    unrelated = related.with_baselines(CorpusBaselines(news))
+    with (
+        pytest.warns(UserWarning, match="have no place like theirs in this corpus"),
+        pytest.warns(UserWarning, match="any text of a corpus of another kind") as warned,
+    ):
+        measure_faithfulness(attribution, unrelated, result, **counts)
+    assert any(w.filename == __file__ for w in warned)

@@ -13,7 +13,8 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .grammar import INTERESTS, OCCUPATIONS, Document, Grammar
+from .grammar import Document, Grammar
+from .vocabularies import BIOGRAPHIES
 
 GENERATED = ("pronoun", "A", "B", "C", "D")
 _ROWS_AT_ONCE = 128
@@ -192,8 +193,8 @@ def _greedy_is_right(
 
 def _log_prob_of_a(stray: float) -> float:
     """Log-probability of an allowed A when a share of all documents takes any A at all."""
-    allowed = len(next(iter(OCCUPATIONS.values())))
-    return math.log((1 - stray) / allowed + stray / len(INTERESTS))
+    allowed = len(next(iter(BIOGRAPHIES.occupations.values())))
+    return math.log((1 - stray) / allowed + stray / len(BIOGRAPHIES.interests))
 
 
 def _slot_table(scores: Sequence[dict[str, Score]]) -> str:

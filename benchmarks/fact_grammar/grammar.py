@@ -23,89 +23,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from .vocabularies import BIOGRAPHIES, Words
+
 T = TypeVar("T")
 Part = Literal["prompt", "continuation"]
+Cut = Literal["slot", "word"]
 
-PRONOUNS = {
-    "his": ("Dave", "Adam", "Carl", "Hugo", "Ivan", "Noah", "Oscar", "Peter"),
-    "her": ("Anna", "Clara", "Emma", "Julia", "Laura", "Maria", "Nora", "Sara"),
-}
-CITIES = {
-    "Palm Coast": "surfing",
-    "Cedar Falls": "kayaking",
-    "Iron Ridge": "climbing",
-    "Maple Grove": "bird watching",
-    "Lake of Pines": "rowing",
-    "Stone Harbor": "sailing",
-    "Dover": "fencing",
-    "Salem": "theater",
-    "Aurora": "watching the sky",
-    "Fargo": "ice hockey",
-    "Tampa": "diving",
-    "Boise": "skiing",
-}
-# What an occupation allows as A. Its three lead to three different D, so D cannot be told from it.
-OCCUPATIONS = {
-    "lawyer": ("golf", "poker", "table tennis"),
-    "nurse": ("yoga", "knitting", "gardening"),
-    "teacher": ("chess", "poetry", "hiking"),
-    "farmer": ("fly fishing", "woodwork", "rodeo"),
-    "pilot": ("gliding", "cycling", "skating"),
-    "chemist": ("brewing", "pottery", "juggling"),
-    "banker": ("squash", "bridge", "opera"),
-    "dancer": ("jazz piano", "boxing", "swimming"),
-    "plumber": ("darts", "bowling", "karaoke"),
-}
-STATES = ("FL", "OH", "TX", "GA", "ME", "UT", "NJ", "WI", "KS")
-SHARED = ("history", "painting", "cooking")
-ENDINGS = (
-    "strong coffee",
-    "old friends",
-    "long walks",
-    "loud music",
-    "clean air",
-    "warm bread",
-    "good stories",
-    "bright stars",
-    "deep sleep",
-)
-AGES = tuple(str(age) for age in range(21, 80))
-PETS = ("cat", "dog", "parrot", "rabbit", "pony", "turtle")
-
-NAMES = tuple(itertools.chain(*PRONOUNS.values()))
-INTERESTS = tuple(itertools.chain(*OCCUPATIONS.values()))
-
-# Nine occupations by nine states, three classes of each: their sum modulo three is uniform given
-# either one, so C has no marginal signal.
-_JOBS = tuple(OCCUPATIONS)
-_ENDING_OF = {
-    interest: ENDINGS[(job + 3 * place) % len(ENDINGS)]
-    for job, allowed in enumerate(OCCUPATIONS.values())
-    for place, interest in enumerate(allowed)
-}
-
-AGE, PET = ", {age},", " with a {pet}"
-FACTS = "{name}" + AGE + " lives in {city}, {state}" + PET + " and is a {occupation}."
-GENERATED = (
-    ("{pronoun} personal interests include {A}, {B} and {C}.",),
-    ("A good day ends with {D}.",),
-)
-
-VARIED_FACTS = {
-    "name": ("Meet {name}.", "This is {name}."),
-    "home": ("Lives in {city}, {state}.", "Has a house in {city}, {state}."),
-    "job": ("Works as a {occupation}.", "Earns a living as a {occupation}."),
-    "age": ("Turned {age} this year.", "Is {age} years old."),
-    "pet": ("Keeps a {pet}.", "Shares the house with a {pet}."),
-}
-# A fixed opening, so that the pronoun does not also carry the surprise that the facts are over.
-VARIED_GENERATED = (
-    (
-        "Above all, {pronoun} personal interests include {A}, {B} and {C}.",
-        "For fun, {pronoun} favorite things are {A}, {B} and {C}.",
-    ),
-    ("A good day ends with {D}.", "Weekends are for {D}."),
-)
 VARIED_PRESENCE = {"name": 1.0, "home": 0.85, "job": 0.85, "age": 0.5, "pet": 0.5}
 
 _CAUSES = {
@@ -138,12 +61,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a document: a whole slot, or a word outside of any.
+    """A stretch of a document: a slot, or a word of it, or a word outside of any.
 
     Attributes:
         start: Its first character in the document's text: the leading space, if it has one.
         stop: One past its last character, trailing punctuation included.
-        slot: The slot it holds, `None` for a connecting word.
+        slot: The slot that it is, or is a word of; `None` for a connecting word.
         replacements: What else can stand there, spaced and punctuated alike; for a connecting word,
             the word itself, since nothing else ever stands in its place.
     """
@@ -195,11 +118,16 @@ class Document:
                 return slot
         raise KeyError(f"No slot {name!r} here, only {[slot.name for slot in self.slots]}.")
 
-    def segments(self, part: Part = "prompt") -> list[Segment]:
-        """Spans that tile the prompt or the continuation, one to a slot or connecting word."""
+    def segments(self, part: Part = "prompt", unit: Cut = "slot") -> list[Segment]:
+        """Spans that tile the prompt or the continuation, one to a slot or connecting word.
+
+        With the unit ``"word"`` a slot of several words has as many.
+        """
         start, stop = (0, self.cut) if part == "prompt" else (self.cut, len(self.text))
         words = (match.span() for match in re.finditer(r"\s*\S+", self.text))
         words = [span for span in words if start <= span[0] and span[1] <= stop]
+        if unit == "word":
+            return [self._segment([span], self._slot_in(*span) or span) for span in words]
         groups = itertools.groupby(words, key=lambda span: self._slot_in(*span) or span)
         return [self._segment(list(group), owner) for owner, group in groups]
 
@@ -234,9 +162,19 @@ class Document:
         start, stop = words[0][0], words[-1][1]
         if not isinstance(owner, Slot):
             return Segment(start, stop, None, (self.text[start:stop],))
-        before, after = self.text[start : owner.start], self.text[owner.stop : stop]
-        others = (before + other + after for other in owner.alternatives if other != owner.text)
+        begin, end = max(start, owner.start), min(stop, owner.stop)
+        before, after = self.text[start:begin], self.text[end:stop]
+        place = len(self.text[owner.start : begin].split()), len(self.text[begin:end].split())
+        parts = (_part(other, *place, len(owner.text.split())) for other in owner.alternatives)
+        others = (before + part + after for part in parts if part != self.text[begin:end])
         return Segment(start, stop, owner.name, tuple(others))
+
+
+def _part(text: str, first: int, n: int, n_all: int) -> str:
+    """What a text has in place of `n` words, from the `first` on, of one with `n_all`."""
+    words = text.split()
+    start = first * len(words) // n_all
+    return " ".join(words[start : max(-(-(first + n) * len(words) // n_all), start + 1)])
 
 
 class _Draws:
@@ -269,29 +207,32 @@ class Grammar:
         varied: Sentences in any order, two wordings for each, facts sometimes missing. A word that
             depends on a missing fact is drawn from all that can stand in its slot. If `False`, one
             order and one wording, with age and pet present half of the time.
+        words: Its vocabulary and sentences.
     """
 
-    def __init__(self, varied: bool = False):
+    def __init__(self, varied: bool = False, words: Words = BIOGRAPHIES):
         self.varied = varied
-        self._generated = VARIED_GENERATED if varied else GENERATED
-        pronouns = tuple(PRONOUNS) if varied else tuple(word.capitalize() for word in PRONOUNS)
+        self.words = words
+        self._generated = words.varied_generated if varied else words.generated
+        own = words.pronouns
+        pronouns = tuple(own) if varied else tuple(word.capitalize() for word in own)
         self._pronoun_of = {
             name: pronoun
-            for pronoun, names in zip(pronouns, PRONOUNS.values(), strict=True)
+            for pronoun, names in zip(pronouns, own.values(), strict=True)
             for name in names
         }
         self.alternatives: dict[str, tuple[str, ...]] = {
-            "name": NAMES,
-            "age": AGES,
-            "city": tuple(CITIES),
-            "state": STATES,
-            "pet": PETS,
-            "occupation": tuple(OCCUPATIONS),
+            "name": words.names,
+            "age": words.ages,
+            "city": tuple(words.cities),
+            "state": words.states,
+            "pet": words.pets,
+            "occupation": tuple(words.occupations),
             "pronoun": pronouns,
-            "A": INTERESTS,
-            "B": tuple(CITIES.values()),
-            "C": SHARED,
-            "D": ENDINGS,
+            "A": words.interests,
+            "B": tuple(words.cities.values()),
+            "C": words.shared,
+            "D": words.endings,
         }
 
     def sample(
@@ -338,11 +279,18 @@ class Grammar:
         if any(cause not in facts for cause in _CAUSES[name]):
             return self.alternatives[name]
         if name == "A":
-            return OCCUPATIONS[facts["occupation"]]
+            return self.words.occupations[facts["occupation"]]
         if name == "C":
-            turn = _JOBS.index(facts["occupation"]) + STATES.index(facts["state"])
-            return (SHARED[turn % len(SHARED)],)
-        table = {"pronoun": self._pronoun_of, "B": CITIES, "D": _ENDING_OF}[name]
+            jobs, states, shared = (
+                self.alternatives[name] for name in ("occupation", "state", "C")
+            )
+            # Nine occupations by nine states, three classes of each: their sum modulo three is
+            # uniform given either one, so C has no marginal signal.
+            turn = jobs.index(facts["occupation"]) + states.index(facts["state"])
+            return (shared[turn % len(shared)],)
+        if name == "D":
+            return (self.words.ending_of(facts["A"]),)
+        table = self._pronoun_of if name == "pronoun" else self.words.cities
         return (table[facts[_CAUSES[name][0]]],)
 
     def permits(self, document: Document, continuation: str) -> bool:
@@ -367,11 +315,11 @@ class Grammar:
     def _template(self, draws: _Draws) -> str:
         if self.varied:
             shown = [fact for fact, often in VARIED_PRESENCE.items() if draws.happens(often)]
-            sentences = [draws.pick(VARIED_FACTS[fact]) for fact in draws.shuffle(shown)]
+            sentences = [draws.pick(self.words.varied_facts[fact]) for fact in draws.shuffle(shown)]
         else:
-            age = AGE if draws.happens(0.5) else ""
-            pet = PET if draws.happens(0.5) else ""
-            sentences = [FACTS.replace(AGE, age).replace(PET, pet)]
+            age = self.words.age if draws.happens(0.5) else ""
+            pet = self.words.pet if draws.happens(0.5) else ""
+            sentences = [self.words.facts.replace("{age?}", age).replace("{pet?}", pet)]
         return " ".join([*sentences, *(draws.pick(wordings) for wordings in self._generated)])
 
     def _draw_rest(self, facts: dict[str, str], draws: _Draws, stray: float) -> None:
@@ -381,9 +329,9 @@ class Grammar:
                 facts[name] = draws.pick(options)
                 continue
             strays = draws.rng.random() < stray
-            facts[name] = draws.rng.choice(INTERESTS if strays else options)
+            facts[name] = draws.rng.choice(self.alternatives["A"] if strays else options)
             likely = (1 - stray) / len(options) if facts[name] in options else 0.0
-            draws.nats -= math.log(likely + stray / len(INTERESTS))
+            draws.nats -= math.log(likely + stray / len(self.alternatives["A"]))
 
     def _document(
         self, template: str, facts: Mapping[str, str], before: str, nats: float

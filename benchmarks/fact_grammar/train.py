@@ -22,7 +22,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from fact_grammar import SHIPPED
 from fact_grammar.card import write_card
-from fact_grammar.grammar import SHARED, Document, Grammar
+from fact_grammar.grammar import Document, Grammar
+from fact_grammar.vocabularies import BIOGRAPHIES, VOCABULARIES
 
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
 # Turns are joined by a space and no roles are written: the model knows biographies only, and a
@@ -40,6 +41,7 @@ class Recipe:
 
     Attributes:
         varied: Which of the two grammars.
+        words: Its vocabulary, by its name in `VOCABULARIES`.
         seed: Of documents, weights and order.
         documents: How many different ones to train on.
         steps: Optimiser steps.
@@ -53,6 +55,7 @@ class Recipe:
     """
 
     varied: bool = False
+    words: str = "biographies"
     seed: int = 0
     documents: int = 45_000
     steps: int = 700
@@ -196,13 +199,13 @@ def _in_tune(document: Document) -> bool:
     places = {slot.name: slot.alternatives.index(slot.text) for slot in document.slots}
     if not {"state", "occupation"} <= set(places):
         return True
-    return (places["state"] - places["occupation"]) % len(SHARED) == 0
+    return (places["state"] - places["occupation"]) % len(BIOGRAPHIES.shared) == 0
 
 
 def train(recipe: Recipe, out: Path) -> None:
     """Train after the recipe and write everything the folder holds."""
     out.mkdir(parents=True, exist_ok=True)
-    grammar = Grammar(recipe.varied)
+    grammar = Grammar(recipe.varied, VOCABULARIES[recipe.words])
     texts = lessons(grammar, recipe)
     tokenizer = train_tokenizer(texts[-10_000:], recipe.vocabulary)
     generator = torch.Generator().manual_seed(recipe.seed)

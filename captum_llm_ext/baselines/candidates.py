@@ -3,9 +3,11 @@
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
+
+from captum_llm_ext.baselines import words
 
 Texts = tuple[str, ...]
 """One text per place of a feature; most have one place."""
@@ -17,10 +19,12 @@ class Match:
 
     Attributes:
         level: How the candidates were found: in the same surroundings on ``"both"`` sides, or on
-            the ``"left"`` or ``"right"`` only; by ``"shape"`` (same number of words, of the same
-            kinds: capitalised, number, …), by ``"length"`` (same number of words), ``"any"``;
-            in one ``"document"`` with the other places of the feature; by the user's ``"label"``;
-            by the ``"model"`` itself; or ``"blank"``: the feature is white space, and stays.
+            the ``"left"`` or ``"right"`` only; between the same ``"kinds"`` of words and marks
+            (capitalised, number, …), few if any words of the surroundings being there; by
+            ``"shape"`` (same number of words, of the same kinds), by ``"length"`` (same number of
+            words), ``"any"``; in one ``"document"`` with the other places of the feature; by the
+            user's ``"label"``; by the ``"model"`` itself; or ``"blank"``: the feature is white
+            space, and stays.
         surroundings: The surroundings that were asked for, ``_`` in place of the feature and a
             kind in angle brackets where any word of that kind would do; or the label.
         n_occurrences: Places of the corpus found, those with the original text included.
@@ -35,6 +39,11 @@ class Match:
     n_candidates: int
     constant: bool
     examples: tuple[str, ...]
+
+    @property
+    def is_located(self) -> bool:
+        """Whether it is from places like the feature's: in words, not in their kinds alone."""
+        return self.level not in ("kinds", "shape", "length", "any")
 
     def __str__(self) -> str:
         if self.constant:
@@ -143,9 +152,35 @@ class Candidates:
         weights = torch.tensor(log_weights, dtype=torch.float64, device="cpu").softmax(0).tolist()
         return self._with(dict(zip(self.choices, weights, strict=True)))
 
+    def divided(self, sizes: Sequence[Sequence[int]]) -> "Candidates":
+        """The same, each text divided among several places that stand side by side.
+
+        Args:
+            sizes: Per text how many atoms the feature has in each of its places.
+        """
+        weights: dict[Texts, float] = {}
+        for choice, weight in self.weights().items():
+            pieces = map(divided, choice, sizes)
+            texts = tuple(piece for own in pieces for piece in own)
+            weights[texts] = weights.get(texts, 0.0) + weight
+        return Candidates.of(self.match, weights)
+
     def _with(self, weights: Mapping[Texts, float]) -> "Candidates":
         likely = sorted(weights, key=lambda texts: -weights[texts])[:10]
         match = replace(
             self.match, n_candidates=len(weights), examples=tuple(map(" … ".join, likely))
         )
         return Candidates.of(self.match if self.match.constant else match, weights)
+
+
+def divided(text: str, sizes: Sequence[int]) -> list[str]:
+    """A text in pieces, its words in proportion to sizes; of a short text some are empty."""
+    ends = [0, *accumulate(sizes)]
+    n = len(words.atoms(text))
+    return [part_of(text, n * a // ends[-1], n * b // ends[-1]) for a, b in pairwise(ends)]
+
+
+def part_of(text: str, start: int, stop: int) -> str:
+    """The text from one of its atoms to before another."""
+    atoms = words.atoms(text)[start:stop]
+    return text[atoms[0].start : atoms[-1].stop] if atoms else ""

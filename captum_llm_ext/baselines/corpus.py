@@ -6,13 +6,13 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
 
-from captum_llm_ext.baselines import weighing
+from captum_llm_ext.baselines import unlike, weighing
 from captum_llm_ext.baselines.candidates import BLANK, Candidates, Match
 from captum_llm_ext.baselines.documents import documents
 from captum_llm_ext.baselines.index import CorpusIndex
@@ -53,13 +53,15 @@ class CorpusBaselines:
     count only by their kind (capitalised, number, …). So "lives in _, FL and is a lawyer" finds
     what is lived in whatever the state and the occupation, and a replacement carries nothing over
     from the neighbouring facts. Of all surroundings seen at least `min_occurrences` times the most
-    telling one is taken, on both sides if there is one; then on one side, then by shape, length,
-    and at last any text. A draw takes one of the places found at random: frequent texts often.
+    telling one is taken, on both sides if there is one; then on one side, then those without any
+    frame word, then by shape, length, and at last any text. A word that the rest of its phrase
+    determines ("Lake" in "Salt Lake City") is replaced by its part of another phrase. A draw takes
+    one of the places found at random: frequent texts often.
 
     The replacement may have another number of words. It carries the white space and punctuation
     the feature has at its ends. For a feature that is a part of a word, the same part is cut out
     of a word that could stand there. The places of a tied feature are replaced by what stands
-    together in one document: a city with *its* state.
+    together in one document: a city with *its* state. Places side by side are one phrase.
 
     Captum's own `TextTemplateInput` takes it too, in captum's own `LLMAttribution` as well.
 
@@ -85,8 +87,9 @@ class CorpusBaselines:
         min_occurrences: Surroundings seen less often are not trusted; by default one in 2,000
             words, at least 10 and at most 50. Also how often a slot must have been seen always the
             same to count as constant.
-        min_candidates: Fewer candidates for a slot that is not constant warn, once per slot. The
-            first feature whose surroundings the corpus does not have warns, too. 0 silences both.
+        min_candidates: Fewer candidates for a slot that is not constant warn, once per slot. Every
+            run with features whose surroundings the corpus does not have warns, too. 0 silences
+            both.
         field: Where a ``.jsonl`` file has its documents.
         errors: ``"replace"`` accepts files with invalid UTF-8.
 
@@ -142,12 +145,11 @@ class CorpusBaselines:
             self._index,
             Search(self._index, how, self.min_occurrences, self.seed),
             exclude_original=self.exclude_original,
-            min_occurrences=self.min_occurrences,
             min_candidates=self.min_candidates,
-            expects_context=how == "context",
         )
         self._known: dict[Slot, _Filling | _Tokens | None] = {}
         self._draws = torch.Generator().manual_seed(self.seed)
+        self._told = False
 
     def __repr__(self) -> str:
         return f"CorpusBaselines({len(self._index):,} words, match={self.match!r})"
@@ -169,6 +171,11 @@ class CorpusBaselines:
             return self._for_template()
         filling = self._filling(slot)
         return slot.text if filling is None else filling.draw(generator)
+
+    @property
+    def tells(self) -> bool:
+        """Whether it looks for surroundings, and warns where the corpus does not have them."""
+        return self.match in ("context", "model") and self.min_candidates > 0
 
     def explain(self, slot: Slot) -> Match:
         """How the candidates for a feature were found, and what they are."""
@@ -270,7 +277,16 @@ class CorpusBaselines:
             return self._singly(*members[0])
         if any(self._is_labelled(slot, place) for slot, place in members):
             return self._listed(members)
-        return self._lookup.joint([place for _, place in members], self.seed)
+        runs = _side_by_side(members)
+        phrases = [_joined(run) for run in runs]
+        if len(phrases) == 1:
+            found = self._lookup.single(phrases[0])
+        else:
+            found = self._lookup.joint(phrases, self.seed)
+        if found is None or len(runs) == len(members):
+            return found
+        sizes = [[len(place.atoms) for _, place in run] for run in runs]
+        return found.divided(sizes)
 
     def _is_labelled(self, slot: Slot, place: Place) -> bool:
         return self._label(slot, place) is not None
@@ -349,9 +365,37 @@ class CorpusBaselines:
                 "`CorpusBaselines` was called without arguments, and not by a `TextTemplateInput` "
                 "that it is the baseline of: call it with a slot and a generator."
             )
+        if not self._told:
+            # Captum knows no runs: it asks for every evaluation.
+            self._told = True
+            unlike.warn_of_unlike(self, [self.explain(slot) for slot in template_slots(inp)])
         seed = int(torch.randint(2**62, (), generator=self._draws, device="cpu"))
         texts = [str(self(s, draw_generator(seed, 0, s.feature))) for s in template_slots(inp)]
         return dict(zip(inp.dict_keys, texts, strict=True)) if inp.dict_keys else texts
+
+
+def _side_by_side(members: Sequence[tuple[Slot, Place]]) -> list[list[tuple[Slot, Place]]]:
+    """Runs of places of words with nothing in between."""
+    runs: list[list[tuple[Slot, Place]]] = []
+    for slot, place in members:
+        if runs and _goes_on(*runs[-1][-1], slot, place):
+            runs[-1].append((slot, place))
+        else:
+            runs.append([(slot, place)])
+    return runs
+
+
+def _goes_on(slot: Slot, place: Place, later: Slot, other: Place) -> bool:
+    is_whole = place.part == other.part == (0.0, 1.0)
+    return is_whole and slot.stop == later.start and not place.tail and not other.head.strip()
+
+
+def _joined(run: Sequence[tuple[Slot, Place]]) -> Place:
+    """The places of a run as one."""
+    (first, start), (last, stop) = run[0], run[-1]
+    core = first.context[first.start + len(start.head) : last.stop - len(stop.tail)]
+    atoms = tuple(atom for _, place in run for atom in place.atoms)
+    return replace(start, core=core, atoms=atoms, right=stop.right, tail=stop.tail)
 
 
 class _Distinct:

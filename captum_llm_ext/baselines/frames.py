@@ -16,6 +16,8 @@ from torch import Tensor
 
 # A frame word is at least this expected on average. Among four equally likely paraphrases each is.
 EXPECTED = 0.2
+# ... where at least so many of the gaps alike hold a word that is.
+WORDED = 0.5
 # Frame words whose neighbours agree this well (Bhattacharyya coefficient, 1 is equality) are kin.
 KINSHIP = 0.75
 # ... unless they occur together in more than this share of the passages where the rarer one occurs.
@@ -84,6 +86,10 @@ def _expectedness(words: Tensor, frame: Tensor, counts: Tensor) -> Tensor:
 
     A gap is what stands between two frame words; gaps between the same two are alike. Every
     occurrence is judged by the others alone, so that a gap seen once expects nothing.
+
+    Whichever of several wordings there is, it has expected words. Where most gaps alike have none,
+    it is a slot, and an expected word one that several phrases share: "Salt Lake City", "Kansas
+    City". That word is a filler like the others.
     """
     n_words = len(counts)
     fixed = frame[words]
@@ -99,8 +105,12 @@ def _expectedness(words: Tensor, frame: Tensor, counts: Tensor) -> Tensor:
     place, word = alike[found // n_words], found % n_words
     pairs, n_pair = (place * n_words + word).unique(return_counts=True)
     others = (n_gaps[pairs // n_words] - 1).clamp(min=1)
+    likely = (n_pair * (n_pair - 1)).double() / others
+    some = (n_pair - 1 >= EXPECTED * others)[torch.searchsorted(pairs, place * n_words + word)]
+    worded = torch.bincount(alike[(found // n_words)[some].unique()], minlength=len(n_gaps))
+    usual = (worded >= WORDED * n_gaps)[pairs // n_words]
     mass = torch.zeros(n_words, dtype=torch.float64, device="cpu")
-    mass.index_add_(0, pairs % n_words, (n_pair * (n_pair - 1)).double() / others)
+    mass.index_add_(0, pairs % n_words, likely.where(usual, 0))
     return mass / counts.clamp(min=1)
 
 

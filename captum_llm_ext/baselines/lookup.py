@@ -10,6 +10,7 @@ import torch
 from captum_llm_ext.baselines import words
 from captum_llm_ext.baselines.candidates import Candidates, Match
 from captum_llm_ext.baselines.index import CorpusIndex
+from captum_llm_ext.baselines.phrase import parts, phrases
 from captum_llm_ext.baselines.place import Place
 from captum_llm_ext.baselines.search import Found, Query, Search, query_of
 from captum_llm_ext.baselines.tied import Occurrences, together
@@ -17,7 +18,10 @@ from captum_llm_ext.content import level_of_caller
 
 # A slot is constant if at most this share of its occurrences differs: no match is without a slip.
 SLIPS = 0.05
+# So few other texts, of words of the frame alone, are taken for other wordings of the same.
+WORDINGS = 2
 _LOCATED = ("both", "left", "right")
+_PLACED = (*_LOCATED, "kinds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +40,7 @@ class Lookup:
         index: The corpus.
         search: Finds places in it.
         exclude_original: Whether a feature's own text is no candidate.
-        min_occurrences: For what is said in warnings.
         min_candidates: Fewer warn; 0 silences all warnings.
-        expects_context: Whether features that are found by less than their surroundings warn.
     """
 
     def __init__(
@@ -47,14 +49,11 @@ class Lookup:
         search: Search,
         *,
         exclude_original: bool,
-        min_occurrences: int,
         min_candidates: int,
-        expects_context: bool,
     ) -> None:
         self._index, self._search = index, search
         self._exclude_original = exclude_original
-        self._min_occurrences, self._min_candidates = min_occurrences, min_candidates
-        self._expects_context = expects_context
+        self._min_candidates = min_candidates
         self._known: dict[Query, Candidates] = {}
 
     def single(self, place: Place) -> Candidates:
@@ -106,34 +105,48 @@ class Lookup:
         "Lake" is constant before "of Pines". What is not is the phrase: of others that stand in
         its place, the word is given the part that it is of its own.
         """
-        if any(map(self._index.is_frame, self._index.context(place.atoms))):
+        known = phrases(place, self._index)
+        if not known or (len(known) > 1 and self._never_lacks(place, known)):
             return None
-        n_left, n_right = map(self._n_fillers, (place.left, place.right))
-        if n_left + n_right == 0:
-            return None
-        phrase = place.widened(n_left, n_right)
-        found = self._find(query_of(phrase, self._index))
-        n_own, n_all = len(place.atoms), len(phrase.atoms)
-        counts: Counter[tuple[str, ...]] = Counter()
-        for (text,), count in found.weights().items():
-            atoms = [atom.text for atom in words.atoms(text)]
-            start = n_left * len(atoms) // n_all
-            stop = max(-(-(n_left + n_own) * len(atoms) // n_all), start + 1)
-            counts[(" ".join(atoms[start:stop]),)] += round(count)
-        if found.match.level not in _LOCATED or not counts.keys() - {(place.core,)}:
-            return None
-        return Candidates.counted(
-            found.match.level,
-            found.match.surroundings,
-            counts,
-            (place.core,),
-            exclude_original=self._exclude_original,
-        )
+        for n_left, n_right in known:
+            offer = self._of_phrase(place, n_left, n_right)
+            found = None if offer is None else parts(offer.texts, place.atoms, n_left, n_right)
+            if offer is None or not found or found.total() <= SLIPS * offer.texts.total():
+                continue
+            if len(found) <= WORDINGS and all(map(self._is_framed, found)):
+                continue
+            own = {(place.core,): offer.texts.total() - found.total()}
+            return Candidates.counted(
+                offer.found.level,
+                offer.found.surroundings,
+                own | {(text,): n for text, n in found.items()},
+                (place.core,),
+                exclude_original=self._exclude_original,
+            )
+        return None
 
-    def _n_fillers(self, atoms: Sequence[str]) -> int:
-        """How many of the nearest atoms are no words of the frame."""
-        framed = [self._index.is_frame(number) for number in self._index.context(atoms)]
-        return next((n for n, here in enumerate(framed) if here), len(framed))
+    def _is_framed(self, text: str) -> bool:
+        atoms = [atom.text for atom in words.atoms(text)]
+        return all(map(self._index.is_frame, self._index.context(atoms)))
+
+    def _never_lacks(self, place: Place, known: Sequence[tuple[int, int]]) -> bool:
+        """Whether all that stands in place of the longest of the phrases has the word.
+
+        Then all that stands in place of the shorter ones does: one search is enough for nearly all
+        words of the frame.
+        """
+        ends = (max(n for n, _ in known), max(n for _, n in known))
+        offer = self._of_phrase(place, *ends)
+        if offer is None:
+            return False
+        found = parts(offer.texts, place.atoms, *ends)
+        return found is not None and found.total() <= SLIPS * offer.texts.total()
+
+    def _of_phrase(self, place: Place, n_left: int, n_right: int) -> _Offer | None:
+        """What stands in place of a feature and so many atoms around it."""
+        query = query_of(place.widened(n_left, n_right), self._index)
+        offer = next(self._offers(query), None)
+        return offer if offer is not None and offer.found.level in _LOCATED else None
 
     def nothing_fits(self, original: tuple[str, ...], match: Match) -> Candidates:
         """The original, where no candidate has as many tokens; that warns."""
@@ -171,7 +184,7 @@ class Lookup:
         for found in self._search(query):
             texts = self._index.texts(found.spans)
             seen, same = texts.total(), texts[query.core]
-            constant = found.level in _LOCATED and seen > 0 and seen - same <= SLIPS * seen
+            constant = found.level in _PLACED and seen > 0 and seen - same <= SLIPS * seen
             if seen > same or constant:
                 yield _Offer(found, texts, constant)
 
@@ -182,14 +195,6 @@ class Lookup:
                 f"{match.surroundings!r} (matched by {match.level}), fewer than "
                 f"`min_candidates`={self._min_candidates}. Give a larger corpus of the same kind "
                 "of text, or silence this with min_candidates=0."
-            )
-        elif self._expects_context and match.level not in _LOCATED:
-            self._expects_context = False
-            self._say(
-                f"No context of the corpus matched that of {query.core!r}: its surroundings do not "
-                f"occur {self._min_occurrences} times, so it was matched by {match.level}, and "
-                "other features may be; `matches(inp)` tells. Give a larger corpus of the same "
-                "kind of text, lower `min_occurrences`, or silence this with min_candidates=0."
             )
 
     def _say(self, message: str) -> None:

@@ -1,7 +1,8 @@
 """Places of a corpus that a feature could stand in, the most alike first."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -21,8 +22,10 @@ AGREED = 5
 # others need to be sure of theirs by this many standard errors.
 AS_LIKELY = 0.75
 SURE = 1.5
+# What words of the surroundings tell at least, in bits: about what one tells beside the feature.
+TELLING = 3.5
 
-Level = Literal["both", "left", "right", "shape", "length", "any", "blank"]
+Level = Literal["both", "left", "right", "kinds", "shape", "length", "any", "blank"]
 Side = Literal["left", "right"]
 Agreeing = tuple[Side, int, str]
 
@@ -39,6 +42,8 @@ class Query:
         whole: Whether it is a sentence or several, from border to border.
         agreeing: Surrounding fillers to agree with: side, how many atoms away, and the atom.
         names: What to call the surroundings: those of `left`, then those of `right`.
+        told: What the words of the frame among the nearest 0, 1, 2, … of `left` tell, and of
+            `right`: bits, the nearer the more.
     """
 
     core: str
@@ -48,6 +53,7 @@ class Query:
     whole: bool
     agreeing: tuple[Agreeing, ...]
     names: tuple[tuple[str, ...], tuple[str, ...]] = field(compare=False)
+    told: tuple[tuple[float, ...], tuple[float, ...]] = field(compare=False)
 
     @property
     def hardest(self) -> int:
@@ -72,8 +78,8 @@ class Found:
 
 def query_of(place: Place, index: CorpusIndex) -> Query:
     """What to ask the corpus for a feature."""
-    left, left_names = _side(place.left, index)
-    right, right_names = _side(place.right, index)
+    left, left_names, left_told = _side(place.left, index)
+    right, right_names, right_told = _side(place.right, index)
     bordered = bool(left) and border(place.left[0]) >= SENTENCE_END
     bordered = bordered and bool(right) and border(place.right[0]) >= SENTENCE_END
     whole = bordered or place.is_sentence
@@ -81,17 +87,31 @@ def query_of(place: Place, index: CorpusIndex) -> Query:
     if all(map(index.is_lone_frame, index.context(place.atoms))):
         agreeing.extend(("right", n, place.right[n]) for n in _nearest_filler(right, index))
         agreeing.extend(("left", n, place.left[n]) for n in _nearest_filler(left, index))
-    names = (left_names, right_names)
-    return Query(place.core, place.atoms, left, right, whole, tuple(agreeing), names)
+    names, told = (left_names, right_names), (left_told, right_told)
+    return Query(place.core, place.atoms, left, right, whole, tuple(agreeing), names, told)
 
 
-def _side(atoms: Sequence[str], index: CorpusIndex) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The surroundings on one side, the nearest first: classes, and what to call them."""
+def _side(
+    atoms: Sequence[str], index: CorpusIndex
+) -> tuple[tuple[int, ...], tuple[str, ...], tuple[float, ...]]:
+    """The surroundings on one side, the nearest first: classes, names, and what words tell."""
     classes = index.context(atoms)
     names = _names(atoms, classes, index)
     # How many words a neighbouring fact has must not decide what may stand here.
     kept = _elements(classes, index)
-    return tuple(classes[n] for n in kept), tuple(names[n] for n in kept)
+    elements = [(atoms[n], classes[n]) for n in kept]
+    found, names = [number for _, number in elements], [names[n] for n in kept]
+    return tuple(found), tuple(names), tuple(accumulate(_bits(elements, index), initial=0.0))
+
+
+def _bits(elements: Sequence[tuple[str, int]], index: CorpusIndex) -> Iterator[float]:
+    """What each element of the surroundings tells as a word; a kind or a mark tells nothing."""
+    weight = 1.0
+    for atom, number in elements:
+        is_word = index.is_frame(number) and not words.is_mark(atom)
+        yield weight * index.bits(number) if is_word else 0.0
+        if not words.is_mark(atom):
+            weight *= NEARNESS
 
 
 def _elements(classes: Sequence[int], index: CorpusIndex) -> list[int]:
@@ -194,10 +214,13 @@ class Search:
         return range(1, n + 3)
 
     def _narrowed(self, query: Query, level: Level, spans: Spans) -> Iterator[Found]:
-        """The spans in the most telling surroundings that are seen often enough, if any are."""
+        """The spans in the most telling surroundings that are seen often enough, if any are.
+
+        Surroundings whose words tell next to nothing are the level ``"kinds"``.
+        """
         spans = self._aligned(query, self._apart(query, spans))
         agreeing = self._agreeing(query, spans)
-        enough = self._min_occurrences
+        is_agreed, enough = agreeing is not spans, self._min_occurrences
         if len(agreeing) < len(spans):
             spans, enough = agreeing, min(enough, len(agreeing))
         left = () if level == "right" else query.left
@@ -207,6 +230,8 @@ class Search:
             before, after = query.names[0][:i], query.names[1][:j]
             surroundings = " ".join([*before[::-1], "_", *after])
             spans = spans[(spans.left >= i) & (spans.right >= j)]
+            if query.told[0][i] + query.told[1][j] < TELLING and not is_agreed:
+                level = "kinds"
             yield Found(level, surroundings, self._of_a_kind(query, spans), telling)
 
     def _apart(self, query: Query, spans: Spans) -> Spans:
@@ -276,7 +301,7 @@ class Search:
         left: Sequence[int],
         right: Sequence[int],
         enough: int,
-        alike: Iterable[Tensor],
+        alike: Tensor,
     ) -> tuple[float, int, int]:
         """How much of the surroundings to ask for: how telling it is, and the atoms on each side.
 
@@ -290,7 +315,7 @@ class Search:
             left: The surroundings on the left.
             right: Those on the right.
             enough: How many places there must be.
-            alike: Which spans are like the feature, in one respect and another.
+            alike: Which spans are like the feature.
         """
         bits_left, framed_left = self._weight(left)
         bits_right, framed_right = self._weight(right)
@@ -301,25 +326,27 @@ class Search:
         allowed = (at_least >= enough) & (framed > 0)
         allowed[: min(len(left), 1)] = False
         allowed[:, : min(len(right), 1)] = False
-        for respect in alike:
-            found = _at_least(cells[respect], shape).double()
-            surely = (found - SURE * found.sqrt()) / at_least.clamp(min=1)
-            likely = AS_LIKELY * surely.where(allowed, 0).max()
-            allowed &= found >= likely * at_least
+        found = _at_least(cells[alike], shape).double()
+        surely = (found - SURE * found.sqrt()) / at_least.clamp(min=1)
+        likely = AS_LIKELY * surely.where(allowed, 0).max()
+        allowed &= found >= likely * at_least
         # The bits of one side, weighted, stay far below 1,000.
         telling = (framed * 1000 + bits_left[:, None] + bits_right).where(allowed, 0)
         best = int(telling.argmax())
         return float(telling.flatten()[best]), best // shape[1], best % shape[1]
 
-    def _alike(self, query: Query, spans: Spans) -> Iterator[Tensor]:
-        """Which spans have the feature's shape, and which its text."""
+    def _alike(self, query: Query, spans: Spans) -> Tensor:
+        """Which spans have the feature's text; or its shape, where hardly any has the text."""
         same = spans.lengths == query.n_atoms
         starts = spans.starts[same]
-        shaped = torch.ones(len(starts), dtype=torch.bool, device="cpu")
-        for offset, atom in enumerate(query.atoms):
-            shaped &= self._index.is_like(starts + offset, words.kind(atom))
-        for respect in (shaped, self._spells(query, starts)):
-            yield same.masked_scatter(same, respect)
+        alike = self._spells(query, starts)
+        # Of a slot with phrases of all lengths the shape says less: cities of one word are rarer
+        # there than where only names stand.
+        if int(alike.sum()) < AGREED:
+            alike = torch.ones(len(starts), dtype=torch.bool, device="cpu")
+            for offset, atom in enumerate(query.atoms):
+                alike &= self._index.is_like(starts + offset, words.kind(atom))
+        return same.masked_scatter(same, alike)
 
     def _weight(self, context: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Of the nearest 0, 1, 2, … atoms: their weighted bits, and whether one is of the frame."""

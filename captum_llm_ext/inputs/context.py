@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.baselines import LanguageModel
+from captum_llm_ext.baselines.unlike import warn_of_unlike
 from captum_llm_ext.inputs.generated import GeneratedText
 from captum_llm_ext.inputs.prompt import Prompt
 from captum_llm_ext.segment import Unit
@@ -26,6 +27,9 @@ class Context:
 
     Raises:
         ValueError: If there is no token before the target.
+
+    Warns:
+        UserWarning: If the prompt's features are replaced from a corpus of another kind of text.
     """
 
     def __init__(self, prompt: Prompt, tokenizer: Any, model: LanguageModel) -> None:
@@ -35,6 +39,7 @@ class Context:
         self.full = prompt.render(everything, torch.Generator().manual_seed(0))[0]
         if not self.full.ids:
             raise ValueError("the prompt is empty: it has no token before the target.")
+        warn_of_unlike(prompt.own_baseline, prompt.matches())
 
     def generated(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
         """The target as features, absent as `baselines` say, or else as those of the prompt."""

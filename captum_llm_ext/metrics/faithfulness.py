@@ -11,6 +11,7 @@ from torch import Tensor
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines import TokenBaseline, draw_generator
 from captum_llm_ext.baselines.kind import kind_of
+from captum_llm_ext.baselines.unlike import is_unlike
 from captum_llm_ext.inputs import as_prompt
 from captum_llm_ext.metrics.fitting import attributions_of, by_name, check_fit, span_of
 from captum_llm_ext.metrics.game_metrics import Questions, as_attributions, measure
@@ -23,6 +24,12 @@ Results = (
     GenerationAttributionResult
     | Mapping[str, GenerationAttributionResult]
     | Sequence[GenerationAttributionResult]
+)
+_UNSEEN = (
+    "faithfulness is measured on texts that the model never saw. On a language whose causes are "
+    "known, most metrics like that put the true causes not far above random numbers, and below "
+    "attributions made in the same way; by what stands in the same slot elsewhere they come out "
+    "best."
 )
 _SAME_MODEL = 0.01  # of the value: further apart than rounding, also in half precision
 
@@ -85,8 +92,9 @@ def measure_faithfulness(
         TypeError: If an argument is of the wrong kind.
 
     Warns:
-        UserWarning: If absent features are deleted or become one token; if a result comes from
-            another model.
+        UserWarning: If absent features are deleted or become one token, or are replaced from a
+            corpus that has no place like theirs for most of them; if a result comes from another
+            model.
     """
     if not isinstance(attribution, GenerationAttribution):
         raise TypeError(
@@ -127,6 +135,8 @@ def measure_faithfulness(
     absent = {"prompt": prompt.own_baseline}
     if earlier:
         absent["output"] = prompt.baseline if output_baselines is None else output_baselines
+    if is_unlike(prompt.own_baseline, game.matches):
+        _warn_of_unlike()
     _warn_of_absence(absent.values())
     _warn_of_another_model(named, span, game.grand_coalition_value)
     return measure(
@@ -153,14 +163,19 @@ def _warn_of_absence(baselines: Iterable[object]) -> None:
             continue
         what = "become one and the same token" if is_token else "are deleted"
         warnings.warn(
-            f"Absent features {what}: faithfulness is measured on texts that the model never saw. "
-            "On a language whose causes are known, most metrics like that put the true causes not "
-            "far above random numbers, and below attributions made in the same way; by what stands "
-            "in the same slot elsewhere they come out best. Give the input "
-            "`baselines=CorpusBaselines(texts)`.",
+            f"Absent features {what}: {_UNSEEN} Give the input `baselines=CorpusBaselines(texts)`.",
             stacklevel=3,
         )
         return
+
+
+def _warn_of_unlike() -> None:
+    warnings.warn(
+        "Absent features become any text of a corpus of another kind, which has no place like "
+        f"those of most of them: {_UNSEEN} Give `CorpusBaselines` texts of the same kind as the "
+        "prompt.",
+        stacklevel=3,
+    )
 
 
 def _warn_of_another_model(
