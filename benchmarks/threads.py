@@ -100,7 +100,7 @@ def attributions(
     return {
         "leave-one-out": by(FeatureAblation(model)),
         "Shapley": by(ShapleyValueSampling(model), n_samples=4),
-        "baselines that ask the model": by(FeatureAblation(model), likely, n_draws=1),
+        "baselines that ask the model": by(FeatureAblation(model), likely, n_draws=2),
         "gradient x activation": by(
             LayerGradientXActivation(model, layer), TextTokenInput(prompt, tokenizer)
         ),

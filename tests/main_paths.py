@@ -217,7 +217,7 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
         ]
 
     def redundant() -> list[Any]:
-        found = result(ShapleyValues, unit=[(0, 8), (8, 14), (14, 28), (28, 29)])
+        found = result(ShapleyValues, unit=[(0, 4), (4, 13), (13, 28), (28, 29)])
         return [found.additivity, str(found.redundant_pairs(2)), *_numbers(found.refit(KernelShap))]
 
     def shown() -> list[Any]:
@@ -274,7 +274,7 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
         return [Scorer(model, reuse=way, overhead=0).values(rows, wanted) for way in ways]
 
     layer = model.get_input_embeddings()
-    exact = [(0, 8), (8, 14), (14, 28), (28, 29)]
+    exact = [(0, 4), (4, 13), (13, 28), (28, 29)]
     return {
         "leave-one-out": attributed(FeatureAblation),
         "leave-one-out of probabilities": attributed(FeatureAblation, attr_target="prob"),

@@ -375,7 +375,7 @@ def test_turns_nest_whether_they_are_named_or_not(model, unit, levels):
     chat = ChatInput(MESSAGES, tokenizer, unit)
     assert [level.name for level in chat.levels] == levels
     result = GenerationAttribution(ShapleyValueSampling(model), tokenizer).attribute(
-        chat, " golf", n_samples=2, output_unit=None
+        chat, " golf", n_samples=3, output_unit=None
     )
     total = result.token_attr.sum(1)
     offered = [level["name"] for level in reading(result)["levels"]]

@@ -266,7 +266,9 @@ def test_results_of_earlier_versions_are_drawn_without_what_they_lack(result, tm
     result.save(tmp_path / "result")
     old = GenerationAttributionResult.load(tmp_path / "result")
     old.design = None
-    assert "within" not in "".join(written(old.plot_text()[1]))
+    key = "".join(written(old.plot_text()[1]))
+    assert "within" not in key
+    assert "error unknown" in key
     _, ax = old.plot_seq_attr()
     assert not [c for c in ax.collections if isinstance(c, LineCollection)]
     assert old.plot_flow()

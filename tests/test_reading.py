@@ -48,7 +48,7 @@ MESSAGES = [
 def attribute(model, tokenizer, inp, target, **arguments):
     attribution = GenerationAttribution(ShapleyValueSampling(model), tokenizer)
     ids = tokenizer.encode(target, add_special_tokens=False)
-    return attribution.attribute(inp, target=ids, n_samples=2, **arguments)
+    return attribution.attribute(inp, target=ids, n_samples=3, **arguments)
 
 
 @pytest.fixture(scope="module")

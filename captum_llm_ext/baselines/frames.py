@@ -106,9 +106,11 @@ def _expectedness(words: Tensor, frame: Tensor, counts: Tensor) -> Tensor:
     pairs, n_pair = (place * n_words + word).unique(return_counts=True)
     others = (n_gaps[pairs // n_words] - 1).clamp(min=1)
     likely = (n_pair * (n_pair - 1)).double() / others
-    some = (n_pair - 1 >= EXPECTED * others)[torch.searchsorted(pairs, place * n_words + word)]
+    some = (n_pair - 1 >= EXPECTED * others.double())[
+        torch.searchsorted(pairs, place * n_words + word)
+    ]
     worded = torch.bincount(alike[(found // n_words)[some].unique()], minlength=len(n_gaps))
-    usual = (worded >= WORDED * n_gaps)[pairs // n_words]
+    usual = (worded >= WORDED * n_gaps.double())[pairs // n_words]
     mass = torch.zeros(n_words, dtype=torch.float64, device="cpu")
     mass.index_add_(0, pairs % n_words, likely.where(usual, 0))
     return mass / counts.clamp(min=1)

@@ -155,7 +155,10 @@ class _Passage:
             "framed: explained": bool(self.explained),
             "solid line: raises": 1 in signs,
             "dashed: lowers": -1 in signs,
-            "pale: within its error, or that is unknown": bool(shades.within.any()),
+            "pale: within its error": bool(
+                (shades.pale & ~shades.unknown & (shades.values != 0)).any()
+            ),
+            "pale: error unknown": bool(shades.unknown.any()),
         }
         text = key_lines([text for text, needed in said.items() if needed], width)
         return text, (1 + text.count("\n")) * KEY_LINE + 0.75 * LABEL_POINTS
@@ -174,38 +177,42 @@ class _Shades:
     Attributes:
         colours: The scale.
         values: Shape ``(n_values,)``.
-        within: bool, ``(n_values,)``: within its error.
+        pale: bool, ``(n_values,)``: within its error, or that is unknown.
+        unknown: bool, ``(n_values,)``: of which no error is known where there should be one.
     """
 
     colours: Colours
     values: Array
-    within: npt.NDArray[np.bool_]
+    pale: npt.NDArray[np.bool_]
+    unknown: npt.NDArray[np.bool_]
 
     def face(self, i: int) -> tuple[float, ...] | None:
         value = float(self.values[i])
         if value == 0:
             return None
         red, green, blue, _ = self.colours.rgba(value)
-        return (red, green, blue, PALE if self.within[i] else 1.0)
+        return (red, green, blue, PALE if self.pale[i] else 1.0)
 
     def ink(self, i: int) -> str:
         value = float(self.values[i])
-        return DARK if self.within[i] or np.isnan(value) else self.colours.ink(value)
+        return DARK if self.pale[i] or np.isnan(value) else self.colours.ink(value)
 
     def sign(self, i: int) -> int:
         """1 or -1 where a line says so, 0 where the colour is too pale to need one."""
         value = self.values[i]
-        if self.within[i] or not abs(value) >= SIGN_FROM * self.colours.scale:
+        if self.pale[i] or not abs(value) >= SIGN_FROM * self.colours.scale:
             return 0
         return 1 if value > 0 else -1
 
 
 def _shades(values: npt.ArrayLike, errors: npt.ArrayLike | None, cmap: str | Colormap) -> _Shades:
     known = numbers(values).reshape(-1)
-    within = np.zeros(known.shape, dtype=bool)
+    pale, unknown = np.zeros(known.shape, dtype=bool), np.zeros(known.shape, dtype=bool)
     if errors is not None:
-        within = ~(np.abs(known) >= SURE * array("errors", errors, known.shape))
-    return _Shades(Colours(cmap, scale(known)), known, within)
+        told = array("errors", errors, known.shape)
+        pale = ~(np.abs(known) >= SURE * told)
+        unknown = np.isnan(told) & (known != 0)
+    return _Shades(Colours(cmap, scale(known)), known, pale, unknown)
 
 
 # Lines -------------------------------------------------------------------------------------------
