@@ -270,9 +270,10 @@ class GenerationAttribution(LLMAttribution):
         Raises:
             ValueError: If another model gave them.
         """
-        scorer = self._scorer(None)
-        run = self._run(as_prompt(inp, self.tokenizer, None), scorer, 0)
-        check_stored(scorer, run.full, run.context.generated(target.cpu(), None, None), values)
+        with self._processes.session("`check_stored`"):
+            scorer = self._scorer(None)
+            run = self._run(as_prompt(inp, self.tokenizer, None), scorer, 0)
+            check_stored(scorer, run.full, run.context.generated(target.cpu(), None, None), values)
 
     def to_game(
         self,
