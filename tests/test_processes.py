@@ -350,8 +350,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_bits(tmp_path):
     for name in ("masks", "values", "full_attr", "full_attr_se", "empty_values", "seq_attr"):
         assert torch.equal(getattr(result, name), getattr(expected, name)), name
     assert result.n_evaluations == expected.n_evaluations
-    # Beside the rows that were missing: the prompt, a comparison, and a row of the checkpoint.
-    assert sum(passes) <= expected.n_evaluations - n_kept + 8
+    # Beside the rows that were missing: what the probe looks at, the prompt, a comparison, and a
+    # row of the checkpoint.
+    assert sum(passes) <= expected.n_evaluations - n_kept + 40
 
 
 def size(path):
