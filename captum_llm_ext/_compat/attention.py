@@ -1,0 +1,131 @@
+"""Attention by other functions, for one thread alone."""
+
+import itertools
+import threading
+from collections.abc import Callable, Collection, Generator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from captum_llm_ext._compat.model import is_compiled, text_config
+
+
+def has_eager_attention(model: nn.Module) -> bool:
+    """Whether the model makes all attention scores of a layer at once."""
+    return getattr(text_config(model), "_attn_implementation", None) == "eager"
+
+
+def boolean_mask(*sizes: int, **arguments: Any) -> Tensor:
+    """A mask of transformers, True where something is seen."""
+    from transformers.masking_utils import sdpa_mask
+
+    return cast(Tensor, cast(Any, sdpa_mask)(*sizes, **arguments))
+
+
+@contextmanager
+def attention_of(
+    model: nn.Module,
+    name: str,
+    attention: Callable[..., Any],
+    mask: Callable[..., Any],
+    instead_of: Collection[str],
+) -> Generator[None]:
+    """Has a model of transformers attend by other functions, in passes of this thread alone.
+
+    Its configuration stays as it is: what this thread reads of it is another name. Everything is
+    put back, come what may.
+
+    Args:
+        model: The model.
+        name: What the functions are registered as meanwhile, with a number of its own.
+        attention, mask: For `AttentionInterface` and `AttentionMaskInterface`.
+        instead_of: Names of the implementations that may be replaced.
+
+    Raises:
+        NotImplementedError: If the model's attention is another one, or it is compiled: what was
+            compiled for one attention would not notice the other.
+    """
+    # transformers 5.23 (2026): a plain set goes through checks that know their own names only.
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
+
+    field = "_attn_implementation_internal"
+    modules = (module for module in model.modules() if hasattr(module, "config"))
+    configs = {id(module.config): module.config for module in modules}
+    before = [(config, getattr(config, field, None)) for config in configs.values()]
+    used = {str(implementation) for _, implementation in before if implementation is not None}
+    if not used or not used <= set(instead_of) or is_compiled(model):
+        how = ", ".join(sorted(used)) or "nothing that its configuration tells"
+        raise NotImplementedError(f"attention of {type(model).__name__} by {how}")
+    registries: list[dict[str, Any]] = [
+        cast(Any, registry)._global_mapping for registry in (ATTENTIONS, MASKS)
+    ]
+    name = f"{name}_{next(_numbers)}"  # there may be another model in another thread
+    own = {id(config): name for config, implementation in before if implementation is not None}
+    try:
+        for registry, function in zip(registries, (attention, mask), strict=True):
+            registry[name] = function
+        with _read_here_as(own):
+            yield
+    finally:
+        for registry in registries:
+            registry.pop(name, None)
+
+
+class _Here(threading.local):
+    """What this thread reads of configurations: names of implementations by a configuration's id.
+
+    The latest come last.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[dict[int, str]] = []
+
+
+_here = _Here()
+_numbers = itertools.count()
+_properties = threading.Lock()
+_n_read_here = 0
+
+
+@contextmanager
+def _read_here_as(names: dict[int, str]) -> Generator[None]:
+    """Has this thread read other attention implementations of some configurations.
+
+    transformers 5.23 (2026): everything reads `_attn_implementation`, a property.
+    """
+    global _n_read_here
+    from transformers import PreTrainedConfig
+
+    kind: Any = PreTrainedConfig
+    field = "_attn_implementation"
+    with _properties:
+        if _n_read_here == 0:
+            setattr(kind, field, _Implementation(vars(kind)[field]))
+        _n_read_here += 1
+    _here.names.append(names)
+    try:
+        yield
+    finally:
+        _here.names.pop()
+        with _properties:
+            _n_read_here -= 1
+            if _n_read_here == 0:
+                setattr(kind, field, vars(kind)[field].usual)
+
+
+class _Implementation:
+    """A property that some threads read differently."""
+
+    def __init__(self, usual: Any) -> None:
+        self.usual = usual
+
+    def __get__(self, config: Any, kind: Any = None) -> Any:
+        for names in reversed(_here.names):
+            if id(config) in names:
+                return names[id(config)]
+        return self.usual.__get__(config, kind)
+
+    def __set__(self, config: Any, value: Any) -> None:
+        self.usual.__set__(config, value)

@@ -1,0 +1,48 @@
+"""Which rows can be run together, and in how much memory."""
+
+from typing import Any, cast
+
+from torch import nn
+
+from captum_llm_ext._compat.model import text_config
+
+
+def why_not_batched(model: nn.Module) -> str | None:
+    """Why rows must not even be tried together; None where nothing is known.
+
+    transformers 5.23 (2026): LLM.int8 looks for outliers in all rows of a batch, which a short
+    comparison may not meet.
+    """
+    settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(settings, dict):
+        is_int8 = cast(dict[str, Any], settings).get("load_in_8bit")
+    else:
+        is_int8 = getattr(settings, "load_in_8bit", False)
+    return "LLM.int8 couples the rows of a batch" if is_int8 else None
+
+
+def fixed_positions(model: nn.Module) -> int | None:
+    """Beyond what length rows of several lengths must not even be tried together; None: not known.
+
+    transformers 5.23 (2026): the rope types "dynamic" and "longrope" choose their frequencies by
+    the longest row of a batch, for all that is in it.
+    """
+    config = text_config(model)
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    most = getattr(config, "max_position_embeddings", None)
+    limits = [
+        cast(dict[str, Any], part).get("original_max_position_embeddings") or most
+        for part in parts
+        if cast(dict[str, Any], part).get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that are free, or None where nobody tells."""
+    try:
+        import psutil  # accelerate 1.x brings it
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,54 @@
+"""What a model generates by."""
+
+from typing import Any, cast
+
+from torch import nn
+
+from captum_llm_ext._compat.processes import model_ranks
+
+
+def is_generation_config(thing: object) -> bool:
+    """Whether something is a `transformers.GenerationConfig`."""
+    return any(base.__name__ == "GenerationConfig" for base in type(thing).__mro__)
+
+
+def generation_settings(config: Any) -> dict[str, Any]:
+    """What a generation configuration says; None says nothing.
+
+    transformers 5.0 (2025): fields that were not given are None. Before, they held defaults.
+    """
+    if config is None:
+        return {}
+    hidden = ("transformers_version",)
+    items = config.to_dict().items()
+    return {k: v for k, v in items if v is not None and not k.startswith("_") and k not in hidden}
+
+
+def defaults_for_sampling() -> dict[str, Any]:
+    """What generation chooses at random by, where nobody says anything.
+
+    transformers 5.23 (2026) has no public name for them.
+    """
+    from transformers import GenerationConfig
+
+    defaults: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    return {k: v for k, v in defaults.items() if k in ("temperature", "top_k", "top_p")}
+
+
+def arguments_for_generate(model: nn.Module) -> dict[str, Any]:
+    """What keeps ``generate`` from warnings, and from waiting for processes that do not call it."""
+    arguments = _padding_for_generate(model)
+    if model_ranks(model):
+        # transformers 5.23 (2026) asks all processes there are whether they are through, where
+        # copies of a model are sharded. Those of one copy draw the same, and end together.
+        arguments["synced_gpus"] = False
+    return arguments
+
+
+def _padding_for_generate(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "generation_config", None)
+    if config is None or getattr(config, "pad_token_id", None) is not None:
+        return {}
+    end = getattr(config, "eos_token_id", None)
+    first = cast(Any, end[0] if isinstance(end, list) and end else end)
+    return {} if first is None or isinstance(first, list) else {"pad_token_id": int(first)}

@@ -1,0 +1,98 @@
+"""Which model it is, where it came from, and by which versions it is run."""
+
+from collections.abc import Iterator
+from hashlib import blake2b
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from captum_llm_ext._compat.model import uncompiled
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that numbers depend on; None for one that is run uninstalled."""
+    found: dict[str, str | None] = {}
+    for name in ("captum-llm-ext", "captum", "torch", "transformers", "accelerate"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def model_source(model: Any) -> tuple[str | None, str | None]:
+    """Where a transformers model came from.
+
+    Returns:
+        Its name, of a local folder the last part; and the revision (commit) of the repository
+        that it was loaded from. None for what is not known.
+    """
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None, None
+    if Path(name).exists():
+        return Path(name).resolve().name, None
+    # transformers 5.3 kept the commit; 5.23 (2026) does not: then only the cache tells it.
+    revision = getattr(config, "_commit_hash", None) or _only_revision(name)
+    return name, revision
+
+
+def note_revision(model: Any, revision: str) -> None:
+    """Lets `model_source` tell the commit that a model was loaded from.
+
+    Args:
+        model: One that was just loaded from a repository; nothing is noted of a folder.
+        revision: The branch, tag or commit that was asked for.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if config is None or not isinstance(name, str) or Path(name).exists():
+        return
+    # transformers 5.23 (2026) forgets the commit; the cache has it in the path of every file.
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    config._commit_hash = Path(found).parent.name if isinstance(found, str) else revision
+
+
+def _only_revision(name: str) -> str | None:
+    """The one commit of a repository that the cache holds; None if there are none or several."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    found = [path.name for path in folder.glob("*")]
+    return found[0] if len(found) == 1 else None
+
+
+def model_description(model: nn.Module) -> str:
+    """A model's class, type of numbers and sizes; nothing that says where it was loaded from."""
+    dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), None)
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    # How it is stored, loaded or run is no part of what it is.
+    moving = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
+    kept = {k: v for k, v in settings.items() if k not in moving and "distributed" not in k}
+    content = repr([(name, kept[name]) for name in sorted(kept)])
+    digest = blake2b(content.encode(), digest_size=4).hexdigest()
+    # torch 2.13 (2026): fully_shard puts a class FSDPLlama… in the place of the model's own.
+    mine = (c for c in type(uncompiled(model)).__mro__ if not _is_wrapped(c))
+    return f"{next(mine).__name__} {dtype} {digest}"
+
+
+def _is_wrapped(cls: type) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in cls.__mro__)
+
+
+def readable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules, each while what it holds is where it can be read.
+
+    accelerate 1.x: what is offloaded is "meta", and its hook brings it for the time of a pass.
+    """
+    from accelerate.utils import align_module_device
+
+    for name, module in uncompiled(model).named_modules():
+        with align_module_device(module):
+            yield name.replace("_orig_mod.", ""), module

@@ -1,0 +1,61 @@
+"""Whose class a model is, what wraps it, and what its configuration tells."""
+
+from typing import Any
+
+from torch import nn
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What torch.compile wraps, or the model itself.
+
+    torch 2.13 (2026): what was compiled before does not notice hooks that come later.
+    """
+    return getattr(model, "_orig_mod", model)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has been at the model, or at a part of it."""
+    if uncompiled(model) is not model:
+        return True
+    modules = model.modules()
+    return any(hasattr(m, "_orig_mod") or vars(m).get("_compiled_call_impl") for m in modules)
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether the model's forward is one of transformers."""
+    return getattr(type(uncompiled(model)).forward, "__module__", "").startswith("transformers.")
+
+
+def is_transformers_object(thing: object) -> bool:
+    """Whether something is of a class of transformers."""
+    return type(thing).__module__.startswith("transformers.")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the model's language part, or None."""
+    config: Any = getattr(model, "config", None)
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # transformers 5.23 (2026): several, of which none is known to be meant
+        return config
+
+
+def number_of_layers(model: nn.Module) -> int | None:
+    """Number of layers that the model's configuration tells."""
+    return getattr(text_config(model), "num_hidden_layers", None)
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Number of token ids the model knows, or None where it does not tell."""
+    size = getattr(text_config(model), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def longest_sequence(model: nn.Module) -> int | None:
+    """Number of positions the model was made for, or None where there is no limit."""
+    config = text_config(model)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None

@@ -1,0 +1,82 @@
+"""Other processes: what they give one another, and what they hold of a model."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext._compat.model import uncompiled
+
+
+def process_rank() -> int:
+    """The number of this process within the process group."""
+    return torch.distributed.get_rank()
+
+
+def has_process_group() -> bool:
+    """Whether torch knows of other processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def process_store(name: str) -> Any:
+    """The store of the process group, with keys that begin with a name of their own.
+
+    torch 2.13 (2026) has no public name for it.
+    """
+    from torch.distributed import distributed_c10d
+
+    distributed: Any = distributed_c10d
+    return distributed.PrefixStore(name, distributed._get_default_store())
+
+
+def process_timeout() -> float:
+    """Seconds that the processes of a group wait for one another."""
+    store: Any = process_store("")
+    return float(store.timeout.total_seconds())
+
+
+def all_gathered(value: Any) -> list[Any]:
+    """What each process of the group gives, by its number."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def model_ranks(model: nn.Module) -> tuple[int, ...]:
+    """The processes that hold the model together, this one among them; none where one has it all.
+
+    transformers 5.23 (2026): ``distributed_config=`` makes parameters `DTensor` and keeps the mesh
+    of one copy of the model; fully_shard of torch has the parameters' own mesh alone.
+    """
+    # captum 0.9 (2026): what stands for a model that an API serves has no parameters.
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    meshes = (getattr(p, "device_mesh", None) for p in parameters)
+    mesh: Any = next((mesh for mesh in meshes if mesh is not None), None)
+    if mesh is None:
+        return ()
+    whole: Any = getattr(uncompiled(model), "_device_mesh", None) or mesh
+    ranks = tuple(int(rank) for rank in whole.mesh.flatten().tolist())
+    return ranks if len(ranks) > 1 else ()
+
+
+def summed_over_shards(parameter: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """A sum over a parameter's elements, of which other processes may hold some.
+
+    torch 2.13 (2026): a `DTensor` tells by its placements what each process holds. All of them have
+    to come here then.
+    """
+    placements = getattr(parameter, "placements", None)
+    if placements is None:
+        return total(parameter)
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    whole: Any = cast(Any, parameter)
+    found: Tensor = total(whole.to_local())
+    n = len(placements)
+    for dim, placement in enumerate(placements):
+        if not placement.is_replicate():
+            # One dimension of the mesh after the other: torch warns of several at once.
+            how = [Partial() if i == dim else Replicate() for i in range(n)]
+            found = cast(Any, DTensor.from_local(found, whole.device_mesh, how)).full_tensor()
+    return found

@@ -1,0 +1,74 @@
+"""A model's state: what it keeps of the tokens that it has read, such as keys and values."""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from captum_llm_ext._compat.forward import forward_arguments
+from captum_llm_ext._compat.model import is_transformers, is_transformers_object, text_config
+
+
+def state_argument(model: nn.Module) -> str | None:
+    """Under what name the model takes and returns its state (its cache), or None if it has none."""
+    if not is_transformers(model):
+        return None
+    names = forward_arguments(model)
+    # transformers calls it `cache` since 5.24 (2026), and still takes the older names.
+    known = ("cache", "past_key_values", "cache_params")
+    return next((name for name in known if name in names), None)
+
+
+def why_not_read_on(model: nn.Module) -> str | None:
+    """Why several tokens must not be read on from the model's state; None where nothing is known.
+
+    transformers 5.23 (2026): these take a state to mean that one token follows, and give wrong
+    numbers without an error. Drop one when its row in `tests/test_reuse.py` says that it is right.
+    """
+    kind = getattr(text_config(model), "model_type", None)
+    broken = ("mamba", "falcon_mamba", "jamba", "bamba", "recurrent_gemma")
+    return f"{kind} reads only one token on from a state" if kind in broken else None
+
+
+def state_bytes(state: Any) -> int:
+    """Size of a model's state."""
+    layers = getattr(state, "layers", None) or [state]
+    return sum(_tensor_bytes(vars(layer)) for layer in layers)
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(item) for item in cast(dict[Any, Any], value).values())
+    return 0
+
+
+def is_list_of_layers(state: Any) -> bool:
+    """Whether a state is no more than a list of the states of layers, kept where they are used.
+
+    transformers 5.23 (2026): `DynamicCache`. Others hold states beside, or move layers about.
+    """
+    plain = type(state).__name__ == "DynamicCache" and is_transformers_object(state)
+    return plain and not getattr(state, "offloading", False)
+
+
+def growing_layers() -> tuple[type[Any], ...]:
+    """Kinds of states of a layer that get new keys and values by concatenation, never in place.
+
+    transformers 5.23 (2026): what they keep beside is in dicts of tensors, which are written to.
+    """
+    from transformers import cache_utils
+
+    names = ("DynamicLayer", "DynamicSlidingWindowLayer")
+    names += (
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+    )
+    kinds = (getattr(cache_utils, name, None) for name in names)
+    return tuple(kind for kind in kinds if kind is not None)
+
+
+def keeps_every_id(state: Any) -> bool:
+    """Whether a state is of keys and values alone, with those of every id that was read."""
+    plain = growing_layers()[:1]
+    return is_list_of_layers(state) and all(type(layer) in plain for layer in state.layers)
