@@ -122,7 +122,7 @@ def test_packs_go_on_from_what_was_read_before(name, head):
     values = [scorer.values(rows[:20], target), scorer.values(rows[20:], target)]
     assert difference(torch.cat(values), loop(model, rows, target)) < 1e-4
     assert scorer.packs
-    assert len(scorer._head[0]) >= head // 2 * 2
+    assert len(scorer._batching._head[0]) >= head // 2 * 2
 
 
 @pytest.mark.parametrize("attr_target", ["log_prob", "prob", "logit", "callable"])

@@ -184,7 +184,7 @@ def test_the_comparison_alone_finds_what_reads_on_wrongly(name, monkeypatch, cap
     assert difference(torch.cat(values), loop(model, rows, target)) < 1e-4
     assert n_reused(scorer) < 0  # the comparison came on top
     assert [r.name for r in caplog.records if r.name.startswith("captum_llm_ext")] == [
-        "captum_llm_ext.scoring.scorer"
+        "captum_llm_ext.scoring.batching"
     ]
 
 
@@ -203,7 +203,7 @@ def test_long_beginnings_of_many_rows_are_lent_and_others_copied():
     for head, lends in ((20, False), (340, True)):
         rows, target = wide_rows(head, 24)
         scorer = Scorer(model, overhead=0)
-        scorer._packs = False  # as on a GPU
+        scorer._batching._packs = False  # as on a GPU
         assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
         assert scorer.lends == lends
 

@@ -20,14 +20,21 @@ their own rules; a file of a format above this is refused as one of a later vers
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from captum_llm_ext import tensor_file
+from captum_llm_ext.inputs import Level, Piece
+from captum_llm_ext.result.refit import Design
 from captum_llm_ext.tensor_file import BROKEN, Kind
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+T = TypeVar("T")
 
 KIND = Kind(
     "saved result",
@@ -37,22 +44,45 @@ KIND = Kind(
     digest_since=3,
     oldest=1,
 )
+_TENSORS = (
+    "seq_attr",
+    "token_attr",
+    "output_probs",
+    "token_attr_se",
+    "output_attr",
+    "output_attr_se",
+    "full_values",
+    "empty_values",
+    "efficiency_gap",
+    "masks",
+    "values",
+    "draws",
+    "target",
+)
+_NAMES = ("input_tokens", "output_tokens", "output_features")
 _INTEGERS = (torch.int64, torch.int32)
 _MOST = 2**63
 _ROLES_SINCE = 3  # some files of format 3 have them
 
 
-def write(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor | None], rest: Mapping[str, Any]
-) -> None:
-    """Writes one file; tensors that are None are left out.
+def write(path: str | os.PathLike[str], result: "GenerationAttributionResult") -> None:
+    """Writes a result.
 
     The file is there whole or, if writing fails, as it was before.
 
     Raises:
-        TypeError, ValueError: If JSON cannot hold the rest.
+        TypeError, ValueError: If JSON cannot hold its provenance.
         OSError: If the file cannot be written.
     """
+    rest = {
+        **{name: getattr(result, name) for name in _NAMES},
+        "n_evaluations": result.n_evaluations,
+        "prompt_pieces": [list(p.to_dict().values()) for p in result.prompt_pieces],
+        "output_pieces": [list(p.to_dict().values()) for p in result.output_pieces],
+        "levels": [[level.name, level.parts, level.part_of] for level in result.levels],
+        "design": None if result.design is None else result.design.to_dict(),
+        "provenance": result.provenance,
+    }
     plain = finite(rest)
     try:
         json.dumps(plain, allow_nan=False)
@@ -61,12 +91,17 @@ def write(
             f"the result cannot be saved: {error}. Give `provenance` numbers, text, lists and "
             "mappings only."
         ) from error
+    tensors = {name: getattr(result, name) for name in _TENSORS}
     there = {name: value for name, value in tensors.items() if value is not None}
     tensor_file.write(path, KIND, there, plain)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the rest of a file that `write` made, of this version or an earlier one.
+def read(path: str | os.PathLike[str], make: Callable[..., T]) -> T:
+    """A result from a file that `write` made, of this version or an earlier one.
+
+    Args:
+        path: The file.
+        make: The result's class; called with what was written, by the names of its fields.
 
     Raises:
         OSError: If there is no such file, or it cannot be read.
@@ -79,9 +114,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         _check_tensors(tensors, rest)
         if version < KIND.digest_since:
             _check_sums(tensors, rest)
+        for name in ("prompt_pieces", "output_pieces"):
+            rest[name] = [Piece(*piece) for piece in rest[name]]
+        rest["levels"] = [Level(*level) for level in rest.get("levels", ())]
+        if rest.get("design") is not None:
+            rest["design"] = Design.from_dict(rest["design"])
+        return make(**tensors, **rest)
     except BROKEN as error:
-        raise broken(path, error) from error
-    return tensors, rest
+        raise _broken(path, error) from error
 
 
 def read_provenance(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -93,12 +133,12 @@ def read_provenance(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """
     found = tensor_file.read_rest(path, KIND).get("provenance") or {}
     if not isinstance(found, dict):
-        raise broken(path, TypeError("its provenance is no object"))
+        raise _broken(path, TypeError("its provenance is no object"))
     return cast(dict[str, Any], found)
 
 
-def broken(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    """The error to raise where what `read` gave makes no result."""
+def _broken(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    """The error to raise where what a file holds makes no result."""
     said = str(error) or type(error).__name__
     return ValueError(f"{os.fspath(path)!r} is damaged ({said}): {KIND.advice}")
 

@@ -19,34 +19,17 @@ from captum_llm_ext.result.causes import (
     strongest,
 )
 from captum_llm_ext.result.exported import ExportedResult
-from captum_llm_ext.result.files import broken, read, write
+from captum_llm_ext.result.files import read, write
 from captum_llm_ext.result.reading import prompt_level
 from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
 from captum_llm_ext.result.sums import at_most
 from captum_llm_ext.result.table import table
-from captum_llm_ext.tensor_file import BROKEN
 
-_TENSORS = (
-    "seq_attr",
-    "token_attr",
-    "output_probs",
-    "token_attr_se",
-    "output_attr",
-    "output_attr_se",
-    "full_values",
-    "empty_values",
-    "efficiency_gap",
-    "masks",
-    "values",
-    "draws",
-    "target",
-)
 # What a refit leaves as it is.
 _SAME = (
     "input_tokens output_tokens output_probs inp output_features n_evaluations masks draws target "
     "prompt_pieces output_pieces levels"
 ).split()
-_NAMES = ("input_tokens", "output_tokens", "output_features")
 
 
 class GenerationAttributionResult(ExportedResult):
@@ -522,17 +505,7 @@ class GenerationAttributionResult(ExportedResult):
             TypeError, ValueError: If `provenance` holds what JSON cannot.
             OSError: If the file cannot be written; one that was there is left as it was.
         """
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        rest = {
-            **{name: getattr(self, name) for name in _NAMES},
-            "n_evaluations": self.n_evaluations,
-            "prompt_pieces": [list(p.to_dict().values()) for p in self.prompt_pieces],
-            "output_pieces": [list(p.to_dict().values()) for p in self.output_pieces],
-            "levels": [[level.name, level.parts, level.part_of] for level in self.levels],
-            "design": None if self.design is None else self.design.to_dict(),
-            "provenance": self.provenance,
-        }
-        write(path, tensors, rest)
+        write(path, self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "GenerationAttributionResult":
@@ -542,16 +515,7 @@ class GenerationAttributionResult(ExportedResult):
             OSError: If there is no such file, or it cannot be read.
             ValueError: If the file is damaged, no result, or of a later format.
         """
-        tensors, rest = read(path)
-        try:
-            for name in ("prompt_pieces", "output_pieces"):
-                rest[name] = [Piece(*piece) for piece in rest[name]]
-            rest["levels"] = [Level(*level) for level in rest.get("levels", ())]
-            if rest.get("design") is not None:
-                rest["design"] = Design.from_dict(rest["design"])
-            return cls(**tensors, **rest)
-        except BROKEN as error:
-            raise broken(path, error) from error
+        return read(path, cls)
 
     @property
     def summary(self) -> str:

@@ -2,16 +2,18 @@
 
 Each distinct row costs one teacher-forced pass at most, which serves all target tokens; rows that
 begin alike share the passes of their beginnings, or are packed in one sequence where none of their
-tokens comes twice. `probe` finds out what the model does, and so how it may be asked at all; `plan`
-finds out which rows run together, `packing` makes that sequence, `passes` runs the model, `memory`
-tells how much fits, `logits` turns what comes out into values, `noise` measures how far rounding
-alone moves them; `Scorer` is the whole.
+tokens comes twice. `probe` finds out what the model does, and so how it may be asked at all;
+`batching` decides which of these ways a call's rows take, `plan` which rows run together in each,
+`packing` makes that sequence, `passes` runs the model, `memory` tells how much fits, `logits` turns
+what comes out into values, `noise` measures how far rounding alone moves them; `Scorer` is the
+whole.
 `processes` makes several processes one and `shares` cuts the work for them, `journal` keeps what is
 found on disk, `identity` tells whether it is still the same model, `generation` what it generates
 with. `Likelihood` is that model as
 baselines ask it, text by text. `Values` is what others rely on of a `Scorer`.
 """
 
+from captum_llm_ext.scoring.batching import Reuse
 from captum_llm_ext.scoring.generation import Generation, planned_generation
 from captum_llm_ext.scoring.identity import check_same, model_identity
 from captum_llm_ext.scoring.journal import Journal
@@ -19,7 +21,7 @@ from captum_llm_ext.scoring.likelihood import Likelihood
 from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.processes import Accelerator, Processes
 from captum_llm_ext.scoring.rows import TokenRow
-from captum_llm_ext.scoring.scorer import Reuse, Scorer
+from captum_llm_ext.scoring.scorer import Scorer
 from captum_llm_ext.scoring.values import Values
 
 __all__ = [

@@ -1,44 +1,31 @@
 """`Scorer`: every distinct row once, in batches that fit, without computing a beginning twice."""
 
-import logging
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import memory
+from captum_llm_ext.scoring.batching import Batching, Reuse
 from captum_llm_ext.scoring.exclusive import as_found
 from captum_llm_ext.scoring.generation import continued
 from captum_llm_ext.scoring.identity import check_same
 from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.logits import AttrTarget
-from captum_llm_ext.scoring.memory import Memory
 from captum_llm_ext.scoring.noise import NoiseFloor
 from captum_llm_ext.scoring.passes import Passes, rounding
-from captum_llm_ext.scoring.plan import Branch, plan, plan_packed
+from captum_llm_ext.scoring.plan import Branch
 from captum_llm_ext.scoring.probe import Findings, findings
-from captum_llm_ext.scoring.probe.reuse import why_not_packed, why_not_read_on
 from captum_llm_ext.scoring.processes import Processes
 from captum_llm_ext.scoring.rows import TokenRow, digest
 from captum_llm_ext.scoring.seeded import reseeded, seeded
 from captum_llm_ext.scoring.shares import shares, without
-
-Reuse = Literal["auto", "off", "copy", "lend", "pack"]
-
-_logger = logging.getLogger(__name__)
-# Rows read twice: once on their own, once from what they share or in a pack. So many at most.
-_COMPARISON = 4
-_COMPARISON_OF_PACKS = 2
-# Where processes share the work there are so many batches, as long as what each pass costs beside
-# its positions stays below one in so many of them.
-_BATCHES = 32
-_WORTH_A_PASS = 50
 
 
 class Scorer:
@@ -85,22 +72,16 @@ class Scorer:
         self.n_row_positions = 0
         sharing = reuse if reuse in ("copy", "lend") else "auto"
         self._passes = Passes(model, attr_target, self.device, sharing)
-        self._max_rows = max_rows or sys.maxsize
-        self._overhead = memory.overhead(model, self.device) if overhead is None else overhead
-        self._row_overhead = memory.start(model, self.device) if overhead is None else overhead
-        self._always_packs = reuse == "pack"
-        self._reuse = reuse != "off" and _compat.state_argument(model) is not None
-        self._compared = 0  # length up to which reading on has been seen to be right
-        self._packed = 0  # and up to which packs have
-        # Rows in a pack attend one by one, which leaves a GPU idle.
-        self._packs = reuse == "pack" or (reuse == "auto" and self.device.type == "cpu")
-        self._head: tuple[tuple[int, ...], Any] = ((), None)
+        self._batching = Batching(
+            self._passes,
+            max_rows=max_rows,
+            reuse=reuse,
+            overhead=overhead,
+            shares_work=processes is not None,
+        )
         self._processes = processes or Processes()
-        self._shares_work = processes is not None
         self._journal: Journal | None = None
         self._generated: Tensor | None = None
-        self._keeps_budget = processes is not None
-        self._budget: int | None = None
         self._trusts_journal = False
         self.n_scored = [0] * self._processes.n_replicas
         self._show_progress = show_progress and self._processes.is_main
@@ -130,7 +111,7 @@ class Scorer:
     @property
     def packs(self) -> bool:
         """Whether rows are packed in one sequence; known after the first comparison."""
-        return self._packed > 0
+        return self._batching.packs
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
         """The token ids that the model continues a row with; all processes get the same.
@@ -217,8 +198,8 @@ class Scorer:
             found = self._look([row])
             self._noise.note([row], self._asked(found, [row], target))
 
-            mixes = self._mixes_positions(found.longest)
-            apart = mixes or found.couples_rows or row.extras is not None or self._max_rows == 1
+            mixes = self._batching.mixes_positions(found.longest)
+            apart = mixes or row.extras is not None or self._batching.max_rows == 1
             cuts = found.step_by_step or not mixes
             return self._noise.floor(found, target, together=not apart, cuts=cuts)
 
@@ -232,10 +213,7 @@ class Scorer:
         found = self._findings
         if found is None:
             return {}
-        reads_on = self._compared > 0 if self._compared or not self._reuse else None
-        packs = True if self._packed else None
-        about = {"reuses_beginnings": reads_on, "lends_beginnings": self._passes.lends}
-        return {"probe": found.told() | about | {"packs_rows": packs}, "batching": found.manner}
+        return {"probe": found.told() | self._batching.told(), "batching": found.manner}
 
     def _look(self, rows: Sequence[TokenRow]) -> Findings:
         """What the model does on such rows; it is looked at where these are news."""
@@ -251,9 +229,7 @@ class Scorer:
         found = self._processes.decide(lambda: findings(self.model, looked_at, extras))
         if extras:  # rows are given one by one, whatever their lengths
             found = replace(found, shortest=0, longest=sys.maxsize)
-        if found.couples_rows:
-            self._max_rows = 1
-            self._reuse = self._packs = False
+        self._batching.heed(found)
         self._passes.kept = found.kept
         self._findings = found
         return found
@@ -297,10 +273,10 @@ class Scorer:
         """Scores rows, or some of them and backs off where memory runs out."""
         keys, rows = list(todo), list(todo.values())
         content = _digest_of(keys)
-        if self._budget is None and self._keeps_budget:
-            self._budget = self._agreed_budget()
+        if self._batching.budget is None and self._batching.repeats:
+            self._batching.budget = self._agreed_budget()
         root, planned, (places, known) = self._processes.decide(
-            lambda: (self._planned(rows, target), content, self._stored(keys))
+            lambda: (self._batching.plan(rows, target), content, self._stored(keys))
         )
         stored = dict(zip(places, known, strict=True))
         if planned != content:
@@ -309,14 +285,13 @@ class Scorer:
                 "same prompt, target, baselines, method and seed."
             )
         self._check_stored(stored, rows, target)
-        root = self._after_head(root, rows, target)
-        state = self._head[1] if root.start else None
+        root, state = self._batching.read_head(root, rows, target)
         if stored:
             for i, values in stored.items():
                 self._keep([(keys[i], rows[i], values)])
             root = without(root, {*stored})
         lengths = [len(row.ids) for row in rows]
-        parts = shares(root, lengths, self._processes.n_replicas, overhead=self._overhead)
+        parts = shares(root, lengths, self._processes.n_replicas, overhead=self._batching.overhead)
         work = self._processes.work()
         failure: tuple[int, RuntimeError] | None = None
         try:
@@ -333,7 +308,7 @@ class Scorer:
         self._take_in(work.rest(), keys, rows)
         if work.failures:
             n_rows, error = min(work.failures, key=lambda told: told[0])
-            if not self._back_off(n_rows):
+            if not self._batching.back_off(n_rows):
                 raise error
 
     def _agreed_budget(self) -> int:
@@ -371,19 +346,6 @@ class Scorer:
         )
         self._trusts_journal = True
 
-    def _after_head(self, root: Branch, rows: Sequence[TokenRow], target: Tensor) -> Branch:
-        """Reads what all rows begin with, once on every process; the plan of what comes after."""
-        if root.stop == root.start:
-            return root
-
-        def keep(state: Any) -> None:
-            self._head = (rows[0].ids[: root.stop], state)
-
-        head = replace(root, batches=(), branches=())
-        for _ in self._passes.run(head, rows, target, self._head[1] if root.start else None, keep):
-            pass
-        return replace(root, start=root.stop)
-
     def _take_in(
         self,
         told: Iterable[tuple[int, Sequence[int], Tensor]],
@@ -401,162 +363,6 @@ class Scorer:
         self._known.update((key, values) for key, _, values in scored)
         self.n_row_positions += sum(len(row.ids) for _, row, _ in scored)
         self._advance(len(scored))
-
-    def _planned(self, rows: Sequence[TokenRow], target: Tensor) -> Branch:
-        """A plan; memory may run out in the comparison that it begins with."""
-        while True:
-            try:
-                return self._plan(rows, target)
-            except RuntimeError as error:
-                if not memory.is_out_of_memory(error) or not self._back_off(self._passes.n_rows):
-                    raise
-
-    def _plan(self, rows: Sequence[TokenRow], target: Tensor) -> Branch:
-        """The cheapest way that is known to be right."""
-        apart = self._cut(rows, target, shares=False)
-        if not self._reuse or any(row.extras is not None for row in rows):
-            return apart
-        together = self._cut(rows, target, shares=True)
-        if (packed := self._plan_packed(rows, target, apart, together)) is not None:
-            return packed
-        lengths = [len(row.ids) for row in rows]
-        saved = apart.positions(lengths) - together.positions(lengths)
-        longest = max(
-            (lengths[b[0]] for branch in together.walk() if branch.stop for b in branch.batches),
-            default=0,
-        )
-        if longest <= self._compared:
-            return together if saved > 0 else apart
-        if saved <= _COMPARISON * longest or not self._compare(rows, together):
-            return apart
-        self._compared = longest
-        return self._cut(rows, target, shares=True)  # now that the size of a state is known
-
-    def _plan_packed(
-        self, rows: Sequence[TokenRow], target: Tensor, apart: Branch, together: Branch
-    ) -> Branch | None:
-        """Packs, where they cost less than the other ways and are known to be right."""
-        longest = max(len(row.ids) for row in rows)
-        if not self._packs or self._mixes_positions(longest):
-            return None
-        lengths = [len(row.ids) for row in rows]
-        first = min(row.first for row in rows)
-        head = len(self._head[0]) if self._begins_with_head(rows, first) else 0
-        most_ids, most_rows = self._memory(target).most_packed(longest, head)
-
-        def cut() -> Branch:
-            return plan_packed(
-                [row.ids for row in rows],
-                overhead=self._overhead,
-                most_ids=most_ids,
-                most_rows=min(most_rows, self._most_rows(len(rows), longest)),
-                head=head,
-                most_head=first,
-                # Where some packs are run elsewhere, or were long ago, no other hangs on them.
-                chained=self._passes.chains and not self._keeps_budget,
-            )
-
-        root = cut()
-
-        def cost(one: Branch, compared: float = float("inf"), rows_compared: int = 0) -> int:
-            comparison = rows_compared * longest if longest > compared else 0
-            return one.positions(lengths) + one.n_passes() * self._overhead + comparison
-
-        if self._always_packs:
-            pays = root.positions(lengths) < apart.positions(lengths)
-        else:
-            here = cost(root, self._packed, _COMPARISON_OF_PACKS) + len(rows) * self._row_overhead
-            n_said = len(rows) * len(target)
-            here -= self._passes.spared_in_packs(root.positions(lengths), n_said)
-            pays = here < min(cost(apart), cost(together, self._compared, _COMPARISON))
-        if not pays or (longest > self._packed and not self._compare_packed(rows)):
-            return None
-        self._packed = max(longest, self._packed)
-        return cut()
-
-    def _cut(self, rows: Sequence[TokenRow], target: Tensor, *, shares: bool) -> Branch:
-        fits = self._memory(target)
-        longest = max(len(row.ids) for row in rows)
-        # Pixel values and the like are made for one prompt each.
-        has_extras = any(row.extras is not None for row in rows)
-        most = 1 if has_extras else self._most_rows(len(rows), longest)
-        even = self._mixes_positions(longest)
-        first = min(row.first for row in rows)
-        # A callable is given the logits of all target tokens at once.
-        whole = not isinstance(self.attr_target, str)
-        shareable = [min(len(row.ids) - 2, row.first if whole else sys.maxsize) for row in rows]
-        usable = shares and not even and self._begins_with_head(rows, min(first, *shareable))
-        return plan(
-            [row.ids for row in rows],
-            shareable if shares and not even else [0] * len(rows),
-            overhead=self._overhead,
-            most_padding=0 if even else self._overhead,
-            most_rows=lambda longest, before: min(most, fits.most_rows(longest, before)),
-            head=len(self._head[0]) if usable else 0,
-            most_head=first,
-        )
-
-    def _memory(self, target: Tensor) -> Memory:
-        return Memory(
-            self.model,
-            self.device,
-            kept=self._passes.kept,
-            n_target=len(target),
-            state_bytes=self._passes.state_bytes,
-            budget=self._budget,
-            lends=bool(self.lends),
-            # What is known later must not change batches that an earlier run may have begun with.
-            makes_logits=self._passes.makes_logits or self._keeps_budget,
-        )
-
-    def _most_rows(self, n_rows: int, longest: int) -> int:
-        """How many rows may run together, whatever the memory."""
-        if not self._shares_work:
-            return self._max_rows
-        # Of the rows alone, not of the number of processes: the same values come out.
-        worth = _WORTH_A_PASS * self._overhead // longest
-        return min(self._max_rows, max(-(-n_rows // _BATCHES), worth, 1))
-
-    def _mixes_positions(self, longest: int) -> bool:
-        """Whether what a position means depends on the other rows of its batch."""
-        even = self._findings is not None and self._findings.even
-        return even or longest > (_compat.fixed_positions(self.model) or sys.maxsize)
-
-    def _begins_with_head(self, rows: Sequence[TokenRow], most: int) -> bool:
-        """Whether all rows begin with what has been read, and it is not more than may be shared."""
-        head = self._head[0]
-        return len(head) <= most and all(row.ids[: len(head)] == head for row in rows)
-
-    def _compare_packed(self, rows: Sequence[TokenRow]) -> bool:
-        """Whether the model reads a row in a pack as it reads it alone."""
-        reason = why_not_packed(self._passes, rows)
-        if reason is not None:
-            self._packs = False
-            _logger.info("%s is given rows apart (%s).", type(self.model).__name__, reason)
-        return self._packs
-
-    def _compare(self, rows: Sequence[TokenRow], root: Branch) -> bool:
-        """Whether the model reads on as it reads."""
-        reason = why_not_read_on(self._passes, rows, root)
-        if reason is not None:
-            _logger.warning(
-                "%s computes every row on its own, beginnings are not reused (%s).",
-                type(self.model).__name__,
-                reason,
-            )
-            self._reuse = False
-        return self._reuse
-
-    def _back_off(self, n_rows: int) -> bool:
-        """Asks for less memory than a pass of so many rows; whether there is less to ask for."""
-        self._head = ((), None)
-        if n_rows > 1:
-            self._max_rows = n_rows // 2
-        elif self._reuse:
-            self._reuse = False
-        else:
-            return False
-        return True
 
     @contextmanager
     def progress(self) -> Generator[None]:
@@ -579,7 +385,7 @@ class Scorer:
         if open_journal is None:
             yield
             return
-        self._keeps_budget = True
+        self._batching.repeats = True
         try:
             if self._processes.is_main:
                 self._journal = open_journal()
