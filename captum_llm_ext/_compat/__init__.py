@@ -7,8 +7,10 @@ from captum_llm_ext._compat.forward import (
     called,
     forward_arguments,
     input_device,
+    keeping_logits,
     kept_logits,
     sequence_logits,
+    uncached,
 )
 from captum_llm_ext._compat.generation import (
     arguments_for_generate,
@@ -80,6 +82,7 @@ __all__ = [
     "is_list_of_layers",
     "is_transformers",
     "is_transformers_object",
+    "keeping_logits",
     "keeps_every_id",
     "kept_logits",
     "language_part",
@@ -101,6 +104,7 @@ __all__ = [
     "state_bytes",
     "summed_over_shards",
     "text_config",
+    "uncached",
     "uncompiled",
     "versions",
     "vocabulary_size",

@@ -49,6 +49,24 @@ def forward_arguments(model: nn.Module) -> frozenset[str]:
     return frozenset(_signature(model))
 
 
+def uncached(model: nn.Module) -> dict[str, Any]:
+    """Arguments with which the model's forward keeps no state."""
+    return {"use_cache": False} if "use_cache" in forward_arguments(model) else {}
+
+
+def keeping_logits(kept: str | None, at: Tensor, ids: Tensor) -> dict[str, Any]:
+    """Arguments with which a forward need not give more logits than those of some places.
+
+    Args:
+        kept: As `kept_logits` says.
+        at: The places, ``(batch, n)``. With ``"count"`` it gives those of all from the first on.
+        ids: Its token ids ``(batch, length)``.
+    """
+    if kept == "positions":
+        return {"logits_to_keep": at.to(ids.device)}
+    return {"logits_to_keep": ids.shape[1] - int(at.min())} if kept == "count" else {}
+
+
 def _signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     inner = uncompiled(model)
     inner = inner.module if isinstance(inner, nn.DataParallel) else inner

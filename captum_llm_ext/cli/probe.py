@@ -184,7 +184,7 @@ def _rows(prompt: Sequence[int], target: Sequence[int]) -> list[TokenRow]:
 @torch.no_grad()
 def _plain_values(model: Any, rows: Sequence[TokenRow], target: Tensor, *, apart: bool) -> Tensor:
     """One uncached, unpadded forward per row, or per target token with nothing after it."""
-    arguments = {"use_cache": False} if "use_cache" in _compat.forward_arguments(model) else {}
+    arguments = _compat.uncached(model)
 
     def logits(ids: Sequence[int]) -> Tensor:
         given = torch.tensor([ids], device=_compat.input_device(model), dtype=torch.int64)

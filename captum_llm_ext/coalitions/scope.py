@@ -26,6 +26,12 @@ class Scope:
     required: Tensor
     n_sharing: int = 0
 
+    @classmethod
+    def of_all(cls, n_target: int, n_features: int) -> "Scope":
+        """Every target depends on every feature, and needs none."""
+        visible = torch.full((n_target,), n_features, dtype=torch.int64, device="cpu")
+        return cls(visible, torch.full_like(visible, -1))
+
     def share(self, effort: float) -> float:
         """What of an effort for all targets is for each of them."""
         return effort / max(self.n_sharing or len(self.n_visible), 1)

@@ -2,8 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -38,6 +37,7 @@ from captum_llm_ext.scoring import (
     model_identity,
     planned_generation,
 )
+from captum_llm_ext.scoring.progress import ProgressBar
 from captum_llm_ext.segment import Unit
 from captum_llm_ext.target import (
     Skipped,
@@ -259,7 +259,6 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         prompt.places()  # whether it knows any, before the costly part
         kept = present_features(baselines, prompt.n_features, is_drawn=points.is_sampled)
         context = Context(prompt, self.tokenizer, Likelihood(self.model, self.tokenizer))
-        generation = None if target is not None else self.generation(gen_args)
         planned = cast(Generation, generation)
         generate = partial(generate_target, scorer, context.full, planned, seed)
         ids = target_ids(target, self.tokenizer, gen_args, generate, context.full, skip_tokens)
@@ -286,7 +285,9 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             grad_kwargs=grad_kwargs,
         )
         joint = None
-        with _progress(show_progress) as (paths.on_total, paths.on_rows):
+        bar = ProgressBar("points of the path", "row", is_shown=show_progress)
+        paths.on_total, paths.on_rows = bar.announce, bar.advance
+        with bar.shown():
             found = paths.attribute(generated)
             if self.attr_target == "prob":
                 fixed = context.generated(ids, None, None)
@@ -312,11 +313,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         check_stored(scorer, context.full, context.generated(target.cpu(), None, None), values)
 
     def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
-        """How a target is generated, where none is given.
-
-        Raises:
-            ValueError, TypeError: If it cannot be, or an argument has no meaning.
-        """
+        """See `GenerationAttribution.generation`."""
         return planned_generation(self.model, self.tokenizer, gen_args)
 
     def _layer(self) -> torch.nn.Module | None:
@@ -395,23 +392,3 @@ def _warn_of_gap(gap: Tensor, explained: Tensor, n_steps: int | None) -> None:
             "that are text of the same kind, from where the path is smoother than from zero.",
             stacklevel=3,
         )
-
-
-Count = Callable[[int], None]
-
-
-@contextmanager
-def _progress(is_shown: bool) -> Generator[tuple[Count | None, Count | None]]:
-    """Draws a bar over points that go through the model: how many there will be, and have been."""
-    if not is_shown:
-        yield None, None
-        return
-    from tqdm.auto import tqdm  # captum and transformers both bring it
-
-    with tqdm(total=0, desc="points of the path", unit="row") as bar:
-
-        def announce(n: int) -> None:
-            bar.total += n
-            bar.refresh()
-
-        yield announce, lambda n: cast(None, bar.update(n))

@@ -100,15 +100,12 @@ class Reader:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.kept = _compat.kept_logits(model)
-        self._arguments = _compat.forward_arguments(model)
+        self._uncached = _compat.uncached(model)
 
     def logits(self, ids: Tensor, at: Tensor) -> Tensor:
         """Logits ``(batch, n, vocabulary)`` at places ``at (n,)`` of ``ids (batch, length)``."""
-        arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in self._arguments else {}
-        if self.kept == "positions":
-            arguments["logits_to_keep"] = at.to(ids.device).expand(len(ids), -1)
-        elif self.kept == "count":
-            arguments["logits_to_keep"] = ids.shape[1] - int(at.min())
+        kept = _compat.keeping_logits(self.kept, at.expand(len(ids), -1), ids)
+        arguments = {**self._uncached, **kept}
         logits = _compat.sequence_logits(_compat.called(self.model, ids, **arguments))
         places = self.places(at, ids.shape[1], logits.shape[1])
         return logits if places is None else logits[:, places.to(logits.device)]

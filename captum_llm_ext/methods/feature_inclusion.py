@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from captum.attr._utils.attribution import PerturbationAttribution
 
 from captum_llm_ext.coalitions import (
@@ -63,9 +62,5 @@ class FeatureInclusion(PerturbationAttribution):
         n = len(game.features)
         plan = join_plans([plan_anchors(n), plan_only_one_in(n, common_draw=True)])
         values = game.values(plan)
-        n_outputs = values.shape[1]
-        scope = Scope(
-            torch.full((n_outputs,), n, dtype=torch.int64, device="cpu"),
-            torch.full((n_outputs,), -1, dtype=torch.int64, device="cpu"),
-        )
+        scope = Scope.of_all(values.shape[1], n)
         return game.attributions(solve_only_one_in(plan, values, scope).attributions)

@@ -120,10 +120,7 @@ class PartitionShap(PerturbationAttribution):
         chosen = partition(tree, n_features, self.scheme, n_samples)
         anchors = plan_anchors(n_features)
         ends = game.values(anchors)
-        scope = Scope(
-            torch.full((ends.shape[1],), n_features, dtype=torch.int64, device="cpu"),
-            torch.full((ends.shape[1],), -1, dtype=torch.int64, device="cpu"),
-        )
+        scope = Scope.of_all(ends.shape[1], n_features)
         generator = torch.Generator().manual_seed(seed)
         plan, values = chosen.run(game.values, scope, generator)
         plan, values = join_plans([anchors, plan]), torch.cat([ends, values])

@@ -3,7 +3,7 @@
 import warnings
 from array import array
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from captum_llm_ext.remote.providers import (
 from captum_llm_ext.remote.transport import UnusableAnswerError
 from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.scoring import Journal, Processes, TokenRow, check_same
+from captum_llm_ext.scoring.progress import ProgressBar
 from captum_llm_ext.scoring.rows import digest
 
 # Nats that a server may differ from itself: batches change last digits of half precision.
@@ -68,7 +69,7 @@ class RemoteScorer:
         self._source, self._tokenizer = provider, tokenizer
         self._most_prompts = min(provider.most_prompts, max_rows or provider.most_prompts)
         self._missing, self._most_requests = missing, most_requests
-        self._show_progress = show_progress
+        self._bar = ProgressBar("requests", "prompt", is_shown=show_progress)
         self._rows: dict[bytes, Tensor] = {}
         self._known: dict[bytes, Tensor] = {}
         # Tokens after a beginning: which request tells them, and at what place.
@@ -76,7 +77,6 @@ class RemoteScorer:
         self._journal: Journal | None = None
         self._generated: Tensor | None = None
         self._trusts_journal = self._has_warned = False
-        self._bar: Any = None
 
     @property
     def takes_ids(self) -> bool:
@@ -140,10 +140,10 @@ class RemoteScorer:
         n_apart = self._n_unknown(apart)
         n = self._n_unknown(whole) + n_apart
         self._warn_of_cost(n, len(new))
-        self._announce(n)
+        self._bar.announce(n)
         # Those of whole rows first: they may tell what the others would ask for.
         self._ask(whole, wanted={k for k in apart if k not in self._known})
-        self._announce(self._n_unknown(apart) - n_apart)
+        self._bar.announce(self._n_unknown(apart) - n_apart)
         self._ask(apart)
         for d, row in new.items():
             self._rows[d] = self._assembled(row, parts[d], target)
@@ -166,7 +166,7 @@ class RemoteScorer:
         }
         requests = _merged(request for request in asked.values() if request.asked)
         self._look_up([*requests])
-        self._announce(self._n_unknown(requests))
+        self._bar.announce(self._n_unknown(requests))
         self._ask(requests)
         instead = self._missing or 0.0
         sums = {k: self._known[k].nan_to_num(nan=instead).sum() for k in requests}
@@ -275,7 +275,7 @@ class RemoteScorer:
     def _take_in(self, request: Request, answer: Answer, wanted: set[bytes]) -> str | None:
         """Keeps an answer; in place of one that cannot be used, what is wrong with it."""
         self.n_requests += 1
-        self._advance()
+        self._bar.advance()
         for i in request.wanted:
             value = answer.values[i]
             if value is None and self._missing is None:
@@ -331,16 +331,9 @@ class RemoteScorer:
         counts = {"n_requests": self.n_requests, "n_missing": self.n_missing}
         return self._source.told() | counts
 
-    @contextmanager
-    def progress(self) -> Generator[None]:
+    def progress(self) -> AbstractContextManager[None]:
         """Draws one bar over all requests within, whatever number of calls they come in."""
-        if not self._show_progress:
-            yield
-            return
-        from tqdm.auto import tqdm  # captum and transformers both bring it
-
-        with tqdm(total=0, desc="requests", unit="prompt") as self._bar:
-            yield
+        return self._bar.shown()
 
     @contextmanager
     def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
@@ -357,17 +350,7 @@ class RemoteScorer:
 
     def forecast(self, n_rows: int) -> None:
         """See `Scorer.forecast`."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"about {n_rows} more coalitions" if n_rows > 0 else "")
-
-    def _announce(self, n_requests: int) -> None:
-        if self._bar is not None:
-            self._bar.total += n_requests
-            self._bar.refresh()
-
-    def _advance(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.note(f"about {n_rows} more coalitions" if n_rows > 0 else "")
 
 
 def _noise(values: Tensor) -> Tensor:

@@ -121,9 +121,11 @@ def batch_budget(device: torch.device) -> int:
     return _CPU_BUDGET if free is None else min(_CPU_BUDGET, free // 4)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
     text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(
+    return isinstance(error, RuntimeError) and any(
         words in text for words in ("out of memory", "not enough memory", "can't allocate memory")
     )

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.scoring.passes import Passes, rounding
-from captum_llm_ext.scoring.plan import Branch
 from captum_llm_ext.scoring.probe import Findings
 from captum_llm_ext.scoring.rows import TokenRow
 
@@ -124,11 +123,11 @@ class NoiseFloor:
             if found.step_by_step:
                 alone[i] = self._stepped(row, target, range(len(target)))
             else:
-                alone[i] = self._together([row], target)[0]
+                alone[i] = self._passes.together([row], target)[0]
         ways = [computed, alone]
         if together:
             batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-            ways.append(torch.cat([self._together(some, target) for some in batches]))
+            ways.append(torch.cat([self._passes.together(some, target) for some in batches]))
         stacked = torch.stack(ways)
         highest = stacked.nan_to_num(nan=-torch.inf).amax(0)
         apart = (highest - stacked.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)
@@ -144,13 +143,7 @@ class NoiseFloor:
         values = torch.full((len(target),), torch.nan, dtype=torch.float64, device="cpu")
         for t in tokens:
             if (end := row.up_to(t)) is not None:
-                values[t] = self._together([end], target[t : t + 1])[0, 0]
-        return values
-
-    def _together(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
-        """Values ``(n_rows, n_target)`` of rows in one batch."""
-        every = tuple(range(len(rows)))
-        [(_, values)] = self._passes.run(Branch(0, 0, every, (every,)), rows, target)
+                values[t] = self._passes.together([end], target[t : t + 1])[0, 0]
         return values
 
     def _scales(self, values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,22 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torc
 def rounding(dtype: torch.dtype | None) -> float:
     """Largest difference between log-probabilities that other shapes of the same products make."""
     return _ROUNDING.get(dtype or torch.float32, _ROUNDING[torch.float32])
+
+
+def reason_against(error_of: Callable[[], float]) -> str | None:
+    """Why a way of computing values is not right; None where it is.
+
+    Args:
+        error_of: Goes that way; returns the largest difference that it makes, over what rounding
+            explains.
+    """
+    try:
+        error = error_of()
+    except Exception as failure:  # whatever a model does with a state: there is a way without
+        if is_out_of_memory(failure):
+            raise
+        return f"{type(failure).__name__}: {failure}"
+    return None if error <= 1 else f"values differ by {error:.2g} times rounding"
 
 
 class Passes:
@@ -142,6 +159,12 @@ class Passes:
                 (grown, state, grown is branch.branches[-1] and branch is not root)
                 for grown in reversed(branch.branches)
             ]
+
+    def together(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+        """Values ``(n_rows, n_target)`` of whole rows in one batch."""
+        every = tuple(range(len(rows)))
+        [(_, values)] = self.run(Branch(0, 0, every, (every,)), rows, target)
+        return values
 
     def _batches(
         self,
@@ -344,13 +367,11 @@ class Passes:
             arguments["use_cache"] = keeps_state or state is not None
         if state is not None:
             arguments[self._state or ""] = state
-        if self.kept == "positions":
-            arguments["logits_to_keep"] = at.to(self.device)
-        elif self.kept == "count":
-            arguments["logits_to_keep"] = ids.shape[1] - int(at.min())
+        given = ids.to(self.device)
+        arguments |= _compat.keeping_logits(self.kept, at, given)
         # A callable of the user's may keep what it is given.
         with self._head.watched() if isinstance(self.attr_target, str) else nullcontext():
-            output = _compat.called(self.model, ids.to(self.device), **arguments)
+            output = _compat.called(self.model, given, **arguments)
         self.n_positions += ids.numel()
         said = self._head.said(_compat.sequence_logits(output))
         if self.kept != "positions":
@@ -421,7 +442,7 @@ class Passes:
                 if (found := error()) <= 1:
                     return found
             except Exception as failure:  # whatever a model does: there is a way without
-                if isinstance(failure, RuntimeError) and is_out_of_memory(failure):
+                if is_out_of_memory(failure):
                     raise
             self._ends_of_model = None
         return error()
@@ -478,13 +499,7 @@ class Passes:
 
     def _can_lend(self, error: Callable[..., float]) -> bool:
         """Whether rows read on rightly from a state that they have no copies of."""
-        try:
-            found = error(lends=True)
-            reason = None if found <= 1 else f"values differ by {found:.2g} times rounding"
-        except Exception as failure:  # whatever a model does with keys: there is a way without
-            if isinstance(failure, RuntimeError) and is_out_of_memory(failure):
-                raise
-            reason = f"{type(failure).__name__}: {failure}"
+        reason = reason_against(partial(error, lends=True))
         if reason is not None:
             self._stop_lending(reason)
         return reason is None

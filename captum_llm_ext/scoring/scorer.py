@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
@@ -20,9 +20,9 @@ from captum_llm_ext.scoring.journal import Journal
 from captum_llm_ext.scoring.logits import AttrTarget
 from captum_llm_ext.scoring.noise import NoiseFloor
 from captum_llm_ext.scoring.passes import Passes, rounding
-from captum_llm_ext.scoring.plan import Branch
 from captum_llm_ext.scoring.probe import Findings, findings
 from captum_llm_ext.scoring.processes import Processes
+from captum_llm_ext.scoring.progress import ProgressBar
 from captum_llm_ext.scoring.rows import TokenRow, digest
 from captum_llm_ext.scoring.seeded import reseeded, seeded
 from captum_llm_ext.scoring.shares import shares, without
@@ -84,11 +84,11 @@ class Scorer:
         self._generated: Tensor | None = None
         self._trusts_journal = False
         self.n_scored = [0] * self._processes.n_replicas
-        self._show_progress = show_progress and self._processes.is_main
+        is_shown = show_progress and self._processes.is_main
+        self._bar = ProgressBar("model evaluations", "row", is_shown=is_shown)
         self._known: dict[bytes, Tensor] = {}
         self._findings: Findings | None = None
         self._noise = NoiseFloor(self._passes)
-        self._bar: Any = None
 
     @property
     def processes(self) -> Processes:
@@ -253,7 +253,7 @@ class Scorer:
     def _values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
         digests = [digest(row, target) for row in rows]
         todo = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
-        self._announce(len(todo))
+        self._bar.announce(len(todo))
         while todo:
             self._score(todo, target)
             todo = {d: row for d, row in todo.items() if d not in self._known}
@@ -335,12 +335,11 @@ class Scorer:
         if self._trusts_journal or not stored:
             return
         i = min(stored, key=lambda i: len(rows[i].ids))
-        alone = Branch(0, 0, (i,), ((i,),))
-        [(_, values)] = self._passes.run(alone, rows, target)
+        [values] = self._passes.together([rows[i]], target)
         check_same(
-            values[0],
+            values,
             stored[i],
-            self.tolerance(values[0]),
+            self.tolerance(values),
             whose="the checkpoint holds values",
             advice="Give another file, or delete this one to begin anew.",
         )
@@ -362,18 +361,12 @@ class Scorer:
     def _keep(self, scored: Sequence[tuple[bytes, TokenRow, Tensor]]) -> None:
         self._known.update((key, values) for key, _, values in scored)
         self.n_row_positions += sum(len(row.ids) for _, row, _ in scored)
-        self._advance(len(scored))
+        self.n_evaluations += len(scored)
+        self._bar.advance(len(scored))
 
-    @contextmanager
-    def progress(self) -> Generator[None]:
+    def progress(self) -> AbstractContextManager[None]:
         """Draws one bar over all evaluations within, whatever number of calls they come in."""
-        if not self._show_progress:
-            yield
-            return
-        from tqdm.auto import tqdm  # captum and transformers both bring it
-
-        with tqdm(total=0, desc="model evaluations", unit="row") as self._bar:
-            yield
+        return self._bar.shown()
 
     @contextmanager
     def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
@@ -397,18 +390,7 @@ class Scorer:
 
     def forecast(self, n_rows: int) -> None:
         """Says in the bar how many evaluations are likely still to come; 0 takes it away."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"about {n_rows} more" if n_rows > 0 else "")
-
-    def _announce(self, n_rows: int) -> None:
-        if self._bar is not None:
-            self._bar.total += n_rows
-            self._bar.refresh()
-
-    def _advance(self, n_rows: int) -> None:
-        self.n_evaluations += n_rows
-        if self._bar is not None:
-            self._bar.update(n_rows)
+        self._bar.note(f"about {n_rows} more" if n_rows > 0 else "")
 
 
 def _digest_of(keys: Sequence[bytes]) -> bytes:

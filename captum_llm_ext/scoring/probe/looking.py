@@ -115,9 +115,7 @@ class _Look:
         self._model, self._extras, self._n_rows = model, extras, len(rows)
         self._device = _compat.input_device(model)
         self._kept = _compat.kept_logits(model)
-        self._uncached = (
-            {"use_cache": False} if "use_cache" in _compat.forward_arguments(model) else {}
-        )
+        self._uncached = _compat.uncached(model)
         self._row = max(rows, key=lambda row: len(row.ids))
         self._short = min(rows, key=lambda row: len(row.ids)).ids
         self._n_before, self._last_only = 0, False
@@ -182,7 +180,7 @@ class _Look:
             # The last places first: a number of them is asked for by its smallest.
             said = [self._said([ids], [own])[0] for own in (ends, ends[1:])]
         except Exception as error:  # whatever an argument of this name means there
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             self._kept = None
             return
@@ -372,10 +370,7 @@ class _Look:
         ids = torch.tensor([[*row] for row in rows], dtype=torch.int64, device=self._device)
         places = torch.tensor([[*own] for own in at], dtype=torch.int64, device="cpu")
         arguments = {**self._uncached, **self._extras}
-        if self._kept == "positions":
-            arguments["logits_to_keep"] = places.to(self._device)
-        elif self._kept == "count":
-            arguments["logits_to_keep"] = ids.shape[1] - int(places.min())
+        arguments |= _compat.keeping_logits(self._kept, places, ids)
         logits = _compat.sequence_logits(_compat.called(self._model, ids, **arguments))
         if self._kept != "positions":
             where = (places - (ids.shape[1] - logits.shape[1])).to(logits.device)

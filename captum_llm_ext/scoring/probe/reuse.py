@@ -1,10 +1,9 @@
 """Whether what rows share can be computed once: seen on rows of the run, before it is relied on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from captum_llm_ext import _compat
-from captum_llm_ext.scoring.memory import is_out_of_memory
-from captum_llm_ext.scoring.passes import Passes
+from captum_llm_ext.scoring.passes import Passes, reason_against
 from captum_llm_ext.scoring.plan import Branch
 from captum_llm_ext.scoring.rows import TokenRow
 
@@ -27,20 +26,10 @@ def why_not_read_on(passes: Passes, rows: Sequence[TokenRow], root: Branch) -> s
     )
     row, other = rows[batch[0]].ids, rows[batch[-1]].ids
     other = other[: depth + (len(other) - depth + 1) // 2]  # so that there is padding
-    return _reason(lambda: passes.reads_on(row, other, depth))
+    return reason_against(lambda: passes.reads_on(row, other, depth))
 
 
 def why_not_packed(passes: Passes, rows: Sequence[TokenRow]) -> str | None:
     """Why the model does not read a row in a pack as it reads it alone; None where it does."""
     longest = max((row.ids for row in rows), key=len)
-    return _reason(lambda: passes.reads_packed(longest))
-
-
-def _reason(error_of: Callable[[], float]) -> str | None:
-    try:
-        error = error_of()
-    except Exception as failure:  # whatever a model does with a state: there is a way without
-        if isinstance(failure, RuntimeError) and is_out_of_memory(failure):
-            raise
-        return f"{type(failure).__name__}: {failure}"
-    return None if error <= 1 else f"values differ by {error:.2g} times rounding"
+    return reason_against(lambda: passes.reads_packed(longest))
