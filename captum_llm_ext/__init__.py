@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Slot,
         TokenBaseline,
     )
+    from captum_llm_ext.baselines.conditional import ModelBaselines
     from captum_llm_ext.baselines.corpus import CorpusBaselines, Match
     from captum_llm_ext.coalition_game import CoalitionGame
     from captum_llm_ext.dataset import DatasetReport, attribute_dataset
@@ -69,6 +70,7 @@ __all__ = [
     "HierarchicalAblation",
     "Infilling",
     "Match",
+    "ModelBaselines",
     "PartitionShap",
     "Redundancy",
     "RemoteGenerationAttribution",
@@ -89,6 +91,7 @@ __all__ = [
 _NAMES = {
     "attribution": "GenerationAttribution",
     "baselines": "Baseline Deletion FixedTexts Infilling Slot TokenBaseline",
+    "baselines.conditional": "ModelBaselines",
     "baselines.corpus": "CorpusBaselines Match",
     "coalition_game": "CoalitionGame",
     "dataset": "DatasetReport attribute_dataset",

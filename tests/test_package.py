@@ -32,6 +32,7 @@ PUBLIC = {
     "HierarchicalAblation",
     "Infilling",
     "Match",
+    "ModelBaselines",
     "PartitionShap",
     "Slot",
     "Redundancy",

@@ -8,7 +8,15 @@ from captum.attr import ProductBaselines
 
 from captum_llm_ext.baselines.infilling import Infilling
 from captum_llm_ext.baselines.labels import Labels
-from captum_llm_ext.baselines.slot import AsksModel, Baseline, LanguageModel, Slot, draw_generator
+from captum_llm_ext.baselines.slot import (
+    AsksModel,
+    Baseline,
+    LanguageModel,
+    Slot,
+    draw_generator,
+    joined,
+    phrases_of,
+)
 from captum_llm_ext.baselines.template import template_parts, template_slots, with_siblings
 from captum_llm_ext.tokens import token_id
 
@@ -24,6 +32,8 @@ __all__ = [
     "draw_generator",
     "for_generated",
     "is_deterministic",
+    "joined",
+    "phrases_of",
     "template_parts",
     "template_slots",
     "with_model",

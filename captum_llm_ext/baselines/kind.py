@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from captum.attr import ProductBaselines
 
 from captum_llm_ext.baselines import Deletion, FixedTexts, TokenBaseline
+from captum_llm_ext.baselines.conditional import ModelBaselines
 from captum_llm_ext.baselines.corpus import CorpusBaselines
 
 
@@ -26,6 +27,8 @@ def kind_of(baseline: object, nothing: str = "deleted") -> str:
             return f"token {baseline.token}"
         case CorpusBaselines():
             return "corpus"
+        case ModelBaselines():
+            return "model"
         case FixedTexts() if not any(any(texts) for texts in baseline.choices):
             return nothing
         case FixedTexts() | ProductBaselines() | Sequence() | Mapping():

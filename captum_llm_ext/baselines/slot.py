@@ -1,7 +1,7 @@
 """What a baseline is asked: one place of a text whose feature is absent."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -89,6 +89,33 @@ class LanguageModel(Protocol):
         """Samples of what follows a text: `n` texts of at most `n_tokens` tokens each."""
         ...
 
+    def likeliest(
+        self, text: str, places: Sequence[int], n: int, fits: Callable[[int, str], bool]
+    ) -> list[list[tuple[str, float]]]:
+        """What may come next at places of a text, all of them from one forward pass.
+
+        Args:
+            text: The text.
+            places: Characters of it that are not white space.
+            n: At most so many tokens a place.
+            fits: Called with the number of a place and what a token shows there, without white
+                space; whether the token may stand there.
+
+        Returns:
+            Per place tokens as text without white space, and the log-probability of each: first
+            the one that stands there, then the likeliest others that fit. Nothing where nothing
+            comes before.
+        """
+        ...
+
+    def log_probs_after(self, beginnings: Sequence[str], text: str) -> Tensor:
+        """The log-probability that each text is continued by `text`, ``(n_beginnings,)``."""
+        ...
+
+    def greedy(self, beginnings: Sequence[str], n_tokens: int) -> list[str]:
+        """What most likely follows each text, token by token."""
+        ...
+
 
 @runtime_checkable
 class AsksModel(Protocol):
@@ -97,6 +124,28 @@ class AsksModel(Protocol):
     def with_model(self, model: LanguageModel, /) -> Baseline:
         """The same baseline with a model to ask; the object itself stays as it is."""
         ...
+
+
+@runtime_checkable
+class KnowsPhrases(Protocol):
+    """A baseline for which several places may be one thing, absent together."""
+
+    def phrases(self, slots: Sequence[Slot], /) -> list[list[int]]:
+        """Neighbouring slots that are absent together, as indices into `slots`."""
+        ...
+
+
+def phrases_of(baseline: Baseline, slots: Sequence[Slot]) -> list[list[int]]:
+    """Slots of one context that are absent together; none for most baselines."""
+    return baseline.phrases(slots) if isinstance(baseline, KnowsPhrases) else []
+
+
+def joined(slots: Sequence[Slot]) -> Slot:
+    """Neighbouring slots as one; its number and feature are those of the first."""
+    if len(slots) == 1:
+        return slots[0]
+    ids = tuple(token for slot in slots for token in slot.ids)
+    return replace(slots[0], stop=slots[-1].stop, ids=ids, siblings=())
 
 
 def draw_generator(seed: int, draw: int, feature: int = 0) -> torch.Generator:

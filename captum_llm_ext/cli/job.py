@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from captum_llm_ext.attribution import GenerationAttribution
+from captum_llm_ext.baselines.conditional import ModelBaselines
 from captum_llm_ext.baselines.corpus import CorpusBaselines
 from captum_llm_ext.cli.command import UsageError, positive
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, location
@@ -31,6 +32,7 @@ _NESTED = ("paragraph", "sentence", "word")  # what a search goes down, if nothi
 _BASELINES = """\
 baselines: what stands where a word is absent
   delete        nothing (of gradients: the zero vector)
+  model         what the model itself would have written there
   <pad>         a token of the vocabulary (token:TEXT where it reads like another line of these)
   corpus:FILE   text from the same surroundings in a file: a document a line, or .jsonl with the
                 field "text"; corpus:demo is the tiny model's
@@ -247,6 +249,8 @@ def as_baselines(given: str, seed: int) -> Any:
     kind, _, name = given.partition(":")
     if given == "delete":
         return None
+    if given == "model":
+        return ModelBaselines()
     if kind == "token" and name:
         return name
     if kind == "corpus" and name:

@@ -1,7 +1,7 @@
 """What the rest of the package knows of a prompt, whatever it was made from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from captum_llm_ext.baselines import (
     Slot,
     draw_generator,
     is_deterministic,
+    joined,
+    phrases_of,
     template_parts,
     with_model,
 )
@@ -183,6 +185,7 @@ class Replacements:
         self._slots = slots
         self._tokenizer = tokenizer
         self._in_place: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._phrases: dict[int, Sequence[int]] | None = None
 
     def with_model(self, model: LanguageModel) -> "Replacements":
         """The same with a model for the baseline to ask."""
@@ -197,8 +200,30 @@ class Replacements:
         explain = getattr(self._baseline, "explain", None)
         return None if explain is None else [explain(slot) for slot in self._slots[:n]]
 
+    def with_phrases(self, absent: Collection[int]) -> Collection[int]:
+        """Slots that are absent, and those that are absent with them.
+
+        Args:
+            absent: Indices of slots.
+        """
+        if not absent or not (phrases := self._phrase_of()):
+            return absent
+        return {index for own in absent for index in phrases.get(own, (own,))}
+
+    def _phrase_of(self) -> Mapping[int, Sequence[int]]:
+        """For slots that are absent with others: all of these."""
+        if self._phrases is None:
+            found = phrases_of(self._baseline, self._slots)
+            self._phrases = {index: phrase for phrase in found for index in phrase}
+        return self._phrases
+
     def draws(
-        self, n_rows: int, generator: torch.Generator, draws: Tensor | None
+        self,
+        n_rows: int,
+        generator: torch.Generator,
+        draws: Tensor | None,
+        *,
+        by_phrase: bool = False,
     ) -> list[Callable[[int], tuple[int, ...]]]:
         """Per row a function from a slot's index to the ids that stand in its place.
 
@@ -206,6 +231,8 @@ class Replacements:
             n_rows: Number of coalitions.
             generator: One number is taken from it; all draws follow from that one.
             draws: Shape ``(n_rows,)``: rows with equal number share a draw. None: each its own.
+            by_phrase: Whether slots that are absent together (see `with_phrases`) are drawn as
+                one; the first has all the ids.
         """
         seed = draw_seed(generator)
         numbers = range(n_rows) if draws is None else draws.tolist()
@@ -214,6 +241,10 @@ class Replacements:
         def ids(draw: int, index: int) -> tuple[int, ...]:
             if (draw, index) not in known:
                 slot = self._slots[index]
+                phrase = self._phrase_of().get(index, (index,)) if by_phrase else (index,)
+                if index != phrase[0]:
+                    return ()  # the first place has what stands for all
+                slot = joined([self._slots[i] for i in phrase])
                 # A generator for each feature: a row draws only what it lacks, and the same as
                 # every other row of its draw. Slots of one feature share it: what they draw from
                 # lists of equal length stands at one place of them.

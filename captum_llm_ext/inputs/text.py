@@ -288,15 +288,17 @@ class TextSegmentInput(InterpretableInput, Prompt):
         self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
     ) -> list[RenderedPrompt]:
         """See `Prompt.render`."""
-        replacements = self._replacements.draws(len(masks), generator, draws)
+        replacements = self._replacements.draws(len(masks), generator, draws, by_phrase=True)
         rows: list[RenderedPrompt] = []
-        for mask, absent in zip(masks.tolist(), replacements, strict=True):
+        for mask, stand_in in zip(masks.tolist(), replacements, strict=True):
+            off = {slot.index for slot in self.slots if not mask[slot.feature]}
+            off = self._replacements.with_phrases(off)
             ids: list[int] = []
             for slot, chunk, is_first in self._chunks:
-                if slot is None or mask[slot.feature]:
+                if slot is None or slot.index not in off:
                     ids += chunk
                 elif is_first:
-                    ids += absent(slot.index)
+                    ids += stand_in(slot.index)
             rows.append(RenderedPrompt(tuple(ids)))
         return rows
 

@@ -1,6 +1,6 @@
 """What baselines may ask a model that an API serves: how probable texts are, and no more."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -45,6 +45,20 @@ class RemoteLikelihood:
     ) -> list[str]:
         """Not to be had: what an API samples does not follow a generator."""
         self._refuse("samples from a seed", "an API does not give", ", or `output_unit=None`")
+
+    def likeliest(
+        self, text: str, places: Sequence[int], n: int, fits: Callable[[int, str], bool]
+    ) -> list[list[tuple[str, float]]]:
+        """Not to be had."""
+        self._refuse("distributions", "an API does not tell")
+
+    def log_probs_after(self, beginnings: Sequence[str], text: str) -> Tensor:
+        """Not to be had without distributions."""
+        self._refuse("distributions", "an API does not tell")
+
+    def greedy(self, beginnings: Sequence[str], n_tokens: int) -> list[str]:
+        """Not to be had without distributions."""
+        self._refuse("distributions", "an API does not tell")
 
     def _ids(self, text: str) -> tuple[int, ...]:
         ids = tokens.encode(self._tokenizer, text).ids

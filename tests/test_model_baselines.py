@@ -1,0 +1,203 @@
+"""Absence by the model's own distribution, held against plain forward passes of the model."""
+
+import pickle
+import random
+
+import pytest
+import tiny
+import torch
+from captum.attr import FeatureAblation, KernelShap, LayerIntegratedGradients
+
+from captum_llm_ext import (
+    GenerationAttribution,
+    GenerationGradientAttribution,
+    ModelBaselines,
+    TextSegmentInput,
+    load_demo,
+)
+from captum_llm_ext.remote.likelihood import RemoteLikelihood
+from captum_llm_ext.scoring import Likelihood
+
+PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    model, tokenizer, _ = load_demo()
+    return model, tokenizer
+
+
+def bound(demo, **options):
+    return ModelBaselines(**options).with_model(Likelihood(*demo))
+
+
+def words(text, tokenizer, baselines, unit="word"):
+    return TextSegmentInput(text, tokenizer, unit, baselines=baselines)
+
+
+def draws(baselines, slot, n=400):
+    return [baselines(slot, torch.Generator().manual_seed(i)) for i in range(n)]
+
+
+def next_word(demo, text, word):
+    """Its probability after a text, by one plain forward pass: words are tokens here."""
+    model, tokenizer = demo
+    *ids, said = tokenizer(f"{text} {word}".strip())["input_ids"]
+    with torch.no_grad():
+        probabilities = model(torch.tensor([ids])).logits[0, -1].double().softmax(0)
+    return float(probabilities[said])
+
+
+@pytest.mark.parametrize("word", ["Dave", "Palm", "FL", "and", "lawyer"])
+def test_draws_are_of_the_models_own_distribution(demo, word):
+    """Its own text included, over the likeliest words of its kind."""
+    baselines = bound(demo, n_candidates=40)
+    inp = words(PROMPT, demo[1], baselines)
+    slot = next(slot for slot in inp.slots if slot.text.strip(" .,") == word)
+    left = PROMPT[: PROMPT.index(word)].rstrip()
+    found = draws(baselines, slot)
+    drawn = [text.strip(" .,") for text in found]
+    chances = {text: next_word(demo, left, text) for text in {*drawn, word}}
+    kept = sum(chances.values())
+    assert kept > 0.95  # of all that may come there
+    for text, chance in chances.items():
+        assert drawn.count(text) / len(drawn) == pytest.approx(chance / kept, abs=0.08)
+    mark = slot.text[-1] if slot.text[-1] in ".," else ""
+    assert all(text.endswith(mark) for text in found)
+
+
+def test_what_the_text_before_determines_stays(demo):
+    baselines = bound(demo)
+    found = baselines.matches(words(PROMPT, demo[1], baselines))
+    matches = dict(zip(PROMPT.split(), found, strict=True))
+    assert all(matches[word].constant for word in ("lives", "in", "is", "a", "personal"))
+    assert not any(matches[word].constant for word in ("Dave", "Palm", "FL", "lawyer."))
+
+
+def test_words_of_a_phrase_are_absent_together(demo):
+    """Without "Palm" nothing says "Coast": whichever of the two is absent, both are."""
+    inp = words(PROMPT, demo[1], ModelBaselines()).with_model(Likelihood(*demo))
+    masks = torch.ones(60, inp.n_features, dtype=torch.bool)
+    masks[:30, 3] = False  # Palm
+    masks[30:, 4] = False  # Coast
+    texts = [demo[1].decode(row.ids) for row in inp.render(masks, torch.Generator().manual_seed(0))]
+    for part in (texts[:30], texts[30:]):
+        assert len({*part}) > 3
+        assert all(("Palm" in text) == ("Coast" in text) for text in part)
+        assert all("lives in" in text and ", FL and is a lawyer." in text for text in part)
+    assert inp.render(masks[:1] | True, torch.Generator().manual_seed(0))[0].ids == inp.ids
+
+
+@pytest.mark.parametrize("method", [FeatureAblation, KernelShap])
+def test_causes_are_named_from_a_prompt_alone(demo, method):
+    """The grammar of the little model: hobbies come of the job, the city, and state and job."""
+    model, tokenizer = demo
+    inp = words(PROMPT, tokenizer, ModelBaselines())
+    result = GenerationAttribution(method(model), tokenizer).attribute(
+        inp, gen_args={"max_new_tokens": 5}
+    )
+    strongest = {
+        token: {inp.names[i].strip(" .,") for i in row.topk(2).indices.tolist()}
+        for token, row in zip(result.output_tokens, result.token_attr, strict=True)
+    }
+    assert "lawyer" in strongest["poker"]
+    assert strongest["surfing"] == {"Palm", "Coast"}
+    assert strongest["history"] == {"FL", "lawyer"}
+
+
+def test_equal_seeds_draw_equally(demo):
+    inp = words(PROMPT, demo[1], ModelBaselines())
+    masks = torch.rand(20, inp.n_features, generator=torch.Generator().manual_seed(1)) > 0.5
+    first, again, other = (
+        [row.ids for row in inp.with_model(Likelihood(*demo)).render(masks, generator)]
+        for generator in (torch.Generator().manual_seed(seed) for seed in (3, 3, 4))
+    )
+    assert first == again != other
+
+
+def test_of_several_words_candidates_end_where_the_feature_does(demo):
+    baselines = bound(demo)
+    text = "Anna lives in Palm Coast, FL and is a nurse."
+    inp = words(text, demo[1], baselines, [(text.index("Palm"), text.index(","))])
+    for found in draws(baselines, inp.slots[0], 30):
+        assert 1 <= len(found.split()) <= 4
+        assert "," not in found
+        assert found.split()[0][0].isupper()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Dave",
+        "...",
+        "Привет мир",
+        "1, 2, 3",
+        "a\n\n\tb  c",
+        "🙂 ok",
+        "私は学生です。",
+        "“Yes”, he said",
+    ],
+)
+@pytest.mark.parametrize("make", [tiny.byte_level, tiny.metaspace, tiny.word_piece])
+def test_any_text(text, make):
+    tokenizer = make()
+    model = tiny.llama(len(tokenizer))
+    inp = words(text, tokenizer, ModelBaselines(n_candidates=3)).with_model(
+        Likelihood(model, tokenizer)
+    )
+    masks = ~torch.eye(inp.n_features, dtype=torch.bool)
+    rows = inp.render(masks, torch.Generator().manual_seed(0))
+    assert all(row.ids for row in rows)
+    assert len(inp.matches()) == len(inp.slots)
+
+
+def test_another_model_may_propose(demo):
+    """With a tokenizer of its own."""
+    tokenizer = tiny.byte_level()
+    model = tiny.llama(len(tokenizer))
+    asked = ModelBaselines(Likelihood(*demo))
+    result = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(
+        words(PROMPT, tokenizer, asked), "poker"
+    )
+    examples = [match["examples"] for match in result.provenance["matches"]["prompt"]]
+    assert any("Dover" in example for example in examples[3])
+
+
+def test_without_a_model_it_says_what_to_do(demo):
+    inp = words(PROMPT, demo[1], ModelBaselines())
+    with pytest.raises(ValueError, match="asks the model under explanation"):
+        inp.to_model_input(torch.zeros(1, inp.n_features))
+    with pytest.raises(ValueError, match="give at least 1"):
+        ModelBaselines(n_candidates=0)
+
+
+def test_copies_ask_anew(demo):
+    baselines = pickle.loads(pickle.dumps(bound(demo, n_candidates=3)))
+    assert baselines.n_candidates == 3
+    inp = words(PROMPT, demo[1], baselines).with_model(Likelihood(*demo))
+    slot = inp.slots[random.Random(0).randrange(3)]
+    assert inp.matches()[slot.index].level == "model"
+
+
+def test_nothing_is_asked_while_nothing_is_absent(demo):
+    class Silent(Likelihood):
+        def likeliest(self, *arguments):
+            pytest.fail("the model was asked")
+
+    inp = words(PROMPT, demo[1], ModelBaselines()).with_model(Silent(*demo))
+    every = torch.ones(1, inp.n_features, dtype=torch.bool)
+    assert inp.render(every, torch.Generator().manual_seed(0))[0].ids == inp.ids
+
+
+def test_gradients_take_each_word_by_itself(demo):
+    model, tokenizer = demo
+    method = LayerIntegratedGradients(model, None)
+    result = GenerationGradientAttribution(method, tokenizer).attribute(
+        words(PROMPT, tokenizer, ModelBaselines()), "poker", n_steps=8
+    )
+    assert result.token_attr[0].abs().argmax() == PROMPT.split().index("lawyer.")
+
+
+def test_an_api_tells_no_distributions(demo):
+    with pytest.raises(ValueError, match="distributions, which an API does not tell"):
+        RemoteLikelihood(None, demo[1]).likeliest("a", [0], 1, lambda *_: True)
