@@ -1,6 +1,7 @@
 """What a model does is seen on the model in hand, and it is asked accordingly."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -132,6 +133,8 @@ COUPLED = {
     "the mean of the batch": lambda: Changed(lambda x, _: x + 0.3 * x.mean(0, keepdim=True)),
     "the number of rows": lambda: Changed(lambda x, _: x * (1 + 0.1 * (len(x) > 1))),
     "the largest of all": lambda: Changed(lambda x, _: x * 9 / x.abs().max()),
+    "more than two rows": lambda: Changed(lambda x, _: x * (1 + 0.1 * (len(x) > 2))),
+    "more than twelve rows": lambda: Changed(lambda x, _: x + 0.3 * x[:1] * (len(x) > 12)),
 }
 
 
@@ -386,6 +389,12 @@ def test_a_model_is_looked_at_once_as_long_as_it_stays_the_same():
     assert passes()[0] == second
     model.ahead = 1.0  # a switch of the module's own
     assert passes()[1].sees_ahead
+    model.ahead, model.config = 0.0, SimpleNamespace(ahead=0.0)  # … or of its configuration
+    model.change = lambda x, ids: x + model.config.ahead * next_of()(torch.zeros_like(x), ids)
+    assert not passes()[1].sees_ahead
+    model.config.ahead = 1.0
+    assert passes()[1].sees_ahead
+    model.config.ahead = 0.0
     longer = [TokenRow((*row.ids, 7, 8), row.positions) for row in rows]
     model.ahead = 0.0
     passes()
@@ -404,23 +413,39 @@ def test_a_model_is_forgotten_with_its_last_user():
     assert len(looking._known) == n - 1
 
 
-def test_lengths_that_change_what_positions_mean_are_seen_and_not_mixed():
-    model = Changed(lambda x, ids: x * (1 + 0.5 * (ids.shape[1] > 18)))
+LENGTHS = {
+    "a threshold": lambda x, ids: x * (1 + 0.5 * (ids.shape[1] > 18)),
+    "odd and even": lambda x, ids: x * (1 + 0.1 * (ids.shape[1] % 2)),
+    "places counted from the end": lambda x, ids: (
+        x * (1 + 0.02 * torch.arange(ids.shape[1]).flip(0)[None, :, None])
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.filterwarnings("ignore:Changed gives equal rows values up to")  # of bfloat16
+def test_how_much_follows_counts_as_what_follows(name, dtype):
+    model = Changed(LENGTHS[name], tiny.llama().to(dtype))
     rows, target = rows_of()
     scorer = Scorer(model)
     values = scorer.values(rows, target)
+    apart = float((values - step_by_step(model, rows, target)).abs().max())
+    if dtype == torch.float32:
+        assert scorer.findings.sees_ahead
+        assert apart < 1e-5
+    else:  # where neighbouring lengths differ as much, it is told as rounding
+        assert apart <= float(scorer.noise_floor(rows[0], target).max())
+
+
+def test_lengths_that_change_what_positions_mean_are_seen_and_not_mixed():
+    model = Changed(lambda x, ids: x * (1 + 0.5 * (ids.shape[1] > 12)))
+    rows, target = rows_of()
+    short = TokenRow(rows[0].ids[10:], range(3, 9))
+    scorer = Scorer(model)
+    values = scorer.values([*rows, short], target)
     assert scorer.findings.mixes_lengths
-    with torch.no_grad():
-        truth = torch.stack(
-            [
-                model(torch.tensor([row.ids]))
-                .logits[0][list(row.positions)]
-                .double()
-                .log_softmax(-1)
-                .gather(1, target[:, None])[:, 0]
-                for row in rows
-            ]
-        )
+    truth = step_by_step(model, [*rows, short], target)
     assert float((values - truth).abs().max()) < 1e-5
 
 

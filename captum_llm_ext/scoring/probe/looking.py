@@ -25,6 +25,8 @@ _ROWS_PER_CUT = 32
 _PLACES = 5
 # So many rows of them are in one pass.
 _AT_ONCE = 8
+# So many rows, of `_FIRST` ids each, show whether it is only larger batches whose rows are coupled.
+_WIDE = 16
 # Differences of log-probabilities that the contract allows: what is below needs no explanation.
 _FINE = 1e-4
 # And what the number of rows may do to a model in float32 at most.
@@ -259,13 +261,14 @@ class _Look:
         mate = self._others(ids)
         short = self._short if len(self._short) < length else mate
         ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
-        at = [0, cuts[0] // 2, *cuts]
+        at = [0, min(cuts[0] // 2, _FIRST - 1), *cuts]
         padded = [*short, *self._others(ids[len(short) :])]
         alone, alone_short = self._said([ids], [at])[0], self._said([short], [ends])[0]
         # Everything at once: other rows, other ids after these, and padding.
         said = self._said([padded, self._cut(cuts[0])], [ends, [*at[:3], *at[2:3] * 2]])
         later = list(zip(self._after(cuts[1:]), alone[3:], strict=True))
-        pairs = [(said[0], alone_short), (said[1, :3], alone[:3]), *later]
+        wide = self._wide(at[:2], _WIDE)
+        pairs = [(said[0], alone_short), (said[1, :3], alone[:3]), (wide, alone[:2]), *later]
         rounding = max(_largest(*pair) for pair in pairs)
         is_rough = self._is_rough(found)
         if rounding <= _FINE:
@@ -285,12 +288,18 @@ class _Look:
         if is_half:
             limit = max(_FINE, _BEYOND * _root_mean_square(copies, alone[:3]), _rough(alone))
         couples = _exceeds(beside[0], beside[1], limit) or _exceeds(copies, beside[1], limit)
-        # Beside itself a row must be what it is alone, too.
-        couples |= not is_half and _largest(copies, alone[:3]) > _BATCHED
+        # Beside itself a row must be what it is alone, too, and beside many others.
+        begun = self._wide(at[:2], 1)
+        if is_half:
+            couples |= _exceeds(wide, self._wide(at[:2], _WIDE, start=1), limit)
+        else:
+            couples |= max(_largest(copies, alone[:3]), _largest(wide, begun)) > _BATCHED
         if couples:
             later = list(zip(self._after(cuts[1:], at_once=1), alone[3:], strict=True))
         followed = [(cut, alone[:3]), (one, other), *later]
         sees = any(_exceeds(*pair, limit) for pair in followed)
+        # How much follows may count as well as what.
+        ended = [self._said([ids[: cuts[0] + n]], [at[:3]])[0] for n in (1, 2)]
         if is_half:
             # Other lengths are other shapes, whose rounding is unlike that of one shape.
             near = [
@@ -299,10 +308,11 @@ class _Look:
             moved = max(_root_mean_square(one, other) for other in near)
             limit = max(limit, _BEYOND * moved, _ROUGH_LENGTHS)
             # In most places: where an expert was chosen by a hair, rounding may choose another.
-            places = zip(one, alone_short, strict=True)
-            mixes = sorted(_root_mean_square(*place) for place in places)[_PLACES // 2] > limit
+            mixes = _usual(one, alone_short) > limit
+            sees |= any(_usual(one, alone[:3]) > limit for one in ended)
         else:
             mixes = _exceeds(one, alone_short, limit)
+            sees |= any(_exceeds(one, alone[:3], limit) for one in ended)
         mixes &= not sees
         if sees or couples or mixes:
             rounding = _largest(copies, alone[:3])
@@ -311,11 +321,22 @@ class _Look:
             sees_ahead=sees,
             couples_rows=couples or found.couples_rows,
             mixes_lengths=mixes,
-            ahead=max(_largest(*pair) for pair in followed),
-            coupling=max(_largest(beside[0], beside[1]), _largest(alone[:3], beside[1])),
+            ahead=max(
+                _largest(*pair) for pair in [*followed, *((one, alone[:3]) for one in ended)]
+            ),
+            coupling=max(
+                *(_largest(*pair) for pair in (beside, (alone[:3], beside[1]))),
+                _largest(wide, begun),
+            ),
             rounding=rounding,
             is_rough=is_rough or couples or rounding > _FINE,
         )
+
+    def _wide(self, at: Sequence[int], most: int, *, start: int = 0) -> Tensor:
+        """What is said at early places of the row's beginning in a batch of so many at most."""
+        begin = self._row.ids[: at[-1] + 1]
+        mates = [self._others(begin, start + n) for n in range(min(self._n_rows, most) - 1)]
+        return self._said([begin, *mates], [at] * (1 + len(mates)))[0]
 
     def _is_rough(self, found: Findings) -> bool:
         """Whether rounding is worth measuring."""
@@ -349,13 +370,13 @@ class _Look:
         ids = self._row.ids
         return [*ids[: place + 1], *self._others(ids[place + 1 :])]
 
-    def _others(self, ids: Sequence[int]) -> list[int]:
-        """As many ids, none of them in its place."""
+    def _others(self, ids: Sequence[int], start: int = 0) -> list[int]:
+        """As many ids, none of them in its place; others again from another start."""
         # Those of the text after the prompt: special ids, such as an image's, mean something.
         first = min((p for p in self._row.positions if p >= 0), default=0)
         pool = sorted({*self._row.ids[first:]})
         pool = pool if len(pool) > 1 else [*pool, int(pool[0] == 0)]
-        return [next(x for x in _from(pool, i) if x != one) for i, one in enumerate(ids)]
+        return [next(x for x in _from(pool, i) if x != one) for i, one in enumerate(ids, start)]
 
     def _said(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
         """Log-probabilities ``(n_rows, n_places, vocabulary)``, float64 on the CPU."""
@@ -400,6 +421,12 @@ def _largest(one: Tensor, other: Tensor) -> float:
 
 def _root_mean_square(one: Tensor, other: Tensor) -> float:
     return float(_differences(one, other).clamp(max=1e3).square().mean().sqrt())
+
+
+def _usual(one: Tensor, other: Tensor) -> float:
+    """The difference at the middle one of several places."""
+    differences = sorted(_root_mean_square(*place) for place in zip(one, other, strict=True))
+    return differences[len(differences) // 2]
 
 
 def _exceeds(one: Tensor, other: Tensor, limit: float) -> bool:

@@ -1,6 +1,9 @@
 """Whether a model is still what it was: without reading a weight, and without a pass."""
 
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -91,7 +94,10 @@ def _content(value: object, seen: set[int], depth: int = 0) -> object:
 
 
 def _is_settings(value: object) -> bool:
-    return _compat.is_transformers_object(value) and hasattr(value, "__dict__")
+    """Whether it is a configuration: of transformers, or a record of a user's own."""
+    is_record = is_dataclass(value) or isinstance(value, SimpleNamespace | Namespace)
+    is_own = is_record and not isinstance(value, type)
+    return (is_own or _compat.is_transformers_object(value)) and hasattr(value, "__dict__")
 
 
 def _settings(value: object, seen: set[int], depth: int) -> Iterator[tuple[str, object]]:
