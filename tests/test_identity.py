@@ -264,6 +264,19 @@ def test_what_no_digest_shows_is_seen_in_a_row_that_is_scored_anew(
         assert (report.n_skipped, report.n_written) == (1, 1)
 
 
+def test_a_switch_that_attention_alone_shows_is_seen_in_a_checkpoint(own, tokenizer, tmp_path):
+    """A row of one id before the target attends to that alone, whatever its queries are."""
+    attention, inp = own.model.layers[0].self_attn, TextSegmentInput(PROMPT, tokenizer)
+    attention.scale = 1.0
+    attention.q_proj.register_forward_hook(lambda module, given, said: said * attention.scale)
+    attribution = GenerationAttribution(FeatureAblation(own), tokenizer)
+    path = tmp_path / "run.safetensors"
+    attribution.attribute(inp, [5], checkpoint=path)
+    attention.scale = 2.0
+    with pytest.raises(ValueError, match="of another model: a row scored anew gives"):
+        attribution.attribute(inp, [5], checkpoint=path)
+
+
 def test_another_configuration_of_generation_counts_where_something_is_generated(
     own, tokenizer, tmp_path
 ):

@@ -258,7 +258,8 @@ class RemoteScorer:
         if self._trusts_journal or self._journal is None or not stored:
             self._trusts_journal = True  # whatever is known from now on, this run has found
             return
-        request = min(stored, key=lambda request: len(request.ids))
+        # Of a short one attention makes little or nothing.
+        request = max(stored, key=lambda request: len(request.ids))
         [answer] = self._source.ask([request])
         self.n_requests += 1
         wanted = list(request.wanted)

@@ -82,7 +82,7 @@ class Scorer:
         self._processes = processes or Processes()
         self._journal: Journal | None = None
         self._generated: Tensor | None = None
-        self._trusts_journal = False
+        self._trusted = 0  # length of the longest stored row that the model has been held against
         self.n_scored = [0] * self._processes.n_replicas
         is_shown = show_progress and self._processes.is_main
         self._bar = ProgressBar("model evaluations", "row", is_shown=is_shown)
@@ -331,10 +331,13 @@ class Scorer:
     def _check_stored(
         self, stored: Mapping[int, Tensor], rows: Sequence[TokenRow], target: Tensor
     ) -> None:
-        """Holds one stored row against the model as it is now."""
-        if self._trusts_journal or not stored:
+        """Holds the longest stored row against the model as it is now.
+
+        Of a short one, such as that where all is absent, attention makes little or nothing.
+        """
+        i = max(stored, key=lambda i: len(rows[i].ids), default=None)
+        if i is None or len(rows[i].ids) <= self._trusted:
             return
-        i = min(stored, key=lambda i: len(rows[i].ids))
         [values] = self._passes.together([rows[i]], target)
         check_same(
             values,
@@ -343,7 +346,7 @@ class Scorer:
             whose="the checkpoint holds values",
             advice="Give another file, or delete this one to begin anew.",
         )
-        self._trusts_journal = True
+        self._trusted = len(rows[i].ids)
 
     def _take_in(
         self,
