@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 from captum_llm_ext import GenerationAttribution, TextSegmentInput, encoding
 from captum_llm_ext.result.convergence import earlier
-from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.scoring import Scorer, TokenRow, exclusive
 from captum_llm_ext.scoring.exclusive import as_found, held
 
 PROMPT = "Dave lives in Palm Coast."
@@ -199,18 +200,23 @@ def test_who_waits_can_be_interrupted():
     def first():
         with held(model):
             inside.set()
-            leave.wait(PATIENCE)
+            until = time.monotonic() + PATIENCE
+            while not exclusive._awaited and time.monotonic() < until:
+                time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGINT)
-            leave.clear()
             leave.wait(PATIENCE)
 
-    thread, _ = in_thread(first)
-    assert inside.wait(PATIENCE)
-    leave.set()
-    with pytest.raises(KeyboardInterrupt), held(model):
-        pass
-    leave.set()
-    thread.join(PATIENCE)
+    # Tests that are spread over processes run with the signal ignored.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread, _ = in_thread(first)
+        assert inside.wait(PATIENCE)
+        with pytest.raises(KeyboardInterrupt), held(model):
+            pass
+        leave.set()
+        thread.join(PATIENCE)
+    finally:
+        signal.signal(signal.SIGINT, usual)
     with held(model):
         pass
 

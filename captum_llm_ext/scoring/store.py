@@ -208,7 +208,7 @@ class Store:
     def clear(self) -> None:
         """Takes away what was left in the store, after `leave`."""
         with suppress(RuntimeError):  # it is done: nothing that goes wrong now matters
-            for key in (*self._keys, f"beat/{self.rank}"):
+            for key in self._keys:
                 self._delete(key)
             self._store.add("gone", 1)
             if self.rank != self._ranks[0]:
@@ -217,8 +217,11 @@ class Store:
             until, nap = time.monotonic() + _FAREWELL, Nap()
             while time.monotonic() < until:
                 if self._store.add("gone", 0) >= len(self._ranks):
-                    for key in ("gone", *(f"left/{rank}" for rank in self._ranks)):
-                        self._store.delete_key(key)
+                    # Until now others may have looked whether a process lives.
+                    for rank in self._ranks:
+                        self._store.delete_key(f"left/{rank}")
+                        self._store.delete_key(f"beat/{rank}")
+                    self._store.delete_key("gone")
                     return
                 nap.take()
 
