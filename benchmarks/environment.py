@@ -5,10 +5,12 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("captum", "torch", "transformers", "accelerate", "numpy")
 
 
@@ -18,7 +20,7 @@ def environment(*, seed: int, device: str = "cpu", dtype: str = "float32") -> di
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", _script(sys.argv[0]), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
@@ -28,6 +30,12 @@ def environment(*, seed: int, device: str = "cpu", dtype: str = "float32") -> di
         "dtype": dtype,
         "seed": seed,
     }
+
+
+def _script(path: str) -> str:
+    """From the root of the repository, wherever that is."""
+    script = Path(path).resolve()
+    return str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
 
 
 def _version(name: str) -> str | None:

@@ -3,7 +3,7 @@
 Every thread's results are held against those of the same calls one after another. Forwards and
 generated texts of the threads that merely use the model must be the same to the last bit.
 
-    python benchmarks/threads.py --out benchmarks/threads.json
+    python benchmarks/threads.py --out benchmarks/results/threads.json
 """
 
 import argparse
