@@ -201,3 +201,17 @@ def test_gradients_take_each_word_by_itself(demo):
 def test_an_api_tells_no_distributions(demo):
     with pytest.raises(ValueError, match="distributions, which an API does not tell"):
         RemoteLikelihood(None, demo[1]).likeliest("a", [0], 1, lambda *_: True)
+
+
+def test_one_pass_tells_the_candidates_of_all_places(demo):
+    class Counting(Likelihood):
+        n_asked = 0
+
+        def likeliest(self, *arguments):
+            self.n_asked += 1
+            return super().likeliest(*arguments)
+
+    model = Counting(*demo)
+    inp = words(PROMPT, demo[1], ModelBaselines()).with_model(model)
+    inp.render(~torch.eye(inp.n_features, dtype=torch.bool), torch.Generator().manual_seed(0))
+    assert model.n_asked == 1

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from captum_llm_ext.baselines import words
-from captum_llm_ext.baselines.bound_words import Span, bound_words, looks_like
+from captum_llm_ext.baselines.alternatives import Alternatives, Span
 from captum_llm_ext.baselines.candidates import BLANK, Candidates, Match
 from captum_llm_ext.baselines.corpus import HasSlots
 from captum_llm_ext.baselines.place import Place, place_of
 from captum_llm_ext.baselines.slot import LanguageModel, Slot
 
 _CANDIDATES = 8  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
-_TO_THE_END = 2  # tokens in which a word that was begun ends
 _TOKENS_PER_WORD = 3
 _MORE_WORDS = 2  # that a stand-in may have than what it stands for
 _SURE = 0.95  # the model's own text, at least so often, is what it would have written anyway
@@ -54,6 +53,7 @@ class ModelBaselines:
         self._proposer = self._model = proposer
         self.n_candidates = n_candidates
         self._known: dict[Slot, Candidates | None] = {}
+        self._read: dict[str, Alternatives] = {}
         self._bound: dict[str, list[Span]] = {}
 
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
@@ -105,8 +105,13 @@ class ModelBaselines:
 
     def _phrases(self, text: str) -> list[Span]:
         if text not in self._bound:
-            self._bound[text] = bound_words(text, self._asked(), self.n_candidates)
+            self._bound[text] = self._alternatives(text).phrases()
         return self._bound[text]
+
+    def _alternatives(self, text: str) -> Alternatives:
+        if text not in self._read:
+            self._read[text] = Alternatives(text, self._asked(), self.n_candidates)
+        return self._read[text]
 
     def _candidates(self, slot: Slot) -> Candidates | None:
         """What may stand in a place; None for white space, which stays."""
@@ -116,29 +121,29 @@ class ModelBaselines:
         return self._known[slot]
 
     def _find(self, slot: Slot, place: Place) -> Candidates:
-        model, start = self._asked(), slot.start + len(place.head)
-        left, kind = slot.context[:start], words.kind(place.atoms[0])
-        (listed,) = model.likeliest(
-            slot.context, [start], self.n_candidates, lambda _, piece: looks_like(piece, kind)
-        )
+        start = slot.start + len(place.head)
+        alternatives = self._alternatives(slot.context)
+        listed = alternatives.at(start, words.kind(place.atoms[0]))
         if not listed:
             return _weighed({place.core: 1.0}, place)
-        pieces = [piece for piece, _ in listed]
+        left, pieces = slot.context[:start], [piece for piece, _ in listed]
+        n_words = len([atom for atom in place.atoms if not words.is_mark(atom)])
+        texts = alternatives.whole(start) if n_words < 2 else self._written(left, pieces, place)
         probabilities = [math.exp(log_prob) for _, log_prob in listed]
-        texts = self._written(left, pieces, place)
-        own = float(model.log_probs_after([left], place.core).exp())
-        weights = {place.core: min(own, probabilities[0])}
-        # What begins as the feature does may go on otherwise.
-        probabilities[0] -= weights[place.core]
+        own = probabilities[0]
+        if pieces[0] != place.core:  # what begins as the feature does may go on otherwise
+            own = min(own, float(self._asked().log_probs_after([left], place.core).exp()))
+        weights = {place.core: own}
+        probabilities[0] -= own
         for text, probability in zip(texts, probabilities, strict=True):
             weights[text] = weights.get(text, 0.0) + probability
         return _weighed(weights, place)
 
     def _written(self, left: str, pieces: Sequence[str], place: Place) -> list[str]:
-        """The likeliest text that begins with each piece, up to where the feature would end."""
+        """The likeliest texts of several words that begin with the pieces, to the feature's end."""
         n_words = len([atom for atom in place.atoms if not words.is_mark(atom)])
-        more = _TO_THE_END if n_words < 2 else _TOKENS_PER_WORD * (n_words + _MORE_WORDS)
-        written = self._asked().greedy([left + piece for piece in pieces], more)
+        n_tokens = _TOKENS_PER_WORD * (n_words + _MORE_WORDS)
+        written = self._asked().greedy([left + piece for piece in pieces], n_tokens)
         after = next(iter(place.right), None)
         return [
             _cut(piece + rest, n_words, after) for piece, rest in zip(pieces, written, strict=True)
@@ -162,10 +167,10 @@ def _cut(text: str, n_words: int, after: str | None) -> str:
     atoms = words.atoms(text)
     stops = [atoms[0].stop]
     for atom in atoms[1 : n_words + _MORE_WORDS + 1]:
-        if n_words < 2 or atom.text == after or words.is_mark(atom.text):
+        if atom.text == after or words.is_mark(atom.text):
             return text[: stops[-1]]
         stops.append(atom.stop)
-    return text[: stops[min(max(n_words, 1), len(stops)) - 1]]
+    return text[: stops[min(n_words, len(stops)) - 1]]
 
 
 def _weighed(weights: dict[str, float], place: Place) -> Candidates:
