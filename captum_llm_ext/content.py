@@ -4,6 +4,7 @@ import copyreg
 import dis
 import functools
 import inspect
+import io
 import json
 import sys
 import sysconfig
@@ -247,6 +248,8 @@ def _state(thing: object) -> Iterable[Any]:
         state: Any = cast(Any, thing).__getstate__()
         return (state, *code)
     held: dict[str, Any] = getattr(thing, "__dict__", {})
+    if isinstance(thing, io.IOBase):  # its attributes are not what it holds
+        raise TypeError("what a file holds cannot be told")
     if not held and hasattr(thing, "tolist"):  # of numpy
         return (cast(Any, thing).tolist(),)
     if not held:

@@ -313,11 +313,17 @@ def test_what_cannot_be_told_is_named():
     one = told(Locked(["a"]))
     assert re.fullmatch(r"Locked [0-9a-f]{16} \(less what cannot be told of: lock\)", one)
     assert one == told(Locked(["a"])) != told(Locked(["b"]))
-    with open(__file__) as file:
-        assert "TextIOWrapper" in told({"file": file})
     recursive = []
     recursive.append(recursive)
     assert told(recursive) == told(recursive)
+
+
+@pytest.mark.parametrize("mode", ["w", "wb"])
+@pytest.mark.parametrize("length", [1, 200])
+def test_an_open_file_is_named_wherever_it_lies(tmp_path, mode, length):
+    with open(tmp_path / ("a" * length), mode) as file:
+        kind = type(file).__name__
+        assert f"(less what cannot be told of: {kind})" in told({"file": file})
 
 
 @pytest.mark.parametrize(
