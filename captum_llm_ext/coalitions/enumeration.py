@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captum_llm_ext.coalitions.draws import squared_influences
 from captum_llm_ext.coalitions.plans import Plan
-from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
+from captum_llm_ext.coalitions.scope import Scope, Solution, View, solve_views
 
 
 def solve_leave_one_out(plan: Plan, values: Tensor, scope: Scope) -> Solution:
@@ -26,33 +26,17 @@ def solve_leave_one_out(plan: Plan, values: Tensor, scope: Scope) -> Solution:
     Raises:
         ValueError: If a row that is needed is missing.
     """
-    solution = Solution.blank(len(scope.n_visible), plan.n_features)
-    for view in views(plan, values, scope):
-        solution.fill(view, *_leave_one_out(view))
-    return solution
+    return solve_views(plan, values, scope, _leave_one_out)
 
 
 def solve_only_one_in(plan: Plan, values: Tensor, scope: Scope) -> Solution:
     """What each target gains when one feature alone is present: ``only - empty``.
 
-    The complement of leave-one-out: it finds what suffices, also where another feature would do.
-
-    Args:
-        plan: Joined from `plan_anchors` and `plan_only_one_in`, with the same `required`.
-        values: Shape ``(n_coalitions, n_target)``.
-        scope: One entry per target.
-
-    Returns:
-        Attributions that need not sum to anything. Standard errors come from the spread over
-        draws; one common draw counts as exact.
-
-    Raises:
-        ValueError: If a row that is needed is missing.
+    The complement of `solve_leave_one_out`, with its arguments, errors and standard errors: it
+    finds what suffices, also where another feature would do. The plan is joined from `plan_anchors`
+    and `plan_only_one_in`, with the same `required`.
     """
-    solution = Solution.blank(len(scope.n_visible), plan.n_features)
-    for view in views(plan, values, scope):
-        solution.fill(view, *_only_one_in(view))
-    return solution
+    return solve_views(plan, values, scope, _only_one_in)
 
 
 def solve_exact(plan: Plan, values: Tensor, scope: Scope) -> Solution:
@@ -70,10 +54,7 @@ def solve_exact(plan: Plan, values: Tensor, scope: Scope) -> Solution:
     Raises:
         ValueError: If a coalition is missing.
     """
-    solution = Solution.blank(len(scope.n_visible), plan.n_features)
-    for view in views(plan, values, scope):
-        solution.fill(view, *exact(view))
-    return solution
+    return solve_views(plan, values, scope, exact)
 
 
 def shapley_coefficients(n_features: int) -> Tensor:
@@ -111,25 +92,26 @@ class _Table:
 
 
 def _leave_one_out(view: View) -> tuple[Tensor, Tensor]:
-    without_one = view.sizes == view.n_visible - 1
-    absent = view.masks[without_one].int().argmin(1) if view.n_visible else view.rows[:0]
-    table = _tabulate(view, without_one, absent, view.n_visible)
-    return view.full_values - table.means, _variances(table, view)
+    means, variances = _by_odd_one_out(view, view.n_visible - 1, is_present=False)
+    return view.full_values - means, variances
 
 
 def _only_one_in(view: View) -> tuple[Tensor, Tensor]:
-    alone = view.sizes == 1
-    present = view.masks[alone].int().argmax(1) if view.n_visible else view.rows[:0]
-    table = _tabulate(view, alone, present, view.n_visible)
-    return table.means - view.empty_values, _variances(table, view) + view.empty_variances
+    means, variances = _by_odd_one_out(view, 1, is_present=True)
+    return means - view.empty_values, variances + view.empty_variances
 
 
-def _variances(table: _Table, view: View) -> Tensor:
+def _by_odd_one_out(view: View, size: int, *, is_present: bool) -> tuple[Tensor, Tensor]:
+    """Values by the one feature that is present, or absent, and their variances."""
+    rows = view.sizes == size
+    odd = (view.masks[rows] == is_present).int()
+    feature = odd.argmax(1) if view.n_visible else view.rows[:0]
+    table = _tabulate(view, rows, feature, view.n_visible)
     variances = torch.zeros_like(table.means)
     variances.index_add_(0, table.codes, (table.residuals * table.scale).square())
     if not _one_draw(view):
         variances[table.n_draws < 2] = torch.nan
-    return variances
+    return table.means, variances
 
 
 def exact(view: View) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captum_llm_ext.coalitions.draws import normal_scale
 from captum_llm_ext.coalitions.plans import Plan
-from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
+from captum_llm_ext.coalitions.scope import Scope, Solution, View, solve_views
 
 Tree: TypeAlias = int | tuple["Tree", ...]
 """A feature's number, or a group of trees; `as_tree` makes it, no group has a single member."""
@@ -135,10 +135,7 @@ def solve_nested_orders(plan: Plan, values: Tensor, scope: Scope) -> Solution:
         ValueError: If the rows are no walks, or none holds a required column.
     """
     chain, held = _chains(plan)
-    solution = Solution.blank(len(scope.n_visible), plan.n_features)
-    for view in views(plan, values, scope):
-        solution.fill(view, *_walk(plan, view, chain, held))
-    return solution
+    return solve_views(plan, values, scope, lambda view: _walk(plan, view, chain, held))
 
 
 def _opened(nested: object) -> Tree:

@@ -9,7 +9,7 @@ from captum_llm_ext.coalitions.draws import sandwich
 from captum_llm_ext.coalitions.enumeration import exact
 from captum_llm_ext.coalitions.interactions import Interactions, cost
 from captum_llm_ext.coalitions.plans import Plan
-from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
+from captum_llm_ext.coalitions.scope import Scope, Solution, View, solve_views
 
 # Ridge penalties tried, in units of the mean eigenvalue.
 _PENALTIES = torch.cat(
@@ -57,16 +57,16 @@ def solve_kernel(plan: Plan, values: Tensor, scope: Scope, *, effort: float = EF
         equally often gives the exact values, with standard error 0 where the empty coalition is
         worth the same in every draw.
     """
-    solution = Solution.blank(len(scope.n_visible), plan.n_features)
     effort = scope.share(effort)
-    for view in views(plan, values, scope):
-        complete = is_complete(view)
-        attributions, variances = exact(view) if complete else regress(view, effort)
-        if complete:
-            unrepeated = variances.isnan() & (view.empty_variances == 0)
-            variances = variances.masked_fill(unrepeated, 0)
-        solution.fill(view, attributions, variances)
-    return solution
+
+    def solve(view: View) -> tuple[Tensor, Tensor]:
+        if not is_complete(view):
+            return regress(view, effort)
+        attributions, variances = exact(view)
+        unrepeated = variances.isnan() & (view.empty_variances == 0)
+        return attributions, variances.masked_fill(unrepeated, 0)
+
+    return solve_views(plan, values, scope, solve)
 
 
 def regress(view: View, effort: float) -> tuple[Tensor, Tensor]:

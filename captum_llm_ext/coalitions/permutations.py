@@ -6,7 +6,7 @@ from torch import Tensor
 from captum_llm_ext.coalitions.draws import normal_scale
 from captum_llm_ext.coalitions.kernel import EFFORT, regress
 from captum_llm_ext.coalitions.plans import Plan
-from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
+from captum_llm_ext.coalitions.scope import Scope, Solution, View, solve_views, views
 
 
 def solve_permutations(plan: Plan, values: Tensor, scope: Scope) -> Solution:
@@ -33,11 +33,11 @@ def solve_permutations(plan: Plan, values: Tensor, scope: Scope) -> Solution:
     """
     order = _orders(plan)
     effort = scope.share(EFFORT)
-    solution = Solution.blank(len(scope.n_visible), plan.n_features)
-    for view in views(plan, values, scope):
-        answer = regress(view, effort) if view.required >= 0 else _walk(view, order)
-        solution.fill(view, *answer)
-    return solution
+
+    def solve(view: View) -> tuple[Tensor, Tensor]:
+        return regress(view, effort) if view.required >= 0 else _walk(view, order)
+
+    return solve_views(plan, values, scope, solve)
 
 
 def part_errors(plan: Plan, values: Tensor, scope: Scope, part_of: Tensor) -> Tensor:

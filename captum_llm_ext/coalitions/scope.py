@@ -1,6 +1,6 @@
 """What each target token may depend on, and the rows that say something about it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -162,6 +162,24 @@ def views(plan: Plan, values: Tensor, scope: Scope) -> Iterator[View]:
             n_visible,
             required,
         )
+
+
+def solve_views(
+    plan: Plan,
+    values: Tensor,
+    scope: Scope,
+    solve: Callable[[View], tuple[Tensor, Tensor]],
+) -> Solution:
+    """Solves the targets group by group.
+
+    Args:
+        plan, values, scope: As for `views`.
+        solve: The attributions of a view and their variances, both ``(n_visible, n_group)``.
+    """
+    solution = Solution.blank(len(scope.n_visible), plan.n_features)
+    for view in views(plan, values, scope):
+        solution.fill(view, *solve(view))
+    return solution
 
 
 def _paired(plan: Plan) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from captum_llm_ext.coalitions.draws import mean_over_draws, normal_scale
 from captum_llm_ext.coalitions.hierarchy import Tree, leaves
 from captum_llm_ext.coalitions.plans import Plan
-from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
+from captum_llm_ext.coalitions.scope import Scope, Solution, View, solve_views, views
 from captum_llm_ext.coalitions.splits import Unresolved
 
 
@@ -88,8 +88,8 @@ def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
         Leave-one-out attributions. Standard errors come from the spread over draws, 0 where there
         is a single one; NaN for features that were not taken out alone.
     """
-    solution = Solution.blank(len(scope.n_visible), plan.n_features)
-    for view in views(plan, values, scope):
+
+    def solve(view: View) -> tuple[Tensor, Tensor]:
         losses = _Losses.of(plan, view)
         attributions = torch.zeros(
             view.n_visible, len(view.targets), dtype=torch.float64, device="cpu"
@@ -99,8 +99,9 @@ def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
             mean, variance = losses.of_part(part)
             attributions[list(part)] = mean / len(part)
             variances[list(part)] = variance if is_alone else torch.nan
-        solution.fill(view, attributions, variances)
-    return solution
+        return attributions, variances
+
+    return solve_views(plan, values, scope, solve)
 
 
 def unopened(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Unresolved]:

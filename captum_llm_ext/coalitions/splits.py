@@ -10,6 +10,7 @@ where these make a difference; what the others add is shared as in those. The sh
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from math import comb
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor
 from captum_llm_ext.coalitions.draws import normal_scale
 from captum_llm_ext.coalitions.hierarchy import Tree, leaves, pruned
 from captum_llm_ext.coalitions.plans import Plan
-from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
+from captum_llm_ext.coalitions.scope import Scope, Solution, View, solve_views, views
 
 # So many splits of those that are left are decided on at once: batches, yet nearly best first.
 _PARTS_OF_BUDGET = 16
@@ -116,10 +117,7 @@ def solve_splits(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
         Attributions that sum to ``full - empty``. Standard errors come from the spread over draws,
         0 where there is a single one; NaN for features whose group was not split everywhere.
     """
-    solution = Solution.blank(len(scope.n_visible), plan.n_features)
-    for view in views(plan, values, scope):
-        solution.fill(view, *_credit(view, tree))
-    return solution
+    return solve_views(plan, values, scope, partial(_credit, tree=tree))
 
 
 def unresolved(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Unresolved]:
