@@ -4,13 +4,7 @@ from typing import Any
 
 from captum.attr._utils.attribution import PerturbationAttribution
 
-from captum_llm_ext.coalitions import (
-    Scope,
-    join_plans,
-    plan_anchors,
-    plan_only_one_in,
-    solve_only_one_in,
-)
+from captum_llm_ext.coalitions import plan_only_one_in, solve_only_one_in
 from captum_llm_ext.methods.tensors import TensorGame, Tensors
 
 
@@ -34,16 +28,12 @@ class FeatureInclusion(PerturbationAttribution):
         perturbations_per_eval: int = 1,
         show_progress: bool = False,
     ) -> Tensors:
-        """Inclusion of plain tensors' features, with the arguments of captum's `FeatureAblation`.
+        """Inclusion of plain tensors' features.
 
         Args:
-            inputs: One tensor or a tuple, the batch first.
-            baselines: What stands where a feature is absent. None: 0.
-            target: Which output, as in captum.
-            additional_forward_args: Passed to the forward.
-            feature_mask: As in captum: elements with equal numbers are one feature.
-            perturbations_per_eval: Coalitions per call of the forward.
-            show_progress: Whether a bar over the forward's calls is shown.
+            inputs, baselines, target, additional_forward_args, feature_mask: As in captum's
+                `FeatureAblation`; see `TensorGame`.
+            perturbations_per_eval, show_progress: As there, over calls of the forward.
 
         Returns:
             Attributions of the inputs' shape; where the forward returns one value for all rows,
@@ -59,8 +49,5 @@ class FeatureInclusion(PerturbationAttribution):
             perturbations_per_eval,
             show_progress,
         )
-        n = len(game.features)
-        plan = join_plans([plan_anchors(n), plan_only_one_in(n, common_draw=True)])
-        values = game.values(plan)
-        scope = Scope.of_all(values.shape[1], n)
-        return game.attributions(solve_only_one_in(plan, values, scope).attributions)
+        plan = plan_only_one_in(len(game.features), common_draw=True)
+        return game.attribute(lambda score, _: (plan, score(plan)), solve_only_one_in)

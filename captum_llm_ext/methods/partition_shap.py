@@ -11,7 +11,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
 from captum_llm_ext.arguments import check_counts
-from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
+from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans
 from captum_llm_ext.coalitions.hierarchy import (
     Tree,
     as_tree,
@@ -24,10 +24,9 @@ from captum_llm_ext.coalitions.hierarchy import (
 )
 from captum_llm_ext.coalitions.splits import n_splits, plan_splits, solve_splits, unfold
 from captum_llm_ext.content import level_of_caller
-from captum_llm_ext.methods.tensors import TensorGame, Tensors
+from captum_llm_ext.methods.tensors import Score, TensorGame, Tensors
 
 Scheme = Literal["orders", "splits"]
-Score = Callable[[Plan], Tensor]
 Unfold = Callable[[Score, Scope], tuple[Plan, Tensor]]
 _EVALUATIONS_PER_FEATURE = 16
 _FEWEST_ORDERS_HELD = 4
@@ -84,16 +83,11 @@ class PartitionShap(PerturbationAttribution):
         """Owen values of plain tensors, as other captum methods give theirs.
 
         Args:
-            inputs: One tensor or a tuple, the batch first.
-            baselines: What stands where a feature is absent. None: 0.
-            target: Which output, as in captum.
-            additional_forward_args: Passed to the forward.
-            feature_mask: As in captum: elements with equal numbers are one feature. None: every
-                element is one.
+            inputs, baselines, target, additional_forward_args, feature_mask: As in captum's
+                `ShapleyValueSampling`; see `TensorGame`.
             hierarchy: Nested lists of the numbers in `feature_mask`; by default the object's.
             n_samples: Evaluations, by default 16 per feature.
-            perturbations_per_eval: Coalitions per call of the forward.
-            show_progress: Whether a bar over the forward's calls is shown.
+            perturbations_per_eval, show_progress: As in captum, over calls of the forward.
             seed: Seeds the orders. The global random state is neither read nor changed.
 
         Returns:
@@ -118,13 +112,8 @@ class PartitionShap(PerturbationAttribution):
         n_features = len(game.features)
         tree = balanced(range(n_features)) if nested is None else _tree(nested, game.features)
         chosen = partition(tree, n_features, self.scheme, n_samples)
-        anchors = plan_anchors(n_features)
-        ends = game.values(anchors)
-        scope = Scope.of_all(ends.shape[1], n_features)
         generator = torch.Generator().manual_seed(seed)
-        plan, values = chosen.run(game.values, scope, generator)
-        plan, values = join_plans([anchors, plan]), torch.cat([ends, values])
-        return game.attributions(chosen.solve(plan, values, scope).attributions)
+        return game.attribute(partial(chosen.run, generator), chosen.solve)
 
 
 @dataclass(frozen=True)
@@ -152,7 +141,7 @@ class Partition:
     n_orders: int = 0
     has_budget: bool = True
 
-    def run(self, score: Score, scope: Scope, generator: torch.Generator) -> tuple[Plan, Tensor]:
+    def run(self, generator: torch.Generator, score: Score, scope: Scope) -> tuple[Plan, Tensor]:
         """One round of coalitions and their values."""
         if self.unfold is not None:
             return self.unfold(score, scope)

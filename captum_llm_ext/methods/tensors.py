@@ -17,9 +17,10 @@ from captum.attr._utils.common import (
 )
 from torch import Tensor
 
-from captum_llm_ext.coalitions import Plan
+from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
 
 Tensors = Tensor | tuple[Tensor, ...]
+Score = Callable[[Plan], Tensor]
 
 
 class TensorGame:
@@ -75,6 +76,28 @@ class TensorGame:
         self._dtype = first.dtype if first.is_floating_point() else torch.float32
         self._check_batches()
 
+    def attribute(
+        self,
+        run: Callable[[Score, Scope], tuple[Plan, Tensor]],
+        solve: Callable[[Plan, Tensor, Scope], Solution],
+    ) -> Tensors:
+        """Attributions to every element of the inputs.
+
+        Args:
+            run: Given what scores a plan, and what each output sees: a plan and its values.
+            solve: Attributions from that plan, behind its anchors, and the values of both.
+
+        Returns:
+            One tensor or a tuple as the inputs are: the inputs' shapes where the forward gives a
+            value per row, as in captum; otherwise the shape of its output in place of the batch.
+        """
+        anchors = plan_anchors(len(self.features))
+        ends = self.values(anchors)
+        scope = Scope.of_all(ends.shape[1], len(self.features))
+        plan, values = run(self.values, scope)
+        solution = solve(join_plans([anchors, plan]), torch.cat([ends, values]), scope)
+        return self._at_elements(solution.attributions)
+
     def values(self, plan: Plan) -> Tensor:
         """Outputs ``(n_coalitions, n_outputs)``, float64 on the CPU; each coalition is run once."""
         keys = [mask.numpy().tobytes() for mask in plan.masks]
@@ -93,13 +116,8 @@ class TensorGame:
             self._known.update(zip(batch, rows, strict=True))
         return torch.stack([self._known[key] for key in keys])
 
-    def attributions(self, found: Tensor) -> Tensors:
-        """The attributions ``(n_outputs, n_features)`` at every element of the inputs.
-
-        Returns:
-            One tensor or a tuple as the inputs are: the inputs' shapes where the forward gives a
-            value per row, as in captum; otherwise the shape of its output in place of the batch.
-        """
+    def _at_elements(self, found: Tensor) -> Tensors:
+        """The attributions ``(n_outputs, n_features)`` at every element of the inputs."""
         spread = tuple(
             self._spread(found, columns).to(x.device, self._dtype)
             for columns, x in zip(self._columns, self._inputs, strict=True)
