@@ -6,7 +6,7 @@ coalitions are few, paired or antithetic sampling elsewhere.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,8 @@ _EVALUATIONS_PER_FEATURE = 16
 _CAPTUM_ORDERS = 25
 _TWO_DRAWS = "2 `n_draws`"
 
+Solver = Callable[[Plan, Tensor, Scope], Solution]
+
 
 @dataclass(frozen=True)
 class Estimator:
@@ -56,7 +58,7 @@ class Estimator:
 
     name: str
     plan: Callable[[torch.Generator], Plan]
-    solve: Callable[[Plan, Tensor, Scope], Solution]
+    solve: Solver
     estimate: bool
     tells_error: bool = True
     unfold: Unfold | None = None
@@ -91,13 +93,12 @@ class Budget:
 def is_known(method: PerturbationAttribution) -> bool:
     """Whether the package plans and solves the method itself.
 
-    Subclasses of captum's five classes, and a `Lime` with a kernel or model of the user's own, mean
+    Subclasses of the known classes, and a `Lime` with a kernel or model of the user's own, mean
     something else and are driven through their own ``attribute``.
     """
-    if type(method) is Lime:
-        return _compat.lime_settings(method) is not None
-    ours = (FeatureInclusion, HierarchicalAblation, PartitionShap)
-    return type(method) in (FeatureAblation, KernelShap, ShapleyValues, ShapleyValueSampling, *ours)
+    if type(method) is Lime and _compat.lime_settings(method) is None:
+        return False
+    return type(method) in _ESTIMATORS
 
 
 def estimator(
@@ -130,7 +131,8 @@ def estimator(
         UserWarning: If the budget is below two evaluations per feature, or tells no standard
             errors, or exact values were asked for and can only be estimated.
     """
-    found = _estimator(method, n_features, budget, deterministic, tree, held, num_trials)
+    task = _Task(method, n_features, budget, deterministic, tree, held, num_trials)
+    found = _ESTIMATORS[type(method)](task)
     if found.needs is not None:
         warnings.warn(
             f"no standard errors come of {found.name} with this budget, and without them nothing "
@@ -140,133 +142,135 @@ def estimator(
     return found
 
 
-def _estimator(
-    method: PerturbationAttribution,
-    n_features: int,
-    budget: Budget,
-    deterministic: bool,
-    tree: Tree,
-    held: Sequence[int],
-    num_trials: int,
+@dataclass(frozen=True)
+class _Task:
+    """What `estimator` is given, under the names of its arguments."""
+
+    method: Any
+    n_features: int
+    budget: Budget
+    deterministic: bool
+    tree: Tree
+    held: Sequence[int]
+    num_trials: int
+
+    @property
+    def evaluations(self) -> int:
+        """Those asked for, or the default."""
+        return self.budget.n_samples or _EVALUATIONS_PER_FEATURE * self.n_features
+
+    def n_draws(self, n_coalitions: int) -> int:
+        """How often so many coalitions are drawn."""
+        if self.deterministic:
+            return 1
+        most = _ROWS_WORTH_REPEATING // max(1, n_coalitions)
+        return self.budget.n_draws or max(2, min(_MAX_DRAWS, most))
+
+    def refuse_n_samples(self, method: str) -> None:
+        """Raises a ValueError if `n_samples` was given to a method that is repeated otherwise."""
+        _refuse(self.budget.n_samples is not None, "n_samples", method, "n_draws")
+
+    def refuse_n_draws(self, method: str) -> None:
+        """Raises a ValueError if `n_draws` was given to a method that is repeated otherwise."""
+        _refuse(self.budget.n_draws is not None, "n_draws", method, "n_samples")
+
+
+def _leave_one_out(task: _Task) -> Estimator:
+    if task.budget.n_samples is not None:  # captum takes it, and goes by nothing
+        warnings.warn(
+            "`n_samples` has no meaning for FeatureAblation and is ignored (`n_draws` is what "
+            "repeats it).",
+            stacklevel=level_of_caller(),
+        )
+    planner, solve = coalitions.plan_leave_one_out, coalitions.solve_leave_one_out
+    return _one_at_a_time("leave-one-out", planner, solve, task)
+
+
+def _only_one_in(task: _Task) -> Estimator:
+    task.refuse_n_samples("FeatureInclusion")
+    planner = partial(coalitions.plan_only_one_in, required=task.held)
+    return _one_at_a_time("only one in", planner, coalitions.solve_only_one_in, task)
+
+
+def _one_at_a_time(
+    name: str, planner: Callable[..., Plan], solve: Solver, task: _Task
 ) -> Estimator:
-    if type(method) is FeatureAblation:
-        if budget.n_samples is not None:  # captum takes it, and goes by nothing
-            warnings.warn(
-                "`n_samples` has no meaning for FeatureAblation and is ignored (`n_draws` is what "
-                "repeats it).",
-                stacklevel=level_of_caller(),
-            )
-        return _leave_one_out(n_features, budget, deterministic)
-    if type(method) is FeatureInclusion:
-        _refuse(budget.n_samples is not None, "n_samples", "FeatureInclusion", "n_draws")
-        return _only_one_in(n_features, budget, deterministic, held)
-    if type(method) is HierarchicalAblation:
-        return _hierarchical(method, n_features, budget, deterministic, tree)
-    if type(method) is PartitionShap:
-        return _partition(method, n_features, budget, deterministic, tree, held, num_trials)
-    if type(method) is ShapleyValues:
-        if n_features <= budget.max_exact_features:
-            _refuse(budget.n_samples is not None, "n_samples", "exact ShapleyValues", "n_draws")
-            return _exact(n_features, budget, deterministic)
-        _warn_estimate(n_features, budget)
-    _refuse(budget.n_draws is not None, "n_draws", type(method).__name__, "n_samples")
-    if type(method) is Lime:
-        return _lime(method, n_features, budget)
-    if type(method) is ShapleyValueSampling:
-        return _permutations(n_features, budget, deterministic, num_trials)
-    return _pairs(n_features, budget, deterministic)
-
-
-def _leave_one_out(n_features: int, budget: Budget, deterministic: bool) -> Estimator:
-    n_draws = _n_draws(n_features, budget, deterministic)
-    # Rows of one draw differ in nothing but the feature left out; a single draw of a random
+    n_draws = task.n_draws(task.n_features)
+    # Rows of one draw differ in nothing but the feature left out or in; a single draw of a random
     # baseline, though, is no exact answer, which the solver is told by unequal draws.
-    common = deterministic or n_draws > 1
-    plan = coalitions.plan_leave_one_out(n_features, n_draws=n_draws, common_draw=common)
-    return Estimator(
-        "leave-one-out",
-        lambda _: plan,
-        coalitions.solve_leave_one_out,
-        not deterministic,
-        tells_error=common,
-        needs=None if common else _TWO_DRAWS,
-    )
+    common = task.deterministic or n_draws > 1
+    plan = planner(task.n_features, n_draws=n_draws, common_draw=common)
+    return _enumerated(name, plan, solve, task, tells_error=common)
 
 
-def _only_one_in(
-    n_features: int, budget: Budget, deterministic: bool, held: Sequence[int]
+def _exact(task: _Task) -> Estimator:
+    n_draws = task.n_draws(2**task.n_features)
+    plan = coalitions.plan_exact(task.n_features, n_draws=n_draws, common_draw=task.deterministic)
+    tells_error = task.deterministic or n_draws > 1
+    return _enumerated("exact", plan, coalitions.solve_exact, task, tells_error=tells_error)
+
+
+def _enumerated(
+    name: str, plan: Plan, solve: Solver, task: _Task, *, tells_error: bool
 ) -> Estimator:
-    n_draws = _n_draws(n_features, budget, deterministic)
-    common = deterministic or n_draws > 1
-    plan = coalitions.plan_only_one_in(
-        n_features, required=held, n_draws=n_draws, common_draw=common
-    )
+    """Where nothing is left to chance but the draws of the baseline."""
     return Estimator(
-        "only one in",
+        name,
         lambda _: plan,
-        coalitions.solve_only_one_in,
-        not deterministic,
-        tells_error=common,
-        needs=None if common else _TWO_DRAWS,
-    )
-
-
-def _hierarchical(
-    method: HierarchicalAblation,
-    n_features: int,
-    budget: Budget,
-    deterministic: bool,
-    tree: Tree,
-) -> Estimator:
-    n_draws = _n_draws(n_features, budget, deterministic)
-    return Estimator(
-        "hierarchical search",
-        lambda _: coalitions.plan_leave_one_out(n_features),
-        partial(solve_search, tree=tree),
-        estimate=True,
-        unfold=searching(tree, n_features, method.share, budget.n_samples, n_draws),
-        options={"tree": tree},
-    )
-
-
-def _exact(n_features: int, budget: Budget, deterministic: bool) -> Estimator:
-    n_draws = _n_draws(2**n_features, budget, deterministic)
-    plan = coalitions.plan_exact(n_features, n_draws=n_draws, common_draw=deterministic)
-    tells_error = deterministic or n_draws > 1
-    return Estimator(
-        "exact",
-        lambda _: plan,
-        coalitions.solve_exact,
-        not deterministic,
+        solve,
+        estimate=not task.deterministic,
         tells_error=tells_error,
         needs=None if tells_error else _TWO_DRAWS,
     )
 
 
-def _pairs(n_features: int, budget: Budget, deterministic: bool) -> Estimator:
-    wanted = budget.n_samples or _EVALUATIONS_PER_FEATURE * n_features
-    if _enumerable(n_features, wanted, deterministic):
-        draws = Budget(n_draws=1 if deterministic else wanted // 2**n_features)
-        return _exact(n_features, draws, deterministic)
-    _warn_budget(wanted, n_features)
-    plan = partial(_plan_sampled, coalitions.plan_pairs, n_features, wanted)
+def _hierarchical(task: _Task) -> Estimator:
+    n, share = task.n_features, task.method.share
+    return Estimator(
+        "hierarchical search",
+        lambda _: coalitions.plan_leave_one_out(n),
+        partial(solve_search, tree=task.tree),
+        estimate=True,
+        unfold=searching(task.tree, n, share, task.budget.n_samples, task.n_draws(n)),
+        options={"tree": task.tree},
+    )
+
+
+def _shapley_values(task: _Task) -> Estimator:
+    if task.n_features <= task.budget.max_exact_features:
+        task.refuse_n_samples("exact ShapleyValues")
+        return _exact(task)
+    warnings.warn(
+        f"exact Shapley values of {task.n_features} features need 2^{task.n_features} evaluations: "
+        f"they are estimated from {task.evaluations}, with standard errors in `token_attr_se`. "
+        f"Fewer features (at most {task.budget.max_exact_features}) are solved exactly.",
+        stacklevel=level_of_caller(),
+    )
+    return _pairs(task)
+
+
+def _pairs(task: _Task) -> Estimator:
+    task.refuse_n_draws(type(task.method).__name__)
+    wanted = task.evaluations
+    if (exact := _exact_within(wanted, task)) is not None:
+        return exact
+    _warn_budget(wanted, task.n_features)
+    plan = partial(_plan_sampled, coalitions.plan_pairs, task.n_features, wanted)
     return Estimator("paired kernel regression", plan, coalitions.solve_kernel, True)
 
 
-def _permutations(
-    n_features: int, budget: Budget, deterministic: bool, num_trials: int
-) -> Estimator:
-    orders = budget.n_samples or _CAPTUM_ORDERS
-    if _enumerable(n_features, orders * n_features, deterministic):
-        draws = Budget(n_draws=1 if deterministic else orders * n_features // 2**n_features)
-        return _exact(n_features, draws, deterministic)
-    is_warned = _warn_budget(orders * n_features, n_features)
-    plan = partial(_plan_sampled, coalitions.plan_permutations, n_features, orders)
+def _permutations(task: _Task) -> Estimator:
+    task.refuse_n_draws("ShapleyValueSampling")
+    orders = task.budget.n_samples or _CAPTUM_ORDERS
+    evaluations = orders * task.n_features
+    if (exact := _exact_within(evaluations, task)) is not None:
+        return exact
+    is_warned = _warn_budget(evaluations, task.n_features)
     # An order and its reverse are one draw.
-    tells_error = -(-orders // 2) * num_trials > 1
+    tells_error = -(-orders // 2) * task.num_trials > 1
     return Estimator(
         "antithetic permutations",
-        plan,
+        partial(_plan_sampled, coalitions.plan_permutations, task.n_features, orders),
         coalitions.solve_permutations,
         estimate=True,
         tells_error=tells_error,
@@ -274,11 +278,22 @@ def _permutations(
     )
 
 
-def _lime(method: Lime, n_features: int, budget: Budget) -> Estimator:
-    wanted = budget.n_samples or _EVALUATIONS_PER_FEATURE * n_features
-    _warn_budget(wanted, n_features)
-    plan = partial(_plan_sampled, coalitions.plan_lime, n_features, wanted)
-    settings = _compat.lime_settings(method) or {}
+def _exact_within(evaluations: int, task: _Task) -> Estimator | None:
+    """Enumeration, where it takes no more evaluations than sampling would."""
+    n_draws = evaluations // 2**task.n_features
+    # A single draw of a random baseline would tell no errors.
+    least = 1 if task.deterministic else 2
+    if task.n_features > MOST_EXACT_FEATURES or n_draws < least:
+        return None
+    return _exact(replace(task, budget=Budget(n_draws=n_draws)))
+
+
+def _lime(task: _Task) -> Estimator:
+    task.refuse_n_draws("Lime")
+    wanted = task.evaluations
+    _warn_budget(wanted, task.n_features)
+    plan = partial(_plan_sampled, coalitions.plan_lime, task.n_features, wanted)
+    settings = _compat.lime_settings(task.method) or {}
     options = dict(settings)
     kernel = partial(coalitions.cosine_kernel, width=settings.pop("kernel_width"))
     solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
@@ -286,36 +301,30 @@ def _lime(method: Lime, n_features: int, budget: Budget) -> Estimator:
     return Estimator("local linear model", plan, solve, True, tells_error, options=options)
 
 
-def _partition(
-    method: PartitionShap,
-    n_features: int,
-    budget: Budget,
-    deterministic: bool,
-    tree: Tree,
-    held: Sequence[int],
-    num_trials: int,
-) -> Estimator:
+def _partition(task: _Task) -> Estimator:
     found = partition(
-        tree,
-        n_features,
-        method.scheme,
-        budget.n_samples,
-        held=held,
-        deterministic=deterministic,
-        n_draws=budget.n_draws,
+        task.tree,
+        task.n_features,
+        task.method.scheme,
+        task.budget.n_samples,
+        held=task.held,
+        deterministic=task.deterministic,
+        n_draws=task.budget.n_draws,
     )
-    ignored = budget.n_draws is not None and found.name == "nested orders"
-    _refuse(ignored, "n_draws", "nested orders of PartitionShap", "n_samples")
-    few = found.name == "nested orders" and found.n_orders * num_trials < 4
-    one_draw = found.is_complete and not deterministic and budget.n_draws == 1
+    has_orders = found.name == "nested orders"
+    if has_orders:
+        task.refuse_n_draws("nested orders of PartitionShap")
+    few = has_orders and found.n_orders * task.num_trials < 4
+    one_draw = found.is_complete and not task.deterministic and task.budget.n_draws == 1
     needs = None
     if few and found.has_budget:
-        needs = f"`n_samples={evaluations_of_orders(4, n_features, bool(held))}`, which four take"
+        enough = evaluations_of_orders(4, task.n_features, bool(task.held))
+        needs = f"`n_samples={enough}`, which four take"
     return Estimator(
         found.name,
         found.plan,
         found.solve,
-        estimate=not (found.is_complete and deterministic),
+        estimate=not (found.is_complete and task.deterministic),
         tells_error=not (few or one_draw),
         needs=_TWO_DRAWS if one_draw else needs,
         unfold=found.unfold,
@@ -323,23 +332,23 @@ def _partition(
     )
 
 
+# Exactly these classes: a subclass means something else.
+_ESTIMATORS: Mapping[type[PerturbationAttribution], Callable[[_Task], Estimator]] = {
+    FeatureAblation: _leave_one_out,
+    FeatureInclusion: _only_one_in,
+    HierarchicalAblation: _hierarchical,
+    PartitionShap: _partition,
+    ShapleyValues: _shapley_values,
+    ShapleyValueSampling: _permutations,
+    KernelShap: _pairs,
+    Lime: _lime,
+}
+
+
 def _plan_sampled(
     planner: Callable[..., Plan], n_features: int, size: int, generator: torch.Generator
 ) -> Plan:
     return planner(n_features, size, generator=generator)
-
-
-def _n_draws(n_coalitions: int, budget: Budget, deterministic: bool) -> int:
-    if deterministic:
-        return 1
-    most = _ROWS_WORTH_REPEATING // max(1, n_coalitions)
-    return budget.n_draws or max(2, min(_MAX_DRAWS, most))
-
-
-def _enumerable(n_features: int, wanted: int, deterministic: bool) -> bool:
-    # A single draw of a random baseline would tell no errors.
-    n_draws = 1 if deterministic else 2
-    return n_features <= MOST_EXACT_FEATURES and n_draws * 2**n_features <= wanted
 
 
 def _refuse(given: bool, name: str, method: str, instead: str) -> None:
@@ -360,13 +369,3 @@ def _warn_budget(evaluations: int, n_features: int) -> bool:
             stacklevel=level_of_caller(),
         )
     return evaluations < 2 * n_features
-
-
-def _warn_estimate(n_features: int, budget: Budget) -> None:
-    wanted = budget.n_samples or _EVALUATIONS_PER_FEATURE * n_features
-    warnings.warn(
-        f"exact Shapley values of {n_features} features need 2^{n_features} evaluations: they are "
-        f"estimated from {wanted}, with standard errors in `token_attr_se`. Fewer features "
-        f"(at most {budget.max_exact_features}) are solved exactly.",
-        stacklevel=level_of_caller(),
-    )
