@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,8 @@ import numpy.typing as npt
 from captum_llm_ext.plot.arrays import Array, array, output_array, scale
 from captum_llm_ext.plot.axes import (
     KEY_LINE,
-    figure,
-    finish,
+    Canvas,
+    CanvasArguments,
     inches,
     inches_per_unit,
     key_lines,
@@ -25,8 +25,9 @@ from captum_llm_ext.plot.text import label, text_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.text import Text
+
+    from captum_llm_ext.plot.axes import Drawing
 
 _FEW = 30  # features of a prompt that are all shown, whatever they led to
 _FEW_TOKENS = 60  # the same of an answer, which is read as a whole
@@ -51,11 +52,8 @@ def flow(
     output_errors: npt.ArrayLike | None = None,
     towards: int | None = None,
     least: float = 0.05,
-    ax: Axes | None = None,
-    show: bool = False,
-    title: str | None = None,
-    unit: str | None = None,
-) -> tuple[Figure, Axes] | None:
+    **canvas: Unpack[CanvasArguments],
+) -> Drawing:
     """Draws causes as curves: from the prompt to a generated token, and on to later ones.
 
     Prompt and answer stand beside each other, both read downwards. Curves from the prompt end on
@@ -77,13 +75,7 @@ def flow(
             lies within 1.96 of them is left out.
         towards: Only what led to this token, by whatever way.
         least: Share of the largest attribution below which one is left out.
-        ax: Axes to draw into; by default a new figure whose size follows the number of tokens.
-        show: Show the figure and return ``None``, as in Captum.
-        title: Title above the drawing.
-        unit: Of the attributions.
-
-    Returns:
-        Figure and axes, or ``None`` if `show`.
+        **canvas: See `Canvas`.
 
     Raises:
         ValueError: If labels and arrays do not match in number, or it is not known which tokens
@@ -91,6 +83,7 @@ def flow(
     """
     from captum_llm_ext.plot.fitted import Fitted
 
+    paper = Canvas(**canvas)
     prompt = array("prompt_attr", prompt_attr, (len(output_labels), len(input_labels)))
     output = output_array(output_attr, output_feature_labels, len(output_labels))
     owned = _owned(output_features, *output.shape)
@@ -123,13 +116,13 @@ def flow(
         least,
         n_links,
         len(output_labels) if not few else 0,
-        unit,
+        paper.unit,
     )
-    fig, ax = figure(ax, 8.0, 2 * _MARGIN + _PITCH * drawn.height)
+    fig, ax = paper.open(8.0, 2 * _MARGIN + _PITCH * drawn.height)
     ax.set_axis_off()
     settle(ax)
     Fitted(ax, drawn.lay_out)
-    return finish(fig, ax, title, show)
+    return paper.finish(fig, ax)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ def array(name: str, values: Any, shape: tuple[int, ...]) -> Array:
     return array.reshape(shape)
 
 
+def standard_errors(name: str, errors: Any, values: Array) -> Array:
+    """Standard errors of the shape of the values; NaN where there are none."""
+    return np.full_like(values, np.nan) if errors is None else array(name, errors, values.shape)
+
+
 def output_array(values: Any, labels: Sequence[str] | None, n_target: int) -> Array:
     """Attributions to earlier output; no columns where it was held fixed."""
     if (values is None) != (labels is None):

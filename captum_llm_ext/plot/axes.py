@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -16,34 +17,70 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    Drawing = tuple[Figure, Axes] | None
+
 _LABEL_PITCH = 0.14  # inches from one label to the next
 _SHORTEST, _LONGEST = 8, 22  # characters that labels of columns have at most
 _LETTER = 0.56  # width of a letter, on average and with some room, in letter sizes
 KEY_LINE = 1.35 * LABEL_POINTS  # points from one line of a key to the next
 
 
-def figure(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
-    """The axes to draw into; a new figure stays between postcard and poster, in inches."""
-    if ax is not None:
-        return ax.figure, ax  # pyright: ignore[reportReturnType]
-    import matplotlib.pyplot as plt
+class CanvasArguments(TypedDict, total=False):
+    """The arguments that all drawings share: those of `Canvas`."""
 
-    size = (float(np.clip(width, 5.0, 16.0)), float(np.clip(height, 3.2, 14.0)))
-    return plt.subplots(figsize=size, layout="constrained")
+    ax: Axes | None
+    show: bool
+    title: str | None
+    unit: str | None
 
 
-def finish(fig: Figure, ax: Axes, title: str | None, show: bool) -> tuple[Figure, Axes] | None:
-    """Sets the title; shows the figure, or returns it."""
-    if title is not None:
-        title = "".join(map(drawable, title))  # it may quote a token
-        heading = ax.set_title(title, loc="left", pad=10)
-        heading.set(**text_style([title]) | {"size": LABEL_POINTS + 3})
-    if not show:
-        return fig, ax
-    import matplotlib.pyplot as plt
+@dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """Where a drawing goes, and what is written around it.
 
-    plt.show()
-    return None
+    Args:
+        ax: Axes to draw into; by default a new figure whose size follows what is drawn.
+        show: Show the figure and return ``None``, as in Captum; else figure and axes are returned.
+        title: Title above the drawing.
+        unit: Of the values.
+    """
+
+    ax: Axes | None = None
+    show: bool = False
+    title: str | None = None
+    unit: str | None = None
+
+    def open(self, width: float, height: float) -> tuple[Figure, Axes]:
+        """The axes to draw into; a new figure stays between postcard and poster, in inches."""
+        if self.ax is not None:
+            return self.ax.figure, self.ax  # pyright: ignore[reportReturnType]
+        import matplotlib.pyplot as plt
+
+        size = (float(np.clip(width, 5.0, 16.0)), float(np.clip(height, 3.2, 14.0)))
+        return plt.subplots(figsize=size, layout="constrained")
+
+    def finish(self, fig: Figure, ax: Axes) -> Drawing:
+        """Sets the title; shows the figure, or returns it."""
+        if self.title is not None:
+            title = "".join(map(drawable, self.title))  # it may quote a token
+            heading = ax.set_title(title, loc="left", pad=10)
+            heading.set(**text_style([title]) | {"size": LABEL_POINTS + 3})
+        if not self.show:
+            return fig, ax
+        import matplotlib.pyplot as plt
+
+        plt.show()
+        return None
+
+    def with_unit(self, what: str) -> str:
+        """What an axis shows, with its unit."""
+        return f"{what} ({self.unit})" if self.unit else what
+
+    def label_values(self, ax: Axes, what: str, *, has_errors: bool = True) -> None:
+        """Says beside the axes what their height shows."""
+        settle(ax)
+        more = self.with_unit("± standard error" if has_errors else "").strip()
+        ax.set_ylabel(label_along(what, more, inches(ax)[1]), size=LABEL_POINTS + 1)
 
 
 def inches(ax: Axes) -> tuple[float, float]:
@@ -98,11 +135,6 @@ def label_rows(ax: Axes, names: Sequence[str], what: str = "explained token") ->
     ax.set_ylabel(what, size=LABEL_POINTS + 1, color=MUTED)
     ax.spines[:].set_visible(False)
     ax.grid(False)
-
-
-def named(what: str, unit: str | None) -> str:
-    """What an axis shows, with its unit."""
-    return f"{what} ({unit})" if unit else what
 
 
 def label_along(what: str, more: str, length: float) -> str:

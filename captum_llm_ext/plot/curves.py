@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-import numpy as np
 import numpy.typing as npt
 
-from captum_llm_ext.plot.arrays import Array, array, numbers
-from captum_llm_ext.plot.axes import figure, finish, inches, label_along, named, settle
+from captum_llm_ext.plot.arrays import Array, array, numbers, standard_errors
+from captum_llm_ext.plot.axes import Canvas, CanvasArguments
 from captum_llm_ext.plot.style import FAINT, LABEL_POINTS, LINES, MUTED
 from captum_llm_ext.plot.text import label, text_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from captum_llm_ext.plot.axes import Drawing
 
 _LONGEST = 40  # characters
 _MOST_MARKS = 25  # marks of a line; more of them would be a bar
@@ -33,11 +33,8 @@ def perturbation_curves(
     reference: npt.ArrayLike | None = None,
     reference_errors: npt.ArrayLike | None = None,
     what: str = "features removed",
-    ax: Axes | None = None,
-    show: bool = False,
-    title: str | None = None,
-    unit: str | None = None,
-) -> tuple[Figure, Axes] | None:
+    **canvas: Unpack[CanvasArguments],
+) -> Drawing:
     """Draws values along orders of features, beside those along random orders.
 
     Args:
@@ -50,13 +47,7 @@ def perturbation_curves(
         reference: The mean over random orders, shape ``(n_points,)``.
         reference_errors: Theirs.
         what: The axis of sizes.
-        ax: Axes to draw into.
-        show: Show the figure and return ``None``, as in Captum.
-        title: Title above the curves.
-        unit: Of the values.
-
-    Returns:
-        Figure and axes, or ``None`` if `show`.
+        **canvas: See `Canvas`.
 
     Raises:
         ValueError: If the shapes do not match.
@@ -64,25 +55,31 @@ def perturbation_curves(
     x = numbers(sizes).reshape(-1)
     shape = (len(labels), len(x))
     solid = array("values", values, shape)
-    fig, ax = figure(ax, 8.0, 4.2)
+    paper = Canvas(**canvas)
+    fig, ax = paper.open(8.0, 4.2)
     if reference is not None:
         line = array("reference", reference, (len(x),))
-        _curve(ax, x, line, _errors("reference_errors", reference_errors, line), colour=FAINT)
+        _curve(
+            ax, x, line, standard_errors("reference_errors", reference_errors, line), colour=FAINT
+        )
         ax.plot([], [], color=FAINT, label="random order")
     for i, text in enumerate(labels):
         colour, marker = LINES[i % len(LINES)]
-        spread = _errors("errors", errors, solid)[i]
+        spread = standard_errors("errors", errors, solid)[i]
         wider = (len(labels) - 1 - i) / max(len(labels) - 1, 1)
         curve = partial(_curve, ax, x, colour=colour, marker=marker, wider=wider)
         curve(solid[i], spread)
         ax.plot([], [], color=colour, marker=marker, markersize=4.5, label=label(text, _LONGEST))
         if dashed is not None:
             weakest = array("dashed", dashed, shape)
-            curve(weakest[i], _errors("dashed_errors", dashed_errors, weakest)[i], style="--")
+            curve(
+                weakest[i], standard_errors("dashed_errors", dashed_errors, weakest)[i], style="--"
+            )
     if dashed is not None:
         ax.plot([], [], color=MUTED, linestyle="--", label="smallest attribution first")
-    _label(ax, what, unit, labels)
-    return finish(fig, ax, title, show)
+    _label(ax, what, labels)
+    paper.label_values(ax, "Value")
+    return paper.finish(fig, ax)
 
 
 def _curve(
@@ -111,7 +108,7 @@ def _curve(
     )
 
 
-def _label(ax: Axes, what: str, unit: str | None, labels: Sequence[str]) -> None:
+def _label(ax: Axes, what: str, labels: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -123,13 +120,3 @@ def _label(ax: Axes, what: str, unit: str | None, labels: Sequence[str]) -> None
     legend = ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for text in legend.get_texts():
         text.set(**text_style(labels))
-    settle(ax)
-    more = named("± standard error", unit)
-    ax.set_ylabel(label_along("Value", more, inches(ax)[1]), size=LABEL_POINTS + 1)
-
-
-def _errors(name: str, errors: npt.ArrayLike | None, values: Array) -> Array:
-    """Standard errors of the shape of the values; NaN where there are none."""
-    if errors is None:
-        return np.full_like(values, np.nan)
-    return array(name, errors, values.shape)

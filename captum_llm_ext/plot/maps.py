@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from captum_llm_ext.plot.arrays import array, notable, open_columns, output_array, scale
+from captum_llm_ext.plot.arrays import Array, array, notable, open_columns, output_array, scale
 from captum_llm_ext.plot.axes import (
-    figure,
-    finish,
+    Canvas,
+    CanvasArguments,
     headings,
     inches,
     inches_per_unit,
@@ -19,7 +20,6 @@ from captum_llm_ext.plot.axes import (
     label_along,
     label_columns,
     label_rows,
-    named,
     settle,
 )
 from captum_llm_ext.plot.cells import (
@@ -36,8 +36,11 @@ from captum_llm_ext.plot.text import text_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+
+    from captum_llm_ext.plot.axes import Drawing
 
 _SIGN = 0.13  # inches that a sign below a column takes
 
@@ -50,12 +53,9 @@ def heat_map(
     output_feature_labels: Sequence[str] | None,
     output_labels: Sequence[str],
     output_features: Sequence[int | None] | None = None,
-    ax: Axes | None = None,
     cmap: str | Colormap = "RdBu",
-    show: bool = False,
-    title: str | None = None,
-    unit: str | None = None,
-) -> tuple[Figure, Axes] | None:
+    **canvas: Unpack[CanvasArguments],
+) -> Drawing:
     """Draws what every generated token owes to the prompt and to the tokens before it.
 
     One row per explained token; the prompt's columns, a gap, then the generated columns. What a
@@ -72,14 +72,8 @@ def heat_map(
         output_features: Column of `output_attr` that each explained token belongs to. Without it,
             a square `output_attr` is taken to have one column per token, and in any other a column
             counts as a possible cause from the first row on that it, or one after it, affects.
-        ax: Axes to draw into; by default a new figure whose size follows the number of cells.
         cmap: A diverging colour map; its middle is put at zero.
-        show: Show the figure and return ``None``, as in Captum.
-        title: Title above the column labels.
-        unit: Of the attributions.
-
-    Returns:
-        Figure and axes, or ``None`` if `show`.
+        **canvas: See `Canvas`.
 
     Raises:
         ValueError: If labels and arrays do not match in number.
@@ -88,34 +82,28 @@ def heat_map(
     output = output_array(output_attr, output_feature_labels, len(output_labels))
     (n_target, n_prompt), n_output = prompt.shape, output.shape[1]
     n_open = open_columns(output, output_features)
-    closed = np.arange(n_output) >= n_open[:, None]
-    gap = max(0.6, 0.015 * (n_prompt + n_output)) if n_output else 0.0
-    start = n_prompt + gap  # place of the first generated column
-    n_columns = start + n_output
-
-    fig, ax = figure(ax, 3.0 + 0.5 * n_columns, 1.9 + 0.3 * n_target)
-    colours = Colours(cmap, scale(prompt, output[~closed]))
-    bar = images(fig, ax, colours, [(0.0, prompt), (start, np.where(closed, np.nan, output))])
-    ax.set_xlim(-0.5, max(n_columns, 1) - 0.5)
-    ax.set_ylim(max(n_target, 1) - 0.5, -0.5)
-    ax.set_autoscale_on(False)
-    if n_output:
-        hatch_closed(ax, n_open, start, n_output)
-        headings(ax, {"prompt": (0.0, n_prompt), "generated before": (start, n_output)})
-    places = np.concatenate([np.arange(float(n_prompt)), start + np.arange(n_output)])
-    shown = np.concatenate([np.ones(prompt.shape, dtype=bool), ~closed], axis=1)
+    shown = np.ones((n_target, n_prompt + n_output), dtype=bool)
+    shown[:, n_prompt:] = np.arange(n_output) < n_open[:, None]
     cells = np.concatenate([prompt, output], axis=1)
+    columns = _Columns(n_prompt, n_output)
+
+    paper = Canvas(**canvas)
+    fig, ax = paper.open(3.0 + 0.5 * columns.width, 1.9 + 0.3 * n_target)
+    colours = Colours(cmap, scale(cells[shown]))
+    bar = columns.draw(fig, ax, colours, np.where(shown, cells, np.nan))
+    ax.set_ylim(max(n_target, 1) - 0.5, -0.5)
+    hatch_closed(ax, n_open, columns.start, n_output)
     names = [*input_labels, *(output_feature_labels or ())]
-    label_columns(ax, places, names, notable(np.where(shown, cells, 0)))
+    label_columns(ax, columns.places, names, notable(np.where(shown, cells, 0)))
     label_rows(ax, output_labels)
-    numbered = mark_cells(ax, places, cells, shown, colours)
+    numbered = mark_cells(ax, columns.places, cells, shown, colours)
     if bar is not None:
-        what = named("Token attribution", unit)
+        what = paper.with_unit("Token attribution")
         if not numbered:
             settle(ax)
             what = label_along(f"{what},", "− marks what lowers", inches(ax)[1])
         bar.set_label(what, size=LABEL_POINTS + 1)
-    return finish(fig, ax, title, show)
+    return paper.finish(fig, ax)
 
 
 def baseline_map(
@@ -128,12 +116,9 @@ def baseline_map(
     strongest: Sequence[int | None],
     changes_sign: Collection[int] = (),
     changes_rank: Collection[int] = (),
-    ax: Axes | None = None,
     cmap: str | Colormap = "RdBu",
-    show: bool = False,
-    title: str | None = None,
-    unit: str | None = None,
-) -> tuple[Figure, Axes] | None:
+    **canvas: Unpack[CanvasArguments],
+) -> Drawing:
     """Draws what one token is attributed to under several baselines, in one scale.
 
     One row per baseline; the prompt's columns, a gap, then the generated columns. The strongest
@@ -150,14 +135,8 @@ def baseline_map(
         strongest: Per row the column to be framed, or None.
         changes_sign: Columns that change sign.
         changes_rank: Columns that change rank.
-        ax: Axes to draw into; by default a new figure whose size follows the number of cells.
         cmap: A diverging colour map; its middle is put at zero.
-        show: Show the figure and return ``None``, as in Captum.
-        title: Title above the column labels.
-        unit: Of the attributions.
-
-    Returns:
-        Figure and axes, or ``None`` if `show`.
+        **canvas: See `Canvas`.
 
     Raises:
         ValueError: If labels and arrays do not match in number.
@@ -165,31 +144,26 @@ def baseline_map(
     cells = array("attr", attr, (len(row_labels), len(labels)))
     shade = np.where(array("pale", pale, cells.shape) > 0, PALE, 1.0)
     n_rows, n_output = len(cells), len(labels) - n_prompt
-    gap = max(0.6, 0.015 * len(labels)) if n_output else 0.0
-    places = np.arange(float(len(labels)))
-    places[n_prompt:] += gap
+    columns = _Columns(n_prompt, n_output)
+    places = columns.places
 
-    fig, ax = figure(ax, 3.0 + 0.5 * (len(labels) + gap), 2.2 + 0.4 * n_rows)
+    paper = Canvas(**canvas)
+    fig, ax = paper.open(3.0 + 0.5 * columns.width, 2.2 + 0.4 * n_rows)
     colours = Colours(cmap, scale(cells))
-    parts = [(0.0, cells[:, :n_prompt]), (n_prompt + gap, cells[:, n_prompt:])]
-    bar = images(fig, ax, colours, parts, [shade[:, :n_prompt], shade[:, n_prompt:]])
-    ax.set_xlim(-0.5, max(len(labels) + gap, 1) - 0.5)
+    bar = columns.draw(fig, ax, colours, cells, shade)
     # Rows more for what changes: one of signs, or where these would touch two of lines.
     is_narrow = inches_per_unit(ax)[0] < _SIGN
     kinds: dict[str, Collection[int]] = {"changes": ()}
     if is_narrow:
         kinds = {"changes sign": changes_sign, "changes rank": changes_rank}
     ax.set_ylim(n_rows + len(kinds) - 0.5, -0.5)
-    ax.set_autoscale_on(False)
-    if n_output:
-        headings(ax, {"prompt": (0.0, n_prompt), "generated before": (n_prompt + gap, n_output)})
     framed = [column for column in strongest if column is not None]
     label_columns(ax, places, labels, (*framed, *changes_sign, *changes_rank))
     label_rows(ax, [*row_labels, *kinds], "absent means")
     frame(ax, [(places[c], row) for row, c in enumerate(strongest) if c is not None])
     if is_narrow:
-        for row, columns in enumerate(kinds.values(), n_rows):
-            mark_columns(ax, places[sorted(columns)], row)
+        for row, changed in enumerate(kinds.values(), n_rows):
+            mark_columns(ax, places[sorted(changed)], row)
     else:
         for column, place in enumerate(places):
             signs = ("±" * (column in changes_sign), "⇅" * (column in changes_rank))
@@ -198,7 +172,7 @@ def baseline_map(
         write_marks(ax, (places[0] + places[-1]) / 2, n_rows, "none")
     numbered = mark_cells(ax, places, cells, np.ones(cells.shape, dtype=bool), colours, shade)
     if bar is not None:
-        bar.set_label(named("Attribution", unit), size=LABEL_POINTS + 1)
+        bar.set_label(paper.with_unit("Attribution"), size=LABEL_POINTS + 1)
     said = {
         "□ strongest": bool(framed),
         "pale and grey: within its error": bool((shade < 1).any()),
@@ -208,4 +182,50 @@ def baseline_map(
     }
     key = key_lines([text for text, needed in said.items() if needed], inches(ax)[0] * 72)
     ax.set_xlabel(key, color=MUTED, labelpad=16 if n_output else 6, **text_style([key]))
-    return finish(fig, ax, title, show)
+    return paper.finish(fig, ax)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The prompt's columns, a gap, then the generated ones."""
+
+    n_prompt: int
+    n_output: int
+
+    @property
+    def start(self) -> float:
+        """Place of the first generated column."""
+        n = self.n_prompt + self.n_output
+        return self.n_prompt + (max(0.6, 0.015 * n) if self.n_output else 0.0)
+
+    @property
+    def width(self) -> float:
+        """Of all columns, in cells."""
+        return self.start + self.n_output
+
+    @property
+    def places(self) -> Array:
+        """Middle of each column, shape ``(n_columns,)``."""
+        prompt = np.arange(float(self.n_prompt))
+        return np.concatenate([prompt, self.start + np.arange(self.n_output)])
+
+    def draw(
+        self, fig: Figure, ax: Axes, colours: Colours, cells: Array, shade: Array | None = None
+    ) -> Colorbar | None:
+        """Draws cells ``(n_rows, n_columns)``, and what the columns are; returns the scale's bar.
+
+        The axes are as wide as the columns from then on; their height is left to be set.
+        """
+        parts, shades = (
+            None if values is None else np.split(values, [self.n_prompt], axis=1)
+            for values in (cells, shade)
+        )
+        bar = images(
+            fig, ax, colours, list(zip((0.0, self.start), parts or (), strict=True)), shades
+        )
+        ax.set_xlim(-0.5, max(self.width, 1) - 0.5)
+        ax.set_autoscale_on(False)
+        if self.n_output:
+            generated = (self.start, self.n_output)
+            headings(ax, {"prompt": (0.0, self.n_prompt), "generated before": generated})
+        return bar

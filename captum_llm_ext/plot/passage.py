@@ -6,13 +6,20 @@ import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from captum_llm_ext.plot.arrays import Array, array, numbers, scale
-from captum_llm_ext.plot.axes import KEY_LINE, figure, finish, inches, key_lines, named, settle
+from captum_llm_ext.plot.axes import (
+    KEY_LINE,
+    Canvas,
+    CanvasArguments,
+    inches,
+    key_lines,
+    settle,
+)
 from captum_llm_ext.plot.cells import Colours, colour_bar
 from captum_llm_ext.plot.style import (
     DARK,
@@ -30,8 +37,9 @@ from captum_llm_ext.plot.text import drawable, text_style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure
     from matplotlib.text import Text
+
+    from captum_llm_ext.plot.axes import Drawing
 
 _SIZES = (11.0, 9.5, 8.0, 7.0, 6.0)  # points, the largest at which all of the text fits
 _LINE = 1.75  # height of a line in letter sizes, with room for an underline
@@ -49,12 +57,9 @@ def running_text(
     headings: Mapping[int, str] | None = None,
     explained: Collection[int] = (),
     later: Collection[int] = (),
-    ax: Axes | None = None,
     cmap: str | Colormap = "RdBu",
-    show: bool = False,
-    title: str | None = None,
-    unit: str | None = None,
-) -> tuple[Figure, Axes] | None:
+    **canvas: Unpack[CanvasArguments],
+) -> Drawing:
     """Draws text as it reads, each part shaded by its value; new lines and indentation stay.
 
     A solid line below a part says that it raises, a dashed one that it lowers. White space around a
@@ -69,15 +74,9 @@ def running_text(
         headings: Headings, by the piece that each stands above.
         explained: Pieces that are framed: what the values are about.
         later: Pieces that are grey: what comes after it.
-        ax: Axes to draw into; by default a new figure as high as the text needs. In given axes
-            letters get smaller, down to 6 points, and the end of what has no room is left out.
         cmap: A diverging colour map; its middle is put at zero.
-        show: Show the figure and return ``None``, as in Captum.
-        title: Title above the text.
-        unit: Of the values.
-
-    Returns:
-        Figure and axes, or ``None`` if `show`.
+        **canvas: See `Canvas`. In given axes letters get smaller, down to 6 points, and the end of
+            what has no room is left out.
 
     Raises:
         ValueError: If values and errors do not match in number.
@@ -88,17 +87,17 @@ def running_text(
     atoms = list(_atoms(pieces, headings or {}))
     style = text_style(atom.text for atom in atoms)
     passage = _Passage(atoms, shades, style, frozenset(explained), frozenset(later))
-    is_new = ax is None
-    fig, ax = figure(ax, 9.0, 4.0)
+    paper = Canvas(**canvas)
+    fig, ax = paper.open(9.0, 4.0)
     ax.set_axis_off()
     bar = colour_bar(fig, ax, shades.colours, below=True)
-    bar.set_label(named("Attribution", unit), size=LABEL_POINTS + 1)
+    bar.set_label(paper.with_unit("Attribution"), size=LABEL_POINTS + 1)
     settle(ax)
-    if is_new:
+    if paper.ax is None:
         fig.set_figheight(passage.height(ax, _MOST_INCHES * 72) / 72 + 1.1)
         settle(ax)
     Fitted(ax, passage.lay_out)
-    return finish(fig, ax, title, show)
+    return paper.finish(fig, ax)
 
 
 @dataclass(frozen=True)

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from captum_llm_ext.plot.arrays import Array, array, notable, numbers
-from captum_llm_ext.plot.axes import (
-    figure,
-    finish,
-    inches,
-    label_along,
-    label_columns,
-    named,
-    settle,
-)
+from captum_llm_ext.plot.arrays import Array, array, notable, numbers, standard_errors
+from captum_llm_ext.plot.axes import Canvas, CanvasArguments, inches, label_columns, settle
 from captum_llm_ext.plot.style import LABEL_POINTS, LINES, MUTED, PALE, SURE
 from captum_llm_ext.plot.text import label, text_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure
+
+    from captum_llm_ext.plot.axes import Drawing
 
 
 _LABEL_PITCH = 0.15  # inches
@@ -36,12 +29,9 @@ def bars(
     *,
     labels: Sequence[str],
     errors: npt.ArrayLike | None = None,
-    ax: Axes | None = None,
     cmap: str | Colormap = "RdBu",
-    show: bool = False,
-    title: str | None = None,
-    unit: str | None = None,
-) -> tuple[Figure, Axes] | None:
+    **canvas: Unpack[CanvasArguments],
+) -> Drawing:
     """Draws the attribution of the whole answer to each feature.
 
     Args:
@@ -50,28 +40,21 @@ def bars(
         errors: Standard errors, shape ``(n_features,)``, drawn as whiskers of one standard error
             where known (not NaN). A bar within 1.96 standard errors of zero, or of
             unknown error, is pale.
-        ax: Axes to draw into; by default a new figure whose width follows the number of bars.
         cmap: A diverging colour map: bars have the colours of its ends.
-        show: Show the figure and return ``None``, as in Captum.
-        title: Title above the labels.
-        unit: Of the attributions.
-
-    Returns:
-        Figure and axes, or ``None`` if `show`.
+        **canvas: See `Canvas`.
 
     Raises:
         ValueError: If labels, values and errors do not match in number, or an error is negative.
     """
     values = array("seq_attr", seq_attr, (len(labels),))
-    spread = np.full_like(values, np.nan)
-    if errors is not None:
-        spread = array("errors", errors, (len(labels),))
+    spread = standard_errors("errors", errors, values)
     if (spread < 0).any():
         raise ValueError(
             f"`errors` holds {float(np.nanmin(spread)):g}: standard errors cannot be negative; "
             "give NaN where one is unknown."
         )
-    fig, ax = figure(ax, 1.8 + 0.42 * len(values), 4.2)
+    paper = Canvas(**canvas)
+    fig, ax = paper.open(1.8 + 0.42 * len(values), 4.2)
     places = np.arange(len(values), dtype=np.float64)
     down, up = _ends(cmap)
     drawn = ax.bar(
@@ -98,8 +81,8 @@ def bars(
     ax.tick_params(axis="y", labelsize=LABEL_POINTS)
     label_columns(ax, places, labels, notable(values))
     ax.tick_params(axis="x", length=0)
-    _label_values(ax, "Sequence attribution", bool(known.any()), unit)
-    return finish(fig, ax, title, show)
+    paper.label_values(ax, "Sequence attribution", has_errors=bool(known.any()))
+    return paper.finish(fig, ax)
 
 
 def convergence(
@@ -108,11 +91,8 @@ def convergence(
     *,
     labels: Sequence[str],
     errors: npt.ArrayLike | None = None,
-    ax: Axes | None = None,
-    show: bool = False,
-    title: str | None = None,
-    unit: str | None = None,
-) -> tuple[Figure, Axes] | None:
+    **canvas: Unpack[CanvasArguments],
+) -> Drawing:
     """Draws how estimates settle as coalitions are added.
 
     Args:
@@ -121,23 +101,16 @@ def convergence(
         labels: Names of the causes, written beside their last estimates.
         errors: Standard errors of the shape of `attributions`, drawn as bands of one standard error
             where known (not NaN).
-        ax: Axes to draw into.
-        show: Show the figure and return ``None``, as in Captum.
-        title: Title above the lines.
-        unit: Of the attributions.
-
-    Returns:
-        Figure and axes, or ``None`` if `show`.
+        **canvas: See `Canvas`.
 
     Raises:
         ValueError: If the shapes do not match.
     """
     counts = numbers(n_coalitions).reshape(-1)
     values = array("attributions", attributions, (len(counts), len(labels)))
-    spread = np.full_like(values, np.nan)
-    if errors is not None:
-        spread = array("errors", errors, values.shape)
-    fig, ax = figure(ax, 8.0, 4.2)
+    spread = standard_errors("errors", errors, values)
+    paper = Canvas(**canvas)
+    fig, ax = paper.open(8.0, 4.2)
     ax.axhline(0.0, color="#3a3a3a", linewidth=0.8)
     for i, (line, error) in enumerate(zip(values.T, spread.T, strict=True)):
         colour, marker = LINES[i % len(LINES)]
@@ -148,16 +121,10 @@ def convergence(
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=LABEL_POINTS)
     ax.set_xlabel("coalitions", size=LABEL_POINTS + 1)
-    _label_values(ax, "Attribution", bool(np.isfinite(spread).any()), unit)
+    paper.label_values(ax, "Attribution", has_errors=bool(np.isfinite(spread).any()))
     if values.size:
         _label_ends(ax, values[-1], labels)
-    return finish(fig, ax, title, show)
-
-
-def _label_values(ax: Axes, what: str, has_errors: bool, unit: str | None) -> None:
-    settle(ax)
-    more = named("± standard error" if has_errors else "", unit).strip()
-    ax.set_ylabel(label_along(what, more, inches(ax)[1]), size=LABEL_POINTS + 1)
+    return paper.finish(fig, ax)
 
 
 def _log_counts(ax: Axes, counts: Array) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from captum.attr import LLMAttributionResult
@@ -14,12 +14,19 @@ from captum_llm_ext.result.convergence import earlier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
+    from captum_llm_ext.plot.axes import CanvasArguments, Drawing
     from captum_llm_ext.result.causes import SpanAttribution
     from captum_llm_ext.result.refit import Design, Evidence
 
-    Drawing = tuple[Figure, Axes] | None
+
+class _Labels(TypedDict):
+    """Names of rows and columns, as drawings of all tokens take them."""
+
+    input_labels: list[str]
+    output_feature_labels: list[str] | None
+    output_labels: list[str]
+    output_features: list[int | None] | None
 
 
 class DrawnResult(LLMAttributionResult):
@@ -70,15 +77,9 @@ class DrawnResult(LLMAttributionResult):
         return plot.heat_map(
             cast(Tensor, self.token_attr),
             self.output_attr,
-            input_labels=self.input_tokens,
-            output_feature_labels=self.output_features,
-            output_labels=self.output_tokens,
-            output_features=[piece.feature for piece in self.output_pieces] or None,
-            ax=ax,
+            **self._labels(),
             cmap=cmap,
-            show=show,
-            title=self._doubt,
-            unit=unit_of(self),
+            **self._canvas(ax, show),
         )
 
     def plot_seq_attr(
@@ -106,11 +107,8 @@ class DrawnResult(LLMAttributionResult):
             attr,
             labels=self.input_tokens,
             errors=errors,
-            ax=ax,
             cmap=cmap,
-            show=show,
-            title=self._doubt,
-            unit=unit_of(self),
+            **self._canvas(ax, show),
         )
 
     def plot_text(
@@ -149,11 +147,8 @@ class DrawnResult(LLMAttributionResult):
             headings={0: "prompt", first: "generated"},
             explained=() if token is None else (first + token,),
             later=() if token is None else range(first + token + 1, first + len(output)),
-            ax=ax,
             cmap=cmap,
-            show=show,
-            title=self._doubt,
-            unit=unit_of(self),
+            **self._canvas(ax, show),
         )
 
     def plot_flow(
@@ -186,18 +181,12 @@ class DrawnResult(LLMAttributionResult):
         return plot.flow(
             cast(Tensor, self.token_attr),
             self.output_attr,
-            input_labels=self.input_tokens,
-            output_feature_labels=self.output_features,
-            output_labels=self.output_tokens,
-            output_features=[piece.feature for piece in self.output_pieces] or None,
+            **self._labels(),
             prompt_errors=self.token_attr_se,
             output_errors=self.output_attr_se,
             towards=None if target_token is None else self.position(target_token),
             least=least,
-            ax=ax,
-            show=show,
-            title=self._doubt,
-            unit=unit_of(self),
+            **self._canvas(ax, show),
         )
 
     def plot_convergence(
@@ -256,11 +245,20 @@ class DrawnResult(LLMAttributionResult):
                 for token, column in cells
             ],
             errors=errors,
-            ax=ax,
-            show=show,
-            title=self._doubt,
-            unit=unit_of(self),
+            **self._canvas(ax, show),
         )
+
+    def _labels(self) -> _Labels:
+        return {
+            "input_labels": self.input_tokens,
+            "output_feature_labels": self.output_features,
+            "output_labels": self.output_tokens,
+            "output_features": [piece.feature for piece in self.output_pieces] or None,
+        }
+
+    def _canvas(self, ax: "Axes | None", show: bool) -> "CanvasArguments":
+        """What all drawings are given beside numbers and names."""
+        return {"ax": ax, "show": show, "title": self._doubt, "unit": unit_of(self)}
 
     @property
     def _doubt(self) -> str | None:
