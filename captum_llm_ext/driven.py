@@ -58,7 +58,8 @@ def attribute_with(
         The mean attributions over the trials, and every coalition that was scored.
 
     Raises:
-        ValueError: If the method returns another number of attributions than features.
+        ValueError: If the method returns another number of attributions than features, or gives
+            features first.
     """
     record = _Record(values)
     method = copy(method)
@@ -111,6 +112,11 @@ def _one_trial(
         # What it makes belongs to its inputs, wherever the user has tensors made.
         with torch.device(inputs.device), seeded(seed):
             attributed = method.attribute(inputs, **arguments)
+        if attributed.shape[-1:] != (n_features,):
+            raise ValueError(
+                f"{type(method).__name__}.attribute returned shape {tuple(attributed.shape)} for "
+                f"{n_features} features: captum's methods give (n_outputs, n_features)."
+            )
         found.append(attributed.detach().double().cpu().flatten())
     result = torch.cat(found)
     if result.numel() != n_target * n_features:
