@@ -1,4 +1,24 @@
-"""Which coalitions of features to score, and what their values say about each feature."""
+"""Which coalitions of features to score, and what their values say about each feature.
+
+A plan comes from `plan_anchors` (all features and none) joined with one of the planners; the solver
+of the same name turns its values into attributions and standard errors::
+
+    plan = join_plans([plan_anchors(n), plan_pairs(n, 16 * n, generator=generator)])
+    solution = solve_kernel(plan, score(plan.masks), Scope.of_all(n_target, n))
+
+* `plan_exact`, `solve_exact`: Shapley values of up to a dozen features, 2^n coalitions.
+* `plan_pairs`, `solve_kernel`: Shapley values of more; the usual choice.
+* `plan_permutations`, `solve_permutations`: the same where a budget is near 2 n, or where features
+  that change nothing shall have exactly zero.
+* `hierarchy`, `splits`: Owen values, where features are nested.
+* `plan_leave_one_out`, `solve_leave_one_out` and its complement `plan_only_one_in`,
+  `solve_only_one_in`: what is necessary, and what suffices, in n coalitions.
+* `search`: leave-one-out that looks closer only where it matters, for thousands of features.
+* `plan_lime`, `solve_lime`, `solve_contextcite`: a sparse linear model, where few features matter.
+
+`scope` says what a target token sees of the features; `additivity` and `interactions` say how far
+features act on their own.
+"""
 
 from captum_llm_ext.coalitions.additivity import RedundantPair, additive_fit, redundant_pairs
 from captum_llm_ext.coalitions.enumeration import (
