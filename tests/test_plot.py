@@ -435,3 +435,12 @@ def test_matplotlib_is_imported_only_to_draw(path):
     named |= {node.module for node in at_import if isinstance(node, ast.ImportFrom)}
     without = ("matplotlib", "torch", "captum_llm_ext.plot.fitted")
     assert not [name for name in named if name.startswith(without)]
+
+
+def test_what_no_drawing_takes_is_an_error():
+    with pytest.raises(TypeError, match="axes"):
+        plot.bars([1.0], labels=["a"], axes=None)
+    # Its colours are those of signs.
+    labels = {"input_labels": ["a"], "output_feature_labels": None, "output_labels": ["b"]}
+    with pytest.raises(TypeError, match="cmap"):
+        plot.flow([[1.0]], None, **labels, cmap="RdBu")
