@@ -7,9 +7,9 @@ of the same name turns its values into attributions and standard errors::
     solution = solve_kernel(plan, score(plan.masks), Scope.of_all(n_target, n))
 
 * `plan_exact`, `solve_exact`: Shapley values of up to a dozen features, 2^n coalitions.
-* `plan_pairs`, `solve_kernel`: Shapley values of more; the usual choice.
-* `plan_permutations`, `solve_permutations`: the same where a budget is near 2 n, or where features
-  that change nothing shall have exactly zero.
+* `plan_pairs`, `solve_kernel`: Shapley values of more; the usual choice, at any budget from 2 n on.
+* `plan_permutations`, `solve_permutations`: the same without bias, and with exact zeros for
+  features that change nothing; a few times less accurate.
 * `hierarchy`, `splits`: Owen values, where features are nested.
 * `plan_leave_one_out`, `solve_leave_one_out` and its complement `plan_only_one_in`,
   `solve_only_one_in`: what is necessary, and what suffices, in n coalitions.
