@@ -11,6 +11,7 @@ from torch import Tensor
 from captum_llm_ext.inputs import Piece
 from captum_llm_ext.result.causes import unit_of
 from captum_llm_ext.result.convergence import earlier
+from captum_llm_ext.result.foils import rather_than
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 
     from captum_llm_ext.result.causes import SpanAttribution
     from captum_llm_ext.result.refit import Design, Evidence
+    from captum_llm_ext.result.result import GenerationAttributionResult
 
     Drawing = tuple[Figure, Axes] | None
+
+_MOST_FOILS = 2
 
 
 class DrawnResult(LLMAttributionResult):
@@ -72,7 +76,7 @@ class DrawnResult(LLMAttributionResult):
             self.output_attr,
             input_labels=self.input_tokens,
             output_feature_labels=self.output_features,
-            output_labels=self.output_tokens,
+            output_labels=[self._named(t, " · ") for t in range(len(self.output_tokens))],
             output_features=[piece.feature for piece in self.output_pieces] or None,
             ax=ax,
             cmap=cmap,
@@ -152,7 +156,7 @@ class DrawnResult(LLMAttributionResult):
             ax=ax,
             cmap=cmap,
             show=show,
-            title=self._doubt,
+            title=self._title(token),
             unit=unit_of(self),
         )
 
@@ -183,6 +187,7 @@ class DrawnResult(LLMAttributionResult):
         """
         from captum_llm_ext import plot
 
+        towards = None if target_token is None else self.position(target_token)
         return plot.flow(
             cast(Tensor, self.token_attr),
             self.output_attr,
@@ -192,11 +197,11 @@ class DrawnResult(LLMAttributionResult):
             output_features=[piece.feature for piece in self.output_pieces] or None,
             prompt_errors=self.token_attr_se,
             output_errors=self.output_attr_se,
-            towards=None if target_token is None else self.position(target_token),
+            towards=towards,
             least=least,
             ax=ax,
             show=show,
-            title=self._doubt,
+            title=self._title(towards),
             unit=unit_of(self),
         )
 
@@ -261,6 +266,17 @@ class DrawnResult(LLMAttributionResult):
             title=self._doubt,
             unit=unit_of(self),
         )
+
+    def _named(self, token: int, between: str = " ") -> str:
+        """A target token, and what it was held against if that is what was explained."""
+        foils = rather_than(cast("GenerationAttributionResult", self), token, _MOST_FOILS)
+        return self.output_tokens[token] + (between + foils if foils else "")
+
+    def _title(self, token: int | None) -> str | None:
+        """What is written above the drawing of one token."""
+        named = None if token is None else self._named(token)
+        is_told = named is not None and named != self.output_tokens[token or 0]
+        return "\n".join(filter(None, [named if is_told else None, self._doubt])) or None
 
     @property
     def _doubt(self) -> str | None:
