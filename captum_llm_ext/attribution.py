@@ -16,7 +16,7 @@ from captum_llm_ext.arguments import at_least_one, check_counts, check_passed_on
 from captum_llm_ext.baselines import LanguageModel
 from captum_llm_ext.coalition_game import CoalitionGame
 from captum_llm_ext.content import digest, told
-from captum_llm_ext.contrast import Contrast, Scene, as_value, foils_of
+from captum_llm_ext.contrast import Contrast, Scene, as_value, foils_of, scored
 from captum_llm_ext.estimators import Budget, is_known
 from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
 from captum_llm_ext.inputs import Prompt, as_prompt
@@ -445,10 +445,9 @@ class GenerationAttribution(LLMAttribution):
         return planned_generation(self.model, self.tokenizer, gen_args)
 
     def _scorer(self, max_rows: int | None, show_progress: bool = False) -> Values:
-        explained = self.attr_target
         return Scorer(
             self.model,
-            attr_target="contrast" if isinstance(explained, Contrast) else explained,
+            attr_target=scored(self.attr_target),
             max_rows=max_rows,
             show_progress=show_progress,
             processes=self._shared,

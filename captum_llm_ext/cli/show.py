@@ -7,7 +7,7 @@ from typing import Any
 from captum_llm_ext.cli.command import add_command, positive
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
 from captum_llm_ext.result import Cause, GenerationAttributionResult
-from captum_llm_ext.result.foils import rather_than
+from captum_llm_ext.result.foils import foils_told
 from captum_llm_ext.result.terminal import paint, width
 
 EXAMPLES = (
@@ -62,7 +62,7 @@ def _causes(result: GenerationAttributionResult, token: str, k: int) -> str:
     position = int(token) if re.fullmatch(r"-?\d+", token) else token
     causes = result.why(position, k)
     place = result.position(position)
-    foils = rather_than(result, place, k)
+    foils = foils_told(result, place, k)
     name = result.output_tokens[place]
     return _listed(name, causes, foils)
 
@@ -72,5 +72,5 @@ def _listed(name: str, causes: list[Cause], foils: str = "") -> str:
         f"  {paint(str(cause), 'raises' if cause.attribution > 0 else 'lowers')}"
         for cause in causes
     ]
-    said = f" {foils}" if foils else ""
+    said = f" rather than {foils}" if foils else ""
     return "\n".join([f"{paint(name, 'token')}{said}  ←", *(lines or ["  nothing at all"])])

@@ -8,6 +8,7 @@ from captum_llm_ext.arguments import at_least_one, check_attr_target
 
 N_FOILS = 8
 Foil = int | str
+_NONE = -1  # of a result's foils, where a token has fewer
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,18 @@ class Contrast:
     foils.
 
     Args:
-        foils: Texts or token ids, or one of them, against which every target token is held; or a
-            list of them for each target token, with None for a token whose foils are to be found. A
-            text stands for the first token that it is written with in that place; without white
-            space in front it has that of the target token. By default all foils are found. They are
-            the likeliest other tokens of the same kind (white space in front, case, a word, a
-            number or a mark), twice `n_foils` of them, of which those are kept that the next two
-            tokens of the text go on best from: ``p(foil) * p(what follows | foil)``. Behind the
-            target that is what the model would write next. A token that goes on a word has no foils
-            of its own and is worth its log-probability: those of a word's first token stand for
-            other words, and the sum over its tokens is the whole word against these. Special tokens
-            are held against the likeliest others of any kind.
+        foils: Texts or token ids, or one of them, against which every target token is held (texts:
+            every one that does not go on a word); or a list of them for each target token, with
+            None for a token whose foils are to be found; or the `foils` of another result of the
+            same target. A text stands for the first token that it is written with in that place,
+            and without white space in front it has that of the target token. By default all foils
+            are found: the likeliest other tokens of the same kind (white space in front, case, a
+            word, a number or a mark), twice `n_foils` of them, of which those are kept that the
+            next two tokens of the text go on best from: ``p(foil) * p(what follows | foil)``.
+            Behind the target that is what the model would write next. A token that goes on a word
+            has no foils of its own and is worth its log-probability: those of a word's first token
+            stand for other words, and the sum over its tokens is the whole word against these.
+            Special tokens are held against the likeliest others of any kind.
         n_foils: How many are found for a token, at most.
         without: Name or number of a feature (of the prompt, then of the earlier output). The foils
             found are what the model says without it: absent as the input's baselines have it, on
@@ -66,7 +68,8 @@ class Contrast:
     def per_token(self) -> list[list[Foil] | None] | None:
         """Foils for each target token, None where they are to be found; None if for all alike."""
         given = self.foils
-        return given if given is not None and not isinstance(given[0], int | str) else None
+        are_lists = given is not None and not isinstance(given[0], int | str)
+        return given if are_lists else None
 
     @property
     def for_all(self) -> list[Foil] | None:
@@ -91,10 +94,17 @@ def as_value(attr_target: Any) -> Any:
     return Contrast() if attr_target == "contrast" else attr_target
 
 
+def scored(attr_target: Any) -> Any:
+    """What a scorer is asked for, which knows foils as ids alone."""
+    return "contrast" if isinstance(attr_target, Contrast) else attr_target
+
+
 def _plain(foils: Any) -> Any:
     """Foils as lists of texts and integers, one or one per target token."""
     if foils is None:
         return None
+    if getattr(foils, "ndim", 1) == 2:
+        return [[i for i in row if i != _NONE] for row in foils.tolist()]
     given = foils.tolist() if hasattr(foils, "tolist") else foils
     if isinstance(given, int | str) and not isinstance(given, bool):
         given = [given]

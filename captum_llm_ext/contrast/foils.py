@@ -59,7 +59,7 @@ def foils_of(contrast: Contrast, scene: Scene, model: Values, vocabulary_size: i
         UserWarning: If a foil's text has several tokens.
     """
     target = scene.target
-    per_token = contrast.per_token or [contrast.for_all] * len(target)
+    per_token = contrast.per_token or [_fitting(contrast, t, scene) for t in range(len(target))]
     if len(per_token) != len(target):
         raise ValueError(
             f"`foils` has {len(per_token)} lists for {len(target)} target tokens "
@@ -88,6 +88,14 @@ def foils_of(contrast: Contrast, scene: Scene, model: Values, vocabulary_size: i
         for t, own in enumerate(ids)
     ]
     return Foils(ids, names, about)
+
+
+def _fitting(contrast: Contrast, t: int, scene: Scene) -> list[Foil] | None:
+    """Of the foils for all tokens those for one of them: texts are words, and begin as such."""
+    given = contrast.for_all
+    if given is None or not scene.goes_on(t):
+        return given
+    return [foil for foil in given if isinstance(foil, int)]
 
 
 def _given(

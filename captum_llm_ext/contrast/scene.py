@@ -97,7 +97,8 @@ class Scene:
         if token == self.target[t] or self.is_special(token):
             return False
         own, other = self._texts[t], self._piece(token, t)
-        is_text = bool(other.strip()) and _FRAGMENT not in other
+        core = other.strip()
+        is_text = bool(core) and core.isprintable() and _FRAGMENT not in core
         return is_text and _space(own) == _space(other) and _kind(own) == _kind(other)
 
     def is_other(self, token: int, t: int) -> bool:

@@ -226,7 +226,7 @@ const VALUES = { log_prob: "log-probability", prob: "probability", logit: "logit
 const nameOfValue = (attrTarget) => VALUES[attrTarget] || attrTarget;
 
 function about() {
-  const value = nameOfValue(data.attr_target) + (data.attr_target === "contrast" ? " with what might have stood there" : "");
+  const value = nameOfValue(data.attr_target) + (data.attr_target === "contrast" ? " (why each token rather than its foils)" : "");
   const evaluations = data.n_evaluations === null || data.n_evaluations === undefined ? ""
     : (data.estimate ? "an estimate from " : "") + data.n_evaluations.toLocaleString("en") + " evaluations" + (nUntold && !hasErrors ? ", of unknown error" : "");
   return [data.method, evaluations, value + (unit && unit !== "logits" ? " in " + unit : "")].filter(Boolean).join(" · ");

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines import LanguageModel
-from captum_llm_ext.contrast import Contrast
+from captum_llm_ext.contrast import Contrast, scored
 from captum_llm_ext.game import Game, Inspect, Run
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.remote.providers import (
@@ -202,11 +202,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return source(self.provider, self.tokenizer, self._max_concurrency, self._on_mismatch)
 
     def _scorer(self, max_rows: int | None, show_progress: bool = False) -> Values:
-        explained = "contrast" if isinstance(self.attr_target, Contrast) else self.attr_target
         return RemoteScorer(
             self._source(),
             self.tokenizer,
-            attr_target=cast(Literal["log_prob", "prob", "contrast"], explained),
+            attr_target=scored(self.attr_target),
             max_rows=max_rows,
             show_progress=show_progress,
             missing=self._missing,

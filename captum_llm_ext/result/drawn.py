@@ -11,7 +11,7 @@ from torch import Tensor
 from captum_llm_ext.inputs import Piece
 from captum_llm_ext.result.causes import unit_of
 from captum_llm_ext.result.convergence import earlier
-from captum_llm_ext.result.foils import rather_than
+from captum_llm_ext.result.foils import foils_told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ class DrawnResult(LLMAttributionResult):
             self.output_attr,
             input_labels=self.input_tokens,
             output_feature_labels=self.output_features,
-            output_labels=[self._named(t, " · ") for t in range(len(self.output_tokens))],
+            output_labels=[self._named(t, " ≠ ", 1) for t in range(len(self.output_tokens))],
             output_features=[piece.feature for piece in self.output_pieces] or None,
             ax=ax,
             cmap=cmap,
@@ -267,9 +267,9 @@ class DrawnResult(LLMAttributionResult):
             unit=unit_of(self),
         )
 
-    def _named(self, token: int, between: str = " ") -> str:
+    def _named(self, token: int, between: str = " rather than ", k: int = _MOST_FOILS) -> str:
         """A target token, and what it was held against if that is what was explained."""
-        foils = rather_than(cast("GenerationAttributionResult", self), token, _MOST_FOILS)
+        foils = foils_told(cast("GenerationAttributionResult", self), token, k)
         return self.output_tokens[token] + (between + foils if foils else "")
 
     def _title(self, token: int | None) -> str | None:

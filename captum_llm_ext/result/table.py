@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from captum_llm_ext.result.causes import Cause
-from captum_llm_ext.result.foils import rather_than
+from captum_llm_ext.result.foils import foils_told
 from captum_llm_ext.result.terminal import columns, one_line, shortened
 from captum_llm_ext.segment import shorten
 
@@ -45,7 +45,7 @@ def table(
         ]
         told = _told(telling, room, show) or show(_NOTHING, "nothing")
         used = columns(_told(telling, room, _plain) or _NOTHING)
-        told += _beside(rather_than(result, token), None if room is None else room - used, show)
+        told += _beside(foils_told(result, token), None if room is None else room - used, show)
         padding = " " * (longest - columns(name))
         lines.append(f"{padding}{show(name, 'token')}{_ARROW}{told}")
     return "\n".join([*lines, *_wrapped(_remarks(result), width)])
@@ -71,9 +71,10 @@ def _told(causes: Sequence[Cause], room: int | None, show: "Paint") -> str:
 
 def _beside(foils: str, room: int | None, show: "Paint") -> str:
     """What a token was held against, where there is room for it behind the causes."""
-    if not foils or (room is not None and columns(foils) + 4 > room):
+    said = f"  (rather than {foils})"
+    if not foils or (room is not None and columns(said) > room):
         return ""
-    return "  " + show(f"({foils})", "nothing")
+    return show(said, "nothing")
 
 
 def _fitting(cause: Cause, most: int) -> str:
