@@ -103,7 +103,7 @@ class GenerationAttribution(LLMAttribution):
         _compat.check_causal(attr_method.forward_func)
         explained = as_value(attr_target)
         super().__init__(attr_method, tokenizer)
-        self.attr_target = cast(Any, explained)
+        self.attr_target = explained
         self.include_per_token_attr = True
         self.device = _compat.input_device(self.model)
         self._processes = Processes.of(accelerator, self.model)

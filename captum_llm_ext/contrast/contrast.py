@@ -25,14 +25,15 @@ class Contrast:
             every one that does not go on a word); or a list of them for each target token, with
             None for a token whose foils are to be found; or the `foils` of another result of the
             same target. A text stands for the first token that it is written with in that place,
-            and without white space in front it has that of the target token. By default all foils
-            are found: the likeliest other tokens of the same kind (white space in front, case, a
-            word, a number or a mark), twice `n_foils` of them, of which those are kept that the
-            next two tokens of the text go on best from: ``p(foil) * p(what follows | foil)``.
-            Behind the target that is what the model would write next. A token that goes on a word
-            has no foils of its own and is worth its log-probability: those of a word's first token
-            stand for other words, and the sum over its tokens is the whole word against these.
-            Special tokens are held against the likeliest others of any kind.
+            and without white space in front it has that of the target token, or a space where it
+            would go on the word before. By default all foils are found: the likeliest other tokens
+            of the same kind (white space in front, case, a word, a number or a mark), twice
+            `n_foils` of them, of which those are kept that the next two tokens of the text go on
+            best from: ``p(foil) * p(what follows | foil)``. Behind the target that is what the
+            model would write next. A token that goes on a word has no foils of its own and is worth
+            its log-probability: those of a word's first token stand for other words, and the sum
+            over its tokens is the whole word against these. Special tokens are held against the
+            likeliest others of any kind.
         n_foils: How many are found for a token, at most.
         without: Name or number of a feature (of the prompt, then of the earlier output). The foils
             found are what the model says without it: absent as the input's baselines have it, on

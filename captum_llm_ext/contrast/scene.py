@@ -40,7 +40,7 @@ class Scene:
         self.tokenizer, self.full = tokenizer, full
         self.target = generated.ids
         self.names = list(generated.labels)
-        self._special = set(getattr(tokenizer, "all_special_ids", None) or ())
+        self._special: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
         self._pieces: dict[int, str] = {}
 
     @cached_property
@@ -70,8 +70,12 @@ class Scene:
             ValueError: If there is none.
         """
         own = self._texts[t]
-        text = _space(own) + foil if own.strip() and not foil[:1].isspace() else foil
         left = tokens.decode(self.tokenizer, (self.full.ids + self.target[:t])[-tokens.CONTEXT :])
+        text = foil
+        if own.strip() and not foil[0].isspace():
+            # Another word, not one that the word before is made longer by.
+            glued = foil[0].isalnum() and left[-1:].isalnum() and not self.goes_on(t)
+            text = (_space(own) or " " * glued) + foil
         ids = tokens.encode_in_place(self.tokenizer, text, left)
         if not ids:
             raise ValueError(f"the foil {foil!r} has no token: give another text, or a token id.")

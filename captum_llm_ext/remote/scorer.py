@@ -135,9 +135,9 @@ class RemoteScorer:
         ids = torch.full(log_probs.shape, -1, dtype=torch.int64, device="cpu")
         for t, others in enumerate(told):
             values = ((token, log_prob(said)) for token, said in others.items())
-            known = {token: value for token, value in values if value is not None}
-            for i, token in enumerate(sorted(known, key=lambda token: -known[token])):
-                log_probs[t, i], ids[t, i] = known[token], token
+            known = sorted(((v, token) for token, v in values if v is not None), reverse=True)
+            for i, (value, token) in enumerate(known):
+                log_probs[t, i], ids[t, i] = value, token
         return log_probs, ids
 
     def noise_floor(
