@@ -265,8 +265,9 @@ class RemoteScorer:
             self._has_warned = True
             fewer = "fewer foils; " if has_foils else ""
             which = "every foil, and " if has_foils else ""
+            most = "up to " if has_foils else ""  # those among the likeliest are told
             warnings.warn(
-                f"{n_rows} coalitions take up to {n} requests, because {which}a target token at a "
+                f"{n_rows} coalitions take {most}{n} requests, because {which}a target token at a "
                 "place where generated text is absent has to be asked for by itself. Fewer: "
                 f"{fewer}a coarser `output_unit`, or None; fewer evaluations; a provider that "
                 "tells the likeliest tokens (`top_logprobs`).",
