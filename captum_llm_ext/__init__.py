@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.baselines.conditional import ModelBaselines
     from captum_llm_ext.baselines.corpus import CorpusBaselines, Match
     from captum_llm_ext.coalition_game import CoalitionGame
+    from captum_llm_ext.contrast import Contrast
     from captum_llm_ext.dataset import DatasetReport, attribute_dataset
     from captum_llm_ext.demo import load_demo
     from captum_llm_ext.gradient import GenerationGradientAttribution
@@ -58,6 +59,7 @@ __all__ = [
     "ChatInput",
     "CoalitionGame",
     "CompletionsProvider",
+    "Contrast",
     "CorpusBaselines",
     "DatasetReport",
     "Deletion",
@@ -94,6 +96,7 @@ _NAMES = {
     "baselines.conditional": "ModelBaselines",
     "baselines.corpus": "CorpusBaselines Match",
     "coalition_game": "CoalitionGame",
+    "contrast": "Contrast",
     "dataset": "DatasetReport attribute_dataset",
     "demo": "load_demo",
     "gradient": "GenerationGradientAttribution",

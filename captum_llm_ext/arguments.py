@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-TARGETS = ("log_prob", "prob", "logit")
+TARGETS = ("log_prob", "prob", "logit", "contrast")
 
 
 def at_least_one(name: str, value: object) -> int:
@@ -42,7 +42,7 @@ def check_attr_target(attr_target: object) -> None:
     if not callable(attr_target) and attr_target not in TARGETS:
         raise ValueError(
             f"`attr_target` is {attr_target!r}: give one of {', '.join(map(repr, TARGETS))}, "
-            "or a callable `(logits, target) -> values`."
+            "a `Contrast`, or a callable `(logits, target) -> values`."
         )
 
 

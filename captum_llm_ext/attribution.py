@@ -12,10 +12,11 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.arguments import at_least_one, check_attr_target, check_counts, check_passed_on
+from captum_llm_ext.arguments import at_least_one, check_counts, check_passed_on
 from captum_llm_ext.baselines import LanguageModel
 from captum_llm_ext.coalition_game import CoalitionGame
 from captum_llm_ext.content import digest, told
+from captum_llm_ext.contrast import Contrast, Scene, as_value, foils_of, scored
 from captum_llm_ext.estimators import Budget, is_known
 from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
 from captum_llm_ext.inputs import Prompt, as_prompt
@@ -57,8 +58,9 @@ class GenerationAttribution(LLMAttribution):
         attr_method: A captum `PerturbationAttribution` over the model.
         tokenizer: The model's tokenizer.
         attr_target: What is explained for a target token: its ``"log_prob"`` in nats, its
-            ``"prob"``, its ``"logit"``, or a callable ``(logits (batch, n_target, vocabulary),
-            target (n_target,)) -> (batch, n_target)``.
+            ``"prob"``, its ``"logit"``, its ``"contrast"`` against other tokens that would fit (a
+            `Contrast` says which), or a callable ``(logits (batch, n_target, vocabulary), target
+            (n_target,)) -> (batch, n_target)``.
         accelerator: An `accelerate.Accelerator` (or its `PartialState`), in a script that was
             started on several processes, on one machine or many: they share the model's
             evaluations, and every one returns the whole result. All of them make the same calls
@@ -89,7 +91,7 @@ class GenerationAttribution(LLMAttribution):
         self,
         attr_method: PerturbationAttribution,
         tokenizer: Any,
-        attr_target: AttrTarget = "log_prob",
+        attr_target: AttrTarget | Contrast = "log_prob",
         *,
         accelerator: Accelerator | None = None,
     ) -> None:
@@ -99,9 +101,9 @@ class GenerationAttribution(LLMAttribution):
                 "perturbation methods over the model, such as `ShapleyValueSampling(model)`."
             )
         _compat.check_causal(attr_method.forward_func)
-        check_attr_target(attr_target)
+        explained = as_value(attr_target)
         super().__init__(attr_method, tokenizer)
-        self.attr_target = cast(Any, attr_target)
+        self.attr_target = explained
         self.include_per_token_attr = True
         self.device = _compat.input_device(self.model)
         self._processes = Processes.of(accelerator, self.model)
@@ -251,7 +253,7 @@ class GenerationAttribution(LLMAttribution):
                 open_journal = partial(Journal, checkpoint, about)
             with scorer.keeping(open_journal):
                 ids = self._target_ids(run, target, gen_args, generation, skip_tokens)
-                game = Game(run, run.context.generated(ids, output_unit, output_baselines))
+                game = self._game(run, ids, output_unit, output_baselines)
                 joint = None
                 with scorer.progress():
                     outcome = solve(game, effort, kwargs)
@@ -259,13 +261,20 @@ class GenerationAttribution(LLMAttribution):
                         joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
             return self._result(inp, game, outcome, joint, generation)
 
-    def check_stored(self, inp: InterpretableInput, target: Tensor, values: Tensor) -> None:
+    def check_stored(
+        self,
+        inp: InterpretableInput,
+        target: Tensor,
+        values: Tensor,
+        foils: Tensor | None = None,
+    ) -> None:
         """Holds what a stored result says of its whole text against the model as it is now.
 
         Args:
             inp: The prompt, as for `attribute`.
             target: The result's target, ``(n_target,)``.
             values: Its `full_values`.
+            foils: Its `foils`.
 
         Raises:
             ValueError: If another model gave them.
@@ -273,7 +282,8 @@ class GenerationAttribution(LLMAttribution):
         with self._processes.session("`check_stored`"):
             scorer = self._scorer(None)
             run = self._run(as_prompt(inp, self.tokenizer, None), scorer, 0)
-            check_stored(scorer, run.full, run.context.generated(target.cpu(), None, None), values)
+            generated = run.context.generated(target.cpu(), None, None)
+            check_stored(scorer, run.full, generated, values, foils)
 
     def to_game(
         self,
@@ -317,7 +327,7 @@ class GenerationAttribution(LLMAttribution):
         run = self._run(prompt, self._scorer(perturbations_per_eval), seed)
         generation = None if target is not None else self.generation(gen_args)
         ids = self._target_ids(run, target, gen_args, generation, None)
-        game = Game(run, run.context.generated(ids, output_unit, output_baselines))
+        game = self._game(run, ids, output_unit, output_baselines)
         start, stop = _span(token, len(ids))
         return CoalitionGame(game, start, stop, n_draws=n_draws, normalize=normalize)
 
@@ -326,6 +336,15 @@ class GenerationAttribution(LLMAttribution):
     ) -> Run:
         model = self._language_model(scorer)
         return Run(self.attr_method, self.tokenizer, prompt, scorer, model, seed, callback)
+
+    def _game(self, run: Run, ids: Tensor, output_unit: Unit | None, output_baselines: Any) -> Game:
+        generated = run.context.generated(ids, output_unit, output_baselines)
+        foils = None
+        if isinstance(self.attr_target, Contrast):
+            scene = Scene(run.prompt, run.full, generated, self.tokenizer, run.seed)
+            proposer = self._proposer(run.scorer)
+            foils = foils_of(self.attr_target, scene, proposer, self._vocabulary_size())
+        return Game(run, generated, foils)
 
     def _target_ids(
         self,
@@ -384,6 +403,8 @@ class GenerationAttribution(LLMAttribution):
             joint,
             masks=game.with_last_feature(outcome.plan.masks, True),
             values=outcome.values,
+            foils=game.foils,
+            foil_values=game.foil_values,
             draws=outcome.plan.draws,
             n_evaluations=game.run.scorer.n_evaluations,
             like=self._numbers(),
@@ -400,6 +421,7 @@ class GenerationAttribution(LLMAttribution):
             "estimate": outcome.estimate,
             "converged": outcome.converged,
             **of_question(self.attr_target, generation and generation.settings),
+            "contrast": game.foils and game.foils.about,
             "unit": game.run.prompt.unit_name,
             "rule": getattr(self.attr_method, "rule", None),
             "seed": game.run.seed,
@@ -425,11 +447,16 @@ class GenerationAttribution(LLMAttribution):
     def _scorer(self, max_rows: int | None, show_progress: bool = False) -> Values:
         return Scorer(
             self.model,
-            attr_target=self.attr_target,
+            attr_target=scored(self.attr_target),
             max_rows=max_rows,
             show_progress=show_progress,
             processes=self._shared,
         )
+
+    def _proposer(self, scorer: Values) -> Values:
+        """What foils are looked for with: rows of its own, which are no coalitions."""
+        del scorer
+        return Scorer(self.model, processes=self._shared)
 
     def _language_model(self, scorer: Values) -> LanguageModel:
         del scorer
@@ -449,8 +476,9 @@ class GenerationAttribution(LLMAttribution):
 
     def _arithmetic(self, game: Game) -> dict[str, Any]:
         """What a reader must know of it."""
-        floor = game.run.scorer.noise_floor(game.full_row, game.target)
-        about = cast(Scorer, game.run.scorer).told()
+        scorer = game.run.scorer
+        floor = scorer.noise_floor(game.full_row, game.target, game.foil_ids)
+        about = cast(Scorer, scorer).told()
         return {"noise_floor": None if floor is None else floor.tolist(), **about}
 
     def _numbers(self) -> Tensor:

@@ -252,12 +252,11 @@ class _Maker:
         if self._has_checked:
             return
 
-        def stored() -> tuple[Any, Any]:
+        def stored() -> tuple[Any, ...]:
             result = GenerationAttributionResult.load(path)
-            return result.target, result.full_values
+            return result.target, result.full_values, result.foils
 
-        target, values = agree(stored)
-        self._attribution.check_stored(self._input(record), target, values)
+        self._attribution.check_stored(self._input(record), *agree(stored))
         self._has_checked = True
 
     @property

@@ -14,6 +14,7 @@ from captum_llm_ext import tokens
 from captum_llm_ext.baselines import LanguageModel
 from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
 from captum_llm_ext.coalitions.hierarchy import Tree
+from captum_llm_ext.contrast import Foils
 from captum_llm_ext.driven import attribute_with
 from captum_llm_ext.estimators import Budget, Estimator, estimator, is_known
 from captum_llm_ext.inputs import Context, GeneratedText, Prompt
@@ -79,11 +80,21 @@ class Game:
     Args:
         run: The call this belongs to.
         generated: The target.
+        foils: What its tokens are held against, if that is what a value is.
         is_joint: Whether the one value of a coalition is the product over the target tokens.
     """
 
-    def __init__(self, run: Run, generated: GeneratedText, *, is_joint: bool = False) -> None:
+    def __init__(
+        self,
+        run: Run,
+        generated: GeneratedText,
+        foils: Foils | None = None,
+        *,
+        is_joint: bool = False,
+    ) -> None:
         self.run, self.generated, self._is_joint = run, generated, is_joint
+        self.foils, self.foil_ids = foils, None if foils is None else foils.tensor
+        self._foil_values: list[Tensor] = []
         self.target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
         n_prompt = run.prompt.n_features
         n_generated = max(generated.n_visible)
@@ -119,6 +130,14 @@ class Game:
     def held(self) -> list[int]:
         """Columns that some target requires."""
         return sorted(set(self.scope.required.tolist()) - {-1})
+
+    @property
+    def foil_values(self) -> Tensor | None:
+        """Log-probabilities of all foils of each target token, ``(n_coalitions, n_target)``.
+
+        Of all coalitions that were scored, in the order in which they were asked for.
+        """
+        return None if self.foils is None else torch.cat(self._foil_values)
 
     def tree(self, hierarchy: Sequence[Any] | None) -> Tree:
         """The nesting of all columns: the user's, or that of the prompt's levels.
@@ -156,7 +175,11 @@ class Game:
         run.scorer.check_length(
             max(len(row.ids) for row in rows), "the longest coalition and the target"
         )
-        values = run.scorer.values(rows, self.target)
+        values = run.scorer.values(rows, self.target, self.foil_ids)
+        if self.foils is not None:
+            own, foils = values.split(len(self.target), dim=1)
+            values = own - foils
+            self._foil_values.append(foils)
         if run.callback is not None:
             self._tell(run.callback, [prompt.ids for prompt in prompts], rows, values)
         return values.prod(1, keepdim=True) if self._is_joint else values
@@ -186,7 +209,7 @@ class Game:
                 continue
             self._seen.add((row.ids, row.key))
             told = value.exp() if is_log else value
-            joint = told.prod(0, keepdim=True)
+            joint = told.sum(0, keepdim=True) if self.foils else told.prod(0, keepdim=True)
             text = tokens.decode(self.run.tokenizer, prompt)
             callback(text, response, torch.cat([joint, told]).tolist())
 

@@ -24,6 +24,7 @@ __all__ = ["fragment", "page"]
 _FORMAT = 1
 _DIGITS = 5  # significant digits kept: more than any error bar supports, half the bytes
 _MATRICES = ("token_attr", "token_attr_se", "output_attr", "output_attr_se")
+_OTHER = "other"  # the same numbers for another value
 _REQUIRED = (
     "prompt",
     "output",
@@ -54,7 +55,10 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             for a ``side`` and ``level``: per entry of ``spans`` (``[start, stop]`` of tokens) in
             ``se`` one per column; the page takes what it adds up beside these as independent, and
             says so. ``unresolved`` lists the columns of each group that was not told apart; below
-            ``noise_floor`` nothing is certain.
+            ``noise_floor`` nothing is certain. ``foils`` names, per token, what it is held against
+            where the value is a contrast; ``other`` has attributions, errors, ``full_values``,
+            ``empty_values`` and ``sums`` of another ``attr_target``, to which the page can be
+            switched.
             ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"`` (names
             that stand apart); without it, names that would run together are set apart.
         title: Heading of the page; by default what was generated.
@@ -185,12 +189,18 @@ def _layout(prompt: Sequence[Mapping[str, Any]]) -> str:
 
 def _json(data: Mapping[str, Any]) -> str:
     """JSON that stays inside its script element, whatever the strings hold."""
-    members = (
-        f"{json.dumps(name)}:{_matrix(value) if name in _MATRICES else _dumps(value)}"
-        for name, value in data.items()
-    )
-    text = "{" + ",".join(members) + "}"
+    text = _object(data)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _object(data: Mapping[str, Any]) -> str:
+    def written(name: str, value: Any) -> str:
+        if name == _OTHER and value is not None:
+            return _object(value)
+        return _matrix(value) if name in _MATRICES else _dumps(value)
+
+    members = (f"{json.dumps(name)}:{written(name, value)}" for name, value in data.items())
+    return "{" + ",".join(members) + "}"
 
 
 def _dumps(value: Any) -> str:
@@ -256,6 +266,10 @@ def _check(data: Mapping[str, Any]) -> None:
         widths["answer", level["name"]] = 1 + sum(changes)
     for entry in data.get("sums") or ():
         _check_sums(entry, widths.get((entry["side"], entry["level"])))
+    if data.get("foils") is not None:
+        _check_length(data, "foils", n_target)
+    if data.get(_OTHER) is not None:
+        _check({**data, "foils": None, **data[_OTHER], _OTHER: None})
 
 
 def _check_shape(data: Mapping[str, Any], name: str, rows: int, columns: int | None) -> None:

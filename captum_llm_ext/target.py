@@ -313,7 +313,11 @@ def whole_row(prompt: RenderedPrompt, generated: GeneratedText) -> TokenRow:
 
 
 def check_stored(
-    scorer: Values, prompt: RenderedPrompt, generated: GeneratedText, stored: Tensor
+    scorer: Values,
+    prompt: RenderedPrompt,
+    generated: GeneratedText,
+    stored: Tensor,
+    foils: Tensor | None = None,
 ) -> None:
     """Refuses a stored result that another model gave.
 
@@ -322,17 +326,21 @@ def check_stored(
         prompt: With every feature present.
         generated: The result's target.
         stored: The result's `full_values`.
+        foils: The result's `foils`.
 
     Raises:
         ValueError: If one of its values is another.
     """
     target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
     row = whole_row(prompt, generated)
-    now = scorer.values([row], target)[0]
+    foils = None if foils is None else foils.cpu()
+    now = scorer.values([row], target, foils)[0]
+    if foils is not None:
+        now = now[: len(target)] - now[len(target) :]
     tolerance = scorer.tolerance(now)
     if bool(((now - stored.cpu()).abs() > tolerance).any()):
         # Rows of other batches may move it further, which takes some passes to find out.
-        floor = scorer.noise_floor(row, target)
+        floor = scorer.noise_floor(row, target, foils)
         tolerance = tolerance if floor is None else tolerance + _FLOORS * floor
     check_same(
         now,

@@ -53,6 +53,7 @@ CASES = {
     ),
     "HierarchicalAblation": (HierarchicalAblation, ("sentence", "word"), {}),
     "rounds": (KernelShap, "word", {"n_samples": 60, "tol": 0.02, "max_evaluations": 200}),
+    "contrast": (ShapleyValueSampling, "word", {"n_samples": 4, "attr_target": "contrast"}),
     "of captum": (FeaturePermutation, "word", {"output_unit": None}),
 }
 SAMPLED = {"max_new_tokens": 5, "do_sample": True, "temperature": 1.3}
@@ -67,7 +68,9 @@ def make(seed=0):
 def attribute(model, tokenizer, name, accelerator=None, **more):
     method, unit, arguments = CASES[name]
     inp = TextSegmentInput(PROMPT, tokenizer, unit, baselines=None)
-    attribution = GenerationAttribution(method(model), tokenizer, accelerator=accelerator)
+    value = arguments.get("attr_target", "log_prob")
+    arguments = {key: value for key, value in arguments.items() if key != "attr_target"}
+    attribution = GenerationAttribution(method(model), tokenizer, value, accelerator=accelerator)
     arguments = {"target": ANSWER, "perturbations_per_eval": 4, **arguments, **more}
     if arguments.get("target") is None:
         arguments["gen_args"] = SAMPLED

@@ -798,3 +798,36 @@ def test_the_doctor_on_half_precision(capsys):
     assert shown["probe"]["is_right"]
     assert shown["probe"]["dtype"] == "bfloat16"
     assert "in bfloat16" in shown["model"]["parameters"]
+
+
+def test_a_contrast_is_told_with_its_foils(tmp_path, capsys):
+    file = tmp_path / "c.safetensors"
+    options = ["--target", " poker, surfing", "--attr-target", "contrast"]
+    main([*ATTRIBUTE, *options, "--save", str(file), "--html", str(tmp_path / "c.html")])
+    found = GenerationAttributionResult.load(file)
+    assert f"(rather than {', '.join(found.foil_tokens[0][:3])}, …)" in capsys.readouterr().out
+    assert '"other":{"attr_target":"log_prob"' in (tmp_path / "c.html").read_text("utf-8")
+    main(["show", str(file), "--token", "surfing", "--top", "2"])
+    foils = found.foil_tokens[2]
+    assert f"rather than {', '.join(foils[:2])}, …" in capsys.readouterr().out
+    given = [*ATTRIBUTE, *options, "--foils", "golf", "--foils", "tennis"]
+    main([*given, "--save", str(file)])
+    assert GenerationAttributionResult.load(file).foil_tokens == [["golf", "tennis"]] * 3
+    main([*ATTRIBUTE, *options, "--foils", "without:Palm", "--save", str(file), *GXA])
+    found = GenerationAttributionResult.load(file)
+    assert found.provenance["contrast"]["without"] == "Palm"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--foils", "golf"], "--foils would be ignored: it is of --attr-target contrast"),
+        (
+            ["--attr-target", "contrast", "--foils", "without:Palm", "--foils", "golf"],
+            "--foils without:Palm finds all foils: give it alone",
+        ),
+    ],
+)
+def test_foils_that_would_be_ignored_are_refused(options, message, capsys):
+    assert main([*ATTRIBUTE, *options]) == 2
+    assert message in capsys.readouterr().err

@@ -969,6 +969,62 @@ def test_text_that_runs_to_the_left_is_walked_to_the_left(view):
     assert page.evaluate("document.activeElement.textContent") == " بك"
 
 
+def contrast(**changes):
+    """A contrast, with log-probabilities beside it."""
+    data, other = example(seed=1), example(seed=2)
+    names = "token_attr token_attr_se output_attr output_attr_se full_values empty_values".split()
+    beside = {name: other[name] for name in names} | {"attr_target": "log_prob", "sums": []}
+    foils = [["Oslo", "Rome", "<b>", "Madrid", "Bonn", "Nice"], [], ["a"], ["b"], ["c"]]
+    return data | {"attr_target": "contrast", "foils": foils, "other": beside} | changes
+
+
+def test_the_page_switches_between_both_values(view):
+    data = contrast()
+    page = view(data)
+    labels = page.locator("#values label")
+    assert labels.all_text_contents() == ["contrast", "log-probability"]
+    answer(page, 3).click()
+    for number, numbers in ((0, data), (1, data["other"]), (0, data)):
+        labels.nth(number).click()
+        shown = numbers["token_attr"][3]
+        most = max(map(abs, shown + numbers["output_attr"][3]))
+        drawn = levels(page, "prompt")
+        strong = [i for i, x in enumerate(shown) if abs(x) > 0.1 * most]
+        assert [drawn[i] for i in strong] == scaled([shown[i] for i in strong], most)
+        assert f"{numbers['full_values'][3]:.2f}".replace("-", "−") in page.inner_text("#bridge")
+        is_contrast = number == 0
+        assert ("rather than “b”" in page.inner_text("#details")) == is_contrast
+        assert ("rather than its foils" in page.inner_text("#about")) == is_contrast
+        assert ("A contrast: " in page.inner_text("#note")) == is_contrast
+    assert having(page, "answer", "chosen") == [3]
+
+
+def test_foils_are_told_on_hover_and_for_what_is_kept(view):
+    page = view(contrast())
+    answer(page, 0).hover()
+    assert page.inner_text("#chosen-place") == (
+        "token 1 of 5, rather than “Oslo”, “Rome”, “<b>”, “Madrid”, “Bonn”…"
+    )
+    assert " : " in page.inner_text("#details")  # as odds
+    answer(page, 1).hover()
+    assert "rather than" not in page.inner_text("#details")
+    page.mouse.move(1, 1)
+    assert "rather than" not in page.inner_text("#chosen-place")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"foils": [[]]}, "`foils` has 1 entries for 5 tokens"),
+        ({"other": {"token_attr": [[0.0]] * 5}}, "`token_attr` has"),
+        ({"other": {"full_values": [0.0]}}, "`full_values` has 1 entries"),
+    ],
+)
+def test_another_value_has_to_fit_as_well(changes, message):
+    with pytest.raises(ValueError, match=message):
+        html.page(contrast(**changes))
+
+
 def test_errors_of_the_whole_answer_are_those_that_were_told(view):
     whole = [
         {"side": "prompt", "level": None, "spans": [[0, 5]], "se": [[0.5] * 6]},

@@ -20,6 +20,7 @@ PUBLIC = {
     "ChatInput",
     "CoalitionGame",
     "CompletionsProvider",
+    "Contrast",
     "CorpusBaselines",
     "DatasetReport",
     "Deletion",

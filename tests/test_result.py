@@ -111,7 +111,7 @@ def test_later_formats_are_refused(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "KIND", replace(module.KIND, format=99))
     _result(model, tokenizer).save(path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"later version \(format 99, this one reads up to 4"):
+    with pytest.raises(ValueError, match=r"later version \(format 99, this one reads up to 5"):
         GenerationAttributionResult.load(path)
 
 
@@ -133,13 +133,13 @@ def test_the_format_that_is_written_is_the_documented_one(tmp_path):
     result.save(tmp_path / "again")
     with safe_open(tmp_path / "again", framework="pt") as file:
         rest = json.loads(file.metadata()["captum_llm_ext"])
-    assert rest["format"] == 4
+    assert rest["format"] == 5
     roles = [piece[2] for piece in rest["prompt_pieces"] if len(piece) == 3]
     assert set(roles) == {"template", "user"}
     assert [p.role for p in result.prompt_pieces] == roles
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("name", ["prompt_pieces", "output_pieces"])
 @pytest.mark.parametrize(
     "piece",
@@ -198,7 +198,7 @@ def test_no_damage_changes_a_number(model, tokenizer, tmp_path):
     assert all("damaged" in error or "no saved result" in error for error in told)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_files_of_earlier_versions_are_read(version, tmp_path):
     """Written by those versions, with what they told of them as JSON."""
     path = DATA / f"result_format_{version}.safetensors"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from captum_llm_ext.arguments import TARGETS
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines.conditional import ModelBaselines
 from captum_llm_ext.baselines.corpus import CorpusBaselines
@@ -23,12 +24,14 @@ from captum_llm_ext.cli.methods import (
     method,
 )
 from captum_llm_ext.cli.together import are_several
+from captum_llm_ext.contrast import Contrast
 from captum_llm_ext.demo import folder
 from captum_llm_ext.gradient import GenerationGradientAttribution
 from captum_llm_ext.inputs import ChatInput, TextSegmentInput
 from captum_llm_ext.segment import segmenter
 
 _NESTED = ("paragraph", "sentence", "word")  # what a search goes down, if nothing else is said
+_WITHOUT = "without:"
 _BASELINES = """\
 baselines: what stands where a word is absent
   delete        nothing (of gradients: the zero vector)
@@ -121,9 +124,17 @@ def _add_budget(group: Any) -> None:
     add = group.add_argument
     add(
         "--attr-target",
-        choices=("log_prob", "prob", "logit"),
+        choices=TARGETS,
         default="log_prob",
-        help="the value that is explained (default: log_prob)",
+        help="the value that is explained (default: log_prob); contrast: why this word rather than "
+        "others that would fit",
+    )
+    add(
+        "--foils",
+        action="append",
+        metavar="TEXT",
+        help="of --attr-target contrast: a text to hold every target token against, or several by "
+        "giving it again (default: found; without:FEATURE finds what the model says without it)",
     )
     add("--n-samples", type=positive, metavar="N", help="budget, as of the method in captum")
     add(
@@ -176,6 +187,7 @@ class Job:
             raise UsageError("--roles would be ignored: it is about the turns of a --chat.")
         if arguments.max_evaluations is not None and arguments.tol is None:
             raise UsageError("--max-evaluations has no meaning without --tol.")
+        self._explained = _explained(arguments)
         location(arguments.model, arguments.revision)
 
     def prepared(
@@ -203,7 +215,7 @@ class Job:
         model = load_model(arguments.model, arguments)
         settings = {name: getattr(arguments, name) for name in ("share", "scheme", "layer")}
         attributes = method(arguments.method, model, **settings)
-        return attribution(attributes, tokenizer, arguments.attr_target, accelerator)
+        return attribution(attributes, tokenizer, self._explained, accelerator)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -269,6 +281,25 @@ def as_baselines(given: str, seed: int) -> Any:
             "if `CorpusBaselines.save` wrote it."
         )
     return given
+
+
+def _explained(arguments: argparse.Namespace) -> str | Contrast:
+    """What ``--attr-target`` and ``--foils`` say.
+
+    Raises:
+        UsageError: If foils would be ignored.
+    """
+    given: list[str] | None = arguments.foils
+    if given is None:
+        return arguments.attr_target
+    if arguments.attr_target != "contrast":
+        raise UsageError("--foils would be ignored: it is of --attr-target contrast.")
+    feature = given[0].removeprefix(_WITHOUT)
+    if feature == given[0]:
+        return Contrast(foils=given)
+    if len(given) > 1:
+        raise UsageError(f"--foils {given[0]} finds all foils: give it alone.")
+    return Contrast(without=int(feature) if feature.isdigit() else feature)
 
 
 def _gen_args(arguments: argparse.Namespace) -> dict[str, Any] | None:

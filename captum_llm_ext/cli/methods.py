@@ -9,6 +9,7 @@ from torch import nn
 
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.cli.command import UsageError, positive
+from captum_llm_ext.contrast import Contrast
 from captum_llm_ext.gradient import GenerationGradientAttribution
 
 METHODS = {
@@ -178,7 +179,10 @@ def method(name: str, model: nn.Module, *, layer: str | None = None, **settings:
 
 
 def attribution(
-    attributes: Any, tokenizer: Any, attr_target: str = "log_prob", accelerator: Any = None
+    attributes: Any,
+    tokenizer: Any,
+    attr_target: str | Contrast = "log_prob",
+    accelerator: Any = None,
 ) -> GenerationAttribution | GenerationGradientAttribution:
     """What attributes by such a method.
 

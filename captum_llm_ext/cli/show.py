@@ -7,6 +7,7 @@ from typing import Any
 from captum_llm_ext.cli.command import add_command, positive
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
 from captum_llm_ext.result import Cause, GenerationAttributionResult
+from captum_llm_ext.result.foils import foils_told
 from captum_llm_ext.result.terminal import paint, width
 
 EXAMPLES = (
@@ -60,13 +61,16 @@ def _causes(result: GenerationAttributionResult, token: str, k: int) -> str:
         return _listed(" ".join(found.tokens), found.top(k))
     position = int(token) if re.fullmatch(r"-?\d+", token) else token
     causes = result.why(position, k)
-    name = result.output_tokens[position] if isinstance(position, int) else token
-    return _listed(name, causes)
+    place = result.position(position)
+    foils = foils_told(result, place, k)
+    name = result.output_tokens[place]
+    return _listed(name, causes, foils)
 
 
-def _listed(name: str, causes: list[Cause]) -> str:
+def _listed(name: str, causes: list[Cause], foils: str = "") -> str:
     lines = [
         f"  {paint(str(cause), 'raises' if cause.attribution > 0 else 'lowers')}"
         for cause in causes
     ]
-    return "\n".join([f"{paint(name, 'token')}  ←", *(lines or ["  nothing at all"])])
+    said = f" rather than {foils}" if foils else ""
+    return "\n".join([f"{paint(name, 'token')}{said}  ←", *(lines or ["  nothing at all"])])

@@ -12,9 +12,10 @@ from captum.attr._utils.attribution import GradientAttribution
 from torch import Tensor
 
 from captum_llm_ext import _compat
-from captum_llm_ext.arguments import check_attr_target, check_passed_on
+from captum_llm_ext.arguments import check_passed_on
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.content import told
+from captum_llm_ext.contrast import Contrast, Foils, Scene, as_value, foils_of, scored
 from captum_llm_ext.gradient.arguments import (
     check_common,
     check_own,
@@ -80,8 +81,9 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             of `efficiency_gap`.
         tokenizer: The model's tokenizer.
         attr_target: What is explained for a target token: its ``"log_prob"`` in nats (captum's),
-            its ``"prob"``, its ``"logit"``, or a differentiable callable ``(logits (batch,
-            n_target, vocabulary), target (n_target,)) -> (batch, n_target)``.
+            its ``"prob"``, its ``"logit"``, its ``"contrast"`` against other tokens that would fit
+            (a `Contrast` says which), or a differentiable callable ``(logits (batch, n_target,
+            vocabulary), target (n_target,)) -> (batch, n_target)``.
 
     There is no ``accelerator=``: the points of one text are a few passes and as many ways back,
     which a single process takes in seconds. What is shared out are texts: `attribute_dataset` takes
@@ -101,13 +103,12 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         attr_method: GradientAttribution,
         tokenizer: Any,
         *,
-        attr_target: AttrTarget = "log_prob",
+        attr_target: AttrTarget | Contrast = "log_prob",
     ) -> None:
         check_method(attr_method)
         _compat.check_causal(attr_method.forward_func)
-        check_attr_target(attr_target)
+        self.attr_target: AttrTarget | Contrast = as_value(attr_target)
         super().__init__(attr_method, tokenizer)
-        self.attr_target = attr_target
         self.device = _compat.input_device(self.model)
         self._processes = Processes.of(None, self.model)
         if self._processes.are_many:
@@ -254,7 +255,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             is_held=output_unit is None,
         )
         generation = None if target is not None else self.generation(gen_args)
-        scorer = Scorer(self.model, attr_target=self.attr_target)
+        scorer = self._scorer()
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
         prompt.places()  # whether it knows any, before the costly part
         kept = present_features(baselines, prompt.n_features, is_drawn=points.is_sampled)
@@ -276,7 +277,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             points,
             context,
             kept,
-            self.attr_target,
+            scored(self.attr_target),
             of_input=attribute_to_layer_input,
             n_draws=1 if deterministic or is_zero else n_draws or _N_DRAWS,
             absent=absent,
@@ -284,16 +285,22 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             most_rows=internal_batch_size,
             grad_kwargs=grad_kwargs,
         )
+        foils = None
+        if isinstance(self.attr_target, Contrast):
+            place = Scene(context.prompt, context.full, generated, self.tokenizer, seed)
+            size = _compat.vocabulary_size(self.model)
+            foils = foils_of(self.attr_target, place, Scorer(self.model), size)
         joint = None
         bar = ProgressBar("points of the path", "row", is_shown=show_progress)
         paths.on_total, paths.on_rows = bar.announce, bar.advance
         with bar.shown():
-            found = paths.attribute(generated)
+            found = paths.attribute(generated, foils and foils.tensor)
             if self.attr_target == "prob":
                 fixed = context.generated(ids, None, None)
                 joint = paths.attribute(fixed, is_joint=True).attributions[0]
         about: dict[str, Any] = {
             **of_question(self.attr_target, generation and generation.settings),
+            "contrast": foils and foils.about,
             "seed": seed,
             "absent": "zero activation" if points.from_zero else absent,
             "deterministic_baselines": deterministic,
@@ -303,14 +310,23 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         }
         if paths.is_complete:
             _warn_of_gap(found.efficiency_gap, found.full_values - found.empty_values, n_steps)
-        return self._result(inp, context.prompt, generated, paths, found, joint, about)
+        return self._result(inp, context.prompt, generated, paths, found, joint, foils, about)
 
-    def check_stored(self, inp: InterpretableInput, target: Tensor, values: Tensor) -> None:
+    def check_stored(
+        self,
+        inp: InterpretableInput,
+        target: Tensor,
+        values: Tensor,
+        foils: Tensor | None = None,
+    ) -> None:
         """See `GenerationAttribution.check_stored`."""
         prompt = as_prompt(inp, self.tokenizer, None)
         context = Context(prompt, self.tokenizer, Likelihood(self.model, self.tokenizer))
-        scorer = Scorer(self.model, attr_target=self.attr_target)
-        check_stored(scorer, context.full, context.generated(target.cpu(), None, None), values)
+        generated = context.generated(target.cpu(), None, None)
+        check_stored(self._scorer(), context.full, generated, values, foils)
+
+    def _scorer(self) -> Scorer:
+        return Scorer(self.model, attr_target=scored(self.attr_target))
 
     def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
         """See `GenerationAttribution.generation`."""
@@ -342,6 +358,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         paths: Paths,
         found: Solution,
         joint: Tensor | None,
+        foils: Foils | None,
         about: dict[str, Any],
     ) -> GenerationAttributionResult:
         ends = torch.zeros(
@@ -359,6 +376,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             draws=torch.zeros(2, dtype=torch.long, device="cpu"),
             n_evaluations=paths.n_rows,
             like=numbers_of(self.model, self.device),
+            foils=foils,
             provenance=self._provenance(prompt, paths) | about,
         )
 

@@ -102,13 +102,16 @@ class Paths:
         whole = self._layers is self._embeddings and points.multiplies
         return whole and not points.is_sampled and not points.from_zero
 
-    def attribute(self, generated: GeneratedText, *, is_joint: bool = False) -> Solution:
+    def attribute(
+        self, generated: GeneratedText, foils: Tensor | None = None, *, is_joint: bool = False
+    ) -> Solution:
         """Attributions of a target, float64 on the CPU, features of the prompt first.
 
         Standard errors are 0 where nothing is drawn.
 
         Args:
             generated: The target as features.
+            foils: What its tokens are held against, ``(n_target, n_foils)``, in a contrast.
             is_joint: Whether the one value is the product over the target tokens.
 
         Raises:
@@ -128,9 +131,10 @@ class Paths:
             )
             ids = ids.to(_compat.input_device(self._model))
             at = torch.arange(start - 1, start - 1 + len(target), device="cpu")
-            whole = Row(ids, at, target)
+            whole = Row(ids, at, target, foils)
             found = self._look(whole)
-            self._find_layers(Row(ids, at[-1:], target[-1:]) if found.last_only else whole)
+            last = whole.of([len(target) - 1], ids.shape[1])
+            self._find_layers(last if found.last_only else whole)
         # Baselines may ask a model, perhaps another one: none is held meanwhile.
         own = features(
             self._prompt,
@@ -147,7 +151,7 @@ class Paths:
         self, generated: GeneratedText, whole: Row, own: Features, is_joint: bool
     ) -> Solution:
         """The attributions of all scenes."""
-        ids, at, target, start = whole.ids, whole.at, whole.target, own.start
+        at, target, start = whole.at, whole.target, own.start
         n_values = 1 if is_joint else len(target)
         attributions = torch.zeros(n_values, own.n_features, dtype=torch.float64, device="cpu")
         errors, full = (
@@ -168,7 +172,7 @@ class Paths:
         for scene in found_scenes:
             places = list(scene.targets)
             length = start + scene.n_read
-            row = Row(ids[:, :length], at[places], target[places])
+            row = whole.of(places, length)
             rows = [0] if is_joint else places
             found = self._along(scene, row, own, is_joint)
             attributions[rows], errors[rows] = found.attributions, found.standard_errors

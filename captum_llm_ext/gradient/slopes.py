@@ -44,16 +44,24 @@ class Row:
         ids: Token ids ``(1, length)``, on the device where the model reads them.
         at: ``(n_target,)``: the place whose logits predict each target token.
         target: Token ids ``(n_target,)``.
+        foils: Token ids that each is held against, ``(n_target, n_foils)``; -1 where there are
+            fewer. None where a value is no contrast.
     """
 
     ids: Tensor
     at: Tensor
     target: Tensor
+    foils: Tensor | None = None
 
     @property
     def length(self) -> int:
         """Number of ids."""
         return self.ids.shape[1]
+
+    def of(self, targets: list[int], length: int) -> "Row":
+        """Some of the target tokens, and as many of the ids."""
+        foils = None if self.foils is None else self.foils[targets]
+        return Row(self.ids[:, :length], self.at[targets], self.target[targets], foils)
 
 
 @dataclass
@@ -236,7 +244,7 @@ class Slopes:
         if callable(self._attr_target):
             values = called(logits, target, self._attr_target)
         else:
-            values = named(logits, target, self._attr_target)
+            values = named(logits, target, self._attr_target, self.row.foils)
         if self._is_joint:
             values = values.prod(1, keepdim=True)
         return values, heard[0] if len(heard) == 1 else None
@@ -405,15 +413,24 @@ class Slopes:
         return begin
 
 
-def named(logits: Tensor, target: Tensor, attr_target: str) -> Tensor:
+def named(logits: Tensor, target: Tensor, attr_target: str, foils: Tensor | None = None) -> Tensor:
     """Values ``(batch, n_target)``, float64 on the CPU, with their gradient.
 
     What `scoring` does without one, it does in place. Softmax and sums are taken in float32 at
-    least.
+    least. A contrast takes none over the vocabulary, but for tokens without foils.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     found = logits.gather(2, target.expand(len(logits), -1)[..., None])[..., 0].to(dtype)
-    if attr_target != "logit":
+    if foils is not None:
+        foils = foils.to(logits.device)
+        others = logits.gather(2, foils.clamp(min=0).expand(len(logits), -1, -1)).to(dtype)
+        others = others.masked_fill(foils < 0, -torch.inf)
+        against = [
+            (others[:, t] if bool((foils[t] >= 0).any()) else logits[:, t].to(dtype)).logsumexp(1)
+            for t in range(len(target))
+        ]
+        found = found - torch.stack(against, 1)
+    elif attr_target != "logit":
         found = found - logits.to(dtype).logsumexp(2)
     if attr_target == "prob":
         found = found.exp()

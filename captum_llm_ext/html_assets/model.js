@@ -10,19 +10,35 @@ const matrix = (rows) => rows && rows.map((row) => {
 });
 const nTarget = data.output_tokens.length, nPrompt = data.input_tokens.length;
 const nOutput = data.output_features ? data.output_features.length : 0;
-const unit = { log_prob: "nats", logit: "logits", prob: "" }[data.attr_target] ?? "";
-for (const name of ["token_attr", "token_attr_se", "output_attr", "output_attr_se"]) data[name] = matrix(data[name]);
-/* Exact values, and those of whose error nothing is known, have none to show. */
-const hasErrors = [data.token_attr_se, data.output_attr_se].some((rows) => (rows || []).some((row) => row && row.some((error) => error > 0)));
+const MATRICES = ["token_attr", "token_attr_se", "output_attr", "output_attr_se"];
+/* What of the data is about one value: a result may tell two, and the page switches between them. */
+const NUMBERS = [...MATRICES, "attr_target", "full_values", "empty_values", "sums", "noise_floor"];
+data.noise_floor ??= (data.provenance || {}).noise_floor ?? null;
+const readings = [data, data.other].filter(Boolean).map((told) => {
+  const numbers = Object.fromEntries(NUMBERS.map((name) => [name, told[name] ?? null]));
+  for (const name of MATRICES) numbers[name] = matrix(numbers[name]);
+  return numbers;
+});
 
 /* Estimates of whose error nothing is known: nothing tells them from noise. */
 const isUntold = (value, error) => Boolean(data.estimate) && value !== 0 && !Number.isFinite(error);
-const nUntold = [["token_attr", "token_attr_se"], ["output_attr", "output_attr_se"]].reduce((n, [attr, se]) => n + (data[attr] || []).reduce((m, row, t) => {
-  const spread = data[se] && data[se][t];
-  return m + (row ? row.reduce((k, x, j) => k + (Number.isFinite(x) && isUntold(x, spread ? spread[j] : NaN) ? 1 : 0), 0) : 0);
-}, 0), 0);
+
+let unit, hasErrors, nUntold, floor;
+function derive() {
+  unit = { log_prob: "nats", contrast: "nats", logit: "logits", prob: "" }[data.attr_target] ?? "";
+  /* Exact values, and those of whose error nothing is known, have none to show. */
+  hasErrors = [data.token_attr_se, data.output_attr_se].some((rows) => (rows || []).some((row) => row && row.some((error) => error > 0)));
+  nUntold = [["token_attr", "token_attr_se"], ["output_attr", "output_attr_se"]].reduce((n, [attr, se]) => n + (data[attr] || []).reduce((m, row, t) => {
+    const spread = data[se] && data[se][t];
+    return m + (row ? row.reduce((k, x, j) => k + (Number.isFinite(x) && isUntold(x, spread ? spread[j] : NaN) ? 1 : 0), 0) : 0);
+  }, 0), 0);
+  /* One per token in results; the largest is safe for all. */
+  floor = Math.max(0, ...[data.noise_floor].flat().map(known).filter(Number.isFinite));
+}
 
 const known = (x) => (x === null || x === undefined ? NaN : x);
+Object.assign(data, readings[0]);
+derive();
 const total = (xs, from, to) => {
   let sum = 0;
   for (let t = from; t < to; t++) sum += known(xs ? xs[t] : null);
@@ -96,14 +112,30 @@ function answerLevelAt(i) {
 
 let prompt = promptLevel(0), answer = answerLevelAt(0); /* the levels shown */
 
+/* Has everything read one of the values that the result tells. */
+function useReading(number) {
+  const shown = [promptLevels.indexOf(prompt), answerLevels.indexOf(answer)];
+  Object.assign(data, readings[number]);
+  derive();
+  tellErrors();
+  for (const level of [...promptLevels, ...answerLevels]) { delete level.attr; delete level.se; delete level.peak; }
+  Object.assign(promptLevels[0], { attr: data.token_attr, se: data.token_attr_se });
+  Object.assign(answerLevels[0], { attr: data.output_attr, se: data.output_attr_se });
+  [prompt, answer] = [promptLevel(shown[0]), answerLevelAt(shown[1])];
+}
+
 /* Views ------------------------------------------------------------------------------------------ */
 
 /* Errors of sums that are known; others add as if independent, since no covariances are stored. */
 const toldErrors = new Map();
 const sumKey = (side, key, from, to) => [side, from, to, key ?? ""].join(" ");
-for (const { side, level, spans, se } of data.sums || []) {
-  spans.forEach(([from, to], i) => toldErrors.set(sumKey(side, level, from, to), Float64Array.from(se[i], known)));
+function tellErrors() {
+  toldErrors.clear();
+  for (const { side, level, spans, se } of data.sums || []) {
+    spans.forEach(([from, to], i) => toldErrors.set(sumKey(side, level, from, to), Float64Array.from(se[i], known)));
+  }
 }
+tellErrors();
 const told = (level, from, to) => toldErrors.get(sumKey(level.side, level.key, from, to));
 /* What is added up that may not be independent. */
 const guessed = (level, from, to) => (told(level, from, to) ? [] : [to - from > 1 ? "tokens" : "", level.key ? "parts" : ""].filter(Boolean));
@@ -159,8 +191,6 @@ function effectsOf(view) {
   return column === null ? null : columnOver(answer, column);
 }
 
-/* One per token in results; the largest is safe for all. */
-const floor = Math.max(0, ...[data.noise_floor ?? (data.provenance || {}).noise_floor].flat().map(known).filter(Number.isFinite));
 const within = (series, i) => Math.abs(series.value[i]) < 1.96 * series.error[i];
 /* Below what the model's own arithmetic adds; that of a sum grows with the root of its terms. */
 const isNoise = (series, i) => Math.abs(series.value[i]) < floor * Math.sqrt(series.count);

@@ -184,15 +184,26 @@ function setLevel(side, number) {
   remeasure();
 }
 
+/* The same text by another value; what is kept stays kept. */
+function setValue(number) {
+  drawLinks([]);
+  useReading(number);
+  views.clear();
+  at("about").textContent = about();
+}
+
 function offerLevels(side, levels) {
-  const box = at(side + "-levels");
-  levels.forEach(({ name }, i) => {
+  offer(at(side + "-levels"), side + "-level", levels.map(({ name }) => name));
+}
+
+function offer(box, group, names) {
+  names.forEach((name, i) => {
     const label = make("label"), input = make("input");
-    Object.assign(input, { type: "radio", name: side + "-level", value: i, checked: i === 0 });
+    Object.assign(input, { type: "radio", name: group, value: i, checked: i === 0 });
     label.append(input, make("span", "", name));
     box.append(label);
   });
-  box.hidden = levels.length < 2;
+  box.hidden = names.length < 2;
 }
 
 function clear() { pinned = null; pointed = null; render(); }
@@ -203,6 +214,7 @@ at("tools").addEventListener("change", (event) => {
   const { name, value } = event.target;
   if (name === "prompt-level" || name === "answer-level") setLevel(name.split("-")[0], Number(value));
   else if (name === "colour") root.classList.replace(...(value === "absolute" ? ["signed", "absolute"] : ["absolute", "signed"]));
+  else if (name === "value") setValue(Number(value));
   else if (name === "scale") commonScale = value === "common";
   else redrawLinks();
   render();
@@ -210,9 +222,11 @@ at("tools").addEventListener("change", (event) => {
 
 /* Once ------------------------------------------------------------------------------------------- */
 
+const VALUES = { log_prob: "log-probability", prob: "probability", logit: "logit", contrast: "contrast" };
+const nameOfValue = (attrTarget) => VALUES[attrTarget] || attrTarget;
+
 function about() {
-  const named = { log_prob: "log-probability", prob: "probability", logit: "logit" };
-  const value = named[data.attr_target] || data.attr_target;
+  const value = nameOfValue(data.attr_target) + (data.attr_target === "contrast" ? " (why each token rather than its foils)" : "");
   const evaluations = data.n_evaluations === null || data.n_evaluations === undefined ? ""
     : (data.estimate ? "an estimate from " : "") + data.n_evaluations.toLocaleString("en") + " evaluations" + (nUntold && !hasErrors ? ", of unknown error" : "");
   return [data.method, evaluations, value + (unit && unit !== "logits" ? " in " + unit : "")].filter(Boolean).join(" · ");
@@ -237,6 +251,7 @@ at("about").textContent = about();
 provenance();
 offerLevels("prompt", promptLevels);
 offerLevels("answer", answerLevels);
+offer(at("values"), "value", readings.map((reading) => nameOfValue(reading.attr_target)));
 render();
 /* In a notebook the page sits in a frame that should be as high as its content. */
 let frame = null;

@@ -32,11 +32,11 @@ function bridge(view) {
   if (points.length < 4) return [];
   const span = [Math.min(...points), Math.max(...points)];
   const steps = [
-    step("v(empty)", empty, empty, span, "point", share(empty)),
+    step("v(empty)", empty, empty, span, "point", share(empty, view)),
     step("prompt", empty, byPrompt, span),
     nOutput ? step("earlier answer", byPrompt, byOutput, span) : "",
     step("gap", byOutput, full, span),
-    step("v(full)", full, full, span, "point", share(full)),
+    step("v(full)", full, full, span, "point", share(full, view)),
   ];
   return [make("h2", "", "From all absent to all present" + (unit ? ", " + unit : "")), ...steps];
 }
@@ -131,6 +131,7 @@ function notesOn(view) {
   if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause.");
   if (view.guessed.size && hasErrors) notes.push("± is approximate here: the errors of the " + [...view.guessed].join(" and of the ") + " that are added up are taken as independent, which they are not.");
   if (rows && view.to - view.from > 1 && data.attr_target === "prob") notes.push("A sum of the tokens' probabilities, not the probability of all of them.");
+  if (data.attr_target === "contrast") notes.push("A contrast: the log-probability of a token less that of its foils together, what it might have been instead. A token without any, such as one that goes on a word, is worth its log-probability.");
   if (nUntold) notes.push((hasErrors ? "± ?: of these estimates no error is known" : "Of these estimates no error is known") + ", and nothing tells a cause from noise: they are pale, and no line leads to them.");
   if (hasErrors) notes.push("± is one standard error; what lies within 1.96 of them is pale.");
   if (floor > 0) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale" + (hasErrors ? " too." : "."));
@@ -146,6 +147,7 @@ function drawPanel(view, isKept) {
     : count === nTarget ? nTarget + (nTarget === 1 ? " token" : " tokens, summed")
     : count === 1 ? "token " + (view.from + 1) + " of " + nTarget
     : "tokens " + (view.from + 1) + "–" + view.to + " of " + nTarget + ", summed";
+  if (rows) at("chosen-place").textContent += ratherThan(view) && "," + ratherThan(view);
   at("clear").hidden = !isKept;
   const most = ownPeak(view);
   if (rows) at("bridge").replaceChildren(...bridge(view));
@@ -172,8 +174,8 @@ function describeRows(view) {
   const full = total(data.full_values, view.from, view.to), empty = total(data.empty_values, view.from, view.to);
   const most = Math.max(Math.abs(full), Math.abs(empty)), name = tokensText(view);
   if (!Number.isFinite(most)) return name;
-  const told = (x) => withUnit(plain(x, most)) + (share(x) ? " (" + share(x) + ")" : "");
-  return name + ": " + told(full) + "; " + told(empty) + " with everything absent";
+  const told = (x) => withUnit(plain(x, most)) + (share(x, view) ? " (" + share(x, view) + ")" : "");
+  return name + ratherThan(view) + ": " + told(full) + "; " + told(empty) + " with everything absent";
 }
 
 function describeColumn(view) {

@@ -25,7 +25,25 @@ function percent(logProb) {
   if (!(share <= 101)) return "";
   return share < 0.01 ? "<0.01\u00a0%" : Number(share.toPrecision(2)) + "\u00a0%";
 }
-const share = (x) => (data.attr_target === "log_prob" ? percent(x) : "");
+function odds(x) {
+  const times = Number(Math.exp(Math.abs(x)).toPrecision(2));
+  if (!(times < 1e9)) return "";
+  return x < 0 ? "1 : " + times.toLocaleString("en") : times.toLocaleString("en") + " : 1";
+}
+/* What a token is held against; a part of the answer goes by its first token. */
+const MOST_FOILS = 5;
+const foilsAt = (from) => (data.attr_target === "contrast" && data.foils ? data.foils[from] : []);
+function ratherThan(view) {
+  if (view.kind !== "rows" || view.piece < 0 || isWhole(view)) return "";
+  const foils = foilsAt(view.from);
+  return foils.length ? " rather than " + foils.slice(0, MOST_FOILS).map((foil) => quoted(foil, 24)).join(", ") + (foils.length > MOST_FOILS ? "…" : "") : "";
+}
+/* What a value says as a share: of probability, or of token and foils. */
+function share(x, view) {
+  if (data.attr_target === "log_prob") return percent(x);
+  if (data.attr_target !== "contrast" || view.to - view.from > 1) return "";
+  return foilsAt(view.from).length ? odds(x) : percent(x);
+}
 
 function visible(text) {
   const inner = text.trim();

@@ -18,6 +18,7 @@ from captum_llm_ext.metrics.game_metrics import Questions, as_attributions, meas
 from captum_llm_ext.metrics.report import FaithfulnessReport
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.causes import unit_of
+from captum_llm_ext.result.foils import against_same
 from captum_llm_ext.segment import Unit
 
 Results = (
@@ -112,6 +113,7 @@ def measure_faithfulness(
     prompt = as_prompt(inp, attribution.tokenizer, feature_mask)
     check_fit(named, prompt, attribution)
     first = next(iter(named.values()))
+    attribution = against_same(attribution, first)
     span = None if token is None else span_of(first, token)
     game = attribution.to_game(
         inp,

@@ -9,6 +9,7 @@ from captum_llm_ext.arguments import numbered
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.inputs import Piece, Prompt
 from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result.foils import foils_compared
 from captum_llm_ext.result.provenance import value_name
 
 Token = int | str | tuple[int, int]
@@ -76,6 +77,11 @@ def check_fit(
                 f"{first_name!r} and {name!r} have different targets: measure each with those of "
                 "its own target, which `attribute(inp, other.target)` explains again."
             )
+        if foils_compared(result) != foils_compared(first):
+            raise ValueError(
+                f"{first_name!r} and {name!r} hold tokens against different foils: attribute with "
+                f"`Contrast(foils={first_name}.foils)`."
+            )
         if list(result.input_tokens) != list(prompt.names):
             raise ValueError(
                 f"{name!r} has {len(result.input_tokens)} prompt features, the input has "
@@ -90,6 +96,7 @@ def check_fit(
         explained = result.provenance.get("attr_target", value)
         if explained != value:
             can_refit = {explained, value} <= {"log_prob", "prob"}
+            can_refit |= result.foil_values is not None and value == "log_prob"
             raise ValueError(
                 f"{name!r} explains {explained!r}, `attribution` scores {value!r}: give a "
                 f"`GenerationAttribution` whose `attr_target` is {explained!r}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines import LanguageModel
+from captum_llm_ext.contrast import Contrast, scored
 from captum_llm_ext.game import Game, Inspect, Run
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.remote.providers import (
@@ -60,7 +61,9 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             ``ShapleyValueSampling(RemoteLLMAttribution.placeholder_model)``.
         tokenizer: The model's tokenizer.
         provider: Whom to ask.
-        attr_target: ``"log_prob"`` in nats, or ``"prob"``.
+        attr_target: ``"log_prob"`` in nats, ``"prob"``, or ``"contrast"`` against foils, for
+            providers that take ids: a foil that the provider does not tell among the likeliest is
+            asked for by itself. Foils are found (before the place alone) where it tells them.
         accelerator: Not to be given: one process asks, in threads.
         max_concurrency: In how many threads the provider is asked. By default what it says itself,
             and one where it says nothing, as captum's do.
@@ -74,7 +77,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     Raises:
         TypeError: If the method is no perturbation method, the provider none, or something is given
             that an API has no use for.
-        ValueError: If `attr_target` is neither.
+        ValueError: If `attr_target` is none of these, or a contrast that the provider cannot tell.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         attr_method: PerturbationAttribution,
         tokenizer: Any,
         provider: RemoteLLMProvider | TokenProvider,
-        attr_target: Literal["log_prob", "prob"] = "log_prob",
+        attr_target: Literal["log_prob", "prob", "contrast"] | Contrast = "log_prob",
         *,
         accelerator: None = None,
         max_concurrency: int | None = None,
@@ -101,10 +104,11 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 "`accelerator` has no use here: one process asks the API, in as many threads as "
                 "`max_concurrency` says."
             )
-        if attr_target not in ("log_prob", "prob"):
+        explained = Contrast() if attr_target == "contrast" else attr_target
+        if explained not in ("log_prob", "prob") and not isinstance(explained, Contrast):
             raise ValueError(
                 f"`attr_target` is {attr_target!r}: an API tells log-probabilities, so give "
-                "'log_prob' or 'prob'. Logits, contrasts and callables need the model itself: "
+                "'log_prob', 'prob' or a contrast. Logits and callables need the model itself: "
                 "`GenerationAttribution`."
             )
         if max_concurrency is not None and not (
@@ -116,17 +120,18 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         if on_mismatch not in ("error", "warn"):
             raise ValueError(f"`on_mismatch` is {on_mismatch!r}: give 'error' or 'warn'.")
         # This refuses what is no provider.
-        if (
-            source(provider, tokenizer, max_concurrency, on_mismatch).takes_ids
-            and on_mismatch != "error"
-        ):
+        takes_ids = source(provider, tokenizer, max_concurrency, on_mismatch).takes_ids
+        if isinstance(explained, Contrast):
+            _check_contrast(explained, provider, takes_ids)
+        if takes_ids and on_mismatch != "error":
             raise ValueError(
                 f"`on_mismatch` would be ignored: {type(provider).__name__} takes ids, which are "
                 "read as they are."
             )
         RemoteLLMAttribution.__init__(
-            self, attr_method, tokenizer, cast(RemoteLLMProvider, provider), attr_target
+            self, attr_method, tokenizer, cast(RemoteLLMProvider, provider)
         )
+        self.attr_target = cast(Any, explained)
         self.include_per_token_attr = True
         self.device = torch.device("cpu")
         self._processes, self._shared = Processes(), None
@@ -200,12 +205,15 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return RemoteScorer(
             self._source(),
             self.tokenizer,
-            attr_target=cast(Literal["log_prob", "prob"], self.attr_target),
+            attr_target=scored(self.attr_target),
             max_rows=max_rows,
             show_progress=show_progress,
             missing=self._missing,
             most_requests=self._most_requests,
         )
+
+    def _proposer(self, scorer: Values) -> Values:
+        return scorer
 
     def _language_model(self, scorer: Values) -> LanguageModel:
         return RemoteLikelihood(cast(RemoteScorer, scorer), self.tokenizer)
@@ -254,3 +262,22 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
     def _numbers(self) -> Tensor:
         return torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+def _check_contrast(contrast: Contrast, provider: Any, takes_ids: bool) -> None:
+    """Refuses foils that a provider cannot tell, before anything is asked.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not takes_ids:
+        raise ValueError(
+            "a contrast needs log-probabilities of foils, which a provider that takes texts does "
+            f"not tell ({type(provider).__name__}): give one that takes ids, such as "
+            "`CompletionsProvider`."
+        )
+    if contrast.is_found and getattr(provider, "top_logprobs", None) == 0:
+        raise ValueError(
+            f"{type(provider).__name__} tells of no other tokens than it is sent, so no foils are "
+            "to be found: say `top_logprobs=20`, or give them (`Contrast(foils=…)`)."
+        )

@@ -23,8 +23,8 @@ from captum_llm_ext.remote.providers import (
 from captum_llm_ext.remote.transport import UnusableAnswerError
 from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.scoring import Journal, Processes, TokenRow, check_same
+from captum_llm_ext.scoring.asked import Asked
 from captum_llm_ext.scoring.progress import ProgressBar
-from captum_llm_ext.scoring.rows import digest
 
 # Nats that a server may differ from itself: batches change last digits of half precision.
 _NOISE = 0.2
@@ -35,15 +35,15 @@ class RemoteScorer:
     """`captum_llm_ext.scoring.Values` over a provider.
 
     A row takes one request for all that it reads. The target token at a place where generated text
-    is absent is not read there, and is asked for by itself: the row's beginning, and that token.
-    Unless another row begins so and has that token, which is always so where one feature is left
-    out at a time, or all coalitions are enumerated; or the provider tells the likeliest tokens of
-    each place and it is among them.
+    is absent is not read there, and is asked for by itself: the row's beginning, and that token. So
+    is a foil of a target token. Unless another row begins so and has that token, which is always so
+    where one feature is left out at a time, or all coalitions are enumerated; or the provider tells
+    the likeliest tokens of each place and it is among them.
 
     Args:
         provider: Whom to ask.
         tokenizer: For messages.
-        attr_target: ``"log_prob"`` or ``"prob"``.
+        attr_target: ``"log_prob"``, ``"prob"`` or ``"contrast"``.
         max_rows: At most so many prompts in a call.
         show_progress: Whether `progress` draws a bar over the requests on stderr.
         missing: What a log-probability is taken for that the provider does not tell; None: an
@@ -57,7 +57,7 @@ class RemoteScorer:
         provider: Source,
         tokenizer: Any,
         *,
-        attr_target: Literal["log_prob", "prob"],
+        attr_target: Literal["log_prob", "prob", "contrast"],
         max_rows: int | None,
         show_progress: bool,
         missing: float | None,
@@ -84,6 +84,11 @@ class RemoteScorer:
         return self._source.takes_ids
 
     @property
+    def reads_on(self) -> bool:
+        """Never: what the model makes of the text after a foil is a request for each."""
+        return False
+
+    @property
     def processes(self) -> Processes:
         """This one alone."""
         return Processes()
@@ -107,7 +112,37 @@ class RemoteScorer:
                 "or the target."
             )
 
-    def noise_floor(self, row: TokenRow, target: Tensor) -> Tensor | None:
+    def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
+        """See `Scorer.likeliest`; as many as the provider tells.
+
+        Raises:
+            ValueError: If it tells of no other tokens than it is sent.
+        """
+        del n
+        # A token after the last place, whatever it is, has the others of that place told.
+        request = Request((*row.ids, row.ids[-1]), row.first, (), self.n_evaluations)
+        [answer] = self._source.ask([request])
+        self.n_requests += 1
+        told = [answer.others[p - row.first] if p >= 0 else {} for p in row.positions]
+        most = max(map(len, told))
+        if most <= 1:
+            raise ValueError(
+                "the provider tells of no other tokens than it is sent, so no foils are to be "
+                "found: give them (`Contrast(foils=…)`), or have it tell the likeliest of each "
+                "place, such as `CompletionsProvider(url, top_logprobs=20)`."
+            )
+        log_probs = torch.full((len(told), most), -torch.inf, dtype=torch.float64, device="cpu")
+        ids = torch.full(log_probs.shape, -1, dtype=torch.int64, device="cpu")
+        for t, others in enumerate(told):
+            values = ((token, log_prob(said)) for token, said in others.items())
+            known = sorted(((v, token) for token, v in values if v is not None), reverse=True)
+            for i, (value, token) in enumerate(known):
+                log_probs[t, i], ids[t, i] = value, token
+        return log_probs, ids
+
+    def noise_floor(
+        self, row: TokenRow, target: Tensor, foils: Tensor | None = None
+    ) -> Tensor | None:
         """None: nobody tells in what precision a server computes."""
         return None
 
@@ -117,7 +152,9 @@ class RemoteScorer:
             return _NOISE * values.double()
         return _noise(values)
 
-    def values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+    def values(
+        self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
+    ) -> Tensor:
         """See `Scorer.values`.
 
         Raises:
@@ -125,10 +162,11 @@ class RemoteScorer:
             ConnectionError, RuntimeError: If the provider gives up. What it has answered until
                 then is kept.
         """
-        digests = [digest(row, target) for row in rows]
+        asked = Asked(target, foils)
+        digests = [asked.digest(row) for row in rows]
         new = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._rows}
         parts = {
-            d: self._parts(row, target.tolist(), self.n_evaluations + i)
+            d: self._parts(row, asked, self.n_evaluations + i)
             for i, (d, row) in enumerate(new.items())
         }
         whole = _merged(own[0] for own in parts.values())
@@ -139,14 +177,14 @@ class RemoteScorer:
             apart = {k: part for k, part in apart.items() if k not in self._steps}
         n_apart = self._n_unknown(apart)
         n = self._n_unknown(whole) + n_apart
-        self._warn_of_cost(n, len(new))
+        self._warn_of_cost(n, len(new), foils is not None)
         self._bar.announce(n)
         # Those of whole rows first: they may tell what the others would ask for.
         self._ask(whole, wanted={k for k in apart if k not in self._known})
         self._bar.announce(self._n_unknown(apart) - n_apart)
         self._ask(apart)
         for d, row in new.items():
-            self._rows[d] = self._assembled(row, parts[d], target)
+            self._rows[d] = self._assembled(row, parts[d], asked)
             self.n_evaluations += 1
             self.n_scored[0] += 1
         found = torch.stack([self._rows[d] for d in digests])
@@ -173,8 +211,9 @@ class RemoteScorer:
         nothing = torch.zeros((), dtype=torch.float64, device="cpu")
         return torch.stack([sums.get(key(asked[ids]), nothing) for ids in rows])
 
-    def _parts(self, row: TokenRow, target: list[int], number: int) -> list[Request]:
+    def _parts(self, row: TokenRow, asked: Asked, number: int) -> list[Request]:
         """What to ask for a row: first all that it reads, then tokens that it does not read."""
+        target = asked.target.tolist()
         if row.extras is not None:
             raise ValueError(
                 "the input renders to more than text (an image?), which the provider cannot be "
@@ -184,14 +223,17 @@ class RemoteScorer:
         ids = (*row.ids[: row.positions[last] + 1], target[last])
         places = [(t, p) for t, p in enumerate(row.positions) if p >= 0]
         read = tuple(p - row.first for t, p in places if ids[p + 1] == target[t])
-        asked = [Request(ids, row.first, read, number)]
         apart = dict.fromkeys((p, target[t]) for t, p in places if ids[p + 1] != target[t])
+        apart |= dict.fromkeys((p, foil) for t, p in places for foil in _foils(asked, t))
         if not self._source.takes_ids and (apart or len(read) < len(ids) - row.first - 1):
             raise ValueError(
                 "generated tokens as causes need a provider that takes ids, such as "
                 "`CompletionsProvider`, and this one takes text: give `output_unit=None`."
             )
-        return asked + [Request((*row.ids[: p + 1], token), p, (0,), number) for p, token in apart]
+        whole = Request(ids, row.first, read, number)
+        return [whole] + [
+            Request((*row.ids[: p + 1], token), p, (0,), number) for p, token in apart
+        ]
 
     def _note_steps(self, whole: Mapping[bytes, Request]) -> None:
         """Notes what requests of whole rows tell, token by token: other rows may ask for the same.
@@ -218,14 +260,17 @@ class RemoteScorer:
     def _n_unknown(self, asked: Mapping[bytes, Request]) -> int:
         return sum(k not in self._known for k in asked)
 
-    def _warn_of_cost(self, n: int, n_rows: int) -> None:
+    def _warn_of_cost(self, n: int, n_rows: int, has_foils: bool) -> None:
         if n > max(n_rows, self._most_requests) and not self._has_warned:
             self._has_warned = True
+            fewer = "fewer foils; " if has_foils else ""
+            which = "every foil, and " if has_foils else ""
+            most = "up to " if has_foils else ""  # those among the likeliest are told
             warnings.warn(
-                f"{n_rows} coalitions take {n} requests, because a target token at a place where "
-                "generated text is absent has to be asked for by itself. Fewer: a coarser "
-                "`output_unit`, or None; fewer evaluations; a provider that tells the likeliest "
-                "tokens (`top_logprobs`).",
+                f"{n_rows} coalitions take {most}{n} requests, because {which}a target token at a "
+                "place where generated text is absent has to be asked for by itself. Fewer: "
+                f"{fewer}a coarser `output_unit`, or None; fewer evaluations; a provider that "
+                "tells the likeliest tokens (`top_logprobs`).",
                 stacklevel=level_of_caller(),
             )
 
@@ -303,22 +348,28 @@ class RemoteScorer:
         if self._journal is not None:
             self._journal.add([k], self._known[k][None])
 
-    def _assembled(self, row: TokenRow, parts: Sequence[Request], target: Tensor) -> Tensor:
+    def _assembled(self, row: TokenRow, parts: Sequence[Request], asked: Asked) -> Tensor:
         """The row's values from what was asked for it."""
         whole, *others = parts
         of_whole = self._known[key(whole)]
         apart = {(part.first, part.ids[-1]): self._step(key(part)) for part in others}
+        target = asked.target
         values = torch.full((len(target),), torch.nan, dtype=torch.float64, device="cpu")
+        of_foils = values.clone()
         for t, (p, token) in enumerate(zip(row.positions, target.tolist(), strict=True)):
             if p >= 0:
                 found = apart.get((p, token))
                 values[t] = of_whole[p - whole.first] if found is None else found
+                known = [apart[p, foil] for foil in _foils(asked, t)]
+                missing = -torch.inf if self._missing is None else self._missing
+                told = torch.stack(known).nan_to_num(nan=missing) if known else None
+                of_foils[t] = 0.0 if told is None else told.logsumexp(0)
         untold = [t for t in values.isnan().nonzero()[:, 0].tolist() if row.positions[t] >= 0]
         if untold and self._missing is None:
             raise UnusableAnswerError(self._no_value(whole, int(target[untold[0]]), _UNTOLD, _NULL))
         self.n_missing += len(untold)
         values[untold] = float("nan") if self._missing is None else self._missing
-        return values
+        return values if asked.foils is None else torch.cat([values, of_foils])
 
     def _step(self, k: bytes) -> Tensor:
         """The value of a single token, whoever told it."""
@@ -352,6 +403,11 @@ class RemoteScorer:
     def forecast(self, n_rows: int) -> None:
         """See `Scorer.forecast`."""
         self._bar.note(f"about {n_rows} more coalitions" if n_rows > 0 else "")
+
+
+def _foils(asked: Asked, t: int) -> list[int]:
+    """Ids of the foils of a target token."""
+    return [] if asked.foils is None else [i for i in asked.foils[t].tolist() if i >= 0]
 
 
 def _noise(values: Tensor) -> Tensor:

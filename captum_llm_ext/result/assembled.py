@@ -8,6 +8,7 @@ from captum.attr import InterpretableInput
 from torch import Tensor, nn
 
 from captum_llm_ext.coalitions import Solution
+from captum_llm_ext.contrast import Foils
 from captum_llm_ext.inputs import GeneratedText, Prompt
 from captum_llm_ext.result.refit import Design
 from captum_llm_ext.result.result import GenerationAttributionResult
@@ -28,6 +29,8 @@ def assembled(
     like: Tensor,
     provenance: Mapping[str, Any],
     design: Design | None = None,
+    foils: Foils | None = None,
+    foil_values: Tensor | None = None,
 ) -> GenerationAttributionResult:
     """The result in the prompt's columns, where captum has its own.
 
@@ -45,11 +48,16 @@ def assembled(
         like: A tensor of the device and the type that all numbers get.
         provenance: Its ``"attr_target"`` tells what a value is.
         design: How the coalitions were planned.
+        foils: What target tokens were held against.
+        foil_values: Log-probabilities of the foils of each together, ``(n_coalitions, n_target)``;
+            the first coalition has every feature.
     """
     n_prompt, n_features = prompt.n_features, prompt.n_features + generated.n_features
     columns = torch.tensor(prompt.columns, dtype=torch.int64, device="cpu")
     full = solution.full_values
     probabilities = {"log_prob": full.exp, "prob": full.clone}.get(provenance["attr_target"])
+    if foil_values is not None:
+        probabilities = (full + foil_values[0]).exp
 
     def split(found: Tensor) -> tuple[Tensor, Tensor | None]:
         wide = nn.functional.pad(found, (0, n_features - found.shape[1])).to(like, copy=True)
@@ -80,6 +88,9 @@ def assembled(
         levels=prompt.levels,
         output_pieces=generated.pieces,
         design=design,
+        foils=None if foils is None else foils.tensor.to(like.device),
+        foil_tokens=None if foils is None else [list(own) for own in foils.names],
+        foil_values=None if foil_values is None else foil_values.to(like, copy=True),
         provenance=provenance,
     )
 

@@ -14,6 +14,7 @@ _UNITS = {
     "log_odds": "nats of log-odds",
     "logit": "logits",
     "prob": "probability",
+    "contrast": "nats against foils",
 }
 _MOST_NAMES = 3  # of the columns of one feature
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from captum_llm_ext.inputs import Piece
 from captum_llm_ext.result.causes import unit_of
 from captum_llm_ext.result.convergence import earlier
+from captum_llm_ext.result.foils import foils_told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.plot.axes import CanvasArguments, Drawing
     from captum_llm_ext.result.causes import SpanAttribution
     from captum_llm_ext.result.refit import Design, Evidence
+    from captum_llm_ext.result.result import GenerationAttributionResult
 
 
 class _Labels(TypedDict):
@@ -27,6 +29,9 @@ class _Labels(TypedDict):
     output_feature_labels: list[str] | None
     output_labels: list[str]
     output_features: list[int | None] | None
+
+
+_MOST_FOILS = 2
 
 
 class DrawnResult(LLMAttributionResult):
@@ -77,7 +82,7 @@ class DrawnResult(LLMAttributionResult):
         return plot.heat_map(
             cast(Tensor, self.token_attr),
             self.output_attr,
-            **self._labels(),
+            **self._labels(named=True),
             cmap=cmap,
             **self._canvas(ax, show),
         )
@@ -148,7 +153,7 @@ class DrawnResult(LLMAttributionResult):
             explained=() if token is None else (first + token,),
             later=() if token is None else range(first + token + 1, first + len(output)),
             cmap=cmap,
-            **self._canvas(ax, show),
+            **self._canvas(ax, show, token),
         )
 
     def plot_flow(
@@ -178,15 +183,16 @@ class DrawnResult(LLMAttributionResult):
         """
         from captum_llm_ext import plot
 
+        towards = None if target_token is None else self.position(target_token)
         return plot.flow(
             cast(Tensor, self.token_attr),
             self.output_attr,
             **self._labels(),
             prompt_errors=self.token_attr_se,
             output_errors=self.output_attr_se,
-            towards=None if target_token is None else self.position(target_token),
+            towards=towards,
             least=least,
-            **self._canvas(ax, show),
+            **self._canvas(ax, show, towards),
         )
 
     def plot_convergence(
@@ -248,17 +254,32 @@ class DrawnResult(LLMAttributionResult):
             **self._canvas(ax, show),
         )
 
-    def _labels(self) -> _Labels:
+    def _labels(self, *, named: bool = False) -> _Labels:
+        """Names of rows and columns; with foils beside the tokens if they are to be `named`."""
+        n_target = range(len(self.output_tokens))
         return {
             "input_labels": self.input_tokens,
             "output_feature_labels": self.output_features,
-            "output_labels": self.output_tokens,
+            "output_labels": [self._named(t, " ≠ ", 1) for t in n_target]
+            if named
+            else self.output_tokens,
             "output_features": [piece.feature for piece in self.output_pieces] or None,
         }
 
-    def _canvas(self, ax: "Axes | None", show: bool) -> "CanvasArguments":
-        """What all drawings are given beside numbers and names."""
-        return {"ax": ax, "show": show, "title": self._doubt, "unit": unit_of(self)}
+    def _canvas(self, ax: "Axes | None", show: bool, token: int | None = None) -> "CanvasArguments":
+        """What all drawings are given beside numbers and names; a title of one token, if given."""
+        return {"ax": ax, "show": show, "title": self._title(token), "unit": unit_of(self)}
+
+    def _named(self, token: int, between: str = " rather than ", k: int = _MOST_FOILS) -> str:
+        """A target token, and what it was held against if that is what was explained."""
+        foils = foils_told(cast("GenerationAttributionResult", self), token, k)
+        return self.output_tokens[token] + (between + foils if foils else "")
+
+    def _title(self, token: int | None) -> str | None:
+        """What is written above the drawing of one token."""
+        named = None if token is None else self._named(token)
+        is_told = named is not None and named != self.output_tokens[token or 0]
+        return "\n".join(filter(None, [named if is_told else None, self._doubt])) or None
 
     @property
     def _doubt(self) -> str | None:

@@ -13,6 +13,7 @@ from captum_llm_ext.inputs import Level, Piece
 from captum_llm_ext.result.causes import joined_name
 from captum_llm_ext.result.drawn import DrawnResult
 from captum_llm_ext.result.files import finite
+from captum_llm_ext.result.foils import other_value
 from captum_llm_ext.result.reading import reading
 from captum_llm_ext.result.sums import bounds, sums
 from captum_llm_ext.result.terminal import one_line
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 _DICT_FORMAT = 1
 _INSTALL = "`{method}` needs {package}: pip install 'captum-llm-ext[{package}]'."
+# What is another number where another value is explained.
+_OF_ONE_VALUE = (
+    "attr_target token_attr token_attr_se output_attr output_attr_se full_values empty_values"
+).split()
 _UNEXPLAINED = 0.01  # share of full - empty beyond which a sum is no longer called one
 
 
@@ -37,6 +42,7 @@ class ExportedResult(DrawnResult):
         efficiency_gap: Tensor
         levels: list[Level]
         n_evaluations: int
+        foil_tokens: list[list[str]] | None
 
         @property
         def errors_unknown(self) -> Tensor: ...  # noqa: D102
@@ -69,7 +75,13 @@ class ExportedResult(DrawnResult):
 
     def _shown(self) -> dict[str, Any]:
         whole = cast("GenerationAttributionResult", self)
-        return {**self.to_dict(), **(read := reading(whole)), "sums": self._sums(read)}
+        read = reading(whole)
+        other = other_value(whole)
+        if other is not None:
+            found = other.to_dict()
+            read["other"] = {name: found[name] for name in _OF_ONE_VALUE}
+            read["other"] |= {"sums": other._sums(read), "noise_floor": None}
+        return {**self.to_dict(), **read, "sums": self._sums(read)}
 
     def _sums(self, read: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Errors of what a page adds up, where they can be told."""
@@ -112,6 +124,7 @@ class ExportedResult(DrawnResult):
             "method": self.provenance.get("method", ""),
             "estimate": bool(self.provenance.get("estimate", False)),
             "errors_unknown": int(self.errors_unknown.sum()),
+            "foils": self.foil_tokens,
             "provenance": self.provenance,
         }
 

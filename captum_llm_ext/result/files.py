@@ -1,20 +1,21 @@
 """Results as files: safetensors, with everything that is no tensor as JSON in its metadata.
 
-A file of format 4 holds
+A file of format 5 holds
 
 * tensors, by the names of the result's fields: ``token_attr``, ``masks``, ``values`` …; those that
   are None are left out;
 * in the metadata ``captum_llm_ext``: a JSON object with ``format``, ``input_tokens``,
   ``output_tokens``, ``output_features``, ``prompt_pieces`` and ``output_pieces`` (per piece
   ``[text, column]``, the column null for fixed text, or ``[text, column, role]`` where someone said
-  it in a chat or a chat's template did), ``levels``, ``n_evaluations``, ``design`` and
-  ``provenance``;
+  it in a chat or a chat's template did), ``levels``, ``n_evaluations``, ``design``,
+  ``foil_tokens`` and ``provenance``;
 * in the metadata ``sha256``: a digest of both, so that a damaged file is told from a good one.
 
-Any reader of safetensors reads it; nothing in it is ever executed. Format 3 was the same, but its
-first readers know no roles: files with roles have had a number of their own since. Format 2 had no
-digest and no roles, format 1 no ``design`` either, and at first no ``levels``. All are read, by
-their own rules; a file of a format above this is refused as one of a later version.
+Any reader of safetensors reads it; nothing in it is ever executed. Format 4 had no foils. Format 3
+was the same, but its first readers know no roles: files with roles have had a number of their own
+since. Format 2 had no digest and no roles, format 1 no ``design`` either, and at first no
+``levels``. All are read, by their own rules; a file of a format above this is refused as one of a
+later version.
 """
 
 import json
@@ -39,7 +40,7 @@ T = TypeVar("T")
 KIND = Kind(
     "saved result",
     "captum_llm_ext",
-    format=4,
+    format=5,
     advice="give a file written by `GenerationAttributionResult.save`.",
     digest_since=3,
     oldest=1,
@@ -58,9 +59,12 @@ _TENSORS = (
     "values",
     "draws",
     "target",
+    "foils",
+    "foil_values",
 )
 _NAMES = ("input_tokens", "output_tokens", "output_features")
 _INTEGERS = (torch.int64, torch.int32)
+_IDS = ("target", "draws", "foils")
 _MOST = 2**63
 _ROLES_SINCE = 3  # some files of format 3 have them
 
@@ -81,6 +85,7 @@ def write(path: str | os.PathLike[str], result: "GenerationAttributionResult") -
         "output_pieces": [list(p.to_dict().values()) for p in result.output_pieces],
         "levels": [[level.name, level.parts, level.part_of] for level in result.levels],
         "design": None if result.design is None else result.design.to_dict(),
+        "foil_tokens": result.foil_tokens,
         "provenance": result.provenance,
     }
     plain = finite(rest)
@@ -164,6 +169,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> No
     }
     if n_output is not None:
         expected |= dict.fromkeys(("output_attr", "output_attr_se"), (n_target, n_output))
+    if rest.get("foil_tokens") is not None:
+        expected |= {"foils": (n_target, _n_foils(tensors, rest))}
+        expected |= {"foil_values": (n_coalitions, n_target)} if "foil_values" in tensors else {}
     for name, shape in expected.items():
         found = tensors.get(name)
         if found is None and name != "output_probs":
@@ -171,7 +179,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> No
         if found is not None and tuple(found.shape) != shape:
             raise ValueError(f"`{name}` has shape {tuple(found.shape)}, not {shape}")
     for name, found in tensors.items():
-        wanted = {"masks": (torch.bool,), "target": _INTEGERS, "draws": _INTEGERS}.get(name)
+        wanted = {"masks": (torch.bool,), **dict.fromkeys(_IDS, _INTEGERS)}.get(name)
         is_right = found.is_floating_point() if wanted is None else found.dtype in wanted
         if name not in expected or not is_right:
             raise ValueError(f"it has a `{name}` of {found.dtype}")
@@ -184,6 +192,19 @@ def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> No
         or len(design["columns"]) != n_prompt
     ):
         raise ValueError("`design` is about other coalitions")
+
+
+def _n_foils(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> int:
+    """How many foils a token has at most.
+
+    Raises:
+        ValueError, LookupError, TypeError: If the foils' names are not as many as their ids.
+    """
+    names, ids = rest["foil_tokens"], tensors["foils"]
+    each = [_list_of(str, {"foil_tokens": own}, "foil_tokens") for own in names]
+    if [len(own) for own in each] != (ids >= 0).sum(1).tolist():
+        raise ValueError("`foil_tokens` names other foils than `foils` has")
+    return ids.shape[1]
 
 
 def _check_sums(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.arguments import TARGETS
+from captum_llm_ext.contrast import Contrast
 
 _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
@@ -52,6 +53,8 @@ def value_name(attr_target: object) -> str:
     """What a value is called: as the name that was given, or by the callable's name."""
     if isinstance(attr_target, str):
         return attr_target
+    if isinstance(attr_target, Contrast):
+        return "contrast"
     named = str(getattr(attr_target, "__qualname__", type(attr_target).__name__))
     # A function may be called like one of the names, which say what the numbers are.
     return f"{named}()" if named in TARGETS else named

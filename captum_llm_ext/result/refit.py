@@ -422,18 +422,29 @@ SOLVERS: dict[str, Callable[..., Solution]] = {
 }
 
 
-def convert(values: Tensor, given: str, wanted: str) -> Tensor:
+def convert(values: Tensor, given: str, wanted: str, foil_values: Tensor | None = None) -> Tensor:
     """Values in another unit.
 
     Args:
         values: Any shape.
-        given, wanted: ``"log_prob"``, ``"prob"`` or ``"log_odds"``.
+        given, wanted: ``"log_prob"``, ``"prob"``, ``"log_odds"`` or ``"contrast"``.
+        foil_values: Log-probabilities of all foils together, of the same shape.
 
     Raises:
         ValueError: If one does not tell the other: that takes logits, and so the model.
     """
     if given == wanted:
         return values
+    if "contrast" in (given, wanted):
+        if foil_values is None:
+            raise ValueError(
+                "this result tells nothing of foils: attribute with "
+                '`attr_target="contrast"`, which keeps log-probabilities beside them.'
+            )
+        foils = foil_values.double()
+        if wanted == "contrast":
+            return convert(values, given, "log_prob").double() - foils
+        return convert(values.double() + foils, "log_prob", wanted)
     known = ("log_prob", "prob", "log_odds")
     if given not in known or wanted not in known:
         raise ValueError(

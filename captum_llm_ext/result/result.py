@@ -28,7 +28,7 @@ from captum_llm_ext.result.table import table
 # What a refit leaves as it is.
 _SAME = (
     "input_tokens output_tokens output_probs inp output_features n_evaluations masks draws target "
-    "prompt_pieces output_pieces levels"
+    "prompt_pieces output_pieces levels foils foil_tokens foil_values"
 ).split()
 
 
@@ -68,6 +68,11 @@ class GenerationAttributionResult(ExportedResult):
         levels: Coarser readings of the prompt's columns: see `at_level`.
         design: How the coalitions were planned, for `refit` and `attribute_span`; None for results
             of earlier versions.
+        foils: ``(T, n_foils)``, ids of the tokens that each target token is held against, -1 where
+            it has fewer; None if it is not about a `Contrast`.
+        foil_tokens: Their printable names, a list per target token.
+        foil_values: ``(C, T)``, the log-probability of all foils of a token together in each
+            coalition (0 where it has none): added to its contrast it is that of the token.
         provenance: Versions, model, method, seed, budget: what is needed to run it again.
     """
 
@@ -96,6 +101,9 @@ class GenerationAttributionResult(ExportedResult):
         output_pieces: Sequence[Piece] = (),
         levels: Sequence[Level] = (),
         design: Design | None = None,
+        foils: Tensor | None = None,
+        foil_tokens: list[list[str]] | None = None,
+        foil_values: Tensor | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -124,6 +132,7 @@ class GenerationAttributionResult(ExportedResult):
         self.output_pieces = [replace(p, feature=None) if fixed else p for p in output_pieces]
         self.levels = list(levels)
         self.design = design
+        self.foils, self.foil_tokens, self.foil_values = foils, foil_tokens, foil_values
         self.provenance = dict(provenance or {})
 
     @property
@@ -230,9 +239,7 @@ class GenerationAttributionResult(ExportedResult):
                 output fixed by ``output_unit=None``), or the coalitions or values do not serve.
         """
         rows = self._rows(start, len(self.output_tokens) if stop is None else stop)
-        given = str(self.provenance["attr_target"])
-        evidence = self._evidence()
-        evidence = replace(evidence, values=convert(evidence.values, given, "log_prob"))
+        evidence = replace(self._evidence(), values=self._converted("log_prob"))
         found = evidence.contextcite(range(rows.start, rows.stop), alpha)
         values, errors = (
             torch.cat([part[0] for part in self._split(part)])
@@ -251,7 +258,8 @@ class GenerationAttributionResult(ExportedResult):
             method: A captum class, or an object of it if its settings matter (``Lime``). None: the
                 method as it was.
             attr_target: ``"log_prob"``, ``"prob"`` or ``"log_odds"``, of which each tells the
-                others. None: as it was.
+                others, or ``"contrast"``, which tells these and is told where foils were scored.
+                None: as it was.
 
         Returns:
             A new result. For ``attr_target="prob"`` its `seq_attr` is NaN where generated features
@@ -262,13 +270,17 @@ class GenerationAttributionResult(ExportedResult):
                 from leave-one-out, or logits from probabilities.
         """
         evidence = self._evidence()
-        given = str(self.provenance["attr_target"])
-        wanted = attr_target or given
-        evidence = replace(evidence, values=convert(evidence.values, given, wanted))
+        wanted = attr_target or str(self.provenance["attr_target"])
+        evidence = replace(evidence, values=self._converted(wanted))
         if method is not None:
             levels = [level.part_of for level in self.levels]
             evidence = evidence.refitted(method, levels)
         return self._solved(evidence, method, wanted)
+
+    def _converted(self, attr_target: str) -> Tensor:
+        """The coalitions' values in another unit."""
+        given = str(self.provenance["attr_target"])
+        return convert(self.values, given, attr_target, self.foil_values)
 
     @property
     def unresolved(self) -> "list[UnresolvedGroup]":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from captum_llm_ext.result.causes import Cause
+from captum_llm_ext.result.foils import foils_told
 from captum_llm_ext.result.terminal import columns, one_line, shortened
 from captum_llm_ext.segment import shorten
 
@@ -33,7 +34,8 @@ def table(
     lines = _wrapped([result.summary], width)
     floor = result.noise_floor
     floors = [0.0] * len(names) if floor is None else floor.tolist()
-    for name, floor, causes in zip(names, floors, result.top(k), strict=True):
+    rows = zip(names, floors, result.top(k), strict=True)
+    for token, (name, floor, causes) in enumerate(rows):
         telling = [
             cause
             for cause in causes
@@ -42,6 +44,8 @@ def table(
             and not abs(cause.attribution) < 1.96 * cause.standard_error
         ]
         told = _told(telling, room, show) or show(_NOTHING, "nothing")
+        used = columns(_told(telling, room, _plain) or _NOTHING)
+        told += _beside(foils_told(result, token), None if room is None else room - used, show)
         padding = " " * (longest - columns(name))
         lines.append(f"{padding}{show(name, 'token')}{_ARROW}{told}")
     return "\n".join([*lines, *_wrapped(_remarks(result), width)])
@@ -63,6 +67,14 @@ def _told(causes: Sequence[Cause], room: int | None, show: "Paint") -> str:
         kind = "raises" if cause.attribution > 0 else "lowers"
         parts.append(show(text, "nothing" if math.isnan(cause.standard_error) else kind))
     return ", ".join(parts)
+
+
+def _beside(foils: str, room: int | None, show: "Paint") -> str:
+    """What a token was held against, where there is room for it behind the causes."""
+    said = f"  (rather than {foils})"
+    if not foils or (room is not None and columns(said) > room):
+        return ""
+    return show(said, "nothing")
 
 
 def _fitting(cause: Cause, most: int) -> str:
@@ -109,6 +121,11 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
             f"{a.strip()!r} and {b.strip()!r} say the same ({token})."
             for (a, b), token in list(said.items())[:_MOST_REMARKS]
         ]
+    if result.foils is not None and result.provenance.get("attr_target") == "contrast":
+        remarks.append(
+            "A contrast: log-probabilities less those of all foils of the token together "
+            '(`foil_tokens`); `refit(attr_target="log_prob")` tells the former alone.'
+        )
     hidden = result.below_noise & (result.full_attr != 0)
     if result.noise_floor is not None and bool(hidden.any()):
         remarks.append(

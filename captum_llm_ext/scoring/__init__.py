@@ -1,16 +1,16 @@
 """Token rows and a target in, values out: the only place where the model runs.
 
-Each distinct row costs one teacher-forced pass at most, which serves all target tokens; rows that
-begin alike share the passes of their beginnings, or are packed in one sequence where none of their
-tokens comes twice. `probe` finds out what the model does, and so how it may be asked at all;
-`batching` decides which of these ways a call's rows take, `plan` which rows run together in each,
-`packing` makes that sequence, `passes` runs the model, `memory` tells how much fits, `logits` turns
-what comes out into values, `noise` measures how far rounding alone moves them; `Scorer` is the
-whole.
+Each distinct row costs one teacher-forced pass at most, which serves all target tokens, and the
+foils that each is held against (`asked`); rows that begin alike share the passes of their
+beginnings, or are packed in one sequence where none of their tokens comes twice. `probe` finds out
+what the model does, and so how it may be asked at all; `batching` decides which of these ways a
+call's rows take, `plan` which rows run together in each, `packing` makes that sequence, `passes`
+runs the model, `memory` tells how much fits, `logits` turns what comes out into values, `noise`
+measures how far rounding alone moves them; `Scorer` is the whole.
 `processes` makes several processes one and `shares` cuts the work for them, `journal` keeps what is
 found on disk, `identity` tells whether it is still the same model, `generation` what it generates
-with. `Likelihood` is that model as
-baselines ask it, text by text. `Values` is what others rely on of a `Scorer`.
+with. `Likelihood` is that model as baselines ask it, text by text. `Values` is what others rely on
+of a `Scorer`.
 """
 
 from captum_llm_ext.scoring.batching import Reuse

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from torch import Tensor
-
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import memory
+from captum_llm_ext.scoring.asked import Asked
 from captum_llm_ext.scoring.memory import Memory
 from captum_llm_ext.scoring.passes import Passes
 from captum_llm_ext.scoring.plan import Branch, plan, plan_packed
@@ -99,12 +98,12 @@ class Batching:
             self.max_rows = 1
             self._reuse = self._packs = False
 
-    def plan(self, rows: Sequence[TokenRow], target: Tensor) -> Branch:
+    def plan(self, rows: Sequence[TokenRow], asked: Asked) -> Branch:
         """How rows are run.
 
         Args:
             rows: Token rows, each of them once.
-            target: Token ids ``(n_target,)``.
+            asked: What they are asked.
 
         Raises:
             RuntimeError: If memory runs out in the comparison that it begins with, and there is no
@@ -112,14 +111,12 @@ class Batching:
         """
         while True:
             try:
-                return self._cheapest(rows, target)
+                return self._cheapest(rows, asked)
             except RuntimeError as error:
                 if not memory.is_out_of_memory(error) or not self.back_off(self._passes.n_rows):
                     raise
 
-    def read_head(
-        self, root: Branch, rows: Sequence[TokenRow], target: Tensor
-    ) -> tuple[Branch, Any]:
+    def read_head(self, root: Branch, rows: Sequence[TokenRow], asked: Asked) -> tuple[Branch, Any]:
         """Reads what all rows of a plan begin with, once on every process.
 
         Returns:
@@ -133,7 +130,7 @@ class Batching:
             self._head = (rows[0].ids[: root.stop], state)
 
         head = replace(root, batches=(), branches=())
-        for _ in self._passes.run(head, rows, target, state, keep):
+        for _ in self._passes.run(head, rows, asked, state, keep):
             pass
         return replace(root, start=root.stop), self._head[1]
 
@@ -152,13 +149,13 @@ class Batching:
             return False
         return True
 
-    def _cheapest(self, rows: Sequence[TokenRow], target: Tensor) -> Branch:
+    def _cheapest(self, rows: Sequence[TokenRow], asked: Asked) -> Branch:
         """The cheapest way that is known to be right."""
-        apart = self._cut(rows, target, shares=False)
+        apart = self._cut(rows, asked, shares=False)
         if not self._reuse or any(row.extras is not None for row in rows):
             return apart
-        together = self._cut(rows, target, shares=True)
-        if (packed := self._plan_packed(rows, target, apart, together)) is not None:
+        together = self._cut(rows, asked, shares=True)
+        if (packed := self._plan_packed(rows, asked, apart, together)) is not None:
             return packed
         lengths = [len(row.ids) for row in rows]
         saved = apart.positions(lengths) - together.positions(lengths)
@@ -171,10 +168,10 @@ class Batching:
         if saved <= _COMPARISON * longest or not self._compare(rows, together):
             return apart
         self._compared = longest
-        return self._cut(rows, target, shares=True)  # now that the size of a state is known
+        return self._cut(rows, asked, shares=True)  # now that the size of a state is known
 
     def _plan_packed(
-        self, rows: Sequence[TokenRow], target: Tensor, apart: Branch, together: Branch
+        self, rows: Sequence[TokenRow], asked: Asked, apart: Branch, together: Branch
     ) -> Branch | None:
         """Packs, where they cost less than the other ways and are known to be right."""
         longest = max(len(row.ids) for row in rows)
@@ -183,7 +180,7 @@ class Batching:
         lengths = [len(row.ids) for row in rows]
         first = min(row.first for row in rows)
         head = len(self._head[0]) if self._begins_with_head(rows, first) else 0
-        most_ids, most_rows = self._memory(target).most_packed(longest, head)
+        most_ids, most_rows = self._memory(asked).most_packed(longest, head)
 
         def cut() -> Branch:
             return plan_packed(
@@ -207,7 +204,7 @@ class Batching:
             pays = root.positions(lengths) < apart.positions(lengths)
         else:
             here = cost(root, self._packed, _COMPARISON_OF_PACKS) + len(rows) * self._row_overhead
-            n_said = len(rows) * len(target)
+            n_said = len(rows) * len(asked)
             here -= self._passes.spared_in_packs(root.positions(lengths), n_said)
             pays = here < min(cost(apart), cost(together, self._compared, _COMPARISON))
         if not pays or (longest > self._packed and not self._compare_packed(rows)):
@@ -215,8 +212,8 @@ class Batching:
         self._packed = max(longest, self._packed)
         return cut()
 
-    def _cut(self, rows: Sequence[TokenRow], target: Tensor, *, shares: bool) -> Branch:
-        fits = self._memory(target)
+    def _cut(self, rows: Sequence[TokenRow], asked: Asked, *, shares: bool) -> Branch:
+        fits = self._memory(asked)
         longest = max(len(row.ids) for row in rows)
         # Pixel values and the like are made for one prompt each.
         has_extras = any(row.extras is not None for row in rows)
@@ -237,12 +234,12 @@ class Batching:
             most_head=first,
         )
 
-    def _memory(self, target: Tensor) -> Memory:
+    def _memory(self, asked: Asked) -> Memory:
         return Memory(
             self._passes.model,
             self._passes.device,
             kept=self._passes.kept,
-            n_target=len(target),
+            n_target=len(asked),
             state_bytes=self._passes.state_bytes,
             budget=self.budget,
             lends=bool(self._passes.lends),

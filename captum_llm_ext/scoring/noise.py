@@ -8,6 +8,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from captum_llm_ext.scoring.asked import Asked, explained
 from captum_llm_ext.scoring.passes import Passes, rounding
 from captum_llm_ext.scoring.probe import Findings
 from captum_llm_ext.scoring.rows import TokenRow
@@ -61,24 +62,22 @@ class NoiseFloor:
         chance = sorted(by_length[1:-1], key=lambda ids: self._kept[ids][0])
         return [*dict.fromkeys((by_length[-1], by_length[0])), *chance]
 
-    def floor(
-        self, found: Findings, target: Tensor, *, together: bool, cuts: bool
-    ) -> Tensor | None:
+    def floor(self, found: Findings, asked: Asked, *, together: bool, cuts: bool) -> Tensor | None:
         """How far apart values lie that are computed in several ways; see `Scorer.noise_floor`.
 
         Args:
             found: What is known of the model.
-            target: Token ids ``(n_target,)``.
+            asked: What it was asked.
             together: Whether the model is ever given rows of several lengths at once.
             cuts: Whether a row without what follows a token says the same of it.
         """
         is_named = isinstance(self._attr_target, str)
         explained = self._explained(found)
         # A callable may make of one token's logits another value without the others'.
-        checked = self._checked(target) if is_named and cuts else 0.0
+        checked = self._checked(asked) if is_named and cuts else 0.0
         if not found.is_rough and checked <= explained:
             return None
-        floor = self._measured(found, target, together)
+        floor = self._measured(found, asked, together)
         floor = floor.clamp(min=checked if checked > explained else 0.0)
         if float(floor.max()) > _WORTH_TELLING * explained:
             warnings.warn(
@@ -93,10 +92,12 @@ class NoiseFloor:
     def _explained(self, found: Findings) -> float:
         """What rounding explains of a difference between values."""
         sizes = [own.nan_to_num(nan=0.0).abs().max() for _, _, own in self._kept.values()]
-        scale = 1.0 if self._attr_target == "log_prob" else max(1.0, *map(float, sizes))
+        scale = (
+            1.0 if self._attr_target in ("log_prob", "contrast") else max(1.0, *map(float, sizes))
+        )
         return scale * max(rounding(_DTYPES.get(found.dtype)), rounding(torch.float32))
 
-    def _checked(self, target: Tensor) -> float:
+    def _checked(self, asked: Asked) -> float:
         """How far some values are from those of a pass of their own, with nothing that follows."""
         differences = [0.0]
         for i, ids in enumerate(self._order()[:_CHECKED]):
@@ -105,11 +106,11 @@ class NoiseFloor:
             if not known:
                 continue
             t = known[(number + i) % len(known)]  # of each row another token
-            value = self._stepped(row, target, [t])[t]
+            value = self._stepped(row, asked, [t])[t]
             differences.append(float((value - own[t]).abs().nan_to_num(nan=0.0)))
         return max(differences)
 
-    def _measured(self, found: Findings, target: Tensor, together: bool) -> Tensor:
+    def _measured(self, found: Findings, asked: Asked, together: bool) -> Tensor:
         """The largest difference that was seen of any token, and what others are likely to show.
 
         That is in proportion to how far a value can move at all, and not less than what the last
@@ -121,13 +122,13 @@ class NoiseFloor:
         alone = torch.full_like(computed, torch.nan)
         for i, row in enumerate(rows[: _ALONE_STEPPING if found.step_by_step else _ALONE]):
             if found.step_by_step:
-                alone[i] = self._stepped(row, target, range(len(target)))
+                alone[i] = self._stepped(row, asked, range(len(asked)))
             else:
-                alone[i] = self._passes.together([row], target)[0]
+                alone[i] = self._together([row], asked)[0]
         ways = [computed, alone]
         if together:
             batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-            ways.append(torch.cat([self._passes.together(some, target) for some in batches]))
+            ways.append(torch.cat([self._together(some, asked) for some in batches]))
         stacked = torch.stack(ways)
         highest = stacked.nan_to_num(nan=-torch.inf).amax(0)
         apart = (highest - stacked.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)
@@ -138,13 +139,17 @@ class NoiseFloor:
         assert self._scale is not None
         return max(likely, _UNSEEN * float(ratios.max()), digit) * self._scale
 
-    def _stepped(self, row: TokenRow, target: Tensor, tokens: Sequence[int]) -> Tensor:
+    def _stepped(self, row: TokenRow, asked: Asked, tokens: Sequence[int]) -> Tensor:
         """Values ``(n_target,)`` of some tokens, in passes of their own; NaN for the others."""
-        values = torch.full((len(target),), torch.nan, dtype=torch.float64, device="cpu")
+        values = torch.full((len(asked),), torch.nan, dtype=torch.float64, device="cpu")
         for t in tokens:
             if (end := row.up_to(t)) is not None:
-                values[t] = self._passes.together([end], target[t : t + 1])[0, 0]
+                values[t] = self._together([end], asked.only(t))[0, 0]
         return values
+
+    def _together(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+        """What is attributed of rows that are computed in one batch, ``(n_rows, n_target)``."""
+        return explained(self._passes.together(rows, asked), asked, self._attr_target)
 
     def _scales(self, values: Tensor) -> Tensor:
         """How far values move with logits: those of sure tokens hardly do."""

@@ -14,10 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import attention, edges
+from captum_llm_ext.scoring.asked import Asked
 from captum_llm_ext.scoring.head import Head, Said
 from captum_llm_ext.scoring.logits import AttrTarget, called_values
 from captum_llm_ext.scoring.memory import is_out_of_memory
-from captum_llm_ext.scoring.order import distinct_pairs
 from captum_llm_ext.scoring.packing import Pack, pack
 from captum_llm_ext.scoring.plan import Branch
 from captum_llm_ext.scoring.rows import TokenRow
@@ -34,6 +34,8 @@ _WORTH_LENDING = 4096
 _ROWS_IN_MIND = 16
 # So many ids of a row are read in a pack of their own, to see whether that is right.
 _PARTED = 32
+# So many places at a time when the likeliest tokens are looked for.
+_PLACES = 64
 # Largest difference between log-probabilities that other shapes of the same products make.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 
@@ -121,7 +123,7 @@ class Passes:
         self,
         root: Branch,
         rows: Sequence[TokenRow],
-        target: Tensor,
+        asked: Asked,
         state: Any = None,
         on_head: Callable[[Any], None] | None = None,
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -130,61 +132,76 @@ class Passes:
         Args:
             root: The plan.
             rows: The rows that it was made for.
-            target: Token ids ``(n_target,)``.
+            asked: What they are asked.
             state: The model's state after the ids before the root. It is left as it is.
             on_head: Given the state after the root's own stretch, which is then left as it is.
 
         Yields:
-            Indices of rows and their values ``(len(indices), n_target)``, batch by batch.
+            Indices of rows and their values ``(n_indices, per_token * n_target)``, batch by batch.
         """
         positions = torch.tensor(
             [list(row.positions) for row in rows], dtype=torch.int64, device="cpu"
         )
-        values = torch.full(positions.shape, torch.nan, dtype=torch.float64, device="cpu")
+        values = asked.blank(len(rows))
         todo = [(root, state, False)]
         while todo:
             branch, state, is_last = todo.pop()
             if branch.stop > branch.start:
                 state = state if is_last else copies(state)
-                state = self._stretch(branch, rows, positions, target, state, values)
+                state = self._stretch(branch, rows, positions, asked, state, values)
             if branch is root and on_head is not None:
                 on_head(state)
             run = self._batches if branch.own is None else self._packs
-            for batch, found in run(branch, rows, positions, target, state):
+            for batch, found in run(branch, rows, positions, asked, state):
                 index = torch.tensor(batch, dtype=torch.int64, device="cpu")
                 values[index] = values[index].where(found.isnan(), found)
-                yield batch, values[index].masked_fill(positions[index] < 0, torch.nan)
+                is_none = positions[index][:, None] < 0
+                yield batch, values[index].masked_fill(is_none, torch.nan).flatten(1)
             # The last branch may change the state: no other comes after it.
             todo += [
                 (grown, state, grown is branch.branches[-1] and branch is not root)
                 for grown in reversed(branch.branches)
             ]
 
-    def together(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
-        """Values ``(n_rows, n_target)`` of whole rows in one batch."""
+    def together(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+        """Values ``(n_rows, per_token * n_target)`` of whole rows in one batch."""
         every = tuple(range(len(rows)))
-        [(_, values)] = self.run(Branch(0, 0, every, (every,)), rows, target)
+        [(_, values)] = self.run(Branch(0, 0, every, (every,)), rows, asked)
         return values
+
+    def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens where a row says each target token; see `Scorer.likeliest`."""
+        ids, at = (torch.tensor([list(x)], device="cpu") for x in (row.ids, row.positions))
+        said, _ = self._pass(ids, at.clamp(min=0), extras=self.extras(row, 0))
+        found: list[tuple[Tensor, Tensor]] = []
+        for some in said.vectors[0].split(_PLACES):  # a copy in float32 of some logits at a time
+            logits = Said(some, said.layer).logits()
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            best = logits.topk(min(n, logits.shape[1]), dim=1)
+            log_probs = best.values - logits.logsumexp(1, keepdim=True)
+            found.append((log_probs.double().cpu(), best.indices.cpu()))
+        log_probs, tokens = (torch.cat(part) for part in zip(*found, strict=True))
+        return log_probs, tokens
 
     def _batches(
         self,
         branch: Branch,
         rows: Sequence[TokenRow],
         positions: Tensor,
-        target: Tensor,
+        asked: Asked,
         state: Any,
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Values of the ends of rows in padded batches; NaN at places before the ends."""
         for batch in branch.batches:
             at = positions[torch.tensor(batch, dtype=torch.int64, device="cpu")] - branch.stop
-            yield batch, self._ends([rows[i] for i in batch], at, branch.stop, target, state)
+            yield batch, self._ends([rows[i] for i in batch], at, branch.stop, asked, state)
 
     def _packs(
         self,
         branch: Branch,
         rows: Sequence[TokenRow],
         positions: Tensor,
-        target: Tensor,
+        asked: Asked,
         state: Any,
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """As `_batches`, from sequences in which no id comes twice."""
@@ -201,7 +218,7 @@ class Passes:
             found, read = self._packed(
                 packed,
                 positions[torch.tensor(batch, dtype=torch.int64, device="cpu")],
-                target,
+                asked,
                 before,
             )
             last = _LastRow(read, packed.places[-1]) if branch.chained else None
@@ -213,7 +230,7 @@ class Passes:
         branch: Branch,
         rows: Sequence[TokenRow],
         positions: Tensor,
-        target: Tensor,
+        asked: Asked,
         state: Any,
         values: Tensor,
     ) -> Any:
@@ -233,13 +250,16 @@ class Passes:
         )
         said, state = self._pass(ids, at[None], state=state, keeps_state=True)
         if len(needed) and isinstance(self.attr_target, str):
-            values[index[which], tokens] = _values(said, back, target[tokens], self.attr_target)
+            values[index[which], :, tokens] = asked.values(said, back, tokens, self.attr_target)
         return state
 
     def _ends(
-        self, rows: Sequence[TokenRow], at: Tensor, start: int, target: Tensor, state: Any
+        self, rows: Sequence[TokenRow], at: Tensor, start: int, asked: Asked, state: Any
     ) -> Tensor:
-        """Values ``(n_rows, n_target)`` of rows read from `start` on; NaN where `at` is below 0."""
+        """Values ``(n_rows, per_token, n_target)`` of rows read from `start` on.
+
+        They are NaN where `at` is below 0.
+        """
         ids = _padded([row.ids[start:] for row in rows])
         arguments = self.extras(rows[0], ids.shape[1] - len(rows[0].ids) + start)
         is_called = not isinstance(self.attr_target, str)
@@ -254,23 +274,24 @@ class Passes:
         if said is None:
             said = self._read_on(ids, places, state, lends=False, extras=arguments)
         if not isinstance(self.attr_target, str):
-            values = called_values(said.logits(), target, self.attr_target)
+            values = called_values(said.logits(), asked.target, self.attr_target)[:, None]
         else:
-            values = torch.full(at.shape, torch.nan, dtype=torch.float64, device="cpu")
-            wanted = target[columns].repeat(len(rows))
-            found = said.values(torch.arange(len(wanted), device="cpu"), wanted, self.attr_target)
-            values[:, columns] = found.view(places.shape)
-        return values.masked_fill(at < 0, torch.nan)
+            values = asked.blank(len(rows))
+            tokens = columns.nonzero()[:, 0].repeat(len(rows))
+            where = torch.arange(len(tokens), device="cpu")
+            found = asked.values(said, where, tokens, self.attr_target)
+            values[:, :, columns] = found.view(*places.shape, -1).transpose(1, 2)
+        return values.masked_fill(at[:, None] < 0, torch.nan)
 
     def _packed(
-        self, packed: Pack, positions: Tensor, target: Tensor, state: Any
+        self, packed: Pack, positions: Tensor, asked: Asked, state: Any
     ) -> tuple[Tensor, Any]:
-        """Values ``(n_rows, n_target)`` of rows in one sequence, and the model's state after it.
+        """Values ``(n_rows, per_token, n_target)`` of rows in one sequence, and the state after it.
 
         They are NaN at positions that were read before.
         """
         said = positions >= packed.n_read
-        tokens = said.nonzero()[:, 1]
+        which, tokens = said.nonzero(as_tuple=True)
         places = pad_sequence(list(packed.places), batch_first=True)
         where = places.gather(1, positions.clamp(min=0))[said]
         needed, back = where.unique(return_inverse=True)
@@ -279,10 +300,10 @@ class Passes:
             index = torch.zeros(said.shape, dtype=torch.int64, device="cpu")
             index[said] = back
             logits = answer.logits()[0]
-            values = called_values(logits[index.to(logits.device)], target, self.attr_target)
-            return values.masked_fill(~said, torch.nan), state
-        values = torch.full(said.shape, torch.nan, dtype=torch.float64, device="cpu")
-        values[said] = _values(answer, back, target[tokens], self.attr_target)
+            values = called_values(logits[index.to(logits.device)], asked.target, self.attr_target)
+            return values.masked_fill(~said, torch.nan)[:, None], state
+        values = asked.blank(len(said))
+        values[which, :, tokens] = asked.values(answer, back, tokens, self.attr_target)
         return values, state
 
     def _read_pack(
@@ -526,12 +547,6 @@ class _LastRow:
     def after(self, n: int) -> Any:
         """The state after its first `n` ids."""
         return part(self.state, self.places[:n])
-
-
-def _values(said: Said, where: Tensor, wanted: Tensor, attr_target: str) -> Tensor:
-    """As `Said.values`; a place may say several ids, and each of them for many rows."""
-    pairs, back = distinct_pairs(where, wanted)
-    return said.values(pairs[0], pairs[1], attr_target)[back]
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

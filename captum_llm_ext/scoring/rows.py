@@ -1,12 +1,8 @@
 """What the model reads for one coalition."""
 
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
-
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +36,3 @@ class TokenRow:
         if place < 0:
             return None
         return TokenRow(self.ids[: place + 1], (place,), self.extras, self.key)
-
-
-def digest(row: TokenRow, target: Tensor) -> bytes:
-    """Equal for rows that the model cannot tell apart."""
-    parts = (array("q", row.ids), array("q", row.positions), array("q", target.tolist()))
-    content = blake2b(digest_size=16)
-    for part in parts:
-        content.update(len(part).to_bytes(8) + part.tobytes())
-    content.update(repr(row.key).encode())
-    return content.digest()

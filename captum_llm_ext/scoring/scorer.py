@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring import memory
+from captum_llm_ext.scoring.asked import Asked, explained
 from captum_llm_ext.scoring.batching import Batching, Reuse
 from captum_llm_ext.scoring.exclusive import as_found
 from captum_llm_ext.scoring.generation import continued
@@ -23,9 +24,12 @@ from captum_llm_ext.scoring.passes import Passes, rounding
 from captum_llm_ext.scoring.probe import Findings, findings
 from captum_llm_ext.scoring.processes import Processes
 from captum_llm_ext.scoring.progress import ProgressBar
-from captum_llm_ext.scoring.rows import TokenRow, digest
+from captum_llm_ext.scoring.rows import TokenRow
 from captum_llm_ext.scoring.seeded import reseeded, seeded
 from captum_llm_ext.scoring.shares import shares, without
+
+# How large these are says nothing of how far rounding moves them.
+_IN_NATS = ("log_prob", "contrast")
 
 
 class Scorer:
@@ -34,7 +38,8 @@ class Scorer:
     Args:
         model: A causal language model: a module that returns ``logits`` (batch, length, vocabulary)
             for ``input_ids``.
-        attr_target: ``"log_prob"``, ``"prob"``, ``"logit"``, or a callable ``(logits (batch,
+        attr_target: ``"log_prob"``, ``"prob"``, ``"logit"``, ``"contrast"`` (log-probabilities, of
+            which rounding moves the difference to those of foils), or a callable ``(logits (batch,
             n_target, vocabulary), target (n_target,)) -> (batch, n_target)``.
         max_rows: At most so many rows in a batch. By default as many as memory allows.
         show_progress: Whether `progress` draws a bar over the model's evaluations on stderr.
@@ -89,6 +94,11 @@ class Scorer:
         self._known: dict[bytes, Tensor] = {}
         self._findings: Findings | None = None
         self._noise = NoiseFloor(self._passes)
+
+    @property
+    def reads_on(self) -> bool:
+        """Whether foils may be looked for by what the model makes of the text after them."""
+        return True
 
     @property
     def processes(self) -> Processes:
@@ -154,28 +164,58 @@ class Scorer:
                 "target."
             )
 
-    def values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+    def values(
+        self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
+    ) -> Tensor:
         """What the model gives each target token after each row.
 
         Args:
             rows: One token row per coalition.
             target: Token ids, shape ``(n_target,)``.
+            foils: Token ids that each is held against, shape ``(n_target, n_foils)``; -1 where
+                there are fewer.
 
         Returns:
             Shape ``(n_rows, n_target)``, float64 on the CPU, in nats for log-probabilities; NaN
-            where a row gives a token no value. Softmax and sums are taken in float32 at least.
+            where a row gives a token no value. Softmax and sums are taken in float32 at least. With
+            foils ``(n_rows, 2 * n_target)``: log-probabilities of the target tokens, then those of
+            the foils of each together.
 
         Raises:
             ValueError: If an id is outside the vocabulary, or the model gives NaN or an infinite
                 value.
             TypeError: If the model returns no logits, or a callable target the wrong shape.
         """
+        asked = Asked(target, foils)
         with as_found(self.model):
-            values = self._asked(self._look(rows), rows, target)
-        self._noise.note(rows, values)
+            values = self._found(self._look(rows), rows, asked)
+        self._noise.note(rows, explained(values, asked, self.attr_target))
         return values
 
-    def noise_floor(self, row: TokenRow, target: Tensor) -> Tensor | None:
+    def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens where a row says each target token, the likeliest first.
+
+        Args:
+            row: One token row.
+            n: How many.
+
+        Returns:
+            Log-probabilities, float64 on the CPU, and token ids, each ``(n_target, n)``, or as many
+            as the vocabulary has; without meaning where the row says nothing.
+        """
+        with as_found(self.model):
+            found = self._look([row])
+            rows = [row]
+            if found.step_by_step:
+                blank = TokenRow(row.ids[:1], (0,), row.extras, row.key)
+                rows = [row.up_to(t) or blank for t in range(len(row.positions))]
+            each = self._processes.decide(lambda: [self._passes.likeliest(r, n) for r in rows])
+        log_probs, ids = (torch.cat(part) for part in zip(*each, strict=True))
+        return log_probs, ids
+
+    def noise_floor(
+        self, row: TokenRow, target: Tensor, foils: Tensor | None = None
+    ) -> Tensor | None:
         """How far apart values are that differ in how they were computed alone.
 
         Some rows of those that were scored, short and long ones among them, are computed alone and
@@ -185,7 +225,7 @@ class Scorer:
 
         Args:
             row: The row of the whole text.
-            target: Token ids, shape ``(n_target,)``.
+            target, foils: As for `values`.
 
         Returns:
             Shape ``(n_target,)``, float64, in the unit of the values; None for models whose values
@@ -194,14 +234,16 @@ class Scorer:
         Warns:
             UserWarning: If it is more than the model's type of numbers explains.
         """
+        asked = Asked(target, foils)
         with as_found(self.model):
             found = self._look([row])
-            self._noise.note([row], self._asked(found, [row], target))
+            values = self._found(found, [row], asked)
+            self._noise.note([row], explained(values, asked, self.attr_target))
 
             mixes = self._batching.mixes_positions(found.longest)
             apart = mixes or row.extras is not None or self._batching.max_rows == 1
             cuts = found.step_by_step or not mixes
-            return self._noise.floor(found, target, together=not apart, cuts=cuts)
+            return self._noise.floor(found, asked, together=not apart, cuts=cuts)
 
     @property
     def findings(self) -> Findings | None:
@@ -234,8 +276,8 @@ class Scorer:
         self._findings = found
         return found
 
-    def _asked(self, found: Findings, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
-        return self._stepping(rows, target) if found.step_by_step else self._values(rows, target)
+    def _found(self, found: Findings, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+        return self._stepping(rows, asked) if found.step_by_step else self._values(rows, asked)
 
     def tolerance(self, values: Tensor) -> Tensor:
         """How far rounding may move each of these values between two runs of the same model.
@@ -247,36 +289,35 @@ class Scorer:
         sizes = values.double().abs().nan_to_num()
         if self.attr_target == "prob":  # what is added to its logarithm
             return rounding(dtype) * sizes
-        largest = sizes.max().clamp_min(1.0) if self.attr_target != "log_prob" else 1.0
+        largest = sizes.max().clamp_min(1.0) if self.attr_target not in _IN_NATS else 1.0
         return torch.full_like(sizes, rounding(dtype)) * largest
 
-    def _values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
-        digests = [digest(row, target) for row in rows]
+    def _values(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+        digests = [asked.digest(row) for row in rows]
         todo = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
         self._bar.announce(len(todo))
         while todo:
-            self._score(todo, target)
+            self._score(todo, asked)
             todo = {d: row for d, row in todo.items() if d not in self._known}
         return torch.stack([self._known[digest] for digest in digests])
 
-    def _stepping(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+    def _stepping(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
         """One pass for every target token, with nothing after it to be seen."""
-        values = torch.full((len(rows), len(target)), torch.nan, dtype=torch.float64, device="cpu")
-        for t in range(len(target)):
+        values = asked.blank(len(rows))
+        for t in range(len(asked)):
             ends = {i: end for i, row in enumerate(rows) if (end := row.up_to(t)) is not None}
             if ends:
-                found = self._values([*ends.values()], target[t : t + 1])
-                values[[*ends], t] = found[:, 0]
-        return values
+                values[[*ends], :, t] = self._values([*ends.values()], asked.only(t))
+        return values.flatten(1)
 
-    def _score(self, todo: Mapping[bytes, TokenRow], target: Tensor) -> None:
+    def _score(self, todo: Mapping[bytes, TokenRow], asked: Asked) -> None:
         """Scores rows, or some of them and backs off where memory runs out."""
         keys, rows = list(todo), list(todo.values())
         content = _digest_of(keys)
         if self._batching.budget is None and self._batching.repeats:
             self._batching.budget = self._agreed_budget()
         root, planned, (places, known) = self._processes.decide(
-            lambda: (self._batching.plan(rows, target), content, self._stored(keys))
+            lambda: (self._batching.plan(rows, asked), content, self._stored(keys))
         )
         stored = dict(zip(places, known, strict=True))
         if planned != content:
@@ -284,8 +325,8 @@ class Scorer:
                 "this process has other rows to score than the main one: give every process the "
                 "same prompt, target, baselines, method and seed."
             )
-        self._check_stored(stored, rows, target)
-        root, state = self._batching.read_head(root, rows, target)
+        self._check_stored(stored, rows, asked)
+        root, state = self._batching.read_head(root, rows, asked)
         if stored:
             for i, values in stored.items():
                 self._keep([(keys[i], rows[i], values)])
@@ -296,8 +337,8 @@ class Scorer:
         failure: tuple[int, RuntimeError] | None = None
         try:
             for number in work.take(len(parts)):
-                for batch, values in self._passes.run(parts[number], rows, target, state):
-                    _check(values, [rows[i] for i in batch], target)
+                for batch, values in self._passes.run(parts[number], rows, asked, state):
+                    _check(values, [rows[i] for i in batch], asked)
                     work.tell((self._processes.number, batch, values))
                     self._take_in(work.heard(), keys, rows)
         except RuntimeError as error:
@@ -321,7 +362,7 @@ class Scorer:
         """Which of the rows an earlier run has kept, and their values: one tensor, for it is sent.
 
         Returns:
-            Places in `keys`; values ``(n_stored, n_target)``.
+            Places in `keys`; values ``(n_stored, per_token * n_target)``.
         """
         found = {} if self._journal is None else self._journal.found(keys)
         if not found:
@@ -329,7 +370,7 @@ class Scorer:
         return [*found], torch.stack([*found.values()])
 
     def _check_stored(
-        self, stored: Mapping[int, Tensor], rows: Sequence[TokenRow], target: Tensor
+        self, stored: Mapping[int, Tensor], rows: Sequence[TokenRow], asked: Asked
     ) -> None:
         """Holds the longest stored row against the model as it is now.
 
@@ -338,7 +379,7 @@ class Scorer:
         i = max(stored, key=lambda i: len(rows[i].ids), default=None)
         if i is None or len(rows[i].ids) <= self._trusted:
             return
-        [values] = self._passes.together([rows[i]], target)
+        [values] = self._passes.together([rows[i]], asked)
         check_same(
             values,
             stored[i],
@@ -400,16 +441,18 @@ def _digest_of(keys: Sequence[bytes]) -> bytes:
     return blake2b(b"".join(keys), digest_size=16).digest()
 
 
-def _check(values: Tensor, rows: Sequence[TokenRow], target: Tensor) -> None:
+def _check(values: Tensor, rows: Sequence[TokenRow], asked: Asked) -> None:
     wanted = (
         torch.tensor([list(row.positions) for row in rows], dtype=torch.int64, device="cpu") >= 0
     )
-    bad = (~values.isfinite() & wanted).nonzero()
+    bad = (~values.isfinite() & wanted.repeat(1, asked.per_token)).nonzero()
     if len(bad):
-        row, token = bad[0].tolist()
+        row, column = bad[0].tolist()
+        kind, token = divmod(column, len(asked))
+        what = "all foils of " * kind + f"target token {token} (id {int(asked.target[token])})"
         raise ValueError(
-            f"the model gives {values[row, token].item()} to target token {token} (id "
-            f"{int(target[token])}) after a row of {len(rows[row].ids)} tokens. Values must be "
-            "finite: load half-precision models in bfloat16 or float32, check the weights for "
-            "NaN, and do not explain a token that the model rules out."
+            f"the model gives {values[row, column].item()} to {what} after a row of "
+            f"{len(rows[row].ids)} tokens. Values must be finite: load half-precision models "
+            "in bfloat16 or float32, check the weights for NaN, and do not explain a token that "
+            "the model rules out, or against such a one."
         )

@@ -26,6 +26,11 @@ class Values(Protocol):
     n_scored: list[int]
 
     @property
+    def reads_on(self) -> bool:
+        """See `Scorer.reads_on`."""
+        ...
+
+    @property
     def processes(self) -> Processes:
         """Those that share the work."""
         ...
@@ -38,11 +43,19 @@ class Values(Protocol):
         """See `Scorer.check_length`."""
         ...
 
-    def values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
+    def values(
+        self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
+    ) -> Tensor:
         """See `Scorer.values`."""
         ...
 
-    def noise_floor(self, row: TokenRow, target: Tensor) -> Tensor | None:
+    def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
+        """See `Scorer.likeliest`."""
+        ...
+
+    def noise_floor(
+        self, row: TokenRow, target: Tensor, foils: Tensor | None = None
+    ) -> Tensor | None:
         """See `Scorer.noise_floor`."""
         ...
 

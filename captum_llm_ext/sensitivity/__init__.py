@@ -26,6 +26,7 @@ from captum_llm_ext.baselines.slot import AsksModel
 from captum_llm_ext.gradient import GenerationGradientAttribution
 from captum_llm_ext.inputs import TextSegmentInput, as_prompt
 from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result.foils import against_same
 from captum_llm_ext.sensitivity.comparison import (
     Agreement,
     BaselineComparison,
@@ -51,8 +52,9 @@ def compare_baselines(
 ) -> BaselineComparison:
     """Explains one target under several baselines.
 
-    The target is generated once, if at all. What stands for absent generated text follows each
-    baseline, as in ``attribute``, unless `output_baselines` is given, which then holds for all.
+    The target is generated once, if at all, and the foils of a contrast are found once. What stands
+    for absent generated text follows each baseline, as in ``attribute``, unless `output_baselines`
+    is given, which then holds for all.
 
     Args:
         attribution: What explains: coalitions, or gradients that know a baseline.
@@ -101,6 +103,7 @@ def compare_baselines(
     for name, prompt in prompts.items():
         results[name] = attribution.attribute(prompt, target, gen_args=gen_args, **arguments)
         target, gen_args = results[name].target, None
+        attribution = against_same(attribution, results[name])
     return BaselineComparison(results, z=z, k=k, least=least)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from captum_llm_ext.arguments import at_least_one
 from captum_llm_ext.result import Cause, GenerationAttributionResult
 from captum_llm_ext.result.causes import unit_of
+from captum_llm_ext.result.foils import foils_compared
 from captum_llm_ext.sensitivity.views import Verdict, View
 
 if TYPE_CHECKING:
@@ -459,6 +460,7 @@ def _explained(result: GenerationAttributionResult) -> dict[str, Any]:
         "output features": result.output_features,
         "methods": result.provenance.get("method"),
         "values (`attr_target`)": result.provenance.get("attr_target"),
+        "foils": foils_compared(result),
     }
 
 

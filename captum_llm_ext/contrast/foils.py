@@ -1,0 +1,134 @@
+"""`Foils`: the tokens that every target token is held against."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext import tokens
+from captum_llm_ext.content import level_of_caller
+from captum_llm_ext.contrast.contrast import Contrast, Foil
+from captum_llm_ext.contrast.found import found
+from captum_llm_ext.contrast.scene import Scene
+from captum_llm_ext.scoring import Values
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Foils:
+    """The foils of every target token.
+
+    Attributes:
+        ids: Per target token the ids, the likeliest first where they were found; empty where it is
+            held against nothing.
+        names: As many printable names.
+        about: How they came about, as JSON has it.
+    """
+
+    ids: list[tuple[int, ...]]
+    names: list[list[str]]
+    about: dict[str, Any]
+
+    @property
+    def tensor(self) -> Tensor:
+        """Ids, int64 ``(n_target, n_foils)``; -1 where a token has fewer."""
+        most = max(1, *map(len, self.ids))
+        rows = [[*own, *[-1] * (most - len(own))] for own in self.ids]
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+def foils_of(contrast: Contrast, scene: Scene, model: Values, vocabulary_size: int | None) -> Foils:
+    """The tokens that a contrast means.
+
+    Args:
+        contrast: What the user says.
+        scene: Prompt and target.
+        model: The model, which is asked only if foils are to be found.
+        vocabulary_size: Of the model; None where it is not known.
+
+    Raises:
+        ValueError: If lists are not as many as target tokens, a foil is no token of the model, the
+            target token itself, or the same as another one; or there is no such feature.
+
+    Warns:
+        UserWarning: If a foil's text has several tokens.
+    """
+    target = scene.target
+    per_token = contrast.per_token or [_fitting(contrast, t, scene) for t in range(len(target))]
+    if len(per_token) != len(target):
+        raise ValueError(
+            f"`foils` has {len(per_token)} lists for {len(target)} target tokens "
+            f"({_listed(scene.names)}): give one for each, None where they are to be found."
+        )
+    long: set[str] = set()
+    given = {
+        t: _given(own, t, scene, vocabulary_size, long)
+        for t, own in enumerate(per_token)
+        if own is not None
+    }
+    if long:
+        warnings.warn(
+            f"foils of several tokens count by their first one: {_listed(sorted(long))}. What is "
+            "compared is how likely the text begins so (see `foil_tokens`).",
+            stacklevel=level_of_caller(),
+        )
+    wanted = [t for t in range(len(target)) if t not in given]
+    about: dict[str, Any] = {"foils": "given"}
+    if wanted:
+        own, about = found(wanted, contrast, scene, model)
+        given |= own
+    ids = [given[t] for t in range(len(target))]
+    names = [
+        [tokens.labels(scene.tokenizer, [i], scene.before(t))[0] for i in own]
+        for t, own in enumerate(ids)
+    ]
+    return Foils(ids, names, about)
+
+
+def _fitting(contrast: Contrast, t: int, scene: Scene) -> list[Foil] | None:
+    """Of the foils for all tokens those for one of them: texts are words, and begin as such."""
+    given = contrast.for_all
+    if given is None or not scene.goes_on(t):
+        return given
+    return [foil for foil in given if isinstance(foil, int)]
+
+
+def _given(
+    foils: Sequence[Foil], t: int, scene: Scene, vocabulary_size: int | None, long: set[str]
+) -> tuple[int, ...]:
+    """Ids of the foils that the user gave for a target token; texts of several are noted."""
+    ids: dict[int, Foil] = {}
+    where = f"of target token {t} ({scene.names[t]!r})"
+    for foil in foils:
+        whole = (foil,) if isinstance(foil, int) else scene.ids_of(foil, t)
+        token = whole[0]
+        long |= {str(foil)} if len(whole) > 1 else set()
+        if not 0 <= token < (vocabulary_size or sys.maxsize):
+            raise ValueError(
+                f"the foil {foil!r} {where} is outside the model's vocabulary of "
+                f"{vocabulary_size or 'unknown size'} tokens."
+            )
+        if token == scene.target[t]:
+            what = "is" if isinstance(foil, int) else "begins with"
+            raise ValueError(
+                f"the foil {foil!r} {where} {what} that very token: nothing tells them apart "
+                "there. Give another one, or a list for each target token, with None where foils "
+                "are to be found."
+            )
+        if token in ids:
+            raise ValueError(
+                f"the foils {ids[token]!r} and {foil!r} {where} begin with the same token: give "
+                "one of them, for it would count twice."
+            )
+        ids[token] = foil
+    return tuple(ids)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:_SHOWN]))
+    return shown + ", …" * (len(names) > _SHOWN)

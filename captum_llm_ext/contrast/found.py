@@ -1,0 +1,153 @@
+"""Foils that are found: what the model itself might have said, and could have gone on from."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from captum_llm_ext.contrast.contrast import Contrast
+from captum_llm_ext.contrast.scene import Scene
+from captum_llm_ext.scoring import TokenRow, Values
+
+# Candidates per foil, and tokens after the place that they are weighed by: on 35 natural prompts
+# whose cause is known, more of either name no more causes.
+_CANDIDATES = 2
+_AHEAD = 2
+# Of so many of the likeliest tokens per foil it is looked up what they are.
+_LOOKED_AT = 64
+# Target tokens whose candidates are weighed at a time: each of their rows has a value for each.
+_AT_ONCE = 32
+
+Guesses = dict[int, float]  # log-probabilities of tokens
+
+
+def found(
+    wanted: Sequence[int], contrast: Contrast, scene: Scene, model: Values
+) -> tuple[dict[int, tuple[int, ...]], dict[str, Any]]:
+    """Foils of target tokens.
+
+    Args:
+        wanted: Numbers of the target tokens.
+        contrast: How many, and without which feature.
+        scene: Prompt and target.
+        model: The model.
+
+    Returns:
+        Ids by number, the likeliest first; and how they were found.
+    """
+    own = [t for t in wanted if not scene.goes_on(t)]
+    n_looked = _LOOKED_AT * contrast.n_foils
+    rows = [scene.whole] if contrast.without is None else scene.without(contrast.without)
+    guesses = _averaged([_guesses(row, own, n_looked, model) for row in rows if own])
+    candidates = {t: _of_kind(guesses.get(t, {}), t, contrast.n_foils, scene) for t in own}
+    weighed = [
+        t
+        for t in own
+        if len(candidates[t]) > contrast.n_foils and not scene.is_special(scene.target[t])
+    ]
+    n_rows = 0
+    # What is not text is read with every row anew.
+    if weighed and model.reads_on and scene.full.extras is None:
+        ahead = _ahead(scene, model)
+        for start in range(0, len(weighed), _AT_ONCE):
+            n_rows += _weigh(weighed[start : start + _AT_ONCE], candidates, scene, ahead, model)
+    ids = {t: tuple(_best(candidates[t])[: contrast.n_foils]) for t in own}
+    about = {
+        "foils": "found",
+        "by": "before and after" if n_rows else "before",
+        "n_foils": contrast.n_foils,
+        "without": contrast.without,
+        "n_rows": n_rows + len(rows),
+    }
+    return {t: ids.get(t, ()) for t in wanted}, about
+
+
+def _guesses(row: TokenRow, wanted: Sequence[int], n: int, model: Values) -> dict[int, Guesses]:
+    """The likeliest tokens in the places of target tokens, where the row says them."""
+    log_probs, ids = model.likeliest(row, n)
+    return {
+        t: {
+            token: value
+            for token, value in zip(ids[t].tolist(), log_probs[t].tolist(), strict=True)
+            if token >= 0 and value > -torch.inf
+        }
+        for t in wanted
+        if row.positions[t] >= 0
+    }
+
+
+def _averaged(each: Sequence[dict[int, Guesses]]) -> dict[int, Guesses]:
+    """Mean probabilities; a token that is none of the likeliest in one of them has none there."""
+    sums: dict[int, Guesses] = {}
+    for guesses in each:
+        for t, own in guesses.items():
+            total = sums.setdefault(t, {})
+            for token, value in own.items():
+                total[token] = total.get(token, 0.0) + math.exp(value) / len(each)
+    return {
+        t: {token: math.log(sum_) for token, sum_ in own.items() if sum_ > 0}
+        for t, own in sums.items()
+    }
+
+
+def _of_kind(guesses: Guesses, t: int, n_foils: int, scene: Scene) -> Guesses:
+    """The likeliest candidates of a target token: of its kind, or of any where none is."""
+    order = _best(guesses)
+    is_special = scene.is_special(scene.target[t])
+    for fits in (scene.fits,) * (not is_special) + (scene.is_other,):
+        chosen: list[int] = []
+        for token in order:
+            if fits(token, t):
+                chosen.append(token)
+            if len(chosen) == _CANDIDATES * n_foils:
+                break
+        if chosen:
+            return {token: guesses[token] for token in chosen}
+    return {}
+
+
+def _ahead(scene: Scene, model: Values) -> tuple[int, ...]:
+    """What the model writes behind the target, up to the token that ends it."""
+    ids = scene.full.ids + scene.target
+    written: tuple[int, ...] = ()
+    while len(written) < _AHEAD and not scene.is_special(ids[-1]):
+        try:  # a foil is read with what follows it
+            model.check_length(len(ids) + 1, "what follows the target")
+        except ValueError:
+            break
+        _, likeliest = model.likeliest(TokenRow(ids, (len(ids) - 1,)), 1)
+        ids, written = (*ids, int(likeliest[0, 0])), (*written, int(likeliest[0, 0]))
+    return written
+
+
+def _weigh(
+    wanted: Sequence[int],
+    candidates: dict[int, Guesses],
+    scene: Scene,
+    ahead: Sequence[int],
+    model: Values,
+) -> int:
+    """Adds to candidates what they make of the tokens after them; how many rows that took."""
+    said = (*scene.target, *ahead)
+    first, last = wanted[0] + 1, min(wanted[-1] + 1 + _AHEAD, len(said))
+    rows: dict[tuple[int, int], TokenRow] = {}
+    for t in wanted:
+        before = scene.full.ids + scene.target[:t]
+        follows = said[t + 1 : t + 1 + _AHEAD]
+        for token in candidates[t] if follows else ():
+            positions = [-1] * (last - first)
+            for i in range(len(follows)):
+                positions[t + 1 + i - first] = len(before) + i
+            rows[t, token] = TokenRow((*before, token, *follows[:-1]), positions)
+    if not rows:
+        return 0
+    target = torch.tensor(said[first:last], dtype=torch.int64, device="cpu")
+    values = model.values(list(rows.values()), target).nan_to_num(nan=0.0).sum(1)
+    for (t, token), value in zip(rows, values.tolist(), strict=True):
+        candidates[t][token] += value
+    return len(rows)
+
+
+def _best(guesses: Mapping[int, float]) -> list[int]:
+    return sorted(guesses, key=lambda token: (-guesses[token], token))

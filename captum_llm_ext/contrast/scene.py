@@ -1,0 +1,170 @@
+"""`Scene`: a prompt and a target as foils are looked for in them."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from captum_llm_ext import tokens
+from captum_llm_ext.baselines import draw_generator
+from captum_llm_ext.baselines.words import KINDS, atoms, kind
+from captum_llm_ext.inputs import GeneratedText, Prompt, RenderedPrompt
+from captum_llm_ext.scoring import TokenRow
+
+_DRAWS = 8
+# Characters before a token in which the word that it may go on is looked for.
+_TAIL = 32
+_FRAGMENT = "\ufffd"
+
+
+class Scene:
+    """A prompt and the target after it.
+
+    Args:
+        prompt: The prompt, whose baselines know the model.
+        full: The prompt with every feature present.
+        generated: The target.
+        tokenizer: The model's tokenizer.
+        seed: Of draws of random baselines.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        full: RenderedPrompt,
+        generated: GeneratedText,
+        tokenizer: Any,
+        seed: int,
+    ) -> None:
+        self._prompt, self._generated, self._seed = prompt, generated, seed
+        self.tokenizer, self.full = tokenizer, full
+        self.target = generated.ids
+        self.names = list(generated.labels)
+        self._special: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
+        self._pieces: dict[int, str] = {}
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return [piece.text for piece in self._generated.pieces]
+
+    @property
+    def whole(self) -> TokenRow:
+        """What the model reads with every feature present."""
+        ids = self.full.ids + self.target[:-1]
+        return TokenRow(
+            ids, range(len(self.full.ids) - 1, len(ids)), self.full.extras, self.full.key
+        )
+
+    def before(self, t: int) -> tuple[int, ...]:
+        """The token before a target token."""
+        return self.target[t - 1 : t] if t else self.full.ids[-1:]
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is none of a text's words."""
+        return token in self._special
+
+    def ids_of(self, foil: str, t: int) -> tuple[int, ...]:
+        """The tokens of a text that stands in the place of a target token.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        own = self._texts[t]
+        left = tokens.decode(self.tokenizer, (self.full.ids + self.target[:t])[-tokens.CONTEXT :])
+        text = foil
+        if own.strip() and not foil[0].isspace():
+            # Another word, not one that the word before is made longer by.
+            glued = foil[0].isalnum() and left[-1:].isalnum() and not self.goes_on(t)
+            text = (_space(own) or " " * glued) + foil
+        ids = tokens.encode_in_place(self.tokenizer, text, left)
+        if not ids:
+            raise ValueError(f"the foil {foil!r} has no token: give another text, or a token id.")
+        return ids
+
+    def goes_on(self, t: int) -> bool:
+        """Whether a target token goes on a word, or a character, that began before it."""
+        if self.is_special(self.target[t]):
+            return False
+        text = self._texts[t]
+        if t and not self._texts[t - 1] and not self.is_special(self.target[t - 1]):
+            return True  # the token before is a part of a character
+        if not text[:1].isalpha():
+            return False
+        left = "".join(self._texts[max(0, t - _TAIL) : t])[-_TAIL:]
+        if len(left) < _TAIL and (not t or not self.is_special(self.target[t - 1])):
+            left = tokens.decode(self.tokenizer, self.full.ids[-_TAIL:])[-_TAIL:] + left
+        border = len(left)
+        return any(atom.start < border < atom.stop for atom in atoms(left + text))
+
+    def fits(self, token: int, t: int) -> bool:
+        """Whether a token is of the same kind as a target token: a word that may stand there."""
+        if token == self.target[t] or self.is_special(token):
+            return False
+        own, other = self._texts[t], self._piece(token, t)
+        core = other.strip()
+        is_text = bool(core) and core.isprintable() and _FRAGMENT not in core
+        return is_text and _space(own) == _space(other) and _kind(own) == _kind(other)
+
+    def is_other(self, token: int, t: int) -> bool:
+        """Whether a token is another one, of whatever kind; special ones of special ones alone."""
+        special = self.is_special(token) and not self.is_special(self.target[t])
+        return token != self.target[t] and not special
+
+    def _piece(self, token: int, t: int) -> str:
+        if token not in self._pieces:
+            [self._pieces[token]] = tokens.pieces(self.tokenizer, [token], self.before(t))
+        return self._pieces[token]
+
+    def without(self, feature: int | str) -> list[TokenRow]:
+        """What the model reads where one feature is absent, a row per draw.
+
+        Raises:
+            ValueError: If there is no such feature, or several of that name.
+        """
+        prompt, generated = self._prompt, self._generated
+        column = self._column(feature)
+        n = 1 if prompt.deterministic and generated.deterministic else _DRAWS
+        n_columns = prompt.n_features + generated.n_features
+        masks = torch.ones(n, n_columns, dtype=torch.bool, device="cpu")
+        masks[:, column] = False
+        draws = torch.arange(n, device="cpu")
+        # Of draws that no coalition has: they are not what is to be explained.
+        generator = draw_generator(self._seed, -1)
+        prompts = prompt.render(masks[:, : prompt.n_features], generator, draws)
+        texts = generated.render(
+            [one.ids for one in prompts], masks[:, prompt.n_features :], generator, draws
+        )
+        return [
+            TokenRow(ids, positions, one.extras, one.key)
+            for one, (ids, positions) in zip(prompts, texts, strict=True)
+        ]
+
+    def _column(self, feature: int | str) -> int:
+        prompt, generated = self._prompt, self._generated
+        names: list[list[str]] = [[] for _ in range(prompt.n_features)]
+        for name, own in zip(prompt.names, prompt.columns, strict=True):
+            names[own].append(name.strip())
+        names += [[name.strip()] for name in generated.names]
+        if isinstance(feature, int):
+            if not 0 <= feature < len(names):
+                raise ValueError(f"`without` is {feature}: there are {len(names)} features.")
+            return feature
+        found = [i for i, own in enumerate(names) if feature.strip() in own]
+        if len(found) != 1:
+            raise ValueError(
+                f"{len(found)} features are called {feature!r} (`without`): give the number of one"
+                + (f", such as {found[0]}." if found else f", below {len(names)}.")
+            )
+        return found[0]
+
+
+def _space(text: str) -> str:
+    """The white space that a text begins with."""
+    return text[: len(text) - len(text.lstrip())]
+
+
+def _kind(text: str) -> str | None:
+    """What sort of word a token is, all marks alike; None for white space alone."""
+    core = text.strip()
+    found = kind(core) if core else None
+    return found if found is None or found in KINDS else "mark"

@@ -1,0 +1,57 @@
+"""What a result says of foils: those of a token in words, and the value beside its own."""
+
+from copy import copy
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from captum_llm_ext.contrast import Contrast
+from captum_llm_ext.result.refit import SOLVERS
+from captum_llm_ext.result.terminal import one_line
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+A = TypeVar("A", bound=Any)
+
+_OTHER = {"contrast": "log_prob", "log_prob": "contrast"}
+
+
+def foils_told(result: "GenerationAttributionResult", token: int, k: int = 3) -> str:
+    """``"Oslo, Rome, Madrid, …"``; empty where a token is held against nothing.
+
+    Args:
+        result: The result.
+        token: Position of the target token.
+        k: How many foils are told at most.
+    """
+    if result.foil_tokens is None or result.provenance.get("attr_target") != "contrast":
+        return ""
+    names = [one_line(name) for name in result.foil_tokens[token]]
+    foils = [name if any(map(str.isalnum, name)) else repr(name) for name in names]
+    return ", ".join(foils[:k]) + ", …" * (len(foils) > k > 1)
+
+
+def against_same(attribution: A, result: "GenerationAttributionResult") -> A:
+    """The attribution, if it explains a contrast with the foils that a result has."""
+    if result.foils is None or not isinstance(attribution.attr_target, Contrast):
+        return attribution
+    other = copy(attribution)
+    other.attr_target = Contrast(foils=result.foils)
+    return other
+
+
+def foils_compared(result: "GenerationAttributionResult") -> list[list[int]] | None:
+    """Ids of the foils, where the values are about them."""
+    is_contrast = result.provenance.get("attr_target") == "contrast"
+    return result.foils.tolist() if is_contrast and result.foils is not None else None
+
+
+def other_value(result: "GenerationAttributionResult") -> "GenerationAttributionResult | None":
+    """The same by log-probability where a contrast is told, and the other way round.
+
+    None where the coalitions do not tell it.
+    """
+    other = _OTHER.get(str(result.provenance.get("attr_target")))
+    design = result.design
+    if other is None or result.foil_values is None or design is None:
+        return None
+    return result.refit(attr_target=other) if design.solved in SOLVERS else None
