@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from captum.attr import ProductBaselines
 
+from captum_llm_ext.baselines.draws import draw_generator, uniform
 from captum_llm_ext.baselines.infilling import Infilling
 from captum_llm_ext.baselines.labels import Labels
 from captum_llm_ext.baselines.slot import (
@@ -13,7 +14,6 @@ from captum_llm_ext.baselines.slot import (
     Baseline,
     LanguageModel,
     Slot,
-    draw_generator,
     joined,
     phrases_of,
 )
@@ -36,6 +36,7 @@ __all__ = [
     "phrases_of",
     "template_parts",
     "template_slots",
+    "uniform",
     "with_model",
     "with_siblings",
 ]
@@ -92,7 +93,7 @@ class FixedTexts:
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
         """One of the texts of the feature."""
         choices = self.choices[slot.index]
-        return choices[int(torch.randint(len(choices), (), generator=generator, device="cpu"))]
+        return choices[int(uniform(generator) * len(choices))]
 
     def __repr__(self) -> str:
         return f"FixedTexts({len(self.choices)} features)"

@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from captum_llm_ext.baselines import words
+from captum_llm_ext.baselines.draws import uniform
 
 Texts = tuple[str, ...]
 """One text per place of a feature; most have one place."""
@@ -115,8 +116,7 @@ class Candidates:
 
     def draw(self, generator: torch.Generator) -> Texts:
         """One choice at random, by weight."""
-        at = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
-        place = bisect_right(self.cumulated, float(at) * self.cumulated[-1])
+        place = bisect_right(self.cumulated, uniform(generator) * self.cumulated[-1])
         return self.choices[min(place, len(self.choices) - 1)]
 
     def weights(self) -> dict[Texts, float]:

@@ -146,10 +146,3 @@ def joined(slots: Sequence[Slot]) -> Slot:
         return slots[0]
     ids = tuple(token for slot in slots for token in slot.ids)
     return replace(slots[0], stop=slots[-1].stop, ids=ids, siblings=())
-
-
-def draw_generator(seed: int, draw: int, feature: int = 0) -> torch.Generator:
-    """The generator of one feature's draw: the same whatever else is drawn, and when."""
-    # An odd multiplier (2^64 divided by the golden ratio) keeps neighbouring draws apart.
-    mixed = (seed + (draw + 1) * 0x9E3779B97F4A7C15 + feature * 0xD1B54A32D192ED03) % 2**63
-    return torch.Generator().manual_seed(mixed)

@@ -19,6 +19,7 @@ from captum_llm_ext.baselines import (
     TokenBaseline,
     draw_generator,
     template_slots,
+    uniform,
     with_model,
 )
 from captum_llm_ext.baselines.candidates import Match
@@ -166,7 +167,7 @@ class _TemplatePrompt(Prompt):
             pairs = zip(self._slots, generators, strict=True)
             return [_as_text(self.baseline(s, g), s) if s.text else "" for s, g in pairs]
         if isinstance(baselines, ProductBaselines):
-            drawn: Any = _draw_product(baselines, draw_generator(seed, draw))
+            drawn: Any = _draw_product(baselines, seed, draw)
         else:
             drawn = baselines() if callable(baselines) else baselines
         if isinstance(drawn, Mapping):
@@ -315,11 +316,11 @@ def _renders_as(inp: InterpretableInput, kind: type[InterpretableInput]) -> bool
     return type(inp).to_model_input is kind.to_model_input
 
 
-def _draw_product(baselines: ProductBaselines, generator: torch.Generator) -> Any:
-    """`ProductBaselines.sample`, from an explicit generator in place of the global one."""
+def _draw_product(baselines: ProductBaselines, seed: int, draw: int) -> Any:
+    """`ProductBaselines.sample`, from explicit generators in place of the global one."""
     drawn = [
-        choices[int(torch.randint(len(choices), (), generator=generator, device="cpu"))]
-        for choices in baselines.baseline_values
+        choices[int(uniform(draw_generator(seed, draw, number)) * len(choices))]
+        for number, choices in enumerate(baselines.baseline_values)
     ]
     if not baselines.dict_keys:
         return drawn
