@@ -12,28 +12,32 @@ from captum_llm_ext.baselines.labels import Labels
 from captum_llm_ext.baselines.slot import (
     AsksModel,
     Baseline,
+    Bonds,
     LanguageModel,
+    Listed,
     Slot,
+    bonds_of,
     joined,
-    phrases_of,
 )
 from captum_llm_ext.baselines.template import template_parts, template_slots, with_siblings
 from captum_llm_ext.tokens import token_id
 
 __all__ = [
     "Baseline",
+    "Bonds",
     "Deletion",
     "FixedTexts",
     "Infilling",
     "LanguageModel",
+    "Listed",
     "Slot",
     "TokenBaseline",
     "as_baseline",
+    "bonds_of",
     "draw_generator",
     "for_generated",
     "is_deterministic",
     "joined",
-    "phrases_of",
     "template_parts",
     "template_slots",
     "uniform",

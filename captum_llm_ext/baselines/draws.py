@@ -11,6 +11,7 @@ class DrawGenerator(torch.Generator):
     """The generator of one draw of one feature, and its place among the feature's draws.
 
     Attributes:
+        numbers: Its seed, and those of the draw and of the feature.
         place: A number in [0, 1), uniform over seeds. Places of draws with consecutive numbers are
             spread evenly: of 2^k draws, the first of them numbered by a multiple of 2^k, each lies
             in another one of 2^k equal parts, so that a text of weight w is drawn about w times as
@@ -18,6 +19,12 @@ class DrawGenerator(torch.Generator):
     """
 
     place: float
+    numbers: tuple[int, int, int]
+
+    def part(self, number: int) -> "DrawGenerator":
+        """The generator of one of several things that are drawn for the feature."""
+        seed, draw, feature = self.numbers
+        return draw_generator(_hashed(seed + number), draw, feature) if number else self
 
 
 def draw_generator(seed: int, draw: int, feature: int = 0) -> DrawGenerator:
@@ -26,6 +33,7 @@ def draw_generator(seed: int, draw: int, feature: int = 0) -> DrawGenerator:
     mixed = (seed + (draw + 1) * 0x9E3779B97F4A7C15 + feature * 0xD1B54A32D192ED03) % 2**63
     generator = DrawGenerator()
     generator.manual_seed(mixed)
+    generator.numbers = seed, draw, feature
     key = _hashed((seed + (feature + 1) * 0xD1B54A32D192ED03) & _WORD)
     rest = _hashed(mixed) / 2**64
     generator.place = min((_spread(draw, key) + rest) / 2**_LEVELS, 1 - 2**-53)
@@ -38,6 +46,11 @@ def uniform(generator: torch.Generator) -> float:
         return generator.place
     at = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
     return float(at)
+
+
+def part_of(generator: torch.Generator, number: int) -> torch.Generator:
+    """The generator of one of several things that are drawn for one feature."""
+    return generator.part(number) if isinstance(generator, DrawGenerator) else generator
 
 
 def _spread(draw: int, key: int) -> int:
@@ -60,7 +73,7 @@ def _spread(draw: int, key: int) -> int:
 
 def _hashed(number: int) -> int:
     """Any number as 64 random bits (splitmix64, Steele, Lea & Flood 2014)."""
-    number = (number + 0x9E3779B97F4A7C15) & _WORD
+    number = number + 0x9E3779B97F4A7C15 & _WORD
     number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     number = (number ^ number >> 27) * 0x94D049BB133111EB & _WORD
     return number ^ number >> 31

@@ -148,7 +148,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
     def _replace_by(self, baselines: Any) -> None:
         replacement = as_baseline(baselines, self.tokenizer, self.slots)
         self.own_baseline, self.baseline = replacement, for_generated(replacement)
-        self._replacements = Replacements(replacement, self.slots, self.tokenizer)
+        self._replacements = Replacements(replacement, self.slots, self.tokenizer, by_phrase=True)
         self.deterministic = self._replacements.deterministic
 
     def with_baselines(self, baselines: Any) -> Self:
@@ -288,17 +288,18 @@ class TextSegmentInput(InterpretableInput, Prompt):
         self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
     ) -> list[RenderedPrompt]:
         """See `Prompt.render`."""
-        replacements = self._replacements.draws(len(masks), generator, draws, by_phrase=True)
+        replacements = self._replacements.draws(len(masks), generator, draws)
         rows: list[RenderedPrompt] = []
         for mask, stand_in in zip(masks.tolist(), replacements, strict=True):
-            off = {slot.index for slot in self.slots if not mask[slot.feature]}
-            off = self._replacements.with_phrases(off)
+            units = self._replacements.units(
+                {slot.index for slot in self.slots if not mask[slot.feature]}
+            )
             ids: list[int] = []
             for slot, chunk, is_first in self._chunks:
-                if slot is None or slot.index not in off:
+                if slot is None or (unit := units.get(slot.index)) is None:
                     ids += chunk
-                elif is_first:
-                    ids += stand_in(slot.index)
+                elif is_first and slot.index == unit[0]:  # which has what stands for all
+                    ids += stand_in(*unit)
             rows.append(RenderedPrompt(tuple(ids)))
         return rows
 
