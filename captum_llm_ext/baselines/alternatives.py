@@ -3,7 +3,7 @@
 import heapq
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from captum_llm_ext.baselines import words
@@ -21,7 +21,7 @@ _LONGEST = 4  # words of a phrase
 _ENOUGH = 0.98  # what is beyond this share of all that may stand in a place is not looked for
 _TOKENS_PER_WORD = 3
 _TO_THE_END = 3  # tokens that a word goes on for at most, beyond the one it begins with
-_MORE_WORDS = 2  # that a stand-in may have than what it stands for
+_MORE_WORDS = 1  # that a stand-in may have than what it stands for
 
 
 def looks_like(piece: str, kind: str) -> bool:
@@ -39,6 +39,10 @@ class Alternatives:
         text: The text.
         model: Is asked.
         n: Texts that are tried in every place, beside the one that stands there.
+
+    Attributes:
+        phrases: Stretches of several words that are one thing, in reading order.
+        ties: Neighbours, words or phrases, of which one decides the other.
     """
 
     def __init__(self, text: str, model: LanguageModel, n: int) -> None:
@@ -54,8 +58,9 @@ class Alternatives:
         self._number = {self._atoms[i].start: i for i in worded}
         self._ended: dict[Span, list[str]] = {}
         self.read(spans)
-        self.phrases, self.ties = self._bonds()
-        self._tied = {*self.ties}
+        self.ties: list[tuple[Span, Span]] = []
+        self.phrases = self._found_phrases()
+        self.ties = self._found_ties()
 
     def parts(self, start: int, stop: int, *, ties: bool = True) -> list[Span]:
         """The phrases and single words between two characters, in reading order.
@@ -72,7 +77,7 @@ class Alternatives:
                 continue
             phrase = next((p for p in self.phrases if p[0] == atom.start and p[1] <= stop), None)
             found.append(phrase or (atom.start, atom.stop))
-            if ties and len(found) > 1 and (found[-2], found[-1]) in self._tied:
+            if ties and len(found) > 1 and (found[-2], found[-1]) in self.ties:
                 found[-2:] = [(found[-2][0], found[-1][1])]
         return found
 
@@ -83,6 +88,8 @@ class Alternatives:
             spans: Words, phrases or ties.
         """
         todo = [span for span in dict.fromkeys(spans) if span not in self._ended]
+        if not todo:
+            return
         shapes = {span: self._shape(span) for span in todo}
         begun = [(span, piece) for span in todo for piece, _ in self._begun(span)]
         limits = [_TOKENS_PER_WORD * (shapes[span].n_words - 1) + _TO_THE_END for span, _ in begun]
@@ -111,73 +118,79 @@ class Alternatives:
             found[text] = found.get(text, 0.0) + chance
         return found
 
-    def _bonds(self) -> tuple[list[Span], list[tuple[Span, Span]]]:
-        """Phrases, and pairs of neighbours of which one decides the other.
+    def _found_phrases(self) -> list[Span]:
+        """Stretches of several words of which the first decides the others, in reading order.
 
-        Phrases are stretches of several words of which the first decides the others. A word is
-        bound to the phrase before it if it is determined by it (more likely than not) and would
-        not be if the phrase began with another word: what grammar determines comes after other
-        words as well. With punctuation in between both are something by themselves, as a city and
-        its state are, and merely tied.
+        A word is bound to the phrase before it if it is determined by it (more likely than not) and
+        would not be if another phrase stood there: what grammar determines comes after other words
+        as well.
         """
-        questions = list(self._questions())
-        bound = dict(zip(questions, self._answers(questions), strict=True))
-        phrases: list[Span] = []
-        ties: list[tuple[Span, Span]] = []
-        first = 0
-        while first < len(self._atoms):
-            stop = first + 1
-            while bound.get((first, stop)):
-                stop += 1
-            whole = self._atoms[first].start, self._atoms[stop - 1].stop
-            if stop > first + 1:
-                phrases.append(whole)
-            after = self._after_marks(stop)
-            if after > stop and bound.get((first, after)):
-                ties.append((whole, (self._atoms[after].start, self._atoms[after].stop)))
-            first = stop
-        return phrases, ties
+        # Those of two words first, in all places at once; a longer one is one of them that goes on.
+        longest: dict[int, int] = {}
+        grown = {i: i + 1 for i in range(len(self._atoms)) if self._is_free(i)}
+        for _ in range(_LONGEST - 1):
+            grown = {i: n for i, n in grown.items() if self._chance_of(n) > _DETERMINED}
+            pairs = [(self._span(i, n), n) for i, n in grown.items()]
+            self.read([span for span, _ in pairs])
+            bound = dict(zip(grown, self._are_bound(pairs), strict=True))
+            grown = {i: n + 1 for i, n in grown.items() if bound[i]}
+            longest |= grown
+        return [self._span(i, n) for i, n in sorted(longest.items())]
 
-    def _questions(self) -> Iterator[tuple[int, int]]:
-        """First atoms of what may be phrases, with every one that may be bound to them."""
-        for first in range(len(self._atoms)):
-            # What is itself determined begins no phrase.
-            if not 0 < self._chance_of(first) < _DETERMINED or not self._others(first):
+    def _found_ties(self) -> list[tuple[Span, Span]]:
+        """Neighbours of which one decides the other, with punctuation between.
+
+        As in a phrase; but both are something by themselves, such as a city and its state.
+        """
+        stops = {span[0]: span[1] for span in self.phrases}
+        pairs: list[tuple[Span, int]] = []
+        for i, atom in enumerate(self._atoms):
+            if not self._is_free(i):
                 continue
-            at = first + 1
-            while at < first + _LONGEST and self._chance_of(at) > _DETERMINED:
-                yield first, at
-                at += 1
-            for stop in range(first + 1, at + 1):
-                after = self._after_marks(stop)
-                if after > stop and self._chance_of(after) > _DETERMINED:
-                    yield first, after
+            span = atom.start, stops.get(atom.start, atom.stop)
+            stop = bisect_right(self._atoms, span[1], key=lambda atom: atom.stop)
+            after = self._after_marks(stop)
+            if after > stop and self._chance_of(after) > _DETERMINED:
+                pairs.append((span, after))
+        bound = zip(pairs, self._are_bound(pairs), strict=True)
+        return [(span, self._span(at, at + 1)) for (span, at), is_bound in bound if is_bound]
 
-    def _answers(self, questions: Sequence[tuple[int, int]]) -> list[bool]:
-        """Whether words would hardly come if the phrase before them began otherwise."""
+    def _are_bound(self, pairs: Sequence[tuple[Span, int]]) -> list[bool]:
+        """Whether words would hardly come if something else stood in a place before them.
+
+        Args:
+            pairs: The place, and the number of the word's atom, with nothing but punctuation
+                between.
+        """
         beginnings: list[str] = []
         texts: list[str] = []
-        for first, at in questions:
-            left, stop = self._text[: self._atoms[first].start], self._atoms[at - 1].stop
-            marks = self._text[self._last_word(at - 1) : stop]
-            others = [left + text + marks for text in self._others(first)]
+        for span, at in pairs:
+            stop = self._atoms[at - 1].stop
+            left, marks = self._text[: span[0]], self._text[span[1] : stop]
+            others = [left + text + marks for text in self._others(span)]
             beginnings += others
             texts += [self._text[stop : self._atoms[at].stop]] * len(others)
         chances = iter(self._model.log_probs_after(beginnings, texts).exp().tolist())
         found: list[bool] = []
-        for first, at in questions:
-            weights, own = self._others(first), self._chance_of(at)
-            mean = self._chance_of(first) * own
-            mean += sum(weight * next(chances) for weight in weights.values())
-            total = self._chance_of(first) + sum(weights.values())
-            found.append(mean < _LEFT_OVER * own * total)
+        for span, at in pairs:
+            weights, chance, own = self._others(span), self._chance(span), self._chance_of(at)
+            mean = chance * own + sum(weight * next(chances) for weight in weights.values())
+            total = chance + sum(weights.values())
+            found.append(bool(weights) and mean < _LEFT_OVER * own * total)
         return found
 
-    def _others(self, number: int) -> dict[str, float]:
-        """Other words in an atom's place, with their probabilities."""
-        atom = self._atoms[number]
-        texts = self.texts((atom.start, atom.stop))
-        return {text: chance for text, chance in texts.items() if text != atom.text}
+    def _others(self, span: Span) -> dict[str, float]:
+        """Other texts in a place, with their probabilities."""
+        own = self._text[span[0] : span[1]]
+        return {text: chance for text, chance in self.texts(span).items() if text != own}
+
+    def _span(self, first: int, stop: int) -> Span:
+        """The characters from one atom to before another."""
+        return self._atoms[first].start, self._atoms[stop - 1].stop
+
+    def _is_free(self, number: int) -> bool:
+        """Whether an atom is a word that may begin a phrase: what is determined does not."""
+        return 0 < self._chance_of(number) < _DETERMINED
 
     def _after_marks(self, number: int) -> int:
         """The number of the first atom from there on that is a word of the same sentence."""
@@ -188,17 +201,11 @@ class Alternatives:
             at += 1
         return at if at < len(self._atoms) else number
 
-    def _last_word(self, number: int) -> int:
-        """Where the last word ends that is not after an atom."""
-        while words.is_mark(self._atoms[number].text):
-            number -= 1
-        return self._atoms[number].stop
-
     def _chance_of(self, number: int) -> float:
         """The probability of an atom; 0 where there is no word, or nothing is known of it."""
         if number >= len(self._atoms) or self._listed.get(number) is None:
             return 0.0
-        return self._chance((self._atoms[number].start, self._atoms[number].stop))
+        return self._chance(self._span(number, number + 1))
 
     def _chance(self, span: Span) -> float:
         """The probability of what stands in a place, punctuation excepted."""

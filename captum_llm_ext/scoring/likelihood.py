@@ -18,6 +18,8 @@ from captum_llm_ext.scoring.scorer import Scorer
 
 # Rows of one pass. These texts are few and short beside the coalitions that are scored later.
 _ROWS_AT_ONCE = 16
+# A look at the model holds for rows that are so many tokens longer.
+_BEYOND = 48
 # Of so many tokens per wanted one it is looked up what they show.
 _LOOKED_AT = 64
 
@@ -302,8 +304,15 @@ class Likelihood:
         return torch.tensor([total], dtype=torch.float64, device="cpu")
 
     def _look(self, rows: Sequence[Sequence[int]]) -> Findings:
-        """What the model does with such rows."""
-        read = [TokenRow(tuple(row[:-1]), range(len(row) - 1)) for row in rows]
+        """What the model does with such rows, and with shorter and somewhat longer ones.
+
+        Words are tried after every beginning of a text, and what is attributed has some more after
+        it: one look serves all.
+        """
+        longest = max(rows, key=len)
+        beyond = [*longest, *longest[-_BEYOND:]]
+        beyond = beyond[: max(len(longest), self._most or len(beyond))]
+        read = [TokenRow(tuple(row), range(len(row))) for row in (longest[:1], beyond[:-1])]
         with as_found(self._model):
             return findings(self._model, read)
 
