@@ -50,7 +50,7 @@ def test_texts_are_drawn_as_often_as_they_weigh():
         for texts, weight in weights.items():
             assert abs(drawn.count(texts) - 8 * weight) < 2
     lists = FixedTexts([JOBS])
-    slot = TextSegmentInput("lawyer", load_demo()[1]).slots[0]
+    slot = TextSegmentInput("lawyer", load_demo()[1], baselines="delete").slots[0]
     drawn = [lists(slot, draw_generator(0, k)) for k in range(40)]
     assert all(6 <= drawn.count(job) <= 10 for job in JOBS)
 

@@ -25,6 +25,7 @@ from captum_llm_ext.tokens import token_id
 __all__ = [
     "Baseline",
     "Bonds",
+    "Default",
     "Deletion",
     "FixedTexts",
     "Infilling",
@@ -57,6 +58,17 @@ class Deletion:
 
     def __repr__(self) -> str:
         return "Deletion()"
+
+
+class Default(Deletion):
+    """What stands there where nobody says: what the model itself would have written.
+
+    `GenerationAttribution` takes `ModelBaselines` for it. Where no model of this process is asked
+    for texts (gradients, an API) it is deletion.
+    """
+
+    def __repr__(self) -> str:
+        return "Default()"
 
 
 class TokenBaseline:
@@ -107,10 +119,10 @@ def as_baseline(baselines: Any, tokenizer: Any, slots: Sequence[Slot]) -> Baseli
     """The baseline that a user's argument means.
 
     Args:
-        baselines: None (deletion), a token id, a token of the vocabulary, one text (or list of
-            texts) per slot, a mapping from the label, number or text of every slot to such,
-            captum's `ProductBaselines` over a list or a dict, or a callable ``(slot, generator) ->
-            text or ids``.
+        baselines: None or ``"delete"`` (deletion), a token id, a token of the vocabulary, one text
+            (or list of texts) per slot, a mapping from the label, number or text of every slot to
+            such, captum's `ProductBaselines` over a list or a dict, or a callable ``(slot,
+            generator) -> text or ids``.
         tokenizer: Looks up tokens given as text.
         slots: All places that the baseline is for, in reading order.
 
@@ -120,7 +132,7 @@ def as_baseline(baselines: Any, tokenizer: Any, slots: Sequence[Slot]) -> Baseli
     """
     if isinstance(baselines, ProductBaselines):
         baselines = _product(baselines, slots)
-    if baselines is None:
+    if baselines is None or (isinstance(baselines, str) and baselines == "delete"):
         return Deletion()
     if isinstance(baselines, int) and not isinstance(baselines, bool):
         return TokenBaseline(baselines)

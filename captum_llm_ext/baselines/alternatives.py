@@ -39,16 +39,21 @@ class Alternatives:
         text: The text.
         model: Is asked.
         n: Texts that are tried in every place, beside the one that stands there.
+        within: The characters between which places are, ``(start, stop)``.
 
     Attributes:
         phrases: Stretches of several words that are one thing, in reading order.
         ties: Neighbours, words or phrases, of which one decides the other.
     """
 
-    def __init__(self, text: str, model: LanguageModel, n: int) -> None:
+    def __init__(self, text: str, model: LanguageModel, n: int, within: Span) -> None:
         self._text, self._model, self._n = text, model, n
         self._atoms = words.atoms(text)
-        worded = [i for i, atom in enumerate(self._atoms) if not words.is_mark(atom.text)]
+        worded = [
+            i
+            for i, atom in enumerate(self._atoms)
+            if within[0] < atom.stop and atom.start < within[1] and not words.is_mark(atom.text)
+        ]
         kinds = [words.kind(self._atoms[i].text) for i in worded]
         spans = [(self._atoms[i].start, self._atoms[i].stop) for i in worded]
         listed = model.likeliest(
@@ -209,7 +214,7 @@ class Alternatives:
 
     def _chance(self, span: Span) -> float:
         """The probability of what stands in a place, punctuation excepted."""
-        known = [self._listed[i] for i in self._shape(span).numbers]
+        known = [self._listed.get(i) for i in self._shape(span).numbers]
         return math.exp(sum(listed.log_prob for listed in known if listed is not None))
 
     def _begun(self, span: Span) -> list[tuple[str, float]]:

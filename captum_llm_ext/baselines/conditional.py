@@ -65,7 +65,7 @@ class ModelBaselines:
         self._proposer = self._model = proposer
         self.n_candidates = n_candidates
         self._known: dict[Slot, _Filling | None] = {}
-        self._read: dict[str, Alternatives] = {}
+        self._read: dict[str, list[tuple[Span, Alternatives]]] = {}
 
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
         """One replacement for the feature, its white space and punctuation included."""
@@ -85,7 +85,7 @@ class ModelBaselines:
         if not slots:
             return Bonds()
         context = slots[0].context
-        alternatives = self._alternatives(context)
+        alternatives = self._alternatives(context, (slots[0].start, slots[-1].stop))
         # A word that is several features is one thing, too.
         parts = alternatives.parts(0, len(context), ties=False)
         alternatives.read(parts)
@@ -118,10 +118,15 @@ class ModelBaselines:
     def __repr__(self) -> str:
         return f"ModelBaselines(n_candidates={self.n_candidates})"
 
-    def _alternatives(self, text: str) -> Alternatives:
-        if text not in self._read:
-            self._read[text] = Alternatives(text, self._asked(), self.n_candidates)
-        return self._read[text]
+    def _alternatives(self, text: str, within: Span) -> Alternatives:
+        """Those of a text, or of a part of it that holds these characters."""
+        known = self._read.setdefault(text, [])
+        for (start, stop), alternatives in known:
+            if start <= within[0] and within[1] <= stop:
+                return alternatives
+        found = Alternatives(text, self._asked(), self.n_candidates, within)
+        known.append((within, found))
+        return found
 
     def _filling(self, slot: Slot) -> "_Filling | None":
         """What may stand in a place; None for white space, which stays."""
@@ -132,7 +137,7 @@ class ModelBaselines:
 
     def _find(self, slot: Slot, place: Place) -> "_Filling":
         start, stop = _core(slot)
-        alternatives = self._alternatives(slot.context)
+        alternatives = self._alternatives(slot.context, (start, stop))
         parts = alternatives.parts(start, stop) or [(start, stop)]
         alternatives.read(parts)
         found = [_candidates(alternatives.texts(part)) for part in parts]

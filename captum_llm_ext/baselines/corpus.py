@@ -369,7 +369,9 @@ class CorpusBaselines:
         if not self._told:
             # Captum knows no runs: it asks for every evaluation.
             self._told = True
-            unlike.warn_of_unlike(self, [self.explain(slot) for slot in template_slots(inp)])
+            unlike.warn_of_unlike(
+                self, lambda: [self.explain(slot) for slot in template_slots(inp)]
+            )
         seed = int(torch.randint(2**62, (), generator=self._draws, device="cpu"))
         texts = [str(self(s, draw_generator(seed, 0, s.feature))) for s in template_slots(inp)]
         return dict(zip(inp.dict_keys, texts, strict=True)) if inp.dict_keys else texts

@@ -278,10 +278,17 @@ class _MergedPrompt(Prompt):
     def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
         return self._prompt.stand_ins(n_draws, generator)
 
+    def with_default(self, baselines: Any) -> Prompt:
+        return self._over(self._prompt.with_default(baselines))
+
     def with_model(self, model: LanguageModel) -> Prompt:
+        return self._over(self._prompt.with_model(model))
+
+    def _over(self, prompt: Prompt) -> Prompt:
         changed = copy(self)
-        changed._prompt = self._prompt.with_model(model)
-        changed.baseline = changed._prompt.baseline
+        changed._prompt = prompt
+        changed.baseline, changed.own_baseline = prompt.baseline, prompt.own_baseline
+        changed.deterministic = prompt.deterministic
         return changed
 
     def matches(self) -> list[Match] | None:

@@ -162,6 +162,10 @@ class Prompt(ABC):
         """
         raise TypeError(_NO_PLACES)
 
+    def with_default(self, baselines: Any) -> "Prompt":
+        """The prompt with these baselines, if nothing was said of them; otherwise itself."""
+        return self
+
     def with_model(self, model: LanguageModel) -> "Prompt":
         """The prompt with a model for baselines that ask one; itself if none does."""
         return self
