@@ -47,7 +47,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = tiny.byte_level()
     tokens = TextTokenInput(tests.PROMPT, tokenizer, baselines=tests.UNK)
-    words = TextSegmentInput(tests.PROMPT, tokenizer, "word")
+    words = TextSegmentInput(tests.PROMPT, tokenizer, "word", baselines="delete")
     rows = []
     for name in CONFIGS:
         model = build(name)

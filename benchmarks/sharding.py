@@ -67,7 +67,9 @@ def made(size: str = "small") -> tuple[Any, Any]:
 def attribute(model: Any, tokenizer: Any, accelerator: Any, rows: int) -> Any:
     words = "Dave Ann lives in Palm Coast Austin FL TX and is a lawyer nurse".split()
     draw = random.Random(0)
-    inp = TextSegmentInput(" ".join(draw.choices(words, k=WORDS)), tokenizer, "word")
+    inp = TextSegmentInput(
+        " ".join(draw.choices(words, k=WORDS)), tokenizer, "word", baselines="delete"
+    )
     attribution = GenerationAttribution(KernelShap(model), tokenizer, accelerator=accelerator)
     target = tokenizer.encode(" poker, surfing and history.", add_special_tokens=False)
     return attribution.attribute(inp, target, n_samples=rows, output_unit=None)

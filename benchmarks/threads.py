@@ -69,7 +69,7 @@ def attributions(
     model: Any, tokenizer: Any, prompt: str = PROMPT, answer: str = ANSWER
 ) -> dict[str, Call]:
     """What is attributed, and in which ways rows are read."""
-    inp = TextSegmentInput(prompt, tokenizer, "word")
+    inp = TextSegmentInput(prompt, tokenizer, "word", baselines="delete")
     target = tokenizer.encode(answer, add_special_tokens=False)
 
     def by(method: Any, inp: Any = inp, **options: Any) -> Call:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from captum_llm_ext import _compat
 from captum_llm_ext.arguments import at_least_one, check_counts, check_passed_on
 from captum_llm_ext.baselines import LanguageModel
+from captum_llm_ext.baselines.conditional import ModelBaselines
+from captum_llm_ext.baselines.kind import unseen
 from captum_llm_ext.coalition_game import CoalitionGame
-from captum_llm_ext.content import digest, told
+from captum_llm_ext.content import digest, level_of_caller, told
 from captum_llm_ext.contrast import Contrast, Scene, as_value, foils_of, scored
 from captum_llm_ext.estimators import Budget, is_known
 from captum_llm_ext.game import Effort, Game, Inspect, Outcome, Run, solve
@@ -247,6 +250,7 @@ class GenerationAttribution(LLMAttribution):
             prompt = as_prompt(inp, self.tokenizer, feature_mask)
             callback = _inspect_forward if self._processes.is_main else None
             run = self._run(prompt, scorer, seed, callback)
+            _warn_of_absence(inp, run.prompt, output_unit, output_baselines)
             open_journal = None
             if checkpoint is not None:
                 about = self._about(run, effort, output_unit, target, generation)
@@ -331,9 +335,14 @@ class GenerationAttribution(LLMAttribution):
         start, stop = _span(token, len(ids))
         return CoalitionGame(game, start, stop, n_draws=n_draws, normalize=normalize)
 
+    def with_absence(self, prompt: Prompt) -> Prompt:
+        """The prompt; where nobody said what is absent there, what the model would have written."""
+        return prompt.with_default(ModelBaselines())
+
     def _run(
         self, prompt: Prompt, scorer: Values, seed: int, callback: Inspect | None = None
     ) -> Run:
+        prompt = self.with_absence(prompt)
         model = self._language_model(scorer)
         return Run(self.attr_method, self.tokenizer, prompt, scorer, model, seed, callback)
 
@@ -483,6 +492,25 @@ class GenerationAttribution(LLMAttribution):
 
     def _numbers(self) -> Tensor:
         return numbers_of(self.model, self.device)
+
+
+def _warn_of_absence(
+    inp: InterpretableInput, prompt: Prompt, output_unit: Unit | None, output_baselines: Any
+) -> None:
+    """Says, once, where absent features make texts that the model never saw."""
+    if output_unit is None and not isinstance(inp, Prompt):  # what captum computes
+        return
+    absent = [prompt.own_baseline]
+    if output_unit is not None:
+        absent.append(prompt.baseline if output_baselines is None else output_baselines)
+    said = unseen(absent, "attributions are made from", "attributions")
+    if said is not None:
+        warnings.warn(
+            f"{said}, and of a natural prompt they blame the words before the answer. Leave "
+            "`baselines` out of a `TextSegmentInput`, and what is absent is what the model itself "
+            "would have written (`ModelBaselines`), or give `CorpusBaselines(texts)`.",
+            stacklevel=level_of_caller(),
+        )
 
 
 def _design(game: Game, outcome: Outcome) -> Design:

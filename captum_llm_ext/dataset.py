@@ -111,7 +111,7 @@ def attribute_dataset(
             counted from 0 (``000000.safetensors``); `GenerationAttributionResult.load` reads it,
             and ``provenance["record"]`` tells the number and the id.
         unit, baselines: As of `TextSegmentInput` and `ChatInput`. By default words of a prompt,
-            turns of a chat.
+            turns of a chat; and deletion.
         roles: As of `ChatInput`.
         accelerator: For an attribution that was made without, as those by gradients are.
         show_progress: Whether one bar over the records is shown, by the main process.

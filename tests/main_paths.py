@@ -161,7 +161,7 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
         ]
         before, tokenizer.chat_template = tokenizer.chat_template, TEMPLATE
         try:
-            inp = ChatInput(messages, tokenizer, "sentence")
+            inp = ChatInput(messages, tokenizer, "sentence", baselines="delete")
             attribution = GenerationAttribution(ShapleyValues(model), tokenizer)
             return _numbers(attribution.attribute(inp, TARGET))
         finally:

@@ -350,7 +350,9 @@ def half_a_pass(folder):
         status = 3
         if how == "caught" and accelerator.process_index == 1:
             try:
-                attribution.attribute(TextSegmentInput(PROMPT, tokenizer), ANSWER)
+                attribution.attribute(
+                    TextSegmentInput(PROMPT, tokenizer, baselines="delete"), ANSWER
+                )
             except RuntimeError as again:
                 print(again, flush=True)
             time.sleep(15)  # it does not end, and with it no connection

@@ -38,20 +38,20 @@ def test_values_equal_a_plain_loop(name, tokenizer):
 @pytest.mark.parametrize("name", architectures.CONFIGS)
 def test_rows_of_unequal_length_equal_a_plain_loop(name, tokenizer):
     model = architectures.build(name)
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     method = {"method": ShapleyValueSampling, "n_samples": 3}
     assert largest_difference(model, tokenizer, inp, None, **method) < 1e-4
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_batch_size_does_not_matter(model, tokenizer, rows):
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     assert largest_difference(model, tokenizer, inp, None, perturbations_per_eval=rows) < 1e-4
 
 
 def test_half_precision_models_are_reduced_in_float32(tokenizer):
     model = architectures.build("llama").bfloat16()
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     result = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(inp, TARGET)
     # bfloat16 has 8 bits: its own log-probabilities near -6 are multiples of 1/32.
     fractions = result.values * 32

@@ -73,7 +73,7 @@ def test_words_of_the_output_stand_while_their_own_tokens_are_said(model, tokeni
     """A word that is absent for later tokens is present for its own."""
     model = model.double()
     try:
-        inp = TextSegmentInput("Dave lives", tokenizer)
+        inp = TextSegmentInput("Dave lives", tokenizer, baselines="delete")
         target = _ids(tokenizer, " chess golf.")
         result = _attribute(
             model, tokenizer, ShapleyValues, inp=inp, target=target, output_unit="word"
@@ -103,7 +103,9 @@ def test_words_of_the_output_stand_while_their_own_tokens_are_said(model, tokeni
 
 @pytest.mark.parametrize("method", [ShapleyValueSampling, KernelShap])
 def test_sampling_approaches_the_exact_values(model, tokenizer, method):
-    inp = TextSegmentInput("Dave lives in Palm Coast, FL and is a lawyer. His", tokenizer)
+    inp = TextSegmentInput(
+        "Dave lives in Palm Coast, FL and is a lawyer. His", tokenizer, baselines="delete"
+    )
     exact = _attribute(
         model, tokenizer, ShapleyValues, inp=inp, target=_ids(tokenizer)[:2], max_exact_features=12
     )
@@ -175,7 +177,7 @@ def test_logits_are_the_models_own(model, tokenizer):
 @pytest.mark.parametrize("prompt", ["Dave", "Dave lives", PROMPT])
 @pytest.mark.parametrize("method", [KernelShap, ShapleyValueSampling, PartitionShap, Lime])
 def test_a_budget_of_one_is_an_answer_without_errors(model, tokenizer, method, prompt):
-    inp = TextSegmentInput(prompt, tokenizer)
+    inp = TextSegmentInput(prompt, tokenizer, baselines="delete")
     result = _attribute(model, tokenizer, method, inp=inp, n_samples=1)
     assert result.full_attr.isfinite().all()
     assert result.full_attr_se.isnan().any()  # one draw tells nothing of the next
@@ -215,7 +217,7 @@ def test_the_target_is_never_encoded_again(model, tokenizer):
 
 
 def test_generated_targets_are_explained_as_generated(model, tokenizer):
-    inp = TextSegmentInput(PROMPT, tokenizer)
+    inp = TextSegmentInput(PROMPT, tokenizer, baselines="delete")
     prompt = torch.tensor([tokenizer.encode(PROMPT)])
     truth = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False
@@ -234,7 +236,10 @@ def test_generated_targets_are_explained_as_generated(model, tokenizer):
 
 @pytest.mark.parametrize("method", [KernelShap, ShapleyValueSampling, Lime])
 def test_the_seed_alone_decides(model, tokenizer, method):
-    few = {"inp": TextSegmentInput("one two three four five six seven", tokenizer), "n_samples": 40}
+    few = {
+        "inp": TextSegmentInput("one two three four five six seven", tokenizer, baselines="delete"),
+        "n_samples": 40,
+    }
     one = _attribute(model, tokenizer, method, **few, seed=1)
     torch.manual_seed(99)
     again = _attribute(model, tokenizer, method, **few, seed=1)
@@ -294,11 +299,11 @@ def test_the_users_objects_are_left_as_they_were(tokenizer, failure):
         if failure:
             with pytest.raises(failure):
                 GenerationAttribution(method, tokenizer).attribute(
-                    TextSegmentInput(PROMPT, tokenizer), TARGET
+                    TextSegmentInput(PROMPT, tokenizer, baselines="delete"), TARGET
                 )
         else:
             GenerationAttribution(method, tokenizer).attribute(
-                TextSegmentInput(PROMPT, tokenizer), TARGET
+                TextSegmentInput(PROMPT, tokenizer, baselines="delete"), TARGET
             )
     finally:
         assert len(model._forward_pre_hooks) == hooks
@@ -318,9 +323,9 @@ def test_absent_output_becomes_what_the_prompts_baseline_says(model, tokenizer):
     cases = [
         (TextTokenInput(PROMPT, tokenizer, baselines=UNK), None, UNK),
         (TextSegmentInput(PROMPT, tokenizer, baselines="<unk>"), None, UNK),
-        (TextSegmentInput(PROMPT, tokenizer), None, None),
+        (TextSegmentInput(PROMPT, tokenizer, baselines="delete"), None, None),
         (TextSegmentInput(PROMPT, tokenizer, baselines=["a", "b", "c", "d"]), None, None),
-        (TextSegmentInput(PROMPT, tokenizer), 7, 7),
+        (TextSegmentInput(PROMPT, tokenizer, baselines="delete"), 7, 7),
         (TextSegmentInput(PROMPT, tokenizer, baselines=lambda slot, g: [9, 9]), None, "nines"),
     ]
     for inp, output_baselines, expected in cases:
@@ -369,7 +374,9 @@ def test_trials_are_averaged(model, tokenizer):
 
 
 def test_sampling_goes_on_until_the_tolerance_is_met(model, tokenizer):
-    inp = TextSegmentInput("one two three four five six seven eight nine", tokenizer)
+    inp = TextSegmentInput(
+        "one two three four five six seven eight nine", tokenizer, baselines="delete"
+    )
     loose = _attribute(model, tokenizer, KernelShap, inp=inp, n_samples=40, tol=0.25)
     tight = _attribute(model, tokenizer, KernelShap, inp=inp, n_samples=40, tol=0.1)
     assert loose.provenance["converged"]

@@ -32,7 +32,7 @@ def silent_model(tokenizer):
 
 
 def _attribute(model, tokenizer, *, method=FeatureAblation, prompt="Dave lives in", **arguments):
-    inp = arguments.pop("inp", None) or TextSegmentInput(prompt, tokenizer)
+    inp = arguments.pop("inp", None) or TextSegmentInput(prompt, tokenizer, baselines="delete")
     target = arguments.pop("target", " golf")
     return GenerationAttribution(method(model), tokenizer).attribute(inp, target, **arguments)
 
@@ -145,7 +145,9 @@ def test_models_that_return_no_logits(tokenizer):
 
     attribution = GenerationAttribution(FeatureAblation(Headless(1, 1)), tokenizer)
     with pytest.raises(TypeError, match="without `logits`"):
-        attribution.attribute(TextSegmentInput("Dave lives", tokenizer), " golf")
+        attribution.attribute(
+            TextSegmentInput("Dave lives", tokenizer, baselines="delete"), " golf"
+        )
 
 
 def test_a_model_that_cannot_generate_needs_a_target(tokenizer):
@@ -155,7 +157,7 @@ def test_a_model_that_cannot_generate_needs_a_target(tokenizer):
 
     attribution = GenerationAttribution(FeatureAblation(Plain(1, 1)), tokenizer)
     with pytest.raises(ValueError, match="has no `generate`: give the `target`"):
-        attribution.attribute(TextSegmentInput("Dave lives", tokenizer))
+        attribution.attribute(TextSegmentInput("Dave lives", tokenizer, baselines="delete"))
 
 
 def test_callable_targets_of_the_wrong_shape(model, tokenizer):
@@ -163,7 +165,9 @@ def test_callable_targets_of_the_wrong_shape(model, tokenizer):
         FeatureAblation(model), tokenizer, attr_target=lambda logits, target: logits.sum(2)[:, :1]
     )
     with pytest.raises(TypeError, match=r"return \(batch, n_target\)"):
-        attribution.attribute(TextSegmentInput("Dave lives", tokenizer), " golf and chess")
+        attribution.attribute(
+            TextSegmentInput("Dave lives", tokenizer, baselines="delete"), " golf and chess"
+        )
 
 
 def test_nan_is_an_error_with_advice(tokenizer):
@@ -197,8 +201,8 @@ def test_exact_values_of_too_many_features_are_estimated_and_say_so(model, token
 def test_nothing_to_begin_a_text_with(model, tokenizer):
     bare = tiny.NoOffsets(tokenizer)
     bare.bos_token_id = bare.eos_token_id = None
-    inp = TextSegmentInput("Dave lives", bare, add_special_tokens=False)
+    inp = TextSegmentInput("Dave lives", bare, add_special_tokens=False, baselines="delete")
     with pytest.raises(ValueError, match="nothing is left before the target"):
         _attribute(model, bare, inp=inp)
-    fine = TextSegmentInput("Dave lives", tokenizer, add_special_tokens=False)
+    fine = TextSegmentInput("Dave lives", tokenizer, add_special_tokens=False, baselines="delete")
     assert _attribute(model, tokenizer, inp=fine).n_evaluations > 2

@@ -206,7 +206,7 @@ def test_labels_of_a_template_are_the_names_of_its_values(tokenizer):
 )
 def test_bad_labels_of_an_input_say_what_to_do(tokenizer, labels, error, message):
     with pytest.raises(error, match=message):
-        TextSegmentInput(PROMPT, tokenizer, labels=labels)
+        TextSegmentInput(PROMPT, tokenizer, labels=labels, baselines="delete")
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_candidates_are_weighted_by_the_text_with_each_in_place(demo):
     baselines = CorpusBaselines(texts, match="model").with_model(Likelihood(model, tokenizer))
     # The pronoun stands to the right: a name must fit it.
     prompt = "Dave lives in Dover, FL and is a lawyer. His personal interests include"
-    slot = TextSegmentInput(prompt, tokenizer).slots[0]
+    slot = TextSegmentInput(prompt, tokenizer, baselines="delete").slots[0]
     generator = torch.Generator().manual_seed(0)
     drawn = Counter(baselines(slot, generator) for _ in range(2000))
     reference = copy.deepcopy(model)
@@ -548,7 +548,7 @@ def test_a_result_tells_what_stood_for_its_features(demo):
     assert [entry["constant"] for entry in told["prompt"]] == [False, True, True]
     # The last of the output has nothing after it: it is never absent.
     assert len(told["output"]) == result.output_attr.shape[1] - 1
-    plain = TextSegmentInput("Dave lives in", tokenizer)
+    plain = TextSegmentInput("Dave lives in", tokenizer, baselines="delete")
     other = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(plain, " Dover")
     assert other.provenance["matches"] == {"prompt": None, "output": None}
 

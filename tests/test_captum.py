@@ -303,7 +303,9 @@ def test_arguments_that_say_what_holds_without_them_change_nothing(
     model, tokenizer, method, tmp_path
 ):
     ours = GenerationAttribution(method(model), tokenizer)
-    inp = TextSegmentInput("Dave lives. Go.", tokenizer, unit=("sentence", "word"))
+    inp = TextSegmentInput(
+        "Dave lives. Go.", tokenizer, unit=("sentence", "word"), baselines="delete"
+    )
     given = _defaults(method)
     assert {"baselines", "additional_forward_args", "perturbations_per_eval"} <= set(given)
     of_captum = {"n_samples": given["n_samples"]} if given.get("n_samples") else {}

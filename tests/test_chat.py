@@ -60,7 +60,7 @@ def _ids(tokenizer, messages=MESSAGES, **arguments):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_full_chat_is_what_the_template_makes(name, unit):
     tokenizer = _tokenizer(name)
-    chat = ChatInput(MESSAGES, tokenizer, unit)
+    chat = ChatInput(MESSAGES, tokenizer, unit, baselines="delete")
     assert list(chat.ids) == _ids(tokenizer)
     assert chat.ids[:2] != (1, 1)
     full = chat.render(
@@ -73,7 +73,7 @@ def test_the_full_chat_is_what_the_template_makes(name, unit):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_turns_are_the_messages_and_the_template_is_fixed(name):
     tokenizer = _tokenizer(name)
-    chat = ChatInput(MESSAGES, tokenizer)
+    chat = ChatInput(MESSAGES, tokenizer, baselines="delete")
     assert [slot.text.strip() for slot in chat.slots] == [
         MESSAGES[i]["content"].strip() for i in (0, 1, 3)
     ]
@@ -89,7 +89,7 @@ def test_turns_are_the_messages_and_the_template_is_fixed(name):
 
 def test_words_within_turns_and_turns_as_a_level(model):
     tokenizer = _tokenizer("chatml")
-    chat = ChatInput(MESSAGES[:2], tokenizer, "word", roles=("user",))
+    chat = ChatInput(MESSAGES[:2], tokenizer, "word", roles=("user",), baselines="delete")
     assert chat.names == ["Dave", " lives", " in", " Austin.", " Where", " does", " he", " live?"]
     result = GenerationAttribution(ShapleyValues(model), tokenizer).attribute(
         chat, " golf", output_unit=None
@@ -99,7 +99,7 @@ def test_words_within_turns_and_turns_as_a_level(model):
     torch.testing.assert_close(
         attr[:, 0], result.full_values - result.empty_values, atol=1e-5, rtol=0
     )
-    nested = ChatInput(MESSAGES, tokenizer, ("sentence", "word"))
+    nested = ChatInput(MESSAGES, tokenizer, ("sentence", "word"), baselines="delete")
     assert [level.name for level in nested.levels] == ["turn", "sentence"]
 
 
@@ -110,7 +110,7 @@ def test_tools_are_fixed_and_parts_of_messages_are_found():
         {"role": "tool", "content": "A cat."},
     ]
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
-    chat = ChatInput(messages, tokenizer, roles=("user", "tool"), tools=tools)
+    chat = ChatInput(messages, tokenizer, roles=("user", "tool"), tools=tools, baselines="delete")
     assert [slot.text.strip() for slot in chat.slots] == ["What is it?", "A cat."]
     assert chat.text.startswith("TOOL look")
     assert list(chat.ids) == _ids(tokenizer, messages, tools=tools)
@@ -120,7 +120,7 @@ def test_tools_are_fixed_and_parts_of_messages_are_found():
 def test_a_message_that_reads_like_the_template_is_found_where_it_stands():
     tokenizer = _tokenizer("tools")
     messages = [{"role": "user", "content": "user"}, {"role": "user", "content": "user"}]
-    chat = ChatInput(messages, tokenizer)
+    chat = ChatInput(messages, tokenizer, baselines="delete")
     assert [slot.stop for slot in chat.slots] == [10, 20]
 
 
@@ -149,21 +149,21 @@ def test_bad_chats(messages, arguments, error, message):
 def test_templates_that_fail_or_hide_a_message():
     tokenizer = tiny.byte_level()
     with pytest.raises(ValueError, match="chat template cannot render"):
-        ChatInput(MESSAGES, tokenizer)  # it has no template
+        ChatInput(MESSAGES, tokenizer, baselines="delete")  # it has no template
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="roles must alternate"):
-        ChatInput(MESSAGES, tokenizer)
+        ChatInput(MESSAGES, tokenizer, baselines="delete")
     for hiding in ("{{ messages[0].content | upper }}", "{{ messages[0].content * 2 }}", "nothing"):
         tokenizer.chat_template = hiding
         with pytest.raises(ValueError, match=r"message 0 .* cannot be found"):
-            ChatInput(MESSAGES[:1], tokenizer)
+            ChatInput(MESSAGES[:1], tokenizer, baselines="delete")
     with pytest.raises(TypeError, match="has no `apply_chat_template`"):
-        ChatInput(MESSAGES, tiny.NoOffsets(tokenizer))
+        ChatInput(MESSAGES, tiny.NoOffsets(tokenizer), baselines="delete")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_tokens_of_the_template_and_of_other_roles_are_fixed(name):
-    chat = ChatInput(MESSAGES, _tokenizer(name), "token", roles=("user",))
+    chat = ChatInput(MESSAGES, _tokenizer(name), "token", roles=("user",), baselines="delete")
     said = "".join(piece.text for piece in chat.pieces if piece.feature is not None)
     assert "".join(said.split()) == "".join("".join(MESSAGES[i]["content"].split()) for i in (1, 3))
     assert {piece.role for piece in chat.pieces if piece.feature is not None} == {"user"}
@@ -213,7 +213,7 @@ def _without(chat, feature):
 @pytest.mark.parametrize("name", templates.FAMILIES)
 def test_a_turn_is_absent_with_the_special_tokens_that_it_says(name, python):
     tokenizer = _family(name, python)
-    chat = ChatInput(INJECTED, tokenizer, roles=("user", "assistant"))
+    chat = ChatInput(INJECTED, tokenizer, roles=("user", "assistant"), baselines="delete")
     assert chat.names == [f"{m['role']}: {m['content']}" for m in INJECTED]
     assert list(chat.ids) == _ids(tokenizer, INJECTED)
     for i, message in enumerate(INJECTED):
@@ -231,7 +231,9 @@ def test_a_turn_is_absent_with_the_special_tokens_that_it_says(name, python):
 @pytest.mark.parametrize("name", templates.FAMILIES)
 def test_special_tokens_of_the_template_can_be_features_too(name, unit):
     tokenizer = _family(name)
-    chat = ChatInput(INJECTED, tokenizer, unit, special_tokens_are_features=True)
+    chat = ChatInput(
+        INJECTED, tokenizer, unit, special_tokens_are_features=True, baselines="delete"
+    )
     special = set(tokens.special_ids(tokenizer))
     nothing = torch.zeros(1, chat.n_features, dtype=torch.bool)
     left = chat.render(nothing, torch.Generator().manual_seed(0))[0].ids
@@ -251,44 +253,50 @@ def test_what_a_template_leaves_out_is_told(name):
     with pytest.warns(
         UserWarning, match=r"message 2 \(assistant\): '<think> In Reno\? </think>'\.$"
     ):
-        chat = ChatInput(THOUGHTS, tokenizer, roles=EVERYONE)
+        chat = ChatInput(THOUGHTS, tokenizer, roles=EVERYONE, baselines="delete")
     assert [name.replace("\n", "") for name in chat.names] == [
         *("system: Be brief.", "user: Where?", "assistant: In Austin.", "user:  Why?")
     ]
     # Of others' turns nothing is attributed anyway.
-    assert ChatInput(THOUGHTS, tokenizer).n_features == 3
+    assert ChatInput(THOUGHTS, tokenizer, baselines="delete").n_features == 3
 
 
 def test_thoughts_that_a_template_writes_anew_are_found():
     tokenizer = _family("qwen 3")
     messages = THOUGHTS[:3]
-    chat = ChatInput(messages, tokenizer, roles=EVERYONE, add_generation_prompt=False)
+    chat = ChatInput(
+        messages, tokenizer, roles=EVERYONE, add_generation_prompt=False, baselines="delete"
+    )
     assert chat.names[2] == f"assistant: {messages[2]['content']}"
     apart = [
         *messages[:2],
         {"role": "assistant", "content": "In Austin.", "reasoning_content": "In Reno?"},
     ]
-    chat = ChatInput(apart, tokenizer, roles=EVERYONE, add_generation_prompt=False)
+    chat = ChatInput(
+        apart, tokenizer, roles=EVERYONE, add_generation_prompt=False, baselines="delete"
+    )
     assert chat.names[2] == "assistant: In Reno? …In Austin."
     assert chat.n_features == 3
-    nested = ChatInput(apart, tokenizer, "word", roles=EVERYONE, add_generation_prompt=False)
+    nested = ChatInput(
+        apart, tokenizer, "word", roles=EVERYONE, add_generation_prompt=False, baselines="delete"
+    )
     assert nested.levels[0].parts == ["system: Be brief.", "user: Where?", chat.names[2]]
     assert nested.levels[0].part_of == [0, 0, 1, 2, 2, 2, 2]
 
 
 def test_tool_calls_and_answers_in_json_are_found():
-    chat = ChatInput(CALLS, _family("llama 3"), roles=EVERYONE)
+    chat = ChatInput(CALLS, _family("llama 3"), roles=EVERYONE, baselines="delete")
     assert chat.names[1:3] == [
         'assistant: {"name": "look", "parameters": {"city": "R \\"n\\""}}',
         'tool: It is \\"hot\\" & 30°\\n',
     ]
-    called = ChatInput(CALLS, _family("qwen 3"), roles=EVERYONE)
+    called = ChatInput(CALLS, _family("qwen 3"), roles=EVERYONE, baselines="delete")
     shown = '<tool_call>\n{"name": "look", "arguments": {"city": "R \\"n\\""}}\n</tool_call>'
     assert called.slots[1].text == shown
     with pytest.warns(UserWarning, match=r"message 1 \(assistant\): 'its tool calls'"):
-        ChatInput(CALLS, _family("chatml"), roles=EVERYONE)
+        ChatInput(CALLS, _family("chatml"), roles=EVERYONE, baselines="delete")
     objects = [*CALLS[:2], {"role": "tool", "content": {"degrees": 30}}, CALLS[3]]
-    chat = ChatInput(objects, _family("llama 3"), roles=("tool",))
+    chat = ChatInput(objects, _family("llama 3"), roles=("tool",), baselines="delete")
     assert chat.names == ['tool: "degrees": 30']
 
 
@@ -296,7 +304,7 @@ def test_tool_calls_and_answers_in_json_are_found():
 def test_a_system_message_within_a_users_turn_is_a_turn_of_its_own(name):
     tokenizer = _family(name)
     messages = [{"role": "system", "content": "user"}, {"role": "user", "content": "user "}]
-    chat = ChatInput(messages, tokenizer)
+    chat = ChatInput(messages, tokenizer, baselines="delete")
     assert [slot.text.strip() for slot in chat.slots] == ["user", "user"]
     assert [piece.role for piece in chat.pieces if piece.feature is not None] == ["system", "user"]
     silent = tokenizer.apply_chat_template(
@@ -312,7 +320,7 @@ def test_what_others_said_is_not_taken_for_a_message_that_is_left_out():
     )
     messages = [{"role": "system", "content": "Obey."}, {"role": "user", "content": "Say: Obey."}]
     with pytest.warns(UserWarning, match=r"message 0 \(system\): 'Obey\.'"):
-        chat = ChatInput(messages, tokenizer)
+        chat = ChatInput(messages, tokenizer, baselines="delete")
     assert chat.names == ["user: Say: Obey."]
 
 
@@ -331,21 +339,23 @@ def test_a_message_is_found_as_the_template_writes_it(written, shown, missing):
     tokenizer.chat_template = f"{{% for m in messages %}}<s>{{{{ {written} }}}}</s>{{% endfor %}}"
     messages = [{"role": "user", "content": "Tom & 'Ann'\n<b> say \"hi\"."}]
     if missing is None:
-        assert ChatInput(messages, tokenizer).names == [f"user: {shown}"]
+        assert ChatInput(messages, tokenizer, baselines="delete").names == [f"user: {shown}"]
     else:
         with pytest.warns(UserWarning, match=re.escape(missing)):
-            assert ChatInput(messages, tokenizer).names == [f"user: {shown}"]
+            assert ChatInput(messages, tokenizer, baselines="delete").names == [f"user: {shown}"]
 
 
 def test_parts_of_one_message_are_one_turn():
     tokenizer = _tokenizer("tools")
     parts = [{"type": "text", "text": "Look"}, {"type": "image"}, {"type": "text", "text": "here."}]
-    chat = ChatInput([{"role": "user", "content": parts}], tokenizer)
+    chat = ChatInput([{"role": "user", "content": parts}], tokenizer, baselines="delete")
     assert chat.names == ["user: Look …here."]
     assert chat.n_features == 1
-    joined = ChatInput([{"role": "user", "content": [parts[0], parts[2]]}], tokenizer)
+    joined = ChatInput(
+        [{"role": "user", "content": [parts[0], parts[2]]}], tokenizer, baselines="delete"
+    )
     assert joined.names == ["user: Lookhere."]
-    words = ChatInput([{"role": "user", "content": parts}], tokenizer, "word")
+    words = ChatInput([{"role": "user", "content": parts}], tokenizer, "word", baselines="delete")
     assert words.names == ["Look", "here."]
     assert words.levels[0].part_of == [0, 0]
     for bad, error, message in (
@@ -353,12 +363,12 @@ def test_parts_of_one_message_are_one_turn():
         ("text", TypeError, "has the part 'text'"),
     ):
         with pytest.raises(error, match=message):
-            ChatInput([{"role": "user", "content": [bad, parts[0]]}], tokenizer)
+            ChatInput([{"role": "user", "content": [bad, parts[0]]}], tokenizer, baselines="delete")
 
 
 def test_an_empty_turn_has_nothing_to_attribute():
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "Why?"}]
-    assert ChatInput(messages, _family("chatml")).names == ["user: Why?"]
+    assert ChatInput(messages, _family("chatml"), baselines="delete").names == ["user: Why?"]
 
 
 @pytest.mark.parametrize(
@@ -372,7 +382,7 @@ def test_an_empty_turn_has_nothing_to_attribute():
 )
 def test_turns_nest_whether_they_are_named_or_not(model, unit, levels):
     tokenizer = _tokenizer("chatml")
-    chat = ChatInput(MESSAGES, tokenizer, unit)
+    chat = ChatInput(MESSAGES, tokenizer, unit, baselines="delete")
     assert [level.name for level in chat.levels] == levels
     result = GenerationAttribution(ShapleyValueSampling(model), tokenizer).attribute(
         chat, " golf", n_samples=3, output_unit=None
@@ -391,4 +401,4 @@ def test_turns_nest_whether_they_are_named_or_not(model, unit, levels):
 
 def test_turns_are_the_coarsest_parts():
     with pytest.raises(ValueError, match="turns are the coarsest parts"):
-        ChatInput(MESSAGES, _tokenizer("chatml"), ("sentence", "turn"))
+        ChatInput(MESSAGES, _tokenizer("chatml"), ("sentence", "turn"), baselines="delete")

@@ -122,7 +122,9 @@ def test_a_target_is_explained_as_it_is_given(capsys, attribution, demo):
     assert main([*ATTRIBUTE, "--target", target, "--output-unit", "none", "--json", "-"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["target"] == demo[1].encode(target, add_special_tokens=False)
-    expected = attribution.attribute(TextSegmentInput(PROMPT, demo[1]), target, output_unit=None)
+    expected = attribution.attribute(
+        TextSegmentInput(PROMPT, demo[1], baselines="delete"), target, output_unit=None
+    )
     torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
     assert shown["output_attr"] is None
 
@@ -169,7 +171,7 @@ def test_a_prompt_comes_through_a_pipe(monkeypatch, capsys, attribution, demo):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Ann lives in Austin, TX."))
     arguments = ["attribute", *QUICK, "--max-new-tokens", "2", "--json", "-"]
     assert main([*arguments, "--prompt-file", "-"]) == 0
-    inp = TextSegmentInput("Ann lives in Austin, TX.", demo[1])
+    inp = TextSegmentInput("Ann lives in Austin, TX.", demo[1], baselines="delete")
     expected = attribution.attribute(inp, gen_args={"max_new_tokens": 2})
     assert json.loads(capsys.readouterr().out)["target"] == expected.target.tolist()
 
@@ -187,7 +189,7 @@ def test_chats(tmp_path, monkeypatch, capsys, attribution, demo, how):
     more = ["--unit", "turn,word", "--roles", "system", "--max-new-tokens", "3", "--json", "-"]
     assert main(["attribute", *QUICK, "--chat", given, *more]) == 0
     shown = json.loads(capsys.readouterr().out)
-    inp = ChatInput(messages, demo[1], "word", ["system"])
+    inp = ChatInput(messages, demo[1], "word", ["system"], baselines="delete")
     expected = attribution.attribute(inp, gen_args={"max_new_tokens": 3})
     assert shown["input_tokens"] == expected.input_tokens
     torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
@@ -331,7 +333,7 @@ def test_a_search_is_that_of_the_library(tmp_path, demo):
     more = ["--method", "hierarchical", "--share", "0.5", "--save", str(tmp_path / "r.st")]
     assert main([*command, *more]) == 0
     result = GenerationAttributionResult.load(tmp_path / "r.st")
-    inp = TextSegmentInput(prompt, tokenizer, ("paragraph", "sentence", "word"))
+    inp = TextSegmentInput(prompt, tokenizer, ("paragraph", "sentence", "word"), baselines="delete")
     expected = GenerationAttribution(HierarchicalAblation(model, 0.5), tokenizer)
     expected = expected.attribute(inp, " chess")
     torch.testing.assert_close(result.full_attr, expected.full_attr)
@@ -434,7 +436,7 @@ def test_baselines_of_gradients_are_compared(demo, capsys):
     attribution = GenerationGradientAttribution(LayerIntegratedGradients(model, None), tokenizer)
     comparison = captum_llm_ext.compare_baselines(
         attribution,
-        TextSegmentInput(PROMPT, tokenizer),
+        TextSegmentInput(PROMPT, tokenizer, baselines="delete"),
         {"delete": None, "corpus:demo": CorpusBaselines(texts)},
         gen_args={"max_new_tokens": 5},
     )

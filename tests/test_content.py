@@ -347,7 +347,7 @@ def test_a_checkpoint_is_gone_on_with_whatever_generates(tmp_path, arguments):
     path = tmp_path / "run.safetensors"
 
     def run(given):
-        inp = TextSegmentInput(PROMPT, tokenizer, "word")
+        inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
         attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
         return attribution.attribute(inp, gen_args=given, checkpoint=path)
 

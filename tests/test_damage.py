@@ -80,7 +80,9 @@ def good(tmp_path_factory):
         shutil.copy(DATA / f"result_format_{version}.safetensors", at / f"result {version}")
     tokenizer = tiny.byte_level()
     attribution = GenerationAttribution(KernelShap(tiny.llama(len(tokenizer))), tokenizer)
-    inp = TextSegmentInput("Ann sings. Bob sleeps.", tokenizer, ("sentence", "word"))
+    inp = TextSegmentInput(
+        "Ann sings. Bob sleeps.", tokenizer, ("sentence", "word"), baselines="delete"
+    )
     attribution.attribute(inp, " golf", n_samples=30).save(at / "result 4")
     fill(at / "checkpoint.safetensors")
     (at / "checkpoint.safetensors").rename(at / "checkpoint")

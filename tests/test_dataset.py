@@ -73,11 +73,11 @@ def test_each_record_gets_what_attribute_gives_it(attribution, tokenizer, tmp_pa
     ]
     report = attribute_dataset(records, attribution, tmp_path, gen_args={"max_new_tokens": 3})
     assert report == DatasetReport(n_written=3)
-    plain = TextSegmentInput(PROMPT, tokenizer)
+    plain = TextSegmentInput(PROMPT, tokenizer, baselines="delete")
     expected = [
         attribution.attribute(plain, gen_args={"max_new_tokens": 3}),
         attribution.attribute(plain, " and chess"),
-        attribution.attribute(ChatInput(MESSAGES, tokenizer), [5, 6]),
+        attribution.attribute(ChatInput(MESSAGES, tokenizer, baselines="delete"), [5, 6]),
     ]
     for number, (found, wanted) in enumerate(zip(results(tmp_path), expected, strict=True)):
         assert torch.equal(found.token_attr, wanted.token_attr)

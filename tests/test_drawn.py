@@ -36,7 +36,7 @@ def _closed_figures():
 
 def attributed(model, tokenizer, method=ShapleyValueSampling, text=" golf & chess\n.", **options):
     prompt = "Dave lives in Austin and is a nurse. Ann lives"
-    inp = TextSegmentInput(prompt, tokenizer, ("sentence", "word"))
+    inp = TextSegmentInput(prompt, tokenizer, ("sentence", "word"), baselines="delete")
     options = {"output_unit": "word"} | options
     return GenerationAttribution(method(model), tokenizer).attribute(inp, text, **options)
 

@@ -41,7 +41,9 @@ def attribution():
 
 @pytest.fixture(scope="module")
 def result(attribution):
-    inp = TextSegmentInput("Ann sings and Bob sleeps in Rome.", attribution.tokenizer, "word")
+    inp = TextSegmentInput(
+        "Ann sings and Bob sleeps in Rome.", attribution.tokenizer, "word", baselines="delete"
+    )
     return attribution.attribute(inp, " golf and chess", output_unit="word")
 
 

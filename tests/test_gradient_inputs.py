@@ -184,7 +184,7 @@ def test_the_mean_of_draws_stands_for_an_absent_feature(smooth, tokenizer):
 
 
 def test_zero_and_deletion_are_the_zero_vector(smooth, tokenizer):
-    words = TextSegmentInput(PROMPT, tokenizer, "word")
+    words = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     deleted = attributed(smooth, tokenizer, words)
     chosen = TextSegmentInput(PROMPT, tokenizer, "word", baselines="<unk>")
     zero = attributed(smooth, tokenizer, chosen, absent="zero")

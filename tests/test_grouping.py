@@ -26,20 +26,22 @@ def _attribute(model, tokenizer, inp, target=TARGET, **arguments):
 
 
 def test_tied_spans_are_one_feature_where_the_first_stands(tokenizer):
-    inp = TextSegmentInput(TEXT, tokenizer, groups={"place": ["Austin,", 4, 7], "who": ["Dave", 5]})
+    inp = TextSegmentInput(
+        TEXT, tokenizer, groups={"place": ["Austin,", 4, 7], "who": ["Dave", 5]}, baselines="delete"
+    )
     assert inp.names == ["who", " lives", " in", "place", " likes"]
     assert [slot.feature for slot in inp.slots] == [0, 1, 2, 3, 3, 0, 4, 3]
     assert tokenizer.decode(_render(inp, "who", " lives", " in", " likes")) == (
         "<s>Dave lives in He likes"
     )
     assert _render(inp, *inp.names) == inp.ids
-    unnamed = TextSegmentInput(TEXT, tokenizer, groups=[["Austin,", 4]])
+    unnamed = TextSegmentInput(TEXT, tokenizer, groups=[["Austin,", 4]], baselines="delete")
     assert " Austin, … TX." in unnamed.names
 
 
 def test_groups_are_efficient_and_count_once(model, tokenizer):
     groups = [["Austin,", 4, 7], ["Dave", "He"]]
-    inp = TextSegmentInput(TEXT, tokenizer, groups=groups)
+    inp = TextSegmentInput(TEXT, tokenizer, groups=groups, baselines="delete")
     result = _attribute(model, tokenizer, inp)
     assert result.token_attr.shape[1] == inp.n_features == 5
     torch.testing.assert_close(
@@ -85,7 +87,7 @@ def test_members_of_a_group_draw_from_the_same_place_of_their_lists(tokenizer):
 )
 def test_bad_groups(tokenizer, groups, error, message):
     with pytest.raises(error, match=message):
-        TextSegmentInput(TEXT, tokenizer, groups=groups)
+        TextSegmentInput(TEXT, tokenizer, groups=groups, baselines="delete")
 
 
 # --- fixed text -----------------------------------------------------------------------------------
@@ -93,34 +95,38 @@ def test_bad_groups(tokenizer, groups, error, message):
 
 @pytest.mark.parametrize("fixed", [["Dave lives", "He"], [(0, 10), (26, 28)]])
 def test_fixed_text_is_never_switched(tokenizer, fixed):
-    inp = TextSegmentInput(TEXT, tokenizer, fixed=fixed)
+    inp = TextSegmentInput(TEXT, tokenizer, fixed=fixed, baselines="delete")
     assert inp.names == [" in", " Austin,", " TX.", " likes", " TX."]
     assert tokenizer.decode(_render(inp)) == "<s>Dave lives He"
 
 
 def test_fixed_text_within_a_feature_leaves_the_rest(tokenizer):
-    inp = TextSegmentInput(TEXT, tokenizer, "sentence", fixed=["lives in"])
+    inp = TextSegmentInput(TEXT, tokenizer, "sentence", fixed=["lives in"], baselines="delete")
     assert inp.names == ["Dave ", " Austin, TX.", " He likes TX."]
-    tokens = TextSegmentInput("Dave lives in", tokenizer, "token", fixed=["lives"])
+    tokens = TextSegmentInput(
+        "Dave lives in", tokenizer, "token", fixed=["lives"], baselines="delete"
+    )
     assert "".join(tokens.names) == "Dave in"
 
 
 def test_bad_fixed_text(tokenizer):
     with pytest.raises(ValueError, match="everything is `fixed`"):
-        TextSegmentInput(TEXT, tokenizer, fixed=[TEXT])
+        TextSegmentInput(TEXT, tokenizer, fixed=[TEXT], baselines="delete")
     with pytest.raises(TypeError, match="`fixed` is one string"):
-        TextSegmentInput(TEXT, tokenizer, fixed="Dave")
+        TextSegmentInput(TEXT, tokenizer, fixed="Dave", baselines="delete")
     with pytest.raises(ValueError, match="Paris"):
-        TextSegmentInput(TEXT, tokenizer, fixed=["Paris"])
+        TextSegmentInput(TEXT, tokenizer, fixed=["Paris"], baselines="delete")
 
 
 # --- levels ---------------------------------------------------------------------------------------
 
 
 def test_levels_sum_their_children(model, tokenizer):
-    inp = TextSegmentInput(TEXT, tokenizer, ("sentence", "word"))
+    inp = TextSegmentInput(TEXT, tokenizer, ("sentence", "word"), baselines="delete")
     result = _attribute(model, tokenizer, inp)
-    assert result.input_tokens == TextSegmentInput(TEXT, tokenizer, "word").names
+    assert (
+        result.input_tokens == TextSegmentInput(TEXT, tokenizer, "word", baselines="delete").names
+    )
     parts, attr = result.at_level("sentence")
     assert parts == ["Dave lives in Austin, TX.", " He likes TX."]
     torch.testing.assert_close(attr[:, 0], result.token_attr[:, :5].sum(1))
@@ -130,7 +136,9 @@ def test_levels_sum_their_children(model, tokenizer):
 
 
 def test_levels_survive_saving(model, tokenizer, tmp_path):
-    inp = TextSegmentInput("One. Two.\n\nThree.", tokenizer, ("paragraph", "sentence", "word"))
+    inp = TextSegmentInput(
+        "One. Two.\n\nThree.", tokenizer, ("paragraph", "sentence", "word"), baselines="delete"
+    )
     assert [level.name for level in inp.levels] == ["paragraph", "sentence"]
     result = _attribute(model, tokenizer, inp)
     result.save(tmp_path / "result.safetensors")
@@ -142,7 +150,9 @@ def test_levels_survive_saving(model, tokenizer, tmp_path):
 
 def test_a_group_across_parts_has_no_level(tokenizer):
     with pytest.raises(ValueError, match="different parts of level 'sentence'"):
-        TextSegmentInput(TEXT, tokenizer, ("sentence", "word"), groups=[["Dave", "He"]])
+        TextSegmentInput(
+            TEXT, tokenizer, ("sentence", "word"), groups=[["Dave", "He"]], baselines="delete"
+        )
 
 
 # --- parts, templates, units ----------------------------------------------------------------------
@@ -154,30 +164,37 @@ def test_prompts_of_named_parts(model, tokenizer):
         ("passage 1", "Dave lives in Austin."),
         ("passage 2", "Ann is a nurse."),
     ]
-    inp = TextSegmentInput.from_parts(parts, tokenizer, joiner="\n")
+    inp = TextSegmentInput.from_parts(parts, tokenizer, joiner="\n", baselines="delete")
     assert inp.names == ["passage 1", "passage 2"]
     assert inp.text == "Answer the question.\nDave lives in Austin.\nAnn is a nurse."
     assert tokenizer.decode(_render(inp)).startswith("<s>Answer the question.")
     assert _attribute(model, tokenizer, inp).input_tokens == ["passage 1", "passage 2"]
-    words = TextSegmentInput.from_parts(parts, tokenizer, "word", joiner="\n")
+    words = TextSegmentInput.from_parts(parts, tokenizer, "word", joiner="\n", baselines="delete")
     assert words.names[:2] == ["Dave", " lives"]
     found = _attribute(model, tokenizer, words)
     assert found.at_level("part")[0] == ["passage 1", "passage 2"]
-    named = TextSegmentInput.from_parts(parts, tokenizer, ("passage", "sentence"), joiner="\n")
+    named = TextSegmentInput.from_parts(
+        parts, tokenizer, ("passage", "sentence"), joiner="\n", baselines="delete"
+    )
     assert named.names == ["Dave lives in Austin.", "Ann is a nurse."]
     assert [level.name for level in named.levels] == ["passage"]
-    assert TextSegmentInput.from_parts(parts, tokenizer, "example").names == inp.names
+    assert (
+        TextSegmentInput.from_parts(parts, tokenizer, "example", baselines="delete").names
+        == inp.names
+    )
     for bad, message in (
         ([("a", " ")], "part 'a' is empty"),
         ([("a", "b", True)], "every part is fixed"),
     ):
         with pytest.raises(ValueError, match=message):
-            TextSegmentInput.from_parts(bad, tokenizer)
+            TextSegmentInput.from_parts(bad, tokenizer, baselines="delete")
 
 
 def test_templates_on_token_ids(model, tokenizer):
     template, values = "{} lives in {}, {}.", ["Dave", "Palm Coast", "FL"]
-    inp = TextSegmentInput.from_template(template, values, tokenizer, mask=[0, 1, 1])
+    inp = TextSegmentInput.from_template(
+        template, values, tokenizer, mask=[0, 1, 1], baselines="delete"
+    )
     assert inp.names == ["Dave", "Palm Coast …FL"]
     assert inp.text == "Dave lives in Palm Coast, FL."
     named = TextSegmentInput.from_template(
@@ -189,7 +206,7 @@ def test_templates_on_token_ids(model, tokenizer):
     assert named.names == ["Dave", "Austin"]
     assert tokenizer.decode(_render(named)) == "<s>Ann lives in Boise."
     with pytest.raises(ValueError, match="cannot be found in the text"):
-        TextSegmentInput.from_template(lambda a: a[::-1], ["xy"], tokenizer)
+        TextSegmentInput.from_template(lambda a: a[::-1], ["xy"], tokenizer, baselines="delete")
 
 
 def test_corpus_baselines_serve_captums_templates(model, tokenizer):
@@ -216,13 +233,13 @@ def test_corpus_baselines_serve_captums_templates(model, tokenizer):
     ],
 )
 def test_units_of_every_kind(tokenizer, unit, names):
-    inp = TextSegmentInput("Q: a?\nA: b.\nQ: c?", tokenizer, unit)
+    inp = TextSegmentInput("Q: a?\nA: b.\nQ: c?", tokenizer, unit, baselines="delete")
     assert [name.strip() for name in inp.names] == [name.strip() for name in names]
 
 
 def test_names_are_one_per_span(tokenizer):
-    inp = TextSegmentInput("Dave lives", tokenizer, names=["who", "what"])
+    inp = TextSegmentInput("Dave lives", tokenizer, names=["who", "what"], baselines="delete")
     assert inp.names == inp.values == ["who", "what"]
     assert inp.slots[1].text == " lives"
     with pytest.raises(ValueError, match="`names` has 1 entries for 2 spans"):
-        TextSegmentInput("Dave lives", tokenizer, names=["who"])
+        TextSegmentInput("Dave lives", tokenizer, names=["who"], baselines="delete")

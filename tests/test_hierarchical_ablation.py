@@ -91,7 +91,7 @@ def setting():
     )
     tokenizer = tiny.byte_level()
     model = tiny.llama().double()
-    inp = TextSegmentInput(text, tokenizer, ("paragraph", "sentence", "word"))
+    inp = TextSegmentInput(text, tokenizer, ("paragraph", "sentence", "word"), baselines="delete")
     return model, tokenizer, inp, " golf and chess"
 
 
@@ -158,7 +158,7 @@ def test_wrong_use_is_told(setting):
     for share in (-0.1, 2, "much", True):
         with pytest.raises(ValueError, match="`share` is"):
             HierarchicalAblation(model, share=share)
-    flat = TextSegmentInput("One two three.", tokenizer, "word")
+    flat = TextSegmentInput("One two three.", tokenizer, "word", baselines="delete")
     attribution = GenerationAttribution(HierarchicalAblation(model), tokenizer)
     with pytest.raises(ValueError, match="no coarser parts"):
         attribution.attribute(flat, target)

@@ -248,7 +248,10 @@ def test_what_no_digest_shows_is_seen_in_a_row_that_is_scored_anew(
     runs = [(attribution, {}, tmp_path / "a"), (gradients, {"n_steps": 3}, tmp_path / "b")]
     for one, options, out in runs:
         attribute_dataset(GIVEN, one, out, **options)
-    inp, path = TextSegmentInput(PROMPT, tokenizer), tmp_path / "run.safetensors"
+    inp, path = (
+        TextSegmentInput(PROMPT, tokenizer, baselines="delete"),
+        tmp_path / "run.safetensors",
+    )
     attribution.attribute(inp, [5, 6], checkpoint=path)
     undo = change(own)
     more = [*GIVEN, {"prompt": "Ann", "target": [7]}]
@@ -266,7 +269,10 @@ def test_what_no_digest_shows_is_seen_in_a_row_that_is_scored_anew(
 
 def test_a_switch_that_attention_alone_shows_is_seen_in_a_checkpoint(own, tokenizer, tmp_path):
     """A row of one id before the target attends to that alone, whatever its queries are."""
-    attention, inp = own.model.layers[0].self_attn, TextSegmentInput(PROMPT, tokenizer)
+    attention, inp = (
+        own.model.layers[0].self_attn,
+        TextSegmentInput(PROMPT, tokenizer, baselines="delete"),
+    )
     attention.scale = 1.0
     attention.q_proj.register_forward_hook(lambda module, given, said: said * attention.scale)
     attribution = GenerationAttribution(FeatureAblation(own), tokenizer)
@@ -285,7 +291,10 @@ def test_another_configuration_of_generation_counts_where_something_is_generated
     written = [{"prompt": PROMPT}]
     attribute_dataset(written, attribution, tmp_path / "written", **options)
     attribute_dataset(GIVEN, attribution, tmp_path / "given")
-    inp, path = TextSegmentInput(PROMPT, tokenizer), tmp_path / "run.safetensors"
+    inp, path = (
+        TextSegmentInput(PROMPT, tokenizer, baselines="delete"),
+        tmp_path / "run.safetensors",
+    )
     attribution.attribute(inp, checkpoint=path, **options)
     own.generation_config.repetition_penalty = 3.0
     with pytest.raises(ValueError, match=r"`generation` was .*'repetition_penalty': '3.0'"):

@@ -78,32 +78,36 @@ def test_a_features_ids_are_the_text_of_the_feature(unit, text):
     # In scripts without spaces a byte-level token may hold the end of one character and the
     # beginning of the next: it then belongs to the first.
     tokenizer = TOKENIZERS["byte-level"]
-    for slot in TextSegmentInput(text, tokenizer, unit).slots:
+    for slot in TextSegmentInput(text, tokenizer, unit, baselines="delete").slots:
         assert tokenizer.decode(slot.ids) == slot.text
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_names_spell_the_features(name):
     text = "Dave lives in Palm Coast, FL."
-    inp = TextSegmentInput(text, TOKENIZERS[name])
+    inp = TextSegmentInput(text, TOKENIZERS[name], baselines="delete")
     assert inp.names == ["Dave", " lives", " in", " Palm", " Coast,", " FL."]
     assert inp.values == inp.names
     assert "".join(piece.text for piece in inp.pieces).removeprefix("<s>") == text
 
 
 def test_special_tokens_are_features_only_when_asked_for(tokenizer):
-    assert TextSegmentInput("Dave lives", tokenizer).names == ["Dave", " lives"]
-    inp = TextSegmentInput("Dave lives", tokenizer, special_tokens_are_features=True)
+    assert TextSegmentInput("Dave lives", tokenizer, baselines="delete").names == ["Dave", " lives"]
+    inp = TextSegmentInput(
+        "Dave lives", tokenizer, special_tokens_are_features=True, baselines="delete"
+    )
     assert inp.names == ["<s>", "Dave", " lives"]
     assert _render(inp, [False, True, True]) == inp.ids[1:]
-    marked = TextSegmentInput("Dave</s> lives", tokenizer, special_tokens_are_features=True)
+    marked = TextSegmentInput(
+        "Dave</s> lives", tokenizer, special_tokens_are_features=True, baselines="delete"
+    )
     assert marked.names == ["<s>", "Dave", "</s>", " lives"]
 
 
 def test_special_tokens_in_the_text_belong_to_the_features_that_they_are_in(tokenizer):
     text = "Dave</s> lives.<s>\n Go</s>"
     for unit in ("token", "word", "sentence", [(0, 8), (8, len(text))], [(4, 8), (15, 18)]):
-        inp = TextSegmentInput(text, tokenizer, unit)
+        inp = TextSegmentInput(text, tokenizer, unit, baselines="delete")
         assert list(inp.ids) == tokenizer.encode(text)
         for slot in inp.slots:
             assert tokenizer.decode(slot.ids) == slot.text
@@ -115,7 +119,7 @@ def test_special_tokens_in_the_text_belong_to_the_features_that_they_are_in(toke
 
 def test_words_that_the_vocabulary_does_not_know_are_features():
     tokenizer = TOKENIZERS["word piece"]
-    inp = TextSegmentInput("Dave ☃ lives", tokenizer)
+    inp = TextSegmentInput("Dave ☃ lives", tokenizer, baselines="delete")
     assert inp.names == ["Dave", " ☃", " lives"]
     assert inp.slots[1].ids == (tokenizer.unk_token_id,)
 
@@ -130,7 +134,7 @@ def test_a_sentence_is_absent_with_the_special_tokens_in_it(tokenizer):
 
 def test_explicit_spans_leave_the_rest_fixed(tokenizer):
     text = "Dave lives in Palm Coast, FL."
-    inp = TextSegmentInput(text, tokenizer, [(14, 24), (26, 28)])
+    inp = TextSegmentInput(text, tokenizer, [(14, 24), (26, 28)], baselines="delete")
     assert inp.names == ["Palm Coast", "FL"]
     assert tokenizer.decode(_render(inp, [False, True])) == "<s>Dave lives in, FL."
     assert [piece.text for piece in inp.pieces if piece.feature is None] == [
@@ -178,13 +182,15 @@ def test_draws_follow_the_generator_and_the_draw_number(tokenizer):
 def test_a_long_prompt_takes_no_quadratic_time(tokenizer, unit):
     # 100,000 characters and 22,000 words: a quadratic step would run for minutes.
     text = "Dave lives in Palm Coast, FL and is a lawyer. " * 2200
-    inp = TextSegmentInput(text, tokenizer, unit, fixed=[(47 * i, 47 * i + 4) for i in range(2000)])
+    inp = TextSegmentInput(
+        text, tokenizer, unit, fixed=[(47 * i, 47 * i + 4) for i in range(2000)], baselines="delete"
+    )
     assert inp.n_features > 19_500
     assert _render(inp, [True] * inp.n_features) == inp.ids
 
 
 def test_works_as_an_interpretable_input_of_captum(tokenizer):
-    inp = TextSegmentInput("Dave lives in", tokenizer)
+    inp = TextSegmentInput("Dave lives in", tokenizer, baselines="delete")
     assert torch.equal(inp.to_tensor(), torch.ones(1, 3))
     assert inp.to_model_input().tolist() == [tokenizer.encode("Dave lives in")]
     assert inp.to_model_input(torch.tensor([[1.0, 0.0, 1.0]])).tolist() == [
@@ -201,10 +207,10 @@ def test_tokens_that_run_across_words_make_one_feature(tokenizer):
         def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
             return {"input_ids": [9, 10], "offset_mapping": [(0, 8), (8, 13)]}
 
-    inp = TextSegmentInput("New York City", Crossing(tokenizer))
+    inp = TextSegmentInput("New York City", Crossing(tokenizer), baselines="delete")
     assert inp.names == ["New York", " City"]
     with pytest.raises(ValueError, match="owns no whole token"):
-        TextSegmentInput("New York City", Crossing(tokenizer), [(0, 3), (4, 8)])
+        TextSegmentInput("New York City", Crossing(tokenizer), [(0, 3), (4, 8)], baselines="delete")
 
 
 @pytest.mark.parametrize(

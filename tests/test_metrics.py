@@ -339,7 +339,7 @@ def test_draws_of_a_game_tell_errors(model, tokenizer):
     assert float(lost.value.standard_error) == pytest.approx(each.std(ddof=1) / np.sqrt(5))
     single = attribution.to_game(inp, TARGET, n_draws=1)
     assert np.isnan(float(comprehensiveness([9.0, 1.0, 0.0, 2.0], single, 1).value.standard_error))
-    fixed = attribution.to_game(TextSegmentInput(PROMPT, tokenizer), TARGET)
+    fixed = attribution.to_game(TextSegmentInput(PROMPT, tokenizer, baselines="delete"), TARGET)
     assert fixed.draw_values(masks).shape == (1, 3)
     assert float(comprehensiveness([9.0, 1, 0, 2], fixed, 1).value.standard_error) == 0.0
 
@@ -518,7 +518,10 @@ def test_what_does_not_fit_is_refused(model, tokenizer):
     refused("'a' is a Tensor: give results", TypeError, results={"a": result.token_attr})
     other = attribution.attribute(inp, " chess.")
     refused("have different targets", results=[result, other])
-    refused("4 prompt features, the input has 1", on=TextSegmentInput(PROMPT, tokenizer, "line"))
+    refused(
+        "4 prompt features, the input has 1",
+        on=TextSegmentInput(PROMPT, tokenizer, "line", baselines="delete"),
+    )
     elsewhere = TextSegmentInput("Dave lives in Boston.", tokenizer, baselines=3)
     refused("' Austin.' and ' Boston.' are the first that differ", on=elsewhere)
     spans, more = [(0, 4), (5, 10)], "Dave lives at home."

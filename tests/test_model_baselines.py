@@ -155,7 +155,7 @@ def test_another_model_may_propose(demo):
     """With a tokenizer of its own."""
     tokenizer = tiny.byte_level()
     model = tiny.llama(len(tokenizer))
-    asked = ModelBaselines(Likelihood(*demo))
+    asked = ModelBaselines(Likelihood(*demo), n_candidates=12)
     result = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(
         words(PROMPT, tokenizer, asked), "poker"
     )
@@ -193,7 +193,7 @@ def test_gradients_take_each_word_by_itself(demo):
     model, tokenizer = demo
     method = LayerIntegratedGradients(model, None)
     result = GenerationGradientAttribution(method, tokenizer).attribute(
-        words(PROMPT, tokenizer, ModelBaselines()), "poker", n_steps=8
+        words(PROMPT, tokenizer, ModelBaselines()), "poker", n_steps=16
     )
     assert result.token_attr[0].abs().argmax() == PROMPT.split().index("lawyer.")
 

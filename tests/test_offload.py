@@ -15,7 +15,7 @@ LAYERS = ("model.layers.0", "model.layers.1")
 
 
 def attribute(model, tokenizer):
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     attribution = GenerationAttribution(ShapleyValueSampling(model), tokenizer)
     return attribution.attribute(inp, gen_args={"max_new_tokens": 5}, n_samples=6)
 

@@ -70,7 +70,7 @@ def test_a_features_text_is_that_of_its_tokens(name, unit):
     for text in TEXTS[:-1] if isinstance(unit, list) else TEXTS:
         if isinstance(unit, list) and text in TEXTS[1:]:
             continue
-        inp = TextSegmentInput(text, tokenizer, unit)
+        inp = TextSegmentInput(text, tokenizer, unit, baselines="delete")
         for slot in inp.slots:
             assert tokenizer.decode(list(slot.ids)) == slot.text
         assert "".join(piece.text for piece in inp.pieces).removeprefix("<s>") in (text, text[3:])
@@ -82,14 +82,14 @@ def test_offsets_found_by_decoding_make_the_same_features(name):
     slow = layouts.NoOffsets(fast, splits=False)
     for text in TEXTS:
         for unit in ("word", "sentence"):
-            one, other = (TextSegmentInput(text, t, unit) for t in (fast, slow))
+            one, other = (TextSegmentInput(text, t, unit, baselines="delete") for t in (fast, slow))
             assert one.names == other.names
             assert [slot.ids for slot in one.slots] == [slot.ids for slot in other.slots]
 
 
 def test_special_tokens_of_a_text_that_the_tokenizer_splits_are_characters_like_others():
     tokenizer = layouts.llama3(split_special_tokens=True)
-    inp = TextSegmentInput("Dave</s> lives", tokenizer)
+    inp = TextSegmentInput("Dave</s> lives", tokenizer, baselines="delete")
     assert inp.names == ["Dave</s>", " lives"]
     assert len(inp.slots[0].ids) > 2
     assert tokenizer.eos_token_id not in inp.ids
@@ -98,20 +98,27 @@ def test_special_tokens_of_a_text_that_the_tokenizer_splits_are_characters_like_
 def test_bos_in_the_text_is_the_one_that_the_tokenizer_adds():
     tokenizer = LAYOUTS["llama3"]
     for text in ("<s>Dave lives", "Dave lives"):
-        inp = TextSegmentInput(text, tokenizer)
+        inp = TextSegmentInput(text, tokenizer, baselines="delete")
         assert inp.names == ["Dave", " lives"]
         assert _render(inp, [False, False]) == (tokenizer.bos_token_id,)
     # The second one is text; one that the tokenizer does not add is, too; so is what was drawn.
-    assert TextSegmentInput("<s><s>Dave", tokenizer).names == ["<s>Dave"]
-    assert TextSegmentInput("<|end|>Dave", LAYOUTS["gpt2"]).names == ["<|end|>Dave"]
-    assert TextSegmentInput("<s>Dave lives", tokenizer, [(0, 7)]).slots[0].ids[0] == 1
+    assert TextSegmentInput("<s><s>Dave", tokenizer, baselines="delete").names == ["<s>Dave"]
+    assert TextSegmentInput("<|end|>Dave", LAYOUTS["gpt2"], baselines="delete").names == [
+        "<|end|>Dave"
+    ]
+    assert (
+        TextSegmentInput("<s>Dave lives", tokenizer, [(0, 7)], baselines="delete").slots[0].ids[0]
+        == 1
+    )
 
 
 def test_special_tokens_that_swallow_white_space_own_it():
     tokenizer = layouts.llama3()
     left, right = AddedToken("<L>", lstrip=True), AddedToken("<R>", rstrip=True)
     tokenizer.add_tokens([left, right], special_tokens=True)
-    inp = TextSegmentInput("a  <L> b <R>  c", tokenizer, special_tokens_are_features=True)
+    inp = TextSegmentInput(
+        "a  <L> b <R>  c", tokenizer, special_tokens_are_features=True, baselines="delete"
+    )
     assert inp.names == ["<s>", "a", "  <L>", " b", " <R>  ", "c"]
     assert [slot.text for slot in inp.slots[1:]] == ["a", "  <L>", " b", " <R>  ", "c"]
     assert [tokenizer.decode(list(slot.ids)).strip() for slot in inp.slots] == [
@@ -133,7 +140,7 @@ def _with_phrases(make):
 def test_words_that_share_a_token_are_one(make, python):
     fast = _with_phrases(make)
     tokenizer = layouts.NoOffsets(fast) if python else fast
-    inp = TextSegmentInput("Dave in Palm Coast, FL", tokenizer)
+    inp = TextSegmentInput("Dave in Palm Coast, FL", tokenizer, baselines="delete")
     assert inp.names == ["Dave", " in", " Palm Coast,", " FL"]
     phrase = fast.convert_tokens_to_ids("Palm Coast")
     assert [phrase in slot.ids for slot in inp.slots] == [False, False, True, False]
@@ -146,25 +153,29 @@ def test_words_that_share_a_token_are_one(make, python):
 
 def test_sentences_that_share_a_token_are_one_at_every_level():
     tokenizer = _with_phrases(layouts.llama3)
-    inp = TextSegmentInput("He saw it. But why? Go.", tokenizer, ("sentence", "word"))
+    inp = TextSegmentInput(
+        "He saw it. But why? Go.", tokenizer, ("sentence", "word"), baselines="delete"
+    )
     assert inp.names == ["He", " saw", " it. But", " why?", " Go."]
     (level,) = inp.levels
     assert level.parts == ["He saw it. But why?", " Go."]
     assert level.part_of == [0, 0, 0, 0, 1]
-    by_token = TextSegmentInput("He saw it. But why? Go.", tokenizer, ("sentence", "token"))
+    by_token = TextSegmentInput(
+        "He saw it. But why? Go.", tokenizer, ("sentence", "token"), baselines="delete"
+    )
     assert by_token.levels[0].parts == level.parts
 
 
 def test_characters_that_share_a_token_are_one():
     tokenizer = LAYOUTS["llama3"]
     text = "首都です"
-    inp = TextSegmentInput(text, tokenizer)
+    inp = TextSegmentInput(text, tokenizer, baselines="delete")
     spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     borders = {stop for _, stop in spans} - {b for a, s in spans for b in range(a + 1, s)} - {0}
     assert {slot.stop for slot in inp.slots} == borders
     assert "".join(inp.names) == text
     # A text of one's own making: every character, as far as tokens let it.
-    single = TextSegmentInput("Dave", tokenizer, segment.pattern("."))
+    single = TextSegmentInput("Dave", tokenizer, segment.pattern("."), baselines="delete")
     assert single.names == [tokenizer.decode([token]) for token in single.ids[1:]]
 
 
@@ -172,19 +183,21 @@ def test_spans_by_hand_are_never_changed_in_silence():
     tokenizer = _with_phrases(layouts.llama3)
     text = "Dave in Palm Coast, FL"
     with pytest.raises(ValueError, match=r"owns no whole token"):
-        TextSegmentInput(text, tokenizer, [(8, 12), (13, 18)])
+        TextSegmentInput(text, tokenizer, [(8, 12), (13, 18)], baselines="delete")
     for unit in ([(0, 12), (13, 22)], segment.strings(["in Palm", "Coast, FL"])):
         with pytest.raises(ValueError, match=r"share the token 'Palm Coast'.*one span around"):
-            TextSegmentInput(text, tokenizer, unit)
+            TextSegmentInput(text, tokenizer, unit, baselines="delete")
     with pytest.warns(UserWarning, match=r"'Palm' has a part of the token 'Palm Coast', all of wh"):
-        inp = TextSegmentInput(text, tokenizer, [(8, 12)])
+        inp = TextSegmentInput(text, tokenizer, [(8, 12)], baselines="delete")
     assert inp.names == ["Palm Coast"]
     assert [slot.text for slot in inp.slots] == ["Palm Coast"]
     with pytest.warns(UserWarning, match="'Coast, FL' has a part .* stays when it is absent"):
-        inp = TextSegmentInput(text, tokenizer, [(13, 22)])
+        inp = TextSegmentInput(text, tokenizer, [(13, 22)], baselines="delete")
     assert inp.names == [", FL"]
     with pytest.raises(ValueError, match="two parts share 'ab'"):
-        TextSegmentInput.from_parts([("x", "a"), ("y", "b c")], tokenizer, "word", joiner="")
+        TextSegmentInput.from_parts(
+            [("x", "a"), ("y", "b c")], tokenizer, "word", joiner="", baselines="delete"
+        )
     ids = tokenizer.encode("ab c", add_special_tokens=False)
     with pytest.raises(ValueError, match="share the token 'ab'"):
         GeneratedText(ids, tokenizer, [(0, 1), (1, 4)])
@@ -192,19 +205,25 @@ def test_spans_by_hand_are_never_changed_in_silence():
 
 def test_a_token_of_fixed_text_is_fixed():
     tokenizer = _with_phrases(layouts.llama3)
-    inp = TextSegmentInput("Dave in Palm Coast, FL", tokenizer, fixed=["Coast"])
+    inp = TextSegmentInput("Dave in Palm Coast, FL", tokenizer, fixed=["Coast"], baselines="delete")
     assert inp.names == ["Dave", " in", ",", " FL"]
     assert "Palm Coast" in tokenizer.decode(list(_render(inp, [False] * 4)))
-    by_token = TextSegmentInput("Dave in Palm Coast", tokenizer, "token", fixed=["Coast"])
+    by_token = TextSegmentInput(
+        "Dave in Palm Coast", tokenizer, "token", fixed=["Coast"], baselines="delete"
+    )
     assert "Palm Coast" in tokenizer.decode(list(_render(by_token, [False] * by_token.n_features)))
 
 
 def test_groups_go_by_the_words_that_are_there():
     tokenizer = _with_phrases(layouts.llama3)
-    inp = TextSegmentInput("Dave in Palm Coast, FL", tokenizer, groups=[["Palm Coast,", "FL"]])
+    inp = TextSegmentInput(
+        "Dave in Palm Coast, FL", tokenizer, groups=[["Palm Coast,", "FL"]], baselines="delete"
+    )
     assert inp.names == ["Dave", " in", " Palm Coast, … FL"]
     with pytest.raises(ValueError, match=r"names 'Palm', which is no span: .*'Palm Coast,'"):
-        TextSegmentInput("Dave in Palm Coast, FL", tokenizer, groups=[["Palm", "FL"]])
+        TextSegmentInput(
+            "Dave in Palm Coast, FL", tokenizer, groups=[["Palm", "FL"]], baselines="delete"
+        )
 
 
 def test_named_parts_and_special_tokens_as_features():
@@ -213,6 +232,7 @@ def test_named_parts_and_special_tokens_as_features():
         [("rule", "Be brief.</s>"), ("question", "Why?")],
         tokenizer,
         special_tokens_are_features=True,
+        baselines="delete",
     )
     assert inp.names == ["<s>", "rule", "question", "</s>"]
     assert [slot.label for slot in inp.slots] == [None, "rule", "question", None]
@@ -221,6 +241,7 @@ def test_named_parts_and_special_tokens_as_features():
         tokenizer,
         ("part", "word"),
         special_tokens_are_features=True,
+        baselines="delete",
     )
     assert words.names == ["<s>", "Be", " brief.", "</s>", "Why?", "</s>"]
     (level,) = words.levels
@@ -277,7 +298,7 @@ def test_values_are_those_of_the_text_without_the_feature():
     tokenizer = _with_phrases(layouts.llama3)
     model = tiny.llama(len(tokenizer))
     text = "Go.</s> Palm Coast, FL"
-    inp = TextSegmentInput(text, tokenizer)
+    inp = TextSegmentInput(text, tokenizer, baselines="delete")
     assert inp.names == ["Go.</s>", " Palm Coast,", " FL"]
     target = tokenizer.encode(" golf", add_special_tokens=False)
     result = GenerationAttribution(ShapleyValues(model), tokenizer).attribute(

@@ -578,7 +578,7 @@ TARGET = " golf and"
 
 
 def attribute(model, tokenizer, *, scheme="orders", hierarchy=None, inp=None, target=TARGET, **kw):
-    inp = inp or TextSegmentInput(PROMPT, tokenizer, unit=("sentence", "word"))
+    inp = inp or TextSegmentInput(PROMPT, tokenizer, unit=("sentence", "word"), baselines="delete")
     method = PartitionShap(model, hierarchy, scheme)
     return GenerationAttribution(method, tokenizer).attribute(inp, target, **kw)
 
@@ -608,7 +608,7 @@ def test_every_token_gets_the_owen_values_of_the_inputs_own_nesting(model, token
     model = model.double()
     try:
         target = tokenizer.encode(TARGET, add_special_tokens=False)
-        inp = TextSegmentInput(PROMPT, tokenizer, unit=("sentence", "word"))
+        inp = TextSegmentInput(PROMPT, tokenizer, unit=("sentence", "word"), baselines="delete")
         result = attribute(model, tokenizer, inp=inp, target=target, n_samples=400)
         assert result.provenance["estimator"] == "exact Owen values"
         n_prompt = 5
@@ -630,7 +630,9 @@ def test_words_of_the_output_are_held_while_their_own_tokens_are_said(model, tok
     model = model.double()
     try:
         target = tokenizer.encode(" chess golf.", add_special_tokens=False)
-        inp = TextSegmentInput("Dave lives. He sang", tokenizer, unit=("sentence", "word"))
+        inp = TextSegmentInput(
+            "Dave lives. He sang", tokenizer, unit=("sentence", "word"), baselines="delete"
+        )
         budget = {"orders": 3000, "splits": 3000}[scheme]
         result = attribute(
             model,
@@ -660,7 +662,10 @@ def test_words_of_the_output_are_held_while_their_own_tokens_are_said(model, tok
 
 def test_orders_with_words_under_way_come_near(model, tokenizer):
     inp = TextSegmentInput(
-        "Dave lives. He sang songs. He won.", tokenizer, unit=("sentence", "word")
+        "Dave lives. He sang songs. He won.",
+        tokenizer,
+        unit=("sentence", "word"),
+        baselines="delete",
     )
     arguments = {"inp": inp, "target": " chess golf.", "output_unit": "word"}
     exact = attribute(model, tokenizer, **arguments, n_samples=10**5)
@@ -675,7 +680,7 @@ def test_orders_with_words_under_way_come_near(model, tokenizer):
 
 
 def test_a_hierarchy_of_the_users_own_is_taken(model, tokenizer):
-    inp = TextSegmentInput("Dave lives in Austin", tokenizer)
+    inp = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     flat = attribute(model, tokenizer, inp=inp, hierarchy=[0, 1, 2, 3, 4, 5], n_samples=10**4)
     shapley = GenerationAttribution(ShapleyValues(model), tokenizer).attribute(inp, TARGET)
     assert len(flat.target) == 3  # the last has no token after it and may be left out
@@ -701,7 +706,9 @@ def test_a_hierarchy_of_the_users_own_is_taken(model, tokenizer):
 
 
 def test_what_a_small_budget_leaves_open_is_in_the_result(model, tokenizer, tmp_path):
-    inp = TextSegmentInput(PROMPT + " She won. They lost it.", tokenizer, unit=("sentence", "word"))
+    inp = TextSegmentInput(
+        PROMPT + " She won. They lost it.", tokenizer, unit=("sentence", "word"), baselines="delete"
+    )
     result = attribute(model, tokenizer, inp=inp, scheme="splits", n_samples=14)
     assert result.n_evaluations <= 14
     assert result.efficiency_gap.abs().max() < 1e-9
@@ -749,7 +756,7 @@ def test_random_baselines_are_averaged(model, tokenizer, scheme):
 
 
 def test_merged_features_have_a_nesting_of_their_own(model, tokenizer):
-    inp = TextSegmentInput("Dave lives in Austin", tokenizer)
+    inp = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     mask = torch.tensor([[0, 1, 0, 2]])
     result = attribute(model, tokenizer, inp=inp, feature_mask=mask, output_unit=None)
     shapley = GenerationAttribution(ShapleyValues(model), tokenizer).attribute(
@@ -759,7 +766,7 @@ def test_merged_features_have_a_nesting_of_their_own(model, tokenizer):
 
 
 def test_joint_probabilities_respect_the_nesting(model, tokenizer):
-    inp = TextSegmentInput(PROMPT, tokenizer, unit=("sentence", "word"))
+    inp = TextSegmentInput(PROMPT, tokenizer, unit=("sentence", "word"), baselines="delete")
     target = tokenizer.encode(TARGET, add_special_tokens=False)
     method = PartitionShap(model)
     result = GenerationAttribution(method, tokenizer, attr_target="prob").attribute(
@@ -785,7 +792,9 @@ def test_joint_probabilities_respect_the_nesting(model, tokenizer):
 def test_mistakes_are_told(model, tokenizer):
     with pytest.raises(ValueError, match='give "orders" or "splits"'):
         PartitionShap(model, scheme="halves")
-    inp = TextSegmentInput("one two three four five six seven eight nine ten", tokenizer)
+    inp = TextSegmentInput(
+        "one two three four five six seven eight nine ten", tokenizer, baselines="delete"
+    )
     many = {"inp": inp, "n_samples": 20}
     with pytest.raises(ValueError, match="`tol` and `num_trials`"):
         attribute(model, tokenizer, scheme="splits", tol=0.1, **many)
@@ -827,7 +836,7 @@ class OwnPartition(PartitionShap):
 
 
 def test_subclasses_run_through_their_own_attribute(model, tokenizer):
-    inp = TextSegmentInput("Dave lives in Austin", tokenizer)
+    inp = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     flat: Sequence[int] = [0, 1, 2, 3]
     own = GenerationAttribution(OwnPartition(model, flat), tokenizer)
     known = GenerationAttribution(PartitionShap(model, flat), tokenizer)
@@ -840,11 +849,11 @@ def test_subclasses_run_through_their_own_attribute(model, tokenizer):
 def test_words_of_sentences_cost_less_than_words_alone(model, tokenizer):
     """What the nesting is for: the same budget, less noise in the sums over sentences."""
     text = "Dave lives in Austin. Ann has a dog. He won. They sang songs. It rained."
-    inp = TextSegmentInput(text, tokenizer, unit=("sentence", "word"))
+    inp = TextSegmentInput(text, tokenizer, unit=("sentence", "word"), baselines="delete")
     result = attribute(model, tokenizer, inp=inp, output_unit=None, n_samples=200)
     names, sums = result.at_level("sentence")
     assert len(names) == 5
-    sentences = TextSegmentInput(text, tokenizer, unit="sentence")
+    sentences = TextSegmentInput(text, tokenizer, unit="sentence", baselines="delete")
     exact = GenerationAttribution(ShapleyValues(model), tokenizer).attribute(
         sentences, TARGET, output_unit=None
     )

@@ -15,7 +15,7 @@ TARGET = " golf and chess"
 
 def attribute(model, method=FeatureAblation, **arguments):
     tokenizer = tiny.byte_level()
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     attribution = GenerationAttribution(method(model), tokenizer)
     return attribution.attribute(inp, TARGET, **arguments)
 

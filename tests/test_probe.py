@@ -157,7 +157,7 @@ def test_rows_that_change_one_another_are_asked_one_by_one(name):
 @pytest.mark.filterwarnings("ignore:.* steps are too few")
 def test_the_gradients_of_models_that_see_ahead_do_not_leak(tokenizer):
     model = Changed(lambda logits, ids: logits + 0.5 * logits.roll(-1, 1))
-    inp = TextSegmentInput(TEXT, tokenizer, "word")
+    inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
     method = LayerIntegratedGradients(model, model.inner.get_input_embeddings())
     result = GenerationGradientAttribution(method, tokenizer).attribute(inp, " golf", n_steps=4)
     rows = [
@@ -174,7 +174,7 @@ def test_the_gradients_of_models_that_see_ahead_do_not_leak(tokenizer):
 
 @pytest.mark.filterwarnings("ignore:.* steps are too few")
 def test_the_gradients_of_models_that_couple_rows_are_those_of_one_row(tokenizer):
-    inp = TextSegmentInput(TEXT, tokenizer, "word")
+    inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
     found = []
     for change in (lambda x, _: x + 0.3 * x.mean(0, keepdim=True), lambda x, _: 1.3 * x):
         model = Changed(change)
@@ -221,7 +221,7 @@ def test_logits_of_a_soft_prompt_in_front_belong_to_no_id(tokenizer):
         assert findings(model, rows).n_before == 4
     with pytest.raises(ValueError, match="returns 12 logits for 8 ids"):
         Scorer(SoftPrompt(behind=True).eval()).values(rows, target)
-    inp = TextSegmentInput(TEXT, tokenizer, "word")
+    inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
     found = [
         GenerationAttribution(FeatureAblation(model), tokenizer).attribute(
             inp, " golf and", perturbations_per_eval=n
@@ -265,7 +265,7 @@ class PlainOutput(nn.Module):
 def test_outputs_and_names_that_have_one_meaning_are_taken(kind, wrapped, tokenizer):
     model = PlainOutput(kind)
     model = nn.DataParallel(model) if wrapped else model
-    inp = TextSegmentInput(TEXT, tokenizer, "word")
+    inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
     found = [
         GenerationAttribution(FeatureAblation(m), tokenizer).attribute(inp, " golf and")
         for m in (model, tiny.llama())
@@ -283,7 +283,7 @@ def test_generate_is_asked_for_where_there_is_no_target(tokenizer):
         def forward(self, input_ids=None, **arguments):
             return self.inner(input_ids=input_ids, **arguments)
 
-    inp = TextSegmentInput(TEXT, tokenizer, "word")
+    inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
     own = Own(tiny.llama().config).eval()
     truth = GenerationAttribution(FeatureAblation(own.inner), tokenizer).attribute(inp, " golf")
     attribution = GenerationAttribution(FeatureAblation(own), tokenizer)
@@ -356,7 +356,10 @@ class Hidden(nn.Module):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_says_no_next_tokens_is_refused_with_what_to_give(name, tokenizer):
     make, message = REFUSED[name]
-    method, inp = FeatureAblation(make(tokenizer)), TextSegmentInput(TEXT, tokenizer, "word")
+    method, inp = (
+        FeatureAblation(make(tokenizer)),
+        TextSegmentInput(TEXT, tokenizer, "word", baselines="delete"),
+    )
     with pytest.raises(TypeError, match=message):
         GenerationAttribution(method, tokenizer).attribute(inp, " golf and")
 

@@ -71,7 +71,7 @@ def by_role(pieces):
 @pytest.mark.parametrize("unit", ["turn", "word", "token"])
 @pytest.mark.parametrize("roles", [("user",), ("user", "system", "assistant")])
 def test_a_chat_tells_who_said_what(chatter, unit, roles):
-    chat = ChatInput(MESSAGES, chatter, unit, roles=roles)
+    chat = ChatInput(MESSAGES, chatter, unit, roles=roles, baselines="delete")
     assert "".join(piece.text for piece in chat.pieces) == chat.text
     said = [told for told in by_role(chat.pieces) if told[0] != "template"]
     assert said == [[message["role"], message["content"]] for message in MESSAGES]
@@ -80,7 +80,12 @@ def test_a_chat_tells_who_said_what(chatter, unit, roles):
 
 
 def test_roles_and_levels_of_a_chat_survive_a_file(model, chatter, tmp_path):
-    result = attribute(model, chatter, ChatInput(MESSAGES, chatter, "word"), " Golf. Chess.</s>")
+    result = attribute(
+        model,
+        chatter,
+        ChatInput(MESSAGES, chatter, "word", baselines="delete"),
+        " Golf. Chess.</s>",
+    )
     result.save(tmp_path / "chat.safetensors")
     loaded = GenerationAttributionResult.load(tmp_path / "chat.safetensors")
     assert loaded.prompt_pieces == result.prompt_pieces
@@ -97,14 +102,14 @@ def test_no_part_reaches_from_one_speaker_to_the_next(model, chatter):
     tokenizer = copy.deepcopy(chatter)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     messages = [{"role": role, "content": f"{role} says so"} for role in ("system", "user")]
-    chat = ChatInput(messages, tokenizer, "word", roles=("system", "user"))
+    chat = ChatInput(messages, tokenizer, "word", roles=("system", "user"), baselines="delete")
     result = attribute(model, tokenizer, chat, " Golf")
     for level in reading(result)["levels"]:
         assert level["part_of"] == [0, 0, 0, 1, 1, 1], level["name"]
 
 
 def test_the_finest_level_has_the_name_of_its_unit(model, tokenizer):
-    words = TextSegmentInput("Dave lives here.", tokenizer, "word")
+    words = TextSegmentInput("Dave lives here.", tokenizer, "word", baselines="delete")
     assert attribute(model, tokenizer, words, " Golf").provenance["unit"] == "word"
 
 
@@ -172,7 +177,9 @@ def test_a_special_token_is_no_part_of_a_sentence():
 
 
 def test_errors_of_the_whole_answer_know_of_shared_coalitions(model, tokenizer):
-    inp = TextSegmentInput("Dave lives in Palm Coast, FL and is old today.", tokenizer, "word")
+    inp = TextSegmentInput(
+        "Dave lives in Palm Coast, FL and is old today.", tokenizer, "word", baselines="delete"
+    )
     attribution = GenerationAttribution(ShapleyValueSampling(model), tokenizer)
     target = tokenizer.encode(" Golf and", add_special_tokens=False)
     result = attribution.attribute(inp, target=target, n_samples=6)
@@ -196,7 +203,9 @@ def sums(result):
 
 
 def example(model, tokenizer, method=ShapleyValueSampling, **options):
-    inp = TextSegmentInput("Dave lives here. Ann sings. Bob is old.", tokenizer, "word")
+    inp = TextSegmentInput(
+        "Dave lives here. Ann sings. Bob is old.", tokenizer, "word", baselines="delete"
+    )
     target = tokenizer.encode(" Golf. She sings and", add_special_tokens=False)
     return GenerationAttribution(method(model), tokenizer).attribute(inp, target=target, **options)
 
@@ -296,14 +305,20 @@ def test_errors_of_parts_are_as_large_as_sums_vary():
 def test_every_level_that_a_page_offers_can_be_asked_for(model, tokenizer, kind):
     text = "Dave lives here. Where?\n\nIn Reno. Or Austin."
     make = {
-        "words": lambda: TextSegmentInput(text, tokenizer, ("sentence", "word")),
+        "words": lambda: TextSegmentInput(
+            text, tokenizer, ("sentence", "word"), baselines="delete"
+        ),
         "parts": lambda: TextSegmentInput.from_parts(
             [("rule", "Be brief. Now."), ("question", "Why? Tell me.")],
             tokenizer,
             ("passage", "word"),
+            baselines="delete",
         ),
         "template": lambda: TextSegmentInput.from_template(
-            "{} lives in {}. {} lives in {}.", ["Dave", "Reno", "Ann", "Austin"], tokenizer
+            "{} lives in {}. {} lives in {}.",
+            ["Dave", "Reno", "Ann", "Austin"],
+            tokenizer,
+            baselines="delete",
         ),
         "captum's tokens": lambda: TextTokenInput(text, tokenizer),
     }

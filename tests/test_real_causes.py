@@ -69,7 +69,7 @@ def test_only_what_a_model_answers_right_is_a_case():
 )
 def test_the_strongest_word_is_held_against_the_cause(tokenizer, strongest, is_cause, is_right):
     prompt = Prompt("binding", "Anna lives in {}.", "Oslo", "Oslo", "Rome", "Rome", ("Anna",))
-    inp = TextSegmentInput(prompt.text, tokenizer, "word")
+    inp = TextSegmentInput(prompt.text, tokenizer, "word", baselines="delete")
     values = torch.tensor([float(name.strip(" .") == strongest) for name in inp.names])
     found = judge(prompt, inp, values)
     assert (found.is_cause, found.is_right) == (is_cause, is_right)

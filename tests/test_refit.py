@@ -34,7 +34,7 @@ SHAPLEY = [KernelShap, ShapleyValueSampling, ShapleyValues]
 
 def attribute(model, tokenizer, method, *, prompt=PROMPT, attr_target="log_prob", **arguments):
     inp = arguments.pop("inp", None) or TextSegmentInput(
-        prompt, tokenizer, unit=arguments.pop("unit", "word")
+        prompt, tokenizer, unit=arguments.pop("unit", "word"), baselines="delete"
     )
     method = method if isinstance(method, PartitionShap | Lime) else method(model)
     attribution = GenerationAttribution(method, tokenizer, attr_target=attr_target)
@@ -197,7 +197,7 @@ def test_the_same_method_again_is_the_same_answer(model, tokenizer, tmp_path):
         (PartitionShap(model), 60),
         (PartitionShap(model, scheme="splits"), 20),
     ]
-    inp = TextSegmentInput(prompt, tokenizer, unit=("sentence", "word"))
+    inp = TextSegmentInput(prompt, tokenizer, unit=("sentence", "word"), baselines="delete")
     for method, n_samples in methods:
         attribution = GenerationAttribution(method, tokenizer)
         result = attribution.attribute(inp, TARGET, n_samples=n_samples)
@@ -430,7 +430,7 @@ def test_coalitions_seen_before_are_not_scored_again(tokenizer):
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    inp = TextSegmentInput("one two three four", tokenizer)
+    inp = TextSegmentInput("one two three four", tokenizer, baselines="delete")
     try:
         result = attribute(
             model,
@@ -457,7 +457,7 @@ def test_inclusion_is_what_a_feature_does_alone(model, tokenizer, output_unit, t
     arguments = {"output_unit": output_unit}
     found = attribute(model, tokenizer, FeatureInclusion, **arguments)
     n_prompt, target = len(found.input_tokens), found.target.tolist()
-    inp = TextSegmentInput(PROMPT, tokenizer)
+    inp = TextSegmentInput(PROMPT, tokenizer, baselines="delete")
     read = tokens_read(target, [True] * len(target), None)  # nothing before the first
 
     def first_value(mask):

@@ -507,7 +507,7 @@ def test_providers_that_count_a_target_by_itself(monkeypatch, kind, text, target
 
 def test_prompts_that_text_cannot_tell_are_counted(tokenizer, vllm):
     # Tokens that are left of a word merge to others.
-    inp = TextSegmentInput("includxe", tokenizer, unit="token")
+    inp = TextSegmentInput("includxe", tokenizer, unit="token", baselines="delete")
     ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), tokenizer, vllm)
     with pytest.warns(UserWarning, match=r"row \d+ .* read as other tokens than it was rendered"):
         found = ours.attribute(inp, TARGET)

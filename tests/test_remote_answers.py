@@ -441,7 +441,7 @@ def test_no_url_shows_a_password(url, tokenizer):
     ours = RemoteGenerationAttribution(
         FeatureAblation(RemoteLLMAttribution.placeholder_model), tokenizer, Own()
     )
-    found = ours.attribute(TextSegmentInput("Dave lives", tokenizer), " golf")
+    found = ours.attribute(TextSegmentInput("Dave lives", tokenizer, baselines="delete"), " golf")
     assert "hunter2" not in repr(found.provenance).replace("http://hunter2.org", "")
 
 
@@ -487,7 +487,7 @@ def test_providers_of_the_users_own_tell_log_probabilities(tokenizer, value, by)
         ById() if by == "ids" else ByText(),
     )
     with pytest.raises(ValueError, match=r"row 0 .* as a log-probability: a number of nats"):
-        ours.attribute(TextSegmentInput("Dave lives", tokenizer), " golf")
+        ours.attribute(TextSegmentInput("Dave lives", tokenizer, baselines="delete"), " golf")
 
 
 def test_numbers_of_other_kinds_are_numbers(tokenizer):
@@ -499,7 +499,7 @@ def test_numbers_of_other_kinds_are_numbers(tokenizer):
     ours = RemoteGenerationAttribution(
         FeatureAblation(RemoteLLMAttribution.placeholder_model), tokenizer, Own()
     )
-    found = ours.attribute(TextSegmentInput("Dave lives", tokenizer), " golf")
+    found = ours.attribute(TextSegmentInput("Dave lives", tokenizer, baselines="delete"), " golf")
     assert (found.values == -0.25).all()
 
 

@@ -60,7 +60,7 @@ def remote(provider, tokenizer, method=FeatureAblation, **arguments):
 
 
 def words(tokenizer):
-    return TextSegmentInput("Dave lives. Ann is in TX.", tokenizer, unit="word")
+    return TextSegmentInput("Dave lives. Ann is in TX.", tokenizer, unit="word", baselines="delete")
 
 
 def assert_true(found, model, tokenizer):
@@ -139,7 +139,9 @@ def test_all_threads_leave_the_server_alone(tokenizer, server):
     server.delay = 0.02
     server.failures.extend([None, None, status(429, Retry_After="0.7")])
     provider = provider_of(server, max_concurrency=4)
-    inp = TextSegmentInput("Dave lives. Ann is in TX. The quick fox jumps", tokenizer)
+    inp = TextSegmentInput(
+        "Dave lives. Ann is in TX. The quick fox jumps", tokenizer, baselines="delete"
+    )
     remote(provider, tokenizer).attribute(inp, TARGET)
     pauses = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
     longest = max(range(len(pauses)), key=pauses.__getitem__)
@@ -451,7 +453,9 @@ def hears_interrupts():
 @pytest.mark.parametrize("n_threads", [1, 4])
 def test_ctrl_c_ends_at_once_and_loses_nothing(tokenizer, server, tmp_path, n_threads, state):
     path = tmp_path / "run.safetensors"
-    inp = TextSegmentInput("Dave lives. Ann is in TX. The quick fox jumps", tokenizer)
+    inp = TextSegmentInput(
+        "Dave lives. Ann is in TX. The quick fox jumps", tokenizer, baselines="delete"
+    )
     server.failures.extend([None] * 5)
     server.always = silent(20) if state == "silent" else status(429, Retry_After="20")
     provider = provider_of(server, max_concurrency=n_threads, timeout=60)

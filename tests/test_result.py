@@ -38,7 +38,7 @@ def _result(
     model, tokenizer, method=KernelShap, unit="token", prompt="Dave lives in <b>Austin</b>"
 ):
     attribution = GenerationAttribution(method(model), tokenizer)
-    inp = TextSegmentInput(prompt, tokenizer)
+    inp = TextSegmentInput(prompt, tokenizer, baselines="delete")
     return attribution.attribute(inp, " golf & chess\n.", output_unit=unit)
 
 

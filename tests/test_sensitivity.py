@@ -243,7 +243,9 @@ def test_the_whole_answer_is_a_sum_whose_error_is_at_most_that_of_its_parts():
 
 def test_tokens_of_the_whole_answer_share_their_coalitions(model, tokenizer):
     attribution = GenerationAttribution(KernelShap(model), tokenizer)
-    inp = TextSegmentInput("Dave lives in Austin, TX and is a lawyer.", tokenizer)
+    inp = TextSegmentInput(
+        "Dave lives in Austin, TX and is a lawyer.", tokenizer, baselines="delete"
+    )
     found = compare_baselines(attribution, inp, [None, "<unk>"], target=" golf.", n_samples=100)
     for name, cause in conclusion(found, None).causes.items():
         result = found.results[name]
@@ -373,7 +375,7 @@ def test_turns_of_a_chat(model, tokenizer):
         "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
     )
     messages = [{"role": "system", "content": "Be"}, {"role": "user", "content": "Dave lives"}]
-    inp = ChatInput(messages, tokenizer)
+    inp = ChatInput(messages, tokenizer, baselines="delete")
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     found = compare_baselines(attribution, inp, [None, ["Do", "Ann sits"]], target=" golf")
     assert found.names == ["deleted", "texts"]
@@ -383,7 +385,9 @@ def test_turns_of_a_chat(model, tokenizer):
 
 
 def test_a_copy_differs_in_its_baselines_only(tokenizer):
-    inp = TextSegmentInput("Dave lives here", tokenizer, groups=[["Dave", "here"]])
+    inp = TextSegmentInput(
+        "Dave lives here", tokenizer, groups=[["Dave", "here"]], baselines="delete"
+    )
     other = inp.with_baselines(["Ann", "sits", "there"])
     assert type(other) is TextSegmentInput
     assert (other.names, other.ids, other.pieces) == (inp.names, inp.ids, inp.pieces)
@@ -405,7 +409,7 @@ def test_entries_of_a_list_are_named_by_what_they_are(model, tokenizer):
         CorpusBaselines(tiny.TEXTS, min_candidates=0), lambda slot, generator: "y",
     ]  # fmt: skip
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
-    inp = TextSegmentInput("Dave lives", tokenizer)
+    inp = TextSegmentInput("Dave lives", tokenizer, baselines="delete")
     found = compare_baselines(attribution, inp, entries, target=" golf", n_draws=2)
     assert found.names == [
         "deleted", "<unk>", "token 5", "token 6", "texts 1", "texts 2", "anything", "corpus",
@@ -417,7 +421,7 @@ def test_the_target_is_generated_once(model, tokenizer, monkeypatch):
     generate, runs = model.generate, []
     monkeypatch.setattr(model, "generate", lambda **given: runs.append(given) or generate(**given))
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
-    inp = TextSegmentInput("Dave lives in Austin", tokenizer)
+    inp = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     gen_args = {"do_sample": True, "max_new_tokens": 4}
     found = compare_baselines(attribution, inp, [None, "<unk>", 5], gen_args=gen_args, seed=3)
     assert len(runs) == 1
@@ -428,7 +432,7 @@ def test_the_target_is_generated_once(model, tokenizer, monkeypatch):
 
 def test_other_arguments_hold_for_every_baseline(model, tokenizer):
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
-    inp = TextSegmentInput("Dave lives in Austin", tokenizer)
+    inp = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     arguments = {"output_unit": None, "feature_mask": torch.tensor([[0, 0, 1, 1]])}
     found = compare_baselines(attribution, inp, [None, "<unk>"], target=" golf.", **arguments)
     for result in found.results.values():
@@ -438,7 +442,7 @@ def test_other_arguments_hold_for_every_baseline(model, tokenizer):
 
 def test_a_lasso_tells_no_errors_and_the_summary_says_so(model, tokenizer):
     attribution = GenerationAttribution(Lime(model), tokenizer)
-    inp = TextSegmentInput("Dave lives in Austin", tokenizer)
+    inp = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     found = compare_baselines(attribution, inp, [None, "<unk>"], target=" golf.")
     assert found.without_errors == ["deleted", "<unk>"]
     assert "No standard errors under deleted, <unk>" in str(found)
@@ -478,7 +482,7 @@ class Silent(torch.nn.Module):
 )
 def test_mistakes_are_told_before_the_model_runs(model, tokenizer, baselines, error, message):
     attribution = GenerationAttribution(FeatureAblation(Silent(model)), tokenizer)
-    inp = TextSegmentInput("Dave lives", tokenizer)
+    inp = TextSegmentInput("Dave lives", tokenizer, baselines="delete")
     with pytest.raises(error, match=message):
         compare_baselines(attribution, inp, baselines)
 
@@ -522,7 +526,10 @@ def test_numbers_out_of_range(model, tokenizer, number, message):
     attribution = GenerationAttribution(FeatureAblation(Silent(model)), tokenizer)
     with pytest.raises(ValueError, match=message):
         compare_baselines(
-            attribution, TextSegmentInput("Dave lives", tokenizer), [None, 3], **number
+            attribution,
+            TextSegmentInput("Dave lives", tokenizer, baselines="delete"),
+            [None, 3],
+            **number,
         )
     with pytest.raises(ValueError, match=message):
         compare(made([[1.0]]), made([[1.0]]), **number)
@@ -530,13 +537,15 @@ def test_numbers_out_of_range(model, tokenizer, number, message):
 
 def test_only_this_packages_attribution_explains(model, tokenizer):
     with pytest.raises(TypeError, match="is a KernelShap: give a `GenerationAttribution`"):
-        compare_baselines(KernelShap(model), TextSegmentInput("Dave", tokenizer), [None, 3])
+        compare_baselines(
+            KernelShap(model), TextSegmentInput("Dave", tokenizer, baselines="delete"), [None, 3]
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*steps are too few:UserWarning")
 def test_gradients_under_several_baselines(model, tokenizer):
     attribution = GenerationGradientAttribution(LayerIntegratedGradients(model, None), tokenizer)
-    inp = TextSegmentInput("Dave lives in Palm Coast, FL", tokenizer)
+    inp = TextSegmentInput("Dave lives in Palm Coast, FL", tokenizer, baselines="delete")
     comparison = compare_baselines(attribution, inp, [None, 3], target=" golf", n_steps=5)
     assert list(comparison.results) == ["zero vector", "token 3"]
     for baselines, found in zip((None, 3), comparison.results.values(), strict=True):

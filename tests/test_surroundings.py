@@ -188,7 +188,7 @@ class MakesTensors(torch.nn.Module):
 
 def test_a_model_that_leaves_the_device_to_the_default(tokenizer, model):
     attribution = GenerationAttribution(FeatureAblation(MakesTensors(model)), tokenizer)
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     expected = attribution.attribute(inp, TARGET)
     with torch.device("meta"):
         found = attribution.attribute(inp, TARGET)
@@ -197,7 +197,7 @@ def test_a_model_that_leaves_the_device_to_the_default(tokenizer, model):
 
 def test_a_target_without_numbers_is_told(tokenizer, model):
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     with pytest.raises(TypeError, match="on the device meta"):
         attribution.attribute(inp, torch.tensor([5, 6], device="meta"))
 

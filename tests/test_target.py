@@ -39,7 +39,10 @@ def own(tokenizer):
 def attribute(model, tokenizer, target=None, gen_args=None, prompt=PROMPT, **options):
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     return attribution.attribute(
-        TextSegmentInput(prompt, tokenizer), target, gen_args=gen_args, **options
+        TextSegmentInput(prompt, tokenizer, baselines="delete"),
+        target,
+        gen_args=gen_args,
+        **options,
     )
 
 
@@ -118,7 +121,7 @@ def test_what_has_none_is_told_before_anything_is_run(tokenizer, kind, target, e
         ),
     }[kind]()
     with pytest.raises(error, match=message):
-        attribution.attribute(TextSegmentInput(PROMPT, tokenizer), target)
+        attribution.attribute(TextSegmentInput(PROMPT, tokenizer, baselines="delete"), target)
 
 
 def test_the_whole_output_of_generate_is_noticed(own, tokenizer):
@@ -370,7 +373,7 @@ def test_one_answer_of_a_server(own, tokenizer):
         attribution = RemoteGenerationAttribution(
             method, tokenizer, CompletionsProvider(server.url)
         )
-        inp = TextSegmentInput(PROMPT, tokenizer)
+        inp = TextSegmentInput(PROMPT, tokenizer, baselines="delete")
         for gen_args, message in (
             ({"n": 2}, "`n` is 2"),
             ({"num_return_sequences": 2}, "`num_return_sequences` is 2"),

@@ -275,7 +275,7 @@ def test_a_method_of_the_users_own_draws_from_no_global_generator(tokenizer, mod
     class Own(ShapleyValueSampling):
         pass
 
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     attribution = GenerationAttribution(Own(model), tokenizer)
     state = torch.random.get_rng_state()
     one, again = (attribution.attribute(inp, " golf", n_samples=3, seed=4) for _ in range(2))
@@ -298,7 +298,9 @@ def test_a_tokenizer_that_other_threads_have_cut_and_pad_texts(model):
     sys.setswitchinterval(threads.SWITCH_INTERVAL)
     others = [in_thread(cut) for _ in range(2)]
     try:
-        found = [TextSegmentInput(PROMPT, tokenizer, "word").ids for _ in range(40)]
+        found = [
+            TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete").ids for _ in range(40)
+        ]
         said = [encoding.ids(tokenizer, PROMPT) for _ in range(40)]
     finally:
         stop.set()
@@ -324,7 +326,7 @@ def test_a_tokenizer_that_never_gives_the_whole_text_is_told():
 
 def test_convergence_leaves_the_filters_of_warnings_alone(tokenizer, model, monkeypatch):
     """They belong to all threads."""
-    inp = TextSegmentInput(threads.PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(threads.PROMPT, tokenizer, "word", baselines="delete")
     attribution = GenerationAttribution(KernelShap(model), tokenizer)
     result = attribution.attribute(inp, [7], n_samples=64)
     result = result.refit(Lime)  # of which a few coalitions warn
@@ -343,7 +345,7 @@ def test_a_model_in_training_mode_is_put_back(tokenizer):
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     one, again = (attribution.attribute(inp, " golf") for _ in range(2))
     assert torch.equal(one.token_attr, again.token_attr)
     assert [module.training for module in model.modules()] == modes

@@ -6,36 +6,42 @@ from typing import Any, cast
 import torch
 from captum.attr import ProductBaselines
 
+from captum_llm_ext.baselines.draws import draw_generator, uniform
 from captum_llm_ext.baselines.infilling import Infilling
 from captum_llm_ext.baselines.labels import Labels
 from captum_llm_ext.baselines.slot import (
     AsksModel,
     Baseline,
+    Bonds,
     LanguageModel,
+    Listed,
     Slot,
-    draw_generator,
+    bonds_of,
     joined,
-    phrases_of,
 )
 from captum_llm_ext.baselines.template import template_parts, template_slots, with_siblings
 from captum_llm_ext.tokens import token_id
 
 __all__ = [
     "Baseline",
+    "Bonds",
+    "Default",
     "Deletion",
     "FixedTexts",
     "Infilling",
     "LanguageModel",
+    "Listed",
     "Slot",
     "TokenBaseline",
     "as_baseline",
+    "bonds_of",
     "draw_generator",
     "for_generated",
     "is_deterministic",
     "joined",
-    "phrases_of",
     "template_parts",
     "template_slots",
+    "uniform",
     "with_model",
     "with_siblings",
 ]
@@ -52,6 +58,17 @@ class Deletion:
 
     def __repr__(self) -> str:
         return "Deletion()"
+
+
+class Default(Deletion):
+    """What stands there where nobody says: what the model itself would have written.
+
+    `GenerationAttribution` takes `ModelBaselines` for it. Where no model of this process is asked
+    for texts (gradients, an API) it is deletion.
+    """
+
+    def __repr__(self) -> str:
+        return "Default()"
 
 
 class TokenBaseline:
@@ -92,7 +109,7 @@ class FixedTexts:
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
         """One of the texts of the feature."""
         choices = self.choices[slot.index]
-        return choices[int(torch.randint(len(choices), (), generator=generator, device="cpu"))]
+        return choices[int(uniform(generator) * len(choices))]
 
     def __repr__(self) -> str:
         return f"FixedTexts({len(self.choices)} features)"
@@ -102,10 +119,10 @@ def as_baseline(baselines: Any, tokenizer: Any, slots: Sequence[Slot]) -> Baseli
     """The baseline that a user's argument means.
 
     Args:
-        baselines: None (deletion), a token id, a token of the vocabulary, one text (or list of
-            texts) per slot, a mapping from the label, number or text of every slot to such,
-            captum's `ProductBaselines` over a list or a dict, or a callable ``(slot, generator) ->
-            text or ids``.
+        baselines: None or ``"delete"`` (deletion), a token id, a token of the vocabulary, one text
+            (or list of texts) per slot, a mapping from the label, number or text of every slot to
+            such, captum's `ProductBaselines` over a list or a dict, or a callable ``(slot,
+            generator) -> text or ids``.
         tokenizer: Looks up tokens given as text.
         slots: All places that the baseline is for, in reading order.
 
@@ -115,7 +132,7 @@ def as_baseline(baselines: Any, tokenizer: Any, slots: Sequence[Slot]) -> Baseli
     """
     if isinstance(baselines, ProductBaselines):
         baselines = _product(baselines, slots)
-    if baselines is None:
+    if baselines is None or (isinstance(baselines, str) and baselines == "delete"):
         return Deletion()
     if isinstance(baselines, int) and not isinstance(baselines, bool):
         return TokenBaseline(baselines)

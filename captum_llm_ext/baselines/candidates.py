@@ -1,5 +1,6 @@
 """What may stand in the places of a feature, how often each, and how that was found."""
 
+import heapq
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,9 @@ from itertools import accumulate, pairwise
 import torch
 
 from captum_llm_ext.baselines import words
+from captum_llm_ext.baselines.draws import uniform
+
+_TOLD = 10  # candidates that a match names
 
 Texts = tuple[str, ...]
 """One text per place of a feature; most have one place."""
@@ -31,6 +35,9 @@ class Match:
         n_candidates: Distinct texts other than the original found there.
         constant: Whether the slot was always found filled with the original text, which then stays.
         examples: The most frequent candidates, at most ten.
+        candidates: What is drawn and how often, as texts with probabilities, the likeliest first,
+            at most ten; the original is one of them where it may be drawn.
+        determined: The probability that a draw is the original text: 1 where that stays.
     """
 
     level: str
@@ -39,6 +46,8 @@ class Match:
     n_candidates: int
     constant: bool
     examples: tuple[str, ...]
+    candidates: tuple[tuple[str, float], ...] = ()
+    determined: float = 1.0
 
     @property
     def is_located(self) -> bool:
@@ -46,6 +55,9 @@ class Match:
         return self.level not in ("kinds", "shape", "length", "any")
 
     def __str__(self) -> str:
+        if self.level == "model":
+            shown = ", ".join(f"{text} ({share:.2f})" for text, share in self.candidates[:4])
+            return f"{'constant' if self.constant else 'drawn'} by the model: {shown}"
         if self.constant:
             return f"constant in {self.surroundings!r} ({self.n_occurrences:,} occurrences)"
         shown = ", ".join(self.examples[:4]) + (", …" if len(self.examples) > 4 else "")
@@ -71,8 +83,19 @@ class Candidates:
     cumulated: Sequence[float]
 
     @staticmethod
-    def of(match: Match, weights: Mapping[Texts, float]) -> "Candidates":
-        """Choices with weights that need not sum to one."""
+    def of(match: Match, weights: Mapping[Texts, float], original: Texts = ()) -> "Candidates":
+        """Choices with weights that need not sum to one; the match is told what they are.
+
+        Args:
+            match: How they were found.
+            weights: Of each.
+            original: The feature's own texts, if they may be a choice.
+        """
+        total = sum(weights.values())
+        likely = heapq.nlargest(_TOLD, weights, key=lambda texts: weights[texts])
+        shares = tuple((" … ".join(texts), weights[texts] / total) for texts in likely)
+        own = 1.0 if match.constant else weights.get(original, 0.0) / total
+        match = replace(match, candidates=shares, determined=own)
         return Candidates(match, list(weights), list(accumulate(weights.values())))
 
     @staticmethod
@@ -105,18 +128,17 @@ class Candidates:
             n_occurrences=sum(counts.values()),
             n_candidates=len(others),
             constant=constant,
-            examples=tuple(map(" … ".join, list(ordered)[:10])),
+            examples=tuple(map(" … ".join, list(ordered)[:_TOLD])),
         )
         if constant or not others:
             return Candidates.of(match, {original: 1.0})
         if original in counts and not exclude_original:
             ordered[original] = counts[original]
-        return Candidates.of(match, ordered)
+        return Candidates.of(match, ordered, original)
 
     def draw(self, generator: torch.Generator) -> Texts:
         """One choice at random, by weight."""
-        at = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
-        place = bisect_right(self.cumulated, float(at) * self.cumulated[-1])
+        place = bisect_right(self.cumulated, uniform(generator) * self.cumulated[-1])
         return self.choices[min(place, len(self.choices) - 1)]
 
     def weights(self) -> dict[Texts, float]:
@@ -166,7 +188,7 @@ class Candidates:
         return Candidates.of(self.match, weights)
 
     def _with(self, weights: Mapping[Texts, float]) -> "Candidates":
-        likely = sorted(weights, key=lambda texts: -weights[texts])[:10]
+        likely = sorted(weights, key=lambda texts: -weights[texts])[:_TOLD]
         match = replace(
             self.match, n_candidates=len(weights), examples=tuple(map(" … ".join, likely))
         )

@@ -1,22 +1,25 @@
 """Absent features drawn anew from a language model's own distribution: no corpus, no lists."""
 
+import heapq
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
 
-from captum_llm_ext.baselines import words
 from captum_llm_ext.baselines.alternatives import Alternatives, Span
 from captum_llm_ext.baselines.candidates import BLANK, Candidates, Match
 from captum_llm_ext.baselines.corpus import HasSlots
+from captum_llm_ext.baselines.draws import part_of
 from captum_llm_ext.baselines.place import Place, place_of
-from captum_llm_ext.baselines.slot import LanguageModel, Slot
+from captum_llm_ext.baselines.slot import Bonds, LanguageModel, Slot, bonds_of, joined
 
-_CANDIDATES = 8  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
-_TOKENS_PER_WORD = 3
-_MORE_WORDS = 2  # that a stand-in may have than what it stands for
+_CANDIDATES = 4  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
 _SURE = 0.95  # the model's own text, at least so often, is what it would have written anyway
+_TOLD = 10
 
 
 class ModelBaselines:
@@ -30,14 +33,23 @@ class ModelBaselines:
     Løland 2021), given what comes before, as a causal model has it. Candidates are of the kind of
     what they stand for (a capitalised word, a number, …) and carry its white space and punctuation.
 
-    Several features that are absent at once are each drawn given the original text before them,
-    with one exception: words that determine one another are absent together. A word is bound to
-    the one before it if it is more likely than not after that, and hardly after others ("Lake"
-    after "Salt"): whichever word of such a phrase is absent, the phrase is drawn anew as a whole.
+    Words that determine one another are absent together: a word is bound to the one before it if it
+    is more likely than not after that, and hardly after others ("Lake" after "Salt"), and whichever
+    word of such a phrase is absent, the phrase is drawn anew as a whole. A feature of many words (a
+    sentence, a passage, an example, a turn) is drawn word by word and phrase by phrase, so that it
+    keeps its form and loses what it says; a word or phrase that it says twice is drawn once.
+
+    Features that are absent at once are each drawn given the *original* text before them, whether
+    that is present or not, with one exception: neighbours of which one decides the other (a state
+    after its city) are drawn as one text, left to right, where both are absent.
+
+    The search takes one pass over the text for the candidates of all places and a few short ones
+    more, each for all places at once, together about what the evaluations of leave-one-out take. It
+    is done once for a text.
 
     Args:
         proposer: The model that is asked, if it is not the one under explanation.
-        n_candidates: Words that are tried in every place, beside the one that stands there.
+        n_candidates: Texts that are tried in every place, beside the one that stands there.
 
     Raises:
         ValueError: If `n_candidates` is below 1; on use, if there is no model to ask.
@@ -52,16 +64,13 @@ class ModelBaselines:
             raise ValueError(f"`n_candidates` is {n_candidates}: give at least 1.")
         self._proposer = self._model = proposer
         self.n_candidates = n_candidates
-        self._known: dict[Slot, Candidates | None] = {}
-        self._read: dict[str, Alternatives] = {}
-        self._bound: dict[str, list[Span]] = {}
+        self._known: dict[Slot, _Filling | None] = {}
+        self._read: dict[str, list[tuple[Span, Alternatives]]] = {}
 
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
         """One replacement for the feature, its white space and punctuation included."""
-        place, found = place_of(slot), self._candidates(slot)
-        return (
-            slot.text if place is None or found is None else place.filled(found.draw(generator)[0])
-        )
+        filling = self._filling(slot)
+        return slot.text if filling is None else filling.draw(generator)
 
     def with_model(self, model: LanguageModel) -> "ModelBaselines":
         """The same with a model to ask, if it has none of its own."""
@@ -71,14 +80,17 @@ class ModelBaselines:
         other._model = model
         return other
 
-    def phrases(self, slots: Sequence[Slot]) -> list[list[int]]:
-        """Places that are absent together (see `KnowsPhrases`)."""
-        found: list[list[int]] = []
-        for start, stop in self._phrases(slots[0].context) if slots else ():
-            within = [i for i, s in enumerate(slots) if _core_start(s) < stop and start < s.stop]
-            if len(within) > 1 and len({slots[i].feature for i in within}) > 1:
-                found.append(within)
-        return found
+    def read(self, slots: Sequence[Slot]) -> Bonds:
+        """Asks the model for all places at once (see `KnowsPhrases`)."""
+        if not slots:
+            return Bonds()
+        context = slots[0].context
+        alternatives = self._alternatives(context, (slots[0].start, slots[-1].stop))
+        # A word that is several features is one thing, too.
+        parts = alternatives.parts(0, len(context), ties=False)
+        alternatives.read(parts)
+        ties = [(one[0], other[1]) for one, other in alternatives.ties]
+        return Bonds(*([*_runs(slots, spans)] for spans in (parts, ties)))
 
     def explain(self, slot: Slot) -> Match:
         """The candidates for a feature, each with its probability.
@@ -86,12 +98,15 @@ class ModelBaselines:
         ``constant`` says that the text before determines it: at least 95 % of all draws are its own
         text.
         """
-        found = self._candidates(slot)
-        return BLANK if found is None else found.match
+        filling = self._filling(slot)
+        return BLANK if filling is None else filling.match
 
     def matches(self, inp: HasSlots) -> list[Match]:
-        """The candidates of each feature of an input, in reading order."""
-        return [self.explain(slot) for slot in inp.slots]
+        """The candidates of each feature of an input, in reading order; of a phrase the whole."""
+        slots = inp.slots
+        phrase_of = {i: run for run in bonds_of(self, slots).phrases for i in run}
+        together = ([slots[i] for i in phrase_of.get(i, (i,))] for i in range(len(slots)))
+        return [self.explain(joined(run)) for run in together]
 
     def __getstate__(self) -> dict[str, Any]:
         # What was found is found again; a model of this process cannot be sent to another.
@@ -103,51 +118,33 @@ class ModelBaselines:
     def __repr__(self) -> str:
         return f"ModelBaselines(n_candidates={self.n_candidates})"
 
-    def _phrases(self, text: str) -> list[Span]:
-        if text not in self._bound:
-            self._bound[text] = self._alternatives(text).phrases()
-        return self._bound[text]
+    def _alternatives(self, text: str, within: Span) -> Alternatives:
+        """Those of a text, or of a part of it that holds these characters."""
+        known = self._read.setdefault(text, [])
+        for (start, stop), alternatives in known:
+            if start <= within[0] and within[1] <= stop:
+                return alternatives
+        found = Alternatives(text, self._asked(), self.n_candidates, within)
+        known.append((within, found))
+        return found
 
-    def _alternatives(self, text: str) -> Alternatives:
-        if text not in self._read:
-            self._read[text] = Alternatives(text, self._asked(), self.n_candidates)
-        return self._read[text]
-
-    def _candidates(self, slot: Slot) -> Candidates | None:
+    def _filling(self, slot: Slot) -> "_Filling | None":
         """What may stand in a place; None for white space, which stays."""
         if slot not in self._known:
             place = place_of(slot)
-            self._known[slot] = None if place is None else self._find(slot, place)
+            self._known[slot] = None if place is None else self._find(_first_of(slot), place)
         return self._known[slot]
 
-    def _find(self, slot: Slot, place: Place) -> Candidates:
-        start = slot.start + len(place.head)
-        alternatives = self._alternatives(slot.context)
-        listed = alternatives.at(start, words.kind(place.atoms[0]))
-        if not listed:
-            return _weighed({place.core: 1.0}, place)
-        left, pieces = slot.context[:start], [piece for piece, _ in listed]
-        n_words = len([atom for atom in place.atoms if not words.is_mark(atom)])
-        texts = alternatives.whole(start) if n_words < 2 else self._written(left, pieces, place)
-        probabilities = [math.exp(log_prob) for _, log_prob in listed]
-        own = probabilities[0]
-        if pieces[0] != place.core:  # what begins as the feature does may go on otherwise
-            own = min(own, float(self._asked().log_probs_after([left], place.core).exp()))
-        weights = {place.core: own}
-        probabilities[0] -= own
-        for text, probability in zip(texts, probabilities, strict=True):
-            weights[text] = weights.get(text, 0.0) + probability
-        return _weighed(weights, place)
-
-    def _written(self, left: str, pieces: Sequence[str], place: Place) -> list[str]:
-        """The likeliest texts of several words that begin with the pieces, to the feature's end."""
-        n_words = len([atom for atom in place.atoms if not words.is_mark(atom)])
-        n_tokens = _TOKENS_PER_WORD * (n_words + _MORE_WORDS)
-        written = self._asked().greedy([left + piece for piece in pieces], n_tokens)
-        after = next(iter(place.right), None)
-        return [
-            _cut(piece + rest, n_words, after) for piece, rest in zip(pieces, written, strict=True)
-        ]
+    def _find(self, slot: Slot, place: Place) -> "_Filling":
+        start, stop = _core(slot)
+        alternatives = self._alternatives(slot.context, (start, stop))
+        parts = alternatives.parts(start, stop) or [(start, stop)]
+        alternatives.read(parts)
+        found = [_candidates(alternatives.texts(part)) for part in parts]
+        ends = pairwise([(start, start), *parts, (stop, stop)])
+        between = [slot.context[one[1] : other[0]] for one, other in ends]
+        own = [slot.context[slice(*part)] for part in parts]
+        return _Filling(place, found, between, [own.index(text) for text in own])
 
     def _asked(self) -> LanguageModel:
         if self._model is None:
@@ -158,34 +155,102 @@ class ModelBaselines:
         return self._model
 
 
-def _core_start(slot: Slot) -> int:
-    return slot.stop - len(slot.text.lstrip())
+@dataclass(frozen=True)
+class _Filling:
+    """What may stand in a place, part by part.
+
+    Attributes:
+        place: The place.
+        parts: Candidates for the words and phrases in it.
+        between: What stands before, between and after these.
+        same_as: Per part the first one with its text, which is drawn for both.
+    """
+
+    place: Place
+    parts: list[Candidates]
+    between: list[str]
+    same_as: list[int]
+
+    def draw(self, generator: torch.Generator) -> str:
+        """One text, with the white space and punctuation of the place."""
+        drawn: list[str] = []
+        for number, candidates in enumerate(self.parts):
+            first = self.same_as[number]
+            if first < number:
+                drawn.append(drawn[first])
+            else:
+                drawn.append(candidates.draw(part_of(generator, number))[0])
+        return self.place.filled(self._assembled(drawn))
+
+    @property
+    def match(self) -> Match:
+        """The likeliest texts with their probabilities."""
+        likely: list[tuple[float, tuple[str, ...]]] = [(1.0, ())]
+        own = 1.0
+        for number, candidates in enumerate(self.parts):
+            if (first := self.same_as[number]) < number:
+                likely = [(share, (*texts, texts[first])) for share, texts in likely]
+                continue
+            own *= candidates.match.determined
+            longer = [
+                (share * weight, (*texts, text))
+                for share, texts in likely
+                for text, weight in candidates.match.candidates
+            ]
+            likely = heapq.nlargest(_TOLD, longer, key=lambda choice: choice[0])
+        told = tuple((self._assembled(texts), share) for share, texts in likely)
+        others = tuple(text for text, _ in told if text != self.place.core)
+        sizes = [len(self.parts[number].choices) for number in {*self.same_as}]
+        return Match(
+            level="model",
+            surroundings="what comes before",
+            n_occurrences=0,
+            n_candidates=math.prod(sizes) - 1,
+            constant=own >= _SURE,
+            examples=others,
+            candidates=told,
+            determined=own,
+        )
+
+    def _assembled(self, texts: Sequence[str]) -> str:
+        first, *rest = self.between
+        return first + "".join(t + b for t, b in zip(texts, rest, strict=True))
 
 
-def _cut(text: str, n_words: int, after: str | None) -> str:
-    """A text up to what comes after the feature, or punctuation; or else as many words."""
-    atoms = words.atoms(text)
-    stops = [atoms[0].stop]
-    for atom in atoms[1 : n_words + _MORE_WORDS + 1]:
-        if atom.text == after or words.is_mark(atom.text):
-            return text[: stops[-1]]
-        stops.append(atom.stop)
-    return text[: stops[min(n_words, len(stops)) - 1]]
+def _candidates(texts: dict[str, float]) -> Candidates:
+    """Texts with probabilities, the original first."""
+    original = next(iter(texts))
+    weights = {(text,): share for text, share in texts.items() if share > 0} or {(original,): 1.0}
+    match = Match("model", "what comes before", 0, len(weights) - 1, len(weights) == 1, ())
+    return Candidates.of(match, weights, (original,))
 
 
-def _weighed(weights: dict[str, float], place: Place) -> Candidates:
-    if not any(weights.values()):  # it stands where the model has nothing to say
-        weights = {place.core: 1.0}
-    total = sum(weights.values())
-    shares = {text: weight / total for text, weight in weights.items() if weight > 0}
-    likely = sorted(shares, key=lambda text: -shares[text])
-    others = [text for text in likely if text != place.core]
-    match = Match(
-        level="model",
-        surroundings="what comes before",
-        n_occurrences=0,
-        n_candidates=len(others),
-        constant=shares.get(place.core, 0.0) >= _SURE,
-        examples=tuple(f"{text} ({shares[text]:.2f})" for text in likely[:10]),
-    )
-    return Candidates.of(match, {(text,): share for text, share in shares.items()})
+def _first_of(slot: Slot) -> Slot:
+    """The first place of a slot's feature that says the same: a name is drawn once."""
+    core = slot.context[slice(*_core(slot))]
+    return next((s for s in slot.siblings if s.context[slice(*_core(s))] == core), slot)
+
+
+def _core(slot: Slot) -> Span:
+    """A place without white space and punctuation at its ends; of a part of a word all of it."""
+    place = place_of(slot)
+    if place is None:
+        return slot.start, slot.stop
+    start = slot.start + len(place.head) - round(place.part[0] * len(place.core))
+    return start, start + len(place.core)
+
+
+def _within(slots: Sequence[Slot], span: Span) -> list[int]:
+    """The slots that show some of a stretch of text that is not white space."""
+    first = bisect_right(slots, span[0], key=lambda slot: slot.stop)
+    inside = takewhile(lambda i: slots[i].start < span[1], range(first, len(slots)))
+    return [i for i in inside if slots[i].stop - len(slots[i].text.lstrip()) < span[1]]
+
+
+def _runs(slots: Sequence[Slot], spans: Sequence[Span]) -> Iterator[list[int]]:
+    """The slots in stretches of text that show some of several features, and nothing fixed."""
+    for span in spans:
+        run = _within(slots, span)
+        is_whole = all(slots[i].stop == slots[i + 1].start for i in run[:-1])
+        if is_whole and len({slots[i].feature for i in run}) > 1:
+            yield run

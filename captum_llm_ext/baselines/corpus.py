@@ -15,12 +15,13 @@ from torch import Tensor
 from captum_llm_ext.baselines import unlike, weighing
 from captum_llm_ext.baselines.candidates import BLANK, Candidates, Match
 from captum_llm_ext.baselines.documents import documents
+from captum_llm_ext.baselines.draws import draw_generator, uniform
 from captum_llm_ext.baselines.index import CorpusIndex
 from captum_llm_ext.baselines.labels import Labels, TextsByName
 from captum_llm_ext.baselines.lookup import Lookup
 from captum_llm_ext.baselines.place import Place, place_of
 from captum_llm_ext.baselines.search import Search
-from captum_llm_ext.baselines.slot import LanguageModel, Slot, draw_generator
+from captum_llm_ext.baselines.slot import LanguageModel, Slot
 from captum_llm_ext.baselines.store import BROKEN, broken
 from captum_llm_ext.baselines.template import calling_template, template_slots
 
@@ -368,7 +369,9 @@ class CorpusBaselines:
         if not self._told:
             # Captum knows no runs: it asks for every evaluation.
             self._told = True
-            unlike.warn_of_unlike(self, [self.explain(slot) for slot in template_slots(inp)])
+            unlike.warn_of_unlike(
+                self, lambda: [self.explain(slot) for slot in template_slots(inp)]
+            )
         seed = int(torch.randint(2**62, (), generator=self._draws, device="cpu"))
         texts = [str(self(s, draw_generator(seed, 0, s.feature))) for s in template_slots(inp)]
         return dict(zip(inp.dict_keys, texts, strict=True)) if inp.dict_keys else texts
@@ -440,4 +443,6 @@ class _Tokens:
     probabilities: Tensor
 
     def draw(self, generator: torch.Generator) -> list[int]:
-        return [self.ids[int(torch.multinomial(self.probabilities, 1, generator=generator))]]
+        at = uniform(generator) * float(self.probabilities.sum())
+        place = int((self.probabilities.cumsum(0) <= at).sum())
+        return [self.ids[min(place, len(self.ids) - 1)]]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from captum_llm_ext.baselines.draws import uniform
 from captum_llm_ext.baselines.slot import Slot
 
 Generator = Callable[[str, str, int], "str | Sequence[str]"]
@@ -44,8 +45,7 @@ class Infilling:
         if slot not in self._texts:
             self._texts[slot] = self._ask(slot)
         texts = self._texts[slot]
-        device = generator.device
-        return texts[int(torch.randint(len(texts), (), generator=generator, device=device))]
+        return texts[int(uniform(generator) * len(texts))]
 
     def __getstate__(self) -> dict[str, Any]:
         # What the generator gave it gives again.

@@ -1,12 +1,33 @@
 """What a baseline is called where it is one of several, or where it matters which it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from captum.attr import ProductBaselines
 
 from captum_llm_ext.baselines import Deletion, FixedTexts, TokenBaseline
 from captum_llm_ext.baselines.conditional import ModelBaselines
 from captum_llm_ext.baselines.corpus import CorpusBaselines
+
+UNSEEN = (
+    "texts that the model never saw. On a language whose causes are known, most {what} like that "
+    "put the true causes not far above random numbers"
+)
+
+
+def unseen(baselines: Iterable[object], made: str, what: str) -> str | None:
+    """What to say where absent features make texts that the model never saw; None elsewhere.
+
+    Args:
+        baselines: What stands where features are absent.
+        made: What is done with these texts: "faithfulness is measured on".
+        what: What comes of it: "metrics".
+    """
+    for baseline in baselines:
+        is_token = isinstance(baseline, TokenBaseline | str | int)
+        if is_token or kind_of(baseline) == "deleted":
+            happens = "become one and the same token" if is_token else "are deleted"
+            return f"Absent features {happens}: {made} {UNSEEN.format(what=what)}"
+    return None
 
 
 def kind_of(baseline: object, nothing: str = "deleted") -> str:

@@ -72,6 +72,24 @@ class Baseline(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What a model finds likely in a place of a text; log-probabilities are in nats.
+
+    Attributes:
+        log_prob: Of what stands there.
+        piece: What the first token shows of that, without white space.
+        piece_log_prob: Of that token.
+        others: The likeliest other tokens that fit, as text without white space, and the
+            log-probability of each.
+    """
+
+    log_prob: float
+    piece: str
+    piece_log_prob: float
+    others: Sequence[tuple[str, float]]
+
+
 class LanguageModel(Protocol):
     """What a baseline may ask the model that is being explained."""
 
@@ -90,30 +108,45 @@ class LanguageModel(Protocol):
         ...
 
     def likeliest(
-        self, text: str, places: Sequence[int], n: int, fits: Callable[[int, str], bool]
-    ) -> list[list[tuple[str, float]]]:
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+        n: int,
+        fits: Callable[[int, str], bool],
+    ) -> "list[Listed | None]":
         """What may come next at places of a text, all of them from one forward pass.
 
         Args:
             text: The text.
-            places: Characters of it that are not white space.
+            spans: Of its characters, ``(start, stop)``, in reading order; none begins with white
+                space.
             n: At most so many tokens a place.
             fits: Called with the number of a place and what a token shows there, without white
                 space; whether the token may stand there.
 
         Returns:
-            Per place tokens as text without white space, and the log-probability of each: first
-            the one that stands there, then the likeliest others that fit. Nothing where nothing
-            comes before.
+            One entry per place; None where nothing comes before, or no token begins there.
         """
         ...
 
-    def log_probs_after(self, beginnings: Sequence[str], text: str) -> Tensor:
-        """The log-probability that each text is continued by `text`, ``(n_beginnings,)``."""
+    def log_probs_after(self, beginnings: Sequence[str], texts: Sequence[str]) -> Tensor:
+        """The log-probability that each beginning is continued by its text, ``(n,)``."""
         ...
 
-    def greedy(self, beginnings: Sequence[str], n_tokens: int) -> list[str]:
-        """What most likely follows each text, token by token."""
+    def greedy(
+        self,
+        beginnings: Sequence[str],
+        limits: Sequence[int],
+        is_whole: Callable[[int, str], bool],
+    ) -> list[str]:
+        """What most likely follows each text, token by token, all of them at once.
+
+        Args:
+            beginnings: The texts.
+            limits: So many tokens at most follow each.
+            is_whole: Called with the number of a text and what follows it up to now; whether that
+                is enough.
+        """
         ...
 
 
@@ -128,16 +161,34 @@ class AsksModel(Protocol):
 
 @runtime_checkable
 class KnowsPhrases(Protocol):
-    """A baseline for which several places may be one thing, absent together."""
+    """A baseline for which several places may be one thing."""
 
-    def phrases(self, slots: Sequence[Slot], /) -> list[list[int]]:
-        """Neighbouring slots that are absent together, as indices into `slots`."""
+    def read(self, slots: Sequence[Slot], /) -> "Bonds":
+        """Which places of one context are absent, or drawn, together.
+
+        It is asked once, before any of them is drawn: what has to be found out of all of them is
+        best found out here.
+        """
         ...
 
 
-def phrases_of(baseline: Baseline, slots: Sequence[Slot]) -> list[list[int]]:
-    """Slots of one context that are absent together; none for most baselines."""
-    return baseline.phrases(slots) if isinstance(baseline, KnowsPhrases) else []
+@dataclass(frozen=True, slots=True)
+class Bonds:
+    """Neighbouring slots that belong together, as indices.
+
+    Attributes:
+        phrases: Slots that are one thing: where one of them is absent, all are.
+        ties: Phrases or slots, each of them by itself, that are drawn as one text where all of
+            their slots are absent.
+    """
+
+    phrases: Sequence[Sequence[int]] = ()
+    ties: Sequence[Sequence[int]] = ()
+
+
+def bonds_of(baseline: Baseline, slots: Sequence[Slot]) -> Bonds:
+    """Slots of one context that belong together; none for most baselines."""
+    return baseline.read(slots) if isinstance(baseline, KnowsPhrases) else Bonds()
 
 
 def joined(slots: Sequence[Slot]) -> Slot:
@@ -146,10 +197,3 @@ def joined(slots: Sequence[Slot]) -> Slot:
         return slots[0]
     ids = tuple(token for slot in slots for token in slot.ids)
     return replace(slots[0], stop=slots[-1].stop, ids=ids, siblings=())
-
-
-def draw_generator(seed: int, draw: int, feature: int = 0) -> torch.Generator:
-    """The generator of one feature's draw: the same whatever else is drawn, and when."""
-    # An odd multiplier (2^64 divided by the golden ratio) keeps neighbouring draws apart.
-    mixed = (seed + (draw + 1) * 0x9E3779B97F4A7C15 + feature * 0xD1B54A32D192ED03) % 2**63
-    return torch.Generator().manual_seed(mixed)

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from captum_llm_ext.baselines.candidates import Match
@@ -24,13 +24,13 @@ _MOST = 0.5  # … and beyond this the corpus is of another kind
 _SHOWN = 3
 
 
-def warn_of_unlike(baseline: object, matches: Sequence[Match] | None) -> None:
+def warn_of_unlike(baseline: object, matches: Callable[[], Sequence[Match] | None]) -> None:
     """Says, in every run, how many features have no place like theirs, if these are not a few.
 
     Args:
         baseline: What stands where features of a prompt are absent. Only a corpus is looked at,
             and none that is asked for any text (``match="any"``), or to be silent.
-        matches: What it found for them; None if it does not tell.
+        matches: Tells what it found for them; None if it does not tell.
     """
     asked, unlike = _unlike(baseline, matches)
     if not unlike or len(unlike) <= _SOME * len(asked):
@@ -45,17 +45,19 @@ def warn_of_unlike(baseline: object, matches: Sequence[Match] | None) -> None:
     )
 
 
-def is_unlike(baseline: object, matches: Sequence[Match] | None) -> bool:
+def is_unlike(baseline: object, matches: Callable[[], Sequence[Match] | None]) -> bool:
     """Whether most features have no place like theirs in a corpus."""
     asked, unlike = _unlike(baseline, matches)
     return len(unlike) > _MOST * len(asked)
 
 
-def _unlike(baseline: object, matches: Sequence[Match] | None) -> tuple[list[Match], list[Match]]:
+def _unlike(
+    baseline: object, matches: Callable[[], Sequence[Match] | None]
+) -> tuple[list[Match], list[Match]]:
     """The matches of what is no white space, and those of them that are not located."""
-    if not isinstance(baseline, LooksUp) or not baseline.tells or matches is None:
+    if not isinstance(baseline, LooksUp) or not baseline.tells:
         return [], []
-    asked = [match for match in matches if match.level != "blank"]
+    asked = [match for match in matches() or () if match.level != "blank"]
     return asked, [match for match in asked if not match.is_located]
 
 

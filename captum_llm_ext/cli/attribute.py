@@ -3,10 +3,11 @@
 import argparse
 from typing import Any
 
+from captum_llm_ext.baselines import Default
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
 from captum_llm_ext.cli.many import add_many, check_many, run_many
-from captum_llm_ext.cli.methods import said_of_deletion
+from captum_llm_ext.cli.methods import said_of_zero
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.together import accelerator, check_readable, is_main
 from captum_llm_ext.result.terminal import paint, width
@@ -67,13 +68,13 @@ def run(arguments: argparse.Namespace) -> int | None:
     if arguments.checkpoint is not None:
         check_place(arguments.checkpoint)
     job = Job(arguments)
-    given = arguments.baselines or ["delete"]
+    given = arguments.baselines or []
     if len(given) > 1:
         raise UsageError(f"{len(given)} --baselines: `captum-llm-ext compare` runs several.")
-    baselines = as_baselines(given[0], arguments.seed)
+    baselines = as_baselines(given[0], arguments.seed) if given else Default()
     attribution, inp = job.prepared(baselines, accelerator())
     if arguments.baselines is None and is_main():
-        said = said_of_deletion(arguments.method)
+        said = said_of_zero(arguments.method)
         if said is not None:
             note(said)
     kept = {} if arguments.checkpoint is None else {"checkpoint": arguments.checkpoint}

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from captum_llm_ext.baselines import Default
 from captum_llm_ext.baselines.corpus import CorpusBaselines
 from captum_llm_ext.cli.command import UsageError, add_command, positive, say
 from captum_llm_ext.cli.job import units
@@ -77,7 +78,7 @@ def _attribute(arguments: argparse.Namespace, parts: tuple[str, ...]) -> Any:
     name = DEMO if own else arguments.model
     corpus = arguments.corpus or (folder() / "corpus.txt" if own else None)
     prompt = PROMPT if arguments.prompt is None else arguments.prompt
-    baselines = None if corpus is None else CorpusBaselines(corpus, seed=arguments.seed)
+    baselines = Default() if corpus is None else CorpusBaselines(corpus, seed=arguments.seed)
     tokenizer = load_tokenizer(name, arguments.revision)
     inp = TextSegmentInput(prompt, tokenizer, parts, baselines=baselines)
     attributes = method(arguments.method, load_model(name, arguments))

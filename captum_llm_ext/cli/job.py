@@ -84,11 +84,12 @@ def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
     add_settings(how)
     _add_features(how)
     _add_budget(how)
+    default = "model; with gradients or --input, delete"
     how.add_argument(
         "--baselines",
         action="append",
         metavar="WHAT",
-        help=f"see below{'; twice or more' if several else ' (default: delete)'}",
+        help=f"see below{'; twice or more' if several else f' (default: {default})'}",
     )
     parser.epilog = f"{HELP}\n{_BASELINES}\n{parser.epilog}"
 

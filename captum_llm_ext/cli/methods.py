@@ -128,18 +128,13 @@ def is_of_gradients(name: str) -> bool:
     return name in _GRADIENTS
 
 
-def said_of_deletion(name: str) -> str | None:
-    """What to tell who lets a method delete, by default, what is absent."""
-    if name == "gradient-x-activation":  # whose zero no baseline changes
+def said_of_zero(name: str) -> str | None:
+    """What to tell who lets gradients take, by default, nothing for what is absent."""
+    if not is_of_gradients(name) or name == "gradient-x-activation":  # whose zero is always zero
         return None
-    if is_of_gradients(name):
-        return (
-            "the zero vector stands where a word is absent, which no text of the model holds: "
-            "--baselines corpus:FILE puts the embeddings of other text of the same kind there."
-        )
     return (
-        "what is absent is deleted, which leaves text the model may never have seen: "
-        "--baselines corpus:FILE puts other text of the same kind there."
+        "the zero vector stands where a word is absent, which no text of the model holds: "
+        "--baselines corpus:FILE puts the embeddings of other text of the same kind there."
     )
 
 

@@ -242,9 +242,12 @@ def join_plans(plans: Sequence[Plan]) -> Plan:
 
 
 def _repeated(masks: Tensor, n_draws: int, common_draw: bool) -> Plan:
-    rows = masks.repeat(n_draws, 1)
-    draws = torch.arange(len(rows), device="cpu")
-    return Plan(rows, draws // max(len(masks), 1) if common_draw else draws)
+    rows, repetition = masks.repeat(n_draws, 1), torch.arange(n_draws, device="cpu")
+    if common_draw:
+        return Plan(rows, repetition.repeat_interleave(len(masks)))
+    # Numbers of one coalition follow one another: what it draws is then spread evenly.
+    own = torch.arange(len(masks), device="cpu") * n_draws
+    return Plan(rows, (repetition[:, None] + own).flatten())
 
 
 def _enumerated(n_features: int) -> Tensor:

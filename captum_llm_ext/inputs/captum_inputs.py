@@ -19,6 +19,7 @@ from captum_llm_ext.baselines import (
     TokenBaseline,
     draw_generator,
     template_slots,
+    uniform,
     with_model,
 )
 from captum_llm_ext.baselines.candidates import Match
@@ -166,7 +167,7 @@ class _TemplatePrompt(Prompt):
             pairs = zip(self._slots, generators, strict=True)
             return [_as_text(self.baseline(s, g), s) if s.text else "" for s, g in pairs]
         if isinstance(baselines, ProductBaselines):
-            drawn: Any = _draw_product(baselines, draw_generator(seed, draw))
+            drawn: Any = _draw_product(baselines, seed, draw)
         else:
             drawn = baselines() if callable(baselines) else baselines
         if isinstance(drawn, Mapping):
@@ -277,10 +278,17 @@ class _MergedPrompt(Prompt):
     def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
         return self._prompt.stand_ins(n_draws, generator)
 
+    def with_default(self, baselines: Any) -> Prompt:
+        return self._over(self._prompt.with_default(baselines))
+
     def with_model(self, model: LanguageModel) -> Prompt:
+        return self._over(self._prompt.with_model(model))
+
+    def _over(self, prompt: Prompt) -> Prompt:
         changed = copy(self)
-        changed._prompt = self._prompt.with_model(model)
-        changed.baseline = changed._prompt.baseline
+        changed._prompt = prompt
+        changed.baseline, changed.own_baseline = prompt.baseline, prompt.own_baseline
+        changed.deterministic = prompt.deterministic
         return changed
 
     def matches(self) -> list[Match] | None:
@@ -315,11 +323,11 @@ def _renders_as(inp: InterpretableInput, kind: type[InterpretableInput]) -> bool
     return type(inp).to_model_input is kind.to_model_input
 
 
-def _draw_product(baselines: ProductBaselines, generator: torch.Generator) -> Any:
-    """`ProductBaselines.sample`, from an explicit generator in place of the global one."""
+def _draw_product(baselines: ProductBaselines, seed: int, draw: int) -> Any:
+    """`ProductBaselines.sample`, from explicit generators in place of the global one."""
     drawn = [
-        choices[int(torch.randint(len(choices), (), generator=generator, device="cpu"))]
-        for choices in baselines.baseline_values
+        choices[int(uniform(draw_generator(seed, draw, number)) * len(choices))]
+        for number, choices in enumerate(baselines.baseline_values)
     ]
     if not baselines.dict_keys:
         return drawn

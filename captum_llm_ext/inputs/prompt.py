@@ -12,12 +12,13 @@ from torch import Tensor
 from captum_llm_ext import tokens
 from captum_llm_ext.baselines import (
     Baseline,
+    Bonds,
     LanguageModel,
     Slot,
+    bonds_of,
     draw_generator,
     is_deterministic,
     joined,
-    phrases_of,
     template_parts,
     with_model,
 )
@@ -161,6 +162,10 @@ class Prompt(ABC):
         """
         raise TypeError(_NO_PLACES)
 
+    def with_default(self, baselines: Any) -> "Prompt":
+        """The prompt with these baselines, if nothing was said of them; otherwise itself."""
+        return self
+
     def with_model(self, model: LanguageModel) -> "Prompt":
         """The prompt with a model for baselines that ask one; itself if none does."""
         return self
@@ -177,79 +182,97 @@ class Replacements:
         baseline: What stands there.
         slots: All places, in reading order.
         tokenizer: Tokenises replacement texts in place.
+        by_phrase: Whether places that the baseline takes for one thing are absent together.
     """
 
-    def __init__(self, baseline: Baseline, slots: Sequence[Slot], tokenizer: Any) -> None:
+    def __init__(
+        self, baseline: Baseline, slots: Sequence[Slot], tokenizer: Any, *, by_phrase: bool = False
+    ) -> None:
         self.deterministic = not slots or is_deterministic(baseline)
         self._baseline = baseline
         self._slots = slots
         self._tokenizer = tokenizer
+        self._by_phrase = by_phrase
         self._in_place: dict[tuple[str, str], tuple[int, ...]] = {}
-        self._phrases: dict[int, Sequence[int]] | None = None
+        self._bonds: Bonds | None = None
 
     def with_model(self, model: LanguageModel) -> "Replacements":
         """The same with a model for the baseline to ask."""
-        return Replacements(with_model(self._baseline, model), self._slots, self._tokenizer)
+        return self._of(with_model(self._baseline, model), self._slots)
 
     def over(self, slots: Sequence[Slot]) -> "Replacements":
         """The same for other slots."""
-        return Replacements(self._baseline, slots, self._tokenizer)
+        return self._of(self._baseline, slots)
+
+    def _of(self, baseline: Baseline, slots: Sequence[Slot]) -> "Replacements":
+        return Replacements(baseline, slots, self._tokenizer, by_phrase=self._by_phrase)
 
     def matches(self, n: int | None = None) -> list[Match] | None:
-        """How the baseline found candidates for the first `n` slots, if it is one that tells."""
-        explain = getattr(self._baseline, "explain", None)
-        return None if explain is None else [explain(slot) for slot in self._slots[:n]]
+        """How the baseline found candidates for the first `n` slots, if it is one that tells.
 
-    def with_phrases(self, absent: Collection[int]) -> Collection[int]:
-        """Slots that are absent, and those that are absent with them.
+        Of a phrase that is absent as one, every slot has those of the phrase.
+        """
+        explain = getattr(self._baseline, "explain", None)
+        if explain is None:
+            return None
+        phrase_of = {index: run for run in self._found_bonds().phrases for index in run}
+        runs = [phrase_of.get(index, (index,)) for index in range(len(self._slots[:n]))]
+        return [explain(joined([self._slots[i] for i in run])) for run in runs]
+
+    def units(self, absent: Collection[int]) -> Mapping[int, tuple[int, ...]]:
+        """What is drawn as one where slots are absent.
 
         Args:
             absent: Indices of slots.
-        """
-        if not absent or not (phrases := self._phrase_of()):
-            return absent
-        return {index for own in absent for index in phrases.get(own, (own,))}
 
-    def _phrase_of(self) -> Mapping[int, Sequence[int]]:
-        """For slots that are absent with others: all of these."""
-        if self._phrases is None:
-            found = phrases_of(self._baseline, self._slots)
-            self._phrases = {index: phrase for phrase in found for index in phrase}
-        return self._phrases
+        Returns:
+            For these, and for all that are absent with them, the slots drawn together with each, in
+            reading order.
+        """
+        if not absent:
+            return {}
+        bonds = self._found_bonds()
+        unit_of = {index: (index,) for index in absent}
+        for run in bonds.phrases:
+            if any(index in unit_of for index in run):
+                unit_of |= dict.fromkeys(run, tuple(run))
+        for run in bonds.ties:
+            if all(index in unit_of for index in run):
+                whole = tuple(sorted({index for part in run for index in unit_of[part]}))
+                unit_of |= dict.fromkeys(whole, whole)
+        return unit_of
+
+    def _found_bonds(self) -> Bonds:
+        if self._bonds is None:
+            found = bonds_of(self._baseline, self._slots)
+            self._bonds = found if self._by_phrase else Bonds()
+        return self._bonds
 
     def draws(
-        self,
-        n_rows: int,
-        generator: torch.Generator,
-        draws: Tensor | None,
-        *,
-        by_phrase: bool = False,
-    ) -> list[Callable[[int], tuple[int, ...]]]:
-        """Per row a function from a slot's index to the ids that stand in its place.
+        self, n_rows: int, generator: torch.Generator, draws: Tensor | None
+    ) -> list[Callable[..., tuple[int, ...]]]:
+        """Per row a function from indices of slots to the ids that stand in their place.
+
+        Its arguments are a unit (see `units`), or a single slot.
 
         Args:
             n_rows: Number of coalitions.
             generator: One number is taken from it; all draws follow from that one.
             draws: Shape ``(n_rows,)``: rows with equal number share a draw. None: each its own.
-            by_phrase: Whether slots that are absent together (see `with_phrases`) are drawn as
-                one; the first has all the ids.
         """
         seed = draw_seed(generator)
         numbers = range(n_rows) if draws is None else draws.tolist()
-        known: dict[tuple[int, int], tuple[int, ...]] = {}
+        known: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-        def ids(draw: int, index: int) -> tuple[int, ...]:
-            if (draw, index) not in known:
-                slot = self._slots[index]
-                phrase = self._phrase_of().get(index, (index,)) if by_phrase else (index,)
-                if index != phrase[0]:
-                    return ()  # the first place has what stands for all
-                slot = joined([self._slots[i] for i in phrase])
+        def ids(draw: int, *unit: int) -> tuple[int, ...]:
+            if (draw, *unit) not in known:
+                self._found_bonds()  # asked of all places at once
+                slot = joined([self._slots[i] for i in unit])
                 # A generator for each feature: a row draws only what it lacks, and the same as
                 # every other row of its draw. Slots of one feature share it: what they draw from
                 # lists of equal length stands at one place of them.
-                known[draw, index] = self._ids(slot, draw_generator(seed, draw, slot.feature))
-            return known[draw, index]
+                known[draw, *unit] = self._ids(slot, draw_generator(seed, draw, slot.feature))
+            return known[draw, *unit]
 
         return [partial(ids, 0 if self.deterministic else number) for number in numbers]
 

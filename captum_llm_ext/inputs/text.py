@@ -13,6 +13,7 @@ from torch import Tensor
 
 from captum_llm_ext import tokens
 from captum_llm_ext.baselines import (
+    Default,
     LanguageModel,
     Slot,
     as_baseline,
@@ -35,6 +36,7 @@ from captum_llm_ext.inputs.prompt import (
 from captum_llm_ext.segment import Span, Unit, shorten, unit_name
 
 Part = tuple[str, str] | tuple[str, str, bool]
+_DEFAULT = Default()
 _PARTS = ("part", "example", "passage")
 
 
@@ -55,8 +57,10 @@ class TextSegmentInput(InterpretableInput, Prompt):
             list of (start, stop)`` such as those of `captum_llm_ext.segment`. What lies between
             spans is fixed text. A tuple of units, from coarse to fine, makes features of the
             finest and levels of all: ``("paragraph", "sentence", "word")``.
-        baselines: What stands where a feature is absent: None (nothing: the tokens are deleted), a
-            token id, a token of the vocabulary, a list with one text (or list of texts to draw
+        baselines: What stands where a feature is absent. By default what the model itself would
+            have written there (`ModelBaselines`), where `GenerationAttribution` asks a model of
+            this process; nothing elsewhere. ``"delete"`` or None (nothing: the tokens are deleted),
+            a token id, a token of the vocabulary, a list with one text (or list of texts to draw
             from) per span, a mapping from every span's label, number or text to such, captum's
             `ProductBaselines`, or a callable ``(slot, generator) -> text or ids``. Text takes the
             white space around the text it replaces and is tokenised in place.
@@ -94,7 +98,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
         tokenizer: Any,
         unit: Unit | tuple[Unit, ...] = "word",
         *,
-        baselines: Any = None,
+        baselines: Any = _DEFAULT,
         groups: Groups | None = None,
         fixed: Sequence[tuple[int, int]] | Sequence[str] = (),
         names: Sequence[str] | None = None,
@@ -140,6 +144,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
         self.unit_name = unit_name(units[-1])
         self.pieces = _pieces(text, self.slots, owned, encoding, tokenizer)
         self._chunks = _chunks(self.slots, owned.owners, self.ids)
+        self._drawn = self.slots
         self._replace_by(baselines)
 
     def _encoded(self, text: str, tokenizer: Any, add_special_tokens: bool) -> tokens.Encoding:
@@ -148,7 +153,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
     def _replace_by(self, baselines: Any) -> None:
         replacement = as_baseline(baselines, self.tokenizer, self.slots)
         self.own_baseline, self.baseline = replacement, for_generated(replacement)
-        self._replacements = Replacements(replacement, self.slots, self.tokenizer)
+        self._replacements = Replacements(replacement, self._drawn, self.tokenizer, by_phrase=True)
         self.deterministic = self._replacements.deterministic
 
     def with_baselines(self, baselines: Any) -> Self:
@@ -164,6 +169,11 @@ class TextSegmentInput(InterpretableInput, Prompt):
         changed._replace_by(baselines)
         return changed
 
+    def with_default(self, baselines: Any) -> Self:
+        """See `Prompt.with_default`."""
+        is_said = not isinstance(self.own_baseline, Default)
+        return self if is_said else self.with_baselines(baselines)
+
     def with_model(self, model: LanguageModel) -> Self:
         """See `Prompt.with_model`."""
         changed = copy(self)
@@ -175,7 +185,8 @@ class TextSegmentInput(InterpretableInput, Prompt):
         """A copy in which features of one group (one number per feature) share their draws."""
         changed = copy(self)
         tied = [replace(slot, feature=groups[slot.feature]) for slot in self.slots]
-        changed._replacements = self._replacements.over(with_siblings(tied))
+        changed._drawn = with_siblings(tied)
+        changed._replacements = self._replacements.over(changed._drawn)
         return changed
 
     def matches(self) -> list[Match] | None:
@@ -288,17 +299,18 @@ class TextSegmentInput(InterpretableInput, Prompt):
         self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
     ) -> list[RenderedPrompt]:
         """See `Prompt.render`."""
-        replacements = self._replacements.draws(len(masks), generator, draws, by_phrase=True)
+        replacements = self._replacements.draws(len(masks), generator, draws)
         rows: list[RenderedPrompt] = []
         for mask, stand_in in zip(masks.tolist(), replacements, strict=True):
-            off = {slot.index for slot in self.slots if not mask[slot.feature]}
-            off = self._replacements.with_phrases(off)
+            units = self._replacements.units(
+                {slot.index for slot in self.slots if not mask[slot.feature]}
+            )
             ids: list[int] = []
             for slot, chunk, is_first in self._chunks:
-                if slot is None or slot.index not in off:
+                if slot is None or (unit := units.get(slot.index)) is None:
                     ids += chunk
-                elif is_first:
-                    ids += stand_in(slot.index)
+                elif is_first and slot.index == unit[0]:  # which has what stands for all
+                    ids += stand_in(*unit)
             rows.append(RenderedPrompt(tuple(ids)))
         return rows
 

@@ -9,8 +9,8 @@ from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_llm_ext.attribution import GenerationAttribution
-from captum_llm_ext.baselines import TokenBaseline, draw_generator
-from captum_llm_ext.baselines.kind import kind_of
+from captum_llm_ext.baselines import draw_generator
+from captum_llm_ext.baselines.kind import UNSEEN, kind_of, unseen
 from captum_llm_ext.baselines.unlike import is_unlike
 from captum_llm_ext.inputs import as_prompt
 from captum_llm_ext.metrics.fitting import attributions_of, by_name, check_fit, span_of
@@ -26,11 +26,10 @@ Results = (
     | Mapping[str, GenerationAttributionResult]
     | Sequence[GenerationAttributionResult]
 )
-_UNSEEN = (
-    "faithfulness is measured on texts that the model never saw. On a language whose causes are "
-    "known, most metrics like that put the true causes not far above random numbers, and below "
-    "attributions made in the same way; by what stands in the same slot elsewhere they come out "
-    "best."
+_MADE, _WHAT = "faithfulness is measured on", "metrics"
+_BEST = (
+    ", and below attributions made in the same way; by what stands in the same slot elsewhere they "
+    "come out best."
 )
 _SAME_MODEL = 0.01  # of the value: further apart than rounding, also in half precision
 
@@ -110,7 +109,7 @@ def measure_faithfulness(
             "`output_unit` and `output_baselines` have no meaning for the whole target, whose "
             "output is held fixed: leave them out, or give a `token`."
         )
-    prompt = as_prompt(inp, attribution.tokenizer, feature_mask)
+    prompt = attribution.with_absence(as_prompt(inp, attribution.tokenizer, feature_mask))
     check_fit(named, prompt, attribution)
     first = next(iter(named.values()))
     attribution = against_same(attribution, first)
@@ -137,7 +136,7 @@ def measure_faithfulness(
     absent = {"prompt": prompt.own_baseline}
     if earlier:
         absent["output"] = prompt.baseline if output_baselines is None else output_baselines
-    if is_unlike(prompt.own_baseline, game.matches):
+    if is_unlike(prompt.own_baseline, lambda: game.matches):
         _warn_of_unlike()
     _warn_of_absence(absent.values())
     _warn_of_another_model(named, span, game.grand_coalition_value)
@@ -159,23 +158,18 @@ def _seed_of_draws(seed: int) -> int:
 
 def _warn_of_absence(baselines: Iterable[object]) -> None:
     """Says, once, where absent features make texts that the model never saw."""
-    for baseline in baselines:
-        is_token = isinstance(baseline, TokenBaseline | str | int)
-        if not is_token and kind_of(baseline) != "deleted":
-            continue
-        what = "become one and the same token" if is_token else "are deleted"
+    said = unseen(baselines, _MADE, _WHAT)
+    if said is not None:
         warnings.warn(
-            f"Absent features {what}: {_UNSEEN} Give the input `baselines=CorpusBaselines(texts)`.",
-            stacklevel=3,
+            f"{said}{_BEST} Give the input `baselines=CorpusBaselines(texts)`.", stacklevel=3
         )
-        return
 
 
 def _warn_of_unlike() -> None:
     warnings.warn(
         "Absent features become any text of a corpus of another kind, which has no place like "
-        f"those of most of them: {_UNSEEN} Give `CorpusBaselines` texts of the same kind as the "
-        "prompt.",
+        f"those of most of them: {_MADE} {UNSEEN.format(what=_WHAT)}{_BEST} Give `CorpusBaselines` "
+        "texts of the same kind as the prompt.",
         stacklevel=3,
     )
 

@@ -12,6 +12,7 @@ from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines import LanguageModel
 from captum_llm_ext.contrast import Contrast, scored
 from captum_llm_ext.game import Game, Inspect, Run
+from captum_llm_ext.inputs import Prompt
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.remote.providers import (
     OnMismatch,
@@ -214,6 +215,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
     def _proposer(self, scorer: Values) -> Values:
         return scorer
+
+    def with_absence(self, prompt: Prompt) -> Prompt:
+        """Nothing stands there: an API does not tell what its model would have written."""
+        return prompt
 
     def _language_model(self, scorer: Values) -> LanguageModel:
         return RemoteLikelihood(cast(RemoteScorer, scorer), self.tokenizer)

@@ -1,7 +1,7 @@
 """What a baseline may ask the model under explanation: how probable texts are, and what it says."""
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat, tokens
+from captum_llm_ext.baselines import Listed
 from captum_llm_ext.scoring.exclusive import as_found
 from captum_llm_ext.scoring.probe import Findings, findings
 from captum_llm_ext.scoring.rows import TokenRow
@@ -17,6 +18,8 @@ from captum_llm_ext.scoring.scorer import Scorer
 
 # Rows of one pass. These texts are few and short beside the coalitions that are scored later.
 _ROWS_AT_ONCE = 16
+# A look at the model holds for rows that are so many tokens longer.
+_BEYOND = 48
 # Of so many tokens per wanted one it is looked up what they show.
 _LOOKED_AT = 64
 
@@ -81,92 +84,168 @@ class Likelihood:
         return written
 
     def likeliest(
-        self, text: str, places: Sequence[int], n: int, fits: Callable[[int, str], bool]
-    ) -> list[list[tuple[str, float]]]:
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+        n: int,
+        fits: Callable[[int, str], bool],
+    ) -> list[Listed | None]:
         """See `LanguageModel.likeliest`."""
         encoding = tokens.encode(self._tokenizer, text)
         ids = self._ids(text)
         shift = len(ids) - len(encoding.ids)
         anchors = list(accumulate((a if a is not None else -1 for a in encoding.anchors), max))
-        # The tokens that show the places' characters; white space before may be tokens of its own.
-        stand = [bisect_right(anchors, place) - 1 + shift for place in places]
-        said = self._log_probs(ids, [at for at in stand if at > 0])
+        # The tokens whose first characters are a place's; white space before may be one of its own.
+        stand = [
+            range(bisect_left(anchors, start) + shift, bisect_left(anchors, stop) + shift)
+            for start, stop in spans
+        ]
+        known = [own if own and own[0] > 0 else range(0) for own in stand]
+        first = {own[0]: number for number, own in enumerate(known) if own}
+        log_probs: dict[int, float] = {}
+        others: dict[int, list[tuple[str, float]]] = {}
+        for at, said in self._said(ids, sorted({at for own in known for at in own})):
+            log_probs[at] = float(said[ids[at]])
+            if (number := first.get(at)) is not None:
+                others[number] = self._best(said, ids[at - 1 : at + 1], n, partial(fits, number))
         return [
-            self._best(said[at], ids[at - 1 : at + 1], n, partial(fits, number)) if at > 0 else []
-            for number, at in enumerate(stand)
+            Listed(
+                sum(log_probs[at] for at in own),
+                self._piece(ids[own[0]], ids[own[0] - 1]).strip(),
+                log_probs[own[0]],
+                others[number],
+            )
+            if own
+            else None
+            for number, own in enumerate(known)
         ]
 
     def _best(
         self, log_probs: Tensor, around: Sequence[int], n: int, fits: Callable[[str], bool]
     ) -> list[tuple[str, float]]:
-        """What stands in a place, and the likeliest others.
+        """The likeliest tokens in a place beside the one that stands there.
 
         Args:
             log_probs: Of the vocabulary.
             around: The token before the place, and the one that stands there.
-            n: Number of others.
+            n: Number of tokens.
             fits: Whether a text may stand there.
         """
         before, own = around
-        stands = self._piece(own, before)
-        found = [(stands.strip(), float(log_probs[own]))]
+        spaced = self._piece(own, before)[:1].isspace()
+        found: list[tuple[str, float]] = []
         best = log_probs.topk(min(_LOOKED_AT * n, len(log_probs)))
         for log_prob, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            if len(found) > n or log_prob == -torch.inf:
+            if len(found) == n or log_prob == -torch.inf:
                 break
             piece = self._piece(token, before)
-            is_like = piece[:1].isspace() == stands[:1].isspace() and piece.strip() != ""
-            if token != own and is_like and fits(piece.strip()):
-                found.append((piece.strip(), log_prob))
+            shown = piece.strip()
+            if token != own and shown and piece[:1].isspace() == spaced and fits(shown):
+                found.append((shown, log_prob))
         return found
 
-    def _log_probs(self, ids: Sequence[int], at: Sequence[int]) -> dict[int, Tensor]:
-        """Log-probabilities of the vocabulary in places of a row, float64 on the CPU."""
-        if not at:
-            return {}
-        steps = self._look([ids]).step_by_step
-        rows = {n: ids[:n] for n in at} if steps else {0: ids[: max(at)]}
-        logits = {
-            n: self._logits(torch.tensor([row], dtype=torch.int64, device="cpu"))[0]
-            for n, row in rows.items()
-        }
-        found: dict[int, Tensor] = {}
-        for n in at:
-            # Counted from the end: a soft prompt has logits of its own in front.
-            own = logits[n][-1] if steps else logits[0][n - 1 - max(at)]
-            own = own.double().cpu()
-            own[self._special(len(own))] = -torch.inf
-            found[n] = own.log_softmax(0)
-        return found
+    def _said(self, ids: Sequence[int], at: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Places of a row and the log-probabilities of the vocabulary there, float64 on the CPU.
 
-    def log_probs_after(self, beginnings: Sequence[str], text: str) -> Tensor:
+        Args:
+            ids: The row.
+            at: Places after the first, in order.
+        """
+        for begin, stop, some in self._windows(ids, at):
+            window = [*ids[:1], *ids[begin + 1 : stop]] if begin else [*ids[:stop]]
+            found = self._look([window])
+            if found.step_by_step:
+                for place in some:
+                    row = torch.tensor([window[: place - begin]], dtype=torch.int64, device="cpu")
+                    yield place, self._log_softmax(self._logits(row)[0, -1])
+                continue
+            row = torch.tensor([window[:-1]], dtype=torch.int64, device="cpu")
+            logits = self._logits(row)[0]
+            for place in some:
+                # Counted from the end: a soft prompt has logits of its own in front.
+                yield place, self._log_softmax(logits[place - stop])
+
+    def _windows(
+        self, ids: Sequence[int], at: Sequence[int]
+    ) -> Iterator[tuple[int, int, list[int]]]:
+        """Stretches of a row that the model has positions for: where each begins and stops.
+
+        Every place is told with a half of those positions before it at least.
+        """
+        most = self._most
+        begin, todo = 0, list(at)
+        while todo:
+            fits = [place for place in todo if most is None or place < begin + most]
+            if fits:
+                yield begin, fits[-1] + 1, fits
+                todo = todo[len(fits) :]
+            if todo and most is not None:
+                begin = todo[0] - most // 2
+
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        logits = logits.double().cpu()
+        logits[self._special(len(logits))] = -torch.inf
+        return logits.log_softmax(0)
+
+    def log_probs_after(self, beginnings: Sequence[str], texts: Sequence[str]) -> Tensor:
         """See `LanguageModel.log_probs_after`; float64 on the CPU."""
-        target: tuple[int, ...] | None = None
+        starts = [self._ids(beginning) for beginning in beginnings]
+        said = [
+            tokens.encode_in_place(self._tokenizer, text, beginning)
+            for text, beginning in zip(texts, beginnings, strict=True)
+        ]
+        # One target for all: each row says its own part of it.
+        first: dict[tuple[int, ...], int] = {}
+        target: list[int] = []
+        for own in said:
+            if own not in first:
+                first[own] = len(target)
+                target += own
         rows: list[TokenRow] = []
-        for beginning in beginnings:
-            ids = tuple(self._ids(beginning))
-            target = target or tokens.encode_in_place(self._tokenizer, text, beginning)
-            places = range(len(ids) - 1, len(ids) - 1 + len(target))
-            rows.append(TokenRow((*ids, *target[:-1]), places))
-        return self._scorer.values(rows, torch.tensor(target, dtype=torch.int64, device="cpu")).sum(
-            1
-        )
+        for ids, own in zip(starts, said, strict=True):
+            ids = self._last(ids, len(own))
+            positions = [-1] * len(target)
+            positions[first[own] : first[own] + len(own)] = range(
+                len(ids) - 1, len(ids) - 1 + len(own)
+            )
+            rows.append(TokenRow((*ids, *own[:-1]), positions))
+        if not target:
+            return torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+        values = self._scorer.values(rows, torch.tensor(target, dtype=torch.int64, device="cpu"))
+        return values.nansum(1)
 
-    def greedy(self, beginnings: Sequence[str], n_tokens: int) -> list[str]:
+    def greedy(
+        self,
+        beginnings: Sequence[str],
+        limits: Sequence[int],
+        is_whole: Callable[[int, str], bool],
+    ) -> list[str]:
         """See `LanguageModel.greedy`."""
         starts = [self._ids(beginning) for beginning in beginnings]
-        rows = [list(ids) for ids in starts]
-        for _ in range(n_tokens):
-            likeliest = self._greedy.values(
-                [TokenRow(tuple(row), (len(row) - 1,)) for row in rows],
-                torch.tensor([0], dtype=torch.int64, device="cpu"),
+        written: list[list[int]] = [[] for _ in starts]
+        texts = [""] * len(starts)
+        target = torch.tensor([0], dtype=torch.int64, device="cpu")
+        todo = list(range(len(starts)))
+        while todo := [i for i in todo if len(written[i]) < limits[i]]:
+            rows = [self._last([*starts[i], *written[i]], 0) for i in todo]
+            found = self._greedy.values(
+                [TokenRow(tuple(row), (len(row) - 1,)) for row in rows], target
             )
-            for row, token in zip(rows, likeliest[:, 0].tolist(), strict=True):
-                row.append(int(token))
-        return [
-            "".join(tokens.pieces(self._tokenizer, row[len(start) :], start))
-            for row, start in zip(rows, starts, strict=True)
-        ]
+            for i, token in zip(todo, found[:, 0].tolist(), strict=True):
+                written[i].append(int(token))
+                texts[i] = "".join(tokens.pieces(self._tokenizer, written[i], starts[i]))
+            todo = [i for i in todo if not is_whole(i, texts[i])]
+        return texts
+
+    def _last(self, ids: Sequence[int], n_after: int) -> Sequence[int]:
+        """The last of these ids that the model has positions for, with so many after them."""
+        if self._most is None or len(ids) + n_after <= self._most:
+            return ids
+        return [*ids[:1], *ids[len(ids) + n_after + 1 - self._most :]]
+
+    @cached_property
+    def _most(self) -> int | None:
+        return _compat.longest_sequence(self._model)
 
     @cached_property
     def _scorer(self) -> Scorer:
@@ -177,14 +256,10 @@ class Likelihood:
         """Tells the likeliest token instead of the probability of one."""
 
         def likeliest(logits: Tensor, target: Tensor) -> Tensor:
-            logits = logits.index_fill(
-                2,
-                torch.tensor(
-                    self._special(logits.shape[2]), dtype=torch.int64, device=logits.device
-                ),
-                -torch.inf,
+            special = torch.tensor(
+                self._special(logits.shape[2]), dtype=torch.int64, device=logits.device
             )
-            return logits.argmax(2).double()
+            return logits.index_fill(2, special, -torch.inf).argmax(2).double()
 
         return Scorer(self._model, attr_target=likeliest)
 
@@ -229,8 +304,15 @@ class Likelihood:
         return torch.tensor([total], dtype=torch.float64, device="cpu")
 
     def _look(self, rows: Sequence[Sequence[int]]) -> Findings:
-        """What the model does with such rows."""
-        read = [TokenRow(tuple(row[:-1]), range(len(row) - 1)) for row in rows]
+        """What the model does with such rows, and with shorter and somewhat longer ones.
+
+        Words are tried after every beginning of a text, and what is attributed has some more after
+        it: one look serves all.
+        """
+        longest = max(rows, key=len)
+        beyond = [*longest, *longest[-_BEYOND:]]
+        beyond = beyond[: max(len(longest), self._most or len(beyond))]
+        read = [TokenRow(tuple(row), range(len(row))) for row in (longest[:1], beyond[:-1])]
         with as_found(self._model):
             return findings(self._model, read)
 
