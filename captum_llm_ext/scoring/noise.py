@@ -19,7 +19,7 @@ _ALONE = 8
 _ALONE_STEPPING = 2  # where each of them takes a pass per token
 _CHECKED = 4
 # What these take is no more than this share of what the run took, but for one of them.
-_CHECKED_SHARE = 1 / 16
+_CHECKED_SHARE = 1 / 32
 _BATCH = 13
 # Other batches than those seen may lie further apart: in 60 small models by less than twice as
 # much, or twice the last digit of the logits, of which one may be rounded up, the other down.

@@ -432,9 +432,9 @@ class Passes:
             NotImplementedError: If the model does not attend in a way that is known.
         """
         parting = max(1, len(row) - _PARTED)
-        another = next((i for i in row if i != row[parting]), int(row[parting] == 0))
+        another = _unlike(row, row[parting])
         other = [*row[:parting], another, *row[parting + 1 : parting + _PARTED // 2]]
-        ended = [[*row[: p + 1], *_unlike(row, row[p + 1])] for p in places]
+        ended = [[*row[: p + 1], _unlike(row, row[p + 1])] for p in places]
         # Each shares with the next all that comes before it parts from the row.
         others = sorted([*zip((p + 1 for p in places), ended, strict=True), (parting, other)])
         # The first that has another's token before it in the pack, and those after it.
@@ -547,10 +547,9 @@ class _LastRow:
         return part(self.state, self.places[:n])
 
 
-def _unlike(row: Sequence[int], one: int) -> list[int]:
-    """Two ids, the first of them another one than that given."""
-    first = next((i for i in row if i != one), int(one == 0))
-    return [first, one]
+def _unlike(row: Sequence[int], one: int) -> int:
+    """Another id than that given."""
+    return next((i for i in row if i != one), int(one == 0))
 
 
 def _values(said: Said, where: Tensor, wanted: Tensor, attr_target: str) -> Tensor:

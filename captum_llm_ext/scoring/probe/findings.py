@@ -13,12 +13,14 @@ class Packing:
         reason: Why it is not given packs; None where it may be.
         chains: Whether packs can go on from the state after another.
         spares_ends: Whether tokens can be left out at its first and its last layer.
+        differs: Whether it was read otherwise than alone, which something that follows may explain.
     """
 
     longest: int
     reason: str | None
     chains: bool
     spares_ends: bool
+    differs: bool
 
     def joined(self, other: "Packing") -> "Packing":
         """What both have shown."""
@@ -27,6 +29,7 @@ class Packing:
             self.reason or other.reason,
             self.chains and other.chains,
             self.spares_ends and other.spares_ends,
+            self.differs or other.differs,
         )
 
 

@@ -21,6 +21,8 @@ _FIRST = 8
 # that is a quarter of the run; where it is large, one for every so many rows of it.
 _CUTS = 8
 _ROWS_PER_CUT = 32
+# And of so many, where they are read in one pack: then each takes a token.
+_CUTS_OF_PACKS = 16
 # The shortest row is looked at in so many places.
 _PLACES = 5
 # So many rows of them are in one pass.
@@ -310,7 +312,7 @@ class _Look:
             alone: What is said there of it alone.
         """
         ids, length, cuts = self._row.ids, len(self._row.ids), at[2:]
-        found = replace(found, packing=self._packing(found, cuts[1:]))
+        found = replace(found, packing=self._packing(found))
         mate = self._others(ids)
         short = self._short if len(self._short) < length else mate
         ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
@@ -319,9 +321,13 @@ class _Look:
         # Everything at once: other rows, other ids after these, and padding.
         said = self._said([padded, self._cut(cuts[0])], [ends, [*at[:3], *at[2:3] * 2]])
         is_rough, is_half = self._is_rough(found), self._is_half(found)
-        later: list[tuple[Tensor, Tensor]] = []
-        if is_half or found.packing is None or found.packing.reason is not None:
-            later = list(zip(self._after(cuts[1:]), alone[3:], strict=True))
+        places, alone_later = cuts[1:], alone[3:]
+        if found.packing is not None and found.packing.differs:
+            places = self._cuts(_CUTS_OF_PACKS)[1:]
+            alone_later = self._said([ids], [places])[0] if places else alone_later
+        elif found.packing is not None and found.packing.reason is None and not is_half:
+            places = []  # the pack has told
+        later = [*zip(self._after(places), alone_later, strict=False)]
         wide = self._wide(at[:2], _WIDE)
         pairs = [(said[0], alone_short), (said[1, :3], alone[:3]), (wide, alone[:2]), *later]
         rounding = max(_largest(*pair) for pair in pairs)
@@ -349,7 +355,7 @@ class _Look:
         else:
             couples |= max(_largest(copies, alone[:3]), _largest(wide, begun)) > _BATCHED
         if couples:
-            later = list(zip(self._after(cuts[1:], at_once=1), alone[3:], strict=True))
+            later = [*zip(self._after(places, at_once=1), alone_later, strict=False)]
         followed = [(cut, alone[:3]), (one, other), *later]
         sees = any(_exceeds(*pair, limit) for pair in followed)
         # How much follows may count as well as what.
@@ -386,13 +392,13 @@ class _Look:
             is_rough=is_rough or couples or rounding > _FINE,
         )
 
-    def _packing(self, found: Findings, places: Sequence[int]) -> Packing | None:
+    def _packing(self, found: Findings) -> Packing | None:
         """How the model reads packs, where it might be given any."""
         if self._read_packed is None or found.couples_rows or found.n_before:
             return None
         if self._earlier is not None and self._earlier.packs_known(len(self._row.ids)):
             return self._earlier.packing
-        return self._read_packed(self._row.ids, places, found.kept)
+        return self._read_packed(self._row.ids, self._cuts(_CUTS_OF_PACKS)[1:], found.kept)
 
     def _wide(self, at: Sequence[int], most: int, *, start: int = 0) -> Tensor:
         """What is said at early places of the row's beginning in a batch of so many at most."""
@@ -408,12 +414,17 @@ class _Look:
         """Whether rounding may be taken for an effect."""
         return found.dtype not in ("float32", "float64") or _compat.half_precision(self._model)
 
-    def _cuts(self) -> list[int]:
-        """Places after which something else is put: of the first target token, and some others."""
+    def _cuts(self, wanted: int | None = None) -> list[int]:
+        """Places after which something else is put: of the first target token, and some others.
+
+        Args:
+            wanted: So many others, if there are. None: by the number of rows.
+        """
         last = len(self._row.ids) - 1
         places = sorted({p for p in self._row.positions if p >= 0} or {last})
         later = [place for place in places[1:] if place < last]
-        wanted = max(2, min(_CUTS, self._n_rows // 4), self._n_rows // _ROWS_PER_CUT)
+        by_rows = max(2, min(_CUTS, self._n_rows // 4), self._n_rows // _ROWS_PER_CUT)
+        wanted = by_rows if wanted is None else wanted
         n = min(len(later), wanted)
         # The last one that anything follows is among them.
         chosen = {later[-1 - i * len(later) // n] for i in range(n)} if n else set[int]()

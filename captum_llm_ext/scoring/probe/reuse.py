@@ -38,5 +38,12 @@ def packing_of(passes: Passes, row: Sequence[int], places: Sequence[int] = ()) -
         row: Token ids, best of the longest row of the run.
         places: Where something else follows in the pack, at the place itself and in its row.
     """
-    reason = reason_against(lambda: passes.reads_packed(row, places))
-    return Packing(len(row), reason, passes.chains, passes.spares_ends)
+    errors: list[float] = []
+
+    def error() -> float:
+        errors.append(passes.reads_packed(row, places))
+        return errors[0]
+
+    reason = reason_against(error)
+    differs = reason is not None and len(errors) > 0
+    return Packing(len(row), reason, passes.chains, passes.spares_ends, differs)
