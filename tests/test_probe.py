@@ -407,6 +407,46 @@ def test_a_model_is_looked_at_once_as_long_as_it_stays_the_same():
     assert model.n_passes > before
 
 
+@pytest.mark.parametrize("place", range(6))
+def test_what_a_hook_sees_ahead_is_seen_in_packs_as_well(place):
+    """Only at one place of the target, in a model that would read packs rightly."""
+    rows, target = rows_of(n_target=8)
+    model, seen = tiny.llama(), rows[0].ids[14 + place]
+
+    def hook(module, args, kwargs, output):
+        output.logits = next_of([seen])(output.logits, kwargs["input_ids"])
+        return output
+
+    assert packs_of(model, rows, target)
+    model.register_forward_hook(hook, with_kwargs=True)
+    scorer = Scorer(model, overhead=0)
+    values = scorer.values(rows, target)
+    assert scorer.findings.sees_ahead
+    truth = step_by_step(lambda ids: model(input_ids=ids), rows, target)
+    assert float((values - truth).abs().max()) < 1e-5
+
+
+def packs_of(model, rows, target):
+    scorer = Scorer(model, overhead=0, reuse="pack")
+    scorer.values(rows, target)
+    return scorer.packs
+
+
+def test_what_was_seen_of_packs_is_kept_with_the_model():
+    model = tiny.llama()
+    rows, target = rows_of()
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = []
+    for _ in range(2):
+        before = len(passes)
+        scorer = Scorer(model, overhead=0, reuse="pack")
+        found.append(scorer.values(rows, target))
+        assert scorer.packs
+    assert len(passes) - before == 1
+    assert torch.equal(*found)
+
+
 def test_a_model_is_forgotten_with_its_last_user():
     model = tiny.llama()
     with as_found(model):

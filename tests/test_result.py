@@ -5,6 +5,7 @@ import random
 import shutil
 import stat
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,6 +128,12 @@ def _rewritten(path, version, change, to):
     return to
 
 
+def _warned_of_no_digest(version):
+    if version >= 3:
+        return nullcontext()
+    return pytest.warns(UserWarning, match=rf"format {version}, which has no digest.*`save`")
+
+
 def test_the_format_that_is_written_is_the_documented_one(tmp_path):
     """Roles are told by the number: readers that know none refuse it as one of a later version."""
     result = GenerationAttributionResult.load(DATA / "result_format_3.safetensors")
@@ -153,12 +160,13 @@ def test_the_format_that_is_written_is_the_documented_one(tmp_path):
 )
 def test_pieces_are_those_of_their_format(version, name, piece, tmp_path):
     def change(rest):
-        rest[name] = [["a", None]] * 6 + [piece]
+        rest[name][0] = piece
 
     path = _rewritten(DATA / "result_format_2.safetensors", version, change, tmp_path / "r")
     if piece == ["x", 0] or (piece == ["x", 0, "user"] and version >= 3):
-        loaded = GenerationAttributionResult.load(path)
-        assert getattr(loaded, name)[6] == Piece(*piece)
+        with _warned_of_no_digest(version):
+            loaded = GenerationAttributionResult.load(path)
+        assert getattr(loaded, name)[0] == Piece(*piece)
     else:
         with pytest.raises(ValueError, match=r"damaged \(.*give a file written by"):
             GenerationAttributionResult.load(path)
@@ -203,7 +211,8 @@ def test_files_of_earlier_versions_are_read(version, tmp_path):
     """Written by those versions, with what they told of them as JSON."""
     path = DATA / f"result_format_{version}.safetensors"
     told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    result = GenerationAttributionResult.load(path)
+    with _warned_of_no_digest(version):
+        result = GenerationAttributionResult.load(path)
     data = json.loads(json.dumps(result.to_dict()))
     assert {name: data[name] for name in told} == told
     assert (result.design is None) == (version == 1)
@@ -213,23 +222,6 @@ def test_files_of_earlier_versions_are_read(version, tmp_path):
     result.save(tmp_path / "again")
     assert GenerationAttributionResult.load(tmp_path / "again").to_dict() == result.to_dict()
     assert (str(result), result.top(2)) == (str(result.table()), [c[:2] for c in result.top(9)])
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_damaged_files_without_a_digest_are_told(version, tmp_path):
-    whole = bytearray((DATA / f"result_format_{version}.safetensors").read_bytes())
-    path, rng = tmp_path / "torn", random.Random(version)
-    size, told = 8 + int.from_bytes(whole[:8], "little"), []
-    for _ in range(200):
-        torn = whole.copy()
-        torn[rng.randrange(size)] = rng.randrange(256)
-        path.write_bytes(torn)
-        try:
-            GenerationAttributionResult.load(path)
-        except ValueError as error:
-            told.append(str(error))
-    assert len(told) > 50
-    assert all(str(path) in error for error in told)
 
 
 @pytest.mark.parametrize("content", ["null", "3", "[]", "{}", '{"format": "x"}', '{"format": 2}'])

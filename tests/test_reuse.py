@@ -8,6 +8,7 @@ import architectures
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,6 +145,31 @@ def test_attention_of_the_users_own_is_left_alone():
     finally:
         AttentionInterface._global_mapping.pop("my_own")
         AttentionMaskInterface._global_mapping.pop("my_own")
+
+
+class OwnProperty(transformers.LlamaConfig):
+    """Tells by a property of its own what the model attends by, as HRM's does."""
+
+    @property
+    def _attn_implementation(self):
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value):
+        self._attn_implementation_internal = value
+
+
+@pytest.mark.parametrize("reuse", ["lend", "pack"])
+def test_configurations_with_a_property_of_their_own_are_read_as_others(reuse):
+    torch.manual_seed(0)
+    config = OwnProperty(**tiny.llama().config.to_dict())
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    usual = vars(OwnProperty)["_attn_implementation"]
+    rows, target = make_rows()
+    scorer = Scorer(model, overhead=0, reuse=reuse)
+    assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-9
+    assert scorer.packs or scorer.lends
+    assert vars(OwnProperty)["_attn_implementation"] is usual
 
 
 def test_keys_that_are_altered_on_their_way_are_not_lent_to(caplog):

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -9,6 +10,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from captum_llm_ext._compat.model import is_compiled, text_config
+
+_FIELD = "_attn_implementation"
 
 
 def has_eager_attention(model: nn.Module) -> bool:
@@ -62,11 +65,11 @@ def attention_of(
         cast(Any, registry)._global_mapping for registry in (ATTENTIONS, MASKS)
     ]
     name = f"{name}_{next(_numbers)}"  # there may be another model in another thread
-    own = {id(config): name for config, implementation in before if implementation is not None}
+    own = [config for config, implementation in before if implementation is not None]
     try:
         for registry, function in zip(registries, (attention, mask), strict=True):
             registry[name] = function
-        with _read_here_as(own):
+        with _read_here_as(dict.fromkeys(map(id, own), name), {type(config) for config in own}):
             yield
     finally:
         for registry in registries:
@@ -86,33 +89,37 @@ class _Here(threading.local):
 _here = _Here()
 _numbers = itertools.count()
 _properties = threading.Lock()
-_n_read_here = 0
+_n_readers = Counter[type]()  # of the property of each class
 
 
 @contextmanager
-def _read_here_as(names: dict[int, str]) -> Generator[None]:
+def _read_here_as(names: dict[int, str], kinds: Collection[type]) -> Generator[None]:
     """Has this thread read other attention implementations of some configurations.
 
-    transformers 5.23 (2026): everything reads `_attn_implementation`, a property.
-    """
-    global _n_read_here
-    from transformers import PreTrainedConfig
+    transformers 5.23 (2026): everything reads `_attn_implementation`, a property, which some
+    configurations have of their own.
 
-    kind: Any = PreTrainedConfig
-    field = "_attn_implementation"
+    Args:
+        names: What is read, by the configuration's id.
+        kinds: The classes of the configurations.
+    """
+    owners = {next(base for base in kind.__mro__ if _FIELD in vars(base)) for kind in kinds}
     with _properties:
-        if _n_read_here == 0:
-            setattr(kind, field, _Implementation(vars(kind)[field]))
-        _n_read_here += 1
+        for owner in owners:
+            if _n_readers[owner] == 0:
+                setattr(owner, _FIELD, _Implementation(vars(owner)[_FIELD]))
+            _n_readers[owner] += 1
     _here.names.append(names)
     try:
         yield
     finally:
         _here.names.pop()
         with _properties:
-            _n_read_here -= 1
-            if _n_read_here == 0:
-                setattr(kind, field, vars(kind)[field].usual)
+            for owner in owners:
+                _n_readers[owner] -= 1
+                if _n_readers[owner] == 0:
+                    setattr(owner, _FIELD, vars(owner)[_FIELD].usual)
+                    del _n_readers[owner]
 
 
 class _Implementation:

@@ -15,12 +15,14 @@ Any reader of safetensors reads it; nothing in it is ever executed. Format 4 had
 was the same, but its first readers know no roles: files with roles have had a number of their own
 since. Format 2 had no digest and no roles, format 1 no ``design`` either, and at first no
 ``levels``. All are read, by their own rules; a file of a format above this is refused as one of a
-later version.
+later version. Without a digest some damage cannot be told, for most numbers are written once: what
+is written twice is compared, and a warning says that this is all.
 """
 
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from captum_llm_ext import tensor_file
 from captum_llm_ext.inputs import Level, Piece
+from captum_llm_ext.result.redundancy import check_redundancy
 from captum_llm_ext.result.refit import Design
 from captum_llm_ext.tensor_file import BROKEN, Kind
 
@@ -111,6 +114,9 @@ def read(path: str | os.PathLike[str], make: Callable[..., T]) -> T:
     Raises:
         OSError: If there is no such file, or it cannot be read.
         ValueError: If the file is damaged, no result, or of a later format.
+
+    Warns:
+        UserWarning: If its format has no digest, so that not all damage can be told.
     """
     tensors, rest = tensor_file.read(path, KIND)
     version = rest.pop("format")
@@ -118,15 +124,18 @@ def read(path: str | os.PathLike[str], make: Callable[..., T]) -> T:
         _check_rest(rest, version)
         _check_tensors(tensors, rest)
         if version < KIND.digest_since:
-            _check_sums(tensors, rest)
+            check_redundancy(tensors, rest)
         for name in ("prompt_pieces", "output_pieces"):
             rest[name] = [Piece(*piece) for piece in rest[name]]
         rest["levels"] = [Level(*level) for level in rest.get("levels", ())]
         if rest.get("design") is not None:
             rest["design"] = Design.from_dict(rest["design"])
-        return make(**tensors, **rest)
+        found = make(**tensors, **rest)
     except BROKEN as error:
         raise _broken(path, error) from error
+    if version < KIND.digest_since:
+        _warn_of_no_digest(path, version, rest.get("design") is not None)
+    return found
 
 
 def read_provenance(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -146,6 +155,16 @@ def _broken(path: str | os.PathLike[str], error: Exception) -> ValueError:
     """The error to raise where what a file holds makes no result."""
     said = str(error) or type(error).__name__
     return ValueError(f"{os.fspath(path)!r} is damaged ({said}): {KIND.advice}")
+
+
+def _warn_of_no_digest(path: str | os.PathLike[str], version: int, can_be_solved: bool) -> None:
+    anew = " (`refit()` solves its coalitions anew)" if can_be_solved else ""
+    warnings.warn(
+        f"{os.fspath(path)!r} is of format {version}, which has no digest: damage that leaves its "
+        f"numbers and names plausible cannot be told. If they are those you know{anew}, `save` the "
+        "result: the new file has one.",
+        stacklevel=4,
+    )
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
@@ -205,16 +224,6 @@ def _n_foils(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> int:
     if [len(own) for own in each] != (ids >= 0).sum(1).tolist():
         raise ValueError("`foil_tokens` names other foils than `foils` has")
     return ids.shape[1]
-
-
-def _check_sums(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """What can be told without a digest: the sum over target tokens is one."""
-    if rest["provenance"].get("attr_target") == "prob":
-        return
-    attr, found = tensors["token_attr"].double(), tensors["seq_attr"].double()
-    within = 1e-3 * (1 + attr.abs().sum(0))  # of float32
-    if bool(((attr.sum(0) - found).abs() > within).any()):
-        raise ValueError("`seq_attr` is not the sum of `token_attr`")
 
 
 def finite(content: Any) -> Any:

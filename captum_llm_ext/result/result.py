@@ -526,6 +526,9 @@ class GenerationAttributionResult(ExportedResult):
         Raises:
             OSError: If there is no such file, or it cannot be read.
             ValueError: If the file is damaged, no result, or of a later format.
+
+        Warns:
+            UserWarning: If the file is of an early version, without the digest that tells damage.
         """
         return read(path, cls)
 

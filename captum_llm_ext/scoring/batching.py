@@ -17,8 +17,8 @@ from captum_llm_ext.scoring.asked import Asked
 from captum_llm_ext.scoring.memory import Memory
 from captum_llm_ext.scoring.passes import Passes
 from captum_llm_ext.scoring.plan import Branch, plan, plan_packed
-from captum_llm_ext.scoring.probe import Findings
-from captum_llm_ext.scoring.probe.reuse import why_not_packed, why_not_read_on
+from captum_llm_ext.scoring.probe import Findings, Packing, ReadPacked
+from captum_llm_ext.scoring.probe.reuse import packing_of, why_not_read_on
 from captum_llm_ext.scoring.rows import TokenRow
 
 Reuse = Literal["auto", "off", "copy", "lend", "pack"]
@@ -26,7 +26,6 @@ Reuse = Literal["auto", "off", "copy", "lend", "pack"]
 _logger = logging.getLogger(__name__)
 # Rows read twice: once on their own, once from what they share or in a pack. So many at most.
 _COMPARISON = 4
-_COMPARISON_OF_PACKS = 2
 # Where processes share the work there are so many batches, as long as what each pass costs beside
 # its positions stays below one in so many of them.
 _BATCHES = 32
@@ -70,7 +69,8 @@ class Batching:
         self._always_packs = reuse == "pack"
         self._reuse = reuse != "off" and _compat.state_argument(model) is not None
         self._compared = 0  # length up to which reading on has been seen to be right
-        self._packed = 0  # and up to which packs have
+        self._packing: Packing | None = None
+        self._has_packed = False
         # Rows in a pack attend one by one, which leaves a GPU idle.
         self._packs = reuse == "pack" or (reuse == "auto" and device.type == "cpu")
         self._head: tuple[tuple[int, ...], Any] = ((), None)
@@ -78,8 +78,8 @@ class Batching:
 
     @property
     def packs(self) -> bool:
-        """Whether rows are packed in one sequence; known after the first comparison."""
-        return self._packed > 0
+        """Whether rows have been packed in one sequence."""
+        return self._has_packed
 
     def told(self) -> dict[str, bool | None]:
         """What results keep of it; None for what has not been found out."""
@@ -88,7 +88,7 @@ class Batching:
                 self._compared > 0 if self._compared or not self._reuse else None
             ),
             "lends_beginnings": self._passes.lends,
-            "packs_rows": True if self._packed else None,
+            "packs_rows": True if self._has_packed else None,
         }
 
     def heed(self, found: Findings) -> None:
@@ -97,6 +97,21 @@ class Batching:
         if found.couples_rows:
             self.max_rows = 1
             self._reuse = self._packs = False
+        packing = found.packing
+        if packing is None or packing == self._packing or not self._packs:
+            return
+        self._packing = packing
+        if packing.reason is None:
+            self._passes.heed_packing(packing.chains, packing.spares_ends)
+            return
+        self._packs = False
+        name = type(self._passes.model).__name__
+        _logger.info("%s is given rows apart (%s).", name, packing.reason)
+
+    @property
+    def read_packed(self) -> ReadPacked | None:
+        """Compares a row in a pack with the row alone; None where no packs are made."""
+        return self._compare_packed if self._packs and self._reuse else None
 
     def plan(self, rows: Sequence[TokenRow], asked: Asked) -> Branch:
         """How rows are run.
@@ -175,42 +190,40 @@ class Batching:
     ) -> Branch | None:
         """Packs, where they cost less than the other ways and are known to be right."""
         longest = max(len(row.ids) for row in rows)
-        if not self._packs or self.mixes_positions(longest):
+        is_known = self._packing is not None and longest <= self._packing.longest
+        if not self._packs or not is_known or self.mixes_positions(longest):
             return None
         lengths = [len(row.ids) for row in rows]
         first = min(row.first for row in rows)
         head = len(self._head[0]) if self._begins_with_head(rows, first) else 0
         most_ids, most_rows = self._memory(asked).most_packed(longest, head)
 
-        def cut() -> Branch:
-            return plan_packed(
-                [row.ids for row in rows],
-                overhead=self.overhead,
-                most_ids=most_ids,
-                most_rows=min(most_rows, self._most_rows(len(rows), longest)),
-                head=head,
-                most_head=first,
-                # Where some packs are run elsewhere, or were long ago, no other hangs on them.
-                chained=self._passes.chains and not self.repeats,
-            )
+        root = plan_packed(
+            [row.ids for row in rows],
+            overhead=self.overhead,
+            most_ids=most_ids,
+            most_rows=min(most_rows, self._most_rows(len(rows), longest)),
+            head=head,
+            most_head=first,
+            # Where some packs are run elsewhere, or were long ago, no other hangs on them.
+            chained=self._passes.chains and not self.repeats,
+        )
 
-        root = cut()
-
-        def cost(one: Branch, compared: float = float("inf"), rows_compared: int = 0) -> int:
-            comparison = rows_compared * longest if longest > compared else 0
-            return one.positions(lengths) + one.n_passes() * self.overhead + comparison
+        def cost(one: Branch) -> int:
+            return one.positions(lengths) + one.n_passes() * self.overhead
 
         if self._always_packs:
             pays = root.positions(lengths) < apart.positions(lengths)
         else:
-            here = cost(root, self._packed, _COMPARISON_OF_PACKS) + len(rows) * self._row_overhead
+            here = cost(root) + len(rows) * self._row_overhead
             n_said = len(rows) * len(asked)
             here -= self._passes.spared_in_packs(root.positions(lengths), n_said)
-            pays = here < min(cost(apart), cost(together, self._compared, _COMPARISON))
-        if not pays or (longest > self._packed and not self._compare_packed(rows)):
+            comparison = _COMPARISON * longest if longest > self._compared else 0
+            pays = here < min(cost(apart), cost(together) + comparison)
+        if not pays:
             return None
-        self._packed = max(longest, self._packed)
-        return cut()
+        self._has_packed = True
+        return root
 
     def _cut(self, rows: Sequence[TokenRow], asked: Asked, *, shares: bool) -> Branch:
         fits = self._memory(asked)
@@ -260,13 +273,17 @@ class Batching:
         head = self._head[0]
         return len(head) <= most and all(row.ids[: len(head)] == head for row in rows)
 
-    def _compare_packed(self, rows: Sequence[TokenRow]) -> bool:
-        """Whether the model reads a row in a pack as it reads it alone."""
-        reason = why_not_packed(self._passes, rows)
-        if reason is not None:
-            self._packs = False
-            _logger.info("%s is given rows apart (%s).", type(self._passes.model).__name__, reason)
-        return self._packs
+    def _compare_packed(
+        self, row: Sequence[int], places: Sequence[int], kept: str | None
+    ) -> Packing | None:
+        self._passes.kept = kept
+        try:
+            return packing_of(self._passes, row, places)
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error):
+                raise
+        self._packs = False  # which says nothing about the model
+        return None
 
     def _compare(self, rows: Sequence[TokenRow], root: Branch) -> bool:
         """Whether the model reads on as it reads."""

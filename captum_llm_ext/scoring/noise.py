@@ -19,6 +19,8 @@ _ROWS = 64
 _ALONE = 8
 _ALONE_STEPPING = 2  # where each of them takes a pass per token
 _CHECKED = 4
+# What these take is no more than this share of what the run took, but for one of them.
+_CHECKED_SHARE = 1 / 32
 _BATCH = 13
 # Other batches than those seen may lie further apart: in 60 small models by less than twice as
 # much, or twice the last digit of the logits, of which one may be rounded up, the other down.
@@ -99,8 +101,11 @@ class NoiseFloor:
 
     def _checked(self, asked: Asked) -> float:
         """How far some values are from those of a pass of their own, with nothing that follows."""
-        differences = [0.0]
+        differences, most = [0.0], _CHECKED_SHARE * self._passes.n_positions
+        n_before = self._passes.n_positions
         for i, ids in enumerate(self._order()[:_CHECKED]):
+            if i and self._passes.n_positions - n_before + len(ids) > most:
+                break
             number, row, own = self._kept[ids]
             known = [t for t, place in enumerate(row.positions) if place >= 0]
             if not known:

@@ -100,6 +100,17 @@ class Passes:
         self._state = _compat.state_argument(model)
 
     @property
+    def spares_ends(self) -> bool:
+        """Whether tokens are left out at the model's first and last layer in packs."""
+        return self._ends_of_model is not None
+
+    def heed_packing(self, chains: bool, spares_ends: bool) -> None:
+        """Takes over what another comparison of packs has shown of this model."""
+        self.chains = chains
+        if not spares_ends:
+            self._ends_of_model = None
+
+    @property
     def makes_logits(self) -> bool:
         """Whether logits are there in a pass, as far as is known."""
         return self._head.makes_logits
@@ -422,15 +433,18 @@ class Passes:
             arguments[name] = value
         return arguments
 
-    def reads_packed(self, row: Sequence[int]) -> float:
+    def reads_packed(self, row: Sequence[int], places: Sequence[int] = ()) -> float:
         """How much distributions of next tokens change when a row is read in a pack.
 
         It parts from another one, which goes on with its ids after a different one: what is to be
         seen differs there, whatever tokens themselves have in common. The beginning is read before,
-        where the state is one that packs go on from.
+        where the state is one that packs go on from. Others part from it after the places given:
+        what stands next to these is something else, and what follows them cannot be attended to.
+        So a model that reads both alike at these places does not see what comes after them.
 
         Args:
             row: Token ids, at least two.
+            places: Of the row, sorted, its last one not among them.
 
         Returns:
             As `reads_on`.
@@ -439,23 +453,28 @@ class Passes:
             NotImplementedError: If the model does not attend in a way that is known.
         """
         parting = max(1, len(row) - _PARTED)
-        another = next((i for i in row if i != row[parting]), int(row[parting] == 0))
+        another = _unlike(row, row[parting])
         other = [*row[:parting], another, *row[parting + 1 : parting + _PARTED // 2]]
+        ended = [[*row[: p + 1], _unlike(row, row[p + 1])] for p in places]
+        # Each shares with the next all that comes before it parts from the row.
+        others = sorted([*zip((p + 1 for p in places), ended, strict=True), (parting, other)])
         # The first that has another's token before it in the pack, and those after it.
         at = torch.tensor(
-            [parting, (parting + len(row) - 1) // 2, len(row) - 1], dtype=torch.int64, device="cpu"
+            [parting, (parting + len(row) - 1) // 2, len(row) - 1, *places],
+            dtype=torch.int64,
+            device="cpu",
         ).unique()
         said, state = self._pass(
             torch.tensor([row], dtype=torch.int64, device="cpu"), at[None], keeps_state=True
         )
         alone = said.logits().clone()
         self.chains = state is not None and _compat.keeps_every_id(state)
-        n_read = max(0, parting - _PARTED // 4) if self.chains else 0
-        packed = pack([other, row], n_read)
+        n_read = max(0, min([parting - _PARTED // 4, *places])) if self.chains else 0
+        packed = pack([*(one for _, one in others), row], n_read)
 
         def error() -> float:
             before = part(state, torch.arange(n_read, device="cpu"))
-            found, _ = self._read_pack(packed, packed.places[1][at], before, cuts=True)
+            found, _ = self._read_pack(packed, packed.places[-1][at], before, cuts=True)
             return _error(found.logits(), alone)
 
         if self._ends_of_model is not None:
@@ -547,6 +566,11 @@ class _LastRow:
     def after(self, n: int) -> Any:
         """The state after its first `n` ids."""
         return part(self.state, self.places[:n])
+
+
+def _unlike(row: Sequence[int], one: int) -> int:
+    """Another id than that given."""
+    return next((i for i in row if i != one), int(one == 0))
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -260,15 +260,17 @@ class Scorer:
     def _look(self, rows: Sequence[TokenRow]) -> Findings:
         """What the model does on such rows; it is looked at where these are news."""
         lengths = [len(row.ids) for row in rows]
-        found = self._findings
-        if found is not None and found.covers(min(lengths), max(lengths)):
+        found, read_packed = self._findings, self._batching.read_packed
+        if found is not None and found.covers(min(lengths), max(lengths), packs=read_packed):
             return found
         self._passes.check_ids(
             torch.tensor([i for row in rows for i in row.ids], dtype=torch.int64, device="cpu")
         )
         extras = self._passes.extras(rows[0], 0) if rows[0].extras is not None else None
         looked_at = rows[:1] if extras else rows
-        found = self._processes.decide(lambda: findings(self.model, looked_at, extras))
+        found = self._processes.decide(
+            lambda: findings(self.model, looked_at, extras, None if extras else read_packed)
+        )
         if extras:  # rows are given one by one, whatever their lengths
             found = replace(found, shortest=0, longest=sys.maxsize)
         self._batching.heed(found)

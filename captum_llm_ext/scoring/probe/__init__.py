@@ -6,7 +6,7 @@ of it is inferred from what a model is called. `findings` runs the probe once fo
 state (see `state`), with longer rows once more; what it finds decides how the model may be asked.
 """
 
-from captum_llm_ext.scoring.probe.findings import Findings
-from captum_llm_ext.scoring.probe.looking import findings
+from captum_llm_ext.scoring.probe.findings import Findings, Packing
+from captum_llm_ext.scoring.probe.looking import ReadPacked, findings
 
-__all__ = ["Findings", "findings"]
+__all__ = ["Findings", "Packing", "ReadPacked", "findings"]

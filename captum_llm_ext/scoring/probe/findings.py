@@ -5,6 +5,35 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What a comparison of a row in a pack with the same row alone has shown of a model.
+
+    Attributes:
+        longest: Number of ids of the row.
+        reason: Why it is not given packs; None where it may be.
+        chains: Whether packs can go on from the state after another.
+        spares_ends: Whether tokens can be left out at its first and its last layer.
+        differs: Whether it was read otherwise than alone, which something that follows may explain.
+    """
+
+    longest: int
+    reason: str | None
+    chains: bool
+    spares_ends: bool
+    differs: bool
+
+    def joined(self, other: "Packing") -> "Packing":
+        """What both have shown."""
+        return Packing(
+            max(self.longest, other.longest),
+            self.reason or other.reason,
+            self.chains and other.chains,
+            self.spares_ends and other.spares_ends,
+            self.differs or other.differs,
+        )
+
+
+@dataclass(frozen=True)
 class Findings:
     """What a model was seen to do. Differences are between log-probabilities, in nats.
 
@@ -25,6 +54,7 @@ class Findings:
         rounding: The largest difference seen that is left where neither of these is at work: of a
             row alone, and in a batch.
         is_rough: Whether values have a noise floor worth telling.
+        packing: How it reads packs; None: not looked for.
         reasons: What else is known of the model, in words.
     """
 
@@ -43,6 +73,7 @@ class Findings:
     coupling: float | None = None
     rounding: float = 0.0
     is_rough: bool = False
+    packing: Packing | None = None
     reasons: tuple[str, ...] = ()
 
     @property
@@ -60,9 +91,20 @@ class Findings:
         """Whether rows may share anything at all: a batch, a beginning, a pack."""
         return not self.couples_rows
 
-    def covers(self, shortest: int, longest: int) -> bool:
-        """Whether rows of these lengths are no news."""
-        return self.shortest <= shortest and longest <= self.longest
+    def covers(self, shortest: int, longest: int, *, packs: object = None) -> bool:
+        """Whether rows of these lengths are no news, nor in packs if such are made."""
+        is_known = packs is None or self.packs_known(longest)
+        return is_known and self.shortest <= shortest and longest <= self.longest
+
+    def packs_known(self, longest: int) -> bool:
+        """Whether it is known how rows up to this length are read in packs, or that they are not.
+
+        A model that asks for a pass of each row, or token, is given none.
+        """
+        if self.even or self.couples_rows or self.n_before:
+            return True
+        found = self.packing
+        return found is not None and (found.reason is not None or longest <= found.longest)
 
     def told(self) -> dict[str, Any]:
         """As results keep it in their provenance: the same for the same run, whatever came before.

@@ -1,7 +1,7 @@
 """The passes of the probe."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring.memory import is_out_of_memory
-from captum_llm_ext.scoring.probe.findings import Findings
+from captum_llm_ext.scoring.probe.findings import Findings, Packing
 from captum_llm_ext.scoring.probe.state import State, differences, state_of
 from captum_llm_ext.scoring.rows import TokenRow
 
@@ -21,12 +21,15 @@ _FIRST = 8
 # that is a quarter of the run; where it is large, one for every so many rows of it.
 _CUTS = 8
 _ROWS_PER_CUT = 32
+# And of so many, where they are read in one pack: then each takes a token.
+_CUTS_OF_PACKS = 16
 # The shortest row is looked at in so many places.
 _PLACES = 5
 # So many rows of them are in one pass.
 _AT_ONCE = 8
-# So many rows, of `_FIRST` ids each, show whether it is only larger batches whose rows are coupled.
+# So many rows, of so many ids each, show whether it is only larger batches whose rows are coupled.
 _WIDE = 16
+_WIDE_IDS = 3
 # Differences of log-probabilities that the contract allows: what is below needs no explanation.
 _FINE = 1e-4
 # And what the number of rows may do to a model in float32 at most.
@@ -36,6 +39,10 @@ _BEYOND = 3.0
 # Where it is coarser, a model's lengths change its values by this much at least, if they do.
 _ROUGH_LENGTHS = 0.03
 _HALF = (torch.float16, torch.bfloat16)
+
+
+# Called with a row, places in it, and how many logits the model can be asked for.
+ReadPacked = Callable[[Sequence[int], Sequence[int], str | None], Packing | None]
 
 
 @dataclass
@@ -51,18 +58,22 @@ _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def findings(
-    model: nn.Module, rows: Sequence[TokenRow], extras: Mapping[str, Any] | None = None
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    extras: Mapping[str, Any] | None = None,
+    read_packed: ReadPacked | None = None,
 ) -> Findings:
     """What a model does on rows such as these.
 
-    It is looked at in some six rows' time, once for a model in one state; again where rows are
-    longer, or shorter, than any before.
+    It is looked at in some four rows' time, and eight more where it does not read packs, once for a
+    model in one state; again where rows are longer, or shorter, than any before.
 
     Args:
         model: The model, in evaluation mode and without gradients.
         rows: What it will be asked: the longest and the shortest are looked at.
         extras: Other arguments of its forward, batch size 1, on its device; rows are then looked at
             one by one.
+        read_packed: Compares a row in a pack with the row alone, where it may be given packs.
 
     Raises:
         TypeError: If the model does not run on token ids alone, or returns no logits of a
@@ -75,13 +86,14 @@ def findings(
     keeps = not extras and not _compat.model_ranks(model)
     before = state_of(model) if keeps else {}
     same = keeps and known is not None and not differences(known.state, before) - known.passing
-    if same and known is not None and known.found.covers(min(lengths), max(lengths)):
-        return known.found
-    found = _Look(model, rows, dict(extras or {})).findings()
+    earlier = known.found if same and known is not None else None
+    if earlier is not None and earlier.covers(min(lengths), max(lengths), packs=read_packed):
+        return earlier
+    found = _Look(model, rows, dict(extras or {}), read_packed, earlier).findings()
     if keeps:
         after = state_of(model)
-        if same and known is not None:
-            found = _both(known.found, found)
+        if earlier is not None:
+            found = _both(earlier, found)
         _known[model] = _Known(after, frozenset(differences(before, after)), found)
     return found
 
@@ -101,7 +113,12 @@ def _both(one: Findings, other: Findings) -> Findings:
         coupling=max(coupling, default=None),
         rounding=max(one.rounding, other.rounding),
         is_rough=one.is_rough or other.is_rough,
+        packing=_packing_of_both(one.packing, other.packing),
     )
+
+
+def _packing_of_both(one: Packing | None, other: Packing | None) -> Packing | None:
+    return other if one is None else one if other is None else one.joined(other)
 
 
 class _Look:
@@ -111,10 +128,20 @@ class _Look:
         model: The model.
         rows: Of the run.
         extras: Other arguments of its forward.
+        read_packed: As for `findings`.
+        earlier: What was seen of the model before.
     """
 
-    def __init__(self, model: nn.Module, rows: Sequence[TokenRow], extras: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[TokenRow],
+        extras: dict[str, Any],
+        read_packed: ReadPacked | None,
+        earlier: Findings | None,
+    ) -> None:
         self._model, self._extras, self._n_rows = model, extras, len(rows)
+        self._read_packed, self._earlier = read_packed, earlier
         self._device = _compat.input_device(model)
         self._kept = _compat.kept_logits(model)
         self._uncached = _compat.uncached(model)
@@ -125,17 +152,21 @@ class _Look:
     def findings(self) -> Findings:
         """What is seen."""
         ids = self._row.ids
-        found = self._first(ids if self._extras else ids[:_FIRST])
+        begun = ids if self._extras else ids[:_FIRST]
+        logits = self._all(begun)
+        found = self._first(begun, logits)
         found = replace(found, shortest=len(self._short), longest=len(ids))
         if found.last_only:
             return self._last(found)
-        return self._alone(found) if self._extras else self._together(found)
+        if self._extras:
+            return self._alone(found)
+        at, alone = self._reference(logits)
+        return self._together(replace(found, kept=self._kept), at, alone)
 
     # What it returns ------------------------------------------------------------------------------
 
-    def _first(self, ids: Sequence[int]) -> Findings:
-        """What the model returns for a few ids, all logits asked for."""
-        logits = self._all(ids)
+    def _first(self, ids: Sequence[int], logits: Tensor) -> Findings:
+        """What the model returned for a few ids, all logits asked for."""
         n, vocabulary = logits.shape[1:]
         name = type(self._model).__name__
         size = _compat.vocabulary_size(self._model) or 0
@@ -156,7 +187,8 @@ class _Look:
                     "be told. Return logits for every id."
                 )
             self._last_only = True
-        self._find_kept(ids, logits)
+        if self._n_before or self._last_only:
+            self._kept = None
         reason = _compat.why_not_batched(self._model)
         return Findings(
             0,
@@ -171,11 +203,30 @@ class _Look:
             reasons=() if reason is None else (reason,),
         )
 
+    def _reference(self, logits: Tensor) -> tuple[list[int], Tensor]:
+        """Places of the whole row, two of its beginning first, and what is said there of it alone.
+
+        Args:
+            logits: All of the beginning, read alone.
+        """
+        ids, cuts = self._row.ids, self._cuts()
+        at = [0, min(cuts[0] // 2, _WIDE_IDS - 1), *cuts]
+        if self._kept == "positions":
+            # Where these are as they were, the model has given the logits that it was asked for.
+            try:
+                said = self._said([ids], [at])[0]
+            except Exception as error:  # whatever an argument of this name means there
+                if is_out_of_memory(error):
+                    raise
+            else:
+                if _is_as(said[:2], logits[0, at[:2]]):
+                    return at, said
+        self._find_kept(ids[:_FIRST], logits)
+        return at, self._said([ids], [at])[0]
+
     def _find_kept(self, ids: Sequence[int], logits: Tensor) -> None:
         """Whether the model gives the logits that it is asked for, where it takes that argument."""
-        if self._n_before or self._last_only:
-            self._kept = None
-        if self._kept is None or self._extras:
+        if self._kept is None:
             return
         ends = [0, len(ids) - 1]
         try:
@@ -186,9 +237,7 @@ class _Look:
                 raise
             self._kept = None
             return
-        right = _spread(logits[0, ends])
-        limit = max(_FINE, _rough(right)) if logits.dtype.itemsize < 4 else _FINE
-        if _exceeds(said[0], right, limit) or _exceeds(said[1], right[1:], limit):
+        if not (_is_as(said[0], logits[0, ends]) and _is_as(said[1], logits[0, ends[1:]])):
             self._kept = None
 
     def _in_front(self, ids: Sequence[int], logits: Tensor) -> int:
@@ -254,23 +303,34 @@ class _Look:
             is_rough=is_rough or couples or rounding > _FINE,
         )
 
-    def _together(self, found: Findings) -> Findings:
-        """Of the longest and the shortest row, alone and in batches."""
-        ids, length = self._row.ids, len(self._row.ids)
-        cuts = self._cuts()
+    def _together(self, found: Findings, at: list[int], alone: Tensor) -> Findings:
+        """Of the longest and the shortest row, alone and in batches.
+
+        Args:
+            found: What is known up to now.
+            at: Places of the longest row: two of its beginning, then those of `_cuts`.
+            alone: What is said there of it alone.
+        """
+        ids, length, cuts = self._row.ids, len(self._row.ids), at[2:]
+        found = replace(found, packing=self._packing(found))
         mate = self._others(ids)
         short = self._short if len(self._short) < length else mate
         ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
-        at = [0, min(cuts[0] // 2, _FIRST - 1), *cuts]
         padded = [*short, *self._others(ids[len(short) :])]
-        alone, alone_short = self._said([ids], [at])[0], self._said([short], [ends])[0]
+        alone_short = self._said([short], [ends])[0]
         # Everything at once: other rows, other ids after these, and padding.
         said = self._said([padded, self._cut(cuts[0])], [ends, [*at[:3], *at[2:3] * 2]])
-        later = list(zip(self._after(cuts[1:]), alone[3:], strict=True))
+        is_rough, is_half = self._is_rough(found), self._is_half(found)
+        places, alone_later = cuts[1:], alone[3:]
+        if found.packing is not None and found.packing.differs:
+            places = self._cuts(_CUTS_OF_PACKS)[1:]
+            alone_later = self._said([ids], [places])[0] if places else alone_later
+        elif found.packing is not None and found.packing.reason is None and not is_half:
+            places = []  # the pack has told
+        later = [*zip(self._after(places), alone_later, strict=False)]
         wide = self._wide(at[:2], _WIDE)
         pairs = [(said[0], alone_short), (said[1, :3], alone[:3]), (wide, alone[:2]), *later]
         rounding = max(_largest(*pair) for pair in pairs)
-        is_rough = self._is_rough(found)
         if rounding <= _FINE:
             return replace(found, ahead=0.0, coupling=0.0, rounding=rounding, is_rough=is_rough)
         # The same pass once more: what differs then was drawn at random.
@@ -284,7 +344,7 @@ class _Look:
         cut = self._said([self._cut(cuts[0])], [at[:3]])[0]
         again = [*short, *self._others(padded[len(short) :])]
         one, other = (self._said([row], [ends])[0] for row in (padded, again))
-        limit, is_half = _FINE, self._is_half(found)
+        limit = _FINE
         if is_half:
             limit = max(_FINE, _BEYOND * _root_mean_square(copies, alone[:3]), _rough(alone))
         couples = _exceeds(beside[0], beside[1], limit) or _exceeds(copies, beside[1], limit)
@@ -295,7 +355,7 @@ class _Look:
         else:
             couples |= max(_largest(copies, alone[:3]), _largest(wide, begun)) > _BATCHED
         if couples:
-            later = list(zip(self._after(cuts[1:], at_once=1), alone[3:], strict=True))
+            later = [*zip(self._after(places, at_once=1), alone_later, strict=False)]
         followed = [(cut, alone[:3]), (one, other), *later]
         sees = any(_exceeds(*pair, limit) for pair in followed)
         # How much follows may count as well as what.
@@ -332,6 +392,14 @@ class _Look:
             is_rough=is_rough or couples or rounding > _FINE,
         )
 
+    def _packing(self, found: Findings) -> Packing | None:
+        """How the model reads packs, where it might be given any."""
+        if self._read_packed is None or found.couples_rows or found.n_before:
+            return None
+        if self._earlier is not None and self._earlier.packs_known(len(self._row.ids)):
+            return self._earlier.packing
+        return self._read_packed(self._row.ids, self._cuts(_CUTS_OF_PACKS)[1:], found.kept)
+
     def _wide(self, at: Sequence[int], most: int, *, start: int = 0) -> Tensor:
         """What is said at early places of the row's beginning in a batch of so many at most."""
         begin = self._row.ids[: at[-1] + 1]
@@ -346,12 +414,17 @@ class _Look:
         """Whether rounding may be taken for an effect."""
         return found.dtype not in ("float32", "float64") or _compat.half_precision(self._model)
 
-    def _cuts(self) -> list[int]:
-        """Places after which something else is put: of the first target token, and some others."""
+    def _cuts(self, wanted: int | None = None) -> list[int]:
+        """Places after which something else is put: of the first target token, and some others.
+
+        Args:
+            wanted: So many others, if there are. None: by the number of rows.
+        """
         last = len(self._row.ids) - 1
         places = sorted({p for p in self._row.positions if p >= 0} or {last})
         later = [place for place in places[1:] if place < last]
-        wanted = max(2, min(_CUTS, self._n_rows // 4), self._n_rows // _ROWS_PER_CUT)
+        by_rows = max(2, min(_CUTS, self._n_rows // 4), self._n_rows // _ROWS_PER_CUT)
+        wanted = by_rows if wanted is None else wanted
         n = min(len(later), wanted)
         # The last one that anything follows is among them.
         chosen = {later[-1 - i * len(later) // n] for i in range(n)} if n else set[int]()
@@ -427,6 +500,13 @@ def _usual(one: Tensor, other: Tensor) -> float:
     """The difference at the middle one of several places."""
     differences = sorted(_root_mean_square(*place) for place in zip(one, other, strict=True))
     return differences[len(differences) // 2]
+
+
+def _is_as(said: Tensor, logits: Tensor) -> bool:
+    """Whether what is said is what other logits say, up to rounding."""
+    right = _spread(logits)
+    limit = max(_FINE, _rough(right)) if logits.dtype.itemsize < 4 else _FINE
+    return said.shape == right.shape and not _exceeds(said, right, limit)
 
 
 def _exceeds(one: Tensor, other: Tensor, limit: float) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from captum_llm_ext import _compat
 from captum_llm_ext.scoring.passes import Passes, reason_against
 from captum_llm_ext.scoring.plan import Branch
+from captum_llm_ext.scoring.probe.findings import Packing
 from captum_llm_ext.scoring.rows import TokenRow
 
 
@@ -29,7 +30,20 @@ def why_not_read_on(passes: Passes, rows: Sequence[TokenRow], root: Branch) -> s
     return reason_against(lambda: passes.reads_on(row, other, depth))
 
 
-def why_not_packed(passes: Passes, rows: Sequence[TokenRow]) -> str | None:
-    """Why the model does not read a row in a pack as it reads it alone; None where it does."""
-    longest = max((row.ids for row in rows), key=len)
-    return reason_against(lambda: passes.reads_packed(longest))
+def packing_of(passes: Passes, row: Sequence[int], places: Sequence[int] = ()) -> Packing:
+    """Whether the model reads a row in a pack as it reads it alone, and what it can do there.
+
+    Args:
+        passes: Of the model.
+        row: Token ids, best of the longest row of the run.
+        places: Where something else follows in the pack, at the place itself and in its row.
+    """
+    errors: list[float] = []
+
+    def error() -> float:
+        errors.append(passes.reads_packed(row, places))
+        return errors[0]
+
+    reason = reason_against(error)
+    differs = reason is not None and len(errors) > 0
+    return Packing(len(row), reason, passes.chains, passes.spares_ends, differs)
