@@ -61,6 +61,31 @@ def reason_against(error_of: Callable[[], float]) -> str | None:
     return None if error <= 1 else f"values differ by {error:.2g} times rounding"
 
 
+@dataclass(frozen=True)
+class _Queries:
+    """Rows and what they are asked.
+
+    Attributes:
+        rows: Token rows.
+        asked: The target tokens.
+        positions: Where each row says them, int64 ``(n_rows, n_target)``; -1 where it does not.
+    """
+
+    rows: Sequence[TokenRow]
+    asked: Asked
+    positions: Tensor
+
+    @staticmethod
+    def of(rows: Sequence[TokenRow], asked: Asked) -> "_Queries":
+        positions = [list(row.positions) for row in rows]
+        return _Queries(rows, asked, torch.tensor(positions, dtype=torch.int64, device="cpu"))
+
+    def some(self, indices: Sequence[int]) -> tuple[list[TokenRow], Tensor]:
+        """Some of the rows, and their positions."""
+        index = torch.tensor(indices, dtype=torch.int64, device="cpu")
+        return [self.rows[i] for i in indices], self.positions[index]
+
+
 class Passes:
     """Forward passes of one model. Rows are padded on the right, without an attention mask: a
     causal model cannot see what comes after, and its positions then need no telling.
@@ -150,23 +175,21 @@ class Passes:
         Yields:
             Indices of rows and their values ``(n_indices, per_token * n_target)``, batch by batch.
         """
-        positions = torch.tensor(
-            [list(row.positions) for row in rows], dtype=torch.int64, device="cpu"
-        )
+        queries = _Queries.of(rows, asked)
         values = asked.blank(len(rows))
         todo = [(root, state, False)]
         while todo:
             branch, state, is_last = todo.pop()
             if branch.stop > branch.start:
                 state = state if is_last else copies(state)
-                state = self._stretch(branch, rows, positions, asked, state, values)
+                state = self._stretch(branch, queries, state, values)
             if branch is root and on_head is not None:
                 on_head(state)
             run = self._batches if branch.own is None else self._packs
-            for batch, found in run(branch, rows, positions, asked, state):
+            for batch, found in run(branch, queries, state):
                 index = torch.tensor(batch, dtype=torch.int64, device="cpu")
                 values[index] = values[index].where(found.isnan(), found)
-                is_none = positions[index][:, None] < 0
+                is_none = queries.positions[index][:, None] < 0
                 yield batch, values[index].masked_fill(is_none, torch.nan).flatten(1)
             # The last branch may change the state: no other comes after it.
             todo += [
@@ -195,28 +218,19 @@ class Passes:
         return log_probs, tokens
 
     def _batches(
-        self,
-        branch: Branch,
-        rows: Sequence[TokenRow],
-        positions: Tensor,
-        asked: Asked,
-        state: Any,
+        self, branch: Branch, queries: _Queries, state: Any
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Values of the ends of rows in padded batches; NaN at places before the ends."""
         for batch in branch.batches:
-            at = positions[torch.tensor(batch, dtype=torch.int64, device="cpu")] - branch.stop
-            yield batch, self._ends([rows[i] for i in batch], at, branch.stop, asked, state)
+            rows, positions = queries.some(batch)
+            at = positions - branch.stop
+            yield batch, self._ends(rows, at, branch.stop, queries.asked, state)
 
     def _packs(
-        self,
-        branch: Branch,
-        rows: Sequence[TokenRow],
-        positions: Tensor,
-        asked: Asked,
-        state: Any,
+        self, branch: Branch, queries: _Queries, state: Any
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """As `_batches`, from sequences in which no id comes twice."""
-        lengths = [len(row.ids) for row in rows]
+        lengths = [len(row.ids) for row in queries.rows]
         last: _LastRow | None = None
         for batch in branch.batches:
             if last is None:
@@ -225,34 +239,21 @@ class Passes:
                 n_read = branch.read_before(batch, lengths)
                 before = last.after(n_read)
                 last = None  # not both states at a time
-            packed = pack([rows[i].ids for i in batch], n_read)
-            found, read = self._packed(
-                packed,
-                positions[torch.tensor(batch, dtype=torch.int64, device="cpu")],
-                asked,
-                before,
-            )
+            rows, positions = queries.some(batch)
+            packed = pack([row.ids for row in rows], n_read)
+            found, read = self._packed(packed, positions, queries.asked, before)
             last = _LastRow(read, packed.places[-1]) if branch.chained else None
             del read, before
             yield batch, found
 
-    def _stretch(
-        self,
-        branch: Branch,
-        rows: Sequence[TokenRow],
-        positions: Tensor,
-        asked: Asked,
-        state: Any,
-        values: Tensor,
-    ) -> Any:
+    def _stretch(self, branch: Branch, queries: _Queries, state: Any, values: Tensor) -> Any:
         """Reads what rows share; the values that are said there are put into `values`."""
-        index = torch.tensor(branch.rows, dtype=torch.int64, device="cpu")
-        places = positions[index]
+        rows, places = queries.some(branch.rows)
         inside = (places >= branch.start) & (places < branch.stop)
         which, tokens = inside.nonzero(as_tuple=True)
         needed, back = (places[which, tokens] - branch.start).unique(return_inverse=True)
         ids = torch.tensor(
-            [rows[branch.rows[0]].ids[branch.start : branch.stop]], dtype=torch.int64, device="cpu"
+            [rows[0].ids[branch.start : branch.stop]], dtype=torch.int64, device="cpu"
         )
         at = (
             needed
@@ -261,7 +262,9 @@ class Passes:
         )
         said, state = self._pass(ids, at[None], state=state, keeps_state=True)
         if len(needed) and isinstance(self.attr_target, str):
-            values[index[which], :, tokens] = asked.values(said, back, tokens, self.attr_target)
+            index = torch.tensor(branch.rows, dtype=torch.int64, device="cpu")[which]
+            found = queries.asked.values(said, back, tokens, self.attr_target)
+            values[index, :, tokens] = found
         return state
 
     def _ends(
