@@ -126,7 +126,7 @@ def test_log_probabilities_are_kept_beside_it_by_every_method(model, tokenizer, 
 
 def test_a_forward_of_the_users_own_gives_captum_the_same(model, tokenizer):
     foils = [7, 8, 300]
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     target = tokenizer.encode(TARGET, add_special_tokens=False)
 
     def forward(masks):
@@ -497,7 +497,7 @@ def test_chats_and_games_have_contrasts(model, tokenizer, template):
     try:
         chat = [{"role": "user", "content": PROMPT}, {"role": "user", "content": "Why?"}]
         attribution = GenerationAttribution(ShapleyValues(model), tokenizer, "contrast")
-        inp = ChatInput(chat, tokenizer)
+        inp = ChatInput(chat, tokenizer, baselines="delete")
         result = attribution.attribute(inp, gen_args={"max_new_tokens": 3})
         assert float(result.efficiency_gap.abs().max()) < 1e-4
         game = attribution.to_game(inp, result.target, token=1, normalize=False)
@@ -533,7 +533,7 @@ def remote(tokenizer, provider, contrast="contrast", **arguments):
 
 @pytest.mark.parametrize("output_unit", [None, "token"])
 def test_a_server_that_tells_other_tokens_gives_the_same(model, tokenizer, output_unit):
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     with Server(model, tokenizer) as server:
         provider = CompletionsProvider(server.url, top_logprobs=60)
         found = remote(tokenizer, provider).attribute(inp, TARGET, output_unit=output_unit)
@@ -554,7 +554,7 @@ def test_a_server_that_tells_other_tokens_gives_the_same(model, tokenizer, outpu
 
 
 def test_what_a_provider_cannot_tell_is_refused_before_it_is_asked(model, tokenizer):
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     with Server(model, tokenizer) as server:
         texts = CompletionsProvider(server.url, "tiny", prompts="text")
         with pytest.raises(ValueError, match="a provider that takes texts does not tell"):

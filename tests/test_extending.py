@@ -54,7 +54,7 @@ class Banzhaf(PerturbationAttribution):
 @pytest.mark.filterwarnings("ignore:.*standard errors")
 def test_a_method(model, tokenizer, target):
     spans = [(4, 9), (13, 19), (33, 38)]
-    inp = TextSegmentInput(PROMPT, tokenizer, spans)
+    inp = TextSegmentInput(PROMPT, tokenizer, spans, baselines="delete")
     attribution = GenerationAttribution(Banzhaf(model), tokenizer)
     result = attribution.attribute(inp, target, output_unit=None)
     worth = {}
@@ -82,7 +82,7 @@ class Transposed(Banzhaf):
 
 
 def test_a_method_that_gives_features_first_is_told_so(model, tokenizer, target):
-    inp = TextSegmentInput(PROMPT, tokenizer, clauses)
+    inp = TextSegmentInput(PROMPT, tokenizer, clauses, baselines="delete")
     attribution = GenerationAttribution(Transposed(model), tokenizer)
     with pytest.raises(ValueError, match=r"shape \(3, 5\).*\(n_outputs, n_features\)"):
         attribution.attribute(inp, target, output_unit=None)
@@ -142,7 +142,7 @@ def clauses(text):
 
 
 def test_a_unit(model, tokenizer, target):
-    inp = TextSegmentInput(PROMPT, tokenizer, clauses)
+    inp = TextSegmentInput(PROMPT, tokenizer, clauses, baselines="delete")
     assert [name.strip() for name in inp.names] == ["Ann lives in Austin,", "TX", "and is a nurse."]
     result = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(inp, target)
     texts = [
@@ -158,7 +158,7 @@ def test_a_unit(model, tokenizer, target):
 
 def test_a_unit_of_levels_and_of_the_output(model, tokenizer, target):
     text = "Her interests include tennis, music and cooking."
-    inp = TextSegmentInput(PROMPT, tokenizer, (clauses, "word"))
+    inp = TextSegmentInput(PROMPT, tokenizer, (clauses, "word"), baselines="delete")
     result = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(
         inp, text, output_unit=clauses
     )
@@ -203,7 +203,7 @@ def test_an_api(tokenizer):
     model = tiny.llama(len(tokenizer), seed=3)
     service = InMemory(model)
     assert isinstance(service, TokenProvider)
-    inp = TextSegmentInput(PROMPT, tokenizer, clauses)
+    inp = TextSegmentInput(PROMPT, tokenizer, clauses, baselines="delete")
     remote = RemoteGenerationAttribution(
         ShapleyValues(RemoteLLMAttribution.placeholder_model), tokenizer, service
     )

@@ -45,7 +45,7 @@ def as_format_2(path):
 
 
 def kinds(model, tokenizer):
-    words = TextSegmentInput("Dave lives in Austin", tokenizer)
+    words = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     tokens = TextTokenInput("Dave lives in", tokenizer, skip_tokens=[1])
     corpus = CorpusBaselines(["Ann lives in Rome.", "Bob works in Bari."], min_candidates=0)
     drawn = TextSegmentInput("Dave lives in Austin", tokenizer, baselines=corpus)
