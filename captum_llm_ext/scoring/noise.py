@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from zlib import crc32
 
 import torch
@@ -77,7 +78,7 @@ class NoiseFloor:
         is_named = isinstance(self._attr_target, str)
         explained = self._explained(found)
         # A callable may make of one token's logits another value without the others'.
-        checked = self._checked(target) if is_named and cuts else 0.0
+        checked = self._checked(found, target) if is_named and cuts else 0.0
         if not found.is_rough and checked <= explained:
             return None
         floor = self._measured(found, target, together)
@@ -98,8 +99,8 @@ class NoiseFloor:
         scale = 1.0 if self._attr_target == "log_prob" else max(1.0, *map(float, sizes))
         return scale * max(rounding(_DTYPES.get(found.dtype)), rounding(torch.float32))
 
-    def _checked(self, target: Tensor) -> float:
-        """How far some values are from those of a pass of their own, with nothing that follows."""
+    def _checked(self, found: Findings, target: Tensor) -> float:
+        """How far some values are from those of passes that end with a token of their row."""
         differences, most = [0.0], _CHECKED_SHARE * self._passes.n_positions
         n_before = self._passes.n_positions
         for i, ids in enumerate(self._order()[:_CHECKED]):
@@ -109,9 +110,13 @@ class NoiseFloor:
             known = [t for t, place in enumerate(row.positions) if place >= 0]
             if not known:
                 continue
-            t = known[(number + i) % len(known)]  # of each row another token
-            value = self._stepped(row, target, [t])[t]
-            differences.append(float((value - own[t]).abs().nan_to_num(nan=0.0)))
+            last = row.positions[known[(number + i) % len(known)]]  # of each row another token
+            first = last if found.step_by_step else 0  # what it says before hangs on that token
+            some = [t for t in known if first <= row.positions[t] <= last]
+            places = [row.positions[t] for t in some]
+            end = replace(row, ids=row.ids[: last + 1], positions=places)
+            values = self._passes.together([end], target[some])[0]
+            differences.append(float((values - own[some]).abs().nan_to_num(nan=0.0).max()))
         return max(differences)
 
     def _measured(self, found: Findings, target: Tensor, together: bool) -> Tensor:
