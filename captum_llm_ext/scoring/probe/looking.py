@@ -68,7 +68,7 @@ def findings(
 ) -> Findings:
     """What a model does on rows such as these.
 
-    It is looked at in some four rows' time, and eight more where it does not read packs, once for a
+    It is looked at in some ten rows' time, and five more where it does not read packs, once for a
     model in one state; again where rows are longer, or shorter, than any before.
 
     Args:
