@@ -74,7 +74,7 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
     told = {name: value for name, value in data.get("provenance", {}).items() if name != _LONG}
     shown = {"prompt_layout": _layout(data["prompt"]), **data, "provenance": told}
     style, script = _asset("page.css"), _script()
-    heading = title if title is not None else _heading(data["output"])
+    heading = title if title is not None else _heading(data["output"], data["output_tokens"])
     return string.Template(_asset("page.html")).substitute(
         policy=f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; "
         "base-uri 'none'; form-action 'none'",
@@ -126,9 +126,10 @@ def _escaped(text: str) -> str:
     return html.escape(text).encode("utf-8", "xmlcharrefreplace").decode("utf-8")
 
 
-def _heading(output: Sequence[Mapping[str, Any]]) -> str:
+def _heading(output: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     said = (piece["text"] for piece in output if piece.get("role") != "template")
-    answer = " ".join("".join(said).split())
+    # Of an answer that is no text, such as the token that ends it, the tokens' names are told.
+    answer = " ".join("".join(said).split()) or " ".join(" ".join(names).split())
     if len(answer) > 60:
         answer = (answer[:60].rpartition(" ")[0] or answer[:60]) + "…"
     return f"What made the model write “{answer}”"

@@ -243,6 +243,14 @@ def test_the_title_is_the_answer_cut_at_a_word():
     assert len(shown) <= 60
 
 
+@pytest.mark.parametrize("role", ["template", None])
+def test_the_title_names_an_answer_that_is_a_special_token_alone(role):
+    piece = {"text": "</s>" if role else "", "feature": 0, "role": role}
+    data = example(2, 1)
+    data = data | {"output": [piece], "output_tokens": ["</s>"]}
+    assert Parsed(html.page(data)).texts["h1"] == "What made the model write “</s>”"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -941,6 +949,13 @@ def test_without_scripts_the_causes_are_told_as_text(tab):
     context.close()
     assert told.split("\t")[0].strip() == "t1"
     assert told.split("\t")[1].startswith("p2 +7.5, p4 -6.25")
+
+
+@pytest.mark.parametrize("floor", [3e-5, 0.2])
+def test_noise_is_told_where_digits_show_it(view, floor):
+    page = view(sure(example(noise_floor=floor)))
+    answer(page, 3).click()
+    assert ("noise of the model's own" in page.inner_text("#note")) == (floor > 0.1)
 
 
 def test_what_was_not_told_apart_or_is_noise_says_so(view):

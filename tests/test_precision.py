@@ -66,6 +66,10 @@ def test_attributions_below_the_floor_are_marked_and_left_out_of_the_table(tmp_p
         for cause in row:
             if 0 < abs(cause.attribution) <= 0.5:
                 assert f"{cause.attribution:+.2f}" not in shown.split("\n", 1)[1].split("see `")[0]
+    result.provenance["noise_floor"] = [3e-5] * len(floor)
+    result.token_attr[0, 0] = 1e-5  # shown, it would be 0.00
+    assert bool(result.below_noise.any())
+    assert "see `below_noise`" not in str(result)
     result.save(tmp_path / "result.safetensors")
     loaded = GenerationAttributionResult.load(tmp_path / "result.safetensors")
     assert torch.equal(loaded.below_noise, result.below_noise)

@@ -426,6 +426,71 @@ def test_what_a_hook_sees_ahead_is_seen_in_packs_as_well(place):
     assert float((values - truth).abs().max()) < 1e-5
 
 
+def changed(change):
+    """A model whose last hidden states a hook changes, by the ids of the pass."""
+    model, given = tiny.llama(), []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs.get("input_ids", *args)), with_kwargs=True
+    )
+    model.model.norm.register_forward_hook(lambda _, args, hidden: change(hidden, given[-1]))
+    return model
+
+
+def sees_more(distance):
+    """A mask with which one token sees another that comes so much later."""
+
+    def see(module, args, kwargs):
+        n = kwargs["hidden_states"].shape[1]
+        seen = torch.ones(n, n, dtype=torch.bool).tril()
+        seen[17 : 18 if n > 17 + distance else 17, 17 + distance :][:, :1] = True
+        return args, kwargs | {"attention_mask": seen[None, None]}
+
+    model = tiny.llama()
+    attention = model.model.layers[1].self_attn
+    attention.register_forward_pre_hook(see, with_kwargs=True)
+    return model
+
+
+def at_one_token(change):
+    seen = rows_of(n_target=8)[0][0].ids[17]
+    return lambda h, ids: torch.where((ids == seen)[..., None], change(h), h)
+
+
+# What they do at one token of the target, in packs as elsewhere, or in batches of some sizes alone.
+AT_FEW_PLACES = {
+    "the last state": lambda: changed(at_one_token(lambda h: h + 0.5 * h[:, -1:])),
+    "the mean": lambda: changed(at_one_token(lambda h: h + h.mean(1, keepdim=True))),
+    "the third state after": lambda: changed(at_one_token(lambda h: h + 0.5 * h.roll(-3, 1))),
+    "places from the end": lambda: changed(
+        at_one_token(lambda h: h * (1 + 0.1 * torch.arange(h.shape[1]).flip(0)[:, None]))
+    ),
+    "a vector at the last place": lambda: changed(
+        lambda h, _: torch.cat([h[:, :-1], h[:, -1:].flip(2)], 1)
+    ),
+    "a mask": lambda: sees_more(2),
+    "lengths modulo 3": lambda: changed(lambda h, _: h * (1 + 0.1 * (h.shape[1] % 3 == 0))),
+    "many rows, not at their beginning": lambda: changed(
+        lambda h, _: torch.cat([h[:, :5], h[:, 5:] + 0.3 * h[:1, 5:] * (len(h) > 12)], 1)
+    ),
+    "many tokens": lambda: changed(
+        lambda h, _: h + 0.3 * h.mean((0, 1)) if len(h) > 1 and h[..., 0].numel() > 100 else h
+    ),
+}
+
+
+@pytest.mark.parametrize("reuse", ["auto", "pack"])
+@pytest.mark.parametrize("name", AT_FEW_PLACES)
+def test_what_a_model_does_at_few_places_is_seen(name, reuse):
+    model = AT_FEW_PLACES[name]()
+    rows, target = rows_of(n_target=8)
+    for some in (rows, [row for row in rows if len(row.ids) == len(rows[0].ids)]):
+        scorer = Scorer(model, overhead=0, reuse=reuse)
+        values = scorer.values(some, target)
+        truth = step_by_step(lambda ids: model(input_ids=ids), some, target)
+        assert float((values - truth).abs().max()) < 1e-5
+        assert scorer.findings.sees_ahead or scorer.findings.couples_rows
+
+
 def packs_of(model, rows, target):
     scorer = Scorer(model, overhead=0, reuse="pack")
     scorer.values(rows, target)

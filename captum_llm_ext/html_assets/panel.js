@@ -134,7 +134,7 @@ function notesOn(view) {
   if (data.attr_target === "contrast") notes.push("A contrast: the log-probability of a token less that of its foils together, what it might have been instead. A token without any, such as one that goes on a word, is worth its log-probability.");
   if (nUntold) notes.push((hasErrors ? "± ?: of these estimates no error is known" : "Of these estimates no error is known") + ", and nothing tells a cause from noise: they are pale, and no line leads to them.");
   if (hasErrors) notes.push("± is one standard error; what lies within 1.96 of them is pale.");
-  if (floor > 0) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale" + (hasErrors ? " too." : "."));
+  if (2 * floor >= 10 ** -decimals(commonPeak())) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale" + (hasErrors ? " too." : "."));
   if (groupOf.size) notes.push("≈ " + groupOf.size + " features were not told apart within the budget: groups of them share evenly.");
   if (root.classList.contains("signed")) notes.push("Solid lines raise, dashed ones lower.");
   return notes.join(" ");

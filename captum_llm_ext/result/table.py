@@ -19,6 +19,7 @@ _MOST_REMARKS = 3
 _LONGEST_NAME = 24
 _ARROW = "  ←  "
 _LEAST_ROOM = 20  # for causes: below that, lines are longer than the terminal is wide
+_LEAST_SHOWN = 0.005  # what is smaller is 0 in the table
 _NOTHING = "nothing in particular"
 
 
@@ -127,10 +128,11 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
             '(`foil_tokens`); `refit(attr_target="log_prob")` tells the former alone.'
         )
     hidden = result.below_noise & (result.full_attr != 0)
-    if result.noise_floor is not None and bool(hidden.any()):
+    floor = 0.0 if result.noise_floor is None else float(result.noise_floor.max())
+    if floor >= _LEAST_SHOWN and bool(hidden.any()):
         remarks.append(
             f"{int(hidden.sum())} attributions are no larger than what rounding does to a value "
-            f"(up to {float(result.noise_floor.max()):.2g}): see `below_noise`."
+            f"(up to {floor:.2g}): see `below_noise`."
         )
     if result.converged is False:
         remarks.append("`tol` was not met: see the standard errors.")

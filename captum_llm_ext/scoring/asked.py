@@ -1,6 +1,7 @@
 """`Asked`: the target tokens that every row is asked for, and what each is held against."""
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -37,10 +38,10 @@ class Asked:
         """How many values a target token has in a row."""
         return 1 if self.foils is None else 2
 
-    def only(self, t: int) -> "Asked":
-        """One target token, as the only one."""
-        part = slice(t, t + 1)
-        return Asked(self.target[part], None if self.foils is None else self.foils[part])
+    def only(self, tokens: Sequence[int]) -> "Asked":
+        """Some of the target tokens, as if there were no others."""
+        some = list(tokens)
+        return Asked(self.target[some], None if self.foils is None else self.foils[some])
 
     def blank(self, n_rows: int) -> Tensor:
         """NaN for every value of rows, float64 ``(n_rows, per_token, n_target)`` on the CPU."""

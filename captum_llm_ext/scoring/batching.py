@@ -277,11 +277,15 @@ class Batching:
         self, row: Sequence[int], places: Sequence[int], kept: str | None
     ) -> Packing | None:
         self._passes.kept = kept
+        n_before = self._passes.n_positions
         try:
             return packing_of(self._passes, row, places)
         except RuntimeError as error:
             if not memory.is_out_of_memory(error):
                 raise
+        finally:
+            # What the probe reads is no part of a run: another one may have it from this.
+            self._passes.n_positions = n_before
         self._packs = False  # which says nothing about the model
         return None
 

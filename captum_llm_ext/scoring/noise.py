@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from zlib import crc32
 
 import torch
@@ -76,7 +77,7 @@ class NoiseFloor:
         is_named = isinstance(self._attr_target, str)
         explained = self._explained(found)
         # A callable may make of one token's logits another value without the others'.
-        checked = self._checked(asked) if is_named and cuts else 0.0
+        checked = self._checked(found, asked) if is_named and cuts else 0.0
         if not found.is_rough and checked <= explained:
             return None
         floor = self._measured(found, asked, together)
@@ -99,8 +100,8 @@ class NoiseFloor:
         )
         return scale * max(rounding(_DTYPES.get(found.dtype)), rounding(torch.float32))
 
-    def _checked(self, asked: Asked) -> float:
-        """How far some values are from those of a pass of their own, with nothing that follows."""
+    def _checked(self, found: Findings, asked: Asked) -> float:
+        """How far some values are from those of passes that end with a token of their row."""
         differences, most = [0.0], _CHECKED_SHARE * self._passes.n_positions
         n_before = self._passes.n_positions
         for i, ids in enumerate(self._order()[:_CHECKED]):
@@ -110,9 +111,13 @@ class NoiseFloor:
             known = [t for t, place in enumerate(row.positions) if place >= 0]
             if not known:
                 continue
-            t = known[(number + i) % len(known)]  # of each row another token
-            value = self._stepped(row, asked, [t])[t]
-            differences.append(float((value - own[t]).abs().nan_to_num(nan=0.0)))
+            last = row.positions[known[(number + i) % len(known)]]  # of each row another token
+            first = last if found.step_by_step else 0  # what it says before hangs on that token
+            some = [t for t in known if first <= row.positions[t] <= last]
+            places = [row.positions[t] for t in some]
+            end = replace(row, ids=row.ids[: last + 1], positions=places)
+            values = self._together([end], asked.only(some))[0]
+            differences.append(float((values - own[some]).abs().nan_to_num(nan=0.0).max()))
         return max(differences)
 
     def _measured(self, found: Findings, asked: Asked, together: bool) -> Tensor:
@@ -149,7 +154,7 @@ class NoiseFloor:
         values = torch.full((len(asked),), torch.nan, dtype=torch.float64, device="cpu")
         for t in tokens:
             if (end := row.up_to(t)) is not None:
-                values[t] = self._together([end], asked.only(t))[0, 0]
+                values[t] = self._together([end], asked.only([t]))[0, 0]
         return values
 
     def _together(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:

@@ -309,7 +309,7 @@ class Scorer:
         for t in range(len(asked)):
             ends = {i: end for i, row in enumerate(rows) if (end := row.up_to(t)) is not None}
             if ends:
-                values[[*ends], :, t] = self._values([*ends.values()], asked.only(t))
+                values[[*ends], :, t] = self._values([*ends.values()], asked.only([t]))
         return values.flatten(1)
 
     def _score(self, todo: Mapping[bytes, TokenRow], asked: Asked) -> None:

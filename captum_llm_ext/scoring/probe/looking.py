@@ -1,6 +1,7 @@
 """The passes of the probe."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,15 +22,17 @@ _FIRST = 8
 # that is a quarter of the run; where it is large, one for every so many rows of it.
 _CUTS = 8
 _ROWS_PER_CUT = 32
-# And of so many, where they are read in one pack: then each takes a token.
-_CUTS_OF_PACKS = 16
+# Of these so many end there. Where a pack has shown what follows next, it is these alone.
+_ENDED = 3
+# At so many target tokens it is seen what those rows say, and a pack: there each takes a token.
+_LATER = 32
 # The shortest row is looked at in so many places.
 _PLACES = 5
 # So many rows of them are in one pass.
 _AT_ONCE = 8
 # So many rows, of so many ids each, show whether it is only larger batches whose rows are coupled.
 _WIDE = 16
-_WIDE_IDS = 3
+_WIDE_IDS = 8
 # Differences of log-probabilities that the contract allows: what is below needs no explanation.
 _FINE = 1e-4
 # And what the number of rows may do to a model in float32 at most.
@@ -65,7 +68,7 @@ def findings(
 ) -> Findings:
     """What a model does on rows such as these.
 
-    It is looked at in some four rows' time, and eight more where it does not read packs, once for a
+    It is looked at in some ten rows' time, and five more where it does not read packs, once for a
     model in one state; again where rows are longer, or shorter, than any before.
 
     Args:
@@ -204,12 +207,12 @@ class _Look:
         )
 
     def _reference(self, logits: Tensor) -> tuple[list[int], Tensor]:
-        """Places of the whole row, two of its beginning first, and what is said there of it alone.
+        """Places of the row, two of its beginning first, and what is said there of it alone.
 
         Args:
             logits: All of the beginning, read alone.
         """
-        ids, cuts = self._row.ids, self._cuts()
+        ids, cuts = self._row.ids, self._cuts(max(_LATER, self._wanted()))
         at = [0, min(cuts[0] // 2, _WIDE_IDS - 1), *cuts]
         if self._kept == "positions":
             # Where these are as they were, the model has given the logits that it was asked for.
@@ -275,9 +278,9 @@ class _Look:
 
     def _alone(self, found: Findings) -> Findings:
         """Of one row, as it is and with something else after some places."""
-        cuts, is_rough = self._cuts(), self._is_rough(found)
+        cuts, is_rough = self._cuts(self._wanted()), self._is_rough(found)
         row = self._said([self._row.ids], [cuts])[0]
-        pairs = [(one, row[i]) for i, one in enumerate(self._after(cuts, at_once=1))]
+        pairs = self._after(cuts, cuts, row, n_places=1, at_once=1)
         limit = max(_FINE, _rough(row)) if self._is_half(found) else _FINE
         return replace(
             found,
@@ -311,25 +314,29 @@ class _Look:
             at: Places of the longest row: two of its beginning, then those of `_cuts`.
             alone: What is said there of it alone.
         """
-        ids, length, cuts = self._row.ids, len(self._row.ids), at[2:]
-        found = replace(found, packing=self._packing(found))
+        ids, length, cut_at = self._row.ids, len(self._row.ids), at[2]
+        found = replace(found, packing=self._packing(found, at[3:]))
         mate = self._others(ids)
         short = self._short if len(self._short) < length else mate
         ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
         padded = [*short, *self._others(ids[len(short) :])]
         alone_short = self._said([short], [ends])[0]
         # Everything at once: other rows, other ids after these, and padding.
-        said = self._said([padded, self._cut(cuts[0])], [ends, [*at[:3], *at[2:3] * 2]])
+        said = self._said([padded, self._cut(cut_at)], [ends, [*at[:3], *at[2:3] * 2]])
         is_rough, is_half = self._is_rough(found), self._is_half(found)
-        places, alone_later = cuts[1:], alone[3:]
-        if found.packing is not None and found.packing.differs:
-            places = self._cuts(_CUTS_OF_PACKS)[1:]
-            alone_later = self._said([ids], [places])[0] if places else alone_later
-        elif found.packing is not None and found.packing.reason is None and not is_half:
-            places = []  # the pack has told
-        later = [*zip(self._after(places), alone_later, strict=False)]
+        after, ended = self._later(found, at[3:], is_half=is_half)
+        # Of a few places rounding is told apart from an effect more surely than of many.
+        n_places = 1 if is_half else len(at)
+        later = self._after(after, at, alone, n_places=n_places)
+        endings = [self._ending(place, at, alone) for place in ended]
         wide = self._wide(at[:2], _WIDE)
-        pairs = [(said[0], alone_short), (said[1, :3], alone[:3]), (wide, alone[:2]), *later]
+        pairs = [
+            (said[0], alone_short),
+            (said[1, :3], alone[:3]),
+            (wide, alone[:2]),
+            *later,
+            *endings,
+        ]
         rounding = max(_largest(*pair) for pair in pairs)
         if rounding <= _FINE:
             return replace(found, ahead=0.0, coupling=0.0, rounding=rounding, is_rough=is_rough)
@@ -341,7 +348,7 @@ class _Look:
         # One thing after the other, in passes of one shape.
         copies = self._said([ids, ids], [at[:3]] * 2)[0]
         beside = [self._said([one, ids], [at[:3]] * 2)[1] for one in (padded, mate)]
-        cut = self._said([self._cut(cuts[0])], [at[:3]])[0]
+        cut = self._said([self._cut(cut_at)], [at[:3]])[0]
         again = [*short, *self._others(padded[len(short) :])]
         one, other = (self._said([row], [ends])[0] for row in (padded, again))
         limit = _FINE
@@ -355,11 +362,11 @@ class _Look:
         else:
             couples |= max(_largest(copies, alone[:3]), _largest(wide, begun)) > _BATCHED
         if couples:
-            later = [*zip(self._after(places, at_once=1), alone_later, strict=False)]
+            later = self._after(after, at, alone, n_places=n_places, at_once=1)
         followed = [(cut, alone[:3]), (one, other), *later]
         sees = any(_exceeds(*pair, limit) for pair in followed)
         # How much follows may count as well as what.
-        ended = [self._said([ids[: cuts[0] + n]], [at[:3]])[0] for n in (1, 2)]
+        endings += [(self._said([ids[: cut_at + n]], [at[:3]])[0], alone[:3]) for n in (1, 2)]
         if is_half:
             # Other lengths are other shapes, whose rounding is unlike that of one shape.
             near = [
@@ -369,10 +376,10 @@ class _Look:
             limit = max(limit, _BEYOND * moved, _ROUGH_LENGTHS)
             # In most places: where an expert was chosen by a hair, rounding may choose another.
             mixes = _usual(one, alone_short) > limit
-            sees |= any(_usual(one, alone[:3]) > limit for one in ended)
+            sees |= any(_usual(*pair) > limit for pair in endings)
         else:
             mixes = _exceeds(one, alone_short, limit)
-            sees |= any(_exceeds(one, alone[:3], limit) for one in ended)
+            sees |= any(_exceeds(*pair, limit) for pair in endings)
         mixes &= not sees
         if sees or couples or mixes:
             rounding = _largest(copies, alone[:3])
@@ -381,9 +388,7 @@ class _Look:
             sees_ahead=sees,
             couples_rows=couples or found.couples_rows,
             mixes_lengths=mixes,
-            ahead=max(
-                _largest(*pair) for pair in [*followed, *((one, alone[:3]) for one in ended)]
-            ),
+            ahead=max(_largest(*pair) for pair in [*followed, *endings]),
             coupling=max(
                 *(_largest(*pair) for pair in (beside, (alone[:3], beside[1]))),
                 _largest(wide, begun),
@@ -392,13 +397,32 @@ class _Look:
             is_rough=is_rough or couples or rounding > _FINE,
         )
 
-    def _packing(self, found: Findings) -> Packing | None:
+    def _packing(self, found: Findings, places: Sequence[int]) -> Packing | None:
         """How the model reads packs, where it might be given any."""
         if self._read_packed is None or found.couples_rows or found.n_before:
             return None
         if self._earlier is not None and self._earlier.packs_known(len(self._row.ids)):
             return self._earlier.packing
-        return self._read_packed(self._row.ids, self._cuts(_CUTS_OF_PACKS)[1:], found.kept)
+        return self._read_packed(self._row.ids, places, found.kept)
+
+    def _later(
+        self, found: Findings, places: Sequence[int], *, is_half: bool
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Of later places those after which something else is put, and where the row ends.
+
+        What a model says where the row ends hangs on nothing that follows, neither on what it is
+        nor on how much: it shows the most, but for rounding, which is another for each length.
+        """
+        some, packing = _spaced(places, self._wanted()), found.packing
+        if is_half:
+            return some, ()
+        if packing is not None and packing.differs:
+            return places, places
+        # Lengths next to each other, and a distant one.
+        ended = sorted({*_spaced(places, _ENDED - 1), *places[-2:-1]})
+        if packing is not None and packing.reason is None:
+            return (), ended
+        return [place for place in some if place not in ended], ended
 
     def _wide(self, at: Sequence[int], most: int, *, start: int = 0) -> Tensor:
         """What is said at early places of the row's beginning in a batch of so many at most."""
@@ -414,29 +438,55 @@ class _Look:
         """Whether rounding may be taken for an effect."""
         return found.dtype not in ("float32", "float64") or _compat.half_precision(self._model)
 
-    def _cuts(self, wanted: int | None = None) -> list[int]:
-        """Places after which something else is put: of the first target token, and some others.
+    def _wanted(self) -> int:
+        """After how many later places something else is put, by the number of rows."""
+        return max(2, min(_CUTS, self._n_rows // 4), self._n_rows // _ROWS_PER_CUT)
 
-        Args:
-            wanted: So many others, if there are. None: by the number of rows.
-        """
+    def _cuts(self, n_later: int) -> list[int]:
+        """The place of the first target token, and at most so many others that anything follows."""
         last = len(self._row.ids) - 1
         places = sorted({p for p in self._row.positions if p >= 0} or {last})
-        later = [place for place in places[1:] if place < last]
-        by_rows = max(2, min(_CUTS, self._n_rows // 4), self._n_rows // _ROWS_PER_CUT)
-        wanted = by_rows if wanted is None else wanted
-        n = min(len(later), wanted)
-        # The last one that anything follows is among them.
-        chosen = {later[-1 - i * len(later) // n] for i in range(n)} if n else set[int]()
-        return [places[0], *sorted(chosen)]
+        return [places[0], *_spaced([place for place in places[1:] if place < last], n_later)]
 
-    def _after(self, places: Sequence[int], *, at_once: int = _AT_ONCE) -> list[Tensor]:
-        """What is said at places where something else follows, ``(vocabulary,)`` each."""
-        found: list[Tensor] = []
-        for i in range(0, len(places), at_once):
-            some = places[i : i + at_once]
-            found += self._said([self._cut(p) for p in some], [[p] for p in some])[:, 0]
+    def _after(
+        self,
+        cuts: Sequence[int],
+        at: Sequence[int],
+        alone: Tensor,
+        *,
+        n_places: int,
+        at_once: int = _AT_ONCE,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What is said where something else follows, beside what is said of the row as it is.
+
+        Args:
+            cuts: After each of these places something else follows, in a row of its own.
+            at: Places of the row, sorted, the cuts among them.
+            alone: What is said there of the row alone.
+            n_places: So many of these places at most, up to the cut, are looked at.
+            at_once: So many rows are read in one pass.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
+        for i in range(0, len(cuts), at_once):
+            some = cuts[i : i + at_once]
+            stops = [bisect_right(at, cut) for cut in some]
+            starts = [max(0, stop - n_places) for stop in stops]
+            most = max(stop - start for start, stop in zip(starts, stops, strict=True))
+            own = [
+                [*at[start:stop], *[cut] * (most - (stop - start))]
+                for cut, start, stop in zip(some, starts, stops, strict=True)
+            ]
+            said = self._said([self._cut(cut) for cut in some], own)
+            found += [
+                (one[: stop - start], alone[start:stop])
+                for one, start, stop in zip(said, starts, stops, strict=True)
+            ]
         return found
+
+    def _ending(self, place: int, at: Sequence[int], alone: Tensor) -> tuple[Tensor, Tensor]:
+        """What is said of the row where it ends at a place, and of all of it; as for `_after`."""
+        n = bisect_right(at, place)
+        return self._said([self._row.ids[: place + 1]], [at[:n]])[0], alone[:n]
 
     def _cut(self, place: int) -> list[int]:
         """The row with other ids after a place."""
@@ -472,6 +522,12 @@ class _Look:
         elif logits.shape[1] != places.shape[1]:
             raise ValueError("logits of other places than those asked for")
         return _spread(logits)
+
+
+def _spaced(places: Sequence[int], n: int) -> list[int]:
+    """At most so many of some places, the last among them."""
+    n = min(len(places), n)
+    return sorted({places[-1 - i * len(places) // n] for i in range(n)} if n else ())
 
 
 def _from(pool: Sequence[int], start: int) -> list[int]:
