@@ -7,6 +7,13 @@ import pytest
 import tiny
 import torch
 from captum.attr import FeatureAblation, KernelShap, LayerIntegratedGradients
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from captum_llm_ext import (
     GenerationAttribution,
@@ -18,6 +25,8 @@ from captum_llm_ext import (
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.scoring import Likelihood
 
+TINY_T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
+TINY_BERT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 
 
@@ -163,6 +172,84 @@ def test_another_model_may_propose(demo):
     assert any("Dover" in example for example in examples[3])
 
 
+def masked(**config):
+    """A small masked model of words, and its tokenizer."""
+    tokenizer = tiny.word_piece()
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), intermediate_size=64, **sizes, **config)
+    config.initializer_range = 0.5  # for the words to differ in how likely they are
+    return BertForMaskedLM(config).eval(), tokenizer
+
+
+def test_a_masked_model_proposes_by_both_sides(demo):
+    """Held against a plain pass over the text with the word, and the next one, masked."""
+    model, tokenizer = masked()
+    text = "Dave lives in Austin, TX and is a nurse."
+    baselines = ModelBaselines((model, tokenizer), n_candidates=3)
+    inp = words(text, demo[1], baselines).with_model(Likelihood(*demo))
+    found = inp.matches()
+    number = text.split().index("is")
+    ids = tokenizer(text)["input_ids"]
+    is_at, a_at = (ids.index(tokenizer.convert_tokens_to_ids(word)) for word in ("is", "a"))
+    hidden = list(ids)
+    hidden[is_at] = hidden[a_at] = tokenizer.mask_token_id
+    with torch.no_grad():
+        logits = model(torch.tensor([hidden])).logits[0, is_at].double()
+    logits[tokenizer.all_special_ids] = -torch.inf
+    chances = logits.softmax(0)
+    shares = dict(found[number].candidates)
+    assert {"is"} < shares.keys()
+    known = {word: float(chances[tokenizer.convert_tokens_to_ids(word)]) for word in shares}
+    total = sum(known.values())
+    assert shares == pytest.approx({w: chance / total for w, chance in known.items()}, abs=1e-5)
+    # The text after it counts, too.
+    other = words(text.replace("nurse", "lawyer"), demo[1], baselines).with_model(Likelihood(*demo))
+    assert dict(other.matches()[number].candidates) != shares
+
+
+@pytest.mark.parametrize("positions", [512, 12])
+def test_a_masked_model_proposes_for_any_prompt(demo, positions):
+    """Also for one longer than its positions."""
+    model, tokenizer = masked(max_position_embeddings=positions)
+    inp = words(f"{PROMPT}: 3.5 km, 東京 and (no) …", demo[1], ModelBaselines((model, tokenizer)))
+    result = GenerationAttribution(FeatureAblation(demo[0]), demo[1]).attribute(inp, "poker")
+    assert len(result.provenance["matches"]["prompt"]) == inp.n_features
+    assert result.token_attr.abs().max() > 0
+
+
+def test_a_proposer_may_have_fewer_positions_than_the_prompt(demo):
+    """It then goes by the text before a place, as far as it can."""
+    tokenizer = tiny.byte_level()
+    model = tiny.llama(len(tokenizer), max_position_embeddings=16)
+    text = f"{PROMPT} golf. {PROMPT}"
+    found = words(text, demo[1], ModelBaselines((model, tokenizer))).with_model(Likelihood(*demo))
+    assert len(tokenizer(text)["input_ids"]) > 2 * 16
+    assert dict(found.matches()[-1].candidates).keys() > {"include"}
+
+
+@pytest.mark.parametrize(
+    ("proposer", "told"),
+    [
+        (lambda: "bert-base-cased", r"give `\(model, tokenizer\)`"),
+        (lambda: (masked()[0], tiny.byte_level()), "no mask token"),
+        (lambda: (T5ForConditionalGeneration(T5Config(**TINY_T5)), tiny.byte_level()), "encoder"),
+        (lambda: (BertModel(BertConfig(**TINY_BERT)), tiny.byte_level()), "no language head"),
+        (lambda: tiny.llama(7), r"give `\(proposer, its tokenizer\)`"),
+    ],
+)
+def test_what_cannot_propose_is_told(demo, proposer, told):
+    inp = words(PROMPT, demo[1], ModelBaselines(proposer()))
+    with pytest.raises((TypeError, ValueError), match=told):
+        inp.with_model(Likelihood(*demo))
+
+
+def test_a_model_of_this_process_proposes_for_one_behind_an_api(demo):
+    baselines = ModelBaselines(demo).with_model(RemoteLikelihood(None, demo[1]))
+    assert not baselines.matches(words(PROMPT, demo[1], baselines))[0].constant
+
+
 def test_without_a_model_it_says_what_to_do(demo):
     inp = words(PROMPT, demo[1], ModelBaselines())
     with pytest.raises(ValueError, match="asks the model under explanation"):
@@ -200,7 +287,7 @@ def test_gradients_take_each_word_by_itself(demo):
 
 def test_an_api_tells_no_distributions(demo):
     with pytest.raises(ValueError, match="distributions, which an API does not tell"):
-        RemoteLikelihood(None, demo[1]).likeliest("a", [0], 1, lambda *_: True)
+        RemoteLikelihood(None, demo[1]).likeliest("a", [(0, 1)], 1, lambda *_: True)
 
 
 def test_one_pass_tells_the_candidates_of_all_places(demo):

@@ -2,7 +2,7 @@
 
 from captum_llm_ext._compat.attention import attention_of, boolean_mask, has_eager_attention
 from captum_llm_ext._compat.batches import fixed_positions, free_memory, why_not_batched
-from captum_llm_ext._compat.causal import check_causal, language_part
+from captum_llm_ext._compat.causal import check_causal, is_masked, language_part
 from captum_llm_ext._compat.forward import (
     called,
     forward_arguments,
@@ -80,6 +80,7 @@ __all__ = [
     "is_compiled",
     "is_generation_config",
     "is_list_of_layers",
+    "is_masked",
     "is_transformers",
     "is_transformers_object",
     "keeping_logits",

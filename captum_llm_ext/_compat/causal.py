@@ -62,8 +62,7 @@ def _check_head(model: nn.Module) -> None:
     )
     own = own if own in causal.values() else None
     advice = f"load it as `{own}`, which `AutoModelForCausalLM` gives." if own else ADVICE
-    masked = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
-    if name in masked or name.endswith("ForMaskedLM"):
+    if is_masked(inner):
         raise TypeError(
             f"{name} generates no text, it says what stands at a place and not what comes next: "
             f"{advice}"
@@ -71,6 +70,22 @@ def _check_head(model: nn.Module) -> None:
     bare = {x for names in auto.MODEL_MAPPING_NAMES.values() for x in _tuple(names)}
     if name in bare and name.endswith("Model") and inner is uncompiled(model):
         raise TypeError(f"{name} generates no text, it has no language head: {advice}")
+
+
+def is_masked(model: nn.Module) -> bool:
+    """Whether it is a model of transformers that says what stands in masked places."""
+    inner = uncompiled(model)
+    if not is_transformers_object(inner):
+        return False
+    from transformers.models.auto import modeling_auto
+
+    names: Any = modeling_auto
+    name = type(inner).__name__
+    is_listed = name in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    # Some of those are listed as causal models, too, and are those by their configuration.
+    return name.endswith("ForMaskedLM") or (
+        is_listed and name not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    )
 
 
 def _tuple(names: Any) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from captum_llm_ext.baselines import words
-from captum_llm_ext.baselines.slot import LanguageModel
+from captum_llm_ext.baselines.slot import Proposer
 from captum_llm_ext.baselines.words import SENTENCE_END, border
 
 Span = tuple[int, int]
@@ -19,8 +19,6 @@ _DETERMINED = 0.5
 _LEFT_OVER = 0.2
 _LONGEST = 4  # words of a phrase
 _ENOUGH = 0.98  # what is beyond this share of all that may stand in a place is not looked for
-_TOKENS_PER_WORD = 3
-_TO_THE_END = 3  # tokens that a word goes on for at most, beyond the one it begins with
 _MORE_WORDS = 1  # that a stand-in may have than what it stands for
 
 
@@ -46,7 +44,7 @@ class Alternatives:
         ties: Neighbours, words or phrases, of which one decides the other.
     """
 
-    def __init__(self, text: str, model: LanguageModel, n: int, within: Span) -> None:
+    def __init__(self, text: str, model: Proposer, n: int, within: Span) -> None:
         self._text, self._model, self._n = text, model, n
         self._atoms = words.atoms(text)
         worded = [
@@ -97,10 +95,11 @@ class Alternatives:
             return
         shapes = {span: self._shape(span) for span in todo}
         begun = [(span, piece) for span in todo for piece, _ in self._begun(span)]
-        limits = [_TOKENS_PER_WORD * (shapes[span].n_words - 1) + _TO_THE_END for span, _ in begun]
+        sizes = {span: len(shape.numbers) + len(shape.marks) for span, shape in shapes.items()}
         written = self._model.greedy(
             [self._text[: span[0]] + piece for span, piece in begun],
-            limits,
+            [self._text[span[1] :] for span, _ in begun],
+            [sizes[span] - 1 for span, _ in begun],
             lambda i, rest: _end(begun[i][1] + rest, shapes[begun[i][0]]) is not None,
         )
         self._ended.update((span, []) for span in todo)
@@ -169,13 +168,15 @@ class Alternatives:
         """
         beginnings: list[str] = []
         texts: list[str] = []
+        rests: list[str] = []
         for span, at in pairs:
             stop = self._atoms[at - 1].stop
             left, marks = self._text[: span[0]], self._text[span[1] : stop]
             others = [left + text + marks for text in self._others(span)]
             beginnings += others
             texts += [self._text[stop : self._atoms[at].stop]] * len(others)
-        chances = iter(self._model.log_probs_after(beginnings, texts).exp().tolist())
+            rests += [self._text[self._atoms[at].stop :]] * len(others)
+        chances = iter(self._model.log_probs_between(beginnings, texts, rests).exp().tolist())
         found: list[bool] = []
         for span, at in pairs:
             weights, chance, own = self._others(span), self._chance(span), self._chance_of(at)

@@ -15,7 +15,7 @@ from captum_llm_ext.baselines.candidates import BLANK, Candidates, Match
 from captum_llm_ext.baselines.corpus import HasSlots
 from captum_llm_ext.baselines.draws import part_of
 from captum_llm_ext.baselines.place import Place, place_of
-from captum_llm_ext.baselines.slot import Bonds, LanguageModel, Slot, bonds_of, joined
+from captum_llm_ext.baselines.slot import Bonds, LanguageModel, Proposer, Slot, bonds_of, joined
 
 _CANDIDATES = 4  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
 _SURE = 0.95  # the model's own text, at least so often, is what it would have written anyway
@@ -48,21 +48,25 @@ class ModelBaselines:
     is done once for a text.
 
     Args:
-        proposer: The model that is asked, if it is not the one under explanation.
+        proposer: The model that is asked, if it is not the one under explanation: ``(model,
+            tokenizer)``, causal or masked, with any tokenizer; a pipeline of transformers; or a
+            model with the tokenizer of the one under explanation. A masked one goes by the text on
+            both sides of a place, the next word excepted.
         n_candidates: Texts that are tried in every place, beside the one that stands there.
 
     Raises:
-        ValueError: If `n_candidates` is below 1; on use, if there is no model to ask.
+        ValueError: If `n_candidates` is below 1; on use, if there is no model to ask, or a masked
+            model's tokenizer has no mask.
+        TypeError: On use, if the proposer is no causal or masked language model.
     """
 
     deterministic = False
 
-    def __init__(
-        self, proposer: LanguageModel | None = None, *, n_candidates: int = _CANDIDATES
-    ) -> None:
+    def __init__(self, proposer: Any = None, *, n_candidates: int = _CANDIDATES) -> None:
         if n_candidates < 1:
             raise ValueError(f"`n_candidates` is {n_candidates}: give at least 1.")
-        self._proposer = self._model = proposer
+        self._proposer = proposer
+        self._model: Proposer | None = proposer if isinstance(proposer, Proposer) else None
         self.n_candidates = n_candidates
         self._known: dict[Slot, _Filling | None] = {}
         self._read: dict[str, list[tuple[Span, Alternatives]]] = {}
@@ -74,10 +78,10 @@ class ModelBaselines:
 
     def with_model(self, model: LanguageModel) -> "ModelBaselines":
         """The same with a model to ask, if it has none of its own."""
-        if self._proposer is not None:
+        if self._model is not None and self._proposer is not None:
             return self
-        other = ModelBaselines(n_candidates=self.n_candidates)
-        other._model = model
+        other = ModelBaselines(self._proposer, n_candidates=self.n_candidates)
+        other._model = model if self._proposer is None else model.proposing(self._proposer)
         return other
 
     def read(self, slots: Sequence[Slot]) -> Bonds:
@@ -146,7 +150,7 @@ class ModelBaselines:
         own = [slot.context[slice(*part)] for part in parts]
         return _Filling(place, found, between, [own.index(text) for text in own])
 
-    def _asked(self) -> LanguageModel:
+    def _asked(self) -> Proposer:
         if self._model is None:
             raise ValueError(
                 "`ModelBaselines` asks the model under explanation: use it in an input of "

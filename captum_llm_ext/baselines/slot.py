@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -90,7 +90,62 @@ class Listed:
     others: Sequence[tuple[str, float]]
 
 
-class LanguageModel(Protocol):
+@runtime_checkable
+class Proposer(Protocol):
+    """What a baseline may ask of a model that knows what may stand in a place."""
+
+    def likeliest(
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+        n: int,
+        fits: Callable[[int, str], bool],
+    ) -> list[Listed | None]:
+        """What may stand in places of a text, all of them asked for at once.
+
+        Args:
+            text: The text.
+            spans: Of its characters, ``(start, stop)``, in reading order; none begins with white
+                space.
+            n: At most so many tokens a place.
+            fits: Called with the number of a place and what a token shows there, without white
+                space; whether the token may stand there.
+
+        Returns:
+            One entry per place; None where nothing is known of it: nothing comes before, or no
+            token begins there.
+        """
+        ...
+
+    def log_probs_between(
+        self, beginnings: Sequence[str], texts: Sequence[str], rests: Sequence[str]
+    ) -> Tensor:
+        """The log-probability of each text between its beginning and the rest, ``(n,)``.
+
+        A causal model does not see the rest.
+        """
+        ...
+
+    def greedy(
+        self,
+        beginnings: Sequence[str],
+        rests: Sequence[str],
+        n_more: Sequence[int],
+        is_whole: Callable[[int, str], bool],
+    ) -> list[str]:
+        """What most likely follows each text, token by token, all of them at once.
+
+        Args:
+            beginnings: The texts. Each ends with what may be a word, or the beginning of one.
+            rests: What comes after; a causal model does not see it.
+            n_more: How many words and marks are wanted beside, about.
+            is_whole: Called with the number of a text and what follows it up to now; whether that
+                is enough.
+        """
+        ...
+
+
+class LanguageModel(Proposer, Protocol):
     """What a baseline may ask the model that is being explained."""
 
     def log_likelihoods(self, texts: Sequence[str]) -> Tensor:
@@ -107,45 +162,15 @@ class LanguageModel(Protocol):
         """Samples of what follows a text: `n` texts of at most `n_tokens` tokens each."""
         ...
 
-    def likeliest(
-        self,
-        text: str,
-        spans: Sequence[tuple[int, int]],
-        n: int,
-        fits: Callable[[int, str], bool],
-    ) -> "list[Listed | None]":
-        """What may come next at places of a text, all of them from one forward pass.
+    def proposing(self, proposer: Any) -> Proposer:
+        """Another model as a `Proposer`.
 
         Args:
-            text: The text.
-            spans: Of its characters, ``(start, stop)``, in reading order; none begins with white
-                space.
-            n: At most so many tokens a place.
-            fits: Called with the number of a place and what a token shows there, without white
-                space; whether the token may stand there.
+            proposer: ``(model, tokenizer)``, or what has both; or a model with the tokenizer of
+                this one.
 
-        Returns:
-            One entry per place; None where nothing comes before, or no token begins there.
-        """
-        ...
-
-    def log_probs_after(self, beginnings: Sequence[str], texts: Sequence[str]) -> Tensor:
-        """The log-probability that each beginning is continued by its text, ``(n,)``."""
-        ...
-
-    def greedy(
-        self,
-        beginnings: Sequence[str],
-        limits: Sequence[int],
-        is_whole: Callable[[int, str], bool],
-    ) -> list[str]:
-        """What most likely follows each text, token by token, all of them at once.
-
-        Args:
-            beginnings: The texts.
-            limits: So many tokens at most follow each.
-            is_whole: Called with the number of a text and what follows it up to now; whether that
-                is enough.
+        Raises:
+            TypeError, ValueError: If it is none that can propose.
         """
         ...
 

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext import tokens
+from captum_llm_ext.baselines import Listed, Proposer
 from captum_llm_ext.remote.scorer import RemoteScorer
+from captum_llm_ext.scoring.likelihood import as_proposer
 
 _NO_MODEL = (
     "this baseline asks the model for {what}, which {who}: give another one, such as "
     '`CorpusBaselines(texts)` with `match="context"`{instead}.'
 )
+
+_ANOTHER = ", or `ModelBaselines((model, tokenizer))` with a model of this process"
 
 
 class RemoteLikelihood:
@@ -47,18 +51,34 @@ class RemoteLikelihood:
         self._refuse("samples from a seed", "an API does not give", ", or `output_unit=None`")
 
     def likeliest(
-        self, text: str, places: Sequence[int], n: int, fits: Callable[[int, str], bool]
-    ) -> list[list[tuple[str, float]]]:
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+        n: int,
+        fits: Callable[[int, str], bool],
+    ) -> list[Listed | None]:
         """Not to be had."""
-        self._refuse("distributions", "an API does not tell")
+        self._refuse("distributions", "an API does not tell", _ANOTHER)
 
-    def log_probs_after(self, beginnings: Sequence[str], text: str) -> Tensor:
+    def log_probs_between(
+        self, beginnings: Sequence[str], texts: Sequence[str], rests: Sequence[str]
+    ) -> Tensor:
         """Not to be had without distributions."""
-        self._refuse("distributions", "an API does not tell")
+        self._refuse("distributions", "an API does not tell", _ANOTHER)
 
-    def greedy(self, beginnings: Sequence[str], n_tokens: int) -> list[str]:
+    def greedy(
+        self,
+        beginnings: Sequence[str],
+        rests: Sequence[str],
+        n_more: Sequence[int],
+        is_whole: Callable[[int, str], bool],
+    ) -> list[str]:
         """Not to be had without distributions."""
-        self._refuse("distributions", "an API does not tell")
+        self._refuse("distributions", "an API does not tell", _ANOTHER)
+
+    def proposing(self, proposer: Any) -> Proposer:
+        """See `LanguageModel.proposing`: a model of this process proposes for one behind an API."""
+        return as_proposer(proposer, self._tokenizer)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         ids = tokens.encode(self._tokenizer, text).ids

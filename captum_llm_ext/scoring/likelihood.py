@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat, tokens
-from captum_llm_ext.baselines import Listed
+from captum_llm_ext.baselines import Listed, Proposer
 from captum_llm_ext.scoring.exclusive import as_found
+from captum_llm_ext.scoring.masked import MaskedProposer
 from captum_llm_ext.scoring.probe import Findings, findings
 from captum_llm_ext.scoring.rows import TokenRow
 from captum_llm_ext.scoring.scorer import Scorer
 
 # Rows of one pass. These texts are few and short beside the coalitions that are scored later.
 _ROWS_AT_ONCE = 16
+_TO_THE_END = 3  # tokens that a word goes on for at most, beyond the one it begins with
+_TOKENS_PER_WORD = 3  # and those of another one
 # A look at the model holds for rows that are so many tokens longer.
 _BEYOND = 48
 # Of so many tokens per wanted one it is looked up what they show.
@@ -36,6 +39,10 @@ class Likelihood:
         self._model, self._tokenizer = model, tokenizer
         self._device = _compat.input_device(model)
         self._pieces: dict[int, str] = {}
+
+    def proposing(self, proposer: Any) -> Proposer:
+        """See `LanguageModel.proposing`."""
+        return as_proposer(proposer, self._tokenizer)
 
     def log_likelihoods(self, texts: Sequence[str]) -> Tensor:
         """See `LanguageModel.log_likelihoods`; float64 on the CPU."""
@@ -90,7 +97,7 @@ class Likelihood:
         n: int,
         fits: Callable[[int, str], bool],
     ) -> list[Listed | None]:
-        """See `LanguageModel.likeliest`."""
+        """See `Proposer.likeliest`."""
         encoding = tokens.encode(self._tokenizer, text)
         ids = self._ids(text)
         shift = len(ids) - len(encoding.ids)
@@ -187,8 +194,10 @@ class Likelihood:
         logits[self._special(len(logits))] = -torch.inf
         return logits.log_softmax(0)
 
-    def log_probs_after(self, beginnings: Sequence[str], texts: Sequence[str]) -> Tensor:
-        """See `LanguageModel.log_probs_after`; float64 on the CPU."""
+    def log_probs_between(
+        self, beginnings: Sequence[str], texts: Sequence[str], rests: Sequence[str]
+    ) -> Tensor:
+        """See `Proposer.log_probs_between`; float64 on the CPU."""
         starts = [self._ids(beginning) for beginning in beginnings]
         said = [
             tokens.encode_in_place(self._tokenizer, text, beginning)
@@ -217,10 +226,12 @@ class Likelihood:
     def greedy(
         self,
         beginnings: Sequence[str],
-        limits: Sequence[int],
+        rests: Sequence[str],
+        n_more: Sequence[int],
         is_whole: Callable[[int, str], bool],
     ) -> list[str]:
-        """See `LanguageModel.greedy`."""
+        """See `Proposer.greedy`."""
+        limits = [_TO_THE_END + _TOKENS_PER_WORD * n for n in n_more]
         starts = [self._ids(beginning) for beginning in beginnings]
         written: list[list[int]] = [[] for _ in starts]
         texts = [""] * len(starts)
@@ -328,3 +339,42 @@ class Likelihood:
         """Ids that end or pad a text: none of its words."""
         ids: set[int] = set(getattr(self._tokenizer, "all_special_ids", None) or ())
         return [token for token in ids if token < size]
+
+
+def as_proposer(given: Any, tokenizer: Any) -> Proposer:
+    """A causal or masked language model as a `Proposer`.
+
+    Args:
+        given: A model and its tokenizer, or something that has both (a pipeline of transformers),
+            or a model that has the tokenizer of the one under explanation.
+        tokenizer: That tokenizer.
+
+    Raises:
+        TypeError: If it is none of these, or the model is neither causal nor masked.
+        ValueError: If a model without a tokenizer has another vocabulary.
+    """
+    if isinstance(given, tuple):
+        model, own = given
+    else:
+        model, own = getattr(given, "model", given), getattr(given, "tokenizer", None)
+    if isinstance(given, nn.Module):
+        model, own = given, tokenizer
+        size = _compat.vocabulary_size(model)
+        if size is not None and len(tokenizer) > size:
+            raise ValueError(
+                f"`proposer` is a {type(model).__name__} of {size:,} token ids, and the tokenizer "
+                f"of the model under explanation has {len(tokenizer):,}: give "
+                "`(proposer, its tokenizer)`."
+            )
+    if not isinstance(model, nn.Module) or own is None:
+        raise TypeError(
+            f"`proposer` is a {type(given).__name__}: give `(model, tokenizer)`, a causal or "
+            "masked language model of transformers and its tokenizer."
+        )
+    if _compat.is_masked(model):
+        return MaskedProposer(model, own)
+    try:
+        _compat.check_causal(model)
+    except TypeError as error:
+        raise TypeError(f"`proposer`: {error}") from None
+    return Likelihood(model, own)
