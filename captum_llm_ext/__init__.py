@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     from captum_llm_ext.demo import load_demo
     from captum_llm_ext.gradient import GenerationGradientAttribution
     from captum_llm_ext.inputs import ChatInput, TextSegmentInput
-    from captum_llm_ext.methods import FeatureInclusion, HierarchicalAblation, PartitionShap
+    from captum_llm_ext.methods import (
+        EquivalentLinearSystem,
+        FeatureInclusion,
+        HierarchicalAblation,
+        LayerSaliency,
+        PartitionShap,
+    )
     from captum_llm_ext.metrics import FaithfulnessReport, measure_faithfulness
     from captum_llm_ext.remote import (
         ApiError,
@@ -61,6 +67,7 @@ __all__ = [
     "CorpusBaselines",
     "DatasetReport",
     "Deletion",
+    "EquivalentLinearSystem",
     "FaithfulnessReport",
     "FeatureInclusion",
     "FixedTexts",
@@ -69,6 +76,7 @@ __all__ = [
     "GenerationGradientAttribution",
     "HierarchicalAblation",
     "Infilling",
+    "LayerSaliency",
     "Match",
     "ModelBaselines",
     "PartitionShap",
@@ -98,7 +106,8 @@ _NAMES = {
     "demo": "load_demo",
     "gradient": "GenerationGradientAttribution",
     "inputs": "ChatInput TextSegmentInput",
-    "methods": "FeatureInclusion HierarchicalAblation PartitionShap",
+    "methods": "EquivalentLinearSystem FeatureInclusion HierarchicalAblation LayerSaliency "
+    "PartitionShap",
     "metrics": "FaithfulnessReport measure_faithfulness",
     "remote": "ApiError CompletionsProvider RemoteGenerationAttribution TokenProvider",
     "result": "Cause GenerationAttributionResult Redundancy SpanAttribution UnresolvedGroup",

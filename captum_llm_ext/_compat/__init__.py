@@ -26,7 +26,12 @@ from captum_llm_ext._compat.identity import (
     versions,
 )
 from captum_llm_ext._compat.layers import embeddings, outer_layers, output_layer
-from captum_llm_ext._compat.methods import integration_points, integration_rules, lime_settings
+from captum_llm_ext._compat.methods import (
+    integration_points,
+    integration_rules,
+    lime_settings,
+    selected,
+)
 from captum_llm_ext._compat.model import (
     is_compiled,
     is_transformers,
@@ -99,6 +104,7 @@ __all__ = [
     "process_store",
     "process_timeout",
     "readable_modules",
+    "selected",
     "sequence_logits",
     "state_argument",
     "state_bytes",
