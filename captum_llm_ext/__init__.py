@@ -15,6 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from captum_llm_ext.attention import (
+        AttentionRollout,
+        AttentionWeights,
+        GenerationAttentionAttribution,
+    )
     from captum_llm_ext.attribution import GenerationAttribution
     from captum_llm_ext.baselines import (
         Baseline,
@@ -58,6 +63,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ApiError",
+    "AttentionRollout",
+    "AttentionWeights",
     "Baseline",
     "BaselineComparison",
     "Cause",
@@ -71,6 +78,7 @@ __all__ = [
     "FaithfulnessReport",
     "FeatureInclusion",
     "FixedTexts",
+    "GenerationAttentionAttribution",
     "GenerationAttribution",
     "GenerationAttributionResult",
     "GenerationGradientAttribution",
@@ -97,6 +105,7 @@ __all__ = [
 # Names are imported when they are first asked for: torch takes seconds, in which the command line
 # would otherwise meet Ctrl-C with a traceback.
 _NAMES = {
+    "attention": "AttentionRollout AttentionWeights GenerationAttentionAttribution",
     "attribution": "GenerationAttribution",
     "baselines": "Baseline Deletion FixedTexts Infilling Slot TokenBaseline",
     "baselines.conditional": "ModelBaselines",

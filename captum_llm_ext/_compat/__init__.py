@@ -1,6 +1,11 @@
 """Every line that depends on a version of captum, transformers or accelerate."""
 
-from captum_llm_ext._compat.attention import attention_of, boolean_mask, has_eager_attention
+from captum_llm_ext._compat.attention import (
+    additive_mask,
+    attention_of,
+    boolean_mask,
+    has_eager_attention,
+)
 from captum_llm_ext._compat.batches import fixed_positions, free_memory, why_not_batched
 from captum_llm_ext._compat.causal import check_causal, language_part
 from captum_llm_ext._compat.forward import (
@@ -25,7 +30,12 @@ from captum_llm_ext._compat.identity import (
     readable_modules,
     versions,
 )
-from captum_llm_ext._compat.layers import embeddings, outer_layers, output_layer
+from captum_llm_ext._compat.layers import (
+    decoder_layers,
+    embeddings,
+    outer_layers,
+    output_layer,
+)
 from captum_llm_ext._compat.methods import (
     integration_points,
     integration_rules,
@@ -62,6 +72,7 @@ from captum_llm_ext._compat.states import (
 )
 
 __all__ = [
+    "additive_mask",
     "all_gathered",
     "arguments_for_generate",
     "attention_of",
@@ -69,6 +80,7 @@ __all__ = [
     "called",
     "check_causal",
     "computes_roughly",
+    "decoder_layers",
     "defaults_for_sampling",
     "embeddings",
     "fixed_positions",
