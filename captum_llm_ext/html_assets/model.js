@@ -159,6 +159,9 @@ function effectsOf(view) {
   return column === null ? null : columnOver(answer, column);
 }
 
+/* Sizes neither raise nor lower. */
+const isUnsigned = Boolean(data.is_unsigned);
+
 /* One per token in results; the largest is safe for all. */
 const floor = Math.max(0, ...[data.noise_floor ?? (data.provenance || {}).noise_floor].flat().map(known).filter(Number.isFinite));
 const within = (series, i) => Math.abs(series.value[i]) < 1.96 * series.error[i];

@@ -51,7 +51,8 @@ def heat_map(
     output_labels: Sequence[str],
     output_features: Sequence[int | None] | None = None,
     ax: Axes | None = None,
-    cmap: str | Colormap = "RdBu",
+    cmap: str | Colormap | None = None,
+    is_unsigned: bool = False,
     show: bool = False,
     title: str | None = None,
     unit: str | None = None,
@@ -73,7 +74,9 @@ def heat_map(
             a square `output_attr` is taken to have one column per token, and in any other a column
             counts as a possible cause from the first row on that it, or one after it, affects.
         ax: Axes to draw into; by default a new figure whose size follows the number of cells.
-        cmap: A diverging colour map; its middle is put at zero.
+        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``; of what
+            has no sign a sequential one, by default ``"Purples"``.
+        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
         show: Show the figure and return ``None``, as in Captum.
         title: Title above the column labels.
         unit: Of the attributions.
@@ -94,7 +97,7 @@ def heat_map(
     n_columns = start + n_output
 
     fig, ax = figure(ax, 3.0 + 0.5 * n_columns, 1.9 + 0.3 * n_target)
-    colours = Colours(cmap, scale(prompt, output[~closed]))
+    colours = Colours(cmap, scale(prompt, output[~closed]), is_unsigned=is_unsigned)
     bar = images(fig, ax, colours, [(0.0, prompt), (start, np.where(closed, np.nan, output))])
     ax.set_xlim(-0.5, max(n_columns, 1) - 0.5)
     ax.set_ylim(max(n_target, 1) - 0.5, -0.5)
@@ -111,7 +114,7 @@ def heat_map(
     numbered = mark_cells(ax, places, cells, shown, colours)
     if bar is not None:
         what = named("Token attribution", unit)
-        if not numbered:
+        if not numbered and not is_unsigned:
             settle(ax)
             what = label_along(f"{what},", "− marks what lowers", inches(ax)[1])
         bar.set_label(what, size=LABEL_POINTS + 1)

@@ -50,7 +50,8 @@ def running_text(
     explained: Collection[int] = (),
     later: Collection[int] = (),
     ax: Axes | None = None,
-    cmap: str | Colormap = "RdBu",
+    cmap: str | Colormap | None = None,
+    is_unsigned: bool = False,
     show: bool = False,
     title: str | None = None,
     unit: str | None = None,
@@ -71,7 +72,9 @@ def running_text(
         later: Pieces that are grey: what comes after it.
         ax: Axes to draw into; by default a new figure as high as the text needs. In given axes
             letters get smaller, down to 6 points, and the end of what has no room is left out.
-        cmap: A diverging colour map; its middle is put at zero.
+        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``; of what
+            has no sign a sequential one, by default ``"Purples"``.
+        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
         show: Show the figure and return ``None``, as in Captum.
         title: Title above the text.
         unit: Of the values.
@@ -84,7 +87,7 @@ def running_text(
     """
     from captum_llm_ext.plot.fitted import Fitted
 
-    shades = _shades(values, errors, cmap)
+    shades = _shades(values, errors, cmap, is_unsigned)
     atoms = list(_atoms(pieces, headings or {}))
     style = text_style(atom.text for atom in atoms)
     passage = _Passage(atoms, shades, style, frozenset(explained), frozenset(later))
@@ -200,19 +203,27 @@ class _Shades:
     def sign(self, i: int) -> int:
         """1 or -1 where a line says so, 0 where the colour is too pale to need one."""
         value = self.values[i]
+        if self.colours.is_unsigned:
+            return 0
         if self.pale[i] or not abs(value) >= SIGN_FROM * self.colours.scale:
             return 0
         return 1 if value > 0 else -1
 
 
-def _shades(values: npt.ArrayLike, errors: npt.ArrayLike | None, cmap: str | Colormap) -> _Shades:
+def _shades(
+    values: npt.ArrayLike,
+    errors: npt.ArrayLike | None,
+    cmap: str | Colormap | None,
+    is_unsigned: bool,
+) -> _Shades:
     known = numbers(values).reshape(-1)
     pale, unknown = np.zeros(known.shape, dtype=bool), np.zeros(known.shape, dtype=bool)
     if errors is not None:
         told = array("errors", errors, known.shape)
         pale = ~(np.abs(known) >= SURE * told)
         unknown = np.isnan(told) & (known != 0)
-    return _Shades(Colours(cmap, scale(known)), known, pale, unknown)
+    colours = Colours(cmap, scale(known), is_unsigned=is_unsigned)
+    return _Shades(colours, known, pale, unknown)
 
 
 # Lines -------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from captum_llm_ext.plot.axes import (
     named,
     settle,
 )
-from captum_llm_ext.plot.style import LABEL_POINTS, LINES, MUTED, PALE, SURE
+from captum_llm_ext.plot.style import LABEL_POINTS, LINES, MUTED, PALE, SIZES, SURE
 from captum_llm_ext.plot.text import label, text_style
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def bars(
     labels: Sequence[str],
     errors: npt.ArrayLike | None = None,
     ax: Axes | None = None,
-    cmap: str | Colormap = "RdBu",
+    cmap: str | Colormap | None = None,
+    is_unsigned: bool = False,
     show: bool = False,
     title: str | None = None,
     unit: str | None = None,
@@ -51,7 +52,9 @@ def bars(
             where known (not NaN). A bar within 1.96 standard errors of zero, or of
             unknown error, is pale.
         ax: Axes to draw into; by default a new figure whose width follows the number of bars.
-        cmap: A diverging colour map: bars have the colours of its ends.
+        cmap: A colour map: bars have the colours of its ends. By default ``"RdBu"``, or
+            ``"Purples"`` of what has no sign.
+        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
         show: Show the figure and return ``None``, as in Captum.
         title: Title above the labels.
         unit: Of the attributions.
@@ -73,7 +76,7 @@ def bars(
         )
     fig, ax = figure(ax, 1.8 + 0.42 * len(values), 4.2)
     places = np.arange(len(values), dtype=np.float64)
-    down, up = _ends(cmap)
+    down, up = _ends(cmap or (SIZES if is_unsigned else "RdBu"))
     drawn = ax.bar(
         places,
         np.nan_to_num(values),

@@ -52,7 +52,7 @@ class DrawnResult(LLMAttributionResult):
         def _split(self, solved: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def plot_token_attr(
-        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str = "RdBu"
+        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
     ) -> "Drawing":
         """A heat map: one row per target token, prompt features left, earlier output right.
 
@@ -60,7 +60,8 @@ class DrawnResult(LLMAttributionResult):
             show: Show it, and return None.
             ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
                 ``layout="constrained"`` leaves labels their room.
-            cmap: A diverging colour map, centred at zero.
+            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``. Of sizes
+                without a sign a sequential one, ``"Purples"``.
 
         Returns:
             ``(figure, axes)``, or None if shown.
@@ -79,10 +80,11 @@ class DrawnResult(LLMAttributionResult):
             show=show,
             title=self._doubt,
             unit=unit_of(self),
+            is_unsigned=self.is_unsigned,
         )
 
     def plot_seq_attr(
-        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str = "RdBu"
+        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
     ) -> "Drawing":
         """A bar per prompt feature: its attribution for the whole target, with its error if known.
 
@@ -90,7 +92,8 @@ class DrawnResult(LLMAttributionResult):
             show: Show it, and return None.
             ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
                 ``layout="constrained"`` leaves labels their room.
-            cmap: A diverging colour map: bars have the colours of its ends.
+            cmap: A colour map, by default ``"RdBu"``, or ``"Purples"`` of sizes without a sign:
+                bars have the colours of its ends.
 
         Returns:
             ``(figure, axes)``, or None if shown.
@@ -111,6 +114,7 @@ class DrawnResult(LLMAttributionResult):
             show=show,
             title=self._doubt,
             unit=unit_of(self),
+            is_unsigned=self.is_unsigned,
         )
 
     def plot_text(
@@ -119,7 +123,7 @@ class DrawnResult(LLMAttributionResult):
         show: bool = False,
         *,
         ax: "Axes | None" = None,
-        cmap: str = "RdBu",
+        cmap: str | None = None,
     ) -> "Drawing":
         """Prompt and answer as they read, shaded by what made the model write a token.
 
@@ -128,7 +132,8 @@ class DrawnResult(LLMAttributionResult):
                 `output_tokens`. None: all of them, summed.
             show: Show it, and return None.
             ax: Axes to draw in; by default a new figure as high as the text needs.
-            cmap: A diverging colour map, centred at zero.
+            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``. Of sizes
+                without a sign a sequential one, ``"Purples"``.
 
         Returns:
             ``(figure, axes)``, or None if shown.
@@ -154,6 +159,7 @@ class DrawnResult(LLMAttributionResult):
             show=show,
             title=self._doubt,
             unit=unit_of(self),
+            is_unsigned=self.is_unsigned,
         )
 
     def plot_flow(
@@ -198,6 +204,7 @@ class DrawnResult(LLMAttributionResult):
             show=show,
             title=self._doubt,
             unit=unit_of(self),
+            is_unsigned=self.is_unsigned,
         )
 
     def plot_convergence(
@@ -261,6 +268,11 @@ class DrawnResult(LLMAttributionResult):
             title=self._doubt,
             unit=unit_of(self),
         )
+
+    @property
+    def is_unsigned(self) -> bool:
+        """Whether attributions are sizes, which neither raise nor lower."""
+        return bool(self.provenance.get("unsigned"))
 
     @property
     def _doubt(self) -> str | None:

@@ -41,6 +41,8 @@ class ExportedResult(DrawnResult):
         @property
         def errors_unknown(self) -> Tensor: ...  # noqa: D102
         @property
+        def fixed_share(self) -> Tensor | None: ...  # noqa: D102
+        @property
         def _column_names(self) -> list[str]: ...
 
     def to_html(
@@ -112,6 +114,8 @@ class ExportedResult(DrawnResult):
             "method": self.provenance.get("method", ""),
             "estimate": bool(self.provenance.get("estimate", False)),
             "errors_unknown": int(self.errors_unknown.sum()),
+            "is_unsigned": self.is_unsigned,
+            "fixed_share": None if self.fixed_share is None else lists(self.fixed_share),
             "provenance": self.provenance,
         }
 

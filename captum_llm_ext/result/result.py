@@ -153,11 +153,6 @@ class GenerationAttributionResult(ExportedResult):
         """The part of fixed text in what all tokens add, by absolute value, shape ``(T,)``."""
         return self._per_token("fixed_share")
 
-    @property
-    def is_unsigned(self) -> bool:
-        """Whether attributions are sizes, which neither raise nor lower."""
-        return bool(self.provenance.get("unsigned"))
-
     def _per_token(self, name: str) -> Tensor | None:
         """Numbers of provenance, one per target token."""
         known = self.provenance.get(name)
@@ -472,7 +467,8 @@ class GenerationAttributionResult(ExportedResult):
     def _causes(self, attributions: Tensor, errors: Tensor, k: int) -> list[Cause]:
         features = None if self.design is None else self._features
         n_prompt = len(self.input_tokens)
-        return strongest(self._column_names, attributions, errors, n_prompt, k, features)
+        found = strongest(self._column_names, attributions, errors, n_prompt, k, features)
+        return [cause._replace(is_unsigned=self.is_unsigned) for cause in found]
 
     def at_level(self, name: str) -> tuple[list[str], Tensor]:
         """Prompt attributions summed over the parts of a coarser level.

@@ -61,6 +61,7 @@ def _told(causes: Sequence[Cause], room: int | None, show: "Paint") -> str:
             text = text if columns(text) <= most else _fitting(cause, most)
             room -= columns(text)
         kind = "raises" if cause.attribution > 0 else "lowers"
+        kind = "size" if cause.is_unsigned else kind
         parts.append(show(text, "nothing" if math.isnan(cause.standard_error) else kind))
     return ", ".join(parts)
 
@@ -109,6 +110,11 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
             f"{a.strip()!r} and {b.strip()!r} say the same ({token})."
             for (a, b), token in list(said.items())[:_MOST_REMARKS]
         ]
+    if result.fixed_share is not None:
+        remarks.append(
+            f"Fixed text (BOS, a template) has {float(result.fixed_share.mean()):.0%} of what all "
+            "tokens give, in the mean: see `fixed_share`."
+        )
     hidden = result.below_noise & (result.full_attr != 0)
     if result.noise_floor is not None and bool(hidden.any()):
         remarks.append(
