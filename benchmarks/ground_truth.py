@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,20 +26,69 @@ from statistics import mean
 from typing import Any
 
 import torch
-from captum.attr import FeatureAblation, KernelShap, Lime, ShapleyValueSampling
+from captum.attr import (
+    FeatureAblation,
+    KernelShap,
+    LayerGradientShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    Lime,
+    ShapleyValueSampling,
+)
 from environment import environment
 from fact_grammar import SHIPPED, Document, Grammar, corpus, load
 from fact_grammar.grammar import Cut, Part
 from fact_grammar.train import Recipe, train
 from fact_grammar.vocabularies import VOCABULARIES
 
-from captum_llm_ext import CorpusBaselines, GenerationAttribution, TextSegmentInput
+from captum_llm_ext import (
+    AttentionRollout,
+    AttentionWeights,
+    CorpusBaselines,
+    EquivalentLinearSystem,
+    GenerationAttentionAttribution,
+    GenerationAttribution,
+    GenerationGradientAttribution,
+    LayerSaliency,
+    TextSegmentInput,
+)
 
 METHODS = {
     "leave-one-out": (FeatureAblation, {}),
     "Shapley, permutations": (ShapleyValueSampling, {"n_samples": 50}),
     "Shapley, kernel": (KernelShap, {}),
     "LIME": (Lime, {}),
+}
+# Of those that look into the model: the method, what stands for absence, and arguments.
+WHITE_BOX: dict[str, tuple[Callable[[Any], Any], str | None, dict[str, Any]]] = {
+    "linear system": (EquivalentLinearSystem, None, {}),
+    "saliency, L2": (LayerSaliency, None, {}),
+    "saliency, L1": (lambda model: LayerSaliency(model, norm="l1"), None, {}),
+    "gradient x activation": (lambda model: LayerGradientXActivation(model, None), None, {}),
+    "integrated gradients": (
+        lambda model: LayerIntegratedGradients(model, None),
+        "zero embedding",
+        {"absent": "zero", "n_steps": 50},
+    ),
+    "integrated gradients, `<unk>`": (
+        lambda model: LayerIntegratedGradients(model, None),
+        "`<unk>`",
+        {"n_steps": 50},
+    ),
+    "integrated gradients, corpus": (
+        lambda model: LayerIntegratedGradients(model, None),
+        "same slot, `CorpusBaselines`",
+        {"n_steps": 50},
+    ),
+    "expected gradients, corpus": (
+        lambda model: LayerGradientShap(model, None),
+        "same slot, `CorpusBaselines`",
+        {},
+    ),
+    "ALTI": (lambda model: AttentionRollout(model, "alti"), None, {}),
+    "rollout": (AttentionRollout, None, {}),
+    "rollout of values": (lambda model: AttentionRollout(model, "values"), None, {}),
+    "attention weights": (AttentionWeights, None, {}),
 }
 NOT_OF_WORDS = ("corpus span of equal length", "… weighted by the model", "… with labels")
 
@@ -97,6 +147,29 @@ def attribute(
     return GenerationAttribution(kind(model), tokenizer).attribute(
         inp, document.continuation, seed=seed, **output, **arguments
     )
+
+
+def attribute_inside(
+    model: Any,
+    tokenizer: Any,
+    document: Document,
+    name: str,
+    known: dict[str, Absence],
+    seed: int = 0,
+) -> Any:
+    """Attributes the document's own continuation by a method that looks into the model."""
+    kind, absence, arguments = WHITE_BOX[name]
+    method = kind(model)
+    none = Absence(lambda _: None, lambda _: None)
+    inp, output = as_input(document, tokenizer, known.get(absence or "", none))
+    if isinstance(method, AttentionRollout | AttentionWeights):
+        del output["output_baselines"]
+        attribution: Any = GenerationAttentionAttribution(method, tokenizer)
+        return attribution.attribute(inp, document.continuation, **output)
+    if output["output_baselines"] is None:
+        del output["output_baselines"]
+    attribution = GenerationGradientAttribution(method, tokenizer)
+    return attribution.attribute(inp, document.continuation, seed=seed, **output, **arguments)
 
 
 def as_input(
@@ -194,9 +267,6 @@ def table(
     for name, absence in absences(grammar, corpus(folder(varied, words)), unit).items():
         for method in methods if name not in left_out else ():
             results = [attribute(model, tokenizer, d, method, absence, unit) for d in given]
-            both = list(zip(given, results, strict=True))
-            everything = [precision(d, r, unit=unit) for d, r in both]
-            content = [precision(d, r, unit=unit, content_only=True) for d, r in both]
             rows.append(
                 {
                     "grammar": "varied" if varied else "rigid",
@@ -204,17 +274,44 @@ def table(
                     "unit": unit,
                     "method": method,
                     "absence": name,
-                    "precision": mean(v for found in everything for v in found.values()),
-                    "precision_content_words": mean(v for found in content for v in found.values()),
-                    "per_word": {
-                        word: mean(found[word] for found in everything if word in found)
-                        for word in ("pronoun", "A", "B", "C", "D")
-                    },
-                    "evaluations": mean(r.n_evaluations for r in results),
+                    **_row(given, results, unit),
                 }
             )
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
+
+
+def table_inside(n: int, seed: int, *, varied: bool) -> list[dict[str, Any]]:
+    """One row per method that looks into the model."""
+    model, tokenizer = load(folder(varied))
+    grammar = Grammar(varied)
+    given = documents(n, seed, grammar)
+    known = absences(grammar, corpus(folder(varied)))
+    rows: list[dict[str, Any]] = []
+    for name, (_, absence, _) in WHITE_BOX.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*steps are too few")
+            results = [attribute_inside(model, tokenizer, d, name, known) for d in given]
+        rows.append(_row(given, results, "slot") | {"grammar": "varied" if varied else "rigid"})
+        rows[-1] |= {"words": Recipe.words, "unit": "slot", "method": name, "absence": absence}
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def _row(given: Sequence[Document], results: Sequence[Any], unit: Cut) -> dict[str, Any]:
+    """Precision of the results."""
+    both = list(zip(given, results, strict=True))
+    everything = [precision(d, r, unit=unit) for d, r in both]
+    content = [precision(d, r, unit=unit, content_only=True) for d, r in both]
+    return {
+        "precision": mean(v for found in everything for v in found.values()),
+        "precision_content_words": mean(v for found in content for v in found.values()),
+        "per_word": {
+            word: mean(found[word] for found in everything if word in found)
+            for word in ("pronoun", "A", "B", "C", "D")
+        },
+        "evaluations": mean(r.n_evaluations for r in results),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -235,6 +332,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for varied in (False, True)
         for row in table(n, seed, varied=varied, words=words, unit=arguments.unit, **few)
     ]
+    if not by_word:
+        rows += [row for varied in (False, True) for row in table_inside(n, seed, varied=varied)]
     name = "ground_truth_words" if by_word else "ground_truth"
     out = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
     report = {**environment(seed=seed), "documents": n, "rows": rows}

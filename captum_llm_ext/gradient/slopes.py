@@ -315,9 +315,9 @@ class Slopes:
         products = torch.zeros(n_rows, self.n_values, length, dtype=dtype, device=points[0].device)
         constants = torch.zeros(self.n_values, dtype=torch.float64, device="cpu")
         for start, (*gradients, of_unit) in self._way_back(passed, points):
+            stop = start + len(of_unit)
             for gradient, factor in zip(gradients, factors, strict=True):
                 found = self._measured(gradient.to(dtype), factor).detach()
-                stop = start + len(found)
                 products[:, start:stop] += found.transpose(0, 1).to(products.device)
             constants[start:stop] = of_unit.detach().double().cpu()
         if self._measure == "l2":

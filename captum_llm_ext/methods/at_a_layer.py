@@ -73,12 +73,16 @@ def activation_and_output(
 
 @contextmanager
 def _hooked(layer: nn.Module, function: Callable[[Any], Any], of_input: bool) -> Generator[None]:
+    def before(_: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        return (function(arguments[0]), *arguments[1:])
+
+    def after(_: nn.Module, arguments: Any, output: Any) -> Any:
+        return function(output)
+
     if of_input:
-        hook = layer.register_forward_pre_hook(
-            of_this_thread(lambda _, arguments: (function(arguments[0]), *arguments[1:]))
-        )
+        hook = layer.register_forward_pre_hook(of_this_thread(before))
     else:
-        hook = layer.register_forward_hook(of_this_thread(lambda _m, _a, output: function(output)))
+        hook = layer.register_forward_hook(of_this_thread(after))
     try:
         yield
     finally:

@@ -66,7 +66,8 @@ class EquivalentLinearSystem(LayerAttribution, GradientAttribution):
                 additional_forward_args,
                 attribute_to_layer_input,
             )
-        slope, constant = torch.autograd.grad(output.sum(), [activation, unit], allow_unused=True)
+        found: Any = torch.autograd.grad(output.sum(), [activation, unit], allow_unused=True)
+        slope, constant = found
         shares = (slope * activation.detach()).sum(-1)
         whole = output.detach().sum().double()
         rest = whole * 0 if constant is None else constant

@@ -7,8 +7,8 @@ called, so nothing is put on the model or taken off it: an activation ``f(x)`` w
 becomes ``x * stop(f(x) / x)``, any other one ``stop(f(x))``, and of a product of two things that
 both depend on the input the one that came out of an activation is stopped.
 
-What is linear is known by these rules, whether all of it was met by measuring: see
-`not_linear`.
+These rules say what is tried. Whether all that is not linear was met is measured, on every call
+(`check_sum`), and what was not met is found by trying each module (`culprit`).
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -23,8 +23,8 @@ from captum_llm_ext.scoring.exclusive import of_this_thread
 
 # Names of functions of torch, as functions, methods and operators have them.
 _STOPPED = frozenset(
-    "softmax log_softmax sigmoid exp exp2 expm1 softplus rsqrt sqrt reciprocal log log1p logsigmoid "
-    "logsumexp cos sin norm vector_norm var std var_mean rpow cumprod prod softmin".split()
+    "softmax log_softmax sigmoid exp exp2 expm1 softplus rsqrt sqrt reciprocal log log1p "
+    "logsigmoid logsumexp cos sin norm vector_norm var std rpow cumprod prod softmin".split()
 )
 _ACTIVATIONS = frozenset(
     "silu gelu relu relu6 mish elu selu celu leaky_relu hardswish tanh erf pow square abs softsign "
@@ -78,19 +78,19 @@ class _Freezing(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", "")
-        kwargs = dict(kwargs or {})
+        named = dict(kwargs or {})
         if name in ("__get__", "__set__") or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+            return func(*args, **named)
         # Weights are constants here, whether or not they are being trained.
-        args, kwargs = _mapped(args, _stopped_weight), _mapped(kwargs, _stopped_weight)
-        given = list(_tensors([*args, *kwargs.values()]))
+        args, named = _mapped(args, _stopped_weight), _mapped_by_name(named, _stopped_weight)
+        given = list(_tensors([*args, *named.values()]))
         moving = [tensor for tensor in given if tensor.requires_grad]
         name = _plain_name(name)
         if not moving:
-            return _alike(func(*args, **kwargs), given, may_be_gate=name not in _MIXES)
+            return _alike(func(*args, **named), given, may_be_gate=name not in _MIXES)
         if any(tensor.dtype == torch.float64 for tensor in moving):
-            args, kwargs = _in_double(name, args, kwargs)
-        found = self._frozen(func, name, args, kwargs, moving)
+            args, named = _in_double(name, args, named)
+        found = self._frozen(func, name, args, named, moving)
         # What was all stopped comes from the input still: it is no bias.
         for tensor in _tensors([found]):
             if not tensor.requires_grad and tensor.is_floating_point():
@@ -109,7 +109,9 @@ class _Freezing(TorchFunctionMode):
         if name == "float" and moving[0].dtype == torch.float64:
             return moving[0]
         if name in _STOPPED or (name == "pow" and not _is_positive(args, kwargs)):
-            return _mark(_stopped(func(*_mapped(args, _stopped), **_mapped(kwargs, _stopped))))
+            return _mark(
+                _stopped(func(*_mapped(args, _stopped), **_mapped_by_name(kwargs, _stopped)))
+            )
         if name in _ACTIVATIONS or name in _BOUNDS:
             found = _rescaled(func, args, kwargs)
             return _mark(found) if name in _ACTIVATIONS or _is_gate(moving[0]) else found
@@ -125,14 +127,14 @@ class _Freezing(TorchFunctionMode):
         is_gate = name not in _MIXES and all(map(_is_gate, moving))
         if name in _PRODUCTS and len(moving) > 1:
             stop = _to_be_stopped(moving)
-            args, kwargs = _mapped(args, stop), _mapped(kwargs, stop)
+            args, kwargs = _mapped(args, stop), _mapped_by_name(kwargs, stop)
         if name in _SUMS:
             args = self._scaled_constants(name, args)
         if name in _WITH_BIAS:
             args, kwargs = self._scaled_bias(args, kwargs)
         found = func(*args, **kwargs)
         if name in ("mul", "multiply") and not is_gate:
-            # A gate has the size of what it is a gate of: a norm's scale is none, nor is a router's.
+            # A gate has the size of what it is a gate of: no scale of a norm has, nor of a router.
             constants = [t for t in _tensors(args) if not t.requires_grad]
             is_gate = any(_is_gate(t) and t.shape == found.shape for t in constants)
         return _mark(found) if is_gate else found
@@ -151,6 +153,8 @@ class _Freezing(TorchFunctionMode):
                 given if isinstance(given, Tensor) and given.requires_grad else self._scaled(given)
             )
 
+        if not args:  # by name, as nobody calls them: what is missed is told by `check_sum`
+            return args
         if name in ("cat", "concat", "concatenate", "stack"):
             return [[scaled(part) for part in args[0]], *args[1:]]
         n_terms = 1 if name in ("addmm", "baddbmm") else 2
@@ -167,6 +171,8 @@ class _Freezing(TorchFunctionMode):
         self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
         """What divides is stopped."""
+        if len(args) < 2:
+            args = [*args, kwargs.pop("other")]
         first, second, *others = args
         if name in ("rdiv", "rtruediv"):
             return _mark(func(_stopped(first), second, *others, **kwargs))
@@ -190,11 +196,13 @@ def _tensors(given: Iterable[Any]) -> Iterable[Tensor]:
             yield from (one for one in cast("list[Any]", part) if isinstance(one, Tensor))
 
 
-def _mapped(given: Any, function: Callable[[Any], Any]) -> Any:
+def _mapped(given: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
     """Arguments with each tensor as a function has it, lists of them included."""
-    if isinstance(given, dict):
-        return {name: _mapped_one(part, function) for name, part in cast(Any, given).items()}
     return [_mapped_one(part, function) for part in given]
+
+
+def _mapped_by_name(given: Mapping[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+    return {name: _mapped_one(part, function) for name, part in given.items()}
 
 
 def _mapped_one(part: Any, function: Callable[[Any], Any]) -> Any:
@@ -256,7 +264,7 @@ def _in_double(
             {key: torch.float64 if part is torch.float32 else part for key, part in kwargs.items()},
         )
     if name in _MIXES:
-        return _mapped(args, _doubled), _mapped(kwargs, _doubled)
+        return _mapped(args, _doubled), _mapped_by_name(kwargs, _doubled)
     return args, kwargs
 
 
@@ -283,7 +291,7 @@ def _rescaled(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
     named = not args
     x: Tensor = kwargs["input"] if named else args[0]
     with torch.no_grad():
-        given, others = _mapped(args, _stopped), _mapped(kwargs, _stopped)
+        given, others = _mapped(args, _stopped), _mapped_by_name(kwargs, _stopped)
         found = cast(Tensor, func(*given, **others))
         ratio = _wide(found) / _wide(x)
         ratio.masked_fill_(x == 0, 0.0)
@@ -433,7 +441,7 @@ def _is_linear(
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu")
     weights = weights.to(out.device, out.dtype)
-    slopes = torch.autograd.grad(out, [x, unit], weights, allow_unused=True)
+    slopes: list[Any] = [*torch.autograd.grad(out, [x, unit], weights, allow_unused=True)]
     terms = [
         0.0 if s is None else float((s.double() * v.detach().double()).sum())
         for s, v in zip(slopes, (x, unit), strict=True)
