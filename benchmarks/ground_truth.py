@@ -4,7 +4,7 @@ A tiny model that has learnt the fact grammar continues biographies. For each co
 writes, the grammar knows the k words of the prompt or of the earlier output that decided it. The
 k features with the largest attributions are held against them.
 
-    python benchmarks/ground_truth.py [--unit word] [--documents 20] [--out FILE]
+    python benchmarks/ground_truth.py [--unit word | --inside] [--documents 20] [--out FILE]
 
 Two languages: a rigid one, whose model ships with the package, and a varied one with shuffled
 sentences, two wordings of each and missing facts. With `--unit word` words are features, and there
@@ -40,6 +40,7 @@ from fact_grammar import SHIPPED, Document, Grammar, corpus, load
 from fact_grammar.grammar import Cut, Part
 from fact_grammar.train import Recipe, train
 from fact_grammar.vocabularies import VOCABULARIES
+from torch import Tensor
 
 from captum_llm_ext import (
     AttentionRollout,
@@ -62,6 +63,7 @@ METHODS = {
 # Of those that look into the model: the method, what stands for absence, and arguments.
 WHITE_BOX: dict[str, tuple[Callable[[Any], Any], str | None, dict[str, Any]]] = {
     "linear system": (EquivalentLinearSystem, None, {}),
+    "linear system, against its kind": (EquivalentLinearSystem, None, {}),
     "saliency, L2": (LayerSaliency, None, {}),
     "saliency, L1": (lambda model: LayerSaliency(model, norm="l1"), None, {}),
     "gradient x activation": (lambda model: LayerGradientXActivation(model, None), None, {}),
@@ -168,8 +170,34 @@ def attribute_inside(
         return attribution.attribute(inp, document.continuation, **output)
     if output["output_baselines"] is None:
         del output["output_baselines"]
-    attribution = GenerationGradientAttribution(method, tokenizer)
+    value = against_its_kind(document, tokenizer) if "its kind" in name else None
+    attribution = GenerationGradientAttribution(method, tokenizer, attr_target=value)
     return attribution.attribute(inp, document.continuation, seed=seed, **output, **arguments)
+
+
+def against_its_kind(document: Document, tokenizer: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The logit of each slot's first token less the mean of other words of its kind; else 0."""
+    found = tokenizer(document.continuation, add_special_tokens=False, return_offsets_mapping=True)
+    stops = [stop + document.cut for _, stop in found["offset_mapping"]]
+    foils: dict[int, list[int]] = {}
+    for segment in document.segments("continuation"):
+        if segment.slot is not None:
+            # A word's space belongs to its token, but not to the token's offsets everywhere.
+            place = next(i for i, stop in enumerate(stops) if stop > segment.start + 1)
+            others = {
+                tokenizer.encode(text, add_special_tokens=False)[0] for text in segment.replacements
+            }
+            foils[place] = sorted(others - {found["input_ids"][place]})
+
+    def value(logits: Tensor, target: Tensor) -> Tensor:
+        own = logits.gather(2, target.expand(len(logits), -1)[..., None])[..., 0]
+        each = [
+            own[:, t] - logits[:, t, foils[t]].mean(-1) if foils.get(t) else 0 * own[:, t]
+            for t in range(len(target))
+        ]
+        return torch.stack(each, 1)
+
+    return value
 
 
 def as_input(
@@ -320,6 +348,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unit", choices=["slot", "word"], default="slot")
+    parser.add_argument(
+        "--inside", action="store_true", help="methods that look into the model, by slots"
+    )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -329,12 +360,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [
         row
         for words in (VOCABULARIES if by_word else [Recipe.words])
-        for varied in (False, True)
+        for varied in (() if arguments.inside else (False, True))
         for row in table(n, seed, varied=varied, words=words, unit=arguments.unit, **few)
     ]
-    if not by_word:
-        rows += [row for varied in (False, True) for row in table_inside(n, seed, varied=varied)]
     name = "ground_truth_words" if by_word else "ground_truth"
+    if arguments.inside:
+        name = "ground_truth_inside"
+        rows = [row for varied in (False, True) for row in table_inside(n, seed, varied=varied)]
     out = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
     report = {**environment(seed=seed), "documents": n, "rows": rows}
     out.parent.mkdir(exist_ok=True)
