@@ -13,6 +13,7 @@ from captum_llm_ext import (
     GenerationAttentionAttribution,
     GenerationAttributionResult,
     TextSegmentInput,
+    attribute_dataset,
 )
 from captum_llm_ext.attention.maps import each_map
 
@@ -205,3 +206,25 @@ def test_the_model_is_left_as_it_was_found(tokenizer):
         hooks = [m._forward_hooks or m._forward_pre_hooks for m in model.modules()]
         assert not any(hooks)
         assert model.config._attn_implementation == "sdpa"
+
+
+def test_offloaded_models_are_read_and_compiled_ones_refused(tokenizer):
+    from accelerate import cpu_offload
+
+    ids = ids_of(tokenizer)[0]
+    method = AttentionRollout(tiny.llama(len(tokenizer)), "alti")
+    model = cpu_offload(tiny.llama(len(tokenizer)), execution_device="cpu")
+    assert torch.allclose(AttentionRollout(model, "alti").map(ids), method.map(ids), atol=1e-6)
+    compiled = torch.compile(tiny.llama(len(tokenizer)), backend="eager")
+    with pytest.raises(ValueError, match="or is compiled"):
+        AttentionRollout(compiled).map(ids)
+
+
+def test_many_prompts_are_attributed(tokenizer, tmp_path):
+    attribution = GenerationAttentionAttribution(
+        AttentionRollout(tiny.llama(len(tokenizer)), "alti"), tokenizer
+    )
+    records = [{"prompt": PROMPT, "target": TARGET}, {"prompt": "golf is", "target": TARGET}]
+    report = attribute_dataset(records, attribution, tmp_path)
+    assert report.n_written == 2
+    assert attribute_dataset(records, attribution, tmp_path).n_skipped == 2

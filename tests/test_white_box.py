@@ -287,6 +287,7 @@ def test_weights_that_are_trained_or_frozen_eager_or_sdpa_make_no_difference(tok
         tiny.llama(len(tokenizer)).requires_grad_(False),
         tiny.llama(len(tokenizer), attn_implementation="eager"),
         tiny.llama(len(tokenizer)).train(),
+        torch.compile(tiny.llama(len(tokenizer)), backend="eager"),
     ):
         found = attributed(other, tokenizer, EquivalentLinearSystem(other))
         assert torch.allclose(found.full_attr, expected.full_attr, atol=1e-5)
