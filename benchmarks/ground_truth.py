@@ -4,7 +4,7 @@ A tiny model that has learnt the fact grammar continues biographies. For each co
 writes, the grammar knows the k words of the prompt or of the earlier output that decided it. The
 k features with the largest attributions are held against them.
 
-    python benchmarks/ground_truth.py [--unit word] [--documents 20] [--out FILE]
+    python benchmarks/ground_truth.py [--unit word | --inside] [--documents 20] [--out FILE]
 
 Two languages: a rigid one, whose model ships with the package, and a varied one with shuffled
 sentences, two wordings of each and missing facts. With `--unit word` words are features, and there
@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,20 +26,71 @@ from statistics import mean
 from typing import Any
 
 import torch
-from captum.attr import FeatureAblation, KernelShap, Lime, ShapleyValueSampling
+from captum.attr import (
+    FeatureAblation,
+    KernelShap,
+    LayerGradientShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    Lime,
+    ShapleyValueSampling,
+)
 from environment import environment
 from fact_grammar import SHIPPED, Document, Grammar, corpus, load
 from fact_grammar.grammar import Cut, Part
 from fact_grammar.train import Recipe, train
 from fact_grammar.vocabularies import VOCABULARIES
+from torch import Tensor
 
-from captum_llm_ext import CorpusBaselines, GenerationAttribution, TextSegmentInput
+from captum_llm_ext import (
+    AttentionRollout,
+    AttentionWeights,
+    CorpusBaselines,
+    EquivalentLinearSystem,
+    GenerationAttentionAttribution,
+    GenerationAttribution,
+    GenerationGradientAttribution,
+    LayerSaliency,
+    TextSegmentInput,
+)
 
 METHODS = {
     "leave-one-out": (FeatureAblation, {}),
     "Shapley, permutations": (ShapleyValueSampling, {"n_samples": 50}),
     "Shapley, kernel": (KernelShap, {}),
     "LIME": (Lime, {}),
+}
+# Of those that look into the model: the method, what stands for absence, and arguments.
+WHITE_BOX: dict[str, tuple[Callable[[Any], Any], str | None, dict[str, Any]]] = {
+    "linear system": (EquivalentLinearSystem, None, {}),
+    "linear system, against its kind": (EquivalentLinearSystem, None, {}),
+    "saliency, L2": (LayerSaliency, None, {}),
+    "saliency, L1": (lambda model: LayerSaliency(model, norm="l1"), None, {}),
+    "gradient x activation": (lambda model: LayerGradientXActivation(model, None), None, {}),
+    "integrated gradients": (
+        lambda model: LayerIntegratedGradients(model, None),
+        "zero embedding",
+        {"absent": "zero", "n_steps": 50},
+    ),
+    "integrated gradients, `<unk>`": (
+        lambda model: LayerIntegratedGradients(model, None),
+        "`<unk>`",
+        {"n_steps": 50},
+    ),
+    "integrated gradients, corpus": (
+        lambda model: LayerIntegratedGradients(model, None),
+        "same slot, `CorpusBaselines`",
+        {"n_steps": 50},
+    ),
+    "expected gradients, corpus": (
+        lambda model: LayerGradientShap(model, None),
+        "same slot, `CorpusBaselines`",
+        {},
+    ),
+    "ALTI": (lambda model: AttentionRollout(model, "alti"), None, {}),
+    "rollout": (AttentionRollout, None, {}),
+    "rollout of values": (lambda model: AttentionRollout(model, "values"), None, {}),
+    "attention weights": (AttentionWeights, None, {}),
 }
 NOT_OF_WORDS = ("corpus span of equal length", "… weighted by the model", "… with labels")
 
@@ -97,6 +149,55 @@ def attribute(
     return GenerationAttribution(kind(model), tokenizer).attribute(
         inp, document.continuation, seed=seed, **output, **arguments
     )
+
+
+def attribute_inside(
+    model: Any,
+    tokenizer: Any,
+    document: Document,
+    name: str,
+    known: dict[str, Absence],
+    seed: int = 0,
+) -> Any:
+    """Attributes the document's own continuation by a method that looks into the model."""
+    kind, absence, arguments = WHITE_BOX[name]
+    method = kind(model)
+    none = Absence(lambda _: None, lambda _: None)
+    inp, output = as_input(document, tokenizer, known.get(absence or "", none))
+    if isinstance(method, AttentionRollout | AttentionWeights):
+        del output["output_baselines"]
+        attribution: Any = GenerationAttentionAttribution(method, tokenizer)
+        return attribution.attribute(inp, document.continuation, **output)
+    if output["output_baselines"] is None:
+        del output["output_baselines"]
+    value = against_its_kind(document, tokenizer) if "its kind" in name else None
+    attribution = GenerationGradientAttribution(method, tokenizer, attr_target=value)
+    return attribution.attribute(inp, document.continuation, seed=seed, **output, **arguments)
+
+
+def against_its_kind(document: Document, tokenizer: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The logit of each slot's first token less the mean of other words of its kind; else 0."""
+    found = tokenizer(document.continuation, add_special_tokens=False, return_offsets_mapping=True)
+    stops = [stop + document.cut for _, stop in found["offset_mapping"]]
+    foils: dict[int, list[int]] = {}
+    for segment in document.segments("continuation"):
+        if segment.slot is not None:
+            # A word's space belongs to its token, but not to the token's offsets everywhere.
+            place = next(i for i, stop in enumerate(stops) if stop > segment.start + 1)
+            others = {
+                tokenizer.encode(text, add_special_tokens=False)[0] for text in segment.replacements
+            }
+            foils[place] = sorted(others - {found["input_ids"][place]})
+
+    def value(logits: Tensor, target: Tensor) -> Tensor:
+        own = logits.gather(2, target.expand(len(logits), -1)[..., None])[..., 0]
+        each = [
+            own[:, t] - logits[:, t, foils[t]].mean(-1) if foils.get(t) else 0 * own[:, t]
+            for t in range(len(target))
+        ]
+        return torch.stack(each, 1)
+
+    return value
 
 
 def as_input(
@@ -194,9 +295,6 @@ def table(
     for name, absence in absences(grammar, corpus(folder(varied, words)), unit).items():
         for method in methods if name not in left_out else ():
             results = [attribute(model, tokenizer, d, method, absence, unit) for d in given]
-            both = list(zip(given, results, strict=True))
-            everything = [precision(d, r, unit=unit) for d, r in both]
-            content = [precision(d, r, unit=unit, content_only=True) for d, r in both]
             rows.append(
                 {
                     "grammar": "varied" if varied else "rigid",
@@ -204,17 +302,44 @@ def table(
                     "unit": unit,
                     "method": method,
                     "absence": name,
-                    "precision": mean(v for found in everything for v in found.values()),
-                    "precision_content_words": mean(v for found in content for v in found.values()),
-                    "per_word": {
-                        word: mean(found[word] for found in everything if word in found)
-                        for word in ("pronoun", "A", "B", "C", "D")
-                    },
-                    "evaluations": mean(r.n_evaluations for r in results),
+                    **_row(given, results, unit),
                 }
             )
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
+
+
+def table_inside(n: int, seed: int, *, varied: bool) -> list[dict[str, Any]]:
+    """One row per method that looks into the model."""
+    model, tokenizer = load(folder(varied))
+    grammar = Grammar(varied)
+    given = documents(n, seed, grammar)
+    known = absences(grammar, corpus(folder(varied)))
+    rows: list[dict[str, Any]] = []
+    for name, (_, absence, _) in WHITE_BOX.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*steps are too few")
+            results = [attribute_inside(model, tokenizer, d, name, known) for d in given]
+        rows.append(_row(given, results, "slot") | {"grammar": "varied" if varied else "rigid"})
+        rows[-1] |= {"words": Recipe.words, "unit": "slot", "method": name, "absence": absence}
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def _row(given: Sequence[Document], results: Sequence[Any], unit: Cut) -> dict[str, Any]:
+    """Precision of the results."""
+    both = list(zip(given, results, strict=True))
+    everything = [precision(d, r, unit=unit) for d, r in both]
+    content = [precision(d, r, unit=unit, content_only=True) for d, r in both]
+    return {
+        "precision": mean(v for found in everything for v in found.values()),
+        "precision_content_words": mean(v for found in content for v in found.values()),
+        "per_word": {
+            word: mean(found[word] for found in everything if word in found)
+            for word in ("pronoun", "A", "B", "C", "D")
+        },
+        "evaluations": mean(r.n_evaluations for r in results),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -223,6 +348,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unit", choices=["slot", "word"], default="slot")
+    parser.add_argument(
+        "--inside", action="store_true", help="methods that look into the model, by slots"
+    )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -232,10 +360,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [
         row
         for words in (VOCABULARIES if by_word else [Recipe.words])
-        for varied in (False, True)
+        for varied in (() if arguments.inside else (False, True))
         for row in table(n, seed, varied=varied, words=words, unit=arguments.unit, **few)
     ]
     name = "ground_truth_words" if by_word else "ground_truth"
+    if arguments.inside:
+        name = "ground_truth_inside"
+        rows = [row for varied in (False, True) for row in table_inside(n, seed, varied=varied)]
     out = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
     report = {**environment(seed=seed), "documents": n, "rows": rows}
     out.parent.mkdir(exist_ok=True)

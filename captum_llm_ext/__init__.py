@@ -15,6 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from captum_llm_ext.attention import (
+        AttentionRollout,
+        AttentionWeights,
+        GenerationAttentionAttribution,
+    )
     from captum_llm_ext.attribution import GenerationAttribution
     from captum_llm_ext.baselines import (
         Baseline,
@@ -32,7 +37,13 @@ if TYPE_CHECKING:
     from captum_llm_ext.demo import load_demo
     from captum_llm_ext.gradient import GenerationGradientAttribution
     from captum_llm_ext.inputs import ChatInput, TextSegmentInput
-    from captum_llm_ext.methods import FeatureInclusion, HierarchicalAblation, PartitionShap
+    from captum_llm_ext.methods import (
+        EquivalentLinearSystem,
+        FeatureInclusion,
+        HierarchicalAblation,
+        LayerSaliency,
+        PartitionShap,
+    )
     from captum_llm_ext.metrics import FaithfulnessReport, measure_faithfulness
     from captum_llm_ext.remote import (
         ApiError,
@@ -53,6 +64,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ApiError",
+    "AttentionRollout",
+    "AttentionWeights",
     "Baseline",
     "BaselineComparison",
     "Cause",
@@ -63,14 +76,17 @@ __all__ = [
     "CorpusBaselines",
     "DatasetReport",
     "Deletion",
+    "EquivalentLinearSystem",
     "FaithfulnessReport",
     "FeatureInclusion",
     "FixedTexts",
+    "GenerationAttentionAttribution",
     "GenerationAttribution",
     "GenerationAttributionResult",
     "GenerationGradientAttribution",
     "HierarchicalAblation",
     "Infilling",
+    "LayerSaliency",
     "Match",
     "ModelBaselines",
     "PartitionShap",
@@ -91,6 +107,7 @@ __all__ = [
 # Names are imported when they are first asked for: torch takes seconds, in which the command line
 # would otherwise meet Ctrl-C with a traceback.
 _NAMES = {
+    "attention": "AttentionRollout AttentionWeights GenerationAttentionAttribution",
     "attribution": "GenerationAttribution",
     "baselines": "Baseline Deletion FixedTexts Infilling Slot TokenBaseline",
     "baselines.conditional": "ModelBaselines",
@@ -101,7 +118,8 @@ _NAMES = {
     "demo": "load_demo",
     "gradient": "GenerationGradientAttribution",
     "inputs": "ChatInput TextSegmentInput",
-    "methods": "FeatureInclusion HierarchicalAblation PartitionShap",
+    "methods": "EquivalentLinearSystem FeatureInclusion HierarchicalAblation LayerSaliency "
+    "PartitionShap",
     "metrics": "FaithfulnessReport measure_faithfulness",
     "remote": "ApiError CompletionsProvider RemoteGenerationAttribution TokenProvider",
     "result": "Cause GenerationAttributionResult Redundancy SpanAttribution UnresolvedGroup",

@@ -13,6 +13,7 @@ from typing import Any, cast, get_args
 
 from captum_llm_ext import encoding, files
 from captum_llm_ext.arguments import check_passed_on
+from captum_llm_ext.attention import GenerationAttentionAttribution
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.content import differences, digest, told
 from captum_llm_ext.estimators import is_known
@@ -25,7 +26,7 @@ from captum_llm_ext.segment import Unit
 from captum_llm_ext.target import plain_target
 
 Record = str | Mapping[str, Any]
-Attribution = GenerationAttribution | GenerationGradientAttribution
+Attribution = GenerationAttribution | GenerationGradientAttribution | GenerationAttentionAttribution
 _KEYS = ("prompt", "messages", "tools", "target", "id")
 _RUN = "run.json"
 _GENERATION = "generation"
@@ -493,8 +494,8 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 def _check_options(options: Mapping[str, Any], attribution: Attribution) -> None:
     if not isinstance(attribution, Attribution):
         raise TypeError(
-            f"`attribution` is a {type(attribution).__name__}: give a `GenerationAttribution` or a "
-            "`GenerationGradientAttribution`."
+            f"`attribution` is a {type(attribution).__name__}: give a `GenerationAttribution`, a "
+            "`GenerationGradientAttribution` or a `GenerationAttentionAttribution`."
         )
     is_open = isinstance(attribution, GenerationAttribution) and not is_known(
         attribution.attr_method

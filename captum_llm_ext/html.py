@@ -34,7 +34,8 @@ _REQUIRED = (
     "token_attr",
     "output_attr",
 )
-_LONG = "matches"  # of provenance: a table of every feature's candidates, no line of text
+# Of provenance: tables of candidates and numbers of every token, no lines of text.
+_LONG = ("matches", "fixed_attr", "fixed_share", "constant_attr")
 _SCRIPTS = ("model", "words", "text", "links", "panel", "page")  # one closure, in this order
 _LEAST = 0.01  # share of the largest attribution below which that telling leaves one out
 _UNKNOWN = ", estimates of unknown error: nothing tells a cause from noise"
@@ -58,7 +59,8 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             ``noise_floor`` nothing is certain. ``foils`` names, per token, what it is held against
             where the value is a contrast; ``other`` has attributions, errors, ``full_values``,
             ``empty_values`` and ``sums`` of another ``attr_target``, to which the page can be
-            switched.
+            switched. ``is_unsigned`` says that attributions are sizes, ``fixed_share`` per token
+            what part fixed text has.
             ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"`` (names
             that stand apart); without it, names that would run together are set apart.
         title: Heading of the page; by default what was generated.
@@ -71,7 +73,7 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
     """
     data = {**data, **_missing_pieces(data)}
     _check(data)
-    told = {name: value for name, value in data.get("provenance", {}).items() if name != _LONG}
+    told = {name: value for name, value in data.get("provenance", {}).items() if name not in _LONG}
     shown = {"prompt_layout": _layout(data["prompt"]), **data, "provenance": told}
     style, script = _asset("page.css"), _script()
     heading = title if title is not None else _heading(data["output"], data["output_tokens"])
@@ -148,7 +150,8 @@ def _plain(data: Mapping[str, Any]) -> str:
     least = _LEAST * max((abs(x) for causes in found for x, _ in causes), default=0.0)
     lines: list[str] = []
     for token, causes in zip(data["output_tokens"], found, strict=False):
-        told = ", ".join(f"{names[i].strip()} {x:+.3g}" for x, i in causes if abs(x) > least)
+        form = ".3g" if data.get("is_unsigned") else "+.3g"
+        told = ", ".join(f"{names[i].strip()} {x:{form}}" for x, i in causes if abs(x) > least)
         lines.append(
             f'<tr><th scope="row">{_escaped(token)}</th><td>{_escaped(told or "–")}</td></tr>'
         )

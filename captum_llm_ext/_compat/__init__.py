@@ -1,6 +1,11 @@
 """Every line that depends on a version of captum, transformers or accelerate."""
 
-from captum_llm_ext._compat.attention import attention_of, boolean_mask, has_eager_attention
+from captum_llm_ext._compat.attention import (
+    additive_mask,
+    attention_of,
+    boolean_mask,
+    has_eager_attention,
+)
 from captum_llm_ext._compat.batches import fixed_positions, free_memory, why_not_batched
 from captum_llm_ext._compat.causal import check_causal, is_masked, language_part
 from captum_llm_ext._compat.forward import (
@@ -25,8 +30,18 @@ from captum_llm_ext._compat.identity import (
     readable_modules,
     versions,
 )
-from captum_llm_ext._compat.layers import embeddings, outer_layers, output_layer
-from captum_llm_ext._compat.methods import integration_points, integration_rules, lime_settings
+from captum_llm_ext._compat.layers import (
+    decoder_layers,
+    embeddings,
+    outer_layers,
+    output_layer,
+)
+from captum_llm_ext._compat.methods import (
+    integration_points,
+    integration_rules,
+    lime_settings,
+    selected,
+)
 from captum_llm_ext._compat.model import (
     is_compiled,
     is_transformers,
@@ -57,6 +72,7 @@ from captum_llm_ext._compat.states import (
 )
 
 __all__ = [
+    "additive_mask",
     "all_gathered",
     "arguments_for_generate",
     "attention_of",
@@ -64,6 +80,7 @@ __all__ = [
     "called",
     "check_causal",
     "computes_roughly",
+    "decoder_layers",
     "defaults_for_sampling",
     "embeddings",
     "fixed_positions",
@@ -100,6 +117,7 @@ __all__ = [
     "process_store",
     "process_timeout",
     "readable_modules",
+    "selected",
     "sequence_logits",
     "state_argument",
     "state_bytes",

@@ -136,3 +136,10 @@ class _Implementation:
 
     def __set__(self, config: Any, value: Any) -> None:
         self.usual.__set__(config, value)
+
+
+def additive_mask(*sizes: int, **arguments: Any) -> Tensor:
+    """A mask of transformers that is added to scores, for its plain attention functions."""
+    from transformers.masking_utils import eager_mask
+
+    return cast(Tensor, cast(Any, eager_mask)(*sizes, **arguments))

@@ -26,11 +26,17 @@ def output_layer(model: nn.Module) -> nn.Linear | None:
     return layer if plain else None
 
 
-def outer_layers(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The first and the last layer, where the model can be looked into."""
+def decoder_layers(model: nn.Module) -> list[nn.Module] | None:
+    """The layers, where the model can be looked into."""
     if is_compiled(model) or model_ranks(model):
         return None
     n = number_of_layers(model)
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
     # Modules come before their parts: layers before the experts of one.
-    return next(((layers[0], layers[-1]) for layers in lists), None)
+    return next((list(layers) for layers in lists), None)
+
+
+def outer_layers(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The first and the last layer, where the model can be looked into."""
+    layers = decoder_layers(model)
+    return None if layers is None else (layers[0], layers[-1])

@@ -49,3 +49,13 @@ def integration_points(rule: str, n_steps: int) -> tuple[list[float], list[float
 
     weights, points = approximation_parameters(rule)
     return list(points(n_steps)), list(weights(n_steps))
+
+
+def selected(output: Any, target: Any) -> Any:
+    """The outputs that a target names, as captum reads it.
+
+    captum 0.9 (2026): `_select_targets` is no public name.
+    """
+    from captum._utils.common import _select_targets  # pyright: ignore[reportPrivateUsage]
+
+    return _select_targets(output, target)

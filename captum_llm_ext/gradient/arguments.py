@@ -14,6 +14,7 @@ from torch import Tensor
 
 from captum_llm_ext.arguments import check_counts
 from captum_llm_ext.gradient.methods import Points
+from captum_llm_ext.methods import EquivalentLinearSystem, LayerSaliency
 
 # Arguments of captum's `attribute` methods, as far as they mean something here; passes have a size
 # wherever there are several points.
@@ -26,6 +27,8 @@ _OWN: dict[type, tuple[str, ...]] = {
         "grad_kwargs",
     ),
     LayerGradientXActivation: ("grad_kwargs",),
+    LayerSaliency: ("grad_kwargs",),
+    EquivalentLinearSystem: ("grad_kwargs",),
     LayerGradientShap: ("n_samples", "stdevs", "baselines", "internal_batch_size"),
 }
 _DECIDED = ("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph", "is_grads_batched")
@@ -35,7 +38,7 @@ def check_own(method: object, given: Mapping[str, Any]) -> None:
     """Refuses arguments that belong to another method, or to the package.
 
     Args:
-        method: One of captum's three.
+        method: One of the supported ones.
         given: By name; None for those that were not given.
 
     Raises:

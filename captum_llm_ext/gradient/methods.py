@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from captum.attr import (
@@ -14,8 +14,25 @@ from torch import Tensor
 
 from captum_llm_ext import _compat
 from captum_llm_ext.arguments import at_least_one
+from captum_llm_ext.methods import EquivalentLinearSystem, LayerSaliency
 
-SUPPORTED = (LayerIntegratedGradients, LayerGradientXActivation, LayerGradientShap)
+SUPPORTED = (
+    LayerIntegratedGradients,
+    LayerGradientXActivation,
+    LayerGradientShap,
+    LayerSaliency,
+    EquivalentLinearSystem,
+)
+Measure = Literal["product", "l1", "l2"]
+# Precision on languages with known causes: .77 / .85 with captum's 5, .88 / .93 with 32.
+_N_SAMPLES = 32
+_INSTEAD = {
+    "Saliency": "`LayerSaliency(model)` is that of token ids",
+    "InputXGradient": "captum's `LayerGradientXActivation(model, None)` is that of token ids",
+    "GradientShap": "captum's `LayerGradientShap(model, None)` is that of token ids, with "
+    "`CorpusBaselines(texts)` to draw from what SHAP calls GradientExplainer",
+    "IntegratedGradients": "captum's `LayerIntegratedGradients(model, None)` is that of token ids",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,8 @@ class Points:
         is_sampled: Whether the points are draws of equal weight, whose spread tells an error.
         from_zero: Whether absent is the activation 0, whatever the input's baselines say.
         multiplies: Whether gradients are multiplied by what changes along the path.
+        measure: What becomes of a token's gradient: the product with what changes, or a norm.
+        is_frozen: Whether the model is held at what it does, and linear (see `scoring.frozen`).
         settings: For provenance.
     """
 
@@ -40,20 +59,30 @@ class Points:
     is_sampled: bool = False
     from_zero: bool = False
     multiplies: bool = True
+    measure: Measure = "product"
+    is_frozen: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether there is no way from absent to present, only the text as it is."""
+        return self.is_frozen or self.measure != "product"
 
 
 def check_method(method: object) -> None:
-    """Refuses what is not one of the three methods, or changes them.
+    """Refuses what is not one of the five methods, or changes them.
 
     Raises:
         TypeError: Saying which are supported.
     """
     if type(method) not in SUPPORTED:
+        name = type(method).__name__
+        instead = f" ({_INSTEAD[name]})" if name in _INSTEAD else ""
         raise TypeError(
-            f"`attr_method` is a {type(method).__name__}: give captum's LayerIntegratedGradients, "
-            "LayerGradientXActivation or LayerGradientShap over the model (perturbation methods "
-            "such as ShapleyValueSampling belong to `GenerationAttribution`)."
+            f"`attr_method` is a {name}{instead}: give captum's LayerIntegratedGradients, "
+            "LayerGradientXActivation or LayerGradientShap over the model, or `LayerSaliency` or "
+            "`EquivalentLinearSystem` (perturbation methods such as ShapleyValueSampling belong to "
+            "`GenerationAttribution`)."
         )
     if getattr(method, "device_ids", None) is not None:
         raise ValueError(
@@ -79,10 +108,22 @@ def points_of(
     multiplies = bool(method.multiplies_by_inputs)
     if isinstance(method, LayerIntegratedGradients):
         return _integrated(50 if n_steps is None else n_steps, rule or "gausslegendre", multiplies)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
     if isinstance(method, LayerGradientXActivation):
-        one = torch.ones(1, dtype=torch.float64, device="cpu")
         return Points("gradient x activation", one, one, from_zero=True, multiplies=multiplies)
-    n = at_least_one("n_samples", 5 if n_samples is None else n_samples)
+    if isinstance(method, EquivalentLinearSystem):
+        return Points("equivalent linear system", one, one, from_zero=True, is_frozen=True)
+    if isinstance(method, LayerSaliency):
+        return Points(
+            "saliency",
+            one,
+            one,
+            from_zero=True,
+            multiplies=False,
+            measure=method.norm,
+            settings=(("norm", method.norm),),
+        )
+    n = at_least_one("n_samples", _N_SAMPLES if n_samples is None else n_samples)
     noise = _deviation(stdevs)
     generator = torch.Generator().manual_seed(seed)
     return Points(

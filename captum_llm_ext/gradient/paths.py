@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,31 @@ from captum_llm_ext.gradient.scenes import (
     held_positions,
     scenes,
 )
-from captum_llm_ext.gradient.slopes import Reader, Row, Slopes, manner
+from captum_llm_ext.gradient.slopes import Linear, Reader, Row, Slopes, manner
 from captum_llm_ext.inputs import Context, GeneratedText
 from captum_llm_ext.scoring import AttrTarget, TokenRow
 from captum_llm_ext.scoring.exclusive import as_found
+from captum_llm_ext.scoring.frozen import check_sum, culprit
 from captum_llm_ext.scoring.passes import rounding
 from captum_llm_ext.scoring.probe import Findings, findings
+
+
+class Rest(NamedTuple):
+    """What a value of a linear system is made of beside attributions.
+
+    Attributes:
+        fixed: What fixed text adds, in the unit of the value.
+        fixed_share: Its part of all that tokens add, by absolute value.
+        constant: What biases, position tables and other constants add.
+        defect: How far the sum of all shares is off, relative to the value.
+        bend: What the value is beside that sum, where it is no logit or difference of some.
+    """
+
+    fixed: float
+    fixed_share: float
+    constant: float
+    defect: float
+    bend: float
 
 
 class Paths:
@@ -52,6 +71,7 @@ class Paths:
         n_draws: Draws of the baselines.
         n_rows: Points that the model was run on.
         found: What the probe found of the model; None before the first target.
+        rests: By target token what a linear system says beside its attributions.
         on_total: Called with the number of points that a target takes, before the first.
         on_rows: Called with the number of points of every pass.
     """
@@ -85,6 +105,7 @@ class Paths:
         self._layers: Layers | None = None
         self.found: Findings | None = None
         self.n_rows = 0
+        self.rests: dict[int, Rest] = {}
         self.on_total: Callable[[int], None] | None = None
         self.on_rows: Callable[[int], None] | None = None
 
@@ -168,13 +189,15 @@ class Paths:
         apart: Apart = "always" if step_by_step else "cheapest"
         found_scenes = scenes(generated, n_before=start, apart="never" if is_joint else apart)
         if self.on_total is not None:
-            self.on_total(len(found_scenes) * (1 + self._n_ends + len(self.points.alphas)))
+            n_ends = 0 if self.points.is_local else self._n_ends
+            self.on_total(len(found_scenes) * (1 + n_ends + len(self.points.alphas)))
         for scene in found_scenes:
             places = list(scene.targets)
             length = start + scene.n_read
             row = whole.of(places, length)
             rows = [0] if is_joint else places
-            found = self._along(scene, row, own, is_joint)
+            explain = self._at_present if self.points.is_local else self._along
+            found = explain(scene, row, own, is_joint)
             attributions[rows], errors[rows] = found.attributions, found.standard_errors
             full[rows], empty[rows] = found.full_values, found.empty_values
         # What holds the token or comes after it is no cause: what models give it is rounding.
@@ -231,6 +254,76 @@ class Paths:
                 each.append(summed)
         self.n_rows += slopes.n_rows
         return Solution(total, self._errors(each, total), full, empty)
+
+    def _at_present(self, scene: Scene, row: Row, own: Features, is_joint: bool) -> Solution:
+        """Attributions that know of nothing but the text as it is."""
+        points, layers = self.points, self._layers
+        assert layers is not None
+        present = self._read(layers, row)
+        slopes = Slopes(
+            self._reader,
+            layers,
+            row,
+            self._attr_target,
+            self._manner,
+            is_joint=is_joint,
+            measure=points.measure,
+            is_frozen=points.is_frozen,
+            grad_kwargs=self._grad_kwargs,
+            on_rows=self.on_rows,
+        )
+        full = slopes.values(1, lambda _: (present, []))[0]
+        ((_, products),) = slopes.products(1, lambda _: (present, present))
+        self.n_rows += slopes.n_rows
+        owners = own.owners(row.length)
+        owners[held_positions(scene, own, self._kept, row.length)[0]] = own.n_features
+        summed = torch.zeros(len(full), own.n_features + 1, dtype=torch.float64, device="cpu")
+        summed.index_add_(1, owners, products[0])
+        empty = torch.full_like(full, torch.nan)
+        if slopes.linear is None:
+            # A mean, for a feature of many tokens is no more salient than each of them.
+            summed /= owners.bincount(minlength=own.n_features + 1).clamp(min=1)
+        else:
+            full, empty = slopes.linear.values, slopes.linear.constants + summed[:, -1]
+            is_fixed = owners == own.n_features
+            self._note(scene, row, slopes.linear, products[0], is_fixed, is_joint=is_joint)
+        return Solution(summed[:, :-1], torch.zeros_like(summed[:, :-1]), full, empty)
+
+    def _note(
+        self,
+        scene: Scene,
+        row: Row,
+        linear: Linear,
+        shares: Tensor,
+        is_fixed: Tensor,
+        *,
+        is_joint: bool,
+    ) -> None:
+        """Keeps what a linear system says beside attributions.
+
+        Raises:
+            ValueError: If the shares do not sum to the values.
+        """
+        model = self._reader.model
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+        def find(tolerance: float) -> str | None:
+            return culprit(model, lambda: self._reader.logits(row.ids, row.at), tolerance)
+
+        summed = shares.sum(1) + linear.constants
+        apart = check_sum(summed, linear.expected, linear.sizes, dtype, find)
+        if is_joint:
+            return
+        fixed = shares[:, is_fixed]
+        whole = shares.abs().sum(1).clamp(min=torch.finfo(shares.dtype).tiny)
+        for i, target in enumerate(scene.targets):
+            self.rests[target] = Rest(
+                float(fixed[i].sum()),
+                float(fixed[i].abs().sum() / whole[i]),
+                float(linear.constants[i]),
+                float(apart[i]),
+                float((linear.values - linear.expected)[i]),
+            )
 
     def _errors(self, each: list[Tensor], total: Tensor) -> Tensor:
         """Standard errors of a total, from the attributions of every sample if there are any."""

@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.gradient.layers import Layers
+from captum_llm_ext.gradient.methods import Measure
 from captum_llm_ext.scoring import AttrTarget
 from captum_llm_ext.scoring.exclusive import of_this_thread
+from captum_llm_ext.scoring.frozen import frozen
 from captum_llm_ext.scoring.memory import batch_budget, is_out_of_memory
 
 _logger = logging.getLogger(__name__)
@@ -127,6 +129,32 @@ class Reader:
         return None if self.kept == "positions" else at - (length - n_kept)
 
 
+class Linear(NamedTuple):
+    """What a frozen model says of a single point, each ``(n_values,)``, float64 on the CPU.
+
+    Attributes:
+        values: The values.
+        expected: What the shares of all that a value is made of sum to: the value itself where it
+            is a logit or a difference of some, else its slope along the logits.
+        sizes: How large logits are where the value comes from.
+        constants: The share of biases, position tables and other constants.
+    """
+
+    values: Tensor
+    expected: Tensor
+    sizes: Tensor
+    constants: Tensor
+
+
+class _Passed(NamedTuple):
+    """A pass with gradients: values ``(n_rows, n_values)``, and what they were made from."""
+
+    values: Tensor
+    logits: Tensor
+    before_head: Tensor | None
+    unit: Tensor | None
+
+
 class Slopes:
     """Values of target tokens at points of a path, and their gradients with respect to a layer.
 
@@ -142,11 +170,15 @@ class Slopes:
         attr_target: What a value is.
         manner: How the model is run; it learns from what happens.
         is_joint: Whether the one value is the product over the target tokens.
+        measure: What is made of a token's gradient.
+        is_frozen: Whether passes with gradients are those of a frozen model (see
+            `scoring.frozen`); there is one point then.
         grad_kwargs: Passed on to `torch.autograd.grad`.
         on_rows: Called with the number of points of every pass.
 
     Attributes:
         n_rows: Points that the model was run on.
+        linear: What a frozen model said of the point.
     """
 
     def __init__(
@@ -158,10 +190,14 @@ class Slopes:
         manner: Manner,
         *,
         is_joint: bool = False,
+        measure: Measure = "product",
+        is_frozen: bool = False,
         grad_kwargs: Mapping[str, Any] | None = None,
         on_rows: Callable[[int], None] | None = None,
     ) -> None:
         self._reader, self._layers, self.row = reader, layers, row
+        self._measure, self._is_frozen = measure, is_frozen
+        self.linear: Linear | None = None
         self._attr_target, self._manner, self._is_joint = attr_target, manner, is_joint
         self._grad_kwargs, self._on_rows = dict(grad_kwargs or {}), on_rows
         self.n_rows = 0
@@ -179,7 +215,7 @@ class Slopes:
 
         def found(rows: slice) -> Tensor:
             with torch.no_grad(), self._layers.replaced(points(rows)[0]):
-                return self._values(rows.stop - rows.start)[0]
+                return self._passed(rows.stop - rows.start).values
 
         values = torch.cat([values for _, values in self._in_batches(n_points, found)])
         if not values.isfinite().all():
@@ -193,7 +229,7 @@ class Slopes:
         return values
 
     def products(self, n_points: int, points: Points) -> Iterator[tuple[slice, Tensor]]:
-        """Gradients at points, multiplied and summed over the layer's size.
+        """Gradients at points, multiplied and summed over the layer's size, or their norm.
 
         Yields:
             Which points, and ``(n_points, n_values, length)``, float64 on the CPU.
@@ -236,9 +272,9 @@ class Slopes:
             yield rows, tensor
             start = rows.stop
 
-    def _values(self, n_rows: int) -> tuple[Tensor, Tensor | None]:
-        """Values ``(n_rows, n_values)``, and what the head made the logits from."""
-        with self._heard() as heard:
+    def _passed(self, n_rows: int) -> _Passed:
+        how = frozen(self.row.ids.device) if self._is_frozen else nullcontext()
+        with self._heard() as heard, how as unit:
             logits = self._reader.logits(self.row.ids.expand(n_rows, -1), self.row.at)
         target = self.row.target.to(logits.device)
         if callable(self._attr_target):
@@ -247,7 +283,7 @@ class Slopes:
             values = named(logits, target, self._attr_target, self.row.foils)
         if self._is_joint:
             values = values.prod(1, keepdim=True)
-        return values, heard[0] if len(heard) == 1 else None
+        return _Passed(values, logits, heard[0] if len(heard) == 1 else None, unit)
 
     @contextmanager
     def _heard(self) -> Generator[list[Tensor]]:
@@ -274,7 +310,8 @@ class Slopes:
         dtype = torch.promote_types(points[0].dtype, torch.float32)
         factors = [factor.to(dtype) for factor in factors]
         with self._layers.replaced(points):
-            values, before_head = self._values(n_rows)
+            passed = self._passed(n_rows)
+        values = passed.values
         if not values.requires_grad and callable(self._attr_target):
             raise ValueError(
                 "the values that `attr_target` returned have no gradient: it must be made of "
@@ -283,37 +320,64 @@ class Slopes:
             )
         if not values.requires_grad:
             raise ValueError(_NO_GRADIENT)
-        back = self._way_back(values, before_head, points)
         products = torch.zeros(n_rows, self.n_values, length, dtype=dtype, device=points[0].device)
-        for start, gradients in back:
+        constants = torch.zeros(self.n_values, dtype=torch.float64, device="cpu")
+        for start, (*gradients, of_unit) in self._way_back(passed, points):
+            stop = start + len(of_unit)
             for gradient, factor in zip(gradients, factors, strict=True):
-                found = (gradient.to(dtype) * factor).sum(-1).detach()
-                stop = start + len(found)
+                found = self._measured(gradient.to(dtype), factor).detach()
                 products[:, start:stop] += found.transpose(0, 1).to(products.device)
+            constants[start:stop] = of_unit.detach().double().cpu()
+        if self._measure == "l2":
+            products = products.sqrt()
+        if self._is_frozen:
+            self.linear = self._linear(passed, constants)
         return products.double() if products.device.type == "cpu" else products.cpu().double()
 
+    def _measured(self, gradient: Tensor, factor: Tensor) -> Tensor:
+        """What a gradient comes to, token by token; of the L2 norm the square."""
+        if self._measure == "l1":
+            return gradient.abs().sum(-1)
+        return (gradient.square() if self._measure == "l2" else gradient * factor).sum(-1)
+
+    def _linear(self, passed: _Passed, constants: Tensor) -> Linear:
+        values, logits = passed.values, passed.logits
+        wide = logits.detach().double()
+        sizes = wide[0].square().mean(-1).sqrt().cpu()
+        if self._is_joint or callable(self._attr_target):
+            sizes = sizes.max().expand(self.n_values)
+            slopes = (
+                torch.autograd.grad(values[:, t].sum(), logits, retain_graph=True)[0]
+                for t in range(self.n_values)
+            )
+            expected = torch.stack([(slope.double() * wide).sum() for slope in slopes]).cpu()
+        else:  # each is made from the logits of its own place
+            (slope,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
+            expected = (slope.double() * wide).sum((0, 2)).cpu()
+        return Linear(values.detach()[0], expected, sizes, constants)
+
     def _way_back(
-        self, values: Tensor, before_head: Tensor | None, points: list[Tensor]
+        self, passed: _Passed, points: list[Tensor]
     ) -> Iterator[tuple[int, list[Tensor]]]:
         """Gradients of some values after others: the first one's number, ``(n, n_rows, …)`` each.
 
         The gradient of a value summed over rows is that of each row: they do not see one another.
+        The last one is that of the unit, ``(n,)``, 0 where nothing is frozen.
         """
-        outputs, begin = self._beginnings(values, before_head)
-        size = self._tokens_at_once(len(values))
+        outputs, begin = self._beginnings(passed)
+        size = self._tokens_at_once(len(passed.values))
         for start in range(0, self.n_values, size):
             numbers = range(start, min(start + size, self.n_values))
-            yield start, self._gradients(outputs, begin, points, numbers)
+            yield start, self._gradients(outputs, begin, points, passed.unit, numbers)
 
     def _tokens_at_once(self, n_rows: int) -> int:
         """Of how many target tokens the ways back are one: small passes leave room for it."""
         room = self._manner.most_tokens // (n_rows * self.row.length)
         return max(1, room) if self._manner.batches else 1
 
-    def _beginnings(
-        self, values: Tensor, before_head: Tensor | None
-    ) -> tuple[Tensor, Callable[[int], Tensor]]:
+    def _beginnings(self, passed: _Passed) -> tuple[Tensor, Callable[[int], Tensor]]:
         """Where the ways back begin, and with what for every value."""
+        values, before_head = passed.values, passed.before_head
         if self._manner.splits and before_head is not None and before_head.requires_grad:
             return before_head, self._at_head(values, before_head)
         return values, self._at_values(values)
@@ -323,20 +387,24 @@ class Slopes:
         outputs: Tensor,
         begin: Callable[[int], Tensor],
         points: list[Tensor],
+        unit: Tensor | None,
         numbers: range,
     ) -> list[Tensor]:
-        """Gradients of several values, ``(len(numbers), n_rows, length, size)`` per layer."""
+        """Gradients of several values, ``(len(numbers), n_rows, length, size)`` per layer.
+
+        And those with respect to the unit, ``(len(numbers),)``.
+        """
         if len(numbers) > 1 and self._manner.batches:
             try:
                 given = torch.stack([begin(number) for number in numbers])
-                return _gradients(outputs, points, given, True, self._grad_kwargs)
+                return _gradients(outputs, points, unit, given, True, self._grad_kwargs)
             except RuntimeError as error:  # an operation that knows no batches of gradients
                 if is_out_of_memory(error):
                     raise
                 self._manner.batches = False
                 _logger.info("gradients of one token after another (%s).", error)
         each = [
-            _gradients(outputs, points, begin(number), False, self._grad_kwargs)
+            _gradients(outputs, points, unit, begin(number), False, self._grad_kwargs)
             for number in numbers
         ]
         return [torch.stack(own) for own in zip(*each, strict=True)]
@@ -356,26 +424,29 @@ class Slopes:
         points = [point.detach().requires_grad_() for point in points]
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with self._layers.replaced(points), hooks:
-            values, before_head = self._values(1)
+            passed = self._passed(1)
+        values = passed.values
         manner = self._manner
         manner.row_bytes = max(1, sum(kept.values()))
         most = batch_budget(self.row.ids.device) / (_WORKING * manner.row_bytes)
         if manner.most_rows is None:
             manner.most_tokens = max(1, min(manner.most_tokens, int(most * self.row.length)))
-        if values.requires_grad and not self._agree(values, before_head, points):
+        if values.requires_grad and not self._agree(passed, points):
             manner.splits = manner.batches = False
         # With a single value there was no short way to try.
         manner.was_tried |= self.n_values > 1
 
-    def _agree(self, values: Tensor, before_head: Tensor | None, points: list[Tensor]) -> bool:
+    def _agree(self, passed: _Passed, points: list[Tensor]) -> bool:
         """Whether the short way gives the gradient of the plain one, for the last token."""
         last = self.n_values - 1
         at_once = min(2, self.n_values, self._tokens_at_once(1))
-        plain = _gradients(values, points, self._at_values(values)(last), False, self._grad_kwargs)
+        values, unit = passed.values, passed.unit
+        given = self._at_values(values)(last)
+        plain = _gradients(values, points, unit, given, False, self._grad_kwargs)
         numbers = range(last + 1 - at_once, last + 1)
         try:
-            outputs, begin = self._beginnings(values, before_head)
-            short = self._gradients(outputs, begin, points, numbers)
+            outputs, begin = self._beginnings(passed)
+            short = self._gradients(outputs, begin, points, unit, numbers)
         except ValueError:  # the layer is the head, or lies beyond it
             return False
         except RuntimeError as error:
@@ -458,25 +529,33 @@ def called(
 def _gradients(
     outputs: Tensor,
     points: list[Tensor],
+    unit: Tensor | None,
     given: Tensor,
     are_batched: bool,
     grad_kwargs: Mapping[str, Any],
 ) -> list[Tensor]:
+    # A frozen model without biases has no use for the unit.
+    settings = {**grad_kwargs, **({} if unit is None else {"allow_unused": True})}
     try:
         found: Any = torch.autograd.grad(
             outputs,
-            points,
+            points if unit is None else [*points, unit],
             grad_outputs=given,
             retain_graph=True,
             is_grads_batched=are_batched,
-            **grad_kwargs,
+            **settings,
         )
+        is_unused = any(own is None for own in found[: len(points)])
     except RuntimeError as error:
         if "not have been used" not in str(error):
             raise
         raise ValueError(f"{_NO_GRADIENT} (`allow_unused` of `grad_kwargs` makes it 0.)") from error
+    if is_unused and not grad_kwargs.get("allow_unused"):
+        raise ValueError(_NO_GRADIENT)
     shape = given.shape[:1] if are_batched else ()
+    leaves = [*points, points[0].new_zeros(()) if unit is None else unit]
+    found = [*found, None] if unit is None else found
     return [
-        point.new_zeros(*shape, *point.shape) if own is None else own
-        for own, point in zip(found, points, strict=True)
+        leaf.new_zeros((*shape, *leaf.shape)) if own is None else own
+        for own, leaf in zip(found, leaves, strict=True)
     ]

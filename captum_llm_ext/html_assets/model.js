@@ -191,6 +191,9 @@ function effectsOf(view) {
   return column === null ? null : columnOver(answer, column);
 }
 
+/* Sizes neither raise nor lower. */
+const isUnsigned = Boolean(data.is_unsigned);
+
 const within = (series, i) => Math.abs(series.value[i]) < 1.96 * series.error[i];
 /* Below what the model's own arithmetic adds; that of a sum grows with the root of its terms. */
 const isNoise = (series, i) => Math.abs(series.value[i]) < floor * Math.sqrt(series.count);

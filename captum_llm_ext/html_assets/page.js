@@ -246,7 +246,8 @@ function provenance() {
   }
 }
 
-root.classList.add("signed");
+root.classList.add(isUnsigned ? "absolute" : "signed");
+for (const input of document.getElementsByName("colour")) input.closest("fieldset").hidden = isUnsigned;
 at("about").textContent = about();
 provenance();
 offerLevels("prompt", promptLevels);

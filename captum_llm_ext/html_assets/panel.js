@@ -65,6 +65,7 @@ function strongest(view) {
   return rows.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
 }
 
+const mean = (numbers) => numbers.reduce((a, b) => a + b, 0) / Math.max(numbers.length, 1);
 /* Where bars begin: zero is at the left unless something lowers. */
 function axisOf(rows) {
   const low = Math.max(0, ...rows.map((row) => -row.value)), high = Math.max(0, ...rows.map((row) => row.value));
@@ -136,6 +137,8 @@ function notesOn(view) {
   if (hasErrors) notes.push("± is one standard error; what lies within 1.96 of them is pale.");
   if (2 * floor >= 10 ** -decimals(commonPeak())) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale" + (hasErrors ? " too." : "."));
   if (groupOf.size) notes.push("≈ " + groupOf.size + " features were not told apart within the budget: groups of them share evenly.");
+  if (rows && data.fixed_share) notes.push("Fixed text, such as the token that texts begin with, has " + Math.round(100 * mean(data.fixed_share.slice(view.from, view.to))) + "\u00a0% of what all tokens " + (data.attr_target === "attention" ? "take." : "add."));
+  if (isUnsigned) notes.push("Sizes, which neither raise nor lower.");
   if (root.classList.contains("signed")) notes.push("Solid lines raise, dashed ones lower.");
   return notes.join(" ");
 }

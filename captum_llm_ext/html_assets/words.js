@@ -11,7 +11,7 @@ function plain(x, most) {
 }
 function signed(x, most) {
   const text = plain(x, most);
-  return x > 0 && Number(text) !== 0 ? "+" + text : text;
+  return !isUnsigned && x > 0 && Number(text) !== 0 ? "+" + text : text;
 }
 function plusMinus(error, most) {
   if (!Number.isFinite(error)) return nUntold ? " ± ?" : "";

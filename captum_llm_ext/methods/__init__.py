@@ -6,6 +6,8 @@ from captum_llm_ext.methods.hierarchical_ablation import (
     searching,
     tree_of_prompt,
 )
+from captum_llm_ext.methods.layer_saliency import LayerSaliency
+from captum_llm_ext.methods.linear_system import EquivalentLinearSystem
 from captum_llm_ext.methods.partition_shap import (
     PartitionShap,
     Unfold,
@@ -15,8 +17,10 @@ from captum_llm_ext.methods.partition_shap import (
 )
 
 __all__ = [
+    "EquivalentLinearSystem",
     "FeatureInclusion",
     "HierarchicalAblation",
+    "LayerSaliency",
     "PartitionShap",
     "Unfold",
     "evaluations_of_orders",

@@ -20,7 +20,7 @@ from captum_llm_ext.plot.axes import (
     settle,
     thinned,
 )
-from captum_llm_ext.plot.style import DARK, DOWN, FAINT, LABEL_POINTS, MUTED, SURE, UP
+from captum_llm_ext.plot.style import DARK, DOWN, FAINT, LABEL_POINTS, MUTED, SIZE, SURE, UP
 from captum_llm_ext.plot.text import label, text_style
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def flow(
     output_errors: npt.ArrayLike | None = None,
     towards: int | None = None,
     least: float = 0.05,
+    is_unsigned: bool = False,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
     """Draws causes as curves: from the prompt to a generated token, and on to later ones.
@@ -75,6 +76,7 @@ def flow(
             lies within 1.96 of them is left out.
         towards: Only what led to this token, by whatever way.
         least: Share of the largest attribution below which one is left out.
+        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
         **canvas: See `Canvas`.
 
     Raises:
@@ -117,6 +119,7 @@ def flow(
         n_links,
         len(output_labels) if not few else 0,
         paper.unit,
+        is_unsigned,
     )
     fig, ax = paper.open(8.0, 2 * _MARGIN + _PITCH * drawn.height)
     ax.set_axis_off()
@@ -142,6 +145,7 @@ class _Flow:
         n_links: How many there are, those included that are too many to be drawn.
         n_tokens: How many there are, if not all are shown; else 0.
         unit: Of the attributions.
+        is_unsigned: Whether these are sizes.
     """
 
     links: Sequence[_Link]
@@ -157,6 +161,7 @@ class _Flow:
     n_links: int
     n_tokens: int
     unit: str | None
+    is_unsigned: bool
 
     @property
     def height(self) -> int:
@@ -178,7 +183,7 @@ class _Flow:
         )
         _place(ax, words, tokens, self.has_arcs)
         for link in self.links:
-            _draw(ax, link, words, tokens, self.owned, self.most)
+            _draw(ax, link, words, tokens, self.owned, self.most, self.is_unsigned)
         if self.towards is not None:
             _frame(ax, tokens, self.towards)
         text = ax.text(0, 0, key, transform=ax.transAxes, va="bottom", color=MUTED)
@@ -189,7 +194,7 @@ class _Flow:
         unit = f" {self.unit}" if self.unit else ""
         said = {
             f"widest: {self.most:.3g}{unit}": bool(self.links),
-            "solid: raises": any(link.value > 0 for link in self.links),
+            "solid: raises": not self.is_unsigned and any(link.value > 0 for link in self.links),
             "dashed: lowers": any(link.value < 0 for link in self.links),
             f"left out: within error, of unknown error, or below {self.least:.0%}": True,
             f"the {len(self.links)} strongest of {self.n_links:,}": self.n_links > len(self.links),
@@ -322,6 +327,7 @@ def _draw(
     tokens: _Column,
     owned: Sequence[Sequence[int]],
     most: float,
+    is_unsigned: bool,
 ) -> None:
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
@@ -345,7 +351,7 @@ def _draw(
     curve = PathPatch(
         Path(points, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4]),
         facecolor="none",
-        edgecolor=UP if raises else DOWN,
+        edgecolor=SIZE if is_unsigned else UP if raises else DOWN,
         alpha=0.75,
         linewidth=width,
         linestyle="-" if raises else (0, (2.0 + 3.0 / width, 1.0 + 1.5 / width)),

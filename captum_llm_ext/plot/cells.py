@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from captum_llm_ext.plot.arrays import Array
 from captum_llm_ext.plot.axes import inches_per_unit, settle
-from captum_llm_ext.plot.style import DARK, FAINT, LABEL_POINTS, MUTED, SIGN_FROM, UNKNOWN
+from captum_llm_ext.plot.style import DARK, FAINT, LABEL_POINTS, MUTED, SIGN_FROM, SIZES, UNKNOWN
 from captum_llm_ext.plot.text import text_style
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def images(
                 values,
                 alpha=None if shades is None else shades[i],  # pyright: ignore[reportArgumentType]
                 cmap=colours.cmap,
-                vmin=-colours.scale,
+                vmin=colours.low,
                 vmax=colours.scale,
                 aspect="auto",
                 interpolation="nearest",
@@ -71,7 +71,7 @@ def colour_bar(fig: Figure, ax: Axes, colours: Colours, *, below: bool = False) 
     from matplotlib.colors import Normalize
 
     # Not made of an image, which may be shaded.
-    shown = ScalarMappable(Normalize(-colours.scale, colours.scale), colours.cmap)
+    shown = ScalarMappable(Normalize(colours.low, colours.scale), colours.cmap)
     look: dict[str, Any] = {}
     if below:
         look = {"location": "bottom", "shrink": 0.35, "anchor": (1.0, 0.0)}
@@ -95,7 +95,7 @@ def mark_cells(
         Whether the cells hold numbers.
     """
     faint = np.zeros(cells.shape, dtype=bool) if shade is None else shade < 1
-    needed = _CHAR * (len(_number(-colours.scale, colours.scale)) + 0.4)
+    needed = _CHAR * (len(_number(-colours.scale, colours)) + 0.4)
     if inches_per_unit(ax)[0] > 0.5 * needed:  # else no layout would make them fit
         settle(ax)
     width, height = inches_per_unit(ax)
@@ -104,7 +104,7 @@ def mark_cells(
         for row, column in np.argwhere(shown).tolist():
             value, is_faint = float(cells[row, column]), bool(faint[row, column])
             ink = FAINT if is_faint else colours.ink(value)
-            _write_cell(ax, places[column], row, _number(value, colours.scale), ink)
+            _write_cell(ax, places[column], row, _number(value, colours), ink)
         return True
     rows, columns = np.nonzero((cells < -SIGN_FROM * colours.scale) & shown)
     inks = [
@@ -149,17 +149,28 @@ def mark_columns(ax: Axes, places: Array, row: float) -> None:
 
 
 class Colours:
-    """A diverging colour map with zero in its middle, and the ink that reads on it."""
+    """A diverging colour map with zero in its middle, and the ink that reads on it.
 
-    def __init__(self, cmap: str | Colormap, scale: float) -> None:
+    Of what has no sign, a map with zero at its beginning.
+    """
+
+    def __init__(
+        self, cmap: str | Colormap | None, scale: float, *, is_unsigned: bool = False
+    ) -> None:
         import matplotlib
 
+        cmap = cmap or (SIZES if is_unsigned else "RdBu")
+        self.is_unsigned, self.low = is_unsigned, 0.0 if is_unsigned else -scale
         self.cmap = matplotlib.colormaps.get_cmap(cmap).with_extremes(bad=UNKNOWN)
         self.scale = scale
 
     def rgba(self, value: float) -> tuple[float, float, float, float]:
         """The colour of a value; grey where it is unknown."""
-        return self.cmap(float("nan") if math.isnan(value) else (value / self.scale + 1) / 2)
+        return self.cmap(float("nan") if math.isnan(value) else self._part(value))
+
+    def _part(self, value: float) -> float:
+        """Where a value lies in the map, from 0 to 1."""
+        return (value - self.low) / (self.scale - self.low)
 
     def ink(self, value: float) -> str:
         """Dark or white, whichever reads better on the cell of this value."""
@@ -169,11 +180,12 @@ class Colours:
         return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else DARK
 
 
-def _number(value: float, scale: float) -> str:
+def _number(value: float, colours: Colours) -> str:
     """Signed, with as many decimals as give the largest value two or three digits."""
     if math.isnan(value):
         return "?"
+    scale = colours.scale
     decimals = max(int(scale < 100), 1 - math.floor(math.log10(scale)))
     text = f"{value:+.{decimals}f}"
     unsigned = text[1:]
-    return unsigned if float(unsigned) == 0 else text.replace("-", "−")
+    return unsigned if float(unsigned) == 0 or colours.is_unsigned else text.replace("-", "−")

@@ -53,7 +53,8 @@ def heat_map(
     output_feature_labels: Sequence[str] | None,
     output_labels: Sequence[str],
     output_features: Sequence[int | None] | None = None,
-    cmap: str | Colormap = "RdBu",
+    cmap: str | Colormap | None = None,
+    is_unsigned: bool = False,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
     """Draws what every generated token owes to the prompt and to the tokens before it.
@@ -72,7 +73,9 @@ def heat_map(
         output_features: Column of `output_attr` that each explained token belongs to. Without it,
             a square `output_attr` is taken to have one column per token, and in any other a column
             counts as a possible cause from the first row on that it, or one after it, affects.
-        cmap: A diverging colour map; its middle is put at zero.
+        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``; of what
+            has no sign a sequential one, by default ``"Purples"``.
+        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
         **canvas: See `Canvas`.
 
     Raises:
@@ -99,7 +102,7 @@ def heat_map(
     numbered = mark_cells(ax, columns.places, cells, shown, colours)
     if bar is not None:
         what = paper.with_unit("Token attribution")
-        if not numbered:
+        if not numbered and not is_unsigned:
             settle(ax)
             what = label_along(f"{what},", "− marks what lowers", inches(ax)[1])
         bar.set_label(what, size=LABEL_POINTS + 1)

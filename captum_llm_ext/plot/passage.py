@@ -57,7 +57,8 @@ def running_text(
     headings: Mapping[int, str] | None = None,
     explained: Collection[int] = (),
     later: Collection[int] = (),
-    cmap: str | Colormap = "RdBu",
+    cmap: str | Colormap | None = None,
+    is_unsigned: bool = False,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
     """Draws text as it reads, each part shaded by its value; new lines and indentation stay.
@@ -74,7 +75,9 @@ def running_text(
         headings: Headings, by the piece that each stands above.
         explained: Pieces that are framed: what the values are about.
         later: Pieces that are grey: what comes after it.
-        cmap: A diverging colour map; its middle is put at zero.
+        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``; of what
+            has no sign a sequential one, by default ``"Purples"``.
+        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
         **canvas: See `Canvas`. In given axes letters get smaller, down to 6 points, and the end of
             what has no room is left out.
 
@@ -83,7 +86,7 @@ def running_text(
     """
     from captum_llm_ext.plot.fitted import Fitted
 
-    shades = _shades(values, errors, cmap)
+    shades = _shades(values, errors, cmap, is_unsigned)
     atoms = list(_atoms(pieces, headings or {}))
     style = text_style(atom.text for atom in atoms)
     passage = _Passage(atoms, shades, style, frozenset(explained), frozenset(later))
@@ -199,19 +202,27 @@ class _Shades:
     def sign(self, i: int) -> int:
         """1 or -1 where a line says so, 0 where the colour is too pale to need one."""
         value = self.values[i]
+        if self.colours.is_unsigned:
+            return 0
         if self.pale[i] or not abs(value) >= SIGN_FROM * self.colours.scale:
             return 0
         return 1 if value > 0 else -1
 
 
-def _shades(values: npt.ArrayLike, errors: npt.ArrayLike | None, cmap: str | Colormap) -> _Shades:
+def _shades(
+    values: npt.ArrayLike,
+    errors: npt.ArrayLike | None,
+    cmap: str | Colormap | None,
+    is_unsigned: bool,
+) -> _Shades:
     known = numbers(values).reshape(-1)
     pale, unknown = np.zeros(known.shape, dtype=bool), np.zeros(known.shape, dtype=bool)
     if errors is not None:
         told = array("errors", errors, known.shape)
         pale = ~(np.abs(known) >= SURE * told)
         unknown = np.isnan(told) & (known != 0)
-    return _Shades(Colours(cmap, scale(known)), known, pale, unknown)
+    colours = Colours(cmap, scale(known), is_unsigned=is_unsigned)
+    return _Shades(colours, known, pale, unknown)
 
 
 # Lines -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from captum_llm_ext.plot.arrays import Array, array, notable, numbers, standard_errors
 from captum_llm_ext.plot.axes import Canvas, CanvasArguments, inches, label_columns, settle
-from captum_llm_ext.plot.style import LABEL_POINTS, LINES, MUTED, PALE, SURE
+from captum_llm_ext.plot.style import LABEL_POINTS, LINES, MUTED, PALE, SIZES, SURE
 from captum_llm_ext.plot.text import label, text_style
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def bars(
     *,
     labels: Sequence[str],
     errors: npt.ArrayLike | None = None,
-    cmap: str | Colormap = "RdBu",
+    cmap: str | Colormap | None = None,
+    is_unsigned: bool = False,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
     """Draws the attribution of the whole answer to each feature.
@@ -40,7 +41,9 @@ def bars(
         errors: Standard errors, shape ``(n_features,)``, drawn as whiskers of one standard error
             where known (not NaN). A bar within 1.96 standard errors of zero, or of
             unknown error, is pale.
-        cmap: A diverging colour map: bars have the colours of its ends.
+        cmap: A colour map: bars have the colours of its ends. By default ``"RdBu"``, or
+            ``"Purples"`` of what has no sign.
+        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
         **canvas: See `Canvas`.
 
     Raises:
@@ -56,7 +59,7 @@ def bars(
     paper = Canvas(**canvas)
     fig, ax = paper.open(1.8 + 0.42 * len(values), 4.2)
     places = np.arange(len(values), dtype=np.float64)
-    down, up = _ends(cmap)
+    down, up = _ends(cmap or (SIZES if is_unsigned else "RdBu"))
     drawn = ax.bar(
         places,
         np.nan_to_num(values),

@@ -1,6 +1,7 @@
 """Colours and sizes that all drawings share."""
 
 UP, DOWN = "#2166ac", "#b2182b"  # the two ends of RdBu, told apart also by the colour-blind
+SIZE, SIZES = "#54278f", "Purples"  # of what has no sign
 UNKNOWN = "#e4e4e4"
 DARK = "#222222"
 MUTED = "#6b6b6b"

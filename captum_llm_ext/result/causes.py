@@ -15,13 +15,17 @@ _UNITS = {
     "logit": "logits",
     "prob": "probability",
     "contrast": "nats against foils",
+    "attention": "share",
 }
 _MOST_NAMES = 3  # of the columns of one feature
 
 
 def unit_of(result: Any) -> str | None:
     """What the attributions of a result are counted in; None where that is not known."""
-    return _UNITS.get(str(result.provenance.get("attr_target")))
+    told = str(result.provenance.get("attr_target"))
+    # The slope of a value has another unit than the value.
+    is_slope = result.provenance.get("unsigned") and told != "attention"
+    return None if is_slope else _UNITS.get(told)
 
 
 class Cause(NamedTuple):
@@ -33,6 +37,7 @@ class Cause(NamedTuple):
         standard_error: 0 where the attribution is exact, NaN where it cannot be told.
         column: Of `full_attr`.
         is_output: Whether it is earlier output, not a part of the prompt.
+        is_unsigned: Whether the attribution is a size, which neither raises nor lowers.
     """
 
     name: str
@@ -40,13 +45,15 @@ class Cause(NamedTuple):
     standard_error: float
     column: int
     is_output: bool
+    is_unsigned: bool = False
 
     def __str__(self) -> str:
         name = one_line(self.name.strip())
         name = name if any(map(str.isalnum, name)) else repr(self.name)
         error = f" ± {self.standard_error:.2f}" if self.standard_error > 0 else ""
         error = " ± ?" if math.isnan(self.standard_error) else error
-        return f"{name}{' (output)' if self.is_output else ''} {self.attribution:+.2f}{error}"
+        number = f"{self.attribution:.2f}" if self.is_unsigned else f"{self.attribution:+.2f}"
+        return f"{name}{' (output)' if self.is_output else ''} {number}{error}"
 
 
 def strongest(

@@ -64,7 +64,7 @@ class DrawnResult(LLMAttributionResult):
         def _split(self, solved: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def plot_token_attr(
-        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str = "RdBu"
+        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
     ) -> "Drawing":
         """A heat map: one row per target token, prompt features left, earlier output right.
 
@@ -72,7 +72,8 @@ class DrawnResult(LLMAttributionResult):
             show: Show it, and return None.
             ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
                 ``layout="constrained"`` leaves labels their room.
-            cmap: A diverging colour map, centred at zero.
+            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``. Of sizes
+                without a sign a sequential one, ``"Purples"``.
 
         Returns:
             ``(figure, axes)``, or None if shown.
@@ -84,11 +85,12 @@ class DrawnResult(LLMAttributionResult):
             self.output_attr,
             **self._labels(named=True),
             cmap=cmap,
+            is_unsigned=self.is_unsigned,
             **self._canvas(ax, show),
         )
 
     def plot_seq_attr(
-        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str = "RdBu"
+        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
     ) -> "Drawing":
         """A bar per prompt feature: its attribution for the whole target, with its error if known.
 
@@ -96,7 +98,8 @@ class DrawnResult(LLMAttributionResult):
             show: Show it, and return None.
             ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
                 ``layout="constrained"`` leaves labels their room.
-            cmap: A diverging colour map: bars have the colours of its ends.
+            cmap: A colour map, by default ``"RdBu"``, or ``"Purples"`` of sizes without a sign:
+                bars have the colours of its ends.
 
         Returns:
             ``(figure, axes)``, or None if shown.
@@ -113,6 +116,7 @@ class DrawnResult(LLMAttributionResult):
             labels=self.input_tokens,
             errors=errors,
             cmap=cmap,
+            is_unsigned=self.is_unsigned,
             **self._canvas(ax, show),
         )
 
@@ -122,7 +126,7 @@ class DrawnResult(LLMAttributionResult):
         show: bool = False,
         *,
         ax: "Axes | None" = None,
-        cmap: str = "RdBu",
+        cmap: str | None = None,
     ) -> "Drawing":
         """Prompt and answer as they read, shaded by what made the model write a token.
 
@@ -131,7 +135,8 @@ class DrawnResult(LLMAttributionResult):
                 `output_tokens`. None: all of them, summed.
             show: Show it, and return None.
             ax: Axes to draw in; by default a new figure as high as the text needs.
-            cmap: A diverging colour map, centred at zero.
+            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``. Of sizes
+                without a sign a sequential one, ``"Purples"``.
 
         Returns:
             ``(figure, axes)``, or None if shown.
@@ -153,6 +158,7 @@ class DrawnResult(LLMAttributionResult):
             explained=() if token is None else (first + token,),
             later=() if token is None else range(first + token + 1, first + len(output)),
             cmap=cmap,
+            is_unsigned=self.is_unsigned,
             **self._canvas(ax, show, token),
         )
 
@@ -192,6 +198,7 @@ class DrawnResult(LLMAttributionResult):
             output_errors=self.output_attr_se,
             towards=towards,
             least=least,
+            is_unsigned=self.is_unsigned,
             **self._canvas(ax, show, towards),
         )
 
@@ -280,6 +287,11 @@ class DrawnResult(LLMAttributionResult):
         named = None if token is None else self._named(token)
         is_told = named is not None and named != self.output_tokens[token or 0]
         return "\n".join(filter(None, [named if is_told else None, self._doubt])) or None
+
+    @property
+    def is_unsigned(self) -> bool:
+        """Whether attributions are sizes, which neither raise nor lower."""
+        return bool(self.provenance.get("unsigned"))
 
     @property
     def _doubt(self) -> str | None:

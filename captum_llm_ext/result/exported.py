@@ -47,6 +47,8 @@ class ExportedResult(DrawnResult):
         @property
         def errors_unknown(self) -> Tensor: ...  # noqa: D102
         @property
+        def fixed_share(self) -> Tensor | None: ...  # noqa: D102
+        @property
         def _column_names(self) -> list[str]: ...
 
     def to_html(
@@ -125,6 +127,8 @@ class ExportedResult(DrawnResult):
             "estimate": bool(self.provenance.get("estimate", False)),
             "errors_unknown": int(self.errors_unknown.sum()),
             "foils": self.foil_tokens,
+            "is_unsigned": self.is_unsigned,
+            "fixed_share": None if self.fixed_share is None else lists(self.fixed_share),
             "provenance": self.provenance,
         }
 

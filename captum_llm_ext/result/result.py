@@ -55,7 +55,8 @@ class GenerationAttributionResult(ExportedResult):
         full_values, empty_values: ``(T,)``, the value with everything present, and with every
             prompt feature and all earlier output absent (averaged over the baseline's draws).
         efficiency_gap: ``(T,)``, full minus empty minus the sum of the attributions: 0 for
-            Shapley-type methods, what is left unexplained for others.
+            Shapley-type methods, what is left unexplained for others, NaN for those that sum to
+            nothing (`LayerSaliency`).
         n_evaluations: Distinct rows that the model was run on.
         masks: Bool ``(C, P' + G)``: coalitions, True = present; ``P'`` prompt features (a group of
             columns counts once).
@@ -148,6 +149,27 @@ class GenerationAttributionResult(ExportedResult):
         return se if self.output_attr_se is None else torch.cat([se, self.output_attr_se], dim=1)
 
     @property
+    def fixed_attr(self) -> Tensor | None:
+        """What fixed text, such as BOS and a chat template, adds to each value, shape ``(T,)``.
+
+        In the unit of the attributions, for methods that give every token a share: part of
+        `empty_values`. None for others.
+        """
+        return self._per_token("fixed_attr")
+
+    @property
+    def fixed_share(self) -> Tensor | None:
+        """The part of fixed text in what all tokens add, by absolute value, shape ``(T,)``."""
+        return self._per_token("fixed_share")
+
+    def _per_token(self, name: str) -> Tensor | None:
+        """Numbers of provenance, one per target token."""
+        known = self.provenance.get(name)
+        if known is None:
+            return None
+        return torch.tensor(known, dtype=torch.float64, device="cpu").to(self.full_values)
+
+    @property
     def converged(self) -> bool | None:
         """Whether `tol` was met; None if none was given."""
         return self.provenance.get("converged")
@@ -160,12 +182,7 @@ class GenerationAttributionResult(ExportedResult):
         precision, quantised ones, and others whose values depend on the batch. None where float32
         rounds no more than it should, which is far below any attribution.
         """
-        floor = self.provenance.get("noise_floor")
-        return (
-            None
-            if floor is None
-            else torch.tensor(floor, dtype=torch.float64, device="cpu").to(self.full_values)
-        )
+        return self._per_token("noise_floor")
 
     @property
     def below_noise(self) -> Tensor:
@@ -462,7 +479,8 @@ class GenerationAttributionResult(ExportedResult):
     def _causes(self, attributions: Tensor, errors: Tensor, k: int) -> list[Cause]:
         features = None if self.design is None else self._features
         n_prompt = len(self.input_tokens)
-        return strongest(self._column_names, attributions, errors, n_prompt, k, features)
+        found = strongest(self._column_names, attributions, errors, n_prompt, k, features)
+        return [cause._replace(is_unsigned=self.is_unsigned) for cause in found]
 
     def at_level(self, name: str) -> tuple[list[str], Tensor]:
         """Prompt attributions summed over the parts of a coarser level.

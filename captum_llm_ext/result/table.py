@@ -66,6 +66,7 @@ def _told(causes: Sequence[Cause], room: int | None, show: "Paint") -> str:
             text = text if columns(text) <= most else _fitting(cause, most)
             room -= columns(text)
         kind = "raises" if cause.attribution > 0 else "lowers"
+        kind = "size" if cause.is_unsigned else kind
         parts.append(show(text, "nothing" if math.isnan(cause.standard_error) else kind))
     return ", ".join(parts)
 
@@ -126,6 +127,11 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
         remarks.append(
             "A contrast: log-probabilities less those of all foils of the token together "
             '(`foil_tokens`); `refit(attr_target="log_prob")` tells the former alone.'
+        )
+    if result.fixed_share is not None:
+        remarks.append(
+            f"Fixed text (BOS, a template) has {float(result.fixed_share.mean()):.0%} of what all "
+            "tokens give, in the mean: see `fixed_share`."
         )
     hidden = result.below_noise & (result.full_attr != 0)
     floor = 0.0 if result.noise_floor is None else float(result.noise_floor.max())

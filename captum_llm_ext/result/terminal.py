@@ -6,7 +6,7 @@ import sys
 import unicodedata
 
 # Bright blue raises and bright red lowers, as in the pictures; the signs are there as well.
-_COLOURS = {"token": "1", "raises": "94", "lowers": "91", "nothing": "2"}
+_COLOURS = {"token": "1", "raises": "94", "lowers": "91", "size": "95", "nothing": "2"}
 _JOINERS = "\u200c\u200d"  # parts of how words and emoji are written, not tricks of layout
 
 
@@ -30,7 +30,7 @@ def paint(text: str, kind: str) -> str:
 
     Args:
         text: What is shown.
-        kind: ``"token"``, ``"raises"``, ``"lowers"`` or ``"nothing"``.
+        kind: ``"token"``, ``"raises"``, ``"lowers"``, ``"size"`` (without a sign) or ``"nothing"``.
     """
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if plain or not is_terminal() else f"\x1b[{_COLOURS[kind]}m{text}\x1b[0m"

@@ -1,0 +1,230 @@
+"""What places attend to: against weights that transformers gives out, and parts made by hand."""
+
+import architectures
+import pytest
+import tiny
+import torch
+from captum.attr import ShapleyValueSampling
+
+from captum_llm_ext import (
+    AttentionRollout,
+    AttentionWeights,
+    ChatInput,
+    GenerationAttentionAttribution,
+    GenerationAttributionResult,
+    TextSegmentInput,
+    attribute_dataset,
+)
+from captum_llm_ext.attention.maps import each_map
+
+PROMPT = "Dave lives in Palm."
+TARGET = " golf and"
+READ = ["gpt2", "llama", "mistral, sliding window", "gemma 2, sliding window", "gpt-neox"]
+READ += ["gemma 3, sliding window", "qwen 3", "mixtral", "opt", "phi 3", "cohere 2, sliding window"]
+READ += ["deepseek v3, latent attention", "llama 4, chunked attention"]
+REFUSED = {
+    "gpt-oss": "self_attn do not sum to 1",
+    "bloom": "layers 0, 1 of BloomForCausalLM",
+    "mamba 2": "layers 0, 1 of Mamba2ForCausalLM",
+    "qwen 3 next, linear attention": "layers 0 of Qwen3NextForCausalLM|no projection of its own",
+    "jamba, recurrent hybrid": "layers 0 of JambaForCausalLM",
+    "falcon-h1, recurrent hybrid": r"model\.layers\.0 does not add its attention",
+    "lfm 2, convolution hybrid": "layers 0 of Lfm2ForCausalLM",
+}
+
+
+def ids_of(tokenizer):
+    return torch.tensor([tokenizer.encode(PROMPT + TARGET)])
+
+
+def weights_of(name, dtype, ids):
+    """Of every layer ``(heads, length, length)``, as transformers gives them out."""
+    model = architectures.build(name, dtype=dtype)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        given = model(ids, output_attentions=True, use_cache=False).attentions
+    return [layer[0].double() for layer in given]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_weights_and_rollout_are_those_of_the_weights_given_out(name, tokenizer):
+    ids = ids_of(tokenizer)
+    model = architectures.build(name, dtype=torch.float64)
+    layers = weights_of(name, torch.float64, ids)
+    expected = torch.eye(ids.shape[1]).double()
+    for layer in layers:
+        expected = (layer.mean(0) + torch.eye(ids.shape[1])) / 2 @ expected
+    found = AttentionRollout(model).attribute(ids)[0]
+    assert (found - expected).abs().max() < 1e-6
+    assert (found.sum(-1) - 1).abs().max() < 1e-6
+    assert (found.triu(1) == 0).all()
+    mean = torch.stack(layers).mean((0, 1))
+    assert (AttentionWeights(model).attribute(ids)[0] - mean).abs().max() < 1e-6
+    one = AttentionWeights(model, layers=[-1], heads=2).map(ids[0])
+    assert (one - layers[-1][2]).abs().max() < 1e-6
+    most = layers[0].amax(0)
+    most = most / most.sum(-1, keepdim=True)
+    assert (AttentionWeights(model, layers=[0], heads="max").map(ids[0]) - most).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", READ)
+def test_parts_are_made_wherever_attention_is_read(name, tokenizer):
+    """That they sum to what the layer adds is checked on every call."""
+    model = architectures.build(name)
+    for kind in ("values", "alti"):
+        rows = AttentionRollout(model, kind).map(ids_of(tokenizer)[0])
+        assert (rows.sum(-1) - 1).abs().max() < 1e-5
+        assert rows.min() >= 0
+        assert (rows.triu(1) == 0).all()
+
+
+def test_parts_are_those_made_by_hand(tokenizer):
+    """Grouped heads, value by value, through the projection; a plain loop."""
+    model = tiny.llama(len(tokenizer)).double()
+    ids = ids_of(tokenizer)
+    length = ids.shape[1]
+    given, values = {}, {}
+    hooks = []
+    for number, layer in enumerate(model.model.layers):
+
+        def before(_, args, number=number):
+            given[number] = args[0][0].detach()
+
+        def value(_, args, output, number=number):
+            values[number] = output[0].detach()
+
+        hooks.append(layer.register_forward_pre_hook(before))
+        hooks.append(layer.self_attn.v_proj.register_forward_hook(value))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(ids, output_attentions=True).attentions
+    for hook in hooks:
+        hook.remove()
+    product = {"values": torch.eye(length).double(), "alti": torch.eye(length).double()}
+    for number, layer in enumerate(model.model.layers):
+        weight = layer.self_attn.o_proj.weight.detach()
+        norms, alti = (torch.zeros(length, length).double() for _ in range(2))
+        for i in range(length):
+            parts = torch.zeros(length, 32).double()
+            for j in range(i + 1):
+                for head in range(4):
+                    own = values[number][j, (head // 2) * 8 : (head // 2 + 1) * 8]
+                    share = weight[:, head * 8 : (head + 1) * 8] @ own
+                    parts[j] += attentions[number][0, head, i, j].detach() * share
+            norms[i] = parts.norm(dim=-1)
+            parts[i] += given[number][i]
+            whole = parts.sum(0)
+            for j in range(i + 1):
+                alti[i, j] = max(0.0, float(whole.abs().sum() - (whole - parts[j]).abs().sum()))
+        norms /= norms.sum(-1, keepdim=True)
+        product["values"] = (norms + torch.eye(length)) / 2 @ product["values"]
+        product["alti"] = alti / alti.sum(-1, keepdim=True) @ product["alti"]
+    other = tiny.llama(len(tokenizer)).double()
+    for kind, expected in product.items():
+        found = AttentionRollout(other, kind).map(ids[0])
+        assert (found - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_attend_is_refused(name, tokenizer):
+    model = architectures.build(name)
+    for method in (AttentionWeights(model), AttentionRollout(model, "alti")):
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            method.map(ids_of(tokenizer)[0])
+
+
+@pytest.mark.parametrize("unit", ["token", "word"])
+def test_a_token_has_the_row_of_the_place_before_it(unit, tokenizer):
+    model = tiny.llama(len(tokenizer))
+    inp = TextSegmentInput(PROMPT, tokenizer, unit)
+    method = AttentionRollout(model, "alti")
+    found = GenerationAttentionAttribution(method, tokenizer).attribute(inp, TARGET)
+    ids = torch.tensor([*inp.ids, *found.target.tolist()])
+    rows = method.map(ids)
+    for t in range(len(found.target)):
+        row = rows[len(inp.ids) + t - 1]
+        for place in inp.places():
+            expected = float(row[list(place.positions)].sum())
+            assert float(found.token_attr[t, place.feature]) == pytest.approx(expected, abs=1e-6)
+        assert float(found.fixed_attr[t]) == pytest.approx(float(row[0]), abs=1e-6)  # BOS
+        for s in range(len(found.target)):
+            expected = float(row[len(inp.ids) + s])
+            assert float(found.output_attr[t, s]) == pytest.approx(expected, abs=1e-6)
+        assert (found.output_attr[t, t:] == 0).all()
+    whole = found.full_attr.sum(1) + found.fixed_attr
+    assert torch.allclose(whole, torch.ones(len(whole)))
+    assert found.efficiency_gap.abs().max() < 1e-6
+    assert found.is_unsigned
+
+
+def test_results_are_saved_and_shown_and_texts_generated(tokenizer, tmp_path):
+    model = tiny.llama(len(tokenizer))
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    inp = ChatInput([{"role": "user", "content": "Dave plays golf. Why?"}], tokenizer, unit="word")
+    attribution = GenerationAttentionAttribution(AttentionWeights(model, heads="max"), tokenizer)
+    found = attribution.attribute(inp, gen_args={"max_new_tokens": 3}, output_unit="word")
+    assert len(found.target) == 3
+    found.save(tmp_path / "found.safetensors")
+    again = GenerationAttributionResult.load(tmp_path / "found.safetensors")
+    assert torch.equal(again.full_attr, found.full_attr)
+    assert torch.equal(again.fixed_attr, found.fixed_attr)
+    assert "golf" in found.to_html()
+    held = attribution.attribute(inp, found.target, output_unit=None)
+    assert held.output_attr is None
+    assert torch.allclose(held.token_attr, found.token_attr)
+    assert (held.fixed_attr >= found.fixed_attr - 1e-6).all()
+
+
+def test_wrong_arguments_say_what_to_give(tokenizer):
+    model = tiny.llama(len(tokenizer))
+    inp = TextSegmentInput(PROMPT, tokenizer)
+    with pytest.raises(TypeError, match=r"give `AttentionWeights\(model\)`"):
+        GenerationAttentionAttribution(ShapleyValueSampling(model), tokenizer)
+    with pytest.raises(ValueError, match="'weights', 'values', 'alti'"):
+        AttentionRollout(model, "flow")
+    with pytest.raises(ValueError, match="'mean', 'max' or the number"):
+        AttentionWeights(model, heads="sum")
+    with pytest.raises(ValueError, match="`layers` holds 2: the model has 2 layers"):
+        AttentionWeights(model, layers=[0, 2]).map(torch.tensor(inp.ids))
+    with pytest.raises(ValueError, match="has 4 heads"):
+        AttentionWeights(model, heads=4).map(torch.tensor(inp.ids))
+
+
+def test_the_model_is_left_as_it_was_found(tokenizer):
+    model = tiny.llama(len(tokenizer)).train()
+    ids = torch.tensor([tokenizer.encode(PROMPT)])
+
+    def stop(number, found):
+        raise KeyboardInterrupt
+
+    for take in (lambda number, found: None, stop):
+        try:
+            each_map(model, ids, "alti", "mean", take)
+        except KeyboardInterrupt:
+            assert take is stop
+        assert all(module.training for module in model.modules())
+        hooks = [m._forward_hooks or m._forward_pre_hooks for m in model.modules()]
+        assert not any(hooks)
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_offloaded_models_are_read_and_compiled_ones_refused(tokenizer):
+    from accelerate import cpu_offload
+
+    ids = ids_of(tokenizer)[0]
+    method = AttentionRollout(tiny.llama(len(tokenizer)), "alti")
+    model = cpu_offload(tiny.llama(len(tokenizer)), execution_device="cpu")
+    assert torch.allclose(AttentionRollout(model, "alti").map(ids), method.map(ids), atol=1e-6)
+    compiled = torch.compile(tiny.llama(len(tokenizer)), backend="eager")
+    with pytest.raises(ValueError, match="or is compiled"):
+        AttentionRollout(compiled).map(ids)
+
+
+def test_many_prompts_are_attributed(tokenizer, tmp_path):
+    attribution = GenerationAttentionAttribution(
+        AttentionRollout(tiny.llama(len(tokenizer)), "alti"), tokenizer
+    )
+    records = [{"prompt": PROMPT, "target": TARGET}, {"prompt": "golf is", "target": TARGET}]
+    report = attribute_dataset(records, attribution, tmp_path)
+    assert report.n_written == 2
+    assert attribute_dataset(records, attribution, tmp_path).n_skipped == 2

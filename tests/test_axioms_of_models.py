@@ -1,0 +1,225 @@
+"""The axioms through a model, for every method: which of them hold, and which do not."""
+
+import warnings
+
+import pytest
+import tiny
+import torch
+from axioms import HOLDS
+from captum.attr import (
+    FeatureAblation,
+    KernelShap,
+    LayerGradientShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    Lime,
+    ShapleyValues,
+    ShapleyValueSampling,
+)
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+from captum_llm_ext import (
+    AttentionRollout,
+    AttentionWeights,
+    EquivalentLinearSystem,
+    FeatureInclusion,
+    GenerationAttentionAttribution,
+    GenerationAttribution,
+    GenerationGradientAttribution,
+    HierarchicalAblation,
+    LayerSaliency,
+    PartitionShap,
+    TextSegmentInput,
+)
+
+GRADIENTS = {
+    "LayerIntegratedGradients": (LayerIntegratedGradients, {"n_steps": 40}),
+    "LayerGradientXActivation": (LayerGradientXActivation, {}),
+    "LayerGradientShap": (LayerGradientShap, {}),
+    "LayerSaliency": (lambda model, _: LayerSaliency(model), {}),
+    "EquivalentLinearSystem": (lambda model, _: EquivalentLinearSystem(model), {}),
+}
+PERTURBATIONS = {
+    "FeatureAblation": (FeatureAblation, {}),
+    "FeatureInclusion": (FeatureInclusion, {}),
+    "ShapleyValues": (ShapleyValues, {}),
+    "ShapleyValueSampling": (ShapleyValueSampling, {"n_samples": 4}),
+    "KernelShap": (KernelShap, {"n_samples": 128}),
+    "Lime": (Lime, {"n_samples": 128}),
+    "PartitionShap": (PartitionShap, {"n_samples": 500}),
+    "HierarchicalAblation": (lambda model: HierarchicalAblation(model, share=0.9), {}),
+}
+ATTENTION = {
+    "AttentionWeights": AttentionWeights,
+    "AttentionRollout": AttentionRollout,
+    "AttentionRollout, ALTI": lambda model: AttentionRollout(model, "alti"),
+}
+# Of values of about 1: what is exact is so to float32, a quadrature is not.
+EXACT, NEARLY = 5e-6, 2e-3
+# Two logits that other sentences matter to.
+PAIR = (44, 103)
+PROMPT = "Is in. Golf golf golf is"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.parametrize("name", HOLDS),
+]
+
+
+def attributed(name, model, tokenizer, value=None, prompt=PROMPT, **given):
+    """One token's attributions to the words of a prompt; the end of the text stands for absent."""
+    unit = ("sentence", "word") if name in ("PartitionShap", "HierarchicalAblation") else "word"
+    inp = TextSegmentInput(prompt, tokenizer, unit, baselines="<unk>")
+    target = torch.tensor([44])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name in ATTENTION:
+            attribution = GenerationAttentionAttribution(ATTENTION[name](model), tokenizer)
+            return attribution.attribute(inp, target, output_unit=None)
+        if name in GRADIENTS:
+            kind, settings = GRADIENTS[name]
+            attribution = GenerationGradientAttribution(
+                kind(model, None), tokenizer, attr_target=value or "logit"
+            )
+        else:
+            kind, settings = PERTURBATIONS[name]
+            attribution = GenerationAttribution(kind(model), tokenizer, value or "logit")
+        return attribution.attribute(inp, target, output_unit=None, **settings, **given)
+
+
+def holds(name, axiom, is_so):
+    assert bool(is_so) == (axiom in HOLDS[name])
+
+
+def logit(token):
+    return lambda logits, target: logits[:, :1, token].expand(-1, len(target))
+
+
+def test_completeness(name, tokenizer):
+    found = attributed(name, tiny.llama(len(tokenizer), initializer_range=0.15), tokenizer)
+    if name in ATTENTION:  # shares sum to 1, which is no value of the model
+        return
+    gap = found.full_values - found.empty_values - found.token_attr.sum(1)
+    holds(name, "completeness", (gap.abs() < NEARLY).all())
+
+
+def test_sensitivity(name, tokenizer):
+    """A value that is at its bound at the text, and below where a word is absent."""
+    model = tiny.llama(len(tokenizer), initializer_range=0.15)
+    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    plain = attributed("FeatureAblation", model, tokenizer)
+    word = int(plain.token_attr[0].argmax())
+    bound = float(plain.full_values[0] - plain.token_attr[0, word] / 2)
+    assert plain.token_attr[0, word] > 0.01
+    assert len(inp.names) == 6
+
+    def bounded(logits, target):
+        return logits[:, :1, 44].clamp(max=bound)
+
+    if name in ATTENTION:  # which know of no value at all
+        return
+    found = attributed(name, model, tokenizer, bounded)
+    holds(name, "sensitivity", found.token_attr[0, word].abs() > 1e-6)
+
+
+def test_dummy(name, tokenizer):
+    """One layer that sees three tokens sees nothing of the first words."""
+    torch.manual_seed(0)
+    config = tiny.llama(len(tokenizer)).config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    settings = {n: config[n] for n in (*names, "num_key_value_heads", "initializer_range")}
+    model = MistralForCausalLM(MistralConfig(**settings, num_hidden_layers=1, sliding_window=3))
+    found = attributed(name, model.eval(), tokenizer).token_attr[0]
+    assert found[-1].abs() > 1e-3
+    holds(name, "dummy", (found[:2].abs() < 1e-6).all())
+
+
+def test_symmetry(name, tokenizer):
+    """Without positions, one layer has the same use for the same word in two places."""
+    torch.manual_seed(2)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=4, initializer_range=0.3
+    )
+    model = GPT2LMHeadModel(config).eval()
+    torch.nn.init.zeros_(model.transformer.wpe.weight)
+    found = attributed(name, model, tokenizer).token_attr[0]
+    assert found[3].abs() > 10 * EXACT or name == "Lime"
+    holds(name, "symmetry", abs(float(found[3] - found[4])) < EXACT)
+
+
+def test_linearity(name, tokenizer):
+    if name in ATTENTION:
+        return
+    model = tiny.llama(len(tokenizer), initializer_range=0.15)
+    one, other = (attributed(name, model, tokenizer, logit(token)) for token in PAIR)
+
+    def both(logits, target):
+        return 2 * logit(PAIR[0])(logits, target) - 3 * logit(PAIR[1])(logits, target)
+
+    found = attributed(name, model, tokenizer, both)
+    expected = 2 * one.token_attr - 3 * other.token_attr
+    holds(name, "linearity", (found.token_attr - expected).abs().max() < NEARLY)
+
+
+def variants(tokenizer):
+    """Models that are the same function of their input."""
+    yield tiny.llama(len(tokenizer), attn_implementation="eager")
+    scaled = tiny.llama(len(tokenizer))
+    with torch.no_grad():
+        for layer in scaled.model.layers:
+            layer.self_attn.q_proj.weight *= 3
+            layer.self_attn.k_proj.weight /= 3
+    yield scaled
+    plain = tiny.llama(len(tokenizer))
+    config = plain.config
+    fused = Phi3ForCausalLM(
+        Phi3Config(
+            **{
+                n: getattr(config, n)
+                for n in (
+                    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+                    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+                    *("pad_token_id", "bos_token_id", "eos_token_id", "rms_norm_eps"),
+                )
+            }
+        )
+    ).eval()
+    weights = dict(plain.state_dict())
+    for i in range(config.num_hidden_layers):
+        for new, old in (
+            ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            parts = [weights.pop(f"model.layers.{i}.{name}.weight") for name in old]
+            weights[f"model.layers.{i}.{new}.weight"] = torch.cat(parts)
+    fused.load_state_dict(weights)
+    yield fused
+    deeper = LlamaForCausalLM(type(config)(**{**config.to_dict(), "num_hidden_layers": 3})).eval()
+    deeper.load_state_dict(plain.state_dict(), strict=False)
+    for part in (deeper.model.layers[2].self_attn.o_proj, deeper.model.layers[2].mlp.down_proj):
+        torch.nn.init.zeros_(part.weight)
+    yield deeper  # by a layer that adds nothing
+    turned = tiny.llama(len(tokenizer))  # the same in other coordinates, for norms have no weights
+    drawn = torch.randn(32, 32, generator=torch.Generator().manual_seed(1)).double()
+    turn = torch.linalg.qr(drawn)[0].float()
+    with torch.no_grad():
+        for name, weight in turned.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.copy_(turn.T @ weight)
+            elif weight.dim() == 2:
+                weight.copy_(weight @ turn)
+    yield turned
+
+
+def test_implementation_invariance(name, tokenizer):
+    plain = attributed(name, tiny.llama(len(tokenizer)), tokenizer).token_attr
+    found = [attributed(name, other, tokenizer).token_attr for other in variants(tokenizer)]
+    apart = [float((one - plain).abs().max()) for one in found]
+    holds(name, "implementation", max(apart) < NEARLY * max(1.0, float(plain.abs().max())))
