@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from captum.attr import FeatureAblation, KernelShap, RemoteLLMAttribution
-from remote_server import Server, changed, reset, silent, status
+from remote_server import Server, changed, met, reset, silent, status
 
 from captum_llm_ext import (
     ApiError,
@@ -52,7 +52,9 @@ def quick(monkeypatch):
 
 def provider_of(server, **arguments):
     settings = {"model_name": "tiny", "prompts_per_request": 1, "timeout": 20.0}
-    return CompletionsProvider(server.url, **settings | arguments)
+    is_new = arguments.pop("is_new", False)
+    provider = CompletionsProvider(server.url, **settings | arguments)
+    return provider if is_new else met(provider, server)
 
 
 def remote(provider, tokenizer, method=FeatureAblation, **arguments):
@@ -331,7 +333,9 @@ WRONG = {
 def test_wrong_answers_are_told(tokenizer, server, kind):
     function, error, message = WRONG[kind]
     server.always = changed(function)
-    provider = provider_of(server, prompts_per_request=2, max_concurrency=2)
+    provider = provider_of(
+        server, prompts_per_request=2, max_concurrency=2, is_new=kind == "neither way"
+    )
     with pytest.raises(error, match=message):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
     assert no_threads_left()

@@ -2,8 +2,8 @@
 
 `RemoteGenerationAttribution` is captum's `RemoteLLMAttribution` with all of this package's
 estimators; `CompletionsProvider` asks servers with OpenAI's completions endpoint by token ids.
-`providers` knows what can be asked of whom, `scorer` what has to be asked, `workers` and
-`transport` how it is done.
+`providers` knows what can be asked of whom, `handshake` whether it can be believed, `scorer` what
+has to be asked, `workers` and `transport` how it is done.
 """
 
 from captum_llm_ext.remote.attribution import RemoteGenerationAttribution

@@ -8,9 +8,11 @@ from captum.attr import InterpretableInput, RemoteLLMAttribution, RemoteLLMProvi
 from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
+from captum_llm_ext import tokens
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines import LanguageModel
 from captum_llm_ext.game import Game, Inspect, Run
+from captum_llm_ext.remote.handshake import handshake
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.remote.providers import (
     OnMismatch,
@@ -24,6 +26,7 @@ from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.scoring import Generation, Processes, TokenRow, Values
 from captum_llm_ext.segment import Unit
 
+_PROMPT, _TARGET = "One, two, three, four, five, six,", " seven, eight"
 _SEVERAL = ("n", "num_return_sequences")
 _LENGTHS = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
 
@@ -45,6 +48,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     which the target's text is not the target's tokens is an error; a prompt that is read as other
     tokens than it was rendered to is sent, with a warning, and counted in ``provenance``.
 
+    *What is believed.* Before the first number is used, a few short prompts find out whether they
+    are what they should be (`handshake`): no log-probabilities that are shifted by one, of base 10,
+    of another temperature or of other prompts. What was found is in ``provenance["handshake"]``.
+
     *What it costs.* With the generated text held fixed, which is the default here, a coalition
     takes one request. With generated text among the causes (`output_unit`) the target token at a
     place where generated text is absent is asked for by itself, for it is not what is read there:
@@ -65,7 +72,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         max_concurrency: In how many threads the provider is asked. By default what it says itself,
             and one where it says nothing, as captum's do.
         missing: What a log-probability is taken for that the provider does not tell, in nats, such
-            as -20.0. None: an error. ``provenance["n_missing"]`` counts them.
+            as -20.0. None: an error. ``provenance["n_missing"]`` counts them; where more than a
+            fifth is missing, the result is refused.
         on_mismatch: With texts, where the target's text is not read as the target's tokens:
             ``"error"``, or ``"warn"`` for providers that join tokens, not texts.
         most_requests: A warning tells beforehand if more are to be sent at a time than this, and
@@ -192,6 +200,28 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             output_unit=output_unit,
             **arguments,
         )
+
+    def handshake(self, prompt: str = _PROMPT, target: str = _TARGET) -> dict[str, Any]:
+        """Finds out whether the provider's log-probabilities can be believed.
+
+        It is done by itself before the first is used, once per provider, with the prompt that is
+        explained.
+
+        Args:
+            prompt, target: Texts that the provider is asked about.
+
+        Returns:
+            What was looked at and how it came out, as in ``provenance["handshake"]``.
+
+        Raises:
+            ValueError: If they cannot be believed; it names what is wrong. (`HandshakeError`, an
+                `ApiError` as well.)
+            ConnectionError, RuntimeError: If the provider gives up.
+        """
+        ids = tokens.encode(self.tokenizer, prompt).ids
+        after = tokens.encode_in_place(self.tokenizer, target, prompt[-tokens.CONTEXT :])
+        found = handshake(self._source(), ids, after)
+        return {} if found is None else found.to_dict()
 
     def _source(self) -> Source:
         return source(self.provider, self.tokenizer, self._max_concurrency, self._on_mismatch)
