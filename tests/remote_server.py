@@ -293,7 +293,8 @@ def _but_first(change):
 def _mixed(answer):
     """Answers of a batch, each given to the prompt after it."""
     choices = answer["choices"]
-    moved = [c | {"index": n["index"]} for c, n in zip(choices, choices[1:] + choices[:1], strict=True)]
+    pairs = zip(choices, choices[1:] + choices[:1], strict=True)
+    moved = [own | {"index": other["index"]} for own, other in pairs]
     return answer | {"choices": moved}
 
 

@@ -108,6 +108,71 @@ def test_what_failed_is_asked_for_again(model, tokenizer, server, quick, kind, n
     assert len(server.prompts) == found.n_evaluations == found.provenance["n_requests"]
 
 
+def answers_with(content, **headers):
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda handler, body: handler.reply(200, content, names)
+
+
+GARBAGE = {
+    "cut": b'{"choices": [{"index": 0, "text": "a',
+    "gateway": b"<html>Bad gateway</html>",
+    "null": {"choices": None},
+    "error": {"error": {"message": "upstream timed out", "code": 504}},
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_garbage_is_asked_for_again_but_not_for_ever(model, tokenizer, server, quick, kind):
+    provider = provider_of(server, max_concurrency=1)
+    server.failures.append(answers_with(GARBAGE[kind]))
+    assert_true(remote(provider, tokenizer).attribute(words(tokenizer), TARGET), model, tokenizer)
+    server.always, n_before = answers_with(GARBAGE[kind]), len(server.bodies)
+    with pytest.raises(ApiError, match=r"no JSON|without `choices`|upstream timed out"):
+        remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+    assert len(server.bodies) == n_before + 3
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (429, "You exceeded your current quota, please check your plan"),
+        (500, "1 validation error for Request: prompt must be a string"),
+    ],
+)
+def test_what_no_other_try_mends_is_told_at_once(tokenizer, server, code, message):
+    provider = provider_of(server, max_concurrency=1)
+    server.always = status(code, message)
+    with pytest.raises(ApiError, match=f"{code}: {message[:20]}"):
+        remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+    assert len(server.bodies) == 1
+
+
+def test_limits_that_a_server_tells_are_kept(tokenizer, server):
+    def limited(handler, body):
+        content = handler.owner.answer(body)
+        handler.reply(
+            200,
+            content,
+            {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "300ms"},
+        )
+
+    provider = provider_of(server, max_concurrency=1)
+    server.failures.append(limited)
+    remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+    assert server.times[1] - server.times[0] >= 0.3
+
+
+def test_a_key_of_the_environment_goes_to_its_own_host_alone(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert transport.api_key(None, "https://api.openai.com/v1") == KEY
+    assert transport.api_key(None, "http://localhost:8000/v1") == KEY
+    for other in ("https://evil.example/v1", "https://api.openai.com.evil.example/v1"):
+        assert transport.api_key(None, other) is None
+        assert transport.api_key("given", other) == "given"
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://gateway.example/v1")
+    assert transport.api_key(None, "https://gateway.example/v1") == KEY
+
+
 def test_a_silent_server_is_asked_again(model, tokenizer, server, quick):
     server.failures.append(silent(4))
     provider = provider_of(server, timeout=0.3, max_concurrency=1)

@@ -33,8 +33,8 @@ class CompletionsProvider(RemoteLLMProvider):
     Args:
         api_url: Up to ``/v1``: ``"http://localhost:8000/v1"``.
         model_name: As the server calls it. None: the first that the server has.
-        api_key: By default the environment variable OPENAI_API_KEY. It is sent to the server and
-            shown nowhere.
+        api_key: Sent to the server and shown nowhere. By default the environment variable
+            OPENAI_API_KEY, for api.openai.com, the host of OPENAI_BASE_URL and this machine alone.
         prompts: ``"ids"``; or ``"text"`` for servers that take nothing else, with the loss that
             comes of it: see `RemoteGenerationAttribution`.
         logprobs: How the server is asked for log-probabilities of the prompt:
@@ -89,7 +89,7 @@ class CompletionsProvider(RemoteLLMProvider):
                 "echoed ones have no token ids."
             )
         self._http = Http(
-            api_url, _secrets(api_key, headers), timeout=timeout, max_retries=max_retries
+            api_url, _secrets(api_key, api_url, headers), timeout=timeout, max_retries=max_retries
         )
         self.api_url = self._http.url
         self.takes_ids = prompts == "ids"
@@ -336,8 +336,8 @@ def _ids(encoded: Any) -> list[int]:
     return [int(token) for token in encoded]
 
 
-def _secrets(key: str | None, headers: Mapping[str, str] | None) -> Secrets:
-    found = api_key(key)
+def _secrets(key: str | None, url: str, headers: Mapping[str, str] | None) -> Secrets:
+    found = api_key(key, url)
     own = {} if found is None else {"Authorization": f"Bearer {found}"}
     return Secrets(own | dict(headers or {}))
 

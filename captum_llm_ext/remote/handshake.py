@@ -382,7 +382,8 @@ class _Exam:
     def _drawn(self, names: Sequence[str], top: Mapping[str, float]) -> None:
         """Whether tokens drawn at temperature 1 are as improbable as they should be."""
         if len(names) < _N_DRAWN or len(set(names)) == 1:
-            return self._note("drawn tokens", "the provider draws no several of them")
+            self._note("drawn tokens", "the provider draws no several of them")
+            return
         rest = max(1 - sum(map(math.exp, top.values())), 1e-9)
         surprises = {name: -max(value, -30.0) for name, value in top.items()}
         mean = sum(math.exp(-s) * s for s in surprises.values()) - rest * math.log(rest)

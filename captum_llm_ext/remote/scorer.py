@@ -156,8 +156,8 @@ class RemoteScorer:
         if self.n_missing > _MOST_MISSING * self._n_values:
             raise UnusableAnswerError(
                 f"{self.n_missing} of {self._n_values} log-probabilities are missing, and "
-                f"`missing={self._missing}` would be most of what is explained: such a server tells "
-                "the likeliest tokens only. Have it tell those of all prompt tokens (vLLM: "
+                f"`missing={self._missing}` would be most of what is explained: such a server "
+                "tells the likeliest tokens only. Have it tell those of all prompt tokens (vLLM: "
                 "`prompt_logprobs`)."
             )
         found = torch.stack([self._rows[d] for d in digests])
