@@ -34,8 +34,12 @@ if TYPE_CHECKING:
     from captum_llm_ext.methods import FeatureInclusion, HierarchicalAblation, PartitionShap
     from captum_llm_ext.metrics import FaithfulnessReport, measure_faithfulness
     from captum_llm_ext.remote import (
+        AnthropicProvider,
         ApiError,
+        CallableProvider,
+        ChatProvider,
         CompletionsProvider,
+        Estimate,
         RemoteGenerationAttribution,
         TokenProvider,
     )
@@ -51,16 +55,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnthropicProvider",
     "ApiError",
     "Baseline",
     "BaselineComparison",
+    "CallableProvider",
     "Cause",
     "ChatInput",
+    "ChatProvider",
     "CoalitionGame",
     "CompletionsProvider",
     "CorpusBaselines",
     "DatasetReport",
     "Deletion",
+    "Estimate",
     "FaithfulnessReport",
     "FeatureInclusion",
     "FixedTexts",
@@ -100,7 +108,8 @@ _NAMES = {
     "inputs": "ChatInput TextSegmentInput",
     "methods": "FeatureInclusion HierarchicalAblation PartitionShap",
     "metrics": "FaithfulnessReport measure_faithfulness",
-    "remote": "ApiError CompletionsProvider RemoteGenerationAttribution TokenProvider",
+    "remote": "AnthropicProvider ApiError CallableProvider ChatProvider CompletionsProvider "
+    "Estimate RemoteGenerationAttribution TokenProvider",
     "result": "Cause GenerationAttributionResult Redundancy SpanAttribution UnresolvedGroup",
     "sensitivity": "BaselineComparison compare_baselines",
 }

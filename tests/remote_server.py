@@ -24,6 +24,8 @@ class Server:
         known: Arguments that are understood; others are refused with 400. None: all.
         delay: Seconds before every answer.
         part: What other servers do wrong, played by this one: see `PARTS`.
+        goes_on: Whether a chat that ends with the assistant's message is gone on with, unasked.
+        refuses: Of a chat's text, whether the model refuses to answer.
         follows_temperature: Whether what is told of written tokens is of the temperature asked for.
     """
 
@@ -35,6 +37,7 @@ class Server:
         self.always = self._last = None
         self.part = dict(part or {})
         self.follows_temperature = False
+        self.goes_on, self.refuses = False, None
         self.delay = 0.0
         self.n_parallel = self.most_parallel = 0
         self.lock = threading.Lock()
@@ -81,6 +84,67 @@ class Server:
         answer = {"id": "x", "object": "text_completion", "choices": choices, "model": "tiny"}
         return self.plays("answer", answer | {"usage": usage})
 
+    def chat(self, body):
+        """OpenAI's chat completions, without a template: what was said, line by line."""
+        said = [
+            message["content"] for message in body["messages"] if message["role"] != "assistant"
+        ]
+        last, begun = body["messages"][-1], ""
+        if last["role"] == "assistant" and (self.goes_on or body.get("continue_final_message")):
+            begun = last["content"]
+        ids = self.tokenizer.encode("\n".join(said) + begun)
+        with self.lock:
+            self.prompts.append(body["messages"])
+        asked = body | {"logprobs": body.get("top_logprobs")}
+        with self._model_lock, torch.no_grad():
+            found = [self._choice(j, ids, asked, j) for j in range(body.get("n", 1))]
+        usage = {"prompt_tokens": len(ids), "completion_tokens": sum(c.pop("n") for c in found)}
+        choices = []
+        for choice in found:
+            told = choice.pop("logprobs")
+            text = choice.pop("text")
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            if self.refuses is not None and self.refuses("\n".join(said)):
+                choice["message"] = {"role": "assistant", "content": None, "refusal": "I cannot."}
+            if body.get("logprobs") and told:
+                rows = zip(
+                    told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True
+                )
+                choice["logprobs"] = {
+                    "content": [
+                        {
+                            "token": token,
+                            "logprob": value,
+                            "top_logprobs": [{"token": k, "logprob": v} for k, v in top.items()],
+                        }
+                        for token, value, top in rows
+                    ]
+                }
+            choices.append(choice)
+        return self.plays("answer", {"choices": choices, "model": "tiny-0", "usage": usage})
+
+    def speak(self, body):
+        """Anthropic's messages, text alone."""
+        said = [body.get("system", ""), *(message["content"] for message in body["messages"])]
+        chat = {
+            "messages": [{"role": "user", "content": text} for text in said if text],
+            "max_tokens": body["max_tokens"],
+            "temperature": body["temperature"],
+            "seed": len(self.prompts),
+        }
+        answer = self.chat(chat)
+        text = answer["choices"][0]["message"]["content"]
+        usage = answer["usage"]
+        return {
+            "content": [{"type": "text", "text": text}],
+            "model": "tiny-0",
+            "stop_reason": "end_turn" if text is not None else "refusal",
+            "usage": {
+                "input_tokens": usage["prompt_tokens"],
+                "output_tokens": usage["completion_tokens"],
+            },
+        }
+
     def plays(self, what, value):
         """A value as the part of another server that this one plays would have it."""
         changes = self.part.get(what)
@@ -115,7 +179,7 @@ class Server:
             values = self._log_probs(logits, body, "written")
             written.append(token)
             told.append(float(values[token]))
-            likeliest = dict.fromkeys([token, *values.topk(top).indices.tolist()][: max(top, 1)])
+            likeliest = [*dict.fromkeys([token, *values.topk(top).indices.tolist()])][: max(top, 1)]
             tops.append({self.name(i, body): float(values[i]) for i in likeliest})
             if token == self.tokenizer.eos_token_id:
                 break
@@ -227,12 +291,19 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             changed = failure(self, body) if failure is not None else None
             if failure is None:
-                self.reply(200, owner.answer(body))
+                self.reply(200, self.answered(body))
             elif changed is not None:
-                self.reply(200, changed(owner.answer(body)))
+                self.reply(200, changed(self.answered(body)))
         finally:
             with owner.lock:
                 owner.n_parallel -= 1
+
+    def answered(self, body):
+        if self.path.endswith("/chat/completions"):
+            return self.owner.chat(body)
+        if self.path.endswith("/messages"):
+            return self.owner.speak(body)
+        return self.owner.answer(body)
 
     def reply(self, status, content, headers=()):
         raw = content if isinstance(content, bytes) else json.dumps(content).encode()

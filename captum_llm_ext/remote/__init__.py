@@ -6,9 +6,19 @@ estimators; `CompletionsProvider` asks servers with OpenAI's completions endpoin
 has to be asked, `workers` and `transport` how it is done.
 """
 
-from captum_llm_ext.remote.attribution import RemoteGenerationAttribution
+from captum_llm_ext.remote.attribution import Estimate, RemoteGenerationAttribution
 from captum_llm_ext.remote.completions import CompletionsProvider
 from captum_llm_ext.remote.providers import TokenProvider
+from captum_llm_ext.remote.speakers import AnthropicProvider, CallableProvider, ChatProvider
 from captum_llm_ext.remote.transport import ApiError
 
-__all__ = ["ApiError", "CompletionsProvider", "RemoteGenerationAttribution", "TokenProvider"]
+__all__ = [
+    "AnthropicProvider",
+    "ApiError",
+    "CallableProvider",
+    "ChatProvider",
+    "CompletionsProvider",
+    "Estimate",
+    "RemoteGenerationAttribution",
+    "TokenProvider",
+]

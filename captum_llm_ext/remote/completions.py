@@ -250,6 +250,11 @@ class CompletionsProvider(RemoteLLMProvider):
             return [one for one in found if one is not None]
         return []
 
+    def complete(self, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The server's whole answer to a text; its choices in their order."""
+        answer = self._http.post("/completions", self._body(prompt, arguments))
+        return cast(dict[str, Any], answer) | {"choices": self._choices(answer, None)}
+
     def use(self, way: Way | None) -> None:
         """Asks for log-probabilities of prompts in this way from now on."""
         self._way = way
