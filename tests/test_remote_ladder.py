@@ -153,7 +153,7 @@ def test_frequencies_cover_what_is_true(demo, server, kind):
 
 def test_a_predicate_says_what_the_answer_is(demo, server):
     def is_answer(text):
-        return text.strip() in ("golf", "surfing")
+        return text.strip() in ("golf", "poker")
 
     ours = remote(chat(server), attr_target="frequency", predicate=is_answer, n_answers=24)
     found = ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
@@ -224,7 +224,7 @@ def test_a_server_that_does_not_go_on_with_answers_is_named(server):
 
 def test_auto_takes_the_first_rung_that_is_proven(demo, server):
     arguments = {"attr_target": "auto", "n_answers": 12}
-    arguments["predicate"] = lambda text: text.strip() in ("golf", "surfing", "tennis")
+    arguments["predicate"] = lambda text: text.strip() in ("golf", "poker", "table")
     settings = {"target": " golf", "gen_args": {"max_new_tokens": 1}}
     assert remote(chat(server), **arguments).attribute(spans(), **settings).rung == "stepwise top-k"
     found = remote(

@@ -1,10 +1,9 @@
 """`RemoteGenerationAttribution`: the same attribution of a model that an API serves."""
 
 import copy
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -20,6 +19,16 @@ from captum_llm_ext.game import Game, Inspect, Outcome, Run
 from captum_llm_ext.inputs import Prompt, as_prompt
 from captum_llm_ext.plain_tokenizer import OpenVocabulary, PlainTokenizer
 from captum_llm_ext.remote.asking import Asker, Cache, as_limits
+from captum_llm_ext.remote.climbing import (
+    CHARACTERS_PER_TOKEN,
+    LENGTHS,
+    Climbed,
+    Counter,
+    Estimate,
+    finite,
+    n_new,
+    rendered,
+)
 from captum_llm_ext.remote.handshake import handshake
 from captum_llm_ext.remote.ladder import LadderScorer, interval_of, weights
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
@@ -44,50 +53,16 @@ from captum_llm_ext.remote.speakers import Speaker, speaker
 from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.scoring import Generation, Processes, TokenRow, Values
-from captum_llm_ext.scoring.progress import ProgressBar
-from captum_llm_ext.scoring.rows import digest
 from captum_llm_ext.segment import Unit
+from captum_llm_ext.target import Skipped
 
 _PROMPT, _TARGET = "One, two, three, four, five, six,", " seven, eight"
 _SEVERAL = ("n", "num_return_sequences")
-_LENGTHS = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
 
 
 RemoteTarget = Literal["log_prob", "prob", "auto", "frequency", "similarity"]
 _SIMILAR: Mapping[str, Similar] = {"lexical": lexical, "f1": token_f1}
 _N_ANSWERS = {"frequency": 50, "similarity": 16}
-_CHARACTERS_PER_TOKEN = 4.0  # of English, where no tokenizer is at hand
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What an attribution will take; nothing was sent for it.
-
-    Attributes:
-        n_coalitions: Distinct coalitions, the full and the empty one among them.
-        n_requests: Requests at most, those of the handshake not counted.
-        tokens_in, tokens_out: Tokens read and written at most; about, where there is no tokenizer.
-        usd: What they cost at the prices given; None without prices.
-    """
-
-    n_coalitions: int
-    n_requests: int
-    tokens_in: int
-    tokens_out: int
-    usd: float | None
-
-
-@dataclass(frozen=True)
-class _Climbed:
-    """The rung that an attribution stands on, below the first."""
-
-    rung: Rung
-    scorer: LadderScorer
-    tokenizer: Any
-    full: list[dict[str, str]]
-    empty: list[dict[str, str]]
-    n_tokens: int
-    refused: Mapping[str, str]
 
 
 class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
@@ -240,8 +215,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         self._similarity = similarity
         self._limits = as_limits(max_requests, max_usd, prices)
         self._cache = Cache(cache)
-        self._climbed: _Climbed | None = None
-        self._is_dry = False
+        self._climbed: Climbed | None = None
+        self._counter: Counter | None = None
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
         self,
@@ -351,14 +326,13 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
         if name == "forced" and tokenizer is None:
             raise ValueError("give the model's `tokenizer`: prompts are scored token by token.")
-        n_new = _n_new(gen_args, target)
+        n_most = n_new(gen_args, target)
         vocabulary = tokenizer if isinstance(tokenizer, PlainTokenizer) else None
         vocabulary = vocabulary or OpenVocabulary(tokenizer)
         counting = copy.copy(self)
-        counting.tokenizer, counting._is_dry = vocabulary, True
+        counter = Counter()
+        counting.tokenizer, counting._counter = cast(Any, vocabulary), counter
         counting.attr_target = cast(Any, "frequency")
-        counter = _Counter()
-        counting._counter = counter
         ids = [vocabulary.token(target or "answer")]
         arguments = {k: v for k, v in arguments.items() if k not in ("checkpoint", "tol")}
         super(RemoteGenerationAttribution, counting).attribute(
@@ -366,7 +340,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         )
         per_token = 1.0 if not isinstance(tokenizer, PlainTokenizer) else 1.3  # words to tokens
         read = counter.n_read * per_token
-        n_target = n_new if target is None else max(1, round(len(target) / _CHARACTERS_PER_TOKEN))
+        n_target = n_most if target is None else max(1, round(len(target) / CHARACTERS_PER_TOKEN))
         n = counter.n_evaluations
         if name == "forced":
             n_calls, n_in, n_out = n, read + n * n_target, n
@@ -375,7 +349,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             n_in, n_out = read * n_target + n * n_target * (n_target - 1) / 2, n_calls
         else:
             n_answers = self._n_answers or _N_ANSWERS[name]
-            n_calls, n_in, n_out = n * n_answers, read * n_answers, n * n_answers * n_new
+            n_calls, n_in, n_out = n * n_answers, read * n_answers, n * n_answers * n_most
         return Estimate(n, n_calls, round(n_in), round(n_out), self._limits.usd(n_in, n_out))
 
     def handshake(self, prompt: str = _PROMPT, target: str = _TARGET) -> dict[str, Any]:
@@ -402,7 +376,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
     def _wanted(self, *, probe: bool, prompt: Sequence[int] = ()) -> str:
         """The rung by its name; with `probe`, ``"auto"`` asks the provider for the first."""
-        is_forced = self.tokenizer is not None and not isinstance(self.tokenizer, PlainTokenizer)
+        own: Any = self.tokenizer  # None for models that nobody has the tokenizer of
+        is_forced = own is not None and not isinstance(own, PlainTokenizer)
         is_forced &= callable(getattr(self.provider, "get_logprobs", None)) or isinstance(
             self.provider, TokenProvider
         )
@@ -422,7 +397,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         feature_mask: Tensor | None,
         target: object,
         gen_args: Mapping[str, Any] | None,
-    ) -> _Climbed | None:
+    ) -> Climbed | None:
         """The rung to stand on; None for log-probabilities of prompts."""
         refused: dict[str, str] = {}
         tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
@@ -430,7 +405,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         try:
             if self.attr_target == "auto":
                 prompt = as_prompt(inp, tokenizer, feature_mask)
-                name = self._wanted(probe=True, prompt=_rendered(prompt, True))
+                name = self._wanted(probe=True, prompt=rendered(prompt, True))
             else:
                 name = self._wanted(probe=False)
         except ApiError as error:
@@ -439,6 +414,11 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             refused["forced"], name = str(error), "top-k"
         if name == "forced":
             return None
+        if self.attr_target == "prob":
+            raise ValueError(
+                'probabilities need log-probabilities of prompts: give `attr_target="log_prob"`, '
+                "of which some are bounds, or 'frequency'."
+            )
         who = speaker(self.provider)
         if who is None:
             raise TypeError(
@@ -456,7 +436,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             tokenizer if isinstance(tokenizer, PlainTokenizer) else OpenVocabulary(tokenizer)
         )
         asker = Asker(who, self._cache, self._limits)
-        n_tokens = _n_new(gen_args, target if isinstance(target, str) else None)
+        n_tokens = n_new(gen_args, target if isinstance(target, str) else None)
         rung: Rung = self._rung(name, asker, n_tokens, gen_args)
         n_threads = self._max_concurrency or who.max_concurrency
         scorer = LadderScorer(
@@ -467,7 +447,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             n_threads=n_threads,
             show_progress=False,
         )
-        full, empty = (scorer.messages(_rendered(prompt, on)) for on in (True, False))
+        full, empty = (scorer.messages(rendered(prompt, on)) for on in (True, False))
         if isinstance(rung, TopK):
             try:
                 rung.meet(full)
@@ -478,7 +458,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 refused["top-k"] = str(error)
                 rung = self._rung("frequency", asker, n_tokens, gen_args)
                 scorer.rung, scorer.attr_target = rung, "frequency"
-        return _Climbed(rung, scorer, vocabulary, full, empty, n_tokens, refused)
+        return Climbed(rung, scorer, vocabulary, full, empty, n_tokens, refused)
 
     def _rung(
         self, name: str, asker: Asker, n_tokens: int, gen_args: Mapping[str, Any] | None
@@ -494,19 +474,26 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         called = str(getattr(kind, "__name__", type(kind).__name__)) if callable(kind) else kind
         return Similarity(asker, n, n_tokens, temperature, similar, called)
 
-    def _on(self, climbed: _Climbed) -> "RemoteGenerationAttribution":
+    def _on(self, climbed: Climbed) -> "RemoteGenerationAttribution":
         """The same for one attribution on a rung."""
         own = copy.copy(self)
         own._climbed, own.tokenizer = climbed, climbed.tokenizer
         own.attr_target = climbed.scorer.attr_target
         return own
 
-    def _target_ids(self, run: Run, target: Any, *rest: Any) -> Tensor:
-        if self._is_dry:
+    def _target_ids(
+        self,
+        run: Run,
+        target: Any,
+        gen_args: Mapping[str, Any] | None,
+        generation: Generation | None,
+        skip_tokens: Skipped | None,
+    ) -> Tensor:
+        if self._counter is not None:
             return cast(Tensor, target)
         climbed = self._climbed
         if climbed is None:
-            return super()._target_ids(run, target, *rest)
+            return super()._target_ids(run, target, gen_args, generation, skip_tokens)
         if target is not None and not isinstance(target, str):
             raise TypeError(
                 f"`target` is a {type(target).__name__}: this provider is sent text, so give one."
@@ -527,14 +514,19 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
     def _result(
-        self, inp: InterpretableInput, game: Game, outcome: Outcome, *rest: Any
+        self,
+        inp: InterpretableInput,
+        game: Game,
+        outcome: Outcome,
+        joint: Tensor | None,
+        generation: Generation | None,
     ) -> GenerationAttributionResult:
         if self._climbed is None:
-            return super()._result(inp, game, outcome, *rest)
+            return super()._result(inp, game, outcome, joint, generation)
         scorer = self._climbed.scorer
         known, weight = scorer.known(), weights(outcome.name, outcome.plan)
         told: dict[str, Any] = {
-            "value_interval": _finite(torch.stack([known["lower"], known["upper"]])),
+            "value_interval": finite(torch.stack([known["lower"], known["upper"]])),
             "token_attr_interval": None,
             "rungs_refused": dict(self._climbed.refused),
         }
@@ -552,16 +544,16 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 outcome = replace(outcome, solution=replace(solution, standard_errors=errors))
             else:
                 ends = interval_of(merged, own["lower"], own["upper"])
-                told["token_attr_interval"] = _finite(torch.stack(ends))
-        result = super()._result(inp, game, outcome, *rest)
-        cast(dict[str, Any], result.provenance).update(told)
+                told["token_attr_interval"] = finite(torch.stack(ends))
+        result = super()._result(inp, game, outcome, joint, generation)
+        result.provenance.update(told)
         return result
 
     def _source(self) -> Source:
         return source(self.provider, self.tokenizer, self._max_concurrency, self._on_mismatch)
 
     def _scorer(self, max_rows: int | None, show_progress: bool = False) -> Values:
-        if self._is_dry:
+        if self._counter is not None:
             return self._counter
         if self._climbed is not None:
             self._climbed.scorer.shows(show_progress)
@@ -592,7 +584,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             raise ValueError(
                 "`generation_config` is nothing that an API takes: give its fields as `gen_args`."
             )
-        if not _LENGTHS & set(given):
+        if not LENGTHS & set(given):
             given["max_new_tokens"] = 25
         if "temperature" not in given and not given.get("do_sample"):
             # Captum's None is the server's default, which samples.
@@ -606,7 +598,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return run.scorer.generate(TokenRow(run.full.ids, (), run.full.extras), given, run.seed)
 
     def _vocabulary_size(self) -> int | None:
-        if self._climbed is not None or self._is_dry:
+        if self._climbed is not None or self._counter is not None:
             return None
         tokenizer: Any = self.tokenizer  # captum's protocol knows no length
         return len(tokenizer) if hasattr(tokenizer, "__len__") else None
@@ -620,52 +612,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return described(self.provider) | unknown
 
     def _arithmetic(self, game: Game) -> dict[str, Any]:
-        if self._is_dry:
+        if self._counter is not None:
             return {"noise_floor": None}
         scorer = cast(RemoteScorer | LadderScorer, game.run.scorer)
         return {"noise_floor": None, **scorer.told()}
 
     def _numbers(self) -> Tensor:
         return torch.empty(0, dtype=torch.float32, device="cpu")
-
-
-class _Counter(LadderScorer):
-    """Counts what would be asked for, and asks for nothing."""
-
-    def __init__(self) -> None:
-        self.attr_target: Any = "frequency"
-        self.n_evaluations = self.n_read = 0
-        self.n_scored = [0]
-        self._bar = ProgressBar("coalitions", "coalition", is_shown=False)
-        self._seen: set[bytes] = set()
-
-    def values(self, rows: Sequence[TokenRow], target: Tensor) -> Tensor:
-        """Zeros."""
-        for row in rows:
-            d = digest(row, target)
-            if d not in self._seen:
-                self._seen.add(d)
-                self.n_evaluations += 1
-                self.n_read += row.first + 1
-        return torch.zeros(len(rows), len(target), dtype=torch.float64, device="cpu")
-
-
-def _rendered(prompt: Prompt, is_present: bool) -> tuple[int, ...]:
-    mask = torch.full((1, prompt.n_features), is_present, dtype=torch.bool, device="cpu")
-    return prompt.render(mask, torch.Generator().manual_seed(0))[0].ids
-
-
-def _n_new(gen_args: Mapping[str, Any] | None, target: str | None) -> int:
-    """How many tokens an answer may have."""
-    given = dict(gen_args or {})
-    found = next((given[name] for name in sorted(_LENGTHS & set(given)) if given[name]), None)
-    if found is not None:
-        return int(found)
-    return 25 if target is None else max(25, round(len(target) / 2))
-
-
-def _finite(values: Tensor) -> list[Any]:
-    """As nested lists, with None where there is no bound: JSON has no infinite numbers."""
-    if values.dim() > 1:
-        return [_finite(one) for one in values]
-    return [v if math.isfinite(v) else None for v in values.tolist()]

@@ -153,7 +153,7 @@ class LadderScorer:
         own = list(self._known.values())
         n_values = sum(len(one.values) for one in own)
         n_censored = sum(a != b and v == b for one in own for v, a, b in _bounds(one))
-        told = {
+        told: dict[str, Any] = {
             "rung": self.rung.name,
             "cannot_see": self.rung.blind,
             "sent_as": "messages",
