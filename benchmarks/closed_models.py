@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from captum_llm_ext import ChatProvider, RemoteGenerationAttribution, TextSegmentInput
 from captum_llm_ext.plain_tokenizer import messages_of
 
-KNOWN: dict[str, list[float]] = {}
+KNOWN: dict[tuple[str, ...], list[float]] = {}
 RESULTS = Path(__file__).parent / "results"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 N_TOKENS, N_FREQUENCY, N_SIMILARITY, TOP = 2, 50, 16, 20
@@ -59,14 +59,15 @@ def exact(served: Served, inp: Any, masks: torch.Tensor, tokens: list[int]) -> t
     values: list[list[float]] = []
     for row in rows:
         text = inp.tokenizer.decode(row.ids)
+        key = (text, str(tokens))
         said = [m for m in messages_of(text) if m["content"].strip()]
-        if text not in KNOWN:
+        if key not in KNOWN:
             ids = served.ids(said or [{"role": "user", "content": " "}])
             with torch.no_grad():
                 logits = served._model(input_ids=torch.tensor([ids + tokens])).logits[0]
             told = logits[len(ids) - 1 : -1].double().log_softmax(-1)
-            KNOWN[text] = [float(told[t, token]) for t, token in enumerate(tokens)]
-        values.append(KNOWN[text])
+            KNOWN[key] = [float(told[t, token]) for t, token in enumerate(tokens)]
+        values.append(KNOWN[key])
     return torch.tensor(values, dtype=torch.float64)
 
 

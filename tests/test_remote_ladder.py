@@ -1,6 +1,8 @@
 """Servers that tell less than log-probabilities of prompts, against the same model run here."""
 
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from captum_llm_ext import (
     TextSegmentInput,
     load_demo,
 )
+from captum_llm_ext.cli import main
 from captum_llm_ext.remote.rungs import token_f1, wilson
 
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
@@ -387,3 +390,62 @@ def test_two_standard_errors_of_a_frequency_cover_nine_tenths(n, p):
     chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
     covered = sum(c for k, c in enumerate(chances) if wilson(k, n)[0] <= p <= wilson(k, n)[1])
     assert covered >= 0.9
+
+
+LINE = ["attribute", "--model", "tiny", "--prompt", PROMPT, "--target", " golf", "--quiet"]
+LINE += ["--method", "ablation"]
+
+
+def test_the_command_line_asks_apis(demo, server, capsys, tmp_path):
+    asked = [*LINE, "--api", server.url]
+    assert main([*asked, "--estimate", "--rung", "log_prob"]) == 0
+    assert not server.bodies
+    assert re.search(r"n_requests +16$", capsys.readouterr().out, re.M)
+    assert main([*asked, "--json", str(tmp_path / "one.json")]) == 0
+    assert "golf" in capsys.readouterr().out
+    told = json.loads((tmp_path / "one.json").read_text())["provenance"]
+    assert told["rung"] == "stepwise top-k"
+    frequency = ["--rung", "frequency", "--answers", "20", "--max-new-tokens", "1"]
+    assert main([*asked, *frequency, "--cache", str(tmp_path / "a.sqlite")]) == 0
+    server.bodies.clear()
+    assert main([*asked, *frequency, "--cache", str(tmp_path / "a.sqlite")]) == 0
+    assert not server.bodies
+    assert main([*asked, "--max-requests", "3"]) == 1
+    assert "`max_requests` allows no more" in capsys.readouterr().err
+    forced = [*asked, "--provider", "completions", "--tokenizer", "demo"]
+    assert main([*forced, "--json", str(tmp_path / "two.json")]) == 0
+    told = json.loads((tmp_path / "two.json").read_text())["provenance"]
+    assert told["handshake"]["way"] == "prompt_logprobs"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max-requests", "3"], "--max-requests would be ignored without --api"),
+        (["--estimate"], "--estimate would be ignored without --api"),
+        (["--api", "http://h/v1", "--tokenizer", "demo"], "it is of --provider completions"),
+        (["--api", "http://h/v1", "--attr-target", "logit"], "--rung says what is explained"),
+        (["--api", "http://h/v1", "--dtype", "float32"], "--dtype would be ignored with --api"),
+        (["--api", "http://h/v1", "--method", "gradient-shap"], "needs the model itself"),
+    ],
+)
+def test_the_command_line_ignores_nothing(capsys, more, message):
+    assert main([*LINE, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_doctor_looks_at_servers(server, capsys):
+    look = ["doctor", "tiny", "--api", server.url]
+    forced = [*look, "--provider", "completions", "--tokenizer", "demo"]
+    assert main(forced) == 0
+    assert "works  log-probabilities of prompts" in capsys.readouterr().out
+    server.part = PARTS["shifted left"]
+    assert main(forced) == 0
+    said = capsys.readouterr().out
+    assert "off    log-probabilities of prompts" in said
+    assert "shifted left by one" in said
+    assert "works  likeliest tokens at each step" in said
+    server.part = {}
+    assert main([*look, "--provider", "anthropic", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [about["works"] for about in told.values()] == [False, True]

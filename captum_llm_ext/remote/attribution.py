@@ -353,7 +353,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return Estimate(n, n_calls, round(n_in), round(n_out), self._limits.usd(n_in, n_out))
 
     def handshake(self, prompt: str = _PROMPT, target: str = _TARGET) -> dict[str, Any]:
-        """Finds out whether the provider's log-probabilities can be believed.
+        """Finds out whether the provider's log-probabilities can be believed: those of prompts, or,
+        without a tokenizer, those of the likeliest tokens at each step.
 
         It is done by itself before the first is used, once per provider, with the prompt that is
         explained.
@@ -369,6 +370,11 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 `ApiError` as well.)
             ConnectionError, RuntimeError: If the provider gives up.
         """
+        who = speaker(self.provider)
+        if self._wanted(probe=False) == "top-k" and who is not None:
+            rung = TopK(Asker(who, self._cache, self._limits), self._top)
+            rung.meet([{"role": "user", "content": prompt}])
+            return {"way": "top-k", "checks": dict(rung.checks)}
         ids = tokens.encode(self.tokenizer, prompt).ids
         after = tokens.encode_in_place(self.tokenizer, target, prompt[-tokens.CONTEXT :])
         found = handshake(self._source(), ids, after)

@@ -282,21 +282,26 @@ class Frequency(_Sampled):
 
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
         """See `Rung.begin`."""
-        first = range(min(_FIRST, self._n))
-        (k_full, n_full, _), (k_empty, n_empty, _) = (
-            self._count(messages, first, target) for messages in (full, empty)
-        )
-        if not n_full or not n_empty:
-            raise IndistinguishableError("every answer was a refusal: there is nothing to count.")
-        p, q = (k_full + 0.5) / (n_full + 1), (k_empty + 0.5) / (n_empty + 1)
-        variance = p * (1 - p) + q * (1 - q)
-        if abs(k_full / n_full - k_empty / n_empty) > _TWO * math.sqrt(variance / len(first)):
-            return
-        raise IndistinguishableError(
-            f"the answer was given {k_full} of {n_full} times with the whole prompt and {k_empty} "
-            f"of {n_empty} times with none of it: they are not told apart, and no cause would be. "
-            f"{_enough(k_full / n_full - k_empty / n_empty, variance)} Give a shorter answer, a "
-            "`predicate` that more texts satisfy, or `attr_target='similarity'`."
+
+        def look(n: int) -> _Apart:
+            (k_full, n_full, _), (k_empty, n_empty, _) = (
+                self._count(messages, range(n), target) for messages in (full, empty)
+            )
+            if not n_full or not n_empty:
+                raise IndistinguishableError("every answer was a refusal: nothing can be counted.")
+            p, q = (k_full + 0.5) / (n_full + 1), (k_empty + 0.5) / (n_empty + 1)
+            said = (
+                f"the answer was given {k_full} of {n_full} times with the whole prompt and "
+                f"{k_empty} of {n_empty} times with none of it"
+            )
+            difference = k_full / n_full - k_empty / n_empty
+            return _Apart(difference, p * (1 - p) + q * (1 - q), n, said)
+
+        _check_apart(
+            look,
+            self._n,
+            "Give a shorter answer, a `predicate` that more texts satisfy, or "
+            "`attr_target='similarity'`.",
         )
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
@@ -346,19 +351,19 @@ class Similarity(_Sampled):
 
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
         """See `Rung.begin`; notes the answer's similarity to itself, and the empty prompt's."""
-        first = range(min(_FIRST, self._n))
-        (a, _), (b, _) = (self._found(messages, first, target) for messages in (full, empty))
-        if not a or not b:
-            raise IndistinguishableError("every answer was a refusal: there is nothing to compare.")
-        self.ceiling, self.floor = _mean(a), _mean(b)
-        variance = _variance(a) + _variance(b)
-        if abs(self.ceiling - self.floor) > _TWO * math.sqrt(variance / len(first)):
-            return
-        raise IndistinguishableError(
-            f"answers are {self.ceiling:.2f} similar to the target with the whole prompt, and "
-            f"{self.floor:.2f} with none of it: they are not told apart, and no cause would be. "
-            f"{_enough(self.ceiling - self.floor, variance)}"
-        )
+
+        def look(n: int) -> _Apart:
+            (a, _), (b, _) = (self._found(messages, range(n), target) for messages in (full, empty))
+            if not a or not b:
+                raise IndistinguishableError("every answer was a refusal: nothing is compared.")
+            self.ceiling, self.floor = _mean(a), _mean(b)
+            said = (
+                f"answers are {self.ceiling:.2f} similar to the target with the whole prompt, and "
+                f"{self.floor:.2f} with none of it"
+            )
+            return _Apart(self.ceiling - self.floor, _variance(a) + _variance(b), n, said)
+
+        _check_apart(look, self._n, "Give more `n_answers`, or another `similarity`.")
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """See `Rung.score`."""
@@ -414,12 +419,46 @@ def bootstrap(found: Sequence[float]) -> float:
     return max(error, grain / math.sqrt(n))
 
 
-def _enough(difference: float, variance: float) -> str:
-    """How many samples would tell two prompts apart."""
-    if abs(difference) < 1e-9:
-        return "No difference was seen at all: ten times as many may tell nothing either."
-    n = math.ceil(_TWO**2 * variance / difference**2)
-    return f"About {n} samples of each would tell this difference."
+@dataclass(frozen=True, slots=True)
+class _Apart:
+    """How the full and the empty prompt differ, of `n` samples each."""
+
+    difference: float
+    variance: float
+    n: int
+    said: str
+
+    @property
+    def is_seen(self) -> bool:
+        return abs(self.difference) > _TWO * math.sqrt(self.variance / self.n)
+
+    @property
+    def n_wanted(self) -> float:
+        """How many samples would tell this difference."""
+        if abs(self.difference) < 1e-9:
+            return math.inf
+        return math.ceil(_TWO**2 * self.variance / self.difference**2)
+
+
+def _check_apart(look: Callable[[int], _Apart], n: int, advice: str) -> None:
+    """Refuses what a few samples do not tell apart, unless all that are to be drawn anyway may.
+
+    Raises:
+        IndistinguishableError: If the full and the empty prompt are not told apart.
+    """
+    found = look(min(_FIRST, n))
+    if not found.is_seen and found.n_wanted <= n:
+        found = look(n)
+    if found.is_seen:
+        return
+    more = (
+        "No difference was seen at all: ten times as many may tell nothing either."
+        if math.isinf(found.n_wanted)
+        else f"About {found.n_wanted:.0f} samples of each would tell this difference."
+    )
+    raise IndistinguishableError(
+        f"{found.said}: they are not told apart, and no cause would be. {more} {advice}"
+    )
 
 
 def _logit(p: float) -> float:
