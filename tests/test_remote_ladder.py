@@ -346,6 +346,8 @@ def test_results_are_saved_and_shown(server, tmp_path):
     assert loaded.rung == found.rung
     assert torch.equal(loaded.value_interval, found.value_interval)
     assert "golf" in found.to_html()
+    for shown in (found.table(), found.to_html()):
+        assert "is not among the 20 likeliest has a bound" in shown
 
 
 def test_estimators_that_are_not_linear_give_no_interval(server):

@@ -116,7 +116,7 @@ def attribution_of(arguments: argparse.Namespace, tokenizer: Any) -> RemoteGener
     """What attributes."""
     settings = {name: getattr(arguments, name) for name in ("share", "scheme")}
     return RemoteGenerationAttribution(
-        method(arguments.method, RemoteLLMAttribution.placeholder_model, **settings),
+        method(arguments.method, cast(Any, RemoteLLMAttribution.placeholder_model), **settings),
         tokenizer,
         provider_of(arguments, arguments.model),
         arguments.rung or "auto",
