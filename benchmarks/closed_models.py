@@ -27,6 +27,7 @@ KNOWN: dict[tuple[str, ...], list[float]] = {}
 RESULTS = Path(__file__).parent / "results"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 N_TOKENS, N_FREQUENCY, N_SIMILARITY, TOP = 2, 50, 16, 20
+_COMMAND = "python benchmarks/closed_models.py MODEL_FOLDER"
 ASIDES = [
     "It rained a little in the morning.",
     "Nobody had expected so many guests.",
@@ -201,7 +202,7 @@ def main() -> None:
             measured.append(measure(served, tokenizer, prompt))
             print(json.dumps(measured[-1]), flush=True)
             content = {
-                "environment": environment(seed=0),
+                "environment": environment(seed=0) | {"command": _COMMAND},
                 "model": Path(folder).name,
                 "settings": {
                     "top_logprobs": TOP,
