@@ -46,8 +46,12 @@ if TYPE_CHECKING:
     )
     from captum_llm_ext.metrics import FaithfulnessReport, measure_faithfulness
     from captum_llm_ext.remote import (
+        AnthropicProvider,
         ApiError,
+        CallableProvider,
+        ChatProvider,
         CompletionsProvider,
+        Estimate,
         RemoteGenerationAttribution,
         TokenProvider,
     )
@@ -63,13 +67,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnthropicProvider",
     "ApiError",
     "AttentionRollout",
     "AttentionWeights",
     "Baseline",
     "BaselineComparison",
+    "CallableProvider",
     "Cause",
     "ChatInput",
+    "ChatProvider",
     "CoalitionGame",
     "CompletionsProvider",
     "Contrast",
@@ -77,6 +84,7 @@ __all__ = [
     "DatasetReport",
     "Deletion",
     "EquivalentLinearSystem",
+    "Estimate",
     "FaithfulnessReport",
     "FeatureInclusion",
     "FixedTexts",
@@ -121,7 +129,8 @@ _NAMES = {
     "methods": "EquivalentLinearSystem FeatureInclusion HierarchicalAblation LayerSaliency "
     "PartitionShap",
     "metrics": "FaithfulnessReport measure_faithfulness",
-    "remote": "ApiError CompletionsProvider RemoteGenerationAttribution TokenProvider",
+    "remote": "AnthropicProvider ApiError CallableProvider ChatProvider CompletionsProvider "
+    "Estimate RemoteGenerationAttribution TokenProvider",
     "result": "Cause GenerationAttributionResult Redundancy SpanAttribution UnresolvedGroup",
     "sensitivity": "BaselineComparison compare_baselines",
 }

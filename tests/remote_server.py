@@ -23,14 +23,21 @@ class Server:
         headers: Those of the last request.
         known: Arguments that are understood; others are refused with 400. None: all.
         delay: Seconds before every answer.
+        part: What other servers do wrong, played by this one: see `PARTS`.
+        goes_on: Whether a chat that ends with the assistant's message is gone on with, unasked.
+        refuses: Of a chat's text, whether the model refuses to answer.
+        follows_temperature: Whether what is told of written tokens is of the temperature asked for.
     """
 
-    def __init__(self, model, tokenizer, *, known=None, names=("tiny",), tells_ids=True):
+    def __init__(self, model, tokenizer, *, known=None, names=("tiny",), tells_ids=True, part=None):
         self.model, self.tokenizer, self.known, self.names = model, tokenizer, known, names
         self.tells_ids = tells_ids
         self.failures = deque()
         self.prompts, self.bodies, self.headers, self.times = [], [], {}, []
-        self.always = None
+        self.always = self._last = None
+        self.part = dict(part or {})
+        self.follows_temperature = False
+        self.goes_on, self.refuses = False, None
         self.delay = 0.0
         self.n_parallel = self.most_parallel = 0
         self.lock = threading.Lock()
@@ -64,38 +71,139 @@ class Server:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
         ids = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+        ids = [self.plays("prompt", own) for own in ids]
         with self.lock:
             self.prompts += prompts
+        n = body.get("n", 1)
         with self._model_lock, torch.no_grad():
-            choices = [self._choice(i, one, body) for i, one in enumerate(ids)]
-        return {"id": "x", "object": "text_completion", "choices": choices, "model": "tiny"}
+            choices = [
+                self._choice(i * n + j, one, body, j) for i, one in enumerate(ids) for j in range(n)
+            ]
+        n_read = sum(map(len, ids)) - self.plays("uncounted", 0) * len(ids)
+        usage = {"prompt_tokens": n_read, "completion_tokens": sum(c.pop("n") for c in choices)}
+        answer = {"id": "x", "object": "text_completion", "choices": choices, "model": "tiny"}
+        return self.plays("answer", answer | {"usage": usage})
 
-    def _choice(self, index, ids, body):
-        written, told = list(ids), []
+    def chat(self, body):
+        """OpenAI's chat completions, without a template: what was said, line by line."""
+        said = [
+            message["content"] for message in body["messages"] if message["role"] != "assistant"
+        ]
+        last, begun = body["messages"][-1], ""
+        if last["role"] == "assistant" and (self.goes_on or body.get("continue_final_message")):
+            begun = last["content"]
+        ids = self.tokenizer.encode("\n".join(said) + begun)
+        with self.lock:
+            self.prompts.append(body["messages"])
+        asked = body | {"logprobs": body.get("top_logprobs")}
+        with self._model_lock, torch.no_grad():
+            found = [self._choice(j, ids, asked, j) for j in range(body.get("n", 1))]
+        usage = {"prompt_tokens": len(ids), "completion_tokens": sum(c.pop("n") for c in found)}
+        choices = []
+        for choice in found:
+            told = choice.pop("logprobs")
+            text = choice.pop("text")
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            if self.refuses is not None and self.refuses("\n".join(said)):
+                choice["message"] = {"role": "assistant", "content": None, "refusal": "I cannot."}
+            if body.get("logprobs") and told:
+                rows = zip(
+                    told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True
+                )
+                choice["logprobs"] = {
+                    "content": [
+                        {
+                            "token": token,
+                            "logprob": value,
+                            "top_logprobs": [{"token": k, "logprob": v} for k, v in top.items()],
+                        }
+                        for token, value, top in rows
+                    ]
+                }
+            choices.append(choice)
+        return self.plays("answer", {"choices": choices, "model": "tiny-0", "usage": usage})
+
+    def speak(self, body):
+        """Anthropic's messages, text alone."""
+        said = [body.get("system", ""), *(message["content"] for message in body["messages"])]
+        chat = {
+            "messages": [{"role": "user", "content": text} for text in said if text],
+            "max_tokens": body["max_tokens"],
+            "temperature": body["temperature"],
+            "seed": len(self.prompts),
+        }
+        answer = self.chat(chat)
+        text = answer["choices"][0]["message"]["content"]
+        usage = answer["usage"]
+        return {
+            "content": [{"type": "text", "text": text}],
+            "model": "tiny-0",
+            "stop_reason": "end_turn" if text is not None else "refusal",
+            "usage": {
+                "input_tokens": usage["prompt_tokens"],
+                "output_tokens": usage["completion_tokens"],
+            },
+        }
+
+    def plays(self, what, value):
+        """A value as the part of another server that this one plays would have it."""
+        changes = self.part.get(what)
+        return value if changes is None else changes(value)
+
+    def _logits(self, ids):
+        """Shape ``(n_ids, n_vocabulary)``; the last ones are kept, for many answers to a prompt."""
+        if self._last is None or self._last[0] != ids:
+            self._last = list(ids), self.model(input_ids=torch.tensor([ids])).logits[0]
+        return self._last[1]
+
+    def _log_probs(self, logits, body, place):
+        """All log-probabilities after logits, as they are told."""
+        return self.plays(place, logits.log_softmax(-1))
+
+    def _choice(self, index, ids, body, nth=0):
+        written, told, tops = list(ids), [], []
+        temperature, top = body.get("temperature"), int(body.get("logprobs") or 0)
+        temperature = 1.0 if temperature is None else temperature
+        generator = torch.Generator().manual_seed(body.get("seed", 0) + nth)
         for _ in range(body.get("max_tokens", 16)):
-            logits = self.model(input_ids=torch.tensor([written])).logits[0, -1]
-            values = logits.log_softmax(-1)
-            if body.get("temperature", 1.0) == 0:
+            logits = self._logits(written)[-1]
+            for biased, bias in (body.get("logit_bias") or {}).items():
+                logits = logits.index_fill(0, torch.tensor([int(biased)]), float(bias))
+            if temperature == 0:
                 token = int(logits.argmax())
             else:
-                generator = torch.Generator().manual_seed(body.get("seed", 0))
-                token = int(torch.multinomial(values.exp(), 1, generator=generator))
+                drawn = (logits / temperature).softmax(-1)
+                token = int(torch.multinomial(drawn, 1, generator=generator))
+            if self.follows_temperature:
+                logits = logits / max(temperature, 1e-4)
+            values = self._log_probs(logits, body, "written")
             written.append(token)
             told.append(float(values[token]))
+            likeliest = [*dict.fromkeys([token, *values.topk(top).indices.tolist()])][: max(top, 1)]
+            tops.append({self.name(i, body): float(values[i]) for i in likeliest})
             if token == self.tokenizer.eos_token_id:
                 break
         new = written[len(ids) :]
         text = self.tokenizer.decode(new, skip_special_tokens=True)
-        choice = {"index": index, "text": text, "finish_reason": "length", "logprobs": None}
-        logits = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        own = [None, *(float(logits[i, token]) for i, token in enumerate(ids[1:]))]
+        has_stopped = new[-1:] == [self.tokenizer.eos_token_id]
+        choice = {"index": index, "text": text, "logprobs": None, "n": len(new)}
+        choice["finish_reason"] = "stop" if has_stopped else "length"
+        own = [None]
+        if len(ids) > 1:
+            logits = self._logits(ids)
+            logits = self._log_probs(logits, body, "scored")
+            own += [float(logits[i, token]) for i, token in enumerate(ids[1:])]
         if body.get("return_token_ids") and self.tells_ids:
             choice["token_ids"] = new
-        if body.get("echo"):
-            choice["text"] = self.tokenizer.decode(written)
+        names = [self.name(i, body) for i in written]
+        if body.get("echo") or body.get("logprobs") is not None:
+            first = 0 if body.get("echo") else len(ids)
+            values = (self.plays("list", own) if first == 0 else []) + told
+            choice["text"] = self.tokenizer.decode(written[first:])
             choice["logprobs"] = {
-                "tokens": [self.tokenizer.decode([i]) for i in written],
-                "token_logprobs": own + told,
+                "tokens": names[first:],
+                "token_logprobs": values,
+                "top_logprobs": [None] * (len(values) - len(tops)) + tops if top else None,
             }
         if body.get("prompt_logprobs") is not None:
             found = [None]
@@ -103,12 +211,46 @@ class Server:
                 top = logits[i].topk(body["prompt_logprobs"]).indices.tolist()
                 found.append(
                     {
-                        str(t): {"logprob": float(logits[i, t]), "rank": 1, "decoded_token": "?"}
+                        str(t): {
+                            "logprob": float(logits[i, t]) if t != token else own[i + 1],
+                            "rank": 1,
+                            "decoded_token": self.tokenizer.decode([t]),
+                        }
                         for t in dict.fromkeys([token, *top])
                     }
                 )
+            told = self.plays(
+                "list",
+                [
+                    None,
+                    *(
+                        entry and entry[str(t)]["logprob"]
+                        for entry, t in zip(found[1:], ids[1:], strict=True)
+                    ),
+                ],
+            )
+            for entry, token, value in zip(found[1:], ids[1:], told[1:], strict=True):
+                entry[str(token)]["logprob"] = value
             choice["prompt_logprobs"] = found
-        return choice
+        return self.plays("choice", choice)
+
+    def name(self, token, body):
+        """What a token is called: by its id where that is asked for, or by its text."""
+        if body.get("return_tokens_as_token_ids") and self.tells_ids:
+            return f"token_id:{token}"
+        return self.tokenizer.decode([token])
+
+
+def met(provider, server):
+    """The provider after its handshake, of which the server keeps no record."""
+    stashed = server.failures, server.always, server.delay
+    server.failures, server.always, server.delay = deque(), None, 0.0
+    provider.get_logprobs("Dave lives in", " Palm Coast", server.tokenizer)
+    server.failures, server.always, server.delay = stashed
+    for noted in (server.prompts, server.bodies, server.times):
+        noted.clear()
+    server.most_parallel = 0
+    return provider
 
 
 class _Quiet(ThreadingHTTPServer):
@@ -149,12 +291,19 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             changed = failure(self, body) if failure is not None else None
             if failure is None:
-                self.reply(200, owner.answer(body))
+                self.reply(200, self.answered(body))
             elif changed is not None:
-                self.reply(200, changed(owner.answer(body)))
+                self.reply(200, changed(self.answered(body)))
         finally:
             with owner.lock:
                 owner.n_parallel -= 1
+
+    def answered(self, body):
+        if self.path.endswith("/chat/completions"):
+            return self.owner.chat(body)
+        if self.path.endswith("/messages"):
+            return self.owner.speak(body)
+        return self.owner.answer(body)
 
     def reply(self, status, content, headers=()):
         raw = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -196,3 +345,68 @@ def silent(seconds):
 def changed(function):
     """The true answer, changed."""
     return lambda handler, body: function
+
+
+def _left(values):
+    """Each place tells the log-probability of the token after it."""
+    return [*values[1:], -1.0]
+
+
+def _right(values):
+    """Each place tells that of the token before it; the first has none."""
+    return [None, -1.0, *values[1:-1]] if len(values) > 1 else values
+
+
+def _but_first(change):
+    return lambda values: [v if v is None else change(v) for v in values]
+
+
+def _mixed(answer):
+    """Answers of a batch, each given to the prompt after it."""
+    choices = answer["choices"]
+    pairs = zip(choices, choices[1:] + choices[:1], strict=True)
+    moved = [own | {"index": other["index"]} for own, other in pairs]
+    return answer | {"choices": moved}
+
+
+def _unlisted_stop(choice):
+    told = choice["logprobs"]
+    if choice["finish_reason"] == "stop" and told:
+        for name in ("tokens", "token_logprobs", "top_logprobs"):
+            told[name] = told[name] and told[name][:-1]
+        if "token_ids" in choice:
+            choice["token_ids"] = choice["token_ids"][:-1]
+    return choice
+
+
+def _without(name):
+    return lambda choice: {k: None if k == name else v for k, v in choice.items()}
+
+
+def _of_base(base):
+    return lambda values: values / torch.tensor(base).log()
+
+
+def _of_temperature(temperature):
+    return lambda values: (values / temperature).log_softmax(-1)
+
+
+# What servers do that do not tell log-probabilities of the tokens asked: by the place where it is
+# done.
+PARTS = {
+    "shifted left": {"list": _left},
+    "shifted right": {"list": _right},
+    "base 10": {"scored": _of_base(10.0)},
+    "base 10 everywhere": {"scored": _of_base(10.0), "written": _of_base(10.0)},
+    "zero": {"list": _but_first(lambda value: 0.0)},
+    "zero everywhere": {"scored": lambda v: v * 0, "written": lambda v: v * 0},
+    "temperature": {"scored": _of_temperature(0.5)},
+    "temperature everywhere": {"scored": _of_temperature(0.5), "written": _of_temperature(0.5)},
+    "positive": {"list": _but_first(lambda value: -value)},
+    "NaN": {"list": _but_first(lambda value: float("nan"))},
+    "another tokenisation": {"prompt": lambda ids: [*ids[:1], *(i for i in ids[1:] for _ in "ab")]},
+    "BOS": {"prompt": lambda ids: [1, *ids]},
+    "uncounted BOS": {"prompt": lambda ids: [1, *ids], "uncounted": lambda n: 1},
+    "stop token": {"choice": _unlisted_stop},
+    "mixed up": {"answer": _mixed},
+}

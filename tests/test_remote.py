@@ -21,7 +21,7 @@ from captum.attr import (
     VLLMProvider,
 )
 from PIL import Image
-from remote_server import Server
+from remote_server import Server, met
 
 from captum_llm_ext import (
     CompletionsProvider,
@@ -74,13 +74,18 @@ def server(shared):
 
 @pytest.fixture
 def provider(server):
-    return CompletionsProvider(server.url, "tiny")
+    return met(CompletionsProvider(server.url, "tiny"), server)
 
 
 @pytest.fixture
 def vllm(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-test")
     provider = VLLMProvider(server.url)
+    by_text = RemoteGenerationAttribution(
+        FeatureAblation(PLACEHOLDER), server.tokenizer, provider, on_mismatch="error"
+    )
+    assert by_text.handshake()["checks"]["asked twice"].startswith("the same")
+    server.prompts.clear()
     yield provider
     provider.client.close()
 
@@ -232,7 +237,7 @@ def test_how_many_requests_there_are(tokenizer, server, unit, baselines):
     found = {}
     for top in (0, 20, *([] if baselines else [len(tokenizer)])):
         server.prompts.clear()
-        provider = CompletionsProvider(server.url, "tiny", top_logprobs=top)
+        provider = met(CompletionsProvider(server.url, "tiny", top_logprobs=top), server)
         remote = RemoteGenerationAttribution(KernelShap(PLACEHOLDER), tokenizer, provider)
         found[top] = remote.attribute(inp, TARGET, **arguments)
         sent = {tuple(prompt) for prompt in server.prompts}
@@ -278,8 +283,10 @@ def test_servers_that_echo(model, tokenizer, way):
         assert provider.max_model_len == 256
         remote = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), tokenizer, provider)
         found = remote.attribute(inp, TARGET, output_unit="word")
-        n_refused = len(strict.bodies) - len([b for b in strict.bodies if "echo" in b])
-        assert n_refused == 0 if way == "echo" else n_refused >= 1
+        handshake = found.provenance["handshake"]
+        assert handshake["way"] == "echo"
+        assert list(handshake["refused"]) == ([] if way == "echo" else ["prompt_logprobs"])
+        assert any("prompt_logprobs" in body for body in strict.bodies) == (way == "auto")
         # And no ids of what it writes: the text is encoded anew, visibly.
         with pytest.warns(UserWarning, match="tells no ids"):
             generated = remote.attribute(inp, gen_args={"max_tokens": 3})
@@ -490,6 +497,8 @@ def test_providers_that_count_a_target_by_itself(monkeypatch, kind, text, target
             provider = cls(server.url, prompts="text")
         try:
             ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), tokenizer, provider)
+            ours.attribute(inp, torch.tensor(ids))
+            server.prompts.clear()
             assert_same(ours.attribute(inp, torch.tensor(ids)), truth)
             if kind == "vllm":
                 # No request was for anything but the texts of the coalitions.

@@ -98,6 +98,11 @@ def for_ever(first, part, pause=0.0):
     return speak
 
 
+def unlike(ids):
+    """Log-probabilities that differ from token to token, as a model's do."""
+    return [-1.0 - (i % 97) / 16 for i in ids]
+
+
 def asked(url, **arguments):
     settings = {"api_key": KEY, "timeout": 0.4, "max_retries": 0, "logprobs": "prompt_logprobs"}
     provider = CompletionsProvider(url, "tiny", **settings | arguments)
@@ -436,7 +441,7 @@ def test_no_url_shows_a_password(url, tokenizer):
         api_url = url
 
         def get_logprobs(self, input_prompt, target_str, tokenizer):
-            return [-1.0] * len(tokenizer.encode(target_str, add_special_tokens=False))
+            return unlike(tokenizer.encode(target_str, add_special_tokens=False))
 
     ours = RemoteGenerationAttribution(
         FeatureAblation(RemoteLLMAttribution.placeholder_model), tokenizer, Own()
@@ -493,14 +498,14 @@ def test_providers_of_the_users_own_tell_log_probabilities(tokenizer, value, by)
 def test_numbers_of_other_kinds_are_numbers(tokenizer):
     class Own:
         def get_logprobs(self, input_prompt, target_str, tokenizer):
-            n = len(tokenizer.encode(target_str, add_special_tokens=False))
-            return torch.full((n,), -0.25)
+            return torch.tensor(unlike(tokenizer.encode(target_str, add_special_tokens=False)))
 
     ours = RemoteGenerationAttribution(
         FeatureAblation(RemoteLLMAttribution.placeholder_model), tokenizer, Own()
     )
     found = ours.attribute(TextSegmentInput("Dave lives", tokenizer, baselines="delete"), " golf")
-    assert (found.values == -0.25).all()
+    told = torch.tensor(unlike(found.target.tolist()))
+    assert torch.equal(found.values, told.expand_as(found.values))
 
 
 def test_an_answer_nobody_asked_for_is_not_taken_for_the_next_one(server):

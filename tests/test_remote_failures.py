@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from captum.attr import FeatureAblation, KernelShap, RemoteLLMAttribution
-from remote_server import Server, changed, reset, silent, status
+from remote_server import Server, changed, met, reset, silent, status
 
 from captum_llm_ext import (
     ApiError,
@@ -52,7 +52,9 @@ def quick(monkeypatch):
 
 def provider_of(server, **arguments):
     settings = {"model_name": "tiny", "prompts_per_request": 1, "timeout": 20.0}
-    return CompletionsProvider(server.url, **settings | arguments)
+    is_new = arguments.pop("is_new", False)
+    provider = CompletionsProvider(server.url, **settings | arguments)
+    return provider if is_new else met(provider, server)
 
 
 def remote(provider, tokenizer, method=FeatureAblation, **arguments):
@@ -104,6 +106,71 @@ def test_what_failed_is_asked_for_again(model, tokenizer, server, quick, kind, n
     # A connection that broke off while idle is no failure: it is replaced at once.
     assert len(server.bodies) == found.n_evaluations + len(FAILURES[kind])
     assert len(server.prompts) == found.n_evaluations == found.provenance["n_requests"]
+
+
+def answers_with(content, **headers):
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda handler, body: handler.reply(200, content, names)
+
+
+GARBAGE = {
+    "cut": b'{"choices": [{"index": 0, "text": "a',
+    "gateway": b"<html>Bad gateway</html>",
+    "null": {"choices": None},
+    "error": {"error": {"message": "upstream timed out", "code": 504}},
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_garbage_is_asked_for_again_but_not_for_ever(model, tokenizer, server, quick, kind):
+    provider = provider_of(server, max_concurrency=1)
+    server.failures.append(answers_with(GARBAGE[kind]))
+    assert_true(remote(provider, tokenizer).attribute(words(tokenizer), TARGET), model, tokenizer)
+    server.always, n_before = answers_with(GARBAGE[kind]), len(server.bodies)
+    with pytest.raises(ApiError, match=r"no JSON|without `choices`|upstream timed out"):
+        remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+    assert len(server.bodies) == n_before + 3
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (429, "You exceeded your current quota, please check your plan"),
+        (500, "1 validation error for Request: prompt must be a string"),
+    ],
+)
+def test_what_no_other_try_mends_is_told_at_once(tokenizer, server, code, message):
+    provider = provider_of(server, max_concurrency=1)
+    server.always = status(code, message)
+    with pytest.raises(ApiError, match=f"{code}: {message[:20]}"):
+        remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+    assert len(server.bodies) == 1
+
+
+def test_limits_that_a_server_tells_are_kept(tokenizer, server):
+    def limited(handler, body):
+        content = handler.owner.answer(body)
+        handler.reply(
+            200,
+            content,
+            {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "300ms"},
+        )
+
+    provider = provider_of(server, max_concurrency=1)
+    server.failures.append(limited)
+    remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+    assert server.times[1] - server.times[0] >= 0.3
+
+
+def test_a_key_of_the_environment_goes_to_its_own_host_alone(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert transport.api_key(None, "https://api.openai.com/v1") == KEY
+    assert transport.api_key(None, "http://localhost:8000/v1") == KEY
+    for other in ("https://evil.example/v1", "https://api.openai.com.evil.example/v1"):
+        assert transport.api_key(None, other) is None
+        assert transport.api_key("given", other) == "given"
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://gateway.example/v1")
+    assert transport.api_key(None, "https://gateway.example/v1") == KEY
 
 
 def test_a_silent_server_is_asked_again(model, tokenizer, server, quick):
@@ -333,7 +400,9 @@ WRONG = {
 def test_wrong_answers_are_told(tokenizer, server, kind):
     function, error, message = WRONG[kind]
     server.always = changed(function)
-    provider = provider_of(server, prompts_per_request=2, max_concurrency=2)
+    provider = provider_of(
+        server, prompts_per_request=2, max_concurrency=2, is_new=kind == "neither way"
+    )
     with pytest.raises(error, match=message):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
     assert no_threads_left()

@@ -1,9 +1,10 @@
 """``captum-llm-ext attribute``: what made a model write its answer."""
 
 import argparse
-from typing import Any
+from typing import Any, cast
 
 from captum_llm_ext.baselines import Default
+from captum_llm_ext.cli.api import add_api, check, is_remote, show_estimate
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
 from captum_llm_ext.cli.many import add_many, check_many, run_many
@@ -29,6 +30,8 @@ EXAMPLES = (
     "attribute --model ./my-model --prompt-file q.txt --method integrated-gradients --baselines "
     "corpus:letters.txt",
     "attribute --model ./my-model --input prompts.jsonl --out results/",
+    "attribute --api http://localhost:8000/v1 --model NAME --prompt-file q.txt --unit sentence "
+    "--method ablation --estimate",
 )
 _DESCRIPTION = """\
 Attributes every token that the model generates, or of a given target, to the prompt and to the
@@ -57,11 +60,14 @@ def add(commands: Any) -> None:
     )
     add_outputs(parser, "html", "png", "json", "save")
     add_many(parser)
+    add_api(parser)
 
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Attributes, prints a table, writes what is wanted."""
-    if check_many(arguments):
+    if is_remote(arguments):
+        check(arguments)
+    elif check_many(arguments):
         return run_many(arguments)
     check_outputs(arguments)
     check_readable(arguments)
@@ -73,6 +79,9 @@ def run(arguments: argparse.Namespace) -> int | None:
         raise UsageError(f"{len(given)} --baselines: `captum-llm-ext compare` runs several.")
     baselines = as_baselines(given[0], arguments.seed) if given else Default()
     attribution, inp = job.prepared(baselines, accelerator())
+    if arguments.estimate:
+        show_estimate(cast(Any, attribution), inp, job.options)
+        return None
     if arguments.baselines is None and is_main():
         said = said_of_zero(arguments.method)
         if said is not None:

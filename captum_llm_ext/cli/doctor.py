@@ -12,6 +12,7 @@ import torch
 
 import captum_llm_ext
 from captum_llm_ext import _compat
+from captum_llm_ext.cli.api import add_provider, is_remote, look_at
 from captum_llm_ext.cli.command import add_command
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer
 from captum_llm_ext.cli.outputs import as_json
@@ -22,11 +23,13 @@ EXAMPLES = (
     "doctor Qwen/Qwen3-0.6B",
     "doctor ./my-model --dtype bfloat16 --device-map auto",
     "doctor --json | jq .probe.captum_is_right",
+    "doctor NAME --api http://localhost:8000/v1",
 )
 _DESCRIPTION = """\
 Tells what is installed and runs a short model check: are the values those of plain uncached
 forwards, which ways to reuse computation are exact with this model, and does captum's own default
-(use_cached_outputs=True) give right numbers with it? Exit status 1 if the values are not right.
+(use_cached_outputs=True) give right numbers with it? Exit status 1 if the values are not right. Of
+a model behind an API: what its server tells, and whether that can be believed.
 """
 _OPTIONAL = ("matplotlib", "sentencex", "datasets", "shap", "pandas")
 
@@ -50,11 +53,14 @@ def add(commands: Any) -> None:
         help=f"a Hugging Face name or a folder (default: {DEMO}, which comes with the package)",
     )
     add_loading(parser)
+    add_provider(parser)
     parser.add_argument("--json", action="store_true", help="everything as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints what it finds; 1 if the package's own values are wrong."""
+    if is_remote(arguments):
+        return look_at(arguments)
     machine = _machine()
     if not arguments.json:
         print("\n".join(f"{name:<15} {value}" for name, value in machine.items()), flush=True)

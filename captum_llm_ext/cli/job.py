@@ -11,6 +11,7 @@ from captum_llm_ext.arguments import TARGETS
 from captum_llm_ext.attribution import GenerationAttribution
 from captum_llm_ext.baselines.conditional import ModelBaselines
 from captum_llm_ext.baselines.corpus import CorpusBaselines
+from captum_llm_ext.cli.api import attribution_of, is_remote, tokenizer_of
 from captum_llm_ext.cli.command import UsageError, positive
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, location
 from captum_llm_ext.cli.methods import (
@@ -189,13 +190,20 @@ class Job:
         if arguments.max_evaluations is not None and arguments.tol is None:
             raise UsageError("--max-evaluations has no meaning without --tol.")
         self._explained = _explained(arguments)
-        location(arguments.model, arguments.revision)
+        self._is_remote = getattr(arguments, "rung", ()) != () and is_remote(arguments)
+        if self._is_remote:
+            self._output_unit = None  # most servers tell less
+        else:
+            location(arguments.model, arguments.revision)
 
     def prepared(
         self, baselines: Any, accelerator: Any = None
     ) -> tuple[Attribution, TextSegmentInput]:
         """What attributes, and the prompt over these baselines."""
         arguments = self._arguments
+        if self._is_remote:
+            tokenizer = tokenizer_of(arguments)
+            return attribution_of(arguments, tokenizer), self._input(tokenizer, baselines)
         tokenizer = load_tokenizer(arguments.model, arguments.revision)
         inp = self._input(tokenizer, baselines)
         return self._attribution(tokenizer, accelerator), inp
@@ -311,6 +319,8 @@ def _gen_args(arguments: argparse.Namespace) -> dict[str, Any] | None:
         "top_p": arguments.top_p,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    if getattr(arguments, "rung", None) in ("frequency", "similarity"):
+        return given  # answers are drawn, whatever the target
     if arguments.target is not None and given:
         raise UsageError(
             f"--{_option(next(iter(given)))} would be ignored: with a --target nothing is "

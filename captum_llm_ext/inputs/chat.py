@@ -18,6 +18,7 @@ from captum_llm_ext.inputs.messages import (
 )
 from captum_llm_ext.inputs.prompt import Piece
 from captum_llm_ext.inputs.text import Parts, TextSegmentInput, as_units
+from captum_llm_ext.plain_tokenizer import PlainTokenizer
 from captum_llm_ext.segment import Span, Unit
 
 
@@ -35,7 +36,8 @@ class ChatInput(TextSegmentInput):
             ``"content"``; the content is a text, or a list of parts of which those with
             ``"text"`` count. Reasoning (``"reasoning_content"`` and the like) and ``"tool_calls"``
             are a part of the turn where the template writes them.
-        tokenizer: The model's tokenizer, with a chat template.
+        tokenizer: The model's tokenizer, with a chat template. None for a model behind an API that
+            is sent messages.
         unit: ``"turn"``: every message is one feature. Otherwise a unit of `TextSegmentInput`, or a
             tuple of them from coarse to fine, for the features inside the messages; turns are
             then the coarsest level, whether the tuple begins with ``"turn"`` or not.
@@ -65,6 +67,7 @@ class ChatInput(TextSegmentInput):
         **arguments: Any,
     ) -> None:
         self.messages = checked(messages)
+        tokenizer = PlainTokenizer() if tokenizer is None else tokenizer
         self.roles = tuple(roles)
         chosen = _chosen(self.messages, self.roles)
         template = Template(

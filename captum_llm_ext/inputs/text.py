@@ -33,6 +33,7 @@ from captum_llm_ext.inputs.prompt import (
     Replacements,
     template_pieces,
 )
+from captum_llm_ext.plain_tokenizer import PlainTokenizer
 from captum_llm_ext.segment import Span, Unit, shorten, unit_name
 
 Part = tuple[str, str] | tuple[str, str, bool]
@@ -51,7 +52,8 @@ class TextSegmentInput(InterpretableInput, Prompt):
 
     Args:
         text: The prompt.
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's tokenizer. None for a model that nobody has the tokenizer of, behind
+            an API: then words are the least that features own.
         unit: ``"token"``, ``"word"``, ``"sentence"``, ``"line"``, ``"paragraph"``, ``"block"``
             (of Markdown), a list of ``(start, stop)`` character spans, or a callable ``text ->
             list of (start, stop)`` such as those of `captum_llm_ext.segment`. What lies between
@@ -111,6 +113,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
         if not text.strip():
             raise ValueError("the prompt is empty: give a text with at least one word.")
         self.text = text
+        tokenizer = PlainTokenizer() if tokenizer is None else tokenizer
         self.tokenizer = tokenizer
         self.unit = unit
         encoding = self._encoded(text, tokenizer, add_special_tokens)

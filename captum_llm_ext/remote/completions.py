@@ -5,26 +5,21 @@ from typing import Any, Literal, cast
 
 from captum.attr import RemoteLLMProvider
 
-from captum_llm_ext.remote.providers import log_prob
-from captum_llm_ext.remote.transport import (
-    ApiError,
-    Http,
-    Secrets,
-    UnusableAnswerError,
-    api_key,
-)
+from captum_llm_ext.remote import answers
+from captum_llm_ext.remote.answers import Entry
+from captum_llm_ext.remote.handshake import handshake
+from captum_llm_ext.remote.providers import IdsSource, TextSource, Written
+from captum_llm_ext.remote.transport import ApiError, Http, Secrets, UnusableAnswerError, api_key
 from captum_llm_ext.result.terminal import one_line
 
-Entry = Mapping[int, float] | None
 Way = Literal["prompt_logprobs", "echo"]
 # What a server says that does not know an argument.
 _UNKNOWN_ARGUMENT = (400, 404, 422, 501)
-_IDS_AS_TEXT = "token_id:"
-# More than any vocabulary has, and no more than a tensor holds.
-_MOST_DIGITS = 12
 # That much JSON tells of one token, with its text of escaped characters.
 _ENTRY_BYTES = 512
 _SHOWN = 200
+# How many of the likeliest tokens servers tell at most: vLLM, OpenAI, some others.
+_TOPS = (20, 5, 1)
 
 
 class CompletionsProvider(RemoteLLMProvider):
@@ -38,13 +33,13 @@ class CompletionsProvider(RemoteLLMProvider):
     Args:
         api_url: Up to ``/v1``: ``"http://localhost:8000/v1"``.
         model_name: As the server calls it. None: the first that the server has.
-        api_key: By default the environment variable OPENAI_API_KEY. It is sent to the server and
-            shown nowhere.
+        api_key: Sent to the server and shown nowhere. By default the environment variable
+            OPENAI_API_KEY, for api.openai.com, the host of OPENAI_BASE_URL and this machine alone.
         prompts: ``"ids"``; or ``"text"`` for servers that take nothing else, with the loss that
             comes of it: see `RemoteGenerationAttribution`.
         logprobs: How the server is asked for log-probabilities of the prompt:
             ``"prompt_logprobs"`` (vLLM), ``"echo"`` (``echo`` with ``logprobs``), or ``"auto"``:
-            whichever it answers first.
+            the first whose answers pass the checks of `captum_llm_ext.remote.handshake`.
         top_logprobs: With ``"prompt_logprobs"``, so many of the likeliest tokens are asked for at
             every place. It saves requests where generated text is a cause.
         max_concurrency: At most so many requests at a time.
@@ -94,13 +89,17 @@ class CompletionsProvider(RemoteLLMProvider):
                 "echoed ones have no token ids."
             )
         self._http = Http(
-            api_url, _secrets(api_key, headers), timeout=timeout, max_retries=max_retries
+            api_url, _secrets(api_key, api_url, headers), timeout=timeout, max_retries=max_retries
         )
         self.api_url = self._http.url
         self.takes_ids = prompts == "ids"
         self.top_logprobs = top_logprobs
         self.max_concurrency, self.prompts_per_request = max_concurrency, prompts_per_request
+        self.ways: tuple[Way, ...] = (
+            ("prompt_logprobs", "echo") if logprobs == "auto" else (logprobs,)
+        )
         self._way: Way | None = None if logprobs == "auto" else logprobs
+        self._names = answers.Names()
         self._extra = dict(extra_body or {})
         self.max_model_len: int | None = None
         self.model_name = self._first_model() if model_name is None else model_name
@@ -117,6 +116,9 @@ class CompletionsProvider(RemoteLLMProvider):
             ValueError: If it tells another number of tokens than were sent, or what is no
                 log-probability. (An `ApiError` as well.)
         """
+        if self._way is None:
+            longest = max(prompts, key=len)
+            handshake(IdsSource(self, None, 1, "error"), longest[:-1], longest[-1:])
         return self._logprobs([list(prompt) for prompt in prompts], prompts)
 
     def get_logprobs(
@@ -145,6 +147,8 @@ class CompletionsProvider(RemoteLLMProvider):
             raise ValueError("give the model's `tokenizer`, and a target that is not empty.")
         prompt = _ids(tokenizer.encode(input_prompt))
         target = _ids(tokenizer.encode(target_str, add_special_tokens=False))
+        kind = IdsSource if self.takes_ids else TextSource
+        handshake(kind(self, tokenizer, 1, "error"), prompt, target)
         if self.takes_ids:
             ids = [*prompt, *target]
             [entries] = self._logprobs([ids], [ids])
@@ -180,7 +184,7 @@ class CompletionsProvider(RemoteLLMProvider):
             **gen_args: Of the server (``max_tokens``, ``temperature``…), or as transformers has
                 them: ``max_new_tokens``, ``do_sample``. By default 25 tokens, greedy.
         """
-        return _text(self._generated(prompt, gen_args))
+        return answers.text_of(self._generated(prompt, gen_args))
 
     def generate_tokens(self, prompt: Sequence[int], **gen_args: Any) -> list[int] | str:
         """What the model writes after token ids.
@@ -201,15 +205,59 @@ class CompletionsProvider(RemoteLLMProvider):
             if error.status not in _UNKNOWN_ARGUMENT:
                 raise
             choice = self._generated(list(prompt), gen_args)
-        if isinstance(choice.get("token_ids"), list):
-            return _token_ids(choice["token_ids"])
-        logprobs: Any = choice.get("logprobs")
-        told: Any = logprobs.get("tokens") if isinstance(logprobs, dict) else None
-        names = cast(list[Any], told) if isinstance(told, list) else []
-        if names and all(str(token).startswith(_IDS_AS_TEXT) for token in names):
-            digits = [str(token).removeprefix(_IDS_AS_TEXT) for token in names]
-            return _token_ids([int(d) if _is_number(d) else d for d in digits])
-        return _text(choice)
+        found = answers.written_ids(choice)
+        return answers.text_of(choice) if found is None else list(found)
+
+    def written(
+        self,
+        prompt: str | Sequence[int],
+        n: int,
+        *,
+        temperature: float,
+        n_answers: int = 1,
+        bias: Mapping[int, float] | None = None,
+    ) -> list[Written]:
+        """What the model writes, with the log-probabilities that the server tells of it.
+
+        Args:
+            prompt: Text or token ids.
+            n: Tokens at most.
+            temperature: 0 for the likeliest.
+            n_answers: So many answers of one request, sampled; servers may give fewer.
+            bias: Added to the logits of tokens, where the server knows how.
+
+        Returns:
+            One for each answer; none where the server tells no log-probabilities.
+
+        Raises:
+            ApiError, ConnectionError: As `get_token_logprobs`.
+        """
+        sent = prompt if isinstance(prompt, str) else list(prompt)
+        plain: dict[str, Any] = {"max_tokens": n, "temperature": temperature}
+        plain |= {"n": n_answers} if n_answers > 1 else {}
+        plain |= {"logit_bias": {str(token): b for token, b in bias.items()}} if bias else {}
+        ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+        asked = [plain | {"logprobs": _TOPS[0]} | ids, *(plain | {"logprobs": k} for k in _TOPS)]
+        for arguments in asked:
+            try:
+                answer = self._http.post("/completions", self._body(sent, arguments))
+            except ApiError as error:
+                if error.status not in (400, 422, 501):
+                    raise
+                continue
+            choices = self._choices(answer, None if n_answers > 1 else 1)
+            found = [answers.written(answer, choice) for choice in choices]
+            return [one for one in found if one is not None]
+        return []
+
+    def complete(self, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The server's whole answer to a text; its choices in their order."""
+        answer = self._http.post("/completions", self._body(prompt, arguments))
+        return cast(dict[str, Any], answer) | {"choices": self._choices(answer, None)}
+
+    def use(self, way: Way | None) -> None:
+        """Asks for log-probabilities of prompts in this way from now on."""
+        self._way = way
 
     def interrupt(self) -> None:
         """Ends all requests that are under way, in whatever thread."""
@@ -224,7 +272,7 @@ class CompletionsProvider(RemoteLLMProvider):
         if not isinstance(name, str) or not name or not name.isprintable():
             raise ApiError(f"{self.api_url} names no models: give `model_name`.")
         length: Any = cast(dict[str, Any], first).get("max_model_len")
-        self.max_model_len = length if _is_integer(length) and length > 0 else None
+        self.max_model_len = length if answers.is_integer(length) and length > 0 else None
         return name
 
     def _generated(self, prompt: str | list[int], gen_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,34 +284,7 @@ class CompletionsProvider(RemoteLLMProvider):
 
     def _logprobs(self, prompts: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[list[Entry]]:
         """Entries per token of prompts, of which the ids are known."""
-        if self._way is not None:
-            return self._logprobs_by(self._way, prompts, ids)
-        try:
-            found = self._logprobs_by("prompt_logprobs", prompts, ids)
-            self._way = "prompt_logprobs"
-            return found
-        except UnusableAnswerError:
-            raise
-        except ApiError as error:
-            if error.status not in (None, *_UNKNOWN_ARGUMENT):
-                raise
-            first = error
-        try:
-            found = self._logprobs_by("echo", prompts, ids)
-        except UnusableAnswerError:
-            raise
-        except ApiError as error:
-            raise ApiError(
-                f"no log-probabilities of prompts are to be had. By `prompt_logprobs`: {first} "
-                f"By `echo`: {error}",
-                error.status,
-            ) from error
-        self._way = "echo"
-        return found
-
-    def _logprobs_by(
-        self, way: Way, prompts: Sequence[Any], ids: Sequence[Sequence[int]]
-    ) -> list[list[Entry]]:
+        way = cast(Way, self._way)
         # One token has to be generated: not all servers take 0.
         arguments: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0}
         if way == "echo":
@@ -276,120 +297,31 @@ class CompletionsProvider(RemoteLLMProvider):
             "/completions", self._body(prompt, arguments), most_bytes=_ENTRY_BYTES * n_entries
         )
         choices = self._choices(answer, len(prompts))
-        read = _echoed if way == "echo" else _told
-        return [read(choice, own) for choice, own in zip(choices, ids, strict=True)]
+        read = answers.echoed if way == "echo" else answers.told
+        found = [read(choice, own) for choice, own in zip(choices, ids, strict=True)]
+        answers.check_usage(answer, ids)
+        if way == "echo":
+            for choice, own in zip(choices, ids, strict=True):
+                self._names.check(choice, own)
+        return found
 
-    def _choices(self, answer: Any, n: int) -> list[dict[str, Any]]:
+    def _choices(self, answer: Any, n: int | None) -> list[dict[str, Any]]:
+        """The choices of an answer in their order; `n` of them, where that is given."""
         found: Any = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise ApiError(f"{self.api_url} answered without `choices`.")
         choices = cast(list[dict[str, Any]], found)
+        n = len(choices) if n is None else n
         numbers: list[Any] = [one.get("index") for one in choices]
         if all(number is None for number in numbers):
             numbers = list(range(len(choices)))
-        if not all(map(_is_integer, numbers)) or sorted(numbers) != list(range(n)):
+        if not all(map(answers.is_integer, numbers)) or sorted(numbers) != list(range(n)):
             shown = one_line(repr(numbers))[:_SHOWN]
             raise UnusableAnswerError(
                 f"{self.api_url} answered with the choices {shown} to {n} prompts: one each is "
                 "wanted. Say `prompts_per_request=1` for servers that take one prompt at a time."
             )
         return [choices[numbers.index(i)] for i in range(n)]
-
-
-def _told(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
-    """Log-probabilities as vLLM tells them: a mapping of ids for each token of the prompt."""
-    told: Any = choice.get("prompt_logprobs")
-    if not isinstance(told, list):
-        raise ApiError("the server's answer holds no `prompt_logprobs`.")
-    entries = cast(list[Any], told)
-    if len(entries) != len(ids):
-        raise _wrong_count(len(entries), len(ids))
-    read = choice.get("prompt_token_ids")
-    if isinstance(read, list) and read != list(ids):
-        raise UnusableAnswerError(
-            "the server read the prompt as other token ids than were sent: it adds tokens to ids, "
-            "or leaves some out, and cannot be used."
-        )
-    return [None if entry is None else _entry(entry) for entry in entries]
-
-
-def _entry(told: Any) -> dict[int, float]:
-    if not isinstance(told, dict):
-        raise _unusable("an entry of `prompt_logprobs`", told, "a mapping of token ids")
-    found: dict[int, float] = {}
-    for token, said in cast(dict[str, Any], told).items():
-        if not _is_number(token):
-            raise _unusable("a key of `prompt_logprobs`", token, "a token id")
-        value = cast(dict[str, Any], said).get("logprob") if isinstance(said, dict) else said
-        found[int(token)] = _number(value)
-    return found
-
-
-def _echoed(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
-    """Log-probabilities of an echoed prompt; what was generated stands after it."""
-    logprobs: Any = choice.get("logprobs")
-    told: Any = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-    if not isinstance(told, list):
-        raise ApiError("the server's answer holds no `logprobs` of the echoed prompt.")
-    values = cast(list[Any], told)
-    names: Any = cast(dict[str, Any], logprobs).get("tokens")
-    n_named = len(cast(list[Any], names)) if isinstance(names, list) else len(values)
-    if len(values) not in (len(ids), len(ids) + 1) or n_named != len(values):
-        raise _wrong_count(len(values), len(ids))
-    if len(values) == len(ids) and values and values[0] is not None:
-        raise UnusableAnswerError(
-            "the server told as many log-probabilities as the prompt has tokens, and one of the "
-            "first, which has none: whether they are shifted by one is not to be seen."
-        )
-    pairs = zip(ids, values[: len(ids)], strict=True)
-    return [None if value is None else {token: _number(value)} for token, value in pairs]
-
-
-def _wrong_count(found: int, wanted: int) -> ApiError:
-    return UnusableAnswerError(
-        f"the server told log-probabilities of {found} tokens to a prompt of {wanted}: it reads it "
-        "as other tokens, and nothing says which is which. Check that the tokenizer is the "
-        'model\'s; a server that takes no ids wants `prompts="text"`.'
-    )
-
-
-def _number(said: Any) -> float:
-    """A log-probability, -inf for a token that is ruled out."""
-    value = log_prob(said)
-    if value is None:
-        raise _unusable("a log-probability", said, "a number of nats, 0 at most")
-    return value
-
-
-def _token_ids(told: Any) -> list[int]:
-    ids = cast(list[Any], told)
-    for token in ids:
-        if not _is_integer(token) or not 0 <= token < 10**_MOST_DIGITS:
-            raise _unusable("a token id", token, "an integer of at least 0")
-    return ids
-
-
-def _text(choice: Mapping[str, Any]) -> str:
-    text = choice.get("text")
-    if not isinstance(text, str):
-        raise _unusable("what the model wrote", text, "a text")
-    return text
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _unusable(what: str, found: Any, wanted: str) -> ApiError:
-    try:
-        shown = one_line(repr(found))[:_SHOWN]
-    except (RecursionError, ValueError):  # too deep, or an integer of too many digits
-        shown = f"a {type(found).__name__}"
-    return UnusableAnswerError(f"the server gave {shown} as {what}: {wanted} is wanted.")
 
 
 def _as_served(gen_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,8 +341,8 @@ def _ids(encoded: Any) -> list[int]:
     return [int(token) for token in encoded]
 
 
-def _secrets(key: str | None, headers: Mapping[str, str] | None) -> Secrets:
-    found = api_key(key)
+def _secrets(key: str | None, url: str, headers: Mapping[str, str] | None) -> Secrets:
+    found = api_key(key, url)
     own = {} if found is None else {"Authorization": f"Bearer {found}"}
     return Secrets(own | dict(headers or {}))
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from captum_llm_ext import tokens
 from captum_llm_ext.content import level_of_caller
@@ -19,6 +19,8 @@ _RULED_OUT = -9999.0
 _ROUNDING = 1e-4
 # Statuses of what is wrong with a prompt, or with several at a time.
 _ABOUT_PROMPTS = (400, 413, 422)
+# How vLLM calls tokens by their ids.
+IDS_AS_TEXT = "token_id:"
 
 
 @runtime_checkable
@@ -82,6 +84,28 @@ class Answer:
     others: list[Mapping[int, float]] = field(default_factory=list[Mapping[int, float]])
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a model wrote, as a server tells it.
+
+    Attributes:
+        ids: Its token ids; None where they are not told.
+        texts: What the server calls each token.
+        values: Log-probabilities, in nats.
+        top: At each place those of the likeliest tokens, by what they are called; empty where the
+            server tells none.
+        n_completed: How many tokens it counts, if it does.
+        has_stopped: Whether it says that a stop token ended the text.
+    """
+
+    ids: tuple[int, ...] | None
+    texts: tuple[str, ...]
+    values: list[float]
+    top: list[dict[str, float]]
+    n_completed: int | None = None
+    has_stopped: bool = False
+
+
 class Source(Protocol):
     """A provider as the scorer knows it.
 
@@ -90,8 +114,10 @@ class Source(Protocol):
         n_threads: In how many threads it may be asked.
         most_prompts: How many prompts it takes at a time.
         longest: Tokens of the longest prompt, where that is known.
+        provider: Who is asked.
     """
 
+    provider: Any
     takes_ids: bool
     n_threads: int
     most_prompts: int
@@ -103,6 +129,23 @@ class Source(Protocol):
 
     def generate(self, prompt: Sequence[int], gen_args: Mapping[str, Any]) -> list[int]:
         """The ids of what the model continues a prompt with."""
+        ...
+
+    def reads(self, prompt: Sequence[int], target: Sequence[int]) -> bool:
+        """Whether the provider is known to read just these tokens, target after prompt."""
+        ...
+
+    def written(self, prompt: Sequence[int], n: int, **how: Any) -> list[Written]:
+        """See `CompletionsProvider.written`; none from providers that have no such thing."""
+        ...
+
+    def called(self, prompt: Sequence[int], name: str) -> int | None:
+        """The token that a provider calls so after a prompt, where that is one."""
+        ...
+
+    @property
+    def stop_token(self) -> int | None:
+        """The id that ends texts, where it is known."""
         ...
 
     def interrupt(self) -> None:
@@ -153,7 +196,8 @@ class _Asked:
     def __init__(
         self, provider: Any, tokenizer: Any, n_threads: int, on_mismatch: OnMismatch
     ) -> None:
-        self._provider, self._tokenizer, self._on_mismatch = provider, tokenizer, on_mismatch
+        self.provider = self._provider = provider
+        self._tokenizer, self._on_mismatch = tokenizer, on_mismatch
         self.n_threads = n_threads
         longest = getattr(provider, "max_model_len", None)
         self.longest = longest if isinstance(longest, int) else None
@@ -163,6 +207,24 @@ class _Asked:
         interrupt = getattr(self._provider, "interrupt", None)
         if callable(interrupt):
             interrupt()
+
+    @property
+    def stop_token(self) -> int | None:
+        """See `Source.stop_token`."""
+        found = getattr(self._tokenizer, "eos_token_id", None)
+        return found if isinstance(found, int) else None
+
+    def called(self, prompt: Sequence[int], name: str) -> int | None:
+        """See `Source.called`."""
+        digits = name.removeprefix(IDS_AS_TEXT)
+        if digits != name:
+            return int(digits) if digits.isascii() and digits.isdigit() else None
+        ids = [] if self._tokenizer is None else _encoded_after(self._tokenizer, prompt, name)
+        return ids[0] if len(ids) == 1 else None
+
+    def _written(self, prompt: str | Sequence[int], n: int, how: Mapping[str, Any]) -> list[Any]:
+        own = getattr(self._provider, "written", None)
+        return list(cast(Sequence[Written], own(prompt, n, **how))) if callable(own) else []
 
     def _log_prob(self, request: Request, told: Any) -> float | None:
         value = None if told is None else log_prob(told)
@@ -245,6 +307,14 @@ class IdsSource(_Asked):
             )
             return _encoded_after(self._tokenizer, prompt, found)
         return [int(token) for token in found]
+
+    def reads(self, prompt: Sequence[int], target: Sequence[int]) -> bool:
+        """See `Source.reads`."""
+        return True
+
+    def written(self, prompt: Sequence[int], n: int, **how: Any) -> list[Written]:
+        """See `Source.written`."""
+        return self._written(prompt, n, how)
 
     def told(self) -> dict[str, Any]:
         """See `Source.told`."""
@@ -394,6 +464,28 @@ class TextSource(_Asked):
             raise TypeError(f"the provider generated a {type(found).__name__}: a text is wanted.")
         return _encoded_after(self._tokenizer, prompt, found)
 
+    def reads(self, prompt: Sequence[int], target: Sequence[int]) -> bool:
+        """See `Source.reads`."""
+        shown, text = self._prompt_text(tuple(prompt))
+        whole = tokens.decode(self._tokenizer, (*shown, *target))
+        ids = (*prompt, *target)
+        return whole.startswith(text) and self._encoded(whole) == ids
+
+    def written(self, prompt: Sequence[int], n: int, **how: Any) -> list[Written]:
+        """See `Source.written`; ids that are not told are those of the text, if it has as many."""
+        _, text = self._prompt_text(tuple(prompt))
+        found: list[Written] = self._written(text, n, how)
+        return [
+            replace(one, ids=self._ids_of(text, one)) if one.ids is None else one for one in found
+        ]
+
+    def _ids_of(self, text: str, one: Written) -> tuple[int, ...] | None:
+        joint = self._encoded(text + "".join(one.texts))
+        before = self._encoded(text)
+        ids = joint[len(before) :]
+        is_read_so = joint[: len(before)] == before and len(ids) == len(one.values)
+        return ids if is_read_so else None
+
     def told(self) -> dict[str, Any]:
         """See `Source.told`."""
         told: dict[str, Any] = {"sent_as": "text", "target_from": "text"}
@@ -402,7 +494,8 @@ class TextSource(_Asked):
 
 def place(request: Request, tokenizer: Any) -> str:
     """Which row a message is about."""
-    text = tokens.decode(tokenizer, request.ids[: request.first + 1])
+    before = request.ids[: request.first + 1]
+    text = " ".join(map(str, before)) if tokenizer is None else tokens.decode(tokenizer, before)
     shown = text if len(text) <= _SHOWN else f"…{text[-_SHOWN:]}"
     return f"row {request.row} (after {shown!r})"
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.content import level_of_caller
+from captum_llm_ext.remote.handshake import Findings, handshake
 from captum_llm_ext.remote.providers import (
     Answer,
     Request,
@@ -29,6 +30,8 @@ from captum_llm_ext.scoring.progress import ProgressBar
 # Nats that a server may differ from itself: batches change last digits of half precision.
 _NOISE = 0.2
 _NOISE_PER_NAT = 0.01  # of large ones
+# Of values that may be taken for something else: more, and what is explained is that.
+_MOST_MISSING = 0.2
 
 
 class RemoteScorer:
@@ -64,7 +67,7 @@ class RemoteScorer:
         most_requests: int,
     ) -> None:
         self.attr_target: Any = attr_target
-        self.n_evaluations = self.n_requests = self.n_missing = 0
+        self.n_evaluations = self.n_requests = self.n_missing = self._n_values = 0
         self.n_scored = [0]
         self._source, self._tokenizer = provider, tokenizer
         self._most_prompts = min(provider.most_prompts, max_rows or provider.most_prompts)
@@ -77,6 +80,7 @@ class RemoteScorer:
         self._journal: Journal | None = None
         self._generated: Tensor | None = None
         self._trusts_journal = self._has_warned = False
+        self._findings: Findings | None = None
 
     @property
     def takes_ids(self) -> bool:
@@ -187,6 +191,13 @@ class RemoteScorer:
             self._rows[d] = self._assembled(row, parts[d], asked)
             self.n_evaluations += 1
             self.n_scored[0] += 1
+        if self.n_missing > _MOST_MISSING * self._n_values:
+            raise UnusableAnswerError(
+                f"{self.n_missing} of {self._n_values} log-probabilities are missing, and "
+                f"`missing={self._missing}` would be most of what is explained: such a server "
+                "tells the likeliest tokens only. Have it tell those of all prompt tokens (vLLM: "
+                "`prompt_logprobs`)."
+            )
         found = torch.stack([self._rows[d] for d in digests])
         return found.exp() if self.attr_target == "prob" else found
 
@@ -274,8 +285,16 @@ class RemoteScorer:
                 stacklevel=level_of_caller(),
             )
 
+    def _meet(self, asked: Mapping[bytes, Request]) -> None:
+        """Finds out whether the provider can be believed, before anything is asked of it."""
+        request = next(iter(asked.values()), None)
+        if self._findings is None and request is not None:
+            prompt = request.ids[: request.first + 1]
+            self._findings = handshake(self._source, prompt, request.asked)
+
     def _ask(self, asked: Mapping[bytes, Request], wanted: set[bytes] | None = None) -> None:
         """Asks for what is not known; notes `wanted` requests that answers tell by the way."""
+        self._meet(asked)
         self._check_stored(asked)
         todo = [request for k, request in asked.items() if k not in self._known]
         n = min(self._most_prompts, -(-len(todo) // self._source.n_threads))
@@ -368,6 +387,7 @@ class RemoteScorer:
         if untold and self._missing is None:
             raise UnusableAnswerError(self._no_value(whole, int(target[untold[0]]), _UNTOLD, _NULL))
         self.n_missing += len(untold)
+        self._n_values += sum(place >= 0 for place in row.positions)
         values[untold] = float("nan") if self._missing is None else self._missing
         return values if asked.foils is None else torch.cat([values, of_foils])
 
@@ -381,7 +401,8 @@ class RemoteScorer:
     def told(self) -> dict[str, Any]:
         """What provenance is to say of what was asked."""
         counts = {"n_requests": self.n_requests, "n_missing": self.n_missing}
-        return self._source.told() | counts
+        met = None if self._findings is None else self._findings.to_dict()
+        return self._source.told() | counts | {"handshake": met}
 
     def progress(self) -> AbstractContextManager[None]:
         """Draws one bar over all requests within, whatever number of calls they come in."""

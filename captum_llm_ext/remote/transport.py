@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import random
+import re
 import socket
 import ssl
 import threading
@@ -23,6 +24,11 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 # A server that wants to be left alone for longer is not waited for.
 _MOST_PATIENCE = 600.0
 _SHOWN = 500
+# An answer that is none, where all seems well, comes of a gateway: it is soon right, or never.
+_GARBAGE_TRIES = 2
+# What says that another try is of no use, whatever the status.
+_FINAL = ("insufficient_quota", "exceeded your current quota", "credit balance is too low")
+_INVALID = ("validation error", "invalid_request_error", "badrequesterror")
 # Of an answer, beside what is due to a long prompt.
 _MOST_BYTES = 2**24
 _SHORTEST_SECRET = 6
@@ -44,6 +50,10 @@ class ApiError(RuntimeError):
 
 class UnusableAnswerError(ApiError, ValueError):
     """What a server or a provider answered is no answer to what was asked."""
+
+
+class GarbageError(ApiError):
+    """An answer of status 200 that holds none: cut JSON, a gateway's page, an error."""
 
 
 class InterruptedRequestError(RuntimeError):
@@ -159,19 +169,24 @@ class Http:
 
     def _ask(self, method: str, path: str, body: bytes | None, most: int) -> Any:
         epoch = self._epoch
-        n_tries = 0
+        n_tries = n_garbage = 0
         while True:
             n_tries += 1
             wait = None
             self._rest(self._not_before - time.monotonic(), epoch)
             try:
                 status, headers, content = self._once(method, path, body, epoch, most)
+                self._keep_to_limits(headers)
                 if status < 300:
                     return self._parsed(headers, content)
                 failure = self._refused(status, headers, content)
-                if status not in _AGAIN:
+                if status not in _AGAIN or _is_final(status, content):
                     raise failure
                 wait = _retry_after(headers)
+            except GarbageError as error:
+                failure, n_garbage = error, n_garbage + 1
+                if n_garbage > min(_GARBAGE_TRIES, self._max_retries):
+                    raise
             except TooLongError:
                 said = f"{self.url} answered with more than {most / 2**20:.0f} MiB"
                 raise ApiError(f"{said}, which is no answer to what was asked.") from None
@@ -189,6 +204,15 @@ class Http:
             # Threads that failed together must not come back together.
             longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (n_tries - 1))
             self._rest(self._random.uniform(longest / 2, longest) - (wait or 0.0), epoch)
+
+    def _keep_to_limits(self, headers: Mapping[str, str]) -> None:
+        """Rests until a server that has told so takes requests again."""
+        for kind in ("requests", "tokens"):
+            left = headers.get(f"x-ratelimit-remaining-{kind}")
+            wait = _seconds(headers.get(f"x-ratelimit-reset-{kind}") or "")
+            if left is not None and left.strip() == "0" and wait is not None:
+                until = time.monotonic() + min(wait, _MOST_PATIENCE)
+                self._not_before = max(self._not_before, until)
 
     def _may_help(self, error: Exception) -> bool:
         """Whether another try may; a server that has never answered is most likely not there."""
@@ -260,13 +284,21 @@ class Http:
                 f"{self.url} answered in {self._shown(packed)!r}, which was not asked for."
             )
         try:
-            return json.loads(content)
+            found = json.loads(content)
         except (ValueError, RecursionError):
             shown = self._shown(content.decode("utf-8", "replace"))
-            raise ApiError(
+            raise GarbageError(
                 f"{self.url} answered with what is no JSON: {shown!r}. Give the URL of an "
                 "OpenAI-compatible API, such as http://localhost:8000/v1."
             ) from None
+        if isinstance(found, dict):
+            held = cast(dict[str, Any], found)
+            if held.get("error") and not (held.get("choices") or held.get("content")):
+                said = self._shown(_message(content))
+                raise GarbageError(f"{self.url} answered with an error: {said}")
+            if "choices" in held and held["choices"] is None:
+                raise GarbageError(f"{self.url} answered without `choices`.")
+        return found
 
     def _refused(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
         said = self._shown(_message(content))
@@ -325,6 +357,22 @@ def _message(content: bytes) -> str:
         return text or "nothing"
 
 
+def _is_final(status: int, content: bytes) -> bool:
+    """Whether a status that may pass comes with a reason that will not."""
+    said = content.decode("utf-8", "replace").lower()
+    reasons = _FINAL if status == 429 else _INVALID
+    return any(reason in said for reason in reasons)
+
+
+def _seconds(said: str) -> float | None:
+    """A time as rate limits are told: 1.5, 20ms, 6m0s, 1h."""
+    units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
+    parts = re.findall(r"([0-9]+(?:\.[0-9]*)?)(ms|[smhd]|)", said.strip())
+    if not parts or "".join(n + unit for n, unit in parts) != said.strip():
+        return None
+    return sum(float(n) * units[unit] for n, unit in parts)
+
+
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds until the server wants to be asked again, where it says so."""
     said = headers.get("Retry-After")
@@ -342,6 +390,24 @@ def _close_all(connections: list[Connection]) -> None:
         connections.pop().close()
 
 
-def api_key(given: str | None, variable: str = "OPENAI_API_KEY") -> str | None:
-    """The key that was given, or the environment's."""
-    return given or os.environ.get(variable) or None
+def api_key(given: str | None, url: str, variable: str = "OPENAI_API_KEY") -> str | None:
+    """The key that was given; or the environment's, for the hosts that it is for.
+
+    Args:
+        given: By the user, for whatever host.
+        url: Where it would be sent.
+        variable: ``OPENAI_API_KEY`` is for api.openai.com, for the host of ``OPENAI_BASE_URL`` and
+            for this machine.
+    """
+    if given:
+        return given
+    try:
+        host = (urlsplit(url.strip()).hostname or "").lower()
+        own = urlsplit(os.environ.get(variable.replace("API_KEY", "BASE_URL"), "")).hostname
+    except (ValueError, AttributeError):
+        return None
+    company = variable.split("_")[0].lower()
+    is_theirs = any(host == f"api.{company}.{end}" for end in ("com", "ai"))
+    if is_theirs or host in ("localhost", "127.0.0.1", "::1") or (own and host == own.lower()):
+        return os.environ.get(variable) or None
+    return None

@@ -1,5 +1,6 @@
 """What an attribution found: numbers, names and where they came from."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -173,6 +174,38 @@ class GenerationAttributionResult(ExportedResult):
     def converged(self) -> bool | None:
         """Whether `tol` was met; None if none was given."""
         return self.provenance.get("converged")
+
+    @property
+    def rung(self) -> str | None:
+        """How values were found behind an API that tells less than log-probabilities of prompts."""
+        return self.provenance.get("rung")
+
+    @property
+    def value_interval(self) -> Tensor | None:
+        """Between what `values` lie, shape ``(2, n_coalitions, T)``: lower and upper ends.
+
+        Surely, where tokens are censored; at two standard errors, where answers are sampled.
+        Infinite where there is no bound. None where values are simply known.
+        """
+        return self._interval("value_interval")
+
+    @property
+    def token_attr_interval(self) -> Tensor | None:
+        """Between what `token_attr` surely lies, shape ``(2, T, P)``.
+
+        None where values are known, or where the estimator is not linear in them.
+        """
+        return self._interval("token_attr_interval")
+
+    def _interval(self, name: str) -> Tensor | None:
+        held: Any = self.provenance.get(name)
+        if held is None:
+            return None
+        ends = [
+            [[end if v is None else v for v in row] for row in rows]
+            for rows, end in zip(held, (-math.inf, math.inf), strict=True)
+        ]
+        return torch.tensor(ends, dtype=torch.float64, device="cpu")
 
     @property
     def noise_floor(self) -> Tensor | None:

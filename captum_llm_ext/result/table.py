@@ -140,6 +140,8 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
             f"{int(hidden.sum())} attributions are no larger than what rounding does to a value "
             f"(up to {floor:.2g}): see `below_noise`."
         )
+    if result.rung is not None:
+        remarks.append(f"Found by {result.rung}: {result.provenance['cannot_see']}.")
     if result.converged is False:
         remarks.append("`tol` was not met: see the standard errors.")
     return remarks

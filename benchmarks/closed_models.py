@@ -1,0 +1,221 @@
+"""How well a model is explained that tells less than log-probabilities of prompts.
+
+    python benchmarks/closed_models.py MODEL_FOLDER [n_prompts]
+
+A local model is asked over HTTP as closed ones are; the truth is a plain forward of the same model
+for every coalition, in float64 log-softmax, which this package has no part in. Prompts have four
+sentences, which are the features: two aside, the facts, and the one to be continued.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.attr import FeatureAblation, RemoteLLMAttribution, ShapleyValues
+from environment import environment
+from served import Served
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from captum_llm_ext import ChatProvider, RemoteGenerationAttribution, TextSegmentInput
+from captum_llm_ext.plain_tokenizer import messages_of
+
+KNOWN: dict[tuple[str, ...], list[float]] = {}
+RESULTS = Path(__file__).parent / "results"
+PLACEHOLDER = RemoteLLMAttribution.placeholder_model
+N_TOKENS, N_FREQUENCY, N_SIMILARITY, TOP = 2, 50, 16, 20
+_COMMAND = "python benchmarks/closed_models.py MODEL_FOLDER"
+ASIDES = [
+    "It rained a little in the morning.",
+    "Nobody had expected so many guests.",
+    "The old bridge was closed for repairs.",
+    "A small dog barked behind the fence.",
+    "Two boats waited in the harbor.",
+]
+
+
+def prompts(n: int) -> list[str]:
+    """Prompts whose cause is known, of `real_causes`, each after two sentences that say nothing."""
+    lines = (Path(__file__).parent / "real_causes" / "prompts.jsonl").read_text().splitlines()
+    held = [json.loads(line) for line in lines]
+    own = [one["template"].format(one["cause"]) for one in held if ". " in one["template"]]
+    return [
+        f"{ASIDES[i % len(ASIDES)]} {ASIDES[(i + 2) % len(ASIDES)]} {text}"
+        for i, text in enumerate(own[:n])
+    ]
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Rank correlation."""
+    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def exact(served: Served, inp: Any, masks: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """Log-probabilities of tokens after each coalition, ``(n_coalitions, n_target)``."""
+    rows = inp.render(masks.bool(), torch.Generator().manual_seed(0))
+    values: list[list[float]] = []
+    for row in rows:
+        text = inp.tokenizer.decode(row.ids)
+        key = (text, str(tokens))
+        said = [m for m in messages_of(text) if m["content"].strip()]
+        if key not in KNOWN:
+            ids = served.ids(said or [{"role": "user", "content": " "}])
+            with torch.no_grad():
+                logits = served._model(input_ids=torch.tensor([ids + tokens])).logits[0]
+            told = logits[len(ids) - 1 : -1].double().log_softmax(-1)
+            KNOWN[key] = [float(told[t, token]) for t, token in enumerate(tokens)]
+        values.append(KNOWN[key])
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def measure(served: Served, tokenizer: Any, prompt: str) -> dict[str, Any]:
+    """All rungs on one prompt."""
+    inp = TextSegmentInput(prompt, None, unit="sentence")
+    found: dict[str, Any] = {"prompt": prompt}
+    settings = {"max_new_tokens": N_TOKENS}
+    with torch.no_grad():
+        ids = served.ids([{"role": "user", "content": prompt}])
+        tokens: list[int] = []
+        for _ in range(N_TOKENS):
+            tokens.append(int(served.log_probs(ids + tokens).argmax()))
+            if tokens[-1] == tokenizer.eos_token_id:
+                break
+    found["answer"] = tokenizer.decode(tokens, skip_special_tokens=True)
+    cache = Path(tempfile.mkdtemp()) / "answers.sqlite"
+    for method in (FeatureAblation, ShapleyValues):
+        name = method.__name__
+        provider = ChatProvider("local", api_url=served.url, max_concurrency=1)
+        remote = RemoteGenerationAttribution(method(PLACEHOLDER), None, provider, cache=cache)
+        began = time.monotonic()
+        estimate = remote.estimate(inp, gen_args=settings)
+        result = remote.attribute(inp, gen_args=settings)
+        values = exact(served, inp, result.masks, tokens)
+        lower, upper = result.value_interval
+        inside = (lower - 1e-3 <= values) & (values <= upper + 1e-3)  # the cache in float32
+        known = lower.isfinite()
+        truth = attributions(method, result.masks, values.sum(1))
+        own = result.seq_attr.double()
+        found[f"top-k {name}"] = {
+            "spearman": spearman(own, truth),
+            "top_is_top": int(own.argmax()) == int(truth.argmax()),
+            "inside": float(inside.double().mean()),
+            "largest_error_of_known": float((result.values.double() - values)[known].abs().max()),
+            "share_censored": result.provenance["share_censored"],
+            "n_requests": result.provenance["n_requests"] + result.provenance["n_cached_answers"],
+            "estimated_requests": estimate.n_requests,
+            "seconds": time.monotonic() - began,
+        }
+    found |= sampled(served, inp, tokens[:1])
+    return found
+
+
+def sampled(served: Served, inp: Any, tokens: list[int]) -> dict[str, Any]:
+    """The rungs of servers that tell text alone: of the first word, whose probability is exact."""
+    found: dict[str, Any] = {}
+    settings = {"max_new_tokens": len(tokens)}
+    for name in ("frequency", "similarity"):
+        provider = ChatProvider("local", api_url=served.url, max_concurrency=1)
+        remote = RemoteGenerationAttribution(
+            FeatureAblation(PLACEHOLDER),
+            None,
+            provider,
+            name,
+            n_answers=N_FREQUENCY if name == "frequency" else N_SIMILARITY,
+        )
+        try:
+            result = remote.attribute(inp, gen_args=settings)
+        except ValueError as error:
+            found[name] = {"refused": str(error)}
+            continue
+        joint = exact(served, inp, result.masks, tokens).sum(1)
+        own = result.token_attr[0].double()
+        about: dict[str, Any] = {"n_answers": result.provenance["n_answers"]}
+        truth = attributions(FeatureAblation, result.masks, joint)
+        about["top_is_top"] = int(own.argmax()) == int(truth.argmax())
+        if name == "frequency":
+            p = joint.exp()
+            lower, upper = (end[:, 0].sigmoid() for end in result.value_interval)
+            about["covered"] = [bool(c) for c in (lower <= p) & (p <= upper)]
+            odds = joint - (-p).log1p()
+            truth = attributions(FeatureAblation, result.masks, odds)
+            sure = own.abs() > 2 * result.token_attr_se[0].double()
+            about["significant"] = int(sure.sum())
+            about["significant_and_right"] = int((sure & (own.sign() == truth.sign())).sum())
+        about["spearman"] = spearman(own, truth)
+        found[name] = about
+    return found
+
+
+def attributions(method: Any, masks: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Leave-one-out, or Shapley values by their definition, ``(n_features,)``."""
+    by_mask = {tuple(mask): float(v) for mask, v in zip(masks.bool().tolist(), values, strict=True)}
+    n = masks.shape[1]
+    full = (True,) * n
+    if method is FeatureAblation:
+        return torch.tensor(
+            [by_mask[full] - by_mask[(*full[:j], False, *full[j + 1 :])] for j in range(n)]
+        ).double()
+    from math import factorial
+
+    found = torch.zeros(n, dtype=torch.float64)
+    for mask, value in by_mask.items():
+        size = sum(mask)
+        for j in range(n):
+            if mask[j]:
+                weight = factorial(size - 1) * factorial(n - size) / factorial(n)
+                found[j] += weight * (value - by_mask[(*mask[:j], False, *mask[j + 1 :])])
+    return found
+
+
+def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over prompts, of those that were not refused."""
+    found: dict[str, Any] = {}
+    for name in [key for key in measured[0] if key not in ("prompt", "answer")]:
+        own = [one[name] for one in measured if "refused" not in one[name]]
+        found[name] = {"n": len(own), "n_refused": len(measured) - len(own)}
+        for key in ("spearman", "top_is_top", "inside", "share_censored"):
+            numbers = [float(one[key]) for one in own if key in one]
+            if numbers:
+                found[name][key] = sum(numbers) / len(numbers)
+        covered = [c for one in own for c in one.get("covered", [])]
+        if covered:
+            found[name]["covered"] = sum(covered) / len(covered)
+            n = sum(one["significant"] for one in own)
+            found[name]["significant"] = n
+            right = sum(one["significant_and_right"] for one in own)
+            found[name]["significant_and_right"] = right / n if n else None
+    return found
+
+
+def main() -> None:
+    """Measures, and writes what was found."""
+    folder, n = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 20
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    measured: list[dict[str, Any]] = []
+    with Served(model, tokenizer) as served:
+        for prompt in prompts(n):
+            measured.append(measure(served, tokenizer, prompt))
+            print(json.dumps(measured[-1]), flush=True)
+            content = {
+                "environment": environment(seed=0) | {"command": _COMMAND},
+                "model": Path(folder).name,
+                "settings": {
+                    "top_logprobs": TOP,
+                    "n_tokens": N_TOKENS,
+                    "n_answers": {"frequency": N_FREQUENCY, "similarity": N_SIMILARITY},
+                },
+                "summary": summary(measured),
+                "prompts": measured,
+            }
+            text = json.dumps(content, indent=1)
+            (RESULTS / "closed_models.json").write_text(text + "\n")
+    print(json.dumps(content["summary"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""A local model behind OpenAI's chat completions, for measurements against its exact values.
+
+What was said is read as plain text: small models continue texts better than they answer.
+"""
+
+import json
+import threading
+from copy import deepcopy
+from hashlib import blake2b
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+
+class Served:
+    """A model that is asked over HTTP, on this machine.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._lock = threading.Lock()
+        self._last: tuple[list[int], Any, torch.Tensor] | None = None
+        self._known: dict[tuple[int, ...], torch.Tensor] = {}
+        served = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with served._lock, torch.no_grad():
+                    raw = json.dumps(served.answer(body)).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def ids(self, messages: list[dict[str, str]], begun: str = "") -> list[int]:
+        """What the model reads of a chat."""
+        ids = self._tokenizer.encode("\n".join(m["content"] for m in messages))
+        # No token reaches across the border, as none does across that of a chat template.
+        return ids + self._tokenizer.encode(begun, add_special_tokens=False)
+
+    def log_probs(self, ids: list[int]) -> torch.Tensor:
+        """Of the token after ids, shape ``(n_vocabulary,)``, float64.
+
+        What the last ids that were read whole begin with is not read again.
+        """
+        n = 0 if self._last is None else len(self._last[0])
+        if self._last is None or ids[:n] != self._last[0]:
+            out = self._model(input_ids=torch.tensor([ids]), use_cache=True)
+            self._last, self._known, n = (ids, out.past_key_values, out.logits[0, -1]), {}, len(ids)
+        _, past, logits = self._last
+        more = tuple(ids[n:])
+        if more and more not in self._known:
+            out = self._model(
+                input_ids=torch.tensor([more]), past_key_values=deepcopy(past), use_cache=True
+            )
+            self._known[more] = out.logits[0, -1]
+        return (self._known[more] if more else logits).double().log_softmax(-1)
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What the endpoint answers."""
+        messages = list(body["messages"])
+        begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+        ids = self.ids(messages, begun)
+        digest = blake2b(repr(ids).encode(), digest_size=7).digest()
+        top, temperature = int(body.get("top_logprobs") or 0), float(body["temperature"])
+        choices: list[dict[str, Any]] = []
+        n_out = 0
+        for i in range(body.get("n", 1)):
+            seed = int.from_bytes(digest, "big") + body.get("seed", 0) + i
+            generator = torch.Generator().manual_seed(seed)
+            written: list[int] = []
+            steps: list[dict[str, Any]] = []
+            for _ in range(body["max_tokens"]):
+                told = self.log_probs(ids + written)
+                if temperature == 0:
+                    token = int(told.argmax())
+                else:
+                    drawn = (told / temperature).softmax(-1)
+                    token = int(torch.multinomial(drawn, 1, generator=generator))
+                written.append(token)
+                steps.append(self._step(told, token, top))
+                if token == self._tokenizer.eos_token_id:
+                    break
+            n_out += len(written)
+            text = self._tokenizer.decode(written, skip_special_tokens=True)
+            message = {"role": "assistant", "content": text}
+            choice = {"index": i, "message": message, "finish_reason": "length"}
+            choices.append(choice | ({"logprobs": {"content": steps}} if top else {}))
+        usage = {"prompt_tokens": len(ids), "completion_tokens": n_out}
+        return {"choices": choices, "model": "local", "usage": usage}
+
+    def _step(self, told: torch.Tensor, token: int, top: int) -> dict[str, Any]:
+        values, likeliest = told.topk(max(top, 1))
+        pairs = zip(values.tolist(), likeliest.tolist(), strict=True)
+        tops = [{"token": self._tokenizer.decode([i]), "logprob": v} for v, i in pairs]
+        text = self._tokenizer.decode([token])
+        return {"token": text, "logprob": float(told[token]), "top_logprobs": tops}

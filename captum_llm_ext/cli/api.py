@@ -1,0 +1,172 @@
+"""Models behind an API on the command line: whom to ask, for what, and how much may be spent."""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, cast
+
+from captum.attr import FeatureAblation, RemoteLLMAttribution
+
+from captum_llm_ext.cli.command import UsageError, positive, say
+from captum_llm_ext.cli.loading import load_tokenizer
+from captum_llm_ext.cli.methods import is_of_gradients, method
+from captum_llm_ext.cli.outputs import as_json
+from captum_llm_ext.remote import (
+    AnthropicProvider,
+    ApiError,
+    ChatProvider,
+    CompletionsProvider,
+    RemoteGenerationAttribution,
+)
+from captum_llm_ext.remote.speakers import Speaker, speaker
+
+_RUNGS = ("auto", "log_prob", "frequency", "similarity")
+_ANTHROPIC = "https://api.anthropic.com/v1"
+
+
+def add_provider(group: Any) -> None:
+    """Adds the options that say whom to ask."""
+    add = group.add_argument
+    add(
+        "--api",
+        metavar="URL",
+        help="the model is behind this API (up to /v1); --model is its name there",
+    )
+    add(
+        "--provider",
+        choices=("openai", "completions", "anthropic"),
+        help="of --api: chat completions, completions, or Anthropic's messages (default: openai)",
+    )
+    add(
+        "--tokenizer",
+        metavar="NAME",
+        help="of --provider completions: the model's tokenizer, with which log-probabilities of "
+        "whole prompts can be asked for",
+    )
+
+
+def add_api(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of an attribution over an API."""
+    group = parser.add_argument_group("a model behind an API")
+    add_provider(group)
+    add = group.add_argument
+    add(
+        "--rung",
+        choices=_RUNGS,
+        help="log_prob: of the answer's tokens; frequency: how often the answer is given; "
+        "similarity: how similar to it what is written is; auto: the first that the server proves "
+        "able to (default)",
+    )
+    add("--answers", type=positive, metavar="N", help="of frequency and similarity: per coalition")
+    add("--estimate", action="store_true", help="tell what it would take, and send nothing")
+    add("--max-requests", type=positive, metavar="N", help="stop there; what came is kept")
+    add("--cache", metavar="FILE", help="keep answers in FILE (SQLite): other runs take them")
+
+
+def is_remote(arguments: argparse.Namespace) -> bool:
+    """Whether a model behind an API is meant.
+
+    Raises:
+        UsageError: If options of one are given without it, or others that it has no use for.
+    """
+    is_one = arguments.api is not None or arguments.provider == "anthropic"
+    for name in ("provider", "tokenizer", "rung", "answers", "max_requests", "cache"):
+        if not is_one and getattr(arguments, name, None) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} would be ignored without --api URL.")
+    if not is_one and getattr(arguments, "estimate", False):
+        raise UsageError("--estimate would be ignored without --api URL.")
+    if is_one and arguments.tokenizer is not None and arguments.provider != "completions":
+        raise UsageError("--tokenizer would be ignored: it is of --provider completions.")
+    return is_one
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuses options that have no use over an API.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    if is_of_gradients(arguments.method):
+        raise UsageError(f"--method {arguments.method} needs the model itself, not an API.")
+    for option in ("dtype", "device_map", "revision", "input"):
+        given = getattr(arguments, option, None)
+        if given not in (None, "auto"):
+            raise UsageError(f"--{option.replace('_', '-')} would be ignored with --api.")
+    if arguments.attr_target != "log_prob":
+        raise UsageError(
+            "--attr-target would be ignored with --api: --rung says what is explained."
+        )
+
+
+def tokenizer_of(arguments: argparse.Namespace) -> Any:
+    """The model's tokenizer; None where none is given."""
+    return None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+
+
+def provider_of(arguments: argparse.Namespace, model: str) -> Any:
+    """Whom to ask."""
+    if arguments.provider == "anthropic":
+        return AnthropicProvider(model, api_url=arguments.api or _ANTHROPIC)
+    if arguments.provider == "completions":
+        return CompletionsProvider(arguments.api, model)
+    return ChatProvider(model, api_url=arguments.api)
+
+
+def attribution_of(arguments: argparse.Namespace, tokenizer: Any) -> RemoteGenerationAttribution:
+    """What attributes."""
+    settings = {name: getattr(arguments, name) for name in ("share", "scheme")}
+    return RemoteGenerationAttribution(
+        method(arguments.method, cast(Any, RemoteLLMAttribution.placeholder_model), **settings),
+        tokenizer,
+        provider_of(arguments, arguments.model),
+        arguments.rung or "auto",
+        n_answers=arguments.answers,
+        max_requests=arguments.max_requests,
+        cache=arguments.cache,
+    )
+
+
+def show_estimate(
+    attribution: RemoteGenerationAttribution, inp: Any, options: dict[str, Any]
+) -> None:
+    """Prints what an attribution would take."""
+    kept = {k: v for k, v in options.items() if k not in ("output_unit", "show_progress")}
+    found = attribution.estimate(inp, **kept)
+    say("nothing was sent; at most, without the few requests that look at the server:")
+    for name, value in asdict(found).items():
+        if value is not None:
+            print(f"{name:<13} {value}")
+
+
+def look_at(arguments: argparse.Namespace) -> int:
+    """Prints what a server can do; 1 if it can do nothing."""
+    provider, tokenizer = provider_of(arguments, arguments.model), tokenizer_of(arguments)
+    found = dict(_looked_at(provider, tokenizer))
+    if arguments.json:
+        print(as_json(found))
+    for name, about in {} if arguments.json else found.items():
+        print(f"{'works' if about['works'] else 'off':<6} {name}: {about['what']}")
+        for check, how in about.get("checks", {}).items():
+            print(f"         {check}: {how}")
+    return 0 if any(about["works"] for about in found.values()) else 1
+
+
+def _looked_at(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    ablation = FeatureAblation(RemoteLLMAttribution.placeholder_model)
+    kinds = {"log-probabilities of prompts": tokenizer, "likeliest tokens at each step": None}
+    if tokenizer is None:
+        del kinds["log-probabilities of prompts"]
+    for name, own in kinds.items():
+        try:
+            met = RemoteGenerationAttribution(ablation, own, provider).handshake()
+        except ApiError as error:
+            if error.status not in (None, 400, 404, 422, 501):
+                raise
+            yield name, {"works": False, "what": str(error)}
+        else:
+            yield name, {"works": True, "what": "--rung log_prob", **met}
+    who = cast(Speaker, speaker(provider))
+    messages = [{"role": "user", "content": "Say hello."}]
+    said = who.say(messages, n_tokens=8, temperature=1.0)[0]
+    shown = "it wrote nothing" if not said.text else "--rung frequency, --rung similarity"
+    yield "text alone", {"works": bool(said.text), "what": shown}

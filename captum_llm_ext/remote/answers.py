@@ -1,0 +1,223 @@
+"""What a server with OpenAI's completions endpoint answers, read token by token."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from captum_llm_ext.remote.providers import IDS_AS_TEXT, Written, log_prob
+from captum_llm_ext.remote.transport import ApiError, UnusableAnswerError
+from captum_llm_ext.result.terminal import one_line
+
+Entry = Mapping[int, float] | None
+# More than any vocabulary has, and no more than a tensor holds.
+_MOST_DIGITS = 12
+_SHOWN = 200
+
+
+def check_usage(answer: Any, ids: Sequence[Sequence[int]]) -> None:
+    """Refuses an answer to other tokens than were sent, where the server counts them.
+
+    Raises:
+        UnusableAnswerError: If ``usage.prompt_tokens`` is another number.
+    """
+    found, wanted = _usage(answer, "prompt_tokens"), sum(map(len, ids))
+    if found is not None and found != wanted:
+        raise wrong_count(found, wanted, len(ids))
+
+
+def completed(answer: Any) -> int | None:
+    """How many tokens the server says that it wrote."""
+    return _usage(answer, "completion_tokens")
+
+
+def _usage(answer: Any, name: str) -> int | None:
+    usage: Any = cast(dict[str, Any], answer).get("usage") if isinstance(answer, dict) else None
+    found: Any = cast(dict[str, Any], usage).get(name) if isinstance(usage, dict) else None
+    return found if is_integer(found) and found > 0 else None  # 0: not counted
+
+
+def told(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
+    """Log-probabilities as vLLM tells them: a mapping of ids for each token of the prompt."""
+    found: Any = choice.get("prompt_logprobs")
+    if not isinstance(found, list):
+        raise ApiError(
+            "the server's answer holds no `prompt_logprobs`: it ignores what it was asked."
+        )
+    entries = cast(list[Any], found)
+    if len(entries) != len(ids):
+        raise wrong_count(len(entries), len(ids))
+    read = choice.get("prompt_token_ids")
+    if isinstance(read, list) and read != list(ids):
+        raise UnusableAnswerError(
+            "the server read the prompt as other token ids than were sent: it adds tokens to ids, "
+            "or leaves some out, and cannot be used."
+        )
+    return [None if entry is None else _entry(entry) for entry in entries]
+
+
+def _entry(told: Any) -> dict[int, float]:
+    if not isinstance(told, dict):
+        raise unusable("an entry of `prompt_logprobs`", told, "a mapping of token ids")
+    found: dict[int, float] = {}
+    for token, said in cast(dict[str, Any], told).items():
+        if not _is_number(token):
+            raise unusable("a key of `prompt_logprobs`", token, "a token id")
+        value = cast(dict[str, Any], said).get("logprob") if isinstance(said, dict) else said
+        found[int(token)] = _number(value)
+    return found
+
+
+def echoed(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
+    """Log-probabilities of an echoed prompt; what was generated stands after it."""
+    logprobs: Any = choice.get("logprobs")
+    told: Any = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    if not isinstance(told, list):
+        raise ApiError(
+            "the server's answer holds no `logprobs` of the echoed prompt: it ignores what it was "
+            "asked."
+        )
+    values = cast(list[Any], told)
+    names: Any = cast(dict[str, Any], logprobs).get("tokens")
+    n_named = len(cast(list[Any], names)) if isinstance(names, list) else len(values)
+    if len(values) <= 1 < len(ids) and n_named == len(values):
+        raise UnusableAnswerError(
+            f"the server told log-probabilities of {len(values)} tokens to a prompt of {len(ids)}: "
+            "it ignores `echo`, and tells those of what it wrote alone."
+        )
+    if len(values) not in (len(ids), len(ids) + 1) or n_named != len(values):
+        # One more is what it wrote.
+        raise wrong_count(max(len(values) - 1, 0), len(ids))
+    if len(values) == len(ids) and values and values[0] is not None:
+        raise UnusableAnswerError(
+            "the server told as many log-probabilities as the prompt has tokens, and one of the "
+            "first, which has none: whether they are shifted by one is not to be seen."
+        )
+    pairs = zip(ids, values[: len(ids)], strict=True)
+    return [None if value is None else {token: _number(value)} for token, value in pairs]
+
+
+class Names:
+    """What a server calls tokens: one that changes its mind has mixed up answers.
+
+    Bytes of characters are called by what stands around them, and are not looked at.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, str] = {}
+
+    def check(self, choice: Mapping[str, Any], ids: Sequence[int]) -> None:
+        """Refuses an answer that calls tokens otherwise than answers before.
+
+        Raises:
+            UnusableAnswerError: If there is such a token.
+        """
+        for token, name in zip(ids, _names(choice), strict=False):
+            said = name.strip()
+            if not said or not re.fullmatch(r"[A-Za-z0-9]+", said):
+                continue
+            known = self._known.setdefault(token, said)
+            if known != said:
+                raise UnusableAnswerError(
+                    f"the server calls token id {token} {known!r} in one answer and "
+                    f"{one_line(said)!r} in another: it gives answers to other prompts than were "
+                    "asked. Say `prompts_per_request=1`, or `max_concurrency=1`."
+                )
+
+
+def _names(choice: Mapping[str, Any]) -> list[str]:
+    logprobs: Any = choice.get("logprobs")
+    names: Any = logprobs.get("tokens") if isinstance(logprobs, dict) else None
+    return [str(name) for name in cast(list[Any], names)] if isinstance(names, list) else []
+
+
+def wrong_count(found: int, wanted: int, n_prompts: int = 1) -> ApiError:
+    """An error that says what may be behind another number of tokens."""
+    what = "it reads it as other tokens"
+    if found - wanted == n_prompts:
+        what = "it may put a token (BOS) before each"
+    prompts = "a prompt" if n_prompts == 1 else f"{n_prompts} prompts"
+    return UnusableAnswerError(
+        f"the server told log-probabilities of {found} tokens to {prompts} of {wanted}: {what}, "
+        "and nothing says which is which. Check that the tokenizer is the model's; a server that "
+        'takes no ids wants `prompts="text"`.'
+    )
+
+
+def written(answer: Any, choice: Mapping[str, Any]) -> Written | None:
+    """What the model wrote, with log-probabilities; None where these are not told."""
+    logprobs: Any = choice.get("logprobs")
+    found: Any = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    if not isinstance(found, list):
+        return None
+    names, values = _names(choice), [_number(value) for value in cast(list[Any], found)]
+    has_stopped = choice.get("finish_reason") == "stop"
+    if len(names) != len(values) or not (values or has_stopped):
+        return None
+    told: Any = cast(dict[str, Any], logprobs).get("top_logprobs")
+    entries = cast(list[Any], told) if isinstance(told, list) else []
+    tops = [
+        {str(k): _number(v) for k, v in cast(dict[str, Any], entry).items()}
+        for entry in entries
+        if isinstance(entry, dict)
+    ]
+    return Written(
+        ids=written_ids(choice),
+        texts=tuple(names),
+        values=values,
+        top=tops if len(tops) == len(values) else [],
+        n_completed=completed(answer),
+        has_stopped=has_stopped,
+    )
+
+
+def written_ids(choice: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The ids of what the model wrote, where the server tells them."""
+    if isinstance(choice.get("token_ids"), list):
+        return tuple(_token_ids(choice["token_ids"]))
+    names = _names(choice)
+    if not names or not all(name.startswith(IDS_AS_TEXT) for name in names):
+        return None
+    digits = [name.removeprefix(IDS_AS_TEXT) for name in names]
+    return tuple(_token_ids([int(d) if _is_number(d) else d for d in digits]))
+
+
+def text_of(choice: Mapping[str, Any]) -> str:
+    """What the model wrote, as text."""
+    text = choice.get("text")
+    if not isinstance(text, str):
+        raise unusable("what the model wrote", text, "a text")
+    return text
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is a whole number, which True is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def unusable(what: str, found: Any, wanted: str) -> ApiError:
+    """An error that shows what was found in place of what was wanted."""
+    try:
+        shown = one_line(repr(found))[:_SHOWN]
+    except (RecursionError, ValueError):  # too deep, or an integer of too many digits
+        shown = f"a {type(found).__name__}"
+    return UnusableAnswerError(f"the server gave {shown} as {what}: {wanted} is wanted.")
+
+
+def _number(said: Any) -> float:
+    """A log-probability, -inf for a token that is ruled out."""
+    value = log_prob(said)
+    if value is None:
+        raise unusable("a log-probability", said, "a number of nats, 0 at most")
+    return value
+
+
+def _token_ids(told: Any) -> list[int]:
+    ids = cast(list[Any], told)
+    for token in ids:
+        if not is_integer(token) or not 0 <= token < 10**_MOST_DIGITS:
+            raise unusable("a token id", token, "an integer of at least 0")
+    return ids
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS

@@ -1,0 +1,480 @@
+"""Whether what a provider tells are log-probabilities of the tokens asked: found out, not believed.
+
+A few short prompts are asked about once per provider, before any number is used. What a true model
+cannot say gives a provider away, and what it says in two ways has to agree:
+
+* Three tokens that it writes, with their log-probabilities, have the same ones when they are scored
+  as part of a prompt.
+* The value of a token depends on the token, and on nothing that comes after it.
+* Probabilities of different tokens at one place sum to no more than 1; none is above 1.
+* A prompt has the same values twice, alone or in a batch with others.
+* What is told of written tokens does not depend on the temperature, or is known to.
+* Tokens drawn at temperature 1 are as improbable, on average, as their distribution says.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from captum_llm_ext.remote.providers import Request, Source, Written, is_ruled_out
+from captum_llm_ext.remote.transport import ApiError, UnusableAnswerError
+
+# Nats that two ways of telling a value may differ by: half precision in batches of other shapes.
+_APART, _APART_PER_NAT = 0.05, 0.01
+# Log 1 in float32, as rounded.
+_ABOVE_ONE = 1e-6
+_MASS = 1e-3
+# What is no noise where values are otherwise reproduced.
+_SHARP, _TIMES_NOISE = 1e-3, 5.0
+_N_WRITTEN, _N_OTHERS, _LONGEST = 3, 3, 48
+_N_LOOKED_AT = 64
+# Draws at temperature 1, and how many standard errors their surprise may be off.
+_N_DRAWN, _DEVIATIONS = 32, 4.5
+_UNLISTED = "not listed: what the model writes comes without it"
+_UNKNOWN_ARGUMENT = (None, 400, 404, 422, 501)
+
+
+class HandshakeError(UnusableAnswerError):
+    """What a provider tells is not what it was asked for; the message names what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a handshake found.
+
+    Attributes:
+        way: How log-probabilities of prompts are asked for, where there is a choice.
+        checks: What was looked at, and how it came out.
+        refused: Ways that were tried before, and what is wrong with them.
+        n_prompts: How many prompts it took.
+    """
+
+    way: str | None
+    checks: Mapping[str, str]
+    refused: Mapping[str, str]
+    n_prompts: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For provenance and for JSON."""
+        return {
+            "way": self.way,
+            "checks": dict(self.checks),
+            "refused": dict(self.refused),
+            "n_prompts": self.n_prompts,
+        }
+
+
+_known: "WeakKeyDictionary[Any, dict[tuple[Any, ...], Findings]]" = WeakKeyDictionary()
+_lock = threading.RLock()
+_busy: set[int] = set()
+
+
+def handshake(source: Source, prompt: Sequence[int], target: Sequence[int]) -> Findings | None:
+    """What a provider's log-probabilities are; of a provider that is known, what was found then.
+
+    Args:
+        source: The provider.
+        prompt: Token ids that it can be asked about, such as those of the prompt to explain.
+        target: Token ids after them.
+
+    Returns:
+        What was found; None while the provider is being asked for it.
+
+    Raises:
+        HandshakeError: If they cannot be used, with the name of the fault.
+        ApiError, ConnectionError: If it gives none.
+    """
+    provider = source.provider
+    if id(provider) in _busy:
+        return None
+    with _lock:
+        about = (getattr(provider, "model_name", None), source.takes_ids)
+        try:
+            known = _known.setdefault(provider, {})
+        except TypeError:  # what can be no key is asked each time
+            known = {}
+        if about not in known:
+            with _asking(provider):
+                known[about] = _met(source, prompt, target)
+        return known[about]
+
+
+@contextmanager
+def _asking(provider: Any) -> Generator[None]:
+    _busy.add(id(provider))
+    try:
+        yield
+    finally:
+        _busy.discard(id(provider))
+
+
+def _met(source: Source, prompt: Sequence[int], target: Sequence[int]) -> Findings:
+    ways: Sequence[str | None] = getattr(source.provider, "ways", (None,))
+    refused: dict[str, str] = {}
+    statuses: list[int | None] = []
+    n_prompts = 0
+    for way in ways:
+        if way is not None:
+            source.provider.use(way)
+        exam = _Exam(copy(source), prompt, target)  # which counts what is sent for the user
+        try:
+            exam.run()
+            source.most_prompts = min(source.most_prompts, exam.source.most_prompts)
+            return Findings(way, exam.checks, refused, n_prompts + exam.n_prompts)
+        except ApiError as error:
+            if len(ways) == 1 or error.status not in _UNKNOWN_ARGUMENT:
+                _forget(source.provider, ways)
+                raise
+            refused[str(way)] = str(error)
+            statuses.append(error.status)
+            n_prompts += exam.n_prompts
+        except BaseException:
+            _forget(source.provider, ways)
+            raise
+    _forget(source.provider, ways)
+    said = " ".join(f"By `{way}`: {fault}" for way, fault in refused.items())
+    raise HandshakeError(f"no log-probabilities of prompts are to be had. {said}", statuses[-1])
+
+
+def _forget(provider: Any, ways: Sequence[str | None]) -> None:
+    if len(ways) > 1:
+        provider.use(None)
+
+
+@dataclass
+class _Exam:
+    """One provider, asked in one way."""
+
+    source: Source
+    prompt: Sequence[int]
+    target: Sequence[int]
+    checks: dict[str, str] = field(default_factory=dict[str, str])
+    n_prompts: int = 0
+
+    def run(self) -> None:
+        """Looks at everything that the provider lets be looked at."""
+        if self.source.takes_ids:  # text cannot be cut anywhere
+            self.prompt = tuple(self.prompt[:_LONGEST])
+        written = self._written()
+        hot = [] if written is None else self._hot(written)
+        ids, told, likely = self._reference(written, hot)
+        rows, values = self._asked(self._rows(ids, list(likely)))
+        _, [longer] = self._asked([(*ids, *rows[1][-1:])] if len(rows) > 1 else [ids])
+        _, [alone] = self._asked(rows[:1])
+        if not any(map(_is_told, alone[-len(ids) :])):
+            self._fault("none is told of any token that was asked about")
+        self._same_again(values, alone)
+        noise = _largest([abs(a - b) for a, b in _pairs(values[0], alone)])
+        self._depends_on_nothing_later([*values, longer], noise)
+        found = {row[-1]: own[-1] for row, own in zip(rows, values, strict=True)}
+        of_last = {i: float(v) for i, v in found.items() if v is not None and _is_told(v)}
+        last = list(of_last.values())
+        self._depends_on_the_token([*values, longer], last, noise)
+        both = [(of_last[i], told) for i, told in likely.items() if i in of_last]
+        self._agrees(alone, told, ids, [pair for pair in both if _is_told(pair[1])])
+        mass = sum(map(math.exp, last))
+        if mass > 1 + _MASS:
+            self._fault(
+                f"{len(last)} tokens have probabilities of {mass:.3g} in sum at one place, which "
+                "natural log-probabilities have not: they may be of base 10, or belong to "
+                "different places"
+            )
+
+    def _written(self) -> Written | None:
+        """What the model writes, where it is told with log-probabilities."""
+        found = self._write(_N_WRITTEN, temperature=0.0)
+        if not found or not found[0].values:
+            self._note("written tokens", "the provider tells no log-probabilities of them")
+            return None
+        written = found[0]
+        self._counts(written)
+        stop = self.source.stop_token
+        if not written.has_stopped and stop is not None:
+            ended = self._write(2, temperature=0.0, bias={stop: 100.0})
+            if ended and ended[0].has_stopped:
+                self._counts(ended[0])
+        self.checks.setdefault("stop token", "not seen")
+        for value in [*written.values, *(v for top in written.top for v in top.values())]:
+            if value > _ABOVE_ONE:
+                self._fault(f"it tells {value:g} as a log-probability, which is above log 1 = 0")
+        for top in written.top:
+            mass = sum(math.exp(value) for value in top.values())
+            if mass > 1 + _MASS:
+                zeros = "all are zero" if not any(top.values()) else "they are of base 10, or so"
+                self._fault(
+                    f"the {len(top)} likeliest tokens have probabilities of {mass:.3g} in sum, "
+                    f"which natural log-probabilities have not: {zeros}"
+                )
+        return written
+
+    def _write(self, n: int, **how: Any) -> list[Written]:
+        found = self.source.written(self.prompt, n, **how)
+        self.n_prompts += 1 if found else 0
+        return found
+
+    def _counts(self, written: Written) -> None:
+        n, counted = len(written.values), written.n_completed
+        if counted is not None and counted == n + 1 and written.has_stopped:
+            self._note("stop token", _UNLISTED)
+        elif counted is not None and counted != n:
+            self._fault(f"it tells log-probabilities of {n} written tokens and counts {counted}")
+        elif written.has_stopped:
+            self._note("stop token", "listed")
+
+    def _hot(self, written: Written) -> list[Written]:
+        """First tokens drawn at temperature 1: whether what is told of them is of another."""
+        hot = self._write(1, temperature=1.0, n_answers=_N_DRAWN)
+        if not hot or not hot[0].top or not written.top:
+            return []
+        cold, warm = written.top[0], hot[0].top[0]
+        both = [name for name in cold if name in warm]
+        apart = [abs(a - b) for a, b in _pairs(_of(cold, both), _of(warm, both))]
+        is_followed = _largest(apart) > _allowed(_of(cold, both)) or any(
+            is_ruled_out(cold[name]) != is_ruled_out(warm[name]) for name in both
+        )
+        changes = "changes" if is_followed else "does not change"
+        self._note("temperature", f"{changes} what is told of written tokens")
+        self._drawn([one.texts[0] for one in hot if len(one.values) == 1], warm)
+        return hot if is_followed else []
+
+    def _reference(
+        self, written: Written | None, hot: Sequence[Written]
+    ) -> tuple[tuple[int, ...], list[float], dict[int, float]]:
+        """Tokens to score, their values as told when written, and those of others for the last."""
+        n = _N_WRITTEN if self.source.takes_ids else len(self.target)
+        own = () if written is None else written.ids or ()
+        if written is None:
+            return tuple(self.target[:n]), [], {}
+        is_whole = not hot and 0 < len(own) == len(written.values)
+        if is_whole and self.source.reads(self.prompt, own):
+            last = (*self.prompt, *own[:-1])
+            return own, list(written.values), self._ids(last, written.top[-1:])
+        # What is written may be no text that is read so again, or told of another temperature.
+        known = self._ids(self.prompt, (hot or [written])[0].top[:1])
+        for token, value in known.items():
+            if _is_told(value) and self.source.reads(self.prompt, (token,)):
+                return (token,), [value], known
+        self._note("written tokens", "the provider tells no ids of them")
+        return tuple(self.target[:n]), [], {}
+
+    def _ids(self, prompt: Sequence[int], tops: Sequence[Mapping[str, float]]) -> dict[int, float]:
+        pairs = (
+            (self.source.called(prompt, name), value) for top in tops for name, value in top.items()
+        )
+        return {token: value for token, value in pairs if token is not None}
+
+    def _rows(self, ids: tuple[int, ...], likely: Sequence[int]) -> list[tuple[int, ...]]:
+        """Tokens to score after the prompt: these, and with others in place of the last."""
+        seen = [*likely, *reversed(self.prompt), *self.target, *range(_N_LOOKED_AT)]
+        others: list[int] = []
+        for token in list(dict.fromkeys(seen))[:_N_LOOKED_AT]:
+            if token == ids[-1] or len(others) == _N_OTHERS:
+                continue
+            instead, longer = (*ids[:-1], token), (*ids, token)
+            if self.source.reads(self.prompt, instead) and self.source.reads(self.prompt, longer):
+                others.append(token)
+        return [ids, *((*ids[:-1], token) for token in others)]
+
+    def _asked(
+        self, rows: Sequence[tuple[int, ...]]
+    ) -> tuple[list[tuple[int, ...]], list[list[float | None]]]:
+        """Rows that can be sent, and values of every place: of the prompt too, where told."""
+        first = 0 if self.source.takes_ids else len(self.prompt) - 1
+        requests = [
+            Request((*self.prompt, *row), first, tuple(range(len(row))), i)
+            for i, row in enumerate(rows)
+        ]
+        kept: list[tuple[int, ...]] = []
+        found: list[list[float | None]] = []
+        n = self.source.most_prompts
+        for i in range(0, len(requests), n):
+            try:
+                answers = self.source.ask(requests[i : i + n])
+            except ApiError:
+                raise
+            except ValueError:  # others than the target may be text that is read otherwise
+                if i == 0:
+                    raise
+                continue
+            kept += rows[i : i + n]
+            found += [answer.values for answer in answers]
+            self.n_prompts += len(answers)
+        for value in (value for own in found for value in own if value is not None):
+            if value > _ABOVE_ONE:
+                self._fault(f"it tells {value:g} as a log-probability, which is above log 1 = 0")
+        return kept, found
+
+    def _same_again(self, values: Sequence[list[float | None]], alone: list[float | None]) -> None:
+        apart = _largest([abs(a - b) for a, b in _pairs(values[0], alone)])
+        in_batch = self.source.most_prompts > 1
+        lost = any(a is None and b is not None for a, b in zip(values[0], alone, strict=False))
+        if in_batch and (lost or apart > _allowed(alone)):
+            self._fault(
+                "a prompt has other log-probabilities in a batch with others than alone: answers "
+                "are mixed up, each given to another prompt, which `prompts_per_request=1` avoids"
+            )
+        if apart > _allowed(alone):
+            self._fault(f"the same prompt has other ones each time, by {apart:.2g} nats")
+        self._note("batch" if in_batch else "asked twice", f"the same within {apart:.1g} nats")
+
+    def _agrees(
+        self,
+        alone: Sequence[float | None],
+        told: Sequence[float],
+        ids: tuple[int, ...],
+        of_last: Sequence[tuple[float, float]],
+    ) -> None:
+        """Holds what is told of a prompt against what was told when the model wrote it.
+
+        Args:
+            alone: The prompt's values.
+            told: What was told when `ids` were written.
+            ids: The prompt's last tokens.
+            of_last: Of several tokens at the last place, both.
+        """
+        found = alone[-len(ids) :]
+        if not told or None in found:
+            return
+        scored = [float(value) for value in found if value is not None]
+        apart = _largest([abs(a - b) for a, b in _pairs(scored, told)])
+        if apart > _allowed(told):
+            self._fault(
+                f"tokens that the model wrote have log-probabilities that differ by {apart:.2g} "
+                f"nats when they are part of a prompt: {_named(scored, told, of_last)}"
+            )
+        self._note("written tokens", f"the same within {apart:.1g} nats when scored")
+
+    def _depends_on_the_token(
+        self, values: Sequence[list[float | None]], last: Sequence[float], noise: float
+    ) -> None:
+        if len(last) < 2 or max(last) - min(last) > max(_ABOVE_ONE, 2 * noise):
+            return
+        everything = [v for own in values for v in own if v is not None and _is_told(v)]
+        if all(value == 0 for value in everything):
+            self._fault("all are zero")
+        if max(everything) - min(everything) <= _ABOVE_ONE:
+            self._fault(f"all are {everything[0]:g}, whatever the token")
+        self._fault(
+            "the last token of a prompt has the same, whatever token it is: they are shifted right "
+            "by one, and belong to the token before"
+        )
+
+    def _depends_on_nothing_later(self, values: Sequence[list[float | None]], noise: float) -> None:
+        whole, instead, longer = values[0], values[1:-1], values[-1]
+        if len(longer) == len(whole):  # no other token could be put anywhere
+            return
+        others = [_pairs(whole[:-2], own[:-2]) for own in [*instead, longer[:-1]]]
+        noise = max(noise, _largest([abs(a - b) for pairs in others for a, b in pairs]))
+        changed = [_pairs(whole[-2:-1], own[-2:-1]) for own in instead]
+        changed.append(_pairs(whole[-1:], longer[-2:-1]))
+        much = _largest([abs(a - b) for pairs in changed for a, b in pairs])
+        if much > min(_allowed(whole[-2:]), max(_SHARP, _TIMES_NOISE * noise)):
+            self._fault(
+                f"the one of a token changes (by {much:.2g} nats) with the token after it: they "
+                "are shifted left by one, and belong to the token after"
+            )
+
+    def _drawn(self, names: Sequence[str], top: Mapping[str, float]) -> None:
+        """Whether tokens drawn at temperature 1 are as improbable as they should be."""
+        if len(names) < _N_DRAWN or len(set(names)) == 1:
+            self._note("drawn tokens", "the provider draws no several of them")
+            return
+        rest = max(1 - sum(map(math.exp, top.values())), 1e-9)
+        surprises = {name: -max(value, -30.0) for name, value in top.items()}
+        mean = sum(math.exp(-s) * s for s in surprises.values()) - rest * math.log(rest)
+        square = sum(math.exp(-s) * s**2 for s in surprises.values()) + rest * math.log(rest) ** 2
+        found = sum(surprises.get(name, -math.log(rest)) for name in names) / len(names)
+        error = math.sqrt(max(square - mean**2, 1e-6) / len(names))
+        off = (found - mean) / error
+        if abs(off) > _DEVIATIONS:
+            self._fault(
+                f"tokens drawn at temperature 1 are {found:.2g} nats improbable on average, and "
+                f"what it tells says {mean:.2g}: they are of another temperature"
+            )
+        self._note("drawn tokens", f"as improbable as told, within {abs(off):.1f} standard errors")
+
+    def _note(self, what: str, how: str) -> None:
+        self.checks[what] = how
+
+    def _fault(self, what: str) -> None:
+        name = type(self.source.provider).__name__
+        raise HandshakeError(
+            f"the log-probabilities that {name} gets cannot be believed: {what}. Nothing was "
+            "attributed."
+        )
+
+
+def _named(
+    scored: Sequence[float], told: Sequence[float], of_last: Sequence[tuple[float, float]]
+) -> str:
+    """What would make of the true values those that were found."""
+    if all(value == 0 for value in scored):
+        return "all are zero"
+    stretches: dict[str, Callable[[float], float]] = {
+        "they are of base 10": lambda value: value / math.log(10),
+        "they are of base 2": lambda value: value / math.log(2),
+        "they are probabilities": math.exp,
+        "they lack their sign": lambda value: -value,
+    }
+    pairs = {
+        name: [(s, change(t)) for s, t in zip(scored, told, strict=True)]
+        for name, change in stretches.items()
+    }
+    left, right = zip(scored, told[1:], strict=False), zip(scored[1:], told, strict=False)
+    pairs["they are shifted left by one, and belong to the token after"] = list(left)
+    pairs["they are shifted right by one, and belong to the token before"] = list(right)
+    errors = {name: _largest([abs(a - b) for a, b in own]) for name, own in pairs.items() if own}
+    name = min(errors, key=errors.__getitem__)
+    if errors[name] <= _allowed(told):
+        return name
+    temperature = _temperature(of_last)
+    if temperature is not None:
+        return f"they are of temperature {temperature:.2g}"
+    return (
+        "they are of another distribution (another temperature, a token put before the prompt, a "
+        "chat template, another tokenizer or model)"
+    )
+
+
+def _temperature(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """At what temperature values (first) are those of the same place (second), if at any."""
+    if len(pairs) < 3:
+        return None
+    x, y = [pair[1] for pair in pairs], [pair[0] for pair in pairs]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    square = sum((a - mean_x) ** 2 for a in x)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / max(square, 1e-9)
+    off = [abs(b - mean_y - slope * (a - mean_x)) for a, b in zip(x, y, strict=True)]
+    is_one = slope > _APART and _largest(off) <= _allowed(x) and abs(slope - 1) > _APART
+    return 1 / slope if is_one else None
+
+
+def _of(top: Mapping[str, float], names: Sequence[str]) -> list[float]:
+    return [top[name] for name in names]
+
+
+def _is_told(value: float | None) -> bool:
+    return value is not None and not is_ruled_out(value)
+
+
+def _pairs(a: Sequence[float | None], b: Sequence[float | None]) -> list[tuple[float, float]]:
+    """Values of the same places that both tell."""
+    return [
+        (x, y)
+        for x, y in zip(a, b, strict=False)
+        if x is not None and y is not None and _is_told(x) and _is_told(y)
+    ]
+
+
+def _largest(found: Sequence[float]) -> float:
+    return max(found, default=0.0)
+
+
+def _allowed(values: Sequence[float | None]) -> float:
+    """How far values may be from others that should be the same."""
+    return _APART + _APART_PER_NAT * _largest([-v for v in values if v is not None and _is_told(v)])

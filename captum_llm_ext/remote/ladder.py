@@ -1,0 +1,249 @@
+"""Rows scored by a rung: each coalition once, several at a time, what is known of it kept."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext import tokens
+from captum_llm_ext.coalitions import (
+    Plan,
+    Scope,
+    Solution,
+    solve_exact,
+    solve_leave_one_out,
+    solve_only_one_in,
+    solve_permutations,
+)
+from captum_llm_ext.plain_tokenizer import messages_of
+from captum_llm_ext.remote.asking import Asker
+from captum_llm_ext.remote.rungs import Rung, Scored, TopK
+from captum_llm_ext.remote.workers import do_all
+from captum_llm_ext.scoring import Journal, Processes, TokenRow
+from captum_llm_ext.scoring.asked import Asked
+from captum_llm_ext.scoring.progress import ProgressBar
+
+# Estimators whose attributions are the same weights times the values, whatever these are.
+_LINEAR: Mapping[str, Callable[[Plan, Tensor, Scope], Solution]] = {
+    "leave-one-out": solve_leave_one_out,
+    "only one in": solve_only_one_in,
+    "exact": solve_exact,
+    "antithetic permutations": solve_permutations,
+}
+
+
+class LadderScorer:
+    """`captum_llm_ext.scoring.Values` over a rung.
+
+    Args:
+        rung: How coalitions are looked at.
+        asker: Whom it asks.
+        tokenizer: Spells rows and target.
+        attr_target: What a value is.
+        n_threads: Coalitions at a time.
+        show_progress: Whether `progress` draws a bar.
+    """
+
+    takes_ids = False
+
+    def __init__(
+        self,
+        rung: Rung,
+        asker: Asker,
+        tokenizer: Any,
+        *,
+        attr_target: str,
+        n_threads: int,
+        show_progress: bool,
+    ) -> None:
+        self.attr_target: Any = attr_target
+        self.n_evaluations = 0
+        self.n_scored = [0]
+        self.rung, self.asker = rung, asker
+        self._tokenizer, self._n_threads = tokenizer, n_threads
+        self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
+        self._known: dict[bytes, Scored] = {}
+        self._in_order: list[bytes] = []
+
+    def shows(self, show_progress: bool) -> None:
+        """Whether `progress` draws a bar."""
+        self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
+
+    @property
+    def reads_on(self) -> bool:
+        """Never: every row is a request."""
+        return False
+
+    @property
+    def processes(self) -> Processes:
+        """This one alone."""
+        return Processes()
+
+    def messages(self, ids: Sequence[int]) -> list[dict[str, str]]:
+        """A prompt as messages."""
+        special = getattr(self._tokenizer, "bos_token_id", None)
+        own = ids[1:] if ids and ids[0] == special else ids
+        found = messages_of(tokens.decode(self._tokenizer, own) if own else "")
+        # What is wholly absent is not sent; APIs refuse empty messages.
+        said = [message for message in found if message["content"].strip()]
+        return said or [{"role": "user", "content": " "}]
+
+    def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> NoReturn:
+        """Targets are no ids here."""
+        raise NotImplementedError
+
+    def likeliest(self, row: TokenRow, n: int) -> NoReturn:
+        """Nor are other tokens."""
+        raise NotImplementedError
+
+    def check_length(self, length: int, what: str) -> None:
+        """What fits is not known."""
+
+    def noise_floor(self, row: TokenRow, target: Tensor, foils: Tensor | None = None) -> None:
+        """None: nobody tells in what precision a server computes."""
+
+    def tolerance(self, values: Tensor) -> Tensor:
+        """What the same coalition may differ by."""
+        return torch.full_like(values, 0.2, dtype=torch.float64)
+
+    def values(
+        self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
+    ) -> Tensor:
+        """See `Scorer.values`, without foils; what is known beside them is kept for `known`.
+
+        Raises:
+            ValueError: If a row is no text, or no cause would be found.
+            ConnectionError, RuntimeError: If the provider gives up, or no more may be spent.
+        """
+        wanted = [tokens.decode(self._tokenizer, [i]) for i in target.tolist()]
+        asked = Asked(target)
+        digests = [asked.digest(row) for row in rows]
+        new = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
+        if any(row.extras is not None for row in new.values()):
+            raise ValueError("the input renders to more than text, which cannot be sent.")
+        jobs = [(d, self.messages(row.ids[: row.first + 1])) for d, row in new.items()]
+        self._bar.announce(len(jobs))
+
+        def take(job: tuple[bytes, Any], scored: Scored) -> None:
+            self._known[job[0]] = scored
+            self.n_evaluations += 1
+            self.n_scored[0] += 1
+            self._bar.advance()
+
+        def score(job: tuple[bytes, Any]) -> Scored:
+            return self.rung.score(job[1], wanted)
+
+        do_all(
+            jobs,
+            score,
+            take,
+            n_threads=self._n_threads,
+            interrupt=getattr(self.asker.speaker, "interrupt", lambda: None),
+        )
+        self._in_order += digests
+        found = [self._known[d].values for d in digests]
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
+
+    def known(self) -> dict[str, Tensor]:
+        """What is known of all coalitions, in the order in which they were asked for.
+
+        Returns:
+            ``"lower"``, ``"upper"``, ``"variances"``, each ``(n_coalitions, n_target)``.
+        """
+        own = [self._known[d] for d in self._in_order]
+        return {
+            name: torch.tensor(
+                [getattr(one, name) for one in own], dtype=torch.float64, device="cpu"
+            )
+            for name in ("lower", "upper", "variances")
+        }
+
+    def same_rows(self) -> Tensor:
+        """Per coalition the number of the row that it is, ``(n_coalitions,)``."""
+        numbers = {d: i for i, d in enumerate(dict.fromkeys(self._in_order))}
+        return torch.tensor([numbers[d] for d in self._in_order], dtype=torch.int64, device="cpu")
+
+    def told(self) -> dict[str, Any]:
+        """What provenance is to say of what was asked."""
+        own = list(self._known.values())
+        n_values = sum(len(one.values) for one in own)
+        n_censored = sum(a != b and v == b for one in own for v, a, b in _bounds(one))
+        told: dict[str, Any] = {
+            "rung": self.rung.name,
+            "cannot_see": self.rung.blind,
+            "sent_as": "messages",
+            "way": self.asker.way,
+            "share_censored": n_censored / n_values if n_values else 0.0,
+            "n_refusals": sum(one.n_refused for one in own),
+            "n_answers": sum(one.n_samples for one in own),
+        }
+        told |= {
+            name: getattr(self.rung, name)
+            for name in ("kind", "ceiling", "floor")
+            if hasattr(self.rung, name)
+        }
+        if isinstance(self.rung, TopK):
+            told["handshake"] = dict(self.rung.checks)
+        return told | self.asker.told()
+
+    def progress(self) -> AbstractContextManager[None]:
+        """Draws one bar over all coalitions within."""
+        return self._bar.shown()
+
+    @contextmanager
+    def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
+        """Answers are kept by a cache, not by a journal."""
+        if open_journal is not None:
+            raise ValueError(
+                "`checkpoint` would be ignored: what a provider answers is kept by "
+                "`RemoteGenerationAttribution(cache='answers.sqlite')`."
+            )
+        yield
+
+    def forecast(self, n_rows: int) -> None:
+        """See `Scorer.forecast`."""
+        self._bar.note(f"about {n_rows} more coalitions" if n_rows > 0 else "")
+
+
+def _bounds(one: Scored) -> Sequence[tuple[float, float, float]]:
+    return list(zip(one.values, one.lower, one.upper, strict=True))
+
+
+def weights(name: str, plan: Plan) -> Tensor | None:
+    """What attributions make of each coalition's value, ``(n_coalitions, n_features)``.
+
+    Args:
+        name: Of the estimator.
+        plan: Its coalitions.
+
+    Returns:
+        None for estimators that are not linear in the values.
+    """
+    solve = _LINEAR.get(name)
+    if solve is None:
+        return None
+    n = len(plan.masks)
+    scope = Scope.of_all(n, plan.n_features)
+    return solve(plan, torch.eye(n, dtype=torch.float64, device="cpu"), scope).attributions
+
+
+def interval_of(weight: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Between what attributions lie if values do, each ``(n_target, n_features)``.
+
+    Args:
+        weight: ``(n_rows, n_features)``, of distinct rows.
+        lower, upper: ``(n_rows, n_target)``; infinite where there is no bound.
+    """
+    positive, negative = weight.clamp_min(0)[:, None], weight.clamp_max(0)[:, None]
+
+    def total(of_positive: Tensor, of_negative: Tensor) -> Tensor:
+        # 0 times no bound is 0.
+        terms = [
+            torch.where(w == 0, 0.0, w * v[:, :, None])
+            for w, v in ((positive, of_positive), (negative, of_negative))
+        ]
+        return torch.stack(terms).sum((0, 1))
+
+    return total(lower, upper), total(upper, lower)

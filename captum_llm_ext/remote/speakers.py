@@ -1,0 +1,509 @@
+"""Providers that are sent messages and answer with text, and what they tell of it."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+from captum_llm_ext.remote.completions import CompletionsProvider
+from captum_llm_ext.remote.providers import is_ruled_out, log_prob
+from captum_llm_ext.remote.transport import (
+    ApiError,
+    GarbageError,
+    Http,
+    Secrets,
+    UnusableAnswerError,
+    api_key,
+)
+
+Message = Mapping[str, Any]
+Prefill = Literal["continue", "assistant", "none"]
+_REFUSED = ("refusal", "content_filter", "safety")
+_UNKNOWN_ARGUMENT = (400, 404, 422, 501)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One token that a model wrote.
+
+    Attributes:
+        text: The token.
+        value: Its log-probability, in nats.
+        top: The likeliest tokens there, with theirs.
+    """
+
+    text: str
+    value: float
+    top: list[tuple[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One answer.
+
+    Attributes:
+        text: What the model wrote.
+        steps: Its tokens, where the provider tells log-probabilities of them.
+        is_refusal: Whether the provider says that the model, or a filter, refused.
+        n_in, n_out: Tokens read and written, as the provider counts them.
+        model: Which model answered, as it says.
+    """
+
+    text: str
+    steps: list[Step] = field(default_factory=list[Step])
+    is_refusal: bool = False
+    n_in: int = 0
+    n_out: int = 0
+    model: str | None = None
+
+    def to_json(self) -> str:
+        """For a cache."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Said":
+        """What `to_json` wrote."""
+        held = json.loads(text)
+        steps = [
+            Step(s["text"], s["value"], [(name, value) for name, value in s["top"]])
+            for s in held.pop("steps")
+        ]
+        return cls(steps=steps, **held)
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """A provider that is sent messages.
+
+    Attributes:
+        prefills: Ways to have the model go on with an answer that is begun, to be tried in this
+            order; none where there is no way.
+        max_concurrency: In how many threads it may be asked.
+    """
+
+    prefills: tuple[Prefill, ...]
+    max_concurrency: int
+
+    def say(
+        self,
+        messages: Sequence[Message],
+        *,
+        n_tokens: int,
+        temperature: float,
+        prefill: str = "",
+        way: Prefill = "none",
+        top: int = 0,
+        n: int = 1,
+        seed: int | None = None,
+    ) -> list[Said]:
+        """Answers to messages.
+
+        Args:
+            messages: The chat.
+            n_tokens: Tokens at most.
+            temperature: 0 for the likeliest.
+            prefill: How the answer begins; what is returned comes after it.
+            way: How the model is made to go on with it.
+            top: So many of the likeliest tokens are to be told at every place.
+            n: So many answers; fewer may come.
+            seed: Of the first answer, where the provider takes one.
+        """
+        ...
+
+
+class ChatProvider:
+    """A model behind OpenAI's chat completions: OpenAI, Azure, vLLM, llama.cpp and many others.
+
+    Args:
+        model: As the server calls it.
+        client: An `openai.OpenAI()` or `AzureOpenAI()` of the user's own, which is asked instead of
+            a connection of this package.
+        api_url: Up to ``/v1``, without a client.
+        prefill: How the model is made to go on with an answer that is begun: ``"continue"``
+            (``continue_final_message``, as vLLM and transformers have it), ``"assistant"`` (the
+            chat ends with a message of the assistant), ``"none"``, or ``"auto"``: what is found to
+            work.
+        api_key: As of `CompletionsProvider`.
+        max_concurrency: At most so many requests at a time.
+        timeout: Seconds that a whole answer may take.
+        max_retries: So many further tries.
+        headers, extra_body: As of `CompletionsProvider`.
+
+    Raises:
+        ValueError: If neither a client nor a URL is given, or both.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        client: Any = None,
+        *,
+        api_url: str | None = None,
+        prefill: Literal["auto", "continue", "assistant", "none"] = "auto",
+        api_key: str | None = None,
+        max_concurrency: int = 8,
+        timeout: float = 120.0,
+        max_retries: int = 6,
+        headers: Mapping[str, str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> None:
+        if (client is None) == (api_url is None):
+            raise ValueError("give either `client`, such as `openai.OpenAI()`, or `api_url`.")
+        if prefill not in ("auto", "continue", "assistant", "none"):
+            raise ValueError(
+                f"`prefill` is {prefill!r}: give one of 'auto', 'continue', 'assistant', 'none'."
+            )
+        if not isinstance(max_concurrency, int) or max_concurrency < 1:
+            raise ValueError(f"`max_concurrency` is {max_concurrency!r}: give at least 1.")
+        self.model_name, self._client = model, client
+        self.max_concurrency, self._extra = max_concurrency, dict(extra_body or {})
+        ways: tuple[Prefill, ...] = ("continue", "assistant")
+        self.prefills: tuple[Prefill, ...] = ways if prefill == "auto" else (prefill,)
+        if prefill == "none":
+            self.prefills = ()
+        self._http = None
+        if api_url is not None:
+            url = api_url.rstrip("/").removesuffix("/chat/completions")
+            key = _key(api_key, url, "OPENAI_API_KEY")
+            own = {} if key is None else {"Authorization": f"Bearer {key}"}
+            secrets = Secrets(own | dict(headers or {}))
+            self._http = Http(url, secrets, timeout=timeout, max_retries=max_retries)
+        self.api_url = None if self._http is None else self._http.url
+
+    def __repr__(self) -> str:
+        return f"ChatProvider({self.model_name!r})"
+
+    def interrupt(self) -> None:
+        """Ends what is under way."""
+        if self._http is not None:
+            self._http.interrupt()
+
+    def say(
+        self,
+        messages: Sequence[Message],
+        *,
+        n_tokens: int,
+        temperature: float,
+        prefill: str = "",
+        way: Prefill = "none",
+        top: int = 0,
+        n: int = 1,
+        seed: int | None = None,
+    ) -> list[Said]:
+        """See `Speaker.say`."""
+        body: dict[str, Any] = {
+            "model": self.model_name,
+            "messages": [dict(message) for message in messages],
+            "max_tokens": n_tokens,
+            "temperature": temperature,
+        }
+        if prefill:
+            body["messages"].append({"role": "assistant", "content": prefill})
+            if way == "continue":
+                body |= {"continue_final_message": True, "add_generation_prompt": False}
+        body |= {"logprobs": True, "top_logprobs": top} if top else {}
+        body |= {"n": n} if n > 1 else {}
+        body |= {} if seed is None else {"seed": seed}
+        answer = self._posted(body | self._extra)
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or not choices:
+            raise ApiError(f"{self.model_name} answered without `choices`.")
+        return [_chat_said(choice, answer, len(choices)) for choice in cast(list[Any], choices)]
+
+    def _posted(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self._http is not None:
+            found = self._http.post("/chat/completions", body)
+        else:
+            known = ("model", "messages", "max_tokens", "temperature", "logprobs", "top_logprobs")
+            own = {k: v for k, v in body.items() if k in (*known, "n", "seed")}
+            extra = {k: v for k, v in body.items() if k not in own}
+            more = {"extra_body": extra} if extra else {}
+            try:
+                found = self._client.chat.completions.create(**own, **more).model_dump()
+            except Exception as error:
+                status = getattr(error, "status_code", None)
+                if isinstance(status, int):
+                    raise ApiError(f"{self.model_name}: {error}", status) from error
+                raise
+        if not isinstance(found, dict):
+            raise GarbageError(f"{self.model_name} answered with what is no object.")
+        return cast(dict[str, Any], found)
+
+
+class AnthropicProvider:
+    """A model behind Anthropic's messages API, which tells text alone.
+
+    Args:
+        model: Its name.
+        client: An `anthropic.Anthropic()` of the user's own.
+        api_url: In place of ``https://api.anthropic.com/v1``, without a client.
+        api_key: By default the environment variable ANTHROPIC_API_KEY, for api.anthropic.com, the
+            host of ANTHROPIC_BASE_URL and this machine.
+        max_concurrency, timeout, max_retries, headers: As of `ChatProvider`.
+    """
+
+    prefills: tuple[Prefill, ...] = ()
+
+    def __init__(
+        self,
+        model: str,
+        client: Any = None,
+        *,
+        api_url: str = "https://api.anthropic.com/v1",
+        api_key: str | None = None,
+        max_concurrency: int = 4,
+        timeout: float = 120.0,
+        max_retries: int = 6,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model_name, self._client, self.max_concurrency = model, client, max_concurrency
+        self._http = None
+        if client is None:
+            key = _key(api_key, api_url, "ANTHROPIC_API_KEY")
+            own = {"anthropic-version": "2023-06-01"} | ({} if key is None else {"x-api-key": key})
+            secrets = Secrets(own | dict(headers or {}))
+            self._http = Http(api_url, secrets, timeout=timeout, max_retries=max_retries)
+        self.api_url = None if self._http is None else self._http.url
+
+    def __repr__(self) -> str:
+        return f"AnthropicProvider({self.model_name!r})"
+
+    def interrupt(self) -> None:
+        """Ends what is under way."""
+        if self._http is not None:
+            self._http.interrupt()
+
+    def say(
+        self,
+        messages: Sequence[Message],
+        *,
+        n_tokens: int,
+        temperature: float,
+        prefill: str = "",
+        way: Prefill = "none",
+        top: int = 0,
+        n: int = 1,
+        seed: int | None = None,
+    ) -> list[Said]:
+        """See `Speaker.say`; one answer at a time, without log-probabilities."""
+        system = [str(m["content"]) for m in messages if m["role"] == "system"]
+        rest = [dict(m) for m in messages if m["role"] != "system"]
+        body: dict[str, Any] = {
+            "model": self.model_name,
+            "max_tokens": n_tokens,
+            "temperature": temperature,
+            "messages": rest or [{"role": "user", "content": " "}],
+        }
+        body |= {"system": "\n\n".join(system)} if any(system) else {}
+        if self._http is not None:
+            found: Any = self._http.post("/messages", body)
+        else:
+            found = self._client.messages.create(**body).model_dump()
+        parts: Any = found.get("content") if isinstance(found, dict) else None
+        if not isinstance(parts, list):
+            raise ApiError(f"{self.model_name} answered without `content`.")
+        held = cast(dict[str, Any], found)
+        text = "".join(str(p.get("text") or "") for p in cast(list[Any], parts))
+        usage: dict[str, Any] = held.get("usage") or {}
+        return [
+            Said(
+                text,
+                is_refusal=held.get("stop_reason") in _REFUSED,
+                n_in=int(usage.get("input_tokens") or 0),
+                n_out=int(usage.get("output_tokens") or 0),
+                model=held.get("model"),
+            )
+        ]
+
+
+class CallableProvider:
+    """A model behind any function.
+
+    Args:
+        fn: Called as ``fn(messages, max_tokens=…, temperature=…, prefill=…, top_logprobs=…,
+            seed=…)``; returns the text that comes after `prefill`, or ``(text, top)`` with the
+            log-probabilities of the likeliest tokens at each place: a list of mappings from a token
+            to nats (or one, of the first place).
+        name: For results.
+        prefill: Whether it goes on with an answer that is begun (``prefill=``).
+        max_concurrency: In how many threads it may be called.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        name: str | None = None,
+        prefill: bool = True,
+        max_concurrency: int = 1,
+    ) -> None:
+        if not callable(fn):
+            raise TypeError(f"`fn` is a {type(fn).__name__}: give a function of messages.")
+        self._fn, self.max_concurrency = fn, max_concurrency
+        self.model_name = name or str(getattr(fn, "__name__", type(fn).__name__))
+        self.prefills: tuple[Prefill, ...] = ("continue",) if prefill else ()
+
+    def __repr__(self) -> str:
+        return f"CallableProvider({self.model_name})"
+
+    def say(
+        self,
+        messages: Sequence[Message],
+        *,
+        n_tokens: int,
+        temperature: float,
+        prefill: str = "",
+        way: Prefill = "none",
+        top: int = 0,
+        n: int = 1,
+        seed: int | None = None,
+    ) -> list[Said]:
+        """See `Speaker.say`; one answer at a time."""
+        found = self._fn(
+            [dict(message) for message in messages],
+            max_tokens=n_tokens,
+            temperature=temperature,
+            prefill=prefill,
+            top_logprobs=top,
+            seed=seed,
+        )
+        text, tops = cast(tuple[Any, Any], found) if isinstance(found, tuple) else (found, ())
+        if not isinstance(text, str):
+            raise TypeError(
+                f"the function returned a {type(text).__name__}: a text is wanted, or a text and "
+                "log-probabilities of the likeliest tokens."
+            )
+        several = [tops] if isinstance(tops, Mapping) else list(cast(Sequence[Any], tops))
+        return [Said(text, _steps_of(text, cast(list[Mapping[str, float]], several)))]
+
+
+class Completed:
+    """A `CompletionsProvider` that is sent texts: an answer that is begun is more text."""
+
+    prefills: tuple[Prefill, ...] = ("continue",)
+
+    def __init__(self, provider: CompletionsProvider) -> None:
+        self._provider, self.max_concurrency = provider, provider.max_concurrency
+        self.model_name, self.api_url = provider.model_name, provider.api_url
+
+    def interrupt(self) -> None:
+        """Ends what is under way."""
+        self._provider.interrupt()
+
+    def say(
+        self,
+        messages: Sequence[Message],
+        *,
+        n_tokens: int,
+        temperature: float,
+        prefill: str = "",
+        way: Prefill = "none",
+        top: int = 0,
+        n: int = 1,
+        seed: int | None = None,
+    ) -> list[Said]:
+        """See `Speaker.say`; the messages are put together as they are."""
+        prompt = "\n".join(str(message["content"]) for message in messages) + prefill
+        body: dict[str, Any] = {"max_tokens": n_tokens, "temperature": temperature}
+        body |= {"logprobs": top} if top else {}
+        body |= {"n": n} if n > 1 else {}
+        body |= {} if seed is None else {"seed": seed}
+        answer = self._provider.complete(prompt, body)
+        return [_completed(choice, answer) for choice in answer["choices"]]
+
+
+def speaker(provider: Any) -> Speaker | None:
+    """A provider as one that is sent messages; None if it is none."""
+    if isinstance(provider, CompletionsProvider):
+        return Completed(provider)
+    return provider if isinstance(provider, Speaker) else None
+
+
+def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> Said:
+    if not isinstance(choice, dict):
+        raise UnusableAnswerError("the server gave a choice that is no object.")
+    held = cast(dict[str, Any], choice)
+    message: dict[str, Any] = held.get("message") or {}
+    refusal = message.get("refusal")
+    logprobs: dict[str, Any] = held.get("logprobs") or {}
+    content: list[Any] = logprobs.get("content") or []
+    steps = [
+        Step(_token(one), _value(one), [(_token(top), _value(top)) for top in _tops(one)])
+        for one in content
+    ]
+    usage: dict[str, Any] = answer.get("usage") or {}
+    return Said(
+        str(message.get("content") or refusal or ""),
+        steps,
+        is_refusal=bool(refusal) or held.get("finish_reason") in _REFUSED,
+        n_in=int(usage.get("prompt_tokens") or 0) // n,
+        n_out=int(usage.get("completion_tokens") or 0) // n,
+        model=answer.get("model"),
+    )
+
+
+def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> Said:
+    logprobs: dict[str, Any] = choice.get("logprobs") or {}
+    names: list[Any] = logprobs.get("tokens") or []
+    values: list[Any] = logprobs.get("token_logprobs") or []
+    tops: list[Any] = logprobs.get("top_logprobs") or [{}] * len(names)
+    steps = [
+        Step(str(name), _checked(value), [(str(k), _checked(v)) for k, v in (top or {}).items()])
+        for name, value, top in zip(names, values, tops, strict=False)
+    ]
+    usage: dict[str, Any] = answer.get("usage") or {}
+    n = len(answer["choices"])
+    return Said(
+        str(choice.get("text") or ""),
+        steps,
+        n_in=int(usage.get("prompt_tokens") or 0) // n,
+        n_out=int(usage.get("completion_tokens") or 0) // n,
+        model=answer.get("model"),
+    )
+
+
+def _steps_of(text: str, tops: Sequence[Mapping[str, float]]) -> list[Step]:
+    """Tokens of a text, of which each is among the likeliest at its place."""
+    steps: list[Step] = []
+    left = text
+    for top in tops:
+        pairs = [(str(name), _checked(value)) for name, value in top.items()]
+        fitting = [pair for pair in pairs if pair[0] and left.startswith(pair[0])]
+        name, value = max(fitting, key=lambda pair: len(pair[0]), default=("", -math.inf))
+        steps.append(Step(name, value, pairs))
+        left = left[len(name) :]
+    return steps
+
+
+def _token(one: Any) -> str:
+    """A token's text; of parts of characters what their bytes are, for they have no text."""
+    raw = one.get("bytes") if isinstance(one, dict) else None
+    if isinstance(raw, list):
+        try:
+            return bytes(cast(list[int], raw)).decode()
+        except (ValueError, TypeError):
+            return f"bytes:{raw}"
+    return str(cast(dict[str, Any], one).get("token") or "")
+
+
+def _tops(one: Any) -> list[Any]:
+    return list(cast(dict[str, Any], one).get("top_logprobs") or [])
+
+
+def _value(one: Any) -> float:
+    return _checked(cast(dict[str, Any], one).get("logprob"))
+
+
+def _checked(said: Any) -> float:
+    value = log_prob(said)
+    if value is None:
+        raise UnusableAnswerError(
+            f"the server gave {said!r:.80} as a log-probability: a number of nats, 0 at most, is "
+            "wanted."
+        )
+    return -math.inf if is_ruled_out(value) else value
+
+
+def _key(given: str | None, url: str, variable: str) -> str | None:
+    return api_key(given, url, variable)

@@ -1,0 +1,250 @@
+"""Servers that tell other numbers than they are asked for: each is found out, and named."""
+
+import pytest
+import tiny
+import torch
+from captum.attr import FeatureAblation, RemoteLLMAttribution
+from remote_server import PARTS, Server, changed
+
+from captum_llm_ext import (
+    ApiError,
+    CompletionsProvider,
+    GenerationAttribution,
+    RemoteGenerationAttribution,
+    TextSegmentInput,
+)
+
+TARGET = " golf and chess."
+NAMED = {
+    "shifted left": "shifted left by one",
+    "shifted right": "shifted right by one",
+    "base 10": "of base 10",
+    "base 10 everywhere": "of base 10",
+    "zero": "all are zero",
+    "zero everywhere": "all are zero",
+    "temperature": r"of temperature 0\.5",
+    "temperature everywhere": "of another temperature",
+    "positive": "as a log-probability: a number of nats, 0 at most",
+    "NaN": "gave nan as a log-probability",
+    "another tokenisation": "it reads it as other tokens",
+    "BOS": r"it may put a token \(BOS\) before each",
+    "uncounted BOS": r"it may put a token \(BOS\) before each",
+    "mixed up": "mixed up|answers to other prompts",
+}
+WAYS = {
+    "prompt_logprobs": {"logprobs": "prompt_logprobs"},
+    "echo": {"logprobs": "echo"},
+    "text": {"logprobs": "echo", "prompts": "text"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny.llama(len(tokenizer)).double()
+
+
+@pytest.fixture(scope="module")
+def shared(model, tokenizer):
+    with Server(model, tokenizer) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared):
+    shared.part, shared.follows_temperature, shared.always = {}, False, None
+    yield shared
+    shared.part, shared.follows_temperature, shared.always = {}, False, None
+
+
+def words(tokenizer):
+    return TextSegmentInput("Dave lives. Ann is in TX.", tokenizer)
+
+
+def remote(provider, tokenizer, **arguments):
+    method = FeatureAblation(RemoteLLMAttribution.placeholder_model)
+    return RemoteGenerationAttribution(method, tokenizer, provider, **arguments)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("part", NAMED)
+def test_what_is_told_of_other_tokens_is_named(tokenizer, server, part, way):
+    server.part = PARTS[part]
+    if part == "mixed up" and way == "text":
+        return  # one prompt at a time is never mixed up
+    ours = remote(CompletionsProvider(server.url, **WAYS[way]), tokenizer)
+    for _ in range(2):  # and it is not believed the second time either
+        with pytest.raises(ApiError, match=NAMED[part]):
+            ours.attribute(words(tokenizer), TARGET)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("follows", [False, True])
+def test_what_is_right_is_believed(model, tokenizer, server, way, follows):
+    server.follows_temperature = follows
+    found = remote(CompletionsProvider(server.url, **WAYS[way]), tokenizer).attribute(
+        words(tokenizer), TARGET
+    )
+    truth = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(
+        words(tokenizer), TARGET, output_unit=None
+    )
+    torch.testing.assert_close(found.token_attr.double(), truth.token_attr, atol=1e-5, rtol=0)
+    checks = found.provenance["handshake"]["checks"]
+    assert checks["written tokens"].endswith("nats when scored")
+    assert checks["temperature"].startswith("changes" if follows else "does not change")
+    assert checks["drawn tokens"].startswith("as improbable as told")
+    assert checks["stop token"] == "listed"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stop_token_that_is_not_listed_is_named(tokenizer, server, way):
+    server.part = PARTS["stop token"]
+    ours = remote(CompletionsProvider(server.url, **WAYS[way]), tokenizer)
+    assert ours.handshake()["checks"]["stop token"].startswith("not listed")
+
+
+def test_what_is_ignored_is_named(tokenizer, server):
+    def attributed(**how):
+        provider = CompletionsProvider(server.url, **how)
+        return remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+
+    def no_echo(handler, body):
+        body.pop("echo", None)
+        return lambda answer: answer
+
+    def no_numbers(handler, body):
+        for name in ("logprobs", "prompt_logprobs", "echo"):
+            body.pop(name, None)
+        return lambda answer: answer
+
+    server.always = no_echo
+    with pytest.raises(ApiError, match="it ignores `echo`"):
+        attributed(logprobs="echo")
+    assert attributed().provenance["handshake"]["way"] == "prompt_logprobs"
+    server.always = no_numbers
+    for way in ("echo", "prompt_logprobs"):
+        with pytest.raises(ApiError, match="it ignores what it was asked"):
+            attributed(logprobs=way)
+    with pytest.raises(ApiError, match=r"(?s)By `prompt_logprobs`: .* By `echo`: .*ignores"):
+        attributed()
+
+
+def test_one_garbled_answer_changes_no_way(model, tokenizer, server):
+    provider = CompletionsProvider(server.url, prompts_per_request=1, max_concurrency=1)
+    ours = remote(provider, tokenizer)
+    assert ours.handshake()["way"] == "prompt_logprobs"
+    server.failures.append(changed(lambda a: a | {"choices": [{"index": 0, "text": ""}]}))
+    with pytest.raises(ApiError, match="no `prompt_logprobs`"):
+        ours.attribute(words(tokenizer), TARGET)
+    found = ours.attribute(words(tokenizer), TARGET)
+    assert found.provenance["handshake"]["way"] == "prompt_logprobs"
+    assert not any("echo" in body for body in server.bodies[-found.n_evaluations :])
+
+
+def test_the_way_that_is_right_is_chosen(tokenizer, server):
+    def shifted(handler, body):
+        server.part = PARTS["shifted left"] if "prompt_logprobs" in body else {}
+        return lambda answer: answer
+
+    server.always = shifted
+    met = remote(CompletionsProvider(server.url), tokenizer).handshake()
+    assert met["way"] == "echo"
+    assert "shifted left" in met["refused"]["prompt_logprobs"]
+
+
+class OffByOne:
+    """A text provider, as captum has them, that counts from the wrong end."""
+
+    def __init__(self, model, by, n_extra=0):
+        self.model, self.by, self.n_extra = model, by, n_extra
+
+    def get_logprobs(self, input_prompt, target_str, tokenizer):
+        target = tokenizer.encode(target_str, add_special_tokens=False)
+        ids = [*tokenizer.encode(input_prompt), *target]
+        with torch.no_grad():
+            found = self.model(input_ids=torch.tensor([[*ids, 7]])).logits[0].log_softmax(-1)
+        own = [float(found[i, token]) for i, token in enumerate([*ids[1:], 7])]
+        first = len(ids) - len(target) - 1 + self.by
+        return own[first : first + len(target)]
+
+
+class OffByOneById(OffByOne):
+    """The same of one that takes ids."""
+
+    def get_token_logprobs(self, prompts):
+        found = []
+        for ids in prompts:
+            with torch.no_grad():
+                told = self.model(input_ids=torch.tensor([[*ids, 7]])).logits[0].log_softmax(-1)
+            own = [0.0, *(float(told[i, t]) for i, t in enumerate([*ids[1:], 7])), 0.0]
+            found.append([None, *({t: own[i + 1 + self.by]} for i, t in enumerate(ids[1:]))])
+        return found
+
+
+@pytest.mark.parametrize("kind", [OffByOne, OffByOneById])
+@pytest.mark.parametrize(
+    ("by", "name"), [(1, "shifted left by one"), (-1, "shifted right by one"), (0, None)]
+)
+@pytest.mark.parametrize("target", [TARGET, " golf"])
+def test_providers_of_the_users_own_that_are_off_by_one(model, tokenizer, kind, by, name, target):
+    ours = remote(kind(model, by), tokenizer)
+    if name is None:
+        local = GenerationAttribution(FeatureAblation(model), tokenizer)
+        truth = local.attribute(words(tokenizer), target, output_unit=None).token_attr
+        found = ours.attribute(words(tokenizer), target).token_attr
+        torch.testing.assert_close(found.double(), truth, atol=1e-5, rtol=0)
+        return
+    with pytest.raises(ApiError, match=name):
+        ours.attribute(words(tokenizer), target)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.25, -1.0])
+def test_the_same_value_for_every_token_is_none(tokenizer, value):
+    class Own:
+        def get_logprobs(self, input_prompt, target_str, tokenizer):
+            return [value] * len(tokenizer.encode(target_str, add_special_tokens=False))
+
+    with pytest.raises(ApiError, match=r"all are zero|whatever the token"):
+        remote(Own(), tokenizer).attribute(words(tokenizer), TARGET)
+
+
+def test_a_server_whose_values_change_from_time_to_time_is_named(model, tokenizer):
+    class Own(OffByOneById):
+        def get_token_logprobs(self, prompts):
+            self.n_extra += 1
+            shift = 0.1 * self.n_extra
+            return [
+                [None, *({t: v - shift for t, v in entry.items()} for entry in own[1:])]
+                for own in super().get_token_logprobs(prompts)
+            ]
+
+    with pytest.raises(ApiError, match="the same prompt has other ones each time"):
+        remote(Own(model, 0), tokenizer).attribute(words(tokenizer), TARGET)
+
+
+def test_missing_values_hide_no_server_that_tells_nothing(model, tokenizer):
+    class LikeliestOnly(OffByOneById):
+        """Tells a token's value where it is the likeliest, as top-1 servers do."""
+
+        def get_token_logprobs(self, prompts):
+            found = super().get_token_logprobs(prompts)
+            return [
+                [e if e and min(e) % self.n_extra else None for e in own] if len(own) > 12 else own
+                for own in found
+            ]
+
+    inp = words(tokenizer)
+    few = remote(LikeliestOnly(model, 0, 1000), tokenizer, missing=-20.0)
+    assert few.attribute(inp, TARGET).provenance["n_missing"] == 0
+    many = remote(LikeliestOnly(model, 0, 2), tokenizer, missing=-20.0)
+    with pytest.raises(ValueError, match=r"\d+ of \d+ log-probabilities are missing"):
+        many.attribute(inp, TARGET)
+
+
+def test_it_takes_place_once_per_provider(tokenizer, server):
+    ours = remote(CompletionsProvider(server.url), tokenizer)
+    first = ours.attribute(words(tokenizer), TARGET)
+    server.prompts.clear()
+    again = remote(ours.provider, tokenizer).attribute(words(tokenizer), TARGET)
+    assert len(server.prompts) == again.n_evaluations
+    assert again.provenance["handshake"] == first.provenance["handshake"]
+    assert first.provenance["handshake"]["n_prompts"] <= 12

@@ -1,0 +1,453 @@
+"""Servers that tell less than log-probabilities of prompts, against the same model run here."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from captum.attr import FeatureAblation, KernelShap, RemoteLLMAttribution, ShapleyValues
+from remote_server import PARTS, Server, status
+
+from captum_llm_ext import (
+    AnthropicProvider,
+    ApiError,
+    CallableProvider,
+    ChatInput,
+    ChatProvider,
+    CompletionsProvider,
+    GenerationAttribution,
+    GenerationAttributionResult,
+    RemoteGenerationAttribution,
+    TextSegmentInput,
+    load_demo,
+)
+from captum_llm_ext.cli import main
+from captum_llm_ext.remote.rungs import token_f1, wilson
+
+PLACEHOLDER = RemoteLLMAttribution.placeholder_model
+PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
+SPANS = [(0, 4), (14, 28), (38, 45), (46, 76)]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    model, tokenizer, _ = load_demo()
+    return model.double(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def shared(demo):
+    with Server(*demo) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared):
+    shared.part, shared.always, shared.goes_on, shared.refuses = {}, None, False, None
+    for noted in (shared.prompts, shared.bodies):
+        noted.clear()
+    return shared
+
+
+def remote(provider, method=FeatureAblation, **arguments):
+    return RemoteGenerationAttribution(method(PLACEHOLDER), None, provider, **arguments)
+
+
+def chat(server, **arguments):
+    return ChatProvider("tiny", api_url=server.url, **arguments)
+
+
+def spans(tokenizer=None):
+    return TextSegmentInput(PROMPT, tokenizer, unit=SPANS)
+
+
+def local(demo, target, method=FeatureAblation, **arguments):
+    model, tokenizer = demo
+    return GenerationAttribution(method(model), tokenizer).attribute(
+        spans(tokenizer), target, output_unit=None, **arguments
+    )
+
+
+def probabilities(demo, found, n_tokens, is_answer):
+    """Of each coalition how probable an answer is, from all its first tokens."""
+    model, tokenizer = demo
+    inp = spans(tokenizer)
+    values = []
+    for row in inp.render(found.masks.bool(), torch.Generator().manual_seed(0)):
+        with torch.no_grad():
+            p = model(input_ids=torch.tensor([row.ids])).logits[0, -1].softmax(-1)
+        assert n_tokens == 1
+        texts = [tokenizer.decode([i]) for i in range(len(p))]
+        values.append(sum(float(q) for q, text in zip(p, texts, strict=False) if is_answer(text)))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("prefill", ["continue", "assistant", "completions"])
+@pytest.mark.parametrize("method", [FeatureAblation, ShapleyValues])
+def test_every_value_lies_in_its_interval(demo, server, prefill, method):
+    server.goes_on = prefill == "assistant"
+    if prefill == "completions":
+        provider = CompletionsProvider(server.url, "tiny")
+    else:
+        provider = chat(server, prefill=prefill)
+    found = remote(provider, method).attribute(spans(), gen_args={"max_new_tokens": 4})
+    ids = [demo[1].convert_tokens_to_ids("Ġ" + t if len(t) > 1 else t) for t in found.output_tokens]
+    truth = local(demo, torch.tensor(ids), method)
+    assert found.rung == "stepwise top-k"
+    assert torch.equal(found.masks, truth.masks)
+    lower, upper = found.value_interval
+    exact = truth.values.double()
+    assert bool(((lower - 1e-6 <= exact) & (exact <= upper + 1e-6)).all())
+    is_known = torch.isfinite(lower)
+    share = 1 - is_known.double().mean()
+    torch.testing.assert_close(found.values[is_known].double(), exact[is_known], atol=1e-5, rtol=0)
+    assert found.provenance["share_censored"] == pytest.approx(float(share), abs=0.2)
+    assert 0 < float(share) < 0.5
+    below, above = found.token_attr_interval
+    own = truth.token_attr.double()
+    assert bool(((below - 1e-5 <= own) & (own <= above + 1e-5)).all())
+    assert not bool((below.isneginf() & above.isposinf()).all())
+    assert found.token_attr.sum(0).argmax() == truth.token_attr.sum(0).argmax()
+
+
+def test_all_tokens_told_is_exact(demo, server):
+    provider = CompletionsProvider(server.url, "tiny")
+    found = remote(provider, top_logprobs=len(demo[1])).attribute(spans(), " golf")
+    truth = local(demo, " golf")
+    torch.testing.assert_close(found.token_attr.double(), truth.token_attr, atol=1e-5, rtol=0)
+    assert found.provenance["share_censored"] == 0
+    assert torch.equal(*found.token_attr_interval)
+
+
+@pytest.mark.parametrize("kind", ["chat", "callable", "anthropic"])
+def test_frequencies_cover_what_is_true(demo, server, kind):
+    if kind == "chat":
+        provider = chat(server)
+    elif kind == "anthropic":
+        provider = AnthropicProvider("tiny", api_url=server.url, max_concurrency=1)
+    else:
+        own = chat(server)
+
+        def fn(messages, max_tokens, temperature, prefill, top_logprobs, seed):
+            said = own.say(messages, n_tokens=max_tokens, temperature=temperature, seed=seed)
+            return said[0].text
+
+        provider = CallableProvider(fn)
+    ours = remote(provider, attr_target="frequency", n_answers=40)
+    found = ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
+    assert found.output_tokens == ["golf"]
+    assert found.rung == "frequency"
+    p = probabilities(demo, found, 1, lambda text: text.strip() == "golf")
+    lower, upper = (end[:, 0].sigmoid() for end in found.value_interval)
+    inside = (lower <= p + 1e-9) & (p - 1e-9 <= upper)
+    assert int((~inside).sum()) <= 1  # two standard errors, six coalitions
+    significant = found.token_attr.abs() > 2 * found.token_attr_se
+    odds = p.log() - (-p).log1p()
+    true = (odds[0] - odds[2:])[None]
+    wrong = significant & (found.token_attr.sign() != true.sign())
+    assert bool(significant.any())
+    assert not bool(wrong.any())
+    assert bool((found.token_attr_se > 0).all())
+    told = found.provenance
+    assert told["n_answers"] <= 40 * 6
+    assert "rare answers" in told["cannot_see"]
+
+
+def test_a_predicate_says_what_the_answer_is(demo, server):
+    def is_answer(text):
+        return text.strip() in ("golf", "poker")
+
+    ours = remote(chat(server), attr_target="frequency", predicate=is_answer, n_answers=24)
+    found = ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
+    p = probabilities(demo, found, 1, is_answer)
+    lower, upper = (end[:, 0].sigmoid() for end in found.value_interval)
+    assert int(((lower > p) | (p > upper)).sum()) <= 1
+
+
+@pytest.mark.parametrize("similarity", ["lexical", "f1", token_f1])
+def test_similarities_are_means_over_answers(server, similarity):
+    ours = remote(chat(server), attr_target="similarity", similarity=similarity, n_answers=16)
+    found = ours.attribute(spans(), gen_args={"max_new_tokens": 6})
+    told = found.provenance
+    assert told["ceiling"] > told["floor"] + 0.1
+    assert found.values.shape == (6, 1)
+    assert bool(((found.values >= 0) & (found.values <= 1)).all())
+    assert float(found.token_attr[0].max()) == float(found.token_attr[0, 3])  # the last phrase
+    assert bool((found.token_attr_se > 0).all())
+
+
+def test_what_is_not_told_apart_is_told_before_it_is_paid_for(server):
+    ours = remote(chat(server), attr_target="frequency", predicate=lambda text: True)
+    with pytest.raises(ValueError, match=r"given 8 of 8 times .* 8 of 8 times with none") as raised:
+        ours.attribute(spans(), " golf")
+    assert "not told apart" in str(raised.value)
+    assert len(server.bodies) == 2  # eight answers each
+    ours = remote(
+        chat(server), attr_target="similarity", similarity=lambda text, answer: len(text) % 2
+    )
+    with pytest.raises(ValueError, match=r"samples of each would tell|No difference"):
+        ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 8})
+
+
+def test_refusals_are_counted_and_never_scored(demo, server):
+    server.refuses = lambda said: "Dave" not in said and "include" in said
+    ours = remote(chat(server), attr_target="frequency", n_answers=16)
+    found = ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
+    assert found.provenance["n_refusals"] == 16
+    row = int((found.masks[:, 0] == 0).nonzero()[1])
+    assert found.value_interval[:, row, 0].tolist() == [-math.inf, math.inf]
+    ours = remote(chat(server), attr_target="similarity", n_answers=16)
+    with pytest.raises(ApiError, match="were refusals, which have no similarity"):
+        ours.attribute(spans(), " golf and tennis", gen_args={"max_new_tokens": 4})
+
+
+FAULTS = {
+    "base 10 everywhere": "of base 10",
+    "zero everywhere": "all are zero",
+}
+
+
+@pytest.mark.parametrize("part", FAULTS)
+def test_what_cannot_be_is_not_believed(server, part):
+    server.part = PARTS[part]
+    with pytest.raises(ApiError, match=FAULTS[part]):
+        remote(chat(server)).attribute(spans(), " golf")
+
+
+def test_a_server_that_does_not_go_on_with_answers_is_named(server):
+    ours = remote(chat(server, prefill="assistant"))
+    with pytest.raises(ApiError, match=r"does not go on with an answer .* would work"):
+        ours.attribute(spans(), gen_args={"max_new_tokens": 3})
+    with pytest.raises(ApiError, match="it has no way to"):
+        remote(chat(server, prefill="none")).attribute(spans())
+    with pytest.raises(ApiError, match="tells no log-probabilities of the tokens that it writes"):
+        remote(AnthropicProvider("tiny", api_url=server.url)).attribute(spans())
+
+
+def test_auto_takes_the_first_rung_that_is_proven(demo, server):
+    arguments = {"attr_target": "auto", "n_answers": 12}
+    arguments["predicate"] = lambda text: text.strip() in ("golf", "poker", "table")
+    settings = {"target": " golf", "gen_args": {"max_new_tokens": 1}}
+    assert remote(chat(server), **arguments).attribute(spans(), **settings).rung == "stepwise top-k"
+    found = remote(
+        AnthropicProvider("tiny", api_url=server.url, max_concurrency=1), **arguments
+    ).attribute(spans(), **settings)
+    assert found.rung == "frequency"
+    assert "no log-probabilities" in found.provenance["rungs_refused"]["top-k"]
+    forced = RemoteGenerationAttribution(
+        FeatureAblation(PLACEHOLDER), demo[1], CompletionsProvider(server.url, "tiny"), "auto"
+    )
+    found = forced.attribute(spans(demo[1]), " golf")
+    assert found.rung is None
+    torch.testing.assert_close(
+        found.token_attr.double(), local(demo, " golf").token_attr, atol=1e-5, rtol=0
+    )
+    # One whose prompts are told wrongly still tells what it writes.
+    server.part = PARTS["shifted left"]
+    forced = RemoteGenerationAttribution(
+        FeatureAblation(PLACEHOLDER), demo[1], CompletionsProvider(server.url, "tiny"), "auto"
+    )
+    found = forced.attribute(spans(demo[1]), " golf")
+    assert found.rung == "stepwise top-k"
+    assert "shifted left" in found.provenance["rungs_refused"]["forced"]
+
+
+def test_what_it_takes_is_told_beforehand(server):
+    def n_sent():
+        return sum(body.get("n", 1) for body in server.bodies)
+
+    top = remote(chat(server), prices=(1.0, 4.0))
+    told = top.estimate(spans(), " golf")
+    assert not server.bodies
+    found = top.attribute(spans(), " golf")
+    n_handshake = len(server.bodies) - told.n_requests
+    assert 0 <= n_handshake <= 4
+    assert told.n_coalitions == found.n_evaluations == 6
+    assert told.tokens_in == pytest.approx(found.provenance["tokens_in"], rel=0.7)
+    assert told.usd == pytest.approx((told.tokens_in + 4 * told.tokens_out) / 1e6, rel=0.01)
+    server.bodies.clear()
+    often = remote(chat(server), attr_target="frequency", n_answers=10)
+    told = often.estimate(spans(), " golf", gen_args={"max_new_tokens": 1})
+    often.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
+    assert told.n_requests == 60 == n_sent()
+    assert told.usd is None
+
+
+@pytest.mark.parametrize("limit", [{"max_requests": 5}, {"max_usd": 1e-5, "prices": (1.0, 1.0)}])
+def test_what_may_be_spent_is_not_overspent_and_what_came_is_kept(server, tmp_path, limit):
+    path = tmp_path / "answers.sqlite"
+    whole = remote(chat(server)).attribute(spans(), " golf")
+    n_all = len(server.bodies)
+    server.bodies.clear()
+    with pytest.raises(RuntimeError, match=r"`max_(requests|usd)` allows"):
+        remote(chat(server, max_concurrency=1), cache=path, **limit).attribute(spans(), " golf")
+    n_before = len(server.bodies)
+    assert 0 < n_before <= 5
+    again = remote(chat(server), cache=path).attribute(spans(), " golf")
+    assert len(server.bodies) == n_all
+    assert torch.equal(again.values, whole.values)
+    server.bodies.clear()
+    free = remote(chat(server), cache=path).attribute(spans(), " golf")
+    assert not server.bodies
+    assert torch.equal(free.values, whole.values)
+    assert free.provenance["n_requests"] == 0
+
+
+def test_a_run_that_broke_off_loses_nothing_that_came(server, tmp_path):
+    path = tmp_path / "answers.sqlite"
+    server.failures.extend([None] * 6)
+    server.always = status(401, "revoked")
+    with pytest.raises(ApiError, match="revoked"):
+        remote(chat(server, max_concurrency=1), cache=path).attribute(spans(), " golf")
+    server.always = None
+    server.bodies.clear()
+    remote(chat(server), cache=path).attribute(spans(), " golf")
+    n_left = len(server.bodies)
+    server.bodies.clear()
+    remote(chat(server)).attribute(spans(), " golf")
+    assert n_left == len(server.bodies) - 6
+    path.write_bytes(b"no database at all, but long enough to look like one" * 20)
+    with pytest.raises(ValueError, match="no cache of answers"):
+        remote(chat(server), cache=path)
+
+
+def test_turns_of_a_chat_are_sent_as_messages(server):
+    messages = [
+        {"role": "system", "content": "Dave lives in Palm Coast, FL and is a lawyer."},
+        {"role": "user", "content": "His personal interests include"},
+    ]
+    found = remote(chat(server)).attribute(ChatInput(messages, None), " golf")
+    sent = [tuple(m["role"] for m in body["messages"]) for body in server.bodies]
+    assert ("system", "user") in sent
+    assert ("user",) in sent
+    assert ("system",) in sent
+    assert found.input_tokens[0].startswith("system: Dave lives")
+    inner = remote(chat(server)).attribute(ChatInput(messages, None, unit="word"), " golf")
+    assert inner.token_attr.shape[1] > 10
+    assert inner.levels[0].parts == found.input_tokens
+
+
+def test_a_client_of_the_users_own_is_asked(server):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=server.url, api_key="sk-none")
+    try:
+        found = remote(ChatProvider("tiny", client)).attribute(spans(), " golf")
+        truth = remote(chat(server)).attribute(spans(), " golf")
+    finally:
+        client.close()
+    assert torch.equal(found.values, truth.values)
+
+
+def test_results_are_saved_and_shown(server, tmp_path):
+    found = remote(chat(server)).attribute(spans(), " golf")
+    found.save(tmp_path / "one.safetensors")
+    loaded = GenerationAttributionResult.load(tmp_path / "one.safetensors")
+    assert loaded.rung == found.rung
+    assert torch.equal(loaded.value_interval, found.value_interval)
+    assert "golf" in found.to_html()
+    for shown in (found.table(), found.to_html()):
+        assert "is not among the 20 likeliest has a bound" in shown
+
+
+def test_estimators_that_are_not_linear_give_no_interval(server):
+    found = remote(chat(server), KernelShap).attribute(spans(), " golf", n_samples=12)
+    assert found.token_attr_interval is None
+    assert found.value_interval is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attr_target": "often"}, "'frequency', 'similarity' or 'auto'"),
+        ({"similarity": "cosine"}, "give 'lexical', 'f1' or a function"),
+        ({"max_requests": 0}, "at least 1"),
+        ({"max_usd": 1.0}, "and `prices`"),
+        ({"prices": (1.0,)}, "per million tokens read, and written"),
+        ({"n_answers": 0}, "n_answers"),
+        ({"predicate": str.isupper}, "`predicate` would be ignored"),
+    ],
+)
+def test_wrong_arguments(server, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        remote(chat(server), **arguments)
+
+
+def test_what_has_no_use_is_refused(server):
+    with pytest.raises(ValueError, match="`output_unit` needs log-probabilities of prompts"):
+        remote(chat(server)).attribute(spans(), " golf", output_unit="token")
+    with pytest.raises(ValueError, match="cache="):
+        remote(chat(server)).attribute(spans(), " golf", checkpoint="run.safetensors")
+    with pytest.raises(TypeError, match="is sent text, so give one"):
+        remote(chat(server)).attribute(spans(), [5, 6])
+    with pytest.raises(ValueError, match="none of the 20 likeliest tokens"):
+        remote(chat(server)).attribute(spans(), "Zebra!")
+    with pytest.raises(ValueError, match="either `client`"):
+        ChatProvider("tiny")
+
+
+@pytest.mark.parametrize("n", [8, 50])
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_two_standard_errors_of_a_frequency_cover_nine_tenths(n, p):
+    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+    covered = sum(c for k, c in enumerate(chances) if wilson(k, n)[0] <= p <= wilson(k, n)[1])
+    assert covered >= 0.9
+
+
+LINE = ["attribute", "--model", "tiny", "--prompt", PROMPT, "--target", " golf", "--quiet"]
+LINE += ["--method", "ablation"]
+
+
+def test_the_command_line_asks_apis(demo, server, capsys, tmp_path):
+    asked = [*LINE, "--api", server.url]
+    assert main([*asked, "--estimate", "--rung", "log_prob"]) == 0
+    assert not server.bodies
+    assert re.search(r"n_requests +16$", capsys.readouterr().out, re.M)
+    assert main([*asked, "--json", str(tmp_path / "one.json")]) == 0
+    assert "golf" in capsys.readouterr().out
+    told = json.loads((tmp_path / "one.json").read_text())["provenance"]
+    assert told["rung"] == "stepwise top-k"
+    frequency = ["--rung", "frequency", "--answers", "20", "--max-new-tokens", "1"]
+    assert main([*asked, *frequency, "--cache", str(tmp_path / "a.sqlite")]) == 0
+    server.bodies.clear()
+    assert main([*asked, *frequency, "--cache", str(tmp_path / "a.sqlite")]) == 0
+    assert not server.bodies
+    assert main([*asked, "--max-requests", "3"]) == 1
+    assert "`max_requests` allows no more" in capsys.readouterr().err
+    forced = [*asked, "--provider", "completions", "--tokenizer", "demo"]
+    assert main([*forced, "--json", str(tmp_path / "two.json")]) == 0
+    told = json.loads((tmp_path / "two.json").read_text())["provenance"]
+    assert told["handshake"]["way"] == "prompt_logprobs"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max-requests", "3"], "--max-requests would be ignored without --api"),
+        (["--estimate"], "--estimate would be ignored without --api"),
+        (["--api", "http://h/v1", "--tokenizer", "demo"], "it is of --provider completions"),
+        (["--api", "http://h/v1", "--attr-target", "logit"], "--rung says what is explained"),
+        (["--api", "http://h/v1", "--dtype", "float32"], "--dtype would be ignored with --api"),
+        (["--api", "http://h/v1", "--method", "gradient-shap"], "needs the model itself"),
+    ],
+)
+def test_the_command_line_ignores_nothing(capsys, more, message):
+    assert main([*LINE, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_doctor_looks_at_servers(server, capsys):
+    look = ["doctor", "tiny", "--api", server.url]
+    forced = [*look, "--provider", "completions", "--tokenizer", "demo"]
+    assert main(forced) == 0
+    assert "works  log-probabilities of prompts" in capsys.readouterr().out
+    server.part = PARTS["shifted left"]
+    assert main(forced) == 0
+    said = capsys.readouterr().out
+    assert "off    log-probabilities of prompts" in said
+    assert "shifted left by one" in said
+    assert "works  likeliest tokens at each step" in said
+    server.part = {}
+    assert main([*look, "--provider", "anthropic", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [about["works"] for about in told.values()] == [False, True]
