@@ -127,13 +127,13 @@ def test_the_strongest_word_is_held_against_the_cause(
 def test_the_table_counts_causes_selectors_and_content_words():
     def run(*values):
         cost = dict.fromkeys(("positions", "seconds", "search_positions", "search_seconds"), 2)
-        return {
-            "spans": SPANS, "attributions": values, "evaluations": 4, "cost": cost, "commit": "c",
-        }  # fmt: skip
+        by_target = {"log_prob": values}
+        told = {"evaluations": 4, "cost": cost, "commit": "c"}
+        return {"spans": SPANS, "attributions": by_target} | told
 
     found = {"one": [(BINDING, run(0, 0, 0, 1)), (BINDING, run(1, 0, 0, 0))]}
     found["other"] = [(BINDING, run(0, 0, 2, 1))]
-    table = row(found)
+    table = row(found, "log_prob")
     assert table["all"]["cause"] == pytest.approx(1 / 3)
     assert table["all"]["cause_or_selector"] == pytest.approx(2 / 3)
     assert table["other"]["cause_among_content_words"] == 1.0
@@ -141,7 +141,7 @@ def test_the_table_counts_causes_selectors_and_content_words():
     assert table["strongest"] == {"one": "Oslo. Anna", "other": "in"}
     assert table["mean_cost"]["evaluations"] == 4
     named = {"method": "m", "attr_target": "log_prob"}
-    better = row({"one": [found["one"][0]] * 2, "other": [found["one"][0]]})
+    better = row({"one": [found["one"][0]] * 2, "other": [found["one"][0]]}, "log_prob")
     (pair,) = pairs(
         [named | {"absence": "a"} | table, named | {"absence": "`ModelBaselines`"} | better]
     )
@@ -176,7 +176,7 @@ def test_only_what_a_model_answers_right_is_a_case(demo):
     assert asked(hobby["lawyer"], {"nurse": hobby["lawyer"]}) is None, "it does not change"
 
 
-def test_the_runner_on_a_tiny_model(demo, tmp_path, monkeypatch):
+def test_the_runner_on_a_tiny_model(demo, tmp_path, monkeypatch, capsys):
     """All absences; a second run finds everything where the first left it."""
     model, tokenizer, texts, hobby = demo
     folder = tmp_path / "model"
@@ -199,7 +199,8 @@ def test_the_runner_on_a_tiny_model(demo, tmp_path, monkeypatch):
     (found,) = json.loads(out.read_text(encoding="utf-8"))["models"]
     assert found["model"] == "model"
     assert found["verified"] == {"looked at": 1, "not looked at": 0}
-    asked = {(r["method"], r["absence"]): r for r in found["rows"]}
+    rows = [r for r in found["rows"] if r["attr_target"] == "log_prob"]
+    asked = {(r["method"], r["absence"]): r for r in rows}
     assert set(asked) == {(m, a) for m in methods for a in ABSENCES if makes_sense(m, a)}
     related = asked["leave-one-out", "`CorpusBaselines`, related text"]
     assert related["strongest"]["looked at"] == "lawyer."
@@ -211,5 +212,10 @@ def test_the_runner_on_a_tiny_model(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(Measured, "model", None)  # nothing is measured twice
     runner.main(arguments)
     assert json.loads(out.read_text(encoding="utf-8"))["models"] == [found]
+    capsys.readouterr()
+    runner.main([*arguments, "--show", "1", "--absence", "`ModelBaselines`"])
+    shown = capsys.readouterr().out
+    assert "because of 'lawyer'" in shown
+    assert "model" in next(line for line in shown.splitlines() if "  lawyer." in line)
     with pytest.raises(AttributeError):
         runner.main([*arguments, "--again", "deletion"])

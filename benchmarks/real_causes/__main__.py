@@ -49,22 +49,19 @@ def of_model(
     }
     answered = {half: of[:at_most] for half, of in verified.items()}
     rows: list[dict[str, Any]] = []
-    for attr_target in targets:
-        for method in methods:
-            for absence in absences:
-                if not makes_sense(method, absence):
-                    continue
-                found = {
-                    half: [
-                        (prompt, measured.attribution(prompt, ids, absence, method, attr_target))
-                        for prompt, ids in of
-                    ]
-                    for half, of in answered.items()
-                }
-                named = {"absence": absence, "method": method, "attr_target": attr_target}
-                rows.append(named | row(found))
+    for method in methods:
+        for absence in absences:
+            if not makes_sense(method, absence):
+                continue
+            found = {
+                half: [(p, measured.attribution(p, ids, absence, method, targets)) for p, ids in of]
+                for half, of in answered.items()
+            }
+            for target in targets:
+                named = {"absence": absence, "method": method, "attr_target": target}
+                rows.append(named | row(found, target))
                 shares = ", ".join(f"{h} {rows[-1][h]['cause']:.2f}" for h in ("all", *HALVES))
-                print(f"{name}: {attr_target}, {method}, {absence}: {shares}", file=sys.stderr)
+                print(f"{name}: {target}, {method}, {absence}: {shares}", file=sys.stderr)
     return {
         "model": name,
         "asked": {half: len(prompts) for half, prompts in HALVES.items()},
@@ -73,6 +70,20 @@ def of_model(
         "rows": rows,
         "paired": pairs(rows),
     }
+
+
+def show(measured: Measured, n: int, absence: str, targets: Sequence[str]) -> None:
+    """Prints what stood for the words of some prompts, and what each word is said to do."""
+    for prompt in [prompt for half in HALVES.values() for prompt in half[:n]]:
+        answer = measured.answer(prompt)
+        if answer is None:
+            continue
+        run = measured.attribution(prompt, answer, absence, METHODS[0], targets)
+        print(f"\n{prompt.text!r} -> {prompt.answer!r}, because of {prompt.cause!r}")
+        for i, (start, stop) in enumerate(run["spans"]):
+            values = " ".join(f"{run['attributions'][target][i]:+6.2f}" for target in targets)
+            word = prompt.text[start:stop].strip()
+            print(f"  {word:12} {values}  {(run['replacements'] or [''] * (i + 1))[i]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--attr-target", action="append", help="by default log_prob")
     parser.add_argument("--again", action="append", default=[], choices=ABSENCES)
     parser.add_argument("--at-most", type=int, help="prompts of each half")
+    parser.add_argument("--show", type=int, metavar="N", help="print N prompts of each half")
     parser.add_argument("--dtype", default="bfloat16", help="enough for ranking")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=CACHE)
@@ -94,13 +106,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     report["models"] = []
     for name in options.model:
         measured = Measured(name, options.dtype, options.cache, tuple(options.again))
-        found = of_model(
-            measured,
-            options.absence or ABSENCES,
-            options.method or METHODS,
-            options.attr_target or ["log_prob"],
-            options.at_most,
-        )
+        absences, targets = options.absence or ABSENCES, options.attr_target or ["log_prob"]
+        if options.show:
+            for absence in absences:
+                show(measured, options.show, absence, targets)
+            continue
+        methods = options.method or METHODS
+        found = of_model(measured, absences, methods, targets, options.at_most)
         report["models"].append(found)
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from environment import environment
 
 from captum_llm_ext import (
     CorpusBaselines,
+    Deletion,
     GenerationAttribution,
     GenerationGradientAttribution,
     ModelBaselines,
@@ -90,13 +91,22 @@ class _Asked:
             self._cost.search_seconds += time.process_time() - start
 
 
-class _CountedModelBaselines(ModelBaselines):
-    """Its questions are counted."""
+class _Counted(ModelBaselines):
+    """Its questions are counted; what the run used is in `bound`."""
 
     cost: Cost
+    bound: ModelBaselines
 
     def with_model(self, model: Any) -> ModelBaselines:
-        return super().with_model(_Asked(model, self.cost))
+        self.bound = super().with_model(_Asked(model, self.cost))
+        return self.bound
+
+
+def _told(baselines: Any, inp: TextSegmentInput) -> list[str]:
+    """Per word what may stand there, where that was looked for."""
+    if not isinstance(baselines, CorpusBaselines | ModelBaselines):
+        return []
+    return [str(match) for match in baselines.matches(inp)]
 
 
 @dataclass
@@ -137,70 +147,81 @@ class Measured:
         return self._kept(key, lambda: answer_of(self.model, self.tokenizer, prompt))
 
     def attribution(
-        self, prompt: Prompt, answer: list[int], absence: str, method: str, attr_target: str
+        self, prompt: Prompt, answer: list[int], absence: str, method: str, targets: Sequence[str]
     ) -> dict[str, Any]:
-        """The words' attributions, their spans, and what they cost."""
+        """The words' attributions by each of `attr_target`, their spans, and what they cost."""
         key = {
             "prompt": prompt.text,
             "answer": answer,
             "absence": absence,
             "method": [method, EVALUATIONS_PER_WORD, STEPS, PATHS],
-            "attr_target": attr_target,
+            "attr_targets": sorted(targets),
             "texts": TEXTS.get(absence),
         }
-        run = partial(self._attributed, prompt, answer, absence, method, attr_target)
+        run = partial(self._attributed, prompt, answer, absence, method, sorted(targets))
         return self._kept(key, run, again=absence in self.again)
 
     def _attributed(
-        self, prompt: Prompt, answer: list[int], absence: str, method: str, attr_target: str
+        self, prompt: Prompt, answer: list[int], absence: str, method: str, targets: list[str]
     ) -> dict[str, Any]:
         cost = Cost()
         inp = TextSegmentInput(prompt.text, self.tokenizer, "word")
-        inp = inp.with_baselines(self._baselines(absence, inp, cost))
+        baselines = self._baselines(absence, inp, cost)
+        inp = inp.with_baselines(baselines)
         hook = self.model.get_input_embeddings().register_forward_pre_hook(cost.read)
         start = time.process_time()
         try:
-            result = self._result(inp, torch.tensor(answer), method, attr_target)
+            results = self._results(inp, torch.tensor(answer), method, targets)
         finally:
             hook.remove()
         cost.seconds += time.process_time() - start
         return {
             "spans": [(slot.start, slot.stop) for slot in inp.slots],
-            "attributions": result.seq_attr.double().tolist(),
-            "evaluations": result.n_evaluations,
+            "attributions": {t: r.seq_attr.double().tolist() for t, r in results.items()},
+            "evaluations": max(result.n_evaluations for result in results.values()),
             "cost": asdict(cost),
+            "replacements": _told(getattr(baselines, "bound", baselines), inp),
             "commit": environment(seed=0)["commit"],
         }
 
-    def _result(self, inp: TextSegmentInput, answer: Any, method: str, attr_target: str) -> Any:
+    def _results(
+        self, inp: TextSegmentInput, answer: Any, method: str, targets: list[str]
+    ) -> dict[str, Any]:
+        """By `attr_target`; where coalitions were scored, those after the first cost no pass."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some absences are bad on purpose
             if method == "integrated gradients":
-                attribution = GenerationGradientAttribution(
-                    LayerIntegratedGradients(self.model, None),
-                    self.tokenizer,
-                    attr_target=attr_target,  # pyright: ignore[reportArgumentType]
-                )
+                kind = LayerIntegratedGradients(self.model, None)
                 drawn = {} if is_deterministic(inp.baseline) else {"n_draws": PATHS}
-                return attribution.attribute(inp, answer, output_unit=None, n_steps=STEPS, **drawn)
+                return {
+                    target: GenerationGradientAttribution(
+                        kind,
+                        self.tokenizer,
+                        attr_target=target,  # pyright: ignore[reportArgumentType]
+                    ).attribute(inp, answer, output_unit=None, n_steps=STEPS, **drawn)
+                    for target in targets
+                }
             budget = {"n_samples": EVALUATIONS_PER_WORD * inp.n_features}
             kind, arguments = {
                 "leave-one-out": (FeatureAblation, {}),
                 "Shapley, kernel": (KernelShap, budget),
             }[method]
-            attribution = GenerationAttribution(kind(self.model), self.tokenizer, attr_target)
-            return attribution.attribute(inp, answer, output_unit=None, **arguments)
+            # A contrast keeps log-probabilities beside it.
+            first, *others = sorted(targets, key=lambda target: target != "contrast")
+            attribution = GenerationAttribution(kind(self.model), self.tokenizer, first)
+            result = attribution.attribute(inp, answer, output_unit=None, **arguments)
+            return {first: result} | {t: result.refit(attr_target=t) for t in others}
 
     def _baselines(self, absence: str, inp: TextSegmentInput, cost: Cost) -> Any:
         """What stands for absent words of a prompt; looking for it is on the account."""
         if absence == "deletion":
-            return None
+            return Deletion()
         if absence == "end of text":
             return self.tokenizer.eos_token_id
         if absence == "lists by hand":
             return by_hand(inp)
         if absence == "`ModelBaselines`":
-            baselines = _CountedModelBaselines()
+            baselines = _Counted()
             baselines.cost = cost
             return baselines
         baselines = self._corpora[absence]

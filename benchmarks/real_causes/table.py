@@ -1,21 +1,23 @@
 """Shares with intervals, and comparisons on the same prompts."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
-from real_causes.judged import judge, paired, wilson
+from real_causes.judged import Judgement, judge, paired, wilson
 from real_causes.prompts import Prompt
 
 BESIDE = "`ModelBaselines`"
-_SUMS = ("positions", "seconds", "search_positions", "search_seconds")
+_COSTS = ("positions", "seconds", "search_positions", "search_seconds")
 Found = dict[str, list[tuple[Prompt, dict[str, Any]]]]
 
 
-def row(found: Found) -> dict[str, Any]:
+def row(found: Found, target: str) -> dict[str, Any]:
     """What one way of attributing makes of all prompts.
 
     Args:
         found: Per half the prompts and what was measured of each.
+        target: The `attr_target` that is asked for.
 
     Returns:
         Per half and of all: the number of prompts; the share whose strongest word is the cause,
@@ -23,17 +25,19 @@ def row(found: Found) -> dict[str, Any]:
         what each prompt's strongest word is, with ``C`` for a cause, ``s`` for a selector; the same
         of content words; and means per prompt of what it costs.
     """
-    halves = {name: _shares(of) for name, of in found.items()}
     everything = [one for of in found.values() for one in of]
     runs = [run for _, run in everything]
     n = max(len(runs), 1)
-    costs = {key: sum(run["cost"][key] for run in runs) / n for key in _SUMS}
+    costs = {key: sum(run["cost"][key] for run in runs) / n for key in _COSTS}
+    named = {half: _named(of, target) for half, of in found.items()}
+    content = {half: _named(of, target, content_only=True) for half, of in found.items()}
+    both = [list(chain.from_iterable(judged.values())) for judged in (named, content)]
     return {
-        "all": _shares(everything),
-        **halves,
-        "strongest": {name: _strongest(of) for name, of in found.items()},
-        "verdicts": {name: _verdicts(of) for name, of in found.items()},
-        "verdicts_content": {name: _verdicts(of, True) for name, of in found.items()},
+        "all": _shares(*both),
+        **{half: _shares(named[half], content[half]) for half in found},
+        "strongest": {half: " ".join(j.strongest for j in of) for half, of in named.items()},
+        "verdicts": {half: _letters(of) for half, of in named.items()},
+        "verdicts_content": {half: _letters(of) for half, of in content.items()},
         "mean_cost": {"evaluations": sum(run["evaluations"] for run in runs) / n, **costs},
         "commits": sorted({run["commit"] for run in runs if run["commit"]}),
     }
@@ -66,27 +70,26 @@ def pairs(rows: Sequence[dict[str, Any]], beside: str = BESIDE) -> list[dict[str
     return told
 
 
-def _shares(of: list[tuple[Prompt, dict[str, Any]]]) -> dict[str, Any]:
-    letters, content = _verdicts(of), _verdicts(of, content_only=True)
-    n = len(letters)
+def _named(
+    of: Sequence[tuple[Prompt, dict[str, Any]]], target: str, *, content_only: bool = False
+) -> list[Judgement]:
+    return [
+        judge(prompt, run["spans"], run["attributions"][target], content_only=content_only)
+        for prompt, run in of
+    ]
+
+
+def _shares(named: Sequence[Judgement], content: Sequence[Judgement]) -> dict[str, Any]:
+    n, n_cause = len(named), sum(j.is_cause for j in named)
     return {
         "n": n,
-        "cause": letters.count("C") / max(n, 1),
-        "interval": wilson(letters.count("C"), n),
-        "cause_or_selector": (n - letters.count("-")) / max(n, 1),
-        "cause_among_content_words": content.count("C") / max(n, 1),
+        "cause": n_cause / max(n, 1),
+        "interval": wilson(n_cause, n),
+        "cause_or_selector": sum(j.is_cause or j.is_selector for j in named) / max(n, 1),
+        "cause_among_content_words": sum(j.is_cause for j in content) / max(n, 1),
     }
 
 
-def _verdicts(of: list[tuple[Prompt, dict[str, Any]]], content_only: bool = False) -> str:
+def _letters(named: Sequence[Judgement]) -> str:
     """A letter per prompt: ``C`` cause, ``s`` selector, ``-`` another word."""
-    found = (
-        judge(prompt, run["spans"], run["attributions"], content_only=content_only)
-        for prompt, run in of
-    )
-    return "".join("C" if j.is_cause else "s" if j.is_selector else "-" for j in found)
-
-
-def _strongest(of: list[tuple[Prompt, dict[str, Any]]]) -> str:
-    """The strongest word of each prompt; no word holds white space."""
-    return " ".join(judge(p, run["spans"], run["attributions"]).strongest for p, run in of)
+    return "".join("C" if j.is_cause else "s" if j.is_selector else "-" for j in named)
