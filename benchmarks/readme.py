@@ -27,9 +27,8 @@ def ground_truth_words(report: dict[str, Any]) -> str:
         content = mean(row["precision_content_words"] for row in of)
         told.append(f"{absence} {everything:.2f} ({content:.2f})")
     n = len(rows) // len(told)
-    return (
-        f"On {n} such languages, also where words of a phrase tell one another: {', '.join(told)}."
-    )
+    told_of = f"on {n} made-up languages, also where words of a phrase tell one another"
+    return f"{told_of}: {'; '.join(told)}."
 
 
 def exactness(report: dict[str, Any]) -> str:
@@ -98,11 +97,14 @@ def faithfulness(report: dict[str, Any]) -> str:
     """What the truth, the choice of deletion and chance get, by kind of absence."""
     rows = [row for row in report["rows"] if row["metric"] == "comprehensiveness"]
     told = (
-        f"by {row['measured_by']} the truth gets {row['scores']['the truth']:.1f} nats and what "
-        f"deletion names {row['scores']['leave-one-out, deletion']:.1f}"
+        f"{row['measured_by']} {row['scores']['the truth']:.1f} and "
+        f"{row['scores']['leave-one-out, deletion']:.1f}"
         for row in rows
     )
-    return f"On the same language: {'; '.join(told)}."
+    return (
+        "What the absence of the true causes, and of what deletion names, takes from an answer of "
+        f"the demo, in nats: {'; '.join(told)}."
+    )
 
 
 AND_OR = ("terms", "long terms", "scattered terms")
