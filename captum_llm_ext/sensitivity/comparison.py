@@ -227,18 +227,23 @@ class BaselineComparison:
     def agreement(self) -> list[Agreement]:
         """How far every two baselines agree on every target token and on the whole answer."""
         counts = Counter((c.token, c.between, c.kind) for c in self._changes)
-        return [
-            Agreement(
-                row.token,
-                self._between(a, b),
-                len(row.features),
-                *(counts[row.token, self._between(a, b), kind] for kind in get_args(Kind)),
-                row.view.rank_correlation(a, b),
-                row.view.overlap(a, b, self.k),
-            )
-            for row in self._rows
-            for a, b in self._pairs
-        ]
+        found: list[Agreement] = []
+        for row in self._rows:
+            for a, b in self._pairs:
+                between = self._between(a, b)
+                found.append(
+                    Agreement(
+                        token=row.token,
+                        between=between,
+                        n_features=len(row.features),
+                        n_sign=counts[row.token, between, "sign"],
+                        n_rank=counts[row.token, between, "rank"],
+                        n_presence=counts[row.token, between, "presence"],
+                        rank_correlation=row.view.rank_correlation(a, b),
+                        top_overlap=row.view.overlap(a, b, self.k),
+                    )
+                )
+        return found
 
     def summary(self) -> str:
         """What holds under every baseline, what does not, and how much changes, as text."""
