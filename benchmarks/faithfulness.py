@@ -5,9 +5,9 @@
 The shipped model of the fact grammar writes biographies, for each of whose content words the causes
 are known. The truth (1 for a cause, 0 for all else), random numbers, and attributions by leave-one-
 out and Shapley values under several kinds of absence are measured under each kind of absence in
-turn: where features are deleted, where they become ``<unk>``, where any text of the corpus or text
-of the same slot takes their place. A metric can be trusted under an absence where nothing comes out
-better than the truth, beyond its error.
+turn: where features are deleted, where they become ``<unk>``, where text of the same slot or what
+the model itself would have written takes their place. A metric can be trusted under an absence
+where nothing comes out better than the truth, beyond its error.
 """
 
 import argparse
@@ -23,12 +23,12 @@ import torch
 from captum.attr import FeatureAblation
 from environment import environment
 from fact_grammar import Document, Grammar, corpus, load
-from ground_truth import absences, as_input, attribute, documents
+from ground_truth import Absence, absences, as_input, attribute, documents
 
-from captum_llm_ext import GenerationAttribution
+from captum_llm_ext import GenerationAttribution, ModelBaselines
 from captum_llm_ext.metrics import FaithfulnessReport, measure_attributions
 
-ABSENCES = ("deletion", "`<unk>`", "any corpus span", "same slot, `CorpusBaselines`")
+ABSENCES = ("deletion", "`<unk>`", "same slot, `CorpusBaselines`", "`ModelBaselines`")
 METHODS = ("leave-one-out", "Shapley, kernel")
 METRICS = ("area_between", "comprehensiveness", "sufficiency", "lds")
 N_DRAWS = 4
@@ -146,10 +146,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     model, tokenizer = load()
+    baselines = ModelBaselines()
+    own = Absence(lambda _: baselines, lambda _: baselines)
     given = {
         "model": model,
         "tokenizer": tokenizer,
-        "absences": absences(Grammar(), corpus()),
+        "absences": absences(Grammar(), corpus()) | {"`ModelBaselines`": own},
     }
     started = time.process_time()
     reports: list[tuple[str, str, FaithfulnessReport]] = []

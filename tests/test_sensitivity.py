@@ -153,11 +153,11 @@ def test_to_dict_is_json_and_tells_all(demo):
 
 def test_two_features_that_swap():
     found = compare(made([[3.0, 1.0, 0.0]]), made([[1.0, 2.0, 0.0]]))
-    first, second = sorted(found.changes(0), key=lambda change: change.column)
-    assert {first.kind, second.kind} == {"rank"}
+    first, second = sorted(found.changes(0, "rank"), key=lambda change: change.column)
     assert (first.column, first.ranks, first.swapped_with) == (0, (1, 2), (1,))
     assert (second.column, second.ranks, second.swapped_with) == (1, (2, 1), (0,))
-    assert first.importance == second.importance == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert first.importance == pytest.approx((3 - 1) / (2 * 3))
+    assert second.importance == pytest.approx((2 - 1) / (2 * 3))
     assert first.attributions == (3.0, 1.0)
     assert conclusion(found).verdict == "depends"
     assert str(conclusion(found)) == "t0  ←  A: p0; B: p1"
@@ -167,10 +167,10 @@ def test_a_sign_counts_only_beyond_its_error():
     clear = compare(made([[4.0, 0.5]], 0.2), made([[4.0, -2.0]], 0.1))
     (change,) = clear.changes(0, "sign")
     assert change.column == 1
-    assert change.importance == pytest.approx((0.5 / 4 + 2 / 4) / 2)
+    assert change.importance == pytest.approx((0.5 + 2) / (2 * 4))
     assert str(change) == "p1 +0.50 ± 0.20 (A) and -2.00 ± 0.10 (B), rank 2 and 2"
     assert not compare(made([[4.0, 0.5]], 0.3), made([[4.0, -2.0]], 0.1)).changes(0, "sign")
-    assert not compare(made([[4.0, 0.5]], 0.2), made([[4.0, -2.0]], 0.1), z=3.0).changes(0)
+    assert not compare(made([[4.0, 0.5]], 0.2), made([[4.0, -2.0]], 0.1), z=3.0).changes(0, "sign")
 
 
 def test_rounding_is_no_change_of_sign():
@@ -286,7 +286,7 @@ def test_changes_are_those_of_a_loop_over_all_pairs(seed):
             swapped[i].add(j)
             swapped[j].add(i)
     found = view.rank_changes(0, 1)
-    assert {i: set(others) for i, (_, others) in found.items()} == {
+    assert {i: set(others) for i, others in found.items()} == {
         i: others for i, others in swapped.items() if others
     }
     signs = {
@@ -296,9 +296,23 @@ def test_changes_are_those_of_a_loop_over_all_pairs(seed):
         and all(abs(attr[row][i]) > 1.96 * se[row][i] for row in (0, 1))
     }
     assert set(view.sign_changes(0, 1)) == signs
+    is_clear = [
+        [abs(a) > max(1.96 * e, 0.01 * scale[row]) for a, e in zip(attr[row], se[row], strict=True)]
+        for row in (0, 1)
+    ]
+    assert set(view.presence_changes(0, 1)) == {
+        i
+        for some, none in ((0, 1), (1, 0))
+        for i in range(9)
+        if is_clear[some][i]
+        and not is_clear[none][i]
+        and abs(attr[some][i]) - 1.96 * se[some][i]
+        > abs(attr[none][i]) + 1.96 * se[none][i] + 0.01 * max(scale)
+    }
 
 
-def test_those_loops_saw_changes_of_both_kinds():
+def test_those_loops_saw_changes_of_all_kinds():
+    assert any(views(9, seed).presence_changes(0, 1) for seed in range(8))
     assert any(views(9, seed).rank_changes(0, 1) for seed in range(8))
     assert any(views(9, seed).sign_changes(0, 1) for seed in range(8))
 
@@ -309,6 +323,30 @@ def test_ranks_and_their_correlation_are_scipys(seed):
     expected = spearmanr(*view.clear.abs().numpy()).statistic
     assert view.rank_correlation(0, 1) == pytest.approx(expected)
     assert view.ranks.numpy() == pytest.approx(rankdata(-view.attr.abs(), "min", axis=1))
+
+
+def test_what_changes_most_in_attribution_is_told_first():
+    """Not what it overtakes: of two that swap, the one that moved."""
+    first = made([[9.0, 1.0, 0.6, 0.2, -0.3], [0.0, 0.0, 0.0, 0.0, 5.0]])
+    second = made([[0.4, 2.0, 0.5, -0.15, -0.2], [0.0, 0.0, 0.0, 0.0, 5.0]])
+    lines = str(compare(first, second)).splitlines()
+    told = [line for line in lines if line.startswith("    ") and ": another" in line]
+    assert [line.split()[2] for line in told] == ["p0", "p1", "p3"]
+    assert told[0].endswith("rank 1 and 3: another rank")
+    assert told[-1].endswith(": another sign"), "where a sign changes one is shown"
+    assert "of 5 features 1 change sign" in str(compare(first, second))
+
+
+def test_a_cause_that_vanishes_is_a_change():
+    """It stays the strongest, of nothing."""
+    found = compare(made([[9.0, 0.0], [9.0, 1.0]]), made([[0.05, 0.0], [9.0, 1.0]]))
+    (change,) = found.changes(0)
+    assert (change.kind, change.column) == ("presence", 0)
+    assert conclusion(found).verdict == "depends"
+    assert found.agreement()[0].n_presence == 1
+    assert "p0 +9.00 (A) and +0.05 (B), rank 1 and 1: nothing under one" in str(found)
+    unsure = compare(made([[9.0, 0.0]], 3.0), made([[0.05, 0.0]], 3.0))
+    assert not unsure.changes()
 
 
 def test_changes_come_by_importance():

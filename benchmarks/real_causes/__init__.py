@@ -2,6 +2,8 @@
 
     PYTHONPATH=benchmarks python -m real_causes --model NAME_OR_FOLDER [--out FILE]
 
-`prompts` has the prompts and what decides their answers, `judged` what a model makes of them and
-whether an attribution names the cause, `checkpoints` small real models that the package index has.
+`prompts` has the prompts and what decides their answers, `lists` what else may stand for words, and
+texts of the same kind, `judged` what a model makes of a prompt and whether an attribution names the
+cause, `measured` the attributions and what they cost, `table` shares and comparisons, `checkpoints`
+small real models that the package index has.
 """

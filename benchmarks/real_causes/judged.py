@@ -6,38 +6,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from captum_llm_ext import TextSegmentInput
+from real_causes.lists import is_function_word
 from real_causes.prompts import Prompt
 
 _LONGEST_ANSWER = 6  # tokens in which the answer has to be written
 
 
-@dataclass(frozen=True)
-class Case:
-    """A prompt that the model answers right, for the right reason.
+def answer_of(model: Any, tokenizer: Any, prompt: Prompt) -> list[int] | None:
+    """The token ids of the answer, up to its last letter; None if it is not the right one.
 
-    Attributes:
-        prompt: The prompt.
-        target: Token ids of the answer, up to its last letter.
+    The greedy answer has to be right, and to be the other one where the cause is replaced by
+    another word of its kind: by the first one or, if that is not answered right, by the next.
     """
-
-    prompt: Prompt
-    target: Tensor
-
-
-def case(model: Any, tokenizer: Any, prompt: Prompt) -> Case | None:
-    """The prompt as a case; None if the model does not answer it right.
-
-    Its greedy answer has to be right, and to be the other one where the cause is replaced.
-    """
-    target = _answer(model, tokenizer, prompt.text, prompt.answer)
-    changed = _answer(model, tokenizer, prompt.counterfactual, prompt.other_answer)
-    return None if target is None or changed is None else Case(prompt, target)
+    right = _written(model, tokenizer, prompt.text, prompt.answer)
+    if right is None:
+        return None
+    changed = (
+        _written(model, tokenizer, prompt.template.format(other), answer)
+        for other, answer in prompt.others.items()
+    )
+    return right if any(other is not None for other in changed) else None
 
 
-def _answer(model: Any, tokenizer: Any, text: str, wanted: str) -> Tensor | None:
+def _written(model: Any, tokenizer: Any, text: str, wanted: str) -> list[int] | None:
     """The first tokens that the model writes, if they spell what is wanted."""
     ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
     written = model.generate(
@@ -46,7 +38,7 @@ def _answer(model: Any, tokenizer: Any, text: str, wanted: str) -> Tensor | None
         max_new_tokens=_LONGEST_ANSWER,
         do_sample=False,
         pad_token_id=tokenizer.eos_token_id,
-    )[0, ids.shape[1] :].cpu()
+    )[0, ids.shape[1] :].tolist()
     for stop in range(1, len(written) + 1):
         if tokenizer.decode(written[:stop]).strip().startswith(wanted):
             return written[:stop]
@@ -60,28 +52,36 @@ class Judgement:
     Attributes:
         strongest: Its text.
         is_cause: Whether it is the word that decides.
-        is_right: Whether it is that, or a word that selects it.
+        is_selector: Whether it is a word that selects that one.
     """
 
     strongest: str
     is_cause: bool
-    is_right: bool
+    is_selector: bool
 
 
-def judge(prompt: Prompt, inp: TextSegmentInput, attributions: Tensor) -> Judgement:
-    """Holds the feature of the largest attribution against the cause.
+def judge(
+    prompt: Prompt,
+    spans: Sequence[tuple[int, int]],
+    attributions: Sequence[float],
+    *,
+    content_only: bool = False,
+) -> Judgement:
+    """Holds the word of the largest attribution against the cause.
 
     Args:
         prompt: The prompt.
-        inp: The prompt as words.
-        attributions: Shape ``(n_features,)``.
+        spans: Of its words.
+        attributions: One each.
+        content_only: Function words and marks are left out.
     """
-    strongest = inp.slots[int(attributions.argmax())]
-    start, stop = prompt.span
-    is_cause = strongest.start < stop and start < strongest.stop
-    word = strongest.text.strip().strip(".,:;?'")
-    selects = word in [own.strip(":'") for own in prompt.selector]
-    return Judgement(strongest.text.strip(), is_cause, is_cause or selects)
+    words = [prompt.text[start:stop].strip() for start, stop in spans]
+    asked = [i for i, word in enumerate(words) if not content_only or not is_function_word(word)]
+    top = max(asked, key=lambda i: attributions[i])
+    (start, stop), (first, last) = spans[top], prompt.span
+    is_cause = start < last and first < stop
+    selects = words[top].strip(".,:;?\"'") in [own.strip(":'") for own in prompt.selector]
+    return Judgement(words[top], is_cause, selects and not is_cause)
 
 
 def wilson(n_right: int, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -1,6 +1,8 @@
 """Natural prompts whose cause is known: one word decides what is written next."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,7 @@ class Prompt:
         template: The prompt, ``{}`` where the cause stands.
         cause: The word that decides.
         answer: What is written because of it.
-        other: Another word of the same kind.
-        other_answer: What is written if that one stands there.
+        others: Other words of its kind, and what is written if one of them stands there.
         selector: Words that select the cause (a name or a key that is asked for); naming one of
             them is half right.
     """
@@ -25,19 +26,13 @@ class Prompt:
     template: str
     cause: str
     answer: str
-    other: str
-    other_answer: str
+    others: Mapping[str, str]
     selector: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """The prompt."""
         return self.template.format(self.cause)
-
-    @property
-    def counterfactual(self) -> str:
-        """The prompt with the other word in place of the cause."""
-        return self.template.format(self.other)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -47,22 +42,32 @@ class Prompt:
 
 
 def _read(record: dict[str, Any]) -> Prompt:
-    """A line of the file; without `answer`, the cause itself is copied."""
+    """A line of the file; without `answer`, the cause itself is copied, and so are others."""
+    others = record["others"]
     return Prompt(
         record["kind"],
         record["template"],
         record["cause"],
         record.get("answer", record["cause"]),
-        record["other"],
-        record.get("other_answer", record["other"]),
+        others if isinstance(others, dict) else {other: other for other in others},
         tuple(record.get("selector", ())),
     )
 
 
+def _taking_turns(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """One of each kind, then the next: the first n are of all kinds."""
+    seen: Counter[str] = Counter()
+    turns: list[tuple[int, Prompt]] = []
+    for prompt in prompts:
+        turns.append((seen[prompt.kind], prompt))
+        seen[prompt.kind] += 1
+    return [prompt for _, prompt in sorted(turns, key=lambda turn: turn[0])]
+
+
 _LINES = Path(__file__).with_name("prompts.jsonl").read_text(encoding="utf-8").splitlines()
 _RECORDS = [json.loads(line) for line in _LINES]
-# Looked at while baselines were made, and not looked at.
+# Looked at while baselines were made, and not looked at: those decided nothing.
 HALVES = {
-    half: [_read(record) for record in _RECORDS if record["half"] == half]
-    for half in ("seen", "held out")
+    half: _taking_turns([_read(record) for record in _RECORDS if record["half"] == half])
+    for half in ("looked at", "not looked at")
 }

@@ -1,11 +1,12 @@
 """Results under several baselines side by side: what holds under all, what hangs on one."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SHOWN = 20  # tokens of one verdict in a summary
+_EXAMPLES = 2  # features of one pair of baselines
+Kind = Literal["sign", "rank", "presence"]
+_CHANGED: dict[Kind, str] = {
+    "sign": "another sign",
+    "rank": "another rank",
+    "presence": "nothing under one",
+}
 _VERDICTS: dict[Verdict, str] = {
     "robust": "the same under every baseline",
     "depends": "another one under another baseline",
@@ -36,7 +44,8 @@ class Change:
     Attributes:
         kind: ``"sign"``: it raises under one and lowers under the other, beyond its error under
             both. ``"rank"``: it is stronger than some other feature under one and weaker under the
-            other, with intervals that do not overlap under either.
+            other, with intervals that do not overlap under either. ``"presence"``: it is something
+            under one and nothing under the other, with intervals that do not overlap.
         token: Position of the target token; None for the whole answer.
         feature: Its name.
         column: Of `full_attr`.
@@ -46,11 +55,11 @@ class Change:
         ranks: By magnitude under each of the two, 1 = strongest.
         swapped_with: For ``"rank"`` the columns of the features it changes places with, the largest
             disagreement first.
-        importance: From 0 to 1: the two magnitudes (for ``"rank"``: the lead under one and the lag
-            under the other), each over the largest attribution under its baseline, averaged.
+        importance: How far apart the two attributions are, from 0 to 1: their difference over twice
+            the largest attribution under any baseline.
     """
 
-    kind: Literal["sign", "rank"]
+    kind: Kind
     token: int | None
     feature: str
     column: int
@@ -80,7 +89,7 @@ class Agreement:
         token: Position of the target token; None for the whole answer.
         between: The two baselines.
         n_features: Features that may be its causes.
-        n_sign, n_rank: How many of them change sign, and rank, as `Change` says.
+        n_sign, n_rank, n_presence: How many of them change so, as `Change` says.
         rank_correlation: Spearman's, of magnitudes; what counts as nothing is tied at zero. NaN
             where one side has nothing but ties.
         top_overlap: Share of the k strongest features that both name. NaN where neither names any.
@@ -91,6 +100,7 @@ class Agreement:
     n_features: int
     n_sign: int
     n_rank: int
+    n_presence: int
     rank_correlation: float
     top_overlap: float
 
@@ -192,9 +202,9 @@ class BaselineComparison:
     def changes(
         self,
         target_token: int | str | None = None,
-        kind: Literal["sign", "rank"] | None = None,
+        kind: Kind | None = None,
     ) -> list[Change]:
-        """Features that change sign or rank between two baselines.
+        """Features that say one thing under one baseline and another under another.
 
         Args:
             target_token: For this token only, by position or text. By default for all tokens and
@@ -217,23 +227,24 @@ class BaselineComparison:
 
     def agreement(self) -> list[Agreement]:
         """How far every two baselines agree on every target token and on the whole answer."""
-        counts: dict[tuple[int | None, tuple[str, str], str], int] = {}
-        for change in self._changes:
-            key = (change.token, change.between, change.kind)
-            counts[key] = counts.get(key, 0) + 1
-        return [
-            Agreement(
-                row.token,
-                self._between(a, b),
-                len(row.features),
-                counts.get((row.token, self._between(a, b), "sign"), 0),
-                counts.get((row.token, self._between(a, b), "rank"), 0),
-                row.view.rank_correlation(a, b),
-                row.view.overlap(a, b, self.k),
-            )
-            for row in self._rows
-            for a, b in self._pairs
-        ]
+        counts = Counter((c.token, c.between, c.kind) for c in self._changes)
+        found: list[Agreement] = []
+        for row in self._rows:
+            for a, b in self._pairs:
+                between = self._between(a, b)
+                found.append(
+                    Agreement(
+                        token=row.token,
+                        between=between,
+                        n_features=len(row.features),
+                        n_sign=counts[row.token, between, "sign"],
+                        n_rank=counts[row.token, between, "rank"],
+                        n_presence=counts[row.token, between, "presence"],
+                        rank_correlation=row.view.rank_correlation(a, b),
+                        top_overlap=row.view.overlap(a, b, self.k),
+                    )
+                )
+        return found
 
     def summary(self) -> str:
         """What holds under every baseline, what does not, and how much changes, as text."""
@@ -354,47 +365,36 @@ class BaselineComparison:
             change
             for row in self._rows
             for pair in self._pairs
-            for change in (*self._sign_changes(row, *pair), *self._rank_changes(row, *pair))
+            for change in self._changed(row, *pair)
         ]
         return sorted(found, key=lambda change: -change.importance)
 
-    def _sign_changes(self, row: _Row, a: int, b: int) -> list[Change]:
-        found = row.view.sign_changes(a, b)
-        return [self._change("sign", row, a, b, column, (), size) for column, size in found.items()]
-
-    def _rank_changes(self, row: _Row, a: int, b: int) -> list[Change]:
-        found = row.view.rank_changes(a, b)
-        return [
-            self._change("rank", row, a, b, column, others, size)
-            for column, (size, others) in found.items()
-        ]
-
-    def _change(
-        self,
-        kind: Literal["sign", "rank"],
-        row: _Row,
-        a: int,
-        b: int,
-        column: int,
-        others: tuple[int, ...],
-        importance: float,
-    ) -> Change:
+    def _changed(self, row: _Row, a: int, b: int) -> list[Change]:
         view, pair = row.view, [a, b]
-        attributions, errors, ranks = (
-            tensor[pair, column].tolist() for tensor in (view.attr, view.se, view.ranks)
-        )
-        return Change(
-            kind,
-            row.token,
-            row.features[column],
-            column,
-            self._between(a, b),
-            tuple(attributions),
-            tuple(errors),
-            tuple(ranks),
-            others,
-            importance,
-        )
+        moves = view.moves(a, b).tolist()
+
+        def change(kind: Kind, column: int, others: tuple[int, ...]) -> Change:
+            attributions, errors, ranks = (
+                tensor[pair, column].tolist() for tensor in (view.attr, view.se, view.ranks)
+            )
+            return Change(
+                kind,
+                row.token,
+                row.features[column],
+                column,
+                self._between(a, b),
+                tuple(attributions),
+                tuple(errors),
+                tuple(ranks),
+                others,
+                moves[column],
+            )
+
+        return [
+            *(change("sign", column, ()) for column in view.sign_changes(a, b)),
+            *(change("rank", c, others) for c, others in view.rank_changes(a, b).items()),
+            *(change("presence", column, ()) for column in view.presence_changes(a, b)),
+        ]
 
     def _causes(self, row: _Row) -> dict[str, Cause | None]:
         n_prompt = len(self._first.input_tokens)
@@ -407,22 +407,43 @@ class BaselineComparison:
 
     def _pair_lines(self, between: tuple[str, str], agreement: Sequence[Agreement]) -> list[str]:
         changes = [c for c in self._changes if c.between == between and c.token is not None]
-        sign, rank = ({c.column for c in changes if c.kind == kind} for kind in ("sign", "rank"))
+        n_of = {kind: len({c.column for c in changes if c.kind == kind}) for kind in get_args(Kind)}
         n_features = len(self._first.input_tokens) + len(self._first.output_features or ())
         rows = [r for r in agreement if r.between == between and r.token is not None]
         lines = [
-            f"{between[0]} – {between[1]}: for some token {len(sign)} of {n_features} features "
-            f"change sign and {len(rank)} change rank; mean rank correlation "
-            f"{_mean(r.rank_correlation for r in rows):.2f}, "
+            f"{between[0]} – {between[1]}: of {n_features} features {n_of['sign']} change sign, "
+            f"{n_of['rank']} rank, and {n_of['presence']} are nothing under one, for some token; "
+            f"mean rank correlation {_mean(r.rank_correlation for r in rows):.2f}, "
             f"{_mean(r.top_overlap for r in rows):.0%} of the top {self.k} shared"
         ]
-        largest = {change.token: change for change in reversed(changes)}  # the largest of each
-        for change in sorted(largest.values(), key=lambda change: -change.importance)[:2]:
-            lines.append(f"    {_shown(self._first.output_tokens[change.token or 0])}: {change}")
+        kinds: dict[tuple[int | None, int], list[Kind]] = {}
+        for change in changes:
+            kinds.setdefault((change.token, change.column), []).append(change.kind)
+        for change in _examples(changes):
+            name = _shown(self._first.output_tokens[change.token or 0])
+            changed = ", ".join(_CHANGED[kind] for kind in kinds[change.token, change.column])
+            lines.append(f"    {name}  ←  {change}: {changed}")
         return lines
 
     def _between(self, a: int, b: int) -> tuple[str, str]:
         return self.names[a], self.names[b]
+
+
+def _examples(changes: Sequence[Change]) -> list[Change]:
+    """Of the features that change most, the largest change of each; a change of sign among them.
+
+    Args:
+        changes: By falling importance.
+    """
+    of_feature: dict[int, Change] = {}
+    for change in changes:
+        of_feature.setdefault(change.column, change)
+    shown = list(of_feature.values())[:_EXAMPLES]
+    at = {(change.token, change.column) for change in shown}
+    sign = [change for change in changes if change.kind == "sign"]
+    if sign and not any((change.token, change.column) in at for change in sign):
+        shown.append(sign[0])
+    return shown
 
 
 def check_numbers(z: float, k: int, least: float) -> None:

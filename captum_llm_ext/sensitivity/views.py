@@ -29,6 +29,7 @@ class View:
         self.attr, self.se = attr, se
         self._size = attr.abs()
         self._scale = scale.where(scale > 0, 1.0)
+        self._largest = max(float(scale.max()), torch.finfo(scale.dtype).tiny)
         self._floor = least * scale
         width = z * se.nan_to_num(nan=0.0)
         self.low, self.high = self._size - width, self._size + width
@@ -53,23 +54,24 @@ class View:
         order = size.argsort(descending=True, stable=True)[:k].tolist()
         return [column for column in order if size[column] > 0]
 
-    def sign_changes(self, a: int, b: int) -> dict[int, float]:
-        """Features that raise under one baseline and lower under the other, clearly.
+    def moves(self, a: int, b: int) -> Tensor:
+        """How far the attribution of each feature is from one baseline to the other, from 0 to 1.
 
-        Returns:
-            Per column the mean of the two magnitudes, each relative to its baseline's scale.
+        One is from the largest of all to as much below zero, so that features and pairs of
+        baselines are in the order of the differences that are shown.
         """
-        changed = (self.clear[a] * self.clear[b] < 0).nonzero()[:, 0]
-        weight = (self._size[a] / self._scale[a] + self._size[b] / self._scale[b]) / 2
-        return {int(column): float(weight[column]) for column in changed}
+        return (self.attr[a] - self.attr[b]).abs() / (2 * self._largest)
 
-    def rank_changes(self, a: int, b: int) -> dict[int, tuple[float, tuple[int, ...]]]:
+    def sign_changes(self, a: int, b: int) -> list[int]:
+        """Features that raise under one baseline and lower under the other, clearly."""
+        return (self.clear[a] * self.clear[b] < 0).nonzero()[:, 0].tolist()
+
+    def rank_changes(self, a: int, b: int) -> dict[int, tuple[int, ...]]:
         """Features clearly above some other under one baseline and below it under the other.
 
         Returns:
-            Per column the largest disagreement (mean of the lead under one baseline and the lag
-            under the other, each relative to its baseline's scale) and the features it changes
-            places with, largest disagreement first.
+            Per column the features it changes places with, by falling disagreement: the mean of
+            the lead under one baseline and the lag under the other, each relative to its scale.
         """
         # A feature above another is itself something: no other need be looked at.
         columns = ((self.clear[a] != 0) | (self.clear[b] != 0)).nonzero()[:, 0]
@@ -77,12 +79,22 @@ class View:
         lead = (self._leads(a, columns) + self._leads(b, columns).T) / 2
         one_way = torch.where(over_a & over_b.T, lead, 0.0)
         weight = torch.maximum(one_way, one_way.T)
-        found: dict[int, tuple[float, tuple[int, ...]]] = {}
+        found: dict[int, tuple[int, ...]] = {}
         for column, row in zip(columns.tolist(), weight, strict=True):
             order = row.argsort(descending=True, stable=True)[: int((row > 0).sum())]
             if len(order):
-                found[column] = float(row.max()), tuple(columns[order].tolist())
+                found[column] = tuple(columns[order].tolist())
         return found
+
+    def presence_changes(self, a: int, b: int) -> list[int]:
+        """Features that are something under one baseline and nothing under the other, clearly."""
+        found: set[int] = set()
+        for some, none in ((a, b), (b, a)):
+            floor = torch.maximum(self._floor[some], self._floor[none])
+            apart = self.low[some] - self.high[none] > floor
+            gone = (self.clear[some] != 0) & (self.clear[none] == 0) & apart
+            found.update(gone.nonzero()[:, 0].tolist())
+        return sorted(found)
 
     def verdict(self) -> Verdict:
         """Whether the baselines name the same strongest feature, and if not, whether for sure."""
