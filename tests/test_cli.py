@@ -122,9 +122,7 @@ def test_a_target_is_explained_as_it_is_given(capsys, attribution, demo):
     assert main([*ATTRIBUTE, "--target", target, "--output-unit", "none", "--json", "-"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["target"] == demo[1].encode(target, add_special_tokens=False)
-    expected = attribution.attribute(
-        TextSegmentInput(PROMPT, demo[1], baselines="delete"), target, output_unit=None
-    )
+    expected = attribution.attribute(TextSegmentInput(PROMPT, demo[1]), target, output_unit=None)
     torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
     assert shown["output_attr"] is None
 
@@ -135,8 +133,8 @@ def test_results_go_to_stdout_and_all_else_to_stderr(saved, capsys):
     assert shown.out == f"{GenerationAttributionResult.load(saved[1])}\n"
     assert "answer: " in shown.err
     assert "note:" not in shown.err
-    assert main([*ATTRIBUTE, "--max-new-tokens", "2"]) == 0
-    assert "note: what is absent is deleted" in capsys.readouterr().err
+    assert main([*ATTRIBUTE, "--max-new-tokens", "2", "--baselines", "delete"]) == 0
+    assert "note: Absent features are deleted: attributions" in capsys.readouterr().err
 
 
 def test_a_result_goes_through_a_pipe(saved):
@@ -189,7 +187,7 @@ def test_chats(tmp_path, monkeypatch, capsys, attribution, demo, how):
     more = ["--unit", "turn,word", "--roles", "system", "--max-new-tokens", "3", "--json", "-"]
     assert main(["attribute", *QUICK, "--chat", given, *more]) == 0
     shown = json.loads(capsys.readouterr().out)
-    inp = ChatInput(messages, demo[1], "word", ["system"], baselines="delete")
+    inp = ChatInput(messages, demo[1], "word", ["system"])
     expected = attribution.attribute(inp, gen_args={"max_new_tokens": 3})
     assert shown["input_tokens"] == expected.input_tokens
     torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
@@ -333,7 +331,7 @@ def test_a_search_is_that_of_the_library(tmp_path, demo):
     more = ["--method", "hierarchical", "--share", "0.5", "--save", str(tmp_path / "r.st")]
     assert main([*command, *more]) == 0
     result = GenerationAttributionResult.load(tmp_path / "r.st")
-    inp = TextSegmentInput(prompt, tokenizer, ("paragraph", "sentence", "word"), baselines="delete")
+    inp = TextSegmentInput(prompt, tokenizer, ("paragraph", "sentence", "word"))
     expected = GenerationAttribution(HierarchicalAblation(model, 0.5), tokenizer)
     expected = expected.attribute(inp, " chess")
     torch.testing.assert_close(result.full_attr, expected.full_attr)
@@ -675,11 +673,13 @@ def test_ctrl_c_ends_a_run_cleanly():
     command = [sys.executable, "-m", "captum_llm_ext", *ATTRIBUTE, "--method", "sampling"]
     with _interruptible():
         process = subprocess.Popen(
-            [*command, "--n-samples", "5000"], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+            [*command, "--n-samples", "5000", "--baselines", "delete"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
     try:
         told = b""
-        while b"note:" not in told:  # it is about to ask the model
+        while b"Absent features" not in told:  # it is about to ask the model
             line = process.stderr.readline()
             assert line, told
             told += line

@@ -2,11 +2,13 @@
 
 import pickle
 import random
+import re
+import warnings
 
 import pytest
 import tiny
 import torch
-from captum.attr import FeatureAblation, KernelShap, LayerIntegratedGradients
+from captum.attr import FeatureAblation, KernelShap, LayerIntegratedGradients, TextTokenInput
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -22,6 +24,7 @@ from captum_llm_ext import (
     TextSegmentInput,
     load_demo,
 )
+from captum_llm_ext.baselines import draw_generator
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.scoring import Likelihood
 
@@ -248,6 +251,98 @@ def test_what_cannot_propose_is_told(demo, proposer, told):
 def test_a_model_of_this_process_proposes_for_one_behind_an_api(demo):
     baselines = ModelBaselines(demo).with_model(RemoteLikelihood(None, demo[1]))
     assert not baselines.matches(words(PROMPT, demo[1], baselines))[0].constant
+
+
+@pytest.mark.parametrize("method", [FeatureAblation, KernelShap])
+def test_nothing_said_is_what_the_model_would_have_written(demo, method):
+    model, tokenizer = demo
+    attribution = GenerationAttribution(method(model), tokenizer)
+    said = attribution.attribute(words(PROMPT, tokenizer, ModelBaselines()), "poker")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        unsaid = attribution.attribute(TextSegmentInput(PROMPT, tokenizer), "poker")
+    assert not warned
+    assert torch.equal(unsaid.full_attr, said.full_attr)
+    assert unsaid.provenance["matches"] == said.provenance["matches"]
+    tied = torch.tensor([[0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
+    inp = TextSegmentInput(PROMPT, tokenizer)
+    merged = attribution.attribute(inp, "poker", feature_mask=tied)
+    said = attribution.attribute(
+        words(PROMPT, tokenizer, ModelBaselines()), "poker", feature_mask=tied
+    )
+    assert torch.equal(merged.full_attr, said.full_attr)
+
+
+@pytest.mark.parametrize("baselines", ["delete", None, "<unk>", [""] * 14])
+def test_deletion_and_one_token_are_warned_of_once(demo, baselines):
+    attribution = GenerationAttribution(FeatureAblation(demo[0]), demo[1])
+    with pytest.warns(UserWarning, match="texts that the model never saw.*ModelBaselines") as told:
+        attribution.attribute(words(PROMPT, demo[1], baselines), "poker")
+    assert len(told) == 1
+    assert told[0].filename == __file__
+
+
+def test_captums_own_numbers_are_not_warned_of(demo):
+    attribution = GenerationAttribution(FeatureAblation(demo[0]), demo[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribution.attribute(TextTokenInput(PROMPT, demo[1]), "poker", output_unit=None)
+    with pytest.warns(UserWarning, match="become one and the same token"):
+        attribution.attribute(TextTokenInput(PROMPT, demo[1]), "poker")
+
+
+def test_gradients_of_nothing_said_begin_at_zero(demo):
+    method = GenerationGradientAttribution(LayerIntegratedGradients(demo[0], None), demo[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the long path
+        unsaid = method.attribute(TextSegmentInput(PROMPT, demo[1]), "poker", n_steps=8)
+        deleted = method.attribute(words(PROMPT, demo[1], "delete"), "poker", n_steps=8)
+    assert torch.equal(unsaid.full_attr, deleted.full_attr)
+
+
+def city_and_state(text):
+    return text.split("lives in ")[1].split(" and")[0]
+
+
+def cities_and_states():
+    """Those of the corpus, in which every city is in one state."""
+    return {city_and_state(text) for text in load_demo()[2] if "lives in " in text}
+
+
+def test_a_sentence_keeps_its_form_and_loses_what_it_says(demo):
+    """A name and a pronoun, a city and its state change; what they determine does not."""
+    text = "Anna lives in Palm Coast, FL and is a nurse. Her personal interests include"
+    baselines = bound(demo)
+    inp = words(text, demo[1], baselines, "sentence")
+    drawn = {baselines(inp.slots[0], draw_generator(0, k, 0)) for k in range(16)}
+    assert len(drawn) > 12
+    form = re.compile(r"\w+ lives in [A-Z][\w ]+, [A-Z]{2} and is an? \w+\.")
+    assert all(form.fullmatch(text) for text in drawn)
+    assert {city_and_state(text) for text in drawn} <= cities_and_states()
+    match = inp.with_baselines(baselines).matches()[0]
+    assert match.determined < 0.01
+    assert not match.constant
+
+
+def test_a_city_and_its_state_are_drawn_as_one_where_both_are_absent(demo):
+    text = "Anna lives in Palm Coast, FL and is a nurse."
+    inp = words(text, demo[1], ModelBaselines()).with_model(Likelihood(*demo))
+    masks = torch.ones(32, inp.n_features, dtype=torch.bool)
+    masks[:, 3:6] = False
+    rows = inp.render(masks, torch.Generator().manual_seed(0))
+    found = {city_and_state(demo[1].decode(row.ids)) for row in rows}
+    assert len(found) > 3
+    assert found <= cities_and_states()
+
+
+def test_a_name_in_several_places_of_a_feature_is_drawn_once(demo):
+    text = "Anna lives in Palm Coast, FL. Anna lives in Palm Coast, FL."
+    inp = TextSegmentInput(text, demo[1], groups=[[0, 6]], baselines=bound(demo))
+    masks = torch.ones(16, inp.n_features, dtype=torch.bool)
+    masks[:, 0] = False
+    texts = [demo[1].decode(row.ids) for row in inp.render(masks, torch.Generator().manual_seed(0))]
+    assert all(len(set(re.findall(r"(\w+) lives", text))) == 1 for text in texts)
+    assert len(set(texts)) > 3
 
 
 def test_without_a_model_it_says_what_to_do(demo):
