@@ -179,10 +179,10 @@ class Alternatives:
         chances = iter(self._model.log_probs_between(beginnings, texts, rests).exp().tolist())
         found: list[bool] = []
         for span, at in pairs:
-            weights, chance, own = self._others(span), self._chance(span), self._chance_of(at)
-            mean = chance * own + sum(weight * next(chances) for weight in weights.values())
-            total = chance + sum(weights.values())
-            found.append(bool(weights) and mean < _LEFT_OVER * own * total)
+            weights = self._others(span).values()
+            left_over = sum(weight * next(chances) for weight in weights)
+            own = self._chance_of(at)
+            found.append(bool(weights) and left_over < _LEFT_OVER * own * sum(weights))
         return found
 
     def _others(self, span: Span) -> dict[str, float]:
@@ -244,7 +244,10 @@ class Alternatives:
         marks = [self._atoms[i].text for i in inside if words.is_mark(self._atoms[i].text)]
         numbers = [i for i in inside if not words.is_mark(self._atoms[i].text)]
         after = self._atoms[inside[-1] + 1].text if inside[-1] + 1 < len(self._atoms) else None
-        return _Shape(numbers, marks, after)
+        first = self._atoms[inside[0]]
+        before = self._atoms[inside[0] - 1].text if inside[0] else words.BREAK
+        is_name = words.kind(first.text) == "capital" and border(before) < SENTENCE_END
+        return _Shape(numbers, marks, after, is_name)
 
 
 class _Shape(NamedTuple):
@@ -254,11 +257,13 @@ class _Shape(NamedTuple):
         numbers: Of its words among the atoms of the whole.
         marks: The punctuation between them.
         after: The atom that comes after it.
+        is_name: Whether it begins with a capital that does not begin a sentence.
     """
 
     numbers: list[int]
     marks: list[str]
     after: str | None
+    is_name: bool
 
     @property
     def n_words(self) -> int:
@@ -270,19 +275,25 @@ def _end(text: str, shape: _Shape) -> int | None:
     """Where a text ends that stands in a place; None if more of it may follow.
 
     Before what comes after the place, or punctuation that is not of the shape; or else after as
-    many words.
+    many words. In place of one word stands one word, or a name of several ("New York").
     """
     marks, stops = list(shape.marks), list[int]()
-    most = 1 if shape.n_words == 1 else shape.n_words + _MORE_WORDS
+    most = shape.n_words + _MORE_WORDS
     for atom in words.atoms(text):
-        if not words.is_mark(atom.text):
-            if stops and not marks and atom.text == shape.after:
+        if words.is_mark(atom.text):
+            if marks and atom.text == marks[0]:
+                marks.pop(0)
+            elif stops:
                 return stops[-1]
-            if len(stops) == most:
-                return stops[shape.n_words - 1]
-            stops.append(atom.stop)
-        elif marks and atom.text == marks[0]:
-            marks.pop(0)
-        elif stops:
+            continue
+        if stops and not marks and atom.text == shape.after:
             return stops[-1]
+        goes_on = (
+            not stops or shape.n_words > 1 or (shape.is_name and words.kind(atom.text) == "capital")
+        )
+        if not goes_on:
+            return stops[-1]
+        if len(stops) == most:
+            return stops[shape.n_words - 1]
+        stops.append(atom.stop)
     return None
