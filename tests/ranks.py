@@ -27,6 +27,7 @@ from captum_llm_ext import (
     GenerationAttribution,
     GenerationGradientAttribution,
     HierarchicalAblation,
+    ModelBaselines,
     PartitionShap,
     TextSegmentInput,
     _compat,
@@ -65,9 +66,9 @@ def make(seed=0):
     return tiny.llama(len(tokenizer), seed=seed), tokenizer
 
 
-def attribute(model, tokenizer, name, accelerator=None, **more):
+def attribute(model, tokenizer, name, accelerator=None, absent="delete", **more):
     method, unit, arguments = CASES[name]
-    inp = TextSegmentInput(PROMPT, tokenizer, unit, baselines=None)
+    inp = TextSegmentInput(PROMPT, tokenizer, unit, baselines=absent)
     value = arguments.get("attr_target", "log_prob")
     arguments = {key: value for key, value in arguments.items() if key != "attr_target"}
     attribution = GenerationAttribution(method(model), tokenizer, value, accelerator=accelerator)
@@ -93,6 +94,9 @@ def all_cases(accelerator=None):
     """Every method, and a generated target, as tensors."""
     model, tokenizer = make()
     found = {name: numbers(attribute(model, tokenizer, name, accelerator)) for name in CASES}
+    found["by the model"] = numbers(
+        attribute(model, tokenizer, "KernelShap", accelerator, ModelBaselines())
+    )
     found["generated"] = numbers(
         attribute(model, tokenizer, "ShapleyValueSampling", accelerator, target=None)
     )

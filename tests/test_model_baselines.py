@@ -294,6 +294,26 @@ def test_captums_own_numbers_are_not_warned_of(demo):
         attribution.attribute(TextTokenInput(PROMPT, demo[1]), "poker")
 
 
+def test_a_checkpoint_keeps_what_was_scored(demo, tmp_path):
+    model, tokenizer = demo
+    attribution = GenerationAttribution(KernelShap(model), tokenizer)
+
+    def attribute():
+        inp = TextSegmentInput(PROMPT, tokenizer)
+        return attribution.attribute(inp, "poker", checkpoint=tmp_path / "run.safetensors")
+
+    n_rows = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, arguments: n_rows.append(len(arguments["input_ids"])), with_kwargs=True
+    )
+    with hook:
+        first, n_first = attribute(), sum(n_rows)
+        again = attribute()
+    assert torch.equal(again.full_attr, first.full_attr)
+    assert torch.equal(again.values.nan_to_num(), first.values.nan_to_num())
+    assert sum(n_rows) - n_first < n_first / 3  # of the search and the probe
+
+
 def test_gradients_of_nothing_said_begin_at_zero(demo):
     method = GenerationGradientAttribution(LayerIntegratedGradients(demo[0], None), demo[1])
     with warnings.catch_warnings():

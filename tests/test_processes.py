@@ -105,7 +105,7 @@ def same(found, expected, tolerance=1e-6):
 
 
 @each_number
-@pytest.mark.parametrize("case", [*ranks.CASES, "generated"])
+@pytest.mark.parametrize("case", [*ranks.CASES, "by the model", "generated"])
 def test_every_process_has_the_result_of_one(found, alone, n, case):
     for own in found[n]:
         same(own["cases"][case], alone[case])

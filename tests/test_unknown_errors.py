@@ -25,7 +25,14 @@ def drawn(slot, generator):
     return [" x", " yy", " zzz"][int(torch.randint(3, (), generator=generator))]
 
 
-def attribute(model, tokenizer, method, *, baselines=None, unit="word", **options):
+def filled(slot, generator):
+    return " x"
+
+
+filled.deterministic = True
+
+
+def attribute(model, tokenizer, method, *, baselines=filled, unit="word", **options):
     inp = TextSegmentInput(PROMPT, tokenizer, unit, baselines=baselines)
     return GenerationAttribution(method(model), tokenizer).attribute(inp, TARGET, **options)
 
