@@ -23,8 +23,9 @@ _TO_THE_END = 3  # tokens that a word goes on for at most, beyond the one it beg
 _TOKENS_PER_WORD = 3  # and those of another one
 # A look at the model holds for rows that are so many tokens longer.
 _BEYOND = 48
-# Of so many tokens per wanted one it is looked up what they show.
-_LOOKED_AT = 64
+# Of so many tokens per wanted one it is looked up what they show: where a chat begins, and after a
+# first word, the likeliest 256 of some models are no words at all.
+_LOOKED_AT = 1024
 
 
 class Likelihood:
