@@ -163,7 +163,12 @@ def test_any_text(text, make):
     masks = ~torch.eye(inp.n_features, dtype=torch.bool)
     rows = inp.render(masks, torch.Generator().manual_seed(0))
     assert all(row.ids for row in rows)
-    assert len(inp.matches()) == len(inp.slots)
+    found = inp.matches()
+    assert len(found) == len(inp.slots)
+    for match in found:
+        assert match.constant or match.n_candidates
+        assert "" not in dict(match.candidates)  # never silently deletion
+        assert not any("\ufffd" in text for text, _ in match.candidates)
 
 
 def test_another_model_may_propose(demo):

@@ -20,6 +20,7 @@ from captum_llm_ext.baselines.slot import Bonds, LanguageModel, Proposer, Slot, 
 _CANDIDATES = 4  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
 _SURE = 0.95  # the model's own text, at least so often, is what it would have written anyway
 _TOLD = 10
+_NO_OTHER = "what comes before, where no other text of its kind is known"
 
 
 class ModelBaselines:
@@ -204,12 +205,12 @@ class _Filling:
             likely = heapq.nlargest(_TOLD, longer, key=lambda choice: choice[0])
         told = tuple((self._assembled(texts), share) for share, texts in likely)
         others = tuple(text for text, _ in told if text != self.place.core)
-        sizes = [len(self.parts[number].choices) for number in {*self.same_as}]
+        n = math.prod(len(self.parts[number].choices) for number in {*self.same_as}) - 1
         return Match(
             level="model",
-            surroundings="what comes before",
+            surroundings="what comes before" if n else _NO_OTHER,
             n_occurrences=0,
-            n_candidates=math.prod(sizes) - 1,
+            n_candidates=n,
             constant=own >= _SURE,
             examples=others,
             candidates=told,
@@ -222,7 +223,7 @@ class _Filling:
 
 
 def _candidates(texts: dict[str, float]) -> Candidates:
-    """Texts with probabilities, the original first."""
+    """Texts with probabilities, the original first; where no other is known, it stays."""
     original = next(iter(texts))
     weights = {(text,): share for text, share in texts.items() if share > 0} or {(original,): 1.0}
     match = Match("model", "what comes before", 0, len(weights) - 1, len(weights) == 1, ())
