@@ -451,6 +451,9 @@ def test_copies_ask_anew(demo):
     inp = words(PROMPT, demo[1], baselines).with_model(Likelihood(*demo))
     slot = inp.slots[random.Random(0).randrange(3)]
     assert inp.matches()[slot.index].level == "model"
+    other = pickle.loads(pickle.dumps(ModelBaselines(demo)))
+    with pytest.raises(ValueError, match="stayed where they were copied from"):
+        words(PROMPT, demo[1], other).with_model(Likelihood(*demo))
 
 
 def test_nothing_is_asked_while_nothing_is_absent(demo):

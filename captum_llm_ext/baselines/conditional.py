@@ -20,6 +20,7 @@ from captum_llm_ext.baselines.slot import Bonds, LanguageModel, Proposer, Slot, 
 _CANDIDATES = 4  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
 _SURE = 0.95  # the model's own text, at least so often, is what it would have written anyway
 _TOLD = 10
+_LEFT_BEHIND = "left behind"  # in place of a proposer that was not copied
 _NO_OTHER = "what comes before, where no other text of its kind is known"
 
 
@@ -79,6 +80,11 @@ class ModelBaselines:
 
     def with_model(self, model: LanguageModel) -> "ModelBaselines":
         """The same with a model to ask, if it has none of its own."""
+        if self._proposer is _LEFT_BEHIND:
+            raise ValueError(
+                "these `ModelBaselines` asked a model of their own, which stayed where they were "
+                "copied from: make them anew, with the `proposer`."
+            )
         if self._model is not None and self._proposer is not None:
             return self
         other = ModelBaselines(self._proposer, n_candidates=self.n_candidates)
@@ -115,10 +121,11 @@ class ModelBaselines:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was found is found again; a model of this process cannot be sent to another.
-        return {"n_candidates": self.n_candidates}
+        return {"n_candidates": self.n_candidates, "has_proposer": self._proposer is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        ModelBaselines.__init__(self, n_candidates=state["n_candidates"])
+        proposer = _LEFT_BEHIND if state["has_proposer"] else None
+        ModelBaselines.__init__(self, proposer, n_candidates=state["n_candidates"])
 
     def __repr__(self) -> str:
         return f"ModelBaselines(n_candidates={self.n_candidates})"
