@@ -163,7 +163,12 @@ def test_any_text(text, make):
     masks = ~torch.eye(inp.n_features, dtype=torch.bool)
     rows = inp.render(masks, torch.Generator().manual_seed(0))
     assert all(row.ids for row in rows)
-    assert len(inp.matches()) == len(inp.slots)
+    found = inp.matches()
+    assert len(found) == len(inp.slots)
+    for match in found:
+        assert match.constant or match.n_candidates
+        assert "" not in dict(match.candidates)  # never silently deletion
+        assert not any("\ufffd" in text for text, _ in match.candidates)
 
 
 def test_another_model_may_propose(demo):
@@ -446,6 +451,9 @@ def test_copies_ask_anew(demo):
     inp = words(PROMPT, demo[1], baselines).with_model(Likelihood(*demo))
     slot = inp.slots[random.Random(0).randrange(3)]
     assert inp.matches()[slot.index].level == "model"
+    other = pickle.loads(pickle.dumps(ModelBaselines(demo)))
+    with pytest.raises(ValueError, match="stayed where they were copied from"):
+        words(PROMPT, demo[1], other).with_model(Likelihood(*demo))
 
 
 def test_nothing_is_asked_while_nothing_is_absent(demo):

@@ -14,9 +14,10 @@ Span = tuple[int, int]
 # More likely than not after the word before it: below, a word is free, and is redrawn by itself.
 # Lower, "York" of "New York" stays bound where a text speaks of New Jersey as often.
 _DETERMINED = 0.5
-# Other first words of the phrase leave less than this share of that probability. On sentences of
-# real text the share is either below .1 (names, fixed expressions) or above .4 (grammar).
-_LEFT_OVER = 0.2
+# Other beginnings of the phrase leave less than this share of that probability. On sentences of
+# real text the share is either below .03 (names, fixed expressions) or above .24 (grammar).
+_LEFT_OVER = 0.1
+_INCOMPLETE = "\ufffd"  # what a part of a character is shown as: no text can begin with it
 _LONGEST = 4  # words of a phrase
 _ENOUGH = 0.98  # what is beyond this share of all that may stand in a place is not looked for
 _MORE_WORDS = 1  # that a stand-in may have than what it stands for
@@ -119,7 +120,8 @@ class Alternatives:
             self.read([span, *((one[0], other[1]) for one, other in self.ties)])
         found = {self._text[span[0] : span[1]]: self._chance(span)}
         for (_, chance), text in zip(self._begun(span), self._ended[span], strict=True):
-            found[text] = found.get(text, 0.0) + chance
+            if _INCOMPLETE not in text:
+                found[text] = found.get(text, 0.0) + chance
         return found
 
     def _found_phrases(self) -> list[Span]:
@@ -227,7 +229,8 @@ class Alternatives:
         own = self._text[span[0] : span[1]]
         covered = self._chance(span)
         choices = [(text, math.exp(log_prob)) for text, log_prob in listed.others]
-        if listed.piece != own:  # what begins as the text itself does may go on otherwise
+        # What begins as the text itself does may go on otherwise.
+        if listed.piece not in ("", own) and _INCOMPLETE not in listed.piece:
             choices.append((listed.piece, math.exp(listed.piece_log_prob) - covered))
         found: list[tuple[str, float]] = []
         for piece, chance in heapq.nlargest(self._n, choices, key=lambda choice: choice[1]):

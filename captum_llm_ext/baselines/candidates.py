@@ -57,6 +57,8 @@ class Match:
     def __str__(self) -> str:
         if self.level == "model":
             shown = ", ".join(f"{text} ({share:.2f})" for text, share in self.candidates[:4])
+            if not self.n_candidates:
+                return f"constant in {self.surroundings}"
             return f"{'constant' if self.constant else 'drawn'} by the model: {shown}"
         if self.constant:
             return f"constant in {self.surroundings!r} ({self.n_occurrences:,} occurrences)"

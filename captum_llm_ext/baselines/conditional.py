@@ -20,6 +20,8 @@ from captum_llm_ext.baselines.slot import Bonds, LanguageModel, Proposer, Slot, 
 _CANDIDATES = 4  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
 _SURE = 0.95  # the model's own text, at least so often, is what it would have written anyway
 _TOLD = 10
+_LEFT_BEHIND = "left behind"  # in place of a proposer that was not copied
+_NO_OTHER = "what comes before, where no other text of its kind is known"
 
 
 class ModelBaselines:
@@ -78,6 +80,11 @@ class ModelBaselines:
 
     def with_model(self, model: LanguageModel) -> "ModelBaselines":
         """The same with a model to ask, if it has none of its own."""
+        if self._proposer is _LEFT_BEHIND:
+            raise ValueError(
+                "these `ModelBaselines` asked a model of their own, which stayed where they were "
+                "copied from: make them anew, with the `proposer`."
+            )
         if self._model is not None and self._proposer is not None:
             return self
         other = ModelBaselines(self._proposer, n_candidates=self.n_candidates)
@@ -114,10 +121,11 @@ class ModelBaselines:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was found is found again; a model of this process cannot be sent to another.
-        return {"n_candidates": self.n_candidates}
+        return {"n_candidates": self.n_candidates, "has_proposer": self._proposer is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        ModelBaselines.__init__(self, n_candidates=state["n_candidates"])
+        proposer = _LEFT_BEHIND if state["has_proposer"] else None
+        ModelBaselines.__init__(self, proposer, n_candidates=state["n_candidates"])
 
     def __repr__(self) -> str:
         return f"ModelBaselines(n_candidates={self.n_candidates})"
@@ -204,12 +212,12 @@ class _Filling:
             likely = heapq.nlargest(_TOLD, longer, key=lambda choice: choice[0])
         told = tuple((self._assembled(texts), share) for share, texts in likely)
         others = tuple(text for text, _ in told if text != self.place.core)
-        sizes = [len(self.parts[number].choices) for number in {*self.same_as}]
+        n = math.prod(len(self.parts[number].choices) for number in {*self.same_as}) - 1
         return Match(
             level="model",
-            surroundings="what comes before",
+            surroundings="what comes before" if n else _NO_OTHER,
             n_occurrences=0,
-            n_candidates=math.prod(sizes) - 1,
+            n_candidates=n,
             constant=own >= _SURE,
             examples=others,
             candidates=told,
@@ -222,7 +230,7 @@ class _Filling:
 
 
 def _candidates(texts: dict[str, float]) -> Candidates:
-    """Texts with probabilities, the original first."""
+    """Texts with probabilities, the original first; where no other is known, it stays."""
     original = next(iter(texts))
     weights = {(text,): share for text, share in texts.items() if share > 0} or {(original,): 1.0}
     match = Match("model", "what comes before", 0, len(weights) - 1, len(weights) == 1, ())
