@@ -136,7 +136,7 @@ def test_what_does_not_attend_is_refused(name, tokenizer):
 @pytest.mark.parametrize("unit", ["token", "word"])
 def test_a_token_has_the_row_of_the_place_before_it(unit, tokenizer):
     model = tiny.llama(len(tokenizer))
-    inp = TextSegmentInput(PROMPT, tokenizer, unit)
+    inp = TextSegmentInput(PROMPT, tokenizer, unit, baselines="delete")
     method = AttentionRollout(model, "alti")
     found = GenerationAttentionAttribution(method, tokenizer).attribute(inp, TARGET)
     ids = torch.tensor([*inp.ids, *found.target.tolist()])
@@ -160,7 +160,12 @@ def test_a_token_has_the_row_of_the_place_before_it(unit, tokenizer):
 def test_results_are_saved_and_shown_and_texts_generated(tokenizer, tmp_path):
     model = tiny.llama(len(tokenizer))
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-    inp = ChatInput([{"role": "user", "content": "Dave plays golf. Why?"}], tokenizer, unit="word")
+    inp = ChatInput(
+        [{"role": "user", "content": "Dave plays golf. Why?"}],
+        tokenizer,
+        unit="word",
+        baselines="delete",
+    )
     attribution = GenerationAttentionAttribution(AttentionWeights(model, heads="max"), tokenizer)
     found = attribution.attribute(inp, gen_args={"max_new_tokens": 3}, output_unit="word")
     assert len(found.target) == 3
@@ -177,7 +182,7 @@ def test_results_are_saved_and_shown_and_texts_generated(tokenizer, tmp_path):
 
 def test_wrong_arguments_say_what_to_give(tokenizer):
     model = tiny.llama(len(tokenizer))
-    inp = TextSegmentInput(PROMPT, tokenizer)
+    inp = TextSegmentInput(PROMPT, tokenizer, baselines="delete")
     with pytest.raises(TypeError, match=r"give `AttentionWeights\(model\)`"):
         GenerationAttentionAttribution(ShapleyValueSampling(model), tokenizer)
     with pytest.raises(ValueError, match="'weights', 'values', 'alti'"):

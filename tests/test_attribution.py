@@ -201,7 +201,7 @@ def test_a_coalition_costs_one_row_whatever_the_length_of_the_target(model, toke
         handle.remove()
     n_features = 4 + len(result.target) - 1
     assert result.n_evaluations == n_features + 2  # and the full and the empty one
-    assert sum(rows) == result.n_evaluations + noise._CHECKED
+    assert 1 <= sum(rows) - result.n_evaluations <= noise._CHECKED  # and what confirms them
 
 
 def test_the_target_is_never_encoded_again(model, tokenizer):

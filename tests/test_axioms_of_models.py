@@ -113,7 +113,7 @@ def test_completeness(name, tokenizer):
 def test_sensitivity(name, tokenizer):
     """A value that is at its bound at the text, and below where a word is absent."""
     model = tiny.llama(len(tokenizer), initializer_range=0.15)
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     plain = attributed("FeatureAblation", model, tokenizer)
     word = int(plain.token_attr[0].argmax())
     bound = float(plain.full_values[0] - plain.token_attr[0, word] / 2)

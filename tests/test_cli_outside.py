@@ -18,6 +18,7 @@ from itertools import pairwise
 import architectures
 import pytest
 import torch
+from remote_server import Server
 from safetensors.torch import load_file, save_file
 
 from captum_llm_ext import GenerationAttributionResult, load_demo
@@ -26,6 +27,7 @@ from captum_llm_ext.cli.loading import load_model
 from captum_llm_ext.demo import PROMPT, folder
 
 EXAMPLES = [example for command in _COMMANDS for example in command.EXAMPLES]
+SERVED = "http://localhost:8000/v1"
 FILES = ("--html", "--png", "--json", "--save", "--out")
 
 
@@ -58,8 +60,12 @@ def test_examples_of_the_help_run(example, desk, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in desk.rglob("*")}
     capsys.readouterr()
     line, _, query = example.partition(" | ")
-    arguments = shlex.split(line)
-    assert main(arguments) == 0
+    with contextlib.ExitStack() as stack:
+        if SERVED in line and "--estimate" not in line:
+            served = stack.enter_context(Server(*load_demo()[:2]))
+            line = line.replace(SERVED, served.url)
+        arguments = shlex.split(line)
+        assert main(arguments) == 0
     shown = capsys.readouterr()
     assert shown.out
     assert "error" not in shown.err

@@ -565,9 +565,12 @@ def test_what_a_provider_cannot_tell_is_refused_before_it_is_asked(model, tokeni
         # One that falls back on echoes tells no others: seen at the first answer.
         server.known = {"model", "prompt", "max_tokens", "temperature", "echo", "logprobs"}
         echoes = CompletionsProvider(server.url, "tiny", top_logprobs=20)
+        attribution = remote(tokenizer, echoes)
+        attribution.handshake()
+        n_before = len(server.prompts)
         with pytest.raises(ValueError, match="no foils are to be found"):
-            remote(tokenizer, echoes).attribute(inp, TARGET)
-        assert len(server.prompts) == 1
+            attribution.attribute(inp, TARGET)
+        assert len(server.prompts) == n_before + 1
 
 
 # Shown ------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def server(shared):
 
 
 def words(tokenizer):
-    return TextSegmentInput("Dave lives. Ann is in TX.", tokenizer)
+    return TextSegmentInput("Dave lives. Ann is in TX.", tokenizer, baselines="delete")
 
 
 def remote(provider, tokenizer, **arguments):

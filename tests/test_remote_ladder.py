@@ -59,7 +59,7 @@ def chat(server, **arguments):
 
 
 def spans(tokenizer=None):
-    return TextSegmentInput(PROMPT, tokenizer, unit=SPANS)
+    return TextSegmentInput(PROMPT, tokenizer, unit=SPANS, baselines="delete")
 
 
 def local(demo, target, method=FeatureAblation, **arguments):
@@ -317,13 +317,15 @@ def test_turns_of_a_chat_are_sent_as_messages(server):
         {"role": "system", "content": "Dave lives in Palm Coast, FL and is a lawyer."},
         {"role": "user", "content": "His personal interests include"},
     ]
-    found = remote(chat(server)).attribute(ChatInput(messages, None), " golf")
+    found = remote(chat(server)).attribute(ChatInput(messages, None, baselines="delete"), " golf")
     sent = [tuple(m["role"] for m in body["messages"]) for body in server.bodies]
     assert ("system", "user") in sent
     assert ("user",) in sent
     assert ("system",) in sent
     assert found.input_tokens[0].startswith("system: Dave lives")
-    inner = remote(chat(server)).attribute(ChatInput(messages, None, unit="word"), " golf")
+    inner = remote(chat(server)).attribute(
+        ChatInput(messages, None, unit="word", baselines="delete"), " golf"
+    )
     assert inner.token_attr.shape[1] > 10
     assert inner.levels[0].parts == found.input_tokens
 

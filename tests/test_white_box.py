@@ -50,7 +50,7 @@ def built(name, dtype=torch.float32):
 
 
 def attributed(model, tokenizer, method, target=TARGET, **given):
-    inp = given.pop("inp", None) or TextSegmentInput(PROMPT, tokenizer, "token")
+    inp = given.pop("inp", None) or TextSegmentInput(PROMPT, tokenizer, "token", baselines="delete")
     settings = {name: given.pop(name) for name in ("attr_target",) if name in given}
     attribution = GenerationGradientAttribution(method, tokenizer, **settings)
     return attribution.attribute(inp, target, **given)
@@ -83,7 +83,7 @@ def log_prob(logits, token):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma 3, sliding window", "mixtral", "mamba"])
 def test_saliency_is_that_of_a_plain_loop(name, norm, tokenizer):
     model = architectures.build(name)
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     found = attributed(model, tokenizer, LayerSaliency(model, norm=norm), inp=inp)
     prompt, target = list(inp.ids), found.target.tolist()
     gradient, _ = slopes(model, prompt + target, len(prompt), target, log_prob)
@@ -237,7 +237,7 @@ def test_shares_are_those_of_a_llama_that_is_held_by_hand(tokenizer):
 
 def test_words_that_have_begun_are_fixed_text_while_they_last(tokenizer):
     model = tiny.llama(len(tokenizer))
-    inp = TextSegmentInput(PROMPT, tokenizer, "word")
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     found = attributed(model, tokenizer, EquivalentLinearSystem(model), inp=inp, output_unit="word")
     each = attributed(model, tokenizer, EquivalentLinearSystem(model), inp=inp)
     words = [piece.feature for piece in found.output_pieces]
@@ -310,7 +310,7 @@ def test_results_of_both_are_saved_shown_and_read_by_levels(tokenizer, tmp_path)
     model = tiny.llama(len(tokenizer))
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
     messages = [{"role": "user", "content": "Dave lives in Palm Coast. He plays golf."}]
-    inp = ChatInput(messages, tokenizer, unit=("sentence", "word"))
+    inp = ChatInput(messages, tokenizer, unit=("sentence", "word"), baselines="delete")
     for method in (LayerSaliency(model), EquivalentLinearSystem(model)):
         found = attributed(model, tokenizer, method, inp=inp)
         assert found.full_attr.shape[1] == len(found.input_tokens) + len(found.output_tokens)

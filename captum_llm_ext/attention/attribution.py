@@ -148,7 +148,9 @@ class GenerationAttentionAttribution:
             **of_run(),
         }
         n_features = context.prompt.n_features + generated.n_features
-        ends = torch.tensor([[True], [False]], device="cpu").expand(-1, n_features)
+        ends = torch.tensor([[True], [False]], dtype=torch.bool, device="cpu").expand(
+            -1, n_features
+        )
         return assembled(
             inp,
             context.prompt,
@@ -167,7 +169,13 @@ class GenerationAttentionAttribution:
         """See `GenerationAttribution.generation`."""
         return planned_generation(self.model, self.tokenizer, gen_args)
 
-    def check_stored(self, inp: InterpretableInput, target: Tensor, values: Tensor) -> None:
+    def check_stored(
+        self,
+        inp: InterpretableInput,
+        target: Tensor,
+        values: Tensor,
+        foils: Tensor | None = None,
+    ) -> None:
         """See `GenerationAttribution.check_stored`: shares of attention are no model's values."""
 
     def _context(self, inp: InterpretableInput, feature_mask: Tensor | None) -> Context:
@@ -187,8 +195,10 @@ class GenerationAttentionAttribution:
         summed = torch.zeros(len(rows), own.n_features + 1, dtype=torch.float64, device="cpu")
         summed.index_add_(1, own.owners(rows.shape[1]), rows)
         # A word that has begun is no cause of its other tokens: it is fixed text meanwhile.
-        n_visible = torch.tensor(generated.n_visible, device="cpu") + own.n_prompt
-        later = torch.arange(own.n_features, device="cpu") >= n_visible[:, None]
+        n_visible = own.n_prompt + torch.tensor(
+            generated.n_visible, dtype=torch.int64, device="cpu"
+        )
+        later = torch.arange(own.n_features, dtype=torch.int64, device="cpu") >= n_visible[:, None]
         attributions = summed[:, :-1].masked_fill(later, 0.0)
         full = rows.sum(1)
         return Solution(

@@ -59,7 +59,7 @@ def each_map(
     watch = _Watch(model, layers, contributions, heads, take)
     arguments = {**_compat.uncached(model)}
     kept = _compat.kept_logits(model)
-    at = torch.tensor([[ids.shape[1] - 1]], device=ids.device)
+    at = torch.tensor([[ids.shape[1] - 1]], dtype=torch.int64, device=ids.device)
     arguments |= _compat.keeping_logits(kept, at, ids)
     with as_found(model), ExitStack() as stack:
         try:
@@ -228,7 +228,7 @@ class _Layer:
             whole = parts.sum(1) + constant * scale[here]
             self._check(whole, summed[here])
             if kind == "alti":
-                own = torch.arange(here.start, here.stop, device=parts.device)
+                own = torch.arange(here.start, here.stop, dtype=torch.int64, device=parts.device)
                 parts[own - here.start, own] += self._before[here]
                 whole = self._before[here] + summed[here]
                 rest = torch.linalg.vector_norm(whole[:, None] - parts, ord=1, dim=-1)
@@ -241,8 +241,11 @@ class _Layer:
 
     def _seen(self, here: slice) -> Tensor:
         """What a place can take something from: what follows it is nothing to it."""
-        places = torch.arange(here.stop, device=self._before.device)
-        return places <= torch.arange(here.start, here.stop, device=places.device)[:, None]
+        places = torch.arange(here.stop, dtype=torch.int64, device=self._before.device)
+        return (
+            places
+            <= torch.arange(here.start, here.stop, dtype=torch.int64, device=places.device)[:, None]
+        )
 
     def _per_head(self) -> tuple[Tensor, Tensor]:
         """Values after the output projection, ``(heads, length, size)``, and its bias ``(size,)``.

@@ -411,7 +411,9 @@ def bootstrap(found: Sequence[float]) -> float:
     """Standard error of a mean, from resampling; of few equal values it is not taken for 0."""
     values = torch.tensor(found, dtype=torch.float64, device="cpu")
     generator = torch.Generator().manual_seed(0)
-    picked = torch.randint(len(found), (_N_RESAMPLED, len(found)), generator=generator)
+    picked = torch.randint(
+        len(found), (_N_RESAMPLED, len(found)), generator=generator, device="cpu"
+    )
     n = len(found)
     # The n - 1 that resampling misses, and one imagined value of another kind.
     grain = 0.5 / (n + 1)

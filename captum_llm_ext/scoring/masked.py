@@ -156,7 +156,7 @@ class MaskedProposer:
     def _log_probs(self, rows: Sequence[_Row]) -> list[Tensor]:
         """Log-probabilities of the vocabulary at places of rows, ``(n_places, size)`` each."""
         cut = [self._window(*row) for row in rows]
-        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        found: list[Tensor] = [torch.empty(0, dtype=torch.float64, device="cpu")] * len(rows)
         lengths = [len(ids) for ids, _ in cut]
         order = sorted((i for i, (_, at) in enumerate(cut) if at), key=lengths.__getitem__)
         for _, group in groupby(order, key=lengths.__getitem__):  # no padding to be seen

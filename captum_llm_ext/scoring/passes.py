@@ -205,7 +205,10 @@ class Passes:
 
     def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
         """The likeliest tokens where a row says each target token; see `Scorer.likeliest`."""
-        ids, at = (torch.tensor([list(x)], device="cpu") for x in (row.ids, row.positions))
+        ids, at = (
+            torch.tensor([list(x)], dtype=torch.int64, device="cpu")
+            for x in (row.ids, row.positions)
+        )
         said, _ = self._pass(ids, at.clamp(min=0), extras=self.extras(row, 0))
         found: list[tuple[Tensor, Tensor]] = []
         for some in said.vectors[0].split(_PLACES):  # a copy in float32 of some logits at a time
