@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from architectures import CONFIGS, build
 from environment import environment
 
-from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.model import Scorer, TokenRow
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 400

@@ -21,7 +21,7 @@ from served import Served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_llm_ext import ChatProvider, RemoteGenerationAttribution, TextSegmentInput
-from captum_llm_ext.plain_tokenizer import messages_of
+from captum_llm_ext.text.plain_tokenizer import messages_of
 
 KNOWN: dict[tuple[str, ...], list[float]] = {}
 RESULTS = Path(__file__).parent / "results"

@@ -180,7 +180,7 @@ def look_up(kind: str, saved: Path) -> dict[str, Any]:
 
 def new_slots(kind: str) -> Iterator[Any]:
     """One word each of documents that the corpus does not have."""
-    from captum_llm_ext.baselines import Slot
+    from captum_llm_ext.text.baselines import Slot
 
     rng = random.Random(1)
     for text in KINDS[kind](1):

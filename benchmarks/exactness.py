@@ -24,7 +24,7 @@ from captum.attr import ShapleyValueSampling, TextTokenInput
 from environment import environment
 
 from captum_llm_ext import TextSegmentInput
-from captum_llm_ext.scoring import Reuse, Scorer
+from captum_llm_ext.model import Reuse, Scorer
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -26,7 +26,7 @@ from fact_grammar import Document, Grammar, corpus, load
 from ground_truth import Absence, absences, as_input, attribute, documents
 
 from captum_llm_ext import GenerationAttribution, ModelBaselines
-from captum_llm_ext.metrics import FaithfulnessReport, measure_attributions
+from captum_llm_ext.evaluation.faithfulness import FaithfulnessReport, measure_attributions
 
 ABSENCES = ("deletion", "`<unk>`", "same slot, `CorpusBaselines`", "`ModelBaselines`")
 METHODS = ("leave-one-out", "Shapley, kernel")

@@ -39,10 +39,10 @@ from captum_llm_ext import (
     GenerationAttribution,
     GenerationAttributionResult,
     TextSegmentInput,
-    html,
     load_demo,
 )
-from captum_llm_ext.inputs import Piece
+from captum_llm_ext.result import page as html
+from captum_llm_ext.text.inputs import Piece
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -10,8 +10,8 @@ from captum.attr import TextTokenInput
 from fact_grammar import corpus, load
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from captum_llm_ext.scoring import Scorer
-from captum_llm_ext.scoring.plan import distinct_positions
+from captum_llm_ext.model import Scorer
+from captum_llm_ext.model.forward.schedule import distinct_positions
 
 
 def seconds(function: Callable[[], object]) -> float:

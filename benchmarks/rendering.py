@@ -22,7 +22,7 @@ from fact_grammar import corpus, load
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from captum_llm_ext import CorpusBaselines, GenerationAttribution, TextSegmentInput
-from captum_llm_ext.segment import Span
+from captum_llm_ext.text.segment import Span
 
 RESULTS = Path(__file__).parent / "results"
 N_TOKENS, N_FEATURES, N_TARGET = 4096, 256, 32

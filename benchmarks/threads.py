@@ -34,7 +34,7 @@ from captum_llm_ext import (
     GenerationGradientAttribution,
     TextSegmentInput,
 )
-from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.model import Scorer, TokenRow
 
 # Between bytecodes of one thread others come often: what can happen does.
 SWITCH_INTERVAL = 1e-5

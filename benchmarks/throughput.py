@@ -26,11 +26,11 @@ from environment import environment
 from measured import Counting, counts, in_turn, llama, prompt_of, texts
 from peers import beside_inseq, beside_shap
 
-import captum_llm_ext.attribution as attribution
+import captum_llm_ext.attribution.generation as attribution
 from captum_llm_ext import GenerationAttribution
-from captum_llm_ext.scoring import Scorer, TokenRow
-from captum_llm_ext.scoring.memory import Memory, overhead
-from captum_llm_ext.scoring.plan import distinct_positions, plan, plan_packed
+from captum_llm_ext.model import Scorer, TokenRow
+from captum_llm_ext.model.forward.memory import Memory, overhead
+from captum_llm_ext.model.forward.schedule import distinct_positions, plan, plan_packed
 
 RESULTS = Path(__file__).parent / "results"
 P, T = 128, 32

@@ -15,28 +15,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from captum_llm_ext.attention import (
+    from captum_llm_ext.attribution.attention import (
         AttentionRollout,
         AttentionWeights,
         GenerationAttentionAttribution,
     )
-    from captum_llm_ext.attribution import GenerationAttribution
-    from captum_llm_ext.baselines import (
-        Baseline,
-        Deletion,
-        FixedTexts,
-        Infilling,
-        Slot,
-        TokenBaseline,
-    )
-    from captum_llm_ext.baselines.conditional import ModelBaselines
-    from captum_llm_ext.baselines.corpus import CorpusBaselines, Match
-    from captum_llm_ext.coalition_game import CoalitionGame
+    from captum_llm_ext.attribution.coalition_game import CoalitionGame
+    from captum_llm_ext.attribution.dataset import DatasetReport, attribute_dataset
+    from captum_llm_ext.attribution.generation import GenerationAttribution
+    from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
+    from captum_llm_ext.attribution.remote import RemoteGenerationAttribution
     from captum_llm_ext.contrast import Contrast
-    from captum_llm_ext.dataset import DatasetReport, attribute_dataset
     from captum_llm_ext.demo import load_demo
-    from captum_llm_ext.gradient import GenerationGradientAttribution
-    from captum_llm_ext.inputs import ChatInput, TextSegmentInput
+    from captum_llm_ext.evaluation.faithfulness import FaithfulnessReport, measure_faithfulness
+    from captum_llm_ext.evaluation.sensitivity import BaselineComparison, compare_baselines
     from captum_llm_ext.methods import (
         EquivalentLinearSystem,
         FeatureInclusion,
@@ -44,7 +36,6 @@ if TYPE_CHECKING:
         LayerSaliency,
         PartitionShap,
     )
-    from captum_llm_ext.metrics import FaithfulnessReport, measure_faithfulness
     from captum_llm_ext.remote import (
         AnthropicProvider,
         ApiError,
@@ -52,7 +43,6 @@ if TYPE_CHECKING:
         ChatProvider,
         CompletionsProvider,
         Estimate,
-        RemoteGenerationAttribution,
         TokenProvider,
     )
     from captum_llm_ext.result import (
@@ -62,7 +52,17 @@ if TYPE_CHECKING:
         SpanAttribution,
         UnresolvedGroup,
     )
-    from captum_llm_ext.sensitivity import BaselineComparison, compare_baselines
+    from captum_llm_ext.text.baselines import (
+        Baseline,
+        Deletion,
+        FixedTexts,
+        Infilling,
+        Slot,
+        TokenBaseline,
+    )
+    from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines, Match
+    from captum_llm_ext.text.baselines.model.baselines import ModelBaselines
+    from captum_llm_ext.text.inputs import ChatInput, TextSegmentInput
 
 __version__ = "0.1.0"
 
@@ -115,24 +115,25 @@ __all__ = [
 # Names are imported when they are first asked for: torch takes seconds, in which the command line
 # would otherwise meet Ctrl-C with a traceback.
 _NAMES = {
-    "attention": "AttentionRollout AttentionWeights GenerationAttentionAttribution",
-    "attribution": "GenerationAttribution",
-    "baselines": "Baseline Deletion FixedTexts Infilling Slot TokenBaseline",
-    "baselines.conditional": "ModelBaselines",
-    "baselines.corpus": "CorpusBaselines Match",
-    "coalition_game": "CoalitionGame",
+    "attribution.attention": "AttentionRollout AttentionWeights GenerationAttentionAttribution",
+    "attribution.generation": "GenerationAttribution",
+    "text.baselines": "Baseline Deletion FixedTexts Infilling Slot TokenBaseline",
+    "text.baselines.model.baselines": "ModelBaselines",
+    "text.baselines.corpus.baselines": "CorpusBaselines Match",
+    "attribution.coalition_game": "CoalitionGame",
     "contrast": "Contrast",
-    "dataset": "DatasetReport attribute_dataset",
+    "attribution.remote": "RemoteGenerationAttribution",
+    "attribution.dataset": "DatasetReport attribute_dataset",
     "demo": "load_demo",
-    "gradient": "GenerationGradientAttribution",
-    "inputs": "ChatInput TextSegmentInput",
+    "attribution.gradient": "GenerationGradientAttribution",
+    "text.inputs": "ChatInput TextSegmentInput",
     "methods": "EquivalentLinearSystem FeatureInclusion HierarchicalAblation LayerSaliency "
     "PartitionShap",
-    "metrics": "FaithfulnessReport measure_faithfulness",
+    "evaluation.faithfulness": "FaithfulnessReport measure_faithfulness",
     "remote": "AnthropicProvider ApiError CallableProvider ChatProvider CompletionsProvider "
-    "Estimate RemoteGenerationAttribution TokenProvider",
+    "Estimate TokenProvider",
     "result": "Cause GenerationAttributionResult Redundancy SpanAttribution UnresolvedGroup",
-    "sensitivity": "BaselineComparison compare_baselines",
+    "evaluation.sensitivity": "BaselineComparison compare_baselines",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -42,7 +42,7 @@ from captum_llm_ext import (
     compare_baselines,
     measure_faithfulness,
 )
-from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.model import Scorer, TokenRow
 
 PROMPT = "Dave lives in Palm Coast, FL."
 TARGET = " golf and"

@@ -33,9 +33,10 @@ from captum_llm_ext import (
     _compat,
     attribute_dataset,
 )
+from captum_llm_ext.base.digest import digest
 from captum_llm_ext.coalitions import Solution
-from captum_llm_ext.content import digest
-from captum_llm_ext.scoring import processes, store
+from captum_llm_ext.model.processes import group as processes
+from captum_llm_ext.model.processes import store
 
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 # Name: method, features, arguments of ``attribute``.

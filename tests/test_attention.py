@@ -15,7 +15,7 @@ from captum_llm_ext import (
     TextSegmentInput,
     attribute_dataset,
 )
-from captum_llm_ext.attention.maps import each_map
+from captum_llm_ext.attribution.attention.maps import each_map
 
 PROMPT = "Dave lives in Palm."
 TARGET = " golf and"

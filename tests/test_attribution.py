@@ -19,7 +19,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from reference import loop_log_probs, shapley_values, tokens_read
 
 from captum_llm_ext import GenerationAttribution, PartitionShap, TextSegmentInput
-from captum_llm_ext.scoring import noise
+from captum_llm_ext.model.probe import noise
 
 PROMPT = "Dave lives in Austin"
 TARGET = " golf and chess"

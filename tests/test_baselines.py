@@ -26,7 +26,7 @@ from captum_llm_ext import (
     TextSegmentInput,
     load_demo,
 )
-from captum_llm_ext.scoring.likelihood import Likelihood
+from captum_llm_ext.model.likelihood import Likelihood
 
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer."
 CITIES = {

@@ -9,8 +9,9 @@ import tiny
 import torch
 from captum.attr import ShapleyValues, ShapleyValueSampling
 
-from captum_llm_ext import ChatInput, GenerationAttribution, tokens
-from captum_llm_ext.result.reading import reading
+from captum_llm_ext import ChatInput, GenerationAttribution
+from captum_llm_ext.result.levels import reading
+from captum_llm_ext.text import tokens
 
 TEMPLATES = {
     "chatml": (

@@ -42,7 +42,8 @@ from captum_llm_ext import (
     TextSegmentInput,
     load_demo,
 )
-from captum_llm_ext.cli import doctor, main, probe
+from captum_llm_ext.cli import doctor, main
+from captum_llm_ext.cli import self_check as probe
 from captum_llm_ext.cli.command import UsageError
 from captum_llm_ext.cli.job import as_baselines
 from captum_llm_ext.cli.methods import METHODS, method

@@ -22,7 +22,8 @@ from remote_server import Server
 from safetensors.torch import load_file, save_file
 
 from captum_llm_ext import GenerationAttributionResult, load_demo
-from captum_llm_ext.cli import _COMMANDS, doctor, main, probe
+from captum_llm_ext.cli import _COMMANDS, doctor, main
+from captum_llm_ext.cli import self_check as probe
 from captum_llm_ext.cli.loading import load_model
 from captum_llm_ext.demo import PROMPT, folder
 

@@ -33,7 +33,7 @@ from captum_llm_ext.coalitions import (
     solve_only_one_in,
     solve_permutations,
 )
-from captum_llm_ext.coalitions.scope import views
+from captum_llm_ext.coalitions.causal_scope import views
 
 Game = Callable[[Tensor], Tensor]  # bool (n_coalitions, n_features) -> (n_coalitions,)
 Solver = Callable[[Plan, Tensor, Scope], Solution]

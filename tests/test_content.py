@@ -36,8 +36,8 @@ from captum_llm_ext import (
     PartitionShap,
     TextSegmentInput,
 )
-from captum_llm_ext.content import checksum, differences, digest, told
-from captum_llm_ext.scoring import model_identity
+from captum_llm_ext.base.digest import checksum, differences, digest, told
+from captum_llm_ext.model import model_identity
 
 PROMPT = "Dave lives in Palm Coast, FL"
 

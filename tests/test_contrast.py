@@ -36,7 +36,7 @@ from captum_llm_ext import (
     load_demo,
     measure_faithfulness,
 )
-from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.model import Scorer, TokenRow
 
 PROMPT = "Dave lives in Austin and is a"
 TARGET = " golf and chess"

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captum_llm_ext.baselines import words
-from captum_llm_ext.baselines.corpus import CorpusBaselines
-from captum_llm_ext.baselines.slot import Baseline, Slot
+from captum_llm_ext.text.baselines import words
+from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
+from captum_llm_ext.text.baselines.slot import Baseline, Slot
 
 MEN = tuple("Dave Tom Carl Ivan Omar Paul Hugo Liam".split())
 WOMEN = tuple("Anna Beth Cora Dina Emma Faye Gina Iris".split())

@@ -20,12 +20,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captum_llm_ext.baselines import index as index_module
-from captum_llm_ext.baselines import reading, words
-from captum_llm_ext.baselines.documents import documents
-from captum_llm_ext.baselines.index import CorpusIndex, Spans
-from captum_llm_ext.baselines.postings import Postings
-from captum_llm_ext.baselines.vocabulary import Numbering
+from captum_llm_ext.text.baselines import words
+from captum_llm_ext.text.baselines.corpus import index as index_module
+from captum_llm_ext.text.baselines.corpus import reader as reading
+from captum_llm_ext.text.baselines.corpus.documents import documents
+from captum_llm_ext.text.baselines.corpus.index import CorpusIndex, Spans
+from captum_llm_ext.text.baselines.corpus.postings import Postings
+from captum_llm_ext.text.baselines.corpus.vocabulary import Numbering
 
 PEOPLE = "Dave Anna Tom Beth Carl Cora Ivan Dina".split()
 JOBS = "lawyer nurse pilot baker singer farmer".split()
@@ -276,7 +277,7 @@ def test_a_sample_of_places_comes_evenly_from_all_parts():
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=80), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
 def test_postings_are_the_places_of_each_key(keys, block):
-    from captum_llm_ext.baselines import postings as module
+    from captum_llm_ext.text.baselines.corpus import postings as module
 
     sequence = torch.tensor(keys)
     with pytest.MonkeyPatch.context() as patch:

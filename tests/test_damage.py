@@ -19,7 +19,7 @@ from captum_llm_ext import (
     GenerationAttributionResult,
     TextSegmentInput,
 )
-from captum_llm_ext.scoring import Journal
+from captum_llm_ext.model import Journal
 
 DATA = Path(__file__).parent / "data"
 N_EACH = 170

@@ -29,7 +29,7 @@ from captum_llm_ext import (
     attribute_dataset,
 )
 from captum_llm_ext.cli import main
-from captum_llm_ext.scoring import Journal
+from captum_llm_ext.model import Journal
 
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Dave lives."}]

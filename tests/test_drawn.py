@@ -18,12 +18,12 @@ from captum_llm_ext import (
     GenerationAttributionResult,
     PartitionShap,
     TextSegmentInput,
-    plot,
 )
 from captum_llm_ext.coalitions import join_plans, plan_anchors, plan_pairs, plan_permutations
-from captum_llm_ext.inputs import Piece
+from captum_llm_ext.result import plot
 from captum_llm_ext.result.convergence import earlier
 from captum_llm_ext.result.refit import Design, Evidence
+from captum_llm_ext.text.inputs import Piece
 
 matplotlib.use("Agg")
 
@@ -162,13 +162,13 @@ def test_causes_are_named_at_their_last_estimates(result):
     want = sorted(want, reverse=True)[:4]
     names = {f"{result.output_tokens[t]} ← {name.strip()}" for _, _, t, name in want}
     texts = {t.get_text(): t for t in ax.texts}
-    assert {text[:20] for text in texts} == {plot.text.label(name, 40)[:20] for name in names}
+    assert {text[:20] for text in texts} == {plot.labels.label(name, 40)[:20] for name in names}
     heights = sorted(t.get_window_extent().y0 for t in texts.values())
     assert np.diff(heights).min() > 8  # pixels
     token = result.output_tokens[-1]
     _, ax = result.plot_convergence(len(result.output_tokens) - 1, k=2)
     assert {t.get_text() for t in ax.texts} == {
-        plot.text.label(cause.name, 40) for cause in result.why(len(result.output_tokens) - 1, 2)
+        plot.labels.label(cause.name, 40) for cause in result.why(len(result.output_tokens) - 1, 2)
     }, token
 
 

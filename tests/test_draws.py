@@ -5,8 +5,8 @@ import torch
 from captum.attr import FeatureAblation
 
 from captum_llm_ext import GenerationAttribution, TextSegmentInput, load_demo
-from captum_llm_ext.baselines import FixedTexts, draw_generator, uniform
-from captum_llm_ext.baselines.candidates import Candidates, Match
+from captum_llm_ext.text.baselines import FixedTexts, draw_generator, uniform
+from captum_llm_ext.text.baselines.candidates import Candidates, Match
 
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 JOBS = ["lawyer", "nurse", "doctor", "teacher", "farmer"]

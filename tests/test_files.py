@@ -22,10 +22,10 @@ from captum_llm_ext import (
     GenerationAttribution,
     TextSegmentInput,
     attribute_dataset,
-    files,
 )
+from captum_llm_ext.base import files
 from captum_llm_ext.cli import main
-from captum_llm_ext.scoring import Journal
+from captum_llm_ext.model import Journal
 
 ROOT = Path(__file__).parents[1]
 OLD = b"what was there before"
@@ -219,7 +219,7 @@ def test_ctrl_c_at_any_moment(tmp_path):
     path = tmp_path / "file"
     files.write(path, b"0" * 100_000)
     code = (
-        "import sys; from captum_llm_ext import files\n"
+        "import sys; from captum_llm_ext.base import files\n"
         "print('go', flush=True)\n"
         "for i in range(10_000): files.write(sys.argv[1], bytes([48 + i % 10]) * 100_000)\n"
     )
@@ -308,7 +308,7 @@ def run(code, *arguments, **more):
 @pytest.mark.parametrize("redirected", [False, True])
 def test_standard_output_is_written_where_it_stands(tmp_path, name, redirected):
     code = (
-        "import sys; from captum_llm_ext import files\n"
+        "import sys; from captum_llm_ext.base import files\n"
         "print('before'); files.check_place(sys.argv[1]); files.write(sys.argv[1], 'within\\n')\n"
         "print('after')"
     )
@@ -363,7 +363,7 @@ def test_a_file_that_may_be_written_in_a_folder_that_may_not(tmp_path):
     code = (
         "import os, resource, sys, pathlib\n"
         "sys.path[:0] = [sys.argv[2]]\n"
-        "from captum_llm_ext import files\n"
+        "from captum_llm_ext.base import files\n"
         "folder = pathlib.Path(sys.argv[1]); os.setuid(65534)\n"
         "files.check_place(folder / 'mine'); files.write(folder / 'mine', b'new')\n"
         "assert (folder / 'mine').read_bytes() == b'new'\n"

@@ -18,7 +18,7 @@ from captum.attr import (
 from torch import nn
 
 from captum_llm_ext import GenerationGradientAttribution, TextSegmentInput
-from captum_llm_ext.gradient import slopes
+from captum_llm_ext.model.gradients import backward as slopes
 
 PROMPT = "Dave lives in Palm."
 TARGET = " golf and"

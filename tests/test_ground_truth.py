@@ -10,7 +10,7 @@ from faithfulness import candidates, words
 from ground_truth import absences, as_input, attribute, documents, precision
 
 from captum_llm_ext import GenerationAttribution
-from captum_llm_ext.metrics import measure_attributions
+from captum_llm_ext.evaluation.faithfulness import measure_attributions
 
 SAME_SLOT = [
     "same slot, lists by hand",

@@ -6,7 +6,7 @@ from captum.attr import ShapleyValues, TextTemplateInput
 from reference import loop_log_probs, shapley_values
 
 from captum_llm_ext import CorpusBaselines, GenerationAttribution, TextSegmentInput
-from captum_llm_ext.segment import between, blocks
+from captum_llm_ext.text.segment import between, blocks
 
 TEXT = "Dave lives in Austin, TX. He likes TX."
 TARGET = " golf"

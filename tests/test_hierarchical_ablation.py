@@ -12,7 +12,7 @@ from captum_llm_ext import (
     TextSegmentInput,
 )
 from captum_llm_ext.coalitions import Scope, join_plans, plan_anchors
-from captum_llm_ext.coalitions.search import search, solve_search, unopened
+from captum_llm_ext.coalitions.hierarchical_search import search, solve_search, unopened
 
 TREE = ((0, 1, 2), (3, (4, 5), 6), (7, 8))
 N = 10  # column 9 lies beside the tree

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from captum_llm_ext import html
+from captum_llm_ext.result import page as html
 
 SOURCE = Path(html.__file__)
 HOSTILE = [

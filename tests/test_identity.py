@@ -16,8 +16,8 @@ from captum_llm_ext import (
     TextSegmentInput,
     attribute_dataset,
 )
-from captum_llm_ext.content import differences
-from captum_llm_ext.scoring import model_identity
+from captum_llm_ext.base.digest import differences
+from captum_llm_ext.model import model_identity
 
 PROMPT = "Dave lives in Palm Coast"
 GIVEN = [{"prompt": PROMPT, "target": [5, 6]}]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captum_llm_ext import TextSegmentInput
-from captum_llm_ext.inputs import GeneratedText
+from captum_llm_ext.text.inputs import GeneratedText
 
 TOKENIZERS = {
     "byte-level": tiny.byte_level(),

@@ -30,7 +30,7 @@ from captum_llm_ext import (
     measure_faithfulness,
 )
 from captum_llm_ext.demo import PROMPT as DEMO_PROMPT
-from captum_llm_ext.metrics import (
+from captum_llm_ext.evaluation.faithfulness import (
     Estimate,
     comprehensiveness,
     linear_datamodeling_score,
@@ -38,8 +38,8 @@ from captum_llm_ext.metrics import (
     perturbation_curve,
     sufficiency,
 )
-from captum_llm_ext.metrics.estimate import average
-from captum_llm_ext.metrics.scores import spearman
+from captum_llm_ext.evaluation.faithfulness.estimate import average
+from captum_llm_ext.evaluation.faithfulness.scores import spearman
 
 matplotlib.use("Agg")
 PROMPT = "Dave lives in Austin."

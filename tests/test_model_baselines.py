@@ -27,9 +27,9 @@ from captum_llm_ext import (
     TextSegmentInput,
     load_demo,
 )
-from captum_llm_ext.baselines import draw_generator
+from captum_llm_ext.model import Likelihood
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
-from captum_llm_ext.scoring import Likelihood
+from captum_llm_ext.text.baselines import draw_generator
 
 TINY_T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
 TINY_BERT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -8,7 +8,7 @@ from captum.attr import ShapleyValueSampling
 from transformers import AutoModelForCausalLM
 
 from captum_llm_ext import GenerationAttribution, TextSegmentInput, _compat
-from captum_llm_ext.scoring import model_identity
+from captum_llm_ext.model import model_identity
 
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His interests"
 LAYERS = ("model.layers.0", "model.layers.1")

@@ -7,8 +7,9 @@ import torch
 from captum.attr import ShapleyValues
 from tokenizers import AddedToken
 
-from captum_llm_ext import GenerationAttribution, TextSegmentInput, segment, tokens
-from captum_llm_ext.inputs import GeneratedText
+from captum_llm_ext import GenerationAttribution, TextSegmentInput
+from captum_llm_ext.text import segment, tokens
+from captum_llm_ext.text.inputs import GeneratedText
 
 LAYOUTS = {
     name: getattr(layouts, name)()

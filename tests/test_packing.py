@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from test_reuse import difference, loop, make_rows, n_reused
 
 from captum_llm_ext import _compat
-from captum_llm_ext.scoring import Scorer, TokenRow
-from captum_llm_ext.scoring.order import in_common, most_first, sorted_rows
-from captum_llm_ext.scoring.packing import pack
-from captum_llm_ext.scoring.plan import distinct_positions, plan_packed
+from captum_llm_ext.model import Scorer, TokenRow
+from captum_llm_ext.model.forward.packing import pack
+from captum_llm_ext.model.forward.prefixes import in_common, most_first, sorted_rows
+from captum_llm_ext.model.forward.schedule import distinct_positions, plan_packed
 
 WINDOWS = (
     "mistral, sliding window",

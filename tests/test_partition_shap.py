@@ -15,7 +15,7 @@ from torch import Tensor
 
 from captum_llm_ext import GenerationAttribution, PartitionShap, TextSegmentInput
 from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
-from captum_llm_ext.coalitions.hierarchy import (
+from captum_llm_ext.coalitions.owen_orders import (
     Tree,
     as_tree,
     balanced,
@@ -26,7 +26,7 @@ from captum_llm_ext.coalitions.hierarchy import (
     solve_nested_orders,
     tree_of_levels,
 )
-from captum_llm_ext.coalitions.splits import (
+from captum_llm_ext.coalitions.owen_splits import (
     n_splits,
     plan_splits,
     solve_splits,

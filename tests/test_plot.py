@@ -10,7 +10,7 @@ import torch
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.patches import Polygon
 
-from captum_llm_ext import plot
+from captum_llm_ext.result import plot
 
 matplotlib.use("Agg")
 
@@ -220,11 +220,11 @@ def test_tensors_of_any_dtype_can_be_drawn():
 
 
 def test_wide_letters_count_twice(monkeypatch):
-    monkeypatch.setattr(plot.text, "drawable", lambda char: char)  # as with a font that has them
-    assert plot.text.label("東京は日本の首都", 16) == "東京は日本の首都"
-    assert plot.text.label("東京は日本の首都", 15) == "東京は日本の首…"
-    assert plot.text.label("Tokyo", 5) == "Tokyo"
-    assert plot.text.label("Tokyo", 4) == "Tok…"
+    monkeypatch.setattr(plot.labels, "drawable", lambda char: char)  # as with a font that has them
+    assert plot.labels.label("東京は日本の首都", 16) == "東京は日本の首都"
+    assert plot.labels.label("東京は日本の首都", 15) == "東京は日本の首…"
+    assert plot.labels.label("Tokyo", 5) == "Tokyo"
+    assert plot.labels.label("Tokyo", 4) == "Tok…"
 
 
 def test_output_that_was_held_fixed_has_no_columns_whatever_its_tokens_make_up():
@@ -408,7 +408,7 @@ def test_labels_show_the_text_of_a_token(text, label):
 def test_glyphs_that_no_font_has_are_spelled_out(text, monkeypatch):
     labels = [text, "plain"]
     draw([[1.0, -1.0]], input_labels=labels)[0].canvas.draw()  # with the fonts of this machine
-    monkeypatch.setattr(plot.text, "_FALLBACK_FONTS", ())
+    monkeypatch.setattr(plot.labels, "_FALLBACK_FONTS", ())
     fig, ax = draw([[1.0, -1.0]], input_labels=labels)
     fig.canvas.draw()
     glyphs = matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans"))
@@ -420,7 +420,7 @@ def test_glyphs_that_no_font_has_are_spelled_out(text, monkeypatch):
     assert column_labels(ax)[1] == "plain"
 
 
-FITTED = "fitted.py"  # holds an artist, which matplotlib has to be there for
+FITTED = "responsive.py"  # holds an artist, which matplotlib has to be there for
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_matplotlib_is_imported_only_to_draw(path):
     at_import = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     named = {alias.name for node in at_import for alias in node.names}
     named |= {node.module for node in at_import if isinstance(node, ast.ImportFrom)}
-    without = ("matplotlib", "torch", "captum_llm_ext.plot.fitted")
+    without = ("matplotlib", "torch", "captum_llm_ext.result.plot.responsive")
     assert not [name for name in named if name.startswith(without)]
 
 

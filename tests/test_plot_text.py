@@ -10,7 +10,7 @@ import pytest
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.patches import PathPatch
 
-from captum_llm_ext import plot
+from captum_llm_ext.result import plot
 
 matplotlib.use("Agg")
 
@@ -145,7 +145,7 @@ def test_what_is_longer_than_a_line_is_broken_anywhere(long):
     fig, ax = text(["before ", long, " after"], [1.0, 2.0, -3.0])
     fig.draw_without_rendering()
     written = "".join(map("".join, lines(ax)))
-    shown = "".join(plot.text.drawable(char) for char in long)
+    shown = "".join(plot.labels.drawable(char) for char in long)
     assert written == f"before{shown}after"
     assert len(lines(ax)) > 1
     assert max(t.get_window_extent().x1 for t in ax.texts) <= ax.get_window_extent().x1 + 3

@@ -7,7 +7,7 @@ import torch
 from captum.attr import FeatureAblation, KernelShap
 
 from captum_llm_ext import GenerationAttribution, GenerationAttributionResult, TextSegmentInput
-from captum_llm_ext.scoring import Scorer, TokenRow
+from captum_llm_ext.model import Scorer, TokenRow
 
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer."
 TARGET = " golf and chess"

@@ -12,9 +12,9 @@ from captum.attr import FeatureAblation, LayerIntegratedGradients
 from torch import nn
 
 from captum_llm_ext import GenerationAttribution, GenerationGradientAttribution, TextSegmentInput
-from captum_llm_ext.scoring import Likelihood, Scorer, TokenRow
-from captum_llm_ext.scoring.exclusive import as_found
-from captum_llm_ext.scoring.probe import findings, looking
+from captum_llm_ext.model import Likelihood, Scorer, TokenRow
+from captum_llm_ext.model.exclusive import as_found
+from captum_llm_ext.model.probe import findings, looking
 
 TEXT = "Dave lives in Palm Coast, FL and is a lawyer."
 

@@ -20,17 +20,15 @@ import torch
 from captum.attr import FeatureAblation
 from test_reuse import make_rows
 
-from captum_llm_ext import (
-    GenerationAttribution,
-    GenerationAttributionResult,
-    attribute_dataset,
-    game,
-)
+from captum_llm_ext import GenerationAttribution, GenerationAttributionResult, attribute_dataset
+from captum_llm_ext.attribution import game
+from captum_llm_ext.base.digest import digest
 from captum_llm_ext.coalitions import Solution, permutations
-from captum_llm_ext.content import digest
-from captum_llm_ext.scoring import Scorer, scorer, store
-from captum_llm_ext.scoring.plan import plan
-from captum_llm_ext.scoring.shares import shares
+from captum_llm_ext.model import Scorer
+from captum_llm_ext.model.forward.schedule import plan
+from captum_llm_ext.model.processes import store
+from captum_llm_ext.model.scoring import scorer
+from captum_llm_ext.model.scoring.shards import shares
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[1]

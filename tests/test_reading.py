@@ -29,9 +29,9 @@ from captum_llm_ext.coalitions import (
     plan_permutations,
     solve_permutations,
 )
-from captum_llm_ext.coalitions.draws import normal_scale
-from captum_llm_ext.inputs import Piece
-from captum_llm_ext.result.reading import reading
+from captum_llm_ext.coalitions.clustered_errors import normal_scale
+from captum_llm_ext.result.levels import reading
+from captum_llm_ext.text.inputs import Piece
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from captum_llm_ext import GenerationAttribution, GenerationAttributionResult, TextSegmentInput
-from captum_llm_ext.inputs import Piece
+from captum_llm_ext.text.inputs import Piece
 
 FIELDS = (
     "seq_attr token_attr output_probs token_attr_se output_attr output_attr_se full_values "

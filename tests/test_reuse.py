@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captum_llm_ext import _compat
-from captum_llm_ext.scoring import Scorer, TokenRow
-from captum_llm_ext.scoring.plan import distinct_positions, plan
+from captum_llm_ext.model import Scorer, TokenRow
+from captum_llm_ext.model.forward.schedule import distinct_positions, plan
 
 UNK = 3
 # These read several tokens on from a state wrongly; the first five without an error.
@@ -210,7 +210,7 @@ def test_the_comparison_alone_finds_what_reads_on_wrongly(name, monkeypatch, cap
     assert difference(torch.cat(values), loop(model, rows, target)) < 1e-4
     assert n_reused(scorer) < 0  # the comparison came on top
     assert [r.name for r in caplog.records if r.name.startswith("captum_llm_ext")] == [
-        "captum_llm_ext.scoring.batching"
+        "captum_llm_ext.model.scoring.batching"
     ]
 
 

@@ -9,11 +9,12 @@ import torch
 from reference import loop_log_probs
 
 from captum_llm_ext import _compat
-from captum_llm_ext.scoring import Scorer, TokenRow, logits, memory
-from captum_llm_ext.scoring.exclusive import as_found
-from captum_llm_ext.scoring.head import Said
-from captum_llm_ext.scoring.memory import Memory
-from captum_llm_ext.scoring.probe import findings
+from captum_llm_ext.model import Scorer, TokenRow
+from captum_llm_ext.model.exclusive import as_found
+from captum_llm_ext.model.forward import logits, memory
+from captum_llm_ext.model.forward.lm_head import Said
+from captum_llm_ext.model.forward.memory import Memory
+from captum_llm_ext.model.probe import findings
 
 CPU = torch.device("cpu")
 

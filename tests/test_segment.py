@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from captum_llm_ext.segment import (
+from captum_llm_ext.text.segment import (
     Span,
     between,
     blocks,

@@ -39,11 +39,11 @@ from captum_llm_ext import (
     TokenBaseline,
     compare_baselines,
     load_demo,
-    plot,
 )
 from captum_llm_ext.demo import PROMPT
-from captum_llm_ext.inputs import Piece, as_prompt
-from captum_llm_ext.sensitivity.views import View
+from captum_llm_ext.evaluation.sensitivity.views import View
+from captum_llm_ext.result import plot
+from captum_llm_ext.text.inputs import Piece, as_prompt
 
 matplotlib.use("Agg")
 TEMPLATE = ("{} lives in {}. {}", ["Dave", "Palm Coast", "His"])

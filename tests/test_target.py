@@ -25,7 +25,7 @@ from captum_llm_ext import (
     TextSegmentInput,
     attribute_dataset,
 )
-from captum_llm_ext.target import as_ids
+from captum_llm_ext.attribution.target import as_ids
 
 PROMPT = "Dave lives in Palm Coast"
 IDS = [5, 6, 7]

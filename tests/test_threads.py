@@ -14,10 +14,11 @@ import torch
 from captum.attr import FeatureAblation, KernelShap, Lime, ShapleyValueSampling
 from torch import nn
 
-from captum_llm_ext import GenerationAttribution, TextSegmentInput, encoding
+from captum_llm_ext import GenerationAttribution, TextSegmentInput
+from captum_llm_ext.model import Scorer, TokenRow, exclusive
+from captum_llm_ext.model.exclusive import as_found, held
 from captum_llm_ext.result.convergence import earlier
-from captum_llm_ext.scoring import Scorer, TokenRow, exclusive
-from captum_llm_ext.scoring.exclusive import as_found, held
+from captum_llm_ext.text import encoding
 
 PROMPT = "Dave lives in Palm Coast."
 PATIENCE = 20  # seconds after which a test fails that waits for another thread

@@ -4,7 +4,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captum_llm_ext import tokens
+from captum_llm_ext.text import tokens
 
 TOKENIZERS = {
     "byte-level": tiny.byte_level(),

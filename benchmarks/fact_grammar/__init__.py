@@ -14,7 +14,7 @@ from .grammar import Document, Grammar, Segment, Slot
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-SHIPPED = Path(__file__).parents[2] / "captum_llm_ext" / "demo_model"
+SHIPPED = Path(__file__).parents[2] / "captum_llm_ext" / "demo" / "model"
 
 __all__ = ["SHIPPED", "Document", "Grammar", "Segment", "Slot", "corpus", "load"]
 

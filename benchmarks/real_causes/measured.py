@@ -22,7 +22,7 @@ from captum_llm_ext import (
     ModelBaselines,
     TextSegmentInput,
 )
-from captum_llm_ext.baselines import is_deterministic
+from captum_llm_ext.text.baselines import is_deterministic
 from real_causes import checkpoints
 from real_causes.judged import answer_of
 from real_causes.lists import by_hand, digest_of, related_texts

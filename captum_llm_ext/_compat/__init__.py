@@ -30,12 +30,7 @@ from captum_llm_ext._compat.identity import (
     readable_modules,
     versions,
 )
-from captum_llm_ext._compat.layers import (
-    decoder_layers,
-    embeddings,
-    outer_layers,
-    output_layer,
-)
+from captum_llm_ext._compat.layers import decoder_layers, embeddings, outer_layers, output_layer
 from captum_llm_ext._compat.methods import (
     integration_points,
     integration_rules,

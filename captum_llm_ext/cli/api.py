@@ -7,18 +7,13 @@ from typing import Any, cast
 
 from captum.attr import FeatureAblation, RemoteLLMAttribution
 
+from captum_llm_ext.attribution.remote import RemoteGenerationAttribution
 from captum_llm_ext.cli.command import UsageError, positive, say
 from captum_llm_ext.cli.loading import load_tokenizer
 from captum_llm_ext.cli.methods import is_of_gradients, method
 from captum_llm_ext.cli.outputs import as_json
-from captum_llm_ext.remote import (
-    AnthropicProvider,
-    ApiError,
-    ChatProvider,
-    CompletionsProvider,
-    RemoteGenerationAttribution,
-)
-from captum_llm_ext.remote.speakers import Speaker, speaker
+from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
+from captum_llm_ext.remote.chat_providers import Speaker, speaker
 
 _RUNGS = ("auto", "log_prob", "frequency", "similarity")
 _ANTHROPIC = "https://api.anthropic.com/v1"

@@ -3,16 +3,16 @@
 import argparse
 from typing import Any, cast
 
-from captum_llm_ext.baselines import Default
+from captum_llm_ext.base.terminal import paint, width
 from captum_llm_ext.cli.api import add_api, check, is_remote, show_estimate
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
-from captum_llm_ext.cli.many import add_many, check_many, run_many
 from captum_llm_ext.cli.methods import said_of_zero
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
-from captum_llm_ext.cli.together import accelerator, check_readable, is_main
-from captum_llm_ext.result.terminal import paint, width
-from captum_llm_ext.scoring.journal import check_place
+from captum_llm_ext.cli.records import add_many, check_many, run_many
+from captum_llm_ext.cli.torchrun import accelerator, check_readable, is_main
+from captum_llm_ext.model.scoring.checkpoint import check_place
+from captum_llm_ext.text.baselines import Default
 
 EXAMPLES = (
     'attribute --model demo --prompt "Dave lives in Palm Coast, FL and is a lawyer. His personal '

@@ -8,8 +8,8 @@ from typing import Any
 from captum_llm_ext.cli.command import UsageError, add_command
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
+from captum_llm_ext.evaluation.sensitivity import BaselineComparison, compare_baselines
 from captum_llm_ext.result import GenerationAttributionResult
-from captum_llm_ext.sensitivity import BaselineComparison, compare_baselines
 
 EXAMPLES = (
     "compare deleted.safetensors corpus.safetensors",

@@ -4,15 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from captum_llm_ext.baselines import Default
-from captum_llm_ext.baselines.corpus import CorpusBaselines
 from captum_llm_ext.cli.command import UsageError, add_command, positive, say
 from captum_llm_ext.cli.job import units
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer
 from captum_llm_ext.cli.methods import add_method, attribution, is_search, method
 from captum_llm_ext.cli.outputs import write_png
 from captum_llm_ext.demo import PROMPT, folder
-from captum_llm_ext.inputs import TextSegmentInput
+from captum_llm_ext.text.baselines import Default
+from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
+from captum_llm_ext.text.inputs import TextSegmentInput
 
 EXAMPLES = (
     "demo",

@@ -16,7 +16,7 @@ from captum_llm_ext.cli.api import add_provider, is_remote, look_at
 from captum_llm_ext.cli.command import add_command
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer
 from captum_llm_ext.cli.outputs import as_json
-from captum_llm_ext.cli.probe import Probe, probe
+from captum_llm_ext.cli.self_check import Probe, probe
 
 EXAMPLES = (
     "doctor",

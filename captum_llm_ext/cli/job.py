@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from captum_llm_ext.arguments import TARGETS
-from captum_llm_ext.attribution import GenerationAttribution
-from captum_llm_ext.baselines.conditional import ModelBaselines
-from captum_llm_ext.baselines.corpus import CorpusBaselines
+from captum_llm_ext.attribution.generation import GenerationAttribution
+from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
+from captum_llm_ext.base.arguments import TARGETS
 from captum_llm_ext.cli.api import attribution_of, is_remote, tokenizer_of
 from captum_llm_ext.cli.command import UsageError, positive
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, location
@@ -24,12 +23,13 @@ from captum_llm_ext.cli.methods import (
     is_search,
     method,
 )
-from captum_llm_ext.cli.together import are_several
+from captum_llm_ext.cli.torchrun import are_several
 from captum_llm_ext.contrast import Contrast
 from captum_llm_ext.demo import folder
-from captum_llm_ext.gradient import GenerationGradientAttribution
-from captum_llm_ext.inputs import ChatInput, TextSegmentInput
-from captum_llm_ext.segment import segmenter
+from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
+from captum_llm_ext.text.baselines.model.baselines import ModelBaselines
+from captum_llm_ext.text.inputs import ChatInput, TextSegmentInput
+from captum_llm_ext.text.segment import segmenter
 
 _NESTED = ("paragraph", "sentence", "word")  # what a search goes down, if nothing else is said
 _WITHOUT = "without:"

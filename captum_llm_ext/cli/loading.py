@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from captum_llm_ext import _compat
-from captum_llm_ext.cli import together
+from captum_llm_ext.cli import torchrun as together
 from captum_llm_ext.cli.command import UsageError, say
 from captum_llm_ext.demo import folder
 

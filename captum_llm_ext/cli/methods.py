@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from captum_llm_ext.attribution import GenerationAttribution
+from captum_llm_ext.attribution.generation import GenerationAttribution
+from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
 from captum_llm_ext.cli.command import UsageError, positive
 from captum_llm_ext.contrast import Contrast
-from captum_llm_ext.gradient import GenerationGradientAttribution
 
 METHODS = {
     "ablation": "captum.attr:FeatureAblation",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from captum_llm_ext import files
+from captum_llm_ext.base import files
 from captum_llm_ext.cli.command import UsageError, say
 from captum_llm_ext.result.files import finite
 

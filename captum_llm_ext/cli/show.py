@@ -4,11 +4,11 @@ import argparse
 import re
 from typing import Any
 
+from captum_llm_ext.base.terminal import paint, width
 from captum_llm_ext.cli.command import add_command, positive
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
 from captum_llm_ext.result import Cause, GenerationAttributionResult
 from captum_llm_ext.result.foils import foils_told
-from captum_llm_ext.result.terminal import paint, width
 
 EXAMPLES = (
     "show dave.safetensors",

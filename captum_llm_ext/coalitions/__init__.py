@@ -21,6 +21,7 @@ features act on their own.
 """
 
 from captum_llm_ext.coalitions.additivity import RedundantPair, additive_fit, redundant_pairs
+from captum_llm_ext.coalitions.causal_scope import Scope, Solution
 from captum_llm_ext.coalitions.enumeration import (
     solve_exact,
     solve_leave_one_out,
@@ -45,7 +46,6 @@ from captum_llm_ext.coalitions.plans import (
     plan_pairs,
     plan_permutations,
 )
-from captum_llm_ext.coalitions.scope import Scope, Solution
 
 __all__ = [
     "Plan",

@@ -6,9 +6,9 @@ from math import comb
 import torch
 from torch import Tensor
 
-from captum_llm_ext.coalitions.draws import squared_influences
+from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, solve_views
+from captum_llm_ext.coalitions.clustered_errors import squared_influences
 from captum_llm_ext.coalitions.plans import Plan
-from captum_llm_ext.coalitions.scope import Scope, Solution, View, solve_views
 
 
 def solve_leave_one_out(plan: Plan, values: Tensor, scope: Scope) -> Solution:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_llm_ext.coalitions.draws import sandwich
+from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, solve_views
+from captum_llm_ext.coalitions.clustered_errors import sandwich
 from captum_llm_ext.coalitions.enumeration import exact
 from captum_llm_ext.coalitions.interactions import Interactions, cost
 from captum_llm_ext.coalitions.plans import Plan
-from captum_llm_ext.coalitions.scope import Scope, Solution, View, solve_views
 
 # Ridge penalties tried, in units of the mean eigenvalue.
 _PENALTIES = torch.cat(

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from captum_llm_ext.coalitions.draws import sandwich
+from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, views
+from captum_llm_ext.coalitions.clustered_errors import sandwich
 from captum_llm_ext.coalitions.plans import Plan
-from captum_llm_ext.coalitions.scope import Scope, Solution, View, views
 
 _MOST_SWEEPS = 1000
 # Gram matrices held at a time, in bytes.

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from captum_llm_ext.coalitions.draws import normal_scale
+from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, solve_views, views
+from captum_llm_ext.coalitions.clustered_errors import normal_scale
 from captum_llm_ext.coalitions.kernel import EFFORT, regress
 from captum_llm_ext.coalitions.plans import Plan
-from captum_llm_ext.coalitions.scope import Scope, Solution, View, solve_views, views
 
 
 def solve_permutations(plan: Plan, values: Tensor, scope: Scope) -> Solution:

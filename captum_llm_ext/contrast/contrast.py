@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from captum_llm_ext.arguments import at_least_one, check_attr_target
+from captum_llm_ext.base.arguments import at_least_one, check_attr_target
 
 N_FOILS = 8
 Foil = int | str

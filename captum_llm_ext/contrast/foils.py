@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_llm_ext import tokens
-from captum_llm_ext.content import level_of_caller
+from captum_llm_ext.base.digest import level_of_caller
 from captum_llm_ext.contrast.contrast import Contrast, Foil
 from captum_llm_ext.contrast.found import found
 from captum_llm_ext.contrast.scene import Scene
-from captum_llm_ext.scoring import Values
+from captum_llm_ext.model import Values
+from captum_llm_ext.text import tokens
 
 _SHOWN = 3
 

@@ -8,7 +8,7 @@ import torch
 
 from captum_llm_ext.contrast.contrast import Contrast
 from captum_llm_ext.contrast.scene import Scene
-from captum_llm_ext.scoring import TokenRow, Values
+from captum_llm_ext.model import TokenRow, Values
 
 # Candidates per foil, and tokens after the place that they are weighed by: on 35 natural prompts
 # whose cause is known, more of either name no more causes.

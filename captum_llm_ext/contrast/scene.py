@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from captum_llm_ext import tokens
-from captum_llm_ext.baselines import draw_generator
-from captum_llm_ext.baselines.words import KINDS, atoms, kind
-from captum_llm_ext.inputs import GeneratedText, Prompt, RenderedPrompt
-from captum_llm_ext.scoring import TokenRow
+from captum_llm_ext.model import TokenRow
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.baselines import draw_generator
+from captum_llm_ext.text.baselines.words import KINDS, atoms, kind
+from captum_llm_ext.text.inputs import GeneratedText, Prompt, RenderedPrompt
 
 _DRAWS = 8
 # Characters before a token in which the word that it may go on is looked for.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.scoring.exclusive import of_this_thread
+from captum_llm_ext.model.exclusive import of_this_thread
 
 
 def activation_and_output(

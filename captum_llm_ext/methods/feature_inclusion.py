@@ -5,7 +5,7 @@ from typing import Any
 from captum.attr._utils.attribution import PerturbationAttribution
 
 from captum_llm_ext.coalitions import plan_only_one_in, solve_only_one_in
-from captum_llm_ext.methods.tensors import TensorGame, Tensors
+from captum_llm_ext.methods.tensor_game import TensorGame, Tensors
 
 
 class FeatureInclusion(PerturbationAttribution):

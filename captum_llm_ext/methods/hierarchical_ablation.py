@@ -8,8 +8,8 @@ from captum.attr import FeatureAblation
 from torch import Tensor
 
 from captum_llm_ext.coalitions import Plan, Scope
-from captum_llm_ext.coalitions.hierarchy import Tree, tree_of_levels
-from captum_llm_ext.coalitions.search import search
+from captum_llm_ext.coalitions.hierarchical_search import search
+from captum_llm_ext.coalitions.owen_orders import Tree, tree_of_levels
 
 
 class HierarchicalAblation(FeatureAblation):

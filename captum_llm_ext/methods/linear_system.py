@@ -8,7 +8,7 @@ from captum.attr._utils.attribution import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
 from captum_llm_ext.methods.at_a_layer import activation_and_output
-from captum_llm_ext.scoring.frozen import check_sum, frozen
+from captum_llm_ext.model.gradients.frozen import check_sum, frozen
 
 
 class EquivalentLinearSystem(LayerAttribution, GradientAttribution):

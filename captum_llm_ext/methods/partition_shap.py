@@ -10,9 +10,10 @@ import torch
 from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
-from captum_llm_ext.arguments import check_counts
+from captum_llm_ext.base.arguments import check_counts
+from captum_llm_ext.base.digest import level_of_caller
 from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans
-from captum_llm_ext.coalitions.hierarchy import (
+from captum_llm_ext.coalitions.owen_orders import (
     Tree,
     as_tree,
     balanced,
@@ -22,9 +23,8 @@ from captum_llm_ext.coalitions.hierarchy import (
     solve_nested_orders,
     tree_of_levels,
 )
-from captum_llm_ext.coalitions.splits import n_splits, plan_splits, solve_splits, unfold
-from captum_llm_ext.content import level_of_caller
-from captum_llm_ext.methods.tensors import Score, TensorGame, Tensors
+from captum_llm_ext.coalitions.owen_splits import n_splits, plan_splits, solve_splits, unfold
+from captum_llm_ext.methods.tensor_game import Score, TensorGame, Tensors
 
 Scheme = Literal["orders", "splits"]
 Unfold = Callable[[Score, Scope], tuple[Plan, Tensor]]

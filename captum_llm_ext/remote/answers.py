@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.remote.providers import IDS_AS_TEXT, Written, log_prob
 from captum_llm_ext.remote.transport import ApiError, UnusableAnswerError
-from captum_llm_ext.result.terminal import one_line
 
 Entry = Mapping[int, float] | None
 # More than any vocabulary has, and no more than a tensor holds.

@@ -5,12 +5,12 @@ from typing import Any, Literal, cast
 
 from captum.attr import RemoteLLMProvider
 
+from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.remote import answers
 from captum_llm_ext.remote.answers import Entry
 from captum_llm_ext.remote.handshake import handshake
 from captum_llm_ext.remote.providers import IdsSource, TextSource, Written
 from captum_llm_ext.remote.transport import ApiError, Http, Secrets, UnusableAnswerError, api_key
-from captum_llm_ext.result.terminal import one_line
 
 Way = Literal["prompt_logprobs", "echo"]
 # What a server says that does not know an argument.

@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from captum_llm_ext import tokens
 from captum_llm_ext.coalitions import (
     Plan,
     Scope,
@@ -17,13 +16,14 @@ from captum_llm_ext.coalitions import (
     solve_only_one_in,
     solve_permutations,
 )
-from captum_llm_ext.plain_tokenizer import messages_of
-from captum_llm_ext.remote.asking import Asker
+from captum_llm_ext.model import Journal, Processes, TokenRow
+from captum_llm_ext.model.forward.asked import Asked
+from captum_llm_ext.model.scoring.progress import ProgressBar
+from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.rungs import Rung, Scored, TopK
 from captum_llm_ext.remote.workers import do_all
-from captum_llm_ext.scoring import Journal, Processes, TokenRow
-from captum_llm_ext.scoring.asked import Asked
-from captum_llm_ext.scoring.progress import ProgressBar
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.plain_tokenizer import messages_of
 
 # Estimators whose attributions are the same weights times the values, whatever these are.
 _LINEAR: Mapping[str, Callable[[Plan, Tensor, Scope], Solution]] = {
@@ -35,7 +35,7 @@ _LINEAR: Mapping[str, Callable[[Plan, Tensor, Scope], Solution]] = {
 
 
 class LadderScorer:
-    """`captum_llm_ext.scoring.Values` over a rung.
+    """`captum_llm_ext.model.Values` over a rung.
 
     Args:
         rung: How coalitions are looked at.

@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from captum_llm_ext import tokens
-from captum_llm_ext.baselines import Listed, Proposer
+from captum_llm_ext.model.likelihood import as_proposer
 from captum_llm_ext.remote.scorer import RemoteScorer
-from captum_llm_ext.scoring.likelihood import as_proposer
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.baselines import Listed, Proposer
 
 _NO_MODEL = (
     "this baseline asks the model for {what}, which {who}: give another one, such as "

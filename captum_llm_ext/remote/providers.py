@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
-from captum_llm_ext import tokens
-from captum_llm_ext.content import level_of_caller
+from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.remote.transport import ApiError, UnusableAnswerError, shown_url
-from captum_llm_ext.result.terminal import one_line
+from captum_llm_ext.text import tokens
 
 _SHOWN = 60
 # Servers that cannot write an infinite number say this one: vLLM does.

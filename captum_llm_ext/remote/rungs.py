@@ -13,9 +13,9 @@ from typing import Protocol
 
 import torch
 
-from captum_llm_ext.remote.asking import Asker
+from captum_llm_ext.remote.chat_providers import Message, Said, Step
 from captum_llm_ext.remote.handshake import HandshakeError
-from captum_llm_ext.remote.speakers import Message, Said, Step
+from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.transport import ApiError
 
 Similar = Callable[[str, str], float]

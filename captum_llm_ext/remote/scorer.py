@@ -11,21 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from captum_llm_ext.content import level_of_caller
+from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.model import Journal, Processes, TokenRow, check_same
+from captum_llm_ext.model.forward.asked import Asked
+from captum_llm_ext.model.scoring.progress import ProgressBar
 from captum_llm_ext.remote.handshake import Findings, handshake
-from captum_llm_ext.remote.providers import (
-    Answer,
-    Request,
-    Source,
-    is_ruled_out,
-    log_prob,
-    place,
-)
+from captum_llm_ext.remote.providers import Answer, Request, Source, is_ruled_out, log_prob, place
 from captum_llm_ext.remote.transport import UnusableAnswerError
 from captum_llm_ext.remote.workers import do_all
-from captum_llm_ext.scoring import Journal, Processes, TokenRow, check_same
-from captum_llm_ext.scoring.asked import Asked
-from captum_llm_ext.scoring.progress import ProgressBar
 
 # Nats that a server may differ from itself: batches change last digits of half precision.
 _NOISE = 0.2
@@ -35,7 +28,7 @@ _MOST_MISSING = 0.2
 
 
 class RemoteScorer:
-    """`captum_llm_ext.scoring.Values` over a provider.
+    """`captum_llm_ext.model.Values` over a provider.
 
     A row takes one request for all that it reads. The target token at a place where generated text
     is absent is not read there, and is asked for by itself: the row's beginning, and that token. So

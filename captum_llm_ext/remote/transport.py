@@ -16,8 +16,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, cast
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
+from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.remote.connection import Answer, Connection, TooLongError
-from captum_llm_ext.result.terminal import one_line
 
 # Seconds before the second try; doubled for every further one, up to the longest.
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0

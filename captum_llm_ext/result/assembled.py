@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.contrast import Foils
-from captum_llm_ext.inputs import GeneratedText, Prompt
 from captum_llm_ext.result.refit import Design
 from captum_llm_ext.result.result import GenerationAttributionResult
+from captum_llm_ext.text.inputs import GeneratedText, Prompt
 
 
 @torch.inference_mode(False)  # what users get are ordinary tensors, copies of those found in it

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from captum_llm_ext.result.terminal import one_line
+from captum_llm_ext.base.terminal import one_line
 
 _UNITS = {
     "log_prob": "nats",

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from captum_llm_ext import tensor_file
-from captum_llm_ext.inputs import Level, Piece
+from captum_llm_ext.base import tensor_file
+from captum_llm_ext.base.tensor_file import BROKEN, Kind
 from captum_llm_ext.result.redundancy import check_redundancy
 from captum_llm_ext.result.refit import Design
-from captum_llm_ext.tensor_file import BROKEN, Kind
+from captum_llm_ext.text.inputs import Level, Piece
 
 if TYPE_CHECKING:
     from captum_llm_ext.result.result import GenerationAttributionResult

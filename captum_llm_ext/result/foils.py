@@ -3,9 +3,9 @@
 from copy import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.contrast import Contrast
 from captum_llm_ext.result.refit import SOLVERS
-from captum_llm_ext.result.terminal import one_line
 
 if TYPE_CHECKING:
     from captum_llm_ext.result.result import GenerationAttributionResult

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.arguments import TARGETS
+from captum_llm_ext.base.arguments import TARGETS
 from captum_llm_ext.contrast import Contrast
 
 _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.coalitions import Plan, Scope, Solution
-from captum_llm_ext.coalitions.hierarchy import as_tree, binary, solve_nested_orders
+from captum_llm_ext.coalitions.hierarchical_search import solve_search, unopened
 from captum_llm_ext.coalitions.kernel import EFFORT
-from captum_llm_ext.coalitions.search import solve_search, unopened
-from captum_llm_ext.coalitions.splits import Unresolved, solve_splits, unresolved
+from captum_llm_ext.coalitions.owen_orders import as_tree, binary, solve_nested_orders
+from captum_llm_ext.coalitions.owen_splits import Unresolved, solve_splits, unresolved
 from captum_llm_ext.methods import FeatureInclusion, PartitionShap, nesting
 
 Method = PerturbationAttribution | type[PerturbationAttribution]

@@ -10,8 +10,7 @@ import torch
 from captum.attr import InterpretableInput
 from torch import Tensor
 
-from captum_llm_ext.inputs import Level, Piece
-from captum_llm_ext.result import terminal
+from captum_llm_ext.base import terminal
 from captum_llm_ext.result.causes import (
     Cause,
     Redundancy,
@@ -19,12 +18,13 @@ from captum_llm_ext.result.causes import (
     UnresolvedGroup,
     strongest,
 )
-from captum_llm_ext.result.exported import ExportedResult
+from captum_llm_ext.result.export import ExportedResult
 from captum_llm_ext.result.files import read, write
-from captum_llm_ext.result.reading import prompt_level
+from captum_llm_ext.result.levels import prompt_level
 from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
-from captum_llm_ext.result.sums import at_most
+from captum_llm_ext.result.summed_errors import at_most
 from captum_llm_ext.result.table import table
+from captum_llm_ext.text.inputs import Level, Piece
 
 # What a refit leaves as it is.
 _SAME = (

@@ -5,10 +5,10 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from captum_llm_ext.base.terminal import columns, one_line, shortened
 from captum_llm_ext.result.causes import Cause
 from captum_llm_ext.result.foils import foils_told
-from captum_llm_ext.result.terminal import columns, one_line, shortened
-from captum_llm_ext.segment import shorten
+from captum_llm_ext.text.segment import shorten
 
 if TYPE_CHECKING:
     from captum_llm_ext.result.result import GenerationAttributionResult

@@ -1,0 +1,10 @@
+"""What places of a text attend to, as views and as a method.
+
+`GenerationAttentionAttribution` is the join: `methods` are what users hand to it, `maps` reads what
+each layer attends to.
+"""
+
+from captum_llm_ext.attribution.attention.attribution import GenerationAttentionAttribution
+from captum_llm_ext.attribution.attention.methods import AttentionRollout, AttentionWeights
+
+__all__ = ["AttentionRollout", "AttentionWeights", "GenerationAttentionAttribution"]

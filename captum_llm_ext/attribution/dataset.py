@@ -1,0 +1,516 @@
+"""Many prompts: one file per record, as soon as it is known, and none twice."""
+
+import inspect
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from captum_llm_ext.attribution.attention import GenerationAttentionAttribution
+from captum_llm_ext.attribution.generation import GenerationAttribution
+from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
+from captum_llm_ext.attribution.target import plain_target
+from captum_llm_ext.base import files
+from captum_llm_ext.base.arguments import check_passed_on
+from captum_llm_ext.base.digest import differences, digest, told
+from captum_llm_ext.methods.estimators import is_known
+from captum_llm_ext.model.processes.group import Accelerator, Processes
+from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result.files import read_provenance
+from captum_llm_ext.text import encoding
+from captum_llm_ext.text.inputs import ChatInput, TextSegmentInput
+from captum_llm_ext.text.segment import Unit
+
+Record = str | Mapping[str, Any]
+Attribution = GenerationAttribution | GenerationGradientAttribution | GenerationAttentionAttribution
+_KEYS = ("prompt", "messages", "tools", "target", "id")
+_RUN = "run.json"
+_GENERATION = "generation"
+_FORMAT = 3
+_SAMPLE = "The 27 quick-brown foxes' naïve Straße: 中文, русский!\n\t{'x': [0.5]}"
+# They change how fast an answer comes, not what it is.
+_NO_SETTINGS = ("show_progress", "perturbations_per_eval", "internal_batch_size")
+_MOST_FAILURES = 100
+# Seconds; and one in so many of the run's own, for what is told is kept until the run ends.
+_TELL_EVERY, _TELLINGS = 0.5, 1000
+Agree = Callable[[Callable[[], Any]], Any]
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What became of the records, over all processes.
+
+    Attributes:
+        n_written: Results written now.
+        n_skipped: Records whose result was there already.
+        n_failed: Records that failed; each has an ``.error.json`` beside the results.
+        failures: (number of the record from 0, error) of the first hundred.
+    """
+
+    n_written: int = 0
+    n_skipped: int = 0
+    n_failed: int = 0
+    failures: tuple[tuple[int, str], ...] = ()
+
+    def __add__(self, other: "DatasetReport") -> "DatasetReport":
+        return DatasetReport(
+            self.n_written + other.n_written,
+            self.n_skipped + other.n_skipped,
+            self.n_failed + other.n_failed,
+            tuple(sorted(self.failures + other.failures))[:_MOST_FAILURES],
+        )
+
+    @property
+    def n_records(self) -> int:
+        """Number of records."""
+        return self.n_written + self.n_skipped + self.n_failed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_records} records: {self.n_written} written, {self.n_skipped} there already, "
+            f"{self.n_failed} failed"
+        )
+
+
+def attribute_dataset(
+    records: Iterable[Record] | str | os.PathLike[str],
+    attribution: Attribution,
+    out: str | os.PathLike[str],
+    *,
+    unit: Unit | tuple[Unit, ...] | None = None,
+    roles: Sequence[str] = ("user", "system"),
+    baselines: Any = None,
+    accelerator: Accelerator | None = None,
+    show_progress: bool = False,
+    **options: Any,
+) -> DatasetReport:
+    """Attributes many prompts, each to a file of its own.
+
+    Called again with the same arguments, it goes on: a record whose file is there is skipped, one
+    that failed is tried again. Files appear whole or not at all, whenever the process is killed.
+    What is there is never overwritten: another model, other arguments or another corpus in the same
+    folder are an error, and so, for that record, is another one under a number that has a result.
+    A model is another one if its weights are, its buffers, its active adapters, or, where targets
+    are generated, what it generates with; and if the whole text of the first result that is there,
+    scored anew, has other values (hooks, a forward of its own).
+
+    Args:
+        records: Prompts, or mappings with ``"prompt"`` (a text) or ``"messages"`` (a chat, with
+            ``"tools"`` where there are some), and as wanted ``"target"`` (text or token ids) and
+            ``"id"``; other keys are left alone. Or a file with one such JSON object, or one JSON
+            string, a line. Records are read one at a time.
+        attribution: What attributes them: a `GenerationAttribution` (also one over an API) or a
+            `GenerationGradientAttribution`. With an ``accelerator`` (in a script that
+            ``torchrun`` started, the same on every process), each process takes the next record
+            as it becomes free. Where several processes hold the model together (tensor parallel),
+            they take records together, and copies of such a model each on their own.
+        out: Folder for the results, made where it is missing. A file's name is the record's number,
+            counted from 0 (``000000.safetensors``); `GenerationAttributionResult.load` reads it,
+            and ``provenance["record"]`` tells the number and the id.
+        unit, baselines: As of `TextSegmentInput` and `ChatInput`. By default words of a prompt,
+            turns of a chat; and deletion.
+        roles: As of `ChatInput`.
+        accelerator: For an attribution that was made without, as those by gradients are.
+        show_progress: Whether one bar over the records is shown, by the main process.
+        **options: Arguments of the attribution's ``attribute``, the same for each record.
+
+    Returns:
+        The same report on every process.
+
+    Raises:
+        ValueError: If `out` holds results of other settings, an option belongs to the records, the
+            accelerator is not the attribution's, or processes differ in what they were given.
+        TypeError: If there is no such option.
+        OSError: If the folder or the file of records cannot be used.
+
+    Warns:
+        UserWarning: If more processes were started than share the records.
+    """
+    _check_options(options, attribution)
+    folder = Path(out)
+    units = {"unit": unit, "roles": list(roles), "baselines": baselines}
+    processes = _processes(attribution, accelerator)
+    own = processes.replica()
+    # Batches are cut as for one process: a record's values do not depend on how many there are.
+    attribution = attribution.on(own)
+    makes = _Maker(attribution, unit, tuple(roles), baselines, options)
+    with processes.session("attribute_dataset"):
+        settings = _settings(attribution, units | options)
+        there = processes.decide(
+            lambda: _prepare(folder, settings) if processes.is_main else settings
+        )
+        differ = differences(there, settings)
+        if differ:
+            raise ValueError(
+                f"this process has other settings than the main one ({differ}): give every process "
+                "the same model, baselines and arguments."
+            )
+        folder.mkdir(parents=True, exist_ok=True)  # where machines share no disk
+        return _run(records, makes, folder, processes, show_progress)
+
+
+def _processes(attribution: Attribution, accelerator: Accelerator | None) -> Processes:
+    """Those that share the records."""
+    known = attribution.processes
+    if accelerator is None:
+        asked = os.environ.get("WORLD_SIZE", "1")
+        if asked.isdigit() and int(asked) > len(known.ranks):
+            warnings.warn(
+                f"{asked} processes were started, and {len(known.ranks)} of them do all records by "
+                "themselves: make the attribution with `accelerator=Accelerator()` to share them "
+                "out.",
+                stacklevel=3,
+            )
+        return known
+    given = Processes.of(accelerator, attribution.model)
+    if known.n_replicas > 1 and known.ranks != given.ranks:
+        raise ValueError(
+            f"the attribution was made with an accelerator of {len(known.ranks)} processes, and "
+            f"`accelerator` has {len(given.ranks)}: leave `accelerator` out."
+        )
+    return given
+
+
+def _run(
+    records: Iterable[Record] | str | os.PathLike[str],
+    makes: "_Maker",
+    folder: Path,
+    processes: Processes,
+    show_progress: bool,
+) -> DatasetReport:
+    from tqdm.auto import tqdm  # captum and transformers both bring it
+
+    hides = not (show_progress and processes.is_main)
+    total, own = DatasetReport(), DatasetReport()
+    work = processes.work()
+    source = enumerate(_entries(records))
+    began = said = time.monotonic()
+    with tqdm(total=_length(records), desc="records", unit="record", disable=hides) as bar:
+
+        def hear(messages: Iterable[DatasetReport]) -> DatasetReport:
+            heard = sum(messages, DatasetReport())
+            bar.update(heard.n_records)
+            if heard.n_failed:
+                bar.set_postfix_str(f"{(total + heard).n_failed} failed")
+            return total + heard
+
+        for ticket in work.take():
+            found = next((pair for pair in source if pair[0] == ticket), None)
+            if found is None:
+                break
+            own += _one(*found, makes, folder, leads=processes.leads, agree=work.agree)
+            now = time.monotonic()
+            if now - said > max(_TELL_EVERY, (now - began) / _TELLINGS):
+                work.tell(own)
+                total = hear(work.heard())
+                own, said = DatasetReport(), now
+        work.tell(own)
+        work.end()
+        for message in work.rest():
+            total = hear([message])
+    return total
+
+
+class _Maker:
+    """Results from records."""
+
+    def __init__(
+        self,
+        attribution: Attribution,
+        unit: Unit | tuple[Unit, ...] | None,
+        roles: Sequence[str],
+        baselines: Any,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._attribution, self._options = attribution, dict(options)
+        self._unit, self._roles, self._baselines = unit, roles, baselines
+        self._has_checked = False
+
+    def __call__(self, record: Mapping[str, Any]) -> Any:
+        target = record.get("target")
+        options = dict(self._options)
+        if target is not None:  # nothing is generated then
+            options.pop("gen_args", None)
+        return self._attribution.attribute(self._input(record), target, **options)
+
+    def check(self, record: Mapping[str, Any], path: Path, agree: Agree) -> None:
+        """Holds the first result that is there against the model as it is now.
+
+        What no digest of the model shows is noticed by this: hooks, a forward of the user's own.
+
+        Args:
+            record: The result's.
+            path: Its file.
+            agree: Has one of those that hold a model together read it.
+
+        Raises:
+            ValueError: If another model gave it.
+        """
+        if self._has_checked:
+            return
+
+        def stored() -> tuple[Any, ...]:
+            result = GenerationAttributionResult.load(path)
+            return result.target, result.full_values, result.foils
+
+        self._attribution.check_stored(self._input(record), *agree(stored))
+        self._has_checked = True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more can be asked of the model."""
+        return self._attribution.processes.have_parted
+
+    def _input(self, record: Mapping[str, Any]) -> TextSegmentInput:
+        tokenizer = self._attribution.tokenizer
+        if "prompt" in record:
+            unit = "word" if self._unit is None else self._unit
+            return TextSegmentInput(record["prompt"], tokenizer, unit, baselines=self._baselines)
+        return ChatInput(
+            record["messages"],
+            tokenizer,
+            "turn" if self._unit is None else self._unit,
+            self._roles,
+            tools=record.get("tools"),
+            baselines=self._baselines,
+        )
+
+
+def _one(
+    number: int,
+    entry: Record | Exception,
+    makes: _Maker,
+    folder: Path,
+    *,
+    leads: bool,
+    agree: Agree,
+) -> DatasetReport:
+    """Writes the result of a record, or why there is none.
+
+    Of the processes that hold a model together all come here, and one looks and writes.
+    """
+    path, failed = folder / f"{number:06d}.safetensors", folder / f"{number:06d}.error.json"
+
+    def fails(error: Exception) -> DatasetReport:
+        said = f"{type(error).__name__}: {error}"
+        name = entry.get("id") if isinstance(entry, Mapping) else None
+        if leads:
+            _write(failed, {"number": number, "id": name, "error": said})
+        return DatasetReport(n_failed=1, failures=((number, said),))
+
+    def known() -> DatasetReport | None:
+        """What there is to say without the model."""
+        try:
+            if isinstance(entry, Exception):
+                raise entry
+            record = _checked(entry)
+            if not path.exists():
+                return None
+            _check_same(path, record)
+        except Exception as error:  # whatever is wrong with one record: the others do not suffer
+            return fails(error)
+        failed.unlink(missing_ok=True)
+        return DatasetReport(n_skipped=1)
+
+    report = agree(known)
+    if report is not None and not report.n_skipped:
+        return report
+    record = _checked(cast(Record, entry))
+    if report is not None:
+        makes.check(record, path, agree)
+        return report
+    try:
+        result = makes(record)
+    except Exception as error:
+        if makes.is_over:  # some of those that hold the model are still in the middle of a pass
+            raise
+        return fails(error)
+    if leads:
+        result.provenance["record"] = {"number": number, "id": record.get("id")}
+        result.provenance["record_digests"] = _digests(record)
+        result.save(path)  # a full disk is no record's fault: its error ends the run
+        failed.unlink(missing_ok=True)
+    return DatasetReport(n_written=1)
+
+
+def _digests(record: Mapping[str, Any]) -> dict[str, str]:
+    """What makes a record another one, key by key."""
+    given = {key: record[key] for key in _KEYS if record.get(key) is not None}
+    if "target" in given:
+        given["target"] = plain_target(given["target"])
+    return {key: digest(_plain(value)) for key, value in given.items()}
+
+
+def _check_same(path: Path, record: Mapping[str, Any]) -> None:
+    """Refuses a record that is another than the one that the file is of."""
+    there = read_provenance(path)
+    then, now = there.get("record_digests") or {}, _digests(record)
+    differ = [key for key in _KEYS if then.get(key) != now.get(key)]
+    if differ:
+        name = (there.get("record") or {}).get("id")
+        whose = "" if name is None else f" (id {name!r})"
+        raise ValueError(
+            f"{path.name} is the result of another record{whose}: {_and(differ)} differ"
+            f"{'s' if len(differ) == 1 else ''}. It was left as it is: put the records back in "
+            "their order, delete the file to have this one attributed, or give another folder."
+        )
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: the same whether it came from a file or not."""
+    return json.loads(json.dumps(value, default=_as_json))
+
+
+def _as_json(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+
+def _checked(entry: Record) -> Mapping[str, Any]:
+    record = {"prompt": entry} if isinstance(entry, str) else entry
+    if not isinstance(record, Mapping):
+        raise TypeError(
+            f"the record is a {type(record).__name__}: give a text, or an object with 'prompt' or "
+            "'messages'."
+        )
+    for key in record:
+        close = get_close_matches(key, _KEYS, n=1, cutoff=0.8)
+        if key not in _KEYS and close and close[0] not in record:
+            raise ValueError(f"the record has {key!r}: did you mean {close[0]!r}?")
+    if ("prompt" in record) == ("messages" in record):
+        raise ValueError(
+            f"the record has the keys {sorted(record)}: give either 'prompt' or 'messages'."
+        )
+    if "tools" in record and "prompt" in record:
+        raise ValueError("the record's 'tools' would be ignored: they belong to 'messages'.")
+    return record
+
+
+def _entries(records: Iterable[Record] | str | os.PathLike[str]) -> Iterator[Record | Exception]:
+    """The records; in the place of a line that holds none, what is wrong with it."""
+    if not isinstance(records, str | os.PathLike):
+        yield from records
+        return
+    with open(records, "rb") as file:
+        for line, content in enumerate(file, 1):
+            if not content.strip():
+                continue
+            try:
+                yield json.loads(content.decode("utf-8-sig" if line == 1 else "utf-8"))
+            except ValueError as error:
+                yield ValueError(f"line {line} is no JSON ({error}).")
+
+
+def _length(records: Iterable[Record] | str | os.PathLike[str]) -> int | None:
+    if isinstance(records, str | os.PathLike):
+        with open(records, "rb") as file:
+            return sum(1 for line in file if line.strip())
+    return len(records) if isinstance(records, Sized) else None
+
+
+def _prepare(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Makes the folder, or checks that what it holds was made in the same way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files.sweep(folder, r"\d{6,}\.safetensors|\d{6,}\.error\.json|run\.json")
+    path = folder / _RUN
+    if not path.exists():
+        if next(folder.glob("*.safetensors"), None) is not None:
+            raise ValueError(
+                f"{str(folder)!r} holds results and no {_RUN}, which tells what they are results "
+                "of: give another folder."
+            )
+        _write(path, settings)
+        return settings
+    try:
+        then = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is none of this package's: give another folder."
+        ) from error
+    differ = differences(then, settings)
+    generates = {_GENERATION: settings[_GENERATION]}
+    if differ and not differences(then | generates, settings) and not _any_is_generated(folder):
+        # What the model generates with says nothing of targets that were given.
+        _write(path, settings)
+    elif differ:
+        raise ValueError(
+            f"{str(folder)!r} holds results of another run ({differ}): give the same settings, or "
+            "another folder. Nothing was overwritten."
+        )
+    return settings
+
+
+def _any_is_generated(folder: Path) -> bool:
+    """Whether the target of any result was written by the model, not given."""
+    found = (read_provenance(path) for path in sorted(folder.glob("*.safetensors")))
+    return any(provenance.get("generation") is not None for provenance in found)
+
+
+def _settings(attribution: Attribution, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What results depend on, as far as JSON can tell it."""
+    kept = {
+        name: told(value)
+        for name, value in sorted(given.items())
+        if name not in _NO_SETTINGS and value is not None
+    }
+    kept.pop("gen_args", None)
+    found = {
+        "format": _FORMAT,
+        **attribution.identity(),
+        "tokenizer": _tokenizer(attribution.tokenizer),
+        _GENERATION: _generation(attribution, given.get("gen_args")),
+        **kept,
+    }
+    return json.loads(json.dumps(found))  # as it is read again: lists for tuples
+
+
+def _generation(attribution: Attribution, gen_args: Any) -> dict[str, str] | None:
+    """How targets are generated; None for a model that cannot, where each record brings its own."""
+    try:
+        return dict(attribution.generation(gen_args).settings)
+    except ValueError:
+        if gen_args is not None:
+            raise
+        return None
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    """What tells tokenizers apart: the ids of a text with a bit of everything, and the template."""
+    ids = encoding.ids(tokenizer, _SAMPLE)
+    return f"{type(tokenizer).__name__} {digest([ids, getattr(tokenizer, 'chat_template', None)])}"
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    files.write(path, json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def _check_options(options: Mapping[str, Any], attribution: Attribution) -> None:
+    if not isinstance(attribution, Attribution):
+        raise TypeError(
+            f"`attribution` is a {type(attribution).__name__}: give a `GenerationAttribution`, a "
+            "`GenerationGradientAttribution` or a `GenerationAttentionAttribution`."
+        )
+    is_open = isinstance(attribution, GenerationAttribution) and not is_known(
+        attribution.attr_method
+    )
+    kind = next(kind for kind in get_args(Attribution) if isinstance(attribution, kind))
+    known = inspect.signature(kind.attribute).parameters
+    for name in options:
+        if name in ("inp", "target", "checkpoint"):
+            raise ValueError(f"`{name}` cannot be the same for all records: leave it out.")
+    if not is_open:
+        check_passed_on(
+            {name: value for name, value in options.items() if name not in known},
+            attribution.attr_method,
+            kind.attribute,
+            called="attribute_dataset",
+            which="`attribute` lacks",
+        )

@@ -1,0 +1,540 @@
+"""`GenerationAttribution`: captum's LLM attribution, for prompt and generated text alike."""
+
+import copy
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from captum.attr import InterpretableInput, Lime, LLMAttribution
+from captum.attr._utils.attribution import PerturbationAttribution
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.attribution.coalition_game import CoalitionGame
+from captum_llm_ext.attribution.game import Effort, Game, Inspect, Outcome, Run, solve
+from captum_llm_ext.attribution.target import (
+    Skipped,
+    as_ids,
+    check_stored,
+    check_target,
+    generate_target,
+    target_ids,
+)
+from captum_llm_ext.base.arguments import at_least_one, check_counts, check_passed_on
+from captum_llm_ext.base.digest import digest, level_of_caller, told
+from captum_llm_ext.contrast import Contrast, Scene, as_value, foils_of, scored
+from captum_llm_ext.methods.estimators import Budget, is_known
+from captum_llm_ext.model import (
+    Accelerator,
+    AttrTarget,
+    Generation,
+    Journal,
+    Processes,
+    Scorer,
+    Values,
+    model_identity,
+    planned_generation,
+)
+from captum_llm_ext.model.likelihood import Likelihood
+from captum_llm_ext.result import Design, GenerationAttributionResult
+from captum_llm_ext.result.assembled import assembled, numbers_of
+from captum_llm_ext.result.provenance import of_model, of_question, of_run
+from captum_llm_ext.text.baselines import LanguageModel
+from captum_llm_ext.text.baselines.model.baselines import ModelBaselines
+from captum_llm_ext.text.baselines.naming import unseen
+from captum_llm_ext.text.inputs import Prompt, as_prompt
+from captum_llm_ext.text.segment import Unit
+
+
+class GenerationAttribution(LLMAttribution):
+    """Attributes every token of a generated text to the prompt and to the tokens before it.
+
+    Takes what captum's `LLMAttribution` takes. Captum's `FeatureAblation`, `ShapleyValues`,
+    `ShapleyValueSampling`, `KernelShap` and `Lime` name what is estimated; the coalitions are
+    planned, scored in batches (one teacher-forced pass each, for all target tokens) and solved by
+    this package. Any other perturbation method is driven through its own ``attribute``.
+
+    Args:
+        attr_method: A captum `PerturbationAttribution` over the model.
+        tokenizer: The model's tokenizer.
+        attr_target: What is explained for a target token: its ``"log_prob"`` in nats, its
+            ``"prob"``, its ``"logit"``, its ``"contrast"`` against other tokens that would fit (a
+            `Contrast` says which), or a callable ``(logits (batch, n_target, vocabulary), target
+            (n_target,)) -> (batch, n_target)``.
+        accelerator: An `accelerate.Accelerator` (or its `PartialState`), in a script that was
+            started on several processes, on one machine or many: they share the model's
+            evaluations, and every one returns the whole result. All of them make the same calls
+            with the same arguments. The model may be whole on each of them, or sharded by
+            transformers (``distributed_config=``) over some of them or all. An error on one is
+            raised on all. Only where those that hold a model together wait for one another within
+            a pass nothing can be raised: such a process gets the error when the one that failed
+            ends (with NCCL: when ``torchrun`` ends it), and ends itself, with a message and status
+            1, where that one goes on instead (after 30 seconds) or is silent (60 seconds).
+
+    Several threads may attribute on one model, and others use it meanwhile: attributions (by
+    gradients, too) wait for one another pass by pass, as do models that share modules or weights,
+    and other threads' own forwards and generations come out as ever. A model in training mode is in
+    evaluation mode for the time of a pass, for all threads: do not train it at the same time.
+
+    Raises:
+        TypeError: If the method is no perturbation method, or its model no causal language model.
+        ValueError: If `attr_target` is unknown.
+
+    Warns:
+        UserWarning: If the accelerator reports one process and the environment asks for more.
+    """
+
+    SUPPORTED_METHODS = (PerturbationAttribution,)
+    SUPPORTED_INPUTS = (InterpretableInput,)
+
+    def __init__(
+        self,
+        attr_method: PerturbationAttribution,
+        tokenizer: Any,
+        attr_target: AttrTarget | Contrast = "log_prob",
+        *,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        if not isinstance(attr_method, PerturbationAttribution):
+            raise TypeError(
+                f"`attr_method` is a {type(attr_method).__name__}: give one of captum's "
+                "perturbation methods over the model, such as `ShapleyValueSampling(model)`."
+            )
+        _compat.check_causal(attr_method.forward_func)
+        explained = as_value(attr_target)
+        super().__init__(attr_method, tokenizer)
+        self.attr_target = explained
+        self.include_per_token_attr = True
+        self.device = _compat.input_device(self.model)
+        self._processes = Processes.of(accelerator, self.model)
+        # Without an accelerator, batches are as large as suits one process.
+        is_shared = accelerator is not None or self._processes.are_many
+        self._shared = self._processes if is_shared else None
+
+    @property
+    def processes(self) -> Processes:
+        """Those that work together on one attribution."""
+        return self._processes
+
+    def on(self, processes: Processes) -> "GenerationAttribution":
+        """The same on other processes, which work together on one attribution."""
+        other = copy.copy(self)
+        other._processes = processes
+        other._shared = processes if processes.are_many else None
+        return other
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on beside the arguments of `attribute`, as JSON has it.
+
+        Where several processes hold the model together, all of them have to call this.
+        """
+        method = self.attr_method
+        settings = {
+            name: type(value).__name__ if isinstance(value, nn.Module) else told(value)
+            for name, value in sorted(vars(method).items())
+            if not name.startswith("_") and name != "forward_func"
+        }
+        if isinstance(method, Lime):  # kept where `vars` does not show it
+            settings |= _compat.lime_settings(method) or {}
+        return {
+            **self._model_identity(),
+            "method": type(method).__name__,
+            "method_settings": settings,
+            "attr_target": told(self.attr_target),
+        }
+
+    def attribute(  # captum's arguments in captum's order, then keyword-only ones
+        self,
+        inp: InterpretableInput,
+        target: str | Tensor | Sequence[int] | None = None,
+        num_trials: int = 1,
+        gen_args: Mapping[str, Any] | None = None,
+        use_cached_outputs: bool = True,
+        _inspect_forward: Inspect | None = None,
+        forward_in_tokens: bool = True,
+        *,
+        output_unit: Unit | None = "token",
+        output_baselines: Any = None,
+        seed: int = 0,
+        tol: float | None = None,
+        max_evaluations: int | None = None,
+        n_samples: int | None = None,
+        n_draws: int | None = None,
+        max_exact_features: int = 12,
+        perturbations_per_eval: int | None = None,
+        feature_mask: Tensor | None = None,
+        show_progress: bool = False,
+        skip_tokens: Skipped | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> GenerationAttributionResult:
+        """Attributes the target, or what the model generates, to its causes.
+
+        Args:
+            inp: The prompt: `TextSegmentInput`, or captum's `TextTokenInput`, `TextTemplateInput`,
+                `ImageMaskInput`.
+            target: The text to explain, as text or as token ids ``(n_target,)``: a tensor, an
+                array, a list, or what a tokenizer or ``generate`` returned, of one text; then
+                what comes after the prompt is meant. None: the model generates it.
+            num_trials: Repetitions with fresh draws of baselines and coalitions, averaged.
+            gen_args: Arguments of the model's ``generate``, among them a ``generation_config`` if
+                you like, without a target only. Greedy, 25 new tokens, where they do not say
+                otherwise; all else is as the model's own generation configuration has it, and
+                ``provenance["generation"]`` tells what was done. One answer is explained. Sampling
+                is seeded by `seed`.
+            use_cached_outputs, forward_in_tokens: Accepted for captum's sake. They choose between
+                captum's ways of scoring; here there is one, and its numbers are those of an
+                uncached forward.
+            _inspect_forward: Called with (prompt, target, [joint, *per token] probabilities or
+                values) of every distinct row, after it is scored.
+            output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``…, each
+                special token by itself; or spans or a segmenter over its text with special tokens
+                shown, as in ``"<|channel|>final<|message|>golf"`` (the result's `output_pieces`
+                spell it). None holds it fixed: captum's numbers.
+            output_baselines: What stands where such a feature is absent, as for `TextSegmentInput`;
+                a list has one entry per feature of the target. By default what the prompt's
+                baseline does, and deletion where that says nothing about generated text.
+            seed: Seeds every random choice. The global random state is neither read nor changed.
+            tol: Go on sampling until the largest standard error, over the range of the
+                attributions, is below it.
+            max_evaluations: With `tol`: stop there at the latest. By default after 64 rounds.
+            n_samples: As in captum: evaluations for `KernelShap` and `Lime` (default 16 a
+                feature), single orders for `ShapleyValueSampling` (default 25; an order and its
+                reverse count as two).
+            n_draws: Draws of a random baseline for methods that enumerate their coalitions. By
+                default up to 8, while that costs about a thousand evaluations at most.
+            max_exact_features: `ShapleyValues` of more features are estimated, with a warning. At
+                most 16.
+            perturbations_per_eval: At most so many rows in a batch; by default what memory allows.
+            feature_mask: As in captum: shape ``(1, n_features)``, equal numbers are one feature.
+            show_progress: Whether a bar over the model's evaluations is shown.
+            skip_tokens: Deprecated, as captum had it up to 0.8: tokens left out of the target.
+            checkpoint: A file that ends in ``.safetensors``, or a folder for the files of several
+                runs. Values are written there as they are found, every second or so; the same call
+                after a kill or Ctrl-C goes on from there, on any number of processes, and gives
+                the same result. `tol`, `max_evaluations` and the number of processes may change;
+                another `perturbations_per_eval` changes batches and with them last digits.
+            **kwargs: Passed to the ``attribute`` of methods that this package does not know. Of the
+                others, what says no more than the default does (``return_input_shape=True``).
+
+        Returns:
+            The result; its tensors are on the model's device, in float32 (float64 for float64
+            models).
+
+        Raises:
+            ValueError: If an argument is out of range or would be ignored, the target is empty or
+                outside the vocabulary, a row is longer than the model's positions, or the model's
+                values are not finite.
+            TypeError: If an argument is of the wrong kind.
+        """
+        with self._processes.session("`attribute`"):
+            at_least_one("num_trials", num_trials)
+            check_counts(
+                max_evaluations=max_evaluations, perturbations_per_eval=perturbations_per_eval
+            )
+            if max_evaluations is not None and tol is None:
+                raise ValueError(
+                    "`max_evaluations` has no meaning without `tol`: give `tol` as well."
+                )
+            if tol is not None and not tol > 0:
+                raise ValueError(f"`tol` is {tol!r}: give a number above 0, such as 0.05.")
+            if is_known(self.attr_method):
+                check_passed_on(kwargs, self.attr_method, GenerationAttribution.attribute)
+            generation = None if target is not None else self.generation(gen_args)
+            budget = Budget(n_samples, n_draws, max_exact_features)
+            effort = Effort(budget, num_trials, tol, max_evaluations)
+            scorer = self._scorer(perturbations_per_eval, show_progress)
+            prompt = as_prompt(inp, self.tokenizer, feature_mask)
+            callback = _inspect_forward if self._processes.is_main else None
+            run = self._run(prompt, scorer, seed, callback)
+            _warn_of_absence(inp, run.prompt, output_unit, output_baselines)
+            open_journal = None
+            if checkpoint is not None:
+                about = self._about(run, effort, output_unit, target, generation)
+                open_journal = partial(Journal, checkpoint, about)
+            with scorer.keeping(open_journal):
+                ids = self._target_ids(run, target, gen_args, generation, skip_tokens)
+                game = self._game(run, ids, output_unit, output_baselines)
+                joint = None
+                with scorer.progress():
+                    outcome = solve(game, effort, kwargs)
+                    if self.attr_target == "prob":
+                        joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
+            return self._result(inp, game, outcome, joint, generation)
+
+    def check_stored(
+        self,
+        inp: InterpretableInput,
+        target: Tensor,
+        values: Tensor,
+        foils: Tensor | None = None,
+    ) -> None:
+        """Holds what a stored result says of its whole text against the model as it is now.
+
+        Args:
+            inp: The prompt, as for `attribute`.
+            target: The result's target, ``(n_target,)``.
+            values: Its `full_values`.
+            foils: Its `foils`.
+
+        Raises:
+            ValueError: If another model gave them.
+        """
+        with self._processes.session("`check_stored`"):
+            scorer = self._scorer(None)
+            run = self._run(as_prompt(inp, self.tokenizer, None), scorer, 0)
+            generated = run.context.generated(target.cpu(), None, None)
+            check_stored(scorer, run.full, generated, values, foils)
+
+    def to_game(
+        self,
+        inp: InterpretableInput,
+        target: str | Tensor | Sequence[int] | None = None,
+        *,
+        token: int | tuple[int, int] | None = None,
+        gen_args: Mapping[str, Any] | None = None,
+        output_unit: Unit | None = "token",
+        output_baselines: Any = None,
+        n_draws: int = 8,
+        normalize: bool = True,
+        seed: int = 0,
+        perturbations_per_eval: int | None = None,
+        feature_mask: Tensor | None = None,
+    ) -> CoalitionGame:
+        """The game behind an attribution, for packages such as shapiq.
+
+        ``shapiq.KernelSHAPIQ(game.n_players, max_order=2).approximate(500, game)`` finds
+        interactions; `attr_method` does not matter here.
+
+        Args:
+            inp: The prompt, as for `attribute`.
+            target: The text to explain; None: the model generates it.
+            token: One target token, or a span ``(start, stop)``. None: the whole target, whose
+                players are the prompt's features alone.
+            gen_args, output_unit, output_baselines, seed, feature_mask: As for `attribute`.
+            n_draws: Draws of random baselines that the value of every coalition averages.
+            normalize: Whether the empty coalition's value is subtracted.
+            perturbations_per_eval: At most so many rows in a batch.
+
+        Returns:
+            A callable: booleans ``(n_coalitions, n_players)`` to numbers ``(n_coalitions,)``.
+
+        Raises:
+            ValueError: If there is no such token, or as `attribute` does.
+        """
+        at_least_one("n_draws", n_draws)
+        check_counts(perturbations_per_eval=perturbations_per_eval)
+        prompt = as_prompt(inp, self.tokenizer, feature_mask)
+        run = self._run(prompt, self._scorer(perturbations_per_eval), seed)
+        generation = None if target is not None else self.generation(gen_args)
+        ids = self._target_ids(run, target, gen_args, generation, None)
+        game = self._game(run, ids, output_unit, output_baselines)
+        start, stop = _span(token, len(ids))
+        return CoalitionGame(game, start, stop, n_draws=n_draws, normalize=normalize)
+
+    def with_absence(self, prompt: Prompt) -> Prompt:
+        """The prompt; where nobody said what is absent there, what the model would have written."""
+        return prompt.with_default(ModelBaselines())
+
+    def _run(
+        self, prompt: Prompt, scorer: Values, seed: int, callback: Inspect | None = None
+    ) -> Run:
+        prompt = self.with_absence(prompt)
+        model = self._language_model(scorer)
+        return Run(self.attr_method, self.tokenizer, prompt, scorer, model, seed, callback)
+
+    def _game(self, run: Run, ids: Tensor, output_unit: Unit | None, output_baselines: Any) -> Game:
+        generated = run.context.generated(ids, output_unit, output_baselines)
+        foils = None
+        if isinstance(self.attr_target, Contrast):
+            scene = Scene(run.prompt, run.full, generated, self.tokenizer, run.seed)
+            proposer = self._proposer(run.scorer)
+            foils = foils_of(self.attr_target, scene, proposer, self._vocabulary_size())
+        return Game(run, generated, foils)
+
+    def _target_ids(
+        self,
+        run: Run,
+        target: str | Tensor | Sequence[int] | None,
+        gen_args: Mapping[str, Any] | None,
+        generation: Generation | None,
+        skip_tokens: Skipped | None,
+    ) -> Tensor:
+        generate = partial(self._generated_ids, run, cast(Generation, generation))
+        ids = target_ids(target, self.tokenizer, gen_args, generate, run.full, skip_tokens)
+        check_target(ids, run.full, run.scorer, self._vocabulary_size())
+        return ids
+
+    def _about(
+        self,
+        run: Run,
+        effort: Effort,
+        output_unit: Unit | None,
+        target: str | Tensor | Sequence[int] | None,
+        generation: Generation | None,
+    ) -> dict[str, Any]:
+        """What a run's values depend on; not all of it, but what another run differs in."""
+        nothing = torch.zeros(1, run.prompt.n_features, dtype=torch.bool, device="cpu")
+        absent = run.prompt.render(nothing, torch.Generator().manual_seed(0))[0]
+        if generation is not None:
+            wanted = dict(generation.settings)
+        else:
+            wanted = digest(as_ids(target, self.tokenizer).tolist())
+        settings = {"n_samples": effort.budget.n_samples, "n_draws": effort.budget.n_draws}
+        return {
+            **self.identity(),
+            "prompt": digest([run.full.ids, run.prompt.columns, run.full.extras]),
+            "baselines": digest(absent.ids),
+            "target": wanted,
+            "seed": run.seed,
+            "num_trials": effort.num_trials,
+            "max_exact_features": effort.budget.max_exact_features,
+            "output_unit": told(output_unit),
+            **settings,
+        }
+
+    def _result(
+        self,
+        inp: InterpretableInput,
+        game: Game,
+        outcome: Outcome,
+        joint: Tensor | None,
+        generation: Generation | None,
+    ) -> GenerationAttributionResult:
+        return assembled(
+            inp,
+            game.run.prompt,
+            game.generated,
+            outcome.solution,
+            joint,
+            masks=game.with_last_feature(outcome.plan.masks, True),
+            values=outcome.values,
+            foils=game.foils,
+            foil_values=game.foil_values,
+            draws=outcome.plan.draws,
+            n_evaluations=game.run.scorer.n_evaluations,
+            like=self._numbers(),
+            provenance=self._provenance(game, outcome, generation) | self._arithmetic(game),
+            design=_design(game, outcome),
+        )
+
+    def _provenance(
+        self, game: Game, outcome: Outcome, generation: Generation | None
+    ) -> dict[str, Any]:
+        return {
+            "method": type(self.attr_method).__name__,
+            "estimator": outcome.name,
+            "estimate": outcome.estimate,
+            "converged": outcome.converged,
+            **of_question(self.attr_target, generation and generation.settings),
+            "contrast": game.foils and game.foils.about,
+            "unit": game.run.prompt.unit_name,
+            "rule": getattr(self.attr_method, "rule", None),
+            "seed": game.run.seed,
+            "n_coalitions": len(outcome.plan.masks),
+            "n_evaluations": game.run.scorer.n_evaluations,
+            "deterministic_baselines": game.deterministic,
+            "matches": game.run.context.matches(game.generated),
+            "rows_by_process": game.run.scorer.n_scored if self._shared else None,
+            **self._model_provenance(),
+            **of_run(),
+        }
+
+    # All below asks the model itself; over an API these are other methods.
+
+    def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
+        """How a target is generated, where none is given.
+
+        Raises:
+            ValueError, TypeError: If it cannot be, or an argument has no meaning.
+        """
+        return planned_generation(self.model, self.tokenizer, gen_args)
+
+    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> Values:
+        return Scorer(
+            self.model,
+            attr_target=scored(self.attr_target),
+            max_rows=max_rows,
+            show_progress=show_progress,
+            processes=self._shared,
+        )
+
+    def _proposer(self, scorer: Values) -> Values:
+        """What foils are looked for with: rows of its own, which are no coalitions."""
+        del scorer
+        return Scorer(self.model, processes=self._shared)
+
+    def _language_model(self, scorer: Values) -> LanguageModel:
+        del scorer
+        return Likelihood(self.model, self.tokenizer)
+
+    def _generated_ids(self, run: Run, generation: Generation) -> Tensor:
+        return generate_target(cast(Scorer, run.scorer), run.full, generation, run.seed)
+
+    def _vocabulary_size(self) -> int | None:
+        return _compat.vocabulary_size(self.model)
+
+    def _model_identity(self) -> dict[str, str]:
+        return model_identity(self.model)
+
+    def _model_provenance(self) -> dict[str, Any]:
+        return of_model(self.model, self.device)
+
+    def _arithmetic(self, game: Game) -> dict[str, Any]:
+        """What a reader must know of it."""
+        scorer = game.run.scorer
+        floor = scorer.noise_floor(game.full_row, game.target, game.foil_ids)
+        about = cast(Scorer, scorer).told()
+        return {"noise_floor": None if floor is None else floor.tolist(), **about}
+
+    def _numbers(self) -> Tensor:
+        return numbers_of(self.model, self.device)
+
+
+def _warn_of_absence(
+    inp: InterpretableInput, prompt: Prompt, output_unit: Unit | None, output_baselines: Any
+) -> None:
+    """Says, once, where absent features make texts that the model never saw."""
+    if output_unit is None and not isinstance(inp, Prompt):  # what captum computes
+        return
+    absent = [prompt.own_baseline]
+    if output_unit is not None:
+        absent.append(prompt.baseline if output_baselines is None else output_baselines)
+    said = unseen(absent, "attributions are made from", "attributions")
+    if said is not None:
+        warnings.warn(
+            f"{said}, and of a natural prompt they blame the words before the answer. Leave "
+            "`baselines` out of a `TextSegmentInput`, and what is absent is what the model itself "
+            "would have written (`ModelBaselines`), or give `CorpusBaselines(texts)`.",
+            stacklevel=level_of_caller(),
+        )
+
+
+def _design(game: Game, outcome: Outcome) -> Design:
+    return Design(
+        planned=outcome.name,
+        solved=outcome.name,
+        options=outcome.options,
+        n_features=game.n_features,
+        n_anchors=outcome.plan.n_anchors,
+        n_visible=game.scope.n_visible.tolist(),
+        required=game.scope.required.tolist(),
+        columns=list(game.run.prompt.columns),
+        deterministic=game.deterministic,
+    )
+
+
+def _span(token: int | tuple[int, int] | None, n_target: int) -> tuple[int, int]:
+    if token is None:
+        return 0, n_target
+    start, stop = (token, token + 1 or n_target) if isinstance(token, int) else token
+    chosen = range(n_target)[start:stop]
+    if not chosen or (isinstance(token, int) and not -n_target <= token < n_target):
+        raise ValueError(
+            f"`token` is {token!r}: give the position of one of {n_target} target tokens, or a "
+            "span (start, stop)."
+        )
+    return chosen.start, chosen.stop

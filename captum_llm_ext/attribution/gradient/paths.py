@@ -1,0 +1,509 @@
+"""From absent to present: every target token's attributions along the paths that explain it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.attribution.gradient.scenes import (
+    Absent,
+    Apart,
+    Features,
+    Scene,
+    absent_embeddings,
+    features,
+    held_positions,
+    scenes,
+)
+from captum_llm_ext.coalitions import Solution
+from captum_llm_ext.methods.path_methods import Points
+from captum_llm_ext.model import AttrTarget, TokenRow
+from captum_llm_ext.model.exclusive import as_found
+from captum_llm_ext.model.forward.passes import rounding
+from captum_llm_ext.model.gradients.backward import Linear, Reader, Row, Slopes, manner
+from captum_llm_ext.model.gradients.frozen import check_sum, culprit
+from captum_llm_ext.model.gradients.layers import Layers, modules_reading
+from captum_llm_ext.model.probe import Findings, findings
+from captum_llm_ext.text.baselines import draw_generator
+from captum_llm_ext.text.inputs import Context, GeneratedText
+
+
+class Rest(NamedTuple):
+    """What a value of a linear system is made of beside attributions.
+
+    Attributes:
+        fixed: What fixed text adds, in the unit of the value.
+        fixed_share: Its part of all that tokens add, by absolute value.
+        constant: What biases, position tables and other constants add.
+        defect: How far the sum of all shares is off, relative to the value.
+        bend: What the value is beside that sum, where it is no logit or difference of some.
+    """
+
+    fixed: float
+    fixed_share: float
+    constant: float
+    defect: float
+    bend: float
+
+
+class Paths:
+    """The paths of one prompt through one model.
+
+    Args:
+        model: The model.
+        layer: Where activations fade in; None: at everything that embeds token ids.
+        points: At which points of the path, and how they are weighed.
+        context: The prompt.
+        kept: Bool ``(n, n_features)``: prompt features that are present all along; with several
+            rows each sampled point draws one.
+        attr_target: What a value is.
+        of_input: Whether the layer's input is meant.
+        n_draws: Draws of random baselines whose mean is taken.
+        absent: What stands for absent features.
+        seed: Of all draws.
+        most_rows: At most so many points in a pass.
+        grad_kwargs: Passed on to `torch.autograd.grad`.
+
+    Attributes:
+        n_draws: Draws of the baselines.
+        n_rows: Points that the model was run on.
+        found: What the probe found of the model; None before the first target.
+        rests: By target token what a linear system says beside its attributions.
+        on_total: Called with the number of points that a target takes, before the first.
+        on_rows: Called with the number of points of every pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module | None,
+        points: Points,
+        context: Context,
+        kept: Tensor,
+        attr_target: AttrTarget,
+        *,
+        of_input: bool,
+        n_draws: int,
+        absent: Absent,
+        seed: int,
+        most_rows: int | None,
+        grad_kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        self._model, self._layer, self.points = model, layer, points
+        self._prompt, self._prompt_ids = context.prompt, context.full.ids
+        self._kept = kept
+        self._attr_target, self._of_input = attr_target, of_input
+        self.n_draws = len(points.alphas) if points.is_sampled and n_draws > 1 else n_draws
+        self._absent: Absent = "zero" if points.from_zero else absent
+        self._seed, self._grad_kwargs = seed, grad_kwargs
+        self._reader = Reader(_compat.uncompiled(model))
+        self._manner = manner(_compat.input_device(model), most_rows)
+        self._embeddings: Layers | None = None
+        self._layers: Layers | None = None
+        self.found: Findings | None = None
+        self.n_rows = 0
+        self.rests: dict[int, Rest] = {}
+        self.on_total: Callable[[int], None] | None = None
+        self.on_rows: Callable[[int], None] | None = None
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Names of the attributed modules within the model."""
+        modules = self._layers.modules if self._layers else []
+        names = {id(module): name for name, module in self._reader.model.named_modules()}
+        return [names[id(module)] + ".input" * self._of_input for module in modules]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether attributions sum to full minus empty but for the error of a quadrature."""
+        points = self.points
+        whole = self._layers is self._embeddings and points.multiplies
+        return whole and not points.is_sampled and not points.from_zero
+
+    def attribute(
+        self, generated: GeneratedText, foils: Tensor | None = None, *, is_joint: bool = False
+    ) -> Solution:
+        """Attributions of a target, float64 on the CPU, features of the prompt first.
+
+        Standard errors are 0 where nothing is drawn.
+
+        Args:
+            generated: The target as features.
+            foils: What its tokens are held against, ``(n_target, n_foils)``, in a contrast.
+            is_joint: Whether the one value is the product over the target tokens.
+
+        Raises:
+            ValueError: If the layer does not suit, or values or gradients are not finite.
+        """
+        start = len(self._prompt_ids)
+        if any(parameter.is_inference() for parameter in self._model.parameters()):
+            raise ValueError(
+                "the model's weights were made inside `torch.inference_mode()`, where there are "
+                "no gradients: load the model outside of it, or take `GenerationAttribution`, "
+                "which needs none."
+            )
+        with as_found(self._model):
+            target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
+            ids = torch.tensor(
+                [[*self._prompt_ids, *generated.ids[:-1]]], dtype=torch.int64, device="cpu"
+            )
+            ids = ids.to(_compat.input_device(self._model))
+            at = torch.arange(start - 1, start - 1 + len(target), device="cpu")
+            whole = Row(ids, at, target, foils)
+            found = self._look(whole)
+            last = whole.of([len(target) - 1], ids.shape[1])
+            self._find_layers(last if found.last_only else whole)
+        # Baselines may ask a model, perhaps another one: none is held meanwhile.
+        own = features(
+            self._prompt,
+            start,
+            generated,
+            n_draws=self.n_draws,
+            absent=self._absent,
+            seed=self._seed,
+        )
+        with as_found(self._model):
+            return self._summed(generated, whole, own, is_joint)
+
+    def _summed(
+        self, generated: GeneratedText, whole: Row, own: Features, is_joint: bool
+    ) -> Solution:
+        """The attributions of all scenes."""
+        at, target, start = whole.at, whole.target, own.start
+        n_values = 1 if is_joint else len(target)
+        attributions = torch.zeros(n_values, own.n_features, dtype=torch.float64, device="cpu")
+        errors, full = (
+            torch.zeros_like(attributions),
+            torch.zeros(n_values, dtype=torch.float64, device="cpu"),
+        )
+        empty = torch.zeros_like(full)
+        step_by_step = self.found is not None and self.found.step_by_step and len(at) > 1
+        if is_joint and step_by_step:
+            raise ValueError(
+                f"{type(self._model).__name__} is asked for every token apart: there is no joint "
+                'probability to differentiate. Use `attr_target="log_prob"`.'
+            )
+        apart: Apart = "always" if step_by_step else "cheapest"
+        found_scenes = scenes(generated, n_before=start, apart="never" if is_joint else apart)
+        if self.on_total is not None:
+            n_ends = 0 if self.points.is_local else self._n_ends
+            self.on_total(len(found_scenes) * (1 + n_ends + len(self.points.alphas)))
+        for scene in found_scenes:
+            places = list(scene.targets)
+            length = start + scene.n_read
+            row = whole.of(places, length)
+            rows = [0] if is_joint else places
+            explain = self._at_present if self.points.is_local else self._along
+            found = explain(scene, row, own, is_joint)
+            attributions[rows], errors[rows] = found.attributions, found.standard_errors
+            full[rows], empty[rows] = found.full_values, found.empty_values
+        # What holds the token or comes after it is no cause: what models give it is rounding.
+        n_before = (
+            torch.tensor([0] if is_joint else generated.n_visible, dtype=torch.int64, device="cpu")
+            + own.n_prompt
+        )
+        later = torch.arange(own.n_features, device="cpu") >= n_before[:, None]
+        return Solution(
+            attributions.masked_fill(later, 0.0), errors.masked_fill(later, 0.0), full, empty
+        )
+
+    def _look(self, whole: Row) -> Findings:
+        """What the model does, which decides how it is asked."""
+        row = TokenRow(tuple(whole.ids[0].tolist()), whole.at.tolist())
+        with torch.no_grad():
+            found = findings(_compat.uncompiled(self._model), [row])
+        if found.kept is None:
+            self._reader.keep_all()
+        if found.couples_rows:
+            self._manner.most_rows = 1
+        self.found = found
+        return found
+
+    def _along(self, scene: Scene, row: Row, own: Features, is_joint: bool) -> Solution:
+        points, layers = self.points, self._layers
+        assert layers is not None
+        present = self._read(layers, row)
+        begin, free = self._beginning(scene, row, own, present)
+        slopes = Slopes(
+            self._reader,
+            layers,
+            row,
+            self._attr_target,
+            self._manner,
+            is_joint=is_joint,
+            grad_kwargs=self._grad_kwargs,
+            on_rows=self.on_rows,
+        )
+
+        def between(rows: slice) -> tuple[list[Tensor], list[Tensor]]:
+            return self._between(present, begin(rows), free, rows)
+
+        full = slopes.values(1, lambda _: (present, []))[0]
+        empty = slopes.values(self._n_ends, lambda rows: (begin(rows), [])).mean(0)
+        owners = own.owners(row.length)
+        each: list[Tensor] = []
+        total = torch.zeros(slopes.n_values, own.n_features, dtype=torch.float64, device="cpu")
+        for rows, products in slopes.products(len(points.alphas), between):
+            summed = products.new_zeros(*products.shape[:2], own.n_features + 1)
+            summed = summed.index_add(2, owners, products)[..., :-1]
+            total += torch.einsum("r,rtf->tf", points.weights[rows], summed)
+            if points.is_sampled:
+                each.append(summed)
+        self.n_rows += slopes.n_rows
+        return Solution(total, self._errors(each, total), full, empty)
+
+    def _at_present(self, scene: Scene, row: Row, own: Features, is_joint: bool) -> Solution:
+        """Attributions that know of nothing but the text as it is."""
+        points, layers = self.points, self._layers
+        assert layers is not None
+        present = self._read(layers, row)
+        slopes = Slopes(
+            self._reader,
+            layers,
+            row,
+            self._attr_target,
+            self._manner,
+            is_joint=is_joint,
+            measure=points.measure,
+            is_frozen=points.is_frozen,
+            grad_kwargs=self._grad_kwargs,
+            on_rows=self.on_rows,
+        )
+        full = slopes.values(1, lambda _: (present, []))[0]
+        ((_, products),) = slopes.products(1, lambda _: (present, present))
+        self.n_rows += slopes.n_rows
+        owners = own.owners(row.length)
+        owners[held_positions(scene, own, self._kept, row.length)[0]] = own.n_features
+        summed = torch.zeros(len(full), own.n_features + 1, dtype=torch.float64, device="cpu")
+        summed.index_add_(1, owners, products[0])
+        empty = torch.full_like(full, torch.nan)
+        if slopes.linear is None:
+            # A mean, for a feature of many tokens is no more salient than each of them.
+            summed /= owners.bincount(minlength=own.n_features + 1).clamp(min=1)
+        else:
+            full, empty = slopes.linear.values, slopes.linear.constants + summed[:, -1]
+            is_fixed = owners == own.n_features
+            self._note(scene, row, slopes.linear, products[0], is_fixed, is_joint=is_joint)
+        return Solution(summed[:, :-1], torch.zeros_like(summed[:, :-1]), full, empty)
+
+    def _note(
+        self,
+        scene: Scene,
+        row: Row,
+        linear: Linear,
+        shares: Tensor,
+        is_fixed: Tensor,
+        *,
+        is_joint: bool,
+    ) -> None:
+        """Keeps what a linear system says beside attributions.
+
+        Raises:
+            ValueError: If the shares do not sum to the values.
+        """
+        model = self._reader.model
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+        def find(tolerance: float) -> str | None:
+            return culprit(model, lambda: self._reader.logits(row.ids, row.at), tolerance)
+
+        summed = shares.sum(1) + linear.constants
+        apart = check_sum(summed, linear.expected, linear.sizes, dtype, find)
+        if is_joint:
+            return
+        fixed = shares[:, is_fixed]
+        whole = shares.abs().sum(1).clamp(min=torch.finfo(shares.dtype).tiny)
+        for i, target in enumerate(scene.targets):
+            self.rests[target] = Rest(
+                float(fixed[i].sum()),
+                float(fixed[i].abs().sum() / whole[i]),
+                float(linear.constants[i]),
+                float(apart[i]),
+                float((linear.values - linear.expected)[i]),
+            )
+
+    def _errors(self, each: list[Tensor], total: Tensor) -> Tensor:
+        """Standard errors of a total, from the attributions of every sample if there are any."""
+        n_samples = sum(len(some) for some in each)
+        if n_samples > 1:
+            return torch.cat(each).std(0) / n_samples**0.5
+        # A single sample, and the mean of draws of a baseline, tell nothing of their error.
+        unknown = n_samples == 1 or self.n_draws > 1
+        return torch.full_like(total, torch.nan if unknown else 0.0)
+
+    def _between(
+        self, present: list[Tensor], absent: list[Tensor], free: Tensor, rows: slice
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Activations at some points, and how they change along the path there."""
+        points = self.points
+        free = _some(free, rows)[..., None]
+        activations: list[Tensor] = []
+        changes: list[Tensor] = []
+        for number, (end, begin) in enumerate(zip(present, absent, strict=True)):
+            wide = torch.promote_types(end.dtype, torch.float32)
+            target, begin = end.to(wide).expand(rows.stop - rows.start, -1, -1), begin.to(wide)
+            if points.noise:
+                target = target + points.noise * self._noise(end, number, rows) * free.to(end)
+            change = target - begin
+            alphas = points.alphas[rows].to(end.device, wide)[:, None, None]
+            activations.append((begin + alphas * change).to(end.dtype))
+            changes.append(change if points.multiplies else torch.ones_like(change))
+        return activations, changes
+
+    def _noise(self, end: Tensor, layer: int, rows: slice) -> Tensor:
+        """Normal noise ``(n, length, size)``: the same for a point whatever pass it is in."""
+        each = [
+            torch.randn(
+                end.shape[1:],
+                generator=draw_generator(self._seed, point, layer),
+                dtype=torch.float32,
+                device="cpu",
+            )
+            for point in range(rows.start, rows.stop)
+        ]
+        return torch.stack(each).to(end.device)
+
+    @property
+    def _n_ends(self) -> int:
+        """Beginnings of the path: one, unless each sampled point has its own."""
+        is_one = self.n_draws == 1 and len(self._kept) == 1
+        return len(self.points.alphas) if self.points.is_sampled and not is_one else 1
+
+    def _beginning(
+        self, scene: Scene, row: Row, own: Features, present: list[Tensor]
+    ) -> tuple[Callable[[slice], list[Tensor]], Tensor]:
+        """Activations of some points where features are absent, ``(1 or n, length, size)`` each.
+
+        And which places are free to change, bool ``(1 or n_points, length)``.
+        """
+        layers, embeddings = self._layers, self._embeddings
+        assert layers is not None
+        assert embeddings is not None
+        free = ~held_positions(scene, own, self._drawn_kept(), row.length)
+        free &= own.owners(row.length) < own.n_features
+        if self.points.from_zero:
+            zero = [a * ~free[..., None].to(a.device) for a in present]
+            return lambda _: zero, free
+        embedded = present if layers is embeddings else self._read(embeddings, row)
+
+        def found(rows: slice) -> list[Tensor]:
+            mask, some = _some(free, rows)[..., None], own
+            if self.points.is_sampled and len(own.draws) > 1:
+                some = replace(own, draws=own.draws[rows])
+            absent: list[Tensor] = []
+            for module, vectors in zip(embeddings.modules, embedded, strict=True):
+                given = absent_embeddings(module, vectors, some, self._model)
+                if not self.points.is_sampled:
+                    wide = torch.promote_types(given.dtype, torch.float32)
+                    given = given.to(wide).mean(0, keepdim=True).to(given.dtype)
+                absent.append(torch.where(mask.to(vectors.device), given, vectors))
+            return absent if layers is embeddings else self._carried(absent, row)
+
+        free_there = free if layers is embeddings else torch.ones_like(free)
+        if self._n_ends > 1:  # made for every pass anew: all of them may not fit
+            return found, free_there
+        once = found(slice(0, 1))
+        return lambda _: once, free_there
+
+    def _drawn_kept(self) -> Tensor:
+        if len(self._kept) == 1:
+            return self._kept
+        generator = draw_generator(self._seed, len(self._kept))
+        drawn = torch.randint(
+            len(self._kept), (len(self.points.alphas),), generator=generator, device="cpu"
+        )
+        return self._kept[drawn]
+
+    def _read(self, layers: Layers, row: Row) -> list[Tensor]:
+        with layers.read() as activations:
+            self._reader.logits(row.ids, row.at)
+        return activations
+
+    def _carried(self, embedded: list[Tensor], row: Row) -> list[Tensor]:
+        """Activations of the layer where the embeddings are these."""
+        layers, embeddings = self._layers, self._embeddings
+        assert layers is not None
+        assert embeddings is not None
+        with embeddings.replaced(embedded), layers.read() as activations:
+            self._reader.logits(row.ids.expand(len(embedded[0]), -1), row.at)
+        return activations
+
+    def _find_layers(self, row: Row) -> None:
+        """Finds the embeddings, and whether the layer is one.
+
+        Raises:
+            ValueError: If ids come to the model by another way than the layer.
+        """
+        if self._layers is not None:
+            return
+        modules = modules_reading(
+            self._model, row.ids, lambda ids: self._reader.logits(ids, row.at)
+        )
+        layer, name = self._layer, type(self._model).__name__
+        if not modules:
+            raise ValueError(
+                f"no module of {name} was seen to be given the token ids and to make vectors of "
+                "them (an `nn.Embedding`, or what `get_input_embeddings()` returns, that is called "
+                "with the ids as they are): let the model call one, or use "
+                "`GenerationAttribution`, which needs none."
+            )
+        self._embeddings = Layers(modules)
+        if layer is None or (layer in modules and not self._of_input):
+            if layer is not None and len(modules) > 1:
+                raise ValueError(
+                    f"{name} embeds token ids in {len(modules)} modules: attributions to one of "
+                    "them leave out what comes by the others. Give None as the layer: all of them."
+                )
+            self._layers = self._embeddings
+            if not self._all_is_embedded(row):
+                raise ValueError(
+                    f"{name} reads token ids also past its embeddings: gradients of these would "
+                    "tell a part only. Use `GenerationAttribution`."
+                )
+        else:
+            self._layers = Layers([layer], of_input=self._of_input)
+            self._check_length(self._layers, row)
+
+    def _check_length(self, layers: Layers, row: Row) -> None:
+        """Has all logits made where the layer lies among those that are left out otherwise.
+
+        Raises:
+            ValueError: If the layer has no activation for each place of the row.
+        """
+        last = replace(row, at=row.at[-1:], target=row.target[-1:])
+        shape = self._read(layers, last)[0].shape
+        if shape[1] != row.length:
+            self._reader.keep_all()
+            shape = self._read(layers, last)[0].shape
+        if shape[:2] != (1, row.length):
+            what = "input" if self._of_input else "output"
+            raise ValueError(
+                f"the {what} of layer {type(self._layer).__name__} is {tuple(shape)} for one row "
+                f"of {row.length} token ids: attribution wants (batch, length, size), an "
+                "activation for each token, such as the embedding's output or that of a whole "
+                "decoder layer."
+            )
+
+    def _all_is_embedded(self, row: Row) -> bool:
+        """Whether the model says the same to other ids with the embeddings of these."""
+        embeddings = self._layers
+        assert embeddings is not None
+        with embeddings.read() as vectors:
+            logits = self._reader.logits(row.ids, row.at)
+        with embeddings.replaced(vectors):
+            others = self._reader.logits(row.ids.roll(1, 1), row.at)
+        return _agree(logits, others)
+
+
+def _some(tensor: Tensor, rows: slice) -> Tensor:
+    """Some rows of a tensor, or the only one that it has."""
+    return tensor if len(tensor) == 1 else tensor[rows]
+
+
+def _agree(logits: Tensor, others: Tensor) -> bool:
+    """Whether logits differ by no more than rounding."""
+    apart = (logits.double().log_softmax(-1) - others.double().log_softmax(-1)).abs()
+    return bool((apart <= rounding(logits.dtype)).all())

@@ -1,0 +1,665 @@
+"""`RemoteGenerationAttribution`: the same attribution of a model that an API serves."""
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast, get_args
+
+import torch
+from captum.attr import InterpretableInput, RemoteLLMAttribution, RemoteLLMProvider
+from captum.attr._utils.attribution import PerturbationAttribution
+from torch import Tensor
+
+from captum_llm_ext.attribution.game import Game, Inspect, Outcome, Run
+from captum_llm_ext.attribution.generation import GenerationAttribution
+from captum_llm_ext.attribution.target import Skipped
+from captum_llm_ext.base.arguments import check_counts
+from captum_llm_ext.contrast import Contrast, scored
+from captum_llm_ext.model import Generation, Processes, TokenRow, Values
+from captum_llm_ext.remote.chat_providers import Speaker, speaker
+from captum_llm_ext.remote.handshake import handshake
+from captum_llm_ext.remote.ladder import LadderScorer, interval_of, weights
+from captum_llm_ext.remote.likelihood import RemoteLikelihood
+from captum_llm_ext.remote.metered import Asker, Cache, as_limits
+from captum_llm_ext.remote.providers import OnMismatch, Source, TokenProvider, described, source
+from captum_llm_ext.remote.rung_choice import (
+    CHARACTERS_PER_TOKEN,
+    LENGTHS,
+    Climbed,
+    Counter,
+    Estimate,
+    finite,
+    n_new,
+    rendered,
+)
+from captum_llm_ext.remote.rungs import (
+    Frequency,
+    Rung,
+    Similar,
+    Similarity,
+    TopK,
+    lexical,
+    token_f1,
+)
+from captum_llm_ext.remote.scorer import RemoteScorer
+from captum_llm_ext.remote.transport import ApiError
+from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.baselines import LanguageModel
+from captum_llm_ext.text.inputs import Prompt, as_prompt
+from captum_llm_ext.text.plain_tokenizer import OpenVocabulary, PlainTokenizer
+from captum_llm_ext.text.segment import Unit
+
+_PROMPT, _TARGET = "One, two, three, four, five, six,", " seven, eight"
+_SEVERAL = ("n", "num_return_sequences")
+
+
+RemoteTarget = Literal["log_prob", "prob", "contrast", "auto", "frequency", "similarity"]
+_SIMILAR: Mapping[str, Similar] = {"lexical": lexical, "f1": token_f1}
+_N_ANSWERS = {"frequency": 50, "similarity": 16}
+
+
+class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
+    """`GenerationAttribution` of a model behind an API, down to those that tell nothing but text.
+
+    Takes what captum's `RemoteLLMAttribution` takes, and any of its providers. Estimators, inputs,
+    baselines, error bars, checkpoints and results are those of `GenerationAttribution`; the model's
+    forward passes are requests instead::
+
+        provider = CompletionsProvider("http://localhost:8000/v1")
+        method = ShapleyValueSampling(RemoteLLMAttribution.placeholder_model)
+        result = RemoteGenerationAttribution(method, tokenizer, provider).attribute(inp)
+
+    *What the server tells decides what can be explained.* Log-probabilities of prompts: everything,
+    as below. The likeliest tokens of each step (`ChatProvider`, `CallableProvider`, and any
+    `CompletionsProvider` without a tokenizer): the log-probability of each token of the answer, one
+    request for each, and a bound where it is not among them. Text alone (`AnthropicProvider` too):
+    how often the answer is given (``attr_target="frequency"``, in log-odds), or how similar to it
+    what is written instead is (``"similarity"``). ``"auto"`` takes the first that the provider
+    proves able to. These need no tokenizer (``TextSegmentInput(prompt, None)``), have the answer as
+    one target token where it is sampled, and say in ``provenance`` what they cannot see
+    (``"cannot_see"``). Their results have a `value_interval` and, where the estimator is linear, a
+    `token_attr_interval`; errors of sampling are in `token_attr_se`.
+
+    *By ids or by text.* A provider that takes token ids (`CompletionsProvider`, or any
+    `TokenProvider`) is sent the very ids of each coalition and of the target. Captum's own
+    interface takes texts: what they are tokenised to is foreseen with `tokenizer`. A row after
+    which the target's text is not the target's tokens is an error; a prompt that is read as other
+    tokens than it was rendered to is sent, with a warning, and counted in ``provenance``.
+
+    *What is believed.* Before the first number is used, a few short prompts find out whether they
+    are what they should be (`handshake`): no log-probabilities that are shifted by one, of base 10,
+    of another temperature or of other prompts. What was found is in ``provenance["handshake"]``.
+
+    *What it costs.* With the generated text held fixed, which is the default here, a coalition
+    takes one request. With generated text among the causes (`output_unit`) the target token at a
+    place where generated text is absent is asked for by itself, for it is not what is read there:
+    one more request for each absent feature of the output, half of them on average in sampled
+    coalitions. It is saved where another coalition begins alike and has that token (always so in
+    `FeatureAblation`, but for the empty coalition, and where all coalitions are enumerated), and
+    where the provider tells it among the likeliest. A warning tells the number before any of them
+    is sent where it is above `most_requests`. ``provenance["n_requests"]`` counts prompts sent, of
+    which a call may hold several.
+
+    Args:
+        attr_method: As of `GenerationAttribution`, over captum's placeholder:
+            ``ShapleyValueSampling(RemoteLLMAttribution.placeholder_model)``.
+        tokenizer: The model's tokenizer.
+        provider: Whom to ask.
+        attr_target: ``"log_prob"`` in nats, ``"prob"``, ``"frequency"`` in log-odds,
+            ``"similarity"`` from 0 to 1, or ``"auto"``. Or ``"contrast"`` against foils, for
+            providers that take ids: a foil that the provider does not tell among the likeliest is
+            asked for by itself. Foils are found (before the place alone) where it tells them.
+        accelerator: Not to be given: one process asks, in threads.
+        max_concurrency: In how many threads the provider is asked. By default what it says itself,
+            and one where it says nothing, as captum's do.
+        missing: What a log-probability is taken for that the provider does not tell, in nats, such
+            as -20.0. None: an error. ``provenance["n_missing"]`` counts them; where more than a
+            fifth is missing, the result is refused.
+        on_mismatch: With texts, where the target's text is not read as the target's tokens:
+            ``"error"``, or ``"warn"`` for providers that join tokens, not texts.
+        most_requests: A warning tells beforehand if more are to be sent at a time than this, and
+            than coalitions.
+        top_logprobs: How many of the likeliest tokens are asked for at each step.
+        n_answers: Answers drawn per coalition: by default 50 for a frequency, 16 for a similarity.
+        predicate: For a frequency: whether a text is the answer; by default whether it is equal.
+        similarity: ``"lexical"`` (characters in common), ``"f1"`` (words in common), or a callable
+            ``(text, answer) -> float`` from 0 to 1: an embedding, a judge.
+        max_requests, max_usd: What may be spent below the first rung; then it stops with a
+            `RuntimeError`, and the same call with more goes on from there.
+        prices: US dollars per million tokens read, and written.
+        cache: An SQLite file for answers, which other runs may share.
+
+    Raises:
+        TypeError: If the method is no perturbation method, the provider none, or something is given
+            that an API has no use for.
+        ValueError: If `attr_target` is none of these, or a contrast that the provider cannot tell.
+    """
+
+    def __init__(
+        self,
+        attr_method: PerturbationAttribution,
+        tokenizer: Any,
+        provider: RemoteLLMProvider | TokenProvider | Speaker,
+        attr_target: RemoteTarget | Contrast = "log_prob",
+        *,
+        accelerator: None = None,
+        max_concurrency: int | None = None,
+        missing: float | None = None,
+        on_mismatch: OnMismatch = "error",
+        most_requests: int = 1000,
+        top_logprobs: int = 20,
+        n_answers: int | None = None,
+        predicate: Callable[[str], bool] | None = None,
+        similarity: Literal["lexical", "f1"] | Similar = "lexical",
+        max_requests: int | None = None,
+        max_usd: float | None = None,
+        prices: Sequence[float] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if not isinstance(attr_method, PerturbationAttribution):
+            raise TypeError(
+                f"`attr_method` is a {type(attr_method).__name__}: give one of captum's "
+                "perturbation methods, such as "
+                "`ShapleyValueSampling(RemoteLLMAttribution.placeholder_model)`."
+            )
+        if accelerator is not None:
+            raise TypeError(
+                "`accelerator` has no use here: one process asks the API, in as many threads as "
+                "`max_concurrency` says."
+            )
+        explained = Contrast() if attr_target == "contrast" else attr_target
+        if explained not in get_args(RemoteTarget) and not isinstance(explained, Contrast):
+            raise ValueError(
+                f"`attr_target` is {attr_target!r}: an API tells log-probabilities, so give "
+                "'log_prob', 'prob' or a contrast; or 'frequency', 'similarity' or 'auto'. Logits "
+                "and callables need the model itself: `GenerationAttribution`."
+            )
+        if max_concurrency is not None and not (
+            isinstance(max_concurrency, int) and max_concurrency > 0
+        ):
+            raise ValueError(f"`max_concurrency` is {max_concurrency!r}: give at least 1.")
+        if missing is not None and not (isinstance(missing, int | float) and -9999 < missing <= 0):
+            raise ValueError(f"`missing` is {missing!r}: give nats between -9999 and 0.")
+        if on_mismatch not in ("error", "warn"):
+            raise ValueError(f"`on_mismatch` is {on_mismatch!r}: give 'error' or 'warn'.")
+        if not callable(similarity) and similarity not in _SIMILAR:
+            raise ValueError(
+                f"`similarity` is {similarity!r}: give 'lexical', 'f1' or a function of two texts."
+            )
+        check_counts(top_logprobs=top_logprobs, n_answers=n_answers)
+        if predicate is not None and attr_target not in ("frequency", "auto"):
+            raise ValueError('`predicate` would be ignored: it is of `attr_target="frequency"`.')
+        # This refuses what is no provider.
+        if not isinstance(provider, Speaker):
+            takes_ids = source(provider, tokenizer, max_concurrency, on_mismatch).takes_ids
+            if takes_ids and on_mismatch != "error":
+                raise ValueError(
+                    f"`on_mismatch` would be ignored: {type(provider).__name__} takes ids, which "
+                    "are read as they are."
+                )
+            if isinstance(explained, Contrast):
+                _check_contrast(explained, provider, takes_ids)
+        elif isinstance(explained, Contrast):
+            _check_contrast(explained, provider, False)
+        RemoteLLMAttribution.__init__(
+            self, attr_method, tokenizer, cast(RemoteLLMProvider, provider), "log_prob"
+        )
+        self.attr_target = cast(Any, explained)  # of which captum knows two
+        self.include_per_token_attr = True
+        self.device = torch.device("cpu")
+        self._processes, self._shared = Processes(), None
+        self._max_concurrency = max_concurrency
+        self._on_mismatch: OnMismatch = on_mismatch
+        self._missing, self._most_requests = missing, most_requests
+        self._top, self._n_answers, self._predicate = top_logprobs, n_answers, predicate
+        self._similarity = similarity
+        self._limits = as_limits(max_requests, max_usd, prices)
+        self._cache = Cache(cache)
+        self._climbed: Climbed | None = None
+        self._counter: Counter | None = None
+
+    def attribute(  # captum's arguments in captum's order, then keyword-only ones
+        self,
+        inp: InterpretableInput,
+        target: str | Tensor | Sequence[int] | None = None,
+        num_trials: int = 1,
+        gen_args: Mapping[str, Any] | None = None,
+        use_cached_outputs: bool = True,
+        _inspect_forward: Inspect | None = None,
+        forward_in_tokens: bool = True,
+        *,
+        output_unit: Unit | None = None,
+        **arguments: Any,
+    ) -> GenerationAttributionResult:
+        """Attributes the target, or what the model generates, to its causes.
+
+        Args:
+            inp: The prompt, as for `GenerationAttribution.attribute`; no images.
+            target: The text to explain, as text or as token ids ``(n_target,)``: a tensor, an
+                array, a list, or what a tokenizer or ``generate`` returned, of one text; then
+                what comes after the prompt is meant. None: the model generates it.
+            num_trials: Repetitions with fresh draws of baselines and coalitions, averaged.
+            gen_args: Arguments of the provider's ``generate``, without a target only. Greedy, 25
+                new tokens, where they do not say otherwise. With ``do_sample`` a provider that
+                takes ids is given `seed` as well.
+            use_cached_outputs, forward_in_tokens: Accepted for captum's sake, without effect.
+            _inspect_forward: As for `GenerationAttribution.attribute`.
+            output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``, spans
+                or a segmenter. By default none, for each costs requests: see above.
+            **arguments: All others of `GenerationAttribution.attribute`;
+                ``perturbations_per_eval`` is the most prompts in one call.
+
+        Returns:
+            The result, in float32 on the CPU. ``provenance`` names provider and model.
+
+        Raises:
+            ValueError: As `GenerationAttribution.attribute`; if a log-probability is missing or
+                belongs to another token; or if `output_unit` is given for a provider that takes
+                texts.
+            ConnectionError, RuntimeError: If the provider gives up. With `checkpoint` the same call
+                goes on from there.
+        """
+        feature_mask: Tensor | None = arguments.get("feature_mask")
+        climbed = self._climb(inp, feature_mask, target, gen_args)
+        if climbed is not None:
+            if output_unit is not None:
+                raise ValueError(
+                    "`output_unit` needs log-probabilities of prompts, and this provider tells "
+                    f"less: {climbed.rung.name} holds the answer fixed. Leave it out."
+                )
+            return super(RemoteGenerationAttribution, self._on(climbed)).attribute(
+                inp,
+                target,
+                num_trials,
+                gen_args,
+                use_cached_outputs,
+                _inspect_forward,
+                forward_in_tokens,
+                output_unit=None,
+                **arguments,
+            )
+        if self.attr_target == "auto":
+            own = copy.copy(self)
+            own.attr_target = cast(Any, "log_prob")
+            return own.attribute(
+                inp, target, num_trials, gen_args, output_unit=output_unit, **arguments
+            )
+        if output_unit is not None and not self._source().takes_ids:
+            raise ValueError(
+                "`output_unit` needs a provider that takes ids, such as `CompletionsProvider`: "
+                f"{type(self.provider).__name__} takes texts. Leave it out to hold the generated "
+                "text fixed."
+            )
+        return super().attribute(
+            inp,
+            target,
+            num_trials,
+            gen_args,
+            use_cached_outputs,
+            _inspect_forward,
+            forward_in_tokens,
+            output_unit=output_unit,
+            **arguments,
+        )
+
+    def estimate(
+        self,
+        inp: InterpretableInput,
+        target: str | None = None,
+        gen_args: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Estimate:
+        """What `attribute` would take, told without sending anything.
+
+        Args:
+            inp, target, gen_args, **arguments: As of `attribute`. Without a target, an answer of as
+                many tokens as may be generated is reckoned with.
+
+        Returns:
+            Coalitions, requests and tokens; money where `prices` were given. With ``"auto"`` what
+            the provider can do is not known: the dearest that it might come to.
+
+        Raises:
+            ValueError, TypeError: As `attribute` does before it sends anything.
+        """
+        name = self._wanted(probe=False)
+        tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
+        if name == "forced" and tokenizer is None:
+            raise ValueError("give the model's `tokenizer`: prompts are scored token by token.")
+        n_most = n_new(gen_args, target)
+        vocabulary = tokenizer if isinstance(tokenizer, PlainTokenizer) else None
+        vocabulary = vocabulary or OpenVocabulary(tokenizer)
+        counting = copy.copy(self)
+        counter = Counter()
+        counting.tokenizer, counting._counter = cast(Any, vocabulary), counter
+        counting.attr_target = cast(Any, "frequency")
+        ids = [vocabulary.token(target or "answer")]
+        arguments = {k: v for k, v in arguments.items() if k not in ("checkpoint", "tol")}
+        super(RemoteGenerationAttribution, counting).attribute(
+            inp, torch.tensor(ids, dtype=torch.int64, device="cpu"), output_unit=None, **arguments
+        )
+        per_token = 1.0 if not isinstance(tokenizer, PlainTokenizer) else 1.3  # words to tokens
+        read = counter.n_read * per_token
+        n_target = n_most if target is None else max(1, round(len(target) / CHARACTERS_PER_TOKEN))
+        n = counter.n_evaluations
+        if name == "forced":
+            n_calls, n_in, n_out = n, read + n * n_target, n
+        elif name == "top-k":
+            n_calls = n * n_target
+            n_in, n_out = read * n_target + n * n_target * (n_target - 1) / 2, n_calls
+        else:
+            n_answers = self._n_answers or _N_ANSWERS[name]
+            n_calls, n_in, n_out = n * n_answers, read * n_answers, n * n_answers * n_most
+        return Estimate(n, n_calls, round(n_in), round(n_out), self._limits.usd(n_in, n_out))
+
+    def handshake(self, prompt: str = _PROMPT, target: str = _TARGET) -> dict[str, Any]:
+        """Finds out whether the provider's log-probabilities can be believed: those of prompts, or,
+        without a tokenizer, those of the likeliest tokens at each step.
+
+        It is done by itself before the first is used, once per provider, with the prompt that is
+        explained.
+
+        Args:
+            prompt, target: Texts that the provider is asked about.
+
+        Returns:
+            What was looked at and how it came out, as in ``provenance["handshake"]``.
+
+        Raises:
+            ValueError: If they cannot be believed; it names what is wrong. (`HandshakeError`, an
+                `ApiError` as well.)
+            ConnectionError, RuntimeError: If the provider gives up.
+        """
+        who = speaker(self.provider)
+        if self._wanted(probe=False) == "top-k" and who is not None:
+            rung = TopK(Asker(who, self._cache, self._limits), self._top)
+            rung.meet([{"role": "user", "content": prompt}])
+            return {"way": "top-k", "checks": dict(rung.checks)}
+        ids = tokens.encode(self.tokenizer, prompt).ids
+        after = tokens.encode_in_place(self.tokenizer, target, prompt[-tokens.CONTEXT :])
+        found = handshake(self._source(), ids, after)
+        return {} if found is None else found.to_dict()
+
+    def _wanted(self, *, probe: bool, prompt: Sequence[int] = ()) -> str:
+        """The rung by its name; with `probe`, ``"auto"`` asks the provider for the first."""
+        own: Any = self.tokenizer  # None for models that nobody has the tokenizer of
+        is_forced = own is not None and not isinstance(own, PlainTokenizer)
+        is_forced &= callable(getattr(self.provider, "get_logprobs", None)) or isinstance(
+            self.provider, TokenProvider
+        )
+        if self.attr_target in ("frequency", "similarity"):
+            return cast(str, self.attr_target)
+        if self.attr_target != "auto":
+            return "forced" if is_forced else "top-k"
+        if is_forced and probe:
+            handshake(self._source(), prompt[:-1] or prompt, prompt[-1:])
+        if is_forced:
+            return "forced"
+        return "top-k" if probe else "frequency"
+
+    def _climb(
+        self,
+        inp: InterpretableInput,
+        feature_mask: Tensor | None,
+        target: object,
+        gen_args: Mapping[str, Any] | None,
+    ) -> Climbed | None:
+        """The rung to stand on; None for log-probabilities of prompts."""
+        refused: dict[str, str] = {}
+        tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
+        prompt: Prompt | None = None
+        try:
+            if self.attr_target == "auto":
+                prompt = as_prompt(inp, tokenizer, feature_mask)
+                name = self._wanted(probe=True, prompt=rendered(prompt, True))
+            else:
+                name = self._wanted(probe=False)
+        except ApiError as error:
+            if error.status not in (None, 400, 404, 422, 501):
+                raise
+            refused["forced"], name = str(error), "top-k"
+        if name == "forced":
+            return None
+        if isinstance(self.attr_target, Contrast):
+            raise ValueError(
+                "a contrast needs log-probabilities of prompts, and the server tells none"
+                + (f": {refused['forced']}" if refused else ".")
+            )
+        if self.attr_target == "prob":
+            raise ValueError(
+                'probabilities need log-probabilities of prompts: give `attr_target="log_prob"`, '
+                "of which some are bounds, or 'frequency'."
+            )
+        who = speaker(self.provider)
+        if who is None:
+            raise TypeError(
+                f"{type(self.provider).__name__} cannot be sent messages: give a `ChatProvider`, "
+                "`AnthropicProvider`, `CallableProvider` or `CompletionsProvider`"
+                + (f". {refused['forced']}" if refused else ".")
+            )
+        if tokenizer is None:
+            raise TypeError(
+                "the input has no tokenizer: give `TextSegmentInput(text, None)` or "
+                "`ChatInput(messages, None)`."
+            )
+        prompt = prompt or as_prompt(inp, tokenizer, feature_mask)
+        vocabulary = (
+            tokenizer if isinstance(tokenizer, PlainTokenizer) else OpenVocabulary(tokenizer)
+        )
+        asker = Asker(who, self._cache, self._limits)
+        n_tokens = n_new(gen_args, target if isinstance(target, str) else None)
+        rung: Rung = self._rung(name, asker, n_tokens, gen_args)
+        n_threads = self._max_concurrency or who.max_concurrency
+        scorer = LadderScorer(
+            rung,
+            asker,
+            vocabulary,
+            attr_target="log_prob" if name == "top-k" else name,
+            n_threads=n_threads,
+            show_progress=False,
+        )
+        full, empty = (scorer.messages(rendered(prompt, on)) for on in (True, False))
+        if isinstance(rung, TopK):
+            try:
+                rung.meet(full)
+            except ApiError as error:
+                is_able = error.status in (None, 400, 404, 422, 501)
+                if self.attr_target != "auto" or not is_able:
+                    raise
+                refused["top-k"] = str(error)
+                rung = self._rung("frequency", asker, n_tokens, gen_args)
+                scorer.rung, scorer.attr_target = rung, "frequency"
+        return Climbed(rung, scorer, vocabulary, full, empty, n_tokens, refused)
+
+    def _rung(
+        self, name: str, asker: Asker, n_tokens: int, gen_args: Mapping[str, Any] | None
+    ) -> Rung:
+        if name == "top-k":
+            return TopK(asker, self._top)
+        n = self._n_answers or _N_ANSWERS[name]
+        temperature = float((gen_args or {}).get("temperature") or 1.0)
+        if name == "frequency":
+            return Frequency(asker, n, n_tokens, temperature, self._predicate)
+        kind = self._similarity
+        similar = kind if callable(kind) else _SIMILAR[kind]
+        called = str(getattr(kind, "__name__", type(kind).__name__)) if callable(kind) else kind
+        return Similarity(asker, n, n_tokens, temperature, similar, called)
+
+    def _on(self, climbed: Climbed) -> "RemoteGenerationAttribution":
+        """The same for one attribution on a rung."""
+        own = copy.copy(self)
+        own._climbed, own.tokenizer = climbed, climbed.tokenizer
+        own.attr_target = climbed.scorer.attr_target
+        return own
+
+    def _target_ids(
+        self,
+        run: Run,
+        target: Any,
+        gen_args: Mapping[str, Any] | None,
+        generation: Generation | None,
+        skip_tokens: Skipped | None,
+    ) -> Tensor:
+        if self._counter is not None:
+            return cast(Tensor, target)
+        climbed = self._climbed
+        if climbed is None:
+            return super()._target_ids(run, target, gen_args, generation, skip_tokens)
+        if target is not None and not isinstance(target, str):
+            raise TypeError(
+                f"`target` is a {type(target).__name__}: this provider is sent text, so give one."
+            )
+        if target is not None and not target.strip():
+            raise ValueError("the target is empty: give a text.")
+        rung, asker = climbed.rung, climbed.scorer.asker
+        top = self._top if isinstance(rung, TopK) else 0
+        if target is None:
+            said = asker.one(climbed.full, n_tokens=climbed.n_tokens, temperature=0.0, top=top)
+            texts = [step.text for step in said.steps if step.text] if top else [said.text]
+        else:
+            texts = rung.cut(climbed.full, target) if isinstance(rung, TopK) else [target]
+        if not any(text.strip() for text in texts):
+            raise ValueError("the model wrote nothing: give a `target`.")
+        rung.begin(climbed.full, climbed.empty, texts)
+        ids = [climbed.tokenizer.token(text) for text in texts]
+        return torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+    def _result(
+        self,
+        inp: InterpretableInput,
+        game: Game,
+        outcome: Outcome,
+        joint: Tensor | None,
+        generation: Generation | None,
+    ) -> GenerationAttributionResult:
+        if self._climbed is None:
+            return super()._result(inp, game, outcome, joint, generation)
+        scorer = self._climbed.scorer
+        known, weight = scorer.known(), weights(outcome.name, outcome.plan)
+        told: dict[str, Any] = {
+            "value_interval": finite(torch.stack([known["lower"], known["upper"]])),
+            "token_attr_interval": None,
+            "rungs_refused": dict(self._climbed.refused),
+        }
+        if weight is not None:
+            same = scorer.same_rows()
+            n, first = (
+                int(same.max()) + 1,
+                torch.zeros(int(same.max()) + 1, dtype=torch.int64, device="cpu"),
+            )
+            first[same] = torch.arange(len(same), dtype=torch.int64, device="cpu")
+            merged = torch.zeros(n, weight.shape[1], dtype=weight.dtype, device="cpu").index_add(
+                0, same, weight
+            )
+            own = {name: values[first] for name, values in known.items()}
+            if own["variances"].any():
+                sampled = (own["variances"].T @ merged.square()).sqrt()
+                solution = outcome.solution
+                # Of estimates, standard errors have this noise in them.
+                errors = torch.maximum(solution.standard_errors.nan_to_num(), sampled)
+                outcome = replace(outcome, solution=replace(solution, standard_errors=errors))
+            else:
+                ends = interval_of(merged, own["lower"], own["upper"])
+                told["token_attr_interval"] = finite(torch.stack(ends))
+        result = super()._result(inp, game, outcome, joint, generation)
+        result.provenance.update(told)
+        return result
+
+    def _source(self) -> Source:
+        return source(self.provider, self.tokenizer, self._max_concurrency, self._on_mismatch)
+
+    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> Values:
+        if self._counter is not None:
+            return self._counter
+        if self._climbed is not None:
+            self._climbed.scorer.shows(show_progress)
+            return self._climbed.scorer
+        return RemoteScorer(
+            self._source(),
+            self.tokenizer,
+            attr_target=scored(self.attr_target),
+            max_rows=max_rows,
+            show_progress=show_progress,
+            missing=self._missing,
+            most_requests=self._most_requests,
+        )
+
+    def _proposer(self, scorer: Values) -> Values:
+        return scorer
+
+    def with_absence(self, prompt: Prompt) -> Prompt:
+        """Nothing stands there: an API does not tell what its model would have written."""
+        return prompt
+
+    def _language_model(self, scorer: Values) -> LanguageModel:
+        return RemoteLikelihood(cast(RemoteScorer, scorer), self.tokenizer)
+
+    def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
+        """See `GenerationAttribution.generation`; the provider's own defaults are not known."""
+        given = dict(gen_args or {})
+        several = next((n for n in _SEVERAL if (given.get(n) or 1) != 1), None)
+        if several is not None:
+            raise ValueError(
+                f"`{several}` is {given[several]!r}, and one answer is explained at a time: leave "
+                "it out, or give each answer as `target`."
+            )
+        if "generation_config" in given:
+            raise ValueError(
+                "`generation_config` is nothing that an API takes: give its fields as `gen_args`."
+            )
+        if not LENGTHS & set(given):
+            given["max_new_tokens"] = 25
+        if "temperature" not in given and not given.get("do_sample"):
+            # Captum's None is the server's default, which samples.
+            given |= {"do_sample": False, "temperature": 0.0}
+        return Generation(given, {name: repr(value) for name, value in given.items()})
+
+    def _generated_ids(self, run: Run, generation: Generation) -> Tensor:
+        given = dict(generation.arguments)
+        if given.get("do_sample") and self._source().takes_ids:
+            given.setdefault("seed", run.seed)
+        return run.scorer.generate(TokenRow(run.full.ids, (), run.full.extras), given, run.seed)
+
+    def _vocabulary_size(self) -> int | None:
+        if self._climbed is not None or self._counter is not None:
+            return None
+        tokenizer: Any = self.tokenizer  # captum's protocol knows no length
+        return len(tokenizer) if hasattr(tokenizer, "__len__") else None
+
+    def _model_identity(self) -> dict[str, str]:
+        told = described(self.provider)
+        return {name: told[name] for name in ("provider", "model") if told[name] is not None}
+
+    def _model_provenance(self) -> dict[str, Any]:
+        unknown = dict.fromkeys(("revision", "model_class", "dtype", "device"))
+        return described(self.provider) | unknown
+
+    def _arithmetic(self, game: Game) -> dict[str, Any]:
+        if self._counter is not None:
+            return {"noise_floor": None}
+        scorer = cast(RemoteScorer | LadderScorer, game.run.scorer)
+        return {"noise_floor": None, **scorer.told()}
+
+    def _numbers(self) -> Tensor:
+        return torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+def _check_contrast(contrast: Contrast, provider: Any, takes_ids: bool) -> None:
+    """Refuses foils that a provider cannot tell, before anything is asked.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not takes_ids:
+        raise ValueError(
+            "a contrast needs log-probabilities of foils, which a provider that takes texts does "
+            f"not tell ({type(provider).__name__}): give one that takes ids, such as "
+            "`CompletionsProvider`."
+        )
+    if contrast.is_found and getattr(provider, "top_logprobs", None) == 0:
+        raise ValueError(
+            f"{type(provider).__name__} tells of no other tokens than it is sent, so no foils are "
+            "to be found: say `top_logprobs=20`, or give them (`Contrast(foils=…)`)."
+        )

@@ -1,0 +1,77 @@
+"""``captum-llm-ext attribute --input``: a file of prompts, a folder of results."""
+
+import argparse
+from pathlib import Path
+
+from captum_llm_ext.attribution.dataset import attribute_dataset
+from captum_llm_ext.cli.command import UsageError, say
+from captum_llm_ext.cli.job import Job, as_baselines
+from captum_llm_ext.cli.torchrun import accelerator, is_main
+
+# As many errors are shown; all of them are in files.
+_SHOWN = 10
+
+
+def add_many(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that says where the results of many prompts go."""
+    group = parser.add_argument_group(
+        "many prompts",
+        "One .safetensors per line of --input. Run again, the command goes on where it was. Under "
+        "torchrun (torchrun --standalone --nproc_per_node 2 -m captum_llm_ext attribute …) every "
+        "process takes the next line as it becomes free; of a single prompt they share the model's "
+        "evaluations.",
+    )
+    group.add_argument("--out", metavar="FOLDER", help="where results of --input go")
+
+
+def check_many(arguments: argparse.Namespace) -> bool:
+    """Whether many prompts are given.
+
+    Raises:
+        UsageError: If an option would be ignored, or one is missing.
+        ValueError: If there is no such file.
+    """
+    if arguments.input is None:
+        if arguments.out is not None:
+            raise UsageError("--out is where results of --input go: here, --save writes one.")
+        return False
+    if arguments.out is None:
+        raise UsageError("--input needs --out: the folder for the results.")
+    for name in ("html", "png", "json", "save", "target", "checkpoint"):
+        if getattr(arguments, name) is not None:
+            if name == "checkpoint":
+                raise UsageError(
+                    "--checkpoint is for one prompt: with --input the same command goes on where "
+                    "it was."
+                )
+            what = '"target" in each line' if name == "target" else "`show` on a file of --out"
+            raise UsageError(f"--{name} is for one prompt: use {what}.")
+    if len(arguments.baselines or []) > 1:
+        raise UsageError(f"{len(arguments.baselines)} --baselines: give one.")
+    if not Path(arguments.input).is_file():
+        raise ValueError(f"--input {arguments.input}: there is no such file.")
+    return True
+
+
+def run_many(arguments: argparse.Namespace) -> int:
+    """Attributes every line; the status is 1 if one of them failed."""
+    job = Job(arguments)
+    baselines = as_baselines((arguments.baselines or ["delete"])[0], arguments.seed)
+    attribution, chosen = job.for_many()
+    options = {name: value for name, value in job.options.items() if name != "target"}
+    report = attribute_dataset(
+        arguments.input,
+        attribution,
+        arguments.out,
+        baselines=baselines,
+        accelerator=accelerator(),
+        **chosen,
+        **options,
+    )
+    if is_main():
+        for number, error in report.failures[:_SHOWN]:
+            say(f"record {number} failed: {error}")
+        if report.n_failed > _SHOWN:
+            say(f"… and {report.n_failed - _SHOWN} more: see the .error.json in {arguments.out}")
+        print(f"{report} in {arguments.out}", flush=True)
+    return 1 if report.n_failed else 0

@@ -1,0 +1,238 @@
+"""Does this model give right numbers here, and which shortcuts does scoring take with it?"""
+
+import logging
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
+from torch import Tensor
+
+from captum_llm_ext import _compat
+from captum_llm_ext.model import Scorer, TokenRow
+from captum_llm_ext.model.forward.passes import rounding
+from captum_llm_ext.model.probe import Findings
+from captum_llm_ext.text import tokens
+
+_TEXT = (
+    "Dave lives in Palm Coast, FL and is a lawyer. Ann, who came from Austin in 1998, teaches "
+    "music at a small school near the river and plays chess with her neighbours on Sundays."
+)
+_ANSWER = " They meet at the harbour and talk about the weather."
+_LONGEST_PROMPT, _LONGEST_ANSWER = 48, 8
+_SHORT_PROMPT, _SHORT_ANSWER = 8, 4  # for captum, which runs every row token by token
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was seen of a model.
+
+    Attributes:
+        dtype: Of its weights.
+        n_rows: Distinct rows that were scored.
+        rounding: Nats that rounding explains in this dtype.
+        found: What `scoring.probe` found: how the model is asked follows from it.
+        noise_floor: Largest difference that batches alone make of a value; None where it is below
+            float32 rounding.
+        whole_error: Largest difference of the package's values to one plain uncached forward per
+            row, where every row is computed whole.
+        shared: Share of the rows' positions that were computed with beginnings reused; None where
+            they are not.
+        shared_error: As `whole_error`, with beginnings reused; None where they are not.
+        why_not_shared: What scoring says about that, if anything.
+        lent_error: As `whole_error`, where rows attend to a beginning they have no copy of; None
+            where they do not.
+        packed_error: As `whole_error`, with rows packed in one sequence; None where they are not.
+        logits: What the model is asked logits of: ``"positions"``, ``"count"`` or None (all).
+        captum_error: Largest difference of an attribution between captum's default and captum
+            without its cache; None if captum fails.
+        captum_failed: What it said then.
+    """
+
+    dtype: str
+    n_rows: int
+    rounding: float
+    found: Findings
+    noise_floor: float | None
+    whole_error: float
+    shared: float | None
+    shared_error: float | None
+    why_not_shared: str | None
+    lent_error: float | None
+    packed_error: float | None
+    logits: str | None
+    captum_error: float | None
+    captum_failed: str | None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the package's values are those of plain forwards, up to rounding."""
+        others = (self.shared_is_exact, self.lent_is_exact, self.packed_is_exact)
+        return self.whole_is_exact and False not in others
+
+    @property
+    def whole_is_exact(self) -> bool:
+        """Whether rows that are computed whole have the values of plain forwards."""
+        return self.whole_error <= self.rounding  # False for NaN
+
+    @property
+    def shared_is_exact(self) -> bool | None:
+        """The same where beginnings are reused; None where they are not."""
+        return self._is_exact(self.shared_error)
+
+    @property
+    def lent_is_exact(self) -> bool | None:
+        """The same where beginnings are lent; None where they are not."""
+        return self._is_exact(self.lent_error)
+
+    @property
+    def packed_is_exact(self) -> bool | None:
+        """The same where rows are packed; None where they are not."""
+        return self._is_exact(self.packed_error)
+
+    def _is_exact(self, error: float | None) -> bool | None:
+        return None if error is None else error <= self.rounding
+
+    @property
+    def captum_is_right(self) -> bool | None:
+        """The same of captum's own default; None if it fails."""
+        if self.captum_error is None:
+            return None
+        return (
+            self.captum_error <= 2 * self.rounding
+        )  # an attribution is a difference of two values
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        ways = ("whole_is_exact", "shared_is_exact", "lent_is_exact", "packed_is_exact")
+        names = ("is_right", *ways, "captum_is_right")
+        found = {"found": self.found.told(), "batched": not self.found.couples_rows}
+        return asdict(self) | found | {name: getattr(self, name) for name in names}
+
+
+def probe(model: Any, tokenizer: Any) -> Probe:
+    """Runs a model on some sixty short rows.
+
+    Raises:
+        ValueError: If the tokenizer gives ids that the model does not have, or nothing at all.
+    """
+    prompt, target = _ids(model, tokenizer)
+    rows = _rows(prompt, target)
+    wanted = torch.tensor(target, dtype=torch.int64, device="cpu")
+    plain = Scorer(model, reuse="off")
+    whole = plain.values(rows, wanted)
+    floor = plain.noise_floor(rows[0], wanted)
+    found = plain.findings
+    assert found is not None
+    # No overhead: whether sharing pays on rows this short is not the question.
+    sharing = Scorer(model, overhead=0, reuse="copy")
+    with _warnings_of("captum_llm_ext.model") as said:
+        shared = sharing.values(rows, wanted)
+    expected = _plain_values(model, rows, wanted, apart=found.step_by_step)
+    lent, packed = Scorer(model, overhead=0, reuse="lend"), Scorer(model, overhead=0, reuse="pack")
+    with _warnings_of("captum_llm_ext.model"):  # the same ones
+        by_loan, by_pack = (scorer.values(rows, wanted) for scorer in (lent, packed))
+
+    def error(values: Tensor) -> float:
+        return float((values - expected).abs().max())
+
+    share = sharing.n_positions / sharing.n_row_positions
+    captum_error, captum_failed = _captum_error(model, tokenizer, target)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return Probe(
+        dtype=str(dtype).removeprefix("torch."),
+        n_rows=sharing.n_evaluations,
+        rounding=rounding(dtype),
+        found=found,
+        noise_floor=None if floor is None else float(floor.max()),
+        whole_error=error(whole),
+        shared=share if share < 1 else None,
+        shared_error=error(shared) if share < 1 else None,
+        why_not_shared="; ".join(said) or None,
+        lent_error=error(by_loan) if lent.lends else None,
+        packed_error=error(by_pack) if packed.packs else None,
+        logits=_compat.kept_logits(model),
+        captum_error=captum_error,
+        captum_failed=captum_failed,
+    )
+
+
+def _ids(model: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
+    target = tokenizer.encode(_ANSWER, add_special_tokens=False)[:_LONGEST_ANSWER]
+    most = _compat.longest_sequence(model) or _LONGEST_PROMPT
+    prompt = list(tokens.encode(tokenizer, _TEXT).ids)[: min(_LONGEST_PROMPT, most - len(target))]
+    if len(prompt) < 2 or not target:
+        raise ValueError("the tokenizer makes no tokens of English text: nothing can be probed.")
+    return prompt, target
+
+
+def _rows(prompt: Sequence[int], target: Sequence[int]) -> list[TokenRow]:
+    """The prompt, without each token, without each stretch from its middle: of many lengths."""
+    half = len(prompt) // 2
+    prompts = [
+        list(prompt),
+        *([*prompt[:i], *prompt[i + 1 :]] for i in range(1, len(prompt))),
+        *([*prompt[:half], *prompt[stop:]] for stop in range(half + 2, len(prompt))),
+    ]
+    return [
+        TokenRow((*ids, *target[:-1]), range(len(ids) - 1, len(ids) - 1 + len(target)))
+        for ids in prompts
+    ]
+
+
+@torch.no_grad()
+def _plain_values(model: Any, rows: Sequence[TokenRow], target: Tensor, *, apart: bool) -> Tensor:
+    """One uncached, unpadded forward per row, or per target token with nothing after it."""
+    arguments = _compat.uncached(model)
+
+    def logits(ids: Sequence[int]) -> Tensor:
+        given = torch.tensor([ids], device=_compat.input_device(model), dtype=torch.int64)
+        found = _compat.sequence_logits(_compat.called(model, given, **arguments))[0]
+        return found if apart else found[-len(ids) :]  # without those of a soft prompt
+
+    found: list[Tensor] = []
+    for row in rows:
+        if apart:
+            said = torch.stack([logits(row.ids[: place + 1])[-1] for place in row.positions])
+        else:
+            said = logits(row.ids)[list(row.positions)]
+        found.append(said.double().log_softmax(-1).cpu().gather(1, target[:, None])[:, 0])
+    return torch.stack(found)
+
+
+def _captum_error(
+    model: Any, tokenizer: Any, target: Sequence[int]
+) -> tuple[float | None, str | None]:
+    """How far captum's default is from captum without its cache, or why that cannot be told."""
+    try:
+        text = tokenizer.decode(tokenizer.encode(_TEXT, add_special_tokens=False)[:_SHORT_PROMPT])
+        inp = TextTokenInput(text, tokenizer)
+        attribution = LLMAttribution(FeatureAblation(model), tokenizer)
+        ids = torch.tensor(target[:_SHORT_ANSWER], dtype=torch.int64, device="cpu")
+        cached, right = (
+            attribution.attribute(inp, ids, use_cached_outputs=cached).token_attr
+            for cached in (True, False)
+        )
+        if cached is None or right is None:
+            return None, "it gives no attribution per token"
+        return float((cached - right).abs().max()), None
+    except Exception as error:  # it is captum's default that is looked at: whatever it raises
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextmanager
+def _warnings_of(name: str) -> Generator[list[str]]:
+    """What a logger warns of, collected in place of being shown."""
+    said: list[str] = []
+    logger = logging.getLogger(name)
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated

@@ -1,0 +1,30 @@
+"""The tiny model that comes with the package."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
+
+
+def folder() -> Path:
+    """Where model, tokenizer, corpus and model card lie."""
+    return Path(str(files("captum_llm_ext.demo") / "model"))
+
+
+def load_demo() -> tuple[Any, Any, list[str]]:
+    """A language model small enough for examples, whose answers have known causes.
+
+    It writes biographies of an invented English; ``demo/model/README.md`` says which word depends
+    on which. Nothing is downloaded.
+
+    Returns:
+        The model (Llama, 0.2 million parameters, in eval mode), its tokenizer, and documents of
+        the same language for `CorpusBaselines`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder())
+    corpus = (folder() / "corpus.txt").read_text(encoding="utf-8").splitlines()
+    return model, tokenizer, corpus

@@ -1,0 +1,355 @@
+"""Metrics of any numbers on any game: attributions of other packages, too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.evaluation.faithfulness.queries import Game, ask
+from captum_llm_ext.evaluation.faithfulness.report import FaithfulnessReport
+from captum_llm_ext.evaluation.faithfulness.scores import (
+    Kind,
+    Metric,
+    Paths,
+    PerturbationCurve,
+    RandomCoalitions,
+)
+
+_USUAL_K = (1, 3, 5)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked of a game.
+
+    Attributes:
+        k: Numbers of features for comprehensiveness and sufficiency; None: those of 1, 3 and 5 that
+            there are features for.
+        n_orders: Random orders that curves are held against.
+        n_coalitions: Random coalitions of the linear datamodeling score.
+        share: Probability that a feature is present in one of them.
+        max_steps: At most so many steps of a curve, those at `k` not counted.
+        seed: Of orders, coalitions, and the places of equal attributions.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    k: int | Sequence[int] | None = None
+    n_orders: int = 8
+    n_coalitions: int = 128
+    share: float = 0.5
+    max_steps: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"n_orders": 1, "n_coalitions": 3, "max_steps": 1}
+        for name, least_value in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least_value:
+                raise ValueError(
+                    f"`{name}` is {value!r}: give an integer of at least {least_value}."
+                )
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"`seed` is {self.seed!r}: give an integer.")
+        if not 0 < self.share < 1:
+            raise ValueError(f"`share` is {self.share!r}: give a number between 0 and 1.")
+
+    def sizes(self, n: int) -> list[int]:
+        """The numbers k, for so many features.
+
+        Raises:
+            ValueError: If one of them is no number from 1 to n.
+        """
+        if self.k is None:
+            return [k for k in _USUAL_K if k <= n]
+        wanted = [self.k] if isinstance(self.k, int) else list(self.k)
+        for k in wanted:
+            if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
+                raise ValueError(f"`k` has {k!r}: give numbers of features from 1 to {n}.")
+        return sorted(set(wanted))
+
+
+def measure(
+    attributions: Mapping[str, Tensor],
+    game: Game,
+    questions: Questions,
+    *,
+    features: list[str],
+    unit: str | None,
+    target: str = "a game",
+    absence: str = "as the game has it",
+) -> FaithfulnessReport:
+    """Every metric of every attribution, from one call of the game.
+
+    Args:
+        attributions: By name, float64 ``(n,)``.
+        game: A function of coalitions, see `ask`.
+        questions: What is asked of it.
+        features: Names of the players.
+        unit: Of its values.
+        target: What is explained.
+        absence: What stands where a feature is absent.
+    """
+    generator = torch.Generator().manual_seed(questions.seed)
+    n = len(next(iter(attributions.values())))
+    k = questions.sizes(n)
+    paths = Paths(
+        attributions,
+        k=k,
+        max_steps=questions.max_steps,
+        n_orders=questions.n_orders,
+        generator=generator,
+    )
+    coalitions = RandomCoalitions(n, questions.n_coalitions, questions.share, generator)
+    masks = torch.cat([paths.masks, coalitions.masks])
+    answers = ask(game, masks)
+    n_along = len(paths.masks)
+    curves = paths.read(answers[:n_along], unit, "strongest")
+    scores = coalitions.read(answers[n_along:], attributions)
+    metrics = {name: _told(curves[name], k) | {"lds": scores[name]} for name in attributions}
+    path = next(iter(curves.values()))["insertion"].values
+    return FaithfulnessReport(
+        names=list(attributions),
+        target=target,
+        features=features,
+        absence=absence,
+        unit=unit,
+        full=path[-1],
+        empty=path[0],
+        metrics=metrics,
+        curves=curves,
+        n_draws=getattr(game, "n_draws", 1),
+        n_coalitions=len(masks.unique(dim=0)),
+        seed=questions.seed,
+    )
+
+
+def _told(curves: Mapping[Kind, PerturbationCurve], k: Sequence[int]) -> dict[str, Metric]:
+    added, removed = curves["insertion"], curves["removal"]
+    found = [
+        added.area,
+        removed.area,
+        _between("area_between", added.area, removed.area),
+        added.normalized_area,
+        removed.normalized_area,
+        _between("normalized_area_between", added.normalized_area, removed.normalized_area),
+        *(removed.lost_at(size) for size in k),
+        *(added.lost_at(size) for size in k),
+    ]
+    return {metric.name: metric for metric in found}
+
+
+def _between(name: str, upper: Metric, lower: Metric) -> Metric:
+    """What lies between the curves of weakest-first and strongest-first removal."""
+    value, reference = upper.value - lower.value, upper.reference - lower.reference
+    return Metric(name, value, reference, upper.unit, True)
+
+
+def measure_attributions(
+    attributions: Mapping[str, Any],
+    game: Game,
+    *,
+    k: int | Sequence[int] | None = None,
+    n_orders: int = 8,
+    n_coalitions: int = 128,
+    max_steps: int = 20,
+    seed: int = 0,
+    unit: str | None = None,
+) -> FaithfulnessReport:
+    """Every metric of any attributions of one game, as `measure_faithfulness` has it for results.
+
+    Args:
+        attributions: By name, shape ``(n_players,)`` each: of whatever method or package.
+        game: As of `perturbation_curve`.
+        k: For comprehensiveness and sufficiency: numbers of features. None: those of 1, 3 and 5
+            that there are features for.
+        n_orders: Random orders that curves are held against.
+        n_coalitions: Random coalitions of the linear datamodeling score.
+        max_steps: At most so many steps of a curve, those at `k` not counted.
+        seed: Of everything that is drawn here.
+        unit: Of the game's values.
+
+    Raises:
+        ValueError: As `perturbation_curve`.
+        TypeError: If `attributions` is no mapping.
+    """
+    if not isinstance(attributions, Mapping) or not attributions:
+        raise TypeError(
+            "`attributions` must be a mapping from names to numbers, such as "
+            "`{'mine': attributions}`, and hold at least one."
+        )
+    questions = Questions(k, n_orders, n_coalitions, max_steps=max_steps, seed=seed)
+    numbers = {
+        name: as_attributions(f"attributions[{name!r}]", given, game)
+        for name, given in attributions.items()
+    }
+    n = len(next(iter(numbers.values())))
+    for name, attr in numbers.items():
+        if len(attr) != n:
+            raise ValueError(f"{name!r} has {len(attr)} numbers, another has {n}: give one each.")
+    names = getattr(game, "player_names", None) or [f"player {i}" for i in range(n)]
+    return measure(numbers, game, questions, features=list(names), unit=unit)
+
+
+# One metric at a time ----------------------------------------------------------------------------
+
+
+def perturbation_curve(
+    attributions: Any,
+    game: Game,
+    kind: Kind = "removal",
+    *,
+    first: Literal["strongest", "weakest"] = "strongest",
+    max_steps: int = 20,
+    n_orders: int = 8,
+    seed: int = 0,
+) -> PerturbationCurve:
+    """Values while features are removed, or added, in the order of their attributions.
+
+    Removal of the strongest first is the deletion curve, or MoRF (Samek et al. 2017, arXiv
+    1509.06321; Petsiuk et al. 2018, arXiv 1806.07421): the lower, the better. Of the weakest first:
+    LeRF, the higher the better. Insertion begins with none.
+
+    Features of positive attribution come before those of zero, and those before negative ones: the
+    sign counts. Equal ones are put in a random order.
+
+    Args:
+        attributions: Shape ``(n_players,)``.
+        game: From a numpy array of booleans ``(n_coalitions, n_players)``, True = present, to
+            ``(n_coalitions,)``; `CoalitionGame`, whose draws then tell the standard errors, or any
+            function.
+        kind: ``"removal"`` or ``"insertion"``.
+        first: ``"strongest"`` or ``"weakest"``.
+        max_steps: Among more features, several are removed at a time.
+        n_orders: Random orders of the reference.
+        seed: Of random orders.
+
+    Raises:
+        ValueError: If an argument is out of range, or the game does not fit the attributions.
+    """
+    if kind not in ("removal", "insertion"):
+        raise ValueError(f"`kind` is {kind!r}: give 'removal' or 'insertion'.")
+    if first not in ("strongest", "weakest"):
+        raise ValueError(f"`first` is {first!r}: give 'strongest' or 'weakest'.")
+    questions = Questions(max_steps=max_steps, n_orders=n_orders, seed=seed)
+    return _curves(attributions, game, questions, (), first)[kind]
+
+
+def comprehensiveness(
+    attributions: Any, game: Game, k: int, *, n_orders: int = 8, seed: int = 0
+) -> Metric:
+    """What is lost when the k features of largest attribution are absent: the more, the better.
+
+    DeYoung et al. 2020 (ERASER, arXiv 1911.03429), in the unit of the game.
+
+    Args:
+        attributions, game, n_orders, seed: As of `perturbation_curve`.
+        k: How many features.
+
+    Raises:
+        ValueError: As `perturbation_curve`.
+    """
+    return _lost(attributions, game, "removal", k, n_orders, seed)
+
+
+def sufficiency(
+    attributions: Any, game: Game, k: int, *, n_orders: int = 8, seed: int = 0
+) -> Metric:
+    """What is lost when only the k features of largest attribution are there: the less, the better.
+
+    DeYoung et al. 2020 (ERASER, arXiv 1911.03429), in the unit of the game. Below 0 where the
+    others lower the value.
+
+    Args:
+        attributions, game, n_orders, seed: As of `perturbation_curve`.
+        k: How many features.
+
+    Raises:
+        ValueError: As `perturbation_curve`.
+    """
+    return _lost(attributions, game, "insertion", k, n_orders, seed)
+
+
+def linear_datamodeling_score(
+    attributions: Any,
+    game: Game,
+    *,
+    n_coalitions: int = 128,
+    share: float = 0.5,
+    seed: int = 0,
+) -> Metric:
+    """Spearman's correlation of what attributions predict for random coalitions with their values.
+
+    Predicted is the sum of the attributions of the features present (Park et al. 2023, TRAK, arXiv
+    2303.14186, sec. 2; Cohen-Wang et al. 2024, ContextCite, arXiv 2409.00729).
+
+    Args:
+        attributions, game, seed: As of `perturbation_curve`.
+        n_coalitions: How many; all there are if these are no more.
+        share: Probability that a feature is present.
+
+    Returns:
+        The score. Its standard error is the jackknife's over coalitions, and over the game's draws,
+        variances added. Where values have few levels, whose order hangs on the draws, the latter is
+        too large rather than too small: ranks change by leaps. The reference are the same numbers
+        dealt out to the features at random: it is above 0 where attributions, and values, rise with
+        the number of features alone. Noise of few draws lowers the score of every attribution.
+
+    Raises:
+        ValueError: As `perturbation_curve`.
+    """
+    attr = {"": as_attributions("attributions", attributions, game)}
+    questions = Questions(n_coalitions=n_coalitions, share=share, seed=seed)
+    generator = torch.Generator().manual_seed(questions.seed)
+    coalitions = RandomCoalitions(len(attr[""]), n_coalitions, share, generator)
+    return coalitions.read(ask(game, coalitions.masks), attr)[""]
+
+
+def as_attributions(name: str, attributions: Any, game: Game) -> Tensor:
+    """The numbers as float64 on the CPU.
+
+    Raises:
+        ValueError: If they are not finite, or not one per player.
+    """
+    attr = torch.as_tensor(attributions, dtype=torch.float64, device="cpu").detach()
+    n_players = getattr(game, "n_players", None)
+    if attr.dim() != 1 or not len(attr) or len(attr) != (n_players or len(attr)):
+        wanted = "(n_players,)" if n_players is None else f"({n_players},)"
+        raise ValueError(f"`{name}` has shape {tuple(attr.shape)}: give {wanted}, one per player.")
+    if not bool(attr.isfinite().all()):
+        raise ValueError(
+            f"`{name}` holds {next(v for v in attr.tolist() if not math.isfinite(v))}: features "
+            "without a finite number have no place in an order."
+        )
+    return attr
+
+
+def _lost(attributions: Any, game: Game, kind: Kind, k: int, n_orders: int, seed: int) -> Metric:
+    questions = Questions(k, max_steps=1, n_orders=n_orders, seed=seed)
+    attr = as_attributions("attributions", attributions, game)
+    curves = _curves(attr, game, questions, questions.sizes(len(attr)), "strongest")
+    return curves[kind].lost_at(k)
+
+
+def _curves(
+    attributions: Any,
+    game: Game,
+    questions: Questions,
+    k: Sequence[int],
+    first: Literal["strongest", "weakest"],
+) -> dict[Kind, PerturbationCurve]:
+    attr = {"": as_attributions("attributions", attributions, game)}
+    paths = Paths(
+        attr,
+        k=k,
+        max_steps=questions.max_steps,
+        n_orders=questions.n_orders,
+        generator=torch.Generator().manual_seed(questions.seed),
+    )
+    return paths.read(ask(game, paths.masks), None, first)[""]

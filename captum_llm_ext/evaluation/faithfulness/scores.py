@@ -1,0 +1,343 @@
+"""What the values of coalitions say of attributions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.evaluation.faithfulness.estimate import Estimate, average
+
+Kind = Literal["removal", "insertion"]
+# Full minus empty, relative to the larger of them, below which it is rounding of float32.
+_ROUNDING = 1e-6
+_SURE = 1.96  # standard errors
+_SHUFFLES = 100  # they cost no coalition
+_MOST_AT_ONCE = 2**22  # numbers of a jackknife over coalitions
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """One measure of an attribution, beside what a random order of the features would get.
+
+    Attributes:
+        name: Such as ``"insertion_area"``, ``"comprehensiveness@3"`` or ``"lds"``.
+        value: Of the attribution.
+        reference: The mean over random orders of the features (for ``"lds"``: of its own numbers
+            dealt out at random).
+        unit: Of both; None for pure numbers.
+        higher_is_better: Or a lower one.
+    """
+
+    name: str
+    value: Estimate
+    reference: Estimate
+    unit: str | None
+    higher_is_better: bool
+
+    @property
+    def gain(self) -> Estimate:
+        """How much better than a random order: above 0 is better, whichever the metric."""
+        difference = self.value - self.reference
+        return difference if self.higher_is_better else -difference
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __str__(self) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{self.name} {self.value}{unit} (random order: {self.reference})"
+
+
+@dataclass(frozen=True, eq=False)
+class PerturbationCurve:
+    """Values while features are removed, or added, one after another.
+
+    Attributes:
+        kind: ``"removal"`` starts with all features, ``"insertion"`` with none.
+        first: Whether features of the largest or of the smallest attribution come first.
+        sizes: How many have been removed or added, rising from 0 to all of them, ``(n_points,)``.
+        values: Shape ``(n_points,)``.
+        reference: The same, averaged over random orders.
+        unit: Of the values.
+    """
+
+    kind: Kind
+    first: Literal["strongest", "weakest"]
+    sizes: Tensor
+    values: Estimate
+    reference: Estimate
+    unit: str | None = None
+
+    @property
+    def area(self) -> Metric:
+        """Mean height above the empty coalition, in the unit of the value."""
+        return self._metric(f"{self.kind}_area", self.unit, self._height, self._rises)
+
+    @property
+    def normalized_area(self) -> Metric:
+        """`area` over full minus empty.
+
+        1 if the value were that of all features all along, 0 if it were that of none. NaN where
+        full is not above empty by more than the error of that (1.96 standard errors): then features
+        do not raise the value together, and there is no share of what they do.
+        """
+        span = self.values.map(lambda path: self._full(path) - self._empty(path))
+        least = _ROUNDING * float(self.values.value[[0, -1]].abs().max())
+        error = float(span.standard_error.nan_to_num())
+        has_meaning = float(span) > max(least, _SURE * error)
+
+        def share(path: Tensor) -> Tensor:
+            if not has_meaning:
+                return torch.full_like(path[:, 0], torch.nan)
+            return self._height(path) / (self._full(path) - self._empty(path))
+
+        return self._metric(f"normalized_{self.kind}_area", None, share, self._rises)
+
+    def lost_at(self, k: int) -> Metric:
+        """What is lost of the value of all features when k have been removed, or added.
+
+        Comprehensiveness and sufficiency of DeYoung et al. 2020 (ERASER, arXiv 1911.03429, sec.
+        4.3), of any value in place of a probability.
+
+        Raises:
+            ValueError: If k is none of `sizes`.
+        """
+        found = (self.sizes == k).nonzero()
+        if not len(found):
+            raise ValueError(
+                f"the curve is not known at {k} features: give one of {self.sizes.tolist()}."
+            )
+        place = int(found[0, 0])
+        name = "comprehensiveness" if self.kind == "removal" else "sufficiency"
+
+        def lost(path: Tensor) -> Tensor:
+            return self._full(path) - path[:, place]
+
+        return self._metric(f"{name}@{k}", self.unit, lost, not self._rises)
+
+    @property
+    def _rises(self) -> bool:
+        """Whether a better attribution has the curve higher."""
+        return (self.kind == "insertion") == (self.first == "strongest")
+
+    def _empty(self, path: Tensor) -> Tensor:
+        return path[:, 0 if self.kind == "insertion" else -1]
+
+    def _full(self, path: Tensor) -> Tensor:
+        return path[:, -1 if self.kind == "insertion" else 0]
+
+    def _height(self, path: Tensor) -> Tensor:
+        share = self.sizes.double() / int(self.sizes[-1])
+        return torch.trapezoid(path - self._empty(path)[:, None], share)
+
+    def _metric(
+        self,
+        name: str,
+        unit: str | None,
+        told: Callable[[Tensor], Tensor],
+        higher_is_better: bool,
+    ) -> Metric:
+        return Metric(name, self.values.map(told), self.reference.map(told), unit, higher_is_better)
+
+
+# Curves ------------------------------------------------------------------------------------------
+
+
+class Paths:
+    """Coalitions along the order of each attribution, and along random orders.
+
+    What is left when the weakest have been removed is what is there when the strongest have been
+    added; and a random order is as random from its end. So two paths tell all curves of an
+    attribution, and one path for every random order tells the reference of all of them.
+
+    Args:
+        attributions: By name, float64 ``(n,)``.
+        k: Sizes at which the curves must be known.
+        max_steps: At most so many steps from none to all, those at `k` not counted.
+        n_orders: How many random orders.
+        generator: Source of every random choice.
+
+    Attributes:
+        masks: Bool ``(n_coalitions, n)``.
+    """
+
+    def __init__(
+        self,
+        attributions: Mapping[str, Tensor],
+        *,
+        k: Sequence[int],
+        max_steps: int,
+        n_orders: int,
+        generator: torch.Generator,
+    ) -> None:
+        self._names, self._n_orders = list(attributions), n_orders
+        n = len(next(iter(attributions.values())))
+        self._sizes = _sizes(n, k, max_steps)
+        ties = torch.randperm(n, generator=generator, device="cpu")
+        orders: list[Tensor] = []
+        for attr in attributions.values():
+            order = strongest_first(attr, ties)
+            orders += [order, order.flip(0)]
+        orders += [torch.randperm(n, generator=generator, device="cpu") for _ in range(n_orders)]
+        self.masks = torch.cat([self._along(order) for order in orders])
+
+    def read(
+        self, answers: Estimate, unit: str | None, first: Literal["strongest", "weakest"]
+    ) -> dict[str, dict[Kind, PerturbationCurve]]:
+        """The curves of every attribution.
+
+        Args:
+            answers: To `masks`.
+            unit: Of the values.
+            first: Which features are removed, or added, first.
+        """
+        paths = answers.map(lambda rows: rows.view(len(rows), -1, len(self._sizes)))
+        random = self._reference(paths[2 * len(self._names) :])
+        found: dict[str, dict[Kind, PerturbationCurve]] = {}
+        for i, name in enumerate(self._names):
+            own = paths[2 * i], paths[2 * i + 1]
+            added, others = own if first == "strongest" else own[::-1]
+            of_kind: dict[Kind, tuple[Estimate, Estimate]] = {
+                "removal": (_backwards(others), _backwards(random)),
+                "insertion": (added, random),
+            }
+            sizes = torch.tensor(self._sizes, dtype=torch.int64, device="cpu")
+            found[name] = {
+                kind: PerturbationCurve(kind, first, sizes, *values, unit)
+                for kind, values in of_kind.items()
+            }
+        return found
+
+    def _along(self, order: Tensor) -> Tensor:
+        """The first of an order: bool ``(n_points, n)``."""
+        place = order.argsort()
+        return place < torch.tensor(self._sizes, dtype=torch.int64, device="cpu")[:, None]
+
+    def _reference(self, paths: Estimate) -> Estimate:
+        """The mean over orders of ``(n_orders, n_points)``, whose choice is one more chance."""
+        mean = paths.map(lambda rows: rows.mean(1))
+        return Estimate(mean.value, {**mean.left_out, "orders": average(paths.value)[1]})
+
+
+def strongest_first(attributions: Tensor, ties: Tensor) -> Tensor:
+    """Features by falling attribution, those that lower the value last.
+
+    The sign counts: removing first what raises the value makes it fall, which is what a curve
+    shows. By magnitude, what raises and what lowers it would cancel along the way.
+
+    Args:
+        attributions: Shape ``(n,)``, signed.
+        ties: An order of the features in which those of equal attribution stay. A random one: in
+            reading order, all the zeros would be judged by where they stand.
+    """
+    return ties[attributions[ties].argsort(descending=True, stable=True)]
+
+
+def _sizes(n: int, k: Sequence[int], max_steps: int) -> list[int]:
+    """From 0 to n; with every size what is left of n, so that paths can be read from both ends."""
+    steps = min(n, max_steps)
+    chosen = {round(i * n / steps) for i in range(steps + 1)} | {*k}
+    return sorted(chosen | {n - size for size in chosen})
+
+
+def _backwards(path: Estimate) -> Estimate:
+    return path.map(lambda rows: rows.flip(1))
+
+
+# Linear datamodeling score -----------------------------------------------------------------------
+
+
+class RandomCoalitions:
+    """Coalitions of which attributions that add up should tell the value.
+
+    Each feature is present with probability `share`, as in ContextCite (Cohen-Wang et al. 2024,
+    arXiv 2409.00729, sec. 3); all coalitions where these are no more than asked for and equally
+    likely.
+
+    Args:
+        n: Number of features.
+        n_coalitions: How many.
+        share: Probability that a feature is present.
+        generator: Source of every random choice.
+
+    Attributes:
+        masks: Bool ``(n_coalitions, n)``.
+    """
+
+    def __init__(self, n: int, n_coalitions: int, share: float, generator: torch.Generator) -> None:
+        self._are_all = share == 0.5 and 2**n <= n_coalitions
+        self._generator = generator
+        if self._are_all:
+            self.masks = (
+                torch.arange(2**n, device="cpu")[:, None] >> torch.arange(n, device="cpu") & 1
+            ).bool()
+        else:
+            self.masks = (
+                torch.rand(n_coalitions, n, generator=generator, dtype=torch.float32, device="cpu")
+                < share
+            )
+
+    def read(self, answers: Estimate, attributions: Mapping[str, Tensor]) -> dict[str, Metric]:
+        """The score of every attribution.
+
+        Args:
+            answers: To `masks`.
+            attributions: By name, float64 ``(n,)``.
+        """
+        n = self.masks.shape[1]
+        dealt = torch.stack(
+            [torch.randperm(n, generator=self._generator, device="cpu") for _ in range(_SHUFFLES)]
+        )
+        return {name: self._metric(answers, attr, dealt) for name, attr in attributions.items()}
+
+    def _metric(self, answers: Estimate, attr: Tensor, dealt: Tensor) -> Metric:
+        present = self.masks.double()
+        value = answers.map(lambda rows: spearman(present @ attr, rows))
+        if not self._are_all:
+            one_less = _left_out_correlations(present @ attr, answers.value)
+            value = Estimate(value.value, {**value.left_out, "coalitions": one_less})
+        sums = attr[dealt] @ present.T
+        each = answers.map(lambda rows: spearman(sums, rows[:, None]))  # per shuffle
+        reference = each.map(lambda rows: rows.mean(1))
+        reference = Estimate(
+            reference.value, {**reference.left_out, "orders": average(each.value)[1]}
+        )
+        return Metric("lds", value, reference, None, True)
+
+
+def spearman(x: Tensor, y: Tensor) -> Tensor:
+    """Spearman's rank correlation along the last dimension; equals share the mean of their ranks.
+
+    Args:
+        x, y: Of shapes that broadcast, ``(*shape, n)``.
+
+    Returns:
+        Shape ``(*shape)``; NaN where one side has nothing but ties.
+    """
+    x, y = _ranks(x), _ranks(y)
+    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    # Sums of the same numbers in another order differ in their last digits.
+    step = 1e-9 * values.abs().amax(-1, keepdim=True)
+    values = torch.where(step > 0, (values / step).round(), values).contiguous()
+    ordered = values.sort(-1).values
+    below = torch.searchsorted(ordered, values)
+    return (below + torch.searchsorted(ordered, values, right=True)).double() / 2
+
+
+def _left_out_correlations(x: Tensor, y: Tensor) -> Tensor:
+    """The correlation without each of the coalitions, shape ``(n_coalitions,)``."""
+    n = len(x)
+    places = torch.arange(n, device="cpu")
+    found: list[Tensor] = []
+    for part in places.split(max(1, _MOST_AT_ONCE // n)):
+        others = places.expand(len(part), n)[places != part[:, None]].view(len(part), n - 1)
+        found.append(spearman(x[others], y[others]))
+    return torch.cat(found)

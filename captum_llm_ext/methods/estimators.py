@@ -1,0 +1,371 @@
+"""Which plan and which solver a captum method names.
+
+Captum's classes name the estimand. How it is best estimated is decided here: enumeration where the
+coalitions are few, paired or antithetic sampling elsewhere.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from captum.attr import FeatureAblation, KernelShap, Lime, ShapleyValues, ShapleyValueSampling
+from captum.attr._utils.attribution import PerturbationAttribution
+from torch import Tensor
+
+from captum_llm_ext import _compat, coalitions
+from captum_llm_ext.base.arguments import check_counts
+from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.coalitions import Plan, Scope, Solution
+from captum_llm_ext.coalitions.hierarchical_search import solve_search
+from captum_llm_ext.coalitions.owen_orders import Tree
+from captum_llm_ext.coalitions.plans import MOST_EXACT_FEATURES
+from captum_llm_ext.methods import (
+    FeatureInclusion,
+    HierarchicalAblation,
+    PartitionShap,
+    Unfold,
+    evaluations_of_orders,
+    partition,
+    searching,
+)
+
+_MAX_DRAWS = 8
+_ROWS_WORTH_REPEATING = 1024
+_EVALUATIONS_PER_FEATURE = 16
+_CAPTUM_ORDERS = 25
+_TWO_DRAWS = "2 `n_draws`"
+
+Solver = Callable[[Plan, Tensor, Scope], Solution]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How the coalitions of one attribution are planned and solved.
+
+    Attributes:
+        name: For people and provenance.
+        plan: One round of coalitions from a generator.
+        solve: Attributions from the coalitions of all rounds and their values.
+        estimate: Whether the answer is sampled, so that more rounds make it better.
+        tells_error: Whether standard errors come with it.
+        unfold: In place of `plan` where the values decide what is scored next.
+        options: What `solve` was given beside, as numbers and text.
+        needs: What would tell errors, where there are none for want of it.
+    """
+
+    name: str
+    plan: Callable[[torch.Generator], Plan]
+    solve: Solver
+    estimate: bool
+    tells_error: bool = True
+    unfold: Unfold | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    needs: str | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows an estimator to spend.
+
+    Attributes:
+        n_samples: As in captum: evaluations for `KernelShap` and `Lime`, orders for
+            `ShapleyValueSampling`. None: the estimator's own choice.
+        n_draws: Draws of the baseline for methods that do not sample coalitions.
+        max_exact_features: Up to how many features all coalitions are enumerated.
+    """
+
+    n_samples: int | None = None
+    n_draws: int | None = None
+    max_exact_features: int = 12
+
+    def __post_init__(self) -> None:
+        check_counts(n_samples=self.n_samples, n_draws=self.n_draws)
+        if not 1 <= self.max_exact_features <= MOST_EXACT_FEATURES:
+            raise ValueError(
+                f"`max_exact_features` is {self.max_exact_features}: enumeration takes 2^n "
+                f"evaluations; give 1 to {MOST_EXACT_FEATURES}."
+            )
+
+
+def is_known(method: PerturbationAttribution) -> bool:
+    """Whether the package plans and solves the method itself.
+
+    Subclasses of the known classes, and a `Lime` with a kernel or model of the user's own, mean
+    something else and are driven through their own ``attribute``.
+    """
+    if type(method) is Lime and _compat.lime_settings(method) is None:
+        return False
+    return type(method) in _ESTIMATORS
+
+
+def estimator(
+    method: PerturbationAttribution,
+    n_features: int,
+    budget: Budget,
+    *,
+    deterministic: bool,
+    tree: Tree = (),
+    held: Sequence[int] = (),
+    num_trials: int = 1,
+) -> Estimator:
+    """The estimator for a captum method over `n_features` features.
+
+    Args:
+        method: One that `is_known`.
+        n_features: Features that are switched.
+        budget: What may be spent.
+        deterministic: Whether a coalition renders the same every time. If not, methods that
+            enumerate repeat with fresh draws while that is cheap (at most 8 times).
+        tree: The nesting of all features for `PartitionShap`, of the prompt's for
+            `HierarchicalAblation`.
+        held: Columns that some target requires.
+        num_trials: How often its coalitions are planned anew.
+
+    Raises:
+        ValueError: If the budget names something that the method would ignore.
+
+    Warns:
+        UserWarning: If the budget is below two evaluations per feature, or tells no standard
+            errors, or exact values were asked for and can only be estimated.
+    """
+    task = _Task(method, n_features, budget, deterministic, tree, held, num_trials)
+    found = _ESTIMATORS[type(method)](task)
+    if found.needs is not None:
+        warnings.warn(
+            f"no standard errors come of {found.name} with this budget, and without them nothing "
+            f"tells a cause from noise: give at least {found.needs}.",
+            stacklevel=level_of_caller(),
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What `estimator` is given, under the names of its arguments."""
+
+    method: Any
+    n_features: int
+    budget: Budget
+    deterministic: bool
+    tree: Tree
+    held: Sequence[int]
+    num_trials: int
+
+    @property
+    def evaluations(self) -> int:
+        """Those asked for, or the default."""
+        return self.budget.n_samples or _EVALUATIONS_PER_FEATURE * self.n_features
+
+    def n_draws(self, n_coalitions: int) -> int:
+        """How often so many coalitions are drawn."""
+        if self.deterministic:
+            return 1
+        most = _ROWS_WORTH_REPEATING // max(1, n_coalitions)
+        return self.budget.n_draws or max(2, min(_MAX_DRAWS, most))
+
+    def refuse_n_samples(self, method: str) -> None:
+        """Raises a ValueError if `n_samples` was given to a method that is repeated otherwise."""
+        _refuse(self.budget.n_samples is not None, "n_samples", method, "n_draws")
+
+    def refuse_n_draws(self, method: str) -> None:
+        """Raises a ValueError if `n_draws` was given to a method that is repeated otherwise."""
+        _refuse(self.budget.n_draws is not None, "n_draws", method, "n_samples")
+
+
+def _leave_one_out(task: _Task) -> Estimator:
+    if task.budget.n_samples is not None:  # captum takes it, and goes by nothing
+        warnings.warn(
+            "`n_samples` has no meaning for FeatureAblation and is ignored (`n_draws` is what "
+            "repeats it).",
+            stacklevel=level_of_caller(),
+        )
+    planner, solve = coalitions.plan_leave_one_out, coalitions.solve_leave_one_out
+    return _one_at_a_time("leave-one-out", planner, solve, task)
+
+
+def _only_one_in(task: _Task) -> Estimator:
+    task.refuse_n_samples("FeatureInclusion")
+    planner = partial(coalitions.plan_only_one_in, required=task.held)
+    return _one_at_a_time("only one in", planner, coalitions.solve_only_one_in, task)
+
+
+def _one_at_a_time(
+    name: str, planner: Callable[..., Plan], solve: Solver, task: _Task
+) -> Estimator:
+    n_draws = task.n_draws(task.n_features)
+    # Rows of one draw differ in nothing but the feature left out or in; a single draw of a random
+    # baseline, though, is no exact answer, which the solver is told by unequal draws.
+    common = task.deterministic or n_draws > 1
+    plan = planner(task.n_features, n_draws=n_draws, common_draw=common)
+    return _enumerated(name, plan, solve, task, tells_error=common)
+
+
+def _exact(task: _Task) -> Estimator:
+    n_draws = task.n_draws(2**task.n_features)
+    plan = coalitions.plan_exact(task.n_features, n_draws=n_draws, common_draw=task.deterministic)
+    tells_error = task.deterministic or n_draws > 1
+    return _enumerated("exact", plan, coalitions.solve_exact, task, tells_error=tells_error)
+
+
+def _enumerated(
+    name: str, plan: Plan, solve: Solver, task: _Task, *, tells_error: bool
+) -> Estimator:
+    """Where nothing is left to chance but the draws of the baseline."""
+    return Estimator(
+        name,
+        lambda _: plan,
+        solve,
+        estimate=not task.deterministic,
+        tells_error=tells_error,
+        needs=None if tells_error else _TWO_DRAWS,
+    )
+
+
+def _hierarchical(task: _Task) -> Estimator:
+    n, share = task.n_features, task.method.share
+    return Estimator(
+        "hierarchical search",
+        lambda _: coalitions.plan_leave_one_out(n),
+        partial(solve_search, tree=task.tree),
+        estimate=True,
+        unfold=searching(task.tree, n, share, task.budget.n_samples, task.n_draws(n)),
+        options={"tree": task.tree},
+    )
+
+
+def _shapley_values(task: _Task) -> Estimator:
+    if task.n_features <= task.budget.max_exact_features:
+        task.refuse_n_samples("exact ShapleyValues")
+        return _exact(task)
+    warnings.warn(
+        f"exact Shapley values of {task.n_features} features need 2^{task.n_features} evaluations: "
+        f"they are estimated from {task.evaluations}, with standard errors in `token_attr_se`. "
+        f"Fewer features (at most {task.budget.max_exact_features}) are solved exactly.",
+        stacklevel=level_of_caller(),
+    )
+    return _pairs(task)
+
+
+def _pairs(task: _Task) -> Estimator:
+    task.refuse_n_draws(type(task.method).__name__)
+    wanted = task.evaluations
+    if (exact := _exact_within(wanted, task)) is not None:
+        return exact
+    _warn_budget(wanted, task.n_features)
+    plan = partial(_plan_sampled, coalitions.plan_pairs, task.n_features, wanted)
+    return Estimator("paired kernel regression", plan, coalitions.solve_kernel, True)
+
+
+def _permutations(task: _Task) -> Estimator:
+    task.refuse_n_draws("ShapleyValueSampling")
+    orders = task.budget.n_samples or _CAPTUM_ORDERS
+    evaluations = orders * task.n_features
+    if (exact := _exact_within(evaluations, task)) is not None:
+        return exact
+    is_warned = _warn_budget(evaluations, task.n_features)
+    # An order and its reverse are one draw.
+    tells_error = -(-orders // 2) * task.num_trials > 1
+    return Estimator(
+        "antithetic permutations",
+        partial(_plan_sampled, coalitions.plan_permutations, task.n_features, orders),
+        coalitions.solve_permutations,
+        estimate=True,
+        tells_error=tells_error,
+        needs=None if tells_error or is_warned else "`n_samples=4`: two orders and their reverses",
+    )
+
+
+def _exact_within(evaluations: int, task: _Task) -> Estimator | None:
+    """Enumeration, where it takes no more evaluations than sampling would."""
+    n_draws = evaluations // 2**task.n_features
+    # A single draw of a random baseline would tell no errors.
+    least = 1 if task.deterministic else 2
+    if task.n_features > MOST_EXACT_FEATURES or n_draws < least:
+        return None
+    return _exact(replace(task, budget=Budget(n_draws=n_draws)))
+
+
+def _lime(task: _Task) -> Estimator:
+    task.refuse_n_draws("Lime")
+    wanted = task.evaluations
+    _warn_budget(wanted, task.n_features)
+    plan = partial(_plan_sampled, coalitions.plan_lime, task.n_features, wanted)
+    settings = _compat.lime_settings(task.method) or {}
+    options = dict(settings)
+    kernel = partial(coalitions.cosine_kernel, width=settings.pop("kernel_width"))
+    solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
+    tells_error = settings["penalty"] != "l1"
+    return Estimator("local linear model", plan, solve, True, tells_error, options=options)
+
+
+def _partition(task: _Task) -> Estimator:
+    found = partition(
+        task.tree,
+        task.n_features,
+        task.method.scheme,
+        task.budget.n_samples,
+        held=task.held,
+        deterministic=task.deterministic,
+        n_draws=task.budget.n_draws,
+    )
+    has_orders = found.name == "nested orders"
+    if has_orders:
+        task.refuse_n_draws("nested orders of PartitionShap")
+    few = has_orders and found.n_orders * task.num_trials < 4
+    one_draw = found.is_complete and not task.deterministic and task.budget.n_draws == 1
+    needs = None
+    if few and found.has_budget:
+        enough = evaluations_of_orders(4, task.n_features, bool(task.held))
+        needs = f"`n_samples={enough}`, which four take"
+    return Estimator(
+        found.name,
+        found.plan,
+        found.solve,
+        estimate=not (found.is_complete and task.deterministic),
+        tells_error=not (few or one_draw),
+        needs=_TWO_DRAWS if one_draw else needs,
+        unfold=found.unfold,
+        options={"tree": found.tree},
+    )
+
+
+# Exactly these classes: a subclass means something else.
+_ESTIMATORS: Mapping[type[PerturbationAttribution], Callable[[_Task], Estimator]] = {
+    FeatureAblation: _leave_one_out,
+    FeatureInclusion: _only_one_in,
+    HierarchicalAblation: _hierarchical,
+    PartitionShap: _partition,
+    ShapleyValues: _shapley_values,
+    ShapleyValueSampling: _permutations,
+    KernelShap: _pairs,
+    Lime: _lime,
+}
+
+
+def _plan_sampled(
+    planner: Callable[..., Plan], n_features: int, size: int, generator: torch.Generator
+) -> Plan:
+    return planner(n_features, size, generator=generator)
+
+
+def _refuse(given: bool, name: str, method: str, instead: str) -> None:
+    if given:
+        raise ValueError(
+            f"`{name}` has no meaning for {method} and would be ignored: leave it out"
+            f" (`{instead}` is what repeats it)."
+        )
+
+
+def _warn_budget(evaluations: int, n_features: int) -> bool:
+    """Warns of too few evaluations; whether there was reason to."""
+    if evaluations < 2 * n_features:
+        warnings.warn(
+            f"{evaluations} evaluations for {n_features} features are too few for a sound "
+            f"estimate: give at least {2 * n_features}, or at most {max(1, evaluations // 2)} "
+            "features (a coarser unit, `output_unit`, or `feature_mask`).",
+            stacklevel=level_of_caller(),
+        )
+    return evaluations < 2 * n_features

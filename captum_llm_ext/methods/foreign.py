@@ -1,0 +1,127 @@
+"""Methods of the user's own, run through their own ``attribute`` with a batched forward."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from captum.attr import LimeBase
+from captum.attr._utils.attribution import PerturbationAttribution
+from torch import Tensor
+
+from captum_llm_ext.base.seeded import seeded
+from captum_llm_ext.coalitions import Plan
+
+_ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Driven:
+    """What a method asked for and found.
+
+    Attributes:
+        attributions: ``(n_target, n_features)``, float64.
+        plan: The coalitions it asked for.
+        values: ``(n_coalitions, n_target)``.
+    """
+
+    attributions: Tensor
+    plan: Plan
+    values: Tensor
+
+
+def attribute_with(
+    method: PerturbationAttribution,
+    values: Callable[[Plan], Tensor],
+    n_features: int,
+    *,
+    n_target: int,
+    num_trials: int,
+    seed: int,
+    arguments: Mapping[str, Any],
+) -> Driven:
+    """Has a captum method attribute the values of coalitions.
+
+    Args:
+        method: The method; the user's object is left as it is.
+        values: Scores the coalitions of a plan, ``(n_coalitions, n_target)``.
+        n_features: Columns of a coalition.
+        n_target: Values per coalition.
+        num_trials: Repetitions, averaged.
+        seed: Of what the method draws from torch's global generator, which is left alone.
+        arguments: Passed to the method's ``attribute``.
+
+    Returns:
+        The mean attributions over the trials, and every coalition that was scored.
+
+    Raises:
+        ValueError: If the method returns another number of attributions than features, or gives
+            features first.
+    """
+    record = _Record(values)
+    method = copy(method)
+    arguments = dict(arguments)
+    if "perturbations_per_eval" in inspect.signature(cast(Any, method).attribute).parameters:
+        arguments.setdefault("perturbations_per_eval", _ROWS_AT_ONCE)
+    total = torch.zeros(n_target, n_features, dtype=torch.float64, device="cpu")
+    for trial in range(num_trials):
+        total += _one_trial(method, record, n_features, n_target, seed + trial, arguments)
+    masks, scored = torch.cat(record.masks), torch.cat(record.values)
+    plan = Plan(masks, torch.arange(len(masks), device="cpu"))
+    return Driven(total / num_trials, plan, scored)
+
+
+class _Record:
+    """Scores perturbed tensors and remembers them as coalitions."""
+
+    def __init__(self, values: Callable[[Plan], Tensor]) -> None:
+        self._score, self._default_device = values, torch.get_default_device()
+        self.masks: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def column(self, column: int | slice, perturbed: Tensor) -> Tensor:
+        """The values of one target, or of all, for rows of ones (present) and zeros."""
+        masks = (perturbed > 0.5).cpu()
+        with torch.device(self._default_device):
+            values = self._score(Plan(masks, torch.arange(len(masks), device="cpu")))
+        self.masks.append(masks)
+        self.values.append(values)
+        return values[:, column]
+
+
+def _one_trial(
+    method: Any,
+    record: _Record,
+    n_features: int,
+    n_target: int,
+    seed: int,
+    arguments: Mapping[str, Any],
+) -> Tensor:
+    """Attributions of all targets; methods that fit one number are asked for each in turn."""
+    inputs = torch.ones(1, n_features, dtype=torch.float32, device="cpu")
+    # One target at a time, but the same coalitions each time: they are scored once.
+    columns: list[int | slice] = [slice(None)]
+    if isinstance(method, LimeBase):
+        columns = list(range(n_target))
+    found: list[Tensor] = []
+    for column in columns:
+        method.forward_func = partial(record.column, column)
+        # What it makes belongs to its inputs, wherever the user has tensors made.
+        with torch.device(inputs.device), seeded(seed):
+            attributed = method.attribute(inputs, **arguments)
+        if attributed.shape[-1:] != (n_features,):
+            raise ValueError(
+                f"{type(method).__name__}.attribute returned shape {tuple(attributed.shape)} for "
+                f"{n_features} features: captum's methods give (n_outputs, n_features)."
+            )
+        found.append(attributed.detach().double().cpu().flatten())
+    result = torch.cat(found)
+    if result.numel() != n_target * n_features:
+        raise ValueError(
+            f"{type(method).__name__}.attribute returned {result.numel()} numbers for {n_target} "
+            f"target tokens and {n_features} features: one for each pair is wanted."
+        )
+    return result.reshape(n_target, n_features)

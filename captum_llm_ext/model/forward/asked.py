@@ -1,0 +1,102 @@
+"""`Asked`: the target tokens that every row is asked for, and what each is held against."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.model.forward.lm_head import Said
+from captum_llm_ext.model.forward.prefixes import distinct_pairs
+from captum_llm_ext.model.forward.rows import TokenRow
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the model is asked where a row says the target tokens.
+
+    A row has a value for every target token. With foils it has a second one, the logarithm of the
+    probability of all foils of that token together: a few more products at a place whose
+    log-sum-exp is there anyway.
+
+    Attributes:
+        target: Token ids, int64 ``(n_target,)``.
+        foils: Token ids, int64 ``(n_target, n_foils)``; -1 where a token has fewer. A token without
+            any is held against nothing, and the logarithm is 0. None: nothing is asked of foils.
+    """
+
+    target: Tensor
+    foils: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @property
+    def per_token(self) -> int:
+        """How many values a target token has in a row."""
+        return 1 if self.foils is None else 2
+
+    def only(self, tokens: Sequence[int]) -> "Asked":
+        """Some of the target tokens, as if there were no others."""
+        some = list(tokens)
+        return Asked(self.target[some], None if self.foils is None else self.foils[some])
+
+    def blank(self, n_rows: int) -> Tensor:
+        """NaN for every value of rows, float64 ``(n_rows, per_token, n_target)`` on the CPU."""
+        shape = (n_rows, self.per_token, len(self))
+        return torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
+
+    def values(self, said: Said, where: Tensor, tokens: Tensor, attr_target: str) -> Tensor:
+        """Values of target tokens at places.
+
+        Args:
+            said: What the model says.
+            where: Which of its places, int64 ``(n,)``; one may come for many tokens and rows.
+            tokens: Numbers of the target tokens, int64 ``(n,)``.
+            attr_target: As for `Scorer`.
+
+        Returns:
+            Shape ``(n, per_token)``, float64 on the CPU.
+        """
+        if self.foils is None:
+            (where, ids), back = distinct_pairs(where, self.target[tokens])
+            return said.values(where, ids, attr_target)[back][:, None]
+        (where, tokens), back = distinct_pairs(where, tokens)
+        ids = torch.cat([self.target[tokens, None], self.foils[tokens]], 1)
+        is_asked = ids >= 0
+        found = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device="cpu")
+        places = where[:, None].expand_as(ids)
+        found[is_asked] = said.values(places[is_asked], ids[is_asked], "log_prob")
+        single = torch.promote_types(said.vectors.dtype, torch.float32)
+        foils = found[:, 1:].logsumexp(1).to(single).double()  # rounded as all values are
+        foils = foils.masked_fill(~is_asked[:, 1:].any(1), 0.0)
+        return torch.stack([found[:, 0], foils], 1)[back]
+
+    def digest(self, row: TokenRow) -> bytes:
+        """Equal for rows that the model cannot tell apart and that are asked for the same."""
+        parts = [row.ids, row.positions, self.target.tolist()]
+        parts += [] if self.foils is None else self.foils.tolist()
+        content = blake2b(digest_size=16)
+        for part in parts:
+            content.update(len(part).to_bytes(8) + array("q", part).tobytes())
+        content.update(repr(row.key).encode())
+        return content.digest()
+
+
+def explained(values: Tensor, asked: Asked, attr_target: object) -> Tensor:
+    """What is attributed, of what rows were asked.
+
+    Args:
+        values: Shape ``(n_rows, per_token * n_target)``, as `Scorer.values` gives them.
+        asked: What they are.
+        attr_target: As for `Scorer`.
+
+    Returns:
+        Shape ``(n_rows, n_target)``: the contrast of token and foils, or the token's own value.
+    """
+    if asked.foils is None:
+        return values
+    own, foils = values.split(len(asked), dim=1)
+    return own - foils if attr_target == "contrast" else own

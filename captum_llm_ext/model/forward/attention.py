@@ -1,0 +1,430 @@
+"""Attention of many rows to what they share and to their own, each with a softmax of its own.
+
+The two are merged by their log-sum-exps: with ``l`` that of all scores, ``exp(l_shared - l)`` and
+``exp(l_own - l)`` are what each is worth. The shared keys are read where they are; no row has a
+copy. `merged` is for rows side by side that share one beginning, `packed` for rows in one sequence
+(see `packing`). Grouped heads, windows, soft caps, sinks and values of another size than keys are
+handled; whatever else a model asks for is refused.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.model.forward.packing import Pack, Segment, ends
+from captum_llm_ext.model.forward.prefix_cache import lent_to
+
+# What is seen of some keys: as a mask tells, or a bias, with which every query sees some of them;
+# or of those at the queries' own places up to each.
+_Seen = Tensor | Literal["before"] | None
+
+_NAME = "captum_llm_ext_merged"
+_PACKED = "captum_llm_ext_packed"
+_SIDES = "_captum_llm_ext_sides"
+# Scores that exist at once where no kernel keeps them to itself.
+_MOST_SCORES = 2**25
+# Up to so many queries, masking what is not to be seen costs less than merging two softmaxes.
+_SHORT = 256
+# What models pass that is no part of the scores, or is in the mask already.
+_HARMLESS = frozenset(
+    "sliding_window position_ids cache_position output_attentions use_cache cache past_key_values "
+    "output_hidden_states return_dict output_router_logits layer_idx labels logits_to_keep "
+    "input_ids num_items_in_batch cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+)
+_KNOWN = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+
+
+@contextmanager
+def merged(model: nn.Module) -> Generator[None]:
+    """Has the model attend in this way; its configuration and the registry are put back.
+
+    Raises:
+        NotImplementedError: If the model's attention is none that is known, or is compiled.
+    """
+    attend = partial(_attend, _attend_lent)
+    with _compat.attention_of(model, _NAME, attend, _mask, _KNOWN):
+        yield
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """What is seen, ``(1, 1, q_length, kv_length)``; the same in all rows, as none is padded."""
+    if attention_mask is not None:
+        raise NotImplementedError("an attention mask")
+    arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
+    return _compat.boolean_mask(1, q_length, kv_length, q_offset, kv_offset, **arguments)
+
+
+class _Scores(NamedTuple):
+    """How queries and keys are scored.
+
+    Attributes:
+        scale: What products are multiplied by.
+        softcap: Bound of the scores, if any.
+        sink: A score of its own per head that no value belongs to.
+    """
+
+    scale: float
+    softcap: float | None
+    sink: Tensor | None
+
+
+def _attend(
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, _Scores], Tensor],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers; ``(batch, heads, length, size)`` each.
+
+    Raises:
+        NotImplementedError: If something is asked for that is not known here.
+    """
+    unknown = [name for name, given in others.items() if given is not None]
+    unknown = [name for name in unknown if name not in _HARMLESS]
+    if unknown or dropout or is_causal is False or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(f"attention with {unknown or 'dropout, or that sees ahead'}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    found = attention(query, key, value, attention_mask, _Scores(scale, softcap, s_aux))
+    return found.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _attend_lent(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: _Scores
+) -> Tensor:
+    if mask is None or mask.dtype != torch.bool:
+        raise NotImplementedError("attention without a mask of what is seen")
+    if mask.shape[:2] != (1, 1):
+        raise NotImplementedError("a mask for each row or head")
+    shared = lent_to(key)
+    n_shared = 0 if shared is None else shared.keys.shape[-2]
+    if mask.shape[-1] != n_shared + key.shape[-2]:
+        # Whatever was done to the keys on their way here, those that were lent are lost.
+        raise NotImplementedError("keys that do not come as the state gives them")
+    seen_of_shared, seen_of_own = _sides(mask, n_shared)
+    parts = [_part(query, key, value, seen_of_own, scores)]
+    if shared is not None:
+        shared.was_used = True
+        parts.append(_part(query, shared.keys, shared.values, seen_of_shared, scores))
+    return _merged(parts, scores.sink)
+
+
+@dataclass
+class Packing:
+    """What one pass over a pack needs to know.
+
+    Attributes:
+        pack: The rows.
+        n_layers: How many layers attend.
+        last: What the last one is asked about of the pack's segments.
+        n_attended: How many layers have attended up to now.
+    """
+
+    pack: Pack
+    n_layers: int | None
+    last: Sequence[Segment]
+    n_attended: int = 0
+    _kinds: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    _biases: dict[tuple[int, ...], Tensor] = field(default_factory=dict[tuple[int, ...], Tensor])
+    _sides: dict[tuple[int, ...], tuple[_Seen, _Seen]] = field(
+        default_factory=dict[tuple[int, ...], tuple[_Seen, _Seen]]
+    )
+
+    def is_before(self) -> bool:
+        """Whether no layer has attended yet."""
+        return self.n_attended == 0
+
+    def is_through(self) -> bool:
+        """Whether all layers have attended."""
+        return self.n_attended == self.n_layers
+
+    def mask(
+        self, attention_mask: Tensor | None = None, device: Any = "cpu", **arguments: Any
+    ) -> Tensor:
+        """Stands for the mask that a kind of layers asks for: which pairs it sees is asked later.
+
+        Raises:
+            NotImplementedError: If some tokens of the sequence are said to be padding.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise NotImplementedError("an attention mask")
+        arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
+        for name in ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset"):
+            arguments.pop(name, None)
+        self._kinds.append(arguments | {"device": device})
+        return torch.full((1, 1, 1, 1), len(self._kinds) - 1, dtype=torch.int64, device=device)
+
+    def bias(self, kind: int, segment: Segment, n_gone: int, dtype: torch.dtype) -> Tensor:
+        """What a segment sees of its path and of itself, to be added to scores.
+
+        Args:
+            kind: The entry of what `mask` gave.
+            segment: One of the segments.
+            n_gone: Of the first ids that were read before, the state has so many no more.
+            dtype: Of the scores.
+
+        Returns:
+            Shape ``(1, 1, length, n)``, 0 or minus infinity.
+        """
+        key = (kind, segment.stop - segment.start, segment.depth, n_gone)
+        if key not in self._biases:
+            seen = self._seen(kind, segment, n_gone)
+            bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            self._biases[key] = bias.masked_fill_(~seen, -torch.inf)
+        return self._biases[key]
+
+    def sides(self, kind: int, segment: Segment, n_gone: int) -> tuple[_Seen, _Seen]:
+        """What it sees of its path, and of itself."""
+        key = (kind, segment.stop - segment.start, segment.depth, n_gone)
+        if key not in self._sides:
+            whole = self._seen(kind, segment, n_gone)
+            before = segment.depth - n_gone
+            path, own = whole[..., :before], whole[..., before:]
+            is_plain = torch.equal(own[0, 0], torch.ones_like(own[0, 0]).tril())
+            seen_of_path = None if bool(path.all()) else path
+            self._sides[key] = seen_of_path, "before" if is_plain else own
+        return self._sides[key]
+
+    def _seen(self, kind: int, segment: Segment, n_gone: int) -> Tensor:
+        length = segment.stop - segment.start
+        kv_length = segment.depth - n_gone + length
+        return _compat.boolean_mask(
+            1, length, kv_length, segment.depth, n_gone, **self._kinds[kind]
+        )
+
+
+@contextmanager
+def packed(model: nn.Module, pack: Pack, needed: Tensor) -> Generator[Packing]:
+    """Has every token of a pack see those of its own row alone.
+
+    Args:
+        model: Whose configuration and registries are put back.
+        pack: What a single pass within reads.
+        needed: Places of the tokens that are asked about, sorted: the last layer's attention of
+            others is 0 where there are many of them.
+
+    Raises:
+        NotImplementedError: If the model's attention is none that is known, or is compiled.
+    """
+    packing = Packing(pack, _compat.number_of_layers(model), ends(pack, needed))
+    attend = partial(_attend, partial(_attend_packed, packing))
+    with _compat.attention_of(model, _PACKED, attend, packing.mask, _KNOWN):
+        yield packing
+
+
+def _attend_packed(
+    packing: Packing,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scores: _Scores,
+) -> Tensor:
+    if mask is None or mask.shape != (1, 1, 1, 1):
+        raise NotImplementedError("attention without a mask of what is seen")
+    pack, n_kept = packing.pack, key.shape[2] - query.shape[2]
+    n_gone = pack.n_read - n_kept
+    if n_kept < 0 or n_gone < 0 or query.shape[2] != len(pack.ids) or len(query) != 1:
+        raise NotImplementedError("keys that do not come as the state gives them")
+    packing.n_attended += 1
+    kind = int(mask)
+    # In the order in which it is wanted, for it not to be copied.
+    found = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
+    for segment in packing.last if packing.is_through() else pack.segments:
+        here = slice(segment.start - pack.n_read, segment.stop - pack.n_read)
+        own = (segment.start - n_gone, segment.stop - n_gone)
+        path = [(max(0, start - n_gone), stop - n_gone) for start, stop in segment.path]
+        path = [(start, stop) for start, stop in path if stop > start]
+        if segment.stop - segment.start <= _SHORT:
+            keys, values = _along(key, [*path, own]), _along(value, [*path, own])
+            bias = packing.bias(kind, segment, n_gone, query.dtype)
+            parts = [_part(query[:, :, here], keys, values, bias, scores)]
+        else:
+            of_path, of_own = packing.sides(kind, segment, n_gone)
+            keys, values = _along(key, [own]), _along(value, [own])
+            parts = [_part(query[:, :, here], keys, values, of_own, scores)]
+            if path:
+                keys, values = _along(key, path), _along(value, path)
+                parts.append(_part(query[:, :, here], keys, values, of_path, scores))
+        found[:, :, here] = _merged(parts, scores.sink)
+    return found
+
+
+def _along(x: Tensor, path: Sequence[tuple[int, int]]) -> Tensor:
+    """What stands at places of a sequence, ``(1, heads, n, size)``."""
+    pieces = [x[:, :, start:stop] for start, stop in path]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def _merged(parts: Sequence[tuple[Tensor, Tensor]], sink: Tensor | None) -> Tensor:
+    """Attention to all keys from that to some of them each, ``(batch, heads, length, size)``.
+
+    Args:
+        parts: Attention, and log-sum-exps ``(batch, heads, length)``; one part or two.
+        sink: A score of its own per head that no value belongs to.
+    """
+    found, total = parts[0]
+    for other, size in parts[1:]:
+        found = found.lerp(other, (size - total).sigmoid()[..., None])
+        total = torch.logaddexp(total, size)
+    if sink is not None:
+        both = torch.logaddexp(total, sink.to(total).view(1, -1, 1))
+        found = found * (total - both).exp()[..., None]
+    return found
+
+
+def _part(
+    query: Tensor, key: Tensor, value: Tensor, seen: _Seen, scores: _Scores
+) -> tuple[Tensor, Tensor]:
+    """Attention to some of the keys, and the log-sum-exp ``(batch, heads, length)`` of the scores.
+
+    Args:
+        query: ``(batch, heads, length, size)``.
+        key, value: ``(batch or 1, groups, n, …)``.
+        seen: bool or a bias, ``(1, 1, length, n)``; None: all of it; "before": as many keys as
+            queries, and of these each sees those before it and its own.
+        scores: How they are made; the sink is no part of them.
+
+    Returns:
+        Both in float32 at least; 0 and minus infinity where nothing is seen.
+    """
+    scale, softcap = scores.scale, scores.softcap
+    batch, heads, length, size = query.shape
+    groups = key.shape[1]
+    per_group = heads // groups
+    if isinstance(seen, str):
+        if not softcap and query.device.type == "cpu":  # half of the scores are not computed
+            if per_group > 1:
+                key, value = (x.repeat_interleave(per_group, 1) for x in (key, value))
+            return _on_cpu(query, key, value, seen, scale)
+        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
+    # The heads of a group are so many queries more; with one set of keys, so are the rows.
+    folded = query.view(batch, groups, per_group, length, size)
+    together = seen is None and len(key) == 1
+    if together:
+        folded = folded.permute(1, 2, 0, 3, 4).reshape(1, groups, -1, size)
+    else:
+        folded = folded.reshape(batch, groups, -1, size)
+        key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+    if seen is not None and per_group > 1:
+        seen = seen.repeat(1, 1, per_group, 1)
+    kernel = None if softcap else _kernel(folded, value)
+    if kernel is not None:
+        found, total = kernel(folded, key, value, seen, scale)
+    else:
+        found, total = _by_hand(folded, key, value, seen, scale, softcap)
+    if seen is not None and seen.dtype == torch.bool:
+        blind = ~seen.any(-1)
+        total = total.masked_fill(blind, -torch.inf)
+        found = found.masked_fill(blind[..., None], 0.0)
+    if together:
+        found = found.view(groups, per_group, batch, length, -1).permute(2, 0, 1, 3, 4)
+        total = total.view(groups, per_group, batch, length).permute(2, 0, 1, 3)
+    return found.reshape(batch, heads, length, -1), total.reshape(batch, heads, length)
+
+
+def _sides(mask: Tensor, n_shared: int) -> list[Tensor | None]:
+    """What is seen of what is shared and of the own keys; None where that is all of it.
+
+    Found once for each mask: all layers of a kind are given the same one.
+    """
+    known: dict[int, list[Tensor | None]] = getattr(mask, _SIDES, {})
+    setattr(mask, _SIDES, known)
+    if n_shared not in known:
+        sides = mask[..., :n_shared], mask[..., n_shared:]
+        known[n_shared] = [None if bool(side.all()) else side for side in sides]
+    return known[n_shared]
+
+
+def _kernel(query: Tensor, value: Tensor) -> Any:
+    """The kernel of torch that gives sums along, or None."""
+    if query.device.type == "cpu":
+        return _on_cpu
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return _on_cuda
+    return None
+
+
+def _on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, seen: _Seen, scale: float
+) -> tuple[Tensor, Tensor]:
+    size, out = query.shape[-1], value.shape[-1]
+    if out != size:  # one size for all: zeros change neither scores nor sums
+        wide = max(size, out)
+        query, key, value = (
+            nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value)
+        )
+    bias = None
+    if isinstance(seen, Tensor) and seen.is_floating_point():
+        bias = seen
+    elif isinstance(seen, Tensor):
+        bias = torch.zeros(seen.shape, dtype=query.dtype, device="cpu").masked_fill_(
+            ~seen, -torch.inf
+        )
+    attention: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    is_causal = isinstance(seen, str)
+    found, total = attention(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
+    return found[..., :out].to(total.dtype), total
+
+
+def _on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    if seen is not None or query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+        return _by_hand(query, key, value, seen, scale, None)
+    attention: Any = torch.ops.aten._scaled_dot_product_flash_attention
+    found, total = attention(query, key, value, scale=scale)[:2]
+    return found.to(total.dtype), total
+
+
+def _by_hand(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # Pieces of rows, or of the queries where they are all in one.
+    dim = 0 if len(query) > 1 else 2
+    per = query.numel() // query.shape[-1] // query.shape[dim] * key.shape[-2]
+    found: list[Tensor] = []
+    totals: list[Tensor] = []
+    step = max(1, _MOST_SCORES // per)
+    for start in range(0, query.shape[dim], step):
+        piece = query.narrow(dim, start, min(step, query.shape[dim] - start)).to(dtype)
+        rows = slice(start, start + step) if dim == 0 else slice(None)
+        scores = piece @ key[rows].to(dtype).transpose(-1, -2) * scale
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        if seen is not None:
+            part = seen if dim == 0 else seen.narrow(2, start, piece.shape[2])
+            scores = (
+                scores + part if part.is_floating_point() else scores.masked_fill(~part, -torch.inf)
+            )
+        total = scores.logsumexp(-1)
+        found.append((scores - total[..., None]).exp() @ value[rows].to(dtype))
+        totals.append(total)
+    return torch.cat(found, dim), torch.cat(totals, dim)

@@ -1,0 +1,174 @@
+"""The layer that makes logits: what they say is found without their ever being there.
+
+Logits are by far the largest tensors of a pass, and of each only a number or two are wanted. Where
+the model's logits are what a plain linear layer returns, values come from the vectors that it is
+given, by products that stay in the processor's cache until they are summed up: the forward pass of
+cut cross-entropy (Wijmans et al., arXiv 2411.09009, section 4.2).
+"""
+
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.model.forward.logits import bias_of, log_probs, log_probs_of_product, logits_of
+
+# Coarser ones round their logits, and values are those of the rounded ones.
+_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says at some places.
+
+    Attributes:
+        vectors: Its logits ``(…, vocabulary)``, or what its last layer makes them of.
+        layer: That layer. None: `vectors` are the logits.
+    """
+
+    vectors: Tensor
+    layer: nn.Linear | None = None
+
+    def at(self, places: Tensor) -> "Said":
+        """At some places ``(batch, n)`` of sequences ``(batch, length)``."""
+        index = places.to(self.vectors.device)[..., None]
+        return Said(self.vectors.gather(1, index.expand(-1, -1, self.vectors.shape[2])), self.layer)
+
+    def logits(self) -> Tensor:
+        """Shape ``(…, vocabulary)``."""
+        return self.vectors if self.layer is None else self.layer(self.vectors)
+
+    def values(self, where: Tensor, wanted: Tensor, attr_target: str) -> Tensor:
+        """Values of ids at places.
+
+        Args:
+            where: Which of all places, int64 ``(n,)``.
+            wanted: Token ids ``(n,)``.
+            attr_target: ``"log_prob"``, ``"prob"`` or ``"logit"``.
+
+        Returns:
+            Shape ``(n,)``, float64 on the CPU, rounded to float32 where vectors are not finer.
+            Softmax and sums are taken in float32 at least.
+        """
+        vectors = self.vectors.reshape(-1, self.vectors.shape[-1])
+        if attr_target == "logit":
+            found = logits_of(vectors, where, wanted, self.layer)
+        elif self.layer is None:
+            found = log_probs(vectors, where, wanted)
+        else:
+            found = log_probs_of_product(vectors, where, wanted, self.layer)
+        found = found.exp() if attr_target == "prob" else found
+        # As results keep them: what is made of them later is made of the same numbers.
+        return found.to(torch.promote_types(vectors.dtype, torch.float32)).double()
+
+
+class Head:
+    """Sees what the last layer of a model is given, and whether its logits are what it returns.
+
+    Args:
+        model: Its last layer is left as found. Where that is not a plain linear one on a CPU, or
+            the code that runs is not that of transformers, which does the same in every pass, the
+            model makes its logits as ever.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._layer = model, _compat.output_layer(model)
+        self._is_last = False  # not known before the first pass
+        self._withheld = False
+        self._given: Tensor | None = None
+        self._returned: Tensor | None = None
+        self._version = 0
+        self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
+
+    @property
+    def makes_logits(self) -> bool:
+        """Whether passes have logits, as far as is known."""
+        return not (self._is_last and self._is_known())
+
+    @contextmanager
+    def watched(self) -> Generator[None]:
+        """The one pass within may have no logits: `said` knows what they are.
+
+        Those of other threads have theirs.
+        """
+        layer, self._given = self._layer, None
+        if layer is None or not _is_plain(layer):
+            yield
+            return
+        self._withheld = self._is_last and self._is_known()
+
+        owner, usual = threading.get_ident(), layer.forward
+
+        def forward(*arguments: Any, **named: Any) -> Tensor:
+            if threading.get_ident() != owner:
+                return usual(*arguments, **named)
+            return watched(*arguments, **named)
+
+        def watched(input: Tensor) -> Tensor:
+            if self._withheld:  # who reads them after all shall see it
+                returned = input.new_full((*input.shape[:-1], 1), torch.nan)
+            else:
+                returned = self._product(layer, input)
+            self._given, self._returned = input, returned
+            self._version = returned._version
+            return returned
+
+        layer.forward = forward
+        try:
+            yield
+        finally:
+            del layer.forward
+
+    def said(self, logits: Tensor) -> Said:
+        """What a pass says that was watched.
+
+        Args:
+            logits: As the model returned them, ``(batch, length, vocabulary)``.
+
+        Returns:
+            At all places that it has logits of; good until the next pass.
+        """
+        given, returned = self._given, self._returned
+        self._given = self._returned = None
+        if given is None:
+            return Said(logits)
+        is_last = logits is returned and logits._version == self._version
+        if self._withheld and not is_last:
+            raise RuntimeError("the model does not return what its last layer does, as it did.")
+        self._is_last = is_last and given.dtype in _DTYPES
+        if not self.makes_logits:
+            self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
+        # From the vectors even if there are logits: who looks on must not change a digit.
+        return Said(given, self._layer) if self._is_last else Said(logits)
+
+    def _is_known(self) -> bool:
+        return _compat.is_transformers(self._model) and _is_plain(self._model)
+
+    def _product(self, layer: nn.Linear, input: Tensor) -> Tensor:
+        """The layer's logits, written where the last ones were.
+
+        Memory made anew is mapped page by page while it is written, which costs a quarter of the
+        product itself.
+        """
+        flat = input.reshape(-1, input.shape[-1])
+        n = len(flat) * layer.out_features
+        if self._memory.numel() < n or self._memory.dtype != input.dtype:
+            self._memory = torch.empty(0, dtype=torch.float32, device="cpu")  # not both at a time
+            self._memory = input.new_empty(n)
+        out = self._memory[:n].view(len(flat), layer.out_features)
+        if (bias := bias_of(layer)) is None:
+            torch.mm(flat, layer.weight.t(), out=out)
+        else:
+            torch.addmm(bias, flat, layer.weight.t(), out=out)
+        return out.view(*input.shape[:-1], layer.out_features)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module returns what its class says; what it is given may be somebody's else."""
+    changes = vars(module)["_forward_hooks"] or "forward" in vars(module)
+    return not (changes or torch.is_autocast_enabled("cpu") or torch.is_grad_enabled())

@@ -1,0 +1,153 @@
+"""Rows in one sequence: of each there is only what follows its beginning in common with others.
+
+A model whose tokens meet in attention alone, and know their place from ``position_ids``, is then
+given no token twice: `attention.packed` lets every token see those that it follows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.model.forward.prefixes import in_common
+
+# From place to place: first those that were read before the pack, then the pack itself.
+Stretch = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The end of a row that no row before it has.
+
+    Attributes:
+        start: The place where it begins.
+        stop: The place where it ends.
+        depth: Number of ids of the row that come before it.
+        path: Where these are.
+    """
+
+    start: int
+    stop: int
+    depth: int
+    path: tuple[Stretch, ...]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rows as one sequence.
+
+    Attributes:
+        ids: Token ids.
+        depths: Number of ids that each follows in its row.
+        segments: What they belong to; they tile the pack.
+        places: Of every row, where its ids are: int64, ``(n_ids,)``. The pack's own come after
+            those read before it.
+        n_read: The number of these.
+    """
+
+    ids: tuple[int, ...]
+    depths: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    places: tuple[Tensor, ...]
+    n_read: int
+
+
+def pack(rows: Sequence[Sequence[int]], n_read: int = 0) -> Pack:
+    """Packs rows; each shares what it has in common with the one before it.
+
+    Args:
+        rows: Token ids, best in the order of `sorted_rows`.
+        n_read: So many ids of the first row are read before.
+    """
+    ids: list[int] = []
+    depths: list[int] = []
+    segments: list[Segment] = []
+    places: list[Tensor] = []
+    path: tuple[Stretch, ...] = ((0, n_read),)
+    _, *shared = in_common(rows)
+    for row, depth in zip(rows, [n_read, *shared], strict=True):
+        path = _first(path, depth)
+        start = n_read + len(ids)
+        stop = start + len(row) - depth
+        if stop > start:
+            segments.append(Segment(start, stop, depth, path))
+            path = _joined(path, (start, stop))
+            ids += row[depth:]
+            depths += range(depth, len(row))
+        places.append(torch.cat([torch.arange(*stretch, device="cpu") for stretch in path]))
+    return Pack(tuple(ids), tuple(depths), tuple(segments), tuple(places), n_read)
+
+
+def ends(pack: Pack, needed: Tensor) -> tuple[Segment, ...]:
+    """Of every segment what is from the first to the last of the places needed.
+
+    Args:
+        pack: The rows.
+        needed: Places, sorted, none of them read before the pack.
+    """
+    found: list[Segment] = []
+    for one in pack.segments:
+        first, after = torch.searchsorted(
+            needed, torch.tensor([one.start, one.stop], dtype=torch.int64, device="cpu")
+        ).tolist()
+        if after > first:
+            start, stop = int(needed[first]), int(needed[after - 1]) + 1
+            path = _joined(one.path, (one.start, start)) if start > one.start else one.path
+            found.append(Segment(start, stop, one.depth + start - one.start, path))
+    return tuple(found)
+
+
+def packs(
+    rows: Sequence[Sequence[int]],
+    order: Sequence[int],
+    shared: Sequence[int],
+    start: int,
+    most_ids: int,
+    most_rows: int,
+    most_shared: int = 0,
+) -> tuple[list[tuple[int, ...]], dict[int, int]]:
+    """Cuts rows into packs.
+
+    Args:
+        rows: Token ids.
+        order: Indices of the rows, sorted by what they begin with.
+        shared: What each of these has in common with the one before it.
+        start: So many ids, which all have in common, are read before.
+        most_ids: So many ids in a pack, unless a single row has more.
+        most_rows: So many rows at most in a pack.
+        most_shared: So many of its first ids at most a pack need not read again, where the last row
+            of the one before it begins with them.
+
+    Returns:
+        Indices of the rows of each pack, and of each row how many of its ids are its own there.
+    """
+    found: list[list[int]] = []
+    own: dict[int, int] = {}
+    n_ids = 0
+    for i, depth in zip(order, shared, strict=True):
+        more = len(rows[i]) - max(depth, start)
+        if not found or n_ids + more > most_ids or len(found[-1]) == most_rows:
+            found.append([])
+            n_ids, more = 0, len(rows[i]) - max(start, min(depth, most_shared))
+        found[-1].append(i)
+        own[i] = more
+        n_ids += more
+    return [tuple(one) for one in found], own
+
+
+def _first(path: Sequence[Stretch], n: int) -> tuple[Stretch, ...]:
+    """The first `n` places of a path."""
+    found: list[Stretch] = []
+    for start, stop in path:
+        stop = min(stop, start + n)
+        if stop > start:
+            found.append((start, stop))
+        n -= stop - start
+    return tuple(found)
+
+
+def _joined(path: Sequence[Stretch], more: Stretch) -> tuple[Stretch, ...]:
+    if path and path[-1][1] == more[0]:
+        return (*path[:-1], (path[-1][0], more[1]))
+    return (*path, more)

@@ -1,0 +1,596 @@
+"""Runs the model: on whole rows, or on what follows ids that it has read before."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from captum_llm_ext import _compat
+from captum_llm_ext.model.forward import attention
+from captum_llm_ext.model.forward import token_wise_layers as edges
+from captum_llm_ext.model.forward.asked import Asked
+from captum_llm_ext.model.forward.lm_head import Head, Said
+from captum_llm_ext.model.forward.logits import AttrTarget, called_values
+from captum_llm_ext.model.forward.memory import is_out_of_memory
+from captum_llm_ext.model.forward.packing import Pack, pack
+from captum_llm_ext.model.forward.prefix_cache import copies, lent, part
+from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.forward.schedule import Branch
+
+# How rows are given what they share: as copies or as it is ("lend"), whichever costs less.
+Sharing = Literal["auto", "copy", "lend"]
+
+_logger = logging.getLogger(__name__)
+# Tokens that the rows of a pass must be spared a copy of for lending to pay: it takes more
+# operations, each of them on less.
+_WORTH_LENDING = 4096
+# A batch of so many rows is thought of before it is known.
+_ROWS_IN_MIND = 16
+# So many ids of a row are read in a pack of their own, to see whether that is right.
+_PARTED = 32
+# So many places at a time when the likeliest tokens are looked for.
+_PLACES = 64
+# Largest difference between log-probabilities that other shapes of the same products make.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
+
+
+def rounding(dtype: torch.dtype | None) -> float:
+    """Largest difference between log-probabilities that other shapes of the same products make."""
+    return _ROUNDING.get(dtype or torch.float32, _ROUNDING[torch.float32])
+
+
+def reason_against(error_of: Callable[[], float]) -> str | None:
+    """Why a way of computing values is not right; None where it is.
+
+    Args:
+        error_of: Goes that way; returns the largest difference that it makes, over what rounding
+            explains.
+    """
+    try:
+        error = error_of()
+    except Exception as failure:  # whatever a model does with a state: there is a way without
+        if is_out_of_memory(failure):
+            raise
+        return f"{type(failure).__name__}: {failure}"
+    return None if error <= 1 else f"values differ by {error:.2g} times rounding"
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """Rows and what they are asked.
+
+    Attributes:
+        rows: Token rows.
+        asked: The target tokens.
+        positions: Where each row says them, int64 ``(n_rows, n_target)``; -1 where it does not.
+    """
+
+    rows: Sequence[TokenRow]
+    asked: Asked
+    positions: Tensor
+
+    @staticmethod
+    def of(rows: Sequence[TokenRow], asked: Asked) -> "_Queries":
+        positions = [list(row.positions) for row in rows]
+        return _Queries(rows, asked, torch.tensor(positions, dtype=torch.int64, device="cpu"))
+
+    def some(self, indices: Sequence[int]) -> tuple[list[TokenRow], Tensor]:
+        """Some of the rows, and their positions."""
+        index = torch.tensor(indices, dtype=torch.int64, device="cpu")
+        return [self.rows[i] for i in indices], self.positions[index]
+
+
+class Passes:
+    """Forward passes of one model. Rows are padded on the right, without an attention mask: a
+    causal model cannot see what comes after, and its positions then need no telling.
+
+    Args:
+        model: The model, in evaluation mode and without gradients whenever it is called.
+        attr_target: As for `Scorer`.
+        device: Where the model reads its ids.
+        sharing: How rows are given the state that they share.
+
+    Attributes:
+        lends: Whether a comparison has shown that states can be lent.
+        chains: Whether the latest comparison of packs saw a state that packs can hand on.
+        kept: How many logits the model can be asked for, as `_compat.kept_logits` says.
+        n_positions: Number of token positions computed up to now, padding included.
+        n_rows: Number of rows of the latest pass, come what came of it.
+        state_bytes: What the model remembers of one position, where it has been seen.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attr_target: AttrTarget,
+        device: torch.device,
+        sharing: Sharing = "auto",
+    ) -> None:
+        self._least = {"copy": sys.maxsize, "lend": 0}.get(sharing, _WORTH_LENDING)
+        self.lends: bool | None = None
+        self.chains = False
+        self.model, self.attr_target, self.device = model, attr_target, device
+        self.kept = _compat.kept_logits(model)
+        self._head = Head(model)
+        self._ends_of_model = _compat.outer_layers(model)
+        self.n_positions = self.n_rows = 0
+        self.state_bytes: int | None = None
+        self._arguments = _compat.forward_arguments(model)
+        self._state = _compat.state_argument(model)
+
+    @property
+    def spares_ends(self) -> bool:
+        """Whether tokens are left out at the model's first and last layer in packs."""
+        return self._ends_of_model is not None
+
+    def heed_packing(self, chains: bool, spares_ends: bool) -> None:
+        """Takes over what another comparison of packs has shown of this model."""
+        self.chains = chains
+        if not spares_ends:
+            self._ends_of_model = None
+
+    @property
+    def makes_logits(self) -> bool:
+        """Whether logits are there in a pass, as far as is known."""
+        return self._head.makes_logits
+
+    def spared_in_packs(self, n_positions: int, n_said: int) -> int:
+        """What packs leave out at the ends of the model (see `edges`), in positions.
+
+        Most of the last layer is left out for tokens that nobody asks about, and the beginning of
+        the first one for those that others stand for: about a layer in all.
+
+        Args:
+            n_positions: Number of positions that the packs have.
+            n_said: Number of those that are asked about.
+        """
+        layers = _compat.number_of_layers(self.model)
+        if self._ends_of_model is None or not layers or 2 * n_said >= n_positions:
+            return 0
+        return (n_positions - n_said) // layers
+
+    def run(
+        self,
+        root: Branch,
+        rows: Sequence[TokenRow],
+        asked: Asked,
+        state: Any = None,
+        on_head: Callable[[Any], None] | None = None,
+    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Runs the branches of a plan.
+
+        Args:
+            root: The plan.
+            rows: The rows that it was made for.
+            asked: What they are asked.
+            state: The model's state after the ids before the root. It is left as it is.
+            on_head: Given the state after the root's own stretch, which is then left as it is.
+
+        Yields:
+            Indices of rows and their values ``(n_indices, per_token * n_target)``, batch by batch.
+        """
+        queries = _Queries.of(rows, asked)
+        values = asked.blank(len(rows))
+        todo = [(root, state, False)]
+        while todo:
+            branch, state, is_last = todo.pop()
+            if branch.stop > branch.start:
+                state = state if is_last else copies(state)
+                state = self._stretch(branch, queries, state, values)
+            if branch is root and on_head is not None:
+                on_head(state)
+            run = self._batches if branch.own is None else self._packs
+            for batch, found in run(branch, queries, state):
+                index = torch.tensor(batch, dtype=torch.int64, device="cpu")
+                values[index] = values[index].where(found.isnan(), found)
+                is_none = queries.positions[index][:, None] < 0
+                yield batch, values[index].masked_fill(is_none, torch.nan).flatten(1)
+            # The last branch may change the state: no other comes after it.
+            todo += [
+                (grown, state, grown is branch.branches[-1] and branch is not root)
+                for grown in reversed(branch.branches)
+            ]
+
+    def together(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+        """Values ``(n_rows, per_token * n_target)`` of whole rows in one batch."""
+        every = tuple(range(len(rows)))
+        [(_, values)] = self.run(Branch(0, 0, every, (every,)), rows, asked)
+        return values
+
+    def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens where a row says each target token; see `Scorer.likeliest`."""
+        ids, at = (
+            torch.tensor([list(x)], dtype=torch.int64, device="cpu")
+            for x in (row.ids, row.positions)
+        )
+        said, _ = self._pass(ids, at.clamp(min=0), extras=self.extras(row, 0))
+        found: list[tuple[Tensor, Tensor]] = []
+        for some in said.vectors[0].split(_PLACES):  # a copy in float32 of some logits at a time
+            logits = Said(some, said.layer).logits()
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            best = logits.topk(min(n, logits.shape[1]), dim=1)
+            log_probs = best.values - logits.logsumexp(1, keepdim=True)
+            found.append((log_probs.double().cpu(), best.indices.cpu()))
+        log_probs, tokens = (torch.cat(part) for part in zip(*found, strict=True))
+        return log_probs, tokens
+
+    def _batches(
+        self, branch: Branch, queries: _Queries, state: Any
+    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Values of the ends of rows in padded batches; NaN at places before the ends."""
+        for batch in branch.batches:
+            rows, positions = queries.some(batch)
+            at = positions - branch.stop
+            yield batch, self._ends(rows, at, branch.stop, queries.asked, state)
+
+    def _packs(
+        self, branch: Branch, queries: _Queries, state: Any
+    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """As `_batches`, from sequences in which no id comes twice."""
+        lengths = [len(row.ids) for row in queries.rows]
+        last: _LastRow | None = None
+        for batch in branch.batches:
+            if last is None:
+                n_read, before = branch.stop, state
+            else:
+                n_read = branch.read_before(batch, lengths)
+                before = last.after(n_read)
+                last = None  # not both states at a time
+            rows, positions = queries.some(batch)
+            packed = pack([row.ids for row in rows], n_read)
+            found, read = self._packed(packed, positions, queries.asked, before)
+            last = _LastRow(read, packed.places[-1]) if branch.chained else None
+            del read, before
+            yield batch, found
+
+    def _stretch(self, branch: Branch, queries: _Queries, state: Any, values: Tensor) -> Any:
+        """Reads what rows share; the values that are said there are put into `values`."""
+        rows, places = queries.some(branch.rows)
+        inside = (places >= branch.start) & (places < branch.stop)
+        which, tokens = inside.nonzero(as_tuple=True)
+        needed, back = (places[which, tokens] - branch.start).unique(return_inverse=True)
+        ids = torch.tensor(
+            [rows[0].ids[branch.start : branch.stop]], dtype=torch.int64, device="cpu"
+        )
+        at = (
+            needed
+            if len(needed)
+            else torch.tensor([ids.shape[1] - 1], dtype=torch.int64, device="cpu")
+        )
+        said, state = self._pass(ids, at[None], state=state, keeps_state=True)
+        if len(needed) and isinstance(self.attr_target, str):
+            index = torch.tensor(branch.rows, dtype=torch.int64, device="cpu")[which]
+            found = queries.asked.values(said, back, tokens, self.attr_target)
+            values[index, :, tokens] = found
+        return state
+
+    def _ends(
+        self, rows: Sequence[TokenRow], at: Tensor, start: int, asked: Asked, state: Any
+    ) -> Tensor:
+        """Values ``(n_rows, per_token, n_target)`` of rows read from `start` on.
+
+        They are NaN where `at` is below 0.
+        """
+        ids = _padded([row.ids[start:] for row in rows])
+        arguments = self.extras(rows[0], ids.shape[1] - len(rows[0].ids) + start)
+        is_called = not isinstance(self.attr_target, str)
+        columns = (at >= 0).any(0)
+        places = (at if is_called else at[:, columns]).clamp(min=0)
+        said = None
+        if self.lends and state is not None and start * len(rows) >= self._least:
+            try:
+                said = self._read_on(ids, places, state, lends=True, extras=arguments)
+            except NotImplementedError as failure:  # what the comparison did not meet
+                self._stop_lending(failure)
+        if said is None:
+            said = self._read_on(ids, places, state, lends=False, extras=arguments)
+        if not isinstance(self.attr_target, str):
+            values = called_values(said.logits(), asked.target, self.attr_target)[:, None]
+        else:
+            values = asked.blank(len(rows))
+            tokens = columns.nonzero()[:, 0].repeat(len(rows))
+            where = torch.arange(len(tokens), device="cpu")
+            found = asked.values(said, where, tokens, self.attr_target)
+            values[:, :, columns] = found.view(*places.shape, -1).transpose(1, 2)
+        return values.masked_fill(at[:, None] < 0, torch.nan)
+
+    def _packed(
+        self, packed: Pack, positions: Tensor, asked: Asked, state: Any
+    ) -> tuple[Tensor, Any]:
+        """Values ``(n_rows, per_token, n_target)`` of rows in one sequence, and the state after it.
+
+        They are NaN at positions that were read before.
+        """
+        said = positions >= packed.n_read
+        which, tokens = said.nonzero(as_tuple=True)
+        places = pad_sequence(list(packed.places), batch_first=True)
+        where = places.gather(1, positions.clamp(min=0))[said]
+        needed, back = where.unique(return_inverse=True)
+        answer, state = self._read_pack(packed, needed, state)
+        if not isinstance(self.attr_target, str):
+            index = torch.zeros(said.shape, dtype=torch.int64, device="cpu")
+            index[said] = back
+            logits = answer.logits()[0]
+            values = called_values(logits[index.to(logits.device)], asked.target, self.attr_target)
+            return values.masked_fill(~said, torch.nan)[:, None], state
+        values = asked.blank(len(said))
+        values[which, :, tokens] = asked.values(answer, back, tokens, self.attr_target)
+        return values, state
+
+    def _read_pack(
+        self, packed: Pack, needed: Tensor, state: Any, *, cuts: bool = False
+    ) -> tuple[Said, Any]:
+        """What is said ``(1, n)`` at places of a pack, and the state after it.
+
+        Args:
+            packed: The rows.
+            needed: The places, none of them read before.
+            state: The model's state after the ids read before.
+            cuts: Whether tokens are left out at the ends of the model even if that does not pay.
+
+        Raises:
+            NotImplementedError: If the model does not attend in a way that is known.
+        """
+        if "position_ids" not in self._arguments:
+            raise NotImplementedError("no `position_ids`")
+        ids, depths = (
+            torch.tensor(packed.ids, dtype=torch.int64, device="cpu"),
+            torch.tensor(packed.depths, dtype=torch.int64, device="cpu"),
+        )
+        at, length = needed - packed.n_read, len(packed.ids)
+        with attention.packed(self.model, packed, needed) as packing, ExitStack() as stack:
+            if self._ends_of_model is not None:
+                first, last = self._ends_of_model
+                for layer, (some, spread), is_time in (
+                    (first, edges.alike(ids, depths), packing.is_before),
+                    (last, edges.needed(at, length), packing.is_through),
+                ):
+                    if cuts or 2 * len(some) < length:
+                        stack.enter_context(edges.for_some(layer, some, spread, length, is_time))
+            answer, state = self._pass(
+                ids[None],
+                at[None],
+                state=copies(state),
+                keeps_state=True,  # with an empty state, nobody looks for where sequences begin
+                extras={"position_ids": depths[None].to(self.device)},
+                n_rows=len(packed.places),
+            )
+        if not packing.is_through():
+            raise NotImplementedError(f"{packing.n_attended} layers attend")
+        return answer, state
+
+    def _read_on(
+        self,
+        ids: Tensor,
+        at: Tensor,
+        state: Any,
+        *,
+        lends: bool,
+        extras: Mapping[str, Any] | None = None,
+    ) -> Said:
+        """What rows say that begin with what a state of one row has read, if any."""
+        if state is None or not lends:
+            return self._pass(ids, at, state=copies(state, len(ids)), extras=extras)[0]
+        borrowed, loans = lent(state, len(ids))
+        with attention.merged(self.model):
+            said, _ = self._pass(ids, at, state=borrowed, extras=extras)
+        if not all(loan.was_used for loan in loans):
+            raise NotImplementedError("attention that does not see what is lent")
+        return said
+
+    def _pass(
+        self,
+        ids: Tensor,
+        at: Tensor,
+        *,
+        state: Any = None,
+        keeps_state: bool = False,
+        extras: Mapping[str, Any] | None = None,
+        n_rows: int | None = None,
+    ) -> tuple[Said, Any]:
+        """What is said at places ``at (batch, n)`` of ``ids (batch, length)``; the state after.
+
+        It is good until the next pass.
+        """
+        self.check_ids(ids)
+        self.n_rows = n_rows or len(ids)
+        arguments = dict(extras or {})
+        if "use_cache" in self._arguments:
+            arguments["use_cache"] = keeps_state or state is not None
+        if state is not None:
+            arguments[self._state or ""] = state
+        given = ids.to(self.device)
+        arguments |= _compat.keeping_logits(self.kept, at, given)
+        # A callable of the user's may keep what it is given.
+        with self._head.watched() if isinstance(self.attr_target, str) else nullcontext():
+            output = _compat.called(self.model, given, **arguments)
+        self.n_positions += ids.numel()
+        said = self._head.said(_compat.sequence_logits(output))
+        if self.kept != "positions":
+            said = said.at(at - (ids.shape[1] - said.vectors.shape[1]))
+        return said, getattr(output, self._state, None) if self._state else None
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raises a ValueError if an id is none of the model's."""
+        size = _compat.vocabulary_size(self.model)
+        low, high = int(ids.min()), int(ids.max())
+        if size is not None and not 0 <= low <= high < size:
+            raise ValueError(
+                f"a row holds token id {low if low < 0 else high}, outside the model's vocabulary "
+                f"of {size} tokens: check the baselines, and that tokenizer and model belong "
+                "together."
+            )
+
+    def extras(self, row: TokenRow, padding: int) -> dict[str, Any]:
+        """The row's other arguments; those with one entry per token are made as long as its ids."""
+        arguments: dict[str, Any] = {}
+        for name, value in (row.extras or {}).items():
+            if isinstance(value, Tensor):
+                value = value.to(self.device)
+                if name.endswith("token_type_ids"):
+                    short = len(row.ids) + padding - value.shape[-1]
+                    value = nn.functional.pad(value, (0, short))
+            arguments[name] = value
+        return arguments
+
+    def reads_packed(self, row: Sequence[int], places: Sequence[int] = ()) -> float:
+        """How much distributions of next tokens change when a row is read in a pack.
+
+        It parts from another one, which goes on with its ids after a different one: what is to be
+        seen differs there, whatever tokens themselves have in common. The beginning is read before,
+        where the state is one that packs go on from. Others part from it after the places given:
+        what stands next to these is something else, and what follows them cannot be attended to.
+        So a model that reads both alike at these places does not see what comes after them.
+
+        Args:
+            row: Token ids, at least two.
+            places: Of the row, sorted, its last one not among them.
+
+        Returns:
+            As `reads_on`.
+
+        Raises:
+            NotImplementedError: If the model does not attend in a way that is known.
+        """
+        parting = max(1, len(row) - _PARTED)
+        another = _unlike(row, row[parting])
+        other = [*row[:parting], another, *row[parting + 1 : parting + _PARTED // 2]]
+        ended = [[*row[: p + 1], _unlike(row, row[p + 1])] for p in places]
+        # Each shares with the next all that comes before it parts from the row.
+        others = sorted([*zip((p + 1 for p in places), ended, strict=True), (parting, other)])
+        # The first that has another's token before it in the pack, and those after it.
+        at = torch.tensor(
+            [parting, (parting + len(row) - 1) // 2, len(row) - 1, *places],
+            dtype=torch.int64,
+            device="cpu",
+        ).unique()
+        said, state = self._pass(
+            torch.tensor([row], dtype=torch.int64, device="cpu"), at[None], keeps_state=True
+        )
+        alone = said.logits().clone()
+        self.chains = state is not None and _compat.keeps_every_id(state)
+        n_read = max(0, min([parting - _PARTED // 4, *places])) if self.chains else 0
+        packed = pack([*(one for _, one in others), row], n_read)
+
+        def error() -> float:
+            before = part(state, torch.arange(n_read, device="cpu"))
+            found, _ = self._read_pack(packed, packed.places[-1][at], before, cuts=True)
+            return _error(found.logits(), alone)
+
+        if self._ends_of_model is not None:
+            try:
+                if (found := error()) <= 1:
+                    return found
+            except Exception as failure:  # whatever a model does: there is a way without
+                if is_out_of_memory(failure):
+                    raise
+            self._ends_of_model = None
+        return error()
+
+    def reads_on(self, row: Sequence[int], other: Sequence[int], shared: int) -> float:
+        """How much distributions of next tokens change when rows are read on from a state.
+
+        The shared beginning is read in two stretches, then both rows from copies of the state, the
+        other one padded. What the model says in each is held against a pass of its own.
+
+        Args:
+            row: Token ids.
+            other: Token ids; a row not longer than the first.
+            shared: Number of ids that both begin with, fewer than either has.
+
+        Returns:
+            Largest difference between log-probabilities over what rounding explains: reading on
+            is right up to 1.
+        """
+        state: Any = None
+        middle = shared // 4 * 2
+        for a, b in ((0, middle), (middle, shared)):
+            if b > a:
+                ids = torch.tensor([row[a:b]], dtype=torch.int64, device="cpu")
+                _, state = self._pass(
+                    ids,
+                    torch.tensor([[b - a - 1]], dtype=torch.int64, device="cpu"),
+                    state=state,
+                    keeps_state=True,
+                )
+        if state is None:
+            return float("inf")
+        self.state_bytes = _compat.state_bytes(state) // shared
+        ends = [row[shared:], other[shared:]]
+        # The first that has nothing but the state before it, and the last.
+        at = torch.tensor([[0, len(end) - 1] for end in ends], dtype=torch.int64, device="cpu")
+        alone = [
+            self._pass(
+                torch.tensor([ids], dtype=torch.int64, device="cpu"), at[i : i + 1] + shared
+            )[0]
+            .logits()
+            .clone()
+            for i, ids in enumerate((row, other))
+        ]
+
+        def error(*, lends: bool) -> float:
+            found = self._read_on(_padded(ends), at, state, lends=lends)
+            return _error(found.logits(), torch.cat(alone))
+
+        copied = error(lends=False)
+        if copied <= 1 and self.lends is not False and shared * _ROWS_IN_MIND >= self._least:
+            self.lends = self._can_lend(error)
+        return copied
+
+    def _can_lend(self, error: Callable[..., float]) -> bool:
+        """Whether rows read on rightly from a state that they have no copies of."""
+        reason = reason_against(partial(error, lends=True))
+        if reason is not None:
+            self._stop_lending(reason)
+        return reason is None
+
+    def _stop_lending(self, reason: object) -> None:
+        self.lends = False
+        _logger.info(
+            "%s is given copies of what rows share (%s).", type(self.model).__name__, reason
+        )
+
+
+@dataclass(frozen=True)
+class _LastRow:
+    """The row that was read last.
+
+    Attributes:
+        state: The model's state after it, and after others.
+        places: Where its ids are in the state.
+    """
+
+    state: Any
+    places: Tensor
+
+    def after(self, n: int) -> Any:
+        """The state after its first `n` ids."""
+        return part(self.state, self.places[:n])
+
+
+def _unlike(row: Sequence[int], one: int) -> int:
+    """Another id than that given."""
+    return next((i for i in row if i != one), int(one == 0))
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference between log-probabilities over what rounding explains."""
+    differences = found.double().log_softmax(-1) - expected.double().log_softmax(-1)
+    worst = float(differences.abs().nan_to_num(nan=torch.inf).max())
+    return worst / _ROUNDING.get(found.dtype, 0.0)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows as one tensor ``(n_rows, longest)``."""
+    length = max(len(row) for row in rows)
+    # What stands right of a row is never seen by it: its own first id is as good as any.
+    return torch.tensor(
+        [[*row, *[row[0]] * (length - len(row))] for row in rows], dtype=torch.int64, device="cpu"
+    )

@@ -1,0 +1,100 @@
+"""The two ends of a model, where tokens do not see one another: some of them stand for all.
+
+Before the first attention a token is its id and its place, and those that have both in common are
+one. After the last attention nothing is needed of a token that nobody asks about.
+"""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from captum_llm_ext.model.exclusive import of_this_thread
+from captum_llm_ext.model.forward.prefixes import distinct_pairs
+
+# From what a layer's weights make of some tokens, ``(…, n_some, size)``, to that of all.
+Spread = Callable[[Tensor], Tensor]
+
+
+def alike(ids: Tensor, places: Tensor) -> tuple[Tensor, Spread]:
+    """Tokens of one sequence that stand for those of the same id at the same place in a row.
+
+    Args:
+        ids, places: int64 ``(length,)``.
+
+    Returns:
+        Where they are, int64 ``(n,)``, and the way from them to all.
+    """
+    pairs, back = distinct_pairs(ids, places)
+    some = back.new_empty(pairs.shape[1])
+    some[back] = torch.arange(len(back), device="cpu")
+    return some, lambda x: x.index_select(-2, back.to(x.device))
+
+
+def needed(some: Tensor, length: int) -> tuple[Tensor, Spread]:
+    """Tokens of one sequence that are asked about; all others are 0 to what follows.
+
+    Args:
+        some: Where they are, int64 ``(n,)``.
+        length: Of the sequence.
+
+    Returns:
+        As `alike`.
+    """
+
+    def spread(x: Tensor) -> Tensor:
+        whole = x.new_zeros(*x.shape[:-2], length, x.shape[-1])
+        return whole.index_copy_(-2, some.to(x.device), x)
+
+    return some, spread
+
+
+@contextmanager
+def for_some(
+    layer: nn.Module, some: Tensor, spread: Spread, length: int, is_time: Callable[[], bool]
+) -> Generator[None]:
+    """Has the weights of a layer see some of the tokens alone, in passes of this thread.
+
+    Args:
+        layer: Its hooks are taken off again.
+        some: Where these tokens are, int64 ``(n,)``.
+        spread: Makes up for the others.
+        length: Number of tokens of the one sequence that is read meanwhile.
+        is_time: Whether tokens are at that end of the model.
+
+    Raises:
+        NotImplementedError: If what a module returns is not one vector per token.
+    """
+    cut: set[nn.Module] = set()
+
+    def before(module: nn.Module, args: Any, arguments: Any) -> Any:
+        x = args[0] if len(args) == 1 and not arguments else None
+        if not isinstance(x, Tensor) or x.shape[:2] != (1, length) or not is_time():
+            return None
+        cut.add(module)
+        return (x.index_select(1, some.to(x.device)),), {}
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        if module not in cut:
+            return None
+        cut.remove(module)
+        first, *others = output if isinstance(output, tuple) else (output,)  # scores of experts
+        if not isinstance(first, Tensor) or first.dim() < 2 or first.shape[-2] != len(some):
+            raise NotImplementedError(f"a {type(module).__name__} that returns no vector per token")
+        return (spread(first), *others) if isinstance(output, tuple) else spread(first)
+
+    on_entry, on_exit = of_this_thread(before), of_this_thread(after)
+    hooks: list[RemovableHandle] = []
+    try:
+        # Vectors that are added or multiplied are not worth it.
+        for module in layer.modules():
+            if module is not layer and any(p.dim() > 1 for p in module.parameters()):
+                hooks.append(module.register_forward_pre_hook(on_entry, with_kwargs=True))
+                hooks.append(module.register_forward_hook(on_exit))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

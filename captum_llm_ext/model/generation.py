@@ -1,0 +1,259 @@
+"""What a model generates with: what was asked for, and what stands where that says nothing."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.base.digest import told
+
+_DEFAULT_LENGTH = 25  # captum's
+_LENGTHS = ("max_new_tokens", "max_length")
+_CHOOSE_AT_RANDOM = ("temperature", "top_p", "top_k")
+_SAMPLING = (*_CHOOSE_AT_RANDOM, "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# What sampling is left as it is by.
+_NEUTRAL = (None, 0, 1)
+_TEXT = (
+    "inputs",
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "token_type_ids",
+    "past_key_values",
+    "cache",
+    "cache_params",
+    "decoder_input_ids",
+    "encoder_outputs",
+)
+# What is told, shown or computed beside, and changes no token.
+_NO_SETTINGS = (
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "streamer",
+    "synced_gpus",
+    "tokenizer",
+    "assistant_tokenizer",
+    "num_return_sequences",
+    "use_cache",
+    "bos_token_id",
+    "pad_token_id",
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a text is generated.
+
+    Attributes:
+        arguments: For the model's ``generate``, beside the prompt.
+        settings: What is done, as JSON has it: what was asked for, the defaults, and what the
+            model's own generation configuration says beside.
+        max_new_tokens: At most so many tokens; None where `max_length` says it.
+        max_length: At most so many with the prompt; None where it is not said.
+    """
+
+    arguments: Mapping[str, Any]
+    settings: Mapping[str, str]
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+
+
+def planned_generation(
+    model: nn.Module, tokenizer: Any, gen_args: Mapping[str, Any] | None
+) -> Generation:
+    """How a model generates with what a user gave.
+
+    Greedily, and 25 new tokens, where neither the arguments nor a ``generation_config`` among them
+    say otherwise. All else is as the model's own generation configuration has it.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, for what needs one (``stop_strings``).
+        gen_args: Arguments of the model's ``generate``; None: there are none.
+
+    Raises:
+        ValueError: If the model cannot generate, there would be several answers or another prompt,
+            or an argument would be ignored.
+        TypeError: If ``generation_config`` is none.
+    """
+    _check_model(model)
+    given = dict(gen_args or {})
+    config = given.pop("generation_config", None)
+    if config is not None and not _compat.is_generation_config(config):
+        raise TypeError(
+            f"`gen_args` has a {type(config).__name__} as `generation_config`: give a "
+            "`transformers.GenerationConfig`, or its fields as `gen_args` themselves."
+        )
+    said = _compat.generation_settings(config)
+    said |= {name: value for name, value in given.items() if value is not None}
+    _check_given(given, said)
+    arguments = given | _defaults(model, said)
+    effective = _compat.defaults_for_sampling()
+    effective |= _compat.generation_settings(getattr(model, "generation_config", None))
+    effective |= said | arguments
+    effective = {name: value for name, value in effective.items() if value is not None}
+    _check_effective(effective)
+    if "tokenizer" not in given and ("stop_strings" in effective or "assistant_tokenizer" in given):
+        arguments["tokenizer"] = tokenizer
+    arguments |= _known(model, _compat.arguments_for_generate(model), said)
+    if config is not None:
+        arguments = _as_configuration(config, arguments)
+    new, length = (_count(name, effective) for name in _LENGTHS)
+    return Generation(arguments, _settings(effective), new, None if new else length)
+
+
+def _as_configuration(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments within a copy of a configuration: transformers wants the one or the others."""
+    config = copy.deepcopy(config)
+    rest = config.update(**{name: v for name, v in arguments.items() if v is not None})
+    # What a configuration leaves open is filled in from the model's own.
+    neutral = _compat.defaults_for_sampling()
+    taken_back = {name for name, value in arguments.items() if value is None}
+    config.update(**{name: neutral[name] for name in taken_back & set(neutral)})
+    return {**rest, "generation_config": config}
+
+
+def _check_model(model: nn.Module) -> None:
+    # One of the user's own does, of which `can_generate` knows nothing.
+    if callable(getattr(model, "generate", None)):
+        return
+    part = _compat.language_part(model)
+    other = "" if part is None else f", or make the attribution over what it wraps (`{part}`)"
+    raise ValueError(
+        f"{type(model).__name__} has no `generate`: give the `target` to explain, as text or as "
+        f"token ids{other}."
+    )
+
+
+def _check_given(given: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    for name in _TEXT:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"`gen_args` has `{name}`, which would put another text in the place of the "
+                "prompt: the prompt is what `inp` renders to. Leave it out."
+            )
+    if said.get("token_healing"):
+        raise ValueError(
+            "`token_healing` writes the end of the prompt anew, so that the answer is no answer to "
+            "this prompt: leave it out."
+        )
+    if "do_sample" not in said:
+        ignored = [name for name in _SAMPLING if given.get(name) not in _NEUTRAL]
+        if ignored:
+            raise ValueError(
+                f"`{ignored[0]}` would be ignored: without `do_sample` generation is greedy. Give "
+                '"do_sample": True as well, or leave it out.'
+            )
+
+
+def _check_effective(effective: Mapping[str, Any]) -> None:
+    n = effective.get("num_return_sequences") or 1
+    if n > 1:
+        raise ValueError(
+            f"`num_return_sequences` is {n}, and one answer is explained at a time: give 1, or "
+            "generate the answers yourself and give each as `target`."
+        )
+    least, most = effective.get("min_new_tokens"), effective.get("max_new_tokens")
+    if least is not None and most is not None and least > most:
+        raise ValueError(
+            f"`min_new_tokens` is {least} and `max_new_tokens` {most}: give a larger "
+            "`max_new_tokens`."
+        )
+
+
+def _defaults(model: nn.Module, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What is passed where nothing was said; None takes back what the model's own says."""
+    found: dict[str, Any] = {}
+    if not any(name in said for name in _LENGTHS):
+        found["max_new_tokens"] = _DEFAULT_LENGTH
+    if "do_sample" not in said:
+        found["do_sample"] = False
+    if not said.get("do_sample"):
+        # Not of use then, and transformers says so of each.
+        found |= {name: None for name in _CHOOSE_AT_RANDOM if name not in said}
+    return _known(model, found, said)
+
+
+def _known(
+    model: nn.Module, arguments: Mapping[str, Any], said: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Those that nothing was said of, and that the model's ``generate`` knows."""
+    names = _parameters(model)
+    return {
+        name: value
+        for name, value in arguments.items()
+        # A `generate` of the user's own need not know that None says nothing.
+        if name not in said and (names is None or (name in names and value is not None))
+    }
+
+
+def _settings(effective: Mapping[str, Any]) -> dict[str, str]:
+    greedy = () if effective.get("do_sample") else _SAMPLING
+    return {
+        name: _shown(value)
+        for name, value in effective.items()
+        if name not in _NO_SETTINGS and name not in greedy and value is not None
+    }
+
+
+def _shown(value: object) -> str:
+    text = told(value)
+    return text if isinstance(text, str) and text != value else repr(text)
+
+
+def _count(name: str, effective: Mapping[str, Any]) -> int | None:
+    value = effective.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def continued(model: nn.Module, ids: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The ids that a model continues a prompt with, ``(n_target,)``.
+
+    Args:
+        model: The model, in evaluation mode and without gradients.
+        ids: The prompt, shape ``(1, length)``.
+        arguments: Of its ``generate``.
+
+    Raises:
+        ValueError: If there are several answers, or they do not begin with the prompt.
+    """
+    generate: Callable[..., Any] = cast(Any, model).generate
+    names = _parameters(model)
+    given = dict(arguments)
+    if names is None or "attention_mask" in names:
+        given.setdefault("attention_mask", torch.ones_like(ids))
+    if names is None or "input_ids" in names:
+        output = generate(input_ids=ids, **given)
+    else:
+        output = generate(ids, **given)
+    found: Tensor = getattr(output, "sequences", output)
+    if len(found) != 1:
+        raise ValueError(
+            f"`generate` gave {len(found)} answers, and one is explained at a time: give each as "
+            "`target`."
+        )
+    length = ids.shape[1]
+    if not torch.equal(found[0, :length].to(ids), ids[0]):
+        raise ValueError(
+            "what `generate` gave does not begin with the prompt's token ids, so that nothing "
+            "tells where the answer begins: generate it yourself and give it as `target`."
+        )
+    return found[0, length:].long()
+
+
+def _parameters(model: nn.Module) -> frozenset[str] | None:
+    """Names that the model's ``generate`` takes; None: any."""
+    parameters = inspect.signature(cast(Any, model).generate).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters)

@@ -1,0 +1,1 @@
+"""Backward passes: values of every target token back to a layer."""

@@ -1,0 +1,562 @@
+"""Runs the model on points of a path, and every target token's value back to the layer."""
+
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.model.exclusive import of_this_thread
+from captum_llm_ext.model.forward.logits import AttrTarget
+from captum_llm_ext.model.forward.memory import batch_budget, is_out_of_memory
+from captum_llm_ext.model.gradients.frozen import frozen
+from captum_llm_ext.model.gradients.layers import Layers
+
+_logger = logging.getLogger(__name__)
+# What is made of a gradient: its product with a difference, or its size.
+Measure = Literal["product", "l1", "l2"]
+# Tokens of a pass beyond which a device has enough to do: more rows, or more target tokens at once,
+# gain nothing (measured on a CPU; beyond 2048 they lose, by what no longer fits into its caches).
+_TOKENS = {"cpu": 1024}
+_TOKENS_ELSEWHERE = 65536
+# What a pass needs beside what it keeps for the way back, as a multiple of that.
+_WORKING = 1.5
+# Largest relative difference between gradients that other shapes of the same products make.
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
+_ROUNDING_HALF = 0.1
+
+_NO_GRADIENT = (
+    "no gradient reaches the layer: the model runs without gradients there (quantised or offloaded "
+    "layers, `torch.no_grad` or an integer cast in its forward), or does not use the layer. Load "
+    "it in float32 or bfloat16, or use `GenerationAttribution`, which needs no gradient."
+)
+# From some of the points: per layer their activations, and what gradients are multiplied by, each
+# (n_points, length, size).
+Points = Callable[[slice], tuple[list[Tensor], list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the model reads, and what it is asked for.
+
+    Attributes:
+        ids: Token ids ``(1, length)``, on the device where the model reads them.
+        at: ``(n_target,)``: the place whose logits predict each target token.
+        target: Token ids ``(n_target,)``.
+        foils: Token ids that each is held against, ``(n_target, n_foils)``; -1 where there are
+            fewer. None where a value is no contrast.
+    """
+
+    ids: Tensor
+    at: Tensor
+    target: Tensor
+    foils: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of ids."""
+        return self.ids.shape[1]
+
+    def of(self, targets: list[int], length: int) -> "Row":
+        """Some of the target tokens, and as many of the ids."""
+        foils = None if self.foils is None else self.foils[targets]
+        return Row(self.ids[:, :length], self.at[targets], self.target[targets], foils)
+
+
+@dataclass
+class Manner:
+    """How a model wants to be run, as found out while running it.
+
+    Attributes:
+        most_tokens: Token ids that fit into a pass with gradients.
+        most_rows: At most so many rows in a pass.
+        was_tried: Whether the following is known.
+        splits: Whether one way through the head serves all target tokens.
+        batches: Whether the ways back of several target tokens can be one.
+        row_bytes: What the row that was tried keeps for the way back.
+    """
+
+    most_tokens: int
+    most_rows: int | None = None
+    was_tried: bool = False
+    splits: bool = True
+    batches: bool = True
+    row_bytes: int = 0
+
+
+def manner(device: torch.device, most_rows: int | None) -> Manner:
+    """What is known before the first pass.
+
+    Args:
+        device: Where it reads its ids.
+        most_rows: The user's choice; what memory allows if there is none.
+    """
+    return Manner(_TOKENS.get(device.type, _TOKENS_ELSEWHERE), most_rows)
+
+
+class Reader:
+    """The model's forward on token ids, with the logits of some places.
+
+    Args:
+        model: The model, in evaluation mode whenever it is called.
+
+    Attributes:
+        kept: How it is asked for the logits of some places only; None: it gives all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.kept = _compat.kept_logits(model)
+        self._uncached = _compat.uncached(model)
+
+    def logits(self, ids: Tensor, at: Tensor) -> Tensor:
+        """Logits ``(batch, n, vocabulary)`` at places ``at (n,)`` of ``ids (batch, length)``."""
+        kept = _compat.keeping_logits(self.kept, at.expand(len(ids), -1), ids)
+        arguments = {**self._uncached, **kept}
+        logits = _compat.sequence_logits(_compat.called(self.model, ids, **arguments))
+        places = self.places(at, ids.shape[1], logits.shape[1])
+        return logits if places is None else logits[:, places.to(logits.device)]
+
+    def keep_all(self) -> None:
+        """Has the model make the logits of all places from now on."""
+        self.kept = None
+
+    def places(self, at: Tensor, length: int, n_kept: int) -> Tensor | None:
+        """Where the logits of these places are among those that the model gives; None: in order."""
+        return None if self.kept == "positions" else at - (length - n_kept)
+
+
+class Linear(NamedTuple):
+    """What a frozen model says of a single point, each ``(n_values,)``, float64 on the CPU.
+
+    Attributes:
+        values: The values.
+        expected: What the shares of all that a value is made of sum to: the value itself where it
+            is a logit or a difference of some, else its slope along the logits.
+        sizes: How large logits are where the value comes from.
+        constants: The share of biases, position tables and other constants.
+    """
+
+    values: Tensor
+    expected: Tensor
+    sizes: Tensor
+    constants: Tensor
+
+
+class _Passed(NamedTuple):
+    """A pass with gradients: values ``(n_rows, n_values)``, and what they were made from."""
+
+    values: Tensor
+    logits: Tensor
+    before_head: Tensor | None
+    unit: Tensor | None
+
+
+class Slopes:
+    """Values of target tokens at points of a path, and their gradients with respect to a layer.
+
+    One forward pass serves all target tokens of a point. On the way back each token has its own
+    pass, but not through the head: what a token's logits are made from is one place of the last
+    layer, so that a single pass through the head finds the beginning of all the others. Where the
+    model does otherwise, which a comparison on the first point shows, each goes all the way.
+
+    Args:
+        reader: The model's forward.
+        layers: What the gradients are with respect to.
+        row: What is read.
+        attr_target: What a value is.
+        manner: How the model is run; it learns from what happens.
+        is_joint: Whether the one value is the product over the target tokens.
+        measure: What is made of a token's gradient.
+        is_frozen: Whether passes with gradients are those of a frozen model (see
+            `scoring.frozen`); there is one point then.
+        grad_kwargs: Passed on to `torch.autograd.grad`.
+        on_rows: Called with the number of points of every pass.
+
+    Attributes:
+        n_rows: Points that the model was run on.
+        linear: What a frozen model said of the point.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        layers: Layers,
+        row: Row,
+        attr_target: AttrTarget,
+        manner: Manner,
+        *,
+        is_joint: bool = False,
+        measure: Measure = "product",
+        is_frozen: bool = False,
+        grad_kwargs: Mapping[str, Any] | None = None,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> None:
+        self._reader, self._layers, self.row = reader, layers, row
+        self._measure, self._is_frozen = measure, is_frozen
+        self.linear: Linear | None = None
+        self._attr_target, self._manner, self._is_joint = attr_target, manner, is_joint
+        self._grad_kwargs, self._on_rows = dict(grad_kwargs or {}), on_rows
+        self.n_rows = 0
+        self.n_values = 1 if is_joint else len(row.target)
+        # A callable may make a token's value from the logits of any other.
+        self._may_split = isinstance(attr_target, str) and self.n_values > 1
+
+    def values(self, n_points: int, points: Points) -> Tensor:
+        """Values at points, float64 on the CPU, shape ``(n_points, n_values)``.
+
+        Raises:
+            ValueError: If one is not finite.
+            TypeError: If a callable `attr_target` gives the wrong shape.
+        """
+
+        def found(rows: slice) -> Tensor:
+            with torch.no_grad(), self._layers.replaced(points(rows)[0]):
+                return self._passed(rows.stop - rows.start).values
+
+        values = torch.cat([values for _, values in self._in_batches(n_points, found)])
+        if not values.isfinite().all():
+            bad = int((~values.isfinite()).nonzero()[0][1])
+            raise ValueError(
+                f"the model gives {float(values[:, bad].sum())} to target token {bad} (id "
+                f"{int(self.row.target[bad])}) on the path from absent to present. Values must be "
+                "finite: load half-precision models in bfloat16 or float32, check the weights for "
+                "NaN, and do not explain a token that the model rules out."
+            )
+        return values
+
+    def products(self, n_points: int, points: Points) -> Iterator[tuple[slice, Tensor]]:
+        """Gradients at points, multiplied and summed over the layer's size, or their norm.
+
+        Yields:
+            Which points, and ``(n_points, n_values, length)``, float64 on the CPU.
+
+        Raises:
+            ValueError: If no gradient reaches the layer, or one is not finite.
+        """
+        if not self._manner.was_tried:
+            self._try(points(slice(0, 1))[0])
+
+        def found(rows: slice) -> Tensor:
+            return self._products(*points(rows))
+
+        for rows, products in self._in_batches(n_points, found):
+            if not products.isfinite().all():
+                raise ValueError(
+                    "the model's gradients are not finite: load half-precision models in bfloat16 "
+                    "or float32, and check the weights for NaN."
+                )
+            yield rows, products
+
+    def _in_batches(
+        self, n_points: int, found: Callable[[slice], Tensor]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        start, manner = 0, self._manner
+        while start < n_points:
+            most = max(1, manner.most_tokens // self.row.length)
+            rows = slice(start, min(n_points, start + min(most, manner.most_rows or most)))
+            n_rows = rows.stop - start
+            try:
+                tensor = found(rows)
+            except RuntimeError as error:
+                if n_rows == 1 or not is_out_of_memory(error):
+                    raise
+                manner.most_tokens = n_rows // 2 * self.row.length
+                continue
+            self.n_rows += n_rows
+            if self._on_rows is not None:
+                self._on_rows(n_rows)
+            yield rows, tensor
+            start = rows.stop
+
+    def _passed(self, n_rows: int) -> _Passed:
+        how = frozen(self.row.ids.device) if self._is_frozen else nullcontext()
+        with self._heard() as heard, how as unit:
+            logits = self._reader.logits(self.row.ids.expand(n_rows, -1), self.row.at)
+        target = self.row.target.to(logits.device)
+        if callable(self._attr_target):
+            values = called(logits, target, self._attr_target)
+        else:
+            values = named(logits, target, self._attr_target, self.row.foils)
+        if self._is_joint:
+            values = values.prod(1, keepdim=True)
+        return _Passed(values, logits, heard[0] if len(heard) == 1 else None, unit)
+
+    @contextmanager
+    def _heard(self) -> Generator[list[Tensor]]:
+        """What the model's head is given in the pass within."""
+        head = _compat.embeddings(self._reader.model, "get_output_embeddings")
+        heard: list[Tensor] = []
+        if not isinstance(head, nn.Module) or not self._may_split:
+            yield heard
+            return
+
+        def note(_: nn.Module, arguments: Any) -> None:
+            heard.extend(a for a in arguments[:1] if isinstance(a, Tensor) and a.dim() == 3)
+
+        hook = head.register_forward_pre_hook(of_this_thread(note))
+        try:
+            yield heard
+        finally:
+            hook.remove()
+
+    @torch.enable_grad()
+    def _products(self, points: list[Tensor], factors: list[Tensor]) -> Tensor:
+        points = [point.detach().requires_grad_() for point in points]
+        n_rows, length = points[0].shape[:2]
+        dtype = torch.promote_types(points[0].dtype, torch.float32)
+        factors = [factor.to(dtype) for factor in factors]
+        with self._layers.replaced(points):
+            passed = self._passed(n_rows)
+        values = passed.values
+        if not values.requires_grad and callable(self._attr_target):
+            raise ValueError(
+                "the values that `attr_target` returned have no gradient: it must be made of "
+                "differentiable operations on the logits (no argmax, rounding, `.item()` or "
+                "`.detach()`), and the model must run with gradients."
+            )
+        if not values.requires_grad:
+            raise ValueError(_NO_GRADIENT)
+        products = torch.zeros(n_rows, self.n_values, length, dtype=dtype, device=points[0].device)
+        constants = torch.zeros(self.n_values, dtype=torch.float64, device="cpu")
+        for start, (*gradients, of_unit) in self._way_back(passed, points):
+            stop = start + len(of_unit)
+            for gradient, factor in zip(gradients, factors, strict=True):
+                found = self._measured(gradient.to(dtype), factor).detach()
+                products[:, start:stop] += found.transpose(0, 1).to(products.device)
+            constants[start:stop] = of_unit.detach().double().cpu()
+        if self._measure == "l2":
+            products = products.sqrt()
+        if self._is_frozen:
+            self.linear = self._linear(passed, constants)
+        return products.double() if products.device.type == "cpu" else products.cpu().double()
+
+    def _measured(self, gradient: Tensor, factor: Tensor) -> Tensor:
+        """What a gradient comes to, token by token; of the L2 norm the square."""
+        if self._measure == "l1":
+            return gradient.abs().sum(-1)
+        return (gradient.square() if self._measure == "l2" else gradient * factor).sum(-1)
+
+    def _linear(self, passed: _Passed, constants: Tensor) -> Linear:
+        values, logits = passed.values, passed.logits
+        wide = logits.detach().double()
+        sizes = wide[0].square().mean(-1).sqrt().cpu()
+        if self._is_joint or callable(self._attr_target):
+            sizes = sizes.max().expand(self.n_values)
+            slopes = (
+                torch.autograd.grad(values[:, t].sum(), logits, retain_graph=True)[0]
+                for t in range(self.n_values)
+            )
+            expected = torch.stack([(slope.double() * wide).sum() for slope in slopes]).cpu()
+        else:  # each is made from the logits of its own place
+            (slope,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
+            expected = (slope.double() * wide).sum((0, 2)).cpu()
+        return Linear(values.detach()[0], expected, sizes, constants)
+
+    def _way_back(
+        self, passed: _Passed, points: list[Tensor]
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Gradients of some values after others: the first one's number, ``(n, n_rows, …)`` each.
+
+        The gradient of a value summed over rows is that of each row: they do not see one another.
+        The last one is that of the unit, ``(n,)``, 0 where nothing is frozen.
+        """
+        outputs, begin = self._beginnings(passed)
+        size = self._tokens_at_once(len(passed.values))
+        for start in range(0, self.n_values, size):
+            numbers = range(start, min(start + size, self.n_values))
+            yield start, self._gradients(outputs, begin, points, passed.unit, numbers)
+
+    def _tokens_at_once(self, n_rows: int) -> int:
+        """Of how many target tokens the ways back are one: small passes leave room for it."""
+        room = self._manner.most_tokens // (n_rows * self.row.length)
+        return max(1, room) if self._manner.batches else 1
+
+    def _beginnings(self, passed: _Passed) -> tuple[Tensor, Callable[[int], Tensor]]:
+        """Where the ways back begin, and with what for every value."""
+        values, before_head = passed.values, passed.before_head
+        if self._manner.splits and before_head is not None and before_head.requires_grad:
+            return before_head, self._at_head(values, before_head)
+        return values, self._at_values(values)
+
+    def _gradients(
+        self,
+        outputs: Tensor,
+        begin: Callable[[int], Tensor],
+        points: list[Tensor],
+        unit: Tensor | None,
+        numbers: range,
+    ) -> list[Tensor]:
+        """Gradients of several values, ``(len(numbers), n_rows, length, size)`` per layer.
+
+        And those with respect to the unit, ``(len(numbers),)``.
+        """
+        if len(numbers) > 1 and self._manner.batches:
+            try:
+                given = torch.stack([begin(number) for number in numbers])
+                return _gradients(outputs, points, unit, given, True, self._grad_kwargs)
+            except RuntimeError as error:  # an operation that knows no batches of gradients
+                if is_out_of_memory(error):
+                    raise
+                self._manner.batches = False
+                _logger.info("gradients of one token after another (%s).", error)
+        each = [
+            _gradients(outputs, points, unit, begin(number), False, self._grad_kwargs)
+            for number in numbers
+        ]
+        return [torch.stack(own) for own in zip(*each, strict=True)]
+
+    @torch.enable_grad()
+    def _try(self, points: list[Tensor]) -> None:
+        """Finds out on one point how many fit, and whether the short ways back are right."""
+        own = {p.untyped_storage().data_ptr() for p in self._reader.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        points = [point.detach().requires_grad_() for point in points]
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with self._layers.replaced(points), hooks:
+            passed = self._passed(1)
+        values = passed.values
+        manner = self._manner
+        manner.row_bytes = max(1, sum(kept.values()))
+        most = batch_budget(self.row.ids.device) / (_WORKING * manner.row_bytes)
+        if manner.most_rows is None:
+            manner.most_tokens = max(1, min(manner.most_tokens, int(most * self.row.length)))
+        if values.requires_grad and not self._agree(passed, points):
+            manner.splits = manner.batches = False
+        # With a single value there was no short way to try.
+        manner.was_tried |= self.n_values > 1
+
+    def _agree(self, passed: _Passed, points: list[Tensor]) -> bool:
+        """Whether the short way gives the gradient of the plain one, for the last token."""
+        last = self.n_values - 1
+        at_once = min(2, self.n_values, self._tokens_at_once(1))
+        values, unit = passed.values, passed.unit
+        given = self._at_values(values)(last)
+        plain = _gradients(values, points, unit, given, False, self._grad_kwargs)
+        numbers = range(last + 1 - at_once, last + 1)
+        try:
+            outputs, begin = self._beginnings(passed)
+            short = self._gradients(outputs, begin, points, unit, numbers)
+        except ValueError:  # the layer is the head, or lies beyond it
+            return False
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        tolerance = _ROUNDING.get(points[0].dtype, _ROUNDING_HALF)
+        worst = max(
+            float((a[-1] - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
+            for a, b in zip(short, plain, strict=True)
+        )
+        if not worst <= tolerance:
+            _logger.info("every token goes back through the head (%.2g apart).", worst)
+        return worst <= tolerance
+
+    def _at_values(self, values: Tensor) -> Callable[[int], Tensor]:
+        def begin(number: int) -> Tensor:
+            given = torch.zeros_like(values)
+            given[:, number] = 1
+            return given
+
+        return begin
+
+    def _at_head(self, values: Tensor, before_head: Tensor) -> Callable[[int], Tensor]:
+        (slope,) = torch.autograd.grad(values.sum(), before_head, retain_graph=True)
+        n_kept = before_head.shape[1]
+        places = self._reader.places(self.row.at, self.row.length, n_kept)
+        order = list(range(n_kept)) if places is None else places.tolist()
+
+        def begin(number: int) -> Tensor:
+            given = torch.zeros_like(slope)
+            given[:, order[number]] = slope[:, order[number]]
+            return given
+
+        return begin
+
+
+def named(logits: Tensor, target: Tensor, attr_target: str, foils: Tensor | None = None) -> Tensor:
+    """Values ``(batch, n_target)``, float64 on the CPU, with their gradient.
+
+    What `scoring` does without one, it does in place. Softmax and sums are taken in float32 at
+    least. A contrast takes none over the vocabulary, but for tokens without foils.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    found = logits.gather(2, target.expand(len(logits), -1)[..., None])[..., 0].to(dtype)
+    if foils is not None:
+        foils = foils.to(logits.device)
+        others = logits.gather(2, foils.clamp(min=0).expand(len(logits), -1, -1)).to(dtype)
+        others = others.masked_fill(foils < 0, -torch.inf)
+        against = [
+            (others[:, t] if bool((foils[t] >= 0).any()) else logits[:, t].to(dtype)).logsumexp(1)
+            for t in range(len(target))
+        ]
+        found = found - torch.stack(against, 1)
+    elif attr_target != "logit":
+        found = found - logits.to(dtype).logsumexp(2)
+    if attr_target == "prob":
+        found = found.exp()
+    return found.double().cpu()
+
+
+def called(
+    logits: Tensor, target: Tensor, attr_target: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Values of a user's callable, ``(batch, n_target)``, float64, with their gradient.
+
+    Raises:
+        TypeError: If the callable returns anything else.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    found = attr_target(logits, target)
+    if not isinstance(found, Tensor) or found.shape != (len(logits), len(target)):
+        raise TypeError(
+            f"`attr_target` returned {getattr(found, 'shape', type(found).__name__)} for logits of "
+            f"shape {tuple(logits.shape)}: return (batch, n_target)."
+        )
+    return found.double().cpu()
+
+
+def _gradients(
+    outputs: Tensor,
+    points: list[Tensor],
+    unit: Tensor | None,
+    given: Tensor,
+    are_batched: bool,
+    grad_kwargs: Mapping[str, Any],
+) -> list[Tensor]:
+    # A frozen model without biases has no use for the unit.
+    settings = {**grad_kwargs, **({} if unit is None else {"allow_unused": True})}
+    try:
+        found: Any = torch.autograd.grad(
+            outputs,
+            points if unit is None else [*points, unit],
+            grad_outputs=given,
+            retain_graph=True,
+            is_grads_batched=are_batched,
+            **settings,
+        )
+        is_unused = any(own is None for own in found[: len(points)])
+    except RuntimeError as error:
+        if "not have been used" not in str(error):
+            raise
+        raise ValueError(f"{_NO_GRADIENT} (`allow_unused` of `grad_kwargs` makes it 0.)") from error
+    if is_unused and not grad_kwargs.get("allow_unused"):
+        raise ValueError(_NO_GRADIENT)
+    shape = given.shape[:1] if are_batched else ()
+    leaves = [*points, points[0].new_zeros(()) if unit is None else unit]
+    found = [*found, None] if unit is None else found
+    return [
+        leaf.new_zeros((*shape, *leaf.shape)) if own is None else own
+        for own, leaf in zip(found, leaves, strict=True)
+    ]

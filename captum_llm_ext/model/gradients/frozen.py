@@ -1,0 +1,450 @@
+"""A forward pass that is linear in what it is given, and says what the model says.
+
+In the passes of this thread norms keep their scale, attention its weights, gates and routers what
+they let through: what a model makes of its embeddings is then a linear function of them, plus what
+its biases and position tables add (arXiv 2505.24293). Functions of torch are looked at as they are
+called, so nothing is put on the model or taken off it: an activation ``f(x)`` with ``f(0) = 0``
+becomes ``x * stop(f(x) / x)``, any other one ``stop(f(x))``, and of a product of two things that
+both depend on the input the one that came out of an activation is stopped.
+
+These rules say what is tried. Whether all that is not linear was met is measured, on every call
+(`check_sum`), and what was not met is found by trying each module (`culprit`).
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from captum_llm_ext.model.exclusive import of_this_thread
+
+# Names of functions of torch, as functions, methods and operators have them.
+_STOPPED = frozenset(
+    "softmax log_softmax sigmoid exp exp2 expm1 softplus rsqrt sqrt reciprocal log log1p "
+    "logsigmoid logsumexp cos sin norm vector_norm var std rpow cumprod prod softmin".split()
+)
+_ACTIVATIONS = frozenset(
+    "silu gelu relu relu6 mish elu selu celu leaky_relu hardswish tanh erf pow square abs softsign "
+    "tanhshrink hardshrink softshrink threshold".split()
+)
+_BOUNDS = frozenset("clamp clamp_min clamp_max clip hardtanh".split())
+_PRODUCTS = frozenset("mul multiply matmul rmatmul mm bmm einsum baddbmm dot outer linear".split())
+_SUMS = frozenset("add sub subtract rsub addmm baddbmm cat concat concatenate stack".split())
+_WITH_BIAS = frozenset("linear conv1d conv2d".split())
+# What comes out of these is no gate any more, whatever goes in.
+_MIXES = frozenset(
+    "matmul rmatmul mm bmm einsum baddbmm addmm linear conv1d conv2d grouped_mm embedding "
+    "scaled_dot_product_attention sum mean".split()
+)
+# Of what is computed in double precision nothing is rounded to less on the way.
+_CASTS = frozenset("to float type".split())
+_GATE = "_captum_llm_ext_gate"
+_STOPPED_INPUT = "_captum_llm_ext_stopped"
+# What rounding may do to a sum of shares, relative to the value (measured on 25 families: 2e-15,
+# 9e-7 and 2e-2; what is not linear begins at 1e-3).
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+_TOLERANCE_HALF = 0.06
+
+
+@contextmanager
+def frozen(device: torch.device | str) -> Generator[Tensor]:
+    """Passes within are linear in the activations whose gradient is wanted, and in the unit.
+
+    Args:
+        device: Where the unit is made.
+
+    Yields:
+        The unit, a 1 that all biases and constants are multiplied by: a value's gradient with
+        respect to it is what they add to the value.
+    """
+    unit = torch.ones((), dtype=torch.float64, device=device, requires_grad=True)
+    with _Freezing(unit):
+        yield unit
+
+
+class _Freezing(TorchFunctionMode):
+    def __init__(self, unit: Tensor) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        named = dict(kwargs or {})
+        if name in ("__get__", "__set__") or not torch.is_grad_enabled():
+            return func(*args, **named)
+        # Weights are constants here, whether or not they are being trained.
+        args, named = _mapped(args, _stopped_weight), _mapped_by_name(named, _stopped_weight)
+        given = list(_tensors([*args, *named.values()]))
+        moving = [tensor for tensor in given if tensor.requires_grad]
+        name = _plain_name(name)
+        if not moving:
+            return _alike(func(*args, **named), given, may_be_gate=name not in _MIXES)
+        if any(tensor.dtype == torch.float64 for tensor in moving):
+            args, named = _in_double(name, args, named)
+        found = self._frozen(func, name, args, named, moving)
+        # What was all stopped comes from the input still: it is no bias.
+        for tensor in _tensors([found]):
+            if not tensor.requires_grad and tensor.is_floating_point():
+                setattr(tensor, _STOPPED_INPUT, True)
+        return found
+
+    def _frozen(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        moving: Sequence[Tensor],
+    ) -> Any:
+        """What a function gives, of which one argument depends on the input at least."""
+        if name == "float" and moving[0].dtype == torch.float64:
+            return moving[0]
+        if name in _STOPPED or (name == "pow" and not _is_positive(args, kwargs)):
+            return _mark(
+                _stopped(func(*_mapped(args, _stopped), **_mapped_by_name(kwargs, _stopped)))
+            )
+        if name in _ACTIVATIONS or name in _BOUNDS:
+            found = _rescaled(func, args, kwargs)
+            return _mark(found) if name in _ACTIVATIONS or _is_gate(moving[0]) else found
+        if name == "scaled_dot_product_attention":
+            args, kwargs = _with_stopped(args, kwargs, ("query", "key"))
+            return func(*args, **kwargs)
+        if name == "layer_norm":
+            return _layer_norm(func, args, kwargs, self._scaled)
+        if name == "rms_norm":
+            return _rescaled(func, args, kwargs)
+        if name in ("div", "true_divide", "divide", "rdiv", "rtruediv"):
+            return self._quotient(func, name, args, kwargs)
+        is_gate = name not in _MIXES and all(map(_is_gate, moving))
+        if name in _PRODUCTS and len(moving) > 1:
+            stop = _to_be_stopped(moving)
+            args, kwargs = _mapped(args, stop), _mapped_by_name(kwargs, stop)
+        if name in _SUMS:
+            args = self._scaled_constants(name, args)
+        if name in _WITH_BIAS:
+            args, kwargs = self._scaled_bias(args, kwargs)
+        found = func(*args, **kwargs)
+        if name in ("mul", "multiply") and not is_gate:
+            # A gate has the size of what it is a gate of: no scale of a norm has, nor of a router.
+            constants = [t for t in _tensors(args) if not t.requires_grad]
+            is_gate = any(_is_gate(t) and t.shape == found.shape for t in constants)
+        return _mark(found) if is_gate else found
+
+    def _scaled(self, constant: Any) -> Any:
+        """A constant as that many units."""
+        if isinstance(constant, Tensor):
+            if not constant.is_floating_point() or getattr(constant, _STOPPED_INPUT, False):
+                return constant
+            return constant * self._unit.to(constant.device, constant.dtype)
+        return constant * self._unit if isinstance(constant, int | float) else constant
+
+    def _scaled_constants(self, name: str, args: Sequence[Any]) -> Sequence[Any]:
+        def scaled(given: Any) -> Any:
+            return (
+                given if isinstance(given, Tensor) and given.requires_grad else self._scaled(given)
+            )
+
+        if not args:  # by name, as nobody calls them: what is missed is told by `check_sum`
+            return args
+        if name in ("cat", "concat", "concatenate", "stack"):
+            return [[scaled(part) for part in args[0]], *args[1:]]
+        n_terms = 1 if name in ("addmm", "baddbmm") else 2
+        return [*(scaled(term) for term in args[:n_terms]), *args[n_terms:]]
+
+    def _scaled_bias(
+        self, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        if kwargs.get("bias") is not None:
+            return args, {**kwargs, "bias": self._scaled(kwargs["bias"])}
+        return [*args[:2], *(self._scaled(bias) for bias in args[2:3]), *args[3:]], kwargs
+
+    def _quotient(
+        self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """What divides is stopped."""
+        if len(args) < 2:
+            args = [*args, kwargs.pop("other")]
+        first, second, *others = args
+        if name in ("rdiv", "rtruediv"):
+            return _mark(func(_stopped(first), second, *others, **kwargs))
+        found = func(first, _stopped(second), *others, **kwargs)
+        return _mark(found) if _is_gate(first) else found
+
+
+def _plain_name(name: str) -> str:
+    """Of an operator or a function that writes to what it is given, the name of the plain one."""
+    plain = name.strip("_")
+    is_written_to = name.startswith("__i") and plain[1:] in _PRODUCTS | _SUMS | {"truediv", "div"}
+    plain = plain[1:] if is_written_to else plain
+    return {"truediv": "div", "radd": "add", "rmul": "mul"}.get(plain, plain)
+
+
+def _tensors(given: Iterable[Any]) -> Iterable[Tensor]:
+    for part in given:
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, list | tuple):
+            yield from (one for one in cast("list[Any]", part) if isinstance(one, Tensor))
+
+
+def _mapped(given: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
+    """Arguments with each tensor as a function has it, lists of them included."""
+    return [_mapped_one(part, function) for part in given]
+
+
+def _mapped_by_name(given: Mapping[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+    return {name: _mapped_one(part, function) for name, part in given.items()}
+
+
+def _mapped_one(part: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(part, Tensor):
+        return function(part)
+    if type(part) in (list, tuple) and any(isinstance(one, Tensor) for one in part):
+        return type(part)(function(one) if isinstance(one, Tensor) else one for one in part)
+    return part
+
+
+def _stopped_weight(tensor: Tensor) -> Tensor:
+    return tensor.detach() if isinstance(tensor, nn.Parameter) and tensor.requires_grad else tensor
+
+
+def _stopped(given: Any) -> Any:
+    """The same without a gradient; what marks it stays."""
+    if isinstance(given, tuple | list):
+        return type(given)(_stopped(part) for part in cast("list[Any]", given))
+    if not isinstance(given, Tensor) or not given.requires_grad:
+        return given
+    found = given.detach()
+    setattr(found, _STOPPED_INPUT, True)
+    return _mark(found) if _is_gate(given) else found
+
+
+def _to_be_stopped(moving: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Which factors are stopped: the gates; all, where none is one (scores, squares)."""
+    gates = [tensor for tensor in moving if _is_gate(tensor)]
+    if len(gates) == len(moving):
+        gates = gates[1:]
+    ids = {id(tensor) for tensor in gates or moving}
+    return lambda tensor: _stopped(tensor) if id(tensor) in ids else tensor
+
+
+def _mark(found: Any) -> Any:
+    for tensor in _tensors([found]):
+        setattr(tensor, _GATE, True)
+    return found
+
+
+def _alike(found: Any, given: Iterable[Tensor], *, may_be_gate: bool) -> Any:
+    """What was made of constants, marked as these are."""
+    marks = [_STOPPED_INPUT, *([_GATE] if may_be_gate else [])]
+    for mark in marks:
+        if any(getattr(tensor, mark, False) for tensor in given):
+            for tensor in _tensors([found]):
+                if tensor.is_floating_point():  # which expert is chosen is no part of its bias
+                    setattr(tensor, mark, True)
+    return found
+
+
+def _in_double(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Arguments that keep a double what it is."""
+    if name in _CASTS:
+        return (
+            [torch.float64 if part is torch.float32 else part for part in args],
+            {key: torch.float64 if part is torch.float32 else part for key, part in kwargs.items()},
+        )
+    if name in _MIXES:
+        return _mapped(args, _doubled), _mapped_by_name(kwargs, _doubled)
+    return args, kwargs
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype == torch.float32 else tensor
+
+
+def _is_gate(tensor: Any) -> bool:
+    return getattr(tensor, _GATE, False)
+
+
+def _is_positive(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether it is the input that is raised to a power, of which 0 stays 0."""
+    exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
+    return isinstance(exponent, int | float) and exponent > 0 and isinstance(args[0], Tensor)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _rescaled(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """``x * stop(f(x) / x)``."""
+    named = not args
+    x: Tensor = kwargs["input"] if named else args[0]
+    with torch.no_grad():
+        given, others = _mapped(args, _stopped), _mapped_by_name(kwargs, _stopped)
+        found = cast(Tensor, func(*given, **others))
+        ratio = _wide(found) / _wide(x)
+        ratio.masked_fill_(x == 0, 0.0)
+    return (_wide(x) * ratio).to(found.dtype)
+
+
+def _layer_norm(
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    scaled: Callable[[Any], Any],
+) -> Tensor:
+    """The deviation is stopped, the mean is not."""
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    x, shape = _wide(given["input"]), given["normalized_shape"]
+    dims = tuple(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    with torch.no_grad():
+        scale = (centred.square().mean(dims, keepdim=True) + given.get("eps", 1e-5)).rsqrt()
+        if given.get("weight") is not None:
+            scale = scale * given["weight"]
+    found = centred * scale
+    if given.get("bias") is not None:
+        found = found + scaled(_wide(given["bias"]))
+    return found.to(given["input"].dtype)
+
+
+def _with_stopped(
+    args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]
+) -> tuple[list[Any], dict[str, Any]]:
+    n = len(names)
+    stopped = [_stopped(part) for part in args[:n]]
+    others = {name: _stopped(part) if name in names else part for name, part in kwargs.items()}
+    return [*stopped, *args[n:]], others
+
+
+def check_sum(
+    summed: Tensor,
+    expected: Tensor,
+    size: Tensor,
+    dtype: torch.dtype,
+    find: Callable[[float], str | None] = lambda _: None,
+) -> Tensor:
+    """How far sums of all shares are from the values, relative to these.
+
+    Args:
+        summed: Shares of all tokens and of constants, ``(n,)``.
+        expected: The values, ``(n,)``.
+        size: How large values are there, ``(n,)``, of which a value near 0 is the difference.
+        dtype: In which the model computes.
+        find: Names the layer to blame, from what rounding may do.
+
+    Raises:
+        ValueError: If they are further off than rounding explains.
+    """
+    apart = (summed - expected).abs() / torch.maximum(expected.abs(), size)
+    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_HALF)
+    if not bool((apart <= tolerance).all()):
+        layer = find(tolerance)
+        raise ValueError(
+            f"the shares of all tokens miss the value by {float(apart.max()):.1g} of it: "
+            + (f"{layer} is" if layer else "the model is")
+            + " not linear in its input once norms, attention weights and gates are held, as "
+            "recurrent layers, custom kernels and flash attention are not. Load it with "
+            '`attn_implementation="sdpa"`, or take captum\'s `LayerIntegratedGradients`.'
+        )
+    return apart
+
+
+def culprit(model: nn.Module, forward: Callable[[], object], tolerance: float) -> str | None:
+    """Name of the smallest module that is not linear once frozen, the first of them.
+
+    Each module is run alone on what it is given in a pass.
+
+    Args:
+        model: The model.
+        forward: Runs it.
+        tolerance: What rounding may do, relative to what a module gives.
+    """
+    return _culprit("", model, forward, tolerance)
+
+
+def _culprit(
+    name: str, module: nn.Module, forward: Callable[[], object], tolerance: float
+) -> str | None:
+    children = [(f"{name}.{own}".lstrip("."), part) for own, part in _parts(module)]
+    given = _inputs([part for _, part in children], forward)
+    for own, part in children:
+        if id(part) not in given:
+            continue
+        is_linear = _is_linear(part, *given[id(part)], tolerance)
+        # What cannot be tried as a whole may hold what can.
+        inner = None if is_linear else _culprit(own, part, forward, tolerance)
+        if inner or is_linear is False:
+            return inner or f"{own} ({type(part).__name__})"
+    return None
+
+
+def _parts(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """The children of a module, and those in its lists."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from ((f"{name}.{own}", part) for own, part in _parts(child))
+        else:
+            yield name, child
+
+
+def _inputs(
+    modules: Sequence[nn.Module], forward: Callable[[], object]
+) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What modules are given in a pass, the first time."""
+    found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.setdefault(id(module), (args, kwargs))
+
+    with ExitStack() as stack:
+        for module in modules:
+            hook = module.register_forward_pre_hook(of_this_thread(note), with_kwargs=True)
+            stack.callback(hook.remove)
+        with torch.no_grad():
+            forward()
+    return found
+
+
+def _is_linear(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
+) -> bool | None:
+    """Whether a frozen module gives what its gradient, its input and the unit make up.
+
+    Only the first argument is looked at (not masks, angles, shared keys); None: it cannot be told.
+    """
+    named = "hidden_states" if not args and "hidden_states" in kwargs else None
+    given = kwargs[named] if named else args[0] if args else None
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        return None
+    with torch.enable_grad(), frozen(given.device) as unit:
+        x = given.detach().clone().requires_grad_()
+        x_alone = x * 1
+        out: Any = (
+            module(**{**kwargs, named: x_alone}) if named else module(x_alone, *args[1:], **kwargs)
+        )
+        out = cast(Any, out)[0] if isinstance(out, tuple) else out
+        if not isinstance(out, Tensor) or not out.requires_grad:
+            return None
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu")
+    weights = weights.to(out.device, out.dtype)
+    slopes: list[Any] = [*torch.autograd.grad(out, [x, unit], weights, allow_unused=True)]
+    terms = [
+        0.0 if s is None else float((s.double() * v.detach().double()).sum())
+        for s, v in zip(slopes, (x, unit), strict=True)
+    ]
+    whole = float((out.detach().double() * weights.double()).sum())
+    return abs(sum(terms) - whole) <= tolerance * float((out.detach() * weights).double().norm())

@@ -1,0 +1,382 @@
+"""What a baseline may ask the model under explanation: how probable texts are, and what it says."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.model.exclusive import as_found
+from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.masked import MaskedProposer
+from captum_llm_ext.model.probe import Findings, findings
+from captum_llm_ext.model.scoring.scorer import Scorer
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.baselines import Listed, Proposer
+
+# Rows of one pass. These texts are few and short beside the coalitions that are scored later.
+_ROWS_AT_ONCE = 16
+_TO_THE_END = 3  # tokens that a word goes on for at most, beyond the one it begins with
+_TOKENS_PER_WORD = 3  # and those of another one
+# A look at the model holds for rows that are so many tokens longer.
+_BEYOND = 48
+# Of so many tokens per wanted one it is looked up what they show: where a chat begins, and after a
+# first word, the likeliest 256 of some models are no words at all.
+_LOOKED_AT = 1024
+
+
+class Likelihood:
+    """The model under explanation as a `LanguageModel`; it is left as it was found.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._device = _compat.input_device(model)
+        self._pieces: dict[int, str] = {}
+
+    def proposing(self, proposer: Any) -> Proposer:
+        """See `LanguageModel.proposing`."""
+        return as_proposer(proposer, self._tokenizer)
+
+    def log_likelihoods(self, texts: Sequence[str]) -> Tensor:
+        """See `LanguageModel.log_likelihoods`; float64 on the CPU."""
+        rows = [self._ids(text) for text in texts]
+        # Neighbours in length share a pass.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+        if not any(len(row) > 1 for row in rows):
+            return sums
+        found = self._look([row for row in rows if len(row) > 1])
+        at_once = 1 if found.couples_rows or found.even else _ROWS_AT_ONCE
+        for start in range(0, len(order), at_once):
+            batch = order[start : start + at_once]
+            some = [rows[i] for i in batch]
+            sums[batch] = self._sums(some) if not found.step_by_step else self._stepping(some[0])
+        return sums
+
+    def next_token(self, text: str) -> Tensor:
+        """See `LanguageModel.next_token`; float64 on the CPU."""
+        logits = (
+            self._logits(torch.tensor([self._ids(text)], dtype=torch.int64, device="cpu"))[0, -1]
+            .double()
+            .cpu()
+        )
+        logits[self._special(len(logits))] = -torch.inf
+        return logits.log_softmax(0)
+
+    def continuations(
+        self, text: str, n_tokens: int, n: int, generator: torch.Generator
+    ) -> list[str]:
+        """See `LanguageModel.continuations`."""
+        start = self._ids(text)
+        at_once = 1 if self._look([[*start, start[-1]]]).couples_rows else _ROWS_AT_ONCE
+        written: list[str] = []
+        for first in range(0, n, at_once):
+            rows = torch.tensor([start] * min(at_once, n - first), dtype=torch.int64, device="cpu")
+            for _ in range(n_tokens):
+                logits = self._logits(rows)[:, -1].double().cpu()
+                logits[:, self._special(logits.shape[1])] = -torch.inf
+                drawn = torch.multinomial(logits.softmax(1), 1, generator=generator)
+                rows = torch.cat([rows, drawn], dim=1)
+            written += [
+                "".join(tokens.pieces(self._tokenizer, row[len(start) :], start))
+                for row in rows.tolist()
+            ]
+        return written
+
+    def likeliest(
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+        n: int,
+        fits: Callable[[int, str], bool],
+    ) -> list[Listed | None]:
+        """See `Proposer.likeliest`."""
+        encoding = tokens.encode(self._tokenizer, text)
+        ids = self._ids(text)
+        shift = len(ids) - len(encoding.ids)
+        anchors = list(accumulate((a if a is not None else -1 for a in encoding.anchors), max))
+        # The tokens whose first characters are a place's; white space before may be one of its own.
+        stand = [
+            range(bisect_left(anchors, start) + shift, bisect_left(anchors, stop) + shift)
+            for start, stop in spans
+        ]
+        known = [own if own and own[0] > 0 else range(0) for own in stand]
+        first = {own[0]: number for number, own in enumerate(known) if own}
+        log_probs: dict[int, float] = {}
+        others: dict[int, list[tuple[str, float]]] = {}
+        for at, said in self._said(ids, sorted({at for own in known for at in own})):
+            log_probs[at] = float(said[ids[at]])
+            if (number := first.get(at)) is not None:
+                others[number] = self._best(said, ids[at - 1 : at + 1], n, partial(fits, number))
+        return [
+            Listed(
+                sum(log_probs[at] for at in own),
+                self._piece(ids[own[0]], ids[own[0] - 1]).strip(),
+                log_probs[own[0]],
+                others[number],
+            )
+            if own
+            else None
+            for number, own in enumerate(known)
+        ]
+
+    def _best(
+        self, log_probs: Tensor, around: Sequence[int], n: int, fits: Callable[[str], bool]
+    ) -> list[tuple[str, float]]:
+        """The likeliest tokens in a place beside the one that stands there.
+
+        Args:
+            log_probs: Of the vocabulary.
+            around: The token before the place, and the one that stands there.
+            n: Number of tokens.
+            fits: Whether a text may stand there.
+        """
+        before, own = around
+        spaced = self._piece(own, before)[:1].isspace()
+        found: list[tuple[str, float]] = []
+        best = log_probs.topk(min(_LOOKED_AT * n, len(log_probs)))
+        for log_prob, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            if len(found) == n or log_prob == -torch.inf:
+                break
+            piece = self._piece(token, before)
+            shown = piece.strip()
+            if token != own and shown and piece[:1].isspace() == spaced and fits(shown):
+                found.append((shown, log_prob))
+        return found
+
+    def _said(self, ids: Sequence[int], at: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Places of a row and the log-probabilities of the vocabulary there, float64 on the CPU.
+
+        Args:
+            ids: The row.
+            at: Places after the first, in order.
+        """
+        for begin, stop, some in self._windows(ids, at):
+            window = [*ids[:1], *ids[begin + 1 : stop]] if begin else [*ids[:stop]]
+            found = self._look([window])
+            if found.step_by_step:
+                for place in some:
+                    row = torch.tensor([window[: place - begin]], dtype=torch.int64, device="cpu")
+                    yield place, self._log_softmax(self._logits(row)[0, -1])
+                continue
+            row = torch.tensor([window[:-1]], dtype=torch.int64, device="cpu")
+            logits = self._logits(row)[0]
+            for place in some:
+                # Counted from the end: a soft prompt has logits of its own in front.
+                yield place, self._log_softmax(logits[place - stop])
+
+    def _windows(
+        self, ids: Sequence[int], at: Sequence[int]
+    ) -> Iterator[tuple[int, int, list[int]]]:
+        """Stretches of a row that the model has positions for: where each begins and stops.
+
+        Every place is told with a half of those positions before it at least.
+        """
+        most = self._most
+        begin, todo = 0, list(at)
+        while todo:
+            fits = [place for place in todo if most is None or place < begin + most]
+            if fits:
+                yield begin, fits[-1] + 1, fits
+                todo = todo[len(fits) :]
+            if todo and most is not None:
+                begin = todo[0] - most // 2
+
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        logits = logits.double().cpu()
+        logits[self._special(len(logits))] = -torch.inf
+        return logits.log_softmax(0)
+
+    def log_probs_between(
+        self, beginnings: Sequence[str], texts: Sequence[str], rests: Sequence[str]
+    ) -> Tensor:
+        """See `Proposer.log_probs_between`; float64 on the CPU."""
+        starts = [self._ids(beginning) for beginning in beginnings]
+        said = [
+            tokens.encode_in_place(self._tokenizer, text, beginning)
+            for text, beginning in zip(texts, beginnings, strict=True)
+        ]
+        # One target for all: each row says its own part of it.
+        first: dict[tuple[int, ...], int] = {}
+        target: list[int] = []
+        for own in said:
+            if own not in first:
+                first[own] = len(target)
+                target += own
+        rows: list[TokenRow] = []
+        for ids, own in zip(starts, said, strict=True):
+            ids = self._last(ids, len(own))
+            positions = [-1] * len(target)
+            positions[first[own] : first[own] + len(own)] = range(
+                len(ids) - 1, len(ids) - 1 + len(own)
+            )
+            rows.append(TokenRow((*ids, *own[:-1]), positions))
+        if not target:
+            return torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+        values = self._scorer.values(rows, torch.tensor(target, dtype=torch.int64, device="cpu"))
+        return values.nansum(1)
+
+    def greedy(
+        self,
+        beginnings: Sequence[str],
+        rests: Sequence[str],
+        n_more: Sequence[int],
+        is_whole: Callable[[int, str], bool],
+    ) -> list[str]:
+        """See `Proposer.greedy`."""
+        limits = [_TO_THE_END + _TOKENS_PER_WORD * n for n in n_more]
+        starts = [self._ids(beginning) for beginning in beginnings]
+        written: list[list[int]] = [[] for _ in starts]
+        texts = [""] * len(starts)
+        target = torch.tensor([0], dtype=torch.int64, device="cpu")
+        todo = list(range(len(starts)))
+        while todo := [i for i in todo if len(written[i]) < limits[i]]:
+            rows = [self._last([*starts[i], *written[i]], 0) for i in todo]
+            found = self._greedy.values(
+                [TokenRow(tuple(row), (len(row) - 1,)) for row in rows], target
+            )
+            for i, token in zip(todo, found[:, 0].tolist(), strict=True):
+                written[i].append(int(token))
+                texts[i] = "".join(tokens.pieces(self._tokenizer, written[i], starts[i]))
+            todo = [i for i in todo if not is_whole(i, texts[i])]
+        return texts
+
+    def _last(self, ids: Sequence[int], n_after: int) -> Sequence[int]:
+        """The last of these ids that the model has positions for, with so many after them."""
+        if self._most is None or len(ids) + n_after <= self._most:
+            return ids
+        return [*ids[:1], *ids[len(ids) + n_after + 1 - self._most :]]
+
+    @cached_property
+    def _most(self) -> int | None:
+        return _compat.longest_sequence(self._model)
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self._model)
+
+    @cached_property
+    def _greedy(self) -> Scorer:
+        """Tells the likeliest token instead of the probability of one."""
+
+        def likeliest(logits: Tensor, target: Tensor) -> Tensor:
+            special = torch.tensor(
+                self._special(logits.shape[2]), dtype=torch.int64, device=logits.device
+            )
+            return logits.index_fill(2, special, -torch.inf).argmax(2).double()
+
+        return Scorer(self._model, attr_target=likeliest)
+
+    def _piece(self, token: int, before: int) -> str:
+        """What a token shows after another one."""
+        if token not in self._pieces:
+            self._pieces[token] = tokens.pieces(self._tokenizer, [token], [before])[0]
+        return self._pieces[token]
+
+    def _ids(self, text: str) -> list[int]:
+        ids = list(tokens.encode(self._tokenizer, text).ids)
+        start = tokens.start_id(self._tokenizer)
+        # The first token has no probability; with BOS or the like before it, every word has one.
+        return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+    def _sums(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probability of each row, ``(n_rows,)``."""
+        length = max(map(len, rows))
+        # What stands right of a row is never seen by it.
+        ids = torch.tensor(
+            [[*row, *[0] * (length - len(row))] for row in rows], dtype=torch.int64, device="cpu"
+        )
+        logits = self._logits(ids[:, :-1])
+        sums: list[float] = []
+        before = logits.shape[1] - ids.shape[1] + 1  # a soft prompt's
+        for own, row in zip(logits, rows, strict=True):  # a copy in float32 of one row at a time
+            own = own[before : before + len(row) - 1].to(
+                torch.promote_types(own.dtype, torch.float32)
+            )
+            said = torch.tensor(row[1:], device=own.device, dtype=torch.int64)[:, None]
+            sums.append(float((own.gather(1, said)[:, 0] - own.logsumexp(1)).double().sum()))
+        return torch.tensor(sums, dtype=torch.float64, device="cpu")
+
+    def _stepping(self, row: Sequence[int]) -> Tensor:
+        """Log-probability of a row, whose every token is asked with nothing after it, ``(1,)``."""
+        total = 0.0
+        for n in range(1, len(row)):
+            logits = self._logits(torch.tensor([row[:n]], dtype=torch.int64, device="cpu"))[
+                0, -1
+            ].double()
+            total += float(logits.log_softmax(0)[row[n]])
+        return torch.tensor([total], dtype=torch.float64, device="cpu")
+
+    def _look(self, rows: Sequence[Sequence[int]]) -> Findings:
+        """What the model does with such rows, and with shorter and somewhat longer ones.
+
+        Words are tried after every beginning of a text, and what is attributed has some more after
+        it: one look serves all.
+        """
+        longest = max(rows, key=len)
+        beyond = [*longest, *longest[-_BEYOND:]]
+        beyond = beyond[: max(len(longest), self._most or len(beyond))]
+        read = [TokenRow(tuple(row), range(len(row))) for row in (longest[:1], beyond[:-1])]
+        with as_found(self._model):
+            return findings(self._model, read)
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        arguments = {}
+        if "use_cache" in _compat.forward_arguments(self._model):
+            arguments["use_cache"] = False
+        with as_found(self._model):
+            output = _compat.called(self._model, ids.to(self._device), **arguments)
+        return _compat.sequence_logits(output)
+
+    def _special(self, size: int) -> list[int]:
+        """Ids that end or pad a text: none of its words."""
+        ids: set[int] = set(getattr(self._tokenizer, "all_special_ids", None) or ())
+        return [token for token in ids if token < size]
+
+
+def as_proposer(given: Any, tokenizer: Any) -> Proposer:
+    """A causal or masked language model as a `Proposer`.
+
+    Args:
+        given: A model and its tokenizer, or something that has both (a pipeline of transformers),
+            or a model that has the tokenizer of the one under explanation.
+        tokenizer: That tokenizer.
+
+    Raises:
+        TypeError: If it is none of these, or the model is neither causal nor masked.
+        ValueError: If a model without a tokenizer has another vocabulary.
+    """
+    if isinstance(given, tuple):
+        model, own = given
+    else:
+        model, own = getattr(given, "model", given), getattr(given, "tokenizer", None)
+    if isinstance(given, nn.Module):
+        model, own = given, tokenizer
+        size = _compat.vocabulary_size(model)
+        if size is not None and len(tokenizer) > size:
+            raise ValueError(
+                f"`proposer` is a {type(model).__name__} of {size:,} token ids, and the tokenizer "
+                f"of the model under explanation has {len(tokenizer):,}: give "
+                "`(proposer, its tokenizer)`."
+            )
+    if not isinstance(model, nn.Module) or own is None:
+        raise TypeError(
+            f"`proposer` is a {type(given).__name__}: give `(model, tokenizer)`, a causal or "
+            "masked language model of transformers and its tokenizer."
+        )
+    if _compat.is_masked(model):
+        return MaskedProposer(model, own)
+    try:
+        _compat.check_causal(model)
+    except TypeError as error:
+        raise TypeError(f"`proposer`: {error}") from None
+    return Likelihood(model, own)

@@ -1,0 +1,589 @@
+"""The passes of the probe."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.model.forward.memory import is_out_of_memory
+from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.probe.findings import Findings, Packing
+from captum_llm_ext.model.probe.state import State, differences, state_of
+
+# Of so many ids the first pass is, which shows what a model returns.
+_FIRST = 8
+# So many more rows, of as many target tokens, show whether one sees what comes after it, as far as
+# that is a quarter of the run; where it is large, one for every so many rows of it.
+_CUTS = 8
+_ROWS_PER_CUT = 32
+# Of these so many end there. Where a pack has shown what follows next, it is these alone.
+_ENDED = 3
+# At so many target tokens it is seen what those rows say, and a pack: there each takes a token.
+_LATER = 32
+# The shortest row is looked at in so many places.
+_PLACES = 5
+# So many rows of them are in one pass.
+_AT_ONCE = 8
+# So many rows, of so many ids each, show whether it is only larger batches whose rows are coupled.
+_WIDE = 16
+_WIDE_IDS = 8
+# Differences of log-probabilities that the contract allows: what is below needs no explanation.
+_FINE = 1e-4
+# And what the number of rows may do to a model in float32 at most.
+_BATCHED = 1e-3
+# Where rounding is coarser, an effect is what exceeds it by so much, both as root mean squares.
+_BEYOND = 3.0
+# Where it is coarser, a model's lengths change its values by this much at least, if they do.
+_ROUGH_LENGTHS = 0.03
+_HALF = (torch.float16, torch.bfloat16)
+
+
+# Called with a row, places in it, and how many logits the model can be asked for.
+ReadPacked = Callable[[Sequence[int], Sequence[int], str | None], Packing | None]
+
+
+@dataclass
+class _Known:
+    """What was found of a model, the state it was in, and what in that its own passes change."""
+
+    state: State
+    passing: frozenset[tuple[Any, ...]]
+    found: Findings
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def findings(
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    extras: Mapping[str, Any] | None = None,
+    read_packed: ReadPacked | None = None,
+) -> Findings:
+    """What a model does on rows such as these.
+
+    It is looked at in some ten rows' time, and five more where it does not read packs, once for a
+    model in one state; again where rows are longer, or shorter, than any before.
+
+    Args:
+        model: The model, in evaluation mode and without gradients.
+        rows: What it will be asked: the longest and the shortest are looked at.
+        extras: Other arguments of its forward, batch size 1, on its device; rows are then looked at
+            one by one.
+        read_packed: Compares a row in a pack with the row alone, where it may be given packs.
+
+    Raises:
+        TypeError: If the model does not run on token ids alone, or returns no logits of a
+            vocabulary for each.
+        ValueError: If its logits cannot be told apart from others that it returns.
+    """
+    lengths = [len(row.ids) for row in rows]
+    known = _known.get(model)
+    # Processes that hold a model together must all look, or none; extras are of one prompt.
+    keeps = not extras and not _compat.model_ranks(model)
+    before = state_of(model) if keeps else {}
+    same = keeps and known is not None and not differences(known.state, before) - known.passing
+    earlier = known.found if same and known is not None else None
+    if earlier is not None and earlier.covers(min(lengths), max(lengths), packs=read_packed):
+        return earlier
+    found = _Look(model, rows, dict(extras or {}), read_packed, earlier).findings()
+    if keeps:
+        after = state_of(model)
+        if earlier is not None:
+            found = _both(earlier, found)
+        _known[model] = _Known(after, frozenset(differences(before, after)), found)
+    return found
+
+
+def _both(one: Findings, other: Findings) -> Findings:
+    """What holds of rows as in one and of those as in the other."""
+    ahead = [x.ahead for x in (one, other) if x.ahead is not None]
+    coupling = [x.coupling for x in (one, other) if x.coupling is not None]
+    return replace(
+        other,
+        shortest=min(one.shortest, other.shortest),
+        longest=max(one.longest, other.longest),
+        sees_ahead=one.sees_ahead or other.sees_ahead,
+        couples_rows=one.couples_rows or other.couples_rows,
+        mixes_lengths=one.mixes_lengths or other.mixes_lengths,
+        ahead=max(ahead, default=None),
+        coupling=max(coupling, default=None),
+        rounding=max(one.rounding, other.rounding),
+        is_rough=one.is_rough or other.is_rough,
+        packing=_packing_of_both(one.packing, other.packing),
+    )
+
+
+def _packing_of_both(one: Packing | None, other: Packing | None) -> Packing | None:
+    return other if one is None else one if other is None else one.joined(other)
+
+
+class _Look:
+    """One look at a model.
+
+    Args:
+        model: The model.
+        rows: Of the run.
+        extras: Other arguments of its forward.
+        read_packed: As for `findings`.
+        earlier: What was seen of the model before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[TokenRow],
+        extras: dict[str, Any],
+        read_packed: ReadPacked | None,
+        earlier: Findings | None,
+    ) -> None:
+        self._model, self._extras, self._n_rows = model, extras, len(rows)
+        self._read_packed, self._earlier = read_packed, earlier
+        self._device = _compat.input_device(model)
+        self._kept = _compat.kept_logits(model)
+        self._uncached = _compat.uncached(model)
+        self._row = max(rows, key=lambda row: len(row.ids))
+        self._short = min(rows, key=lambda row: len(row.ids)).ids
+        self._n_before, self._last_only = 0, False
+
+    def findings(self) -> Findings:
+        """What is seen."""
+        ids = self._row.ids
+        begun = ids if self._extras else ids[:_FIRST]
+        logits = self._all(begun)
+        found = self._first(begun, logits)
+        found = replace(found, shortest=len(self._short), longest=len(ids))
+        if found.last_only:
+            return self._last(found)
+        if self._extras:
+            return self._alone(found)
+        at, alone = self._reference(logits)
+        return self._together(replace(found, kept=self._kept), at, alone)
+
+    # What it returns ------------------------------------------------------------------------------
+
+    def _first(self, ids: Sequence[int], logits: Tensor) -> Findings:
+        """What the model returned for a few ids, all logits asked for."""
+        n, vocabulary = logits.shape[1:]
+        name = type(self._model).__name__
+        size = _compat.vocabulary_size(self._model) or 0
+        if vocabulary < size or vocabulary <= max(self._row.ids):
+            raise TypeError(
+                f"{name} returns {vocabulary} numbers for each id, of a vocabulary of "
+                f"{max(size, max(self._row.ids) + 1)} at least: these are no logits. Give a causal "
+                "language model, with its language head."
+            )
+        if len(logits) != 1 or n == 0:
+            raise TypeError(f"{name} returns logits of shape {tuple(logits.shape)} for one row.")
+        if n > len(ids):
+            self._n_before = self._in_front(ids, logits)
+        elif n < len(ids):
+            if n > 1:
+                raise ValueError(
+                    f"{name} returns {n} logits for {len(ids)} ids: which belong to which cannot "
+                    "be told. Return logits for every id."
+                )
+            self._last_only = True
+        if self._n_before or self._last_only:
+            self._kept = None
+        reason = _compat.why_not_batched(self._model)
+        return Findings(
+            0,
+            0,
+            dtype=str(logits.dtype).removeprefix("torch."),
+            vocabulary=vocabulary,
+            kept=self._kept,
+            last_digit=_last_digit(logits, self._model),
+            n_before=self._n_before,
+            last_only=self._last_only,
+            couples_rows=reason is not None,
+            reasons=() if reason is None else (reason,),
+        )
+
+    def _reference(self, logits: Tensor) -> tuple[list[int], Tensor]:
+        """Places of the row, two of its beginning first, and what is said there of it alone.
+
+        Args:
+            logits: All of the beginning, read alone.
+        """
+        ids, cuts = self._row.ids, self._cuts(max(_LATER, self._wanted()))
+        at = [0, min(cuts[0] // 2, _WIDE_IDS - 1), *cuts]
+        if self._kept == "positions":
+            # Where these are as they were, the model has given the logits that it was asked for.
+            try:
+                said = self._said([ids], [at])[0]
+            except Exception as error:  # whatever an argument of this name means there
+                if is_out_of_memory(error):
+                    raise
+            else:
+                if _is_as(said[:2], logits[0, at[:2]]):
+                    return at, said
+        self._find_kept(ids[:_FIRST], logits)
+        return at, self._said([ids], [at])[0]
+
+    def _find_kept(self, ids: Sequence[int], logits: Tensor) -> None:
+        """Whether the model gives the logits that it is asked for, where it takes that argument."""
+        if self._kept is None:
+            return
+        ends = [0, len(ids) - 1]
+        try:
+            # The last places first: a number of them is asked for by its smallest.
+            said = [self._said([ids], [own])[0] for own in (ends, ends[1:])]
+        except Exception as error:  # whatever an argument of this name means there
+            if is_out_of_memory(error):
+                raise
+            self._kept = None
+            return
+        if not (_is_as(said[0], logits[0, ends]) and _is_as(said[1], logits[0, ends[1:]])):
+            self._kept = None
+
+    def _in_front(self, ids: Sequence[int], logits: Tensor) -> int:
+        """How many logits there are in front of those of the first id: all that are too many."""
+        n = logits.shape[1] - len(ids)
+        # One id less: of what both say, all but the last place is the same where what is too much
+        # stands in front; else what stands behind has moved.
+        fewer = self._all(ids[:-1]) if len(ids) > 1 else logits[:, :-1]
+        if fewer.shape[1] != logits.shape[1] - 1 or (
+            _largest(_spread(fewer[:, n:]), _spread(logits[:, n:-1])) > _FINE
+            and _root_mean_square(_spread(fewer[:, n:]), _spread(logits[:, n:-1])) > _rough(logits)
+        ):
+            raise ValueError(
+                f"{type(self._model).__name__} returns {logits.shape[1]} logits for {len(ids)} "
+                f"ids: it cannot be told which belong to the ids. Return logits of the ids alone, "
+                f"`logits[:, -{len(ids)}:]` of a soft prompt's model."
+            )
+        return n
+
+    def _all(self, ids: Sequence[int]) -> Tensor:
+        given = torch.tensor([[*ids]], dtype=torch.int64, device=self._device)
+        try:
+            output = _compat.called(self._model, given, **self._uncached, **self._extras)
+        except (TypeError, ValueError, AttributeError) as error:
+            part = _compat.language_part(self._model)
+            if self._extras or part is None or not _compat.is_transformers(self._model):
+                raise
+            raise TypeError(
+                f"{type(self._model).__name__} does not run on token ids alone ({error}): give "
+                f"`{part}`, or an input that brings what it needs."
+            ) from error
+        return _compat.sequence_logits(output)
+
+    # What changes what it says --------------------------------------------------------------------
+
+    def _alone(self, found: Findings) -> Findings:
+        """Of one row, as it is and with something else after some places."""
+        cuts, is_rough = self._cuts(self._wanted()), self._is_rough(found)
+        row = self._said([self._row.ids], [cuts])[0]
+        pairs = self._after(cuts, cuts, row, n_places=1, at_once=1)
+        limit = max(_FINE, _rough(row)) if self._is_half(found) else _FINE
+        return replace(
+            found,
+            sees_ahead=any(_exceeds(*pair, limit) for pair in pairs),
+            ahead=max(_largest(*pair) for pair in pairs),
+            is_rough=is_rough,
+        )
+
+    def _last(self, found: Findings) -> Findings:
+        """Of a row alone and beside another, where the last place alone is said."""
+        ids, at = self._row.ids, [len(self._row.ids) - 1]
+        alone, copies = self._said([ids], [at])[0], self._said([ids] * 2, [at] * 2)[0]
+        beside = self._said([self._others(ids), ids], [at] * 2)[1]
+        is_rough = self._is_rough(found)
+        limit = max(_FINE, _BEYOND * _root_mean_square(copies, alone), _rough(alone))
+        couples = _exceeds(beside, copies, limit if self._is_half(found) else _FINE)
+        rounding = _largest(copies, alone)
+        return replace(
+            found,
+            couples_rows=couples or found.couples_rows,
+            coupling=_largest(beside, copies),
+            rounding=rounding,
+            is_rough=is_rough or couples or rounding > _FINE,
+        )
+
+    def _together(self, found: Findings, at: list[int], alone: Tensor) -> Findings:
+        """Of the longest and the shortest row, alone and in batches.
+
+        Args:
+            found: What is known up to now.
+            at: Places of the longest row: two of its beginning, then those of `_cuts`.
+            alone: What is said there of it alone.
+        """
+        ids, length, cut_at = self._row.ids, len(self._row.ids), at[2]
+        found = replace(found, packing=self._packing(found, at[3:]))
+        mate = self._others(ids)
+        short = self._short if len(self._short) < length else mate
+        ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
+        padded = [*short, *self._others(ids[len(short) :])]
+        alone_short = self._said([short], [ends])[0]
+        # Everything at once: other rows, other ids after these, and padding.
+        said = self._said([padded, self._cut(cut_at)], [ends, [*at[:3], *at[2:3] * 2]])
+        is_rough, is_half = self._is_rough(found), self._is_half(found)
+        after, ended = self._later(found, at[3:], is_half=is_half)
+        # Of a few places rounding is told apart from an effect more surely than of many.
+        n_places = 1 if is_half else len(at)
+        later = self._after(after, at, alone, n_places=n_places)
+        endings = [self._ending(place, at, alone) for place in ended]
+        wide = self._wide(at[:2], _WIDE)
+        pairs = [
+            (said[0], alone_short),
+            (said[1, :3], alone[:3]),
+            (wide, alone[:2]),
+            *later,
+            *endings,
+        ]
+        rounding = max(_largest(*pair) for pair in pairs)
+        if rounding <= _FINE:
+            return replace(found, ahead=0.0, coupling=0.0, rounding=rounding, is_rough=is_rough)
+        # The same pass once more: what differs then was drawn at random.
+        moved = _largest(self._said([ids], [at])[0], alone)
+        if moved > _FINE:
+            drawn = f"equal passes differ by {moved:.2g} nats: the model draws at random"
+            found = replace(found, reasons=(*found.reasons, drawn))
+        # One thing after the other, in passes of one shape.
+        copies = self._said([ids, ids], [at[:3]] * 2)[0]
+        beside = [self._said([one, ids], [at[:3]] * 2)[1] for one in (padded, mate)]
+        cut = self._said([self._cut(cut_at)], [at[:3]])[0]
+        again = [*short, *self._others(padded[len(short) :])]
+        one, other = (self._said([row], [ends])[0] for row in (padded, again))
+        limit = _FINE
+        if is_half:
+            limit = max(_FINE, _BEYOND * _root_mean_square(copies, alone[:3]), _rough(alone))
+        couples = _exceeds(beside[0], beside[1], limit) or _exceeds(copies, beside[1], limit)
+        # Beside itself a row must be what it is alone, too, and beside many others.
+        begun = self._wide(at[:2], 1)
+        if is_half:
+            couples |= _exceeds(wide, self._wide(at[:2], _WIDE, start=1), limit)
+        else:
+            couples |= max(_largest(copies, alone[:3]), _largest(wide, begun)) > _BATCHED
+        if couples:
+            later = self._after(after, at, alone, n_places=n_places, at_once=1)
+        followed = [(cut, alone[:3]), (one, other), *later]
+        sees = any(_exceeds(*pair, limit) for pair in followed)
+        # How much follows may count as well as what.
+        endings += [(self._said([ids[: cut_at + n]], [at[:3]])[0], alone[:3]) for n in (1, 2)]
+        if is_half:
+            # Other lengths are other shapes, whose rounding is unlike that of one shape.
+            near = [
+                self._said([[*padded, *padded[:1] * n][: length + n]], [ends])[0] for n in (-1, 1)
+            ]
+            moved = max(_root_mean_square(one, other) for other in near)
+            limit = max(limit, _BEYOND * moved, _ROUGH_LENGTHS)
+            # In most places: where an expert was chosen by a hair, rounding may choose another.
+            mixes = _usual(one, alone_short) > limit
+            sees |= any(_usual(*pair) > limit for pair in endings)
+        else:
+            mixes = _exceeds(one, alone_short, limit)
+            sees |= any(_exceeds(*pair, limit) for pair in endings)
+        mixes &= not sees
+        if sees or couples or mixes:
+            rounding = _largest(copies, alone[:3])
+        return replace(
+            found,
+            sees_ahead=sees,
+            couples_rows=couples or found.couples_rows,
+            mixes_lengths=mixes,
+            ahead=max(_largest(*pair) for pair in [*followed, *endings]),
+            coupling=max(
+                *(_largest(*pair) for pair in (beside, (alone[:3], beside[1]))),
+                _largest(wide, begun),
+            ),
+            rounding=rounding,
+            is_rough=is_rough or couples or rounding > _FINE,
+        )
+
+    def _packing(self, found: Findings, places: Sequence[int]) -> Packing | None:
+        """How the model reads packs, where it might be given any."""
+        if self._read_packed is None or found.couples_rows or found.n_before:
+            return None
+        if self._earlier is not None and self._earlier.packs_known(len(self._row.ids)):
+            return self._earlier.packing
+        return self._read_packed(self._row.ids, places, found.kept)
+
+    def _later(
+        self, found: Findings, places: Sequence[int], *, is_half: bool
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Of later places those after which something else is put, and where the row ends.
+
+        What a model says where the row ends hangs on nothing that follows, neither on what it is
+        nor on how much: it shows the most, but for rounding, which is another for each length.
+        """
+        some, packing = _spaced(places, self._wanted()), found.packing
+        if is_half:
+            return some, ()
+        if packing is not None and packing.differs:
+            return places, places
+        # Lengths next to each other, and a distant one.
+        ended = sorted({*_spaced(places, _ENDED - 1), *places[-2:-1]})
+        if packing is not None and packing.reason is None:
+            return (), ended
+        return [place for place in some if place not in ended], ended
+
+    def _wide(self, at: Sequence[int], most: int, *, start: int = 0) -> Tensor:
+        """What is said at early places of the row's beginning in a batch of so many at most."""
+        begin = self._row.ids[: at[-1] + 1]
+        mates = [self._others(begin, start + n) for n in range(min(self._n_rows, most) - 1)]
+        return self._said([begin, *mates], [at] * (1 + len(mates)))[0]
+
+    def _is_rough(self, found: Findings) -> bool:
+        """Whether rounding is worth measuring."""
+        return self._is_half(found) or _compat.computes_roughly(self._model)
+
+    def _is_half(self, found: Findings) -> bool:
+        """Whether rounding may be taken for an effect."""
+        return found.dtype not in ("float32", "float64") or _compat.half_precision(self._model)
+
+    def _wanted(self) -> int:
+        """After how many later places something else is put, by the number of rows."""
+        return max(2, min(_CUTS, self._n_rows // 4), self._n_rows // _ROWS_PER_CUT)
+
+    def _cuts(self, n_later: int) -> list[int]:
+        """The place of the first target token, and at most so many others that anything follows."""
+        last = len(self._row.ids) - 1
+        places = sorted({p for p in self._row.positions if p >= 0} or {last})
+        return [places[0], *_spaced([place for place in places[1:] if place < last], n_later)]
+
+    def _after(
+        self,
+        cuts: Sequence[int],
+        at: Sequence[int],
+        alone: Tensor,
+        *,
+        n_places: int,
+        at_once: int = _AT_ONCE,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What is said where something else follows, beside what is said of the row as it is.
+
+        Args:
+            cuts: After each of these places something else follows, in a row of its own.
+            at: Places of the row, sorted, the cuts among them.
+            alone: What is said there of the row alone.
+            n_places: So many of these places at most, up to the cut, are looked at.
+            at_once: So many rows are read in one pass.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
+        for i in range(0, len(cuts), at_once):
+            some = cuts[i : i + at_once]
+            stops = [bisect_right(at, cut) for cut in some]
+            starts = [max(0, stop - n_places) for stop in stops]
+            most = max(stop - start for start, stop in zip(starts, stops, strict=True))
+            own = [
+                [*at[start:stop], *[cut] * (most - (stop - start))]
+                for cut, start, stop in zip(some, starts, stops, strict=True)
+            ]
+            said = self._said([self._cut(cut) for cut in some], own)
+            found += [
+                (one[: stop - start], alone[start:stop])
+                for one, start, stop in zip(said, starts, stops, strict=True)
+            ]
+        return found
+
+    def _ending(self, place: int, at: Sequence[int], alone: Tensor) -> tuple[Tensor, Tensor]:
+        """What is said of the row where it ends at a place, and of all of it; as for `_after`."""
+        n = bisect_right(at, place)
+        return self._said([self._row.ids[: place + 1]], [at[:n]])[0], alone[:n]
+
+    def _cut(self, place: int) -> list[int]:
+        """The row with other ids after a place."""
+        ids = self._row.ids
+        return [*ids[: place + 1], *self._others(ids[place + 1 :])]
+
+    def _others(self, ids: Sequence[int], start: int = 0) -> list[int]:
+        """As many ids, none of them in its place; others again from another start."""
+        # Those of the text after the prompt: special ids, such as an image's, mean something.
+        first = min((p for p in self._row.positions if p >= 0), default=0)
+        pool = sorted({*self._row.ids[first:]})
+        pool = pool if len(pool) > 1 else [*pool, int(pool[0] == 0)]
+        return [next(x for x in _from(pool, i) if x != one) for i, one in enumerate(ids, start)]
+
+    def _said(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probabilities ``(n_rows, n_places, vocabulary)``, float64 on the CPU."""
+        try:
+            return self._pass(rows, at)
+        except RuntimeError as error:
+            if len(rows) == 1 or not is_out_of_memory(error):
+                raise
+        return torch.cat([self._pass([row], [own]) for row, own in zip(rows, at, strict=True)])
+
+    def _pass(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
+        ids = torch.tensor([[*row] for row in rows], dtype=torch.int64, device=self._device)
+        places = torch.tensor([[*own] for own in at], dtype=torch.int64, device="cpu")
+        arguments = {**self._uncached, **self._extras}
+        arguments |= _compat.keeping_logits(self._kept, places, ids)
+        logits = _compat.sequence_logits(_compat.called(self._model, ids, **arguments))
+        if self._kept != "positions":
+            where = (places - (ids.shape[1] - logits.shape[1])).to(logits.device)
+            logits = logits.gather(1, where[..., None].expand(-1, -1, logits.shape[2]))
+        elif logits.shape[1] != places.shape[1]:
+            raise ValueError("logits of other places than those asked for")
+        return _spread(logits)
+
+
+def _spaced(places: Sequence[int], n: int) -> list[int]:
+    """At most so many of some places, the last among them."""
+    n = min(len(places), n)
+    return sorted({places[-1 - i * len(places) // n] for i in range(n)} if n else ())
+
+
+def _from(pool: Sequence[int], start: int) -> list[int]:
+    start %= len(pool)
+    return [*pool[start:], *pool[:start]]
+
+
+def _spread(logits: Tensor) -> Tensor:
+    return logits.detach().cpu().double().log_softmax(-1)
+
+
+def _differences(one: Tensor, other: Tensor) -> Tensor:
+    # What a model rules out is minus infinity in both; a NaN is told where values are made.
+    return (one - other).abs().nan_to_num(nan=0.0)
+
+
+def _largest(one: Tensor, other: Tensor) -> float:
+    return float(_differences(one, other).max())
+
+
+def _root_mean_square(one: Tensor, other: Tensor) -> float:
+    return float(_differences(one, other).clamp(max=1e3).square().mean().sqrt())
+
+
+def _usual(one: Tensor, other: Tensor) -> float:
+    """The difference at the middle one of several places."""
+    differences = sorted(_root_mean_square(*place) for place in zip(one, other, strict=True))
+    return differences[len(differences) // 2]
+
+
+def _is_as(said: Tensor, logits: Tensor) -> bool:
+    """Whether what is said is what other logits say, up to rounding."""
+    right = _spread(logits)
+    limit = max(_FINE, _rough(right)) if logits.dtype.itemsize < 4 else _FINE
+    return said.shape == right.shape and not _exceeds(said, right, limit)
+
+
+def _exceeds(one: Tensor, other: Tensor, limit: float) -> bool:
+    """Whether a difference is more than rounding."""
+    if limit <= _FINE:
+        return _largest(one, other) > limit
+    return _root_mean_square(one, other) > limit
+
+
+def _last_digit(logits: Tensor, model: nn.Module) -> float:
+    """The distance between numbers of the size that the largest logits of a place usually have.
+
+    Logits are no finer than the numbers that they are made from.
+    """
+    size = float(logits.detach().float().abs().nan_to_num(0.0, 0.0, 0.0).amax(-1).median())
+    dtypes = {logits.dtype, *(p.dtype for p in model.parameters() if p.dtype in _HALF)}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return eps * 2.0 ** math.floor(math.log2(size)) if size else 0.0
+
+
+def _rough(said: Tensor) -> float:
+    """What rounding to eight bits may make of log-probabilities, as a root mean square."""
+    finite = said.double()[said.isfinite()]
+    return float(finite.std()) * 2.0**-8 if finite.numel() > 1 else 0.0

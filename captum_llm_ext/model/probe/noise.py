@@ -1,0 +1,172 @@
+"""How much a value changes by nothing but the company a row is computed in."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.model.forward.asked import Asked, explained
+from captum_llm_ext.model.forward.passes import Passes, rounding
+from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.probe import Findings
+
+# Rows that are computed once more: the longest, the shortest, and some that chance chooses; the
+# first of them alone, all of them in batches that nobody else would cut.
+_ROWS = 64
+_ALONE = 8
+_ALONE_STEPPING = 2  # where each of them takes a pass per token
+_CHECKED = 4
+# What these take is no more than this share of what the run took, but for one of them.
+_CHECKED_SHARE = 1 / 32
+_BATCH = 13
+# Other batches than those seen may lie further apart: in 60 small models by less than twice as
+# much, or twice the last digit of the logits, of which one may be rounded up, the other down.
+_UNSEEN = 2.0
+_DIGITS = 2.0
+# A value that can hardly move: rounding is told of those that can.
+_STEADY = 1e-3
+# A noise floor of so many times what rounding explains is warned of.
+_WORTH_TELLING = 4
+_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float64, torch.bfloat16, torch.float16)}
+
+
+class NoiseFloor:
+    """Remembers some of the rows that were scored, to compute them in other ways.
+
+    Args:
+        passes: Of the model.
+    """
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes, self._attr_target = passes, passes.attr_target
+        self._kept: dict[tuple[int, ...], tuple[int, TokenRow, Tensor]] = {}
+        self._scale: Tensor | None = None
+        self._n = 0
+
+    def note(self, rows: Sequence[TokenRow], values: Tensor) -> None:
+        """Takes notice of rows and their values ``(n_rows, n_target)``, as they were computed."""
+        if self._scale is not None and len(self._scale) != values.shape[1]:
+            self._kept, self._scale, self._n = {}, None, 0  # another target
+        scale = self._scales(values).amax(0)
+        self._scale = scale if self._scale is None else self._scale.maximum(scale)
+        self._n += len(rows)
+        for row, own in zip(rows, values, strict=True):
+            self._kept[row.ids] = (crc32(repr(row.ids).encode()), row, own)
+        if len(self._kept) > _ROWS:
+            self._kept = {ids: self._kept[ids] for ids in self._order()[:_ROWS]}
+
+    def _order(self) -> list[tuple[int, ...]]:
+        """The longest and the shortest row, and the others as chance will have it."""
+        by_length = sorted(self._kept, key=len)
+        chance = sorted(by_length[1:-1], key=lambda ids: self._kept[ids][0])
+        return [*dict.fromkeys((by_length[-1], by_length[0])), *chance]
+
+    def floor(self, found: Findings, asked: Asked, *, together: bool, cuts: bool) -> Tensor | None:
+        """How far apart values lie that are computed in several ways; see `Scorer.noise_floor`.
+
+        Args:
+            found: What is known of the model.
+            asked: What it was asked.
+            together: Whether the model is ever given rows of several lengths at once.
+            cuts: Whether a row without what follows a token says the same of it.
+        """
+        is_named = isinstance(self._attr_target, str)
+        explained = self._explained(found)
+        # A callable may make of one token's logits another value without the others'.
+        checked = self._checked(found, asked) if is_named and cuts else 0.0
+        if not found.is_rough and checked <= explained:
+            return None
+        floor = self._measured(found, asked, together)
+        floor = floor.clamp(min=checked if checked > explained else 0.0)
+        if float(floor.max()) > _WORTH_TELLING * explained:
+            warnings.warn(
+                f"{type(self._passes.model).__name__} gives equal rows values up to "
+                f"{float(floor.max()):.2g} apart, by the batches they are computed in: "
+                "attributions below that mean nothing (see `noise_floor`). "
+                "`perturbations_per_eval=1` may help.",
+                stacklevel=5,
+            )
+        return floor
+
+    def _explained(self, found: Findings) -> float:
+        """What rounding explains of a difference between values."""
+        sizes = [own.nan_to_num(nan=0.0).abs().max() for _, _, own in self._kept.values()]
+        scale = (
+            1.0 if self._attr_target in ("log_prob", "contrast") else max(1.0, *map(float, sizes))
+        )
+        return scale * max(rounding(_DTYPES.get(found.dtype)), rounding(torch.float32))
+
+    def _checked(self, found: Findings, asked: Asked) -> float:
+        """How far some values are from those of passes that end with a token of their row."""
+        differences, most = [0.0], _CHECKED_SHARE * self._passes.n_positions
+        n_before = self._passes.n_positions
+        for i, ids in enumerate(self._order()[:_CHECKED]):
+            if i and self._passes.n_positions - n_before + len(ids) > most:
+                break
+            number, row, own = self._kept[ids]
+            known = [t for t, place in enumerate(row.positions) if place >= 0]
+            if not known:
+                continue
+            last = row.positions[known[(number + i) % len(known)]]  # of each row another token
+            first = last if found.step_by_step else 0  # what it says before hangs on that token
+            some = [t for t in known if first <= row.positions[t] <= last]
+            places = [row.positions[t] for t in some]
+            end = replace(row, ids=row.ids[: last + 1], positions=places)
+            values = self._together([end], asked.only(some))[0]
+            differences.append(float((values - own[some]).abs().nan_to_num(nan=0.0).max()))
+        return max(differences)
+
+    def _measured(self, found: Findings, asked: Asked, together: bool) -> Tensor:
+        """The largest difference that was seen of any token, and what others are likely to show.
+
+        That is in proportion to how far a value can move at all, and not less than what the last
+        digits of the logits are worth.
+        """
+        kept = [self._kept[ids] for ids in self._order()]
+        rows = [row for _, row, _ in kept]
+        computed = torch.stack([own for _, _, own in kept])
+        alone = torch.full_like(computed, torch.nan)
+        for i, row in enumerate(rows[: _ALONE_STEPPING if found.step_by_step else _ALONE]):
+            if found.step_by_step:
+                alone[i] = self._stepped(row, asked, range(len(asked)))
+            else:
+                alone[i] = self._together([row], asked)[0]
+        ways = [computed, alone]
+        if together:
+            batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
+            ways.append(torch.cat([self._together(some, asked) for some in batches]))
+        stacked = torch.stack(ways)
+        highest = stacked.nan_to_num(nan=-torch.inf).amax(0)
+        apart = (highest - stacked.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)
+        ratios = apart / self._scales(computed)
+        # Of n normal numbers the largest is about so many standard deviations away.
+        likely = math.sqrt(2 * math.log(2 * self._n + 1)) * float(ratios.square().mean().sqrt())
+        digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
+        assert self._scale is not None
+        return max(likely, _UNSEEN * float(ratios.max()), digit) * self._scale
+
+    def _stepped(self, row: TokenRow, asked: Asked, tokens: Sequence[int]) -> Tensor:
+        """Values ``(n_target,)`` of some tokens, in passes of their own; NaN for the others."""
+        values = torch.full((len(asked),), torch.nan, dtype=torch.float64, device="cpu")
+        for t in tokens:
+            if (end := row.up_to(t)) is not None:
+                values[t] = self._together([end], asked.only([t]))[0, 0]
+        return values
+
+    def _together(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+        """What is attributed of rows that are computed in one batch, ``(n_rows, n_target)``."""
+        return explained(self._passes.together(rows, asked), asked, self._attr_target)
+
+    def _scales(self, values: Tensor) -> Tensor:
+        """How far values move with logits: those of sure tokens hardly do."""
+        if self._attr_target == "log_prob":
+            scales = -values.expm1()
+        elif self._attr_target == "prob":
+            scales = values * (1 - values)
+        else:
+            scales = torch.ones_like(values)
+        return scales.nan_to_num(nan=0.0).clamp(min=_STEADY)

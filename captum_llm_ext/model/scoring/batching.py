@@ -1,0 +1,302 @@
+"""`Batching`: which rows run together, and whether what they begin with is read once for several.
+
+Rows run apart, in padded batches; on from the model's state after what they share, a prefix cache;
+or packed in one sequence. Whichever costs least is taken, the latter two once a comparison on rows
+of the run has shown that the model gives the same numbers.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from captum_llm_ext import _compat
+from captum_llm_ext.model.forward import memory
+from captum_llm_ext.model.forward.asked import Asked
+from captum_llm_ext.model.forward.memory import Memory
+from captum_llm_ext.model.forward.passes import Passes
+from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.forward.schedule import Branch, plan, plan_packed
+from captum_llm_ext.model.probe import Findings, Packing, ReadPacked
+from captum_llm_ext.model.probe.reuse import packing_of, why_not_read_on
+
+Reuse = Literal["auto", "off", "copy", "lend", "pack"]
+
+_logger = logging.getLogger(__name__)
+# Rows read twice: once on their own, once from what they share or in a pack. So many at most.
+_COMPARISON = 4
+# Where processes share the work there are so many batches, as long as what each pass costs beside
+# its positions stays below one in so many of them.
+_BATCHES = 32
+_WORTH_A_PASS = 50
+
+
+class Batching:
+    """Plans the passes of one model, by what they cost and what has been seen to be right.
+
+    Args:
+        passes: Of the model.
+        max_rows: As for `Scorer`.
+        reuse: As for `Scorer`.
+        overhead: As for `Scorer`.
+        shares_work: Whether several processes take the batches among them.
+
+    Attributes:
+        max_rows: At most so many rows in a batch.
+        overhead: What a pass costs beside its positions, in positions.
+        repeats: Whether batches have to be those of other processes or of an earlier run: then they
+            do not depend on what is only known later.
+        budget: Bytes a batch may take; None: of what is free whenever one is planned.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        *,
+        max_rows: int | None,
+        reuse: Reuse,
+        overhead: int | None,
+        shares_work: bool,
+    ) -> None:
+        model, device = passes.model, passes.device
+        self._passes = passes
+        self.max_rows = max_rows or sys.maxsize
+        self.overhead = memory.overhead(model, device) if overhead is None else overhead
+        self._row_overhead = memory.start(model, device) if overhead is None else overhead
+        self.repeats = self._shares_work = shares_work
+        self.budget: int | None = None
+        self._always_packs = reuse == "pack"
+        self._reuse = reuse != "off" and _compat.state_argument(model) is not None
+        self._compared = 0  # length up to which reading on has been seen to be right
+        self._packing: Packing | None = None
+        self._has_packed = False
+        # Rows in a pack attend one by one, which leaves a GPU idle.
+        self._packs = reuse == "pack" or (reuse == "auto" and device.type == "cpu")
+        self._head: tuple[tuple[int, ...], Any] = ((), None)
+        self._even = False
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows have been packed in one sequence."""
+        return self._has_packed
+
+    def told(self) -> dict[str, bool | None]:
+        """What results keep of it; None for what has not been found out."""
+        return {
+            "reuses_beginnings": (
+                self._compared > 0 if self._compared or not self._reuse else None
+            ),
+            "lends_beginnings": self._passes.lends,
+            "packs_rows": True if self._has_packed else None,
+        }
+
+    def heed(self, found: Findings) -> None:
+        """Keeps to what the probe found of the model."""
+        self._even = found.even
+        if found.couples_rows:
+            self.max_rows = 1
+            self._reuse = self._packs = False
+        packing = found.packing
+        if packing is None or packing == self._packing or not self._packs:
+            return
+        self._packing = packing
+        if packing.reason is None:
+            self._passes.heed_packing(packing.chains, packing.spares_ends)
+            return
+        self._packs = False
+        name = type(self._passes.model).__name__
+        _logger.info("%s is given rows apart (%s).", name, packing.reason)
+
+    @property
+    def read_packed(self) -> ReadPacked | None:
+        """Compares a row in a pack with the row alone; None where no packs are made."""
+        return self._compare_packed if self._packs and self._reuse else None
+
+    def plan(self, rows: Sequence[TokenRow], asked: Asked) -> Branch:
+        """How rows are run.
+
+        Args:
+            rows: Token rows, each of them once.
+            asked: What they are asked.
+
+        Raises:
+            RuntimeError: If memory runs out in the comparison that it begins with, and there is no
+                less to ask for.
+        """
+        while True:
+            try:
+                return self._cheapest(rows, asked)
+            except RuntimeError as error:
+                if not memory.is_out_of_memory(error) or not self.back_off(self._passes.n_rows):
+                    raise
+
+    def read_head(self, root: Branch, rows: Sequence[TokenRow], asked: Asked) -> tuple[Branch, Any]:
+        """Reads what all rows of a plan begin with, once on every process.
+
+        Returns:
+            The plan of what comes after it, and the model's state there; None at the beginning.
+        """
+        state = self._head[1] if root.start else None
+        if root.stop == root.start:
+            return root, state
+
+        def keep(state: Any) -> None:
+            self._head = (rows[0].ids[: root.stop], state)
+
+        head = replace(root, batches=(), branches=())
+        for _ in self._passes.run(head, rows, asked, state, keep):
+            pass
+        return replace(root, start=root.stop), self._head[1]
+
+    def mixes_positions(self, longest: int) -> bool:
+        """Whether what a position means depends on the other rows of its batch."""
+        return self._even or longest > (_compat.fixed_positions(self._passes.model) or sys.maxsize)
+
+    def back_off(self, n_rows: int) -> bool:
+        """Asks for less memory than a pass of so many rows; whether there is less to ask for."""
+        self._head = ((), None)
+        if n_rows > 1:
+            self.max_rows = n_rows // 2
+        elif self._reuse:
+            self._reuse = False
+        else:
+            return False
+        return True
+
+    def _cheapest(self, rows: Sequence[TokenRow], asked: Asked) -> Branch:
+        """The cheapest way that is known to be right."""
+        apart = self._cut(rows, asked, shares=False)
+        if not self._reuse or any(row.extras is not None for row in rows):
+            return apart
+        together = self._cut(rows, asked, shares=True)
+        if (packed := self._plan_packed(rows, asked, apart, together)) is not None:
+            return packed
+        lengths = [len(row.ids) for row in rows]
+        saved = apart.positions(lengths) - together.positions(lengths)
+        longest = max(
+            (lengths[b[0]] for branch in together.walk() if branch.stop for b in branch.batches),
+            default=0,
+        )
+        if longest <= self._compared:
+            return together if saved > 0 else apart
+        if saved <= _COMPARISON * longest or not self._compare(rows, together):
+            return apart
+        self._compared = longest
+        return self._cut(rows, asked, shares=True)  # now that the size of a state is known
+
+    def _plan_packed(
+        self, rows: Sequence[TokenRow], asked: Asked, apart: Branch, together: Branch
+    ) -> Branch | None:
+        """Packs, where they cost less than the other ways and are known to be right."""
+        longest = max(len(row.ids) for row in rows)
+        is_known = self._packing is not None and longest <= self._packing.longest
+        if not self._packs or not is_known or self.mixes_positions(longest):
+            return None
+        lengths = [len(row.ids) for row in rows]
+        first = min(row.first for row in rows)
+        head = len(self._head[0]) if self._begins_with_head(rows, first) else 0
+        most_ids, most_rows = self._memory(asked).most_packed(longest, head)
+
+        root = plan_packed(
+            [row.ids for row in rows],
+            overhead=self.overhead,
+            most_ids=most_ids,
+            most_rows=min(most_rows, self._most_rows(len(rows), longest)),
+            head=head,
+            most_head=first,
+            # Where some packs are run elsewhere, or were long ago, no other hangs on them.
+            chained=self._passes.chains and not self.repeats,
+        )
+
+        def cost(one: Branch) -> int:
+            return one.positions(lengths) + one.n_passes() * self.overhead
+
+        if self._always_packs:
+            pays = root.positions(lengths) < apart.positions(lengths)
+        else:
+            here = cost(root) + len(rows) * self._row_overhead
+            n_said = len(rows) * len(asked)
+            here -= self._passes.spared_in_packs(root.positions(lengths), n_said)
+            comparison = _COMPARISON * longest if longest > self._compared else 0
+            pays = here < min(cost(apart), cost(together) + comparison)
+        if not pays:
+            return None
+        self._has_packed = True
+        return root
+
+    def _cut(self, rows: Sequence[TokenRow], asked: Asked, *, shares: bool) -> Branch:
+        fits = self._memory(asked)
+        longest = max(len(row.ids) for row in rows)
+        # Pixel values and the like are made for one prompt each.
+        has_extras = any(row.extras is not None for row in rows)
+        most = 1 if has_extras else self._most_rows(len(rows), longest)
+        even = self.mixes_positions(longest)
+        first = min(row.first for row in rows)
+        # A callable is given the logits of all target tokens at once.
+        whole = not isinstance(self._passes.attr_target, str)
+        shareable = [min(len(row.ids) - 2, row.first if whole else sys.maxsize) for row in rows]
+        usable = shares and not even and self._begins_with_head(rows, min(first, *shareable))
+        return plan(
+            [row.ids for row in rows],
+            shareable if shares and not even else [0] * len(rows),
+            overhead=self.overhead,
+            most_padding=0 if even else self.overhead,
+            most_rows=lambda longest, before: min(most, fits.most_rows(longest, before)),
+            head=len(self._head[0]) if usable else 0,
+            most_head=first,
+        )
+
+    def _memory(self, asked: Asked) -> Memory:
+        return Memory(
+            self._passes.model,
+            self._passes.device,
+            kept=self._passes.kept,
+            n_target=len(asked),
+            state_bytes=self._passes.state_bytes,
+            budget=self.budget,
+            lends=bool(self._passes.lends),
+            # What is known later must not change batches that an earlier run may have begun with.
+            makes_logits=self._passes.makes_logits or self.repeats,
+        )
+
+    def _most_rows(self, n_rows: int, longest: int) -> int:
+        """How many rows may run together, whatever the memory."""
+        if not self._shares_work:
+            return self.max_rows
+        # Of the rows alone, not of the number of processes: the same values come out.
+        worth = _WORTH_A_PASS * self.overhead // longest
+        return min(self.max_rows, max(-(-n_rows // _BATCHES), worth, 1))
+
+    def _begins_with_head(self, rows: Sequence[TokenRow], most: int) -> bool:
+        """Whether all rows begin with what has been read, and it is not more than may be shared."""
+        head = self._head[0]
+        return len(head) <= most and all(row.ids[: len(head)] == head for row in rows)
+
+    def _compare_packed(
+        self, row: Sequence[int], places: Sequence[int], kept: str | None
+    ) -> Packing | None:
+        self._passes.kept = kept
+        n_before = self._passes.n_positions
+        try:
+            return packing_of(self._passes, row, places)
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error):
+                raise
+        finally:
+            # What the probe reads is no part of a run: another one may have it from this.
+            self._passes.n_positions = n_before
+        self._packs = False  # which says nothing about the model
+        return None
+
+    def _compare(self, rows: Sequence[TokenRow], root: Branch) -> bool:
+        """Whether the model reads on as it reads."""
+        reason = why_not_read_on(self._passes, rows, root)
+        if reason is not None:
+            _logger.warning(
+                "%s computes every row on its own, beginnings are not reused (%s).",
+                type(self._passes.model).__name__,
+                reason,
+            )
+            self._reuse = False
+        return self._reuse

@@ -1,0 +1,76 @@
+"""What the rest of the package asks of a scorer, wherever the model runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from captum_llm_ext.model.forward.logits import AttrTarget
+from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.processes.group import Processes
+from captum_llm_ext.model.scoring.checkpoint import Journal
+
+
+class Values(Protocol):
+    """Token rows and a target in, values out; `Scorer` is the one over a model of this process.
+
+    Attributes:
+        attr_target: What a value is.
+        n_evaluations: Distinct rows scored.
+        n_scored: The rows that each replica of the model scored.
+    """
+
+    attr_target: AttrTarget
+    n_evaluations: int
+    n_scored: list[int]
+
+    @property
+    def reads_on(self) -> bool:
+        """See `Scorer.reads_on`."""
+        ...
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the work."""
+        ...
+
+    def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
+        """See `Scorer.generate`."""
+        ...
+
+    def check_length(self, length: int, what: str) -> None:
+        """See `Scorer.check_length`."""
+        ...
+
+    def values(
+        self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
+    ) -> Tensor:
+        """See `Scorer.values`."""
+        ...
+
+    def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
+        """See `Scorer.likeliest`."""
+        ...
+
+    def noise_floor(
+        self, row: TokenRow, target: Tensor, foils: Tensor | None = None
+    ) -> Tensor | None:
+        """See `Scorer.noise_floor`."""
+        ...
+
+    def tolerance(self, values: Tensor) -> Tensor:
+        """See `Scorer.tolerance`."""
+        ...
+
+    def progress(self) -> AbstractContextManager[None]:
+        """See `Scorer.progress`."""
+        ...
+
+    def keeping(self, open_journal: Callable[[], Journal] | None) -> AbstractContextManager[None]:
+        """See `Scorer.keeping`."""
+        ...
+
+    def forecast(self, n_rows: int) -> None:
+        """See `Scorer.forecast`."""
+        ...

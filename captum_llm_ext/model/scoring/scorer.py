@@ -1,0 +1,460 @@
+"""`Scorer`: every distinct row once, in batches that fit, without computing a beginning twice."""
+
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.base.seeded import reseeded, seeded
+from captum_llm_ext.model.exclusive import as_found
+from captum_llm_ext.model.forward import memory
+from captum_llm_ext.model.forward.asked import Asked, explained
+from captum_llm_ext.model.forward.logits import AttrTarget
+from captum_llm_ext.model.forward.passes import Passes, rounding
+from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.generation import continued
+from captum_llm_ext.model.identity import check_same
+from captum_llm_ext.model.probe import Findings, findings
+from captum_llm_ext.model.probe.noise import NoiseFloor
+from captum_llm_ext.model.processes.group import Processes
+from captum_llm_ext.model.scoring.batching import Batching, Reuse
+from captum_llm_ext.model.scoring.checkpoint import Journal
+from captum_llm_ext.model.scoring.progress import ProgressBar
+from captum_llm_ext.model.scoring.shards import shares, without
+
+# How large these are says nothing of how far rounding moves them.
+_IN_NATS = ("log_prob", "contrast")
+
+
+class Scorer:
+    """Generates with a model and scores rows on it, each distinct row once.
+
+    Args:
+        model: A causal language model: a module that returns ``logits`` (batch, length, vocabulary)
+            for ``input_ids``.
+        attr_target: ``"log_prob"``, ``"prob"``, ``"logit"``, ``"contrast"`` (log-probabilities, of
+            which rounding moves the difference to those of foils), or a callable ``(logits (batch,
+            n_target, vocabulary), target (n_target,)) -> (batch, n_target)``.
+        max_rows: At most so many rows in a batch. By default as many as memory allows.
+        show_progress: Whether `progress` draws a bar over the model's evaluations on stderr.
+        reuse: ``"auto"``: what rows begin with in common is computed once, where that pays and a
+            first comparison on the model itself shows the same numbers. ``"off"``: never.
+            ``"copy"``, ``"lend"``, ``"pack"``: always by copies of the model's state; without them;
+            or by rows packed in one sequence, in which no id comes twice; the latter two where they
+            show the same numbers too. By default whichever costs less.
+        overhead: What a pass, or a row of a pack, costs beside its positions, in positions: what
+            reuse must save to pay. By default estimated from the model's size and device.
+        processes: Those that share the work; all give the same rows in the same order. By default
+            this one alone.
+
+    Attributes:
+        n_evaluations: Distinct rows scored, by whatever process.
+        n_row_positions: Token positions that these rows have.
+        n_scored: The rows that each replica of the model scored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        attr_target: AttrTarget = "log_prob",
+        max_rows: int | None = None,
+        show_progress: bool = False,
+        reuse: Reuse = "auto",
+        overhead: int | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.model = model
+        self.attr_target = attr_target
+        self.device = _compat.input_device(model)
+        self.n_evaluations = 0
+        self.n_row_positions = 0
+        sharing = reuse if reuse in ("copy", "lend") else "auto"
+        self._passes = Passes(model, attr_target, self.device, sharing)
+        self._batching = Batching(
+            self._passes,
+            max_rows=max_rows,
+            reuse=reuse,
+            overhead=overhead,
+            shares_work=processes is not None,
+        )
+        self._processes = processes or Processes()
+        self._journal: Journal | None = None
+        self._generated: Tensor | None = None
+        self._trusted = 0  # length of the longest stored row that the model has been held against
+        self.n_scored = [0] * self._processes.n_replicas
+        is_shown = show_progress and self._processes.is_main
+        self._bar = ProgressBar("model evaluations", "row", is_shown=is_shown)
+        self._known: dict[bytes, Tensor] = {}
+        self._findings: Findings | None = None
+        self._noise = NoiseFloor(self._passes)
+
+    @property
+    def reads_on(self) -> bool:
+        """Whether foils may be looked for by what the model makes of the text after them."""
+        return True
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the work."""
+        return self._processes
+
+    @property
+    def n_positions(self) -> int:
+        """Token positions computed up to now, padding and comparisons included."""
+        return self._passes.n_positions
+
+    @property
+    def lends(self) -> bool:
+        """Whether rows attend to what they share where it is, without a copy for each.
+
+        Known after the first comparison that was worth it.
+        """
+        return bool(self._passes.lends)
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are packed in one sequence; known after the first comparison."""
+        return self._batching.packs
+
+    def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
+        """The token ids that the model continues a row with; all processes get the same.
+
+        Args:
+            row: The prompt.
+            gen_args: Arguments of the model's ``generate``, as `planned_generation` gives them.
+            seed: Seeds sampling; the global random state is left alone.
+
+        Returns:
+            Shape ``(n_target,)``, int64 on the CPU.
+
+        Raises:
+            ValueError: If there are several answers, or they do not begin with the prompt.
+        """
+        if self._generated is not None:  # by the run that is gone on with
+            return self._generated
+        ids = self._processes.decide(lambda: self._generate(row, gen_args, seed))
+        if self._journal is not None:
+            self._journal.keep_target(ids)
+        return ids
+
+    def _generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
+        ids = torch.tensor([row.ids], device=self.device, dtype=torch.int64)
+        extras = self._passes.extras(row, 0)
+        is_compiled = _compat.is_compiled(self.model)
+        with as_found(self.model), reseeded(self.model, seed) if is_compiled else seeded(seed):
+            return continued(self.model, ids, {**extras, **gen_args}).cpu()
+
+    def check_length(self, length: int, what: str) -> None:
+        """Refuses rows that are longer than the model's positions.
+
+        Raises:
+            ValueError: If `length` tokens, which are `what`, do not fit.
+        """
+        most = _compat.longest_sequence(self.model)
+        if most is not None and length > most:
+            raise ValueError(
+                f"{what} take {length} positions, the model has {most}: shorten the prompt or the "
+                "target."
+            )
+
+    def values(
+        self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
+    ) -> Tensor:
+        """What the model gives each target token after each row.
+
+        Args:
+            rows: One token row per coalition.
+            target: Token ids, shape ``(n_target,)``.
+            foils: Token ids that each is held against, shape ``(n_target, n_foils)``; -1 where
+                there are fewer.
+
+        Returns:
+            Shape ``(n_rows, n_target)``, float64 on the CPU, in nats for log-probabilities; NaN
+            where a row gives a token no value. Softmax and sums are taken in float32 at least. With
+            foils ``(n_rows, 2 * n_target)``: log-probabilities of the target tokens, then those of
+            the foils of each together.
+
+        Raises:
+            ValueError: If an id is outside the vocabulary, or the model gives NaN or an infinite
+                value.
+            TypeError: If the model returns no logits, or a callable target the wrong shape.
+        """
+        asked = Asked(target, foils)
+        with as_found(self.model):
+            values = self._found(self._look(rows), rows, asked)
+        self._noise.note(rows, explained(values, asked, self.attr_target))
+        return values
+
+    def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens where a row says each target token, the likeliest first.
+
+        Args:
+            row: One token row.
+            n: How many.
+
+        Returns:
+            Log-probabilities, float64 on the CPU, and token ids, each ``(n_target, n)``, or as many
+            as the vocabulary has; without meaning where the row says nothing.
+        """
+        with as_found(self.model):
+            found = self._look([row])
+            rows = [row]
+            if found.step_by_step:
+                blank = TokenRow(row.ids[:1], (0,), row.extras, row.key)
+                rows = [row.up_to(t) or blank for t in range(len(row.positions))]
+            each = self._processes.decide(lambda: [self._passes.likeliest(r, n) for r in rows])
+        log_probs, ids = (torch.cat(part) for part in zip(*each, strict=True))
+        return log_probs, ids
+
+    def noise_floor(
+        self, row: TokenRow, target: Tensor, foils: Tensor | None = None
+    ) -> Tensor | None:
+        """How far apart values are that differ in how they were computed alone.
+
+        Some rows of those that were scored, short and long ones among them, are computed alone and
+        together once more, in some twenty short passes at most: a run with other batches shows no
+        larger differences, as far as that many rows tell. Where the probe saw nothing beyond
+        float32 rounding four values, each of a short pass of its own, confirm it.
+
+        Args:
+            row: The row of the whole text.
+            target, foils: As for `values`.
+
+        Returns:
+            Shape ``(n_target,)``, float64, in the unit of the values; None for models whose values
+            are as fine as float32, which have none worth telling.
+
+        Warns:
+            UserWarning: If it is more than the model's type of numbers explains.
+        """
+        asked = Asked(target, foils)
+        with as_found(self.model):
+            found = self._look([row])
+            values = self._found(found, [row], asked)
+            self._noise.note([row], explained(values, asked, self.attr_target))
+
+            mixes = self._batching.mixes_positions(found.longest)
+            apart = mixes or row.extras is not None or self._batching.max_rows == 1
+            cuts = found.step_by_step or not mixes
+            return self._noise.floor(found, asked, together=not apart, cuts=cuts)
+
+    @property
+    def findings(self) -> Findings | None:
+        """What the probe found of the model; None before the first values."""
+        return self._findings
+
+    def told(self) -> dict[str, Any]:
+        """What results keep of the model's ways."""
+        found = self._findings
+        if found is None:
+            return {}
+        return {"probe": found.told() | self._batching.told(), "batching": found.manner}
+
+    def _look(self, rows: Sequence[TokenRow]) -> Findings:
+        """What the model does on such rows; it is looked at where these are news."""
+        lengths = [len(row.ids) for row in rows]
+        found, read_packed = self._findings, self._batching.read_packed
+        if found is not None and found.covers(min(lengths), max(lengths), packs=read_packed):
+            return found
+        self._passes.check_ids(
+            torch.tensor([i for row in rows for i in row.ids], dtype=torch.int64, device="cpu")
+        )
+        extras = self._passes.extras(rows[0], 0) if rows[0].extras is not None else None
+        looked_at = rows[:1] if extras else rows
+        found = self._processes.decide(
+            lambda: findings(self.model, looked_at, extras, None if extras else read_packed)
+        )
+        if extras:  # rows are given one by one, whatever their lengths
+            found = replace(found, shortest=0, longest=sys.maxsize)
+        self._batching.heed(found)
+        self._passes.kept = found.kept
+        self._findings = found
+        return found
+
+    def _found(self, found: Findings, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+        return self._stepping(rows, asked) if found.step_by_step else self._values(rows, asked)
+
+    def tolerance(self, values: Tensor) -> Tensor:
+        """How far rounding may move each of these values between two runs of the same model.
+
+        Args:
+            values: Shape ``(n_target,)``.
+        """
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        sizes = values.double().abs().nan_to_num()
+        if self.attr_target == "prob":  # what is added to its logarithm
+            return rounding(dtype) * sizes
+        largest = sizes.max().clamp_min(1.0) if self.attr_target not in _IN_NATS else 1.0
+        return torch.full_like(sizes, rounding(dtype)) * largest
+
+    def _values(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+        digests = [asked.digest(row) for row in rows]
+        todo = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
+        self._bar.announce(len(todo))
+        while todo:
+            self._score(todo, asked)
+            todo = {d: row for d, row in todo.items() if d not in self._known}
+        return torch.stack([self._known[digest] for digest in digests])
+
+    def _stepping(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+        """One pass for every target token, with nothing after it to be seen."""
+        values = asked.blank(len(rows))
+        for t in range(len(asked)):
+            ends = {i: end for i, row in enumerate(rows) if (end := row.up_to(t)) is not None}
+            if ends:
+                values[[*ends], :, t] = self._values([*ends.values()], asked.only([t]))
+        return values.flatten(1)
+
+    def _score(self, todo: Mapping[bytes, TokenRow], asked: Asked) -> None:
+        """Scores rows, or some of them and backs off where memory runs out."""
+        keys, rows = list(todo), list(todo.values())
+        content = _digest_of(keys)
+        if self._batching.budget is None and self._batching.repeats:
+            self._batching.budget = self._agreed_budget()
+        root, planned, (places, known) = self._processes.decide(
+            lambda: (self._batching.plan(rows, asked), content, self._stored(keys))
+        )
+        stored = dict(zip(places, known, strict=True))
+        if planned != content:
+            raise ValueError(
+                "this process has other rows to score than the main one: give every process the "
+                "same prompt, target, baselines, method and seed."
+            )
+        self._check_stored(stored, rows, asked)
+        root, state = self._batching.read_head(root, rows, asked)
+        if stored:
+            for i, values in stored.items():
+                self._keep([(keys[i], rows[i], values)])
+            root = without(root, {*stored})
+        lengths = [len(row.ids) for row in rows]
+        parts = shares(root, lengths, self._processes.n_replicas, overhead=self._batching.overhead)
+        work = self._processes.work()
+        failure: tuple[int, RuntimeError] | None = None
+        try:
+            for number in work.take(len(parts)):
+                for batch, values in self._passes.run(parts[number], rows, asked, state):
+                    _check(values, [rows[i] for i in batch], asked)
+                    work.tell((self._processes.number, batch, values))
+                    self._take_in(work.heard(), keys, rows)
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            failure = (self._passes.n_rows, error.with_traceback(None))
+        work.end(failure)
+        self._take_in(work.rest(), keys, rows)
+        if work.failures:
+            n_rows, error = min(work.failures, key=lambda told: told[0])
+            if not self._batching.back_off(n_rows):
+                raise error
+
+    def _agreed_budget(self) -> int:
+        """Bytes a batch may take: the same on all processes, and as when the journal was begun."""
+        here = self._processes.least(memory.batch_budget(self.device))
+        journal = self._journal
+        return self._processes.decide(lambda: here if journal is None else journal.budget(here))
+
+    def _stored(self, keys: Sequence[bytes]) -> tuple[list[int], Tensor]:
+        """Which of the rows an earlier run has kept, and their values: one tensor, for it is sent.
+
+        Returns:
+            Places in `keys`; values ``(n_stored, per_token * n_target)``.
+        """
+        found = {} if self._journal is None else self._journal.found(keys)
+        if not found:
+            return [], torch.empty(0, 0, dtype=torch.float64, device="cpu")
+        return [*found], torch.stack([*found.values()])
+
+    def _check_stored(
+        self, stored: Mapping[int, Tensor], rows: Sequence[TokenRow], asked: Asked
+    ) -> None:
+        """Holds the longest stored row against the model as it is now.
+
+        Of a short one, such as that where all is absent, attention makes little or nothing.
+        """
+        i = max(stored, key=lambda i: len(rows[i].ids), default=None)
+        if i is None or len(rows[i].ids) <= self._trusted:
+            return
+        [values] = self._passes.together([rows[i]], asked)
+        check_same(
+            values,
+            stored[i],
+            self.tolerance(values),
+            whose="the checkpoint holds values",
+            advice="Give another file, or delete this one to begin anew.",
+        )
+        self._trusted = len(rows[i].ids)
+
+    def _take_in(
+        self,
+        told: Iterable[tuple[int, Sequence[int], Tensor]],
+        keys: Sequence[bytes],
+        rows: Sequence[TokenRow],
+    ) -> None:
+        for replica, batch, values in told:
+            self.n_scored[replica] += len(batch)
+            scored = [(keys[i], rows[i], own) for i, own in zip(batch, values, strict=True)]
+            self._keep(scored)
+            if self._journal is not None:
+                self._journal.add([key for key, _, _ in scored], values)
+
+    def _keep(self, scored: Sequence[tuple[bytes, TokenRow, Tensor]]) -> None:
+        self._known.update((key, values) for key, _, values in scored)
+        self.n_row_positions += sum(len(row.ids) for _, row, _ in scored)
+        self.n_evaluations += len(scored)
+        self._bar.advance(len(scored))
+
+    def progress(self) -> AbstractContextManager[None]:
+        """Draws one bar over all evaluations within, whatever number of calls they come in."""
+        return self._bar.shown()
+
+    @contextmanager
+    def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
+        """Keeps values within as they are found, and scores none again that an earlier run kept.
+
+        Args:
+            open_journal: Opens where they are kept, on the main process alone. None: nowhere.
+        """
+        if open_journal is None:
+            yield
+            return
+        self._batching.repeats = True
+        try:
+            if self._processes.is_main:
+                self._journal = open_journal()
+            self._generated = self._processes.decide(lambda: self._journal and self._journal.target)
+            yield
+        finally:
+            if self._journal is not None:
+                self._journal.close()
+
+    def forecast(self, n_rows: int) -> None:
+        """Says in the bar how many evaluations are likely still to come; 0 takes it away."""
+        self._bar.note(f"about {n_rows} more" if n_rows > 0 else "")
+
+
+def _digest_of(keys: Sequence[bytes]) -> bytes:
+    return blake2b(b"".join(keys), digest_size=16).digest()
+
+
+def _check(values: Tensor, rows: Sequence[TokenRow], asked: Asked) -> None:
+    wanted = (
+        torch.tensor([list(row.positions) for row in rows], dtype=torch.int64, device="cpu") >= 0
+    )
+    bad = (~values.isfinite() & wanted.repeat(1, asked.per_token)).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        kind, token = divmod(column, len(asked))
+        what = "all foils of " * kind + f"target token {token} (id {int(asked.target[token])})"
+        raise ValueError(
+            f"the model gives {values[row, column].item()} to {what} after a row of "
+            f"{len(rows[row].ids)} tokens. Values must be finite: load half-precision models "
+            "in bfloat16 or float32, check the weights for NaN, and do not explain a token that "
+            "the model rules out, or against such a one."
+        )

@@ -1,0 +1,237 @@
+"""Answers that are paid for: each asked for once, kept, counted, and no more than allowed."""
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from captum_llm_ext.remote.chat_providers import Message, Prefill, Said, Speaker
+from captum_llm_ext.remote.transport import shown_url
+
+
+class BudgetError(RuntimeError):
+    """More requests or money would be spent than allowed; what came is kept."""
+
+
+@dataclass
+class Limits:
+    """What may be spent.
+
+    Attributes:
+        max_requests: Requests in all; None: any number.
+        max_usd: Money in all, at `prices`.
+        prices: US dollars per million tokens read and written.
+    """
+
+    max_requests: int | None = None
+    max_usd: float | None = None
+    prices: tuple[float, float] | None = None
+
+    def usd(self, n_in: float, n_out: float) -> float | None:
+        """What tokens cost, where prices are known."""
+        if self.prices is None:
+            return None
+        return (n_in * self.prices[0] + n_out * self.prices[1]) / 1e6
+
+
+@dataclass
+class Spent:
+    """What was spent since an attribution was made."""
+
+    n_requests: int = 0
+    n_cached: int = 0
+    n_in: int = 0
+    n_out: int = 0
+    models: set[str] = field(default_factory=set[str])
+
+
+class Cache:
+    """Answers by what was asked, in memory and, with a path, in an SQLite file beside.
+
+    Args:
+        path: The file; it is made where there is none, and may be shared by runs.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._known: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._file = None
+        if path is not None:
+            try:
+                self._file = sqlite3.connect(os.fspath(path), check_same_thread=False, timeout=30)
+                self._file.execute(
+                    "CREATE TABLE IF NOT EXISTS answers (k TEXT PRIMARY KEY, v TEXT)"
+                )
+                self._file.commit()
+            except sqlite3.DatabaseError as error:
+                raise ValueError(
+                    f"`cache` is {os.fspath(path)!r}, which is no cache of answers ({error}): give "
+                    "another name."
+                ) from error
+
+    def get(self, key: str) -> Said | None:
+        """What was answered, if it is known."""
+        with self._lock:
+            found = self._known.get(key)
+            if found is None and self._file is not None:
+                row = self._file.execute("SELECT v FROM answers WHERE k = ?", (key,)).fetchone()
+                found = None if row is None else str(row[0])
+        return None if found is None else Said.from_json(found)
+
+    def put(self, key: str, said: Said) -> None:
+        """Keeps an answer, on disk before this returns."""
+        content = said.to_json()
+        with self._lock:
+            self._known[key] = content
+            if self._file is not None:
+                self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, content))
+                self._file.commit()
+
+
+class Asker:
+    """A provider whose answers are kept.
+
+    Args:
+        speaker: Whom to ask.
+        cache: Where answers are.
+        limits: What may be spent.
+    """
+
+    def __init__(self, speaker: Speaker, cache: Cache, limits: Limits) -> None:
+        self.speaker, self.limits, self.spent = speaker, limits, Spent()
+        self.way: Prefill = "none"
+        self._cache, self._lock = cache, threading.Lock()
+        url = getattr(speaker, "api_url", None)
+        self._who = [
+            type(speaker).__name__,
+            getattr(speaker, "model_name", None),
+            shown_url(url) if isinstance(url, str) else None,
+        ]
+
+    def one(
+        self,
+        messages: Sequence[Message],
+        *,
+        n_tokens: int,
+        temperature: float,
+        prefill: str = "",
+        top: int = 0,
+    ) -> Said:
+        """The first answer; see `Speaker.say`."""
+        return self.many(
+            messages, range(1), n_tokens=n_tokens, temperature=temperature, prefill=prefill, top=top
+        )[0]
+
+    def many(
+        self,
+        messages: Sequence[Message],
+        numbers: range,
+        *,
+        n_tokens: int,
+        temperature: float,
+        prefill: str = "",
+        top: int = 0,
+    ) -> list[Said]:
+        """Answers of these numbers, from 0; each number is another draw.
+
+        Raises:
+            BudgetError: If one more request is not allowed.
+        """
+        about = [self._who, self.way if prefill else None, list(map(dict, messages)), prefill]
+        about += [n_tokens, temperature, top]
+        keys = [_digest([*about, number]) for number in numbers]
+        found = [self._cache.get(key) for key in keys]
+        with self._lock:
+            self.spent.n_cached += sum(one is not None for one in found)
+        while None in found:
+            first = found.index(None)
+            n = sum(one is None for one in found[first:])
+            self._allow()
+            said = self.speaker.say(
+                messages,
+                n_tokens=n_tokens,
+                temperature=temperature,
+                prefill=prefill,
+                way=self.way,
+                top=top,
+                n=n,
+                seed=numbers[first],
+            )
+            self._count(said)
+            places = [i for i, one in enumerate(found) if one is None]
+            for place, one in zip(places, said, strict=False):
+                self._cache.put(keys[place], one)
+                found[place] = one
+        return [one for one in found if one is not None]
+
+    def _allow(self) -> None:
+        with self._lock:
+            limits, spent = self.limits, self.spent
+            if limits.max_requests is not None and spent.n_requests >= limits.max_requests:
+                raise BudgetError(
+                    f"{spent.n_requests} requests were sent, and `max_requests` allows no more: "
+                    "what came is kept. Give more, and the same call goes on from there (in "
+                    "another program with the same `cache`)."
+                )
+            usd = limits.usd(spent.n_in, spent.n_out)
+            if limits.max_usd is not None and usd is not None and usd >= limits.max_usd:
+                raise BudgetError(
+                    f"{usd:.4f} US dollars were spent, and `max_usd` allows {limits.max_usd}: what "
+                    "came is kept. Give more, and the same call goes on from there."
+                )
+            spent.n_requests += 1
+
+    def _count(self, said: Sequence[Said]) -> None:
+        with self._lock:
+            self.spent.n_in += max((one.n_in for one in said), default=0)
+            self.spent.n_out += sum(one.n_out for one in said)
+            self.spent.models |= {one.model for one in said if one.model}
+
+    def told(self) -> dict[str, Any]:
+        """What provenance is to say of it."""
+        spent = self.spent
+        return {
+            "n_requests": spent.n_requests,
+            "n_cached_answers": spent.n_cached,
+            "tokens_in": spent.n_in,
+            "tokens_out": spent.n_out,
+            "usd": self.limits.usd(spent.n_in, spent.n_out),
+            "answered_by": sorted(spent.models),
+        }
+
+
+def _digest(about: Sequence[Any]) -> str:
+    content = json.dumps(about, sort_keys=True, ensure_ascii=True).encode()
+    return blake2b(content, digest_size=20).hexdigest()
+
+
+def as_limits(
+    max_requests: int | None, max_usd: float | None, prices: Sequence[float] | None
+) -> Limits:
+    """Limits as a user gives them.
+
+    Raises:
+        ValueError: If one is out of range, or money is limited without prices.
+    """
+    if max_requests is not None and (not isinstance(max_requests, int) or max_requests < 1):
+        raise ValueError(f"`max_requests` is {max_requests!r}: give at least 1.")
+    if prices is not None and (len(prices) != 2 or min(prices) < 0):
+        raise ValueError(
+            f"`prices` is {prices!r}: give US dollars per million tokens read, and written."
+        )
+    if max_usd is not None and (prices is None or not max_usd > 0):
+        raise ValueError(
+            f"`max_usd` is {max_usd!r}: give a number above 0, and `prices`, the US dollars per "
+            "million tokens read and written."
+        )
+    pair = None if prices is None else (float(prices[0]), float(prices[1]))
+    return Limits(max_requests, max_usd, pair)
+
+
+def described(limits: Limits) -> Mapping[str, Any]:
+    """Limits as JSON has them."""
+    return {"max_requests": limits.max_requests, "max_usd": limits.max_usd}

@@ -1,0 +1,96 @@
+"""What an attribution stands on below the first rung, and what it would take to stand there."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.model import TokenRow
+from captum_llm_ext.model.forward.asked import Asked
+from captum_llm_ext.model.scoring.progress import ProgressBar
+from captum_llm_ext.remote.ladder import LadderScorer
+from captum_llm_ext.remote.rungs import Rung
+from captum_llm_ext.text.inputs import Prompt
+
+LENGTHS = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
+CHARACTERS_PER_TOKEN = 4.0  # of English, where no tokenizer is at hand
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What an attribution will take; nothing was sent for it.
+
+    Attributes:
+        n_coalitions: Distinct coalitions, the full and the empty one among them.
+        n_requests: Requests at most, those of the handshake not counted.
+        tokens_in, tokens_out: Tokens read and written at most; about, where there is no tokenizer.
+        usd: What they cost at the prices given; None without prices.
+    """
+
+    n_coalitions: int
+    n_requests: int
+    tokens_in: int
+    tokens_out: int
+    usd: float | None
+
+
+@dataclass(frozen=True)
+class Climbed:
+    """The rung that an attribution stands on, below the first."""
+
+    rung: Rung
+    scorer: LadderScorer
+    tokenizer: Any
+    full: list[dict[str, str]]
+    empty: list[dict[str, str]]
+    n_tokens: int
+    refused: Mapping[str, str]
+
+
+class Counter(LadderScorer):
+    """Counts what would be asked for, and asks for nothing."""
+
+    def __init__(self) -> None:
+        self.attr_target: Any = "frequency"
+        self.n_evaluations = self.n_read = 0
+        self.n_scored = [0]
+        self._bar = ProgressBar("coalitions", "coalition", is_shown=False)
+        self._seen: set[bytes] = set()
+
+    def values(
+        self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
+    ) -> Tensor:
+        """Zeros."""
+        asked = Asked(target)
+        for row in rows:
+            d = asked.digest(row)
+            if d not in self._seen:
+                self._seen.add(d)
+                self.n_evaluations += 1
+                self.n_read += row.first + 1
+        return torch.zeros(len(rows), len(target), dtype=torch.float64, device="cpu")
+
+
+def rendered(prompt: Prompt, is_present: bool) -> tuple[int, ...]:
+    """Token ids of a prompt with everything, or nothing, present."""
+    mask = torch.full((1, prompt.n_features), is_present, dtype=torch.bool, device="cpu")
+    return prompt.render(mask, torch.Generator().manual_seed(0))[0].ids
+
+
+def n_new(gen_args: Mapping[str, Any] | None, target: str | None) -> int:
+    """How many tokens an answer may have."""
+    given = dict(gen_args or {})
+    found = next((given[name] for name in sorted(LENGTHS & set(given)) if given[name]), None)
+    if found is not None:
+        return int(found)
+    return 25 if target is None else max(25, round(len(target) / 2))
+
+
+def finite(values: Tensor) -> list[Any]:
+    """As nested lists, with None where there is no bound: JSON has no infinite numbers."""
+    if values.dim() > 1:
+        return [finite(one) for one in values]
+    return [v if math.isfinite(v) else None for v in values.tolist()]

@@ -1,0 +1,298 @@
+"""A result for other tools: plain data, JSON, a page, pandas, shap."""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from captum_llm_ext.base import files
+from captum_llm_ext.base.terminal import one_line
+from captum_llm_ext.result.causes import joined_name
+from captum_llm_ext.result.files import finite
+from captum_llm_ext.result.foils import other_value
+from captum_llm_ext.result.levels import reading
+from captum_llm_ext.result.plots import DrawnResult
+from captum_llm_ext.result.summed_errors import bounds, sums
+from captum_llm_ext.text.inputs import Level, Piece
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+_DICT_FORMAT = 1
+_INSTALL = "`{method}` needs {package}: pip install 'captum-llm-ext[{package}]'."
+# What is another number where another value is explained.
+_OF_ONE_VALUE = (
+    "attr_target token_attr token_attr_se output_attr output_attr_se full_values empty_values"
+).split()
+_UNEXPLAINED = 0.01  # share of full - empty beyond which a sum is no longer called one
+
+
+class ExportedResult(DrawnResult):
+    """What a result is in other tools; the numbers are those of `GenerationAttributionResult`."""
+
+    if TYPE_CHECKING:
+        target: Tensor
+        full_values: Tensor
+        empty_values: Tensor
+        efficiency_gap: Tensor
+        levels: list[Level]
+        n_evaluations: int
+        foil_tokens: list[list[str]] | None
+
+        @property
+        def errors_unknown(self) -> Tensor: ...  # noqa: D102
+        @property
+        def fixed_share(self) -> Tensor | None: ...  # noqa: D102
+        @property
+        def _column_names(self) -> list[str]: ...
+
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, *, title: str | None = None
+    ) -> str:
+        """One self-contained page: text, attributions on hover, nothing from the network.
+
+        Args:
+            path: Where to write it, if anywhere.
+            title: Title of the page.
+
+        Returns:
+            The page.
+        """
+        from captum_llm_ext.result import page as html
+
+        page = html.page(self._shown(), title=title)
+        if path is not None:
+            files.write(path, page)
+        return page
+
+    def _repr_html_(self) -> str:
+        from captum_llm_ext.result import page as html
+
+        return html.fragment(self._shown())
+
+    def _shown(self) -> dict[str, Any]:
+        whole = cast("GenerationAttributionResult", self)
+        read = reading(whole)
+        other = other_value(whole)
+        if other is not None:
+            found = other.to_dict()
+            read["other"] = {name: found[name] for name in _OF_ONE_VALUE}
+            read["other"] |= {"sums": other._sums(read), "noise_floor": None}
+        return {**self.to_dict(), **read, "sums": self._sums(read)}
+
+    def _sums(self, read: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Errors of what a page adds up, where they can be told."""
+        if self._is_of_gradients:
+            errors, n_prompt = self.full_attr_se, len(self.input_tokens)
+            is_sum = self.provenance.get("attr_target") != "prob"
+            return bounds(errors, n_prompt, read["output_levels"]) if is_sum else []
+        if self.design is None or self.provenance.get("attr_target") == "prob":
+            return []
+        evidence, levels = self._evidence(), (read["levels"], read["output_levels"])
+        pieces = self.output_pieces or [Piece("", None)] * len(self.output_tokens)
+        n_prompt = len(self.input_tokens)
+        return sums(evidence, self._features, n_prompt, pieces, *levels, self.full_attr_se)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the coalitions, as lists, numbers and text that JSON can hold."""
+        return {
+            "format": _DICT_FORMAT,
+            "prompt": [p.to_dict() for p in self.prompt_pieces],
+            "output": [p.to_dict() for p in self.output_pieces],
+            "target": self.target.tolist(),
+            "input_tokens": list(self.input_tokens),
+            "output_tokens": list(self.output_tokens),
+            "output_features": self.output_features,
+            "token_attr": lists(self.token_attr),
+            "token_attr_se": lists(self.token_attr_se),
+            "output_attr": lists(self.output_attr),
+            "output_attr_se": lists(self.output_attr_se),
+            "seq_attr": lists(self.seq_attr),
+            "output_probs": lists(self.output_probs),
+            "full_values": lists(self.full_values),
+            "empty_values": lists(self.empty_values),
+            "efficiency_gap": lists(self.efficiency_gap),
+            "levels": [
+                {"name": level.name, "parts": level.parts, "part_of": level.part_of}
+                for level in self.levels
+            ],
+            "n_evaluations": self.n_evaluations,
+            "attr_target": self.provenance.get("attr_target", "log_prob"),
+            "method": self.provenance.get("method", ""),
+            "estimate": bool(self.provenance.get("estimate", False)),
+            "errors_unknown": int(self.errors_unknown.sum()),
+            "foils": self.foil_tokens,
+            "is_unsigned": self.is_unsigned,
+            "fixed_share": None if self.fixed_share is None else lists(self.fixed_share),
+            "provenance": self.provenance,
+        }
+
+    def to_json(
+        self, path: str | os.PathLike[str] | None = None, *, indent: int | None = None
+    ) -> str:
+        """What `to_dict` tells, as JSON: every number, but not the coalitions.
+
+        `save` keeps those as well, and reads them back.
+
+        Args:
+            path: Where to write it as UTF-8, if anywhere.
+            indent: Spaces per level; None: all on one line.
+
+        Returns:
+            The JSON. Numbers that are not finite are null.
+        """
+        text = json.dumps(
+            finite(self.to_dict()), ensure_ascii=False, allow_nan=False, indent=indent
+        )
+        if path is not None:
+            files.write(path, text + "\n")
+        return text
+
+    def to_dataframe(self, layout: Literal["long", "wide"] = "long") -> Any:
+        """The attributions as a ``pandas.DataFrame``.
+
+        Args:
+            layout: ``"long"``: a row for every target token and everything that can be a cause of
+                it, with the columns ``position`` and ``token`` (of the target), ``source``
+                (``"prompt"`` or ``"output"``), ``column`` (of `full_attr`), ``feature``,
+                ``attribution`` and ``standard_error``. ``"wide"``: a row per target token, a column
+                per feature, named by source, column and feature: `full_attr` with its names.
+
+        Returns:
+            The frame. Later output, which cannot be a cause, is left out of the long one and 0 in
+            the wide one.
+
+        Raises:
+            ImportError: If pandas is not installed.
+            ValueError: If there is no such layout.
+        """
+        if layout not in ("long", "wide"):
+            raise ValueError(f"`layout` is {layout!r}: give 'long' or 'wide'.")
+        try:
+            import pandas as pd
+        except ImportError as error:
+            told = _INSTALL.format(method="to_dataframe", package="pandas")
+            raise ImportError(told) from error
+        n_prompt, n_columns = len(self.input_tokens), len(self._column_names)
+        attr = self.full_attr.detach().cpu()
+        source = ["prompt"] * n_prompt + ["output"] * (n_columns - n_prompt)
+        if layout == "wide":
+            positions = range(len(self.output_tokens))
+            return pd.DataFrame(
+                attr.numpy(),
+                index=pd.MultiIndex.from_arrays(
+                    [positions, self.output_tokens], names=["position", "token"]
+                ),
+                columns=pd.MultiIndex.from_arrays(
+                    [source, range(n_columns), self._column_names],
+                    names=["source", "column", "feature"],
+                ),
+            )
+        rows, columns = self._possible_causes().nonzero(as_tuple=True)
+        return pd.DataFrame(
+            {
+                "position": rows.numpy(),
+                "token": [self.output_tokens[row] for row in rows.tolist()],
+                "source": [source[column] for column in columns.tolist()],
+                "column": columns.numpy(),
+                "feature": [self._column_names[column] for column in columns.tolist()],
+                "attribution": attr[rows, columns].numpy(),
+                "standard_error": self.full_attr_se.detach().cpu()[rows, columns].numpy(),
+            }
+        )
+
+    def to_shap(self) -> Any:
+        """The result as a ``shap.Explanation``, for shap's plots.
+
+        ``shap.plots.text(e)`` shows the answer token by token, ``shap.plots.waterfall(e[:, t])``,
+        ``shap.plots.bar(e[:, t])`` and others one target token. Earlier output is among the
+        features; columns of one feature (captum's groups) are one.
+
+        Returns:
+            Values ``(n_features, n_target)`` with their standard errors as ``error_std``, the empty
+            values as ``base_values`` ``(n_target,)``, the features' text as ``data``.
+
+        Raises:
+            ImportError: If shap is not installed.
+        """
+        try:
+            import shap
+        except ImportError as error:
+            told = _INSTALL.format(method="to_shap", package="shap")
+            raise ImportError(told) from error
+        features = list(range(len(self._column_names))) if self.design is None else self._features
+        columns: dict[int, list[int]] = {}
+        for column, feature in enumerate(features):
+            columns.setdefault(feature, []).append(column)
+        chosen = [members[0] for members in columns.values()]
+        attr, errors = (
+            tensor.detach().cpu().double()[:, chosen].T.contiguous()
+            for tensor in (self.full_attr, self.full_attr_se)
+        )
+        full, empty = (v.detach().cpu().double() for v in (self.full_values, self.empty_values))
+        missing = (full - empty - attr.sum(0)).abs()
+        if bool((missing > _UNEXPLAINED * (full - empty).abs().max()).any()):
+            warnings.warn(
+                f"the attributions of {self.provenance.get('method', 'this method')} do not sum to "
+                f"full_values - empty_values (off by up to {float(missing.max()):.3g}), which "
+                "shap's plots take for granted: what they show as f(x) is base value plus sum.",
+                stacklevel=2,
+            )
+        n_prompt = len(self.input_tokens)
+        texts = self._column_texts()
+        names = [
+            one_line(joined_name([self._column_names[c] for c in members]).strip())
+            + " (output)" * (members[0] >= n_prompt)
+            for members in columns.values()
+        ]
+        import numpy as np
+
+        return shap.Explanation(
+            values=attr.numpy(),
+            base_values=empty.numpy(),
+            data=np.array(["".join(texts[c] for c in m) for m in columns.values()], dtype=object),
+            feature_names=names,
+            output_names=[one_line(name) for name in self.output_tokens],
+            error_std=errors.numpy(),
+        )
+
+    def _possible_causes(self) -> "Tensor":
+        """Which columns come before a target token, bool ``(n_target, n_columns)``."""
+        n_target, n_prompt = len(self.output_tokens), len(self.input_tokens)
+        possible = torch.ones(n_target, len(self._column_names), dtype=torch.bool, device="cpu")
+        pieces = self.output_pieces or [Piece("", i) for i in range(n_target)]
+        last = {piece.feature: t for t, piece in enumerate(pieces) if piece.feature is not None}
+        for feature, t in last.items():
+            if n_prompt + feature < possible.shape[1]:
+                possible[: t + 1, n_prompt + feature] = False
+        return possible
+
+    def _column_texts(self) -> list[str]:
+        """Per column the text that it shows, white space included; its name where that is known."""
+        n_prompt, texts = len(self.input_tokens), [""] * len(self._column_names)
+        shown: list[tuple[int, Sequence[Piece]]] = [
+            (0, self.prompt_pieces),
+            (n_prompt, self.output_pieces),
+        ]
+        for first, pieces in shown:
+            for piece in pieces:
+                if piece.feature is not None:
+                    texts[first + piece.feature] += piece.text
+        return [text or name for text, name in zip(texts, self._column_names, strict=True)]
+
+
+def lists(tensor: "Tensor | None") -> Any:
+    """Nested lists, None for what is not finite: JSON has no NaN."""
+    if tensor is None:
+        return None
+    if tensor.dim() > 1:
+        return [lists(row) for row in tensor]
+    return [
+        value if finite else None
+        for value, finite in zip(tensor.tolist(), tensor.isfinite().tolist(), strict=True)
+    ]

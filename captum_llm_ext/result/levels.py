@@ -1,0 +1,156 @@
+"""How a result's text can be read: by larger parts, and with what is known of them as wholes."""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from captum_llm_ext.text.inputs import Piece
+from captum_llm_ext.text.segment import segment, shorten
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+_TEMPLATE = "template"
+_UNITS = ("paragraph", "sentence", "word")  # what readers know, from coarse to fine
+
+
+def reading(result: "GenerationAttributionResult") -> dict[str, Any]:
+    """What a page shows beside the numbers that the result's ``to_dict()`` gives.
+
+    Returns:
+        ``levels``: the result's, and those of a reader (words, sentences, paragraphs) that its
+        features nest in. ``output_levels``: the same for the target tokens. ``unresolved``: the
+        columns of each group that was not told apart.
+    """
+    return {
+        "levels": _prompt_levels(result),
+        "output_levels": _output_levels(result.output_pieces),
+        "unresolved": [group.columns for group in result.unresolved],
+    }
+
+
+def prompt_level(result: "GenerationAttributionResult", name: str) -> tuple[list[str], list[int]]:
+    """A level that the prompt can be read at, the finest and all that a page offers.
+
+    Args:
+        result: The result.
+        name: The level's name: ``"word"``, ``"turn"``…
+
+    Returns:
+        The names of its parts, and the part that each column is in.
+
+    Raises:
+        ValueError: If there is no such level.
+    """
+    finest = str(result.provenance.get("unit") or "finest")
+    levels = {level["name"]: (level["parts"], level["part_of"]) for level in _prompt_levels(result)}
+    levels[finest] = list(result.input_tokens), list(range(len(result.input_tokens)))
+    if name not in levels:
+        raise ValueError(
+            f"there is no level {name!r}: the levels are {', '.join(map(repr, levels))}. A tuple "
+            'of units, such as `unit=("sentence", "word")`, makes more.'
+        )
+    return levels[name]
+
+
+def _prompt_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]]:
+    known = [
+        {"name": level.name, "parts": level.parts, "part_of": level.part_of}
+        for level in result.levels
+    ]
+    n = len(result.input_tokens)
+    unit = result.provenance.get("unit")
+    n_features = result.masks.shape[1] - len(result.output_features or ())
+    # Where columns are copies of one feature's score, as captum has it, sums would count it twice.
+    for name in () if 0 < n_features < n else _UNITS:
+        if name == unit or any(level["name"] == name for level in known):
+            continue
+        found = _parts(result.prompt_pieces, name)
+        part_of = _per_feature(result.prompt_pieces, found, n)
+        if part_of is None or not _is_new(part_of, n, known):
+            continue
+        parts = [""] * (max(part_of) + 1)
+        for piece, part in zip(result.prompt_pieces, found, strict=True):
+            if piece.feature is not None and part is not None:
+                parts[part_of[piece.feature]] += piece.text
+        known.append(
+            {"name": name, "parts": [shorten(part.strip()) for part in parts], "part_of": part_of}
+        )
+    return sorted(known, key=lambda level: len(level["parts"]))
+
+
+def _output_levels(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """Per level the part that each target token is in; parts are runs of tokens."""
+    known: list[dict[str, Any]] = []
+    n_features = 1 + max((p.feature for p in pieces if p.feature is not None), default=-1)
+    for name in _UNITS:
+        part_of = _numbered(_parts(pieces, name))
+        # A generated feature is a column of its own: one that reaches over two parts has no place.
+        if n_features and _per_feature(pieces, part_of, n_features) is None:
+            continue
+        said = {
+            part for piece, part in zip(pieces, part_of, strict=True) if not _is_template(piece)
+        }
+        if len(said) > 1 and _is_new(part_of, len(pieces), known):
+            known.append({"name": name, "part_of": part_of})
+    return known
+
+
+def _is_template(piece: Piece) -> bool:
+    return piece.role == _TEMPLATE
+
+
+def _is_new(part_of: Sequence[int], n: int, known: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a level says something that the finest and the known ones do not."""
+    n_parts = len(set(part_of))
+    return 1 < n_parts < n and all(level["part_of"] != part_of for level in known)
+
+
+def _parts(pieces: Sequence[Piece], unit: str) -> list[int | None]:
+    """The word, sentence… that each piece is in; None where it is in several.
+
+    What no one said stands between parts, each such piece by itself; where the speaker changes, a
+    part ends, also in templates that put nothing between messages.
+    """
+    found: list[int | None] = []
+    n = 0
+    for role, run in groupby(pieces, key=lambda piece: piece.role):
+        texts = [piece.text for piece in run]
+        whole = "".join(texts)
+        if role == _TEMPLATE or not whole.strip():
+            found += range(n, n + len(texts))
+            n += len(texts)
+            continue
+        spans = segment(whole, unit)
+        starts = [start for start, _ in spans]
+        position = 0
+        for text in texts:
+            # White space belongs to what follows it, in spans as in pieces.
+            first = position + (len(text) - len(text.lstrip()) if text.strip() else 0)
+            last = position + max(len(text.rstrip()) - 1, 0)
+            position += len(text)
+            one, other = (max(bisect_right(starts, place) - 1, 0) for place in (first, last))
+            found.append(n + one if one == other or not text.strip() else None)
+        n += len(spans)
+    return found
+
+
+def _per_feature(pieces: Sequence[Piece], parts: Sequence[int | None], n: int) -> list[int] | None:
+    """The part that each feature is in, from 0; None where one is in several, or in none."""
+    part_of: dict[int, int] = {}
+    for piece, part in zip(pieces, parts, strict=True):
+        if piece.feature is None:
+            continue
+        if part is None or part_of.setdefault(piece.feature, part) != part:
+            return None
+    return _numbered([part_of[i] for i in range(n)]) if len(part_of) == n else None
+
+
+def _numbered(parts: Sequence[int | None]) -> list[int]:
+    """The same parts counted from 0 in the order in which they come; a None is one by itself."""
+    numbers: dict[object, int] = {}
+    return [
+        numbers.setdefault(("alone", i) if part is None else part, len(numbers))
+        for i, part in enumerate(parts)
+    ]

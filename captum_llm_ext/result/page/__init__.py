@@ -1,0 +1,329 @@
+"""A result as one self-contained web page: running text that lights up.
+
+Knows only the plain data of a result (see `page`), neither torch nor the model. The page holds that
+data once, as JSON, and draws everything from it; it asks for nothing over the network, which its
+own content security policy enforces.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import heapq
+import html
+import json
+import math
+import string
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from itertools import pairwise
+from typing import Any
+
+__all__ = ["fragment", "page"]
+
+_FORMAT = 1
+_DIGITS = 5  # significant digits kept: more than any error bar supports, half the bytes
+_MATRICES = ("token_attr", "token_attr_se", "output_attr", "output_attr_se")
+_OTHER = "other"  # the same numbers for another value
+_REQUIRED = (
+    "prompt",
+    "output",
+    "input_tokens",
+    "output_features",
+    "output_tokens",
+    "token_attr",
+    "output_attr",
+)
+# Of provenance: tables of candidates and numbers of every token, no lines of text.
+_LONG = ("matches", "fixed_attr", "fixed_share", "constant_attr")
+_SCRIPTS = ("model", "words", "text", "links", "panel", "page")  # one closure, in this order
+_LEAST = 0.01  # share of the largest attribution below which that telling leaves one out
+_UNKNOWN = ", estimates of unknown error: nothing tells a cause from noise"
+_PLAIN_ROWS = 500  # tokens that the page tells of where scripts are switched off
+
+
+def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
+    """A complete HTML file that shows a result.
+
+    Args:
+        data: A result's plain data, as its ``to_dict()`` gives it: the pieces of the prompt and of
+            the output in reading order, the names of the features, and per explained token the
+            attributions ``token_attr`` ``(n_target, n_prompt_features)`` and ``output_attr``
+            ``(n_target, n_output_features)`` or ``None``, with standard errors where known.
+            ``levels``, from coarse to fine, are larger parts that the prompt can be read by, and
+            ``output_levels`` the same for the output (``part_of`` per token). A piece's ``role``
+            says whose message of a chat it is in, or ``"template"``. ``sums`` are errors of sums,
+            for a ``side`` and ``level``: per entry of ``spans`` (``[start, stop]`` of tokens) in
+            ``se`` one per column; the page takes what it adds up beside these as independent, and
+            says so. ``unresolved`` lists the columns of each group that was not told apart; below
+            ``noise_floor`` nothing is certain. ``foils`` names, per token, what it is held against
+            where the value is a contrast; ``other`` has attributions, errors, ``full_values``,
+            ``empty_values`` and ``sums`` of another ``attr_target``, to which the page can be
+            switched. ``is_unsigned`` says that attributions are sizes, ``fixed_share`` per token
+            what part fixed text has.
+            ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"`` (names
+            that stand apart); without it, names that would run together are set apart.
+        title: Heading of the page; by default what was generated.
+
+    Returns:
+        The file's content, to be written as UTF-8; numbers are rounded to five significant digits.
+
+    Raises:
+        ValueError: If the data is of an unknown format, incomplete, or does not fit together.
+    """
+    data = {**data, **_missing_pieces(data)}
+    _check(data)
+    told = {name: value for name, value in data.get("provenance", {}).items() if name not in _LONG}
+    shown = {"prompt_layout": _layout(data["prompt"]), **data, "provenance": told}
+    style, script = _asset("page.css"), _script()
+    heading = title if title is not None else _heading(data["output"], data["output_tokens"])
+    return string.Template(_asset("page.html")).substitute(
+        policy=f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; "
+        "base-uri 'none'; form-action 'none'",
+        title=_escaped(heading),
+        heading=_escaped(heading),
+        plain=_plain(shown),
+        style=style,
+        script=script,
+        data=_json(shown),
+    )
+
+
+def fragment(data: Mapping[str, Any]) -> str:
+    """The same page as one element of another page, such as a notebook.
+
+    A frame of its own keeps styles, scripts and ids apart, so several can share a page.
+
+    Args:
+        data: As for `page`.
+
+    Returns:
+        One ``<iframe>`` element.
+    """
+    return (
+        '<iframe title="Attribution of generated text" loading="lazy" '
+        'style="width:100%;height:44rem;border:0;color-scheme:light dark" '
+        f'srcdoc="{html.escape(page(data))}"></iframe>'
+    )
+
+
+def _asset(name: str) -> str:
+    assets = resources.files("captum_llm_ext.result.page") / "assets"
+    return (assets / name).read_text(encoding="utf-8")
+
+
+def _script() -> str:
+    """The page's scripts as one, with a scope of their own."""
+    parts = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
+    return f'(() => {{\n"use strict";\n\n{parts}}})();'
+
+
+def _source(content: str) -> str:
+    """What a content security policy calls this inline script or style, and no other."""
+    digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def _escaped(text: str) -> str:
+    """Text as HTML; half a surrogate pair, which UTF-8 cannot write, as a reference."""
+    return html.escape(text).encode("utf-8", "xmlcharrefreplace").decode("utf-8")
+
+
+def _heading(output: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    said = (piece["text"] for piece in output if piece.get("role") != "template")
+    # Of an answer that is no text, such as the token that ends it, the tokens' names are told.
+    answer = " ".join("".join(said).split()) or " ".join(" ".join(names).split())
+    if len(answer) > 60:
+        answer = (answer[:60].rpartition(" ")[0] or answer[:60]) + "…"
+    return f"What made the model write “{answer}”"
+
+
+def _plain(data: Mapping[str, Any]) -> str:
+    """The text and the strongest causes of every token, for where scripts are switched off."""
+    texts = (_escaped("".join(p["text"] for p in data[name])) for name in ("prompt", "output"))
+    prompt, output = texts
+    names = [*data["input_tokens"], *(data["output_features"] or ())]
+    found: list[list[tuple[float, int]]] = []
+    for t in range(min(len(data["output_tokens"]), _PLAIN_ROWS)):
+        numbers = [*data["token_attr"][t], *(data["output_attr"][t] if data["output_attr"] else ())]
+        known = ((x, i) for i, x in enumerate(numbers) if x is not None and math.isfinite(x))
+        found.append(heapq.nlargest(3, known, key=lambda cause: abs(cause[0])))
+    least = _LEAST * max((abs(x) for causes in found for x, _ in causes), default=0.0)
+    lines: list[str] = []
+    for token, causes in zip(data["output_tokens"], found, strict=False):
+        form = ".3g" if data.get("is_unsigned") else "+.3g"
+        told = ", ".join(f"{names[i].strip()} {x:{form}}" for x, i in causes if abs(x) > least)
+        lines.append(
+            f'<tr><th scope="row">{_escaped(token)}</th><td>{_escaped(told or "–")}</td></tr>'
+        )
+    rest = len(data["output_tokens"]) - len(lines)
+    unknown = "" if not data.get("errors_unknown") else _UNKNOWN
+    return (
+        f"<h2>Prompt</h2><pre>{prompt}</pre><h2>Answer</h2><pre>{output}</pre>"
+        f"<table><caption>Strongest causes of every token{unknown}</caption>"
+        f"{''.join(lines)}</table>" + (f"<p>… and {rest} tokens more.</p>" if rest else "")
+    )
+
+
+def _missing_pieces(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The names of features and tokens, where a result does not know how they make up the text."""
+    names, tokens, columns = (
+        data.get(name) or () for name in ("input_tokens", "output_tokens", "output_features")
+    )
+    per_token = len(columns) == len(tokens)
+    made = {
+        "prompt": [{"text": name, "feature": i} for i, name in enumerate(names)],
+        "output": [{"text": t, "feature": i if per_token else None} for i, t in enumerate(tokens)],
+    }
+    return {name: pieces for name, pieces in made.items() if not data.get(name, True)}
+
+
+def _layout(prompt: Sequence[Mapping[str, Any]]) -> str:
+    """``"list"`` where the pieces are names that would run together if set as text."""
+    texts = [piece["text"] for piece in prompt if piece["feature"] is not None]
+    if len(texts) < 2 or len(texts) < len(prompt):
+        return "text"
+    edges = ((left[-1:], right[:1]) for left, right in pairwise(texts))
+    # Scripts that are written without spaces are left alone: there this is how text looks.
+    return (
+        "list"
+        if all((a + b).isascii() and a.isalnum() and b.isalnum() for a, b in edges)
+        else "text"
+    )
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    """JSON that stays inside its script element, whatever the strings hold."""
+    text = _object(data)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _object(data: Mapping[str, Any]) -> str:
+    def written(name: str, value: Any) -> str:
+        if name == _OTHER and value is not None:
+            return _object(value)
+        return _matrix(value) if name in _MATRICES else _dumps(value)
+
+    members = (f"{json.dumps(name)}:{written(name, value)}" for name, value in data.items())
+    return "{" + ",".join(members) + "}"
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(_rounded(value), separators=(",", ":"), allow_nan=False, default=str)
+
+
+def _matrix(rows: Sequence[Sequence[float | None]] | None) -> str:
+    return "null" if rows is None else "[" + ",".join(map(_row, rows)) + "]"
+
+
+def _row(numbers: Sequence[float | None]) -> str:
+    """As `_dumps` would, ten times faster where all are known: a long answer has millions."""
+    if numbers and None not in numbers:
+        text = ",".join([f"{number:.{_DIGITS}g}" for number in numbers])
+        if "n" not in text:  # neither nan nor inf
+            return f"[{text}]"
+    return _dumps(numbers)
+
+
+def _rounded(value: Any) -> Any:
+    """A copy with floats cut to what is shown, and NaN and infinities as null, as JSON needs."""
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _rounded(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return value
+
+
+# Checks ------------------------------------------------------------------------------------------
+
+
+def _check(data: Mapping[str, Any]) -> None:
+    if data.get("format") != _FORMAT:
+        raise ValueError(
+            f"The data has format {data.get('format')!r}, this version draws format {_FORMAT}: "
+            "pass what `result.to_dict()` returns, or update captum-llm-ext."
+        )
+    missing = [name for name in _REQUIRED if name not in data]
+    if missing:
+        raise ValueError(
+            f"The data lacks {', '.join(missing)}: pass what `result.to_dict()` returns."
+        )
+    n_target, n_prompt = len(data["output_tokens"]), len(data["input_tokens"])
+    n_output = None if data["output_features"] is None else len(data["output_features"])
+    _check_shape(data, "token_attr", n_target, n_prompt)
+    _check_shape(data, "output_attr", n_target, n_output)
+    _check_length(data, "output", n_target)
+    for name in ("full_values", "empty_values"):
+        if data.get(name) is not None:
+            _check_length(data, name, n_target)
+    _check_features(data, "prompt", n_prompt)
+    _check_features(data, "output", n_output or 0)
+    for level in data.get("levels") or ():
+        _check_level(level, n_prompt)
+    for level in data.get("output_levels") or ():
+        _check_length({"output_levels": level["part_of"]}, "output_levels", n_target)
+    widths = {("prompt", None): n_prompt, ("answer", None): n_output or 0}
+    widths |= {("prompt", level["name"]): len(level["parts"]) for level in data.get("levels") or ()}
+    for level in data.get("output_levels") or ():
+        changes = (a != b for a, b in pairwise(level["part_of"]))
+        widths["answer", level["name"]] = 1 + sum(changes)
+    for entry in data.get("sums") or ():
+        _check_sums(entry, widths.get((entry["side"], entry["level"])))
+    if data.get("foils") is not None:
+        _check_length(data, "foils", n_target)
+    if data.get(_OTHER) is not None:
+        _check({**data, "foils": None, **data[_OTHER], _OTHER: None})
+
+
+def _check_shape(data: Mapping[str, Any], name: str, rows: int, columns: int | None) -> None:
+    """The matrix and its standard errors, if any, have this many rows and columns."""
+    if (data[name] is None) != (columns is None):
+        raise ValueError(f"`{name}` and the names of its columns must be both given or both None.")
+    for key in (name, f"{name}_se"):
+        if data.get(key) is None:
+            continue
+        widths = {len(row) for row in data[key] if row is not None}
+        if len(data[key]) != rows or widths - {columns}:
+            raise ValueError(
+                f"`{key}` has {len(data[key])} rows of {sorted(widths)} numbers, the names ask for "
+                f"{rows} rows of {columns}."
+            )
+
+
+def _check_sums(entry: Mapping[str, Any], width: int | None) -> None:
+    found = {len(row) for row in entry["se"]}
+    if len(entry["se"]) != len(entry["spans"]) or found - {width}:
+        raise ValueError(
+            f"`sums` of the {entry['side']} by {entry['level'] or 'its finest parts'} has "
+            f"{len(entry['se'])} rows of {sorted(found)} numbers for {len(entry['spans'])} spans "
+            f"of {'no such level' if width is None else f'{width} parts'}."
+        )
+
+
+def _check_length(data: Mapping[str, Any], name: str, n_target: int) -> None:
+    if len(data[name]) != n_target:
+        raise ValueError(
+            f"`{name}` has {len(data[name])} entries for {n_target} tokens: give one per token."
+        )
+
+
+def _check_features(data: Mapping[str, Any], name: str, count: int) -> None:
+    for piece in data[name]:
+        feature = piece["feature"]
+        if feature is not None and not 0 <= feature < count:
+            raise ValueError(
+                f"A piece of `{name}` ({piece['text']!r}) belongs to feature {feature}, there are "
+                f"{count}: number them from 0, or give None for fixed text."
+            )
+
+
+def _check_level(level: Mapping[str, Any], n_prompt: int) -> None:
+    """Every feature of the prompt is in one of its parts."""
+    part_of, n_parts = level["part_of"], len(level["parts"])
+    if len(part_of) != n_prompt or not all(0 <= part < n_parts for part in part_of):
+        raise ValueError(
+            f"The level {level['name']!r} must give each of the {n_prompt} features of the prompt "
+            f"one of its {n_parts} parts: `part_of` is {part_of}."
+        )

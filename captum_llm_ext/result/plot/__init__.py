@@ -1,0 +1,22 @@
+"""Drawings of attributions. The only part that imports matplotlib, and only when it draws.
+
+Plain arrays in, ``(fig, ax)`` out; all take `ax`, `show`, `title` and `unit` (see `axes.Canvas`).
+Red lowers and blue raises, as in Captum's bars; a sign can also be read without colour. Global
+matplotlib settings are read, never written.
+"""
+
+from captum_llm_ext.result.plot.bars import bars, convergence
+from captum_llm_ext.result.plot.curves import perturbation_curves
+from captum_llm_ext.result.plot.flow import flow
+from captum_llm_ext.result.plot.heat_maps import baseline_map, heat_map
+from captum_llm_ext.result.plot.shaded_text import running_text
+
+__all__ = [
+    "bars",
+    "baseline_map",
+    "convergence",
+    "flow",
+    "heat_map",
+    "perturbation_curves",
+    "running_text",
+]

@@ -1,0 +1,199 @@
+"""Coloured cells, and the signs and numbers in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from captum_llm_ext.result.plot.arrays import Array
+from captum_llm_ext.result.plot.axes import inches_per_unit, settle
+from captum_llm_ext.result.plot.labels import text_style
+from captum_llm_ext.result.plot.style import (
+    DARK,
+    FAINT,
+    LABEL_POINTS,
+    MUTED,
+    SIGN_FROM,
+    SIZES,
+    UNKNOWN,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+_CHAR = 0.063  # inches one character of a number in a cell takes, with some air around it all
+_NUMBER_HEIGHT = 0.17
+
+
+def hatch_closed(ax: Axes, open_columns: npt.NDArray[np.intp], start: float, n_output: int) -> None:
+    """Covers each row from its first closed column on: one staircase, whatever its size."""
+    from matplotlib.patches import Polygon
+
+    right = start + n_output - 0.5
+    steps = [
+        (start + count - 0.5, row + edge)
+        for row, count in enumerate(open_columns)
+        for edge in (-0.5, 0.5)
+    ]
+    if steps and n_output:
+        corners = [*steps, (right, steps[-1][1]), (right, -0.5)]
+        ax.add_patch(
+            Polygon(corners, facecolor="#f3f3f3", edgecolor="#d5d5d5", hatch="////", linewidth=0)
+        )
+
+
+def images(
+    fig: Figure,
+    ax: Axes,
+    colours: Colours,
+    parts: Sequence[tuple[float, Array]],
+    shades: Sequence[Array] | None = None,
+) -> Colorbar | None:
+    """Draws each part from its column on, all in one scale; returns the scale's bar, if any."""
+    image = None
+    for i, (left, values) in enumerate(parts):
+        if values.size:
+            image = ax.imshow(
+                values,
+                alpha=None if shades is None else shades[i],  # pyright: ignore[reportArgumentType]
+                cmap=colours.cmap,
+                vmin=colours.low,
+                vmax=colours.scale,
+                aspect="auto",
+                interpolation="nearest",
+                extent=(left - 0.5, left + values.shape[1] - 0.5, len(values) - 0.5, -0.5),
+            )
+    return None if image is None else colour_bar(fig, ax, colours)
+
+
+def colour_bar(fig: Figure, ax: Axes, colours: Colours, *, below: bool = False) -> Colorbar:
+    """The scale, beside the axes or below them on the right."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    # Not made of an image, which may be shaded.
+    shown = ScalarMappable(Normalize(colours.low, colours.scale), colours.cmap)
+    look: dict[str, Any] = {}
+    if below:
+        look = {"location": "bottom", "shrink": 0.35, "anchor": (1.0, 0.0)}
+    bar = fig.colorbar(shown, ax=ax, fraction=0.05, pad=0.02, aspect=30, **look)
+    bar.ax.tick_params(labelsize=LABEL_POINTS)
+    bar.ax.spines[:].set_visible(False)
+    return bar
+
+
+def mark_cells(
+    ax: Axes,
+    places: Array,
+    cells: Array,
+    shown: npt.NDArray[np.bool_],
+    colours: Colours,
+    shade: Array | None = None,
+) -> bool:
+    """Numbers where all of them fit, else a minus sign on what lowers: colour is not enough.
+
+    Returns:
+        Whether the cells hold numbers.
+    """
+    faint = np.zeros(cells.shape, dtype=bool) if shade is None else shade < 1
+    needed = _CHAR * (len(_number(-colours.scale, colours)) + 0.4)
+    if inches_per_unit(ax)[0] > 0.5 * needed:  # else no layout would make them fit
+        settle(ax)
+    width, height = inches_per_unit(ax)
+    fits = width >= needed and height >= _NUMBER_HEIGHT
+    if fits and 1e-3 <= colours.scale < 1e4:
+        for row, column in np.argwhere(shown).tolist():
+            value, is_faint = float(cells[row, column]), bool(faint[row, column])
+            ink = FAINT if is_faint else colours.ink(value)
+            _write_cell(ax, places[column], row, _number(value, colours), ink)
+        return True
+    rows, columns = np.nonzero((cells < -SIGN_FROM * colours.scale) & shown)
+    inks = [
+        FAINT if faint[row, column] else colours.ink(float(cells[row, column]))
+        for row, column in zip(rows, columns, strict=True)
+    ]
+    points = max(72 * 0.5 * min(width, height, 0.16), 1.2)
+    ax.scatter(
+        places[columns], rows, s=points**2, c=inks, marker="_", linewidths=max(0.15 * points, 0.4)
+    )
+    return False
+
+
+def _write_cell(ax: Axes, x: float, y: float, text: str, ink: str) -> None:
+    if not text.strip("0."):
+        return  # a page of zeros hides what is none
+    number = ax.text(x, y, text, ha="center", va="center", size=LABEL_POINTS - 1, color=ink)
+    number.set_in_layout(False)  # within its cell anyway, and measuring hundreds is slow
+
+
+def frame(ax: Axes, cells: Sequence[tuple[float, float]]) -> None:
+    """A frame around each of the cells (x, y)."""
+    from matplotlib.patches import Rectangle
+
+    for x, y in cells:
+        corner = (x - 0.5, y - 0.5)
+        ax.add_patch(
+            Rectangle(corner, 1, 1, fill=False, edgecolor=DARK, linewidth=1.6, clip_on=False)
+        )
+
+
+def write_marks(ax: Axes, x: float, y: float, text: str) -> None:
+    """Muted text where a cell would be."""
+    if text:
+        mark = ax.text(x, y, text, ha="center", va="center", color=MUTED, **text_style([text]))
+        mark.set_in_layout(False)
+
+
+def mark_columns(ax: Axes, places: Array, row: float) -> None:
+    """A line in a row below each of the columns."""
+    ax.vlines(places, row - 0.3, row + 0.3, color=MUTED, linewidth=0.8)
+
+
+class Colours:
+    """A diverging colour map with zero in its middle, and the ink that reads on it.
+
+    Of what has no sign, a map with zero at its beginning.
+    """
+
+    def __init__(
+        self, cmap: str | Colormap | None, scale: float, *, is_unsigned: bool = False
+    ) -> None:
+        import matplotlib
+
+        cmap = cmap or (SIZES if is_unsigned else "RdBu")
+        self.is_unsigned, self.low = is_unsigned, 0.0 if is_unsigned else -scale
+        self.cmap = matplotlib.colormaps.get_cmap(cmap).with_extremes(bad=UNKNOWN)
+        self.scale = scale
+
+    def rgba(self, value: float) -> tuple[float, float, float, float]:
+        """The colour of a value; grey where it is unknown."""
+        return self.cmap(float("nan") if math.isnan(value) else self._part(value))
+
+    def _part(self, value: float) -> float:
+        """Where a value lies in the map, from 0 to 1."""
+        return (value - self.low) / (self.scale - self.low)
+
+    def ink(self, value: float) -> str:
+        """Dark or white, whichever reads better on the cell of this value."""
+        if math.isnan(value):
+            return MUTED
+        red, green, blue, _ = self.rgba(value)
+        return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else DARK
+
+
+def _number(value: float, colours: Colours) -> str:
+    """Signed, with as many decimals as give the largest value two or three digits."""
+    if math.isnan(value):
+        return "?"
+    scale = colours.scale
+    decimals = max(int(scale < 100), 1 - math.floor(math.log10(scale)))
+    text = f"{value:+.{decimals}f}"
+    unsigned = text[1:]
+    return unsigned if float(unsigned) == 0 or colours.is_unsigned else text.replace("-", "−")

@@ -1,0 +1,241 @@
+"""Heat maps: what every token, or one token under several baselines, owes to each feature."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from captum_llm_ext.result.plot.arrays import (
+    Array,
+    array,
+    notable,
+    open_columns,
+    output_array,
+    scale,
+)
+from captum_llm_ext.result.plot.axes import (
+    Canvas,
+    CanvasArguments,
+    headings,
+    inches,
+    inches_per_unit,
+    key_lines,
+    label_along,
+    label_columns,
+    label_rows,
+    settle,
+)
+from captum_llm_ext.result.plot.cells import (
+    Colours,
+    frame,
+    hatch_closed,
+    images,
+    mark_cells,
+    mark_columns,
+    write_marks,
+)
+from captum_llm_ext.result.plot.labels import text_style
+from captum_llm_ext.result.plot.style import LABEL_POINTS, MUTED, PALE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+    from captum_llm_ext.result.plot.axes import Drawing
+
+_SIGN = 0.13  # inches that a sign below a column takes
+
+
+def heat_map(
+    prompt_attr: npt.ArrayLike,
+    output_attr: npt.ArrayLike | None,
+    *,
+    input_labels: Sequence[str],
+    output_feature_labels: Sequence[str] | None,
+    output_labels: Sequence[str],
+    output_features: Sequence[int | None] | None = None,
+    cmap: str | Colormap | None = None,
+    is_unsigned: bool = False,
+    **canvas: Unpack[CanvasArguments],
+) -> Drawing:
+    """Draws what every generated token owes to the prompt and to the tokens before it.
+
+    One row per explained token; the prompt's columns, a gap, then the generated columns. What a
+    token cannot owe anything to (itself and what follows) is hatched. Cells hold numbers while
+    they fit, beyond that lowering cells carry a minus sign. Unknown (NaN) cells are plain grey.
+
+    Args:
+        prompt_attr: Attributions to the prompt, shape ``(n_target, n_prompt_features)``.
+        output_attr: Attributions to earlier output, shape ``(n_target, n_output_features)``, or
+            ``None`` where the output was held fixed.
+        input_labels: Text of the prompt features.
+        output_feature_labels: Text of the output features; ``None`` without `output_attr`.
+        output_labels: Text of the explained tokens.
+        output_features: Column of `output_attr` that each explained token belongs to. Without it,
+            a square `output_attr` is taken to have one column per token, and in any other a column
+            counts as a possible cause from the first row on that it, or one after it, affects.
+        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``; of what
+            has no sign a sequential one, by default ``"Purples"``.
+        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
+        **canvas: See `Canvas`.
+
+    Raises:
+        ValueError: If labels and arrays do not match in number.
+    """
+    prompt = array("prompt_attr", prompt_attr, (len(output_labels), len(input_labels)))
+    output = output_array(output_attr, output_feature_labels, len(output_labels))
+    (n_target, n_prompt), n_output = prompt.shape, output.shape[1]
+    n_open = open_columns(output, output_features)
+    shown = np.ones((n_target, n_prompt + n_output), dtype=bool)
+    shown[:, n_prompt:] = np.arange(n_output) < n_open[:, None]
+    cells = np.concatenate([prompt, output], axis=1)
+    columns = _Columns(n_prompt, n_output)
+
+    paper = Canvas(**canvas)
+    fig, ax = paper.open(3.0 + 0.5 * columns.width, 1.9 + 0.3 * n_target)
+    colours = Colours(cmap, scale(cells[shown]))
+    bar = columns.draw(fig, ax, colours, np.where(shown, cells, np.nan))
+    ax.set_ylim(max(n_target, 1) - 0.5, -0.5)
+    hatch_closed(ax, n_open, columns.start, n_output)
+    names = [*input_labels, *(output_feature_labels or ())]
+    label_columns(ax, columns.places, names, notable(np.where(shown, cells, 0)))
+    label_rows(ax, output_labels)
+    numbered = mark_cells(ax, columns.places, cells, shown, colours)
+    if bar is not None:
+        what = paper.with_unit("Token attribution")
+        if not numbered and not is_unsigned:
+            settle(ax)
+            what = label_along(f"{what},", "− marks what lowers", inches(ax)[1])
+        bar.set_label(what, size=LABEL_POINTS + 1)
+    return paper.finish(fig, ax)
+
+
+def baseline_map(
+    attr: npt.ArrayLike,
+    *,
+    labels: Sequence[str],
+    row_labels: Sequence[str],
+    n_prompt: int,
+    pale: npt.ArrayLike,
+    strongest: Sequence[int | None],
+    changes_sign: Collection[int] = (),
+    changes_rank: Collection[int] = (),
+    cmap: str | Colormap = "RdBu",
+    **canvas: Unpack[CanvasArguments],
+) -> Drawing:
+    """Draws what one token is attributed to under several baselines, in one scale.
+
+    One row per baseline; the prompt's columns, a gap, then the generated columns. The strongest
+    cause of each row is framed, ``±`` stands below features that change sign and ``⇅`` below those
+    that change rank; below columns too narrow for these, lines in two rows. Numbers and minus signs
+    as in `heat_map`.
+
+    Args:
+        attr: Attributions, shape ``(n_baselines, n_features)``.
+        labels: Text of the features.
+        row_labels: Names of the baselines.
+        n_prompt: How many of the features are the prompt's; they come first.
+        pale: What lies within its error, bool of the shape of `attr`.
+        strongest: Per row the column to be framed, or None.
+        changes_sign: Columns that change sign.
+        changes_rank: Columns that change rank.
+        cmap: A diverging colour map; its middle is put at zero.
+        **canvas: See `Canvas`.
+
+    Raises:
+        ValueError: If labels and arrays do not match in number.
+    """
+    cells = array("attr", attr, (len(row_labels), len(labels)))
+    shade = np.where(array("pale", pale, cells.shape) > 0, PALE, 1.0)
+    n_rows, n_output = len(cells), len(labels) - n_prompt
+    columns = _Columns(n_prompt, n_output)
+    places = columns.places
+
+    paper = Canvas(**canvas)
+    fig, ax = paper.open(3.0 + 0.5 * columns.width, 2.2 + 0.4 * n_rows)
+    colours = Colours(cmap, scale(cells))
+    bar = columns.draw(fig, ax, colours, cells, shade)
+    # Rows more for what changes: one of signs, or where these would touch two of lines.
+    is_narrow = inches_per_unit(ax)[0] < _SIGN
+    kinds: dict[str, Collection[int]] = {"changes": ()}
+    if is_narrow:
+        kinds = {"changes sign": changes_sign, "changes rank": changes_rank}
+    ax.set_ylim(n_rows + len(kinds) - 0.5, -0.5)
+    framed = [column for column in strongest if column is not None]
+    label_columns(ax, places, labels, (*framed, *changes_sign, *changes_rank))
+    label_rows(ax, [*row_labels, *kinds], "absent means")
+    frame(ax, [(places[c], row) for row, c in enumerate(strongest) if c is not None])
+    if is_narrow:
+        for row, changed in enumerate(kinds.values(), n_rows):
+            mark_columns(ax, places[sorted(changed)], row)
+    else:
+        for column, place in enumerate(places):
+            signs = ("±" * (column in changes_sign), "⇅" * (column in changes_rank))
+            write_marks(ax, place, n_rows, "\n".join(filter(None, signs)))
+    if not (changes_sign or changes_rank):
+        write_marks(ax, (places[0] + places[-1]) / 2, n_rows, "none")
+    numbered = mark_cells(ax, places, cells, np.ones(cells.shape, dtype=bool), colours, shade)
+    if bar is not None:
+        bar.set_label(paper.with_unit("Attribution"), size=LABEL_POINTS + 1)
+    said = {
+        "□ strongest": bool(framed),
+        "pale and grey: within its error": bool((shade < 1).any()),
+        "− lowers": not numbered,
+        "± changes sign": bool(changes_sign) and not is_narrow,
+        "⇅ changes rank": bool(changes_rank) and not is_narrow,
+    }
+    key = key_lines([text for text, needed in said.items() if needed], inches(ax)[0] * 72)
+    ax.set_xlabel(key, color=MUTED, labelpad=16 if n_output else 6, **text_style([key]))
+    return paper.finish(fig, ax)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The prompt's columns, a gap, then the generated ones."""
+
+    n_prompt: int
+    n_output: int
+
+    @property
+    def start(self) -> float:
+        """Place of the first generated column."""
+        n = self.n_prompt + self.n_output
+        return self.n_prompt + (max(0.6, 0.015 * n) if self.n_output else 0.0)
+
+    @property
+    def width(self) -> float:
+        """Of all columns, in cells."""
+        return self.start + self.n_output
+
+    @property
+    def places(self) -> Array:
+        """Middle of each column, shape ``(n_columns,)``."""
+        prompt = np.arange(float(self.n_prompt))
+        return np.concatenate([prompt, self.start + np.arange(self.n_output)])
+
+    def draw(
+        self, fig: Figure, ax: Axes, colours: Colours, cells: Array, shade: Array | None = None
+    ) -> Colorbar | None:
+        """Draws cells ``(n_rows, n_columns)``, and what the columns are; returns the scale's bar.
+
+        The axes are as wide as the columns from then on; their height is left to be set.
+        """
+        parts, shades = (
+            None if values is None else np.split(values, [self.n_prompt], axis=1)
+            for values in (cells, shade)
+        )
+        bar = images(
+            fig, ax, colours, list(zip((0.0, self.start), parts or (), strict=True)), shades
+        )
+        ax.set_xlim(-0.5, max(self.width, 1) - 0.5)
+        ax.set_autoscale_on(False)
+        if self.n_output:
+            generated = (self.start, self.n_output)
+            headings(ax, {"prompt": (0.0, self.n_prompt), "generated before": generated})
+        return bar

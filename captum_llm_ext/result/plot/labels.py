@@ -1,0 +1,98 @@
+"""Token text as labels, and the fonts that can draw it."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from captum_llm_ext.result.plot.style import LABEL_POINTS
+
+# Asked for only when the text needs them and only if installed; emoji fonts made of bitmaps cannot
+# be drawn by matplotlib, so they are not among these.
+_FALLBACK_FONTS = (
+    "DejaVu Sans",  # comes with matplotlib: has the marks for white space
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK KR",
+    "Noto Sans SC",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Apple SD Gothic Neo",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Nirmala UI",
+    "Arial Unicode MS",
+    "Segoe UI Emoji",
+    "Noto Emoji",
+)
+
+
+def label(text: str, width: int = 22) -> str:
+    """A token's text on one line: white space visible where it matters, long text cut.
+
+    Args:
+        text: Of the token.
+        width: Letters that it may take; those of Chinese, Japanese and Korean count twice.
+    """
+    inner = text.strip(" ")
+    if not inner:
+        inner = "␣" * len(text) or "∅"
+    inner = inner.replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥")
+    shown = [drawable(char) for char in inner[: width + 1]]
+    if sum(map(_width, shown)) <= width:
+        return "".join(shown)
+    # An escape is six to ten letters long: what is cut is what is shown.
+    while shown and sum(map(_width, shown)) > width - 1:
+        shown.pop()
+    return "".join(shown) + "…"
+
+
+def _width(shown: str) -> int:
+    """Of a character or its escape, in letters."""
+    return len(shown) + sum(unicodedata.east_asian_width(char) in "WF" for char in shown)
+
+
+def drawable(char: str) -> str:
+    """The character, or its escape where no font here can draw it."""
+    if " " <= char <= "~":  # in every font
+        return char
+    if char.isprintable() and any(ord(char) in _glyphs(name) for name in _fonts()):
+        return char
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def text_style(texts: Iterable[str]) -> dict[str, Any]:
+    """Text properties under which token text is drawn as it is: ``$`` and ``_`` mean themselves."""
+    needed = {ord(char) for text in texts for char in text}
+    family: list[str] = []
+    for name in _fonts():
+        if not family or needed - _glyphs(family[0]) & _glyphs(name):
+            family.append(name)
+            needed -= _glyphs(name)
+    return {"family": family, "size": LABEL_POINTS, "parse_math": False, "usetex": False}
+
+
+def _fonts() -> list[str]:
+    """The user's font, then those installed here that may have what it lacks."""
+    from matplotlib import font_manager
+
+    default = font_manager.FontProperties()  # follows rcParams at the time of drawing
+    path = font_manager.findfont(default)
+    own = font_manager.get_font(path).family_name
+    installed = set(font_manager.fontManager.get_font_names())
+    return [own, *(name for name in _FALLBACK_FONTS if name in installed and name != own)]
+
+
+@functools.cache
+def _glyphs(name: str) -> frozenset[int]:
+    """The code points that a font of this name can draw."""
+    from matplotlib import font_manager
+
+    path = font_manager.findfont(name)
+    return frozenset(font_manager.get_font(path).get_charmap())

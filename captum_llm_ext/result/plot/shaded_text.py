@@ -1,0 +1,437 @@
+"""Running text, shaded by what each part of it is attributed."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from captum_llm_ext.result.plot.arrays import Array, array, numbers, scale
+from captum_llm_ext.result.plot.axes import (
+    KEY_LINE,
+    Canvas,
+    CanvasArguments,
+    inches,
+    key_lines,
+    settle,
+)
+from captum_llm_ext.result.plot.cells import Colours, colour_bar
+from captum_llm_ext.result.plot.labels import drawable, text_style
+from captum_llm_ext.result.plot.style import (
+    DARK,
+    DOWN,
+    FAINT,
+    LABEL_POINTS,
+    MUTED,
+    PALE,
+    SIGN_FROM,
+    SURE,
+    UP,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.text import Text
+
+    from captum_llm_ext.result.plot.axes import Drawing
+
+_SIZES = (11.0, 9.5, 8.0, 7.0, 6.0)  # points, the largest at which all of the text fits
+_LINE = 1.75  # height of a line in letter sizes, with room for an underline
+_MOST_INCHES = 12.0
+_WORDS = re.compile(r"\n|[^\S\n]+|\S+")
+
+_Measure = Callable[[str], float]
+
+
+def running_text(
+    pieces: Sequence[tuple[str, int | None]],
+    values: npt.ArrayLike,
+    *,
+    errors: npt.ArrayLike | None = None,
+    headings: Mapping[int, str] | None = None,
+    explained: Collection[int] = (),
+    later: Collection[int] = (),
+    cmap: str | Colormap | None = None,
+    is_unsigned: bool = False,
+    **canvas: Unpack[CanvasArguments],
+) -> Drawing:
+    """Draws text as it reads, each part shaded by its value; new lines and indentation stay.
+
+    A solid line below a part says that it raises, a dashed one that it lowers. White space around a
+    part stays unshaded; a part of nothing else is marked.
+
+    Args:
+        pieces: The text in reading order: each with the number of its value, or None if it has
+            none.
+        values: Shape ``(n_values,)``.
+        errors: Standard errors of the same shape, NaN where unknown; what lies within 1.96 of them
+            is pale and not underlined.
+        headings: Headings, by the piece that each stands above.
+        explained: Pieces that are framed: what the values are about.
+        later: Pieces that are grey: what comes after it.
+        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``; of what
+            has no sign a sequential one, by default ``"Purples"``.
+        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
+        **canvas: See `Canvas`. In given axes letters get smaller, down to 6 points, and the end of
+            what has no room is left out.
+
+    Raises:
+        ValueError: If values and errors do not match in number.
+    """
+    from captum_llm_ext.result.plot.responsive import Fitted
+
+    shades = _shades(values, errors, cmap, is_unsigned)
+    atoms = list(_atoms(pieces, headings or {}))
+    style = text_style(atom.text for atom in atoms)
+    passage = _Passage(atoms, shades, style, frozenset(explained), frozenset(later))
+    paper = Canvas(**canvas)
+    fig, ax = paper.open(9.0, 4.0)
+    ax.set_axis_off()
+    bar = colour_bar(fig, ax, shades.colours, below=True)
+    bar.set_label(paper.with_unit("Attribution"), size=LABEL_POINTS + 1)
+    settle(ax)
+    if paper.ax is None:
+        fig.set_figheight(passage.height(ax, _MOST_INCHES * 72) / 72 + 1.1)
+        settle(ax)
+    Fitted(ax, passage.lay_out)
+    return paper.finish(fig, ax)
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """The text, and what is to be seen of it, whatever the size of the axes."""
+
+    atoms: Sequence[_Atom]
+    shades: _Shades
+    style: Mapping[str, Any]
+    explained: frozenset[int]
+    later: frozenset[int]
+
+    def height(self, ax: Axes, most: float) -> float:
+        """Points that the text takes in the width of the axes, at most about `most`."""
+        width, _ = _points(ax)
+        lines, size = self._fitted(ax, width, most, None)
+        return len(lines) * _LINE * size + self._key(width)[1]
+
+    def lay_out(self, ax: Axes, renderer: Any) -> None:
+        """Writes it into the axes; what has no room is left out at the end."""
+        width, room = _points(ax)
+        key, below = self._key(width)
+        lines, size = self._fitted(ax, width, room, renderer)
+        most = max(int((room - below) / (_LINE * size) + 0.01), 1)
+        if len(lines) > most:
+            lines = [*lines[: most - 1], [_Run("…", -1, None, 0.0, 0.0)]]
+        ax.set_xlim(0, width)
+        ax.set_ylim(max(room, 1.0), 0)
+        _draw(ax, lines, self.shades, {**self.style, "size": size}, self.explained, self.later)
+        text = ax.text(0, 0, key, transform=ax.transAxes, va="bottom", color=MUTED)
+        text.set(size=LABEL_POINTS)
+        text.set_in_layout(False)
+
+    def _fitted(
+        self, ax: Axes, width: float, room: float, renderer: Any
+    ) -> tuple[list[list[_Run]], float]:
+        """The lines, and the size of the letters: the largest that fits, or the smallest."""
+        below = self._key(width)[1]
+        lines: list[list[_Run]] = []
+        size, probe = _SIZES[0], ax.text(0, 0, "", **self.style)
+        for size in _SIZES:
+            probe.set_fontsize(size)
+            lines = _lines(self.atoms, width, _measure(probe, renderer))
+            if len(lines) * _LINE * size + below <= room + 0.01:
+                break
+        probe.remove()
+        return lines, size
+
+    def _key(self, width: float) -> tuple[str, float]:
+        """What the signs mean, in lines, and points that they take below the text."""
+        shades = self.shades
+        signs = {shades.sign(i) for i in range(len(shades.values))}
+        said = {
+            "framed: explained": bool(self.explained),
+            "solid line: raises": 1 in signs,
+            "dashed: lowers": -1 in signs,
+            "pale: within its error": bool(
+                (shades.pale & ~shades.unknown & (shades.values != 0)).any()
+            ),
+            "pale: error unknown": bool(shades.unknown.any()),
+        }
+        text = key_lines([text for text, needed in said.items() if needed], width)
+        return text, (1 + text.count("\n")) * KEY_LINE + 0.75 * LABEL_POINTS
+
+
+def _points(ax: Axes) -> tuple[float, float]:
+    """Width and height of the axes as laid out so far, in points."""
+    width, height = inches(ax)
+    return width * 72, height * 72
+
+
+@dataclass(frozen=True)
+class _Shades:
+    """What is known of each value.
+
+    Attributes:
+        colours: The scale.
+        values: Shape ``(n_values,)``.
+        pale: bool, ``(n_values,)``: within its error, or that is unknown.
+        unknown: bool, ``(n_values,)``: of which no error is known where there should be one.
+    """
+
+    colours: Colours
+    values: Array
+    pale: npt.NDArray[np.bool_]
+    unknown: npt.NDArray[np.bool_]
+
+    def face(self, i: int) -> tuple[float, ...] | None:
+        value = float(self.values[i])
+        if value == 0:
+            return None
+        red, green, blue, _ = self.colours.rgba(value)
+        return (red, green, blue, PALE if self.pale[i] else 1.0)
+
+    def ink(self, i: int) -> str:
+        value = float(self.values[i])
+        return DARK if self.pale[i] or np.isnan(value) else self.colours.ink(value)
+
+    def sign(self, i: int) -> int:
+        """1 or -1 where a line says so, 0 where the colour is too pale to need one."""
+        value = self.values[i]
+        if self.colours.is_unsigned:
+            return 0
+        if self.pale[i] or not abs(value) >= SIGN_FROM * self.colours.scale:
+            return 0
+        return 1 if value > 0 else -1
+
+
+def _shades(
+    values: npt.ArrayLike,
+    errors: npt.ArrayLike | None,
+    cmap: str | Colormap | None,
+    is_unsigned: bool,
+) -> _Shades:
+    known = numbers(values).reshape(-1)
+    pale, unknown = np.zeros(known.shape, dtype=bool), np.zeros(known.shape, dtype=bool)
+    if errors is not None:
+        told = array("errors", errors, known.shape)
+        pale = ~(np.abs(known) >= SURE * told)
+        unknown = np.isnan(told) & (known != 0)
+    colours = Colours(cmap, scale(known), is_unsigned=is_unsigned)
+    return _Shades(colours, known, pale, unknown)
+
+
+# Lines -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Atom:
+    """A word, white space, a new line (``"\\n"``) or a heading.
+
+    Attributes:
+        text: As drawn.
+        piece: Its piece, -1 for a heading.
+        value: The number of its value.
+        is_edge: Whether it is white space before or after the words of its piece.
+    """
+
+    text: str
+    piece: int
+    value: int | None
+    is_edge: bool = False
+
+    @property
+    def is_space(self) -> bool:
+        return self.text.isspace()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one piece has on one line, from `left` to `right` in points."""
+
+    text: str
+    piece: int
+    value: int | None
+    left: float
+    right: float
+
+
+def _atoms(
+    pieces: Sequence[tuple[str, int | None]], headings: Mapping[int, str]
+) -> Iterator[_Atom]:
+    for i, (text, value) in enumerate(pieces):
+        if i in headings:
+            yield from (_Atom("\n", -1, None),) * (2 if i else 0)
+            yield from (_Atom(headings[i], -1, None), _Atom("\n", -1, None))
+            text = text.removeprefix(" ") or text  # no indentation was meant
+        text = text.replace("\r\n", "\n").replace("\t", "    ")
+        words: list[str] = _WORDS.findall(text)
+        if not text.strip():
+            yield from _marked(words, i, value)
+            continue
+        inner = [k for k, word in enumerate(words) if not word.isspace()]
+        for k, word in enumerate(words):
+            if word.isspace():
+                yield _Atom(word, i, value, is_edge=not inner[0] < k < inner[-1])
+            else:
+                yield _Atom("".join(map(drawable, word)), i, value)
+
+
+def _marked(words: list[str], piece: int, value: int | None) -> Iterator[_Atom]:
+    """A piece of white space alone: seen where it has a value, as it is where not."""
+    for word in words or ["∅"]:
+        if value is None or word == "∅":
+            yield from [_Atom(word, piece, value)] if value is not None or words else []
+        elif word == "\n":
+            yield from (_Atom("⏎", piece, value), _Atom("\n", piece, value))
+        else:
+            yield _Atom("␣" * len(word), piece, value)
+
+
+def _lines(atoms: Sequence[_Atom], width: float, measure: _Measure) -> list[list[_Run]]:
+    """Wraps at white space, and within what would not fit a line by itself."""
+    lines: list[list[_Atom]] = [[]]
+    x = 0.0
+    for group in _groups(atoms):
+        if group[0].text == "\n":
+            lines.append([])
+            x = 0.0
+            continue
+        wide = sum(measure(atom.text) for atom in group)
+        if x and x + wide > width and (group[0].is_space or wide <= width / 2):
+            lines.append([])
+            x = 0.0
+            if group[0].is_space:
+                continue  # white space at a break is the break
+        for atom in group if x + wide <= width else _letters(group):
+            step = measure(atom.text)
+            if x and x + step > width:
+                lines.append([])
+                x = 0.0
+            lines[-1].append(atom)
+            x += step
+    return [_runs(line, measure) for line in lines]
+
+
+def _groups(atoms: Sequence[_Atom]) -> Iterator[list[_Atom]]:
+    """What no line break may separate: words of neighbouring pieces without space in between."""
+    group: list[_Atom] = []
+    for atom in atoms:
+        if atom.is_space and group:
+            yield group
+            group = []
+        if atom.is_space:
+            yield [atom]
+        else:
+            group.append(atom)
+    if group:
+        yield group
+
+
+def _letters(group: Sequence[_Atom]) -> Iterator[_Atom]:
+    for atom in group:
+        for letter in atom.text:
+            yield _Atom(letter, atom.piece, atom.value)
+
+
+def _runs(line: Sequence[_Atom], measure: _Measure) -> list[_Run]:
+    """Joins what belongs to one piece, so that shading covers the space between its words."""
+    runs: list[_Run] = []
+    x, start = 0.0, 0
+    for stop in range(1, len(line) + 1):
+        first = line[start]
+        if stop < len(line) and _key(line[stop]) == _key(first):
+            continue
+        text = "".join(atom.text for atom in line[start:stop])
+        right = x + measure(text)
+        if text.strip():
+            runs.append(_Run(text, first.piece, first.value, x, right))
+        x, start = right, stop
+    return runs
+
+
+def _key(atom: _Atom) -> tuple[int, bool]:
+    return atom.piece, atom.is_edge
+
+
+def _measure(probe: Text, renderer: Any) -> _Measure:
+    """Width of text in points: how far it moves the pen, white space included."""
+    dpi = fig.dpi if (fig := probe.get_figure(root=True)) else 72.0
+
+    @functools.cache
+    def extent(text: str) -> float:
+        probe.set_text(f"|{text}|")  # spaces at an end have no extent of their own
+        return probe.get_window_extent(renderer).width * 72 / dpi
+
+    return lambda text: extent(text) - extent("")
+
+
+# Drawing -----------------------------------------------------------------------------------------
+
+
+def _draw(
+    ax: Axes,
+    lines: Sequence[Sequence[_Run]],
+    shades: _Shades,
+    style: Mapping[str, Any],
+    explained: Collection[int],
+    later: Collection[int],
+) -> None:
+    size: float = style["size"]
+    placed = [
+        (run, (number + 0.62) * _LINE * size) for number, line in enumerate(lines) for run in line
+    ]
+    for run, base in placed:
+        ink = MUTED if run.piece < 0 or run.value is None else shades.ink(run.value)
+        ink = DARK if run.piece in explained else FAINT if run.piece in later else ink
+        text = ax.text(run.left, base, run.text, va="baseline", color=ink, **style)
+        text.set_in_layout(False)  # its place is found, and measuring hundreds is slow
+    _draw_shades(ax, placed, shades, size)
+    _draw_signs(ax, placed, shades, size)
+    boxes = [_box(run, base, size) for run, base in placed if run.piece in explained]
+    _add_boxes(ax, boxes, facecolors="none", edgecolors=DARK, linewidths=1.2)
+
+
+def _draw_shades(
+    ax: Axes, placed: Sequence[tuple[_Run, float]], shades: _Shades, size: float
+) -> None:
+    found = [
+        (_box(run, base, size), face)
+        for run, base in placed
+        if run.value is not None and (face := shades.face(run.value))
+    ]
+    boxes, faces = [box for box, _ in found], [face for _, face in found]
+    _add_boxes(ax, boxes, facecolors=faces, linewidths=0, zorder=0.5)
+
+
+def _draw_signs(
+    ax: Axes, placed: Sequence[tuple[_Run, float]], shades: _Shades, size: float
+) -> None:
+    from matplotlib.collections import LineCollection
+
+    for sign, colour, style in ((1, UP, "-"), (-1, DOWN, (0, (2.5, 1.5)))):
+        lines = [
+            [(run.left, base + 0.42 * size), (run.right, base + 0.42 * size)]
+            for run, base in placed
+            if run.value is not None and shades.sign(run.value) == sign
+        ]
+        if lines:
+            drawn = LineCollection(lines, colors=colour, linewidths=1.2, linestyles=[style])
+            ax.add_collection(drawn, autolim=False)
+
+
+def _box(run: _Run, base: float, size: float) -> list[tuple[float, float]]:
+    top, bottom = base - 0.95 * size, base + 0.33 * size
+    return [(run.left, top), (run.right, top), (run.right, bottom), (run.left, bottom)]
+
+
+def _add_boxes(ax: Axes, boxes: Sequence[list[tuple[float, float]]], **look: Any) -> None:
+    """One collection for all: hundreds of patches are slow to add."""
+    from matplotlib.collections import PolyCollection
+
+    if boxes:
+        ax.add_collection(PolyCollection(boxes, **look), autolim=False)

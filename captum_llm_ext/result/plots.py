@@ -1,0 +1,354 @@
+"""What a result draws: captum's two plots and three more."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+import torch
+from captum.attr import LLMAttributionResult
+from torch import Tensor
+
+from captum_llm_ext.result.causes import unit_of
+from captum_llm_ext.result.convergence import earlier
+from captum_llm_ext.result.foils import foils_told
+from captum_llm_ext.text.inputs import Piece
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from captum_llm_ext.result.causes import SpanAttribution
+    from captum_llm_ext.result.plot.axes import CanvasArguments, Drawing
+    from captum_llm_ext.result.refit import Design, Evidence
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+
+class _Labels(TypedDict):
+    """Names of rows and columns, as drawings of all tokens take them."""
+
+    input_labels: list[str]
+    output_feature_labels: list[str] | None
+    output_labels: list[str]
+    output_features: list[int | None] | None
+
+
+_MOST_FOILS = 2
+
+
+class DrawnResult(LLMAttributionResult):
+    """The drawings of a result; the numbers are those of `GenerationAttributionResult`."""
+
+    if TYPE_CHECKING:
+        output_features: list[str] | None
+        output_attr: Tensor | None
+        token_attr_se: Tensor
+        output_attr_se: Tensor | None
+        masks: Tensor
+        prompt_pieces: list[Piece]
+        output_pieces: list[Piece]
+        design: Design | None
+        provenance: dict[str, Any]
+
+        @property
+        def full_attr(self) -> Tensor: ...  # noqa: D102
+        @property
+        def full_attr_se(self) -> Tensor: ...  # noqa: D102
+        @property
+        def errors_unknown(self) -> Tensor: ...  # noqa: D102
+        def attribute_span(  # noqa: D102
+            self, start: int, stop: int | None = None
+        ) -> SpanAttribution: ...
+        @property
+        def _features(self) -> list[int]: ...
+        def position(self, token: int | str) -> int: ...  # noqa: D102
+        def _evidence(self) -> Evidence: ...
+        def _split(self, solved: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def plot_token_attr(
+        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
+    ) -> "Drawing":
+        """A heat map: one row per target token, prompt features left, earlier output right.
+
+        Args:
+            show: Show it, and return None.
+            ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
+                ``layout="constrained"`` leaves labels their room.
+            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``. Of sizes
+                without a sign a sequential one, ``"Purples"``.
+
+        Returns:
+            ``(figure, axes)``, or None if shown.
+        """
+        from captum_llm_ext.result import plot
+
+        return plot.heat_map(
+            cast(Tensor, self.token_attr),
+            self.output_attr,
+            **self._labels(named=True),
+            cmap=cmap,
+            is_unsigned=self.is_unsigned,
+            **self._canvas(ax, show),
+        )
+
+    def plot_seq_attr(
+        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
+    ) -> "Drawing":
+        """A bar per prompt feature: its attribution for the whole target, with its error if known.
+
+        Args:
+            show: Show it, and return None.
+            ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
+                ``layout="constrained"`` leaves labels their room.
+            cmap: A colour map, by default ``"RdBu"``, or ``"Purples"`` of sizes without a sign:
+                bars have the colours of its ends.
+
+        Returns:
+            ``(figure, axes)``, or None if shown.
+        """
+        from captum_llm_ext.result import plot
+
+        errors = None
+        known = self.design is not None or self._is_of_gradients
+        if known and self.provenance.get("attr_target") != "prob":
+            errors = self._total(None)[1][: len(self.input_tokens)]
+        attr = self.seq_attr
+        return plot.bars(
+            attr,
+            labels=self.input_tokens,
+            errors=errors,
+            cmap=cmap,
+            is_unsigned=self.is_unsigned,
+            **self._canvas(ax, show),
+        )
+
+    def plot_text(
+        self,
+        target_token: int | str | None = None,
+        show: bool = False,
+        *,
+        ax: "Axes | None" = None,
+        cmap: str | None = None,
+    ) -> "Drawing":
+        """Prompt and answer as they read, shaded by what made the model write a token.
+
+        Args:
+            target_token: The explained token: its position in the target, or its name in
+                `output_tokens`. None: all of them, summed.
+            show: Show it, and return None.
+            ax: Axes to draw in; by default a new figure as high as the text needs.
+            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``. Of sizes
+                without a sign a sequential one, ``"Purples"``.
+
+        Returns:
+            ``(figure, axes)``, or None if shown.
+
+        Raises:
+            ValueError: If there is no such token, or the sum is that of probabilities.
+        """
+        from captum_llm_ext.result import plot
+
+        token = None if target_token is None else self.position(target_token)
+        values, errors = self._total(token)
+        prompt, output = list(self._prompt_text()), list(self._output_text(token))
+        first = len(prompt)
+        return plot.running_text(
+            [*prompt, *output],
+            values,
+            errors=errors,
+            headings={0: "prompt", first: "generated"},
+            explained=() if token is None else (first + token,),
+            later=() if token is None else range(first + token + 1, first + len(output)),
+            cmap=cmap,
+            is_unsigned=self.is_unsigned,
+            **self._canvas(ax, show, token),
+        )
+
+    def plot_flow(
+        self,
+        target_token: int | str | None = None,
+        show: bool = False,
+        *,
+        least: float = 0.05,
+        ax: "Axes | None" = None,
+    ) -> "Drawing":
+        """Which parts of the prompt led to which tokens, and which of these led to later ones.
+
+        Only what is beyond its error is drawn.
+
+        Args:
+            target_token: Only what led to this token, directly or through earlier ones: its
+                position in the target, or its name in `output_tokens`. None: everything.
+            show: Show it, and return None.
+            least: Share of the largest attribution below which one is left out.
+            ax: Axes to draw in; by default a new figure of fitting size.
+
+        Returns:
+            ``(figure, axes)``, or None if shown.
+
+        Raises:
+            ValueError: If there is no such token.
+        """
+        from captum_llm_ext.result import plot
+
+        towards = None if target_token is None else self.position(target_token)
+        return plot.flow(
+            cast(Tensor, self.token_attr),
+            self.output_attr,
+            **self._labels(),
+            prompt_errors=self.token_attr_se,
+            output_errors=self.output_attr_se,
+            towards=towards,
+            least=least,
+            is_unsigned=self.is_unsigned,
+            **self._canvas(ax, show, towards),
+        )
+
+    def plot_convergence(
+        self,
+        target_token: int | str | None = None,
+        show: bool = False,
+        *,
+        k: int = 5,
+        n_estimates: int = 8,
+        ax: "Axes | None" = None,
+    ) -> "Drawing":
+        """How the estimates of the strongest causes settled as coalitions were added.
+
+        The solver is run again on the first coalitions alone; no model is called.
+
+        Args:
+            target_token: Whose causes: its position in the target, or its name in
+                `output_tokens`. None: those of any token.
+            show: Show it, and return None.
+            k: How many causes.
+            n_estimates: How many estimates before the last one.
+            ax: Axes to draw in; by default a new figure.
+
+        Returns:
+            ``(figure, axes)``, or None if shown.
+
+        Raises:
+            ValueError: If there is no such token, nothing has an effect, or the estimator takes all
+                of its coalitions at once.
+        """
+        from captum_llm_ext.result import plot
+
+        evidence = self._evidence()
+        cells = self._strongest(None if target_token is None else self.position(target_token), k)
+        if not cells:
+            raise ValueError("no attribution differs from zero: there is nothing to converge.")
+        tokens = sorted({token for token, _ in cells})
+        found = earlier(evidence, tokens, n_estimates)
+
+        def picked(attributions: Tensor) -> list[float]:
+            wide = torch.cat(self._split(attributions), dim=1)
+            return [float(wide[tokens.index(token), column]) for token, column in cells]
+
+        attributions = [picked(solution.attributions) for _, solution in found]
+        errors = [picked(solution.standard_errors) for _, solution in found]
+        attributions.append([float(self.full_attr[cell]) for cell in cells])
+        errors.append([float(self.full_attr_se[cell]) for cell in cells])
+        names = [*self.input_tokens, *(self.output_features or ())]
+        return plot.convergence(
+            [*(n for n, _ in found), len(self.masks)],
+            attributions,
+            labels=[
+                names[column]
+                if target_token is not None
+                else f"{self.output_tokens[token]} ← {names[column].strip()}"
+                for token, column in cells
+            ],
+            errors=errors,
+            **self._canvas(ax, show),
+        )
+
+    def _labels(self, *, named: bool = False) -> _Labels:
+        """Names of rows and columns; with foils beside the tokens if they are to be `named`."""
+        n_target = range(len(self.output_tokens))
+        return {
+            "input_labels": self.input_tokens,
+            "output_feature_labels": self.output_features,
+            "output_labels": [self._named(t, " ≠ ", 1) for t in n_target]
+            if named
+            else self.output_tokens,
+            "output_features": [piece.feature for piece in self.output_pieces] or None,
+        }
+
+    def _canvas(self, ax: "Axes | None", show: bool, token: int | None = None) -> "CanvasArguments":
+        """What all drawings are given beside numbers and names; a title of one token, if given."""
+        return {"ax": ax, "show": show, "title": self._title(token), "unit": unit_of(self)}
+
+    def _named(self, token: int, between: str = " rather than ", k: int = _MOST_FOILS) -> str:
+        """A target token, and what it was held against if that is what was explained."""
+        foils = foils_told(cast("GenerationAttributionResult", self), token, k)
+        return self.output_tokens[token] + (between + foils if foils else "")
+
+    def _title(self, token: int | None) -> str | None:
+        """What is written above the drawing of one token."""
+        named = None if token is None else self._named(token)
+        is_told = named is not None and named != self.output_tokens[token or 0]
+        return "\n".join(filter(None, [named if is_told else None, self._doubt])) or None
+
+    @property
+    def is_unsigned(self) -> bool:
+        """Whether attributions are sizes, which neither raise nor lower."""
+        return bool(self.provenance.get("unsigned"))
+
+    @property
+    def _doubt(self) -> str | None:
+        """What is written above drawings of estimates of whose errors nothing is known."""
+        n = int(self.errors_unknown.sum())
+        if not n:
+            return None
+        some = "" if n == int((self.full_attr != 0).sum()) else "in part "
+        return f"Estimates {some}of unknown error: nothing tells them from noise"
+
+    @property
+    def _is_of_gradients(self) -> bool:
+        """Whether there are no coalitions behind the numbers, but gradients."""
+        return bool(self.provenance.get("gradients"))
+
+    def _total(self, token: int | None) -> tuple[Tensor, Tensor]:
+        """Attributions of one token, or of all of them together, and their errors."""
+        if token is not None:
+            return self.full_attr[token], self.full_attr_se[token]
+        # An earlier version did not note what tells errors.
+        if self.design is None and not self._is_of_gradients:
+            total = self.full_attr.sum(0)
+            unknown = torch.nan if self.provenance.get("estimate") else 0.0
+            return total, torch.full_like(total, unknown)
+        span = self.attribute_span(0, len(self.output_tokens))
+        return span.values, span.standard_errors
+
+    def _prompt_text(self) -> Iterator[tuple[str, int | None]]:
+        pieces = self.prompt_pieces or [Piece(n, i) for i, n in enumerate(self.input_tokens)]
+        edges = [(one.text[-1:], other.text[:1]) for one, other in pairwise(pieces)]
+        # Names of fields rather than text: they would run together.
+        apart = bool(edges) and all(
+            (a + b).isascii() and a.isalnum() and b.isalnum() for a, b in edges
+        )
+        for piece in pieces:
+            yield piece.text + "   " * apart, piece.feature
+
+    def _output_text(self, token: int | None) -> Iterator[tuple[str, int | None]]:
+        """The answer; an explained token and what comes after it have no number."""
+        pieces = self.output_pieces or [Piece(f"{name} ", None) for name in self.output_tokens]
+        last = {piece.feature: t for t, piece in enumerate(pieces)}
+        for piece in pieces:
+            feature = piece.feature
+            if feature is None or (token is not None and last[feature] >= token):
+                yield piece.text, None
+            else:
+                yield piece.text, len(self.input_tokens) + feature
+
+    def _strongest(self, token: int | None, k: int) -> list[tuple[int, int]]:
+        """Token and column of the largest attributions; columns of one feature count once."""
+        size = self.full_attr.abs()
+        if token is not None:
+            size = size * (torch.arange(len(size), device=size.device) == token)[:, None]
+        found: dict[tuple[int, int], tuple[int, int]] = {}
+        for flat in size.flatten().argsort(descending=True, stable=True).tolist():
+            cell = divmod(flat, size.shape[1])
+            if len(found) == k or not size[cell] > 0:
+                break
+            found.setdefault((cell[0], self._features[cell[1]]), cell)
+        return list(found.values())

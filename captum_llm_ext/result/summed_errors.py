@@ -1,0 +1,165 @@
+"""Errors of what a page adds up: attributions over several tokens, over the features of a part.
+
+Tokens share their coalitions, features of one walk what they add up to: their errors are not
+independent. What can be told from the coalitions is told here, within the size of a page.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.result.refit import Evidence
+from captum_llm_ext.text.inputs import Piece
+
+_MOST_NUMBERS = 60_000  # of them, some five letters each
+_MOST_REGRESSIONS = 4
+_MOST_OF_ALL_SPANS = 20_000  # up to which every span of the answer has its own
+Span = tuple[int, int]
+
+
+def sums(
+    evidence: Evidence,
+    columns: Sequence[int],
+    n_prompt: int,
+    output_pieces: Sequence[Piece],
+    levels: Sequence[Mapping[str, Any]],
+    output_levels: Sequence[Mapping[str, Any]],
+    token_errors: Tensor,
+) -> list[dict[str, Any]]:
+    """Standard errors of sums.
+
+    Args:
+        evidence: The coalitions.
+        columns: Per column of the result its feature.
+        n_prompt: Columns of the prompt, which come first.
+        output_pieces: The target tokens.
+        levels, output_levels: As `reading` gives them.
+        token_errors: Standard errors per target token and column of the result.
+
+    Returns:
+        Per side (``"prompt"`` or ``"answer"``) and level (None: the finest) an object with
+        ``side``, ``level``, ``spans`` (of target tokens, ``[start, stop]``) and ``se``: per span
+        a number per column, or per part of the level. Spans that take a regression, which is
+        slow, are the whole answer and a few of the largest parts.
+    """
+    runs = {level["name"]: list(_runs(level["part_of"])) for level in output_levels}
+    tokens = [(t, t + 1) for t in range(len(output_pieces))]
+    spans = _spans(evidence, len(tokens), len(columns), runs)
+    told: list[dict[str, Any]] = []
+    if spans:
+        wide = _wide(evidence.span_errors([range(*span) for span in spans]), len(columns))
+        each = torch.stack([token_errors[a:b].sum(0) for a, b in spans])
+        found = at_most(wide[:, list(columns)], each)
+        told.append(_entry("prompt", None, spans, found[:, :n_prompt]))
+        if len(columns) > n_prompt:
+            told.append(_entry("answer", None, spans, found[:, n_prompt:]))
+    room = _MOST_NUMBERS - len(spans) * len(columns)
+    if len(set(columns)) < len(columns):  # captum's groups have columns for their members
+        return told
+    nestings = [
+        *(("prompt", one["name"], list(one["part_of"]), len(one["parts"])) for one in levels),
+        *(
+            ("answer", name, [-1] * n_prompt + _owners(output_pieces, found), len(found))
+            for name, found in runs.items()
+            if len(columns) > n_prompt
+        ),
+    ]
+    for side, name, part_of, n_parts in nestings:
+        padded = [*part_of, *[-1] * evidence.design.n_features][: evidence.design.n_features]
+        room -= (len(tokens) + len(spans)) * n_parts
+        if room < 0 or max(padded) < 0:
+            continue
+        every = [*tokens, *spans]
+        errors = evidence.part_errors([range(*span) for span in every], padded)
+        if errors is not None:
+            told.append(_entry(side, name, every, _wide(errors, n_parts)))
+    return told
+
+
+def bounds(
+    token_errors: Tensor, n_prompt: int, output_levels: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """What errors of sums over tokens are at most, where nothing tells how they go together.
+
+    Args:
+        token_errors: Standard errors per target token and column of the result.
+        n_prompt: Columns of the prompt, which come first.
+        output_levels: As `reading` gives them.
+
+    Returns:
+        As `sums`, for the finest level.
+    """
+    n_target, n_columns = token_errors.shape
+    runs = {level["name"]: list(_runs(level["part_of"])) for level in output_levels}
+    spans = _wanted(n_target, n_columns, runs)
+    if not spans:
+        return []
+    found = torch.stack([token_errors[a:b].sum(0) for a, b in spans])
+    told = [_entry("prompt", None, spans, found[:, :n_prompt])]
+    return told + [_entry("answer", None, spans, found[:, n_prompt:])] * (n_columns > n_prompt)
+
+
+def at_most(errors: Tensor, summed: Tensor) -> Tensor:
+    """Errors of sums, which are never larger than those of the terms together; NaN stays."""
+    return errors.where(errors.isnan() | ~(summed < errors), summed.to(errors.dtype))
+
+
+def _spans(
+    evidence: Evidence, n_target: int, n_columns: int, runs: Mapping[str, list[Span]]
+) -> list[Span]:
+    """Those of several tokens that are worth their regressions, the most wanted first."""
+    wanted = _wanted(n_target, n_columns, runs)
+    costs = [evidence.n_regressions([range(*span)]) for span in wanted]
+    spent = [0, *accumulate(costs[1:])]  # the whole answer's, which always comes, is not counted
+    return [
+        span
+        for i, (span, cost) in enumerate(zip(wanted, costs, strict=True))
+        if not i or not cost or spent[i] <= _MOST_REGRESSIONS
+    ]
+
+
+def _wanted(n_target: int, n_columns: int, runs: Mapping[str, list[Span]]) -> list[Span]:
+    """Of several tokens, the most wanted first: the whole answer, then parts from large to small.
+
+    A short answer has all spans.
+    """
+    named = [span for found in runs.values() for span in found]
+    if n_target * (n_target - 1) // 2 * n_columns <= _MOST_OF_ALL_SPANS:
+        named += [(a, b) for a in range(n_target) for b in range(a + 2, n_target + 1)]
+    wanted = [span for span in [(0, n_target), *named] if span[1] - span[0] > 1]
+    return list(dict.fromkeys(wanted))[: max(_MOST_NUMBERS // max(n_columns, 1), 1)]
+
+
+def _runs(part_of: Sequence[int]) -> Iterator[Span]:
+    """Neighbouring tokens of one part."""
+    start = 0
+    for _, run in groupby(part_of):
+        stop = start + len(list(run))
+        yield start, stop
+        start = stop
+
+
+def _owners(pieces: Sequence[Piece], runs: Sequence[Span]) -> list[int]:
+    """Per generated feature the run that it is in."""
+    owners: dict[int, int] = {}
+    for number, (start, stop) in enumerate(runs):
+        for piece in pieces[start:stop]:
+            if piece.feature is not None:
+                owners[piece.feature] = number
+    return [owners.get(feature, -1) for feature in range(1 + max(owners, default=-1))]
+
+
+def _wide(errors: Tensor, width: int) -> Tensor:
+    """With zeros for columns that can cause nothing: they were no players."""
+    return torch.nn.functional.pad(errors, (0, max(width - errors.shape[1], 0)))
+
+
+def _entry(side: str, level: str | None, spans: Sequence[Span], errors: Tensor) -> dict[str, Any]:
+    rounded = [
+        [float(f"{error:.3g}") if error == error else None for error in row]  # NaN is None
+        for row in errors.tolist()
+    ]
+    return {"side": side, "level": level, "spans": [list(span) for span in spans], "se": rounded}

@@ -1,0 +1,1 @@
+"""`CorpusBaselines`: absent features replaced by what a corpus has in the same surroundings."""

@@ -1,0 +1,449 @@
+"""Absent features replaced by what stands in the same surroundings elsewhere in a corpus."""
+
+import copy
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, overload
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.text.baselines import reweighting as weighing
+from captum_llm_ext.text.baselines.candidates import BLANK, Candidates, Match
+from captum_llm_ext.text.baselines.corpus import mismatch as unlike
+from captum_llm_ext.text.baselines.corpus.documents import documents
+from captum_llm_ext.text.baselines.corpus.index import CorpusIndex
+from captum_llm_ext.text.baselines.corpus.index_file import BROKEN, broken
+from captum_llm_ext.text.baselines.corpus.lookup import Lookup
+from captum_llm_ext.text.baselines.corpus.search import Search
+from captum_llm_ext.text.baselines.draws import draw_generator, uniform
+from captum_llm_ext.text.baselines.labels import Labels, TextsByName
+from captum_llm_ext.text.baselines.slot import LanguageModel, Slot
+from captum_llm_ext.text.baselines.surroundings import Place, place_of
+from captum_llm_ext.text.baselines.template import calling_template, template_slots
+
+__all__ = ["CorpusBaselines", "Match"]
+
+How = Literal["context", "length", "any", "model"]
+_HOW = ("context", "length", "any", "model")
+_MEASURED = 2_000  # candidates whose tokens are counted
+_SETTINGS = {
+    "match": str,
+    "seed": int,
+    "exclude_original": bool,
+    "same_n_tokens": bool,
+    "min_occurrences": int,
+    "min_candidates": int,
+}
+
+
+class HasSlots(Protocol):
+    """An input that tells the places of its features, such as `TextSegmentInput`."""
+
+    slots: Sequence[Slot]
+
+
+class CorpusBaselines:
+    """Text of a corpus that stands where the feature could stand, without labels.
+
+    The surroundings of a feature are compared with every place of the corpus by their *frame*
+    words, those that their neighbours lead one to expect; fillers, which carry the facts of a text,
+    count only by their kind (capitalised, number, …). So "lives in _, FL and is a lawyer" finds
+    what is lived in whatever the state and the occupation, and a replacement carries nothing over
+    from the neighbouring facts. Of all surroundings seen at least `min_occurrences` times the most
+    telling one is taken, on both sides if there is one; then on one side, then those without any
+    frame word, then by shape, length, and at last any text. A word that the rest of its phrase
+    determines ("Lake" in "Salt Lake City") is replaced by its part of another phrase. A draw takes
+    one of the places found at random: frequent texts often.
+
+    The replacement may have another number of words. It carries the white space and punctuation
+    the feature has at its ends. For a feature that is a part of a word, the same part is cut out
+    of a word that could stand there. The places of a tied feature are replaced by what stands
+    together in one document: a city with *its* state. Places side by side are one phrase.
+
+    Captum's own `TextTemplateInput` takes it too, in captum's own `LLMAttribution` as well.
+
+    Args:
+        corpus: Texts; the column of a Hugging Face data set; or the path of a UTF-8 text file with
+            one document per line, or of a ``.jsonl`` file with the document under `field`. Line
+            breaks count as borders.
+        match: ``"context"`` as above. ``"model"``: what is found like that is weighted by how
+            probable the model under explanation finds the text with it in place, left and right,
+            so that a draw is a sample of what could have stood there; generated features are
+            replaced by what the model itself might have said instead. ``"length"``: any text with
+            as many words; ``"any"``: any text up to twice as long. The last two are plain variants
+            for comparison.
+        seed: For samples that are taken while candidates are looked for.
+        labels: Texts to draw from for features that the user names: by their label (`labels` of
+            `TextSegmentInput`; the names of a template's values), their number in the prompt, or
+            their own text. A feature that is itself in exactly one of the lists needs no label.
+            All others are looked up in the corpus.
+        exclude_original: Whether the feature's own text is never drawn, except where it is the
+            only one.
+        same_n_tokens: Whether only texts with as many tokens as the feature are drawn, so that
+            everything after it keeps its position.
+        min_occurrences: Surroundings seen less often are not trusted; by default one in 2,000
+            words, at least 10 and at most 50. Also how often a slot must have been seen always the
+            same to count as constant.
+        min_candidates: Fewer candidates for a slot that is not constant warn, once per slot. Every
+            run with features whose surroundings the corpus does not have warns, too. 0 silences
+            both.
+        field: Where a ``.jsonl`` file has its documents.
+        errors: ``"replace"`` accepts files with invalid UTF-8.
+
+    Raises:
+        FileNotFoundError: If `corpus` is a path that cannot be read.
+        ValueError: If the corpus holds no text, the file is not UTF-8 text, or an argument is
+            not one of those allowed.
+        TypeError: If the corpus is neither a path nor texts, or the labels are no lists of texts.
+    """
+
+    deterministic = False
+
+    def __init__(
+        self,
+        corpus: Iterable[str] | str | os.PathLike[str],
+        *,
+        match: How = "context",
+        seed: int = 0,
+        labels: TextsByName | None = None,
+        exclude_original: bool = True,
+        same_n_tokens: bool = False,
+        min_occurrences: int | None = None,
+        min_candidates: int = 1,
+        field: str = "text",
+        errors: Literal["strict", "replace"] = "strict",
+    ) -> None:
+        if match not in _HOW:
+            raise ValueError(f"`match` is {match!r}: give one of {', '.join(map(repr, _HOW))}.")
+        if min_occurrences is not None and min_occurrences < 1:
+            raise ValueError(f"`min_occurrences` is {min_occurrences}: give at least 1, or None.")
+        self._labels = Labels(labels or {})
+        texts = _Distinct(documents(corpus, errors, field))
+        self._index = CorpusIndex(texts)
+        if texts.n > 1 and not texts.differ and min_candidates > 0:
+            warnings.warn(
+                f"All {texts.n:,} documents of the corpus are one and the same: it shows no slot "
+                "with more than one text. Give other texts of the same kind.",
+                stacklevel=2,
+            )
+        self.match: How = match
+        self.seed = seed
+        self.exclude_original = exclude_original
+        self.same_n_tokens = same_n_tokens
+        self.min_occurrences = min_occurrences or min(max(len(self._index) // 2000, 10), 50)
+        self.min_candidates = min_candidates
+        self._start()
+
+    def _start(self, model: LanguageModel | None = None) -> None:
+        """Begins with nothing looked up."""
+        self._model = model
+        how = "context" if self.match == "model" else self.match
+        self._lookup = Lookup(
+            self._index,
+            Search(self._index, how, self.min_occurrences, self.seed),
+            exclude_original=self.exclude_original,
+            min_candidates=self.min_candidates,
+        )
+        self._known: dict[Slot, _Filling | _Tokens | None] = {}
+        self._draws = torch.Generator().manual_seed(self.seed)
+        self._told = False
+
+    def __repr__(self) -> str:
+        return f"CorpusBaselines({len(self._index):,} words, match={self.match!r})"
+
+    @overload
+    def __call__(self, slot: Slot, generator: torch.Generator, /) -> str | list[int]: ...
+    @overload
+    def __call__(self) -> list[str] | dict[str, str]: ...
+    def __call__(self, slot: Slot | None = None, generator: torch.Generator | None = None) -> Any:
+        """One replacement for the feature, its leading white space and punctuation included.
+
+        Without arguments, as captum's own `TextTemplateInput` calls it: another text for each value
+        of that template.
+
+        Raises:
+            TypeError: If it is called without arguments from elsewhere.
+        """
+        if slot is None or generator is None:
+            return self._for_template()
+        filling = self._filling(slot)
+        return slot.text if filling is None else filling.draw(generator)
+
+    @property
+    def tells(self) -> bool:
+        """Whether it looks for surroundings, and warns where the corpus does not have them."""
+        return self.match in ("context", "model") and self.min_candidates > 0
+
+    def explain(self, slot: Slot) -> Match:
+        """How the candidates for a feature were found, and what they are."""
+        filling = self._filling(slot)
+        return BLANK if filling is None else filling.match
+
+    def matches(self, inp: HasSlots) -> list[Match]:
+        """How the candidates of each feature of an input were found, in reading order."""
+        return [self.explain(slot) for slot in inp.slots]
+
+    def with_model(self, model: LanguageModel) -> "CorpusBaselines":
+        """The same over the same index, with a model to ask."""
+        if self.match != "model":
+            return self
+        other = copy.copy(self)
+        other._start(model)
+        return other
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the index and all settings into one file."""
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        labels = list(self._labels.texts.items())
+        self._index.save(path, {"settings": json.dumps(settings), "labels": json.dumps(labels)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **changed: Any) -> "CorpusBaselines":
+        """What `save` wrote, mapped into memory: nothing is built again.
+
+        A file that takes the other's place changes nothing. Where the file itself is written into
+        or cut off, whatever is asked of the baselines from then on is a `ValueError`.
+
+        Args:
+            path: The file.
+            **changed: Settings to have otherwise than they were: any keyword argument of the class
+                that does not concern reading the corpus.
+
+        Raises:
+            OSError: If there is no such file, or it cannot be read.
+            ValueError: If the file is not one of these, is damaged, or of another version.
+            TypeError: If there is no such setting.
+        """
+        index, extra = CorpusIndex.load(path)
+        try:
+            settings: dict[str, Any] = dict(json.loads(extra["settings"]))
+            if {name: type(value) for name, value in settings.items()} != _SETTINGS:
+                raise ValueError(f"its settings are {settings}")
+            settings["labels"] = dict(json.loads(extra["labels"]))
+            # All arguments are checked as ever, on a corpus of one word that is then replaced.
+            baselines = cls(["."], **settings)
+        except BROKEN as error:
+            raise broken(path, error) from error
+        unknown = changed.keys() - settings.keys()
+        if unknown:
+            raise TypeError(
+                f"{min(unknown)!r} cannot be changed on loading: give some of "
+                f"{', '.join(settings)}."
+            )
+        if changed:
+            baselines = cls(["."], **{**settings, **changed})
+        baselines._index = index
+        baselines._start()
+        return baselines
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was looked up refers to inputs and models, and is quickly found again.
+        return {name: self.__dict__[name] for name in (*_SETTINGS, "_index", "_labels")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def _filling(self, slot: Slot) -> "_Filling | _Tokens | None":
+        if slot not in self._known:
+            self._known[slot] = self._fill(slot)
+        return self._known[slot]
+
+    def _fill(self, slot: Slot) -> "_Filling | _Tokens | None":
+        own = place_of(slot)
+        if own is None:
+            return None
+        if self.match == "model" and slot.generated and not self._is_labelled(slot, own):
+            return self._said(slot, own)
+        together = [(s, place_of(s)) for s in slot.siblings or (slot,)]
+        members = [(s, place) for s, place in together if place is not None]
+        candidates = self._jointly(members)
+        if candidates is None:
+            members = [(slot, own)]
+            candidates = self._singly(slot, own)
+        candidates = self._weighed(self._fitting(candidates, members), members)
+        member = next(i for i, (s, _) in enumerate(members) if s.start == slot.start)
+        return _Filling(candidates, own, member)
+
+    def _singly(self, slot: Slot, place: Place) -> Candidates:
+        return self._listed([(slot, place)]) or self._lookup.single(place)
+
+    def _jointly(self, members: Sequence[tuple[Slot, Place]]) -> Candidates | None:
+        """What all places of a feature may hold together; None if that is not known."""
+        if len(members) == 1:
+            return self._singly(*members[0])
+        if any(self._is_labelled(slot, place) for slot, place in members):
+            return self._listed(members)
+        runs = _side_by_side(members)
+        phrases = [_joined(run) for run in runs]
+        if len(phrases) == 1:
+            found = self._lookup.single(phrases[0])
+        else:
+            found = self._lookup.joint(phrases, self.seed)
+        if found is None or len(runs) == len(members):
+            return found
+        sizes = [[len(place.atoms) for _, place in run] for run in runs]
+        return found.divided(sizes)
+
+    def _is_labelled(self, slot: Slot, place: Place) -> bool:
+        return self._label(slot, place) is not None
+
+    def _label(self, slot: Slot, place: Place) -> str | int | None:
+        name = self._labels.named(slot)
+        return self._labels.containing(place.core) if name is None else name
+
+    def _listed(self, members: Sequence[tuple[Slot, Place]]) -> Candidates | None:
+        """The user's own texts; for several places lists of one length, drawn from in step."""
+        names = [self._label(slot, place) for slot, place in members]
+        lists = [self._labels.texts[name] for name in names if name is not None]
+        if len(lists) < len(members) or len({len(texts) for texts in lists}) != 1:
+            return None
+        original = tuple(place.core for _, place in members)
+        counts = Counter(zip(*lists, strict=True))
+        return Candidates.counted(
+            "label",
+            " … ".join(map(str, names)),
+            counts,
+            original,
+            exclude_original=self.exclude_original,
+        )
+
+    def _said(self, slot: Slot, place: Place) -> "_Filling | _Tokens":
+        """What the model itself might have said in place of a generated feature."""
+        found = self._lookup.single(place)
+        if found.match.constant:
+            # Without the original only slips are left there, which say nothing of the language.
+            return _Filling(found, place, 0)
+        model = self._asked()
+        if len(slot.ids) == 1:
+            ids, probabilities = weighing.next_tokens(slot, model)
+            match = Match("model", "_", 0, len(ids), False, ())
+            return _Tokens(match, ids, probabilities)
+        candidates = weighing.continued(slot, place, model, self.seed)
+        return _Filling(self._fitting(candidates, [(slot, place)]), place, 0)
+
+    def _weighed(self, candidates: Candidates, members: Sequence[tuple[Slot, Place]]) -> Candidates:
+        if self.match != "model" or candidates.match.constant or candidates.match.level == "label":
+            return candidates
+        few = candidates.sample(weighing.MOST_WEIGHED, self.seed)
+        slots, places = zip(*members, strict=True)
+        return weighing.in_place(few, slots, places, self._asked())
+
+    def _asked(self) -> LanguageModel:
+        if self._model is None:
+            raise ValueError(
+                "match='model' asks the model under explanation: use these baselines in an input "
+                "of `GenerationAttribution`, or bind a model by `with_model`."
+            )
+        return self._model
+
+    def _fitting(self, candidates: Candidates, members: Sequence[tuple[Slot, Place]]) -> Candidates:
+        """Those with as many tokens as the feature has, if that is wanted."""
+        if not self.same_n_tokens or candidates.match.constant:
+            return candidates
+
+        lengths = [s.n_tokens(s.text, s.left) if s.n_tokens else 0 for s, _ in members]
+
+        def fits(texts: Sequence[str]) -> bool:
+            return all(
+                slot.n_tokens is None or slot.n_tokens(place.filled(text), slot.left) == wanted
+                for (slot, place), wanted, text in zip(members, lengths, texts, strict=True)
+            )
+
+        few = candidates.sample(_MEASURED, self.seed)
+        original = tuple(place.core for _, place in members)
+        kept = few.kept(fits)
+        return kept or self._lookup.nothing_fits(original, candidates.match)
+
+    def _for_template(self) -> list[str] | dict[str, str]:
+        inp = calling_template(self)
+        if inp is None:
+            raise TypeError(
+                "`CorpusBaselines` was called without arguments, and not by a `TextTemplateInput` "
+                "that it is the baseline of: call it with a slot and a generator."
+            )
+        if not self._told:
+            # Captum knows no runs: it asks for every evaluation.
+            self._told = True
+            unlike.warn_of_unlike(
+                self, lambda: [self.explain(slot) for slot in template_slots(inp)]
+            )
+        seed = int(torch.randint(2**62, (), generator=self._draws, device="cpu"))
+        texts = [str(self(s, draw_generator(seed, 0, s.feature))) for s in template_slots(inp)]
+        return dict(zip(inp.dict_keys, texts, strict=True)) if inp.dict_keys else texts
+
+
+def _side_by_side(members: Sequence[tuple[Slot, Place]]) -> list[list[tuple[Slot, Place]]]:
+    """Runs of places of words with nothing in between."""
+    runs: list[list[tuple[Slot, Place]]] = []
+    for slot, place in members:
+        if runs and _goes_on(*runs[-1][-1], slot, place):
+            runs[-1].append((slot, place))
+        else:
+            runs.append([(slot, place)])
+    return runs
+
+
+def _goes_on(slot: Slot, place: Place, later: Slot, other: Place) -> bool:
+    is_whole = place.part == other.part == (0.0, 1.0)
+    return is_whole and slot.stop == later.start and not place.tail and not other.head.strip()
+
+
+def _joined(run: Sequence[tuple[Slot, Place]]) -> Place:
+    """The places of a run as one."""
+    (first, start), (last, stop) = run[0], run[-1]
+    core = first.context[first.start + len(start.head) : last.stop - len(stop.tail)]
+    atoms = tuple(atom for _, place in run for atom in place.atoms)
+    return replace(start, core=core, atoms=atoms, right=stop.right, tail=stop.tail)
+
+
+class _Distinct:
+    """Documents, and whether any two of them differ."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self.n = 0
+        self.differ = False
+
+    def __iter__(self) -> Iterator[str]:
+        first: str | None = None
+        for text in self._texts:
+            self.n += 1
+            first = text if first is None else first
+            self.differ = self.differ or text != first
+            yield text
+
+
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    """Candidates for all places of a feature, and which of these places is asked for."""
+
+    candidates: Candidates
+    place: Place
+    member: int
+
+    @property
+    def match(self) -> Match:
+        return self.candidates.match
+
+    def draw(self, generator: torch.Generator) -> str:
+        return self.place.filled(self.candidates.draw(generator)[self.member])
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Token ids that may stand in place of one."""
+
+    match: Match
+    ids: Sequence[int]
+    probabilities: Tensor
+
+    def draw(self, generator: torch.Generator) -> list[int]:
+        at = uniform(generator) * float(self.probabilities.sum())
+        place = int((self.probabilities.cumsum(0) <= at).sum())
+        return [self.ids[min(place, len(self.ids) - 1)]]

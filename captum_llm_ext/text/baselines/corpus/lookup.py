@@ -1,0 +1,202 @@
+"""From features to candidates: what a corpus offers for one place, or for several at once."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.text.baselines import words
+from captum_llm_ext.text.baselines.candidates import Candidates, Match
+from captum_llm_ext.text.baselines.corpus.index import CorpusIndex
+from captum_llm_ext.text.baselines.corpus.joint import Occurrences, together
+from captum_llm_ext.text.baselines.corpus.phrase import parts, phrases
+from captum_llm_ext.text.baselines.corpus.search import Found, Query, Search, query_of
+from captum_llm_ext.text.baselines.surroundings import Place
+
+# A slot is constant if at most this share of its occurrences differs: no match is without a slip.
+SLIPS = 0.05
+# So few other texts, of words of the frame alone, are taken for other wordings of the same.
+WORDINGS = 2
+_LOCATED = ("both", "left", "right")
+_PLACED = (*_LOCATED, "kinds")
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What stands where a feature could stand: the places, and the texts with their counts."""
+
+    found: Found
+    texts: Counter[str]
+    constant: bool
+
+
+class Lookup:
+    """Looks features up in a corpus, each distinct question once.
+
+    Args:
+        index: The corpus.
+        search: Finds places in it.
+        exclude_original: Whether a feature's own text is no candidate.
+        min_candidates: Fewer warn; 0 silences all warnings.
+    """
+
+    def __init__(
+        self,
+        index: CorpusIndex,
+        search: Search,
+        *,
+        exclude_original: bool,
+        min_candidates: int,
+    ) -> None:
+        self._index, self._search = index, search
+        self._exclude_original = exclude_original
+        self._min_candidates = min_candidates
+        self._known: dict[Query, Candidates] = {}
+
+    def single(self, place: Place) -> Candidates:
+        """What may stand in one place."""
+        query = query_of(place, self._index)
+        if query not in self._known:
+            found = self._find(query)
+            if found.match.constant:
+                found = self._within_phrase(place) or found
+            self._known[query] = found
+            self._warn(query, found.match)
+        return self._known[query]
+
+    def joint(self, places: Sequence[Place], seed: int) -> Candidates | None:
+        """What stands together, in one document, in the places of one feature.
+
+        Returns:
+            None if no document has something for all of them; that warns.
+        """
+        original = tuple(place.core for place in places)
+        queries = [query_of(place, self._index) for place in places]
+        offers = [next(self._offers(query), None) for query in queries]
+        varying = [i for i, offer in enumerate(offers) if offer is None or not offer.constant]
+        if not varying:
+            return Candidates.counted(
+                "document", "_", {original: 1}, original, exclude_original=True
+            )
+        members = [self._occurrences(offers[i]) for i in varying]
+        found: Counter[tuple[str, ...]] = Counter()
+        for texts, n in together(members, torch.Generator().manual_seed(seed)).items():
+            whole = list(original)
+            for i, text in zip(varying, texts, strict=True):
+                whole[i] = text
+            found[tuple(whole)] += n
+        if not found.keys() - {original}:
+            self._say(
+                f"No document of the corpus has other texts for all places of the tied feature "
+                f"{' … '.join(original)!r}: each place is drawn by itself."
+            )
+            return None
+        surroundings = " … ".join("_" if o is None else o.found.surroundings for o in offers)
+        return Candidates.counted(
+            "document", surroundings, found, original, exclude_original=self._exclude_original
+        )
+
+    def _within_phrase(self, place: Place) -> Candidates | None:
+        """What may stand for a word that the rest of its own phrase determines.
+
+        "Lake" is constant before "of Pines". What is not is the phrase: of others that stand in
+        its place, the word is given the part that it is of its own.
+        """
+        known = phrases(place, self._index)
+        if not known or (len(known) > 1 and self._never_lacks(place, known)):
+            return None
+        for n_left, n_right in known:
+            offer = self._of_phrase(place, n_left, n_right)
+            found = None if offer is None else parts(offer.texts, place.atoms, n_left, n_right)
+            if offer is None or not found or found.total() <= SLIPS * offer.texts.total():
+                continue
+            if len(found) <= WORDINGS and all(map(self._is_framed, found)):
+                continue
+            own = {(place.core,): offer.texts.total() - found.total()}
+            return Candidates.counted(
+                offer.found.level,
+                offer.found.surroundings,
+                own | {(text,): n for text, n in found.items()},
+                (place.core,),
+                exclude_original=self._exclude_original,
+            )
+        return None
+
+    def _is_framed(self, text: str) -> bool:
+        atoms = [atom.text for atom in words.atoms(text)]
+        return all(map(self._index.is_frame, self._index.context(atoms)))
+
+    def _never_lacks(self, place: Place, known: Sequence[tuple[int, int]]) -> bool:
+        """Whether all that stands in place of the longest of the phrases has the word.
+
+        Then all that stands in place of the shorter ones does: one search is enough for nearly all
+        words of the frame.
+        """
+        ends = (max(n for n, _ in known), max(n for _, n in known))
+        offer = self._of_phrase(place, *ends)
+        if offer is None:
+            return False
+        found = parts(offer.texts, place.atoms, *ends)
+        return found is not None and found.total() <= SLIPS * offer.texts.total()
+
+    def _of_phrase(self, place: Place, n_left: int, n_right: int) -> _Offer | None:
+        """What stands in place of a feature and so many atoms around it."""
+        query = query_of(place.widened(n_left, n_right), self._index)
+        offer = next(self._offers(query), None)
+        return offer if offer is not None and offer.found.level in _LOCATED else None
+
+    def nothing_fits(self, original: tuple[str, ...], match: Match) -> Candidates:
+        """The original, where no candidate has as many tokens; that warns."""
+        self._say(
+            f"None of the {match.n_candidates} candidates for {' … '.join(original)!r} has as many "
+            "tokens: its text stays. Leave `same_n_tokens` out, or give a larger corpus."
+        )
+        return Candidates.of(replace(match, n_candidates=0, examples=()), {original: 1.0})
+
+    def _occurrences(self, offer: _Offer | None) -> Occurrences:
+        if offer is None:
+            none = torch.zeros(0, dtype=torch.int64, device="cpu")
+            return Occurrences(none, none, [])
+        spans = offer.found.spans
+        return Occurrences(
+            self._index.document_of(spans.starts), spans.starts, self._index.text_of(spans)
+        )
+
+    def _find(self, query: Query) -> Candidates:
+        original = (query.core,)
+        offer = next(self._offers(query), None)
+        if offer is None:
+            return Candidates.of(Match("any", "_", 0, 0, False, ()), {original: 1.0})
+        return Candidates.counted(
+            offer.found.level,
+            offer.found.surroundings,
+            {(text,): n for text, n in offer.texts.items()},
+            original,
+            exclude_original=self._exclude_original,
+            constant=offer.constant,
+        )
+
+    def _offers(self, query: Query) -> Iterator[_Offer]:
+        """What the corpus has, the most alike surroundings first, as far as it is of use."""
+        for found in self._search(query):
+            texts = self._index.texts(found.spans)
+            seen, same = texts.total(), texts[query.core]
+            constant = found.level in _PLACED and seen > 0 and seen - same <= SLIPS * seen
+            if seen > same or constant:
+                yield _Offer(found, texts, constant)
+
+    def _warn(self, query: Query, match: Match) -> None:
+        if match.n_candidates < self._min_candidates and not match.constant:
+            self._say(
+                f"The corpus has {match.n_candidates} other texts for {query.core!r} in "
+                f"{match.surroundings!r} (matched by {match.level}), fewer than "
+                f"`min_candidates`={self._min_candidates}. Give a larger corpus of the same kind "
+                "of text, or silence this with min_candidates=0."
+            )
+
+    def _say(self, message: str) -> None:
+        if self._min_candidates > 0:
+            warnings.warn(message, UserWarning, stacklevel=level_of_caller())

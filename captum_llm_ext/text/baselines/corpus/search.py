@@ -1,0 +1,375 @@
+"""Places of a corpus that a feature could stand in, the most alike first."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.text.baselines import words
+from captum_llm_ext.text.baselines.corpus.index import NO_SPANS, CorpusIndex, Spans
+from captum_llm_ext.text.baselines.surroundings import Place
+from captum_llm_ext.text.baselines.words import MARK, SENTENCE_END, WORD, border
+
+# What the bits of an atom weigh, by those of its neighbour nearer to the slot.
+NEARNESS = 0.5
+# Surroundings with the same fillers need to be seen this often only: all of them the same by
+# chance, of two that are as frequent, is one case in 32.
+AGREED = 5
+# Surroundings where the feature is this much rarer than in others are not those of its slot; the
+# others need to be sure of theirs by this many standard errors.
+AS_LIKELY = 0.75
+SURE = 1.5
+# What words of the surroundings tell at least, in bits: about what one tells beside the feature.
+TELLING = 3.5
+
+Level = Literal["both", "left", "right", "kinds", "shape", "length", "any", "blank"]
+Side = Literal["left", "right"]
+Agreeing = tuple[Side, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A feature and its surroundings as the corpus counts them; equal ones find the same.
+
+    Attributes:
+        core: The feature's text.
+        atoms: Its atoms.
+        left: Classes before it, the nearest first.
+        right: Classes after it, the nearest first.
+        whole: Whether it is a sentence or several, from border to border.
+        agreeing: Surrounding fillers to agree with: side, how many atoms away, and the atom.
+        names: What to call the surroundings: those of `left`, then those of `right`.
+        told: What the words of the frame among the nearest 0, 1, 2, … of `left` tell, and of
+            `right`: bits, the nearer the more.
+    """
+
+    core: str
+    atoms: tuple[str, ...]
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    whole: bool
+    agreeing: tuple[Agreeing, ...]
+    names: tuple[tuple[str, ...], tuple[str, ...]] = field(compare=False)
+    told: tuple[tuple[float, ...], tuple[float, ...]] = field(compare=False)
+
+    @property
+    def hardest(self) -> int:
+        """The hardest border that a stand-in may have inside."""
+        return max(*map(border, self.atoms), MARK if self.whole else WORD)
+
+    @property
+    def n_atoms(self) -> int:
+        """How many atoms the feature has."""
+        return len(self.atoms)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Places found at one level, and the surroundings they share with the feature."""
+
+    level: Level
+    surroundings: str
+    spans: Spans
+    telling: float = 0.0
+
+
+def query_of(place: Place, index: CorpusIndex) -> Query:
+    """What to ask the corpus for a feature."""
+    left, left_names, left_told = _side(place.left, index)
+    right, right_names, right_told = _side(place.right, index)
+    bordered = bool(left) and border(place.left[0]) >= SENTENCE_END
+    bordered = bordered and bool(right) and border(place.right[0]) >= SENTENCE_END
+    whole = bordered or place.is_sentence
+    agreeing: list[Agreeing] = []
+    if all(map(index.is_lone_frame, index.context(place.atoms))):
+        agreeing.extend(("right", n, place.right[n]) for n in _nearest_filler(right, index))
+        agreeing.extend(("left", n, place.left[n]) for n in _nearest_filler(left, index))
+    names, told = (left_names, right_names), (left_told, right_told)
+    return Query(place.core, place.atoms, left, right, whole, tuple(agreeing), names, told)
+
+
+def _side(
+    atoms: Sequence[str], index: CorpusIndex
+) -> tuple[tuple[int, ...], tuple[str, ...], tuple[float, ...]]:
+    """The surroundings on one side, the nearest first: classes, names, and what words tell."""
+    classes = index.context(atoms)
+    names = _names(atoms, classes, index)
+    # How many words a neighbouring fact has must not decide what may stand here.
+    kept = _elements(classes, index)
+    elements = [(atoms[n], classes[n]) for n in kept]
+    found, names = [number for _, number in elements], [names[n] for n in kept]
+    return tuple(found), tuple(names), tuple(accumulate(_bits(elements, index), initial=0.0))
+
+
+def _bits(elements: Sequence[tuple[str, int]], index: CorpusIndex) -> Iterator[float]:
+    """What each element of the surroundings tells as a word; a kind or a mark tells nothing."""
+    weight = 1.0
+    for atom, number in elements:
+        is_word = index.is_frame(number) and not words.is_mark(atom)
+        yield weight * index.bits(number) if is_word else 0.0
+        if not words.is_mark(atom):
+            weight *= NEARNESS
+
+
+def _elements(classes: Sequence[int], index: CorpusIndex) -> list[int]:
+    """Which classes begin an element: all but fillers that go on a run of fillers.
+
+    Next to the slot it is unknown where that ends: there every atom is an element.
+    """
+    framed = [index.is_frame(number) for number in classes]
+    return [n for n, here in enumerate(framed) if here or not any(framed[:n]) or framed[n - 1]]
+
+
+def _nearest_filler(classes: Sequence[int], index: CorpusIndex) -> list[int]:
+    return [n for n, number in enumerate(classes) if not index.is_frame(number)][:1]
+
+
+def _names(atoms: Sequence[str], classes: Sequence[int], index: CorpusIndex) -> tuple[str, ...]:
+    return tuple(
+        "⏎" if atom == words.BREAK else atom if index.is_frame(number) else f"<{words.kind(atom)}>"
+        for atom, number in zip(atoms, classes, strict=True)
+    )
+
+
+class Search:
+    """Searches of one corpus.
+
+    Args:
+        index: The corpus.
+        match: How alike places must be: see `CorpusBaselines`.
+        min_occurrences: Surroundings seen less often are not trusted.
+        seed: For the choice of places, where not all can be looked at.
+    """
+
+    def __init__(
+        self,
+        index: CorpusIndex,
+        match: Literal["context", "length", "any"],
+        min_occurrences: int,
+        seed: int,
+    ) -> None:
+        self._index = index
+        self._match = match
+        self._min_occurrences = min_occurrences
+        self._seed = seed
+
+    def __call__(self, query: Query) -> Iterator[Found]:
+        """The places of one level after the other, from the most alike to any."""
+        if self._match == "context":
+            yield from self._surrounded(query)
+            if not query.whole:
+                shape = [words.kind(atom) for atom in query.atoms]
+                yield Found("shape", "_", self._index.shaped(shape, self._generator()))
+        generator = self._generator()
+        n = query.n_atoms
+        if self._match != "any":
+            if query.whole:
+                lengths = range(max(n // 2, 1), 2 * n + 1)
+                spans = self._index.sentences(lengths, query.hardest, self._generator())
+            else:
+                spans = self._index.anywhere(range(n, n + 1), query.hardest, generator)
+            yield Found("length", "_", spans)
+        lengths = range(1, max(2 * n, 3) + 1)
+        yield Found("any", "_", self._index.anywhere(lengths, query.hardest, generator))
+
+    def _surrounded(self, query: Query) -> Iterator[Found]:
+        if query.left and query.right:
+            spans = self._index.surrounded(
+                query.left, query.right, self._lengths(query), query.hardest, self._generator()
+            )
+            yield from self._narrowed(query, "both", spans)
+        one_sided = [
+            *self._narrowed(query, "left", self._beside(query, "left")),
+            *self._narrowed(query, "right", self._beside(query, "right")),
+        ]
+        yield from sorted(one_sided, key=lambda found: -found.telling)
+
+    def _beside(self, query: Query, side: Side) -> Spans:
+        left, right = (query.left, ()) if side == "left" else ((), query.right)
+        if not left and not right:
+            return NO_SPANS
+        spans = self._index.surrounded(
+            left, right, self._lengths(query), query.hardest, self._generator()
+        )
+        if query.whole or self._is_framed(query):
+            return spans[spans.lengths == query.n_atoms]
+        # Where a slot ends on the other side is unknown: at punctuation, or at a word of the frame.
+        beyond = spans.stops if side == "left" else spans.starts - 1
+        for closed in (self._index.closed_at(beyond), self._index.framed_at(beyond)):
+            if int(closed.sum()) >= self._min_occurrences:
+                return spans[closed]
+        return spans[spans.lengths == query.n_atoms]
+
+    def _generator(self) -> torch.Generator:
+        # Each search its own: what is found does not depend on what was looked for before.
+        return torch.Generator().manual_seed(self._seed)
+
+    def _lengths(self, query: Query) -> range:
+        n = query.n_atoms
+        if query.whole or n > 4:
+            return range(max(n // 2, 1), 2 * n + 1)
+        return range(1, n + 3)
+
+    def _narrowed(self, query: Query, level: Level, spans: Spans) -> Iterator[Found]:
+        """The spans in the most telling surroundings that are seen often enough, if any are.
+
+        Surroundings whose words tell next to nothing are the level ``"kinds"``.
+        """
+        spans = self._aligned(query, self._apart(query, spans))
+        agreeing = self._agreeing(query, spans)
+        is_agreed, enough = agreeing is not spans, self._min_occurrences
+        if len(agreeing) < len(spans):
+            spans, enough = agreeing, min(enough, len(agreeing))
+        left = () if level == "right" else query.left
+        right = () if level == "left" else query.right
+        telling, i, j = self._most_telling(spans, left, right, enough, self._alike(query, spans))
+        if telling > 0:
+            before, after = query.names[0][:i], query.names[1][:j]
+            surroundings = " ".join([*before[::-1], "_", *after])
+            spans = spans[(spans.left >= i) & (spans.right >= j)]
+            if query.told[0][i] + query.told[1][j] < TELLING and not is_agreed:
+                level = "kinds"
+            yield Found(level, surroundings, self._of_a_kind(query, spans), telling)
+
+    def _apart(self, query: Query, spans: Spans) -> Spans:
+        """For words of the frame, those that do not have these and more: more is the next slot's.
+
+        "lives" is not to become "lives Palm" between a name and "Coast".
+        """
+        if not self._is_framed(query):
+            return spans
+        longer = (spans.lengths > query.n_atoms).nonzero()[:, 0]
+        begin, end = spans.starts[longer], spans.stops[longer] - query.n_atoms
+        apart = torch.ones(len(spans), dtype=torch.bool, device="cpu")
+        apart[longer] = ~(self._spells(query, begin) | self._spells(query, end))
+        return spans[apart]
+
+    def _spells(self, query: Query, starts: Tensor) -> Tensor:
+        """Whether the feature's own text stands there."""
+        same = torch.ones(len(starts), dtype=torch.bool, device="cpu")
+        for offset, atom in enumerate(query.atoms):
+            same &= self._index.is_atom(starts + offset, atom)
+        return same
+
+    def _is_framed(self, query: Query) -> bool:
+        return all(map(self._index.is_frame, self._index.context(query.atoms)))
+
+    def _aligned(self, query: Query, spans: Spans) -> Spans:
+        """Those that leave the words of neighbouring slots to these.
+
+        Next to a filler it is unknown where its slot ends: " in" in "lives in Cedar Falls" would
+        else match the " in Palm" of "lives in Palm Coast".
+        """
+        index = self._index
+        framed = [index.is_frame(number) for number in index.context(query.atoms)]
+        if query.left and not index.is_frame(query.left[0]):
+            spans = spans[self._like(spans.starts, query.atoms[0], framed[0])]
+        if query.right and not index.is_frame(query.right[0]):
+            spans = spans[self._like(spans.stops - 1, query.atoms[-1], framed[-1])]
+        return spans
+
+    def _like(self, places: Tensor, atom: str, framed: bool) -> Tensor:
+        """Whether the words there are of the frame as this one is, and then of its kind."""
+        like = self._index.framed_at(places) == framed
+        kind = words.kind(atom)
+        if framed and kind in words.KINDS:
+            like &= self._index.kinds_at(places) == words.KINDS.index(kind)
+        return like
+
+    def _agreeing(self, query: Query, spans: Spans) -> Spans:
+        """Those next to the very fillers that are next to the feature, as far as there are enough.
+
+        Asked of words of the frame only. They state no fact of their own, and "is" in "is a nurse"
+        is no slot that the "has" of "has a parrot" may fill.
+        """
+        for side, offset, atom in query.agreeing:
+            places = spans.starts - 1 - offset if side == "left" else spans.stops + offset
+            depth = spans.left if side == "left" else spans.right
+            # Further out than the surroundings fit, another text's filler would be asked.
+            fits = (depth > offset).nonzero()[:, 0]
+            same = fits[self._index.is_atom(places[fits], atom)]
+            if len(same) >= min(self._min_occurrences, AGREED):
+                spans = spans[same]
+        return spans
+
+    def _most_telling(
+        self,
+        spans: Spans,
+        left: Sequence[int],
+        right: Sequence[int],
+        enough: int,
+        alike: Tensor,
+    ) -> tuple[float, int, int]:
+        """How much of the surroundings to ask for: how telling it is, and the atoms on each side.
+
+        Of what occurs often enough: with words of the frame on as many sides as can be, then with
+        the most bits, where a near atom counts for more than all beyond it. But only surroundings
+        in which the feature is about as frequent as in any others: those of another slot may have
+        the more surprising words.
+
+        Args:
+            spans: Places with some of the surroundings.
+            left: The surroundings on the left.
+            right: Those on the right.
+            enough: How many places there must be.
+            alike: Which spans are like the feature.
+        """
+        bits_left, framed_left = self._weight(left)
+        bits_right, framed_right = self._weight(right)
+        shape = (len(left) + 1, len(right) + 1)
+        cells = spans.left.long() * shape[1] + spans.right.long()
+        at_least = _at_least(cells, shape)
+        framed = framed_left[:, None].int() + framed_right
+        allowed = (at_least >= enough) & (framed > 0)
+        allowed[: min(len(left), 1)] = False
+        allowed[:, : min(len(right), 1)] = False
+        found = _at_least(cells[alike], shape).double()
+        surely = (found - SURE * found.sqrt()) / at_least.clamp(min=1)
+        likely = AS_LIKELY * surely.where(allowed, 0).max()
+        allowed &= found >= likely * at_least
+        # The bits of one side, weighted, stay far below 1,000.
+        telling = (framed * 1000 + bits_left[:, None] + bits_right).where(allowed, 0)
+        best = int(telling.argmax())
+        return float(telling.flatten()[best]), best // shape[1], best % shape[1]
+
+    def _alike(self, query: Query, spans: Spans) -> Tensor:
+        """Which spans have the feature's text; or its shape, where hardly any has the text."""
+        same = spans.lengths == query.n_atoms
+        starts = spans.starts[same]
+        alike = self._spells(query, starts)
+        # Of a slot with phrases of all lengths the shape says less: cities of one word are rarer
+        # there than where only names stand.
+        if int(alike.sum()) < AGREED:
+            alike = torch.ones(len(starts), dtype=torch.bool, device="cpu")
+            for offset, atom in enumerate(query.atoms):
+                alike &= self._index.is_like(starts + offset, words.kind(atom))
+        return same.masked_scatter(same, alike)
+
+    def _weight(self, context: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of the nearest 0, 1, 2, … atoms: their weighted bits, and whether one is of the frame."""
+        bits = [self._index.bits(number) * NEARNESS**n for n, number in enumerate(context)]
+        bits = torch.tensor([0.0, *bits], dtype=torch.float32, device="cpu")
+        framed = torch.tensor(
+            [False, *map(self._index.is_frame, context)], dtype=torch.bool, device="cpu"
+        )
+        return bits.cumsum(0), framed.cumsum(0) > 0
+
+    def _of_a_kind(self, query: Query, spans: Spans) -> Spans:
+        """Those that begin with the same kind of word, if that leaves a choice."""
+        kind = words.kind(query.atoms[0])
+        if kind not in words.KINDS:
+            return spans
+        same = spans[self._index.kinds_at(spans.starts) == words.KINDS.index(kind)]
+        if len(same) < self._min_occurrences:
+            return spans
+        others = self._index.texts(same).keys() - {query.core}
+        return same if len(others) >= 3 else spans
+
+
+def _at_least(cells: Tensor, shape: tuple[int, int]) -> Tensor:
+    """How many spans match at least so much of each side."""
+    counts = torch.bincount(cells, minlength=shape[0] * shape[1]).view(shape)
+    return counts.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1)

@@ -1,0 +1,54 @@
+"""Texts that the user names for a feature: by its label, its number, or its own text."""
+
+from collections.abc import Mapping, Sequence
+
+from captum_llm_ext.text.baselines.slot import Slot
+
+TextsByName = Mapping[str | int, str | Sequence[str]]
+_PUNCTUATION = ".,;:!?\"'()[]{}…“”‘’«»"
+
+
+class Labels:
+    """Lists of texts under names.
+
+    Args:
+        texts: Under a label, the number of a feature's place in the prompt, or a feature's own
+            text: what may stand there.
+
+    Raises:
+        ValueError: If a list is empty.
+        TypeError: If the argument is no mapping to lists of texts.
+    """
+
+    def __init__(self, texts: TextsByName) -> None:
+        if not isinstance(texts, Mapping):
+            raise TypeError(
+                f"`labels` is a {type(texts).__name__}: give a mapping from a label, a feature's "
+                "number or its text to a list of texts."
+            )
+        self.texts = {key: _checked(key, entry) for key, entry in texts.items()}
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def named(self, slot: Slot) -> str | int | None:
+        """The name under which a slot has texts by its label, number or own text, or None."""
+        text = slot.text.strip()
+        keys: list[str | int | None] = [slot.label, None if slot.generated else slot.index]
+        keys += [text, text.strip(_PUNCTUATION)]
+        return next((key for key in keys if key is not None and key in self.texts), None)
+
+    def containing(self, text: str) -> str | int | None:
+        """The one name whose texts include this one, or None."""
+        found = [key for key, texts in self.texts.items() if text in texts]
+        return found[0] if len(found) == 1 else None
+
+
+def _checked(key: str | int, entry: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(entry, str):
+        return (entry,)
+    if not isinstance(entry, Sequence) or not all(isinstance(text, str) for text in entry):
+        raise TypeError(f"the texts of {key!r} are {entry!r}: give a list of texts.")
+    if not entry:
+        raise ValueError(f"the texts of {key!r} are an empty list: give at least one.")
+    return tuple(entry)

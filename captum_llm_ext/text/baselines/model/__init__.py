@@ -1,0 +1,1 @@
+"""`ModelBaselines`: absent features drawn anew from a language model's own distribution."""

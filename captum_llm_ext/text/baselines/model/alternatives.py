@@ -1,0 +1,302 @@
+"""What a language model might have written in the places of a text, asked for all at once."""
+
+import heapq
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from captum_llm_ext.text.baselines import words
+from captum_llm_ext.text.baselines.slot import Proposer
+from captum_llm_ext.text.baselines.words import SENTENCE_END, border
+
+Span = tuple[int, int]
+# More likely than not after the word before it: below, a word is free, and is redrawn by itself.
+# Lower, "York" of "New York" stays bound where a text speaks of New Jersey as often.
+_DETERMINED = 0.5
+# Other beginnings of the phrase leave less than this share of that probability. On sentences of
+# real text the share is either below .03 (names, fixed expressions) or above .24 (grammar).
+_LEFT_OVER = 0.1
+_INCOMPLETE = "\ufffd"  # what a part of a character is shown as: no text can begin with it
+_LONGEST = 4  # words of a phrase
+_ENOUGH = 0.98  # what is beyond this share of all that may stand in a place is not looked for
+_MORE_WORDS = 1  # that a stand-in may have than what it stands for
+
+
+def looks_like(piece: str, kind: str) -> bool:
+    """Whether a token may begin a word of a kind (see `words.kind`), and holds nothing else."""
+    return words.kind(piece) == kind and all(c.isalnum() or c in "-'’" for c in piece)
+
+
+class Alternatives:
+    """The texts that might have stood in the places of a text, given what comes before each.
+
+    One pass of the model tells the candidates of all words; what more has to be asked (how words
+    end that were begun, which of them belong together) is asked for all places at once.
+
+    Args:
+        text: The text.
+        model: Is asked.
+        n: Texts that are tried in every place, beside the one that stands there.
+        within: The characters between which places are, ``(start, stop)``.
+
+    Attributes:
+        phrases: Stretches of several words that are one thing, in reading order.
+        ties: Neighbours, words or phrases, of which one decides the other.
+    """
+
+    def __init__(self, text: str, model: Proposer, n: int, within: Span) -> None:
+        self._text, self._model, self._n = text, model, n
+        self._atoms = words.atoms(text)
+        worded = [
+            i
+            for i, atom in enumerate(self._atoms)
+            if within[0] < atom.stop and atom.start < within[1] and not words.is_mark(atom.text)
+        ]
+        kinds = [words.kind(self._atoms[i].text) for i in worded]
+        spans = [(self._atoms[i].start, self._atoms[i].stop) for i in worded]
+        listed = model.likeliest(
+            text, spans, n, lambda number, piece: looks_like(piece, kinds[number])
+        )
+        self._listed = dict(zip(worded, listed, strict=True))
+        self._number = {self._atoms[i].start: i for i in worded}
+        self._ended: dict[Span, list[str]] = {}
+        self.read(spans)
+        self.ties: list[tuple[Span, Span]] = []
+        self.phrases = self._found_phrases()
+        self.ties = self._found_ties()
+
+    def parts(self, start: int, stop: int, *, ties: bool = True) -> list[Span]:
+        """The phrases and single words between two characters, in reading order.
+
+        Args:
+            start: The first character.
+            stop: One past the last.
+            ties: Whether those that are tied are one.
+        """
+        found: list[Span] = []
+        for atom in self._atoms:
+            is_inside = start <= atom.start and atom.stop <= stop and atom.start in self._number
+            if not is_inside or (found and atom.start < found[-1][1]):
+                continue
+            phrase = next((p for p in self.phrases if p[0] == atom.start and p[1] <= stop), None)
+            found.append(phrase or (atom.start, atom.stop))
+            if ties and len(found) > 1 and (found[-2], found[-1]) in self.ties:
+                found[-2:] = [(found[-2][0], found[-1][1])]
+        return found
+
+    def read(self, spans: Iterable[Span]) -> None:
+        """Finds out how the texts end that may stand in places, for all of these at once.
+
+        Args:
+            spans: Words, phrases or ties.
+        """
+        todo = [span for span in dict.fromkeys(spans) if span not in self._ended]
+        if not todo:
+            return
+        shapes = {span: self._shape(span) for span in todo}
+        begun = [(span, piece) for span in todo for piece, _ in self._begun(span)]
+        sizes = {span: len(shape.numbers) + len(shape.marks) for span, shape in shapes.items()}
+        written = self._model.greedy(
+            [self._text[: span[0]] + piece for span, piece in begun],
+            [self._text[span[1] :] for span, _ in begun],
+            [sizes[span] - 1 for span, _ in begun],
+            lambda i, rest: _end(begun[i][1] + rest, shapes[begun[i][0]]) is not None,
+        )
+        self._ended.update((span, []) for span in todo)
+        for (span, piece), rest in zip(begun, written, strict=True):
+            text = piece + rest
+            stop = _end(text, shapes[span]) or _end(text + "\n.", shapes[span]) or 0
+            # Where words have no spaces between, a token is several: it is not cut in two.
+            self._ended[span].append(text[: max(stop, len(piece))])
+
+    def texts(self, span: Span) -> dict[str, float]:
+        """What may stand in a place with its probability, first what stands there.
+
+        Told are the likeliest texts, whose probabilities do not sum to one. Where the model has
+        nothing to say, for nothing comes before, it is what stands there alone.
+        """
+        if span not in self._ended:
+            self.read([span, *((one[0], other[1]) for one, other in self.ties)])
+        found = {self._text[span[0] : span[1]]: self._chance(span)}
+        for (_, chance), text in zip(self._begun(span), self._ended[span], strict=True):
+            if _INCOMPLETE not in text:
+                found[text] = found.get(text, 0.0) + chance
+        return found
+
+    def _found_phrases(self) -> list[Span]:
+        """Stretches of several words of which the first decides the others, in reading order.
+
+        A word is bound to the phrase before it if it is determined by it (more likely than not) and
+        would not be if another phrase stood there: what grammar determines comes after other words
+        as well.
+        """
+        # Those of two words first, in all places at once; a longer one is one of them that goes on.
+        longest: dict[int, int] = {}
+        grown = {i: i + 1 for i in range(len(self._atoms)) if self._is_free(i)}
+        for _ in range(_LONGEST - 1):
+            grown = {i: n for i, n in grown.items() if self._chance_of(n) > _DETERMINED}
+            pairs = [(self._span(i, n), n) for i, n in grown.items()]
+            self.read([span for span, _ in pairs])
+            bound = dict(zip(grown, self._are_bound(pairs), strict=True))
+            grown = {i: n + 1 for i, n in grown.items() if bound[i]}
+            longest |= grown
+        return [self._span(i, n) for i, n in sorted(longest.items())]
+
+    def _found_ties(self) -> list[tuple[Span, Span]]:
+        """Neighbours of which one decides the other, with punctuation between.
+
+        As in a phrase; but both are something by themselves, such as a city and its state.
+        """
+        stops = {span[0]: span[1] for span in self.phrases}
+        pairs: list[tuple[Span, int]] = []
+        for i, atom in enumerate(self._atoms):
+            if not self._is_free(i):
+                continue
+            span = atom.start, stops.get(atom.start, atom.stop)
+            stop = bisect_right(self._atoms, span[1], key=lambda atom: atom.stop)
+            after = self._after_marks(stop)
+            if after > stop and self._chance_of(after) > _DETERMINED:
+                pairs.append((span, after))
+        bound = zip(pairs, self._are_bound(pairs), strict=True)
+        return [(span, self._span(at, at + 1)) for (span, at), is_bound in bound if is_bound]
+
+    def _are_bound(self, pairs: Sequence[tuple[Span, int]]) -> list[bool]:
+        """Whether words would hardly come if something else stood in a place before them.
+
+        Args:
+            pairs: The place, and the number of the word's atom, with nothing but punctuation
+                between.
+        """
+        beginnings: list[str] = []
+        texts: list[str] = []
+        rests: list[str] = []
+        for span, at in pairs:
+            stop = self._atoms[at - 1].stop
+            left, marks = self._text[: span[0]], self._text[span[1] : stop]
+            others = [left + text + marks for text in self._others(span)]
+            beginnings += others
+            texts += [self._text[stop : self._atoms[at].stop]] * len(others)
+            rests += [self._text[self._atoms[at].stop :]] * len(others)
+        chances = iter(self._model.log_probs_between(beginnings, texts, rests).exp().tolist())
+        found: list[bool] = []
+        for span, at in pairs:
+            weights = self._others(span).values()
+            left_over = sum(weight * next(chances) for weight in weights)
+            own = self._chance_of(at)
+            found.append(bool(weights) and left_over < _LEFT_OVER * own * sum(weights))
+        return found
+
+    def _others(self, span: Span) -> dict[str, float]:
+        """Other texts in a place, with their probabilities."""
+        own = self._text[span[0] : span[1]]
+        return {text: chance for text, chance in self.texts(span).items() if text != own}
+
+    def _span(self, first: int, stop: int) -> Span:
+        """The characters from one atom to before another."""
+        return self._atoms[first].start, self._atoms[stop - 1].stop
+
+    def _is_free(self, number: int) -> bool:
+        """Whether an atom is a word that may begin a phrase: what is determined does not."""
+        return 0 < self._chance_of(number) < _DETERMINED
+
+    def _after_marks(self, number: int) -> int:
+        """The number of the first atom from there on that is a word of the same sentence."""
+        at = number
+        while at < len(self._atoms) and words.is_mark(self._atoms[at].text):
+            if border(self._atoms[at].text) >= SENTENCE_END:
+                return number
+            at += 1
+        return at if at < len(self._atoms) else number
+
+    def _chance_of(self, number: int) -> float:
+        """The probability of an atom; 0 where there is no word, or nothing is known of it."""
+        if number >= len(self._atoms) or self._listed.get(number) is None:
+            return 0.0
+        return self._chance(self._span(number, number + 1))
+
+    def _chance(self, span: Span) -> float:
+        """The probability of what stands in a place, punctuation excepted."""
+        known = [self._listed.get(i) for i in self._shape(span).numbers]
+        return math.exp(sum(listed.log_prob for listed in known if listed is not None))
+
+    def _begun(self, span: Span) -> list[tuple[str, float]]:
+        """How other texts begin that may stand in a place, and the probability that they do."""
+        number = self._number.get(span[0])
+        listed = None if number is None else self._listed[number]
+        if listed is None:
+            return []
+        own = self._text[span[0] : span[1]]
+        covered = self._chance(span)
+        choices = [(text, math.exp(log_prob)) for text, log_prob in listed.others]
+        # What begins as the text itself does may go on otherwise.
+        if listed.piece not in ("", own) and _INCOMPLETE not in listed.piece:
+            choices.append((listed.piece, math.exp(listed.piece_log_prob) - covered))
+        found: list[tuple[str, float]] = []
+        for piece, chance in heapq.nlargest(self._n, choices, key=lambda choice: choice[1]):
+            if covered >= _ENOUGH or chance <= 0:
+                break
+            found.append((piece, chance))
+            covered += chance
+        return found
+
+    def _shape(self, span: Span) -> "_Shape":
+        starts = bisect_left(self._atoms, span[0], key=lambda atom: atom.start)
+        stops = bisect_right(self._atoms, span[1], key=lambda atom: atom.stop)
+        inside = range(starts, stops)
+        marks = [self._atoms[i].text for i in inside if words.is_mark(self._atoms[i].text)]
+        numbers = [i for i in inside if not words.is_mark(self._atoms[i].text)]
+        after = self._atoms[inside[-1] + 1].text if inside[-1] + 1 < len(self._atoms) else None
+        first = self._atoms[inside[0]]
+        before = self._atoms[inside[0] - 1].text if inside[0] else words.BREAK
+        is_name = words.kind(first.text) == "capital" and border(before) < SENTENCE_END
+        return _Shape(numbers, marks, after, is_name)
+
+
+class _Shape(NamedTuple):
+    """What a text in a place is like.
+
+    Attributes:
+        numbers: Of its words among the atoms of the whole.
+        marks: The punctuation between them.
+        after: The atom that comes after it.
+        is_name: Whether it begins with a capital that does not begin a sentence.
+    """
+
+    numbers: list[int]
+    marks: list[str]
+    after: str | None
+    is_name: bool
+
+    @property
+    def n_words(self) -> int:
+        """How many words it has."""
+        return len(self.numbers)
+
+
+def _end(text: str, shape: _Shape) -> int | None:
+    """Where a text ends that stands in a place; None if more of it may follow.
+
+    Before what comes after the place, or punctuation that is not of the shape; or else after as
+    many words. In place of one word stands one word, or a name of several ("New York").
+    """
+    marks, stops = list(shape.marks), list[int]()
+    most = shape.n_words + _MORE_WORDS
+    for atom in words.atoms(text):
+        if words.is_mark(atom.text):
+            if marks and atom.text == marks[0]:
+                marks.pop(0)
+            elif stops:
+                return stops[-1]
+            continue
+        if stops and not marks and atom.text == shape.after:
+            return stops[-1]
+        goes_on = (
+            not stops or shape.n_words > 1 or (shape.is_name and words.kind(atom.text) == "capital")
+        )
+        if not goes_on:
+            return stops[-1]
+        if len(stops) == most:
+            return stops[shape.n_words - 1]
+        stops.append(atom.stop)
+    return None

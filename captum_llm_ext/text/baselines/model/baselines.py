@@ -1,0 +1,275 @@
+"""Absent features drawn anew from a language model's own distribution: no corpus, no lists."""
+
+import heapq
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+from typing import Any
+
+import torch
+
+from captum_llm_ext.text.baselines.candidates import BLANK, Candidates, Match
+from captum_llm_ext.text.baselines.corpus.baselines import HasSlots
+from captum_llm_ext.text.baselines.draws import part_of
+from captum_llm_ext.text.baselines.model.alternatives import Alternatives, Span
+from captum_llm_ext.text.baselines.slot import (
+    Bonds,
+    LanguageModel,
+    Proposer,
+    Slot,
+    bonds_of,
+    joined,
+)
+from captum_llm_ext.text.baselines.surroundings import Place, place_of
+
+_CANDIDATES = 4  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
+_SURE = 0.95  # the model's own text, at least so often, is what it would have written anyway
+_TOLD = 10
+_LEFT_BEHIND = "left behind"  # in place of a proposer that was not copied
+_NO_OTHER = "what comes before, where no other text of its kind is known"
+
+
+class ModelBaselines:
+    """What a language model would have written where a feature is absent; it needs nothing else.
+
+    An absent feature is one that is not known. So it is drawn anew from the model's own
+    distribution of what may come after the text before it, *the feature's own text among the
+    candidates*. What that text determines ("in", "is", "the") is then hardly ever another word,
+    and is not blamed; a name that nothing determines is nearly always another one. This is removal
+    by the conditional distribution (Covert, Lundberg & Lee, JMLR 2021, section 4.2; Aas, Jullum &
+    Løland 2021), given what comes before, as a causal model has it. Candidates are of the kind of
+    what they stand for (a capitalised word, a number, …) and carry its white space and punctuation.
+
+    Words that determine one another are absent together: a word is bound to the one before it if it
+    is more likely than not after that, and hardly after others ("Lake" after "Salt"), and whichever
+    word of such a phrase is absent, the phrase is drawn anew as a whole. A feature of many words (a
+    sentence, a passage, an example, a turn) is drawn word by word and phrase by phrase, so that it
+    keeps its form and loses what it says; a word or phrase that it says twice is drawn once.
+
+    Features that are absent at once are each drawn given the *original* text before them, whether
+    that is present or not, with one exception: neighbours of which one decides the other (a state
+    after its city) are drawn as one text, left to right, where both are absent.
+
+    The search takes one pass over the text for the candidates of all places and a few short ones
+    more, each for all places at once, together about what the evaluations of leave-one-out take. It
+    is done once for a text.
+
+    Args:
+        proposer: The model that is asked, if it is not the one under explanation: ``(model,
+            tokenizer)``, causal or masked, with any tokenizer; a pipeline of transformers; or a
+            model with the tokenizer of the one under explanation. A masked one goes by the text on
+            both sides of a place, the next word excepted.
+        n_candidates: Texts that are tried in every place, beside the one that stands there.
+
+    Raises:
+        ValueError: If `n_candidates` is below 1; on use, if there is no model to ask, or a masked
+            model's tokenizer has no mask.
+        TypeError: On use, if the proposer is no causal or masked language model.
+    """
+
+    deterministic = False
+
+    def __init__(self, proposer: Any = None, *, n_candidates: int = _CANDIDATES) -> None:
+        if n_candidates < 1:
+            raise ValueError(f"`n_candidates` is {n_candidates}: give at least 1.")
+        self._proposer = proposer
+        self._model: Proposer | None = proposer if isinstance(proposer, Proposer) else None
+        self.n_candidates = n_candidates
+        self._known: dict[Slot, _Filling | None] = {}
+        self._read: dict[str, list[tuple[Span, Alternatives]]] = {}
+
+    def __call__(self, slot: Slot, generator: torch.Generator) -> str:
+        """One replacement for the feature, its white space and punctuation included."""
+        filling = self._filling(slot)
+        return slot.text if filling is None else filling.draw(generator)
+
+    def with_model(self, model: LanguageModel) -> "ModelBaselines":
+        """The same with a model to ask, if it has none of its own."""
+        if self._proposer is _LEFT_BEHIND:
+            raise ValueError(
+                "these `ModelBaselines` asked a model of their own, which stayed where they were "
+                "copied from: make them anew, with the `proposer`."
+            )
+        if self._model is not None and self._proposer is not None:
+            return self
+        other = ModelBaselines(self._proposer, n_candidates=self.n_candidates)
+        other._model = model if self._proposer is None else model.proposing(self._proposer)
+        return other
+
+    def read(self, slots: Sequence[Slot]) -> Bonds:
+        """Asks the model for all places at once (see `KnowsPhrases`)."""
+        if not slots:
+            return Bonds()
+        context = slots[0].context
+        alternatives = self._alternatives(context, (slots[0].start, slots[-1].stop))
+        # A word that is several features is one thing, too.
+        parts = alternatives.parts(0, len(context), ties=False)
+        alternatives.read(parts)
+        ties = [(one[0], other[1]) for one, other in alternatives.ties]
+        return Bonds(*([*_runs(slots, spans)] for spans in (parts, ties)))
+
+    def explain(self, slot: Slot) -> Match:
+        """The candidates for a feature, each with its probability.
+
+        ``constant`` says that the text before determines it: at least 95 % of all draws are its own
+        text.
+        """
+        filling = self._filling(slot)
+        return BLANK if filling is None else filling.match
+
+    def matches(self, inp: HasSlots) -> list[Match]:
+        """The candidates of each feature of an input, in reading order; of a phrase the whole."""
+        slots = inp.slots
+        phrase_of = {i: run for run in bonds_of(self, slots).phrases for i in run}
+        together = ([slots[i] for i in phrase_of.get(i, (i,))] for i in range(len(slots)))
+        return [self.explain(joined(run)) for run in together]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was found is found again; a model of this process cannot be sent to another.
+        return {"n_candidates": self.n_candidates, "has_proposer": self._proposer is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        proposer = _LEFT_BEHIND if state["has_proposer"] else None
+        ModelBaselines.__init__(self, proposer, n_candidates=state["n_candidates"])
+
+    def __repr__(self) -> str:
+        return f"ModelBaselines(n_candidates={self.n_candidates})"
+
+    def _alternatives(self, text: str, within: Span) -> Alternatives:
+        """Those of a text, or of a part of it that holds these characters."""
+        known = self._read.setdefault(text, [])
+        for (start, stop), alternatives in known:
+            if start <= within[0] and within[1] <= stop:
+                return alternatives
+        found = Alternatives(text, self._asked(), self.n_candidates, within)
+        known.append((within, found))
+        return found
+
+    def _filling(self, slot: Slot) -> "_Filling | None":
+        """What may stand in a place; None for white space, which stays."""
+        if slot not in self._known:
+            place = place_of(slot)
+            self._known[slot] = None if place is None else self._find(_first_of(slot), place)
+        return self._known[slot]
+
+    def _find(self, slot: Slot, place: Place) -> "_Filling":
+        start, stop = _core(slot)
+        alternatives = self._alternatives(slot.context, (start, stop))
+        parts = alternatives.parts(start, stop) or [(start, stop)]
+        alternatives.read(parts)
+        found = [_candidates(alternatives.texts(part)) for part in parts]
+        ends = pairwise([(start, start), *parts, (stop, stop)])
+        between = [slot.context[one[1] : other[0]] for one, other in ends]
+        own = [slot.context[slice(*part)] for part in parts]
+        return _Filling(place, found, between, [own.index(text) for text in own])
+
+    def _asked(self) -> Proposer:
+        if self._model is None:
+            raise ValueError(
+                "`ModelBaselines` asks the model under explanation: use it in an input of "
+                "`GenerationAttribution`, or bind a model by `with_model`."
+            )
+        return self._model
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """What may stand in a place, part by part.
+
+    Attributes:
+        place: The place.
+        parts: Candidates for the words and phrases in it.
+        between: What stands before, between and after these.
+        same_as: Per part the first one with its text, which is drawn for both.
+    """
+
+    place: Place
+    parts: list[Candidates]
+    between: list[str]
+    same_as: list[int]
+
+    def draw(self, generator: torch.Generator) -> str:
+        """One text, with the white space and punctuation of the place."""
+        drawn: list[str] = []
+        for number, candidates in enumerate(self.parts):
+            first = self.same_as[number]
+            if first < number:
+                drawn.append(drawn[first])
+            else:
+                drawn.append(candidates.draw(part_of(generator, number))[0])
+        return self.place.filled(self._assembled(drawn))
+
+    @property
+    def match(self) -> Match:
+        """The likeliest texts with their probabilities."""
+        likely: list[tuple[float, tuple[str, ...]]] = [(1.0, ())]
+        own = 1.0
+        for number, candidates in enumerate(self.parts):
+            if (first := self.same_as[number]) < number:
+                likely = [(share, (*texts, texts[first])) for share, texts in likely]
+                continue
+            own *= candidates.match.determined
+            longer = [
+                (share * weight, (*texts, text))
+                for share, texts in likely
+                for text, weight in candidates.match.candidates
+            ]
+            likely = heapq.nlargest(_TOLD, longer, key=lambda choice: choice[0])
+        told = tuple((self._assembled(texts), share) for share, texts in likely)
+        others = tuple(text for text, _ in told if text != self.place.core)
+        n = math.prod(len(self.parts[number].choices) for number in {*self.same_as}) - 1
+        return Match(
+            level="model",
+            surroundings="what comes before" if n else _NO_OTHER,
+            n_occurrences=0,
+            n_candidates=n,
+            constant=own >= _SURE,
+            examples=others,
+            candidates=told,
+            determined=own,
+        )
+
+    def _assembled(self, texts: Sequence[str]) -> str:
+        first, *rest = self.between
+        return first + "".join(t + b for t, b in zip(texts, rest, strict=True))
+
+
+def _candidates(texts: dict[str, float]) -> Candidates:
+    """Texts with probabilities, the original first; where no other is known, it stays."""
+    original = next(iter(texts))
+    weights = {(text,): share for text, share in texts.items() if share > 0} or {(original,): 1.0}
+    match = Match("model", "what comes before", 0, len(weights) - 1, len(weights) == 1, ())
+    return Candidates.of(match, weights, (original,))
+
+
+def _first_of(slot: Slot) -> Slot:
+    """The first place of a slot's feature that says the same: a name is drawn once."""
+    core = slot.context[slice(*_core(slot))]
+    return next((s for s in slot.siblings if s.context[slice(*_core(s))] == core), slot)
+
+
+def _core(slot: Slot) -> Span:
+    """A place without white space and punctuation at its ends; of a part of a word all of it."""
+    place = place_of(slot)
+    if place is None:
+        return slot.start, slot.stop
+    start = slot.start + len(place.head) - round(place.part[0] * len(place.core))
+    return start, start + len(place.core)
+
+
+def _within(slots: Sequence[Slot], span: Span) -> list[int]:
+    """The slots that show some of a stretch of text that is not white space."""
+    first = bisect_right(slots, span[0], key=lambda slot: slot.stop)
+    inside = takewhile(lambda i: slots[i].start < span[1], range(first, len(slots)))
+    return [i for i in inside if slots[i].stop - len(slots[i].text.lstrip()) < span[1]]
+
+
+def _runs(slots: Sequence[Slot], spans: Sequence[Span]) -> Iterator[list[int]]:
+    """The slots in stretches of text that show some of several features, and nothing fixed."""
+    for span in spans:
+        run = _within(slots, span)
+        is_whole = all(slots[i].stop == slots[i + 1].start for i in run[:-1])
+        if is_whole and len({slots[i].feature for i in run}) > 1:
+            yield run

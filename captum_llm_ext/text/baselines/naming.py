@@ -1,0 +1,59 @@
+"""What a baseline is called where it is one of several, or where it matters which it is."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from captum.attr import ProductBaselines
+
+from captum_llm_ext.text.baselines import Deletion, FixedTexts, TokenBaseline
+from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
+from captum_llm_ext.text.baselines.model.baselines import ModelBaselines
+
+UNSEEN = (
+    "texts that the model never saw. On a language whose causes are known, most {what} like that "
+    "put the true causes not far above random numbers"
+)
+
+
+def unseen(baselines: Iterable[object], made: str, what: str) -> str | None:
+    """What to say where absent features make texts that the model never saw; None elsewhere.
+
+    Args:
+        baselines: What stands where features are absent.
+        made: What is done with these texts: "faithfulness is measured on".
+        what: What comes of it: "metrics".
+    """
+    for baseline in baselines:
+        is_token = isinstance(baseline, TokenBaseline | str | int)
+        if is_token or kind_of(baseline) == "deleted":
+            happens = "become one and the same token" if is_token else "are deleted"
+            return f"Absent features {happens}: {made} {UNSEEN.format(what=what)}"
+    return None
+
+
+def kind_of(baseline: object, nothing: str = "deleted") -> str:
+    """In a word or two.
+
+    Args:
+        baseline: A baseline, or what a user may give as one.
+        nothing: What it is called where there is no text.
+    """
+    match baseline:
+        case None | Deletion():
+            return nothing
+        case str():
+            return baseline
+        case int():
+            return f"token {baseline}"
+        case TokenBaseline():
+            return f"token {baseline.token}"
+        case CorpusBaselines():
+            return "corpus"
+        case ModelBaselines():
+            return "model"
+        case FixedTexts() if not any(any(texts) for texts in baseline.choices):
+            return nothing
+        case FixedTexts() | ProductBaselines() | Sequence() | Mapping():
+            return "texts"
+        case _:
+            name = getattr(baseline, "__name__", type(baseline).__name__)
+            return "function" if name == "<lambda>" else str(name)

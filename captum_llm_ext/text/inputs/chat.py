@@ -1,0 +1,203 @@
+"""`ChatInput`: the turns of a chat, found in what the tokenizer's own template makes of them."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.inputs.messages import (
+    Found,
+    Message,
+    Template,
+    checked,
+    describe,
+    has_text,
+    located,
+)
+from captum_llm_ext.text.inputs.prompt import Piece
+from captum_llm_ext.text.inputs.text import Parts, TextSegmentInput, as_units
+from captum_llm_ext.text.plain_tokenizer import PlainTokenizer
+from captum_llm_ext.text.segment import Span, Unit
+
+
+class ChatInput(TextSegmentInput):
+    """A chat whose turns, or the sentences, words or tokens in them, are switched on and off.
+
+    What the tokenizer's chat template puts around the messages is fixed text, and so are messages
+    of other roles; special tokens in what somebody said belong to it. No BOS is added to the one
+    that the template writes. A message is found as far as the template leaves it as it is, in JSON
+    or in several places too; what it leaves out (such as thoughts of earlier turns) is told by a
+    warning.
+
+    Args:
+        messages: As for ``tokenizer.apply_chat_template``: mappings with ``"role"`` and
+            ``"content"``; the content is a text, or a list of parts of which those with
+            ``"text"`` count. Reasoning (``"reasoning_content"`` and the like) and ``"tool_calls"``
+            are a part of the turn where the template writes them.
+        tokenizer: The model's tokenizer, with a chat template. None for a model behind an API that
+            is sent messages.
+        unit: ``"turn"``: every message is one feature. Otherwise a unit of `TextSegmentInput`, or a
+            tuple of them from coarse to fine, for the features inside the messages; turns are
+            then the coarsest level, whether the tuple begins with ``"turn"`` or not.
+        roles: Whose messages are switched.
+        tools: Passed to the template; what it writes of them is fixed text.
+        add_generation_prompt: Whether the template opens the model's own turn.
+        template_arguments: Other arguments of the template.
+        **arguments: `baselines`, `groups`, `fixed` as of `TextSegmentInput`.
+
+    Raises:
+        ValueError: If there is no message of these roles, none of them has a text, the template
+            fails, none of them can be found again in what it made, or a message holds pictures or
+            the like.
+        TypeError: If the tokenizer has no chat template, or a message is of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Any,
+        unit: Unit | tuple[Unit, ...] = "turn",
+        roles: Sequence[str] = ("user", "system"),
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        template_arguments: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.messages = checked(messages)
+        tokenizer = PlainTokenizer() if tokenizer is None else tokenizer
+        self.roles = tuple(roles)
+        chosen = _chosen(self.messages, self.roles)
+        template = Template(
+            tokenizer,
+            {
+                "add_generation_prompt": add_generation_prompt,
+                **({} if tools is None else {"tools": list(tools)}),
+                **(template_arguments or {}),
+            },
+        )
+        text = template.render(self.messages)
+        self._template_ids = template.ids(self.messages)
+        found = located(template, self.messages, text)
+        _tell(self.messages, {i: found[i] for i in chosen})
+        said = sorted((span, i) for i, message in enumerate(found) for span in message.spans)
+        roles_of = [str(message["role"]) for message in self.messages]
+        own = [(span, i) for span, i in said if i in chosen]
+        messages_of = [i for _, i in own]
+        turns = Parts(
+            [
+                ("" if i in messages_of[:n] else f"{roles_of[i]}: ") + text[slice(*span)]
+                for n, (span, i) in enumerate(own)
+            ],
+            [span for span, _ in own],
+            title="turn",
+            wholes=messages_of,
+        )
+        inner = _inside(unit)
+        if not inner:
+            arguments = {"groups": _stretches(messages_of) or None} | arguments
+        super().__init__(
+            text,
+            tokenizer,
+            (turns, *inner) if inner else turns,
+            names=None if inner else turns.names,
+            add_special_tokens=False,
+            **arguments,
+        )
+        self.pieces = _with_roles(self.pieces, [(span, roles_of[i]) for span, i in said])
+
+    def _encoded(self, text: str, tokenizer: Any, add_special_tokens: bool) -> tokens.Encoding:
+        encoding = super()._encoded(text, tokenizer, add_special_tokens)
+        # Some tokenizers read the template's own tokens as text when they come as text.
+        ids = self._template_ids
+        return encoding if ids in (None, encoding.ids) else tokens.find(tokenizer, text, ids)
+
+
+def _chosen(messages: Sequence[Message], roles: Sequence[str]) -> list[int]:
+    """The numbers of the messages of these roles that say something.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    of_role = [i for i, message in enumerate(messages) if message["role"] in roles]
+    if not of_role:
+        found = sorted({str(message["role"]) for message in messages})
+        raise ValueError(
+            f"no message has a role of {tuple(roles)}: the roles are {found}. Name some of them "
+            "in `roles`."
+        )
+    chosen = [i for i in of_role if has_text(messages[i])]
+    if not chosen:
+        raise ValueError(
+            f"a message of role {messages[of_role[0]]['role']!r} has no text: leave its role out "
+            "of `roles`."
+        )
+    return chosen
+
+
+def _tell(messages: Sequence[Message], found: Mapping[int, Found]) -> None:
+    """Says what the template leaves out of the chosen messages.
+
+    Raises:
+        ValueError: If none of them is left.
+    """
+    if not any(message.spans for message in found.values()):
+        i = next(iter(found))
+        raise ValueError(
+            f"{describe(i, messages[i], found[i].missing)} cannot be found in what the "
+            "chat template makes of it: the template changes, repeats or drops it. Leave its "
+            "role out of `roles`, or give the rendered text to `TextSegmentInput`."
+        )
+    told = [
+        describe(i, messages[i], message.missing) for i, message in found.items() if message.missing
+    ]
+    if told:
+        warnings.warn(
+            "what the chat template leaves out, changes or repeats is no part of a feature: "
+            f"{'; '.join(told)}.",
+            UserWarning,
+            stacklevel=level_of_caller(),
+        )
+
+
+def _inside(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
+    """The units within turns, from coarse to fine.
+
+    Raises:
+        ValueError: If turns are said to be within something.
+    """
+    units = as_units(unit)
+    inner = units[1:] if units[0] == "turn" else units
+    if any(isinstance(one, str) and one == "turn" for one in inner):
+        raise ValueError(f"`unit` is {unit!r}: turns are the coarsest parts of a chat.")
+    return inner
+
+
+def _stretches(messages: Sequence[int]) -> list[list[str | int]]:
+    """The places of every message that stands in several."""
+    places: dict[int, list[str | int]] = {}
+    for place, i in enumerate(messages):
+        places.setdefault(i, []).append(place)
+    return [own for own in places.values() if len(own) > 1]
+
+
+def _with_roles(pieces: Sequence[Piece], said: Sequence[tuple[Span, str]]) -> list[Piece]:
+    """The same text, with whose message each piece is in; fixed text is cut where one ends."""
+    marked: list[Piece] = []
+    position = 0
+    for piece in pieces:
+        first, position = position, position + len(piece.text)
+        # A feature may begin with the white space before its message, which its first token
+        # carries, and a token with the special one after it.
+        borders = {span.stop for span, _ in said}
+        if piece.feature is None:
+            borders |= {span.start for span, _ in said}
+        inner = sorted(border for border in borders if first < border < position)
+        for start, stop in pairwise([first, *inner, position]):
+            owner = next((role for span, role in said if span.start < stop <= span.stop), None)
+            feature = None if owner is None else piece.feature
+            text = piece.text[start - first : stop - first]
+            marked.append(Piece(text, feature, owner or "template"))
+    return marked

@@ -1,0 +1,63 @@
+"""A prompt with all of its features present, and the text that was generated after it."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.text.baselines import LanguageModel
+from captum_llm_ext.text.baselines.corpus.mismatch import warn_of_unlike
+from captum_llm_ext.text.inputs.generated import GeneratedText
+from captum_llm_ext.text.inputs.prompt import Prompt
+from captum_llm_ext.text.segment import Unit
+
+
+class Context:
+    """What a target is generated after, and seen with.
+
+    Args:
+        prompt: The prompt.
+        tokenizer: The model's tokenizer.
+        model: The model as baselines ask it.
+
+    Attributes:
+        prompt: The prompt, whose baselines know the model.
+        full: The prompt with every feature present.
+
+    Raises:
+        ValueError: If there is no token before the target.
+
+    Warns:
+        UserWarning: If the prompt's features are replaced from a corpus of another kind of text.
+    """
+
+    def __init__(self, prompt: Prompt, tokenizer: Any, model: LanguageModel) -> None:
+        self._tokenizer, self._model = tokenizer, model
+        self.prompt = prompt = prompt.with_model(model)
+        everything = torch.ones(1, prompt.n_features, dtype=torch.bool, device="cpu")
+        self.full = prompt.render(everything, torch.Generator().manual_seed(0))[0]
+        if not self.full.ids:
+            raise ValueError("the prompt is empty: it has no token before the target.")
+        warn_of_unlike(prompt.own_baseline, prompt.matches)
+
+    def generated(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
+        """The target as features, absent as `baselines` say, or else as those of the prompt."""
+        return GeneratedText(
+            ids.tolist(),
+            self._tokenizer,
+            unit,
+            baselines=self.prompt.baseline if baselines is None else baselines,
+            prompt_text=self.prompt.text,
+            prompt_ids=self.full.ids,
+            model=self._model,
+        )
+
+    def matches(self, generated: GeneratedText) -> dict[str, list[dict[str, Any]] | None]:
+        """How stand-ins were found, per place of prompt and output; None for fixed baselines."""
+        # The last generated feature has no token after it: nothing stands in for it.
+        output = generated.matches(max(generated.n_visible))
+        return {
+            part: None if found is None else [asdict(match) for match in found]
+            for part, found in {"prompt": self.prompt.matches(), "output": output}.items()
+        }

@@ -1,0 +1,194 @@
+"""Generated text as features, and the place where the model says each of its tokens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate, groupby, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.baselines import LanguageModel, as_baseline, with_model
+from captum_llm_ext.text.baselines.candidates import Match
+from captum_llm_ext.text.inputs.ownership import Ownership, own, owned_slots
+from captum_llm_ext.text.inputs.prompt import Piece, Place, Replacements
+from captum_llm_ext.text.segment import Span, Unit
+
+
+class GeneratedText:
+    """The target tokens, grouped into features that later tokens may depend on.
+
+    An absent feature changes what the model reads, never what it is asked for. The tokens inside
+    one feature are said while the feature itself stands: a coalition without it gives a value to
+    its first token only.
+
+    Args:
+        ids: Target token ids, ``n_target`` of them. They are never decoded and encoded again.
+        tokenizer: The model's tokenizer.
+        unit: As for `TextSegmentInput`, over the decoded text with its special tokens, which end
+            words, sentences and other units with a name and are features of their own there;
+            spans and segmenters have those within their characters. ``"token"`` makes column j
+            token j. None: the text is held fixed, there are no features.
+        baselines: What stands where a feature is absent, as for `TextSegmentInput`.
+        prompt_text: The text before, as context for baselines.
+        prompt_ids: Its ids, so that a leading space of the first token is seen.
+        model: For baselines that ask one.
+
+    Attributes:
+        n_features: Number of features, ``G``.
+        names: Their texts.
+        groups: Per target token its feature, or None for fixed text.
+        labels: Per target token a printable name.
+        deterministic: Whether two renderings of one coalition are always equal.
+        pieces: Per target token its text and its feature; special tokens have the role
+            ``"template"``.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        tokenizer: Any,
+        unit: Unit | None,
+        *,
+        baselines: Any = None,
+        prompt_text: str = "",
+        prompt_ids: Sequence[int] = (),
+        model: LanguageModel | None = None,
+    ) -> None:
+        self.ids = tuple(ids)
+        self._start = tokens.start_id(tokenizer)
+        texts = tokens.pieces(tokenizer, ids, prompt_ids)
+        self.labels = tokens.labels(tokenizer, ids, prompt_ids)
+        text, encoding = tokens.spell(tokenizer, ids, prompt_ids)
+        owned = _owned(text, texts, encoding, unit)
+        self.groups = owned.owners
+        self.n_features = len(owned.spans)
+        self.pieces = [
+            Piece(piece, group, "template" if is_special else None)
+            for piece, group, is_special in zip(texts, self.groups, encoding.special, strict=True)
+        ]
+        counter = partial(tokens.count_in_place, tokenizer)
+        name = unit if isinstance(unit, str) else None
+        context, offset = prompt_text + text, len(prompt_text)
+        slots = [
+            replace(slot, n_tokens=counter)
+            for slot in owned_slots(owned, self.ids, context, name, offset=offset, generated=True)
+        ]
+        baseline = as_baseline(baselines, tokenizer, slots)
+        if model is not None:
+            baseline = with_model(baseline, model)
+        self.names = list(self.labels) if unit == "token" else [text[a:b] for a, b in owned.named]
+        self._replacements = Replacements(baseline, slots, tokenizer)
+        self.deterministic = self._replacements.deterministic
+        self._runs = [
+            (group, tuple(place for place, _ in run))
+            for group, run in groupby(enumerate(self.groups), key=lambda pair: pair[1])
+        ]
+
+    @property
+    def n_visible(self) -> list[int]:
+        """Per target token the number of features strictly before it."""
+        counts: list[int] = []
+        before = 0
+        for group in self.groups:
+            counts.append(before if group is None else group)
+            before = before if group is None else group + 1
+        return counts
+
+    @property
+    def required(self) -> list[int | None]:
+        """Per target token its own feature if that began before it, which then must stand."""
+        return [
+            group if before == group else None for before, group in pairwise([None, *self.groups])
+        ]
+
+    def matches(self, n: int) -> list[Match] | None:
+        """How the baseline found candidates for the first `n` features, if it is one that tells."""
+        return self._replacements.matches(n)
+
+    def places(self) -> list[Place]:
+        """Where the features stand among the target's ids; what has no token after it too."""
+        return [Place(places, group) for group, places in self._runs if group is not None]
+
+    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
+        """See `Prompt.stand_ins`; nothing for what no target token comes after."""
+        draws = self._replacements.draws(n_draws, generator, None)
+        n_seen, groups = max(self.n_visible), [place.feature for place in self.places()]
+        return [[absent(g) if g < n_seen else () for g in groups] for absent in draws]
+
+    def render(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        masks: Tensor,
+        generator: torch.Generator,
+        draws: Tensor | None = None,
+    ) -> list[tuple[tuple[int, ...], Sequence[int]]]:
+        """What the model reads after each prompt, and where it says each target token.
+
+        Args:
+            prompts: Token ids of the prompt, one per coalition.
+            masks: Bool, shape ``(n_coalitions, n_features)``, True = present.
+            generator: Source of every random choice; one number is taken from it.
+            draws: Coalitions with equal number share one draw of replacements.
+
+        Returns:
+            Per coalition the ids and, for each target token, the index of the id that is read last
+            before it; -1 where the coalition gives the token no value.
+
+        Raises:
+            ValueError: If nothing is left before the target and the tokenizer has no token that
+                a text begins with.
+        """
+        replacements = self._replacements.draws(len(masks), generator, draws)
+        rows: list[tuple[tuple[int, ...], Sequence[int]]] = []
+        for prompt, mask, absent in zip(prompts, masks.tolist(), replacements, strict=True):
+            prompt = prompt or self._beginning()
+            if all(mask):
+                last = len(prompt) - 1
+                rows.append((prompt + self.ids[:-1], range(last, last + len(self.ids))))
+            else:
+                rows.append(self._row(prompt, mask, absent))
+        return rows
+
+    def _row(
+        self,
+        prompt: tuple[int, ...],
+        mask: Sequence[bool],
+        absent: Callable[[int], tuple[int, ...]],
+    ) -> tuple[tuple[int, ...], list[int]]:
+        ids = list(prompt)
+        positions = [-1] * len(self.ids)
+        for group, places in self._runs:
+            if group is None or mask[group]:
+                for place in places:
+                    positions[place] = len(ids) - 1
+                    ids.append(self.ids[place])
+            else:
+                positions[places[0]] = len(ids) - 1
+                ids += absent(group)
+        return tuple(ids[: max(positions) + 1]), positions
+
+    def _beginning(self) -> tuple[int, ...]:
+        if self._start is None:
+            raise ValueError(
+                "with every prompt feature absent nothing is left before the target, and the "
+                "tokenizer has no BOS, EOS or pad token to begin with: set one, or give baselines "
+                "other than deletion."
+            )
+        return (self._start,)
+
+
+def _owned(
+    text: str, texts: Sequence[str], encoding: tokens.Encoding, unit: Unit | None
+) -> Ownership:
+    """The tokens' owners, counted in reading order."""
+    stops = [0, *accumulate(map(len, texts))]
+    if unit == "token":  # each has a column, what is special and parts of characters too
+        each = [Span(start, stop) for start, stop in pairwise(stops)]
+        return Ownership(each, list(range(len(texts))), each)
+    # Nothing but white space is no word, and no reason to refuse an answer.
+    if unit is None or (isinstance(unit, str) and not text.strip()):
+        return Ownership([], [None] * len(texts), [])
+    return own(text, (unit,), encoding, apart=isinstance(unit, str))

@@ -1,0 +1,363 @@
+"""Where the messages of a chat stand in what a chat template makes of them."""
+
+import html
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from captum_llm_ext.text.segment import Span, shorten
+
+Message = Mapping[str, Any]
+# Plain letters and digits: no template has a reason to treat it otherwise than other text.
+_MARK = "captumllmextmark7351"
+# What templates look for in a message: tags and control tokens.
+_TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Za-z_]{1,40}\]")
+# Other texts of a message that templates write besides its content.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# As templates write a text: as it is, in JSON (two ways), in HTML (two ways).
+_WRITTEN: tuple[Callable[[str], str], ...] = (
+    str,
+    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    lambda text: json.dumps(text)[1:-1],
+    html.escape,
+    lambda text: html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a message stands in the rendered chat.
+
+    Attributes:
+        spans: Its places, in reading order; none if it is not there.
+        missing: What the template leaves out or changes of it, empty if nothing.
+    """
+
+    spans: list[Span]
+    missing: list[str] = field(default_factory=list[str])
+
+
+class Template:
+    """The tokenizer's chat template with its arguments.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        arguments: Of ``apply_chat_template``.
+
+    Raises:
+        TypeError: If the tokenizer has no ``apply_chat_template``.
+    """
+
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+        if not hasattr(tokenizer, "apply_chat_template"):
+            raise TypeError(
+                f"{type(tokenizer).__name__} has no `apply_chat_template`: give a tokenizer of "
+                "transformers, or the rendered text to `TextSegmentInput`."
+            )
+        self._tokenizer = tokenizer
+        self._arguments = dict(arguments)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The chat as text.
+
+        Raises:
+            ValueError: If the template refuses the messages.
+        """
+        return cast(str, self._applied(messages, tokenize=False))
+
+    def ids(self, messages: Sequence[Message]) -> tuple[int, ...] | None:
+        """The chat as token ids; None for tokenizers that render text alone."""
+        try:
+            found = self._applied(messages, tokenize=True, return_dict=True)
+            return tuple(int(token) for token in found["input_ids"])
+        except (ValueError, TypeError, KeyError, IndexError):
+            return None
+
+    def _applied(self, messages: Sequence[Message], **how: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(
+                [deepcopy(dict(message)) for message in messages], **how, **self._arguments
+            )
+        except Exception as error:  # jinja2's own errors, and whatever a template raises
+            raise ValueError(
+                f"the tokenizer's chat template cannot render these messages: {error}"
+            ) from error
+
+    def locate(self, messages: Sequence[Message], text: str, i: int) -> Found:
+        """Where message `i` stands in the rendered text, as far as it is there.
+
+        A text is found by rendering the chat once more with a mark in its place: what is left and
+        right of the mark is left and right of the text, whatever it says. What has no text of its
+        own to mark (tool calls, content that is an object) is what the chat lacks without it.
+        """
+        spans: list[Span] = []
+        missing: list[str] = []
+        for path, said in _texts(messages[i]):
+            found = self._find(messages, text, i, path, said)
+            spans += found.spans
+            missing += found.missing
+        for what, lacking in _lacking(messages[i]):
+            span = self._difference(messages, text, i, lacking)
+            if span is not None:
+                spans.append(span)
+            else:
+                missing.append(what)
+        return Found(_united(text, spans), missing)
+
+    def _find(
+        self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
+    ) -> Found:
+        marked = self._marked(messages, i, path, _MARK)
+        if marked == text:
+            return Found([], [said])  # it is nowhere, whatever it says
+        pieces = marked.split(_MARK)
+        if len(pieces) == 2:
+            before, after = pieces
+            start, stop = len(before), len(text) - len(after)
+            if text.startswith(before) and text.endswith(after) and start <= stop:
+                return _compared(text, Span(start, stop), said)
+        elif len(pieces) > 2:
+            return Found([], [said])
+        return (
+            self._find_between_tags(messages, text, i, path, said)
+            or self._find_rest(messages, text, i, path, said)
+            or _literally(text, said)
+        )
+
+    def _find_rest(
+        self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
+    ) -> Found | None:
+        """For templates that cut a message short: what the chat lacks without it."""
+        span = self._difference(messages, text, i, _with_text(messages, i, path, "")[i])
+        if span is None or text[slice(*span)].strip() not in said:
+            return None
+        return _compared(text, span, said)
+
+    def _find_between_tags(
+        self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
+    ) -> Found | None:
+        """For templates that look into a message: what stands between its tags is marked."""
+        stretches = _between_tags(said)
+        if not stretches or stretches == [_inner(said, 0, len(said))]:
+            return None
+        marks = [f"{_MARK}x{number}x" for number in range(len(stretches))]
+        changed, position = "", 0
+        for mark, (start, stop) in zip(marks, stretches, strict=True):
+            changed += said[position:start] + mark
+            position = stop
+        rendered = self._marked(messages, i, path, changed + said[position:])
+        kept = [n for n, mark in enumerate(marks) if rendered.count(mark) == 1]
+        if [n for n, mark in enumerate(marks) if mark in rendered] != kept or not kept:
+            return None
+        start, first = 0, None
+        rest = rendered
+        for number in kept:
+            before, _, rest = rest.partition(marks[number])
+            own = said[slice(*stretches[number])]
+            here = start + len(before)
+            written = next((w(own) for w in _WRITTEN if text.startswith(w(own), here)), None)
+            if text[start:here] != before or written is None:
+                return None
+            first = here if first is None else first
+            start = here + len(written)
+        if text[start:] != rest or first is None:
+            return None
+        # Tags that the message begins and ends with are its own if they stand where it says so.
+        head, tail = said[: stretches[kept[0]].start].lstrip(), said[stretches[kept[-1]].stop :]
+        first -= len(head) if text[:first].endswith(head) else 0
+        tail = tail.rstrip()
+        start += len(tail) if text.startswith(tail, start) else 0
+        return _compared(text, Span(first, start), said)
+
+    def _marked(self, messages: Sequence[Message], i: int, path: "_Path", said: str) -> str:
+        try:
+            return self.render(_with_text(messages, i, path, said))
+        except ValueError:  # a template that looks into the message may refuse others
+            return ""
+
+    def _difference(
+        self, messages: Sequence[Message], text: str, i: int, without: Message
+    ) -> Span | None:
+        changed = [dict(message) for message in messages]
+        changed[i] = dict(without)
+        try:
+            lacking = self.render(changed)
+        except ValueError:
+            return None
+        start = _agreeing(text, lacking)
+        stop = len(text) - _agreeing(text[start:][::-1], lacking[start:][::-1])
+        # What stands on both sides (the "<" of two tags) is taken from the left.
+        while start > 0 and text[start - 1] == text[stop - 1] and not text[start - 1].isspace():
+            start, stop = start - 1, stop - 1
+        return Span(start, stop) if text[start:stop].strip() else None
+
+
+_Path = tuple[str | int, ...]
+
+
+def checked(messages: Sequence[Message]) -> list[Message]:
+    """The messages, if they are some.
+
+    Raises:
+        TypeError: If they are no list of mappings with a role, or a part is none.
+        ValueError: If a message holds pictures or the like.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise TypeError(
+            f"`messages` is a {type(messages).__name__}: give a list of mappings with 'role' and "
+            "'content'."
+        )
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise TypeError(
+                f"message {i} is {message!r}: give a mapping with 'role' and 'content'."
+            )
+        content = message.get("content")
+        for part in content if isinstance(content, list | tuple) else ():
+            if not isinstance(part, Mapping):
+                raise TypeError(
+                    f"message {i} has the part {part!r}: give mappings such as "
+                    '{"type": "text", "text": "…"}.'
+                )
+            if "text" not in part and set(part) - {"type"}:
+                raise ValueError(
+                    f"message {i} has a part of type {part.get('type')!r}, with data that a chat "
+                    "as text leaves out: give its text alone, or an input of your own that renders "
+                    "to what the model takes (captum's `InterpretableInput`)."
+                )
+    return [dict(message) for message in messages]
+
+
+def located(template: Template, messages: Sequence[Message], text: str) -> list[Found]:
+    """Where every message stands in the rendered text; no two in one place."""
+    taken: list[Span] = []
+    found: list[Found] = []
+    for i in range(len(messages)):
+        one = template.locate(messages, text, i)
+        clash = [s for s in one.spans for t in taken if s.start < t.stop and t.start < s.stop]
+        if clash:  # found by its words, which somebody else has said
+            one = Found(
+                [span for span in one.spans if span not in clash],
+                [*one.missing, *(text[slice(*span)] for span in clash)],
+            )
+        taken += one.spans
+        found.append(one)
+    return found
+
+
+def has_text(message: Message) -> bool:
+    """Whether a message says anything that may be switched."""
+    return bool(_texts(message) or _lacking(message))
+
+
+def _texts(message: Message) -> list[tuple[_Path, str]]:
+    """The texts of a message, with where it holds them."""
+    content = message.get("content")
+    found: list[tuple[_Path, str]] = [
+        ((key,), message[key]) for key in _THOUGHTS if isinstance(message.get(key), str)
+    ]
+    if isinstance(content, str):
+        found.append((("content",), content))
+    elif isinstance(content, list | tuple):
+        for place, part in enumerate(cast(Sequence[Mapping[str, Any]], content)):
+            if isinstance(part.get("text"), str):
+                found.append((("content", place, "text"), part["text"]))
+    return [(path, said) for path, said in found if said.strip()]
+
+
+def _lacking(message: Message) -> list[tuple[str, Message]]:
+    """The message without what no mark can stand for, one thing at a time, and what that is."""
+    found: list[tuple[str, Message]] = []
+    if message.get("tool_calls"):
+        rest = {key: value for key, value in message.items() if key != "tool_calls"}
+        found.append(("its tool calls", rest | {"content": message.get("content") or ""}))
+    content = message.get("content")
+    if isinstance(content, Mapping) and content:
+        found.append((str(content), {**message, "content": {}}))
+    return found
+
+
+def _with_text(messages: Sequence[Message], i: int, path: _Path, text: str) -> list[Message]:
+    """The messages with another text in one place."""
+    changed: list[Any] = [dict(message) for message in messages]
+    changed[i] = place = deepcopy(changed[i])
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = text
+    return changed
+
+
+def _compared(text: str, span: Span, said: str) -> Found:
+    """A place, and what is not there of what was said."""
+    shown, wanted = text[slice(*span)].strip(), said.strip()
+    if not shown:
+        return Found([], [said])
+    same = (write(one).strip().casefold() for write in _WRITTEN for one in (wanted, said))
+    if shown.casefold() in same:
+        return Found([span])
+    start = _agreeing(wanted, shown)
+    n_after = _agreeing(wanted[start:][::-1], shown[start:][::-1])
+    if shown in wanted:  # what agrees by chance at both ends is no part of what is left out
+        start, n_after = wanted.rindex(shown), 0
+        left = [wanted[:start], wanted[start + len(shown) :]]
+    else:
+        left = [wanted[start : len(wanted) - n_after]]
+    return Found([span], [part for part in left if part.strip()])
+
+
+def _agreeing(one: str, other: str) -> int:
+    """Length of the beginning that two texts share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _literally(text: str, said: str) -> Found:
+    """A message found by what it says, where that stands once."""
+    for write in _WRITTEN:
+        wanted = write(said.strip())
+        if text.count(wanted) == 1:
+            return Found([Span(text.index(wanted), text.index(wanted) + len(wanted))])
+    spans: list[Span] = []
+    missing: list[str] = []
+    position = 0
+    for start, stop in _between_tags(said):
+        part = said[start:stop]
+        if text.count(part) == 1 and text.index(part) >= position:
+            position = text.index(part) + len(part)
+            spans.append(Span(position - len(part), position))
+        else:
+            missing.append(part)
+    return Found(spans, missing if spans else [said])
+
+
+def _between_tags(said: str) -> list[Span]:
+    """What stands between tags and control tokens, without white space at the ends."""
+    borders = [0, *(place for match in _TAG.finditer(said) for place in match.span()), len(said)]
+    found = [_inner(said, a, b) for a, b in zip(borders[::2], borders[1::2], strict=True)]
+    return [span for span in found if span.start < span.stop]
+
+
+def _inner(text: str, start: int, stop: int) -> Span:
+    shown = text[start:stop]
+    start += len(shown) - len(shown.lstrip())
+    return Span(start, start + len(shown.strip()))
+
+
+def _united(text: str, spans: Sequence[Span]) -> list[Span]:
+    """Spans in reading order; those with nothing but white space between are one."""
+    united: list[Span] = []
+    for span in sorted(spans):
+        if united and not text[united[-1].stop : span.start].strip():
+            united[-1] = Span(united[-1].start, max(united[-1].stop, span.stop))
+        else:
+            united.append(span)
+    return united
+
+
+def describe(i: int, message: Message, missing: Sequence[str]) -> str:
+    """Which message a template changed, and what of it."""
+    what = " and ".join(repr(shorten(" ".join(part.split()))) for part in missing[:3])
+    return f"message {i} ({message['role']}): {what}"

@@ -1,0 +1,500 @@
+"""Which token belongs to which span: the one rule for prompts, chats, templates and what is said.
+
+A token belongs to the span that holds its first character other than white space, special tokens in
+the text included. What shares a token cannot be switched apart: such spans are one, or an error
+where the user drew them.
+"""
+
+import warnings
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
+from typing import NamedTuple, cast
+
+from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.text.baselines import Slot
+from captum_llm_ext.text.segment import (
+    Span,
+    Unit,
+    is_drawn,
+    nest,
+    segment,
+    shorten,
+    strings,
+    unit_name,
+)
+from captum_llm_ext.text.tokens import Encoding
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """The spans of a coarser unit that own features.
+
+    Attributes:
+        spans: In reading order.
+        part_of: Per span of the finest unit the one it is in.
+        numbers: Per span its number among those that the unit gave; None for a special token.
+    """
+
+    spans: list[Span]
+    part_of: list[int]
+    numbers: list[int | None]
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Spans that own whole tokens.
+
+    Attributes:
+        spans: In reading order, none without a token. Each is the text of its tokens, the white
+            space that its first one carries included.
+        owners: Per token the number of its span, or None for fixed text.
+        named: Per span the text that names it: what was cut, as far as its tokens go.
+        coarse: The parts of coarser units, from coarse to fine.
+        alone: Per span whether it is a special token outside all that was cut.
+    """
+
+    spans: list[Span]
+    owners: list[int | None]
+    named: list[Span]
+    coarse: list[Coarse] = field(default_factory=list[Coarse])
+    alone: list[bool] = field(default_factory=list[bool])
+
+
+class Visible(NamedTuple):
+    """What a token shows: its characters without the white space around them."""
+
+    start: int
+    stop: int
+
+
+def own(
+    text: str,
+    units: Sequence[Unit],
+    encoding: Encoding,
+    *,
+    fixed: Sequence[tuple[int, int]] | Sequence[str] = (),
+    apart: bool = False,
+) -> Ownership:
+    """Cuts a text and gives every token to the span that holds its first visible character.
+
+    Args:
+        text: The text.
+        units: From coarse to fine; the finest makes the spans.
+        encoding: Its tokens.
+        fixed: Spans or texts: a token that shows a character of theirs is nobody's. So is a BOS at
+            the beginning that the tokenizer would add.
+        apart: Whether units with a name end where a special token stands, which then is a span by
+            itself.
+
+    Raises:
+        ValueError: If everything is fixed, spans that the user drew share a token, or one of them
+            owns none.
+    """
+    drawn = is_drawn(units[-1])
+    # Who draws a span around BOS means it.
+    holes = _holes(text, fixed, 0 if apart or drawn else encoding.n_opening)
+    coarse, finest = _cut(text, units, encoding, apart)
+    if units[-1] == "token":
+        spans, owners = _one_each(text, encoding, coarse[-1] if coarse else None, holes)
+        named = spans
+    else:
+        finest = _without(finest, holes, text)
+        if fixed and not finest:
+            raise ValueError("everything is `fixed`: leave something to attribute to.")
+        firsts, lasts = _reach(text, finest, encoding, holes)
+        if holes and not drawn:
+            firsts = _shown(text, finest, encoding, firsts)
+        if drawn:
+            _check_drawn(text, finest, encoding, firsts, lasts)
+        finest, owners = _joined(finest, firsts, lasts, drawn)
+        spans = _extents(text, finest, owners, encoding)
+        named = _named(text, finest, spans)
+    parts = [
+        _parts(text, level, is_drawn(unit), spans, owners, encoding, unit_name(unit))
+        for unit, level in zip(units, coarse, strict=False)
+    ]
+    found = Ownership(spans, owners, named, parts, [False] * len(spans))
+    return found if not apart else _with_special(found, encoding)
+
+
+def owned_slots(
+    owned: Ownership,
+    ids: Sequence[int],
+    context: str,
+    unit: str | None,
+    *,
+    offset: int = 0,
+    generated: bool = False,
+) -> list[Slot]:
+    """The place of every span, each a feature by itself.
+
+    Args:
+        owned: Spans that own tokens.
+        ids: Those tokens.
+        context: The text they are in.
+        unit: What makes the spans, where it has a name.
+        offset: Where in `context` the text begins that was cut.
+        generated: Whether it is a part of the model's own output.
+    """
+    own_ids: list[list[int]] = [[] for _ in owned.spans]
+    for token, owner in zip(ids, owned.owners, strict=True):
+        if owner is not None:
+            own_ids[owner].append(token)
+    return [
+        Slot(
+            context,
+            offset + start,
+            offset + stop,
+            tuple(own_ids[index]),
+            index,
+            index,
+            unit,
+            generated,
+        )
+        for index, (start, stop) in enumerate(owned.spans)
+    ]
+
+
+def _cut(
+    text: str, units: Sequence[Unit], encoding: Encoding, apart: bool
+) -> tuple[list[list[Span]], list[Span]]:
+    coarse = nest(text, units[:-1]) if len(units) > 1 else []
+    unit = units[-1]
+    if unit == "token":
+        return coarse, []
+    if not apart or not isinstance(unit, str):
+        return coarse, nest(text, units)[-1]
+    special = [
+        Span(encoding.starts[i], encoding.stops[i])
+        for i, is_special in enumerate(encoding.special)
+        if is_special and encoding.anchors[i] is not None
+    ]
+    finest: list[Span] = []
+    for outer in coarse[-1] if coarse else [Span(0, len(text))]:
+        for (start, stop), is_special in _stretches(text, outer, special):
+            if is_special:
+                finest.append(Span(start, stop))
+            else:
+                inner = segment(text[start:stop], unit)
+                finest += [Span(start + a, start + b) for a, b in inner]
+    return coarse, finest
+
+
+def _stretches(text: str, outer: Span, special: Sequence[Span]) -> list[tuple[Span, bool]]:
+    """A span cut at the special tokens in it; white space alone goes with the one after it."""
+    cuts: list[tuple[Span, bool]] = []
+    position = outer.start
+    first = bisect_left([token.start for token in special], outer.start)
+    for token in takewhile(lambda token: token.stop <= outer.stop, special[first:]):
+        content = len(text[position : token.start].rstrip())
+        if content:
+            cuts.append((Span(position, position + content), False))
+            position += content
+        cuts.append((Span(position, token.stop), True))
+        position = token.stop
+    if text[position : outer.stop].strip():
+        cuts.append((Span(position, outer.stop), False))
+    elif cuts:
+        (start, _), is_special = cuts.pop()
+        cuts.append((Span(start, outer.stop), is_special))
+    return cuts
+
+
+def _holes(
+    text: str, fixed: Sequence[tuple[int, int]] | Sequence[str], n_opening: int
+) -> list[Span]:
+    """What is fixed by hand, and the BOS that opens the text."""
+    if isinstance(fixed, str):
+        raise TypeError("`fixed` is one string: give a list of texts or of (start, stop) pairs.")
+    holes: list[Span] = []
+    if len(fixed) and all(isinstance(part, str) for part in fixed):
+        holes = segment(text, strings(cast(Sequence[str], fixed)))
+    elif len(fixed):
+        holes = segment(text, cast(Sequence[tuple[int, int]], fixed))
+    if n_opening and not (holes and holes[0].start < n_opening):
+        holes = [Span(0, n_opening), *holes]
+    return holes
+
+
+def _without(spans: Sequence[Span], holes: Sequence[Span], text: str) -> list[Span]:
+    """What the holes leave of the spans; nothing but white space is not worth a feature."""
+    if not holes:
+        return list(spans)
+    kept: list[Span] = []
+    stops = [hole.stop for hole in holes]
+    for start, stop in spans:
+        for hole in holes[bisect_right(stops, start) :]:
+            if hole.start >= stop:
+                break
+            kept.append(Span(start, max(start, hole.start)))
+            start = min(hole.stop, stop)
+        kept.append(Span(start, stop))
+    return [span for span in kept if text[span.start : span.stop].strip()]
+
+
+def _visible(text: str, encoding: Encoding, place: int) -> Visible:
+    anchor = cast(int, encoding.anchors[place])
+    shown = text[anchor : encoding.stops[place]].rstrip()
+    return Visible(anchor, anchor + len(shown))
+
+
+def _touched(text: str, spans: Sequence[Span], starts: Sequence[int], token: Visible) -> range:
+    """The numbers of the spans that hold the token's first visible character or a later one."""
+    first = bisect_right(starts, token.start) - 1
+    if first < 0 or token.start >= spans[first].stop:
+        first += 1
+    last = first
+    while last < len(spans) and (
+        spans[last].start <= token.start < spans[last].stop
+        or text[max(spans[last].start, token.start) : min(spans[last].stop, token.stop)].strip()
+    ):
+        last += 1
+    return range(first, last)
+
+
+def _is_fixed(text: str, holes: Sequence[Span], starts: Sequence[int], token: Visible) -> bool:
+    return bool(holes) and len(_touched(text, holes, starts, token)) > 0
+
+
+def _reach(
+    text: str, spans: Sequence[Span], encoding: Encoding, holes: Sequence[Span]
+) -> tuple[list[int | None], list[int | None]]:
+    """Per token the first and the last span that it has a part of; None for fixed text."""
+    starts, hole_starts = [span.start for span in spans], [hole.start for hole in holes]
+    firsts: list[int | None] = []
+    lasts: list[int | None] = []
+    for place, anchor in enumerate(encoding.anchors):
+        first = last = None
+        if anchor is not None:
+            token = _visible(text, encoding, place)
+            touched = _touched(text, spans, starts, token)
+            begins = bool(touched) and spans[touched[0]].start <= anchor < spans[touched[0]].stop
+            if begins and not _is_fixed(text, holes, hole_starts, token):
+                first, last = touched[0], touched[-1]
+        firsts.append(first)
+        lasts.append(last)
+    return firsts, lasts
+
+
+def _shown(
+    text: str, spans: Sequence[Span], encoding: Encoding, firsts: Sequence[int | None]
+) -> list[int | None]:
+    """The same without spans of which fixed tokens leave nothing but white space."""
+    seen: set[int] = set()
+    for place, first in enumerate(firsts):
+        if first is not None and text[slice(*_visible(text, encoding, place))].strip():
+            seen.add(first)
+    return [
+        first if first is None or first in seen or not text[slice(*spans[first])].strip() else None
+        for first in firsts
+    ]
+
+
+def _one_each(
+    text: str, encoding: Encoding, within: Sequence[Span] | None, holes: Sequence[Span]
+) -> tuple[list[Span], list[int | None]]:
+    """Every token a span. Of several tokens of one character the first has its text."""
+    starts = [span.start for span in within or ()]
+    hole_starts = [hole.start for hole in holes]
+    borders = pairwise([*encoding.starts, len(text)])
+    spans: list[Span] = []
+    owners: list[int | None] = []
+    for place, (anchor, (a, b)) in enumerate(zip(encoding.anchors, borders, strict=True)):
+        owner = None
+        # What lies between the coarser spans, such as a chat's template, is fixed text.
+        inside = anchor is not None and (within is None or _holds(within, starts, anchor))
+        if inside and not _is_fixed(text, holes, hole_starts, _visible(text, encoding, place)):
+            owner = len(spans)
+            spans.append(Span(min(a, b), b))
+        owners.append(owner)
+    return spans, owners
+
+
+def _holds(spans: Sequence[Span], starts: Sequence[int], place: int) -> bool:
+    at = bisect_right(starts, place) - 1
+    return at >= 0 and place < spans[at].stop
+
+
+def _joined(
+    spans: Sequence[Span],
+    firsts: Sequence[int | None],
+    lasts: Sequence[int | None],
+    drawn: bool,
+) -> tuple[list[Span], list[int | None]]:
+    """Spans that share a token as one; those without any go with the one before."""
+    owning = sorted({first for first in firsts if first is not None})
+    # Per span the last one that a token of it reaches; what lies between is one with it.
+    reach: dict[int, int] = {}
+    for first, last in zip(firsts, lasts, strict=True):
+        if first is not None and last is not None:
+            reach[first] = max(last, reach.get(first, first))
+    joined: list[tuple[int, int]] = []
+    for number in owning:
+        if joined and number <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], reach[number]))
+        else:
+            joined.append((number, reach[number]))
+    if joined and not drawn:
+        # Text that the tokenizer drops is told with what stands right before it.
+        stops = [*(first for first, _ in joined[1:]), len(spans)]
+        for i, ((first, last), stop) in enumerate(zip(joined, stops, strict=True)):
+            while last + 1 < stop and spans[last + 1].start == spans[last].stop:
+                last += 1
+            joined[i] = (first, last)
+    begins = [first for first, _ in joined]
+    owners = [None if first is None else bisect_right(begins, first) - 1 for first in firsts]
+    return [Span(spans[a].start, spans[b].stop) for a, b in joined], owners
+
+
+def _extents(
+    text: str, spans: Sequence[Span], owners: Sequence[int | None], encoding: Encoding
+) -> list[Span]:
+    """The text of every span's tokens, and what of the span no token has."""
+    places: dict[int, tuple[int, int]] = {}
+    for place, owner in enumerate(owners):
+        if owner is not None:
+            places[owner] = (places.get(owner, (place, place))[0], place)
+    # What is before a token is covered, what is after one begins with the next token's space.
+    covered = [0]
+    for stop in encoding.stops:
+        covered.append(max(covered[-1], stop))
+    n = len(owners)
+    following = [len(text)] * (n + 1)
+    for place in range(n - 1, -1, -1):
+        has_text = encoding.anchors[place] is not None
+        following[place] = encoding.starts[place] if has_text else following[place + 1]
+    found: list[Span] = []
+    for number, span in enumerate(spans):
+        first, last = places[number]
+        start, stop = encoding.starts[first], covered[last + 1]
+        if start > span.start:
+            start = min(start, max(span.start, covered[first]))
+        stop = max(stop, min(span.stop, following[last + 1]))
+        found.append(Span(start, max(start, stop)))
+    return found
+
+
+def _named(text: str, drawn: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
+    """What was cut, as far as its tokens go; wider where they show more."""
+    named: list[Span] = []
+    for (first, last), (start, stop) in zip(drawn, spans, strict=True):
+        # White space alone makes no other name.
+        start = start if text[first:start].strip() else first
+        differs = text[last:stop].strip() or text[stop:last].strip()
+        named.append(Span(start, stop if differs else last))
+    return named
+
+
+def _check_drawn(
+    text: str,
+    spans: Sequence[Span],
+    encoding: Encoding,
+    firsts: Sequence[int | None],
+    lasts: Sequence[int | None],
+) -> None:
+    """Refuses spans by hand that share a token; tells those that end inside one."""
+    barren = set(range(len(spans))) - set(firsts)
+    if barren:
+        start, stop = spans[min(barren)]
+        raise ValueError(
+            f"span ({start}, {stop}) {shorten(text[start:stop])!r} owns no whole token (its first "
+            "one begins before it): widen it to the border of a token."
+        )
+    starts = [span.start for span in spans]
+    cut: list[tuple[Span, Visible]] = []
+    for place, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+        if encoding.anchors[place] is None:
+            continue
+        token = _visible(text, encoding, place)
+        if first is not None and first != last:
+            one, other = (text[slice(*spans[i])] for i in (first, first + 1))
+            raise ValueError(
+                f"spans {shorten(one)!r} and {shorten(other)!r} share the token "
+                f"{text[slice(*token)]!r} and cannot be switched apart: draw one span around "
+                "both, or end the first where a token ends."
+            )
+        if first is not None:
+            if text[spans[first].stop : token.stop].strip():
+                cut.append((spans[first], token))
+        elif touched := _touched(text, spans, starts, token):
+            cut.append((spans[touched[0]], token))
+    if cut:
+        (span, token), n = cut[0], len({span for span, _ in cut})
+        others = f" (and {n - 1} more spans like it)" if n > 1 else ""
+        whose = "is switched with it" if span.start <= token.start else "stays when it is absent"
+        warnings.warn(
+            f"span {tuple(span)} {shorten(text[slice(*span)])!r} has a part of the token "
+            f"{text[slice(*token)]!r}, all of which {whose}{others}: end spans where tokens end.",
+            UserWarning,
+            stacklevel=level_of_caller(),
+        )
+
+
+def _parts(
+    text: str,
+    level: Sequence[Span],
+    drawn: bool,
+    spans: Sequence[Span],
+    owners: Sequence[int | None],
+    encoding: Encoding,
+    name: str,
+) -> Coarse:
+    """The spans of a coarser unit, joined where a finer span or token is in two of them."""
+    starts = [span.start for span in level]
+    firsts: list[int | None] = [None] * len(spans)
+    lasts: list[int | None] = [None] * len(spans)
+    for place, owner in enumerate(owners):
+        if owner is None:
+            continue
+        touched = _touched(text, level, starts, _visible(text, encoding, place))
+        if not touched:
+            continue
+        known_first, known_last = firsts[owner], lasts[owner]
+        firsts[owner] = touched[0] if known_first is None else min(known_first, touched[0])
+        lasts[owner] = touched[-1] if known_last is None else max(known_last, touched[-1])
+        if drawn and firsts[owner] != lasts[owner]:
+            raise ValueError(
+                f"two {name}s share {shorten(text[slice(*spans[owner])])!r}, of which a token "
+                "cannot be switched in halves: put something between them."
+            )
+    merged, part_of = _joined(level, firsts, lasts, drawn)
+    numbers = [bisect_right(starts, span.start) - 1 for span in merged]
+    return Coarse(merged, [0 if part is None else part for part in part_of], [*numbers])
+
+
+def _with_special(owned: Ownership, encoding: Encoding) -> Ownership:
+    """Every special token that nobody has as a span of its own, numbered in reading order."""
+    keys: list[tuple[bool, int] | None] = [
+        (False, owner) if owner is not None else (True, place) if is_special else None
+        for place, (owner, is_special) in enumerate(
+            zip(owned.owners, encoding.special, strict=True)
+        )
+    ]
+    order = list(dict.fromkeys(key for key in keys if key is not None))
+    number = {key: i for i, key in enumerate(order)}
+    own: dict[int, Span] = {}
+    position = 0
+    for alone, i in order:
+        if alone:
+            start, stop = encoding.starts[i], encoding.stops[i]
+            # What the tokenizer adds has no characters: it stands where the text is up to.
+            has_text = encoding.anchors[i] is not None
+            own[i] = Span(start, stop) if has_text else Span(position, position)
+        position = own[i].stop if alone else owned.spans[i].stop
+    spans = [own[i] if alone else owned.spans[i] for alone, i in order]
+    named = [own[i] if alone else owned.named[i] for alone, i in order]
+    coarse: list[Coarse] = []
+    for parts in owned.coarse:
+        told = dict.fromkeys((a, i if a else parts.part_of[i]) for a, i in order)
+        place = {key: i for i, key in enumerate(told)}
+        coarse.append(
+            Coarse(
+                [own[i] if alone else parts.spans[i] for alone, i in told],
+                [place[a, i if a else parts.part_of[i]] for a, i in order],
+                [None if alone else parts.numbers[i] for alone, i in told],
+            )
+        )
+    owners = [None if key is None else number[key] for key in keys]
+    return Ownership(spans, owners, named, coarse, [alone for alone, _ in order])

@@ -1,0 +1,314 @@
+"""What the rest of the package knows of a prompt, whatever it was made from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.baselines import (
+    Baseline,
+    Bonds,
+    LanguageModel,
+    Slot,
+    bonds_of,
+    draw_generator,
+    is_deterministic,
+    joined,
+    template_parts,
+    with_model,
+)
+from captum_llm_ext.text.baselines.candidates import Match
+
+_NO_PLACES = (
+    "gradients need features that own tokens, which templates, images and inputs of other kinds do "
+    "not tell: give captum's `TextTokenInput`, or `TextSegmentInput` (`from_template` for a "
+    "template) or `ChatInput`."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """What the model is given for one coalition of prompt features.
+
+    Attributes:
+        ids: Token ids.
+        extras: Other arguments of the model's forward (pixel values…), batch size 1. None for text.
+        key: Tells prompts with equal ids and different extras apart.
+    """
+
+    ids: tuple[int, ...]
+    extras: Mapping[str, Any] | None = None
+    key: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of text.
+
+    Attributes:
+        text: As it stands.
+        feature: The feature it shows; None for fixed text.
+        role: Whose message of a chat it is in; ``"template"`` for what no one said (what a chat
+            template puts around messages, special tokens); None for other text.
+    """
+
+    text: str
+    feature: int | None
+    role: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its parts by name; the role only where there is one."""
+        told = {"text": self.text, "feature": self.feature}
+        return told if self.role is None else told | {"role": self.role}
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A coarser reading of the features.
+
+    Attributes:
+        name: Its unit: ``"sentence"``, ``"turn"``…
+        parts: One name per part.
+        part_of: Per feature the part it is in.
+    """
+
+    name: str
+    parts: list[str]
+    part_of: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a feature's tokens stand, or a part of them that is replaced as a whole.
+
+    Attributes:
+        positions: Indices of token ids, in reading order.
+        feature: The feature they are of.
+    """
+
+    positions: tuple[int, ...]
+    feature: int
+
+
+class Prompt(ABC):
+    """What attribution asks of a prompt, whatever it was made from.
+
+    Attributes:
+        n_features: Features that are switched; columns of `masks`.
+        names: One name per column of the result.
+        columns: Per column of the result the feature whose score it shows.
+        pieces: The prompt as text, in reading order; a piece's number is a column of the result.
+        text: The prompt as one text: what generated text continues.
+        baseline: What stands where generated features are absent, unless the user says otherwise.
+        own_baseline: What stands where those of the prompt are: a baseline, or what captum's inputs
+            have for one. None: nothing.
+        deterministic: Whether two renderings of one coalition are always equal.
+        levels: Coarser readings of the columns, from coarse to fine; empty for most inputs.
+        unit_name: What one feature is called: ``"word"``, ``"turn"``…
+    """
+
+    n_features: int
+    names: list[str]
+    columns: list[int]
+    pieces: list[Piece]
+    text: str
+    baseline: Baseline
+    own_baseline: Any
+    deterministic: bool
+    levels: Sequence[Level] = ()
+    unit_name: str = "feature"
+
+    @abstractmethod
+    def render(
+        self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
+    ) -> list[RenderedPrompt]:
+        """The prompts of several coalitions.
+
+        Args:
+            masks: Bool, shape ``(n_coalitions, n_features)``, True = present.
+            generator: Source of every random choice; one number is taken from it.
+            draws: Shape ``(n_coalitions,)``: coalitions with equal number share one draw of
+                replacements. By default each has its own.
+
+        Returns:
+            One rendered prompt per coalition.
+        """
+
+    def places(self) -> list[Place]:
+        """Where the features stand in the ids of the prompt with every feature present.
+
+        Raises:
+            TypeError: If absent features change more than the tokens in their own places.
+        """
+        raise TypeError(_NO_PLACES)
+
+    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
+        """The ids that stand in every one of `places` where it is absent; none for deletion.
+
+        Args:
+            n_draws: Number of draws.
+            generator: One number is taken from it.
+
+        Returns:
+            Per draw and place the ids, as many as the baseline gives.
+
+        Raises:
+            TypeError: As `places`.
+        """
+        raise TypeError(_NO_PLACES)
+
+    def with_default(self, baselines: Any) -> "Prompt":
+        """The prompt with these baselines, if nothing was said of them; otherwise itself."""
+        return self
+
+    def with_model(self, model: LanguageModel) -> "Prompt":
+        """The prompt with a model for baselines that ask one; itself if none does."""
+        return self
+
+    def matches(self) -> list[Match] | None:
+        """How the baseline found candidates for each place, if it is one that tells."""
+        return None
+
+
+class Replacements:
+    """The ids that stand where features are absent, draw by draw.
+
+    Args:
+        baseline: What stands there.
+        slots: All places, in reading order.
+        tokenizer: Tokenises replacement texts in place.
+        by_phrase: Whether places that the baseline takes for one thing are absent together.
+    """
+
+    def __init__(
+        self, baseline: Baseline, slots: Sequence[Slot], tokenizer: Any, *, by_phrase: bool = False
+    ) -> None:
+        self.deterministic = not slots or is_deterministic(baseline)
+        self._baseline = baseline
+        self._slots = slots
+        self._tokenizer = tokenizer
+        self._by_phrase = by_phrase
+        self._in_place: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._bonds: Bonds | None = None
+
+    def with_model(self, model: LanguageModel) -> "Replacements":
+        """The same with a model for the baseline to ask."""
+        return self._of(with_model(self._baseline, model), self._slots)
+
+    def over(self, slots: Sequence[Slot]) -> "Replacements":
+        """The same for other slots."""
+        return self._of(self._baseline, slots)
+
+    def _of(self, baseline: Baseline, slots: Sequence[Slot]) -> "Replacements":
+        return Replacements(baseline, slots, self._tokenizer, by_phrase=self._by_phrase)
+
+    def matches(self, n: int | None = None) -> list[Match] | None:
+        """How the baseline found candidates for the first `n` slots, if it is one that tells.
+
+        Of a phrase that is absent as one, every slot has those of the phrase.
+        """
+        explain = getattr(self._baseline, "explain", None)
+        if explain is None:
+            return None
+        phrase_of = {index: run for run in self._found_bonds().phrases for index in run}
+        runs = [phrase_of.get(index, (index,)) for index in range(len(self._slots[:n]))]
+        return [explain(joined([self._slots[i] for i in run])) for run in runs]
+
+    def units(self, absent: Collection[int]) -> Mapping[int, tuple[int, ...]]:
+        """What is drawn as one where slots are absent.
+
+        Args:
+            absent: Indices of slots.
+
+        Returns:
+            For these, and for all that are absent with them, the slots drawn together with each, in
+            reading order.
+        """
+        if not absent:
+            return {}
+        bonds = self._found_bonds()
+        unit_of = {index: (index,) for index in absent}
+        for run in bonds.phrases:
+            if any(index in unit_of for index in run):
+                unit_of |= dict.fromkeys(run, tuple(run))
+        for run in bonds.ties:
+            if all(index in unit_of for index in run):
+                whole = tuple(sorted({index for part in run for index in unit_of[part]}))
+                unit_of |= dict.fromkeys(whole, whole)
+        return unit_of
+
+    def _found_bonds(self) -> Bonds:
+        if self._bonds is None:
+            found = bonds_of(self._baseline, self._slots)
+            self._bonds = found if self._by_phrase else Bonds()
+        return self._bonds
+
+    def draws(
+        self, n_rows: int, generator: torch.Generator, draws: Tensor | None
+    ) -> list[Callable[..., tuple[int, ...]]]:
+        """Per row a function from indices of slots to the ids that stand in their place.
+
+        Its arguments are a unit (see `units`), or a single slot.
+
+        Args:
+            n_rows: Number of coalitions.
+            generator: One number is taken from it; all draws follow from that one.
+            draws: Shape ``(n_rows,)``: rows with equal number share a draw. None: each its own.
+        """
+        seed = draw_seed(generator)
+        numbers = range(n_rows) if draws is None else draws.tolist()
+        known: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+        def ids(draw: int, *unit: int) -> tuple[int, ...]:
+            if (draw, *unit) not in known:
+                self._found_bonds()  # asked of all places at once
+                slot = joined([self._slots[i] for i in unit])
+                # A generator for each feature: a row draws only what it lacks, and the same as
+                # every other row of its draw. Slots of one feature share it: what they draw from
+                # lists of equal length stands at one place of them.
+                known[draw, *unit] = self._ids(slot, draw_generator(seed, draw, slot.feature))
+            return known[draw, *unit]
+
+        return [partial(ids, 0 if self.deterministic else number) for number in numbers]
+
+    def _ids(self, slot: Slot, generator: torch.Generator) -> tuple[int, ...]:
+        found = self._baseline(slot, generator)
+        if not isinstance(found, str):
+            try:
+                return tuple(int(token) for token in found)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"the baseline returned {found!r} for {slot.text!r}: return a text or "
+                    "token ids."
+                ) from None
+        content = found.lstrip()
+        # A part of a character has no text that other text could stand for.
+        if not content or not slot.text:
+            return ()
+        own = slot.text
+        # The white space that the feature's tokens hold at their ends is not what it says.
+        text = own[: len(own) - len(own.lstrip())] + content
+        if own.strip() and content == content.rstrip():
+            text += own[len(own.rstrip()) :]
+        left = slot.context[max(0, slot.start - tokens.CONTEXT) : slot.start]
+        if (text, left) not in self._in_place:
+            self._in_place[text, left] = tokens.encode_in_place(self._tokenizer, text, left)
+        return self._in_place[text, left]
+
+
+def template_pieces(
+    template: str | Callable[..., str], values: Sequence[str] | Mapping[str, str]
+) -> list[Piece] | None:
+    """The text that a template makes, its values numbered; None if they cannot be found in it."""
+    parts = template_parts(template, values)
+    return None if parts is None else [Piece(text, number) for text, number in parts if text]
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """One number from which all draws of a rendering follow."""
+    return int(torch.randint(2**62, (), generator=generator, device="cpu"))

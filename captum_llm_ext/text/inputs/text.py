@@ -1,0 +1,507 @@
+"""`TextSegmentInput`: a text cut into features that own whole tokens."""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from functools import partial
+from itertools import groupby, takewhile
+from typing import Any, Self, cast
+
+import torch
+from captum.attr import InterpretableInput
+from torch import Tensor
+
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.baselines import (
+    Default,
+    LanguageModel,
+    Slot,
+    as_baseline,
+    for_generated,
+    with_model,
+    with_siblings,
+)
+from captum_llm_ext.text.baselines.candidates import Match
+from captum_llm_ext.text.inputs.groups import Groups, label_spans, tie
+from captum_llm_ext.text.inputs.ownership import Ownership, own, owned_slots
+from captum_llm_ext.text.inputs.prompt import (
+    Level,
+    Piece,
+    Place,
+    Prompt,
+    RenderedPrompt,
+    Replacements,
+    template_pieces,
+)
+from captum_llm_ext.text.plain_tokenizer import PlainTokenizer
+from captum_llm_ext.text.segment import Span, Unit, shorten, unit_name
+
+Part = tuple[str, str] | tuple[str, str, bool]
+_DEFAULT = Default()
+_PARTS = ("part", "example", "passage")
+
+
+class TextSegmentInput(InterpretableInput, Prompt):
+    """A text whose words, sentences or other spans are switched on and off together.
+
+    Features own whole tokens: a token belongs to the span that holds its first character other
+    than white space, and so do special tokens in the text (``</s>`` in a passage). Words or other
+    parts that share a token are one feature, whose name says so; spans given by hand that do are an
+    error. Tokens outside all spans are fixed text, and so are BOS and what else the tokenizer adds.
+    With every feature present the rendered ids are those of the tokenizer, unchanged.
+
+    Args:
+        text: The prompt.
+        tokenizer: The model's tokenizer. None for a model that nobody has the tokenizer of, behind
+            an API: then words are the least that features own.
+        unit: ``"token"``, ``"word"``, ``"sentence"``, ``"line"``, ``"paragraph"``, ``"block"``
+            (of Markdown), a list of ``(start, stop)`` character spans, or a callable ``text ->
+            list of (start, stop)`` such as those of `captum_llm_ext.segment`. What lies between
+            spans is fixed text. A tuple of units, from coarse to fine, makes features of the
+            finest and levels of all: ``("paragraph", "sentence", "word")``.
+        baselines: What stands where a feature is absent. By default what the model itself would
+            have written there (`ModelBaselines`), where `GenerationAttribution` asks a model of
+            this process; nothing elsewhere. ``"delete"`` or None (nothing: the tokens are deleted),
+            a token id, a token of the vocabulary, a list with one text (or list of texts to draw
+            from) per span, a mapping from every span's label, number or text to such, captum's
+            `ProductBaselines`, or a callable ``(slot, generator) -> text or ids``. Text takes the
+            white space around the text it replaces and is tokenised in place.
+        groups: Spans that are one feature, however far apart: lists of their texts or their
+            numbers in reading order, or a mapping from the feature's name to such a list. A group
+            stands where its first span does. Lists of replacement texts of equal length are drawn
+            from at the same place for all spans of a group.
+        fixed: What is never switched: ``(start, stop)`` spans, or texts, found in order. A token
+            that shows a character of it is fixed as a whole.
+        names: One name per span, for results. By default its text.
+        labels: What kind of thing a span is, for baselines that go by it (`CorpusBaselines(...,
+            labels={"city": [...]})`, a mapping, captum's `ProductBaselines` over a dict): one label
+            (or None) per span, or a mapping from a span's text or number to its label.
+        add_special_tokens: Whether the tokenizer adds its BOS and the like. Text that already
+            begins with BOS gets no second one.
+        special_tokens_are_features: Whether BOS and other special tokens are features of their own;
+            those within a span given by hand remain a part of it.
+
+    Attributes:
+        n_features: Number of features.
+        names: One name per feature.
+        slots: Per span the place it leaves when absent; ``slot.feature`` is the feature it is of.
+        levels: From coarse to fine, the names of a level's parts and the part each feature is in.
+
+    Raises:
+        ValueError: If the text is empty, the unit unknown, spans overlap or leave the text, a span
+            of the user's owns no whole token or shares one with another, a group or label names
+            what is no span, or `baselines`, `names` or `labels` has the wrong number of entries.
+        TypeError: If an argument is of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        tokenizer: Any,
+        unit: Unit | tuple[Unit, ...] = "word",
+        *,
+        baselines: Any = _DEFAULT,
+        groups: Groups | None = None,
+        fixed: Sequence[tuple[int, int]] | Sequence[str] = (),
+        names: Sequence[str] | None = None,
+        labels: Sequence[str | None] | Mapping[str | int, str] | None = None,
+        add_special_tokens: bool = True,
+        special_tokens_are_features: bool = False,
+    ) -> None:
+        if not isinstance(text, str):
+            raise TypeError(f"`text` is a {type(text).__name__}: give the prompt as a string.")
+        if not text.strip():
+            raise ValueError("the prompt is empty: give a text with at least one word.")
+        self.text = text
+        tokenizer = PlainTokenizer() if tokenizer is None else tokenizer
+        self.tokenizer = tokenizer
+        self.unit = unit
+        encoding = self._encoded(text, tokenizer, add_special_tokens)
+        self.ids = encoding.ids
+        units = as_units(unit)
+        owned = own(text, units, encoding, fixed=fixed, apart=special_tokens_are_features)
+        if not owned.spans:
+            raise ValueError(
+                f"the prompt {shorten(text)!r} has no token of its own to attribute to."
+            )
+        self.spans = owned.spans
+        shown = _span_names(text, owned, encoding, tokenizer, names)
+        feature_of, self.names = tie(shown, groups)
+        self.values = self.names
+        self.n_features = self.n_itp_features = len(self.names)
+        self.columns = list(range(self.n_features))
+        kind = units[-1] if isinstance(units[-1], str) else None
+        counter = partial(tokens.count_in_place, tokenizer)
+        self.slots = with_siblings(
+            [
+                replace(slot, label=label, feature=feature, n_tokens=counter)
+                for slot, label, feature in zip(
+                    owned_slots(owned, encoding.ids, text, kind),
+                    label_spans(shown, _for_drawn(labels, owned)),
+                    feature_of,
+                    strict=True,
+                )
+            ]
+        )
+        self.levels = _levels(text, units, owned, feature_of, shown)
+        self.unit_name = unit_name(units[-1])
+        self.pieces = _pieces(text, self.slots, owned, encoding, tokenizer)
+        self._chunks = _chunks(self.slots, owned.owners, self.ids)
+        self._drawn = self.slots
+        self._replace_by(baselines)
+
+    def _encoded(self, text: str, tokenizer: Any, add_special_tokens: bool) -> tokens.Encoding:
+        return tokens.encode(tokenizer, text, add_special_tokens=add_special_tokens)
+
+    def _replace_by(self, baselines: Any) -> None:
+        replacement = as_baseline(baselines, self.tokenizer, self.slots)
+        self.own_baseline, self.baseline = replacement, for_generated(replacement)
+        self._replacements = Replacements(replacement, self._drawn, self.tokenizer, by_phrase=True)
+        self.deterministic = self._replacements.deterministic
+
+    def with_baselines(self, baselines: Any) -> Self:
+        """A copy that differs in what stands where a feature is absent.
+
+        Args:
+            baselines: As of `TextSegmentInput`.
+
+        Raises:
+            ValueError, TypeError: As the constructor does.
+        """
+        changed = copy(self)
+        changed._replace_by(baselines)
+        return changed
+
+    def with_default(self, baselines: Any) -> Self:
+        """See `Prompt.with_default`."""
+        is_said = not isinstance(self.own_baseline, Default)
+        return self if is_said else self.with_baselines(baselines)
+
+    def with_model(self, model: LanguageModel) -> Self:
+        """See `Prompt.with_model`."""
+        changed = copy(self)
+        changed._replacements = self._replacements.with_model(model)
+        changed.baseline = with_model(self.baseline, model)
+        return changed
+
+    def drawn_together(self, groups: Sequence[int]) -> Self:
+        """A copy in which features of one group (one number per feature) share their draws."""
+        changed = copy(self)
+        tied = [replace(slot, feature=groups[slot.feature]) for slot in self.slots]
+        changed._drawn = with_siblings(tied)
+        changed._replacements = self._replacements.over(changed._drawn)
+        return changed
+
+    def matches(self) -> list[Match] | None:
+        """See `Prompt.matches`."""
+        return self._replacements.matches()
+
+    @staticmethod
+    def from_parts(
+        parts: Sequence[Part],
+        tokenizer: Any,
+        unit: Unit | tuple[Unit, ...] = "part",
+        *,
+        joiner: str = "\n\n",
+        **arguments: Any,
+    ) -> "TextSegmentInput":
+        """A prompt put together from named parts: an instruction, examples, passages, a question.
+
+        Args:
+            parts: ``(name, text)``, or ``(name, text, fixed)`` where `fixed` says that the part is
+                never switched.
+            tokenizer: The model's tokenizer.
+            unit: ``"part"``, ``"example"`` or ``"passage"``, whichever reads best: every part is
+                one feature, of its name. Otherwise the unit of the features inside the parts,
+                which are then the coarsest level; ``("passage", "sentence")`` names that level.
+            joiner: Stands between two parts, as fixed text.
+            **arguments: As of `TextSegmentInput`.
+
+        Raises:
+            ValueError: If there is no part to switch, or a part is empty.
+        """
+        spans, text = _joined(parts, joiner)
+        switched = [i for i, part in enumerate(parts) if not (len(part) > 2 and part[2])]
+        if not switched:
+            raise ValueError("every part is fixed: leave one to attribute to.")
+        units = as_units(unit)
+        named = units[0] in _PARTS
+        chosen = Parts(
+            [parts[i][0] for i in switched],
+            [spans[i] for i in switched],
+            title=str(units[0]) if named else "part",
+        )
+        inner = units[1:] if named else units
+        if not inner:
+            arguments = {"names": chosen.names, "labels": chosen.names} | arguments
+            return TextSegmentInput(text, tokenizer, chosen, **arguments)
+        return TextSegmentInput(text, tokenizer, (chosen, *inner), **arguments)
+
+    @staticmethod
+    def from_template(
+        template: str | Callable[..., str],
+        values: Sequence[str] | Mapping[str, str],
+        tokenizer: Any,
+        *,
+        mask: Sequence[Any] | Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> "TextSegmentInput":
+        """What captum's `TextTemplateInput` is, on token ids: other tokens never move.
+
+        Args:
+            template: A format string, or a function from the values to the text.
+            values: The values, in a list or by name.
+            tokenizer: The model's tokenizer.
+            mask: As in captum: values with equal numbers are one feature.
+            **arguments: As of `TextSegmentInput`; `baselines` as a list has one entry per value, in
+                the order in which the values stand in the text. Names of values are labels.
+
+        Raises:
+            ValueError: If the values cannot be found in the text that the template makes.
+        """
+        keys = list(values) if isinstance(values, Mapping) else list(range(len(values)))
+        given = [values[key] for key in keys]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        pieces = template_pieces(template, values)
+        if pieces is None:
+            raise ValueError(
+                "the values cannot be found in the text that the template makes of them (it may "
+                "change or drop some): use captum's `TextTemplateInput`, or give the text itself."
+            )
+        order = [piece.feature for piece in pieces if piece.feature is not None]
+        spans: list[Span] = []
+        position = 0
+        for piece in pieces:
+            if piece.feature is not None:
+                spans.append(Span(position, position + len(piece.text)))
+            position += len(piece.text)
+        text = "".join(piece.text for piece in pieces)
+        if mask is not None:
+            labels = [mask[keys[i]] for i in order]  # pyright: ignore[reportArgumentType, reportCallIssue]
+            arguments["groups"] = [
+                [place for place, own in enumerate(labels) if own == label]
+                for label in dict.fromkeys(labels)
+            ]
+        arguments.setdefault("names", [given[i] for i in order])
+        if isinstance(values, Mapping):
+            arguments.setdefault("labels", [str(keys[i]) for i in order])
+        return TextSegmentInput(text, tokenizer, spans, **arguments)
+
+    def to_tensor(self) -> Tensor:
+        """All features present: ones, shape ``(1, n_features)``."""
+        return torch.ones(1, self.n_features, dtype=torch.float32, device="cpu")
+
+    def to_model_input(self, perturbed_tensor: Tensor | None = None) -> Tensor:
+        """Token ids ``(1, n_tokens)`` of the prompt, or of the coalition in `perturbed_tensor`."""
+        if perturbed_tensor is None:
+            return torch.tensor([self.ids], dtype=torch.int64, device="cpu")
+        mask = perturbed_tensor[:1] == 1
+        row = self.render(mask, torch.Generator().manual_seed(0))[0]
+        return torch.tensor([row.ids], device=perturbed_tensor.device, dtype=torch.long)
+
+    def render(
+        self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
+    ) -> list[RenderedPrompt]:
+        """See `Prompt.render`."""
+        replacements = self._replacements.draws(len(masks), generator, draws)
+        rows: list[RenderedPrompt] = []
+        for mask, stand_in in zip(masks.tolist(), replacements, strict=True):
+            units = self._replacements.units(
+                {slot.index for slot in self.slots if not mask[slot.feature]}
+            )
+            ids: list[int] = []
+            for slot, chunk, is_first in self._chunks:
+                if slot is None or (unit := units.get(slot.index)) is None:
+                    ids += chunk
+                elif is_first and slot.index == unit[0]:  # which has what stands for all
+                    ids += stand_in(*unit)
+            rows.append(RenderedPrompt(tuple(ids)))
+        return rows
+
+    def places(self) -> list[Place]:
+        """See `Prompt.places`."""
+        positions: dict[int, list[int]] = {}
+        start = 0
+        for slot, chunk, _ in self._chunks:
+            if slot is not None:
+                positions.setdefault(slot.index, []).extend(range(start, start + len(chunk)))
+            start += len(chunk)
+        return [Place(tuple(positions[slot.index]), slot.feature) for slot in self.slots]
+
+    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
+        """See `Prompt.stand_ins`."""
+        draws = self._replacements.draws(n_draws, generator, None)
+        return [[absent(slot.index) for slot in self.slots] for absent in draws]
+
+    def __repr__(self) -> str:
+        unit = self.unit if isinstance(self.unit, str) else "spans"
+        return (
+            f"TextSegmentInput({shorten(self.text)!r}, unit={unit!r}, {self.n_features} features)"
+        )
+
+
+class Parts:
+    """Named spans of one text, as a unit.
+
+    Args:
+        names: One per span.
+        spans: In reading order.
+        title: What a part is called, as a level of results.
+        wholes: Spans with equal number are stretches of one part. By default each is one.
+    """
+
+    positional = True  # see `segment.is_drawn`
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        spans: Sequence[Span],
+        title: str = "part",
+        wholes: Sequence[int] | None = None,
+    ) -> None:
+        self.names, self._spans, self.title = list(names), list(spans), title
+        self.wholes = list(range(len(spans)) if wholes is None else wholes)
+
+    def __call__(self, text: str) -> list[Span]:
+        """The spans, whatever the text."""
+        return self._spans
+
+    def __repr__(self) -> str:
+        return f"{len(self._spans)} {self.title}s"
+
+
+def as_units(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
+    """A unit, or several from coarse to fine. A tuple of pairs of numbers is one unit: spans."""
+    if isinstance(unit, tuple) and any(isinstance(u, str) or callable(u) for u in unit):
+        return cast(tuple[Unit, ...], unit)
+    return (cast(Unit, unit),)
+
+
+def _joined(parts: Sequence[Part], joiner: str) -> tuple[list[Span], str]:
+    spans: list[Span] = []
+    text = ""
+    for part in parts:
+        name, content = part[0], part[1]
+        if not content.strip():
+            raise ValueError(f"part {name!r} is empty: leave it out.")
+        text += joiner if text else ""
+        spans.append(Span(len(text), len(text) + len(content)))
+        text += content
+    return spans, text
+
+
+def _chunks(
+    slots: Sequence[Slot], owners: Sequence[int | None], ids: Sequence[int]
+) -> list[tuple[Slot | None, tuple[int, ...], bool]]:
+    """Runs of tokens with one owner: the slot, its ids, and whether they are its first.
+
+    A special token within a span cuts it in two; what stands for the span stands there once.
+    """
+    seen: set[int | None] = set()
+    chunks: list[tuple[Slot | None, tuple[int, ...], bool]] = []
+    for owner, run in groupby(zip(owners, ids, strict=True), key=lambda pair: pair[0]):
+        slot = None if owner is None else slots[owner]
+        chunks.append((slot, tuple(token for _, token in run), owner not in seen))
+        seen.add(owner)
+    return chunks
+
+
+def _levels(
+    text: str,
+    units: Sequence[Unit],
+    owned: Ownership,
+    feature_of: Sequence[int],
+    shown: Sequence[str],
+) -> list[Level]:
+    """The coarser levels: their parts, and the part that each feature is in."""
+    levels: list[Level] = []
+    for unit, coarse in zip(units, owned.coarse, strict=False):
+        names: dict[tuple[bool, int], str] = {}
+        for part, (number, span) in enumerate(zip(coarse.numbers, coarse.spans, strict=True)):
+            if number is None:
+                names[True, part] = shown[coarse.part_of.index(part)]
+            elif isinstance(unit, Parts):
+                key = False, unit.wholes[number]
+                known = f"{names[key]} …" if key in names else ""
+                names[key] = known + unit.names[number]
+            else:
+                names[False, number] = text[slice(*span)]
+        place = {key: i for i, key in enumerate(names)}
+        part_of: dict[int, int] = {}
+        for feature, part in zip(feature_of, coarse.part_of, strict=True):
+            number = coarse.numbers[part]
+            if number is None:
+                whole = place[True, part]
+            else:
+                whole = place[False, unit.wholes[number] if isinstance(unit, Parts) else number]
+            if part_of.setdefault(feature, whole) != whole:
+                raise ValueError(
+                    f"a group ties spans of different parts of level {unit_name(unit)!r}: tie "
+                    "spans within one part, or use a single unit."
+                )
+        ordered = [part_of[feature] for feature in range(len(part_of))]
+        levels.append(Level(unit_name(unit), list(names.values()), ordered))
+    return levels
+
+
+def _span_names(
+    text: str,
+    owned: Ownership,
+    encoding: tokens.Encoding,
+    tokenizer: Any,
+    given: Sequence[str] | None,
+) -> list[str]:
+    """The spans' texts, or what they are called; what has no text, such as BOS, by its token."""
+    names = [text[start:stop] for start, stop in owned.named]
+    if given is not None:
+        drawn = [i for i, alone in enumerate(owned.alone) if not alone]
+        if len(given) != len(drawn):
+            raise ValueError(
+                f"`names` has {len(given)} entries for {len(drawn)} spans: give one each."
+            )
+        for i, name in zip(drawn, given, strict=True):
+            names[i] = name
+    if all(names):
+        return names
+    labels = tokens.labels(tokenizer, encoding.ids)
+    return [name or labels[owned.owners.index(i)] for i, name in enumerate(names)]
+
+
+def _for_drawn(
+    labels: Sequence[str | None] | Mapping[str | int, str] | None, owned: Ownership
+) -> Sequence[str | None] | Mapping[str | int, str] | None:
+    """Labels as given for the spans, with None for special tokens besides."""
+    n_alone = sum(owned.alone)
+    if not n_alone or labels is None or isinstance(labels, Mapping | str):
+        return labels
+    if len(labels) != len(owned.spans) - n_alone:
+        return labels
+    rest = iter(labels)
+    return [None if alone else next(rest) for alone in owned.alone]
+
+
+def _pieces(
+    text: str,
+    slots: Sequence[Slot],
+    owned: Ownership,
+    encoding: tokens.Encoding,
+    tokenizer: Any,
+) -> list[Piece]:
+    """The text cut at the spans; special tokens, which have no text of their own, decoded."""
+    leading = [i for i, _ in takewhile(lambda pair: pair[1] is None, enumerate(encoding.anchors))]
+    shown = tokens.decode(tokenizer, [encoding.ids[i] for i in leading]) if leading else ""
+    special = {
+        t for t, anchor in zip(encoding.ids, encoding.anchors, strict=True) if anchor is None
+    }
+    pieces: list[Piece] = []
+    if shown and owned.owners[0] is None and not text.startswith(shown):
+        pieces.append(Piece(shown, None))
+    position = 0
+    for slot in slots:
+        pieces.append(Piece(text[position : slot.start], None))
+        own_text = slot.text
+        if not own_text and slot.ids[0] in special:
+            own_text = tokens.decode(tokenizer, slot.ids)
+        pieces.append(Piece(own_text, slot.feature))
+        position = slot.stop
+    pieces.append(Piece(text[position:], None))
+    return [piece for piece in pieces if piece.text]

@@ -1,0 +1,207 @@
+"""Parts of a text that the user picks out. What lies between them is fixed text, no feature."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Literal, get_args
+
+from captum_llm_ext.text.segment.named import Named
+from captum_llm_ext.text.segment.span import Segmenter, Span, shorten, tiles, whole
+
+Delimiter = Literal["fixed", "following"]
+
+
+def pattern(regex: str | re.Pattern[str], group: int | str = 0) -> Segmenter:
+    """Each match of a regular expression, or of one group in it, is a feature.
+
+    A match that ends inside a grapheme cluster takes all of it, so ``pattern(r"(?s).")`` gives one
+    feature per character as a reader sees it. Empty matches are passed over.
+
+    Raises:
+        ValueError: At once, if `regex` is malformed or has no such group; on a text, if nothing
+            matches.
+    """
+    compiled = _compiled(regex)
+    if group not in compiled.groupindex and group not in range(compiled.groups + 1):
+        raise ValueError(
+            f"regular expression {compiled.pattern!r} has no group {group!r}: give one of "
+            f"{[*range(compiled.groups + 1), *compiled.groupindex]}."
+        )
+    call = (
+        f"pattern({compiled.pattern!r})"
+        if group == 0
+        else f"pattern({compiled.pattern!r}, {group!r})"
+    )
+
+    def find(text: str) -> list[Span]:
+        found = (match.span(group) for match in compiled.finditer(text))
+        return _some(whole(text, (span for span in found if span[0] < span[1])), call, text)
+
+    return Named(call, find)
+
+
+def between(opening: str | re.Pattern[str], closing: str | re.Pattern[str]) -> Segmenter:
+    """What stands between an opening and the next closing marker is a feature.
+
+    For passages in ``<doc>…</doc>`` and the like: markers, and white space before a closing one,
+    are fixed text; white space after an opening one belongs to the passage. Markers do not nest.
+
+    Args:
+        opening: A string taken literally, or a compiled pattern.
+        closing: As `opening`; it may be the same.
+
+    Raises:
+        ValueError: At once, if a marker is empty; on a text, if nothing stands between markers, or
+            an opening one is never closed.
+    """
+    first, last = _marker(opening), _marker(closing)
+    call = f"between({_shown(opening)}, {_shown(closing)})"
+
+    def find(text: str) -> list[Span]:
+        return _some(whole(text, _filled(text, _enclosed(text, first, last, call))), call, text)
+
+    return Named(call, find)
+
+
+def blocks(delimiter: str | re.Pattern[str], *, delimiter_is: Delimiter = "fixed") -> Segmenter:
+    r"""Blocks that a delimiter separates, or begins: few-shot examples, turns of a dialogue.
+
+    Args:
+        delimiter: A string taken literally, or a compiled pattern.
+        delimiter_is: ``"fixed"``: the delimiter separates and is no part of any feature
+            (``blocks("###")``). ``"following"``: it begins a block and belongs to it
+            (``blocks("Q:", delimiter_is="following")``), so that the blocks tile the text.
+            Either way what stands before the first delimiter is a block too.
+
+    Raises:
+        ValueError: At once, if the delimiter is empty or `delimiter_is` unknown; on a text, if the
+            delimiter is not in it, or nothing else is.
+    """
+    if delimiter_is not in get_args(Delimiter):
+        choices = ", ".join(map(repr, get_args(Delimiter)))
+        raise ValueError(f"`delimiter_is` is {delimiter_is!r}: give one of {choices}.")
+    marker = _marker(delimiter)
+    call = f"blocks({_shown(delimiter)}, delimiter_is={delimiter_is!r})"
+
+    def find(text: str) -> list[Span]:
+        marks = list(_marks(marker, text))
+        _some(marks, call, text)
+        if delimiter_is == "following":
+            return tiles(text, (mark.start for mark in marks))
+        return _some(whole(text, _filled(text, _gaps(text, marks))), call, text)
+
+    return Named(call, find)
+
+
+def strings(texts: Iterable[str]) -> Segmenter:
+    """Each of these strings is a feature: found in order, each after the end of the one before.
+
+    Raises:
+        TypeError: If `texts` is one string, or holds anything but strings.
+        ValueError: At once, if there is none, or one is empty; on a text, naming the one that is
+            not found.
+    """
+    wanted = list(texts)
+    if isinstance(texts, str) or not all(isinstance(item, str) for item in wanted):
+        raise TypeError(f"`strings` takes a list of strings, not {texts!r}.")
+    if not wanted or not all(wanted):
+        raise ValueError("`strings` needs at least one string, and none that is empty.")
+    return Named(f"strings({wanted!r})", lambda text: _in_order(text, wanted), positional=True)
+
+
+def spans(pairs: Iterable[tuple[int, int]]) -> Segmenter:
+    """These ``(start, stop)`` character positions, whatever the text.
+
+    Raises:
+        TypeError: If one of them is no pair of integers.
+    """
+    fixed = [as_span(pair) for pair in pairs]
+    return Named(f"spans({[tuple(span) for span in fixed]!r})", lambda _: fixed, positional=True)
+
+
+def as_span(pair: Iterable[int]) -> Span:
+    """A checked pair of character positions."""
+    values = tuple(pair) if isinstance(pair, Iterable) else (pair,)
+    if len(values) != 2 or not all(isinstance(value, int) for value in values):
+        raise TypeError(f"span {pair!r} is no (start, stop) pair of character positions.")
+    return Span(*values)
+
+
+def _compiled(regex: str | re.Pattern[str]) -> re.Pattern[str]:
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"{regex!r} is no regular expression: {error}.") from error
+
+
+def _marker(marker: str | re.Pattern[str]) -> re.Pattern[str]:
+    compiled = re.compile(re.escape(marker)) if isinstance(marker, str) else marker
+    if not compiled.pattern:
+        raise ValueError("an empty marker marks nothing: give a string, or a compiled pattern.")
+    return compiled
+
+
+def _shown(marker: str | re.Pattern[str]) -> str:
+    return repr(marker) if isinstance(marker, str) else f"re.compile({marker.pattern!r})"
+
+
+def _enclosed(
+    text: str, opening: re.Pattern[str], closing: re.Pattern[str], call: str
+) -> Iterator[tuple[int, int]]:
+    position = 0
+    while after := _next(opening, text, position):
+        before = _next(closing, text, after.stop)
+        if not before:
+            raise ValueError(
+                f"{call}: the marker at character {after.start} "
+                f"({shorten(text[after.start :])!r}) is never closed: close it, or use `blocks`."
+            )
+        yield after.stop, before.start
+        position = before.stop
+
+
+def _next(marker: re.Pattern[str], text: str, position: int) -> Span | None:
+    return next(_marks(marker, text, position), None)
+
+
+def _marks(marker: re.Pattern[str], text: str, position: int = 0) -> Iterator[Span]:
+    """Where the marker stands; empty matches mark nothing."""
+    found = (Span(*match.span()) for match in marker.finditer(text, position))
+    return (span for span in found if span.start < span.stop)
+
+
+def _gaps(text: str, marks: Sequence[Span]) -> Iterator[tuple[int, int]]:
+    for before, after in pairwise([Span(0, 0), *marks, Span(len(text), len(text))]):
+        yield before.stop, after.start
+
+
+def _filled(text: str, parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Those that hold more than white space, without the white space at their ends."""
+    for start, stop in parts:
+        content = text[start:stop].rstrip()
+        if content:
+            # At the end of the text there is nothing that the white space could belong to.
+            yield start, stop if stop == len(text) else start + len(content)
+
+
+def _in_order(text: str, wanted: Sequence[str]) -> list[Span]:
+    found: list[Span] = []
+    position = 0
+    for number, item in enumerate(wanted):
+        start = text.find(item, position)
+        if start < 0:
+            earlier = text.find(item)
+            hint = f"it stands at character {earlier} only" if earlier >= 0 else "it is nowhere"
+            raise ValueError(
+                f"string {number} {shorten(item)!r} is not found from character {position} on "
+                f"({hint}): give strings of the text, in its order."
+            )
+        position = start + len(item)
+        found.append(Span(start, position))
+    return found
+
+
+def _some(found: list[Span], call: str, text: str) -> list[Span]:
+    if not found:
+        raise ValueError(f"{call} finds nothing in the text {shorten(text)!r}.")
+    return found

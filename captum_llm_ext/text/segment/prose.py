@@ -1,0 +1,61 @@
+"""Words, sentences, lines and paragraphs of running text."""
+
+import importlib
+
+from captum_llm_ext.text.segment.named import Named
+from captum_llm_ext.text.segment.rules import LINE_BREAK, PARAGRAPH_END, WORD, sentence_ends
+from captum_llm_ext.text.segment.span import Segmenter, Span, tiles
+
+
+def words(text: str) -> list[Span]:
+    """Words with the punctuation attached to them.
+
+    White space separates them, also in Korean. Where a script has none, words are shorter than a
+    reader's: one ideograph or kana each (small kana, and marks of length and repetition, stay with
+    the one before); in Thai, Lao, Khmer and Burmese one consonant with its vowels and marks, since
+    true words need a dictionary: give a callable that has one. No grapheme cluster is ever cut.
+    """
+    return tiles(text, (match.start() for match in WORD.finditer(text)))
+
+
+def sentences(text: str) -> list[Span]:
+    """Sentences by rule: abbreviations, initials and decimals end none.
+
+    An empty line and the beginning of a list item always do. The rules are for languages that end
+    sentences with ``. ! ? …`` or with a mark that has no other use (``。 । ؟ ።`` …); Thai and Lao
+    have none. Abbreviations are English: for other languages see `sentences_of`.
+    """
+    return tiles(text, sentence_ends(text))
+
+
+def lines(text: str) -> list[Span]:
+    """Lines that hold more than white space; the break belongs to the line after it."""
+    return tiles(text, (match.end() for match in LINE_BREAK.finditer(text)))
+
+
+def paragraphs(text: str) -> list[Span]:
+    """What empty lines (or Unicode's paragraph separator) separate."""
+    return tiles(text, (match.end() for match in PARAGRAPH_END.finditer(text)))
+
+
+def sentences_of(language: str) -> Segmenter:
+    """Sentences by the rules and abbreviations of a language, from the package `sentencex`.
+
+    Args:
+        language: ISO 639-1 code such as ``"de"``; `sentencex` knows some 300 and reads unknown
+            ones by the rules of a related language or of English.
+
+    Raises:
+        ImportError: If `sentencex` is not installed.
+    """
+    try:
+        boundaries = importlib.import_module("sentencex").get_sentence_boundaries
+    except ImportError as error:
+        raise ImportError(
+            "`sentences_of` needs the package sentencex: pip install 'captum-llm-ext[sentences]' "
+            "(or use the unit 'sentence', whose rules are built in)."
+        ) from error
+    return Named(
+        f"sentences_of({language!r})",
+        lambda text: tiles(text, (found["start_index"] for found in boundaries(language, text))),
+    )

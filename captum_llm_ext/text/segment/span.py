@@ -1,0 +1,71 @@
+"""Spans of a text, and the two ways to get good ones: cut it into tiles, or choose parts of it."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from captum_llm_ext.text.segment.graphemes import joints
+
+
+class Span(NamedTuple):
+    """Characters ``start`` up to, not including, ``stop``."""
+
+    start: int
+    stop: int
+
+
+Segmenter = Callable[[str], list[Span]]
+
+
+def tiles(text: str, cuts: Iterable[int]) -> list[Span]:
+    """The pieces of `text` between `cuts`, together all of it; none is white space alone.
+
+    White space before a cut goes to the piece after it. A cut inside a grapheme cluster is no cut.
+
+    Args:
+        text: What is cut.
+        cuts: Positions in the text, ascending; 0 and ``len(text)`` need not be among them.
+    """
+    inside = joints(text)
+    spans: list[Span] = []
+    # Content before the last cut ends at `end`; each cut looks no further back than the last one,
+    # so that the work is linear in text and cuts.
+    start = end = last = 0
+    for cut in cuts:
+        end = _content_end(text, last, cut, end)
+        last = cut
+        if end > start and end not in inside:
+            spans.append(Span(start, end))
+            start = end
+    if _content_end(text, last, len(text), end) > start:
+        spans.append(Span(start, len(text)))
+    elif spans:
+        spans[-1] = Span(spans[-1].start, len(text))
+    return spans
+
+
+def whole(text: str, spans: Iterable[tuple[int, int]]) -> list[Span]:
+    """`spans`, ascending, each widened to whole grapheme clusters; those that then meet are one."""
+    inside = joints(text)
+    widened: list[Span] = []
+    for start, stop in spans:
+        shared = bool(widened) and start < widened[-1].stop
+        if shared:
+            # Its cluster is already taken: only what lies beyond can be new.
+            start, taken = widened.pop()
+            stop = max(stop, taken)
+        while not shared and start in inside:
+            start -= 1
+        while stop in inside:
+            stop += 1
+        widened.append(Span(start, stop))
+    return widened
+
+
+def shorten(text: str, width: int = 40) -> str:
+    """The beginning of a text, for messages."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _content_end(text: str, start: int, stop: int, otherwise: int) -> int:
+    content = text[start:stop].rstrip()
+    return start + len(content) if content else otherwise

@@ -1,0 +1,96 @@
+"""From what a user may call a unit to checked spans."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from captum_llm_ext.text.segment.chosen import as_span, spans
+from captum_llm_ext.text.segment.markdown import markdown_blocks
+from captum_llm_ext.text.segment.prose import lines, paragraphs, sentences, words
+from captum_llm_ext.text.segment.span import Segmenter, Span, shorten
+
+Unit = str | Segmenter | Sequence[tuple[int, int]]
+
+_SEGMENTERS: dict[str, Segmenter] = {
+    "word": words,
+    "sentence": sentences,
+    "line": lines,
+    "paragraph": paragraphs,
+    "block": markdown_blocks,
+}
+
+
+def segmenter(unit: Unit) -> Segmenter:
+    """The segmenter that a unit names.
+
+    Args:
+        unit: ``"word"``, ``"sentence"``, ``"line"``, ``"paragraph"``, ``"block"`` (of Markdown), a
+            callable ``text -> list[Span]``, or the spans themselves as ``(start, stop)`` pairs.
+            (``"token"`` needs a tokenizer: see `TextSegmentInput`.)
+
+    Raises:
+        ValueError: If the name is unknown.
+        TypeError: If `unit` is of none of these kinds.
+    """
+    if isinstance(unit, str):
+        if unit == "token":
+            raise ValueError(
+                "unit 'token' needs a tokenizer: give it to `TextSegmentInput`, or give the "
+                "tokens' own (start, stop) pairs."
+            )
+        if unit not in _SEGMENTERS:
+            names = ", ".join(repr(name) for name in ("token", *_SEGMENTERS))
+            raise ValueError(
+                f"unknown unit {unit!r}: give one of {names}, (start, stop) pairs, "
+                "or a callable `text -> list of (start, stop)`."
+            )
+        return _SEGMENTERS[unit]
+    if callable(unit):
+        return unit
+    if isinstance(unit, Sequence):
+        return spans(unit)
+    raise TypeError(
+        f"`unit` is a {type(unit).__name__}: give a name such as 'word', (start, stop) pairs, "
+        "or a callable `text -> list of (start, stop)`."
+    )
+
+
+def is_drawn(unit: Unit) -> bool:
+    """Whether a unit is spans of one text that somebody drew, which are taken as they are."""
+    by_hand = isinstance(unit, Sequence) and not isinstance(unit, str)
+    return by_hand or bool(getattr(unit, "positional", False))
+
+
+def unit_name(unit: Unit) -> str:
+    """What a part that the unit makes is called."""
+    if isinstance(unit, str):
+        return unit
+    return str(getattr(unit, "title", None) or getattr(unit, "__name__", "span"))
+
+
+def segment(text: str, unit: Unit) -> list[Span]:
+    """The spans of `unit` in `text`, checked and in reading order.
+
+    What lies between spans belongs to no feature.
+
+    Raises:
+        ValueError: If there is no span, or spans are empty, overlap or leave the text.
+    """
+    found = sorted(as_span(pair) for pair in segmenter(unit)(text))
+    if not found:
+        raise ValueError(
+            f"unit {unit!r} finds no feature in the text {shorten(text)!r}: "
+            "give a text with content, or other spans."
+        )
+    for span in found:
+        if not 0 <= span.start < span.stop <= len(text):
+            raise ValueError(
+                f"span ({span.start}, {span.stop}) is empty or leaves the text of "
+                f"{len(text)} characters: give 0 <= start < stop <= {len(text)}."
+            )
+    for before, after in pairwise(found):
+        if after.start < before.stop:
+            raise ValueError(
+                f"spans ({before.start}, {before.stop}) and ({after.start}, {after.stop}) "
+                "overlap: give spans that share no character."
+            )
+    return found

@@ -1,0 +1,389 @@
+"""How token ids and characters line up, on any tokenizer.
+
+Fast tokenizers tell the offsets of their tokens; for others, and where those fail, tokens are
+decoded and found again in the text. Only the methods of captum's ``TokenizerLike`` are relied upon.
+"""
+
+import functools
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+
+from captum_llm_ext.text import encoding
+
+_INCOMPLETE = "\ufffd"
+_SPACE = "\u2581"  # of SentencePiece, which some tokenizers show as it is
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a part of a character, whatever it is marked as
+# A UTF-8 character has at most four bytes; byte-level tokens may also split a mark off its base.
+_LONGEST_FRAGMENT = 8
+_WINDOW = 16
+# How many characters to the left decide how a text is tokenised in place.
+CONTEXT = 16
+# Where decoded text and the text itself differ (a normaliser, an unknown word), they are looked
+# for together again this many characters ahead, by as many equal ones.
+_AHEAD, _AGREE = 24, 3
+
+Offsets = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids of a text and the characters each came from.
+
+    Attributes:
+        ids: Token ids, ``n_tokens`` of them.
+        anchors: Per token the character that decides whom it belongs to: its first that is not
+            white space. None for special tokens that are no part of the text: those that the
+            tokenizer adds.
+        starts: Per token its first character, the white space before it included.
+        stops: Per token the end of its last character. Tokens of one character share it.
+        special: Per token whether it is a special one, in the text or added; an unknown word is a
+            word like any other.
+        n_opening: How many characters at the beginning spell the BOS that the tokenizer would add.
+    """
+
+    ids: tuple[int, ...]
+    anchors: tuple[int | None, ...]
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    special: tuple[bool, ...]
+    n_opening: int = 0
+
+
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> Encoding:
+    """Encodes a text with the place of every token in it.
+
+    A text that already begins with BOS (a rendered chat template) gets no second one.
+    """
+    ids, offsets = _encode_with_offsets(tokenizer, text, add_special_tokens)
+    bos, bos_id = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    n_opening = 0
+    if (
+        bos
+        and text.startswith(bos)
+        and encoding.ids(tokenizer, bos, add_special_tokens=True)[:2] == [bos_id, bos_id]
+    ):
+        n_opening = len(bos)
+        if ids[:2] == [bos_id, bos_id]:
+            ids, offsets = ids[1:], offsets[1:]
+    return _encoding(tokenizer, text, ids, offsets, n_opening)
+
+
+def find(tokenizer: Any, text: str, ids: Sequence[int]) -> Encoding:
+    """The place of every one of these tokens in the text that they spell, more or less."""
+    return _encoding(tokenizer, text, ids, _find_offsets(tokenizer, text, ids))
+
+
+def spell(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> tuple[str, Encoding]:
+    """The text of these tokens, special ones shown, and the place of every token in it.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: Token ids, ``n_tokens`` of them.
+        before: Ids that precede them, so that a leading space is not taken for a beginning.
+    """
+    texts = pieces(tokenizer, ids, before)
+    stops = list(accumulate(map(len, texts)))
+    offsets = [(stop - len(text), stop) for stop, text in zip(stops, texts, strict=True)]
+    # Parts of a character have all of it, each.
+    for i in range(len(texts) - 2, -1, -1):
+        if not texts[i]:
+            offsets[i] = offsets[i + 1]
+    text = "".join(texts)
+    return text, _encoding(tokenizer, text, ids, offsets)
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids that are no words: an unknown word is one, unless its token ends texts as well."""
+    found = frozenset(int(token) for token in getattr(tokenizer, "all_special_ids", None) or ())
+    ends = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    found = (found | _added_special_ids(tokenizer)) - (
+        {getattr(tokenizer, "unk_token_id", None)} - ends
+    )
+    return frozenset(found)
+
+
+_added: "WeakKeyDictionary[Any, tuple[int, frozenset[int]]]" = WeakKeyDictionary()
+
+
+def _added_special_ids(tokenizer: Any) -> frozenset[int]:
+    """Those that a tokenizer marks as special without giving them a part to play."""
+    try:
+        size, known = len(tokenizer), _added.get(tokenizer)
+        if known is None or known[0] != size:  # the list itself takes long to be had
+            tokens = tokenizer.added_tokens_decoder.items()
+            ids = {int(i) for i, t in tokens if t.special and not _BYTE.fullmatch(t.content)}
+            known = _added[tokenizer] = size, frozenset(ids)
+        return known[1]
+    except Exception:  # tokenizers that have no such list, each with an error of its own
+        return frozenset()
+
+
+def _encoding(
+    tokenizer: Any, text: str, ids: Sequence[int], offsets: Offsets, n_opening: int = 0
+) -> Encoding:
+    special = special_ids(tokenizer)
+    anchors: list[int | None] = []
+    starts: list[int] = []
+    covered = 0
+    for token, (start, stop) in zip(ids, offsets, strict=True):
+        starts.append(covered if not text[covered:start].strip() else start)
+        if token in special and start == stop:
+            anchors.append(None)
+        else:
+            space = len(text[start:stop]) - len(text[start:stop].lstrip())
+            # Offsets without the white space of tokens leave nothing of some.
+            first = starts[-1] if start == stop else start
+            anchors.append(first if start + space == stop else start + space)
+        covered = max(covered, stop)
+    return Encoding(
+        tuple(ids),
+        tuple(anchors),
+        tuple(starts),
+        tuple(stop for _, stop in offsets),
+        tuple(token in special for token in ids),
+        n_opening,
+    )
+
+
+def encode_in_place(tokenizer: Any, text: str, left: str) -> tuple[int, ...]:
+    """Ids of `text` as they come out after `left`, without the ids of `left`.
+
+    Tokenizers that mark the beginning of a text, or put a space before it, then treat `text` as
+    the continuation it is.
+    """
+    tail = left[-CONTEXT:]
+    if not text:
+        return ()
+    if not tail:
+        return tuple(_encode_with_offsets(tokenizer, text, False)[0])
+    ids, offsets = _encode_with_offsets(tokenizer, tail + text, False)
+    for position, (start, stop) in enumerate(offsets):
+        if start >= len(tail):
+            return tuple(ids[position:])
+        if stop > len(tail):
+            break  # one token holds characters of both: the border is cut by force
+    return tuple(_encode_with_offsets(tokenizer, text, False)[0])
+
+
+def count_in_place(tokenizer: Any, text: str, left: str) -> int:
+    """How many tokens `text` is after `left`."""
+    return len(encode_in_place(tokenizer, text, left))
+
+
+def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+    """The text of every token: put together, they are the decoded text.
+
+    A token that holds only a part of a character has the empty text; the one that completes the
+    character has all of it. Ids are decoded in short windows, never encoded again.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: Token ids, ``n_tokens`` of them.
+        before: Ids that precede them, so that a leading space is not taken for a beginning.
+    """
+    window = [*before[-1:]]
+    known = decode(tokenizer, window) if window else ""
+    texts: list[str] = []
+    pending = 0
+    for position, token in enumerate(ids):
+        window.append(token)
+        text = decode(tokenizer, window)
+        pending = pending + 1 if text.endswith(_INCOMPLETE) else 0
+        if 0 < pending < _LONGEST_FRAGMENT and position + 1 < len(ids):
+            texts.append("")
+            continue
+        pending = 0
+        texts.append(text[_common(text, known) :])
+        known = text
+        # Some tokenizers show parts of a character as nothing: no window begins inside one.
+        if len(window) > _WINDOW and (texts[-1] or len(window) > _WINDOW + _LONGEST_FRAGMENT):
+            window = window[-1:]
+            known = decode(tokenizer, window)
+    return texts
+
+
+def labels(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+    """One printable name per token: stripped text, visible white space, parts of characters told.
+
+    Names are for people. Two tokens may share one.
+    """
+    texts = pieces(tokenizer, ids, before)
+    names: list[str] = []
+    fragments = 0
+    for position, text in enumerate(texts):
+        if not text and position + 1 < len(texts):
+            fragments += 1
+            continue
+        name = _printable(text) or str(tokenizer.convert_ids_to_tokens([ids[position]])[0])
+        if fragments:
+            total = fragments + 1
+            names.extend(f"{name}[{part}/{total}]" for part in range(1, total + 1))
+        else:
+            names.append(name)
+        fragments = 0
+    return names
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of `ids`, special tokens shown, white space as it stands."""
+    tensor = torch.tensor(list(ids), dtype=torch.long, device="cpu")
+    if hasattr(tokenizer, "clean_up_tokenization_spaces"):
+        return cast(str, tokenizer.decode(tensor, clean_up_tokenization_spaces=False))
+    return cast(str, tokenizer.decode(tensor))
+
+
+def token_id(tokenizer: Any, token: str) -> int:
+    """The id of a token of the vocabulary.
+
+    Raises:
+        ValueError: If the vocabulary has no such token.
+    """
+    found = tokenizer.convert_tokens_to_ids([token])[0]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if found is None or (found == unknown and token != getattr(tokenizer, "unk_token", None)):
+        raise ValueError(
+            f"{token!r} is no token of this vocabulary: a text baseline names one token, as in "
+            "captum (say '<pad>'). For replacement texts give a list with one entry per feature."
+        )
+    return int(found)
+
+
+def start_id(tokenizer: Any) -> int | None:
+    """What a row begins with when nothing else is left of it: BOS, else EOS, else padding."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(tokenizer, name, None)
+        if found is not None:
+            return int(found)
+    return None
+
+
+def _common(one: str, other: str) -> int:
+    """Length of the beginning that two texts share."""
+    if one.startswith(other):
+        return len(other)
+    return next(i for i, (a, b) in enumerate(zip(one + "\0", other + "\1", strict=False)) if a != b)
+
+
+def _printable(text: str) -> str:
+    shown = text.replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t")
+    return shown.strip() or "␣" * len(shown)
+
+
+def _encode_with_offsets(
+    tokenizer: Any, text: str, add_special_tokens: bool
+) -> tuple[list[int], Offsets]:
+    if getattr(tokenizer, "is_fast", True):
+        try:
+            enc = encoding.call(
+                tokenizer, text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
+            )
+            ids = [int(token) for token in enc["input_ids"]]
+            offsets = [(int(start), int(stop)) for start, stop in enc["offset_mapping"]]
+            if len(ids) == len(offsets):
+                return ids, offsets
+        except Exception:  # tokenizers that know no offsets say so each with an error of its own
+            pass
+    ids = encoding.ids(tokenizer, text, add_special_tokens=add_special_tokens)
+    if not add_special_tokens:
+        return ids, _find_offsets(tokenizer, text, ids)
+    bare = encoding.ids(tokenizer, text, add_special_tokens=False)
+    for n_before in range(len(ids) - len(bare) + 1):
+        n_after = len(ids) - len(bare) - n_before
+        if ids[n_before : len(ids) - n_after] == bare:
+            own = _find_offsets(tokenizer, text, bare)
+            return ids, [(0, 0)] * n_before + own + [(len(text), len(text))] * n_after
+    return ids, _find_offsets(tokenizer, text, ids)
+
+
+def _find_offsets(tokenizer: Any, text: str, ids: Sequence[int]) -> Offsets:
+    """Offsets of tokens of a text, by looking for what each is decoded to.
+
+    What cannot be found (an unknown word, a special token that is not in the text) has what is left
+    between its neighbours.
+    """
+    texts = pieces(tokenizer, ids)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    shown = ["" if token == unknown else piece for token, piece in zip(ids, texts, strict=True)]
+    wanted = [(c, i) for i, piece in enumerate(shown) for char in piece for c in _folded(char)]
+    given = [(c, place) for place, char in enumerate(text) for c in _folded(char)]
+    offsets: list[tuple[int, int] | None] = [None] * len(ids)
+    for i, j in _matches([c for c, _ in wanted], [c for c, _ in given]):
+        token, place = wanted[i][1], given[j][1]
+        start, _ = offsets[token] or (place, place)
+        offsets[token] = (start, place + 1)
+    # A part of a character that is shown as nothing has what the rest of the character has.
+    for i in range(len(ids) - 2, -1, -1):
+        if offsets[i] is None and not texts[i]:
+            offsets[i] = offsets[i + 1]
+    return _filled(text, offsets, shown)
+
+
+def _filled(text: str, offsets: Sequence[tuple[int, int] | None], shown: Sequence[str]) -> Offsets:
+    """The same with what was not found where it must be."""
+    after = [len(text)] * (len(offsets) + 1)
+    for i in range(len(offsets) - 1, -1, -1):
+        known = offsets[i]
+        after[i] = after[i + 1] if known is None else known[0]
+    found: Offsets = []
+    position = 0
+    for i, known in enumerate(offsets):
+        if known is None:
+            left = text[position : after[i]]
+            space = len(left) - len(left.lstrip())
+            if not left.strip():  # white space alone is as long as it is shown
+                stop = min(position + len(shown[i]) * shown[i].isspace(), after[i])
+                known = (position, stop)
+            else:
+                known = (position + space, position + len(left.rstrip()))
+        else:
+            lead, trail = (len(shown[i]) - len(x) for x in (shown[i].lstrip(), shown[i].rstrip()))
+            start, stop = known
+            while lead > 0 and start > position and text[start - 1].isspace():
+                start, lead = start - 1, lead - 1
+            while trail > 0 and stop < after[i + 1] and text[stop].isspace():
+                stop, trail = stop + 1, trail - 1
+            known = (start, stop)
+        found.append(known)
+        # Unknown words side by side share what is between the known ones.
+        if offsets[i] is not None or not text[known[0] : known[1]].strip():
+            position = max(position, known[1])
+    return found
+
+
+def _matches(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Pairs of places at which two texts agree, in order, by the nearest way past differences."""
+    i = j = 0
+    while i < len(one) and j < len(other):
+        if one[i] == other[j]:
+            yield i, j
+            i, j = i + 1, j + 1
+            continue
+        ahead = _past(one[i : i + 2 * _AHEAD], other[j : j + 2 * _AHEAD])
+        i, j = i + ahead[0], j + ahead[1]
+
+
+def _past(one: Sequence[str], other: Sequence[str]) -> tuple[int, int]:
+    """How far two texts that differ are from agreeing again; one character each if nowhere near."""
+    for total in range(1, 2 * _AHEAD):
+        for a in range(max(0, total - _AHEAD), min(total, _AHEAD) + 1):
+            b = total - a
+            n = min(_AGREE, len(one) - a, len(other) - b)
+            if n > 0 and one[a : a + n] == other[b : b + n]:
+                return a, b
+    return 1, 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _folded(char: str) -> str:
+    """A character without case, accents and other forms; nothing for white space."""
+    if char == _SPACE:
+        return ""
+    decomposed = unicodedata.normalize("NFKD", char.casefold())
+    return "".join(c for c in decomposed if not c.isspace() and not unicodedata.combining(c))
