@@ -10,7 +10,7 @@ import torch
 from captum.attr import ShapleyValues, ShapleyValueSampling
 
 from captum_llm_ext import ChatInput, GenerationAttribution
-from captum_llm_ext.result.levels import reading
+from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.text import tokens
 
 TEMPLATES = {
@@ -389,7 +389,7 @@ def test_turns_nest_whether_they_are_named_or_not(model, unit, levels):
         chat, " golf", n_samples=3, output_unit=None
     )
     total = result.token_attr.sum(1)
-    offered = [level["name"] for level in reading(result)["levels"]]
+    offered = [level["name"] for level in page_levels(result)["levels"]]
     for name in [*offered, unit[-1]]:
         parts, attr = result.at_level(name)
         assert attr.shape == (len(result.output_tokens), len(parts))

@@ -36,7 +36,7 @@ from captum_llm_ext import (
     PartitionShap,
     TextSegmentInput,
 )
-from captum_llm_ext.base.digest import checksum, differences, digest, told
+from captum_llm_ext.base.digest import checksum, describe, differences, digest
 from captum_llm_ext.model import model_identity
 
 PROMPT = "Dave lives in Palm Coast, FL"
@@ -89,7 +89,7 @@ def test_what_holds_something_else_has_another_digest(name):
     one, other = one_and_other()[name]
     assert digest(one) != digest(other)
     if name not in ("numbers", "order"):  # which are the same to Python
-        assert told(one) != told(other)
+        assert describe(one) != describe(other)
 
 
 def test_another_process_finds_the_same():
@@ -118,10 +118,10 @@ def test_what_an_object_remembers_does_not_count():
 
 
 def test_what_is_short_is_shown():
-    assert told({"unit": ("word", 3)}) == {"unit": ["word", 3]}
-    assert told("word") == "word"
-    assert told(closing_over).startswith("closing_over ")
-    assert told([str(i) for i in range(500)]).startswith("list ")
+    assert describe({"unit": ("word", 3)}) == {"unit": ["word", 3]}
+    assert describe("word") == "word"
+    assert describe(closing_over).startswith("closing_over ")
+    assert describe([str(i) for i in range(500)]).startswith("list ")
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "`b` was 2 and is 3"
     assert differences({"a": "x" * 300}, {}) == "another `a`"
     assert differences({"a": [1]}, {"a": [1]}) == ""
@@ -285,11 +285,11 @@ def generating():
 @pytest.mark.parametrize("name", generating())
 def test_what_generates_otherwise_has_another_digest_and_no_address(name):
     (one, other), (again, _) = generating()[name], generating()[name]
-    assert told(one) == told(again)
+    assert describe(one) == describe(again)
     assert digest(one) == digest(again)
-    assert told(one) != told(other)
+    assert describe(one) != describe(other)
     assert digest(one) != digest(other)
-    assert "0x" not in json.dumps(told(one))
+    assert "0x" not in json.dumps(describe(one))
 
 
 def test_what_the_moment_or_use_changes_does_not_count():
@@ -310,12 +310,12 @@ def test_what_the_moment_or_use_changes_does_not_count():
 
 
 def test_what_cannot_be_told_is_named():
-    one = told(Locked(["a"]))
+    one = describe(Locked(["a"]))
     assert re.fullmatch(r"Locked [0-9a-f]{16} \(less what cannot be told of: lock\)", one)
-    assert one == told(Locked(["a"])) != told(Locked(["b"]))
+    assert one == describe(Locked(["a"])) != describe(Locked(["b"]))
     recursive = []
     recursive.append(recursive)
-    assert told(recursive) == told(recursive)
+    assert describe(recursive) == describe(recursive)
 
 
 @pytest.mark.parametrize("mode", ["w", "wb"])
@@ -323,7 +323,7 @@ def test_what_cannot_be_told_is_named():
 def test_an_open_file_is_named_wherever_it_lies(tmp_path, mode, length):
     with open(tmp_path / ("a" * length), mode) as file:
         kind = type(file).__name__
-        assert f"(less what cannot be told of: {kind})" in told({"file": file})
+        assert f"(less what cannot be told of: {kind})" in describe({"file": file})
 
 
 @pytest.mark.parametrize(

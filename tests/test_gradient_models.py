@@ -250,8 +250,8 @@ def test_a_measured_row_is_what_a_row_keeps(model, tokenizer):
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     row = slopes.Row(ids, torch.arange(2, ids.shape[1]), ids[0, 2:])
     layers = slopes.Layers([model.get_input_embeddings()])
-    manner = slopes.manner(ids.device, None)
-    own = slopes.Slopes(slopes.Reader(model), layers, row, "log_prob", manner)
+    manner = slopes.initial_plan(ids.device, None)
+    own = slopes.TargetGradients(slopes.ForwardPass(model), layers, row, "log_prob", manner)
     point = model.get_input_embeddings()(ids).detach()
     list(own.products(1, lambda rows: ([point], [point])))
     kept = {}

@@ -15,7 +15,11 @@ from test_reuse import difference, loop, make_rows, n_reused
 from captum_llm_ext import _compat
 from captum_llm_ext.model import Scorer, TokenRow
 from captum_llm_ext.model.forward.packing import pack
-from captum_llm_ext.model.forward.prefixes import in_common, most_first, sorted_rows
+from captum_llm_ext.model.forward.prefixes import (
+    heavy_paths_first,
+    shared_prefix_lengths,
+    sort_by_prefix,
+)
 from captum_llm_ext.model.forward.schedule import distinct_positions, plan_packed
 
 WINDOWS = (
@@ -54,10 +58,10 @@ def test_a_pack_holds_every_row_and_no_beginning_twice(rows):
 def test_what_comes_before_a_row_lies_in_few_stretches(rows):
     """In a tree of n rows, a way down leaves the heavy path log2 n times at most."""
     rows = [list(row) for row in {tuple(row) for row in rows}]
-    by_content = sorted_rows(rows, [len(row) for row in rows])
-    order, shared = most_first(*by_content)
+    by_content = sort_by_prefix(rows, [len(row) for row in rows])
+    order, shared = heavy_paths_first(*by_content)
     assert sorted(order) == list(range(len(rows)))
-    assert shared == in_common([rows[i] for i in order])
+    assert shared == shared_prefix_lengths([rows[i] for i in order])
     assert sum(shared) == sum(by_content[1])  # in the order of content nothing comes twice
     packed = pack([rows[i] for i in order])
     most = 1 + math.log2(len(rows))

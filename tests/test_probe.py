@@ -13,8 +13,9 @@ from torch import nn
 
 from captum_llm_ext import GenerationAttribution, GenerationGradientAttribution, TextSegmentInput
 from captum_llm_ext.model import Likelihood, Scorer, TokenRow
-from captum_llm_ext.model.exclusive import as_found
-from captum_llm_ext.model.probe import findings, looking
+from captum_llm_ext.model.exclusive import exclusive_use
+from captum_llm_ext.model.probe import findings
+from captum_llm_ext.model.probe import probing as looking
 
 TEXT = "Dave lives in Palm Coast, FL and is a lawyer."
 
@@ -217,7 +218,7 @@ def test_logits_of_a_soft_prompt_in_front_belong_to_no_id(tokenizer):
     rows, target = rows_of()
     values = Scorer(model).values(rows, target)
     assert float((values - step_by_step(model, rows, target)).abs().max()) < 1e-5
-    with as_found(model):
+    with exclusive_use(model):
         assert findings(model, rows).n_before == 4
     with pytest.raises(ValueError, match="returns 12 logits for 8 ids"):
         Scorer(SoftPrompt(behind=True).eval()).values(rows, target)
@@ -402,7 +403,7 @@ def test_a_model_is_looked_at_once_as_long_as_it_stays_the_same():
     model.ahead = 0.0
     passes()
     before = model.n_passes
-    with as_found(model):
+    with exclusive_use(model):
         assert findings(model, longer).longest == len(longer[0].ids)
     assert model.n_passes > before
 
@@ -514,7 +515,7 @@ def test_what_was_seen_of_packs_is_kept_with_the_model():
 
 def test_a_model_is_forgotten_with_its_last_user():
     model = tiny.llama()
-    with as_found(model):
+    with exclusive_use(model):
         findings(model, rows_of()[0])
     n = len(looking._known)
     del model
@@ -560,7 +561,7 @@ def test_lengths_that_change_what_positions_mean_are_seen_and_not_mixed():
 def test_rounding_is_no_effect_of_other_rows_or_of_what_follows():
     for name in ("llama", "qwen 3, mixture of experts", "mamba 2"):
         model = build(name, dtype=torch.bfloat16)
-        with as_found(model):
+        with exclusive_use(model):
             found = findings(model, rows_of()[0])
         assert not found.sees_ahead
         assert not found.couples_rows

@@ -28,7 +28,7 @@ from captum_llm_ext.model import Scorer
 from captum_llm_ext.model.forward.schedule import plan
 from captum_llm_ext.model.processes import store
 from captum_llm_ext.model.scoring import scorer
-from captum_llm_ext.model.scoring.shards import shares
+from captum_llm_ext.model.scoring.shards import shards
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[1]
@@ -406,7 +406,7 @@ def test_shares_hold_every_batch_once_and_end_small():
         most_padding=0,
         most_rows=lambda longest, before: 2,
     )
-    parts = shares(root, [20] * 64, 4, overhead=1)
+    parts = shards(root, [20] * 64, 4, overhead=1)
     batches = [batch for part in parts for branch in part.walk() for batch in branch.batches]
     assert sorted(batches) == sorted(root.batches)
     sizes = [sum(len(b.batches) for b in part.walk()) for part in parts]
@@ -421,11 +421,11 @@ def test_shares_of_a_tree_give_the_same_bits(monkeypatch):
     expected = Scorer(model, overhead=3, reuse="copy").values(rows, target)
 
     def as_for_four(root, lengths, n, *, overhead):
-        parts = shares(root, lengths, 4, overhead=overhead)
+        parts = shards(root, lengths, 4, overhead=overhead)
         assert len(parts) > 4
         return parts
 
-    monkeypatch.setattr(scorer, "shares", as_for_four)
+    monkeypatch.setattr(scorer, "shards", as_for_four)
     again = Scorer(model, overhead=3, reuse="copy").values(rows, target)
     assert torch.equal(again, expected)
 

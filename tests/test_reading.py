@@ -30,7 +30,7 @@ from captum_llm_ext.coalitions import (
     solve_permutations,
 )
 from captum_llm_ext.coalitions.clustered_errors import normal_scale
-from captum_llm_ext.result.levels import reading
+from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.text.inputs import Piece
 
 TEMPLATE = (
@@ -92,7 +92,7 @@ def test_roles_and_levels_of_a_chat_survive_a_file(model, chatter, tmp_path):
     assert loaded.output_pieces == result.output_pieces
     assert loaded.output_pieces[-1].role == "template"
     assert loaded.to_html() == result.to_html()
-    levels = {level["name"]: level["parts"] for level in reading(loaded)["levels"]}
+    levels = {level["name"]: level["parts"] for level in page_levels(loaded)["levels"]}
     assert list(levels) == ["turn", "paragraph", "sentence"]
     assert levels["sentence"] == ["Be brief.", "Dave lives here.", "Where?", "Why?", "Tell me."]
 
@@ -104,7 +104,7 @@ def test_no_part_reaches_from_one_speaker_to_the_next(model, chatter):
     messages = [{"role": role, "content": f"{role} says so"} for role in ("system", "user")]
     chat = ChatInput(messages, tokenizer, "word", roles=("system", "user"), baselines="delete")
     result = attribute(model, tokenizer, chat, " Golf")
-    for level in reading(result)["levels"]:
+    for level in page_levels(result)["levels"]:
         assert level["part_of"] == [0, 0, 0, 1, 1, 1], level["name"]
 
 
@@ -115,7 +115,7 @@ def test_the_finest_level_has_the_name_of_its_unit(model, tokenizer):
 
 def levels_of(model, tokenizer, text, unit, target=" Golf", **arguments):
     inp = TextSegmentInput(text, tokenizer, unit, **arguments)
-    told = reading(attribute(model, tokenizer, inp, target))
+    told = page_levels(attribute(model, tokenizer, inp, target))
     return {level["name"]: level["part_of"] for level in told["levels"]}
 
 
@@ -160,7 +160,7 @@ def output_levels(texts, roles=None):
             for text, role in zip(texts, roles or [None] * len(texts), strict=True)
         ],
     )
-    return {level["name"]: level["part_of"] for level in reading(result)["output_levels"]}
+    return {level["name"]: level["part_of"] for level in page_levels(result)["output_levels"]}
 
 
 def test_the_answer_is_read_by_words_and_sentences():
@@ -234,7 +234,7 @@ def test_errors_of_parts_are_those_of_their_sums_in_every_pair_of_walks(model, t
     """Walk by walk, in loops."""
     result = example(model, tokenizer, n_samples=8)
     told = sums(result)
-    levels = {level["name"]: level["part_of"] for level in reading(result)["levels"]}
+    levels = {level["name"]: level["part_of"] for level in page_levels(result)["levels"]}
     assert set(levels) == {"sentence"}
     n, sentences = result.design.n_features, levels["sentence"]
     masks, values = result.masks[2:, :n], result.values[2:].double()
@@ -260,7 +260,7 @@ def test_errors_of_parts_are_those_of_their_sums_in_every_pair_of_walks(model, t
 def test_words_of_the_answer_have_errors_as_causes(model, tokenizer):
     result = example(model, tokenizer, n_samples=8)
     told = sums(result)
-    runs = {level["name"]: level["part_of"] for level in reading(result)["output_levels"]}
+    runs = {level["name"]: level["part_of"] for level in page_levels(result)["output_levels"]}
     n_target = len(result.output_tokens)
     for name, part_of in runs.items():
         every = told["answer", name]
@@ -323,7 +323,7 @@ def test_every_level_that_a_page_offers_can_be_asked_for(model, tokenizer, kind)
         "captum's tokens": lambda: TextTokenInput(text, tokenizer),
     }
     result = attribute(model, tokenizer, make[kind](), " golf", output_unit=None)
-    page = json.loads(json.dumps(reading(result)))
+    page = json.loads(json.dumps(page_levels(result)))
     asked = [result.provenance["unit"], *(level["name"] for level in page["levels"])]
     expected = {
         "words": ["word", "paragraph", "sentence"],
@@ -345,6 +345,6 @@ def test_copies_of_one_score_are_not_added_up(model, tokenizer):
     inp = TextTemplateInput("{} lives. {} too.", ["Dave", "Ann"], ["x", "y"], mask=[0, 0])
     result = attribute(model, tokenizer, inp, " golf", output_unit=None)
     assert result.token_attr.shape[1] == 2
-    assert reading(result)["levels"] == []
+    assert page_levels(result)["levels"] == []
     with pytest.raises(ValueError, match=r"no level 'sentence': the levels are 'field'\."):
         result.at_level("sentence")

@@ -102,7 +102,7 @@ def test_float32_values_equal_a_plain_loop(name):
         scorer = Scorer(model, overhead=3, reuse=reuse)
         assert difference(scorer.values(rows, target), truth) < 1e-4
         assert (n_reused(scorer) > 0) == (name not in WRONG)
-        assert scorer.lends == (reuse == "lend" and name not in WRONG | NOT_LENT)
+        assert scorer.shares_cache == (reuse == "lend" and name not in WRONG | NOT_LENT)
     scorer = Scorer(model, overhead=3, reuse="pack")
     assert difference(scorer.values(rows, target), truth) < 1e-4
     assert scorer.packs == (name not in NOT_PACKED)
@@ -119,7 +119,7 @@ def test_float64_values_equal_a_plain_loop(name):
         assert error < (5e-6 if name in ROUGH else 1e-9)
         if name not in ROUGH:
             assert (n_reused(scorer) > 0) == (name not in WRONG | FLOAT32_INSIDE)
-            assert scorer.lends == (reuse == "lend" and n_reused(scorer) > 0)
+            assert scorer.shares_cache == (reuse == "lend" and n_reused(scorer) > 0)
     scorer = Scorer(model, overhead=3, reuse="pack")
     assert difference(scorer.values(rows, target), truth) < (5e-6 if name in ROUGH else 1e-9)
     if name not in ROUGH:
@@ -140,7 +140,7 @@ def test_attention_of_the_users_own_is_left_alone():
         model.config._attn_implementation = "my_own"
         scorer = Scorer(model, overhead=3, reuse="lend")
         assert difference(scorer.values(rows, target), truth) < 1e-9
-        assert not scorer.lends
+        assert not scorer.shares_cache
         assert n_reused(scorer) > 0
     finally:
         AttentionInterface._global_mapping.pop("my_own")
@@ -168,7 +168,7 @@ def test_configurations_with_a_property_of_their_own_are_read_as_others(reuse):
     rows, target = make_rows()
     scorer = Scorer(model, overhead=0, reuse=reuse)
     assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-9
-    assert scorer.packs or scorer.lends
+    assert scorer.packs or scorer.shares_cache
     assert vars(OwnProperty)["_attn_implementation"] is usual
 
 
@@ -195,7 +195,7 @@ def test_keys_that_are_altered_on_their_way_are_not_lent_to(caplog):
     scorer = Scorer(model, overhead=3, reuse="lend")
     with caplog.at_level(logging.INFO):
         assert difference(scorer.values(rows, target), truth) < 1e-11
-    assert not scorer.lends
+    assert not scorer.shares_cache
     assert "keys that do not come as the state gives them" in caplog.text
 
 
@@ -226,12 +226,12 @@ def wide_rows(head, n_rows, n_target=3):
 
 def test_long_beginnings_of_many_rows_are_lent_and_others_copied():
     model = tiny.llama(max_position_embeddings=400).double()
-    for head, lends in ((20, False), (340, True)):
+    for head, shares_cache in ((20, False), (340, True)):
         rows, target = wide_rows(head, 24)
         scorer = Scorer(model, overhead=0)
         scorer._batching._packs = False  # as on a GPU
         assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
-        assert scorer.lends == lends
+        assert scorer.shares_cache == shares_cache
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -275,7 +275,7 @@ def test_attention_that_the_comparison_did_not_meet_is_given_copies(monkeypatch,
     monkeypatch.setattr(model, "forward", strange)
     with caplog.at_level(logging.INFO):
         assert difference(scorer.values(rows, target), truth) < 1e-11
-    assert not scorer.lends
+    assert not scorer.shares_cache
     assert [record.getMessage() for record in caplog.records] == [
         "LlamaForCausalLM is given copies of what rows share (so many rows)."
     ]

@@ -10,9 +10,9 @@ from reference import loop_log_probs
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model import Scorer, TokenRow
-from captum_llm_ext.model.exclusive import as_found
+from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward import logits, memory
-from captum_llm_ext.model.forward.lm_head import Said
+from captum_llm_ext.model.forward.lm_head import HeadOutput
 from captum_llm_ext.model.forward.memory import Memory
 from captum_llm_ext.model.probe import findings
 
@@ -29,7 +29,7 @@ def test_values_are_those_of_a_whole_softmax(monkeypatch, piece, dtype):
     own = given.double().gather(2, wanted[..., None])[..., 0]
     truth = given.double().log_softmax(2).gather(2, wanted[..., None])[..., 0]
     for name, expected in (("log_prob", truth), ("prob", truth.exp()), ("logit", own)):
-        found = Said(given).values(torch.arange(15), wanted.flatten(), name).view(3, 5)
+        found = HeadOutput(given).values(torch.arange(15), wanted.flatten(), name).view(3, 5)
         assert found.dtype == torch.float64
         # Reduced in float32 at least, whatever the model's dtype.
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
@@ -39,7 +39,7 @@ def test_values_are_those_of_a_whole_softmax(monkeypatch, piece, dtype):
 def test_logits_are_left_as_they_are():
     given = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     before = given.clone()
-    Said(given).values(torch.arange(6), torch.zeros(6, dtype=torch.long), "log_prob")
+    HeadOutput(given).values(torch.arange(6), torch.zeros(6, dtype=torch.long), "log_prob")
     assert torch.equal(given, before)
 
 
@@ -152,7 +152,7 @@ def with_bias(model):
 
 def seen_by(model, monkeypatch):
     """The logits that the class's forward returns, as they are later added."""
-    with as_found(model):
+    with exclusive_use(model):
         findings(model, some_rows(1)[0])  # once for this model
     seen, forward = [], type(model).forward
 
@@ -290,7 +290,7 @@ def test_values_of_logits_that_are_never_there(monkeypatch, piece, bias, dtype):
     expected = made.log_softmax(1)[where, wanted]
     assert expected.min() < -100
     tolerance = 1e-12 if dtype == torch.float64 else 2e-7  # of the largest logits
-    said = Said(vectors, layer)
+    said = HeadOutput(vectors, layer)
     for name, truth in (
         ("log_prob", expected),
         ("prob", expected.exp()),
@@ -309,7 +309,7 @@ def test_nan_stays_nan_and_what_is_ruled_out_is_minus_infinity():
     layer.bias[8] = -torch.inf
     vectors = torch.ones(2, 3)
     vectors[1] = torch.nan
-    found = Said(vectors, layer).values(
+    found = HeadOutput(vectors, layer).values(
         torch.tensor([0, 0, 1]), torch.tensor([8, 2, 2]), "log_prob"
     )
     assert found.isneginf().tolist() == [True, False, False]

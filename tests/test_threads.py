@@ -16,7 +16,7 @@ from torch import nn
 
 from captum_llm_ext import GenerationAttribution, TextSegmentInput
 from captum_llm_ext.model import Scorer, TokenRow, exclusive
-from captum_llm_ext.model.exclusive import as_found, held
+from captum_llm_ext.model.exclusive import exclusive_use, locked
 from captum_llm_ext.result.convergence import earlier
 from captum_llm_ext.text import encoding
 
@@ -127,14 +127,14 @@ def test_models_with_parts_in_common_wait_for_one_another(related):
     inside, leave, order = threading.Event(), threading.Event(), []
 
     def first():
-        with held(model):
+        with locked(model):
             inside.set()
             assert leave.wait(PATIENCE)
             order.append("first")
 
     def second():
         assert inside.wait(PATIENCE)
-        with as_found(other):
+        with exclusive_use(other):
             order.append("second")
 
     running = [in_thread(first), in_thread(second)]
@@ -152,7 +152,7 @@ def test_a_thread_may_hold_what_it_holds_and_other_models_too(tokenizer):
     model, other = tiny.llama(len(tokenizer)), tiny.llama(len(tokenizer), seed=1)
     rows, target = rows_of(tokenizer)
     expected = Scorer(model).values(rows, target)
-    with as_found(model), held(other), as_found(model):
+    with exclusive_use(model), locked(other), exclusive_use(model):
         torch.testing.assert_close(Scorer(model).values(rows, target), expected)
 
 
@@ -161,9 +161,9 @@ def test_threads_that_would_wait_for_ever_are_told():
     both = threading.Barrier(2, timeout=PATIENCE)
 
     def take(first, second):
-        with held(first):
+        with locked(first):
             both.wait()
-            with held(second):
+            with locked(second):
                 return "both"
 
     running = [in_thread(take, one, other), in_thread(take, other, one)]
@@ -174,7 +174,7 @@ def test_threads_that_would_wait_for_ever_are_told():
     (error,) = [one for one in found if one != "both"]
     assert isinstance(error, RuntimeError)
     assert "two threads that hold a model each" in str(error)
-    with held(one), held(other):  # nothing is left behind
+    with locked(one), locked(other):  # nothing is left behind
         pass
 
 
@@ -199,7 +199,7 @@ def test_who_waits_can_be_interrupted():
     inside, leave = threading.Event(), threading.Event()
 
     def first():
-        with held(model):
+        with locked(model):
             inside.set()
             until = time.monotonic() + PATIENCE
             while not exclusive._awaited and time.monotonic() < until:
@@ -212,13 +212,13 @@ def test_who_waits_can_be_interrupted():
     try:
         thread, _ = in_thread(first)
         assert inside.wait(PATIENCE)
-        with pytest.raises(KeyboardInterrupt), held(model):
+        with pytest.raises(KeyboardInterrupt), locked(model):
             pass
         leave.set()
         thread.join(PATIENCE)
     finally:
         signal.signal(signal.SIGINT, usual)
-    with held(model):
+    with locked(model):
         pass
 
 
@@ -359,7 +359,7 @@ def test_a_forked_process_waits_for_no_thread_of_its_parent():
     inside, leave = threading.Event(), threading.Event()
 
     def first():
-        with held(model):
+        with locked(model):
             inside.set()
             leave.wait(PATIENCE)
 
@@ -368,7 +368,7 @@ def test_a_forked_process_waits_for_no_thread_of_its_parent():
     child = os.fork()
     if child == 0:
         signal.alarm(PATIENCE)
-        with held(model):
+        with locked(model):
             os._exit(0)
     _, status = os.waitpid(child, 0)
     leave.set()

@@ -17,7 +17,7 @@ from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
 from captum_llm_ext.attribution.target import plain_target
 from captum_llm_ext.base import files
 from captum_llm_ext.base.arguments import check_passed_on
-from captum_llm_ext.base.digest import differences, digest, told
+from captum_llm_ext.base.digest import describe, differences, digest
 from captum_llm_ext.methods.estimators import is_known
 from captum_llm_ext.model.processes.group import Accelerator, Processes
 from captum_llm_ext.result import GenerationAttributionResult
@@ -457,7 +457,7 @@ def _any_is_generated(folder: Path) -> bool:
 def _settings(attribution: Attribution, given: Mapping[str, Any]) -> dict[str, Any]:
     """What results depend on, as far as JSON can tell it."""
     kept = {
-        name: told(value)
+        name: describe(value)
         for name, value in sorted(given.items())
         if name not in _NO_SETTINGS and value is not None
     }

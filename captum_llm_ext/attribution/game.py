@@ -22,8 +22,8 @@ from captum_llm_ext.methods import (
     tree_of_prompt,
 )
 from captum_llm_ext.methods.estimators import Budget, Estimator, estimator, is_known
-from captum_llm_ext.methods.foreign import attribute_with
-from captum_llm_ext.model import TokenRow, Values
+from captum_llm_ext.methods.foreign import attribute_foreign
+from captum_llm_ext.model import RowScorer, TokenRow
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.inputs import Context, GeneratedText, Prompt
@@ -60,7 +60,7 @@ class Run:
         method: PerturbationAttribution,
         tokenizer: Any,
         prompt: Prompt,
-        scorer: Values,
+        scorer: RowScorer,
         model: LanguageModel,
         seed: int,
         callback: Inspect | None = None,
@@ -378,7 +378,7 @@ def _drive(
         arguments = {**arguments, "n_samples": effort.budget.n_samples}
     anchors = plan_anchors(game.n_features)
     ends = game.values(anchors)
-    found = attribute_with(
+    found = attribute_foreign(
         method,
         game.values,
         game.n_features,

@@ -24,8 +24,8 @@ from captum_llm_ext.attribution.target import (
     target_ids,
 )
 from captum_llm_ext.base.arguments import at_least_one, check_counts, check_passed_on
-from captum_llm_ext.base.digest import digest, level_of_caller, told
-from captum_llm_ext.contrast import Contrast, Scene, as_value, foils_of, scored
+from captum_llm_ext.base.digest import describe, digest, stacklevel_of_caller
+from captum_llm_ext.contrast import Contrast, FoilContext, as_value, foils_of, scored
 from captum_llm_ext.methods.estimators import Budget, is_known
 from captum_llm_ext.model import (
     Accelerator,
@@ -33,15 +33,15 @@ from captum_llm_ext.model import (
     Generation,
     Journal,
     Processes,
+    RowScorer,
     Scorer,
-    Values,
     model_identity,
     planned_generation,
 )
 from captum_llm_ext.model.likelihood import Likelihood
 from captum_llm_ext.result import Design, GenerationAttributionResult
 from captum_llm_ext.result.assembled import assembled, numbers_of
-from captum_llm_ext.result.provenance import of_model, of_question, of_run
+from captum_llm_ext.result.provenance import model_provenance, run_provenance, target_provenance
 from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.baselines.model.baselines import ModelBaselines
 from captum_llm_ext.text.baselines.naming import unseen
@@ -133,7 +133,7 @@ class GenerationAttribution(LLMAttribution):
         """
         method = self.attr_method
         settings = {
-            name: type(value).__name__ if isinstance(value, nn.Module) else told(value)
+            name: type(value).__name__ if isinstance(value, nn.Module) else describe(value)
             for name, value in sorted(vars(method).items())
             if not name.startswith("_") and name != "forward_func"
         }
@@ -143,7 +143,7 @@ class GenerationAttribution(LLMAttribution):
             **self._model_identity(),
             "method": type(method).__name__,
             "method_settings": settings,
-            "attr_target": told(self.attr_target),
+            "attr_target": describe(self.attr_target),
         }
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
@@ -340,7 +340,7 @@ class GenerationAttribution(LLMAttribution):
         return prompt.with_default(ModelBaselines())
 
     def _run(
-        self, prompt: Prompt, scorer: Values, seed: int, callback: Inspect | None = None
+        self, prompt: Prompt, scorer: RowScorer, seed: int, callback: Inspect | None = None
     ) -> Run:
         prompt = self.with_absence(prompt)
         model = self._language_model(scorer)
@@ -350,7 +350,7 @@ class GenerationAttribution(LLMAttribution):
         generated = run.context.generated(ids, output_unit, output_baselines)
         foils = None
         if isinstance(self.attr_target, Contrast):
-            scene = Scene(run.prompt, run.full, generated, self.tokenizer, run.seed)
+            scene = FoilContext(run.prompt, run.full, generated, self.tokenizer, run.seed)
             proposer = self._proposer(run.scorer)
             foils = foils_of(self.attr_target, scene, proposer, self._vocabulary_size())
         return Game(run, generated, foils)
@@ -392,7 +392,7 @@ class GenerationAttribution(LLMAttribution):
             "seed": run.seed,
             "num_trials": effort.num_trials,
             "max_exact_features": effort.budget.max_exact_features,
-            "output_unit": told(output_unit),
+            "output_unit": describe(output_unit),
             **settings,
         }
 
@@ -429,7 +429,7 @@ class GenerationAttribution(LLMAttribution):
             "estimator": outcome.name,
             "estimate": outcome.estimate,
             "converged": outcome.converged,
-            **of_question(self.attr_target, generation and generation.settings),
+            **target_provenance(self.attr_target, generation and generation.settings),
             "contrast": game.foils and game.foils.about,
             "unit": game.run.prompt.unit_name,
             "rule": getattr(self.attr_method, "rule", None),
@@ -440,7 +440,7 @@ class GenerationAttribution(LLMAttribution):
             "matches": game.run.context.matches(game.generated),
             "rows_by_process": game.run.scorer.n_scored if self._shared else None,
             **self._model_provenance(),
-            **of_run(),
+            **run_provenance(),
         }
 
     # All below asks the model itself; over an API these are other methods.
@@ -453,7 +453,7 @@ class GenerationAttribution(LLMAttribution):
         """
         return planned_generation(self.model, self.tokenizer, gen_args)
 
-    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> Values:
+    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> RowScorer:
         return Scorer(
             self.model,
             attr_target=scored(self.attr_target),
@@ -462,12 +462,12 @@ class GenerationAttribution(LLMAttribution):
             processes=self._shared,
         )
 
-    def _proposer(self, scorer: Values) -> Values:
+    def _proposer(self, scorer: RowScorer) -> RowScorer:
         """What foils are looked for with: rows of its own, which are no coalitions."""
         del scorer
         return Scorer(self.model, processes=self._shared)
 
-    def _language_model(self, scorer: Values) -> LanguageModel:
+    def _language_model(self, scorer: RowScorer) -> LanguageModel:
         del scorer
         return Likelihood(self.model, self.tokenizer)
 
@@ -481,13 +481,13 @@ class GenerationAttribution(LLMAttribution):
         return model_identity(self.model)
 
     def _model_provenance(self) -> dict[str, Any]:
-        return of_model(self.model, self.device)
+        return model_provenance(self.model, self.device)
 
     def _arithmetic(self, game: Game) -> dict[str, Any]:
         """What a reader must know of it."""
         scorer = game.run.scorer
         floor = scorer.noise_floor(game.full_row, game.target, game.foil_ids)
-        about = cast(Scorer, scorer).told()
+        about = cast(Scorer, scorer).provenance()
         return {"noise_floor": None if floor is None else floor.tolist(), **about}
 
     def _numbers(self) -> Tensor:
@@ -509,7 +509,7 @@ def _warn_of_absence(
             f"{said}, and of a natural prompt they blame the words before the answer. Leave "
             "`baselines` out of a `TextSegmentInput`, and what is absent is what the model itself "
             "would have written (`ModelBaselines`), or give `CorpusBaselines(texts)`.",
-            stacklevel=level_of_caller(),
+            stacklevel=stacklevel_of_caller(),
         )
 
 

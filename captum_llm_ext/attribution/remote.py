@@ -16,13 +16,19 @@ from captum_llm_ext.attribution.generation import GenerationAttribution
 from captum_llm_ext.attribution.target import Skipped
 from captum_llm_ext.base.arguments import check_counts
 from captum_llm_ext.contrast import Contrast, scored
-from captum_llm_ext.model import Generation, Processes, TokenRow, Values
+from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
 from captum_llm_ext.remote.chat_providers import Speaker, speaker
 from captum_llm_ext.remote.handshake import handshake
 from captum_llm_ext.remote.ladder import LadderScorer, interval_of, weights
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.remote.metered import Asker, Cache, as_limits
-from captum_llm_ext.remote.providers import OnMismatch, Source, TokenProvider, described, source
+from captum_llm_ext.remote.providers import (
+    OnMismatch,
+    ProviderAdapter,
+    TokenProvider,
+    adapt_provider,
+    describe_provider,
+)
 from captum_llm_ext.remote.rung_choice import (
     CHARACTERS_PER_TOKEN,
     LENGTHS,
@@ -193,7 +199,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             raise ValueError('`predicate` would be ignored: it is of `attr_target="frequency"`.')
         # This refuses what is no provider.
         if not isinstance(provider, Speaker):
-            takes_ids = source(provider, tokenizer, max_concurrency, on_mismatch).takes_ids
+            takes_ids = adapt_provider(provider, tokenizer, max_concurrency, on_mismatch).takes_ids
             if takes_ids and on_mismatch != "error":
                 raise ValueError(
                     f"`on_mismatch` would be ignored: {type(provider).__name__} takes ids, which "
@@ -567,10 +573,12 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         result.provenance.update(told)
         return result
 
-    def _source(self) -> Source:
-        return source(self.provider, self.tokenizer, self._max_concurrency, self._on_mismatch)
+    def _source(self) -> ProviderAdapter:
+        return adapt_provider(
+            self.provider, self.tokenizer, self._max_concurrency, self._on_mismatch
+        )
 
-    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> Values:
+    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> RowScorer:
         if self._counter is not None:
             return self._counter
         if self._climbed is not None:
@@ -586,14 +594,14 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             most_requests=self._most_requests,
         )
 
-    def _proposer(self, scorer: Values) -> Values:
+    def _proposer(self, scorer: RowScorer) -> RowScorer:
         return scorer
 
     def with_absence(self, prompt: Prompt) -> Prompt:
         """Nothing stands there: an API does not tell what its model would have written."""
         return prompt
 
-    def _language_model(self, scorer: Values) -> LanguageModel:
+    def _language_model(self, scorer: RowScorer) -> LanguageModel:
         return RemoteLikelihood(cast(RemoteScorer, scorer), self.tokenizer)
 
     def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
@@ -629,18 +637,18 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return len(tokenizer) if hasattr(tokenizer, "__len__") else None
 
     def _model_identity(self) -> dict[str, str]:
-        told = described(self.provider)
+        told = describe_provider(self.provider)
         return {name: told[name] for name in ("provider", "model") if told[name] is not None}
 
     def _model_provenance(self) -> dict[str, Any]:
         unknown = dict.fromkeys(("revision", "model_class", "dtype", "device"))
-        return described(self.provider) | unknown
+        return describe_provider(self.provider) | unknown
 
     def _arithmetic(self, game: Game) -> dict[str, Any]:
         if self._counter is not None:
             return {"noise_floor": None}
         scorer = cast(RemoteScorer | LadderScorer, game.run.scorer)
-        return {"noise_floor": None, **scorer.told()}
+        return {"noise_floor": None, **scorer.provenance()}
 
     def _numbers(self) -> Tensor:
         return torch.empty(0, dtype=torch.float32, device="cpu")

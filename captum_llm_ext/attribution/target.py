@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from captum_llm_ext.base.digest import level_of_caller
-from captum_llm_ext.model import Generation, Scorer, TokenRow, Values, check_same
+from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.model import Generation, RowScorer, Scorer, TokenRow, check_same
 from captum_llm_ext.text import encoding, tokens
 from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
 
@@ -67,7 +67,7 @@ def target_ids(
 
 
 def check_target(
-    ids: Tensor, prompt: RenderedPrompt, scorer: Values, vocabulary_size: int | None
+    ids: Tensor, prompt: RenderedPrompt, scorer: RowScorer, vocabulary_size: int | None
 ) -> None:
     """Refuses a target before anything is scored.
 
@@ -117,7 +117,7 @@ def without_skipped(ids: Tensor, skip_tokens: Skipped | None, tokenizer: Any) ->
         "`skip_tokens` is deprecated, as captum dropped it in 0.9: give the target as ids without "
         "them.",
         DeprecationWarning,
-        stacklevel=level_of_caller(),
+        stacklevel=stacklevel_of_caller(),
     )
     skipped = {tokens.token_id(tokenizer, t) if isinstance(t, str) else int(t) for t in given}
     return torch.tensor(
@@ -265,7 +265,7 @@ def _continuation(target: object, ids: Tensor, prompt: RenderedPrompt, tokenizer
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=level_of_caller())
+    warnings.warn(message, stacklevel=stacklevel_of_caller())
 
 
 def generate_target(
@@ -313,7 +313,7 @@ def whole_row(prompt: RenderedPrompt, generated: GeneratedText) -> TokenRow:
 
 
 def check_stored(
-    scorer: Values,
+    scorer: RowScorer,
     prompt: RenderedPrompt,
     generated: GeneratedText,
     stored: Tensor,

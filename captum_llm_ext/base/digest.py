@@ -34,7 +34,7 @@ _OF_THE_MOMENT = ("transformers_version", "initial_timestamp")
 _OF_CALLS = ("padding", "truncation")
 
 
-def told(thing: Any) -> Any:
+def describe(thing: Any) -> Any:
     """What JSON shows of a thing: texts and numbers themselves, of others a name and a digest.
 
     Objects count with what their class's ``__getstate__`` gives, or else with their public
@@ -54,13 +54,13 @@ def told(thing: Any) -> Any:
 
 
 def digest(thing: Any) -> str:
-    """The digest of what a thing holds, 16 characters; see `told`."""
+    """The digest of what a thing holds, 16 characters; see `describe`."""
     found = _Digest()
     found.add(thing)
     return found.hexdigest()
 
 
-def level_of_caller() -> int:
+def stacklevel_of_caller() -> int:
     """How far up the stack the package was called from: warnings come from many places."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == _PACKAGE:

@@ -9,7 +9,7 @@ from captum_llm_ext.cli.command import UsageError, add_command, note, positive, 
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
 from captum_llm_ext.cli.methods import said_of_zero
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
-from captum_llm_ext.cli.records import add_many, check_many, run_many
+from captum_llm_ext.cli.records import add_records, check_records, run_records
 from captum_llm_ext.cli.torchrun import accelerator, check_readable, is_main
 from captum_llm_ext.model.scoring.checkpoint import check_place
 from captum_llm_ext.text.baselines import Default
@@ -59,7 +59,7 @@ def add(commands: Any) -> None:
         "goes on from there, on any number of processes",
     )
     add_outputs(parser, "html", "png", "json", "save")
-    add_many(parser)
+    add_records(parser)
     add_api(parser)
 
 
@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     """Attributes, prints a table, writes what is wanted."""
     if is_remote(arguments):
         check(arguments)
-    elif check_many(arguments):
-        return run_many(arguments)
+    elif check_records(arguments):
+        return run_records(arguments)
     check_outputs(arguments)
     check_readable(arguments)
     if arguments.checkpoint is not None:

@@ -12,7 +12,7 @@ from captum_llm_ext.cli.torchrun import accelerator, is_main
 _SHOWN = 10
 
 
-def add_many(parser: argparse.ArgumentParser) -> None:
+def add_records(parser: argparse.ArgumentParser) -> None:
     """Adds the option that says where the results of many prompts go."""
     group = parser.add_argument_group(
         "many prompts",
@@ -24,7 +24,7 @@ def add_many(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", metavar="FOLDER", help="where results of --input go")
 
 
-def check_many(arguments: argparse.Namespace) -> bool:
+def check_records(arguments: argparse.Namespace) -> bool:
     """Whether many prompts are given.
 
     Raises:
@@ -53,7 +53,7 @@ def check_many(arguments: argparse.Namespace) -> bool:
     return True
 
 
-def run_many(arguments: argparse.Namespace) -> int:
+def run_records(arguments: argparse.Namespace) -> int:
     """Attributes every line; the status is 1 if one of them failed."""
     job = Job(arguments)
     baselines = as_baselines((arguments.baselines or ["delete"])[0], arguments.seed)

@@ -108,7 +108,7 @@ class Probe:
         """As JSON can hold it."""
         ways = ("whole_is_exact", "shared_is_exact", "lent_is_exact", "packed_is_exact")
         names = ("is_right", *ways, "captum_is_right")
-        found = {"found": self.found.told(), "batched": not self.found.couples_rows}
+        found = {"found": self.found.provenance(), "batched": not self.found.couples_rows}
         return asdict(self) | found | {name: getattr(self, name) for name in names}
 
 
@@ -151,7 +151,7 @@ def probe(model: Any, tokenizer: Any) -> Probe:
         shared=share if share < 1 else None,
         shared_error=error(shared) if share < 1 else None,
         why_not_shared="; ".join(said) or None,
-        lent_error=error(by_loan) if lent.lends else None,
+        lent_error=error(by_loan) if lent.shares_cache else None,
         packed_error=error(by_pack) if packed.packs else None,
         logits=_compat.kept_logits(model),
         captum_error=captum_error,

@@ -7,8 +7,8 @@ meant, `foils_of` which tokens these are: `given` reads what the user gives, `fo
 the model itself might have said.
 """
 
+from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.contrast.contrast import Contrast, as_value, scored
 from captum_llm_ext.contrast.foils import Foils, foils_of
-from captum_llm_ext.contrast.scene import Scene
 
-__all__ = ["Contrast", "Foils", "Scene", "as_value", "foils_of", "scored"]
+__all__ = ["Contrast", "FoilContext", "Foils", "as_value", "foils_of", "scored"]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.contrast.contrast import Contrast, Foil
 from captum_llm_ext.contrast.found import found
-from captum_llm_ext.contrast.scene import Scene
-from captum_llm_ext.model import Values
+from captum_llm_ext.model import RowScorer
 from captum_llm_ext.text import tokens
 
 _SHOWN = 3
@@ -42,7 +42,9 @@ class Foils:
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
-def foils_of(contrast: Contrast, scene: Scene, model: Values, vocabulary_size: int | None) -> Foils:
+def foils_of(
+    contrast: Contrast, scene: FoilContext, model: RowScorer, vocabulary_size: int | None
+) -> Foils:
     """The tokens that a contrast means.
 
     Args:
@@ -75,7 +77,7 @@ def foils_of(contrast: Contrast, scene: Scene, model: Values, vocabulary_size: i
         warnings.warn(
             f"foils of several tokens count by their first one: {_listed(sorted(long))}. What is "
             "compared is how likely the text begins so (see `foil_tokens`).",
-            stacklevel=level_of_caller(),
+            stacklevel=stacklevel_of_caller(),
         )
     wanted = [t for t in range(len(target)) if t not in given]
     about: dict[str, Any] = {"foils": "given"}
@@ -90,7 +92,7 @@ def foils_of(contrast: Contrast, scene: Scene, model: Values, vocabulary_size: i
     return Foils(ids, names, about)
 
 
-def _fitting(contrast: Contrast, t: int, scene: Scene) -> list[Foil] | None:
+def _fitting(contrast: Contrast, t: int, scene: FoilContext) -> list[Foil] | None:
     """Of the foils for all tokens those for one of them: texts are words, and begin as such."""
     given = contrast.for_all
     if given is None or not scene.goes_on(t):
@@ -99,7 +101,7 @@ def _fitting(contrast: Contrast, t: int, scene: Scene) -> list[Foil] | None:
 
 
 def _given(
-    foils: Sequence[Foil], t: int, scene: Scene, vocabulary_size: int | None, long: set[str]
+    foils: Sequence[Foil], t: int, scene: FoilContext, vocabulary_size: int | None, long: set[str]
 ) -> tuple[int, ...]:
     """Ids of the foils that the user gave for a target token; texts of several are noted."""
     ids: dict[int, Foil] = {}

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.contrast.contrast import Contrast
-from captum_llm_ext.contrast.scene import Scene
-from captum_llm_ext.model import TokenRow, Values
+from captum_llm_ext.model import RowScorer, TokenRow
 
 # Candidates per foil, and tokens after the place that they are weighed by: on 35 natural prompts
 # whose cause is known, more of either name no more causes.
@@ -23,7 +23,7 @@ Guesses = dict[int, float]  # log-probabilities of tokens
 
 
 def found(
-    wanted: Sequence[int], contrast: Contrast, scene: Scene, model: Values
+    wanted: Sequence[int], contrast: Contrast, scene: FoilContext, model: RowScorer
 ) -> tuple[dict[int, tuple[int, ...]], dict[str, Any]]:
     """Foils of target tokens.
 
@@ -63,7 +63,7 @@ def found(
     return {t: ids.get(t, ()) for t in wanted}, about
 
 
-def _guesses(row: TokenRow, wanted: Sequence[int], n: int, model: Values) -> dict[int, Guesses]:
+def _guesses(row: TokenRow, wanted: Sequence[int], n: int, model: RowScorer) -> dict[int, Guesses]:
     """The likeliest tokens in the places of target tokens, where the row says them."""
     log_probs, ids = model.likeliest(row, n)
     return {
@@ -91,7 +91,7 @@ def _averaged(each: Sequence[dict[int, Guesses]]) -> dict[int, Guesses]:
     }
 
 
-def _of_kind(guesses: Guesses, t: int, n_foils: int, scene: Scene) -> Guesses:
+def _of_kind(guesses: Guesses, t: int, n_foils: int, scene: FoilContext) -> Guesses:
     """The likeliest candidates of a target token: of its kind, or of any where none is."""
     order = _best(guesses)
     is_special = scene.is_special(scene.target[t])
@@ -107,7 +107,7 @@ def _of_kind(guesses: Guesses, t: int, n_foils: int, scene: Scene) -> Guesses:
     return {}
 
 
-def _ahead(scene: Scene, model: Values) -> tuple[int, ...]:
+def _ahead(scene: FoilContext, model: RowScorer) -> tuple[int, ...]:
     """What the model writes behind the target, up to the token that ends it."""
     ids = scene.full.ids + scene.target
     written: tuple[int, ...] = ()
@@ -124,9 +124,9 @@ def _ahead(scene: Scene, model: Values) -> tuple[int, ...]:
 def _weigh(
     wanted: Sequence[int],
     candidates: dict[int, Guesses],
-    scene: Scene,
+    scene: FoilContext,
     ahead: Sequence[int],
-    model: Values,
+    model: RowScorer,
 ) -> int:
     """Adds to candidates what they make of the tokens after them; how many rows that took."""
     said = (*scene.target, *ahead)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.exclusive import of_this_thread
+from captum_llm_ext.model.exclusive import in_this_thread_only
 
 
 def activation_and_output(
@@ -80,9 +80,9 @@ def _hooked(layer: nn.Module, function: Callable[[Any], Any], of_input: bool) ->
         return function(output)
 
     if of_input:
-        hook = layer.register_forward_pre_hook(of_this_thread(before))
+        hook = layer.register_forward_pre_hook(in_this_thread_only(before))
     else:
-        hook = layer.register_forward_hook(of_this_thread(after))
+        hook = layer.register_forward_hook(in_this_thread_only(after))
     try:
         yield
     finally:

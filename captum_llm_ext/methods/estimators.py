@@ -17,7 +17,7 @@ from torch import Tensor
 
 from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.base.arguments import check_counts
-from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.coalitions import Plan, Scope, Solution
 from captum_llm_ext.coalitions.hierarchical_search import solve_search
 from captum_llm_ext.coalitions.owen_orders import Tree
@@ -137,7 +137,7 @@ def estimator(
         warnings.warn(
             f"no standard errors come of {found.name} with this budget, and without them nothing "
             f"tells a cause from noise: give at least {found.needs}.",
-            stacklevel=level_of_caller(),
+            stacklevel=stacklevel_of_caller(),
         )
     return found
 
@@ -180,7 +180,7 @@ def _leave_one_out(task: _Task) -> Estimator:
         warnings.warn(
             "`n_samples` has no meaning for FeatureAblation and is ignored (`n_draws` is what "
             "repeats it).",
-            stacklevel=level_of_caller(),
+            stacklevel=stacklevel_of_caller(),
         )
     planner, solve = coalitions.plan_leave_one_out, coalitions.solve_leave_one_out
     return _one_at_a_time("leave-one-out", planner, solve, task)
@@ -244,7 +244,7 @@ def _shapley_values(task: _Task) -> Estimator:
         f"exact Shapley values of {task.n_features} features need 2^{task.n_features} evaluations: "
         f"they are estimated from {task.evaluations}, with standard errors in `token_attr_se`. "
         f"Fewer features (at most {task.budget.max_exact_features}) are solved exactly.",
-        stacklevel=level_of_caller(),
+        stacklevel=stacklevel_of_caller(),
     )
     return _pairs(task)
 
@@ -366,6 +366,6 @@ def _warn_budget(evaluations: int, n_features: int) -> bool:
             f"{evaluations} evaluations for {n_features} features are too few for a sound "
             f"estimate: give at least {2 * n_features}, or at most {max(1, evaluations // 2)} "
             "features (a coarser unit, `output_unit`, or `feature_mask`).",
-            stacklevel=level_of_caller(),
+            stacklevel=stacklevel_of_caller(),
         )
     return evaluations < 2 * n_features

@@ -19,7 +19,7 @@ _ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Driven:
+class ForeignAttribution:
     """What a method asked for and found.
 
     Attributes:
@@ -33,7 +33,7 @@ class Driven:
     values: Tensor
 
 
-def attribute_with(
+def attribute_foreign(
     method: PerturbationAttribution,
     values: Callable[[Plan], Tensor],
     n_features: int,
@@ -42,7 +42,7 @@ def attribute_with(
     num_trials: int,
     seed: int,
     arguments: Mapping[str, Any],
-) -> Driven:
+) -> ForeignAttribution:
     """Has a captum method attribute the values of coalitions.
 
     Args:
@@ -71,7 +71,7 @@ def attribute_with(
         total += _one_trial(method, record, n_features, n_target, seed + trial, arguments)
     masks, scored = torch.cat(record.masks), torch.cat(record.values)
     plan = Plan(masks, torch.arange(len(masks), device="cpu"))
-    return Driven(total / num_trials, plan, scored)
+    return ForeignAttribution(total / num_trials, plan, scored)
 
 
 class _Record:

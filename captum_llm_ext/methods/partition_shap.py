@@ -11,7 +11,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
 from captum_llm_ext.base.arguments import check_counts
-from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans
 from captum_llm_ext.coalitions.owen_orders import (
     Tree,
@@ -306,7 +306,7 @@ def _orders(budget: int, n_features: int, with_held: bool) -> int:
             f"{budget} evaluations are less than an order of {n_features} features and its "
             f'reverse, which take {pair} and are run: `scheme="splits"` keeps to less, or give '
             f"at most {max(1, budget // 2 - 1)} features.",
-            stacklevel=level_of_caller(),
+            stacklevel=stacklevel_of_caller(),
         )
     # Errors are told by two pairs at least.
     least = 4 if budget >= evaluations_of_orders(4, n_features, with_held) else 2

@@ -1,8 +1,8 @@
 """One thread at a time asks a model for attributions; all others may go on using it.
 
 For the time of a pass layers are watched, outputs replaced and attention computed in another way.
-That is for the thread alone that asks (see `of_this_thread` and `_compat.attention_of`), and two
-threads that both want it wait for one another.
+That is for the thread alone that asks (see `in_this_thread_only` and `_compat.attention_of`), and
+two threads that both want it wait for one another.
 """
 
 import os
@@ -35,7 +35,7 @@ _awaited: dict[int, _Hold] = {}
 
 
 @contextmanager
-def held(model: nn.Module) -> Generator[None]:
+def locked(model: nn.Module) -> Generator[None]:
     """No other thread holds the model meanwhile, or one that has modules or weights of it.
 
     A thread may hold what it holds already, and several models at once.
@@ -55,14 +55,14 @@ def held(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def as_found(model: nn.Module) -> Generator[None]:
+def exclusive_use(model: nn.Module) -> Generator[None]:
     """The model is held, in evaluation mode and without gradients; its modes are put back.
 
     Inference mode is left as well: its tensors do not tell when they are written to. And what the
     model makes without saying where is made where the model is, whatever `torch.set_default_device`
     has been told.
     """
-    with held(model), outside_inference_mode(), _where_it_is(model):
+    with locked(model), outside_inference_mode(), _where_it_is(model):
         training = [module for module in model.modules() if module.training]
         try:
             if training:
@@ -94,7 +94,7 @@ def _where_it_is(model: nn.Module) -> AbstractContextManager[Any]:
     return nullcontext() if is_usual else _compat.input_device(model)
 
 
-def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+def in_this_thread_only(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A module's hook that passes of other threads go through unchanged.
 
     torch gives it other arguments, in other threads, while it is being put on or taken off.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.base.digest import told
+from captum_llm_ext.base.digest import describe
 
 _DEFAULT_LENGTH = 25  # captum's
 _LENGTHS = ("max_new_tokens", "max_length")
@@ -207,7 +207,7 @@ def _settings(effective: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _shown(value: object) -> str:
-    text = told(value)
+    text = describe(value)
     return text if isinstance(text, str) and text != value else repr(text)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.base.digest import checksum, digest, level_of_caller
-from captum_llm_ext.model.exclusive import held
+from captum_llm_ext.base.digest import checksum, digest, stacklevel_of_caller
+from captum_llm_ext.model.exclusive import locked
 
 _ADAPTERS = ("disable_adapters", "merged_adapters", "scaling")
 _MOST_NAMES = 3
@@ -36,7 +36,7 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     kept: dict[str, dict[str, str]] = {"weights": {}, "buffers": {}}
     adapters: dict[str, Any] = {}
     unread: list[str] = []
-    with held(model), torch.no_grad():  # accelerate brings offloaded weights for the time
+    with locked(model), torch.no_grad():  # accelerate brings offloaded weights for the time
         for prefix, module in _compat.readable_modules(model):
             for kind, name, value in _held(module):
                 name = f"{prefix}.{name}"
@@ -87,7 +87,7 @@ def _warn_of_unread(names: Sequence[str]) -> None:
     warnings.warn(
         f"{len(names)} tensors of the model cannot be read ({shown}): a model that differs in them "
         "alone is told from this one by a single row that is scored anew, and by nothing else.",
-        stacklevel=level_of_caller(),
+        stacklevel=stacklevel_of_caller(),
     )
 
 

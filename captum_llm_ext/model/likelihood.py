@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.exclusive import as_found
+from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.masked import MaskedProposer
 from captum_llm_ext.model.probe import Findings, findings
@@ -326,14 +326,14 @@ class Likelihood:
         beyond = [*longest, *longest[-_BEYOND:]]
         beyond = beyond[: max(len(longest), self._most or len(beyond))]
         read = [TokenRow(tuple(row), range(len(row))) for row in (longest[:1], beyond[:-1])]
-        with as_found(self._model):
+        with exclusive_use(self._model):
             return findings(self._model, read)
 
     def _logits(self, ids: Tensor) -> Tensor:
         arguments = {}
         if "use_cache" in _compat.forward_arguments(self._model):
             arguments["use_cache"] = False
-        with as_found(self._model):
+        with exclusive_use(self._model):
             output = _compat.called(self._model, ids.to(self._device), **arguments)
         return _compat.sequence_logits(output)
 

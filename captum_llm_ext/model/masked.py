@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.exclusive import as_found
+from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import Listed
 
@@ -165,7 +165,7 @@ class MaskedProposer:
             for first in range(0, len(same), _ROWS_AT_ONCE):
                 some = same[first : first + _ROWS_AT_ONCE]
                 ids = torch.tensor([cut[i][0] for i in some], dtype=torch.int64, device="cpu")
-                with as_found(self._model):
+                with exclusive_use(self._model):
                     logits = _compat.sequence_logits(
                         _compat.called(self._model, ids.to(self._device))
                     )

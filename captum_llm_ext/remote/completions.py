@@ -9,7 +9,7 @@ from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.remote import answers
 from captum_llm_ext.remote.answers import Entry
 from captum_llm_ext.remote.handshake import handshake
-from captum_llm_ext.remote.providers import IdsSource, TextSource, Written
+from captum_llm_ext.remote.providers import TextAdapter, TokenIdAdapter, Written
 from captum_llm_ext.remote.transport import ApiError, Http, Secrets, UnusableAnswerError, api_key
 
 Way = Literal["prompt_logprobs", "echo"]
@@ -118,7 +118,7 @@ class CompletionsProvider(RemoteLLMProvider):
         """
         if self._way is None:
             longest = max(prompts, key=len)
-            handshake(IdsSource(self, None, 1, "error"), longest[:-1], longest[-1:])
+            handshake(TokenIdAdapter(self, None, 1, "error"), longest[:-1], longest[-1:])
         return self._logprobs([list(prompt) for prompt in prompts], prompts)
 
     def get_logprobs(
@@ -147,7 +147,7 @@ class CompletionsProvider(RemoteLLMProvider):
             raise ValueError("give the model's `tokenizer`, and a target that is not empty.")
         prompt = _ids(tokenizer.encode(input_prompt))
         target = _ids(tokenizer.encode(target_str, add_special_tokens=False))
-        kind = IdsSource if self.takes_ids else TextSource
+        kind = TokenIdAdapter if self.takes_ids else TextAdapter
         handshake(kind(self, tokenizer, 1, "error"), prompt, target)
         if self.takes_ids:
             ids = [*prompt, *target]

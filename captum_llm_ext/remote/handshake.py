@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from captum_llm_ext.remote.providers import Request, Source, Written, is_ruled_out
+from captum_llm_ext.remote.providers import ProviderAdapter, Request, Written, is_ruled_out
 from captum_llm_ext.remote.transport import ApiError, UnusableAnswerError
 
 # Nats that two ways of telling a value may differ by: half precision in batches of other shapes.
@@ -74,7 +74,9 @@ _lock = threading.RLock()
 _busy: set[int] = set()
 
 
-def handshake(source: Source, prompt: Sequence[int], target: Sequence[int]) -> Findings | None:
+def handshake(
+    source: ProviderAdapter, prompt: Sequence[int], target: Sequence[int]
+) -> Findings | None:
     """What a provider's log-probabilities are; of a provider that is known, what was found then.
 
     Args:
@@ -113,7 +115,7 @@ def _asking(provider: Any) -> Generator[None]:
         _busy.discard(id(provider))
 
 
-def _met(source: Source, prompt: Sequence[int], target: Sequence[int]) -> Findings:
+def _met(source: ProviderAdapter, prompt: Sequence[int], target: Sequence[int]) -> Findings:
     ways: Sequence[str | None] = getattr(source.provider, "ways", (None,))
     refused: dict[str, str] = {}
     statuses: list[int | None] = []
@@ -150,7 +152,7 @@ def _forget(provider: Any, ways: Sequence[str | None]) -> None:
 class _Exam:
     """One provider, asked in one way."""
 
-    source: Source
+    source: ProviderAdapter
     prompt: Sequence[int]
     target: Sequence[int]
     checks: dict[str, str] = field(default_factory=dict[str, str])

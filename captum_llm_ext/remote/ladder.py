@@ -165,7 +165,7 @@ class LadderScorer:
         numbers = {d: i for i, d in enumerate(dict.fromkeys(self._in_order))}
         return torch.tensor([numbers[d] for d in self._in_order], dtype=torch.int64, device="cpu")
 
-    def told(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What provenance is to say of what was asked."""
         own = list(self._known.values())
         n_values = sum(len(one.values) for one in own)
@@ -186,7 +186,7 @@ class LadderScorer:
         }
         if isinstance(self.rung, TopK):
             told["handshake"] = dict(self.rung.checks)
-        return told | self.asker.told()
+        return told | self.asker.provenance()
 
     def progress(self) -> AbstractContextManager[None]:
         """Draws one bar over all coalitions within."""

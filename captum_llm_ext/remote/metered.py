@@ -191,7 +191,7 @@ class Asker:
             self.spent.n_out += sum(one.n_out for one in said)
             self.spent.models |= {one.model for one in said if one.model}
 
-    def told(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What provenance is to say of it."""
         spent = self.spent
         return {

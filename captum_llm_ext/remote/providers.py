@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
-from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.remote.transport import ApiError, UnusableAnswerError, shown_url
 from captum_llm_ext.text import tokens
@@ -106,7 +106,7 @@ class Written:
     has_stopped: bool = False
 
 
-class Source(Protocol):
+class ProviderAdapter(Protocol):
     """A provider as the scorer knows it.
 
     Attributes:
@@ -152,7 +152,7 @@ class Source(Protocol):
         """Ends what is under way."""
         ...
 
-    def told(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What a result's provenance is to say of how it was asked."""
         ...
 
@@ -160,9 +160,9 @@ class Source(Protocol):
 OnMismatch = Literal["error", "warn"]
 
 
-def source(
+def adapt_provider(
     provider: Any, tokenizer: Any, max_concurrency: int | None, on_mismatch: OnMismatch
-) -> Source:
+) -> ProviderAdapter:
     """How a provider is asked.
 
     Raises:
@@ -175,11 +175,11 @@ def source(
             "`captum.attr.VLLMProvider(api_url)`, or `CompletionsProvider(api_url)`."
         )
     n_threads = max_concurrency or int(getattr(provider, "max_concurrency", 1))
-    kind = IdsSource if takes_ids else TextSource
+    kind = TokenIdAdapter if takes_ids else TextAdapter
     return kind(provider, tokenizer, n_threads, on_mismatch)
 
 
-def described(provider: Any) -> dict[str, Any]:
+def describe_provider(provider: Any) -> dict[str, Any]:
     """Which provider and which model it is, without anything secret."""
     url = getattr(provider, "api_url", None)
     name = getattr(provider, "model_name", None)
@@ -190,7 +190,7 @@ def described(provider: Any) -> dict[str, Any]:
     }
 
 
-class _Asked:
+class _Adapter:
     """What both kinds have in common."""
 
     def __init__(
@@ -210,12 +210,12 @@ class _Asked:
 
     @property
     def stop_token(self) -> int | None:
-        """See `Source.stop_token`."""
+        """See `ProviderAdapter.stop_token`."""
         found = getattr(self._tokenizer, "eos_token_id", None)
         return found if isinstance(found, int) else None
 
     def called(self, prompt: Sequence[int], name: str) -> int | None:
-        """See `Source.called`."""
+        """See `ProviderAdapter.called`."""
         digits = name.removeprefix(IDS_AS_TEXT)
         if digits != name:
             return int(digits) if digits.isascii() and digits.isdigit() else None
@@ -243,7 +243,7 @@ class _Asked:
             )
 
 
-class IdsSource(_Asked):
+class TokenIdAdapter(_Adapter):
     """A provider that takes ids: what is asked about is what was meant, token by token."""
 
     takes_ids = True
@@ -254,7 +254,7 @@ class IdsSource(_Asked):
         self._anew = False
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """See `Source.ask`."""
+        """See `ProviderAdapter.ask`."""
         if len(requests) > self.most_prompts:
             return self._one_by_one(requests)
         try:
@@ -291,9 +291,9 @@ class IdsSource(_Asked):
         return Answer([self._log_prob(request, value) for value in values], own)
 
     def generate(self, prompt: Sequence[int], gen_args: Mapping[str, Any]) -> list[int]:
-        """See `Source.generate`."""
+        """See `ProviderAdapter.generate`."""
         if not hasattr(self._provider, "generate_tokens") and hasattr(self._provider, "generate"):
-            text = TextSource(self._provider, self._tokenizer, 1, self._on_mismatch)
+            text = TextAdapter(self._provider, self._tokenizer, 1, self._on_mismatch)
             self._anew = True
             return text.generate(prompt, gen_args)
         self._generates("generate_tokens")
@@ -303,21 +303,21 @@ class IdsSource(_Asked):
             warnings.warn(
                 "the server tells no ids of what it wrote: the target is its text, encoded anew "
                 "by the tokenizer. The model may have written other tokens.",
-                stacklevel=level_of_caller(),
+                stacklevel=stacklevel_of_caller(),
             )
             return _encoded_after(self._tokenizer, prompt, found)
         return [int(token) for token in found]
 
     def reads(self, prompt: Sequence[int], target: Sequence[int]) -> bool:
-        """See `Source.reads`."""
+        """See `ProviderAdapter.reads`."""
         return True
 
     def written(self, prompt: Sequence[int], n: int, **how: Any) -> list[Written]:
-        """See `Source.written`."""
+        """See `ProviderAdapter.written`."""
         return self._written(prompt, n, how)
 
-    def told(self) -> dict[str, Any]:
-        """See `Source.told`."""
+    def provenance(self) -> dict[str, Any]:
+        """See `ProviderAdapter.provenance`."""
         return {"sent_as": "ids", **({"target_from": "text"} if self._anew else {})}
 
 
@@ -337,7 +337,7 @@ class _Text:
     is_foreseen: bool
 
 
-class TextSource(_Asked):
+class TextAdapter(_Adapter):
     """A provider that takes text: what the server makes of it is foreseen with the tokenizer."""
 
     takes_ids = False
@@ -350,7 +350,7 @@ class TextSource(_Asked):
         self._lock = threading.Lock()  # fast tokenizers are not for several threads at a time
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """See `Source.ask`."""
+        """See `ProviderAdapter.ask`."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Request) -> Answer:
@@ -399,7 +399,7 @@ class TextSource(_Asked):
                     f"{place(request, self._tokenizer)}: the prompt is sent as text and read as "
                     "other tokens than it was rendered to (as many rows as that are counted in "
                     "`provenance`): give a provider that takes ids, such as `CompletionsProvider`.",
-                    stacklevel=level_of_caller(),
+                    stacklevel=stacklevel_of_caller(),
                 )
         is_read_so = joint == (*alone, *target)
         if not is_read_so:
@@ -450,13 +450,15 @@ class TextSource(_Asked):
                 '`on_mismatch="warn"` if yours joins tokens, not texts.'
             )
         if self._n_mismatches == 1:
-            warnings.warn(f"{said}, if the provider joins texts.", stacklevel=level_of_caller())
+            warnings.warn(
+                f"{said}, if the provider joins texts.", stacklevel=stacklevel_of_caller()
+            )
 
     def _names(self, ids: Sequence[int]) -> list[str]:
         return [str(name) for name in self._tokenizer.convert_ids_to_tokens(list(ids))]
 
     def generate(self, prompt: Sequence[int], gen_args: Mapping[str, Any]) -> list[int]:
-        """See `Source.generate`."""
+        """See `ProviderAdapter.generate`."""
         self._generates("generate")
         _, text = self._prompt_text(tuple(prompt))
         found = self._provider.generate(text, **gen_args)
@@ -465,14 +467,14 @@ class TextSource(_Asked):
         return _encoded_after(self._tokenizer, prompt, found)
 
     def reads(self, prompt: Sequence[int], target: Sequence[int]) -> bool:
-        """See `Source.reads`."""
+        """See `ProviderAdapter.reads`."""
         shown, text = self._prompt_text(tuple(prompt))
         whole = tokens.decode(self._tokenizer, (*shown, *target))
         ids = (*prompt, *target)
         return whole.startswith(text) and self._encoded(whole) == ids
 
     def written(self, prompt: Sequence[int], n: int, **how: Any) -> list[Written]:
-        """See `Source.written`; ids that are not told are those of the text, if it has as many."""
+        """See `ProviderAdapter.written`; ids not told are those of the text, if it has as many."""
         _, text = self._prompt_text(tuple(prompt))
         found: list[Written] = self._written(text, n, how)
         return [
@@ -486,8 +488,8 @@ class TextSource(_Asked):
         is_read_so = joint[: len(before)] == before and len(ids) == len(one.values)
         return ids if is_read_so else None
 
-    def told(self) -> dict[str, Any]:
-        """See `Source.told`."""
+    def provenance(self) -> dict[str, Any]:
+        """See `ProviderAdapter.provenance`."""
         told: dict[str, Any] = {"sent_as": "text", "target_from": "text"}
         return told | {"n_retokenized": self._n_retokenized, "n_mismatches": self._n_mismatches}
 

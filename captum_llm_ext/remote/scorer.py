@@ -11,12 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.model import Journal, Processes, TokenRow, check_same
 from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.scoring.progress import ProgressBar
 from captum_llm_ext.remote.handshake import Findings, handshake
-from captum_llm_ext.remote.providers import Answer, Request, Source, is_ruled_out, log_prob, place
+from captum_llm_ext.remote.providers import (
+    Answer,
+    ProviderAdapter,
+    Request,
+    is_ruled_out,
+    log_prob,
+    place,
+)
 from captum_llm_ext.remote.transport import UnusableAnswerError
 from captum_llm_ext.remote.workers import do_all
 
@@ -50,7 +57,7 @@ class RemoteScorer:
 
     def __init__(
         self,
-        provider: Source,
+        provider: ProviderAdapter,
         tokenizer: Any,
         *,
         attr_target: Literal["log_prob", "prob", "contrast"],
@@ -275,7 +282,7 @@ class RemoteScorer:
                 "place where generated text is absent has to be asked for by itself. Fewer: "
                 f"{fewer}a coarser `output_unit`, or None; fewer evaluations; a provider that "
                 "tells the likeliest tokens (`top_logprobs`).",
-                stacklevel=level_of_caller(),
+                stacklevel=stacklevel_of_caller(),
             )
 
     def _meet(self, asked: Mapping[bytes, Request]) -> None:
@@ -391,11 +398,11 @@ class RemoteScorer:
         of_whole, i = self._steps[k]
         return self._known[of_whole][i]
 
-    def told(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What provenance is to say of what was asked."""
         counts = {"n_requests": self.n_requests, "n_missing": self.n_missing}
         met = None if self._findings is None else self._findings.to_dict()
-        return self._source.told() | counts | {"handshake": met}
+        return self._source.provenance() | counts | {"handshake": met}
 
     def progress(self) -> AbstractContextManager[None]:
         """Draws one bar over all requests within, whatever number of calls they come in."""

@@ -13,9 +13,9 @@ from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.result.causes import joined_name
 from captum_llm_ext.result.files import finite
 from captum_llm_ext.result.foils import other_value
-from captum_llm_ext.result.levels import reading
+from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.result.plots import DrawnResult
-from captum_llm_ext.result.summed_errors import bounds, sums
+from captum_llm_ext.result.summed_errors import summed_error_bounds, summed_errors
 from captum_llm_ext.text.inputs import Level, Piece
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class ExportedResult(DrawnResult):
 
     def _shown(self) -> dict[str, Any]:
         whole = cast("GenerationAttributionResult", self)
-        read = reading(whole)
+        read = page_levels(whole)
         other = other_value(whole)
         if other is not None:
             found = other.to_dict()
@@ -90,13 +90,13 @@ class ExportedResult(DrawnResult):
         if self._is_of_gradients:
             errors, n_prompt = self.full_attr_se, len(self.input_tokens)
             is_sum = self.provenance.get("attr_target") != "prob"
-            return bounds(errors, n_prompt, read["output_levels"]) if is_sum else []
+            return summed_error_bounds(errors, n_prompt, read["output_levels"]) if is_sum else []
         if self.design is None or self.provenance.get("attr_target") == "prob":
             return []
         evidence, levels = self._evidence(), (read["levels"], read["output_levels"])
         pieces = self.output_pieces or [Piece("", None)] * len(self.output_tokens)
         n_prompt = len(self.input_tokens)
-        return sums(evidence, self._features, n_prompt, pieces, *levels, self.full_attr_se)
+        return summed_errors(evidence, self._features, n_prompt, pieces, *levels, self.full_attr_se)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the coalitions, as lists, numbers and text that JSON can hold."""

@@ -15,7 +15,7 @@ _TEMPLATE = "template"
 _UNITS = ("paragraph", "sentence", "word")  # what readers know, from coarse to fine
 
 
-def reading(result: "GenerationAttributionResult") -> dict[str, Any]:
+def page_levels(result: "GenerationAttributionResult") -> dict[str, Any]:
     """What a page shows beside the numbers that the result's ``to_dict()`` gives.
 
     Returns:

@@ -18,7 +18,7 @@ from captum_llm_ext.contrast import Contrast
 _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
-def of_model(model: nn.Module, device: torch.device | str) -> dict[str, Any]:
+def model_provenance(model: nn.Module, device: torch.device | str) -> dict[str, Any]:
     """What results say of a model that runs in this process.
 
     Args:
@@ -36,7 +36,7 @@ def of_model(model: nn.Module, device: torch.device | str) -> dict[str, Any]:
     }
 
 
-def of_question(attr_target: object, generation: Mapping[str, str] | None) -> dict[str, Any]:
+def target_provenance(attr_target: object, generation: Mapping[str, str] | None) -> dict[str, Any]:
     """What results say of what they explain.
 
     Args:
@@ -60,7 +60,7 @@ def value_name(attr_target: object) -> str:
     return f"{named}()" if named in TARGETS else named
 
 
-def of_run() -> dict[str, Any]:
+def run_provenance() -> dict[str, Any]:
     """What results say of the program that made them."""
     return {
         "python": platform.python_version(),

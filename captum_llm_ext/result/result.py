@@ -22,7 +22,7 @@ from captum_llm_ext.result.export import ExportedResult
 from captum_llm_ext.result.files import read, write
 from captum_llm_ext.result.levels import prompt_level
 from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
-from captum_llm_ext.result.summed_errors import at_most
+from captum_llm_ext.result.summed_errors import capped
 from captum_llm_ext.result.table import table
 from captum_llm_ext.text.inputs import Level, Piece
 
@@ -265,7 +265,7 @@ class GenerationAttributionResult(ExportedResult):
         errors = self.full_attr_se[rows].sum(0)
         if not self._is_of_gradients:  # whose draws are not kept: their sum is what it can be
             exact = self._evidence().span_errors([range(rows.start, rows.stop)])
-            errors = at_most(torch.cat([part[0] for part in self._split(exact)]), errors)
+            errors = capped(torch.cat([part[0] for part in self._split(exact)]), errors)
         return self._span(rows, self.full_attr[rows].sum(0), errors)
 
     def contextcite(

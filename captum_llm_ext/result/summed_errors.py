@@ -20,7 +20,7 @@ _MOST_OF_ALL_SPANS = 20_000  # up to which every span of the answer has its own
 Span = tuple[int, int]
 
 
-def sums(
+def summed_errors(
     evidence: Evidence,
     columns: Sequence[int],
     n_prompt: int,
@@ -52,7 +52,7 @@ def sums(
     if spans:
         wide = _wide(evidence.span_errors([range(*span) for span in spans]), len(columns))
         each = torch.stack([token_errors[a:b].sum(0) for a, b in spans])
-        found = at_most(wide[:, list(columns)], each)
+        found = capped(wide[:, list(columns)], each)
         told.append(_entry("prompt", None, spans, found[:, :n_prompt]))
         if len(columns) > n_prompt:
             told.append(_entry("answer", None, spans, found[:, n_prompt:]))
@@ -79,7 +79,7 @@ def sums(
     return told
 
 
-def bounds(
+def summed_error_bounds(
     token_errors: Tensor, n_prompt: int, output_levels: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """What errors of sums over tokens are at most, where nothing tells how they go together.
@@ -90,7 +90,7 @@ def bounds(
         output_levels: As `reading` gives them.
 
     Returns:
-        As `sums`, for the finest level.
+        As `summed_errors`, for the finest level.
     """
     n_target, n_columns = token_errors.shape
     runs = {level["name"]: list(_runs(level["part_of"])) for level in output_levels}
@@ -102,7 +102,7 @@ def bounds(
     return told + [_entry("answer", None, spans, found[:, n_prompt:])] * (n_columns > n_prompt)
 
 
-def at_most(errors: Tensor, summed: Tensor) -> Tensor:
+def capped(errors: Tensor, summed: Tensor) -> Tensor:
     """Errors of sums, which are never larger than those of the terms together; NaN stays."""
     return errors.where(errors.isnan() | ~(summed < errors), summed.to(errors.dtype))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_llm_ext import _compat
 from captum_llm_ext.attribution.attention.methods import AttentionRollout, AttentionWeights
-from captum_llm_ext.attribution.gradient.scenes import features
+from captum_llm_ext.attribution.gradient.path_groups import features
 from captum_llm_ext.attribution.target import check_target, generate_target, target_ids
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.model import (
@@ -24,7 +24,7 @@ from captum_llm_ext.model import (
 )
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.assembled import assembled, numbers_of
-from captum_llm_ext.result.provenance import of_model, of_question, of_run
+from captum_llm_ext.result.provenance import model_provenance, run_provenance, target_provenance
 from captum_llm_ext.text.inputs import Context, GeneratedText, as_prompt
 from captum_llm_ext.text.segment import Unit
 
@@ -130,7 +130,7 @@ class GenerationAttentionAttribution:
         rows = self.attr_method.map(read)[len(context.full.ids) - 1 :]
         found = self._shares(context, generated, rows)
         about = {
-            **of_question(_TARGET, generation and generation.settings),
+            **target_provenance(_TARGET, generation and generation.settings),
             "seed": seed,
             "method": type(self.attr_method).__name__,
             "estimator": "attention",
@@ -144,8 +144,8 @@ class GenerationAttentionAttribution:
             "n_evaluations": 1,
             "fixed_attr": found.empty_values.tolist(),
             "fixed_share": found.empty_values.tolist(),
-            **of_model(self.model, self.device),
-            **of_run(),
+            **model_provenance(self.model, self.device),
+            **run_provenance(),
         }
         n_features = context.prompt.n_features + generated.n_features
         ends = torch.tensor([[True], [False]], dtype=torch.bool, device="cpu").expand(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.exclusive import as_found, of_this_thread
+from captum_llm_ext.model.exclusive import exclusive_use, in_this_thread_only
 
 Contributions = Literal["weights", "values", "alti"]
 Heads = Literal["mean", "max"] | int
@@ -61,7 +61,7 @@ def each_map(
     kept = _compat.kept_logits(model)
     at = torch.tensor([[ids.shape[1] - 1]], dtype=torch.int64, device=ids.device)
     arguments |= _compat.keeping_logits(kept, at, ids)
-    with as_found(model), ExitStack() as stack:
+    with exclusive_use(model), ExitStack() as stack:
         try:
             attend, mask = watch.attend, _compat.additive_mask
             stack.enter_context(_compat.attention_of(model, _NAME, attend, mask, _KNOWN))
@@ -148,9 +148,9 @@ class _Watch:
             after = _flat(output[0] if isinstance(output, tuple) else output)
             self._take(number, now.map(after, self._contributions, self._heads))
 
-        hook = layer.register_forward_pre_hook(of_this_thread(begin), with_kwargs=True)
+        hook = layer.register_forward_pre_hook(in_this_thread_only(begin), with_kwargs=True)
         stack.callback(hook.remove)
-        stack.callback(layer.register_forward_hook(of_this_thread(end)).remove)
+        stack.callback(layer.register_forward_hook(in_this_thread_only(end)).remove)
 
         def note(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -163,7 +163,7 @@ class _Watch:
 
         for module in layer.modules():
             if module is not layer:
-                hook = module.register_forward_hook(of_this_thread(note), with_kwargs=True)
+                hook = module.register_forward_hook(in_this_thread_only(note), with_kwargs=True)
                 stack.callback(hook.remove)
 
 

@@ -18,8 +18,8 @@ from captum_llm_ext.attribution.gradient.arguments import (
     check_used,
     present_features,
 )
+from captum_llm_ext.attribution.gradient.path_groups import Absent
 from captum_llm_ext.attribution.gradient.paths import Paths, Rest
-from captum_llm_ext.attribution.gradient.scenes import Absent
 from captum_llm_ext.attribution.target import (
     Skipped,
     check_stored,
@@ -28,9 +28,9 @@ from captum_llm_ext.attribution.target import (
     target_ids,
 )
 from captum_llm_ext.base.arguments import check_passed_on
-from captum_llm_ext.base.digest import told
+from captum_llm_ext.base.digest import describe
 from captum_llm_ext.coalitions import Solution
-from captum_llm_ext.contrast import Contrast, Foils, Scene, as_value, foils_of, scored
+from captum_llm_ext.contrast import Contrast, FoilContext, Foils, as_value, foils_of, scored
 from captum_llm_ext.methods import EquivalentLinearSystem, LayerSaliency
 from captum_llm_ext.methods.path_methods import SUPPORTED, Points, check_method, points_of
 from captum_llm_ext.model import (
@@ -45,7 +45,7 @@ from captum_llm_ext.model import (
 from captum_llm_ext.model.scoring.progress import ProgressBar
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.assembled import assembled, numbers_of
-from captum_llm_ext.result.provenance import of_model, of_question, of_run
+from captum_llm_ext.result.provenance import model_provenance, run_provenance, target_provenance
 from captum_llm_ext.text.inputs import Context, GeneratedText, Prompt, as_prompt
 from captum_llm_ext.text.segment import Unit
 
@@ -159,7 +159,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
                 "multiply_by_inputs": method.multiplies_by_inputs,
                 **({"norm": method.norm} if isinstance(method, LayerSaliency) else {}),
             },
-            "attr_target": told(self.attr_target),
+            "attr_target": describe(self.attr_target),
         }
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
@@ -309,7 +309,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
         )
         foils = None
         if isinstance(self.attr_target, Contrast):
-            place = Scene(context.prompt, context.full, generated, self.tokenizer, seed)
+            place = FoilContext(context.prompt, context.full, generated, self.tokenizer, seed)
             size = _compat.vocabulary_size(self.model)
             foils = foils_of(self.attr_target, place, Scorer(self.model), size)
         joint = None
@@ -321,7 +321,7 @@ class GenerationGradientAttribution(LLMGradientAttribution):
                 fixed = context.generated(ids, None, None)
                 joint = paths.attribute(fixed, is_joint=True).attributions[0]
         about: dict[str, Any] = {
-            **of_question(self.attr_target, generation and generation.settings),
+            **target_provenance(self.attr_target, generation and generation.settings),
             "contrast": foils and foils.about,
             "seed": seed,
             "absent": _absence(points, absent),
@@ -417,10 +417,10 @@ class GenerationGradientAttribution(LLMGradientAttribution):
             "unit": prompt.unit_name,
             "columns": list(prompt.columns),
             "n_evaluations": paths.n_rows,
-            "probe": None if paths.found is None else paths.found.told(),
+            "probe": None if paths.found is None else paths.found.provenance(),
             "batching": None if paths.found is None else paths.found.manner,
-            **of_model(self.model, self.device),
-            **of_run(),
+            **model_provenance(self.model, self.device),
+            **run_provenance(),
         }
 
 

@@ -8,22 +8,28 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.attribution.gradient.scenes import (
+from captum_llm_ext.attribution.gradient.path_groups import (
     Absent,
     Apart,
     Features,
-    Scene,
+    PathGroup,
     absent_embeddings,
     features,
     held_positions,
-    scenes,
+    path_groups,
 )
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.methods.path_methods import Points
 from captum_llm_ext.model import AttrTarget, TokenRow
-from captum_llm_ext.model.exclusive import as_found
+from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward.passes import rounding
-from captum_llm_ext.model.gradients.backward import Linear, Reader, Row, Slopes, manner
+from captum_llm_ext.model.gradients.backward import (
+    ForwardPass,
+    Linear,
+    Row,
+    TargetGradients,
+    initial_plan,
+)
 from captum_llm_ext.model.gradients.frozen import check_sum, culprit
 from captum_llm_ext.model.gradients.layers import Layers, modules_reading
 from captum_llm_ext.model.probe import Findings, findings
@@ -99,8 +105,8 @@ class Paths:
         self.n_draws = len(points.alphas) if points.is_sampled and n_draws > 1 else n_draws
         self._absent: Absent = "zero" if points.from_zero else absent
         self._seed, self._grad_kwargs = seed, grad_kwargs
-        self._reader = Reader(_compat.uncompiled(model))
-        self._manner = manner(_compat.input_device(model), most_rows)
+        self._reader = ForwardPass(_compat.uncompiled(model))
+        self._manner = initial_plan(_compat.input_device(model), most_rows)
         self._embeddings: Layers | None = None
         self._layers: Layers | None = None
         self.found: Findings | None = None
@@ -145,7 +151,7 @@ class Paths:
                 "no gradients: load the model outside of it, or take `GenerationAttribution`, "
                 "which needs none."
             )
-        with as_found(self._model):
+        with exclusive_use(self._model):
             target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
             ids = torch.tensor(
                 [[*self._prompt_ids, *generated.ids[:-1]]], dtype=torch.int64, device="cpu"
@@ -165,7 +171,7 @@ class Paths:
             absent=self._absent,
             seed=self._seed,
         )
-        with as_found(self._model):
+        with exclusive_use(self._model):
             return self._summed(generated, whole, own, is_joint)
 
     def _summed(
@@ -187,7 +193,7 @@ class Paths:
                 'probability to differentiate. Use `attr_target="log_prob"`.'
             )
         apart: Apart = "always" if step_by_step else "cheapest"
-        found_scenes = scenes(generated, n_before=start, apart="never" if is_joint else apart)
+        found_scenes = path_groups(generated, n_before=start, apart="never" if is_joint else apart)
         if self.on_total is not None:
             n_ends = 0 if self.points.is_local else self._n_ends
             self.on_total(len(found_scenes) * (1 + n_ends + len(self.points.alphas)))
@@ -222,12 +228,12 @@ class Paths:
         self.found = found
         return found
 
-    def _along(self, scene: Scene, row: Row, own: Features, is_joint: bool) -> Solution:
+    def _along(self, scene: PathGroup, row: Row, own: Features, is_joint: bool) -> Solution:
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
         begin, free = self._beginning(scene, row, own, present)
-        slopes = Slopes(
+        slopes = TargetGradients(
             self._reader,
             layers,
             row,
@@ -255,12 +261,12 @@ class Paths:
         self.n_rows += slopes.n_rows
         return Solution(total, self._errors(each, total), full, empty)
 
-    def _at_present(self, scene: Scene, row: Row, own: Features, is_joint: bool) -> Solution:
+    def _at_present(self, scene: PathGroup, row: Row, own: Features, is_joint: bool) -> Solution:
         """Attributions that know of nothing but the text as it is."""
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
-        slopes = Slopes(
+        slopes = TargetGradients(
             self._reader,
             layers,
             row,
@@ -291,7 +297,7 @@ class Paths:
 
     def _note(
         self,
-        scene: Scene,
+        scene: PathGroup,
         row: Row,
         linear: Linear,
         shares: Tensor,
@@ -373,7 +379,7 @@ class Paths:
         return len(self.points.alphas) if self.points.is_sampled and not is_one else 1
 
     def _beginning(
-        self, scene: Scene, row: Row, own: Features, present: list[Tensor]
+        self, scene: PathGroup, row: Row, own: Features, present: list[Tensor]
     ) -> tuple[Callable[[slice], list[Tensor]], Tensor]:
         """Activations of some points where features are absent, ``(1 or n, length, size)`` each.
 

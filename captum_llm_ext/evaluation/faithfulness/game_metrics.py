@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from captum_llm_ext.evaluation.faithfulness.queries import Game, ask
+from captum_llm_ext.evaluation.faithfulness.queries import Game, evaluate_coalitions
 from captum_llm_ext.evaluation.faithfulness.report import FaithfulnessReport
 from captum_llm_ext.evaluation.faithfulness.scores import (
     Kind,
@@ -89,7 +89,7 @@ def measure(
 
     Args:
         attributions: By name, float64 ``(n,)``.
-        game: A function of coalitions, see `ask`.
+        game: A function of coalitions, see `evaluate_coalitions`.
         questions: What is asked of it.
         features: Names of the players.
         unit: Of its values.
@@ -108,7 +108,7 @@ def measure(
     )
     coalitions = RandomCoalitions(n, questions.n_coalitions, questions.share, generator)
     masks = torch.cat([paths.masks, coalitions.masks])
-    answers = ask(game, masks)
+    answers = evaluate_coalitions(game, masks)
     n_along = len(paths.masks)
     curves = paths.read(answers[:n_along], unit, "strongest")
     scores = coalitions.read(answers[n_along:], attributions)
@@ -308,7 +308,7 @@ def linear_datamodeling_score(
     questions = Questions(n_coalitions=n_coalitions, share=share, seed=seed)
     generator = torch.Generator().manual_seed(questions.seed)
     coalitions = RandomCoalitions(len(attr[""]), n_coalitions, share, generator)
-    return coalitions.read(ask(game, coalitions.masks), attr)[""]
+    return coalitions.read(evaluate_coalitions(game, coalitions.masks), attr)[""]
 
 
 def as_attributions(name: str, attributions: Any, game: Game) -> Tensor:
@@ -352,4 +352,4 @@ def _curves(
         n_orders=questions.n_orders,
         generator=torch.Generator().manual_seed(questions.seed),
     )
-    return paths.read(ask(game, paths.masks), None, first)[""]
+    return paths.read(evaluate_coalitions(game, paths.masks), None, first)[""]

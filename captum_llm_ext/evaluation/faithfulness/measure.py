@@ -21,8 +21,8 @@ from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.causes import unit_of
 from captum_llm_ext.result.foils import against_same
 from captum_llm_ext.text.baselines import draw_generator
-from captum_llm_ext.text.baselines.corpus.mismatch import is_unlike
-from captum_llm_ext.text.baselines.naming import UNSEEN, kind_of, unseen
+from captum_llm_ext.text.baselines.corpus.mismatch import is_mismatch
+from captum_llm_ext.text.baselines.naming import UNSEEN, baseline_name, unseen
 from captum_llm_ext.text.inputs import as_prompt
 from captum_llm_ext.text.segment import Unit
 
@@ -141,7 +141,7 @@ def measure_faithfulness(
     absent = {"prompt": prompt.own_baseline}
     if earlier:
         absent["output"] = prompt.baseline if output_baselines is None else output_baselines
-    if is_unlike(prompt.own_baseline, lambda: game.matches):
+    if is_mismatch(prompt.own_baseline, lambda: game.matches):
         _warn_of_unlike()
     _warn_of_absence(absent.values())
     _warn_of_another_model(named, span, game.grand_coalition_value)
@@ -202,7 +202,7 @@ def _target(result: GenerationAttributionResult, span: tuple[int, int] | None) -
 
 
 def _absence(baselines: Mapping[str, object]) -> str:
-    kinds = {where: kind_of(baseline) for where, baseline in baselines.items()}
+    kinds = {where: baseline_name(baseline) for where, baseline in baselines.items()}
     if len(set(kinds.values())) == 1:
         return kinds["prompt"]
     return ", ".join(f"{kind} ({where})" for where, kind in kinds.items())

@@ -11,7 +11,7 @@ from captum_llm_ext.evaluation.faithfulness.estimate import Estimate, average
 Game = Callable[[Any], Any]
 
 
-def ask(game: Game, masks: Tensor) -> Estimate:
+def evaluate_coalitions(game: Game, masks: Tensor) -> Estimate:
     """Scores all coalitions in one call, equal ones once.
 
     Args:

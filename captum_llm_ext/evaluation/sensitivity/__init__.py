@@ -31,7 +31,7 @@ from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.foils import against_same
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import TokenBaseline
-from captum_llm_ext.text.baselines.naming import kind_of
+from captum_llm_ext.text.baselines.naming import baseline_name
 from captum_llm_ext.text.baselines.slot import AsksModel
 from captum_llm_ext.text.inputs import TextSegmentInput, as_prompt
 
@@ -116,7 +116,7 @@ def _named(baselines: object, nothing: str) -> dict[str, Any]:
         named = dict(baselines)
     elif isinstance(baselines, Sequence) and not isinstance(baselines, str):
         entries = list(baselines)
-        named = numbered([kind_of(entry, nothing) for entry in entries], entries)
+        named = numbered([baseline_name(entry, nothing) for entry in entries], entries)
     else:
         raise TypeError(
             f"`baselines` is a {type(baselines).__name__}: give a mapping from names to baselines, "

@@ -8,7 +8,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from captum_llm_ext.model.forward.lm_head import Said
+from captum_llm_ext.model.forward.lm_head import HeadOutput
 from captum_llm_ext.model.forward.prefixes import distinct_pairs
 from captum_llm_ext.model.forward.rows import TokenRow
 
@@ -48,7 +48,7 @@ class Asked:
         shape = (n_rows, self.per_token, len(self))
         return torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
 
-    def values(self, said: Said, where: Tensor, tokens: Tensor, attr_target: str) -> Tensor:
+    def values(self, said: HeadOutput, where: Tensor, tokens: Tensor, attr_target: str) -> Tensor:
         """Values of target tokens at places.
 
         Args:

@@ -2,9 +2,9 @@
 
 The two are merged by their log-sum-exps: with ``l`` that of all scores, ``exp(l_shared - l)`` and
 ``exp(l_own - l)`` are what each is worth. The shared keys are read where they are; no row has a
-copy. `merged` is for rows side by side that share one beginning, `packed` for rows in one sequence
-(see `packing`). Grouped heads, windows, soft caps, sinks and values of another size than keys are
-handled; whatever else a model asks for is refused.
+copy. `merged_attention` is for rows side by side that share one beginning, `packed_attention` for
+rows in one sequence (see `packing`). Grouped heads, windows, soft caps, sinks and values of another
+size than keys are handled; whatever else a model asks for is refused.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model.forward.packing import Pack, Segment, ends
-from captum_llm_ext.model.forward.prefix_cache import lent_to
+from captum_llm_ext.model.forward.prefix_cache import shared_with
 
 # What is seen of some keys: as a mask tells, or a bias, with which every query sees some of them;
 # or of those at the queries' own places up to each.
@@ -41,7 +41,7 @@ _KNOWN = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attenti
 
 
 @contextmanager
-def merged(model: nn.Module) -> Generator[None]:
+def merged_attention(model: nn.Module) -> Generator[None]:
     """Has the model attend in this way; its configuration and the registry are put back.
 
     Raises:
@@ -117,7 +117,7 @@ def _attend_lent(
         raise NotImplementedError("attention without a mask of what is seen")
     if mask.shape[:2] != (1, 1):
         raise NotImplementedError("a mask for each row or head")
-    shared = lent_to(key)
+    shared = shared_with(key)
     n_shared = 0 if shared is None else shared.keys.shape[-2]
     if mask.shape[-1] != n_shared + key.shape[-2]:
         # Whatever was done to the keys on their way here, those that were lent are lost.
@@ -215,7 +215,7 @@ class Packing:
 
 
 @contextmanager
-def packed(model: nn.Module, pack: Pack, needed: Tensor) -> Generator[Packing]:
+def packed_attention(model: nn.Module, pack: Pack, needed: Tensor) -> Generator[Packing]:
     """Has every token of a pack see those of its own row alone.
 
     Args:

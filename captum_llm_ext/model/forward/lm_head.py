@@ -23,7 +23,7 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Said:
+class HeadOutput:
     """What a model says at some places.
 
     Attributes:
@@ -34,10 +34,12 @@ class Said:
     vectors: Tensor
     layer: nn.Linear | None = None
 
-    def at(self, places: Tensor) -> "Said":
+    def at(self, places: Tensor) -> "HeadOutput":
         """At some places ``(batch, n)`` of sequences ``(batch, length)``."""
         index = places.to(self.vectors.device)[..., None]
-        return Said(self.vectors.gather(1, index.expand(-1, -1, self.vectors.shape[2])), self.layer)
+        return HeadOutput(
+            self.vectors.gather(1, index.expand(-1, -1, self.vectors.shape[2])), self.layer
+        )
 
     def logits(self) -> Tensor:
         """Shape ``(…, vocabulary)``."""
@@ -67,7 +69,7 @@ class Said:
         return found.to(torch.promote_types(vectors.dtype, torch.float32)).double()
 
 
-class Head:
+class LMHead:
     """Sees what the last layer of a model is given, and whether its logits are what it returns.
 
     Args:
@@ -124,7 +126,7 @@ class Head:
         finally:
             del layer.forward
 
-    def said(self, logits: Tensor) -> Said:
+    def said(self, logits: Tensor) -> HeadOutput:
         """What a pass says that was watched.
 
         Args:
@@ -136,7 +138,7 @@ class Head:
         given, returned = self._given, self._returned
         self._given = self._returned = None
         if given is None:
-            return Said(logits)
+            return HeadOutput(logits)
         is_last = logits is returned and logits._version == self._version
         if self._withheld and not is_last:
             raise RuntimeError("the model does not return what its last layer does, as it did.")
@@ -144,7 +146,7 @@ class Head:
         if not self.makes_logits:
             self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
         # From the vectors even if there are logits: who looks on must not change a digit.
-        return Said(given, self._layer) if self._is_last else Said(logits)
+        return HeadOutput(given, self._layer) if self._is_last else HeadOutput(logits)
 
     def _is_known(self) -> bool:
         return _compat.is_transformers(self._model) and _is_plain(self._model)

@@ -43,7 +43,7 @@ class Memory:
         n_target: int,
         state_bytes: int | None,
         budget: int | None = None,
-        lends: bool = False,
+        shares_cache: bool = False,
         makes_logits: bool = True,
     ) -> None:
         config = _compat.text_config(model)
@@ -54,7 +54,7 @@ class Memory:
         vocabulary = _compat.vocabulary_size(model) or 2**15
         self._logits = vocabulary * (self._itemsize + 6) if makes_logits else 0
         self._eager = _compat.has_eager_attention(model)
-        self._lends = lends
+        self._lends = shares_cache
         self._device, self._kept, self._n_target = device, kept, n_target
         layers = int(getattr(config, "num_hidden_layers", 0) or 1)
         self._state = state_bytes or 2 * layers * self._hidden * self._itemsize

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_llm_ext.model.forward.prefixes import in_common
+from captum_llm_ext.model.forward.prefixes import shared_prefix_lengths
 
 # From place to place: first those that were read before the pack, then the pack itself.
 Stretch = tuple[int, int]
@@ -65,7 +65,7 @@ def pack(rows: Sequence[Sequence[int]], n_read: int = 0) -> Pack:
     segments: list[Segment] = []
     places: list[Tensor] = []
     path: tuple[Stretch, ...] = ((0, n_read),)
-    _, *shared = in_common(rows)
+    _, *shared = shared_prefix_lengths(rows)
     for row, depth in zip(rows, [n_read, *shared], strict=True):
         path = _first(path, depth)
         start = n_read + len(ids)

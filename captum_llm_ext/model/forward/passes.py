@@ -16,11 +16,11 @@ from captum_llm_ext import _compat
 from captum_llm_ext.model.forward import attention
 from captum_llm_ext.model.forward import token_wise_layers as edges
 from captum_llm_ext.model.forward.asked import Asked
-from captum_llm_ext.model.forward.lm_head import Head, Said
+from captum_llm_ext.model.forward.lm_head import HeadOutput, LMHead
 from captum_llm_ext.model.forward.logits import AttrTarget, called_values
 from captum_llm_ext.model.forward.memory import is_out_of_memory
 from captum_llm_ext.model.forward.packing import Pack, pack
-from captum_llm_ext.model.forward.prefix_cache import copies, lent, part
+from captum_llm_ext.model.forward.prefix_cache import cache_part, copied_cache, shared_cache
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.forward.schedule import Branch
 
@@ -114,11 +114,11 @@ class Passes:
         sharing: Sharing = "auto",
     ) -> None:
         self._least = {"copy": sys.maxsize, "lend": 0}.get(sharing, _WORTH_LENDING)
-        self.lends: bool | None = None
+        self.shares_cache: bool | None = None
         self.chains = False
         self.model, self.attr_target, self.device = model, attr_target, device
         self.kept = _compat.kept_logits(model)
-        self._head = Head(model)
+        self._head = LMHead(model)
         self._ends_of_model = _compat.outer_layers(model)
         self.n_positions = self.n_rows = 0
         self.state_bytes: int | None = None
@@ -182,7 +182,7 @@ class Passes:
         while todo:
             branch, state, is_last = todo.pop()
             if branch.stop > branch.start:
-                state = state if is_last else copies(state)
+                state = state if is_last else copied_cache(state)
                 state = self._stretch(branch, queries, state, values)
             if branch is root and on_head is not None:
                 on_head(state)
@@ -213,7 +213,7 @@ class Passes:
         said, _ = self._pass(ids, at.clamp(min=0), extras=self.extras(row, 0))
         found: list[tuple[Tensor, Tensor]] = []
         for some in said.vectors[0].split(_PLACES):  # a copy in float32 of some logits at a time
-            logits = Said(some, said.layer).logits()
+            logits = HeadOutput(some, said.layer).logits()
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             best = logits.topk(min(n, logits.shape[1]), dim=1)
             log_probs = best.values - logits.logsumexp(1, keepdim=True)
@@ -284,13 +284,13 @@ class Passes:
         columns = (at >= 0).any(0)
         places = (at if is_called else at[:, columns]).clamp(min=0)
         said = None
-        if self.lends and state is not None and start * len(rows) >= self._least:
+        if self.shares_cache and state is not None and start * len(rows) >= self._least:
             try:
-                said = self._read_on(ids, places, state, lends=True, extras=arguments)
+                said = self._read_on(ids, places, state, shares_cache=True, extras=arguments)
             except NotImplementedError as failure:  # what the comparison did not meet
                 self._stop_lending(failure)
         if said is None:
-            said = self._read_on(ids, places, state, lends=False, extras=arguments)
+            said = self._read_on(ids, places, state, shares_cache=False, extras=arguments)
         if not isinstance(self.attr_target, str):
             values = called_values(said.logits(), asked.target, self.attr_target)[:, None]
         else:
@@ -326,7 +326,7 @@ class Passes:
 
     def _read_pack(
         self, packed: Pack, needed: Tensor, state: Any, *, cuts: bool = False
-    ) -> tuple[Said, Any]:
+    ) -> tuple[HeadOutput, Any]:
         """What is said ``(1, n)`` at places of a pack, and the state after it.
 
         Args:
@@ -345,19 +345,24 @@ class Passes:
             torch.tensor(packed.depths, dtype=torch.int64, device="cpu"),
         )
         at, length = needed - packed.n_read, len(packed.ids)
-        with attention.packed(self.model, packed, needed) as packing, ExitStack() as stack:
+        with (
+            attention.packed_attention(self.model, packed, needed) as packing,
+            ExitStack() as stack,
+        ):
             if self._ends_of_model is not None:
                 first, last = self._ends_of_model
                 for layer, (some, spread), is_time in (
-                    (first, edges.alike(ids, depths), packing.is_before),
-                    (last, edges.needed(at, length), packing.is_through),
+                    (first, edges.representatives(ids, depths), packing.is_before),
+                    (last, edges.queried(at, length), packing.is_through),
                 ):
                     if cuts or 2 * len(some) < length:
-                        stack.enter_context(edges.for_some(layer, some, spread, length, is_time))
+                        stack.enter_context(
+                            edges.computed_for_some(layer, some, spread, length, is_time)
+                        )
             answer, state = self._pass(
                 ids[None],
                 at[None],
-                state=copies(state),
+                state=copied_cache(state),
                 keeps_state=True,  # with an empty state, nobody looks for where sequences begin
                 extras={"position_ids": depths[None].to(self.device)},
                 n_rows=len(packed.places),
@@ -372,14 +377,14 @@ class Passes:
         at: Tensor,
         state: Any,
         *,
-        lends: bool,
+        shares_cache: bool,
         extras: Mapping[str, Any] | None = None,
-    ) -> Said:
+    ) -> HeadOutput:
         """What rows say that begin with what a state of one row has read, if any."""
-        if state is None or not lends:
-            return self._pass(ids, at, state=copies(state, len(ids)), extras=extras)[0]
-        borrowed, loans = lent(state, len(ids))
-        with attention.merged(self.model):
+        if state is None or not shares_cache:
+            return self._pass(ids, at, state=copied_cache(state, len(ids)), extras=extras)[0]
+        borrowed, loans = shared_cache(state, len(ids))
+        with attention.merged_attention(self.model):
             said, _ = self._pass(ids, at, state=borrowed, extras=extras)
         if not all(loan.was_used for loan in loans):
             raise NotImplementedError("attention that does not see what is lent")
@@ -394,7 +399,7 @@ class Passes:
         keeps_state: bool = False,
         extras: Mapping[str, Any] | None = None,
         n_rows: int | None = None,
-    ) -> tuple[Said, Any]:
+    ) -> tuple[HeadOutput, Any]:
         """What is said at places ``at (batch, n)`` of ``ids (batch, length)``; the state after.
 
         It is good until the next pass.
@@ -480,7 +485,7 @@ class Passes:
         packed = pack([*(one for _, one in others), row], n_read)
 
         def error() -> float:
-            before = part(state, torch.arange(n_read, device="cpu"))
+            before = cache_part(state, torch.arange(n_read, device="cpu"))
             found, _ = self._read_pack(packed, packed.places[-1][at], before, cuts=True)
             return _error(found.logits(), alone)
 
@@ -535,24 +540,24 @@ class Passes:
             for i, ids in enumerate((row, other))
         ]
 
-        def error(*, lends: bool) -> float:
-            found = self._read_on(_padded(ends), at, state, lends=lends)
+        def error(*, shares_cache: bool) -> float:
+            found = self._read_on(_padded(ends), at, state, shares_cache=shares_cache)
             return _error(found.logits(), torch.cat(alone))
 
-        copied = error(lends=False)
-        if copied <= 1 and self.lends is not False and shared * _ROWS_IN_MIND >= self._least:
-            self.lends = self._can_lend(error)
+        copied = error(shares_cache=False)
+        if copied <= 1 and self.shares_cache is not False and shared * _ROWS_IN_MIND >= self._least:
+            self.shares_cache = self._can_lend(error)
         return copied
 
     def _can_lend(self, error: Callable[..., float]) -> bool:
         """Whether rows read on rightly from a state that they have no copies of."""
-        reason = reason_against(partial(error, lends=True))
+        reason = reason_against(partial(error, shares_cache=True))
         if reason is not None:
             self._stop_lending(reason)
         return reason is None
 
     def _stop_lending(self, reason: object) -> None:
-        self.lends = False
+        self.shares_cache = False
         _logger.info(
             "%s is given copies of what rows share (%s).", type(self.model).__name__, reason
         )
@@ -572,7 +577,7 @@ class _LastRow:
 
     def after(self, n: int) -> Any:
         """The state after its first `n` ids."""
-        return part(self.state, self.places[:n])
+        return cache_part(self.state, self.places[:n])
 
 
 def _unlike(row: Sequence[int], one: int) -> int:

@@ -15,7 +15,7 @@ _LENT = "_captum_llm_ext_lent"
 
 
 @dataclass
-class Loan:
+class SharedLayer:
     """Keys and values ``(1, n_heads, n, size)`` that go before new ones, and whether they did."""
 
     keys: Tensor
@@ -23,7 +23,7 @@ class Loan:
     was_used: bool = False
 
 
-def copies(state: Any, n: int | None = None) -> Any:
+def copied_cache(state: Any, n: int | None = None) -> Any:
     """A state of the model for `n` rows from that of one; without a number, for that one.
 
     Keys and values of plain layers are never changed in place: they are seen, not copied.
@@ -45,7 +45,7 @@ def copies(state: Any, n: int | None = None) -> Any:
     return found
 
 
-def part(state: Any, places: Tensor) -> Any:
+def cache_part(state: Any, places: Tensor) -> Any:
     """The state after some of the ids that one has read, as if there had been no others.
 
     Args:
@@ -69,7 +69,7 @@ def part(state: Any, places: Tensor) -> Any:
     return found
 
 
-def lent(state: Any, n: int) -> tuple[Any, list[Loan]]:
+def shared_cache(state: Any, n: int) -> tuple[Any, list[SharedLayer]]:
     """The state of one row for `n` rows to read on from, without a copy of it for each.
 
     Made for one pass within `attention.merged`: keys then come with those that were lent.
@@ -83,7 +83,7 @@ def lent(state: Any, n: int) -> tuple[Any, list[Loan]]:
     kinds = _compat.growing_layers()
     if not _compat.is_list_of_layers(state) or not any(type(x) in kinds for x in state.layers):
         raise NotImplementedError(f"the layers of a {type(state).__name__} cannot be lent")
-    found, loans = copy.copy(state), list[Loan]()
+    found, loans = copy.copy(state), list[SharedLayer]()
     found.layers = [
         _lent_layer(layer, n, loans) if type(layer) in kinds else _copied(layer, n)
         for layer in state.layers
@@ -91,7 +91,7 @@ def lent(state: Any, n: int) -> tuple[Any, list[Loan]]:
     return found, loans
 
 
-def lent_to(keys: Tensor) -> Loan | None:
+def shared_with(keys: Tensor) -> SharedLayer | None:
     """What goes before these keys; None if nothing does."""
     return getattr(keys, _LENT, None)
 
@@ -111,7 +111,7 @@ def _copied(layer: Any, n: int | None) -> Any:
     return layer
 
 
-def _lent_layer(layer: Any, n: int, loans: list[Loan]) -> Any:
+def _lent_layer(layer: Any, n: int, loans: list[SharedLayer]) -> Any:
     if not isinstance(layer.keys, Tensor) or layer.keys.dim() != 4:
         return _copied(layer, n)
     found = _with_own_dicts(layer, n)
@@ -140,7 +140,7 @@ def _lending(kind: type[Any]) -> type[Any]:
     """The kind of layer that keeps what it has for itself and sends it along with new keys."""
 
     def update(self: Any, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
-        loan = Loan(self.keys, self.values)
+        loan = SharedLayer(self.keys, self.values)
         self.loans.append(loan)
         setattr(keys, _LENT, loan)
         return keys, values

@@ -11,7 +11,7 @@ from torch import Tensor
 _Rows = tuple[list[int], list[int]]
 
 
-def sorted_rows(
+def sort_by_prefix(
     rows: Sequence[Sequence[int]], shareable: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """The rows' order by content, and what each may share with the one before it.
@@ -31,7 +31,7 @@ def sorted_rows(
     return order, shared
 
 
-def most_first(order: Sequence[int], shared: Sequence[int]) -> tuple[list[int], list[int]]:
+def heavy_paths_first(order: Sequence[int], shared: Sequence[int]) -> tuple[list[int], list[int]]:
     """Sorted rows in another order: of those that part somewhere, the branch with most rows first.
 
     As much is shared. But what a row has in common with those before it lies in few stretches, at
@@ -39,7 +39,7 @@ def most_first(order: Sequence[int], shared: Sequence[int]) -> tuple[list[int], 
     the tree of rows (Sleator and Tarjan, A data structure for dynamic trees, 1983, section 4).
 
     Args:
-        order, shared: As from `sorted_rows`.
+        order, shared: As from `sort_by_prefix`.
 
     Returns:
         The same of the new order.
@@ -64,7 +64,7 @@ def most_first(order: Sequence[int], shared: Sequence[int]) -> tuple[list[int], 
     return latest
 
 
-def in_common(rows: Sequence[Sequence[int]]) -> list[int]:
+def shared_prefix_lengths(rows: Sequence[Sequence[int]]) -> list[int]:
     """How many of its first ids each row has in common with the one before it; 0 for the first."""
     keys = [_key(row) for row in rows]
     return [0, *(_common(one, other, len(one)) for one, other in pairwise(keys))][: len(rows)]

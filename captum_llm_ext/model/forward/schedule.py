@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from captum_llm_ext.model.forward.packing import packs
-from captum_llm_ext.model.forward.prefixes import most_first, sorted_rows
+from captum_llm_ext.model.forward.prefixes import heavy_paths_first, sort_by_prefix
 
 MostRows = Callable[[int, int], int]
 Cut = Callable[[Sequence[int], int], tuple[tuple[int, ...], ...]]
@@ -109,7 +109,7 @@ def plan(
     Returns:
         The branch that all others grow from. Its stretch, after `head`, is what all rows share.
     """
-    order, shared = sorted_rows(rows, shareable)
+    order, shared = sort_by_prefix(rows, shareable)
     stop = _whole_steps(min([*shared[1:], most_head]), head)
     if (len(rows) - 1) * (stop - head) <= 2 * overhead:
         stop = head
@@ -152,7 +152,7 @@ def plan_packed(
         chained: Whether packs may go on from the last row of the one before: then what comes
             before `most_head` is computed once for all.
     """
-    order, shared = most_first(*sorted_rows(rows, [len(row) for row in rows]))
+    order, shared = heavy_paths_first(*sort_by_prefix(rows, [len(row) for row in rows]))
     most_shared = most_head if chained else 0
     stop = _whole_steps(
         min([*(len(row) - _SHORTEST for row in rows), *shared[1:], most_head]), head
@@ -168,7 +168,7 @@ def plan_packed(
 
 def distinct_positions(rows: Sequence[Sequence[int]]) -> int:
     """Number of positions that a perfect tree would compute: no beginning twice, no padding."""
-    order, shared = sorted_rows(rows, [len(row) for row in rows])
+    order, shared = sort_by_prefix(rows, [len(row) for row in rows])
     return sum(len(rows[i]) for i in order) - sum(shared)
 
 

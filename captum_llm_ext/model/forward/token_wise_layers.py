@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from captum_llm_ext.model.exclusive import of_this_thread
+from captum_llm_ext.model.exclusive import in_this_thread_only
 from captum_llm_ext.model.forward.prefixes import distinct_pairs
 
 # From what a layer's weights make of some tokens, ``(…, n_some, size)``, to that of all.
 Spread = Callable[[Tensor], Tensor]
 
 
-def alike(ids: Tensor, places: Tensor) -> tuple[Tensor, Spread]:
+def representatives(ids: Tensor, places: Tensor) -> tuple[Tensor, Spread]:
     """Tokens of one sequence that stand for those of the same id at the same place in a row.
 
     Args:
@@ -34,7 +34,7 @@ def alike(ids: Tensor, places: Tensor) -> tuple[Tensor, Spread]:
     return some, lambda x: x.index_select(-2, back.to(x.device))
 
 
-def needed(some: Tensor, length: int) -> tuple[Tensor, Spread]:
+def queried(some: Tensor, length: int) -> tuple[Tensor, Spread]:
     """Tokens of one sequence that are asked about; all others are 0 to what follows.
 
     Args:
@@ -42,7 +42,7 @@ def needed(some: Tensor, length: int) -> tuple[Tensor, Spread]:
         length: Of the sequence.
 
     Returns:
-        As `alike`.
+        As `representatives`.
     """
 
     def spread(x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def needed(some: Tensor, length: int) -> tuple[Tensor, Spread]:
 
 
 @contextmanager
-def for_some(
+def computed_for_some(
     layer: nn.Module, some: Tensor, spread: Spread, length: int, is_time: Callable[[], bool]
 ) -> Generator[None]:
     """Has the weights of a layer see some of the tokens alone, in passes of this thread.
@@ -86,7 +86,7 @@ def for_some(
             raise NotImplementedError(f"a {type(module).__name__} that returns no vector per token")
         return (spread(first), *others) if isinstance(output, tuple) else spread(first)
 
-    on_entry, on_exit = of_this_thread(before), of_this_thread(after)
+    on_entry, on_exit = in_this_thread_only(before), in_this_thread_only(after)
     hooks: list[RemovableHandle] = []
     try:
         # Vectors that are added or multiplied are not worth it.

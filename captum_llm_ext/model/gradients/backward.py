@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.exclusive import of_this_thread
+from captum_llm_ext.model.exclusive import in_this_thread_only
 from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.memory import batch_budget, is_out_of_memory
 from captum_llm_ext.model.gradients.frozen import frozen
@@ -68,7 +68,7 @@ class Row:
 
 
 @dataclass
-class Manner:
+class BackwardPlan:
     """How a model wants to be run, as found out while running it.
 
     Attributes:
@@ -88,17 +88,17 @@ class Manner:
     row_bytes: int = 0
 
 
-def manner(device: torch.device, most_rows: int | None) -> Manner:
+def initial_plan(device: torch.device, most_rows: int | None) -> BackwardPlan:
     """What is known before the first pass.
 
     Args:
         device: Where it reads its ids.
         most_rows: The user's choice; what memory allows if there is none.
     """
-    return Manner(_TOKENS.get(device.type, _TOKENS_ELSEWHERE), most_rows)
+    return BackwardPlan(_TOKENS.get(device.type, _TOKENS_ELSEWHERE), most_rows)
 
 
-class Reader:
+class ForwardPass:
     """The model's forward on token ids, with the logits of some places.
 
     Args:
@@ -156,7 +156,7 @@ class _Passed(NamedTuple):
     unit: Tensor | None
 
 
-class Slopes:
+class TargetGradients:
     """Values of target tokens at points of a path, and their gradients with respect to a layer.
 
     One forward pass serves all target tokens of a point. On the way back each token has its own
@@ -184,11 +184,11 @@ class Slopes:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ForwardPass,
         layers: Layers,
         row: Row,
         attr_target: AttrTarget,
-        manner: Manner,
+        manner: BackwardPlan,
         *,
         is_joint: bool = False,
         measure: Measure = "product",
@@ -298,7 +298,7 @@ class Slopes:
         def note(_: nn.Module, arguments: Any) -> None:
             heard.extend(a for a in arguments[:1] if isinstance(a, Tensor) and a.dim() == 3)
 
-        hook = head.register_forward_pre_hook(of_this_thread(note))
+        hook = head.register_forward_pre_hook(in_this_thread_only(note))
         try:
             yield heard
         finally:

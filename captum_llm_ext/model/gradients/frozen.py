@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_llm_ext.model.exclusive import of_this_thread
+from captum_llm_ext.model.exclusive import in_this_thread_only
 
 # Names of functions of torch, as functions, methods and operators have them.
 _STOPPED = frozenset(
@@ -411,7 +411,7 @@ def _inputs(
 
     with ExitStack() as stack:
         for module in modules:
-            hook = module.register_forward_pre_hook(of_this_thread(note), with_kwargs=True)
+            hook = module.register_forward_pre_hook(in_this_thread_only(note), with_kwargs=True)
             stack.callback(hook.remove)
         with torch.no_grad():
             forward()

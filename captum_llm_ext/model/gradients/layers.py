@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.exclusive import of_this_thread
+from captum_llm_ext.model.exclusive import in_this_thread_only
 
 
 class Layers:
@@ -75,7 +75,7 @@ class Layers:
             def after(_: nn.Module, arguments: Any, output: Any) -> Any:
                 return _changed(output, function, f"the output of layer {name}")
 
-            return module.register_forward_hook(of_this_thread(after))
+            return module.register_forward_hook(in_this_thread_only(after))
 
         def before(_: nn.Module, arguments: Any, keywords: dict[str, Any]) -> Any:
             what = f"the input of layer {name}"
@@ -84,7 +84,7 @@ class Layers:
                 return (arguments, {**keywords, "hidden_states": new})
             return (_changed(arguments, function, what), keywords)
 
-        return module.register_forward_pre_hook(of_this_thread(before), with_kwargs=True)
+        return module.register_forward_pre_hook(in_this_thread_only(before), with_kwargs=True)
 
 
 def modules_reading(
@@ -110,7 +110,7 @@ def modules_reading(
 
     with ExitStack() as stack:
         for module in candidates:
-            hook = module.register_forward_pre_hook(of_this_thread(note), with_kwargs=True)
+            hook = module.register_forward_pre_hook(in_this_thread_only(note), with_kwargs=True)
             stack.callback(hook.remove)
         forward(ids)
     # An adapter of an embedding holds it, and gives what the model goes on with.

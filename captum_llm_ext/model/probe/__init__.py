@@ -7,6 +7,6 @@ state (see `state`), with longer rows once more; what it finds decides how the m
 """
 
 from captum_llm_ext.model.probe.findings import Findings, Packing
-from captum_llm_ext.model.probe.looking import ReadPacked, findings
+from captum_llm_ext.model.probe.probing import ReadPacked, findings
 
 __all__ = ["Findings", "Packing", "ReadPacked", "findings"]

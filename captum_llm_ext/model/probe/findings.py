@@ -106,7 +106,7 @@ class Findings:
         found = self.packing
         return found is not None and (found.reason is not None or longest <= found.longest)
 
-    def told(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """As results keep it in their provenance: the same for the same run, whatever came before.
 
         Differences are told where they decide something.

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 from torch import nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.processes.store import Nap, Store
+from captum_llm_ext.model.processes.store import Backoff, Store
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -341,7 +341,7 @@ class Work:
     def _check_together(self, store: Store) -> None:
         """Raises unless all processes of this replica failed: the others are in a pass for ever."""
         store.set(f"{self._name}/failed/{store.rank}", True)
-        until, nap = time.monotonic() + _TOGETHER, Nap()
+        until, nap = time.monotonic() + _TOGETHER, Backoff()
         for rank in self._replica:
             while not store.has(f"{self._name}/failed/{rank}"):
                 store.watch(rank)
@@ -359,7 +359,7 @@ class Work:
         if self._store is None:
             return
         found: dict[int, Any] = {}
-        nap = Nap()
+        nap = Backoff()
         while len(found) < len(self._leaders):
             messages = self.heard()
             yield from messages

@@ -33,7 +33,7 @@ _FAREWELL = 5.0
 _STUCK = 30.0
 
 
-class Nap:
+class Backoff:
     """Waits a little, and longer the longer nothing happens."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class Store:
         return self.get(key)
 
     def _wait(self, key: str, rank: int) -> None:
-        nap = Nap()
+        nap = Backoff()
         while not self.has(key):
             self.watch(rank)
             nap.take()
@@ -185,7 +185,7 @@ class Store:
                 return error
             trace = "".join(traceback.format_exception(error))
             self.set("error", (self.rank, _as_sent(error), trace))
-            until, nap = time.monotonic() + _FAREWELL, Nap()
+            until, nap = time.monotonic() + _FAREWELL, Backoff()
             while time.monotonic() < until:
                 if self._store.add("knows error", 0) >= len(self._ranks) - 1 - self._n_gone:
                     return error
@@ -214,7 +214,7 @@ class Store:
             if self.rank != self._ranks[0]:
                 return
             # The process that holds the store must not end it while another one still asks.
-            until, nap = time.monotonic() + _FAREWELL, Nap()
+            until, nap = time.monotonic() + _FAREWELL, Backoff()
             while time.monotonic() < until:
                 if self._store.add("gone", 0) >= len(self._ranks):
                     # Until now others may have looked whether a process lives.

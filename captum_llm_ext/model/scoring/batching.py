@@ -81,17 +81,17 @@ class Batching:
         """Whether rows have been packed in one sequence."""
         return self._has_packed
 
-    def told(self) -> dict[str, bool | None]:
+    def provenance(self) -> dict[str, bool | None]:
         """What results keep of it; None for what has not been found out."""
         return {
             "reuses_beginnings": (
                 self._compared > 0 if self._compared or not self._reuse else None
             ),
-            "lends_beginnings": self._passes.lends,
+            "lends_beginnings": self._passes.shares_cache,
             "packs_rows": True if self._has_packed else None,
         }
 
-    def heed(self, found: Findings) -> None:
+    def apply_findings(self, found: Findings) -> None:
         """Keeps to what the probe found of the model."""
         self._even = found.even
         if found.couples_rows:
@@ -255,7 +255,7 @@ class Batching:
             n_target=len(asked),
             state_bytes=self._passes.state_bytes,
             budget=self.budget,
-            lends=bool(self._passes.lends),
+            shares_cache=bool(self._passes.shares_cache),
             # What is known later must not change batches that an earlier run may have begun with.
             makes_logits=self._passes.makes_logits or self.repeats,
         )

@@ -12,7 +12,7 @@ from captum_llm_ext.model.processes.group import Processes
 from captum_llm_ext.model.scoring.checkpoint import Journal
 
 
-class Values(Protocol):
+class RowScorer(Protocol):
     """Token rows and a target in, values out; `Scorer` is the one over a model of this process.
 
     Attributes:

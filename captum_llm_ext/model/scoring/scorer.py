@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.base.seeded import reseeded, seeded
-from captum_llm_ext.model.exclusive import as_found
+from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked, explained
 from captum_llm_ext.model.forward.logits import AttrTarget
@@ -26,7 +26,7 @@ from captum_llm_ext.model.processes.group import Processes
 from captum_llm_ext.model.scoring.batching import Batching, Reuse
 from captum_llm_ext.model.scoring.checkpoint import Journal
 from captum_llm_ext.model.scoring.progress import ProgressBar
-from captum_llm_ext.model.scoring.shards import shares, without
+from captum_llm_ext.model.scoring.shards import shards, without
 
 # How large these are says nothing of how far rounding moves them.
 _IN_NATS = ("log_prob", "contrast")
@@ -111,12 +111,12 @@ class Scorer:
         return self._passes.n_positions
 
     @property
-    def lends(self) -> bool:
+    def shares_cache(self) -> bool:
         """Whether rows attend to what they share where it is, without a copy for each.
 
         Known after the first comparison that was worth it.
         """
-        return bool(self._passes.lends)
+        return bool(self._passes.shares_cache)
 
     @property
     def packs(self) -> bool:
@@ -148,7 +148,7 @@ class Scorer:
         ids = torch.tensor([row.ids], device=self.device, dtype=torch.int64)
         extras = self._passes.extras(row, 0)
         is_compiled = _compat.is_compiled(self.model)
-        with as_found(self.model), reseeded(self.model, seed) if is_compiled else seeded(seed):
+        with exclusive_use(self.model), reseeded(self.model, seed) if is_compiled else seeded(seed):
             return continued(self.model, ids, {**extras, **gen_args}).cpu()
 
     def check_length(self, length: int, what: str) -> None:
@@ -187,7 +187,7 @@ class Scorer:
             TypeError: If the model returns no logits, or a callable target the wrong shape.
         """
         asked = Asked(target, foils)
-        with as_found(self.model):
+        with exclusive_use(self.model):
             values = self._found(self._look(rows), rows, asked)
         self._noise.note(rows, explained(values, asked, self.attr_target))
         return values
@@ -203,7 +203,7 @@ class Scorer:
             Log-probabilities, float64 on the CPU, and token ids, each ``(n_target, n)``, or as many
             as the vocabulary has; without meaning where the row says nothing.
         """
-        with as_found(self.model):
+        with exclusive_use(self.model):
             found = self._look([row])
             rows = [row]
             if found.step_by_step:
@@ -235,7 +235,7 @@ class Scorer:
             UserWarning: If it is more than the model's type of numbers explains.
         """
         asked = Asked(target, foils)
-        with as_found(self.model):
+        with exclusive_use(self.model):
             found = self._look([row])
             values = self._found(found, [row], asked)
             self._noise.note([row], explained(values, asked, self.attr_target))
@@ -250,12 +250,12 @@ class Scorer:
         """What the probe found of the model; None before the first values."""
         return self._findings
 
-    def told(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What results keep of the model's ways."""
         found = self._findings
         if found is None:
             return {}
-        return {"probe": found.told() | self._batching.told(), "batching": found.manner}
+        return {"probe": found.provenance() | self._batching.provenance(), "batching": found.manner}
 
     def _look(self, rows: Sequence[TokenRow]) -> Findings:
         """What the model does on such rows; it is looked at where these are news."""
@@ -273,7 +273,7 @@ class Scorer:
         )
         if extras:  # rows are given one by one, whatever their lengths
             found = replace(found, shortest=0, longest=sys.maxsize)
-        self._batching.heed(found)
+        self._batching.apply_findings(found)
         self._passes.kept = found.kept
         self._findings = found
         return found
@@ -334,7 +334,7 @@ class Scorer:
                 self._keep([(keys[i], rows[i], values)])
             root = without(root, {*stored})
         lengths = [len(row.ids) for row in rows]
-        parts = shares(root, lengths, self._processes.n_replicas, overhead=self._batching.overhead)
+        parts = shards(root, lengths, self._processes.n_replicas, overhead=self._batching.overhead)
         work = self._processes.work()
         failure: tuple[int, RuntimeError] | None = None
         try:

@@ -12,7 +12,7 @@ from captum_llm_ext.model.forward.schedule import Branch
 Batch = tuple[int, ...]
 
 
-def shares(root: Branch, lengths: Sequence[int], n: int, *, overhead: int) -> list[Branch]:
+def shards(root: Branch, lengths: Sequence[int], n: int, *, overhead: int) -> list[Branch]:
     """Cuts a plan into parts that processes take one by one, as they become free.
 
     Neighbours stay together, for they share what they begin with. The parts become smaller: the

@@ -24,13 +24,13 @@ def unseen(baselines: Iterable[object], made: str, what: str) -> str | None:
     """
     for baseline in baselines:
         is_token = isinstance(baseline, TokenBaseline | str | int)
-        if is_token or kind_of(baseline) == "deleted":
+        if is_token or baseline_name(baseline) == "deleted":
             happens = "become one and the same token" if is_token else "are deleted"
             return f"Absent features {happens}: {made} {UNSEEN.format(what=what)}"
     return None
 
 
-def kind_of(baseline: object, nothing: str = "deleted") -> str:
+def baseline_name(baseline: object, nothing: str = "deleted") -> str:
     """In a word or two.
 
     Args:

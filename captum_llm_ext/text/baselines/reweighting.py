@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_llm_ext.text.baselines.candidates import Candidates
 from captum_llm_ext.text.baselines.slot import LanguageModel, Slot
-from captum_llm_ext.text.baselines.surroundings import Place
+from captum_llm_ext.text.baselines.surroundings import Surroundings
 
 MOST_WEIGHED = 64
 _WINDOW = 2_000  # characters on each side of a feature that the model reads
@@ -19,7 +19,10 @@ _WORD = re.compile(r"\s*\S+")
 
 
 def in_place(
-    candidates: Candidates, slots: Sequence[Slot], places: Sequence[Place], model: LanguageModel
+    candidates: Candidates,
+    slots: Sequence[Slot],
+    places: Sequence[Surroundings],
+    model: LanguageModel,
 ) -> Candidates:
     """Candidates by how probable the model finds the text with each of them in its places.
 
@@ -58,7 +61,7 @@ def next_tokens(slot: Slot, model: LanguageModel) -> tuple[list[int], Tensor]:
     return ids[:enough].tolist(), ordered[:enough] / total
 
 
-def continued(slot: Slot, place: Place, model: LanguageModel, seed: int) -> Candidates:
+def continued(slot: Slot, place: Surroundings, model: LanguageModel, seed: int) -> Candidates:
     """What the model might have written in place of several generated tokens.
 
     Continuations are sampled after the text before the feature, and cut: before the punctuation

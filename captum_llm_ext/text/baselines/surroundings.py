@@ -11,7 +11,7 @@ _WINDOW = 60 * REACH  # characters that hold so many
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Surroundings:
     """Where a feature stands. Punctuation at its ends is taken for its surroundings.
 
     Attributes:
@@ -35,11 +35,11 @@ class Place:
     part: tuple[float, float]
     is_sentence: bool
 
-    def widened(self, n_left: int, n_right: int) -> "Place":
+    def widened(self, n_left: int, n_right: int) -> "Surroundings":
         """The place of the feature and so many atoms around it, as a whole."""
         atoms = (*self.left[:n_left][::-1], *self.atoms, *self.right[:n_right])
         left, right = self.left[n_left:], self.right[n_right:]
-        return Place(" ".join(atoms), atoms, left, right, "", "", (0.0, 1.0), False)
+        return Surroundings(" ".join(atoms), atoms, left, right, "", "", (0.0, 1.0), False)
 
     def filled(self, text: str) -> str:
         """The feature's replacement if `text` stands in place of the core."""
@@ -49,7 +49,7 @@ class Place:
         return self.head + text + self.tail
 
 
-def place_of(slot: Slot) -> Place | None:
+def surroundings_of(slot: Slot) -> Surroundings | None:
     """The feature of a slot as atoms; None if it is white space."""
     around = _around(slot)
     inside = [n for n, a in enumerate(around) if slot.start < a.stop and a.start < slot.stop]
@@ -60,7 +60,7 @@ def place_of(slot: Slot) -> Place | None:
     core_start, core_stop = around[low].start, around[high - 1].stop
     start, stop = max(slot.start, core_start), min(slot.stop, core_stop)
     size = core_stop - core_start
-    return Place(
+    return Surroundings(
         core=slot.context[core_start:core_stop],
         atoms=_texts(around[low:high]),
         left=_texts(around[max(low - REACH, 0) : low][::-1]),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.inputs.messages import (
     Found,
@@ -158,7 +158,7 @@ def _tell(messages: Sequence[Message], found: Mapping[int, Found]) -> None:
             "what the chat template leaves out, changes or repeats is no part of a feature: "
             f"{'; '.join(told)}.",
             UserWarning,
-            stacklevel=level_of_caller(),
+            stacklevel=stacklevel_of_caller(),
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.text.baselines import LanguageModel
-from captum_llm_ext.text.baselines.corpus.mismatch import warn_of_unlike
+from captum_llm_ext.text.baselines.corpus.mismatch import warn_of_mismatch
 from captum_llm_ext.text.inputs.generated import GeneratedText
 from captum_llm_ext.text.inputs.prompt import Prompt
 from captum_llm_ext.text.segment import Unit
@@ -39,7 +39,7 @@ class Context:
         self.full = prompt.render(everything, torch.Generator().manual_seed(0))[0]
         if not self.full.ids:
             raise ValueError("the prompt is empty: it has no token before the target.")
-        warn_of_unlike(prompt.own_baseline, prompt.matches)
+        warn_of_mismatch(prompt.own_baseline, prompt.matches)
 
     def generated(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
         """The target as features, absent as `baselines` say, or else as those of the prompt."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
 from typing import NamedTuple, cast
 
-from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.text.baselines import Slot
 from captum_llm_ext.text.segment import (
     Span,
@@ -428,7 +428,7 @@ def _check_drawn(
             f"span {tuple(span)} {shorten(text[slice(*span)])!r} has a part of the token "
             f"{text[slice(*token)]!r}, all of which {whose}{others}: end spans where tokens end.",
             UserWarning,
-            stacklevel=level_of_caller(),
+            stacklevel=stacklevel_of_caller(),
         )
 
 

@@ -23,7 +23,7 @@ from captum_llm_ext.text.baselines.corpus.search import Search
 from captum_llm_ext.text.baselines.draws import draw_generator, uniform
 from captum_llm_ext.text.baselines.labels import Labels, TextsByName
 from captum_llm_ext.text.baselines.slot import LanguageModel, Slot
-from captum_llm_ext.text.baselines.surroundings import Place, place_of
+from captum_llm_ext.text.baselines.surroundings import Surroundings, surroundings_of
 from captum_llm_ext.text.baselines.template import calling_template, template_slots
 
 __all__ = ["CorpusBaselines", "Match"]
@@ -255,12 +255,12 @@ class CorpusBaselines:
         return self._known[slot]
 
     def _fill(self, slot: Slot) -> "_Filling | _Tokens | None":
-        own = place_of(slot)
+        own = surroundings_of(slot)
         if own is None:
             return None
         if self.match == "model" and slot.generated and not self._is_labelled(slot, own):
             return self._said(slot, own)
-        together = [(s, place_of(s)) for s in slot.siblings or (slot,)]
+        together = [(s, surroundings_of(s)) for s in slot.siblings or (slot,)]
         members = [(s, place) for s, place in together if place is not None]
         candidates = self._jointly(members)
         if candidates is None:
@@ -270,10 +270,10 @@ class CorpusBaselines:
         member = next(i for i, (s, _) in enumerate(members) if s.start == slot.start)
         return _Filling(candidates, own, member)
 
-    def _singly(self, slot: Slot, place: Place) -> Candidates:
+    def _singly(self, slot: Slot, place: Surroundings) -> Candidates:
         return self._listed([(slot, place)]) or self._lookup.single(place)
 
-    def _jointly(self, members: Sequence[tuple[Slot, Place]]) -> Candidates | None:
+    def _jointly(self, members: Sequence[tuple[Slot, Surroundings]]) -> Candidates | None:
         """What all places of a feature may hold together; None if that is not known."""
         if len(members) == 1:
             return self._singly(*members[0])
@@ -290,14 +290,14 @@ class CorpusBaselines:
         sizes = [[len(place.atoms) for _, place in run] for run in runs]
         return found.divided(sizes)
 
-    def _is_labelled(self, slot: Slot, place: Place) -> bool:
+    def _is_labelled(self, slot: Slot, place: Surroundings) -> bool:
         return self._label(slot, place) is not None
 
-    def _label(self, slot: Slot, place: Place) -> str | int | None:
+    def _label(self, slot: Slot, place: Surroundings) -> str | int | None:
         name = self._labels.named(slot)
         return self._labels.containing(place.core) if name is None else name
 
-    def _listed(self, members: Sequence[tuple[Slot, Place]]) -> Candidates | None:
+    def _listed(self, members: Sequence[tuple[Slot, Surroundings]]) -> Candidates | None:
         """The user's own texts; for several places lists of one length, drawn from in step."""
         names = [self._label(slot, place) for slot, place in members]
         lists = [self._labels.texts[name] for name in names if name is not None]
@@ -313,7 +313,7 @@ class CorpusBaselines:
             exclude_original=self.exclude_original,
         )
 
-    def _said(self, slot: Slot, place: Place) -> "_Filling | _Tokens":
+    def _said(self, slot: Slot, place: Surroundings) -> "_Filling | _Tokens":
         """What the model itself might have said in place of a generated feature."""
         found = self._lookup.single(place)
         if found.match.constant:
@@ -327,7 +327,9 @@ class CorpusBaselines:
         candidates = weighing.continued(slot, place, model, self.seed)
         return _Filling(self._fitting(candidates, [(slot, place)]), place, 0)
 
-    def _weighed(self, candidates: Candidates, members: Sequence[tuple[Slot, Place]]) -> Candidates:
+    def _weighed(
+        self, candidates: Candidates, members: Sequence[tuple[Slot, Surroundings]]
+    ) -> Candidates:
         if self.match != "model" or candidates.match.constant or candidates.match.level == "label":
             return candidates
         few = candidates.sample(weighing.MOST_WEIGHED, self.seed)
@@ -342,7 +344,9 @@ class CorpusBaselines:
             )
         return self._model
 
-    def _fitting(self, candidates: Candidates, members: Sequence[tuple[Slot, Place]]) -> Candidates:
+    def _fitting(
+        self, candidates: Candidates, members: Sequence[tuple[Slot, Surroundings]]
+    ) -> Candidates:
         """Those with as many tokens as the feature has, if that is wanted."""
         if not self.same_n_tokens or candidates.match.constant:
             return candidates
@@ -370,7 +374,7 @@ class CorpusBaselines:
         if not self._told:
             # Captum knows no runs: it asks for every evaluation.
             self._told = True
-            unlike.warn_of_unlike(
+            unlike.warn_of_mismatch(
                 self, lambda: [self.explain(slot) for slot in template_slots(inp)]
             )
         seed = int(torch.randint(2**62, (), generator=self._draws, device="cpu"))
@@ -378,9 +382,11 @@ class CorpusBaselines:
         return dict(zip(inp.dict_keys, texts, strict=True)) if inp.dict_keys else texts
 
 
-def _side_by_side(members: Sequence[tuple[Slot, Place]]) -> list[list[tuple[Slot, Place]]]:
+def _side_by_side(
+    members: Sequence[tuple[Slot, Surroundings]],
+) -> list[list[tuple[Slot, Surroundings]]]:
     """Runs of places of words with nothing in between."""
-    runs: list[list[tuple[Slot, Place]]] = []
+    runs: list[list[tuple[Slot, Surroundings]]] = []
     for slot, place in members:
         if runs and _goes_on(*runs[-1][-1], slot, place):
             runs[-1].append((slot, place))
@@ -389,12 +395,12 @@ def _side_by_side(members: Sequence[tuple[Slot, Place]]) -> list[list[tuple[Slot
     return runs
 
 
-def _goes_on(slot: Slot, place: Place, later: Slot, other: Place) -> bool:
+def _goes_on(slot: Slot, place: Surroundings, later: Slot, other: Surroundings) -> bool:
     is_whole = place.part == other.part == (0.0, 1.0)
     return is_whole and slot.stop == later.start and not place.tail and not other.head.strip()
 
 
-def _joined(run: Sequence[tuple[Slot, Place]]) -> Place:
+def _joined(run: Sequence[tuple[Slot, Surroundings]]) -> Surroundings:
     """The places of a run as one."""
     (first, start), (last, stop) = run[0], run[-1]
     core = first.context[first.start + len(start.head) : last.stop - len(stop.tail)]
@@ -424,7 +430,7 @@ class _Filling:
     """Candidates for all places of a feature, and which of these places is asked for."""
 
     candidates: Candidates
-    place: Place
+    place: Surroundings
     member: int
 
     @property

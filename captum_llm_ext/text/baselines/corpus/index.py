@@ -203,13 +203,13 @@ class CorpusIndex:
     def _unknown(self, atom: str) -> int:
         return -1 if words.border(atom) > WORD else words.kind_number(atom)
 
-    def is_frame(self, context_class: int) -> bool:
+    def is_template_word(self, context_class: int) -> bool:
         """Whether a class tells more than what kind of word stands there."""
         return context_class >= _N_KINDS
 
-    def is_lone_frame(self, context_class: int) -> bool:
+    def is_lone_template_word(self, context_class: int) -> bool:
         """Whether a class is that of one word or mark of the frame."""
-        return self.is_frame(context_class) and int(self._members[context_class]) == 1
+        return self.is_template_word(context_class) and int(self._members[context_class]) == 1
 
     def bits(self, context_class: int) -> float:
         """How surprising the class is, in bits."""

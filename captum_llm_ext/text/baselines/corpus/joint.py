@@ -26,7 +26,7 @@ class Occurrences:
     texts: list[str]
 
 
-def together(
+def joint_occurrences(
     members: Sequence[Occurrences], generator: torch.Generator
 ) -> Counter[tuple[str, ...]]:
     """Texts for all places that stand together in one document, and how often they do.

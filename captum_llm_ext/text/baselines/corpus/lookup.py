@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.text.baselines import words
 from captum_llm_ext.text.baselines.candidates import Candidates, Match
 from captum_llm_ext.text.baselines.corpus.index import CorpusIndex
-from captum_llm_ext.text.baselines.corpus.joint import Occurrences, together
+from captum_llm_ext.text.baselines.corpus.joint import Occurrences, joint_occurrences
 from captum_llm_ext.text.baselines.corpus.phrase import parts, phrases
 from captum_llm_ext.text.baselines.corpus.search import Found, Query, Search, query_of
-from captum_llm_ext.text.baselines.surroundings import Place
+from captum_llm_ext.text.baselines.surroundings import Surroundings
 
 # A slot is constant if at most this share of its occurrences differs: no match is without a slip.
 SLIPS = 0.05
@@ -56,7 +56,7 @@ class Lookup:
         self._min_candidates = min_candidates
         self._known: dict[Query, Candidates] = {}
 
-    def single(self, place: Place) -> Candidates:
+    def single(self, place: Surroundings) -> Candidates:
         """What may stand in one place."""
         query = query_of(place, self._index)
         if query not in self._known:
@@ -67,7 +67,7 @@ class Lookup:
             self._warn(query, found.match)
         return self._known[query]
 
-    def joint(self, places: Sequence[Place], seed: int) -> Candidates | None:
+    def joint(self, places: Sequence[Surroundings], seed: int) -> Candidates | None:
         """What stands together, in one document, in the places of one feature.
 
         Returns:
@@ -83,7 +83,7 @@ class Lookup:
             )
         members = [self._occurrences(offers[i]) for i in varying]
         found: Counter[tuple[str, ...]] = Counter()
-        for texts, n in together(members, torch.Generator().manual_seed(seed)).items():
+        for texts, n in joint_occurrences(members, torch.Generator().manual_seed(seed)).items():
             whole = list(original)
             for i, text in zip(varying, texts, strict=True):
                 whole[i] = text
@@ -99,7 +99,7 @@ class Lookup:
             "document", surroundings, found, original, exclude_original=self._exclude_original
         )
 
-    def _within_phrase(self, place: Place) -> Candidates | None:
+    def _within_phrase(self, place: Surroundings) -> Candidates | None:
         """What may stand for a word that the rest of its own phrase determines.
 
         "Lake" is constant before "of Pines". What is not is the phrase: of others that stand in
@@ -127,9 +127,9 @@ class Lookup:
 
     def _is_framed(self, text: str) -> bool:
         atoms = [atom.text for atom in words.atoms(text)]
-        return all(map(self._index.is_frame, self._index.context(atoms)))
+        return all(map(self._index.is_template_word, self._index.context(atoms)))
 
-    def _never_lacks(self, place: Place, known: Sequence[tuple[int, int]]) -> bool:
+    def _never_lacks(self, place: Surroundings, known: Sequence[tuple[int, int]]) -> bool:
         """Whether all that stands in place of the longest of the phrases has the word.
 
         Then all that stands in place of the shorter ones does: one search is enough for nearly all
@@ -142,7 +142,7 @@ class Lookup:
         found = parts(offer.texts, place.atoms, *ends)
         return found is not None and found.total() <= SLIPS * offer.texts.total()
 
-    def _of_phrase(self, place: Place, n_left: int, n_right: int) -> _Offer | None:
+    def _of_phrase(self, place: Surroundings, n_left: int, n_right: int) -> _Offer | None:
         """What stands in place of a feature and so many atoms around it."""
         query = query_of(place.widened(n_left, n_right), self._index)
         offer = next(self._offers(query), None)
@@ -199,4 +199,4 @@ class Lookup:
 
     def _say(self, message: str) -> None:
         if self._min_candidates > 0:
-            warnings.warn(message, UserWarning, stacklevel=level_of_caller())
+            warnings.warn(message, UserWarning, stacklevel=stacklevel_of_caller())

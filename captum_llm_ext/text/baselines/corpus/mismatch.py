@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-from captum_llm_ext.base.digest import level_of_caller
+from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.text.baselines.candidates import Match
 
 
@@ -24,7 +24,7 @@ _MOST = 0.5  # … and beyond this the corpus is of another kind
 _SHOWN = 3
 
 
-def warn_of_unlike(baseline: object, matches: Callable[[], Sequence[Match] | None]) -> None:
+def warn_of_mismatch(baseline: object, matches: Callable[[], Sequence[Match] | None]) -> None:
     """Says, in every run, how many features have no place like theirs, if these are not a few.
 
     Args:
@@ -45,7 +45,7 @@ def warn_of_unlike(baseline: object, matches: Callable[[], Sequence[Match] | Non
     )
 
 
-def is_unlike(baseline: object, matches: Callable[[], Sequence[Match] | None]) -> bool:
+def is_mismatch(baseline: object, matches: Callable[[], Sequence[Match] | None]) -> bool:
     """Whether most features have no place like theirs in a corpus."""
     asked, unlike = _unlike(baseline, matches)
     return len(unlike) > _MOST * len(asked)
@@ -63,7 +63,7 @@ def _unlike(
 
 def _warn(message: str) -> None:
     """Warns where the package was called from, also if it has done so before."""
-    frame = sys._getframe(level_of_caller() - 1)  # pyright: ignore[reportPrivateUsage]
+    frame = sys._getframe(stacklevel_of_caller() - 1)  # pyright: ignore[reportPrivateUsage]
     # With a registry of its own: Python's shows equal warnings of one line only once.
     warnings.warn_explicit(
         message, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry={}

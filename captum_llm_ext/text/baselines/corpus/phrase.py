@@ -7,7 +7,7 @@ from itertools import product
 from captum_llm_ext.text.baselines import words
 from captum_llm_ext.text.baselines.candidates import part_of
 from captum_llm_ext.text.baselines.corpus.index import CorpusIndex
-from captum_llm_ext.text.baselines.surroundings import Place
+from captum_llm_ext.text.baselines.surroundings import Surroundings
 from captum_llm_ext.text.baselines.words import SENTENCE_END, WORD, border
 
 _LONGEST = 4  # words of a phrase that has words of the frame inside
@@ -15,7 +15,7 @@ _LONGEST = 4  # words of a phrase that has words of the frame inside
 _ADDED = 0.5
 
 
-def phrases(place: Place, index: CorpusIndex) -> list[tuple[int, int]]:
+def phrases(place: Surroundings, index: CorpusIndex) -> list[tuple[int, int]]:
     """What may be the phrase of a feature: how many atoms before it and after, the shortest first.
 
     A phrase begins and ends next to a word of the frame, and may have some inside ("Gulf of
@@ -40,7 +40,7 @@ def phrases(place: Place, index: CorpusIndex) -> list[tuple[int, int]]:
 def _ends(atoms: Sequence[str], index: CorpusIndex) -> Iterator[int]:
     """After how many of the nearest atoms on one side a phrase may end."""
     for n, number in enumerate(index.context(atoms)):
-        if index.is_frame(number) or border(atoms[n]) > WORD:
+        if index.is_template_word(number) or border(atoms[n]) > WORD:
             yield n
         if border(atoms[n]) > WORD:
             return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captum_llm_ext.text.baselines import words
 from captum_llm_ext.text.baselines.corpus.index import NO_SPANS, CorpusIndex, Spans
-from captum_llm_ext.text.baselines.surroundings import Place
+from captum_llm_ext.text.baselines.surroundings import Surroundings
 from captum_llm_ext.text.baselines.words import MARK, SENTENCE_END, WORD, border
 
 # What the bits of an atom weigh, by those of its neighbour nearer to the slot.
@@ -76,7 +76,7 @@ class Found:
     telling: float = 0.0
 
 
-def query_of(place: Place, index: CorpusIndex) -> Query:
+def query_of(place: Surroundings, index: CorpusIndex) -> Query:
     """What to ask the corpus for a feature."""
     left, left_names, left_told = _side(place.left, index)
     right, right_names, right_told = _side(place.right, index)
@@ -84,7 +84,7 @@ def query_of(place: Place, index: CorpusIndex) -> Query:
     bordered = bordered and bool(right) and border(place.right[0]) >= SENTENCE_END
     whole = bordered or place.is_sentence
     agreeing: list[Agreeing] = []
-    if all(map(index.is_lone_frame, index.context(place.atoms))):
+    if all(map(index.is_lone_template_word, index.context(place.atoms))):
         agreeing.extend(("right", n, place.right[n]) for n in _nearest_filler(right, index))
         agreeing.extend(("left", n, place.left[n]) for n in _nearest_filler(left, index))
     names, told = (left_names, right_names), (left_told, right_told)
@@ -108,7 +108,7 @@ def _bits(elements: Sequence[tuple[str, int]], index: CorpusIndex) -> Iterator[f
     """What each element of the surroundings tells as a word; a kind or a mark tells nothing."""
     weight = 1.0
     for atom, number in elements:
-        is_word = index.is_frame(number) and not words.is_mark(atom)
+        is_word = index.is_template_word(number) and not words.is_mark(atom)
         yield weight * index.bits(number) if is_word else 0.0
         if not words.is_mark(atom):
             weight *= NEARNESS
@@ -119,17 +119,21 @@ def _elements(classes: Sequence[int], index: CorpusIndex) -> list[int]:
 
     Next to the slot it is unknown where that ends: there every atom is an element.
     """
-    framed = [index.is_frame(number) for number in classes]
+    framed = [index.is_template_word(number) for number in classes]
     return [n for n, here in enumerate(framed) if here or not any(framed[:n]) or framed[n - 1]]
 
 
 def _nearest_filler(classes: Sequence[int], index: CorpusIndex) -> list[int]:
-    return [n for n, number in enumerate(classes) if not index.is_frame(number)][:1]
+    return [n for n, number in enumerate(classes) if not index.is_template_word(number)][:1]
 
 
 def _names(atoms: Sequence[str], classes: Sequence[int], index: CorpusIndex) -> tuple[str, ...]:
     return tuple(
-        "⏎" if atom == words.BREAK else atom if index.is_frame(number) else f"<{words.kind(atom)}>"
+        "⏎"
+        if atom == words.BREAK
+        else atom
+        if index.is_template_word(number)
+        else f"<{words.kind(atom)}>"
         for atom, number in zip(atoms, classes, strict=True)
     )
 
@@ -255,7 +259,7 @@ class Search:
         return same
 
     def _is_framed(self, query: Query) -> bool:
-        return all(map(self._index.is_frame, self._index.context(query.atoms)))
+        return all(map(self._index.is_template_word, self._index.context(query.atoms)))
 
     def _aligned(self, query: Query, spans: Spans) -> Spans:
         """Those that leave the words of neighbouring slots to these.
@@ -264,10 +268,10 @@ class Search:
         else match the " in Palm" of "lives in Palm Coast".
         """
         index = self._index
-        framed = [index.is_frame(number) for number in index.context(query.atoms)]
-        if query.left and not index.is_frame(query.left[0]):
+        framed = [index.is_template_word(number) for number in index.context(query.atoms)]
+        if query.left and not index.is_template_word(query.left[0]):
             spans = spans[self._like(spans.starts, query.atoms[0], framed[0])]
-        if query.right and not index.is_frame(query.right[0]):
+        if query.right and not index.is_template_word(query.right[0]):
             spans = spans[self._like(spans.stops - 1, query.atoms[-1], framed[-1])]
         return spans
 
@@ -353,7 +357,7 @@ class Search:
         bits = [self._index.bits(number) * NEARNESS**n for n, number in enumerate(context)]
         bits = torch.tensor([0.0, *bits], dtype=torch.float32, device="cpu")
         framed = torch.tensor(
-            [False, *map(self._index.is_frame, context)], dtype=torch.bool, device="cpu"
+            [False, *map(self._index.is_template_word, context)], dtype=torch.bool, device="cpu"
         )
         return bits.cumsum(0), framed.cumsum(0) > 0
 

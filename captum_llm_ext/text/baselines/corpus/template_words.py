@@ -60,7 +60,7 @@ def context_classes(words: Tensor, kinds: Tensor, marks: Tensor, passages: Tenso
             break
         frame = grown
     classes = torch.where(frame, own, kinds)
-    return _join_kin(words, classes, frame & ~marks, counts, passages)
+    return _merge_similar_classes(words, classes, frame & ~marks, counts, passages)
 
 
 def _regular(words: Tensor, passages: Tensor, n_words: int) -> Tensor:
@@ -116,7 +116,7 @@ def _expectedness(words: Tensor, frame: Tensor, counts: Tensor) -> Tensor:
     return mass / counts.clamp(min=1)
 
 
-def _join_kin(
+def _merge_similar_classes(
     words: Tensor, classes: Tensor, frame: Tensor, counts: Tensor, passages: Tensor
 ) -> Tensor:
     order = counts.where(frame, -1).argsort(descending=True, stable=True)

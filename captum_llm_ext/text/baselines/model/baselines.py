@@ -22,7 +22,7 @@ from captum_llm_ext.text.baselines.slot import (
     bonds_of,
     joined,
 )
-from captum_llm_ext.text.baselines.surroundings import Place, place_of
+from captum_llm_ext.text.baselines.surroundings import Surroundings, surroundings_of
 
 _CANDIDATES = 4  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
 _SURE = 0.95  # the model's own text, at least so often, is what it would have written anyway
@@ -150,11 +150,11 @@ class ModelBaselines:
     def _filling(self, slot: Slot) -> "_Filling | None":
         """What may stand in a place; None for white space, which stays."""
         if slot not in self._known:
-            place = place_of(slot)
+            place = surroundings_of(slot)
             self._known[slot] = None if place is None else self._find(_first_of(slot), place)
         return self._known[slot]
 
-    def _find(self, slot: Slot, place: Place) -> "_Filling":
+    def _find(self, slot: Slot, place: Surroundings) -> "_Filling":
         start, stop = _core(slot)
         alternatives = self._alternatives(slot.context, (start, stop))
         parts = alternatives.parts(start, stop) or [(start, stop)]
@@ -185,7 +185,7 @@ class _Filling:
         same_as: Per part the first one with its text, which is drawn for both.
     """
 
-    place: Place
+    place: Surroundings
     parts: list[Candidates]
     between: list[str]
     same_as: list[int]
@@ -252,7 +252,7 @@ def _first_of(slot: Slot) -> Slot:
 
 def _core(slot: Slot) -> Span:
     """A place without white space and punctuation at its ends; of a part of a word all of it."""
-    place = place_of(slot)
+    place = surroundings_of(slot)
     if place is None:
         return slot.start, slot.stop
     start = slot.start + len(place.head) - round(place.part[0] * len(place.core))

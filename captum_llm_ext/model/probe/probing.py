@@ -92,7 +92,7 @@ def findings(
     earlier = known.found if same and known is not None else None
     if earlier is not None and earlier.covers(min(lengths), max(lengths), packs=read_packed):
         return earlier
-    found = _Look(model, rows, dict(extras or {}), read_packed, earlier).findings()
+    found = _Probe(model, rows, dict(extras or {}), read_packed, earlier).findings()
     if keeps:
         after = state_of(model)
         if earlier is not None:
@@ -124,7 +124,7 @@ def _packing_of_both(one: Packing | None, other: Packing | None) -> Packing | No
     return other if one is None else one if other is None else one.joined(other)
 
 
-class _Look:
+class _Probe:
     """One look at a model.
 
     Args:

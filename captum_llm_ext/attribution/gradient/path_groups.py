@@ -14,7 +14,7 @@ Apart = Literal["never", "cheapest", "always"]
 
 
 @dataclass(frozen=True)
-class Scene:
+class PathGroup:
     """Target tokens that are explained by one path.
 
     Attributes:
@@ -32,7 +32,7 @@ class Scene:
         return self.targets[-1]
 
 
-def scenes(generated: GeneratedText, *, n_before: int, apart: Apart) -> list[Scene]:
+def path_groups(generated: GeneratedText, *, n_before: int, apart: Apart) -> list[PathGroup]:
     """The paths that explain every target token by what may be absent before it, longest first.
 
     A generated word that has begun stands while its other tokens are explained: these need a path
@@ -47,7 +47,7 @@ def scenes(generated: GeneratedText, *, n_before: int, apart: Apart) -> list[Sce
     """
     fixed = {place for place, group in enumerate(generated.groups) if group is None}
     required = [-1 if own is None else own for own in generated.required]
-    found: list[Scene] = []
+    found: list[PathGroup] = []
     for own in sorted(set(required)):
         held = {place for place, group in enumerate(generated.groups) if group == own} | fixed
         members = [t for t, word in enumerate(required) if word == own]
@@ -55,7 +55,7 @@ def scenes(generated: GeneratedText, *, n_before: int, apart: Apart) -> list[Sce
             blocks = [[t] for t in members]
         else:
             blocks = _blocks(members, n_before) if apart == "cheapest" else [members]
-        found += [Scene(tuple(block), frozenset(held)) for block in blocks]
+        found += [PathGroup(tuple(block), frozenset(held)) for block in blocks]
     return sorted(found, key=lambda scene: -scene.n_read)
 
 
@@ -188,7 +188,7 @@ def _fitted(vectors: Tensor, place: Place, length: int) -> Tensor:
     return vectors.to(wide).mean(0).to(vectors.dtype).expand(read, -1)
 
 
-def held_positions(scene: Scene, features: Features, kept: Tensor, length: int) -> Tensor:
+def held_positions(scene: PathGroup, features: Features, kept: Tensor, length: int) -> Tensor:
     """Which places of the row stand all along, bool ``(n, length)``.
 
     Args:

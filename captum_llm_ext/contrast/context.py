@@ -1,4 +1,4 @@
-"""`Scene`: a prompt and a target as foils are looked for in them."""
+"""`FoilContext`: a prompt and a target as foils are looked for in them."""
 
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ _TAIL = 32
 _FRAGMENT = "\ufffd"
 
 
-class Scene:
+class FoilContext:
     """A prompt and the target after it.
 
     Args:
