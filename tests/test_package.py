@@ -163,3 +163,14 @@ def test_the_readme_tells_what_is_installed():
     assert readme_tables.filled(readme) == readme  # made from the JSON, not by hand
     assert len(readme.splitlines()) < 200
     assert f'"{captum_llm_ext.__version__}"' in (root / "captum_llm_ext/__init__.py").read_text()
+
+
+def test_the_map_names_what_is_there():
+    package = Path(captum_llm_ext.__file__).parent
+    text = (package / "README.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:tests/)?[a-z_]+/[a-z_/]*(?:\.py)?)`", text)
+    assert len(paths) > 40
+    roots = {True: package.parent, False: package}
+    assert [path for path in paths if not (roots[path.startswith("tests/")] / path).exists()] == []
+    rooms = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
+    assert [room for room in sorted(rooms) if f"`{room}/`" not in text] == []
