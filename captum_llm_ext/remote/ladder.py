@@ -160,10 +160,31 @@ class LadderScorer:
             for name in ("lower", "upper", "variances")
         }
 
-    def same_rows(self) -> Tensor:
-        """Per coalition the number of the row that it is, ``(n_coalitions,)``."""
+    def uncertainty(self, weight: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """What is not known of attributions, because it is not known of values.
+
+        Args:
+            weight: What attributions make of each coalition's value, ``(n_coalitions,
+                n_features)``: see `weights`.
+
+        Returns:
+            Standard errors ``(n_target, n_features)`` where values are sampled, else the two ends
+            of the interval in which attributions lie; None for the other.
+        """
+        # A coalition that comes twice is one unknown value, not two.
         numbers = {d: i for i, d in enumerate(dict.fromkeys(self._in_order))}
-        return torch.tensor([numbers[d] for d in self._in_order], dtype=torch.int64, device="cpu")
+        row_of = [numbers[d] for d in self._in_order]
+        first = {row: at for at, row in reversed(list(enumerate(row_of)))}
+        known = {
+            name: values[[first[row] for row in range(len(numbers))]]
+            for name, values in self.known().items()
+        }
+        index = torch.tensor(row_of, dtype=torch.int64, device="cpu")
+        merged = torch.zeros(len(numbers), weight.shape[1], dtype=weight.dtype, device="cpu")
+        merged = merged.index_add(0, index, weight)
+        if known["variances"].any():
+            return (known["variances"].T @ merged.square()).sqrt(), None
+        return None, interval_of(merged, known["lower"], known["upper"])
 
     def provenance(self) -> dict[str, Any]:
         """What provenance is to say of what was asked."""

@@ -1,4 +1,4 @@
-"""`RemoteGenerationAttribution`: the same attribution of a model that an API serves."""
+"""`RemoteGenerationAttribution`: captum's remote attribution, by what the provider tells."""
 
 import copy
 import os
@@ -13,15 +13,21 @@ from torch import Tensor
 
 from captum_llm_ext.attribution.game import Game, Inspect, Outcome, Run
 from captum_llm_ext.attribution.generation import GenerationAttribution
+from captum_llm_ext.attribution.remote.rungs import (
+    PROMPT,
+    SIMILAR,
+    TARGET,
+    Rungs,
+    RungSettings,
+)
 from captum_llm_ext.attribution.target import Skipped
 from captum_llm_ext.base.arguments import check_counts
 from captum_llm_ext.contrast import Contrast, scored
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
-from captum_llm_ext.remote.chat_providers import Speaker, speaker
-from captum_llm_ext.remote.handshake import handshake
-from captum_llm_ext.remote.ladder import LadderScorer, interval_of, weights
+from captum_llm_ext.remote.chat_providers import Speaker
+from captum_llm_ext.remote.ladder import LadderScorer, weights
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
-from captum_llm_ext.remote.metered import Asker, Cache, as_limits
+from captum_llm_ext.remote.metered import Cache, as_limits
 from captum_llm_ext.remote.providers import (
     OnMismatch,
     ProviderAdapter,
@@ -30,40 +36,28 @@ from captum_llm_ext.remote.providers import (
     describe_provider,
 )
 from captum_llm_ext.remote.rung_choice import (
-    CHARACTERS_PER_TOKEN,
     LENGTHS,
     Climbed,
     Counter,
     Estimate,
     finite,
     n_new,
-    rendered,
 )
 from captum_llm_ext.remote.rungs import (
-    Frequency,
-    Rung,
     Similar,
-    Similarity,
     TopK,
-    lexical,
-    token_f1,
 )
 from captum_llm_ext.remote.scorer import RemoteScorer
-from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
-from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import LanguageModel
-from captum_llm_ext.text.inputs import Prompt, as_prompt
+from captum_llm_ext.text.inputs import Prompt
 from captum_llm_ext.text.plain_tokenizer import OpenVocabulary, PlainTokenizer
 from captum_llm_ext.text.segment import Unit
 
-_PROMPT, _TARGET = "One, two, three, four, five, six,", " seven, eight"
 _SEVERAL = ("n", "num_return_sequences")
 
 
 RemoteTarget = Literal["log_prob", "prob", "contrast", "auto", "frequency", "similarity"]
-_SIMILAR: Mapping[str, Similar] = {"lexical": lexical, "f1": token_f1}
-_N_ANSWERS = {"frequency": 50, "similarity": 16}
 
 
 class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
@@ -190,7 +184,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             raise ValueError(f"`missing` is {missing!r}: give nats between -9999 and 0.")
         if on_mismatch not in ("error", "warn"):
             raise ValueError(f"`on_mismatch` is {on_mismatch!r}: give 'error' or 'warn'.")
-        if not callable(similarity) and similarity not in _SIMILAR:
+        if not callable(similarity) and similarity not in SIMILAR:
             raise ValueError(
                 f"`similarity` is {similarity!r}: give 'lexical', 'f1' or a function of two texts."
             )
@@ -219,10 +213,15 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         self._max_concurrency = max_concurrency
         self._on_mismatch: OnMismatch = on_mismatch
         self._missing, self._most_requests = missing, most_requests
-        self._top, self._n_answers, self._predicate = top_logprobs, n_answers, predicate
-        self._similarity = similarity
-        self._limits = as_limits(max_requests, max_usd, prices)
-        self._cache = Cache(cache)
+        self._rung_settings = RungSettings(
+            cache=Cache(cache),
+            limits=as_limits(max_requests, max_usd, prices),
+            top_logprobs=top_logprobs,
+            n_answers=n_answers,
+            predicate=predicate,
+            similarity=similarity,
+            max_concurrency=max_concurrency,
+        )
         self._climbed: Climbed | None = None
         self._counter: Counter | None = None
 
@@ -268,7 +267,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 goes on from there.
         """
         feature_mask: Tensor | None = arguments.get("feature_mask")
-        climbed = self._climb(inp, feature_mask, target, gen_args)
+        climbed = self._rungs.climb(inp, feature_mask, target, gen_args)
         if climbed is not None:
             if output_unit is not None:
                 raise ValueError(
@@ -330,7 +329,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         Raises:
             ValueError, TypeError: As `attribute` does before it sends anything.
         """
-        name = self._wanted(probe=False)
+        name = self._rungs.wanted(probe=False)
         tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
         if name == "forced" and tokenizer is None:
             raise ValueError("give the model's `tokenizer`: prompts are scored token by token.")
@@ -346,21 +345,9 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         super(RemoteGenerationAttribution, counting).attribute(
             inp, torch.tensor(ids, dtype=torch.int64, device="cpu"), output_unit=None, **arguments
         )
-        per_token = 1.0 if not isinstance(tokenizer, PlainTokenizer) else 1.3  # words to tokens
-        read = counter.n_read * per_token
-        n_target = n_most if target is None else max(1, round(len(target) / CHARACTERS_PER_TOKEN))
-        n = counter.n_evaluations
-        if name == "forced":
-            n_calls, n_in, n_out = n, read + n * n_target, n
-        elif name == "top-k":
-            n_calls = n * n_target
-            n_in, n_out = read * n_target + n * n_target * (n_target - 1) / 2, n_calls
-        else:
-            n_answers = self._n_answers or _N_ANSWERS[name]
-            n_calls, n_in, n_out = n * n_answers, read * n_answers, n * n_answers * n_most
-        return Estimate(n, n_calls, round(n_in), round(n_out), self._limits.usd(n_in, n_out))
+        return self._rungs.reckoned(name, counter, tokenizer, target, n_most)
 
-    def handshake(self, prompt: str = _PROMPT, target: str = _TARGET) -> dict[str, Any]:
+    def handshake(self, prompt: str = PROMPT, target: str = TARGET) -> dict[str, Any]:
         """Finds out whether the provider's log-probabilities can be believed: those of prompts, or,
         without a tokenizer, those of the likeliest tokens at each step.
 
@@ -378,120 +365,14 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 `ApiError` as well.)
             ConnectionError, RuntimeError: If the provider gives up.
         """
-        who = speaker(self.provider)
-        if self._wanted(probe=False) == "top-k" and who is not None:
-            rung = TopK(Asker(who, self._cache, self._limits), self._top)
-            rung.meet([{"role": "user", "content": prompt}])
-            return {"way": "top-k", "checks": dict(rung.checks)}
-        ids = tokens.encode(self.tokenizer, prompt).ids
-        after = tokens.encode_in_place(self.tokenizer, target, prompt[-tokens.CONTEXT :])
-        found = handshake(self._source(), ids, after)
-        return {} if found is None else found.to_dict()
+        return self._rungs.handshake(prompt, target)
 
-    def _wanted(self, *, probe: bool, prompt: Sequence[int] = ()) -> str:
-        """The rung by its name; with `probe`, ``"auto"`` asks the provider for the first."""
-        own: Any = self.tokenizer  # None for models that nobody has the tokenizer of
-        is_forced = own is not None and not isinstance(own, PlainTokenizer)
-        is_forced &= callable(getattr(self.provider, "get_logprobs", None)) or isinstance(
-            self.provider, TokenProvider
+    @property
+    def _rungs(self) -> Rungs:
+        """What the provider may be asked for; another `attr_target` or tokenizer asks for less."""
+        return Rungs(
+            self.provider, self.tokenizer, self.attr_target, self._source, self._rung_settings
         )
-        if self.attr_target in ("frequency", "similarity"):
-            return cast(str, self.attr_target)
-        if self.attr_target != "auto":
-            return "forced" if is_forced else "top-k"
-        if is_forced and probe:
-            handshake(self._source(), prompt[:-1] or prompt, prompt[-1:])
-        if is_forced:
-            return "forced"
-        return "top-k" if probe else "frequency"
-
-    def _climb(
-        self,
-        inp: InterpretableInput,
-        feature_mask: Tensor | None,
-        target: object,
-        gen_args: Mapping[str, Any] | None,
-    ) -> Climbed | None:
-        """The rung to stand on; None for log-probabilities of prompts."""
-        refused: dict[str, str] = {}
-        tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
-        prompt: Prompt | None = None
-        try:
-            if self.attr_target == "auto":
-                prompt = as_prompt(inp, tokenizer, feature_mask)
-                name = self._wanted(probe=True, prompt=rendered(prompt, True))
-            else:
-                name = self._wanted(probe=False)
-        except ApiError as error:
-            if error.status not in (None, 400, 404, 422, 501):
-                raise
-            refused["forced"], name = str(error), "top-k"
-        if name == "forced":
-            return None
-        if isinstance(self.attr_target, Contrast):
-            raise ValueError(
-                "a contrast needs log-probabilities of prompts, and the server tells none"
-                + (f": {refused['forced']}" if refused else ".")
-            )
-        if self.attr_target == "prob":
-            raise ValueError(
-                'probabilities need log-probabilities of prompts: give `attr_target="log_prob"`, '
-                "of which some are bounds, or 'frequency'."
-            )
-        who = speaker(self.provider)
-        if who is None:
-            raise TypeError(
-                f"{type(self.provider).__name__} cannot be sent messages: give a `ChatProvider`, "
-                "`AnthropicProvider`, `CallableProvider` or `CompletionsProvider`"
-                + (f". {refused['forced']}" if refused else ".")
-            )
-        if tokenizer is None:
-            raise TypeError(
-                "the input has no tokenizer: give `TextSegmentInput(text, None)` or "
-                "`ChatInput(messages, None)`."
-            )
-        prompt = prompt or as_prompt(inp, tokenizer, feature_mask)
-        vocabulary = (
-            tokenizer if isinstance(tokenizer, PlainTokenizer) else OpenVocabulary(tokenizer)
-        )
-        asker = Asker(who, self._cache, self._limits)
-        n_tokens = n_new(gen_args, target if isinstance(target, str) else None)
-        rung: Rung = self._rung(name, asker, n_tokens, gen_args)
-        n_threads = self._max_concurrency or who.max_concurrency
-        scorer = LadderScorer(
-            rung,
-            asker,
-            vocabulary,
-            attr_target="log_prob" if name == "top-k" else name,
-            n_threads=n_threads,
-            show_progress=False,
-        )
-        full, empty = (scorer.messages(rendered(prompt, on)) for on in (True, False))
-        if isinstance(rung, TopK):
-            try:
-                rung.meet(full)
-            except ApiError as error:
-                is_able = error.status in (None, 400, 404, 422, 501)
-                if self.attr_target != "auto" or not is_able:
-                    raise
-                refused["top-k"] = str(error)
-                rung = self._rung("frequency", asker, n_tokens, gen_args)
-                scorer.rung, scorer.attr_target = rung, "frequency"
-        return Climbed(rung, scorer, vocabulary, full, empty, n_tokens, refused)
-
-    def _rung(
-        self, name: str, asker: Asker, n_tokens: int, gen_args: Mapping[str, Any] | None
-    ) -> Rung:
-        if name == "top-k":
-            return TopK(asker, self._top)
-        n = self._n_answers or _N_ANSWERS[name]
-        temperature = float((gen_args or {}).get("temperature") or 1.0)
-        if name == "frequency":
-            return Frequency(asker, n, n_tokens, temperature, self._predicate)
-        kind = self._similarity
-        similar = kind if callable(kind) else _SIMILAR[kind]
-        called = str(getattr(kind, "__name__", type(kind).__name__)) if callable(kind) else kind
-        return Similarity(asker, n, n_tokens, temperature, similar, called)
 
     def _on(self, climbed: Climbed) -> "RemoteGenerationAttribution":
         """The same for one attribution on a rung."""
@@ -520,7 +401,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         if target is not None and not target.strip():
             raise ValueError("the target is empty: give a text.")
         rung, asker = climbed.rung, climbed.scorer.asker
-        top = self._top if isinstance(rung, TopK) else 0
+        top = self._rung_settings.top_logprobs if isinstance(rung, TopK) else 0
         if target is None:
             said = asker.one(climbed.full, n_tokens=climbed.n_tokens, temperature=0.0, top=top)
             texts = [step.text for step in said.steps if step.text] if top else [said.text]
@@ -550,24 +431,13 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             "rungs_refused": dict(self._climbed.refused),
         }
         if weight is not None:
-            same = scorer.same_rows()
-            n, first = (
-                int(same.max()) + 1,
-                torch.zeros(int(same.max()) + 1, dtype=torch.int64, device="cpu"),
-            )
-            first[same] = torch.arange(len(same), dtype=torch.int64, device="cpu")
-            merged = torch.zeros(n, weight.shape[1], dtype=weight.dtype, device="cpu").index_add(
-                0, same, weight
-            )
-            own = {name: values[first] for name, values in known.items()}
-            if own["variances"].any():
-                sampled = (own["variances"].T @ merged.square()).sqrt()
-                solution = outcome.solution
+            errors, ends = scorer.uncertainty(weight)
+            if errors is not None:
                 # Of estimates, standard errors have this noise in them.
-                errors = torch.maximum(solution.standard_errors.nan_to_num(), sampled)
-                outcome = replace(outcome, solution=replace(solution, standard_errors=errors))
-            else:
-                ends = interval_of(merged, own["lower"], own["upper"])
+                own = outcome.solution.standard_errors.nan_to_num()
+                solution = replace(outcome.solution, standard_errors=torch.maximum(own, errors))
+                outcome = replace(outcome, solution=solution)
+            if ends is not None:
                 told["token_attr_interval"] = finite(torch.stack(ends))
         result = super()._result(inp, game, outcome, joint, generation)
         result.provenance.update(told)
