@@ -12,7 +12,7 @@ from torch import Tensor
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model import Scorer, TokenRow
-from captum_llm_ext.model.forward.passes import rounding
+from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.probe import Findings
 from captum_llm_ext.text import tokens
 

@@ -16,7 +16,7 @@ from captum_llm_ext.result.foils import other_value
 from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.result.plots import DrawnResult
 from captum_llm_ext.result.summed_errors import summed_error_bounds, summed_errors
-from captum_llm_ext.text.inputs import Level, Piece
+from captum_llm_ext.text.inputs import Piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,23 +33,7 @@ _UNEXPLAINED = 0.01  # share of full - empty beyond which a sum is no longer cal
 
 
 class ExportedResult(DrawnResult):
-    """What a result is in other tools; the numbers are those of `GenerationAttributionResult`."""
-
-    if TYPE_CHECKING:
-        target: Tensor
-        full_values: Tensor
-        empty_values: Tensor
-        efficiency_gap: Tensor
-        levels: list[Level]
-        n_evaluations: int
-        foil_tokens: list[list[str]] | None
-
-        @property
-        def errors_unknown(self) -> Tensor: ...  # noqa: D102
-        @property
-        def fixed_share(self) -> Tensor | None: ...  # noqa: D102
-        @property
-        def _column_names(self) -> list[str]: ...
+    """What a result is in other tools."""
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, title: str | None = None

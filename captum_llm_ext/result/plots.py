@@ -2,23 +2,21 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
-from captum.attr import LLMAttributionResult
 from torch import Tensor
 
 from captum_llm_ext.result.causes import unit_of
 from captum_llm_ext.result.convergence import earlier
 from captum_llm_ext.result.foils import foils_told
+from captum_llm_ext.result.numbers import ResultNumbers
 from captum_llm_ext.text.inputs import Piece
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from captum_llm_ext.result.causes import SpanAttribution
     from captum_llm_ext.result.plot.axes import CanvasArguments, Drawing
-    from captum_llm_ext.result.refit import Design, Evidence
     from captum_llm_ext.result.result import GenerationAttributionResult
 
 
@@ -34,34 +32,8 @@ class _Labels(TypedDict):
 _MOST_FOILS = 2
 
 
-class DrawnResult(LLMAttributionResult):
-    """The drawings of a result; the numbers are those of `GenerationAttributionResult`."""
-
-    if TYPE_CHECKING:
-        output_features: list[str] | None
-        output_attr: Tensor | None
-        token_attr_se: Tensor
-        output_attr_se: Tensor | None
-        masks: Tensor
-        prompt_pieces: list[Piece]
-        output_pieces: list[Piece]
-        design: Design | None
-        provenance: dict[str, Any]
-
-        @property
-        def full_attr(self) -> Tensor: ...  # noqa: D102
-        @property
-        def full_attr_se(self) -> Tensor: ...  # noqa: D102
-        @property
-        def errors_unknown(self) -> Tensor: ...  # noqa: D102
-        def attribute_span(  # noqa: D102
-            self, start: int, stop: int | None = None
-        ) -> SpanAttribution: ...
-        @property
-        def _features(self) -> list[int]: ...
-        def position(self, token: int | str) -> int: ...  # noqa: D102
-        def _evidence(self) -> Evidence: ...
-        def _split(self, solved: Tensor) -> tuple[Tensor, Tensor]: ...
+class DrawnResult(ResultNumbers):
+    """The drawings of a result."""
 
     def plot_token_attr(
         self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
@@ -301,11 +273,6 @@ class DrawnResult(LLMAttributionResult):
             return None
         some = "" if n == int((self.full_attr != 0).sum()) else "in part "
         return f"Estimates {some}of unknown error: nothing tells them from noise"
-
-    @property
-    def _is_of_gradients(self) -> bool:
-        """Whether there are no coalitions behind the numbers, but gradients."""
-        return bool(self.provenance.get("gradients"))
 
     def _total(self, token: int | None) -> tuple[Tensor, Tensor]:
         """Attributions of one token, or of all of them together, and their errors."""

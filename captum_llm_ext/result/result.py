@@ -1,13 +1,11 @@
 """What an attribution found: numbers, names and where they came from."""
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_llm_ext.base import terminal
@@ -21,10 +19,8 @@ from captum_llm_ext.result.causes import (
 from captum_llm_ext.result.export import ExportedResult
 from captum_llm_ext.result.files import read, write
 from captum_llm_ext.result.levels import prompt_level
-from captum_llm_ext.result.refit import Design, Evidence, Method, convert, method_name
-from captum_llm_ext.result.summed_errors import capped
+from captum_llm_ext.result.refit import Evidence, Method, convert, method_name
 from captum_llm_ext.result.table import table
-from captum_llm_ext.text.inputs import Level, Piece
 
 # What a refit leaves as it is.
 _SAME = (
@@ -77,196 +73,6 @@ class GenerationAttributionResult(ExportedResult):
             coalition (0 where it has none): added to its contrast it is that of the token.
         provenance: Versions, model, method, seed, budget: what is needed to run it again.
     """
-
-    def __init__(
-        self,
-        *,
-        input_tokens: list[str],
-        output_tokens: list[str],
-        seq_attr: Tensor,
-        token_attr: Tensor,
-        output_probs: Tensor | None = None,
-        inp: InterpretableInput | None = None,
-        output_features: list[str] | None = None,
-        output_attr: Tensor | None = None,
-        token_attr_se: Tensor,
-        output_attr_se: Tensor | None = None,
-        full_values: Tensor,
-        empty_values: Tensor,
-        efficiency_gap: Tensor,
-        n_evaluations: int,
-        masks: Tensor,
-        values: Tensor,
-        draws: Tensor,
-        target: Tensor,
-        prompt_pieces: Sequence[Piece] = (),
-        output_pieces: Sequence[Piece] = (),
-        levels: Sequence[Level] = (),
-        design: Design | None = None,
-        foils: Tensor | None = None,
-        foil_tokens: list[list[str]] | None = None,
-        foil_values: Tensor | None = None,
-        provenance: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            seq_attr=cast(Any, seq_attr),
-            token_attr=cast(Any, token_attr),
-            output_probs=cast(Any, output_probs),
-            inp=inp,
-        )
-        self.output_features = output_features
-        self.output_attr = output_attr
-        self.token_attr_se = token_attr_se
-        self.output_attr_se = output_attr_se
-        self.full_values = full_values
-        self.empty_values = empty_values
-        self.efficiency_gap = efficiency_gap
-        self.n_evaluations = n_evaluations
-        self.masks = masks
-        self.values = values
-        self.draws = draws
-        self.target = target
-        self.prompt_pieces = list(prompt_pieces)
-        # Where the output was held fixed no piece of it has a column.
-        fixed = output_attr is None
-        self.output_pieces = [replace(p, feature=None) if fixed else p for p in output_pieces]
-        self.levels = list(levels)
-        self.design = design
-        self.foils, self.foil_tokens, self.foil_values = foils, foil_tokens, foil_values
-        self.provenance = dict(provenance or {})
-
-    @property
-    def full_attr(self) -> Tensor:
-        """Prompt and output side by side, shape ``(T, P + G)``."""
-        attr = cast(Tensor, self.token_attr)
-        return attr if self.output_attr is None else torch.cat([attr, self.output_attr], dim=1)
-
-    @property
-    def full_attr_se(self) -> Tensor:
-        """Standard errors of `full_attr`."""
-        se = self.token_attr_se
-        return se if self.output_attr_se is None else torch.cat([se, self.output_attr_se], dim=1)
-
-    @property
-    def fixed_attr(self) -> Tensor | None:
-        """What fixed text, such as BOS and a chat template, adds to each value, shape ``(T,)``.
-
-        In the unit of the attributions, for methods that give every token a share: part of
-        `empty_values`. None for others.
-        """
-        return self._per_token("fixed_attr")
-
-    @property
-    def fixed_share(self) -> Tensor | None:
-        """The part of fixed text in what all tokens add, by absolute value, shape ``(T,)``."""
-        return self._per_token("fixed_share")
-
-    def _per_token(self, name: str) -> Tensor | None:
-        """Numbers of provenance, one per target token."""
-        known = self.provenance.get(name)
-        if known is None:
-            return None
-        return torch.tensor(known, dtype=torch.float64, device="cpu").to(self.full_values)
-
-    @property
-    def converged(self) -> bool | None:
-        """Whether `tol` was met; None if none was given."""
-        return self.provenance.get("converged")
-
-    @property
-    def rung(self) -> str | None:
-        """How values were found behind an API that tells less than log-probabilities of prompts."""
-        return self.provenance.get("rung")
-
-    @property
-    def value_interval(self) -> Tensor | None:
-        """Between what `values` lie, shape ``(2, n_coalitions, T)``: lower and upper ends.
-
-        Surely, where tokens are censored; at two standard errors, where answers are sampled.
-        Infinite where there is no bound. None where values are simply known.
-        """
-        return self._interval("value_interval")
-
-    @property
-    def token_attr_interval(self) -> Tensor | None:
-        """Between what `token_attr` surely lies, shape ``(2, T, P)``.
-
-        None where values are known, or where the estimator is not linear in them.
-        """
-        return self._interval("token_attr_interval")
-
-    def _interval(self, name: str) -> Tensor | None:
-        held: Any = self.provenance.get(name)
-        if held is None:
-            return None
-        ends = [
-            [[end if v is None else v for v in row] for row in rows]
-            for rows, end in zip(held, (-math.inf, math.inf), strict=True)
-        ]
-        return torch.tensor(ends, dtype=torch.float64, device="cpu")
-
-    @property
-    def noise_floor(self) -> Tensor | None:
-        """How far rounding alone moves the value of each target token, shape ``(T,)``.
-
-        Measured on rows of the run, computed in other batches and alone, for models in half
-        precision, quantised ones, and others whose values depend on the batch. None where float32
-        rounds no more than it should, which is far below any attribution.
-        """
-        return self._per_token("noise_floor")
-
-    @property
-    def below_noise(self) -> Tensor:
-        """Which attributions of `full_attr` may be rounding, bool ``(T, P + G)``."""
-        floor = self.noise_floor
-        if floor is None:
-            return torch.zeros_like(self.full_attr, dtype=torch.bool)
-        return self.full_attr.abs() <= floor[:, None]
-
-    @property
-    def errors_unknown(self) -> Tensor:
-        """Which attributions of `full_attr` are estimates of unknown error, bool ``(T, P + G)``.
-
-        A single pair of orders tells none, nor does a lasso, a single draw of a random baseline, or
-        a method that is run through its own ``attribute``: nothing tells these from noise.
-        """
-        return self.full_attr_se.isnan() & (self.full_attr != 0)
-
-    def attribute_span(self, start: int, stop: int | None = None) -> "SpanAttribution":
-        """What made the model write several target tokens: no model call is needed.
-
-        The attributions of the span's tokens are added up, each to what came before that token.
-        For log-probabilities that explains the probability of the span as a whole.
-
-        Args:
-            start: The first target token.
-            stop: The one after the last; by default a span of one token. Negative numbers count
-                from the end, as in a slice.
-
-        Returns:
-            One attribution per column of `full_attr`. The standard errors take into account that
-            the tokens share their coalitions; where the span's tokens stand in several generated
-            words, those of the words' parts are added up, which is an upper bound, and so are
-            those of gradients. None is larger than the errors of the tokens together.
-
-        Raises:
-            ValueError: If the span is empty, or the values are probabilities, whose sum means
-                nothing.
-        """
-        rows = self._rows(start, stop)
-        n_tokens = rows.stop - rows.start
-        if n_tokens > 1 and self.provenance.get("attr_target") == "prob":
-            raise ValueError(
-                "probabilities of tokens do not add up to that of a span: take the span of "
-                '`result.refit(attr_target="log_prob")`.'
-            )
-        errors = self.full_attr_se[rows].sum(0)
-        if not self._is_of_gradients:  # whose draws are not kept: their sum is what it can be
-            exact = self._evidence().span_errors([range(rows.start, rows.stop)])
-            errors = capped(torch.cat([part[0] for part in self._split(exact)]), errors)
-        return self._span(rows, self.full_attr[rows].sum(0), errors)
 
     def contextcite(
         self, start: int = 0, stop: int | None = None, *, alpha: float = 0.01
@@ -382,56 +188,6 @@ class GenerationAttributionResult(ExportedResult):
                 )
         return pairs
 
-    @property
-    def _column_names(self) -> list[str]:
-        return [*self.input_tokens, *(self.output_features or ())]
-
-    @property
-    def _features(self) -> list[int]:
-        """Per column of `full_attr` its feature: a column of `masks`."""
-        if self.design is None:
-            n_columns = len(self._column_names)
-            own = self.provenance.get("columns", range(len(self.input_tokens)))
-            return [*own, *range(max(own) + 1, max(own) + 1 + n_columns - len(own))]
-        n_prompt = 1 + max(self.design.columns)
-        generated = range(n_prompt, n_prompt + len(self.output_features or ()))
-        return [*self.design.columns, *generated]
-
-    def _rows(self, start: int, stop: int | None) -> slice:
-        """The target tokens of a span.
-
-        Raises:
-            ValueError: If there is none.
-        """
-        n_target = len(self.output_tokens)
-        end = (start + 1 or None) if stop is None else stop
-        rows = slice(*slice(start, end).indices(n_target)[:2])
-        if rows.start >= rows.stop:
-            raise ValueError(
-                f"there is no target token from {start} to {end}: there are {n_target}."
-            )
-        return rows
-
-    def _span(self, rows: slice, values: Tensor, errors: Tensor) -> SpanAttribution:
-        return SpanAttribution(
-            start=rows.start,
-            stop=rows.stop,
-            tokens=self.output_tokens[rows],
-            names=self._column_names,
-            values=values,
-            standard_errors=errors,
-            n_prompt=len(self.input_tokens),
-            features=None if self.design is None else self._features,
-        )
-
-    def _split(self, solved: Tensor) -> tuple[Tensor, Tensor]:
-        """What a solver says of features, at the columns of prompt and output."""
-        n_prompt = len(self.input_tokens)
-        # The last generated feature has no token after it: it was no player.
-        known = torch.nn.functional.pad(solved, (0, self.masks.shape[1] - solved.shape[1]))
-        wide = known[:, self._features].to(self.full_attr)
-        return wide[:, :n_prompt], wide[:, n_prompt:]
-
     def _solved(
         self, evidence: Evidence, method: Method | None, attr_target: str
     ) -> "GenerationAttributionResult":
@@ -467,19 +223,6 @@ class GenerationAttributionResult(ExportedResult):
         }
         same: dict[str, Any] = {name: getattr(self, name) for name in _SAME}
         return GenerationAttributionResult(**same | other)
-
-    def _evidence(self) -> Evidence:
-        if self._is_of_gradients:
-            raise ValueError(
-                "gradients come from no coalitions that could tell: attribute with "
-                "`GenerationAttribution`."
-            )
-        if self.design is None:
-            raise ValueError(
-                "this result was written by an earlier version, which did not note how its "
-                "coalitions were planned: attribute again."
-            )
-        return Evidence(self.design, self.masks, self.draws, self.values, self.design.scope)
 
     def why(self, token: int | str, k: int = 5) -> list[Cause]:
         """What made the model write one token.
@@ -536,28 +279,6 @@ class GenerationAttributionResult(ExportedResult):
         sums = attr.new_zeros(len(attr), len(parts))
         at = torch.tensor(part_of, device=attr.device, dtype=torch.int64)
         return parts, sums.index_add(1, at, attr)
-
-    def position(self, token: int | str) -> int:
-        """The place of a target token, from 0.
-
-        Args:
-            token: Its position, negative ones from the end; or its name in `output_tokens`.
-
-        Raises:
-            ValueError: If there is no such token, or there are several of that name.
-        """
-        n_target = len(self.output_tokens)
-        if isinstance(token, int):
-            if not -n_target <= token < n_target:
-                raise ValueError(f"there is no token {token}: the target has {n_target}.")
-            return token % n_target
-        found = [i for i, name in enumerate(self.output_tokens) if name == token.strip()]
-        if len(found) != 1:
-            raise ValueError(
-                f"{len(found)} target tokens are {token!r}: give the position"
-                + (f", one of {found}." if found else f" of one of {self.output_tokens}.")
-            )
-        return found[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the result to one safetensors file: tensors as they are, the rest as JSON.

@@ -22,7 +22,7 @@ from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.methods.path_methods import Points
 from captum_llm_ext.model import AttrTarget, TokenRow
 from captum_llm_ext.model.exclusive import exclusive_use
-from captum_llm_ext.model.forward.passes import rounding
+from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.gradients.backward import (
     ForwardPass,
     Linear,

@@ -21,6 +21,7 @@ from captum_llm_ext.model.forward.logits import AttrTarget, called_values
 from captum_llm_ext.model.forward.memory import is_out_of_memory
 from captum_llm_ext.model.forward.packing import Pack, pack
 from captum_llm_ext.model.forward.prefix_cache import cache_part, copied_cache, shared_cache
+from captum_llm_ext.model.forward.rounding import error_over_rounding, reason_against
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.forward.schedule import Branch
 
@@ -37,29 +38,6 @@ _ROWS_IN_MIND = 16
 _PARTED = 32
 # So many places at a time when the likeliest tokens are looked for.
 _PLACES = 64
-# Largest difference between log-probabilities that other shapes of the same products make.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
-
-
-def rounding(dtype: torch.dtype | None) -> float:
-    """Largest difference between log-probabilities that other shapes of the same products make."""
-    return _ROUNDING.get(dtype or torch.float32, _ROUNDING[torch.float32])
-
-
-def reason_against(error_of: Callable[[], float]) -> str | None:
-    """Why a way of computing values is not right; None where it is.
-
-    Args:
-        error_of: Goes that way; returns the largest difference that it makes, over what rounding
-            explains.
-    """
-    try:
-        error = error_of()
-    except Exception as failure:  # whatever a model does with a state: there is a way without
-        if is_out_of_memory(failure):
-            raise
-        return f"{type(failure).__name__}: {failure}"
-    return None if error <= 1 else f"values differ by {error:.2g} times rounding"
 
 
 @dataclass(frozen=True)
@@ -487,7 +465,7 @@ class Passes:
         def error() -> float:
             before = cache_part(state, torch.arange(n_read, device="cpu"))
             found, _ = self._read_pack(packed, packed.places[-1][at], before, cuts=True)
-            return _error(found.logits(), alone)
+            return error_over_rounding(found.logits(), alone)
 
         if self._ends_of_model is not None:
             try:
@@ -542,7 +520,7 @@ class Passes:
 
         def error(*, shares_cache: bool) -> float:
             found = self._read_on(_padded(ends), at, state, shares_cache=shares_cache)
-            return _error(found.logits(), torch.cat(alone))
+            return error_over_rounding(found.logits(), torch.cat(alone))
 
         copied = error(shares_cache=False)
         if copied <= 1 and self.shares_cache is not False and shared * _ROWS_IN_MIND >= self._least:
@@ -583,13 +561,6 @@ class _LastRow:
 def _unlike(row: Sequence[int], one: int) -> int:
     """Another id than that given."""
     return next((i for i in row if i != one), int(one == 0))
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference between log-probabilities over what rounding explains."""
-    differences = found.double().log_softmax(-1) - expected.double().log_softmax(-1)
-    worst = float(differences.abs().nan_to_num(nan=torch.inf).max())
-    return worst / _ROUNDING.get(found.dtype, 0.0)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

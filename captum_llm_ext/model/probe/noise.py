@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.model.forward.asked import Asked, explained
-from captum_llm_ext.model.forward.passes import Passes, rounding
+from captum_llm_ext.model.forward.passes import Passes
+from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.probe import Findings
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.forward.passes import Passes, reason_against
+from captum_llm_ext.model.forward.passes import Passes
+from captum_llm_ext.model.forward.rounding import reason_against
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.forward.schedule import Branch
 from captum_llm_ext.model.probe.findings import Packing

@@ -16,7 +16,8 @@ from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked, explained
 from captum_llm_ext.model.forward.logits import AttrTarget
-from captum_llm_ext.model.forward.passes import Passes, rounding
+from captum_llm_ext.model.forward.passes import Passes
+from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.generation import continued
 from captum_llm_ext.model.identity import check_same
