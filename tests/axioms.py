@@ -10,6 +10,9 @@ AXIOMS = {
     "implementation": "two models that are the same function get the same",
 }
 _ALL = set(AXIOMS)
+# Of methods that attribute no value these say nothing.
+OF_A_VALUE = {"completeness", "sensitivity", "linearity"}
+WITHOUT_A_VALUE = {"AttentionWeights", "AttentionRollout", "AttentionRollout, ALTI"}
 HOLDS = {
     "FeatureAblation": _ALL - {"completeness"},
     "FeatureInclusion": _ALL - {"completeness"},
@@ -34,7 +37,10 @@ def table() -> str:
     """Markdown."""
     lines = ["| | " + " | ".join(AXIOMS) + " |", "|---|" + "---|" * len(AXIOMS)]
     for method, holds in HOLDS.items():
-        cells = " | ".join("yes" if axiom in holds else "no" for axiom in AXIOMS)
+        none = OF_A_VALUE if method in WITHOUT_A_VALUE else ()
+        cells = " | ".join(
+            "–" if axiom in none else "yes" if axiom in holds else "no" for axiom in AXIOMS
+        )
         lines.append(f"| `{method}` | {cells} |")
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import tiny
 import torch
-from axioms import HOLDS
+from axioms import HOLDS, WITHOUT_A_VALUE
 from captum.attr import (
     FeatureAblation,
     KernelShap,
@@ -67,10 +67,11 @@ EXACT, NEARLY = 5e-6, 2e-3
 # Two logits that other sentences matter to.
 PAIR = (44, 103)
 PROMPT = "Is in. Golf golf golf is"
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.parametrize("name", HOLDS),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+every_method = pytest.mark.parametrize("name", HOLDS)
+every_method_of_a_value = pytest.mark.parametrize(
+    "name", [name for name in HOLDS if name not in WITHOUT_A_VALUE]
+)
 
 
 def attributed(name, model, tokenizer, value=None, prompt=PROMPT, **given):
@@ -102,14 +103,14 @@ def logit(token):
     return lambda logits, target: logits[:, :1, token].expand(-1, len(target))
 
 
+@every_method_of_a_value
 def test_completeness(name, tokenizer):
     found = attributed(name, tiny.llama(len(tokenizer), initializer_range=0.15), tokenizer)
-    if name in ATTENTION:  # shares sum to 1, which is no value of the model
-        return
     gap = found.full_values - found.empty_values - found.token_attr.sum(1)
     holds(name, "completeness", (gap.abs() < NEARLY).all())
 
 
+@every_method_of_a_value
 def test_sensitivity(name, tokenizer):
     """A value that is at its bound at the text, and below where a word is absent."""
     model = tiny.llama(len(tokenizer), initializer_range=0.15)
@@ -123,12 +124,11 @@ def test_sensitivity(name, tokenizer):
     def bounded(logits, target):
         return logits[:, :1, 44].clamp(max=bound)
 
-    if name in ATTENTION:  # which know of no value at all
-        return
     found = attributed(name, model, tokenizer, bounded)
     holds(name, "sensitivity", found.token_attr[0, word].abs() > 1e-6)
 
 
+@every_method
 def test_dummy(name, tokenizer):
     """One layer that sees three tokens sees nothing of the first words."""
     torch.manual_seed(0)
@@ -141,6 +141,7 @@ def test_dummy(name, tokenizer):
     holds(name, "dummy", (found[:2].abs() < 1e-6).all())
 
 
+@every_method
 def test_symmetry(name, tokenizer):
     """Without positions, one layer has the same use for the same word in two places."""
     torch.manual_seed(2)
@@ -154,9 +155,8 @@ def test_symmetry(name, tokenizer):
     holds(name, "symmetry", abs(float(found[3] - found[4])) < EXACT)
 
 
+@every_method_of_a_value
 def test_linearity(name, tokenizer):
-    if name in ATTENTION:
-        return
     model = tiny.llama(len(tokenizer), initializer_range=0.15)
     one, other = (attributed(name, model, tokenizer, logit(token)) for token in PAIR)
 
@@ -218,6 +218,7 @@ def variants(tokenizer):
     yield turned
 
 
+@every_method
 def test_implementation_invariance(name, tokenizer):
     plain = attributed(name, tiny.llama(len(tokenizer)), tokenizer).token_attr
     found = [attributed(name, other, tokenizer).token_attr for other in variants(tokenizer)]

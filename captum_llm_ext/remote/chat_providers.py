@@ -112,7 +112,23 @@ class Speaker(Protocol):
         ...
 
 
-class ChatProvider:
+class _OverHttp:
+    """A provider by its URL, or by a client of the user's own, which knows its URL itself."""
+
+    _http: Http | None = None
+
+    @property
+    def api_url(self) -> str | None:
+        """Where it is asked; None where a client asks."""
+        return None if self._http is None else self._http.url
+
+    def interrupt(self) -> None:
+        """Ends what is under way."""
+        if self._http is not None:
+            self._http.interrupt()
+
+
+class ChatProvider(_OverHttp):
     """A model behind OpenAI's chat completions: OpenAI, Azure, vLLM, llama.cpp and many others.
 
     Args:
@@ -162,22 +178,15 @@ class ChatProvider:
         self.prefills: tuple[Prefill, ...] = ways if prefill == "auto" else (prefill,)
         if prefill == "none":
             self.prefills = ()
-        self._http = None
         if api_url is not None:
             url = api_url.rstrip("/").removesuffix("/chat/completions")
             key = _key(api_key, url, "OPENAI_API_KEY")
             own = {} if key is None else {"Authorization": f"Bearer {key}"}
             secrets = Secrets(own | dict(headers or {}))
             self._http = Http(url, secrets, timeout=timeout, max_retries=max_retries)
-        self.api_url = None if self._http is None else self._http.url
 
     def __repr__(self) -> str:
         return f"ChatProvider({self.model_name!r})"
-
-    def interrupt(self) -> None:
-        """Ends what is under way."""
-        if self._http is not None:
-            self._http.interrupt()
 
     def say(
         self,
@@ -231,7 +240,7 @@ class ChatProvider:
         return cast(dict[str, Any], found)
 
 
-class AnthropicProvider:
+class AnthropicProvider(_OverHttp):
     """A model behind Anthropic's messages API, which tells text alone.
 
     Args:
@@ -258,21 +267,14 @@ class AnthropicProvider:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.model_name, self._client, self.max_concurrency = model, client, max_concurrency
-        self._http = None
         if client is None:
             key = _key(api_key, api_url, "ANTHROPIC_API_KEY")
             own = {"anthropic-version": "2023-06-01"} | ({} if key is None else {"x-api-key": key})
             secrets = Secrets(own | dict(headers or {}))
             self._http = Http(api_url, secrets, timeout=timeout, max_retries=max_retries)
-        self.api_url = None if self._http is None else self._http.url
 
     def __repr__(self) -> str:
         return f"AnthropicProvider({self.model_name!r})"
-
-    def interrupt(self) -> None:
-        """Ends what is under way."""
-        if self._http is not None:
-            self._http.interrupt()
 
     def say(
         self,

@@ -1,6 +1,5 @@
 """`GenerationAttentionAttribution`: what generated tokens draw on, by attention."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -12,6 +11,7 @@ from torch import Tensor
 from captum_llm_ext import _compat
 from captum_llm_ext.attribution.attention.methods import AttentionRollout, AttentionWeights
 from captum_llm_ext.attribution.gradient.path_groups import features
+from captum_llm_ext.attribution.one_process import OneProcess
 from captum_llm_ext.attribution.target import check_target, generate_target, target_ids
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.model import (
@@ -31,7 +31,7 @@ from captum_llm_ext.text.segment import Unit
 _TARGET = "attention"
 
 
-class GenerationAttentionAttribution:
+class GenerationAttentionAttribution(OneProcess):
     """What every token of a generated text draws on, in the prompt and in earlier output.
 
     The row of a token is that of the place before it, where the model writes it. Attributions are
@@ -64,17 +64,6 @@ class GenerationAttentionAttribution:
         self.tokenizer = tokenizer
         self.device = _compat.input_device(self.model)
         self._processes = Processes.of(None, self.model)
-
-    @property
-    def processes(self) -> Processes:
-        """Those that work together on one attribution: this one alone."""
-        return self._processes
-
-    def on(self, processes: Processes) -> "GenerationAttentionAttribution":
-        """The same, where these processes make up one of those that share records."""
-        other = copy.copy(self)
-        other._processes = processes
-        return other
 
     def identity(self) -> dict[str, Any]:
         """What results depend on beside the arguments of `attribute`, as JSON has it."""

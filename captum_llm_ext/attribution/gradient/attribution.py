@@ -1,6 +1,5 @@
 """`GenerationGradientAttribution`: captum's LLM gradient attribution, for prompt and output."""
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from captum_llm_ext.attribution.gradient.arguments import (
 )
 from captum_llm_ext.attribution.gradient.path_groups import Absent
 from captum_llm_ext.attribution.gradient.paths import Paths, Rest
+from captum_llm_ext.attribution.one_process import OneProcess
 from captum_llm_ext.attribution.target import (
     Skipped,
     check_stored,
@@ -56,7 +56,7 @@ _WIDE_GAP = 0.1
 _BENT, _ROUNDED = 1e-3, 1e-3
 
 
-class GenerationGradientAttribution(LLMGradientAttribution):
+class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
     """Attributes every token of a generated text by gradients, to the prompt and to earlier output.
 
     Takes what captum's `LLMGradientAttribution` takes. A token's attribution is summed over the
@@ -134,17 +134,6 @@ class GenerationGradientAttribution(LLMGradientAttribution):
                 "gradients need it whole: load it on one device or with a `device_map`, or take "
                 "`GenerationAttribution`, which asks for none."
             )
-
-    @property
-    def processes(self) -> Processes:
-        """Those that work together on one attribution: this one alone."""
-        return self._processes
-
-    def on(self, processes: Processes) -> "GenerationGradientAttribution":
-        """The same, where these processes make up one of those that share records."""
-        other = copy.copy(self)
-        other._processes = processes
-        return other
 
     def identity(self) -> dict[str, Any]:
         """What results depend on beside the arguments of `attribute`, as JSON has it."""
