@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.attribution.generation import GenerationAttribution
     from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
     from captum_llm_ext.attribution.remote import RemoteGenerationAttribution
+    from captum_llm_ext.coalitions.stopping import Precision, StoppingRule, TopCauses
     from captum_llm_ext.contrast import Contrast
     from captum_llm_ext.demo import load_demo
     from captum_llm_ext.evaluation.faithfulness import FaithfulnessReport, measure_faithfulness
@@ -98,13 +99,16 @@ __all__ = [
     "Match",
     "ModelBaselines",
     "PartitionShap",
+    "Precision",
     "Redundancy",
     "RemoteGenerationAttribution",
     "Slot",
     "SpanAttribution",
+    "StoppingRule",
     "TextSegmentInput",
     "TokenBaseline",
     "TokenProvider",
+    "TopCauses",
     "UnresolvedGroup",
     "attribute_dataset",
     "compare_baselines",
@@ -121,6 +125,7 @@ _NAMES = {
     "text.baselines.model.baselines": "ModelBaselines",
     "text.baselines.corpus.baselines": "CorpusBaselines Match",
     "attribution.coalition_game": "CoalitionGame",
+    "coalitions.stopping": "Precision StoppingRule TopCauses",
     "contrast": "Contrast",
     "attribution.remote": "RemoteGenerationAttribution",
     "attribution.dataset": "DatasetReport attribute_dataset",

@@ -68,7 +68,11 @@ def _attribute(model, tokenizer, *, method=FeatureAblation, prompt="Dave lives i
         ({"method": ShapleyValues, "max_exact_features": 20}, ValueError, "give 1 to 16"),
         ({"max_evaluations": 10}, ValueError, "no meaning without `tol`"),
         ({"tol": 0}, ValueError, "`tol` is 0"),
-        ({"method": Lime, "tol": 0.1, "n_samples": 99}, ValueError, "`tol` needs standard errors"),
+        (
+            {"method": Lime, "tol": 0.1, "n_samples": 99},
+            ValueError,
+            "`tol` and `stop` need standard errors",
+        ),
         ({"n_sample": 9}, TypeError, "did you mean 'n_samples'"),
         ({"feature_mask": torch.tensor([[0, 1]])}, ValueError, r"give shape \(1, 3\)"),
         ({"baselines": 3}, TypeError, "'baselines', which would be ignored"),

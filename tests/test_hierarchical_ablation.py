@@ -162,5 +162,5 @@ def test_wrong_use_is_told(setting):
     attribution = GenerationAttribution(HierarchicalAblation(model), tokenizer)
     with pytest.raises(ValueError, match="no coarser parts"):
         attribution.attribute(flat, target)
-    with pytest.raises(ValueError, match="`tol` and `num_trials`"):
+    with pytest.raises(ValueError, match="`stop` and `num_trials`"):
         run(setting, HierarchicalAblation(model), tol=0.1)

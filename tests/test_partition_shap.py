@@ -796,9 +796,9 @@ def test_mistakes_are_told(model, tokenizer):
         "one two three four five six seven eight nine ten", tokenizer, baselines="delete"
     )
     many = {"inp": inp, "n_samples": 20}
-    with pytest.raises(ValueError, match="`tol` and `num_trials`"):
+    with pytest.raises(ValueError, match="`stop` and `num_trials`"):
         attribute(model, tokenizer, scheme="splits", tol=0.1, **many)
-    with pytest.raises(ValueError, match="`tol` and `num_trials`"):
+    with pytest.raises(ValueError, match="`stop` and `num_trials`"):
         attribute(model, tokenizer, scheme="splits", num_trials=2, **many)
     with pytest.raises(ValueError, match="`n_draws` has no meaning for nested orders"):
         attribute(model, tokenizer, inp=inp, n_draws=2, n_samples=60)

@@ -87,7 +87,7 @@ def test_few_coalitions_of_random_baselines_are_sampled_not_enumerated_once(mode
 def test_a_tolerance_without_errors_is_told_before_the_run(tokenizer):
     model = tiny.llama(len(tokenizer))
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
-    with pytest.raises(ValueError, match="`tol` needs standard errors"):
+    with pytest.raises(ValueError, match="`tol` and `stop` need standard errors"):
         attribute(model, tokenizer, ShapleyValueSampling, n_samples=2, tol=0.1)
 
 

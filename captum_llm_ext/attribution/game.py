@@ -13,6 +13,7 @@ from torch import Tensor
 from captum_llm_ext.attribution.target import whole_row
 from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
 from captum_llm_ext.coalitions.owen_orders import Tree
+from captum_llm_ext.coalitions.stopping import StoppingRule
 from captum_llm_ext.contrast import Foils
 from captum_llm_ext.methods import (
     HierarchicalAblation,
@@ -35,9 +36,11 @@ _MOST_ROUNDS = 64
 _GROWTH = 0.25
 # Rounds that hold nothing new cost no evaluation: they would never end a run.
 _MOST_IDLE_ROUNDS = 8
+# A forecast beyond it says no more than "long".
+_MOST_EXCESS = 1e3
 _NO_ERROR = (
-    "`tol` needs standard errors, and here there are none (a lasso, or a single draw): leave `tol` "
-    "out, or give more samples or draws."
+    "`tol` and `stop` need standard errors, and here there are none (a lasso, or a single draw): "
+    "leave them out, or give more samples or draws."
 )
 Inspect = Callable[[str, str, list[float]], None]
 
@@ -220,21 +223,34 @@ class Effort:
 
     budget: Budget
     num_trials: int
-    tol: float | None
+    stop: StoppingRule | None
     max_evaluations: int | None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found, and how; `options` are those of the solver."""
+    """What was found, and how.
+
+    `options` are those of the solver; `settled` says of what a stopping rule judged whether it was
+    met, bool ``(n_target,)``, of the whole answer ``(1,)``.
+    """
 
     name: str
     plan: Plan
     values: Tensor
     solution: Solution
     estimate: bool
-    converged: bool | None = None
+    settled: Tensor | None = None
+    stop: StoppingRule | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def stopping(self) -> dict[str, Any]:
+        """For provenance: what the run stopped by, and where it was met."""
+        if self.settled is None:
+            return {"stop": None, "settled": None, "converged": None}
+        settled = self.settled.tolist()
+        return {"stop": str(self.stop), "settled": settled, "converged": all(settled)}
 
 
 def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
@@ -276,10 +292,10 @@ def _tree(game: Game, method: PerturbationAttribution) -> Tree:
 
 def _unfold(game: Game, method: Estimator, unfold: Unfold, effort: Effort) -> Outcome:
     """Scores what the values found so far say is worth it."""
-    if effort.tol is not None or effort.num_trials > 1:
+    if effort.stop is not None or effort.num_trials > 1:
         raise ValueError(
-            f"`tol` and `num_trials` have no meaning for {method.name}, where the values decide "
-            "what is scored next: leave them out, or give more `n_samples` or `n_draws`."
+            f"`tol`, `stop` and `num_trials` have no meaning for {method.name}, where the values "
+            "decide what is scored next: leave them out, or give more `n_samples` or `n_draws`."
         )
     anchors = _anchors(game)
     seed = int(torch.randint(2**62, (), generator=game.run.generator, device="cpu"))
@@ -296,35 +312,50 @@ def _anchors(game: Game) -> Plan:
 
 
 def _sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
-    """Plans, scores and solves, in rounds until the tolerance is met."""
-    if effort.tol is not None and not method.tells_error:
+    """Plans, scores and solves, in rounds until the stopping rule is met."""
+    rule, generator, scorer = effort.stop, game.run.generator, game.run.scorer
+    if rule is not None and not method.tells_error:
         raise ValueError(_NO_ERROR)
-    generator = game.run.generator
     first = [method.plan(generator) for _ in range(effort.num_trials)]
     plan = join_plans([_anchors(game), *first])
     values = game.values(plan)
     solution = _solved(game, method, plan, values)
-    if effort.tol is None:
+    if rule is None:
         return Outcome(method.name, plan, values, solution, method.estimate, options=method.options)
-    scorer, idle, size = game.run.scorer, 0, len(first[0].masks)
+    size, idle = len(first[0].masks), 0
     most = effort.max_evaluations or _MOST_ROUNDS * size
-    while not (converged := (error := _error(solution)) <= effort.tol) and method.estimate:
+    excess = _excess(rule, game, method, plan, values, solution)
+    while bool((excess > 1).any()) and method.estimate:
         # Solving everything again after every single round would cost more than the rounds.
         n_rounds = max(1, round(_GROWTH * len(plan.masks) / max(size, 1)))
         n_rounds = min(n_rounds, (most - scorer.n_evaluations) // max(size, 1))
+        if effort.budget.grows and not effort.max_evaluations:
+            # As many coalitions as without a rule; some of them are alike and cost nothing.
+            planned = len(plan.masks) - plan.n_anchors
+            n_rounds = min(n_rounds, (method.usual - planned) // max(size, 1))
         if n_rounds < 1 or idle > _MOST_IDLE_ROUNDS:
             break
         more = join_plans([method.plan(generator) for _ in range(n_rounds)])
         # Standard errors shrink with the square root of the evaluations.
-        likely = scorer.n_evaluations * (error / effort.tol) ** 2
+        likely = scorer.n_evaluations * min(float(excess.max()), _MOST_EXCESS) ** 2
         scorer.forecast(round(min(likely, most)) - scorer.n_evaluations)
         plan = join_plans([plan, more])
         scored_before = scorer.n_evaluations
         values = torch.cat([values, game.values(more)])
         idle = idle + 1 if scorer.n_evaluations == scored_before else 0
         solution = _solved(game, method, plan, values)
+        excess = _excess(rule, game, method, plan, values, solution)
     scorer.forecast(0)
-    return Outcome(method.name, plan, values, solution, method.estimate, converged, method.options)
+    return Outcome(
+        method.name,
+        plan,
+        values,
+        solution,
+        method.estimate,
+        excess <= 1,
+        rule,
+        method.options,
+    )
 
 
 def _solved(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Solution:
@@ -344,17 +375,27 @@ def _solved(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Soluti
     return Solution.joined(processes.each(parts, solve))
 
 
-def _error(solution: Solution) -> float:
-    """Largest standard error over the range of the attributions.
+def _excess(
+    rule: StoppingRule,
+    game: Game,
+    method: Estimator,
+    plan: Plan,
+    values: Tensor,
+    solution: Solution,
+) -> Tensor:
+    """How many times too large the errors are that a rule goes by.
 
     Raises:
         ValueError: If there is no standard error to go by.
     """
-    errors, found = solution.standard_errors, solution.attributions
-    if errors.isnan().any():
+    if rule.of == "answer":
+        # A token depends on nothing after it: the sum's attributions are the sums.
+        whole = values.sum(1, keepdim=True)
+        solution = method.solve(plan, whole, Scope.of_all(1, game.n_features))
+    excess = rule.excess(solution)
+    if bool(excess.isnan().any()):
         raise ValueError(_NO_ERROR)
-    spread = float(found.max() - found.min())
-    return float(errors.max()) / spread if spread else 0.0
+    return excess
 
 
 def _drive(
@@ -365,9 +406,10 @@ def _drive(
 ) -> Outcome:
     """Runs a method that the package does not know through its own ``attribute``."""
     name = type(method).__name__
-    if effort.tol is not None or effort.budget.n_draws is not None:
+    if effort.stop is not None or effort.budget.n_draws is not None:
         raise ValueError(
-            f"`tol` and `n_draws` would be ignored: {name} runs through its own `attribute`."
+            f"`tol`, `stop` and `n_draws` would be ignored: {name} runs through its own "
+            "`attribute`."
         )
     if (game.scope.required >= 0).any():
         raise ValueError(

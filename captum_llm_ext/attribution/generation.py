@@ -25,6 +25,7 @@ from captum_llm_ext.attribution.target import (
 )
 from captum_llm_ext.base.arguments import at_least_one, check_counts, check_passed_on
 from captum_llm_ext.base.digest import describe, digest, stacklevel_of_caller
+from captum_llm_ext.coalitions.stopping import StoppingRule, as_rule
 from captum_llm_ext.contrast import Contrast, FoilContext, as_value, foils_of, scored
 from captum_llm_ext.methods.estimators import Budget, is_known
 from captum_llm_ext.model import (
@@ -160,6 +161,7 @@ class GenerationAttribution(LLMAttribution):
         output_baselines: Any = None,
         seed: int = 0,
         tol: float | None = None,
+        stop: StoppingRule | str | None = None,
         max_evaluations: int | None = None,
         n_samples: int | None = None,
         n_draws: int | None = None,
@@ -199,8 +201,14 @@ class GenerationAttribution(LLMAttribution):
                 baseline does, and deletion where that says nothing about generated text.
             seed: Seeds every random choice. The global random state is neither read nor changed.
             tol: Go on sampling until the largest standard error, over the range of the
-                attributions, is below it.
-            max_evaluations: With `tol`: stop there at the latest. By default after 64 rounds.
+                attributions, is below it: ``stop=Precision(tol)``.
+            stop: Score no more than the question takes: ``"top3"`` until the three strongest
+                causes of every target token are told from all others, ``"answer top3"`` those of
+                the whole answer; `TopCauses`, `Precision` or a rule of your own for more. Without
+                `n_samples` and `n_draws` it begins with the fewest that tell errors and ends, at
+                the latest, where it would have ended without. `settled` tells which tokens were.
+            max_evaluations: With `tol` or `stop`: stop there at the latest. By default after 64
+                rounds with `tol`.
             n_samples: As in captum: evaluations for `KernelShap` and `Lime` (default 16 a
                 feature), single orders for `ShapleyValueSampling` (default 25; an order and its
                 reverse count as two).
@@ -235,17 +243,17 @@ class GenerationAttribution(LLMAttribution):
             check_counts(
                 max_evaluations=max_evaluations, perturbations_per_eval=perturbations_per_eval
             )
-            if max_evaluations is not None and tol is None:
+            rule = as_rule(stop, tol)
+            if max_evaluations is not None and rule is None:
                 raise ValueError(
-                    "`max_evaluations` has no meaning without `tol`: give `tol` as well."
+                    "`max_evaluations` has no meaning without `tol` or `stop`: give one of them."
                 )
-            if tol is not None and not tol > 0:
-                raise ValueError(f"`tol` is {tol!r}: give a number above 0, such as 0.05.")
             if is_known(self.attr_method):
                 check_passed_on(kwargs, self.attr_method, GenerationAttribution.attribute)
             generation = None if target is not None else self.generation(gen_args)
-            budget = Budget(n_samples, n_draws, max_exact_features)
-            effort = Effort(budget, num_trials, tol, max_evaluations)
+            grows = stop is not None and n_samples is None and n_draws is None
+            budget = Budget(n_samples, n_draws, max_exact_features, grows)
+            effort = Effort(budget, num_trials, rule, max_evaluations)
             scorer = self._scorer(perturbations_per_eval, show_progress)
             prompt = as_prompt(inp, self.tokenizer, feature_mask)
             callback = _inspect_forward if self._processes.is_main else None
@@ -394,6 +402,8 @@ class GenerationAttribution(LLMAttribution):
             "max_exact_features": effort.budget.max_exact_features,
             "output_unit": describe(output_unit),
             **settings,
+            # Older checkpoints know nothing of it.
+            **({"grows": True} if effort.budget.grows else {}),
         }
 
     def _result(
@@ -428,7 +438,7 @@ class GenerationAttribution(LLMAttribution):
             "method": type(self.attr_method).__name__,
             "estimator": outcome.name,
             "estimate": outcome.estimate,
-            "converged": outcome.converged,
+            **outcome.stopping,
             **target_provenance(self.attr_target, generation and generation.settings),
             "contrast": game.foils and game.foils.about,
             "unit": game.run.prompt.unit_name,

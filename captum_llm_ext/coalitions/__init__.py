@@ -16,6 +16,8 @@ of the same name turns its values into attributions and standard errors::
 * `search`: leave-one-out that looks closer only where it matters, for thousands of features.
 * `plan_lime`, `solve_lime`, `solve_contextcite`: a sparse linear model, where few features matter.
 
+`stopping` says when enough were scored.
+
 `scope` says what a target token sees of the features; `additivity` and `interactions` say how far
 features act on their own.
 """
@@ -46,12 +48,16 @@ from captum_llm_ext.coalitions.plans import (
     plan_pairs,
     plan_permutations,
 )
+from captum_llm_ext.coalitions.stopping import Precision, StoppingRule, TopCauses
 
 __all__ = [
     "Plan",
+    "Precision",
     "RedundantPair",
     "Scope",
     "Solution",
+    "StoppingRule",
+    "TopCauses",
     "additive_fit",
     "cosine_kernel",
     "join_plans",

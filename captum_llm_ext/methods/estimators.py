@@ -31,10 +31,13 @@ from captum_llm_ext.methods import (
     partition,
     searching,
 )
+from captum_llm_ext.methods.partition_shap import Partition
 
 _MAX_DRAWS = 8
 _ROWS_WORTH_REPEATING = 1024
 _EVALUATIONS_PER_FEATURE = 16
+# What a stopping rule begins with: below it regressions are no more than guesses.
+_FEWEST_PER_FEATURE, _FEWEST_ORDERS = 2, 4
 _CAPTUM_ORDERS = 25
 _TWO_DRAWS = "2 `n_draws`"
 
@@ -54,6 +57,7 @@ class Estimator:
         unfold: In place of `plan` where the values decide what is scored next.
         options: What `solve` was given beside, as numbers and text.
         needs: What would tell errors, where there are none for want of it.
+        usual: Coalitions that it plans by default, where nobody says when to stop.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Estimator:
     unfold: Unfold | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     needs: str | None = None
+    usual: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,14 @@ class Budget:
             `ShapleyValueSampling`. None: the estimator's own choice.
         n_draws: Draws of the baseline for methods that do not sample coalitions.
         max_exact_features: Up to how many features all coalitions are enumerated.
+        grows: Whether a stopping rule decides how much is scored: what nobody said is then the
+            least that tells errors.
     """
 
     n_samples: int | None = None
     n_draws: int | None = None
     max_exact_features: int = 12
+    grows: bool = False
 
     def __post_init__(self) -> None:
         check_counts(n_samples=self.n_samples, n_draws=self.n_draws)
@@ -155,16 +163,31 @@ class _Task:
     num_trials: int
 
     @property
-    def evaluations(self) -> int:
-        """Those asked for, or the default."""
+    def usual(self) -> int:
+        """Evaluations asked for, or the default."""
         return self.budget.n_samples or _EVALUATIONS_PER_FEATURE * self.n_features
 
-    def n_draws(self, n_coalitions: int) -> int:
-        """How often so many coalitions are drawn."""
+    @property
+    def evaluations(self) -> int:
+        """Those of one round."""
+        return min(_FEWEST_PER_FEATURE * self.n_features, self.usual) if self.grows else self.usual
+
+    @property
+    def grows(self) -> bool:
+        """Whether rounds are as small as can be."""
+        return self.budget.grows and self.budget.n_samples is None and self.budget.n_draws is None
+
+    def usual_draws(self, n_coalitions: int) -> int:
+        """How often so many coalitions are drawn by default."""
         if self.deterministic:
             return 1
         most = _ROWS_WORTH_REPEATING // max(1, n_coalitions)
         return self.budget.n_draws or max(2, min(_MAX_DRAWS, most))
+
+    def n_draws(self, n_coalitions: int) -> int:
+        """How often so many coalitions are drawn in one round."""
+        usual = self.usual_draws(n_coalitions)
+        return min(2, usual) if self.grows else usual
 
     def refuse_n_samples(self, method: str) -> None:
         """Raises a ValueError if `n_samples` was given to a method that is repeated otherwise."""
@@ -200,18 +223,20 @@ def _one_at_a_time(
     # baseline, though, is no exact answer, which the solver is told by unequal draws.
     common = task.deterministic or n_draws > 1
     plan = planner(task.n_features, n_draws=n_draws, common_draw=common)
-    return _enumerated(name, plan, solve, task, tells_error=common)
+    usual = task.usual_draws(task.n_features) * task.n_features
+    return _enumerated(name, plan, solve, task, common, usual)
 
 
 def _exact(task: _Task) -> Estimator:
-    n_draws = task.n_draws(2**task.n_features)
+    n_coalitions = 2**task.n_features
+    n_draws, usual = task.n_draws(n_coalitions), task.usual_draws(n_coalitions) * n_coalitions
     plan = coalitions.plan_exact(task.n_features, n_draws=n_draws, common_draw=task.deterministic)
     tells_error = task.deterministic or n_draws > 1
-    return _enumerated("exact", plan, coalitions.solve_exact, task, tells_error=tells_error)
+    return _enumerated("exact", plan, coalitions.solve_exact, task, tells_error, usual)
 
 
 def _enumerated(
-    name: str, plan: Plan, solve: Solver, task: _Task, *, tells_error: bool
+    name: str, plan: Plan, solve: Solver, task: _Task, tells_error: bool, usual: int
 ) -> Estimator:
     """Where nothing is left to chance but the draws of the baseline."""
     return Estimator(
@@ -221,6 +246,7 @@ def _enumerated(
         estimate=not task.deterministic,
         tells_error=tells_error,
         needs=None if tells_error else _TWO_DRAWS,
+        usual=usual,
     )
 
 
@@ -242,7 +268,7 @@ def _shapley_values(task: _Task) -> Estimator:
         return _exact(task)
     warnings.warn(
         f"exact Shapley values of {task.n_features} features need 2^{task.n_features} evaluations: "
-        f"they are estimated from {task.evaluations}, with standard errors in `token_attr_se`. "
+        f"they are estimated from {task.usual}, with standard errors in `token_attr_se`. "
         f"Fewer features (at most {task.budget.max_exact_features}) are solved exactly.",
         stacklevel=stacklevel_of_caller(),
     )
@@ -251,20 +277,24 @@ def _shapley_values(task: _Task) -> Estimator:
 
 def _pairs(task: _Task) -> Estimator:
     task.refuse_n_draws(type(task.method).__name__)
-    wanted = task.evaluations
-    if (exact := _exact_within(wanted, task)) is not None:
+    if (exact := _exact_within(task.usual, task)) is not None:
         return exact
+    wanted = task.evaluations
     _warn_budget(wanted, task.n_features)
     plan = partial(_plan_sampled, coalitions.plan_pairs, task.n_features, wanted)
-    return Estimator("paired kernel regression", plan, coalitions.solve_kernel, True)
+    return Estimator(
+        "paired kernel regression", plan, coalitions.solve_kernel, True, usual=task.usual
+    )
 
 
 def _permutations(task: _Task) -> Estimator:
     task.refuse_n_draws("ShapleyValueSampling")
     orders = task.budget.n_samples or _CAPTUM_ORDERS
-    evaluations = orders * task.n_features
-    if (exact := _exact_within(evaluations, task)) is not None:
+    if (exact := _exact_within(orders * task.n_features, task)) is not None:
         return exact
+    usual = orders * (task.n_features + 1)  # all walks begin and end with the same
+    orders = _FEWEST_ORDERS if task.grows else orders
+    evaluations = orders * task.n_features
     is_warned = _warn_budget(evaluations, task.n_features)
     # An order and its reverse are one draw.
     tells_error = -(-orders // 2) * task.num_trials > 1
@@ -275,6 +305,7 @@ def _permutations(task: _Task) -> Estimator:
         estimate=True,
         tells_error=tells_error,
         needs=None if tells_error or is_warned else "`n_samples=4`: two orders and their reverses",
+        usual=usual,
     )
 
 
@@ -285,7 +316,10 @@ def _exact_within(evaluations: int, task: _Task) -> Estimator | None:
     least = 1 if task.deterministic else 2
     if task.n_features > MOST_EXACT_FEATURES or n_draws < least:
         return None
-    return _exact(replace(task, budget=Budget(n_draws=n_draws)))
+    if task.grows:
+        n_draws = min(2, n_draws)
+    exact = _exact(replace(task, budget=Budget(n_draws=n_draws)))
+    return replace(exact, usual=evaluations)
 
 
 def _lime(task: _Task) -> Estimator:
@@ -298,19 +332,17 @@ def _lime(task: _Task) -> Estimator:
     kernel = partial(coalitions.cosine_kernel, width=settings.pop("kernel_width"))
     solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
     tells_error = settings["penalty"] != "l1"
-    return Estimator("local linear model", plan, solve, True, tells_error, options=options)
+    return Estimator(
+        "local linear model", plan, solve, True, tells_error, options=options, usual=task.usual
+    )
 
 
 def _partition(task: _Task) -> Estimator:
-    found = partition(
-        task.tree,
-        task.n_features,
-        task.method.scheme,
-        task.budget.n_samples,
-        held=task.held,
-        deterministic=task.deterministic,
-        n_draws=task.budget.n_draws,
-    )
+    found = _partitioned(task, task.budget.n_samples)
+    usual = found.n_orders * (task.n_features + 1) * (2 if task.held else 1)
+    if task.grows and found.n_orders:
+        n_samples = evaluations_of_orders(_FEWEST_ORDERS, task.n_features, bool(task.held))
+        found = _partitioned(task, min(n_samples, task.usual))
     has_orders = found.name == "nested orders"
     if has_orders:
         task.refuse_n_draws("nested orders of PartitionShap")
@@ -329,6 +361,19 @@ def _partition(task: _Task) -> Estimator:
         needs=_TWO_DRAWS if one_draw else needs,
         unfold=found.unfold,
         options={"tree": found.tree},
+        usual=usual or task.usual,
+    )
+
+
+def _partitioned(task: _Task, n_samples: int | None) -> Partition:
+    return partition(
+        task.tree,
+        task.n_features,
+        task.method.scheme,
+        n_samples,
+        held=task.held,
+        deterministic=task.deterministic,
+        n_draws=2 if task.grows and not task.deterministic else task.budget.n_draws,
     )
 
 

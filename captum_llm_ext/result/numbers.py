@@ -112,8 +112,14 @@ class ResultNumbers(LLMAttributionResult):
 
     @property
     def converged(self) -> bool | None:
-        """Whether `tol` was met; None if none was given."""
+        """Whether `tol` or `stop` was met; None if none was given."""
         return self.provenance.get("converged")
+
+    @property
+    def settled(self) -> tuple[bool, ...] | None:
+        """Of which target tokens `stop` was met, or of the whole answer; None if none was given."""
+        found = self.provenance.get("settled")
+        return None if found is None else tuple(found)
 
     @property
     def rung(self) -> str | None:

@@ -143,8 +143,18 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
     if result.rung is not None:
         remarks.append(f"Found by {result.rung}: {result.provenance['cannot_see']}.")
     if result.converged is False:
-        remarks.append("`tol` was not met: see the standard errors.")
+        remarks.append(_unsettled(result))
     return remarks
+
+
+def _unsettled(result: "GenerationAttributionResult") -> str:
+    rule, settled = result.provenance.get("stop"), result.settled or ()
+    if not rule or len(settled) < 2:
+        return f"{rule or '`tol`'} was not met: see the standard errors."
+    return (
+        f"{rule} was not met by {settled.count(False)} of {len(settled)} tokens: see `settled` and "
+        "the standard errors."
+    )
 
 
 def _errors(result: "GenerationAttributionResult") -> str:

@@ -341,7 +341,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         counting.tokenizer, counting._counter = cast(Any, vocabulary), counter
         counting.attr_target = cast(Any, "frequency")
         ids = [vocabulary.token(target or "answer")]
-        arguments = {k: v for k, v in arguments.items() if k not in ("checkpoint", "tol")}
+        arguments = {k: v for k, v in arguments.items() if k not in ("checkpoint", "tol", "stop")}
         super(RemoteGenerationAttribution, counting).attribute(
             inp, torch.tensor(ids, dtype=torch.int64, device="cpu"), output_unit=None, **arguments
         )
