@@ -444,6 +444,8 @@ def test_estimates_give_equals_about_the_same(name):
         plan, solver = plan_pairs(n, 60 * n, generator=generator), solve_kernel
     plan = join_plans([plan_anchors(n), plan])
     solution = solver(plan, game(plan.masks)[:, None], whole(n))
+    # Rounding took the errors of some, where the fit to a smooth game is nearly perfect.
+    assert bool((solution.standard_errors > 0).all()) or name == "permutations"
     difference = float(solution.attributions[0, 0] - solution.attributions[0, 1])
     assert abs(difference) < 4 * float(solution.standard_errors[0, :2].norm()) + 1e-9
     # The others are dummies but for what they add.
