@@ -21,7 +21,11 @@ from captum_llm_ext.model.forward.logits import AttrTarget, called_values
 from captum_llm_ext.model.forward.memory import is_out_of_memory
 from captum_llm_ext.model.forward.packing import Pack, pack
 from captum_llm_ext.model.forward.prefix_cache import cache_part, copied_cache, shared_cache
-from captum_llm_ext.model.forward.rounding import error_over_rounding, reason_against
+from captum_llm_ext.model.forward.rounding import (
+    error_over_rounding,
+    reason_against,
+    rounded_otherwise,
+)
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.forward.schedule import Branch
 
@@ -465,7 +469,7 @@ class Passes:
         def error() -> float:
             before = cache_part(state, torch.arange(n_read, device="cpu"))
             found, _ = self._read_pack(packed, packed.places[-1][at], before, cuts=True)
-            return error_over_rounding(found.logits(), alone)
+            return self._error(found.logits().clone(), alone, [row], at[None])
 
         if self._ends_of_model is not None:
             try:
@@ -509,23 +513,38 @@ class Passes:
         ends = [row[shared:], other[shared:]]
         # The first that has nothing but the state before it, and the last.
         at = torch.tensor([[0, len(end) - 1] for end in ends], dtype=torch.int64, device="cpu")
-        alone = [
-            self._pass(
-                torch.tensor([ids], dtype=torch.int64, device="cpu"), at[i : i + 1] + shared
-            )[0]
-            .logits()
-            .clone()
-            for i, ids in enumerate((row, other))
-        ]
+        alone = self._alone((row, other), at + shared)
 
         def error(*, shares_cache: bool) -> float:
             found = self._read_on(_padded(ends), at, state, shares_cache=shares_cache)
-            return error_over_rounding(found.logits(), torch.cat(alone))
+            return self._error(found.logits().clone(), alone, (row, other), at + shared)
 
         copied = error(shares_cache=False)
         if copied <= 1 and self.shares_cache is not False and shared * _ROWS_IN_MIND >= self._least:
             self.shares_cache = self._can_lend(error)
         return copied
+
+    def _alone(self, rows: Sequence[Sequence[int]], at: Tensor) -> Tensor:
+        """Logits ``(n_rows, n, vocabulary)`` at places ``(n_rows, n)``, of a pass for each row."""
+        found = [
+            self._pass(torch.tensor([row], dtype=torch.int64, device="cpu"), places[None])[0]
+            .logits()
+            .clone()
+            for row, places in zip(rows, at, strict=True)
+        ]
+        return torch.cat(found)
+
+    def _error(
+        self, found: Tensor, alone: Tensor, rows: Sequence[Sequence[int]], at: Tensor
+    ) -> float:
+        """How far logits are from those of rows alone, over what rounding explains."""
+        error = error_over_rounding(found, alone)
+        is_fine = alone.dtype.itemsize > 2 and not _compat.half_precision(self.model)
+        if error <= 1 or is_fine:
+            return error
+        with rounded_otherwise(self.model):
+            otherwise = self._alone(rows, at)
+        return error_over_rounding(found, alone, otherwise)
 
     def _can_lend(self, error: Callable[..., float]) -> bool:
         """Whether rows read on rightly from a state that they have no copies of."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model.forward.memory import is_out_of_memory
+from captum_llm_ext.model.forward.rounding import BEYOND, rounded_otherwise
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.probe.findings import Findings, Packing
 from captum_llm_ext.model.probe.state import State, differences, state_of
@@ -37,10 +38,6 @@ _WIDE_IDS = 8
 _FINE = 1e-4
 # And what the number of rows may do to a model in float32 at most.
 _BATCHED = 1e-3
-# Where rounding is coarser, an effect is what exceeds it by so much, both as root mean squares.
-_BEYOND = 3.0
-# Where it is coarser, a model's lengths change its values by this much at least, if they do.
-_ROUGH_LENGTHS = 0.03
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -295,7 +292,7 @@ class _Probe:
         alone, copies = self._said([ids], [at])[0], self._said([ids] * 2, [at] * 2)[0]
         beside = self._said([self._others(ids), ids], [at] * 2)[1]
         is_rough = self._is_rough(found)
-        limit = max(_FINE, _BEYOND * _root_mean_square(copies, alone), _rough(alone))
+        limit = max(_FINE, BEYOND * _root_mean_square(copies, alone), _rough(alone))
         couples = _exceeds(beside, copies, limit if self._is_half(found) else _FINE)
         rounding = _largest(copies, alone)
         return replace(
@@ -353,7 +350,7 @@ class _Probe:
         one, other = (self._said([row], [ends])[0] for row in (padded, again))
         limit = _FINE
         if is_half:
-            limit = max(_FINE, _BEYOND * _root_mean_square(copies, alone[:3]), _rough(alone))
+            limit = max(_FINE, BEYOND * _root_mean_square(copies, alone[:3]), _rough(alone))
         couples = _exceeds(beside[0], beside[1], limit) or _exceeds(copies, beside[1], limit)
         # Beside itself a row must be what it is alone, too, and beside many others.
         begun = self._wide(at[:2], 1)
@@ -369,14 +366,15 @@ class _Probe:
         endings += [(self._said([ids[: cut_at + n]], [at[:3]])[0], alone[:3]) for n in (1, 2)]
         if is_half:
             # Other lengths are other shapes, whose rounding is unlike that of one shape.
-            near = [
-                self._said([[*padded, *padded[:1] * n][: length + n]], [ends])[0] for n in (-1, 1)
+            with rounded_otherwise(self._model):
+                moved = [self._said([ids], [at])[0], self._said([short], [ends])[0]]
+            limits = [
+                max(limit, BEYOND * _usual(*pair))
+                for pair in zip(moved, (alone, alone_short), strict=True)
             ]
-            moved = max(_root_mean_square(one, other) for other in near)
-            limit = max(limit, _BEYOND * moved, _ROUGH_LENGTHS)
             # In most places: where an expert was chosen by a hair, rounding may choose another.
-            mixes = _usual(one, alone_short) > limit
-            sees |= any(_usual(*pair) > limit for pair in endings)
+            mixes = _usual(one, alone_short) > limits[1]
+            sees |= any(_usual(*pair) > limits[0] for pair in endings)
         else:
             mixes = _exceeds(one, alone_short, limit)
             sees |= any(_exceeds(*pair, limit) for pair in endings)
