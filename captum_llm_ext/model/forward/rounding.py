@@ -16,8 +16,8 @@ from captum_llm_ext.model.forward.memory import is_out_of_memory
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 _HALF = (torch.float16, torch.bfloat16)
 # An effect is what exceeds by so much what other last digits do, both as root mean squares, or as
-# the largest differences. On SmolLM2 and Gemma 3 in bfloat16 two ways of computing the same lay less
-# than 1.6 times as far apart as other digits had moved a pass, and no more than once.
+# the largest differences. On SmolLM2 and Gemma 3 in bfloat16 two ways of computing the same lay
+# less than 1.6 times as far apart as other digits had moved a pass, at most once as far.
 BEYOND = 3.0
 _BEYOND_MOST = 2.0
 

@@ -53,6 +53,7 @@ class Findings:
         coupling: The same of other rows.
         rounding: The largest difference seen that is left where neither of these is at work: of a
             row alone, and in a batch.
+        draws: Whether equal passes differ: the model draws at random.
         is_rough: Whether values have a noise floor worth telling.
         packing: How it reads packs; None: not looked for.
         reasons: What else is known of the model, in words.
@@ -72,6 +73,7 @@ class Findings:
     ahead: float | None = None
     coupling: float | None = None
     rounding: float = 0.0
+    draws: bool = False
     is_rough: bool = False
     packing: Packing | None = None
     reasons: tuple[str, ...] = ()

@@ -2,13 +2,16 @@
 
 import math
 import warnings
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked, explained
 from captum_llm_ext.model.forward.passes import Passes
 from captum_llm_ext.model.forward.rounding import rounding
@@ -16,10 +19,14 @@ from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.probe import Findings
 
 # Rows that are computed once more: the longest, the shortest, and some that chance chooses; the
-# first of them alone, all of them in batches that nobody else would cut.
+# first of them alone, all of them in batches that nobody else would cut. So many at most, and as
+# many as this share of what the run took, or as few passes cost beside their positions.
 _ROWS = 64
-_ALONE = 8
-_ALONE_STEPPING = 2  # where each of them takes a pass per token
+_LEAST_ROWS = 4
+_SHARE = 1 / 8
+_PASSES = 16
+_ROWS_PER_ALONE = 8
+_LEAST_ALONE = 2  # and no more where each of them takes a pass per token
 _CHECKED = 4
 # What these take is no more than this share of what the run took, but for one of them.
 _CHECKED_SHARE = 1 / 32
@@ -27,6 +34,9 @@ _BATCH = 13
 # Other batches than those seen may lie further apart: in 60 small models by less than twice as
 # much, or twice the last digit of the logits, of which one may be rounded up, the other down.
 _UNSEEN = 2.0
+# What is drawn at random has longer tails than rounding, and no proportion to how far values move:
+# in 30 small models with layers that draw, others lay up to 1.7 times further apart than that.
+_DRAWN = 2.5
 _DIGITS = 2.0
 # A value that can hardly move: rounding is told of those that can.
 _STEADY = 1e-3
@@ -127,33 +137,45 @@ class NoiseFloor:
         That is in proportion to how far a value can move at all, and not less than what the last
         digits of the logits are worth.
         """
-        kept = [self._kept[ids] for ids in self._order()]
+        kept = [self._kept[ids] for ids in self._measurable()]
         rows = [row for _, row, _ in kept]
         computed = torch.stack([own for _, _, own in kept])
+        n_alone = _LEAST_ALONE if found.step_by_step else len(rows) // _ROWS_PER_ALONE
+        some = rows[: max(_LEAST_ALONE, n_alone)]
+
         alone = torch.full_like(computed, torch.nan)
-        for i, row in enumerate(rows[: _ALONE_STEPPING if found.step_by_step else _ALONE]):
-            if found.step_by_step:
-                alone[i] = self._stepped(row, asked, range(len(asked)))
-            else:
-                alone[i] = self._together([row], asked)[0]
+        alone[: len(some)] = torch.stack([self._alone(row, found, asked) for row in some])
         ways = [computed, alone]
         if together:
             batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-            ways.append(torch.cat([self._together(some, asked) for some in batches]))
+            ways.append(torch.cat([self._together(batch, asked) for batch in batches]))
         stacked = torch.stack(ways)
         highest = stacked.nan_to_num(nan=-torch.inf).amax(0)
         apart = (highest - stacked.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)
         ratios = apart / self._scales(computed)
         # Of n normal numbers the largest is about so many standard deviations away.
-        likely = math.sqrt(2 * math.log(2 * self._n + 1)) * float(ratios.square().mean().sqrt())
+        known = ~stacked[1:].isnan().all(0)
+        usual = float(ratios[known].square().mean().sqrt())
+        likely = math.sqrt(2 * math.log(2 * self._n * len(asked) + 1)) * usual
+        further = _DRAWN if found.draws else 1.0
         digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
         assert self._scale is not None
-        return max(likely, _UNSEEN * float(ratios.max()), digit) * self._scale
+        return max(further * likely, further * _UNSEEN * float(ratios.max()), digit) * self._scale
 
-    def _stepped(self, row: TokenRow, asked: Asked, tokens: Sequence[int]) -> Tensor:
-        """Values ``(n_target,)`` of some tokens, in passes of their own; NaN for the others."""
+    def _measurable(self) -> list[tuple[int, ...]]:
+        """Rows that are computed once more: as many as the run took time for."""
+        passes, order = self._passes, self._order()
+        each = memory.overhead(passes.model, passes.device)
+        most = max(_SHARE * passes.n_positions, _PASSES * each)
+        taken = [*accumulate(len(ids) for ids in order)]
+        return order[: max(_LEAST_ROWS, bisect_right(taken, most))]
+
+    def _alone(self, row: TokenRow, found: Findings, asked: Asked) -> Tensor:
+        """Values ``(n_target,)`` of a row alone, of each token with nothing after it if need be."""
+        if not found.step_by_step:
+            return self._together([row], asked)[0]
         values = torch.full((len(asked),), torch.nan, dtype=torch.float64, device="cpu")
-        for t in tokens:
+        for t in range(len(asked)):
             if (end := row.up_to(t)) is not None:
                 values[t] = self._together([end], asked.only([t]))[0, 0]
         return values

@@ -1,6 +1,5 @@
 """The passes of the probe."""
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,17 @@ from captum_llm_ext import _compat
 from captum_llm_ext.model.forward.memory import is_out_of_memory
 from captum_llm_ext.model.forward.rounding import BEYOND, rounded_otherwise
 from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.probe.differences import (
+    FINE,
+    exceeds,
+    is_as,
+    largest,
+    last_digit,
+    root_mean_square,
+    rough,
+    spread,
+    usual,
+)
 from captum_llm_ext.model.probe.findings import Findings, Packing
 from captum_llm_ext.model.probe.state import State, differences, state_of
 
@@ -34,11 +44,8 @@ _AT_ONCE = 8
 # So many rows, of so many ids each, show whether it is only larger batches whose rows are coupled.
 _WIDE = 16
 _WIDE_IDS = 8
-# Differences of log-probabilities that the contract allows: what is below needs no explanation.
-_FINE = 1e-4
 # And what the number of rows may do to a model in float32 at most.
 _BATCHED = 1e-3
-_HALF = (torch.float16, torch.bfloat16)
 
 
 # Called with a row, places in it, and how many logits the model can be asked for.
@@ -112,6 +119,7 @@ def _both(one: Findings, other: Findings) -> Findings:
         ahead=max(ahead, default=None),
         coupling=max(coupling, default=None),
         rounding=max(one.rounding, other.rounding),
+        draws=one.draws or other.draws,
         is_rough=one.is_rough or other.is_rough,
         packing=_packing_of_both(one.packing, other.packing),
     )
@@ -196,7 +204,7 @@ class _Probe:
             dtype=str(logits.dtype).removeprefix("torch."),
             vocabulary=vocabulary,
             kept=self._kept,
-            last_digit=_last_digit(logits, self._model),
+            last_digit=last_digit(logits, self._model),
             n_before=self._n_before,
             last_only=self._last_only,
             couples_rows=reason is not None,
@@ -219,7 +227,7 @@ class _Probe:
                 if is_out_of_memory(error):
                     raise
             else:
-                if _is_as(said[:2], logits[0, at[:2]]):
+                if is_as(said[:2], logits[0, at[:2]]):
                     return at, said
         self._find_kept(ids[:_FIRST], logits)
         return at, self._said([ids], [at])[0]
@@ -237,7 +245,7 @@ class _Probe:
                 raise
             self._kept = None
             return
-        if not (_is_as(said[0], logits[0, ends]) and _is_as(said[1], logits[0, ends[1:]])):
+        if not (is_as(said[0], logits[0, ends]) and is_as(said[1], logits[0, ends[1:]])):
             self._kept = None
 
     def _in_front(self, ids: Sequence[int], logits: Tensor) -> int:
@@ -247,8 +255,8 @@ class _Probe:
         # stands in front; else what stands behind has moved.
         fewer = self._all(ids[:-1]) if len(ids) > 1 else logits[:, :-1]
         if fewer.shape[1] != logits.shape[1] - 1 or (
-            _largest(_spread(fewer[:, n:]), _spread(logits[:, n:-1])) > _FINE
-            and _root_mean_square(_spread(fewer[:, n:]), _spread(logits[:, n:-1])) > _rough(logits)
+            largest(spread(fewer[:, n:]), spread(logits[:, n:-1])) > FINE
+            and root_mean_square(spread(fewer[:, n:]), spread(logits[:, n:-1])) > rough(logits)
         ):
             raise ValueError(
                 f"{type(self._model).__name__} returns {logits.shape[1]} logits for {len(ids)} "
@@ -278,11 +286,11 @@ class _Probe:
         cuts, is_rough = self._cuts(self._wanted()), self._is_rough(found)
         row = self._said([self._row.ids], [cuts])[0]
         pairs = self._after(cuts, cuts, row, n_places=1, at_once=1)
-        limit = max(_FINE, _rough(row)) if self._is_half(found) else _FINE
+        limit = max(FINE, rough(row)) if self._is_half(found) else FINE
         return replace(
             found,
-            sees_ahead=any(_exceeds(*pair, limit) for pair in pairs),
-            ahead=max(_largest(*pair) for pair in pairs),
+            sees_ahead=any(exceeds(*pair, limit) for pair in pairs),
+            ahead=max(largest(*pair) for pair in pairs),
             is_rough=is_rough,
         )
 
@@ -292,15 +300,15 @@ class _Probe:
         alone, copies = self._said([ids], [at])[0], self._said([ids] * 2, [at] * 2)[0]
         beside = self._said([self._others(ids), ids], [at] * 2)[1]
         is_rough = self._is_rough(found)
-        limit = max(_FINE, BEYOND * _root_mean_square(copies, alone), _rough(alone))
-        couples = _exceeds(beside, copies, limit if self._is_half(found) else _FINE)
-        rounding = _largest(copies, alone)
+        limit = max(FINE, BEYOND * root_mean_square(copies, alone), rough(alone))
+        couples = exceeds(beside, copies, limit if self._is_half(found) else FINE)
+        rounding = largest(copies, alone)
         return replace(
             found,
             couples_rows=couples or found.couples_rows,
-            coupling=_largest(beside, copies),
+            coupling=largest(beside, copies),
             rounding=rounding,
-            is_rough=is_rough or couples or rounding > _FINE,
+            is_rough=is_rough or couples or rounding > FINE,
         )
 
     def _together(self, found: Findings, at: list[int], alone: Tensor) -> Findings:
@@ -334,65 +342,67 @@ class _Probe:
             *later,
             *endings,
         ]
-        rounding = max(_largest(*pair) for pair in pairs)
-        if rounding <= _FINE:
+        rounding = max(largest(*pair) for pair in pairs)
+        if rounding <= FINE:
             return replace(found, ahead=0.0, coupling=0.0, rounding=rounding, is_rough=is_rough)
         # The same pass once more: what differs then was drawn at random.
-        moved = _largest(self._said([ids], [at])[0], alone)
-        if moved > _FINE:
-            drawn = f"equal passes differ by {moved:.2g} nats: the model draws at random"
-            found = replace(found, reasons=(*found.reasons, drawn))
+        repeated = self._said([ids], [at])[0]
+        if draws := largest(repeated, alone) > FINE:
+            drawn = f"equal passes differ by {largest(repeated, alone):.2g} nats"
+            found = replace(found, reasons=(*found.reasons, f"{drawn}: the model draws at random"))
         # One thing after the other, in passes of one shape.
         copies = self._said([ids, ids], [at[:3]] * 2)[0]
         beside = [self._said([one, ids], [at[:3]] * 2)[1] for one in (padded, mate)]
         cut = self._said([self._cut(cut_at)], [at[:3]])[0]
         again = [*short, *self._others(padded[len(short) :])]
         one, other = (self._said([row], [ends])[0] for row in (padded, again))
-        limit = _FINE
-        if is_half:
-            limit = max(_FINE, BEYOND * _root_mean_square(copies, alone[:3]), _rough(alone))
-        couples = _exceeds(beside[0], beside[1], limit) or _exceeds(copies, beside[1], limit)
+        limit = FINE
+        if is_half or draws:
+            moved = max(root_mean_square(copies, alone[:3]), root_mean_square(repeated, alone))
+            limit = max(FINE, BEYOND * moved, rough(alone) if is_half else 0.0)
+        couples = exceeds(beside[0], beside[1], limit) or exceeds(copies, beside[1], limit)
         # Beside itself a row must be what it is alone, too, and beside many others.
         begun = self._wide(at[:2], 1)
-        if is_half:
-            couples |= _exceeds(wide, self._wide(at[:2], _WIDE, start=1), limit)
+        if is_half or draws:
+            couples |= exceeds(wide, self._wide(at[:2], _WIDE, start=1), limit)
         else:
-            couples |= max(_largest(copies, alone[:3]), _largest(wide, begun)) > _BATCHED
+            couples |= max(largest(copies, alone[:3]), largest(wide, begun)) > _BATCHED
         if couples:
             later = self._after(after, at, alone, n_places=n_places, at_once=1)
         followed = [(cut, alone[:3]), (one, other), *later]
-        sees = any(_exceeds(*pair, limit) for pair in followed)
+        sees = any(exceeds(*pair, limit) for pair in followed)
         # How much follows may count as well as what.
         endings += [(self._said([ids[: cut_at + n]], [at[:3]])[0], alone[:3]) for n in (1, 2)]
         if is_half:
             # Other lengths are other shapes, whose rounding is unlike that of one shape.
             with rounded_otherwise(self._model):
-                moved = [self._said([ids], [at])[0], self._said([short], [ends])[0]]
+                digits = [self._said([ids], [at])[0], self._said([short], [ends])[0]]
             limits = [
-                max(limit, BEYOND * _usual(*pair))
-                for pair in zip(moved, (alone, alone_short), strict=True)
+                max(limit, BEYOND * usual(*pair))
+                for pair in zip(digits, (alone, alone_short), strict=True)
             ]
             # In most places: where an expert was chosen by a hair, rounding may choose another.
-            mixes = _usual(one, alone_short) > limits[1]
-            sees |= any(_usual(*pair) > limits[0] for pair in endings)
+            mixes = usual(one, alone_short) > limits[1]
+            sees |= any(usual(*pair) > limits[0] for pair in endings)
         else:
-            mixes = _exceeds(one, alone_short, limit)
-            sees |= any(_exceeds(*pair, limit) for pair in endings)
+            mixes = exceeds(one, alone_short, limit)
+            sees |= any(exceeds(*pair, limit) for pair in endings)
         mixes &= not sees
         if sees or couples or mixes:
-            rounding = _largest(copies, alone[:3])
+            rounding = largest(copies, alone[:3])
         return replace(
             found,
             sees_ahead=sees,
             couples_rows=couples or found.couples_rows,
             mixes_lengths=mixes,
-            ahead=max(_largest(*pair) for pair in [*followed, *endings]),
+            ahead=max(largest(*pair) for pair in [*followed, *endings]),
             coupling=max(
-                *(_largest(*pair) for pair in (beside, (alone[:3], beside[1]))),
-                _largest(wide, begun),
+                *(largest(*pair) for pair in (beside, (alone[:3], beside[1]))),
+                largest(wide, begun),
             ),
             rounding=rounding,
-            is_rough=is_rough or couples or rounding > _FINE,
+            draws=draws,
+            is_rough=is_rough or couples or rounding > FINE,
         )
 
     def _packing(self, found: Findings, places: Sequence[int]) -> Packing | None:
@@ -519,7 +529,7 @@ class _Probe:
             logits = logits.gather(1, where[..., None].expand(-1, -1, logits.shape[2]))
         elif logits.shape[1] != places.shape[1]:
             raise ValueError("logits of other places than those asked for")
-        return _spread(logits)
+        return spread(logits)
 
 
 def _spaced(places: Sequence[int], n: int) -> list[int]:
@@ -531,57 +541,3 @@ def _spaced(places: Sequence[int], n: int) -> list[int]:
 def _from(pool: Sequence[int], start: int) -> list[int]:
     start %= len(pool)
     return [*pool[start:], *pool[:start]]
-
-
-def _spread(logits: Tensor) -> Tensor:
-    return logits.detach().cpu().double().log_softmax(-1)
-
-
-def _differences(one: Tensor, other: Tensor) -> Tensor:
-    # What a model rules out is minus infinity in both; a NaN is told where values are made.
-    return (one - other).abs().nan_to_num(nan=0.0)
-
-
-def _largest(one: Tensor, other: Tensor) -> float:
-    return float(_differences(one, other).max())
-
-
-def _root_mean_square(one: Tensor, other: Tensor) -> float:
-    return float(_differences(one, other).clamp(max=1e3).square().mean().sqrt())
-
-
-def _usual(one: Tensor, other: Tensor) -> float:
-    """The difference at the middle one of several places."""
-    differences = sorted(_root_mean_square(*place) for place in zip(one, other, strict=True))
-    return differences[len(differences) // 2]
-
-
-def _is_as(said: Tensor, logits: Tensor) -> bool:
-    """Whether what is said is what other logits say, up to rounding."""
-    right = _spread(logits)
-    limit = max(_FINE, _rough(right)) if logits.dtype.itemsize < 4 else _FINE
-    return said.shape == right.shape and not _exceeds(said, right, limit)
-
-
-def _exceeds(one: Tensor, other: Tensor, limit: float) -> bool:
-    """Whether a difference is more than rounding."""
-    if limit <= _FINE:
-        return _largest(one, other) > limit
-    return _root_mean_square(one, other) > limit
-
-
-def _last_digit(logits: Tensor, model: nn.Module) -> float:
-    """The distance between numbers of the size that the largest logits of a place usually have.
-
-    Logits are no finer than the numbers that they are made from.
-    """
-    size = float(logits.detach().float().abs().nan_to_num(0.0, 0.0, 0.0).amax(-1).median())
-    dtypes = {logits.dtype, *(p.dtype for p in model.parameters() if p.dtype in _HALF)}
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    return eps * 2.0 ** math.floor(math.log2(size)) if size else 0.0
-
-
-def _rough(said: Tensor) -> float:
-    """What rounding to eight bits may make of log-probabilities, as a root mean square."""
-    finite = said.double()[said.isfinite()]
-    return float(finite.std()) * 2.0**-8 if finite.numel() > 1 else 0.0
