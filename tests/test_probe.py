@@ -489,7 +489,49 @@ def test_what_a_model_does_at_few_places_is_seen(name, reuse):
         values = scorer.values(some, target)
         truth = step_by_step(lambda ids: model(input_ids=ids), some, target)
         assert float((values - truth).abs().max()) < 1e-5
+        # What it does in batches alone is nothing to packs, which have one row.
+        seen = scorer.findings.sees_ahead or scorer.findings.couples_rows
+        assert seen or (scorer.packs and name.startswith("many"))
+        scorer = Scorer(model, overhead=0, reuse="off")
+        assert float((scorer.values(some, target) - truth).abs().max()) < 1e-5
         assert scorer.findings.sees_ahead or scorer.findings.couples_rows
+
+
+def if_later(one, other):
+    """At one id hidden states are others if another comes later, wherever."""
+
+    def change(h, ids):
+        n_later = (ids == other).flip(1).cumsum(1).flip(1)
+        return torch.where(((ids == one) & (n_later > 0))[..., None], h * 1.4 + h.roll(1, -1), h)
+
+    return change
+
+
+@pytest.mark.parametrize("distance", [1, 3])
+def test_what_is_looked_for_at_any_distance_is_seen(distance):
+    rows, target = rows_of(n_target=8)
+    ids = rows[0].ids
+    for place in range(13, len(ids) - distance):
+        model = changed(if_later(ids[place], ids[place + distance]))
+        scorer = Scorer(model, overhead=0)
+        values = scorer.values(rows, target)
+        truth = step_by_step(lambda x, model=model: model(input_ids=x), rows, target)
+        assert scorer.findings.sees_ahead
+        assert float((values - truth).abs().max()) < 1e-5
+
+
+def test_batches_are_looked_at_where_packs_do_not_pay():
+    model = AT_FEW_PLACES["many rows, not at their beginning"]()
+    rows, target = rows_of(n_target=8)
+    packs = Scorer(model, overhead=0, reuse="pack")
+    packs.values(rows, target)
+    assert not packs.findings.batches_known
+    batches = Scorer(model, overhead=10**6)  # a row more in a pack costs too much
+    values = batches.values(rows, target)
+    assert not batches.packs
+    assert batches.findings.couples_rows
+    truth = step_by_step(lambda ids: model(input_ids=ids), rows, target)
+    assert float((values - truth).abs().max()) < 1e-5
 
 
 def packs_of(model, rows, target):
@@ -565,4 +607,33 @@ def test_rounding_is_no_effect_of_other_rows_or_of_what_follows():
             found = findings(model, rows_of()[0])
         assert not found.sees_ahead
         assert not found.couples_rows
+        assert not found.mixes_lengths
         assert found.is_rough
+
+
+def with_dropout(model):
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _, args, x: nn.functional.dropout(x, 0.1, True))
+    return model
+
+
+def with_noise(model):
+    model.model.norm.register_forward_hook(lambda _, args, x: x + 0.05 * torch.randn_like(x))
+    return model
+
+
+@pytest.mark.parametrize("draw", [with_dropout, with_noise])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:.* gives equal rows values up to")
+def test_the_floor_of_what_draws_at_random_is_no_less_than_what_another_run_shows(draw, dtype):
+    model = draw(tiny.llama().to(dtype))
+    rows, target = rows_of()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        scorers = [Scorer(model, max_rows=n) for n in (None, 1, 3)]
+        values = torch.stack([scorer.values(rows, target) for scorer in scorers])
+        apart = (values.amax(0) - values.amin(0)).amax(0)
+        for scorer in scorers:
+            assert scorer.findings.draws
+            assert "draws at random" in scorer.findings.manner
+            assert bool((apart <= scorer.noise_floor(rows[0], target)).all())

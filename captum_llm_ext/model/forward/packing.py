@@ -12,6 +12,8 @@ from torch import Tensor
 
 from captum_llm_ext.model.forward.prefixes import shared_prefix_lengths
 
+# So many ids of a row part from another's where its tokens are read again.
+LAST = 8
 # From place to place: first those that were read before the pack, then the pack itself.
 Stretch = tuple[int, int]
 
@@ -77,6 +79,71 @@ def pack(rows: Sequence[Sequence[int]], n_read: int = 0) -> Pack:
             depths += range(depth, len(row))
         places.append(torch.cat([torch.arange(*stretch, device="cpu") for stretch in path]))
     return Pack(tuple(ids), tuple(depths), tuple(segments), tuple(places), n_read)
+
+
+def pack_again(
+    row: Sequence[int], other: Sequence[int], places: Sequence[int], *, is_read: bool
+) -> tuple[Pack, list[int], list[int]]:
+    """A row that parts from another one, and then its tokens at some places once more.
+
+    Each of these is the end of a row of its own: what comes before it is where the row is, and what
+    stands after it in the pack is none of what follows it in the row, but for chance, neither next
+    to it nor further on, nor is there as much of it.
+
+    Args:
+        row: Token ids.
+        other: Ids that go on where the row has its last ones, as many at most, the first another.
+        places: Of the row, sorted.
+        is_read: Whether the row has been read before; then little of it is in the pack.
+
+    Returns:
+        The pack; places of the row; and where these are in the pack, in order.
+    """
+    length = len(row)
+    parting = length - LAST if length > LAST else 1
+    n_read = length if is_read else 0
+    ids: list[int] = []
+    depths: list[int] = []
+    segments: list[Segment] = []
+
+    def add(some: Sequence[int], depth: int, path: Sequence[Stretch]) -> int:
+        start = n_read + len(ids)
+        segments.append(Segment(start, start + len(some), depth, tuple(path)))
+        ids.extend(some)
+        depths.extend(range(depth, depth + len(some)))
+        return start
+
+    path = [(0, parting)]
+    if not is_read:
+        add(row[:parting], 0, ())
+    add(other, parting, path)
+    own = row[parting : parting + len(other)] if is_read else row[parting:]
+    start = add(own, parting, path)
+    of_row, in_pack = [parting, parting + len(own) - 1], [start, start + len(own) - 1]
+    path = [(0, length)] if is_read else [(0, parting), (start, start + len(own))]
+    order = _backwards(row, places, n_before=len(ids))
+    for place in order:
+        of_row.append(place)
+        in_pack.append(add(row[place : place + 1], place, _first(path, place)))
+    every = torch.cat([torch.arange(*stretch, device="cpu") for stretch in path])
+    return Pack(tuple(ids), tuple(depths), tuple(segments), (every,), n_read), of_row, in_pack
+
+
+def _backwards(row: Sequence[int], places: Sequence[int], n_before: int) -> list[int]:
+    """Places from the last to the first, some of them twice, in the manner of `pack_again`."""
+    order: list[int] = []
+    for place in reversed(places):
+        after = row[order[-1] + 1 : order[-1] + 2] if order else ()
+        if after and after[0] == row[place]:
+            order += [p for p in places if row[p] != after[0]][:1]
+        order.append(place)
+    # As many tokens stand after one in the pack as in the row where that is even: at one at most.
+    more = next(
+        n
+        for n in (0, 1, 2, 3, 4, 5)
+        if (len(places) - 1 - n) % 2 and (n_before + len(order) + n - len(row)) % 3
+    )
+    return order + [places[0]] * more
 
 
 def ends(pack: Pack, needed: Tensor) -> tuple[Segment, ...]:

@@ -19,7 +19,7 @@ from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.forward.lm_head import HeadOutput, LMHead
 from captum_llm_ext.model.forward.logits import AttrTarget, called_values
 from captum_llm_ext.model.forward.memory import is_out_of_memory
-from captum_llm_ext.model.forward.packing import Pack, pack
+from captum_llm_ext.model.forward.packing import LAST, Pack, pack, pack_again
 from captum_llm_ext.model.forward.prefix_cache import cache_part, copied_cache, shared_cache
 from captum_llm_ext.model.forward.rounding import (
     error_over_rounding,
@@ -38,8 +38,6 @@ _logger = logging.getLogger(__name__)
 _WORTH_LENDING = 4096
 # A batch of so many rows is thought of before it is known.
 _ROWS_IN_MIND = 16
-# So many ids of a row are read in a pack of their own, to see whether that is right.
-_PARTED = 32
 # So many places at a time when the likeliest tokens are looked for.
 _PLACES = 64
 
@@ -427,59 +425,60 @@ class Passes:
             arguments[name] = value
         return arguments
 
-    def reads_packed(self, row: Sequence[int], places: Sequence[int] = ()) -> float:
+    def reads_packed(
+        self, row: Sequence[int], places: Sequence[int] = ()
+    ) -> tuple[Callable[[], float], Tensor]:
         """How much distributions of next tokens change when a row is read in a pack.
 
-        It parts from another one, which goes on with its ids after a different one: what is to be
-        seen differs there, whatever tokens themselves have in common. The beginning is read before,
-        where the state is one that packs go on from. Others part from it after the places given:
-        what stands next to these is something else, and what follows them cannot be attended to.
-        So a model that reads both alike at these places does not see what comes after them.
+        There it parts from another one, which goes on after a different id: what is to be seen
+        differs, whatever tokens themselves have in common. And its tokens at the places given are
+        read again, each as the end of a row (see `pack_again`): a model that says the same there
+        does not see what comes after them. Where the state is one that packs go on from, they go
+        on from that after the whole row.
 
         Args:
             row: Token ids, at least two.
-            places: Of the row, sorted, its last one not among them.
+            places: Of the row, sorted.
 
         Returns:
-            As `reads_on`.
-
-        Raises:
-            NotImplementedError: If the model does not attend in a way that is known.
+            What the pack shows when it is called, as `reads_on`; it raises a NotImplementedError if
+            the model does not attend in a way that is known. And the logits of the row alone at
+            these places, ``(1, n, vocabulary)``.
         """
-        parting = max(1, len(row) - _PARTED)
-        another = _unlike(row, row[parting])
-        other = [*row[:parting], another, *row[parting + 1 : parting + _PARTED // 2]]
-        ended = [[*row[: p + 1], _unlike(row, row[p + 1])] for p in places]
-        # Each shares with the next all that comes before it parts from the row.
-        others = sorted([*zip((p + 1 for p in places), ended, strict=True), (parting, other)])
-        # The first that has another's token before it in the pack, and those after it.
-        at = torch.tensor(
-            [parting, (parting + len(row) - 1) // 2, len(row) - 1, *places],
-            dtype=torch.int64,
-            device="cpu",
-        ).unique()
+        first = max(1, len(row) - LAST)
+        other = [_unlike(row, row[first]), *row[first + 1 : first + LAST // 2]]
+        every = sorted({*places, first, min(first + len(other), len(row)) - 1, len(row) - 1})
+        at = torch.tensor(every, dtype=torch.int64, device="cpu")
         said, state = self._pass(
             torch.tensor([row], dtype=torch.int64, device="cpu"), at[None], keeps_state=True
         )
         alone = said.logits().clone()
         self.chains = state is not None and _compat.keeps_every_id(state)
-        n_read = max(0, min([parting - _PARTED // 4, *places])) if self.chains else 0
-        packed = pack([*(one for _, one in others), row], n_read)
+        state = copied_cache(state) if self.chains else None
+        packed, of_row, in_pack = pack_again(
+            row, other, [*places] or every, is_read=state is not None
+        )
+        needed = torch.tensor(in_pack, dtype=torch.int64, device="cpu")
+        which = torch.tensor([every.index(p) for p in of_row], dtype=torch.int64, device="cpu")
+
+        def once() -> float:
+            found, _ = self._read_pack(packed, needed, state, cuts=True)
+            here = which.to(alone.device)
+            return self._error(found.logits().clone(), alone[:, here], [row], at[which][None])
 
         def error() -> float:
-            before = cache_part(state, torch.arange(n_read, device="cpu"))
-            found, _ = self._read_pack(packed, packed.places[-1][at], before, cuts=True)
-            return self._error(found.logits().clone(), alone, [row], at[None])
+            if self._ends_of_model is not None:
+                try:
+                    if (found := once()) <= 1:
+                        return found
+                except Exception as failure:  # whatever a model does: there is a way without
+                    if is_out_of_memory(failure):
+                        raise
+                self._ends_of_model = None
+            return once()
 
-        if self._ends_of_model is not None:
-            try:
-                if (found := error()) <= 1:
-                    return found
-            except Exception as failure:  # whatever a model does: there is a way without
-                if is_out_of_memory(failure):
-                    raise
-            self._ends_of_model = None
-        return error()
+        here = torch.tensor([every.index(p) for p in places], dtype=torch.int64, device="cpu")
+        return error, alone[:, here.to(alone.device)]
 
     def reads_on(self, row: Sequence[int], other: Sequence[int], shared: int) -> float:
         """How much distributions of next tokens change when rows are read on from a state.

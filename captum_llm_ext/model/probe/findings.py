@@ -56,6 +56,8 @@ class Findings:
         draws: Whether equal passes differ: the model draws at random.
         is_rough: Whether values have a noise floor worth telling.
         packing: How it reads packs; None: not looked for.
+        batches_known: Whether it was seen with several rows in a batch. Where it reads packs, which
+            are one row each, it need not have been.
         reasons: What else is known of the model, in words.
     """
 
@@ -76,6 +78,7 @@ class Findings:
     draws: bool = False
     is_rough: bool = False
     packing: Packing | None = None
+    batches_known: bool = True
     reasons: tuple[str, ...] = ()
 
     @property
@@ -95,6 +98,8 @@ class Findings:
 
     def covers(self, shortest: int, longest: int, *, packs: object = None) -> bool:
         """Whether rows of these lengths are no news, nor in packs if such are made."""
+        if not self.batches_known:
+            return packs is not None and longest <= self.longest and self.packs_known(longest)
         is_known = packs is None or self.packs_known(longest)
         return is_known and self.shortest <= shortest and longest <= self.longest
 

@@ -48,8 +48,11 @@ _WIDE_IDS = 8
 _BATCHED = 1e-3
 
 
-# Called with a row, places in it, and how many logits the model can be asked for.
-ReadPacked = Callable[[Sequence[int], Sequence[int], str | None], Packing | None]
+# Called with a row, places in it, and how many logits the model can be asked for; what packs show,
+# and the logits of the row alone at these places.
+ReadPacked = Callable[
+    [Sequence[int], Sequence[int], str | None], tuple[Packing | None, Tensor | None]
+]
 
 
 @dataclass
@@ -109,10 +112,12 @@ def _both(one: Findings, other: Findings) -> Findings:
     """What holds of rows as in one and of those as in the other."""
     ahead = [x.ahead for x in (one, other) if x.ahead is not None]
     coupling = [x.coupling for x in (one, other) if x.coupling is not None]
+    # Of batches of other lengths than those that were seen nothing is known.
+    lengths = (one, other) if one.batches_known or not other.batches_known else (other,)
     return replace(
         other,
-        shortest=min(one.shortest, other.shortest),
-        longest=max(one.longest, other.longest),
+        shortest=min(seen.shortest for seen in lengths),
+        longest=max(seen.longest for seen in lengths),
         sees_ahead=one.sees_ahead or other.sees_ahead,
         couples_rows=one.couples_rows or other.couples_rows,
         mixes_lengths=one.mixes_lengths or other.mixes_lengths,
@@ -168,8 +173,15 @@ class _Probe:
             return self._last(found)
         if self._extras:
             return self._alone(found)
-        at, alone = self._reference(logits)
-        return self._together(replace(found, kept=self._kept), at, alone)
+        at, alone, packing = self._reference(logits, found)
+        found = replace(found, kept=self._kept, packing=packing)
+        if packing is not None and packing.reason is None and not self._is_rough(found):
+            # What is read in packs alone meets no other row, and these have shown what follows. But
+            # what tokens before the place had seen of it, they had seen in the state as well.
+            ending = self._ending(at[2], at, alone)
+            if (rounding := largest(*ending)) <= FINE:
+                return replace(found, ahead=0.0, rounding=rounding, batches_known=False)
+        return self._together(found, at, alone)
 
     # What it returns ------------------------------------------------------------------------------
 
@@ -211,26 +223,36 @@ class _Probe:
             reasons=() if reason is None else (reason,),
         )
 
-    def _reference(self, logits: Tensor) -> tuple[list[int], Tensor]:
-        """Places of the row, two of its beginning first, and what is said there of it alone.
+    def _reference(
+        self, logits: Tensor, found: Findings
+    ) -> tuple[list[int], Tensor, Packing | None]:
+        """Places of the row, what is said there of it alone, and what a pack shows of that.
 
         Args:
             logits: All of the beginning, read alone.
+            found: What is known up to now.
+
+        Returns:
+            Places, two of the beginning first; ``(n, vocabulary)``; and what packs show, if any.
         """
         ids, cuts = self._row.ids, self._cuts(max(_LATER, self._wanted()))
         at = [0, min(cuts[0] // 2, _WIDE_IDS - 1), *cuts]
-        if self._kept == "positions":
-            # Where these are as they were, the model has given the logits that it was asked for.
+        if self._kept != "positions":
+            self._find_kept(ids[:_FIRST], logits)
+        packing, said = self._packing(found, at)
+        if said is None and self._kept == "positions":
             try:
                 said = self._said([ids], [at])[0]
             except Exception as error:  # whatever an argument of this name means there
                 if is_out_of_memory(error):
                     raise
-            else:
-                if is_as(said[:2], logits[0, at[:2]]):
-                    return at, said
-        self._find_kept(ids[:_FIRST], logits)
-        return at, self._said([ids], [at])[0]
+        # Where these are as they were, the model has given the logits that it was asked for.
+        if said is not None and is_as(said[:2], logits[0, at[:2]]):
+            return at, said, packing
+        if self._kept == "positions":
+            self._find_kept(ids[:_FIRST], logits)
+            packing, _ = self._packing(found, at)
+        return at, self._said([ids], [at])[0], packing
 
     def _find_kept(self, ids: Sequence[int], logits: Tensor) -> None:
         """Whether the model gives the logits that it is asked for, where it takes that argument."""
@@ -320,7 +342,6 @@ class _Probe:
             alone: What is said there of it alone.
         """
         ids, length, cut_at = self._row.ids, len(self._row.ids), at[2]
-        found = replace(found, packing=self._packing(found, at[3:]))
         mate = self._others(ids)
         short = self._short if len(self._short) < length else mate
         ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
@@ -329,7 +350,7 @@ class _Probe:
         # Everything at once: other rows, other ids after these, and padding.
         said = self._said([padded, self._cut(cut_at)], [ends, [*at[:3], *at[2:3] * 2]])
         is_rough, is_half = self._is_rough(found), self._is_half(found)
-        after, ended = self._later(found, at[3:], is_half=is_half)
+        after, ended = self._later(found, at[2:], is_half=is_half)
         # Of a few places rounding is told apart from an effect more surely than of many.
         n_places = 1 if is_half else len(at)
         later = self._after(after, at, alone, n_places=n_places)
@@ -405,13 +426,18 @@ class _Probe:
             is_rough=is_rough or couples or rounding > FINE,
         )
 
-    def _packing(self, found: Findings, places: Sequence[int]) -> Packing | None:
-        """How the model reads packs, where it might be given any."""
+    def _packing(self, found: Findings, at: Sequence[int]) -> tuple[Packing | None, Tensor | None]:
+        """How the model reads packs, where it might be given any; and what is said there alone."""
         if self._read_packed is None or found.couples_rows or found.n_before:
-            return None
+            return None, None
         if self._earlier is not None and self._earlier.packs_known(len(self._row.ids)):
-            return self._earlier.packing
-        return self._read_packed(self._row.ids, places, found.kept)
+            return self._earlier.packing, None
+        places = sorted({*at})
+        packing, said = self._read_packed(self._row.ids, places, self._kept)
+        if said is None:
+            return packing, None
+        where = torch.tensor([places.index(p) for p in at], dtype=torch.int64, device="cpu")
+        return packing, spread(said[0, where.to(said.device)])
 
     def _later(
         self, found: Findings, places: Sequence[int], *, is_half: bool
@@ -427,7 +453,7 @@ class _Probe:
         if packing is not None and packing.differs:
             return places, places
         # Lengths next to each other, and a distant one.
-        ended = sorted({*_spaced(places, _ENDED - 1), *places[-2:-1]})
+        ended = sorted({places[0], *_spaced(places, _ENDED - 1), *places[-2:-1]})
         if packing is not None and packing.reason is None:
             return (), ended
         return [place for place in some if place not in ended], ended
@@ -497,17 +523,33 @@ class _Probe:
         return self._said([self._row.ids[: place + 1]], [at[:n]])[0], alone[:n]
 
     def _cut(self, place: int) -> list[int]:
-        """The row with other ids after a place."""
-        ids = self._row.ids
-        return [*ids[: place + 1], *self._others(ids[place + 1 :])]
+        """The row with other ids after a place; of what comes there nothing, as far as can be."""
+        ids, begun = self._row.ids, self._row.ids[: place + 1]
+        later, pool = {*ids[place + 1 :]}, self._pool()
+        fresh = [one for one in pool if one not in later] or pool[place % len(pool) :][:1]
+        return [*begun, *self._others(ids[place + 1 :], first=fresh)]
 
-    def _others(self, ids: Sequence[int], start: int = 0) -> list[int]:
-        """As many ids, none of them in its place; others again from another start."""
-        # Those of the text after the prompt: special ids, such as an image's, mean something.
+    def _others(
+        self, ids: Sequence[int], start: int = 0, *, first: Sequence[int] = ()
+    ) -> list[int]:
+        """As many ids, none of them in its place; others again from another start.
+
+        Args:
+            ids: Token ids.
+            start: Where to begin with those to choose from.
+            first: Ids to choose from before all others.
+        """
+        pool = self._pool()
+        return [
+            next(x for x in (*_from(first, i), *_from(pool, i)) if x != one)
+            for i, one in enumerate(ids, start)
+        ]
+
+    def _pool(self) -> list[int]:
+        """Ids of the text after the prompt: special ones, such as an image's, mean something."""
         first = min((p for p in self._row.positions if p >= 0), default=0)
         pool = sorted({*self._row.ids[first:]})
-        pool = pool if len(pool) > 1 else [*pool, int(pool[0] == 0)]
-        return [next(x for x in _from(pool, i) if x != one) for i, one in enumerate(ids, start)]
+        return pool if len(pool) > 1 else [*pool, int(pool[0] == 0)]
 
     def _said(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
         """Log-probabilities ``(n_rows, n_places, vocabulary)``, float64 on the CPU."""
@@ -539,5 +581,5 @@ def _spaced(places: Sequence[int], n: int) -> list[int]:
 
 
 def _from(pool: Sequence[int], start: int) -> list[int]:
-    start %= len(pool)
+    start %= max(1, len(pool))
     return [*pool[start:], *pool[:start]]

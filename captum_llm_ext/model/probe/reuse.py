@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from captum_llm_ext import _compat
 from captum_llm_ext.model.forward.passes import Passes
 from captum_llm_ext.model.forward.rounding import reason_against
@@ -31,20 +33,30 @@ def why_not_read_on(passes: Passes, rows: Sequence[TokenRow], root: Branch) -> s
     return reason_against(lambda: passes.reads_on(row, other, depth))
 
 
-def packing_of(passes: Passes, row: Sequence[int], places: Sequence[int] = ()) -> Packing:
+def packing_of(
+    passes: Passes, row: Sequence[int], places: Sequence[int] = ()
+) -> tuple[Packing, Tensor | None]:
     """Whether the model reads a row in a pack as it reads it alone, and what it can do there.
 
     Args:
         passes: Of the model.
         row: Token ids, best of the longest row of the run.
-        places: Where something else follows in the pack, at the place itself and in its row.
+        places: Where nothing that follows in the row follows in the pack; sorted.
+
+    Returns:
+        What was seen; and the logits of the row alone at these places, ``(1, n, vocabulary)``, if
+        it came to that.
     """
     errors: list[float] = []
+    alone: list[Tensor] = []
 
     def error() -> float:
-        errors.append(passes.reads_packed(row, places))
+        compare, said = passes.reads_packed(row, places)
+        alone.append(said)
+        errors.append(compare())
         return errors[0]
 
     reason = reason_against(error)
     differs = reason is not None and len(errors) > 0
-    return Packing(len(row), reason, passes.chains, passes.spares_ends, differs)
+    found = Packing(len(row), reason, passes.chains, passes.spares_ends, differs)
+    return found, alone[0] if alone else None

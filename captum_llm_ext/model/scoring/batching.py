@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from captum_llm_ext import _compat
 from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked
@@ -275,7 +277,7 @@ class Batching:
 
     def _compare_packed(
         self, row: Sequence[int], places: Sequence[int], kept: str | None
-    ) -> Packing | None:
+    ) -> tuple[Packing | None, Tensor | None]:
         self._passes.kept = kept
         n_before = self._passes.n_positions
         try:
@@ -287,7 +289,7 @@ class Batching:
             # What the probe reads is no part of a run: another one may have it from this.
             self._passes.n_positions = n_before
         self._packs = False  # which says nothing about the model
-        return None
+        return None, None
 
     def _compare(self, rows: Sequence[TokenRow], root: Branch) -> bool:
         """Whether the model reads on as it reads."""

@@ -33,6 +33,10 @@ from captum_llm_ext.model.scoring.shards import shards, without
 _IN_NATS = ("log_prob", "contrast")
 
 
+class _BatchesUnknownError(Exception):
+    """Rows would be run in batches, and the model has been seen with packs alone."""
+
+
 class Scorer:
     """Generates with a model and scores rows on it, each distinct row once.
 
@@ -258,10 +262,15 @@ class Scorer:
             return {}
         return {"probe": found.provenance() | self._batching.provenance(), "batching": found.manner}
 
-    def _look(self, rows: Sequence[TokenRow]) -> Findings:
-        """What the model does on such rows; it is looked at where these are news."""
+    def _look(self, rows: Sequence[TokenRow], *, batches: bool = False) -> Findings:
+        """What the model does on such rows; it is looked at where these are news.
+
+        Args:
+            rows: Token rows.
+            batches: Whether it will be given them in batches, whatever it makes of packs.
+        """
         lengths = [len(row.ids) for row in rows]
-        found, read_packed = self._findings, self._batching.read_packed
+        found, read_packed = self._findings, None if batches else self._batching.read_packed
         if found is not None and found.covers(min(lengths), max(lengths), packs=read_packed):
             return found
         self._passes.check_ids(
@@ -280,6 +289,11 @@ class Scorer:
         return found
 
     def _found(self, found: Findings, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+        if not found.step_by_step:
+            try:
+                return self._values(rows, asked)
+            except _BatchesUnknownError:
+                found = self._look(rows, batches=True)
         return self._stepping(rows, asked) if found.step_by_step else self._values(rows, asked)
 
     def tolerance(self, values: Tensor) -> Tensor:
@@ -328,6 +342,8 @@ class Scorer:
                 "this process has other rows to score than the main one: give every process the "
                 "same prompt, target, baselines, method and seed."
             )
+        if root.own is None and self._findings is not None and not self._findings.batches_known:
+            raise _BatchesUnknownError
         self._check_stored(stored, rows, asked)
         root, state = self._batching.read_head(root, rows, asked)
         if stored:
