@@ -1,3 +1,4 @@
+import layouts
 import pytest
 import tiny
 import transformers
@@ -112,3 +113,24 @@ def test_token_names_are_looked_up_as_captum_does(tokenizer):
     assert tokens.token_id(tokenizer, "<unk>") == 3
     with pytest.raises(ValueError, match="no token of this vocabulary"):
         tokens.token_id(tokenizer, "no such token")
+
+
+class Pieces(layouts.NoOffsets):
+    """It decodes to the names of its tokens, as mistral-common does of SentencePiece's."""
+
+    def decode(self, token_ids, skip_special_tokens=False, **unknown):
+        return "".join(self.convert_ids_to_tokens([int(i) for i in token_ids]))
+
+
+@pytest.mark.parametrize(
+    "text", ["Dave lives in Palm Coast.", "Grüße 🎉!\n\nNew  line", "▁ <0x41>"]
+)
+def test_tokenizers_that_decode_to_names_of_tokens_are_shown_as_others(text):
+    inner = layouts.llama2()
+    shown = Pieces(inner)
+    ids = inner.encode(text, add_special_tokens=False)
+    assert tokens.decode(shown, ids).removeprefix(" ") == tokens.decode(inner, ids)
+    names = tokens.labels(shown, ids)
+    assert not any("▁" in name or "<0x" in name for name in names)
+    start = inner.encode("a", add_special_tokens=False)
+    assert tokens.labels(shown, ids, start) == tokens.labels(inner, ids, start)

@@ -18,6 +18,7 @@ import torch
 from captum_llm_ext.text import encoding
 
 _INCOMPLETE = "\ufffd"
+_BYTES = re.compile("(?:<0x[0-9A-Fa-f]{2}>)+")
 _SPACE = "\u2581"  # of SentencePiece, which some tokenizers show as it is
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a part of a character, whatever it is marked as
 # A UTF-8 character has at most four bytes; byte-level tokens may also split a mark off its base.
@@ -233,10 +234,31 @@ def labels(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> li
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of `ids`, special tokens shown, white space as it stands."""
+    text = _decoded(tokenizer, ids)
+    if (_SPACE in text or "<0x" in text) and _spells_pieces(tokenizer):
+        # Bytes that are no whole characters are shown as other tokenizers show them.
+        spelled = _BYTES.sub(lambda found: _of_bytes(found.group()), text)
+        return spelled.replace(_SPACE, " ")
+    return text
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     tensor = torch.tensor(list(ids), dtype=torch.long, device="cpu")
     if hasattr(tokenizer, "clean_up_tokenization_spaces"):
         return cast(str, tokenizer.decode(tensor, clean_up_tokenization_spaces=False))
     return cast(str, tokenizer.decode(tensor))
+
+
+def _spells_pieces(tokenizer: Any) -> bool:
+    """Whether text is decoded to the names of SentencePiece's tokens, as mistral-common does it."""
+    try:
+        return _SPACE in _decoded(tokenizer, tokenizer.encode("a a"))
+    except Exception:  # whatever a tokenizer of a user's own cannot do
+        return False
+
+
+def _of_bytes(names: str) -> str:
+    return bytes.fromhex(names.replace("<0x", "").replace(">", "")).decode(errors="replace")
 
 
 def token_id(tokenizer: Any, token: str) -> int:

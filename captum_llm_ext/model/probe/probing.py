@@ -348,7 +348,8 @@ class _Probe:
         padded = [*short, *self._others(ids[len(short) :])]
         alone_short = self._said([short], [ends])[0]
         # Everything at once: other rows, other ids after these, and padding.
-        said = self._said([padded, self._cut(cut_at)], [ends, [*at[:3], *at[2:3] * 2]])
+        both = [padded, self._cut(cut_at)], [ends, [*at[:3], *at[2:3] * 2]]
+        said = self._said(*both)
         is_rough, is_half = self._is_rough(found), self._is_half(found)
         after, ended = self._later(found, at[2:], is_half=is_half)
         # Of a few places rounding is told apart from an effect more surely than of many.
@@ -366,11 +367,13 @@ class _Probe:
         rounding = max(largest(*pair) for pair in pairs)
         if rounding <= FINE:
             return replace(found, ahead=0.0, coupling=0.0, rounding=rounding, is_rough=is_rough)
-        # The same pass once more: what differs then was drawn at random.
-        repeated = self._said([ids], [at])[0]
-        if draws := largest(repeated, alone) > FINE:
-            drawn = f"equal passes differ by {largest(repeated, alone):.2g} nats"
-            found = replace(found, reasons=(*found.reasons, f"{drawn}: the model draws at random"))
+        # The same passes once more: what differs then was drawn at random.
+        equal = [(self._said([ids], [at])[0], alone)]
+        if not is_half:  # there the first look always shows something
+            equal += [(self._said(*both), said), (self._wide(at[:2], _WIDE), wide)]
+        if draws := (most := max(largest(*pair) for pair in equal)) > FINE:
+            drawn = f"equal passes differ by {most:.2g} nats: the model draws at random"
+            found = replace(found, reasons=(*found.reasons, drawn))
         # One thing after the other, in passes of one shape.
         copies = self._said([ids, ids], [at[:3]] * 2)[0]
         beside = [self._said([one, ids], [at[:3]] * 2)[1] for one in (padded, mate)]
@@ -379,7 +382,7 @@ class _Probe:
         one, other = (self._said([row], [ends])[0] for row in (padded, again))
         limit = FINE
         if is_half or draws:
-            moved = max(root_mean_square(copies, alone[:3]), root_mean_square(repeated, alone))
+            moved = max(root_mean_square(*pair) for pair in [(copies, alone[:3]), *equal])
             limit = max(FINE, BEYOND * moved, rough(alone) if is_half else 0.0)
         couples = exceeds(beside[0], beside[1], limit) or exceeds(copies, beside[1], limit)
         # Beside itself a row must be what it is alone, too, and beside many others.
