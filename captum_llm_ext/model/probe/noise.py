@@ -34,8 +34,8 @@ _BATCH = 13
 # Other batches than those seen may lie further apart: in 60 small models by less than twice as
 # much, or twice the last digit of the logits, of which one may be rounded up, the other down.
 _UNSEEN = 2.0
-# What is drawn at random has longer tails than rounding, and no proportion to how far values move:
-# in 30 small models with layers that draw, others lay up to 1.7 times further apart than that.
+# What is drawn at random has longer tails than rounding: with this factor three runs of 18 small
+# models with dropout or noise lay at most .7 of the floor apart.
 _DRAWN = 2.5
 _DIGITS = 2.0
 # A value that can hardly move: rounding is told of those that can.
