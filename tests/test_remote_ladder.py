@@ -328,9 +328,13 @@ def test_two_labels_are_held_against_each_other(demo, server, labels):
 
 
 def test_a_checkpoint_keeps_answers_below_the_first_rung(server, tmp_path):
+    def is_answer(text):
+        return text.strip() in ("golf", "poker", "table")
+
     for attr_target in ("log_prob", "label", "frequency", "similarity"):
         path = tmp_path / f"{attr_target}.sqlite"
-        ours = {"attr_target": attr_target, "n_answers": 8}
+        ours = {"attr_target": attr_target, "n_answers": 40}
+        ours |= {"predicate": is_answer} if attr_target == "frequency" else {}
         how = {"gen_args": {"max_new_tokens": 1}, "checkpoint": path}
         server.bodies.clear()
         least = remote(chat(server, max_concurrency=1), max_requests=4, **ours)
@@ -589,6 +593,14 @@ def test_the_command_line_asks_apis(demo, server, capsys, tmp_path):
     assert len(server.bodies) == 1
     assert main([*asked, "--max-requests", "3"]) == 1
     assert "`max_requests` allows no more" in capsys.readouterr().err
+    labels = ["--rung", "label", "--labels", "golf", "poker"]
+    assert main([*asked[:5], *asked[7:], *labels, "--json", str(tmp_path / "l.json")]) == 0
+    told = json.loads((tmp_path / "l.json").read_text())["provenance"]
+    assert told["labels"] == [" golf", " poker"]
+    stepwise = ["--rung", "stepwise", "--tokenizer", "demo", "--json", str(tmp_path / "s.json")]
+    assert main([*asked, *stepwise]) == 0
+    told = json.loads((tmp_path / "s.json").read_text())["provenance"]
+    assert told["rung"] == "stepwise forced"
     forced = [*asked, "--provider", "completions", "--tokenizer", "demo"]
     assert main([*forced, "--json", str(tmp_path / "two.json")]) == 0
     told = json.loads((tmp_path / "two.json").read_text())["provenance"]
@@ -600,7 +612,11 @@ def test_the_command_line_asks_apis(demo, server, capsys, tmp_path):
     [
         (["--max-requests", "3"], "--max-requests would be ignored without --api"),
         (["--estimate"], "--estimate would be ignored without --api"),
-        (["--api", "http://h/v1", "--tokenizer", "demo"], "it is of --provider completions"),
+        (
+            ["--provider", "anthropic", "--tokenizer", "demo"],
+            "Anthropic's messages tell text alone",
+        ),
+        (["--api", "http://h/v1", "--labels", "a", "b"], "ignored without --rung label"),
         (["--api", "http://h/v1", "--attr-target", "logit"], "--rung says what is explained"),
         (["--api", "http://h/v1", "--dtype", "float32"], "--dtype would be ignored with --api"),
         (["--api", "http://h/v1", "--method", "gradient-shap"], "needs the model itself"),
@@ -625,4 +641,4 @@ def test_the_doctor_looks_at_servers(server, capsys):
     server.part = {}
     assert main([*look, "--provider", "anthropic", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [about["works"] for about in told.values()] == [False, True]
+    assert [about["works"] for about in told.values()] == [False, False, True]

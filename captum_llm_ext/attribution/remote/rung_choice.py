@@ -9,6 +9,7 @@ from torch import Tensor
 
 from captum_llm_ext.contrast import Contrast
 from captum_llm_ext.remote.chat_providers import Speaker, as_chat, speaker
+from captum_llm_ext.remote.completions import CompletionsProvider
 from captum_llm_ext.remote.estimate import (
     CHARACTERS_PER_TOKEN,
     Counter,
@@ -27,7 +28,7 @@ from captum_llm_ext.remote.similarities import SIMILAR, Similar
 from captum_llm_ext.remote.stepwise import N_TRIES, Forced, TopK
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError
 from captum_llm_ext.text import tokens
-from captum_llm_ext.text.inputs import Prompt, as_prompt
+from captum_llm_ext.text.inputs import ChatInput, Prompt, as_prompt
 from captum_llm_ext.text.plain_tokenizer import OpenVocabulary, PlainTokenizer
 
 PROMPT, TARGET = "One, two, three, four, five, six,", " seven, eight"
@@ -157,6 +158,12 @@ class RungChoice:
             raise TypeError(
                 "the input has no tokenizer: give `TextSegmentInput(text, None)` or "
                 "`ChatInput(messages, None)`."
+            )
+        is_chat = isinstance(inp, ChatInput) and not isinstance(tokenizer, PlainTokenizer)
+        if is_chat and not isinstance(self.provider, CompletionsProvider):
+            raise TypeError(
+                "the chat was put into a template already, and the server has its own: give "
+                "`ChatInput(messages, None)`, which is sent as messages."
             )
         prompt = as_prompt(inp, tokenizer, feature_mask)
         refused: dict[str, str] = {}
