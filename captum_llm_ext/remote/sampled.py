@@ -23,15 +23,15 @@ class _Sampled:
 
     Args:
         asker: Whom to ask.
-        n: Answers per coalition.
+        n: Answers per coalition, to begin with and at most.
         n_tokens: Tokens of an answer at most.
         temperature: Answers are drawn at.
     """
 
     is_sampled = True
 
-    def __init__(self, asker: Asker, n: int, n_tokens: int, temperature: float) -> None:
-        self._asker, self.n, self._n_tokens = asker, n, n_tokens
+    def __init__(self, asker: Asker, n: tuple[int, int], n_tokens: int, temperature: float) -> None:
+        self._asker, (self.n, self.most), self._n_tokens = asker, n, n_tokens
         self._temperature = temperature
 
     @property
@@ -78,7 +78,7 @@ class Frequency(_Sampled):
     def __init__(
         self,
         asker: Asker,
-        n: int,
+        n: tuple[int, int],
         n_tokens: int,
         temperature: float,
         predicate: Callable[[str], bool] | None,
@@ -116,7 +116,7 @@ class Frequency(_Sampled):
 
         _check_apart(
             look,
-            self.n,
+            self.most,
             "Give a shorter answer, a `predicate` that more texts satisfy, or "
             "`attr_target='similarity'`.",
         )
@@ -149,7 +149,7 @@ class Similarity(_Sampled):
     def __init__(
         self,
         asker: Asker,
-        n: int,
+        n: tuple[int, int],
         n_tokens: int,
         temperature: float,
         similar: Similar,
@@ -186,7 +186,7 @@ class Similarity(_Sampled):
             )
             return _Apart(self.ceiling - self.floor, _variance(a) + _variance(b), n, said)
 
-        _check_apart(look, self.n, "Give more `n_answers`, or another `similarity`.")
+        _check_apart(look, self.most, "Give more `n_answers`, or another `similarity`.")
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """See `Rung.score`."""
@@ -248,15 +248,15 @@ class _Apart:
         return math.ceil(TWO**2 * self.variance / self.difference**2)
 
 
-def _check_apart(look: Callable[[int], _Apart], n: int, advice: str) -> None:
-    """Refuses what a few samples do not tell apart, unless all that are to be drawn anyway may.
+def _check_apart(look: Callable[[int], _Apart], most: int, advice: str) -> None:
+    """Refuses what a few samples do not tell apart, unless as many as may be drawn would.
 
     Raises:
         IndistinguishableError: If the full and the empty prompt are not told apart.
     """
-    found = look(min(_FIRST, n))
-    if not found.is_seen and found.n_wanted <= n:
-        found = look(n)
+    found = look(min(_FIRST, most))
+    if not found.is_seen and found.n_wanted <= most:
+        found = look(most)
     if found.is_seen:
         return
     more = (

@@ -332,7 +332,6 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         """On a rung: with more answers where those drawn do not tell the first cause."""
         on: Any = self._on(climbed)
         rung: Any = climbed.rung
-        most = self._choice.n_answers(rung.attr_target) if rung.is_sampled else 0
         while True:
             result = super(RemoteGenerationAttribution, on).attribute(
                 *given, output_unit=None, **arguments
@@ -341,10 +340,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             is_clear = apart is None or apart["is_told_apart"]
             if is_clear or not rung.is_sampled:
                 return result
-            if rung.n >= most:
+            if rung.n >= rung.most:
                 break
             # Those that were drawn are kept, so that the others alone are paid for.
-            rung.n = min(2 * rung.n, most)
+            rung.n = min(2 * rung.n, rung.most)
             climbed.scorer.forget()
         more = apart["times_as_many_answers"]
         wanted = "" if more is None else f" About {math.ceil(more * rung.n)} answers each would do."

@@ -290,10 +290,6 @@ class RungChoice:
             n, n_calls, round(n_in), round(n_out), self.settings.limits.usd(n_in, n_out)
         )
 
-    def n_answers(self, name: str) -> int:
-        """Answers per coalition at most."""
-        return self.settings.n_answers or _N_ANSWERS[name][1]
-
     def _asker(self, who: Speaker, cache: Cache | None = None) -> Asker:
         return Asker(who, cache or self.settings.cache, self.settings.limits)
 
@@ -321,7 +317,8 @@ class RungChoice:
             return TopK(asker, top, n_tokens)
         if name == "label":
             return Label(TopK(asker, top, 1), self.settings.labels)
-        n = self.settings.n_answers or _N_ANSWERS[name][0]
+        given = self.settings.n_answers
+        n = _N_ANSWERS[name] if given is None else (given, given)
         temperature = float((gen_args or {}).get("temperature") or 1.0)
         if name == "frequency":
             return Frequency(asker, n, n_tokens, temperature, self.settings.predicate)
