@@ -27,7 +27,7 @@ from captum_llm_ext.text.plain_tokenizer import messages_of
 KNOWN: dict[tuple[str, ...], list[float]] = {}
 RESULTS = Path(__file__).parent / "results"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
-N_TOKENS, TOP, N_SENTENCES = 4, 20, 4
+N_TOKENS, TOP, N_SENTENCES = 2, 20, 4
 N_FREQUENCY = 50
 _COMMAND = "python benchmarks/closed_models.py MODEL_FOLDER"
 ASIDES = [
