@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable
@@ -237,6 +238,8 @@ def _wait_for(url: str, process: Any) -> None:
         try:
             with urllib.request.urlopen(f"{url}/models", timeout=30):
                 return
+        except urllib.error.HTTPError:
+            return  # it is up, and knows no such path
         except OSError:
             time.sleep(2)
     raise RuntimeError(f"no server within {WITHIN:g} seconds.")

@@ -191,6 +191,13 @@ class ChatProvider(_OverHttp):
 
     takes_bias = True
 
+    @classmethod
+    def over(cls, http: Http, model: str) -> "ChatProvider":
+        """The same by a connection that is there, with its key, headers and timeouts."""
+        found = cls(model, api_url=http.url)
+        found._http = http
+        return found
+
     def __repr__(self) -> str:
         return f"ChatProvider({self.model_name!r})"
 
@@ -442,9 +449,7 @@ def as_chat(provider: Any) -> ChatProvider | None:
     """The chat completions of a server whose completions were asked; None for other providers."""
     if not isinstance(provider, CompletionsProvider):
         return None
-    found = ChatProvider(provider.model_name, api_url=provider.api_url)
-    found._http = provider.http  # with the user's own key, headers and timeouts
-    return found
+    return ChatProvider.over(provider.http, provider.model_name)
 
 
 def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> Said:

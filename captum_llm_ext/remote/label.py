@@ -22,6 +22,7 @@ class Label:
     name = "label contrast"
     attr_target = "label"
     is_sampled = False
+    n_answers = 1
 
     def __init__(self, by: TopK, labels: tuple[str | None, str | None]) -> None:
         self._by, self._labels = by, labels
@@ -76,6 +77,10 @@ class Label:
 
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
         """See `Rung.begin`; values are no samples."""
+
+    def draw_more(self) -> bool:
+        """See `Rung.draw_more`: never, values are no samples."""
+        return False
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """See `Rung.score`."""

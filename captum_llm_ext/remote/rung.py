@@ -51,11 +51,13 @@ class Rung(Protocol):
     Attributes:
         name: For people and provenance.
         is_sampled: Whether more answers would tell more.
+        n_answers: How many are drawn for each coalition.
         attr_target: What a value is.
     """
 
     name: str
     is_sampled: bool
+    n_answers: int
     attr_target: str
 
     @property
@@ -95,4 +97,8 @@ class Rung(Protocol):
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """What is known of a coalition."""
+        ...
+
+    def draw_more(self) -> bool:
+        """Draws more answers from now on, those that came among them; False where it may not."""
         ...

@@ -31,13 +31,13 @@ class _Sampled:
     is_sampled = True
 
     def __init__(self, asker: Asker, n: tuple[int, int], n_tokens: int, temperature: float) -> None:
-        self._asker, (self.n, self.most), self._n_tokens = asker, n, n_tokens
+        self._asker, (self.n_answers, self._most), self._n_tokens = asker, n, n_tokens
         self._temperature = temperature
 
     @property
     def told(self) -> dict[str, object]:
         """See `Rung.told`."""
-        return {"n_answers_each": self.n}
+        return {"n_answers_each": self.n_answers}
 
     def meet(self, messages: Sequence[Message]) -> None:
         """See `Rung.meet`: text is all that is asked for."""
@@ -50,6 +50,11 @@ class _Sampled:
         if said.is_refusal:
             raise ValueError(f"the model refuses to answer ({said.text!r:.80}): give a `target`.")
         return [said.text]
+
+    def draw_more(self) -> bool:
+        """See `Rung.draw_more`: twice as many, up to the most."""
+        before, self.n_answers = self.n_answers, min(2 * self.n_answers, self._most)
+        return self.n_answers > before
 
     def _drawn(self, messages: Sequence[Message], numbers: range) -> tuple[list[str], int]:
         """Answers that are none of them refusals, and how many were."""
@@ -116,17 +121,17 @@ class Frequency(_Sampled):
 
         _check_apart(
             look,
-            self.most,
+            self._most,
             "Give a shorter answer, a `predicate` that more texts satisfy, or "
             "`attr_target='similarity'`.",
         )
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """See `Rung.score`."""
-        half = max(self.n // 2, min(_FIRST, self.n))
+        half = max(self.n_answers // 2, min(_FIRST, self.n_answers))
         k, n, n_refused = self._count(messages, range(half), target)
         if not (n and k in (0, n) and n >= 3 * _FIRST):  # what is always so needs no more draws
-            more = self._count(messages, range(half, self.n), target)
+            more = self._count(messages, range(half, self.n_answers), target)
             k, n, n_refused = k + more[0], n + more[1], n_refused + more[2]
         value = math.log((k + 0.5) / (n - k + 0.5))
         lower, upper = wilson(k, n)
@@ -186,11 +191,11 @@ class Similarity(_Sampled):
             )
             return _Apart(self.ceiling - self.floor, _variance(a) + _variance(b), n, said)
 
-        _check_apart(look, self.most, "Give more `n_answers`, or another `similarity`.")
+        _check_apart(look, self._most, "Give more `n_answers`, or another `similarity`.")
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """See `Rung.score`."""
-        found, n_refused = self._found(messages, range(self.n), target)
+        found, n_refused = self._found(messages, range(self.n_answers), target)
         if not found:
             raise ApiError(
                 f"all {n_refused} answers to a coalition were refusals, which have no similarity: "

@@ -22,6 +22,7 @@ _MOST_BIAS, N_TRIES = 100.0, 3
 _LOOKED_FOR, _CHANGE = 6.0, 6.0
 # Closer to certain than this, rounding in float32 is all that is told.
 _CERTAIN = -0.01
+_Mode = Literal["raw", "biased"]
 
 
 class TopK:
@@ -36,6 +37,7 @@ class TopK:
     name = "stepwise top-k"
     attr_target = "log_prob"
     is_sampled = False
+    n_answers = 1
 
     def __init__(self, asker: Asker, top: int, n_tokens: int) -> None:
         self._asker, self._top, self._n_told = asker, top, top
@@ -208,6 +210,10 @@ class TopK:
         values, lower, upper = (list(column) for column in zip(*known, strict=True))
         return Scored(values, lower, upper, [0.0] * len(target))
 
+    def draw_more(self) -> bool:
+        """See `Rung.draw_more`: never, values are no samples."""
+        return False
+
     def value_of(
         self, messages: Sequence[Message], begun: str, token: str
     ) -> tuple[float, float, float]:
@@ -219,7 +225,7 @@ class TopK:
         for name, value in likeliest:  # two tokens may have one text
             told[name] = max(value, told.get(name, -math.inf))
         if math.isfinite(told.get(token, -math.inf)):
-            return (told[token],) * 3
+            return told[token], told[token], told[token]
         finite = [value for _, value in likeliest if math.isfinite(value)]
         rest = 1 - sum(map(math.exp, finite))
         bound = min(min(finite), math.log(max(rest, 1e-9)))
@@ -243,7 +249,7 @@ class Forced(TopK):
     def __init__(self, asker: Asker, top: int, n_tokens: int, tokenizer: Any) -> None:
         super().__init__(asker, top, n_tokens)
         self._tokenizer = tokenizer
-        self._mode: Literal["raw", "biased"] = "biased"
+        self._mode: _Mode = "biased"
 
     @property
     def blind(self) -> str:
@@ -256,22 +262,22 @@ class Forced(TopK):
         top = sorted(self.likeliest(messages), key=lambda pair: -pair[1])
         best = max(value for _, value in top)
         pairs = [(name, v) for name, v in reversed(top[1:]) if v > best - _MOST_BIAS]
-        known = ((name, v, self._id(name, "")) for name, v in pairs)
-        probe = next((one for one in known if one[2] is not None), None)
-        if not getattr(self._asker.speaker, "takes_bias", False) or probe is None:
+        known = [(name, v, self._id(name, "")) for name, v in pairs]
+        probes = [(name, v, number) for name, v, number in known if number is not None]
+        if not getattr(self._asker.speaker, "takes_bias", False) or not probes:
             raise HandshakeError(
                 "the provider takes no `logit_bias`, or no token's id is known: "
                 '`rung="top-k"` would work, with bounds.'
             )
-        name, value, number = probe
+        name, value, number = probes[0]
         bias = min(best - value + 1, _MOST_BIAS)
+        modes: list[tuple[_Mode, float]] = [("biased", bias), ("raw", _MOST_BIAS)]
         try:
-            for self._mode, given in (("biased", bias), ("raw", _MOST_BIAS)):
+            for self._mode, given in modes:
                 found = self._told(messages, "", name, number, given)
                 if found is not None and is_same(found, value):
-                    self.checks["logit_bias"] = (
-                        "told without it" if self._mode == "raw" else "told with it"
-                    )
+                    how = "without it" if self._mode == "raw" else "with it"
+                    self.checks["logit_bias"] = f"told {how}"
                     return steps
         except ApiError as error:
             if error.status not in UNKNOWN_ARGUMENT or isinstance(error, HandshakeError):
@@ -299,7 +305,8 @@ class Forced(TopK):
             found = self._told(messages, begun, token, number, bias)
             if found is not None and math.isfinite(found):
                 # It cannot be likelier than those that were told.
-                return (min(found, bound[2]),) * 3
+                value = min(found, bound[2])
+                return value, value, value
             if self._mode == "raw":
                 break
             bias += _CHANGE if found is None else -_CHANGE

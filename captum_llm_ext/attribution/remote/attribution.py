@@ -330,27 +330,25 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         self, climbed: Climbed, given: tuple[Any, ...], arguments: Mapping[str, Any]
     ) -> GenerationAttributionResult:
         """On a rung: with more answers where those drawn do not tell the first cause."""
-        on: Any = self._on(climbed)
-        rung: Any = climbed.rung
+        on, rung = self._on(climbed), climbed.rung
         while True:
-            result = super(RemoteGenerationAttribution, on).attribute(
-                *given, output_unit=None, **arguments
-            )
+            result = GenerationAttribution.attribute(on, *given, output_unit=None, **arguments)
             apart = result.provenance["first_cause"]
-            is_clear = apart is None or apart["is_told_apart"]
-            if is_clear or not rung.is_sampled:
+            if not rung.is_sampled or apart is None or apart["is_told_apart"]:
                 return result
-            if rung.n >= rung.most:
+            if not rung.draw_more():
                 break
-            # Those that were drawn are kept, so that the others alone are paid for.
-            rung.n = min(2 * rung.n, rung.most)
-            climbed.scorer.forget()
+            climbed.scorer.forget()  # the rung knows more of every coalition now
         more = apart["times_as_many_answers"]
-        wanted = "" if more is None else f" About {math.ceil(more * rung.n)} answers each would do."
+        wanted = (
+            ""
+            if more is None
+            else f" About {math.ceil(more * rung.n_answers)} answers each would do."
+        )
         names = [repr(result.input_tokens[apart[which]]) for which in ("first", "second")]
         warnings.warn(
-            f"not distinguishable: of {rung.n} answers each, {names[0]} is the strongest cause and "
-            f"{names[1]} the next, less than two standard errors apart.{wanted}",
+            f"not distinguishable: of {rung.n_answers} answers each, {names[0]} is the strongest "
+            f"cause and {names[1]} the next, less than two standard errors apart.{wanted}",
             stacklevel=stacklevel_of_caller(),
         )
         return result

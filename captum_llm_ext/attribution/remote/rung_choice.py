@@ -126,8 +126,10 @@ class RungChoice:
         own: list[RungName] = []
         if self._has_tokenizer(self.tokenizer):
             tells = callable(getattr(self.provider, "get_logprobs", None))
-            own += ["forced"] if tells or isinstance(self.provider, TokenProvider) else []
-            own += ["stepwise"] if getattr(speaker(self.provider), "takes_bias", False) else []
+            if tells or isinstance(self.provider, TokenProvider):
+                own.append("forced")
+            if getattr(speaker(self.provider), "takes_bias", False):
+                own.append("stepwise")
         own.append("top-k")
         if self.attr_target == "auto":
             return [*own, "frequency"]
