@@ -176,6 +176,7 @@ def test_similarities_are_means_over_answers(server, similarity):
     found = ours.attribute(spans(), gen_args={"max_new_tokens": 6})
     told = found.provenance
     assert told["ceiling"] > told["floor"] + 0.1
+    assert told["answers_vary"]
     assert found.values.shape == (6, 1)
     assert bool(((found.values >= 0) & (found.values <= 1)).all())
     assert float(found.token_attr[0].max()) == float(found.token_attr[0, 3])  # the last phrase

@@ -33,11 +33,13 @@ class _Sampled:
     def __init__(self, asker: Asker, n: tuple[int, int], n_tokens: int, temperature: float) -> None:
         self._asker, (self.n_answers, self._most), self._n_tokens = asker, n, n_tokens
         self._temperature = temperature
+        self._varies = False
 
     @property
     def told(self) -> dict[str, object]:
         """See `Rung.told`."""
-        return {"n_answers_each": self.n_answers}
+        # Servers that ignore a temperature give one answer again and again: no error is seen then.
+        return {"n_answers_each": self.n_answers, "answers_vary": self._varies}
 
     def meet(self, messages: Sequence[Message]) -> None:
         """See `Rung.meet`: text is all that is asked for."""
@@ -62,6 +64,7 @@ class _Sampled:
             messages, numbers, n_tokens=self._n_tokens, temperature=self._temperature
         )
         kept = [one.text for one in said if not one.is_refusal]
+        self._varies |= len(set(kept)) > 1
         return kept, len(said) - len(kept)
 
 
