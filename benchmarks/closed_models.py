@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from captum_llm_ext.text.plain_tokenizer import messages_of
 KNOWN: dict[tuple[str, ...], list[float]] = {}
 RESULTS = Path(__file__).parent / "results"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
-N_TOKENS, N_FREQUENCY, N_SIMILARITY, TOP = 2, 50, 16, 20
+N_TOKENS, TOP, N_SENTENCES = 2, 20, 4
+N_FREQUENCY = 50
 _COMMAND = "python benchmarks/closed_models.py MODEL_FOLDER"
 ASIDES = [
     "It rained a little in the morning.",
@@ -38,14 +40,18 @@ ASIDES = [
 
 
 def prompts(n: int) -> list[str]:
-    """Prompts whose cause is known, of `real_causes`, each after two sentences that say nothing."""
+    """Prompts whose cause is known, of `real_causes`, with asides before to make four sentences."""
     lines = (Path(__file__).parent / "real_causes" / "prompts.jsonl").read_text().splitlines()
     held = [json.loads(line) for line in lines]
-    own = [one["template"].format(one["cause"]) for one in held if ". " in one["template"]]
-    return [
-        f"{ASIDES[i % len(ASIDES)]} {ASIDES[(i + 2) % len(ASIDES)]} {text}"
-        for i, text in enumerate(own[:n])
-    ]
+    texts = [one["template"].format(one["cause"]) for one in held if ". " in one["template"]]
+    found: list[str] = []
+    for text in texts:
+        n_asides = N_SENTENCES - len(TextSegmentInput(text, None, unit="sentence").values)
+        if n_asides >= 0:
+            i = len(found)
+            before = [ASIDES[(i + 2 * k) % len(ASIDES)] for k in range(n_asides)]
+            found.append(" ".join([*before, text]))
+    return found[:n]
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -117,26 +123,32 @@ def sampled(served: Served, inp: Any, tokens: list[int]) -> dict[str, Any]:
     """The rungs of servers that tell text alone: of the first word, whose probability is exact."""
     found: dict[str, Any] = {}
     settings = {"max_new_tokens": len(tokens)}
-    for name in ("frequency", "similarity"):
+    # A frequency of a fixed number of answers, as is held against the field's; and both until the
+    # first cause stands out.
+    for name, rung, n in (
+        ("frequency N=50", "frequency", N_FREQUENCY),
+        ("frequency", "frequency", None),
+        ("similarity", "similarity", None),
+    ):
         provider = ChatProvider("local", api_url=served.url, max_concurrency=1)
         remote = RemoteGenerationAttribution(
-            FeatureAblation(PLACEHOLDER),
-            None,
-            provider,
-            name,
-            n_answers=N_FREQUENCY if name == "frequency" else N_SIMILARITY,
+            FeatureAblation(PLACEHOLDER), None, provider, rung, n_answers=n
         )
         try:
-            result = remote.attribute(inp, gen_args=settings)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # what is told apart is in provenance
+                result = remote.attribute(inp, gen_args=settings)
         except ValueError as error:
             found[name] = {"refused": str(error)}
             continue
         joint = exact(served, inp, result.masks, tokens).sum(1)
         own = result.token_attr[0].double()
-        about: dict[str, Any] = {"n_answers": result.provenance["n_answers"]}
+        told = result.provenance
+        about: dict[str, Any] = {"n_answers": told["n_answers"]}
+        about["is_told_apart"] = told["first_cause"]["is_told_apart"]
         truth = attributions(FeatureAblation, result.masks, joint)
         about["top_is_top"] = int(own.argmax()) == int(truth.argmax())
-        if name == "frequency":
+        if rung == "frequency":
             p = joint.exp()
             lower, upper = (end[:, 0].sigmoid() for end in result.value_interval)
             about["covered"] = [bool(c) for c in (lower <= p) & (p <= upper)]
@@ -181,6 +193,11 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
             numbers = [float(one[key]) for one in own if key in one]
             if numbers:
                 found[name][key] = sum(numbers) / len(numbers)
+        apart = [one for one in own if one.get("is_told_apart")]
+        if any("is_told_apart" in one for one in own):
+            n_right = sum(one["top_is_top"] for one in apart)
+            found[name]["n_told_apart"] = len(apart)
+            found[name]["top_is_top_where_told_apart"] = n_right / len(apart) if apart else None
         covered = [c for one in own for c in one.get("covered", [])]
         if covered:
             found[name]["covered"] = sum(covered) / len(covered)
@@ -207,7 +224,7 @@ def main() -> None:
                 "settings": {
                     "top_logprobs": TOP,
                     "n_tokens": N_TOKENS,
-                    "n_answers": {"frequency": N_FREQUENCY, "similarity": N_SIMILARITY},
+                    "n_sentences": N_SENTENCES,
                 },
                 "summary": summary(measured),
                 "prompts": measured,

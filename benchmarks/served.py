@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+_KEPT = 100  # distributions over the vocabulary
+
 
 class Served:
     """A model that is asked over HTTP, on this machine.
@@ -26,6 +28,8 @@ class Served:
         self._lock = threading.Lock()
         self._last: tuple[list[int], Any, torch.Tensor] | None = None
         self._known: dict[tuple[int, ...], torch.Tensor] = {}
+        self._told: dict[tuple[int, ...], torch.Tensor] = {}
+        self._shares: dict[tuple[Any, ...], torch.Tensor] = {}
         served = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -63,8 +67,18 @@ class Served:
     def log_probs(self, ids: list[int]) -> torch.Tensor:
         """Of the token after ids, shape ``(n_vocabulary,)``, float64.
 
-        What the last ids that were read whole begin with is not read again.
+        What the last ids that were read whole begin with is not read again, nor what was asked
+        for lately.
         """
+        key = tuple(ids)
+        if key not in self._told:
+            if len(self._told) >= _KEPT:
+                self._told.clear()
+                self._shares.clear()
+            self._told[key] = self._read(ids)
+        return self._told[key]
+
+    def _read(self, ids: list[int]) -> torch.Tensor:
         n = 0 if self._last is None else len(self._last[0])
         if self._last is None or ids[:n] != self._last[0]:
             out = self._model(input_ids=torch.tensor([ids]), use_cache=True)
@@ -97,8 +111,9 @@ class Served:
                 if temperature == 0:
                     token = int(told.argmax())
                 else:
-                    drawn = (told / temperature).softmax(-1)
-                    token = int(torch.multinomial(drawn, 1, generator=generator))
+                    shares = self._cumulated((*ids, *written), told, temperature)
+                    drawn = torch.rand(1, generator=generator, dtype=torch.float64)
+                    token = min(int(torch.searchsorted(shares, drawn)), len(shares) - 1)
                 written.append(token)
                 steps.append(self._step(told, token, top))
                 if token == self._tokenizer.eos_token_id:
@@ -110,6 +125,14 @@ class Served:
             choices.append(choice | ({"logprobs": {"content": steps}} if top else {}))
         usage = {"prompt_tokens": len(ids), "completion_tokens": n_out}
         return {"choices": choices, "model": "local", "usage": usage}
+
+    def _cumulated(
+        self, key: tuple[int, ...], told: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        """Probabilities of all tokens up to each, of which many are drawn."""
+        if (key, temperature) not in self._shares:
+            self._shares[key, temperature] = (told / temperature).softmax(-1).cumsum(-1)
+        return self._shares[key, temperature]
 
     def _step(self, told: torch.Tensor, token: int, top: int) -> dict[str, Any]:
         values, likeliest = told.topk(max(top, 1))

@@ -26,6 +26,9 @@ class Server:
         part: What other servers do wrong, played by this one: see `PARTS`.
         goes_on: Whether a chat that ends with the assistant's message is gone on with, unasked.
         refuses: Of a chat's text, whether the model refuses to answer.
+        bias: What ``logit_bias`` does: "told" changes what is told as well, "raw" what is written
+            alone, "ignored" nothing.
+        name_told: As which model it answers.
         follows_temperature: Whether what is told of written tokens is of the temperature asked for.
     """
 
@@ -38,6 +41,7 @@ class Server:
         self.part = dict(part or {})
         self.follows_temperature = False
         self.goes_on, self.refuses = False, None
+        self.bias, self.name_told = "told", "tiny-0"
         self.delay = 0.0
         self.n_parallel = self.most_parallel = 0
         self.lock = threading.Lock()
@@ -110,18 +114,17 @@ class Server:
                 rows = zip(
                     told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True
                 )
-                choice["logprobs"] = {
-                    "content": [
-                        {
-                            "token": token,
-                            "logprob": value,
-                            "top_logprobs": [{"token": k, "logprob": v} for k, v in top.items()],
-                        }
-                        for token, value, top in rows
-                    ]
-                }
+                content = [
+                    {
+                        "token": token,
+                        "logprob": value,
+                        "top_logprobs": [{"token": k, "logprob": v} for k, v in top.items()],
+                    }
+                    for token, value, top in rows
+                ]
+                choice["logprobs"] = {"content": self.plays("content", content)}
             choices.append(choice)
-        return self.plays("answer", {"choices": choices, "model": "tiny-0", "usage": usage})
+        return self.plays("answer", {"choices": choices, "model": self.name_told, "usage": usage})
 
     def speak(self, body):
         """Anthropic's messages, text alone."""
@@ -167,13 +170,16 @@ class Server:
         generator = torch.Generator().manual_seed(body.get("seed", 0) + nth)
         for _ in range(body.get("max_tokens", 16)):
             logits = self._logits(written)[-1]
+            plain = logits
             for biased, bias in (body.get("logit_bias") or {}).items():
-                logits = logits.index_fill(0, torch.tensor([int(biased)]), float(bias))
+                if self.bias != "ignored":
+                    logits = logits.index_add(0, torch.tensor([int(biased)]), logits.new([bias]))
             if temperature == 0:
                 token = int(logits.argmax())
             else:
                 drawn = (logits / temperature).softmax(-1)
                 token = int(torch.multinomial(drawn, 1, generator=generator))
+            logits = plain if self.bias == "raw" else logits
             if self.follows_temperature:
                 logits = logits / max(temperature, 1e-4)
             values = self._log_probs(logits, body, "written")
@@ -379,6 +385,37 @@ def _unlisted_stop(choice):
     return choice
 
 
+def _moved(by):
+    """Each written token has what was told of the token `by` places on."""
+
+    def move(content):
+        told = content[by:] + content[:by]
+        return [
+            own | {k: other[k] for k in ("logprob", "top_logprobs")}
+            for own, other in zip(content, told, strict=True)
+        ]
+
+    return move
+
+
+def _each_value(change):
+    """Every number that is told of written tokens, changed."""
+
+    def changed(content):
+        return [
+            one
+            | {
+                "logprob": change(one["logprob"]),
+                "top_logprobs": [
+                    t | {"logprob": change(t["logprob"])} for t in one["top_logprobs"]
+                ],
+            }
+            for one in content
+        ]
+
+    return changed
+
+
 def _without(name):
     return lambda choice: {k: None if k == name else v for k, v in choice.items()}
 
@@ -409,4 +446,16 @@ PARTS = {
     "uncounted BOS": {"prompt": lambda ids: [1, *ids], "uncounted": lambda n: 1},
     "stop token": {"choice": _unlisted_stop},
     "mixed up": {"answer": _mixed},
+}
+# The same of what is told of chats, which is of written tokens alone.
+CHAT_PARTS = {
+    "shifted left": {"content": _moved(1)},
+    "shifted right": {"content": _moved(-1)},
+    "base 10": PARTS["base 10 everywhere"],
+    "zero": PARTS["zero everywhere"],
+    "temperature": {"written": _of_temperature(0.5)},
+    "positive": {"content": _each_value(lambda value: -value)},
+    "NaN": {"content": _each_value(lambda value: float("nan"))},
+    "logprobs ignored": {"content": lambda content: []},
+    "values of other tokens": {"content": _each_value(lambda value: value - 1)},
 }

@@ -14,8 +14,17 @@ from captum_llm_ext.cli.methods import is_of_gradients, method
 from captum_llm_ext.cli.outputs import as_json
 from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
 from captum_llm_ext.remote.chat_providers import Speaker, speaker
+from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT
 
-_RUNGS = ("auto", "log_prob", "frequency", "similarity")
+# Of the answer's log-probabilities, by how much they are told; others are values of their own.
+_LOG_PROBS = ("forced", "stepwise", "top-k")
+_RUNGS = ("auto", "log_prob", *_LOG_PROBS, "label", "frequency", "similarity")
+_CALLED = {
+    "forced": "log-probabilities of prompts",
+    "stepwise": "log-probabilities of any next token",
+    "top-k": "likeliest tokens at each step",
+    "label": "likeliest first tokens",
+}
 _ANTHROPIC = "https://api.anthropic.com/v1"
 
 
@@ -35,8 +44,8 @@ def add_provider(group: Any) -> None:
     add(
         "--tokenizer",
         metavar="NAME",
-        help="of --provider completions: the model's tokenizer, with which log-probabilities of "
-        "whole prompts can be asked for",
+        help="the model's tokenizer: with --provider completions log-probabilities of whole "
+        "prompts can be asked for, and of openai those of any next token (--rung stepwise)",
     )
 
 
@@ -48,9 +57,17 @@ def add_api(parser: argparse.ArgumentParser) -> None:
     add(
         "--rung",
         choices=_RUNGS,
-        help="log_prob: of the answer's tokens; frequency: how often the answer is given; "
-        "similarity: how similar to it what is written is; auto: the first that the server proves "
-        "able to (default)",
+        help="log_prob: of the answer's tokens, by what the server tells: forced (of whole "
+        "prompts), stepwise (of any next token, by logit_bias) or top-k (of the likeliest); "
+        "label: how much likelier one first token is than another; frequency: how often the answer "
+        "is given; similarity: how similar to it what is written is; auto: the first that the "
+        "server proves able to (default)",
+    )
+    add(
+        "--labels",
+        nargs=2,
+        metavar=("LABEL", "OTHER"),
+        help="of --rung label (default: the two likeliest first tokens)",
     )
     add("--answers", type=positive, metavar="N", help="of frequency and similarity: per coalition")
     add("--estimate", action="store_true", help="tell what it would take, and send nothing")
@@ -65,13 +82,15 @@ def is_remote(arguments: argparse.Namespace) -> bool:
         UsageError: If options of one are given without it, or others that it has no use for.
     """
     is_one = arguments.api is not None or arguments.provider == "anthropic"
-    for name in ("provider", "tokenizer", "rung", "answers", "max_requests", "cache"):
+    for name in ("provider", "tokenizer", "rung", "labels", "answers", "max_requests", "cache"):
         if not is_one and getattr(arguments, name, None) is not None:
             raise UsageError(f"--{name.replace('_', '-')} would be ignored without --api URL.")
     if not is_one and getattr(arguments, "estimate", False):
         raise UsageError("--estimate would be ignored without --api URL.")
-    if is_one and arguments.tokenizer is not None and arguments.provider != "completions":
-        raise UsageError("--tokenizer would be ignored: it is of --provider completions.")
+    if is_one and arguments.tokenizer is not None and arguments.provider == "anthropic":
+        raise UsageError("--tokenizer would be ignored: Anthropic's messages tell text alone.")
+    if is_one and getattr(arguments, "labels", None) and arguments.rung != "label":
+        raise UsageError("--labels would be ignored without --rung label.")
     return is_one
 
 
@@ -93,9 +112,11 @@ def check(arguments: argparse.Namespace) -> None:
         )
 
 
-def tokenizer_of(arguments: argparse.Namespace) -> Any:
-    """The model's tokenizer; None where none is given."""
-    return None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+def tokenizers_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model's tokenizer, and the one that inputs are made with; None where there is none."""
+    own = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+    # Chats are sent as messages, to which the server's own template is put.
+    return own, own if arguments.provider == "completions" else None
 
 
 def provider_of(arguments: argparse.Namespace, model: str) -> Any:
@@ -110,11 +131,14 @@ def provider_of(arguments: argparse.Namespace, model: str) -> Any:
 def attribution_of(arguments: argparse.Namespace, tokenizer: Any) -> RemoteGenerationAttribution:
     """What attributes."""
     settings = {name: getattr(arguments, name) for name in ("share", "scheme")}
+    rung = arguments.rung or "auto"
     return RemoteGenerationAttribution(
         method(arguments.method, cast(Any, RemoteLLMAttribution.placeholder_model), **settings),
         tokenizer,
         provider_of(arguments, arguments.model),
-        arguments.rung or "auto",
+        "log_prob" if rung in _LOG_PROBS else rung,
+        rung=rung if rung in _LOG_PROBS else None,
+        labels=tuple(arguments.labels) if arguments.labels else None,
         n_answers=arguments.answers,
         max_requests=arguments.max_requests,
         cache=arguments.cache,
@@ -135,7 +159,7 @@ def show_estimate(
 
 def look_at(arguments: argparse.Namespace) -> int:
     """Prints what a server can do; 1 if it can do nothing."""
-    provider, tokenizer = provider_of(arguments, arguments.model), tokenizer_of(arguments)
+    provider, (tokenizer, _) = provider_of(arguments, arguments.model), tokenizers_of(arguments)
     found = dict(_looked_at(provider, tokenizer))
     if arguments.json:
         print(as_json(found))
@@ -148,18 +172,23 @@ def look_at(arguments: argparse.Namespace) -> int:
 
 def _looked_at(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     ablation = FeatureAblation(RemoteLLMAttribution.placeholder_model)
-    kinds = {"log-probabilities of prompts": tokenizer, "likeliest tokens at each step": None}
-    if tokenizer is None:
-        del kinds["log-probabilities of prompts"]
-    for name, own in kinds.items():
+    kinds: list[tuple[str, Any]] = [("top-k", None), ("label", None)]
+    if tokenizer is not None:
+        told = isinstance(provider, CompletionsProvider)
+        kinds = [*([("forced", tokenizer)] if told else []), ("stepwise", tokenizer), *kinds]
+    for rung, own in kinds:
+        target = "label" if rung == "label" else "log_prob"
+        ours = RemoteGenerationAttribution(
+            ablation, own, provider, target, rung=cast(Any, None if rung == "label" else rung)
+        )
         try:
-            met = RemoteGenerationAttribution(ablation, own, provider).handshake()
+            met = ours.handshake()
         except ApiError as error:
-            if error.status not in (None, 400, 404, 422, 501):
+            if error.status not in UNKNOWN_ARGUMENT:
                 raise
-            yield name, {"works": False, "what": str(error)}
+            yield _CALLED[rung], {"works": False, "what": str(error)}
         else:
-            yield name, {"works": True, "what": "--rung log_prob", **met}
+            yield _CALLED[rung], {"works": True, "what": f"--rung {rung}", **met}
     who = cast(Speaker, speaker(provider))
     messages = [{"role": "user", "content": "Say hello."}]
     said = who.say(messages, n_tokens=8, temperature=1.0)[0]

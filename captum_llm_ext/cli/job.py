@@ -10,7 +10,7 @@ from typing import Any, cast
 from captum_llm_ext.attribution.generation import GenerationAttribution
 from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
 from captum_llm_ext.base.arguments import TARGETS
-from captum_llm_ext.cli.api import attribution_of, is_remote, tokenizer_of
+from captum_llm_ext.cli.api import attribution_of, is_remote, tokenizers_of
 from captum_llm_ext.cli.command import UsageError, positive
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, location
 from captum_llm_ext.cli.methods import (
@@ -202,8 +202,8 @@ class Job:
         """What attributes, and the prompt over these baselines."""
         arguments = self._arguments
         if self._is_remote:
-            tokenizer = tokenizer_of(arguments)
-            return attribution_of(arguments, tokenizer), self._input(tokenizer, baselines)
+            tokenizer, of_input = tokenizers_of(arguments)
+            return attribution_of(arguments, tokenizer), self._input(of_input, baselines)
         tokenizer = load_tokenizer(arguments.model, arguments.revision)
         inp = self._input(tokenizer, baselines)
         return self._attribution(tokenizer, accelerator), inp

@@ -20,7 +20,6 @@ from captum_llm_ext.remote.transport import (
 Message = Mapping[str, Any]
 Prefill = Literal["continue", "assistant", "none"]
 _REFUSED = ("refusal", "content_filter", "safety")
-_UNKNOWN_ARGUMENT = (400, 404, 422, 501)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,8 @@ class Said:
         steps: Its tokens, where the provider tells log-probabilities of them.
         is_refusal: Whether the provider says that the model, or a filter, refused.
         n_in, n_out: Tokens read and written, as the provider counts them.
-        model: Which model answered, as it says.
+        model, fingerprint: Which model answered, and in what set-up, as it says.
+        has_stopped: Whether the model ended the answer itself.
     """
 
     text: str
@@ -56,6 +56,8 @@ class Said:
     n_in: int = 0
     n_out: int = 0
     model: str | None = None
+    fingerprint: str | None = None
+    has_stopped: bool = False
 
     def to_json(self) -> str:
         """For a cache."""
@@ -80,6 +82,8 @@ class Speaker(Protocol):
         prefills: Ways to have the model go on with an answer that is begun, to be tried in this
             order; none where there is no way.
         max_concurrency: In how many threads it may be asked.
+
+    One that is given ``bias=`` as well says so by ``takes_bias = True``.
     """
 
     prefills: tuple[Prefill, ...]
@@ -185,6 +189,15 @@ class ChatProvider(_OverHttp):
             secrets = Secrets(own | dict(headers or {}))
             self._http = Http(url, secrets, timeout=timeout, max_retries=max_retries)
 
+    takes_bias = True
+
+    @classmethod
+    def over(cls, http: Http, model: str) -> "ChatProvider":
+        """The same by a connection that is there, with its key, headers and timeouts."""
+        found = cls(model, api_url=http.url)
+        found._http = http
+        return found
+
     def __repr__(self) -> str:
         return f"ChatProvider({self.model_name!r})"
 
@@ -199,6 +212,7 @@ class ChatProvider(_OverHttp):
         top: int = 0,
         n: int = 1,
         seed: int | None = None,
+        bias: Mapping[int, float] | None = None,
     ) -> list[Said]:
         """See `Speaker.say`."""
         body: dict[str, Any] = {
@@ -214,6 +228,7 @@ class ChatProvider(_OverHttp):
         body |= {"logprobs": True, "top_logprobs": top} if top else {}
         body |= {"n": n} if n > 1 else {}
         body |= {} if seed is None else {"seed": seed}
+        body |= _biased(bias)
         answer = self._posted(body | self._extra)
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
@@ -225,7 +240,7 @@ class ChatProvider(_OverHttp):
             found = self._http.post("/chat/completions", body)
         else:
             known = ("model", "messages", "max_tokens", "temperature", "logprobs", "top_logprobs")
-            own = {k: v for k, v in body.items() if k in (*known, "n", "seed")}
+            own = {k: v for k, v in body.items() if k in (*known, "n", "seed", "logit_bias")}
             extra = {k: v for k, v in body.items() if k not in own}
             more = {"extra_body": extra} if extra else {}
             try:
@@ -315,6 +330,7 @@ class AnthropicProvider(_OverHttp):
                 n_in=int(usage.get("input_tokens") or 0),
                 n_out=int(usage.get("output_tokens") or 0),
                 model=held.get("model"),
+                has_stopped=held.get("stop_reason") == "end_turn",
             )
         ]
 
@@ -324,9 +340,10 @@ class CallableProvider:
 
     Args:
         fn: Called as ``fn(messages, max_tokens=…, temperature=…, prefill=…, top_logprobs=…,
-            seed=…)``; returns the text that comes after `prefill`, or ``(text, top)`` with the
-            log-probabilities of the likeliest tokens at each place: a list of mappings from a token
-            to nats (or one, of the first place).
+            seed=…)``, and ``logit_bias=`` where it has such an argument; returns the text that
+            comes after `prefill`, or ``(text, top)`` with the log-probabilities of the likeliest
+            tokens at each place: a list of mappings from a token to nats (or one, of the first
+            place).
         name: For results.
         prefill: Whether it goes on with an answer that is begun (``prefill=``).
         max_concurrency: In how many threads it may be called.
@@ -345,6 +362,7 @@ class CallableProvider:
         self._fn, self.max_concurrency = fn, max_concurrency
         self.model_name = name or str(getattr(fn, "__name__", type(fn).__name__))
         self.prefills: tuple[Prefill, ...] = ("continue",) if prefill else ()
+        self.takes_bias = "logit_bias" in getattr(getattr(fn, "__code__", None), "co_varnames", ())
 
     def __repr__(self) -> str:
         return f"CallableProvider({self.model_name})"
@@ -360,6 +378,7 @@ class CallableProvider:
         top: int = 0,
         n: int = 1,
         seed: int | None = None,
+        bias: Mapping[int, float] | None = None,
     ) -> list[Said]:
         """See `Speaker.say`; one answer at a time."""
         found = self._fn(
@@ -369,6 +388,7 @@ class CallableProvider:
             prefill=prefill,
             top_logprobs=top,
             seed=seed,
+            **({"logit_bias": dict(bias)} if bias else {}),
         )
         text, tops = cast(tuple[Any, Any], found) if isinstance(found, tuple) else (found, ())
         if not isinstance(text, str):
@@ -384,6 +404,7 @@ class Completed:
     """A `CompletionsProvider` that is sent texts: an answer that is begun is more text."""
 
     prefills: tuple[Prefill, ...] = ("continue",)
+    takes_bias = True
 
     def __init__(self, provider: CompletionsProvider) -> None:
         self._provider, self.max_concurrency = provider, provider.max_concurrency
@@ -404,6 +425,7 @@ class Completed:
         top: int = 0,
         n: int = 1,
         seed: int | None = None,
+        bias: Mapping[int, float] | None = None,
     ) -> list[Said]:
         """See `Speaker.say`; the messages are put together as they are."""
         prompt = "\n".join(str(message["content"]) for message in messages) + prefill
@@ -411,6 +433,7 @@ class Completed:
         body |= {"logprobs": top} if top else {}
         body |= {"n": n} if n > 1 else {}
         body |= {} if seed is None else {"seed": seed}
+        body |= _biased(bias)
         answer = self._provider.complete(prompt, body)
         return [_completed(choice, answer) for choice in answer["choices"]]
 
@@ -420,6 +443,13 @@ def speaker(provider: Any) -> Speaker | None:
     if isinstance(provider, CompletionsProvider):
         return Completed(provider)
     return provider if isinstance(provider, Speaker) else None
+
+
+def as_chat(provider: Any) -> ChatProvider | None:
+    """The chat completions of a server whose completions were asked; None for other providers."""
+    if not isinstance(provider, CompletionsProvider):
+        return None
+    return ChatProvider.over(provider.http, provider.model_name)
 
 
 def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> Said:
@@ -442,6 +472,8 @@ def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> Said:
         n_in=int(usage.get("prompt_tokens") or 0) // n,
         n_out=int(usage.get("completion_tokens") or 0) // n,
         model=answer.get("model"),
+        fingerprint=_fingerprint(answer),
+        has_stopped=held.get("finish_reason") == "stop",
     )
 
 
@@ -462,7 +494,18 @@ def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> Said:
         n_in=int(usage.get("prompt_tokens") or 0) // n,
         n_out=int(usage.get("completion_tokens") or 0) // n,
         model=answer.get("model"),
+        fingerprint=_fingerprint(answer),
+        has_stopped=choice.get("finish_reason") == "stop",
     )
+
+
+def _biased(bias: Mapping[int, float] | None) -> dict[str, Any]:
+    return {"logit_bias": {str(token): value for token, value in bias.items()}} if bias else {}
+
+
+def _fingerprint(answer: Mapping[str, Any]) -> str | None:
+    found = answer.get("system_fingerprint")
+    return found if isinstance(found, str) else None
 
 
 def _steps_of(text: str, tops: Sequence[Mapping[str, float]]) -> list[Step]:

@@ -104,6 +104,11 @@ class CompletionsProvider(RemoteLLMProvider):
         self.max_model_len: int | None = None
         self.model_name = self._first_model() if model_name is None else model_name
 
+    @property
+    def http(self) -> Http:
+        """The connection, for other endpoints of the same server."""
+        return self._http
+
     def __repr__(self) -> str:
         return f"CompletionsProvider({self.api_url!r}, {self.model_name!r})"
 

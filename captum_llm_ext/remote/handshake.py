@@ -22,7 +22,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from captum_llm_ext.remote.providers import ProviderAdapter, Request, Written, is_ruled_out
-from captum_llm_ext.remote.transport import ApiError, UnusableAnswerError
+from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError, UnusableAnswerError
 
 # Nats that two ways of telling a value may differ by: half precision in batches of other shapes.
 _APART, _APART_PER_NAT = 0.05, 0.01
@@ -36,7 +36,6 @@ _N_LOOKED_AT = 64
 # Draws at temperature 1, and how many standard errors their surprise may be off.
 _N_DRAWN, _DEVIATIONS = 32, 4.5
 _UNLISTED = "not listed: what the model writes comes without it"
-_UNKNOWN_ARGUMENT = (None, 400, 404, 422, 501)
 
 
 class HandshakeError(UnusableAnswerError):
@@ -129,7 +128,7 @@ def _met(source: ProviderAdapter, prompt: Sequence[int], target: Sequence[int]) 
             source.most_prompts = min(source.most_prompts, exam.source.most_prompts)
             return Findings(way, exam.checks, refused, n_prompts + exam.n_prompts)
         except ApiError as error:
-            if len(ways) == 1 or error.status not in _UNKNOWN_ARGUMENT:
+            if len(ways) == 1 or error.status not in UNKNOWN_ARGUMENT:
                 _forget(source.provider, ways)
                 raise
             refused[str(way)] = str(error)
@@ -386,13 +385,7 @@ class _Exam:
         if len(names) < _N_DRAWN or len(set(names)) == 1:
             self._note("drawn tokens", "the provider draws no several of them")
             return
-        rest = max(1 - sum(map(math.exp, top.values())), 1e-9)
-        surprises = {name: -max(value, -30.0) for name, value in top.items()}
-        mean = sum(math.exp(-s) * s for s in surprises.values()) - rest * math.log(rest)
-        square = sum(math.exp(-s) * s**2 for s in surprises.values()) + rest * math.log(rest) ** 2
-        found = sum(surprises.get(name, -math.log(rest)) for name in names) / len(names)
-        error = math.sqrt(max(square - mean**2, 1e-6) / len(names))
-        off = (found - mean) / error
+        found, mean, off = surprise(names, top)
         if abs(off) > _DEVIATIONS:
             self._fault(
                 f"tokens drawn at temperature 1 are {found:.2g} nats improbable on average, and "
@@ -409,6 +402,25 @@ class _Exam:
             f"the log-probabilities that {name} gets cannot be believed: {what}. Nothing was "
             "attributed."
         )
+
+
+def surprise(names: Sequence[str], top: Mapping[str, float]) -> tuple[float, float, float]:
+    """How improbable tokens drawn at one place are by what is told of it, and should be.
+
+    Args:
+        names: The tokens.
+        top: The likeliest ones, in nats.
+
+    Returns:
+        Nats on average, those expected, and their difference in standard errors.
+    """
+    rest = max(1 - sum(map(math.exp, top.values())), 1e-9)
+    surprises = {name: -max(value, -30.0) for name, value in top.items()}
+    mean = sum(math.exp(-s) * s for s in surprises.values()) - rest * math.log(rest)
+    square = sum(math.exp(-s) * s**2 for s in surprises.values()) + rest * math.log(rest) ** 2
+    found = sum(surprises.get(name, -math.log(rest)) for name in names) / len(names)
+    error = math.sqrt(max(square - mean**2, 1e-6) / len(names))
+    return found, mean, (found - mean) / error
 
 
 def _named(

@@ -1,5 +1,6 @@
 """Rows scored by a rung: each coalition once, several at a time, what is known of it kept."""
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
@@ -20,7 +21,8 @@ from captum_llm_ext.model import Journal, Processes, TokenRow
 from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.scoring.progress import ProgressBar
 from captum_llm_ext.remote.metered import Asker
-from captum_llm_ext.remote.rungs import Rung, Scored, TopK
+from captum_llm_ext.remote.rung import Rung, Scored
+from captum_llm_ext.remote.sampled import TWO
 from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.plain_tokenizer import messages_of
@@ -41,7 +43,6 @@ class LadderScorer:
         rung: How coalitions are looked at.
         asker: Whom it asks.
         tokenizer: Spells rows and target.
-        attr_target: What a value is.
         n_threads: Coalitions at a time.
         show_progress: Whether `progress` draws a bar.
     """
@@ -54,11 +55,10 @@ class LadderScorer:
         asker: Asker,
         tokenizer: Any,
         *,
-        attr_target: str,
         n_threads: int,
         show_progress: bool,
     ) -> None:
-        self.attr_target: Any = attr_target
+        self.attr_target: Any = rung.attr_target
         self.n_evaluations = 0
         self.n_scored = [0]
         self.rung, self.asker = rung, asker
@@ -66,6 +66,12 @@ class LadderScorer:
         self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
         self._known: dict[bytes, Scored] = {}
         self._in_order: list[bytes] = []
+
+    def forget(self) -> None:
+        """Has coalitions looked at again: the rung knows more of them now."""
+        self._known.clear()
+        self._in_order.clear()
+        self.n_evaluations, self.n_scored = 0, [0]
 
     def shows(self, show_progress: bool) -> None:
         """Whether `progress` draws a bar."""
@@ -80,15 +86,6 @@ class LadderScorer:
     def processes(self) -> Processes:
         """This one alone."""
         return Processes()
-
-    def messages(self, ids: Sequence[int]) -> list[dict[str, str]]:
-        """A prompt as messages."""
-        special = getattr(self._tokenizer, "bos_token_id", None)
-        own = ids[1:] if ids and ids[0] == special else ids
-        found = messages_of(tokens.decode(self._tokenizer, own) if own else "")
-        # What is wholly absent is not sent; APIs refuse empty messages.
-        said = [message for message in found if message["content"].strip()]
-        return said or [{"role": "user", "content": " "}]
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> NoReturn:
         """Targets are no ids here."""
@@ -123,7 +120,9 @@ class LadderScorer:
         new = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
         if any(row.extras is not None for row in new.values()):
             raise ValueError("the input renders to more than text, which cannot be sent.")
-        jobs = [(d, self.messages(row.ids[: row.first + 1])) for d, row in new.items()]
+        jobs = [
+            (d, as_messages(self._tokenizer, row.ids[: row.first + 1])) for d, row in new.items()
+        ]
         self._bar.announce(len(jobs))
 
         def take(job: tuple[bytes, Any], scored: Scored) -> None:
@@ -171,6 +170,42 @@ class LadderScorer:
             Standard errors ``(n_target, n_features)`` where values are sampled, else the two ends
             of the interval in which attributions lie; None for the other.
         """
+        known, merged = self._merged(weight)
+        if self.rung.is_sampled:
+            return (known["variances"].T @ merged.square()).sqrt(), None
+        return None, interval_of(merged, known["lower"], known["upper"])
+
+    def told_apart(self, weight: Tensor, attributions: Tensor) -> dict[str, Any] | None:
+        """Whether the strongest cause is surely stronger than the second.
+
+        Args:
+            weight: As of `uncertainty`.
+            attributions: ``(n_features,)``, of the target as a whole.
+
+        Returns:
+            The two, whether they are told apart, and how many times as many answers would do it
+            where values are sampled. None for less than two features.
+        """
+        if len(attributions) < 2:
+            return None
+        first, second = attributions.argsort(descending=True)[:2].tolist()
+        known, merged = self._merged(weight[:, [first]] - weight[:, [second]])
+        difference = float(attributions[first] - attributions[second])
+        found: dict[str, Any] = {"first": first, "second": second}
+        if not self.rung.is_sampled:
+            lower, _ = interval_of(
+                merged, known["lower"].sum(1)[:, None], known["upper"].sum(1)[:, None]
+            )
+            return found | {"is_told_apart": bool(lower[0, 0] > 0)}
+        error = float((known["variances"].sum(1) @ merged[:, 0].square()).sqrt())
+        times = (TWO * error / difference) ** 2 if difference > 0 else math.inf
+        return found | {
+            "is_told_apart": difference > TWO * error,
+            "times_as_many_answers": times if math.isfinite(times) else None,
+        }
+
+    def _merged(self, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """What is known of distinct coalitions, and the weights of each."""
         # A coalition that comes twice is one unknown value, not two.
         numbers = {d: i for i, d in enumerate(dict.fromkeys(self._in_order))}
         row_of = [numbers[d] for d in self._in_order]
@@ -181,16 +216,13 @@ class LadderScorer:
         }
         index = torch.tensor(row_of, dtype=torch.int64, device="cpu")
         merged = torch.zeros(len(numbers), weight.shape[1], dtype=weight.dtype, device="cpu")
-        merged = merged.index_add(0, index, weight)
-        if known["variances"].any():
-            return (known["variances"].T @ merged.square()).sqrt(), None
-        return None, interval_of(merged, known["lower"], known["upper"])
+        return known, merged.index_add(0, index, weight)
 
     def provenance(self) -> dict[str, Any]:
         """What provenance is to say of what was asked."""
         own = list(self._known.values())
         n_values = sum(len(one.values) for one in own)
-        n_censored = sum(a != b and v == b for one in own for v, a, b in _bounds(one))
+        n_censored = sum(one.n_censored for one in own)
         told: dict[str, Any] = {
             "rung": self.rung.name,
             "cannot_see": self.rung.blind,
@@ -200,14 +232,7 @@ class LadderScorer:
             "n_refusals": sum(one.n_refused for one in own),
             "n_answers": sum(one.n_samples for one in own),
         }
-        told |= {
-            name: getattr(self.rung, name)
-            for name in ("kind", "ceiling", "floor")
-            if hasattr(self.rung, name)
-        }
-        if isinstance(self.rung, TopK):
-            told["handshake"] = dict(self.rung.checks)
-        return told | self.asker.provenance()
+        return told | self.rung.told | self.asker.provenance()
 
     def progress(self) -> AbstractContextManager[None]:
         """Draws one bar over all coalitions within."""
@@ -215,12 +240,8 @@ class LadderScorer:
 
     @contextmanager
     def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
-        """Answers are kept by a cache, not by a journal."""
-        if open_journal is not None:
-            raise ValueError(
-                "`checkpoint` would be ignored: what a provider answers is kept by "
-                "`RemoteGenerationAttribution(cache='answers.sqlite')`."
-            )
+        """Answers are kept by the asker, each as it comes; no journal is opened."""
+        del open_journal
         yield
 
     def forecast(self, n_rows: int) -> None:
@@ -228,8 +249,14 @@ class LadderScorer:
         self._bar.note(f"about {n_rows} more coalitions" if n_rows > 0 else "")
 
 
-def _bounds(one: Scored) -> Sequence[tuple[float, float, float]]:
-    return list(zip(one.values, one.lower, one.upper, strict=True))
+def as_messages(tokenizer: Any, ids: Sequence[int]) -> list[dict[str, str]]:
+    """A prompt as messages."""
+    special = getattr(tokenizer, "bos_token_id", None)
+    own = ids[1:] if ids and ids[0] == special else ids
+    found = messages_of(tokens.decode(tokenizer, own) if own else "")
+    # What is wholly absent is not sent; APIs refuse empty messages.
+    said = [message for message in found if message["content"].strip()]
+    return said or [{"role": "user", "content": " "}]
 
 
 def weights(name: str, plan: Plan) -> Tensor | None:

@@ -4,13 +4,17 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
 from captum_llm_ext.remote.chat_providers import Message, Prefill, Said, Speaker
 from captum_llm_ext.remote.transport import shown_url
+
+# A model's name and the fingerprint of its set-up, as it says itself with every answer.
+Identity = tuple[str | None, str | None]
 
 
 class BudgetError(RuntimeError):
@@ -61,26 +65,42 @@ class Cache:
         self._lock = threading.Lock()
         self._file = None
         if path is not None:
-            try:
-                self._file = sqlite3.connect(os.fspath(path), check_same_thread=False, timeout=30)
+            self._path = os.fspath(path)
+            with self._told():
+                self._file = sqlite3.connect(self._path, check_same_thread=False, timeout=30)
                 self._file.execute(
                     "CREATE TABLE IF NOT EXISTS answers (k TEXT PRIMARY KEY, v TEXT)"
                 )
                 self._file.commit()
-            except sqlite3.DatabaseError as error:
-                raise ValueError(
-                    f"`cache` is {os.fspath(path)!r}, which is no cache of answers ({error}): give "
-                    "another name."
-                ) from error
+
+    @contextmanager
+    def _told(self) -> Generator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # a full disk, a missing folder, no right
+            raise OSError(f"answers cannot be kept in {self._path!r}: {error}.") from error
+        except sqlite3.DatabaseError as error:
+            raise ValueError(
+                f"{self._path!r} is no file of answers ({error}): give another name."
+            ) from error
+
+    @property
+    def is_file(self) -> bool:
+        """Whether answers outlive the program."""
+        return self._file is not None
 
     def get(self, key: str) -> Said | None:
         """What was answered, if it is known."""
         with self._lock:
             found = self._known.get(key)
             if found is None and self._file is not None:
-                row = self._file.execute("SELECT v FROM answers WHERE k = ?", (key,)).fetchone()
+                with self._told():
+                    row = self._file.execute("SELECT v FROM answers WHERE k = ?", (key,)).fetchone()
                 found = None if row is None else str(row[0])
-        return None if found is None else Said.from_json(found)
+        try:
+            return None if found is None else Said.from_json(found)
+        except (ValueError, TypeError, KeyError, AttributeError):  # of another version, or damaged
+            return None
 
     def put(self, key: str, said: Said) -> None:
         """Keeps an answer, on disk before this returns."""
@@ -88,8 +108,10 @@ class Cache:
         with self._lock:
             self._known[key] = content
             if self._file is not None:
-                self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, content))
-                self._file.commit()
+                with self._told():
+                    row = (key, content)
+                    self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", row)
+                    self._file.commit()
 
 
 class Asker:
@@ -106,25 +128,13 @@ class Asker:
         self.way: Prefill = "none"
         self._cache, self._lock = cache, threading.Lock()
         url = getattr(speaker, "api_url", None)
-        self._who = [
-            type(speaker).__name__,
-            getattr(speaker, "model_name", None),
-            shown_url(url) if isinstance(url, str) else None,
-        ]
+        own = [type(speaker).__name__, getattr(speaker, "model_name", None)]
+        self._who = [*own, shown_url(url) if isinstance(url, str) else None]
+        self._identities: list[Identity] = []  # of those that have answered
 
-    def one(
-        self,
-        messages: Sequence[Message],
-        *,
-        n_tokens: int,
-        temperature: float,
-        prefill: str = "",
-        top: int = 0,
-    ) -> Said:
-        """The first answer; see `Speaker.say`."""
-        return self.many(
-            messages, range(1), n_tokens=n_tokens, temperature=temperature, prefill=prefill, top=top
-        )[0]
+    def one(self, messages: Sequence[Message], **how: Any) -> Said:
+        """The first answer; see `many`."""
+        return self.many(messages, range(1), **how)[0]
 
     def many(
         self,
@@ -135,38 +145,65 @@ class Asker:
         temperature: float,
         prefill: str = "",
         top: int = 0,
+        bias: Mapping[int, float] | None = None,
+        at_once: bool = False,
     ) -> list[Said]:
         """Answers of these numbers, from 0; each number is another draw.
+
+        Answers that are kept are given if they are of a model that answers now: the first question
+        is always asked, for nothing else tells which one that is.
+
+        Args:
+            messages, n_tokens, temperature, prefill, top: As of `Speaker.say`.
+            numbers: Those wanted.
+            bias: Added to the logits of token ids, by providers that take it.
+            at_once: Whether to be content with what one request gives.
 
         Raises:
             BudgetError: If one more request is not allowed.
         """
-        about = [self._who, self.way if prefill else None, list(map(dict, messages)), prefill]
-        about += [n_tokens, temperature, top]
-        keys = [_digest([*about, number]) for number in numbers]
-        found = [self._cache.get(key) for key in keys]
-        with self._lock:
-            self.spent.n_cached += sum(one is not None for one in found)
+        about: list[Any] = [self.way if prefill else None, list(map(dict, messages)), prefill]
+        about += [n_tokens, temperature, top, sorted((bias or {}).items())]
+        how: dict[str, Any] = {"n_tokens": n_tokens, "temperature": temperature, "prefill": prefill}
+        how |= {"way": self.way, "top": top} | ({"bias": bias} if bias else {})
+        # Who answers is not known before somebody has.
+        asks_anyway = not self._identities
+        found = self._kept(about, numbers)
         while None in found:
             first = found.index(None)
             n = sum(one is None for one in found[first:])
             self._allow()
-            said = self.speaker.say(
-                messages,
-                n_tokens=n_tokens,
-                temperature=temperature,
-                prefill=prefill,
-                way=self.way,
-                top=top,
-                n=n,
-                seed=numbers[first],
-            )
+            said = self.speaker.say(messages, n=n, seed=numbers[first], **how)
             self._count(said)
+            identities = [self._met(one) for one in said]
+            if asks_anyway:
+                found, asks_anyway = self._kept(about, numbers), False
             places = [i for i, one in enumerate(found) if one is None]
-            for place, one in zip(places, said, strict=False):
-                self._cache.put(keys[place], one)
+            for place, one, who in zip(places, said, identities, strict=False):
+                self._cache.put(self._key(who, about, numbers[place]), one)
                 found[place] = one
+            if at_once:
+                break
         return [one for one in found if one is not None]
+
+    def _met(self, said: Said) -> Identity:
+        who = (said.model, said.fingerprint)
+        with self._lock:
+            if who not in self._identities:
+                self._identities.append(who)
+        return who
+
+    def _key(self, who: Identity, about: Sequence[Any], number: int) -> str:
+        return _digest([self._who, who, *about, number])
+
+    def _kept(self, about: Sequence[Any], numbers: range) -> list[Said | None]:
+        found: list[Said | None] = []
+        for number in numbers:
+            keys = [self._key(who, about, number) for who in list(self._identities)]
+            found.append(next((s for k in keys if (s := self._cache.get(k)) is not None), None))
+        with self._lock:
+            self.spent.n_cached += sum(one is not None for one in found)
+        return found
 
     def _allow(self) -> None:
         with self._lock:

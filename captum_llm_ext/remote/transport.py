@@ -33,6 +33,8 @@ _INVALID = ("validation error", "invalid_request_error", "badrequesterror")
 _MOST_BYTES = 2**24
 _SHORTEST_SECRET = 6
 _STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
+# What a server says that does not know an argument, or an endpoint.
+UNKNOWN_ARGUMENT = (None, 400, 404, 422, 501)
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
 

@@ -1,7 +1,9 @@
 """`RemoteGenerationAttribution`: captum's remote attribution, by what the provider tells."""
 
 import copy
+import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast, get_args
@@ -13,18 +15,21 @@ from torch import Tensor
 
 from captum_llm_ext.attribution.game import Game, Inspect, Outcome, Run
 from captum_llm_ext.attribution.generation import GenerationAttribution
-from captum_llm_ext.attribution.remote.rungs import (
+from captum_llm_ext.attribution.remote.rung_choice import (
     PROMPT,
-    SIMILAR,
     TARGET,
-    Rungs,
+    Climbed,
+    RungChoice,
+    RungName,
     RungSettings,
 )
 from captum_llm_ext.attribution.target import Skipped
 from captum_llm_ext.base.arguments import check_counts
+from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.contrast import Contrast, scored
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
 from captum_llm_ext.remote.chat_providers import Speaker
+from captum_llm_ext.remote.estimate import LENGTHS, Counter, Estimate, finite, n_new
 from captum_llm_ext.remote.ladder import LadderScorer, weights
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.remote.metered import Cache, as_limits
@@ -35,19 +40,9 @@ from captum_llm_ext.remote.providers import (
     adapt_provider,
     describe_provider,
 )
-from captum_llm_ext.remote.rung_choice import (
-    LENGTHS,
-    Climbed,
-    Counter,
-    Estimate,
-    finite,
-    n_new,
-)
-from captum_llm_ext.remote.rungs import (
-    Similar,
-    TopK,
-)
 from captum_llm_ext.remote.scorer import RemoteScorer
+from captum_llm_ext.remote.similarities import SIMILAR, Similar
+from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.inputs import Prompt
@@ -57,7 +52,7 @@ from captum_llm_ext.text.segment import Unit
 _SEVERAL = ("n", "num_return_sequences")
 
 
-RemoteTarget = Literal["log_prob", "prob", "contrast", "auto", "frequency", "similarity"]
+RemoteTarget = Literal["log_prob", "prob", "contrast", "auto", "label", "frequency", "similarity"]
 
 
 class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
@@ -107,7 +102,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             ``ShapleyValueSampling(RemoteLLMAttribution.placeholder_model)``.
         tokenizer: The model's tokenizer.
         provider: Whom to ask.
-        attr_target: ``"log_prob"`` in nats, ``"prob"``, ``"frequency"`` in log-odds,
+        attr_target: ``"log_prob"`` in nats, ``"prob"``, ``"label"`` (how much likelier one label is
+            than another as the answer's first token, in nats), ``"frequency"`` in log-odds,
             ``"similarity"`` from 0 to 1, or ``"auto"``. Or ``"contrast"`` against foils, for
             providers that take ids: a foil that the provider does not tell among the likeliest is
             asked for by itself. Foils are found (before the place alone) where it tells them.
@@ -122,10 +118,19 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         most_requests: A warning tells beforehand if more are to be sent at a time than this, and
             than coalitions.
         top_logprobs: How many of the likeliest tokens are asked for at each step.
-        n_answers: Answers drawn per coalition: by default 50 for a frequency, 16 for a similarity.
+        n_answers: Answers drawn per coalition. By default 50 for a frequency and 16 for a
+            similarity, and up to four times as many while the strongest cause is not told from the
+            next; a warning says where it still is not.
         predicate: For a frequency: whether a text is the answer; by default whether it is equal.
-        similarity: ``"lexical"`` (characters in common), ``"f1"`` (words in common), or a callable
-            ``(text, answer) -> float`` from 0 to 1: an embedding, a judge.
+        similarity: ``"lexical"`` (words and runs of letters in common), ``"f1"`` (words),
+            ``"difflib"`` (characters, in order), or a callable ``(text, answer) -> float`` from 0
+            to 1: an embedding, a judge.
+        labels: For ``"label"``: the label that is explained, and the one that it is held against.
+            By default (or None for one) `target`, or what the model would write; and the likeliest
+            other first token.
+        rung: In place of the highest that bears: ``"forced"`` (log-probabilities of prompts),
+            ``"stepwise"`` (of any given next token, by ``logit_bias``: wants `tokenizer`),
+            ``"top-k"``, ``"label"``, ``"frequency"``, ``"similarity"``.
         max_requests, max_usd: What may be spent below the first rung; then it stops with a
             `RuntimeError`, and the same call with more goes on from there.
         prices: US dollars per million tokens read, and written.
@@ -152,7 +157,9 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         top_logprobs: int = 20,
         n_answers: int | None = None,
         predicate: Callable[[str], bool] | None = None,
-        similarity: Literal["lexical", "f1"] | Similar = "lexical",
+        similarity: Literal["lexical", "f1", "difflib"] | Similar = "lexical",
+        labels: tuple[str | None, str | None] | None = None,
+        rung: RungName | None = None,
         max_requests: int | None = None,
         max_usd: float | None = None,
         prices: Sequence[float] | None = None,
@@ -173,8 +180,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         if explained not in get_args(RemoteTarget) and not isinstance(explained, Contrast):
             raise ValueError(
                 f"`attr_target` is {attr_target!r}: an API tells log-probabilities, so give "
-                "'log_prob', 'prob' or a contrast; or 'frequency', 'similarity' or 'auto'. Logits "
-                "and callables need the model itself: `GenerationAttribution`."
+                "'log_prob', 'prob' or a contrast; or 'label', 'frequency', 'similarity' or "
+                "'auto'. Logits and callables need the model itself: `GenerationAttribution`."
             )
         if max_concurrency is not None and not (
             isinstance(max_concurrency, int) and max_concurrency > 0
@@ -186,11 +193,18 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             raise ValueError(f"`on_mismatch` is {on_mismatch!r}: give 'error' or 'warn'.")
         if not callable(similarity) and similarity not in SIMILAR:
             raise ValueError(
-                f"`similarity` is {similarity!r}: give 'lexical', 'f1' or a function of two texts."
+                f"`similarity` is {similarity!r}: give 'lexical', 'f1', 'difflib' or a function of "
+                "two texts."
             )
         check_counts(top_logprobs=top_logprobs, n_answers=n_answers)
         if predicate is not None and attr_target not in ("frequency", "auto"):
             raise ValueError('`predicate` would be ignored: it is of `attr_target="frequency"`.')
+        if labels is not None and (attr_target != "label" or len(labels) != 2):
+            raise ValueError(
+                f"`labels` is {labels!r}: it is a pair, the label that is explained and the one "
+                'that it is held against, of `attr_target="label"`.'
+            )
+        _check_rung(rung, attr_target)
         # This refuses what is no provider.
         if not isinstance(provider, Speaker):
             takes_ids = adapt_provider(provider, tokenizer, max_concurrency, on_mismatch).takes_ids
@@ -220,8 +234,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             n_answers=n_answers,
             predicate=predicate,
             similarity=similarity,
+            labels=labels or (None, None),
             max_concurrency=max_concurrency,
         )
+        self._rung: RungName | None = rung
         self._climbed: Climbed | None = None
         self._counter: Counter | None = None
 
@@ -267,23 +283,19 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 goes on from there.
         """
         feature_mask: Tensor | None = arguments.get("feature_mask")
-        climbed = self._rungs.climb(inp, feature_mask, target, gen_args)
+        choice = self._choice
+        climbed = choice.climb(
+            inp, feature_mask, target, gen_args, lambda: self._cache(arguments.get("checkpoint"))
+        )
         if climbed is not None:
             if output_unit is not None:
                 raise ValueError(
                     "`output_unit` needs log-probabilities of prompts, and this provider tells "
                     f"less: {climbed.rung.name} holds the answer fixed. Leave it out."
                 )
-            return super(RemoteGenerationAttribution, self._on(climbed)).attribute(
-                inp,
-                target,
-                num_trials,
-                gen_args,
-                use_cached_outputs,
-                _inspect_forward,
-                forward_in_tokens,
-                output_unit=None,
-                **arguments,
+            rest = {k: v for k, v in arguments.items() if k != "checkpoint"}
+            return self._attributed(
+                climbed, (inp, target, num_trials, gen_args, True, _inspect_forward), rest
             )
         if self.attr_target == "auto":
             own = copy.copy(self)
@@ -297,17 +309,59 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 f"{type(self.provider).__name__} takes texts. Leave it out to hold the generated "
                 "text fixed."
             )
-        return super().attribute(
-            inp,
-            target,
-            num_trials,
-            gen_args,
-            use_cached_outputs,
-            _inspect_forward,
-            forward_in_tokens,
-            output_unit=output_unit,
-            **arguments,
+        try:
+            return super().attribute(
+                inp,
+                target,
+                num_trials,
+                gen_args,
+                use_cached_outputs,
+                _inspect_forward,
+                forward_in_tokens,
+                output_unit=output_unit,
+                **arguments,
+            )
+        except ApiError as error:
+            said = choice.instead(error, inp, feature_mask)
+            error.args = (f"{error.args[0]}{said}", *error.args[1:])
+            raise
+
+    def _attributed(
+        self, climbed: Climbed, given: tuple[Any, ...], arguments: Mapping[str, Any]
+    ) -> GenerationAttributionResult:
+        """On a rung: with more answers where those drawn do not tell the first cause."""
+        on, rung = self._on(climbed), climbed.rung
+        while True:
+            result = GenerationAttribution.attribute(on, *given, output_unit=None, **arguments)
+            apart = result.provenance["first_cause"]
+            if not rung.is_sampled or apart is None or apart["is_told_apart"]:
+                return result
+            if not rung.draw_more():
+                break
+            climbed.scorer.forget()  # the rung knows more of every coalition now
+        more = apart["times_as_many_answers"]
+        wanted = (
+            ""
+            if more is None
+            else f" About {math.ceil(more * rung.n_answers)} answers each would do."
         )
+        names = [repr(result.input_tokens[apart[which]]) for which in ("first", "second")]
+        warnings.warn(
+            f"not distinguishable: of {rung.n_answers} answers each, {names[0]} is the strongest "
+            f"cause and {names[1]} the next, less than two standard errors apart.{wanted}",
+            stacklevel=stacklevel_of_caller(),
+        )
+        return result
+
+    def _cache(self, checkpoint: str | os.PathLike[str] | None) -> Cache:
+        """Where answers are kept, each as it comes: a checkpoint is a file of answers as well."""
+        if checkpoint is None:
+            return self._rung_settings.cache
+        if self._rung_settings.cache.is_file:
+            raise ValueError(
+                "`checkpoint` and `cache` are both files of answers here: give one of them."
+            )
+        return Cache(checkpoint)
 
     def estimate(
         self,
@@ -329,10 +383,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         Raises:
             ValueError, TypeError: As `attribute` does before it sends anything.
         """
-        name = self._rungs.wanted(probe=False)
         tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
-        if name == "forced" and tokenizer is None:
-            raise ValueError("give the model's `tokenizer`: prompts are scored token by token.")
         n_most = n_new(gen_args, target)
         vocabulary = tokenizer if isinstance(tokenizer, PlainTokenizer) else None
         vocabulary = vocabulary or OpenVocabulary(tokenizer)
@@ -345,7 +396,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         super(RemoteGenerationAttribution, counting).attribute(
             inp, torch.tensor(ids, dtype=torch.int64, device="cpu"), output_unit=None, **arguments
         )
-        return self._rungs.reckoned(name, counter, tokenizer, target, n_most)
+        return self._choice.reckoned(counter, tokenizer, target, n_most)
 
     def handshake(self, prompt: str = PROMPT, target: str = TARGET) -> dict[str, Any]:
         """Finds out whether the provider's log-probabilities can be believed: those of prompts, or,
@@ -365,13 +416,18 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 `ApiError` as well.)
             ConnectionError, RuntimeError: If the provider gives up.
         """
-        return self._rungs.handshake(prompt, target)
+        return self._choice.handshake(prompt, target)
 
     @property
-    def _rungs(self) -> Rungs:
+    def _choice(self) -> RungChoice:
         """What the provider may be asked for; another `attr_target` or tokenizer asks for less."""
-        return Rungs(
-            self.provider, self.tokenizer, self.attr_target, self._source, self._rung_settings
+        return RungChoice(
+            self.provider,
+            self.tokenizer,
+            self.attr_target,
+            self._rung,
+            self._source,
+            self._rung_settings,
         )
 
     def _on(self, climbed: Climbed) -> "RemoteGenerationAttribution":
@@ -400,13 +456,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             )
         if target is not None and not target.strip():
             raise ValueError("the target is empty: give a text.")
-        rung, asker = climbed.rung, climbed.scorer.asker
-        top = self._rung_settings.top_logprobs if isinstance(rung, TopK) else 0
-        if target is None:
-            said = asker.one(climbed.full, n_tokens=climbed.n_tokens, temperature=0.0, top=top)
-            texts = [step.text for step in said.steps if step.text] if top else [said.text]
-        else:
-            texts = rung.cut(climbed.full, target) if isinstance(rung, TopK) else [target]
+        rung = climbed.rung
+        texts = rung.target(climbed.full, target)
         if not any(text.strip() for text in texts):
             raise ValueError("the model wrote nothing: give a `target`.")
         rung.begin(climbed.full, climbed.empty, texts)
@@ -429,8 +480,11 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             "value_interval": finite(torch.stack([known["lower"], known["upper"]])),
             "token_attr_interval": None,
             "rungs_refused": dict(self._climbed.refused),
+            "first_cause": None,
         }
         if weight is not None:
+            whole = outcome.solution.attributions.double().sum(0)
+            told["first_cause"] = scorer.told_apart(weight, whole)
             errors, ends = scorer.uncertainty(weight)
             if errors is not None:
                 # Of estimates, standard errors have this noise in them.
@@ -522,6 +576,22 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
     def _numbers(self) -> Tensor:
         return torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+def _check_rung(rung: object, attr_target: object) -> None:
+    """Refuses a rung that does not tell what is explained.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if rung is None:
+        return
+    if rung not in get_args(RungName):
+        known = ", ".join(map(repr, get_args(RungName)))
+        raise ValueError(f"`rung` is {rung!r}: give one of {known}.")
+    of = rung if rung in ("label", "frequency", "similarity") else "log_prob"
+    if attr_target not in ("auto", of):
+        raise ValueError(f"`rung={rung!r}` tells {of!r}, and `attr_target` is {attr_target!r}.")
 
 
 def _check_contrast(contrast: Contrast, provider: Any, takes_ids: bool) -> None:

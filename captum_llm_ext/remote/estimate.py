@@ -1,4 +1,4 @@
-"""What an attribution stands on below the first rung, and what it would take to stand there."""
+"""What an attribution would take on a rung: counted, and nothing is sent."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,6 @@ from captum_llm_ext.model import TokenRow
 from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.scoring.progress import ProgressBar
 from captum_llm_ext.remote.ladder import LadderScorer
-from captum_llm_ext.remote.rungs import Rung
 from captum_llm_ext.text.inputs import Prompt
 
 LENGTHS = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
@@ -35,19 +34,6 @@ class Estimate:
     tokens_in: int
     tokens_out: int
     usd: float | None
-
-
-@dataclass(frozen=True)
-class Climbed:
-    """The rung that an attribution stands on, below the first."""
-
-    rung: Rung
-    scorer: LadderScorer
-    tokenizer: Any
-    full: list[dict[str, str]]
-    empty: list[dict[str, str]]
-    n_tokens: int
-    refused: Mapping[str, str]
 
 
 class Counter(LadderScorer):

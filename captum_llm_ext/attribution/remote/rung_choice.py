@@ -1,0 +1,330 @@
+"""Which rung of the ladder an attribution stands on: how much of a model its provider tells."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from captum.attr import InterpretableInput
+from torch import Tensor
+
+from captum_llm_ext.contrast import Contrast
+from captum_llm_ext.remote.chat_providers import Speaker, as_chat, speaker
+from captum_llm_ext.remote.completions import CompletionsProvider
+from captum_llm_ext.remote.estimate import (
+    CHARACTERS_PER_TOKEN,
+    Counter,
+    Estimate,
+    n_new,
+    rendered,
+)
+from captum_llm_ext.remote.handshake import handshake
+from captum_llm_ext.remote.label import Label
+from captum_llm_ext.remote.ladder import LadderScorer, as_messages
+from captum_llm_ext.remote.metered import Asker, Cache, Limits
+from captum_llm_ext.remote.providers import ProviderAdapter, TokenProvider
+from captum_llm_ext.remote.rung import Rung
+from captum_llm_ext.remote.sampled import Frequency, Similarity
+from captum_llm_ext.remote.similarities import SIMILAR, Similar
+from captum_llm_ext.remote.stepwise import N_TRIES, Forced, TopK
+from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.inputs import ChatInput, Prompt, as_prompt
+from captum_llm_ext.text.plain_tokenizer import OpenVocabulary, PlainTokenizer
+
+PROMPT, TARGET = "One, two, three, four, five, six,", " seven, eight"
+RungName = Literal["forced", "stepwise", "top-k", "label", "frequency", "similarity"]
+_LOG_PROBS: tuple[RungName, ...] = ("forced", "stepwise", "top-k")
+# Answers per coalition, to begin with and at most, while the first cause is not told from others.
+_N_ANSWERS = {"frequency": (50, 200), "similarity": (16, 64)}
+# How users ask for a rung.
+ASKED_BY: Mapping[str, str] = {
+    "forced": 'attr_target="log_prob"',
+    "stepwise": 'rung="stepwise"',
+    "top-k": 'rung="top-k"',
+    "label": 'attr_target="label"',
+    "frequency": 'attr_target="frequency"',
+    "similarity": 'attr_target="similarity"',
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungSettings:
+    """How a provider is asked below the first rung: see `RemoteGenerationAttribution`."""
+
+    cache: Cache
+    limits: Limits
+    top_logprobs: int
+    n_answers: int | None
+    predicate: Callable[[str], bool] | None
+    similarity: str | Similar
+    labels: tuple[str | None, str | None]
+    max_concurrency: int | None
+
+
+@dataclass(frozen=True)
+class Climbed:
+    """The rung that an attribution stands on, below the first.
+
+    Attributes:
+        rung: It.
+        scorer: Scores rows by it.
+        tokenizer: Spells them.
+        full, empty: The prompt with everything and with nothing present, as messages.
+        refused: Higher rungs, and why they do not bear.
+    """
+
+    rung: Rung
+    scorer: LadderScorer
+    tokenizer: Any
+    full: list[dict[str, str]]
+    empty: list[dict[str, str]]
+    refused: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class RungChoice:
+    """What one provider may be asked for.
+
+    Attributes:
+        provider: Whom to ask.
+        tokenizer: The model's; None where nobody has it.
+        attr_target: What the user wants to be told.
+        rung: The rung that the user wants to stand on; None: the highest that bears.
+        source: The provider as one that tells log-probabilities of prompts.
+        settings: How it is asked for less.
+    """
+
+    provider: Any
+    tokenizer: Any
+    attr_target: Any
+    rung: RungName | None
+    source: Callable[[], ProviderAdapter]
+    settings: RungSettings
+
+    def handshake(self, prompt: str, target: str) -> dict[str, Any]:
+        """See `RemoteGenerationAttribution.handshake`."""
+        own = self.names[0]
+        who = speaker(self.provider)
+        if own != "forced" and who is not None:
+            messages = [{"role": "user", "content": prompt}]
+            rung = self._rung(own, self._asker(who), self.tokenizer, n_tokens=1, gen_args=None)
+            rung.meet(messages)
+            about: Any = rung.told.get("handshake", {})
+            return {"way": own, "checks": dict(about)}
+        ids = tokens.encode(self.tokenizer, prompt).ids
+        after = tokens.encode_in_place(self.tokenizer, target, prompt[-tokens.CONTEXT :])
+        found = handshake(self.source(), ids, after)
+        return {} if found is None else found.to_dict()
+
+    @property
+    def names(self) -> list[RungName]:
+        """The rungs that may be stood on, highest first."""
+        if self.rung is not None:
+            return [self.rung]
+        if self.attr_target in ("frequency", "similarity", "label"):
+            return [self.attr_target]
+        own: list[RungName] = []
+        if self._has_tokenizer(self.tokenizer):
+            tells = callable(getattr(self.provider, "get_logprobs", None))
+            if tells or isinstance(self.provider, TokenProvider):
+                own.append("forced")
+            if getattr(speaker(self.provider), "takes_bias", False):
+                own.append("stepwise")
+        own.append("top-k")
+        if self.attr_target == "auto":
+            return [*own, "frequency"]
+        return ["forced"] if "forced" in own else own
+
+    def climb(
+        self,
+        inp: InterpretableInput,
+        feature_mask: Tensor | None,
+        target: object,
+        gen_args: Mapping[str, Any] | None,
+        cache: Callable[[], Cache],
+    ) -> Climbed | None:
+        """The rung to stand on; None for log-probabilities of prompts.
+
+        Args:
+            inp, feature_mask, target, gen_args: As of `RemoteGenerationAttribution.attribute`.
+            cache: Where answers are to be kept, if it comes to that.
+
+        Raises:
+            ApiError: If none bears; it says which other one would.
+        """
+        names = self.names
+        if names == ["forced"]:
+            return None
+        tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
+        if tokenizer is None:
+            raise TypeError(
+                "the input has no tokenizer: give `TextSegmentInput(text, None)` or "
+                "`ChatInput(messages, None)`."
+            )
+        is_chat = isinstance(inp, ChatInput) and not isinstance(tokenizer, PlainTokenizer)
+        if is_chat and not isinstance(self.provider, CompletionsProvider):
+            raise TypeError(
+                "the chat was put into a template already, and the server has its own: give "
+                "`ChatInput(messages, None)`, which is sent as messages."
+            )
+        prompt = as_prompt(inp, tokenizer, feature_mask)
+        refused: dict[str, str] = {}
+        for name in names:
+            try:
+                if name == "forced":
+                    ids = rendered(prompt, True)
+                    handshake(self.source(), ids[:-1] or ids, ids[-1:])
+                    return None
+                return self._stand(name, prompt, tokenizer, target, gen_args, cache, refused)
+            except ApiError as error:
+                if error.status not in UNKNOWN_ARGUMENT or name == names[-1]:
+                    said = self.instead(error, inp, feature_mask)
+                    error.args = (f"{error.args[0]}{said}", *error.args[1:])
+                    raise
+                refused[name] = str(error)
+        return None
+
+    def _stand(
+        self,
+        name: RungName,
+        prompt: Prompt,
+        tokenizer: Any,
+        target: object,
+        gen_args: Mapping[str, Any] | None,
+        cache: Callable[[], Cache],
+        refused: Mapping[str, str],
+    ) -> Climbed:
+        if isinstance(self.attr_target, Contrast):
+            raise ValueError(
+                "a contrast needs log-probabilities of prompts, and the provider tells none: "
+                '`attr_target="label"` would hold one label against another.'
+            )
+        if self.attr_target == "prob":
+            raise ValueError(
+                'probabilities need log-probabilities of prompts: give `attr_target="log_prob"`, '
+                "of which some are bounds, or 'frequency'."
+            )
+        who = speaker(self.provider)
+        if who is None:
+            raise TypeError(
+                f"{type(self.provider).__name__} cannot be sent messages: give a `ChatProvider`, "
+                "`AnthropicProvider`, `CallableProvider` or `CompletionsProvider`"
+                + "".join(f". {said}" for said in refused.values())
+            )
+        is_plain = isinstance(tokenizer, PlainTokenizer)
+        vocabulary = tokenizer if is_plain else OpenVocabulary(tokenizer)
+        asker = self._asker(who, cache())
+        n_tokens = n_new(gen_args, target if isinstance(target, str) else None)
+        own = self.tokenizer if self._has_tokenizer(self.tokenizer) else tokenizer
+        rung = self._rung(name, asker, own, n_tokens=n_tokens, gen_args=gen_args)
+        n_threads = self.settings.max_concurrency or who.max_concurrency
+        scorer = LadderScorer(rung, asker, vocabulary, n_threads=n_threads, show_progress=False)
+        full, empty = (as_messages(vocabulary, rendered(prompt, on)) for on in (True, False))
+        rung.meet(full)
+        return Climbed(rung, scorer, vocabulary, full, empty, dict(refused))
+
+    def instead(self, error: ApiError, inp: InterpretableInput, feature_mask: Tensor | None) -> str:
+        """What would work with a provider that has refused, found out by asking it.
+
+        Returns:
+            A sentence to be added to the error; nothing where it knows of nothing, or where the
+            refusal is not about what was asked for.
+        """
+        tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
+        if error.status not in UNKNOWN_ARGUMENT or tokenizer is None:
+            return ""
+        full = as_messages(tokenizer, rendered(as_prompt(inp, tokenizer, feature_mask), True))
+        for who, how in ((speaker(self.provider), ""), (as_chat(self.provider), "ChatProvider")):
+            if who is None:
+                continue
+            name = self._first_that_works(who, full)
+            if name is not None:
+                by = f" of a `{how}`" if how else ""
+                return f" With this server `{ASKED_BY[name]}`{by} would work."
+        return ""
+
+    def _first_that_works(self, who: Speaker, full: Sequence[Mapping[str, str]]) -> str | None:
+        names: tuple[RungName, ...] = get_args(RungName)
+        below = names[names.index(self.names[-1]) + 1 :]
+        for name in below:
+            if name in ("stepwise", "similarity"):
+                continue
+            asker = self._asker(who)
+            try:
+                if name == "frequency":
+                    return name if asker.one(full, n_tokens=8, temperature=1.0).text else None
+                self._rung(name, asker, None, n_tokens=1, gen_args=None).meet(full)
+            except (ApiError, ConnectionError):
+                continue
+            return name
+        return None
+
+    def reckoned(
+        self, counter: Counter, tokenizer: Any, target: str | None, n_most: int
+    ) -> Estimate:
+        """What an attribution takes at most, on the dearest rung that it may come to.
+
+        Args:
+            counter: Has counted its coalitions, and the tokens of their prompts.
+            tokenizer: Of the input.
+            target: What is explained, if it is given.
+            n_most: Tokens of what the model writes, if it is not.
+        """
+        name = self.names[-1]
+        if name == "top-k" and "stepwise" in self.names:
+            name = "stepwise"
+        per_token = 1.0 if not isinstance(tokenizer, PlainTokenizer) else 1.3  # words to tokens
+        read = counter.n_read * per_token
+        n_target = n_most if target is None else max(1, round(len(target) / CHARACTERS_PER_TOKEN))
+        n = counter.n_evaluations
+        if name == "forced":
+            n_calls, n_in, n_out = n, read + n * n_target, n
+        elif name in ("top-k", "stepwise", "label"):
+            n_target = 1 if name == "label" else n_target
+            tries = 1 + (N_TRIES if name == "stepwise" else 0)
+            n_calls = n * n_target * tries
+            n_in = (read * n_target + n * n_target * (n_target - 1) / 2) * tries
+            n_out = n_calls
+        else:
+            n_answers = self.settings.n_answers or _N_ANSWERS[name][1]
+            n_calls, n_in, n_out = n * n_answers, read * n_answers, n * n_answers * n_most
+        return Estimate(
+            n, n_calls, round(n_in), round(n_out), self.settings.limits.usd(n_in, n_out)
+        )
+
+    def _asker(self, who: Speaker, cache: Cache | None = None) -> Asker:
+        return Asker(who, cache or self.settings.cache, self.settings.limits)
+
+    def _has_tokenizer(self, tokenizer: Any) -> bool:
+        return tokenizer is not None and not isinstance(tokenizer, PlainTokenizer)
+
+    def _rung(
+        self,
+        name: RungName,
+        asker: Asker,
+        tokenizer: Any,
+        *,
+        n_tokens: int,
+        gen_args: Mapping[str, Any] | None,
+    ) -> Rung:
+        top = self.settings.top_logprobs
+        if name == "stepwise":
+            if not self._has_tokenizer(tokenizer):
+                raise ValueError(
+                    'the rung "stepwise" biases token ids: give the model\'s `tokenizer`, or '
+                    '`rung="top-k"`.'
+                )
+            return Forced(asker, top, n_tokens, tokenizer)
+        if name == "top-k":
+            return TopK(asker, top, n_tokens)
+        if name == "label":
+            return Label(TopK(asker, top, 1), self.settings.labels)
+        given = self.settings.n_answers
+        n = _N_ANSWERS[name] if given is None else (given, given)
+        temperature = float((gen_args or {}).get("temperature") or 1.0)
+        if name == "frequency":
+            return Frequency(asker, n, n_tokens, temperature, self.settings.predicate)
+        kind = self.settings.similarity
+        similar = kind if callable(kind) else SIMILAR[kind]
+        called = str(getattr(kind, "__name__", type(kind).__name__)) if callable(kind) else kind
+        return Similarity(asker, n, n_tokens, temperature, similar, called)

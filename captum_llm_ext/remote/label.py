@@ -1,0 +1,94 @@
+"""The rung that needs no beginning of an answer: two first tokens, compared."""
+
+import math
+from collections.abc import Sequence
+
+from captum_llm_ext.remote.chat_providers import Message
+from captum_llm_ext.remote.rung import Scored
+from captum_llm_ext.remote.stepwise import TopK
+
+
+class Label:
+    """How much likelier one label is than another as the first token of the answer.
+
+    Nothing has to be gone on with, so this works with every provider that tells log-probabilities.
+
+    Args:
+        by: How first tokens are looked up.
+        labels: The label that is explained and the one that it is held against; those that are
+            not given are what the model would write, and the likeliest other.
+    """
+
+    name = "label contrast"
+    attr_target = "label"
+    is_sampled = False
+    n_answers = 1
+
+    def __init__(self, by: TopK, labels: tuple[str | None, str | None]) -> None:
+        self._by, self._labels = by, labels
+        self._tokens: tuple[str, str] | None = None
+
+    @property
+    def blind(self) -> str:
+        """See `Rung.blind`."""
+        return f"only the first tokens of two labels are compared; {self._by.blind}"
+
+    @property
+    def told(self) -> dict[str, object]:
+        """See `Rung.told`."""
+        pair = None if self._tokens is None else list(self._tokens)
+        return self._by.told | {"labels": pair}
+
+    def meet(self, messages: Sequence[Message]) -> None:
+        """See `Rung.meet`."""
+        self._by.look(messages)
+
+    def target(self, messages: Sequence[Message], text: str | None) -> list[str]:
+        """See `Rung.target`: the label as a whole."""
+        top = self._by.likeliest(messages)
+        named = [name for name, _ in sorted(top, key=lambda pair: -pair[1]) if name.strip()]
+        label, other = text if text is not None else self._labels[0], self._labels[1]
+        first, second = (None if one is None else self._first(one, named) for one in (label, other))
+        first = first or next((name for name in named if name != second), None)
+        second = second or next((name for name in named if name != first), None)
+        if first is None or second is None or first == second:
+            raise ValueError(
+                f"the labels {label!r} and {other!r} both begin with {first!r}: nothing tells them "
+                "apart. Give `labels` with other first tokens."
+            )
+        self._tokens = first, second
+        return [label if label is not None else first]
+
+    def _first(self, label: str, named: Sequence[str]) -> str:
+        """The first token of a label, as the model would write it: mostly with a space, or none."""
+        spellings = dict.fromkeys([label, f" {label.lstrip()}", label.lstrip()])
+        for text in spellings:
+            fitting = [name for name in named if text.startswith(name)]
+            if fitting:
+                return max(fitting, key=len)
+        found = self._by.first_token(label)
+        if found is None:
+            raise ValueError(
+                f"the label {label!r} begins with none of the {len(named)} likeliest tokens after "
+                "the whole prompt, and how the model would write it is not known: give another, "
+                "or the model's `tokenizer`."
+            )
+        return found
+
+    def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
+        """See `Rung.begin`; values are no samples."""
+
+    def draw_more(self) -> bool:
+        """See `Rung.draw_more`: never, values are no samples."""
+        return False
+
+    def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
+        """See `Rung.score`."""
+        if self._tokens is None:
+            raise RuntimeError("`target` comes first.")
+        (a, a_low, a_high), (b, b_low, b_high) = (
+            self._by.value_of(messages, "", token) for token in self._tokens
+        )
+        lower = a_low - b_high
+        upper = math.inf if b_low == -math.inf else a_high - b_low
+        return Scored([a - b], [lower], [upper], [0.0])

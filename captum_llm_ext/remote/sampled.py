@@ -1,0 +1,293 @@
+"""Rungs of providers that tell text alone: how often the answer is given, how similar others."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from captum_llm_ext.remote.chat_providers import Message
+from captum_llm_ext.remote.metered import Asker
+from captum_llm_ext.remote.rung import IndistinguishableError, Scored
+from captum_llm_ext.remote.similarities import Similar
+from captum_llm_ext.remote.transport import ApiError
+
+# Samples of the full and the empty prompt that decide whether more are worth it.
+_FIRST = 8
+TWO = 2.0  # standard errors
+_N_RESAMPLED = 1000
+
+
+class _Sampled:
+    """What rungs that draw answers have in common.
+
+    Args:
+        asker: Whom to ask.
+        n: Answers per coalition, to begin with and at most.
+        n_tokens: Tokens of an answer at most.
+        temperature: Answers are drawn at.
+    """
+
+    is_sampled = True
+
+    def __init__(self, asker: Asker, n: tuple[int, int], n_tokens: int, temperature: float) -> None:
+        self._asker, (self.n_answers, self._most), self._n_tokens = asker, n, n_tokens
+        self._temperature = temperature
+        self._varies = False
+
+    @property
+    def told(self) -> dict[str, object]:
+        """See `Rung.told`."""
+        # Servers that ignore a temperature give one answer again and again: no error is seen then.
+        return {"n_answers_each": self.n_answers, "answers_vary": self._varies}
+
+    def meet(self, messages: Sequence[Message]) -> None:
+        """See `Rung.meet`: text is all that is asked for."""
+
+    def target(self, messages: Sequence[Message], text: str | None) -> list[str]:
+        """See `Rung.target`: the answer as a whole."""
+        if text is not None:
+            return [text]
+        said = self._asker.one(messages, n_tokens=self._n_tokens, temperature=0.0)
+        if said.is_refusal:
+            raise ValueError(f"the model refuses to answer ({said.text!r:.80}): give a `target`.")
+        return [said.text]
+
+    def draw_more(self) -> bool:
+        """See `Rung.draw_more`: twice as many, up to the most."""
+        before, self.n_answers = self.n_answers, min(2 * self.n_answers, self._most)
+        return self.n_answers > before
+
+    def _drawn(self, messages: Sequence[Message], numbers: range) -> tuple[list[str], int]:
+        """Answers that are none of them refusals, and how many were."""
+        said = self._asker.many(
+            messages, numbers, n_tokens=self._n_tokens, temperature=self._temperature
+        )
+        kept = [one.text for one in said if not one.is_refusal]
+        self._varies |= len(set(kept)) > 1
+        return kept, len(said) - len(kept)
+
+
+class Frequency(_Sampled):
+    """How often the answer is given: log-odds with Jeffreys' prior.
+
+    Args:
+        asker, n, n_tokens, temperature: See `_Sampled`.
+        predicate: Whether a text is the answer; by default whether it is equal, but for white space
+            at its ends.
+    """
+
+    name = attr_target = "frequency"
+    blind = (
+        "only changes in how often this very answer is given are seen, and only those that stand "
+        "out of the samples: log-odds of rare answers are rough"
+    )
+
+    def __init__(
+        self,
+        asker: Asker,
+        n: tuple[int, int],
+        n_tokens: int,
+        temperature: float,
+        predicate: Callable[[str], bool] | None,
+    ) -> None:
+        super().__init__(asker, n, n_tokens, temperature)
+        self._predicate = predicate
+
+    def _is_answer(self, text: str, target: list[str]) -> bool:
+        if self._predicate is not None:
+            return bool(self._predicate(text))
+        return text.strip() == target[0].strip()
+
+    def _count(
+        self, messages: Sequence[Message], numbers: range, target: list[str]
+    ) -> tuple[int, int, int]:
+        texts, n_refused = self._drawn(messages, numbers)
+        return sum(self._is_answer(text, target) for text in texts), len(texts), n_refused
+
+    def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
+        """See `Rung.begin`."""
+
+        def look(n: int) -> _Apart:
+            (k_full, n_full, _), (k_empty, n_empty, _) = (
+                self._count(messages, range(n), target) for messages in (full, empty)
+            )
+            if not n_full or not n_empty:
+                raise IndistinguishableError("every answer was a refusal: nothing can be counted.")
+            p, q = (k_full + 0.5) / (n_full + 1), (k_empty + 0.5) / (n_empty + 1)
+            said = (
+                f"the answer was given {k_full} of {n_full} times with the whole prompt and "
+                f"{k_empty} of {n_empty} times with none of it"
+            )
+            difference = k_full / n_full - k_empty / n_empty
+            return _Apart(difference, p * (1 - p) + q * (1 - q), n, said)
+
+        _check_apart(
+            look,
+            self._most,
+            "Give a shorter answer, a `predicate` that more texts satisfy, or "
+            "`attr_target='similarity'`.",
+        )
+
+    def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
+        """See `Rung.score`."""
+        half = max(self.n_answers // 2, min(_FIRST, self.n_answers))
+        k, n, n_refused = self._count(messages, range(half), target)
+        if not (n and k in (0, n) and n >= 3 * _FIRST):  # what is always so needs no more draws
+            more = self._count(messages, range(half, self.n_answers), target)
+            k, n, n_refused = k + more[0], n + more[1], n_refused + more[2]
+        value = math.log((k + 0.5) / (n - k + 0.5))
+        lower, upper = wilson(k, n)
+        variance = 1 / (k + 0.5) + 1 / (n - k + 0.5)
+        return Scored([value], [_logit(lower)], [_logit(upper)], [variance], n_refused, n)
+
+
+class Similarity(_Sampled):
+    """How similar to the answer what is written is, on average.
+
+    Args:
+        asker, n, n_tokens, temperature: See `_Sampled`.
+        similar: ``(text, answer) -> similarity``.
+        kind: What it is called.
+    """
+
+    name = attr_target = "similarity"
+    blind = "what leaves the answer as similar as before is not seen, whatever it means"
+
+    def __init__(
+        self,
+        asker: Asker,
+        n: tuple[int, int],
+        n_tokens: int,
+        temperature: float,
+        similar: Similar,
+        kind: str,
+    ) -> None:
+        super().__init__(asker, n, n_tokens, temperature)
+        self._similar, self.kind = similar, kind
+        self.ceiling: float | None = None
+        self.floor: float | None = None
+
+    @property
+    def told(self) -> dict[str, object]:
+        """See `Rung.told`: between the similarities of the empty and of the full prompt."""
+        about = {"kind": self.kind, "ceiling": self.ceiling, "floor": self.floor}
+        return super().told | about
+
+    def _found(
+        self, messages: Sequence[Message], numbers: range, target: list[str]
+    ) -> tuple[list[float], int]:
+        texts, n_refused = self._drawn(messages, numbers)
+        return [float(self._similar(text, target[0])) for text in texts], n_refused
+
+    def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
+        """See `Rung.begin`; notes the answer's similarity to itself, and the empty prompt's."""
+
+        def look(n: int) -> _Apart:
+            (a, _), (b, _) = (self._found(messages, range(n), target) for messages in (full, empty))
+            if not a or not b:
+                raise IndistinguishableError("every answer was a refusal: nothing is compared.")
+            self.ceiling, self.floor = _mean(a), _mean(b)
+            said = (
+                f"answers are {self.ceiling:.2f} similar to the target with the whole prompt, and "
+                f"{self.floor:.2f} with none of it"
+            )
+            return _Apart(self.ceiling - self.floor, _variance(a) + _variance(b), n, said)
+
+        _check_apart(look, self._most, "Give more `n_answers`, or another `similarity`.")
+
+    def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
+        """See `Rung.score`."""
+        found, n_refused = self._found(messages, range(self.n_answers), target)
+        if not found:
+            raise ApiError(
+                f"all {n_refused} answers to a coalition were refusals, which have no similarity: "
+                "give other baselines, or `attr_target='frequency'` with a `predicate` of them."
+            )
+        value, error = _mean(found), bootstrap(found)
+        spread = TWO * error
+        return Scored(
+            [value], [value - spread], [value + spread], [error**2], n_refused, len(found)
+        )
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """Where a probability lies at two standard errors, of `k` in `n` (Wilson 1927)."""
+    if not n:
+        return 0.0, 1.0
+    z2 = TWO**2
+    middle = (k + z2 / 2) / (n + z2)
+    spread = TWO * math.sqrt(k * (n - k) / n + z2 / 4) / (n + z2)
+    return (0.0 if k == 0 else middle - spread), (1.0 if k == n else middle + spread)
+
+
+def bootstrap(found: Sequence[float]) -> float:
+    """Standard error of a mean, from resampling; of few equal values it is not taken for 0."""
+    values = torch.tensor(found, dtype=torch.float64, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randint(
+        len(found), (_N_RESAMPLED, len(found)), generator=generator, device="cpu"
+    )
+    n = len(found)
+    # The n - 1 that resampling misses, and one imagined value of another kind.
+    grain = 0.5 / (n + 1)
+    error = float(values[picked].mean(1).std()) * math.sqrt(n / max(n - 1, 1))
+    return max(error, grain / math.sqrt(n))
+
+
+@dataclass(frozen=True, slots=True)
+class _Apart:
+    """How the full and the empty prompt differ, of `n` samples each."""
+
+    difference: float
+    variance: float
+    n: int
+    said: str
+
+    @property
+    def is_seen(self) -> bool:
+        return abs(self.difference) > TWO * math.sqrt(self.variance / self.n)
+
+    @property
+    def n_wanted(self) -> float:
+        """How many samples would tell this difference."""
+        if abs(self.difference) < 1e-9:
+            return math.inf
+        return math.ceil(TWO**2 * self.variance / self.difference**2)
+
+
+def _check_apart(look: Callable[[int], _Apart], most: int, advice: str) -> None:
+    """Refuses what a few samples do not tell apart, unless as many as may be drawn would.
+
+    Raises:
+        IndistinguishableError: If the full and the empty prompt are not told apart.
+    """
+    found = look(min(_FIRST, most))
+    if not found.is_seen and found.n_wanted <= most:
+        found = look(most)
+    if found.is_seen:
+        return
+    more = (
+        "No difference was seen at all: ten times as many may tell nothing either."
+        if math.isinf(found.n_wanted)
+        else f"About {found.n_wanted:.0f} samples of each would tell this difference."
+    )
+    raise IndistinguishableError(
+        f"{found.said}: they are not told apart, and no cause would be. {more} {advice}"
+    )
+
+
+def _logit(p: float) -> float:
+    if p <= 0:
+        return -math.inf
+    return math.inf if p >= 1 else math.log(p / (1 - p))
+
+
+def _mean(found: Sequence[float]) -> float:
+    return sum(found) / len(found)
+
+
+def _variance(found: Sequence[float]) -> float:
+    mean = _mean(found)
+    # A second value at the other end keeps few equal ones from looking certain.
+    return max(sum((v - mean) ** 2 for v in found) / max(len(found) - 1, 1), 1e-4)

@@ -1,0 +1,109 @@
+"""Whether what is told of written tokens can be believed: found out from a few of them."""
+
+import math
+from collections.abc import Sequence
+
+from captum_llm_ext.remote.chat_providers import Step
+from captum_llm_ext.remote.handshake import HandshakeError, surprise
+
+# Nats that two ways of telling a value may differ by: half precision in batches of other shapes.
+APART, APART_PER_NAT = 0.05, 0.01
+# Log 1 in float32, as rounded; and a sum of probabilities.
+_ABOVE_ONE, _MASS = 1e-6, 1e-3
+# How many standard errors the surprise of drawn tokens may be off.
+_DEVIATIONS = 4.5
+
+
+def is_same(value: float, other: float) -> bool:
+    """Whether two log-probabilities may be one, told twice."""
+    if math.isinf(value) or math.isinf(other):
+        return value == other
+    return abs(value - other) <= APART + APART_PER_NAT * max(abs(value), abs(other))
+
+
+def check_written(steps: Sequence[Step]) -> None:
+    """Looks at tokens that a model wrote greedily, with what was told of each.
+
+    Raises:
+        HandshakeError: If it cannot be; the message names what is wrong.
+    """
+    if not steps or not all(step.top for step in steps):
+        raise HandshakeError(
+            "the provider tells no log-probabilities of the tokens that it writes: only "
+            '`attr_target="frequency"` or "similarity" would work with it.'
+        )
+    for step in steps:
+        _check_distribution([value for _, value in step.top])
+    own = [_own(step) for step in steps]
+    is_own = [
+        value is not None and is_same(value, step.value)
+        for value, step in zip(own, steps, strict=True)
+    ]
+    is_greedy = [is_same(step.value, max(v for _, v in step.top)) for step in steps]
+    if all(is_own) and all(is_greedy):
+        return
+    raise HandshakeError(
+        "the log-probabilities that the provider tells of written tokens cannot be believed: "
+        f"{_misplaced(steps)}."
+    )
+
+
+def check_drawn(names: Sequence[str], top: Sequence[tuple[str, float]]) -> str:
+    """Whether tokens drawn at temperature 1 are as improbable as was told.
+
+    Args:
+        names: The tokens drawn.
+        top: What was told of that place.
+
+    Returns:
+        How it came out.
+
+    Raises:
+        HandshakeError: If they are not.
+    """
+    if len(names) < 2 or len(set(names)) == 1:
+        return "not looked at: the provider draws no several at a time"
+    found, mean, off = surprise(names, dict(top))
+    if abs(off) > _DEVIATIONS:
+        raise HandshakeError(
+            f"tokens drawn at temperature 1 are {found:.2g} nats improbable on average, and what "
+            f"the provider tells says {mean:.2g}: its log-probabilities are of another temperature."
+        )
+    return f"as improbable as told, within {abs(off):.1f} standard errors"
+
+
+def _own(step: Step) -> float | None:
+    told = [value for name, value in step.top if name == step.text]
+    return max(told, default=None)
+
+
+def _check_distribution(values: Sequence[float]) -> None:
+    mass = sum(map(math.exp, values))
+    if max(values) > _ABOVE_ONE:
+        raise HandshakeError(
+            f"the provider tells {max(values):g} as a log-probability, which is above 0."
+        )
+    if mass > 1 + _MASS:
+        zeros = "all are zero" if not any(values) else "they are of base 10, or so"
+        raise HandshakeError(
+            f"the {len(values)} likeliest tokens have probabilities of {mass:.3g} in sum, "
+            f"which natural log-probabilities have not: {zeros}."
+        )
+
+
+def _misplaced(steps: Sequence[Step]) -> str:
+    """What would put values at other places than the tokens that they are told of."""
+    likeliest = [max(step.top, key=lambda pair: pair[1]) for step in steps]
+    for by, which in (
+        (1, "left by one, and belong to the token after"),
+        (-1, "right by one, and belong to the token before"),
+    ):
+        pairs = [(i, i + by) for i in range(len(steps)) if 0 <= i + by < len(steps)]
+        names = [likeliest[i][0] == steps[j].text for i, j in pairs]
+        values = [is_same(steps[i].value, likeliest[j][1]) for i, j in pairs]
+        if pairs and (all(names) or all(values)):
+            return f"they are shifted {which}"
+    return (
+        "the token that was written greedily is not the likeliest of those told, or has another "
+        "value there: they belong to other tokens (shifted by one?), or to another prompt"
+    )

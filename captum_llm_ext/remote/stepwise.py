@@ -1,0 +1,357 @@
+"""Rungs that go through the answer token by token: `TopK`, and `Forced` where any token is told."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from captum_llm_ext.remote.chat_providers import Message, Said, Step
+from captum_llm_ext.remote.handshake import HandshakeError
+from captum_llm_ext.remote.metered import Asker
+from captum_llm_ext.remote.rung import Scored
+from captum_llm_ext.remote.step_checks import check_drawn, check_written, is_same
+from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError
+from captum_llm_ext.text import tokens
+
+_N_WRITTEN, _N_DRAWN = 3, 32
+# What a token may lie below the bound: among the likeliest 20 tokens of SmolLM2 those that were
+# not lay 6 nats below (median, 0.7 to 12); ranks of causes come out best at 2 to 3.
+_BELOW_BOUND = 2.0
+# Servers take no more; and how often another bias is tried.
+_MOST_BIAS, N_TRIES = 100.0, 3
+# Nats below the bound that a token is looked for, and that the bias is changed by.
+_LOOKED_FOR, _CHANGE = 6.0, 6.0
+# Closer to certain than this, rounding in float32 is all that is told.
+_CERTAIN = -0.01
+_Mode = Literal["raw", "biased"]
+
+
+class TopK:
+    """Log-probabilities of the target's tokens, step by step, where they are among the likeliest.
+
+    Args:
+        asker: Whom to ask.
+        top: How many of the likeliest tokens are asked for.
+        n_tokens: Tokens of an answer that the model writes at most.
+    """
+
+    name = "stepwise top-k"
+    attr_target = "log_prob"
+    is_sampled = False
+    n_answers = 1
+
+    def __init__(self, asker: Asker, top: int, n_tokens: int) -> None:
+        self._asker, self._top, self._n_told = asker, top, top
+        self._n_tokens = n_tokens
+        self.checks: dict[str, str] = {}
+
+    @property
+    def blind(self) -> str:
+        """See `Rung.blind`."""
+        return (
+            f"a token that is not among the {self._n_told} likeliest has a bound, no value: what "
+            "lowers it further is not seen"
+        )
+
+    @property
+    def told(self) -> dict[str, object]:
+        """See `Rung.told`."""
+        return {"handshake": dict(self.checks)}
+
+    def meet(self, messages: Sequence[Message]) -> None:
+        """See `Rung.meet`: what is told of written tokens, and how answers are gone on with."""
+        steps = self.look(messages)
+        refused: list[str] = []
+        ways = self._asker.speaker.prefills if len(steps) > 1 else ()
+        for way in ways:
+            self._asker.way = way
+            problem = self._goes_on(messages, steps)
+            if problem is None:
+                self.checks["prefill"] = way
+                return
+            refused.append(f"{way}: {problem}")
+        self._asker.way = "none"
+        raise HandshakeError(
+            "the provider does not go on with an answer that is begun "
+            f"({'; '.join(refused) or 'it has no way to'}), so that only the first token of an "
+            'answer could be explained: `attr_target="label"` would work, which compares two of '
+            'them; and "frequency" or "similarity".'
+        )
+
+    def look(self, messages: Sequence[Message]) -> list[Step]:
+        """Finds out whether what is told of written tokens can be believed.
+
+        Returns:
+            Tokens written greedily after the prompt.
+
+        Raises:
+            HandshakeError: If not; it names what is wrong.
+        """
+        said = self._step(messages, "", _N_WRITTEN, 0.0)
+        check_written(said.steps)
+        self._n_told = min(self._top, *(len(step.top) for step in said.steps))
+        if self._n_told < self._top:
+            self.checks["likeliest tokens"] = f"{self._n_told} told of {self._top} asked for"
+        self._note_stop(said)
+        drawn = self._drawn(messages)
+        warm = drawn[0].steps[0].top if drawn and drawn[0].steps else []
+        first = said.steps[0]
+        hot = dict(warm).get(first.text)
+        changes = hot is None or not is_same(hot, first.value)
+        self.checks["temperature"] = (
+            "changes what is told; 1 is asked for" if changes else "does not change what is told"
+        )
+        names = [one.steps[0].text for one in drawn if one.steps]
+        self.checks["drawn tokens"] = check_drawn(names, warm)
+        return said.steps
+
+    def _drawn(self, messages: Sequence[Message]) -> list[Said]:
+        """First tokens drawn at temperature 1, as many as one request gives."""
+        how: dict[str, Any] = {"n_tokens": 1, "temperature": 1.0, "top": self._top}
+        try:
+            return self._asker.many(messages, range(_N_DRAWN), at_once=True, **how)
+        except ApiError as error:
+            if error.status not in UNKNOWN_ARGUMENT:
+                raise
+            return [self._asker.one(messages, **how)]  # one at a time
+
+    def _note_stop(self, said: Said) -> None:
+        """Notes whether the token that ends answers is told of."""
+        if said.has_stopped and said.steps:
+            is_missing = said.n_out == len(said.steps) + 1
+            self.checks["stop token"] = (
+                "not listed: what the model writes comes without it" if is_missing else "listed"
+            )
+        self.checks.setdefault("stop token", "not seen")
+
+    def _goes_on(self, messages: Sequence[Message], steps: Sequence[Step]) -> str | None:
+        """What is wrong with going on after the tokens but the last, if anything."""
+        begun = "".join(step.text for step in steps[:-1])
+        try:
+            again = self._step(messages, begun, 1, 0.0)
+        except ApiError as error:
+            if error.status not in UNKNOWN_ARGUMENT:
+                raise
+            return f"refused ({error})"
+        wanted, found = steps[-1], again.steps[:1]
+        told = dict(found[0].top) if found else {}
+        if wanted.text not in told:
+            return f"{wanted.text!r} does not follow {begun!r} there, as it did when it was written"
+        apart = abs(told[wanted.text] - wanted.value)
+        if not is_same(told[wanted.text], wanted.value):
+            return f"{wanted.text!r} differs by {apart:.2g} nats from when it was written"
+        self.checks["agrees"] = f"within {apart:.1g} nats"
+        return None
+
+    def _step(
+        self,
+        messages: Sequence[Message],
+        prefill: str,
+        n: int,
+        temperature: float,
+        bias: dict[int, float] | None = None,
+    ) -> Said:
+        return self._asker.one(
+            messages,
+            n_tokens=n,
+            temperature=temperature,
+            prefill=prefill,
+            top=self._top,
+            bias=bias,
+        )
+
+    def target(self, messages: Sequence[Message], text: str | None) -> list[str]:
+        """See `Rung.target`: the tokens that the model writes it with."""
+        if text is not None:
+            return self._cut(messages, text)
+        said = self._step(messages, "", self._n_tokens, 0.0)
+        self._note_stop(said)
+        names = [step.text for step in said.steps if step.text]
+        if said.has_stopped and "".join(names) != said.text:
+            # Some list what ends the answer, by whatever text, and no answer has it.
+            while names and len("".join(names)) > len(said.text):
+                names.pop()
+        return names
+
+    def _cut(self, messages: Sequence[Message], text: str) -> list[str]:
+        found: list[str] = []
+        left = text
+        while left:
+            begun = "".join(found)
+            told = [name for name, _ in _likeliest(self._step(messages, begun, 1, 1.0))]
+            fitting = [name for name in told if name and left.startswith(name)]
+            name = max(fitting, key=len) if fitting else self.first_token(left, begun)
+            if name is None:
+                raise ValueError(
+                    f"after {begun!r} the target goes on with {left[:20]!r}, which is none of the "
+                    f"{len(told)} likeliest tokens: its tokens are not known. Leave `target` out "
+                    "to explain what the model writes, give the model's `tokenizer`, or "
+                    "`attr_target='frequency'`."
+                )
+            found.append(name)
+            left = left[len(name) :]
+        return found
+
+    def first_token(self, text: str, begun: str = "") -> str | None:
+        """The token that a text begins with, where that is known without being told."""
+        return None
+
+    def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
+        """See `Rung.begin`; values are no samples."""
+
+    def likeliest(self, messages: Sequence[Message]) -> list[tuple[str, float]]:
+        """The likeliest first tokens of an answer."""
+        return _likeliest(self._step(messages, "", 1, 1.0))
+
+    def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
+        """See `Rung.score`: at least a request for each token."""
+        known = [
+            self.value_of(messages, "".join(target[:t]), token) for t, token in enumerate(target)
+        ]
+        values, lower, upper = (list(column) for column in zip(*known, strict=True))
+        return Scored(values, lower, upper, [0.0] * len(target))
+
+    def draw_more(self) -> bool:
+        """See `Rung.draw_more`: never, values are no samples."""
+        return False
+
+    def value_of(
+        self, messages: Sequence[Message], begun: str, token: str
+    ) -> tuple[float, float, float]:
+        """A token's log-probability after the beginning of an answer, and its bounds."""
+        likeliest = _likeliest(self._step(messages, begun, 1, 1.0))
+        if not likeliest:
+            raise ApiError("the provider told no likeliest tokens of an answer that is begun.")
+        told: dict[str, float] = {}
+        for name, value in likeliest:  # two tokens may have one text
+            told[name] = max(value, told.get(name, -math.inf))
+        if math.isfinite(told.get(token, -math.inf)):
+            return told[token], told[token], told[token]
+        finite = [value for _, value in likeliest if math.isfinite(value)]
+        rest = 1 - sum(map(math.exp, finite))
+        bound = min(min(finite), math.log(max(rest, 1e-9)))
+        return bound - _BELOW_BOUND, -math.inf, bound
+
+
+class Forced(TopK):
+    """Log-probabilities of the target's tokens, step by step, of whatever token: by ``logit_bias``.
+
+    A token that is not among the likeliest is made one by a bias on its logit. Some servers then
+    tell its log-probability without the bias, others with it, from which it is reckoned back; which
+    of the two is found out beforehand.
+
+    Args:
+        asker, top, n_tokens: As of `TopK`.
+        tokenizer: The model's: a bias is given to an id.
+    """
+
+    name = "stepwise forced"
+
+    def __init__(self, asker: Asker, top: int, n_tokens: int, tokenizer: Any) -> None:
+        super().__init__(asker, top, n_tokens)
+        self._tokenizer = tokenizer
+        self._mode: _Mode = "biased"
+
+    @property
+    def blind(self) -> str:
+        """See `Rung.blind`."""
+        return "nothing but what rounding and a few tries at a bias leave out, which has a bound"
+
+    def look(self, messages: Sequence[Message]) -> list[Step]:
+        """See `TopK.look`; and what a bias does."""
+        steps = super().look(messages)
+        top = sorted(self.likeliest(messages), key=lambda pair: -pair[1])
+        best = max(value for _, value in top)
+        pairs = [(name, v) for name, v in reversed(top[1:]) if v > best - _MOST_BIAS]
+        known = [(name, v, self._id(name, "")) for name, v in pairs]
+        probes = [(name, v, number) for name, v, number in known if number is not None]
+        if not getattr(self._asker.speaker, "takes_bias", False) or not probes:
+            raise HandshakeError(
+                "the provider takes no `logit_bias`, or no token's id is known: "
+                '`rung="top-k"` would work, with bounds.'
+            )
+        name, value, number = probes[0]
+        bias = min(best - value + 1, _MOST_BIAS)
+        modes: list[tuple[_Mode, float]] = [("biased", bias), ("raw", _MOST_BIAS)]
+        try:
+            for self._mode, given in modes:
+                found = self._told(messages, "", name, number, given)
+                if found is not None and is_same(found, value):
+                    how = "without it" if self._mode == "raw" else "with it"
+                    self.checks["logit_bias"] = f"told {how}"
+                    return steps
+        except ApiError as error:
+            if error.status not in UNKNOWN_ARGUMENT or isinstance(error, HandshakeError):
+                raise
+            raise HandshakeError(
+                f"the provider refuses `logit_bias`: {error}", error.status
+            ) from error
+        raise HandshakeError(
+            f"the provider does not heed `logit_bias`: {name!r} was given one of {bias:.3g} and is "
+            'not told accordingly. `rung="top-k"` would work, with bounds.'
+        )
+
+    def value_of(
+        self, messages: Sequence[Message], begun: str, token: str
+    ) -> tuple[float, float, float]:
+        """See `TopK.value_of`: exact, if a bias can be found that brings it among the likeliest."""
+        bound = super().value_of(messages, begun, token)
+        number = self._id(token, begun)
+        if bound[0] == bound[1] or number is None:
+            return bound
+        best = max(v for _, v in _likeliest(self._step(messages, begun, 1, 1.0)))
+        bias = min(best - bound[2] + _LOOKED_FOR, _MOST_BIAS)
+        for _ in range(N_TRIES):
+            bias = _MOST_BIAS if self._mode == "raw" else bias
+            found = self._told(messages, begun, token, number, bias)
+            if found is not None and math.isfinite(found):
+                # It cannot be likelier than those that were told.
+                value = min(found, bound[2])
+                return value, value, value
+            if self._mode == "raw":
+                break
+            bias += _CHANGE if found is None else -_CHANGE
+            if not 0 < bias < _MOST_BIAS:
+                break
+        return bound
+
+    def _told(
+        self, messages: Sequence[Message], begun: str, token: str, number: int, bias: float
+    ) -> float | None:
+        """A token's log-probability from an answer with a bias on it.
+
+        Returns:
+            None if it is not told; infinity where it is too certain to be reckoned back.
+        """
+        steps = self._step(messages, begun, 1, 1.0, {number: bias}).steps[:1]
+        told = {step.text: step.value for step in steps}
+        if self._mode == "raw":  # of others nothing new is told
+            return told.get(token)
+        found = max(
+            (v for name, v in (steps[0].top if steps else []) if name == token), default=None
+        )
+        found = told.get(token) if found is None else found
+        if found is None or found == -math.inf:
+            return None
+        if found > _CERTAIN:
+            return math.inf
+        # q = p e^b / (1 - p + p e^b)
+        return -_softplus(math.log(math.expm1(-found)) + bias)
+
+    def first_token(self, text: str, begun: str = "") -> str | None:
+        """See `TopK.first_token`."""
+        ids = tokens.encode_in_place(self._tokenizer, text, begun[-tokens.CONTEXT :])
+        name = tokens.decode(self._tokenizer, ids[:1]) if ids else ""
+        return name if name and text.startswith(name) else None
+
+    def _id(self, token: str, begun: str) -> int | None:
+        """The id of a token, where its text is one by itself."""
+        ids = tokens.encode_in_place(self._tokenizer, token, begun[-tokens.CONTEXT :])
+        return int(ids[0]) if len(ids) == 1 else None
+
+
+def _likeliest(said: Said) -> list[tuple[str, float]]:
+    return said.steps[0].top if said.steps else []
+
+
+def _softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
