@@ -38,7 +38,7 @@ class PatchingResult:
     Attributes:
         effects: Shape ``(n_target, n_layers + 1, n_places)``, float64 on the CPU, in the unit of
             the values: by how much a target token's value changes where the stream of one cell is
-            that of the other text. Exactly 0 for cells that are the same in both texts, and for places
+            that of the other text. Exactly 0 for cells that are the same in both, and for places
             after the one that says the token; NaN for cells that were not patched (`first`), and
             for tokens that the replaced feature itself holds.
         effects_se: Their standard errors over draws; None of a single draw.

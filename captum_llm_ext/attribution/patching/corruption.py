@@ -4,6 +4,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -82,7 +83,8 @@ def chosen(feature: Feature, context: Context, generated: GeneratedText) -> Chos
     prompt = context.prompt
     n_prompt = len(prompt.names)
     names = [*prompt.names, *generated.names]
-    given: Sequence[int | str] = [feature] if isinstance(feature, int | str) else list(feature)
+    several = isinstance(feature, Sequence) and not isinstance(feature, str)
+    given = list(feature) if several else [cast("int | str", feature)]
     if not given:
         raise ValueError("`feature` is empty: name at least one feature to replace.")
     columns = [_column(one, names) for one in given]

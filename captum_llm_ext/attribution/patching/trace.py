@@ -49,6 +49,9 @@ Direction = Literal["denoise", "noise"]
 # Samples of noise that effects are averaged over: those of Meng et al. 2022.
 _NOISE_DRAWS = 10
 _NOISE_SCALE = 3.0
+# What passes beside the streams changes values by more than this, in the unit of these; parts of
+# models that compute in float32 whatever their weights are in, by less.
+_BESIDE = 1e-4
 
 
 class ActivationPatching:
@@ -417,7 +420,7 @@ class _Trace:
         cells = [Patched(text.key, clean.key, layer, every) for layer in range(n_streams)]
         [expected, *found] = runs.values([Patched(clean.key), *cells])
         told = torch.tensor(text.positions, dtype=torch.int64, device="cpu") >= 0
-        tolerance = runs.tolerance(clean, expected)[told]
+        tolerance = runs.tolerance(clean, expected)[told].clamp(min=_BESIDE)
         for layer, values in enumerate(found):
             error = (values - expected)[told].abs()
             if not bool((error <= tolerance).all()):
