@@ -143,12 +143,13 @@ def test_what_holds_of_every_decoder(name, tokenizer):
     gain, effects = result.gain, result.effects
     assert gain.abs().max() > 1e-3  # else there is nothing to be told apart
     for t, own in enumerate(result.said_at.tolist()):
-        assert float(effects[t, -1, own]) == pytest.approx(float(gain[t]), abs=1e-10)
-        assert float(effects[t, 0, place]) == pytest.approx(float(gain[t]), abs=1e-10)
+        # Some layers compute in float32 whatever their weights are in.
+        assert float(effects[t, -1, own]) == pytest.approx(float(gain[t]), abs=1e-6)
+        assert float(effects[t, 0, place]) == pytest.approx(float(gain[t]), abs=1e-6)
         assert (effects[t, :, :place] == 0).all()
         assert (effects[t, :, own + 1 :] == 0).all()
         assert (effects[t, 0, place + 1 :] == 0).all()
-        assert effects[t, -1, :own].abs().max() < 1e-10
+        assert effects[t, -1, :own].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("name", LAYERS)
