@@ -47,7 +47,7 @@ import torch
 from environment import environment
 from fact_grammar import Document, Grammar, corpus, load
 from fact_grammar.card import slot_scores
-from fact_grammar.train import Recipe, in_tune, encode, fit, new_model
+from fact_grammar.train import Recipe, encode, fit, in_tune, new_model
 from ground_truth import WHITE_BOX, absences, attribute, attribute_inside
 
 Kind = Literal["masked", "same slot"]

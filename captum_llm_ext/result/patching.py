@@ -25,10 +25,19 @@ _KIND = tensor_file.Kind(
 # A gain up to here, in the unit of the values (nats of a log-probability), is no measure to divide
 # by: what is left of it is rounding and chance.
 _LEAST_GAIN = 1.0
+_SHOWN = 0.005  # less is rounded to nothing
 _TENSORS = ("effects", "clean_values", "corrupted_values", "target", "said_at")
 _OPTIONAL = ("effects_se", "ranks")
-_REST = ("places", "place_names", "replaced", "feature", "replacements", "output_tokens")
-_REST += ("n_evaluations", "provenance")
+_REST = (
+    "places",
+    "place_names",
+    "replaced",
+    "feature",
+    "replacements",
+    "output_tokens",
+    "n_evaluations",
+    "provenance",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +145,7 @@ class PatchingResult:
         said, replaced = int(self.said_at[at]), {*self.replaced}
         own = [bool(replaced & {*group}) for group in self.places]
         says = [said in group for group in self.places]
-        first = min((p for p in self.replaced), default=0)
+        first = min(self.replaced)
         shown = [
             column
             for column, group in enumerate(self.places)
@@ -196,16 +205,14 @@ class PatchingResult:
         for t, name in enumerate(self.output_tokens):
             gain = float(self.gain[t])
             cells = ", ".join(
-                f"{effect:+.2f} at {self.place_names[column]!r} in {self._stream_name(layer)}"
+                f"{effect:+.2f} at {self.place_names[column]!r} in stream {layer}"
                 for layer, column, effect in self.strongest(t, 2)
+                if abs(effect) >= _SHOWN
             )
             lines.append(f"{name!r}: gain {gain:+.2f}" + (f"; {cells}" if cells else ""))
         return "\n".join(lines)
 
     __repr__ = __str__
-
-    def _stream_name(self, layer: int) -> str:
-        return f"stream {layer}"
 
     def _title(self, at: int) -> str:
         names = " ".join(name.strip() for name in self.feature)

@@ -59,11 +59,9 @@ def first_order(
             raise ValueError(_NO_GRADIENT)
         found: list[Tensor] = []
         for number in range(len(said)):
-            gradients = torch.autograd.grad(
+            gradients: Sequence[Tensor | None] = torch.autograd.grad(
                 values[0, number], streams, retain_graph=True, allow_unused=True
             )
-            if all(gradient is None for gradient in gradients):
-                raise ValueError(_NO_GRADIENT)
             found.append(
                 torch.stack([_product(g, *pair) for g, pair in zip(gradients, pairs, strict=True)])
             )

@@ -69,7 +69,7 @@ def patching_map(
     ax.set_autoscale_on(False)
     places = np.arange(float(n_places))
     label_columns(ax, places, place_names, (*replaced, *saying, *notable(np.nan_to_num(cells))))
-    label_rows(ax, [str(layer) for layer in reversed(range(n_streams))], "layers behind")
+    label_rows(ax, [str(layer) for layer in reversed(range(n_streams))], "layers passed")
     _mark(ax, replaced, n_streams, "solid")
     _mark(ax, saying, n_streams, "dashed")
     numbered = mark_cells(ax, places, cells, ~np.isnan(cells), colours)
@@ -77,7 +77,8 @@ def patching_map(
         settle(ax)
         told = label_along(what, paper.with_unit("the gain"), inches(ax)[1])
         bar.set_label(told, size=LABEL_POINTS + 1)
-    parts = ["▬ replaced", "╍ says the token"] + ["− lowers"] * (not numbered)
+    parts = ["▬ replaced", "╍ says the token"]
+    parts += ["− lowers"] * (not numbered) + ["grey: not patched"] * bool(np.isnan(cells).any())
     key = key_lines(parts, inches(ax)[0] * 72)
     ax.set_xlabel(key, color=MUTED, labelpad=10, **text_style([key]))
     return paper.finish(fig, ax)
