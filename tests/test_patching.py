@@ -225,6 +225,23 @@ def test_what_passes_beside_the_stream_is_found(tokenizer):
         ActivationPatching(plain, layers=model.layers)
 
 
+class SeesAhead(ReadsIdsAgain):
+    """Its layers give every place a mean over all."""
+
+    def __init__(self):
+        super().__init__(past=False)
+        for layer in self.layers:
+            layer.forward = lambda stream: stream + stream.mean(1, keepdim=True).tanh()
+
+
+def test_models_that_see_ahead_are_refused(tokenizer):
+    model = SeesAhead().eval()
+    with pytest.raises(ValueError, match="sees nothing of what follows"):
+        ActivationPatching(model, layers=model.layers).trace(
+            segments(tokenizer), TARGET, feature="Palm"
+        )
+
+
 def test_the_generated_word_of_the_demo_is_carried_over_by_its_middle(tokenizer):
     """D depends on A alone, which was written before it."""
     model, own, corpus = load_demo()
