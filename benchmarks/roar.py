@@ -73,7 +73,7 @@ INSIDE = (
     "ALTI",
     "attention weights",
 )
-RETRAINED = ("leave-one-out/same slot/2", "linear system/masked/3", "saliency, L2/masked/4")
+RETRAINED = ("leave-one-out/masked/3", "leave-one-out/same slot/3", "saliency, L2/masked/3")
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,9 @@ def retrained(ranking: Ranking, k: int, kind: Kind, *, seed: int, steps: int) ->
         Its mean over documents, the standard error, and the processor's seconds.
     """
     _, tokenizer = load()
-    grammar, recipe = Grammar(), replace(Recipe(), steps=steps, documents=64 * steps)
+    recipe, grammar = Recipe(), Grammar()
+    tuned = recipe.tuned * steps // recipe.steps
+    recipe = replace(recipe, steps=steps, documents=recipe.batch * steps, tuned=tuned)
     begun = time.process_time()
     rng = random.Random(f"roar {seed}")
 
