@@ -173,16 +173,11 @@ class ActivationPatching:
                 can be patched.
             TypeError: If an argument is of the wrong kind, or features own no tokens.
         """
+        is_noise = kind == "noise"
         _check_choice("kind", kind, ("replacement", "noise"))
         _check_choice("direction", direction, ("denoise", "noise"))
         check_counts(first=first, n_draws=n_draws, perturbations_per_eval=perturbations_per_eval)
-        is_noise = kind == "noise"
-        if is_noise and (baselines is not None or output_baselines is not None):
-            raise ValueError('baselines would be ignored: `kind="noise"` replaces nothing.')
-        if not is_noise and noise_scale != _NOISE_SCALE:
-            raise ValueError('`noise_scale` would be ignored: it is of `kind="noise"`.')
-        if not 0 < noise_scale < float("inf"):
-            raise ValueError(f"`noise_scale` is {noise_scale!r}: give a number above 0.")
+        _check_used(is_noise, noise_scale, baselines, output_baselines)
         n_draws = n_draws or (_NOISE_DRAWS if is_noise else 1)
         tokenizer = self._tokenizer_of(inp)
         generation = None
@@ -223,7 +218,7 @@ class ActivationPatching:
             traced = _Trace(runs, whole(context, generated), texts, ids, foils, groups, direction)
             ranks = None if first is None else traced.ranks(scored(self.attr_target))
             effects = traced.effects(ranks, first)
-        about = {
+        provenance = {
             **target_provenance(self.attr_target, generation and generation.settings),
             "contrast": foils and foils.about,
             "kind": kind,
@@ -238,24 +233,7 @@ class ActivationPatching:
             **model_provenance(self.model, _compat.input_device(self.model)),
             **run_provenance(),
         }
-        clean = traced.clean
-        return PatchingResult(
-            effects=effects.mean(0),
-            effects_se=_standard_errors(effects),
-            clean_values=traced.clean_values,
-            corrupted_values=traced.corrupted_values.mean(0),
-            target=ids,
-            said_at=torch.tensor(clean.positions, dtype=torch.int64, device="cpu"),
-            places=[list(group) for group in groups.groups],
-            place_names=list(groups.names),
-            replaced=sorted({p for text in texts for p in text.places}),
-            feature=list(which.names),
-            replacements=[text.text for text in texts],
-            output_tokens=list(generated.labels),
-            ranks=ranks,
-            n_evaluations=runs.scorer.n_evaluations,
-            provenance=about,
-        )
+        return traced.result(which, list(generated.labels), effects, ranks, provenance)
 
     def identity(self) -> dict[str, Any]:
         """What results depend on beside the arguments of `trace`, as JSON has it."""
@@ -311,10 +289,6 @@ class _Trace:
         groups: Places that are patched together.
         direction: As for `ActivationPatching.trace`.
 
-    Attributes:
-        clean_values: Shape ``(n_target,)``.
-        corrupted_values: Shape ``(n_draws, n_target)``.
-
     Raises:
         ValueError: If a stream is not all that passes from a layer to the next.
     """
@@ -329,14 +303,15 @@ class _Trace:
         groups: Places,
         direction: Direction,
     ) -> None:
-        self.clean, self._texts, self._runs = clean, texts, runs
-        self._target, self._foils, self._groups = target, foils, groups.groups
+        self._clean, self._texts, self._runs = clean, texts, runs
+        self._target, self._foils = target, foils
+        self._names, self._groups = groups.names, groups.groups
         self._denoises = direction == "denoise"
         distinct = list({text.key: text for text in texts}.values())
         runs.take([clean, *distinct], target, foils)
         self._check_streams(distinct[0])
         values = runs.values([Patched(text.key) for text in (clean, *texts)])
-        self.clean_values, self.corrupted_values = values[0], values[1:]
+        self._best, self._worst = values[0], values[1:]
 
     def effects(self, ranks: Tensor | None, first: int | None) -> Tensor:
         """Effects ``(n_draws, n_target, n_layers + 1, n_places)``; NaN for cells not patched.
@@ -360,11 +335,11 @@ class _Trace:
                 for layer, group in wanted[-1]
             ]
         values = iter(self._runs.values(cells) if cells else ())
-        for text, own, at_worst in zip(self._texts, wanted, self.corrupted_values, strict=True):
+        for text, own, at_worst in zip(self._texts, wanted, self._worst, strict=True):
             found = self._unpatched(text, ranks)
             for layer, group in own:
                 value = next(values)
-                effect = value - at_worst if self._denoises else self.clean_values - value
+                effect = value - at_worst if self._denoises else self._best - value
                 found[:, layer, group] = effect
             each.append(self._causal(found, text))
         return torch.stack(each)
@@ -383,13 +358,48 @@ class _Trace:
         assert candidates is not None
         return ranked(summed, self._groups, candidates)
 
+    def result(
+        self,
+        which: Chosen,
+        output_tokens: list[str],
+        effects: Tensor,
+        ranks: Tensor | None,
+        provenance: Mapping[str, Any],
+    ) -> PatchingResult:
+        """What users get.
+
+        Args:
+            which: The features that were replaced.
+            output_tokens: Names of the target tokens.
+            effects, ranks: As found.
+            provenance: What they came from.
+        """
+        return PatchingResult(
+            effects=effects.mean(0),
+            # A single draw tells nothing of its error.
+            effects_se=None if len(effects) < 2 else effects.std(0) / len(effects) ** 0.5,
+            clean_values=self._best,
+            corrupted_values=self._worst.mean(0),
+            target=self._target,
+            said_at=torch.tensor(self._clean.positions, dtype=torch.int64, device="cpu"),
+            places=[list(group) for group in self._groups],
+            place_names=list(self._names),
+            replaced=sorted({p for text in self._texts for p in text.places}),
+            feature=list(which.names),
+            replacements=[text.text for text in self._texts],
+            output_tokens=output_tokens,
+            ranks=ranks,
+            n_evaluations=self._runs.scorer.n_evaluations,
+            provenance=provenance,
+        )
+
     def _pair(self, text: Corruption) -> tuple[Corruption, Corruption]:
         """What is read, and whose stream is put there."""
-        return (text, self.clean) if self._denoises else (self.clean, text)
+        return (text, self._clean) if self._denoises else (self._clean, text)
 
     def _may_differ(self, text: Corruption) -> Tensor:
         """Cells that differ in both texts, bool ``(n_layers + 1, n_places)``."""
-        same = same_streams(self._runs.streams(self.clean), self._runs.streams(text))
+        same = same_streams(self._runs.streams(self._clean), self._runs.streams(text))
         # What comes before the first place that was changed knows nothing of it but rounding.
         same[:, : text.places[0]] = True
         differs = [~same[:, list(group)].all(-1) for group in self._groups]
@@ -406,7 +416,7 @@ class _Trace:
     def _causal(self, effects: Tensor, text: Corruption) -> Tensor:
         """What comes after the place that says a token has no effect on it, not even rounding."""
         firsts = torch.tensor([min(g) for g in self._groups], dtype=torch.int64, device="cpu")
-        said = torch.tensor(self.clean.positions, dtype=torch.int64, device="cpu")
+        said = torch.tensor(self._clean.positions, dtype=torch.int64, device="cpu")
         later = (firsts > said[:, None])[:, None].expand_as(effects)
         effects = effects.masked_fill(later, 0.0)
         untold = torch.tensor(text.positions, dtype=torch.int64, device="cpu") < 0
@@ -414,7 +424,7 @@ class _Trace:
 
     def _check_streams(self, text: Corruption) -> None:
         """Holds values with a whole stream patched against those of the text that it is of."""
-        runs, clean = self._runs, self.clean
+        runs, clean = self._runs, self._clean
         n_streams = len(runs.streams(clean))
         every = tuple(range(len(clean.ids)))
         cells = [Patched(text.key, clean.key, layer, every) for layer in range(n_streams)]
@@ -451,6 +461,15 @@ def _check_choice(name: str, given: object, known: Sequence[str]) -> None:
         raise ValueError(f"`{name}` is {given!r}: give one of {', '.join(map(repr, known))}.")
 
 
-def _standard_errors(effects: Tensor) -> Tensor | None:
-    """Of the mean over draws; None of a single one, which tells nothing of it."""
-    return None if len(effects) < 2 else effects.std(0) / len(effects) ** 0.5
+def _check_used(is_noise: bool, scale: float, *baselines: object) -> None:
+    """Refuses what would be ignored.
+
+    Raises:
+        ValueError: If there is such.
+    """
+    if is_noise and any(own is not None for own in baselines):
+        raise ValueError('baselines would be ignored: `kind="noise"` replaces nothing.')
+    if not is_noise and scale != _NOISE_SCALE:
+        raise ValueError('`noise_scale` would be ignored: it is of `kind="noise"`.')
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"`noise_scale` is {scale!r}: give a number above 0.")
