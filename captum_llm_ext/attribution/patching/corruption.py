@@ -83,8 +83,8 @@ def chosen(feature: Feature, context: Context, generated: GeneratedText) -> Chos
     prompt = context.prompt
     n_prompt = len(prompt.names)
     names = [*prompt.names, *generated.names]
-    is_one = isinstance(feature, str) or not isinstance(feature, Sequence)
-    given: Sequence[int | str] = [feature] if is_one else list(cast("Sequence[int | str]", feature))
+    several = isinstance(feature, Sequence) and not isinstance(feature, str)
+    given = cast("Sequence[int | str]", feature if several else [feature])
     if not given:
         raise ValueError("`feature` is empty: name at least one feature to replace.")
     columns = [_column(one, names) for one in given]
