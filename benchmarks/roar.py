@@ -15,7 +15,9 @@ loss is closed form, for any law of what is removed (`least_loss`). Removal is o
 
 * ``masked``: each feature becomes one ``<unk>``, so a reader sees what is missing;
 * ``same slot``: another draw from the slot, of which no one can see that it is one. The best reader
-  then weighs all that may have been removed by how often it is, and by the words before.
+  then weighs all that may have been removed by how often it is, and by the words before. What is
+  removed from some documents only makes the same words doubtful in all of them: a method that
+  wavers between two facts may lose more than the oracle, which always takes the same.
 
 Some cells are confirmed by real retrainings, of the shipped model's recipe without its strays. What
 a method removes from each of 45,000 training texts is drawn from what it removes from the documents
