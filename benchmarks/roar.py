@@ -347,6 +347,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         earlier = json.loads(arguments.out.read_text(encoding="utf-8"))
         if all(earlier[key] == report[key] for key in ("documents", "seed", "steps")):
             report["rows"] = [r for r in earlier["rows"] if r["method"] not in {*found, "random"}]
+            earlier_commands = earlier.get("commands", [earlier["command"]])
+            report["commands"] = [*earlier_commands, report["command"]]
             report["retrainings"] = [
                 r
                 for r in earlier["retrainings"]
