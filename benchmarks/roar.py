@@ -342,10 +342,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = facts(Grammar())
     found = {"oracle": oracle(given, known), **rankings(given, arguments.methods)}
     report = {**environment(seed=arguments.seed), "documents": arguments.documents}
-    report |= {"steps": arguments.steps, "rows": [], "retrainings": []}
+    report |= {"rows": [], "retrainings": []}
     if arguments.out.exists():
         earlier = json.loads(arguments.out.read_text(encoding="utf-8"))
-        if all(earlier[key] == report[key] for key in ("documents", "seed", "steps")):
+        if all(earlier[key] == report[key] for key in ("documents", "seed")):
             report["rows"] = [r for r in earlier["rows"] if r["method"] not in {*found, "random"}]
             earlier_commands = earlier.get("commands", [earlier["command"]])
             report["commands"] = [*earlier_commands, report["command"]]
@@ -367,15 +367,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows[-1]["constant"] = constant
             print(f"{kind:9s} {name:32s} {area:5.2f}", file=sys.stderr, flush=True)
     arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for cell in arguments.retrain:
         method, kind, k = cell.split("/")
         own = curve(found[method], kind, known)[int(k)]
         told = {"method": method, "removal": kind, "k": int(k), "least_loss": own}
+        told["steps"] = arguments.steps
         told |= retrained(found[method], int(k), kind, seed=arguments.seed, steps=arguments.steps)
         report["retrainings"].append(told)
         print(told, file=sys.stderr, flush=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
