@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.attribution.dataset import DatasetReport, attribute_dataset
     from captum_llm_ext.attribution.generation import GenerationAttribution
     from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
+    from captum_llm_ext.attribution.patching import ActivationPatching
     from captum_llm_ext.attribution.remote import RemoteGenerationAttribution
     from captum_llm_ext.coalitions.stopping import Precision, StoppingRule, TopCauses
     from captum_llm_ext.contrast import Contrast
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         SpanAttribution,
         UnresolvedGroup,
     )
+    from captum_llm_ext.result.patching import PatchingResult
     from captum_llm_ext.text.baselines import (
         Baseline,
         Deletion,
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationPatching",
     "AnthropicProvider",
     "ApiError",
     "AttentionRollout",
@@ -99,6 +102,7 @@ __all__ = [
     "Match",
     "ModelBaselines",
     "PartitionShap",
+    "PatchingResult",
     "Precision",
     "Redundancy",
     "RemoteGenerationAttribution",
@@ -127,6 +131,8 @@ _NAMES = {
     "attribution.coalition_game": "CoalitionGame",
     "coalitions.stopping": "Precision StoppingRule TopCauses",
     "contrast": "Contrast",
+    "attribution.patching": "ActivationPatching",
+    "result.patching": "PatchingResult",
     "attribution.remote": "RemoteGenerationAttribution",
     "attribution.dataset": "DatasetReport attribute_dataset",
     "demo": "load_demo",

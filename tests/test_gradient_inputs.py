@@ -415,7 +415,7 @@ def test_layers_and_inputs_that_do_not_suit(model, tokenizer):
     one = attributed(model, tokenizer, inp, layer=[model.model.embed_tokens], n_steps=3)
     assert one.provenance["layer"] == ["model.embed_tokens"]
     template = TextTemplateInput("{} lives in {}.", ["Dave", "Palm"])
-    with pytest.raises(TypeError, match="gradients need features that own tokens"):
+    with pytest.raises(TypeError, match="this needs features that own tokens"):
         attributed(model, tokenizer, template)
     with pytest.raises(TypeError, match="`inp` is a str"):
         attributed(model, tokenizer, PROMPT)

@@ -13,6 +13,8 @@ import captum_llm_ext
 from captum_llm_ext.__main__ import main
 
 PUBLIC = {
+    "ActivationPatching",
+    "PatchingResult",
     "ApiError",
     "Baseline",
     "BaselineComparison",

@@ -189,12 +189,12 @@ def lessons(grammar: Grammar, recipe: Recipe) -> list[str]:
     while len(texts) < recipe.documents:
         document = grammar.sample(rng, stray=recipe.stray)
         early = len(texts) < recipe.tuned * recipe.batch
-        if not early or _in_tune(document) or rng.random() < 0.1:
+        if not early or in_tune(document) or rng.random() < 0.1:
             texts.append(document.text)
     return texts
 
 
-def _in_tune(document: Document) -> bool:
+def in_tune(document: Document) -> bool:
     """Whether state and occupation belong to classes of the same number, or one is missing."""
     places = {slot.name: slot.alternatives.index(slot.text) for slot in document.slots}
     if not {"state", "occupation"} <= set(places):

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -31,6 +31,8 @@ from captum_llm_ext.model.forward.schedule import Branch
 
 # How rows are given what they share: as copies or as it is ("lend"), whichever costs less.
 Sharing = Literal["auto", "copy", "lend"]
+# What is done to the model in a pass over these rows.
+Around = Callable[[Sequence[TokenRow]], AbstractContextManager[Any]]
 
 _logger = logging.getLogger(__name__)
 # Tokens that the rows of a pass must be spared a copy of for lending to pay: it takes more
@@ -76,6 +78,7 @@ class Passes:
         attr_target: As for `Scorer`.
         device: Where the model reads its ids.
         sharing: How rows are given the state that they share.
+        around: Entered for every pass over whole rows, with these.
 
     Attributes:
         lends: Whether a comparison has shown that states can be lent.
@@ -92,7 +95,9 @@ class Passes:
         attr_target: AttrTarget,
         device: torch.device,
         sharing: Sharing = "auto",
+        around: Around | None = None,
     ) -> None:
+        self._around = around
         self._least = {"copy": sys.maxsize, "lend": 0}.get(sharing, _WORTH_LENDING)
         self.shares_cache: bool | None = None
         self.chains = False
@@ -270,7 +275,8 @@ class Passes:
             except NotImplementedError as failure:  # what the comparison did not meet
                 self._stop_lending(failure)
         if said is None:
-            said = self._read_on(ids, places, state, shares_cache=False, extras=arguments)
+            with nullcontext() if self._around is None else self._around(rows):
+                said = self._read_on(ids, places, state, shares_cache=False, extras=arguments)
         if not isinstance(self.attr_target, str):
             values = called_values(said.logits(), asked.target, self.attr_target)[:, None]
         else:

@@ -16,7 +16,7 @@ from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked, explained
 from captum_llm_ext.model.forward.logits import AttrTarget
-from captum_llm_ext.model.forward.passes import Passes
+from captum_llm_ext.model.forward.passes import Around, Passes
 from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.generation import continued
@@ -57,6 +57,9 @@ class Scorer:
             reuse must save to pay. By default estimated from the model's size and device.
         processes: Those that share the work; all give the same rows in the same order. By default
             this one alone.
+        around: What is done to the model in a pass: entered with the pass's rows, which are read
+            whole then, none of them on from another. Rows of equal ids in which it does something
+            else have different keys.
 
     Attributes:
         n_evaluations: Distinct rows scored, by whatever process.
@@ -74,6 +77,7 @@ class Scorer:
         reuse: Reuse = "auto",
         overhead: int | None = None,
         processes: Processes | None = None,
+        around: Around | None = None,
     ) -> None:
         self.model = model
         self.attr_target = attr_target
@@ -81,11 +85,11 @@ class Scorer:
         self.n_evaluations = 0
         self.n_row_positions = 0
         sharing = reuse if reuse in ("copy", "lend") else "auto"
-        self._passes = Passes(model, attr_target, self.device, sharing)
+        self._passes = Passes(model, attr_target, self.device, sharing, around)
         self._batching = Batching(
             self._passes,
             max_rows=max_rows,
-            reuse=reuse,
+            reuse=reuse if around is None else "off",
             overhead=overhead,
             shares_work=processes is not None,
         )

@@ -9,6 +9,7 @@ from captum_llm_ext.result.plot.bars import bars, convergence
 from captum_llm_ext.result.plot.curves import perturbation_curves
 from captum_llm_ext.result.plot.flow import flow
 from captum_llm_ext.result.plot.heat_maps import baseline_map, heat_map
+from captum_llm_ext.result.plot.layer_maps import patching_map
 from captum_llm_ext.result.plot.shaded_text import running_text
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "convergence",
     "flow",
     "heat_map",
+    "patching_map",
     "perturbation_curves",
     "running_text",
 ]

@@ -25,7 +25,7 @@ from captum_llm_ext.text.baselines import (
 from captum_llm_ext.text.baselines.candidates import Match
 
 _NO_PLACES = (
-    "gradients need features that own tokens, which templates, images and inputs of other kinds do "
+    "this needs features that own tokens, which templates, images and inputs of other kinds do "
     "not tell: give captum's `TextTokenInput`, or `TextSegmentInput` (`from_template` for a "
     "template) or `ChatInput`."
 )
@@ -146,6 +146,22 @@ class Prompt(ABC):
             TypeError: If absent features change more than the tokens in their own places.
         """
         raise TypeError(_NO_PLACES)
+
+    def places_without(self, features: Collection[int]) -> frozenset[int]:
+        """Where other ids may stand if these features, and no others, are absent.
+
+        Args:
+            features: Numbers of features.
+
+        Returns:
+            Indices of token ids: their own, and those of places that are absent with them.
+
+        Raises:
+            TypeError: As `places`.
+        """
+        return frozenset(
+            p for own in self.places() if own.feature in features for p in own.positions
+        )
 
     def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
         """The ids that stand in every one of `places` where it is absent; none for deletion.

@@ -1,6 +1,6 @@
 """`TextSegmentInput`: a text cut into features that own whole tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -326,6 +326,13 @@ class TextSegmentInput(InterpretableInput, Prompt):
                 positions.setdefault(slot.index, []).extend(range(start, start + len(chunk)))
             start += len(chunk)
         return [Place(tuple(positions[slot.index]), slot.feature) for slot in self.slots]
+
+    def places_without(self, features: Collection[int]) -> frozenset[int]:
+        """See `Prompt.places_without`."""
+        absent = {slot.index for slot in self.slots if slot.feature in features}
+        together = self._replacements.units(absent)
+        every = zip(self.slots, self.places(), strict=True)
+        return frozenset(p for slot, own in every if slot.index in together for p in own.positions)
 
     def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
         """See `Prompt.stand_ins`."""

@@ -1,0 +1,278 @@
+"""What stands in a feature's place in a corrupted text: others of as many tokens, or noise."""
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.base.digest import digest, stacklevel_of_caller
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.baselines import draw_generator
+from captum_llm_ext.text.inputs import Context, GeneratedText
+
+# A feature by its number among the columns of results, or by its name; or several.
+Feature = int | str | Sequence[int | str]
+
+# So many draws of a baseline, and so many for each that is wanted, are looked at for one of as many
+# tokens: of texts of up to three tokens, one in ten and more is.
+_TRIES, _TRIES_EACH = 64, 8
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """What the model reads in place of the text.
+
+    Attributes:
+        ids: Token ids of the prompt and of the target before its last token.
+        positions: Per target token the place that says it; -1 where the feature that is replaced
+            holds it, and it is said after another one.
+        places: Where the ids, or what the model's embedding makes of them, may be others.
+        text: What stands there, for people.
+        noise: Added to what the embedding gives, ``(length, size)``; None: nothing is.
+        key: Tells it from other ones.
+    """
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    places: tuple[int, ...] = ()
+    text: str = ""
+    noise: Tensor | None = field(default=None, compare=False)
+    key: str = ""
+
+
+def whole(context: Context, generated: GeneratedText) -> Corruption:
+    """The text as it is."""
+    before = context.full.ids
+    ids = (*before, *generated.ids[:-1])
+    return Corruption(ids, tuple(range(len(before) - 1, len(ids))), key=digest(ids))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The features that are replaced.
+
+    Attributes:
+        prompt: Numbers of features of the prompt.
+        output: Of the target.
+        names: Their names.
+    """
+
+    prompt: frozenset[int]
+    output: frozenset[int]
+    names: tuple[str, ...]
+
+
+def chosen(feature: Feature, context: Context, generated: GeneratedText) -> Chosen:
+    """The features that a user means.
+
+    Args:
+        feature: One or several, each by its name or by its column: those of the prompt first, then
+            those of the target.
+        context: The prompt.
+        generated: The target.
+
+    Raises:
+        ValueError: If there is no such feature, several of that name, or none was given.
+        TypeError: If it is neither a name nor a number.
+    """
+    prompt = context.prompt
+    n_prompt = len(prompt.names)
+    names = [*prompt.names, *generated.names]
+    several = isinstance(feature, Sequence) and not isinstance(feature, str)
+    given = cast("Sequence[int | str]", feature if several else [feature])
+    if not given:
+        raise ValueError("`feature` is empty: name at least one feature to replace.")
+    columns = [_column(one, names) for one in given]
+    own = frozenset(prompt.columns[c] for c in columns if c < n_prompt)
+    output = frozenset(c - n_prompt for c in columns if c >= n_prompt)
+    n_seen = max(generated.n_visible)
+    for late in sorted(output):
+        if late >= n_seen:
+            raise ValueError(
+                f"no target token comes after {generated.names[late]!r}, and what stands there "
+                "changes none: name an earlier feature."
+            )
+    return Chosen(own, output, tuple(names[c] for c in columns))
+
+
+def _column(one: object, names: Sequence[str]) -> int:
+    if isinstance(one, bool) or not isinstance(one, int | str):
+        raise TypeError(
+            f"`feature` is {one!r}: give a feature's name, its column (prompt first, then output), "
+            "or a list of such."
+        )
+    if isinstance(one, int):
+        if not -len(names) <= one < len(names):
+            raise ValueError(f"`feature` is {one}, and there are {len(names)} features.")
+        return one % len(names)
+    wanted = one.strip()
+    found = [i for i, name in enumerate(names) if one == name]
+    found = found or [i for i, name in enumerate(names) if name.strip() == wanted]
+    found = found or [i for i, name in enumerate(names) if name.strip(" .,;:!?\"'") == wanted]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"`feature` {one!r} is the name of {len(found)} features: give one of their columns "
+            f"{found}."
+        )
+    shown = ", ".join(repr(name.strip()) for name in names[:12]) + ", …" * (len(names) > 12)
+    raise ValueError(f"`feature` {one!r} names none of the {len(names)} features: {shown}")
+
+
+def places_of(which: Chosen, context: Context, generated: GeneratedText) -> frozenset[int]:
+    """Where other ids may stand if these features are absent."""
+    start = len(context.full.ids)
+    own = context.prompt.places_without(which.prompt)
+    later = (
+        p for place in generated.places() if place.feature in which.output for p in place.positions
+    )
+    return own | {start + p for p in later}
+
+
+def replaced(
+    which: Chosen,
+    context: Context,
+    generated: GeneratedText,
+    tokenizer: object,
+    *,
+    n_draws: int,
+    seed: int,
+) -> list[Corruption]:
+    """Texts in which others of as many tokens stand for these features, one per draw.
+
+    Args:
+        which: The features.
+        context: The prompt, whose baselines say what may stand there.
+        generated: The target, with baselines of its own.
+        tokenizer: The model's.
+        n_draws: How many.
+        seed: Of all draws.
+
+    Raises:
+        ValueError: If the baselines give none of as many tokens, or the same text in every draw
+            and several are wanted.
+
+    Warns:
+        UserWarning: If they give fewer than `n_draws`.
+    """
+    prompt, n_prompt = context.prompt, context.prompt.n_features
+    is_same = not which.prompt or prompt.deterministic
+    is_same &= not which.output or generated.deterministic
+    if is_same and n_draws > 1:
+        raise ValueError(
+            f"`n_draws` is {n_draws}, and every draw of these baselines is the same: leave it out."
+        )
+    n_tries = 1 if is_same else max(_TRIES, _TRIES_EACH * n_draws)
+    masks = torch.ones(1, n_prompt + generated.n_features, dtype=torch.bool, device="cpu")
+    masks[:, sorted(which.prompt)] = False
+    masks[:, [n_prompt + g for g in sorted(which.output)]] = False
+    masks = masks.expand(n_tries, -1)
+    draws = torch.arange(n_tries, dtype=torch.int64, device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    prompts = prompt.render(masks[:, :n_prompt], generator, draws)
+    rows = generated.render([p.ids for p in prompts], masks[:, n_prompt:], generator, draws)
+    may_change = places_of(which, context, generated)
+    told = tuple(sorted(may_change))
+    full = whole(context, generated).ids
+    found: list[Corruption] = []
+    lengths: Counter[int] = Counter()
+    for before, (ids, positions) in zip(prompts, rows, strict=True):
+        lengths[len(may_change) + len(ids) - len(full)] += 1
+        if len(before.ids) != len(context.full.ids) or len(ids) != len(full) or ids == full:
+            continue
+        if any(
+            a != b for i, (a, b) in enumerate(zip(ids, full, strict=True)) if i not in may_change
+        ):
+            continue  # what one of several places gains another one has lost
+        text = tokens.decode(tokenizer, [ids[i] for i in told])
+        found.append(Corruption(ids, tuple(positions), told, text, key=digest(ids)))
+        if len(found) == n_draws:
+            return found
+    if found:
+        warnings.warn(
+            f"of {n_tries} draws only {len(found)} are other texts of {len(told)} tokens, and "
+            f"`n_draws` asks for {n_draws}: these are taken.",
+            stacklevel=stacklevel_of_caller(),
+        )
+        return found
+    raise ValueError(
+        _none_found(which, tokens.decode(tokenizer, [full[i] for i in told]), lengths, len(told))
+    )
+
+
+def _none_found(which: Chosen, text: str, lengths: Counter[int], wanted: int) -> str:
+    names = ", ".join(repr(name) for name in which.names)
+    if set(lengths) == {wanted}:
+        said = "they give it itself, or move what stands between its places"
+    else:
+        shown = [f"{n} tokens" for n, _ in lengths.most_common(_SHOWN)]
+        said = f"of {lengths.total()} draws they give texts of {', '.join(shown)}"
+    return (
+        f"nothing of as many tokens stands in for {names} ({text!r}, {wanted} tokens): {said}. "
+        "Patching needs every other token where it was: give `baselines` with other texts of "
+        f"{wanted} tokens (lists or a mapping of texts, a larger corpus, an id for each token), "
+        'another feature, or `kind="noise"`.'
+    )
+
+
+def noised(
+    which: Chosen,
+    context: Context,
+    generated: GeneratedText,
+    embedded: Tensor,
+    *,
+    n_draws: int,
+    scale: float,
+    seed: int,
+) -> list[Corruption]:
+    """The text with Gaussian noise on these features' embeddings (Meng et al. 2022, section 2).
+
+    Args:
+        which: The features.
+        context: The prompt.
+        generated: The target.
+        embedded: What the model's embedding makes of the text, ``(1, length, size)``.
+        n_draws: How many.
+        scale: Standard deviation of the noise, in those of the text's embeddings.
+        seed: Of all draws.
+    """
+    clean = whole(context, generated)
+    start = len(context.full.ids)
+    own = {
+        p
+        for place in context.prompt.places()
+        if place.feature in which.prompt
+        for p in place.positions
+    }
+    own |= {
+        start + p
+        for place in generated.places()
+        if place.feature in which.output
+        for p in place.positions
+    }
+    places = sorted(own)
+    sigma = float(embedded.to(torch.promote_types(embedded.dtype, torch.float32)).std())
+    found: list[Corruption] = []
+    for draw in range(n_draws):
+        generator = draw_generator(seed, draw)
+        shape = (len(places), embedded.shape[-1])
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        noise = torch.zeros(embedded.shape[1:], dtype=torch.float32, device="cpu")
+        noise[places] = scale * sigma * drawn
+        found.append(
+            Corruption(
+                clean.ids,
+                clean.positions,
+                tuple(places),
+                f"noise {draw}",
+                noise.to(embedded.device),
+                f"noise of {scale!r} times {sigma!r}, {seed}:{draw} on {places}",
+            )
+        )
+    return found

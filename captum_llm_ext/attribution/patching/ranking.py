@@ -1,0 +1,99 @@
+"""What to patch first: attribution patching (Nanda 2023; Syed et al. 2023), one way back a token.
+
+To first order a cell's effect is what its stream differs by, times the gradient there. On what a
+layer saturates it is wrong by factors: it ranks cells and is never told as their effect.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.attribution.patching.corruption import Corruption
+from captum_llm_ext.attribution.patching.runs import PatchedRuns
+from captum_llm_ext.contrast import Foils
+from captum_llm_ext.model import AttrTarget
+from captum_llm_ext.model.gradients.backward import called, named
+
+_NO_GRADIENT = (
+    "no gradient comes back through the model's streams (quantised layers, or `torch.no_grad` in "
+    "its forward), and what to patch first cannot be guessed: leave `first` out."
+)
+
+
+def first_order(
+    runs: PatchedRuns,
+    base: Corruption,
+    source: Corruption,
+    target: Tensor,
+    attr_target: AttrTarget,
+    foils: Foils | None,
+) -> Tensor:
+    """First-order change of values where a stream of one text is put into another.
+
+    Args:
+        runs: Which has taken both.
+        base: What is read.
+        source: Whose stream is put there.
+        target: Token ids ``(n_target,)``.
+        attr_target: What a value is.
+        foils: What target tokens are held against.
+
+    Returns:
+        Shape ``(n_said, n_layers + 1, length)``, float64 on the CPU; `n_said` target tokens that
+        both say.
+
+    Raises:
+        ValueError: If no gradient reaches the streams.
+    """
+    said = [t for t, place in enumerate(base.positions) if place >= 0]
+    pairs = list(zip(runs.streams(source), runs.streams(base), strict=True))
+    with runs.graph(base) as (logits, streams):
+        own = target[said].to(logits.device)
+        if callable(attr_target):
+            values = called(logits, own, attr_target)
+        else:
+            against = None if foils is None else foils.tensor[said]
+            values = named(logits, own, attr_target, against)
+        if not values.requires_grad:
+            raise ValueError(_NO_GRADIENT)
+        found: list[Tensor] = []
+        for number in range(len(said)):
+            gradients: Sequence[Tensor | None] = torch.autograd.grad(
+                values[0, number], streams, retain_graph=True, allow_unused=True
+            )
+            found.append(
+                torch.stack([_product(g, *pair) for g, pair in zip(gradients, pairs, strict=True)])
+            )
+    return torch.stack(found)
+
+
+def _product(gradient: Tensor | None, there: Tensor, here: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros(len(here), dtype=torch.float64, device="cpu")
+    wide = torch.promote_types(here.dtype, torch.float32)
+    return (
+        ((there.to(wide) - here.to(wide)) * gradient[0].to(here.device, wide))
+        .sum(-1)
+        .double()
+        .cpu()
+    )
+
+
+def ranked(estimates: Tensor, groups: Sequence[Sequence[int]], candidates: Tensor) -> Tensor:
+    """Cells in the order in which to patch them.
+
+    Args:
+        estimates: Shape ``(n_said, n_layers + 1, length)``.
+        groups: Places that are patched together.
+        candidates: Bool ``(n_layers + 1, n_groups)``: cells that may have an effect.
+
+    Returns:
+        Int64 ``(n_layers + 1, n_groups)``: 0 for the first, -1 for what is no candidate.
+    """
+    summed = torch.stack([estimates[..., list(group)].sum(-1) for group in groups], -1)
+    size = summed.abs().amax(0).masked_fill(~candidates, -1.0).flatten()
+    order = size.argsort(descending=True, stable=True)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order), dtype=torch.int64, device="cpu")
+    return ranks.view(candidates.shape).masked_fill(~candidates, -1)

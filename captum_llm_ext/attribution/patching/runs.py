@@ -1,0 +1,189 @@
+"""Runs of the model on texts as they are and corrupted, with cells of one patched into another."""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.attribution.patching.corruption import Corruption
+from captum_llm_ext.contrast import Foils
+from captum_llm_ext.model import AttrTarget, Scorer, TokenRow
+from captum_llm_ext.model.exclusive import exclusive_use
+from captum_llm_ext.model.gradients.backward import ForwardPass
+from captum_llm_ext.model.residual_stream import Patch, ResidualStream
+
+# A floor is what a few batches show: others may differ by more.
+_FLOORS = 2.0
+
+
+@dataclass(frozen=True)
+class Patched:
+    """One row: a text, some places of which have the stream of another one at a layer.
+
+    Attributes:
+        base: Key of the text that is read.
+        source: Key of the text whose stream is put there; "" where nothing is.
+        layer: Of the stream.
+        places: Of the row.
+    """
+
+    base: str
+    source: str = ""
+    layer: int = 0
+    places: tuple[int, ...] = ()
+
+
+class PatchedRuns:
+    """Values of target tokens in runs that are patched from one another.
+
+    Args:
+        model: The model.
+        stream: Its streams.
+        attr_target: What a value is, as for `Scorer`.
+        max_rows: At most so many rows in a pass; None: as many as memory allows.
+        show_progress: Whether there is a bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: ResidualStream,
+        attr_target: AttrTarget,
+        *,
+        max_rows: int | None,
+        show_progress: bool,
+    ) -> None:
+        self._model, self._stream = model, stream
+        self._texts: dict[str, Corruption] = {}
+        self._streams: dict[str, list[Tensor]] = {}
+        self.scorer = Scorer(
+            model,
+            attr_target=attr_target,
+            max_rows=max_rows,
+            show_progress=show_progress,
+            around=self._around,
+        )
+
+    def take(self, texts: Sequence[Corruption], target: Tensor, foils: Foils | None) -> None:
+        """Takes texts of one length that rows are then made of, and reads their streams.
+
+        Args:
+            texts: As they are and corrupted.
+            target: Token ids ``(n_target,)`` that all of them are asked for.
+            foils: What these are held against.
+
+        Raises:
+            ValueError: If the model is none whose places can be patched, or its streams are not
+                those of the text's places.
+        """
+        self._target, self._foils = target, foils
+        self._texts |= {text.key: text for text in texts}
+        self.values([Patched(text.key) for text in texts])
+        self._check_model()
+        for text in texts:
+            self._streams[text.key] = self._read(text)
+
+    def values(self, cells: Sequence[Patched]) -> Tensor:
+        """Values ``(n_cells, n_target)``, float64; NaN for tokens that a text gives none."""
+        rows = [self._row(cell) for cell in cells]
+        foils = None if self._foils is None else self._foils.tensor
+        values = self.scorer.values(rows, self._target, foils)
+        if foils is None:
+            return values
+        own, others = values.split(len(self._target), dim=1)
+        return own - others
+
+    def streams(self, text: Corruption) -> list[Tensor]:
+        """Its streams ``(length, size)``, by layer."""
+        return self._streams[text.key]
+
+    def tolerance(self, text: Corruption, values: Tensor) -> Tensor:
+        """How far rounding may move each of its values, ``(n_target,)``."""
+        usual = self.scorer.tolerance(values)
+        foils = None if self._foils is None else self._foils.tensor
+        floor = self.scorer.noise_floor(self._row(Patched(text.key)), self._target, foils)
+        return usual if floor is None else usual + _FLOORS * floor
+
+    @contextmanager
+    def graph(self, text: Corruption) -> Generator[tuple[Tensor, list[Tensor]]]:
+        """A pass with gradients: logits ``(1, n_said, vocabulary)``, and the streams of its graph.
+
+        The logits are those of the places that say a target token, in order.
+        """
+        at = [p for p in text.positions if p >= 0]
+        with exclusive_use(self._model), torch.enable_grad():
+            with self._noised([text]), self._stream.read(with_gradients=True) as streams:
+                logits = self._reader.logits(*self._given(text, at))
+            yield logits, streams
+
+    @property
+    def _reader(self) -> ForwardPass:
+        reader, found = ForwardPass(self._model), self.scorer.findings
+        if found is not None and found.kept is None:
+            reader.keep_all()
+        return reader
+
+    def _given(self, text: Corruption, at: Sequence[int]) -> tuple[Tensor, Tensor]:
+        device = _compat.input_device(self._model)
+        ids = torch.tensor([text.ids], dtype=torch.int64, device=device)
+        return ids, torch.tensor(list(at), dtype=torch.int64, device=device)
+
+    def _read(self, text: Corruption) -> list[Tensor]:
+        with exclusive_use(self._model), self._noised([text]), self._stream.read() as streams:
+            self._reader.logits(*self._given(text, [len(text.ids) - 1]))
+        length = len(text.ids)
+        for number, stream in enumerate(streams):
+            if stream.shape[:2] != (1, length):
+                raise ValueError(
+                    f"stream {number} of {type(self._model).__name__} is {tuple(stream.shape)} for "
+                    f"a row of {length} token ids: patching wants (1, {length}, size), a vector "
+                    "for each token (no soft prompts, no several streams beside one another)."
+                )
+        return [stream[0] for stream in streams]
+
+    def _row(self, cell: Patched) -> TokenRow:
+        text = self._texts[cell.base]
+        # What the other text does not say is no effect of its stream either.
+        positions = text.positions
+        if cell.source:
+            other = self._texts[cell.source].positions
+            positions = tuple(min(a, b) for a, b in zip(positions, other, strict=True))
+        return TokenRow(text.ids, positions, key=cell)
+
+    @contextmanager
+    def _around(self, rows: Sequence[TokenRow]) -> Generator[None]:
+        cells = [cast(Patched, row.key) for row in rows]
+        texts = [self._texts[cell.base] for cell in cells]
+        patches = [self._patch(row, cell) for row, cell in zip(rows, cells, strict=True)]
+        with self._noised(texts), self._stream.patched(patches):
+            yield
+
+    def _patch(self, row: TokenRow, cell: Patched) -> Patch | None:
+        if not cell.source:
+            return None
+        places = tuple(p for p in cell.places if p < len(row.ids))  # a row may be cut short
+        return Patch(cell.layer, places, self._streams[cell.source][cell.layer][list(places)])
+
+    def _noised(self, texts: Sequence[Corruption]) -> AbstractContextManager[None]:
+        return self._stream.noised([text.noise for text in texts])
+
+    def _check_model(self) -> None:
+        found, name = self.scorer.findings, type(self._model).__name__
+        if found is not None and found.step_by_step:
+            raise ValueError(
+                f"{name} is asked step by step ({found.manner}): activation patching needs a model "
+                "that says every token of a text in one pass, and sees nothing of what follows."
+            )
+        if found is not None and found.n_before:
+            raise ValueError(
+                f"{name} puts {found.n_before} vectors of its own in front of every text (a soft "
+                "prompt): places of its streams are not those of the text's tokens."
+            )
+
+    def provenance(self) -> Mapping[str, Any]:
+        """What results keep of the model's ways."""
+        return self.scorer.provenance()

@@ -1,0 +1,254 @@
+"""`PatchingResult`: what patched cells give back of the effect of a feature."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Unpack, cast
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.base import files, tensor_file
+from captum_llm_ext.result import plot
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result.plot.axes import CanvasArguments, Drawing
+
+_KIND = tensor_file.Kind(
+    "saved patching",
+    "captum_llm_ext_patching",
+    format=1,
+    advice="give a file written by `PatchingResult.save`.",
+    digest_since=1,
+    oldest=1,
+)
+# A gain up to here, in the unit of the values (nats of a log-probability), is no measure to divide
+# by: what is left of it is rounding and chance.
+_LEAST_GAIN = 1.0
+_SHOWN = 0.005  # less is rounded to nothing
+_TENSORS = ("effects", "clean_values", "corrupted_values", "target", "said_at")
+_OPTIONAL = ("effects_se", "ranks")
+_REST = (
+    "places",
+    "place_names",
+    "replaced",
+    "feature",
+    "replacements",
+    "output_tokens",
+    "n_evaluations",
+    "provenance",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchingResult:
+    """Effects of patched cells, as `ActivationPatching.trace` finds them.
+
+    Attributes:
+        effects: Shape ``(n_target, n_layers + 1, n_places)``, float64 on the CPU, in the unit of
+            the values: by how much a target token's value changes where the stream of one cell is
+            that of the other text. Exactly 0 for cells that are the same in both, and for places
+            after the one that says the token; NaN for cells that were not patched (`first`), and
+            for tokens that the replaced feature itself holds.
+        effects_se: Their standard errors over draws; None of a single draw.
+        clean_values: Values in the text as it is, ``(n_target,)``.
+        corrupted_values: In the corrupted text, a mean over draws.
+        target: Token ids, ``(n_target,)``.
+        said_at: Per target token the place that says it, the one before it.
+        places: Per column of `effects` the places of token ids that were patched together.
+        place_names: What stands there.
+        replaced: The places where the texts differ, or got noise.
+        feature: Names of what was replaced.
+        replacements: What stood there instead, one per draw.
+        output_tokens: A printable name per target token.
+        ranks: Where only some cells were patched, the order in which attribution patching had them,
+            ``(n_layers + 1, n_places)``: 0 for the first, -1 for cells without effect. Else None.
+        n_evaluations: Distinct rows that the model was run on.
+        provenance: What the numbers came from.
+    """
+
+    effects: Tensor
+    clean_values: Tensor
+    corrupted_values: Tensor
+    target: Tensor
+    said_at: Tensor
+    places: list[list[int]]
+    place_names: list[str]
+    replaced: list[int]
+    feature: list[str]
+    replacements: list[str]
+    output_tokens: list[str]
+    n_evaluations: int
+    effects_se: Tensor | None = None
+    ranks: Tensor | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers; there is one stream more."""
+        return self.effects.shape[1] - 1
+
+    @property
+    def gain(self) -> Tensor:
+        """What the feature is worth to each target token, ``(n_target,)``: clean less corrupted."""
+        return self.clean_values - self.corrupted_values
+
+    @property
+    def shares(self) -> Tensor:
+        """Effects as a part of the token's gain; NaN where that is within one nat of nothing.
+
+        (Or one of whatever else values are counted in.)
+        """
+        gain = self.gain
+        divided = self.effects / gain[:, None, None]
+        return divided.masked_fill((gain.abs() <= _LEAST_GAIN)[:, None, None], torch.nan)
+
+    def strongest(self, token: int | str, n: int = 5) -> list[tuple[int, int, float]]:
+        """The cells with the largest effects on a token, by size: layer, column, effect.
+
+        Args:
+            token: Its number or its text.
+            n: At most so many; cells without effect are none.
+        """
+        effects = self.effects[self._index(token)].nan_to_num()
+        order = effects.abs().flatten().argsort(descending=True, stable=True)[:n].tolist()
+        n_places = effects.shape[1]
+        cells = [(i // n_places, i % n_places) for i in order]
+        found = [(layer, column, float(effects[layer, column])) for layer, column in cells]
+        return [cell for cell in found if cell[2]]
+
+    def plot(
+        self,
+        token: int | str,
+        *,
+        every_place: bool = False,
+        **canvas: Unpack["CanvasArguments"],
+    ) -> "Drawing":
+        """Draws the effects on one target token: layers over places.
+
+        The places of the feature and the one that says the token are marked. Blue gives the token
+        back (or is what it needs), red is against it.
+
+        Args:
+            token: Its number, or its text.
+            every_place: Whether places before the feature and after the token, which have no
+                effect, are drawn as well.
+            **canvas: `ax`, `show`, `title`, `unit` as of other drawings.
+
+        Returns:
+            ``(fig, ax)``; None with ``show=True``.
+
+        Raises:
+            ValueError: If there is no such token, or several of that text.
+        """
+        at = self._index(token)
+        said, replaced = int(self.said_at[at]), {*self.replaced}
+        own = [bool(replaced & {*group}) for group in self.places]
+        says = [said in group for group in self.places]
+        first = min(self.replaced)
+        shown = [
+            column
+            for column, group in enumerate(self.places)
+            if every_place or (max(group) >= first and min(group) <= said)
+        ]
+        canvas.setdefault("title", self._title(at))
+        value = self.provenance.get("attr_target")
+        canvas.setdefault("unit", "nats" if value in ("log_prob", "contrast") else None)
+        return plot.patching_map(
+            self.effects[at][:, shown].numpy(),
+            place_names=[self.place_names[column] for column in shown],
+            replaced=[i for i, column in enumerate(shown) if own[column]],
+            saying=[i for i, column in enumerate(shown) if says[column]],
+            what="Lost of" if self.provenance.get("direction") == "noise" else "Given back of",
+            **canvas,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the result to one file of safetensors, which `load` reads.
+
+        Raises:
+            TypeError, ValueError: If JSON cannot hold its provenance.
+            OSError: If the file cannot be written.
+        """
+        tensors = {name: getattr(self, name) for name in (*_TENSORS, *_OPTIONAL)}
+        there = {name: value for name, value in tensors.items() if value is not None}
+        tensor_file.write(path, _KIND, there, {name: getattr(self, name) for name in _REST})
+
+    @classmethod
+    def load(cls, path: files.Path) -> "PatchingResult":
+        """Reads a result that `save` wrote.
+
+        Raises:
+            OSError: If there is no such file, or it cannot be read.
+            ValueError: If the file is damaged, no such result, or of a later format.
+        """
+        tensors, rest = tensor_file.read(path, _KIND)
+        try:
+            given = {name: tensors.pop(name) for name in _TENSORS}
+            given |= {name: tensors.pop(name, None) for name in _OPTIONAL}
+            if tensors:
+                raise ValueError(f"it has a tensor {min(tensors)!r}")
+            found = cls(**given, **{name: rest[name] for name in _REST})
+            found._check()
+        except tensor_file.BROKEN as error:
+            why = str(error) or type(error).__name__
+            raise ValueError(f"{os.fspath(path)!r} is damaged ({why}): {_KIND.advice}") from error
+        return found
+
+    def __str__(self) -> str:
+        names = ", ".join(repr(name.strip()) for name in self.feature)
+        others = ", ".join(dict.fromkeys(repr(text.strip()) for text in self.replacements[:3]))
+        lines = [
+            f"{names} replaced by {others}; {self.n_layers} layers, {len(self.places)} places, "
+            f"{self.n_evaluations} rows"
+        ]
+        for t, name in enumerate(self.output_tokens):
+            gain = float(self.gain[t])
+            cells = ", ".join(
+                f"{effect:+.2f} at {self.place_names[column]!r} in stream {layer}"
+                for layer, column, effect in self.strongest(t, 2)
+                if abs(effect) >= _SHOWN
+            )
+            lines.append(f"{name!r}: gain {gain:+.2f}" + (f"; {cells}" if cells else ""))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _title(self, at: int) -> str:
+        names = " ".join(name.strip() for name in self.feature)
+        return f"{names!r} → {self.output_tokens[at]!r}: gain {float(self.gain[at]):+.2f}"
+
+    def _index(self, token: int | str) -> int:
+        n = len(self.output_tokens)
+        if isinstance(token, int):
+            if not -n <= token < n:
+                raise ValueError(f"`token` is {token}, and there are {n} target tokens.")
+            return token % n
+        found = [i for i, name in enumerate(self.output_tokens) if name.strip() == token.strip()]
+        if len(found) != 1:
+            said = f"is the text of tokens {found}" if found else "is the text of no target token"
+            raise ValueError(
+                f"`token` {token!r} {said}: give the number of one of {self.output_tokens}."
+            )
+        return found[0]
+
+    def _check(self) -> None:
+        """Refuses parts that do not belong together.
+
+        Raises:
+            ValueError: If there are such.
+        """
+        n_target, n_streams, n_places = self.effects.shape
+        sizes = {"places": self.places, "place_names": self.place_names}
+        if any(len(part) != n_places for part in sizes.values()):
+            raise ValueError("its places are not as many as its effects have")
+        own = (self.clean_values, self.corrupted_values, self.target, self.said_at)
+        if any(part.shape != (n_target,) for part in own) or len(self.output_tokens) != n_target:
+            raise ValueError("its target tokens are not as many as its effects have")
+        if self.effects_se is not None and self.effects_se.shape != self.effects.shape:
+            raise ValueError("its standard errors are not as many as its effects")
+        if self.ranks is not None and self.ranks.shape != (n_streams, n_places):
+            raise ValueError("its ranks are not as many as its cells")
+        flat = [p for group in cast("list[list[Any]]", self.places) for p in group]
+        if not all(type(p) is int for p in (*flat, *self.replaced)):
+            raise ValueError("its places are no numbers")
