@@ -81,6 +81,60 @@ def test_draws_are_of_the_models_own_distribution(demo, word):
     assert all(text.endswith(mark) for text in found)
 
 
+def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo):
+    """Each candidate by how likely a word like the answer comes after it: plain forward passes."""
+    model, tokenizer = demo
+    [answer] = tokenizer.encode(" poker", add_special_tokens=False)
+
+    def log_probs(text):
+        with torch.no_grad():
+            return model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1].double()
+
+    likeliest = log_probs(PROMPT).argsort(descending=True).tolist()
+    pieces = {i: tokenizer.convert_ids_to_tokens(i) for i in likeliest}
+    alike = [i for i in likeliest if re.fullmatch("Ġ[a-z].*", pieces[i]) and i != answer][:128]
+
+    inp = words(PROMPT, tokenizer, ModelBaselines())
+    before = bound(demo).matches(inp)
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    result = attribution.attribute(inp, torch.tensor([answer]), output_unit=None)
+    for name, slot, old, new in zip(
+        inp.names, inp.slots, before, result.provenance["matches"]["prompt"], strict=True
+    ):
+        own = dict(new["candidates"])
+        if len(old.candidates) < 2 or name.strip() in ("Palm", "Coast,"):
+            continue
+        core = name.strip(" .,")
+        expected = {
+            text: share
+            * float(
+                log_probs(
+                    PROMPT[: slot.start] + slot.text.replace(core, text) + PROMPT[slot.stop :]
+                )
+                .softmax(0)[[answer, *alike]]
+                .sum()
+            )
+            for text, share in old.candidates
+        }
+        total = sum(expected.values())
+        assert own == pytest.approx({t: e / total for t, e in expected.items()}, abs=1e-4)
+
+
+def test_what_grammar_determines_is_not_blamed():
+    """Of a pronoun "because" says that it comes, "Anna" which one."""
+    names = {"Anna": "she", "Mary": "she", "Tom": "he", "Raj": "he"}
+    endings = ("because {} won", "in Oslo", "in Rome", "at Lima")
+    model, tokenizer = counting(
+        [f"{n} smiled {e.format(p)}." for n, p in names.items() for e in endings]
+    )
+    inp = TextSegmentInput("Anna smiled because", tokenizer)
+    for method in (FeatureAblation, KernelShap):
+        result = GenerationAttribution(method(model), tokenizer).attribute(inp, "she")
+        name, verb, conjunction = result.token_attr[0].tolist()
+        assert name > 2
+        assert max(abs(verb), abs(conjunction)) < name / 5
+
+
 def test_what_the_text_before_determines_stays(demo):
     baselines = bound(demo)
     found = baselines.matches(words(PROMPT, demo[1], baselines))
