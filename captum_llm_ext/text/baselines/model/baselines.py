@@ -46,9 +46,18 @@ class ModelBaselines:
     Løland 2021), given what comes before, as a causal model has it. Candidates are of the kind of
     what they stand for (a capitalised word, a number, …) and carry its white space and punctuation.
 
+    What comes after is the answer, of which the draw knows *what kinds of words* it begins with,
+    and not which: a candidate is as likely as the text before makes it, times how likely it makes a
+    word of that kind next (the token that was written or one of the 128 likeliest that are written
+    alike, for each of the first 8 tokens). After "she left because" comes a pronoun, after "she
+    left with" none: what grammar determines is not blamed, what decides between words of a kind is.
+    So weighed are words and phrases, the 64 before the answer; not features of many words,
+    generated text (what follows it was written because of it), or prompts of models behind an API.
+
     Words that determine one another are absent together: a word is bound to the one before it if it
     is more likely than not after that, and hardly after others ("Lake" after "Salt"), and whichever
-    word of such a phrase is absent, the phrase is drawn anew as a whole. A feature of many words (a
+    word of such a phrase is absent, the phrase is drawn anew as a whole. Words that are likely
+    anywhere in the text ("of" after "proud") end no phrase. A feature of many words (a
     sentence, a passage, an example, a turn) is drawn word by word and phrase by phrase, so that it
     keeps its form and loses what it says; a word or phrase that it says twice is drawn once.
 
@@ -56,9 +65,10 @@ class ModelBaselines:
     that is present or not, with one exception: neighbours of which one decides the other (a state
     after its city) are drawn as one text, left to right, where both are absent.
 
-    The search takes one pass over the text for the candidates of all places and a few short ones
-    more, each for all places at once, together about what the evaluations of leave-one-out take. It
-    is done once for a text.
+    The search takes one pass over the text for the candidates of all places, a few short ones more,
+    each for all places at once, and one of the prompt per candidate for the answer's kinds,
+    together about what the evaluations of leave-one-out take. It is done once for a text and an
+    answer.
 
     Args:
         proposer: The model that is asked, if it is not the one under explanation: ``(model,
