@@ -143,6 +143,11 @@ class Alternatives:
             pairs = [(self._span(i, n), n) for i, n in grown.items()]
             self.read([span for span, _ in pairs])
             bound = dict(zip(grown, self._are_bound(pairs), strict=True))
+            # Other phrases may leave nothing of a word that other words before it leave as it is.
+            last = {i: (self._span(n - 1, n), n) for i, n in grown.items() if bound[i]}
+            last = {i: pair for i, pair in last.items() if pair[1] > i + 1}
+            last = {i: pair for i, pair in last.items() if self._others(pair[0])}
+            bound |= zip(last, self._are_bound([*last.values()]), strict=True)
             grown = {i: n + 1 for i, n in grown.items() if bound[i]}
             longest |= grown
         longest = {i: self._before_grammar(i, n) for i, n in longest.items()}
@@ -193,6 +198,8 @@ class Alternatives:
             pairs: The place, and the number of the word's atom, with nothing but punctuation
                 between.
         """
+        if not pairs:
+            return []
         beginnings: list[str] = []
         texts: list[str] = []
         rests: list[str] = []
