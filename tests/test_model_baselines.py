@@ -30,6 +30,7 @@ from captum_llm_ext import (
 from captum_llm_ext.model import Likelihood
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.text.baselines import draw_generator
+from captum_llm_ext.text.baselines.model.alternatives import Alternatives
 
 TINY_T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
 TINY_BERT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -456,6 +457,36 @@ def test_a_phrase_and_what_is_tied_to_it(places, absent):
     found = {text.removesuffix(" .") for text in rendered(places, *absent, city="Lake Placid")}
     state = {city: name if "Florida" in absent else "Florida" for city, name in PLACES.items()}
     assert found == {f"Anna moved to {city}, {state[city]} in May" for city in PLACES}
+
+
+def found_phrases(sentences, text):
+    found = Alternatives(text, Likelihood(*counting(sentences)), 4, (0, len(text)))
+    return [text[start:stop] for start, stop in found.phrases]
+
+
+def test_words_of_grammar_end_no_phrase():
+    """Nothing but "proud" comes before "of" there, and it is said in other places as well."""
+    states = ("proud of", "glad about", "tired from", "sent to")
+    named = ("Anna of Oslo", "Tom of Rome", "Raj of Lima", "Anna", "Tom", "Raj")
+    sentences = [f"{n} is {s} it" for n in named for s in states]
+    assert found_phrases(sentences, "Anna is proud of it") == []
+    assert found_phrases(
+        [f"{n} is {s} it" for n in named[3:] for s in states], "Anna is proud of it"
+    )
+
+
+def test_words_of_grammar_stand_in_phrases():
+    waters = ("Gulf of Oman", "Lake near Lima", "Bay at Rome", "Cape in Kenya")
+    named = ("Anna of Oslo", "Tom of Cairo", "Anna", "Tom")
+    sentences = [f"{n} saw {w} once" for n in named for w in waters]
+    assert found_phrases(sentences, "Anna saw Gulf of Oman once") == ["Gulf of Oman"]
+
+
+def test_what_is_repeated_is_no_phrase():
+    """A text that says the same again is sure of it, and was not when it said it first."""
+    things = ("cup", "hat", "key", "pen")
+    sentences = [f"the {a} and the {b} or the {a}" for a in things for b in things if a != b]
+    assert found_phrases(sentences, "the cup and the hat or the cup") == []
 
 
 def test_a_sentence_draws_what_is_tied_as_one(places):
