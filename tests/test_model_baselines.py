@@ -124,6 +124,21 @@ def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo):
         assert own == pytest.approx({t: e / total for t, e in expected.items()}, abs=1e-4)
 
 
+def test_what_is_weighed_once_is_not_weighed_again(demo):
+    inp = words(PROMPT, demo[1], ModelBaselines())
+    fits = []
+
+    def fit(trials):
+        fits.append(len(trials))
+        return [-float(len(trial) + i % 3) for i, trial in enumerate(trials)]
+
+    baselines = bound(demo).with_answer(fit)
+    first = baselines.matches(inp)
+    assert first != bound(demo).matches(inp)
+    assert baselines.matches(inp) == first
+    assert len(fits) == 1
+
+
 def test_what_grammar_determines_is_not_blamed():
     """Of a pronoun "because" says that it comes, "Anna" which one."""
     names = {"Anna": "she", "Mary": "she", "Tom": "he", "Raj": "he"}

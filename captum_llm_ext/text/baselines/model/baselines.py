@@ -93,6 +93,7 @@ class ModelBaselines:
         self.n_candidates = n_candidates
         self._fit: AnswerFit | None = None
         self._known: dict[Slot, _Filling | None] = {}
+        self._weighed: set[Slot] = set()
         self._read: dict[str, list[tuple[Span, Alternatives]]] = {}
 
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
@@ -200,7 +201,9 @@ class ModelBaselines:
         fillings = {
             unit: filling
             for unit in sorted(units, key=lambda unit: unit.stop)[-_REACH:]
-            if (filling := self._filling(unit)) is not None and filling.n_texts > 1
+            if unit not in self._weighed
+            and (filling := self._filling(unit)) is not None
+            and filling.n_texts > 1
         }
         trials: list[dict[Slot, str]] = [{}]
         for unit, filling in fillings.items():
@@ -209,6 +212,7 @@ class ModelBaselines:
             return
         values = iter(fit(trials))
         own = next(values)
+        self._weighed.update(fillings)
         for unit, filling in fillings.items():
             gains = [next(values) - own for _ in filling.texts]
             self._known[unit] = filling.weighted([0.0 if math.isnan(g) else g for g in gains])
