@@ -51,6 +51,7 @@ from captum_llm_ext import (
     GenerationAttribution,
     GenerationGradientAttribution,
     LayerSaliency,
+    ModelBaselines,
     TextSegmentInput,
 )
 
@@ -122,10 +123,12 @@ def absences(grammar: Grammar, texts: Sequence[str], unit: Cut = "slot") -> dict
         "… weighted by the model": CorpusBaselines(texts, match="model"),
         "… with labels": CorpusBaselines(texts, labels=grammar.alternatives),
     }
+    by_model = ModelBaselines()
     return {
         "deletion": Absence(lambda _: None, lambda _: None),
         "`<unk>`": Absence(lambda _: "<unk>", lambda _: "<unk>"),
         **{name: Absence(partial(_same, b), partial(_same, b)) for name, b in found.items()},
+        "`ModelBaselines`": Absence(partial(_same, by_model), partial(_same, by_model)),
         "same slot, lists by hand": Absence(by_hand("prompt", unit), by_hand("continuation", unit)),
     }
 

@@ -30,6 +30,7 @@ from captum_llm_ext import (
 from captum_llm_ext.model import Likelihood
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.text.baselines import draw_generator
+from captum_llm_ext.text.baselines.model.alternatives import Alternatives
 
 TINY_T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
 TINY_BERT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -79,6 +80,78 @@ def test_draws_are_of_the_models_own_distribution(demo, word):
         assert drawn.count(text) / len(drawn) == pytest.approx(chance / kept, abs=0.08)
     mark = slot.text[-1] if slot.text[-1] in ".," else ""
     assert all(text.endswith(mark) for text in found)
+
+
+def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo):
+    """Each candidate by how likely a word like the answer comes after it: plain forward passes."""
+    model, tokenizer = demo
+    # Nobody's interest: how likely such a word is depends on all that stands before.
+    [answer] = tokenizer.encode(" Palm", add_special_tokens=False)
+
+    def log_probs(text):
+        with torch.no_grad():
+            return model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1].double()
+
+    likeliest = log_probs(PROMPT).argsort(descending=True).tolist()
+    pieces = {i: tokenizer.convert_ids_to_tokens(i) for i in likeliest}
+    alike = [i for i in likeliest if re.fullmatch("Ġ[A-Z]([a-z].*)?", pieces[i]) and i != answer][
+        :128
+    ]
+
+    inp = words(PROMPT, tokenizer, ModelBaselines())
+    before = bound(demo).matches(inp)
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    result = attribution.attribute(inp, torch.tensor([answer]), output_unit=None)
+    for name, slot, old, new in zip(
+        inp.names, inp.slots, before, result.provenance["matches"]["prompt"], strict=True
+    ):
+        own = dict(new["candidates"])
+        if len(old.candidates) < 2 or name.strip() in ("Palm", "Coast,"):
+            continue
+        core = name.strip(" .,")
+        expected = {
+            text: share
+            * float(
+                log_probs(
+                    PROMPT[: slot.start] + slot.text.replace(core, text) + PROMPT[slot.stop :]
+                )
+                .softmax(0)[[answer, *alike]]
+                .sum()
+            )
+            for text, share in old.candidates
+        }
+        total = sum(expected.values())
+        assert own == pytest.approx({t: e / total for t, e in expected.items()}, abs=1e-4)
+
+
+def test_what_is_weighed_once_is_not_weighed_again(demo):
+    inp = words(PROMPT, demo[1], ModelBaselines())
+    fits = []
+
+    def fit(trials):
+        fits.append(len(trials))
+        return [-float(len(trial) + i % 3) for i, trial in enumerate(trials)]
+
+    baselines = bound(demo).with_answer(fit)
+    first = baselines.matches(inp)
+    assert first != bound(demo).matches(inp)
+    assert baselines.matches(inp) == first
+    assert len(fits) == 1
+
+
+def test_what_grammar_determines_is_not_blamed():
+    """Of a pronoun "because" says that it comes, "Anna" which one."""
+    names = {"Anna": "she", "Mary": "she", "Tom": "he", "Raj": "he"}
+    endings = ("because {} won", "in Oslo", "in Rome", "at Lima")
+    model, tokenizer = counting(
+        [f"{n} smiled {e.format(p)}." for n, p in names.items() for e in endings]
+    )
+    inp = TextSegmentInput("Anna smiled because", tokenizer)
+    for method in (FeatureAblation, KernelShap):
+        result = GenerationAttribution(method(model), tokenizer).attribute(inp, "she")
+        name, verb, conjunction = result.token_attr[0].tolist()
+        assert name > 2
+        assert max(abs(verb), abs(conjunction)) < name / 5
 
 
 def test_what_the_text_before_determines_stays(demo):
@@ -402,6 +475,38 @@ def test_a_phrase_and_what_is_tied_to_it(places, absent):
     found = {text.removesuffix(" .") for text in rendered(places, *absent, city="Lake Placid")}
     state = {city: name if "Florida" in absent else "Florida" for city, name in PLACES.items()}
     assert found == {f"Anna moved to {city}, {state[city]} in May" for city in PLACES}
+
+
+def found_phrases(sentences, text):
+    found = Alternatives(text, Likelihood(*counting(sentences)), 4, (0, len(text)))
+    return [text[start:stop] for start, stop in found.phrases]
+
+
+def test_words_of_grammar_end_no_phrase():
+    """Nothing but "proud" comes before "of" there, and it is said in other places as well."""
+    states = ("proud of", "glad about", "tired from", "sent to")
+    named = ("Anna of Oslo", "Tom of Rome", "Raj of Lima", "Anna", "Tom", "Raj")
+    sentences = [f"{n} is {s} it" for n in named for s in states]
+    assert found_phrases(sentences, "Anna is proud of it") == []
+    assert found_phrases(
+        [f"{n} is {s} it" for n in named[3:] for s in states], "Anna is proud of it"
+    )
+
+
+def test_words_of_grammar_stand_in_phrases():
+    waters = ("Gulf of Oman", "Lake near Lima", "Bay at Rome", "Cape in Kenya")
+    named = ("Anna of Oslo", "Tom of Cairo", "Anna", "Tom")
+    sentences = [f"{n} saw {w} once" for n in named for w in waters]
+    assert found_phrases(sentences, "Anna saw Gulf of Oman once") == ["Gulf of Oman"]
+
+
+def test_what_is_repeated_is_no_phrase():
+    """A text that says the same again is sure of it, and was not when it said it first."""
+    things = ("cup", "hat", "key", "pen")
+    pairs = [(a, b) for a in things for b in things if a != b]
+    endings = ("the {0}", "his {1}", "my {1}")
+    sentences = [f"the {a} and the {b} or {e.format(a, b)}" for a, b in pairs for e in endings]
+    assert found_phrases(sentences, "the cup and the hat or the cup") == []
 
 
 def test_a_sentence_draws_what_is_tied_as_one(places):

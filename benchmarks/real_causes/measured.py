@@ -49,7 +49,8 @@ METHODS = ("leave-one-out", "Shapley, kernel", "integrated gradients")
 
 def makes_sense(method: str, absence: str) -> bool:
     """Gradients know tokens and texts; of others it would be said of a path what is of a text."""
-    return method != "integrated gradients" or absence in ("end of text", "lists by hand")
+    known = ("end of text", "lists by hand", "`ModelBaselines`")
+    return method != "integrated gradients" or absence in known
 
 
 @dataclass
@@ -80,9 +81,10 @@ class _Asked:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._model, name)
-        return partial(self._counted, found) if callable(found) else found
+        return partial(self.counted, found) if callable(found) else found
 
-    def _counted(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def counted(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A call on that account."""
         positions, start = self._cost.positions, time.process_time()
         try:
             return function(*args, **kwargs)
@@ -98,8 +100,15 @@ class _Counted(ModelBaselines):
     bound: ModelBaselines
 
     def with_model(self, model: Any) -> ModelBaselines:
-        self.bound = super().with_model(_Asked(model, self.cost))
-        return self.bound
+        asked = _Asked(model, self.cost)
+        bound = self.bound = super().with_model(asked)
+
+        def with_answer(fit: Any) -> ModelBaselines:
+            self.bound = ModelBaselines.with_answer(bound, partial(asked.counted, fit))
+            return self.bound
+
+        vars(bound)["with_answer"] = with_answer
+        return bound
 
 
 def _told(baselines: Any, inp: TextSegmentInput) -> list[str]:

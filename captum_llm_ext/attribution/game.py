@@ -70,9 +70,14 @@ class Run:
     ) -> None:
         self.method, self.tokenizer = method, tokenizer
         self.context = Context(prompt, tokenizer, model)
-        self.prompt, self.full = self.context.prompt, self.context.full
+        self.full = self.context.full
         self.scorer, self.seed, self.callback = scorer, seed, callback
         self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt, whose baselines know the model, and the answer once it is there."""
+        return self.context.prompt
 
 
 class Game:

@@ -26,7 +26,7 @@ from captum_llm_ext.attribution.target import (
 from captum_llm_ext.base.arguments import at_least_one, check_counts, check_passed_on
 from captum_llm_ext.base.digest import describe, digest, stacklevel_of_caller
 from captum_llm_ext.coalitions.stopping import StoppingRule, as_rule
-from captum_llm_ext.contrast import Contrast, FoilContext, as_value, foils_of, scored
+from captum_llm_ext.contrast import AnswerKinds, Contrast, FoilContext, as_value, foils_of, scored
 from captum_llm_ext.methods.estimators import Budget, is_known
 from captum_llm_ext.model import (
     Accelerator,
@@ -356,6 +356,8 @@ class GenerationAttribution(LLMAttribution):
 
     def _game(self, run: Run, ids: Tensor, output_unit: Unit | None, output_baselines: Any) -> Game:
         generated = run.context.generated(ids, output_unit, output_baselines)
+        scene = FoilContext(run.prompt, run.full, generated, self.tokenizer, run.seed)
+        self._heed(run, scene)
         foils = None
         if isinstance(self.attr_target, Contrast):
             scene = FoilContext(run.prompt, run.full, generated, self.tokenizer, run.seed)
@@ -476,6 +478,10 @@ class GenerationAttribution(LLMAttribution):
         """What foils are looked for with: rows of its own, which are no coalitions."""
         del scorer
         return Scorer(self.model, processes=self._shared)
+
+    def _heed(self, run: Run, scene: FoilContext) -> None:
+        """Lets absent words be drawn given what kinds of words the answer is made of."""
+        run.context.heed(AnswerKinds(scene, Scorer(self.model)))
 
     def _language_model(self, scorer: RowScorer) -> LanguageModel:
         del scorer

@@ -1,7 +1,7 @@
 """What a baseline may ask the model under explanation: how probable texts are, and what it says."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
@@ -111,18 +111,24 @@ class Likelihood:
         ]
         known = [own if own and own[0] > 0 else range(0) for own in stand]
         first = {own[0]: number for number, own in enumerate(known) if own}
+        begins = torch.tensor(sorted({ids[at] for at in first}), dtype=torch.int64, device="cpu")
         log_probs: dict[int, float] = {}
         others: dict[int, list[tuple[str, float]]] = {}
+        chances: dict[int, Tensor] = {}
         for at, said in self._said(ids, sorted({at for own in known for at in own})):
             log_probs[at] = float(said[ids[at]])
             if (number := first.get(at)) is not None:
                 others[number] = self._best(said, ids[at - 1 : at + 1], n, partial(fits, number))
+                chances[ids[at]] = chances.get(ids[at], torch.zeros_like(said[begins]))
+                chances[ids[at]] += said[begins].exp()
+        elsewhere = _elsewhere(begins.tolist(), [ids[at] for at in first], chances)
         return [
             Listed(
                 sum(log_probs[at] for at in own),
                 self._piece(ids[own[0]], ids[own[0] - 1]).strip(),
                 log_probs[own[0]],
                 others[number],
+                elsewhere[ids[own[0]]],
             )
             if own
             else None
@@ -341,6 +347,23 @@ class Likelihood:
         """Ids that end or pad a text: none of its words."""
         ids: set[int] = set(getattr(self._tokenizer, "all_special_ids", None) or ())
         return [token for token in ids if token < size]
+
+
+def _elsewhere(
+    begins: Sequence[int], stand: Sequence[int], chances: Mapping[int, Tensor]
+) -> dict[int, float]:
+    """How probable each token is, on average, in the places where others stand.
+
+    Args:
+        begins: The tokens.
+        stand: The token of every place.
+        chances: By token, the probabilities of `begins` where it stands, summed over its places.
+    """
+    total = sum(chances.values(), torch.zeros(len(begins), dtype=torch.float64, device="cpu"))
+    return {
+        token: float(total[i] - chances[token][i]) / max(len(stand) - stand.count(token), 1)
+        for i, token in enumerate(begins)
+    }
 
 
 def as_proposer(given: Any, tokenizer: Any) -> Proposer:

@@ -30,7 +30,15 @@ from captum_llm_ext.attribution.target import (
 from captum_llm_ext.base.arguments import check_passed_on
 from captum_llm_ext.base.digest import describe
 from captum_llm_ext.coalitions import Solution
-from captum_llm_ext.contrast import Contrast, FoilContext, Foils, as_value, foils_of, scored
+from captum_llm_ext.contrast import (
+    AnswerKinds,
+    Contrast,
+    FoilContext,
+    Foils,
+    as_value,
+    foils_of,
+    scored,
+)
 from captum_llm_ext.methods import EquivalentLinearSystem, LayerSaliency
 from captum_llm_ext.methods.path_methods import SUPPORTED, Points, check_method, points_of
 from captum_llm_ext.model import (
@@ -276,6 +284,8 @@ class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
         ids = target_ids(target, self.tokenizer, gen_args, generate, context.full, skip_tokens)
         check_target(ids, context.full, scorer, _compat.vocabulary_size(self.model))
         generated = context.generated(ids, output_unit, output_baselines)
+        scene = FoilContext(context.prompt, context.full, generated, self.tokenizer, seed)
+        context.heed(AnswerKinds(scene, Scorer(self.model)))
         deterministic = context.prompt.deterministic and generated.deterministic
         if deterministic and n_draws is not None:
             raise ValueError(

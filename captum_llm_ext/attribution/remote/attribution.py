@@ -26,7 +26,7 @@ from captum_llm_ext.attribution.remote.rung_choice import (
 from captum_llm_ext.attribution.target import Skipped
 from captum_llm_ext.base.arguments import check_counts
 from captum_llm_ext.base.digest import stacklevel_of_caller
-from captum_llm_ext.contrast import Contrast, scored
+from captum_llm_ext.contrast import Contrast, FoilContext, scored
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
 from captum_llm_ext.remote.chat_providers import Speaker
 from captum_llm_ext.remote.estimate import LENGTHS, Counter, Estimate, finite, n_new
@@ -520,6 +520,9 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
     def _proposer(self, scorer: RowScorer) -> RowScorer:
         return scorer
+
+    def _heed(self, run: Run, scene: FoilContext) -> None:
+        """An API does not tell what becomes of words of a kind."""
 
     def with_absence(self, prompt: Prompt) -> Prompt:
         """Nothing stands there: an API does not tell what its model would have written."""

@@ -10,9 +10,11 @@ from captum_llm_ext.text.baselines.draws import draw_generator, uniform
 from captum_llm_ext.text.baselines.infilling import Infilling
 from captum_llm_ext.text.baselines.labels import Labels
 from captum_llm_ext.text.baselines.slot import (
+    AnswerFit,
     AsksModel,
     Baseline,
     Bonds,
+    HeedsAnswer,
     LanguageModel,
     Listed,
     Proposer,
@@ -24,11 +26,13 @@ from captum_llm_ext.text.baselines.template import template_parts, template_slot
 from captum_llm_ext.text.tokens import token_id
 
 __all__ = [
+    "AnswerFit",
     "Baseline",
     "Bonds",
     "Default",
     "Deletion",
     "FixedTexts",
+    "HeedsAnswer",
     "Infilling",
     "LanguageModel",
     "Listed",

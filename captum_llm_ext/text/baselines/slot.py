@@ -1,6 +1,6 @@
 """What a baseline is asked: one place of a text whose feature is absent."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -82,12 +82,15 @@ class Listed:
         piece_log_prob: Of that token.
         others: The likeliest other tokens that fit, as text without white space, and the
             log-probability of each.
+        elsewhere: The mean probability of the first token where other words of the text stand; 0
+            where nobody can say.
     """
 
     log_prob: float
     piece: str
     piece_log_prob: float
     others: Sequence[tuple[str, float]]
+    elsewhere: float = 0.0
 
 
 @runtime_checkable
@@ -194,6 +197,20 @@ class KnowsPhrases(Protocol):
         It is asked once, before any of them is drawn: what has to be found out of all of them is
         best found out here.
         """
+        ...
+
+
+AnswerFit = Callable[[Sequence[Mapping[Slot, str]]], Sequence[float]]
+"""Of texts that stand in places at once, per trial the log-probability that words of the kinds that
+were written come next; NaN where nobody can say. A trial of no place is the text as it is."""
+
+
+@runtime_checkable
+class HeedsAnswer(Protocol):
+    """A baseline that goes by what was written after the text, too."""
+
+    def with_answer(self, fit: AnswerFit, /) -> Baseline:
+        """The same for an answer; the object itself stays as it is."""
         ...
 
 

@@ -25,6 +25,7 @@ from captum_llm_ext.text.baselines import (
 from captum_llm_ext.text.baselines.candidates import Match
 from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
 from captum_llm_ext.text.inputs.prompt import (
+    Follows,
     Piece,
     Place,
     Prompt,
@@ -283,6 +284,9 @@ class _MergedPrompt(Prompt):
 
     def with_model(self, model: LanguageModel) -> Prompt:
         return self._over(self._prompt.with_model(model))
+
+    def with_answer(self, follows: Follows) -> Prompt:
+        return self._over(self._prompt.with_answer(follows))
 
     def _over(self, prompt: Prompt) -> Prompt:
         changed = copy(self)

@@ -9,7 +9,7 @@ from torch import Tensor
 from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.baselines.corpus.mismatch import warn_of_mismatch
 from captum_llm_ext.text.inputs.generated import GeneratedText
-from captum_llm_ext.text.inputs.prompt import Prompt
+from captum_llm_ext.text.inputs.prompt import Follows, Prompt
 from captum_llm_ext.text.segment import Unit
 
 
@@ -40,6 +40,10 @@ class Context:
         if not self.full.ids:
             raise ValueError("the prompt is empty: it has no token before the target.")
         warn_of_mismatch(prompt.own_baseline, prompt.matches)
+
+    def heed(self, follows: Follows) -> None:
+        """From here on, replacements go by an answer, if their baseline is one that does."""
+        self.prompt = self.prompt.with_answer(follows)
 
     def generated(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
         """The target as features, absent as `baselines` say, or else as those of the prompt."""

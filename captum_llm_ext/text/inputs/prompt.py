@@ -11,8 +11,10 @@ from torch import Tensor
 
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import (
+    AnswerFit,
     Baseline,
     Bonds,
+    HeedsAnswer,
     LanguageModel,
     Slot,
     bonds_of,
@@ -23,6 +25,9 @@ from captum_llm_ext.text.baselines import (
     with_model,
 )
 from captum_llm_ext.text.baselines.candidates import Match
+
+Follows = Callable[[Sequence[tuple[int, ...]]], Sequence[float]]
+"""Per prompt, given as ids, the log-probability that words of the answer's kinds come next."""
 
 _NO_PLACES = (
     "this needs features that own tokens, which templates, images and inputs of other kinds do "
@@ -186,6 +191,10 @@ class Prompt(ABC):
         """The prompt with a model for baselines that ask one; itself if none does."""
         return self
 
+    def with_answer(self, follows: Follows) -> "Prompt":
+        """The prompt for an answer, for baselines that go by one; itself if none does."""
+        return self
+
     def matches(self) -> list[Match] | None:
         """How the baseline found candidates for each place, if it is one that tells."""
         return None
@@ -215,6 +224,18 @@ class Replacements:
     def with_model(self, model: LanguageModel) -> "Replacements":
         """The same with a model for the baseline to ask."""
         return self._of(with_model(self._baseline, model), self._slots)
+
+    @property
+    def heeds_answer(self) -> bool:
+        """Whether the baseline goes by what was written after the text."""
+        return isinstance(self._baseline, HeedsAnswer)
+
+    def with_answer(self, fit: AnswerFit) -> "Replacements":
+        """The same for an answer, if the baseline goes by one."""
+        found = self._baseline
+        return self._of(
+            found.with_answer(fit) if isinstance(found, HeedsAnswer) else found, self._slots
+        )
 
     def over(self, slots: Sequence[Slot]) -> "Replacements":
         """The same for other slots."""
@@ -302,6 +323,10 @@ class Replacements:
                     f"the baseline returned {found!r} for {slot.text!r}: return a text or "
                     "token ids."
                 ) from None
+        return self.in_place(slot, found)
+
+    def in_place(self, slot: Slot, found: str) -> tuple[int, ...]:
+        """The ids of a text in a slot, with the white space around what it replaces."""
         content = found.lstrip()
         # A part of a character has no text that other text could stand for.
         if not content or not slot.text:

@@ -1,5 +1,6 @@
 """`TextSegmentInput`: a text cut into features that own whole tokens."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -25,6 +26,7 @@ from captum_llm_ext.text.baselines.candidates import Match
 from captum_llm_ext.text.inputs.groups import Groups, label_spans, tie
 from captum_llm_ext.text.inputs.ownership import Ownership, own, owned_slots
 from captum_llm_ext.text.inputs.prompt import (
+    Follows,
     Level,
     Piece,
     Place,
@@ -184,6 +186,16 @@ class TextSegmentInput(InterpretableInput, Prompt):
         changed.baseline = with_model(self.baseline, model)
         return changed
 
+    def with_answer(self, follows: Follows) -> Self:
+        """See `Prompt.with_answer`."""
+        if not self._replacements.heeds_answer:
+            return self
+        changed = copy(self)
+        changed._replacements = self._replacements.with_answer(
+            lambda tries: follows([self._with_texts(texts) for texts in tries])
+        )
+        return changed
+
     def drawn_together(self, groups: Sequence[int]) -> Self:
         """A copy in which features of one group (one number per feature) share their draws."""
         changed = copy(self)
@@ -308,14 +320,36 @@ class TextSegmentInput(InterpretableInput, Prompt):
             units = self._replacements.units(
                 {slot.index for slot in self.slots if not mask[slot.feature]}
             )
-            ids: list[int] = []
-            for slot, chunk, is_first in self._chunks:
-                if slot is None or (unit := units.get(slot.index)) is None:
-                    ids += chunk
-                elif is_first and slot.index == unit[0]:  # which has what stands for all
-                    ids += stand_in(*unit)
-            rows.append(RenderedPrompt(tuple(ids)))
+            rows.append(RenderedPrompt(self._assembled(units, stand_in)))
         return rows
+
+    def _assembled(
+        self, units: Mapping[int, tuple[int, ...]], stand_in: Callable[..., tuple[int, ...]]
+    ) -> tuple[int, ...]:
+        """The ids of the prompt where something else stands in some slots.
+
+        Args:
+            units: By index of a slot, the slots that are replaced as one with it.
+            stand_in: The ids for such slots.
+        """
+        ids: list[int] = []
+        for slot, chunk, is_first in self._chunks:
+            if slot is None or (unit := units.get(slot.index)) is None:
+                ids += chunk
+            elif is_first and slot.index == unit[0]:  # which has what stands for all
+                ids += stand_in(*unit)
+        return tuple(ids)
+
+    def _with_texts(self, texts: Mapping[Slot, str]) -> tuple[int, ...]:
+        """The ids of the prompt where texts stand in slots, or in several neighbours as one."""
+        units: dict[int, tuple[int, ...]] = {}
+        ids: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for place, text in texts.items():
+            stop = bisect_right(self.slots, place.stop, key=lambda slot: slot.stop)
+            unit = tuple(range(place.index, stop))
+            units |= dict.fromkeys(unit, unit)
+            ids[unit] = self._replacements.in_place(place, text)
+        return self._assembled(units, lambda *unit: ids[unit])
 
     def places(self) -> list[Place]:
         """See `Prompt.places`."""

@@ -4,7 +4,7 @@ import heapq
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from typing import Any
 
@@ -15,6 +15,7 @@ from captum_llm_ext.text.baselines.corpus.baselines import HasSlots
 from captum_llm_ext.text.baselines.draws import part_of
 from captum_llm_ext.text.baselines.model.alternatives import Alternatives, Span
 from captum_llm_ext.text.baselines.slot import (
+    AnswerFit,
     Bonds,
     LanguageModel,
     Proposer,
@@ -27,6 +28,9 @@ from captum_llm_ext.text.baselines.surroundings import Surroundings, surrounding
 _CANDIDATES = 4  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
 _SURE = 0.95  # the model's own text, at least so often, is what it would have written anyway
 _TOLD = 10
+# Places before an answer that are drawn given its kinds of words. Those far before it hardly decide
+# these, and each costs a pass per candidate.
+_REACH = 64
 _LEFT_BEHIND = "left behind"  # in place of a proposer that was not copied
 _NO_OTHER = "what comes before, where no other text of its kind is known"
 
@@ -42,9 +46,18 @@ class ModelBaselines:
     Løland 2021), given what comes before, as a causal model has it. Candidates are of the kind of
     what they stand for (a capitalised word, a number, …) and carry its white space and punctuation.
 
+    What comes after is the answer, of which the draw knows *what kinds of words* it begins with,
+    and not which: a candidate is as likely as the text before makes it, times how likely it makes a
+    word of that kind next (the token that was written or one of the 128 likeliest that are written
+    alike, for each of the first 8 tokens). After "she left because" comes a pronoun, after "she
+    left with" none: what grammar determines is not blamed, what decides between words of a kind is.
+    So weighed are words and phrases, the 64 before the answer; not features of many words,
+    generated text (what follows it was written because of it), or prompts of models behind an API.
+
     Words that determine one another are absent together: a word is bound to the one before it if it
     is more likely than not after that, and hardly after others ("Lake" after "Salt"), and whichever
-    word of such a phrase is absent, the phrase is drawn anew as a whole. A feature of many words (a
+    word of such a phrase is absent, the phrase is drawn anew as a whole. Words that are likely
+    anywhere in the text ("of" after "proud") end no phrase. A feature of many words (a
     sentence, a passage, an example, a turn) is drawn word by word and phrase by phrase, so that it
     keeps its form and loses what it says; a word or phrase that it says twice is drawn once.
 
@@ -52,9 +65,10 @@ class ModelBaselines:
     that is present or not, with one exception: neighbours of which one decides the other (a state
     after its city) are drawn as one text, left to right, where both are absent.
 
-    The search takes one pass over the text for the candidates of all places and a few short ones
-    more, each for all places at once, together about what the evaluations of leave-one-out take. It
-    is done once for a text.
+    The search takes one pass over the text for the candidates of all places, a few short ones more,
+    each for all places at once, and one of the prompt per candidate for the answer's kinds,
+    together about what the evaluations of leave-one-out take. It is done once for a text and an
+    answer.
 
     Args:
         proposer: The model that is asked, if it is not the one under explanation: ``(model,
@@ -77,7 +91,9 @@ class ModelBaselines:
         self._proposer = proposer
         self._model: Proposer | None = proposer if isinstance(proposer, Proposer) else None
         self.n_candidates = n_candidates
+        self._fit: AnswerFit | None = None
         self._known: dict[Slot, _Filling | None] = {}
+        self._weighed: set[Slot] = set()
         self._read: dict[str, list[tuple[Span, Alternatives]]] = {}
 
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
@@ -98,6 +114,12 @@ class ModelBaselines:
         other._model = model if self._proposer is None else model.proposing(self._proposer)
         return other
 
+    def with_answer(self, fit: AnswerFit) -> "ModelBaselines":
+        """See `HeedsAnswer`."""
+        other = ModelBaselines(self._proposer, n_candidates=self.n_candidates)
+        other._model, other._read, other._fit = self._model, self._read, fit
+        return other
+
     def read(self, slots: Sequence[Slot]) -> Bonds:
         """Asks the model for all places at once (see `KnowsPhrases`)."""
         if not slots:
@@ -108,7 +130,10 @@ class ModelBaselines:
         parts = alternatives.parts(0, len(context), ties=False)
         alternatives.read(parts)
         ties = [(one[0], other[1]) for one, other in alternatives.ties]
-        return Bonds(*([*_runs(slots, spans)] for spans in (parts, ties)))
+        bonds = Bonds(*([*_runs(slots, spans)] for spans in (parts, ties)))
+        if self._fit is not None:
+            self._heed(self._fit, slots, bonds)
+        return bonds
 
     def explain(self, slot: Slot) -> Match:
         """The candidates for a feature, each with its probability.
@@ -165,6 +190,40 @@ class ModelBaselines:
         own = [slot.context[slice(*part)] for part in parts]
         return _Filling(place, found, between, [own.index(text) for text in own])
 
+    def _heed(self, fit: AnswerFit, slots: Sequence[Slot], bonds: Bonds) -> None:
+        """Weighs what may stand in the last places by what it makes of the answer's kinds.
+
+        Of features of many words each is one of many, and what the whole makes is not known.
+        """
+        bound = {i for run in bonds.phrases for i in run}
+        runs = [*bonds.phrases, *bonds.ties, *([i] for i in range(len(slots)) if i not in bound)]
+        units = [joined([slots[i] for i in run]) for run in runs]
+        fillings = {
+            unit: filling
+            for unit in sorted(units, key=lambda unit: unit.stop)[-_REACH:]
+            if unit not in self._weighed
+            and (filling := self._filling(unit)) is not None
+            and filling.n_texts > 1
+        }
+        trials: list[dict[Slot, str]] = [{}]
+        for unit, filling in fillings.items():
+            trials += [self._everywhere(unit, text) for text in filling.texts]
+        if not fillings:
+            return
+        values = iter(fit(trials))
+        own = next(values)
+        self._weighed.update(fillings)
+        for unit, filling in fillings.items():
+            gains = [next(values) - own for _ in filling.texts]
+            self._known[unit] = filling.weighted([0.0 if math.isnan(g) else g for g in gains])
+
+    def _everywhere(self, slot: Slot, text: str) -> dict[Slot, str]:
+        """A text in a place, and in those of its feature that say the same."""
+        core = _said(slot)
+        places = [s for s in slot.siblings if _said(s) == core] or [slot]
+        fillings = {place: self._filling(place) for place in places}
+        return {place: found.place.filled(text) for place, found in fillings.items() if found}
+
     def _asked(self) -> Proposer:
         if self._model is None:
             raise ValueError(
@@ -189,6 +248,27 @@ class _Filling:
     parts: list[Candidates]
     between: list[str]
     same_as: list[int]
+
+    @property
+    def texts(self) -> list[str]:
+        """What may stand there, where that is one word or phrase; none otherwise."""
+        if len(self.parts) != 1:
+            return []
+        return [self._assembled([text]) for (text,) in self.parts[0].choices]
+
+    @property
+    def n_texts(self) -> int:
+        """How many `texts` there are."""
+        return len(self.parts[0].choices) if len(self.parts) == 1 else 0
+
+    def weighted(self, gains: Sequence[float]) -> "_Filling":
+        """The same, each of the `texts` more likely by so much, in nats."""
+        weights = self.parts[0].weights()
+        gained = {
+            text: weight * math.exp(gain)
+            for (text, weight), gain in zip(weights.items(), gains, strict=True)
+        }
+        return replace(self, parts=[Candidates.of(self.parts[0].match, gained, (self.place.core,))])
 
     def draw(self, generator: torch.Generator) -> str:
         """One text, with the white space and punctuation of the place."""
@@ -246,8 +326,13 @@ def _candidates(texts: dict[str, float]) -> Candidates:
 
 def _first_of(slot: Slot) -> Slot:
     """The first place of a slot's feature that says the same: a name is drawn once."""
-    core = slot.context[slice(*_core(slot))]
-    return next((s for s in slot.siblings if s.context[slice(*_core(s))] == core), slot)
+    core = _said(slot)
+    return next((s for s in slot.siblings if _said(s) == core), slot)
+
+
+def _said(slot: Slot) -> str:
+    """The text of a place, without white space and punctuation at its ends."""
+    return slot.context[slice(*_core(slot))]
 
 
 def _core(slot: Slot) -> Span:

@@ -1,0 +1,77 @@
+"""What kinds of words an answer is made of, and how likely such words follow another prompt."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.contrast.context import FoilContext
+from captum_llm_ext.model import RowScorer, TokenRow
+
+# Words of a kind that stand for all of it: on natural prompts whose cause is known 64 to 256 name
+# as many causes; with fewer, other answers of the kind are missing, with more, any word is of it.
+_WORDS = 128
+_LOOKED_AT = 1024  # of the likeliest tokens
+# Later tokens follow from those before them, whatever the prompt was.
+_TOKENS = 8
+
+Ids = tuple[int, ...]
+
+
+class AnswerKinds:
+    """How likely words of an answer's kinds follow prompts, in its first places.
+
+    A kind is a token and the likeliest others that are written alike (with a space before, or a
+    capital first) where the prompt is whole.
+
+    Args:
+        scene: The prompt and the answer.
+        model: Is asked.
+    """
+
+    def __init__(self, scene: FoilContext, model: RowScorer) -> None:
+        self._scene, self._model = scene, model
+
+    def __call__(self, prompts: Sequence[Ids]) -> list[float]:
+        """The log-probability of these kinds after each prompt; NaN where that is too long."""
+        at, foils = self._kinds
+        if not at:
+            return [0.0] * len(prompts)
+        target = torch.tensor([self._scene.target[t] for t in at], device="cpu", dtype=torch.int64)
+        before = self._scene.target[: at[-1]]
+        rows = {
+            ids: TokenRow((*ids, *before), [len(ids) - 1 + t for t in at])
+            for ids in dict.fromkeys(prompts)
+            if ids and self._has_positions(len(ids) + len(before))
+        }
+        found: dict[Ids, float] = {}
+        if rows:
+            own, others = self._model.values([*rows.values()], target, foils).split(len(at), dim=1)
+            found = dict(zip(rows, own.logaddexp(others).sum(1).tolist(), strict=True))
+        return [found.get(ids, float("nan")) for ids in prompts]
+
+    @cached_property
+    def _kinds(self) -> tuple[list[int], Tensor]:
+        """Places of the answer that have a kind, and the other tokens of it, padded by -1."""
+        scene = self._scene
+        first = range(min(_TOKENS, len(scene.target)))
+        asked = [t for t in first if not (scene.is_special(scene.target[t]) or scene.goes_on(t))]
+        if not asked or scene.full.extras is not None:
+            return [], torch.empty(0, 0, dtype=torch.int64, device="cpu")
+        ids = self._model.likeliest(scene.whole, _LOOKED_AT)[1]
+        kinds = {
+            t: [token for token in ids[t].tolist() if token >= 0 and scene.fits(token, t)][:_WORDS]
+            for t in asked
+        }
+        at = [t for t in asked if kinds[t]]
+        most = max((len(kinds[t]) for t in at), default=0)
+        rows = [[*kinds[t], *[-1] * (most - len(kinds[t]))] for t in at]
+        return at, torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+    def _has_positions(self, n: int) -> bool:
+        try:
+            self._model.check_length(n, "a text that is tried")
+        except ValueError:
+            return False
+        return True
