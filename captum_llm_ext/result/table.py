@@ -148,9 +148,11 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
 
 
 def _unsettled(result: "GenerationAttributionResult") -> str:
-    rule, settled = result.provenance.get("stop"), result.settled or ()
-    if not rule or len(settled) < 2:
-        return f"{rule or '`tol`'} was not met: see the standard errors."
+    rule, settled = result.provenance.get("stop") or "of='all'", result.settled or ()
+    if "of='all'" in rule:  # a `Precision`, most often given as `tol`
+        return "`tol` was not met: see the standard errors."
+    if len(settled) < 2:
+        return f"{rule} was not met: see the standard errors."
     return (
         f"{rule} was not met by {settled.count(False)} of {len(settled)} tokens: see `settled` and "
         "the standard errors."
