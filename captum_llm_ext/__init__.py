@@ -50,7 +50,9 @@ if TYPE_CHECKING:
         Cause,
         GenerationAttributionResult,
         Redundancy,
+        Route,
         SpanAttribution,
+        TotalAttribution,
         UnresolvedGroup,
     )
     from captum_llm_ext.text.baselines import (
@@ -102,6 +104,7 @@ __all__ = [
     "Precision",
     "Redundancy",
     "RemoteGenerationAttribution",
+    "Route",
     "Slot",
     "SpanAttribution",
     "StoppingRule",
@@ -109,6 +112,7 @@ __all__ = [
     "TokenBaseline",
     "TokenProvider",
     "TopCauses",
+    "TotalAttribution",
     "UnresolvedGroup",
     "attribute_dataset",
     "compare_baselines",
@@ -137,7 +141,8 @@ _NAMES = {
     "evaluation.faithfulness": "FaithfulnessReport measure_faithfulness",
     "remote": "AnthropicProvider ApiError CallableProvider ChatProvider CompletionsProvider "
     "Estimate TokenProvider",
-    "result": "Cause GenerationAttributionResult Redundancy SpanAttribution UnresolvedGroup",
+    "result": "Cause GenerationAttributionResult Redundancy Route SpanAttribution TotalAttribution "
+    "UnresolvedGroup",
     "evaluation.sensitivity": "BaselineComparison compare_baselines",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -51,6 +51,8 @@ PUBLIC = {
     "Redundancy",
     "RemoteGenerationAttribution",
     "SpanAttribution",
+    "Route",
+    "TotalAttribution",
     "TextSegmentInput",
     "TokenBaseline",
     "TokenProvider",
