@@ -100,8 +100,9 @@ class TotalAttribution:
     feature, `GenerationAttribution.total_effect` measures.
 
     What lies within its error (two standard errors, or more where so many features could be
-    mistaken for causes), or is negative, is left out, and told in `uncertain` and `negative`. Tokens whose attributions then sum to less than `floor` nothing in particular led
-    to: their rows are 0, and what they led to begins with them (`output_shares`).
+    mistaken for causes), or is negative, is left out, and told in `uncertain` and `negative`.
+    Tokens whose attributions then sum to less than `floor` nothing in particular led to: their
+    rows are 0, and what they led to begins with them (`output_shares`).
 
     There are ``T`` target tokens, ``P`` features or parts of the prompt, ``G`` of the output.
 
