@@ -23,6 +23,7 @@ from captum_llm_ext.attribution.target import (
     generate_target,
     target_ids,
 )
+from captum_llm_ext.attribution.what_if import WhatIf
 from captum_llm_ext.base.arguments import at_least_one, check_counts, check_passed_on
 from captum_llm_ext.base.digest import describe, digest, stacklevel_of_caller
 from captum_llm_ext.coalitions.stopping import StoppingRule, as_rule
@@ -50,7 +51,7 @@ from captum_llm_ext.text.inputs import Prompt, as_prompt
 from captum_llm_ext.text.segment import Unit
 
 
-class GenerationAttribution(LLMAttribution):
+class GenerationAttribution(WhatIf, LLMAttribution):
     """Attributes every token of a generated text to the prompt and to the tokens before it.
 
     Takes what captum's `LLMAttribution` takes. Captum's `FeatureAblation`, `ShapleyValues`,
