@@ -268,28 +268,27 @@ class _Search:
     def _candidates(
         self, size: int, ranked: Sequence[int], minimal: Mapping[int, Sequence[Features]]
     ) -> tuple[int, list[Features]]:
-        """How many sets of a size are worth trying, and those that will be, the best first."""
+        """How many sets of a size are worth trying, and those that will be, the best first.
+
+        A set that holds one that does it is not minimal: it is skipped where that is so of all
+        tokens.
+        """
         if size == 1:
             return self.n_features, [frozenset({feature}) for feature in ranked]
-        alone = {
-            t: {f for found in sets for f in found if len(found) == 1}
-            for t, sets in minimal.items()
-        }
-        # A set that holds one that does it is not minimal: where that is so of all tokens, skip it.
-        usable = [f for f in ranked if any(f not in own for own in alone)]
+        known = list(minimal.values())
+        usable = [f for f in ranked if _is_open(frozenset({f}), known)]
         gains = self._gains(list(minimal))
         usable.sort(key=lambda feature: -float(gains[feature].max()))
-        room = (self._budget - self.n_evaluations) // max(self.n_draws, 1)
-        every = comb(len(usable), size)
+        room = max((self._budget - self.n_evaluations) // self.n_draws, 1)
         most = len(usable)
-        while most > size and comb(most, size) > min(max(room, 1) * 4, _MOST_COMBINATIONS):
+        # Some more than there is room for: not all of them are open, or rows of their own.
+        while most > size and comb(most, size) > min(4 * room, _MOST_COMBINATIONS):
             most -= 1
         sets = [frozenset(own) for own in combinations(usable[:most], size)]
-        known = [set(map(frozenset, found)) for found in minimal.values()]
-        wanted = [s for s in sets if any(not any(m <= s for m in own) for own in known)]
-        every -= len(sets) - len(wanted)  # these are known without being tried
-        score = {s: float(gains[list(s)].sum(0).max()) for s in wanted}
-        return every, sorted(wanted, key=lambda s: -score[s])
+        wanted = [features for features in sets if _is_open(features, known)]
+        score = {features: float(gains[list(features)].sum(0).max()) for features in wanted}
+        every = comb(len(usable), size) - (len(sets) - len(wanted))
+        return every, sorted(wanted, key=lambda features: -score[features])
 
     def _gains(self, positions: Sequence[int]) -> Tensor:
         """How far each feature alone takes each token toward its flip, ``(n_features, n_open)``.
@@ -297,10 +296,8 @@ class _Search:
         As a share of the way, of the draw that takes it farthest.
         """
         full = self._full.margins[0]
-        way = full.abs().clamp_min(1e-6)
-        alone = [self._tried[frozenset({f})].margins.amin(0) for f in range(self.n_features)]
-        gains = (full - torch.stack(alone)) / way
-        return gains[:, list(positions)]
+        lowest = [self._tried[frozenset({f})].margins.amin(0) for f in range(self.n_features)]
+        return ((full - torch.stack(lowest)) / full.abs().clamp_min(1e-6))[:, list(positions)]
 
     def _minimal(
         self, features: Features, minimal: dict[int, list[Features]], told: CounterfactualSearch
@@ -484,6 +481,11 @@ def _chunks(sets: Sequence[Features], size: int) -> Iterator[list[Features]]:
     rest = iter(sets)
     while chunk := list(islice(rest, size)):
         yield chunk
+
+
+def _is_open(features: Features, known: Sequence[Sequence[Features]]) -> bool:
+    """Whether there is a token that no subset is known to change; `known` has those of each."""
+    return any(not any(found <= features for found in own) for own in known)
 
 
 def _proper_subsets(features: Features) -> list[Features]:

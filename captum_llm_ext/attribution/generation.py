@@ -28,6 +28,7 @@ from captum_llm_ext.base.arguments import at_least_one, check_counts, check_pass
 from captum_llm_ext.base.digest import describe, digest, stacklevel_of_caller
 from captum_llm_ext.coalitions.stopping import StoppingRule, as_rule
 from captum_llm_ext.contrast import Contrast, FoilContext, as_value, foils_of, scored
+from captum_llm_ext.methods import Smile
 from captum_llm_ext.methods.estimators import Budget, is_known
 from captum_llm_ext.model import (
     Accelerator,
@@ -239,6 +240,27 @@ class GenerationAttribution(WhatIf, LLMAttribution):
                 values are not finite.
             TypeError: If an argument is of the wrong kind.
         """
+        if isinstance(self.attr_method, Smile) and self.attr_target != "similarity":
+            from captum_llm_ext.attribution.answers import attribute_answers
+
+            return attribute_answers(
+                self,
+                inp,
+                target,
+                gen_args,
+                num_trials=num_trials,
+                _inspect_forward=_inspect_forward,
+                output_unit=output_unit,
+                seed=seed,
+                tol=tol,
+                max_evaluations=max_evaluations,
+                n_samples=n_samples,
+                n_draws=n_draws,
+                feature_mask=feature_mask,
+                show_progress=show_progress,
+                checkpoint=checkpoint,
+                **kwargs,
+            )
         with self._processes.session("`attribute`"):
             at_least_one("num_trials", num_trials)
             check_counts(

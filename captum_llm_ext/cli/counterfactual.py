@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
         metavar="X",
         help="count what costs a token X nats (default: what makes another one likelier)",
     )
-    search.add_argument("--token", type=int, metavar="N", help="only the answer's N-th token from 0")
+    search.add_argument("--token", type=int, metavar="N", help="of the answer, counted from 0")
     add_outputs(parser, "json")
 
 
