@@ -74,9 +74,9 @@ def brute_force(model, prompts, target, max_size, flips):
 def test_what_is_found_is_what_brute_force_finds(model, tokenizer, flips):
     inp = TextSegmentInput(TEXT, tokenizer, baselines=OTHERS)
     whole = attribution(model, tokenizer)
-    search = whole.counterfactuals(inp, flips=flips, max_size=2, gen_args={"max_new_tokens": 6})
+    search = whole.counterfactuals(inp, flips=flips, max_size=2, gen_args={"max_new_tokens": 3})
     found = list(search)
-    target = whole.attribute(inp, gen_args={"max_new_tokens": 6}).target.tolist()
+    target = whole.attribute(inp, gen_args={"max_new_tokens": 3}).target.tolist()
 
     def prompts(chosen):
         mask = torch.ones(1, inp.n_features, dtype=torch.bool)
@@ -99,10 +99,10 @@ def test_what_is_found_is_what_brute_force_finds(model, tokenizer, flips):
     for one in found:
         log_probs = plain(model, prompts(one.features), target)[one.token]
         told = torch.tensor(one.values[1:], dtype=torch.float64)
-        new = log_probs[[target[one.token], log_probs.argmax()]]
+        new = log_probs[[target[one.token], int(log_probs.argmax())]]
         torch.testing.assert_close(told, new, atol=1e-5, rtol=0)
         said = model.generate(
-            torch.tensor([prompts(one.features)]), do_sample=False, max_new_tokens=6
+            torch.tensor([prompts(one.features)]), do_sample=False, max_new_tokens=3
         )
         assert one.answer == tokenizer.decode(said[0, len(prompts(one.features)) :])
         assert Counterfactual.from_dict(json.loads(json.dumps(one.to_dict()))) == one
