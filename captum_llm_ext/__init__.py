@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from captum_llm_ext.attribution.generation import GenerationAttribution
     from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
     from captum_llm_ext.attribution.remote import RemoteGenerationAttribution
-    from captum_llm_ext.coalitions.stopping import Precision, StoppingRule, TopCauses
     from captum_llm_ext.attribution.total_effect import TotalEffect
+    from captum_llm_ext.coalitions.stopping import Precision, StoppingRule, TopCauses
     from captum_llm_ext.contrast import Contrast
     from captum_llm_ext.demo import load_demo
     from captum_llm_ext.evaluation.faithfulness import FaithfulnessReport, measure_faithfulness
