@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
 from typing import Any, NoReturn, cast
 
 import torch
@@ -33,7 +32,8 @@ class AnswerAttribution(GenerationAttribution):
     """
 
     def __init__(self, given: GenerationAttribution, generation: Generation) -> None:
-        self.__dict__.update(copy(given).__dict__)
+        for name, value in vars(given).items():
+            setattr(self, name, value)
         self.attr_target = cast(Any, "similarity")
         self._base, self._how = given.tokenizer, generation
         self.tokenizer = cast(Any, OpenVocabulary(given.tokenizer))

@@ -4,7 +4,6 @@ Features are replaced by what the input's own baselines put in their place. Sets
 the most promising first; one row for each set and draw serves all target tokens.
 """
 
-import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
@@ -26,7 +25,6 @@ from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
 BUDGET = 2000
 _ROWS_AT_ONCE = 32  # between two looks at what was found: what is found first is told first
 _MOST_COMBINATIONS = 200_000  # of one size that are put in order
-_WORD = re.compile(r"\s*\S+")
 
 
 class Flip(NamedTuple):
@@ -380,7 +378,9 @@ class _Search:
             elif callable(self._flips):
                 is_flip = self._is_flip(t, new, now)
             else:
-                is_flip = before - now >= self._flips - 1e-4  # rounding of two float32 passes
+                is_flip = (
+                    before - now >= float(self._flips) - 1e-4
+                )  # rounding of two float32 passes
             if is_flip:
                 prompt = self._prompt(features, draw)
                 return self._counterfactual(
@@ -407,7 +407,7 @@ class _Search:
             name=self._text(int(self._target[t])),
             features=chosen,
             names=tuple(shown[feature] for feature in chosen),
-            replacements=tuple(_changes(tokens.decode(tokenizer, full.ids), text)),
+            replacements=tuple(_changes(*map(self._words, (full.ids, prompt.ids)))),
             new_token=self._text(new),
             values=values,
             prompt_text=text,
@@ -425,6 +425,11 @@ class _Search:
         for name, feature in zip(prompt.names, prompt.columns, strict=True):
             names[feature].append(name)
         return names
+
+    def _words(self, ids: Sequence[int]) -> list[str]:
+        """The words of a text, without special tokens."""
+        special = {*(getattr(self._run.tokenizer, "all_special_ids", None) or ())}
+        return tokens.decode(self._run.tokenizer, [i for i in ids if i not in special]).split()
 
     def _answer(self, prompt: RenderedPrompt) -> str:
         if prompt.ids not in self._answers:
@@ -494,12 +499,11 @@ def _proper_subsets(features: Features) -> list[Features]:
     ]
 
 
-def _changes(old: str, new: str) -> Iterator[tuple[str, str]]:
+def _changes(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Words that differ, as they stood and as they stand."""
-    before, after = (_WORD.findall(text) for text in (old, new))
     for kind, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         if kind != "equal":
-            yield "".join(before[a:b]).strip(), "".join(after[c:d]).strip()
+            yield " ".join(before[a:b]), " ".join(after[c:d])
 
 
 def _quoted(text: str) -> str:

@@ -202,9 +202,7 @@ class WhatIf:
             run,
             run.context.generated(ids, None, None),
             self.generation(given),
-            cast(
-                Scorer, Scorer(self.model, max_rows=perturbations_per_eval, processes=self._shared)
-            ),
+            Scorer(self.model, max_rows=perturbations_per_eval, processes=self._shared),
             feature=feature,
             n_samples=n_samples,
         )

@@ -21,7 +21,7 @@ from captum_llm_ext.result.files import read, write
 from captum_llm_ext.result.levels import prompt_level
 from captum_llm_ext.result.refit import Evidence, Method, convert, method_name
 from captum_llm_ext.result.table import table
-from captum_llm_ext.result.total import Route, TotalAttribution, total
+from captum_llm_ext.result.total import Route, Source, TotalAttribution, total
 
 # What a refit leaves as it is.
 _SAME = (
@@ -165,7 +165,8 @@ class GenerationAttributionResult(ExportedResult):
             ValueError: If an argument is out of range, there is no such level, or words of several
                 tokens are explained by their probability, which does not add up.
         """
-        return total(self, floor, level, n_resamples, seed)
+        source = Source(self._features, self._evidence, self._split)
+        return total(self, source, floor, level, n_resamples, seed)
 
     def route(self, token: int | str, k: int = 3) -> list[Route]:
         """The strongest chains of causes that lead to a token, from the prompt on.

@@ -1,6 +1,6 @@
 """What led to each token in the end: shares of the prompt, through all that was written before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +19,7 @@ from captum_llm_ext.result.influence import (
     strongest_chains,
 )
 from captum_llm_ext.result.levels import prompt_level
+from captum_llm_ext.result.refit import Evidence
 from captum_llm_ext.result.resampling import deviations, replicates
 
 if TYPE_CHECKING:
@@ -387,8 +388,24 @@ class TotalAttribution:
         return found[0]
 
 
+@dataclass(frozen=True)
+class Source:
+    """What totals ask of a result's coalitions.
+
+    Attributes:
+        features: Per column of `full_attr` its feature.
+        evidence: The coalitions.
+        split: What a solver says of features, at the columns of prompt and output.
+    """
+
+    features: Sequence[int]
+    evidence: Callable[[], Evidence]
+    split: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 def total(
     result: "GenerationAttributionResult",
+    source: Source,
     floor: float | None,
     level: str | None,
     n_resamples: int,
@@ -399,7 +416,7 @@ def total(
         raise ValueError(f"`n_resamples` is {n_resamples}: give at least 2, or 0 for no errors.")
     if floor is not None and not floor >= 0:
         raise ValueError(f"`floor` is {floor!r}: give a number of at least 0.")
-    view = _View.of(result, level)
+    view = _View.of(result, source.features, level)
     attributions = result.full_attr.double().cpu()
     least = _floor(result, view.tokens(attributions)) if floor is None else floor
     graph = _Graph.of(result, view, least)
@@ -422,7 +439,7 @@ def total(
         _tokens=rows,
         _features=nodes,
         _feature_of=view.feature_of,
-        _errors=partial(_errors, result, graph, n_resamples, seed),
+        _errors=partial(_errors, result, source, graph, n_resamples, seed),
     )
 
 
@@ -476,7 +493,11 @@ class _Graph:
 
 
 def _errors(
-    result: "GenerationAttributionResult", graph: _Graph, n_resamples: int, seed: int
+    result: "GenerationAttributionResult",
+    source: Source,
+    graph: _Graph,
+    n_resamples: int,
+    seed: int,
 ) -> Tensor:
     """Standard errors of shares: their spread where attributions vary as their coalitions say."""
     attributions = result.full_attr.double().cpu()
@@ -484,7 +505,7 @@ def _errors(
     shape = len(attributions), graph.view.n_prompt + graph.view.n_output
     if not bool((result.full_attr_se != 0).any()):
         return torch.zeros(shape, dtype=torch.float64, device="cpu")
-    moved = _deviations(result, graph, attributions, n_resamples, seed)
+    moved = _deviations(result, source, graph, attributions, n_resamples, seed)
     if moved is None:
         unknown = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
         return unknown.where(rows.has_cause[:, None], 0)
@@ -501,6 +522,7 @@ def _errors(
 
 def _deviations(
     result: "GenerationAttributionResult",
+    source: Source,
     graph: _Graph,
     attributions: Tensor,
     n_resamples: int,
@@ -516,12 +538,12 @@ def _deviations(
         for t, feature in enumerate(graph.view.feature_of)
         if bool(keep[t].any()) or (feature is not None and bool(keep_features[feature].any()))
     ]
-    found = replicates(result._evidence(), told, n_resamples, seed) if told else None
+    found = replicates(source.evidence(), told, n_resamples, seed) if told else None
     if found is None:
         return None
     wide = torch.zeros(len(found), *attributions.shape, dtype=torch.float64, device="cpu")
     for own, solved in zip(wide, found, strict=True):
-        own[told] = torch.cat(result._split(solved), 1).double().cpu()
+        own[told] = torch.cat(source.split(solved), 1).double().cpu()
     return deviations(wide)
 
 
@@ -545,9 +567,11 @@ class _View:
     n_output: int
 
     @classmethod
-    def of(cls, result: "GenerationAttributionResult", level: str | None) -> "_View":
+    def of(
+        cls, result: "GenerationAttributionResult", every: Sequence[int], level: str | None
+    ) -> "_View":
         n_columns, n_output = len(result.input_tokens), len(result.output_features or ())
-        features = result._features[:n_columns]
+        features = every[:n_columns]
         unit = str(result.provenance.get("unit") or "feature")
         if level is not None and level != unit:
             names, part_of = prompt_level(result, level)
