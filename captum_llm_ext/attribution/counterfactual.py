@@ -378,9 +378,7 @@ class _Search:
             elif callable(self._flips):
                 is_flip = self._is_flip(t, new, now)
             else:
-                is_flip = (
-                    before - now >= float(self._flips) - 1e-4
-                )  # rounding of two float32 passes
+                is_flip = before - now >= float(self._flips) - 1e-4  # float32 rounds
             if is_flip:
                 prompt = self._prompt(features, draw)
                 return self._counterfactual(
