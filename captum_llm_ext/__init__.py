@@ -21,11 +21,17 @@ if TYPE_CHECKING:
         GenerationAttentionAttribution,
     )
     from captum_llm_ext.attribution.coalition_game import CoalitionGame
+    from captum_llm_ext.attribution.counterfactual import (
+        Counterfactual,
+        CounterfactualSearch,
+        Flip,
+    )
     from captum_llm_ext.attribution.dataset import DatasetReport, attribute_dataset
     from captum_llm_ext.attribution.generation import GenerationAttribution
     from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
     from captum_llm_ext.attribution.patching import ActivationPatching
     from captum_llm_ext.attribution.remote import RemoteGenerationAttribution
+    from captum_llm_ext.attribution.total_effect import TotalEffect
     from captum_llm_ext.coalitions.stopping import Precision, StoppingRule, TopCauses
     from captum_llm_ext.contrast import Contrast
     from captum_llm_ext.demo import load_demo
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
         HierarchicalAblation,
         LayerSaliency,
         PartitionShap,
+        Smile,
     )
     from captum_llm_ext.remote import (
         AnthropicProvider,
@@ -51,7 +58,9 @@ if TYPE_CHECKING:
         Cause,
         GenerationAttributionResult,
         Redundancy,
+        Route,
         SpanAttribution,
+        TotalAttribution,
         UnresolvedGroup,
     )
     from captum_llm_ext.result.patching import PatchingResult
@@ -85,6 +94,8 @@ __all__ = [
     "CompletionsProvider",
     "Contrast",
     "CorpusBaselines",
+    "Counterfactual",
+    "CounterfactualSearch",
     "DatasetReport",
     "Deletion",
     "EquivalentLinearSystem",
@@ -92,6 +103,7 @@ __all__ = [
     "FaithfulnessReport",
     "FeatureInclusion",
     "FixedTexts",
+    "Flip",
     "GenerationAttentionAttribution",
     "GenerationAttribution",
     "GenerationAttributionResult",
@@ -106,13 +118,17 @@ __all__ = [
     "Precision",
     "Redundancy",
     "RemoteGenerationAttribution",
+    "Route",
     "Slot",
+    "Smile",
     "SpanAttribution",
     "StoppingRule",
     "TextSegmentInput",
     "TokenBaseline",
     "TokenProvider",
     "TopCauses",
+    "TotalAttribution",
+    "TotalEffect",
     "UnresolvedGroup",
     "attribute_dataset",
     "compare_baselines",
@@ -124,7 +140,9 @@ __all__ = [
 # would otherwise meet Ctrl-C with a traceback.
 _NAMES = {
     "attribution.attention": "AttentionRollout AttentionWeights GenerationAttentionAttribution",
+    "attribution.counterfactual": "Counterfactual CounterfactualSearch Flip",
     "attribution.generation": "GenerationAttribution",
+    "attribution.total_effect": "TotalEffect",
     "text.baselines": "Baseline Deletion FixedTexts Infilling Slot TokenBaseline",
     "text.baselines.model.baselines": "ModelBaselines",
     "text.baselines.corpus.baselines": "CorpusBaselines Match",
@@ -139,11 +157,12 @@ _NAMES = {
     "attribution.gradient": "GenerationGradientAttribution",
     "text.inputs": "ChatInput TextSegmentInput",
     "methods": "EquivalentLinearSystem FeatureInclusion HierarchicalAblation LayerSaliency "
-    "PartitionShap",
+    "PartitionShap Smile",
     "evaluation.faithfulness": "FaithfulnessReport measure_faithfulness",
     "remote": "AnthropicProvider ApiError CallableProvider ChatProvider CompletionsProvider "
     "Estimate TokenProvider",
-    "result": "Cause GenerationAttributionResult Redundancy SpanAttribution UnresolvedGroup",
+    "result": "Cause GenerationAttributionResult Redundancy Route SpanAttribution TotalAttribution "
+    "UnresolvedGroup",
     "evaluation.sensitivity": "BaselineComparison compare_baselines",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

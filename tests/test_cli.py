@@ -54,7 +54,7 @@ ATTRIBUTE = ["attribute", *QUICK, "--prompt", PROMPT]
 IG, GXA = ["--method", "integrated-gradients"], ["--method", "gradient-x-activation"]
 CAPTUMS = (FeatureAblation, ShapleyValues, ShapleyValueSampling, KernelShap, Lime)
 GRADIENTS = (LayerIntegratedGradients, LayerGradientShap, LayerGradientXActivation)
-COMMANDS = ("demo", "attribute", "show", "compare", "doctor")
+COMMANDS = ("demo", "attribute", "counterfactual", "show", "compare", "doctor")
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,12 @@ from captum_llm_ext.attribution.target import (
     generate_target,
     target_ids,
 )
+from captum_llm_ext.attribution.what_if import WhatIf
 from captum_llm_ext.base.arguments import at_least_one, check_counts, check_passed_on
 from captum_llm_ext.base.digest import describe, digest, stacklevel_of_caller
 from captum_llm_ext.coalitions.stopping import StoppingRule, as_rule
 from captum_llm_ext.contrast import AnswerKinds, Contrast, FoilContext, as_value, foils_of, scored
+from captum_llm_ext.methods import Smile
 from captum_llm_ext.methods.estimators import Budget, is_known
 from captum_llm_ext.model import (
     Accelerator,
@@ -50,7 +52,7 @@ from captum_llm_ext.text.inputs import Prompt, as_prompt
 from captum_llm_ext.text.segment import Unit
 
 
-class GenerationAttribution(LLMAttribution):
+class GenerationAttribution(WhatIf, LLMAttribution):
     """Attributes every token of a generated text to the prompt and to the tokens before it.
 
     Takes what captum's `LLMAttribution` takes. Captum's `FeatureAblation`, `ShapleyValues`,
@@ -238,6 +240,27 @@ class GenerationAttribution(LLMAttribution):
                 values are not finite.
             TypeError: If an argument is of the wrong kind.
         """
+        if isinstance(self.attr_method, Smile) and self.attr_target != "similarity":
+            from captum_llm_ext.attribution.answers import attribute_answers
+
+            return attribute_answers(
+                self,
+                inp,
+                target,
+                gen_args,
+                num_trials=num_trials,
+                _inspect_forward=_inspect_forward,
+                output_unit=output_unit,
+                seed=seed,
+                tol=tol,
+                max_evaluations=max_evaluations,
+                n_samples=n_samples,
+                n_draws=n_draws,
+                feature_mask=feature_mask,
+                show_progress=show_progress,
+                checkpoint=checkpoint,
+                **kwargs,
+            )
         with self._processes.session("`attribute`"):
             at_least_one("num_trials", num_trials)
             check_counts(

@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import captum_llm_ext
-from captum_llm_ext.cli import attribute, compare, demo, doctor, show
+from captum_llm_ext.cli import attribute, compare, counterfactual, demo, doctor, show
 from captum_llm_ext.cli.command import UsageError, note, say, shown_examples
 from captum_llm_ext.result.provenance import command_line
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, attribute, show, compare, doctor)
+_COMMANDS = (demo, attribute, counterfactual, show, compare, doctor)
 _EXPECTED = (ValueError, TypeError, OSError, ImportError)  # their messages say what to do
 _BROKEN_PIPE = 141  # as of any program that SIGPIPE ends
 _STATUS = """

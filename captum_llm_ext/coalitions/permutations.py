@@ -9,7 +9,9 @@ from captum_llm_ext.coalitions.kernel import EFFORT, regress
 from captum_llm_ext.coalitions.plans import Plan
 
 
-def solve_permutations(plan: Plan, values: Tensor, scope: Scope) -> Solution:
+def solve_permutations(
+    plan: Plan, values: Tensor, scope: Scope, *, effort: float = EFFORT
+) -> Solution:
     """Average what each feature adds when it joins (Castro et al. 2009).
 
     A walk restricts to a walk on every prefix of the columns. Where a target requires a column
@@ -20,6 +22,7 @@ def solve_permutations(plan: Plan, values: Tensor, scope: Scope) -> Solution:
         plan: Joined from `plan_anchors` and one or more `plan_permutations`.
         values: Shape ``(n_coalitions, n_target)``.
         scope: One entry per target.
+        effort: As of `solve_kernel`, for targets that require a column.
 
     Returns:
         Attributions that sum to ``full - empty``. Standard errors come from the spread over pairs
@@ -32,7 +35,7 @@ def solve_permutations(plan: Plan, values: Tensor, scope: Scope) -> Solution:
         ValueError: If the rows are no walks.
     """
     order = _orders(plan)
-    effort = scope.share(EFFORT)
+    effort = scope.share(effort)
 
     def solve(view: View) -> tuple[Tensor, Tensor]:
         return regress(view, effort) if view.required >= 0 else _walk(view, order)

@@ -15,6 +15,7 @@ from captum_llm_ext.methods.partition_shap import (
     nesting,
     partition,
 )
+from captum_llm_ext.methods.smile import Smile
 
 __all__ = [
     "EquivalentLinearSystem",
@@ -22,6 +23,7 @@ __all__ = [
     "HierarchicalAblation",
     "LayerSaliency",
     "PartitionShap",
+    "Smile",
     "Unfold",
     "evaluations_of_orders",
     "nesting",

@@ -26,6 +26,7 @@ from captum_llm_ext.methods import (
     FeatureInclusion,
     HierarchicalAblation,
     PartitionShap,
+    Smile,
     Unfold,
     evaluations_of_orders,
     partition,
@@ -337,6 +338,19 @@ def _lime(task: _Task) -> Estimator:
     )
 
 
+def _smile(task: _Task) -> Estimator:
+    task.refuse_n_draws("Smile")
+    wanted = task.evaluations
+    _warn_budget(wanted, task.n_features)
+    plan = partial(_plan_sampled, coalitions.plan_lime, task.n_features, wanted)
+    alpha = float(task.method.alpha)
+    settings: dict[str, Any] = {"alpha": alpha, "penalty": "l2" if alpha else None}
+    options = {"kernel_width": float(task.method.sigma), **settings}
+    kernel = partial(coalitions.cosine_kernel, width=options["kernel_width"])
+    solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
+    return Estimator("local linear model", plan, solve, True, options=options)
+
+
 def _partition(task: _Task) -> Estimator:
     found = _partitioned(task, task.budget.n_samples)
     usual = found.n_orders * (task.n_features + 1) * (2 if task.held else 1)
@@ -387,6 +401,7 @@ _ESTIMATORS: Mapping[type[PerturbationAttribution], Callable[[_Task], Estimator]
     ShapleyValueSampling: _permutations,
     KernelShap: _pairs,
     Lime: _lime,
+    Smile: _smile,
 }
 
 

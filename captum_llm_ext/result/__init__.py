@@ -3,12 +3,15 @@
 from captum_llm_ext.result.causes import Cause, Redundancy, SpanAttribution, UnresolvedGroup
 from captum_llm_ext.result.refit import Design
 from captum_llm_ext.result.result import GenerationAttributionResult
+from captum_llm_ext.result.total import Route, TotalAttribution
 
 __all__ = [
     "Cause",
     "Design",
     "GenerationAttributionResult",
     "Redundancy",
+    "Route",
     "SpanAttribution",
+    "TotalAttribution",
     "UnresolvedGroup",
 ]

@@ -140,6 +140,7 @@ class DrawnResult(ResultNumbers):
         show: bool = False,
         *,
         least: float = 0.05,
+        total: bool = False,
         ax: "Axes | None" = None,
     ) -> "Drawing":
         """Which parts of the prompt led to which tokens, and which of these led to later ones.
@@ -151,6 +152,8 @@ class DrawnResult(ResultNumbers):
                 position in the target, or its name in `output_tokens`. None: everything.
             show: Show it, and return None.
             least: Share of the largest attribution below which one is left out.
+            total: Draw shares of what led to the token in the end, as `total` finds them, each as
+                wide as what of that passes through it; without a token, as each was led to.
             ax: Axes to draw in; by default a new figure of fitting size.
 
         Returns:
@@ -161,6 +164,9 @@ class DrawnResult(ResultNumbers):
         """
         from captum_llm_ext.result import plot
 
+        if total:
+            in_the_end = cast("GenerationAttributionResult", self).total(n_resamples=0)
+            return in_the_end.plot_flow(target_token, show, least=least, ax=ax)
         towards = None if target_token is None else self.position(target_token)
         return plot.flow(
             cast(Tensor, self.token_attr),

@@ -21,6 +21,7 @@ from captum_llm_ext.result.files import read, write
 from captum_llm_ext.result.levels import prompt_level
 from captum_llm_ext.result.refit import Evidence, Method, convert, method_name
 from captum_llm_ext.result.table import table
+from captum_llm_ext.result.total import Route, Source, TotalAttribution, total
 
 # What a refit leaves as it is.
 _SAME = (
@@ -137,6 +138,51 @@ class GenerationAttributionResult(ExportedResult):
         """The coalitions' values in another unit."""
         given = str(self.provenance["attr_target"])
         return convert(self.values, given, attr_target, self.foil_values)
+
+    def total(
+        self,
+        floor: float | None = None,
+        *,
+        level: str | None = None,
+        n_resamples: int = 10,
+        seed: int = 0,
+    ) -> TotalAttribution:
+        """What led to each token in the end: the prompt's shares, through all written before.
+
+        No model is called. Chains of causes are followed back to where they begin (CAGE, arXiv
+        2512.15663): see `TotalAttribution`.
+
+        Args:
+            floor: Tokens whose attributions sum to less, in the unit of the value, nothing in
+                particular led to. By default 0.1 nats; of values in other units a fiftieth of the
+                largest sum.
+            level: What the prompt's parts are: as of `at_level`; None: its features.
+            n_resamples: Groups of coalitions that are left out in turn, for standard errors; 0:
+                none are told.
+            seed: Seeds the groups.
+
+        Raises:
+            ValueError: If an argument is out of range, there is no such level, or words of several
+                tokens are explained by their probability, which does not add up.
+        """
+        source = Source(self._features, self._evidence, self._split)
+        return total(self, source, floor, level, n_resamples, seed)
+
+    def route(self, token: int | str, k: int = 3) -> list[Route]:
+        """The strongest chains of causes that lead to a token, from the prompt on.
+
+        Args:
+            token: Its position in the target, or its name in `output_tokens`.
+            k: How many at most.
+
+        Returns:
+            By falling share of all that led to the token: see `TotalAttribution.route`.
+
+        Raises:
+            ValueError: If there is no such token, or several of that name.
+        """
+        t = self.position(token)
+        return self.total(n_resamples=0).route(t, k)
 
     @property
     def unresolved(self) -> "list[UnresolvedGroup]":

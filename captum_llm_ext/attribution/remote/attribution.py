@@ -27,6 +27,7 @@ from captum_llm_ext.attribution.target import Skipped
 from captum_llm_ext.base.arguments import check_counts
 from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.contrast import Contrast, FoilContext, scored
+from captum_llm_ext.methods import Smile
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
 from captum_llm_ext.remote.chat_providers import Speaker
 from captum_llm_ext.remote.estimate import LENGTHS, Counter, Estimate, finite, n_new
@@ -282,6 +283,11 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             ConnectionError, RuntimeError: If the provider gives up. With `checkpoint` the same call
                 goes on from there.
         """
+        method = self.attr_method
+        if isinstance(method, Smile) and self.attr_target != "similarity":
+            return self._by_answers(method).attribute(
+                inp, target, num_trials, gen_args, _inspect_forward=_inspect_forward, **arguments
+            )
         feature_mask: Tensor | None = arguments.get("feature_mask")
         choice = self._choice
         climbed = choice.climb(
@@ -362,6 +368,18 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 "`checkpoint` and `cache` are both files of answers here: give one of them."
             )
         return Cache(checkpoint)
+
+    def _by_answers(self, method: Smile) -> "RemoteGenerationAttribution":
+        """The same for `Smile`, whose distance says how similar answers are."""
+        distance = method.between(None, None)
+
+        def nearness(text: str, answer: str) -> float:
+            return -float(distance(answer, text))
+
+        own = copy.copy(self)
+        own.attr_target = cast(Any, "similarity")
+        own._rung_settings = replace(self._rung_settings, similarity=nearness)
+        return own
 
     def estimate(
         self,

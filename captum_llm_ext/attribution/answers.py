@@ -1,0 +1,203 @@
+"""Attribution by answers: what a method explains that looks at whole texts, not at tokens."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn, cast
+
+import torch
+from captum.attr import InterpretableInput
+from torch import Tensor
+
+from captum_llm_ext.attribution.game import Game, Run
+from captum_llm_ext.attribution.generation import GenerationAttribution
+from captum_llm_ext.attribution.target import Skipped, as_ids
+from captum_llm_ext.methods import Smile
+from captum_llm_ext.model import Generation, Journal, Processes, RowScorer, Scorer, TokenRow
+from captum_llm_ext.model.likelihood import Likelihood
+from captum_llm_ext.model.scoring.progress import ProgressBar
+from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.baselines import LanguageModel
+from captum_llm_ext.text.plain_tokenizer import OpenVocabulary
+
+
+class AnswerAttribution(GenerationAttribution):
+    """`GenerationAttribution` by `Smile`: the answer is one target token, of a vocabulary of texts.
+
+    Values are distances from the answer to the whole prompt, less than 0 or 0.
+
+    Args:
+        given: The attribution as the user made it.
+        generation: How answers are written.
+    """
+
+    def __init__(self, given: GenerationAttribution, generation: Generation) -> None:
+        for name, value in vars(given).items():
+            setattr(self, name, value)
+        self.attr_target = cast(Any, "similarity")
+        self._base, self._how = given.tokenizer, generation
+        self.tokenizer = cast(Any, OpenVocabulary(given.tokenizer))
+        method = cast(Smile, self.attr_method)
+        self._answers = AnswerScorer(
+            Scorer(self.model, processes=self._shared),
+            generation,
+            given.tokenizer,
+            method.between(self.model, given.tokenizer),
+        )
+
+    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> RowScorer:
+        del max_rows
+        self._answers.shows(show_progress)
+        return self._answers
+
+    def _language_model(self, scorer: RowScorer) -> LanguageModel:
+        del scorer
+        return Likelihood(self.model, self._base)
+
+    def _target_ids(
+        self,
+        run: Run,
+        target: str | Tensor | Sequence[int] | None,
+        gen_args: Mapping[str, Any] | None,
+        generation: Generation | None,
+        skip_tokens: Skipped | None,
+    ) -> Tensor:
+        del gen_args, generation, skip_tokens
+        self._answers.seed = run.seed
+        row = TokenRow(run.full.ids, (len(run.full.ids) - 1,), run.full.extras, run.full.key)
+        if target is None:
+            text = self._answers.answer(row)
+        else:
+            text = self._answers.text(as_ids(target, self._base))
+        if not text.strip():
+            raise ValueError("the answer is empty: there is nothing to compare others with.")
+        self._answers.original = text
+        vocabulary = cast(OpenVocabulary, self.tokenizer)
+        return torch.tensor([vocabulary.token(text)], dtype=torch.int64, device="cpu")
+
+    def _vocabulary_size(self) -> int | None:
+        return None
+
+    def _arithmetic(self, game: Game) -> dict[str, Any]:
+        del game
+        return {"noise_floor": None, "n_answers": self._answers.n_evaluations}
+
+
+def attribute_answers(
+    given: GenerationAttribution,
+    inp: InterpretableInput,
+    target: Any,
+    gen_args: Mapping[str, Any] | None,
+    **arguments: Any,
+) -> GenerationAttributionResult:
+    """``attribute`` by `Smile`.
+
+    Raises:
+        ValueError: If features are wanted of the answer, which is compared as a whole.
+    """
+    if arguments.pop("output_unit", None) not in (None, "token"):  # the default
+        raise ValueError("`output_unit` would be ignored: `Smile` compares answers as wholes.")
+    by_answers = AnswerAttribution(given, given.generation(gen_args))
+    return by_answers.attribute(inp, target, output_unit=None, **arguments)
+
+
+class AnswerScorer:
+    """A `RowScorer` whose value is how near the answer to a row is to the original one.
+
+    Args:
+        scorer: Writes answers.
+        generation: How.
+        tokenizer: The model's.
+        distance: Of two answers.
+
+    Attributes:
+        original: The answer that others are compared with.
+        seed: Of sampled answers.
+    """
+
+    attr_target: Any = "similarity"
+    reads_on = False
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        generation: Generation,
+        tokenizer: Any,
+        distance: Callable[[str, str], float],
+    ) -> None:
+        self._scorer, self._generation = scorer, generation
+        self._tokenizer, self._distance = tokenizer, distance
+        self.original, self.seed = "", 0
+        self.n_evaluations = 0
+        self.n_scored = [0] * len(scorer.n_scored)
+        self._known: dict[tuple[tuple[int, ...], object], str] = {}
+        self.shows(False)
+
+    def shows(self, show_progress: bool) -> None:
+        """Whether `progress` draws a bar."""
+        self._bar = ProgressBar("answers", "answer", is_shown=show_progress)
+
+    @property
+    def processes(self) -> Processes:
+        """Those that write together."""
+        return self._scorer.processes
+
+    def text(self, ids: Tensor) -> str:
+        """An answer as it is compared: without special tokens."""
+        special = {*(getattr(self._tokenizer, "all_special_ids", None) or ())}
+        return tokens.decode(self._tokenizer, [i for i in ids.tolist() if i not in special])
+
+    def answer(self, row: TokenRow) -> str:
+        """What the model writes after a prompt."""
+        prompt = row.ids[: row.first + 1]
+        if (prompt, row.key) not in self._known:
+            said = TokenRow(prompt, (), row.extras, row.key)
+            ids = self._scorer.generate(said, self._generation.arguments, self.seed)
+            self._known[prompt, row.key] = self.text(ids)
+            self.n_evaluations += 1
+            self._bar.advance()
+        return self._known[prompt, row.key]
+
+    def values(
+        self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
+    ) -> Tensor:
+        """Distances less than 0, ``(n_rows, 1)``."""
+        del target, foils
+        new = {(row.ids[: row.first + 1], row.key) for row in rows}
+        self._bar.announce(len(new - {*self._known}))
+        found = [[-float(self._distance(self.original, self.answer(row)))] for row in rows]
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
+
+    def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
+        """See `Scorer.generate`."""
+        return self._scorer.generate(row, gen_args, seed)
+
+    def check_length(self, length: int, what: str) -> None:
+        """See `Scorer.check_length`."""
+        self._scorer.check_length(length, what)
+
+    def likeliest(self, row: TokenRow, n: int) -> NoReturn:
+        """Answers have no other tokens."""
+        raise NotImplementedError
+
+    def noise_floor(self, row: TokenRow, target: Tensor, foils: Tensor | None = None) -> None:
+        """None: answers are the same or they are not."""
+
+    def tolerance(self, values: Tensor) -> Tensor:
+        """None at all."""
+        return torch.zeros_like(values)
+
+    def progress(self) -> AbstractContextManager[None]:
+        """Draws one bar over all answers within."""
+        return self._bar.shown()
+
+    @contextmanager
+    def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
+        """Nothing is kept."""
+        if open_journal is not None:
+            raise ValueError("`checkpoint` would be ignored: answers are not kept by it.")
+        yield
+
+    def forecast(self, n_rows: int) -> None:
+        """See `Scorer.forecast`."""
+        self._bar.note(f"about {n_rows} more answers" if n_rows > 0 else "")

@@ -1,0 +1,509 @@
+"""What would have changed the answer: the fewest features whose replacement makes a token another.
+
+Features are replaced by what the input's own baselines put in their place. Sets are tried by size,
+the most promising first; one row for each set and draw serves all target tokens.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
+from functools import cached_property
+from itertools import combinations, islice
+from math import comb
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext.attribution.game import Run
+from captum_llm_ext.base.terminal import one_line
+from captum_llm_ext.model import Generation, Processes, Scorer, TokenRow
+from captum_llm_ext.model.plain_forward import plain_log_probs
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
+
+BUDGET = 2000
+_ROWS_AT_ONCE = 32  # between two looks at what was found: what is found first is told first
+_MOST_COMBINATIONS = 200_000  # of one size that are put in order
+
+
+class Flip(NamedTuple):
+    """What became of a target token where some features were replaced.
+
+    Attributes:
+        position: Of the target token.
+        token: Its text.
+        new_token: Text of the likeliest token there now.
+        log_prob: Of the target token with everything present, in nats.
+        new_log_prob: Of the target token now.
+    """
+
+    position: int
+    token: str
+    new_token: str
+    log_prob: float
+    new_log_prob: float
+
+
+Flips = Literal["argmax"] | float | Callable[[Flip], bool]
+Features = frozenset[int]
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """A replacement of few features that makes a target token another.
+
+    Attributes:
+        token: Position of the target token.
+        name: Its text.
+        features: The features that are replaced, by their numbers.
+        names: Their names.
+        replacements: What stood and what stands in its place, in reading order.
+        new_token: The likeliest token there now.
+        values: Log-probability of the target token with everything present, of it now, and of
+            `new_token` now, in nats, by a forward pass of its own.
+        prompt_text: The prompt as changed.
+        answer: What the model writes after it.
+        old_answer: The target.
+        share_of_draws: Of the draws of replacements, how many change the token.
+        proven_minimal: Whether every proper subset was tried, with all draws, and changed nothing.
+        n_evaluations: Distinct rows scored up to now.
+    """
+
+    token: int
+    name: str
+    features: tuple[int, ...]
+    names: tuple[str, ...]
+    replacements: tuple[tuple[str, str], ...]
+    new_token: str
+    values: tuple[float, float, float]
+    prompt_text: str
+    answer: str
+    old_answer: str
+    share_of_draws: float
+    proven_minimal: bool
+    n_evaluations: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, as JSON has them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Counterfactual":
+        """What `to_dict` gave, or JSON made of it."""
+        held = dict(data)
+        for name in ("features", "names", "values"):
+            held[name] = tuple(held[name])
+        held["replacements"] = tuple((old, new) for old, new in held["replacements"])
+        return cls(**held)
+
+    def __str__(self) -> str:
+        changes = ", ".join(f"{_quoted(old)} → {_quoted(new)}" for old, new in self.replacements)
+        before, now, new = self.values
+        return (
+            f"{changes}: {_quoted(self.name)} → {_quoted(self.new_token)} "
+            f"({before:.2f} → {now:.2f} nats, the new one {new:.2f}; "
+            f"{self.share_of_draws:.0%} of draws"
+            f"{'' if self.proven_minimal else ', perhaps not minimal'})\n"
+            f"  answer: {one_line(self.answer.strip())}"
+        )
+
+
+class CounterfactualSearch(Iterator[Counterfactual]):
+    """Counterfactuals as they are found, the smallest sets of features first.
+
+    Anytime: what was found stands, whenever iteration stops. `summary` says what was and what was
+    not looked at, which makes "none" an answer.
+
+    Attributes:
+        n_features: Features of the prompt.
+        n_draws: Draws of replacements that each set was tried with.
+        n_found: Counterfactuals up to now.
+        n_unconfirmed: Those that a forward pass of its own did not confirm, and that are not told.
+        tried: Per size how many sets were tried, and of how many.
+        already_other: Target tokens that are not the likeliest as it is, so that none can become
+            another (``flips="argmax"``).
+    """
+
+    def __init__(self, search: "_Search") -> None:
+        self._search, self._found = search, search.run(self)
+        self.n_features, self.n_draws = search.n_features, search.n_draws
+        self.n_found = self.n_unconfirmed = 0
+        self.tried: dict[int, tuple[int, int]] = {}
+        self.already_other: list[int] = []
+
+    def __next__(self) -> Counterfactual:
+        found = next(self._found)
+        self.n_found += 1
+        return found
+
+    @property
+    def n_evaluations(self) -> int:
+        """Distinct rows scored up to now."""
+        return self._search.n_evaluations
+
+    @property
+    def proven_up_to(self) -> int:
+        """All sets of so many features were tried: what was not found is not there."""
+        size = 0
+        while size + 1 in self.tried and self.tried[size + 1][0] == self.tried[size + 1][1]:
+            size += 1
+        return size
+
+    @property
+    def summary(self) -> str:
+        """What was looked at, in a line."""
+        draws = f"{self.n_draws} draws" if self.n_draws > 1 else "one draw"
+        found = f"{self.n_found} found" if self.n_found else "none"
+        rest = [
+            f"of {size} features {n:,} of {of:,} sets"
+            for size, (n, of) in self.tried.items()
+            if size > self.proven_up_to
+        ]
+        told = f"{found} up to {self.proven_up_to} features with these {draws}"
+        more = f" ({'; '.join(rest)})" if rest else ""
+        return f"{told}{more}, {self.n_evaluations:,} rows"
+
+    def __repr__(self) -> str:
+        return f"CounterfactualSearch({self.summary})"
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What became of the target tokens under each draw of one set of features.
+
+    Attributes:
+        flipped: bool, ``(n_draws, n_target)``.
+        margins: ``(n_draws, n_target)``: the lower, the nearer to being flipped.
+    """
+
+    flipped: Tensor
+    margins: Tensor
+
+
+class _Search:
+    """The search.
+
+    Args:
+        model: The model.
+        run: The prompt and what it is rendered with.
+        generated: The target, held fixed.
+        generation: How an answer is written anew.
+        flips: What counts as changed.
+        positions: The target tokens that are asked about.
+        max_size: Features of the largest sets.
+        n_draws: Draws of replacements.
+        budget: At most so many rows.
+        order: Numbers per feature: the larger, the sooner it is tried.
+        max_rows: Rows of a batch.
+        processes: Those that share the work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run,
+        generated: GeneratedText,
+        generation: Generation,
+        *,
+        flips: Flips,
+        positions: Sequence[int],
+        max_size: int,
+        n_draws: int,
+        budget: int,
+        order: Callable[[], Sequence[float]],
+        max_rows: int | None,
+        processes: Processes | None,
+    ) -> None:
+        self._model, self._run, self._generated = model, run, generated
+        self._generation, self._flips, self._order = generation, flips, order
+        self._positions, self._max_size, self._budget = list(positions), max_size, budget
+        self.n_features = run.prompt.n_features
+        self.n_draws = 1 if run.prompt.deterministic else n_draws
+        kinds: dict[str, Any] = {"log_prob": "log_prob"}
+        if flips == "argmax":
+            kinds = {"margin": _margin}
+        elif callable(flips):
+            kinds |= {"likeliest": _likeliest}
+        self._scorers = {
+            name: Scorer(model, attr_target=kind, max_rows=max_rows, processes=processes)
+            for name, kind in kinds.items()
+        }
+        self._target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
+        self._seed = int(torch.randint(2**62, (), generator=run.generator, device="cpu"))
+        self._tried: dict[Features, _Tried] = {}
+        self._answers: dict[tuple[int, ...], str] = {}
+
+    @property
+    def n_evaluations(self) -> int:
+        return sum(scorer.n_evaluations for scorer in self._scorers.values())
+
+    def run(self, told: CounterfactualSearch) -> Generator[Counterfactual]:
+        """Tries sets of features, from small to large."""
+        open_tokens = [t for t in self._positions if not bool(self._full.flipped[0, t])]
+        told.already_other = [t for t in self._positions if t not in open_tokens]
+        ranked = sorted(range(self.n_features), key=_by(self._order()))
+        minimal: dict[int, list[Features]] = {t: [] for t in open_tokens}
+        for size in range(1, self._max_size + 1):
+            if size > self.n_features or not open_tokens:
+                return
+            every, candidates = self._candidates(size, ranked, minimal)
+            told.tried[size] = (0, every)
+            done = 0
+            for chunk in _chunks(candidates, max(_ROWS_AT_ONCE // self.n_draws, 1)):
+                room = (self._budget - self.n_evaluations) // max(
+                    self.n_draws * len(self._scorers), 1
+                )
+                chunk = chunk[: max(room, 0)]
+                if not chunk:
+                    return
+                self._try(chunk)
+                done += len(chunk)
+                told.tried[size] = (done, every)
+                for features in chunk:
+                    yield from self._minimal(features, minimal, told)
+
+    def _candidates(
+        self, size: int, ranked: Sequence[int], minimal: Mapping[int, Sequence[Features]]
+    ) -> tuple[int, list[Features]]:
+        """How many sets of a size are worth trying, and those that will be, the best first.
+
+        A set that holds one that does it is not minimal: it is skipped where that is so of all
+        tokens.
+        """
+        if size == 1:
+            return self.n_features, [frozenset({feature}) for feature in ranked]
+        known = list(minimal.values())
+        usable = [f for f in ranked if _is_open(frozenset({f}), known)]
+        gains = self._gains(list(minimal))
+        usable.sort(key=lambda feature: -float(gains[feature].max()))
+        room = max((self._budget - self.n_evaluations) // self.n_draws, 1)
+        most = len(usable)
+        # Some more than there is room for: not all of them are open, or rows of their own.
+        while most > size and comb(most, size) > min(4 * room, _MOST_COMBINATIONS):
+            most -= 1
+        sets = [frozenset(own) for own in combinations(usable[:most], size)]
+        wanted = [features for features in sets if _is_open(features, known)]
+        score = {features: float(gains[list(features)].sum(0).max()) for features in wanted}
+        every = comb(len(usable), size) - (len(sets) - len(wanted))
+        return every, sorted(wanted, key=lambda features: -score[features])
+
+    def _gains(self, positions: Sequence[int]) -> Tensor:
+        """How far each feature alone takes each token toward its flip, ``(n_features, n_open)``.
+
+        As a share of the way, of the draw that takes it farthest.
+        """
+        full = self._full.margins[0]
+        lowest = [self._tried[frozenset({f})].margins.amin(0) for f in range(self.n_features)]
+        return ((full - torch.stack(lowest)) / full.abs().clamp_min(1e-6))[:, list(positions)]
+
+    def _minimal(
+        self, features: Features, minimal: dict[int, list[Features]], told: CounterfactualSearch
+    ) -> Generator[Counterfactual]:
+        flipped = self._tried[features].flipped
+        for t, known in minimal.items():
+            draws = flipped[:, t].nonzero()[:, 0].tolist()
+            if not draws or any(smaller <= features for smaller in known):
+                continue
+            subsets = _proper_subsets(features)
+            missing = [s for s in subsets if s not in self._tried]
+            cost = len(missing) * self.n_draws * len(self._scorers)
+            if cost <= self._budget - self.n_evaluations:
+                self._try(missing)
+                missing = []
+            if any(s in self._tried and bool(self._tried[s].flipped[:, t].any()) for s in subsets):
+                continue
+            known.append(features)
+            found = self._confirmed(features, t, draws, not missing)
+            if found is None:
+                told.n_unconfirmed += 1
+                known.pop()
+            else:
+                yield found
+
+    @cached_property
+    def _full(self) -> _Tried:
+        self._try([frozenset()])
+        return self._tried[frozenset()]
+
+    def _try(self, sets: Sequence[Features]) -> None:
+        """Scores sets under every draw."""
+        new = [s for s in dict.fromkeys(sets) if s not in self._tried]
+        if not new:
+            return
+        rows = [self._row(features, draw) for features in new for draw in range(self.n_draws)]
+        values = {
+            name: scorer.values(rows, self._target).view(len(new), self.n_draws, -1)
+            for name, scorer in self._scorers.items()
+        }
+        for i, features in enumerate(new):
+            self._tried[features] = self._told({name: own[i] for name, own in values.items()})
+
+    def _told(self, values: Mapping[str, Tensor]) -> _Tried:
+        if "margin" in values:
+            return _Tried(values["margin"] < 0, values["margin"])
+        log_probs = values["log_prob"]
+        if not self._tried:  # with everything present
+            self._before = log_probs[0]
+            return _Tried(torch.zeros_like(log_probs, dtype=torch.bool), log_probs)
+        if "likeliest" not in values:
+            lost = self._before - log_probs
+            return _Tried(lost >= float(self._flips), log_probs)  # pyright: ignore[reportArgumentType]
+        flipped = [
+            [
+                self._is_flip(t, int(values["likeliest"][draw, t]), float(log_probs[draw, t]))
+                for t in range(len(self._target))
+            ]
+            for draw in range(self.n_draws)
+        ]
+        return _Tried(torch.tensor(flipped, dtype=torch.bool, device="cpu"), log_probs)
+
+    def _is_flip(self, t: int, new_token: int, log_prob: float) -> bool:
+        flips: Any = self._flips
+        name, new = self._text(int(self._target[t])), self._text(new_token)
+        return bool(flips(Flip(t, name, new, float(self._before[t]), log_prob)))
+
+    def _confirmed(
+        self, features: Features, t: int, draws: Sequence[int], proven: bool
+    ) -> Counterfactual | None:
+        """The counterfactual, if a plain forward pass says the same of one of the draws."""
+        own = int(self._target[t])
+        before = float(self._plain(self._row(frozenset(), 0), t)[own])
+        for draw in draws:
+            row = self._row(features, draw)
+            log_probs = self._plain(row, t)
+            new, now = int(log_probs.argmax()), float(log_probs[own])
+            if self._flips == "argmax":
+                is_flip = new != own
+            elif callable(self._flips):
+                is_flip = self._is_flip(t, new, now)
+            else:
+                is_flip = before - now >= float(self._flips) - 1e-4  # float32 rounds
+            if is_flip:
+                prompt = self._prompt(features, draw)
+                return self._counterfactual(
+                    features, t, prompt, new, (before, now, float(log_probs[new])), draws, proven
+                )
+        return None
+
+    def _counterfactual(
+        self,
+        features: Features,
+        t: int,
+        prompt: RenderedPrompt,
+        new: int,
+        values: tuple[float, float, float],
+        draws: Sequence[int],
+        proven: bool,
+    ) -> Counterfactual:
+        tokenizer, full = self._run.tokenizer, self._run.full
+        chosen = tuple(sorted(features))
+        shown = [" + ".join(own) for own in self._names]
+        text = tokens.decode(tokenizer, prompt.ids)
+        return Counterfactual(
+            token=t,
+            name=self._text(int(self._target[t])),
+            features=chosen,
+            names=tuple(shown[feature] for feature in chosen),
+            replacements=tuple(_changes(*map(self._words, (full.ids, prompt.ids)))),
+            new_token=self._text(new),
+            values=values,
+            prompt_text=text,
+            answer=self._answer(prompt),
+            old_answer=tokens.decode(tokenizer, self._generated.ids),
+            share_of_draws=len(draws) / self.n_draws,
+            proven_minimal=proven,
+            n_evaluations=self.n_evaluations,
+        )
+
+    @cached_property
+    def _names(self) -> list[list[str]]:
+        prompt = self._run.prompt
+        names: list[list[str]] = [[] for _ in range(prompt.n_features)]
+        for name, feature in zip(prompt.names, prompt.columns, strict=True):
+            names[feature].append(name)
+        return names
+
+    def _words(self, ids: Sequence[int]) -> list[str]:
+        """The words of a text, without special tokens."""
+        special = {*(getattr(self._run.tokenizer, "all_special_ids", None) or ())}
+        return tokens.decode(self._run.tokenizer, [i for i in ids if i not in special]).split()
+
+    def _answer(self, prompt: RenderedPrompt) -> str:
+        if prompt.ids not in self._answers:
+            scorer = next(iter(self._scorers.values()))
+            row = TokenRow(prompt.ids, (), prompt.extras)
+            ids = scorer.generate(row, self._generation.arguments, self._run.seed)
+            self._answers[prompt.ids] = tokens.decode(self._run.tokenizer, ids.tolist())
+        return self._answers[prompt.ids]
+
+    def _plain(self, row: TokenRow, t: int) -> Tensor:
+        return plain_log_probs(self._model, row.up_to(t) or row)[-1]
+
+    def _prompt(self, features: Features, draw: int) -> RenderedPrompt:
+        mask = torch.ones(1, self.n_features, dtype=torch.bool, device="cpu")
+        mask[0, list(features)] = False
+        draws = torch.tensor([draw], dtype=torch.int64, device="cpu")
+        generator = torch.Generator().manual_seed(self._seed)
+        return self._run.prompt.render(mask, generator, draws)[0]
+
+    def _row(self, features: Features, draw: int) -> TokenRow:
+        prompt = self._prompt(features, draw)
+        every = torch.ones(1, self._generated.n_features, dtype=torch.bool, device="cpu")
+        generator = torch.Generator().manual_seed(0)  # nothing is absent, nothing is drawn
+        draws = torch.zeros(1, dtype=torch.int64, device="cpu")
+        (text,) = self._generated.render([prompt.ids], every, generator, draws)
+        return TokenRow(*text, prompt.extras, prompt.key)
+
+    def _text(self, token: int) -> str:
+        return tokens.decode(self._run.tokenizer, [token])
+
+
+def counterfactuals(model: nn.Module, *given: Any, **options: Any) -> CounterfactualSearch:
+    """See `GenerationAttribution.counterfactuals`; arguments are those of `_Search`."""
+    return CounterfactualSearch(_Search(model, *given, **options))
+
+
+def _margin(logits: Tensor, target: Tensor) -> Tensor:
+    """How far the target token is ahead of all others; negative where another is likelier."""
+    chosen = target.expand(len(logits), -1)[..., None]
+    own = logits.gather(2, chosen)[..., 0]
+    others = logits.scatter(2, chosen, -torch.inf).amax(2)
+    return (own - others).double()
+
+
+def _likeliest(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.argmax(2).double()
+
+
+def _by(order: Sequence[float]) -> Callable[[int], float]:
+    return lambda feature: -order[feature]
+
+
+def _chunks(sets: Sequence[Features], size: int) -> Iterator[list[Features]]:
+    rest = iter(sets)
+    while chunk := list(islice(rest, size)):
+        yield chunk
+
+
+def _is_open(features: Features, known: Sequence[Sequence[Features]]) -> bool:
+    """Whether there is a token that no subset is known to change; `known` has those of each."""
+    return any(not any(found <= features for found in own) for own in known)
+
+
+def _proper_subsets(features: Features) -> list[Features]:
+    return [
+        frozenset(own) for size in range(1, len(features)) for own in combinations(features, size)
+    ]
+
+
+def _changes(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Words that differ, as they stood and as they stand."""
+    for kind, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if kind != "equal":
+            yield " ".join(before[a:b]), " ".join(after[c:d])
+
+
+def _quoted(text: str) -> str:
+    shown = one_line(text.strip())
+    return f"‘{shown}’" if shown else "nothing"

@@ -1,0 +1,337 @@
+"""The causal number: how far a token falls if the answer is written anew without a feature."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.attribution.game import Run
+from captum_llm_ext.base.terminal import one_line
+from captum_llm_ext.coalitions.clustered_errors import normal_scale
+from captum_llm_ext.model import Generation, Scorer, TokenRow
+from captum_llm_ext.text import tokens
+from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
+
+# Answers to the prompt as it is stand for those to another where their weights vary so little.
+_ENOUGH = 0.8  # of the answers, as effective number
+_NEAR_ONE = 0.2  # how far the mean weight may be from 1: what is never written has no weight
+_MOST_SEEDS = 2**31
+
+
+@dataclass(frozen=True)
+class TotalEffect:
+    """What features do to each target token, through all that is written because of them.
+
+    There are ``F`` features and ``T`` target tokens; values are in nats.
+
+    Attributes:
+        names: ``F`` names.
+        features: Their numbers.
+        output_tokens: ``T`` names.
+        values: ``(F, T)``: mean log-probability of a token in its place after the answers to the
+            prompt as it is, less that after the answers without the feature.
+        standard_errors: ``(F, T)``.
+        direct: ``(F, T)``: the same with the answer held as it is.
+        full_values: ``(T,)``: the mean after answers to the prompt as it is.
+        is_regenerated: ``F``: whether answers were written without the feature; otherwise those
+            to the prompt as it is were weighted.
+        answers: Per feature the answers that its number comes from; first, under -1, those to the
+            prompt as it is.
+        n_generated: Answers written.
+        n_evaluations: Distinct rows scored.
+    """
+
+    names: list[str]
+    features: list[int]
+    output_tokens: list[str]
+    values: Tensor
+    standard_errors: Tensor
+    direct: Tensor
+    full_values: Tensor
+    is_regenerated: list[bool]
+    answers: dict[int, list[str]]
+    n_generated: int
+    n_evaluations: int
+
+    def table(self, k: int = 3) -> str:
+        """The largest total effects on every token, with the direct ones beside them.
+
+        Args:
+            k: Features per token, at most.
+        """
+        names = [one_line(name.strip()) for name in self.output_tokens]
+        longest = max(map(len, names))
+        lines = [self.summary]
+        for t, name in enumerate(names):
+            order = self.values[:, t].abs().argsort(descending=True, stable=True)[:k].tolist()
+            told = [told for f in order if (told := self._told(f, t))]
+            lines.append(f"{name:>{longest}}  ⇐  {', '.join(told) or 'nothing in particular'}")
+        return "\n".join(lines)
+
+    def _told(self, feature: int, t: int) -> str:
+        """An effect in words; nothing where it is within its error."""
+        value, error, direct = (
+            float(held[feature, t]) for held in (self.values, self.standard_errors, self.direct)
+        )
+        if abs(value) < 0.005 or abs(value) <= 1.96 * error:
+            return ""
+        name = one_line(self.names[feature].strip())
+        return f"{name} {value:+.2f} ± {error:.2f} (directly {direct:+.2f})"
+
+    @property
+    def summary(self) -> str:
+        """What was done, in a line."""
+        return (
+            f"Total effects of {len(self.names)} features on {len(self.output_tokens)} target "
+            f"tokens, in nats: {self.n_generated} answers written, {self.n_evaluations} rows scored"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as lists, numbers and text that JSON can hold."""
+        held = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in vars(self).items()}
+        return held | {"answers": {str(f): texts for f, texts in self.answers.items()}}
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return f"TotalEffect({self.summary})"
+
+
+def total_effect(
+    run: Run,
+    generated: GeneratedText,
+    generation: Generation,
+    scorer: Scorer,
+    *,
+    feature: int | str | Sequence[int | str] | None,
+    n_samples: int,
+) -> TotalEffect:
+    """See `GenerationAttribution.total_effect`.
+
+    Args:
+        run: The prompt and what it is rendered with.
+        generated: The target, held fixed.
+        generation: How answers are written anew.
+        scorer: Of log-probabilities.
+        feature, n_samples: As there.
+    """
+    names = _names(run)
+    chosen = _chosen(feature, names)
+    writer = _Writer(run, generated, generation, scorer, n_samples)
+    full = [run.full] * n_samples
+    written = [writer.answer(run.full, m) for m in range(n_samples)]
+    before = writer.values(full, written)
+    likely = writer.log_probs(full, written)
+    values, errors, direct, anew = [], [], [], []
+    answers = {-1: [writer.text(ids) for ids in written]}
+    as_it_is = writer.values(full[:1], [writer.target])[0]
+    for number in chosen:
+        prompts = writer.without(number)
+        direct.append(as_it_is - writer.values(prompts, [writer.target] * n_samples).mean(0))
+        # (n_samples, T): of what is written before each token's place.
+        ratios = [
+            now.cumsum(0) - then.cumsum(0)
+            for now, then in zip(writer.log_probs(prompts, written), likely, strict=True)
+        ]
+        weights = writer.at_places(ratios, written).exp()
+        is_anew = not _are_enough(weights)
+        told = written
+        if is_anew:
+            told = [writer.answer(prompt, m) for m, prompt in enumerate(prompts)]
+            weights = torch.ones_like(weights)
+        after = writer.values(prompts, told)
+        effect, error = _difference(before, after, weights)
+        values.append(effect)
+        errors.append(error)
+        anew.append(is_anew)
+        answers[number] = [writer.text(ids) for ids in told]
+    return TotalEffect(
+        names=[names[number] for number in chosen],
+        features=chosen,
+        output_tokens=list(generated.labels),
+        values=torch.stack(values),
+        standard_errors=torch.stack(errors),
+        direct=torch.stack(direct),
+        full_values=before.mean(0),
+        is_regenerated=anew,
+        answers=answers,
+        n_generated=writer.n_generated,
+        n_evaluations=scorer.n_evaluations,
+    )
+
+
+class _Writer:
+    """Writes answers anew, and tells what target tokens are worth after them."""
+
+    def __init__(
+        self,
+        run: Run,
+        generated: GeneratedText,
+        generation: Generation,
+        scorer: Scorer,
+        n_samples: int,
+    ) -> None:
+        self._run, self._generation, self._scorer = run, generation, scorer
+        self._n_samples, self.target, self.n_generated = n_samples, generated.ids, 0
+        self._ids = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
+        draw = run.generator
+        self._seed = int(torch.randint(2**62, (), generator=draw, device="cpu"))
+        self._seeds = torch.randint(
+            _MOST_SEEDS, (n_samples,), generator=draw, device="cpu"
+        ).tolist()
+        self._known: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
+
+    def without(self, feature: int) -> list[RenderedPrompt]:
+        """The prompt with the feature replaced, by another draw for each continuation."""
+        n = self._run.prompt.n_features
+        masks = torch.ones(self._n_samples, n, dtype=torch.bool, device="cpu")
+        masks[:, feature] = False
+        generator = torch.Generator().manual_seed(self._seed)
+        return self._run.prompt.render(masks, generator)
+
+    def answer(self, prompt: RenderedPrompt, number: int) -> tuple[int, ...]:
+        """What is written after a prompt; the same for equal prompts and numbers."""
+        if (prompt.ids, number) not in self._known:
+            row = TokenRow(prompt.ids, (), prompt.extras, prompt.key)
+            found = self._scorer.generate(row, self._generation.arguments, self._seeds[number])
+            self._known[prompt.ids, number] = tuple(found.tolist())
+            self.n_generated += 1
+        return self._known[prompt.ids, number]
+
+    def values(
+        self, prompts: Sequence[RenderedPrompt], answers: Sequence[tuple[int, ...]]
+    ) -> Tensor:
+        """Log-probabilities of the target tokens in their places, ``(n_answers, n_target)``."""
+        rows: list[TokenRow] = []
+        owner: list[int] = []
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            for ids, positions in _readings(self.target, answer, len(prompt.ids)):
+                rows.append(TokenRow((*prompt.ids, *ids), positions, prompt.extras, prompt.key))
+                owner.append(i)
+        scored = self._scorer.values(rows, self._ids).nan_to_num()
+        found = torch.zeros(len(prompts), len(self._ids), dtype=torch.float64, device="cpu")
+        return found.index_add_(0, torch.tensor(owner, dtype=torch.int64, device="cpu"), scored)
+
+    def log_probs(
+        self, prompts: Sequence[RenderedPrompt], answers: Sequence[tuple[int, ...]]
+    ) -> list[Tensor]:
+        """Log-probabilities of the answers' own tokens after their prompts, each ``(length,)``."""
+        found: list[Tensor] = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if not answer:
+                found.append(torch.zeros(0, dtype=torch.float64, device="cpu"))
+                continue
+            last = len(prompt.ids) - 1
+            row = TokenRow(
+                (*prompt.ids, *answer[:-1]),
+                range(last, last + len(answer)),
+                prompt.extras,
+                prompt.key,
+            )
+            said = torch.tensor(answer, dtype=torch.int64, device="cpu")
+            found.append(self._scorer.values([row], said)[0])
+        return found
+
+    def at_places(self, sums: Sequence[Tensor], answers: Sequence[tuple[int, ...]]) -> Tensor:
+        """Running sums over answers where each target token has its place."""
+        found = torch.zeros(len(answers), len(self._ids), dtype=torch.float64, device="cpu")
+        for i, (own, answer) in enumerate(zip(sums, answers, strict=True)):
+            for t, (n_written, _) in enumerate(places(self.target, answer)):
+                found[i, t] = own[n_written - 1] if n_written else 0.0
+        return found
+
+    def text(self, ids: tuple[int, ...]) -> str:
+        """What an answer says."""
+        return tokens.decode(self._run.tokenizer, ids)
+
+
+def places(target: Sequence[int], answer: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each target token belongs after what was written.
+
+    Args:
+        target: Token ids that are explained.
+        answer: Those that were written.
+
+    Returns:
+        Per target token how many tokens of the answer, and then how many target tokens, are read
+        before it: the latter those of the same stretch that the answer says otherwise.
+    """
+    found: list[tuple[int, int]] = []
+    matcher = SequenceMatcher(None, target, answer, autojunk=False)
+    for kind, a, b, c, _ in matcher.get_opcodes():
+        found += [(c + i, 0) if kind == "equal" else (c, i) for i in range(b - a)]
+    return found
+
+
+def _readings(
+    target: Sequence[int], answer: Sequence[int], n_before: int
+) -> list[tuple[tuple[int, ...], list[int]]]:
+    """The texts that are read so that every target token is said in one of them, and where."""
+    at = places(target, answer)
+    whole = [n_before + n - 1 if not own else -1 for n, own in at]
+    most = max((n for n, own in at if not own), default=0)
+    found = [(tuple(answer[:most]), whole)]
+    stretches = sorted({n for n, own in at if own})
+    for n in stretches:
+        ours = [t for t, (begin, own) in enumerate(at) if begin == n and own]
+        first = ours[0] - at[ours[0]][1]
+        positions = [-1] * len(target)
+        for t in ours:
+            positions[t] = n_before + n + at[t][1] - 1
+        found.append(((*answer[:n], *target[first : ours[-1]]), positions))
+    return found
+
+
+def _difference(before: Tensor, after: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of one less weighted mean of the other, and its standard error, each ``(n_target,)``.
+
+    Samples of equal number are pairs: they share their seed.
+    """
+    n = len(before)
+    weights = weights / weights.mean(0).clamp_min(1e-300)
+    effect = before.mean(0) - (weights * after).mean(0)
+    if n < 2:
+        return effect, torch.full_like(effect, torch.nan)
+    influence = (before - before.mean(0)) - weights * (after - (weights * after).mean(0))
+    return effect, influence.std(0) / n**0.5 * normal_scale(n - 1)
+
+
+def _are_enough(weights: Tensor) -> bool:
+    """Whether weighted answers stand for those that would be written, at every place."""
+    mean = weights.mean(0)
+    effective = weights.sum(0).square() / weights.square().sum(0).clamp_min(1e-300)
+    near = (mean - 1).abs() <= _NEAR_ONE
+    return bool((near & (effective >= _ENOUGH * len(weights))).all())
+
+
+def _names(run: Run) -> list[str]:
+    shown: list[list[str]] = [[] for _ in range(run.prompt.n_features)]
+    for name, feature in zip(run.prompt.names, run.prompt.columns, strict=True):
+        shown[feature].append(name)
+    return [" + ".join(own) for own in shown]
+
+
+def _chosen(feature: int | str | Sequence[int | str] | None, names: Sequence[str]) -> list[int]:
+    if feature is None:
+        return list(range(len(names)))
+    if isinstance(feature, int | str):
+        feature = [feature]
+    return [_number(one, names) for one in feature]
+
+
+def _number(feature: int | str, names: Sequence[str]) -> int:
+    if isinstance(feature, int):
+        if not -len(names) <= feature < len(names):
+            raise ValueError(f"there is no feature {feature}: the prompt has {len(names)}.")
+        return feature % len(names)
+
+    found = [i for i, name in enumerate(names) if name.strip() == feature.strip()]
+    if len(found) != 1:
+        raise ValueError(
+            f"{len(found)} features are {feature!r}: give the number of one of {list(names)}."
+        )
+    return found[0]

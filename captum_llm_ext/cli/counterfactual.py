@@ -1,0 +1,119 @@
+"""``captum-llm-ext counterfactual``: what would have changed the answer."""
+
+import argparse
+from typing import Any
+
+from captum_llm_ext.attribution.generation import GenerationAttribution
+from captum_llm_ext.base.terminal import one_line
+from captum_llm_ext.cli.command import UsageError, add_command, positive, say
+from captum_llm_ext.cli.job import Job, add_job, as_baselines
+from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
+from captum_llm_ext.text.baselines import Default
+
+EXAMPLES = (
+    'counterfactual --model demo --prompt "Dave lives in Palm Coast, FL and is a lawyer. His '
+    'personal interests include" --baselines corpus:demo',
+    "counterfactual --model ./my-model --chat chat.json --unit sentence --max-size 1",
+    'counterfactual --model ./my-model --prompt "2 + 2 =" --drop 3 --json -',
+)
+_DESCRIPTION = """\
+Looks for the fewest words of the prompt whose replacement makes the model write another token, and
+shows the answer that it then writes. What is not found was not there, as far as the last line says.
+"""
+_USED = (
+    "model prompt prompt_file chat target max_new_tokens sample temperature top_p unit roles "
+    "batch_size seed quiet baselines"
+).split()
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "counterfactual",
+        run,
+        summary="find what would have changed an answer",
+        description=_DESCRIPTION,
+        examples=EXAMPLES,
+        usage="--model NAME --prompt TEXT [options]",
+    )
+    add_job(parser, several=False)
+    search = parser.add_argument_group("what is searched")
+    search.add_argument(
+        "--max-size", type=positive, default=2, metavar="N", help="features of the largest sets (2)"
+    )
+    search.add_argument(
+        "--tries", type=positive, default=4, metavar="N", help="replacements of each set (4)"
+    )
+    search.add_argument(
+        "--budget", type=positive, default=2000, metavar="N", help="at most N evaluations (2000)"
+    )
+    search.add_argument(
+        "--drop",
+        type=float,
+        metavar="X",
+        help="count what costs a token X nats (default: what makes another one likelier)",
+    )
+    search.add_argument("--token", type=int, metavar="N", help="of the answer, counted from 0")
+    add_outputs(parser, "json")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Searches, prints what is found, writes what is wanted."""
+    check_outputs(arguments)
+    ignored = _ignored(arguments)
+    if ignored:
+        raise UsageError(f"--{ignored[0]} would be ignored: it is of attribute.")
+    given = arguments.baselines or []
+    if len(given) > 1:
+        raise UsageError(f"{len(given)} --baselines: give one.")
+    job = Job(arguments)
+    baselines = as_baselines(given[0], arguments.seed) if given else Default()
+    attribution, inp = job.prepared(baselines)
+    if not isinstance(attribution, GenerationAttribution):
+        raise UsageError("counterfactuals take the model of an attribution by coalitions.")
+    options = job.options
+    search = attribution.counterfactuals(
+        inp,
+        options["target"],
+        flips="argmax" if arguments.drop is None else arguments.drop,
+        token=arguments.token,
+        max_size=arguments.max_size,
+        n_draws=arguments.tries,
+        budget=arguments.budget,
+        gen_args=options["gen_args"],
+        seed=arguments.seed,
+        perturbations_per_eval=arguments.batch_size,
+    )
+    found: list[Any] = []
+    for one in search:
+        if not found:
+            say(f"answer: {one_line(one.old_answer.strip())}")
+        found.append(one)
+        if arguments.json != "-" and not arguments.quiet:  # as soon as it is found
+            print(one, flush=True)
+    text = search.summary if not arguments.quiet else "\n".join(map(str, [*found, search.summary]))
+    write_outputs(arguments, _Found(found, search.summary), text, None)
+
+
+class _Found:
+    """What `write_outputs` asks for the JSON of."""
+
+    def __init__(self, found: list[Any], summary: str) -> None:
+        self._found, self._summary = found, summary
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that was found, and what was looked at."""
+        return {"found": [one.to_dict() for one in self._found], "summary": self._summary}
+
+
+def _ignored(arguments: argparse.Namespace) -> list[str]:
+    """Options of `add_job` that were given and say nothing here."""
+    alone = argparse.ArgumentParser()
+    add_job(alone, several=True)
+    unsaid = vars(alone.parse_args([]))
+    return [
+        name.replace("_", "-")
+        for name, default in unsaid.items()
+        if name not in _USED and getattr(arguments, name, default) != default
+    ]

@@ -1,0 +1,31 @@
+"""One forward pass with nothing shared: what other ways of scoring are held against."""
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.model.exclusive import exclusive_use
+from captum_llm_ext.model.forward.rows import TokenRow
+
+
+def plain_log_probs(model: nn.Module, row: TokenRow) -> Tensor:
+    """Log-probabilities of the vocabulary where a row says its target tokens.
+
+    A single uncached, unpadded pass over the row alone; softmax in float64.
+
+    Args:
+        model: A causal language model.
+        row: The row; places of -1 have no meaning.
+
+    Returns:
+        Shape ``(n_target, vocabulary)``, float64 on the CPU.
+    """
+    arguments = {} if row.extras is None else dict(row.extras)
+    if "use_cache" in _compat.forward_arguments(model):
+        arguments["use_cache"] = False
+    ids = torch.tensor([row.ids], dtype=torch.int64, device=_compat.input_device(model))
+    with exclusive_use(model):
+        logits = _compat.sequence_logits(_compat.called(model, ids, **arguments))[0]
+    # Counted from the end: a soft prompt has logits of its own in front.
+    places = [place - len(row.ids) for place in row.positions]
+    return logits[places].double().cpu().log_softmax(1)

@@ -1,0 +1,110 @@
+"""How an answer varies with the coalitions it came from: solved again without some of them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.coalitions import Scope
+from captum_llm_ext.coalitions.clustered_errors import normal_scale
+from captum_llm_ext.coalitions.kernel import EFFORT
+from captum_llm_ext.result.refit import SOLVERS, Evidence
+
+# Solvers of repeated enumerations, which miss a coalition that is left out everywhere.
+_ENUMERATES = (
+    "leave-one-out",
+    "only one in",
+    "exact",
+    "exact Owen values",
+    "best-first splits",
+    "hierarchical search",
+)
+_REGRESSIONS = ("paired kernel regression", "antithetic permutations")
+
+
+def replicates(
+    evidence: Evidence, tokens: Sequence[int], n_groups: int, seed: int
+) -> Tensor | None:
+    """Attributions from all coalitions but a group of them, for every group in turn.
+
+    The delete-a-group jackknife (Kott 2001): coalitions that share a draw are of one group, and so
+    are repetitions of the same number where coalitions are enumerated. Groups are drawn at random.
+
+    Args:
+        evidence: The coalitions.
+        tokens: The target tokens whose attributions are wanted.
+        n_groups: How many groups at most.
+        seed: Seeds the drawing.
+
+    Returns:
+        Shape ``(n_groups, n_tokens, n_features)``; None where coalitions cannot be left out.
+    """
+    if evidence.design.solved not in SOLVERS or n_groups < 2:
+        return None
+    groups = _groups(evidence, n_groups, seed)
+    if groups is None:
+        return None
+    chosen = torch.tensor(list(tokens), dtype=torch.int64, device="cpu")
+    every = evidence.scope
+    n_sharing = every.n_sharing or len(every.n_visible)
+    scope = Scope(every.n_visible[chosen], every.required[chosen], n_sharing)
+    values = evidence.values[:, chosen.to(evidence.values.device)]
+    evidence = replace(evidence, values=values, scope=scope)
+    options = dict(evidence.design.options)
+    n = int(groups.max()) + 1
+    if evidence.design.solved in _REGRESSIONS:  # all of them together as much as the answer itself
+        options["effort"] = options.get("effort", EFFORT) / n
+    if options.get("law") == "uniform":  # that these are few is the point
+        options["warns"] = False
+    evidence = replace(evidence, design=replace(evidence.design, options=options))
+    found: list[Tensor] = []
+    for group in range(n):
+        rest = groups != group
+        at = rest.to(evidence.masks.device)
+        part = replace(
+            evidence, masks=evidence.masks[at], draws=evidence.draws[at], values=evidence.values[at]
+        )
+        n_anchors = int(rest[: evidence.design.n_anchors].sum())
+        part = replace(part, design=replace(evidence.design, n_anchors=n_anchors))
+        found.append(part.solve().attributions)
+    return torch.stack(found)
+
+
+def deviations(found: Tensor) -> Tensor:
+    """How far each of some `replicates` moves an answer; the sum of squares is its variance.
+
+    Args:
+        found: Shape ``(n_groups, …)``.
+
+    Returns:
+        The same shape. Plus and minus 1.96 roots of the sum of squares span a 95 % interval,
+        however few the groups.
+    """
+    n = len(found)
+    return (found - found.mean(0)) * ((n - 1) / n) ** 0.5 * normal_scale(n - 1)
+
+
+def _groups(evidence: Evidence, n_groups: int, seed: int) -> Tensor | None:
+    """Per coalition its group, -1 for those that are never left out; None where none can be."""
+    masks, draws = evidence.masks.cpu(), evidence.draws.cpu()
+    n_anchors = evidence.design.n_anchors
+    groups = _repetitions(masks, n_groups)
+    if evidence.design.solved not in _ENUMERATES:
+        generator = torch.Generator().manual_seed(seed)
+        _, cluster = draws[n_anchors:].unique(return_inverse=True)
+        n_clusters = int(cluster.max()) + 1 if len(cluster) else 0
+        order = torch.randperm(n_clusters, generator=generator, device="cpu")
+        groups[n_anchors:] = (order % min(n_groups, max(n_clusters, 1)))[cluster]
+    return groups if len(groups[n_anchors:].unique()) > 1 else None
+
+
+def _repetitions(masks: Tensor, n_groups: int) -> Tensor:
+    """Which repetition of its coalition a row is, modulo the groups; -1 where there is but one."""
+    _, which, counts = masks.unique(dim=0, return_inverse=True, return_counts=True)
+    rank = torch.zeros(len(masks), dtype=torch.int64, device="cpu")
+    order = which.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    rank[order] = torch.arange(len(masks), device="cpu") - starts[which[order]]
+    n = min(n_groups, int(counts.max()))
+    return (rank % n).where(counts[which] > 1, -1)

@@ -1,0 +1,299 @@
+"""What led to a token in the end: shares of the prompt through all that was written before."""
+
+from itertools import product
+
+import pytest
+import tiny
+import torch
+from captum.attr import FeatureAblation, ShapleyValueSampling
+from fact_grammar import Grammar, corpus, load
+from ground_truth import absences, attribute, documents
+
+from captum_llm_ext import (
+    AttentionWeights,
+    GenerationAttentionAttribution,
+    GenerationAttribution,
+    GenerationAttributionResult,
+    GenerationGradientAttribution,
+    LayerSaliency,
+    TextSegmentInput,
+)
+from captum_llm_ext.result.influence import (
+    flow_towards,
+    influence,
+    passed_back,
+    strongest_chains,
+    total_influence,
+)
+
+N_PROMPT, N_OUTPUT = 4, 6
+
+
+def random_graph(seed=0, dead=()):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(N_OUTPUT, N_PROMPT + N_OUTPUT, generator=generator, dtype=torch.float64)
+    values[:, N_PROMPT:] = values[:, N_PROMPT:].tril(-1)
+    values[:, 0] = values[:, 0].abs()  # something led to every token
+    values[list(dead)] = 0
+    return influence(values, torch.ones_like(values, dtype=torch.bool), N_PROMPT)
+
+
+@pytest.mark.parametrize("dead", [(), (2,), (0, 3)])
+def test_the_total_is_the_recursion_token_by_token(dead):
+    graph = random_graph(1, dead)
+    prompt, own = passed_back(graph, graph)
+    known = []
+    for t in range(N_OUTPUT):
+        row = [float(share) for share in graph.prompt[t]] + [0.0] * N_OUTPUT
+        for j in range(t):
+            # What nothing led to is where chains begin.
+            passed = known[j] if j not in dead else [float(i == N_PROMPT + j) for i in range(10)]
+            row = [a + float(graph.output[t, j]) * b for a, b in zip(row, passed, strict=True)]
+        known.append(row)
+    expected = torch.tensor(known, dtype=torch.float64)
+    torch.testing.assert_close(torch.cat([prompt, own], 1), expected, atol=1e-9, rtol=0)
+    sums = expected.sum(1)
+    assert sums[list(dead)].eq(0).all()
+    alive = [t for t in range(N_OUTPUT) if t not in dead]
+    torch.testing.assert_close(sums[alive], torch.ones(len(alive), dtype=torch.float64))
+
+
+def test_the_total_is_the_sum_over_chains_of_every_length():
+    graph = random_graph(2)
+    powers = torch.eye(N_OUTPUT, dtype=torch.float64)
+    summed = torch.zeros_like(powers)
+    for _ in range(N_OUTPUT + 1):
+        summed, powers = summed + powers, powers @ graph.output
+    assert powers.eq(0).all()
+    found, _ = total_influence(graph)
+    torch.testing.assert_close(found, summed @ graph.prompt, atol=1e-9, rtol=0)
+
+
+def chains_to(graph, node):
+    """All of them, by trying every set of tokens between."""
+    found = {}
+    for used in product((False, True), repeat=node):
+        through = tuple(j for j in range(node) if used[j])
+        links = [*through, node]
+        share = 1.0
+        for a, b in zip(through, links[1:], strict=True):
+            share *= float(graph.output[b, a])
+        for p in range(N_PROMPT):
+            found[True, p, through] = share * float(graph.prompt[links[0], p])
+        if through and not graph.has_cause[through[0]]:
+            found[False, through[0], through[1:]] = share
+    return {chain: share for chain, share in found.items() if share > 0}
+
+
+@pytest.mark.parametrize("dead", [(), (1,), (0, 3)])
+def test_the_strongest_chains_are_those_of_brute_force(dead):
+    graph = random_graph(3, dead)
+    expected = chains_to(graph, 5)
+    found = strongest_chains(graph, 5, graph, 10**4)
+    told = {(c.begins_in_prompt, c.first, c.through): c.share for c in found}
+    assert told == pytest.approx(expected, abs=1e-12)
+    assert sum(told.values()) == pytest.approx(1)
+    assert [c.share for c in found] == sorted(told.values(), reverse=True)
+    assert strongest_chains(graph, 5, graph, 3) == found[:3]
+
+
+def test_what_passes_through_links_is_what_chains_through_them_have():
+    graph = random_graph(4, dead=(1,))
+    edges = flow_towards(graph, 5, graph)
+    expected = torch.zeros(N_OUTPUT, N_PROMPT + N_OUTPUT, dtype=torch.float64)
+    for (begins, first, through), share in chains_to(graph, 5).items():
+        places = [first if begins else N_PROMPT + first]
+        for node in (*through, 5):
+            expected[node, places[-1]] += share
+            places.append(N_PROMPT + node)
+    found = torch.cat([edges.prompt, edges.output], 1)
+    torch.testing.assert_close(found[:5], expected[:5])
+    torch.testing.assert_close(found[-1], expected[5])
+
+
+# On models
+
+
+@pytest.fixture(scope="module")
+def known():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def absent():
+    return absences(Grammar(), corpus())["same slot, `CorpusBaselines`"]
+
+
+@pytest.mark.parametrize("method", ["leave-one-out", "Shapley, permutations"])
+def test_the_last_word_is_owed_to_the_occupation(known, absent, method):
+    """Directly it depends on interest A alone, which the answer wrote; A on the occupation."""
+    for document in documents(2, seed=11)[1:]:
+        result = attribute(*known, document, method, absent)
+        total = result.total()
+        prompt, output = document.segments("prompt"), document.segments("continuation")
+        place = {segment.slot: i for i, segment in enumerate(output)}
+        job = next(i for i, segment in enumerate(prompt) if segment.slot == "occupation")
+        rows = [t for t, p in enumerate(result.output_pieces) if p.feature == place["D"]]
+        shares, begins = total.span(rows[0], rows[-1] + 1)
+        assert shares[job] > 0.95
+        assert total.direct[rows[0]].sum() < 0.05
+        route = total.route(rows[0], 1)[0]
+        assert (route.column, route.through) == (job, (place["A"],))
+        assert route == result.route(rows[0])[0]
+        assert total.why(rows[0])[0].column == job
+        assert float(shares.sum() + begins.sum()) == pytest.approx(1)
+        assert (total.shares_se[rows[0], job] < 0.05).all()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.byte_level()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny.llama(len(tokenizer), seed=1)
+
+
+TARGET = " Ann is a nurse and Dave"
+
+
+def explained(model, tokenizer, method=FeatureAblation, *, baselines="delete", **arguments):
+    text = "Dave lives in Austin. He has a dog."
+    inp = TextSegmentInput(text, tokenizer, ("sentence", "word"), baselines=baselines)
+    return GenerationAttribution(method(model), tokenizer).attribute(inp, TARGET, **arguments)
+
+
+@pytest.mark.parametrize("output_unit", ["token", "word", None])
+@pytest.mark.parametrize("method", [FeatureAblation, ShapleyValueSampling])
+def test_shares_of_every_unit_are_those_of_the_definition(model, tokenizer, method, output_unit):
+    result = explained(model, tokenizer, method, output_unit=output_unit)
+    total = result.total(floor=0.5, n_resamples=0)
+    rows = result.full_attr.double()
+    rows = rows.clamp_min(0)
+    n_prompt = len(result.input_tokens)
+    feature_of = [piece.feature for piece in result.output_pieces]
+    words: dict[int, torch.Tensor] = {}
+    for t, feature in enumerate(feature_of):
+        if feature is None:
+            continue
+        words[feature] = words.get(feature, 0) + result.full_attr[t].double()
+
+    def led_to(row):
+        row = row.clamp_min(0)
+        found = torch.zeros(n_prompt + len(words), dtype=torch.float64)
+        if row.sum() < 0.5:
+            return None
+        row = row / row.sum()
+        found[:n_prompt] = row[:n_prompt]
+        for j in range(len(words)):
+            if row[n_prompt + j] > 0:
+                own = led_to(words[j])
+                if own is None:
+                    found[n_prompt + j] += row[n_prompt + j]
+                else:
+                    found += row[n_prompt + j] * own
+        return found
+
+    if bool(result.full_attr_se.eq(0).all()):
+        for t, row in enumerate(rows):
+            expected = led_to(row)
+            expected = torch.zeros_like(total.full_shares[t]) if expected is None else expected
+            torch.testing.assert_close(total.full_shares[t], expected, atol=1e-6, rtol=0)
+    sums = total.full_shares.sum(1)
+    alive = total.strength > 0
+    torch.testing.assert_close(sums[alive], torch.ones_like(sums[alive]))
+    assert sums[~alive].eq(0).all()
+    assert (total.shares >= 0).all()
+    if output_unit is None:
+        torch.testing.assert_close(total.shares, total.direct)
+    assert str(total).count("⇐") == len(result.output_tokens)
+
+
+def test_sentences_are_summed_up_before_signs_are_looked_at(model, tokenizer):
+    result = explained(model, tokenizer)
+    total = result.total(level="sentence")
+    names, sums = result.at_level("sentence")
+    assert total.names == names
+    first = sums[1].clamp_min(0).double()
+    assert len(names) == 2
+    assert first.sum() > total.floor
+    output = result.output_attr[1].clamp_min(0).double().sum()
+    torch.testing.assert_close(total.direct[1], first / (first.sum() + output))
+    with pytest.raises(ValueError, match="there is no level 'page'"):
+        result.total(level="page")
+
+
+def test_what_was_left_out_is_told(model, tokenizer):
+    result = explained(model, tokenizer)
+    total = result.total()
+    sizes = result.full_attr.double()
+    negative = sizes.clamp_max(0).abs().sum(1) / sizes.abs().sum(1)
+    torch.testing.assert_close(total.negative, negative)
+    assert "for their sign" in str(total)
+    assert total.uncertain.eq(0).all()
+    assert total.shares_se.eq(0).all()
+    assert result.total(floor=1e6).shares.eq(0).all()
+    assert "nothing in particular" in str(result.total(floor=1e6))
+
+
+def test_errors_are_the_spread_over_seeds(model, tokenizer):
+    found, told = [], []
+    for seed in range(6):
+        result = explained(
+            model, tokenizer, ShapleyValueSampling, baselines="<unk>", n_samples=24, seed=seed
+        )
+        total = result.total(floor=0, n_resamples=8)
+        found.append(total.shares)
+        told.append(total.shares_se / 1.2)  # Student's t for eight groups
+    spread = torch.stack(found).std(0).square().mean().sqrt()
+    stated = torch.stack(told).square().mean().sqrt()
+    assert 0.5 < float(stated / spread) < 2
+
+
+def test_the_same_seed_leaves_out_the_same_groups(model, tokenizer, tmp_path):
+    result = explained(model, tokenizer, ShapleyValueSampling, n_samples=10)
+    result.save(tmp_path / "r.safetensors")
+    again = GenerationAttributionResult.load(tmp_path / "r.safetensors").total()
+    assert torch.equal(result.total().shares_se, again.shares_se)
+    assert again.shares_se.gt(0).any()
+    assert result.total(n_resamples=0).shares_se.isnan().any()
+
+
+def test_results_without_coalitions_have_totals_too(model, tokenizer):
+    inp = TextSegmentInput("Dave lives in Austin.", tokenizer, baselines="delete")
+    saliency = LayerSaliency(model)
+    gradients = GenerationGradientAttribution(saliency, tokenizer).attribute(inp, " He won")
+    attention = GenerationAttentionAttribution(AttentionWeights(model), tokenizer)
+    for result in (gradients, attention.attribute(inp, " He won")):
+        total = result.total()
+        sums = total.full_shares.sum(1)[total.strength > 0]
+        assert len(sums)
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+        assert total.to_dict()["names"] == result.input_tokens
+
+
+def test_totals_can_be_drawn(model, tokenizer):
+    result = explained(model, tokenizer, output_unit="word")
+    total = result.total()
+    for draw in (total.plot, lambda: result.plot_flow(-1, total=True), total.plot_flow):
+        figure, axes = draw()
+        assert axes.figure is figure
+    token = max(t for t in range(len(total.strength)) if total.strength[t] > 0)
+    prompt, output = total.flow(token)
+    assert float(prompt.sum()) + float(total.output_shares[token].sum()) == pytest.approx(1)
+    assert float(prompt[token].sum() + output[token].sum()) == pytest.approx(1)
+
+
+def test_what_is_no_question_is_refused(model, tokenizer):
+    result = explained(model, tokenizer)
+    with pytest.raises(ValueError, match="`floor` is -1"):
+        result.total(-1)
+    with pytest.raises(ValueError, match="`n_resamples` is 1"):
+        result.total(n_resamples=1)
+    with pytest.raises(ValueError, match="there is no token 99"):
+        result.route(99)
+    words = explained(model, tokenizer, output_unit="word").refit(attr_target="prob")
+    with pytest.raises(ValueError, match='refit\\(attr_target="log_prob"\\)'):
+        words.total()
+    assert result.refit(attr_target="prob").total().shares.gt(0).any()
