@@ -50,13 +50,41 @@ def each_map(
     Raises:
         ValueError: If not all layers attend, or do so in a way that no map can tell.
     """
+    _each(model, ids, lambda layer, after: layer.map(after, contributions, heads), take)
+
+
+def each_row(
+    model: nn.Module, ids: Tensor, place: int, take: Callable[[int, Tensor], None]
+) -> None:
+    """Gives the weights of every head at one place, layer by layer.
+
+    Args:
+        model: A model of transformers.
+        ids: Token ids ``(1, length)``, on the device where the model reads them.
+        place: The place.
+        take: Called with a layer's number and ``(heads, length)``: what each head weighs each
+            place by. Rows sum to 1.
+
+    Raises:
+        ValueError: If not all layers attend, or do so in a way that no map can tell.
+    """
+    _each(model, ids, lambda layer, _: layer.weights_at(place), take)
+
+
+def _each(
+    model: nn.Module,
+    ids: Tensor,
+    read: Callable[["_Layer", Tensor], Tensor],
+    take: Callable[[int, Tensor], None],
+) -> None:
+    """Gives what is read of every layer once it has run, whose output `read` is given too."""
     layers = _compat.decoder_layers(model)
     if layers is None:
         raise ValueError(
             f"{type(model).__name__} does not tell its layers (or is compiled), and attention "
             "cannot be read from it: use a method of gradients, or `GenerationAttribution`."
         )
-    watch = _Watch(model, layers, contributions, heads, take)
+    watch = _Watch(model, layers, read, take)
     arguments = {**_compat.uncached(model)}
     kept = _compat.kept_logits(model)
     at = torch.tensor([[ids.shape[1] - 1]], dtype=torch.int64, device=ids.device)
@@ -87,13 +115,10 @@ class _Watch:
         self,
         model: nn.Module,
         layers: Sequence[nn.Module],
-        contributions: Contributions,
-        heads: Heads,
+        read: Callable[["_Layer", Tensor], Tensor],
         take: Callable[[int, Tensor], None],
     ) -> None:
-        self._layers, self._take = layers, take
-        self._contributions: Contributions = contributions
-        self._heads: Heads = heads
+        self._layers, self._read, self._take = layers, read, take
         self._names = {id(module): name for name, module in model.named_modules()}
         self._number = {
             id(module): number for number, layer in enumerate(layers) for module in layer.modules()
@@ -146,7 +171,7 @@ class _Watch:
             if now is None or number not in self.seen:  # told of later, all together
                 return
             after = _flat(output[0] if isinstance(output, tuple) else output)
-            self._take(number, now.map(after, self._contributions, self._heads))
+            self._take(number, self._read(now, after))
 
         hook = layer.register_forward_pre_hook(in_this_thread_only(begin), with_kwargs=True)
         stack.callback(hook.remove)
@@ -199,6 +224,10 @@ class _Layer:
                 self._projection = module
         elif self._is_done:
             self._calls.append((_flat(given), _flat(output)))
+
+    def weights_at(self, place: int) -> Tensor:
+        """What each head weighs each place by, at one of them, ``(heads, length)``."""
+        return self._weights[:, place]
 
     def map(self, after: Tensor, kind: Contributions, heads: Heads) -> Tensor:
         """What each place takes from each, ``(length, length)``, rows summing to 1.
