@@ -57,6 +57,7 @@ from captum_llm_ext._compat.processes import (
     process_timeout,
     summed_over_shards,
 )
+from captum_llm_ext._compat.recurrent import values_mixed_by
 from captum_llm_ext._compat.states import (
     growing_layers,
     is_list_of_layers,
@@ -124,4 +125,5 @@ __all__ = [
     "vocabulary_size",
     "why_not_batched",
     "why_not_read_on",
+    "values_mixed_by",
 ]

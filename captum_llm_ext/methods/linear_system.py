@@ -57,7 +57,7 @@ class EquivalentLinearSystem(LayerAttribution, GradientAttribution):
             ValueError: If there is no layer, it does not suit, or the sum is not the output.
         """
         first = inputs[0] if isinstance(inputs, tuple) else inputs
-        with frozen(first.device) as unit:
+        with frozen(first.device, self.forward_func) as unit:
             activation, output = activation_and_output(
                 self.forward_func,
                 self.layer,

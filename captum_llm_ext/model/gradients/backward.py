@@ -274,7 +274,7 @@ class TargetGradients:
             start = rows.stop
 
     def _passed(self, n_rows: int) -> _Passed:
-        how = frozen(self.row.ids.device) if self._is_frozen else nullcontext()
+        how = frozen(self.row.ids.device, self._reader.model) if self._is_frozen else nullcontext()
         with self._heard() as heard, how as unit:
             logits = self._reader.logits(self.row.ids.expand(n_rows, -1), self.row.at)
         target = self.row.target.to(logits.device)
