@@ -97,12 +97,8 @@ WHITE_BOX: dict[str, tuple[Callable[[Any], Any], str | None, dict[str, Any]]] = 
     "rollout of values": (lambda model: AttentionRollout(model, "values"), None, {}),
     "attention weights": (AttentionWeights, None, {}),
 }
-# Of those that only ask the model: the strongest, and what people begin with.
-BESIDE = (
-    ("leave-one-out", "deletion"),
-    ("leave-one-out", "same slot, `CorpusBaselines`"),
-    ("Shapley, kernel", "same slot, `CorpusBaselines`"),
-)
+# Of those that only ask the model; others of them are in the other tables.
+BESIDE = (("leave-one-out", "deletion"), ("leave-one-out", "same slot, `CorpusBaselines`"))
 # What a token's value is made of is easier to tell the fewer layers mix it: as many parameters.
 WIDTHS = {2: 80, 3: Recipe.width}
 INSIDE_UNITS: tuple[Cut, ...] = ("slot", "mark")
@@ -347,8 +343,12 @@ def table_inside(
     given = documents(n, seed, grammar)
     known = absences(grammar, corpus(where), unit)
     inside = [(name, absence) for name, (_, absence, _) in WHITE_BOX.items()]
+    if layers != Recipe.layers:  # those that are quick
+        asked = [(name, absence) for name, absence in inside if absence is None]
+    else:
+        asked = [*inside, *BESIDE]
     rows: list[dict[str, Any]] = []
-    for name, absence in (*inside, *BESIDE):
+    for name, absence in asked:
 
         def result(document: Document, name: str = name, absence: str | None = absence) -> Any:
             if name in WHITE_BOX:

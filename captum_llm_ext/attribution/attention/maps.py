@@ -22,7 +22,9 @@ Heads = Literal["mean", "max"] | int
 _NAME = "captum_llm_ext_maps"
 _KNOWN = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 _MOST_PARTS = 2**24  # numbers of the parts that exist at once
-_SUMS = 1e-3  # by how much a row of weights may miss 1: half precision rounds so much
+# By how much a row of weights may miss 1: what their rounding adds up to.
+_SUMS = {torch.float64: 1e-6, torch.float32: 1e-4}
+_SUMS_HALF = 0.01
 # How far parts may be from what they are parts of, relative to it.
 _PARTS = {torch.float64: 1e-8, torch.float32: 1e-4}
 _PARTS_HALF = 0.05
@@ -142,15 +144,17 @@ class _Watch:
             raise NotImplementedError(f"{name} has no plain attention function")
         found, weights = plain(module, query, key, value, attention_mask, **others)
         weights = cast(Tensor, weights)[0]
+        most = _SUMS.get(weights.dtype, _SUMS_HALF)
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        if not bool(((weights.sum(-1) - 1).abs() < _SUMS).all()):
+        sums = weights.sum(-1, keepdim=True)
+        if not bool(((sums - 1).abs() < most).all()):
             raise NotImplementedError(f"the weights of {name} do not sum to 1 (attention sinks)")
         number = self._number[id(module)]
         if number in self.seen:
             raise NotImplementedError(f"layer {number} attends twice")
         self.seen.add(number)
         if self._now is not None:
-            self._now.attended(module, weights, value[0], cast(Tensor, found))
+            self._now.attended(module, weights / sums, value[0], cast(Tensor, found))
         return found, None
 
     @contextmanager
@@ -285,7 +289,8 @@ class _Layer:
         projection, values = self._projection, self._values
         if projection is None:
             raise NotImplementedError(
-                f"what {self._name} attends to goes on by no projection of its own"
+                f"what {self._name} attends to goes on by no projection of its own, or by one that "
+                "is quantised"
             )
         n_heads, length, size = values.shape
         wide = values.new_zeros(1, length, n_heads * size)

@@ -34,6 +34,12 @@ _NO_GRADIENT = (
     "layers, `torch.no_grad` or an integer cast in its forward), or does not use the layer. Load "
     "it in float32 or bfloat16, or use `GenerationAttribution`, which needs no gradient."
 )
+_NO_SHARE = (
+    "nothing of what the layer gives goes on to the value: the model runs without gradients there "
+    "(quantised layers, an integer cast), or it feeds what a linear system holds alone (attention "
+    "weights, norms, gates). Give the embedding (`layer=None` finds it) or a whole decoder layer, "
+    "and load the model in float32 or bfloat16."
+)
 # From some of the points: per layer their activations, and what gradients are multiplied by, each
 # (n_points, length, size).
 Points = Callable[[slice], tuple[list[Tensor], list[Tensor]]]
@@ -552,7 +558,7 @@ def _gradients(
             raise
         raise ValueError(f"{_NO_GRADIENT} (`allow_unused` of `grad_kwargs` makes it 0.)") from error
     if is_unused and not grad_kwargs.get("allow_unused"):
-        raise ValueError(_NO_GRADIENT)
+        raise ValueError(_NO_SHARE if unit is not None else _NO_GRADIENT)
     shape = given.shape[:1] if are_batched else ()
     leaves = [*points, points[0].new_zeros(()) if unit is None else unit]
     found = [*found, None] if unit is None else found
