@@ -94,7 +94,9 @@ class Counted:
         self.read += given[0].numel()
 
 
-def table(model: Any, tokenizer: Any, n_prompt: int, n_target: int) -> list[dict[str, Any]]:
+def table(
+    model: Any, tokenizer: Any, n_prompt: int, n_target: int, methods: Sequence[str]
+) -> list[dict[str, Any]]:
     """One row per method."""
     ids = tokenizer.encode(" ".join(TEXTS.read_text(encoding="utf-8").split()))
     while len(ids) < n_prompt + n_target:
@@ -114,11 +116,11 @@ def table(model: Any, tokenizer: Any, n_prompt: int, n_target: int) -> list[dict
     maps = config.num_hidden_layers * config.num_attention_heads * whole.numel() ** 2 * 4 / 2**20
     shared = {"prompt": len(inp.ids), "target": n_target, "all_maps_mb": maps}
     rows: list[dict[str, Any]] = [shared | {"method": "plain forward"} | forward]
-    for name, made in METHODS.items():
+    for name in methods:
         if name == "leave-one-out" and n_prompt > MOST_REMOVED:
             continue
         found: list[Any] = []
-        attribution = made(model, tokenizer)
+        attribution = METHODS[name](model, tokenizer)
 
         def run(attribution: Any = attribution, found: list[Any] = found) -> None:
             found.append(attribution.attribute(inp, torch.tensor(target)))
@@ -147,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2", help="see `real_causes.checkpoints`")
     parser.add_argument("--prompt", type=int, action="append", help="tokens; by default 50, 1000")
     parser.add_argument("--target", type=int, default=30)
+    parser.add_argument("--method", action="append", choices=METHODS, help="only these")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=RESULTS / "white_box.json")
     options = parser.parse_args(argv)
@@ -156,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(where)
     report = environment(seed=0, dtype=options.dtype) | {"model": Path(where).name, "rows": []}
     for n_prompt in options.prompt or (50, 1000):
-        report["rows"] += table(model, tokenizer, n_prompt, options.target)
+        report["rows"] += table(
+            model, tokenizer, n_prompt, options.target, options.method or [*METHODS]
+        )
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -222,9 +222,10 @@ class _Layer:
         if module is self._attention:
             self._attended, self._is_done = _flat(output), True
         elif id(module) in inside:
-            is_whole = given.numel() == self._mixed.numel() and not list(module.children())
+            is_whole = given.numel() == self._mixed.numel()
             mixed = self._mixed.reshape(-1, given.shape[-1]) if is_whole else None
-            if self._projection is None and mixed is not None and torch.equal(_flat(given), mixed):
+            # The last one, for a projection with an adapter ends after what is within it.
+            if mixed is not None and torch.equal(_flat(given), mixed):
                 self._projection = module
         elif self._is_done:
             self._calls.append((_flat(given), _flat(output)))
@@ -289,8 +290,7 @@ class _Layer:
         projection, values = self._projection, self._values
         if projection is None:
             raise NotImplementedError(
-                f"what {self._name} attends to goes on by no projection of its own, or by one that "
-                "is quantised"
+                f"what {self._name} attends to goes on by no projection of its own"
             )
         n_heads, length, size = values.shape
         wide = values.new_zeros(1, length, n_heads * size)
@@ -340,7 +340,8 @@ class _Layer:
     def _check(self, whole: Tensor, expected: Tensor) -> None:
         if not _near(whole, expected, self._before.dtype):
             raise NotImplementedError(
-                f"the parts of what {self._name} attends to do not sum to what it adds"
+                f"the parts of what {self._name} attends to do not sum to what it adds (those of "
+                "quantised weights do not)"
             )
 
     @staticmethod

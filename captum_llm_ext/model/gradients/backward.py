@@ -14,7 +14,7 @@ from captum_llm_ext.model.exclusive import in_this_thread_only
 from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.memory import batch_budget, is_out_of_memory
 from captum_llm_ext.model.gradients.frozen import frozen
-from captum_llm_ext.model.gradients.layers import Layers
+from captum_llm_ext.model.gradients.layers import Layers, without_gradient
 
 _logger = logging.getLogger(__name__)
 # What is made of a gradient: its product with a difference, or its size.
@@ -326,7 +326,7 @@ class TargetGradients:
                 "`.detach()`), and the model must run with gradients."
             )
         if not values.requires_grad:
-            raise ValueError(_NO_GRADIENT)
+            raise ValueError(_NO_SHARE if self._is_frozen else _NO_GRADIENT)
         products = torch.zeros(n_rows, self.n_values, length, dtype=dtype, device=points[0].device)
         constants = torch.zeros(self.n_values, dtype=torch.float64, device="cpu")
         for start, (*gradients, of_unit) in self._way_back(passed, points):
@@ -430,8 +430,15 @@ class TargetGradients:
 
         points = [point.detach().requires_grad_() for point in points]
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with self._layers.replaced(points), hooks:
+        with self._layers.replaced(points), hooks, without_gradient(self._reader.model) as cut:
             passed = self._passed(1)
+        # Of a linear system the sum tells, in which much is held on purpose.
+        if cut and not self._is_frozen:
+            raise ValueError(
+                f"no gradient goes through {cut[0]}, or {len(cut) - 1} other layers: they are "
+                "quantised in a way that has none, or run without. Load the model in float32 or "
+                "bfloat16, or use `GenerationAttribution`, which needs no gradient."
+            )
         values = passed.values
         manner = self._manner
         manner.row_bytes = max(1, sum(kept.values()))

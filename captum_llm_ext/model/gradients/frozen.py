@@ -90,8 +90,10 @@ class _Freezing(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         named = dict(kwargs or {})
-        if name in ("__get__", "__set__") or not torch.is_grad_enabled():
+        if name == "__set__" or not torch.is_grad_enabled():
             return func(*args, **named)
+        if name == "__get__":
+            return _property(func, args, named)
         # Weights are constants here, whether or not they are being trained.
         args, named = _mapped(args, _stopped_weight), _mapped_by_name(named, _stopped_weight)
         given = list(_tensors([*args, *named.values()]))
@@ -191,6 +193,17 @@ class _Freezing(TorchFunctionMode):
             return _mark(func(_stopped(first), second, *others, **kwargs))
         found = func(first, _stopped(second), *others, **kwargs)
         return _mark(found) if _is_gate(first) else found
+
+
+def _property(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What is asked of a tensor: another one, such as `weight.T`, is what the tensor is."""
+    found = func(*args, **kwargs)
+    if not isinstance(found, Tensor) or not isinstance(args[0], Tensor):
+        return found
+    found = found.detach() if isinstance(args[0], nn.Parameter) else found
+    if found.requires_grad:
+        return _mark(found) if _is_gate(args[0]) else found
+    return _alike(found, args[:1], may_be_gate=True)
 
 
 def _plain_name(name: str) -> str:
