@@ -3,8 +3,9 @@
     python benchmarks/white_box.py [--model smollm2] [--prompt 50 --prompt 1000] [--target 30]
 
 Times are processor seconds of one thread, also told as a multiple of a plain forward pass of the
-same text, without what is found out once of every model; memory is what the process held at most beyond what it held before. Beside it stands what
-all attention maps of the model would take at once.
+same text, without what is found out once of every model. Memory is what the process held at most
+beyond what it held before. Beside it stands what all attention maps of the model would take at
+once.
 """
 
 import argparse
