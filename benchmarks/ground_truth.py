@@ -6,6 +6,11 @@ k features with the largest attributions are held against them.
 
     python benchmarks/ground_truth.py [--unit word | --inside] [--documents 20] [--out FILE]
 
+`--inside` has methods that look into the model, beside the strongest of those that do not, once
+with punctuation in the feature of the word it stands beside, once apart. The place where a token is
+written is that of the token before it: where that is the comma behind a word, the word is given
+what belongs to the place.
+
 Two languages: a rigid one, whose model ships with the package, and a varied one with shuffled
 sentences, two wordings of each and missing facts. With `--unit word` words are features, and there
 are languages whose fillers are phrases that share words, too (`fact_grammar.vocabularies`): a slot
@@ -93,6 +98,12 @@ WHITE_BOX: dict[str, tuple[Callable[[Any], Any], str | None, dict[str, Any]]] = 
     "rollout of values": (lambda model: AttentionRollout(model, "values"), None, {}),
     "attention weights": (AttentionWeights, None, {}),
 }
+# Of those that only ask the model; others of them are in the other tables.
+BESIDE = (("leave-one-out", "deletion"), ("leave-one-out", "same slot, `CorpusBaselines`"))
+# What a token's value is made of is easier to tell the fewer layers mix it: as many parameters.
+# Of the varied language two layers learn no C (it stays at chance).
+WIDTHS = {2: 80, 3: Recipe.width}
+INSIDE_UNITS: tuple[Cut, ...] = ("slot", "mark")
 NOT_OF_WORDS = ("corpus span of equal length", "… weighted by the model", "… with labels")
 
 
@@ -160,13 +171,14 @@ def attribute_inside(
     document: Document,
     name: str,
     known: dict[str, Absence],
+    unit: Cut = "slot",
     seed: int = 0,
 ) -> Any:
     """Attributes the document's own continuation by a method that looks into the model."""
     kind, absence, arguments = WHITE_BOX[name]
     method = kind(model)
     none = Absence(lambda _: None, lambda _: None)
-    inp, output = as_input(document, tokenizer, known.get(absence or "", none))
+    inp, output = as_input(document, tokenizer, known.get(absence or "", none), unit)
     if isinstance(method, AttentionRollout | AttentionWeights):
         del output["output_baselines"]
         attribution: Any = GenerationAttentionAttribution(method, tokenizer)
@@ -255,6 +267,16 @@ def precision(
     return found
 
 
+def by_chance(document: Document) -> list[float]:
+    """Per generated word that has causes their share of the content words before it."""
+    starts = {slot.name: slot.start for slot in document.slots}
+    return [
+        len(causes) / sum(start < starts[word] for start in starts.values())
+        for word, causes in document.causes.items()
+        if causes
+    ]
+
+
 def documents(n: int, seed: int, grammar: Grammar | None = None) -> list[Document]:
     """Biographies, half of them with the pronoun still to be written."""
     rng = random.Random(seed)
@@ -262,9 +284,9 @@ def documents(n: int, seed: int, grammar: Grammar | None = None) -> list[Documen
     return [grammar.sample(rng, before=("pronoun", "A")[i % 2]) for i in range(n)]
 
 
-def folder(varied: bool, words: str = "biographies") -> Path:
+def folder(varied: bool, words: str = "biographies", layers: int = Recipe.layers) -> Path:
     """Where the model of a grammar is; one that does not ship is trained if it is not there."""
-    recipe = Recipe(varied=varied, words=words)
+    recipe = Recipe(varied=varied, words=words, layers=layers)
     if recipe == Recipe():
         return SHIPPED
     name = "varied" if varied else "rigid"
@@ -274,6 +296,9 @@ def folder(varied: bool, words: str = "biographies") -> Path:
         recipe = replace(
             recipe, vocabulary=900, seed=1 if (words, varied) == ("towns", True) else 0
         )
+    if layers != Recipe.layers:
+        name += f"-{layers}-layers"
+        recipe = replace(recipe, width=WIDTHS[layers])
     out = Path(__file__).parent / "models" / name
     if not (out / "corpus.txt").exists():  # written last
         train(recipe, out)
@@ -312,19 +337,35 @@ def table(
     return rows
 
 
-def table_inside(n: int, seed: int, *, varied: bool) -> list[dict[str, Any]]:
-    """One row per method that looks into the model."""
-    model, tokenizer = load(folder(varied))
+def table_inside(
+    n: int, seed: int, *, varied: bool, unit: Cut, layers: int, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """One row per method that looks into the model, and some that do not; or of some alone."""
+    where = folder(varied, layers=layers)
+    model, tokenizer = load(where)
     grammar = Grammar(varied)
     given = documents(n, seed, grammar)
-    known = absences(grammar, corpus(folder(varied)))
+    known = absences(grammar, corpus(where), unit)
+    inside = [(name, absence) for name, (_, absence, _) in WHITE_BOX.items()]
+    if layers != Recipe.layers:  # those that are quick
+        asked = [(name, absence) for name, absence in inside if absence is None]
+    else:
+        asked = [*inside, *BESIDE]
     rows: list[dict[str, Any]] = []
-    for name, (_, absence, _) in WHITE_BOX.items():
+    for name, absence in asked:
+        if only and name not in only:
+            continue
+
+        def result(document: Document, name: str = name, absence: str | None = absence) -> Any:
+            if name in WHITE_BOX:
+                return attribute_inside(model, tokenizer, document, name, known, unit)
+            return attribute(model, tokenizer, document, name, known[absence or ""], unit)
+
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*steps are too few")
-            results = [attribute_inside(model, tokenizer, d, name, known) for d in given]
-        rows.append(_row(given, results, "slot") | {"grammar": "varied" if varied else "rigid"})
-        rows[-1] |= {"words": Recipe.words, "unit": "slot", "method": name, "absence": absence}
+            results = [result(document) for document in given]
+        of = {"grammar": "varied" if varied else "rigid", "layers": layers, "unit": unit}
+        rows.append(of | {"method": name, "absence": absence} | _row(given, results, unit))
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -334,9 +375,11 @@ def _row(given: Sequence[Document], results: Sequence[Any], unit: Cut) -> dict[s
     both = list(zip(given, results, strict=True))
     everything = [precision(d, r, unit=unit) for d, r in both]
     content = [precision(d, r, unit=unit, content_only=True) for d, r in both]
+    drawn = [share for d in given for share in by_chance(d)]
     return {
         "precision": mean(v for found in everything for v in found.values()),
         "precision_content_words": mean(v for found in content for v in found.values()),
+        "by_chance_content_words": mean(drawn),
         "per_word": {
             word: mean(found[word] for found in everything if word in found)
             for word in ("pronoun", "A", "B", "C", "D")
@@ -345,14 +388,34 @@ def _row(given: Sequence[Document], results: Sequence[Any], unit: Cut) -> dict[s
     }
 
 
+def renewed(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """A report with some of its rows measured anew, in the order that it had, or added."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("grammar", "layers", "unit", "method", "absence"))
+
+    new = {key(row): row for row in report["rows"]}
+    rows = [new.pop(key(row), row) for row in before["rows"]] + list(new.values())
+    about = {name: report[name] for name in ("command", "date", "commit")}
+    return before | {"rows": rows, "again": [*before.get("again", []), about]}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the tables as JSON; `readme.py` shows them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unit", choices=["slot", "word"], default="slot")
+    parser.add_argument("--inside", action="store_true", help="methods that look into the model")
     parser.add_argument(
-        "--inside", action="store_true", help="methods that look into the model, by slots"
+        "--again",
+        action="append",
+        default=[],
+        choices=WHITE_BOX,
+        help="only these methods of --inside; the other rows are kept as they are",
+    )
+    parser.add_argument(
+        "--grammar", choices=["rigid", "varied"], help="of --inside, by default both"
     )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
@@ -369,9 +432,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = "ground_truth_words" if by_word else "ground_truth"
     if arguments.inside:
         name = "ground_truth_inside"
-        rows = [row for varied in (False, True) for row in table_inside(n, seed, varied=varied)]
+        rows = [
+            row
+            for varied in (False, True)
+            if arguments.grammar in (None, "varied" if varied else "rigid")
+            for layers in (sorted(WIDTHS, reverse=True) if not varied else [Recipe.layers])
+            for unit in INSIDE_UNITS
+            for row in table_inside(
+                n, seed, varied=varied, unit=unit, layers=layers, only=arguments.again
+            )
+        ]
     out = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
     report = {**environment(seed=seed), "documents": n, "rows": rows}
+    if arguments.again:
+        report = renewed(json.loads(out.read_text(encoding="utf-8")), report)
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

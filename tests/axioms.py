@@ -7,12 +7,18 @@ AXIOMS = {
     "dummy": "what the model cannot see gets nothing",
     "symmetry": "what plays the same part gets the same",
     "linearity": "the sum of two values gets the sum of their attributions",
-    "implementation": "two models that are the same function get the same",
+    "implementation": "a model written in another way (another kernel of attention, q and k "
+    "scaled, weights fused, a layer that adds nothing, other coordinates) gets the same",
 }
 _ALL = set(AXIOMS)
 # Of methods that attribute no value these say nothing.
 OF_A_VALUE = {"completeness", "sensitivity", "linearity"}
-WITHOUT_A_VALUE = {"AttentionWeights", "AttentionRollout", "AttentionRollout, ALTI"}
+WITHOUT_A_VALUE = {
+    "AttentionWeights",
+    "AttentionRollout",
+    "AttentionRollout, values",
+    "AttentionRollout, ALTI",
+}
 HOLDS = {
     "FeatureAblation": _ALL - {"completeness"},
     "FeatureInclusion": _ALL - {"completeness"},
@@ -29,6 +35,7 @@ HOLDS = {
     "EquivalentLinearSystem": _ALL - {"sensitivity"},
     "AttentionWeights": {"dummy", "symmetry"},
     "AttentionRollout": {"dummy", "symmetry"},
+    "AttentionRollout, values": {"dummy", "symmetry"},
     "AttentionRollout, ALTI": {"dummy", "symmetry"},
 }
 

@@ -15,6 +15,7 @@ from captum_llm_ext import (
     TextSegmentInput,
     attribute_dataset,
 )
+from captum_llm_ext.attribution.attention.heads import AttentionByHead
 from captum_llm_ext.attribution.attention.maps import each_map
 
 PROMPT = "Dave lives in Palm."
@@ -155,6 +156,62 @@ def test_a_token_has_the_row_of_the_place_before_it(unit, tokenizer):
     assert torch.allclose(whole, torch.ones(len(whole)))
     assert found.efficiency_gap.abs().max() < 1e-6
     assert found.is_unsigned
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma 3, sliding window", "gpt2"])
+@pytest.mark.parametrize("unit", ["token", "word"])
+def test_heads_of_one_token_are_the_rows_that_transformers_gives_out(name, unit, tokenizer):
+    model = architectures.build(name)
+    inp = TextSegmentInput(PROMPT, tokenizer, unit, baselines="delete")
+    attribution = GenerationAttentionAttribution(AttentionWeights(model), tokenizer)
+    target = tokenizer.encode(" golf is golf and", add_special_tokens=False)
+    assert len(target) > 3
+    found = attribution.by_head(inp, target, -2, output_unit=unit)
+    layers = weights_of(name, torch.float32, torch.tensor([[*inp.ids, *target[:-2]]]))
+    assert found.weights.shape[:2] == (len(layers), len(layers[0]))
+    for number, weights in enumerate(layers):
+        own = weights[:, -1]
+        for place in inp.places():
+            expected = own[:, list(place.positions)].sum(1).float()
+            assert torch.allclose(found.weights[number, :, place.feature], expected, atol=1e-6)
+    whole = found.weights.sum(-1) + found.fixed
+    assert torch.allclose(whole, torch.ones_like(whole), atol=1e-5)
+    assert found.weights.shape[2] == len(found.features)
+    # The mean over layers and heads is what `AttentionWeights` tells of that token.
+    mean = attribution.attribute(inp, target, output_unit=unit)
+    n_seen = found.weights.shape[2]
+    assert torch.allclose(found.weights.mean((0, 1)), mean.full_attr[-2, :n_seen], atol=1e-6)
+    with pytest.raises(ValueError, match=f"the target has {len(target)} tokens"):
+        attribution.by_head(inp, target, len(target))
+
+
+def test_the_drawing_of_heads_has_a_row_for_each_and_a_column_for_fixed_text(tokenizer):
+    model = tiny.llama(len(tokenizer))
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
+    attribution = GenerationAttentionAttribution(AttentionRollout(model), tokenizer)
+    found = attribution.by_head(inp, TARGET, 1)
+    _, ax = found.plot()
+    fixed, prompt, output = (image.get_array().data for image in ax.get_images())
+    n_rows = model.config.num_hidden_layers * model.config.num_attention_heads
+    assert fixed.shape == (n_rows, 1)
+    assert torch.tensor(fixed[:, 0]).allclose(found.fixed.double().flatten())
+    drawn = torch.cat([torch.tensor(prompt), torch.tensor(output)], 1)
+    assert drawn.allclose(found.weights.double().flatten(0, 1))
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["0", "1"]
+    headings = [text.get_text().replace("\n", " ") for text in ax.texts]
+    assert headings == ["fixed text", "prompt", "generated before"]
+    assert ax.get_title(loc="left").startswith("Attention where")
+
+
+def test_layers_of_fewer_heads_leave_theirs_unknown():
+    weights = torch.full((2, 3, 4), 0.2)
+    weights[1, 2] = torch.nan
+    fixed = torch.full((2, 3), 0.2)
+    fixed[1, 2] = torch.nan
+    heads = AttentionByHead(weights, fixed, "golf", ["a", "b", "c", "d"], 4)
+    _, ax = heads.plot()
+    assert torch.tensor(ax.get_images()[1].get_array().data).isnan().sum() == 4
+    assert len(ax.get_images()) == 2  # nothing was generated before
 
 
 def test_results_are_saved_and_shown_and_texts_generated(tokenizer, tmp_path):

@@ -60,6 +60,7 @@ PERTURBATIONS = {
 ATTENTION = {
     "AttentionWeights": AttentionWeights,
     "AttentionRollout": AttentionRollout,
+    "AttentionRollout, values": lambda model: AttentionRollout(model, "values"),
     "AttentionRollout, ALTI": lambda model: AttentionRollout(model, "alti"),
 }
 # Of values of about 1: what is exact is so to float32, a quadrature is not.

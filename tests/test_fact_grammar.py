@@ -172,9 +172,22 @@ def test_words_tile_the_text_and_are_replaced_by_parts_of_other_fillers(grammar)
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
-def test_replacing_a_segment_puts_another_word_into_its_slot(grammar):
+def test_marks_stand_apart_from_slots_and_replace_nothing(grammar):
+    document = grammar.sample(random.Random(4), "pronoun")
+    both = document.segments("prompt", "mark") + document.segments("continuation", "mark")
+    assert "".join(document.text[s.start : s.stop] for s in both) == document.text
+    slots = {s.slot: document.text[s.start : s.stop].strip() for s in both if s.slot}
+    assert slots == {slot.name: slot.text for slot in document.slots}
+    marks = [s for s in both if document.text[s.start : s.stop].strip(" ") in {",", ".", "(", ")"}]
+    assert marks
+    assert all(s.slot is None for s in marks)
+
+
+@pytest.mark.parametrize("unit", ["slot", "mark"])
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_replacing_a_segment_puts_another_word_into_its_slot(grammar, unit):
     document = grammar.sample(random.Random(5))
-    for segment in document.segments():
+    for segment in document.segments("prompt", unit):
         texts = [
             document.text[: segment.start] + words + document.text[segment.stop :]
             for words in segment.replacements

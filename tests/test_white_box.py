@@ -1,5 +1,6 @@
 """Saliency, and the linear system that a model is at one text, against loops of plain autograd."""
 
+import threading
 import types
 import warnings
 
@@ -21,19 +22,8 @@ from captum_llm_ext import (
 
 PROMPT = "Dave lives in Palm."
 TARGET = " golf and"
-EXACT = [
-    name
-    for name in architectures.CONFIGS
-    if not name.startswith(("bloom", "mamba", "falcon mamba", "jamba", "qwen 3 next", "qwen 3.5"))
-    and not name.startswith("gemma 3n")
-] + ["mamba 2"]
-REFUSED = {
-    "bloom": r"transformer\.h\.0\.mlp\.gelu_impl \(BloomGelu\)",
-    "mamba": r"backbone\.layers\.0\.mixer \(MambaMixer\)",
-    "jamba, recurrent hybrid": r"model\.layers\.0\.mamba \(JambaMambaMixer\)",
-    "qwen 3 next, linear attention": r"model\.layers\.0\.linear_attn \(Qwen3NextGatedDeltaNet\)",
-    "gemma 3n, shared states": r"model\.layers\.0 \(Gemma3nTextDecoderLayer\)",
-}
+EXACT = [name for name in architectures.CONFIGS if not name.startswith("gemma 3n")]
+REFUSED = {"gemma 3n, shared states": r"model\.layers\.0 \(Gemma3nTextDecoderLayer\)"}
 
 
 def built(name, dtype=torch.float32):
@@ -193,6 +183,46 @@ def test_what_is_not_linear_is_refused_by_name(name, tokenizer):
         attributed(model, tokenizer, EquivalentLinearSystem(model))
 
 
+def test_a_recurrent_layer_of_another_kind_is_refused_by_name(tokenizer):
+    model = tiny.llama(len(tokenizer))
+
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(32, 32, batch_first=True)
+
+        def forward(self, x):
+            return self.gru(x)[0]
+
+    model.model.layers[1].mlp = Remembering()
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gru \(GRU\) is not linear"):
+        attributed(model, tokenizer, EquivalentLinearSystem(model))
+
+
+def test_functions_of_linear_attention_are_put_back_and_are_plain_for_others(tokenizer):
+    from transformers.models.mamba import modeling_mamba
+
+    plain, seen = modeling_mamba.mamba_selective_scan, []
+    model = built("mamba")
+
+    def value(logits, target):
+        thread = threading.Thread(target=lambda: seen.append(gradient(model)))
+        thread.start()
+        thread.join()
+        return logits.gather(2, target.expand(len(logits), -1)[..., None])[..., 0]
+
+    def gradient(model):
+        vectors = torch.ones(1, 3, 32, requires_grad=True)
+        model(inputs_embeds=vectors, use_cache=False).logits[0, -1, 5].backward()
+        return vectors.grad
+
+    expected = gradient(built("mamba"))
+    attributed(model, tokenizer, EquivalentLinearSystem(model), attr_target=value)
+    assert modeling_mamba.mamba_selective_scan is plain
+    assert all(torch.allclose(one, expected, atol=1e-6) for one in seen)
+    assert seen
+
+
 def held(model):
     """Llama with norms, attention weights and gates stopped by hand, module by module."""
 
@@ -324,8 +354,6 @@ def test_results_of_both_are_saved_shown_and_read_by_levels(tokenizer, tmp_path)
 
 
 def test_nothing_is_left_on_the_model_and_other_threads_gradients_are_theirs(tokenizer):
-    import threading
-
     model = tiny.llama(len(tokenizer))
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     names = {n: dict(vars(m)) for n, m in model.named_modules()}

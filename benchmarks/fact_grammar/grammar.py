@@ -27,10 +27,11 @@ from .vocabularies import BIOGRAPHIES, Words
 
 T = TypeVar("T")
 Part = Literal["prompt", "continuation"]
-Cut = Literal["slot", "word"]
+Cut = Literal["slot", "word", "mark"]
 
 VARIED_PRESENCE = {"name": 1.0, "home": 0.85, "job": 0.85, "age": 0.5, "pet": 0.5}
 
+_WORDS_AND_MARKS = r"\s*[^\s.,()]+|\s*[.,()]+"
 _CAUSES = {
     "pronoun": ("name",),
     "A": ("occupation",),
@@ -121,10 +122,12 @@ class Document:
     def segments(self, part: Part = "prompt", unit: Cut = "slot") -> list[Segment]:
         """Spans that tile the prompt or the continuation, one to a slot or connecting word.
 
-        With the unit ``"word"`` a slot of several words has as many.
+        With the unit ``"word"`` a slot of several words has as many. With ``"mark"`` punctuation
+        beside a word belongs to none: it is a connecting word.
         """
         start, stop = (0, self.cut) if part == "prompt" else (self.cut, len(self.text))
-        words = (match.span() for match in re.finditer(r"\s*\S+", self.text))
+        pattern = _WORDS_AND_MARKS if unit == "mark" else r"\s*\S+"
+        words = (match.span() for match in re.finditer(pattern, self.text))
         words = [span for span in words if start <= span[0] and span[1] <= stop]
         if unit == "word":
             return [self._segment([span], self._slot_in(*span) or span) for span in words]

@@ -48,6 +48,7 @@ class Recipe:
         batch: Documents in a step.
         rate: Highest learning rate.
         vocabulary: Tokens, special ones included.
+        layers, width: Of the model.
         stray: See `Grammar.sample`. Here it lets the model meet every A under every occupation.
         tuned: In how many of the first steps state and occupation go together nine times in ten. C
             gives away nothing about either alone, so a learner who starts with independent facts
@@ -62,6 +63,8 @@ class Recipe:
     batch: int = 64
     rate: float = 4e-3
     vocabulary: int = 680
+    layers: int = 3
+    width: int = 64
     stray: float = 0.05
     tuned: int = 300
 
@@ -108,13 +111,18 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) -> LlamaForCausalLM:
-    """A Llama of about 160,000 parameters with random weights drawn from the generator."""
+def new_model(
+    tokenizer: PreTrainedTokenizerFast,
+    generator: torch.Generator,
+    layers: int = Recipe.layers,
+    width: int = Recipe.width,
+) -> LlamaForCausalLM:
+    """A Llama with random weights drawn from the generator; of about 160,000 by default."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=144,
-        num_hidden_layers=3,
+        hidden_size=width,
+        intermediate_size=width * 9 // 4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
@@ -209,7 +217,7 @@ def train(recipe: Recipe, out: Path) -> None:
     texts = lessons(grammar, recipe)
     tokenizer = train_tokenizer(texts[-10_000:], recipe.vocabulary)
     generator = torch.Generator().manual_seed(recipe.seed)
-    model = new_model(tokenizer, generator)
+    model = new_model(tokenizer, generator, recipe.layers, recipe.width)
     started = time.process_time()
     fit(model, encode(texts, tokenizer), recipe, tokenizer.pad_token_id)
     print(f"{time.process_time() - started:.0f} CPU-seconds")

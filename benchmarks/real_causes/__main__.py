@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from environment import environment
 
-from real_causes.measured import ABSENCES, METHODS, Measured, makes_sense
+from real_causes.measured import ABSENCES, INSIDE, METHODS, NOTHING, Measured, makes_sense
 from real_causes.prompts import HALVES
 from real_causes.table import pairs, row
 
@@ -92,6 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", action="append", required=True)
     parser.add_argument("--absence", action="append", choices=ABSENCES, help="only these")
     parser.add_argument("--method", action="append", choices=METHODS, help="only these")
+    parser.add_argument(
+        "--inside",
+        action="store_true",
+        help="methods that look into the model at the text as it is",
+    )
     parser.add_argument("--attr-target", action="append", help="by default log_prob")
     parser.add_argument("--again", action="append", default=[], choices=ABSENCES)
     parser.add_argument("--at-most", type=int, help="prompts of each half")
@@ -99,8 +104,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="enough for ranking")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
+    if options.inside and (options.method or options.absence):
+        parser.error("--inside has methods and an absence of its own")
+    out = options.out or (RESULTS.with_stem("real_causes_inside") if options.inside else RESULTS)
     torch.set_num_threads(options.threads)
     report = environment(seed=0, dtype=options.dtype)
     report["models"] = []
@@ -112,9 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 show(measured, options.show, absence, targets)
             continue
         methods = options.method or METHODS
+        if options.inside:
+            absences, methods = [NOTHING], [*INSIDE]
         found = of_model(measured, absences, methods, targets, options.at_most)
         report["models"].append(found)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

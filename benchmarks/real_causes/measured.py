@@ -15,10 +15,15 @@ from captum.attr import FeatureAblation, KernelShap, LayerIntegratedGradients
 from environment import environment
 
 from captum_llm_ext import (
+    AttentionRollout,
+    AttentionWeights,
     CorpusBaselines,
     Deletion,
+    EquivalentLinearSystem,
+    GenerationAttentionAttribution,
     GenerationAttribution,
     GenerationGradientAttribution,
+    LayerSaliency,
     ModelBaselines,
     TextSegmentInput,
 )
@@ -44,11 +49,22 @@ TEXTS = {
     "`CorpusBaselines`, related text": digest_of("lists.txt", "related.txt"),
 }
 PROMPTS = [prompt.text for half in HALVES.values() for prompt in half]
+NOTHING = "nothing"  # where a method asks for no absence
+# Methods that look into the model at the text as it is.
+INSIDE: dict[str, Callable[[Any], Any]] = {
+    "saliency, L2": LayerSaliency,
+    "linear system": EquivalentLinearSystem,
+    "ALTI": lambda model: AttentionRollout(model, "alti"),
+    "rollout": AttentionRollout,
+    "attention weights": AttentionWeights,
+}
 METHODS = ("leave-one-out", "Shapley, kernel", "integrated gradients")
 
 
 def makes_sense(method: str, absence: str) -> bool:
     """Gradients know tokens and texts; of others it would be said of a path what is of a text."""
+    if method in INSIDE or absence == NOTHING:
+        return method in INSIDE and absence == NOTHING
     known = ("end of text", "lists by hand", "`ModelBaselines`")
     return method != "integrated gradients" or absence in known
 
@@ -199,6 +215,8 @@ class Measured:
         """By `attr_target`; where coalitions were scored, those after the first cost no pass."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some absences are bad on purpose
+            if method in INSIDE:
+                return {t: self._inside(inp, answer, method, t) for t in targets}
             if method == "integrated gradients":
                 kind = LayerIntegratedGradients(self.model, None)
                 drawn = {} if is_deterministic(inp.baseline) else {"n_draws": PATHS}
@@ -221,9 +239,19 @@ class Measured:
             result = attribution.attribute(inp, answer, output_unit=None, **arguments)
             return {first: result} | {t: result.refit(attr_target=t) for t in others}
 
+    def _inside(self, inp: TextSegmentInput, answer: Any, method: str, target: str) -> Any:
+        """By one value, of which attention knows nothing."""
+        kind = INSIDE[method](self.model)
+        if isinstance(kind, AttentionRollout | AttentionWeights):
+            attribution: Any = GenerationAttentionAttribution(kind, self.tokenizer)
+        else:
+            value: Any = target
+            attribution = GenerationGradientAttribution(kind, self.tokenizer, attr_target=value)
+        return attribution.attribute(inp, answer, output_unit=None)
+
     def _baselines(self, absence: str, inp: TextSegmentInput, cost: Cost) -> Any:
         """What stands for absent words of a prompt; looking for it is on the account."""
-        if absence == "deletion":
+        if absence in ("deletion", NOTHING):
             return Deletion()
         if absence == "end of text":
             return self.tokenizer.eos_token_id

@@ -57,6 +57,7 @@ from captum_llm_ext._compat.processes import (
     process_timeout,
     summed_over_shards,
 )
+from captum_llm_ext._compat.recurrent import values_mixed_by
 from captum_llm_ext._compat.states import (
     growing_layers,
     is_list_of_layers,
@@ -120,6 +121,7 @@ __all__ = [
     "text_config",
     "uncached",
     "uncompiled",
+    "values_mixed_by",
     "versions",
     "vocabulary_size",
     "why_not_batched",

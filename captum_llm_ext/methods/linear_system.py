@@ -18,7 +18,16 @@ class EquivalentLinearSystem(LayerAttribution, GradientAttribution):
     left is linear in the embeddings, so that a logit is exactly the sum of ``⟨x_j, ∂logit/∂x_j⟩``
     over all tokens, plus what biases and position tables add (arXiv 2505.24293). No baseline is
     asked for. Whether the sum is the logit is checked on every call, and a model of which it is not
-    true (recurrent layers for the most part) is refused, by the name of the layer.
+    true (recurrent layers of a user's own, Gemma 3n) is refused, by the name of the layer.
+
+    What opens a gate, or is looked for by attention, has no share; and the place where a token is
+    written has one, whatever stands there: where that is the comma behind a word, the word is given
+    what belongs to the place. On two languages with known causes, a rigid and a varied one, and
+    small models (``benchmarks/ground_truth.py --inside``) precision among content words was .68 and
+    .68 with punctuation in the features of words, .97 and .85 with features of its own (the logit
+    less those of words of its kind: .96 on the varied one), and 1.0 on the rigid one where the
+    model had two layers in place of three. So let punctuation stand apart (``unit="token"``, or
+    spans).
 
     Args:
         forward_func: The model, or any forward that captum's methods take.
@@ -57,7 +66,7 @@ class EquivalentLinearSystem(LayerAttribution, GradientAttribution):
             ValueError: If there is no layer, it does not suit, or the sum is not the output.
         """
         first = inputs[0] if isinstance(inputs, tuple) else inputs
-        with frozen(first.device) as unit:
+        with frozen(first.device, self.forward_func) as unit:
             activation, output = activation_and_output(
                 self.forward_func,
                 self.layer,

@@ -1,7 +1,7 @@
 """What places of a text attend to, as views and as a method.
 
 `GenerationAttentionAttribution` is the join: `methods` are what users hand to it, `maps` reads what
-each layer attends to.
+each layer attends to, `heads` is one token's row of each, to be drawn.
 """
 
 from captum_llm_ext.attribution.attention.attribution import GenerationAttentionAttribution

@@ -22,7 +22,9 @@ Heads = Literal["mean", "max"] | int
 _NAME = "captum_llm_ext_maps"
 _KNOWN = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 _MOST_PARTS = 2**24  # numbers of the parts that exist at once
-_SUMS = 1e-3  # by how much a row of weights may miss 1: half precision rounds so much
+# By how much a row of weights may miss 1: what their rounding adds up to.
+_SUMS = {torch.float64: 1e-6, torch.float32: 1e-4}
+_SUMS_HALF = 0.01
 # How far parts may be from what they are parts of, relative to it.
 _PARTS = {torch.float64: 1e-8, torch.float32: 1e-4}
 _PARTS_HALF = 0.05
@@ -50,13 +52,41 @@ def each_map(
     Raises:
         ValueError: If not all layers attend, or do so in a way that no map can tell.
     """
+    _each(model, ids, lambda layer, after: layer.map(after, contributions, heads), take)
+
+
+def each_row(
+    model: nn.Module, ids: Tensor, place: int, take: Callable[[int, Tensor], None]
+) -> None:
+    """Gives the weights of every head at one place, layer by layer.
+
+    Args:
+        model: A model of transformers.
+        ids: Token ids ``(1, length)``, on the device where the model reads them.
+        place: The place.
+        take: Called with a layer's number and ``(heads, length)``: what each head weighs each
+            place by. Rows sum to 1.
+
+    Raises:
+        ValueError: If not all layers attend, or do so in a way that no map can tell.
+    """
+    _each(model, ids, lambda layer, _: layer.weights_at(place), take)
+
+
+def _each(
+    model: nn.Module,
+    ids: Tensor,
+    read: Callable[["_Layer", Tensor], Tensor],
+    take: Callable[[int, Tensor], None],
+) -> None:
+    """Gives what is read of every layer once it has run, whose output `read` is given too."""
     layers = _compat.decoder_layers(model)
     if layers is None:
         raise ValueError(
             f"{type(model).__name__} does not tell its layers (or is compiled), and attention "
             "cannot be read from it: use a method of gradients, or `GenerationAttribution`."
         )
-    watch = _Watch(model, layers, contributions, heads, take)
+    watch = _Watch(model, layers, read, take)
     arguments = {**_compat.uncached(model)}
     kept = _compat.kept_logits(model)
     at = torch.tensor([[ids.shape[1] - 1]], dtype=torch.int64, device=ids.device)
@@ -87,13 +117,10 @@ class _Watch:
         self,
         model: nn.Module,
         layers: Sequence[nn.Module],
-        contributions: Contributions,
-        heads: Heads,
+        read: Callable[["_Layer", Tensor], Tensor],
         take: Callable[[int, Tensor], None],
     ) -> None:
-        self._layers, self._take = layers, take
-        self._contributions: Contributions = contributions
-        self._heads: Heads = heads
+        self._layers, self._read, self._take = layers, read, take
         self._names = {id(module): name for name, module in model.named_modules()}
         self._number = {
             id(module): number for number, layer in enumerate(layers) for module in layer.modules()
@@ -117,8 +144,9 @@ class _Watch:
             raise NotImplementedError(f"{name} has no plain attention function")
         found, weights = plain(module, query, key, value, attention_mask, **others)
         weights = cast(Tensor, weights)[0]
+        most = _SUMS.get(weights.dtype, _SUMS_HALF)
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        if not bool(((weights.sum(-1) - 1).abs() < _SUMS).all()):
+        if not bool(((weights.sum(-1) - 1).abs() < most).all()):
             raise NotImplementedError(f"the weights of {name} do not sum to 1 (attention sinks)")
         number = self._number[id(module)]
         if number in self.seen:
@@ -146,7 +174,7 @@ class _Watch:
             if now is None or number not in self.seen:  # told of later, all together
                 return
             after = _flat(output[0] if isinstance(output, tuple) else output)
-            self._take(number, now.map(after, self._contributions, self._heads))
+            self._take(number, self._read(now, after))
 
         hook = layer.register_forward_pre_hook(in_this_thread_only(begin), with_kwargs=True)
         stack.callback(hook.remove)
@@ -193,12 +221,18 @@ class _Layer:
         if module is self._attention:
             self._attended, self._is_done = _flat(output), True
         elif id(module) in inside:
-            is_whole = given.numel() == self._mixed.numel() and not list(module.children())
+            is_whole = given.numel() == self._mixed.numel()
             mixed = self._mixed.reshape(-1, given.shape[-1]) if is_whole else None
-            if self._projection is None and mixed is not None and torch.equal(_flat(given), mixed):
+            # The last one, for a projection with an adapter ends after what is within it.
+            if mixed is not None and torch.equal(_flat(given), mixed):
                 self._projection = module
         elif self._is_done:
             self._calls.append((_flat(given), _flat(output)))
+
+    def weights_at(self, place: int) -> Tensor:
+        """What each head weighs each place by, at one of them, ``(heads, length)``."""
+        row = self._weights[:, place]
+        return row / row.sum(-1, keepdim=True)
 
     def map(self, after: Tensor, kind: Contributions, heads: Heads) -> Tensor:
         """What each place takes from each, ``(length, length)``, rows summing to 1.
@@ -214,7 +248,8 @@ class _Layer:
         """
         scale, summed = self._added(after)
         if kind == "weights":
-            return _reduced(self._weights, heads, self._name)
+            found = _reduced(self._weights, heads, self._name)
+            return found / found.sum(-1, keepdim=True)
         length, size = self._before.shape
         per_head, constant = self._per_head()
         found = self._before.new_zeros(length, length, dtype=per_head.dtype)
@@ -306,7 +341,8 @@ class _Layer:
     def _check(self, whole: Tensor, expected: Tensor) -> None:
         if not _near(whole, expected, self._before.dtype):
             raise NotImplementedError(
-                f"the parts of what {self._name} attends to do not sum to what it adds"
+                f"the parts of what {self._name} attends to do not sum to what it adds (those of "
+                "quantised weights do not)"
             )
 
     @staticmethod
@@ -326,8 +362,7 @@ def _reduced(weights: Tensor, heads: Heads, name: str) -> Tensor:
     if heads == "mean":
         return weights.mean(0)
     if heads == "max":
-        most = weights.amax(0)
-        return most / most.sum(-1, keepdim=True)
+        return weights.amax(0)
     if not -len(weights) <= heads < len(weights):
         raise ValueError(f"`heads` is {heads}: {name} has {len(weights)} heads.")
     return weights[heads]

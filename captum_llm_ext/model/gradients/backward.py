@@ -14,7 +14,7 @@ from captum_llm_ext.model.exclusive import in_this_thread_only
 from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.memory import batch_budget, is_out_of_memory
 from captum_llm_ext.model.gradients.frozen import frozen
-from captum_llm_ext.model.gradients.layers import Layers
+from captum_llm_ext.model.gradients.layers import Layers, without_gradient
 
 _logger = logging.getLogger(__name__)
 # What is made of a gradient: its product with a difference, or its size.
@@ -34,6 +34,12 @@ _NO_GRADIENT = (
     "layers, `torch.no_grad` or an integer cast in its forward), or does not use the layer. Load "
     "it in float32 or bfloat16, or use `GenerationAttribution`, which needs no gradient."
 )
+_NO_SHARE = (
+    "nothing of what the layer gives goes on to the value: the model runs without gradients there "
+    "(quantised layers, an integer cast), or it feeds what a linear system holds alone (attention "
+    "weights, norms, gates). Give the embedding (`layer=None` finds it) or a whole decoder layer, "
+    "and load the model in float32 or bfloat16."
+)
 # From some of the points: per layer their activations, and what gradients are multiplied by, each
 # (n_points, length, size).
 Points = Callable[[slice], tuple[list[Tensor], list[Tensor]]]
@@ -49,12 +55,19 @@ class Row:
         target: Token ids ``(n_target,)``.
         foils: Token ids that each is held against, ``(n_target, n_foils)``; -1 where there are
             fewer. None where a value is no contrast.
+        chosen: Which of the target tokens have a value. None: all.
     """
 
     ids: Tensor
     at: Tensor
     target: Tensor
     foils: Tensor | None = None
+    chosen: tuple[int, ...] | None = None
+
+    @property
+    def n_values(self) -> int:
+        """Of how many target tokens values are taken."""
+        return len(self.target) if self.chosen is None else len(self.chosen)
 
     @property
     def length(self) -> int:
@@ -202,7 +215,7 @@ class TargetGradients:
         self._attr_target, self._manner, self._is_joint = attr_target, manner, is_joint
         self._grad_kwargs, self._on_rows = dict(grad_kwargs or {}), on_rows
         self.n_rows = 0
-        self.n_values = 1 if is_joint else len(row.target)
+        self.n_values = 1 if is_joint else row.n_values
         # A callable may make a token's value from the logits of any other.
         self._may_split = isinstance(attr_target, str) and self.n_values > 1
 
@@ -221,8 +234,10 @@ class TargetGradients:
         values = torch.cat([values for _, values in self._in_batches(n_points, found)])
         if not values.isfinite().all():
             bad = int((~values.isfinite()).nonzero()[0][1])
+            given = float(values[:, bad].sum())
+            bad = bad if self.row.chosen is None else self.row.chosen[bad]
             raise ValueError(
-                f"the model gives {float(values[:, bad].sum())} to target token {bad} (id "
+                f"the model gives {given} to target token {bad} (id "
                 f"{int(self.row.target[bad])}) on the path from absent to present. Values must be "
                 "finite: load half-precision models in bfloat16 or float32, check the weights for "
                 "NaN, and do not explain a token that the model rules out."
@@ -274,7 +289,7 @@ class TargetGradients:
             start = rows.stop
 
     def _passed(self, n_rows: int) -> _Passed:
-        how = frozen(self.row.ids.device) if self._is_frozen else nullcontext()
+        how = frozen(self.row.ids.device, self._reader.model) if self._is_frozen else nullcontext()
         with self._heard() as heard, how as unit:
             logits = self._reader.logits(self.row.ids.expand(n_rows, -1), self.row.at)
         target = self.row.target.to(logits.device)
@@ -282,6 +297,8 @@ class TargetGradients:
             values = called(logits, target, self._attr_target)
         else:
             values = named(logits, target, self._attr_target, self.row.foils)
+        if self.row.chosen is not None:
+            values = values[:, list(self.row.chosen)]
         if self._is_joint:
             values = values.prod(1, keepdim=True)
         return _Passed(values, logits, heard[0] if len(heard) == 1 else None, unit)
@@ -320,7 +337,7 @@ class TargetGradients:
                 "`.detach()`), and the model must run with gradients."
             )
         if not values.requires_grad:
-            raise ValueError(_NO_GRADIENT)
+            raise ValueError(_NO_SHARE if self._is_frozen else _NO_GRADIENT)
         products = torch.zeros(n_rows, self.n_values, length, dtype=dtype, device=points[0].device)
         constants = torch.zeros(self.n_values, dtype=torch.float64, device="cpu")
         for start, (*gradients, of_unit) in self._way_back(passed, points):
@@ -424,8 +441,15 @@ class TargetGradients:
 
         points = [point.detach().requires_grad_() for point in points]
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with self._layers.replaced(points), hooks:
+        with self._layers.replaced(points), hooks, without_gradient(self._reader.model) as cut:
             passed = self._passed(1)
+        # Of a linear system the sum tells, in which much is held on purpose.
+        if cut and not self._is_frozen:
+            raise ValueError(
+                f"no gradient goes through {cut[0]}, or {len(cut) - 1} other layers: they are "
+                "quantised in a way that has none, or run without. Load the model in float32 or "
+                "bfloat16, or use `GenerationAttribution`, which needs no gradient."
+            )
         values = passed.values
         manner = self._manner
         manner.row_bytes = max(1, sum(kept.values()))
@@ -552,7 +576,7 @@ def _gradients(
             raise
         raise ValueError(f"{_NO_GRADIENT} (`allow_unused` of `grad_kwargs` makes it 0.)") from error
     if is_unused and not grad_kwargs.get("allow_unused"):
-        raise ValueError(_NO_GRADIENT)
+        raise ValueError(_NO_SHARE if unit is not None else _NO_GRADIENT)
     shape = given.shape[:1] if are_batched else ()
     leaves = [*points, points[0].new_zeros(()) if unit is None else unit]
     found = [*found, None] if unit is None else found

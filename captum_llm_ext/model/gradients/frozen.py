@@ -3,7 +3,8 @@
 In the passes of this thread norms keep their scale, attention its weights, gates and routers what
 they let through: what a model makes of its embeddings is then a linear function of them, plus what
 its biases and position tables add (arXiv 2505.24293). Functions of torch are looked at as they are
-called, so nothing is put on the model or taken off it: an activation ``f(x)`` with ``f(0) = 0``
+called, so nothing is put on the model or taken off it (but for linear attention, of which
+transformers has functions of its own): an activation ``f(x)`` with ``f(0) = 0``
 becomes ``x * stop(f(x) / x)``, any other one ``stop(f(x))``, and of a product of two things that
 both depend on the input the one that came out of an activation is stopped.
 
@@ -17,8 +18,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
+from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import in_this_thread_only
 
 # Names of functions of torch, as functions, methods and operators have them.
@@ -37,6 +41,7 @@ _WITH_BIAS = frozenset("linear conv1d conv2d".split())
 # What comes out of these is no gate any more, whatever goes in.
 _MIXES = frozenset(
     "matmul rmatmul mm bmm einsum baddbmm addmm linear conv1d conv2d grouped_mm embedding "
+    "linalg_solve_triangular "
     "scaled_dot_product_attention sum mean".split()
 )
 # Of what is computed in double precision nothing is rounded to less on the way.
@@ -50,18 +55,24 @@ _TOLERANCE_HALF = 0.06
 
 
 @contextmanager
-def frozen(device: torch.device | str) -> Generator[Tensor]:
+def frozen(device: torch.device | str, model: Any = None) -> Generator[Tensor]:
     """Passes within are linear in the activations whose gradient is wanted, and in the unit.
 
     Args:
         device: Where the unit is made.
+        model: What is run: a module of transformers tells functions of its own.
 
     Yields:
         The unit, a 1 that all biases and constants are multiplied by: a value's gradient with
         respect to it is what they add to the value.
     """
     unit = torch.ones((), dtype=torch.float64, device=device, requires_grad=True)
-    with _Freezing(unit):
+    with ExitStack() as stack:
+        if isinstance(model, nn.Module):
+            stack.enter_context(_compat.values_mixed_by(model, _stopped))
+        hook = register_module_forward_hook(in_this_thread_only(_rescaled_function))
+        stack.callback(hook.remove)
+        stack.enter_context(_Freezing(unit))
         yield unit
 
 
@@ -79,14 +90,18 @@ class _Freezing(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         named = dict(kwargs or {})
-        if name in ("__get__", "__set__") or not torch.is_grad_enabled():
+        if name == "__set__" or not torch.is_grad_enabled():
             return func(*args, **named)
+        if name == "__get__":
+            return _property(func, args, named)
         # Weights are constants here, whether or not they are being trained.
         args, named = _mapped(args, _stopped_weight), _mapped_by_name(named, _stopped_weight)
         given = list(_tensors([*args, *named.values()]))
         moving = [tensor for tensor in given if tensor.requires_grad]
         name = _plain_name(name)
         if not moving:
+            if name in _MIXES and any(tensor.dtype == torch.float64 for tensor in given):
+                args, named = _in_double(name, args, named)
             return _alike(func(*args, **named), given, may_be_gate=name not in _MIXES)
         if any(tensor.dtype == torch.float64 for tensor in moving):
             args, named = _in_double(name, args, named)
@@ -178,6 +193,17 @@ class _Freezing(TorchFunctionMode):
             return _mark(func(_stopped(first), second, *others, **kwargs))
         found = func(first, _stopped(second), *others, **kwargs)
         return _mark(found) if _is_gate(first) else found
+
+
+def _property(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What is asked of a tensor: another one, such as `weight.T`, is what the tensor is."""
+    found = func(*args, **kwargs)
+    if not isinstance(found, Tensor) or not isinstance(args[0], Tensor):
+        return found
+    found = found.detach() if isinstance(args[0], nn.Parameter) else found
+    if found.requires_grad:
+        return _mark(found) if _is_gate(args[0]) else found
+    return _alike(found, args[:1], may_be_gate=True)
 
 
 def _plain_name(name: str) -> str:
@@ -296,6 +322,19 @@ def _rescaled(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
         ratio = _wide(found) / _wide(x)
         ratio.masked_fill_(x == 0, 0.0)
     return (_wide(x) * ratio).to(found.dtype)
+
+
+def _rescaled_function(_: nn.Module, given: tuple[Any, ...], output: Any) -> Tensor | None:
+    """What an activation gives that has a way back of its own, which no function of torch tells."""
+    is_own = isinstance(output, Tensor) and isinstance(output.grad_fn, BackwardCFunction)
+    if not is_own or len(given) != 1 or given[0].shape != output.shape:
+        return None
+    found = output.detach()
+
+    def again(_: Tensor) -> Tensor:
+        return found
+
+    return _mark(_rescaled(again, given, {}))
 
 
 def _layer_norm(
@@ -429,7 +468,7 @@ def _is_linear(
     given = kwargs[named] if named else args[0] if args else None
     if not isinstance(given, Tensor) or not given.is_floating_point():
         return None
-    with torch.enable_grad(), frozen(given.device) as unit:
+    with torch.enable_grad(), frozen(given.device, module) as unit:
         x = given.detach().clone().requires_grad_()
         x_alone = x * 1
         out: Any = (

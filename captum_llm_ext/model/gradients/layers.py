@@ -120,6 +120,41 @@ def modules_reading(
     return sorted(found, key=lambda module: module is not main)
 
 
+@contextmanager
+def without_gradient(model: nn.Module) -> Generator[list[str]]:
+    """Layers with weights through which no gradient goes in the pass within, by name.
+
+    What goes past them, along residual connections, would be taken for all there is.
+    """
+    found: list[str] = []
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, given: Any, output: Any) -> None:
+            is_cut = _moves(given) and bool(_numbers(output)) and not _moves(output)
+            # What has no weights makes something else of its input, such as angles of positions.
+            if is_cut and module.state_dict():
+                found.append(f"{name} ({type(module).__name__})")
+
+        return note
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            hook = module.register_forward_hook(in_this_thread_only(hook_of(name)))
+            stack.callback(hook.remove)
+        yield found
+
+
+def _numbers(given: Any) -> list[Tensor]:
+    parts = cast(tuple[Any, ...], given) if isinstance(given, tuple) else (given,)
+    return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+
+
+def _moves(given: Any) -> bool:
+    """Whether a gradient comes back from it; torch gives what has none a way that only warns."""
+    moving = [part for part in _numbers(given) if part.requires_grad]
+    return any(p.grad_fn is None or "NotImplemented" not in p.grad_fn.name() for p in moving)
+
+
 def _always(activation: Tensor) -> Callable[[Tensor], Tensor]:
     def put(found: Tensor) -> Tensor:
         if found.shape != activation.shape:

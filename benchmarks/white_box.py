@@ -1,0 +1,173 @@
+"""What methods that look into a model cost on a real one: passes, time and memory.
+
+    python benchmarks/white_box.py [--model smollm2] [--prompt 50 --prompt 1000] [--target 30]
+
+Times are processor seconds of one thread, also told as a multiple of a plain forward pass of the
+same text, without what is found out once of every model. Memory is what the process held at most
+beyond what it held before. Beside it stands what all attention maps of the model would take at
+once.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.attr import FeatureAblation, LayerGradientXActivation
+from environment import environment
+from real_causes.checkpoints import folder
+
+from captum_llm_ext import (
+    AttentionRollout,
+    AttentionWeights,
+    EquivalentLinearSystem,
+    GenerationAttentionAttribution,
+    GenerationAttribution,
+    GenerationGradientAttribution,
+    LayerSaliency,
+    TextSegmentInput,
+)
+
+RESULTS = Path(__file__).parent / "results"
+TEXTS = Path(__file__).parent / "real_causes" / "related.txt"
+# Leave-one-out of so many tokens is what white-box methods are beside; of more it takes hours.
+MOST_REMOVED = 100
+METHODS: dict[str, Callable[[Any, Any], Any]] = {
+    "linear system": lambda model, tokenizer: GenerationGradientAttribution(
+        EquivalentLinearSystem(model), tokenizer
+    ),
+    "saliency": lambda model, tokenizer: GenerationGradientAttribution(
+        LayerSaliency(model), tokenizer
+    ),
+    "gradient x activation": lambda model, tokenizer: GenerationGradientAttribution(
+        LayerGradientXActivation(model, None), tokenizer
+    ),
+    "attention weights": lambda model, tokenizer: GenerationAttentionAttribution(
+        AttentionWeights(model), tokenizer
+    ),
+    "rollout": lambda model, tokenizer: GenerationAttentionAttribution(
+        AttentionRollout(model), tokenizer
+    ),
+    "rollout of values": lambda model, tokenizer: GenerationAttentionAttribution(
+        AttentionRollout(model, "values"), tokenizer
+    ),
+    "ALTI": lambda model, tokenizer: GenerationAttentionAttribution(
+        AttentionRollout(model, "alti"), tokenizer
+    ),
+    "leave-one-out": lambda model, tokenizer: GenerationAttribution(
+        FeatureAblation(model), tokenizer
+    ),
+}
+
+
+def memory(field: str) -> float:
+    """``VmRSS`` or ``VmHWM`` of this process, in MB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def measured(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds of the processor, and the peak of memory beyond what was held before."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+    before, start = memory("VmRSS"), time.process_time()
+    run()
+    return {"seconds": time.process_time() - start, "peak_mb": memory("VmHWM") - before}
+
+
+class Counted:
+    """Positions that a model reads."""
+
+    def __init__(self, model: Any) -> None:
+        self._layer = model.get_input_embeddings()
+        self.read = 0
+
+    def __enter__(self) -> "Counted":
+        self._hook = self._layer.register_forward_hook(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _note(self, _: Any, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        self.read += given[0].numel()
+
+
+def table(
+    model: Any, tokenizer: Any, n_prompt: int, n_target: int, methods: Sequence[str]
+) -> list[dict[str, Any]]:
+    """One row per method."""
+    ids = tokenizer.encode(" ".join(TEXTS.read_text(encoding="utf-8").split()))
+    while len(ids) < n_prompt + n_target:
+        ids = ids + ids
+    text, target = tokenizer.decode(ids[:n_prompt]), ids[n_prompt : n_prompt + n_target]
+    # No baseline plays a part but for leave-one-out, for which one id is as good as another.
+    inp = TextSegmentInput(text, tokenizer, "token", baselines=tokenizer.eos_token_id)
+    whole = torch.tensor([[*inp.ids, *target[:-1]]])
+
+    @torch.no_grad()
+    def plain() -> None:
+        model(whole, use_cache=False, logits_to_keep=n_target)
+
+    plain()
+    forward = measured(plain)
+    # What a model does is found out by the first attribution, with short passes of its own.
+    short = TextSegmentInput(tokenizer.decode(ids[:8]), tokenizer, "token", baselines="delete")
+    METHODS["saliency"](model, tokenizer).attribute(short, torch.tensor(target[:4]))
+    config = model.config
+    maps = config.num_hidden_layers * config.num_attention_heads * whole.numel() ** 2 * 4 / 2**20
+    shared = {"prompt": len(inp.ids), "target": n_target, "all_maps_mb": maps}
+    rows: list[dict[str, Any]] = [shared | {"method": "plain forward"} | forward]
+    for name in methods:
+        if name == "leave-one-out" and n_prompt > MOST_REMOVED:
+            continue
+        found: list[Any] = []
+        attribution = METHODS[name](model, tokenizer)
+
+        def run(attribution: Any = attribution, found: list[Any] = found) -> None:
+            found.append(attribution.attribute(inp, torch.tensor(target)))
+
+        with Counted(model) as counted:
+            row = shared | {"method": name} | measured(run)
+        about = found[0].provenance
+        row |= {
+            "forwards_worth_of_time": row["seconds"] / forward["seconds"],
+            "passes": counted.read / whole.numel(),
+            "reconstruction_error": about.get("reconstruction_error"),
+            "fixed_share": None
+            if found[0].fixed_share is None
+            else float(found[0].fixed_share.mean()),
+        }
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the rows as JSON."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2", help="see `real_causes.checkpoints`")
+    parser.add_argument("--prompt", type=int, action="append", help="tokens; by default 50, 1000")
+    parser.add_argument("--target", type=int, default=30)
+    parser.add_argument("--method", action="append", choices=METHODS, help="only these")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, default=RESULTS / "white_box.json")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    where = folder(options.model)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, options.dtype)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    report = environment(seed=0, dtype=options.dtype) | {"model": Path(where).name, "rows": []}
+    for n_prompt in options.prompt or (50, 1000):
+        report["rows"] += table(
+            model, tokenizer, n_prompt, options.target, options.method or [*METHODS]
+        )
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
