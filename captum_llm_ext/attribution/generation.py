@@ -447,6 +447,7 @@ class GenerationAttribution(LLMAttribution):
             "n_coalitions": len(outcome.plan.masks),
             "n_evaluations": game.run.scorer.n_evaluations,
             "deterministic_baselines": game.deterministic,
+            "absence": game.run.context.absence(game.generated),
             "matches": game.run.context.matches(game.generated),
             "rows_by_process": game.run.scorer.n_scored if self._shared else None,
             **self._model_provenance(),

@@ -15,6 +15,7 @@ from captum_llm_ext.result.files import finite
 from captum_llm_ext.result.foils import other_value
 from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.result.plots import DrawnResult
+from captum_llm_ext.result.sources import told
 from captum_llm_ext.result.summed_errors import summed_error_bounds, summed_errors
 from captum_llm_ext.text.inputs import Piece
 
@@ -114,6 +115,7 @@ class ExportedResult(DrawnResult):
             "is_unsigned": self.is_unsigned,
             "fixed_share": None if self.fixed_share is None else lists(self.fixed_share),
             "provenance": self.provenance,
+            **told(cast("GenerationAttributionResult", self)),
         }
 
     def to_json(
@@ -144,8 +146,10 @@ class ExportedResult(DrawnResult):
             layout: ``"long"``: a row for every target token and everything that can be a cause of
                 it, with the columns ``position`` and ``token`` (of the target), ``source``
                 (``"prompt"`` or ``"output"``), ``column`` (of `full_attr`), ``feature``,
-                ``attribution`` and ``standard_error``. ``"wide"``: a row per target token, a column
-                per feature, named by source, column and feature: `full_attr` with its names.
+                ``attribution`` and ``standard_error``, ``marked`` (whether it is told from noise)
+                and ``token_name`` and ``feature_name``, which no two things share. ``"wide"``: a
+                row per target token, a column per feature, named by source, column and feature:
+                `full_attr` with its names.
 
         Returns:
             The frame. Later output, which cannot be a cause, is left out of the long one and 0 in
@@ -178,6 +182,8 @@ class ExportedResult(DrawnResult):
                 ),
             )
         rows, columns = self._possible_causes().nonzero(as_tuple=True)
+        shown = self.names
+        named = [name.strip() or name for name in (*shown.prompt, *shown.output)]
         return pd.DataFrame(
             {
                 "position": rows.numpy(),
@@ -187,6 +193,9 @@ class ExportedResult(DrawnResult):
                 "feature": [self._column_names[column] for column in columns.tolist()],
                 "attribution": attr[rows, columns].numpy(),
                 "standard_error": self.full_attr_se.detach().cpu()[rows, columns].numpy(),
+                "marked": self.marked.cpu()[rows, columns].numpy(),
+                "token_name": [shown.tokens[row] for row in rows.tolist()],
+                "feature_name": [named[column] for column in columns.tolist()],
             }
         )
 

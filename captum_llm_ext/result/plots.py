@@ -85,7 +85,7 @@ class DrawnResult(ResultNumbers):
         attr = self.seq_attr
         return plot.bars(
             attr,
-            labels=self.input_tokens,
+            labels=self.names.prompt,
             errors=errors,
             cmap=cmap,
             is_unsigned=self.is_unsigned,
@@ -219,14 +219,14 @@ class DrawnResult(ResultNumbers):
         errors = [picked(solution.standard_errors) for _, solution in found]
         attributions.append([float(self.full_attr[cell]) for cell in cells])
         errors.append([float(self.full_attr_se[cell]) for cell in cells])
-        names = [*self.input_tokens, *(self.output_features or ())]
+        names = [*self.names.prompt, *self.names.output]
         return plot.convergence(
             [*(n for n, _ in found), len(self.masks)],
             attributions,
             labels=[
                 names[column]
                 if target_token is not None
-                else f"{self.output_tokens[token]} ← {names[column].strip()}"
+                else f"{self.names.tokens[token]} ← {names[column].strip()}"
                 for token, column in cells
             ],
             errors=errors,
@@ -235,13 +235,13 @@ class DrawnResult(ResultNumbers):
 
     def _labels(self, *, named: bool = False) -> _Labels:
         """Names of rows and columns; with foils beside the tokens if they are to be `named`."""
-        n_target = range(len(self.output_tokens))
+        n_target, names = range(len(self.output_tokens)), self.names
         return {
-            "input_labels": self.input_tokens,
-            "output_feature_labels": self.output_features,
+            "input_labels": names.prompt,
+            "output_feature_labels": None if self.output_features is None else names.output,
             "output_labels": [self._named(t, " ≠ ", 1) for t in n_target]
             if named
-            else self.output_tokens,
+            else names.tokens,
             "output_features": [piece.feature for piece in self.output_pieces] or None,
         }
 
@@ -252,12 +252,12 @@ class DrawnResult(ResultNumbers):
     def _named(self, token: int, between: str = " rather than ", k: int = _MOST_FOILS) -> str:
         """A target token, and what it was held against if that is what was explained."""
         foils = foils_told(cast("GenerationAttributionResult", self), token, k)
-        return self.output_tokens[token] + (between + foils if foils else "")
+        return self.names.tokens[token] + (between + foils if foils else "")
 
     def _title(self, token: int | None) -> str | None:
         """What is written above the drawing of one token."""
         named = None if token is None else self._named(token)
-        is_told = named is not None and named != self.output_tokens[token or 0]
+        is_told = named is not None and named != self.names.tokens[token or 0]
         return "\n".join(filter(None, [named if is_told else None, self._doubt])) or None
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.coalitions import Plan, Scope, Solution
+from captum_llm_ext.coalitions.clustered_errors import normal_scale
 from captum_llm_ext.coalitions.hierarchical_search import solve_search, unopened
 from captum_llm_ext.coalitions.kernel import EFFORT
 from captum_llm_ext.coalitions.owen_orders import as_tree, binary, solve_nested_orders
@@ -24,6 +25,8 @@ Method = PerturbationAttribution | type[PerturbationAttribution]
 _UNIFORM_SIZES = ("paired kernel regression", "antithetic permutations")
 _SHAPLEY = (KernelShap, ShapleyValueSampling, ShapleyValues)
 _MOST_ENUMERATED = 20
+_SAMPLED = (*_UNIFORM_SIZES, "local linear model")  # what fewer coalitions estimate as well
+_REPLICATES = 20
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,46 @@ class Evidence:
             summed.scope,
             torch.tensor(part_of, dtype=torch.int64, device="cpu"),
         )
+
+    def replicates(self, span: range) -> Tensor | None:
+        """What the sum over target tokens would be without a part of the draws, part by part.
+
+        They tell the error of whatever is made of the attributions, such as the difference of two
+        (`jackknife_error`). Regressions are without interactions, whose errors are smaller.
+
+        Returns:
+            Shape ``(n_replicates, n_features)``; None where coalitions are not a sample, or too
+            few.
+        """
+        if self.design.solved not in _SAMPLED or not self.is_estimate or self.is_complete:
+            return None
+        n_anchors = self.design.n_anchors
+        sampled = self.draws[n_anchors:].cpu()
+        group = sampled.unique(return_inverse=True)[1] % _REPLICATES
+        if int(group.max()) + 1 < _REPLICATES:
+            return None
+        anchors = torch.ones(n_anchors, dtype=torch.bool, device="cpu")
+        found: list[Tensor] = []
+        for left_out in range(_REPLICATES):
+            kept = torch.cat([anchors, group != left_out])
+            part = replace(
+                self, masks=self.masks[kept], draws=self.draws[kept], values=self.values[kept]
+            )
+            found.append(part._fast_sum(span))
+        return torch.stack(found)
+
+    def _fast_sum(self, span: range) -> Tensor:
+        """Attributions summed over target tokens, without interactions, ``(n_features,)``."""
+        total = torch.zeros(self.design.n_features, dtype=torch.float64, device="cpu")
+        for column in self.scope.required.unique().tolist():
+            which, summed = self._summed([span], column)
+            if which:
+                options = dict(summed.design.options)
+                if self.design.solved == "paired kernel regression":
+                    options["effort"] = 0.0
+                design = replace(summed.design, options=options)
+                total += replace(summed, design=design).solve().attributions[0]
+        return total
 
     def n_regressions(self, spans: Sequence[range]) -> int:
         """How many regressions `span_errors` takes, each of which may take a tenth of a second."""
@@ -469,3 +512,17 @@ def convert(values: Tensor, given: str, wanted: str, foil_values: Tensor | None 
 def method_name(method: Method) -> str:
     """The name of its class."""
     return (method if isinstance(method, type) else type(method)).__name__
+
+
+def jackknife_error(replicates: Tensor) -> Tensor:
+    """Standard errors from `Evidence.replicates`, or from anything linear made of them.
+
+    Args:
+        replicates: Shape ``(n_replicates, ...)``.
+
+    Returns:
+        Shape ``(...)``, widened so that 1.96 of them hold 95 % though replicates are few.
+    """
+    n = len(replicates)
+    spread = (replicates - replicates.mean(0)).square().sum(0) * (n - 1) / n
+    return spread.sqrt() * normal_scale(n - 1)

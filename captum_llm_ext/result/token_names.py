@@ -3,21 +3,15 @@
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 
-_GOES_ON = "·"
-# Scripts written without spaces: there a token that borders on letters is no fragment of a word.
-_UNSPACED = (
-    "CJK",
-    "HIRAGANA",
-    "KATAKANA",
-    "THAI",
-    "LAO",
-    "KHMER",
-    "MYANMAR",
-    "TIBETAN",
-    "BOPOMOFO",
-)
+from captum_llm_ext.text.segment.graphemes import joints
+from captum_llm_ext.text.segment.rules import UNSPACED
+
+GOES_ON = "·"
+_IN_NUMBERS = ".,"  # between two digits they are a part of the number
+_JOINERS = "\u200c\u200d"
+_FAR = 4  # characters on each side that tell whether a reader sees one or two
+_WORD_PART = 12  # characters of its word that are shown on each side of a fragment
 
 
 def fragment_names(names: Sequence[str], texts: Sequence[str]) -> list[str]:
@@ -31,22 +25,52 @@ def fragment_names(names: Sequence[str], texts: Sequence[str]) -> list[str]:
     Returns:
         One name per token.
     """
-    found: list[str] = []
-    for i, (name, text) in enumerate(zip(names, texts, strict=True)):
-        before = next((other for other in reversed(texts[:i]) if other), "")
-        after = next((other for other in texts[i + 1 :] if other), "")
-        left = _GOES_ON if text and _goes_on(before[-1:], text[:1]) else ""
-        right = _GOES_ON if text and _goes_on(text[-1:], after[:1]) else ""
-        found.append(f"{left}{name}{right}")
+    return [
+        f"{GOES_ON * left}{name}{GOES_ON * right}"
+        for name, (left, right) in zip(names, going_on(texts), strict=True)
+    ]
+
+
+def going_on(texts: Sequence[str]) -> list[tuple[bool, bool]]:
+    """Per text whether a word goes on from the one before it, and into the one after it."""
+    shown = [i for i, text in enumerate(texts) if text]
+    found = [(False, False)] * len(texts)
+    left = False
+    for place, here in enumerate(shown):
+        last = place + 1 == len(shown)
+        right = not last and _is_inside_word(texts, here, shown[place + 1])
+        found[here] = left, right
+        left = right
     return found
 
 
 def is_fragmented(texts: Sequence[str]) -> bool:
     """Whether some word of the text is made of several tokens; as `fragment_names`."""
-    shown = [text for text in texts if text]
-    return len(shown) < len(texts) or any(
-        _goes_on(one[-1:], other[:1]) for one, other in pairwise(shown)
-    )
+    return any(not text for text in texts) or any(left for left, _ in going_on(texts))
+
+
+def words_around(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Per text the rest of the word that it is a fragment of: what is before it, and after.
+
+    Of long words the nearest characters; both are empty where a text is no fragment.
+    """
+    edges = going_on(texts)
+    found: list[tuple[str, str]] = []
+    for i, (left, right) in enumerate(edges):
+        before, after = "", ""
+        k = i
+        while left and len(before) < _WORD_PART and k > 0:
+            k -= 1
+            before = texts[k] + before
+            left = edges[k][0] or not texts[k]
+        k = i
+        while right and len(after) < _WORD_PART and k + 1 < len(texts):
+            k += 1
+            after += texts[k]
+            right = edges[k][1] or not texts[k]
+        before = before.rsplit(maxsplit=1)[-1] if before.strip() else ""
+        found.append((before[-_WORD_PART:], after[:_WORD_PART].rstrip()))
+    return found
 
 
 def numbered_where_alike(names: Sequence[str]) -> list[str]:
@@ -58,13 +82,25 @@ def numbered_where_alike(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _goes_on(last: str, first: str) -> bool:
-    """Whether a word goes on from one character to the next."""
-    return all(map(_is_spelled, (last, first)))
+def _is_inside_word(texts: Sequence[str], here: int, after: int) -> bool:
+    before, behind = texts[here][-_FAR:], texts[after][:_FAR]
+    if len(before) in joints(before + behind) and not behind[0].isspace():
+        return True
+    last, first = before[-1], behind[0]
+    if _is_spelled(last) and _is_spelled(first):
+        return True
+    # A point or a comma between digits, on either side of the border.
+    if first in _IN_NUMBERS and last.isdigit():
+        following = texts[after][1:2] or next((t for t in texts[after + 1 :] if t), "")[:1]
+        return following.isdigit()
+    if last in _IN_NUMBERS and first.isdigit():
+        preceding = texts[here][-2:-1] or next((t for t in reversed(texts[:here]) if t), "")[-1:]
+        return preceding.isdigit()
+    return False
 
 
 def _is_spelled(character: str) -> bool:
     """Whether it is a letter, a mark on one, or a digit, of a script that parts words by spaces."""
-    if not character or unicodedata.category(character)[0] not in "LMN":
-        return False
-    return not unicodedata.name(character, "").startswith(_UNSPACED)
+    if character in _JOINERS:
+        return True
+    return unicodedata.category(character)[0] in "LMN" and not UNSPACED.match(character)
