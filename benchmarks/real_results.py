@@ -81,19 +81,19 @@ def prompts(tokenizer: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     return {
         "rag": (
             ChatInput(ask, tokenizer, units, baselines="delete"),
-            {"gen_args": {"max_new_tokens": 28}, "n_samples": 800},
+            {"gen_args": {"max_new_tokens": 28}, "n_samples": 640},
         ),
         "chat": (
             ChatInput(CHAT, tokenizer, ("turn", "word"), baselines="delete"),
-            {"gen_args": {"max_new_tokens": 24}, "n_samples": 600},
+            {"gen_args": {"max_new_tokens": 24}, "n_samples": 320},
         ),
         "few_shot": (
             TextSegmentInput(REVIEWS, tokenizer, units[::2], baselines=ModelBaselines()),
-            {"gen_args": {"max_new_tokens": 1}, "n_samples": 480},
+            {"gen_args": {"max_new_tokens": 1}, "n_samples": 256},
         ),
         "summary": (
             ChatInput(tell, tokenizer, units[:2], baselines="delete"),
-            {"gen_args": {"max_new_tokens": 96}, "n_samples": 500},
+            {"gen_args": {"max_new_tokens": 64}, "n_samples": 320},
         ),
     }
 
@@ -102,11 +102,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="which; by default all")
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--answers", action="store_true")
     arguments = parser.parse_args()
     where = folder(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(where)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        where, dtype=getattr(torch, arguments.dtype)
+    ).eval()
     model.config._name_or_path = MODEL  # what the cached folder is called says less
     for name, (inp, how) in prompts(tokenizer).items():
         if arguments.names and name not in arguments.names:
@@ -123,7 +126,7 @@ def main() -> None:
             result = attribution.attribute(inp, seed=0, **how)
         result.provenance["command"] = f"real_results.py {name}"
         result.save(OUT / f"{name}.safetensors")
-        print(name, result, flush=True)
+        print(result, flush=True)
 
 
 if __name__ == "__main__":
