@@ -15,7 +15,7 @@ from captum_llm_ext.result.files import finite
 from captum_llm_ext.result.foils import other_value
 from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.result.plots import DrawnResult
-from captum_llm_ext.result.sources import told
+from captum_llm_ext.result.sources import part_sums, reading_aids, told
 from captum_llm_ext.result.summed_errors import summed_error_bounds, summed_errors
 from captum_llm_ext.text.inputs import Piece
 
@@ -30,6 +30,7 @@ _INSTALL = "`{method}` needs {package}: pip install 'captum-llm-ext[{package}]'.
 _OF_ONE_VALUE = (
     "attr_target token_attr token_attr_se output_attr output_attr_se full_values empty_values"
 ).split()
+_TOLD_OF_IT = ("about", "marked_beyond")
 _UNEXPLAINED = 0.01  # share of full - empty beyond which a sum is no longer called one
 
 
@@ -58,15 +59,16 @@ class ExportedResult(DrawnResult):
     def _repr_html_(self) -> str:
         from captum_llm_ext.result import page as html
 
-        return html.fragment(self._shown())
+        whole = cast("GenerationAttributionResult", self)
+        return html.fragment(self._shown(), whole.table())
 
     def _shown(self) -> dict[str, Any]:
         whole = cast("GenerationAttributionResult", self)
-        read = page_levels(whole)
+        read = page_levels(whole) | reading_aids(whole)
         other = other_value(whole)
         if other is not None:
             found = other.to_dict()
-            read["other"] = {name: found[name] for name in _OF_ONE_VALUE}
+            read["other"] = {name: found[name] for name in (*_OF_ONE_VALUE, *_TOLD_OF_IT)}
             read["other"] |= {"sums": other._sums(read), "noise_floor": None}
         return {**self.to_dict(), **read, "sums": self._sums(read)}
 
@@ -81,7 +83,12 @@ class ExportedResult(DrawnResult):
         evidence, levels = self._evidence(), (read["levels"], read["output_levels"])
         pieces = self.output_pieces or [Piece("", None)] * len(self.output_tokens)
         n_prompt = len(self.input_tokens)
-        return summed_errors(evidence, self._features, n_prompt, pieces, *levels, self.full_attr_se)
+        found = summed_errors(
+            evidence, self._features, n_prompt, pieces, *levels, self.full_attr_se
+        )
+        known = {(entry["side"], entry["level"]) for entry in found}
+        whole = cast("GenerationAttributionResult", self)
+        return found + [e for e in part_sums(whole) if (e["side"], e["level"]) not in known]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the coalitions, as lists, numbers and text that JSON can hold."""

@@ -214,25 +214,27 @@ def _certainty(read: Reading, causes: Sequence[Cause], start: int, stop: int) ->
         return ["The errors of these estimates are unknown: nothing tells a cause from noise."]
     if all(cause.standard_error == 0 for cause in causes):
         return ["These numbers are exact for this way of measuring: nothing was sampled."]
+    marked = [cause for cause in causes if cause.is_marked]
+    if not marked:
+        return []
+    # The two that are spoken of; or the only one, and what seems the strongest of the others.
+    one, other = (marked + [cause for cause in causes if not cause.is_marked] + [None])[:2]
     said: list[str] = []
-    if len(causes) > 1:
-        one, other = causes[:2]
+    if one is not None and other is not None:
         apart = abs(one.attribution) - abs(other.attribution)
         error = read.difference_error(start, stop, one, other)
-        beside = f"in size they differ by {apart:.2f} ± {error:.2f}"
+        beside = f"in size they differ by {apart:.2f} ± {error:.2f}".replace("-", "−")
+        which = "the first two causes" if other.is_marked else "it and the next cause"
         if math.isnan(error):
-            said.append("Which of the first two causes is the stronger cannot be told.")
+            said.append(f"Which of {which} is the stronger cannot be told.")
         elif apart > _CERTAIN * error:
-            said.append(f"The order of the first two causes is certain at 95 % ({beside}).")
+            said.append(f"The order of {which} is certain at 95 % ({beside}).")
         else:
-            said.append(f"The first two causes may be the other way round ({beside}).")
-    noise = [
-        place
-        for place, cause in zip(("first", "second", "third"), causes, strict=False)
-        if not cause.is_marked
-    ]
-    if noise and len(noise) < len(causes[:3]):
-        said.append(f"The {' and the '.join(noise)} may be noise.")
+            said.append(f"The order of {which} is not certain ({beside}).")
+    n_noise = len(causes) - len(marked)
+    if n_noise:
+        what = "one other part" if n_noise == 1 else f"the {n_noise} other parts"
+        said.append(f"What {what} of the prompt seem{'s' * (n_noise == 1)} to do may be noise.")
     return said
 
 

@@ -42,6 +42,21 @@ class Parts:
     texts: list[str]
     part_of: list[int]
 
+    def errors(self, replicates: Tensor | None, token_errors: Tensor) -> Tensor:
+        """Standard errors of the parts, summed over tokens, ``(n_parts,)``; NaN where unknown.
+
+        Args:
+            replicates: ``(n_replicates, P + G)``, as `GenerationAttributionResult.replicates`
+                gives them; without them the errors of tokens are added up, which is what they are
+                at most, and those of the columns of a part as independent.
+            token_errors: ``(n_tokens, P + G)``.
+        """
+        bound = _by_part(token_errors.sum(0).square(), self).sqrt()
+        if replicates is None:
+            return bound
+        # They are without interactions, and larger for that.
+        return torch.minimum(jackknife_error(_by_part(replicates, self)).to(bound), bound)
+
 
 class Row(NamedTuple):
     """A part of the answer whose causes are told: tokens from `start` up to `stop`."""
@@ -134,11 +149,7 @@ class Reading:
         columns = sum(part >= 0 for part in parts.part_of)
         is_single = len(errors) == 1 and columns == len(parts.names)
         replicates = self.replicates(start, stop) if precise and not is_single else None
-        bound = _by_part(errors.sum(0).square(), parts).sqrt()
-        if replicates is None:
-            return bound
-        found = jackknife_error(_by_part(replicates, parts)).to(bound)
-        return torch.where(bound.isnan(), bound, found)
+        return parts.errors(replicates, errors)
 
     def difference_error(self, start: int, stop: int, one: Cause, other: Cause) -> float:
         """The standard error of how much one cause exceeds another, by absolute value.
@@ -156,11 +167,26 @@ class Reading:
             parts = self.answer if cause.is_output else self.prompt
             sign = 1 if cause.attribution > 0 else -1
             values.append(sign * _by_part(replicates, parts)[:, parts.part_of[cause.column]])
-        return float(jackknife_error(values[0] - values[1]))
+        found = float(jackknife_error(values[0] - values[1]))
+        return min(found, one.standard_error + other.standard_error)
 
     def replicates(self, start: int, stop: int) -> Tensor | None:
         """Attributions of a span by parts of the draws, ``(n_replicates, n_columns)``."""
         return self._result.replicates(start, stop)
+
+
+def page_parts(result: "GenerationAttributionResult") -> list[tuple[str, str, Parts]]:
+    """Side, level and parts of all levels above the finest that a page can be read by."""
+    prompt = [
+        ("prompt", level["name"], _prompt_parts(result, level["name"]))
+        for level in prompt_levels(result)
+    ]
+    if not result.output_features:
+        return prompt
+    names = [level["name"] for level in answer_levels(result)]
+    return prompt + [
+        ("answer", name, _answer_parts(result, name, _rows(result, name))) for name in names
+    ]
 
 
 def first_level(result: "GenerationAttributionResult") -> str:
