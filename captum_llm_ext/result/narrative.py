@@ -136,7 +136,8 @@ def _in_the_answer(
             f"({amount(first, unit)})."
         ]
     rows = slice(start, stop)
-    prompt, whole = (float(a[rows].sum()) for a in (result.token_attr, result.full_attr))
+    whole = float(result.full_attr[rows].sum())
+    prompt = float(result.full_attr[rows, : len(result.input_tokens)].sum())
     gained = float((result.full_values - result.empty_values)[rows].sum())
     if abs(whole - gained) > _ADDS_UP * abs(gained):  # as of leave-one-out
         return []

@@ -40,6 +40,8 @@ class DrawnResult(ResultNumbers):
     ) -> "Drawing":
         """A heat map: one row per target token, prompt features left, earlier output right.
 
+        What may be noise (`marked_beyond`) is blank.
+
         Args:
             show: Show it, and return None.
             ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
@@ -56,6 +58,9 @@ class DrawnResult(ResultNumbers):
             cast(Tensor, self.token_attr),
             self.output_attr,
             **self._labels(named=True),
+            prompt_errors=self.token_attr_se,
+            output_errors=self.output_attr_se,
+            sure=self.marked_beyond,
             cmap=cmap,
             is_unsigned=self.is_unsigned,
             **self._canvas(ax, show),
@@ -87,6 +92,7 @@ class DrawnResult(ResultNumbers):
             attr,
             labels=self.names.prompt,
             errors=errors,
+            sure=self.marked_beyond,
             cmap=cmap,
             is_unsigned=self.is_unsigned,
             **self._canvas(ax, show),
@@ -126,6 +132,7 @@ class DrawnResult(ResultNumbers):
             [*prompt, *output],
             values,
             errors=errors,
+            sure=self.marked_beyond,
             headings={0: "prompt", first: "generated"},
             explained=() if token is None else (first + token,),
             later=() if token is None else range(first + token + 1, first + len(output)),
@@ -140,17 +147,21 @@ class DrawnResult(ResultNumbers):
         show: bool = False,
         *,
         least: float = 0.05,
+        most: int = 3,
         ax: "Axes | None" = None,
     ) -> "Drawing":
         """Which parts of the prompt led to which tokens, and which of these led to later ones.
 
-        Only what is beyond its error is drawn.
+        Only what is told from noise is drawn, and of every token the few strongest causes; prompt
+        and earlier output have each a scale of their own.
 
         Args:
             target_token: Only what led to this token, directly or through earlier ones: its
                 position in the target, or its name in `output_tokens`. None: everything.
             show: Show it, and return None.
-            least: Share of the largest attribution below which one is left out.
+            least: Share of the largest attribution to the prompt, or to earlier output, below which
+                one is left out.
+            most: Causes that a token has at most.
             ax: Axes to draw in; by default a new figure of fitting size.
 
         Returns:
@@ -170,6 +181,8 @@ class DrawnResult(ResultNumbers):
             output_errors=self.output_attr_se,
             towards=towards,
             least=least,
+            most=most,
+            sure=self.marked_beyond,
             is_unsigned=self.is_unsigned,
             **self._canvas(ax, show, towards),
         )

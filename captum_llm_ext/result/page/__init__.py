@@ -235,15 +235,15 @@ def _strongest(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         least = _LEAST * max((abs(x) for row in known for x, _ in row), default=0.0)
         for t, row in enumerate(known):
             for x, i in heapq.nlargest(3, row, key=lambda cause: abs(cause[0])):
-                error = errors[t][i] if errors and errors[t] else 0.0
-                is_known = error is not None and error == error
+                told = errors[t][i] if errors and errors[t] else 0.0
+                error = None if told is None or told != told else float(told)
                 if abs(x) > least:
                     rows[t][side].append(
                         {
                             "name": names[i].strip() or names[i],
                             "attribution": x,
-                            "standard_error": error if is_known else None,
-                            "marked": is_known and abs(x) >= beyond * error,
+                            "standard_error": error,
+                            "marked": error is not None and abs(x) >= beyond * error,
                         }
                     )
     return rows
