@@ -95,13 +95,19 @@ def evaluations_told(result: "GenerationAttributionResult") -> str:
     return f"{estimate}{n:,} evaluation{'s' * (n != 1)}"
 
 
-def factor(nats: float) -> str:
-    """How many times as probable: ``"119 times as probable"``; empty where that says nothing."""
+def factor(nats: float, *, of_odds: bool = False) -> str:
+    """``"119 times as probable"``, or of a contrast ``"119 times the odds"``.
+
+    Args:
+        nats: A difference of logarithms.
+        of_odds: Whether it is about odds against foils.
+    """
     times = math.exp(min(abs(nats), 50.0))
-    if not times < _MOST_FACTOR:
-        times = _MOST_FACTOR
-        return f"over {times:,.0f} times {'as' if nats > 0 else 'less'} probable"
     shown = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+    if times >= _MOST_FACTOR:
+        shown = "over a billion"
+    if of_odds:
+        return f"{shown} times the odds" if nats > 0 else f"the odds divided by {shown}"
     return f"{shown} times {'as' if nats > 0 else 'less'} probable"
 
 

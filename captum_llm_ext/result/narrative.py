@@ -103,7 +103,9 @@ def _in_the_prompt(
         mostly = "mostly" if raising[0].attribution > _MOSTLY * total else "most"
         times = ""
         if n_tokens == 1 and is_in_nats(result):
-            times = f", {factor(raising[0].attribution)}"
+            against = bool(result.foil_tokens and result.foil_tokens[start])
+            is_contrast = result.provenance.get("attr_target") == "contrast" and against
+            times = f", {factor(raising[0].attribution, of_odds=is_contrast)}"
         beside = f"{amount(raising[0], unit, n_tokens)}{times}"
         text = (
             f"Of the prompt, {subject} rests {mostly} on {told_part(raising[0], level)} ({beside})"

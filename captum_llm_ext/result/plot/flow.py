@@ -63,8 +63,8 @@ def flow(
     Prompt and answer stand beside each other, both read downwards. Curves from the prompt end on
     the left of a token; arcs on the right lead from a token down to one that it was a cause of. The
     wider, the larger the attribution, prompt and earlier output each on a scale of its own; what
-    lowers is dashed. A token has its few strongest causes only. Of a long prompt, only features that
-    led somewhere are shown, of a long answer only tokens that something led to or that led to
+    lowers is dashed. A token has its few strongest causes only. Of a long prompt, only features
+    that led somewhere are shown, of a long answer only tokens that something led to or that led to
     something. Of very many links the 200 largest are drawn.
 
     Args:

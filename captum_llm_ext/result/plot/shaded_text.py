@@ -71,8 +71,9 @@ def running_text(
         pieces: The text in reading order: each with the number of its value, or None if it has
             none.
         values: Shape ``(n_values,)``.
-        errors: Standard errors of the same shape, NaN where unknown; what lies within `sure` of them
-            is pale and not underlined.
+        errors: Standard errors of the same shape, NaN where unknown; what lies within `sure` of
+            them is pale and not underlined.
+        sure: Standard errors beyond which something is told from nothing.
         headings: Headings, by the piece that each stands above.
         explained: Pieces that are framed: what the values are about.
         later: Pieces that are grey: what comes after it.

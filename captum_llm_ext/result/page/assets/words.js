@@ -24,6 +24,7 @@ function factor(x, tokens) {
   if (unit !== "nats" || isUnsigned || !Number.isFinite(x) || !(Math.abs(x) >= 0.05) || tokens > 1) return "";
   const times = Math.exp(Math.min(Math.abs(x), 50));
   const shown = times >= 1e9 ? "over a billion" : Number(times.toPrecision(times < 10 ? 2 : 3)).toLocaleString("en");
+  if (data.attr_target === "contrast") return x > 0 ? shown + " times the odds" : "the odds divided by " + shown;
   return shown + " times " + (x > 0 ? "as" : "less") + " probable";
 }
 const withUnit = (text) => (unit ? text + " " + unit : text);
