@@ -305,7 +305,7 @@ def test_what_is_beyond_its_error_and_not_negligible_is_joined():
                 want.add((side, feature, token))
     assert len(want) > 4
     assert set(curves(ax)) == want
-    _, ax = flow(prompt, output, **spread, least=0.1, most=99, sure=3.0)
+    _, ax = flow(prompt, output, **spread, least=0.1, most=99, sure=9.0)
     assert set(curves(ax)) < want
 
 
