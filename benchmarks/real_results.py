@@ -1,7 +1,7 @@
 """Results of a real model on prompts as people write them, for tests and pictures to look at.
 
-    PYTHONPATH=benchmarks python benchmarks/real_results.py            # writes tests/data/real_*.safetensors
-    PYTHONPATH=benchmarks python benchmarks/real_results.py chat       # one of them
+    PYTHONPATH=benchmarks python benchmarks/real_results.py   # writes tests/data/rag.safetensors …
+    PYTHONPATH=benchmarks python benchmarks/real_results.py chat     # one of them
 
 They hold numbers and text, no weights. `--model` may name a folder with a checkpoint; `--answers`
 shows what the model says and attributes nothing.
@@ -22,16 +22,18 @@ from captum_llm_ext import ChatInput, GenerationAttribution, ModelBaselines, Tex
 OUT = Path(__file__).parent.parent / "tests" / "data"
 MODEL = "SmolLM2-135M-Instruct"
 
-LAKES = """Lake Superior is the largest of the Great Lakes of North America. It holds ten percent of \
+LAKES = """\
+Lake Superior is the largest of the Great Lakes of North America. It holds ten percent of \
 the world's surface fresh water.
 
-The Caspian Sea is bounded by Kazakhstan and Russia. Its surface lies 28 metres below sea level.
+The Caspian Sea is bounded by Kazakhstan and Russia. Its surface lies 28 metres below sea \
+level.
 
-Lake Titicaca lies in the Andes on the border of Bolivia and Peru. Its surface is 3812 metres above \
-sea level.
+Lake Titicaca lies in the Andes on the border of Bolivia and Peru. Its surface is 3812 \
+metres above sea level.
 
-Lake Baikal in Siberia is the deepest lake in the world. It is 1642 metres deep and holds more water \
-than all the Great Lakes.
+Lake Baikal in Siberia is the deepest lake in the world. It is 1642 metres deep and holds \
+more water than all the Great Lakes.
 
 Question: How deep is Lake Baikal?"""
 
@@ -56,21 +58,24 @@ Sentiment:"""
 
 REPORT = """Summarize the following report in two sentences.
 
-The town council of Ashford met on Tuesday to discuss the future of the old paper mill. The mill \
-has stood empty since 2009, when its last owner went bankrupt. Three plans were presented.
+The town council of Ashford met on Tuesday to discuss the future of the old paper mill. The \
+mill has stood empty since 2009, when its last owner went bankrupt. Three plans were \
+presented.
 
-The first plan, by the architect Maria Lindqvist, turns the mill into forty flats and a library. It \
-would cost nine million pounds and take three years. Residents praised the library but feared that \
-the flats would be too expensive for local families.
+The first plan, by the architect Maria Lindqvist, turns the mill into forty flats and a \
+library. It would cost nine million pounds and take three years. Residents praised the \
+library but feared that the flats would be too expensive for local families.
 
-The second plan would tear the building down and make a car park. It is the cheapest, at half a \
-million pounds. The heritage society said that it would fight any demolition in court.
+The second plan would tear the building down and make a car park. It is the cheapest, at \
+half a million pounds. The heritage society said that it would fight any demolition in \
+court.
 
-The third plan came from a group of students. They want to run workshops for carpenters, bakers and \
-bicycle mechanics in the old halls. The council asked them to show how they would pay for heating.
+The third plan came from a group of students. They want to run workshops for carpenters, \
+bakers and bicycle mechanics in the old halls. The council asked them to show how they would \
+pay for heating.
 
-The mayor, Tom Okafor, said that no decision would be made before the spring. A public vote will be \
-held on the fourth of March."""
+The mayor, Tom Okafor, said that no decision would be made before the spring. A public vote \
+will be held on the fourth of March."""
 
 
 def prompts(tokenizer: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -80,12 +85,12 @@ def prompts(tokenizer: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     tell = [{"role": "user", "content": REPORT}]
     return {
         "rag": (
-            ChatInput(ask, tokenizer, units, baselines="delete"),
-            {"gen_args": {"max_new_tokens": 28}, "n_samples": 640},
+            ChatInput(ask, tokenizer, units[:2], baselines="delete"),
+            {"gen_args": {"max_new_tokens": 28}, "n_samples": 260, "output_unit": "word"},
         ),
         "chat": (
             ChatInput(CHAT, tokenizer, ("turn", "word"), baselines="delete"),
-            {"gen_args": {"max_new_tokens": 24}, "n_samples": 320},
+            {"gen_args": {"max_new_tokens": 6}, "n_samples": 400},
         ),
         "few_shot": (
             TextSegmentInput(REVIEWS, tokenizer, units[::2], baselines=ModelBaselines()),

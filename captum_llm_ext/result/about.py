@@ -74,7 +74,7 @@ def absence_told(result: "GenerationAttributionResult") -> str:
         return ""
     if name.startswith("token "):
         return f"absent parts replaced by {name}"
-    return _ABSENT.get(name, f"absent parts: {name}")
+    return _ABSENT.get(name, f"absent parts replaced by {name}")
 
 
 def absence(result: "GenerationAttributionResult") -> str:

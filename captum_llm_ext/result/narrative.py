@@ -160,7 +160,7 @@ def _without_the_first(
         return []
     foils = [quoted(name) for name in (result.foil_tokens or [[]] * stop)[start]]
     is_contrast = target == "contrast" and bool(foils)
-    held = ", ".join(foils[:_MOST_FOILS]) + ", …" * (len(foils) > _MOST_FOILS)
+    held = ", ".join(foils[:_MOST_FOILS]) + " and others" * (len(foils) > _MOST_FOILS)
     if len(foils) > 1:
         held = f"any of {held}"
     rows = _rows_without(result, read, marked[0], start)

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import comb
 from typing import Any, cast
 
 import torch
@@ -175,8 +176,9 @@ class Evidence:
         if self.design.solved not in _SAMPLED or not self.is_estimate or self.is_complete:
             return None
         n_anchors = self.design.n_anchors
-        sampled = self.draws[n_anchors:].cpu()
-        group = sampled.unique(return_inverse=True)[1] % _REPLICATES
+        draws, by_chance = self.draws[n_anchors:].cpu(), self._by_chance()
+        group = torch.full_like(draws, -1)
+        group[by_chance] = draws[by_chance].unique(return_inverse=True)[1] % _REPLICATES
         if int(group.max()) + 1 < _REPLICATES:
             return None
         anchors = torch.ones(n_anchors, dtype=torch.bool, device="cpu")
@@ -188,6 +190,19 @@ class Evidence:
             )
             found.append(part._fast_sum(span))
         return torch.stack(found)
+
+    def _by_chance(self) -> Tensor:
+        """Which sampled coalitions another sample might not have had, bool.
+
+        Those of a size that is there completely are no sample, where replacements do not vary.
+        """
+        n = self.design.n_features
+        sizes = self.masks[self.design.n_anchors :, :n].sum(1).cpu()
+        counts = sizes.bincount(minlength=n + 1).tolist()
+        complete = [count >= comb(n, size) for size, count in enumerate(counts)]
+        by_size = ~torch.tensor(complete, dtype=torch.bool, device="cpu")
+        is_walk = self.design.solved == "antithetic permutations"
+        return by_size[sizes] | (is_walk or not self.design.deterministic)
 
     def _fast_sum(self, span: range) -> Tensor:
         """Attributions summed over target tokens, without interactions, ``(n_features,)``."""

@@ -81,7 +81,7 @@ def part_sums(result: "GenerationAttributionResult") -> list[dict[str, Any]]:
         part_of = levels["sentence"]["part_of"]
         cuts = [t for t in range(len(part_of)) if not t or part_of[t] != part_of[t - 1]]
         runs += [list(run) for run in pairwise([*cuts, len(part_of)])][:_MOST_SENTENCES]
-    spans = [run for i, run in enumerate(runs) if run[1] - run[0] > 1 and run not in runs[:i]]
+    spans = [run for i, run in enumerate(runs) if run not in runs[:i]]
     told = [(span, result.replicates(*span)) for span in spans]
     found: list[dict[str, Any]] = []
     for side, level, parts in page_parts(result):

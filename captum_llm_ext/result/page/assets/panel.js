@@ -36,7 +36,7 @@ function bridge(view) {
   const steps = [
     step("nothing given", empty, empty, span, "point", share(empty, view)),
     step("prompt", empty, byPrompt, span),
-    nOutput ? step("answer so far", byPrompt, byOutput, span) : "",
+    byOutput !== byPrompt ? step("answer so far", byPrompt, byOutput, span) : "",
     isGap ? step("not attributed", byOutput, full, span) : "",
     step("everything given", full, full, span, "point", share(full, view)),
   ];

@@ -176,6 +176,6 @@ function paint(view, isCommon) {
   at("ramp").textContent = absolute ? "" : what;
   at("high").textContent = absolute ? "most" : "→ raises";
   const shown = view.kind === "column" ? [["", most.answer]]
-    : ["prompt", "answer"].filter((side) => (side === "prompt" || nOutput) && (block === "both" || block === side)).map((side) => [side === "prompt" ? "prompt " : "answer ", most[side]]);
+    : ["prompt", "answer"].filter((side) => (side === "prompt" || most.answer > 0) && (block === "both" || block === side)).map((side) => [side === "prompt" ? "prompt " : "answer ", most[side]]);
   at("full").textContent = "full colour: " + shown.map(([side, x]) => side + withUnit(plain(x, x))).join(", ");
 }
