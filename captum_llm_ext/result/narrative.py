@@ -167,17 +167,16 @@ def _without_the_first(
     if rows is None:
         return [f"It was held against {held}."] if is_contrast else []
     value = float(result.values[rows, start].double().mean())
+    alone = f"Without {told_part(marked[0], read.prompt.level)} alone"
     if is_contrast:
         if value < 0:
-            return [
-                f"Without {told_part(marked[0], read.prompt.level)} alone the model would "
-                f"probably have said {held.replace('any', 'one', 1)}."
-            ]
-        return [f"Without it alone the model would still have preferred it to {held}."]
+            one = held.replace("any of", "one of", 1)
+            return [f"{alone} the model would probably have said {one}."]
+        return [f"{alone} the model would still have preferred it to {held}."]
     full = float(result.full_values[start])
     if target != "prob":
         value, full = math.exp(value), math.exp(full)
-    return [f"Without it alone its probability is {_percent(value)} instead of {_percent(full)}."]
+    return [f"{alone} its probability is {_percent(value)} instead of {_percent(full)}."]
 
 
 def _rows_without(
