@@ -22,6 +22,7 @@ from captum_llm_ext.attribution.target import (
     check_target,
     generate_target,
     target_ids,
+    tell_answer,
 )
 from captum_llm_ext.base.arguments import at_least_one, check_counts, check_passed_on
 from captum_llm_ext.base.digest import describe, digest, stacklevel_of_caller
@@ -40,6 +41,7 @@ from captum_llm_ext.model import (
     planned_generation,
 )
 from captum_llm_ext.model.likelihood import Likelihood
+from captum_llm_ext.model.scoring.progress import Shown
 from captum_llm_ext.result import Design, GenerationAttributionResult
 from captum_llm_ext.result.assembled import assembled, numbers_of
 from captum_llm_ext.result.provenance import model_provenance, run_provenance, target_provenance
@@ -168,7 +170,7 @@ class GenerationAttribution(LLMAttribution):
         max_exact_features: int = 12,
         perturbations_per_eval: int | None = None,
         feature_mask: Tensor | None = None,
-        show_progress: bool = False,
+        show_progress: Shown = False,
         skip_tokens: Skipped | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         **kwargs: Any,
@@ -218,7 +220,9 @@ class GenerationAttribution(LLMAttribution):
                 most 16.
             perturbations_per_eval: At most so many rows in a batch; by default what memory allows.
             feature_mask: As in captum: shape ``(1, n_features)``, equal numbers are one feature.
-            show_progress: Whether a bar over the model's evaluations is shown.
+            show_progress: Whether a bar over the model's evaluations is shown, in lines where
+                stderr is no terminal; or a `Listener` that hears of them, and of the answer as
+                soon as it is there.
             skip_tokens: Deprecated, as captum had it up to 0.8: tokens left out of the target.
             checkpoint: A file that ends in ``.safetensors``, or a folder for the files of several
                 runs. Values are written there as they are found, every second or so; the same call
@@ -265,6 +269,8 @@ class GenerationAttribution(LLMAttribution):
                 open_journal = partial(Journal, checkpoint, about)
             with scorer.keeping(open_journal):
                 ids = self._target_ids(run, target, gen_args, generation, skip_tokens)
+                if generation is not None and self._processes.is_main:
+                    tell_answer(show_progress, self, run.full, ids, generation)
                 game = self._game(run, ids, output_unit, output_baselines)
                 joint = None
                 with scorer.progress():
@@ -464,7 +470,7 @@ class GenerationAttribution(LLMAttribution):
         """
         return planned_generation(self.model, self.tokenizer, gen_args)
 
-    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> RowScorer:
+    def _scorer(self, max_rows: int | None, show_progress: Shown = False) -> RowScorer:
         return Scorer(
             self.model,
             attr_target=scored(self.attr_target),

@@ -9,7 +9,7 @@ from captum.attr import FeatureAblation, RemoteLLMAttribution
 
 from captum_llm_ext.attribution.remote import RemoteGenerationAttribution
 from captum_llm_ext.cli.command import UsageError, positive, say
-from captum_llm_ext.cli.loading import load_tokenizer
+from captum_llm_ext.cli.loading import Place, load_tokenizer, location
 from captum_llm_ext.cli.methods import is_of_gradients, method
 from captum_llm_ext.cli.outputs import as_json
 from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
@@ -53,7 +53,6 @@ def add_api(parser: argparse.ArgumentParser) -> None:
         "able to (default)",
     )
     add("--answers", type=positive, metavar="N", help="of frequency and similarity: per coalition")
-    add("--estimate", action="store_true", help="tell what it would take, and send nothing")
     add("--max-requests", type=positive, metavar="N", help="stop there; what came is kept")
     add("--cache", metavar="FILE", help="keep answers in FILE (SQLite): other runs take them")
 
@@ -68,8 +67,6 @@ def is_remote(arguments: argparse.Namespace) -> bool:
     for name in ("provider", "tokenizer", "rung", "answers", "max_requests", "cache"):
         if not is_one and getattr(arguments, name, None) is not None:
             raise UsageError(f"--{name.replace('_', '-')} would be ignored without --api URL.")
-    if not is_one and getattr(arguments, "estimate", False):
-        raise UsageError("--estimate would be ignored without --api URL.")
     if is_one and arguments.tokenizer is not None and arguments.provider != "completions":
         raise UsageError("--tokenizer would be ignored: it is of --provider completions.")
     return is_one
@@ -83,7 +80,7 @@ def check(arguments: argparse.Namespace) -> None:
     """
     if is_of_gradients(arguments.method):
         raise UsageError(f"--method {arguments.method} needs the model itself, not an API.")
-    for option in ("dtype", "device_map", "revision", "input"):
+    for option in ("dtype", "device_map", "revision", "gguf", "quantize", "input"):
         given = getattr(arguments, option, None)
         if given not in (None, "auto"):
             raise UsageError(f"--{option.replace('_', '-')} would be ignored with --api.")
@@ -95,7 +92,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 def tokenizer_of(arguments: argparse.Namespace) -> Any:
     """The model's tokenizer; None where none is given."""
-    return None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+    name = arguments.tokenizer
+    return None if name is None else load_tokenizer(Place(name, location(name)))
 
 
 def provider_of(arguments: argparse.Namespace, model: str) -> Any:

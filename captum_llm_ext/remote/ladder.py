@@ -18,7 +18,7 @@ from captum_llm_ext.coalitions import (
 )
 from captum_llm_ext.model import Journal, Processes, TokenRow
 from captum_llm_ext.model.forward.asked import Asked
-from captum_llm_ext.model.scoring.progress import ProgressBar
+from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.rungs import Rung, Scored, TopK
 from captum_llm_ext.remote.workers import do_all
@@ -56,7 +56,7 @@ class LadderScorer:
         *,
         attr_target: str,
         n_threads: int,
-        show_progress: bool,
+        show_progress: Shown,
     ) -> None:
         self.attr_target: Any = attr_target
         self.n_evaluations = 0
@@ -67,7 +67,7 @@ class LadderScorer:
         self._known: dict[bytes, Scored] = {}
         self._in_order: list[bytes] = []
 
-    def shows(self, show_progress: bool) -> None:
+    def shows(self, show_progress: Shown) -> None:
         """Whether `progress` draws a bar."""
         self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
 
