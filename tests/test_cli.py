@@ -90,6 +90,11 @@ def run(*arguments, **settings):
     )
 
 
+def printed(result):
+    """What is told of a result in a file or a pipe."""
+    return f"{result}\n\n{result.narrative()}\n"
+
+
 def test_a_saved_run_holds_what_the_library_gives(saved, demo, attribution):
     _, tokenizer, texts = demo
     result = GenerationAttributionResult.load(saved[1])
@@ -132,7 +137,7 @@ def test_a_target_is_explained_as_it_is_given(capsys, attribution, demo):
 def test_results_go_to_stdout_and_all_else_to_stderr(saved, capsys):
     assert main([*ATTRIBUTE, "--max-new-tokens", "5", "--baselines", "corpus:demo"]) == 0
     shown = capsys.readouterr()
-    assert shown.out == f"{GenerationAttributionResult.load(saved[1])}\n"
+    assert shown.out == printed(GenerationAttributionResult.load(saved[1]))
     assert "answer: " in shown.err
     assert "note:" not in shown.err
     assert main([*ATTRIBUTE, "--max-new-tokens", "2", "--baselines", "delete"]) == 0
@@ -221,7 +226,7 @@ def test_pages_and_pictures(saved, tmp_path, capsys):
     written = json.loads(files[2].read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(result.to_dict()))
     shown = capsys.readouterr()
-    assert shown.out == f"{result}\n"
+    assert shown.out == printed(result)
     assert all(f"written: {name}" in shown.err for name in files)
 
 
@@ -242,8 +247,8 @@ def test_how_many_causes_are_shown(saved, capsys):
     assert main(["show", str(saved[0]), "--top", "1"]) == 0
     shown = capsys.readouterr().out
     result = GenerationAttributionResult.load(saved[0])
-    assert shown == f"{result.table(1)}\n"
-    for line in shown.splitlines()[4:]:
+    assert shown == f"{result.table(1)}\n\n{result.narrative()}\n"
+    for line in result.table(1).splitlines()[4:]:
         for block in line.partition("←")[2].split(" | "):
             assert "," not in block.removeprefix("  ")[2:]
 

@@ -125,7 +125,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     result.provenance["command"] = arguments.command_line
     if not watch.has_answered:
         say(f"answer: {''.join(piece.text for piece in result.output_pieces)}")
-    write_outputs(arguments, result, told(result, arguments), result.plot_token_attr)
+    text = told(result, arguments.top, arguments.level)
+    write_outputs(arguments, result, text, result.plot_token_attr)
     return None
 
 

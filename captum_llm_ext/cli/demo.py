@@ -9,6 +9,7 @@ from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_token
 from captum_llm_ext.cli.methods import add_method, attribution, is_search, method
 from captum_llm_ext.cli.outputs import write_picture
 from captum_llm_ext.cli.prompt import units
+from captum_llm_ext.cli.told import told
 from captum_llm_ext.demo import PROMPT, folder
 from captum_llm_ext.text.baselines import Default
 from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
@@ -20,6 +21,7 @@ EXAMPLES = (
     'demo --model Qwen/Qwen3-0.6B --prompt "The capital of France is" --max-new-tokens 5',
     'demo --model ./my-model --prompt "Dear" --corpus letters.txt --out out',
 )
+_TOP = 3  # causes per token
 _DESCRIPTION = """\
 Attributes a generated text to its prompt and to itself, word by word and token by token.
 
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     # A name that is none is told before a model is loaded.
     parts = units(arguments.unit, is_nested=is_search(arguments.method))
     result = _attribute(arguments, parts)
-    print(result, flush=True)
+    print(told(result, _TOP), flush=True)
     result.to_html(out / "demo.html", title="captum-llm-ext demo")
     write_picture(out / "demo.png", result.plot_token_attr()[0])
     result.save(out / "demo.safetensors")

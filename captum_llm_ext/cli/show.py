@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--level would be ignored with --token, which lists causes as they are.")
     result = GenerationAttributionResult.load(arguments.result)
     if arguments.token is None:
-        text = told(result, arguments)
+        text = told(result, arguments.top, arguments.level)
     else:
         text = _causes(result, arguments.token, arguments.top)
     write_outputs(arguments, result, text, result.plot_token_attr)
