@@ -573,7 +573,6 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, "--png", "x.svg"], "give a file that ends in .png, or say --svg x.svg"),
         ([*ATTRIBUTE, "--svg", "x"], "--svg x: give a file that ends in .svg."),
         ([*ATTRIBUTE, "--pdf", "x.PNG"], "give a file that ends in .pdf, or say --png x.PNG"),
-        ([*ATTRIBUTE, "--html", "x.json"], "give a file that ends in .html"),
         ([*ATTRIBUTE, "--system", " "], "--system is empty"),
         ([*ATTRIBUTE, "--context", "a.txt", "a.txt"], "a file is given twice"),
         (["attribute", *QUICK, "--chat", "[]", "--context", "a"], "--context would be ignored"),

@@ -26,10 +26,7 @@ _HELP: dict[Kind, str] = {
 }
 PICTURES: tuple[Kind, ...] = ("png", "svg", "pdf")
 # What a program that opens the file goes by.
-_ENDINGS: dict[Kind, tuple[str, ...]] = {
-    "html": (".html", ".htm"),
-    **{kind: (f".{kind}",) for kind in PICTURES},
-}
+_ENDINGS: dict[Kind, str] = {kind: f".{kind}" for kind in PICTURES}
 
 
 def add_outputs(parser: argparse.ArgumentParser, *kinds: Kind) -> None:
@@ -60,11 +57,11 @@ def check_outputs(arguments: argparse.Namespace) -> None:
             continue
         if name == "-":
             raise UsageError(f"--{kind} -: only --json goes to stdout, give a file.")
-        endings = _ENDINGS.get(kind)
-        if endings is not None and not name.lower().endswith(endings):
-            others = [other for other in PICTURES if name.lower().endswith(f".{other}")]
-            instead = f", or say --{others[0]} {name}" if others and kind in PICTURES else ""
-            raise UsageError(f"--{kind} {name}: give a file that ends in {endings[0]}{instead}.")
+        ending = _ENDINGS.get(kind)
+        if ending is not None and not name.lower().endswith(ending):
+            others = [other for other, its in _ENDINGS.items() if name.lower().endswith(its)]
+            instead = f", or say --{others[0]} {name}" if others else ""
+            raise UsageError(f"--{kind} {name}: give a file that ends in {ending}{instead}.")
         same = taken.setdefault(os.path.realpath(name), kind)
         if same != kind:
             raise UsageError(f"--{same} and --{kind} are the same file {name!r}: give two.")
