@@ -3,8 +3,8 @@
     python benchmarks/gallery.py               # all, into tutorials/images
     python benchmarks/gallery.py answer flow   # some of them
 
-The results are those of tests/data and tutorials/results, of SmolLM2-135M-Instruct; no model is loaded. Pages need
-playwright and a Chromium.
+The results are those of tests/data and tutorials/results, of SmolLM2-135M-Instruct; no model is
+loaded. Pages need playwright and a Chromium.
 """
 
 import argparse
