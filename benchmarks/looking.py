@@ -1,7 +1,6 @@
 """What it costs to look at a result and to keep it: the page, the heat map, the file.
 
     python benchmarks/looking.py            # the numbers, into results/looking.json
-    python benchmarks/looking.py --image    # the README's picture of the page instead
 
 Results with random numbers, whose sizes alone matter here:
 
@@ -14,8 +13,7 @@ Results with random numbers, whose sizes alone matter here:
 * a file of 10,000 coalitions, 500 features (300 of the prompt, 200 generated) and 200 target
   tokens, saved and loaded.
 
-The picture is the page of the shipped model's answer, with the word "surfing" kept. It and the
-second measurement need playwright and a Chromium.
+The second measurement needs playwright and a Chromium.
 """
 
 import argparse
@@ -31,22 +29,17 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from captum.attr import LLMAttributionResult, ShapleyValueSampling
+from captum.attr import LLMAttributionResult
 from environment import environment
 
 from captum_llm_ext import (
-    CorpusBaselines,
-    GenerationAttribution,
     GenerationAttributionResult,
-    TextSegmentInput,
-    load_demo,
 )
 from captum_llm_ext.result import page as html
 from captum_llm_ext.text.inputs import Piece
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-IMAGE = ROOT / "tutorials" / "images" / "answer.png"
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 FLAGS = ["--no-sandbox", "--disable-gpu"]
 
@@ -208,46 +201,15 @@ def kept(folder: Path, runs: int) -> dict[str, Any]:
     }
 
 
-def picture(path: Path = IMAGE) -> None:
-    """The page of the shipped model's answer as the README shows it."""
-    from playwright.sync_api import sync_playwright
-
-    model, tokenizer, corpus = load_demo()
-    inp = TextSegmentInput(
-        PROMPT, tokenizer, ("sentence", "word"), baselines=CorpusBaselines(corpus)
-    )
-    attribution = GenerationAttribution(ShapleyValueSampling(model), tokenizer)
-    result = attribution.attribute(inp, gen_args={"max_new_tokens": 40}, n_samples=100)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        tab = browser.new_page(
-            viewport={"width": 1240, "height": 580}, device_scale_factor=1.5, color_scheme="light"
-        )
-        file = Path(folder) / "answer.html"
-        result.to_html(file)
-        tab.goto(file.as_uri())
-        tab.locator("#answer .piece", has_text="surfing").click()
-        tab.mouse.move(1, 1)
-        tab.evaluate("document.activeElement.blur()")
-        tab.screenshot(path=path)
-        browser.close()
-    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Prints the numbers and writes the JSON, or makes the picture."""
+    """Prints the numbers and writes the JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--image", action="store_true", help="make the README's picture instead")
     parser.add_argument("--no-captum", action="store_true", help="leave captum's heat map out")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    if arguments.image:
-        picture()
-        return
     mpl.use("Agg")
     with tempfile.TemporaryDirectory() as folder:
         report: dict[str, Any] = {

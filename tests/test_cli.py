@@ -51,6 +51,7 @@ from captum_llm_ext.demo import PROMPT, folder
 
 QUICK = ["--model", "demo", "--quiet", "--method", "ablation"]
 ATTRIBUTE = ["attribute", *QUICK, "--prompt", PROMPT]
+MANY = ["--input", str(folder() / "corpus.txt"), "--out", "nowhere"]
 IG, GXA = ["--method", "integrated-gradients"], ["--method", "gradient-x-activation"]
 CAPTUMS = (FeatureAblation, ShapleyValues, ShapleyValueSampling, KernelShap, Lime)
 GRADIENTS = (LayerIntegratedGradients, LayerGradientShap, LayerGradientXActivation)
@@ -87,6 +88,11 @@ def run(*arguments, **settings):
         check=False,
         **settings,
     )
+
+
+def printed(result):
+    """What is told of a result in a file or a pipe."""
+    return f"{result}\n\n{result.narrative()}\n"
 
 
 def test_a_saved_run_holds_what_the_library_gives(saved, demo, attribution):
@@ -131,7 +137,7 @@ def test_a_target_is_explained_as_it_is_given(capsys, attribution, demo):
 def test_results_go_to_stdout_and_all_else_to_stderr(saved, capsys):
     assert main([*ATTRIBUTE, "--max-new-tokens", "5", "--baselines", "corpus:demo"]) == 0
     shown = capsys.readouterr()
-    assert shown.out == f"{GenerationAttributionResult.load(saved[1])}\n"
+    assert shown.out == printed(GenerationAttributionResult.load(saved[1]))
     assert "answer: " in shown.err
     assert "note:" not in shown.err
     assert main([*ATTRIBUTE, "--max-new-tokens", "2", "--baselines", "delete"]) == 0
@@ -194,11 +200,19 @@ def test_chats(tmp_path, monkeypatch, capsys, attribution, demo, how):
     torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
 
 
-def test_a_chats_turns_are_its_features_unless_said_otherwise(capsys):
-    chat = '[{"role": "user", "content": "Ann lives in Austin."}]'
-    arguments = ["attribute", *QUICK, "--chat", chat, "--max-new-tokens", "2", "--json", "-"]
-    assert main(arguments) == 0
-    assert json.loads(capsys.readouterr().out)["input_tokens"] == ["user: Ann lives in Austin."]
+@pytest.mark.parametrize(
+    ("messages", "features"),
+    [
+        (["Ann lives in Austin."], ["Ann", "lives", "in", "Austin."]),  # one turn tells nothing
+        (["Ann lives.", "Bob lives."], ["user: Ann lives.", "user: Bob lives."]),
+    ],
+)
+def test_a_chats_turns_are_its_features_where_there_are_several(capsys, messages, features):
+    turns = [{"role": "user", "content": text} for text in messages]
+    arguments = ["attribute", *QUICK, "--chat", json.dumps(turns), "--max-new-tokens", "2"]
+    assert main([*arguments, "--json", "-"]) == 0
+    shown = [name.strip() for name in json.loads(capsys.readouterr().out)["input_tokens"]]
+    assert shown == features
 
 
 def test_pages_and_pictures(saved, tmp_path, capsys):
@@ -212,7 +226,7 @@ def test_pages_and_pictures(saved, tmp_path, capsys):
     written = json.loads(files[2].read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(result.to_dict()))
     shown = capsys.readouterr()
-    assert shown.out == f"{result}\n"
+    assert shown.out == printed(result)
     assert all(f"written: {name}" in shown.err for name in files)
 
 
@@ -231,9 +245,12 @@ def test_the_causes_of_one_token(saved, capsys):
 
 def test_how_many_causes_are_shown(saved, capsys):
     assert main(["show", str(saved[0]), "--top", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:6]
-    top = GenerationAttributionResult.load(saved[0]).top(1)
-    assert [line.partition("←")[2].strip() for line in lines] == [str(c[0]) for c in top]
+    shown = capsys.readouterr().out
+    result = GenerationAttributionResult.load(saved[0])
+    assert shown == f"{result.table(1)}\n\n{result.narrative()}\n"
+    for line in result.table(1).splitlines()[4:]:
+        for block in line.partition("←")[2].split(" | "):
+            assert "," not in block.removeprefix("  ")[2:]
 
 
 def test_colours_are_for_terminals_that_want_them(saved, capsys, monkeypatch):
@@ -472,25 +489,19 @@ def mistake(capsys, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", " "], "the prompt is empty"),
         (["--prompt-file", "no-such-file"], "'no-such-file': No such file"),
         (["--prompt-file", str(folder() / "model.safetensors")], "is no UTF-8 text"),
-        (["--chat", "[{"], "--chat is no JSON"),
         (["--chat", "no-such-file"], "'no-such-file': No such file"),
         (["--chat", str(folder() / "corpus.txt")], "is no JSON"),
-        (["--chat", '{"role": "user"}'], "has no list of messages"),
         (["--chat", "[3]"], "message 0 is 3"),
         (["--chat", "[]"], "no message has a role"),
-        (["--prompt", "x", "--unit", "phrase"], "unknown unit 'phrase'"),
-        (["--prompt", "x", "--output-unit", "phrase"], "unknown unit 'phrase'"),
         (["--prompt", "x", "--baselines", "<nothing>"], "'<nothing>' is no token"),
         (["--prompt", "x", "--baselines", "corpus:no-such-file"], "'no-such-file'"),
         (["--prompt", "x", "--baselines", "index:no-such-file"], "no-such-file"),
         (["--prompt", "x", "--html", "no-such-folder/x.html"], "no-such-folder"),
         (["--prompt", "x", "--save", "."], "is a folder"),
         (["--prompt", "x " * 400], "shorten the prompt"),
-        (["--prompt", "x", "--device-map", "{"], "is no JSON"),
-        (["--prompt", "x", "--target", ""], "the target is empty"),
+        (["--prompt", "x", "--context", "no-such-file"], "'no-such-file': No such file"),
         (
             ["--prompt", "x", "--method", "integrated-gradients", "--layer", "model.layer.1"],
             "the model has no such module; it has model.layers.1, ",
@@ -511,7 +522,7 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["attribute"], "required: --model"),
+        (["attribute", "--prompt", "x"], "required: --model NAME, or --gguf FILE"),
         (["attribute", *QUICK], "--prompt --prompt-file --chat --input is required"),
         ([*ATTRIBUTE, "--chat", "[]"], "not allowed with"),
         ([*ATTRIBUTE, "--method", "magic"], "'ablation', 'inclusion', 'shapley'"),
@@ -540,6 +551,37 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, "--unit", "turn"], "turns of a --chat"),
         ([*ATTRIBUTE, "--baselines", "delete", "--baselines", "<unk>"], "2 --baselines"),
         ([*ATTRIBUTE, "--baselines", str(folder() / "corpus.txt")], "say corpus:"),
+        (["attribute", *QUICK, "--prompt", " "], "the prompt is empty"),
+        (["attribute", *QUICK, "--chat", "[{"], "--chat is no JSON"),
+        (["attribute", *QUICK, "--chat", '{"role": "user"}'], "has no list of messages"),
+        ([*ATTRIBUTE, "--unit", "phrase"], "unknown unit 'phrase'"),
+        ([*ATTRIBUTE, "--unit", "passage"], "passages of --context"),
+        ([*ATTRIBUTE, "--unit", "word,turn"], "turns of a --chat"),
+        ([*ATTRIBUTE, "--output-unit", "phrase"], "unknown unit 'phrase'"),
+        ([*ATTRIBUTE, "--level", "phrase"], "--level phrase: give one of"),
+        ([*ATTRIBUTE, "--device-map", "{"], "is no JSON"),
+        ([*ATTRIBUTE, "--quantize", "{"], "give 8bit, 4bit or a JSON object"),
+        ([*ATTRIBUTE, "--quantize", "8bits"], "give 8bit, 4bit or a JSON object"),
+        ([*ATTRIBUTE, "--quantize", '{"quant_method": "magic"}'], "--quantize"),
+        ([*ATTRIBUTE, "--gguf", "weights.bin"], "ends in .gguf"),
+        ([*ATTRIBUTE, "--target", ""], "--target is empty"),
+        ([*ATTRIBUTE, "--sample", "--temperature", "0"], "0 is not above 0"),
+        ([*ATTRIBUTE, "--sample", "--temperature", "nan"], "nan is not above 0"),
+        ([*ATTRIBUTE, "--sample", "--top-p", "1.5"], "1.5 is not above 0 and at most 1"),
+        ([*ATTRIBUTE, "--tol", "-1"], "-1 is not above 0"),
+        ([*ATTRIBUTE, "--tol", "much"], "much is no number"),
+        ([*ATTRIBUTE, "--png", "x.svg"], "give a file that ends in .png, or say --svg x.svg"),
+        ([*ATTRIBUTE, "--svg", "x"], "--svg x: give a file that ends in .svg."),
+        ([*ATTRIBUTE, "--pdf", "x.PNG"], "give a file that ends in .pdf, or say --png x.PNG"),
+        ([*ATTRIBUTE, "--system", " "], "--system is empty"),
+        ([*ATTRIBUTE, "--context", "a.txt", "a.txt"], "a file is given twice"),
+        (["attribute", *QUICK, "--chat", "[]", "--context", "a"], "--context would be ignored"),
+        (["attribute", *QUICK, "--chat", "[]", "--as-chat"], "--as-chat would be ignored"),
+        ([*ATTRIBUTE, "--seed", "1.5"], "1.5 is no whole number"),
+        ([*ATTRIBUTE, "--max-new-tokens", "many"], "many is no whole number"),
+        (["attribute", *QUICK, *MANY, "--system", "x"], "--system would be ignored"),
+        (["attribute", *QUICK, *MANY, "--dry-run"], "for one prompt"),
+        (["show", "a.st", "--level", "word", "--token", "0"], "--level would be ignored"),
         (["compare"], "nothing to compare"),
         (["compare", "a"], "at least two"),
         (["compare", "a", "a"], "at least two"),
@@ -603,10 +645,10 @@ def test_results_of_different_answers_are_not_compared(saved, tmp_path, capsys):
 
 
 def test_a_traceback_comes_on_demand(capsys):
-    assert main([*ATTRIBUTE, "--unit", "phrase", "--debug"]) == 1
+    assert main([*ATTRIBUTE, "--unit", "phrase", "--debug"]) == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
-    assert error.splitlines()[-1].startswith("captum-llm-ext: error: unknown unit")
+    assert error.splitlines()[-2].startswith("captum-llm-ext: error: unknown unit")
 
 
 def test_what_nobody_foresaw_is_named(saved, capsys, monkeypatch):
@@ -654,7 +696,7 @@ def test_without_a_command_there_is_help(capsys):
 
 
 def test_what_cannot_be_a_checkpoint_is_refused_before_the_model_is_loaded(capsys, tmp_path):
-    assert main([*ATTRIBUTE, "--checkpoint", str(tmp_path / "run.st")]) == 1
+    assert main([*ATTRIBUTE, "--checkpoint", str(tmp_path / "run.st")]) == 2
     said = capsys.readouterr().err
     assert "give a file that ends in .safetensors, or a folder" in said
     assert "loading" not in said

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from captum_llm_ext import GenerationAttributionResult, load_demo
 from captum_llm_ext.cli import _COMMANDS, doctor, main
 from captum_llm_ext.cli import self_check as probe
-from captum_llm_ext.cli.loading import load_model
+from captum_llm_ext.cli.loading import Place, load_model
 from captum_llm_ext.demo import PROMPT, folder
 
 EXAMPLES = [example for command in _COMMANDS for example in command.EXAMPLES]
@@ -122,9 +122,8 @@ def test_any_encoding_of_stdout_will_do(desk, monkeypatch, encoding):
 
 def test_dtypes_and_device_maps_reach_transformers():
     for given in ("meta", '{"": "meta"}'):
-        loaded = load_model(
-            "demo", argparse.Namespace(dtype="bfloat16", device_map=given, revision=None)
-        )
+        options = argparse.Namespace(dtype="bfloat16", device_map=given, quantize=None)
+        loaded = load_model(Place("demo", str(folder())), options)
         assert not loaded.training
         for parameter in loaded.parameters():
             assert (parameter.device.type, parameter.dtype) == ("meta", torch.bfloat16)

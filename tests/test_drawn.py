@@ -158,9 +158,9 @@ def test_causes_are_named_at_their_last_estimates(result):
     _, ax = result.plot_convergence(k=4)
     want = []
     for token, causes in enumerate(result.top(9)):
-        want += [(abs(c.attribution), c.attribution, token, c.name) for c in causes]
+        want += [(abs(c.attribution), c.attribution, token, c.label) for c in causes]
     want = sorted(want, reverse=True)[:4]
-    names = {f"{result.output_tokens[t]} ← {name.strip()}" for _, _, t, name in want}
+    names = {f"{result.names.tokens[t]} ← {name.strip()}" for _, _, t, name in want}
     texts = {t.get_text(): t for t in ax.texts}
     assert {text[:20] for text in texts} == {plot.labels.label(name, 40)[:20] for name in names}
     heights = sorted(t.get_window_extent().y0 for t in texts.values())
@@ -168,7 +168,10 @@ def test_causes_are_named_at_their_last_estimates(result):
     token = result.output_tokens[-1]
     _, ax = result.plot_convergence(len(result.output_tokens) - 1, k=2)
     assert {t.get_text() for t in ax.texts} == {
-        plot.labels.label(cause.name, 40) for cause in result.why(len(result.output_tokens) - 1, 2)
+        plot.labels.label(cause.label, 40)
+        for cause in sorted(
+            result.why(len(result.output_tokens) - 1, 2), key=lambda cause: -abs(cause.attribution)
+        )[:2]
     }, token
 
 
@@ -276,19 +279,32 @@ def test_results_of_earlier_versions_are_drawn_without_what_they_lack(result, tm
         old.plot_convergence()
 
 
-def test_flow_joins_what_is_beyond_its_error(result):
-    _, ax = result.plot_flow(least=0.1)
-    least = 0.1 * float(result.full_attr.abs().max())
-    n_prompt, want = len(result.input_tokens), set()
-    for token, causes in enumerate(result.top(999)):
-        for cause in causes:
-            if abs(cause.attribution) >= max(least, 1.96 * cause.standard_error):
-                side = "output" if cause.is_output else "prompt"
-                want.add(f"{side} {cause.column - n_prompt * cause.is_output} {token}")
+def test_flow_joins_what_is_told_from_noise(result):
+    _, ax = result.plot_flow(least=0.1, most=99)
+    want = set()
+    for side, attr, marked in (
+        ("prompt", result.token_attr, result.marked[:, : len(result.input_tokens)]),
+        ("output", result.output_attr, result.marked[:, len(result.input_tokens) :]),
+    ):
+        told = marked & (attr.abs() >= 0.1 * attr.abs().max())
+        want |= {f"{side} {feature} {token}" for token, feature in told.nonzero().tolist()}
     assert {p.get_gid() for p in ax.patches if isinstance(p, PathPatch)} == want
     assert want
     last = result.plot_flow(-1, least=0.1)[1]
     assert {p.get_gid() for p in last.patches if isinstance(p, PathPatch)} < want
+
+
+def test_a_heat_map_is_blank_where_there_may_be_noise(result):
+    _, ax = result.plot_token_attr()
+    n_prompt = len(result.input_tokens)
+    noise = result.full_attr.abs() < result.marked_beyond * result.full_attr_se
+    prompt, output = (np.asarray(image.get_array()) for image in ax.images)
+    assert (prompt[noise[:, :n_prompt].numpy()] == 0).all()
+    told = ~noise & (result.full_attr != 0)
+    assert np.allclose(
+        prompt[told[:, :n_prompt].numpy()], result.token_attr[told[:, :n_prompt]].numpy()
+    )
+    assert not np.nan_to_num(output)[noise[:, n_prompt:].numpy()].any()
 
 
 def test_bars_have_the_errors_of_the_sum(result):

@@ -141,7 +141,8 @@ def test_hostile_text_comes_back_as_text(hostile):
     data["output"][2]["text"] = data["output_features"][2] = hostile
     data["provenance"] = {hostile: hostile}
     text = html.page(data, title=hostile)
-    parsed, harmless = Parsed(text), Parsed(html.page(example()))
+    parsed = Parsed(text)
+    harmless = Parsed(html.page(example(provenance={"one": "entry"})))
     for name in ("prompt", "output", "input_tokens", "output_features", "provenance"):
         assert parsed.data[name] == data[name]
     assert [tag for tag, _ in parsed.elements] == [tag for tag, _ in harmless.elements]
@@ -388,18 +389,41 @@ def row_values(data, token):
 def test_at_first_the_whole_answer_is_selected(view):
     data = sure(example())
     page = view(data)
-    prompt_sum, output_sum = added(data["token_attr"]), added(data["output_attr"])
-    most = max(map(abs, prompt_sum + output_sum))
     assert page.inner_text("#chosen-name") == "Whole answer"
-    assert levels(page, "prompt") == scaled(prompt_sum, most)
-    assert levels(page, "answer") == scaled(output_sum, most)
-    first = page.locator("#top tbody tr").first
-    names = data["input_tokens"] + data["output_features"]
-    strongest = max(range(len(names)), key=lambda i: abs((prompt_sum + output_sum)[i]))
-    assert first.locator(".what").inner_text() == names[strongest].strip()
-    assert number(first.locator(".value").inner_text().split(" ")[0]) == pytest.approx(
-        (prompt_sum + output_sum)[strongest], abs=0.006
+    blocks = (
+        ("prompt", "token_attr", "input_tokens"),
+        ("answer", "output_attr", "output_features"),
     )
+    for side, attr, names in blocks:
+        sums = added(data[attr])
+        assert levels(page, side) == scaled(sums)  # each block has its own scale
+        first = page.locator(f"#top-{side} tbody tr").first
+        strongest = max(range(len(sums)), key=lambda i: abs(sums[i]))
+        assert first.locator(".what").inner_text() == data[names][strongest].strip()
+        assert first.locator(".where").inner_text() == f"#{strongest + 1}"
+        shown = first.locator(".value").inner_text().split(" ")[0]
+        assert number(shown) == pytest.approx(sums[strongest], abs=0.006)
+
+
+def test_causes_are_looked_for_in_the_prompt_in_the_answer_or_in_both(view):
+    data = sure(example())
+    page = view(data)
+    answer(page, 4).click()
+    of_prompt, of_output = row_values(data, 4)
+    page.check("input[name=block][value=prompt]")
+    assert levels(page, "prompt") == scaled(of_prompt)
+    assert levels(page, "answer") == [0] * 5
+    assert not page.locator("#top-answer").is_visible()
+    links = page.locator("#links path").evaluate_all("all => all.map(e => e.dataset.link)")
+    assert links
+    assert all(link.startswith("prompt") for link in links)
+    page.check("input[name=block][value=answer]")
+    assert levels(page, "answer") == scaled(of_output)
+    assert levels(page, "prompt") == [0] * 6
+    assert not page.locator("#top-prompt").is_visible()
+    page.check("input[name=block][value=both]")
+    assert page.locator("#top-prompt").is_visible()
+    assert page.locator("#top-answer").is_visible()
 
 
 def test_pointing_at_a_token_shows_its_causes_and_only_those(view):
@@ -407,9 +431,8 @@ def test_pointing_at_a_token_shows_its_causes_and_only_those(view):
     page = view(data)
     answer(page, 3).hover()
     of_prompt, of_output = row_values(data, 3)
-    most = max(map(abs, of_prompt + of_output))
-    assert levels(page, "prompt") == scaled(of_prompt, most)
-    assert levels(page, "answer") == scaled(of_output, most)
+    assert levels(page, "prompt") == scaled(of_prompt)
+    assert levels(page, "answer") == scaled(of_output)
     assert levels(page, "answer")[3:] == [0, 0]
     assert having(page, "answer", "later") == [4]
     assert having(page, "answer", "chosen") == [3]
@@ -436,7 +459,8 @@ def test_a_click_keeps_a_token_and_escape_lets_it_go(view):
     prompt(page, 1).hover()
     assert page.inner_text("#chosen-name") == "“t4”"
     cause, target, value, error = re.fullmatch(
-        r"“(.*)” → “(.*)”: (\S+) ± (\S+) nats(?:, within its error)?", page.inner_text("#details")
+        r"“(.*)” → “(.*)”: (\S+) ± (\S+) nats = .* times (?:as|less) probable(?:, could be noise)?",
+        page.inner_text("#details"),
     ).groups()
     assert (cause, target) == ("p1", "t4")
     assert number(value) == pytest.approx(data["token_attr"][4][1], abs=0.006)
@@ -478,11 +502,10 @@ def test_a_span_is_the_sum_of_its_rows(view, select):
     page = view(data)
     select(page)
     prompt_sum, output_sum = added(data["token_attr"][1:4]), added(data["output_attr"][1:4])
-    most = max(map(abs, prompt_sum + output_sum))
     assert page.inner_text("#chosen-name") == "“t1 t2 t3”"
     assert page.inner_text("#chosen-place") == "tokens 2–4 of 5, summed"
-    assert levels(page, "prompt") == scaled(prompt_sum, most)
-    assert levels(page, "answer") == scaled(output_sum, most)
+    assert levels(page, "prompt") == scaled(prompt_sum)
+    assert levels(page, "answer") == scaled(output_sum)
     assert having(page, "answer", "chosen") == [1, 2, 3]
     assert page.evaluate("getSelection().isCollapsed")
     page.click("#clear")
@@ -505,14 +528,33 @@ def test_the_bar_leads_from_empty_to_full(view, tokens):
         answer(page, tokens[0]).hover()
     assert bridge(page) == pytest.approx(
         {
-            "v(empty)": sum(data["empty_values"][t] for t in tokens),
+            "nothing given": sum(data["empty_values"][t] for t in tokens),
             "prompt": sum(sum(data["token_attr"][t]) for t in tokens),
-            "earlier answer": sum(sum(data["output_attr"][t]) for t in tokens),
-            "gap": 0.5,
-            "v(full)": sum(data["full_values"][t] for t in tokens),
+            "answer so far": sum(sum(data["output_attr"][t]) for t in tokens),
+            "not attributed": 0.5,
+            "everything given": sum(data["full_values"][t] for t in tokens),
         },
         abs=0.051,  # drawn with one to three decimals
     )
+    answer(page, 2).click()
+    assert list(bridge(page)) == ["nothing given", "prompt", "answer so far", "everything given"]
+
+
+def test_a_whole_answer_has_its_mean_probability_per_token(view):
+    data = example(full_values=[math.log(p) for p in (0.5, 0.5, 0.5, 0.5, 0.5)])
+    page = view(data)
+    assert "(50 % per token, in the mean)" in page.inner_text("#details").replace("\u00a0", " ")
+    answer(page, 0).click()
+    assert "(50 %);" in page.inner_text("#details").replace("\u00a0", " ")
+
+
+def test_nats_are_told_as_a_factor(view):
+    data = sure(example())
+    data["token_attr"][2][1] = 4.78
+    page = view(data)
+    answer(page, 2).click()
+    prompt(page, 1).hover()
+    assert page.inner_text("#details").endswith("= 119 times as probable")
 
 
 def test_scale_and_sign_are_switched(view):
@@ -522,10 +564,11 @@ def test_scale_and_sign_are_switched(view):
     page = view(data)
     answer(page, 0).click()
     assert levels(page, "prompt") == scaled(data["token_attr"][0])
-    assert page.inner_text("#high") == "+0.200 nats"
+    assert "full colour: prompt 0.200 nats" in page.inner_text("#full")
+    page.click("#more summary")
     page.check("input[value=common]")
     assert levels(page, "prompt") == scaled(data["token_attr"][0], 4.0)
-    assert page.inner_text("#high") == "+4.00 nats"
+    assert "full colour: prompt 4.00 nats" in page.inner_text("#full")
     page.check("input[value=own]")
     colour = "all => all.slice(0, 2).map((ink) => getComputedStyle(ink).backgroundColor)"
     inks = page.locator("#prompt .piece .ink")
@@ -534,7 +577,7 @@ def test_scale_and_sign_are_switched(view):
     page.check("input[value=absolute]")
     up, down = inks.evaluate_all(colour)
     assert up == down
-    assert page.inner_text("#low") == "0"
+    assert page.inner_text("#low") == "nothing"
 
 
 LEVELS = [
@@ -558,14 +601,22 @@ def test_without_levels_there_is_no_switch(view):
         assert not page.locator(f"#{side}-levels").is_visible()
 
 
-def test_the_levels_go_from_fine_to_coarse(view):
+def test_the_first_view_has_the_largest_parts_and_keys_look_closer(view):
+    """A level of a single part, as the turn here, tells nothing."""
     page = view(example(levels=LEVELS))
     switch = page.get_by_role("group", name="Prompt by")
-    assert switch.locator("span").all_inner_texts() == ["finest", "sentence", "turn"]
+    assert switch.locator("span").all_inner_texts() == ["sentence", "finest"]
+    assert switch.get_by_role("radio", name="sentence").is_checked()
+    assert page.locator("#prompt .piece").count() == 3
+    page.keyboard.press("+")
     assert switch.get_by_role("radio", name="finest").is_checked()
+    assert page.locator("#prompt .piece").count() == 6
+    page.keyboard.press("+")
+    page.keyboard.press("-")
+    assert page.locator("#prompt .piece").count() == 3
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=lambda level: level["name"])
+@pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level["name"])
 def test_a_coarser_level_sums_the_parts_of_the_prompt(view, level):
     data = sure(example(levels=LEVELS))
     page = view(data)
@@ -573,33 +624,31 @@ def test_a_coarser_level_sums_the_parts_of_the_prompt(view, level):
     page.get_by_role("radio", name=level["name"]).check()
     of_prompt, of_output = row_values(data, 3)
     sums = at_level(of_prompt, level)
-    most = max(map(abs, sums + of_output))
     texts = [
         "".join(f" p{i}" for i in range(6) if level["part_of"][i] == k) for k in range(len(sums))
     ]
     assert page.locator("#prompt .piece").all_text_contents() == texts
-    assert levels(page, "prompt") == scaled(sums, most)
-    assert levels(page, "answer") == scaled(of_output, most)
+    assert levels(page, "prompt") == scaled(sums)
+    assert levels(page, "answer") == scaled(of_output)
     assert page.inner_text("#chosen-name") == "“t3”"  # what was kept still is
-    assert set(level["parts"]) <= set(page.locator("#top .what").all_inner_texts())
+    assert set(level["parts"]) <= set(page.locator("#top-prompt .what").all_inner_texts())
     page.get_by_role("radio", name="finest").check()
-    assert levels(page, "prompt") == scaled(of_prompt, max(map(abs, of_prompt + of_output)))
+    assert levels(page, "prompt") == scaled(of_prompt)
 
 
 def test_a_part_of_the_prompt_shows_where_it_mattered_and_is_kept_across_levels(view):
     data = sure(example(levels=LEVELS))
     page = view(data)
+    page.get_by_role("radio", name="finest").check()
     prompt(page, 4).click()
     page.get_by_role("radio", name="sentence").check()
     assert page.inner_text("#chosen-name") == "“p4 p5”"
-    assert page.inner_text("#chosen-place") == "part 3 of 3 of the prompt"
+    assert page.inner_text("#chosen-place") == "sentence 3 of 3 in the prompt"
     assert having(page, "prompt", "chosen") == [2]
     column = [at_level(row, LEVELS[1])[2] for row in data["token_attr"]]
     assert levels(page, "answer") == scaled(column)
-    page.get_by_role("radio", name="turn").check()
-    assert page.inner_text("#chosen-name") == "“p0 … p5”"
     page.get_by_role("radio", name="finest").check()
-    assert page.inner_text("#chosen-name") == "“p0”"
+    assert page.inner_text("#chosen-name") == "“p4”"
 
 
 def test_errors_of_a_part_add_up_as_if_independent(view):
@@ -609,9 +658,11 @@ def test_errors_of_a_part_add_up_as_if_independent(view):
     answer(page, 2).click()
     page.get_by_role("radio", name="sentence").check()
     prompt(page, 0).hover()
-    assert page.inner_text("#details") == "“p0 p1 p2” → “t2”: +9.00 ± 1.30 nats"
+    assert page.inner_text("#details").startswith("“p0 p1 p2” → “t2”: +9.00 ± 1.30 nats")
     prompt(page, 2).hover()
-    assert page.inner_text("#details").endswith("+6.00 ± 5.00 nats, within its error")
+    assert page.inner_text("#details").endswith(
+        "+6.00 ± 5.00 nats = 403 times as probable, could be noise"
+    )
     note = page.inner_text("#note")
     assert "± is approximate here: the errors of the parts that are added up are taken as" in note
 
@@ -624,7 +675,7 @@ def test_errors_are_spoken_of_where_there_are_any(view, errors, estimate):
         data[f"{name}_se"] = [[errors] * len(row) for row in data[name]]
     page = view(data)
     answer(page, 2).click()
-    shown = page.inner_text("#note") + page.inner_text("#top") + page.inner_text("#details")
+    shown = page.inner_text("#note") + page.inner_text("#top-prompt") + page.inner_text("#details")
     assert ("±" in shown) == bool(errors)
 
 
@@ -633,12 +684,14 @@ def test_the_common_scale_and_the_bar_follow_the_level(view):
     page = view(data)
     answer(page, 1).click()
     before = bridge(page)
-    page.get_by_role("radio", name="turn").check()
+    page.get_by_role("radio", name="finest").check()
     assert bridge(page) == before
+    page.get_by_role("radio", name="sentence").check()
+    page.click("#more summary")
     page.check("input[value=common]")
-    cells = [at_level(row, LEVELS[0]) for row in data["token_attr"]] + data["output_attr"]
+    cells = [at_level(row, LEVELS[1]) for row in data["token_attr"]]
     most = max(abs(value) for row in cells for value in row)
-    assert levels(page, "prompt") == scaled(at_level(data["token_attr"][1], LEVELS[0]), most)
+    assert levels(page, "prompt") == scaled(at_level(data["token_attr"][1], LEVELS[1]), most)
 
 
 def test_fixed_text_stands_between_the_pieces_of_a_part(view):
@@ -662,7 +715,7 @@ def test_signs_can_be_read_without_colour(view):
         " return s.textDecorationLine === 'none' ? 'none' : s.textDecorationStyle; })"
     )
     assert lines == ["solid", "dashed", "none"]
-    values = page.locator("#top td.value").all_inner_texts()
+    values = page.locator("#top-prompt td.value").all_inner_texts()
     assert [value[0] for value in values[:2]] == ["+", "−"]
 
 
@@ -675,12 +728,22 @@ def test_what_lies_within_its_error_is_pale(view):
     # Of the third, an estimate, no error is known.
     assert levels(page, "prompt")[:3] == pytest.approx([1.0, 0.3, -0.15], abs=0.0126)
     assert having(page, "prompt", "sure") == [0]
-    assert page.locator("#top tbody tr.unsure .what").all_inner_texts() == ["p1", "p2"]
-    assert page.locator("#top td.value").nth(2).inner_text().endswith("± ?")
+    assert page.locator("#top-prompt tbody tr.unsure .what").all_inner_texts() == ["p1", "p2"]
+    assert page.locator("#top-prompt td.value").nth(2).inner_text().endswith("± ?")
     assert "± ?: of these estimates no error is known" in page.inner_text("#note")
     answer(page, 0).click()
     prompt(page, 1).hover()
-    assert page.inner_text("#details").endswith("within its error")
+    assert page.inner_text("#details").endswith("could be noise")
+
+
+def test_many_cells_looked_at_together_ask_for_more(view):
+    data = example(marked_beyond=3.0)
+    data["token_attr"][0] = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    data["token_attr_se"][0] = [0.3, 0.4, 0.0, 0.0, 0.0, 0.0]
+    page = view(data)
+    answer(page, 0).click()
+    assert having(page, "prompt", "sure") == [0]
+    assert "within 3.00 of them could be noise" in page.inner_text("#note")
 
 
 def test_estimates_of_unknown_error_are_no_causes(view):
@@ -693,19 +756,20 @@ def test_estimates_of_unknown_error_are_no_causes(view):
     )
     for look in (lambda: None, lambda: answer(page, 3).click()):
         look()
-        assert page.inner_text("#top caption") == "Largest estimates, of unknown error"
+        captions = page.locator("#top-prompt caption").inner_text()
+        assert captions == "In the prompt, by finest: largest estimates, of unknown error"
         assert "nothing tells a cause from noise" in page.inner_text("#note")
         assert not having(page, "prompt", "sure") + having(page, "answer", "sure")
         assert page.locator("#links path").count() == 0
-        rows = page.locator("#top tbody tr:not(.rest)")
-        assert rows.count() == page.locator("#top tbody tr.unsure").count() > 0
+        rows = page.locator("#top-prompt tbody tr:not(.rest)")
+        assert rows.count() == page.locator("#top-prompt tbody tr.unsure").count() > 0
         shown = rows.locator("td.value").all_inner_texts()
         assert all(value.endswith("± ?") for value in shown)
     prompt(page, 1).hover()
-    assert page.inner_text("#details").endswith("± ? nats, of unknown error")
+    assert page.inner_text("#details").endswith("probable, of unknown error")
     # The same numbers where nothing is estimated are what they are.
     page = view(data | {"estimate": False})
-    assert page.inner_text("#top caption") == "Strongest causes"
+    assert page.inner_text("#top-prompt caption") == "In the prompt, by finest"
     assert page.locator("#links path").count() > 0
 
 
@@ -715,7 +779,7 @@ def test_everything_works_from_the_keyboard(view):
     for _ in range(12):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.closest('[id], body').id"))
-    assert {"tools", "prompt", "answer"} <= set(reached)
+    assert {"blocks", "prompt", "answer"} <= set(reached)
     answer(page, 0).focus()
     page.keyboard.press("ArrowRight")
     assert page.inner_text("#chosen-name") == "“t1”"
@@ -739,47 +803,41 @@ def test_roles_and_names_are_those_of_a_reader(view):
     assert page.get_by_role("listbox", name="Answer").count() == 1
     assert page.get_by_role("option", name="new line").count() == 1
     assert page.get_by_role("option", name="t0", exact=True).count() == 1
-    assert page.get_by_role("group", name="Scale").get_by_role("radio").count() == 2
-    assert page.get_by_role("table", name="Strongest causes").count() == 1
-    assert page.get_by_role("columnheader", name="attribution").count() == 1
+    page.click("#more summary")
+    assert page.get_by_role("group", name="Full colour").get_by_role("radio").count() == 2
+    for name in ("In the prompt, by finest", "In the answer so far, by token"):
+        assert page.get_by_role("table", name=name).count() == 1
+    assert page.get_by_role("columnheader", name="attribution").count() == 2
 
 
-CONTRAST = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const over = (colours) => {
-    canvas.clearRect(0, 0, 1, 1);
-    for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
-    return Array.from(canvas.getImageData(0, 0, 1, 1).data.slice(0, 3));
-  };
-  const light = (rgb) => rgb.map((c) => c / 255)
-    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  let worst = 99;
-  for (const el of document.querySelectorAll("body *")) {
-    const own = Array.from(el.childNodes).some((n) => n.nodeType === 3 && n.data.trim());
-    if (!own || !el.checkVisibility() || el.closest("th, noscript, script, style")) continue;
-    const under = [];
-    for (let up = el; up; up = up.parentElement)
-      under.unshift(getComputedStyle(up).backgroundColor);
-    const a = light(over(under)), b = light(over([...under, getComputedStyle(el).color]));
-    worst = Math.min(worst, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
-  }
-  return worst;
-}"""
+@pytest.fixture(scope="module")
+def axe():
+    """The rules of axe-core, as a script for a page."""
+    package = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
+    return (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+
+
+def violations(page, axe):
+    """What axe-core finds wrong in what is shown, by the rules of WCAG 2.2 AA and its own."""
+    page.evaluate(axe)
+    found = page.evaluate("axe.run(document).then((result) => result.violations)")
+    return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_text_has_enough_contrast(view, scheme):
-    data = sure(example())
+def test_the_page_is_accessible(view, axe, scheme):
+    data = sure(example(levels=LEVELS))
     data["token_attr"][2] = [1.0, -1.0, 0.5, -0.5, 1.0, -1.0]
     data["output_attr"][2][:2] = [1.0, -1.0]
     page = view(data)
     page.emulate_media(color_scheme=scheme)
-    answer(page, 2).hover()
-    assert page.evaluate(CONTRAST) >= 4.5  # WCAG 2.2, AA
+    page.get_by_role("radio", name="finest").check()
+    answer(page, 2).click()
+    assert violations(page, axe) == []
+    page.click("#more summary")
     page.check("input[value=absolute]")
-    answer(page, 2).hover()
-    assert page.evaluate(CONTRAST) >= 4.5
+    page.check("input[value=map]")
+    assert violations(page, axe) == []
 
 
 def test_markup_stays_text_and_white_space_stays(view):
@@ -815,7 +873,7 @@ def test_pieces_of_one_feature_light_up_together(view):
     page = view(data)
     answer(page, 3).hover()
     assert page.locator("#prompt .piece").all_inner_texts() == [" Palm Coast", " and", " it"]
-    assert levels(page, "prompt") == pytest.approx([0.25, -0.125, 0.25], abs=0.0126)
+    assert levels(page, "prompt") == [1, -0.5, 1]
     assert levels(page, "answer") == [1, 1, 0, 0]
 
 
@@ -828,7 +886,12 @@ def test_an_answer_held_fixed_is_no_cause(view):
     assert levels(page, "answer") == [0] * 5
     answer(page, 1).hover()
     assert page.inner_text("#details") == "“t1” was held fixed"
-    assert list(bridge(page)) == ["v(empty)", "prompt", "gap", "v(full)"]
+    assert list(bridge(page)) == [
+        "nothing given",
+        "prompt",
+        "not attributed",
+        "everything given",
+    ]
 
 
 @pytest.mark.parametrize(("n_prompt", "n_target"), [(1, 1), (0, 2), (3, 0)])
@@ -855,7 +918,18 @@ def chat():
     return data
 
 
-def test_chat_turns_are_bubbles_and_the_template_is_grey(view):
+def test_long_lines_of_a_template_are_folded_until_clicked(view):
+    data = chat()
+    data["prompt"][0]["text"] = "<|system|>\nYou are a helpful assistant.\nBe kind.\n"
+    page = view(data)
+    line = page.locator("#prompt .template").first
+    height = line.bounding_box()["height"]
+    assert line.text_content() == data["prompt"][0]["text"]
+    line.click(force=True)  # an option that is none
+    assert line.bounding_box()["height"] > 2 * height
+
+
+def test_chat_turns_are_bubbles_and_the_template_is_grey(view, axe):
     page = view(chat())
     turns = page.locator("#prompt .turn")
     assert turns.evaluate_all("all => all.map(e => [e.dataset.role, e.textContent])") == [
@@ -876,7 +950,7 @@ def test_chat_turns_are_bubbles_and_the_template_is_grey(view):
     assert template == ["<|system|>\n", "</s>\n<|user|>\n", "</s>\n<|assistant|>\n", "</s>"]
     page.get_by_role("option", name="Who").click()
     assert having(page, "prompt", "chosen") == [1]
-    assert page.evaluate(CONTRAST) >= 4.5
+    assert violations(page, axe) == []
 
 
 OUTPUT_LEVELS = [{"name": "word", "part_of": [0, 0, 1, 2, 2]}]
@@ -886,20 +960,110 @@ def test_the_answer_is_read_by_larger_parts(view):
     data = sure(example(output_levels=OUTPUT_LEVELS))
     page = view(data)
     switch = page.get_by_role("group", name="Answer by")
-    assert switch.locator("span").all_inner_texts() == ["token", "word"]
+    assert switch.locator("span").all_inner_texts() == ["word", "token"]
     answer(page, 4).click()
     switch.get_by_role("radio", name="word").check()
     assert page.locator("#answer .piece").all_text_contents() == [" t0 t1", " t2", " t3 t4"]
     assert page.inner_text("#chosen-name") == "“t3 t4”"
     of_prompt, of_output = added(data["token_attr"][3:]), added(data["output_attr"][3:])
     words = [of_output[0] + of_output[1], of_output[2], of_output[3] + of_output[4]]
-    most = max(map(abs, of_prompt + words))
-    assert levels(page, "prompt") == scaled(of_prompt, most)
-    assert levels(page, "answer") == scaled(words, most)
+    assert levels(page, "prompt") == scaled(of_prompt)
+    assert levels(page, "answer") == scaled(words)
     prompt(page, 2).click()
     column = [row[2] for row in data["token_attr"]]
     words = [column[0] + column[1], column[2], column[3] + column[4]]
     assert levels(page, "answer") == scaled(words)
+
+
+def test_the_answer_is_read_by_words_first_where_it_says_so(view):
+    page = view(example(output_levels=OUTPUT_LEVELS, answer_unit="word"))
+    assert page.locator("#answer .piece").all_text_contents() == [" t0 t1", " t2", " t3 t4"]
+
+
+def test_a_kept_word_is_widened_to_its_sentence(view):
+    said = [{"name": "sentence", "part_of": [0, 0, 0, 1, 1]}]
+    data = sure(example(levels=LEVELS, output_levels=said))
+    page = view(data)
+    answer(page, 1).click()
+    page.click("#sentence")
+    assert page.inner_text("#chosen-name") == "“t0 t1 t2”"
+    assert not page.locator("#sentence").is_visible()
+    sums = at_level(added(data["token_attr"][:3]), LEVELS[1])
+    ranked = sorted(range(3), key=lambda i: -abs(sums[i]))
+    rows = page.locator("#top-prompt tbody tr")
+    assert rows.locator(".what").all_inner_texts() == [LEVELS[1]["parts"][i] for i in ranked]
+    # Or by one click, where the answer is read by sentences.
+    page.get_by_role("group", name="Answer by").get_by_role("radio", name="sentence").check()
+    page.keyboard.press("Escape")
+    answer(page, 1).click()
+    assert page.inner_text("#chosen-name") == "“t3 t4”"
+
+
+def test_fragments_are_shown_within_their_word(view):
+    around = {"prompt": [["", ""]] * 6, "output": [["", ""], ["c", "o"], *[["", ""]] * 3]}
+    page = view(sure(example(around=around)))
+    cell = page.locator("#top-answer tbody tr:has(.where:text-is('#2')) .what button")
+    assert cell.inner_html() == (
+        '<span class="around">c</span><b>t1</b><span class="around">o</span>'
+    )
+
+
+def test_the_heat_map_has_every_cell_that_is_told_from_noise(view):
+    data = sure(example())
+    data["token_attr_se"][2][0] = 99.0
+    page = view(data)
+    page.check("input[value=map]")
+    assert not page.locator("#prompt").is_visible()
+    page.evaluate("document.querySelector('#map canvas').scrollIntoView()")
+    colours = page.evaluate(
+        """([left, top, width, height]) => {
+          const canvas = document.querySelector("#map canvas"), scale = devicePixelRatio;
+          const image = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+          return [[0, 0], [2, 0], [2, 1]].map(([row, column]) => {
+            const x = Math.round((left + width * (column + 0.2)) * scale);
+            const y = Math.round((top + height * (row + 0.2)) * scale);
+            return image.data[4 * (y * image.width + x) + 3];
+          });
+        }""",
+        [150, 130, 28, 18],
+    )
+    # Of the second cell the error is too large.
+    assert [alpha > 0 for alpha in colours] == [True, False, True]
+    box = page.locator("#map canvas").bounding_box()
+    page.mouse.move(box["x"] + 150 + 28 * 1.5, box["y"] + 130 + 18 * 2.5)
+    assert page.inner_text("#details").startswith("“p1” → “t2”: ")
+    page.mouse.click(box["x"] + 150 + 28 * 1.5, box["y"] + 130 + 18 * 2.5)
+    assert page.inner_text("#chosen-name") == "“t2”"
+
+
+def test_what_follows_the_pointer_covers_no_text(view):
+    data = sure(example(120, 60))
+    page = view(data)
+    page.set_viewport_size({"width": 1100, "height": 600})
+    covered = page.evaluate(
+        """() => Array.from(document.querySelectorAll("#text .piece .ink"), (ink) => {
+          const box = ink.getBoundingClientRect();
+          const seen = box.bottom < innerHeight && box.top > 0;
+          const top = seen && document.elementFromPoint(box.left + 2, (box.top + box.bottom) / 2);
+          return top && !ink.contains(top) && !top.closest(".box") ? top.outerHTML : null;
+        }).filter(Boolean)"""
+    )
+    page.set_viewport_size({"width": 1280, "height": 720})
+    assert covered == []
+
+
+def test_paper_has_all_and_speaks_of_no_lines(view):
+    data = sure(example(narrative=["It was so."], about=["model", "method"]))
+    page = view(data)
+    page.emulate_media(media="print")
+    assert not page.locator("#links").is_visible()
+    assert "Solid lines" not in page.inner_text("#note")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("#provenance dt").first.is_visible()
+    assert page.inner_text("#about") == "model · method"
+    assert page.inner_text("#narrative") == "It was so."
+    assert page.locator("#answer").evaluate("e => e.scrollHeight <= e.clientHeight + 1")
+    page.emulate_media(media="screen")
 
 
 def test_links_lead_from_the_strongest_causes_and_can_be_switched_off(view):
@@ -913,6 +1077,7 @@ def test_links_lead_from_the_strongest_causes_and_can_be_switched_off(view):
         "all => all.map(e => [e.dataset.link, e.getAttribute('class')])"
     )
     assert drawn == [["prompt 0 3", "up"], ["prompt 1 3", "down"], ["answer 1 3", "up"]]
+    page.click("#more summary")
     page.get_by_role("checkbox", name="lines").uncheck()
     answer(page, 3).hover()
     assert page.locator("#links path").count() == 0
@@ -933,22 +1098,28 @@ def test_a_kept_token_tells_what_it_led_to(view):
 
 
 def test_without_scripts_the_causes_are_told_as_text(tab):
-    data = sure(example())
+    data = sure(example(about=["tiny", "KernelShap"], narrative=["Mostly p2."]))
     data["token_attr"][1] = [0.0, 0.0, 7.5, 0.0, -6.25, 0.0]
+    data["token_attr_se"][1][2] = 0.5
+    data["token_attr_se"][2] = [99.0] * 6
     context = tab.context.browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.set_content(html.page(data))
-    told = page.locator("noscript tr").nth(1).inner_text()
-    assert page.locator("noscript pre").nth(1).inner_text().split() == [
-        "t0",
-        "t1",
-        "t2",
-        "t3",
-        "t4",
-    ]
+    rows = page.locator("noscript tbody tr")
+    cells = rows.nth(1).locator("th, td").all_inner_texts()
+    noise = rows.nth(2).locator("td").first.inner_text()
+    kinds = rows.nth(1).locator("td .cause").evaluate_all("all => all.map(e => e.className)")
+    answers = page.locator("noscript pre").nth(1).inner_text().split()
+    told = page.inner_text("body")
     context.close()
-    assert told.split("\t")[0].strip() == "t1"
-    assert told.split("\t")[1].startswith("p2 +7.5, p4 -6.25")
+    assert answers == ["t0", "t1", "t2", "t3", "t4"]
+    assert cells[0].strip() == "t1"
+    assert cells[1] == "p2 +7.50 ± 0.50, p4 −6.25 ± 0.00"
+    assert cells[2].startswith("t0 ")
+    assert kinds[:2] == ["cause raises", "cause lowers"]
+    assert noise == "–"  # told from nothing: left out
+    for said in ("tiny · KernelShap", "Mostly p2.", "How this was computed", "seed"):
+        assert said in told
 
 
 @pytest.mark.parametrize("floor", [3e-5, 0.2])
@@ -1002,7 +1173,7 @@ def test_the_page_switches_between_both_values(view):
     for number, numbers in ((0, data), (1, data["other"]), (0, data)):
         labels.nth(number).click()
         shown = numbers["token_attr"][3]
-        most = max(map(abs, shown + numbers["output_attr"][3]))
+        most = max(map(abs, shown))
         drawn = levels(page, "prompt")
         strong = [i for i, x in enumerate(shown) if abs(x) > 0.1 * most]
         assert [drawn[i] for i in strong] == scaled([shown[i] for i in strong], most)
@@ -1047,7 +1218,7 @@ def test_errors_of_the_whole_answer_are_those_that_were_told(view):
     ]
     data = example(sums=whole)
     page = view(data)
-    errors = page.locator("#top td.value small").all_inner_texts()
+    errors = page.locator(".causes td.value small").all_inner_texts()
     assert {error.split()[-1] for error in errors} <= {
         "0.5",
         "0.50",
@@ -1074,6 +1245,7 @@ def test_errors_of_parts_and_spans_that_are_known_are_shown(view):
     data = example(levels=LEVELS, sums=told)
     data["token_attr"][1], data["token_attr"][2] = [3.0] * 6, [3.0] * 6
     page = view(data)
+    page.get_by_role("radio", name="finest").check()
     answer(page, 1).click()
     answer(page, 2).click(modifiers=["Shift"])
     prompt(page, 0).hover()
@@ -1083,15 +1255,13 @@ def test_errors_of_parts_and_spans_that_are_known_are_shown(view):
     prompt(page, 0).hover()
     assert page.inner_text("#details").endswith("+18.0 ± 0.1 nats")
     prompt(page, 2).hover()
-    assert page.inner_text("#details").endswith("± 9.0 nats, within its error")
+    assert page.inner_text("#details").endswith("± 9.0 nats, could be noise")
     assert "approximate" not in page.inner_text("#note")
     page.keyboard.press("Escape")
     prompt(page, 0).click()  # what it did to each token
     answer(page, 2).hover()
-    assert page.inner_text("#details").endswith("+9.00 ± 0.13 nats")
+    assert "+9.00 ± 0.13 nats = " in page.inner_text("#details")
     assert "approximate" not in page.inner_text("#note")
-    page.get_by_role("radio", name="turn").check()
-    assert "errors of the parts that are added up" in page.inner_text("#note")
 
 
 def test_there_is_no_element_per_cell_and_long_texts_get_a_ruler(view):
@@ -1102,7 +1272,7 @@ def test_there_is_no_element_per_cell_and_long_texts_get_a_ruler(view):
     answer(page, 5).click()
     row = data["token_attr"][5]
     best = max(range(600), key=lambda j: abs(row[j]))
-    page.click("#top tbody tr:has(.where:text-is('prompt')) button >> nth=0")
+    page.click("#top-prompt tbody tr button >> nth=0")
     assert page.evaluate(
         """(j) => { const box = document.getElementById("prompt").getBoundingClientRect();
         const piece = document.querySelectorAll("#prompt .piece")[j].getBoundingClientRect();
@@ -1133,3 +1303,13 @@ def test_the_escaped_page_is_the_page():
     assert html.page(data) == escapes.unescape(
         html.fragment(data).split('srcdoc="')[1][: -len('"></iframe>')]
     )
+
+
+def test_a_text_stands_beside_the_frame_for_viewers_that_strip_it():
+    beside = html.fragment(example(), "t1  ←  p2 +1.00 <b>").split("</iframe>")[1]
+    assert "<pre>t1  ←  p2 +1.00 &lt;b&gt;</pre>" in beside
+    cause = {"name": "p2", "text": "p2", "attribution": -1.0, "standard_error": 0.1, "marked": True}
+    data = example(summary={"level": "word", "prompt": [cause], "answer": []})
+    beside = html.fragment(data, "text").split("</iframe>")[1]
+    assert "whole answer</b> ← " in beside.split("</summary>")[0]
+    assert "−1.00" in beside.split("</summary>")[0]

@@ -292,15 +292,41 @@ def names(ax):
 def test_what_is_beyond_its_error_and_not_negligible_is_joined():
     prompt, output = attributions(9, 5)
     errors = np.abs(attributions(9, 5, seed=1)[0]), np.full((9, 9), 0.2)
-    _, ax = flow(prompt, output, prompt_errors=errors[0], output_errors=errors[1], least=0.1)
-    most = max(np.abs(prompt).max(), np.abs(output).max())
+    spread = {"prompt_errors": errors[0], "output_errors": errors[1]}
+    _, ax = flow(prompt, output, **spread, least=0.1, most=99)
     want = set()
     for side, values, error in (("prompt", prompt, errors[0]), ("output", output, errors[1])):
         for (token, feature), value in np.ndenumerate(values):
-            if abs(value) >= 0.1 * most and abs(value) >= 1.96 * error[token, feature]:
+            # Each side has its own scale.
+            if (
+                abs(value) >= 0.1 * np.abs(values).max()
+                and abs(value) >= 1.96 * error[token, feature]
+            ):
                 want.add((side, feature, token))
     assert len(want) > 4
     assert set(curves(ax)) == want
+    _, ax = flow(prompt, output, **spread, least=0.1, most=99, sure=9.0)
+    assert set(curves(ax)) < want
+
+
+def test_a_token_has_its_three_strongest_causes_on_their_scales():
+    prompt, output = attributions(9, 5)
+    output *= 100  # far larger, as earlier output is in real answers: the prompt is still seen
+    _, ax = flow(prompt, output, least=0.0)
+    by_token = {}
+    for side, feature, token in curves(ax):
+        by_token.setdefault(token, set()).add((side, feature))
+    for token in range(9):
+        sizes = {
+            (side, i): abs(x) / np.abs(values).max()
+            for side, values in (("prompt", prompt), ("output", output))
+            for i, x in enumerate(values[token])
+            if x
+        }
+        assert by_token[token] == set(sorted(sizes, key=sizes.get)[-3:])
+    assert any(side == "prompt" for side, _, _ in curves(ax))
+    (key,) = (name for name in names(ax) if "widest" in name)
+    assert f"prompt {np.abs(prompt).max():.3g} and generated {np.abs(output).max():.3g}" in key
 
 
 def test_what_cannot_be_told_is_not_drawn():
@@ -389,7 +415,7 @@ def test_of_a_long_answer_only_tokens_with_links_are_shown():
     fig, ax = flow(prompt, output, unit="nats", towards=170)
     assert {name for name in names(ax) if name[0] == "t"} == {"t120", "t170"}
     key = next(name for name in names(ax) if "widest" in name)
-    assert "widest: 2 nats" in key
+    assert "widest: prompt 2 nats and generated 1 nats" in key
     assert "2 of 200 tokens: those with links" in key
     assert fig.get_size_inches()[1] < 5
     found = curves(ax)
@@ -399,7 +425,7 @@ def test_of_a_long_answer_only_tokens_with_links_are_shown():
 
 def test_of_very_many_links_the_strongest_are_drawn():
     prompt, _ = attributions(30, 30)
-    _, ax = flow(prompt, least=0.0)
+    _, ax = flow(prompt, least=0.0, most=30)
     found = {(feature, token) for _, feature, token in curves(ax)}
     order = np.abs(prompt).ravel().argsort()[::-1][:200]
     assert found == {(i % 30, i // 30) for i in order.tolist()}

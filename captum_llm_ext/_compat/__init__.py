@@ -6,7 +6,12 @@ from captum_llm_ext._compat.attention import (
     boolean_mask,
     has_eager_attention,
 )
-from captum_llm_ext._compat.batches import fixed_positions, free_memory, why_not_batched
+from captum_llm_ext._compat.batches import (
+    fixed_positions,
+    free_memory,
+    used_memory,
+    why_not_batched,
+)
 from captum_llm_ext._compat.causal import check_causal, is_masked, language_part
 from captum_llm_ext._compat.forward import (
     called,
@@ -20,6 +25,7 @@ from captum_llm_ext._compat.forward import (
 from captum_llm_ext._compat.generation import (
     arguments_for_generate,
     defaults_for_sampling,
+    end_ids,
     generation_settings,
     is_generation_config,
 )
@@ -79,6 +85,7 @@ __all__ = [
     "decoder_layers",
     "defaults_for_sampling",
     "embeddings",
+    "end_ids",
     "fixed_positions",
     "forward_arguments",
     "free_memory",
@@ -121,6 +128,7 @@ __all__ = [
     "text_config",
     "uncached",
     "uncompiled",
+    "used_memory",
     "values_mixed_by",
     "versions",
     "vocabulary_size",

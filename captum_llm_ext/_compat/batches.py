@@ -39,6 +39,15 @@ def fixed_positions(model: nn.Module) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
+def used_memory() -> int | None:
+    """Bytes of main memory that this process takes, or None where nobody tells."""
+    try:
+        import psutil  # accelerate 1.x brings it
+    except ImportError:
+        return None
+    return int(psutil.Process().memory_info().rss)
+
+
 def free_memory() -> int | None:
     """Bytes of main memory that are free, or None where nobody tells."""
     try:

@@ -52,3 +52,12 @@ def _padding_for_generate(model: nn.Module) -> dict[str, Any]:
     end = getattr(config, "eos_token_id", None)
     first = cast(Any, end[0] if isinstance(end, list) and end else end)
     return {} if first is None or isinstance(first, list) else {"pad_token_id": int(first)}
+
+
+def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens with which a model ends what it writes, as it or its tokenizer says."""
+    for owner in (getattr(model, "generation_config", None), tokenizer):
+        ends = getattr(owner, "eos_token_id", None)
+        if ends is not None:
+            return frozenset(ends if isinstance(ends, list | tuple) else [ends])
+    return frozenset()

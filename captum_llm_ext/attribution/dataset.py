@@ -20,6 +20,7 @@ from captum_llm_ext.base.arguments import check_passed_on
 from captum_llm_ext.base.digest import describe, differences, digest
 from captum_llm_ext.methods.estimators import is_known
 from captum_llm_ext.model.processes.group import Accelerator, Processes
+from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.files import read_provenance
 from captum_llm_ext.text import encoding
@@ -86,7 +87,7 @@ def attribute_dataset(
     roles: Sequence[str] = ("user", "system"),
     baselines: Any = None,
     accelerator: Accelerator | None = None,
-    show_progress: bool = False,
+    show_progress: Shown = False,
     **options: Any,
 ) -> DatasetReport:
     """Attributes many prompts, each to a file of its own.
@@ -113,10 +114,11 @@ def attribute_dataset(
             counted from 0 (``000000.safetensors``); `GenerationAttributionResult.load` reads it,
             and ``provenance["record"]`` tells the number and the id.
         unit, baselines: As of `TextSegmentInput` and `ChatInput`. By default words of a prompt,
-            turns of a chat; and deletion.
+            and of a chat of one message, turns of other chats; and deletion.
         roles: As of `ChatInput`.
         accelerator: For an attribution that was made without, as those by gradients are.
-        show_progress: Whether one bar over the records is shown, by the main process.
+        show_progress: Whether one bar over the records is shown, by the main process; or a
+            `Listener` to that.
         **options: Arguments of the attribution's ``attribute``, the same for each record.
 
     Returns:
@@ -181,22 +183,21 @@ def _run(
     makes: "_Maker",
     folder: Path,
     processes: Processes,
-    show_progress: bool,
+    show_progress: Shown,
 ) -> DatasetReport:
-    from tqdm.auto import tqdm  # captum and transformers both bring it
-
-    hides = not (show_progress and processes.is_main)
     total, own = DatasetReport(), DatasetReport()
     work = processes.work()
     source = enumerate(_entries(records))
     began = said = time.monotonic()
-    with tqdm(total=_length(records), desc="records", unit="record", disable=hides) as bar:
+    bar = ProgressBar("records", "record", is_shown=processes.is_main and show_progress)
+    with bar.shown():
+        bar.announce(_length(records) or 0)
 
         def hear(messages: Iterable[DatasetReport]) -> DatasetReport:
             heard = sum(messages, DatasetReport())
-            bar.update(heard.n_records)
             if heard.n_failed:
-                bar.set_postfix_str(f"{(total + heard).n_failed} failed")
+                bar.note(f"{(total + heard).n_failed} failed")
+            bar.advance(heard.n_records)
             return total + heard
 
         for ticket in work.take():
@@ -271,10 +272,11 @@ class _Maker:
         if "prompt" in record:
             unit = "word" if self._unit is None else self._unit
             return TextSegmentInput(record["prompt"], tokenizer, unit, baselines=self._baselines)
+        unsaid = "word" if len(record["messages"]) == 1 else "turn"
         return ChatInput(
             record["messages"],
             tokenizer,
-            "turn" if self._unit is None else self._unit,
+            unsaid if self._unit is None else self._unit,
             self._roles,
             tools=record.get("tools"),
             baselines=self._baselines,

@@ -22,6 +22,7 @@ from captum_llm_ext.attribution.target import (
     check_target,
     generate_target,
     target_ids,
+    tell_answer,
 )
 from captum_llm_ext.attribution.what_if import WhatIf
 from captum_llm_ext.base.arguments import at_least_one, check_counts, check_passed_on
@@ -42,6 +43,7 @@ from captum_llm_ext.model import (
     planned_generation,
 )
 from captum_llm_ext.model.likelihood import Likelihood
+from captum_llm_ext.model.scoring.progress import Shown
 from captum_llm_ext.result import Design, GenerationAttributionResult
 from captum_llm_ext.result.assembled import assembled, numbers_of
 from captum_llm_ext.result.provenance import model_provenance, run_provenance, target_provenance
@@ -170,7 +172,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         max_exact_features: int = 12,
         perturbations_per_eval: int | None = None,
         feature_mask: Tensor | None = None,
-        show_progress: bool = False,
+        show_progress: Shown = False,
         skip_tokens: Skipped | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         **kwargs: Any,
@@ -220,7 +222,9 @@ class GenerationAttribution(WhatIf, LLMAttribution):
                 most 16.
             perturbations_per_eval: At most so many rows in a batch; by default what memory allows.
             feature_mask: As in captum: shape ``(1, n_features)``, equal numbers are one feature.
-            show_progress: Whether a bar over the model's evaluations is shown.
+            show_progress: Whether a bar over the model's evaluations is shown, in lines where
+                stderr is no terminal; or a `Listener` that hears of them, and of the answer as
+                soon as it is there.
             skip_tokens: Deprecated, as captum had it up to 0.8: tokens left out of the target.
             checkpoint: A file that ends in ``.safetensors``, or a folder for the files of several
                 runs. Values are written there as they are found, every second or so; the same call
@@ -288,6 +292,8 @@ class GenerationAttribution(WhatIf, LLMAttribution):
                 open_journal = partial(Journal, checkpoint, about)
             with scorer.keeping(open_journal):
                 ids = self._target_ids(run, target, gen_args, generation, skip_tokens)
+                if generation is not None and self._processes.is_main:
+                    tell_answer(show_progress, self, run.full, ids, generation)
                 game = self._game(run, ids, output_unit, output_baselines)
                 joint = None
                 with scorer.progress():
@@ -472,6 +478,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             "n_coalitions": len(outcome.plan.masks),
             "n_evaluations": game.run.scorer.n_evaluations,
             "deterministic_baselines": game.deterministic,
+            "absence": game.run.context.absence(game.generated),
             "matches": game.run.context.matches(game.generated),
             "rows_by_process": game.run.scorer.n_scored if self._shared else None,
             **self._model_provenance(),
@@ -488,7 +495,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         """
         return planned_generation(self.model, self.tokenizer, gen_args)
 
-    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> RowScorer:
+    def _scorer(self, max_rows: int | None, show_progress: Shown = False) -> RowScorer:
         return Scorer(
             self.model,
             attr_target=scored(self.attr_target),

@@ -8,8 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from captum_llm_ext import _compat
 from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.model import Generation, RowScorer, Scorer, TokenRow, check_same
+from captum_llm_ext.model.scoring.progress import Listener
 from captum_llm_ext.text import encoding, tokens
 from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
 
@@ -296,6 +298,28 @@ def generate_target(
     if both:
         raise ValueError(f"`gen_args` has {sorted(both)[0]!r}, which `inp` gives: leave it out.")
     return scorer.generate(TokenRow(prompt.ids, (), prompt.extras), generation.arguments, seed)
+
+
+def tell_answer(
+    listener: object,
+    attribution: Any,
+    prompt: RenderedPrompt,
+    ids: Tensor,
+    generation: Generation,
+) -> None:
+    """Tells who listens what was generated, before anything is made of it.
+
+    Args:
+        listener: Who may hear of a run; one that is no `Listener` does not.
+        attribution: Whose model wrote it.
+        prompt: What it answers.
+        ids: The answer, ``(n_target,)``.
+        generation: How it was generated.
+    """
+    if isinstance(listener, Listener):
+        ends = _compat.end_ids(getattr(attribution, "model", None), attribution.tokenizer)
+        text = tokens.decode(attribution.tokenizer, ids.tolist())
+        listener.answered(text, len(ids), generation.cuts(ids, len(prompt.ids), ends))
 
 
 def whole_row(prompt: RenderedPrompt, generated: GeneratedText) -> TokenRow:

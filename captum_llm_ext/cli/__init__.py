@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import captum_llm_ext
 from captum_llm_ext.cli import attribute, compare, counterfactual, demo, doctor, show
 from captum_llm_ext.cli.command import UsageError, note, say, shown_examples
+from captum_llm_ext.cli.wording import in_options
 from captum_llm_ext.result.provenance import command_line
 
 __all__ = ["main"]
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt:
-        say("captum-llm-ext: interrupted")
+        say("captum-llm-ext: interrupted" + _goes_on(arguments))
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,13 +73,20 @@ def _run(arguments: argparse.Namespace) -> int:
     return status
 
 
+def _goes_on(arguments: argparse.Namespace) -> str:
+    kept = getattr(arguments, "checkpoint", None) or getattr(arguments, "out", None)
+    if kept is None or arguments.command == "demo":
+        return ""
+    return f" (the same command goes on from what is in {kept})"
+
+
 def _failed(error: Exception, arguments: argparse.Namespace) -> int:
     if arguments.debug:
         traceback.print_exception(error)
     said = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.filename is not None:
         said = f"{error.filename!r}: {error.strerror}"
-    say(f"captum-llm-ext: error: {said}")
+    say(f"captum-llm-ext: error: {in_options(said)}")
     if not isinstance(error, UsageError):
         return 1
     say(f"See: captum-llm-ext {arguments.command} --help")

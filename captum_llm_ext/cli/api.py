@@ -9,7 +9,7 @@ from captum.attr import FeatureAblation, RemoteLLMAttribution
 
 from captum_llm_ext.attribution.remote import RemoteGenerationAttribution
 from captum_llm_ext.cli.command import UsageError, positive, say
-from captum_llm_ext.cli.loading import load_tokenizer
+from captum_llm_ext.cli.loading import Place, load_tokenizer, location
 from captum_llm_ext.cli.methods import is_of_gradients, method
 from captum_llm_ext.cli.outputs import as_json
 from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
@@ -70,7 +70,6 @@ def add_api(parser: argparse.ArgumentParser) -> None:
         help="of --rung label (default: the two likeliest first tokens)",
     )
     add("--answers", type=positive, metavar="N", help="of frequency and similarity: per coalition")
-    add("--estimate", action="store_true", help="tell what it would take, and send nothing")
     add("--max-requests", type=positive, metavar="N", help="stop there; what came is kept")
     add("--cache", metavar="FILE", help="keep answers in FILE (SQLite): other runs take them")
 
@@ -85,8 +84,6 @@ def is_remote(arguments: argparse.Namespace) -> bool:
     for name in ("provider", "tokenizer", "rung", "labels", "answers", "max_requests", "cache"):
         if not is_one and getattr(arguments, name, None) is not None:
             raise UsageError(f"--{name.replace('_', '-')} would be ignored without --api URL.")
-    if not is_one and getattr(arguments, "estimate", False):
-        raise UsageError("--estimate would be ignored without --api URL.")
     if is_one and arguments.tokenizer is not None and arguments.provider == "anthropic":
         raise UsageError("--tokenizer would be ignored: Anthropic's messages tell text alone.")
     if is_one and getattr(arguments, "labels", None) and arguments.rung != "label":
@@ -102,7 +99,7 @@ def check(arguments: argparse.Namespace) -> None:
     """
     if is_of_gradients(arguments.method):
         raise UsageError(f"--method {arguments.method} needs the model itself, not an API.")
-    for option in ("dtype", "device_map", "revision", "input"):
+    for option in ("dtype", "device_map", "revision", "gguf", "quantize", "input"):
         given = getattr(arguments, option, None)
         if given not in (None, "auto"):
             raise UsageError(f"--{option.replace('_', '-')} would be ignored with --api.")
@@ -114,7 +111,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 def tokenizers_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model's tokenizer, and the one that inputs are made with; None where there is none."""
-    own = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+    name = arguments.tokenizer
+    own = None if name is None else load_tokenizer(Place(name, location(name)))
     # Chats are sent as messages, to which the server's own template is put.
     return own, own if arguments.provider == "completions" else None
 

@@ -1,16 +1,19 @@
 """``captum-llm-ext attribute``: what made a model write its answer."""
 
 import argparse
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
-from captum_llm_ext.base.terminal import paint, width
 from captum_llm_ext.cli.api import add_api, check, is_remote, show_estimate
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
-from captum_llm_ext.cli.methods import said_of_zero
-from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
+from captum_llm_ext.cli.methods import is_of_gradients, is_search, said_of_zero
+from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.records import add_records, check_records, run_records
-from captum_llm_ext.cli.torchrun import accelerator, check_readable, is_main
+from captum_llm_ext.cli.told import add_level, check_level, told
+from captum_llm_ext.cli.torchrun import accelerator, are_several, check_readable, is_main
+from captum_llm_ext.cli.watch import EnoughError, Watch
 from captum_llm_ext.model.scoring.checkpoint import check_place
 from captum_llm_ext.text.baselines import Default
 
@@ -18,6 +21,8 @@ EXAMPLES = (
     'attribute --model demo --prompt "Dave lives in Palm Coast, FL and is a lawyer. His personal '
     'interests include" --baselines corpus:demo --save dave.safetensors',
     "attribute --model Qwen/Qwen3-0.6B --prompt-file letter.txt --unit sentence --html letter.html",
+    'attribute --model ./my-model --as-chat --context ann.txt bob.txt --prompt "Who is a nurse?"',
+    "attribute --model ./my-model --prompt-file q.txt --dry-run",
     "attribute --model ./my-model --chat chat.json --unit sentence --method partition "
     "--max-new-tokens 60",
     'attribute --model ./my-model --prompt "2 + 2 =" --target " 5" --method ablation --json - | jq',
@@ -31,11 +36,14 @@ EXAMPLES = (
     "corpus:letters.txt",
     "attribute --model ./my-model --input prompts.jsonl --out results/",
     "attribute --api http://localhost:8000/v1 --model NAME --prompt-file q.txt --unit sentence "
-    "--method ablation --estimate",
+    "--method ablation --dry-run",
 )
 _DESCRIPTION = """\
 Attributes every token that the model generates, or of a given target, to the prompt and to the
-tokens before it. Prints the strongest causes per token.
+tokens before it. Prints the strongest causes per token: what each adds to the log-probability of
+the token, in nats (+0.69 makes it twice as probable), ± its standard error.
+
+The answer is told first, then what the rest will take; --dry-run stops there.
 """
 
 
@@ -52,13 +60,21 @@ def add(commands: Any) -> None:
     )
     add_job(parser, several=False)
     parser.add_argument("--top", type=positive, default=3, metavar="K", help="causes per token (3)")
+    add_level(parser)
+    parser.add_argument(
+        "--dry-run",
+        "--estimate",
+        action="store_true",
+        help="generate the answer, run a first batch, tell what the rest would take, and stop; of "
+        "--api nothing is sent",
+    )
     parser.add_argument(
         "--checkpoint",
         metavar="FILE",
         help="keep what is found in FILE (.safetensors, or a folder): killed, the same command "
         "goes on from there, on any number of processes",
     )
-    add_outputs(parser, "html", "png", "json", "save")
+    add_outputs(parser, "html", *PICTURES, "json", "save")
     add_records(parser)
     add_api(parser)
 
@@ -70,28 +86,51 @@ def run(arguments: argparse.Namespace) -> int | None:
     elif check_records(arguments):
         return run_records(arguments)
     check_outputs(arguments)
+    check_level(arguments)
     check_readable(arguments)
+    if arguments.dry_run and are_several():
+        raise UsageError("--dry-run measures one process: start it without torchrun.")
     if arguments.checkpoint is not None:
-        check_place(arguments.checkpoint)
+        try:
+            check_place(arguments.checkpoint)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     job = Job(arguments)
     given = arguments.baselines or []
     if len(given) > 1:
         raise UsageError(f"{len(given)} --baselines: `captum-llm-ext compare` runs several.")
     baselines = as_baselines(given[0], arguments.seed) if given else Default()
     attribution, inp = job.prepared(baselines, accelerator())
-    if arguments.estimate:
+    if arguments.dry_run and is_remote(arguments):
         show_estimate(cast(Any, attribution), inp, job.options)
         return None
     if arguments.baselines is None and is_main():
         said = said_of_zero(arguments.method)
         if said is not None:
             note(said)
+    watch = Watch(
+        None if is_remote(arguments) else attribution.model,
+        is_dry=arguments.dry_run,
+        is_quiet=arguments.quiet,
+        is_open=is_search(arguments.method) or arguments.tol is not None,
+        asks_model=_asks_model(given, arguments),
+        cheaper=partial(job.cheaper, attribution.tokenizer),
+    )
     kept = {} if arguments.checkpoint is None else {"checkpoint": arguments.checkpoint}
-    result = attribution.attribute(inp, **job.options, **kept)
-    if not is_main():
+    try:
+        result = attribution.attribute(inp, **{**job.options, "show_progress": watch}, **kept)
+    except EnoughError:
+        return None
+    if not is_main() or arguments.dry_run:
         return None
     result.provenance["command"] = arguments.command_line
-    say(f"answer: {''.join(piece.text for piece in result.output_pieces)}")
-    text = result.table(arguments.top, paint=paint, width=width())
+    if not watch.has_answered:
+        say(f"answer: {''.join(piece.text for piece in result.output_pieces)}")
+    text = told(result, arguments.top, arguments.level)
     write_outputs(arguments, result, text, result.plot_token_attr)
     return None
+
+
+def _asks_model(given: Sequence[str], arguments: argparse.Namespace) -> bool:
+    is_default = not given and not is_of_gradients(arguments.method) and not is_remote(arguments)
+    return is_default or given == ["model"]

@@ -1,9 +1,12 @@
 """What every command has: a parser with examples, and the line to the user on stderr."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from captum_llm_ext.cli.wording import in_options
 
 
 class UsageError(ValueError):
@@ -62,12 +65,51 @@ def say(text: str) -> None:
 
 def note(message: Warning | str, *_: object) -> None:
     """A warning as a reader of the command line wants it: the sentence, not where it was said."""
-    say(f"note: {message}")
+    say(f"note: {in_options(str(message))}")
+
+
+def whole(text: str) -> int:
+    """A whole number, as the type of an option."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number") from error
 
 
 def positive(text: str) -> int:
     """A whole number of at least 1, as the type of an option."""
-    number = int(text)
+    number = whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return number
+
+
+def above_zero(text: str) -> float:
+    """A number above 0, as the type of an option."""
+    number = _number(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def from_0_to_1(text: str) -> float:
+    """A number from 0 to 1, as the type of an option."""
+    number = _number(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1, as the type of an option."""
+    number = _number(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from error

@@ -7,7 +7,7 @@ from typing import Any
 
 from captum_llm_ext.cli.command import UsageError, add_command
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
-from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
+from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.evaluation.sensitivity import BaselineComparison, compare_baselines
 from captum_llm_ext.result import GenerationAttributionResult
 
@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     parser.add_argument("results", nargs="*", metavar="RESULT", help="two or more saved results")
     parser.add_argument("--token", metavar="TOKEN", help="the token to compare: position or text")
     add_job(parser, several=True)
-    add_outputs(parser, "png", "json")
+    add_outputs(parser, *PICTURES, "json")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from captum_llm_ext.cli.command import UsageError, add_command, positive, say
-from captum_llm_ext.cli.job import units
-from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer
+from captum_llm_ext.cli.command import UsageError, add_command, positive, say, whole
+from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, place_of
 from captum_llm_ext.cli.methods import add_method, attribution, is_search, method
-from captum_llm_ext.cli.outputs import write_png
+from captum_llm_ext.cli.outputs import write_picture
+from captum_llm_ext.cli.prompt import units
+from captum_llm_ext.cli.told import told
 from captum_llm_ext.demo import PROMPT, folder
 from captum_llm_ext.text.baselines import Default
 from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
@@ -20,6 +21,7 @@ EXAMPLES = (
     'demo --model Qwen/Qwen3-0.6B --prompt "The capital of France is" --max-new-tokens 5',
     'demo --model ./my-model --prompt "Dear" --corpus letters.txt --out out',
 )
+_TOP = 3  # causes per token
 _DESCRIPTION = """\
 Attributes a generated text to its prompt and to itself, word by word and token by token.
 
@@ -50,7 +52,7 @@ def add(commands: Any) -> None:
     add("--max-new-tokens", type=positive, default=40, metavar="N", help="default 40")
     add("--corpus", metavar="FILE", help="text to draw replacements from, a document a line")
     add_method(parser, more="see attribute --help")
-    add("--seed", type=int, default=0, metavar="N", help="default 0")
+    add("--seed", type=whole, default=0, metavar="N", help="default 0")
     add("--out", default="captum-llm-ext-demo", metavar="DIR", help="default ./captum-llm-ext-demo")
 
 
@@ -61,11 +63,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.prompt is None and arguments.model is not None:
         raise UsageError("--model needs a --prompt to continue.")
     # A name that is none is told before a model is loaded.
-    parts = units(arguments.unit, is_chat=False, is_nested=is_search(arguments.method))
+    parts = units(arguments.unit, is_nested=is_search(arguments.method))
     result = _attribute(arguments, parts)
-    print(result, flush=True)
+    print(told(result, _TOP), flush=True)
     result.to_html(out / "demo.html", title="captum-llm-ext demo")
-    write_png(out / "demo.png", result.plot_token_attr()[0])
+    write_picture(out / "demo.png", result.plot_token_attr()[0])
     result.save(out / "demo.safetensors")
     say("\nwritten:")
     say(f"  {out / 'demo.html'}          the text, with causes on hover: open it in a browser")
@@ -74,15 +76,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _attribute(arguments: argparse.Namespace, parts: tuple[str, ...]) -> Any:
-    own = arguments.model is None
-    name = DEMO if own else arguments.model
+    own = arguments.model is None and arguments.gguf is None
+    if own:
+        arguments.model = DEMO
+    place = place_of(arguments)
     corpus = arguments.corpus or (folder() / "corpus.txt" if own else None)
     prompt = PROMPT if arguments.prompt is None else arguments.prompt
     baselines = Default() if corpus is None else CorpusBaselines(corpus, seed=arguments.seed)
-    tokenizer = load_tokenizer(name, arguments.revision)
+    tokenizer = load_tokenizer(place)
     inp = TextSegmentInput(prompt, tokenizer, parts, baselines=baselines)
-    attributes = method(arguments.method, load_model(name, arguments))
-    say(f"model:   {arguments.model or 'the tiny one that comes with the package'}")
+    attributes = method(arguments.method, load_model(place, arguments))
+    say(f"model:   {'the tiny one that comes with the package' if own else place.shown}")
     say(f"prompt:  {prompt}")
     result = attribution(attributes, tokenizer).attribute(
         inp,

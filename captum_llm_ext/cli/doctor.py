@@ -14,7 +14,7 @@ import captum_llm_ext
 from captum_llm_ext import _compat
 from captum_llm_ext.cli.api import add_provider, is_remote, look_at
 from captum_llm_ext.cli.command import add_command
-from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer
+from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, place_of
 from captum_llm_ext.cli.outputs import as_json
 from captum_llm_ext.cli.self_check import Probe, probe
 
@@ -48,7 +48,6 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "model",
         nargs="?",
-        default=DEMO,
         metavar="MODEL",
         help=f"a Hugging Face name or a folder (default: {DEMO}, which comes with the package)",
     )
@@ -64,9 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
     machine = _machine()
     if not arguments.json:
         print("\n".join(f"{name:<15} {value}" for name, value in machine.items()), flush=True)
-    tokenizer = load_tokenizer(arguments.model, arguments.revision)
-    model = load_model(arguments.model, arguments)
-    about = _about(arguments.model, model, tokenizer)
+    if arguments.model is None and arguments.gguf is None:
+        arguments.model = DEMO
+    place = place_of(arguments)
+    tokenizer = load_tokenizer(place)
+    model = load_model(place, arguments)
+    about = _about(place.shown, model, tokenizer)
     found = probe(model, tokenizer)
     if arguments.json:
         content = {"machine": machine, "model": about, "probe": found.to_dict()}

@@ -1,18 +1,16 @@
 """An attribution as its options describe it."""
 
 import argparse
-import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from captum_llm_ext.attribution.generation import GenerationAttribution
 from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
 from captum_llm_ext.base.arguments import TARGETS
 from captum_llm_ext.cli.api import attribution_of, is_remote, tokenizers_of
-from captum_llm_ext.cli.command import UsageError, positive
-from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, location
+from captum_llm_ext.cli.command import UsageError, above_zero, positive, share, whole
+from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, place_of
 from captum_llm_ext.cli.methods import (
     HELP,
     add_method,
@@ -23,15 +21,16 @@ from captum_llm_ext.cli.methods import (
     is_search,
     method,
 )
-from captum_llm_ext.cli.torchrun import are_several
+from captum_llm_ext.cli.prompt import NESTED, add_prompt, asked, units
+from captum_llm_ext.cli.torchrun import are_several, is_main
+from captum_llm_ext.cli.watch import Way
 from captum_llm_ext.contrast import Contrast
 from captum_llm_ext.demo import folder
 from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
 from captum_llm_ext.text.baselines.model.baselines import ModelBaselines
-from captum_llm_ext.text.inputs import ChatInput, TextSegmentInput
+from captum_llm_ext.text.inputs import TextSegmentInput
 from captum_llm_ext.text.segment import segmenter
 
-_NESTED = ("paragraph", "sentence", "word")  # what a search goes down, if nothing else is said
 _WITHOUT = "without:"
 _BASELINES = """\
 baselines: what stands where a word is absent
@@ -42,7 +41,6 @@ baselines: what stands where a word is absent
                 field "text"; corpus:demo is the tiny model's
   index:FILE    the same from what CorpusBaselines.save wrote
 """
-Prompt = str | Mapping[str, Any]
 Attribution = GenerationAttribution | GenerationGradientAttribution
 
 
@@ -54,31 +52,14 @@ def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
         several: Whether baselines are given several times; then nothing is required, for there is
             another way to use the command.
     """
-    required = not several
     what = parser.add_argument_group("what is explained")
     what.add_argument(
         "--model",
-        required=required,
         metavar="NAME",
         help=f"'{DEMO}' (comes with the package), a Hugging Face name, or a folder",
     )
     add_loading(what)
-    prompt = what.add_mutually_exclusive_group(required=required)
-    prompt.add_argument("--prompt", metavar="TEXT", help="what the model continues")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="the same in a file; - is stdin")
-    prompt.add_argument(
-        "--chat",
-        metavar="JSON",
-        help='a chat, [{"role": "user", "content": "…"}, …] or {"messages": […], "tools": […]}: '
-        "JSON, a file with it, or - for stdin",
-    )
-    if not several:
-        prompt.add_argument(
-            "--input",
-            metavar="JSONL",
-            help='many prompts: a line for each, {"prompt": "…"} or {"messages": […]}, with '
-            '"target" and "id" as wanted; needs --out',
-        )
+    add_prompt(what, several=several)
     _add_target(what)
     how = parser.add_argument_group("how")
     add_method(how)
@@ -100,8 +81,8 @@ def _add_target(group: Any) -> None:
     add("--target", metavar="TEXT", help="the text to explain (default: what the model generates)")
     add("--max-new-tokens", type=positive, metavar="N", help="generate at most N (default: 25)")
     add("--sample", action="store_true", help="generate at random, seeded (default: greedily)")
-    add("--temperature", type=float, metavar="X", help="of --sample")
-    add("--top-p", type=float, metavar="X", help="of --sample")
+    add("--temperature", type=above_zero, metavar="X", help="of --sample")
+    add("--top-p", type=share, metavar="X", help="of --sample")
 
 
 def _add_features(group: Any) -> None:
@@ -109,15 +90,17 @@ def _add_features(group: Any) -> None:
     add(
         "--unit",
         metavar="UNIT",
-        help="prompt features: token, word, sentence, line, paragraph, block, of a chat also turn; "
-        "several from coarse to fine with commas (default: word; of a chat turn; of hierarchical "
-        f"{','.join(_NESTED)})",
+        help="prompt features: token, word, sentence, line, paragraph, block, of a chat also turn, "
+        "of --context also passage; several from coarse to fine with commas (default: word; of a "
+        "chat of several turns turn; of --context passage,sentence; of hierarchical "
+        f"{','.join(NESTED)})",
     )
     add(
         "--output-unit",
-        default="token",
         metavar="UNIT",
-        help="features of the generated text, or 'none' to hold it fixed (default: token)",
+        help="token, word, …: earlier words of the answer count as causes, for 'which word led to "
+        "the next?'; none: the answer is held fixed, for 'which passage did it come from?' "
+        "(default: token; with --context none)",
     )
     add("--roles", metavar="ROLES", help="of a chat: whose turns are features (user,system)")
 
@@ -145,12 +128,17 @@ def _add_budget(group: Any) -> None:
         metavar="N",
         help="draws of random baselines, of methods that enumerate coalitions or take steps",
     )
-    add("--tol", type=float, metavar="X", help="sample until the errors are below X of the range")
+    add(
+        "--tol",
+        type=above_zero,
+        metavar="X",
+        help="sample until the errors are below X of the range",
+    )
     add(
         "--max-evaluations", type=positive, metavar="N", help="with --tol: stop there at the latest"
     )
     add("--batch-size", type=positive, metavar="N", help="default: what memory allows")
-    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
+    add("--seed", type=whole, default=0, metavar="N", help="of every random choice (default: 0)")
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -171,30 +159,46 @@ class Job:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._gen_args = _gen_args(arguments)
-        # Of many prompts, each says for itself what it is.
-        is_many = getattr(arguments, "input", None) is not None
-        self._prompt = "" if is_many else _read_prompt(arguments)
-        is_chat = not isinstance(self._prompt, str) or (is_many and bool(arguments.roles))
-        self._units = units(arguments.unit, is_chat=is_chat, is_nested=is_search(arguments.method))
+        self._asked = asked(arguments)
+        is_many = self._asked.is_many
+        self._units = self._checked_units(arguments.unit)
         check_method(arguments)
         if is_of_gradients(arguments.method) and are_several() and not is_many:
             raise UsageError(
                 f"--method {arguments.method} takes one process for a prompt: start it without "
                 "torchrun, or give many prompts with --input, which the processes share."
             )
-        self._output_unit = None if arguments.output_unit == "none" else arguments.output_unit
-        if self._output_unit not in (None, "token"):
-            segmenter(arguments.output_unit)
-        if arguments.roles and not is_chat:
-            raise UsageError("--roles would be ignored: it is about the turns of a --chat.")
+        self._output_unit = self._chosen_output_unit()
         if arguments.max_evaluations is not None and arguments.tol is None:
             raise UsageError("--max-evaluations has no meaning without --tol.")
         self._explained = _explained(arguments)
         self._is_remote = getattr(arguments, "rung", ()) != () and is_remote(arguments)
         if self._is_remote:
-            self._output_unit = None  # most servers tell less
+            if arguments.output_unit is None:
+                self._output_unit = None  # most servers tell less
+            if arguments.model is None:
+                raise UsageError("required: --model NAME, as the API calls it.")
         else:
-            location(arguments.model, arguments.revision)
+            self._place = place_of(arguments)
+
+    def _checked_units(self, given: str | None) -> tuple[str, ...]:
+        # Of many prompts some may be chats.
+        n_turns = 2 if self._asked.is_many and self._arguments.roles else self._asked.n_turns
+        is_nested = is_search(self._arguments.method)
+        has_passages = bool(self._asked.passages)
+        return units(given, n_turns=n_turns, has_passages=has_passages, is_nested=is_nested)
+
+    def _chosen_output_unit(self) -> str | None:
+        given = self._arguments.output_unit
+        if given is None:
+            # Who has passages asks which of them it came from, not which word led to the next.
+            return None if self._asked.passages else "token"
+        if given not in ("none", "token"):
+            try:
+                segmenter(given)
+            except ValueError as error:
+                raise UsageError(f"--output-unit: {error}") from error
+        return None if given == "none" else given
 
     def prepared(
         self, baselines: Any, accelerator: Any = None
@@ -204,7 +208,9 @@ class Job:
         if self._is_remote:
             tokenizer, of_input = tokenizers_of(arguments)
             return attribution_of(arguments, tokenizer), self._input(of_input, baselines)
-        tokenizer = load_tokenizer(arguments.model, arguments.revision)
+        tokenizer = load_tokenizer(self._place)
+        if arguments.target is None and is_main():
+            self._asked.tell_of_template(tokenizer, self._place.shown)
         inp = self._input(tokenizer, baselines)
         return self._attribution(tokenizer, accelerator), inp
 
@@ -216,12 +222,12 @@ class Job:
             chosen["unit"] = self._units[0] if len(self._units) == 1 else self._units
         if arguments.roles:
             chosen["roles"] = [role.strip() for role in arguments.roles.split(",")]
-        tokenizer = load_tokenizer(arguments.model, arguments.revision)
+        tokenizer = load_tokenizer(self._place)
         return self._attribution(tokenizer, None), chosen
 
     def _attribution(self, tokenizer: Any, accelerator: Any) -> Attribution:
         arguments = self._arguments
-        model = load_model(arguments.model, arguments)
+        model = load_model(self._place, arguments)
         settings = {name: getattr(arguments, name) for name in ("share", "scheme", "layer")}
         attributes = method(arguments.method, model, **settings)
         return attribution(attributes, tokenizer, self._explained, accelerator)
@@ -246,18 +252,46 @@ class Job:
             **own,
         }
 
+    def cheaper(self, tokenizer: Any, n_tokens: int) -> Iterator[Way]:
+        """Other commands that answer about the same with fewer evaluations.
+
+        Args:
+            tokenizer: The model's.
+            n_tokens: Length of the answer.
+        """
+        arguments = self._arguments
+        n_prompt = self._asked.input(tokenizer, self._units, None).n_features
+        n_output = 0
+        if self._output_unit is not None:  # the last one causes nothing
+            n_output = max(n_tokens - 1, 0)
+        n_features = n_prompt + n_output
+        if arguments.n_samples is None:
+            for unit in self._coarser():
+                n = self._asked.input(tokenizer, (unit,), None).n_features
+                if 1 < n < 0.8 * n_prompt:
+                    yield Way(f"--unit {unit}", (n + n_output) / n_features, f"{n} parts")
+            if n_output > 0.2 * n_features:
+                means = "asks which part of the prompt it came from, not which word led to the next"
+                yield Way("--output-unit none", n_prompt / n_features, means)
+        if arguments.method in ("kernel", "lime", "partition") and arguments.tol is None:
+            n_samples = (arguments.n_samples or 16 * n_features) // 2
+            if n_samples >= 4 * n_features:
+                means = "errors about 1.4 times as large"
+                yield Way(f"--n-samples {n_samples}", 0.5, means)
+        if not is_search(arguments.method) and n_prompt > 40:
+            yield Way("--method hierarchical", None, "opens only the parts that matter")
+
+    def _coarser(self) -> tuple[str, ...]:
+        """Units above the one whose parts are switched."""
+        if is_search(self._arguments.method):
+            return ()
+        levels = ("passage",) if self._asked.passages else ("paragraph",)
+        levels = (*levels, "sentence", "word", "token")
+        finest = self._units[-1]
+        return levels[: levels.index(finest)][::-1] if finest in levels else ()
+
     def _input(self, tokenizer: Any, baselines: Any) -> TextSegmentInput:
-        if isinstance(self._prompt, str):
-            return TextSegmentInput(self._prompt, tokenizer, self._units, baselines=baselines)
-        roles = (self._arguments.roles or "user,system").split(",")
-        return ChatInput(
-            self._prompt["messages"],
-            tokenizer,
-            self._units[0] if len(self._units) == 1 else self._units,
-            [role.strip() for role in roles],
-            tools=self._prompt.get("tools"),
-            baselines=baselines,
-        )
+        return self._asked.input(tokenizer, self._units, baselines)
 
 
 def as_baselines(given: str, seed: int) -> Any:
@@ -321,6 +355,8 @@ def _gen_args(arguments: argparse.Namespace) -> dict[str, Any] | None:
     given = {name: value for name, value in given.items() if value is not None}
     if getattr(arguments, "rung", None) in ("frequency", "similarity"):
         return given  # answers are drawn, whatever the target
+    if arguments.target is not None and not arguments.target:
+        raise UsageError("--target is empty: give the text to explain, or leave it out.")
     if arguments.target is not None and given:
         raise UsageError(
             f"--{_option(next(iter(given)))} would be ignored: with a --target nothing is "
@@ -334,68 +370,3 @@ def _gen_args(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def _option(name: str) -> str:
     return {"do_sample": "sample"}.get(name, name).replace("_", "-")
-
-
-def units(given: str | None, *, is_chat: bool, is_nested: bool) -> tuple[str, ...]:
-    """The units that ``--unit`` names, from coarse to fine.
-
-    Args:
-        given: The option; None where it is not given.
-        is_chat: Whether turns are the coarsest parts.
-        is_nested: Whether the method wants parts in parts.
-
-    Raises:
-        UsageError: If they are of no use here.
-        ValueError: If one is unknown.
-    """
-    unsaid = ",".join(_NESTED) if is_nested else "turn" if is_chat else "word"
-    units = tuple(unit.strip() for unit in (given or unsaid).split(","))
-    if is_nested and (len(units) < 2 and not (is_chat and units != ("turn",))):
-        raise UsageError(
-            f"--unit {given}: --method hierarchical opens larger parts to smaller ones: give "
-            f"several, such as {','.join(_NESTED)}."
-        )
-    for unit in units:
-        if unit == "turn" and not is_chat:
-            raise UsageError("--unit turn is about the turns of a --chat.")
-        if unit not in ("token", "turn"):
-            segmenter(unit)
-    # Turns are the coarsest level of a chat anyway.
-    return units[1:] if is_chat and len(units) > 1 and units[0] == "turn" else units
-
-
-def _read_prompt(arguments: argparse.Namespace) -> Prompt:
-    if arguments.chat is not None:
-        return _chat(arguments.chat)
-    if arguments.prompt_file is None:
-        return cast(str, arguments.prompt)
-    text = _text(arguments.prompt_file)
-    # The line break that ends a file's last line is the editor's.
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def _chat(given: str) -> Mapping[str, Any]:
-    is_json = given.lstrip().startswith(("[", "{"))
-    where = "--chat" if is_json else f"the chat in {given!r}"
-    try:
-        found: Any = json.loads(given if is_json else _text(given))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where} is no JSON ({error}): give a list of messages with 'role' and 'content'."
-        ) from error
-    chat = cast(Any, found if isinstance(found, dict) else {"messages": found})
-    if not isinstance(chat.get("messages"), Sequence) or isinstance(chat["messages"], str):
-        raise ValueError(
-            f"{where} has no list of messages: give a list of objects with 'role' and 'content', "
-            'or an object that holds it as "messages".'
-        )
-    return chat
-
-
-def _text(name: str) -> str:
-    if name == "-":
-        return sys.stdin.read()
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name!r} is no UTF-8 text ({error}).") from error

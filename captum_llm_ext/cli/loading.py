@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -17,6 +19,10 @@ from captum_llm_ext.demo import folder
 DEMO = "demo"
 _MAIN = "main"  # of every repository
 _DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+_BITS: Mapping[str, Mapping[str, Any]] = {
+    "8bit": {"load_in_8bit": True},
+    "4bit": {"load_in_4bit": True},
+}
 _ADVICE = (
     f"give '{DEMO}' (the tiny model that comes with the package), the name of a Hugging Face "
     "causal language model, or a folder written by `save_pretrained`."
@@ -39,6 +45,76 @@ def add_loading(parser: Any) -> None:
         metavar="NAME",
         help="of a Hugging Face name: its branch, tag or commit (default: main)",
     )
+    parser.add_argument(
+        "--gguf",
+        metavar="FILE",
+        help="weights and tokenizer in a file of llama.cpp, in place of a model's name, or one of "
+        "those that lie where --model says; they are computed with in --dtype (default: float32)",
+    )
+    parser.add_argument(
+        "--quantize",
+        metavar="HOW",
+        help="load the weights in 8bit or 4bit (bitsandbytes), or as a quantization configuration "
+        'of transformers says: JSON such as {"quant_method": "torchao", "quant_type": …}',
+    )
+
+
+class Place(NamedTuple):
+    """Where a model lies.
+
+    Attributes:
+        shown: What it is called.
+        where: What transformers is given.
+        revision: Of `where`.
+        gguf: The file there that holds it all; None: there are several.
+    """
+
+    shown: str
+    where: str
+    revision: str | None = None
+    gguf: str | None = None
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` beside `where`."""
+        own = {} if self.gguf is None else {"gguf_file": self.gguf}
+        return {"revision": self.revision or _MAIN, **own}
+
+
+def place_of(arguments: argparse.Namespace) -> Place:
+    """Where the model of `add_loading`'s options lies; nothing is loaded.
+
+    Raises:
+        UsageError: If options contradict one another.
+        ValueError: If there is no model, or a package is missing that reads it.
+    """
+    name, gguf = arguments.model, arguments.gguf
+    _quantization(arguments)
+    _device_map(arguments.device_map)
+    if gguf is None:
+        if name is None:
+            raise UsageError(f"required: --model NAME, or --gguf FILE; as NAME {_ADVICE}")
+        return Place(name, location(name, arguments.revision), arguments.revision)
+    if arguments.quantize is not None:
+        raise UsageError("--quantize would be ignored: the weights in --gguf are quantized.")
+    if Path(gguf).suffix != ".gguf":
+        raise UsageError(f"--gguf {gguf}: give a file that ends in .gguf.")
+    if name is None:
+        path = Path(gguf).expanduser()
+        if not path.is_file():
+            raise ValueError(f"--gguf {gguf}: there is no such file.")
+        if arguments.revision is not None:
+            raise UsageError("--revision would be ignored: --gguf is a file.")
+        place = Place(path.stem, str(path.parent), None, path.name)
+    else:
+        if Path(name).expanduser().is_dir() and not (Path(name).expanduser() / gguf).is_file():
+            raise ValueError(f"--gguf {gguf}: there is no such file in {name}.")
+        where = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+        place = Place(f"{name} ({gguf})", where, arguments.revision, gguf)
+    lacking = [package for package in ("gguf", "sentencepiece") if find_spec(package) is None]
+    if lacking:
+        raise ValueError(f"--gguf needs more packages: pip install {' '.join(lacking)}")
+    return place
 
 
 def location(name: str, revision: str | None = None) -> str:
@@ -67,49 +143,80 @@ def location(name: str, revision: str | None = None) -> str:
     return name
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
+def load_tokenizer(place: Place) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        UsageError, ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded.
     """
-    place = location(name, revision)
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    if Path(place).is_dir():  # downloads, which take longer, keep their bars
+    # Downloads, which take longer, keep their bars where a bar can be seen.
+    if Path(place.where).is_dir() or not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         load = AutoTokenizer.from_pretrained
-        return _loaded("tokenizer", name, load, place, revision=revision or _MAIN)
+        return _loaded("tokenizer", place.shown, load, place.where, **place.named)
     except ValueError as error:  # it is what is loaded first: most often the name is wrong
         raise ValueError(f"{error} {_ADVICE[0].upper()}{_ADVICE[1:]}") from error
 
 
-def load_model(name: str, arguments: argparse.Namespace) -> Any:
+def load_model(place: Place, arguments: argparse.Namespace) -> Any:
     """A model in evaluation mode, as the options of `add_loading` say.
 
     Raises:
-        UsageError, ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded.
     """
-    place = location(name, arguments.revision)
     from transformers import AutoModelForCausalLM
 
-    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    unsaid = "auto" if place.gguf is None else torch.float32
+    dtype = unsaid if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     device_map = _device_map(arguments.device_map)
-    if device_map is None and torch.cuda.is_available() and name != DEMO:
+    if device_map is None and torch.cuda.is_available() and place.shown != DEMO:
         # The tiny model is faster without. torchrun numbers the processes of a machine.
         device_map = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if together.is_main():
-        say(f"loading {name} …")
+        say(f"loading {place.shown} …")
+    named: dict[str, Any] = {"dtype": dtype, "device_map": device_map, **place.named}
+    quantization = _quantization(arguments)
+    if quantization is not None:
+        named["quantization_config"] = quantization
     load = AutoModelForCausalLM.from_pretrained
-    revision = arguments.revision or _MAIN
-    model = _loaded(
-        "model", name, load, place, dtype=dtype, device_map=device_map, revision=revision
-    )
-    _compat.note_revision(model, revision)
+    model = _loaded("model", place.shown, load, place.where, **named)
+    _compat.note_revision(model, place.revision or _MAIN)
     return model.eval()
+
+
+def _quantization(arguments: argparse.Namespace) -> Any:
+    """The configuration that --quantize means; None where nothing is to be quantized.
+
+    Raises:
+        UsageError: If transformers knows no such one.
+        ValueError: If a package is missing that it needs.
+    """
+    given = arguments.quantize
+    if given is None:
+        return None
+    asked: Any = _BITS.get(given)
+    if asked is None:
+        try:
+            asked = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise UsageError(
+                f"--quantize {given}: give {', '.join(_BITS)} or a JSON object ({error})."
+            ) from error
+    if not isinstance(asked, Mapping):
+        raise UsageError(f"--quantize {given}: give {', '.join(_BITS)} or a JSON object.")
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        return AutoQuantizationConfig.from_dict(dict(cast(Mapping[str, Any], asked)))
+    except ImportError as error:
+        raise ValueError(f"--quantize {given} needs another package: {error}") from error
+    except Exception as error:  # whatever a configuration says of what it is given
+        raise UsageError(f"--quantize {given}: {error}") from error
 
 
 def _device_map(given: str | None) -> Any:
@@ -118,7 +225,7 @@ def _device_map(given: str | None) -> Any:
     try:
         return json.loads(given)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--device-map {given!r} is no JSON ({error}).") from error
+        raise UsageError(f"--device-map {given!r} is no JSON ({error}).") from error
 
 
 def _loaded(what: str, name: str, load: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

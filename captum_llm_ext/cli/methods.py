@@ -9,29 +9,18 @@ from torch import nn
 
 from captum_llm_ext.attribution.generation import GenerationAttribution
 from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
-from captum_llm_ext.cli.command import UsageError, positive
+from captum_llm_ext.cli.command import UsageError, from_0_to_1, positive
+from captum_llm_ext.cli.wording import METHODS
 from captum_llm_ext.contrast import Contrast
 
-METHODS = {
-    "ablation": "captum.attr:FeatureAblation",
-    "inclusion": "captum_llm_ext.methods:FeatureInclusion",
-    "shapley": "captum.attr:ShapleyValues",
-    "sampling": "captum.attr:ShapleyValueSampling",
-    "kernel": "captum.attr:KernelShap",
-    "lime": "captum.attr:Lime",
-    "partition": "captum_llm_ext.methods:PartitionShap",
-    "hierarchical": "captum_llm_ext.methods:HierarchicalAblation",
-    "integrated-gradients": "captum.attr:LayerIntegratedGradients",
-    "gradient-shap": "captum.attr:LayerGradientShap",
-    "gradient-x-activation": "captum.attr:LayerGradientXActivation",
-}
 HELP = """\
 methods: what an attribution is, of n features (captum's names of classes mean the same)
   ablation               what is lost without the feature: n + 1 evaluations
   inclusion              what the feature alone gains: n + 1 evaluations
   shapley                Shapley values, exact: 2^n evaluations
-  sampling               Shapley values from random orders of the features (default)
-  kernel                 Shapley values by regression over random coalitions
+  kernel                 Shapley values by regression over random coalitions: the most accurate at
+                         its cost (default)
+  sampling               Shapley values from random orders of the features
   lime                   LIME's linear model
   partition              Owen values: Shapley values of orders that keep to the nesting of --unit
   hierarchical           ablation of long prompts: only parts that matter are opened to their words
@@ -77,8 +66,8 @@ def add_method(group: Any, *, more: str = "see below") -> None:
         type=method_name,
         choices=METHODS,
         metavar="METHOD",
-        default="sampling",
-        help=f"{', '.join(METHODS)}: {more} (default: sampling)",
+        default="kernel",
+        help=f"{', '.join(METHODS)}: {more} (default: kernel)",
     )
 
 
@@ -87,7 +76,7 @@ def add_settings(group: Any) -> None:
     add = group.add_argument
     add(
         "--share",
-        type=_share,
+        type=from_0_to_1,
         metavar="X",
         help="of hierarchical: a part is opened where its loss changes a token's value by this "
         "share of the largest change, from 0 to 1 (default: 0.05)",
@@ -199,11 +188,3 @@ def _module(model: nn.Module, layer: str) -> nn.Module:
     close = get_close_matches(layer, modules, n=3, cutoff=0.5)
     listed = ", ".join(close or [name for name in modules if name][:5])
     raise ValueError(f"--layer {layer}: the model has no such module; it has {listed}, …")
-
-
-def _share(text: str) -> float:
-    """A number from 0 to 1, as the type of an option."""
-    share = float(text)
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return share

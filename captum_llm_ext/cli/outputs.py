@@ -5,20 +5,28 @@ import io
 import json
 import os
 import sys
+import tempfile
+import webbrowser
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from captum_llm_ext.base import files
 from captum_llm_ext.cli.command import UsageError, say
 from captum_llm_ext.result.files import finite
 
-Kind = Literal["html", "png", "json", "save"]
+Kind = Literal["html", "png", "svg", "pdf", "json", "save"]
 _HELP: dict[Kind, str] = {
     "html": "a page: the text, with causes on hover",
     "png": "a picture",
-    "json": "the numbers as JSON; - is stdout, in place of the table",
+    "svg": "the same picture, to be scaled",
+    "pdf": "the same picture, to be printed",
+    "json": "the numbers as one line of JSON; - is stdout, in place of the table",
     "save": "the whole result, for show and compare",
 }
+PICTURES: tuple[Kind, ...] = ("png", "svg", "pdf")
+# What a program that opens the file goes by.
+_ENDINGS: dict[Kind, str] = {kind: f".{kind}" for kind in PICTURES}
 
 
 def add_outputs(parser: argparse.ArgumentParser, *kinds: Kind) -> None:
@@ -26,13 +34,20 @@ def add_outputs(parser: argparse.ArgumentParser, *kinds: Kind) -> None:
     group = parser.add_argument_group("what is written")
     for kind in kinds:
         group.add_argument(f"--{kind}", metavar="FILE", help=_HELP[kind])
+    if "html" in kinds:
+        group.add_argument(
+            "--open",
+            action="store_true",
+            help="show the page in a browser (without --html, from a folder for passing files)",
+        )
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
     """Refuses files that could not be written, before anything costly is done.
 
     Raises:
-        UsageError: If two are the same file, or one that stdout does not take is to go there.
+        UsageError: If two are the same file, one that stdout does not take is to go there, or a
+            name ends otherwise than what is written in it.
         ValueError: If there is no folder to write one in.
     """
     taken: dict[str, Kind] = {}
@@ -42,6 +57,11 @@ def check_outputs(arguments: argparse.Namespace) -> None:
             continue
         if name == "-":
             raise UsageError(f"--{kind} -: only --json goes to stdout, give a file.")
+        ending = _ENDINGS.get(kind)
+        if ending is not None and not name.lower().endswith(ending):
+            others = [other for other, its in _ENDINGS.items() if name.lower().endswith(its)]
+            instead = f", or say --{others[0]} {name}" if others else ""
+            raise UsageError(f"--{kind} {name}: give a file that ends in {ending}{instead}.")
         same = taken.setdefault(os.path.realpath(name), kind)
         if same != kind:
             raise UsageError(f"--{same} and --{kind} are the same file {name!r}: give two.")
@@ -73,22 +93,36 @@ def write_outputs(arguments: argparse.Namespace, found: Any, text: str, figure: 
         found.save(wanted["save"])
     if wanted["html"] is not None:
         found.to_html(wanted["html"])
-    if wanted["png"] is not None:
-        write_png(wanted["png"], figure()[0])
+    pictures = {kind: wanted[kind] for kind in PICTURES if wanted[kind] is not None}
+    drawn = figure()[0] if pictures else None
+    for kind, name in pictures.items():
+        write_picture(name, drawn, kind)
     for name in wanted.values():
         if name not in (None, "-"):
             say(f"written: {name}")
+    if getattr(arguments, "open", False):
+        _open(found, wanted["html"])
 
 
-def write_png(path: files.Path, figure: Any) -> None:
+def write_picture(path: files.Path, figure: Any, kind: Kind = "png") -> None:
     """Writes a picture of a figure of matplotlib.
 
     Raises:
         OSError: If it cannot be written.
     """
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, bbox_inches="tight", format="png")
+    figure.savefig(picture, dpi=150, bbox_inches="tight", format=kind)
     files.write(path, picture.getbuffer())
+
+
+def _open(found: Any, name: str | None) -> None:
+    """Shows the page in a browser, or says where it is."""
+    if name is None:
+        name = os.path.join(tempfile.mkdtemp(prefix="captum-llm-ext-"), "answer.html")
+        found.to_html(name)
+    place = Path(name).resolve()
+    if not webbrowser.open(place.as_uri()):
+        say(f"there is no browser to open it with: {place}")
 
 
 def _write_json(name: str, content: Mapping[str, Any]) -> None:

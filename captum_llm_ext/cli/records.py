@@ -4,9 +4,12 @@ import argparse
 from pathlib import Path
 
 from captum_llm_ext.attribution.dataset import attribute_dataset
+from captum_llm_ext.base import files
 from captum_llm_ext.cli.command import UsageError, say
 from captum_llm_ext.cli.job import Job, as_baselines
+from captum_llm_ext.cli.outputs import PICTURES, as_json, check_outputs
 from captum_llm_ext.cli.torchrun import accelerator, is_main
+from captum_llm_ext.result import GenerationAttributionResult
 
 # As many errors are shown; all of them are in files.
 _SHOWN = 10
@@ -37,8 +40,10 @@ def check_records(arguments: argparse.Namespace) -> bool:
         return False
     if arguments.out is None:
         raise UsageError("--input needs --out: the folder for the results.")
-    for name in ("html", "png", "json", "save", "target", "checkpoint"):
-        if getattr(arguments, name) is not None:
+    if arguments.dry_run:
+        raise UsageError("--dry-run is for one prompt: give one of them with --prompt.")
+    for name in ("html", *PICTURES, "save", "open", "level", "target", "checkpoint"):
+        if getattr(arguments, name) not in (None, False):
             if name == "checkpoint":
                 raise UsageError(
                     "--checkpoint is for one prompt: with --input the same command goes on where "
@@ -46,6 +51,7 @@ def check_records(arguments: argparse.Namespace) -> bool:
                 )
             what = '"target" in each line' if name == "target" else "`show` on a file of --out"
             raise UsageError(f"--{name} is for one prompt: use {what}.")
+    check_outputs(arguments)
     if len(arguments.baselines or []) > 1:
         raise UsageError(f"{len(arguments.baselines)} --baselines: give one.")
     if not Path(arguments.input).is_file():
@@ -73,5 +79,21 @@ def run_records(arguments: argparse.Namespace) -> int:
             say(f"record {number} failed: {error}")
         if report.n_failed > _SHOWN:
             say(f"… and {report.n_failed - _SHOWN} more: see the .error.json in {arguments.out}")
-        print(f"{report} in {arguments.out}", flush=True)
+        if arguments.json is not None:
+            _write_lines(arguments.json, Path(arguments.out))
+        if arguments.json != "-":
+            print(f"{report} in {arguments.out}", flush=True)
     return 1 if report.n_failed else 0
+
+
+def _write_lines(name: str, folder: Path) -> None:
+    """A line of JSON for each result, in the order of the prompts."""
+    results = (
+        GenerationAttributionResult.load(path) for path in sorted(folder.glob("*.safetensors"))
+    )
+    lines = (as_json(result.to_dict()) for result in results)
+    if name == "-":
+        for line in lines:
+            print(line, flush=True)
+    else:
+        files.write(name, "".join(f"{line}\n" for line in lines))

@@ -4,9 +4,10 @@ import argparse
 import re
 from typing import Any
 
-from captum_llm_ext.base.terminal import paint, width
-from captum_llm_ext.cli.command import add_command, positive
-from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
+from captum_llm_ext.base.terminal import paint
+from captum_llm_ext.cli.command import UsageError, add_command, positive
+from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
+from captum_llm_ext.cli.told import add_level, check_level, told
 from captum_llm_ext.result import Cause, GenerationAttributionResult
 from captum_llm_ext.result.foils import foils_told
 
@@ -15,6 +16,7 @@ EXAMPLES = (
     "show dave.safetensors --token surfing --top 10",
     "show dave.safetensors --token 6:9",
     "show dave.safetensors --html dave.html --png dave.png",
+    "show dave.safetensors --level sentence",
     "show dave.safetensors --json - | jq .seq_attr",
 )
 _TOP = 3
@@ -39,15 +41,19 @@ def add(commands: Any) -> None:
         help="what caused one token: its position, the first is 0, or its text; or several as one, "
         "START:STOP",
     )
-    add_outputs(parser, "html", "png", "json")
+    add_level(parser)
+    add_outputs(parser, "html", *PICTURES, "json")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a table or the causes of a token, writes what is wanted."""
     check_outputs(arguments)
+    check_level(arguments)
+    if arguments.level is not None and arguments.token is not None:
+        raise UsageError("--level would be ignored with --token, which lists causes as they are.")
     result = GenerationAttributionResult.load(arguments.result)
     if arguments.token is None:
-        text = result.table(arguments.top, paint=paint, width=width())
+        text = told(result, arguments.top, arguments.level)
     else:
         text = _causes(result, arguments.token, arguments.top)
     write_outputs(arguments, result, text, result.plot_token_attr)

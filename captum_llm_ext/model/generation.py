@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -66,6 +66,18 @@ class Generation:
     settings: Mapping[str, str]
     max_new_tokens: int | None = None
     max_length: int | None = None
+
+    def cuts(self, ids: Tensor, n_prompt: int, ends: Collection[int]) -> bool:
+        """Whether an answer is over because no more tokens were allowed.
+
+        Args:
+            ids: The answer, ``(n_target,)``.
+            n_prompt: Length of what it answers.
+            ends: Tokens with which the model itself ends.
+        """
+        longest = None if self.max_length is None else self.max_length - n_prompt
+        most = self.max_new_tokens or longest
+        return most is not None and len(ids) >= most and int(ids[-1]) not in ends
 
 
 def planned_generation(

@@ -19,7 +19,7 @@ from captum_llm_ext.coalitions import (
 )
 from captum_llm_ext.model import Journal, Processes, TokenRow
 from captum_llm_ext.model.forward.asked import Asked
-from captum_llm_ext.model.scoring.progress import ProgressBar
+from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.rung import Rung, Scored
 from captum_llm_ext.remote.sampled import TWO
@@ -56,7 +56,7 @@ class LadderScorer:
         tokenizer: Any,
         *,
         n_threads: int,
-        show_progress: bool,
+        show_progress: Shown,
     ) -> None:
         self.attr_target: Any = rung.attr_target
         self.n_evaluations = 0
@@ -73,7 +73,7 @@ class LadderScorer:
         self._in_order.clear()
         self.n_evaluations, self.n_scored = 0, [0]
 
-    def shows(self, show_progress: bool) -> None:
+    def shows(self, show_progress: Shown) -> None:
         """Whether `progress` draws a bar."""
         self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
 

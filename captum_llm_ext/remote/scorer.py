@@ -14,7 +14,7 @@ from torch import Tensor
 from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.model import Journal, Processes, TokenRow, check_same
 from captum_llm_ext.model.forward.asked import Asked
-from captum_llm_ext.model.scoring.progress import ProgressBar
+from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.remote.handshake import Findings, handshake
 from captum_llm_ext.remote.providers import (
     Answer,
@@ -62,7 +62,7 @@ class RemoteScorer:
         *,
         attr_target: Literal["log_prob", "prob", "contrast"],
         max_rows: int | None,
-        show_progress: bool,
+        show_progress: Shown,
         missing: float | None,
         most_requests: int,
     ) -> None:

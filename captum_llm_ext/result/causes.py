@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from captum_llm_ext.base.terminal import one_line
+from captum_llm_ext.base.terminal import one_line, shortened
 
 _UNITS = {
     "log_prob": "nats",
@@ -38,6 +38,8 @@ class Cause(NamedTuple):
         column: Of `full_attr`.
         is_output: Whether it is earlier output, not a part of the prompt.
         is_unsigned: Whether the attribution is a size, which neither raises nor lowers.
+        label: What it is shown as, where that is not its name: ``"the #4"``, ``"·est"``.
+        is_marked: Whether it is told from nothing (`GenerationAttributionResult.marked`).
     """
 
     name: str
@@ -46,14 +48,26 @@ class Cause(NamedTuple):
     column: int
     is_output: bool
     is_unsigned: bool = False
+    label: str = ""
+    is_marked: bool = False
 
     def __str__(self) -> str:
-        name = one_line(self.name.strip())
-        name = name if any(map(str.isalnum, name)) else repr(self.name)
+        return self.told(" (output)" * self.is_output)
+
+    def told(self, where: str = "", most: int | None = None) -> str:
+        """``"lawyer. +5.07 ± 0.05"``.
+
+        Args:
+            where: Said behind the name.
+            most: Columns that the name may take at most.
+        """
+        name = one_line((self.label or self.name).strip())
+        name = name if any(map(str.isalnum, name)) else repr(self.label or self.name)
+        name = name if most is None else shortened(name, most)
         error = f" ± {self.standard_error:.2f}" if self.standard_error > 0 else ""
         error = " ± ?" if math.isnan(self.standard_error) else error
         number = f"{self.attribution:.2f}" if self.is_unsigned else f"{self.attribution:+.2f}"
-        return f"{name}{' (output)' if self.is_output else ''} {number}{error}"
+        return f"{name}{where} {number}{error}"
 
 
 def strongest(
@@ -64,13 +78,15 @@ def strongest(
     k: int,
     features: Sequence[int] | None = None,
 ) -> list[Cause]:
-    """The `k` strongest causes by falling magnitude; zeros are no causes.
+    """The strongest causes in two blocks: `k` in the prompt, then `k` in the output before.
+
+    Each by falling magnitude; zeros are no causes.
 
     Args:
         names: One per column.
         attributions, errors: Shape ``(n_columns,)``.
         n_prompt: Columns of the prompt, which come first.
-        k: How many at most.
+        k: How many at most in each block.
         features: Per column its feature. Columns of one feature are one cause, by their names
             together: captum's groups have the group's score at each member.
 
@@ -84,10 +100,14 @@ def strongest(
         columns.setdefault(feature, []).append(column)
     first = [members[0] for members in columns.values()]
     joined = {members[0]: joined_name([names[c] for c in members]) for members in columns.values()}
-    order = attributions[first].abs().argsort(descending=True, stable=True)[:k].tolist()
+    order = [
+        first[i] for i in attributions[first].abs().argsort(descending=True, stable=True).tolist()
+    ]
+    blocks = ([c for c in order if c < n_prompt], [c for c in order if c >= n_prompt])
     return [
         Cause(joined[c], float(attributions[c]), float(errors[c]), c, c >= n_prompt)
-        for c in (first[i] for i in order)
+        for block in blocks
+        for c in block[:k]
         if attributions[c] != 0
     ]
 
@@ -124,7 +144,7 @@ class SpanAttribution:
     features: Sequence[int] | None = None
 
     def top(self, k: int = 5) -> list[Cause]:
-        """The `k` strongest causes by falling magnitude; zeros are no causes."""
+        """The `k` strongest causes in the prompt, then those in the output before; no zeros."""
         found = self.values, self.standard_errors
         return strongest(self.names, *found, self.n_prompt, k, self.features)
 

@@ -15,6 +15,7 @@ from captum_llm_ext.result.files import finite
 from captum_llm_ext.result.foils import other_value
 from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.result.plots import DrawnResult
+from captum_llm_ext.result.sources import part_sums, reading_aids, told
 from captum_llm_ext.result.summed_errors import summed_error_bounds, summed_errors
 from captum_llm_ext.text.inputs import Piece
 
@@ -29,6 +30,7 @@ _INSTALL = "`{method}` needs {package}: pip install 'captum-llm-ext[{package}]'.
 _OF_ONE_VALUE = (
     "attr_target token_attr token_attr_se output_attr output_attr_se full_values empty_values"
 ).split()
+_TOLD_OF_IT = ("about", "marked_beyond")
 _UNEXPLAINED = 0.01  # share of full - empty beyond which a sum is no longer called one
 
 
@@ -57,15 +59,16 @@ class ExportedResult(DrawnResult):
     def _repr_html_(self) -> str:
         from captum_llm_ext.result import page as html
 
-        return html.fragment(self._shown())
+        whole = cast("GenerationAttributionResult", self)
+        return html.fragment(self._shown(), whole.table())
 
     def _shown(self) -> dict[str, Any]:
         whole = cast("GenerationAttributionResult", self)
-        read = page_levels(whole)
+        read = page_levels(whole) | reading_aids(whole)
         other = other_value(whole)
         if other is not None:
             found = other.to_dict()
-            read["other"] = {name: found[name] for name in _OF_ONE_VALUE}
+            read["other"] = {name: found[name] for name in (*_OF_ONE_VALUE, *_TOLD_OF_IT)}
             read["other"] |= {"sums": other._sums(read), "noise_floor": None}
         return {**self.to_dict(), **read, "sums": self._sums(read)}
 
@@ -80,7 +83,12 @@ class ExportedResult(DrawnResult):
         evidence, levels = self._evidence(), (read["levels"], read["output_levels"])
         pieces = self.output_pieces or [Piece("", None)] * len(self.output_tokens)
         n_prompt = len(self.input_tokens)
-        return summed_errors(evidence, self._features, n_prompt, pieces, *levels, self.full_attr_se)
+        found = summed_errors(
+            evidence, self._features, n_prompt, pieces, *levels, self.full_attr_se
+        )
+        known = {(entry["side"], entry["level"]) for entry in found}
+        whole = cast("GenerationAttributionResult", self)
+        return found + [e for e in part_sums(whole) if (e["side"], e["level"]) not in known]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the coalitions, as lists, numbers and text that JSON can hold."""
@@ -114,6 +122,7 @@ class ExportedResult(DrawnResult):
             "is_unsigned": self.is_unsigned,
             "fixed_share": None if self.fixed_share is None else lists(self.fixed_share),
             "provenance": self.provenance,
+            **told(cast("GenerationAttributionResult", self)),
         }
 
     def to_json(
@@ -144,8 +153,10 @@ class ExportedResult(DrawnResult):
             layout: ``"long"``: a row for every target token and everything that can be a cause of
                 it, with the columns ``position`` and ``token`` (of the target), ``source``
                 (``"prompt"`` or ``"output"``), ``column`` (of `full_attr`), ``feature``,
-                ``attribution`` and ``standard_error``. ``"wide"``: a row per target token, a column
-                per feature, named by source, column and feature: `full_attr` with its names.
+                ``attribution`` and ``standard_error``, ``marked`` (whether it is told from noise)
+                and ``token_name`` and ``feature_name``, which no two things share. ``"wide"``: a
+                row per target token, a column per feature, named by source, column and feature:
+                `full_attr` with its names.
 
         Returns:
             The frame. Later output, which cannot be a cause, is left out of the long one and 0 in
@@ -178,6 +189,8 @@ class ExportedResult(DrawnResult):
                 ),
             )
         rows, columns = self._possible_causes().nonzero(as_tuple=True)
+        shown = self.names
+        named = [name.strip() or name for name in (*shown.prompt, *shown.output)]
         return pd.DataFrame(
             {
                 "position": rows.numpy(),
@@ -187,6 +200,9 @@ class ExportedResult(DrawnResult):
                 "feature": [self._column_names[column] for column in columns.tolist()],
                 "attribution": attr[rows, columns].numpy(),
                 "standard_error": self.full_attr_se.detach().cpu()[rows, columns].numpy(),
+                "marked": self.marked.cpu()[rows, columns].numpy(),
+                "token_name": [shown.tokens[row] for row in rows.tolist()],
+                "feature_name": [named[column] for column in columns.tolist()],
             }
         )
 

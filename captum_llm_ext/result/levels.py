@@ -24,8 +24,8 @@ def page_levels(result: "GenerationAttributionResult") -> dict[str, Any]:
         columns of each group that was not told apart.
     """
     return {
-        "levels": _prompt_levels(result),
-        "output_levels": _output_levels(result.output_pieces),
+        "levels": prompt_levels(result),
+        "output_levels": answer_levels(result),
         "unresolved": [group.columns for group in result.unresolved],
     }
 
@@ -44,7 +44,7 @@ def prompt_level(result: "GenerationAttributionResult", name: str) -> tuple[list
         ValueError: If there is no such level.
     """
     finest = str(result.provenance.get("unit") or "finest")
-    levels = {level["name"]: (level["parts"], level["part_of"]) for level in _prompt_levels(result)}
+    levels = {level["name"]: (level["parts"], level["part_of"]) for level in prompt_levels(result)}
     levels[finest] = list(result.input_tokens), list(range(len(result.input_tokens)))
     if name not in levels:
         raise ValueError(
@@ -54,7 +54,8 @@ def prompt_level(result: "GenerationAttributionResult", name: str) -> tuple[list
     return levels[name]
 
 
-def _prompt_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]]:
+def prompt_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]]:
+    """Levels above the features themselves, from coarse to fine, as `page_levels` tells them."""
     known = [
         {"name": level.name, "parts": level.parts, "part_of": level.part_of}
         for level in result.levels
@@ -80,8 +81,9 @@ def _prompt_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]
     return sorted(known, key=lambda level: len(level["parts"]))
 
 
-def _output_levels(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+def answer_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]]:
     """Per level the part that each target token is in; parts are runs of tokens."""
+    pieces = result.output_pieces
     known: list[dict[str, Any]] = []
     n_features = 1 + max((p.feature for p in pieces if p.feature is not None), default=-1)
     for name in _UNITS:

@@ -3,16 +3,38 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from itertools import groupby
+from typing import Any, NamedTuple, cast
 
 import torch
 from captum.attr import InterpretableInput, LLMAttributionResult
 from torch import Tensor
 
 from captum_llm_ext.result.causes import SpanAttribution
+from captum_llm_ext.result.marks import marked_beyond
 from captum_llm_ext.result.refit import Design, Evidence
 from captum_llm_ext.result.summed_errors import capped
+from captum_llm_ext.result.token_names import (
+    GOES_ON,
+    fragment_names,
+    going_on,
+    numbered_where_alike,
+)
 from captum_llm_ext.text.inputs import Level, Piece
+
+
+class Names(NamedTuple):
+    """Names that a reader tells apart: fragments are seen to be such, those that are alike counted.
+
+    Attributes:
+        prompt: Of the columns of `token_attr`.
+        output: Of the columns of `output_attr`.
+        tokens: Of the target tokens.
+    """
+
+    prompt: list[str]
+    output: list[str]
+    tokens: list[str]
 
 
 class ResultNumbers(LLMAttributionResult):
@@ -76,6 +98,7 @@ class ResultNumbers(LLMAttributionResult):
         self.design = design
         self.foils, self.foil_tokens, self.foil_values = foils, foil_tokens, foil_values
         self.provenance = dict(provenance or {})
+        self._replicates: dict[tuple[int, int], Tensor | None] = {}
 
     @property
     def full_attr(self) -> Tensor:
@@ -172,6 +195,42 @@ class ResultNumbers(LLMAttributionResult):
         return self.full_attr.abs() <= floor[:, None]
 
     @property
+    def marked_beyond(self) -> float:
+        """How many standard errors an attribution must exceed to be told from zero.
+
+        More than 1.96 where many are looked at: at most a twentieth of what is marked is expected
+        to be nothing (Benjamini and Hochberg 1995).
+        """
+        return marked_beyond(self.full_attr, self.full_attr_se)
+
+    @property
+    def marked(self) -> Tensor:
+        """Which attributions of `full_attr` are told from zero, bool ``(T, P + G)``.
+
+        Not those of unknown error, and none that rounding could have made.
+        """
+        size, errors = self.full_attr.abs(), self.full_attr_se
+        # What is compared with NaN is false.
+        return (size > 0) & (size >= self.marked_beyond * errors) & ~self.below_noise
+
+    @property
+    def names(self) -> Names:
+        """Names to show: ``"·est #4"`` is the fourth of its kind and goes on a word."""
+        n_prompt, n_output = len(self.input_tokens), len(self.output_features or ())
+        tokens = [piece.text for piece in self.output_pieces] or [""] * len(self.output_tokens)
+        output = self.output_features or []
+        # A token that is a feature of its own has the token's name in both places.
+        own = [piece.feature for piece in self.output_pieces] == list(range(n_output))
+        shown = numbered_where_alike(fragment_names(self.output_tokens, tokens))
+        return Names(
+            numbered_where_alike(_column_names(self.input_tokens, self.prompt_pieces, n_prompt)),
+            shown
+            if own
+            else numbered_where_alike(_column_names(output, self.output_pieces, n_output)),
+            shown,
+        )
+
+    @property
     def errors_unknown(self) -> Tensor:
         """Which attributions of `full_attr` are estimates of unknown error, bool ``(T, P + G)``.
 
@@ -218,7 +277,8 @@ class ResultNumbers(LLMAttributionResult):
         """The place of a target token, from 0.
 
         Args:
-            token: Its position, negative ones from the end; or its name in `output_tokens`.
+            token: Its position, negative ones from the end; or its name, as in `output_tokens` or
+                as it is shown (`names`).
 
         Raises:
             ValueError: If there is no such token, or there are several of that name.
@@ -228,13 +288,37 @@ class ResultNumbers(LLMAttributionResult):
             if not -n_target <= token < n_target:
                 raise ValueError(f"there is no token {token}: the target has {n_target}.")
             return token % n_target
-        found = [i for i, name in enumerate(self.output_tokens) if name == token.strip()]
+        wanted = token.strip()
+        found = [i for i, name in enumerate(self.output_tokens) if name == wanted]
+        if len(found) != 1:  # "the #4"
+            shown = self.names.tokens
+            found = [i for i, name in enumerate(shown) if name == wanted] or found
         if len(found) != 1:
             raise ValueError(
                 f"{len(found)} target tokens are {token!r}: give the position"
                 + (f", one of {found}." if found else f" of one of {self.output_tokens}.")
             )
         return found[0]
+
+    def replicates(self, start: int, stop: int) -> Tensor | None:
+        """What a span's attributions would be without a part of the draws, part by part.
+
+        Returns:
+            Shape ``(n_replicates, P + G)``, as columns of `full_attr`; None where nothing was
+            sampled or the coalitions do not tell.
+        """
+        if self._is_of_gradients or self.design is None:
+            return None
+        if (start, stop) not in self._replicates:
+            found = self._evidence().replicates(range(start, stop))
+            wide = None if found is None else torch.cat(self._split(found, found), dim=1)
+            self._replicates[start, stop] = wide
+        return self._replicates[start, stop]
+
+    @property
+    def column_features(self) -> list[int]:
+        """Per column of `full_attr` its feature: captum's groups have columns for their members."""
+        return self._features
 
     @property
     def _column_names(self) -> list[str]:
@@ -278,12 +362,12 @@ class ResultNumbers(LLMAttributionResult):
             features=None if self.design is None else self._features,
         )
 
-    def _split(self, solved: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, solved: Tensor, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What a solver says of features, at the columns of prompt and output."""
         n_prompt = len(self.input_tokens)
         # The last generated feature has no token after it: it was no player.
         known = torch.nn.functional.pad(solved, (0, self.masks.shape[1] - solved.shape[1]))
-        wide = known[:, self._features].to(self.full_attr)
+        wide = known[:, self._features].to(self.full_attr if like is None else like)
         return wide[:, :n_prompt], wide[:, n_prompt:]
 
     @property
@@ -303,3 +387,19 @@ class ResultNumbers(LLMAttributionResult):
                 "coalitions were planned: attribute again."
             )
         return Evidence(self.design, self.masks, self.draws, self.values, self.design.scope)
+
+
+def _column_names(names: Sequence[str], pieces: Sequence[Piece], n: int) -> list[str]:
+    """Names of columns, with dots where the word of their first or last piece goes on."""
+    edges: dict[int, tuple[bool, bool]] = {}
+    for _, run in groupby(pieces, key=lambda piece: piece.role):
+        told = list(run)
+        for piece, (left, right) in zip(told, going_on([p.text for p in told]), strict=True):
+            if piece.feature is not None:
+                first, _ = edges.get(piece.feature, (left, right))
+                edges[piece.feature] = first, right
+    dots = (edges.get(i, (False, False)) for i in range(n))
+    return [
+        f"{GOES_ON * left}{name.strip() if left or right else name}{GOES_ON * right}"
+        for name, (left, right) in zip(names, dots, strict=True)
+    ]

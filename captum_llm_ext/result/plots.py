@@ -40,6 +40,8 @@ class DrawnResult(ResultNumbers):
     ) -> "Drawing":
         """A heat map: one row per target token, prompt features left, earlier output right.
 
+        What may be noise (`marked_beyond`) is blank.
+
         Args:
             show: Show it, and return None.
             ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
@@ -56,6 +58,9 @@ class DrawnResult(ResultNumbers):
             cast(Tensor, self.token_attr),
             self.output_attr,
             **self._labels(named=True),
+            prompt_errors=self.token_attr_se,
+            output_errors=self.output_attr_se,
+            sure=self.marked_beyond,
             cmap=cmap,
             is_unsigned=self.is_unsigned,
             **self._canvas(ax, show),
@@ -85,8 +90,9 @@ class DrawnResult(ResultNumbers):
         attr = self.seq_attr
         return plot.bars(
             attr,
-            labels=self.input_tokens,
+            labels=self.names.prompt,
             errors=errors,
+            sure=self.marked_beyond,
             cmap=cmap,
             is_unsigned=self.is_unsigned,
             **self._canvas(ax, show),
@@ -126,6 +132,7 @@ class DrawnResult(ResultNumbers):
             [*prompt, *output],
             values,
             errors=errors,
+            sure=self.marked_beyond,
             headings={0: "prompt", first: "generated"},
             explained=() if token is None else (first + token,),
             later=() if token is None else range(first + token + 1, first + len(output)),
@@ -140,18 +147,22 @@ class DrawnResult(ResultNumbers):
         show: bool = False,
         *,
         least: float = 0.05,
+        most: int = 3,
         total: bool = False,
         ax: "Axes | None" = None,
     ) -> "Drawing":
         """Which parts of the prompt led to which tokens, and which of these led to later ones.
 
-        Only what is beyond its error is drawn.
+        Only what is told from noise is drawn, and of every token the few strongest causes; prompt
+        and earlier output have each a scale of their own.
 
         Args:
             target_token: Only what led to this token, directly or through earlier ones: its
                 position in the target, or its name in `output_tokens`. None: everything.
             show: Show it, and return None.
-            least: Share of the largest attribution below which one is left out.
+            least: Share of the largest attribution to the prompt, or to earlier output, below which
+                one is left out.
+            most: Causes that a token has at most.
             total: Draw shares of what led to the token in the end, as `total` finds them, each as
                 wide as what of that passes through it; without a token, as each was led to.
             ax: Axes to draw in; by default a new figure of fitting size.
@@ -176,6 +187,8 @@ class DrawnResult(ResultNumbers):
             output_errors=self.output_attr_se,
             towards=towards,
             least=least,
+            most=most,
+            sure=self.marked_beyond,
             is_unsigned=self.is_unsigned,
             **self._canvas(ax, show, towards),
         )
@@ -225,14 +238,14 @@ class DrawnResult(ResultNumbers):
         errors = [picked(solution.standard_errors) for _, solution in found]
         attributions.append([float(self.full_attr[cell]) for cell in cells])
         errors.append([float(self.full_attr_se[cell]) for cell in cells])
-        names = [*self.input_tokens, *(self.output_features or ())]
+        names = [*self.names.prompt, *self.names.output]
         return plot.convergence(
             [*(n for n, _ in found), len(self.masks)],
             attributions,
             labels=[
                 names[column]
                 if target_token is not None
-                else f"{self.output_tokens[token]} ← {names[column].strip()}"
+                else f"{self.names.tokens[token]} ← {names[column].strip()}"
                 for token, column in cells
             ],
             errors=errors,
@@ -241,13 +254,13 @@ class DrawnResult(ResultNumbers):
 
     def _labels(self, *, named: bool = False) -> _Labels:
         """Names of rows and columns; with foils beside the tokens if they are to be `named`."""
-        n_target = range(len(self.output_tokens))
+        n_target, names = range(len(self.output_tokens)), self.names
         return {
-            "input_labels": self.input_tokens,
-            "output_feature_labels": self.output_features,
+            "input_labels": names.prompt,
+            "output_feature_labels": None if self.output_features is None else names.output,
             "output_labels": [self._named(t, " ≠ ", 1) for t in n_target]
             if named
-            else self.output_tokens,
+            else names.tokens,
             "output_features": [piece.feature for piece in self.output_pieces] or None,
         }
 
@@ -258,12 +271,12 @@ class DrawnResult(ResultNumbers):
     def _named(self, token: int, between: str = " rather than ", k: int = _MOST_FOILS) -> str:
         """A target token, and what it was held against if that is what was explained."""
         foils = foils_told(cast("GenerationAttributionResult", self), token, k)
-        return self.output_tokens[token] + (between + foils if foils else "")
+        return self.names.tokens[token] + (between + foils if foils else "")
 
     def _title(self, token: int | None) -> str | None:
         """What is written above the drawing of one token."""
         named = None if token is None else self._named(token)
-        is_told = named is not None and named != self.output_tokens[token or 0]
+        is_told = named is not None and named != self.names.tokens[token or 0]
         return "\n".join(filter(None, [named if is_told else None, self._doubt])) or None
 
     @property

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import comb
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.coalitions import Plan, Scope, Solution
+from captum_llm_ext.coalitions.clustered_errors import normal_scale
 from captum_llm_ext.coalitions.hierarchical_search import solve_search, unopened
 from captum_llm_ext.coalitions.kernel import EFFORT
 from captum_llm_ext.coalitions.owen_orders import as_tree, binary, solve_nested_orders
@@ -24,6 +26,8 @@ Method = PerturbationAttribution | type[PerturbationAttribution]
 _UNIFORM_SIZES = ("paired kernel regression", "antithetic permutations")
 _SHAPLEY = (KernelShap, ShapleyValueSampling, ShapleyValues)
 _MOST_ENUMERATED = 20
+_SAMPLED = (*_UNIFORM_SIZES, "local linear model")  # what fewer coalitions estimate as well
+_REPLICATES = 20
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,60 @@ class Evidence:
             summed.scope,
             torch.tensor(part_of, dtype=torch.int64, device="cpu"),
         )
+
+    def replicates(self, span: range) -> Tensor | None:
+        """What the sum over target tokens would be without a part of the draws, part by part.
+
+        They tell the error of whatever is made of the attributions, such as the difference of two
+        (`jackknife_error`). Regressions are without interactions, whose errors are smaller.
+
+        Returns:
+            Shape ``(n_replicates, n_features)``; None where coalitions are not a sample, or too
+            few.
+        """
+        if self.design.solved not in _SAMPLED or not self.is_estimate or self.is_complete:
+            return None
+        n_anchors = self.design.n_anchors
+        draws, by_chance = self.draws[n_anchors:].cpu(), self._by_chance()
+        group = torch.full_like(draws, -1)
+        group[by_chance] = draws[by_chance].unique(return_inverse=True)[1] % _REPLICATES
+        if int(group.max()) + 1 < _REPLICATES:
+            return None
+        anchors = torch.ones(n_anchors, dtype=torch.bool, device="cpu")
+        found: list[Tensor] = []
+        for left_out in range(_REPLICATES):
+            kept = torch.cat([anchors, group != left_out])
+            part = replace(
+                self, masks=self.masks[kept], draws=self.draws[kept], values=self.values[kept]
+            )
+            found.append(part._fast_sum(span))
+        return torch.stack(found)
+
+    def _by_chance(self) -> Tensor:
+        """Which sampled coalitions another sample might not have had, bool.
+
+        Those of a size that is there completely are no sample, where replacements do not vary.
+        """
+        n = self.design.n_features
+        sizes = self.masks[self.design.n_anchors :, :n].sum(1).cpu()
+        counts = sizes.bincount(minlength=n + 1).tolist()
+        complete = [count >= comb(n, size) for size, count in enumerate(counts)]
+        by_size = ~torch.tensor(complete, dtype=torch.bool, device="cpu")
+        is_walk = self.design.solved == "antithetic permutations"
+        return by_size[sizes] | (is_walk or not self.design.deterministic)
+
+    def _fast_sum(self, span: range) -> Tensor:
+        """Attributions summed over target tokens, without interactions, ``(n_features,)``."""
+        total = torch.zeros(self.design.n_features, dtype=torch.float64, device="cpu")
+        for column in self.scope.required.unique().tolist():
+            which, summed = self._summed([span], column)
+            if which:
+                options = dict(summed.design.options)
+                if self.design.solved == "paired kernel regression":
+                    options["effort"] = 0.0
+                design = replace(summed.design, options=options)
+                total += replace(summed, design=design).solve().attributions[0]
+        return total
 
     def n_regressions(self, spans: Sequence[range]) -> int:
         """How many regressions `span_errors` takes, each of which may take a tenth of a second."""
@@ -469,3 +527,17 @@ def convert(values: Tensor, given: str, wanted: str, foil_values: Tensor | None 
 def method_name(method: Method) -> str:
     """The name of its class."""
     return (method if isinstance(method, type) else type(method)).__name__
+
+
+def jackknife_error(replicates: Tensor) -> Tensor:
+    """Standard errors from `Evidence.replicates`, or from anything linear made of them.
+
+    Args:
+        replicates: Shape ``(n_replicates, ...)``.
+
+    Returns:
+        Shape ``(...)``, widened so that 1.96 of them hold 95 % though replicates are few.
+    """
+    n = len(replicates)
+    spread = (replicates - replicates.mean(0)).square().sum(0) * (n - 1) / n
+    return spread.sqrt() * normal_scale(n - 1)

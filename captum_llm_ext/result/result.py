@@ -19,6 +19,8 @@ from captum_llm_ext.result.causes import (
 from captum_llm_ext.result.export import ExportedResult
 from captum_llm_ext.result.files import read, write
 from captum_llm_ext.result.levels import prompt_level
+from captum_llm_ext.result.narrative import sentences
+from captum_llm_ext.result.reading import Blocks, Reading, adds_up
 from captum_llm_ext.result.refit import Evidence, Method, convert, method_name
 from captum_llm_ext.result.table import table
 from captum_llm_ext.result.total import Route, Source, TotalAttribution, total
@@ -275,10 +277,11 @@ class GenerationAttributionResult(ExportedResult):
 
         Args:
             token: Its position in the target, or its name in `output_tokens`.
-            k: How many causes at most.
+            k: How many causes at most in each block.
 
         Returns:
-            The strongest causes, by falling magnitude; zeros are no causes.
+            The strongest causes in the prompt, then those in the output before the token, each by
+            falling magnitude; zeros are no causes.
 
         Raises:
             ValueError: If there is no such token, there are several of that name, or `k` is below
@@ -288,7 +291,7 @@ class GenerationAttributionResult(ExportedResult):
         return self._causes(self.full_attr[t], self.full_attr_se[t], k)
 
     def top(self, k: int = 3) -> list[list[Cause]]:
-        """The `k` strongest causes of every target token, as `why` gives them.
+        """The strongest causes of every target token, as `why` gives them.
 
         Those of the whole answer are ``attribute_span(0, T).top(k)``.
 
@@ -302,7 +305,75 @@ class GenerationAttributionResult(ExportedResult):
         features = None if self.design is None else self._features
         n_prompt = len(self.input_tokens)
         found = strongest(self._column_names, attributions, errors, n_prompt, k, features)
-        return [cause._replace(is_unsigned=self.is_unsigned) for cause in found]
+        shown, beyond = [*self.names.prompt, *self.names.output], self.marked_beyond
+        return [
+            cause._replace(
+                is_unsigned=self.is_unsigned,
+                label=shown[cause.column] if cause.name == self._column_names[cause.column] else "",
+                is_marked=abs(cause.attribution) >= beyond * cause.standard_error,
+            )
+            for cause in found
+        ]
+
+    def narrative(
+        self,
+        token: int | str | tuple[int, int] | None = None,
+        *,
+        level: str | None = None,
+    ) -> str:
+        """What led to a token, a span or the answer, how it was measured and how sure it is.
+
+        In plain sentences, each built from the numbers of the result and from nothing else.
+
+        Args:
+            token: Its position or its name; ``(start, stop)`` of a span. None: the whole answer.
+            level: By which parts of the prompt: as for `at_level`. None: the largest there are.
+
+        Raises:
+            ValueError: If there is no such token, span or level.
+        """
+        start, stop = self.span_of(token)
+        return " ".join(sentences(self, start, stop, level))
+
+    def span_of(self, token: int | str | tuple[int, int] | None) -> tuple[int, int]:
+        """The target tokens that are meant, from the first to the one after the last.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if token is None:
+            return 0, len(self.output_tokens)
+        if isinstance(token, tuple):
+            rows = self._rows(*token)
+            return rows.start, rows.stop
+        place = self.position(token)
+        return place, place + 1
+
+    def causes(
+        self,
+        token: int | str | tuple[int, int] | None = None,
+        *,
+        level: str | None = None,
+    ) -> Blocks:
+        """Causes in two blocks: parts of the prompt, and of the answer so far.
+
+        Args:
+            token: As for `narrative`.
+            level: As for `narrative`.
+
+        Returns:
+            ``prompt`` and ``answer``, each by falling magnitude, with errors of the sums.
+
+        Raises:
+            ValueError: If there is no such token, span or level, or values do not add up.
+        """
+        start, stop = self.span_of(token)
+        if stop - start > 1 and not adds_up(self):
+            raise ValueError(
+                "probabilities of tokens do not add up to that of a span: take the causes of "
+                '`result.refit(attr_target="log_prob")`.'
+            )
+        return Reading(self, level).causes(start, stop, precise=True)
 
     def at_level(self, name: str) -> tuple[list[str], Tensor]:
         """Prompt attributions summed over the parts of a coarser level.
@@ -381,22 +452,27 @@ class GenerationAttributionResult(ExportedResult):
         *,
         paint: Callable[[str, str], str] | None = None,
         width: int | None = None,
+        unit: str | None = None,
     ) -> str:
-        """The strongest causes of every target token, a line each.
+        """The strongest causes of every part of the answer, a line each.
 
-        What lies within 1.96 standard errors, or below a hundredth of the largest attribution, is
-        left out. Estimates of unknown error are marked ± ?, and painted as nothing
+        First what was measured and, by the largest parts of the prompt, where the whole answer
+        comes from. In each line the causes in the prompt stand before those in the answer so far.
+        What is not told from noise (`marked`), or lies below a hundredth of the largest
+        attribution, is left out. Estimates of unknown error are marked ± ?, and painted as nothing
         certain. ``print(result)`` shows it in the colours and the width of the terminal;
         elsewhere, and in ``f"{result}"``, it is plain.
 
         Args:
-            k: Causes per token, at most.
+            k: Causes per line in each block, at most.
             paint: From a text and its kind (``"token"``, ``"raises"``, ``"lowers"``,
                 ``"nothing"``) to what is shown, such as the text in a terminal's colours.
             width: Columns that a line may take: weaker causes that do not fit give way to " …".
                 None: as many as needed.
+            unit: What has a line: ``"token"``, ``"word"``, ``"sentence"``… None: words where
+                tokens are fragments of them, otherwise tokens.
 
         Raises:
-            ValueError: If `k` is below 1.
+            ValueError: If `k` is below 1, or the answer cannot be read by such units.
         """
-        return table(self, k, paint, width)
+        return table(self, k, paint, width, unit)

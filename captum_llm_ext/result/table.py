@@ -1,4 +1,4 @@
-"""A result as text: the strongest causes of every target token, and what a reader should know."""
+"""A result as text: the strongest causes of every part of the answer, and what to know of them."""
 
 import math
 import textwrap
@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from captum_llm_ext.base.terminal import columns, one_line, shortened
+from captum_llm_ext.result.about import header
 from captum_llm_ext.result.causes import Cause
 from captum_llm_ext.result.foils import foils_told
+from captum_llm_ext.result.reading import Reading, adds_up, finest_level
 from captum_llm_ext.text.segment import shorten
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from captum_llm_ext.result.result import GenerationAttributionResult
 
     Paint = Callable[[str, str], str]
@@ -18,57 +22,130 @@ if TYPE_CHECKING:
 _MOST_REMARKS = 3
 _LONGEST_NAME = 24
 _ARROW = "  ←  "
+_SO_FAR = "so far: "
+_BETWEEN = " | "
 _LEAST_ROOM = 20  # for causes: below that, lines are longer than the terminal is wide
+_ROOM_FOR_TWO = 50  # columns below which a line has the stronger of its two blocks
 _LEAST_SHOWN = 0.005  # what is smaller is 0 in the table
 _NOTHING = "nothing in particular"
+_WHOLE = "whole answer"
+_TELLING = 0.01  # share of the largest attribution of a block below which one is left out
 
 
 def table(
-    result: "GenerationAttributionResult", k: int, paint: "Paint | None", width: int | None
+    result: "GenerationAttributionResult",
+    k: int,
+    paint: "Paint | None",
+    width: int | None,
+    unit: str | None = None,
 ) -> str:
     """See `GenerationAttributionResult.table`."""
+    if k < 1:
+        raise ValueError(f"`k` is {k}: give how many causes you want, at least 1.")
     show = paint or _plain
-    least = float(result.full_attr.abs().max()) / 100
-    names = [shortened(one_line(name), _LONGEST_NAME) for name in result.output_tokens]
+    read = Reading(result, finest_level(result), unit)
+    lines = _wrapped([" · ".join(header(result))], width)
+    lines += _wrapped([summary_line(result, k, show if width is None else _plain)], width)
+    if result.output_features and len(read.rows) > 1:
+        said = f"{read.answer.level}{_ARROW}in the prompt{_BETWEEN}{_SO_FAR}in the answer before it"
+        lines += ["", *(show(line, "nothing") for line in _wrapped([said], width))]
+    else:
+        lines.append("")
+    names = [shortened(one_line(row.name), _LONGEST_NAME) for row in read.rows]
     longest = max(map(columns, names))
     room = None if width is None else max(width - longest - len(_ARROW), _LEAST_ROOM)
-    lines = _wrapped([result.summary], width)
-    floor = result.noise_floor
-    floors = [0.0] * len(names) if floor is None else floor.tolist()
-    rows = zip(names, floors, result.top(k), strict=True)
-    for token, (name, floor, causes) in enumerate(rows):
-        telling = [
-            cause
-            for cause in causes
-            if abs(cause.attribution) >= least
-            and abs(cause.attribution) > floor
-            and not abs(cause.attribution) < 1.96 * cause.standard_error
+    least = [_TELLING * _largest(attr) for attr in (result.token_attr, result.output_attr)]
+    for name, row in zip(names, read.rows, strict=True):
+        blocks = [
+            [cause for cause in block[:k] if _is_told(cause) and abs(cause.attribution) >= floor]
+            for block, floor in zip(read.causes(row.start, row.stop), least, strict=True)
         ]
-        told = _told(telling, room, show) or show(_NOTHING, "nothing")
-        used = columns(_told(telling, room, _plain) or _NOTHING)
-        told += _beside(foils_told(result, token), None if room is None else room - used, show)
+        told, used = _row(blocks, room, show)
+        foils = foils_told(result, row.start) if row.stop - row.start == 1 else ""
+        told += _beside(foils, None if room is None else room - used, show)
         padding = " " * (longest - columns(name))
         lines.append(f"{padding}{show(name, 'token')}{_ARROW}{told}")
     return "\n".join([*lines, *_wrapped(_remarks(result), width)])
+
+
+def summary_line(
+    result: "GenerationAttributionResult", k: int = 3, show: "Paint | None" = None
+) -> str:
+    """``whole answer  ←  paragraph 4 “Lake Baikal…” +13.64 ± 0.42, …`` by the largest parts.
+
+    Empty where the values of tokens do not add up.
+    """
+    if not adds_up(result):
+        return ""
+    read = Reading(result)
+    causes = read.causes(0, len(result.output_tokens), precise=True).prompt
+    told = [cause for cause in causes if _is_told(cause)][:k]
+    said = ", ".join(_painted(cause, cause.told(), show or _plain) for cause in told)
+    return f"{_WHOLE}{_ARROW}{said or 'nothing of the prompt in particular'}"
+
+
+def _is_told(cause: Cause) -> bool:
+    """Whether the table has it: what is told from nothing, and what nothing tells."""
+    return cause.is_marked or math.isnan(cause.standard_error)
+
+
+def _largest(attr: "Tensor | None") -> float:
+    return 0.0 if attr is None or not attr.numel() else float(attr.abs().max())
+
+
+def _row(blocks: Sequence[Sequence[Cause]], room: int | None, show: "Paint") -> tuple[str, int]:
+    """Causes in the prompt, and behind them those in the answer so far; how wide they are."""
+    prompt, answer = blocks
+    if not prompt and not answer:
+        return show(_NOTHING, "nothing"), columns(_NOTHING)
+    if room is not None and room < _ROOM_FOR_TWO and prompt and answer:
+        is_prompt = abs(prompt[0].attribution) >= abs(answer[0].attribution)
+        told, used = _row((prompt, []) if is_prompt else ([], answer), room - 2, show)
+        return f"{told.removesuffix(' …')} …", used + 2
+    rest = columns(_told(answer, None, _plain)) + len(_SO_FAR) if answer else 0
+    between = len(_BETWEEN) if prompt and answer else 0
+    if room is None:
+        rooms = None, None
+    else:
+        first = room if not answer else max(room - rest - between, (room - between) // 2)
+        used = columns(_told(prompt, first, _plain)) + between if prompt else 0
+        rooms = first, max(room - used - len(_SO_FAR), _LEAST_ROOM // 2)
+    parts: list[tuple[str, str]] = []
+    if prompt:
+        parts.append((_told(prompt, rooms[0], show), _told(prompt, rooms[0], _plain)))
+    if answer:
+        said = [_told(answer, rooms[1], paint) for paint in (show, _plain)]
+        parts.append((show(_SO_FAR, "nothing") + said[0], _SO_FAR + said[1]))
+    told, plain = (_BETWEEN.join(part[i] for part in parts) for i in (0, 1))
+    return told, columns(plain)
 
 
 def _told(causes: Sequence[Cause], room: int | None, show: "Paint") -> str:
     """As many of the causes as there is room for, the first in any case."""
     parts: list[str] = []
     for i, cause in enumerate(causes):
-        text = str(cause._replace(name=shorten(cause.name.strip()) or cause.name))
+        name = shorten((cause.label or cause.name).strip()) or cause.name
+        cause = cause._replace(label=name)
+        text = cause.told()
         if room is not None:
             room -= len(", ") if parts else 0
             # What is left out is told by " …".
             most = room if i == len(causes) - 1 else room - len(" …")
             if columns(text) > most and parts:
                 return f"{', '.join(parts)} …"
-            text = text if columns(text) <= most else _fitting(cause, most)
+            if columns(text) > most:
+                # The name gives way to its number.
+                rest = columns(cause._replace(label="x").told()) - 1
+                text = cause.told(most=max(most - rest, 2))
             room -= columns(text)
-        kind = "raises" if cause.attribution > 0 else "lowers"
-        kind = "size" if cause.is_unsigned else kind
-        parts.append(show(text, "nothing" if math.isnan(cause.standard_error) else kind))
+        parts.append(_painted(cause, text, show))
     return ", ".join(parts)
+
+
+def _painted(cause: Cause, text: str, show: "Paint") -> str:
+    kind = "raises" if cause.attribution > 0 else "lowers"
+    kind = "size" if cause.is_unsigned else kind
+    return show(text, "nothing" if math.isnan(cause.standard_error) else kind)
 
 
 def _beside(foils: str, room: int | None, show: "Paint") -> str:
@@ -77,13 +154,6 @@ def _beside(foils: str, room: int | None, show: "Paint") -> str:
     if not foils or (room is not None and columns(said) > room):
         return ""
     return show(said, "nothing")
-
-
-def _fitting(cause: Cause, most: int) -> str:
-    """A cause whose name gives way to its number."""
-    name = one_line(cause.name.strip())
-    rest = columns(str(cause._replace(name="x"))) - 1
-    return str(cause._replace(name=shortened(name, max(most - rest, 2))))
 
 
 def _wrapped(lines: Sequence[str], width: int | None) -> list[str]:

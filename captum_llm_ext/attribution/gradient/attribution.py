@@ -26,6 +26,7 @@ from captum_llm_ext.attribution.target import (
     check_target,
     generate_target,
     target_ids,
+    tell_answer,
 )
 from captum_llm_ext.base.arguments import check_passed_on
 from captum_llm_ext.base.digest import describe
@@ -50,7 +51,7 @@ from captum_llm_ext.model import (
     model_identity,
     planned_generation,
 )
-from captum_llm_ext.model.scoring.progress import ProgressBar
+from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.assembled import assembled, numbers_of
 from captum_llm_ext.result.provenance import model_provenance, run_provenance, target_provenance
@@ -171,7 +172,7 @@ class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
         n_draws: int | None = None,
         absent: Absent = "baseline",
         feature_mask: Tensor | None = None,
-        show_progress: bool = False,
+        show_progress: Shown = False,
         baselines: Any = None,
         n_steps: int | None = None,
         method: str | None = None,
@@ -214,7 +215,7 @@ class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
             absent: ``"zero"``: the zero vector stands for absent features, whatever the baselines.
             feature_mask: As for `GenerationAttribution`: shape ``(1, n_features)``, equal numbers
                 are one feature.
-            show_progress: Whether a bar over the points is shown.
+            show_progress: Whether a bar over the points is shown; or a `Listener`, as there.
             baselines: As in captum: which features of the prompt are present at the path's
                 beginning (1; anything else is absent), shape ``(1, n_features)``; for
                 `LayerGradientShap` ``(n, n_features)`` to draw from, or a callable that returns
@@ -282,6 +283,8 @@ class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
         planned = cast(Generation, generation)
         generate = partial(generate_target, scorer, context.full, planned, seed)
         ids = target_ids(target, self.tokenizer, gen_args, generate, context.full, skip_tokens)
+        if generation is not None:
+            tell_answer(show_progress, self, context.full, ids, generation)
         check_target(ids, context.full, scorer, _compat.vocabulary_size(self.model))
         generated = context.generated(ids, output_unit, output_baselines)
         scene = FoilContext(context.prompt, context.full, generated, self.tokenizer, seed)

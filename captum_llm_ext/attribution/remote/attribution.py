@@ -29,6 +29,7 @@ from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.contrast import Contrast, FoilContext, scored
 from captum_llm_ext.methods import Smile
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
+from captum_llm_ext.model.scoring.progress import Shown
 from captum_llm_ext.remote.chat_providers import Speaker
 from captum_llm_ext.remote.estimate import LENGTHS, Counter, Estimate, finite, n_new
 from captum_llm_ext.remote.ladder import LadderScorer, weights
@@ -520,7 +521,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             self.provider, self.tokenizer, self._max_concurrency, self._on_mismatch
         )
 
-    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> RowScorer:
+    def _scorer(self, max_rows: int | None, show_progress: Shown = False) -> RowScorer:
         if self._counter is not None:
             return self._counter
         if self._climbed is not None:
@@ -567,7 +568,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         if "temperature" not in given and not given.get("do_sample"):
             # Captum's None is the server's default, which samples.
             given |= {"do_sample": False, "temperature": 0.0}
-        return Generation(given, {name: repr(value) for name, value in given.items()})
+        settings = {name: repr(value) for name, value in given.items()}
+        return Generation(given, settings, given.get("max_new_tokens"))
 
     def _generated_ids(self, run: Run, generation: Generation) -> Tensor:
         given = dict(generation.arguments)

@@ -1,46 +1,216 @@
-"""`ProgressBar`: what users see of a run while it goes on."""
+"""What is heard of a run while it goes on: bars in terminals, lines elsewhere, or a listener."""
 
+import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+_TENTHS = 10
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Hears of a run instead of a bar, as ``show_progress`` of an ``attribute``.
+
+    All methods are called in the main process and in the order in which they stand here; what they
+    raise ends the run.
+    """
+
+    def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
+        """The model has generated the text that is explained.
+
+        Args:
+            text: The answer.
+            n_tokens: Its length.
+            is_cut: Whether the most tokens that were allowed ended it, not the model.
+        """
+        ...
+
+    def begins(self, name: str, unit: str) -> None:
+        """Work begins; what is counted, and one of it."""
+        ...
+
+    def announce(self, n: int) -> None:
+        """There is so much more to do."""
+        ...
+
+    def advance(self, n: int) -> None:
+        """So much of it is done."""
+        ...
+
+    def note(self, text: str) -> None:
+        """What stands behind the bar; empty takes it away."""
+        ...
+
+    def ends(self) -> None:
+        """All is done, or an error ends it."""
+        ...
+
+
+Shown = bool | Listener
 
 
 class ProgressBar:
-    """One bar on stderr over all that is done while it is shown.
+    """One bar over all that is done while it is shown.
 
     Args:
         name: What is counted.
         unit: One of it.
-        is_shown: Whether there is a bar at all.
+        is_shown: Whether there is a bar at all; or who hears of it instead.
     """
 
-    def __init__(self, name: str, unit: str, *, is_shown: bool) -> None:
-        self._name, self._unit, self._is_shown = name, unit, is_shown
-        self._bar: Any = None
+    def __init__(self, name: str, unit: str, *, is_shown: Shown) -> None:
+        self._name, self._unit = name, unit
+        self._listener: Listener | None = None
+        if isinstance(is_shown, Listener):
+            self._listener = is_shown
+        elif is_shown:
+            self._listener = bar()
+        self._is_open = False
 
     @contextmanager
     def shown(self) -> Generator[None]:
         """Draws it within, whatever number of calls the work comes in."""
-        if not self._is_shown:
+        if self._listener is None:
             yield
             return
-        from tqdm.auto import tqdm  # captum and transformers both bring it
-
-        with tqdm(total=0, desc=self._name, unit=self._unit) as self._bar:
+        self._listener.begins(self._name, self._unit)
+        self._is_open = True
+        try:
             yield
+        finally:
+            self._is_open = False
+            self._listener.ends()
 
     def announce(self, n: int) -> None:
         """There is so much more to do."""
-        if self._bar is not None:
-            self._bar.total += n
-            self._bar.refresh()
+        if self._is_open and self._listener is not None:
+            self._listener.announce(n)
 
     def advance(self, n: int = 1) -> None:
         """So much of it is done."""
+        if self._is_open and self._listener is not None:
+            self._listener.advance(n)
+
+    def note(self, text: str) -> None:
+        """What stands behind the bar."""
+        if self._is_open and self._listener is not None:
+            self._listener.note(text)
+
+
+def bar(ago: float = 0.0) -> Listener:
+    """What tells of progress on stderr: a bar that moves where that can be seen, else lines.
+
+    Args:
+        ago: The seconds for which the work has been going on when it is announced.
+    """
+    return _Bar(ago) if _shows_bars() else _Lines(ago)
+
+
+def _shows_bars() -> bool:
+    """Whether stderr is a terminal or a notebook, which understand a line that is drawn again."""
+    stream = sys.stderr
+    try:
+        return stream.isatty() or type(stream).__module__.startswith("ipykernel")
+    except (AttributeError, ValueError):  # none, something of the user's own, or closed
+        return False
+
+
+class _Bar:
+    """tqdm's bar, whose clock starts with the work: what was prepared before tells no rate."""
+
+    def __init__(self, ago: float) -> None:
+        self._name, self._unit, self._ago = "", "", ago
+        self._bar: Any = None
+
+    def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
+        """A bar does not tell it."""
+
+    def begins(self, name: str, unit: str) -> None:
+        self._name, self._unit = name, unit
+
+    def announce(self, n: int) -> None:
+        from tqdm.auto import tqdm  # captum and transformers both bring it
+
+        if self._bar is None:
+            # Of work that goes on, nothing is drawn before there is a rate.
+            delay = 1e-9 if self._ago else 0
+            self._bar = tqdm(total=n, desc=self._name, unit=self._unit, delay=delay)
+            self._bar.start_t = self._bar.last_print_t = time.time() - self._ago
+            return
+        self._bar.total += n
+        self._bar.refresh()
+
+    def advance(self, n: int) -> None:
         if self._bar is not None:
             self._bar.update(n)
 
     def note(self, text: str) -> None:
-        """What stands behind the bar."""
         if self._bar is not None:
             self._bar.set_postfix_str(text)
+
+    def ends(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Lines:
+    """A line for each tenth of the work, for files and pipes."""
+
+    def __init__(self, ago: float) -> None:
+        self._ago = ago
+        self._name, self._unit, self._note = "", "", ""
+        self._total = self._done = self._told = 0
+        self._began = 0.0
+
+    def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
+        """Lines of progress do not tell it."""
+
+    def begins(self, name: str, unit: str) -> None:
+        self._name, self._unit = name, unit
+
+    def announce(self, n: int) -> None:
+        if not self._total:
+            self._began = time.monotonic() - self._ago
+        self._total += n
+        # Where more is to be done than was thought, tenths are others.
+        self._told = min(self._told, self._tenths())
+
+    def advance(self, n: int) -> None:
+        self._done += n
+        if (tenths := self._tenths()) > self._told:
+            self._told = tenths
+            self._tell()
+
+    def note(self, text: str) -> None:
+        self._note = f", {text}" if text else ""
+
+    def ends(self) -> None:
+        if self._total and self._done < self._total:  # how far it came
+            self._tell()
+
+    def _tenths(self) -> int:
+        return _TENTHS * self._done // max(self._total, 1)
+
+    def _tell(self) -> None:
+        taken = max(time.monotonic() - self._began, 1e-9)
+        rate = self._done / taken
+        left = (self._total - self._done) / rate if rate else 0.0
+        rest = f", {duration(left)} left" if self._done < self._total else f" in {duration(taken)}"
+        done = f"({self._done}"
+        if self._total:  # else it is not known
+            done = f"{100 * self._done // self._total} % ({self._done} of {self._total}"
+        text = f"{self._name}: {done}, {rate:.3g} {self._unit}s a second){rest}{self._note}"
+        print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: ``"8 s"``, ``"2 min 05 s"``, ``"1 h 20 min"``."""
+    if seconds < 59.5:
+        return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"

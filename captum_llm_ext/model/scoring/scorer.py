@@ -26,7 +26,7 @@ from captum_llm_ext.model.probe.noise import NoiseFloor
 from captum_llm_ext.model.processes.group import Processes
 from captum_llm_ext.model.scoring.batching import Batching, Reuse
 from captum_llm_ext.model.scoring.checkpoint import Journal
-from captum_llm_ext.model.scoring.progress import ProgressBar
+from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.model.scoring.shards import shards, without
 
 # How large these are says nothing of how far rounding moves them.
@@ -47,7 +47,8 @@ class Scorer:
             which rounding moves the difference to those of foils), or a callable ``(logits (batch,
             n_target, vocabulary), target (n_target,)) -> (batch, n_target)``.
         max_rows: At most so many rows in a batch. By default as many as memory allows.
-        show_progress: Whether `progress` draws a bar over the model's evaluations on stderr.
+        show_progress: Whether `progress` draws a bar over the model's evaluations on stderr, or
+            who hears of them.
         reuse: ``"auto"``: what rows begin with in common is computed once, where that pays and a
             first comparison on the model itself shows the same numbers. ``"off"``: never.
             ``"copy"``, ``"lend"``, ``"pack"``: always by copies of the model's state; without them;
@@ -73,7 +74,7 @@ class Scorer:
         *,
         attr_target: AttrTarget = "log_prob",
         max_rows: int | None = None,
-        show_progress: bool = False,
+        show_progress: Shown = False,
         reuse: Reuse = "auto",
         overhead: int | None = None,
         processes: Processes | None = None,
@@ -98,7 +99,7 @@ class Scorer:
         self._generated: Tensor | None = None
         self._trusted = 0  # length of the longest stored row that the model has been held against
         self.n_scored = [0] * self._processes.n_replicas
-        is_shown = show_progress and self._processes.is_main
+        is_shown = self._processes.is_main and show_progress
         self._bar = ProgressBar("model evaluations", "row", is_shown=is_shown)
         self._known: dict[bytes, Tensor] = {}
         self._findings: Findings | None = None

@@ -36,9 +36,11 @@ _REQUIRED = (
 )
 # Of provenance: tables of candidates and numbers of every token, no lines of text.
 _LONG = ("matches", "fixed_attr", "fixed_share", "constant_attr")
-_SCRIPTS = ("model", "words", "text", "links", "panel", "page")  # one closure, in this order
+_SCRIPTS = ("model", "words", "text", "links", "panel", "map", "page")  # one closure, in this order
 _LEAST = 0.01  # share of the largest attribution below which that telling leaves one out
 _UNKNOWN = ", estimates of unknown error: nothing tells a cause from noise"
+_TOLD_IN_TEXT = ("causes", "summary", "labels", "errors_unknown")  # written out, not kept as data
+_SINGLE = 1.96  # standard errors that tell one value from zero
 _PLAIN_ROWS = 500  # tokens that the page tells of where scripts are switched off
 
 
@@ -60,7 +62,10 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             where the value is a contrast; ``other`` has attributions, errors, ``full_values``,
             ``empty_values`` and ``sums`` of another ``attr_target``, to which the page can be
             switched. ``is_unsigned`` says that attributions are sizes, ``fixed_share`` per token
-            what part fixed text has.
+            what part fixed text has. ``about``, ``narrative``, ``summary``, ``causes`` and
+            ``marked_beyond`` are what ``to_dict()`` tells in words; ``around`` has per column of a
+            side (``prompt``, ``output``) the rest of the word that it is a fragment of, before and
+            after; ``answer_unit`` is the level that the answer is read by at first.
             ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"`` (names
             that stand apart); without it, names that would run together are set apart.
         title: Heading of the page; by default what was generated.
@@ -75,6 +80,7 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
     _check(data)
     told = {name: value for name, value in data.get("provenance", {}).items() if name not in _LONG}
     shown = {"prompt_layout": _layout(data["prompt"]), **data, "provenance": told}
+    kept = {name: value for name, value in shown.items() if name not in _TOLD_IN_TEXT}
     style, script = _asset("page.css"), _script()
     heading = title if title is not None else _heading(data["output"], data["output_tokens"])
     return string.Template(_asset("page.html")).substitute(
@@ -82,28 +88,37 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
         "base-uri 'none'; form-action 'none'",
         title=_escaped(heading),
         heading=_escaped(heading),
+        about=_escaped(" · ".join(data.get("about") or ())),
+        summary=_summary(shown),
         plain=_plain(shown),
         style=style,
         script=script,
-        data=_json(shown),
+        data=_json(kept),
     )
 
 
-def fragment(data: Mapping[str, Any]) -> str:
+def fragment(data: Mapping[str, Any], text: str = "") -> str:
     """The same page as one element of another page, such as a notebook.
 
     A frame of its own keeps styles, scripts and ids apart, so several can share a page.
 
     Args:
         data: As for `page`.
+        text: What stands beside the frame, for viewers that strip frames; its first lines are seen
+            in any case.
 
     Returns:
-        One ``<iframe>`` element.
+        One ``<iframe>`` element, and the text as another.
     """
+    beside = ""
+    if text:
+        summary = _summary(data) or "<p>The attributions as text</p>"
+        shown = summary.removeprefix('<p id="summary">').removeprefix("<p>").removesuffix("</p>")
+        beside = f"<details><summary>{shown}</summary><pre>{_escaped(text)}</pre></details>"
     return (
         '<iframe title="Attribution of generated text" loading="lazy" '
         'style="width:100%;height:44rem;border:0;color-scheme:light dark" '
-        f'srcdoc="{html.escape(page(data))}"></iframe>'
+        f'srcdoc="{html.escape(page(data))}"></iframe>{beside}'
     )
 
 
@@ -138,31 +153,100 @@ def _heading(output: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     return f"What made the model write “{answer}”"
 
 
+def _summary(data: Mapping[str, Any]) -> str:
+    """Where the whole answer comes from, by the largest parts of the prompt, in a line."""
+    found = data.get("summary")
+    if not found:
+        return ""
+    is_sized = bool(data.get("is_unsigned"))
+    told = [_cause(cause, is_sized) for cause in found["prompt"] if _is_told(cause)]
+    said = ", ".join(told) or "nothing of the prompt in particular"
+    return f'<p id="summary"><b>whole answer</b> ← {said}</p>'
+
+
+def _is_told(cause: Mapping[str, Any]) -> bool:
+    return cause["marked"] or cause["standard_error"] is None
+
+
+def _cause(cause: Mapping[str, Any], is_unsigned: bool) -> str:
+    """A cause as HTML: coloured if it is told from nothing."""
+    value, error = cause["attribution"], cause["standard_error"]
+    number = f"{value:.2f}" if is_unsigned else f"{value:+.2f}".replace("-", "−")
+    spread = " ± ?" if error is None else f" ± {error:.2f}" if error > 0 else ""
+    kind = "size" if is_unsigned else "raises" if value > 0 else "lowers"
+    kind = kind if cause["marked"] else "unsure"
+    told = _escaped(cause["name"])
+    return f'<span class="cause {kind}"><bdi>{told}</bdi> <b>{number}</b>{spread}</span>'
+
+
 def _plain(data: Mapping[str, Any]) -> str:
-    """The text and the strongest causes of every token, for where scripts are switched off."""
+    """All that the page tells, as text: for where scripts are switched off."""
     texts = (_escaped("".join(p["text"] for p in data[name])) for name in ("prompt", "output"))
     prompt, output = texts
-    names = [*data["input_tokens"], *(data["output_features"] or ())]
-    found: list[list[tuple[float, int]]] = []
-    for t in range(min(len(data["output_tokens"]), _PLAIN_ROWS)):
-        numbers = [*data["token_attr"][t], *(data["output_attr"][t] if data["output_attr"] else ())]
-        known = ((x, i) for i, x in enumerate(numbers) if x is not None and math.isfinite(x))
-        found.append(heapq.nlargest(3, known, key=lambda cause: abs(cause[0])))
-    least = _LEAST * max((abs(x) for causes in found for x, _ in causes), default=0.0)
+    rows = data.get("causes") or _strongest(data)
     lines: list[str] = []
-    for token, causes in zip(data["output_tokens"], found, strict=False):
-        form = ".3g" if data.get("is_unsigned") else "+.3g"
-        told = ", ".join(f"{names[i].strip()} {x:{form}}" for x, i in causes if abs(x) > least)
-        lines.append(
-            f'<tr><th scope="row">{_escaped(token)}</th><td>{_escaped(told or "–")}</td></tr>'
-        )
-    rest = len(data["output_tokens"]) - len(lines)
+    is_sized = bool(data.get("is_unsigned"))
+    for row in rows[:_PLAIN_ROWS]:
+        cells = [
+            ", ".join(_cause(cause, is_sized) for cause in row[side] if _is_told(cause))
+            for side in ("prompt", "answer")
+        ]
+        name = f'<th scope="row"><bdi>{_escaped(row["name"])}</bdi></th>'
+        lines.append(f"<tr>{name}" + "".join(f"<td>{cell or '–'}</td>" for cell in cells) + "</tr>")
+    rest = len(rows) - len(lines)
     unknown = "" if not data.get("errors_unknown") else _UNKNOWN
-    return (
-        f"<h2>Prompt</h2><pre>{prompt}</pre><h2>Answer</h2><pre>{output}</pre>"
-        f"<table><caption>Strongest causes of every token{unknown}</caption>"
-        f"{''.join(lines)}</table>" + (f"<p>… and {rest} tokens more.</p>" if rest else "")
+    narrative = _escaped(" ".join(data.get("narrative") or ()))
+    noted = "".join(
+        f"<dt>{_escaped(str(name))}</dt><dd>{_escaped(_noted(value))}</dd>"
+        for name, value in data["provenance"].items()
+        if value is not None
     )
+    heads = "".join(
+        f'<th scope="col">{head}</th>'
+        for head in ("part of the answer", "in the prompt", "in the answer so far")
+    )
+    return (
+        f"<p>{narrative}</p><h2>Prompt</h2><pre>{prompt}</pre><h2>Answer</h2><pre>{output}</pre>"
+        f"<table><caption>Strongest causes{unknown}; ± is one standard error, and what could be "
+        f"noise is left out</caption><thead><tr>{heads}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table>"
+        + (f"<p>… and {rest} rows more.</p>" if rest else "")
+        + (f"<h2>How this was computed</h2><dl>{noted}</dl>" if noted else "")
+    )
+
+
+def _noted(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _strongest(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Causes of every token in two blocks, where the data does not tell them."""
+    beyond = data.get("marked_beyond") or _SINGLE
+    sides = (
+        ("prompt", data["input_tokens"], "token_attr"),
+        ("answer", data["output_features"] or (), "output_attr"),
+    )
+    rows: list[dict[str, Any]] = [
+        {"name": name, "prompt": [], "answer": []} for name in data["output_tokens"]
+    ]
+    for side, names, key in sides:
+        attr, errors = data[key] or (), data.get(f"{key}_se")
+        known = [[(x, i) for i, x in enumerate(row) if x is not None and x == x] for row in attr]
+        least = _LEAST * max((abs(x) for row in known for x, _ in row), default=0.0)
+        for t, row in enumerate(known):
+            for x, i in heapq.nlargest(3, row, key=lambda cause: abs(cause[0])):
+                told = errors[t][i] if errors and errors[t] else 0.0
+                error = None if told is None or told != told else float(told)
+                if abs(x) > least:
+                    rows[t][side].append(
+                        {
+                            "name": names[i].strip() or names[i],
+                            "attribution": x,
+                            "standard_error": error,
+                            "marked": error is not None and abs(x) >= beyond * error,
+                        }
+                    )
+    return rows
 
 
 def _missing_pieces(data: Mapping[str, Any]) -> dict[str, Any]:

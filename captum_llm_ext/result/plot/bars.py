@@ -29,6 +29,7 @@ def bars(
     *,
     labels: Sequence[str],
     errors: npt.ArrayLike | None = None,
+    sure: float = SURE,
     cmap: str | Colormap | None = None,
     is_unsigned: bool = False,
     **canvas: Unpack[CanvasArguments],
@@ -39,8 +40,8 @@ def bars(
         seq_attr: Attributions, shape ``(n_features,)``; NaN is drawn as a question mark.
         labels: Text of the features.
         errors: Standard errors, shape ``(n_features,)``, drawn as whiskers of one standard error
-            where known (not NaN). A bar within 1.96 standard errors of zero, or of
-            unknown error, is pale.
+            where known (not NaN). A bar within `sure` of them, or of unknown error, is pale.
+        sure: Standard errors beyond which something is told from nothing.
         cmap: A colour map: bars have the colours of its ends. By default ``"RdBu"``, or
             ``"Purples"`` of what has no sign.
         is_unsigned: Whether attributions are sizes, which neither raise nor lower.
@@ -66,8 +67,8 @@ def bars(
         width=0.8,
         color=[up if value > 0 else down for value in values],
     )
-    sure = np.abs(values) >= SURE * (0.0 if errors is None else spread)
-    for bar, pale in zip(drawn, ~sure & ~np.isnan(values), strict=True):
+    is_sure = np.abs(values) >= sure * (0.0 if errors is None else spread)
+    for bar, pale in zip(drawn, ~is_sure & ~np.isnan(values), strict=True):
         bar.set_alpha(PALE if pale else 1.0)
     known = np.isfinite(values) & np.isfinite(spread)
     _whiskers(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _FEW = 30  # features of a prompt that are all shown, whatever they led to
 _FEW_TOKENS = 60  # the same of an answer, which is read as a whole
 _MOST_LINKS = 200  # more are no picture any more
+_MOST_PER_TOKEN = 3
 _WIDEST = 6.0  # points
 _PITCH = 0.21  # inches from one token to the next
 _APART = 0.13  # rows
@@ -52,6 +53,8 @@ def flow(
     output_errors: npt.ArrayLike | None = None,
     towards: int | None = None,
     least: float = 0.05,
+    most: int = _MOST_PER_TOKEN,
+    sure: float = SURE,
     is_unsigned: bool = False,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
@@ -59,8 +62,9 @@ def flow(
 
     Prompt and answer stand beside each other, both read downwards. Curves from the prompt end on
     the left of a token; arcs on the right lead from a token down to one that it was a cause of. The
-    wider, the larger the attribution; what lowers is dashed. Of a long prompt, only features that
-    led somewhere are shown, of a long answer only tokens that something led to or that led to
+    wider, the larger the attribution, prompt and earlier output each on a scale of its own; what
+    lowers is dashed. A token has its few strongest causes only. Of a long prompt, only features
+    that led somewhere are shown, of a long answer only tokens that something led to or that led to
     something. Of very many links the 200 largest are drawn.
 
     Args:
@@ -73,9 +77,12 @@ def flow(
         output_features: Column of `output_attr` that each explained token belongs to. Not needed
             where there is one column per token.
         prompt_errors, output_errors: Standard errors of the same shapes, NaN where unknown. What
-            lies within 1.96 of them is left out.
+            lies within `sure` of them is left out.
         towards: Only what led to this token, by whatever way.
-        least: Share of the largest attribution below which one is left out.
+        least: Share of the largest attribution of the prompt, or of earlier output, below which
+            one is left out.
+        most: Causes that a token has at most, the strongest on their scales.
+        sure: Standard errors beyond which something is told from nothing.
         is_unsigned: Whether attributions are sizes, which neither raise nor lower.
         **canvas: See `Canvas`.
 
@@ -89,14 +96,17 @@ def flow(
     prompt = array("prompt_attr", prompt_attr, (len(output_labels), len(input_labels)))
     output = output_array(output_attr, output_feature_labels, len(output_labels))
     owned = _owned(output_features, *output.shape)
-    most = scale(prompt, output)
-    links = [
-        *_links(prompt, prompt_errors, least * most, True),
-        *_links(output, output_errors, least * most, False),
-    ]
+    widest = scale(prompt), scale(output)
+    links = _strongest_of_each(
+        [
+            *_links(prompt, prompt_errors, least, widest[0], sure, True),
+            *_links(output, output_errors, least, widest[1], sure, False),
+        ],
+        most,
+    )
     if towards is not None:
         links = _leading_to(towards, links, owned)
-    links.sort(key=lambda link: -abs(link.value))
+    links.sort(key=lambda link: -abs(link.share))
     n_links, links = len(links), links[:_MOST_LINKS]
     led = list(dict.fromkeys(link.feature for link in links if link.is_prompt))
     taken = list(dict.fromkeys(token for link in links for token in _joined(link, owned)))
@@ -114,8 +124,9 @@ def flow(
         owned,
         towards,
         bool(output.size),
-        most,
+        widest,
         least,
+        most,
         n_links,
         len(output_labels) if not few else 0,
         paper.unit,
@@ -140,8 +151,9 @@ class _Flow:
         owned: The tokens of each output feature.
         towards: The token that is explained, if only one is.
         has_arcs: Whether there may be links from earlier output.
-        most: The largest attribution.
+        widest: The largest attribution to the prompt, and to earlier output.
         least: Share of it that is left out.
+        most: Causes per token.
         n_links: How many there are, those included that are too many to be drawn.
         n_tokens: How many there are, if not all are shown; else 0.
         unit: Of the attributions.
@@ -156,8 +168,9 @@ class _Flow:
     owned: Sequence[Sequence[int]]
     towards: int | None
     has_arcs: bool
-    most: float
+    widest: tuple[float, float]
     least: float
+    most: int
     n_links: int
     n_tokens: int
     unit: str | None
@@ -183,7 +196,7 @@ class _Flow:
         )
         _place(ax, words, tokens, self.has_arcs)
         for link in self.links:
-            _draw(ax, link, words, tokens, self.owned, self.most, self.is_unsigned)
+            _draw(ax, link, words, tokens, self.owned, self.is_unsigned)
         if self.towards is not None:
             _frame(ax, tokens, self.towards)
         text = ax.text(0, 0, key, transform=ax.transAxes, va="bottom", color=MUTED)
@@ -192,11 +205,19 @@ class _Flow:
 
     def _key(self, width: float) -> str:
         unit = f" {self.unit}" if self.unit else ""
+        drawn = {link.is_prompt for link in self.links}
+        names = ((True, "prompt"), (False, "generated"))
+        widest = [
+            f"{name} {size:.3g}{unit}" if len(drawn) > 1 else f"{size:.3g}{unit}"
+            for (side, name), size in zip(names, self.widest, strict=True)
+            if side in drawn
+        ]
         said = {
-            f"widest: {self.most:.3g}{unit}": bool(self.links),
+            f"widest: {' and '.join(widest)}": bool(widest),
             "solid: raises": not self.is_unsigned and any(link.value > 0 for link in self.links),
             "dashed: lowers": any(link.value < 0 for link in self.links),
-            f"left out: within error, of unknown error, or below {self.least:.0%}": True,
+            f"the {self.most} strongest of each token": True,
+            f"left out: what may be noise, of unknown error, or below {self.least:.0%}": True,
             f"the {len(self.links)} strongest of {self.n_links:,}": self.n_links > len(self.links),
             f"{len(self.tokens)} of {self.n_tokens} tokens: those with links": self.n_tokens > 0,
         }
@@ -210,6 +231,7 @@ class _Link(NamedTuple):
     feature: int
     token: int
     value: float
+    share: float  # of the largest of its kind
 
 
 def _owned(features: Sequence[int | None] | None, n_target: int, n_output: int) -> list[list[int]]:
@@ -229,14 +251,28 @@ def _owned(features: Sequence[int | None] | None, n_target: int, n_output: int) 
 
 
 def _links(
-    values: Array, errors: npt.ArrayLike | None, least: float, is_prompt: bool
+    values: Array,
+    errors: npt.ArrayLike | None,
+    least: float,
+    widest: float,
+    sure: float,
+    is_prompt: bool,
 ) -> Iterator[_Link]:
     name = "prompt_errors" if is_prompt else "output_errors"
     spread = np.zeros(values.shape) if errors is None else array(name, errors, values.shape)
     size = np.abs(np.nan_to_num(values))
-    for token, feature in np.argwhere((size > 0) & (size >= least) & (size >= SURE * spread)):
+    told = (size > 0) & (size >= least * widest) & (size >= sure * spread)
+    for token, feature in np.argwhere(told):
         value = float(values[token, feature])
-        yield _Link(is_prompt, int(feature), int(token), value)
+        yield _Link(is_prompt, int(feature), int(token), value, value / widest)
+
+
+def _strongest_of_each(links: Sequence[_Link], most: int) -> list[_Link]:
+    """The strongest links of every token, on their own scales."""
+    of_token: dict[int, list[_Link]] = {}
+    for link in sorted(links, key=lambda link: -abs(link.share)):
+        of_token.setdefault(link.token, []).append(link)
+    return [link for own in of_token.values() for link in own[:most]]
 
 
 def _leading_to(token: int, links: Sequence[_Link], owned: Sequence[Sequence[int]]) -> list[_Link]:
@@ -326,7 +362,6 @@ def _draw(
     words: _Column,
     tokens: _Column,
     owned: Sequence[Sequence[int]],
-    most: float,
     is_unsigned: bool,
 ) -> None:
     from matplotlib.patches import PathPatch
@@ -346,7 +381,7 @@ def _draw(
         bulge = max(ends) + _bulge(ax, tokens, max(ends), end - start)
         xs = (ends[0], bulge, bulge, ends[1])
     points = list(zip(xs, (start, start, end, end), strict=True))
-    width = max(_WIDEST * abs(link.value) / most, 0.6)
+    width = max(_WIDEST * abs(link.share), 0.6)
     raises = link.value > 0
     curve = PathPatch(
         Path(points, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4]),

@@ -39,7 +39,7 @@ from captum_llm_ext.result.plot.cells import (
     write_marks,
 )
 from captum_llm_ext.result.plot.labels import text_style
-from captum_llm_ext.result.plot.style import LABEL_POINTS, MUTED, PALE
+from captum_llm_ext.result.plot.style import LABEL_POINTS, MUTED, PALE, SURE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,6 +60,9 @@ def heat_map(
     output_feature_labels: Sequence[str] | None,
     output_labels: Sequence[str],
     output_features: Sequence[int | None] | None = None,
+    prompt_errors: npt.ArrayLike | None = None,
+    output_errors: npt.ArrayLike | None = None,
+    sure: float = SURE,
     cmap: str | Colormap | None = None,
     is_unsigned: bool = False,
     **canvas: Unpack[CanvasArguments],
@@ -80,6 +83,9 @@ def heat_map(
         output_features: Column of `output_attr` that each explained token belongs to. Without it,
             a square `output_attr` is taken to have one column per token, and in any other a column
             counts as a possible cause from the first row on that it, or one after it, affects.
+        prompt_errors, output_errors: Standard errors of the same shapes, NaN where unknown. What
+            lies within `sure` of them is blank, as zeros are.
+        sure: Standard errors beyond which something is told from nothing.
         cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``; of what
             has no sign a sequential one, by default ``"Purples"``.
         is_unsigned: Whether attributions are sizes, which neither raise nor lower.
@@ -95,6 +101,15 @@ def heat_map(
     shown = np.ones((n_target, n_prompt + n_output), dtype=bool)
     shown[:, n_prompt:] = np.arange(n_output) < n_open[:, None]
     cells = np.concatenate([prompt, output], axis=1)
+    errors = [
+        np.zeros(known.shape) if spread is None else array(name, spread, known.shape)
+        for name, spread, known in (
+            ("prompt_errors", prompt_errors, prompt),
+            ("output_errors", output_errors, output),
+        )
+    ]
+    noise = np.abs(cells) < sure * np.concatenate(errors, axis=1)  # not where an error is unknown
+    cells = np.where(noise, 0.0, cells)
     columns = _Columns(n_prompt, n_output)
 
     paper = Canvas(**canvas)
@@ -109,6 +124,9 @@ def heat_map(
     numbered = mark_cells(ax, columns.places, cells, shown, colours)
     if bar is not None:
         what = paper.with_unit("Token attribution")
+        if bool((noise & shown).any()):
+            settle(ax)
+            what = label_along(f"{what};", "blank: may be noise", inches(ax)[1])
         if not numbered and not is_unsigned:
             settle(ax)
             what = label_along(f"{what},", "− marks what lowers", inches(ax)[1])

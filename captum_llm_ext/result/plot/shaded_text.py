@@ -54,6 +54,7 @@ def running_text(
     values: npt.ArrayLike,
     *,
     errors: npt.ArrayLike | None = None,
+    sure: float = SURE,
     headings: Mapping[int, str] | None = None,
     explained: Collection[int] = (),
     later: Collection[int] = (),
@@ -70,8 +71,9 @@ def running_text(
         pieces: The text in reading order: each with the number of its value, or None if it has
             none.
         values: Shape ``(n_values,)``.
-        errors: Standard errors of the same shape, NaN where unknown; what lies within 1.96 of them
-            is pale and not underlined.
+        errors: Standard errors of the same shape, NaN where unknown; what lies within `sure` of
+            them is pale and not underlined.
+        sure: Standard errors beyond which something is told from nothing.
         headings: Headings, by the piece that each stands above.
         explained: Pieces that are framed: what the values are about.
         later: Pieces that are grey: what comes after it.
@@ -86,7 +88,7 @@ def running_text(
     """
     from captum_llm_ext.result.plot.responsive import Fitted
 
-    shades = _shades(values, errors, cmap, is_unsigned)
+    shades = _shades(values, errors, sure, cmap, is_unsigned)
     atoms = list(_atoms(pieces, headings or {}))
     style = text_style(atom.text for atom in atoms)
     passage = _Passage(atoms, shades, style, frozenset(explained), frozenset(later))
@@ -212,6 +214,7 @@ class _Shades:
 def _shades(
     values: npt.ArrayLike,
     errors: npt.ArrayLike | None,
+    sure: float,
     cmap: str | Colormap | None,
     is_unsigned: bool,
 ) -> _Shades:
@@ -219,7 +222,7 @@ def _shades(
     pale, unknown = np.zeros(known.shape, dtype=bool), np.zeros(known.shape, dtype=bool)
     if errors is not None:
         told = array("errors", errors, known.shape)
-        pale = ~(np.abs(known) >= SURE * told)
+        pale = ~(np.abs(known) >= sure * told)
         unknown = np.isnan(told) & (known != 0)
     colours = Colours(cmap, scale(known), is_unsigned=is_unsigned)
     return _Shades(colours, known, pale, unknown)

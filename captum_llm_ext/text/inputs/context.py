@@ -8,6 +8,7 @@ from torch import Tensor
 
 from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.baselines.corpus.mismatch import warn_of_mismatch
+from captum_llm_ext.text.baselines.naming import baseline_name
 from captum_llm_ext.text.inputs.generated import GeneratedText
 from captum_llm_ext.text.inputs.prompt import Follows, Prompt
 from captum_llm_ext.text.segment import Unit
@@ -56,6 +57,11 @@ class Context:
             prompt_ids=self.full.ids,
             model=self._model,
         )
+
+    def absence(self, generated: GeneratedText) -> dict[str, str | None]:
+        """What absent features of prompt and output are replaced by; None for a fixed output."""
+        output = baseline_name(generated.baseline) if generated.n_features else None
+        return {"prompt": baseline_name(self.prompt.own_baseline), "output": output}
 
     def matches(self, generated: GeneratedText) -> dict[str, list[dict[str, Any]] | None]:
         """How stand-ins were found, per place of prompt and output; None for fixed baselines."""

@@ -41,6 +41,7 @@ class GeneratedText:
         names: Their texts.
         groups: Per target token its feature, or None for fixed text.
         labels: Per target token a printable name.
+        baseline: What stands where one is absent.
         deterministic: Whether two renderings of one coalition are always equal.
         pieces: Per target token its text and its feature; special tokens have the role
             ``"template"``.
@@ -80,6 +81,7 @@ class GeneratedText:
         if model is not None:
             baseline = with_model(baseline, model)
         self.names = list(self.labels) if unit == "token" else [text[a:b] for a, b in owned.named]
+        self.baseline = baseline
         self._replacements = Replacements(baseline, slots, tokenizer)
         self.deterministic = self._replacements.deterministic
         self._runs = [

@@ -11,6 +11,7 @@ _IDEOGRAPHS = (
 _CLUSTERED = "\u0e01-\u0e46\u0e81-\u0ec6\u1000-\u103f\u1050-\u108f\u1780-\u17d7"
 # Scripts written without spaces.
 _UNSPACED = _IDEOGRAPHS + _CLUSTERED
+UNSPACED = re.compile(f"[{_UNSPACED}]")
 _LEADING_VOWELS = "\u0e40-\u0e44\u0ec0-\u0ec4"
 # Letters that only go on with what is before them: vowels and signs of repetition, small kana.
 _TRAILING = (

@@ -8,11 +8,12 @@ const matrix = (rows) => rows && rows.map((row) => {
   row.forEach((x, j) => { numbers[j] = x === null ? NaN : x; });
   return numbers;
 });
+let block = "both"; /* where causes are looked for: "prompt", "answer" or "both" */
 const nTarget = data.output_tokens.length, nPrompt = data.input_tokens.length;
 const nOutput = data.output_features ? data.output_features.length : 0;
 const MATRICES = ["token_attr", "token_attr_se", "output_attr", "output_attr_se"];
 /* What of the data is about one value: a result may tell two, and the page switches between them. */
-const NUMBERS = [...MATRICES, "attr_target", "full_values", "empty_values", "sums", "noise_floor"];
+const NUMBERS = [...MATRICES, "attr_target", "full_values", "empty_values", "sums", "noise_floor", "marked_beyond", "about"];
 data.noise_floor ??= (data.provenance || {}).noise_floor ?? null;
 const readings = [data, data.other].filter(Boolean).map((told) => {
   const numbers = Object.fromEntries(NUMBERS.map((name) => [name, told[name] ?? null]));
@@ -23,8 +24,9 @@ const readings = [data, data.other].filter(Boolean).map((told) => {
 /* Estimates of whose error nothing is known: nothing tells them from noise. */
 const isUntold = (value, error) => Boolean(data.estimate) && value !== 0 && !Number.isFinite(error);
 
-let unit, hasErrors, nUntold, floor;
+let unit, hasErrors, nUntold, floor, beyond;
 function derive() {
+  beyond = data.marked_beyond ?? 1.96; /* standard errors, for many looked at together */
   unit = { log_prob: "nats", contrast: "nats", logit: "logits", prob: "" }[data.attr_target] ?? "";
   /* Exact values, and those of whose error nothing is known, have none to show. */
   hasErrors = [data.token_attr_se, data.output_attr_se].some((rows) => (rows || []).some((row) => row && row.some((error) => error > 0)));
@@ -62,14 +64,17 @@ const added = (rows, partOf, width, from = (x) => x, to = (x) => x) => rows && r
 });
 const addedErrors = (rows, partOf, width) => added(rows, partOf, width, (x) => x * x, Math.sqrt);
 
+/* From fine to coarse; a level of one part tells nothing. */
+const around = data.around || {};
 const promptLevels = [
-  { name: (data.provenance || {}).unit || "finest", side: "prompt", names: data.input_tokens, partOf: range(nPrompt), attr: data.token_attr, se: data.token_attr_se },
-  ...(data.levels || []).map(({ name, parts, part_of }) => ({ name, key: name, side: "prompt", names: parts, partOf: part_of })).reverse(),
+  { name: (data.provenance || {}).unit || "finest", side: "prompt", names: data.input_tokens, around: around.prompt, partOf: range(nPrompt), attr: data.token_attr, se: data.token_attr_se },
+  ...(data.levels || []).filter(({ parts }) => parts.length > 1)
+    .map(({ name, parts, part_of }) => ({ name, key: name, side: "prompt", names: parts, partOf: part_of })).reverse(),
 ];
 
 /* Parts of the answer are runs of tokens, and columns of what they cause. */
 const answerLevels = [
-  { name: "token", side: "answer", runs: range(nTarget).map((t) => [t, t + 1]), names: data.output_features || [],
+  { name: "token", side: "answer", runs: range(nTarget).map((t) => [t, t + 1]), names: data.output_features || [], around: around.output,
     columns: data.output.map((piece) => (nOutput ? piece.feature : null)), attr: data.output_attr, se: data.output_attr_se },
   ...(data.output_levels || []).map(answerLevel).reverse(),
 ];
@@ -110,7 +115,17 @@ function answerLevelAt(i) {
   return level;
 }
 
-let prompt = promptLevel(0), answer = answerLevelAt(0); /* the levels shown */
+/* The levels shown: at first the largest parts of the prompt, and of the answer what its result says. */
+const FIRST = { prompt: promptLevels.length - 1, answer: Math.max(0, answerLevels.findIndex(({ name }) => name === (data.answer_unit || "token"))) };
+let prompt = promptLevel(FIRST.prompt), answer = answerLevelAt(FIRST.answer);
+const sentences = answerLevels.find(({ name }) => name === "sentence");
+/* The whole sentences that a span of the answer lies in, if they are more than the span. */
+function sentenceOf(view) {
+  if (!sentences) return null;
+  const held = sentences.runs.filter(([from, to]) => from < view.to && to > view.from);
+  const span = [held[0][0], held[held.length - 1][1]];
+  return span[0] === view.from && span[1] === view.to ? null : span;
+}
 
 /* Has everything read one of the values that the result tells. */
 function useReading(number) {
@@ -194,22 +209,24 @@ function effectsOf(view) {
 /* Sizes neither raise nor lower. */
 const isUnsigned = Boolean(data.is_unsigned);
 
-const within = (series, i) => Math.abs(series.value[i]) < 1.96 * series.error[i];
+const within = (series, i) => Math.abs(series.value[i]) < beyond * series.error[i];
 /* Below what the model's own arithmetic adds; that of a sum grows with the root of its terms. */
 const isNoise = (series, i) => Math.abs(series.value[i]) < floor * Math.sqrt(series.count);
 const isUnknown = (series, i) => isUntold(series.value[i], series.error[i]);
 const isFaint = (series, i) => within(series, i) || isNoise(series, i) || isUnknown(series, i);
 
-const ownPeak = (view) => (view.kind === "column" ? peak(view.tokens.value) : peak(view.output.value, peak(view.prompt.value)));
-const commonPeak = () => Math.max(prompt.peak, answer.peak);
+/* Each block has its own scale: in most answers the words before weigh far more than the prompt. */
+const ownPeak = (view, side) => peak(view.kind === "column" ? view.tokens.value : side === "prompt" ? view.prompt.value : view.output.value);
+const commonPeak = (...sides) => Math.max(...sides.map((side) => (side === "prompt" ? prompt : answer).peak));
 
 /* The strongest single causes in a view: from a column to a part of the answer. */
 const MOST_LINKS = 12, LEAST_LINK = 0.08;
 function linksOf(view) {
   const found = [];
   const offer = (side, column, piece, value, error) => {
+    if (block !== "both" && block !== side) return;
     const size = Math.abs(value);
-    if (!(size > 0) || size < 1.96 * error || size < floor || isUntold(value, error)) return;
+    if (!(size > 0) || size < beyond * error || size < floor || isUntold(value, error)) return;
     if (found.length === MOST_LINKS && size <= Math.abs(found[MOST_LINKS - 1].value)) return;
     let k = found.length === MOST_LINKS ? MOST_LINKS - 1 : found.length;
     for (; k > 0 && Math.abs(found[k - 1].value) < size; k--) found[k] = found[k - 1];
@@ -229,8 +246,9 @@ function linksOf(view) {
       before.value.forEach((value, j) => { if (answer.columns[p] !== j) offer("answer", j, p, value, before.error[j]); });
     });
   }
-  const most = found.length ? Math.abs(found[0].value) : 0;
-  return found.filter((link) => Math.abs(link.value) >= LEAST_LINK * most);
+  const most = { prompt: 0, answer: 0 };
+  for (const { side, value } of found) most[side] = Math.max(most[side], Math.abs(value));
+  return found.filter((link) => Math.abs(link.value) >= LEAST_LINK * most[link.side]);
 }
 const MOST_CELLS = 3e6; /* beyond, links of a whole answer would take too long to look for */
 const hasLinks = (view) => view.kind === "column" || (view.to - view.from) * (nPrompt + nOutput) <= MOST_CELLS;

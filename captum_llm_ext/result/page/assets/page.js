@@ -12,7 +12,9 @@ function viewOf(spec) {
     if (views.size > 64) views.clear();
     views.set(key, spec.kind === "rows" ? rowsView(spec.from, spec.to) : columnView(spec.index));
   }
-  return views.get(key);
+  const view = views.get(key);
+  view.links ||= {};
+  return view;
 }
 
 const specOf = (piece) => (piece.side === "answer"
@@ -36,12 +38,13 @@ function forgetHeights() {
 let painted = null;
 function render() {
   const view = viewOf(wanted());
-  const state = [commonScale, root.className, pinned !== null].join();
+  const state = [commonScale, root.className, pinned !== null, block].join();
   if (painted === null || painted.view !== view || painted.state !== state) {
     paint(view, commonScale);
     drawPanel(view, pinned !== null);
-    view.links ||= hasLinks(view) ? linksOf(view) : [];
-    drawLinks(view.links);
+    view.links[block] ||= hasLinks(view) ? linksOf(view) : [];
+    drawLinks(view.links[block]);
+    drawMap();
     painted = { view, state };
   }
   at("details").textContent = describe(view, pinned && pointed);
@@ -181,7 +184,16 @@ function setLevel(side, number) {
   views.clear();
   layOutSide(side);
   pointed = null;
+  at(side + "-levels").querySelectorAll("input").forEach((input) => { input.checked = Number(input.value) === number; });
+  tellHint();
   remeasure();
+}
+/* One step finer or coarser, if there is one. */
+function stepLevel(side, way) {
+  const levels = side === "prompt" ? promptLevels : answerLevels, number = levels.indexOf(side === "prompt" ? prompt : answer) + way;
+  if (number < 0 || number >= levels.length) return;
+  setLevel(side, number);
+  render();
 }
 
 /* The same text by another value; what is kept stays kept. */
@@ -192,23 +204,41 @@ function setValue(number) {
   at("about").textContent = about();
 }
 
+/* From coarse to fine, as they are looked at. */
 function offerLevels(side, levels) {
-  offer(at(side + "-levels"), side + "-level", levels.map(({ name }) => name));
+  offer(at(side + "-levels"), side + "-level", levels.map(({ name }, i) => [name, i]).reverse(), FIRST[side]);
 }
 
-function offer(box, group, names) {
-  names.forEach((name, i) => {
+function offer(box, group, choices, first) {
+  for (const [name, i] of choices) {
     const label = make("label"), input = make("input");
-    Object.assign(input, { type: "radio", name: group, value: i, checked: i === 0 });
+    Object.assign(input, { type: "radio", name: group, value: i, checked: i === first });
     label.append(input, make("span", "", name));
     box.append(label);
-  });
-  box.hidden = names.length < 2;
+  }
+  box.hidden = choices.length < 2;
+}
+
+function tellHint() {
+  const part = answer.name, cause = prompt.name, isFinest = prompt === promptLevels[0];
+  at("hint").textContent = "Click a " + part + " of the answer to see what it was written because of, or a " + cause + " of the prompt to see where it mattered; drag for several."
+    + (isFinest ? "" : " The key + looks closer at the prompt, − less close.");
 }
 
 function clear() { pinned = null; pointed = null; render(); }
 at("clear").addEventListener("click", clear);
-addEventListener("keydown", (event) => { if (event.key === "Escape") clear(); });
+at("sentence").addEventListener("click", () => {
+  const [from, to] = sentenceOf(viewOf(wanted()));
+  pinned = { kind: "rows", from, to };
+  render();
+});
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape") clear();
+  if (event.ctrlKey || event.metaKey || event.altKey || (event.target.matches && event.target.matches("input"))) return;
+  const side = at("answer").contains(event.target) ? "answer" : "prompt";
+  if (event.key === "+" || event.key === "=") stepLevel(side, -1);
+  if (event.key === "-" || event.key === "−") stepLevel(side, 1);
+});
 
 at("tools").addEventListener("change", (event) => {
   const { name, value } = event.target;
@@ -216,6 +246,8 @@ at("tools").addEventListener("change", (event) => {
   else if (name === "colour") root.classList.replace(...(value === "absolute" ? ["signed", "absolute"] : ["absolute", "signed"]));
   else if (name === "value") setValue(Number(value));
   else if (name === "scale") commonScale = value === "common";
+  else if (name === "block") block = value;
+  else if (name === "way") showWay(value);
   else redrawLinks();
   render();
 });
@@ -225,7 +257,15 @@ at("tools").addEventListener("change", (event) => {
 const VALUES = { log_prob: "log-probability", prob: "probability", logit: "logit", contrast: "contrast" };
 const nameOfValue = (attrTarget) => VALUES[attrTarget] || attrTarget;
 
+function showWay(way) {
+  at("map").hidden = way !== "map";
+  at("running").hidden = way === "map";
+  painted = null;
+  if (way !== "map") remeasure();
+}
+
 function about() {
+  if (data.about) return data.about.join(" · ");
   const value = nameOfValue(data.attr_target) + (data.attr_target === "contrast" ? " (why each token rather than its foils)" : "");
   const evaluations = data.n_evaluations === null || data.n_evaluations === undefined ? ""
     : (data.estimate ? "an estimate from " : "") + data.n_evaluations.toLocaleString("en") + " evaluations" + (nUntold && !hasErrors ? ", of unknown error" : "");
@@ -238,11 +278,13 @@ function spelled(value) {
   return flat ? Object.entries(value).map((pair) => pair.join(" ")).join(", ") : JSON.stringify(value);
 }
 
+/* Names of what was noted, as a reader would say them. */
+const NOTED = { attr_target: "value explained", n_evaluations: "evaluations", estimate: "is an estimate", model_class: "class of the model", dtype: "numbers of the model", n_coalitions: "coalitions", absence: "absent parts", unit: "parts of the prompt", noise_floor: "noise of the model's arithmetic", generation: "how the answer was generated", command: "command", versions: "versions", seed: "seed" };
 function provenance() {
   const entries = { method: data.method, attr_target: data.attr_target, n_evaluations: data.n_evaluations, estimate: data.estimate, ...data.provenance };
   for (const [name, value] of Object.entries(entries)) {
     if (value === null || value === undefined) continue;
-    at("provenance").append(make("dt", "", name), make("dd", "", spelled(value)));
+    at("provenance").append(make("dt", "", NOTED[name] || name.replaceAll("_", " ")), make("dd", "", spelled(value)));
   }
 }
 
@@ -252,8 +294,21 @@ at("about").textContent = about();
 provenance();
 offerLevels("prompt", promptLevels);
 offerLevels("answer", answerLevels);
-offer(at("values"), "value", readings.map((reading) => nameOfValue(reading.attr_target)));
+offer(at("values"), "value", readings.map((reading, i) => [nameOfValue(reading.attr_target), i]), 0);
+at("blocks").hidden = !nOutput || nTarget < 2;
+at("narrative").textContent = (data.narrative || []).join(" ");
+tellHint();
 render();
+/* A long prompt opens at its strongest part. */
+function showStrongest() {
+  const box = at("prompt"), [first] = causesIn(viewOf({ kind: "rows", from: 0, to: nTarget }), "prompt");
+  const [piece] = first ? first.piecesOf(first.i) : [];
+  if (!piece || box.scrollHeight <= box.clientHeight + 4) return;
+  const way = piece.el.getBoundingClientRect().top - box.getBoundingClientRect().top;
+  if (way > box.clientHeight * 0.7) box.scrollTop = way - box.clientHeight * 0.3;
+}
+showStrongest();
+addEventListener("beforeprint", () => { at("computed").open = true; });
 /* In a notebook the page sits in a frame that should be as high as its content. */
 let frame = null;
 try { frame = window.frameElement; } catch { /* a frame of another origin keeps its height */ }

@@ -1,6 +1,6 @@
-/* What is selected: the bar from v(empty) to v(full), the strongest causes, the line of details. */
+/* What is selected: the line of details, causes in two blocks, the bar from nothing to everything given. */
 
-/* One line of the bridge from v(empty) to v(full); `span` is [low, high] of the whole bridge. */
+/* One line of the bridge; `span` is [low, high] of the whole bridge. */
 function step(label, from, to, span, kind, aside) {
   const line = make("div", "step" + (kind === "point" ? " end" : ""));
   const name = make("span", "", label), track = make("div", "track"), mark = make("i");
@@ -22,6 +22,7 @@ function step(label, from, to, span, kind, aside) {
 }
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);
+const LEAST_GAP = 0.005; /* share of the whole bridge below which a gap is nothing */
 
 function bridge(view) {
   const empty = total(data.empty_values, view.from, view.to);
@@ -31,14 +32,15 @@ function bridge(view) {
   const points = [empty, byPrompt, byOutput, full].filter(Number.isFinite);
   if (points.length < 4) return [];
   const span = [Math.min(...points), Math.max(...points)];
+  const isGap = Math.abs(full - byOutput) > LEAST_GAP * (span[1] - span[0]);
   const steps = [
-    step("v(empty)", empty, empty, span, "point", share(empty, view)),
+    step("nothing given", empty, empty, span, "point", share(empty, view)),
     step("prompt", empty, byPrompt, span),
-    nOutput ? step("earlier answer", byPrompt, byOutput, span) : "",
-    step("gap", byOutput, full, span),
-    step("v(full)", full, full, span, "point", share(full, view)),
+    byOutput !== byPrompt ? step("answer so far", byPrompt, byOutput, span) : "",
+    isGap ? step("not attributed", byOutput, full, span) : "",
+    step("everything given", full, full, span, "point", share(full, view)),
   ];
-  return [make("h2", "", "From all absent to all present" + (unit ? ", " + unit : "")), ...steps];
+  return [make("h2", "", "From nothing given to everything given" + (unit ? ", " + unit : "")), ...steps];
 }
 
 /* Features that were not told apart share evenly; known of single features only. */
@@ -50,20 +52,24 @@ function sharing(side, column) {
 }
 
 const nameOf = (side, column) => (side === "prompt" ? prompt.names : answer.names)[column];
-
-function strongest(view) {
-  const rows = [];
-  const gather = (series, side, piecesOf, textOf) => series.value.forEach((value, i) => {
-    if (Math.abs(value) > 0) rows.push({ series, i, value, side, piecesOf, textOf });
-  });
-  if (view.kind === "column") gather(view.tokens, "answer", (p) => [pieces.answer[p]], (p) => pieces.answer[p].name);
-  else {
-    for (const [series, side] of [[view.prompt, "prompt"], [view.output, "answer"]]) {
-      gather(series, side, (j) => owners[side][j] || [], (j) => nameOf(side, j));
-    }
-  }
-  return rows.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+/* What a name is short for: the rest of the word that a fragment belongs to. */
+function aroundOf(side, column) {
+  const level = side === "prompt" ? prompt : answer;
+  return (level.around && level.around[column]) || ["", ""];
 }
+
+const bySize = (a, b) => Math.abs(b.value) - Math.abs(a.value);
+function rowsOf(series, side, piecesOf, textOf, aroundOf_) {
+  const rows = [];
+  series.value.forEach((value, i) => {
+    if (Math.abs(value) > 0) rows.push({ series, i, value, side, piecesOf, textOf, around: aroundOf_ || (() => ["", ""]) });
+  });
+  return rows.sort(bySize);
+}
+/* The causes of a view in one block, the strongest first. */
+const causesIn = (view, side) => rowsOf(side === "prompt" ? view.prompt : view.output, side,
+  (j) => owners[side][j] || [], (j) => nameOf(side, j), (j) => aroundOf(side, j));
+const whereItMattered = (view) => rowsOf(view.tokens, "answer", (p) => [pieces.answer[p]], (p) => pieces.answer[p].name);
 
 const mean = (numbers) => numbers.reduce((a, b) => a + b, 0) / Math.max(numbers.length, 1);
 /* Where bars begin: zero is at the left unless something lowers. */
@@ -75,20 +81,26 @@ function axisOf(rows) {
 
 function tableRow(view, row, most, axis) {
   const { series, i, value, side } = row, line = make("tr", isFaint(series, i) ? "unsure" : "");
-  const what = make("td", "what"), button = make("button", "", visible(row.textOf(i)));
+  const text = row.textOf(i), [before, after] = row.around(i);
+  const what = make("td", "what"), button = make("button", "");
   const barCell = make("td", "bar"), bar = make("i", value > 0 ? "up" : "down");
   const number = make("td", "value", signed(value, most));
+  if (before || after) button.append(make("span", "around", before), make("b", "", visible(text)), make("span", "around", after));
+  else button.textContent = visible(text);
+  if (text.length > LONG_TEXT) button.className = "passage";
   button.type = "button";
   button.dir = "auto";
-  button.title = row.textOf(i);
+  button.title = text;
   bar.style.left = (value > 0 ? axis.zero : axis.zero - axis.share * -value) + "%";
   bar.style.width = axis.share * Math.abs(value) + "%";
   number.append(make("small", "", plusMinus(series.error[i], most)));
+  const times = factor(value, 1);
+  if (times && view.kind !== "column") number.title = times;
   what.append(button);
   barCell.append(bar);
   const isItself = view.kind === "rows" && side === "answer" && answer.columns[view.piece] === i;
   const shared = view.kind === "rows" && sharing(side, i);
-  line.append(what, make("td", "where", (isItself ? "itself" : side) + (shared ? " ≈" : "")), barCell, number);
+  line.append(what, make("td", "where", (isItself ? "itself" : "#" + (i + 1)) + (shared ? " ≈" : "")), barCell, number);
   const found = row.piecesOf(i);
   const find = (on) => () => found.forEach((piece) => piece.ink.classList.toggle("found", on));
   line.addEventListener("pointerenter", find(true));
@@ -99,8 +111,10 @@ function tableRow(view, row, most, axis) {
   return line;
 }
 
-const MOST_ROWS = 10, LEAST_ROW = 0.02; /* of the strongest: less is told as a sum */
-function fillTable(table, view, rows, most) {
+const MOST_ROWS = 7, LEAST_ROW = 0.02; /* of the strongest: less is told as a sum */
+const LONG_TEXT = 30; /* characters from which a cause is a passage, shown on several lines */
+function fillTable(table, view, rows) {
+  const most = peak(rows.map((row) => row.value));
   const worth = rows.filter((row) => Math.abs(row.value) >= LEAST_ROW * most).slice(0, MOST_ROWS);
   const shown = rows.slice(0, rows.length - worth.length === 1 ? rows.length : worth.length), rest = rows.slice(shown.length), axis = axisOf(shown);
   const lines = shown.map((row) => tableRow(view, row, most, axis));
@@ -118,11 +132,11 @@ function drawEffects(view) {
   const effects = effectsOf(view), rows = [];
   if (effects) effects.value.forEach((value, p) => {
     if (p !== view.piece && Math.abs(value) > 0 && !isFaint(effects, p)) {
-      rows.push({ series: effects, i: p, value, side: "answer", piecesOf: (k) => [pieces.answer[k]], textOf: (k) => pieces.answer[k].name });
+      rows.push({ series: effects, i: p, value, side: "answer", piecesOf: (k) => [pieces.answer[k]], textOf: (k) => pieces.answer[k].name, around: () => ["", ""] });
     }
   });
   const most = peak(rows.map((row) => row.value));
-  const shown = rows.filter((row) => Math.abs(row.value) >= 0.01 * commonPeak()).sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 4);
+  const shown = rows.filter((row) => Math.abs(row.value) >= 0.01 * commonPeak("answer")).sort(bySize).slice(0, 4);
   at("effects").hidden = !shown.length;
   at("effects").tBodies[0].replaceChildren(...shown.map((row) => tableRow({ kind: "effects" }, row, most, axisOf(shown))));
 }
@@ -133,44 +147,57 @@ function notesOn(view) {
   if (view.guessed.size && hasErrors) notes.push("± is approximate here: the errors of the " + [...view.guessed].join(" and of the ") + " that are added up are taken as independent, which they are not.");
   if (rows && view.to - view.from > 1 && data.attr_target === "prob") notes.push("A sum of the tokens' probabilities, not the probability of all of them.");
   if (data.attr_target === "contrast") notes.push("A contrast: the log-probability of a token less that of its foils together, what it might have been instead. A token without any, such as one that goes on a word, is worth its log-probability.");
-  if (nUntold) notes.push((hasErrors ? "± ?: of these estimates no error is known" : "Of these estimates no error is known") + ", and nothing tells a cause from noise: they are pale, and no line leads to them.");
-  if (hasErrors) notes.push("± is one standard error; what lies within 1.96 of them is pale.");
-  if (2 * floor >= 10 ** -decimals(commonPeak())) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale" + (hasErrors ? " too." : "."));
+  if (nUntold) notes.push((hasErrors ? "± ?: of these estimates no error is known" : "Of these estimates no error is known") + ", and nothing tells a cause from noise: they are pale.");
+  if (hasErrors) notes.push("± is one standard error; what lies within " + beyond.toFixed(2) + " of them could be noise, with so many looked at together, and is pale.");
+  if (2 * floor >= 10 ** -decimals(commonPeak("prompt", "answer"))) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale" + (hasErrors ? " too." : "."));
   if (groupOf.size) notes.push("≈ " + groupOf.size + " features were not told apart within the budget: groups of them share evenly.");
   if (rows && data.fixed_share) notes.push("Fixed text, such as the token that texts begin with, has " + Math.round(100 * mean(data.fixed_share.slice(view.from, view.to))) + "\u00a0% of what all tokens " + (data.attr_target === "attention" ? "take." : "add."));
   if (isUnsigned) notes.push("Sizes, which neither raise nor lower.");
-  if (root.classList.contains("signed")) notes.push("Solid lines raise, dashed ones lower.");
-  return notes.join(" ");
+  const words = notes.map((note) => make("span", "", note + " "));
+  if (root.classList.contains("signed")) words.push(make("span", "screen", "Solid lines raise, dashed ones lower."));
+  return words;
+}
+
+/* Of what a table lists causes, and where they are. */
+function captionOf(view, side, rows) {
+  const isUntoldAll = rows.length > 0 && rows.every((row) => isUnknown(row.series, row.i));
+  const where = side === "prompt" ? "In the prompt, by " + prompt.name : "In the answer so far, by " + answer.name;
+  return where + (isUntoldAll ? ": largest estimates, of unknown error" : "");
 }
 
 function drawPanel(view, isKept) {
   const rows = view.kind === "rows", count = rows ? view.to - view.from : 0;
   at("chosen-name").textContent = rows ? tokensText(view) : quoted(prompt.names[view.index]);
-  at("chosen-place").textContent = !rows ? "part " + (view.index + 1) + " of " + prompt.names.length + " of the prompt"
+  at("chosen-place").textContent = !rows ? prompt.name + " " + (view.index + 1) + " of " + prompt.names.length + " in the prompt"
     : count === nTarget ? nTarget + (nTarget === 1 ? " token" : " tokens, summed")
     : count === 1 ? "token " + (view.from + 1) + " of " + nTarget
     : "tokens " + (view.from + 1) + "–" + view.to + " of " + nTarget + ", summed";
   if (rows) at("chosen-place").textContent += ratherThan(view) && "," + ratherThan(view);
   at("clear").hidden = !isKept;
-  const most = ownPeak(view);
+  at("sentence").hidden = !isKept || !rows || !sentenceOf(view);
+  at("narrative").hidden = !isWhole(view) && nTarget > 1;
   if (rows) at("bridge").replaceChildren(...bridge(view));
   else {
     const all = sum(view.tokens.value);
-    at("bridge").replaceChildren(make("p", "", withUnit(signed(all, Math.max(most, Math.abs(all)))) + " over the whole answer"));
+    at("bridge").replaceChildren(make("p", "", withUnit(signed(all, Math.max(peak(view.tokens.value), Math.abs(all)))) + " over the whole answer"));
   }
-  const found = strongest(view), isUntoldAll = found.length > 0 && found.every((row) => isUnknown(row.series, row.i));
-  at("top").caption.textContent = isUntoldAll ? "Largest estimates, of unknown error" : rows ? "Strongest causes" : "Where it mattered most";
-  fillTable(at("top"), view, found, most);
+  const tables = { prompt: rows ? causesIn(view, "prompt") : [], answer: rows ? causesIn(view, "answer") : whereItMattered(view) };
+  for (const side of ["prompt", "answer"]) {
+    const table = at("top-" + side), found = tables[side];
+    table.hidden = !found.length || (rows && block !== "both" && block !== side);
+    table.caption.textContent = rows ? captionOf(view, side, found) : "Where it mattered most";
+    fillTable(table, view, found);
+  }
   drawEffects(view);
-  at("note").textContent = notesOn(view);
+  at("note").replaceChildren(...notesOn(view));
 }
 
 /* Details line ----------------------------------------------------------------------------------- */
 
-function describeCell(series, i) {
-  const most = peak(series.value);
-  return withUnit(signed(series.value[i], most) + plusMinus(series.error[i], most))
-    + (isUnknown(series, i) ? ", of unknown error" : within(series, i) ? ", within its error" : isNoise(series, i) ? ", below the model's noise" : "");
+function describeCell(series, i, tokens) {
+  const most = peak(series.value), times = factor(series.value[i], tokens);
+  return withUnit(signed(series.value[i], most) + plusMinus(series.error[i], most)) + (times ? " = " + times : "")
+    + (isUnknown(series, i) ? ", of unknown error" : within(series, i) ? ", could be noise" : isNoise(series, i) ? ", below the model's noise" : "");
 }
 
 function describeRows(view) {
@@ -178,13 +205,13 @@ function describeRows(view) {
   const most = Math.max(Math.abs(full), Math.abs(empty)), name = tokensText(view);
   if (!Number.isFinite(most)) return name;
   const told = (x) => withUnit(plain(x, most)) + (share(x, view) ? " (" + share(x, view) + ")" : "");
-  return name + ratherThan(view) + ": " + told(full) + "; " + told(empty) + " with everything absent";
+  return name + ratherThan(view) + ": " + told(full) + "; " + told(empty) + " with nothing given";
 }
 
 function describeColumn(view) {
-  const name = quoted(prompt.names[view.index]), [first] = strongest(view);
+  const name = quoted(prompt.names[view.index]), [first] = whereItMattered(view);
   if (!first) return name + " changed no token of the answer";
-  return name + " mattered most for " + quoted(pieces.answer[first.i].name) + ": " + describeCell(view.tokens, first.i);
+  return name + " mattered most for " + quoted(pieces.answer[first.i].name) + ": " + describeCell(view.tokens, first.i, 1);
 }
 
 function describe(view, pointed) {
@@ -195,10 +222,13 @@ function describe(view, pointed) {
   if (cell) {
     const cause = view.kind === "column" ? prompt.names[view.index] : nameOf(pointed.side, pointed.feature);
     const shared = view.kind === "rows" ? sharing(pointed.side, pointed.feature) : sharing("prompt", view.index);
+    const tokens = view.kind === "rows" ? view.to - view.from : pointed.to - pointed.from;
     return (isChosen(view, pointed) ? "Within " + target + ": " : quoted(cause) + " → " + target + ": ")
-      + describeCell(...cell) + (shared ? ", shared evenly by " + shared + " features that were not told apart" : "");
+      + describeCell(...cell, tokens) + (shared ? ", shared evenly by " + shared + " features that were not told apart" : "");
   }
   if (view.kind === "column") return whole;
+  if (pointed.side === "answer" && block === "prompt") return whole;
+  if (pointed.side === "prompt" && block === "answer") return whole;
   if (pointed.from >= view.to) return quoted(pointed.name) + " comes after " + target + " and cannot be its cause";
   return quoted(pointed.name) + (nOutput && pointed.feature !== null ? " ends " + target + " and cannot be its cause" : " was held fixed");
 }

@@ -35,12 +35,21 @@ function bubbles(box) {
   };
 }
 
+/* What a template puts between messages takes one line, and all of them when it is clicked. */
+const MOST_TEMPLATE = 24;
+function fold(el) {
+  el.classList.add("folded");
+  el.title = "text of the chat template, the same for every chat: click to see all of it";
+  el.addEventListener("click", () => { el.classList.toggle("folded"); remeasure(); });
+}
+
 function layOut(box, side, pieces, placeOf) {
   const made = [];
   for (const { text, feature, role, from, to } of pieces) {
     const live = side === "answer" || feature !== null;
     const el = make("span", live ? "piece" : "fixed");
     if (role === "template") el.classList.add("template");
+    if (!live && role === "template" && text.length > MOST_TEMPLATE) fold(el);
     el.setAttribute("role", "option");
     const ink = fill(el, text);
     placeOf(role).append(el);
@@ -126,6 +135,7 @@ const rulers = [ruler("prompt"), ruler("answer")];
 /* The series and the place in it that colour a piece, or null where it has no number. */
 function cellOf(view, piece) {
   if (view.kind === "column") return piece.side === "answer" ? [view.tokens, piece.i] : null;
+  if (block !== "both" && block !== piece.side) return null;
   if (piece.side === "prompt") return [view.prompt, piece.feature];
   if (piece.feature === null || answer.firstEnd[piece.feature] >= view.to - 1) return null;
   return [view.output, piece.feature];
@@ -155,11 +165,17 @@ function paintPiece(view, piece, most) {
   piece.level = level;
 }
 
+const peakOf = (view, side, isCommon) => (isCommon
+  ? Math.max(commonPeak(view.kind === "column" ? "prompt" : side), ownPeak(view, side)) : ownPeak(view, side));
 function paint(view, isCommon) {
-  const most = isCommon ? Math.max(commonPeak(), ownPeak(view)) : ownPeak(view);
-  for (const side of ["prompt", "answer"]) for (const piece of pieces[side]) paintPiece(view, piece, most);
+  const most = { prompt: peakOf(view, "prompt", isCommon), answer: peakOf(view, "answer", isCommon) };
+  for (const side of ["prompt", "answer"]) for (const piece of pieces[side]) paintPiece(view, piece, most[side]);
   for (const { draw } of rulers) draw();
-  const absolute = root.classList.contains("absolute");
-  at("low").textContent = absolute ? "0" : plain(-most, most);
-  at("high").textContent = withUnit(absolute ? plain(most, most) : signed(most, most));
+  const absolute = root.classList.contains("absolute"), what = data.attr_target === "log_prob" ? "probability" : nameOfValue(data.attr_target);
+  at("low").textContent = absolute ? "nothing" : "lowers ←";
+  at("ramp").textContent = absolute ? "" : what;
+  at("high").textContent = absolute ? "most" : "→ raises";
+  const shown = view.kind === "column" ? [["", most.answer]]
+    : ["prompt", "answer"].filter((side) => (side === "prompt" || most.answer > 0) && (block === "both" || block === side)).map((side) => [side === "prompt" ? "prompt " : "answer ", most[side]]);
+  at("full").textContent = "full colour: " + shown.map(([side, x]) => side + withUnit(plain(x, x))).join(", ");
 }

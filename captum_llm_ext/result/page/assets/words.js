@@ -19,6 +19,14 @@ function plusMinus(error, most) {
   const text = plain(error, most);
   return error > 0 && Number(text) === 0 ? " ± <" + (10 ** -decimals(most)).toFixed(decimals(most)) : " ± " + text;
 }
+/* How many times as probable: of values that are logarithms, of a span by token. */
+function factor(x, tokens) {
+  if (unit !== "nats" || isUnsigned || !Number.isFinite(x) || !(Math.abs(x) >= 0.05) || tokens > 1) return "";
+  const times = Math.exp(Math.min(Math.abs(x), 50));
+  const shown = times >= 1e9 ? "over a billion" : Number(times.toPrecision(times < 10 ? 2 : 3)).toLocaleString("en");
+  if (data.attr_target === "contrast") return x > 0 ? shown + " times the odds" : "the odds divided by " + shown;
+  return shown + " times " + (x > 0 ? "as" : "less") + " probable";
+}
 const withUnit = (text) => (unit ? text + " " + unit : text);
 function percent(logProb) {
   const share = 100 * Math.exp(logProb);
@@ -40,6 +48,8 @@ function ratherThan(view) {
 }
 /* What a value says as a share: of probability, or of token and foils. */
 function share(x, view) {
+  const n = view.to - view.from;
+  if (data.attr_target === "log_prob" && n > 1) return percent(x / n) && percent(x / n) + " per token, in the mean";
   if (data.attr_target === "log_prob") return percent(x);
   if (data.attr_target !== "contrast" || view.to - view.from > 1) return "";
   return foilsAt(view.from).length ? odds(x) : percent(x);

@@ -1,0 +1,83 @@
+"""Pictures of results of a real model, as they are shown: the page, the plots.
+
+    python benchmarks/gallery.py               # all, into tutorials/images
+    python benchmarks/gallery.py answer flow   # some of them
+
+The results are those of tests/data and tutorials/results, of SmolLM2-135M-Instruct; no model is
+loaded. Pages need playwright and a Chromium.
+"""
+
+import argparse
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from looking import FLAGS, chromium
+from PIL import Image
+
+from captum_llm_ext import GenerationAttributionResult
+
+ROOT = Path(__file__).parents[1]
+IMAGES = ROOT / "tutorials" / "images"
+WIDTH = 1080
+COLOURS = 256  # enough for letters and two shades
+
+
+def loaded(name: str) -> GenerationAttributionResult:
+    folders = (ROOT / "tests" / "data", ROOT / "tutorials" / "results")
+    paths = (folder / f"{name}.safetensors" for folder in folders)
+    return GenerationAttributionResult.load(next(path for path in paths if path.exists()))
+
+
+def page(name: str, height: int, **context: Any) -> Image.Image:
+    """What a browser shows of a result at first."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        size = {"width": context.pop("width", WIDTH), "height": height}
+        tab = browser.new_page(viewport=size, **context)
+        tab.set_content(loaded(name).to_html())
+        tab.wait_for_selector("#answer .piece")
+        picture = tab.screenshot()
+        browser.close()
+    return Image.open(io.BytesIO(picture))
+
+
+def plot(draw: Callable[[], Any], dpi: int = 110) -> Image.Image:
+    """What a plot of matplotlib shows."""
+    figure = draw()[0]
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=dpi, bbox_inches="tight", format="png")
+    return Image.open(picture)
+
+
+PICTURES: dict[str, Callable[[], Image.Image]] = {
+    "answer": lambda: page("lakes", 800),
+    "answer_dark": lambda: page("lakes", 800, color_scheme="dark"),
+    "answer_phone": lambda: page("lakes", 844, width=390),
+    "chat": lambda: page("chat", 760),
+    "few_shot": lambda: page("few_shot", 620),
+    "heat_map": lambda: plot(loaded("lakes").plot_token_attr),
+    "text": lambda: plot(loaded("chat").plot_text),
+    "flow": lambda: plot(loaded("chat").plot_flow),
+    "convergence": lambda: plot(loaded("rag").plot_convergence),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PICTURES))
+    wanted = parser.parse_args().names or list(PICTURES)
+    mpl.use("Agg")
+    IMAGES.mkdir(exist_ok=True)
+    for name in wanted:
+        path = IMAGES / f"{name}.png"
+        PICTURES[name]().convert("RGB").quantize(COLOURS).save(path, optimize=True)
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""What the model is asked: a text, a chat, passages and a question about them."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from captum_llm_ext.cli.command import UsageError, note
+from captum_llm_ext.cli.loading import DEMO
+from captum_llm_ext.text.inputs import ChatInput, TextSegmentInput
+from captum_llm_ext.text.inputs.text import Parts
+from captum_llm_ext.text.segment import Span, segmenter
+
+NESTED = ("paragraph", "sentence", "word")  # what a search goes down, if nothing else is said
+_QUESTION, _SYSTEM = "question", "system"
+_ROLES = "user,system"
+
+
+def add_prompt(group: Any, *, several: bool) -> None:
+    """Adds the options that say what is asked.
+
+    Args:
+        group: A parser or a group of its options.
+        several: Whether there is another way to use the command, so that nothing is required.
+    """
+    prompt = group.add_mutually_exclusive_group(required=not several)
+    prompt.add_argument("--prompt", metavar="TEXT", help="what the model continues")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same in a file; - is stdin")
+    prompt.add_argument(
+        "--chat",
+        metavar="JSON",
+        help='a chat, [{"role": "user", "content": "…"}, …] or {"messages": […], "tools": […]}: '
+        "JSON, a file with it, or - for stdin",
+    )
+    if not several:
+        prompt.add_argument(
+            "--input",
+            metavar="JSONL",
+            help='many prompts: a line for each, {"prompt": "…"} or {"messages": […]}, with '
+            '"target" and "id" as wanted; needs --out',
+        )
+    group.add_argument(
+        "--as-chat",
+        action="store_true",
+        help="ask the prompt as a user's message, in the model's chat template",
+    )
+    group.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="a chat's first message, of the system; of a prompt, it implies --as-chat",
+    )
+    group.add_argument(
+        "--context",
+        nargs="+",
+        metavar="FILE",
+        help="passages that stand before the prompt, which then is the question about them; they "
+        "go by the names of their files",
+    )
+
+
+class Passages(Parts):
+    """Passages in a message, and the question after them, as a unit."""
+
+    positional = False
+
+    def __init__(self, names: Sequence[str], texts: Sequence[str]) -> None:
+        super().__init__(names, [Span(0, 0)] * len(names), title="passage")
+        self._texts = list(texts)
+
+    def __call__(self, text: str) -> list[Span]:
+        """The passages and what follows them; a message without them is one part."""
+        spans: list[Span] = []
+        at = 0
+        for passage in self._texts:
+            found = text.find(passage, at)
+            if found >= 0:
+                at = found + len(passage)
+                spans.append(Span(found, at))
+        rest = text[at:].lstrip()
+        return [*spans, Span(len(text) - len(rest), len(text))] if rest else spans
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the model is asked.
+
+    Attributes:
+        text: The prompt; the last message's, of a chat that was made of one.
+        messages: Of a chat; None where the text is continued as it is.
+        tools: Of a chat.
+        roles: Whose messages are switched.
+        passages: Names and texts of what stands before the question.
+        is_many: Whether many are asked, each for itself a text or a chat.
+    """
+
+    text: str = ""
+    messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Any = None
+    roles: Sequence[str] = ()
+    passages: Mapping[str, str] = field(default_factory=dict[str, str])
+    is_many: bool = False
+
+    @property
+    def n_turns(self) -> int:
+        """How many messages are switched; 0 of a text."""
+        messages = self.messages or ()
+        return sum(
+            isinstance(one, Mapping) and one.get("role") in self.roles
+            for one in cast(Sequence[Any], messages)
+        )
+
+    def input(self, tokenizer: Any, units: tuple[str, ...], baselines: Any) -> TextSegmentInput:
+        """The prompt as features of these units, from coarse to fine."""
+        parts: Any = units
+        if self.passages:
+            names = [*self.passages, _QUESTION]
+            if self.messages is not None and self.messages[0]["role"] == _SYSTEM:
+                names = [_SYSTEM, *names] if _SYSTEM in self.roles else names
+            passages = Passages(names, list(self.passages.values()))
+            parts = (passages, *(unit for unit in units if unit != "passage"))
+        parts = parts[0] if len(parts) == 1 else parts
+        if self.messages is None:
+            named = {"names": parts.names} if isinstance(parts, Parts) else {}
+            return TextSegmentInput(self._whole, tokenizer, parts, baselines=baselines, **named)
+        return ChatInput(
+            [*self.messages[:-1], {**self.messages[-1], "content": self._whole}]
+            if self.passages
+            else self.messages,
+            tokenizer,
+            parts,
+            self.roles,
+            tools=self.tools,
+            baselines=baselines,
+        )
+
+    @property
+    def _whole(self) -> str:
+        return "\n\n".join([*self.passages.values(), self.text])
+
+    def tell_of_template(self, tokenizer: Any, name: str) -> None:
+        """Says so where a model that answers chats is given a text to continue."""
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        if has_template and self.messages is None and not self.is_many and name != DEMO:
+            note(
+                "the model has a chat template, and continues the prompt as it is: --as-chat asks "
+                "it as a user's message."
+            )
+
+
+def asked(arguments: argparse.Namespace) -> Asked:
+    """What the options of `add_prompt` say.
+
+    Raises:
+        UsageError: If they contradict one another, or nothing is asked.
+        ValueError, OSError: If a file cannot be read, or holds no chat.
+    """
+    roles = [role.strip() for role in (arguments.roles or _ROLES).split(",")]
+    is_many = getattr(arguments, "input", None) is not None
+    if is_many or arguments.chat is not None:
+        other = "--input, whose lines say it" if is_many else "--chat, whose messages say it"
+        for option in ("as_chat", "context", *(("system",) if is_many else ())):
+            if getattr(arguments, option):
+                name = f"--{option.replace('_', '-')}"
+                raise UsageError(f"{name} would be ignored with {other}.")
+    if is_many:  # each says for itself what it is
+        return Asked(is_many=True, roles=roles)
+    system = arguments.system
+    if system is not None and not system.strip():
+        raise UsageError("--system is empty: leave it out (--as-chat asks without one).")
+    begin: list[Mapping[str, Any]] = []
+    if system is not None:
+        begin.append({"role": _SYSTEM, "content": system})
+    if arguments.chat is not None:
+        chat = _chat(arguments.chat)
+        messages = list(chat["messages"])
+        if begin and any(isinstance(m, Mapping) and m.get("role") == _SYSTEM for m in messages):
+            raise UsageError("--system: the --chat has a message of the system already.")
+        return Asked(messages=[*begin, *messages], tools=chat.get("tools"), roles=roles)
+    text = _prompt(arguments)
+    passages = _passages(arguments.context or ())
+    if not begin and not arguments.as_chat:
+        if arguments.roles:
+            raise UsageError("--roles would be ignored: it is about the turns of a --chat.")
+        return Asked(text, passages=passages)
+    messages = [*begin, {"role": "user", "content": text}]
+    return Asked(text, messages, roles=roles, passages=passages)
+
+
+def units(
+    given: str | None, *, n_turns: int = 0, has_passages: bool = False, is_nested: bool = False
+) -> tuple[str, ...]:
+    """The units that ``--unit`` names, from coarse to fine.
+
+    Args:
+        given: The option; None where it is not given.
+        n_turns: How many turns of a chat there are to switch; 0 of a text.
+        has_passages: Whether passages are the coarsest parts.
+        is_nested: Whether the method wants parts in parts.
+
+    Raises:
+        UsageError: If they are of no use here.
+    """
+    if is_nested:
+        unsaid = NESTED
+    elif has_passages:
+        unsaid = ("passage", "sentence")
+    else:
+        unsaid = ("turn",) if n_turns > 1 else ("word",)
+    chosen = unsaid if given is None else tuple(unit.strip() for unit in given.split(","))
+    has_wholes = has_passages or n_turns > 0
+    if is_nested and len(chosen) < 2 and (not has_wholes or chosen[0] in ("turn", "passage")):
+        raise UsageError(
+            f"--unit {given}: --method hierarchical opens larger parts to smaller ones: give "
+            f"several, such as {','.join(NESTED)}."
+        )
+    for unit in chosen:
+        if unit == "turn" and not n_turns:
+            raise UsageError("--unit turn is about the turns of a --chat.")
+        if unit == "passage" and not has_passages:
+            raise UsageError("--unit passage is about the passages of --context.")
+        if unit not in ("token", "turn", "passage"):
+            try:
+                segmenter(unit)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+    for whole in ("turn", "passage"):
+        if whole in chosen[1:]:
+            raise UsageError(f"--unit {given}: a {whole} is the largest part, and comes first.")
+    if has_passages and chosen[0] == "paragraph":
+        chosen = chosen[1:] or ("passage",)  # which are paragraphs themselves
+    # Turns are the coarsest level of a chat anyway.
+    return chosen[1:] if len(chosen) > 1 and chosen[0] == "turn" else chosen
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    if arguments.prompt_file is None:
+        text = cast(str, arguments.prompt)
+        if not text.strip():
+            raise UsageError("the prompt is empty: give --prompt a text with at least one word.")
+        return text
+    # The line break that ends a file's last line is the editor's.
+    text = _text(arguments.prompt_file).removesuffix("\n").removesuffix("\r")
+    if not text.strip():
+        raise ValueError(f"the prompt in {arguments.prompt_file!r} is empty.")
+    return text
+
+
+def _passages(names: Sequence[str]) -> dict[str, str]:
+    """The texts of files, by their names; with their folders where these alone tell them apart."""
+    if len({*names}) < len(names):
+        raise UsageError("--context: a file is given twice.")
+    short = [Path(name).name for name in names]
+    shown = short if len({*short}) == len(short) else list(names)
+    passages = {name: _text(path).strip() for name, path in zip(shown, names, strict=True)}
+    for name, text in passages.items():
+        if not text:
+            raise ValueError(f"--context {name}: the file is empty.")
+    return passages
+
+
+def _chat(given: str) -> Mapping[str, Any]:
+    is_json = given.lstrip().startswith(("[", "{"))
+    where = "--chat" if is_json else f"the chat in {given!r}"
+    wrong = UsageError if is_json else ValueError
+    try:
+        found: Any = json.loads(given if is_json else _text(given))
+    except json.JSONDecodeError as error:
+        raise wrong(
+            f"{where} is no JSON ({error}): give a list of messages with 'role' and 'content'."
+        ) from error
+    chat = cast(Any, found if isinstance(found, dict) else {"messages": found})
+    if not isinstance(chat.get("messages"), Sequence) or isinstance(chat["messages"], str):
+        raise wrong(
+            f"{where} has no list of messages: give a list of objects with 'role' and 'content', "
+            'or an object that holds it as "messages".'
+        )
+    return chat
+
+
+def _text(name: str) -> str:
+    if name == "-":
+        return sys.stdin.read()
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name!r} is no UTF-8 text ({error}).") from error

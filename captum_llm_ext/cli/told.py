@@ -1,0 +1,68 @@
+"""What is printed of a result."""
+
+import argparse
+import math
+import textwrap
+from collections.abc import Sequence
+
+from captum_llm_ext.base.terminal import paint, shortened, width
+from captum_llm_ext.cli.command import UsageError, note
+from captum_llm_ext.cli.wording import in_options
+from captum_llm_ext.result import Cause, GenerationAttributionResult
+
+_LEVELS = ("turn", "passage", "part", "example", "block", "paragraph", "line", "sentence", "word")
+
+
+def add_level(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that says how coarsely the prompt is read."""
+    parser.add_argument(
+        "--level",
+        metavar="UNIT",
+        help="sum the causes in the prompt over its words, sentences, paragraphs, passages or "
+        "turns, where what was switched is smaller",
+    )
+
+
+def check_level(arguments: argparse.Namespace) -> None:
+    """Refuses a level that no text has.
+
+    Raises:
+        UsageError: If it has no such name.
+    """
+    if arguments.level is not None and arguments.level not in _LEVELS:
+        raise UsageError(f"--level {arguments.level}: give one of {', '.join(_LEVELS)}.")
+
+
+def told(result: GenerationAttributionResult, k: int, level: str | None = None) -> str:
+    """A result as it is printed: causes by the level that was asked for, the table, sentences.
+
+    Args:
+        result: The result.
+        k: Causes per token, at most.
+        level: As of `add_level`.
+    """
+    columns = width()
+    blocks = [result.table(k, paint=paint, width=columns)]
+    if level is not None:
+        try:
+            blocks.insert(0, _by_level(result.causes(level=level).prompt, level, columns))
+        except ValueError as error:  # which is no reason to lose what was computed
+            note(str(error))
+            level = None
+    sentences = in_options(result.narrative(level=level))
+    blocks.append(sentences if columns is None else textwrap.fill(sentences, columns))
+    return "\n\n".join(blocks)
+
+
+def _by_level(causes: Sequence[Cause], level: str, columns: int | None) -> str:
+    """What each part of the prompt does for the whole answer, a line each."""
+    lines = [f"whole answer, by {level}:"]
+    for cause in causes:
+        error = "?" if math.isnan(cause.standard_error) else f"{cause.standard_error:.2f}"
+        numbers = f"{cause.attribution:+8.2f} ± {error:<5}"
+        name = " ".join((cause.label or cause.name).split())
+        line = f"{numbers} {name}"
+        line = line if columns is None else shortened(line, columns)
+        kind = "raises" if cause.attribution > 0 else "lowers"
+        lines.append(paint(line, kind if cause.is_marked else "nothing"))
+    return "\n".join(lines)

@@ -1,0 +1,156 @@
+"""What is told of a run while it goes on: the answer, then what is still to come, then how far it
+is.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from captum_llm_ext import _compat
+from captum_llm_ext.cli.command import say
+from captum_llm_ext.model.scoring.progress import Listener, bar, duration
+
+# A run that takes less needs no advice.
+_WORTH_ADVICE = 20.0
+
+
+class Way(NamedTuple):
+    """Another command for about the same question.
+
+    Attributes:
+        options: What would be given.
+        share: Its evaluations as a share of those of this command; None where values decide.
+        means: What is different then.
+    """
+
+    options: str
+    share: float | None
+    means: str
+
+
+class EnoughError(Exception):
+    """What was asked for is told: there is no more to be run."""
+
+
+class Watch:
+    """Tells the answer as soon as it is there, and after the first batch what the rest will take.
+
+    Args:
+        model: Whose memory is told; None for a model elsewhere.
+        is_dry: Whether the run ends with the estimate, by an `EnoughError`.
+        is_quiet: Whether there is no bar, and no estimate that nobody asked for.
+        is_open: Whether what is announced at first is not all: the values decide what else is.
+        asks_model: Whether the model proposes what stands for absent words, which takes a while.
+        cheaper: Other commands, from the number of tokens of the answer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        is_dry: bool,
+        is_quiet: bool,
+        is_open: bool,
+        asks_model: bool,
+        cheaper: Callable[[int], Sequence[Way]],
+    ) -> None:
+        self._model, self._is_dry, self._is_open = model, is_dry, is_open
+        self._asks_model, self._cheaper = asks_model, cheaper
+        self._shows_estimate = is_dry or not is_quiet
+        self._has_bar = not is_quiet
+        self._bar: Listener | None = None
+        self._n_tokens = self._total = self._done = 0
+        self._began = self._first = 0.0
+        self._name, self._unit = "", ""
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether the answer has been told."""
+        return self._n_tokens > 0
+
+    def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
+        """Tells the answer, and whether it is whole."""
+        self._n_tokens = n_tokens
+        say(f"answer: {text}")
+        if is_cut:
+            say(
+                f"the answer was cut after {n_tokens} tokens: a larger --max-new-tokens lets the "
+                "model end it"
+            )
+
+    def begins(self, name: str, unit: str) -> None:
+        """Remembers what is counted; the bar comes with the first batch."""
+        self._name, self._unit = name, unit
+        if self._asks_model and self._shows_estimate:
+            say("looking for what the model could have written in place of each part …")
+
+    def announce(self, n: int) -> None:
+        """Counts what is to be done."""
+        if not self._total:
+            self._began = time.monotonic()
+        self._total += n
+        if self._bar is not None:
+            self._bar.announce(n)
+
+    def advance(self, n: int) -> None:
+        """Tells the estimate after the first batch, then how far it is."""
+        is_first = not self._done
+        self._done += n
+        if is_first:
+            taken = max(time.monotonic() - self._began, 1e-9)
+            if self._shows_estimate:
+                self._tell_estimate(taken / n, n)
+            if self._is_dry:
+                raise EnoughError
+            if self._has_bar:
+                self._bar = bar(taken)
+                self._bar.begins(self._name, self._unit)
+                self._bar.announce(self._total)
+        if self._bar is not None:
+            self._bar.advance(n)
+
+    def note(self, text: str) -> None:
+        """Puts it behind the bar."""
+        if self._bar is not None:
+            self._bar.note(text)
+
+    def ends(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.ends()
+
+    def _tell_estimate(self, each: float, n: int) -> None:
+        left = each * (self._total - n)
+        more = " to begin with; the values decide how many more" if self._is_open else ""
+        rest = f"{duration(left)} more" if left else "which is all"
+        told = f"{self._total} {self._name}{more}: {rest} (the first {n} took {duration(each * n)})"
+        memory = self._memory()
+        say(f"estimate: {told}{memory and f'; {memory}'}")
+        if not (self._is_dry or left > _WORTH_ADVICE):
+            return
+        for way in self._cheaper(self._n_tokens):
+            if way.share is None:
+                say(f"cheaper: {way.options}: {way.means}")
+            else:
+                rows = max(1, round(way.share * self._total))
+                say(f"cheaper: {way.options}: {rows}, {duration(each * rows)}; {way.means}")
+
+    def _memory(self) -> str:
+        if self._model is None:
+            return ""
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        own = sum(t.numel() * t.element_size() for t in tensors)
+        device = _compat.input_device(self._model)
+        used = (
+            torch.cuda.max_memory_allocated(device)
+            if device.type == "cuda"
+            else _compat.used_memory()
+        )
+        told = "" if used is None else f"{_size(used)} in use, "
+        return f"memory: {told}{_size(own)} of it the model"
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"

@@ -1,0 +1,80 @@
+"""What the library says to Python, said to who types options."""
+
+import re
+from collections.abc import Mapping
+
+# What methods are called, and where they are.
+METHODS = {
+    "ablation": "captum.attr:FeatureAblation",
+    "inclusion": "captum_llm_ext.methods:FeatureInclusion",
+    "shapley": "captum.attr:ShapleyValues",
+    "sampling": "captum.attr:ShapleyValueSampling",
+    "kernel": "captum.attr:KernelShap",
+    "lime": "captum.attr:Lime",
+    "partition": "captum_llm_ext.methods:PartitionShap",
+    "hierarchical": "captum_llm_ext.methods:HierarchicalAblation",
+    "integrated-gradients": "captum.attr:LayerIntegratedGradients",
+    "gradient-shap": "captum.attr:LayerGradientShap",
+    "gradient-x-activation": "captum.attr:LayerGradientXActivation",
+}
+# Arguments whose option has another name, or that stand for several options.
+_OPTIONS: Mapping[str, str] = {
+    "do_sample": "--sample",
+    "gen_args": "--max-new-tokens and the like",
+    "inp": "the prompt",
+    "internal_batch_size": "--batch-size",
+    "max_length": "--max-new-tokens",
+    "n_answers": "--answers",
+    "perturbations_per_eval": "--batch-size",
+    "api_url": "--api",
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in (
+            "attr_target baselines cache checkpoint device_map foils layer max_evaluations "
+            "max_new_tokens max_requests n_draws n_samples n_steps output_unit roles scheme seed "
+            "share target temperature tokenizer tol top_p unit"
+        ).split()
+    },
+}
+_VALUES: Mapping[str, str] = {
+    "CorpusBaselines": "--baselines corpus:FILE",
+    "ModelBaselines": "--baselines model",
+    "token_attr_se": "the numbers after ±",
+    **{path.partition(":")[2]: f"--method {name}" for name, path in METHODS.items()},
+}
+# What there is no option for is left out of a list of advice, with what leads to it.
+_PHRASES = (
+    (r",? or `feature_mask`", ""),
+    (r" out of (?:a|the) `\w+Input`", " out"),
+    (r" \(see `(?:efficiency_gap|noise_floor|foil_tokens)`\)", ""),
+    (r"; see `efficiency_gap`\)", ")"),
+    (r"[Gg]ive the input (?=`baselines=)", "Give "),
+    (r"`baselines=(?=CorpusBaselines|ModelBaselines)", "`"),
+    (r", or give the rendered text to `TextSegmentInput`", ""),
+    (r", \(start, stop\) pairs, or a callable `[^`]*`", ""),
+    (r"A tuple of units, such as `unit=", "Several, such as `unit="),
+    (r"`--", "--"),
+)
+_NAMED = re.compile(r"`(\w+)(?:=(?P<value>[^`]+)|\([^`]*\))?`")
+_QUOTES = re.compile(r"[\"'() ]")
+
+
+def in_options(text: str) -> str:
+    """A message of the library with options in the place of arguments.
+
+    Args:
+        text: Names of arguments, classes and values stand between backticks in it.
+    """
+    for pattern, instead in _PHRASES:
+        text = re.sub(pattern, instead, text)
+    return _NAMED.sub(_option, text)
+
+
+def _option(found: re.Match[str]) -> str:
+    name, value = found[1], found["value"]
+    if name not in _OPTIONS:
+        return _VALUES.get(name, found[0])
+    if value is None:
+        return _OPTIONS[name]
+    said = "none" if value == "None" else _QUOTES.sub("", value)
+    return f"{_OPTIONS[name]} {said}"

@@ -1,0 +1,116 @@
+"""What was measured, in words: model, method, unit, absence, evaluations."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from captum_llm_ext.result.causes import unit_of
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+_SHAPLEY = "Shapley values"
+_METHODS = {
+    "FeatureAblation": "leave-one-out",
+    "FeatureInclusion": "only one in",
+    "KernelShap": _SHAPLEY,
+    "ShapleyValues": _SHAPLEY,
+    "ShapleyValueSampling": _SHAPLEY,
+    "PartitionShap": "Owen values",
+    "Lime": "local linear model",
+}
+_VALUES = {
+    "log_prob": "log-probability",
+    "log_odds": "log-odds",
+    "prob": "probability",
+    "contrast": "log-probability against foils",
+    "attention": "attention",
+}
+_ABSENT = {
+    "deleted": "absent parts deleted",
+    "model": "absent parts rewritten by the model itself",
+    "corpus": "absent parts taken from other texts",
+    "texts": "absent parts replaced by given texts",
+    "function": "absent parts replaced by a function of the user's",
+    "zero": "absent parts are zero vectors",
+    "zero activation": "absent activations are zero",
+}
+_MOST_FACTOR = 1e9
+_NATS = ("log_prob", "contrast", "log_odds")
+
+
+def header(result: "GenerationAttributionResult") -> list[str]:
+    """Model, method, value and unit, absence, evaluations: what is known of these, in words."""
+    parts = (model_told, method_told, value_told, absence_told, evaluations_told)
+    return [said for said in (part(result) for part in parts) if said]
+
+
+def model_told(result: "GenerationAttributionResult") -> str:
+    """The model's name; empty where nothing is known of it."""
+    told = result.provenance
+    return str(told.get("model") or told.get("model_class") or "")
+
+
+def method_told(result: "GenerationAttributionResult") -> str:
+    """``"Shapley values (KernelShap)"``."""
+    name = str(result.provenance.get("method", ""))
+    return f"{_METHODS[name]} ({name})" if name in _METHODS else name
+
+
+def value_told(result: "GenerationAttributionResult") -> str:
+    """``"log-probability in nats"``."""
+    name = str(result.provenance.get("attr_target", ""))
+    told = _VALUES.get(name, name)
+    unit = "nats" if name in _NATS else None
+    if unit is not None and unit_of(result) is None:
+        return f"size of the slope of {told}"
+    return f"{told} in {unit}" if unit else told
+
+
+def absence_told(result: "GenerationAttributionResult") -> str:
+    """What stood where a part was absent; empty where the result does not tell."""
+    name = absence(result)
+    if not name:
+        return ""
+    if name.startswith("token "):
+        return f"absent parts replaced by {name}"
+    return _ABSENT.get(name, f"absent parts replaced by {name}")
+
+
+def absence(result: "GenerationAttributionResult") -> str:
+    """What stood where a part of the prompt was absent, in a word; empty where that is unknown."""
+    told: Any = result.provenance.get("absence")
+    if isinstance(told, Mapping):
+        return str(cast(Mapping[str, Any], told).get("prompt") or "")
+    name = result.provenance.get("absent")  # of gradients
+    if name == "baseline":
+        name = result.provenance.get("baselines")
+    return name if isinstance(name, str) and name != "nothing" else ""
+
+
+def evaluations_told(result: "GenerationAttributionResult") -> str:
+    """``"estimate from 1,024 evaluations"``."""
+    estimate = "estimate from " if result.provenance.get("estimate") else ""
+    n = result.n_evaluations
+    return f"{estimate}{n:,} evaluation{'s' * (n != 1)}"
+
+
+def factor(nats: float, *, of_odds: bool = False) -> str:
+    """``"119 times as probable"``, or of a contrast ``"119 times the odds"``.
+
+    Args:
+        nats: A difference of logarithms.
+        of_odds: Whether it is about odds against foils.
+    """
+    times = math.exp(min(abs(nats), 50.0))
+    shown = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+    if times >= _MOST_FACTOR:
+        shown = "over a billion"
+    if of_odds:
+        return f"{shown} times the odds" if nats > 0 else f"the odds divided by {shown}"
+    return f"{shown} times {'as' if nats > 0 else 'less'} probable"
+
+
+def is_in_nats(result: "GenerationAttributionResult") -> bool:
+    """Whether a difference of values is a logarithm of a factor."""
+    return result.provenance.get("attr_target") in _NATS and unit_of(result) is not None

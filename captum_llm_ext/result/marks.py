@@ -1,0 +1,30 @@
+"""Which attributions are told from zero, where many are looked at at once."""
+
+import torch
+from torch import Tensor
+
+_FALSE_DISCOVERIES = 0.05  # expected share of zeros among what is marked
+
+
+def marked_beyond(values: Tensor, errors: Tensor) -> float:
+    """How many standard errors a value must exceed to be told from zero.
+
+    Of a thousand values that are nothing, fifty lie beyond 1.96 standard errors. This bound keeps
+    the expected share of such ones among all that lie beyond it below a twentieth (Benjamini and
+    Hochberg 1995, section 3.1, with normal tails).
+
+    Args:
+        values, errors: Of the same shape. Errors that are 0 or NaN test nothing.
+
+    Returns:
+        At least 1.96, which is right for a single value.
+    """
+    tested = (errors > 0) & values.isfinite()
+    sizes = (values[tested].abs().double() / errors[tested].double()).cpu()
+    n = max(len(sizes), 1)
+    ranks = torch.arange(1, len(sizes) + 1, dtype=torch.float64, device="cpu")
+    tails = torch.special.erfc(sizes.sort(descending=True).values / 2**0.5)
+    kept = (tails <= _FALSE_DISCOVERIES * ranks / n).nonzero()
+    count = 1 + int(kept.max()) if len(kept) else 1
+    tail = torch.tensor(1 - _FALSE_DISCOVERIES * count / n / 2, dtype=torch.float64, device="cpu")
+    return float(torch.special.ndtri(tail))

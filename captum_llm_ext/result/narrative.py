@@ -1,0 +1,258 @@
+"""A result in plain sentences, each built from its numbers alone."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from captum_llm_ext.result.about import absence, factor, is_in_nats
+from captum_llm_ext.result.causes import Cause, unit_of
+from captum_llm_ext.result.reading import TOKEN, WORD, Blocks, Reading, adds_up, quoted
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+_CERTAIN = 1.96  # standard errors of a difference
+_MOSTLY = 0.5  # share of what raises beyond which one cause is most of it
+_ADDS_UP = 0.01  # share of full - empty that attributions may miss and still be said to add up
+_MOST_FOILS = 3
+_ANSWER = 60
+_MEASURED = {
+    "deleted": "by leaving parts out of the text",
+    "model": "by having the model itself rewrite parts of the text",
+    "corpus": "by putting other texts in the place of parts",
+    "texts": "by putting given texts in the place of parts",
+}
+
+
+def sentences(
+    result: "GenerationAttributionResult",
+    start: int,
+    stop: int,
+    level: str | None = None,
+    reading: Reading | None = None,
+) -> list[str]:
+    """What led to a span of the answer, how that was measured, and how sure it is.
+
+    Args:
+        result: The result.
+        start, stop: The span; `stop` is the token after it.
+        level: Of the prompt; None: the coarsest with at least two parts.
+        reading: If the caller has one of this level.
+    """
+    read = reading or Reading(result, level)
+    if stop - start > 1 and not adds_up(result):
+        return [
+            "Probabilities of tokens do not add up to that of an answer: choose one token, or "
+            'refit with `attr_target="log_prob"`.'
+        ]
+    blocks = read.causes(start, stop, precise=True)
+    told = [
+        *_in_the_prompt(result, read, blocks, start, stop),
+        *_in_the_answer(result, read, blocks, start, stop),
+        *_without_the_first(result, read, blocks, start, stop),
+        _measured(result),
+        *_certainty(read, blocks.prompt, start, stop),
+    ]
+    return [sentence for sentence in told if sentence]
+
+
+def told_part(cause: Cause, level: str) -> str:
+    """``the word “Palm”`` or ``paragraph 4 “Lake Baikal…”``."""
+    name = " ".join((cause.label or cause.name).split())
+    if "“" in name:
+        return name
+    return f"the {level} {quoted(name)}" if level in (TOKEN, WORD) else quoted(name)
+
+
+def amount(cause: Cause, unit: str | None, per: int = 1) -> str:
+    """``+13.60 ± 0.42 nats``."""
+    number = f"{cause.attribution:.2f}" if cause.is_unsigned else f"{cause.attribution:+.2f}"
+    error = cause.standard_error
+    said = " ± ?" if math.isnan(error) else f" ± {error:.2f}" if error > 0 else ""
+    told = f"{number.replace('-', '−')}{said}"
+    told += f" {unit}" if unit else ""
+    return told + (f" over {per} tokens" if per > 1 else "")
+
+
+def _in_the_prompt(
+    result: "GenerationAttributionResult", read: Reading, blocks: Blocks, start: int, stop: int
+) -> list[str]:
+    n_tokens, unit, level = stop - start, unit_of(result), read.prompt.level
+    subject = subject_told(result, start, stop)
+    if not blocks.prompt:
+        return [f"No part of the prompt changed anything about {subject}."]
+    first = blocks.prompt[0]
+    if result.is_unsigned:
+        where = told_part(first, level)
+        return [
+            f"Of the prompt, {where} has the largest size for {subject}: {amount(first, unit)}."
+        ]
+    marked = [cause for cause in blocks.prompt if cause.is_marked]
+    if not marked:
+        return [
+            f"No part of the prompt is told from noise for {subject}; the largest estimate is that "
+            f"of {told_part(first, level)} ({amount(first, unit, n_tokens)})."
+        ]
+    said: list[str] = []
+    raising = [cause for cause in marked if cause.attribution > 0]
+    lowering = [cause for cause in marked if cause.attribution < 0]
+    if raising:
+        total = sum(max(cause.attribution, 0.0) for cause in blocks.prompt)
+        mostly = "mostly" if raising[0].attribution > _MOSTLY * total else "most"
+        times = ""
+        if n_tokens == 1 and is_in_nats(result):
+            against = bool(result.foil_tokens and result.foil_tokens[start])
+            is_contrast = result.provenance.get("attr_target") == "contrast" and against
+            times = f", {factor(raising[0].attribution, of_odds=is_contrast)}"
+        beside = f"{amount(raising[0], unit, n_tokens)}{times}"
+        text = (
+            f"Of the prompt, {subject} rests {mostly} on {told_part(raising[0], level)} ({beside})"
+        )
+        if len(raising) > 1:
+            text += f", then on {told_part(raising[1], level)} ({amount(raising[1], None)})"
+        said.append(text + ".")
+    if lowering and (not raising or -lowering[0].attribution > 0.1 * raising[0].attribution):
+        it = "it" if raising else subject
+        said.append(
+            f"{_capital(told_part(lowering[0], level))} speaks against {it} "
+            f"({amount(lowering[0], None if raising else unit)})."
+        )
+    return said
+
+
+def _in_the_answer(
+    result: "GenerationAttributionResult", read: Reading, blocks: Blocks, start: int, stop: int
+) -> list[str]:
+    if not blocks.answer or result.is_unsigned:
+        return []
+    unit = unit_of(result)
+    if stop - start == 1:
+        first = blocks.answer[0]
+        if not first.is_marked:
+            return []
+        verb = "weighs most" if first.attribution > 0 else "speaks most against it"
+        return [
+            f"Of the answer so far, {told_part(first, read.answer.level)} {verb} "
+            f"({amount(first, unit)})."
+        ]
+    rows = slice(start, stop)
+    whole = float(result.full_attr[rows].sum())
+    prompt = float(result.full_attr[rows, : len(result.input_tokens)].sum())
+    gained = float((result.full_values - result.empty_values)[rows].sum())
+    if abs(whole - gained) > _ADDS_UP * abs(gained):  # as of leave-one-out
+        return []
+    told = f"{gained:,.1f} {unit or ''}".strip()
+    return [
+        f"Between nothing given and everything given lie {told}: the prompt gives {prompt:,.1f}, "
+        f"what had already been written the other {whole - prompt:,.1f}.".replace("-", "−")
+    ]
+
+
+def _without_the_first(
+    result: "GenerationAttributionResult", read: Reading, blocks: Blocks, start: int, stop: int
+) -> list[str]:
+    """What was measured with the first cause alone absent, if that was among the coalitions."""
+    target = result.provenance.get("attr_target")
+    marked = [cause for cause in blocks.prompt if cause.is_marked and cause.attribution > 0]
+    if stop - start > 1 or not marked or target not in ("contrast", "log_prob", "prob"):
+        return []
+    foils = [quoted(name) for name in (result.foil_tokens or [[]] * stop)[start]]
+    is_contrast = target == "contrast" and bool(foils)
+    held = ", ".join(foils[:_MOST_FOILS]) + " and others" * (len(foils) > _MOST_FOILS)
+    if len(foils) > 1:
+        held = f"any of {held}"
+    rows = _rows_without(result, read, marked[0], start)
+    if rows is None:
+        return [f"It was held against {held}."] if is_contrast else []
+    value = float(result.values[rows, start].double().mean())
+    alone = f"Without {told_part(marked[0], read.prompt.level)} alone"
+    if is_contrast:
+        if value < 0:
+            one = held.replace("any of", "one of", 1)
+            return [f"{alone} the model would probably have said {one}."]
+        return [f"{alone} the model would still have preferred it to {held}."]
+    full = float(result.full_values[start])
+    if target != "prob":
+        value, full = math.exp(value), math.exp(full)
+    return [f"{alone} its probability is {_percent(value)} instead of {_percent(full)}."]
+
+
+def _rows_without(
+    result: "GenerationAttributionResult", read: Reading, cause: Cause, token: int
+) -> torch.Tensor | None:
+    """The coalitions in which all that comes before a token is present but the cause."""
+    if result.design is None or not len(result.masks):
+        return None
+    part = read.prompt.part_of[cause.column]
+    owned = {
+        feature
+        for feature, own in zip(result.column_features, read.prompt.part_of, strict=True)
+        if own == part
+    }
+    n_visible = result.design.n_visible[token]
+    wanted = torch.ones(n_visible, dtype=torch.bool, device=result.masks.device)
+    wanted[sorted(owned)] = False
+    rows = (result.masks[:, :n_visible] == wanted).all(1).nonzero()[:, 0]
+    rows = rows[result.values[rows, token].isfinite()]
+    return rows if len(rows) else None
+
+
+def _measured(result: "GenerationAttributionResult") -> str:
+    n, how = result.n_evaluations, absence(result)
+    times = f"{n:,} version{'s' * (n != 1)} of it"
+    if how in _MEASURED:
+        return f"Measured {_MEASURED[how]}: {times} were scored."
+    if how.startswith("token "):
+        return f"Measured by putting the {how} in the place of parts: {times} were scored."
+    return f"Measured by {n:,} evaluation{'s' * (n != 1)} of the model."
+
+
+def _certainty(read: Reading, causes: Sequence[Cause], start: int, stop: int) -> list[str]:
+    if not causes:
+        return []
+    if all(math.isnan(cause.standard_error) for cause in causes[:3]):
+        return ["The errors of these estimates are unknown: nothing tells a cause from noise."]
+    if all(cause.standard_error == 0 for cause in causes):
+        return ["These numbers are exact for this way of measuring: nothing was sampled."]
+    marked = [cause for cause in causes if cause.is_marked]
+    if not marked:
+        return []
+    # The two that are spoken of; or the only one, and what seems the strongest of the others.
+    one, other = (marked + [cause for cause in causes if not cause.is_marked] + [None])[:2]
+    said: list[str] = []
+    if one is not None and other is not None:
+        apart = abs(one.attribution) - abs(other.attribution)
+        error = read.difference_error(start, stop, one, other)
+        beside = f"in size they differ by {apart:.2f} ± {error:.2f}".replace("-", "−")
+        which = "the first two causes" if other.is_marked else "it and the next cause"
+        if math.isnan(error):
+            said.append(f"Which of {which} is the stronger cannot be told.")
+        elif apart > _CERTAIN * error:
+            said.append(f"The order of {which} is certain at 95 % ({beside}).")
+        else:
+            said.append(f"The order of {which} is not certain ({beside}).")
+    n_noise = len(causes) - len(marked)
+    if n_noise:
+        what = "one other part" if n_noise == 1 else f"the {n_noise} other parts"
+        said.append(f"What {what} of the prompt seem{'s' * (n_noise == 1)} to do may be noise.")
+    return said
+
+
+def subject_told(result: "GenerationAttributionResult", start: int, stop: int) -> str:
+    """``“Lisbon”``, or ``the answer “…”``."""
+    texts = [piece.text for piece in result.output_pieces[start:stop]]
+    text = "".join(texts).strip() or " ".join(result.output_tokens[start:stop])
+    if stop - start == 1:
+        return quoted(result.names.tokens[start], _ANSWER)
+    is_whole = (start, stop) == (0, len(result.output_tokens))
+    return f"{'the answer ' if is_whole else ''}{quoted(text, _ANSWER)}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _percent(share: float) -> str:
+    return "less than 0.01 %" if share < 1e-4 else f"{100 * share:.2g} %"

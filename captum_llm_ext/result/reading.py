@@ -1,0 +1,297 @@
+"""Causes as a reader wants them: of which part of the answer, among which parts of the text.
+
+Causes come in two blocks, those in the prompt and those in the answer so far. A whole answer has
+many tokens, each caused mostly by the ones before it: in one list, nothing of the prompt is seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.base.terminal import one_line
+from captum_llm_ext.result.causes import Cause, joined_name
+from captum_llm_ext.result.levels import answer_levels, prompt_level, prompt_levels
+from captum_llm_ext.result.refit import jackknife_error
+from captum_llm_ext.result.token_names import is_fragmented, numbered_where_alike
+from captum_llm_ext.text.segment import shorten
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+_QUOTED = 40  # characters of a part's text in its name
+_NAME = 24  # characters up to which a text is a name
+TOKEN, WORD = "token", "word"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the causes of one block are.
+
+    Attributes:
+        level: ``"paragraph"``, ``"word"``…
+        names: Of the parts, told apart.
+        texts: What they say.
+        part_of: Per column of `full_attr` the part it is in, -1 for none.
+    """
+
+    level: str
+    names: list[str]
+    texts: list[str]
+    part_of: list[int]
+
+    def errors(self, replicates: Tensor | None, token_errors: Tensor) -> Tensor:
+        """Standard errors of the parts, summed over tokens, ``(n_parts,)``; NaN where unknown.
+
+        Args:
+            replicates: ``(n_replicates, P + G)``, as `GenerationAttributionResult.replicates`
+                gives them; without them the errors of tokens are added up, which is what they are
+                at most, and those of the columns of a part as independent.
+            token_errors: ``(n_tokens, P + G)``.
+        """
+        bound = _by_part(token_errors.sum(0).square(), self).sqrt()
+        if replicates is None:
+            return bound
+        # They are without interactions, and larger for that.
+        return torch.minimum(jackknife_error(_by_part(replicates, self)).to(bound), bound)
+
+
+class Row(NamedTuple):
+    """A part of the answer whose causes are told: tokens from `start` up to `stop`."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Blocks(NamedTuple):
+    """Causes in the prompt and in the answer so far, each by falling magnitude; zeros are none."""
+
+    prompt: list[Cause]
+    answer: list[Cause]
+
+
+class Reading:
+    """A result, read by parts of the prompt and of the answer.
+
+    Args:
+        result: The result.
+        level: Of the prompt; None: the coarsest with at least two parts.
+        unit: Of the answer: ``"token"``, ``"word"``, ``"sentence"``…; None: words where tokens are
+            fragments of them, otherwise tokens.
+
+    Attributes:
+        prompt, answer: Parts of each side.
+        rows: The parts of the answer, in order.
+
+    Raises:
+        ValueError: If there is no such level or unit.
+    """
+
+    def __init__(
+        self,
+        result: "GenerationAttributionResult",
+        level: str | None = None,
+        unit: str | None = None,
+    ) -> None:
+        self._result = result
+        self.prompt = _prompt_parts(result, level or first_level(result))
+        self.rows = _rows(result, unit or row_unit(result))
+        self.answer = _answer_parts(result, unit or row_unit(result), self.rows)
+
+    def causes(self, start: int, stop: int, *, precise: bool = False) -> Blocks:
+        """What led to some target tokens.
+
+        Args:
+            start, stop: The span; `stop` is the token after it.
+            precise: Whether errors of sums are found by solving the coalitions again and again,
+                which takes some tenths of a second. Otherwise errors of tokens are added up, which
+                is what they are at most, and those of the columns of a part as independent.
+        """
+        prompt, answer = (
+            self._block(parts, start, stop, precise) for parts in (self.prompt, self.answer)
+        )
+        return Blocks(prompt, answer)
+
+    def _block(self, parts: Parts, start: int, stop: int, precise: bool) -> list[Cause]:
+        result = self._result
+        values = _by_part(result.full_attr[start:stop].sum(0), parts)
+        errors = self._errors(parts, start, stop, precise)
+        own = self._own_parts(parts, start, stop)
+        order = values.abs().argsort(descending=True, stable=True).tolist()
+        floor = result.noise_floor
+        noise = 0.0 if floor is None else float(floor[start:stop].square().sum().sqrt())
+        n_prompt = len(result.input_tokens)
+        bar = result.marked_beyond
+        found: list[Cause] = []
+        for i in order:
+            value, error = float(values[i]), float(errors[i])
+            if value == 0 or i in own:
+                continue
+            column = parts.part_of.index(i)
+            is_told = abs(value) >= bar * error and abs(value) > noise  # false for NaN
+            cause = Cause(
+                parts.texts[i], value, error, column, column >= n_prompt, result.is_unsigned
+            )
+            found.append(cause._replace(label=parts.names[i], is_marked=is_told))
+        return found
+
+    def _own_parts(self, parts: Parts, start: int, stop: int) -> set[int]:
+        """Parts of the answer that lie in the span itself: of one word, its own letters."""
+        if parts is not self.answer or (start, stop) == (0, len(self._result.output_tokens)):
+            return set()
+        return {i for i, row in enumerate(self.rows) if start <= row.start and row.stop <= stop}
+
+    def _errors(self, parts: Parts, start: int, stop: int, precise: bool) -> Tensor:
+        errors = self._result.full_attr_se[start:stop]
+        columns = sum(part >= 0 for part in parts.part_of)
+        is_single = len(errors) == 1 and columns == len(parts.names)
+        replicates = self.replicates(start, stop) if precise and not is_single else None
+        return parts.errors(replicates, errors)
+
+    def difference_error(self, start: int, stop: int, one: Cause, other: Cause) -> float:
+        """The standard error of how much one cause exceeds another, by absolute value.
+
+        0 where both are exact, NaN where it cannot be told; where nothing tells how the errors go
+        together, the sum of both, which is what it is at most.
+        """
+        if not one.standard_error + other.standard_error > 0:
+            return one.standard_error + other.standard_error
+        replicates = self.replicates(start, stop)
+        if replicates is None:
+            return one.standard_error + other.standard_error
+        values: list[Tensor] = []
+        for cause in (one, other):
+            parts = self.answer if cause.is_output else self.prompt
+            sign = 1 if cause.attribution > 0 else -1
+            values.append(sign * _by_part(replicates, parts)[:, parts.part_of[cause.column]])
+        found = float(jackknife_error(values[0] - values[1]))
+        return min(found, one.standard_error + other.standard_error)
+
+    def replicates(self, start: int, stop: int) -> Tensor | None:
+        """Attributions of a span by parts of the draws, ``(n_replicates, n_columns)``."""
+        return self._result.replicates(start, stop)
+
+
+def page_parts(result: "GenerationAttributionResult") -> list[tuple[str, str, Parts]]:
+    """Side, level and parts of all levels above the finest that a page can be read by."""
+    prompt = [
+        ("prompt", level["name"], _prompt_parts(result, level["name"]))
+        for level in prompt_levels(result)
+    ]
+    if not result.output_features:
+        return prompt
+    names = [level["name"] for level in answer_levels(result)]
+    return prompt + [
+        ("answer", name, _answer_parts(result, name, _rows(result, name))) for name in names
+    ]
+
+
+def first_level(result: "GenerationAttributionResult") -> str:
+    """The coarsest level that has at least two parts: what to read an answer by first."""
+    for level in prompt_levels(result):
+        if len(level["parts"]) > 1:
+            return level["name"]
+    return finest_level(result)
+
+
+def finest_level(result: "GenerationAttributionResult") -> str:
+    """What the level of the features themselves is called."""
+    return str(result.provenance.get("unit") or "finest")
+
+
+def row_unit(result: "GenerationAttributionResult") -> str:
+    """Words where some are written by several tokens, and values of these add up; or tokens."""
+    if result.provenance.get("attr_target") == "prob":
+        return TOKEN
+    names = [level["name"] for level in answer_levels(result)]
+    texts = [piece.text for piece in result.output_pieces]
+    return WORD if WORD in names and is_fragmented(texts) else TOKEN
+
+
+def adds_up(result: "GenerationAttributionResult") -> bool:
+    """Whether attributions of several tokens together mean something."""
+    return len(result.output_tokens) == 1 or result.provenance.get("attr_target") != "prob"
+
+
+def quoted(text: str, most: int = _QUOTED) -> str:
+    """The beginning of a text, on one line, in quotation marks."""
+    told = " ".join(text.split())
+    return f"“{one_line(shorten(told, most))}”"
+
+
+def part_names(level: str, texts: Sequence[str]) -> list[str]:
+    """Names of the parts of a level: their texts where short, else ``paragraph 4 “Lake …”``."""
+    told = [one_line(" ".join(text.split())) for text in texts]
+    if level in (TOKEN, WORD) or all(len(text) <= _NAME for text in told):
+        return numbered_where_alike(
+            [text or repr(raw) for text, raw in zip(told, texts, strict=True)]
+        )
+    return [f"{level} {i} {quoted(text)}" for i, text in enumerate(texts, start=1)]
+
+
+def _prompt_parts(result: "GenerationAttributionResult", level: str) -> Parts:
+    n_output = len(result.output_features or ())
+    texts, part_of = prompt_level(result, level)
+    if level != finest_level(result):
+        return Parts(level, part_names(level, texts), texts, [*part_of, *[-1] * n_output])
+    # Columns of one feature, such as captum's groups, are one cause.
+    columns: dict[int, list[int]] = {}
+    for column, feature in enumerate(result.column_features[: len(texts)]):
+        columns.setdefault(feature, []).append(column)
+    owners = [-1] * (len(texts) + n_output)
+    for part, members in enumerate(columns.values()):
+        owners[members[0]] = part
+    names = [joined_name([result.names.prompt[c] for c in own]) for own in columns.values()]
+    joined = [joined_name([texts[c] for c in own]) for own in columns.values()]
+    if not all(len(name.strip()) <= _NAME for name in names):
+        names = part_names(level, joined)
+    return Parts(level, names, joined, owners)
+
+
+def _rows(result: "GenerationAttributionResult", unit: str) -> list[Row]:
+    names = result.names.tokens
+    if unit == TOKEN:
+        return [Row(name, t, t + 1) for t, name in enumerate(names)]
+    levels = {level["name"]: level["part_of"] for level in answer_levels(result)}
+    if unit not in levels:
+        known = ", ".join(map(repr, [TOKEN, *levels]))
+        raise ValueError(f"the answer has no {unit!r}: it can be read by {known}.")
+    runs: list[list[int]] = []
+    for t, part in enumerate(levels[unit]):
+        if t and part == levels[unit][t - 1]:
+            runs[-1][1] = t + 1
+        else:
+            runs.append([t, t + 1])
+    texts = ["".join(p.text for p in result.output_pieces[a:b]).strip() for a, b in runs]
+    texts = [
+        text or " ".join(result.output_tokens[a:b])
+        for text, (a, b) in zip(texts, runs, strict=True)
+    ]
+    return [Row(name, a, b) for name, (a, b) in zip(part_names(unit, texts), runs, strict=True)]
+
+
+def _answer_parts(result: "GenerationAttributionResult", unit: str, rows: Sequence[Row]) -> Parts:
+    n_prompt, n_output = len(result.input_tokens), len(result.output_features or ())
+    owners = [-1] * n_output
+    pieces = [piece.feature for piece in result.output_pieces] or list(range(n_output))
+    for i, row in enumerate(rows):
+        for feature in pieces[row.start : row.stop]:
+            if feature is not None and n_output:
+                owners[feature] = i
+    if len(set(owners)) < len(owners) or unit != TOKEN:
+        names, texts = [row.name for row in rows], [row.name for row in rows]
+    else:  # features of more than a token have names of their own
+        owners = list(range(n_output))
+        names, texts = result.names.output, result.output_features or []
+    return Parts(unit, names, list(texts), [*[-1] * n_prompt, *owners])
+
+
+def _by_part(columns: Tensor, parts: Parts) -> Tensor:
+    """Numbers of columns added up by part, ``(..., n_parts)``."""
+    kept = [column for column, part in enumerate(parts.part_of) if part >= 0]
+    at = torch.tensor([parts.part_of[c] for c in kept], device=columns.device, dtype=torch.int64)
+    sums = columns.new_zeros(*columns.shape[:-1], len(parts.names))
+    return sums.index_add(-1, at, columns[..., kept])

@@ -1,0 +1,132 @@
+"""What a result tells beside its numbers, as plain data: names, causes in two blocks, sentences."""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
+
+from captum_llm_ext.result.about import header
+from captum_llm_ext.result.causes import Cause
+from captum_llm_ext.result.levels import answer_levels
+from captum_llm_ext.result.narrative import sentences
+from captum_llm_ext.result.reading import (
+    Blocks,
+    Reading,
+    adds_up,
+    finest_level,
+    page_parts,
+    row_unit,
+)
+from captum_llm_ext.result.token_names import words_around
+from captum_llm_ext.text.inputs import Piece
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+_MOST = 3  # causes per block
+_MOST_SENTENCES = 3  # of the answer whose errors are told exactly: each takes tenths of a second
+
+
+def told(result: "GenerationAttributionResult") -> dict[str, Any]:
+    """What ``to_dict()`` has in words.
+
+    Returns:
+        ``about``: model, method, unit, absence, evaluations. ``labels``: names that tell columns
+        and tokens apart. ``marked_beyond``: see there. ``causes``: per part of the answer its
+        ``name``, the tokens from ``start`` up to ``stop``, and its strongest causes in the
+        ``prompt`` and in the ``answer`` before it. ``summary``: the same of the whole answer by
+        the largest parts of the prompt, and their ``level``; None where values do not add up.
+        ``narrative``: sentences.
+    """
+    read, n_target = Reading(result, finest_level(result)), len(result.output_tokens)
+    rows = [
+        {"name": row.name, "start": row.start, "stop": row.stop}
+        | _blocks(read.causes(row.start, row.stop))
+        for row in read.rows
+    ]
+    coarse = Reading(result)
+    whole = coarse.causes(0, n_target, precise=True) if adds_up(result) else None
+    return {
+        "about": header(result),
+        "labels": result.names._asdict(),
+        "marked_beyond": result.marked_beyond,
+        "causes": rows,
+        "summary": None if whole is None else {"level": coarse.prompt.level} | _blocks(whole),
+        "narrative": sentences(result, 0, n_target, reading=coarse),
+    }
+
+
+def reading_aids(result: "GenerationAttributionResult") -> dict[str, Any]:
+    """What a page shows beside levels: ``answer_unit``, and ``around`` of fragments."""
+    prompt, output = (
+        _around(pieces, n)
+        for pieces, n in (
+            (result.prompt_pieces, len(result.input_tokens)),
+            (result.output_pieces, len(result.output_features or ())),
+        )
+    )
+    return {"answer_unit": row_unit(result), "around": {"prompt": prompt, "output": output}}
+
+
+def part_sums(result: "GenerationAttributionResult") -> list[dict[str, Any]]:
+    """Errors of parts for the whole answer and its first sentences, as ``sums`` of a page.
+
+    Where coalitions are a sample: solving them again without a part of them tells.
+    """
+    if not adds_up(result) or bool(result.full_attr_se.isnan().any()):
+        return []
+    levels = {level["name"]: level for level in answer_levels(result)}
+    runs = [[0, len(result.output_tokens)]]
+    if "sentence" in levels:
+        part_of = levels["sentence"]["part_of"]
+        cuts = [t for t in range(len(part_of)) if not t or part_of[t] != part_of[t - 1]]
+        runs += [list(run) for run in pairwise([*cuts, len(part_of)])][:_MOST_SENTENCES]
+    spans = [run for i, run in enumerate(runs) if run not in runs[:i]]
+    told = [(span, result.replicates(*span)) for span in spans]
+    found: list[dict[str, Any]] = []
+    for side, level, parts in page_parts(result):
+        errors = [
+            (span, parts.errors(replicates, result.full_attr_se[slice(*span)]).tolist())
+            for span, replicates in told
+            if replicates is not None
+        ]
+        if errors:
+            found.append(
+                {
+                    "side": side,
+                    "level": level,
+                    "spans": [span for span, _ in errors],
+                    "se": [[float(f"{x:.3g}") if x == x else None for x in se] for _, se in errors],
+                }
+            )
+    return found
+
+
+def _around(pieces: Sequence[Piece], n: int) -> list[list[str]]:
+    """Per column the rest of the word that it is a fragment of, before it and after."""
+    found = [["", ""] for _ in range(n)]
+    for _, run in groupby(pieces, key=lambda piece: piece.role):
+        told = list(run)
+        around = words_around([piece.text for piece in told])
+        for piece, (before, after) in zip(told, around, strict=True):
+            if piece.feature is not None and piece.text.strip():
+                first = found[piece.feature][0] or before
+                found[piece.feature] = [first, after]
+    return found
+
+
+def _blocks(blocks: Blocks) -> dict[str, list[dict[str, Any]]]:
+    return {
+        name: [_cause(cause) for cause in block[:_MOST]] for name, block in blocks._asdict().items()
+    }
+
+
+def _cause(cause: Cause) -> dict[str, Any]:
+    error = cause.standard_error
+    return {
+        "name": (cause.label or cause.name).strip() or cause.name,
+        "text": cause.name,
+        "attribution": cause.attribution,
+        "standard_error": None if math.isnan(error) else error,
+        "marked": cause.is_marked,
+    }

@@ -1,0 +1,341 @@
+"""The command line before, during and after a run: what is told when, and what stops where."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+import webbrowser
+
+import pytest
+import torch
+
+from captum_llm_ext import (
+    ChatInput,
+    GenerationAttribution,
+    GenerationAttributionResult,
+    TextSegmentInput,
+    load_demo,
+)
+from captum_llm_ext.cli import main
+from captum_llm_ext.cli.wording import in_options
+from captum_llm_ext.demo import PROMPT
+from captum_llm_ext.methods import HierarchicalAblation
+from captum_llm_ext.model.scoring import progress
+from captum_llm_ext.model.scoring.progress import ProgressBar, duration
+
+DEMO = ["attribute", "--model", "demo", "--baselines", "corpus:demo"]
+ATTRIBUTE = [*DEMO, "--prompt", PROMPT]
+FACTS = {
+    "ann.txt": "Ann lives in Austin, TX and is a nurse.",
+    "bob.txt": "Bob lives in Dallas, TX.",
+}
+QUESTION = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_demo()
+
+
+@pytest.fixture
+def facts(tmp_path):
+    for name, text in FACTS.items():
+        (tmp_path / name).write_text(text + "\n", encoding="utf-8")
+    return [str(tmp_path / name) for name in FACTS]
+
+
+class Heard:
+    """A listener that keeps what it hears."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        if name not in ("answered", "begins", "announce", "advance", "note", "ends"):
+            raise AttributeError(name)
+        return lambda *given: self.calls.append((name, *given))
+
+
+@pytest.mark.parametrize("n", [4, 40])
+def test_a_listener_hears_the_answer_before_the_work(demo, n):
+    from captum.attr import FeatureAblation
+
+    model, tokenizer, _ = demo
+    inp = TextSegmentInput(PROMPT, tokenizer, baselines="<unk>")
+    heard = Heard()
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    result = attribution.attribute(inp, gen_args={"max_new_tokens": n}, show_progress=heard)
+    ids = model.generate(torch.tensor([inp.ids]), max_new_tokens=n, do_sample=False)[0]
+    ids = ids[len(inp.ids) :].tolist()
+    is_cut = ids[-1] != tokenizer.eos_token_id
+    assert heard.calls[:2] == [
+        ("answered", tokenizer.decode(ids), len(ids), is_cut),
+        ("begins", "model evaluations", "row"),
+    ]
+    assert is_cut == (n == 4)
+    told = [call for call in heard.calls if call[0] == "advance"]
+    assert sum(n for _, n in told) == result.n_evaluations
+    assert heard.calls[-1] == ("ends",)
+
+
+def test_the_answer_comes_first_then_the_estimate_then_the_table(capsys):
+    assert main([*ATTRIBUTE, "--max-new-tokens", "4"]) == 0
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    kinds = [line.partition(":")[0] for line in lines]
+    assert kinds.index("answer") < kinds.index("estimate") < kinds.index("model evaluations")
+    assert "the answer was cut after 4 tokens: a larger --max-new-tokens" in shown.err
+    assert "of it the model" in shown.err
+    assert "surfing" in shown.out
+    assert main([*ATTRIBUTE, "--quiet", "--method", "ablation"]) == 0
+    whole = capsys.readouterr().err
+    assert "was cut" not in whole
+    assert "estimate" not in whole
+
+
+def test_a_dry_run_stops_after_the_first_batch(capsys, tmp_path):
+    page = tmp_path / "r.html"
+    assert main([*ATTRIBUTE, "--dry-run", "--batch-size", "8", "--html", str(page)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "the first 8 took" in shown.err
+    assert not page.exists()
+    ways = [line for line in shown.err.splitlines() if line.startswith("cheaper: ")]
+    assert [way.split(": ")[1] for way in ways] == [
+        "--unit sentence",
+        "--output-unit none",
+        "--n-samples 224",  # half of 16 for each of 14 words, and tokens but the last
+    ]
+
+
+@pytest.mark.parametrize("options", [[], ["--unit", "sentence"], ["--output-unit", "none"]])
+def test_what_a_cheaper_way_is_said_to_take_is_what_it_takes(capsys, tmp_path, options):
+    """Within a fifth: coalitions that come twice are not known beforehand."""
+    short = [*ATTRIBUTE, "--max-new-tokens", "6"]
+    assert main([*short, "--dry-run"]) == 0
+    told = {}
+    for line in capsys.readouterr().err.splitlines():
+        kind, _, rest = line.partition(": ")
+        if kind == "estimate":
+            told[""] = int(rest.split()[0])
+        elif kind == "cheaper":
+            way, _, numbers = rest.partition(": ")
+            told[way] = int(numbers.split(",")[0])
+    path = str(tmp_path / "r.safetensors")
+    assert main([*short, "--quiet", *options, "--save", path]) == 0
+    found = GenerationAttributionResult.load(path).n_evaluations
+    assert told[" ".join(options)] == pytest.approx(found, rel=0.2)
+
+
+def test_what_the_values_decide_is_not_foretold(capsys):
+    two = "Ann lives in Austin, TX. She likes tennis.\n\nBob lives in Dallas, TX. He likes"
+    search = [*DEMO, "--prompt", two, "--max-new-tokens", "2", "--method", "hierarchical"]
+    assert main([*search, "--dry-run"]) == 0
+    assert "to begin with; the values decide how many more" in capsys.readouterr().err
+
+
+def test_without_a_terminal_there_is_a_line_for_each_tenth(capsys):
+    bar = ProgressBar("rows", "row", is_shown=True)
+    with bar.shown():
+        bar.announce(40)
+        for _ in range(20):
+            bar.advance(2)
+    shown = capsys.readouterr().err
+    assert "\r" not in shown
+    lines = shown.splitlines()
+    assert [int(line.split()[1]) for line in lines] == [*range(10, 101, 10)]
+    assert all(f"of 40, {line.split(', ')[1].split()[0]} rows a second" in line for line in lines)
+    assert all(line.endswith(" left") for line in lines[:-1])
+
+
+def test_a_bar_counts_time_from_when_the_work_began(monkeypatch):
+    """What was prepared before tells no rate."""
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    lines = []
+    monkeypatch.setattr("builtins.print", lambda text, **_: lines.append(text))
+    bar = ProgressBar("rows", "row", is_shown=True)
+    with bar.shown():
+        clock[0] += 50
+        bar.announce(10)
+        clock[0] += 2
+        bar.advance(5)
+    assert lines[0] == "rows: 50 % (5 of 10, 2.5 rows a second), 2 s left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.42, "0.42 s"), (8, "8 s"), (59.4, "59 s"), (59.9, "1 min 00 s"), (125, "2 min 05 s")],
+)
+def test_durations(seconds, said):
+    assert duration(seconds) == said
+    assert duration(4800) == "1 h 20 min"
+
+
+def test_a_terminal_gets_a_bar_with_a_rate():
+    command = [sys.executable, "-m", "captum_llm_ext", *ATTRIBUTE, "--max-new-tokens", "3"]
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 60))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        read = b""
+        try:
+            while part := os.read(ours, 4096):
+                read += part
+        except OSError:  # how Linux tells that the other end is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    bars = [line for line in read.decode().split("\r") if "row/s" in line]
+    assert bars
+    assert all("?row/s" not in line for line in bars)  # it begins with the first batch
+
+
+def test_passages_go_by_their_files(facts, capsys, demo):
+    more = ["--context", *facts, "--prompt", QUESTION, "--target", " poker", "--quiet"]
+    for unit in ("passage", "passage,sentence", "sentence"):
+        assert main([*DEMO, *more, "--unit", unit, "--json", "-"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        names = [level["parts"] for level in shown["levels"] if level["name"] == "passage"]
+        found = names[0] if names else shown["input_tokens"]
+        assert found == ["ann.txt", "bob.txt", "question"]
+        assert shown["output_attr"] is None  # who has passages asks which of them
+        text = "".join(piece["text"] for piece in shown["prompt"]).removeprefix("<s>")
+        assert text == "\n\n".join([*FACTS.values(), QUESTION])
+
+
+def test_passages_and_a_question_in_a_chat(facts, capsys, demo):
+    more = ["--context", *facts, "--prompt", QUESTION, "--system", "Be brief.", "--quiet"]
+    assert main([*DEMO, *more, "--target", " poker", "--method", "ablation", "--json", "-"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    [level] = [level for level in shown["levels"] if level["name"] == "passage"]
+    assert level["parts"] == ["system", "ann.txt", "bob.txt", "question"]
+    content = "\n\n".join([*FACTS.values(), QUESTION])
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": content},
+    ]
+    inp = ChatInput(messages, demo[1], "sentence")
+    assert "".join(p["text"] for p in shown["prompt"]) == "".join(p.text for p in inp.pieces)
+    assert len(shown["input_tokens"]) == inp.n_features
+
+
+def test_a_question_is_asked_in_the_chat_template(capsys, demo):
+    given = ["--prompt", QUESTION, "--target", " poker", "--quiet", "--method", "ablation"]
+    assert main([*DEMO, *given, "--as-chat", "--json", "-"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    inp = ChatInput([{"role": "user", "content": QUESTION}], demo[1], "word")
+    assert shown["input_tokens"] == inp.names
+    assert main([*DEMO, *given, "--system", "Be brief.", "--json", "-"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [name.split(":")[0] for name in shown["input_tokens"]] == ["system", "user"]
+
+
+def test_a_system_message_goes_before_a_chat(capsys):
+    chat = '[{"role": "user", "content": "Ann lives in Austin."}]'
+    more = ["--system", "Be brief.", "--target", " poker", "--quiet", "--method", "ablation"]
+    assert main([*DEMO, "--chat", chat, *more, "--json", "-"]) == 0
+    names = json.loads(capsys.readouterr().out)["input_tokens"]
+    assert names == ["system: Be brief.", "user: Ann lives in Austin."]
+    both = '[{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]'
+    assert main([*DEMO, "--chat", both, *more]) == 2
+    assert "has a message of the system already" in capsys.readouterr().err
+
+
+def test_a_level_sums_causes(facts, capsys, tmp_path):
+    saved = str(tmp_path / "r.safetensors")
+    more = ["--context", *facts, "--prompt", QUESTION, "--target", " poker", "--quiet"]
+    assert main([*DEMO, *more, "--unit", "word", "--level", "passage", "--save", saved]) == 0
+    shown = capsys.readouterr().out
+    result = GenerationAttributionResult.load(saved)
+    names, sums = result.at_level("passage")
+    assert names == ["ann.txt", "bob.txt", "question"]
+    for name, value in zip(names, sums.sum(0).tolist(), strict=True):
+        assert any(name in line and f"{value:+.2f}" in line for line in shown.splitlines())
+    assert main(["show", saved, "--level", "turn"]) == 0  # there are none: the table is not lost
+    told = capsys.readouterr()
+    assert "there is no level 'turn'" in told.err
+    assert "poker" in told.out
+
+
+def test_many_prompts_give_a_line_of_json_each(tmp_path, capsys):
+    prompts = [PROMPT, "Ann lives in Austin, TX and is a nurse. Her personal interests include"]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), encoding="utf-8")
+    many = ["attribute", "--model", "demo", "--quiet", "--method", "ablation"]
+    many += ["--max-new-tokens", "2", "--input", str(path), "--out", str(tmp_path / "out")]
+    assert main([*many, "--json", "-"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    texts = ["".join(piece["text"] for piece in line["prompt"]) for line in lines]
+    assert [text.removeprefix("<s>") for text in texts] == prompts
+    assert main([*many, "--json", str(tmp_path / "all.jsonl")]) == 0
+    written = (tmp_path / "all.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in written] == lines
+
+
+@pytest.mark.parametrize(
+    ("kind", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
+def test_pictures_are_what_their_names_say(tmp_path, kind, begins):
+    path = tmp_path / f"r.{kind}"
+    more = ["--target", " poker", "--quiet", "--method", "ablation"]
+    assert main([*ATTRIBUTE, *more, f"--{kind}", str(path)]) == 0
+    assert path.read_bytes().startswith(begins)
+
+
+def test_the_page_is_opened(tmp_path, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", lambda uri: opened.append(uri) or len(opened) < 2)
+    more = ["--target", " poker", "--quiet", "--method", "ablation", "--open"]
+    page = tmp_path / "r.html"
+    assert main([*ATTRIBUTE, *more, "--html", str(page)]) == 0
+    assert opened == [page.resolve().as_uri()]
+    assert main([*ATTRIBUTE, *more]) == 0
+    assert opened[1].endswith("/answer.html")
+    assert "there is no browser to open it with: " in capsys.readouterr().err
+
+
+def test_what_the_library_says_is_said_in_options(demo, capsys):
+    """Whatever a mistake, no argument of Python's stands in what is said of it."""
+    model, tokenizer, _ = demo
+    inp = TextSegmentInput(PROMPT, tokenizer, ("sentence", "word"), baselines="delete")
+    attribution = GenerationAttribution(HierarchicalAblation(model), tokenizer)
+    with pytest.raises(ValueError, match="`tol` and `num_trials`") as raised:
+        attribution.attribute(inp, " poker", tol=0.1)
+    assert "--tol" in in_options(str(raised.value))
+    mistakes = [
+        ["--method", "lime", "--n-samples", "3"],
+        ["--method", "partition", "--n-samples", "3"],
+        ["--max-new-tokens", "100000"],
+        ["--method", "sampling", "--n-samples", "1"],
+        ["--method", "shapley", "--max-new-tokens", "1"],
+        ["--baselines", "delete"],
+        ["--method", "ablation", "--tol", "0.1", "--baselines", "corpus:demo", "--n-draws", "1"],
+        ["--method", "integrated-gradients", "--n-steps", "1"],
+    ]
+    options = ["attribute", "--model", "demo", "--quiet", "--prompt", PROMPT]
+    for mistake in mistakes:
+        more = [] if "--max-new-tokens" in mistake else ["--target", " poker"]
+        main([*options, *mistake, *more])
+        said = capsys.readouterr().err
+        assert "note: " in said or "error: " in said, mistake
+        assert "`" not in said, said
+
+
+@pytest.mark.parametrize(
+    ("said", "instead"),
+    [
+        ("give `n_samples=4`", "give --n-samples 4"),
+        ("`output_unit=None`", "--output-unit none"),
+        ('`attr_target="logit"`', "--attr-target logit"),
+        ('`unit=("sentence", "word")`', "--unit sentence,word"),
+        ("`CorpusBaselines(texts)`", "--baselines corpus:FILE"),
+        ("`HierarchicalAblation`", "--method hierarchical"),
+        ("`perturbations_per_eval=1` may help", "--batch-size 1 may help"),
+        ("`chat.json`", "`chat.json`"),
+    ],
+)
+def test_names_of_arguments_become_options(said, instead):
+    assert in_options(said) == instead

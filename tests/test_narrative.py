@@ -1,0 +1,280 @@
+"""A result in words: every number and every claim is held against the numbers themselves.
+
+On results of a real model with byte-level tokens (`benchmarks/real_results.py` makes them).
+"""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from captum_llm_ext.coalitions import Scope, join_plans, plan_anchors, plan_pairs
+from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result.about import factor, header
+from captum_llm_ext.result.marks import marked_beyond
+from captum_llm_ext.result.reading import Reading, first_level
+from captum_llm_ext.result.refit import Design, Evidence, jackknife_error
+
+DATA = Path(__file__).parent / "data"
+NAMES = ("rag", "chat", "few_shot", "summary")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def result(request):
+    return GenerationAttributionResult.load(DATA / f"{request.param}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def summary():
+    return GenerationAttributionResult.load(DATA / "summary.safetensors")
+
+
+@pytest.fixture(scope="module")
+def few_shot():
+    return GenerationAttributionResult.load(DATA / "few_shot.safetensors")
+
+
+def _sums(result, level):
+    """Attributions of the whole answer by parts of the prompt, added up from the raw tensors."""
+    names, attr = result.at_level(level)
+    return names, attr.double().sum(0).tolist()
+
+
+def test_real_results_are_small_and_tell_what_was_measured(result):
+    told = header(result)
+    assert told[0] == "SmolLM2-135M-Instruct"
+    assert "(KernelShap)" in told[1]
+    assert " in nats" in told[2]
+    assert told[3].startswith("absent parts ")
+    assert re.fullmatch(r"estimate from [\d,]+ evaluations", told[4])
+
+
+def test_the_first_level_is_the_coarsest_with_two_parts(result):
+    level = first_level(result)
+    assert level in ("paragraph", "turn")
+    assert len(result.at_level(level)[0]) > 1
+
+
+def test_every_amount_in_the_narrative_is_that_of_the_part_it_names(result):
+    level = first_level(result)
+    names, sums = _sums(result, level)
+    said = result.narrative()
+    amounts = re.findall(rf"{level} (\d+) “[^”]*”[^(]*\(([+−][\d.]+)", said, re.IGNORECASE)
+    assert amounts or "is told from noise" in said
+    for number, amount in amounts:
+        assert float(amount.replace("−", "-")) == pytest.approx(sums[int(number) - 1], abs=0.006)
+    for number, quote in re.findall(rf"{level} (\d+) “([^”]*?)…?”", said):
+        assert " ".join(names[int(number) - 1].split()).startswith(quote.rstrip())
+
+
+def test_the_first_part_that_is_named_is_the_strongest_of_those_told_from_noise(summary):
+    level = first_level(summary)
+    _, sums = _sums(summary, level)
+    blocks = summary.causes()
+    marked = [cause for cause in blocks.prompt if cause.is_marked and cause.attribution > 0]
+    said = re.findall(rf"rests most(?:ly)? on {level} (\d+)", summary.narrative())
+    best = max(range(len(sums)), key=lambda i: sums[i])
+    assert marked[0].attribution == pytest.approx(sums[best], rel=1e-5)
+    assert said == [str(best + 1)]
+    assert not any(cause.is_output for cause in blocks.prompt)
+    assert all(cause.is_output for cause in blocks.answer)
+
+
+def test_shares_of_prompt_and_answer_are_those_of_the_values(summary):
+    found = re.search(
+        r"lie ([\d,.]+) nats: the prompt gives ([\d,.]+), what .* other ([\d,.]+)\.",
+        summary.narrative(),
+    )
+    gained, prompt, answer = (float(x.replace(",", "")) for x in found.groups())
+    assert gained == pytest.approx(
+        float((summary.full_values - summary.empty_values).double().sum()), abs=0.06
+    )
+    assert prompt == pytest.approx(float(summary.token_attr.double().sum()), abs=0.06)
+    assert answer == pytest.approx(gained - prompt, abs=0.11)
+
+
+def test_foils_and_absence_are_told_where_they_are_kept(few_shot):
+    said = few_shot.narrative()
+    foils = re.search(r"held against any of (.*?) and others", said)[1]
+    assert re.findall("“(.*?)”", foils) == few_shot.foil_tokens[0][:3]
+    assert few_shot.foil_tokens[0][0] == "positive"
+    assert "by having the model itself rewrite parts of the text" in said
+    assert f"{few_shot.n_evaluations:,} versions" in said
+    assert "times the odds" in said
+
+
+def test_the_order_of_two_causes_is_as_certain_as_their_difference(result):
+    read = Reading(result)
+    n = len(result.output_tokens)
+    causes = read.causes(0, n, precise=True).prompt
+    marked = [cause for cause in causes if cause.is_marked]
+    said = result.narrative()
+    if not marked:
+        assert "order" not in said
+        return
+    one, other = (marked + [cause for cause in causes if not cause.is_marked])[:2]
+    apart = abs(one.attribution) - abs(other.attribution)
+    error = read.difference_error(0, n, one, other)
+    assert 0 < error <= one.standard_error + other.standard_error
+    assert ("is certain at 95 %" in said) == (apart > 1.96 * error)
+    assert ("is not certain" in said) == (apart <= 1.96 * error)
+    assert ("may be noise" in said) == (len(marked) < len(causes))
+
+
+def test_what_is_exact_or_of_unknown_error_says_so(few_shot):
+    exact = GenerationAttributionResult.load(DATA / "few_shot.safetensors")
+    for name in ("token_attr_se", "output_attr_se"):
+        setattr(exact, name, torch.zeros_like(getattr(exact, name)))
+    assert "These numbers are exact" in exact.narrative()
+    assert "±" not in exact.narrative()
+    unknown = GenerationAttributionResult.load(DATA / "few_shot.safetensors")
+    for name in ("token_attr_se", "output_attr_se"):
+        setattr(unknown, name, torch.full_like(getattr(unknown, name), math.nan))
+    said = unknown.narrative()
+    assert "No part of the prompt is told from noise" in said
+    assert "errors of these estimates are unknown" in said
+    assert "certain at" not in said
+
+
+def test_without_the_first_cause_what_was_measured_is_told(few_shot):
+    """A coalition in which just the named part is absent, as leave-one-out has them."""
+    whole = GenerationAttributionResult.load(DATA / "few_shot.safetensors")
+    part_of = torch.tensor(
+        next(level.part_of for level in whole.levels if level.name == "paragraph")
+    )
+    masks = torch.ones(1, whole.masks.shape[1], dtype=torch.bool)
+    masks[0, : len(part_of)] = part_of != 1  # the second review, which is named
+    for value, expected in (
+        (-0.5, "without paragraph 2 .* would probably have said one of “positive”"),
+        (0.5, "would still have preferred it to any of “positive”"),
+    ):
+        whole.masks = torch.cat([few_shot.masks, masks])
+        whole.draws = torch.cat([few_shot.draws, few_shot.draws.max()[None] + 1])
+        whole.values = torch.cat([few_shot.values, torch.tensor([[value]])])
+        whole._replicates = {(0, 1): few_shot.replicates(0, 1)}
+        assert re.search(expected, whole.narrative(), re.IGNORECASE)
+
+
+def test_spans_tokens_and_levels_can_be_asked_for(summary):
+    assert summary.narrative((0, 5), level="sentence").startswith("Of the prompt, “The town")
+    token = summary.names.tokens[3]
+    assert summary.narrative(token) == summary.narrative(3)
+    with pytest.raises(ValueError, match="no level 'verse'"):
+        summary.narrative(level="verse")
+
+
+# What it stands on -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_true", [0, 1, 40])
+def test_marks_are_those_of_benjamini_and_hochberg(n_true):
+    draw = np.random.default_rng(n_true)
+    values = draw.normal(size=1000)
+    values[:n_true] += 4.5
+    errors = np.full(1000, 1.0)
+    known = stats.false_discovery_control(2 * stats.norm.sf(np.abs(values))) <= 0.05
+    beyond = marked_beyond(torch.tensor(values), torch.tensor(errors))
+    assert ((np.abs(values) >= beyond) == known).all()
+    assert beyond >= 1.959
+    assert known.sum() >= n_true * 0.7
+
+
+def test_a_single_value_is_marked_from_the_usual_bound_on():
+    one = torch.tensor([3.0])
+    assert marked_beyond(one, torch.tensor([1.0])) == pytest.approx(1.96, abs=1e-3)
+    assert marked_beyond(one, torch.tensor([0.0])) == pytest.approx(1.96, abs=1e-3)
+    assert marked_beyond(one, torch.tensor([math.nan])) == pytest.approx(1.96, abs=1e-3)
+
+
+def _evidence(seed):
+    """A game of twelve features with interactions, sampled in pairs."""
+    n = 12
+    generator = torch.Generator().manual_seed(seed)
+    plan = join_plans([plan_anchors(n), plan_pairs(n, 200, generator=generator)])
+    z = plan.masks.double()
+    values = z @ torch.arange(1.0, n + 1, dtype=torch.float64) / 4
+    values = values + 2 * z[:, 0] * z[:, 3] * z[:, 5] - 3 * z[:, 1] * z[:, 2] * z[:, 6]
+    design = Design(
+        *("paired kernel regression",) * 2,
+        options={},
+        n_features=n,
+        n_anchors=plan.n_anchors,
+        n_visible=[n],
+        required=[-1],
+        columns=list(range(n)),
+        deterministic=True,
+    )
+    return Evidence(design, plan.masks, plan.draws, values[:, None], Scope.of_all(1, n))
+
+
+def test_replicates_tell_how_differences_vary():
+    found, told = [], []
+    for seed in range(20):
+        evidence = _evidence(seed)
+        found.append(evidence._fast_sum(range(1)))
+        replicates = evidence.replicates(range(1))
+        told.append(jackknife_error(replicates[:, 7] - replicates[:, 5]))
+    spread = torch.stack([one[7] - one[5] for one in found]).std()
+    # The spread of 20 is known to a sixth; errors are a little too large, never much too small.
+    assert float(torch.stack(told).mean() / spread) == pytest.approx(1.25, abs=0.4)
+
+
+@pytest.mark.parametrize(
+    ("nats", "said"),
+    [
+        (4.78, "119 times as probable"),
+        (-0.7, "2 times less probable"),
+        (99.0, "over a billion times as probable"),
+    ],
+)
+def test_nats_are_factors(nats, said):
+    assert factor(nats) == said
+
+
+# Tables and plain data ---------------------------------------------------------------------------
+
+
+def test_rows_are_words_where_tokens_are_fragments(result):
+    rows = Reading(result, unit=None).rows
+    text = "".join(piece.text for piece in result.output_pieces)
+    if result.names.tokens == result.output_tokens and len(result.output_tokens) == 1:
+        return
+    assert len(rows) < len(result.output_tokens)
+    assert [row.start for row in rows[1:]] == [row.stop for row in rows[:-1]]
+    bare = [re.sub(r" #\d+$", "", row.name) for row in rows]
+    assert "".join("".join(bare).split()) == "".join(text.split())
+    if "1642" in text:
+        assert "1642" in bare  # four tokens, one number
+
+
+def test_the_table_begins_with_the_largest_parts(summary):
+    lines = summary.table().splitlines()
+    level = first_level(summary)
+    _, sums = _sums(summary, level)
+    shown = re.findall(rf"{level} (\d+) “.*?” ([+-][\d.]+)", lines[1])
+    assert len(shown) == 3
+    for number, amount in shown:
+        assert float(amount) == pytest.approx(sums[int(number) - 1], abs=0.006)
+    assert lines[0].startswith("SmolLM2-135M-Instruct · Shapley values (KernelShap)")
+
+
+def test_json_has_causes_in_two_blocks(summary):
+    data = summary.to_dict()
+    n_prompt = len(summary.input_tokens)
+    assert data["labels"]["tokens"] == summary.names.tokens
+    assert len(set(data["labels"]["tokens"])) == len(data["labels"]["tokens"])
+    for row in data["causes"]:
+        rows = slice(row["start"], row["stop"])
+        best = float(summary.token_attr[rows].sum(0).abs().max())
+        assert abs(row["prompt"][0]["attribution"]) == pytest.approx(best, rel=1e-5)
+    assert data["summary"]["level"] == "paragraph"
+    assert data["narrative"]
+    frame = pytest.importorskip("pandas") and summary.to_dataframe()
+    assert frame.token_name.nunique() == len(summary.output_tokens)
+    own = frame[frame.source == "prompt"]
+    assert own.feature_name.nunique() == n_prompt
+    assert frame.marked.sum() == int(summary.marked.sum())
