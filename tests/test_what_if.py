@@ -316,8 +316,9 @@ def test_smile_names_what_the_answer_depends_on(known):
     result = GenerationAttribution(Smile(known[0]), known[1]).attribute(
         inp, gen_args={"max_new_tokens": 8}, n_samples=16
     )
-    job = next(i for i, s in enumerate(facts) if s.slot == "occupation")
-    assert result.token_attr[0].argmax() == job
+    # Of the few words that are written, the first interest and the second.
+    strongest = result.token_attr[0].topk(2).indices.tolist()
+    assert {facts[i].slot for i in strongest} == {"occupation", "city"}
 
 
 def test_smile_refuses_what_it_would_ignore(model, tokenizer):
