@@ -94,7 +94,10 @@ def answer_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]]
         said = {
             part for piece, part in zip(pieces, part_of, strict=True) if not _is_template(piece)
         }
-        if len(said) > 1 and _is_new(part_of, len(pieces), known):
+        same = [level for level in known if level["part_of"] == part_of]
+        if same:  # a line of one sentence is called a sentence, and one of one word a word
+            same[0]["name"] = name
+        elif len(said) > 1 and _is_new(part_of, len(pieces), known):
             known.append({"name": name, "part_of": part_of})
     return known
 
