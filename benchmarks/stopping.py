@@ -21,6 +21,7 @@ from torch import Tensor
 from captum_llm_ext import (
     CorpusBaselines,
     GenerationAttribution,
+    ModelBaselines,
     TextSegmentInput,
     TopCauses,
     load_demo,
@@ -137,7 +138,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         prompts = REAL[::30]
-        found["checkpoint"] = on_text(model, tokenizer, prompts, None, 6)
+        found["checkpoint"] = on_text(model, tokenizer, prompts, ModelBaselines(), 6)
     path = ROOT / "benchmarks" / "results" / "stopping.json"
     content = {"environment": environment(seed=0), **found}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
