@@ -14,7 +14,7 @@ from captum_llm_ext.attribution.target import Skipped, as_ids
 from captum_llm_ext.methods import Smile
 from captum_llm_ext.model import Generation, Journal, Processes, RowScorer, Scorer, TokenRow
 from captum_llm_ext.model.likelihood import Likelihood
-from captum_llm_ext.model.scoring.progress import ProgressBar
+from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import LanguageModel
@@ -45,7 +45,7 @@ class AnswerAttribution(GenerationAttribution):
             method.between(self.model, given.tokenizer),
         )
 
-    def _scorer(self, max_rows: int | None, show_progress: bool = False) -> RowScorer:
+    def _scorer(self, max_rows: int | None, show_progress: Shown = False) -> RowScorer:
         del max_rows
         self._answers.shows(show_progress)
         return self._answers
@@ -133,7 +133,7 @@ class AnswerScorer:
         self._known: dict[tuple[tuple[int, ...], object], str] = {}
         self.shows(False)
 
-    def shows(self, show_progress: bool) -> None:
+    def shows(self, show_progress: Shown) -> None:
         """Whether `progress` draws a bar."""
         self._bar = ProgressBar("answers", "answer", is_shown=show_progress)
 
