@@ -3,7 +3,7 @@ is.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ class Watch:
         is_quiet: bool,
         is_open: bool,
         asks_model: bool,
-        cheaper: Callable[[int], Sequence[Way]],
+        cheaper: Callable[[int], Iterable[Way]],
     ) -> None:
         self._model, self._is_dry, self._is_open = model, is_dry, is_open
         self._asks_model, self._cheaper = asks_model, cheaper
