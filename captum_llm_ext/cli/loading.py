@@ -1,10 +1,12 @@
 """Models by name, and what goes wrong with names."""
 
 import argparse
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -229,8 +231,12 @@ def _device_map(given: str | None) -> Any:
 
 
 def _loaded(what: str, name: str, load: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    # Bars that are drawn again and again are of no use in a file; what goes wrong is an exception.
+    is_seen = sys.stderr.isatty()
+    hidden = nullcontext() if is_seen else redirect_stderr(io.StringIO())
     try:
-        return load(*arguments, **named)
+        with hidden:
+            return load(*arguments, **named)
     except Exception as error:  # whatever a name, a file or a remote place may cause
         said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(f"the {what} of {name!r} cannot be loaded: {said}.") from error

@@ -93,10 +93,11 @@ def write_outputs(arguments: argparse.Namespace, found: Any, text: str, figure: 
         found.save(wanted["save"])
     if wanted["html"] is not None:
         found.to_html(wanted["html"])
-    pictures = {kind: wanted[kind] for kind in PICTURES if wanted[kind] is not None}
-    drawn = figure()[0] if pictures else None
-    for kind, name in pictures.items():
-        write_picture(name, drawn, kind)
+    drawn = figure()[0] if any(wanted[kind] is not None for kind in PICTURES) else None
+    for kind in PICTURES:
+        name = wanted[kind]
+        if name is not None:
+            write_picture(name, drawn, kind)
     for name in wanted.values():
         if name not in (None, "-"):
             say(f"written: {name}")

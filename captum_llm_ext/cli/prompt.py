@@ -123,7 +123,7 @@ class Asked:
             parts = (passages, *(unit for unit in units if unit != "passage"))
         parts = parts[0] if len(parts) == 1 else parts
         if self.messages is None:
-            named = {"names": parts.names} if isinstance(parts, Parts) else {}
+            named: dict[str, Any] = {"names": parts.names} if isinstance(parts, Parts) else {}
             return TextSegmentInput(self._whole, tokenizer, parts, baselines=baselines, **named)
         return ChatInput(
             [*self.messages[:-1], {**self.messages[-1], "content": self._whole}]
@@ -209,9 +209,12 @@ def units(
         unsaid = ("passage", "sentence")
     else:
         unsaid = ("turn",) if n_turns > 1 else ("word",)
-    chosen = unsaid if given is None else tuple(unit.strip() for unit in given.split(","))
+    chosen: tuple[str, ...] = (
+        unsaid if given is None else tuple(unit.strip() for unit in given.split(","))
+    )
+    first = next(iter(chosen))
     has_wholes = has_passages or n_turns > 0
-    if is_nested and len(chosen) < 2 and (not has_wholes or chosen[0] in ("turn", "passage")):
+    if is_nested and len(chosen) < 2 and (not has_wholes or first in ("turn", "passage")):
         raise UsageError(
             f"--unit {given}: --method hierarchical opens larger parts to smaller ones: give "
             f"several, such as {','.join(NESTED)}."
@@ -229,10 +232,10 @@ def units(
     for whole in ("turn", "passage"):
         if whole in chosen[1:]:
             raise UsageError(f"--unit {given}: a {whole} is the largest part, and comes first.")
-    if has_passages and chosen[0] == "paragraph":
+    if has_passages and first == "paragraph":
         chosen = chosen[1:] or ("passage",)  # which are paragraphs themselves
     # Turns are the coarsest level of a chat anyway.
-    return chosen[1:] if len(chosen) > 1 and chosen[0] == "turn" else chosen
+    return chosen[1:] if len(chosen) > 1 and first == "turn" else chosen
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

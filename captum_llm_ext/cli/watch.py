@@ -3,12 +3,13 @@ is.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
 from captum_llm_ext import _compat
+from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.cli.command import say
 from captum_llm_ext.model.scoring.progress import Listener, bar, duration
 
@@ -54,7 +55,7 @@ class Watch:
         is_quiet: bool,
         is_open: bool,
         asks_model: bool,
-        cheaper: Callable[[int], Sequence[Way]],
+        cheaper: Callable[[int], Iterable[Way]],
     ) -> None:
         self._model, self._is_dry, self._is_open = model, is_dry, is_open
         self._asks_model, self._cheaper = asks_model, cheaper
@@ -73,7 +74,7 @@ class Watch:
     def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
         """Tells the answer, and whether it is whole."""
         self._n_tokens = n_tokens
-        say(f"answer: {text}")
+        say(f"answer: {one_line(text)}")
         if is_cut:
             say(
                 f"the answer was cut after {n_tokens} tokens: a larger --max-new-tokens lets the "
