@@ -463,6 +463,7 @@ def test_progress_is_one_bar_over_the_evaluations(model, tokenizer, capsys, argu
     method = arguments.pop("method", FeatureAblation)
     result = _attribute(model, tokenizer, method, show_progress=True, **arguments)
     shown = capsys.readouterr()
-    assert shown.err.count("\n") == 1  # bars that are done end their line
-    assert f"{result.n_evaluations}/{result.n_evaluations}" in shown.err
+    lines = shown.err.splitlines()
+    assert all(line.startswith("model evaluations: ") for line in lines)
+    assert f" 100 % ({result.n_evaluations} of {result.n_evaluations}, " in lines[-1]
     assert shown.out == ""

@@ -62,7 +62,9 @@ def prompt_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]]
     ]
     n = len(result.input_tokens)
     unit = result.provenance.get("unit")
-    n_features = result.masks.shape[1] - len(result.output_features or ())
+    # A result of another package's numbers may have no coalitions.
+    n_columns = result.masks.shape[1] if result.masks.ndim == 2 else n
+    n_features = n_columns - len(result.output_features or ())
     # Where columns are copies of one feature's score, as captum has it, sums would count it twice.
     for name in () if 0 < n_features < n else _UNITS:
         if name == unit or any(level["name"] == name for level in known):

@@ -1,7 +1,7 @@
 """A result as text: the strongest causes of every part of the answer, and what to know of them."""
 
 import math
-import textwrap
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -157,13 +157,19 @@ def _beside(foils: str, room: int | None, show: "Paint") -> str:
 
 
 def _wrapped(lines: Sequence[str], width: int | None) -> list[str]:
+    """Lines no wider than the terminal, in its columns: a Chinese letter takes two."""
     if width is None:
         return list(lines)
-    return [
-        part
-        for line in lines
-        for part in textwrap.wrap(line, max(width, _LEAST_ROOM), subsequent_indent="  ")
-    ]
+    return [part for line in lines for part in _broken(line, max(width, _LEAST_ROOM))]
+
+
+def _broken(line: str, width: int) -> list[str]:
+    parts = [""]
+    for word in re.findall(r"\S+\s*", line):
+        if parts[-1].strip() and columns(parts[-1] + word.rstrip()) > width:
+            parts.append("  ")
+        parts[-1] += word
+    return [part.rstrip() for part in parts if part.strip()]
 
 
 def _remarks(result: "GenerationAttributionResult") -> list[str]:

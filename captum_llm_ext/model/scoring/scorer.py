@@ -318,9 +318,13 @@ class Scorer:
         digests = [asked.digest(row) for row in rows]
         todo = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
         self._bar.announce(len(todo))
-        while todo:
-            self._score(todo, asked)
-            todo = {d: row for d, row in todo.items() if d not in self._known}
+        try:
+            while todo:
+                self._score(todo, asked)
+                todo = {d: row for d, row in todo.items() if d not in self._known}
+        except _BatchesUnknownError:
+            self._bar.announce(-len(todo))  # they come again
+            raise
         return torch.stack([self._known[digest] for digest in digests])
 
     def _stepping(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
