@@ -334,9 +334,9 @@ def table(
 
 
 def table_inside(
-    n: int, seed: int, *, varied: bool, unit: Cut, layers: int
+    n: int, seed: int, *, varied: bool, unit: Cut, layers: int, only: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """One row per method that looks into the model, and some that do not."""
+    """One row per method that looks into the model, and some that do not; or of some alone."""
     where = folder(varied, layers=layers)
     model, tokenizer = load(where)
     grammar = Grammar(varied)
@@ -349,6 +349,8 @@ def table_inside(
         asked = [*inside, *BESIDE]
     rows: list[dict[str, Any]] = []
     for name, absence in asked:
+        if only and name not in only:
+            continue
 
         def result(document: Document, name: str = name, absence: str | None = absence) -> Any:
             if name in WHITE_BOX:
@@ -382,6 +384,18 @@ def _row(given: Sequence[Document], results: Sequence[Any], unit: Cut) -> dict[s
     }
 
 
+def renewed(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """A report with some of its rows measured anew, in the order that it had."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("grammar", "layers", "unit", "method", "absence"))
+
+    new = {key(row): row for row in report["rows"]}
+    rows = [new.get(key(row), row) for row in before["rows"]]
+    about = {name: report[name] for name in ("command", "date", "commit")}
+    return before | {"rows": rows, "again": [*before.get("again", []), about]}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the tables as JSON; `readme.py` shows them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -389,6 +403,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unit", choices=["slot", "word"], default="slot")
     parser.add_argument("--inside", action="store_true", help="methods that look into the model")
+    parser.add_argument(
+        "--again",
+        action="append",
+        default=[],
+        choices=WHITE_BOX,
+        help="only these methods of --inside; the other rows are kept as they are",
+    )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -409,10 +430,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             for varied in (False, True)
             for layers in sorted(WIDTHS, reverse=True)
             for unit in INSIDE_UNITS
-            for row in table_inside(n, seed, varied=varied, unit=unit, layers=layers)
+            for row in table_inside(
+                n, seed, varied=varied, unit=unit, layers=layers, only=arguments.again
+            )
         ]
     out = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
     report = {**environment(seed=seed), "documents": n, "rows": rows}
+    if arguments.again:
+        report = renewed(json.loads(out.read_text(encoding="utf-8")), report)
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -7,8 +7,8 @@ AXIOMS = {
     "dummy": "what the model cannot see gets nothing",
     "symmetry": "what plays the same part gets the same",
     "linearity": "the sum of two values gets the sum of their attributions",
-    "implementation": "a model written in another way (another kernel of attention, q and k scaled, "
-    "weights fused, a layer that adds nothing, other coordinates) gets the same",
+    "implementation": "a model written in another way (another kernel of attention, q and k "
+    "scaled, weights fused, a layer that adds nothing, other coordinates) gets the same",
 }
 _ALL = set(AXIOMS)
 # Of methods that attribute no value these say nothing.

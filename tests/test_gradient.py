@@ -414,3 +414,28 @@ def test_long_outputs_go_through_the_model_in_parts(smooth, tokenizer):
     assert torch.allclose(found.token_attr, expected[:, 1 : len(prompt)], atol=1e-9)
     assert torch.allclose(found.output_attr[:, :-1], expected[:, len(prompt) :], atol=1e-9)
     assert found.n_evaluations > 2 * (2 + 2)  # several parts: the ends and the points of each
+
+
+@pytest.mark.parametrize("kind", [LayerIntegratedGradients, LayerGradientXActivation])
+def test_a_callable_is_told_of_all_target_tokens_whatever_features_they_make(
+    kind, smooth, tokenizer
+):
+    """Words take several paths, of some of the target tokens each."""
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="<unk>")
+    seen = set()
+
+    def weighed(logits, target):
+        seen.add((logits.shape[1], len(target)))
+        places = torch.arange(1.0, len(target) + 1)
+        return logits.gather(2, target.expand(len(logits), -1)[..., None])[..., 0] * places
+
+    given = {"kind": kind, "output_unit": "word"} | (
+        {"n_steps": 6} if kind is LayerIntegratedGradients else {}
+    )
+    found = attributed(smooth, tokenizer, inp, attr_target=weighed, **given)
+    plain = attributed(smooth, tokenizer, inp, attr_target="logit", **given)
+    n_target = len(plain.target)
+    assert seen == {(n_target, n_target)}
+    places = torch.arange(1.0, n_target + 1, dtype=torch.float64)[:, None]
+    assert torch.allclose(found.full_attr, plain.full_attr * places, atol=1e-6)
+    assert torch.allclose(found.full_values, plain.full_values * places[:, 0], atol=1e-6)

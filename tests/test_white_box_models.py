@@ -1,4 +1,4 @@
-"""Methods that look into a model, on models that are not as plain as they look: exact, or refused."""
+"""Methods that look into a model, on models that are not as plain: exact, or refused."""
 
 import copy
 import threading
@@ -186,7 +186,7 @@ def quantised_but(kept, tokenizer):
 @pytest.mark.filterwarnings("ignore:quantized..linear_dynamic")  # of torch, once
 def test_weights_that_no_gradient_goes_through_are_refused(kind, kept, tokenizer):
     model = quantised_but(kept, tokenizer)
-    with pytest.raises(ValueError, match="quantised|is not linear in its input"):
+    with pytest.raises(ValueError, match=r"quantised|is not linear in its input"):
         attributed("", model, tokenizer, kind(model))
 
 

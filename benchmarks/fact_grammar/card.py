@@ -161,9 +161,8 @@ def write_card(
         if grammar.varied
         else "in one order and wording, age and pet given half of the time",
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
-        layers=model.config.num_hidden_layers,
-        width=model.config.hidden_size,
-        heads=model.config.num_attention_heads,
+        size=f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}, "
+        f"{model.config.num_attention_heads} heads",
         vocabulary=len(tokenizer),
         prompt=sample.prompt,
         continuation=continuation(model, tokenizer, sample.prompt),
@@ -234,7 +233,7 @@ pipeline_tag: text-generation
 It writes short biographies, {language}.
 It is there to be explained: what each word that it generates depends on is known.
 
-* {parameters} parameters: {layers} layers, width {width}, {heads} heads; byte-level BPE with {vocabulary} tokens.
+* {parameters} parameters: {size}; byte-level BPE with {vocabulary} tokens.
 * Not for any other use: it knows nothing of the world.
 
 Given

@@ -121,9 +121,9 @@ __all__ = [
     "text_config",
     "uncached",
     "uncompiled",
+    "values_mixed_by",
     "versions",
     "vocabulary_size",
     "why_not_batched",
     "why_not_read_on",
-    "values_mixed_by",
 ]

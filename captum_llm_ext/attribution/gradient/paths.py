@@ -201,6 +201,8 @@ class Paths:
             places = list(scene.targets)
             length = start + scene.n_read
             row = whole.of(places, length)
+            if callable(self._attr_target) and not (is_joint or step_by_step):
+                row = replace(whole, chosen=scene.targets)  # it is told of all of them
             rows = [0] if is_joint else places
             explain = self._at_present if self.points.is_local else self._along
             found = explain(scene, row, own, is_joint)

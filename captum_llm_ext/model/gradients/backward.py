@@ -55,12 +55,19 @@ class Row:
         target: Token ids ``(n_target,)``.
         foils: Token ids that each is held against, ``(n_target, n_foils)``; -1 where there are
             fewer. None where a value is no contrast.
+        chosen: Which of the target tokens have a value. None: all.
     """
 
     ids: Tensor
     at: Tensor
     target: Tensor
     foils: Tensor | None = None
+    chosen: tuple[int, ...] | None = None
+
+    @property
+    def n_values(self) -> int:
+        """Of how many target tokens values are taken."""
+        return len(self.target) if self.chosen is None else len(self.chosen)
 
     @property
     def length(self) -> int:
@@ -208,7 +215,7 @@ class TargetGradients:
         self._attr_target, self._manner, self._is_joint = attr_target, manner, is_joint
         self._grad_kwargs, self._on_rows = dict(grad_kwargs or {}), on_rows
         self.n_rows = 0
-        self.n_values = 1 if is_joint else len(row.target)
+        self.n_values = 1 if is_joint else row.n_values
         # A callable may make a token's value from the logits of any other.
         self._may_split = isinstance(attr_target, str) and self.n_values > 1
 
@@ -227,8 +234,10 @@ class TargetGradients:
         values = torch.cat([values for _, values in self._in_batches(n_points, found)])
         if not values.isfinite().all():
             bad = int((~values.isfinite()).nonzero()[0][1])
+            given = float(values[:, bad].sum())
+            bad = bad if self.row.chosen is None else self.row.chosen[bad]
             raise ValueError(
-                f"the model gives {float(values[:, bad].sum())} to target token {bad} (id "
+                f"the model gives {given} to target token {bad} (id "
                 f"{int(self.row.target[bad])}) on the path from absent to present. Values must be "
                 "finite: load half-precision models in bfloat16 or float32, check the weights for "
                 "NaN, and do not explain a token that the model rules out."
@@ -288,6 +297,8 @@ class TargetGradients:
             values = called(logits, target, self._attr_target)
         else:
             values = named(logits, target, self._attr_target, self.row.foils)
+        if self.row.chosen is not None:
+            values = values[:, list(self.row.chosen)]
         if self._is_joint:
             values = values.prod(1, keepdim=True)
         return _Passed(values, logits, heard[0] if len(heard) == 1 else None, unit)
