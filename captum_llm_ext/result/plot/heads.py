@@ -65,7 +65,8 @@ def head_map(
     # Fixed text, a gap, the prompt, a gap, what was generated before.
     prompt_at = 1 + _GAP
     output_at = prompt_at + n_prompt + (_GAP if n_output else 0)
-    places = np.concatenate([prompt_at + np.arange(n_prompt), output_at + np.arange(n_output)])
+    columns = [prompt_at + np.arange(float(n_prompt)), output_at + np.arange(float(n_output))]
+    places = np.concatenate(columns).astype(np.float64)
 
     paper = Canvas(**canvas)
     height = min(_HIGHEST, 0.16 * len(cells))
