@@ -146,15 +146,14 @@ class _Watch:
         weights = cast(Tensor, weights)[0]
         most = _SUMS.get(weights.dtype, _SUMS_HALF)
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        sums = weights.sum(-1, keepdim=True)
-        if not bool(((sums - 1).abs() < most).all()):
+        if not bool(((weights.sum(-1) - 1).abs() < most).all()):
             raise NotImplementedError(f"the weights of {name} do not sum to 1 (attention sinks)")
         number = self._number[id(module)]
         if number in self.seen:
             raise NotImplementedError(f"layer {number} attends twice")
         self.seen.add(number)
         if self._now is not None:
-            self._now.attended(module, weights / sums, value[0], cast(Tensor, found))
+            self._now.attended(module, weights, value[0], cast(Tensor, found))
         return found, None
 
     @contextmanager
@@ -232,7 +231,8 @@ class _Layer:
 
     def weights_at(self, place: int) -> Tensor:
         """What each head weighs each place by, at one of them, ``(heads, length)``."""
-        return self._weights[:, place]
+        row = self._weights[:, place]
+        return row / row.sum(-1, keepdim=True)
 
     def map(self, after: Tensor, kind: Contributions, heads: Heads) -> Tensor:
         """What each place takes from each, ``(length, length)``, rows summing to 1.
@@ -248,7 +248,8 @@ class _Layer:
         """
         scale, summed = self._added(after)
         if kind == "weights":
-            return _reduced(self._weights, heads, self._name)
+            found = _reduced(self._weights, heads, self._name)
+            return found / found.sum(-1, keepdim=True)
         length, size = self._before.shape
         per_head, constant = self._per_head()
         found = self._before.new_zeros(length, length, dtype=per_head.dtype)
@@ -361,8 +362,7 @@ def _reduced(weights: Tensor, heads: Heads, name: str) -> Tensor:
     if heads == "mean":
         return weights.mean(0)
     if heads == "max":
-        most = weights.amax(0)
-        return most / most.sum(-1, keepdim=True)
+        return weights.amax(0)
     if not -len(weights) <= heads < len(weights):
         raise ValueError(f"`heads` is {heads}: {name} has {len(weights)} heads.")
     return weights[heads]
