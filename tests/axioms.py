@@ -35,7 +35,7 @@ HOLDS = {
     "EquivalentLinearSystem": _ALL - {"sensitivity"},
     "AttentionWeights": {"dummy", "symmetry"},
     "AttentionRollout": {"dummy", "symmetry"},
-    "AttentionRollout, values": {"dummy", "symmetry"},
+    "AttentionRollout, values": {"dummy", "symmetry", "implementation"},
     "AttentionRollout, ALTI": {"dummy", "symmetry"},
 }
 
