@@ -353,6 +353,23 @@ def test_results_of_both_are_saved_shown_and_read_by_levels(tokenizer, tmp_path)
         assert "golf" in found.to_html()
 
 
+def test_sizes_are_drawn_without_a_sign_and_in_one_hue(tokenizer):
+    model = tiny.llama(len(tokenizer))
+    saliency = attributed(model, tokenizer, LayerSaliency(model), target=" golf is")
+    shares = attributed(model, tokenizer, EquivalentLinearSystem(model), target=" golf is")
+    for found, lowest, cmap in ((saliency, 0.0, "Purples"), (shares, None, "RdBu")):
+        _, ax = found.plot_token_attr()
+        image = ax.get_images()[0]
+        assert image.get_cmap().name == cmap
+        low, high = image.get_clim()
+        assert low == (-high if lowest is None else lowest)
+        signs = {text.get_text()[0] for text in ax.texts if text.get_text()[-1:].isdigit()}
+        assert bool(signs & {"+", "−"}) == (lowest is None)
+        _, ax = found.plot_seq_attr()
+        hues = {bar.get_facecolor()[:3] for bar in ax.patches}
+        assert len(hues) == 1 or lowest is None
+
+
 def test_nothing_is_left_on_the_model_and_other_threads_gradients_are_theirs(tokenizer):
     model = tiny.llama(len(tokenizer))
     ids = torch.tensor([tokenizer.encode(PROMPT)])

@@ -99,7 +99,7 @@ def heat_map(
 
     paper = Canvas(**canvas)
     fig, ax = paper.open(3.0 + 0.5 * columns.width, 1.9 + 0.3 * n_target)
-    colours = Colours(cmap, scale(cells[shown]))
+    colours = Colours(cmap, scale(cells[shown]), is_unsigned=is_unsigned)
     bar = columns.draw(fig, ax, colours, np.where(shown, cells, np.nan))
     ax.set_ylim(max(n_target, 1) - 0.5, -0.5)
     hatch_closed(ax, n_open, columns.start, n_output)
