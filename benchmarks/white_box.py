@@ -11,7 +11,7 @@ once.
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,8 @@ class Counted:
 
 def table(
     model: Any, tokenizer: Any, n_prompt: int, n_target: int, methods: Sequence[str]
-) -> list[dict[str, Any]]:
-    """One row per method."""
+) -> Iterator[dict[str, Any]]:
+    """One row per method, as it is found."""
     ids = tokenizer.encode(" ".join(TEXTS.read_text(encoding="utf-8").split()))
     while len(ids) < n_prompt + n_target:
         ids = ids + ids
@@ -119,7 +119,7 @@ def table(
     config = model.config
     maps = config.num_hidden_layers * config.num_attention_heads * whole.numel() ** 2 * 4 / 2**20
     shared = {"prompt": len(inp.ids), "target": n_target, "all_maps_mb": maps}
-    rows: list[dict[str, Any]] = [shared | {"method": "plain forward"} | forward]
+    yield shared | {"method": "plain forward"} | forward
     for name in methods:
         if name == "leave-one-out" and n_prompt > MOST_REMOVED:
             continue
@@ -140,9 +140,7 @@ def table(
             if found[0].fixed_share is None
             else float(found[0].fixed_share.mean()),
         }
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        yield row
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -163,10 +161,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(where)
     report = environment(seed=0, dtype=options.dtype) | {"model": Path(where).name, "rows": []}
     for n_prompt in options.prompt or (50, 1000):
-        report["rows"] += table(
-            model, tokenizer, n_prompt, options.target, options.method or [*METHODS]
-        )
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        methods = options.method or [*METHODS]
+        for row in table(model, tokenizer, n_prompt, options.target, methods):
+            print(row, flush=True)
+            report["rows"].append(row)
+            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
