@@ -3,7 +3,7 @@
     python benchmarks/gallery.py               # all, into tutorials/images
     python benchmarks/gallery.py answer flow   # some of them
 
-The results are those of tests/data and tutorials/results, of SmolLM2-135M-Instruct; no model is
+The results are those of tests/data and tutorials/answers, of SmolLM2-135M-Instruct; no model is
 loaded. Pages need playwright and a Chromium.
 """
 
@@ -26,7 +26,7 @@ COLOURS = 256  # enough for letters and two shades
 
 
 def loaded(name: str) -> GenerationAttributionResult:
-    folders = (ROOT / "tests" / "data", ROOT / "tutorials" / "results")
+    folders = (ROOT / "tests" / "data", ROOT / "tutorials" / "answers")
     paths = (folder / f"{name}.safetensors" for folder in folders)
     return GenerationAttributionResult.load(next(path for path in paths if path.exists()))
 
