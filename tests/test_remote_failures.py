@@ -252,6 +252,17 @@ def test_what_the_server_refuses_is_told_at_once(tokenizer, server, code, messag
         remote(by_auto, tokenizer).attribute(words(tokenizer), TARGET)
 
 
+@pytest.mark.parametrize("code", [400, 404])
+def test_who_refuses_everything_is_soon_left_alone(tokenizer, server, code):
+    """What else would work is asked for once at each endpoint, where the refusal leaves it open."""
+    server.always = status(code, "not today")
+    provider = provider_of(server, logprobs="echo", max_concurrency=1)
+    with pytest.raises(ApiError, match=f"{code}: not today") as raised:
+        remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+    assert "would work" not in str(raised.value)
+    assert len(server.bodies) <= 1 + 2
+
+
 def test_which_row_is_refused(tokenizer, server):
     def longest(handler, body):
         prompts = [body["prompt"]] if isinstance(body["prompt"][0], int) else body["prompt"]

@@ -421,8 +421,14 @@ def test_auto_takes_the_first_rung_that_is_proven(demo, server):
         FeatureAblation(PLACEHOLDER), demo[1], CompletionsProvider(server.url, "tiny"), "auto"
     )
     found = forced.attribute(spans(demo[1]), " golf")
-    assert found.rung == "stepwise top-k"
+    assert found.rung == "stepwise forced"
     assert "shifted left" in found.provenance["rungs_refused"]["forced"]
+    torch.testing.assert_close(
+        found.token_attr.sum(0).double(),
+        local(demo, " golf").token_attr.sum(0),
+        atol=1e-3,
+        rtol=0,
+    )
 
 
 def test_what_it_takes_is_told_beforehand(server):
@@ -593,7 +599,7 @@ def test_the_command_line_asks_apis(demo, server, capsys, tmp_path):
     assert main([*asked, *frequency, "--cache", str(tmp_path / "a.sqlite")]) == 0
     assert len(server.bodies) == 1
     assert main([*asked, "--max-requests", "3"]) == 1
-    assert "`max_requests` allows no more" in capsys.readouterr().err
+    assert "--max-requests allows no more" in capsys.readouterr().err
     labels = ["--rung", "label", "--labels", "golf", "poker"]
     assert main([*asked[:5], *asked[7:], *labels, "--json", str(tmp_path / "l.json")]) == 0
     told = json.loads((tmp_path / "l.json").read_text())["provenance"]
@@ -612,7 +618,6 @@ def test_the_command_line_asks_apis(demo, server, capsys, tmp_path):
     ("more", "message"),
     [
         (["--max-requests", "3"], "--max-requests would be ignored without --api"),
-        (["--estimate"], "--estimate would be ignored without --api"),
         (
             ["--provider", "anthropic", "--tokenizer", "demo"],
             "Anthropic's messages tell text alone",

@@ -1,5 +1,6 @@
 """Which rung of the ladder an attribution stands on: how much of a model its provider tells."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -20,13 +21,13 @@ from captum_llm_ext.remote.estimate import (
 from captum_llm_ext.remote.handshake import handshake
 from captum_llm_ext.remote.label import Label
 from captum_llm_ext.remote.ladder import LadderScorer, as_messages
-from captum_llm_ext.remote.metered import Asker, Cache, Limits
+from captum_llm_ext.remote.metered import Asker, BudgetError, Cache, Limits
 from captum_llm_ext.remote.providers import ProviderAdapter, TokenProvider
 from captum_llm_ext.remote.rung import Rung
 from captum_llm_ext.remote.sampled import Frequency, Similarity
 from captum_llm_ext.remote.similarities import SIMILAR, Similar
 from captum_llm_ext.remote.stepwise import N_TRIES, Forced, TopK
-from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError
+from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError, GarbageError
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.inputs import ChatInput, Prompt, as_prompt
 from captum_llm_ext.text.plain_tokenizer import OpenVocabulary, PlainTokenizer
@@ -36,6 +37,13 @@ RungName = Literal["forced", "stepwise", "top-k", "label", "frequency", "similar
 _LOG_PROBS: tuple[RungName, ...] = ("forced", "stepwise", "top-k")
 # Answers per coalition, to begin with and at most, while the first cause is not told from others.
 _N_ANSWERS = {"frequency": (50, 200), "similarity": (16, 64)}
+# Refusals that nothing else which could be asked for would mend: of the model, or of the prompt.
+_HOLDS_FOR_ALL = re.compile(
+    r"\bmodel\b.{0,80}\b(?:does not exist|not found)|\bno such model|model_not_found"
+    r"|invalid model name|deployment.{0,80}does not exist"
+    r"|context (?:length|size|window)|maximum model length|too long",
+    re.IGNORECASE | re.DOTALL,
+)
 # How users ask for a rung.
 ASKED_BY: Mapping[str, str] = {
     "forced": 'attr_target="log_prob"',
@@ -233,6 +241,8 @@ class RungChoice:
         tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
         if error.status not in UNKNOWN_ARGUMENT or tokenizer is None:
             return ""
+        if isinstance(error, GarbageError) or _HOLDS_FOR_ALL.search(str(error)):
+            return ""
         full = as_messages(tokenizer, rendered(as_prompt(inp, tokenizer, feature_mask), True))
         for who, how in ((speaker(self.provider), ""), (as_chat(self.provider), "ChatProvider")):
             if who is None:
@@ -246,18 +256,23 @@ class RungChoice:
     def _first_that_works(self, who: Speaker, full: Sequence[Mapping[str, str]]) -> str | None:
         names: tuple[RungName, ...] = get_args(RungName)
         below = names[names.index(self.names[-1]) + 1 :]
-        for name in below:
-            if name in ("stepwise", "similarity"):
+        if "frequency" not in below:
+            return None
+        asker = self._asker(who)
+        try:  # who writes no text for this prompt does nothing else with it
+            if not asker.one(full, n_tokens=8, temperature=1.0).text:
+                return None
+        except (ApiError, ConnectionError, BudgetError):
+            return None
+        for name in below[: below.index("frequency")]:
+            if name == "stepwise":
                 continue
-            asker = self._asker(who)
             try:
-                if name == "frequency":
-                    return name if asker.one(full, n_tokens=8, temperature=1.0).text else None
                 self._rung(name, asker, None, n_tokens=1, gen_args=None).meet(full)
-            except (ApiError, ConnectionError):
+            except (ApiError, ConnectionError, BudgetError):
                 continue
             return name
-        return None
+        return "frequency"
 
     def reckoned(
         self, counter: Counter, tokenizer: Any, target: str | None, n_most: int
