@@ -348,7 +348,7 @@ def _smile(task: _Task) -> Estimator:
     options = {"kernel_width": float(task.method.sigma), **settings}
     kernel = partial(coalitions.cosine_kernel, width=options["kernel_width"])
     solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
-    return Estimator("local linear model", plan, solve, True, options=options)
+    return Estimator("local linear model", plan, solve, True, options=options, usual=task.usual)
 
 
 def _partition(task: _Task) -> Estimator:
