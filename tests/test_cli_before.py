@@ -177,7 +177,7 @@ def test_durations(seconds, said):
 def test_a_terminal_gets_a_bar_with_a_rate():
     command = [sys.executable, "-m", "captum_llm_ext", *ATTRIBUTE, "--max-new-tokens", "3"]
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 60))
+    termios.tcsetwinsize(theirs, (24, 80))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs) as process:
         os.close(theirs)
         read = b""
@@ -302,7 +302,7 @@ def test_what_the_library_says_is_said_in_options(demo, capsys):
     model, tokenizer, _ = demo
     inp = TextSegmentInput(PROMPT, tokenizer, ("sentence", "word"), baselines="delete")
     attribution = GenerationAttribution(HierarchicalAblation(model), tokenizer)
-    with pytest.raises(ValueError, match="`tol` and `num_trials`") as raised:
+    with pytest.raises(ValueError, match="`tol`, `stop` and `num_trials`") as raised:
         attribution.attribute(inp, " poker", tol=0.1)
     assert "--tol" in in_options(str(raised.value))
     mistakes = [
@@ -335,6 +335,8 @@ def test_what_the_library_says_is_said_in_options(demo, capsys):
         ("`HierarchicalAblation`", "--method hierarchical"),
         ("`perturbations_per_eval=1` may help", "--batch-size 1 may help"),
         ("`chat.json`", "`chat.json`"),
+        ("`tol`, `stop` and `n_draws` would", "--tol and --n-draws would"),
+        ("without `tol` or `stop`: give one of them.", "without --tol: give it."),
     ],
 )
 def test_names_of_arguments_become_options(said, instead):

@@ -44,6 +44,8 @@ def desk(tmp_path_factory):
     (at / "q.txt").write_text(PROMPT, encoding="utf-8")
     texts = load_demo()[2]
     (at / "letters.txt").write_text("\n".join(texts[:200]), encoding="utf-8")
+    (at / "ann.txt").write_text("Ann lives in Austin, TX and is a nurse.", encoding="utf-8")
+    (at / "bob.txt").write_text("Bob lives in Dallas, TX and is a teacher.", encoding="utf-8")
     chat = [{"role": "user", "content": "Dave lives in Palm Coast, FL. He is a lawyer."}]
     (at / "chat.json").write_text(json.dumps(chat), encoding="utf-8")
     (at / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}), encoding="utf-8")
@@ -62,14 +64,18 @@ def test_examples_of_the_help_run(example, desk, monkeypatch, capsys):
     capsys.readouterr()
     line, _, query = example.partition(" | ")
     with contextlib.ExitStack() as stack:
-        if SERVED in line and "--estimate" not in line:
+        if SERVED in line and "--dry-run" not in line:
             served = stack.enter_context(Server(*load_demo()[:2]))
             line = line.replace(SERVED, served.url)
         arguments = shlex.split(line)
         assert main(arguments) == 0
     shown = capsys.readouterr()
-    assert shown.out
-    assert "error" not in shown.err
+    if "--dry-run" in line and SERVED not in line:  # what it tells is no result
+        assert not shown.out
+        assert "\nestimate: " in shown.err
+    else:
+        assert shown.out
+    assert "error:" not in shown.err
     if query:  # jq, which may not be there
         value = json.loads(shown.out)
         for name in filter(None, query.removeprefix("jq").strip().split(".")):

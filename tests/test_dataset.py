@@ -378,7 +378,7 @@ def test_wrong_options_are_told_before_anything_is_run(attribution, tmp_path):
         (["--input", "INPUT", "--out", "y", "--target", "z"], 2, '"target" in each line'),
         (["--input", "no.jsonl", "--out", "y"], 1, "there is no such file"),
         (["--input", "INPUT", "--out", "y", "--checkpoint", "z"], 2, "goes on where it was"),
-        (["--prompt", "x", "--checkpoint", "no/z.safetensors"], 1, "no such folder"),
+        (["--prompt", "x", "--checkpoint", "no/z.safetensors"], 2, "no such folder"),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, more, status, message):

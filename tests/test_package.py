@@ -97,7 +97,8 @@ def test_the_demo_needs_nothing(tmp_path, capsys):
         assert (tmp_path / name).stat().st_size > 1000
         assert name in shown.err
     result = captum_llm_ext.GenerationAttributionResult.load(tmp_path / "demo.safetensors")
-    assert shown.out == f"{result}\n"  # what is asked for goes to stdout, talk does not
+    # What is asked for goes to stdout, talk does not.
+    assert shown.out == f"{result}\n\n{result.narrative()}\n"
     assert result.output_attr.abs().max() > 1  # the last interest is caused by the first
 
 
@@ -113,19 +114,21 @@ def test_the_demo_runs_on_any_model(tmp_path, tokenizer, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (["--model", "/no/such/model", "--prompt", "x"], "/no/such/model"),
-        (["--unit", "phrase"], "unknown unit 'phrase'"),
-        (["--prompt", " "], "the prompt is empty"),
-        (["--corpus", "/no/such/file"], "/no/such/file"),
+        (["--model", "/no/such/model", "--prompt", "x"], 1, "/no/such/model"),
+        (["--unit", "phrase"], 2, "unknown unit 'phrase'"),
+        (["--prompt", " "], 1, "the prompt is empty"),
+        (["--corpus", "/no/such/file"], 1, "/no/such/file"),
     ],
 )
-def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, arguments, message):
-    assert main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("captum-llm-ext: error:")
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, arguments, status, message):
+    assert main(["demo", "--out", str(tmp_path / "out"), *arguments]) == status
+    said = capsys.readouterr().err.strip().splitlines()
+    (error,) = [line for line in said if line.startswith("captum-llm-ext: error:")]
     assert message in error
+    # Where the command is wrong, what stands below says where its options are explained.
+    assert said[said.index(error) + 1 :] == ["See: captum-llm-ext demo --help"][: status - 1]
 
 
 def test_a_demo_of_another_model_needs_a_prompt(tmp_path, capsys):

@@ -45,6 +45,9 @@ _VALUES: Mapping[str, str] = {
 # What there is no option for is left out of a list of advice, with what leads to it.
 _PHRASES = (
     (r",? or `feature_mask`", ""),
+    (r"(?<=`tol`), `stop`(?= and )", ""),
+    (r"(?<=`tol`) and `stop` need\b", " needs"),
+    (r"(?<=`tol`) or `stop`: give one of them", ": give it"),
     (r" out of (?:a|the) `\w+Input`", " out"),
     (r" \(see `(?:efficiency_gap|noise_floor|foil_tokens)`\)", ""),
     (r"; see `efficiency_gap`\)", ")"),
