@@ -54,6 +54,7 @@ QUICK = ["--model", "demo", "--quiet", "--method", "ablation"]
 ATTRIBUTE = ["attribute", *QUICK, "--prompt", PROMPT]
 MANY = ["--input", str(folder() / "corpus.txt"), "--out", "nowhere"]
 IG, GXA = ["--method", "integrated-gradients"], ["--method", "gradient-x-activation"]
+SMILE = ["--method", "smile"]
 CAPTUMS = (FeatureAblation, ShapleyValues, ShapleyValueSampling, KernelShap, Lime)
 GRADIENTS = (LayerIntegratedGradients, LayerGradientShap, LayerGradientXActivation)
 COMMANDS = ("demo", "attribute", "counterfactual", "show", "compare", "doctor")
@@ -338,6 +339,24 @@ def test_every_method_is_there(model):
     }
 
 
+def test_whole_answers_are_compared(capsys):
+    short = ["--model", "demo", "--prompt", PROMPT, "--unit", "sentence", "--n-samples", "8"]
+    more = [*SMILE, "--max-new-tokens", "3", "--quiet"]
+    assert main(["attribute", *short, *more, "--baselines", "delete", "--json", "-"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    model, tokenizer, _ = load_demo()
+    inp = TextSegmentInput(PROMPT, tokenizer, "sentence", baselines="delete")
+    ours = GenerationAttribution(captum_llm_ext.Smile(model), tokenizer)
+    found = ours.attribute(inp, gen_args={"max_new_tokens": 3}, n_samples=8)
+    assert told["token_attr"] == pytest.approx(found.token_attr.numpy(), abs=1e-6)
+    both = ["--baselines", "delete", "--baselines", "<unk>"]
+    assert main(["compare", *short, *more, *both]) == 0
+    assert "(the whole answer)" in capsys.readouterr().out
+    status, error = mistake(capsys, ["attribute", "--api", "http://h/v1", *short, *more])
+    assert status == 2
+    assert "--method lime --rung similarity" in error
+
+
 def every_method_of_the_package():
     public = [getattr(captum_llm_ext, name) for name in captum_llm_ext.__all__]
     return [c for c in public if isinstance(c, type) and issubclass(c, PerturbationAttribution)]
@@ -540,6 +559,9 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, *IG, "--checkpoint", "x.safetensors"], "which evaluate no coalitions"),
         ([*ATTRIBUTE, *IG, "--share", "0.1"], "--share would be ignored: it is of --method hier"),
         ([*ATTRIBUTE, "--method", "gradient-shap", "--n-draws", "9"], "--n-samples is a draw"),
+        ([*ATTRIBUTE, *SMILE, "--attr-target", "prob"], "compares whole answers"),
+        ([*ATTRIBUTE, *SMILE, "--output-unit", "token"], "compares whole answers"),
+        ([*ATTRIBUTE, *SMILE, "--checkpoint", "x.safetensors"], "compares whole answers"),
         ([*ATTRIBUTE, *GXA, "--n-samples", "9"], "it is of --method shapley, sampling"),
         ([*ATTRIBUTE, *GXA, "--batch-size", "9"], "it has one row to run"),
         ([*ATTRIBUTE, *GXA, "--baselines", "<unk>"], "it compares with the activation 0"),

@@ -10,7 +10,7 @@ from captum.attr import FeatureAblation, RemoteLLMAttribution
 from captum_llm_ext.attribution.remote import RemoteGenerationAttribution
 from captum_llm_ext.cli.command import UsageError, positive, say
 from captum_llm_ext.cli.loading import Place, load_tokenizer, location
-from captum_llm_ext.cli.methods import is_of_gradients, method
+from captum_llm_ext.cli.methods import is_of_answers, is_of_gradients, method
 from captum_llm_ext.cli.outputs import as_json
 from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
 from captum_llm_ext.remote.chat_providers import Speaker, speaker
@@ -99,6 +99,11 @@ def check(arguments: argparse.Namespace) -> None:
     """
     if is_of_gradients(arguments.method):
         raise UsageError(f"--method {arguments.method} needs the model itself, not an API.")
+    if is_of_answers(arguments.method):
+        raise UsageError(
+            f"--method {arguments.method} measures by the model's embeddings, which no API tells: "
+            "--method lime --rung similarity compares the texts of answers."
+        )
     for option in ("dtype", "device_map", "revision", "gguf", "quantize", "input"):
         given = getattr(arguments, option, None)
         if given not in (None, "auto"):

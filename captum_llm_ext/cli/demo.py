@@ -94,5 +94,5 @@ def _attribute(arguments: argparse.Namespace, parts: tuple[str, ...]) -> Any:
         seed=arguments.seed,
         show_progress=True,
     )
-    say(f"answer: {tokenizer.decode(result.target, skip_special_tokens=True)}\n")
+    say(f"answer: {''.join(piece.text for piece in result.output_pieces)}\n")
     return result

@@ -17,6 +17,7 @@ from captum_llm_ext.cli.methods import (
     add_settings,
     attribution,
     check_method,
+    is_of_answers,
     is_of_gradients,
     is_search,
     method,
@@ -190,6 +191,8 @@ class Job:
 
     def _chosen_output_unit(self) -> str | None:
         given = self._arguments.output_unit
+        if is_of_answers(self._arguments.method):
+            return None
         if given is None:
             # Who has passages asks which of them it came from, not which word led to the next.
             return None if self._asked.passages else "token"

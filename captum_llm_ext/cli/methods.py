@@ -22,6 +22,8 @@ methods: what an attribution is, of n features (captum's names of classes mean t
                          its cost (default)
   sampling               Shapley values from random orders of the features
   lime                   LIME's linear model
+  smile                  LIME's of how near the whole answer stays to what it was: each coalition
+                         is answered anew
   partition              Owen values: Shapley values of orders that keep to the nesting of --unit
   hierarchical           ablation of long prompts: only parts that matter are opened to their words
   integrated-gradients   gradients at --n-steps points from absent to present, which add up
@@ -45,6 +47,12 @@ _OWNERS = {
     "checkpoint": _COALITIONS,
     "baselines": _SEVERAL,
     "batch_size": _SEVERAL,
+}
+# What has no meaning for whole answers, which are not kept either, and what says nothing of it.
+_NOT_OF_ANSWERS = {
+    "attr_target": (None, "log_prob"),
+    "output_unit": (None, "none"),
+    "checkpoint": (None,),
 }
 _INSTEAD = {
     ("n_samples", "integrated-gradients"): "it has --n-steps",
@@ -117,6 +125,11 @@ def is_of_gradients(name: str) -> bool:
     return name in _GRADIENTS
 
 
+def is_of_answers(name: str) -> bool:
+    """Whether the method compares whole answers, whose tokens it does not tell apart."""
+    return name == "smile"
+
+
 def said_of_zero(name: str) -> str | None:
     """What to tell who lets gradients take, by default, nothing for what is absent."""
     if not is_of_gradients(name) or name == "gradient-x-activation":  # whose zero is always zero
@@ -134,6 +147,13 @@ def check_method(arguments: argparse.Namespace) -> None:
         UsageError: If there is one.
     """
     name = arguments.method
+    if is_of_answers(name):
+        for setting, nothing in _NOT_OF_ANSWERS.items():
+            if getattr(arguments, setting, None) not in nothing:
+                option = f"--{setting.replace('_', '-')}"
+                raise UsageError(
+                    f"{option} would be ignored by --method {name}, which compares whole answers."
+                )
     for setting, owners in _OWNERS.items():
         if getattr(arguments, setting, None) is None or name in owners:
             continue

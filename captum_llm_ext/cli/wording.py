@@ -11,6 +11,7 @@ METHODS = {
     "sampling": "captum.attr:ShapleyValueSampling",
     "kernel": "captum.attr:KernelShap",
     "lime": "captum.attr:Lime",
+    "smile": "captum_llm_ext.methods:Smile",
     "partition": "captum_llm_ext.methods:PartitionShap",
     "hierarchical": "captum_llm_ext.methods:HierarchicalAblation",
     "integrated-gradients": "captum.attr:LayerIntegratedGradients",
