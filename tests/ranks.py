@@ -332,11 +332,11 @@ def half_a_pass(folder):
     store._FAREWELL, store._SILENCE, store._STUCK = 1.0, 3.0, 5.0
     accelerator = Accelerator(cpu=True)
     model, tokenizer = sharded(accelerator, folder)
-    passes = []
 
-    def leave(*_):
-        passes.append(1)
-        if accelerator.process_index != 1 or len(passes) < 6:
+    def leave(_, arguments):
+        # Of the first look's passes, of one row or two, an error may be the answer: there is a way
+        # without what they try.
+        if accelerator.process_index != 1 or len(arguments[0]) <= 2:
             return
         if how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)

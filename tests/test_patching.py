@@ -433,7 +433,7 @@ def test_batches_change_nothing_and_a_run_is_gone_on_with(tokenizer, tmp_path, c
     patching, inp = ActivationPatching(model), segments(tokenizer)
     whole = patching.trace(inp, TARGET, feature="Palm", show_progress=True)
     bar = capsys.readouterr().err
-    assert f"{whole.n_evaluations}/{whole.n_evaluations}" in bar
+    assert f"({whole.n_evaluations} of {whole.n_evaluations}," in bar
     single = patching.trace(inp, TARGET, feature="Palm", perturbations_per_eval=1)
     torch.testing.assert_close(single.effects, whole.effects, atol=1e-5, rtol=0)
     file = tmp_path / "patching.safetensors"
