@@ -332,11 +332,13 @@ def half_a_pass(folder):
     store._FAREWELL, store._SILENCE, store._STUCK = 1.0, 3.0, 5.0
     accelerator = Accelerator(cpu=True)
     model, tokenizer = sharded(accelerator, folder)
+    processes._TOGETHER, passes = 2.0, []
 
     def leave(_, arguments):
-        # Of the first look's passes, of one row or two, an error may be the answer: there is a way
-        # without what they try.
-        if accelerator.process_index != 1 or len(arguments[0]) <= 2:
+        passes.append(len(arguments[0]))
+        # The second pass tries whether there is a way: where all fail that is no error.
+        is_time = len(passes) == 2 if how == "raised" else passes[-1] > 2
+        if accelerator.process_index != 1 or not is_time:
             return
         if how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -18,7 +18,6 @@ from captum_llm_ext.model.forward import token_wise_layers as edges
 from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.forward.lm_head import HeadOutput, LMHead
 from captum_llm_ext.model.forward.logits import AttrTarget, called_values
-from captum_llm_ext.model.forward.memory import is_out_of_memory
 from captum_llm_ext.model.forward.packing import LAST, Pack, pack, pack_again
 from captum_llm_ext.model.forward.prefix_cache import cache_part, copied_cache, shared_cache
 from captum_llm_ext.model.forward.rounding import (
@@ -28,6 +27,7 @@ from captum_llm_ext.model.forward.rounding import (
 )
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.forward.schedule import Branch
+from captum_llm_ext.model.forward.swallowed import is_no_answer
 
 # How rows are given what they share: as copies or as it is ("lend"), whichever costs less.
 Sharing = Literal["auto", "copy", "lend"]
@@ -478,7 +478,7 @@ class Passes:
                     if (found := once()) <= 1:
                         return found
                 except Exception as failure:  # whatever a model does: there is a way without
-                    if is_out_of_memory(failure):
+                    if is_no_answer(failure):
                         raise
                 self._ends_of_model = None
             return once()

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import in_this_thread_only
-from captum_llm_ext.model.forward.memory import is_out_of_memory
+from captum_llm_ext.model.forward.swallowed import is_no_answer
 
 # Largest difference between log-probabilities that other shapes of the same products make.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
@@ -37,7 +37,7 @@ def reason_against(error_of: Callable[[], float]) -> str | None:
     try:
         error = error_of()
     except Exception as failure:  # whatever a model does with a state: there is a way without
-        if is_out_of_memory(failure):
+        if is_no_answer(failure):
             raise
         return f"{type(failure).__name__}: {failure}"
     return None if error <= 1 else f"values differ by {error:.2g} times rounding"

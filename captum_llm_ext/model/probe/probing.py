@@ -13,6 +13,7 @@ from captum_llm_ext import _compat
 from captum_llm_ext.model.forward.memory import is_out_of_memory
 from captum_llm_ext.model.forward.rounding import BEYOND, rounded_otherwise
 from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.forward.swallowed import is_no_answer
 from captum_llm_ext.model.probe.differences import (
     FINE,
     exceeds,
@@ -244,7 +245,7 @@ class _Probe:
             try:
                 said = self._said([ids], [at])[0]
             except Exception as error:  # whatever an argument of this name means there
-                if is_out_of_memory(error):
+                if is_no_answer(error):
                     raise
         # Where these are as they were, the model has given the logits that it was asked for.
         if said is not None and is_as(said[:2], logits[0, at[:2]]):
@@ -263,7 +264,7 @@ class _Probe:
             # The last places first: a number of them is asked for by its smallest.
             said = [self._said([ids], [own])[0] for own in (ends, ends[1:])]
         except Exception as error:  # whatever an argument of this name means there
-            if is_out_of_memory(error):
+            if is_no_answer(error):
                 raise
             self._kept = None
             return

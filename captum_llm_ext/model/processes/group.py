@@ -17,6 +17,7 @@ from torch import nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model.processes.store import Backoff, Store
+from captum_llm_ext.model.processes.together import asking
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -69,7 +70,7 @@ class Processes:
         self.rank = _compat.process_rank() if self.are_many else ranks[0]
         self._own = next(i for i, ranks in enumerate(self._replicas) if self.rank in ranks)
         self._store: Store | None = None
-        self._n = 0
+        self._n = self._n_failed = 0
 
     @classmethod
     def of(cls, accelerator: Accelerator | None, model: nn.Module) -> "Processes":
@@ -170,7 +171,8 @@ class Processes:
         _numbers[self.ranks] += 1
         name = f"captum_llm_ext/{'-'.join(map(str, self.ranks))}/{number}"
         self._store = store = Store(name, self.ranks, self.rank, what, own)
-        self._n = 0
+        self._n = self._n_failed = 0
+        asking.append(self._failed_on_all)
         try:
             with store.beating():
                 yield
@@ -184,7 +186,24 @@ class Processes:
                 raise told from error
             raise
         finally:
+            asking.remove(self._failed_on_all)
             self._store = None
+
+    def _failed_on_all(self) -> bool:
+        """Whether all that hold this process's model failed in the pass in which this one did."""
+        own, store = self._replicas[self._own], self._store
+        if store is None or len(own) == 1:
+            return True
+        self._n_failed += 1
+        name = f"failed/{self._own}/{self._n_failed}"
+        store.set(f"{name}/{self.rank}", True)
+        until, nap = time.monotonic() + _TOGETHER, Backoff()
+        while not all(store.has(f"{name}/{rank}") for rank in own):
+            if time.monotonic() > until:
+                return False
+            store.check()
+            nap.take()
+        return True
 
     def decide(self, function: Callable[[], T]) -> T:
         """What the first replica's function returns, on all processes.
