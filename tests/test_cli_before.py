@@ -99,10 +99,10 @@ def test_a_dry_run_stops_after_the_first_batch(capsys, tmp_path):
     page = tmp_path / "r.html"
     assert main([*ATTRIBUTE, "--dry-run", "--batch-size", "8", "--html", str(page)]) == 0
     shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "the first 8 took" in shown.err
+    assert "answer: " in shown.err
+    assert "the first 8 took" in shown.out
     assert not page.exists()
-    ways = [line for line in shown.err.splitlines() if line.startswith("cheaper: ")]
+    ways = [line for line in shown.out.splitlines() if line.startswith("cheaper: ")]
     assert [way.split(": ")[1] for way in ways] == [
         "--unit sentence",
         "--output-unit none",
@@ -116,7 +116,7 @@ def test_what_a_cheaper_way_is_said_to_take_is_what_it_takes(capsys, tmp_path, o
     short = [*ATTRIBUTE, "--max-new-tokens", "6"]
     assert main([*short, "--dry-run"]) == 0
     told = {}
-    for line in capsys.readouterr().err.splitlines():
+    for line in capsys.readouterr().out.splitlines():
         kind, _, rest = line.partition(": ")
         if kind == "estimate":
             told[""] = int(rest.split()[0])
@@ -133,7 +133,7 @@ def test_what_the_values_decide_is_not_foretold(capsys):
     two = "Ann lives in Austin, TX. She likes tennis.\n\nBob lives in Dallas, TX. He likes"
     search = [*DEMO, "--prompt", two, "--max-new-tokens", "2", "--method", "hierarchical"]
     assert main([*search, "--dry-run"]) == 0
-    assert "to begin with; the values decide how many more" in capsys.readouterr().err
+    assert "to begin with; the values decide how many more" in capsys.readouterr().out
 
 
 def test_without_a_terminal_there_is_a_line_for_each_tenth(capsys):

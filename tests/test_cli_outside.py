@@ -49,6 +49,8 @@ def desk(tmp_path_factory):
     chat = [{"role": "user", "content": "Dave lives in Palm Coast, FL. He is a lawyer."}]
     (at / "chat.json").write_text(json.dumps(chat), encoding="utf-8")
     (at / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}), encoding="utf-8")
+    for name in ("ann", "bob"):
+        (at / f"{name}.txt").write_text(f"{name.title()} lives in Austin, TX.", encoding="utf-8")
     for name in ("dave", "deleted", "corpus"):
         baselines = "delete" if name == "deleted" else "corpus:demo"
         quick = ["--model", "demo", "--quiet", "--method", "ablation", "--max-new-tokens", "12"]
@@ -70,11 +72,7 @@ def test_examples_of_the_help_run(example, desk, monkeypatch, capsys):
         arguments = shlex.split(line)
         assert main(arguments) == 0
     shown = capsys.readouterr()
-    if "--dry-run" in line and SERVED not in line:  # what it tells is no result
-        assert not shown.out
-        assert "\nestimate: " in shown.err
-    else:
-        assert shown.out
+    assert shown.out  # of a dry run, what the rest would take
     assert "error:" not in shown.err
     if query:  # jq, which may not be there
         value = json.loads(shown.out)

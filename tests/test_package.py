@@ -118,7 +118,7 @@ def test_the_demo_runs_on_any_model(tmp_path, tokenizer, capsys):
     [
         (["--model", "/no/such/model", "--prompt", "x"], 1, "/no/such/model"),
         (["--unit", "phrase"], 2, "unknown unit 'phrase'"),
-        (["--prompt", " "], 1, "the prompt is empty"),
+        (["--prompt", " "], 2, "the prompt is empty"),
         (["--corpus", "/no/such/file"], 1, "/no/such/file"),
     ],
 )

@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if arguments.prompt is None and arguments.model is not None:
         raise UsageError("--model needs a --prompt to continue.")
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise UsageError("the prompt is empty: give --prompt a text with at least one word.")
     # A name that is none is told before a model is loaded.
     parts = units(arguments.unit, is_nested=is_search(arguments.method))
     result = _attribute(arguments, parts)

@@ -123,20 +123,21 @@ class Watch:
             self._bar.ends()
 
     def _tell_estimate(self, each: float, n: int) -> None:
+        tell = print if self._is_dry else say  # it is what a dry run gives
         left = each * (self._total - n)
         more = " to begin with; the values decide how many more" if self._is_open else ""
         rest = f"{duration(left)} more" if left else "which is all"
         told = f"{self._total} {self._name}{more}: {rest} (the first {n} took {duration(each * n)})"
         memory = self._memory()
-        say(f"estimate: {told}{memory and f'; {memory}'}")
+        tell(f"estimate: {told}{memory and f'; {memory}'}")
         if not (self._is_dry or left > _WORTH_ADVICE):
             return
         for way in self._cheaper(self._n_tokens):
             if way.share is None:
-                say(f"cheaper: {way.options}: {way.means}")
+                tell(f"cheaper: {way.options}: {way.means}")
             else:
                 rows = max(1, round(way.share * self._total))
-                say(f"cheaper: {way.options}: {rows}, {duration(each * rows)}; {way.means}")
+                tell(f"cheaper: {way.options}: {rows}, {duration(each * rows)}; {way.means}")
 
     def _memory(self) -> str:
         if self._model is None:

@@ -25,6 +25,8 @@ _OPTIONS: Mapping[str, str] = {
     "inp": "the prompt",
     "internal_batch_size": "--batch-size",
     "max_length": "--max-new-tokens",
+    "num_trials": "repetitions",
+    "stop": "a stopping rule",
     "n_answers": "--answers",
     "perturbations_per_eval": "--batch-size",
     "api_url": "--api",
