@@ -73,6 +73,14 @@ _lock = threading.RLock()
 _busy: set[int] = set()
 
 
+def has_met(provider: Any) -> bool:
+    """Whether a handshake with it has shown that its log-probabilities can be believed."""
+    try:
+        return bool(_known.get(provider))
+    except TypeError:  # what can be no key is asked each time
+        return False
+
+
 def handshake(
     source: ProviderAdapter, prompt: Sequence[int], target: Sequence[int]
 ) -> Findings | None:

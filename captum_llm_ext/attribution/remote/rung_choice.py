@@ -18,7 +18,7 @@ from captum_llm_ext.remote.estimate import (
     n_new,
     rendered,
 )
-from captum_llm_ext.remote.handshake import handshake
+from captum_llm_ext.remote.handshake import handshake, has_met
 from captum_llm_ext.remote.label import Label
 from captum_llm_ext.remote.ladder import LadderScorer, as_messages
 from captum_llm_ext.remote.metered import Asker, BudgetError, Cache, Limits
@@ -240,6 +240,8 @@ class RungChoice:
         """
         tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
         if error.status not in UNKNOWN_ARGUMENT or tokenizer is None:
+            return ""
+        if error.status is None and has_met(self.provider):  # what it has shown, it can
             return ""
         if isinstance(error, GarbageError) or _HOLDS_FOR_ALL.search(str(error)):
             return ""
