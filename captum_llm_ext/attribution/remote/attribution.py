@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from captum.attr import InterpretableInput, RemoteLLMAttribution, RemoteLLMProvider
@@ -15,6 +15,13 @@ from torch import Tensor
 
 from captum_llm_ext.attribution.game import Game, Inspect, Outcome, Run
 from captum_llm_ext.attribution.generation import GenerationAttribution
+from captum_llm_ext.attribution.remote.arguments import (
+    RemoteTarget,
+    check_method,
+    check_provider,
+    check_rung,
+    check_settings,
+)
 from captum_llm_ext.attribution.remote.rung_choice import (
     PROMPT,
     TARGET,
@@ -24,7 +31,6 @@ from captum_llm_ext.attribution.remote.rung_choice import (
     RungSettings,
 )
 from captum_llm_ext.attribution.target import Skipped
-from captum_llm_ext.base.arguments import check_counts
 from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.contrast import Contrast, FoilContext, scored
 from captum_llm_ext.methods import Smile
@@ -43,7 +49,7 @@ from captum_llm_ext.remote.providers import (
     describe_provider,
 )
 from captum_llm_ext.remote.scorer import RemoteScorer
-from captum_llm_ext.remote.similarities import SIMILAR, Similar
+from captum_llm_ext.remote.similarities import Similar
 from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.text.baselines import LanguageModel
@@ -52,9 +58,6 @@ from captum_llm_ext.text.plain_tokenizer import OpenVocabulary, PlainTokenizer
 from captum_llm_ext.text.segment import Unit
 
 _SEVERAL = ("n", "num_return_sequences")
-
-
-RemoteTarget = Literal["log_prob", "prob", "contrast", "auto", "label", "frequency", "similarity"]
 
 
 class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
@@ -167,58 +170,13 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         prices: Sequence[float] | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        if not isinstance(attr_method, PerturbationAttribution):
-            raise TypeError(
-                f"`attr_method` is a {type(attr_method).__name__}: give one of captum's "
-                "perturbation methods, such as "
-                "`ShapleyValueSampling(RemoteLLMAttribution.placeholder_model)`."
-            )
-        if accelerator is not None:
-            raise TypeError(
-                "`accelerator` has no use here: one process asks the API, in as many threads as "
-                "`max_concurrency` says."
-            )
+        check_method(attr_method, accelerator)
+        check_settings(
+            attr_target, max_concurrency, missing, on_mismatch, similarity, n_answers, top_logprobs
+        )
+        check_rung(rung, attr_target, predicate, labels)
         explained = Contrast() if attr_target == "contrast" else attr_target
-        if explained not in get_args(RemoteTarget) and not isinstance(explained, Contrast):
-            raise ValueError(
-                f"`attr_target` is {attr_target!r}: an API tells log-probabilities, so give "
-                "'log_prob', 'prob' or a contrast; or 'label', 'frequency', 'similarity' or "
-                "'auto'. Logits and callables need the model itself: `GenerationAttribution`."
-            )
-        if max_concurrency is not None and not (
-            isinstance(max_concurrency, int) and max_concurrency > 0
-        ):
-            raise ValueError(f"`max_concurrency` is {max_concurrency!r}: give at least 1.")
-        if missing is not None and not (isinstance(missing, int | float) and -9999 < missing <= 0):
-            raise ValueError(f"`missing` is {missing!r}: give nats between -9999 and 0.")
-        if on_mismatch not in ("error", "warn"):
-            raise ValueError(f"`on_mismatch` is {on_mismatch!r}: give 'error' or 'warn'.")
-        if not callable(similarity) and similarity not in SIMILAR:
-            raise ValueError(
-                f"`similarity` is {similarity!r}: give 'lexical', 'f1', 'difflib' or a function of "
-                "two texts."
-            )
-        check_counts(top_logprobs=top_logprobs, n_answers=n_answers)
-        if predicate is not None and attr_target not in ("frequency", "auto"):
-            raise ValueError('`predicate` would be ignored: it is of `attr_target="frequency"`.')
-        if labels is not None and (attr_target != "label" or len(labels) != 2):
-            raise ValueError(
-                f"`labels` is {labels!r}: it is a pair, the label that is explained and the one "
-                'that it is held against, of `attr_target="label"`.'
-            )
-        _check_rung(rung, attr_target)
-        # This refuses what is no provider.
-        if not isinstance(provider, Speaker):
-            takes_ids = adapt_provider(provider, tokenizer, max_concurrency, on_mismatch).takes_ids
-            if takes_ids and on_mismatch != "error":
-                raise ValueError(
-                    f"`on_mismatch` would be ignored: {type(provider).__name__} takes ids, which "
-                    "are read as they are."
-                )
-            if isinstance(explained, Contrast):
-                _check_contrast(explained, provider, takes_ids)
-        elif isinstance(explained, Contrast):
-            _check_contrast(explained, provider, False)
+        check_provider(provider, tokenizer, explained, max_concurrency, on_mismatch)
         RemoteLLMAttribution.__init__(
             self, attr_method, tokenizer, cast(RemoteLLMProvider, provider), "log_prob"
         )
@@ -599,38 +557,3 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
     def _numbers(self) -> Tensor:
         return torch.empty(0, dtype=torch.float32, device="cpu")
-
-
-def _check_rung(rung: object, attr_target: object) -> None:
-    """Refuses a rung that does not tell what is explained.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    if rung is None:
-        return
-    if rung not in get_args(RungName):
-        known = ", ".join(map(repr, get_args(RungName)))
-        raise ValueError(f"`rung` is {rung!r}: give one of {known}.")
-    of = rung if rung in ("label", "frequency", "similarity") else "log_prob"
-    if attr_target not in ("auto", of):
-        raise ValueError(f"`rung={rung!r}` tells {of!r}, and `attr_target` is {attr_target!r}.")
-
-
-def _check_contrast(contrast: Contrast, provider: Any, takes_ids: bool) -> None:
-    """Refuses foils that a provider cannot tell, before anything is asked.
-
-    Raises:
-        ValueError: If it cannot.
-    """
-    if not takes_ids:
-        raise ValueError(
-            "a contrast needs log-probabilities of foils, which a provider that takes texts does "
-            f"not tell ({type(provider).__name__}): give one that takes ids, such as "
-            "`CompletionsProvider`."
-        )
-    if contrast.is_found and getattr(provider, "top_logprobs", None) == 0:
-        raise ValueError(
-            f"{type(provider).__name__} tells of no other tokens than it is sent, so no foils are "
-            "to be found: say `top_logprobs=20`, or give them (`Contrast(foils=…)`)."
-        )

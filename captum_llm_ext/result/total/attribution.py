@@ -1,40 +1,23 @@
-"""What led to each token in the end: shares of the prompt, through all that was written before."""
+"""`TotalAttribution`: shares of the prompt in every token, and the chains that they came by."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from captum_llm_ext.base.terminal import columns, one_line, shortened
-from captum_llm_ext.result.causes import joined_name
-from captum_llm_ext.result.influence import (
-    Influence,
-    flow_towards,
-    influence,
-    kept,
-    passed_back,
-    strongest_chains,
-)
-from captum_llm_ext.result.levels import prompt_level
-from captum_llm_ext.result.refit import Evidence
-from captum_llm_ext.result.resampling import deviations, replicates
+from captum_llm_ext.result.influence import Influence, flow_towards, strongest_chains
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from captum_llm_ext.result.plot.axes import Drawing
-    from captum_llm_ext.result.result import GenerationAttributionResult
 
-# Of values in nats: what changes a probability by less than a tenth has no cause worth following.
-FLOOR = 0.1
-_IN_NATS = ("log_prob", "log_odds", "contrast", "logit")
-_RELATIVE_FLOOR = 0.02  # of the largest sum of a token, for values in other units
 _LONGEST_NAME = 24
 _LEAST_SHOWN = 0.005
-_N_DRAWS = 200  # of attributions, for the spread of shares
 _ARROW = "  ⇐  "
 Paint = Callable[[str, str], str]
 
@@ -386,254 +369,6 @@ class TotalAttribution:
         if len(found) != 1:
             raise ValueError(f"{len(found)} target tokens are {token!r}: give the position.")
         return found[0]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What totals ask of a result's coalitions.
-
-    Attributes:
-        features: Per column of `full_attr` its feature.
-        evidence: The coalitions.
-        split: What a solver says of features, at the columns of prompt and output.
-    """
-
-    features: Sequence[int]
-    evidence: Callable[[], Evidence]
-    split: Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def total(
-    result: "GenerationAttributionResult",
-    source: Source,
-    floor: float | None,
-    level: str | None,
-    n_resamples: int,
-    seed: int,
-) -> TotalAttribution:
-    """See `GenerationAttributionResult.total`."""
-    if n_resamples < 0 or n_resamples == 1:
-        raise ValueError(f"`n_resamples` is {n_resamples}: give at least 2, or 0 for no errors.")
-    if floor is not None and not floor >= 0:
-        raise ValueError(f"`floor` is {floor!r}: give a number of at least 0.")
-    view = _View.of(result, source.features, level)
-    attributions = result.full_attr.double().cpu()
-    least = _floor(result, view.tokens(attributions)) if floor is None else floor
-    graph = _Graph.of(result, view, least)
-    rows, nodes = graph.influence(attributions)
-    prompt, output = passed_back(rows, nodes)
-    return TotalAttribution(
-        names=view.names,
-        output_tokens=list(result.output_tokens),
-        output_names=list(result.output_features or ()),
-        shares=prompt,
-        output_shares=output,
-        direct=rows.prompt,
-        direct_output=rows.output,
-        strength=rows.strength,
-        negative=rows.negative,
-        uncertain=rows.uncertain,
-        floor=least,
-        level=view.level,
-        method=str(result.provenance.get("method", "attribution")),
-        _tokens=rows,
-        _features=nodes,
-        _feature_of=view.feature_of,
-        _errors=partial(_errors, result, source, graph, n_resamples, seed),
-    )
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """How attributions become influence.
-
-    Attributes:
-        view: How their columns are put together.
-        errors: Standard errors of tokens and of features of the output. What is added up is taken
-            as independent.
-        rounding: What rounding may do to the value of each token, and of each feature.
-        floor: See `kept`.
-    """
-
-    view: "_View"
-    errors: tuple[Tensor, Tensor]
-    rounding: tuple[Tensor, Tensor]
-    floor: float
-
-    @classmethod
-    def of(cls, result: "GenerationAttributionResult", view: "_View", floor: float) -> "_Graph":
-        squares = result.full_attr_se.double().cpu().square()
-        noise = result.noise_floor
-        rounding = squares.new_zeros(len(squares)) if noise is None else noise.double().cpu()
-        return cls(
-            view,
-            (view.tokens(squares).sqrt(), view.features(squares).sqrt()),
-            (rounding[:, None], view.noise(rounding)[:, None]),
-            floor,
-        )
-
-    def kept(self, attributions: Tensor, errors: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Which attributions of tokens and of features count; with `errors` and floor as many times
-        as large."""
-        sums = self.view.tokens(attributions), self.view.features(attributions)
-        first, second = (
-            kept(found, errors * told, noise, errors * self.floor)
-            for found, told, noise in zip(sums, self.errors, self.rounding, strict=True)
-        )
-        return first, second
-
-    def influence(self, attributions: Tensor) -> tuple[Influence, Influence]:
-        """Influence on tokens and on features of the output."""
-        keep, keep_features = self.kept(attributions)
-        n = self.view.n_prompt
-        return (
-            influence(self.view.tokens(attributions), keep, n),
-            influence(self.view.features(attributions), keep_features, n),
-        )
-
-
-def _errors(
-    result: "GenerationAttributionResult",
-    source: Source,
-    graph: _Graph,
-    n_resamples: int,
-    seed: int,
-) -> Tensor:
-    """Standard errors of shares: their spread where attributions vary as their coalitions say."""
-    attributions = result.full_attr.double().cpu()
-    rows, _ = graph.influence(attributions)
-    shape = len(attributions), graph.view.n_prompt + graph.view.n_output
-    if not bool((result.full_attr_se != 0).any()):
-        return torch.zeros(shape, dtype=torch.float64, device="cpu")
-    moved = _deviations(result, source, graph, attributions, n_resamples, seed)
-    if moved is None:
-        unknown = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
-        return unknown.where(rows.has_cause[:, None], 0)
-    generator = torch.Generator().manual_seed(seed)
-    steps = torch.randn(
-        _N_DRAWS, len(moved), generator=generator, dtype=torch.float64, device="cpu"
-    )
-    each = [
-        torch.cat(passed_back(*graph.influence(attributions + torch.tensordot(own, moved, 1))), 1)
-        for own in steps
-    ]
-    return torch.stack(each).std(0)
-
-
-def _deviations(
-    result: "GenerationAttributionResult",
-    source: Source,
-    graph: _Graph,
-    attributions: Tensor,
-    n_resamples: int,
-    seed: int,
-) -> Tensor | None:
-    """How far leaving out each group of coalitions moves attributions; None where none can be."""
-    if result.design is None:
-        return None
-    # Other tokens have no causes, whatever the coalitions.
-    keep, keep_features = graph.kept(attributions, 0.5)
-    told = [
-        t
-        for t, feature in enumerate(graph.view.feature_of)
-        if bool(keep[t].any()) or (feature is not None and bool(keep_features[feature].any()))
-    ]
-    found = replicates(source.evidence(), told, n_resamples, seed) if told else None
-    if found is None:
-        return None
-    wide = torch.zeros(len(found), *attributions.shape, dtype=torch.float64, device="cpu")
-    for own, solved in zip(wide, found, strict=True):
-        own[told] = torch.cat(source.split(solved), 1).double().cpu()
-    return deviations(wide)
-
-
-@dataclass(frozen=True)
-class _View:
-    """How columns of a result are put together.
-
-    Attributes:
-        names: Of the prompt's parts.
-        level: What these are.
-        columns: Per column of `full_attr` the one of the parts, or of the output behind them; -1
-            for a copy of another column.
-        feature_of: Per target token the feature of the output that it is in.
-        n_output: Features of the output.
-    """
-
-    names: list[str]
-    level: str
-    columns: list[int]
-    feature_of: list[int | None]
-    n_output: int
-
-    @classmethod
-    def of(
-        cls, result: "GenerationAttributionResult", every: Sequence[int], level: str | None
-    ) -> "_View":
-        n_columns, n_output = len(result.input_tokens), len(result.output_features or ())
-        features = every[:n_columns]
-        unit = str(result.provenance.get("unit") or "feature")
-        if level is not None and level != unit:
-            names, part_of = prompt_level(result, level)
-            columns = list(part_of)
-        else:
-            first = {feature: i for i, feature in reversed(list(enumerate(features)))}
-            order = sorted(first, key=lambda feature: first[feature])
-            place = {feature: i for i, feature in enumerate(order)}
-            names = [
-                joined_name([result.input_tokens[c] for c in range(n_columns) if features[c] == f])
-                for f in order
-            ]
-            columns = [place[f] if first[f] == c else -1 for c, f in enumerate(features)]
-        columns += range(len(names), len(names) + n_output)
-        pieces = [piece.feature for piece in result.output_pieces] if n_output else []
-        n_target = len(result.output_tokens)
-        if n_output and not pieces:  # of an early version: tokens
-            pieces = [t if t < n_output else None for t in range(n_target)]
-        owned: list[int | None] = list(pieces) if n_output else [None] * n_target
-        counts = [owned.count(feature) for feature in range(n_output)]
-        if max(counts, default=1) > 1 and result.provenance.get("attr_target") == "prob":
-            raise ValueError(
-                "probabilities of a word's tokens do not add up to that of the word: take "
-                '`result.refit(attr_target="log_prob").total()`.'
-            )
-        return cls(names, level or unit, columns, owned, n_output)
-
-    @property
-    def n_prompt(self) -> int:
-        """Parts of the prompt."""
-        return len(self.names)
-
-    def tokens(self, attributions: Tensor) -> Tensor:
-        """Per token, ``(..., T, columns)`` to ``(..., T, n_prompt + n_output)``."""
-        used = [c for c, part in enumerate(self.columns) if part >= 0]
-        at = torch.tensor([self.columns[c] for c in used], dtype=torch.int64, device="cpu")
-        wide = attributions.new_zeros(*attributions.shape[:-1], self.n_prompt + self.n_output)
-        return wide.index_add_(-1, at, attributions[..., used])
-
-    def features(self, attributions: Tensor) -> Tensor:
-        """Per feature of the output, that of all its tokens."""
-        tokens = self.tokens(attributions)
-        summed = tokens.new_zeros(*tokens.shape[:-2], self.n_output, tokens.shape[-1])
-        for t, feature in enumerate(self.feature_of):
-            if feature is not None:
-                summed[..., feature, :] += tokens[..., t, :]
-        return summed
-
-    def noise(self, rounding: Tensor) -> Tensor:
-        """What rounding may do to the value of each feature of the output."""
-        summed = rounding.new_zeros(self.n_output)
-        for t, feature in enumerate(self.feature_of):
-            if feature is not None:
-                summed[feature] += rounding[t]
-        return summed
-
-
-def _floor(result: "GenerationAttributionResult", tokens: Tensor) -> float:
-    told = str(result.provenance.get("attr_target"))
-    if told in _IN_NATS and not result.is_unsigned:
-        return FLOOR
-    return _RELATIVE_FLOOR * float(tokens.clamp_min(0).sum(1).max())
 
 
 def _mean(shares: Tensor, weights: Tensor) -> float:

@@ -1,0 +1,158 @@
+"""Which attributions count as links of chains: how columns are put together, and what is noise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.result.causes import joined_name
+from captum_llm_ext.result.influence import Influence, influence, kept
+from captum_llm_ext.result.levels import prompt_level
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+
+@dataclass(frozen=True)
+class View:
+    """How columns of a result are put together.
+
+    Attributes:
+        names: Of the prompt's parts.
+        level: What these are.
+        columns: Per column of `full_attr` the one of the parts, or of the output behind them; -1
+            for a copy of another column.
+        feature_of: Per target token the feature of the output that it is in.
+        n_output: Features of the output.
+    """
+
+    names: list[str]
+    level: str
+    columns: list[int]
+    feature_of: list[int | None]
+    n_output: int
+
+    @classmethod
+    def of(
+        cls, result: "GenerationAttributionResult", every: Sequence[int], level: str | None
+    ) -> "View":
+        """Of a result, by parts of a level (None: by features).
+
+        Args:
+            result: The result.
+            every: Per column of `full_attr` its feature.
+            level: The level's name.
+
+        Raises:
+            ValueError: If there is no such level, or probabilities of a word's tokens do not add
+                up.
+        """
+        n_columns, n_output = len(result.input_tokens), len(result.output_features or ())
+        features = every[:n_columns]
+        unit = str(result.provenance.get("unit") or "feature")
+        if level is not None and level != unit:
+            names, part_of = prompt_level(result, level)
+            columns = list(part_of)
+        else:
+            first = {feature: i for i, feature in reversed(list(enumerate(features)))}
+            order = sorted(first, key=lambda feature: first[feature])
+            place = {feature: i for i, feature in enumerate(order)}
+            names = [
+                joined_name([result.input_tokens[c] for c in range(n_columns) if features[c] == f])
+                for f in order
+            ]
+            columns = [place[f] if first[f] == c else -1 for c, f in enumerate(features)]
+        columns += range(len(names), len(names) + n_output)
+        pieces = [piece.feature for piece in result.output_pieces] if n_output else []
+        n_target = len(result.output_tokens)
+        if n_output and not pieces:  # of an early version: tokens
+            pieces = [t if t < n_output else None for t in range(n_target)]
+        owned: list[int | None] = list(pieces) if n_output else [None] * n_target
+        counts = [owned.count(feature) for feature in range(n_output)]
+        if max(counts, default=1) > 1 and result.provenance.get("attr_target") == "prob":
+            raise ValueError(
+                "probabilities of a word's tokens do not add up to that of the word: take "
+                '`result.refit(attr_target="log_prob").total()`.'
+            )
+        return cls(names, level or unit, columns, owned, n_output)
+
+    @property
+    def n_prompt(self) -> int:
+        """Parts of the prompt."""
+        return len(self.names)
+
+    def tokens(self, attributions: Tensor) -> Tensor:
+        """Per token, ``(..., T, columns)`` to ``(..., T, n_prompt + n_output)``."""
+        used = [c for c, part in enumerate(self.columns) if part >= 0]
+        at = torch.tensor([self.columns[c] for c in used], dtype=torch.int64, device="cpu")
+        wide = attributions.new_zeros(*attributions.shape[:-1], self.n_prompt + self.n_output)
+        return wide.index_add_(-1, at, attributions[..., used])
+
+    def features(self, attributions: Tensor) -> Tensor:
+        """Per feature of the output, that of all its tokens."""
+        tokens = self.tokens(attributions)
+        summed = tokens.new_zeros(*tokens.shape[:-2], self.n_output, tokens.shape[-1])
+        for t, feature in enumerate(self.feature_of):
+            if feature is not None:
+                summed[..., feature, :] += tokens[..., t, :]
+        return summed
+
+    def noise(self, rounding: Tensor) -> Tensor:
+        """What rounding may do to the value of each feature of the output."""
+        summed = rounding.new_zeros(self.n_output)
+        for t, feature in enumerate(self.feature_of):
+            if feature is not None:
+                summed[feature] += rounding[t]
+        return summed
+
+
+@dataclass(frozen=True)
+class Graph:
+    """How attributions become influence.
+
+    Attributes:
+        view: How their columns are put together.
+        errors: Standard errors of tokens and of features of the output. What is added up is taken
+            as independent.
+        rounding: What rounding may do to the value of each token, and of each feature.
+        floor: See `kept`.
+    """
+
+    view: View
+    errors: tuple[Tensor, Tensor]
+    rounding: tuple[Tensor, Tensor]
+    floor: float
+
+    @classmethod
+    def of(cls, result: "GenerationAttributionResult", view: View, floor: float) -> "Graph":
+        """Of a result, put together as `view` says."""
+        squares = result.full_attr_se.double().cpu().square()
+        noise = result.noise_floor
+        rounding = squares.new_zeros(len(squares)) if noise is None else noise.double().cpu()
+        return cls(
+            view,
+            (view.tokens(squares).sqrt(), view.features(squares).sqrt()),
+            (rounding[:, None], view.noise(rounding)[:, None]),
+            floor,
+        )
+
+    def kept(self, attributions: Tensor, errors: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Which attributions of tokens and of features count; with `errors` and floor as many times
+        as large."""
+        sums = self.view.tokens(attributions), self.view.features(attributions)
+        first, second = (
+            kept(found, errors * told, noise, errors * self.floor)
+            for found, told, noise in zip(sums, self.errors, self.rounding, strict=True)
+        )
+        return first, second
+
+    def influence(self, attributions: Tensor) -> tuple[Influence, Influence]:
+        """Influence on tokens and on features of the output."""
+        keep, keep_features = self.kept(attributions)
+        n = self.view.n_prompt
+        return (
+            influence(self.view.tokens(attributions), keep, n),
+            influence(self.view.features(attributions), keep_features, n),
+        )
