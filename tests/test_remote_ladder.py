@@ -648,3 +648,13 @@ def test_the_doctor_looks_at_servers(server, capsys):
     assert main([*look, "--provider", "anthropic", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [about["works"] for about in told.values()] == [False, False, True]
+
+
+@pytest.mark.parametrize("question", ["counterfactuals", "total_effect"])
+def test_questions_to_the_model_itself_are_refused(question):
+    method = FeatureAblation(RemoteLLMAttribution.placeholder_model)
+    provider = CallableProvider(lambda messages, **_: pytest.fail("it was asked"))
+    attribution = RemoteGenerationAttribution(method, None, provider, "frequency")
+    inp = TextSegmentInput("Is Rome in Italy?", None, "word", baselines="delete")
+    with pytest.raises(TypeError, match="give a model of this process"):
+        getattr(attribution, question)(inp, "yes")

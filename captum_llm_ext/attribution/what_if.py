@@ -216,12 +216,12 @@ class WhatIf:
         feature_mask: Tensor | None,
     ) -> tuple[Run, Tensor, Generation]:
         """What is asked about: the prompt, the answer's ids, and how another one is written."""
-        scorer = self._scorer(None)
-        if not isinstance(scorer, Scorer):
+        if not isinstance(cast(Any, self.model), nn.Module):  # captum's placeholder of an API's
             raise TypeError(
                 "an API does not write an answer token by token as it is told to: give a model of "
                 "this process (`GenerationAttribution`)."
             )
+        scorer = self._scorer(None)
         run = self._run(as_prompt(inp, self.tokenizer, feature_mask), scorer, seed)
         generation = self.generation(gen_args)
         ids = self._target_ids(

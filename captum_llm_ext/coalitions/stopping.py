@@ -9,8 +9,8 @@ from torch import Tensor
 
 from captum_llm_ext.coalitions.causal_scope import Solution
 
-# One-sided 95 % point of the normal law. `benchmarks/stopping.py`: of the sets that it lets pass
-# at a tolerance of .05, one in thirty leaves out a feature by more; with 1.3, one in twelve.
+# One-sided 95 % point of the normal law. Of the sets that it lets pass at a tolerance of .05, 4 %
+# leave out a feature by more (`benchmarks/results/stopping.json`); with 1.3 it were twice as many.
 _Z = 1.645
 # Of the largest range among the tokens. What is nothing in particular has no three causes.
 _LEAST_SPREAD = 0.05
