@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -8,6 +9,14 @@ import torch
 
 # A tiny forward takes 2 ms with one thread and ten times that with two on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_figures_are_left_open():
+    """Twenty that tests leave open would make the next one warn, and whose turn that is varies."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
 
 
 @pytest.fixture(scope="session")

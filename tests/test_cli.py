@@ -899,3 +899,34 @@ def test_a_contrast_is_told_with_its_foils(tmp_path, capsys):
 def test_foils_that_would_be_ignored_are_refused(options, message, capsys):
     assert main([*ATTRIBUTE, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_no_figure_is_left_open(capsys, tmp_path):
+    from matplotlib import pyplot
+
+    before = pyplot.get_fignums()
+    kept = tmp_path / "kept.safetensors"
+    assert (
+        main(
+            [
+                "attribute",
+                "--model",
+                "demo",
+                "--prompt",
+                "Dave lives in",
+                "--method",
+                "ablation",
+                "--max-new-tokens",
+                "2",
+                "--save",
+                str(kept),
+            ]
+        )
+        == 0
+    )
+    pictures = [f"--{kind}={tmp_path / kind}.{kind}" for kind in ("png", "svg", "pdf")]
+    assert main(["show", str(kept), *pictures]) == 0
+    assert all(
+        (tmp_path / f"{kind}.{kind}").stat().st_size > 1000 for kind in ("png", "svg", "pdf")
+    )
+    assert pyplot.get_fignums() == before

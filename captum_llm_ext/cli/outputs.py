@@ -106,13 +106,18 @@ def write_outputs(arguments: argparse.Namespace, found: Any, text: str, figure: 
 
 
 def write_picture(path: files.Path, figure: Any, kind: Kind = "png") -> None:
-    """Writes a picture of a figure of matplotlib.
+    """Writes a picture of a figure of matplotlib, which pyplot keeps no longer.
 
     Raises:
         OSError: If it cannot be written.
     """
+    from matplotlib import pyplot
+
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, bbox_inches="tight", format=kind)
+    try:
+        figure.savefig(picture, dpi=150, bbox_inches="tight", format=kind)
+    finally:
+        pyplot.close(figure)  # it can be written again in another kind
     files.write(path, picture.getbuffer())
 
 
