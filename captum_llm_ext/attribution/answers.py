@@ -1,49 +1,53 @@
-"""Attribution by answers: what a method explains that looks at whole texts, not at tokens."""
+"""`AnswerAccess`: the answer as one target token, for a method that compares whole texts."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Self, cast
 
 import torch
-from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_llm_ext.attribution.game import Game, Run
-from captum_llm_ext.attribution.generation import GenerationAttribution
+from captum_llm_ext.attribution.model_access import ModelAccess
 from captum_llm_ext.attribution.target import Skipped, as_ids
 from captum_llm_ext.methods import Smile
 from captum_llm_ext.model import Generation, Journal, Processes, RowScorer, Scorer, TokenRow
 from captum_llm_ext.model.likelihood import Likelihood
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
-from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.plain_tokenizer import OpenVocabulary
 
 
-class AnswerAttribution(GenerationAttribution):
-    """`GenerationAttribution` by `Smile`: the answer is one target token, of a vocabulary of texts.
+class AnswerAccess(ModelAccess):
+    """Generates an answer to each coalition and scores it by its distance to the original one.
 
-    Values are distances from the answer to the whole prompt, less than 0 or 0.
-
-    Args:
-        given: The attribution as the user made it.
-        generation: How answers are written.
+    The answer is one target token, of a vocabulary of whole texts. Its value is minus the distance:
+    0 for the answer to the whole prompt.
     """
 
-    def __init__(self, given: GenerationAttribution, generation: Generation) -> None:
-        for name, value in vars(given).items():
-            setattr(self, name, value)
-        self.attr_target = cast(Any, "similarity")
-        self._base, self._how = given.tokenizer, generation
-        self.tokenizer = cast(Any, OpenVocabulary(given.tokenizer))
-        method = cast(Smile, self.attr_method)
-        self._answers = AnswerScorer(
-            Scorer(self.model, processes=self._shared),
+    _base_tokenizer: Any
+    _answers: "AnswerScorer"
+
+    @classmethod
+    def of(cls, given: ModelAccess, generation: Generation) -> Self:
+        """The same attribution by answers.
+
+        Args:
+            given: The attribution as the user made it, by `Smile`.
+            generation: How answers are generated.
+        """
+        own = cls.__new__(cls)
+        vars(own).update(vars(given))
+        own._base_tokenizer = given.tokenizer
+        own._answers = AnswerScorer(
+            Scorer(given.model, processes=given.shared),
             generation,
             given.tokenizer,
-            method.between(self.model, given.tokenizer),
+            cast(Smile, given.attr_method).between(given.model, given.tokenizer),
         )
+        own.attr_target, own.tokenizer = "similarity", OpenVocabulary(given.tokenizer)
+        return own
 
     def _scorer(self, max_rows: int | None, show_progress: Shown = False) -> RowScorer:
         del max_rows
@@ -52,7 +56,7 @@ class AnswerAttribution(GenerationAttribution):
 
     def _language_model(self, scorer: RowScorer) -> LanguageModel:
         del scorer
-        return Likelihood(self.model, self._base)
+        return Likelihood(self.model, self._base_tokenizer)
 
     def _target_ids(
         self,
@@ -68,7 +72,7 @@ class AnswerAttribution(GenerationAttribution):
         if target is None:
             text = self._answers.answer(row)
         else:
-            text = self._answers.text(as_ids(target, self._base))
+            text = self._answers.text(as_ids(target, self._base_tokenizer))
         if not text.strip():
             raise ValueError("the answer is empty: there is nothing to compare others with.")
         self._answers.original = text
@@ -81,24 +85,6 @@ class AnswerAttribution(GenerationAttribution):
     def _arithmetic(self, game: Game) -> dict[str, Any]:
         del game
         return {"noise_floor": None, "n_answers": self._answers.n_evaluations}
-
-
-def attribute_answers(
-    given: GenerationAttribution,
-    inp: InterpretableInput,
-    target: Any,
-    gen_args: Mapping[str, Any] | None,
-    **arguments: Any,
-) -> GenerationAttributionResult:
-    """``attribute`` by `Smile`.
-
-    Raises:
-        ValueError: If features are wanted of the answer, which is compared as a whole.
-    """
-    if arguments.pop("output_unit", None) not in (None, "token"):  # the default
-        raise ValueError("`output_unit` would be ignored: `Smile` compares answers as wholes.")
-    by_answers = AnswerAttribution(given, given.generation(gen_args))
-    return by_answers.attribute(inp, target, output_unit=None, **arguments)
 
 
 class AnswerScorer:

@@ -1,11 +1,10 @@
 """`GenerationAttribution`: captum's LLM attribution, for prompt and generated text alike."""
 
-import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from captum.attr import InterpretableInput, Lime, LLMAttribution
@@ -13,22 +12,19 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.attribution.answers import AnswerAccess
 from captum_llm_ext.attribution.coalition_game import CoalitionGame
 from captum_llm_ext.attribution.game import Effort, Game, Inspect, Outcome, Run, solve
 from captum_llm_ext.attribution.target import (
     Skipped,
+    announce_answer,
     as_ids,
-    check_stored,
-    check_target,
-    generate_target,
-    target_ids,
-    tell_answer,
 )
 from captum_llm_ext.attribution.what_if import WhatIf
 from captum_llm_ext.base.arguments import at_least_one, check_counts, check_passed_on
 from captum_llm_ext.base.digest import describe, digest, stacklevel_of_caller
 from captum_llm_ext.coalitions.stopping import StoppingRule, as_rule
-from captum_llm_ext.contrast import AnswerKinds, Contrast, FoilContext, as_value, foils_of, scored
+from captum_llm_ext.contrast import Contrast, as_value
 from captum_llm_ext.methods import Smile
 from captum_llm_ext.methods.estimators import Budget, is_known
 from captum_llm_ext.model import (
@@ -37,17 +33,11 @@ from captum_llm_ext.model import (
     Generation,
     Journal,
     Processes,
-    RowScorer,
     Scorer,
-    model_identity,
-    planned_generation,
 )
-from captum_llm_ext.model.likelihood import Likelihood
 from captum_llm_ext.model.scoring.progress import Shown
 from captum_llm_ext.result import Design, GenerationAttributionResult
-from captum_llm_ext.result.assembled import assembled, numbers_of
-from captum_llm_ext.result.provenance import model_provenance, run_provenance, target_provenance
-from captum_llm_ext.text.baselines import LanguageModel
+from captum_llm_ext.result.assembled import assembled
 from captum_llm_ext.text.baselines.model.baselines import ModelBaselines
 from captum_llm_ext.text.baselines.naming import unseen
 from captum_llm_ext.text.inputs import Prompt, as_prompt
@@ -113,29 +103,17 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         super().__init__(attr_method, tokenizer)
         self.attr_target = explained
         self.include_per_token_attr = True
-        self.device = _compat.input_device(self.model)
-        self._processes = Processes.of(accelerator, self.model)
-        # Without an accelerator, batches are as large as suits one process.
+        self._access_model(accelerator)
         is_shared = accelerator is not None or self._processes.are_many
         self._shared = self._processes if is_shared else None
 
-    @property
-    def processes(self) -> Processes:
-        """Those that work together on one attribution."""
-        return self._processes
-
-    def on(self, processes: Processes) -> "GenerationAttribution":
-        """The same on other processes, which work together on one attribution."""
-        other = copy.copy(self)
-        other._processes = processes
+    def on(self, processes: Processes) -> Self:
+        """A copy for other processes, which work together on one attribution."""
+        other = super().on(processes)
         other._shared = processes if processes.are_many else None
         return other
 
-    def identity(self) -> dict[str, Any]:
-        """What results depend on beside the arguments of `attribute`, as JSON has it.
-
-        Where several processes hold the model together, all of them have to call this.
-        """
+    def _method_settings(self) -> dict[str, Any]:
         method = self.attr_method
         settings = {
             name: type(value).__name__ if isinstance(value, nn.Module) else describe(value)
@@ -144,12 +122,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         }
         if isinstance(method, Lime):  # kept where `vars` does not show it
             settings |= _compat.lime_settings(method) or {}
-        return {
-            **self._model_identity(),
-            "method": type(method).__name__,
-            "method_settings": settings,
-            "attr_target": describe(self.attr_target),
-        }
+        return settings
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
         self,
@@ -245,16 +218,16 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             TypeError: If an argument is of the wrong kind.
         """
         if isinstance(self.attr_method, Smile) and self.attr_target != "similarity":
-            from captum_llm_ext.attribution.answers import attribute_answers
-
-            return attribute_answers(
-                self,
+            if output_unit not in (None, "token"):  # the default
+                raise ValueError(
+                    "`output_unit` would be ignored: `Smile` compares answers as wholes."
+                )
+            return _AnswerAttribution.of(self, self.generation(gen_args)).attribute(
                 inp,
                 target,
-                gen_args,
                 num_trials=num_trials,
                 _inspect_forward=_inspect_forward,
-                output_unit=output_unit,
+                output_unit=None,
                 seed=seed,
                 tol=tol,
                 max_evaluations=max_evaluations,
@@ -288,12 +261,12 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             _warn_of_absence(inp, run.prompt, output_unit, output_baselines)
             open_journal = None
             if checkpoint is not None:
-                about = self._about(run, effort, output_unit, target, generation)
-                open_journal = partial(Journal, checkpoint, about)
+                key = self._checkpoint_key(run, effort, output_unit, target, generation)
+                open_journal = partial(Journal, checkpoint, key)
             with scorer.keeping(open_journal):
                 ids = self._target_ids(run, target, gen_args, generation, skip_tokens)
                 if generation is not None and self._processes.is_main:
-                    tell_answer(show_progress, self, run.full, ids, generation)
+                    announce_answer(show_progress, self, run.full, ids, generation)
                 game = self._game(run, ids, output_unit, output_baselines)
                 joint = None
                 with scorer.progress():
@@ -301,30 +274,6 @@ class GenerationAttribution(WhatIf, LLMAttribution):
                     if self.attr_target == "prob":
                         joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
             return self._result(inp, game, outcome, joint, generation)
-
-    def check_stored(
-        self,
-        inp: InterpretableInput,
-        target: Tensor,
-        values: Tensor,
-        foils: Tensor | None = None,
-    ) -> None:
-        """Holds what a stored result says of its whole text against the model as it is now.
-
-        Args:
-            inp: The prompt, as for `attribute`.
-            target: The result's target, ``(n_target,)``.
-            values: Its `full_values`.
-            foils: Its `foils`.
-
-        Raises:
-            ValueError: If another model gave them.
-        """
-        with self._processes.session("`check_stored`"):
-            scorer = self._scorer(None)
-            run = self._run(as_prompt(inp, self.tokenizer, None), scorer, 0)
-            generated = run.context.generated(target.cpu(), None, None)
-            check_stored(scorer, run.full, generated, values, foils)
 
     def to_game(
         self,
@@ -376,38 +325,11 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         """The prompt; where nobody said what is absent there, what the model would have written."""
         return prompt.with_default(ModelBaselines())
 
-    def _run(
-        self, prompt: Prompt, scorer: RowScorer, seed: int, callback: Inspect | None = None
-    ) -> Run:
-        prompt = self.with_absence(prompt)
-        model = self._language_model(scorer)
-        return Run(self.attr_method, self.tokenizer, prompt, scorer, model, seed, callback)
-
     def _game(self, run: Run, ids: Tensor, output_unit: Unit | None, output_baselines: Any) -> Game:
-        generated = run.context.generated(ids, output_unit, output_baselines)
-        scene = FoilContext(run.prompt, run.full, generated, self.tokenizer, run.seed)
-        self._heed(run, scene)
-        foils = None
-        if isinstance(self.attr_target, Contrast):
-            scene = FoilContext(run.prompt, run.full, generated, self.tokenizer, run.seed)
-            proposer = self._proposer(run.scorer)
-            foils = foils_of(self.attr_target, scene, proposer, self._vocabulary_size())
-        return Game(run, generated, foils)
+        generated = self._generated(run, ids, output_unit, output_baselines)
+        return Game(run, generated, self._foils(run, generated))
 
-    def _target_ids(
-        self,
-        run: Run,
-        target: str | Tensor | Sequence[int] | None,
-        gen_args: Mapping[str, Any] | None,
-        generation: Generation | None,
-        skip_tokens: Skipped | None,
-    ) -> Tensor:
-        generate = partial(self._generated_ids, run, cast(Generation, generation))
-        ids = target_ids(target, self.tokenizer, gen_args, generate, run.full, skip_tokens)
-        check_target(ids, run.full, run.scorer, self._vocabulary_size())
-        return ids
-
-    def _about(
+    def _checkpoint_key(
         self,
         run: Run,
         effort: Effort,
@@ -415,7 +337,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         target: str | Tensor | Sequence[int] | None,
         generation: Generation | None,
     ) -> dict[str, Any]:
-        """What a run's values depend on; not all of it, but what another run differs in."""
+        """What a run's values depend on: another run's checkpoint differs in some of it."""
         nothing = torch.zeros(1, run.prompt.n_features, dtype=torch.bool, device="cpu")
         absent = run.prompt.render(nothing, torch.Generator().manual_seed(0))[0]
         if generation is not None:
@@ -458,86 +380,39 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             draws=outcome.plan.draws,
             n_evaluations=game.run.scorer.n_evaluations,
             like=self._numbers(),
-            provenance=self._provenance(game, outcome, generation) | self._arithmetic(game),
+            provenance=self._game_provenance(game, outcome, generation) | self._arithmetic(game),
             design=_design(game, outcome),
         )
 
-    def _provenance(
+    def _game_provenance(
         self, game: Game, outcome: Outcome, generation: Generation | None
     ) -> dict[str, Any]:
+        run = game.run
         return {
-            "method": type(self.attr_method).__name__,
+            **self._provenance(run, generation),
             "estimator": outcome.name,
             "estimate": outcome.estimate,
             **outcome.stopping,
-            **target_provenance(self.attr_target, generation and generation.settings),
             "contrast": game.foils and game.foils.about,
-            "unit": game.run.prompt.unit_name,
             "rule": getattr(self.attr_method, "rule", None),
-            "seed": game.run.seed,
             "n_coalitions": len(outcome.plan.masks),
-            "n_evaluations": game.run.scorer.n_evaluations,
+            "n_evaluations": run.scorer.n_evaluations,
             "deterministic_baselines": game.deterministic,
-            "absence": game.run.context.absence(game.generated),
-            "matches": game.run.context.matches(game.generated),
-            "rows_by_process": game.run.scorer.n_scored if self._shared else None,
-            **self._model_provenance(),
-            **run_provenance(),
+            "absence": run.context.absence(game.generated),
+            "matches": run.context.matches(game.generated),
+            "rows_by_process": run.scorer.n_scored if self._shared else None,
         }
 
-    # All below asks the model itself; over an API these are other methods.
-
-    def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
-        """How a target is generated, where none is given.
-
-        Raises:
-            ValueError, TypeError: If it cannot be, or an argument has no meaning.
-        """
-        return planned_generation(self.model, self.tokenizer, gen_args)
-
-    def _scorer(self, max_rows: int | None, show_progress: Shown = False) -> RowScorer:
-        return Scorer(
-            self.model,
-            attr_target=scored(self.attr_target),
-            max_rows=max_rows,
-            show_progress=show_progress,
-            processes=self._shared,
-        )
-
-    def _proposer(self, scorer: RowScorer) -> RowScorer:
-        """What foils are looked for with: rows of its own, which are no coalitions."""
-        del scorer
-        return Scorer(self.model, processes=self._shared)
-
-    def _heed(self, run: Run, scene: FoilContext) -> None:
-        """Lets absent words be drawn given what kinds of words the answer is made of."""
-        run.context.heed(AnswerKinds(scene, Scorer(self.model)))
-
-    def _language_model(self, scorer: RowScorer) -> LanguageModel:
-        del scorer
-        return Likelihood(self.model, self.tokenizer)
-
-    def _generated_ids(self, run: Run, generation: Generation) -> Tensor:
-        return generate_target(cast(Scorer, run.scorer), run.full, generation, run.seed)
-
-    def _vocabulary_size(self) -> int | None:
-        return _compat.vocabulary_size(self.model)
-
-    def _model_identity(self) -> dict[str, str]:
-        return model_identity(self.model)
-
-    def _model_provenance(self) -> dict[str, Any]:
-        return model_provenance(self.model, self.device)
-
     def _arithmetic(self, game: Game) -> dict[str, Any]:
-        """What a reader must know of it."""
+        """How exact the values are, and how batches were run, for provenance."""
         scorer = game.run.scorer
         floor = scorer.noise_floor(game.full_row, game.target, game.foil_ids)
         about = cast(Scorer, scorer).provenance()
         return {"noise_floor": None if floor is None else floor.tolist(), **about}
 
-    def _numbers(self) -> Tensor:
-        return numbers_of(self.model, self.device)
+
+class _AnswerAttribution(AnswerAccess, GenerationAttribution):
+    """`GenerationAttribution` by `Smile`: the answer is one target token."""
 
 
 def _warn_of_absence(

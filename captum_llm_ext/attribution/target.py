@@ -31,9 +31,11 @@ def target_ids(
     gen_args: Mapping[str, Any] | None,
     generate: Callable[[], Tensor],
     prompt: RenderedPrompt,
+    scorer: RowScorer,
+    vocabulary_size: int | None,
     skip_tokens: Skipped | None = None,
 ) -> Tensor:
-    """The token ids to explain, int64 ``(n_target,)``.
+    """The token ids to explain, int64 ``(n_target,)``, checked before anything is scored.
 
     Args:
         target: As of `as_ids`; None: the model generates it.
@@ -41,10 +43,13 @@ def target_ids(
         gen_args: What the model generates with, without a target only.
         generate: Has it do so.
         prompt: With every feature present.
+        scorer: Of the model.
+        vocabulary_size: Of the model; None where it is not known.
         skip_tokens: As of `without_skipped`.
 
     Raises:
-        ValueError: If `gen_args` would be ignored, or `target` is empty or no single text.
+        ValueError: If `gen_args` would be ignored, `target` is empty or no single text, an id is
+            outside the vocabulary, or prompt and target are longer than the model's positions.
         TypeError: If `target` is of another kind.
 
     Warns:
@@ -52,7 +57,21 @@ def target_ids(
             a token that a tokenizer puts before every text.
     """
     if target is None:
-        return without_skipped(generate(), skip_tokens, tokenizer)
+        ids = without_skipped(generate(), skip_tokens, tokenizer)
+    else:
+        ids = _given_ids(target, tokenizer, gen_args, prompt, skip_tokens)
+    _check_ids(ids, prompt, scorer, vocabulary_size)
+    return ids
+
+
+def _given_ids(
+    target: object,
+    tokenizer: Any,
+    gen_args: Mapping[str, Any] | None,
+    prompt: RenderedPrompt,
+    skip_tokens: Skipped | None,
+) -> Tensor:
+    """Token ids of a target that the user gave."""
     if gen_args is not None:
         raise ValueError("`gen_args` would be ignored: with a `target` nothing is generated.")
     ids = as_ids(target, tokenizer)
@@ -68,21 +87,9 @@ def target_ids(
     return ids
 
 
-def check_target(
+def _check_ids(
     ids: Tensor, prompt: RenderedPrompt, scorer: RowScorer, vocabulary_size: int | None
 ) -> None:
-    """Refuses a target before anything is scored.
-
-    Args:
-        ids: Token ids ``(n_target,)``.
-        prompt: With every feature present.
-        scorer: Of the model.
-        vocabulary_size: Of the model; None where it is not known.
-
-    Raises:
-        ValueError: If there is nothing to explain, an id is outside the vocabulary, or prompt and
-            target are longer than the model's positions.
-    """
     if len(ids) == 0:
         raise ValueError("the target is empty: give at least one token to explain.")
     wrong = [i for i in ids.tolist() if i < 0 or i >= (vocabulary_size or sys.maxsize)]
@@ -300,7 +307,7 @@ def generate_target(
     return scorer.generate(TokenRow(prompt.ids, (), prompt.extras), generation.arguments, seed)
 
 
-def tell_answer(
+def announce_answer(
     listener: object,
     attribution: Any,
     prompt: RenderedPrompt,

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from captum.attr import InterpretableInput
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from captum_llm_ext.attribution.counterfactual import (
     counterfactuals,
 )
 from captum_llm_ext.attribution.game import Run
+from captum_llm_ext.attribution.model_access import ModelAccess
 from captum_llm_ext.attribution.total_effect import TotalEffect, total_effect
 from captum_llm_ext.base.arguments import at_least_one, check_counts
-from captum_llm_ext.model import Generation, Processes, RowScorer, Scorer
+from captum_llm_ext.model import Generation, Scorer
 from captum_llm_ext.text.inputs import Prompt, as_prompt
 
 _MORE = 8  # tokens that an answer written anew may have beyond those of the answer
@@ -25,29 +26,8 @@ _MORE = 8  # tokens that an answer written anew may have beyond those of the ans
 _OWN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
-class WhatIf:
+class WhatIf(ModelAccess):
     """Questions to the model of an attribution, for which its method does not matter."""
-
-    model: nn.Module
-    tokenizer: Any
-    _shared: Processes | None
-
-    if TYPE_CHECKING:
-
-        def _scorer(self, max_rows: int | None, show_progress: bool = False) -> RowScorer: ...
-        def _run(self, prompt: Prompt, scorer: RowScorer, seed: int) -> Run: ...
-        def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
-            """See `GenerationAttribution.generation`."""
-            ...
-
-        def _target_ids(
-            self,
-            run: Run,
-            target: str | Tensor | Sequence[int] | None,
-            gen_args: Mapping[str, Any] | None,
-            generation: Generation | None,
-            skip_tokens: None,
-        ) -> Tensor: ...
 
     def counterfactuals(
         self,
@@ -216,7 +196,7 @@ class WhatIf:
         feature_mask: Tensor | None,
     ) -> tuple[Run, Tensor, Generation]:
         """What is asked about: the prompt, the answer's ids, and how another one is written."""
-        if not isinstance(cast(Any, self.model), nn.Module):  # captum's placeholder of an API's
+        if not isinstance(self.model, nn.Module):  # captum's placeholder of an API's
             raise TypeError(
                 "an API does not write an answer token by token as it is told to: give a model of "
                 "this process (`GenerationAttribution`)."

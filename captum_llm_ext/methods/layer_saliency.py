@@ -4,15 +4,14 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from captum.attr._utils.attribution import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
-from captum_llm_ext.methods.at_a_layer import activation_and_output
+from captum_llm_ext.methods.layer_method import LayerMethod
 
 Norm = Literal["l2", "l1"]
 
 
-class LayerSaliency(LayerAttribution, GradientAttribution):
+class LayerSaliency(LayerMethod):
     """The norm of a value's gradient with respect to each token's activation.
 
     ``‖∂v/∂x_j‖`` (Simonyan et al. 2014, arXiv 1312.6034): a size without a sign, which sums to
@@ -31,7 +30,7 @@ class LayerSaliency(LayerAttribution, GradientAttribution):
     def __init__(
         self, forward_func: Callable[..., Any], layer: nn.Module | None = None, norm: Norm = "l2"
     ) -> None:
-        LayerAttribution.__init__(self, forward_func, layer)  # pyright: ignore[reportArgumentType]
+        super().__init__(forward_func, layer)
         if norm not in get_args(Norm):
             raise ValueError(f"`norm` is {norm!r}: give 'l2' or 'l1'.")
         self.norm: Norm = norm
@@ -41,35 +40,10 @@ class LayerSaliency(LayerAttribution, GradientAttribution):
         """Captum's: it does not."""
         return False
 
-    def attribute(  # captum's arguments in captum's order  # pyright: ignore[reportIncompatibleVariableOverride]
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
+    def _attributions(
+        self, forward: Callable[[], tuple[Tensor, Tensor]], device: torch.device
     ) -> Tensor:
-        """Saliency of plain tensors.
-
-        Args:
-            inputs: Token ids ``(batch, length)``, or what else the forward takes; the batch first.
-            target: Which output, as in captum: for logits ``(batch, length, vocabulary)`` a pair
-                ``(place, token)``.
-            additional_forward_args: Passed to the forward.
-            attribute_to_layer_input: Whether the layer's input is meant, not its output.
-
-        Returns:
-            One number per token, of the shape of the layer's activations without their size.
-
-        Raises:
-            ValueError: If there is no layer, or it does not suit.
-        """
-        activation, output = activation_and_output(
-            self.forward_func,
-            self.layer,
-            inputs,
-            target,
-            additional_forward_args,
-            attribute_to_layer_input,
-        )
-        (slope,) = torch.autograd.grad(output.sum(), activation)
-        return slope.abs().sum(-1) if self.norm == "l1" else slope.square().sum(-1).sqrt()
+        del device
+        activation, output = forward()
+        (gradient,) = torch.autograd.grad(output.sum(), activation)
+        return gradient.abs().sum(-1) if self.norm == "l1" else gradient.square().sum(-1).sqrt()

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from captum.attr._utils.attribution import GradientAttribution, LayerAttribution
-from torch import Tensor, nn
+from torch import Tensor
 
-from captum_llm_ext.methods.at_a_layer import activation_and_output
+from captum_llm_ext.methods.layer_method import LayerMethod
 from captum_llm_ext.model.gradients.frozen import check_sum, frozen
 
 
-class EquivalentLinearSystem(LayerAttribution, GradientAttribution):
+class EquivalentLinearSystem(LayerMethod):
     """What each token's embedding adds to a logit, where the model is held at what it does.
 
     Norms keep their scale, attention its weights, gates and routers what they let through. What is
@@ -34,52 +33,22 @@ class EquivalentLinearSystem(LayerAttribution, GradientAttribution):
         layer: A module whose activations are ``(batch, length, size)``. None: the embedding.
     """
 
-    def __init__(self, forward_func: Callable[..., Any], layer: nn.Module | None = None) -> None:
-        LayerAttribution.__init__(self, forward_func, layer)  # pyright: ignore[reportArgumentType]
-
     @property
     def multiplies_by_inputs(self) -> bool:
         """Captum's: it does."""
         return True
 
-    def attribute(  # captum's arguments in captum's order  # pyright: ignore[reportIncompatibleVariableOverride]
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
+    def _attributions(
+        self, forward: Callable[[], tuple[Tensor, Tensor]], device: torch.device
     ) -> Tensor:
-        """What each token of plain tensors adds to an output.
-
-        Args:
-            inputs: Token ids ``(batch, length)``, or what else the forward takes; the batch first.
-            target: Which output, as in captum: for logits ``(batch, length, vocabulary)`` a pair
-                ``(place, token)``.
-            additional_forward_args: Passed to the forward.
-            attribute_to_layer_input: Whether the layer's input is meant, not its output.
-
-        Returns:
-            One number per token, of the shape of the layer's activations without their size. With
-            the share of biases they sum to the output.
-
-        Raises:
-            ValueError: If there is no layer, it does not suit, or the sum is not the output.
-        """
-        first = inputs[0] if isinstance(inputs, tuple) else inputs
-        with frozen(first.device, self.forward_func) as unit:
-            activation, output = activation_and_output(
-                self.forward_func,
-                self.layer,
-                inputs,
-                target,
-                additional_forward_args,
-                attribute_to_layer_input,
-            )
+        """As `LayerMethod`; with the share of biases they sum to the output, which is checked."""
+        with frozen(device, self.forward_func) as unit:
+            activation, output = forward()
         found: Any = torch.autograd.grad(output.sum(), [activation, unit], allow_unused=True)
-        slope, constant = found
-        shares = (slope * activation.detach()).sum(-1)
+        gradient, constant = found
+        shares = (gradient * activation.detach()).sum(-1)
         whole = output.detach().sum().double()
         rest = whole * 0 if constant is None else constant
         summed, size = shares.double().sum() + rest, output.detach().abs().double().max()
-        check_sum(summed[None], whole[None], size[None], slope.dtype)
+        check_sum(summed[None], whole[None], size[None], gradient.dtype)
         return shares

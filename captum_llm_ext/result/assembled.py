@@ -95,6 +95,42 @@ def assembled(
     )
 
 
+def assembled_without_coalitions(
+    inp: InterpretableInput,
+    prompt: Prompt,
+    generated: GeneratedText,
+    solution: Solution,
+    joint: Tensor | None,
+    *,
+    n_evaluations: int,
+    like: Tensor,
+    provenance: Mapping[str, Any],
+    foils: Foils | None = None,
+) -> GenerationAttributionResult:
+    """The result of a method that scores no coalitions: `masks` and `values` are its two ends.
+
+    Args:
+        inp, prompt, generated, solution, joint, n_evaluations, like, provenance, foils: As of
+            `assembled`.
+    """
+    n_features = prompt.n_features + generated.n_features
+    ends = torch.tensor([[True], [False]], dtype=torch.bool, device="cpu")
+    return assembled(
+        inp,
+        prompt,
+        generated,
+        solution,
+        joint,
+        masks=ends.expand(-1, n_features),
+        values=torch.stack([solution.full_values, solution.empty_values]),
+        draws=torch.zeros(2, dtype=torch.int64, device="cpu"),
+        n_evaluations=n_evaluations,
+        like=like,
+        provenance=provenance,
+        foils=foils,
+    )
+
+
 def numbers_of(model: nn.Module, device: torch.device | str) -> Tensor:
     """A tensor like the numbers of its results: float64 for float64 models, otherwise float32.
 

@@ -1,8 +1,7 @@
 """`GenerationAttentionAttribution`: what generated tokens draw on, by attention."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from captum.attr import InterpretableInput
@@ -16,28 +15,20 @@ from captum_llm_ext.attribution.attention.methods import (
     AttentionWeights,
     on_device,
 )
+from captum_llm_ext.attribution.game import Run
 from captum_llm_ext.attribution.gradient.path_groups import features
-from captum_llm_ext.attribution.one_process import OneProcess
-from captum_llm_ext.attribution.target import check_target, generate_target, target_ids
+from captum_llm_ext.attribution.model_access import ModelAccess
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.model import (
-    Generation,
-    Likelihood,
-    Processes,
     Scorer,
-    model_identity,
-    planned_generation,
 )
 from captum_llm_ext.result import GenerationAttributionResult
-from captum_llm_ext.result.assembled import assembled, numbers_of
-from captum_llm_ext.result.provenance import model_provenance, run_provenance, target_provenance
+from captum_llm_ext.result.assembled import assembled_without_coalitions
 from captum_llm_ext.text.inputs import Context, GeneratedText, as_prompt
 from captum_llm_ext.text.segment import Unit
 
-_TARGET = "attention"
 
-
-class GenerationAttentionAttribution(OneProcess):
+class GenerationAttentionAttribution(ModelAccess):
     """What every token of a generated text draws on, in the prompt and in earlier output.
 
     The row of a token is that of the place before it, where the model writes it. Attributions are
@@ -68,20 +59,9 @@ class GenerationAttentionAttribution(OneProcess):
                 'or `AttentionRollout(model, contributions="alti")`.'
             )
         _compat.check_causal(attr_method.model)
-        self.attr_method = attr_method
-        self.model: Any = attr_method.model
-        self.tokenizer = tokenizer
-        self.device = _compat.input_device(self.model)
-        self._processes = Processes.of(None, self.model)
-
-    def identity(self) -> dict[str, Any]:
-        """What results depend on beside the arguments of `attribute`, as JSON has it."""
-        return {
-            **model_identity(self.model),
-            "method": type(self.attr_method).__name__,
-            "method_settings": self._settings(),
-            "attr_target": _TARGET,
-        }
+        self.attr_method, self.model, self.tokenizer = attr_method, attr_method.model, tokenizer
+        self.attr_target = "attention"
+        self._access_model()
 
     def attribute(
         self,
@@ -114,44 +94,33 @@ class GenerationAttentionAttribution(OneProcess):
                 not all attend, or in a way that no map can tell.
         """
         generation = None if target is not None else self.generation(gen_args)
-        context = self._context(inp, feature_mask)
-        generated, read = self._generated(context, target, gen_args, generation, output_unit, seed)
-        rows = self.attr_method.map(read)[len(context.full.ids) - 1 :]
-        found = self._shares(context, generated, rows, range(len(rows)))
-        about = {
-            **target_provenance(_TARGET, generation and generation.settings),
-            "seed": seed,
-            "method": type(self.attr_method).__name__,
+        run = self._read_run(inp, feature_mask, seed)
+        ids = self._target_ids(run, target, gen_args, generation, None)
+        context, generated = run.context, run.context.generated(ids, output_unit, None)
+        rows = self.attr_method.map(_read_ids(context, generated))[len(context.full.ids) - 1 :]
+        found = _shares(context, generated, rows, range(len(rows)))
+        provenance = {
+            **self._provenance(run, generation),
+            **self._method_settings(),
             "estimator": "attention",
             # No coalitions are behind the numbers, nor anything drawn.
             "gradients": True,
             "unsigned": True,
             "estimate": False,
-            **self._settings(),
-            "unit": context.prompt.unit_name,
             "columns": list(context.prompt.columns),
             "n_evaluations": 1,
             "fixed_attr": found.empty_values.tolist(),
             "fixed_share": found.empty_values.tolist(),
-            **model_provenance(self.model, self.device),
-            **run_provenance(),
         }
-        n_features = context.prompt.n_features + generated.n_features
-        ends = torch.tensor([[True], [False]], dtype=torch.bool, device="cpu").expand(
-            -1, n_features
-        )
-        return assembled(
+        return assembled_without_coalitions(
             inp,
             context.prompt,
             generated,
             found,
             None,
-            masks=ends,
-            values=torch.stack([found.full_values, found.empty_values]),
-            draws=torch.zeros(2, dtype=torch.long, device="cpu"),
             n_evaluations=1,
-            like=numbers_of(self.model, self.device),
-            provenance=about,
+            like=self._numbers(),
+            provenance=provenance,
         )
 
     def by_head(
@@ -177,8 +146,9 @@ class GenerationAttentionAttribution(OneProcess):
         Raises:
             ValueError: As `attribute`; or if the target has no such token.
         """
-        context = self._context(inp, feature_mask)
-        generated, read = self._generated(context, target, None, None, output_unit, 0)
+        run = self._read_run(inp, feature_mask, 0)
+        ids = self._target_ids(run, target, None, None, None)
+        context, generated = run.context, run.context.generated(ids, output_unit, None)
         n_target = len(generated.ids)
         if not -n_target <= target_token < n_target:
             raise ValueError(
@@ -187,7 +157,7 @@ class GenerationAttentionAttribution(OneProcess):
             )
         t = target_token % n_target
         # What comes after the token plays no part.
-        read = read[: len(context.full.ids) + t]
+        read = _read_ids(context, generated)[: len(context.full.ids) + t]
         layers: list[Tensor] = []
 
         def take(_: int, weights: Tensor) -> None:
@@ -196,7 +166,7 @@ class GenerationAttentionAttribution(OneProcess):
         each_row(self.model, on_device(read, self.model), len(read) - 1, take)
         n_heads = max(map(len, layers))
         rows = torch.stack([_filled(layer, n_heads) for layer in layers])
-        found = self._shares(context, generated, rows.flatten(0, 1), [t] * (len(layers) * n_heads))
+        found = _shares(context, generated, rows.flatten(0, 1), [t] * (len(layers) * n_heads))
         n_prompt, n_visible = context.prompt.n_features, generated.n_visible[t]
         columns = [*context.prompt.columns, *range(n_prompt, n_prompt + n_visible)]
         return AttentionByHead(
@@ -207,10 +177,6 @@ class GenerationAttentionAttribution(OneProcess):
             len(context.prompt.columns),
         )
 
-    def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
-        """See `GenerationAttribution.generation`."""
-        return planned_generation(self.model, self.tokenizer, gen_args)
-
     def check_stored(
         self,
         inp: InterpretableInput,
@@ -218,54 +184,41 @@ class GenerationAttentionAttribution(OneProcess):
         values: Tensor,
         foils: Tensor | None = None,
     ) -> None:
-        """See `GenerationAttribution.check_stored`: shares of attention are no model's values."""
+        """Nothing: shares of attention are no values that a pass could be compared with."""
 
-    def _context(self, inp: InterpretableInput, feature_mask: Tensor | None) -> Context:
+    def _read_run(self, inp: InterpretableInput, feature_mask: Tensor | None, seed: int) -> Run:
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
         prompt.places()  # whether it knows any, before the costly part
-        return Context(prompt, self.tokenizer, Likelihood(self.model, self.tokenizer))
+        return self._run(prompt, Scorer(self.model, attr_target="logit"), seed)
 
-    def _generated(
-        self,
-        context: Context,
-        target: Any,
-        gen_args: Mapping[str, Any] | None,
-        planned: Generation | None,
-        output_unit: Unit | None,
-        seed: int,
-    ) -> tuple[GeneratedText, Tensor]:
-        """The target as features, and all ids that are read."""
-        scorer = Scorer(self.model, attr_target="logit")
-        generate = partial(generate_target, scorer, context.full, cast(Generation, planned), seed)
-        ids = target_ids(target, self.tokenizer, gen_args, generate, context.full, None)
-        check_target(ids, context.full, scorer, _compat.vocabulary_size(self.model))
-        generated = context.generated(ids, output_unit, None)
-        read = [*context.full.ids, *generated.ids[:-1]]
-        return generated, torch.tensor(read, dtype=torch.int64, device="cpu")
-
-    def _settings(self) -> dict[str, Any]:
+    def _method_settings(self) -> dict[str, Any]:
         method = self.attr_method
         if isinstance(method, AttentionRollout):
             return {"contributions": method.contributions}
         return {"layers": method.layers, "heads": method.heads}
 
-    def _shares(
-        self, context: Context, generated: GeneratedText, rows: Tensor, targets: Sequence[int]
-    ) -> Solution:
-        """Shares of features, ``rows (n, length)`` being those of places for `n` target tokens."""
-        n_before = len(context.full.ids)
-        own = features(context.prompt, n_before, generated, n_draws=1, absent="zero", seed=0)
-        summed = torch.zeros(len(rows), own.n_features + 1, dtype=torch.float64, device="cpu")
-        summed.index_add_(1, own.owners(rows.shape[1]), rows)
-        # A word that has begun is no cause of its other tokens: it is fixed text meanwhile.
-        visible = [own.n_prompt + generated.n_visible[t] for t in targets]
-        n_visible = torch.tensor(visible, dtype=torch.int64, device="cpu")
-        later = torch.arange(own.n_features, dtype=torch.int64, device="cpu") >= n_visible[:, None]
-        attributions = summed[:, :-1].masked_fill(later, 0.0)
-        full = rows.sum(1)
-        return Solution(
-            attributions, torch.zeros_like(attributions), full, full - attributions.sum(1)
-        )
+
+def _read_ids(context: Context, generated: GeneratedText) -> Tensor:
+    """All ids that the model reads, int64 ``(length,)``: the last target token is none of them."""
+    ids = [*context.full.ids, *generated.ids[:-1]]
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+
+def _shares(
+    context: Context, generated: GeneratedText, rows: Tensor, targets: Sequence[int]
+) -> Solution:
+    """Shares of features, ``rows (n, length)`` being those of places for `n` target tokens."""
+    n_before = len(context.full.ids)
+    own = features(context.prompt, n_before, generated, n_draws=1, absent="zero", seed=0)
+    summed = torch.zeros(len(rows), own.n_features + 1, dtype=torch.float64, device="cpu")
+    summed.index_add_(1, own.owners(rows.shape[1]), rows)
+    # A word that has begun is no cause of its other tokens: it is fixed text meanwhile.
+    visible = [own.n_prompt + generated.n_visible[t] for t in targets]
+    n_visible = torch.tensor(visible, dtype=torch.int64, device="cpu")
+    later = torch.arange(own.n_features, dtype=torch.int64, device="cpu") >= n_visible[:, None]
+    attributions = summed[:, :-1].masked_fill(later, 0.0)
+    full = rows.sum(1)
+    return Solution(attributions, torch.zeros_like(attributions), full, full - attributions.sum(1))
 
 
 def _filled(weights: Tensor, n_heads: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,43 +18,26 @@ from captum_llm_ext.attribution.gradient.arguments import (
 )
 from captum_llm_ext.attribution.gradient.path_groups import Absent
 from captum_llm_ext.attribution.gradient.paths import Paths, Rest
-from captum_llm_ext.attribution.one_process import OneProcess
+from captum_llm_ext.attribution.model_access import ModelAccess
 from captum_llm_ext.attribution.target import (
     Skipped,
-    check_stored,
-    check_target,
-    generate_target,
-    target_ids,
-    tell_answer,
+    announce_answer,
 )
 from captum_llm_ext.base.arguments import check_passed_on
-from captum_llm_ext.base.digest import describe
-from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.contrast import (
-    AnswerKinds,
     Contrast,
-    FoilContext,
-    Foils,
     as_value,
-    foils_of,
     scored,
 )
 from captum_llm_ext.methods import EquivalentLinearSystem, LayerSaliency
 from captum_llm_ext.methods.path_methods import SUPPORTED, Points, check_method, points_of
 from captum_llm_ext.model import (
     AttrTarget,
-    Generation,
-    Likelihood,
-    Processes,
-    Scorer,
-    model_identity,
-    planned_generation,
 )
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.result import GenerationAttributionResult
-from captum_llm_ext.result.assembled import assembled, numbers_of
-from captum_llm_ext.result.provenance import model_provenance, run_provenance, target_provenance
-from captum_llm_ext.text.inputs import Context, GeneratedText, Prompt, as_prompt
+from captum_llm_ext.result.assembled import assembled_without_coalitions
+from captum_llm_ext.text.inputs import as_prompt
 from captum_llm_ext.text.segment import Unit
 
 _N_DRAWS = 8
@@ -65,7 +47,7 @@ _WIDE_GAP = 0.1
 _BENT, _ROUNDED = 1e-3, 1e-3
 
 
-class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
+class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
     """Attributes every token of a generated text by gradients, to the prompt and to earlier output.
 
     Takes what captum's `LLMGradientAttribution` takes. A token's attribution is summed over the
@@ -135,8 +117,7 @@ class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
         _compat.check_causal(attr_method.forward_func)
         self.attr_target: AttrTarget | Contrast = as_value(attr_target)
         super().__init__(attr_method, tokenizer)
-        self.device = _compat.input_device(self.model)
-        self._processes = Processes.of(None, self.model)
+        self._access_model()
         if self._processes.are_many:
             raise ValueError(
                 f"the model is held together by {len(self._processes.ranks)} processes, and "
@@ -144,20 +125,14 @@ class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
                 "`GenerationAttribution`, which asks for none."
             )
 
-    def identity(self) -> dict[str, Any]:
-        """What results depend on beside the arguments of `attribute`, as JSON has it."""
+    def _method_settings(self) -> dict[str, Any]:
         layer, modules = self._layer(), _compat.uncompiled(self.model).named_modules()
         name = next((name for name, module in modules if module is layer), None)
         method: Any = self.attr_method
         return {
-            **model_identity(self.model),
-            "method": type(method).__name__,
-            "method_settings": {
-                "layer": name,
-                "multiply_by_inputs": method.multiplies_by_inputs,
-                **({"norm": method.norm} if isinstance(method, LayerSaliency) else {}),
-            },
-            "attr_target": describe(self.attr_target),
+            "layer": name,
+            "multiply_by_inputs": method.multiplies_by_inputs,
+            **({"norm": method.norm} if isinstance(method, LayerSaliency) else {}),
         }
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
@@ -275,20 +250,15 @@ class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
             is_held=output_unit is None,
         )
         generation = None if target is not None else self.generation(gen_args)
-        scorer = self._scorer()
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
         prompt.places()  # whether it knows any, before the costly part
         kept = present_features(baselines, prompt.n_features, is_drawn=points.is_sampled)
-        context = Context(prompt, self.tokenizer, Likelihood(self.model, self.tokenizer))
-        planned = cast(Generation, generation)
-        generate = partial(generate_target, scorer, context.full, planned, seed)
-        ids = target_ids(target, self.tokenizer, gen_args, generate, context.full, skip_tokens)
+        run = self._run(prompt, self._scorer(None), seed)
+        context = run.context
+        ids = self._target_ids(run, target, gen_args, generation, skip_tokens)
         if generation is not None:
-            tell_answer(show_progress, self, context.full, ids, generation)
-        check_target(ids, context.full, scorer, _compat.vocabulary_size(self.model))
-        generated = context.generated(ids, output_unit, output_baselines)
-        scene = FoilContext(context.prompt, context.full, generated, self.tokenizer, seed)
-        context.heed(AnswerKinds(scene, Scorer(self.model)))
+            announce_answer(show_progress, self, context.full, ids, generation)
+        generated = self._generated(run, ids, output_unit, output_baselines)
         deterministic = context.prompt.deterministic and generated.deterministic
         if deterministic and n_draws is not None:
             raise ValueError(
@@ -309,11 +279,7 @@ class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
             most_rows=internal_batch_size,
             grad_kwargs=grad_kwargs,
         )
-        foils = None
-        if isinstance(self.attr_target, Contrast):
-            place = FoilContext(context.prompt, context.full, generated, self.tokenizer, seed)
-            size = _compat.vocabulary_size(self.model)
-            foils = foils_of(self.attr_target, place, Scorer(self.model), size)
+        foils = self._foils(run, generated)
         joint = None
         bar = ProgressBar("points of the path", "row", is_shown=show_progress)
         paths.on_total, paths.on_rows = bar.announce, bar.advance
@@ -322,10 +288,11 @@ class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
             if self.attr_target == "prob":
                 fixed = context.generated(ids, None, None)
                 joint = paths.attribute(fixed, is_joint=True).attributions[0]
-        about: dict[str, Any] = {
-            **target_provenance(self.attr_target, generation and generation.settings),
+        provenance: dict[str, Any] = {
+            **self._provenance(run, generation),
+            **_path_provenance(paths),
+            "columns": list(context.prompt.columns),
             "contrast": foils and foils.about,
-            "seed": seed,
             "absent": _absence(points, absent),
             "deterministic_baselines": deterministic,
             "n_draws": paths.n_draws,
@@ -334,28 +301,17 @@ class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
         }
         if paths.is_complete:
             _warn_of_gap(found.efficiency_gap, found.full_values - found.empty_values, n_steps)
-        about |= _of_linear(paths.rests, found.full_values)
-        return self._result(inp, context.prompt, generated, paths, found, joint, foils, about)
-
-    def check_stored(
-        self,
-        inp: InterpretableInput,
-        target: Tensor,
-        values: Tensor,
-        foils: Tensor | None = None,
-    ) -> None:
-        """See `GenerationAttribution.check_stored`."""
-        prompt = as_prompt(inp, self.tokenizer, None)
-        context = Context(prompt, self.tokenizer, Likelihood(self.model, self.tokenizer))
-        generated = context.generated(target.cpu(), None, None)
-        check_stored(self._scorer(), context.full, generated, values, foils)
-
-    def _scorer(self) -> Scorer:
-        return Scorer(self.model, attr_target=scored(self.attr_target))
-
-    def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
-        """See `GenerationAttribution.generation`."""
-        return planned_generation(self.model, self.tokenizer, gen_args)
+        return assembled_without_coalitions(
+            inp,
+            context.prompt,
+            generated,
+            found,
+            joint,
+            n_evaluations=paths.n_rows,
+            like=self._numbers(),
+            foils=foils,
+            provenance=provenance | _of_linear(paths.rests, found.full_values),
+        )
 
     def _layer(self) -> torch.nn.Module | None:
         layer: Any = getattr(self.attr_method, "layer", None)
@@ -375,55 +331,21 @@ class GenerationGradientAttribution(OneProcess, LLMGradientAttribution):
             )
         return layer
 
-    def _result(
-        self,
-        inp: InterpretableInput,
-        prompt: Prompt,
-        generated: GeneratedText,
-        paths: Paths,
-        found: Solution,
-        joint: Tensor | None,
-        foils: Foils | None,
-        about: dict[str, Any],
-    ) -> GenerationAttributionResult:
-        ends = torch.zeros(
-            2, prompt.n_features + generated.n_features, dtype=torch.bool, device="cpu"
-        )
-        ends[0] = True
-        return assembled(
-            inp,
-            prompt,
-            generated,
-            found,
-            joint,
-            masks=ends,
-            values=torch.stack([found.full_values, found.empty_values]),
-            draws=torch.zeros(2, dtype=torch.long, device="cpu"),
-            n_evaluations=paths.n_rows,
-            like=numbers_of(self.model, self.device),
-            foils=foils,
-            provenance=self._provenance(prompt, paths) | about,
-        )
 
-    def _provenance(self, prompt: Prompt, paths: Paths) -> dict[str, Any]:
-        points = paths.points
-        return {
-            "method": type(self.attr_method).__name__,
-            "estimator": points.name,
-            "gradients": True,
-            **dict(points.settings),
-            "layer": paths.layer_names,
-            "multiply_by_inputs": points.multiplies,
-            "unsigned": points.measure != "product",
-            "estimate": points.is_sampled or paths.n_draws > 1,
-            "unit": prompt.unit_name,
-            "columns": list(prompt.columns),
-            "n_evaluations": paths.n_rows,
-            "probe": None if paths.found is None else paths.found.provenance(),
-            "batching": None if paths.found is None else paths.found.manner,
-            **model_provenance(self.model, self.device),
-            **run_provenance(),
-        }
+def _path_provenance(paths: Paths) -> dict[str, Any]:
+    points = paths.points
+    return {
+        "estimator": points.name,
+        "gradients": True,
+        **dict(points.settings),
+        "layer": paths.layer_names,
+        "multiply_by_inputs": points.multiplies,
+        "unsigned": points.measure != "product",
+        "estimate": points.is_sampled or paths.n_draws > 1,
+        "n_evaluations": paths.n_rows,
+        "probe": None if paths.found is None else paths.found.provenance(),
+        "batching": None if paths.found is None else paths.found.manner,
+    }
 
 
 def _absence(points: Points, absent: Absent) -> str:

@@ -22,7 +22,7 @@ from captum_llm_ext.attribution.patching.corruption import (
 from captum_llm_ext.attribution.patching.places import Grouping, Places, grouped
 from captum_llm_ext.attribution.patching.ranking import first_order, ranked
 from captum_llm_ext.attribution.patching.runs import Patched, PatchedRuns
-from captum_llm_ext.attribution.target import as_ids, check_target, generate_target, target_ids
+from captum_llm_ext.attribution.target import as_ids, generate_target, target_ids
 from captum_llm_ext.base.arguments import check_counts
 from captum_llm_ext.base.digest import describe, digest
 from captum_llm_ext.contrast import Contrast, FoilContext, Foils, as_value, foils_of, scored
@@ -205,8 +205,8 @@ class ActivationPatching:
             generate = partial(
                 generate_target, runs.scorer, context.full, cast(Generation, generation), seed
             )
-            ids = target_ids(target, tokenizer, gen_args, generate, context.full)
-            check_target(ids, context.full, runs.scorer, _compat.vocabulary_size(self.model))
+            size = _compat.vocabulary_size(self.model)
+            ids = target_ids(target, tokenizer, gen_args, generate, context.full, runs.scorer, size)
             generated = context.generated(ids, output_unit, output_baselines)
             which = chosen(feature, context, generated)
             groups = grouped(places, context, generated, tokenizer)

@@ -1,0 +1,221 @@
+"""`ModelAccess`: what every attribution class asks of its model, whatever its method."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Self, cast
+
+from captum.attr import InterpretableInput
+from torch import Tensor
+
+from captum_llm_ext import _compat
+from captum_llm_ext.attribution.game import Inspect, Run
+from captum_llm_ext.attribution.target import Skipped, check_stored, generate_target, target_ids
+from captum_llm_ext.base.digest import describe
+from captum_llm_ext.contrast import AnswerKinds, Contrast, FoilContext, Foils, foils_of, scored
+from captum_llm_ext.model import (
+    Accelerator,
+    Generation,
+    Processes,
+    RowScorer,
+    Scorer,
+    model_identity,
+    planned_generation,
+)
+from captum_llm_ext.model.likelihood import Likelihood
+from captum_llm_ext.model.scoring.progress import Shown
+from captum_llm_ext.result.assembled import numbers_of
+from captum_llm_ext.result.provenance import model_provenance, run_provenance, target_provenance
+from captum_llm_ext.text.baselines import LanguageModel
+from captum_llm_ext.text.inputs import GeneratedText, Prompt, as_prompt
+from captum_llm_ext.text.segment import Unit
+
+
+class ModelAccess:
+    """Generates and scores with a model of this process.
+
+    The attribution classes have captum's constructors, which differ; each of them calls
+    `_access_model` once captum's has set `attr_method`, `model` and `tokenizer`. For a model behind
+    an API, or for values that are no token's, a subclass has other methods of the same names.
+    """
+
+    attr_method: Any
+    model: Any
+    tokenizer: Any
+    attr_target: Any
+    device: Any
+    _processes: Processes
+    # None: one process scores, in batches as large as suit it.
+    _shared: Processes | None = None
+
+    def _access_model(self, accelerator: Accelerator | None = None) -> None:
+        self.device = _compat.input_device(self.model)
+        self._processes = Processes.of(accelerator, self.model)
+
+    @property
+    def shared(self) -> Processes | None:
+        """The processes that share batches; None where one process scores."""
+        return self._shared
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that work together on one attribution."""
+        return self._processes
+
+    def on(self, processes: Processes) -> Self:
+        """A copy for other processes, which work together on one attribution."""
+        other = copy.copy(self)
+        other._processes = processes
+        return other
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on beside the arguments of `attribute`, as JSON has it.
+
+        Where several processes hold the model together, all of them have to call this.
+        """
+        return {
+            **self._model_identity(),
+            "method": type(self.attr_method).__name__,
+            "method_settings": self._method_settings(),
+            "attr_target": describe(self.attr_target),
+        }
+
+    def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
+        """How a target is generated, where none is given.
+
+        Raises:
+            ValueError, TypeError: If it cannot be, or an argument has no meaning.
+        """
+        return planned_generation(self.model, self.tokenizer, gen_args)
+
+    def check_stored(
+        self,
+        inp: InterpretableInput,
+        target: Tensor,
+        values: Tensor,
+        foils: Tensor | None = None,
+    ) -> None:
+        """Compares the value of a stored result's whole text with what the model gives it now.
+
+        Args:
+            inp: The prompt, as for `attribute`.
+            target: The result's target, ``(n_target,)``.
+            values: Its `full_values`, ``(n_target,)``.
+            foils: Its `foils`.
+
+        Raises:
+            ValueError: If they differ by more than rounding: another model gave them.
+        """
+        with self._processes.session("`check_stored`"):
+            run = self._run(as_prompt(inp, self.tokenizer, None), self._scorer(None), 0)
+            generated = run.context.generated(target.cpu(), None, None)
+            check_stored(run.scorer, run.full, generated, values, foils)
+
+    def with_absence(self, prompt: Prompt) -> Prompt:
+        """The prompt with baselines of the class's own where the user gave none."""
+        return prompt
+
+    def _method_settings(self) -> dict[str, Any]:
+        """Settings of `attr_method` that results depend on, as JSON has them."""
+        raise NotImplementedError
+
+    def _run(
+        self, prompt: Prompt, scorer: RowScorer, seed: int, callback: Inspect | None = None
+    ) -> Run:
+        prompt = self.with_absence(prompt)
+        model = self._language_model(scorer)
+        return Run(self.attr_method, self.tokenizer, prompt, scorer, model, seed, callback)
+
+    def _target_ids(
+        self,
+        run: Run,
+        target: str | Tensor | Sequence[int] | None,
+        gen_args: Mapping[str, Any] | None,
+        generation: Generation | None,
+        skip_tokens: Skipped | None,
+    ) -> Tensor:
+        """Token ids to explain, int64 ``(n_target,)``: those given, or generated ones."""
+        return target_ids(
+            target,
+            self.tokenizer,
+            gen_args,
+            partial(self._generated_ids, run, cast(Generation, generation)),
+            run.full,
+            run.scorer,
+            self._vocabulary_size(),
+            skip_tokens,
+        )
+
+    def _generated(
+        self, run: Run, ids: Tensor, output_unit: Unit | None, output_baselines: Any
+    ) -> GeneratedText:
+        """The target as features; baselines that condition on the answer know it from here on."""
+        generated = run.context.generated(ids, output_unit, output_baselines)
+        self._heed(run, self._foil_context(run, generated))
+        return generated
+
+    def _foils(self, run: Run, generated: GeneratedText) -> Foils | None:
+        """The foils of a contrast; None where something else is explained."""
+        if not isinstance(self.attr_target, Contrast):
+            return None
+        return foils_of(
+            self.attr_target,
+            self._foil_context(run, generated),
+            self._proposer(run.scorer),
+            self._vocabulary_size(),
+        )
+
+    def _foil_context(self, run: Run, generated: GeneratedText) -> FoilContext:
+        return FoilContext(run.prompt, run.full, generated, self.tokenizer, run.seed)
+
+    def _provenance(self, run: Run, generation: Generation | None) -> dict[str, Any]:
+        """What results of every class say of where they come from."""
+        return {
+            "method": type(self.attr_method).__name__,
+            **target_provenance(self.attr_target, generation and generation.settings),
+            "unit": run.prompt.unit_name,
+            "seed": run.seed,
+            **self._model_provenance(),
+            **run_provenance(),
+        }
+
+    # What asks the model itself.
+
+    def _scorer(self, max_rows: int | None, show_progress: Shown = False) -> RowScorer:
+        return Scorer(
+            self.model,
+            attr_target=scored(self.attr_target),
+            max_rows=max_rows,
+            show_progress=show_progress,
+            processes=self._shared,
+        )
+
+    def _proposer(self, scorer: RowScorer) -> RowScorer:
+        """A scorer for finding foils: its rows are no coalitions, and are not counted as such."""
+        del scorer
+        return Scorer(self.model, processes=self._shared)
+
+    def _heed(self, run: Run, scene: FoilContext) -> None:
+        """Lets absent words be drawn given what kinds of words the answer is made of."""
+        run.context.heed(AnswerKinds(scene, Scorer(self.model)))
+
+    def _language_model(self, scorer: RowScorer) -> LanguageModel:
+        """The model as baselines ask it."""
+        del scorer
+        return Likelihood(self.model, self.tokenizer)
+
+    def _generated_ids(self, run: Run, generation: Generation) -> Tensor:
+        return generate_target(cast(Scorer, run.scorer), run.full, generation, run.seed)
+
+    def _vocabulary_size(self) -> int | None:
+        return _compat.vocabulary_size(self.model)
+
+    def _model_identity(self) -> dict[str, str]:
+        return model_identity(self.model)
+
+    def _model_provenance(self) -> dict[str, Any]:
+        return model_provenance(self.model, self.device)
+
+    def _numbers(self) -> Tensor:
+        """An empty tensor with the results' type and device."""
+        return numbers_of(self.model, self.device)
