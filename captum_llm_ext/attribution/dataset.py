@@ -30,16 +30,16 @@ from captum_llm_ext.text.segment import Unit
 Record = str | Mapping[str, Any]
 Attribution = GenerationAttribution | GenerationGradientAttribution | GenerationAttentionAttribution
 _KEYS = ("prompt", "messages", "tools", "target", "id")
-_RUN = "run.json"
+_SETTINGS_FILE = "run.json"
 _GENERATION = "generation"
 _FORMAT = 3
-_SAMPLE = "The 27 quick-brown foxes' naïve Straße: 中文, русский!\n\t{'x': [0.5]}"
+_TOKENIZER_SAMPLE = "The 27 quick-brown foxes' naïve Straße: 中文, русский!\n\t{'x': [0.5]}"
 # They change how fast an answer comes, not what it is.
-_NO_SETTINGS = ("show_progress", "perturbations_per_eval", "internal_batch_size")
-_MOST_FAILURES = 100
+_SPEED_OPTIONS = ("show_progress", "perturbations_per_eval", "internal_batch_size")
+_MAX_FAILURES = 100
 # Seconds; and one in so many of the run's own, for what is told is kept until the run ends.
-_TELL_EVERY, _TELLINGS = 0.5, 1000
-Agree = Callable[[Callable[[], Any]], Any]
+_REPORT_SECONDS, _MAX_REPORTS = 0.5, 1000
+OnAllProcesses = Callable[[Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class DatasetReport:
             self.n_written + other.n_written,
             self.n_skipped + other.n_skipped,
             self.n_failed + other.n_failed,
-            tuple(sorted(self.failures + other.failures))[:_MOST_FAILURES],
+            tuple(sorted(self.failures + other.failures))[:_MAX_FAILURES],
         )
 
     @property
@@ -140,11 +140,11 @@ def attribute_dataset(
     own = processes.replica()
     # Batches are cut as for one process: a record's values do not depend on how many there are.
     attribution = attribution.on(own)
-    makes = _Maker(attribution, unit, tuple(roles), baselines, options)
+    attributor = _RecordAttributor(attribution, unit, tuple(roles), baselines, options)
     with processes.session("attribute_dataset"):
         settings = _settings(attribution, units | options)
         there = processes.decide(
-            lambda: _prepare(folder, settings) if processes.is_main else settings
+            lambda: _prepare_folder(folder, settings) if processes.is_main else settings
         )
         differ = differences(there, settings)
         if differ:
@@ -153,7 +153,7 @@ def attribute_dataset(
                 "the same model, baselines and arguments."
             )
         folder.mkdir(parents=True, exist_ok=True)  # where machines share no disk
-        return _run(records, makes, folder, processes, show_progress)
+        return _attribute_records(records, attributor, folder, processes, show_progress)
 
 
 def _processes(attribution: Attribution, accelerator: Accelerator | None) -> Processes:
@@ -178,20 +178,20 @@ def _processes(attribution: Attribution, accelerator: Accelerator | None) -> Pro
     return given
 
 
-def _run(
+def _attribute_records(
     records: Iterable[Record] | str | os.PathLike[str],
-    makes: "_Maker",
+    attributor: "_RecordAttributor",
     folder: Path,
     processes: Processes,
     show_progress: Shown,
 ) -> DatasetReport:
     total, own = DatasetReport(), DatasetReport()
     work = processes.work()
-    source = enumerate(_entries(records))
+    source = enumerate(_read_records(records))
     began = said = time.monotonic()
     bar = ProgressBar("records", "record", is_shown=processes.is_main and show_progress)
     with bar.shown():
-        bar.announce(_length(records) or 0)
+        bar.announce(_n_records(records) or 0)
 
         def hear(messages: Iterable[DatasetReport]) -> DatasetReport:
             heard = sum(messages, DatasetReport())
@@ -204,9 +204,11 @@ def _run(
             found = next((pair for pair in source if pair[0] == ticket), None)
             if found is None:
                 break
-            own += _one(*found, makes, folder, leads=processes.leads, agree=work.agree)
+            own += _attribute_record(
+                *found, attributor, folder, leads=processes.leads, agree=work.agree
+            )
             now = time.monotonic()
-            if now - said > max(_TELL_EVERY, (now - began) / _TELLINGS):
+            if now - said > max(_REPORT_SECONDS, (now - began) / _MAX_REPORTS):
                 work.tell(own)
                 total = hear(work.heard())
                 own, said = DatasetReport(), now
@@ -217,7 +219,7 @@ def _run(
     return total
 
 
-class _Maker:
+class _RecordAttributor:
     """Results from records."""
 
     def __init__(
@@ -239,7 +241,7 @@ class _Maker:
             options.pop("gen_args", None)
         return self._attribution.attribute(self._input(record), target, **options)
 
-    def check(self, record: Mapping[str, Any], path: Path, agree: Agree) -> None:
+    def check(self, record: Mapping[str, Any], path: Path, agree: OnAllProcesses) -> None:
         """Holds the first result that is there against the model as it is now.
 
         What no digest of the model shows is noticed by this: hooks, a forward of the user's own.
@@ -263,7 +265,7 @@ class _Maker:
         self._has_checked = True
 
     @property
-    def is_over(self) -> bool:
+    def has_lost_processes(self) -> bool:
         """Whether nothing more can be asked of the model."""
         return self._attribution.processes.have_parted
 
@@ -283,14 +285,14 @@ class _Maker:
         )
 
 
-def _one(
+def _attribute_record(
     number: int,
     entry: Record | Exception,
-    makes: _Maker,
+    attributor: _RecordAttributor,
     folder: Path,
     *,
     leads: bool,
-    agree: Agree,
+    agree: OnAllProcesses,
 ) -> DatasetReport:
     """Writes the result of a record, or why there is none.
 
@@ -310,10 +312,10 @@ def _one(
         try:
             if isinstance(entry, Exception):
                 raise entry
-            record = _checked(entry)
+            record = _check_record(entry)
             if not path.exists():
                 return None
-            _check_same(path, record)
+            _check_same_record(path, record)
         except Exception as error:  # whatever is wrong with one record: the others do not suffer
             return fails(error)
         failed.unlink(missing_ok=True)
@@ -322,14 +324,16 @@ def _one(
     report = agree(known)
     if report is not None and not report.n_skipped:
         return report
-    record = _checked(cast(Record, entry))
+    record = _check_record(cast(Record, entry))
     if report is not None:
-        makes.check(record, path, agree)
+        attributor.check(record, path, agree)
         return report
     try:
-        result = makes(record)
+        result = attributor(record)
     except Exception as error:
-        if makes.is_over:  # some of those that hold the model are still in the middle of a pass
+        if (
+            attributor.has_lost_processes
+        ):  # some of those that hold the model are still in the middle of a pass
             raise
         return fails(error)
     if leads:
@@ -345,10 +349,10 @@ def _digests(record: Mapping[str, Any]) -> dict[str, str]:
     given = {key: record[key] for key in _KEYS if record.get(key) is not None}
     if "target" in given:
         given["target"] = plain_target(given["target"])
-    return {key: digest(_plain(value)) for key, value in given.items()}
+    return {key: digest(_json_round_trip(value)) for key, value in given.items()}
 
 
-def _check_same(path: Path, record: Mapping[str, Any]) -> None:
+def _check_same_record(path: Path, record: Mapping[str, Any]) -> None:
     """Refuses a record that is another than the one that the file is of."""
     there = read_provenance(path)
     then, now = there.get("record_digests") or {}, _digests(record)
@@ -357,17 +361,17 @@ def _check_same(path: Path, record: Mapping[str, Any]) -> None:
         name = (there.get("record") or {}).get("id")
         whose = "" if name is None else f" (id {name!r})"
         raise ValueError(
-            f"{path.name} is the result of another record{whose}: {_and(differ)} differ"
+            f"{path.name} is the result of another record{whose}: {_quoted_list(differ)} differ"
             f"{'s' if len(differ) == 1 else ''}. It was left as it is: put the records back in "
             "their order, delete the file to have this one attributed, or give another folder."
         )
 
 
-def _and(names: Sequence[str]) -> str:
+def _quoted_list(names: Sequence[str]) -> str:
     return " and ".join(f"`{name}`" for name in names)
 
 
-def _plain(value: Any) -> Any:
+def _json_round_trip(value: Any) -> Any:
     """As JSON has it: the same whether it came from a file or not."""
     return json.loads(json.dumps(value, default=_as_json))
 
@@ -376,7 +380,7 @@ def _as_json(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
-def _checked(entry: Record) -> Mapping[str, Any]:
+def _check_record(entry: Record) -> Mapping[str, Any]:
     record = {"prompt": entry} if isinstance(entry, str) else entry
     if not isinstance(record, Mapping):
         raise TypeError(
@@ -396,7 +400,9 @@ def _checked(entry: Record) -> Mapping[str, Any]:
     return record
 
 
-def _entries(records: Iterable[Record] | str | os.PathLike[str]) -> Iterator[Record | Exception]:
+def _read_records(
+    records: Iterable[Record] | str | os.PathLike[str],
+) -> Iterator[Record | Exception]:
     """The records; in the place of a line that holds none, what is wrong with it."""
     if not isinstance(records, str | os.PathLike):
         yield from records
@@ -411,23 +417,23 @@ def _entries(records: Iterable[Record] | str | os.PathLike[str]) -> Iterator[Rec
                 yield ValueError(f"line {line} is no JSON ({error}).")
 
 
-def _length(records: Iterable[Record] | str | os.PathLike[str]) -> int | None:
+def _n_records(records: Iterable[Record] | str | os.PathLike[str]) -> int | None:
     if isinstance(records, str | os.PathLike):
         with open(records, "rb") as file:
             return sum(1 for line in file if line.strip())
     return len(records) if isinstance(records, Sized) else None
 
 
-def _prepare(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+def _prepare_folder(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Makes the folder, or checks that what it holds was made in the same way."""
     folder.mkdir(parents=True, exist_ok=True)
     files.sweep(folder, r"\d{6,}\.safetensors|\d{6,}\.error\.json|run\.json")
-    path = folder / _RUN
+    path = folder / _SETTINGS_FILE
     if not path.exists():
         if next(folder.glob("*.safetensors"), None) is not None:
             raise ValueError(
-                f"{str(folder)!r} holds results and no {_RUN}, which tells what they are results "
-                "of: give another folder."
+                f"{str(folder)!r} holds results and no {_SETTINGS_FILE}, which says "
+                "what they are results of: give another folder."
             )
         _write(path, settings)
         return settings
@@ -461,13 +467,13 @@ def _settings(attribution: Attribution, given: Mapping[str, Any]) -> dict[str, A
     kept = {
         name: describe(value)
         for name, value in sorted(given.items())
-        if name not in _NO_SETTINGS and value is not None
+        if name not in _SPEED_OPTIONS and value is not None
     }
     kept.pop("gen_args", None)
     found = {
         "format": _FORMAT,
         **attribution.identity(),
-        "tokenizer": _tokenizer(attribution.tokenizer),
+        "tokenizer": _tokenizer_identity(attribution.tokenizer),
         _GENERATION: _generation(attribution, given.get("gen_args")),
         **kept,
     }
@@ -484,9 +490,9 @@ def _generation(attribution: Attribution, gen_args: Any) -> dict[str, str] | Non
         return None
 
 
-def _tokenizer(tokenizer: Any) -> str:
+def _tokenizer_identity(tokenizer: Any) -> str:
     """What tells tokenizers apart: the ids of a text with a bit of everything, and the template."""
-    ids = encoding.ids(tokenizer, _SAMPLE)
+    ids = encoding.ids(tokenizer, _TOKENIZER_SAMPLE)
     return f"{type(tokenizer).__name__} {digest([ids, getattr(tokenizer, 'chat_template', None)])}"
 
 

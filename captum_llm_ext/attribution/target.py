@@ -18,11 +18,11 @@ from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
 # Ids or tokens, several or one.
 Skipped = Tensor | Sequence[int] | Sequence[str] | int
 
-_MOST = 1 << 63
+_INT64_LIMIT = 1 << 63
 # So many ids that a text begins with are no accident.
-_NO_ACCIDENT = 4
+_MIN_SHARED_IDS = 4
 # A floor is what a few batches show: others may differ by more.
-_FLOORS = 2.0
+_NOISE_FLOORS = 2.0
 
 
 def target_ids(
@@ -158,7 +158,7 @@ def plain_target(target: object) -> str | list[int]:
     Raises:
         ValueError, TypeError: As `as_ids`.
     """
-    held = _held(target)
+    held = _unwrapped(target)
     if isinstance(held, str):
         return str(held)
     entries = held.tolist() if hasattr(held, "tolist") else held
@@ -182,13 +182,13 @@ def plain_target(target: object) -> str | list[int]:
             f"`target`{kind} holds {wrong!r}, a {type(wrong).__name__}, which is no token id: give "
             "integers of shape (n_target,), or a text."
         )
-    beyond = next((entry for entry in row if not -_MOST <= entry < _MOST), None)
+    beyond = next((entry for entry in row if not -_INT64_LIMIT <= entry < _INT64_LIMIT), None)
     if beyond is not None:
         raise ValueError(f"target token id {beyond} is outside of every vocabulary.")
     return row
 
 
-def _held(target: object) -> Any:
+def _unwrapped(target: object) -> Any:
     """The ids within what tokenizers and ``generate`` return; anything else as it is."""
     if isinstance(target, Mapping):
         mapping = cast(Mapping[str, Any], target)
@@ -246,7 +246,7 @@ def _continuation(target: object, ids: Tensor, prompt: RenderedPrompt, tokenizer
     begins = next((i for i, token in enumerate(prompt.ids) if token not in special), 0)
     if isinstance(target, str):
         said = tokens.decode(tokenizer, prompt.ids[begins:]).strip()
-        if len(prompt.ids) - begins >= _NO_ACCIDENT and target.lstrip().startswith(said):
+        if len(prompt.ids) - begins >= _MIN_SHARED_IDS and target.lstrip().startswith(said):
             _warn(
                 "`target` begins with the text of the prompt: where it is the whole output, give "
                 "what comes after the prompt alone."
@@ -260,7 +260,7 @@ def _continuation(target: object, ids: Tensor, prompt: RenderedPrompt, tokenizer
         if not before or tuple(given[n_pad:n]) != before:
             continue
         said = f"`target` begins with the {len(before)} token ids of the prompt"
-        if before[0] not in special and len(before) < _NO_ACCIDENT:
+        if before[0] not in special and len(before) < _MIN_SHARED_IDS:
             _warn(f"{said}: where it is the whole output, give `target[{n}:]`.")
             return ids
         if n == len(given):
@@ -372,7 +372,7 @@ def check_stored(
     if bool(((now - stored.cpu()).abs() > tolerance).any()):
         # Rows of other batches may move it further, which takes some passes to find out.
         floor = scorer.noise_floor(row, target, foils)
-        tolerance = tolerance if floor is None else tolerance + _FLOORS * floor
+        tolerance = tolerance if floor is None else tolerance + _NOISE_FLOORS * floor
     check_same(
         now,
         stored,

@@ -3,7 +3,7 @@
 from captum_llm_ext.methods.feature_inclusion import FeatureInclusion
 from captum_llm_ext.methods.hierarchical_ablation import (
     HierarchicalAblation,
-    searching,
+    hierarchical_unfold,
     tree_of_prompt,
 )
 from captum_llm_ext.methods.layer_saliency import LayerSaliency
@@ -26,8 +26,8 @@ __all__ = [
     "Smile",
     "Unfold",
     "evaluations_of_orders",
+    "hierarchical_unfold",
     "nesting",
     "partition",
-    "searching",
     "tree_of_prompt",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from captum_llm_ext.base.seeded import seeded
 from captum_llm_ext.coalitions import Plan
 
-_ROWS_AT_ONCE = 32
+_DEFAULT_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ def attribute_foreign(
         ValueError: If the method returns another number of attributions than features, or gives
             features first.
     """
-    record = _Record(values)
+    record = _RecordingScorer(values)
     method = copy(method)
     arguments = dict(arguments)
     if "perturbations_per_eval" in inspect.signature(cast(Any, method).attribute).parameters:
-        arguments.setdefault("perturbations_per_eval", _ROWS_AT_ONCE)
+        arguments.setdefault("perturbations_per_eval", _DEFAULT_BATCH)
     total = torch.zeros(n_target, n_features, dtype=torch.float64, device="cpu")
     for trial in range(num_trials):
         total += _one_trial(method, record, n_features, n_target, seed + trial, arguments)
@@ -74,7 +74,7 @@ def attribute_foreign(
     return ForeignAttribution(total / num_trials, plan, scored)
 
 
-class _Record:
+class _RecordingScorer:
     """Scores perturbed tensors and remembers them as coalitions."""
 
     def __init__(self, values: Callable[[Plan], Tensor]) -> None:
@@ -94,7 +94,7 @@ class _Record:
 
 def _one_trial(
     method: Any,
-    record: _Record,
+    record: _RecordingScorer,
     n_features: int,
     n_target: int,
     seed: int,

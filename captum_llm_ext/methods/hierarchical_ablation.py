@@ -68,7 +68,7 @@ def tree_of_prompt(n_prompt: int, levels: Sequence[Sequence[int]]) -> Tree:
     return tree_of_levels(n_prompt, levels)
 
 
-def searching(
+def hierarchical_unfold(
     tree: Tree, n_features: int, share: float, n_evaluations: int | None, n_draws: int
 ) -> Callable[[Callable[[Plan], Tensor], Scope], tuple[Plan, Tensor]]:
     """What `estimators` wants of a method whose values decide what is scored next."""

@@ -29,8 +29,8 @@ from captum_llm_ext.methods.tensor_game import Score, TensorGame, Tensors
 Scheme = Literal["orders", "splits"]
 Unfold = Callable[[Score, Scope], tuple[Plan, Tensor]]
 _EVALUATIONS_PER_FEATURE = 16
-_FEWEST_ORDERS_HELD = 4
-_MOST_DRAWS, _DRAWS_OF_SPLITS = 8, 4
+_MIN_ORDERS_HELD = 4
+_MAX_DRAWS, _SPLIT_DRAWS = 8, 4
 
 
 class PartitionShap(PerturbationAttribution):
@@ -182,16 +182,16 @@ def partition(
         tree = binary(tree)
     trees = [tree, *(pruned(tree, column) for column in held)]
     complete = sum(2 + n_splits(part) for part in trees)
-    repeats = 1 if deterministic else n_draws or max(2, min(_MOST_DRAWS, budget // complete))
+    repeats = 1 if deterministic else n_draws or max(2, min(_MAX_DRAWS, budget // complete))
     solve = partial(solve_splits, tree=tree)
     every = partial(_plan_complete, tree, n_features, held, repeats)
     if repeats * complete <= budget:
         return Partition("exact Owen values", tree, every, solve, is_complete=True)
     if scheme == "splits":
-        draws = 1 if deterministic else n_draws or _DRAWS_OF_SPLITS
+        draws = 1 if deterministic else n_draws or _SPLIT_DRAWS
         grow = partial(_unfold, tree, n_features, budget, draws)
         return Partition("best-first splits", tree, every, solve, unfold=grow)
-    n_orders = _orders(budget, n_features, bool(held))
+    n_orders = _n_orders(budget, n_features, bool(held))
     plan = partial(_plan_orders, tree, n_features, held, n_orders)
     return Partition(
         "nested orders",
@@ -199,7 +199,7 @@ def partition(
         plan,
         solve_nested_orders,
         n_orders=n_orders,
-        has_budget=budget >= _rows(2, n_features, bool(held)),
+        has_budget=budget >= _n_rows(2, n_features, bool(held)),
     )
 
 
@@ -232,18 +232,18 @@ def nesting(
     generated = tuple(range(n_prompt, n_features))
     if hierarchy is None:
         return as_tree([tree_of_levels(n_prompt, levels), generated], n_features)
-    numbers = list(_numbers(hierarchy))
+    numbers = list(_flattened(hierarchy))
     if sorted(numbers) == list(range(n_prompt)):
         return as_tree([hierarchy, generated], n_features)
     n_listed = len(numbers) if beyond or len(numbers) == n_features + 1 else n_features
     return pruned(as_tree(hierarchy, n_listed), n_features)
 
 
-def _numbers(nested: object) -> Iterator[int]:
+def _flattened(nested: object) -> Iterator[int]:
     """All numbers in nested lists."""
     if isinstance(nested, list | tuple):
         for part in cast(Sequence[object], nested):
-            yield from _numbers(part)
+            yield from _flattened(part)
     elif isinstance(nested, int):
         yield nested
 
@@ -264,7 +264,7 @@ def _plan_complete(
     tree: Tree, n_features: int, held: Sequence[int], n_draws: int, _: torch.Generator
 ) -> Plan:
     columns = (-1, *held)
-    return _together(
+    return _concatenated(
         [plan_splits(tree, n_features, n_draws=n_draws, held=column) for column in columns]
     )
 
@@ -274,7 +274,7 @@ def _plan_orders(
 ) -> Plan:
     plans = [plan_nested_orders(tree, n_features, n_orders, generator=generator)]
     # As many orders again are shared by the columns that are held.
-    each = min(n_orders, max(_FEWEST_ORDERS_HELD, n_orders // max(len(held), 1)))
+    each = min(n_orders, max(_MIN_ORDERS_HELD, n_orders // max(len(held), 1)))
     plans += [
         plan_nested_orders(tree, n_features, each, generator=generator, held=column)
         for column in held
@@ -282,7 +282,7 @@ def _plan_orders(
     return join_plans(plans)
 
 
-def _together(plans: Sequence[Plan]) -> Plan:
+def _concatenated(plans: Sequence[Plan]) -> Plan:
     """Plans whose draws mean the same."""
     return Plan(torch.cat([p.masks for p in plans]), torch.cat([p.draws for p in plans]))
 
@@ -298,9 +298,9 @@ def _unfold(
     return unfold(score, tree, n_features, scope, n_evaluations=budget, n_draws=n_draws)
 
 
-def _orders(budget: int, n_features: int, with_held: bool) -> int:
+def _n_orders(budget: int, n_features: int, with_held: bool) -> int:
     """How many orders the budget allows: an even number, two at least."""
-    pair = _rows(2, n_features, with_held)
+    pair = _n_rows(2, n_features, with_held)
     if budget < pair:
         warnings.warn(
             f"{budget} evaluations are less than an order of {n_features} features and its "
@@ -310,8 +310,8 @@ def _orders(budget: int, n_features: int, with_held: bool) -> int:
         )
     # Errors are told by two pairs at least.
     least = 4 if budget >= evaluations_of_orders(4, n_features, with_held) else 2
-    return max(least, budget // _rows(1, n_features, with_held) // 2 * 2)
+    return max(least, budget // _n_rows(1, n_features, with_held) // 2 * 2)
 
 
-def _rows(n_orders: int, n_features: int, with_held: bool) -> int:
+def _n_rows(n_orders: int, n_features: int, with_held: bool) -> int:
     return n_orders * (n_features + 1) * (2 if with_held else 1)

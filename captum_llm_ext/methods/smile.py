@@ -10,8 +10,10 @@ from torch import Tensor, nn
 Distance = Callable[[str, str], float]
 Embedded = Callable[[str], Tensor]
 
-_STEPS = 200  # of Sinkhorn's iteration
-_SHARPNESS = 100.0  # largest cost over the entropy's weight: a plan is within a percent of the best
+_SINKHORN_STEPS = 200  # of Sinkhorn's iteration
+_INVERSE_TEMPERATURE = (
+    100.0  # largest cost over the entropy's weight: a plan is within a percent of the best
+)
 
 
 class Smile(PerturbationAttribution):
@@ -119,11 +121,11 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
     largest = float(cost.max())
     if largest < 1e-9:
         return 0.0
-    kernel = -cost * (_SHARPNESS / largest)
+    kernel = -cost * (_INVERSE_TEMPERATURE / largest)
     rows = torch.full((len(a),), 1 / len(a), dtype=cost.dtype, device="cpu")
     columns = torch.full((len(b),), 1 / len(b), dtype=cost.dtype, device="cpu")
     u, v = torch.zeros_like(rows), torch.zeros_like(columns)
-    for _ in range(_STEPS):
+    for _ in range(_SINKHORN_STEPS):
         u = rows.log() - (kernel + v).logsumexp(1)
         v = columns.log() - (kernel + u[:, None]).logsumexp(0)
     plan = (kernel + u[:, None] + v).exp()

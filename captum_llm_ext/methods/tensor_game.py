@@ -69,7 +69,7 @@ class TensorGame:
         self.features: list[int] = numbers.tolist()
         columns = places.split([m.numel() for m in masks])
         self._columns = [c.view(m.shape) for c, m in zip(columns, masks, strict=True)]
-        self._at_once = perturbations_per_eval
+        self._batch_size = perturbations_per_eval
         self._known: dict[bytes, Tensor] = {}
         first = self._run(torch.ones(1, len(self.features), dtype=torch.bool, device="cpu"))
         self._shape = first.shape if first.dim() else torch.Size([1])
@@ -103,8 +103,8 @@ class TensorGame:
         keys = [mask.numpy().tobytes() for mask in plan.masks]
         todo = {k: mask for k, mask in zip(keys, plan.masks, strict=True) if k not in self._known}
         waiting = list(todo)
-        for start in self._shown(range(0, len(waiting), self._at_once)):
-            batch = waiting[start : start + self._at_once]
+        for start in self._with_progress(range(0, len(waiting), self._batch_size)):
+            batch = waiting[start : start + self._batch_size]
             output = self._run(torch.stack([todo[key] for key in batch]))
             if output.numel() != len(batch) * self._shape.numel():
                 raise ValueError(
@@ -119,12 +119,12 @@ class TensorGame:
     def _at_elements(self, found: Tensor) -> Tensors:
         """The attributions ``(n_outputs, n_features)`` at every element of the inputs."""
         spread = tuple(
-            self._spread(found, columns).to(x.device, self._dtype)
+            self._scatter(found, columns).to(x.device, self._dtype)
             for columns, x in zip(self._columns, self._inputs, strict=True)
         )
         return spread if self._is_tuple else spread[0]
 
-    def _spread(self, found: Tensor, columns: Tensor) -> Tensor:
+    def _scatter(self, found: Tensor, columns: Tensor) -> Tensor:
         shape = (*self._shape, *columns.shape[1:])
         if len(columns) == 1:
             return found[:, columns.flatten()].reshape(shape)
@@ -154,7 +154,7 @@ class TensorGame:
         n_rows = len(self._inputs[0])
         if len(self._shape) and self._shape[0] == n_rows:
             return
-        if self._at_once > 1:
+        if self._batch_size > 1:
             raise ValueError(
                 f"the forward returns shape {tuple(self._shape)} for {n_rows} rows, not a value "
                 "for each: give `perturbations_per_eval=1`."
@@ -165,7 +165,7 @@ class TensorGame:
                 "for each: give a `feature_mask` of batch size 1."
             )
 
-    def _shown(self, batches: range) -> Any:
+    def _with_progress(self, batches: range) -> Any:
         if not self._show_progress:
             return batches
         from tqdm.auto import tqdm  # captum brings it

@@ -7,8 +7,8 @@ what others are given, between their saying that they want none of it and the en
 import time
 from typing import Any, cast
 
-_MOST = 200
-_NAP = 1e-3  # seconds
+_MAX_ATTEMPTS = 200
+_RETRY_SECONDS = 1e-3  # seconds
 
 
 def call(tokenizer: Any, text: str, **options: Any) -> Any:
@@ -17,7 +17,7 @@ def call(tokenizer: Any, text: str, **options: Any) -> Any:
     Raises:
         RuntimeError: If other threads do not leave it alone for long enough.
     """
-    for _ in range(_MOST):
+    for _ in range(_MAX_ATTEMPTS):
         try:
             found = tokenizer(text, **options)
         except RuntimeError as error:
@@ -26,7 +26,7 @@ def call(tokenizer: Any, text: str, **options: Any) -> Any:
         else:
             if all(_is_whole(one) for one in getattr(found, "encodings", None) or ()):
                 return found
-        time.sleep(_NAP)
+        time.sleep(_RETRY_SECONDS)
     raise RuntimeError(
         "the tokenizer cuts or pads texts that it was to encode whole: other threads ask it to "
         "(`truncation=`, `padding=`) all the time. Give each thread a tokenizer of its own, such "

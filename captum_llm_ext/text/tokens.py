@@ -17,18 +17,18 @@ import torch
 
 from captum_llm_ext.text import encoding
 
-_INCOMPLETE = "\ufffd"
+_REPLACEMENT_CHARACTER = "\ufffd"
 _BYTES = re.compile("(?:<0x[0-9A-Fa-f]{2}>)+")
 _SPACE = "\u2581"  # of SentencePiece, which some tokenizers show as it is
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a part of a character, whatever it is marked as
 # A UTF-8 character has at most four bytes; byte-level tokens may also split a mark off its base.
 _LONGEST_FRAGMENT = 8
-_WINDOW = 16
+_DECODE_WINDOW = 16
 # How many characters to the left decide how a text is tokenised in place.
 CONTEXT = 16
 # Where decoded text and the text itself differ (a normaliser, an unknown word), they are looked
 # for together again this many characters ahead, by as many equal ones.
-_AHEAD, _AGREE = 24, 3
+_RESYNC_WINDOW, _RESYNC_MATCH = 24, 3
 
 Offsets = list[tuple[int, int]]
 
@@ -196,15 +196,17 @@ def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> li
     for position, token in enumerate(ids):
         window.append(token)
         text = decode(tokenizer, window)
-        pending = pending + 1 if text.endswith(_INCOMPLETE) else 0
+        pending = pending + 1 if text.endswith(_REPLACEMENT_CHARACTER) else 0
         if 0 < pending < _LONGEST_FRAGMENT and position + 1 < len(ids):
             texts.append("")
             continue
         pending = 0
-        texts.append(text[_common(text, known) :])
+        texts.append(text[common_prefix_length(text, known) :])
         known = text
         # Some tokenizers show parts of a character as nothing: no window begins inside one.
-        if len(window) > _WINDOW and (texts[-1] or len(window) > _WINDOW + _LONGEST_FRAGMENT):
+        if len(window) > _DECODE_WINDOW and (
+            texts[-1] or len(window) > _DECODE_WINDOW + _LONGEST_FRAGMENT
+        ):
             window = window[-1:]
             known = decode(tokenizer, window)
     return texts
@@ -235,9 +237,9 @@ def labels(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> li
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of `ids`, special tokens shown, white space as it stands."""
     text = _decoded(tokenizer, ids)
-    if (_SPACE in text or "<0x" in text) and _spells_pieces(tokenizer):
+    if (_SPACE in text or "<0x" in text) and _decodes_to_piece_names(tokenizer):
         # Bytes that are no whole characters are shown as other tokenizers show them.
-        spelled = _BYTES.sub(lambda found: _of_bytes(found.group()), text)
+        spelled = _BYTES.sub(lambda found: _text_of_byte_names(found.group()), text)
         return spelled.replace(_SPACE, " ")
     return text
 
@@ -249,7 +251,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return cast(str, tokenizer.decode(tensor))
 
 
-def _spells_pieces(tokenizer: Any) -> bool:
+def _decodes_to_piece_names(tokenizer: Any) -> bool:
     """Whether text is decoded to the names of SentencePiece's tokens, as mistral-common does it."""
     try:
         return _SPACE in _decoded(tokenizer, tokenizer.encode("a a"))
@@ -257,7 +259,7 @@ def _spells_pieces(tokenizer: Any) -> bool:
         return False
 
 
-def _of_bytes(names: str) -> str:
+def _text_of_byte_names(names: str) -> str:
     return bytes.fromhex(names.replace("<0x", "").replace(">", "")).decode(errors="replace")
 
 
@@ -286,11 +288,12 @@ def start_id(tokenizer: Any) -> int | None:
     return None
 
 
-def _common(one: str, other: str) -> int:
-    """Length of the beginning that two texts share."""
-    if one.startswith(other):
+def common_prefix_length(one: str, other: str) -> int:
+    """Number of characters that two texts begin with alike."""
+    if one.startswith(other):  # the usual case of texts decoded token by token
         return len(other)
-    return next(i for i, (a, b) in enumerate(zip(one + "\0", other + "\1", strict=False)) if a != b)
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _printable(text: str) -> str:
@@ -333,10 +336,10 @@ def _find_offsets(tokenizer: Any, text: str, ids: Sequence[int]) -> Offsets:
     texts = pieces(tokenizer, ids)
     unknown = getattr(tokenizer, "unk_token_id", None)
     shown = ["" if token == unknown else piece for token, piece in zip(ids, texts, strict=True)]
-    wanted = [(c, i) for i, piece in enumerate(shown) for char in piece for c in _folded(char)]
-    given = [(c, place) for place, char in enumerate(text) for c in _folded(char)]
+    wanted = [(c, i) for i, piece in enumerate(shown) for char in piece for c in _case_folded(char)]
+    given = [(c, place) for place, char in enumerate(text) for c in _case_folded(char)]
     offsets: list[tuple[int, int] | None] = [None] * len(ids)
-    for i, j in _matches([c for c, _ in wanted], [c for c, _ in given]):
+    for i, j in _aligned_pairs([c for c, _ in wanted], [c for c, _ in given]):
         token, place = wanted[i][1], given[j][1]
         start, _ = offsets[token] or (place, place)
         offsets[token] = (start, place + 1)
@@ -344,10 +347,12 @@ def _find_offsets(tokenizer: Any, text: str, ids: Sequence[int]) -> Offsets:
     for i in range(len(ids) - 2, -1, -1):
         if offsets[i] is None and not texts[i]:
             offsets[i] = offsets[i + 1]
-    return _filled(text, offsets, shown)
+    return _with_gaps_filled(text, offsets, shown)
 
 
-def _filled(text: str, offsets: Sequence[tuple[int, int] | None], shown: Sequence[str]) -> Offsets:
+def _with_gaps_filled(
+    text: str, offsets: Sequence[tuple[int, int] | None], shown: Sequence[str]
+) -> Offsets:
     """The same with what was not found where it must be."""
     after = [len(text)] * (len(offsets) + 1)
     for i in range(len(offsets) - 1, -1, -1):
@@ -379,7 +384,7 @@ def _filled(text: str, offsets: Sequence[tuple[int, int] | None], shown: Sequenc
     return found
 
 
-def _matches(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple[int, int]]:
+def _aligned_pairs(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Pairs of places at which two texts agree, in order, by the nearest way past differences."""
     i = j = 0
     while i < len(one) and j < len(other):
@@ -387,23 +392,23 @@ def _matches(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple[int, in
             yield i, j
             i, j = i + 1, j + 1
             continue
-        ahead = _past(one[i : i + 2 * _AHEAD], other[j : j + 2 * _AHEAD])
+        ahead = _resync(one[i : i + 2 * _RESYNC_WINDOW], other[j : j + 2 * _RESYNC_WINDOW])
         i, j = i + ahead[0], j + ahead[1]
 
 
-def _past(one: Sequence[str], other: Sequence[str]) -> tuple[int, int]:
+def _resync(one: Sequence[str], other: Sequence[str]) -> tuple[int, int]:
     """How far two texts that differ are from agreeing again; one character each if nowhere near."""
-    for total in range(1, 2 * _AHEAD):
-        for a in range(max(0, total - _AHEAD), min(total, _AHEAD) + 1):
+    for total in range(1, 2 * _RESYNC_WINDOW):
+        for a in range(max(0, total - _RESYNC_WINDOW), min(total, _RESYNC_WINDOW) + 1):
             b = total - a
-            n = min(_AGREE, len(one) - a, len(other) - b)
+            n = min(_RESYNC_MATCH, len(one) - a, len(other) - b)
             if n > 0 and one[a : a + n] == other[b : b + n]:
                 return a, b
     return 1, 1
 
 
 @functools.lru_cache(maxsize=4096)
-def _folded(char: str) -> str:
+def _case_folded(char: str) -> str:
     """A character without case, accents and other forms; nothing for white space."""
     if char == _SPACE:
         return ""

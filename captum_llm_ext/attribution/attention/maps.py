@@ -19,16 +19,16 @@ from captum_llm_ext.model.exclusive import exclusive_use, in_this_thread_only
 Contributions = Literal["weights", "values", "alti"]
 Heads = Literal["mean", "max"] | int
 
-_NAME = "captum_llm_ext_maps"
-_KNOWN = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
-_MOST_PARTS = 2**24  # numbers of the parts that exist at once
+_ATTENTION_NAME = "captum_llm_ext_maps"
+_SUPPORTED_ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+_MAX_PART_NUMBERS = 2**24  # numbers of the parts that exist at once
 # By how much a row of weights may miss 1: what their rounding adds up to.
-_SUMS = {torch.float64: 1e-6, torch.float32: 1e-4}
-_SUMS_HALF = 0.01
+_ROW_SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_ROW_SUM_TOLERANCE_HALF = 0.01
 # How far parts may be from what they are parts of, relative to it.
-_PARTS = {torch.float64: 1e-8, torch.float32: 1e-4}
-_PARTS_HALF = 0.05
-_LEAST_FACTOR = 0.01  # by which a layer multiplies its attention
+_DECOMPOSITION_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+_DECOMPOSITION_TOLERANCE_HALF = 0.05
+_MIN_FACTOR = 0.01  # by which a layer multiplies its attention
 
 
 def each_map(
@@ -86,7 +86,7 @@ def _each(
             f"{type(model).__name__} does not tell its layers (or is compiled), and attention "
             "cannot be read from it: use a method of gradients, or `GenerationAttribution`."
         )
-    watch = _Watch(model, layers, read, take)
+    watch = _LayerHooks(model, layers, read, take)
     arguments = {**_compat.uncached(model)}
     kept = _compat.kept_logits(model)
     at = torch.tensor([[ids.shape[1] - 1]], dtype=torch.int64, device=ids.device)
@@ -94,7 +94,9 @@ def _each(
     with exclusive_use(model), ExitStack() as stack:
         try:
             attend, mask = watch.attend, _compat.additive_mask
-            stack.enter_context(_compat.attention_of(model, _NAME, attend, mask, _KNOWN))
+            stack.enter_context(
+                _compat.attention_of(model, _ATTENTION_NAME, attend, mask, _SUPPORTED_ATTENTION)
+            )
             stack.enter_context(watch.watched())
             _compat.called(model, ids, **arguments)
         except NotImplementedError as error:
@@ -110,7 +112,7 @@ def _each(
         )
 
 
-class _Watch:
+class _LayerHooks:
     """What is seen of the layers in a pass."""
 
     def __init__(
@@ -144,7 +146,7 @@ class _Watch:
             raise NotImplementedError(f"{name} has no plain attention function")
         found, weights = plain(module, query, key, value, attention_mask, **others)
         weights = cast(Tensor, weights)[0]
-        most = _SUMS.get(weights.dtype, _SUMS_HALF)
+        most = _ROW_SUM_TOLERANCE.get(weights.dtype, _ROW_SUM_TOLERANCE_HALF)
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         if not bool(((weights.sum(-1) - 1).abs() < most).all()):
             raise NotImplementedError(f"the weights of {name} do not sum to 1 (attention sinks)")
@@ -248,12 +250,12 @@ class _Layer:
         """
         scale, summed = self._added(after)
         if kind == "weights":
-            found = _reduced(self._weights, heads, self._name)
+            found = _reduce_heads(self._weights, heads, self._name)
             return found / found.sum(-1, keepdim=True)
         length, size = self._before.shape
         per_head, constant = self._per_head()
         found = self._before.new_zeros(length, length, dtype=per_head.dtype)
-        rows = max(1, _MOST_PARTS // (length * size))
+        rows = max(1, _MAX_PART_NUMBERS // (length * size))
         for start in range(0, length, rows):
             here = slice(start, min(start + rows, length))
             # No place sees those after it.
@@ -329,17 +331,15 @@ class _Layer:
                 continue
             change = whole - self._before
             factor = float((change * added).sum() / added.square().sum())
-            if (
-                abs(factor) < _LEAST_FACTOR
-            ):  # what stands beside attention is given what it is given
+            if abs(factor) < _MIN_FACTOR:  # what stands beside attention is given what it is given
                 continue
             rounding = torch.finfo(change.dtype).eps * float(self._before.norm())
-            if _near(change, factor * added, beyond=8 * rounding):
+            if _is_close(change, factor * added, beyond=8 * rounding):
                 return self._wide(scale * factor), self._wide(factor * added)
         raise NotImplementedError(f"{self._name} does not add its attention to what it was given")
 
     def _check(self, whole: Tensor, expected: Tensor) -> None:
-        if not _near(whole, expected, self._before.dtype):
+        if not _is_close(whole, expected, self._before.dtype):
             raise NotImplementedError(
                 f"the parts of what {self._name} attends to do not sum to what it adds (those of "
                 "quantised weights do not)"
@@ -350,14 +350,14 @@ class _Layer:
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _near(
+def _is_close(
     found: Tensor, expected: Tensor, dtype: torch.dtype | None = None, beyond: float = 0.0
 ) -> bool:
-    tolerance = _PARTS.get(dtype or expected.dtype, _PARTS_HALF)
+    tolerance = _DECOMPOSITION_TOLERANCE.get(dtype or expected.dtype, _DECOMPOSITION_TOLERANCE_HALF)
     return float((found - expected).norm()) <= tolerance * float(expected.norm()) + beyond
 
 
-def _reduced(weights: Tensor, heads: Heads, name: str) -> Tensor:
+def _reduce_heads(weights: Tensor, heads: Heads, name: str) -> Tensor:
     """Weights ``(heads, length, length)`` as one map."""
     if heads == "mean":
         return weights.mean(0)

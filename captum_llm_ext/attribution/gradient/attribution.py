@@ -17,7 +17,7 @@ from captum_llm_ext.attribution.gradient.arguments import (
     present_features,
 )
 from captum_llm_ext.attribution.gradient.path_groups import Absent
-from captum_llm_ext.attribution.gradient.paths import Paths, Rest
+from captum_llm_ext.attribution.gradient.paths import LinearRemainder, Paths
 from captum_llm_ext.attribution.model_access import ModelAccess
 from captum_llm_ext.attribution.target import (
     Skipped,
@@ -44,7 +44,7 @@ _N_DRAWS = 8
 # Of what is explained: that much is missing where a quadrature has too few points.
 _WIDE_GAP = 0.1
 # Of the value: less is rounding in float32.
-_BENT, _ROUNDED = 1e-3, 1e-3
+_NONLINEARITY_LIMIT, _ROUNDING_LIMIT = 1e-3, 1e-3
 
 
 class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
@@ -310,7 +310,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             n_evaluations=paths.n_rows,
             like=self._numbers(),
             foils=foils,
-            provenance=provenance | _of_linear(paths.rests, found.full_values),
+            provenance=provenance | _linear_system_provenance(paths.remainders, found.full_values),
         )
 
     def _layer(self) -> torch.nn.Module | None:
@@ -355,24 +355,26 @@ def _absence(points: Points, absent: Absent) -> str:
     return "zero activation" if points.from_zero else absent
 
 
-def _of_linear(rests: Mapping[int, Rest], values: Tensor) -> dict[str, Any]:
+def _linear_system_provenance(
+    remainders: Mapping[int, LinearRemainder], values: Tensor
+) -> dict[str, Any]:
     """What a linear system says beside its attributions, for provenance.
 
     Warns:
         UserWarning: If these are not the whole value.
     """
-    if not rests:
+    if not remainders:
         return {}
-    each = [rests[t] for t in range(len(values))]
+    each = [remainders[t] for t in range(len(values))]
     defect, bend = max(rest.defect for rest in each), max(abs(rest.bend) for rest in each)
-    if bend > _BENT * float(values.abs().max()):
+    if bend > _NONLINEARITY_LIMIT * float(values.abs().max()):
         warnings.warn(
             f"attributions of a linear system sum to a logit or a difference of some, not to this "
             f"value, from which they are up to {bend:.2g} apart (see `efficiency_gap`): give "
             '`attr_target="logit"` for a sum that is exact.',
             stacklevel=3,
         )
-    if defect > _ROUNDED:
+    if defect > _ROUNDING_LIMIT:
         warnings.warn(
             f"in this precision the sum of all shares misses the value by up to {defect:.1g} of "
             "it: load the model in float32 for a sum that is exact.",

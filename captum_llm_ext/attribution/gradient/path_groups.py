@@ -56,7 +56,7 @@ def path_groups(generated: GeneratedText, *, n_before: int, apart: Apart) -> lis
         else:
             blocks = _blocks(members, n_before) if apart == "cheapest" else [members]
         found += [PathGroup(tuple(block), frozenset(held)) for block in blocks]
-    return sorted(found, key=lambda scene: -scene.n_read)
+    return sorted(found, key=lambda group: -group.n_read)
 
 
 def _blocks(targets: list[int], n_before: int) -> list[list[int]]:
@@ -188,11 +188,11 @@ def _fitted(vectors: Tensor, place: Place, length: int) -> Tensor:
     return vectors.to(wide).mean(0).to(vectors.dtype).expand(read, -1)
 
 
-def held_positions(scene: PathGroup, features: Features, kept: Tensor, length: int) -> Tensor:
+def held_positions(group: PathGroup, features: Features, kept: Tensor, length: int) -> Tensor:
     """Which places of the row stand all along, bool ``(n, length)``.
 
     Args:
-        scene: The path.
+        group: The path's target tokens.
         features: Of the row.
         kept: Bool ``(n, n_prompt)``: features of the prompt that the user holds.
         length: Of the row.
@@ -203,5 +203,5 @@ def held_positions(scene: PathGroup, features: Features, kept: Tensor, length: i
         len(kept), features.n_features - features.n_prompt, dtype=torch.bool, device="cpu"
     )
     held = torch.cat([kept, output, every], dim=1)[:, owners]
-    held[:, [p for place in scene.held if (p := features.start + place) < length]] = True
+    held[:, [p for place in group.held if (p := features.start + place) < length]] = True
     return held

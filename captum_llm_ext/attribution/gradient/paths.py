@@ -37,7 +37,7 @@ from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.inputs import Context, GeneratedText
 
 
-class Rest(NamedTuple):
+class LinearRemainder(NamedTuple):
     """What a value of a linear system is made of beside attributions.
 
     Attributes:
@@ -111,7 +111,7 @@ class Paths:
         self._layers: Layers | None = None
         self.found: Findings | None = None
         self.n_rows = 0
-        self.rests: dict[int, Rest] = {}
+        self.remainders: dict[int, LinearRemainder] = {}
         self.on_total: Callable[[int], None] | None = None
         self.on_rows: Callable[[int], None] | None = None
 
@@ -159,7 +159,7 @@ class Paths:
             ids = ids.to(_compat.input_device(self._model))
             at = torch.arange(start - 1, start - 1 + len(target), device="cpu")
             whole = Row(ids, at, target, foils)
-            found = self._look(whole)
+            found = self._probe(whole)
             last = whole.of([len(target) - 1], ids.shape[1])
             self._find_layers(last if found.last_only else whole)
         # Baselines may ask a model, perhaps another one: none is held meanwhile.
@@ -177,7 +177,7 @@ class Paths:
     def _summed(
         self, generated: GeneratedText, whole: Row, own: Features, is_joint: bool
     ) -> Solution:
-        """The attributions of all scenes."""
+        """The attributions of all path groups."""
         at, target, start = whole.at, whole.target, own.start
         n_values = 1 if is_joint else len(target)
         attributions = torch.zeros(n_values, own.n_features, dtype=torch.float64, device="cpu")
@@ -193,19 +193,19 @@ class Paths:
                 'probability to differentiate. Use `attr_target="log_prob"`.'
             )
         apart: Apart = "always" if step_by_step else "cheapest"
-        found_scenes = path_groups(generated, n_before=start, apart="never" if is_joint else apart)
+        all_groups = path_groups(generated, n_before=start, apart="never" if is_joint else apart)
         if self.on_total is not None:
-            n_ends = 0 if self.points.is_local else self._n_ends
-            self.on_total(len(found_scenes) * (1 + n_ends + len(self.points.alphas)))
-        for scene in found_scenes:
-            places = list(scene.targets)
-            length = start + scene.n_read
+            n_ends = 0 if self.points.is_local else self._n_baselines
+            self.on_total(len(all_groups) * (1 + n_ends + len(self.points.alphas)))
+        for group in all_groups:
+            places = list(group.targets)
+            length = start + group.n_read
             row = whole.of(places, length)
             if callable(self._attr_target) and not (is_joint or step_by_step):
-                row = replace(whole, chosen=scene.targets)  # it is told of all of them
+                row = replace(whole, chosen=group.targets)  # it is told of all of them
             rows = [0] if is_joint else places
-            explain = self._at_present if self.points.is_local else self._along
-            found = explain(scene, row, own, is_joint)
+            explain = self._local_attributions if self.points.is_local else self._path_attributions
+            found = explain(group, row, own, is_joint)
             attributions[rows], errors[rows] = found.attributions, found.standard_errors
             full[rows], empty[rows] = found.full_values, found.empty_values
         # What holds the token or comes after it is no cause: what models give it is rounding.
@@ -218,7 +218,7 @@ class Paths:
             attributions.masked_fill(later, 0.0), errors.masked_fill(later, 0.0), full, empty
         )
 
-    def _look(self, whole: Row) -> Findings:
+    def _probe(self, whole: Row) -> Findings:
         """What the model does, which decides how it is asked."""
         row = TokenRow(tuple(whole.ids[0].tolist()), whole.at.tolist())
         with torch.no_grad():
@@ -230,11 +230,13 @@ class Paths:
         self.found = found
         return found
 
-    def _along(self, scene: PathGroup, row: Row, own: Features, is_joint: bool) -> Solution:
+    def _path_attributions(
+        self, group: PathGroup, row: Row, own: Features, is_joint: bool
+    ) -> Solution:
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
-        begin, free = self._beginning(scene, row, own, present)
+        begin, free = self._baseline_activations(group, row, own, present)
         slopes = TargetGradients(
             self._reader,
             layers,
@@ -247,10 +249,10 @@ class Paths:
         )
 
         def between(rows: slice) -> tuple[list[Tensor], list[Tensor]]:
-            return self._between(present, begin(rows), free, rows)
+            return self._interpolated(present, begin(rows), free, rows)
 
         full = slopes.values(1, lambda _: (present, []))[0]
-        empty = slopes.values(self._n_ends, lambda rows: (begin(rows), [])).mean(0)
+        empty = slopes.values(self._n_baselines, lambda rows: (begin(rows), [])).mean(0)
         owners = own.owners(row.length)
         each: list[Tensor] = []
         total = torch.zeros(slopes.n_values, own.n_features, dtype=torch.float64, device="cpu")
@@ -263,7 +265,9 @@ class Paths:
         self.n_rows += slopes.n_rows
         return Solution(total, self._errors(each, total), full, empty)
 
-    def _at_present(self, scene: PathGroup, row: Row, own: Features, is_joint: bool) -> Solution:
+    def _local_attributions(
+        self, group: PathGroup, row: Row, own: Features, is_joint: bool
+    ) -> Solution:
         """Attributions that know of nothing but the text as it is."""
         points, layers = self.points, self._layers
         assert layers is not None
@@ -284,7 +288,7 @@ class Paths:
         ((_, products),) = slopes.products(1, lambda _: (present, present))
         self.n_rows += slopes.n_rows
         owners = own.owners(row.length)
-        owners[held_positions(scene, own, self._kept, row.length)[0]] = own.n_features
+        owners[held_positions(group, own, self._kept, row.length)[0]] = own.n_features
         summed = torch.zeros(len(full), own.n_features + 1, dtype=torch.float64, device="cpu")
         summed.index_add_(1, owners, products[0])
         empty = torch.full_like(full, torch.nan)
@@ -294,12 +298,14 @@ class Paths:
         else:
             full, empty = slopes.linear.values, slopes.linear.constants + summed[:, -1]
             is_fixed = owners == own.n_features
-            self._note(scene, row, slopes.linear, products[0], is_fixed, is_joint=is_joint)
+            self._keep_remainder(
+                group, row, slopes.linear, products[0], is_fixed, is_joint=is_joint
+            )
         return Solution(summed[:, :-1], torch.zeros_like(summed[:, :-1]), full, empty)
 
-    def _note(
+    def _keep_remainder(
         self,
-        scene: PathGroup,
+        group: PathGroup,
         row: Row,
         linear: Linear,
         shares: Tensor,
@@ -324,8 +330,8 @@ class Paths:
             return
         fixed = shares[:, is_fixed]
         whole = shares.abs().sum(1).clamp(min=torch.finfo(shares.dtype).tiny)
-        for i, target in enumerate(scene.targets):
-            self.rests[target] = Rest(
+        for i, target in enumerate(group.targets):
+            self.remainders[target] = LinearRemainder(
                 float(fixed[i].sum()),
                 float(fixed[i].abs().sum() / whole[i]),
                 float(linear.constants[i]),
@@ -342,12 +348,12 @@ class Paths:
         unknown = n_samples == 1 or self.n_draws > 1
         return torch.full_like(total, torch.nan if unknown else 0.0)
 
-    def _between(
+    def _interpolated(
         self, present: list[Tensor], absent: list[Tensor], free: Tensor, rows: slice
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Activations at some points, and how they change along the path there."""
         points = self.points
-        free = _some(free, rows)[..., None]
+        free = _select_rows(free, rows)[..., None]
         activations: list[Tensor] = []
         changes: list[Tensor] = []
         for number, (end, begin) in enumerate(zip(present, absent, strict=True)):
@@ -375,13 +381,13 @@ class Paths:
         return torch.stack(each).to(end.device)
 
     @property
-    def _n_ends(self) -> int:
+    def _n_baselines(self) -> int:
         """Beginnings of the path: one, unless each sampled point has its own."""
         is_one = self.n_draws == 1 and len(self._kept) == 1
         return len(self.points.alphas) if self.points.is_sampled and not is_one else 1
 
-    def _beginning(
-        self, scene: PathGroup, row: Row, own: Features, present: list[Tensor]
+    def _baseline_activations(
+        self, group: PathGroup, row: Row, own: Features, present: list[Tensor]
     ) -> tuple[Callable[[slice], list[Tensor]], Tensor]:
         """Activations of some points where features are absent, ``(1 or n, length, size)`` each.
 
@@ -390,7 +396,7 @@ class Paths:
         layers, embeddings = self._layers, self._embeddings
         assert layers is not None
         assert embeddings is not None
-        free = ~held_positions(scene, own, self._drawn_kept(), row.length)
+        free = ~held_positions(group, own, self._drawn_kept(), row.length)
         free &= own.owners(row.length) < own.n_features
         if self.points.from_zero:
             zero = [a * ~free[..., None].to(a.device) for a in present]
@@ -398,7 +404,7 @@ class Paths:
         embedded = present if layers is embeddings else self._read(embeddings, row)
 
         def found(rows: slice) -> list[Tensor]:
-            mask, some = _some(free, rows)[..., None], own
+            mask, some = _select_rows(free, rows)[..., None], own
             if self.points.is_sampled and len(own.draws) > 1:
                 some = replace(own, draws=own.draws[rows])
             absent: list[Tensor] = []
@@ -408,10 +414,10 @@ class Paths:
                     wide = torch.promote_types(given.dtype, torch.float32)
                     given = given.to(wide).mean(0, keepdim=True).to(given.dtype)
                 absent.append(torch.where(mask.to(vectors.device), given, vectors))
-            return absent if layers is embeddings else self._carried(absent, row)
+            return absent if layers is embeddings else self._layer_activations(absent, row)
 
         free_there = free if layers is embeddings else torch.ones_like(free)
-        if self._n_ends > 1:  # made for every pass anew: all of them may not fit
+        if self._n_baselines > 1:  # made for every pass anew: all of them may not fit
             return found, free_there
         once = found(slice(0, 1))
         return lambda _: once, free_there
@@ -430,7 +436,7 @@ class Paths:
             self._reader.logits(row.ids, row.at)
         return activations
 
-    def _carried(self, embedded: list[Tensor], row: Row) -> list[Tensor]:
+    def _layer_activations(self, embedded: list[Tensor], row: Row) -> list[Tensor]:
         """Activations of the layer where the embeddings are these."""
         layers, embeddings = self._layers, self._embeddings
         assert layers is not None
@@ -503,15 +509,15 @@ class Paths:
             logits = self._reader.logits(row.ids, row.at)
         with embeddings.replaced(vectors):
             others = self._reader.logits(row.ids.roll(1, 1), row.at)
-        return _agree(logits, others)
+        return _are_close(logits, others)
 
 
-def _some(tensor: Tensor, rows: slice) -> Tensor:
+def _select_rows(tensor: Tensor, rows: slice) -> Tensor:
     """Some rows of a tensor, or the only one that it has."""
     return tensor if len(tensor) == 1 else tensor[rows]
 
 
-def _agree(logits: Tensor, others: Tensor) -> bool:
+def _are_close(logits: Tensor, others: Tensor) -> bool:
     """Whether logits differ by no more than rounding."""
     apart = (logits.double().log_softmax(-1) - others.double().log_softmax(-1)).abs()
     return bool((apart <= rounding(logits.dtype)).all())

@@ -15,16 +15,16 @@ from captum_llm_ext.evaluation.faithfulness.report import FaithfulnessReport
 from captum_llm_ext.evaluation.faithfulness.scores import (
     Kind,
     Metric,
-    Paths,
     PerturbationCurve,
+    PerturbationPaths,
     RandomCoalitions,
 )
 
-_USUAL_K = (1, 3, 5)
+_DEFAULT_K = (1, 3, 5)
 
 
 @dataclass(frozen=True)
-class Questions:
+class MetricSettings:
     """What is asked of a game.
 
     Attributes:
@@ -67,7 +67,7 @@ class Questions:
             ValueError: If one of them is no number from 1 to n.
         """
         if self.k is None:
-            return [k for k in _USUAL_K if k <= n]
+            return [k for k in _DEFAULT_K if k <= n]
         wanted = [self.k] if isinstance(self.k, int) else list(self.k)
         for k in wanted:
             if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
@@ -78,7 +78,7 @@ class Questions:
 def measure(
     attributions: Mapping[str, Tensor],
     game: Game,
-    questions: Questions,
+    settings: MetricSettings,
     *,
     features: list[str],
     unit: str | None,
@@ -96,23 +96,25 @@ def measure(
         target: What is explained.
         absence: What stands where a feature is absent.
     """
-    generator = torch.Generator().manual_seed(questions.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     n = len(next(iter(attributions.values())))
-    k = questions.sizes(n)
-    paths = Paths(
+    k = settings.sizes(n)
+    paths = PerturbationPaths(
         attributions,
         k=k,
-        max_steps=questions.max_steps,
-        n_orders=questions.n_orders,
+        max_steps=settings.max_steps,
+        n_orders=settings.n_orders,
         generator=generator,
     )
-    coalitions = RandomCoalitions(n, questions.n_coalitions, questions.share, generator)
+    coalitions = RandomCoalitions(n, settings.n_coalitions, settings.share, generator)
     masks = torch.cat([paths.masks, coalitions.masks])
-    answers = evaluate_coalitions(game, masks)
+    coalition_values = evaluate_coalitions(game, masks)
     n_along = len(paths.masks)
-    curves = paths.read(answers[:n_along], unit, "strongest")
-    scores = coalitions.read(answers[n_along:], attributions)
-    metrics = {name: _told(curves[name], k) | {"lds": scores[name]} for name in attributions}
+    curves = paths.read(coalition_values[:n_along], unit, "strongest")
+    scores = coalitions.read(coalition_values[n_along:], attributions)
+    metrics = {
+        name: _curve_metrics(curves[name], k) | {"lds": scores[name]} for name in attributions
+    }
     path = next(iter(curves.values()))["insertion"].values
     return FaithfulnessReport(
         names=list(attributions),
@@ -126,11 +128,11 @@ def measure(
         curves=curves,
         n_draws=getattr(game, "n_draws", 1),
         n_coalitions=len(masks.unique(dim=0)),
-        seed=questions.seed,
+        seed=settings.seed,
     )
 
 
-def _told(curves: Mapping[Kind, PerturbationCurve], k: Sequence[int]) -> dict[str, Metric]:
+def _curve_metrics(curves: Mapping[Kind, PerturbationCurve], k: Sequence[int]) -> dict[str, Metric]:
     added, removed = curves["insertion"], curves["removal"]
     found = [
         added.area,
@@ -184,7 +186,7 @@ def measure_attributions(
             "`attributions` must be a mapping from names to numbers, such as "
             "`{'mine': attributions}`, and hold at least one."
         )
-    questions = Questions(k, n_orders, n_coalitions, max_steps=max_steps, seed=seed)
+    settings = MetricSettings(k, n_orders, n_coalitions, max_steps=max_steps, seed=seed)
     numbers = {
         name: as_attributions(f"attributions[{name!r}]", given, game)
         for name, given in attributions.items()
@@ -194,7 +196,7 @@ def measure_attributions(
         if len(attr) != n:
             raise ValueError(f"{name!r} has {len(attr)} numbers, another has {n}: give one each.")
     names = getattr(game, "player_names", None) or [f"player {i}" for i in range(n)]
-    return measure(numbers, game, questions, features=list(names), unit=unit)
+    return measure(numbers, game, settings, features=list(names), unit=unit)
 
 
 # One metric at a time ----------------------------------------------------------------------------
@@ -237,8 +239,8 @@ def perturbation_curve(
         raise ValueError(f"`kind` is {kind!r}: give 'removal' or 'insertion'.")
     if first not in ("strongest", "weakest"):
         raise ValueError(f"`first` is {first!r}: give 'strongest' or 'weakest'.")
-    questions = Questions(max_steps=max_steps, n_orders=n_orders, seed=seed)
-    return _curves(attributions, game, questions, (), first)[kind]
+    settings = MetricSettings(max_steps=max_steps, n_orders=n_orders, seed=seed)
+    return _curves(attributions, game, settings, (), first)[kind]
 
 
 def comprehensiveness(
@@ -305,8 +307,8 @@ def linear_datamodeling_score(
         ValueError: As `perturbation_curve`.
     """
     attr = {"": as_attributions("attributions", attributions, game)}
-    questions = Questions(n_coalitions=n_coalitions, share=share, seed=seed)
-    generator = torch.Generator().manual_seed(questions.seed)
+    settings = MetricSettings(n_coalitions=n_coalitions, share=share, seed=seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     coalitions = RandomCoalitions(len(attr[""]), n_coalitions, share, generator)
     return coalitions.read(evaluate_coalitions(game, coalitions.masks), attr)[""]
 
@@ -331,25 +333,25 @@ def as_attributions(name: str, attributions: Any, game: Game) -> Tensor:
 
 
 def _lost(attributions: Any, game: Game, kind: Kind, k: int, n_orders: int, seed: int) -> Metric:
-    questions = Questions(k, max_steps=1, n_orders=n_orders, seed=seed)
+    settings = MetricSettings(k, max_steps=1, n_orders=n_orders, seed=seed)
     attr = as_attributions("attributions", attributions, game)
-    curves = _curves(attr, game, questions, questions.sizes(len(attr)), "strongest")
+    curves = _curves(attr, game, settings, settings.sizes(len(attr)), "strongest")
     return curves[kind].lost_at(k)
 
 
 def _curves(
     attributions: Any,
     game: Game,
-    questions: Questions,
+    settings: MetricSettings,
     k: Sequence[int],
     first: Literal["strongest", "weakest"],
 ) -> dict[Kind, PerturbationCurve]:
     attr = {"": as_attributions("attributions", attributions, game)}
-    paths = Paths(
+    paths = PerturbationPaths(
         attr,
         k=k,
-        max_steps=questions.max_steps,
-        n_orders=questions.n_orders,
-        generator=torch.Generator().manual_seed(questions.seed),
+        max_steps=settings.max_steps,
+        n_orders=settings.n_orders,
+        generator=torch.Generator().manual_seed(settings.seed),
     )
     return paths.read(evaluate_coalitions(game, paths.masks), None, first)[""]

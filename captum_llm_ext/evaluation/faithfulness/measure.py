@@ -15,7 +15,11 @@ from captum_llm_ext.evaluation.faithfulness.compatibility import (
     check_fit,
     span_of,
 )
-from captum_llm_ext.evaluation.faithfulness.game_metrics import Questions, as_attributions, measure
+from captum_llm_ext.evaluation.faithfulness.game_metrics import (
+    MetricSettings,
+    as_attributions,
+    measure,
+)
 from captum_llm_ext.evaluation.faithfulness.report import FaithfulnessReport
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.causes import unit_of
@@ -108,7 +112,7 @@ def measure_faithfulness(
             "does not matter here."
         )
     named = by_name(results)
-    questions = Questions(k, n_orders, n_coalitions, max_steps=max_steps, seed=seed)
+    settings = MetricSettings(k, n_orders, n_coalitions, max_steps=max_steps, seed=seed)
     if token is None and (output_baselines is not None or output_unit != "token"):
         raise ValueError(
             "`output_unit` and `output_baselines` have no meaning for the whole target, whose "
@@ -148,7 +152,7 @@ def measure_faithfulness(
     return measure(
         attributions,
         game,
-        questions,
+        settings,
         features=list(game.player_names),
         unit=unit_of(first),
         target=_target(first, span),

@@ -14,9 +14,9 @@ from captum_llm_ext.evaluation.faithfulness.estimate import Estimate, average
 Kind = Literal["removal", "insertion"]
 # Full minus empty, relative to the larger of them, below which it is rounding of float32.
 _ROUNDING = 1e-6
-_SURE = 1.96  # standard errors
-_SHUFFLES = 100  # they cost no coalition
-_MOST_AT_ONCE = 2**22  # numbers of a jackknife over coalitions
+_Z_95 = 1.96  # standard errors
+_N_SHUFFLES = 100  # they cost no coalition
+_MAX_JACKKNIFE_NUMBERS = 2**22  # numbers of a jackknife over coalitions
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class PerturbationCurve:
         span = self.values.map(lambda path: self._full(path) - self._empty(path))
         least = _ROUNDING * float(self.values.value[[0, -1]].abs().max())
         error = float(span.standard_error.nan_to_num())
-        has_meaning = float(span) > max(least, _SURE * error)
+        has_meaning = float(span) > max(least, _Z_95 * error)
 
         def share(path: Tensor) -> Tensor:
             if not has_meaning:
@@ -147,7 +147,7 @@ class PerturbationCurve:
 # Curves ------------------------------------------------------------------------------------------
 
 
-class Paths:
+class PerturbationPaths:
     """Coalitions along the order of each attribution, and along random orders.
 
     What is left when the weakest have been removed is what is there when the strongest have been
@@ -186,7 +186,7 @@ class Paths:
         self.masks = torch.cat([self._along(order) for order in orders])
 
     def read(
-        self, answers: Estimate, unit: str | None, first: Literal["strongest", "weakest"]
+        self, coalition_values: Estimate, unit: str | None, first: Literal["strongest", "weakest"]
     ) -> dict[str, dict[Kind, PerturbationCurve]]:
         """The curves of every attribution.
 
@@ -195,14 +195,14 @@ class Paths:
             unit: Of the values.
             first: Which features are removed, or added, first.
         """
-        paths = answers.map(lambda rows: rows.view(len(rows), -1, len(self._sizes)))
+        paths = coalition_values.map(lambda rows: rows.view(len(rows), -1, len(self._sizes)))
         random = self._reference(paths[2 * len(self._names) :])
         found: dict[str, dict[Kind, PerturbationCurve]] = {}
         for i, name in enumerate(self._names):
             own = paths[2 * i], paths[2 * i + 1]
             added, others = own if first == "strongest" else own[::-1]
             of_kind: dict[Kind, tuple[Estimate, Estimate]] = {
-                "removal": (_backwards(others), _backwards(random)),
+                "removal": (_reversed(others), _reversed(random)),
                 "insertion": (added, random),
             }
             sizes = torch.tensor(self._sizes, dtype=torch.int64, device="cpu")
@@ -244,7 +244,7 @@ def _sizes(n: int, k: Sequence[int], max_steps: int) -> list[int]:
     return sorted(chosen | {n - size for size in chosen})
 
 
-def _backwards(path: Estimate) -> Estimate:
+def _reversed(path: Estimate) -> Estimate:
     return path.map(lambda rows: rows.flip(1))
 
 
@@ -281,7 +281,9 @@ class RandomCoalitions:
                 < share
             )
 
-    def read(self, answers: Estimate, attributions: Mapping[str, Tensor]) -> dict[str, Metric]:
+    def read(
+        self, coalition_values: Estimate, attributions: Mapping[str, Tensor]
+    ) -> dict[str, Metric]:
         """The score of every attribution.
 
         Args:
@@ -289,19 +291,22 @@ class RandomCoalitions:
             attributions: By name, float64 ``(n,)``.
         """
         n = self.masks.shape[1]
-        dealt = torch.stack(
-            [torch.randperm(n, generator=self._generator, device="cpu") for _ in range(_SHUFFLES)]
+        shuffles = torch.stack(
+            [torch.randperm(n, generator=self._generator, device="cpu") for _ in range(_N_SHUFFLES)]
         )
-        return {name: self._metric(answers, attr, dealt) for name, attr in attributions.items()}
+        return {
+            name: self._metric(coalition_values, attr, shuffles)
+            for name, attr in attributions.items()
+        }
 
-    def _metric(self, answers: Estimate, attr: Tensor, dealt: Tensor) -> Metric:
+    def _metric(self, coalition_values: Estimate, attr: Tensor, shuffles: Tensor) -> Metric:
         present = self.masks.double()
-        value = answers.map(lambda rows: spearman(present @ attr, rows))
+        value = coalition_values.map(lambda rows: spearman(present @ attr, rows))
         if not self._are_all:
-            one_less = _left_out_correlations(present @ attr, answers.value)
+            one_less = _left_out_correlations(present @ attr, coalition_values.value)
             value = Estimate(value.value, {**value.left_out, "coalitions": one_less})
-        sums = attr[dealt] @ present.T
-        each = answers.map(lambda rows: spearman(sums, rows[:, None]))  # per shuffle
+        sums = attr[shuffles] @ present.T
+        each = coalition_values.map(lambda rows: spearman(sums, rows[:, None]))  # per shuffle
         reference = each.map(lambda rows: rows.mean(1))
         reference = Estimate(
             reference.value, {**reference.left_out, "orders": average(each.value)[1]}
@@ -337,7 +342,7 @@ def _left_out_correlations(x: Tensor, y: Tensor) -> Tensor:
     n = len(x)
     places = torch.arange(n, device="cpu")
     found: list[Tensor] = []
-    for part in places.split(max(1, _MOST_AT_ONCE // n)):
+    for part in places.split(max(1, _MAX_JACKKNIFE_NUMBERS // n)):
         others = places.expand(len(part), n)[places != part[:, None]].view(len(part), n - 1)
         found.append(spearman(x[others], y[others]))
     return torch.cat(found)

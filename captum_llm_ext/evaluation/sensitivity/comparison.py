@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SHOWN = 20  # tokens of one verdict in a summary
-_EXAMPLES = 2  # features of one pair of baselines
+_MAX_TOKENS_SHOWN = 20  # tokens of one verdict in a summary
+_MAX_EXAMPLES = 2  # features of one pair of baselines
 Kind = Literal["sign", "rank", "presence"]
 _CHANGED: dict[Kind, str] = {
     "sign": "another sign",
@@ -126,7 +126,7 @@ class Conclusion:
     def __str__(self) -> str:
         under: dict[str, list[str]] = {}
         for baseline, cause in self.causes.items():
-            under.setdefault(_sketch(cause), []).append(baseline)
+            under.setdefault(_cause_without_numbers(cause), []).append(baseline)
         if self.verdict == "robust":
             return f"{_shown(self.name)}  ←  {next(iter(under))}"
         said = "; ".join(f"{', '.join(by)}: {cause}" for cause, by in under.items())
@@ -256,9 +256,11 @@ class BaselineComparison:
                 n_tokens = sum(c.token is not None for c in those)
                 lines.append(f"  {words}: {n_tokens} of {len(conclusions) - 1} tokens")
             if verdict != "none":
-                lines += [f"    {conclusion}" for conclusion in those[:_SHOWN]]
-                if len(those) > _SHOWN:
-                    lines.append(f"    … and {len(those) - _SHOWN} more: see `conclusions()`")
+                lines += [f"    {conclusion}" for conclusion in those[:_MAX_TOKENS_SHOWN]]
+                if len(those) > _MAX_TOKENS_SHOWN:
+                    lines.append(
+                        f"    … and {len(those) - _MAX_TOKENS_SHOWN} more: see `conclusions()`"
+                    )
         agreement = self.agreement()
         for a, b in self._pairs:
             lines += self._pair_lines(self._between(a, b), agreement)
@@ -352,7 +354,7 @@ class BaselineComparison:
             view = self._view(attr[:, token, :n], se[:, token, :n], scale)
             rows.append(_Row(token, name, names[:n], view))
         whole = _stack(r.seq_attr for r in results)
-        view = self._view(whole, _stack(map(_whole_se, results)), whole.abs().amax(1))
+        view = self._view(whole, _stack(map(_seq_attr_se, results)), whole.abs().amax(1))
         return [*rows, _Row(None, "(the whole answer)", names[: whole.shape[1]], view)]
 
     def _view(self, attr: Tensor, se: Tensor, scale: Tensor) -> View:
@@ -413,8 +415,8 @@ class BaselineComparison:
         lines = [
             f"{between[0]} – {between[1]}: of {n_features} features {n_of['sign']} change sign, "
             f"{n_of['rank']} rank, and {n_of['presence']} are nothing under one, for some token; "
-            f"mean rank correlation {_mean(r.rank_correlation for r in rows):.2f}, "
-            f"{_mean(r.top_overlap for r in rows):.0%} of the top {self.k} shared"
+            f"mean rank correlation {_nan_mean(r.rank_correlation for r in rows):.2f}, "
+            f"{_nan_mean(r.top_overlap for r in rows):.0%} of the top {self.k} shared"
         ]
         kinds: dict[tuple[int | None, int], list[Kind]] = {}
         for change in changes:
@@ -438,7 +440,7 @@ def _examples(changes: Sequence[Change]) -> list[Change]:
     of_feature: dict[int, Change] = {}
     for change in changes:
         of_feature.setdefault(change.column, change)
-    shown = list(of_feature.values())[:_EXAMPLES]
+    shown = list(of_feature.values())[:_MAX_EXAMPLES]
     at = {(change.token, change.column) for change in shown}
     sign = [change for change in changes if change.kind == "sign"]
     if sign and not any((change.token, change.column) in at for change in sign):
@@ -491,7 +493,7 @@ def _n_before(result: GenerationAttributionResult, token: int) -> int:
     return len(set(owners[:token]) - set(owners[token:]) - {None})
 
 
-def _whole_se(result: GenerationAttributionResult) -> Tensor:
+def _seq_attr_se(result: GenerationAttributionResult) -> Tensor:
     """Standard errors of `seq_attr`, or what they are at most, shape ``(n_prompt_features,)``."""
     se = result.token_attr_se
     if result.provenance.get("attr_target") == "prob":
@@ -507,7 +509,7 @@ def _stack(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([tensor.detach().cpu().double() for tensor in tensors])
 
 
-def _mean(values: Iterable[float]) -> float:
+def _nan_mean(values: Iterable[float]) -> float:
     """Over those that are known; NaN if none is."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
@@ -519,7 +521,7 @@ def _shown(name: str) -> str:
     return name if len(name) <= 40 else name[:39] + "…"
 
 
-def _sketch(cause: Cause | None) -> str:
+def _cause_without_numbers(cause: Cause | None) -> str:
     """A cause and what it does, without numbers: those differ under every baseline."""
     if cause is None:
         return "nothing in particular"

@@ -57,9 +57,9 @@ def as_prompt(inp: InterpretableInput, tokenizer: Any, feature_mask: Tensor | No
         )
     if isinstance(inp, Prompt):
         prompt: Prompt = inp
-    elif isinstance(inp, TextTokenInput) and _renders_as(inp, TextTokenInput):
+    elif isinstance(inp, TextTokenInput) and _keeps_rendering_of(inp, TextTokenInput):
         prompt = _TokenPrompt(inp)
-    elif isinstance(inp, TextTemplateInput) and _renders_as(inp, TextTemplateInput):
+    elif isinstance(inp, TextTemplateInput) and _keeps_rendering_of(inp, TextTemplateInput):
         prompt = _TemplatePrompt(inp, tokenizer)
     else:
         prompt = _OpaquePrompt(inp, tokenizer)
@@ -125,7 +125,7 @@ class _TemplatePrompt(Prompt):
         found = template_pieces(inp.format_fn, values)
         self.pieces = found or [Piece(name, i) for i, name in enumerate(self.names)]
         # What may be called with a slot is a baseline of this package, and speaks of output too.
-        baseline = inp.baselines if _takes_slot(inp.baselines) else None
+        baseline = inp.baselines if _accepts_slot(inp.baselines) else None
         self._slots = None if baseline is None else template_slots(inp)
         self.baseline = cast(Baseline, baseline or Deletion())
         is_nothing = isinstance(inp.baselines, list) and not any(inp.baselines)
@@ -166,7 +166,7 @@ class _TemplatePrompt(Prompt):
         if self._slots is not None:
             generators = [draw_generator(seed, draw, slot.feature) for slot in self._slots]
             pairs = zip(self._slots, generators, strict=True)
-            return [_as_text(self.baseline(s, g), s) if s.text else "" for s, g in pairs]
+            return [_replacement_text(self.baseline(s, g), s) if s.text else "" for s, g in pairs]
         if isinstance(baselines, ProductBaselines):
             drawn: Any = _draw_product(baselines, seed, draw)
         else:
@@ -280,15 +280,15 @@ class _MergedPrompt(Prompt):
         return self._prompt.stand_ins(n_draws, generator)
 
     def with_default(self, baselines: Any) -> Prompt:
-        return self._over(self._prompt.with_default(baselines))
+        return self._wrap(self._prompt.with_default(baselines))
 
     def with_model(self, model: LanguageModel) -> Prompt:
-        return self._over(self._prompt.with_model(model))
+        return self._wrap(self._prompt.with_model(model))
 
     def with_answer(self, follows: Follows) -> Prompt:
-        return self._over(self._prompt.with_answer(follows))
+        return self._wrap(self._prompt.with_answer(follows))
 
-    def _over(self, prompt: Prompt) -> Prompt:
+    def _wrap(self, prompt: Prompt) -> Prompt:
         changed = copy(self)
         changed._prompt = prompt
         changed.baseline, changed.own_baseline = prompt.baseline, prompt.own_baseline
@@ -304,7 +304,7 @@ def _text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(encoding.ids(tokenizer, text))
 
 
-def _takes_slot(baselines: object) -> bool:
+def _accepts_slot(baselines: object) -> bool:
     """Whether it is to be called with a slot and a generator; captum's callables take nothing."""
     if isinstance(baselines, CorpusBaselines):
         return True  # it takes both
@@ -314,7 +314,7 @@ def _takes_slot(baselines: object) -> bool:
     return sum(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in parameters) >= 2
 
 
-def _as_text(found: object, slot: Slot) -> str:
+def _replacement_text(found: object, slot: Slot) -> str:
     if not isinstance(found, str):
         raise TypeError(
             f"the baseline returned {found!r} for {slot.text!r}: the value of a template is a text."
@@ -322,7 +322,7 @@ def _as_text(found: object, slot: Slot) -> str:
     return found
 
 
-def _renders_as(inp: InterpretableInput, kind: type[InterpretableInput]) -> bool:
+def _keeps_rendering_of(inp: InterpretableInput, kind: type[InterpretableInput]) -> bool:
     """Whether a subclass left the rendering of its parent as it was."""
     return type(inp).to_model_input is kind.to_model_input
 

@@ -11,10 +11,10 @@ from captum_llm_ext.text.inputs.messages import (
     Found,
     Message,
     Template,
-    checked,
+    check_messages,
     describe,
     has_text,
-    located,
+    locate_messages,
 )
 from captum_llm_ext.text.inputs.prompt import Piece
 from captum_llm_ext.text.inputs.text import Parts, TextSegmentInput, as_units
@@ -66,10 +66,10 @@ class ChatInput(TextSegmentInput):
         template_arguments: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
-        self.messages = checked(messages)
+        self.messages = check_messages(messages)
         tokenizer = PlainTokenizer() if tokenizer is None else tokenizer
         self.roles = tuple(roles)
-        chosen = _chosen(self.messages, self.roles)
+        chosen = _message_numbers(self.messages, self.roles)
         template = Template(
             tokenizer,
             {
@@ -80,8 +80,8 @@ class ChatInput(TextSegmentInput):
         )
         text = template.render(self.messages)
         self._template_ids = template.ids(self.messages)
-        found = located(template, self.messages, text)
-        _tell(self.messages, {i: found[i] for i in chosen})
+        found = locate_messages(template, self.messages, text)
+        _warn_of_missing(self.messages, {i: found[i] for i in chosen})
         said = sorted((span, i) for i, message in enumerate(found) for span in message.spans)
         roles_of = [str(message["role"]) for message in self.messages]
         own = [(span, i) for span, i in said if i in chosen]
@@ -95,9 +95,9 @@ class ChatInput(TextSegmentInput):
             title="turn",
             wholes=messages_of,
         )
-        inner = _inside(unit)
+        inner = _units_within_turns(unit)
         if not inner:
-            arguments = {"groups": _stretches(messages_of) or None} | arguments
+            arguments = {"groups": _message_spans(messages_of) or None} | arguments
         super().__init__(
             text,
             tokenizer,
@@ -106,7 +106,7 @@ class ChatInput(TextSegmentInput):
             add_special_tokens=False,
             **arguments,
         )
-        self.pieces = _with_roles(self.pieces, [(span, roles_of[i]) for span, i in said])
+        self.pieces = _pieces_with_roles(self.pieces, [(span, roles_of[i]) for span, i in said])
 
     def _encoded(self, text: str, tokenizer: Any, add_special_tokens: bool) -> tokens.Encoding:
         encoding = super()._encoded(text, tokenizer, add_special_tokens)
@@ -115,7 +115,7 @@ class ChatInput(TextSegmentInput):
         return encoding if ids in (None, encoding.ids) else tokens.find(tokenizer, text, ids)
 
 
-def _chosen(messages: Sequence[Message], roles: Sequence[str]) -> list[int]:
+def _message_numbers(messages: Sequence[Message], roles: Sequence[str]) -> list[int]:
     """The numbers of the messages of these roles that say something.
 
     Raises:
@@ -137,7 +137,7 @@ def _chosen(messages: Sequence[Message], roles: Sequence[str]) -> list[int]:
     return chosen
 
 
-def _tell(messages: Sequence[Message], found: Mapping[int, Found]) -> None:
+def _warn_of_missing(messages: Sequence[Message], found: Mapping[int, Found]) -> None:
     """Says what the template leaves out of the chosen messages.
 
     Raises:
@@ -162,7 +162,7 @@ def _tell(messages: Sequence[Message], found: Mapping[int, Found]) -> None:
         )
 
 
-def _inside(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
+def _units_within_turns(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
     """The units within turns, from coarse to fine.
 
     Raises:
@@ -175,7 +175,7 @@ def _inside(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
     return inner
 
 
-def _stretches(messages: Sequence[int]) -> list[list[str | int]]:
+def _message_spans(messages: Sequence[int]) -> list[list[str | int]]:
     """The places of every message that stands in several."""
     places: dict[int, list[str | int]] = {}
     for place, i in enumerate(messages):
@@ -183,7 +183,7 @@ def _stretches(messages: Sequence[int]) -> list[list[str | int]]:
     return [own for own in places.values() if len(own) > 1]
 
 
-def _with_roles(pieces: Sequence[Piece], said: Sequence[tuple[Span, str]]) -> list[Piece]:
+def _pieces_with_roles(pieces: Sequence[Piece], said: Sequence[tuple[Span, str]]) -> list[Piece]:
     """The same text, with whose message each piece is in; fixed text is cut where one ends."""
     marked: list[Piece] = []
     position = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import LanguageModel, as_baseline, with_model
 from captum_llm_ext.text.baselines.candidates import Match
-from captum_llm_ext.text.inputs.ownership import Ownership, own, owned_slots
+from captum_llm_ext.text.inputs.ownership import Ownership, assign_tokens, owned_slots
 from captum_llm_ext.text.inputs.prompt import Piece, Place, Replacements
 from captum_llm_ext.text.segment import Span, Unit
 
@@ -193,4 +193,4 @@ def _owned(
     # Nothing but white space is no word, and no reason to refuse an answer.
     if unit is None or (isinstance(unit, str) and not text.strip()):
         return Ownership([], [None] * len(texts), [])
-    return own(text, (unit,), encoding, apart=isinstance(unit, str))
+    return assign_tokens(text, (unit,), encoding, special_apart=isinstance(unit, str))

@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from captum_llm_ext.text.segment import Span, shorten
+from captum_llm_ext.text.tokens import common_prefix_length
 
 Message = Mapping[str, Any]
 # Plain letters and digits: no template has a reason to treat it otherwise than other text.
-_MARK = "captumllmextmark7351"
+_PLACEHOLDER = "captumllmextmark7351"
 # What templates look for in a message: tags and control tokens.
 _TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Za-z_]{1,40}\]")
 # Other texts of a message that templates write besides its content.
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # As templates write a text: as it is, in JSON (two ways), in HTML (two ways).
-_WRITTEN: tuple[Callable[[str], str], ...] = (
+_ESCAPES: tuple[Callable[[str], str], ...] = (
     str,
     lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
     lambda text: json.dumps(text)[1:-1],
@@ -66,17 +67,17 @@ class Template:
         Raises:
             ValueError: If the template refuses the messages.
         """
-        return cast(str, self._applied(messages, tokenize=False))
+        return cast(str, self._apply(messages, tokenize=False))
 
     def ids(self, messages: Sequence[Message]) -> tuple[int, ...] | None:
         """The chat as token ids; None for tokenizers that render text alone."""
         try:
-            found = self._applied(messages, tokenize=True, return_dict=True)
+            found = self._apply(messages, tokenize=True, return_dict=True)
             return tuple(int(token) for token in found["input_ids"])
         except (ValueError, TypeError, KeyError, IndexError):
             return None
 
-    def _applied(self, messages: Sequence[Message], **how: Any) -> Any:
+    def _apply(self, messages: Sequence[Message], **how: Any) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
                 [deepcopy(dict(message)) for message in messages], **how, **self._arguments
@@ -99,42 +100,42 @@ class Template:
             found = self._find(messages, text, i, path, said)
             spans += found.spans
             missing += found.missing
-        for what, lacking in _lacking(messages[i]):
-            span = self._difference(messages, text, i, lacking)
+        for what, lacking in _reduced_messages(messages[i]):
+            span = self._find_by_difference(messages, text, i, lacking)
             if span is not None:
                 spans.append(span)
             else:
                 missing.append(what)
-        return Found(_united(text, spans), missing)
+        return Found(_merge_adjacent(text, spans), missing)
 
     def _find(
         self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
     ) -> Found:
-        marked = self._marked(messages, i, path, _MARK)
+        marked = self._marked(messages, i, path, _PLACEHOLDER)
         if marked == text:
             return Found([], [said])  # it is nowhere, whatever it says
-        pieces = marked.split(_MARK)
+        pieces = marked.split(_PLACEHOLDER)
         if len(pieces) == 2:
             before, after = pieces
             start, stop = len(before), len(text) - len(after)
             if text.startswith(before) and text.endswith(after) and start <= stop:
-                return _compared(text, Span(start, stop), said)
+                return _with_missing(text, Span(start, stop), said)
         elif len(pieces) > 2:
             return Found([], [said])
         return (
             self._find_between_tags(messages, text, i, path, said)
             or self._find_rest(messages, text, i, path, said)
-            or _literally(text, said)
+            or _find_literally(text, said)
         )
 
     def _find_rest(
         self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
     ) -> Found | None:
         """For templates that cut a message short: what the chat lacks without it."""
-        span = self._difference(messages, text, i, _with_text(messages, i, path, "")[i])
+        span = self._find_by_difference(messages, text, i, _with_text(messages, i, path, "")[i])
         if span is None or text[slice(*span)].strip() not in said:
             return None
-        return _compared(text, span, said)
+        return _with_missing(text, span, said)
 
     def _find_between_tags(
         self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
@@ -143,7 +144,7 @@ class Template:
         stretches = _between_tags(said)
         if not stretches or stretches == [_inner(said, 0, len(said))]:
             return None
-        marks = [f"{_MARK}x{number}x" for number in range(len(stretches))]
+        marks = [f"{_PLACEHOLDER}x{number}x" for number in range(len(stretches))]
         changed, position = "", 0
         for mark, (start, stop) in zip(marks, stretches, strict=True):
             changed += said[position:start] + mark
@@ -158,7 +159,7 @@ class Template:
             before, _, rest = rest.partition(marks[number])
             own = said[slice(*stretches[number])]
             here = start + len(before)
-            written = next((w(own) for w in _WRITTEN if text.startswith(w(own), here)), None)
+            written = next((w(own) for w in _ESCAPES if text.startswith(w(own), here)), None)
             if text[start:here] != before or written is None:
                 return None
             first = here if first is None else first
@@ -170,7 +171,7 @@ class Template:
         first -= len(head) if text[:first].endswith(head) else 0
         tail = tail.rstrip()
         start += len(tail) if text.startswith(tail, start) else 0
-        return _compared(text, Span(first, start), said)
+        return _with_missing(text, Span(first, start), said)
 
     def _marked(self, messages: Sequence[Message], i: int, path: "_Path", said: str) -> str:
         try:
@@ -178,7 +179,7 @@ class Template:
         except ValueError:  # a template that looks into the message may refuse others
             return ""
 
-    def _difference(
+    def _find_by_difference(
         self, messages: Sequence[Message], text: str, i: int, without: Message
     ) -> Span | None:
         changed = [dict(message) for message in messages]
@@ -187,8 +188,8 @@ class Template:
             lacking = self.render(changed)
         except ValueError:
             return None
-        start = _agreeing(text, lacking)
-        stop = len(text) - _agreeing(text[start:][::-1], lacking[start:][::-1])
+        start = common_prefix_length(text, lacking)
+        stop = len(text) - common_prefix_length(text[start:][::-1], lacking[start:][::-1])
         # What stands on both sides (the "<" of two tags) is taken from the left.
         while start > 0 and text[start - 1] == text[stop - 1] and not text[start - 1].isspace():
             start, stop = start - 1, stop - 1
@@ -198,7 +199,7 @@ class Template:
 _Path = tuple[str | int, ...]
 
 
-def checked(messages: Sequence[Message]) -> list[Message]:
+def check_messages(messages: Sequence[Message]) -> list[Message]:
     """The messages, if they are some.
 
     Raises:
@@ -231,7 +232,7 @@ def checked(messages: Sequence[Message]) -> list[Message]:
     return [dict(message) for message in messages]
 
 
-def located(template: Template, messages: Sequence[Message], text: str) -> list[Found]:
+def locate_messages(template: Template, messages: Sequence[Message], text: str) -> list[Found]:
     """Where every message stands in the rendered text; no two in one place."""
     taken: list[Span] = []
     found: list[Found] = []
@@ -250,14 +251,14 @@ def located(template: Template, messages: Sequence[Message], text: str) -> list[
 
 def has_text(message: Message) -> bool:
     """Whether a message says anything that may be switched."""
-    return bool(_texts(message) or _lacking(message))
+    return bool(_texts(message) or _reduced_messages(message))
 
 
 def _texts(message: Message) -> list[tuple[_Path, str]]:
     """The texts of a message, with where it holds them."""
     content = message.get("content")
     found: list[tuple[_Path, str]] = [
-        ((key,), message[key]) for key in _THOUGHTS if isinstance(message.get(key), str)
+        ((key,), message[key]) for key in _REASONING_KEYS if isinstance(message.get(key), str)
     ]
     if isinstance(content, str):
         found.append((("content",), content))
@@ -268,7 +269,7 @@ def _texts(message: Message) -> list[tuple[_Path, str]]:
     return [(path, said) for path, said in found if said.strip()]
 
 
-def _lacking(message: Message) -> list[tuple[str, Message]]:
+def _reduced_messages(message: Message) -> list[tuple[str, Message]]:
     """The message without what no mark can stand for, one thing at a time, and what that is."""
     found: list[tuple[str, Message]] = []
     if message.get("tool_calls"):
@@ -290,16 +291,16 @@ def _with_text(messages: Sequence[Message], i: int, path: _Path, text: str) -> l
     return changed
 
 
-def _compared(text: str, span: Span, said: str) -> Found:
+def _with_missing(text: str, span: Span, said: str) -> Found:
     """A place, and what is not there of what was said."""
     shown, wanted = text[slice(*span)].strip(), said.strip()
     if not shown:
         return Found([], [said])
-    same = (write(one).strip().casefold() for write in _WRITTEN for one in (wanted, said))
+    same = (write(one).strip().casefold() for write in _ESCAPES for one in (wanted, said))
     if shown.casefold() in same:
         return Found([span])
-    start = _agreeing(wanted, shown)
-    n_after = _agreeing(wanted[start:][::-1], shown[start:][::-1])
+    start = common_prefix_length(wanted, shown)
+    n_after = common_prefix_length(wanted[start:][::-1], shown[start:][::-1])
     if shown in wanted:  # what agrees by chance at both ends is no part of what is left out
         start, n_after = wanted.rindex(shown), 0
         left = [wanted[:start], wanted[start + len(shown) :]]
@@ -308,15 +309,9 @@ def _compared(text: str, span: Span, said: str) -> Found:
     return Found([span], [part for part in left if part.strip()])
 
 
-def _agreeing(one: str, other: str) -> int:
-    """Length of the beginning that two texts share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _literally(text: str, said: str) -> Found:
+def _find_literally(text: str, said: str) -> Found:
     """A message found by what it says, where that stands once."""
-    for write in _WRITTEN:
+    for write in _ESCAPES:
         wanted = write(said.strip())
         if text.count(wanted) == 1:
             return Found([Span(text.index(wanted), text.index(wanted) + len(wanted))])
@@ -346,7 +341,7 @@ def _inner(text: str, start: int, stop: int) -> Span:
     return Span(start, start + len(shown.strip()))
 
 
-def _united(text: str, spans: Sequence[Span]) -> list[Span]:
+def _merge_adjacent(text: str, spans: Sequence[Span]) -> list[Span]:
     """Spans in reading order; those with nothing but white space between are one."""
     united: list[Span] = []
     for span in sorted(spans):

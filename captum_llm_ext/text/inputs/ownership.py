@@ -17,7 +17,7 @@ from captum_llm_ext.text.baselines import Slot
 from captum_llm_ext.text.segment import (
     Span,
     Unit,
-    is_drawn,
+    has_explicit_spans,
     nest,
     segment,
     shorten,
@@ -28,7 +28,7 @@ from captum_llm_ext.text.tokens import Encoding
 
 
 @dataclass(frozen=True)
-class Coarse:
+class CoarseSpans:
     """The spans of a coarser unit that own features.
 
     Attributes:
@@ -58,24 +58,24 @@ class Ownership:
     spans: list[Span]
     owners: list[int | None]
     named: list[Span]
-    coarse: list[Coarse] = field(default_factory=list[Coarse])
+    coarse: list[CoarseSpans] = field(default_factory=list[CoarseSpans])
     alone: list[bool] = field(default_factory=list[bool])
 
 
-class Visible(NamedTuple):
+class VisibleSpan(NamedTuple):
     """What a token shows: its characters without the white space around them."""
 
     start: int
     stop: int
 
 
-def own(
+def assign_tokens(
     text: str,
     units: Sequence[Unit],
     encoding: Encoding,
     *,
     fixed: Sequence[tuple[int, int]] | Sequence[str] = (),
-    apart: bool = False,
+    special_apart: bool = False,
 ) -> Ownership:
     """Cuts a text and gives every token to the span that holds its first visible character.
 
@@ -85,38 +85,42 @@ def own(
         encoding: Its tokens.
         fixed: Spans or texts: a token that shows a character of theirs is nobody's. So is a BOS at
             the beginning that the tokenizer would add.
-        apart: Whether units with a name end where a special token stands, which then is a span by
-            itself.
+        special_apart: Whether units with a name end where a special token stands, which then is a
+            span by itself.
 
     Raises:
         ValueError: If everything is fixed, spans that the user drew share a token, or one of them
             owns none.
     """
-    drawn = is_drawn(units[-1])
+    is_explicit = has_explicit_spans(units[-1])
     # Who draws a span around BOS means it.
-    holes = _holes(text, fixed, 0 if apart or drawn else encoding.n_opening)
-    coarse, finest = _cut(text, units, encoding, apart)
+    fixed_spans = _fixed_spans(
+        text, fixed, 0 if special_apart or is_explicit else encoding.n_opening
+    )
+    coarse, finest = _finest_spans(text, units, encoding, special_apart)
     if units[-1] == "token":
-        spans, owners = _one_each(text, encoding, coarse[-1] if coarse else None, holes)
+        spans, owners = _span_per_token(text, encoding, coarse[-1] if coarse else None, fixed_spans)
         named = spans
     else:
-        finest = _without(finest, holes, text)
+        finest = _subtract(finest, fixed_spans, text)
         if fixed and not finest:
             raise ValueError("everything is `fixed`: leave something to attribute to.")
-        firsts, lasts = _reach(text, finest, encoding, holes)
-        if holes and not drawn:
-            firsts = _shown(text, finest, encoding, firsts)
-        if drawn:
-            _check_drawn(text, finest, encoding, firsts, lasts)
-        finest, owners = _joined(finest, firsts, lasts, drawn)
-        spans = _extents(text, finest, owners, encoding)
-        named = _named(text, finest, spans)
+        firsts, lasts = _first_and_last_spans(text, finest, encoding, fixed_spans)
+        if fixed_spans and not is_explicit:
+            firsts = _drop_invisible(text, finest, encoding, firsts)
+        if is_explicit:
+            _check_explicit_spans(text, finest, encoding, firsts, lasts)
+        finest, owners = _merge_sharing_tokens(finest, firsts, lasts, is_explicit)
+        spans = _token_extents(text, finest, owners, encoding)
+        named = _name_spans(text, finest, spans)
     parts = [
-        _parts(text, level, is_drawn(unit), spans, owners, encoding, unit_name(unit))
+        _coarse_parts(
+            text, level, has_explicit_spans(unit), spans, owners, encoding, unit_name(unit)
+        )
         for unit, level in zip(units, coarse, strict=False)
     ]
     found = Ownership(spans, owners, named, parts, [False] * len(spans))
-    return found if not apart else _with_special(found, encoding)
+    return found if not special_apart else _with_special_tokens(found, encoding)
 
 
 def owned_slots(
@@ -157,14 +161,14 @@ def owned_slots(
     ]
 
 
-def _cut(
-    text: str, units: Sequence[Unit], encoding: Encoding, apart: bool
+def _finest_spans(
+    text: str, units: Sequence[Unit], encoding: Encoding, special_apart: bool
 ) -> tuple[list[list[Span]], list[Span]]:
     coarse = nest(text, units[:-1]) if len(units) > 1 else []
     unit = units[-1]
     if unit == "token":
         return coarse, []
-    if not apart or not isinstance(unit, str):
+    if not special_apart or not isinstance(unit, str):
         return coarse, nest(text, units)[-1]
     special = [
         Span(encoding.starts[i], encoding.stops[i])
@@ -173,7 +177,7 @@ def _cut(
     ]
     finest: list[Span] = []
     for outer in coarse[-1] if coarse else [Span(0, len(text))]:
-        for (start, stop), is_special in _stretches(text, outer, special):
+        for (start, stop), is_special in _split_at_special_tokens(text, outer, special):
             if is_special:
                 finest.append(Span(start, stop))
             else:
@@ -182,7 +186,9 @@ def _cut(
     return coarse, finest
 
 
-def _stretches(text: str, outer: Span, special: Sequence[Span]) -> list[tuple[Span, bool]]:
+def _split_at_special_tokens(
+    text: str, outer: Span, special: Sequence[Span]
+) -> list[tuple[Span, bool]]:
     """A span cut at the special tokens in it; white space alone goes with the one after it."""
     cuts: list[tuple[Span, bool]] = []
     position = outer.start
@@ -202,45 +208,47 @@ def _stretches(text: str, outer: Span, special: Sequence[Span]) -> list[tuple[Sp
     return cuts
 
 
-def _holes(
+def _fixed_spans(
     text: str, fixed: Sequence[tuple[int, int]] | Sequence[str], n_opening: int
 ) -> list[Span]:
     """What is fixed by hand, and the BOS that opens the text."""
     if isinstance(fixed, str):
         raise TypeError("`fixed` is one string: give a list of texts or of (start, stop) pairs.")
-    holes: list[Span] = []
+    fixed_spans: list[Span] = []
     if len(fixed) and all(isinstance(part, str) for part in fixed):
-        holes = segment(text, strings(cast(Sequence[str], fixed)))
+        fixed_spans = segment(text, strings(cast(Sequence[str], fixed)))
     elif len(fixed):
-        holes = segment(text, cast(Sequence[tuple[int, int]], fixed))
-    if n_opening and not (holes and holes[0].start < n_opening):
-        holes = [Span(0, n_opening), *holes]
-    return holes
+        fixed_spans = segment(text, cast(Sequence[tuple[int, int]], fixed))
+    if n_opening and not (fixed_spans and fixed_spans[0].start < n_opening):
+        fixed_spans = [Span(0, n_opening), *fixed_spans]
+    return fixed_spans
 
 
-def _without(spans: Sequence[Span], holes: Sequence[Span], text: str) -> list[Span]:
-    """What the holes leave of the spans; nothing but white space is not worth a feature."""
-    if not holes:
+def _subtract(spans: Sequence[Span], fixed_spans: Sequence[Span], text: str) -> list[Span]:
+    """The spans less the fixed ones; what is white space alone is left out."""
+    if not fixed_spans:
         return list(spans)
     kept: list[Span] = []
-    stops = [hole.stop for hole in holes]
+    stops = [fixed_span.stop for fixed_span in fixed_spans]
     for start, stop in spans:
-        for hole in holes[bisect_right(stops, start) :]:
-            if hole.start >= stop:
+        for fixed_span in fixed_spans[bisect_right(stops, start) :]:
+            if fixed_span.start >= stop:
                 break
-            kept.append(Span(start, max(start, hole.start)))
-            start = min(hole.stop, stop)
+            kept.append(Span(start, max(start, fixed_span.start)))
+            start = min(fixed_span.stop, stop)
         kept.append(Span(start, stop))
     return [span for span in kept if text[span.start : span.stop].strip()]
 
 
-def _visible(text: str, encoding: Encoding, place: int) -> Visible:
+def _visible(text: str, encoding: Encoding, place: int) -> VisibleSpan:
     anchor = cast(int, encoding.anchors[place])
     shown = text[anchor : encoding.stops[place]].rstrip()
-    return Visible(anchor, anchor + len(shown))
+    return VisibleSpan(anchor, anchor + len(shown))
 
 
-def _touched(text: str, spans: Sequence[Span], starts: Sequence[int], token: Visible) -> range:
+def _overlapping(
+    text: str, spans: Sequence[Span], starts: Sequence[int], token: VisibleSpan
+) -> range:
     """The numbers of the spans that hold the token's first visible character or a later one."""
     first = bisect_right(starts, token.start) - 1
     if first < 0 or token.start >= spans[first].stop:
@@ -254,31 +262,39 @@ def _touched(text: str, spans: Sequence[Span], starts: Sequence[int], token: Vis
     return range(first, last)
 
 
-def _is_fixed(text: str, holes: Sequence[Span], starts: Sequence[int], token: Visible) -> bool:
-    return bool(holes) and len(_touched(text, holes, starts, token)) > 0
+def _is_fixed(
+    text: str, fixed_spans: Sequence[Span], starts: Sequence[int], token: VisibleSpan
+) -> bool:
+    return bool(fixed_spans) and len(_overlapping(text, fixed_spans, starts, token)) > 0
 
 
-def _reach(
-    text: str, spans: Sequence[Span], encoding: Encoding, holes: Sequence[Span]
+def _first_and_last_spans(
+    text: str, spans: Sequence[Span], encoding: Encoding, fixed_spans: Sequence[Span]
 ) -> tuple[list[int | None], list[int | None]]:
     """Per token the first and the last span that it has a part of; None for fixed text."""
-    starts, hole_starts = [span.start for span in spans], [hole.start for hole in holes]
+    starts, fixed_starts = (
+        [span.start for span in spans],
+        [fixed_span.start for fixed_span in fixed_spans],
+    )
     firsts: list[int | None] = []
     lasts: list[int | None] = []
     for place, anchor in enumerate(encoding.anchors):
         first = last = None
         if anchor is not None:
             token = _visible(text, encoding, place)
-            touched = _touched(text, spans, starts, token)
-            begins = bool(touched) and spans[touched[0]].start <= anchor < spans[touched[0]].stop
-            if begins and not _is_fixed(text, holes, hole_starts, token):
-                first, last = touched[0], touched[-1]
+            overlapping = _overlapping(text, spans, starts, token)
+            begins = (
+                bool(overlapping)
+                and spans[overlapping[0]].start <= anchor < spans[overlapping[0]].stop
+            )
+            if begins and not _is_fixed(text, fixed_spans, fixed_starts, token):
+                first, last = overlapping[0], overlapping[-1]
         firsts.append(first)
         lasts.append(last)
     return firsts, lasts
 
 
-def _shown(
+def _drop_invisible(
     text: str, spans: Sequence[Span], encoding: Encoding, firsts: Sequence[int | None]
 ) -> list[int | None]:
     """The same without spans of which fixed tokens leave nothing but white space."""
@@ -292,36 +308,38 @@ def _shown(
     ]
 
 
-def _one_each(
-    text: str, encoding: Encoding, within: Sequence[Span] | None, holes: Sequence[Span]
+def _span_per_token(
+    text: str, encoding: Encoding, within: Sequence[Span] | None, fixed_spans: Sequence[Span]
 ) -> tuple[list[Span], list[int | None]]:
     """Every token a span. Of several tokens of one character the first has its text."""
     starts = [span.start for span in within or ()]
-    hole_starts = [hole.start for hole in holes]
+    fixed_starts = [fixed_span.start for fixed_span in fixed_spans]
     borders = pairwise([*encoding.starts, len(text)])
     spans: list[Span] = []
     owners: list[int | None] = []
     for place, (anchor, (a, b)) in enumerate(zip(encoding.anchors, borders, strict=True)):
         owner = None
         # What lies between the coarser spans, such as a chat's template, is fixed text.
-        inside = anchor is not None and (within is None or _holds(within, starts, anchor))
-        if inside and not _is_fixed(text, holes, hole_starts, _visible(text, encoding, place)):
+        inside = anchor is not None and (within is None or _is_within(within, starts, anchor))
+        if inside and not _is_fixed(
+            text, fixed_spans, fixed_starts, _visible(text, encoding, place)
+        ):
             owner = len(spans)
             spans.append(Span(min(a, b), b))
         owners.append(owner)
     return spans, owners
 
 
-def _holds(spans: Sequence[Span], starts: Sequence[int], place: int) -> bool:
+def _is_within(spans: Sequence[Span], starts: Sequence[int], place: int) -> bool:
     at = bisect_right(starts, place) - 1
     return at >= 0 and place < spans[at].stop
 
 
-def _joined(
+def _merge_sharing_tokens(
     spans: Sequence[Span],
     firsts: Sequence[int | None],
     lasts: Sequence[int | None],
-    drawn: bool,
+    is_explicit: bool,
 ) -> tuple[list[Span], list[int | None]]:
     """Spans that share a token as one; those without any go with the one before."""
     owning = sorted({first for first in firsts if first is not None})
@@ -336,7 +354,7 @@ def _joined(
             joined[-1] = (joined[-1][0], max(joined[-1][1], reach[number]))
         else:
             joined.append((number, reach[number]))
-    if joined and not drawn:
+    if joined and not is_explicit:
         # Text that the tokenizer drops is told with what stands right before it.
         stops = [*(first for first, _ in joined[1:]), len(spans)]
         for i, ((first, last), stop) in enumerate(zip(joined, stops, strict=True)):
@@ -348,7 +366,7 @@ def _joined(
     return [Span(spans[a].start, spans[b].stop) for a, b in joined], owners
 
 
-def _extents(
+def _token_extents(
     text: str, spans: Sequence[Span], owners: Sequence[int | None], encoding: Encoding
 ) -> list[Span]:
     """The text of every span's tokens, and what of the span no token has."""
@@ -376,10 +394,10 @@ def _extents(
     return found
 
 
-def _named(text: str, drawn: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
+def _name_spans(text: str, is_explicit: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
     """What was cut, as far as its tokens go; wider where they show more."""
     named: list[Span] = []
-    for (first, last), (start, stop) in zip(drawn, spans, strict=True):
+    for (first, last), (start, stop) in zip(is_explicit, spans, strict=True):
         # White space alone makes no other name.
         start = start if text[first:start].strip() else first
         differs = text[last:stop].strip() or text[stop:last].strip()
@@ -387,7 +405,7 @@ def _named(text: str, drawn: Sequence[Span], spans: Sequence[Span]) -> list[Span
     return named
 
 
-def _check_drawn(
+def _check_explicit_spans(
     text: str,
     spans: Sequence[Span],
     encoding: Encoding,
@@ -403,7 +421,7 @@ def _check_drawn(
             "one begins before it): widen it to the border of a token."
         )
     starts = [span.start for span in spans]
-    cut: list[tuple[Span, Visible]] = []
+    cut: list[tuple[Span, VisibleSpan]] = []
     for place, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
         if encoding.anchors[place] is None:
             continue
@@ -418,8 +436,8 @@ def _check_drawn(
         if first is not None:
             if text[spans[first].stop : token.stop].strip():
                 cut.append((spans[first], token))
-        elif touched := _touched(text, spans, starts, token):
-            cut.append((spans[touched[0]], token))
+        elif overlapping := _overlapping(text, spans, starts, token):
+            cut.append((spans[overlapping[0]], token))
     if cut:
         (span, token), n = cut[0], len({span for span, _ in cut})
         others = f" (and {n - 1} more spans like it)" if n > 1 else ""
@@ -432,15 +450,15 @@ def _check_drawn(
         )
 
 
-def _parts(
+def _coarse_parts(
     text: str,
     level: Sequence[Span],
-    drawn: bool,
+    is_explicit: bool,
     spans: Sequence[Span],
     owners: Sequence[int | None],
     encoding: Encoding,
     name: str,
-) -> Coarse:
+) -> CoarseSpans:
     """The spans of a coarser unit, joined where a finer span or token is in two of them."""
     starts = [span.start for span in level]
     firsts: list[int | None] = [None] * len(spans)
@@ -448,23 +466,23 @@ def _parts(
     for place, owner in enumerate(owners):
         if owner is None:
             continue
-        touched = _touched(text, level, starts, _visible(text, encoding, place))
-        if not touched:
+        overlapping = _overlapping(text, level, starts, _visible(text, encoding, place))
+        if not overlapping:
             continue
         known_first, known_last = firsts[owner], lasts[owner]
-        firsts[owner] = touched[0] if known_first is None else min(known_first, touched[0])
-        lasts[owner] = touched[-1] if known_last is None else max(known_last, touched[-1])
-        if drawn and firsts[owner] != lasts[owner]:
+        firsts[owner] = overlapping[0] if known_first is None else min(known_first, overlapping[0])
+        lasts[owner] = overlapping[-1] if known_last is None else max(known_last, overlapping[-1])
+        if is_explicit and firsts[owner] != lasts[owner]:
             raise ValueError(
                 f"two {name}s share {shorten(text[slice(*spans[owner])])!r}, of which a token "
                 "cannot be switched in halves: put something between them."
             )
-    merged, part_of = _joined(level, firsts, lasts, drawn)
+    merged, part_of = _merge_sharing_tokens(level, firsts, lasts, is_explicit)
     numbers = [bisect_right(starts, span.start) - 1 for span in merged]
-    return Coarse(merged, [0 if part is None else part for part in part_of], [*numbers])
+    return CoarseSpans(merged, [0 if part is None else part for part in part_of], [*numbers])
 
 
-def _with_special(owned: Ownership, encoding: Encoding) -> Ownership:
+def _with_special_tokens(owned: Ownership, encoding: Encoding) -> Ownership:
     """Every special token that nobody has as a span of its own, numbered in reading order."""
     keys: list[tuple[bool, int] | None] = [
         (False, owner) if owner is not None else (True, place) if is_special else None
@@ -474,24 +492,24 @@ def _with_special(owned: Ownership, encoding: Encoding) -> Ownership:
     ]
     order = list(dict.fromkeys(key for key in keys if key is not None))
     number = {key: i for i, key in enumerate(order)}
-    own: dict[int, Span] = {}
+    special_spans: dict[int, Span] = {}
     position = 0
     for alone, i in order:
         if alone:
             start, stop = encoding.starts[i], encoding.stops[i]
             # What the tokenizer adds has no characters: it stands where the text is up to.
             has_text = encoding.anchors[i] is not None
-            own[i] = Span(start, stop) if has_text else Span(position, position)
-        position = own[i].stop if alone else owned.spans[i].stop
-    spans = [own[i] if alone else owned.spans[i] for alone, i in order]
-    named = [own[i] if alone else owned.named[i] for alone, i in order]
-    coarse: list[Coarse] = []
+            special_spans[i] = Span(start, stop) if has_text else Span(position, position)
+        position = special_spans[i].stop if alone else owned.spans[i].stop
+    spans = [special_spans[i] if alone else owned.spans[i] for alone, i in order]
+    named = [special_spans[i] if alone else owned.named[i] for alone, i in order]
+    coarse: list[CoarseSpans] = []
     for parts in owned.coarse:
         told = dict.fromkeys((a, i if a else parts.part_of[i]) for a, i in order)
         place = {key: i for i, key in enumerate(told)}
         coarse.append(
-            Coarse(
-                [own[i] if alone else parts.spans[i] for alone, i in told],
+            CoarseSpans(
+                [special_spans[i] if alone else parts.spans[i] for alone, i in told],
                 [place[a, i if a else parts.part_of[i]] for a, i in order],
                 [None if alone else parts.numbers[i] for alone, i in told],
             )

@@ -24,7 +24,7 @@ from captum_llm_ext.text.baselines import (
 )
 from captum_llm_ext.text.baselines.candidates import Match
 from captum_llm_ext.text.inputs.groups import Groups, label_spans, tie
-from captum_llm_ext.text.inputs.ownership import Ownership, own, owned_slots
+from captum_llm_ext.text.inputs.ownership import Ownership, assign_tokens, owned_slots
 from captum_llm_ext.text.inputs.prompt import (
     Follows,
     Level,
@@ -121,7 +121,9 @@ class TextSegmentInput(InterpretableInput, Prompt):
         encoding = self._encoded(text, tokenizer, add_special_tokens)
         self.ids = encoding.ids
         units = as_units(unit)
-        owned = own(text, units, encoding, fixed=fixed, apart=special_tokens_are_features)
+        owned = assign_tokens(
+            text, units, encoding, fixed=fixed, special_apart=special_tokens_are_features
+        )
         if not owned.spans:
             raise ValueError(
                 f"the prompt {shorten(text)!r} has no token of its own to attribute to."
@@ -139,7 +141,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
                 replace(slot, label=label, feature=feature, n_tokens=counter)
                 for slot, label, feature in zip(
                     owned_slots(owned, encoding.ids, text, kind),
-                    label_spans(shown, _for_drawn(labels, owned)),
+                    label_spans(shown, _labels_of_explicit_spans(labels, owned)),
                     feature_of,
                     strict=True,
                 )
@@ -148,7 +150,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
         self.levels = _levels(text, units, owned, feature_of, shown)
         self.unit_name = unit_name(units[-1])
         self.pieces = _pieces(text, self.slots, owned, encoding, tokenizer)
-        self._chunks = _chunks(self.slots, owned.owners, self.ids)
+        self._token_runs = _token_runs(self.slots, owned.owners, self.ids)
         self._drawn = self.slots
         self._replace_by(baselines)
 
@@ -232,7 +234,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
         Raises:
             ValueError: If there is no part to switch, or a part is empty.
         """
-        spans, text = _joined(parts, joiner)
+        spans, text = _join_parts(parts, joiner)
         switched = [i for i, part in enumerate(parts) if not (len(part) > 2 and part[2])]
         if not switched:
             raise ValueError("every part is fixed: leave one to attribute to.")
@@ -333,7 +335,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
             stand_in: The ids for such slots.
         """
         ids: list[int] = []
-        for slot, chunk, is_first in self._chunks:
+        for slot, chunk, is_first in self._token_runs:
             if slot is None or (unit := units.get(slot.index)) is None:
                 ids += chunk
             elif is_first and slot.index == unit[0]:  # which has what stands for all
@@ -355,7 +357,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
         """See `Prompt.places`."""
         positions: dict[int, list[int]] = {}
         start = 0
-        for slot, chunk, _ in self._chunks:
+        for slot, chunk, _ in self._token_runs:
             if slot is not None:
                 positions.setdefault(slot.index, []).extend(range(start, start + len(chunk)))
             start += len(chunk)
@@ -366,7 +368,9 @@ class TextSegmentInput(InterpretableInput, Prompt):
         absent = {slot.index for slot in self.slots if slot.feature in features}
         together = self._replacements.units(absent)
         every = zip(self.slots, self.places(), strict=True)
-        return frozenset(p for slot, own in every if slot.index in together for p in own.positions)
+        return frozenset(
+            p for slot, place in every if slot.index in together for p in place.positions
+        )
 
     def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
         """See `Prompt.stand_ins`."""
@@ -390,7 +394,7 @@ class Parts:
         wholes: Spans with equal number are stretches of one part. By default each is one.
     """
 
-    positional = True  # see `segment.is_drawn`
+    positional = True  # see `segment.has_explicit_spans`
 
     def __init__(
         self,
@@ -417,7 +421,7 @@ def as_units(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
     return (cast(Unit, unit),)
 
 
-def _joined(parts: Sequence[Part], joiner: str) -> tuple[list[Span], str]:
+def _join_parts(parts: Sequence[Part], joiner: str) -> tuple[list[Span], str]:
     spans: list[Span] = []
     text = ""
     for part in parts:
@@ -430,7 +434,7 @@ def _joined(parts: Sequence[Part], joiner: str) -> tuple[list[Span], str]:
     return spans, text
 
 
-def _chunks(
+def _token_runs(
     slots: Sequence[Slot], owners: Sequence[int | None], ids: Sequence[int]
 ) -> list[tuple[Slot | None, tuple[int, ...], bool]]:
     """Runs of tokens with one owner: the slot, its ids, and whether they are its first.
@@ -507,7 +511,7 @@ def _span_names(
     return [name or labels[owned.owners.index(i)] for i, name in enumerate(names)]
 
 
-def _for_drawn(
+def _labels_of_explicit_spans(
     labels: Sequence[str | None] | Mapping[str | int, str] | None, owned: Ownership
 ) -> Sequence[str | None] | Mapping[str | int, str] | None:
     """Labels as given for the spans, with None for special tokens besides."""

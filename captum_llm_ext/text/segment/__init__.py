@@ -16,7 +16,7 @@ from captum_llm_ext.text.segment.markdown import markdown_blocks
 from captum_llm_ext.text.segment.nesting import nest, parents
 from captum_llm_ext.text.segment.prose import lines, paragraphs, sentences, sentences_of, words
 from captum_llm_ext.text.segment.span import Segmenter, Span, shorten
-from captum_llm_ext.text.segment.unit import Unit, is_drawn, segment, segmenter, unit_name
+from captum_llm_ext.text.segment.unit import Unit, has_explicit_spans, segment, segmenter, unit_name
 
 __all__ = [
     "Segmenter",
@@ -24,7 +24,7 @@ __all__ = [
     "Unit",
     "between",
     "blocks",
-    "is_drawn",
+    "has_explicit_spans",
     "lines",
     "markdown_blocks",
     "nest",

@@ -35,7 +35,7 @@ def pattern(regex: str | re.Pattern[str], group: int | str = 0) -> Segmenter:
 
     def find(text: str) -> list[Span]:
         found = (match.span(group) for match in compiled.finditer(text))
-        return _some(whole(text, (span for span in found if span[0] < span[1])), call, text)
+        return _check_found(whole(text, (span for span in found if span[0] < span[1])), call, text)
 
     return Named(call, find)
 
@@ -55,10 +55,12 @@ def between(opening: str | re.Pattern[str], closing: str | re.Pattern[str]) -> S
             an opening one is never closed.
     """
     first, last = _marker(opening), _marker(closing)
-    call = f"between({_shown(opening)}, {_shown(closing)})"
+    call = f"between({_marker_text(opening)}, {_marker_text(closing)})"
 
     def find(text: str) -> list[Span]:
-        return _some(whole(text, _filled(text, _enclosed(text, first, last, call))), call, text)
+        return _check_found(
+            whole(text, _stripped_parts(text, _enclosed(text, first, last, call))), call, text
+        )
 
     return Named(call, find)
 
@@ -81,14 +83,14 @@ def blocks(delimiter: str | re.Pattern[str], *, delimiter_is: Delimiter = "fixed
         choices = ", ".join(map(repr, get_args(Delimiter)))
         raise ValueError(f"`delimiter_is` is {delimiter_is!r}: give one of {choices}.")
     marker = _marker(delimiter)
-    call = f"blocks({_shown(delimiter)}, delimiter_is={delimiter_is!r})"
+    call = f"blocks({_marker_text(delimiter)}, delimiter_is={delimiter_is!r})"
 
     def find(text: str) -> list[Span]:
-        marks = list(_marks(marker, text))
-        _some(marks, call, text)
+        marks = list(_marker_spans(marker, text))
+        _check_found(marks, call, text)
         if delimiter_is == "following":
             return tiles(text, (mark.start for mark in marks))
-        return _some(whole(text, _filled(text, _gaps(text, marks))), call, text)
+        return _check_found(whole(text, _stripped_parts(text, _gaps(text, marks))), call, text)
 
     return Named(call, find)
 
@@ -106,7 +108,7 @@ def strings(texts: Iterable[str]) -> Segmenter:
         raise TypeError(f"`strings` takes a list of strings, not {texts!r}.")
     if not wanted or not all(wanted):
         raise ValueError("`strings` needs at least one string, and none that is empty.")
-    return Named(f"strings({wanted!r})", lambda text: _in_order(text, wanted), positional=True)
+    return Named(f"strings({wanted!r})", lambda text: _find_in_order(text, wanted), positional=True)
 
 
 def spans(pairs: Iterable[tuple[int, int]]) -> Segmenter:
@@ -141,7 +143,7 @@ def _marker(marker: str | re.Pattern[str]) -> re.Pattern[str]:
     return compiled
 
 
-def _shown(marker: str | re.Pattern[str]) -> str:
+def _marker_text(marker: str | re.Pattern[str]) -> str:
     return repr(marker) if isinstance(marker, str) else f"re.compile({marker.pattern!r})"
 
 
@@ -149,8 +151,8 @@ def _enclosed(
     text: str, opening: re.Pattern[str], closing: re.Pattern[str], call: str
 ) -> Iterator[tuple[int, int]]:
     position = 0
-    while after := _next(opening, text, position):
-        before = _next(closing, text, after.stop)
+    while after := _next_match(opening, text, position):
+        before = _next_match(closing, text, after.stop)
         if not before:
             raise ValueError(
                 f"{call}: the marker at character {after.start} "
@@ -160,11 +162,11 @@ def _enclosed(
         position = before.stop
 
 
-def _next(marker: re.Pattern[str], text: str, position: int) -> Span | None:
-    return next(_marks(marker, text, position), None)
+def _next_match(marker: re.Pattern[str], text: str, position: int) -> Span | None:
+    return next(_marker_spans(marker, text, position), None)
 
 
-def _marks(marker: re.Pattern[str], text: str, position: int = 0) -> Iterator[Span]:
+def _marker_spans(marker: re.Pattern[str], text: str, position: int = 0) -> Iterator[Span]:
     """Where the marker stands; empty matches mark nothing."""
     found = (Span(*match.span()) for match in marker.finditer(text, position))
     return (span for span in found if span.start < span.stop)
@@ -175,7 +177,7 @@ def _gaps(text: str, marks: Sequence[Span]) -> Iterator[tuple[int, int]]:
         yield before.stop, after.start
 
 
-def _filled(text: str, parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _stripped_parts(text: str, parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Those that hold more than white space, without the white space at their ends."""
     for start, stop in parts:
         content = text[start:stop].rstrip()
@@ -184,7 +186,7 @@ def _filled(text: str, parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, 
             yield start, stop if stop == len(text) else start + len(content)
 
 
-def _in_order(text: str, wanted: Sequence[str]) -> list[Span]:
+def _find_in_order(text: str, wanted: Sequence[str]) -> list[Span]:
     found: list[Span] = []
     position = 0
     for number, item in enumerate(wanted):
@@ -201,7 +203,7 @@ def _in_order(text: str, wanted: Sequence[str]) -> list[Span]:
     return found
 
 
-def _some(found: list[Span], call: str, text: str) -> list[Span]:
+def _check_found(found: list[Span], call: str, text: str) -> list[Span]:
     if not found:
         raise ValueError(f"{call} finds nothing in the text {shorten(text)!r}.")
     return found

@@ -54,7 +54,7 @@ def segmenter(unit: Unit) -> Segmenter:
     )
 
 
-def is_drawn(unit: Unit) -> bool:
+def has_explicit_spans(unit: Unit) -> bool:
     """Whether a unit is spans of one text that somebody drew, which are taken as they are."""
     by_hand = isinstance(unit, Sequence) and not isinstance(unit, str)
     return by_hand or bool(getattr(unit, "positional", False))
