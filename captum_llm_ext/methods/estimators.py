@@ -277,7 +277,8 @@ def _shapley_values(request: _Request) -> Estimator:
         return _exact(request)
     warnings.warn(
         f"exact Shapley values of {request.n_features} features need 2^{request.n_features} "
-        f"evaluations: they are estimated from {request.usual}, with standard errors in `token_attr_se`. "
+        f"evaluations: they are estimated from {request.usual}, with standard errors in "
+        "`token_attr_se`. "
         f"Fewer features (at most {request.budget.max_exact_features}) are solved exactly.",
         stacklevel=stacklevel_of_caller(),
     )
