@@ -615,7 +615,7 @@ def test_places_side_by_side_are_one_phrase(tokenizer):
     corpus = [f"{name} lives in {place} now." for place in places for name in NAMES] * 3
     text = "Ann lives in Lake of Pines now."
     inp = TextSegmentInput(text, tokenizer, groups=[[3, 4, 5]], baselines=CorpusBaselines(corpus))
-    assert not any(match.constant for match in inp.baseline.matches(inp)[3:6])
+    assert not any(match.constant for match in inp.own_baseline.matches(inp)[3:6])
     masks = torch.tensor([[feature != 3 for feature in range(inp.n_features)]]).expand(60, -1)
     rows = inp.render(masks, torch.Generator().manual_seed(0))
     shown = {tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows}

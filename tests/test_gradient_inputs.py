@@ -152,6 +152,8 @@ def test_texts_of_another_length_stand_as_their_mean(smooth, tokenizer):
         assert torch.allclose(found.token_attr[:, place.feature], summed, atol=1e-9)
     same = [f for f in range(len(words)) if f not in (0, 1, city)]
     assert found.token_attr[:, same].abs().max() < 1e-9  # their own text stands for them
+    # What stands in the prompt, not what would stand in an output that has features.
+    assert found.provenance["baselines"] == repr(inp.own_baseline) != repr(inp.output_baseline)
 
 
 def test_the_mean_of_draws_stands_for_an_absent_feature(smooth, tokenizer):

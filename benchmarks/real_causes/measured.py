@@ -219,7 +219,7 @@ class Measured:
                 return {t: self._inside(inp, answer, method, t) for t in targets}
             if method == "integrated gradients":
                 kind = LayerIntegratedGradients(self.model, None)
-                drawn = {} if is_deterministic(inp.baseline) else {"n_draws": PATHS}
+                drawn = {} if is_deterministic(inp.own_baseline) else {"n_draws": PATHS}
                 return {
                     target: GenerationGradientAttribution(
                         kind,

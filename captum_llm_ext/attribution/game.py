@@ -103,7 +103,7 @@ class Game:
         self.run, self.generated, self._is_joint = run, generated, is_joint
         self.foils, self.foil_ids = foils, None if foils is None else foils.tensor
         self._foil_values: list[Tensor] = []
-        self.target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
+        self.target = generated.target
         n_prompt = run.prompt.n_features
         n_generated = max(generated.n_visible)
         self.n_features = n_prompt + n_generated

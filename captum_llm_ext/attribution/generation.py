@@ -423,7 +423,7 @@ def _warn_of_absence(
         return
     absent = [prompt.own_baseline]
     if output_unit is not None:
-        absent.append(prompt.baseline if output_baselines is None else output_baselines)
+        absent.append(prompt.output_baseline if output_baselines is None else output_baselines)
     said = unseen(absent, "attributions are made from", "attributions")
     if said is not None:
         warnings.warn(

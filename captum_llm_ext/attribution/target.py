@@ -362,7 +362,7 @@ def check_stored(
     Raises:
         ValueError: If one of its values is another.
     """
-    target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
+    target = generated.target
     row = whole_row(prompt, generated)
     foils = None if foils is None else foils.cpu()
     now = scorer.values([row], target, foils)[0]

@@ -83,7 +83,7 @@ def assembled(
         masks=masks.to(like.device, copy=True),
         values=values.to(like, copy=True),
         draws=draws.to(like.device, copy=True),
-        target=torch.tensor(generated.ids, device=like.device, dtype=torch.int64),
+        target=generated.target.to(like.device),
         prompt_pieces=prompt.pieces,
         levels=prompt.levels,
         output_pieces=generated.pieces,

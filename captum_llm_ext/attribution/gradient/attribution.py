@@ -296,7 +296,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             "absent": _absence(points, absent),
             "deterministic_baselines": deterministic,
             "n_draws": paths.n_draws,
-            "baselines": None if is_zero else repr(context.prompt.baseline),
+            "baselines": None if is_zero else repr(context.prompt.own_baseline),
             "matches": context.matches(generated),
         }
         if paths.is_complete:

@@ -152,7 +152,7 @@ class Paths:
                 "which needs none."
             )
         with exclusive_use(self._model):
-            target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
+            target = generated.target
             ids = torch.tensor(
                 [[*self._prompt_ids, *generated.ids[:-1]]], dtype=torch.int64, device="cpu"
             )

@@ -144,7 +144,7 @@ def measure_faithfulness(
     }
     absent = {"prompt": prompt.own_baseline}
     if earlier:
-        absent["output"] = prompt.baseline if output_baselines is None else output_baselines
+        absent["output"] = prompt.output_baseline if output_baselines is None else output_baselines
     if is_mismatch(prompt.own_baseline, lambda: game.matches):
         _warn_of_unlike()
     _warn_of_absence(absent.values())

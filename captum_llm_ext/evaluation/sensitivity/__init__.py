@@ -142,7 +142,7 @@ def _changed(
     try:
         changed = _with_baselines(inp, baselines, tokenizer)
         prompt = as_prompt(changed, tokenizer, feature_mask)
-        if not isinstance(prompt.baseline, AsksModel):  # those are answered when the model runs
+        if not isinstance(prompt.own_baseline, AsksModel):  # those are answered when the model runs
             nothing = torch.zeros(1, prompt.n_features, dtype=torch.bool, device="cpu")
             prompt.render(nothing, torch.Generator().manual_seed(0))
     except (TypeError, ValueError) as error:

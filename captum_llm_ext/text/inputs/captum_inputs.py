@@ -85,7 +85,7 @@ class _TokenPrompt(Prompt):
         feature_of = {place: feature for feature, place in enumerate(self._places)}
         self.pieces = [Piece(text, feature_of.get(i)) for i, text in enumerate(texts)]
         self.text = "".join(texts)
-        self.baseline = self.own_baseline = TokenBaseline(self._token)
+        self.output_baseline = self.own_baseline = TokenBaseline(self._token)
         self.deterministic = True
 
     def render(
@@ -127,7 +127,7 @@ class _TemplatePrompt(Prompt):
         # What may be called with a slot is a baseline of this package, and speaks of output too.
         baseline = inp.baselines if _accepts_slot(inp.baselines) else None
         self._slots = None if baseline is None else template_slots(inp)
-        self.baseline = cast(Baseline, baseline or Deletion())
+        self.output_baseline = cast(Baseline, baseline or Deletion())
         is_nothing = isinstance(inp.baselines, list) and not any(inp.baselines)
         self.own_baseline = None if is_nothing else inp.baselines
         self.deterministic = not callable(inp.baselines)
@@ -153,11 +153,11 @@ class _TemplatePrompt(Prompt):
 
     def with_model(self, model: LanguageModel) -> Prompt:
         changed = copy(self)
-        changed.baseline = with_model(self.baseline, model)
+        changed.output_baseline = with_model(self.output_baseline, model)
         return changed
 
     def matches(self) -> list[Match] | None:
-        explain = getattr(self.baseline, "explain", None)
+        explain = getattr(self.output_baseline, "explain", None)
         slots = self._slots
         return None if explain is None or slots is None else [explain(slot) for slot in slots]
 
@@ -166,7 +166,9 @@ class _TemplatePrompt(Prompt):
         if self._slots is not None:
             generators = [draw_generator(seed, draw, slot.feature) for slot in self._slots]
             pairs = zip(self._slots, generators, strict=True)
-            return [_replacement_text(self.baseline(s, g), s) if s.text else "" for s, g in pairs]
+            return [
+                _replacement_text(self.output_baseline(s, g), s) if s.text else "" for s, g in pairs
+            ]
         if isinstance(baselines, ProductBaselines):
             drawn: Any = _draw_product(baselines, seed, draw)
         else:
@@ -201,7 +203,7 @@ class _OpaquePrompt(Prompt):
         self.pieces = [Piece(name, i) for i, name in enumerate(self.names)]
         original = inp.to_model_input()
         self.text = original if isinstance(original, str) else ""
-        self.baseline = Deletion()
+        self.output_baseline = Deletion()
         self.own_baseline = inp
         # What such an input draws from is its own affair; captum's image input draws nothing.
         self.deterministic = not callable(getattr(inp, "baselines", None))
@@ -249,7 +251,7 @@ class _MergedPrompt(Prompt):
             prompt = self._prompt = prompt.drawn_together(groups)
         self._groups = torch.tensor(groups, dtype=torch.int64, device="cpu")
         self.n_features = max(groups) + 1
-        self.text, self.baseline = prompt.text, prompt.baseline
+        self.text, self.output_baseline = prompt.text, prompt.output_baseline
         self.own_baseline = prompt.own_baseline
         self.unit_name = prompt.unit_name
         self.deterministic = prompt.deterministic
@@ -291,7 +293,7 @@ class _MergedPrompt(Prompt):
     def _wrap(self, prompt: Prompt) -> Prompt:
         changed = copy(self)
         changed._prompt = prompt
-        changed.baseline, changed.own_baseline = prompt.baseline, prompt.own_baseline
+        changed.output_baseline, changed.own_baseline = prompt.output_baseline, prompt.own_baseline
         changed.deterministic = prompt.deterministic
         return changed
 

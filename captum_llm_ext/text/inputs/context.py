@@ -52,7 +52,7 @@ class Context:
             ids.tolist(),
             self._tokenizer,
             unit,
-            baselines=self.prompt.baseline if baselines is None else baselines,
+            baselines=self.prompt.output_baseline if baselines is None else baselines,
             prompt_text=self.prompt.text,
             prompt_ids=self.full.ids,
             model=self._model,

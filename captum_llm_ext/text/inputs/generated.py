@@ -90,6 +90,11 @@ class GeneratedText:
         ]
 
     @property
+    def target(self) -> Tensor:
+        """Token ids, int64 ``(n_target,)`` on the CPU."""
+        return torch.tensor(self.ids, dtype=torch.int64, device="cpu")
+
+    @property
     def n_visible(self) -> list[int]:
         """Per target token the number of features strictly before it."""
         counts: list[int] = []

@@ -109,9 +109,10 @@ class Prompt(ABC):
         columns: Per column of the result the feature whose score it shows.
         pieces: The prompt as text, in reading order; a piece's number is a column of the result.
         text: The prompt as one text: what generated text continues.
-        baseline: What stands where generated features are absent, unless the user says otherwise.
-        own_baseline: What stands where those of the prompt are: a baseline, or what captum's inputs
-            have for one. None: nothing.
+        own_baseline: What stands where features of the prompt are absent: a baseline, or what
+            captum's inputs have for one. None: nothing.
+        output_baseline: What stands where generated features are absent, unless the user says
+            otherwise.
         deterministic: Whether two renderings of one coalition are always equal.
         levels: Coarser readings of the columns, from coarse to fine; empty for most inputs.
         unit_name: What one feature is called: ``"word"``, ``"turn"``…
@@ -122,8 +123,8 @@ class Prompt(ABC):
     columns: list[int]
     pieces: list[Piece]
     text: str
-    baseline: Baseline
     own_baseline: Any
+    output_baseline: Baseline
     deterministic: bool
     levels: Sequence[Level] = ()
     unit_name: str = "feature"

@@ -159,7 +159,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
 
     def _replace_by(self, baselines: Any) -> None:
         replacement = as_baseline(baselines, self.tokenizer, self.slots)
-        self.own_baseline, self.baseline = replacement, for_generated(replacement)
+        self.own_baseline, self.output_baseline = replacement, for_generated(replacement)
         self._replacements = Replacements(replacement, self._drawn, self.tokenizer, by_phrase=True)
         self.deterministic = self._replacements.deterministic
 
@@ -185,7 +185,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
         """See `Prompt.with_model`."""
         changed = copy(self)
         changed._replacements = self._replacements.with_model(model)
-        changed.baseline = with_model(self.baseline, model)
+        changed.output_baseline = with_model(self.output_baseline, model)
         return changed
 
     def with_answer(self, follows: Follows) -> Self:
