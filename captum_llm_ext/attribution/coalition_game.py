@@ -1,4 +1,4 @@
-"""An attribution's game for other packages: coalitions in, one number each out."""
+"""`CoalitionGame`: an attribution as a cooperative game, for other packages."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ class CoalitionGame:
 
     @property
     def matches(self) -> list[Match] | None:
-        """How stand-ins for the prompt's features were found, if its baseline tells."""
+        """How replacements for the prompt's features were found; None for fixed baselines."""
         return self._game.run.prompt.matches()
 
     def __call__(self, coalitions: Any) -> Any:

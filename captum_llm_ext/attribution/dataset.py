@@ -1,4 +1,4 @@
-"""Many prompts: one file per record, as soon as it is known, and none twice."""
+"""`attribute_dataset`: many prompts, one result file per record, resumable."""
 
 import inspect
 import json
@@ -32,19 +32,20 @@ Attribution = GenerationAttribution | GenerationGradientAttribution | Generation
 _KEYS = ("prompt", "messages", "tools", "target", "id")
 _SETTINGS_FILE = "run.json"
 _GENERATION = "generation"
-_FORMAT = 3
+_FORMAT = 3  # of `run.json`
 _TOKENIZER_SAMPLE = "The 27 quick-brown foxes' naïve Straße: 中文, русский!\n\t{'x': [0.5]}"
 # They change how fast an answer comes, not what it is.
 _SPEED_OPTIONS = ("show_progress", "perturbations_per_eval", "internal_batch_size")
 _MAX_FAILURES = 100
-# Seconds; and one in so many of the run's own, for what is told is kept until the run ends.
+# Processes report every so many seconds, and at most so often in a run, for what they report is
+# kept until it ends.
 _REPORT_SECONDS, _MAX_REPORTS = 0.5, 1000
 OnAllProcesses = Callable[[Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What became of the records, over all processes.
+    """Numbers of records written, skipped and failed, over all processes.
 
     Attributes:
         n_written: Results written now.
@@ -157,7 +158,7 @@ def attribute_dataset(
 
 
 def _processes(attribution: Attribution, accelerator: Accelerator | None) -> Processes:
-    """Those that share the records."""
+    """The processes that share the records."""
     known = attribution.processes
     if accelerator is None:
         asked = os.environ.get("WORLD_SIZE", "1")
@@ -220,7 +221,7 @@ def _attribute_records(
 
 
 class _RecordAttributor:
-    """Results from records."""
+    """Attributes one record after the other."""
 
     def __init__(
         self,
@@ -242,7 +243,7 @@ class _RecordAttributor:
         return self._attribution.attribute(self._input(record), target, **options)
 
     def check(self, record: Mapping[str, Any], path: Path, agree: OnAllProcesses) -> None:
-        """Holds the first result that is there against the model as it is now.
+        """Compares the first stored result with the model as it is now.
 
         What no digest of the model shows is noticed by this: hooks, a forward of the user's own.
 
@@ -266,7 +267,7 @@ class _RecordAttributor:
 
     @property
     def has_lost_processes(self) -> bool:
-        """Whether nothing more can be asked of the model."""
+        """Whether processes that hold the model are gone: no further record can be attributed."""
         return self._attribution.processes.have_parted
 
     def _input(self, record: Mapping[str, Any]) -> TextSegmentInput:
@@ -294,7 +295,7 @@ def _attribute_record(
     leads: bool,
     agree: OnAllProcesses,
 ) -> DatasetReport:
-    """Writes the result of a record, or why there is none.
+    """Writes the result of a record, or its error.
 
     Of the processes that hold a model together all come here, and one looks and writes.
     """
@@ -308,7 +309,7 @@ def _attribute_record(
         return DatasetReport(n_failed=1, failures=((number, said),))
 
     def known() -> DatasetReport | None:
-        """What there is to say without the model."""
+        """The report of a record that needs no model; None if it has to be attributed."""
         try:
             if isinstance(entry, Exception):
                 raise entry
@@ -345,7 +346,7 @@ def _attribute_record(
 
 
 def _digests(record: Mapping[str, Any]) -> dict[str, str]:
-    """What makes a record another one, key by key."""
+    """Digests of a record's values, by key, that tell it from others."""
     given = {key: record[key] for key in _KEYS if record.get(key) is not None}
     if "target" in given:
         given["target"] = plain_target(given["target"])
@@ -353,7 +354,7 @@ def _digests(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_same_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Refuses a record that is another than the one that the file is of."""
+    """Raises if the file holds the result of another record."""
     there = read_provenance(path)
     then, now = there.get("record_digests") or {}, _digests(record)
     differ = [key for key in _KEYS if then.get(key) != now.get(key)]
@@ -372,7 +373,7 @@ def _quoted_list(names: Sequence[str]) -> str:
 
 
 def _json_round_trip(value: Any) -> Any:
-    """As JSON has it: the same whether it came from a file or not."""
+    """The value after a round trip through JSON: equal whether it came from a file or not."""
     return json.loads(json.dumps(value, default=_as_json))
 
 
@@ -403,7 +404,7 @@ def _check_record(entry: Record) -> Mapping[str, Any]:
 def _read_records(
     records: Iterable[Record] | str | os.PathLike[str],
 ) -> Iterator[Record | Exception]:
-    """The records; in the place of a line that holds none, what is wrong with it."""
+    """The records; an exception in place of a line that is no record."""
     if not isinstance(records, str | os.PathLike):
         yield from records
         return
@@ -425,7 +426,7 @@ def _n_records(records: Iterable[Record] | str | os.PathLike[str]) -> int | None
 
 
 def _prepare_folder(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Makes the folder, or checks that what it holds was made in the same way."""
+    """Creates the folder, or checks that its results were made with the same settings."""
     folder.mkdir(parents=True, exist_ok=True)
     files.sweep(folder, r"\d{6,}\.safetensors|\d{6,}\.error\.json|run\.json")
     path = folder / _SETTINGS_FILE
@@ -457,13 +458,13 @@ def _prepare_folder(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, A
 
 
 def _any_is_generated(folder: Path) -> bool:
-    """Whether the target of any result was written by the model, not given."""
+    """Whether the target of any stored result was generated."""
     found = (read_provenance(path) for path in sorted(folder.glob("*.safetensors")))
     return any(provenance.get("generation") is not None for provenance in found)
 
 
 def _settings(attribution: Attribution, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What results depend on, as far as JSON can tell it."""
+    """Everything that results depend on, as JSON."""
     kept = {
         name: describe(value)
         for name, value in sorted(given.items())
@@ -481,7 +482,7 @@ def _settings(attribution: Attribution, given: Mapping[str, Any]) -> dict[str, A
 
 
 def _generation(attribution: Attribution, gen_args: Any) -> dict[str, str] | None:
-    """How targets are generated; None for a model that cannot, where each record brings its own."""
+    """Settings of generation; None for a model that cannot, where each record has a target."""
     try:
         return dict(attribution.generation(gen_args).settings)
     except ValueError:
@@ -491,7 +492,7 @@ def _generation(attribution: Attribution, gen_args: Any) -> dict[str, str] | Non
 
 
 def _tokenizer_identity(tokenizer: Any) -> str:
-    """What tells tokenizers apart: the ids of a text with a bit of everything, and the template."""
+    """Identity of a tokenizer: digest of a sample text's ids and of the chat template."""
     ids = encoding.ids(tokenizer, _TOKENIZER_SAMPLE)
     return f"{type(tokenizer).__name__} {digest([ids, getattr(tokenizer, 'chat_template', None)])}"
 

@@ -322,7 +322,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         return CoalitionGame(game, start, stop, n_draws=n_draws, normalize=normalize)
 
     def with_absence(self, prompt: Prompt) -> Prompt:
-        """The prompt; where nobody said what is absent there, what the model would have written."""
+        """The prompt; with `ModelBaselines` where the user gave no baselines."""
         return prompt.with_default(ModelBaselines())
 
     def _game(self, run: Run, ids: Tensor, output_unit: Unit | None, output_baselines: Any) -> Game:
@@ -418,7 +418,7 @@ class _AnswerAttribution(AnswerAccess, GenerationAttribution):
 def _warn_of_absence(
     inp: InterpretableInput, prompt: Prompt, output_unit: Unit | None, output_baselines: Any
 ) -> None:
-    """Says, once, where absent features make texts that the model never saw."""
+    """Warns where absent features make texts unlike any that the model was trained on."""
     if output_unit is None and not isinstance(inp, Prompt):  # what captum computes
         return
     absent = [prompt.own_baseline]

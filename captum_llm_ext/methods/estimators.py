@@ -34,12 +34,14 @@ from captum_llm_ext.methods import (
 )
 from captum_llm_ext.methods.partition_shap import Partition
 
-_MAX_DRAWS = 8
-_MAX_REPEATED_ROWS = 1024
+# Enumerated coalitions of random baselines are repeated in up to 8 draws, which leaves .35 of the
+# error of one, while that takes no more rows than these. Choices of what a user waits for.
+_MAX_DRAWS, _MAX_REPEATED_ROWS = 8, 1024
+# Of all estimators that sample; their errors at 8 and 16: benchmarks/results/estimators.json.
 _EVALUATIONS_PER_FEATURE = 16
 # What a stopping rule begins with: below it regressions are no more than guesses.
 _MIN_EVALUATIONS_PER_FEATURE, _MIN_ORDERS = 2, 4
-_CAPTUM_ORDERS = 25
+_CAPTUM_ORDERS = 25  # the default of captum's `ShapleyValueSampling`
 _TWO_DRAWS = "2 `n_draws`"
 
 Solver = Callable[[Plan, Tensor, Scope], Solution]
@@ -153,7 +155,7 @@ def estimator(
 
 @dataclass(frozen=True)
 class _Request:
-    """What `estimator` is given, under the names of its arguments."""
+    """The arguments of `estimator`."""
 
     method: Any
     n_features: int
@@ -183,14 +185,14 @@ class _Request:
         return self.budget.grows and self.budget.n_samples is None and self.budget.n_draws is None
 
     def usual_draws(self, n_coalitions: int) -> int:
-        """How often so many coalitions are drawn by default."""
+        """Default number of draws of so many coalitions."""
         if self.deterministic:
             return 1
         most = _MAX_REPEATED_ROWS // max(1, n_coalitions)
         return self.budget.n_draws or max(2, min(_MAX_DRAWS, most))
 
     def n_draws(self, n_coalitions: int) -> int:
-        """How often so many coalitions are drawn in one round."""
+        """Number of draws of so many coalitions in one round."""
         usual = self.usual_draws(n_coalitions)
         return min(2, usual) if self.grows else usual
 
@@ -245,7 +247,7 @@ def _exact(request: _Request) -> Estimator:
 def _enumerated(
     name: str, plan: Plan, solve: Solver, request: _Request, tells_error: bool, usual: int
 ) -> Estimator:
-    """Where nothing is left to chance but the draws of the baseline."""
+    """An estimator that scores the same coalitions each time; only baselines are random."""
     return Estimator(
         name,
         lambda _: plan,

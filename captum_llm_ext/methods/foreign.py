@@ -1,4 +1,4 @@
-"""Methods of the user's own, run through their own ``attribute`` with a batched forward."""
+"""Foreign methods: captum methods of the user's own, run through their own ``attribute``."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,12 +15,13 @@ from torch import Tensor
 from captum_llm_ext.base.seeded import seeded
 from captum_llm_ext.coalitions import Plan
 
+# Rows per call of a foreign method; the scorer cuts them further where memory is short.
 _DEFAULT_BATCH = 32
 
 
 @dataclass(frozen=True)
 class ForeignAttribution:
-    """What a method asked for and found.
+    """Attributions of a foreign method, with the coalitions that it scored.
 
     Attributes:
         attributions: ``(n_target, n_features)``, float64.
@@ -43,7 +44,7 @@ def attribute_foreign(
     seed: int,
     arguments: Mapping[str, Any],
 ) -> ForeignAttribution:
-    """Has a captum method attribute the values of coalitions.
+    """Runs a captum method with the values of coalitions as its forward.
 
     Args:
         method: The method; the user's object is left as it is.

@@ -71,7 +71,7 @@ def tree_of_prompt(n_prompt: int, levels: Sequence[Sequence[int]]) -> Tree:
 def hierarchical_unfold(
     tree: Tree, n_features: int, share: float, n_evaluations: int | None, n_draws: int
 ) -> Callable[[Callable[[Plan], Tensor], Scope], tuple[Plan, Tensor]]:
-    """What `estimators` wants of a method whose values decide what is scored next."""
+    """`search` with everything but the game given, as `Estimator.unfold` wants it."""
     return partial(
         _search, tree, n_features, share=share, n_evaluations=n_evaluations, n_draws=n_draws
     )

@@ -28,8 +28,10 @@ from captum_llm_ext.methods.tensor_game import Score, TensorGame, Tensors
 
 Scheme = Literal["orders", "splits"]
 Unfold = Callable[[Score, Scope], tuple[Plan, Tensor]]
-_EVALUATIONS_PER_FEATURE = 16
-_MIN_ORDERS_HELD = 4
+_EVALUATIONS_PER_FEATURE = 16  # as all estimators that sample
+_MIN_ORDERS_HELD = 4  # two orders and their reverses: fewer tell no standard error
+# Draws of random baselines: as of other enumerated coalitions where all splits are made; where
+# values choose them half as many, a guess: each draw of a coalition is one split less.
 _MAX_DRAWS, _SPLIT_DRAWS = 8, 4
 
 
@@ -118,7 +120,7 @@ class PartitionShap(PerturbationAttribution):
 
 @dataclass(frozen=True)
 class Partition:
-    """How the Owen values of one game are found.
+    """A plan and a solver for the Owen values of one game.
 
     Attributes:
         name: For people and provenance.
@@ -159,7 +161,7 @@ def partition(
     deterministic: bool = True,
     n_draws: int | None = None,
 ) -> Partition:
-    """How Owen values are found within a budget.
+    """Chooses plan and solver for Owen values within a budget.
 
     Args:
         tree: The nesting of all features.
@@ -204,7 +206,7 @@ def partition(
 
 
 def evaluations_of_orders(n_orders: int, n_features: int, with_held: bool) -> int:
-    """How many distinct coalitions so many orders have at most: all begin and end with the same."""
+    """The most distinct coalitions that so many orders have; all share the first and the last."""
     return (n_orders * (n_features - 1) + 2) * (2 if with_held else 1)
 
 
@@ -283,7 +285,7 @@ def _plan_orders(
 
 
 def _concatenated(plans: Sequence[Plan]) -> Plan:
-    """Plans whose draws mean the same."""
+    """Plans one after the other; equal numbers of draws stay the same draw."""
     return Plan(torch.cat([p.masks for p in plans]), torch.cat([p.draws for p in plans]))
 
 

@@ -1,4 +1,4 @@
-"""What captum's gradient methods mean: at which points of the path, and how they are weighed."""
+"""Points and weights at which captum's gradient methods evaluate a path."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Points:
         from_zero: Whether absent is the activation 0, whatever the input's baselines say.
         multiplies: Whether gradients are multiplied by what changes along the path.
         measure: What becomes of a token's gradient: the product with what changes, or a norm.
-        is_frozen: Whether the model is held at what it does, and linear (see `scoring.frozen`).
+        is_frozen: Whether the model is linearised at the text (see `model.gradients.frozen`).
         settings: For provenance.
     """
 
@@ -65,12 +65,12 @@ class Points:
 
     @property
     def is_local(self) -> bool:
-        """Whether there is no way from absent to present, only the text as it is."""
+        """Whether gradients are taken at the text alone, not along a path."""
         return self.is_frozen or self.measure != "product"
 
 
 def check_method(method: object) -> None:
-    """Refuses what is not one of the five methods, or changes them.
+    """Raises if the method is none of the five, or a subclass of one.
 
     Raises:
         TypeError: Saying which are supported.
@@ -100,7 +100,7 @@ def points_of(
     stdevs: float | Sequence[float] | None,
     seed: int,
 ) -> Points:
-    """The points at which a method wants gradients.
+    """The points at which a method evaluates gradients.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -117,7 +117,7 @@ class TensorGame:
         return torch.stack([self._known[key] for key in keys])
 
     def _at_elements(self, found: Tensor) -> Tensors:
-        """The attributions ``(n_outputs, n_features)`` at every element of the inputs."""
+        """Attributions ``(n_outputs, n_features)`` copied to every element of the inputs."""
         spread = tuple(
             self._scatter(found, columns).to(x.device, self._dtype)
             for columns, x in zip(self._columns, self._inputs, strict=True)

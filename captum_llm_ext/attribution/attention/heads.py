@@ -1,4 +1,4 @@
-"""`AttentionByHead`: what every head of every layer looks at where one token is written."""
+"""`AttentionByHead`: attention weights of every head of every layer for one token."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

@@ -1,8 +1,8 @@
-"""What every place of a text gives to every other, layer by layer, as the model attends.
+"""Attention maps of every layer: how much each position of a text takes from each other.
 
-Attention is computed by the model's own plain function, which tells its weights; they are reduced
-as they are made, for all maps of a long text together would not fit. `Contributions` tells what is
-kept of a layer: the weights, or the sizes of the parts that its attention is a sum of.
+Attention is computed by the model's own eager function, which returns its weights. They are reduced
+layer by layer, since all maps of a long text together would not fit into memory. `Contributions`
+names what is kept of a layer: the weights, or the norms of the parts that its output is a sum of.
 """
 
 import sys
@@ -22,10 +22,12 @@ Heads = Literal["mean", "max"] | int
 _ATTENTION_NAME = "captum_llm_ext_maps"
 _SUPPORTED_ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 _MAX_PART_NUMBERS = 2**24  # numbers of the parts that exist at once
-# By how much a row of weights may miss 1: what their rounding adds up to.
+# By how much a row of weights may miss 1: rounding of float32 (1e-7) adds up to 1e-4 over a
+# million tokens; in half precision a few of its steps (4e-3), a guess. Sinks miss far more.
 _ROW_SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _ROW_SUM_TOLERANCE_HALF = 0.01
-# How far parts may be from what they are parts of, relative to it.
+# How far parts may be from what they are parts of, relative to it: sums of some thousand products
+# in the same types; in half precision a guess.
 _DECOMPOSITION_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _DECOMPOSITION_TOLERANCE_HALF = 0.05
 _MIN_FACTOR = 0.01  # by which a layer multiplies its attention
@@ -38,7 +40,7 @@ def each_map(
     heads: Heads,
     take: Callable[[int, Tensor], None],
 ) -> None:
-    """Gives the map of every layer, from the first to the last.
+    """Calls `take` with the map of every layer, from the first to the last.
 
     Args:
         model: A model of transformers.
@@ -58,7 +60,7 @@ def each_map(
 def each_row(
     model: nn.Module, ids: Tensor, place: int, take: Callable[[int, Tensor], None]
 ) -> None:
-    """Gives the weights of every head at one place, layer by layer.
+    """Calls `take` with every head's weights at one position, layer by layer.
 
     Args:
         model: A model of transformers.
@@ -113,7 +115,7 @@ def _each(
 
 
 class _LayerHooks:
-    """What is seen of the layers in a pass."""
+    """Hooks that record the layers' attention in one forward pass."""
 
     def __init__(
         self,
@@ -232,12 +234,12 @@ class _Layer:
             self._calls.append((_flat(given), _flat(output)))
 
     def weights_at(self, place: int) -> Tensor:
-        """What each head weighs each place by, at one of them, ``(heads, length)``."""
+        """Attention weights of each head at one position, ``(heads, length)``."""
         row = self._weights[:, place]
         return row / row.sum(-1, keepdim=True)
 
     def map(self, after: Tensor, kind: Contributions, heads: Heads) -> Tensor:
-        """What each place takes from each, ``(length, length)``, rows summing to 1.
+        """How much each position takes from each, ``(length, length)``, rows summing to 1.
 
         Args:
             after: What the layer gives.
@@ -373,5 +375,5 @@ def _is_hidden(given: Any) -> bool:
 
 
 def _flat(hidden: Tensor) -> Tensor:
-    """What a layer has at each place, ``(length, size)``."""
+    """Hidden states of one text, ``(length, size)``."""
     return hidden.reshape(-1, hidden.shape[-1])

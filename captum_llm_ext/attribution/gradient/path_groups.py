@@ -1,4 +1,4 @@
-"""Which tokens fade in together on the way from absent to present, and what is there before."""
+"""Groups of target tokens that share an integration path, and the embeddings at its start."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -28,7 +28,7 @@ class PathGroup:
 
     @property
     def n_read(self) -> int:
-        """How many tokens of the target the model has read before the last of these."""
+        """Number of target tokens that the model reads before it predicts the last of these."""
         return self.targets[-1]
 
 
@@ -60,7 +60,7 @@ def path_groups(generated: GeneratedText, *, n_before: int, apart: Apart) -> lis
 
 
 def _blocks(targets: list[int], n_before: int) -> list[list[int]]:
-    """Cuts targets where that is cheapest: each block costs a pass, each target a way back."""
+    """Cuts targets into blocks at the least cost: a forward pass each, a backward per target."""
 
     def cost(blocks: list[list[int]]) -> int:
         return sum((n_before + block[-1]) * (1 + len(block)) for block in blocks)
@@ -89,7 +89,7 @@ class Features:
     start: int
 
     def owners(self, length: int) -> Tensor:
-        """Per place of a row of so many ids its feature, ``n_features`` if it is fixed text."""
+        """The feature of every position, int64 ``(length,)``; ``n_features`` for fixed text."""
         owners = torch.full((length,), self.n_features, dtype=torch.int64, device="cpu")
         for place in self.places:
             owners[[p for p in place.positions if p < length]] = place.feature
@@ -105,7 +105,7 @@ def features(
     absent: Absent,
     seed: int,
 ) -> Features:
-    """Where features stand, and what stands there when they are absent.
+    """Positions of all features, with replacement ids for each draw.
 
     Args:
         prompt: The prompt, of `n_ids` token ids.
@@ -135,7 +135,7 @@ def features(
 def absent_embeddings(
     embedding: nn.Module, present: Tensor, features: Features, model: nn.Module
 ) -> Tensor:
-    """What an embedding gives where every feature is absent.
+    """Embeddings of the row with every feature absent.
 
     A stand-in of as many tokens as the feature has stands for it token by token; of one of another
     length the mean stands in each of the feature's places, and of none the zero vector.
@@ -189,7 +189,7 @@ def _fitted(vectors: Tensor, place: Place, length: int) -> Tensor:
 
 
 def held_positions(group: PathGroup, features: Features, kept: Tensor, length: int) -> Tensor:
-    """Which places of the row stand all along, bool ``(n, length)``.
+    """Positions that are present along the whole path, bool ``(n, length)``.
 
     Args:
         group: The path's target tokens.

@@ -1,4 +1,4 @@
-"""From absent to present: every target token's attributions along the paths that explain it."""
+"""Attributions of target tokens by gradients along paths from absent to present."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -38,7 +38,7 @@ from captum_llm_ext.text.inputs import Context, GeneratedText
 
 
 class LinearRemainder(NamedTuple):
-    """What a value of a linear system is made of beside attributions.
+    """The parts of a value that a linear system attributes to no feature.
 
     Attributes:
         fixed: What fixed text adds, in the unit of the value.
@@ -219,7 +219,7 @@ class Paths:
         )
 
     def _probe(self, whole: Row) -> Findings:
-        """What the model does, which decides how it is asked."""
+        """Probes the model: batch size and reading depend on what it does."""
         row = TokenRow(tuple(whole.ids[0].tolist()), whole.at.tolist())
         with torch.no_grad():
             found = findings(_compat.uncompiled(self._model), [row])
@@ -268,7 +268,7 @@ class Paths:
     def _local_attributions(
         self, group: PathGroup, row: Row, own: Features, is_joint: bool
     ) -> Solution:
-        """Attributions that know of nothing but the text as it is."""
+        """Attributions from gradients at the text as it is, without a path."""
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
@@ -313,7 +313,7 @@ class Paths:
         *,
         is_joint: bool,
     ) -> None:
-        """Keeps what a linear system says beside attributions.
+        """Keeps the parts of a linear system's values that belong to no feature.
 
         Raises:
             ValueError: If the shares do not sum to the values.
@@ -502,7 +502,7 @@ class Paths:
             )
 
     def _all_is_embedded(self, row: Row) -> bool:
-        """Whether the model says the same to other ids with the embeddings of these."""
+        """Whether other ids with the embeddings of these give equal logits: all is embedded."""
         embeddings = self._layers
         assert embeddings is not None
         with embeddings.read() as vectors:

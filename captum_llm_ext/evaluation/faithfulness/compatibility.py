@@ -64,7 +64,7 @@ def check_fit(
     prompt: Prompt,
     attribution: GenerationAttribution,
 ) -> None:
-    """Refuses results that explain something else than what is measured.
+    """Raises if a result explains something else than what is measured.
 
     Raises:
         ValueError: If target, prompt or values differ.

@@ -1,4 +1,4 @@
-"""Numbers and how much they would differ with other draws."""
+"""`Estimate`: numbers with jackknife standard errors over several sources of chance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A number, or several, and how sure it is.
+    """A number, or several, with the standard error.
 
     Standard errors are the jackknife's (Efron and Stein 1981), for each source of chance on its
     own: draws of a random baseline, random orders, random coalitions. Variances of several sources
@@ -39,7 +39,7 @@ class Estimate:
         return variance.sqrt()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Estimate:
-        """What follows from the value.
+        """The estimate of a function of the value.
 
         Args:
             function: From ``(n, *shape)`` to ``(n, *other_shape)``, each of the n for itself.
@@ -76,7 +76,7 @@ class Estimate:
 
 
 def average(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the units of a source of chance, and that without each of them.
+    """The mean over the draws of a source of chance, and the means without each of them.
 
     Args:
         values: Shape ``(n_units, *shape)``.

@@ -1,4 +1,4 @@
-"""Metrics of any numbers on any game: attributions of other packages, too."""
+"""Faithfulness metrics of any attributions on any game, also of other packages."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from captum_llm_ext.evaluation.faithfulness.scores import (
     RandomCoalitions,
 )
 
+# Few features, as people look at; ERASER (DeYoung et al. 2020) takes shares of the text instead.
 _DEFAULT_K = (1, 3, 5)
 
 
 @dataclass(frozen=True)
 class MetricSettings:
-    """What is asked of a game.
+    """Settings of the metrics.
 
     Attributes:
         k: Numbers of features for comprehensiveness and sufficiency; None: those of 1, 3 and 5 that
@@ -61,7 +62,7 @@ class MetricSettings:
             raise ValueError(f"`share` is {self.share!r}: give a number between 0 and 1.")
 
     def sizes(self, n: int) -> list[int]:
-        """The numbers k, for so many features.
+        """Numbers of features for comprehensiveness and sufficiency, of `n`.
 
         Raises:
             ValueError: If one of them is no number from 1 to n.
@@ -90,7 +91,7 @@ def measure(
     Args:
         attributions: By name, float64 ``(n,)``.
         game: A function of coalitions, see `evaluate_coalitions`.
-        questions: What is asked of it.
+        settings: Of the metrics.
         features: Names of the players.
         unit: Of its values.
         target: What is explained.
@@ -148,7 +149,7 @@ def _curve_metrics(curves: Mapping[Kind, PerturbationCurve], k: Sequence[int]) -
 
 
 def _between(name: str, upper: Metric, lower: Metric) -> Metric:
-    """What lies between the curves of weakest-first and strongest-first removal."""
+    """Area between the curves of weakest-first and strongest-first removal."""
     value, reference = upper.value - lower.value, upper.reference - lower.reference
     return Metric(name, value, reference, upper.unit, True)
 

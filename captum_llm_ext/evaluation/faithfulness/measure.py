@@ -60,7 +60,7 @@ def measure_faithfulness(
     perturbations_per_eval: int | None = None,
     feature_mask: Tensor | None = None,
 ) -> FaithfulnessReport:
-    """Whether the model does what attributions say: perturbation curves, ERASER's scores, the LDS.
+    """Measures how faithful results are to the model: perturbation curves, ERASER's scores, LDS.
 
     Absent features are replaced as the *input's own* baselines say, with draws of their own (others
     than those of ``attribute`` with the same seed), averaged, for every value. Give an input with
@@ -161,12 +161,12 @@ def measure_faithfulness(
 
 
 def _seed_of_draws(seed: int) -> int:
-    """Other draws than those that attributions with the same seed were made from."""
+    """A seed whose draws differ from those that attributions with `seed` were made from."""
     return int(torch.randint(2**62, (), generator=draw_generator(seed, 0), device="cpu"))
 
 
 def _warn_of_absence(baselines: Iterable[object]) -> None:
-    """Says, once, where absent features make texts that the model never saw."""
+    """Warns where absent features make texts unlike any that the model was trained on."""
     said = unseen(baselines, _MADE, _WHAT)
     if said is not None:
         warnings.warn(
@@ -186,7 +186,7 @@ def _warn_of_unlike() -> None:
 def _warn_of_another_model(
     results: Mapping[str, GenerationAttributionResult], span: tuple[int, int] | None, full: float
 ) -> None:
-    """Says where a result knows another value of the whole text, which no baseline changes."""
+    """Warns where a result has another value of the whole text, which no baseline changes."""
     for name, result in results.items():
         values = result.full_values[slice(*span or (None,))].detach().cpu().double()
         is_probability = result.provenance.get("attr_target") == "prob"

@@ -1,4 +1,4 @@
-"""A game of coalitions and what it is asked, all at once."""
+"""Evaluates a game of coalitions in one call."""
 
 from collections.abc import Callable
 from typing import Any

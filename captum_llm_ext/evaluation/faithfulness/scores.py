@@ -1,4 +1,4 @@
-"""What the values of coalitions say of attributions."""
+"""Perturbation curves and the linear datamodeling score, from values of coalitions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from captum_llm_ext.evaluation.faithfulness.estimate import Estimate, average
 Kind = Literal["removal", "insertion"]
 # Full minus empty, relative to the larger of them, below which it is rounding of float32.
 _ROUNDING = 1e-6
-_Z_95 = 1.96  # standard errors
-_N_SHUFFLES = 100  # they cost no coalition
+_Z_95 = 1.96  # standard errors: 95 % of a normal law
+_N_SHUFFLES = 100  # their mean misses the expectation by a tenth of their spread, at no coalition
 _MAX_JACKKNIFE_NUMBERS = 2**22  # numbers of a jackknife over coalitions
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """One measure of an attribution, beside what a random order of the features would get.
+    """One metric of an attribution, beside that of a random order of the features.
 
     Attributes:
         name: Such as ``"insertion_area"``, ``"comprehensiveness@3"`` or ``"lds"``.
@@ -98,7 +98,7 @@ class PerturbationCurve:
         return self._metric(f"normalized_{self.kind}_area", None, share, self._rises)
 
     def lost_at(self, k: int) -> Metric:
-        """What is lost of the value of all features when k have been removed, or added.
+        """Value of all features less that after k were removed, or added.
 
         Comprehensiveness and sufficiency of DeYoung et al. 2020 (ERASER, arXiv 1911.03429, sec.
         4.3), of any value in place of a probability.

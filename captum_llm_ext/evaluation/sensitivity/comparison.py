@@ -1,4 +1,4 @@
-"""Results under several baselines side by side: what holds under all, what hangs on one."""
+"""`BaselineComparison`: results under several baselines, and where they disagree."""
 
 import math
 from collections import Counter
@@ -522,7 +522,7 @@ def _shown(name: str) -> str:
 
 
 def _cause_without_numbers(cause: Cause | None) -> str:
-    """A cause and what it does, without numbers: those differ under every baseline."""
+    """A cause and its direction, without numbers, which differ under every baseline."""
     if cause is None:
         return "nothing in particular"
     what = " (output)" if cause.is_output else ""

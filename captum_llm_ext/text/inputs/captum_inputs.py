@@ -1,4 +1,4 @@
-"""Captum's own inputs, given the shape of a `Prompt`."""
+"""Adapters from captum's inputs to `Prompt`."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -307,7 +307,7 @@ def _text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 
 def _accepts_slot(baselines: object) -> bool:
-    """Whether it is to be called with a slot and a generator; captum's callables take nothing."""
+    """Whether a callable takes (slot, generator); captum's take no arguments."""
     if isinstance(baselines, CorpusBaselines):
         return True  # it takes both
     if not callable(baselines) or isinstance(baselines, ProductBaselines):
@@ -325,7 +325,7 @@ def _replacement_text(found: object, slot: Slot) -> str:
 
 
 def _keeps_rendering_of(inp: InterpretableInput, kind: type[InterpretableInput]) -> bool:
-    """Whether a subclass left the rendering of its parent as it was."""
+    """Whether the input renders coalitions as `kind` does: no subclass has overridden it."""
     return type(inp).to_model_input is kind.to_model_input
 
 

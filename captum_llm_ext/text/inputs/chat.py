@@ -116,7 +116,7 @@ class ChatInput(TextSegmentInput):
 
 
 def _message_numbers(messages: Sequence[Message], roles: Sequence[str]) -> list[int]:
-    """The numbers of the messages of these roles that say something.
+    """Indices of the messages of these roles that have text.
 
     Raises:
         ValueError: If there is none.
@@ -138,7 +138,7 @@ def _message_numbers(messages: Sequence[Message], roles: Sequence[str]) -> list[
 
 
 def _warn_of_missing(messages: Sequence[Message], found: Mapping[int, Found]) -> None:
-    """Says what the template leaves out of the chosen messages.
+    """Warns of text of the chosen messages that the template leaves out.
 
     Raises:
         ValueError: If none of them is left.
@@ -176,7 +176,7 @@ def _units_within_turns(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
 
 
 def _message_spans(messages: Sequence[int]) -> list[list[str | int]]:
-    """The places of every message that stands in several."""
+    """Spans of every message, which may stand in several places."""
     places: dict[int, list[str | int]] = {}
     for place, i in enumerate(messages):
         places.setdefault(i, []).append(place)

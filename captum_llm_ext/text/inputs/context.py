@@ -1,4 +1,4 @@
-"""A prompt with all of its features present, and the text that was generated after it."""
+"""`Context`: the whole prompt as token ids, and the generated text as features after it."""
 
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +15,7 @@ from captum_llm_ext.text.segment import Unit
 
 
 class Context:
-    """What a target is generated after, and seen with.
+    """The prompt that a target is generated after, with the model that its baselines ask.
 
     Args:
         prompt: The prompt.
@@ -43,11 +43,11 @@ class Context:
         warn_of_mismatch(prompt.own_baseline, prompt.matches)
 
     def heed(self, follows: Follows) -> None:
-        """From here on, replacements go by an answer, if their baseline is one that does."""
+        """Conditions the baselines on an answer from here on, where they can be."""
         self.prompt = self.prompt.with_answer(follows)
 
     def generated(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
-        """The target as features, absent as `baselines` say, or else as those of the prompt."""
+        """The target as features; None as `baselines` takes those of the prompt."""
         return GeneratedText(
             ids.tolist(),
             self._tokenizer,
@@ -59,12 +59,12 @@ class Context:
         )
 
     def absence(self, generated: GeneratedText) -> dict[str, str | None]:
-        """What absent features of prompt and output are replaced by; None for a fixed output."""
+        """Names of the baselines of prompt and output; None for an output that is held fixed."""
         output = baseline_name(generated.baseline) if generated.n_features else None
         return {"prompt": baseline_name(self.prompt.own_baseline), "output": output}
 
     def matches(self, generated: GeneratedText) -> dict[str, list[dict[str, Any]] | None]:
-        """How stand-ins were found, per place of prompt and output; None for fixed baselines."""
+        """How replacements were found, per slot of prompt and output; None for fixed baselines."""
         # The last generated feature has no token after it: nothing stands in for it.
         output = generated.matches(max(generated.n_visible))
         return {

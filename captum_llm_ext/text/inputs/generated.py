@@ -1,4 +1,4 @@
-"""Generated text as features, and the place where the model says each of its tokens."""
+"""`GeneratedText`: the target as features, and the positions that predict its tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,11 +18,10 @@ from captum_llm_ext.text.segment import Span, Unit
 
 
 class GeneratedText:
-    """The target tokens, grouped into features that later tokens may depend on.
+    """The target tokens, grouped into features that may cause later tokens.
 
-    An absent feature changes what the model reads, never what it is asked for. The tokens inside
-    one feature are said while the feature itself stands: a coalition without it gives a value to
-    its first token only.
+    An absent feature changes the input ids, never the target ids. Later tokens of a feature are
+    predicted with the feature present: a coalition without it has a value for its first token only.
 
     Args:
         ids: Target token ids, ``n_target`` of them. They are never decoded and encoded again.
@@ -112,11 +111,11 @@ class GeneratedText:
         ]
 
     def matches(self, n: int) -> list[Match] | None:
-        """How the baseline found candidates for the first `n` features, if it is one that tells."""
+        """How the baseline found candidates for the first `n` features; None if it does not say."""
         return self._replacements.matches(n)
 
     def places(self) -> list[Place]:
-        """Where the features stand among the target's ids; what has no token after it too."""
+        """Positions of the features among the target ids, the last feature included."""
         return [Place(places, group) for group, places in self._runs if group is not None]
 
     def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
@@ -132,7 +131,7 @@ class GeneratedText:
         generator: torch.Generator,
         draws: Tensor | None = None,
     ) -> list[tuple[tuple[int, ...], Sequence[int]]]:
-        """What the model reads after each prompt, and where it says each target token.
+        """Token ids of each coalition, and the positions whose logits predict the target tokens.
 
         Args:
             prompts: Token ids of the prompt, one per coalition.

@@ -1,4 +1,4 @@
-"""Where the messages of a chat stand in what a chat template makes of them."""
+"""Locates the messages of a chat in the text that its chat template renders."""
 
 import html
 import json
@@ -30,7 +30,7 @@ _ESCAPES: tuple[Callable[[str], str], ...] = (
 
 @dataclass(frozen=True)
 class Found:
-    """Where a message stands in the rendered chat.
+    """Spans of a message in the rendered chat.
 
     Attributes:
         spans: Its places, in reading order; none if it is not there.
@@ -88,7 +88,7 @@ class Template:
             ) from error
 
     def locate(self, messages: Sequence[Message], text: str, i: int) -> Found:
-        """Where message `i` stands in the rendered text, as far as it is there.
+        """Spans of message `i` in the rendered text.
 
         A text is found by rendering the chat once more with a mark in its place: what is left and
         right of the mark is left and right of the text, whatever it says. What has no text of its
@@ -131,7 +131,7 @@ class Template:
     def _find_rest(
         self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
     ) -> Found | None:
-        """For templates that cut a message short: what the chat lacks without it."""
+        """For templates that shorten a message: what differs where it is left out."""
         span = self._find_by_difference(messages, text, i, _with_text(messages, i, path, "")[i])
         if span is None or text[slice(*span)].strip() not in said:
             return None
@@ -140,7 +140,7 @@ class Template:
     def _find_between_tags(
         self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
     ) -> Found | None:
-        """For templates that look into a message: what stands between its tags is marked."""
+        """For templates that parse a message: places a placeholder between its tags."""
         stretches = _between_tags(said)
         if not stretches or stretches == [_inner(said, 0, len(said))]:
             return None
@@ -200,7 +200,7 @@ _Path = tuple[str | int, ...]
 
 
 def check_messages(messages: Sequence[Message]) -> list[Message]:
-    """The messages, if they are some.
+    """The messages as a list, checked.
 
     Raises:
         TypeError: If they are no list of mappings with a role, or a part is none.
@@ -233,7 +233,7 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
 
 
 def locate_messages(template: Template, messages: Sequence[Message], text: str) -> list[Found]:
-    """Where every message stands in the rendered text; no two in one place."""
+    """Spans of every message in the rendered text, without overlap."""
     taken: list[Span] = []
     found: list[Found] = []
     for i in range(len(messages)):
@@ -250,12 +250,12 @@ def locate_messages(template: Template, messages: Sequence[Message], text: str) 
 
 
 def has_text(message: Message) -> bool:
-    """Whether a message says anything that may be switched."""
+    """Whether a message has text that may be a feature."""
     return bool(_texts(message) or _reduced_messages(message))
 
 
 def _texts(message: Message) -> list[tuple[_Path, str]]:
-    """The texts of a message, with where it holds them."""
+    """The texts of a message, each with its path of keys."""
     content = message.get("content")
     found: list[tuple[_Path, str]] = [
         ((key,), message[key]) for key in _REASONING_KEYS if isinstance(message.get(key), str)
@@ -292,7 +292,7 @@ def _with_text(messages: Sequence[Message], i: int, path: _Path, text: str) -> l
 
 
 def _with_missing(text: str, span: Span, said: str) -> Found:
-    """A place, and what is not there of what was said."""
+    """A span, with the parts of the message's text that are missing there."""
     shown, wanted = text[slice(*span)].strip(), said.strip()
     if not shown:
         return Found([], [said])
@@ -310,7 +310,7 @@ def _with_missing(text: str, span: Span, said: str) -> Found:
 
 
 def _find_literally(text: str, said: str) -> Found:
-    """A message found by what it says, where that stands once."""
+    """Finds a message by its text, where that occurs once."""
     for write in _ESCAPES:
         wanted = write(said.strip())
         if text.count(wanted) == 1:

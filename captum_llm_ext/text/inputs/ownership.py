@@ -1,4 +1,4 @@
-"""Which token belongs to which span: the one rule for prompts, chats, templates and what is said.
+"""Assigns tokens to spans: the one rule for prompts, chats, templates and generated text.
 
 A token belongs to the span that holds its first character other than white space, special tokens in
 the text included. What shares a token cannot be switched apart: such spans are one, or an error
@@ -63,7 +63,7 @@ class Ownership:
 
 
 class VisibleSpan(NamedTuple):
-    """What a token shows: its characters without the white space around them."""
+    """The characters of a token without white space around them."""
 
     start: int
     stop: int
@@ -77,20 +77,20 @@ def assign_tokens(
     fixed: Sequence[tuple[int, int]] | Sequence[str] = (),
     special_apart: bool = False,
 ) -> Ownership:
-    """Cuts a text and gives every token to the span that holds its first visible character.
+    """Segments a text and assigns every token to the span of its first visible character.
 
     Args:
         text: The text.
         units: From coarse to fine; the finest makes the spans.
         encoding: Its tokens.
-        fixed: Spans or texts: a token that shows a character of theirs is nobody's. So is a BOS at
-            the beginning that the tokenizer would add.
+        fixed: Spans or texts that are fixed: a token with a visible character of theirs has no
+            owner. Nor has a BOS at the beginning that the tokenizer would add.
         special_apart: Whether units with a name end where a special token stands, which then is a
             span by itself.
 
     Raises:
-        ValueError: If everything is fixed, spans that the user drew share a token, or one of them
-            owns none.
+        ValueError: If everything is fixed, the user's spans share a token, or one of them owns
+            none.
     """
     is_explicit = has_explicit_spans(units[-1])
     # Who draws a span around BOS means it.
@@ -132,7 +132,7 @@ def owned_slots(
     offset: int = 0,
     generated: bool = False,
 ) -> list[Slot]:
-    """The place of every span, each a feature by itself.
+    """A slot for every span, each a feature by itself.
 
     Args:
         owned: Spans that own tokens.
@@ -189,7 +189,7 @@ def _finest_spans(
 def _split_at_special_tokens(
     text: str, outer: Span, special: Sequence[Span]
 ) -> list[tuple[Span, bool]]:
-    """A span cut at the special tokens in it; white space alone goes with the one after it."""
+    """Splits a span at its special tokens; white space alone joins the part after it."""
     cuts: list[tuple[Span, bool]] = []
     position = outer.start
     first = bisect_left([token.start for token in special], outer.start)
@@ -211,7 +211,7 @@ def _split_at_special_tokens(
 def _fixed_spans(
     text: str, fixed: Sequence[tuple[int, int]] | Sequence[str], n_opening: int
 ) -> list[Span]:
-    """What is fixed by hand, and the BOS that opens the text."""
+    """The spans that the user fixed, and the BOS that opens the text."""
     if isinstance(fixed, str):
         raise TypeError("`fixed` is one string: give a list of texts or of (start, stop) pairs.")
     fixed_spans: list[Span] = []
@@ -249,7 +249,7 @@ def _visible(text: str, encoding: Encoding, place: int) -> VisibleSpan:
 def _overlapping(
     text: str, spans: Sequence[Span], starts: Sequence[int], token: VisibleSpan
 ) -> range:
-    """The numbers of the spans that hold the token's first visible character or a later one."""
+    """Indices of the spans that hold a visible character of the token."""
     first = bisect_right(starts, token.start) - 1
     if first < 0 or token.start >= spans[first].stop:
         first += 1
@@ -271,7 +271,7 @@ def _is_fixed(
 def _first_and_last_spans(
     text: str, spans: Sequence[Span], encoding: Encoding, fixed_spans: Sequence[Span]
 ) -> tuple[list[int | None], list[int | None]]:
-    """Per token the first and the last span that it has a part of; None for fixed text."""
+    """Per token the first and the last span that it overlaps; None for fixed text."""
     starts, fixed_starts = (
         [span.start for span in spans],
         [fixed_span.start for fixed_span in fixed_spans],
@@ -297,7 +297,7 @@ def _first_and_last_spans(
 def _drop_invisible(
     text: str, spans: Sequence[Span], encoding: Encoding, firsts: Sequence[int | None]
 ) -> list[int | None]:
-    """The same without spans of which fixed tokens leave nothing but white space."""
+    """First spans, without spans of which fixed tokens leave white space alone."""
     seen: set[int] = set()
     for place, first in enumerate(firsts):
         if first is not None and text[slice(*_visible(text, encoding, place))].strip():
@@ -311,7 +311,7 @@ def _drop_invisible(
 def _span_per_token(
     text: str, encoding: Encoding, within: Sequence[Span] | None, fixed_spans: Sequence[Span]
 ) -> tuple[list[Span], list[int | None]]:
-    """Every token a span. Of several tokens of one character the first has its text."""
+    """One span per token; of several tokens of one character the first has its text."""
     starts = [span.start for span in within or ()]
     fixed_starts = [fixed_span.start for fixed_span in fixed_spans]
     borders = pairwise([*encoding.starts, len(text)])
@@ -341,7 +341,7 @@ def _merge_sharing_tokens(
     lasts: Sequence[int | None],
     is_explicit: bool,
 ) -> tuple[list[Span], list[int | None]]:
-    """Spans that share a token as one; those without any go with the one before."""
+    """Merges spans that share a token; spans without tokens join the one before."""
     owning = sorted({first for first in firsts if first is not None})
     # Per span the last one that a token of it reaches; what lies between is one with it.
     reach: dict[int, int] = {}
@@ -369,7 +369,7 @@ def _merge_sharing_tokens(
 def _token_extents(
     text: str, spans: Sequence[Span], owners: Sequence[int | None], encoding: Encoding
 ) -> list[Span]:
-    """The text of every span's tokens, and what of the span no token has."""
+    """Spans extended to the characters of their tokens."""
     places: dict[int, tuple[int, int]] = {}
     for place, owner in enumerate(owners):
         if owner is not None:
@@ -412,7 +412,7 @@ def _check_explicit_spans(
     firsts: Sequence[int | None],
     lasts: Sequence[int | None],
 ) -> None:
-    """Refuses spans by hand that share a token; tells those that end inside one."""
+    """Raises where the user's spans share a token; warns where one ends inside a token."""
     barren = set(range(len(spans))) - set(firsts)
     if barren:
         start, stop = spans[min(barren)]
@@ -459,7 +459,7 @@ def _coarse_parts(
     encoding: Encoding,
     name: str,
 ) -> CoarseSpans:
-    """The spans of a coarser unit, joined where a finer span or token is in two of them."""
+    """The spans of a coarser unit, merged where a finer span or a token overlaps two."""
     starts = [span.start for span in level]
     firsts: list[int | None] = [None] * len(spans)
     lasts: list[int | None] = [None] * len(spans)
@@ -483,7 +483,7 @@ def _coarse_parts(
 
 
 def _with_special_tokens(owned: Ownership, encoding: Encoding) -> Ownership:
-    """Every special token that nobody has as a span of its own, numbered in reading order."""
+    """Adds a span for every special token that has no owner, in reading order."""
     keys: list[tuple[bool, int] | None] = [
         (False, owner) if owner is not None else (True, place) if is_special else None
         for place, (owner, is_special) in enumerate(

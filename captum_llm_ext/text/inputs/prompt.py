@@ -1,4 +1,4 @@
-"""What the rest of the package knows of a prompt, whatever it was made from."""
+"""`Prompt`: the interface between inputs and attribution, whatever the input is made of."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -38,7 +38,7 @@ _NO_PLACES = (
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """What the model is given for one coalition of prompt features.
+    """The model's input for one coalition of prompt features.
 
     Attributes:
         ids: Token ids.
@@ -74,7 +74,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A coarser reading of the features.
+    """Features grouped into the parts of a coarser unit.
 
     Attributes:
         name: Its unit: ``"sentence"``, ``"turn"``…
@@ -89,7 +89,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a feature's tokens stand, or a part of them that is replaced as a whole.
+    """Positions of a feature's tokens, or of a part of them that is replaced as a whole.
 
     Attributes:
         positions: Indices of token ids, in reading order.
@@ -101,7 +101,7 @@ class Place:
 
 
 class Prompt(ABC):
-    """What attribution asks of a prompt, whatever it was made from.
+    """A prompt as features that can be absent.
 
     Attributes:
         n_features: Features that are switched; columns of `masks`.
@@ -146,7 +146,7 @@ class Prompt(ABC):
         """
 
     def places(self) -> list[Place]:
-        """Where the features stand in the ids of the prompt with every feature present.
+        """Positions of the features in the ids of the prompt with every feature present.
 
         Raises:
             TypeError: If absent features change more than the tokens in their own places.
@@ -154,7 +154,7 @@ class Prompt(ABC):
         raise TypeError(_NO_PLACES)
 
     def places_without(self, features: Collection[int]) -> frozenset[int]:
-        """Where other ids may stand if these features, and no others, are absent.
+        """Positions whose ids may change if these features, and no others, are absent.
 
         Args:
             features: Numbers of features.
@@ -170,7 +170,7 @@ class Prompt(ABC):
         )
 
     def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
-        """The ids that stand in every one of `places` where it is absent; none for deletion.
+        """Replacement ids for every one of `places`; none for deletion.
 
         Args:
             n_draws: Number of draws.
@@ -185,24 +185,24 @@ class Prompt(ABC):
         raise TypeError(_NO_PLACES)
 
     def with_default(self, baselines: Any) -> "Prompt":
-        """The prompt with these baselines, if nothing was said of them; otherwise itself."""
+        """A copy with these baselines, if the user gave none; otherwise the prompt itself."""
         return self
 
     def with_model(self, model: LanguageModel) -> "Prompt":
-        """The prompt with a model for baselines that ask one; itself if none does."""
+        """A copy whose baselines can ask this model; the prompt itself if none does."""
         return self
 
     def with_answer(self, follows: Follows) -> "Prompt":
-        """The prompt for an answer, for baselines that go by one; itself if none does."""
+        """A copy whose baselines are conditioned on an answer; the prompt itself if none can be."""
         return self
 
     def matches(self) -> list[Match] | None:
-        """How the baseline found candidates for each place, if it is one that tells."""
+        """How the baseline found candidates for each slot; None if it does not say."""
         return None
 
 
 class Replacements:
-    """The ids that stand where features are absent, draw by draw.
+    """Draws the ids that replace absent features.
 
     Args:
         baseline: What stands there.
@@ -223,30 +223,30 @@ class Replacements:
         self._bonds: Bonds | None = None
 
     def with_model(self, model: LanguageModel) -> "Replacements":
-        """The same with a model for the baseline to ask."""
+        """A copy whose baseline can ask this model."""
         return self._of(with_model(self._baseline, model), self._slots)
 
     @property
     def heeds_answer(self) -> bool:
-        """Whether the baseline goes by what was written after the text."""
+        """Whether the baseline can be conditioned on the text after the prompt."""
         return isinstance(self._baseline, HeedsAnswer)
 
     def with_answer(self, fit: AnswerFit) -> "Replacements":
-        """The same for an answer, if the baseline goes by one."""
+        """A copy conditioned on an answer, where the baseline can be."""
         found = self._baseline
         return self._of(
             found.with_answer(fit) if isinstance(found, HeedsAnswer) else found, self._slots
         )
 
     def over(self, slots: Sequence[Slot]) -> "Replacements":
-        """The same for other slots."""
+        """A copy for other slots."""
         return self._of(self._baseline, slots)
 
     def _of(self, baseline: Baseline, slots: Sequence[Slot]) -> "Replacements":
         return Replacements(baseline, slots, self._tokenizer, by_phrase=self._by_phrase)
 
     def matches(self, n: int | None = None) -> list[Match] | None:
-        """How the baseline found candidates for the first `n` slots, if it is one that tells.
+        """How the baseline found candidates for the first `n` slots; None if it does not say.
 
         Of a phrase that is absent as one, every slot has those of the phrase.
         """
@@ -258,7 +258,7 @@ class Replacements:
         return [explain(joined([self._slots[i] for i in run])) for run in runs]
 
     def units(self, absent: Collection[int]) -> Mapping[int, tuple[int, ...]]:
-        """What is drawn as one where slots are absent.
+        """Slots that are drawn together where some are absent.
 
         Args:
             absent: Indices of slots.
@@ -289,7 +289,7 @@ class Replacements:
     def draws(
         self, n_rows: int, generator: torch.Generator, draws: Tensor | None
     ) -> list[Callable[..., tuple[int, ...]]]:
-        """Per row a function from indices of slots to the ids that stand in their place.
+        """Per row a function from indices of slots to replacement ids.
 
         Its arguments are a unit (see `units`), or a single slot.
 
@@ -327,7 +327,7 @@ class Replacements:
         return self.in_place(slot, found)
 
     def in_place(self, slot: Slot, found: str) -> tuple[int, ...]:
-        """The ids of a text in a slot, with the white space around what it replaces."""
+        """Ids of a replacement text, with the white space around the text that it replaces."""
         content = found.lstrip()
         # A part of a character has no text that other text could stand for.
         if not content or not slot.text:
@@ -352,5 +352,5 @@ def template_pieces(
 
 
 def draw_seed(generator: torch.Generator) -> int:
-    """One number from which all draws of a rendering follow."""
+    """A seed for all draws of one rendering, taken from the generator."""
     return int(torch.randint(2**62, (), generator=generator, device="cpu"))

@@ -167,7 +167,7 @@ def _next_match(marker: re.Pattern[str], text: str, position: int) -> Span | Non
 
 
 def _marker_spans(marker: re.Pattern[str], text: str, position: int = 0) -> Iterator[Span]:
-    """Where the marker stands; empty matches mark nothing."""
+    """Spans of all matches of the marker, empty ones left out."""
     found = (Span(*match.span()) for match in marker.finditer(text, position))
     return (span for span in found if span.start < span.stop)
 
@@ -178,7 +178,7 @@ def _gaps(text: str, marks: Sequence[Span]) -> Iterator[tuple[int, int]]:
 
 
 def _stripped_parts(text: str, parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Those that hold more than white space, without the white space at their ends."""
+    """The parts stripped of white space; empty ones are left out."""
     for start, stop in parts:
         content = text[start:stop].rstrip()
         if content:

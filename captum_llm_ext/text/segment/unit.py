@@ -55,13 +55,13 @@ def segmenter(unit: Unit) -> Segmenter:
 
 
 def has_explicit_spans(unit: Unit) -> bool:
-    """Whether a unit is spans of one text that somebody drew, which are taken as they are."""
+    """Whether a unit is the user's own spans of one text, which are taken as they are."""
     by_hand = isinstance(unit, Sequence) and not isinstance(unit, str)
     return by_hand or bool(getattr(unit, "positional", False))
 
 
 def unit_name(unit: Unit) -> str:
-    """What a part that the unit makes is called."""
+    """The name of one span of the unit, for messages and plots."""
     if isinstance(unit, str):
         return unit
     return str(getattr(unit, "title", None) or getattr(unit, "__name__", "span"))
