@@ -233,8 +233,18 @@ def perturbation_curve(
         n_orders: Random orders of the reference.
         seed: Of random orders.
 
+    Returns:
+        Values at each number of features removed, or added, in the unit of the game.
+
     Raises:
         ValueError: If an argument is out of range, or the game does not fit the attributions.
+
+    Example:
+        >>> def game(masks):  # numpy booleans (n_coalitions, 3)
+        ...     return masks @ [2.0, -1.0, 0.5]
+        >>> curve = perturbation_curve([2.0, -1.0, 0.5], game)
+        >>> curve.values.value.tolist()
+        [1.5, -0.5, -1.0, 0.0]
     """
     if kind not in ("removal", "insertion"):
         raise ValueError(f"`kind` is {kind!r}: give 'removal' or 'insertion'.")
@@ -255,8 +265,15 @@ def comprehensiveness(
         attributions, game, n_orders, seed: As of `perturbation_curve`.
         k: How many features.
 
+    Returns:
+        Value of all features less that without the k, in the unit of the game.
+
     Raises:
         ValueError: As `perturbation_curve`.
+
+    Example:
+        >>> print(comprehensiveness([2.0, -1.0], lambda masks: masks @ [2.0, -1.0], k=1).value)
+        2.00
     """
     return _lost(attributions, game, "removal", k, n_orders, seed)
 
@@ -273,8 +290,15 @@ def sufficiency(
         attributions, game, n_orders, seed: As of `perturbation_curve`.
         k: How many features.
 
+    Returns:
+        Value of all features less that of the k alone, in the unit of the game.
+
     Raises:
         ValueError: As `perturbation_curve`.
+
+    Example:
+        >>> print(sufficiency([2.0, -1.0], lambda masks: masks @ [2.0, -1.0], k=1).value)
+        -1.00
     """
     return _lost(attributions, game, "insertion", k, n_orders, seed)
 

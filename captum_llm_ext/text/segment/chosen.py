@@ -12,10 +12,15 @@ Delimiter = Literal["fixed", "following"]
 
 
 def pattern(regex: str | re.Pattern[str], group: int | str = 0) -> Segmenter:
-    """Each match of a regular expression, or of one group in it, is a feature.
+    r"""Each match of a regular expression, or of one group in it, is a feature.
 
     A match that ends inside a grapheme cluster takes all of it, so ``pattern(r"(?s).")`` gives one
     feature per character as a reader sees it. Empty matches are passed over.
+
+    Example:
+        >>> text = "city=Paris year=2024"
+        >>> [text[start:stop] for start, stop in pattern(r"=(\w+)", 1)(text)]
+        ['Paris', '2024']
 
     Raises:
         ValueError: At once, if `regex` is malformed or has no such group; on a text, if nothing
@@ -53,6 +58,11 @@ def between(opening: str | re.Pattern[str], closing: str | re.Pattern[str]) -> S
     Raises:
         ValueError: At once, if a marker is empty; on a text, if nothing stands between markers, or
             an opening one is never closed.
+
+    Example:
+        >>> text = "Read <doc>one</doc> and <doc>two</doc>."
+        >>> [text[start:stop] for start, stop in between("<doc>", "</doc>")(text)]
+        ['one', 'two']
     """
     first, last = _marker(opening), _marker(closing)
     call = f"between({_marker_text(opening)}, {_marker_text(closing)})"
@@ -78,6 +88,11 @@ def blocks(delimiter: str | re.Pattern[str], *, delimiter_is: Delimiter = "fixed
     Raises:
         ValueError: At once, if the delimiter is empty or `delimiter_is` unknown; on a text, if the
             delimiter is not in it, or nothing else is.
+
+    Example:
+        >>> text = "Q: 1+1 A: 2 Q: 2+2 A: 4"
+        >>> [text[start:stop] for start, stop in blocks("Q:", delimiter_is="following")(text)]
+        ['Q: 1+1 A: 2', ' Q: 2+2 A: 4']
     """
     if delimiter_is not in get_args(Delimiter):
         choices = ", ".join(map(repr, get_args(Delimiter)))

@@ -18,12 +18,17 @@ _CELL = re.compile(r"\s*:?-+:?\s*")
 
 
 def markdown_blocks(text: str) -> list[Span]:
-    """The blocks of a Markdown document, as CommonMark and GitHub's tables have them.
+    r"""The blocks of a Markdown document, as CommonMark and GitHub's tables have them.
 
     A block is a paragraph, a heading, a fenced or indented code block with its fences, a table, a
     quotation, a thematic break, or one list item at whatever depth without the items and fences
     inside it, which are blocks of their own. An unclosed fence runs to the end of the text.
     Reference: CommonMark 0.31, section 4; GFM 0.29, section 4.10.
+
+    Example:
+        >>> text = "# Title\nText\n- one\n- two"
+        >>> [text[start:stop] for start, stop in markdown_blocks(text)]
+        ['# Title', '\nText', '\n- one', '\n- two']
     """
     return tiles(text, _beginnings(text))
 

@@ -14,6 +14,11 @@ def words(text: str) -> list[Span]:
     reader's: one ideograph or kana each (small kana, and marks of length and repetition, stay with
     the one before); in Thai, Lao, Khmer and Burmese one consonant with its vowels and marks, since
     true words need a dictionary: give a callable that has one. No grapheme cluster is ever cut.
+
+    Example:
+        >>> text = "Baikal is 1,642 m deep. 東京は。"
+        >>> [text[start:stop] for start, stop in words(text)]
+        ['Baikal', ' is', ' 1,642', ' m', ' deep.', ' 東', '京', 'は。']
     """
     return tiles(text, (match.start() for match in WORD.finditer(text)))
 
@@ -24,6 +29,11 @@ def sentences(text: str) -> list[Span]:
     An empty line and the beginning of a list item always do. The rules are for languages that end
     sentences with ``. ! ? …`` or with a mark that has no other use (``。 । ؟ ።`` …); Thai and Lao
     have none. Abbreviations are English: for other languages see `sentences_of`.
+
+    Example:
+        >>> text = "It is 1,642 m deep. Mr. Lee swam in it!"
+        >>> [text[start:stop] for start, stop in sentences(text)]
+        ['It is 1,642 m deep.', ' Mr. Lee swam in it!']
     """
     return tiles(text, sentence_ends(text))
 
