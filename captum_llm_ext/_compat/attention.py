@@ -1,4 +1,4 @@
-"""Attention by other functions, for one thread alone."""
+"""Replaces the attention function of a transformers model, in one thread only."""
 
 import itertools
 import threading
@@ -15,12 +15,12 @@ _FIELD = "_attn_implementation"
 
 
 def has_eager_attention(model: nn.Module) -> bool:
-    """Whether the model makes all attention scores of a layer at once."""
+    """Whether the model computes attention scores as one matrix (eager attention)."""
     return getattr(text_config(model), "_attn_implementation", None) == "eager"
 
 
 def boolean_mask(*sizes: int, **arguments: Any) -> Tensor:
-    """A mask of transformers, True where something is seen."""
+    """The mask function of transformers whose mask is True where a position is attended to."""
     from transformers.masking_utils import sdpa_mask
 
     return cast(Tensor, cast(Any, sdpa_mask)(*sizes, **arguments))
@@ -34,7 +34,7 @@ def attention_of(
     mask: Callable[..., Any],
     instead_of: Collection[str],
 ) -> Generator[None]:
-    """Has a model of transformers attend by other functions, in passes of this thread alone.
+    """Uses another attention and mask function in forward passes of this thread.
 
     Its configuration stays as it is: what this thread reads of it is another name. Everything is
     put back, come what may.
@@ -77,7 +77,7 @@ def attention_of(
 
 
 class _Here(threading.local):
-    """What this thread reads of configurations: names of implementations by a configuration's id.
+    """Names of attention implementations that this thread sees, by a configuration's id.
 
     The latest come last.
     """
@@ -94,7 +94,7 @@ _n_readers = Counter[type]()  # of the property of each class
 
 @contextmanager
 def _read_here_as(names: dict[int, str], kinds: Collection[type]) -> Generator[None]:
-    """Has this thread read other attention implementations of some configurations.
+    """Overrides the attention implementation of some configurations, in this thread.
 
     transformers 5.23 (2026): everything reads `_attn_implementation`, a property, which some
     configurations have of their own.
@@ -123,7 +123,7 @@ def _read_here_as(names: dict[int, str], kinds: Collection[type]) -> Generator[N
 
 
 class _Implementation:
-    """A property that some threads read differently."""
+    """A property whose value differs between threads."""
 
     def __init__(self, usual: Any) -> None:
         self.usual = usual
@@ -139,7 +139,7 @@ class _Implementation:
 
 
 def additive_mask(*sizes: int, **arguments: Any) -> Tensor:
-    """A mask of transformers that is added to scores, for its plain attention functions."""
+    """The mask function of transformers whose mask is added to scores (eager attention)."""
     from transformers.masking_utils import eager_mask
 
     return cast(Tensor, cast(Any, eager_mask)(*sizes, **arguments))

@@ -1,4 +1,4 @@
-"""Which rows can be run together, and in how much memory."""
+"""Which rows may share a batch, and how much memory there is."""
 
 from typing import Any, cast
 
@@ -8,7 +8,7 @@ from captum_llm_ext._compat.model import text_config
 
 
 def why_not_batched(model: nn.Module) -> str | None:
-    """Why rows must not even be tried together; None where nothing is known.
+    """The reason why rows must not share a batch; None where none is known.
 
     transformers 5.23 (2026): LLM.int8 looks for outliers in all rows of a batch, which a short
     comparison may not meet.
@@ -22,7 +22,7 @@ def why_not_batched(model: nn.Module) -> str | None:
 
 
 def fixed_positions(model: nn.Module) -> int | None:
-    """Beyond what length rows of several lengths must not even be tried together; None: not known.
+    """The length beyond which rows of unequal length must not share a batch; None: none is known.
 
     transformers 5.23 (2026): the rope types "dynamic" and "longrope" choose their frequencies by
     the longest row of a batch, for all that is in it.
@@ -40,7 +40,7 @@ def fixed_positions(model: nn.Module) -> int | None:
 
 
 def used_memory() -> int | None:
-    """Bytes of main memory that this process takes, or None where nobody tells."""
+    """Bytes of main memory that this process uses; None where unknown."""
     try:
         import psutil  # accelerate 1.x brings it
     except ImportError:
@@ -49,7 +49,7 @@ def used_memory() -> int | None:
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that are free, or None where nobody tells."""
+    """Free bytes of main memory; None where unknown."""
     try:
         import psutil  # accelerate 1.x brings it
     except ImportError:

@@ -1,4 +1,4 @@
-"""Which models are causal language models, as far as that is known before one is run."""
+"""Whether a model is a causal language model, as far as its class says."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ ADVICE = "give a causal language model, such as one from `AutoModelForCausalLM`.
 
 
 def check_causal(model: Any) -> None:
-    """Refuses what is known to be no causal language model; the rest is seen when it is run.
+    """Raises if a model is known to be no causal language model; others are probed when run.
 
     Raises:
         TypeError: If `model` is no module, is wrapped for training or without weights, or is an
@@ -42,7 +42,7 @@ def check_causal(model: Any) -> None:
 
 
 def _check_head(model: nn.Module) -> None:
-    """Refuses the models of transformers that say no next tokens."""
+    """Raises for models of transformers without a next-token head."""
     inner = uncompiled(model)
     # peft's wrappers, and others that hold one module alone.
     while not is_transformers_object(inner) and len(held := [*inner.children()]) == 1:
@@ -73,7 +73,7 @@ def _check_head(model: nn.Module) -> None:
 
 
 def is_masked(model: nn.Module) -> bool:
-    """Whether it is a model of transformers that says what stands in masked places."""
+    """Whether it is a masked language model of transformers."""
     inner = uncompiled(model)
     if not is_transformers_object(inner):
         return False
@@ -93,6 +93,6 @@ def _tuple(names: Any) -> tuple[str, ...]:
 
 
 def language_part(model: nn.Module) -> str | None:
-    """Where in a model there is one that generates text, as an attribute; None if there is none."""
+    """The attribute of a model that holds its text-generating part; None if there is none."""
     parts = (n for n, child in model.named_children() if callable(getattr(child, "generate", None)))
     return next((f"model.{name}" for name in parts), None)

@@ -1,4 +1,4 @@
-"""What a model's forward takes and gives."""
+"""Arguments and outputs of a model's forward."""
 
 import inspect
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from captum_llm_ext._compat.model import is_transformers, uncompiled
 
 
 def kept_logits(model: nn.Module) -> str | None:
-    """How the model's forward can be asked for the logits of some positions only.
+    """How the forward computes logits of some positions only (`logits_to_keep`).
 
     Returns:
         ``"positions"`` (one row of positions per sequence), ``"count"`` (the last so many), or
@@ -31,7 +31,7 @@ def kept_logits(model: nn.Module) -> str | None:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the model wants its token ids."""
+    """The device of the token ids."""
     embedding = embeddings(model, "get_input_embeddings")
     hook = getattr(embedding, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
@@ -50,12 +50,12 @@ def forward_arguments(model: nn.Module) -> frozenset[str]:
 
 
 def uncached(model: nn.Module) -> dict[str, Any]:
-    """Arguments with which the model's forward keeps no state."""
+    """Arguments that switch the model's cache off."""
     return {"use_cache": False} if "use_cache" in forward_arguments(model) else {}
 
 
 def keeping_logits(kept: str | None, at: Tensor, ids: Tensor) -> dict[str, Any]:
-    """Arguments with which a forward need not give more logits than those of some places.
+    """Arguments with which a forward computes logits of some positions only.
 
     Args:
         kept: As `kept_logits` says.
@@ -74,7 +74,7 @@ def _signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def called(model: nn.Module, ids: Tensor, **arguments: Any) -> Any:
-    """What a model returns for ids ``(batch, length)``, whatever its first argument is called."""
+    """The model's output for ids ``(batch, length)``, whatever its first argument is called."""
     parameters = _signature(model)
     kinds = {parameter.kind for parameter in parameters.values()}
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -1,4 +1,4 @@
-"""Which model it is, where it came from, and by which versions it is run."""
+"""Identity of a model: class, source, revision, and versions of the packages that run it."""
 
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -12,7 +12,7 @@ from captum_llm_ext._compat.model import uncompiled
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the packages that numbers depend on; None for one that is run uninstalled."""
+    """Versions of the packages that numbers depend on; None for a package that is not installed."""
     found: dict[str, str | None] = {}
     for name in ("captum-llm-ext", "captum", "torch", "transformers", "accelerate"):
         try:
@@ -23,7 +23,7 @@ def versions() -> dict[str, str | None]:
 
 
 def model_source(model: Any) -> tuple[str | None, str | None]:
-    """Where a transformers model came from.
+    """Repository or folder of a transformers model, with its revision.
 
     Returns:
         Its name, of a local folder the last part; and the revision (commit) of the repository
@@ -41,7 +41,7 @@ def model_source(model: Any) -> tuple[str | None, str | None]:
 
 
 def note_revision(model: Any, revision: str) -> None:
-    """Lets `model_source` tell the commit that a model was loaded from.
+    """Records the commit that a model was loaded from, for `model_source`.
 
     Args:
         model: One that was just loaded from a repository; nothing is noted of a folder.
@@ -68,7 +68,7 @@ def _only_revision(name: str) -> str | None:
 
 
 def model_description(model: nn.Module) -> str:
-    """A model's class, type of numbers and sizes; nothing that says where it was loaded from."""
+    """A model's class, dtype and sizes, without its source."""
     dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), None)
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -87,7 +87,7 @@ def _is_wrapped(cls: type) -> bool:
 
 
 def readable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules, each while what it holds is where it can be read.
+    """Names and modules, each while its weights are on a readable device.
 
     accelerate 1.x: what is offloaded is "meta", and its hook brings it for the time of a pass.
     """

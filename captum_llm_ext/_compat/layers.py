@@ -1,4 +1,4 @@
-"""Layers of a model that are looked up, to be read or hooked into."""
+"""Finds layers of a model."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from captum_llm_ext._compat.processes import model_ranks
 
 
 def embeddings(model: nn.Module, method: str) -> Any:
-    """What a method such as ``get_input_embeddings`` returns; None where the model has none."""
+    """The module that a method such as ``get_input_embeddings`` returns; None without one."""
     find = getattr(model, method, None)
     try:
         return find() if callable(find) else None
@@ -18,7 +18,7 @@ def embeddings(model: nn.Module, method: str) -> Any:
 
 
 def output_layer(model: nn.Module) -> nn.Linear | None:
-    """The layer that makes logits, where it is a plain linear one that lies on a CPU."""
+    """The LM head, where it is a plain linear layer on a CPU."""
     layer = None if is_compiled(model) else embeddings(model, "get_output_embeddings")
     if type(layer) is not nn.Linear:
         return None
@@ -27,7 +27,7 @@ def output_layer(model: nn.Module) -> nn.Linear | None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module] | None:
-    """The layers, where the model can be looked into."""
+    """The decoder layers in order, where they can be found."""
     if is_compiled(model) or model_ranks(model):
         return None
     n = number_of_layers(model)
@@ -37,6 +37,6 @@ def decoder_layers(model: nn.Module) -> list[nn.Module] | None:
 
 
 def outer_layers(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The first and the last layer, where the model can be looked into."""
+    """The first and the last decoder layer, where they can be found."""
     layers = decoder_layers(model)
     return None if layers is None else (layers[0], layers[-1])

@@ -41,7 +41,7 @@ def integration_rules() -> tuple[str, ...]:
 
 
 def integration_points(rule: str, n_steps: int) -> tuple[list[float], list[float]]:
-    """Where between 0 and 1 captum evaluates an integrand by a rule, and the weights of the sum.
+    """Points in [0, 1] and weights of one of captum's quadrature rules.
 
     captum 0.9 (2026): `approximation_parameters` is no public name.
     """
@@ -52,7 +52,7 @@ def integration_points(rule: str, n_steps: int) -> tuple[list[float], list[float
 
 
 def selected(output: Any, target: Any) -> Any:
-    """The outputs that a target names, as captum reads it.
+    """The outputs that captum's `target` argument selects.
 
     captum 0.9 (2026): `_select_targets` is no public name.
     """

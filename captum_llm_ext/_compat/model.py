@@ -1,4 +1,4 @@
-"""Whose class a model is, what wraps it, and what its configuration tells."""
+"""Class, wrappers and configuration of a model."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """What torch.compile wraps, or the model itself.
+    """The model without the wrapper of torch.compile.
 
     torch 2.13 (2026): what was compiled before does not notice hooks that come later.
     """
@@ -14,7 +14,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile has been at the model, or at a part of it."""
+    """Whether the model or a part of it is compiled."""
     if uncompiled(model) is not model:
         return True
     modules = model.modules()
@@ -41,18 +41,18 @@ def text_config(model: nn.Module) -> Any:
 
 
 def number_of_layers(model: nn.Module) -> int | None:
-    """Number of layers that the model's configuration tells."""
+    """Number of layers by the model's configuration."""
     return getattr(text_config(model), "num_hidden_layers", None)
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """Number of token ids the model knows, or None where it does not tell."""
+    """Vocabulary size of the model; None where unknown."""
     size = getattr(text_config(model), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
 def longest_sequence(model: nn.Module) -> int | None:
-    """Number of positions the model was made for, or None where there is no limit."""
+    """Largest number of positions of the model; None where there is no limit."""
     config = text_config(model)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         length = getattr(config, name, None)

@@ -1,11 +1,11 @@
-"""How coarsely a model computes."""
+"""Numerical precision of a model."""
 
 import torch
 from torch import Tensor, nn
 
 
 def computes_roughly(model: nn.Module) -> bool:
-    """Whether anything in a model is known to be coarser than float32: its rounding is measured."""
+    """Whether any part of a model is coarser than float32, so that its rounding is measured."""
     fine = (torch.float32, torch.float64)
     settings = getattr(getattr(model, "config", None), "quantization_config", None)
     tensors = (*model.parameters(), *model.buffers())
@@ -18,6 +18,6 @@ def computes_roughly(model: nn.Module) -> bool:
 
 
 def half_precision(model: nn.Module) -> bool:
-    """Whether a model holds numbers of sixteen bits."""
+    """Whether a model has parameters of 16 bits."""
     half = (torch.bfloat16, torch.float16)
     return any(t.dtype in half for t in (*model.parameters(), *model.buffers()))

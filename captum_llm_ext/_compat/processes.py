@@ -1,4 +1,4 @@
-"""Other processes: what they give one another, and what they hold of a model."""
+"""Process groups of torch: exchange between processes, and sharded models."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,17 +10,17 @@ from captum_llm_ext._compat.model import uncompiled
 
 
 def process_rank() -> int:
-    """The number of this process within the process group."""
+    """The rank of this process."""
     return torch.distributed.get_rank()
 
 
 def has_process_group() -> bool:
-    """Whether torch knows of other processes."""
+    """Whether a process group is initialised."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def process_store(name: str) -> Any:
-    """The store of the process group, with keys that begin with a name of their own.
+    """The store of the process group, with a prefix for keys.
 
     torch 2.13 (2026) has no public name for it.
     """
@@ -31,20 +31,20 @@ def process_store(name: str) -> Any:
 
 
 def process_timeout() -> float:
-    """Seconds that the processes of a group wait for one another."""
+    """Timeout of the process group, in seconds."""
     store: Any = process_store("")
     return float(store.timeout.total_seconds())
 
 
 def all_gathered(value: Any) -> list[Any]:
-    """What each process of the group gives, by its number."""
+    """The value of every process, by rank (all-gather)."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, value)
     return found
 
 
 def model_ranks(model: nn.Module) -> tuple[int, ...]:
-    """The processes that hold the model together, this one among them; none where one has it all.
+    """Ranks among which the model is sharded; empty where each has all of it.
 
     transformers 5.23 (2026): ``distributed_config=`` makes parameters `DTensor` and keeps the mesh
     of one copy of the model; fully_shard of torch has the parameters' own mesh alone.
@@ -61,7 +61,7 @@ def model_ranks(model: nn.Module) -> tuple[int, ...]:
 
 
 def summed_over_shards(parameter: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """A sum over a parameter's elements, of which other processes may hold some.
+    """The sum over all shards of a parameter, from that of this one.
 
     torch 2.13 (2026): a `DTensor` tells by its placements what each process holds. All of them have
     to come here then.

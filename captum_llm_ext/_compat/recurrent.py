@@ -1,4 +1,4 @@
-"""Linear attention and state-space layers of transformers: functions that mix a text's places."""
+"""Functions of transformers by which linear attention and state-space layers mix positions."""
 
 import functools
 import inspect
@@ -35,7 +35,7 @@ _here = _Here()
 
 @contextmanager
 def values_mixed_by(model: nn.Module, hold: Callable[[Tensor], Tensor]) -> Generator[None]:
-    """In passes of this thread everything that says how places are mixed is held.
+    """Holds the arguments that determine the mixing of positions, in passes of this thread.
 
     Args:
         model: Whose functions these are.

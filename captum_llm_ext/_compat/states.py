@@ -1,4 +1,4 @@
-"""A model's state: what it keeps of the tokens that it has read, such as keys and values."""
+"""A model's cache: keys and values, or recurrent states, of the tokens that it has read."""
 
 from typing import Any, cast
 
@@ -9,7 +9,7 @@ from captum_llm_ext._compat.model import is_transformers, is_transformers_object
 
 
 def state_argument(model: nn.Module) -> str | None:
-    """Under what name the model takes and returns its state (its cache), or None if it has none."""
+    """Name of the argument for the model's cache; None if it has none."""
     if not is_transformers(model):
         return None
     names = forward_arguments(model)
@@ -19,7 +19,7 @@ def state_argument(model: nn.Module) -> str | None:
 
 
 def why_not_read_on(model: nn.Module) -> str | None:
-    """Why several tokens must not be read on from the model's state; None where nothing is known.
+    """The reason why several tokens must not continue from a cache; None where none is known.
 
     transformers 5.23 (2026): these take a state to mean that one token follows, and give wrong
     numbers without an error. Drop one when its row in `tests/test_reuse.py` says that it is right.
@@ -30,7 +30,7 @@ def why_not_read_on(model: nn.Module) -> str | None:
 
 
 def state_bytes(state: Any) -> int:
-    """Size of a model's state."""
+    """Size of a cache, in bytes."""
     layers = getattr(state, "layers", None) or [state]
     return sum(_tensor_bytes(vars(layer)) for layer in layers)
 
@@ -44,7 +44,7 @@ def _tensor_bytes(value: Any) -> int:
 
 
 def is_list_of_layers(state: Any) -> bool:
-    """Whether a state is no more than a list of the states of layers, kept where they are used.
+    """Whether a cache is a plain list of layer caches, each on its layer's device.
 
     transformers 5.23 (2026): `DynamicCache`. Others hold states beside, or move layers about.
     """
@@ -53,7 +53,7 @@ def is_list_of_layers(state: Any) -> bool:
 
 
 def growing_layers() -> tuple[type[Any], ...]:
-    """Kinds of states of a layer that get new keys and values by concatenation, never in place.
+    """Layer cache classes that append keys and values by concatenation, never in place.
 
     transformers 5.23 (2026): what they keep beside is in dicts of tensors, which are written to.
     """
@@ -69,6 +69,6 @@ def growing_layers() -> tuple[type[Any], ...]:
 
 
 def keeps_every_id(state: Any) -> bool:
-    """Whether a state is of keys and values alone, with those of every id that was read."""
+    """Whether a cache has keys and values alone, of every id that was read."""
     plain = growing_layers()[:1]
     return is_list_of_layers(state) and all(type(layer) in plain for layer in state.layers)

@@ -1,4 +1,4 @@
-"""What places of a text attend to, as views and as a method.
+"""Attribution by attention maps, and attention weights by head.
 
 `GenerationAttentionAttribution` is the join: `methods` are what users hand to it, `maps` reads what
 each layer attends to, `heads` is one token's row of each, to be drawn.

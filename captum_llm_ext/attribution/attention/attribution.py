@@ -1,4 +1,4 @@
-"""`GenerationAttentionAttribution`: what generated tokens draw on, by attention."""
+"""`GenerationAttentionAttribution`: attention maps as attributions of generated tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ from captum_llm_ext.text.segment import Unit
 
 
 class GenerationAttentionAttribution(ModelAccess):
-    """What every token of a generated text draws on, in the prompt and in earlier output.
+    """Attributes every token of a generated text by attention, to the prompt and to earlier output.
 
     The row of a token is that of the place before it, where the model writes it. Attributions are
     shares: those of a token, and that of fixed text (`fixed_attr`: BOS, a chat template), sum to 1.
@@ -73,7 +73,7 @@ class GenerationAttentionAttribution(ModelAccess):
         seed: int = 0,
         feature_mask: Tensor | None = None,
     ) -> GenerationAttributionResult:
-        """Attributes the target, or what the model generates, to what its places draw on.
+        """Attributes the target, or what the model generates, by attention maps.
 
         Args:
             inp: The prompt: captum's `TextTokenInput`, `TextSegmentInput` or `ChatInput`. Its
@@ -132,7 +132,7 @@ class GenerationAttentionAttribution(ModelAccess):
         output_unit: Unit | None = "token",
         feature_mask: Tensor | None = None,
     ) -> AttentionByHead:
-        """What every head of every layer looks at where one token is written, to be drawn.
+        """Attention weights of every head of every layer at the position that predicts one token.
 
         Whatever the method, these are attention weights: no layer's are averaged or followed.
 

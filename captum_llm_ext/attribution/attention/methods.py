@@ -1,4 +1,4 @@
-"""`AttentionWeights` and `AttentionRollout`: what places of a text draw on, by attention alone."""
+"""`AttentionWeights` and `AttentionRollout`: attention maps of a text."""
 
 from collections.abc import Sequence
 from typing import get_args
@@ -12,7 +12,7 @@ from captum_llm_ext.attribution.attention.maps import Contributions, Heads, each
 
 
 class _AttentionMap(Attribution):
-    """A map of what each place of a text takes from each place up to it."""
+    """A map of how much each position takes from each position up to it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -100,7 +100,7 @@ class AttentionWeights(_AttentionMap):
 
 
 class AttentionRollout(_AttentionMap):
-    """Attention followed from the last layer to the first: what a place is made of, in the end.
+    """Attention composed over all layers: the shares of input positions in each final position.
 
     Maps of all layers are multiplied (Abnar and Zuidema 2020, arXiv 2005.00928). Every place of a
     text is answered by the same product, but two tokens that could be written at one place have the

@@ -1,4 +1,4 @@
-"""What users may ask of gradients: nothing that would be ignored."""
+"""Checks arguments of attribution by gradients: none may be ignored."""
 
 import inspect
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ _DECIDED = ("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph",
 
 
 def check_own(method: object, given: Mapping[str, Any]) -> None:
-    """Refuses arguments that belong to another method, or to the package.
+    """Raises for arguments of another method, or that the package sets itself.
 
     Args:
         method: One of the supported ones.
@@ -67,7 +67,7 @@ def check_common(
     internal_batch_size: int | None,
     return_convergence_delta: bool,
 ) -> None:
-    """Refuses values that are out of range.
+    """Raises for values out of range.
 
     Raises:
         ValueError: If there is one.
@@ -84,7 +84,7 @@ def check_common(
 def check_used(
     points: Points, *, is_zero: bool, n_draws: int | None, output_baselines: Any, is_held: bool
 ) -> None:
-    """Refuses what says how features are absent where another argument has said it.
+    """Raises for arguments about absent features that another argument overrides.
 
     Args:
         points: Of the method.
@@ -106,7 +106,7 @@ def check_used(
 
 
 def present_features(baselines: Any, n_features: int, *, is_drawn: bool) -> Tensor:
-    """Features of the prompt that are present at the beginning, bool ``(n, n_features)``.
+    """Features of the prompt that are present at the start of the path, bool ``(n, n_features)``.
 
     Args:
         baselines: As captum takes them: None, a number or a tensor of numbers, 1 = present; where

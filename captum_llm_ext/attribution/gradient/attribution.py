@@ -353,7 +353,7 @@ def _path_provenance(paths: Paths) -> dict[str, Any]:
 
 
 def _absence(points: Points, absent: Absent) -> str:
-    """What stands where something is absent."""
+    """Name of what replaces absent features, for provenance."""
     if points.is_local:
         return "nothing"
     return "zero activation" if points.from_zero else absent
@@ -362,7 +362,7 @@ def _absence(points: Points, absent: Absent) -> str:
 def _linear_system_provenance(
     remainders: Mapping[int, LinearRemainder], values: Tensor
 ) -> dict[str, Any]:
-    """What a linear system says beside its attributions, for provenance.
+    """The parts of a linear system's values that belong to no feature, for provenance.
 
     Warns:
         UserWarning: If these are not the whole value.
