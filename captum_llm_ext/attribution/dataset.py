@@ -186,10 +186,10 @@ def _attribute_records(
     processes: Processes,
     show_progress: Shown,
 ) -> DatasetReport:
-    total, own = DatasetReport(), DatasetReport()
+    total, unreported = DatasetReport(), DatasetReport()
     work = processes.work()
     source = enumerate(_read_records(records))
-    began = said = time.monotonic()
+    began_at = reported_at = time.monotonic()
     bar = ProgressBar("records", "record", is_shown=processes.is_main and show_progress)
     with bar.shown():
         bar.announce(_n_records(records) or 0)
@@ -202,18 +202,18 @@ def _attribute_records(
             return total + heard
 
         for ticket in work.take():
-            found = next((pair for pair in source if pair[0] == ticket), None)
-            if found is None:
+            next_record = next((pair for pair in source if pair[0] == ticket), None)
+            if next_record is None:
                 break
-            own += _attribute_record(
-                *found, attributor, folder, leads=processes.leads, agree=work.agree
+            unreported += _attribute_record(
+                *next_record, attributor, folder, leads=processes.leads, agree=work.agree
             )
             now = time.monotonic()
-            if now - said > max(_REPORT_SECONDS, (now - began) / _MAX_REPORTS):
-                work.tell(own)
+            if now - reported_at > max(_REPORT_SECONDS, (now - began_at) / _MAX_REPORTS):
+                work.tell(unreported)
                 total = hear(work.heard())
-                own, said = DatasetReport(), now
-        work.tell(own)
+                unreported, reported_at = DatasetReport(), now
+        work.tell(unreported)
         work.end()
         for message in work.rest():
             total = hear([message])
@@ -302,11 +302,11 @@ def _attribute_record(
     path, failed = folder / f"{number:06d}.safetensors", folder / f"{number:06d}.error.json"
 
     def fails(error: Exception) -> DatasetReport:
-        said = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
         name = entry.get("id") if isinstance(entry, Mapping) else None
         if leads:
-            _write(failed, {"number": number, "id": name, "error": said})
-        return DatasetReport(n_failed=1, failures=((number, said),))
+            _write(failed, {"number": number, "id": name, "error": message})
+        return DatasetReport(n_failed=1, failures=((number, message),))
 
     def known() -> DatasetReport | None:
         """The report of a record that needs no model; None if it has to be attributed."""

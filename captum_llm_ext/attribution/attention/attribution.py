@@ -98,7 +98,7 @@ class GenerationAttentionAttribution(ModelAccess):
         ids = self._target_ids(run, target, gen_args, generation, None)
         context, generated = run.context, run.context.generated(ids, output_unit, None)
         rows = self.attr_method.map(_read_ids(context, generated))[len(context.full.ids) - 1 :]
-        found = _shares(context, generated, rows, range(len(rows)))
+        solution = _shares(context, generated, rows, range(len(rows)))
         provenance = {
             **self._provenance(run, generation),
             **self._method_settings(),
@@ -109,14 +109,14 @@ class GenerationAttentionAttribution(ModelAccess):
             "estimate": False,
             "columns": list(context.prompt.columns),
             "n_evaluations": 1,
-            "fixed_attr": found.empty_values.tolist(),
-            "fixed_share": found.empty_values.tolist(),
+            "fixed_attr": solution.empty_values.tolist(),
+            "fixed_share": solution.empty_values.tolist(),
         }
         return assembled_without_coalitions(
             inp,
             context.prompt,
             generated,
-            found,
+            solution,
             None,
             n_evaluations=1,
             like=self._numbers(),
@@ -157,21 +157,21 @@ class GenerationAttentionAttribution(ModelAccess):
             )
         t = target_token % n_target
         # What comes after the token plays no part.
-        read = _read_ids(context, generated)[: len(context.full.ids) + t]
+        read_ids = _read_ids(context, generated)[: len(context.full.ids) + t]
         layers: list[Tensor] = []
 
         def take(_: int, weights: Tensor) -> None:
             layers.append(weights.double().cpu())
 
-        each_row(self.model, on_device(read, self.model), len(read) - 1, take)
+        each_row(self.model, on_device(read_ids, self.model), len(read_ids) - 1, take)
         n_heads = max(map(len, layers))
         rows = torch.stack([_filled(layer, n_heads) for layer in layers])
-        found = _shares(context, generated, rows.flatten(0, 1), [t] * (len(layers) * n_heads))
+        solution = _shares(context, generated, rows.flatten(0, 1), [t] * (len(layers) * n_heads))
         n_prompt, n_visible = context.prompt.n_features, generated.n_visible[t]
         columns = [*context.prompt.columns, *range(n_prompt, n_prompt + n_visible)]
         return AttentionByHead(
-            found.attributions[:, columns].float().unflatten(0, rows.shape[:2]),
-            found.empty_values.float().unflatten(0, rows.shape[:2]),
+            solution.attributions[:, columns].float().unflatten(0, rows.shape[:2]),
+            solution.empty_values.float().unflatten(0, rows.shape[:2]),
             generated.labels[t],
             [*context.prompt.names, *generated.names[:n_visible]],
             len(context.prompt.columns),

@@ -228,9 +228,13 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
                 or a linear system's do not, for the value is no logit, or in half precision.
         """
         check_passed_on(kwargs, self.attr_method, GenerationGradientAttribution.attribute)
-        own = {"n_steps": n_steps, "method": method, "internal_batch_size": internal_batch_size}
-        own |= {"n_samples": n_samples, "stdevs": stdevs, "baselines": baselines}
-        check_own(self.attr_method, own | {"grad_kwargs": grad_kwargs})
+        method_arguments = {
+            "n_steps": n_steps,
+            "method": method,
+            "internal_batch_size": internal_batch_size,
+        }
+        method_arguments |= {"n_samples": n_samples, "stdevs": stdevs, "baselines": baselines}
+        check_own(self.attr_method, method_arguments | {"grad_kwargs": grad_kwargs})
         check_common(
             absent=absent,
             n_draws=n_draws,
@@ -256,7 +260,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         generation = None if target is not None else self.generation(gen_args)
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
         prompt.places()  # whether it knows any, before the costly part
-        kept = present_features(baselines, prompt.n_features, is_drawn=points.is_sampled)
+        present = present_features(baselines, prompt.n_features, is_drawn=points.is_sampled)
         run = self._run(prompt, self._scorer(None), seed)
         context = run.context
         ids = self._target_ids(run, target, gen_args, generation, skip_tokens)
@@ -274,7 +278,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             self._layer(),
             points,
             context,
-            kept,
+            present,
             scored(self.attr_target),
             of_input=attribute_to_layer_input,
             n_draws=1 if deterministic or is_zero else n_draws or _N_DRAWS,
@@ -288,7 +292,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         bar = ProgressBar("points of the path", "row", is_shown=show_progress)
         paths.on_total, paths.on_rows = bar.announce, bar.advance
         with bar.shown():
-            found = paths.attribute(generated, foils and foils.tensor)
+            solution = paths.attribute(generated, foils and foils.tensor)
             if self.attr_target == "prob":
                 fixed = context.generated(ids, None, None)
                 joint = paths.attribute(fixed, is_joint=True).attributions[0]
@@ -304,17 +308,20 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             "matches": context.matches(generated),
         }
         if paths.is_complete:
-            _warn_of_gap(found.efficiency_gap, found.full_values - found.empty_values, n_steps)
+            _warn_of_gap(
+                solution.efficiency_gap, solution.full_values - solution.empty_values, n_steps
+            )
         return assembled_without_coalitions(
             inp,
             context.prompt,
             generated,
-            found,
+            solution,
             joint,
             n_evaluations=paths.n_rows,
             like=self._numbers(),
             foils=foils,
-            provenance=provenance | _linear_system_provenance(paths.remainders, found.full_values),
+            provenance=provenance
+            | _linear_system_provenance(paths.remainders, solution.full_values),
         )
 
     def _layer(self) -> torch.nn.Module | None:

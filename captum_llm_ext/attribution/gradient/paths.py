@@ -198,16 +198,16 @@ class Paths:
             n_ends = 0 if self.points.is_local else self._n_baselines
             self.on_total(len(all_groups) * (1 + n_ends + len(self.points.alphas)))
         for group in all_groups:
-            places = list(group.targets)
+            targets = list(group.targets)
             length = start + group.n_read
-            row = whole.of(places, length)
+            row = whole.of(targets, length)
             if callable(self._attr_target) and not (is_joint or step_by_step):
                 row = replace(whole, chosen=group.targets)  # it is told of all of them
-            rows = [0] if is_joint else places
+            rows = [0] if is_joint else targets
             explain = self._local_attributions if self.points.is_local else self._path_attributions
-            found = explain(group, row, own, is_joint)
-            attributions[rows], errors[rows] = found.attributions, found.standard_errors
-            full[rows], empty[rows] = found.full_values, found.empty_values
+            solution = explain(group, row, own, is_joint)
+            attributions[rows], errors[rows] = solution.attributions, solution.standard_errors
+            full[rows], empty[rows] = solution.full_values, solution.empty_values
         # What holds the token or comes after it is no cause: what models give it is rounding.
         n_before = (
             torch.tensor([0] if is_joint else generated.n_visible, dtype=torch.int64, device="cpu")

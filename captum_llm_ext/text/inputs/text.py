@@ -121,36 +121,36 @@ class TextSegmentInput(InterpretableInput, Prompt):
         encoding = self._encoded(text, tokenizer, add_special_tokens)
         self.ids = encoding.ids
         units = as_units(unit)
-        owned = assign_tokens(
+        ownership = assign_tokens(
             text, units, encoding, fixed=fixed, special_apart=special_tokens_are_features
         )
-        if not owned.spans:
+        if not ownership.spans:
             raise ValueError(
                 f"the prompt {shorten(text)!r} has no token of its own to attribute to."
             )
-        self.spans = owned.spans
-        shown = _span_names(text, owned, encoding, tokenizer, names)
-        feature_of, self.names = tie(shown, groups)
+        self.spans = ownership.spans
+        span_names = _span_names(text, ownership, encoding, tokenizer, names)
+        feature_of, self.names = tie(span_names, groups)
         self.values = self.names
         self.n_features = self.n_itp_features = len(self.names)
         self.columns = list(range(self.n_features))
-        kind = units[-1] if isinstance(units[-1], str) else None
+        finest_unit = units[-1] if isinstance(units[-1], str) else None
         counter = partial(tokens.count_in_place, tokenizer)
         self.slots = with_siblings(
             [
                 replace(slot, label=label, feature=feature, n_tokens=counter)
                 for slot, label, feature in zip(
-                    owned_slots(owned, encoding.ids, text, kind),
-                    label_spans(shown, _labels_of_explicit_spans(labels, owned)),
+                    owned_slots(ownership, encoding.ids, text, finest_unit),
+                    label_spans(span_names, _labels_of_explicit_spans(labels, ownership)),
                     feature_of,
                     strict=True,
                 )
             ]
         )
-        self.levels = _levels(text, units, owned, feature_of, shown)
+        self.levels = _levels(text, units, ownership, feature_of, span_names)
         self.unit_name = unit_name(units[-1])
-        self.pieces = _pieces(text, self.slots, owned, encoding, tokenizer)
-        self._token_runs = _token_runs(self.slots, owned.owners, self.ids)
+        self.pieces = _pieces(text, self.slots, ownership, encoding, tokenizer)
+        self._token_runs = _token_runs(self.slots, ownership.owners, self.ids)
         self._drawn = self.slots
         self._replace_by(baselines)
 
