@@ -36,11 +36,11 @@ from captum_llm_ext.methods.partition_shap import Partition
 
 # Enumerated coalitions of random baselines are repeated in up to 8 draws, which leaves .35 of the
 # error of one, while that takes no more rows than these. Choices of what a user waits for.
-_MAX_DRAWS, _MAX_REPEATED_ROWS = 8, 1024
+_MAX_DRAWS, _ROWS_WORTH_REPEATING = 8, 1024
 # Of all estimators that sample; their errors at 8 and 16: benchmarks/results/estimators.json.
 _EVALUATIONS_PER_FEATURE = 16
 # What a stopping rule begins with: below it regressions are no more than guesses.
-_MIN_EVALUATIONS_PER_FEATURE, _MIN_ORDERS = 2, 4
+_FEWEST_PER_FEATURE, _FEWEST_ORDERS = 2, 4
 _CAPTUM_ORDERS = 25  # the default of captum's `ShapleyValueSampling`
 _TWO_DRAWS = "2 `n_draws`"
 
@@ -142,8 +142,8 @@ def estimator(
         UserWarning: If the budget is below two evaluations per feature, or tells no standard
             errors, or exact values were asked for and can only be estimated.
     """
-    request = _Request(method, n_features, budget, deterministic, tree, held, num_trials)
-    found = _ESTIMATORS[type(method)](request)
+    task = _Task(method, n_features, budget, deterministic, tree, held, num_trials)
+    found = _ESTIMATORS[type(method)](task)
     if found.needs is not None:
         warnings.warn(
             f"no standard errors come of {found.name} with this budget, and without them nothing "
@@ -154,7 +154,7 @@ def estimator(
 
 
 @dataclass(frozen=True)
-class _Request:
+class _Task:
     """The arguments of `estimator`."""
 
     method: Any
@@ -173,11 +173,7 @@ class _Request:
     @property
     def evaluations(self) -> int:
         """Those of one round."""
-        return (
-            min(_MIN_EVALUATIONS_PER_FEATURE * self.n_features, self.usual)
-            if self.grows
-            else self.usual
-        )
+        return min(_FEWEST_PER_FEATURE * self.n_features, self.usual) if self.grows else self.usual
 
     @property
     def grows(self) -> bool:
@@ -188,7 +184,7 @@ class _Request:
         """Default number of draws of so many coalitions."""
         if self.deterministic:
             return 1
-        most = _MAX_REPEATED_ROWS // max(1, n_coalitions)
+        most = _ROWS_WORTH_REPEATING // max(1, n_coalitions)
         return self.budget.n_draws or max(2, min(_MAX_DRAWS, most))
 
     def n_draws(self, n_coalitions: int) -> int:
@@ -205,114 +201,109 @@ class _Request:
         _refuse(self.budget.n_draws is not None, "n_draws", method, "n_samples")
 
 
-def _leave_one_out(request: _Request) -> Estimator:
-    if request.budget.n_samples is not None:  # captum takes it, and goes by nothing
+def _leave_one_out(task: _Task) -> Estimator:
+    if task.budget.n_samples is not None:  # captum takes it, and goes by nothing
         warnings.warn(
             "`n_samples` has no meaning for FeatureAblation and is ignored (`n_draws` is what "
             "repeats it).",
             stacklevel=stacklevel_of_caller(),
         )
     planner, solve = coalitions.plan_leave_one_out, coalitions.solve_leave_one_out
-    return _one_at_a_time("leave-one-out", planner, solve, request)
+    return _one_at_a_time("leave-one-out", planner, solve, task)
 
 
-def _only_one_in(request: _Request) -> Estimator:
-    request.refuse_n_samples("FeatureInclusion")
-    planner = partial(coalitions.plan_only_one_in, required=request.held)
-    return _one_at_a_time("only one in", planner, coalitions.solve_only_one_in, request)
+def _only_one_in(task: _Task) -> Estimator:
+    task.refuse_n_samples("FeatureInclusion")
+    planner = partial(coalitions.plan_only_one_in, required=task.held)
+    return _one_at_a_time("only one in", planner, coalitions.solve_only_one_in, task)
 
 
 def _one_at_a_time(
-    name: str, planner: Callable[..., Plan], solve: Solver, request: _Request
+    name: str, planner: Callable[..., Plan], solve: Solver, task: _Task
 ) -> Estimator:
-    n_draws = request.n_draws(request.n_features)
+    n_draws = task.n_draws(task.n_features)
     # Rows of one draw differ in nothing but the feature left out or in; a single draw of a random
     # baseline, though, is no exact answer, which the solver is told by unequal draws.
-    common = request.deterministic or n_draws > 1
-    plan = planner(request.n_features, n_draws=n_draws, common_draw=common)
-    usual = request.usual_draws(request.n_features) * request.n_features
-    return _enumerated(name, plan, solve, request, common, usual)
+    common = task.deterministic or n_draws > 1
+    plan = planner(task.n_features, n_draws=n_draws, common_draw=common)
+    usual = task.usual_draws(task.n_features) * task.n_features
+    return _enumerated(name, plan, solve, task, common, usual)
 
 
-def _exact(request: _Request) -> Estimator:
-    n_coalitions = 2**request.n_features
-    n_draws, usual = request.n_draws(n_coalitions), request.usual_draws(n_coalitions) * n_coalitions
-    plan = coalitions.plan_exact(
-        request.n_features, n_draws=n_draws, common_draw=request.deterministic
-    )
-    tells_error = request.deterministic or n_draws > 1
-    return _enumerated("exact", plan, coalitions.solve_exact, request, tells_error, usual)
+def _exact(task: _Task) -> Estimator:
+    n_coalitions = 2**task.n_features
+    n_draws, usual = task.n_draws(n_coalitions), task.usual_draws(n_coalitions) * n_coalitions
+    plan = coalitions.plan_exact(task.n_features, n_draws=n_draws, common_draw=task.deterministic)
+    tells_error = task.deterministic or n_draws > 1
+    return _enumerated("exact", plan, coalitions.solve_exact, task, tells_error, usual)
 
 
 def _enumerated(
-    name: str, plan: Plan, solve: Solver, request: _Request, tells_error: bool, usual: int
+    name: str, plan: Plan, solve: Solver, task: _Task, tells_error: bool, usual: int
 ) -> Estimator:
     """An estimator that scores the same coalitions each time; only baselines are random."""
     return Estimator(
         name,
         lambda _: plan,
         solve,
-        estimate=not request.deterministic,
+        estimate=not task.deterministic,
         tells_error=tells_error,
         needs=None if tells_error else _TWO_DRAWS,
         usual=usual,
     )
 
 
-def _hierarchical(request: _Request) -> Estimator:
-    n, share = request.n_features, request.method.share
+def _hierarchical(task: _Task) -> Estimator:
+    n, share = task.n_features, task.method.share
     return Estimator(
         "hierarchical search",
         lambda _: coalitions.plan_leave_one_out(n),
-        partial(solve_search, tree=request.tree),
+        partial(solve_search, tree=task.tree),
         estimate=True,
-        unfold=hierarchical_unfold(
-            request.tree, n, share, request.budget.n_samples, request.n_draws(n)
-        ),
-        options={"tree": request.tree},
+        unfold=hierarchical_unfold(task.tree, n, share, task.budget.n_samples, task.n_draws(n)),
+        options={"tree": task.tree},
     )
 
 
-def _shapley_values(request: _Request) -> Estimator:
-    if request.n_features <= request.budget.max_exact_features:
-        request.refuse_n_samples("exact ShapleyValues")
-        return _exact(request)
+def _shapley_values(task: _Task) -> Estimator:
+    if task.n_features <= task.budget.max_exact_features:
+        task.refuse_n_samples("exact ShapleyValues")
+        return _exact(task)
     warnings.warn(
-        f"exact Shapley values of {request.n_features} features need 2^{request.n_features} "
-        f"evaluations: they are estimated from {request.usual}, with standard errors in "
-        "`token_attr_se`. "
-        f"Fewer features (at most {request.budget.max_exact_features}) are solved exactly.",
+        f"exact Shapley values of {task.n_features} features need 2^{task.n_features} evaluations: "
+        f"they are estimated from {task.usual}, with standard errors in `token_attr_se`. "
+        f"Fewer features (at most {task.budget.max_exact_features}) are solved exactly.",
         stacklevel=stacklevel_of_caller(),
     )
-    return _pairs(request)
+    return _pairs(task)
 
 
-def _pairs(request: _Request) -> Estimator:
-    request.refuse_n_draws(type(request.method).__name__)
-    if (exact := _exact_within(request.usual, request)) is not None:
+def _pairs(task: _Task) -> Estimator:
+    task.refuse_n_draws(type(task.method).__name__)
+    if (exact := _exact_within(task.usual, task)) is not None:
         return exact
-    wanted = request.evaluations
-    _warn_budget(wanted, request.n_features)
-    plan = partial(_plan_sampled, coalitions.plan_pairs, request.n_features, wanted)
+    wanted = task.evaluations
+    _warn_budget(wanted, task.n_features)
+    plan = partial(_plan_sampled, coalitions.plan_pairs, task.n_features, wanted)
     return Estimator(
-        "paired kernel regression", plan, coalitions.solve_kernel, True, usual=request.usual
+        "paired kernel regression", plan, coalitions.solve_kernel, True, usual=task.usual
     )
 
 
-def _permutations(request: _Request) -> Estimator:
-    request.refuse_n_draws("ShapleyValueSampling")
-    orders = request.budget.n_samples or _CAPTUM_ORDERS
-    if (exact := _exact_within(orders * request.n_features, request)) is not None:
+def _permutations(task: _Task) -> Estimator:
+    task.refuse_n_draws("ShapleyValueSampling")
+    orders = task.budget.n_samples or _CAPTUM_ORDERS
+    if (exact := _exact_within(orders * task.n_features, task)) is not None:
         return exact
-    usual = orders * (request.n_features + 1)  # all walks begin and end with the same
-    orders = _MIN_ORDERS if request.grows else orders
-    evaluations = orders * request.n_features
-    is_warned = _warn_budget(evaluations, request.n_features)
+    usual = orders * (task.n_features + 1)  # all walks begin and end with the same
+    orders = _FEWEST_ORDERS if task.grows else orders
+    evaluations = orders * task.n_features
+    is_warned = _warn_budget(evaluations, task.n_features)
     # An order and its reverse are one draw.
-    tells_error = -(-orders // 2) * request.num_trials > 1
+    tells_error = -(-orders // 2) * task.num_trials > 1
     return Estimator(
         "antithetic permutations",
-        partial(_plan_sampled, coalitions.plan_permutations, request.n_features, orders),
+        partial(_plan_sampled, coalitions.plan_permutations, task.n_features, orders),
         coalitions.solve_permutations,
         estimate=True,
         tells_error=tells_error,
@@ -321,89 +312,89 @@ def _permutations(request: _Request) -> Estimator:
     )
 
 
-def _exact_within(evaluations: int, request: _Request) -> Estimator | None:
+def _exact_within(evaluations: int, task: _Task) -> Estimator | None:
     """Enumeration, where it takes no more evaluations than sampling would."""
-    n_draws = evaluations // 2**request.n_features
+    n_draws = evaluations // 2**task.n_features
     # A single draw of a random baseline would tell no errors.
-    least = 1 if request.deterministic else 2
-    if request.n_features > MOST_EXACT_FEATURES or n_draws < least:
+    least = 1 if task.deterministic else 2
+    if task.n_features > MOST_EXACT_FEATURES or n_draws < least:
         return None
-    if request.grows:
+    if task.grows:
         n_draws = min(2, n_draws)
-    exact = _exact(replace(request, budget=Budget(n_draws=n_draws)))
+    exact = _exact(replace(task, budget=Budget(n_draws=n_draws)))
     return replace(exact, usual=evaluations)
 
 
-def _lime(request: _Request) -> Estimator:
-    request.refuse_n_draws("Lime")
-    wanted = request.evaluations
-    _warn_budget(wanted, request.n_features)
-    plan = partial(_plan_sampled, coalitions.plan_lime, request.n_features, wanted)
-    settings = _compat.lime_settings(request.method) or {}
+def _lime(task: _Task) -> Estimator:
+    task.refuse_n_draws("Lime")
+    wanted = task.evaluations
+    _warn_budget(wanted, task.n_features)
+    plan = partial(_plan_sampled, coalitions.plan_lime, task.n_features, wanted)
+    settings = _compat.lime_settings(task.method) or {}
     options = dict(settings)
     kernel = partial(coalitions.cosine_kernel, width=settings.pop("kernel_width"))
     solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
     tells_error = settings["penalty"] != "l1"
     return Estimator(
-        "local linear model", plan, solve, True, tells_error, options=options, usual=request.usual
+        "local linear model", plan, solve, True, tells_error, options=options, usual=task.usual
     )
 
 
-def _smile(request: _Request) -> Estimator:
-    request.refuse_n_draws("Smile")
-    wanted = request.evaluations
-    _warn_budget(wanted, request.n_features)
-    plan = partial(_plan_sampled, coalitions.plan_lime, request.n_features, wanted)
-    alpha = float(request.method.alpha)
+def _smile(task: _Task) -> Estimator:
+    task.refuse_n_draws("Smile")
+    wanted = task.evaluations
+    _warn_budget(wanted, task.n_features)
+    plan = partial(_plan_sampled, coalitions.plan_lime, task.n_features, wanted)
+    alpha = float(task.method.alpha)
     settings: dict[str, Any] = {"alpha": alpha, "penalty": "l2" if alpha else None}
-    options = {"kernel_width": float(request.method.sigma), **settings}
+    options = {"kernel_width": float(task.method.sigma), **settings}
     kernel = partial(coalitions.cosine_kernel, width=options["kernel_width"])
     solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
-    return Estimator("local linear model", plan, solve, True, options=options, usual=request.usual)
+    return Estimator("local linear model", plan, solve, True, options=options, usual=task.usual)
 
 
-def _partition(request: _Request) -> Estimator:
-    found = _partitioned(request, request.budget.n_samples)
-    usual = found.n_orders * (request.n_features + 1) * (2 if request.held else 1)
-    if request.grows and found.n_orders:
-        n_samples = evaluations_of_orders(_MIN_ORDERS, request.n_features, bool(request.held))
-        found = _partitioned(request, min(n_samples, request.usual))
+def _partition(task: _Task) -> Estimator:
+    found = _partitioned(task, task.budget.n_samples)
+    usual = found.n_orders * (task.n_features + 1) * (2 if task.held else 1)
+    if task.grows and found.n_orders:
+        n_samples = evaluations_of_orders(_FEWEST_ORDERS, task.n_features, bool(task.held))
+        found = _partitioned(task, min(n_samples, task.usual))
     has_orders = found.name == "nested orders"
     if has_orders:
-        request.refuse_n_draws("nested orders of PartitionShap")
-    few = has_orders and found.n_orders * request.num_trials < 4
-    one_draw = found.is_complete and not request.deterministic and request.budget.n_draws == 1
+        task.refuse_n_draws("nested orders of PartitionShap")
+    few = has_orders and found.n_orders * task.num_trials < 4
+    one_draw = found.is_complete and not task.deterministic and task.budget.n_draws == 1
     needs = None
     if few and found.has_budget:
-        enough = evaluations_of_orders(4, request.n_features, bool(request.held))
+        enough = evaluations_of_orders(4, task.n_features, bool(task.held))
         needs = f"`n_samples={enough}`, which four take"
     return Estimator(
         found.name,
         found.plan,
         found.solve,
-        estimate=not (found.is_complete and request.deterministic),
+        estimate=not (found.is_complete and task.deterministic),
         tells_error=not (few or one_draw),
         needs=_TWO_DRAWS if one_draw else needs,
         unfold=found.unfold,
         options={"tree": found.tree},
-        usual=usual or request.usual,
+        usual=usual or task.usual,
     )
 
 
-def _partitioned(request: _Request, n_samples: int | None) -> Partition:
+def _partitioned(task: _Task, n_samples: int | None) -> Partition:
     return partition(
-        request.tree,
-        request.n_features,
-        request.method.scheme,
+        task.tree,
+        task.n_features,
+        task.method.scheme,
         n_samples,
-        held=request.held,
-        deterministic=request.deterministic,
-        n_draws=2 if request.grows and not request.deterministic else request.budget.n_draws,
+        held=task.held,
+        deterministic=task.deterministic,
+        n_draws=2 if task.grows and not task.deterministic else task.budget.n_draws,
     )
 
 
 # Exactly these classes: a subclass means something else.
-_ESTIMATORS: Mapping[type[PerturbationAttribution], Callable[[_Request], Estimator]] = {
+_ESTIMATORS: Mapping[type[PerturbationAttribution], Callable[[_Task], Estimator]] = {
     FeatureAblation: _leave_one_out,
     FeatureInclusion: _only_one_in,
     HierarchicalAblation: _hierarchical,

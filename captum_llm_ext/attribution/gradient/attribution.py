@@ -17,7 +17,7 @@ from captum_llm_ext.attribution.gradient.arguments import (
     present_features,
 )
 from captum_llm_ext.attribution.gradient.path_groups import Absent
-from captum_llm_ext.attribution.gradient.paths import LinearRemainder, Paths
+from captum_llm_ext.attribution.gradient.paths import Paths, Rest
 from captum_llm_ext.attribution.model_access import ModelAccess
 from captum_llm_ext.attribution.target import (
     Skipped,
@@ -48,7 +48,7 @@ _N_DRAWS = 8
 _WIDE_GAP = 0.1
 # Parts of a value that a linear system's sum may miss. Float32 misses 1e-6 of it, bfloat16 .006 in
 # the median and .02 at most: beyond this the value is no logit, or the precision is half.
-_NONLINEARITY_LIMIT, _ROUNDING_LIMIT = 1e-3, 1e-3
+_BENT, _ROUNDED = 1e-3, 1e-3
 
 
 class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
@@ -320,8 +320,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             n_evaluations=paths.n_rows,
             like=self._numbers(),
             foils=foils,
-            provenance=provenance
-            | _linear_system_provenance(paths.remainders, solution.full_values),
+            provenance=provenance | _of_linear(paths.rests, solution.full_values),
         )
 
     def _layer(self) -> torch.nn.Module | None:
@@ -366,26 +365,24 @@ def _absence(points: Points, absent: Absent) -> str:
     return "zero activation" if points.from_zero else absent
 
 
-def _linear_system_provenance(
-    remainders: Mapping[int, LinearRemainder], values: Tensor
-) -> dict[str, Any]:
+def _of_linear(rests: Mapping[int, Rest], values: Tensor) -> dict[str, Any]:
     """The parts of a linear system's values that belong to no feature, for provenance.
 
     Warns:
         UserWarning: If these are not the whole value.
     """
-    if not remainders:
+    if not rests:
         return {}
-    each = [remainders[t] for t in range(len(values))]
+    each = [rests[t] for t in range(len(values))]
     defect, bend = max(rest.defect for rest in each), max(abs(rest.bend) for rest in each)
-    if bend > _NONLINEARITY_LIMIT * float(values.abs().max()):
+    if bend > _BENT * float(values.abs().max()):
         warnings.warn(
             f"attributions of a linear system sum to a logit or a difference of some, not to this "
             f"value, from which they are up to {bend:.2g} apart (see `efficiency_gap`): give "
             '`attr_target="logit"` for a sum that is exact.',
             stacklevel=3,
         )
-    if defect > _ROUNDING_LIMIT:
+    if defect > _ROUNDED:
         warnings.warn(
             f"in this precision the sum of all shares misses the value by up to {defect:.1g} of "
             "it: load the model in float32 for a sum that is exact.",

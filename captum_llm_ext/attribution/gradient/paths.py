@@ -37,7 +37,7 @@ from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.inputs import Context, GeneratedText
 
 
-class LinearRemainder(NamedTuple):
+class Rest(NamedTuple):
     """The parts of a value that a linear system attributes to no feature.
 
     Attributes:
@@ -111,7 +111,7 @@ class Paths:
         self._layers: Layers | None = None
         self.found: Findings | None = None
         self.n_rows = 0
-        self.remainders: dict[int, LinearRemainder] = {}
+        self.rests: dict[int, Rest] = {}
         self.on_total: Callable[[int], None] | None = None
         self.on_rows: Callable[[int], None] | None = None
 
@@ -197,15 +197,15 @@ class Paths:
         if self.on_total is not None:
             n_ends = 0 if self.points.is_local else self._n_baselines
             self.on_total(len(all_groups) * (1 + n_ends + len(self.points.alphas)))
-        for group in all_groups:
-            targets = list(group.targets)
-            length = start + group.n_read
+        for scene in all_groups:
+            targets = list(scene.targets)
+            length = start + scene.n_read
             row = whole.of(targets, length)
             if callable(self._attr_target) and not (is_joint or step_by_step):
-                row = replace(whole, chosen=group.targets)  # it is told of all of them
+                row = replace(whole, chosen=scene.targets)  # it is told of all of them
             rows = [0] if is_joint else targets
             explain = self._local_attributions if self.points.is_local else self._path_attributions
-            solution = explain(group, row, own, is_joint)
+            solution = explain(scene, row, own, is_joint)
             attributions[rows], errors[rows] = solution.attributions, solution.standard_errors
             full[rows], empty[rows] = solution.full_values, solution.empty_values
         # What holds the token or comes after it is no cause: what models give it is rounding.
@@ -231,12 +231,12 @@ class Paths:
         return found
 
     def _path_attributions(
-        self, group: PathGroup, row: Row, own: Features, is_joint: bool
+        self, scene: PathGroup, row: Row, own: Features, is_joint: bool
     ) -> Solution:
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
-        begin, free = self._baseline_activations(group, row, own, present)
+        begin, free = self._baseline_activations(scene, row, own, present)
         slopes = TargetGradients(
             self._reader,
             layers,
@@ -266,7 +266,7 @@ class Paths:
         return Solution(total, self._errors(each, total), full, empty)
 
     def _local_attributions(
-        self, group: PathGroup, row: Row, own: Features, is_joint: bool
+        self, scene: PathGroup, row: Row, own: Features, is_joint: bool
     ) -> Solution:
         """Attributions from gradients at the text as it is, without a path."""
         points, layers = self.points, self._layers
@@ -288,7 +288,7 @@ class Paths:
         ((_, products),) = slopes.products(1, lambda _: (present, present))
         self.n_rows += slopes.n_rows
         owners = own.owners(row.length)
-        owners[held_positions(group, own, self._kept, row.length)[0]] = own.n_features
+        owners[held_positions(scene, own, self._kept, row.length)[0]] = own.n_features
         summed = torch.zeros(len(full), own.n_features + 1, dtype=torch.float64, device="cpu")
         summed.index_add_(1, owners, products[0])
         empty = torch.full_like(full, torch.nan)
@@ -298,14 +298,12 @@ class Paths:
         else:
             full, empty = slopes.linear.values, slopes.linear.constants + summed[:, -1]
             is_fixed = owners == own.n_features
-            self._keep_remainder(
-                group, row, slopes.linear, products[0], is_fixed, is_joint=is_joint
-            )
+            self._note(scene, row, slopes.linear, products[0], is_fixed, is_joint=is_joint)
         return Solution(summed[:, :-1], torch.zeros_like(summed[:, :-1]), full, empty)
 
-    def _keep_remainder(
+    def _note(
         self,
-        group: PathGroup,
+        scene: PathGroup,
         row: Row,
         linear: Linear,
         shares: Tensor,
@@ -330,8 +328,8 @@ class Paths:
             return
         fixed = shares[:, is_fixed]
         whole = shares.abs().sum(1).clamp(min=torch.finfo(shares.dtype).tiny)
-        for i, target in enumerate(group.targets):
-            self.remainders[target] = LinearRemainder(
+        for i, target in enumerate(scene.targets):
+            self.rests[target] = Rest(
                 float(fixed[i].sum()),
                 float(fixed[i].abs().sum() / whole[i]),
                 float(linear.constants[i]),
@@ -387,7 +385,7 @@ class Paths:
         return len(self.points.alphas) if self.points.is_sampled and not is_one else 1
 
     def _baseline_activations(
-        self, group: PathGroup, row: Row, own: Features, present: list[Tensor]
+        self, scene: PathGroup, row: Row, own: Features, present: list[Tensor]
     ) -> tuple[Callable[[slice], list[Tensor]], Tensor]:
         """Activations of some points where features are absent, ``(1 or n, length, size)`` each.
 
@@ -396,7 +394,7 @@ class Paths:
         layers, embeddings = self._layers, self._embeddings
         assert layers is not None
         assert embeddings is not None
-        free = ~held_positions(group, own, self._drawn_kept(), row.length)
+        free = ~held_positions(scene, own, self._drawn_kept(), row.length)
         free &= own.owners(row.length) < own.n_features
         if self.points.from_zero:
             zero = [a * ~free[..., None].to(a.device) for a in present]
