@@ -39,14 +39,6 @@ Game = Callable[[Tensor], Tensor]  # bool (n_coalitions, n_features) -> (n_coali
 Solver = Callable[[Plan, Tensor, Scope], Solution]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

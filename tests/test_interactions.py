@@ -24,14 +24,6 @@ from captum_llm_ext.coalitions import (
 from captum_llm_ext.coalitions.interactions import Interactions, _unevenness, cost
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -230,6 +230,22 @@ class Paths:
         self.found = found
         return found
 
+    def _gradients(
+        self, points: Points, layers: Layers, row: Row, is_joint: bool
+    ) -> TargetGradients:
+        return TargetGradients(
+            self._reader,
+            layers,
+            row,
+            self._attr_target,
+            self._manner,
+            is_joint=is_joint,
+            measure=points.measure,
+            is_frozen=points.is_frozen,
+            grad_kwargs=self._grad_kwargs,
+            on_rows=self.on_rows,
+        )
+
     def _path_attributions(
         self, scene: PathGroup, row: Row, own: Features, is_joint: bool
     ) -> Solution:
@@ -237,16 +253,7 @@ class Paths:
         assert layers is not None
         present = self._read(layers, row)
         begin, free = self._baseline_activations(scene, row, own, present)
-        slopes = TargetGradients(
-            self._reader,
-            layers,
-            row,
-            self._attr_target,
-            self._manner,
-            is_joint=is_joint,
-            grad_kwargs=self._grad_kwargs,
-            on_rows=self.on_rows,
-        )
+        slopes = self._gradients(points, layers, row, is_joint)
 
         def between(rows: slice) -> tuple[list[Tensor], list[Tensor]]:
             return self._interpolated(present, begin(rows), free, rows)
@@ -272,18 +279,7 @@ class Paths:
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
-        slopes = TargetGradients(
-            self._reader,
-            layers,
-            row,
-            self._attr_target,
-            self._manner,
-            is_joint=is_joint,
-            measure=points.measure,
-            is_frozen=points.is_frozen,
-            grad_kwargs=self._grad_kwargs,
-            on_rows=self.on_rows,
-        )
+        slopes = self._gradients(points, layers, row, is_joint)
         full = slopes.values(1, lambda _: (present, []))[0]
         ((_, products),) = slopes.products(1, lambda _: (present, present))
         self.n_rows += slopes.n_rows
