@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from captum_llm_ext.result.causes import unit_of
 
 if TYPE_CHECKING:
-    from captum_llm_ext.result.result import GenerationAttributionResult
+    from captum_llm_ext.result.numbers import ResultNumbers
 
 _SHAPLEY = "Shapley values"
 _METHODS = {
@@ -39,25 +39,25 @@ _MOST_FACTOR = 1e9
 _NATS = ("log_prob", "contrast", "log_odds")
 
 
-def header(result: "GenerationAttributionResult") -> list[str]:
+def header(result: "ResultNumbers") -> list[str]:
     """Model, method, value and unit, absence, evaluations: what is known of these, in words."""
     parts = (model_told, method_told, value_told, absence_told, evaluations_told)
     return [said for said in (part(result) for part in parts) if said]
 
 
-def model_told(result: "GenerationAttributionResult") -> str:
+def model_told(result: "ResultNumbers") -> str:
     """The model's name; empty where nothing is known of it."""
     told = result.provenance
     return str(told.get("model") or told.get("model_class") or "")
 
 
-def method_told(result: "GenerationAttributionResult") -> str:
+def method_told(result: "ResultNumbers") -> str:
     """``"Shapley values (KernelShap)"``."""
     name = str(result.provenance.get("method", ""))
     return f"{_METHODS[name]} ({name})" if name in _METHODS else name
 
 
-def value_told(result: "GenerationAttributionResult") -> str:
+def value_told(result: "ResultNumbers") -> str:
     """``"log-probability in nats"``."""
     name = str(result.provenance.get("attr_target", ""))
     told = _VALUES.get(name, name)
@@ -67,7 +67,7 @@ def value_told(result: "GenerationAttributionResult") -> str:
     return f"{told} in {unit}" if unit else told
 
 
-def absence_told(result: "GenerationAttributionResult") -> str:
+def absence_told(result: "ResultNumbers") -> str:
     """What stood where a part was absent; empty where the result does not tell."""
     name = absence(result)
     if not name:
@@ -77,7 +77,7 @@ def absence_told(result: "GenerationAttributionResult") -> str:
     return _ABSENT.get(name, f"absent parts replaced by {name}")
 
 
-def absence(result: "GenerationAttributionResult") -> str:
+def absence(result: "ResultNumbers") -> str:
     """What stood where a part of the prompt was absent, in a word; empty where that is unknown."""
     told: Any = result.provenance.get("absence")
     if isinstance(told, Mapping):
@@ -88,7 +88,7 @@ def absence(result: "GenerationAttributionResult") -> str:
     return name if isinstance(name, str) and name != "nothing" else ""
 
 
-def evaluations_told(result: "GenerationAttributionResult") -> str:
+def evaluations_told(result: "ResultNumbers") -> str:
     """``"estimate from 1,024 evaluations"``."""
     estimate = "estimate from " if result.provenance.get("estimate") else ""
     n = result.n_evaluations
@@ -111,6 +111,6 @@ def factor(nats: float, *, of_odds: bool = False) -> str:
     return f"{shown} times {'as' if nats > 0 else 'less'} probable"
 
 
-def is_in_nats(result: "GenerationAttributionResult") -> bool:
+def is_in_nats(result: "ResultNumbers") -> bool:
     """Whether a difference of values is a logarithm of a factor."""
     return result.provenance.get("attr_target") in _NATS and unit_of(result) is not None

@@ -22,7 +22,6 @@ from captum_llm_ext.text.inputs import Piece
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from captum_llm_ext.result.result import GenerationAttributionResult
 
 _DICT_FORMAT = 1
 _INSTALL = "`{method}` needs {package}: pip install 'captum-llm-ext[{package}]'."
@@ -59,11 +58,11 @@ class ExportedResult(DrawnResult):
     def _repr_html_(self) -> str:
         from captum_llm_ext.result import page as html
 
-        whole = cast("GenerationAttributionResult", self)
+        whole = cast(Any, self)
         return html.fragment(self._shown(), whole.table())
 
     def _shown(self) -> dict[str, Any]:
-        whole = cast("GenerationAttributionResult", self)
+        whole = cast(Any, self)
         read = page_levels(whole) | reading_aids(whole)
         other = other_value(whole)
         if other is not None:
@@ -87,7 +86,7 @@ class ExportedResult(DrawnResult):
             evidence, self._features, n_prompt, pieces, *levels, self.full_attr_se
         )
         known = {(entry["side"], entry["level"]) for entry in found}
-        whole = cast("GenerationAttributionResult", self)
+        whole = cast(Any, self)
         return found + [e for e in part_sums(whole) if (e["side"], e["level"]) not in known]
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,7 +121,7 @@ class ExportedResult(DrawnResult):
             "is_unsigned": self.is_unsigned,
             "fixed_share": None if self.fixed_share is None else lists(self.fixed_share),
             "provenance": self.provenance,
-            **told(cast("GenerationAttributionResult", self)),
+            **told(self),
         }
 
     def to_json(

@@ -36,7 +36,7 @@ from captum_llm_ext.result.refit import Design
 from captum_llm_ext.text.inputs import Level, Piece
 
 if TYPE_CHECKING:
-    from captum_llm_ext.result.result import GenerationAttributionResult
+    from captum_llm_ext.result.numbers import ResultNumbers
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ _MOST = 2**63
 _ROLES_SINCE = 3  # some files of format 3 have them
 
 
-def write(path: str | os.PathLike[str], result: "GenerationAttributionResult") -> None:
+def write(path: str | os.PathLike[str], result: "ResultNumbers") -> None:
     """Writes a result.
 
     The file is there whole or, if writing fails, as it was before.

@@ -8,14 +8,14 @@ from captum_llm_ext.contrast import Contrast
 from captum_llm_ext.result.refit import SOLVERS
 
 if TYPE_CHECKING:
-    from captum_llm_ext.result.result import GenerationAttributionResult
+    from captum_llm_ext.result.numbers import ResultNumbers
 
 A = TypeVar("A", bound=Any)
 
 _OTHER = {"contrast": "log_prob", "log_prob": "contrast"}
 
 
-def foils_told(result: "GenerationAttributionResult", token: int, k: int = 3) -> str:
+def foils_told(result: "ResultNumbers", token: int, k: int = 3) -> str:
     """``"Oslo, Rome, Madrid, …"``; empty where a token is held against nothing.
 
     Args:
@@ -30,7 +30,7 @@ def foils_told(result: "GenerationAttributionResult", token: int, k: int = 3) ->
     return ", ".join(foils[:k]) + ", …" * (len(foils) > k > 1)
 
 
-def against_same(attribution: A, result: "GenerationAttributionResult") -> A:
+def against_same(attribution: A, result: "ResultNumbers") -> A:
     """The attribution, if it explains a contrast with the foils that a result has."""
     if result.foils is None or not isinstance(attribution.attr_target, Contrast):
         return attribution
@@ -39,13 +39,13 @@ def against_same(attribution: A, result: "GenerationAttributionResult") -> A:
     return other
 
 
-def foils_compared(result: "GenerationAttributionResult") -> list[list[int]] | None:
+def foils_compared(result: "ResultNumbers") -> list[list[int]] | None:
     """Ids of the foils, where the values are about them."""
     is_contrast = result.provenance.get("attr_target") == "contrast"
     return result.foils.tolist() if is_contrast and result.foils is not None else None
 
 
-def other_value(result: "GenerationAttributionResult") -> "GenerationAttributionResult | None":
+def other_value(result: A) -> A | None:
     """The same by log-probability where a contrast is told, and the other way round.
 
     None where the coalitions do not tell it.

@@ -9,13 +9,13 @@ from captum_llm_ext.text.inputs import Piece
 from captum_llm_ext.text.segment import segment, shorten
 
 if TYPE_CHECKING:
-    from captum_llm_ext.result.result import GenerationAttributionResult
+    from captum_llm_ext.result.numbers import ResultNumbers
 
 _TEMPLATE = "template"
 _UNITS = ("paragraph", "sentence", "word")  # what readers know, from coarse to fine
 
 
-def page_levels(result: "GenerationAttributionResult") -> dict[str, Any]:
+def page_levels(result: "ResultNumbers") -> dict[str, Any]:
     """What a page shows beside the numbers that the result's ``to_dict()`` gives.
 
     Returns:
@@ -30,7 +30,7 @@ def page_levels(result: "GenerationAttributionResult") -> dict[str, Any]:
     }
 
 
-def prompt_level(result: "GenerationAttributionResult", name: str) -> tuple[list[str], list[int]]:
+def prompt_level(result: "ResultNumbers", name: str) -> tuple[list[str], list[int]]:
     """A level that the prompt can be read at, the finest and all that a page offers.
 
     Args:
@@ -54,7 +54,7 @@ def prompt_level(result: "GenerationAttributionResult", name: str) -> tuple[list
     return levels[name]
 
 
-def prompt_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]]:
+def prompt_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
     """Levels above the features themselves, from coarse to fine, as `page_levels` tells them."""
     known = [
         {"name": level.name, "parts": level.parts, "part_of": level.part_of}
@@ -83,7 +83,7 @@ def prompt_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]]
     return sorted(known, key=lambda level: len(level["parts"]))
 
 
-def answer_levels(result: "GenerationAttributionResult") -> list[dict[str, Any]]:
+def answer_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
     """Per level the part that each target token is in; parts are runs of tokens."""
     pieces = result.output_pieces
     known: list[dict[str, Any]] = []

@@ -11,7 +11,7 @@ from captum_llm_ext.result.causes import Cause, unit_of
 from captum_llm_ext.result.reading import TOKEN, WORD, Blocks, Reading, adds_up, quoted
 
 if TYPE_CHECKING:
-    from captum_llm_ext.result.result import GenerationAttributionResult
+    from captum_llm_ext.result.numbers import ResultNumbers
 
 _CERTAIN = 1.96  # standard errors of a difference
 _MOSTLY = 0.5  # share of what raises beyond which one cause is most of it
@@ -27,7 +27,7 @@ _MEASURED = {
 
 
 def sentences(
-    result: "GenerationAttributionResult",
+    result: "ResultNumbers",
     start: int,
     stop: int,
     level: str | None = None,
@@ -77,7 +77,7 @@ def amount(cause: Cause, unit: str | None, per: int = 1) -> str:
 
 
 def _in_the_prompt(
-    result: "GenerationAttributionResult", read: Reading, blocks: Blocks, start: int, stop: int
+    result: "ResultNumbers", read: Reading, blocks: Blocks, start: int, stop: int
 ) -> list[str]:
     n_tokens, unit, level = stop - start, unit_of(result), read.prompt.level
     subject = subject_told(result, start, stop)
@@ -123,7 +123,7 @@ def _in_the_prompt(
 
 
 def _in_the_answer(
-    result: "GenerationAttributionResult", read: Reading, blocks: Blocks, start: int, stop: int
+    result: "ResultNumbers", read: Reading, blocks: Blocks, start: int, stop: int
 ) -> list[str]:
     if not blocks.answer or result.is_unsigned:
         return []
@@ -151,7 +151,7 @@ def _in_the_answer(
 
 
 def _without_the_first(
-    result: "GenerationAttributionResult", read: Reading, blocks: Blocks, start: int, stop: int
+    result: "ResultNumbers", read: Reading, blocks: Blocks, start: int, stop: int
 ) -> list[str]:
     """What was measured with the first cause alone absent, if that was among the coalitions."""
     target = result.provenance.get("attr_target")
@@ -180,7 +180,7 @@ def _without_the_first(
 
 
 def _rows_without(
-    result: "GenerationAttributionResult", read: Reading, cause: Cause, token: int
+    result: "ResultNumbers", read: Reading, cause: Cause, token: int
 ) -> torch.Tensor | None:
     """The coalitions in which all that comes before a token is present but the cause."""
     if result.design is None or not len(result.masks):
@@ -199,7 +199,7 @@ def _rows_without(
     return rows if len(rows) else None
 
 
-def _measured(result: "GenerationAttributionResult") -> str:
+def _measured(result: "ResultNumbers") -> str:
     n, how = result.n_evaluations, absence(result)
     times = f"{n:,} version{'s' * (n != 1)} of it"
     if how in _MEASURED:
@@ -240,7 +240,7 @@ def _certainty(read: Reading, causes: Sequence[Cause], start: int, stop: int) ->
     return said
 
 
-def subject_told(result: "GenerationAttributionResult", start: int, stop: int) -> str:
+def subject_told(result: "ResultNumbers", start: int, stop: int) -> str:
     """``“Lisbon”``, or ``the answer “…”``."""
     texts = [piece.text for piece in result.output_pieces[start:stop]]
     text = "".join(texts).strip() or " ".join(result.output_tokens[start:stop])

@@ -10,7 +10,7 @@ import torch
 from captum.attr import InterpretableInput, LLMAttributionResult
 from torch import Tensor
 
-from captum_llm_ext.result.causes import SpanAttribution
+from captum_llm_ext.result.causes import Redundancy, SpanAttribution, UnresolvedGroup
 from captum_llm_ext.result.marks import marked_beyond
 from captum_llm_ext.result.refit import Design, Evidence
 from captum_llm_ext.result.summed_errors import capped
@@ -369,6 +369,50 @@ class ResultNumbers(LLMAttributionResult):
         known = torch.nn.functional.pad(solved, (0, self.masks.shape[1] - solved.shape[1]))
         wide = known[:, self._features].to(self.full_attr if like is None else like)
         return wide[:, :n_prompt], wide[:, n_prompt:]
+
+    @property
+    def is_unsigned(self) -> bool:
+        """Whether attributions are sizes, which neither raise nor lower."""
+        return bool(self.provenance.get("unsigned"))
+
+    @property
+    def unresolved(self) -> list[UnresolvedGroup]:
+        """Groups that were not told apart, the largest first: by `PartitionShap` within its budget,
+        or because `HierarchicalAblation` did not open them. Their features share evenly."""
+        if self.design is None:
+            return []
+        found: list[UnresolvedGroup] = []
+        for group in self._evidence().unresolved():
+            columns = [
+                column for column, feature in enumerate(self._features) if feature in group.columns
+            ]
+            names = [self._column_names[column] for column in columns]
+            found.append(UnresolvedGroup(names, columns, group.totals.to(self.full_attr)))
+        return found
+
+    def redundant_pairs(self, k: int = 5) -> list[Redundancy]:
+        """Pairs of features that say the same, which leave-one-out gives next to nothing.
+
+        Args:
+            k: How many at most for each target token.
+
+        Returns:
+            By target token, the pair with most in common first.
+
+        Raises:
+            ValueError: If the coalitions do not tell, such as those of leave-one-out.
+        """
+        found = self._evidence().redundant_pairs(k)
+        first_column = {f: c for c, f in reversed(list(enumerate(self._features)))}
+        pairs: list[Redundancy] = []
+        for target, own in enumerate(found):
+            for pair in own:
+                columns = first_column[pair.first], first_column[pair.second]
+                names = self._column_names[columns[0]], self._column_names[columns[1]]
+                pairs.append(
+                    Redundancy(target, names, columns, pair.alone, pair.together, pair.z_score)
+                )
+        return pairs
 
     @property
     def _is_of_gradients(self) -> bool:

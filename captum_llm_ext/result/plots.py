@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from captum_llm_ext.result.plot.axes import CanvasArguments, Drawing
-    from captum_llm_ext.result.result import GenerationAttributionResult
 
 
 class _Labels(TypedDict):
@@ -176,7 +175,7 @@ class DrawnResult(ResultNumbers):
         from captum_llm_ext.result import plot
 
         if total:
-            in_the_end = cast("GenerationAttributionResult", self).total(n_resamples=0)
+            in_the_end = cast(Any, self).total(n_resamples=0)
             return in_the_end.plot_flow(target_token, show, least=least, ax=ax)
         towards = None if target_token is None else self.position(target_token)
         return plot.flow(
@@ -270,7 +269,7 @@ class DrawnResult(ResultNumbers):
 
     def _named(self, token: int, between: str = " rather than ", k: int = _MOST_FOILS) -> str:
         """A target token, and what it was held against if that is what was explained."""
-        foils = foils_told(cast("GenerationAttributionResult", self), token, k)
+        foils = foils_told(self, token, k)
         return self.names.tokens[token] + (between + foils if foils else "")
 
     def _title(self, token: int | None) -> str | None:
@@ -278,11 +277,6 @@ class DrawnResult(ResultNumbers):
         named = None if token is None else self._named(token)
         is_told = named is not None and named != self.names.tokens[token or 0]
         return "\n".join(filter(None, [named if is_told else None, self._doubt])) or None
-
-    @property
-    def is_unsigned(self) -> bool:
-        """Whether attributions are sizes, which neither raise nor lower."""
-        return bool(self.provenance.get("unsigned"))
 
     @property
     def _doubt(self) -> str | None:

@@ -19,7 +19,7 @@ from captum_llm_ext.result.token_names import is_fragmented, numbered_where_alik
 from captum_llm_ext.text.segment import shorten
 
 if TYPE_CHECKING:
-    from captum_llm_ext.result.result import GenerationAttributionResult
+    from captum_llm_ext.result.numbers import ResultNumbers
 
 _QUOTED = 40  # characters of a part's text in its name
 _NAME = 24  # characters up to which a text is a name
@@ -92,7 +92,7 @@ class Reading:
 
     def __init__(
         self,
-        result: "GenerationAttributionResult",
+        result: "ResultNumbers",
         level: str | None = None,
         unit: str | None = None,
     ) -> None:
@@ -175,7 +175,7 @@ class Reading:
         return self._result.replicates(start, stop)
 
 
-def page_parts(result: "GenerationAttributionResult") -> list[tuple[str, str, Parts]]:
+def page_parts(result: "ResultNumbers") -> list[tuple[str, str, Parts]]:
     """Side, level and parts of all levels above the finest that a page can be read by."""
     prompt = [
         ("prompt", level["name"], _prompt_parts(result, level["name"]))
@@ -189,7 +189,7 @@ def page_parts(result: "GenerationAttributionResult") -> list[tuple[str, str, Pa
     ]
 
 
-def first_level(result: "GenerationAttributionResult") -> str:
+def first_level(result: "ResultNumbers") -> str:
     """The coarsest level that has at least two parts: what to read an answer by first."""
     for level in prompt_levels(result):
         if len(level["parts"]) > 1:
@@ -197,12 +197,12 @@ def first_level(result: "GenerationAttributionResult") -> str:
     return finest_level(result)
 
 
-def finest_level(result: "GenerationAttributionResult") -> str:
+def finest_level(result: "ResultNumbers") -> str:
     """What the level of the features themselves is called."""
     return str(result.provenance.get("unit") or "finest")
 
 
-def row_unit(result: "GenerationAttributionResult") -> str:
+def row_unit(result: "ResultNumbers") -> str:
     """Words where some are written by several tokens, and values of these add up; or tokens."""
     if result.provenance.get("attr_target") == "prob":
         return TOKEN
@@ -211,7 +211,7 @@ def row_unit(result: "GenerationAttributionResult") -> str:
     return WORD if WORD in names and is_fragmented(texts) else TOKEN
 
 
-def adds_up(result: "GenerationAttributionResult") -> bool:
+def adds_up(result: "ResultNumbers") -> bool:
     """Whether attributions of several tokens together mean something."""
     return len(result.output_tokens) == 1 or result.provenance.get("attr_target") != "prob"
 
@@ -232,7 +232,7 @@ def part_names(level: str, texts: Sequence[str]) -> list[str]:
     return [f"{level} {i} {quoted(text)}" for i, text in enumerate(texts, start=1)]
 
 
-def _prompt_parts(result: "GenerationAttributionResult", level: str) -> Parts:
+def _prompt_parts(result: "ResultNumbers", level: str) -> Parts:
     n_output = len(result.output_features or ())
     texts, part_of = prompt_level(result, level)
     if level != finest_level(result):
@@ -251,7 +251,7 @@ def _prompt_parts(result: "GenerationAttributionResult", level: str) -> Parts:
     return Parts(level, names, joined, owners)
 
 
-def _rows(result: "GenerationAttributionResult", unit: str) -> list[Row]:
+def _rows(result: "ResultNumbers", unit: str) -> list[Row]:
     names = result.names.tokens
     if unit == TOKEN:
         return [Row(name, t, t + 1) for t, name in enumerate(names)]
@@ -273,7 +273,7 @@ def _rows(result: "GenerationAttributionResult", unit: str) -> list[Row]:
     return [Row(name, a, b) for name, (a, b) in zip(part_names(unit, texts), runs, strict=True)]
 
 
-def _answer_parts(result: "GenerationAttributionResult", unit: str, rows: Sequence[Row]) -> Parts:
+def _answer_parts(result: "ResultNumbers", unit: str, rows: Sequence[Row]) -> Parts:
     n_prompt, n_output = len(result.input_tokens), len(result.output_features or ())
     owners = [-1] * n_output
     pieces = [piece.feature for piece in result.output_pieces] or list(range(n_output))

@@ -11,9 +11,7 @@ from torch import Tensor
 from captum_llm_ext.base import terminal
 from captum_llm_ext.result.causes import (
     Cause,
-    Redundancy,
     SpanAttribution,
-    UnresolvedGroup,
     strongest,
 )
 from captum_llm_ext.result.export import ExportedResult
@@ -187,21 +185,6 @@ class GenerationAttributionResult(ExportedResult):
         return self.total(n_resamples=0).route(t, k)
 
     @property
-    def unresolved(self) -> "list[UnresolvedGroup]":
-        """Groups that were not told apart, the largest first: by `PartitionShap` within its budget,
-        or because `HierarchicalAblation` did not open them. Their features share evenly."""
-        if self.design is None:
-            return []
-        found: list[UnresolvedGroup] = []
-        for group in self._evidence().unresolved():
-            columns = [
-                column for column, feature in enumerate(self._features) if feature in group.columns
-            ]
-            names = [self._column_names[column] for column in columns]
-            found.append(UnresolvedGroup(names, columns, group.totals.to(self.full_attr)))
-        return found
-
-    @property
     def additivity(self) -> Tensor:
         """How much of the values' variation attributions that add up explain, shape ``(T,)``.
 
@@ -211,30 +194,6 @@ class GenerationAttributionResult(ExportedResult):
         if self.design is None:
             return torch.full_like(self.full_values, torch.nan)
         return self._evidence().additivity().to(self.full_values)
-
-    def redundant_pairs(self, k: int = 5) -> list[Redundancy]:
-        """Pairs of features that say the same, which leave-one-out gives next to nothing.
-
-        Args:
-            k: How many at most for each target token.
-
-        Returns:
-            By target token, the pair with most in common first.
-
-        Raises:
-            ValueError: If the coalitions do not tell, such as those of leave-one-out.
-        """
-        found = self._evidence().redundant_pairs(k)
-        first_column = {f: c for c, f in reversed(list(enumerate(self._features)))}
-        pairs: list[Redundancy] = []
-        for target, own in enumerate(found):
-            for pair in own:
-                columns = first_column[pair.first], first_column[pair.second]
-                names = self._column_names[columns[0]], self._column_names[columns[1]]
-                pairs.append(
-                    Redundancy(target, names, columns, pair.alone, pair.together, pair.z_score)
-                )
-        return pairs
 
     def _solved(
         self, evidence: Evidence, method: Method | None, attr_target: str

@@ -21,13 +21,13 @@ from captum_llm_ext.result.token_names import words_around
 from captum_llm_ext.text.inputs import Piece
 
 if TYPE_CHECKING:
-    from captum_llm_ext.result.result import GenerationAttributionResult
+    from captum_llm_ext.result.numbers import ResultNumbers
 
 _MOST = 3  # causes per block
 _MOST_SENTENCES = 3  # of the answer whose errors are told exactly: each takes tenths of a second
 
 
-def told(result: "GenerationAttributionResult") -> dict[str, Any]:
+def told(result: "ResultNumbers") -> dict[str, Any]:
     """What ``to_dict()`` has in words.
 
     Returns:
@@ -56,7 +56,7 @@ def told(result: "GenerationAttributionResult") -> dict[str, Any]:
     }
 
 
-def reading_aids(result: "GenerationAttributionResult") -> dict[str, Any]:
+def reading_aids(result: "ResultNumbers") -> dict[str, Any]:
     """What a page shows beside levels: ``answer_unit``, and ``around`` of fragments."""
     prompt, output = (
         _around(pieces, n)
@@ -68,7 +68,7 @@ def reading_aids(result: "GenerationAttributionResult") -> dict[str, Any]:
     return {"answer_unit": row_unit(result), "around": {"prompt": prompt, "output": output}}
 
 
-def part_sums(result: "GenerationAttributionResult") -> list[dict[str, Any]]:
+def part_sums(result: "ResultNumbers") -> list[dict[str, Any]]:
     """Errors of parts for the whole answer and its first sentences, as ``sums`` of a page.
 
     Where coalitions are a sample: solving them again without a part of them tells.

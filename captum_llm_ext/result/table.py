@@ -15,7 +15,7 @@ from captum_llm_ext.text.segment import shorten
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from captum_llm_ext.result.result import GenerationAttributionResult
+    from captum_llm_ext.result.numbers import ResultNumbers
 
     Paint = Callable[[str, str], str]
 
@@ -33,7 +33,7 @@ _TELLING = 0.01  # share of the largest attribution of a block below which one i
 
 
 def table(
-    result: "GenerationAttributionResult",
+    result: "ResultNumbers",
     k: int,
     paint: "Paint | None",
     width: int | None,
@@ -68,9 +68,7 @@ def table(
     return "\n".join([*lines, *_wrapped(_remarks(result), width)])
 
 
-def summary_line(
-    result: "GenerationAttributionResult", k: int = 3, show: "Paint | None" = None
-) -> str:
+def summary_line(result: "ResultNumbers", k: int = 3, show: "Paint | None" = None) -> str:
     """``whole answer  ←  paragraph 4 “Lake Baikal…” +13.64 ± 0.42, …`` by the largest parts.
 
     Empty where the values of tokens do not add up.
@@ -172,7 +170,7 @@ def _broken(line: str, width: int) -> list[str]:
     return [part.rstrip() for part in parts if part.strip()]
 
 
-def _remarks(result: "GenerationAttributionResult") -> list[str]:
+def _remarks(result: "ResultNumbers") -> list[str]:
     """What a reader of the numbers should know."""
     remarks: list[str] = []
     n_unknown, n = int(result.errors_unknown.sum()), int((result.full_attr != 0).sum())
@@ -223,7 +221,7 @@ def _remarks(result: "GenerationAttributionResult") -> list[str]:
     return remarks
 
 
-def _unsettled(result: "GenerationAttributionResult") -> str:
+def _unsettled(result: "ResultNumbers") -> str:
     rule, settled = result.provenance.get("stop") or "of='all'", result.settled or ()
     if "of='all'" in rule:  # a `Precision`, most often given as `tol`
         return "`tol` was not met: see the standard errors."
@@ -235,7 +233,7 @@ def _unsettled(result: "GenerationAttributionResult") -> str:
     )
 
 
-def _errors(result: "GenerationAttributionResult") -> str:
+def _errors(result: "ResultNumbers") -> str:
     """What would tell errors, where something would."""
     orders = ("antithetic permutations", "nested orders")
     by = result.provenance.get("estimator")
@@ -247,7 +245,7 @@ def _errors(result: "GenerationAttributionResult") -> str:
     return known.get(str(by), "")
 
 
-def _more(result: "GenerationAttributionResult") -> str:
+def _more(result: "ResultNumbers") -> str:
     """What would tell more groups apart."""
     is_search = result.design is not None and result.design.solved == "hierarchical search"
     return "give a smaller `share`" if is_search else "give more `n_samples`"

@@ -18,7 +18,7 @@ from captum_llm_ext.result.total.attribution import Route, Share, TotalAttributi
 from captum_llm_ext.result.total.graph import Graph, View
 
 if TYPE_CHECKING:
-    from captum_llm_ext.result.result import GenerationAttributionResult
+    from captum_llm_ext.result.numbers import ResultNumbers
 
 __all__ = ["FLOOR", "Route", "Share", "Source", "TotalAttribution", "total"]
 
@@ -45,7 +45,7 @@ class Source:
 
 
 def total(
-    result: "GenerationAttributionResult",
+    result: "ResultNumbers",
     source: Source,
     floor: float | None,
     level: str | None,
@@ -85,7 +85,7 @@ def total(
 
 
 def _errors(
-    result: "GenerationAttributionResult",
+    result: "ResultNumbers",
     source: Source,
     graph: Graph,
     n_resamples: int,
@@ -113,7 +113,7 @@ def _errors(
 
 
 def _deviations(
-    result: "GenerationAttributionResult",
+    result: "ResultNumbers",
     source: Source,
     graph: Graph,
     attributions: Tensor,
@@ -139,7 +139,7 @@ def _deviations(
     return deviations(wide)
 
 
-def _floor(result: "GenerationAttributionResult", tokens: Tensor) -> float:
+def _floor(result: "ResultNumbers", tokens: Tensor) -> float:
     told = str(result.provenance.get("attr_target"))
     if told in _IN_NATS and not result.is_unsigned:
         return FLOOR

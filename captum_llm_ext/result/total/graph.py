@@ -12,7 +12,7 @@ from captum_llm_ext.result.influence import Influence, influence, kept
 from captum_llm_ext.result.levels import prompt_level
 
 if TYPE_CHECKING:
-    from captum_llm_ext.result.result import GenerationAttributionResult
+    from captum_llm_ext.result.numbers import ResultNumbers
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class View:
     n_output: int
 
     @classmethod
-    def of(
-        cls, result: "GenerationAttributionResult", every: Sequence[int], level: str | None
-    ) -> "View":
+    def of(cls, result: "ResultNumbers", every: Sequence[int], level: str | None) -> "View":
         """Of a result, by parts of a level (None: by features).
 
         Args:
@@ -126,7 +124,7 @@ class Graph:
     floor: float
 
     @classmethod
-    def of(cls, result: "GenerationAttributionResult", view: View, floor: float) -> "Graph":
+    def of(cls, result: "ResultNumbers", view: View, floor: float) -> "Graph":
         """Of a result, put together as `view` says."""
         squares = result.full_attr_se.double().cpu().square()
         noise = result.noise_floor
