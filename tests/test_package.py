@@ -1,8 +1,10 @@
 """The package from outside: what it offers, what importing it does, what the command line says."""
 
+import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,27 @@ def test_the_map_names_what_is_there():
     assert [path for path in paths if not (roots[path.startswith("tests/")] / path).exists()] == []
     rooms = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
     assert [room for room in sorted(rooms) if f"`{room}/`" not in text] == []
+
+
+def test_no_import_runs_in_a_circle():
+    """Those within functions and for type checkers alone, too, which the import contract leaves."""
+    root = Path(captum_llm_ext.__file__).parents[1]
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in root.glob("captum_llm_ext/**/*.py")
+    }
+    files.pop("captum_llm_ext")  # it offers what the others define, and they ask for its rooms
+
+    def imported(path):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        names = (
+            (node.module or "", f"{node.module}.{alias.name}")
+            for node in froms
+            for alias in node.names
+        )
+        return {name if name in files else module for module, name in names} & {*files}
+
+    graph = {name: imported(path) for name, path in files.items()}
+    assert sum(map(len, graph.values())) > 500
+    assert len([*TopologicalSorter(graph).static_order()]) == len(files)  # a CycleError names them
