@@ -82,6 +82,10 @@ class Smile(PerturbationAttribution):
         Args:
             model, tokenizer: Embed tokens, for the distances that have a name.
 
+        Returns:
+            A callable ``(answer, other) -> number``, 0 for equal texts. Those that have a name are
+            mean cosine distances, from 0 to 2.
+
         Raises:
             TypeError: If such a one is wanted, and the model has no embeddings.
         """

@@ -143,6 +143,9 @@ class GenerationAttentionAttribution(ModelAccess):
             output_unit: As for `attribute`.
             feature_mask: As for `attribute`.
 
+        Returns:
+            Weights ``(n_layers, n_heads, n_columns)``: those of a feature's tokens added up.
+
         Raises:
             ValueError: As `attribute`; or if the target has no such token.
         """

@@ -63,8 +63,12 @@ class FaithfulnessReport:
     def difference(self, first: str, second: str) -> dict[str, Estimate]:
         """By how much the first attribution is better than the second, in every metric.
 
-        Above 0 it is better, whichever the metric. What both share, such as the baseline's draws,
-        cancels in the standard errors.
+        Args:
+            first, second: Names of attributions.
+
+        Returns:
+            By metric, above 0 where the first is better, in the metric's unit. What both share,
+            such as the baseline's draws, cancels in the standard errors.
 
         Raises:
             ValueError: If there is no attribution of that name.
@@ -142,10 +146,12 @@ class FaithfulnessReport:
         }
 
     def to_dataframe(self) -> Any:
-        """A ``pandas.DataFrame``: one row per attribution and metric.
+        """The metrics as a table.
 
-        Its columns are ``attribution``, ``metric``, ``value``, ``standard_error``, ``reference``,
-        ``reference_error``, ``unit`` and ``higher_is_better``.
+        Returns:
+            A ``pandas.DataFrame`` with one row per attribution and metric, and the columns
+            ``attribution``, ``metric``, ``value``, ``standard_error``, ``reference``,
+            ``reference_error``, ``unit`` and ``higher_is_better``.
 
         Raises:
             ImportError: If pandas is not installed.

@@ -164,10 +164,13 @@ class TextSegmentInput(InterpretableInput, Prompt):
         self.deterministic = self._replacements.deterministic
 
     def with_baselines(self, baselines: Any) -> Self:
-        """A copy that differs in what stands where a feature is absent.
+        """The same input with other baselines.
 
         Args:
             baselines: As of `TextSegmentInput`.
+
+        Returns:
+            A copy; this one is unchanged.
 
         Raises:
             ValueError, TypeError: As the constructor does.
