@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext.attribution.game import Run
+from captum_llm_ext.attribution.target import whole_row
 from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.model import Generation, Processes, Scorer, TokenRow
 from captum_llm_ext.model.plain_forward import plain_log_probs
@@ -398,7 +399,7 @@ class _Search:
     ) -> Counterfactual:
         tokenizer, full = self._run.tokenizer, self._run.full
         chosen = tuple(sorted(features))
-        shown = [" + ".join(own) for own in self._names]
+        shown = self._run.prompt.feature_names()
         text = tokens.decode(tokenizer, prompt.ids)
         return Counterfactual(
             token=t,
@@ -415,14 +416,6 @@ class _Search:
             proven_minimal=proven,
             n_evaluations=self.n_evaluations,
         )
-
-    @cached_property
-    def _names(self) -> list[list[str]]:
-        prompt = self._run.prompt
-        names: list[list[str]] = [[] for _ in range(prompt.n_features)]
-        for name, feature in zip(prompt.names, prompt.columns, strict=True):
-            names[feature].append(name)
-        return names
 
     def _words(self, ids: Sequence[int]) -> list[str]:
         """The words of a text, without special tokens."""
@@ -448,12 +441,7 @@ class _Search:
         return self._run.prompt.render(mask, generator, draws)[0]
 
     def _row(self, features: Features, draw: int) -> TokenRow:
-        prompt = self._prompt(features, draw)
-        every = torch.ones(1, self._generated.n_features, dtype=torch.bool, device="cpu")
-        generator = torch.Generator().manual_seed(0)  # nothing is absent, nothing is drawn
-        draws = torch.zeros(1, dtype=torch.int64, device="cpu")
-        (text,) = self._generated.render([prompt.ids], every, generator, draws)
-        return TokenRow(*text, prompt.extras, prompt.key)
+        return whole_row(self._prompt(features, draw), self._generated)
 
     def _text(self, token: int) -> str:
         return tokens.decode(self._run.tokenizer, [token])

@@ -122,11 +122,7 @@ class Game:
     @property
     def names(self) -> list[str]:
         """One per column; prompt features that span several columns of results by all of them."""
-        prompt = self.run.prompt
-        shown: list[list[str]] = [[] for _ in range(prompt.n_features)]
-        for name, feature in zip(prompt.names, prompt.columns, strict=True):
-            shown[feature].append(name)
-        names = [" …".join(own) for own in shown]
+        names = self.run.prompt.feature_names(" …")
         return [*names, *self.generated.names][: self.n_features]
 
     def joint(self) -> "Game":

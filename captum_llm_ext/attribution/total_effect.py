@@ -119,7 +119,7 @@ def total_effect(
         scorer: Of log-probabilities.
         feature, n_samples: As there.
     """
-    names = _names(run)
+    names = run.prompt.feature_names()
     chosen = _chosen(feature, names)
     writer = _Writer(run, generated, generation, scorer, n_samples)
     full = [run.full] * n_samples
@@ -306,13 +306,6 @@ def _are_enough(weights: Tensor) -> bool:
     effective = weights.sum(0).square() / weights.square().sum(0).clamp_min(1e-300)
     near = (mean - 1).abs() <= _NEAR_ONE
     return bool((near & (effective >= _ENOUGH * len(weights))).all())
-
-
-def _names(run: Run) -> list[str]:
-    shown: list[list[str]] = [[] for _ in range(run.prompt.n_features)]
-    for name, feature in zip(run.prompt.names, run.prompt.columns, strict=True):
-        shown[feature].append(name)
-    return [" + ".join(own) for own in shown]
 
 
 def _chosen(feature: int | str | Sequence[int | str] | None, names: Sequence[str]) -> list[int]:

@@ -68,9 +68,7 @@ def grouped(
 def _by_feature(context: Context, generated: GeneratedText, texts: list[str]) -> Places:
     start, prompt = len(context.full.ids), context.prompt
     texts = [*texts, *(piece.text for piece in generated.pieces[:-1])]
-    names: dict[int, str] = {}
-    for name, feature in zip(prompt.names, prompt.columns, strict=True):
-        names[feature] = f"{names[feature]} …{name}" if feature in names else name
+    names = dict(enumerate(prompt.feature_names(" …")))
     owner: dict[int, int] = {p: own.feature for own in prompt.places() for p in own.positions}
     for own in generated.places():
         owner |= {start + p: prompt.n_features + own.feature for p in own.positions}

@@ -184,6 +184,13 @@ class Prompt(ABC):
         """
         raise TypeError(_NO_PLACES)
 
+    def feature_names(self, joiner: str = " + ") -> list[str]:
+        """One name per feature; of one that spans several columns, all of theirs."""
+        columns: list[list[str]] = [[] for _ in range(self.n_features)]
+        for name, feature in zip(self.names, self.columns, strict=True):
+            columns[feature].append(name)
+        return [joiner.join(own) for own in columns]
+
     def with_default(self, baselines: Any) -> "Prompt":
         """A copy with these baselines, if the user gave none; otherwise the prompt itself."""
         return self
