@@ -29,7 +29,7 @@ from captum_llm_ext.coalitions.enumeration import (
     solve_leave_one_out,
     solve_only_one_in,
 )
-from captum_llm_ext.coalitions.kernel import solve_kernel
+from captum_llm_ext.coalitions.kernel import solve_few_pairs, solve_kernel
 from captum_llm_ext.coalitions.lime import (
     cosine_kernel,
     logit_scaled,
@@ -73,6 +73,7 @@ __all__ = [
     "redundant_pairs",
     "solve_contextcite",
     "solve_exact",
+    "solve_few_pairs",
     "solve_kernel",
     "solve_leave_one_out",
     "solve_lime",

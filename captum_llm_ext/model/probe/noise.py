@@ -38,8 +38,6 @@ _UNSEEN = 2.0
 # models with dropout or noise lay at most .7 of the floor apart.
 _DRAWN = 2.5
 _DIGITS = 2.0
-# What the last digit is worth decides where rows alone show so many times less.
-_CERTAIN = 2.0
 # A value that can hardly move: rounding is told of those that can.
 _STEADY = 1e-3
 # A noise floor of so many times what rounding explains is warned of.
@@ -149,8 +147,8 @@ class NoiseFloor:
         """The largest difference that was seen of any token, and what others are likely to show.
 
         That is in proportion to how far a value can move at all, and not less than what the last
-        digits of the logits are worth. Where that is much more than what some rows alone show, no
-        others are computed.
+        digits of the logits are worth. Where that is more than what some rows alone show, no others
+        are computed.
 
         Args:
             found, asked, together: As for `floor`.
@@ -173,7 +171,7 @@ class NoiseFloor:
         for i, row in enumerate(rows[len(known) : n_alone], start=len(known)):
             alone[i] = self._alone(row, found, asked)
         largest = seen(alone)
-        if together and _CERTAIN * largest > digit:
+        if together and largest > digit:
             batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
             largest = seen(alone, torch.cat([self._together(one, asked) for one in batches]))
         assert self._scale is not None
