@@ -19,6 +19,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,6 +58,7 @@ class Subject:
         )
 
     def target(self, text: str = ANSWER) -> torch.Tensor:
+        """Its ids."""
         return torch.tensor(self.tokenizer(text)["input_ids"])
 
     def prompt(self, n_ids: int) -> str:
@@ -96,7 +98,7 @@ def bare(subject: Subject, runs: int) -> list[Row]:
     return rows
 
 
-def leave_one_out(subject: Subject, runs: int) -> list[Row]:
+def leave_one_out(subject: Subject, runs: int, most: int = 3) -> list[Row]:
     rows: list[Row] = []
     for n, unit in ((53, "word"), (250, "sentence"), (1000, "sentence")):
         text, target = subject.prompt(n), subject.target()
@@ -273,6 +275,7 @@ def solver(subject: Subject, runs: int) -> list[Row]:
 PARTS: dict[str, Callable[[Subject, int], list[Row]]] = {
     "bare": bare,
     "leave_one_out": leave_one_out,
+    "leave_one_out_short": partial(leave_one_out, most=1),
     "two_levels": two_levels_exact,
     "many_features": many_features,
     "solver": solver,

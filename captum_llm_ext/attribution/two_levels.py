@@ -192,7 +192,8 @@ def sample_twice(game: Game, method: Estimator, effort: Effort, surrogate: RowSc
         warnings.warn(
             f"the surrogate saves nothing here: what it misses varies "
             f"{second.each / first.each:.2g} times as much as what it says, and the model "
-            f"takes {both.cost - 1:.2g} times as long. Leave `surrogate` out, or give one that is closer or faster.",
+            f"takes {both.cost - 1:.2g} times as long. Leave `surrogate` "
+            "out, or give one that is closer or faster.",
             stacklevel=stacklevel_of_caller(),
         )
     settled = None
