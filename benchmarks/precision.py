@@ -100,28 +100,24 @@ def bare(subject: Subject, runs: int) -> list[Row]:
 
 def leave_one_out(subject: Subject, runs: int, most: int = 3) -> list[Row]:
     rows: list[Row] = []
-    for n, unit in ((53, "word"), (250, "sentence"), (1000, "sentence")):
-        text, target = subject.prompt(n), subject.target()
+    attributions = {
+        name: GenerationAttribution(FeatureAblation(model), subject.tokenizer)
+        for name, model in (("float32", subject.fine), ("bfloat16", subject.coarse))
+    }
+    target = subject.target()
+    for n, unit in ((53, "word"), (250, "sentence"), (1000, "sentence"))[:most]:
         found: dict[str, Any] = {}
 
-        def run(name: str, model: Any, text: str = text, unit: str = unit) -> Callable[[], None]:
-            attribution = GenerationAttribution(FeatureAblation(model), subject.tokenizer)
-            target = subject.target()
+        def once(name: str, n: int = n, unit: str = unit, found: Any = found) -> None:
+            inp = TextSegmentInput(
+                subject.prompt(n), subject.tokenizer, unit=unit, baselines="delete"
+            )
+            output_unit = "token" if n < 250 else None
+            found[name] = attributions[name].attribute(inp, target, output_unit=output_unit)
 
-            def once() -> None:
-                inp = TextSegmentInput(text, subject.tokenizer, unit=unit, baselines="delete")
-                found[name] = attribution.attribute(inp, target)
-
-            return once
-
-        ways = {
-            "float32": run("float32", subject.fine),
-            "bfloat16": run("bfloat16", subject.coarse),
-        }
-        if n < 1000:
-            for way in ways.values():
-                way()  # the first look at a model
-        times = in_turn(ways, runs if n < 250 else 1)
+        for name in attributions:
+            once(name)  # the first look at a model
+        times = in_turn({name: partial(once, name) for name in attributions}, runs)
         took = {name: median(own) for name, own in times.items()}
         apart = (found["bfloat16"].values - found["float32"].values).abs()
         rows.append(

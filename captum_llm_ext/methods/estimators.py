@@ -235,7 +235,17 @@ def _one_at_a_time(
     if task.deterministic:
         return found
     twice = planner(task.n_features, n_draws=2, common_draw=True)
-    return replace(found, few=lambda _: replace(found, plan=lambda _: twice))
+
+    def few(n: int) -> Estimator:
+        del n  # two draws are the fewest that tell errors
+        return replace(found, plan=partial(_planned, twice))
+
+    return replace(found, few=few)
+
+
+def _planned(plan: Plan, generator: torch.Generator) -> Plan:
+    del generator
+    return plan
 
 
 def _exact(task: _Task) -> Estimator:
@@ -395,13 +405,11 @@ def _partition(task: _Task) -> Estimator:
     if few_orders and found.has_budget:
         enough = evaluations_of_orders(4, task.n_features, bool(task.held))
         needs = f"`n_samples={enough}`, which four take"
-    few = None
-    if has_orders and not few_orders:
-        least = evaluations_of_orders(_FEWEST_ORDERS, task.n_features, bool(task.held))
+    least = evaluations_of_orders(_FEWEST_ORDERS, task.n_features, bool(task.held))
 
-        def few(n: int) -> Estimator:
-            plan = _partitioned(task, max(n, least)).plan
-            return Estimator(found.name, plan, found.solve, True, options={"tree": found.tree})
+    def few(n: int) -> Estimator:
+        plan = _partitioned(task, max(n, least)).plan
+        return Estimator(found.name, plan, found.solve, True, options={"tree": found.tree})
 
     return Estimator(
         found.name,
@@ -413,7 +421,7 @@ def _partition(task: _Task) -> Estimator:
         unfold=found.unfold,
         options={"tree": found.tree},
         usual=usual or task.usual,
-        few=few,
+        few=few if has_orders and not few_orders else None,
     )
 
 
