@@ -187,7 +187,8 @@ def sample_twice(game: Game, method: Estimator, effort: Effort, surrogate: RowSc
     both.begin(effort.num_trials)
     n = both.surrogate.n
     first, second = both.levels()
-    found = split(first, second, both.cost - 1, n)
+    size = float(both.solution.attributions.square().sum())
+    found = split(first, second, both.cost - 1, n, size)
     if not found.pays:
         warnings.warn(
             f"the surrogate saves nothing here: what it misses varies "

@@ -18,8 +18,9 @@ from captum_llm_ext.coalitions.causal_scope import Solution
 
 # What is left of a variance by rounding alone, beside another one.
 _EXACT = 1e-6
-# Of the coalitions of a surrogate that is known without error, so many are played on both.
-_SHARE = 1 / 8
+# Where the surrogate is known without error: of the attributions' squares, the difference may leave
+# so much, as long as that takes less than this share of what the reference alone would.
+_ENOUGH, _MOST = 1e-3, 0.5
 
 
 def summed(levels: Sequence[Solution]) -> Solution:
@@ -103,7 +104,7 @@ class Split:
     pays: bool
 
 
-def split(surrogate: Level, difference: Level, reference_cost: float, n: int) -> Split:
+def split(surrogate: Level, difference: Level, reference_cost: float, n: int, size: float) -> Split:
     """The cheapest split that is as good as `n` coalitions of the reference alone.
 
     Variances fall with the number of coalitions, and a coalition of the reference leaves as much as
@@ -114,9 +115,12 @@ def split(surrogate: Level, difference: Level, reference_cost: float, n: int) ->
         difference: Of the difference; its cost is that of both games.
         reference_cost: Of one coalition of the reference.
         n: How many coalitions of it alone would do.
+        size: Sum of squares of all attributions.
     """
     if surrogate.variance <= _EXACT * difference.variance:
-        return Split(surrogate.n, max(difference.n, round(_SHARE * surrogate.n)), True)
+        wanted = difference.each / max(_ENOUGH * size, 1e-300)
+        most = max(difference.n, _MOST * n * reference_cost / difference.cost)
+        return Split(n, math.ceil(min(max(wanted, difference.n), most)), True)
     share = math.sqrt(difference.each * surrogate.cost / (surrogate.each * difference.cost))
     n_surrogate = n * (1 + (difference.each / surrogate.each / share if share else 0.0))
     cost = n_surrogate * (surrogate.cost + share * difference.cost)
