@@ -97,6 +97,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
 
     SUPPORTED_METHODS = (PerturbationAttribution,)
     SUPPORTED_INPUTS = (InterpretableInput,)
+    surrogate: Surrogate | None = None
 
     def __init__(
         self,
@@ -118,7 +119,8 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         self.attr_target = explained
         self.include_per_token_attr = True
         self._access_model(accelerator)
-        self.surrogate = None if surrogate is None else Surrogate(self.model, surrogate)
+        if surrogate is not None:
+            self.surrogate = Surrogate(self.model, surrogate)
         is_shared = accelerator is not None or self._processes.are_many
         self._shared = self._processes if is_shared else None
 
