@@ -32,6 +32,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_llm_ext import GenerationAttribution, TextSegmentInput
 from captum_llm_ext.attribution import sampling, two_levels
+from captum_llm_ext.coalitions import (
+    Scope,
+    join_plans,
+    plan_anchors,
+    plan_pairs,
+    solve_few_pairs,
+    solve_kernel,
+)
+from captum_llm_ext.coalitions.two_levels import summed
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
 TEXT = (
@@ -43,7 +52,10 @@ ANSWER = (
     " The deepest lake in the world is Lake Baikal in Siberia, and it holds about a fifth of the "
     "fresh water of the earth, they say."
 )
-SHORT = "Lake Baikal in Siberia is the deepest lake. Where is it?"
+SHORT = "The deepest lake is Baikal in Siberia. Where is it?"
+SEEDS = 40
+WORDS = 36
+SIZES = (12, 16, 20, 24, 32, 48)
 Row = dict[str, Any]
 
 
@@ -78,7 +90,8 @@ def bare(subject: Subject, runs: int) -> list[Row]:
         def forward(model: Any, ids: torch.Tensor = ids) -> None:
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
-        forward(subject.fine), forward(subject.coarse)
+        forward(subject.fine)
+        forward(subject.coarse)
         times = in_turn(
             {
                 "float32": lambda: forward(subject.fine),
@@ -171,6 +184,8 @@ def two_levels_exact(subject: Subject, runs: int) -> list[Row]:
             seconds[name].append(took)
             if name == "two levels":
                 corrected.append(found.provenance["surrogate"]["corrected_by"])
+    for name, own in played(truth, only).items():
+        errors[name] = own
     mean = {name: sum(own) / len(own) for name, own in errors.items()}
     took = {name: median(own) for name, own in seconds.items()}
     return [
@@ -179,8 +194,8 @@ def two_levels_exact(subject: Subject, runs: int) -> list[Row]:
             "predicted": "2.5 times less",
             # Squared errors fall with the number of evaluations.
             "measured": took["float32"]
-            * mean["float32"]
-            / (took["two levels"] * mean["two levels"]),
+            * mean["160 of float32"]
+            / (took["two levels"] * mean[f"160 of bfloat16, {nearest(corrected)} of both"]),
             "error": mean,
             "error_of_all_coalitions_in_bfloat16": float(
                 (only.token_attr - truth.token_attr).square().sum()
@@ -191,6 +206,48 @@ def two_levels_exact(subject: Subject, runs: int) -> list[Row]:
             "seconds": seconds,
         }
     ]
+
+
+def played(truth: Any, only: Any) -> dict[str, list[float]]:
+    """Squared errors, relative, of many draws of coalitions, from the values of all of them."""
+    masks = truth.masks
+    n = masks.shape[1] - (truth.output_attr.shape[1] if truth.output_attr is not None else 0)
+    codes = 2 ** torch.arange(n)
+    tables = []
+    for one in (truth, only):
+        table = torch.full((2**n, one.values.shape[1]), torch.nan, dtype=torch.float64)
+        table[(one.masks[:, :n].long() * codes).sum(1)] = one.values.double()
+        tables.append(table)
+    fine, coarse = tables
+    scope = Scope.of_all(fine.shape[1], n)
+    exact = truth.token_attr.double()
+
+    def sampled(size: int, seed: int) -> tuple[Any, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        plan = join_plans([plan_anchors(n), plan_pairs(n, size, generator=generator)])
+        return plan, (plan.masks.long() * codes).sum(1)
+
+    found: dict[str, list[float]] = {}
+    for seed in range(SEEDS):
+        plan, rows = sampled(160, seed)
+        answers = {
+            "160 of float32": solve_kernel(plan, fine[rows], scope),
+            "160 of bfloat16": solve_kernel(plan, coarse[rows], scope),
+        }
+        for size in SIZES:
+            few, both = sampled(size, 1000 + seed)
+            missed = solve_few_pairs(few, fine[both] - coarse[both], scope)
+            name = f"160 of bfloat16, {size} of both"
+            answers[name] = summed([answers["160 of bfloat16"], missed])
+        for name, answer in answers.items():
+            off = (answer.attributions - exact).square().sum() / exact.square().sum()
+            found.setdefault(name, []).append(round(float(off), 6))
+    return found
+
+
+def nearest(corrected: list[int]) -> int:
+    """Of the sizes that were played, that of most runs."""
+    return min(SIZES, key=lambda size: abs(size - median(corrected)))
 
 
 def many_features(subject: Subject, runs: int) -> list[Row]:
@@ -204,14 +261,15 @@ def many_features(subject: Subject, runs: int) -> list[Row]:
         )
         inp = TextSegmentInput(text, subject.tokenizer, unit="word", baselines="delete")
         began = time.process_time()
-        found[name] = attribution.attribute(inp, target, output_unit=None, n_samples=576)
+        found[name] = attribution.attribute(inp, target, output_unit=None, n_samples=8 * WORDS)
         seconds[name] = time.process_time() - began
     squares = {name: float(one.token_attr_se.square().sum()) for name, one in found.items()}
     apart = found["two levels"].token_attr - found["float32"].token_attr
+    n_words = found["float32"].token_attr.shape[1]
     both = (squares["float32"] + squares["two levels"]) ** 0.5
     return [
         {
-            "item": f"two levels, {found['float32'].token_attr.shape[1]} words, 576 coalitions",
+            "item": f"two levels, {n_words} words, {8 * WORDS} coalitions",
             "predicted": "2.5 times less time at equal error",
             "measured": seconds["float32"]
             * squares["float32"]
