@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import tiny
@@ -56,6 +57,7 @@ CASES = {
     "HierarchicalAblation": (HierarchicalAblation, ("sentence", "word"), {}),
     "rounds": (KernelShap, "word", {"n_samples": 60, "tol": 0.02, "max_evaluations": 200}),
     "contrast": (ShapleyValueSampling, "word", {"n_samples": 4, "attr_target": "contrast"}),
+    "surrogate": (KernelShap, "word", {"n_samples": 90, "surrogate": "bf16"}),
     "of captum": (FeaturePermutation, "word", {"output_unit": None}),
 }
 SAMPLED = {"max_new_tokens": 5, "do_sample": True, "temperature": 1.3}
@@ -71,12 +73,18 @@ def attribute(model, tokenizer, name, accelerator=None, absent="delete", **more)
     method, unit, arguments = CASES[name]
     inp = TextSegmentInput(PROMPT, tokenizer, unit, baselines=absent)
     value = arguments.get("attr_target", "log_prob")
-    arguments = {key: value for key, value in arguments.items() if key != "attr_target"}
-    attribution = GenerationAttribution(method(model), tokenizer, value, accelerator=accelerator)
+    surrogate = arguments.get("surrogate")
+    of_constructor = ("attr_target", "surrogate")
+    arguments = {key: value for key, value in arguments.items() if key not in of_constructor}
+    attribution = GenerationAttribution(
+        method(model), tokenizer, value, accelerator=accelerator, surrogate=surrogate
+    )
     arguments = {"target": ANSWER, "perturbations_per_eval": 4, **arguments, **more}
     if arguments.get("target") is None:
         arguments["gen_args"] = SAMPLED
-    return attribution.attribute(inp, **arguments)
+    with warnings.catch_warnings():  # times of models this small say nothing
+        warnings.filterwarnings("ignore", "the surrogate saves nothing")
+        return attribution.attribute(inp, **arguments)
 
 
 def numbers(result):

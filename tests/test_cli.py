@@ -549,6 +549,7 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, "--share", "0.1"], "--share would be ignored: it is of --method hierarch"),
         ([*ATTRIBUTE, "--scheme", "splits"], "--scheme would be ignored"),
         ([*ATTRIBUTE, "--n-samples", "9"], "--n-samples would be ignored"),
+        ([*ATTRIBUTE, "--surrogate", "bf16"], "--surrogate would be ignored"),
         ([*ATTRIBUTE, "--method", "lime", "--n-draws", "9"], "--n-draws would be ignored"),
         ([*ATTRIBUTE, "--method", "hierarchical", "--share", "2"], "2 is not between 0 and 1"),
         ([*ATTRIBUTE, "--method", "hierarchical", "--unit", "word"], "paragraph,sentence,word"),

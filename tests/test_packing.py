@@ -14,6 +14,7 @@ from test_reuse import difference, loop, make_rows, n_reused
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model import Scorer, TokenRow
+from captum_llm_ext.model.forward import attention
 from captum_llm_ext.model.forward.packing import pack
 from captum_llm_ext.model.forward.prefixes import (
     heavy_paths_first,
@@ -21,6 +22,7 @@ from captum_llm_ext.model.forward.prefixes import (
     sort_by_prefix,
 )
 from captum_llm_ext.model.forward.schedule import distinct_positions, plan_packed
+from captum_llm_ext.model.forward.stacking import stacks
 
 WINDOWS = (
     "mistral, sliding window",
@@ -112,6 +114,59 @@ def test_packs_keep_to_their_limits_and_are_counted(rows, most_ids, most_rows, c
         positions += n_ids
     assert root.positions(lengths) == positions
     assert root.n_passes() == len(root.batches) + (root.stop > 0)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=24),
+    st.integers(0, 3),
+)
+@settings(max_examples=100, deadline=None)
+def test_stacks_have_every_token_of_a_pack_see_its_own_row_alone(rows, n_read):
+    """Whatever the shapes: what a token sees, in order, is its row up to itself."""
+    head = [7, 8, 9][:n_read]
+    rows = [[*head, *row] for row in rows]
+    order, _ = sort_by_prefix(rows, [len(row) for row in rows])
+    rows = [rows[i] for i in order]
+    packed = pack(rows, n_read)
+    content = [*head, *packed.ids]
+
+    def causal(n_queries, n_keys, depth):
+        return torch.arange(n_keys) <= depth + torch.arange(n_queries)[:, None]
+
+    seen: dict[int, list[int]] = {}
+    for stack in stacks(packed.segments, n_read, 0, causal, torch.empty(0)):
+        own, places = stack.own
+        bias = stack.bias.flatten(0, 2)
+        keys = stack.keys.repeat_interleave(stack.queries.shape[1], 0)
+        for query, place in zip(own.tolist(), places.tolist(), strict=True):
+            assert place not in seen
+            seen[place] = [content[k] for k in keys[query][bias[query] == 0].tolist()]
+    assert len(seen) == len(packed.ids)
+    for row, places in zip(rows, packed.places, strict=True):
+        for i, place in enumerate(places.tolist()):
+            if place >= n_read:
+                assert seen[place - n_read] == row[: i + 1]
+
+
+def test_many_rows_attend_in_no_more_calls_than_few(monkeypatch):
+    model = tiny.llama().double()
+    calls, part = [], attention._part
+    monkeypatch.setattr(attention, "_part", lambda *given: calls.append(1) or part(*given))
+    ids = [5 * i % 90 + 3 for i in range(40)]
+
+    def n_calls(n_rows):
+        rows = [[*ids[:20], 100 + i, *ids[21:]] for i in range(n_rows)]
+        packed = pack(rows)
+        needed = torch.tensor([int(places[-1]) for places in packed.places]).sort().values
+        passes = Scorer(model, reuse="pack")._passes
+        calls.clear()
+        with torch.no_grad():
+            passes._read_pack(packed, needed, None)
+        return len(calls)
+
+    few, many = n_calls(6), n_calls(96)
+    assert few == many
+    assert many <= 3 * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", WINDOWS)

@@ -21,7 +21,7 @@ from captum.attr import FeatureAblation
 from test_reuse import make_rows
 
 from captum_llm_ext import GenerationAttribution, GenerationAttributionResult, attribute_dataset
-from captum_llm_ext.attribution import game
+from captum_llm_ext.attribution import sampling
 from captum_llm_ext.base.digest import digest
 from captum_llm_ext.coalitions import Solution, permutations
 from captum_llm_ext.model import Scorer
@@ -441,8 +441,8 @@ def test_targets_solved_apart_get_what_they_get_together(monkeypatch, name):
         found.append(arguments)
         return outcome_of(*arguments)
 
-    outcome_of = game._solved
-    monkeypatch.setattr(game, "_solved", solve)
+    outcome_of = sampling.solved
+    monkeypatch.setattr(sampling, "solved", solve)
     ranks.attribute(*ranks.make(), name)
     [(played, method, plan, values)] = found
     solver = partial(method.solve, effort=EFFORT) if name == "KernelShap" else method.solve

@@ -1,9 +1,6 @@
 """One attribution as a game: coalitions of features in, values of the target tokens out."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,37 +8,15 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
 from captum_llm_ext.attribution.target import whole_row
-from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
+from captum_llm_ext.coalitions import Plan, Scope
 from captum_llm_ext.coalitions.owen_orders import Tree
-from captum_llm_ext.coalitions.stopping import StoppingRule
 from captum_llm_ext.contrast import Foils
-from captum_llm_ext.methods import (
-    HierarchicalAblation,
-    PartitionShap,
-    Unfold,
-    nesting,
-    tree_of_prompt,
-)
-from captum_llm_ext.methods.estimators import Budget, Estimator, estimator, is_known
-from captum_llm_ext.methods.foreign import attribute_foreign
+from captum_llm_ext.methods import nesting
 from captum_llm_ext.model import RowScorer, TokenRow
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.inputs import Context, GeneratedText, Prompt
 
-# The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
-_EMPTY_DRAWS = 32
-_MOST_ROUNDS = 64
-# With a tolerance, each round adds about this share of what there is.
-_GROWTH = 0.25
-# Rounds that hold nothing new cost no evaluation: they would never end a run.
-_MOST_IDLE_ROUNDS = 8
-# A forecast beyond it says no more than "long".
-_MOST_EXCESS = 1e3
-_NO_ERROR = (
-    "`tol` and `stop` need standard errors, and here there are none (a lasso, or a single draw): "
-    "leave them out, or give more samples or draws."
-)
 Inspect = Callable[[str, str, list[float]], None]
 
 
@@ -56,6 +31,7 @@ class Run:
         model: The model as baselines ask it.
         seed: Seeds every random choice.
         callback: Captum's hook.
+        surrogate: Gives values like those of `scorer` for less.
     """
 
     def __init__(
@@ -67,7 +43,9 @@ class Run:
         model: LanguageModel,
         seed: int,
         callback: Inspect | None = None,
+        surrogate: RowScorer | None = None,
     ) -> None:
+        self.surrogate = surrogate
         self.method, self.tokenizer = method, tokenizer
         self.context = Context(prompt, tokenizer, model)
         self.full = self.context.full
@@ -165,6 +143,12 @@ class Game:
             plan: The coalitions.
             seed: Draws of equal number are equal in all calls with the same seed.
         """
+        return self.scored(plan, [self.run.scorer], seed)[0]
+
+    def scored(
+        self, plan: Plan, scorers: Sequence[RowScorer], seed: int | None = None
+    ) -> list[Tensor]:
+        """As `values`, by several scorers, which are given the same rows."""
         run, n_prompt = self.run, self.run.prompt.n_features
         generator = run.generator if seed is None else torch.Generator().manual_seed(seed)
         masks = self.with_last_feature(plan.masks, True)
@@ -176,17 +160,28 @@ class Game:
             TokenRow(ids, positions, prompt.extras, prompt.key)
             for prompt, (ids, positions) in zip(prompts, texts, strict=True)
         ]
-        run.scorer.check_length(
-            max(len(row.ids) for row in rows), "the longest coalition and the target"
-        )
-        values = run.scorer.values(rows, self.target, self.foil_ids)
-        if self.foils is not None:
-            own, foils = values.split(len(self.target), dim=1)
-            values = own - foils
-            self._foil_values.append(foils)
-        if run.callback is not None:
-            self._tell(run.callback, [prompt.ids for prompt in prompts], rows, values)
-        return values.prod(1, keepdim=True) if self._is_joint else values
+        longest = max(len(row.ids) for row in rows)
+        found: list[Tensor] = []
+        for scorer in scorers:
+            scorer.check_length(longest, "the longest coalition and the target")
+            values = scorer.values(rows, self.target, self.foil_ids)
+            if self.foils is not None:
+                own, foils = values.split(len(self.target), dim=1)
+                values = own - foils
+                self._foil_values.append(foils)
+            if run.callback is not None and scorer is run.scorer:
+                self._tell(run.callback, [prompt.ids for prompt in prompts], rows, values)
+            found.append(values.prod(1, keepdim=True) if self._is_joint else values)
+        return found
+
+    @property
+    def n_foil_values(self) -> int:
+        """How often values of foils were noted: once for each scorer that was asked."""
+        return len(self._foil_values)
+
+    def reorder_foil_values(self, order: Sequence[int]) -> None:
+        """Puts what was noted of foils in another order."""
+        self._foil_values = [self._foil_values[i] for i in order] if self.foils else []
 
     @property
     def full_row(self) -> TokenRow:
@@ -216,227 +211,3 @@ class Game:
             joint = told.sum(0, keepdim=True) if self.foils else told.prod(0, keepdim=True)
             text = tokens.decode(self.run.tokenizer, prompt)
             callback(text, response, torch.cat([joint, told]).tolist())
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What the user allows one attribution to spend."""
-
-    budget: Budget
-    num_trials: int
-    stop: StoppingRule | None
-    max_evaluations: int | None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was found, and how.
-
-    `options` are those of the solver; `settled` says of what a stopping rule judged whether it was
-    met, bool ``(n_target,)``, of the whole answer ``(1,)``.
-    """
-
-    name: str
-    plan: Plan
-    values: Tensor
-    solution: Solution
-    estimate: bool
-    settled: Tensor | None = None
-    stop: StoppingRule | None = None
-    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-    @property
-    def stopping(self) -> dict[str, Any]:
-        """For provenance: what the run stopped by, and where it was met."""
-        if self.settled is None:
-            return {"stop": None, "settled": None, "converged": None}
-        settled = self.settled.tolist()
-        return {"stop": str(self.stop), "settled": settled, "converged": all(settled)}
-
-
-def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
-    """Attributes the game with the method of its run.
-
-    Args:
-        game: What is played.
-        effort: What may be spent.
-        arguments: For methods that the package does not know: passed to their ``attribute``.
-
-    Raises:
-        ValueError: If the effort names what the method would ignore.
-    """
-    method = game.run.method
-    if not is_known(method):
-        return _drive(game, method, effort, arguments)
-    chosen = estimator(
-        method,
-        game.n_features,
-        effort.budget,
-        deterministic=game.deterministic,
-        tree=_tree(game, method),
-        held=game.held,
-        num_trials=effort.num_trials,
-    )
-    if chosen.unfold is not None:
-        return _unfold(game, chosen, chosen.unfold, effort)
-    return _sample(game, chosen, effort)
-
-
-def _tree(game: Game, method: PerturbationAttribution) -> Tree:
-    if isinstance(method, PartitionShap):
-        return game.tree(method.hierarchy)
-    if isinstance(method, HierarchicalAblation):
-        prompt = game.run.prompt
-        return tree_of_prompt(prompt.n_features, [level.part_of for level in prompt.levels])
-    return ()
-
-
-def _unfold(game: Game, method: Estimator, unfold: Unfold, effort: Effort) -> Outcome:
-    """Scores what the values found so far say is worth it."""
-    if effort.stop is not None or effort.num_trials > 1:
-        raise ValueError(
-            f"`tol`, `stop` and `num_trials` have no meaning for {method.name}, where the values "
-            "decide what is scored next: leave them out, or give more `n_samples` or `n_draws`."
-        )
-    anchors = _anchors(game)
-    seed = int(torch.randint(2**62, (), generator=game.run.generator, device="cpu"))
-    ends = game.values(anchors)
-    plan, values = unfold(partial(game.values, seed=seed), game.scope)
-    plan, values = join_plans([anchors, plan]), torch.cat([ends, values])
-    solution = method.solve(plan, values, game.scope)
-    return Outcome(method.name, plan, values, solution, method.estimate, options=method.options)
-
-
-def _anchors(game: Game) -> Plan:
-    n_empty = 1 if game.deterministic else _EMPTY_DRAWS
-    return plan_anchors(game.n_features, required=game.held, n_empty=n_empty)
-
-
-def _sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
-    """Plans, scores and solves, in rounds until the stopping rule is met."""
-    rule, generator, scorer = effort.stop, game.run.generator, game.run.scorer
-    if rule is not None and not method.tells_error:
-        raise ValueError(_NO_ERROR)
-    first = [method.plan(generator) for _ in range(effort.num_trials)]
-    plan = join_plans([_anchors(game), *first])
-    values = game.values(plan)
-    solution = _solved(game, method, plan, values)
-    if rule is None:
-        return Outcome(method.name, plan, values, solution, method.estimate, options=method.options)
-    size, idle = len(first[0].masks), 0
-    most = effort.max_evaluations or _MOST_ROUNDS * size
-    excess = _excess(rule, game, method, plan, values, solution)
-    while bool((excess > 1).any()) and method.estimate:
-        # Solving everything again after every single round would cost more than the rounds.
-        n_rounds = max(1, round(_GROWTH * len(plan.masks) / max(size, 1)))
-        n_rounds = min(n_rounds, (most - scorer.n_evaluations) // max(size, 1))
-        if effort.budget.grows and not effort.max_evaluations:
-            # As many coalitions as without a rule; some of them are alike and cost nothing.
-            planned = len(plan.masks) - plan.n_anchors
-            n_rounds = min(n_rounds, (method.usual - planned) // max(size, 1))
-        if n_rounds < 1 or idle > _MOST_IDLE_ROUNDS:
-            break
-        more = join_plans([method.plan(generator) for _ in range(n_rounds)])
-        # Standard errors shrink with the square root of the evaluations.
-        likely = scorer.n_evaluations * min(float(excess.max()), _MOST_EXCESS) ** 2
-        scorer.forecast(round(min(likely, most)) - scorer.n_evaluations)
-        plan = join_plans([plan, more])
-        scored_before = scorer.n_evaluations
-        values = torch.cat([values, game.values(more)])
-        idle = idle + 1 if scorer.n_evaluations == scored_before else 0
-        solution = _solved(game, method, plan, values)
-        excess = _excess(rule, game, method, plan, values, solution)
-    scorer.forecast(0)
-    return Outcome(
-        method.name,
-        plan,
-        values,
-        solution,
-        method.estimate,
-        excess <= 1,
-        rule,
-        method.options,
-    )
-
-
-def _solved(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Solution:
-    """Attributions of all targets; of several processes each solves for some of the targets."""
-    processes, n_target = game.run.scorer.processes, len(game.scope.n_visible)
-    if processes.n_replicas == 1:
-        return method.solve(plan, values, game.scope)
-    # Several parts each, for all to be through at the same time; but what targets have in common
-    # is computed once for each part.
-    n_parts = min(4 * processes.n_replicas, n_target)
-    borders = [i * n_target // n_parts for i in range(n_parts + 1)]
-    parts = [slice(start, stop) for start, stop in pairwise(borders)]
-
-    def solve(part: slice) -> Solution:
-        return method.solve(plan, values[:, part], game.scope.part(part))
-
-    return Solution.joined(processes.each(parts, solve))
-
-
-def _excess(
-    rule: StoppingRule,
-    game: Game,
-    method: Estimator,
-    plan: Plan,
-    values: Tensor,
-    solution: Solution,
-) -> Tensor:
-    """How many times too large the errors are that a rule goes by.
-
-    Raises:
-        ValueError: If there is no standard error to go by.
-    """
-    if rule.of == "answer":
-        # A token depends on nothing after it: the sum's attributions are the sums.
-        whole = values.sum(1, keepdim=True)
-        solution = method.solve(plan, whole, Scope.of_all(1, game.n_features))
-    excess = rule.excess(solution)
-    if bool(excess.isnan().any()):
-        raise ValueError(_NO_ERROR)
-    return excess
-
-
-def _drive(
-    game: Game,
-    method: PerturbationAttribution,
-    effort: Effort,
-    arguments: Mapping[str, Any],
-) -> Outcome:
-    """Runs a method that the package does not know through its own ``attribute``."""
-    name = type(method).__name__
-    if effort.stop is not None or effort.budget.n_draws is not None:
-        raise ValueError(
-            f"`tol`, `stop` and `n_draws` would be ignored: {name} runs through its own "
-            "`attribute`."
-        )
-    if (game.scope.required >= 0).any():
-        raise ValueError(
-            f"{name} runs through its own `attribute`, which cannot hold a generated word while "
-            'its later tokens are explained: use `output_unit="token"` or None.'
-        )
-    if effort.budget.n_samples is not None:
-        arguments = {**arguments, "n_samples": effort.budget.n_samples}
-    anchors = plan_anchors(game.n_features)
-    ends = game.values(anchors)
-    found = attribute_foreign(
-        method,
-        game.values,
-        game.n_features,
-        n_target=len(game.scope.n_visible),
-        num_trials=effort.num_trials,
-        seed=game.run.seed,
-        arguments=arguments,
-    )
-    later = torch.arange(game.n_features, device="cpu") >= game.scope.n_visible[:, None]
-    attributions = found.attributions.masked_fill(later, 0.0)
-    solution = Solution(
-        attributions=attributions,
-        standard_errors=torch.full_like(attributions, torch.nan).masked_fill(later, 0.0),
-        full_values=ends[0],
-        empty_values=ends[1],
-    )
-    plan = join_plans([anchors, found.plan])
-    return Outcome(name, plan, torch.cat([ends, found.values]), solution, estimate=True)

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Self, cast
 
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from captum_llm_ext import _compat
 from captum_llm_ext.attribution.answers import AnswerAccess
 from captum_llm_ext.attribution.coalition_game import CoalitionGame
-from captum_llm_ext.attribution.game import Effort, Game, Inspect, Outcome, Run, solve
+from captum_llm_ext.attribution.game import Game, Inspect, Run
+from captum_llm_ext.attribution.sampling import Effort, Outcome
+from captum_llm_ext.attribution.solving import solve
+from captum_llm_ext.attribution.surrogate import Surrogate
 from captum_llm_ext.attribution.target import (
     Skipped,
     announce_answer,
@@ -24,7 +28,7 @@ from captum_llm_ext.attribution.what_if import WhatIf
 from captum_llm_ext.base.arguments import at_least_one, check_counts, check_passed_on
 from captum_llm_ext.base.digest import describe, digest, stacklevel_of_caller
 from captum_llm_ext.coalitions.stopping import StoppingRule, as_rule
-from captum_llm_ext.contrast import Contrast, as_value
+from captum_llm_ext.contrast import Contrast, as_value, scored
 from captum_llm_ext.methods import Smile
 from captum_llm_ext.methods.estimators import Budget, is_known
 from captum_llm_ext.model import (
@@ -33,6 +37,7 @@ from captum_llm_ext.model import (
     Generation,
     Journal,
     Processes,
+    RowScorer,
     Scorer,
 )
 from captum_llm_ext.model.scoring.progress import Shown
@@ -68,6 +73,14 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             a pass nothing can be raised: such a process gets the error when the one that failed
             ends (with NCCL: when ``torchrun`` ends it), and ends itself, with a message and status
             1, where that one goes on instead (after 30 seconds) or is silent (60 seconds).
+        surrogate: Stands in for the model on most coalitions: ``"bf16"`` (a copy of it in that
+            type), another model over the same vocabulary, or a scorer. What is estimated stays the
+            model's: ``phi(surrogate) + phi(model - surrogate)``, the second part from as few
+            coalitions as measured costs and variances say, with standard errors of the sum.
+            `n_samples` is then the number of the surrogate's coalitions. A rough surrogate costs
+            accuracy, which the errors tell, and does not bias the answer. `n_evaluations` of the
+            result counts the model's rows, ``provenance["surrogate"]`` has the surrogate's. For
+            methods whose attributions are linear in the values; others are refused.
 
     Several threads may attribute on one model, and others use it meanwhile: attributions (by
     gradients, too) wait for one another pass by pass, as do models that share modules or weights,
@@ -76,7 +89,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
 
     Raises:
         TypeError: If the method is no perturbation method, or its model no causal language model.
-        ValueError: If `attr_target` is unknown.
+        ValueError: If `attr_target` is unknown, or `surrogate` is no other model.
 
     Warns:
         UserWarning: If the accelerator reports one process and the environment asks for more.
@@ -84,6 +97,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
 
     SUPPORTED_METHODS = (PerturbationAttribution,)
     SUPPORTED_INPUTS = (InterpretableInput,)
+    surrogate: Surrogate | None = None
 
     def __init__(
         self,
@@ -92,6 +106,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         attr_target: AttrTarget | Contrast = "log_prob",
         *,
         accelerator: Accelerator | None = None,
+        surrogate: str | nn.Module | RowScorer | None = None,
     ) -> None:
         if not isinstance(attr_method, PerturbationAttribution):
             raise TypeError(
@@ -104,6 +119,8 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         self.attr_target = explained
         self.include_per_token_attr = True
         self._access_model(accelerator)
+        if surrogate is not None:
+            self.surrogate = Surrogate(self.model, surrogate)
         is_shared = accelerator is not None or self._processes.are_many
         self._shared = self._processes if is_shared else None
 
@@ -112,6 +129,11 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         other = super().on(processes)
         other._shared = processes if processes.are_many else None
         return other
+
+    def identity(self) -> dict[str, Any]:
+        """As `ModelAccess.identity`, with the surrogate's if there is one."""
+        own = super().identity()
+        return own if self.surrogate is None else {**own, "surrogate": self.surrogate.identity()}
 
     def _method_settings(self) -> dict[str, Any]:
         method = self.attr_method
@@ -258,12 +280,16 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             prompt = as_prompt(inp, self.tokenizer, feature_mask)
             callback = _inspect_forward if self._processes.is_main else None
             run = self._run(prompt, scorer, seed, callback)
+            if self.surrogate is not None:
+                run.surrogate = self.surrogate.scorer(
+                    scored(self.attr_target), perturbations_per_eval, show_progress, self._shared
+                )
             _warn_of_absence(inp, run.prompt, output_unit, output_baselines)
             open_journal = None
             if checkpoint is not None:
                 key = self._checkpoint_key(run, effort, output_unit, target, generation)
                 open_journal = partial(Journal, checkpoint, key)
-            with scorer.keeping(open_journal):
+            with scorer.keeping(open_journal), _keeping(run.surrogate, open_journal):
                 ids = self._target_ids(run, target, gen_args, generation, skip_tokens)
                 if generation is not None and self._processes.is_main:
                     announce_answer(show_progress, self, run.full, ids, generation)
@@ -393,6 +419,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             "estimator": outcome.name,
             "estimate": outcome.estimate,
             **outcome.stopping,
+            "surrogate": self._about_surrogate(game, outcome),
             "contrast": game.foils and game.foils.about,
             "rule": getattr(self.attr_method, "rule", None),
             "n_coalitions": len(outcome.plan.masks),
@@ -401,6 +428,16 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             "absence": run.context.absence(game.generated),
             "matches": run.context.matches(game.generated),
             "rows_by_process": run.scorer.n_scored if self._shared else None,
+        }
+
+    def _about_surrogate(self, game: Game, outcome: Outcome) -> dict[str, Any] | None:
+        if self.surrogate is None or game.run.surrogate is None:
+            return None
+        return {
+            "name": self.surrogate.name,
+            **self.surrogate.identity(),
+            **(outcome.about_surrogate or {}),
+            "n_evaluations": game.run.surrogate.n_evaluations,
         }
 
     def _arithmetic(self, game: Game) -> dict[str, Any]:
@@ -445,7 +482,19 @@ def _design(game: Game, outcome: Outcome) -> Design:
         required=game.scope.required.tolist(),
         columns=list(game.run.prompt.columns),
         deterministic=game.deterministic,
+        correction=outcome.correction,
     )
+
+
+def _keeping(
+    surrogate: RowScorer | None, open_journal: "partial[Journal] | None"
+) -> AbstractContextManager[None]:
+    """Keeps a surrogate's values in a journal beside the model's."""
+    if surrogate is None:
+        return nullcontext()
+    if open_journal is None:
+        return surrogate.keeping(None)
+    return surrogate.keeping(partial(Journal.of_surrogate, *open_journal.args))
 
 
 def _span(token: int | tuple[int, int] | None, n_target: int) -> tuple[int, int]:

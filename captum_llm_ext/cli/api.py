@@ -104,7 +104,7 @@ def check(arguments: argparse.Namespace) -> None:
             f"--method {arguments.method} measures by the model's embeddings, which no API tells: "
             "--method lime --rung similarity compares the texts of answers."
         )
-    for option in ("dtype", "device_map", "revision", "gguf", "quantize", "input"):
+    for option in ("dtype", "device_map", "revision", "gguf", "quantize", "input", "surrogate"):
         given = getattr(arguments, option, None)
         if given not in (None, "auto"):
             raise UsageError(f"--{option.replace('_', '-')} would be ignored with --api.")

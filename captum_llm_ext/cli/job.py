@@ -138,6 +138,11 @@ def _add_budget(group: Any) -> None:
     add(
         "--max-evaluations", type=positive, metavar="N", help="with --tol: stop there at the latest"
     )
+    add(
+        "--surrogate",
+        choices=("bf16", "float16"),
+        help="a copy of the model in this type is asked most, the model only what it misses",
+    )
     add("--batch-size", type=positive, metavar="N", help="default: what memory allows")
     add("--seed", type=whole, default=0, metavar="N", help="of every random choice (default: 0)")
     add("--quiet", action="store_true", help="no progress bar")
@@ -233,7 +238,8 @@ class Job:
         model = load_model(self._place, arguments)
         settings = {name: getattr(arguments, name) for name in ("share", "scheme", "layer")}
         attributes = method(arguments.method, model, **settings)
-        return attribution(attributes, tokenizer, self._explained, accelerator)
+        surrogate = arguments.surrogate
+        return attribution(attributes, tokenizer, self._explained, accelerator, surrogate)
 
     @property
     def options(self) -> dict[str, Any]:

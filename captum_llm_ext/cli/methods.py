@@ -42,6 +42,7 @@ _OWNERS = {
     "layer": _GRADIENTS,
     "n_samples": (*(name for name in _COALITIONS if name not in _EACH), "gradient-shap"),
     "n_draws": (*_EACH, "shapley", "partition", "hierarchical", "integrated-gradients"),
+    "surrogate": ("kernel", "shapley", "sampling", "partition"),
     "tol": _COALITIONS,
     "max_evaluations": _COALITIONS,
     "checkpoint": _COALITIONS,
@@ -187,6 +188,7 @@ def attribution(
     tokenizer: Any,
     attr_target: str | Contrast = "log_prob",
     accelerator: Any = None,
+    surrogate: str | None = None,
 ) -> GenerationAttribution | GenerationGradientAttribution:
     """What attributes by such a method.
 
@@ -195,10 +197,13 @@ def attribution(
         tokenizer: The model's tokenizer.
         attr_target: The value that is explained.
         accelerator: Tells of the other processes; not for gradients.
+        surrogate: As of `GenerationAttribution`; not for gradients.
     """
     if type(attributes) in GenerationGradientAttribution.SUPPORTED_METHODS:
         return GenerationGradientAttribution(attributes, tokenizer, attr_target=attr_target)
-    return GenerationAttribution(attributes, tokenizer, attr_target, accelerator=accelerator)
+    return GenerationAttribution(
+        attributes, tokenizer, attr_target, accelerator=accelerator, surrogate=surrogate
+    )
 
 
 def _module(model: nn.Module, layer: str) -> nn.Module:

@@ -35,7 +35,7 @@ _OPTIONS: Mapping[str, str] = {
         for name in (
             "attr_target baselines cache checkpoint device_map foils layer max_evaluations "
             "max_new_tokens max_requests n_draws n_samples n_steps output_unit roles scheme seed "
-            "share target temperature tokenizer tol top_p unit"
+            "share surrogate target temperature tokenizer tol top_p unit"
         ).split()
     },
 }

@@ -16,7 +16,8 @@ of the same name turns its values into attributions and standard errors::
 * `search`: leave-one-out that looks closer only where it matters, for thousands of features.
 * `plan_lime`, `solve_lime`, `solve_contextcite`: a sparse linear model, where few features matter.
 
-`stopping` says when enough were scored.
+`stopping` says when enough were scored; `two_levels` adds what a surrogate's values miss, for which
+`solve_few_pairs` needs a handful of pairs.
 
 `scope` says what a target token sees of the features; `additivity` and `interactions` say how far
 features act on their own.
@@ -29,7 +30,7 @@ from captum_llm_ext.coalitions.enumeration import (
     solve_leave_one_out,
     solve_only_one_in,
 )
-from captum_llm_ext.coalitions.kernel import solve_kernel
+from captum_llm_ext.coalitions.kernel import solve_few_pairs, solve_kernel
 from captum_llm_ext.coalitions.lime import (
     cosine_kernel,
     logit_scaled,
@@ -73,6 +74,7 @@ __all__ = [
     "redundant_pairs",
     "solve_contextcite",
     "solve_exact",
+    "solve_few_pairs",
     "solve_kernel",
     "solve_leave_one_out",
     "solve_lime",

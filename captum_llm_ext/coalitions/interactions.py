@@ -143,7 +143,6 @@ class Interactions:
         stride: The process is fitted to every so many-th observation; the others correct it.
     """
 
-    @torch.inference_mode(False)  # relevances are learnt by gradients
     def __init__(self, x: Tensor, weights: Tensor, paired: Tensor, stride: int = 1) -> None:
         n_observations, n = x.shape
         first = torch.arange(0, n_observations, stride, device="cpu")
@@ -159,7 +158,6 @@ class Interactions:
         self._moved = 2 * self._x.float() * self._root
         self._near = _neighbours(n)
 
-    @torch.inference_mode(False)
     def fit(self, y: Tensor, attributions: Tensor, effort: float = 0.0) -> Fit:
         """Fit one target.
 
@@ -173,8 +171,7 @@ class Interactions:
         y = y / size
         head, fitted = y.float(), y[: self._n_fitted].float()
         few = _every(self._n_fitted, _MOST_FOR_SEARCH)
-        searches = [self._searched(kind, attributions, few, head[few]) for kind in _KINDS]
-        hyper = min(searches, key=lambda search: search.error).walk()
+        hyper = min(self._searches(attributions, few, head[few]), key=lambda s: s.error).walk()
         freedom = len(attributions)
         if n_learning := self._affordable(hyper.local, effort):
             freedom *= 2
@@ -220,17 +217,24 @@ class Interactions:
             most = most * 3 // 4
         return most if most > n else 0
 
-    def _searched(self, kind: _Kind, attributions: Tensor, rows: Tensor, y: Tensor) -> "_Search":
+    def _searches(self, attributions: Tensor, rows: Tensor, y: Tensor) -> list["_Search"]:
+        """One for each kind of kernel; what they have in common is computed once."""
         one = torch.ones((), dtype=torch.float32, device="cpu")
-        hyper = _Hyper(
-            relevance_of(attributions, 1.0),
-            kind.reach * relevance_of(attributions, 0.1),
-            kind.local,
-            one,
-            one,
-        )
-        linear, interactions = self._priors(hyper, rows, len(rows), 0)
-        return _Search(hyper, linear.observations, interactions.observations, y)
+        alone, even = relevance_of(attributions, 1.0), relevance_of(attributions, 0.1)
+        linear = self._linear(alone, rows, len(rows), 0).scaled().observations
+        products = {
+            reach: self._product(reach * even, rows, len(rows), 0).scaled()
+            for reach in {kind.reach for kind in _KINDS}
+        }
+        found: list[_Search] = []
+        for kind in _KINDS:
+            interactions = products[kind.reach]
+            if kind.local and len(self._near):
+                near = self._local(even, rows, len(rows), 0)
+                interactions = interactions.plus(near.scaled()).scaled()
+            hyper = _Hyper(alone, kind.reach * even, kind.local, one, one)
+            found.append(_Search(hyper, linear, interactions.observations, y))
+        return found
 
     def _learnt(self, start: _Hyper, rows: Tensor, y: Tensor) -> _Hyper:
         """Automatic relevance determination: the most probable prior given the observations.
@@ -240,31 +244,83 @@ class Interactions:
         they start, with standard deviation 1: few observations then change little.
         """
         logs = [part.clamp_min(1e-12).log() for part in start if isinstance(part, Tensor)]
-        begin = [log.detach().clone() for log in logs]
-        with torch.enable_grad():
-            for log in logs:
-                log.requires_grad_(True)
-            steps = torch.optim.Adam(logs, lr=_LEARNING_RATE)
-            for _ in range(_LEARNING_STEPS):
-                alone, together, strength, noise = (log.exp() for log in logs)
-                hyper = _Hyper(alone, together, start.local, strength, noise)
-                linear, product = self._priors(hyper, rows, len(rows), 0)
-                covariance = linear.observations + strength.float() * product.observations
-                level = noise.float() * covariance.diagonal().mean()
-                covariance = covariance + level * torch.eye(
-                    len(rows), dtype=torch.float32, device="cpu"
+        begin, steps = [log.clone() for log in logs], [_Adam(_LEARNING_RATE) for _ in logs]
+        for _ in range(_LEARNING_STEPS):
+            alone, together, strength, noise = (log.exp() for log in logs)
+            linear = self._linear(alone, rows, len(rows), 0).scaled()
+            agreement = self._agreement(together, rows, len(rows))
+            product = self._product(together, rows, len(rows), 0, agreement).observations
+            near = None
+            if start.local and len(self._near):
+                near = self._local(together / together.sum(), rows, len(rows), 0).observations
+            both = product / _mean_variance(product)
+            if near is not None:
+                both = (both + near / _mean_variance(near)) / 2
+            covariance = linear.observations + strength.float() * both
+            # Both parts have mean variance 1.
+            covariance.diagonal().add_((noise * (1 + strength)).float())
+            inverse = torch.cholesky_inverse(factor(covariance, 0.0)[0])
+            solved = inverse @ y
+            scale = (y @ solved / len(y)).clamp_min(_TINY)
+            slope = inverse.sub_(torch.outer(solved, solved / scale)).div_(2)
+            of_level = noise * slope.diagonal().sum()
+            slopes = [
+                self._slope_of_linear(slope, alone, rows) + logs[0] - begin[0],
+                self._slope_of_product(
+                    strength.float() * slope, product, near, agreement, together, rows
                 )
-                with torch.no_grad():
-                    inverse = torch.cholesky_inverse(factor(covariance, 0.0)[0])
-                    solved = inverse @ y
-                    scale = (y @ solved / len(y)).clamp_min(_TINY)
-                    slope = (inverse - torch.outer(solved, solved) / scale) / 2
-                moved = sum((a - b).square().sum() for a, b in zip(logs[:2], begin, strict=False))
-                steps.zero_grad()
-                ((slope * covariance).sum() + moved / 2).backward()
-                steps.step()
-        alone, together, strength, noise = (log.detach().exp() for log in logs)
+                + logs[1]
+                - begin[1],
+                strength * ((slope * both).sum() + of_level),
+                (1 + strength) * of_level,
+            ]
+            logs = [step(log, own) for step, log, own in zip(steps, logs, slopes, strict=True)]
+        alone, together, strength, noise = (log.exp() for log in logs)
         return _Hyper(alone, together, start.local, strength, noise.clamp_min(_NOISE[0]))
+
+    def _slope_of_linear(self, slope: Tensor, relevance: Tensor, rows: Tensor) -> Tensor:
+        """Slopes in the logarithms of relevances, of what has `slope` in the scaled covariance."""
+        moved = self._moved[rows]
+        own = _squares_along(slope, moved)
+        level = moved.square().mean(0)
+        return _less_of_scale(own, level, relevance.float())
+
+    def _slope_of_product(
+        self,
+        slope: Tensor,
+        product: Tensor,
+        near: Tensor | None,
+        known: tuple[Tensor, Tensor],
+        relevance: Tensor,
+        rows: Tensor,
+    ) -> Tensor:
+        """As `_slope_of_linear`, of products and, if there are any, interactions of neighbours."""
+        of_near: Tensor | float = 0.0
+        if near is not None:  # two scaled parts were scaled together
+            slope = slope / 2
+            of_near = self._slope_of_local(_of_scaled(slope, near), relevance, rows)
+        slope = _of_scaled(slope, product)
+        each, factor = relevance.tanh(), relevance.cosh().log().sum().exp()
+        (signs, agreement), root, single = known, self._root[rows], self._single[rows]
+        slope = slope * root * root.T
+        share = signs[:-1].mean(1, keepdim=True)
+        odd = _anchored_back(slope, share)
+        of_agreement = odd * agreement.cosh()
+        if bool(single.any()):
+            even = _anchored_back(single * slope * single.T, torch.ones_like(share))
+            of_agreement += even * agreement.sinh()
+        found = _squares_along(of_agreement, signs).double()
+        of_single = _squares_along(odd, signs).double()
+        found -= factor * ((1 - each.square()) * of_single + each * (each * of_single).sum())
+        return relevance * found + of_near
+
+    def _slope_of_local(self, slope: Tensor, relevance: Tensor, rows: Tensor) -> Tensor:
+        size = (relevance / relevance.sum())[self._near].prod(1).sqrt().float()
+        of_term = size * _squares_along(slope, self._near_terms[rows]) / 2
+        found = torch.zeros(len(relevance), dtype=torch.float32, device="cpu")
+        for member in self._near.T:
+            found.index_add_(0, member, of_term)
+        return found.double()
 
     def _priors(
         self, hyper: _Hyper, rows: Tensor, n_fitted: int, n_cross: int
@@ -295,18 +351,29 @@ class Interactions:
             (4 * (relevance - 2 * relevance / n + relevance.sum() / n**2)).float(),
         )
 
-    def _product(self, relevance: Tensor, rows: Tensor, n_fitted: int, n_cross: int) -> _Prior:
+    def _agreement(self, relevance: Tensor, rows: Tensor, n_fitted: int) -> tuple[Tensor, Tensor]:
+        """Signs of the rows and of the full mask; how far they agree with those fitted and it."""
+        full = torch.ones(1, len(relevance), dtype=torch.float32, device="cpu")
+        signs = torch.cat([self._signs[rows], full])
+        right = torch.cat([signs[:n_fitted], full])
+        return signs, (signs * relevance.float()) @ right.T
+
+    def _product(
+        self,
+        relevance: Tensor,
+        rows: Tensor,
+        n_fitted: int,
+        n_cross: int,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> _Prior:
         """All odd interactions of three features and more: sinh of a weighted agreement.
 
         ``exp(sum_i r_i s_i t_i)`` is, up to a factor, the product of ``1 + tanh(r_i) s_i t_i``,
         whose terms are the interactions; sinh is its odd half.
         """
         each, factor = relevance.tanh(), relevance.cosh().log().sum().exp()
-        signs = torch.cat(
-            [self._signs[rows], torch.ones(1, len(relevance), dtype=torch.float32, device="cpu")]
-        )
+        signs, agreement = known or self._agreement(relevance, rows, n_fitted)
         right = torch.cat([signs[:n_fitted], signs[-1:]])
-        agreement = (signs * relevance.float()) @ right.T
         odd = agreement.sinh() - (signs * (factor * each).float()) @ right.T
         share = signs.mean(1, keepdim=True)
         covariance = _anchored(odd, share, n_fitted)
@@ -340,6 +407,57 @@ class Interactions:
             variances.index_add_(0, member, (4 / 9 - 8 / (3 * n)) * size)
         cross -= 2 / n * right[:n_cross].sum(1, keepdim=True)
         return _Prior(terms @ right.T, cross, variances + 4 / n**2 * size.sum())
+
+
+class _Adam:
+    """Steps of Kingma and Ba 2015, algorithm 1, downhill."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate, self._n = rate, 0
+        self._mean: Tensor | float = 0.0
+        self._square: Tensor | float = 0.0
+
+    def __call__(self, at: Tensor, slope: Tensor) -> Tensor:
+        self._n += 1
+        self._mean = 0.9 * self._mean + 0.1 * slope
+        self._square = 0.999 * self._square + 0.001 * slope.square()
+        size = (self._square / (1 - 0.999**self._n)).sqrt() + 1e-8
+        return at - self._rate * self._mean / (1 - 0.9**self._n) / size
+
+
+def _squares_along(slope: Tensor, columns: Tensor) -> Tensor:
+    """Of every column c the product c' S c, ``(n_columns,)``."""
+    return ((slope @ columns) * columns).sum(0)
+
+
+def _less_of_scale(own: Tensor, level: Tensor, relevance: Tensor) -> Tensor:
+    """Slopes in logarithms of relevances of a sum of squares that is scaled to mean variance 1."""
+    size = (relevance * level).sum().clamp_min(_TINY)
+    whole = (relevance * own).sum() / size
+    return (relevance * (own - whole * level) / size).double()
+
+
+def _mean_variance(covariance: Tensor) -> Tensor:
+    return covariance.diagonal().mean().clamp_min(_TINY)
+
+
+def _of_scaled(slope: Tensor, covariance: Tensor) -> Tensor:
+    """The slope in a covariance, from that in the same over its mean variance."""
+    size = _mean_variance(covariance)
+    found = slope / size
+    found.diagonal().sub_((found * covariance).sum() / size / len(covariance))
+    return found
+
+
+def _anchored_back(slope: Tensor, share: Tensor) -> Tensor:
+    """The slope in what `_anchored` is given, from that in what it returns, for square kernels."""
+    along = slope @ share
+    return torch.cat(
+        [
+            torch.cat([slope, -along], 1),
+            torch.cat([-along.T, share.T @ along], 1),
+        ]
+    )
 
 
 def _every(n: int, most: int) -> Tensor:

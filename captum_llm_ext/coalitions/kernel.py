@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, solve_views
-from captum_llm_ext.coalitions.clustered_errors import sandwich
+from captum_llm_ext.coalitions.clustered_errors import normal_scale, sandwich
 from captum_llm_ext.coalitions.enumeration import exact
 from captum_llm_ext.coalitions.interactions import Interactions, cost
 from captum_llm_ext.coalitions.plans import Plan
@@ -30,6 +30,10 @@ EFFORT = 3e11
 # Of which this share, on top of it, goes into learning which features interact.
 _LEARNING = 1 / 3
 _MOST_COMPLETE_FEATURES = 20
+# Observations per feature from which on a regression tells its errors.
+_DETERMINED = 1.5
+# So many draws' worth of an error are what all features' errors lead to expect.
+_LEANING = 4
 # Columns multiplied at a time.
 _BLOCK = 96
 
@@ -63,11 +67,40 @@ def solve_kernel(plan: Plan, values: Tensor, scope: Scope, *, effort: float = EF
     effort = scope.share(effort)
 
     def solve(view: View) -> tuple[Tensor, Tensor]:
-        if not is_complete(view):
+        return _of_all(view) if is_complete(view) else regress(view, effort)
+
+    return solve_views(plan, values, scope, solve)
+
+
+def _of_all(view: View) -> tuple[Tensor, Tensor]:
+    """Attributions of a view with every coalition, and their variances."""
+    attributions, variances = exact(view)
+    unrepeated = variances.isnan() & (view.empty_variances == 0)
+    return attributions, variances.masked_fill(unrepeated, 0)
+
+
+def solve_few_pairs(plan: Plan, values: Tensor, scope: Scope) -> Solution:
+    """As `solve_kernel`, with errors that hold from a handful of pairs on.
+
+    Below three coalitions a feature a regression cannot tell its errors. There the mean over pairs
+    is taken of what each says of every feature (Covert and Lee 2021, arXiv 2012.01536, equation
+    10), less accurate for a game whose features act on their own, and as accurate for one that is
+    mostly noise, such as the difference of a model and a rounded copy.
+    """
+    effort = scope.share(EFFORT)
+
+    def solve(view: View) -> tuple[Tensor, Tensor]:
+        n = view.n_visible
+        gain = view.full_values - view.empty_values
+        if n < 2:
+            return gain.expand(n, -1), view.empty_variances.expand(n, -1)
+        if is_complete(view):
+            return _of_all(view)
+        observed = _observe(view, gain)
+        if len(observed.x) >= _DETERMINED * n:
             return regress(view, effort)
-        attributions, variances = exact(view)
-        unrepeated = variances.isnan() & (view.empty_variances == 0)
-        return attributions, variances.masked_fill(unrepeated, 0)
+        deviations, variances = _mean_of_products(observed)
+        return gain / n + deviations, variances + view.empty_variances / n**2
 
     return solve_views(plan, values, scope, solve)
 
@@ -184,6 +217,36 @@ def ridge(view: View) -> tuple[Tensor, Tensor, Tensor]:
         weighted means of squares of what was left out, ``(n_group,)``.
     """
     return _ridge(_observe(view, view.full_values - view.empty_values))
+
+
+def _mean_of_products(observed: _Observations) -> tuple[Tensor, Tensor]:
+    """Deviations from equal attributions and their variances, ``(n_visible, n_group)``.
+
+    All features are alike to the law of sampling: the expected Gram matrix is a multiple of the
+    identity on what sums to 0, and only that multiple is estimated.
+    """
+    x, y, weights = observed.x, observed.y, observed.weights[:, None]
+    n_observations, n = x.shape
+    if not n_observations:
+        nothing = torch.zeros(n, y.shape[1], dtype=y.dtype, device="cpu")
+        return nothing, nothing + torch.nan
+    sizes = weights * x.square().sum(1, keepdim=True) / (n - 1)
+    level = sizes.mean()
+    deviations = (weights * x).T @ y / (n_observations * level)
+    clusters, which = observed.draws.unique(return_inverse=True)
+    # What each draw adds to the sum, less what its weight explains.
+    own = x[:, :, None] * (weights * y)[:, None] - sizes[:, :, None] * deviations
+    sums = torch.zeros(len(clusters), *own.shape[1:], dtype=own.dtype, device="cpu")
+    sums.index_add_(0, which, own)
+    n_draws = len(clusters)
+    if n_draws < 2:
+        return deviations, torch.full_like(deviations, torch.nan)
+    spread = sums.square().sum(0) * n_draws / (n_draws - 1)
+    variances = spread / (n_observations * level) ** 2
+    # Of few draws some features happen to have seen next to nothing: each leans on all.
+    shared = variances.mean(0, keepdim=True)
+    variances = ((n_draws - 1) * variances + _LEANING * shared) / (n_draws - 1 + _LEANING)
+    return deviations, variances * normal_scale(n_draws - 1) ** 2
 
 
 def _run_lengths(repeated: Tensor) -> Tensor:

@@ -61,6 +61,9 @@ class Estimator:
         options: What `solve` was given beside, as numbers and text.
         needs: What would tell errors, where there are none for want of it.
         usual: Coalitions that it plans by default, where nobody says when to stop.
+        few: Given a number, what estimates the same from about so many coalitions, of a game that
+            varies little. None where attributions are not linear in the values, or take all
+            coalitions.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Estimator:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     needs: str | None = None
     usual: int = 0
+    few: "Callable[[int], Estimator] | None" = None
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,21 @@ def _one_at_a_time(
     common = task.deterministic or n_draws > 1
     plan = planner(task.n_features, n_draws=n_draws, common_draw=common)
     usual = task.usual_draws(task.n_features) * task.n_features
-    return _enumerated(name, plan, solve, task, common, usual)
+    found = _enumerated(name, plan, solve, task, common, usual)
+    if task.deterministic:
+        return found
+    twice = planner(task.n_features, n_draws=2, common_draw=True)
+
+    def few(n: int) -> Estimator:
+        del n  # two draws are the fewest that tell errors
+        return replace(found, plan=partial(_planned, twice))
+
+    return replace(found, few=few)
+
+
+def _planned(plan: Plan, generator: torch.Generator) -> Plan:
+    del generator
+    return plan
 
 
 def _exact(task: _Task) -> Estimator:
@@ -235,7 +253,13 @@ def _exact(task: _Task) -> Estimator:
     n_draws, usual = task.n_draws(n_coalitions), task.usual_draws(n_coalitions) * n_coalitions
     plan = coalitions.plan_exact(task.n_features, n_draws=n_draws, common_draw=task.deterministic)
     tells_error = task.deterministic or n_draws > 1
-    return _enumerated("exact", plan, coalitions.solve_exact, task, tells_error, usual)
+    found = _enumerated("exact", plan, coalitions.solve_exact, task, tells_error, usual)
+    return replace(found, few=partial(_few_pairs, task.n_features))
+
+
+def _few_pairs(n_features: int, n: int) -> Estimator:
+    plan = partial(_plan_sampled, coalitions.plan_pairs, n_features, n + n % 2)
+    return Estimator("few pairs", plan, coalitions.solve_few_pairs, True)
 
 
 def _enumerated(
@@ -286,7 +310,12 @@ def _pairs(task: _Task) -> Estimator:
     _warn_budget(wanted, task.n_features)
     plan = partial(_plan_sampled, coalitions.plan_pairs, task.n_features, wanted)
     return Estimator(
-        "paired kernel regression", plan, coalitions.solve_kernel, True, usual=task.usual
+        "paired kernel regression",
+        plan,
+        coalitions.solve_kernel,
+        estimate=True,
+        usual=task.usual,
+        few=partial(_few_pairs, task.n_features),
     )
 
 
@@ -309,6 +338,7 @@ def _permutations(task: _Task) -> Estimator:
         tells_error=tells_error,
         needs=None if tells_error or is_warned else "`n_samples=4`: two orders and their reverses",
         usual=usual,
+        few=partial(_few_pairs, task.n_features),
     )
 
 
@@ -335,9 +365,16 @@ def _lime(task: _Task) -> Estimator:
     kernel = partial(coalitions.cosine_kernel, width=settings.pop("kernel_width"))
     solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
     tells_error = settings["penalty"] != "l1"
-    return Estimator(
+    found = Estimator(
         "local linear model", plan, solve, True, tells_error, options=options, usual=task.usual
     )
+
+    def few(n: int) -> Estimator:
+        n = max(n, 2 * task.n_features)  # fewer do not determine a fit
+        plan = partial(_plan_sampled, coalitions.plan_lime, task.n_features, n)
+        return replace(found, plan=plan)
+
+    return replace(found, few=few if tells_error else None)
 
 
 def _smile(task: _Task) -> Estimator:
@@ -362,22 +399,29 @@ def _partition(task: _Task) -> Estimator:
     has_orders = found.name == "nested orders"
     if has_orders:
         task.refuse_n_draws("nested orders of PartitionShap")
-    few = has_orders and found.n_orders * task.num_trials < 4
+    few_orders = has_orders and found.n_orders * task.num_trials < 4
     one_draw = found.is_complete and not task.deterministic and task.budget.n_draws == 1
     needs = None
-    if few and found.has_budget:
+    if few_orders and found.has_budget:
         enough = evaluations_of_orders(4, task.n_features, bool(task.held))
         needs = f"`n_samples={enough}`, which four take"
+    least = evaluations_of_orders(_FEWEST_ORDERS, task.n_features, bool(task.held))
+
+    def few(n: int) -> Estimator:
+        plan = _partitioned(task, max(n, least)).plan
+        return Estimator(found.name, plan, found.solve, True, options={"tree": found.tree})
+
     return Estimator(
         found.name,
         found.plan,
         found.solve,
         estimate=not (found.is_complete and task.deterministic),
-        tells_error=not (few or one_draw),
+        tells_error=not (few_orders or one_draw),
         needs=_TWO_DRAWS if one_draw else needs,
         unfold=found.unfold,
         options={"tree": found.tree},
         usual=usual or task.usual,
+        few=few if has_orders and not few_orders else None,
     )
 
 

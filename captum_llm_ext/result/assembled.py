@@ -57,7 +57,9 @@ def assembled(
     full = solution.full_values
     probabilities = {"log_prob": full.exp, "prob": full.clone}.get(provenance["attr_target"])
     if foil_values is not None:
-        probabilities = (full + foil_values[0]).exp
+        # The model's own are the last ones, where others are a surrogate's.
+        correction = None if design is None else design.correction
+        probabilities = (full + foil_values[-correction.n if correction else 0]).exp
 
     def split(found: Tensor) -> tuple[Tensor, Tensor | None]:
         wide = nn.functional.pad(found, (0, n_features - found.shape[1])).to(like, copy=True)

@@ -33,6 +33,11 @@ def earlier(
     Raises:
         ValueError: If there is no part of the coalitions to solve.
     """
+    if evidence.design.correction is not None:
+        raise ValueError(
+            "what a surrogate says and what it misses converge apart: attribute without "
+            "`surrogate` to see it."
+        )
     chosen = torch.tensor(list(tokens), dtype=torch.int64, device="cpu")
     scope = Scope(evidence.scope.n_visible[chosen], evidence.scope.required[chosen])
     values = evidence.values[:, chosen.to(evidence.values.device)]

@@ -19,11 +19,12 @@ from captum_llm_ext.coalitions.hierarchical_search import solve_search, unopened
 from captum_llm_ext.coalitions.kernel import EFFORT
 from captum_llm_ext.coalitions.owen_orders import as_tree, binary, solve_nested_orders
 from captum_llm_ext.coalitions.owen_splits import Unresolved, solve_splits, unresolved
+from captum_llm_ext.coalitions.two_levels import Correction, summed
 from captum_llm_ext.methods import FeatureInclusion, PartitionShap, nesting
 
 Method = PerturbationAttribution | type[PerturbationAttribution]
 
-_UNIFORM_SIZES = ("paired kernel regression", "antithetic permutations")
+_UNIFORM_SIZES = ("paired kernel regression", "antithetic permutations", "few pairs")
 _SHAPLEY = (KernelShap, ShapleyValueSampling, ShapleyValues)
 _MOST_ENUMERATED = 20
 _SAMPLED = (*_UNIFORM_SIZES, "local linear model")  # what fewer coalitions estimate as well
@@ -43,6 +44,7 @@ class Design:
         n_visible, required: See `Scope`.
         columns: Per prompt column of the result its feature.
         deterministic: Whether a coalition is worth the same every time.
+        correction: Which of the coalitions say what a surrogate misses, if the others are its.
     """
 
     planned: str
@@ -54,21 +56,34 @@ class Design:
     required: list[int]
     columns: list[int]
     deterministic: bool
+    correction: Correction | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and text that JSON can hold."""
-        return asdict(self)
+        data = asdict(self)
+        if self.correction is None:  # as releases before it wrote and read
+            del data["correction"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Design":
         """What `to_dict` gave, or JSON made of it."""
         design = cls(**data)
-        options = dict(design.options)
+        design = replace(design, options=design.read_options(design.options))
+        if (given := data.get("correction")) is not None:
+            correction = Correction(**given)
+            options = design.read_options(correction.options)
+            design = replace(design, correction=replace(correction, options=options))
+        return design
+
+    def read_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a solver as JSON gave them, as the solver wants them."""
+        options = dict(options)
         if "tree" in options:
-            is_of_prompt = design.solved == "hierarchical search"
-            n_nested = 1 + max(design.columns) if is_of_prompt else design.n_features
+            is_of_prompt = self.solved == "hierarchical search"
+            n_nested = 1 + max(self.columns) if is_of_prompt else self.n_features
             options["tree"] = as_tree(options["tree"], n_nested)
-        return replace(design, options=options)
+        return options
 
     @property
     def scope(self) -> Scope:
@@ -97,6 +112,39 @@ class Evidence:
     values: Tensor
     scope: Scope
 
+    def levels(self) -> list["Evidence"]:
+        """Parts whose attributions add up: all of it, or a surrogate's and what that misses."""
+        correction = self.design.correction
+        if correction is None:
+            return [self]
+        n = correction.n
+        design = replace(self.design, correction=None)
+        rest, last = slice(0, len(self.masks) - 2 * n), slice(len(self.masks) - n, None)
+        missed = self.values[-n:] - self.values[-2 * n : -n]
+        of_correction = replace(
+            design,
+            planned=correction.planned,
+            solved=correction.solved,
+            options=correction.options,
+            n_anchors=correction.n_anchors,
+        )
+        return [
+            replace(
+                self,
+                design=design,
+                masks=self.masks[rest],
+                draws=self.draws[rest],
+                values=self.values[rest],
+            ),
+            replace(
+                self,
+                design=of_correction,
+                masks=self.masks[last],
+                draws=self.draws[last],
+                values=missed,
+            ),
+        ]
+
     @property
     def plan(self) -> Plan:
         """The coalitions as planned."""
@@ -111,6 +159,8 @@ class Evidence:
         Raises:
             ValueError: If the coalitions cannot be solved again.
         """
+        if self.design.correction is not None:
+            return summed([level.solve() for level in self.levels()])
         solver = SOLVERS.get(self.design.solved)
         if solver is None:
             raise ValueError(
@@ -134,9 +184,9 @@ class Evidence:
             )
             return total.masked_fill(seen, torch.nan)
         for column in self.scope.required.unique().tolist():
-            which, summed = self._summed(spans, column)
+            which, of_spans = self._summed(spans, column)
             if which:
-                total[which] += summed.solve().standard_errors
+                total[which] += of_spans.solve().standard_errors
         return total
 
     def part_errors(self, spans: Sequence[range], part_of: Sequence[int]) -> Tensor | None:
@@ -154,12 +204,14 @@ class Evidence:
         is_walk = self.design.solved == "antithetic permutations"
         if not is_walk or bool((self.scope.required >= 0).any()):
             return None
-        _, summed = self._summed(spans, -1)
-        values = summed.values.double().cpu()
+        if self.design.correction is not None:
+            return None
+        _, of_spans = self._summed(spans, -1)
+        values = of_spans.values.double().cpu()
         return coalitions.part_errors(
-            summed.plan,
+            of_spans.plan,
             values,
-            summed.scope,
+            of_spans.scope,
             torch.tensor(part_of, dtype=torch.int64, device="cpu"),
         )
 
@@ -173,6 +225,11 @@ class Evidence:
             Shape ``(n_replicates, n_features)``; None where coalitions are not a sample, or too
             few.
         """
+        if self.design.correction is not None:
+            # Independent samples: what leaves out a part of either moves the sum by both.
+            parts = [level.replicates(span) for level in self.levels()]
+            known = [part for part in parts if part is not None]
+            return sum(known[1:], known[0]) if len(known) == len(parts) else None
         if self.design.solved not in _SAMPLED or not self.is_estimate or self.is_complete:
             return None
         n_anchors = self.design.n_anchors
@@ -208,17 +265,19 @@ class Evidence:
         """Attributions summed over target tokens, without interactions, ``(n_features,)``."""
         total = torch.zeros(self.design.n_features, dtype=torch.float64, device="cpu")
         for column in self.scope.required.unique().tolist():
-            which, summed = self._summed([span], column)
+            which, of_span = self._summed([span], column)
             if which:
-                options = dict(summed.design.options)
+                options = dict(of_span.design.options)
                 if self.design.solved == "paired kernel regression":
                     options["effort"] = 0.0
-                design = replace(summed.design, options=options)
-                total += replace(summed, design=design).solve().attributions[0]
+                design = replace(of_span.design, options=options)
+                total += replace(of_span, design=design).solve().attributions[0]
         return total
 
     def n_regressions(self, spans: Sequence[range]) -> int:
         """How many regressions `span_errors` takes, each of which may take a tenth of a second."""
+        if self.design.correction is not None:
+            return sum(level.n_regressions(spans) for level in self.levels())
         if self.design.solved not in _UNIFORM_SIZES or self.is_complete:
             return 0
         is_walk = self.design.solved == "antithetic permutations"
@@ -237,13 +296,13 @@ class Evidence:
             torch.full((len(which),), column, dtype=torch.int64, device="cpu"),
         )
         values = [self.values[:, ours[i]].sum(1) for i in which]
-        summed = torch.stack(values, 1) if values else self.values[:, :0]
+        totals = torch.stack(values, 1) if values else self.values[:, :0]
         design = self.design
-        if design.solved == "paired kernel regression":
+        if design.correction is None and design.solved == "paired kernel regression":
             # Each sum gets what each token got, or it were another estimator's error.
             effort = EFFORT * len(which) / max(len(required), 1)
             design = replace(design, options={**design.options, "effort": effort})
-        return which, replace(self, design=design, values=summed, scope=scope)
+        return which, replace(self, design=design, values=totals, scope=scope)
 
     def contextcite(self, tokens: range, alpha: float) -> Solution:
         """ContextCite's sparse fit of a statement, see `coalitions.solve_contextcite`.
@@ -252,6 +311,11 @@ class Evidence:
             ValueError: If the coalitions do not have each feature present with probability 1/2, or
                 the tokens see different features.
         """
+        if self.design.correction is not None:
+            raise ValueError(
+                "ContextCite's fit is sparse, and what a surrogate misses cannot be added to it: "
+                "attribute with Lime and without `surrogate`."
+            )
         if self._law() != "half":
             raise ValueError(
                 f"the coalitions of {self.design.planned} have all sizes alike, ContextCite wants "
@@ -285,6 +349,8 @@ class Evidence:
 
     def additivity(self) -> Tensor:
         """R² of attributions that add up, per target; NaN where the coalitions do not tell."""
+        if self.design.correction is not None:  # what the surrogate says of itself
+            return self.levels()[0].additivity()
         if self.design.planned not in (*_UNIFORM_SIZES, "exact"):
             return torch.full(
                 (len(self.scope.n_visible),), torch.nan, dtype=torch.float64, device="cpu"
@@ -297,6 +363,8 @@ class Evidence:
         Raises:
             ValueError: If the coalitions do not tell.
         """
+        if self.design.correction is not None:
+            return self.levels()[0].redundant_pairs(most)
         if self.design.planned not in (*_UNIFORM_SIZES, "exact"):
             raise ValueError(
                 f"the coalitions of {self.design.planned} do not tell which features say the same: "
@@ -309,7 +377,8 @@ class Evidence:
     def is_estimate(self) -> bool:
         """Whether other coalitions or draws might have given another answer."""
         exact = ("exact", "leave-one-out", "only one in", "exact Owen values")
-        return not (self.design.deterministic and self.design.solved in exact)
+        is_corrected = self.design.correction is not None
+        return is_corrected or not (self.design.deterministic and self.design.solved in exact)
 
     def refitted(self, method: Method, levels: Sequence[Sequence[int]] = ()) -> "Evidence":
         """The same coalitions, to be solved by another method.
@@ -322,6 +391,10 @@ class Evidence:
             ValueError: If the method is unknown, or the coalitions do not tell what it asks for.
         """
         kind = method if isinstance(method, type) else type(method)
+        if (correction := self.design.correction) is not None:
+            of_surrogate, missed = (one.refitted(method, levels).design for one in self.levels())
+            correction = replace(correction, solved=missed.solved, options=missed.options)
+            return replace(self, design=replace(of_surrogate, correction=correction))
         if kind is FeatureAblation:
             return self._each("leave-one-out", "each feature's absence alone", kind)
         if kind is FeatureInclusion:
@@ -377,7 +450,7 @@ class Evidence:
                 f" size: attribute again with {kind.__name__}."
             )
         is_walk = planned == "antithetic permutations" and kind is not KernelShap
-        return planned if is_walk else "paired kernel regression"
+        return planned if is_walk or planned == "few pairs" else "paired kernel regression"
 
     def _law(self) -> str:
         """Of the coalitions' sizes, for weights that turn it into Lime's."""
@@ -471,6 +544,7 @@ SOLVERS: dict[str, Callable[..., Solution]] = {
     "only one in": coalitions.solve_only_one_in,
     "exact": coalitions.solve_exact,
     "paired kernel regression": coalitions.solve_kernel,
+    "few pairs": coalitions.solve_few_pairs,
     "antithetic permutations": coalitions.solve_permutations,
     "local linear model": _solve_lime,
     "nested orders": _solve_nested,

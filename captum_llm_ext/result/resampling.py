@@ -40,6 +40,11 @@ def replicates(
     Returns:
         Shape ``(n_groups, n_tokens, n_features)``; None where coalitions cannot be left out.
     """
+    if evidence.design.correction is not None:
+        parts = [replicates(level, tokens, n_groups, seed) for level in evidence.levels()]
+        known = [part for part in parts if part is not None]
+        alike = len({len(part) for part in known}) == 1 and len(known) == len(parts)
+        return sum(known[1:], known[0]) if alike else None
     if evidence.design.solved not in SOLVERS or n_groups < 2:
         return None
     groups = _groups(evidence, n_groups, seed)

@@ -13,7 +13,7 @@ from captum.attr import InterpretableInput, RemoteLLMAttribution, RemoteLLMProvi
 from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
-from captum_llm_ext.attribution.game import Game, Inspect, Outcome, Run
+from captum_llm_ext.attribution.game import Game, Inspect, Run
 from captum_llm_ext.attribution.generation import GenerationAttribution
 from captum_llm_ext.attribution.remote.arguments import (
     RemoteTarget,
@@ -30,6 +30,7 @@ from captum_llm_ext.attribution.remote.rung_choice import (
     RungName,
     RungSettings,
 )
+from captum_llm_ext.attribution.sampling import Outcome
 from captum_llm_ext.attribution.target import Skipped
 from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.contrast import Contrast, FoilContext, scored

@@ -88,10 +88,12 @@ class NoiseFloor:
         is_named = isinstance(self._attr_target, str)
         explained = self._explained(found)
         # A callable may make of one token's logits another value without the others'.
-        checked = self._checked(found, asked) if is_named and cuts else 0.0
+        ends = self._ends(found, asked) if is_named and cuts else []
+        checked = max((self._difference(ids, values) for ids, values in ends), default=0.0)
         if not found.is_rough and checked <= explained:
             return None
-        floor = self._measured(found, asked, together)
+        alone = [] if found.step_by_step else [values for _, values in ends]
+        floor = self._measured(found, asked, alone, together)
         floor = floor.clamp(min=checked if checked > explained else 0.0)
         if float(floor.max()) > _WORTH_TELLING * explained:
             warnings.warn(
@@ -111,56 +113,85 @@ class NoiseFloor:
         )
         return scale * max(rounding(_DTYPES.get(found.dtype)), rounding(torch.float32))
 
-    def _checked(self, found: Findings, asked: Asked) -> float:
-        """How far some values are from those of passes that end with a token of their row."""
-        differences, most = [0.0], _CHECKED_SHARE * self._passes.n_positions
+    def _ends(self, found: Findings, asked: Asked) -> list[tuple[tuple[int, ...], Tensor]]:
+        """Values ``(n_target,)`` of passes that end with a token of their row, and these rows' ids.
+
+        NaN for tokens that such a pass does not say.
+        """
+        ends: list[tuple[tuple[int, ...], Tensor]] = []
+        most = _CHECKED_SHARE * self._passes.n_positions
         n_before = self._passes.n_positions
         for i, ids in enumerate(self._order()[:_CHECKED]):
             if i and self._passes.n_positions - n_before + len(ids) > most:
                 break
             number, row, own = self._kept[ids]
+            values = torch.full_like(own, torch.nan)
             known = [t for t, place in enumerate(row.positions) if place >= 0]
-            if not known:
-                continue
-            last = row.positions[known[(number + i) % len(known)]]  # of each row another token
-            first = last if found.step_by_step else 0  # what it says before hangs on that token
-            some = [t for t in known if first <= row.positions[t] <= last]
-            places = [row.positions[t] for t in some]
-            end = replace(row, ids=row.ids[: last + 1], positions=places)
-            values = self._together([end], asked.only(some))[0]
-            differences.append(float((values - own[some]).abs().nan_to_num(nan=0.0).max()))
-        return max(differences)
+            if known:
+                last = row.positions[known[(number + i) % len(known)]]  # of each row another token
+                first = last if found.step_by_step else 0  # what it says before hangs on that token
+                some = [t for t in known if first <= row.positions[t] <= last]
+                places = [row.positions[t] for t in some]
+                end = replace(row, ids=row.ids[: last + 1], positions=places)
+                values[some] = self._together([end], asked.only(some))[0]
+            ends.append((ids, values))
+        return ends
 
-    def _measured(self, found: Findings, asked: Asked, together: bool) -> Tensor:
+    def _difference(self, ids: tuple[int, ...], values: Tensor) -> float:
+        """How far values of a row are at most from those that were noted."""
+        return float((values - self._kept[ids][2]).abs().nan_to_num(nan=0.0).max())
+
+    def _measured(
+        self, found: Findings, asked: Asked, known: Sequence[Tensor], together: bool
+    ) -> Tensor:
         """The largest difference that was seen of any token, and what others are likely to show.
 
         That is in proportion to how far a value can move at all, and not less than what the last
-        digits of the logits are worth.
+        digits of the logits are worth. Where that is more than what some rows alone show, no others
+        are computed.
+
+        Args:
+            found, asked, together: As for `floor`.
+            known: Values of the first rows alone, as far as they are known.
         """
         kept = [self._kept[ids] for ids in self._measurable()]
         rows = [row for _, row, _ in kept]
         computed = torch.stack([own for _, _, own in kept])
-        n_alone = _LEAST_ALONE if found.step_by_step else len(rows) // _ROWS_PER_ALONE
-        some = rows[: max(_LEAST_ALONE, n_alone)]
-
-        alone = torch.full_like(computed, torch.nan)
-        alone[: len(some)] = torch.stack([self._alone(row, found, asked) for row in some])
-        ways = [computed, alone]
-        if together:
-            batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-            ways.append(torch.cat([self._together(batch, asked) for batch in batches]))
-        stacked = torch.stack(ways)
-        highest = stacked.nan_to_num(nan=-torch.inf).amax(0)
-        apart = (highest - stacked.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)
-        ratios = apart / self._scales(computed)
-        # Of n normal numbers the largest is about so many standard deviations away.
-        known = ~stacked[1:].isnan().all(0)
-        usual = float(ratios[known].square().mean().sqrt())
-        likely = math.sqrt(2 * math.log(2 * self._n * len(asked) + 1)) * usual
-        further = _DRAWN if found.draws else 1.0
         digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
+        further = _DRAWN if found.draws else 1.0
+
+        def seen(*ways: Tensor) -> float:
+            return further * self._likely(torch.stack([computed, *ways]), len(asked))
+
+        n_alone = _LEAST_ALONE if found.step_by_step else len(rows) // _ROWS_PER_ALONE
+        n_alone = max(_LEAST_ALONE, n_alone)
+        alone = torch.full_like(computed, torch.nan)
+        for i, values in enumerate(known[: len(rows)]):
+            alone[i] = values
+        for i, row in enumerate(rows[len(known) : n_alone], start=len(known)):
+            alone[i] = self._alone(row, found, asked)
+        largest = seen(alone)
+        if together and largest > digit:
+            batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
+            largest = seen(alone, torch.cat([self._together(one, asked) for one in batches]))
         assert self._scale is not None
-        return max(further * likely, further * _UNSEEN * float(ratios.max()), digit) * self._scale
+        return max(largest, digit) * self._scale
+
+    def _likely(self, ways: Tensor, n_target: int) -> float:
+        """What the largest difference is likely to be, over how far a value can move.
+
+        Args:
+            ways: Values ``(n_ways, n_rows, n_target)``, in several ways; of the first, all.
+            n_target: Number of target tokens.
+        """
+        highest = ways.nan_to_num(nan=-torch.inf).amax(0)
+        apart = (highest - ways.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)
+        ratios = apart / self._scales(ways[0])
+        # Of n normal numbers the largest is about so many standard deviations away.
+        known = ~ways[1:].isnan().all(0)
+        usual = float(ratios[known].square().mean().sqrt()) if bool(known.any()) else 0.0
+        likely = math.sqrt(2 * math.log(2 * self._n * n_target + 1)) * usual
+        return max(likely, _UNSEEN * float(ratios.max()))
 
     def _measurable(self) -> list[tuple[int, ...]]:
         """Rows that are computed once more: as many as the run took time for."""

@@ -1,0 +1,123 @@
+"""Which way a game is solved: sampled, unfolded, or through a method's own ``attribute``."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from captum.attr._utils.attribution import PerturbationAttribution
+
+from captum_llm_ext.attribution.game import Game
+from captum_llm_ext.attribution.sampling import Effort, Outcome, anchors_of, sample
+from captum_llm_ext.attribution.two_levels import NOT_LINEAR, sample_twice
+from captum_llm_ext.coalitions import Solution, join_plans, plan_anchors
+from captum_llm_ext.coalitions.owen_orders import Tree
+from captum_llm_ext.methods import (
+    HierarchicalAblation,
+    PartitionShap,
+    Smile,
+    Unfold,
+    tree_of_prompt,
+)
+from captum_llm_ext.methods.estimators import Estimator, estimator, is_known
+from captum_llm_ext.methods.foreign import attribute_foreign
+
+
+def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
+    """Attributes the game with the method of its run.
+
+    Args:
+        game: What is played.
+        effort: What may be spent.
+        arguments: For methods that the package does not know: passed to their ``attribute``.
+
+    Raises:
+        ValueError: If the effort names what the method would ignore.
+    """
+    method = game.run.method
+    if game.run.surrogate is not None and (not is_known(method) or isinstance(method, Smile)):
+        raise ValueError(NOT_LINEAR.format(type(method).__name__))
+    if not is_known(method):
+        return _drive(game, method, effort, arguments)
+    chosen = estimator(
+        method,
+        game.n_features,
+        effort.budget,
+        deterministic=game.deterministic,
+        tree=_tree(game, method),
+        held=game.held,
+        num_trials=effort.num_trials,
+    )
+    if game.run.surrogate is not None:
+        return sample_twice(game, chosen, effort, game.run.surrogate)
+    if chosen.unfold is not None:
+        return _unfold(game, chosen, chosen.unfold, effort)
+    return sample(game, chosen, effort)
+
+
+def _tree(game: Game, method: PerturbationAttribution) -> Tree:
+    if isinstance(method, PartitionShap):
+        return game.tree(method.hierarchy)
+    if isinstance(method, HierarchicalAblation):
+        prompt = game.run.prompt
+        return tree_of_prompt(prompt.n_features, [level.part_of for level in prompt.levels])
+    return ()
+
+
+def _unfold(game: Game, method: Estimator, unfold: Unfold, effort: Effort) -> Outcome:
+    """Scores what the values found so far say is worth it."""
+    if effort.stop is not None or effort.num_trials > 1:
+        raise ValueError(
+            f"`tol`, `stop` and `num_trials` have no meaning for {method.name}, where the values "
+            "decide what is scored next: leave them out, or give more `n_samples` or `n_draws`."
+        )
+    anchors = anchors_of(game)
+    seed = int(torch.randint(2**62, (), generator=game.run.generator, device="cpu"))
+    ends = game.values(anchors)
+    plan, values = unfold(partial(game.values, seed=seed), game.scope)
+    plan, values = join_plans([anchors, plan]), torch.cat([ends, values])
+    solution = method.solve(plan, values, game.scope)
+    return Outcome(method.name, plan, values, solution, method.estimate, options=method.options)
+
+
+def _drive(
+    game: Game,
+    method: PerturbationAttribution,
+    effort: Effort,
+    arguments: Mapping[str, Any],
+) -> Outcome:
+    """Runs a method that the package does not know through its own ``attribute``."""
+    name = type(method).__name__
+    if effort.stop is not None or effort.budget.n_draws is not None:
+        raise ValueError(
+            f"`tol`, `stop` and `n_draws` would be ignored: {name} runs through its own "
+            "`attribute`."
+        )
+    if (game.scope.required >= 0).any():
+        raise ValueError(
+            f"{name} runs through its own `attribute`, which cannot hold a generated word while "
+            'its later tokens are explained: use `output_unit="token"` or None.'
+        )
+    if effort.budget.n_samples is not None:
+        arguments = {**arguments, "n_samples": effort.budget.n_samples}
+    anchors = plan_anchors(game.n_features)
+    ends = game.values(anchors)
+    found = attribute_foreign(
+        method,
+        game.values,
+        game.n_features,
+        n_target=len(game.scope.n_visible),
+        num_trials=effort.num_trials,
+        seed=game.run.seed,
+        arguments=arguments,
+    )
+    later = torch.arange(game.n_features, device="cpu") >= game.scope.n_visible[:, None]
+    attributions = found.attributions.masked_fill(later, 0.0)
+    solution = Solution(
+        attributions=attributions,
+        standard_errors=torch.full_like(attributions, torch.nan).masked_fill(later, 0.0),
+        full_values=ends[0],
+        empty_values=ends[1],
+    )
+    plan = join_plans([anchors, found.plan])
+    return Outcome(name, plan, torch.cat([ends, found.values]), solution, estimate=True)

@@ -1,0 +1,273 @@
+"""Attributions of a game by many coalitions of a surrogate, and few of what it misses."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.attribution.game import Game
+from captum_llm_ext.attribution.sampling import (
+    GROWTH,
+    MOST_ROUNDS,
+    NO_ERROR,
+    Effort,
+    Outcome,
+    anchors_of,
+    known_excess,
+    solved,
+)
+from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
+from captum_llm_ext.coalitions.stopping import StoppingRule
+from captum_llm_ext.coalitions.two_levels import Correction, Level, split, summed
+from captum_llm_ext.methods.estimators import Estimator
+from captum_llm_ext.model import RowScorer, Scorer
+
+NOT_LINEAR = (
+    "{} cannot be corrected from a few coalitions: its attributions are not linear in the values, "
+    "or need the model on all coalitions. Leave `surrogate` out, or use KernelShap, ShapleyValues, "
+    "ShapleyValueSampling, PartitionShap in nested orders, or Lime with a ridge or no penalty."
+)
+# Draws of the empty coalition that both the model and its surrogate are given.
+_EMPTY_OF_BOTH = 4
+_FEWEST_OF_BOTH = 16
+
+
+class _Sample:
+    """The coalitions of one estimator, and what they are worth.
+
+    Args:
+        game: What is played.
+        method: Their estimator.
+        anchors: What they begin with.
+        scorers: Of two, the second less the first is what is explained.
+
+    Attributes:
+        plan: All coalitions up to now.
+        values: By each of the scorers.
+        foil_values: Of each scorer, numbers of the game's that belong to these.
+        solution: What they say, after the first `add`.
+    """
+
+    solution: Solution
+
+    def __init__(
+        self, game: Game, method: Estimator, anchors: Plan, scorers: Sequence[RowScorer]
+    ) -> None:
+        self._game, self.method, self._scorers = game, method, scorers
+        self._seconds = 0.0
+        self.plan = anchors
+        self.foil_values: list[list[int]] = [[] for _ in scorers]
+        # The first look at a model is taken with the anchors: it is none of what coalitions cost.
+        self.values = self._scored(anchors)
+
+    def add(self, plans: Sequence[Plan]) -> None:
+        """Scores more of them, and solves all."""
+        more = join_plans(plans)
+        self.plan = join_plans([self.plan, more])
+        began = time.perf_counter()
+        found = self._scored(more)
+        self._seconds += time.perf_counter() - began
+        self.values = [torch.cat(both) for both in zip(self.values, found, strict=True)]
+        self.solution = solved(self._game, self.method, self.plan, self._explained)
+
+    def _scored(self, plan: Plan) -> list[Tensor]:
+        n_before = self._game.n_foil_values
+        found = self._game.scored(plan, self._scorers)
+        for i in range(n_before, self._game.n_foil_values):
+            self.foil_values[i - n_before].append(i)
+        return found
+
+    @property
+    def n(self) -> int:
+        """Coalitions beside anchors."""
+        return len(self.plan.masks) - self.plan.n_anchors
+
+    @property
+    def cost(self) -> float:
+        """Seconds for each of these."""
+        return self._seconds / max(self.n, 1)
+
+    @property
+    def _explained(self) -> Tensor:
+        return self.values[0] if len(self.values) == 1 else self.values[1] - self.values[0]
+
+    def whole(self) -> Solution:
+        """Of the sum over target tokens, none of which depends on what comes after it."""
+        summed = self._explained.sum(1, keepdim=True)
+        return self.method.solve(self.plan, summed, Scope.of_all(1, self._game.n_features))
+
+
+class _TwoLevels:
+    """Many coalitions of a surrogate, and others, on which the model is held against it.
+
+    Args:
+        game: What is played.
+        method: The estimator of the surrogate's attributions.
+        few: See `Estimator`.
+        surrogate: Gives the surrogate's values.
+    """
+
+    def __init__(
+        self,
+        game: Game,
+        method: Estimator,
+        few: Callable[[int], Estimator],
+        surrogate: RowScorer,
+    ) -> None:
+        self._game, self._method, self._few = game, method, few
+        self._cost: float | None = None
+        n_empty = 1 if game.deterministic else _EMPTY_OF_BOTH
+        both = plan_anchors(game.n_features, required=game.held, n_empty=n_empty)
+        self.surrogate = _Sample(game, method, anchors_of(game), [surrogate])
+        self.difference = _Sample(game, few(_FEWEST_OF_BOTH), both, [surrogate, game.run.scorer])
+
+    def begin(self, num_trials: int) -> None:
+        """Scores what each level has at least."""
+        generator = self._game.run.generator
+        self.surrogate.add([self._method.plan(generator) for _ in range(num_trials)])
+        self.difference.add([self.difference.method.plan(generator)])
+
+    @property
+    def cost(self) -> float:
+        """Of a coalition on both, over that on the surrogate alone; the same on all processes.
+
+        Measured once: what is scored must not hang on it twice. In steps, for equal runs to be
+        likely to score the same.
+        """
+        if self._cost is None:
+            ratio = self.difference.cost / max(self.surrogate.cost, 1e-9)
+            steps = round(2 * math.log2(min(max(ratio, 1.0), 64.0)))
+            scorer = cast(Scorer, self._game.run.scorer)  # over an API there is no surrogate
+            self._cost = scorer.decided("cost of both", 2.0 ** max(steps / 2, 0.5))
+        return self._cost
+
+    def levels(self) -> tuple[Level, Level]:
+        """What was spent on each, in evaluations of the surrogate, and what it brought."""
+        return (
+            Level.of(self.surrogate.n, 1.0, self.surrogate.solution),
+            Level.of(self.difference.n, self.cost, self.difference.solution),
+        )
+
+    def more_of_both(self, n: int) -> None:
+        """Scores about so many more coalitions on both."""
+        if n > 0:
+            self.difference.add([self._few(n).plan(self._game.run.generator)])
+
+    def more_of_surrogate(self, n_rounds: int) -> None:
+        """Scores more rounds on the surrogate alone."""
+        generator = self._game.run.generator
+        self.surrogate.add([self._method.plan(generator) for _ in range(n_rounds)])
+
+    @property
+    def solution(self) -> Solution:
+        """Attributions of the model's game."""
+        return summed([self.surrogate.solution, self.difference.solution])
+
+    def excess(self, rule: StoppingRule) -> Tensor:
+        """See `_excess`."""
+        if rule.of != "answer":
+            return known_excess(rule, self.solution)
+        return known_excess(rule, summed([self.surrogate.whole(), self.difference.whole()]))
+
+
+def sample_twice(game: Game, method: Estimator, effort: Effort, surrogate: RowScorer) -> Outcome:
+    """Attributes a game by its surrogate's and what that misses, in rounds if there is a rule."""
+    rule, few = effort.stop, method.few
+    if few is None or method.unfold is not None:
+        raise ValueError(NOT_LINEAR.format(type(game.run.method).__name__))
+    if rule is not None and not method.tells_error:
+        raise ValueError(NO_ERROR)
+    both = _TwoLevels(game, method, few, surrogate)
+    both.begin(effort.num_trials)
+    n = both.surrogate.n
+    first, second = both.levels()
+    size = float(both.solution.attributions.square().sum())
+    found = split(first, second, both.cost - 1, n, size)
+    if not found.pays:
+        warnings.warn(
+            f"the surrogate saves nothing here: what it misses varies "
+            f"{second.each / first.each:.2g} times as much as what it says, and the model "
+            f"takes {both.cost - 1:.2g} times as long. Leave `surrogate` "
+            "out, or give one that is closer or faster.",
+            stacklevel=stacklevel_of_caller(),
+        )
+    settled = None
+    if rule is None:
+        # As many of the surrogate's as were asked for: the others in proportion.
+        wanted = round(n * found.difference / found.surrogate)
+        both.more_of_both(min(wanted, n) - both.difference.n)
+    else:
+        settled = _settle(game, both, rule, effort)
+    return _outcome_of_both(game, both, rule, settled)
+
+
+def _settle(game: Game, both: _TwoLevels, rule: StoppingRule, effort: Effort) -> Tensor:
+    """Goes on where that takes most off the error for its cost; whether the rule was met."""
+    method, scorer = both.surrogate.method, game.run.scorer
+    size = max(both.surrogate.n // effort.num_trials, 1)
+    least = both.difference.n
+    most = effort.max_evaluations or MOST_ROUNDS * size
+    excess = both.excess(rule)
+    while bool((excess > 1).any()):
+        first, second = both.levels()
+        spent = len(both.surrogate.plan.masks) + len(both.difference.plan.masks)
+        n_rounds = max(1, round(GROWTH * first.n / size))
+        n_more = max(least, round(GROWTH * second.n))
+        grows = effort.budget.grows and not effort.max_evaluations
+        can_first = method.estimate and spent + size <= most
+        can_second = second.variance > 0 and spent + n_more <= most
+        if grows:
+            n_rounds = min(n_rounds, (method.usual - first.n) // size)
+            can_first = can_first and n_rounds >= 1
+            can_second = can_second and second.n + n_more <= method.usual
+        n_rounds = max(1, min(n_rounds, (most - spent) // size))
+        if can_first and (first.saves >= second.saves or not can_second):
+            both.more_of_surrogate(n_rounds)
+        elif can_second:
+            both.more_of_both(n_more)
+        else:
+            break
+        excess = both.excess(rule)
+    scorer.forecast(0)
+    return excess <= 1
+
+
+def _outcome_of_both(
+    game: Game, both: _TwoLevels, rule: StoppingRule | None, settled: Tensor | None
+) -> Outcome:
+    """All coalitions in one plan, as a `Correction` tells."""
+    first, second = both.surrogate, both.difference
+    method = first.method
+    game.reorder_foil_values([i for one in (first, second) for of in one.foil_values for i in of])
+    plans = [first.plan, *(replace(second.plan, n_anchors=0) for _ in range(2))]
+    one, other = both.levels()
+    about = {
+        "evaluations": first.n + second.n,
+        "corrected_by": second.n,
+        "cost": 1 / max(both.cost - 1, 1e-9),
+        "share_of_variance": one.variance / max(one.variance + other.variance, 1e-300),
+    }
+    return Outcome(
+        method.name,
+        join_plans(plans),
+        torch.cat([*first.values, *second.values]),
+        both.solution,
+        estimate=True,
+        settled=settled,
+        stop=rule,
+        options=method.options,
+        correction=Correction(
+            len(second.plan.masks),
+            second.plan.n_anchors,
+            second.method.name,
+            second.method.name,
+            second.method.options,
+        ),
+        about_surrogate=about,
+    )
