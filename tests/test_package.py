@@ -32,6 +32,7 @@ PUBLIC = {
     "CorpusBaselines",
     "DatasetReport",
     "Deletion",
+    "EngineProvider",
     "EquivalentLinearSystem",
     "FaithfulnessReport",
     "FeatureInclusion",
