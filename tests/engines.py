@@ -65,6 +65,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_reading_prefix_cache: bool | None = None
+    detokenize: bool = True
 
 
 @dataclass
@@ -96,7 +97,9 @@ class LLM:
         for i in range(1, len(ids)):
             own = _top(told[i - 1], ids[i], how.prompt_logprobs or 0)
             if i <= n:
-                own = {1: GARBAGE}
+                own = {-(2**62): GARBAGE}
+                if how.detokenize:
+                    raise OverflowError("number too small to fit in target type")
             entries.append({k: SimpleNamespace(logprob=v) for k, v in own.items()})
         outputs = []
         for _ in range(how.n):

@@ -185,7 +185,11 @@ class _VLLM:
 
     def _asked(self, prompts: Sequence[list[int]], top: int, *, rereads: bool) -> list[Any]:
         how = self._parameters(
-            max_tokens=1, temperature=0.0, prompt_logprobs=top, skip_reading_prefix_cache=rereads
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=top,
+            skip_reading_prefix_cache=rereads,
+            detokenize=False,  # of "ids" at places that were not computed it raises OverflowError
         )
         sent = [{"prompt_token_ids": ids} for ids in prompts]
         return list(self._llm.generate(sent, how, use_tqdm=False))
