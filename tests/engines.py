@@ -98,7 +98,7 @@ class LLM:
             own = _top(told[i - 1], ids[i], how.prompt_logprobs or 0)
             if i <= n:
                 own = {-(2**62): GARBAGE}
-                if how.detokenize:
+                if how.detokenize and how.prompt_logprobs is not None:
                     raise OverflowError("number too small to fit in target type")
             entries.append({k: SimpleNamespace(logprob=v) for k, v in own.items()})
         outputs = []
