@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         CallableProvider,
         ChatProvider,
         CompletionsProvider,
+        EngineProvider,
         Estimate,
         TokenProvider,
     )
@@ -98,6 +99,7 @@ __all__ = [
     "CounterfactualSearch",
     "DatasetReport",
     "Deletion",
+    "EngineProvider",
     "EquivalentLinearSystem",
     "Estimate",
     "FaithfulnessReport",
@@ -160,7 +162,7 @@ _NAMES = {
     "PartitionShap Smile",
     "evaluation.faithfulness": "FaithfulnessReport measure_faithfulness",
     "remote": "AnthropicProvider ApiError CallableProvider ChatProvider CompletionsProvider "
-    "Estimate TokenProvider",
+    "EngineProvider Estimate TokenProvider",
     "result": "Cause GenerationAttributionResult Redundancy Route SpanAttribution TotalAttribution "
     "UnresolvedGroup",
     "evaluation.sensitivity": "BaselineComparison compare_baselines",

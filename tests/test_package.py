@@ -34,6 +34,7 @@ PUBLIC = {
     "CorpusBaselines",
     "DatasetReport",
     "Deletion",
+    "EngineProvider",
     "EquivalentLinearSystem",
     "FaithfulnessReport",
     "FeatureInclusion",

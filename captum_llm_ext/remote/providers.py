@@ -29,7 +29,8 @@ class TokenProvider(Protocol):
 
     Its ``max_concurrency`` tells in how many threads it may be asked (1 where there is none), its
     ``prompts_per_request`` how many prompts it is given in one call, and ``generate_tokens(prompt,
-    **gen_args)`` gives the ids of what the model writes.
+    **gen_args)`` gives the ids of what the model writes. One whose ``takes_starts`` is True is told
+    by ``starts=`` from which token of each prompt on log-probabilities are wanted.
     """
 
     def get_token_logprobs(
@@ -259,7 +260,7 @@ class TokenIdAdapter(_Adapter):
             return self._one_by_one(requests)
         try:
             with noted(requests[0], self._tokenizer):
-                found = self._provider.get_token_logprobs([request.ids for request in requests])
+                found = self._asked(requests)
         except ApiError as error:
             if error.status not in _ABOUT_PROMPTS:
                 raise
@@ -275,6 +276,13 @@ class TokenIdAdapter(_Adapter):
                 f"{place(requests[0], self._tokenizer)} and after: one each is wanted."
             )
         return [self._answer(*pair) for pair in zip(requests, found, strict=True)]
+
+    def _asked(self, requests: Sequence[Request]) -> Sequence[Sequence[Mapping[int, float] | None]]:
+        ids = [request.ids for request in requests]
+        if getattr(self._provider, "takes_starts", False):
+            starts = [request.first + 1 for request in requests]
+            return cast(Any, self._provider).get_token_logprobs(ids, starts=starts)
+        return self._provider.get_token_logprobs(ids)
 
     def _one_by_one(self, requests: Sequence[Request]) -> list[Answer]:
         return [answer for request in requests for answer in self.ask([request])]
