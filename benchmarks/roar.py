@@ -298,6 +298,14 @@ def curve(ranking: Ranking, kind: Kind, known: Mapping[str, Fact]) -> list[float
     ]
 
 
+def per_word(ranking: Ranking, known: Mapping[str, Fact]) -> dict[str, list[float]]:
+    """What each word has of the least loss where facts are masked, by features removed.
+
+    Masked, a fact says nothing of another one: losses add up.
+    """
+    return {word: curve(ranking, "masked", {name: known[name]}) for name, word in DECIDED.items()}
+
+
 def random_curve(given: Sequence[Document], kind: Kind, known: Mapping[str, Fact]) -> list[float]:
     """The same where all orders of the features are equally likely."""
     losses: list[float] = []
@@ -425,10 +433,9 @@ def retrained(
         "loss_se": stdev(losses) / math.sqrt(len(losses)),
         "per_word": {word: mean(-own[word].log_prob for own in scores) for word in CONTENT},
     }
-    if kind == "masked":  # then words say nothing of one another's causes
-        found["least_per_word"] = {
-            word: curve(of_these, kind, {name: known[name]})[k] for name, word in DECIDED.items()
-        }
+    if kind == "masked":
+        told = per_word(of_these, known)
+        found["least_per_word"] = {word: own[k] for word, own in told.items()}
     return found | {"texts": texts, "cpu_s": time.process_time() - begun}
 
 
@@ -472,6 +479,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             constant = [ranking.constant(k, known) for k in range(MOST + 1)]
             rows.append({"method": name, "removal": kind, "least_loss": own, "area": area})
             rows[-1]["constant"] = constant
+            if kind == "masked":
+                rows[-1]["least_per_word"] = per_word(ranking, known)
             print(f"{kind:9s} {name:32s} {area:5.2f}", file=sys.stderr, flush=True)
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
