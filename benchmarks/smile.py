@@ -46,6 +46,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "Lime": Lime,
     "leave-one-out": FeatureAblation,
 }
+ABSENCES = ("deletion", "by the model")
 QUESTION = (
     "What is the capital of France?",
     "Answer in a numbered list.",
@@ -114,7 +115,9 @@ def on_the_grammar(n: int, n_samples: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def on_a_checkpoint(folder: str, n_samples: int, n_new: int) -> dict[str, Any]:
+def on_a_checkpoint(
+    folder: str, names: Sequence[str], absences: Sequence[str], n_samples: int, n_new: int
+) -> dict[str, Any]:
     """What each method says of the sentences of a request."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,14 +125,15 @@ def on_a_checkpoint(folder: str, n_samples: int, n_new: int) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     said = [{"role": "user", "content": " ".join(QUESTION)}]
     told: dict[str, Any] = {"model": Path(folder).name, "request": said[0]["content"], "rows": []}
-    for baselines in ("delete", ModelBaselines()):
+    for absence in absences:
+        baselines: Any = "delete" if absence == "deletion" else ModelBaselines()
         inp = ChatInput(said, tokenizer, "sentence", baselines=baselines)
-        for name, method in METHODS.items():
-            attribution = GenerationAttribution(method(model), tokenizer)
+        for name in names:
+            attribution = GenerationAttribution(METHODS[name](model), tokenizer)
             result, seconds = explain(attribution, inp, n_samples, n_new)
             row = {
                 "method": name,
-                "absence": "deletion" if baselines == "delete" else "by the model",
+                "absence": absence,
                 "features": [label.strip() for label in result.input_tokens],
                 "attributions": strengths(result).tolist(),
                 "answer": tokenizer.decode(result.target) if "SMILE" not in name else None,
@@ -148,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="a checkpoint's folder")
+    parser.add_argument("--method", action="append", choices=METHODS, help="of the checkpoint")
+    parser.add_argument("--absence", action="append", choices=ABSENCES, help="of the checkpoint")
     parser.add_argument("--new", type=int, default=16, help="tokens of the checkpoint's answers")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/smile.json")
     arguments = parser.parse_args(argv)
@@ -162,7 +168,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.prompts:
         report["grammar"] = on_the_grammar(arguments.prompts, arguments.samples, arguments.seed)
     if arguments.model:
-        report["checkpoint"] = on_a_checkpoint(arguments.model, arguments.samples, arguments.new)
+        found = on_a_checkpoint(
+            arguments.model,
+            arguments.method or [*METHODS],
+            arguments.absence or ABSENCES,
+            arguments.samples,
+            arguments.new,
+        )
+        new = {(row["method"], row["absence"]) for row in found["rows"]}
+        earlier_rows = report.get("checkpoint", {}).get("rows", [])
+        kept = [row for row in earlier_rows if (row["method"], row["absence"]) not in new]
+        report["checkpoint"] = found | {"rows": [*kept, *found["rows"]]}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from captum_llm_ext.attribution.attention import GenerationAttentionAttribution
 from captum_llm_ext.attribution.generation import GenerationAttribution
 from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
 from captum_llm_ext.base.arguments import TARGETS
@@ -44,7 +45,7 @@ baselines: what stands where a word is absent
                 field "text"; corpus:demo is the tiny model's
   index:FILE    the same from what CorpusBaselines.save wrote
 """
-Attribution = GenerationAttribution | GenerationGradientAttribution
+Attribution = GenerationAttribution | GenerationGradientAttribution | GenerationAttentionAttribution
 
 
 def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:

@@ -43,8 +43,9 @@ class GenerationAttentionAttribution(ModelAccess):
     and small models (``benchmarks/ground_truth.py --inside``) precision among content words was
     1.0 and .95 for ``AttentionRollout(model, "projection")``, .88 and .82 for ``"alti"``, .97 and
     .86 for weights, .64 and .77 for plain rollout (by chance: .17), and .67 / .74, .63 / .73,
-    .89 / .85 and .42 / .38 with punctuation in the features of words. They are for looking: what removal does to a token is found by
-    `GenerationAttribution`, and `by_head` has one token's weights of every head, to be drawn.
+    .89 / .85 and .42 / .38 with punctuation in the features of words. They are for looking: what
+    removal does to a token is found by `GenerationAttribution`, and `by_head` has one token's
+    weights of every head, to be drawn.
 
     Args:
         attr_method: `AttentionWeights` or `AttentionRollout` over a model of transformers.
