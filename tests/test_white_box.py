@@ -19,6 +19,7 @@ from captum_llm_ext import (
     LayerSaliency,
     TextSegmentInput,
 )
+from captum_llm_ext.model.gradients.backward import storage_of
 
 PROMPT = "Dave lives in Palm."
 TARGET = " golf and"
@@ -311,6 +312,13 @@ def test_norms_are_refused_where_the_sum_would_not_be_exact(tokenizer):
     model = built(name)
     with pytest.raises(ValueError, match=REFUSED[name]):
         attributed(model, tokenizer, EquivalentLinearSystem(model, norm="l2"))
+
+
+def test_wrappers_such_as_quantised_weights_have_no_memory_of_their_own():
+    two = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    plain = torch.ones(3)
+    assert storage_of(plain) == (plain.untyped_storage().data_ptr(), 12)
+    assert storage_of(two(plain, plain.clone()))[0] == 0
 
 
 def test_words_that_have_begun_are_fixed_text_while_they_last(tokenizer):

@@ -171,6 +171,18 @@ class _Passed(NamedTuple):
     unit: Tensor | None
 
 
+def storage_of(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies in memory, and how many bytes there are; 0 if it has none of its own.
+
+    Quantised weights of torchao, as other wrappers, are made of tensors that have theirs.
+    """
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except RuntimeError:
+        return 0, 0
+
+
 class TargetGradients:
     """Values of target tokens at points of a path, and their gradients with respect to a layer.
 
@@ -437,13 +449,13 @@ class TargetGradients:
     @torch.enable_grad()
     def _try(self, points: list[Tensor]) -> None:
         """Finds out on one point how many fit, and whether the short ways back are right."""
-        own = {p.untyped_storage().data_ptr() for p in self._reader.model.parameters()}
+        own = {storage_of(parameter)[0] for parameter in self._reader.model.parameters()}
         kept: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+            start, n_bytes = storage_of(tensor)
+            if start not in own:
+                kept[start] = n_bytes
             return tensor
 
         points = [point.detach().requires_grad_() for point in points]
