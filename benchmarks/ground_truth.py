@@ -93,6 +93,8 @@ WHITE_BOX: dict[str, tuple[Callable[[Any], Any], str | None, dict[str, Any]]] = 
         "same slot, `CorpusBaselines`",
         {},
     ),
+    "linear system, L2 of its slope": (lambda m: EquivalentLinearSystem(m, norm="l2"), None, {}),
+    "rollout of projections": (lambda model: AttentionRollout(model, "projection"), None, {}),
     "ALTI": (lambda model: AttentionRollout(model, "alti"), None, {}),
     "rollout": (AttentionRollout, None, {}),
     "rollout of values": (lambda model: AttentionRollout(model, "values"), None, {}),

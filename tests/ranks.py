@@ -24,12 +24,14 @@ from captum.attr import (
 )
 
 from captum_llm_ext import (
+    ActivationPatching,
     FeatureInclusion,
     GenerationAttribution,
     GenerationGradientAttribution,
     HierarchicalAblation,
     ModelBaselines,
     PartitionShap,
+    Smile,
     TextSegmentInput,
     _compat,
     attribute_dataset,
@@ -109,7 +111,31 @@ def all_cases(accelerator=None):
     found["generated"] = numbers(
         attribute(model, tokenizer, "ShapleyValueSampling", accelerator, target=None)
     )
+    found["answers"] = answered(model, tokenizer, accelerator)
     return found
+
+
+def answered(model, tokenizer, accelerator=None):
+    """Traces, total effects and attributions by answers: what else shares its work."""
+    inp = TextSegmentInput("Dave lives in Palm Coast", tokenizer, baselines=["Ann"] * 5)
+    trace = ActivationPatching(model, tokenizer, accelerator=accelerator).trace(
+        inp, " golf", feature=0, kind="noise", n_draws=2, perturbations_per_eval=8
+    )
+    inp = TextSegmentInput(PROMPT, tokenizer, "sentence", baselines="delete")
+    whole = GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=accelerator)
+    effect = whole.total_effect(inp, n_samples=4, gen_args={"max_new_tokens": 5})
+    smile = GenerationAttribution(
+        Smile(model, lambda a, b: float(a != b)), tokenizer, accelerator=accelerator
+    ).attribute(inp, gen_args={"max_new_tokens": 4}, n_samples=16)
+    search = whole.counterfactuals(inp, " golf, chess", flips=0.5)
+    return {
+        "counterfactuals": torch.tensor([[one.token, *one.values] for one in search]),
+        "trace": trace.effects,
+        "rows": trace.provenance["rows_by_process"],
+        "total effect": effect.values,
+        "written": effect.answers,
+        "smile": smile.token_attr,
+    }
 
 
 def replace_forward(model, before):

@@ -101,10 +101,11 @@ def test_parts_are_those_made_by_hand(tokenizer):
         attentions = model(ids, output_attentions=True).attentions
     for hook in hooks:
         hook.remove()
-    product = {"values": torch.eye(length).double(), "alti": torch.eye(length).double()}
+    kinds = ("values", "alti", "projection")
+    product = {kind: torch.eye(length).double() for kind in kinds}
     for number, layer in enumerate(model.model.layers):
         weight = layer.self_attn.o_proj.weight.detach()
-        norms, alti = (torch.zeros(length, length).double() for _ in range(2))
+        norms, alti, along = (torch.zeros(length, length).double() for _ in kinds)
         for i in range(length):
             parts = torch.zeros(length, 32).double()
             for j in range(i + 1):
@@ -117,9 +118,11 @@ def test_parts_are_those_made_by_hand(tokenizer):
             whole = parts.sum(0)
             for j in range(i + 1):
                 alti[i, j] = max(0.0, float(whole.abs().sum() - (whole - parts[j]).abs().sum()))
+                along[i, j] = max(0.0, float(parts[j] @ whole))
         norms /= norms.sum(-1, keepdim=True)
         product["values"] = (norms + torch.eye(length)) / 2 @ product["values"]
         product["alti"] = alti / alti.sum(-1, keepdim=True) @ product["alti"]
+        product["projection"] = along / along.sum(-1, keepdim=True) @ product["projection"]
     other = tiny.llama(len(tokenizer)).double()
     for kind, expected in product.items():
         found = AttentionRollout(other, kind).map(ids[0])

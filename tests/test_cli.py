@@ -33,13 +33,18 @@ from reference import loop_log_probs
 
 import captum_llm_ext
 from captum_llm_ext import (
+    AttentionRollout,
+    AttentionWeights,
     ChatInput,
     CorpusBaselines,
+    EquivalentLinearSystem,
     FeatureInclusion,
+    GenerationAttentionAttribution,
     GenerationAttribution,
     GenerationAttributionResult,
     GenerationGradientAttribution,
     HierarchicalAblation,
+    LayerSaliency,
     TextSegmentInput,
     load_demo,
 )
@@ -450,6 +455,44 @@ def test_draws_of_integrated_gradients(tmp_path, demo, capsys):
     expected = GenerationGradientAttribution(LayerIntegratedGradients(model, None), tokenizer)
     expected = expected.attribute(inp, " golf", n_draws=3)
     torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("saliency", LayerSaliency),
+        ("linear", EquivalentLinearSystem),
+        ("attention", AttentionWeights),
+        ("rollout", AttentionRollout),
+        ("alti", lambda model: AttentionRollout(model, "alti")),
+        ("projection", lambda model: AttentionRollout(model, "projection")),
+    ],
+)
+def test_methods_that_look_inside_are_those_of_the_library(demo, capsys, name, kind):
+    model, tokenizer, _ = demo
+    assert main([*ATTRIBUTE, "--method", name, "--target", " golf", "--json", "-"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    method = kind(model)
+    inside = isinstance(method, AttentionRollout | AttentionWeights)
+    of = GenerationAttentionAttribution if inside else GenerationGradientAttribution
+    inp = TextSegmentInput(PROMPT, tokenizer, baselines="delete")
+    expected = of(method, tokenizer).attribute(inp, " golf")
+    torch.testing.assert_close(torch.tensor(shown["token_attr"]), expected.token_attr)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["linear", "--baselines", "delete"], "it looks at the text as it is"),
+        (["alti", "--attr-target", "logit"], "attention knows of no value"),
+        (["saliency", "--batch-size", "2"], "it has one row to run"),
+        (["rollout", "--n-samples", "2"], "it is of --method"),
+        (["attention", "--checkpoint", "x"], "other than gradients and attention"),
+    ],
+)
+def test_what_methods_that_look_inside_would_ignore_is_refused(capsys, given, said):
+    assert main([*ATTRIBUTE, "--method", *given]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_what_absence_means_to_gradients_is_told(capsys):

@@ -111,6 +111,15 @@ def test_every_process_has_the_result_of_one(found, alone, n, case):
 
 
 @each_number
+@pytest.mark.parametrize("what", ["trace", "total effect", "smile", "counterfactuals"])
+def test_every_process_has_the_answers_of_one(found, alone, n, what):
+    for own in (own["cases"]["answers"] for own in found[n]):
+        torch.testing.assert_close(own[what], alone["answers"][what], atol=1e-5, rtol=0)
+        assert own["written"] == alone["answers"]["written"]
+        assert sum(count > 0 for count in own["rows"]) > 1
+
+
+@each_number
 def test_every_process_scores_a_part(found, n):
     for own in found[n]:
         rows = own["cases"]["FeatureAblation"]["rows"]

@@ -5,15 +5,18 @@ import random
 from statistics import mean, stdev
 
 import pytest
-from fact_grammar import Grammar
+from fact_grammar import Grammar, load
+from ground_truth import attribute_inside
 from roar import (
     MOST,
+    BySaliency,
     Ranking,
     curve,
     facts,
     layout,
     least_loss,
     oracle,
+    order,
     random_curve,
     removed,
 )
@@ -79,6 +82,16 @@ def test_what_is_removed_is_gone_and_all_else_is_there():
                 assert slot.text == before.text or slot.name in gone
         for slot in other.slots:
             assert slot.text in slot.alternatives
+
+
+def test_many_texts_are_ranked_as_each_by_the_package():
+    rng = random.Random(3)
+    given = [GRAMMAR.sample(rng, "pronoun") for _ in range(3)]
+    model, tokenizer = load()
+    found = BySaliency(batch=2).of(given)
+    for document, own in zip(given, found, strict=True):
+        result = attribute_inside(model, tokenizer, document, "saliency, L2", {})
+        assert own == order(document, result)
 
 
 def test_curves_lie_between_chance_and_the_oracle():

@@ -5,17 +5,31 @@ from itertools import product
 import pytest
 import tiny
 import torch
-from captum.attr import FeatureAblation, ShapleyValueSampling
+from captum.attr import (
+    FeatureAblation,
+    KernelShap,
+    LayerGradientShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    Lime,
+    ShapleyValueSampling,
+)
 from fact_grammar import Grammar, corpus, load
 from ground_truth import absences, attribute, documents
 
 from captum_llm_ext import (
+    AttentionRollout,
     AttentionWeights,
+    EquivalentLinearSystem,
+    FeatureInclusion,
     GenerationAttentionAttribution,
     GenerationAttribution,
     GenerationAttributionResult,
     GenerationGradientAttribution,
+    HierarchicalAblation,
     LayerSaliency,
+    PartitionShap,
+    Smile,
     TextSegmentInput,
 )
 from captum_llm_ext.result.influence import (
@@ -260,17 +274,55 @@ def test_the_same_seed_leaves_out_the_same_groups(model, tokenizer, tmp_path):
     assert result.total(n_resamples=0).shares_se.isnan().any()
 
 
-def test_results_without_coalitions_have_totals_too(model, tokenizer):
-    inp = TextSegmentInput("Dave lives in Austin.", tokenizer, baselines="delete")
-    saliency = LayerSaliency(model)
-    gradients = GenerationGradientAttribution(saliency, tokenizer).attribute(inp, " He won")
-    attention = GenerationAttentionAttribution(AttentionWeights(model), tokenizer)
-    for result in (gradients, attention.attribute(inp, " He won")):
-        total = result.total()
-        sums = total.full_shares.sum(1)[total.strength > 0]
-        assert len(sums)
-        torch.testing.assert_close(sums, torch.ones_like(sums))
-        assert total.to_dict()["names"] == result.input_tokens
+INSIDE = {
+    "gradients": lambda model: LayerIntegratedGradients(model, None),
+    "expected gradients": lambda model: LayerGradientShap(model, None),
+    "gradient x activation": lambda model: LayerGradientXActivation(model, None),
+    "saliency": LayerSaliency,
+    "linear": EquivalentLinearSystem,
+    "slope": lambda model: EquivalentLinearSystem(model, norm="l2"),
+    "weights": AttentionWeights,
+    "alti": lambda model: AttentionRollout(model, "alti"),
+}
+OUTSIDE = {
+    "kernel": KernelShap,
+    "lime": Lime,
+    "inclusion": FeatureInclusion,
+    "partition": PartitionShap,
+    "hierarchical": HierarchicalAblation,
+    "smile": lambda model: Smile(model, lambda a, b: float(a != b)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [*INSIDE, *OUTSIDE])
+def test_results_of_every_method_have_totals_by_every_level(model, tokenizer, name):
+    text = "Dave lives in Austin. He has a dog."
+    inp = TextSegmentInput(text, tokenizer, ("sentence", "word"), baselines="<unk>")
+    method = (INSIDE | OUTSIDE)[name](model)
+    if isinstance(method, AttentionRollout | AttentionWeights):
+        of = GenerationAttentionAttribution
+    else:
+        of = GenerationGradientAttribution if name in INSIDE else GenerationAttribution
+    arguments = {"n_samples": 24} if name in ("kernel", "lime", "smile", "partition") else {}
+    result = of(method, tokenizer).attribute(inp, " He won", **arguments)
+    held = max(len(result.output_features or ()), 0)
+    for level, n_parts in ((None, 8), ("sentence", 2)):
+        total = result.total(level=level, n_resamples=0)
+        assert len(total.names) == n_parts
+        assert (total.full_shares >= 0).all()
+        sums, alive = total.full_shares.sum(1), total.strength > 0
+        assert alive.any() or name == "smile"  # of which few samples tell nothing for certain
+        torch.testing.assert_close(sums, alive.double())
+        # The recursion: of what is written, what led to it; else it begins there itself.
+        for t in range(len(sums)):
+            expected = torch.cat([total.direct[t], torch.zeros(held, dtype=torch.float64)])
+            for j in range(held):
+                own = total.full_shares[j] if alive[j] else torch.eye(n_parts + held)[n_parts + j]
+                expected = expected + total.direct_output[t, j] * own.double()
+            torch.testing.assert_close(total.full_shares[t], expected, atol=1e-9, rtol=0)
+        assert total.to_dict()["names"] == total.names
+        assert str(total).count("⇐") == len(sums)
 
 
 def test_totals_can_be_drawn(model, tokenizer):

@@ -22,6 +22,7 @@ from captum_llm_ext.attribution.total_effect import places
 from captum_llm_ext.coalitions import Scope, cosine_kernel, plan_anchors, solve_lime
 from captum_llm_ext.coalitions.plans import Plan
 from captum_llm_ext.methods.smile import wasserstein
+from captum_llm_ext.model import Scorer, TokenRow, planned_generation
 from captum_llm_ext.remote import CallableProvider
 
 
@@ -247,6 +248,81 @@ def test_the_first_token_has_no_other_than_the_direct_effect(model, tokenizer):
     assert found.values.shape == (8, len(found.output_tokens))
     with pytest.raises(ValueError, match="there is no feature 8"):
         attribution(model, tokenizer).total_effect(inp, " won", feature=8)
+
+
+def test_other_settings_than_the_models_own_distribution_weight_nothing(model, tokenizer):
+    inp = TextSegmentInput(TEXT, tokenizer, baselines=OTHERS)
+    found = attribution(model, tokenizer).total_effect(
+        inp, " won a dog", n_samples=2, again={"do_sample": False}
+    )
+    assert found.is_regenerated == [True] * 8
+
+
+def test_errors_of_a_word_know_how_its_tokens_vary_together(known):
+    document = documents(2, seed=3)[1]
+    inp, _ = as_input(document, known[1], Absence(by_hand("prompt"), by_hand("continuation")))
+    job = next(i for i, s in enumerate(document.segments("prompt")) if s.slot == "occupation")
+    found = attribution(*known).total_effect(inp, document.continuation, feature=job, n_samples=6)
+    for t in range(len(found.output_tokens)):
+        value, error = found.span(t, t + 1)
+        torch.testing.assert_close(value, found.values[:, t])
+        torch.testing.assert_close(error, found.standard_errors[:, t])
+    value, error = found.span()
+    torch.testing.assert_close(value, found.values.sum(1))
+    # Within what they can be: as if all tokens varied as one.
+    assert 0 < float(error) < float(found.standard_errors.sum())
+
+
+# Answers to several prompts
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 1.5, "top_k": 0},
+        {"do_sample": True, "temperature": 3.0, "top_k": 4, "repetition_penalty": 1.3},
+        {"do_sample": False, "num_beams": 2},  # of which rows of a batch cannot be told apart
+    ],
+    ids=["greedy", "sampled", "of a few", "beams"],
+)
+def test_answers_to_many_prompts_are_those_to_each_alone(known, monkeypatch, how):
+    model, tokenizer = known
+    texts = [document.prompt for document in documents(6, seed=8)]
+    # Some end by themselves, others do not, and lengths differ.
+    rows = [TokenRow(tuple(tokenizer(text)["input_ids"]), ()) for text in (*texts, *texts[:3])]
+    generation = planned_generation(model, tokenizer, {"max_new_tokens": 24, **how})
+    seeds = list(range(len(rows)))
+    alone = [
+        Scorer(model).generate(row, generation.arguments, seed).tolist()
+        for row, seed in zip(rows, seeds, strict=True)
+    ]
+    calls = []
+    generate = type(model).generate
+    monkeypatch.setattr(
+        type(model),
+        "generate",
+        lambda self, **given: calls.append(len(given["input_ids"])) or generate(self, **given),
+    )
+    told = []
+    found = Scorer(model).generate_each(rows, generation, seeds, told.append)
+    assert [ids.tolist() for ids in found] == alone
+    assert len({len(ids) for ids in alone}) > 1
+    assert sum(told) == sum(calls) == len(rows)
+    assert (max(calls) > 1) == ("num_beams" not in how)
+
+
+def test_a_generate_of_ones_own_is_asked_row_by_row(model, tokenizer):
+    class Own(type(model)):
+        def generate(self, input_ids, **_):
+            assert len(input_ids) == 1
+            return torch.cat([input_ids, input_ids[:, :2]], 1)
+
+    own = Own(model.config).eval()
+    rows = [TokenRow((5, 6, 7), ()), TokenRow((8, 6, 7), ())]
+    generation = planned_generation(own, tokenizer, {"max_new_tokens": 2})
+    found = Scorer(own).generate_each(rows, generation, [0, 0])
+    assert [ids.tolist() for ids in found] == [[5, 6], [8, 6]]
 
 
 # Smile

@@ -19,6 +19,7 @@ from captum_llm_ext import (
     LayerSaliency,
     TextSegmentInput,
 )
+from captum_llm_ext.model.gradients.backward import storage_of
 
 PROMPT = "Dave lives in Palm."
 TARGET = " golf and"
@@ -263,6 +264,61 @@ def test_shares_are_those_of_a_llama_that_is_held_by_hand(tokenizer):
     share = expected[:, :first].abs().sum(1) / expected.abs().sum(1)
     assert torch.allclose(found.fixed_share, share, atol=1e-6)
     assert torch.allclose(found.empty_values, found.fixed_attr, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_norms_are_those_of_the_slopes_of_a_llama_that_is_held_by_hand(tokenizer, norm):
+    model = tiny.llama(len(tokenizer)).double()
+    method = EquivalentLinearSystem(model, norm=norm)
+    found = attributed(model, tokenizer, method)
+    other = held(tiny.llama(len(tokenizer)).double())
+    prompt, target = tokenizer.encode(PROMPT), found.target.tolist()
+    ids = prompt + target
+    gradient, _ = slopes(other, ids, len(prompt), target, lambda logits, token: logits[token])
+    expected = gradient.norm(p=int(norm[1]), dim=-1).detach()
+    first = len(prompt) - found.token_attr.shape[1]
+    torch.testing.assert_close(
+        found.token_attr, expected[:, first : len(prompt)], rtol=1e-5, atol=0
+    )
+    later = expected[:, len(prompt) : -1]
+    torch.testing.assert_close(found.output_attr[:, :-1], later, rtol=1e-5, atol=0)
+    assert found.efficiency_gap.isnan().all()
+    assert found.is_unsigned
+    assert found.provenance["reconstruction_error"] < 1e-6
+    assert found.provenance["norm"] == norm
+    # A word has the mean of its tokens.
+    inp = TextSegmentInput(PROMPT, tokenizer, [(0, 10)], baselines="delete")
+    whole = attributed(model, tokenizer, method, inp=inp)
+    own = [
+        i
+        for i, (_, stop) in enumerate(
+            tokenizer(PROMPT, return_offsets_mapping=True)["offset_mapping"][first:]
+        )
+        if stop <= 10
+    ]
+    torch.testing.assert_close(
+        whole.token_attr[:, 0], found.token_attr[:, own].mean(1), rtol=1e-5, atol=0
+    )
+    # On plain tensors.
+    at = len(prompt) - 1
+    plain = method.attribute(torch.tensor([prompt]), target=(at, target[0]))
+    torch.testing.assert_close(plain[0, first:], found.token_attr[0], rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="'l2' or 'l1', or None"):
+        EquivalentLinearSystem(model, norm="max")
+
+
+def test_norms_are_refused_where_the_sum_would_not_be_exact(tokenizer):
+    (name,) = REFUSED
+    model = built(name)
+    with pytest.raises(ValueError, match=REFUSED[name]):
+        attributed(model, tokenizer, EquivalentLinearSystem(model, norm="l2"))
+
+
+def test_wrappers_such_as_quantised_weights_have_no_memory_of_their_own():
+    two = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    plain = torch.ones(3)
+    assert storage_of(plain) == (plain.untyped_storage().data_ptr(), 12)
+    assert storage_of(two(plain, plain.clone()))[0] == 0
 
 
 def test_words_that_have_begun_are_fixed_text_while_they_last(tokenizer):

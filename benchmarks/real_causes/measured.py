@@ -54,7 +54,9 @@ NOTHING = "nothing"  # where a method asks for no absence
 INSIDE: dict[str, Callable[[Any], Any]] = {
     "saliency, L2": LayerSaliency,
     "linear system": EquivalentLinearSystem,
+    "linear system, L2 of its slope": lambda model: EquivalentLinearSystem(model, norm="l2"),
     "ALTI": lambda model: AttentionRollout(model, "alti"),
+    "rollout of projections": lambda model: AttentionRollout(model, "projection"),
     "rollout": AttentionRollout,
     "attention weights": AttentionWeights,
 }

@@ -26,6 +26,7 @@ from captum_llm_ext._compat.generation import (
     arguments_for_generate,
     defaults_for_sampling,
     end_ids,
+    generates_by_row,
     generation_settings,
     is_generation_config,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "fixed_positions",
     "forward_arguments",
     "free_memory",
+    "generates_by_row",
     "generation_settings",
     "growing_layers",
     "half_precision",

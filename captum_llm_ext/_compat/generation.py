@@ -4,6 +4,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from captum_llm_ext._compat.model import is_compiled
 from captum_llm_ext._compat.processes import model_ranks
 
 
@@ -43,6 +44,12 @@ def arguments_for_generate(model: nn.Module) -> dict[str, Any]:
         # copies of a model are sharded. Those of one copy draw the same, and end together.
         arguments["synced_gpus"] = False
     return arguments
+
+
+def generates_by_row(model: nn.Module) -> bool:
+    """Whether ``generate`` is transformers' own, which fills up rows of a batch that end early."""
+    own = getattr(type(model), "generate", None)
+    return getattr(own, "__module__", "").startswith("transformers.") and not is_compiled(model)
 
 
 def _padding_for_generate(model: nn.Module) -> dict[str, Any]:

@@ -135,24 +135,33 @@ class AnswerScorer:
 
     def answer(self, row: TokenRow) -> str:
         """What the model writes after a prompt."""
-        prompt = row.ids[: row.first + 1]
-        if (prompt, row.key) not in self._known:
-            said = TokenRow(prompt, (), row.extras, row.key)
-            ids = self._scorer.generate(said, self._generation.arguments, self.seed)
-            self._known[prompt, row.key] = self.text(ids)
-            self.n_evaluations += 1
-            self._bar.advance()
-        return self._known[prompt, row.key]
+        return self._written([row])[0]
 
     def values(
         self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
     ) -> Tensor:
         """Distances less than 0, ``(n_rows, 1)``."""
         del target, foils
-        new = {(row.ids[: row.first + 1], row.key) for row in rows}
-        self._bar.announce(len(new - {*self._known}))
-        found = [[-float(self._distance(self.original, self.answer(row)))] for row in rows]
+        found = [[-float(self._distance(self.original, text))] for text in self._written(rows)]
         return torch.tensor(found, dtype=torch.float64, device="cpu")
+
+    def _written(self, rows: Sequence[TokenRow]) -> list[str]:
+        """Answers to the rows, each distinct prompt once."""
+        keys = [(row.ids[: row.first + 1], row.key) for row in rows]
+        new = {
+            key: TokenRow(key[0], (), row.extras, row.key)
+            for key, row in zip(keys, rows, strict=True)
+            if key not in self._known
+        }
+        self._bar.announce(len(new))
+        seeds = [self.seed] * len(new)
+        written = self._scorer.generate_each(
+            [*new.values()], self._generation, seeds, self._bar.advance
+        )
+        for key, ids in zip(new, written, strict=True):
+            self._known[key] = self.text(ids)
+        self.n_evaluations += len(new)
+        return [self._known[key] for key in keys]
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
         """See `Scorer.generate`."""

@@ -134,7 +134,10 @@ class CounterfactualSearch(Iterator[Counterfactual]):
         self.already_other: list[int] = []
 
     def __next__(self) -> Counterfactual:
-        found = next(self._found)
+        with self._search.processes.session("`counterfactuals`"):
+            found = next(self._found, None)
+        if found is None:
+            raise StopIteration
         self.n_found += 1
         return found
 
@@ -230,6 +233,7 @@ class _Search:
             name: Scorer(model, attr_target=kind, max_rows=max_rows, processes=processes)
             for name, kind in kinds.items()
         }
+        self.processes = processes or Processes()
         self._target = torch.tensor(generated.ids, dtype=torch.int64, device="cpu")
         self._seed = int(torch.randint(2**62, (), generator=run.generator, device="cpu"))
         self._tried: dict[Features, _Tried] = {}
@@ -243,7 +247,8 @@ class _Search:
         """Tries sets of features, from small to large."""
         open_tokens = [t for t in self._positions if not bool(self._full.flipped[0, t])]
         told.already_other = [t for t in self._positions if t not in open_tokens]
-        ranked = sorted(range(self.n_features), key=_by(self._order()))
+        promising = self.processes.decide(self._order)
+        ranked = sorted(range(self.n_features), key=_by(promising))
         minimal: dict[int, list[Features]] = {t: [] for t in open_tokens}
         for size in range(1, self._max_size + 1):
             if size > self.n_features or not open_tokens:
@@ -431,7 +436,8 @@ class _Search:
         return self._answers[prompt.ids]
 
     def _plain(self, row: TokenRow, t: int) -> Tensor:
-        return plain_log_probs(self._model, row.up_to(t) or row)[-1]
+        said = row.up_to(t) or row
+        return self.processes.decide(lambda: plain_log_probs(self._model, said)[-1])
 
     def _prompt(self, features: Features, draw: int) -> RenderedPrompt:
         mask = torch.ones(1, self.n_features, dtype=torch.bool, device="cpu")

@@ -1,7 +1,7 @@
 """The causal number: how far a token falls if the answer is written anew without a feature."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -55,6 +55,19 @@ class TotalEffect:
     answers: dict[int, list[str]]
     n_generated: int
     n_evaluations: int
+    _deviations: Tensor = field(repr=False)
+
+    def span(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Effects on several target tokens together, such as those of a word.
+
+        Args:
+            start, stop: The span, as in a slice; by default the whole answer.
+
+        Returns:
+            In nats ``(F,)``, and standard errors, which know how the tokens vary together.
+        """
+        together = self._deviations[..., start:stop].sum(-1)
+        return self.values[:, start:stop].sum(1), _standard_error(together)
 
     def table(self, k: int = 3) -> str:
         """The largest total effects on every token, with the direct ones beside them.
@@ -91,7 +104,8 @@ class TotalEffect:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists, numbers and text that JSON can hold."""
-        held = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in vars(self).items()}
+        own = {n: v for n, v in vars(self).items() if not n.startswith("_")}
+        held = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in own.items()}
         return held | {"answers": {str(f): texts for f, texts in self.answers.items()}}
 
     def __str__(self) -> str:
@@ -109,6 +123,7 @@ def total_effect(
     *,
     feature: int | str | Sequence[int | str] | None,
     n_samples: int,
+    may_weight: bool = True,
 ) -> TotalEffect:
     """See `GenerationAttribution.total_effect`.
 
@@ -118,15 +133,17 @@ def total_effect(
         generation: How answers are written anew.
         scorer: Of log-probabilities.
         feature, n_samples: As there.
+        may_weight: Whether answers come from the model's own distribution, so that their
+            likelihoods under another prompt say how often they would be written there.
     """
     names = run.prompt.feature_names()
     chosen = _chosen(feature, names)
     writer = _Writer(run, generated, generation, scorer, n_samples)
     full = [run.full] * n_samples
-    written = [writer.answer(run.full, m) for m in range(n_samples)]
+    written = writer.answers(full)
     before = writer.values(full, written)
     likely = writer.log_probs(full, written)
-    values, errors, direct, anew = [], [], [], []
+    values, deviations, direct, anew = [], [], [], []
     answers = {-1: [writer.text(ids) for ids in written]}
     as_it_is = writer.values(full[:1], [writer.target])[0]
     for number in chosen:
@@ -138,15 +155,15 @@ def total_effect(
             for now, then in zip(writer.log_probs(prompts, written), likely, strict=True)
         ]
         weights = writer.at_places(ratios, written).exp()
-        is_anew = not _are_enough(weights)
+        is_anew = not may_weight or not _are_enough(weights)
         told = written
         if is_anew:
-            told = [writer.answer(prompt, m) for m, prompt in enumerate(prompts)]
+            told = writer.answers(prompts)
             weights = torch.ones_like(weights)
         after = writer.values(prompts, told)
-        effect, error = _difference(before, after, weights)
+        effect, deviation = _difference(before, after, weights)
         values.append(effect)
-        errors.append(error)
+        deviations.append(deviation)
         anew.append(is_anew)
         answers[number] = [writer.text(ids) for ids in told]
     return TotalEffect(
@@ -154,13 +171,14 @@ def total_effect(
         features=chosen,
         output_tokens=list(generated.labels),
         values=torch.stack(values),
-        standard_errors=torch.stack(errors),
+        standard_errors=_standard_error(torch.stack(deviations)),
         direct=torch.stack(direct),
         full_values=before.mean(0),
         is_regenerated=anew,
         answers=answers,
         n_generated=writer.n_generated,
         n_evaluations=scorer.n_evaluations,
+        _deviations=torch.stack(deviations),
     )
 
 
@@ -193,14 +211,18 @@ class _Writer:
         generator = torch.Generator().manual_seed(self._seed)
         return self._run.prompt.render(masks, generator)
 
-    def answer(self, prompt: RenderedPrompt, number: int) -> tuple[int, ...]:
-        """What is written after a prompt; the same for equal prompts and numbers."""
-        if (prompt.ids, number) not in self._known:
-            row = TokenRow(prompt.ids, (), prompt.extras, prompt.key)
-            found = self._scorer.generate(row, self._generation.arguments, self._seeds[number])
-            self._known[prompt.ids, number] = tuple(found.tolist())
-            self.n_generated += 1
-        return self._known[prompt.ids, number]
+    def answers(self, prompts: Sequence[RenderedPrompt]) -> list[tuple[int, ...]]:
+        """What is written after each prompt; the same for equal prompts and numbers."""
+        keys = [(prompt.ids, number) for number, prompt in enumerate(prompts)]
+        new = [number for number, key in enumerate(keys) if key not in self._known]
+        rows = [TokenRow(p.ids, (), p.extras, p.key) for p in (prompts[i] for i in new)]
+        seeds = [self._seeds[number] for number in new]
+        for number, ids in zip(
+            new, self._scorer.generate_each(rows, self._generation, seeds), strict=True
+        ):
+            self._known[keys[number]] = tuple(ids.tolist())
+        self.n_generated += len(new)
+        return [self._known[key] for key in keys]
 
     def values(
         self, prompts: Sequence[RenderedPrompt], answers: Sequence[tuple[int, ...]]
@@ -287,17 +309,23 @@ def _readings(
 
 
 def _difference(before: Tensor, after: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of one less weighted mean of the other, and its standard error, each ``(n_target,)``.
+    """Mean of one less weighted mean of the other, and what each sample does to it.
 
-    Samples of equal number are pairs: they share their seed.
+    Samples of equal number are pairs: they share their seed. The mean is of shape ``(n_target,)``,
+    the other of the samples' own, ``(n_samples, n_target)``.
     """
-    n = len(before)
     weights = weights / weights.mean(0).clamp_min(1e-300)
     effect = before.mean(0) - (weights * after).mean(0)
-    if n < 2:
-        return effect, torch.full_like(effect, torch.nan)
     influence = (before - before.mean(0)) - weights * (after - (weights * after).mean(0))
-    return effect, influence.std(0) / n**0.5 * normal_scale(n - 1)
+    return effect, influence
+
+
+def _standard_error(deviations: Tensor) -> Tensor:
+    """Of a mean, from what each sample does to it: ``(F, n_samples, …)`` to ``(F, …)``."""
+    n = deviations.shape[1]
+    if n < 2:
+        return torch.full_like(deviations[:, 0], torch.nan)
+    return deviations.std(1) / n**0.5 * normal_scale(n - 1)
 
 
 def _are_enough(weights: Tensor) -> bool:

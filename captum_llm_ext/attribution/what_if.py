@@ -86,7 +86,8 @@ class WhatIf(ModelAccess):
             raise ValueError(f"`flips` is {flips!r}: give 'argmax', a number, or a callable.")
         if isinstance(order, str) and order != "saliency":
             raise ValueError(f"`order` is {order!r}: give 'saliency', numbers, or None.")
-        run, ids, generation = self._asked(inp, target, gen_args, seed, feature_mask)
+        with self.processes.session("`counterfactuals`"):
+            run, ids, generation = self._asked(inp, target, gen_args, seed, feature_mask)
         n = run.prompt.n_features
         if order is not None and not isinstance(order, str) and len(order) != n:
             raise ValueError(f"`order` has {len(order)} numbers for {n} features: give one each.")
@@ -104,13 +105,17 @@ class WhatIf(ModelAccess):
             max_size=max_size,
             n_draws=n_draws,
             budget=budget,
-            order=partial(self._promising, run.prompt, ids, order),
+            order=partial(self._promising, run.prompt, ids, order, list(chosen)),
             max_rows=perturbations_per_eval,
             processes=self._shared,
         )
 
     def _promising(
-        self, prompt: Prompt, ids: Tensor, order: Sequence[float] | str | None
+        self,
+        prompt: Prompt,
+        ids: Tensor,
+        order: Sequence[float] | str | None,
+        positions: Sequence[int],
     ) -> Sequence[float]:
         """Per feature a number, the larger for what is sooner tried."""
         if order is not None and not isinstance(order, str):
@@ -130,7 +135,7 @@ class WhatIf(ModelAccess):
             return reading
         size = cast(Tensor, found.token_attr).abs()
         share = size / size.sum(1, keepdim=True).clamp_min(1e-30)
-        return share.amax(0).tolist()
+        return share[positions].amax(0).tolist()
 
     def total_effect(
         self,
@@ -167,6 +172,7 @@ class WhatIf(ModelAccess):
             gen_args: Of the target's generation, as for `attribute`.
             again: Arguments of ``generate`` for answers that are written anew. By default they are
                 drawn from what the model itself tells: at temperature 1, with no token ruled out.
+                Drawn otherwise, they are written anew for every feature.
             seed: Of draws and continuations.
             perturbations_per_eval: At most so many rows in a batch.
             feature_mask: As for `attribute`.
@@ -175,17 +181,19 @@ class WhatIf(ModelAccess):
             ValueError: If there is no such feature, or as `attribute` does.
         """
         at_least_one("n_samples", n_samples)
-        run, ids, _ = self._asked(inp, target, gen_args, seed, feature_mask)
-        given = {**(_OWN if again is None else again)}
-        given.setdefault("max_new_tokens", len(ids) + max(_MORE, len(ids) // 4))
-        return total_effect(
-            run,
-            run.context.generated(ids, None, None),
-            self.generation(given),
-            Scorer(self.model, max_rows=perturbations_per_eval, processes=self._shared),
-            feature=feature,
-            n_samples=n_samples,
-        )
+        with self.processes.session("`total_effect`"):
+            run, ids, _ = self._asked(inp, target, gen_args, seed, feature_mask)
+            given = {**(_OWN if again is None else again)}
+            given.setdefault("max_new_tokens", len(ids) + max(_MORE, len(ids) // 4))
+            return total_effect(
+                run,
+                run.context.generated(ids, None, None),
+                self.generation(given),
+                Scorer(self.model, max_rows=perturbations_per_eval, processes=self._shared),
+                feature=feature,
+                n_samples=n_samples,
+                may_weight=again is None,
+            )
 
     def _asked(
         self,

@@ -1,6 +1,6 @@
 """What other people's code draws from torch's global generator, drawn from one that has a seed."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -25,6 +25,16 @@ def seeded(seed: int) -> AbstractContextManager[Any]:
     them as ever.
     """
     return _Seeded(seed)
+
+
+def seeded_rows(seeds: Sequence[int]) -> AbstractContextManager[Any]:
+    """What is sampled within for each row of a batch is what it would be for the row alone.
+
+    Args:
+        seeds: One per row: row ``i`` draws what it would in a batch of one within
+            ``seeded(seeds[i])``. Of `torch.multinomial`, by which `generate` samples.
+    """
+    return _SeededRows(seeds)
 
 
 @contextmanager
@@ -65,6 +75,27 @@ class _Seeded(TorchFunctionMode):
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]
+
+
+class _SeededRows(TorchFunctionMode):
+    """Of this thread alone, as torch's modes are."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        super().__init__()
+        self._rows = [_Seeded(seed) for seed in seeds]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, named = getattr(func, "__name__", ""), dict(kwargs or {})
+        if name != "multinomial" or named.get("generator") is not None:
+            return self._rows[0].__torch_function__(func, types, args, kwargs)
+        weights: Tensor = args[0] if args else named.pop("input")
+        drawn = [
+            row.__torch_function__(func, types, (own[None], *args[1:]), named)
+            for row, own in zip(self._rows, weights, strict=True)
+        ]
+        return torch.cat(drawn)
 
 
 def _device(tensor: Tensor | None, named: Any) -> torch.device:

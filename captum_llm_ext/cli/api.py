@@ -10,7 +10,7 @@ from captum.attr import FeatureAblation, RemoteLLMAttribution
 from captum_llm_ext.attribution.remote import RemoteGenerationAttribution
 from captum_llm_ext.cli.command import UsageError, positive, say
 from captum_llm_ext.cli.loading import Place, load_tokenizer, location
-from captum_llm_ext.cli.methods import is_of_answers, is_of_gradients, method
+from captum_llm_ext.cli.methods import is_of_answers, looks_inside, method
 from captum_llm_ext.cli.outputs import as_json
 from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
 from captum_llm_ext.remote.chat_providers import Speaker, speaker
@@ -97,7 +97,7 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: If there is one.
     """
-    if is_of_gradients(arguments.method):
+    if looks_inside(arguments.method):
         raise UsageError(f"--method {arguments.method} needs the model itself, not an API.")
     if is_of_answers(arguments.method):
         raise UsageError(
@@ -108,7 +108,7 @@ def check(arguments: argparse.Namespace) -> None:
         given = getattr(arguments, option, None)
         if given not in (None, "auto"):
             raise UsageError(f"--{option.replace('_', '-')} would be ignored with --api.")
-    if arguments.attr_target != "log_prob":
+    if arguments.attr_target not in (None, "log_prob"):
         raise UsageError(
             "--attr-target would be ignored with --api: --rung says what is explained."
         )

@@ -8,7 +8,7 @@ from typing import Any, cast
 from captum_llm_ext.cli.api import add_api, check, is_remote, show_estimate
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
-from captum_llm_ext.cli.methods import is_of_gradients, is_search, said_of_zero
+from captum_llm_ext.cli.methods import is_search, looks_inside, said_of_zero
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.records import add_records, check_records, run_records
 from captum_llm_ext.cli.told import add_level, check_level, told
@@ -132,5 +132,5 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 
 def _asks_model(given: Sequence[str], arguments: argparse.Namespace) -> bool:
-    is_default = not given and not is_of_gradients(arguments.method) and not is_remote(arguments)
+    is_default = not given and not looks_inside(arguments.method) and not is_remote(arguments)
     return is_default or given == ["model"]

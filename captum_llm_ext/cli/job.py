@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from captum_llm_ext.attribution.attention import GenerationAttentionAttribution
 from captum_llm_ext.attribution.generation import GenerationAttribution
 from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
 from captum_llm_ext.base.arguments import TARGETS
@@ -18,8 +19,10 @@ from captum_llm_ext.cli.methods import (
     attribution,
     check_method,
     is_of_answers,
+    is_of_attention,
     is_of_gradients,
     is_search,
+    looks_inside,
     method,
 )
 from captum_llm_ext.cli.prompt import NESTED, add_prompt, asked, units
@@ -42,7 +45,7 @@ baselines: what stands where a word is absent
                 field "text"; corpus:demo is the tiny model's
   index:FILE    the same from what CorpusBaselines.save wrote
 """
-Attribution = GenerationAttribution | GenerationGradientAttribution
+Attribution = GenerationAttribution | GenerationGradientAttribution | GenerationAttentionAttribution
 
 
 def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
@@ -111,9 +114,8 @@ def _add_budget(group: Any) -> None:
     add(
         "--attr-target",
         choices=TARGETS,
-        default="log_prob",
-        help="the value that is explained (default: log_prob); contrast: why this word rather than "
-        "others that would fit",
+        help="the value that is explained (default: log_prob, of linear logit); contrast: why this "
+        "word rather than others that would fit",
     )
     add(
         "--foils",
@@ -169,7 +171,7 @@ class Job:
         is_many = self._asked.is_many
         self._units = self._checked_units(arguments.unit)
         check_method(arguments)
-        if is_of_gradients(arguments.method) and are_several() and not is_many:
+        if looks_inside(arguments.method) and are_several() and not is_many:
             raise UsageError(
                 f"--method {arguments.method} takes one process for a prompt: start it without "
                 "torchrun, or give many prompts with --input, which the processes share."
@@ -245,6 +247,14 @@ class Job:
     def options(self) -> dict[str, Any]:
         """Arguments of ``attribute``."""
         arguments = self._arguments
+        if is_of_attention(arguments.method):
+            return {
+                "target": arguments.target,
+                "gen_args": self._gen_args,
+                "output_unit": self._output_unit,
+                "seed": arguments.seed,
+                "show_progress": not arguments.quiet,
+            }
         if is_of_gradients(arguments.method):
             own = {"n_steps": arguments.n_steps, "internal_batch_size": arguments.batch_size}
         else:
@@ -343,7 +353,8 @@ def _explained(arguments: argparse.Namespace) -> str | Contrast:
     """
     given: list[str] | None = arguments.foils
     if given is None:
-        return arguments.attr_target
+        usual = "logit" if arguments.method == "linear" else "log_prob"
+        return arguments.attr_target or usual
     if arguments.attr_target != "contrast":
         raise UsageError("--foils would be ignored: it is of --attr-target contrast.")
     feature = given[0].removeprefix(_WITHOUT)

@@ -7,6 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from captum_llm_ext.attribution.attention import (
+    AttentionRollout,
+    AttentionWeights,
+    GenerationAttentionAttribution,
+)
 from captum_llm_ext.attribution.generation import GenerationAttribution
 from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
 from captum_llm_ext.cli.command import UsageError, from_0_to_1, positive
@@ -29,10 +34,24 @@ methods: what an attribution is, of n features (captum's names of classes mean t
   integrated-gradients   gradients at --n-steps points from absent to present, which add up
   gradient-shap          gradients at --n-samples random points from random baselines, with errors
   gradient-x-activation  one gradient where all is present, times the activation: a first look
+  saliency               the size of that gradient, without a sign
+  linear                 what each token adds to a logit where the model is held at what it does
+  attention, rollout, alti, projection
+                         what a token's place draws on, by attention: one pass, for looking
 """
-_GRADIENTS = ("integrated-gradients", "gradient-shap", "gradient-x-activation")
-_COALITIONS = tuple(name for name in METHODS if name not in _GRADIENTS)
-_SEVERAL = tuple(name for name in METHODS if name != "gradient-x-activation")
+_ATTENTION = ("attention", "rollout", "alti", "projection")
+_GRADIENTS = (
+    "integrated-gradients",
+    "gradient-shap",
+    "gradient-x-activation",
+    "saliency",
+    "linear",
+)
+# They look at the text as it is: nothing is absent.
+_LOCAL = ("gradient-x-activation", "saliency", "linear", *_ATTENTION)
+_INSIDE = (*_GRADIENTS, *_ATTENTION)
+_COALITIONS = tuple(name for name in METHODS if name not in _INSIDE)
+_SEVERAL = tuple(name for name in METHODS if name not in _LOCAL)
 _EACH = ("ablation", "inclusion")
 # Options that not every method has, and whose they are.
 _OWNERS = {
@@ -48,6 +67,7 @@ _OWNERS = {
     "checkpoint": _COALITIONS,
     "baselines": _SEVERAL,
     "batch_size": _SEVERAL,
+    "attr_target": tuple(name for name in METHODS if name not in _ATTENTION),
 }
 # What has no meaning for whole answers, which are not kept either, and what says nothing of it.
 _NOT_OF_ANSWERS = {
@@ -59,7 +79,9 @@ _INSTEAD = {
     ("n_samples", "integrated-gradients"): "it has --n-steps",
     ("n_draws", "gradient-shap"): "each of its --n-samples is a draw",
     ("baselines", "gradient-x-activation"): "it compares with the activation 0, whatever the text",
-    ("batch_size", "gradient-x-activation"): "it has one row to run",
+    **{("baselines", name): "it looks at the text as it is" for name in _LOCAL[1:]},
+    **{("batch_size", name): "it has one row to run" for name in _LOCAL},
+    **{("attr_target", name): "attention knows of no value" for name in _ATTENTION},
 }
 
 
@@ -112,7 +134,7 @@ def add_settings(group: Any) -> None:
 
 def method_name(text: str) -> str:
     """A key of `METHODS`; captum's class names mean the same."""
-    classes = {path.partition(":")[2]: name for name, path in METHODS.items()}
+    classes = {path.partition(":")[2]: name for name, path in reversed(METHODS.items())}
     return classes.get(text, text)
 
 
@@ -126,6 +148,16 @@ def is_of_gradients(name: str) -> bool:
     return name in _GRADIENTS
 
 
+def looks_inside(name: str) -> bool:
+    """Whether the method asks for gradients or attention: for the model itself, in one process."""
+    return name in _INSIDE
+
+
+def is_of_attention(name: str) -> bool:
+    """Whether the method reads attention, in one pass."""
+    return name in _ATTENTION
+
+
 def is_of_answers(name: str) -> bool:
     """Whether the method compares whole answers, whose tokens it does not tell apart."""
     return name == "smile"
@@ -133,7 +165,7 @@ def is_of_answers(name: str) -> bool:
 
 def said_of_zero(name: str) -> str | None:
     """What to tell who lets gradients take, by default, nothing for what is absent."""
-    if not is_of_gradients(name) or name == "gradient-x-activation":  # whose zero is always zero
+    if not is_of_gradients(name) or name in _LOCAL:
         return None
     return (
         "the zero vector stands where a word is absent, which no text of the model holds: "
@@ -164,7 +196,7 @@ def check_method(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{option} would be ignored by --method {name}: {instead}.")
         listed = ", ".join(owners)
         if owners == _COALITIONS:
-            listed = "methods other than gradients, which evaluate no coalitions"
+            listed = "methods other than gradients and attention, which evaluate no coalitions"
             raise UsageError(f"{option} would be ignored by --method {name}: it is of {listed}.")
         raise UsageError(f"{option} would be ignored: it is of --method {listed}.")
 
@@ -177,6 +209,10 @@ def method(name: str, model: nn.Module, *, layer: str | None = None, **settings:
     """
     module, _, cls = METHODS[name].partition(":")
     kind = getattr(import_module(module), cls)
+    if name in ("alti", "projection"):
+        return kind(model, name)
+    if is_of_attention(name):
+        return kind(model)
     if is_of_gradients(name):
         return kind(model, None if layer is None else _module(model, layer))
     given = {key: value for key, value in settings.items() if value is not None}
@@ -189,16 +225,18 @@ def attribution(
     attr_target: str | Contrast = "log_prob",
     accelerator: Any = None,
     surrogate: str | None = None,
-) -> GenerationAttribution | GenerationGradientAttribution:
+) -> GenerationAttribution | GenerationGradientAttribution | GenerationAttentionAttribution:
     """What attributes by such a method.
 
     Args:
         attributes: What `method` gave.
         tokenizer: The model's tokenizer.
         attr_target: The value that is explained.
-        accelerator: Tells of the other processes; not for gradients.
-        surrogate: As of `GenerationAttribution`; not for gradients.
+        accelerator: Tells of the other processes; not for gradients and attention.
+        surrogate: As of `GenerationAttribution`; not for gradients and attention.
     """
+    if isinstance(attributes, AttentionRollout | AttentionWeights):
+        return GenerationAttentionAttribution(attributes, tokenizer)
     if type(attributes) in GenerationGradientAttribution.SUPPORTED_METHODS:
         return GenerationGradientAttribution(attributes, tokenizer, attr_target=attr_target)
     return GenerationAttribution(

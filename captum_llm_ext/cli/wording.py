@@ -17,6 +17,12 @@ METHODS = {
     "integrated-gradients": "captum.attr:LayerIntegratedGradients",
     "gradient-shap": "captum.attr:LayerGradientShap",
     "gradient-x-activation": "captum.attr:LayerGradientXActivation",
+    "saliency": "captum_llm_ext.methods:LayerSaliency",
+    "linear": "captum_llm_ext.methods:EquivalentLinearSystem",
+    "attention": "captum_llm_ext.attribution.attention:AttentionWeights",
+    "rollout": "captum_llm_ext.attribution.attention:AttentionRollout",
+    "alti": "captum_llm_ext.attribution.attention:AttentionRollout",
+    "projection": "captum_llm_ext.attribution.attention:AttentionRollout",
 }
 # Arguments whose option has another name, or that stand for several options.
 _OPTIONS: Mapping[str, str] = {
@@ -43,7 +49,8 @@ _VALUES: Mapping[str, str] = {
     "CorpusBaselines": "--baselines corpus:FILE",
     "ModelBaselines": "--baselines model",
     "token_attr_se": "the numbers after ±",
-    **{path.partition(":")[2]: f"--method {name}" for name, path in METHODS.items()},
+    # Of several names of one class the first.
+    **{path.partition(":")[2]: f"--method {name}" for name, path in reversed(METHODS.items())},
 }
 # What there is no option for is left out of a list of advice, with what leads to it.
 _PHRASES = (

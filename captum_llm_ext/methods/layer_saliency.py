@@ -46,4 +46,9 @@ class LayerSaliency(LayerMethod):
         del device
         activation, output = forward()
         (gradient,) = torch.autograd.grad(output.sum(), activation)
-        return gradient.abs().sum(-1) if self.norm == "l1" else gradient.square().sum(-1).sqrt()
+        return norm_of(gradient, self.norm)
+
+
+def norm_of(gradient: Tensor, norm: Norm) -> Tensor:
+    """The norm of each token's gradient, ``(batch, length, size)`` to ``(batch, length)``."""
+    return gradient.abs().sum(-1) if norm == "l1" else gradient.square().sum(-1).sqrt()

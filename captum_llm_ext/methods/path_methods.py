@@ -112,7 +112,17 @@ def points_of(
     if isinstance(method, LayerGradientXActivation):
         return Points("gradient x activation", one, one, from_zero=True, multiplies=multiplies)
     if isinstance(method, EquivalentLinearSystem):
-        return Points("equivalent linear system", one, one, from_zero=True, is_frozen=True)
+        norm = method.norm
+        settings = () if norm is None else (("norm", norm),)
+        return Points(
+            "equivalent linear system",
+            one,
+            one,
+            from_zero=True,
+            measure=norm or "product",
+            is_frozen=True,
+            settings=settings,
+        )
     if isinstance(method, LayerSaliency):
         return Points(
             "saliency",

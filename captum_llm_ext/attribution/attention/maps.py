@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import exclusive_use, in_this_thread_only
 
-Contributions = Literal["weights", "values", "alti"]
+Contributions = Literal["weights", "values", "alti", "projection"]
 Heads = Literal["mean", "max"] | int
 
 _ATTENTION_NAME = "captum_llm_ext_maps"
@@ -266,16 +266,18 @@ class _Layer:
             parts *= scale[here, None]
             whole = parts.sum(1) + constant * scale[here]
             self._check(whole, summed[here])
+            if kind == "values":
+                found[here, : here.stop] = torch.linalg.vector_norm(parts, dim=-1)
+                continue
+            own = torch.arange(here.start, here.stop, dtype=torch.int64, device=parts.device)
+            parts[own - here.start, own] += self._before[here]
+            whole = self._before[here] + summed[here]
             if kind == "alti":
-                own = torch.arange(here.start, here.stop, dtype=torch.int64, device=parts.device)
-                parts[own - here.start, own] += self._before[here]
-                whole = self._before[here] + summed[here]
                 rest = torch.linalg.vector_norm(whole[:, None] - parts, ord=1, dim=-1)
-                sizes = (whole.abs().sum(-1, keepdim=True) - rest).clamp(min=0)
-                sizes = sizes * self._seen(here)
+                sizes = whole.abs().sum(-1, keepdim=True) - rest
             else:
-                sizes = torch.linalg.vector_norm(parts, dim=-1)
-            found[here, : here.stop] = sizes
+                sizes = torch.einsum("ijd,id->ij", parts, whole)
+            found[here, : here.stop] = sizes.clamp(min=0) * self._seen(here)
         return found / found.sum(-1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)
 
     def _seen(self, here: slice) -> Tensor:

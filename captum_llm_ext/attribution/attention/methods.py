@@ -112,9 +112,12 @@ class AttentionRollout(_AttentionMap):
             the other half the place itself, which the layer passes on. ``"values"``: the same of
             the sizes of what is taken, ``‖Σ α v W‖`` (Kobayashi et al. 2020, arXiv 2004.10102).
             ``"alti"``: by how much what the layer passes on would shrink, in L1, without a part of
-            it, the place itself included (Ferrando et al. 2022, arXiv 2203.04212). What they are
-            worth is told by `GenerationAttentionAttribution`: all are for looking before they are
-            measured on a model like yours.
+            it, the place itself included (Ferrando et al. 2022, arXiv 2203.04212).
+            ``"projection"``: how far the same parts go along what they sum to, ``⟨part, sum⟩``, of
+            which those that go against it count as nothing: where parts are many and small, L1
+            gives nothing to most of them. What they are worth is told by
+            `GenerationAttentionAttribution`: all are for looking before they are measured on a
+            model like yours.
 
     Raises:
         ValueError: If `contributions` is unknown.
@@ -134,7 +137,7 @@ class AttentionRollout(_AttentionMap):
         def take(_: int, own: Tensor) -> None:
             nonlocal product
             own = own.double().cpu()
-            if self.contributions != "alti":
+            if self.contributions in ("weights", "values"):
                 own = (own + torch.eye(len(own), dtype=own.dtype, device="cpu")) / 2
             own = own / own.sum(-1, keepdim=True)
             product = own @ product

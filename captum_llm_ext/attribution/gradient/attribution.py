@@ -29,7 +29,7 @@ from captum_llm_ext.contrast import (
     as_value,
     scored,
 )
-from captum_llm_ext.methods import EquivalentLinearSystem, LayerSaliency
+from captum_llm_ext.methods import EquivalentLinearSystem
 from captum_llm_ext.methods.path_methods import SUPPORTED, Points, check_method, points_of
 from captum_llm_ext.model import (
     AttrTarget,
@@ -80,7 +80,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
       slope along the logits, which it is no sum of: `efficiency_gap` tells the rest. What a
       sentence's pattern adds to any word in a place is part of a logit: give a difference to other
       words of its kind where that is not what is asked. While a word lasts, what is written of it
-      counts as fixed text.
+      counts as fixed text. With a `norm` it is a size, as saliency is, and the check is the same.
 
     Args:
         attr_method: One of these over the model and a layer: a module whose activations are
@@ -136,7 +136,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         return {
             "layer": name,
             "multiply_by_inputs": method.multiplies_by_inputs,
-            **({"norm": method.norm} if isinstance(method, LayerSaliency) else {}),
+            **({"norm": norm} if (norm := getattr(method, "norm", None)) else {}),
         }
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
@@ -320,7 +320,8 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             n_evaluations=paths.n_rows,
             like=self._numbers(),
             foils=foils,
-            provenance=provenance | _of_linear(paths.rests, solution.full_values),
+            provenance=provenance
+            | _of_linear(paths.rests, solution.full_values, is_sum=points.measure == "product"),
         )
 
     def _layer(self) -> torch.nn.Module | None:
@@ -365,8 +366,10 @@ def _absence(points: Points, absent: Absent) -> str:
     return "zero activation" if points.from_zero else absent
 
 
-def _of_linear(rests: Mapping[int, Rest], values: Tensor) -> dict[str, Any]:
+def _of_linear(rests: Mapping[int, Rest], values: Tensor, *, is_sum: bool) -> dict[str, Any]:
     """The parts of a linear system's values that belong to no feature, for provenance.
+
+    Norms sum to nothing: of them there is the check alone.
 
     Warns:
         UserWarning: If these are not the whole value.
@@ -375,6 +378,8 @@ def _of_linear(rests: Mapping[int, Rest], values: Tensor) -> dict[str, Any]:
         return {}
     each = [rests[t] for t in range(len(values))]
     defect, bend = max(rest.defect for rest in each), max(abs(rest.bend) for rest in each)
+    if not is_sum:
+        return {"reconstruction_error": defect}
     if bend > _BENT * float(values.abs().max()):
         warnings.warn(
             f"attributions of a linear system sum to a logit or a difference of some, not to this "

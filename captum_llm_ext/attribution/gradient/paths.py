@@ -288,13 +288,14 @@ class Paths:
         summed = torch.zeros(len(full), own.n_features + 1, dtype=torch.float64, device="cpu")
         summed.index_add_(1, owners, products[0])
         empty = torch.full_like(full, torch.nan)
-        if slopes.linear is None:
+        if slopes.linear is not None:
+            is_fixed = owners == own.n_features
+            self._note(scene, row, slopes.linear, is_fixed, is_joint=is_joint)
+        if points.measure != "product":
             # A mean, for a feature of many tokens is no more salient than each of them.
             summed /= owners.bincount(minlength=own.n_features + 1).clamp(min=1)
-        else:
+        elif slopes.linear is not None:
             full, empty = slopes.linear.values, slopes.linear.constants + summed[:, -1]
-            is_fixed = owners == own.n_features
-            self._note(scene, row, slopes.linear, products[0], is_fixed, is_joint=is_joint)
         return Solution(summed[:, :-1], torch.zeros_like(summed[:, :-1]), full, empty)
 
     def _note(
@@ -302,7 +303,6 @@ class Paths:
         scene: PathGroup,
         row: Row,
         linear: Linear,
-        shares: Tensor,
         is_fixed: Tensor,
         *,
         is_joint: bool,
@@ -318,6 +318,7 @@ class Paths:
         def find(tolerance: float) -> str | None:
             return culprit(model, lambda: self._reader.logits(row.ids, row.at), tolerance)
 
+        shares = linear.shares
         summed = shares.sum(1) + linear.constants
         apart = check_sum(summed, linear.expected, linear.sizes, dtype, find)
         if is_joint:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_llm_ext import _compat
 from captum_llm_ext.attribution.patching.corruption import Corruption
 from captum_llm_ext.contrast import Foils
-from captum_llm_ext.model import AttrTarget, Scorer, TokenRow
+from captum_llm_ext.model import AttrTarget, Processes, Scorer, TokenRow
 from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.gradients.backward import ForwardPass
 from captum_llm_ext.model.residual_stream import Patch, ResidualStream
@@ -46,6 +46,7 @@ class PatchedRuns:
         attr_target: What a value is, as for `Scorer`.
         max_rows: At most so many rows in a pass; None: as many as memory allows.
         show_progress: Whether there is a bar.
+        processes: Those that share the rows. Each reads the streams itself.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class PatchedRuns:
         *,
         max_rows: int | None,
         show_progress: bool,
+        processes: Processes | None = None,
     ) -> None:
         self._model, self._stream = model, stream
         self._texts: dict[str, Corruption] = {}
@@ -65,6 +67,7 @@ class PatchedRuns:
             attr_target=attr_target,
             max_rows=max_rows,
             show_progress=show_progress,
+            processes=processes,
             around=self._around,
         )
 

@@ -27,10 +27,12 @@ from captum_llm_ext.base.arguments import check_counts
 from captum_llm_ext.base.digest import describe, digest
 from captum_llm_ext.contrast import Contrast, FoilContext, Foils, as_value, foils_of, scored
 from captum_llm_ext.model import (
+    Accelerator,
     AttrTarget,
     Generation,
     Journal,
     Likelihood,
+    Processes,
     Scorer,
     model_identity,
     planned_generation,
@@ -89,6 +91,8 @@ class ActivationPatching:
             a token from unlikely to less unlikely.
         layers: The decoder layers in order, for models that do not tell them. Each is given and
             gives back the stream ``(batch, length, size)``, first of its arguments and outputs.
+        accelerator: As of `GenerationAttribution`: rows are shared out among its processes, and
+            all get the same result.
 
     Raises:
         TypeError: If the model is no causal language model.
@@ -102,12 +106,22 @@ class ActivationPatching:
         attr_target: AttrTarget | Contrast = "log_prob",
         *,
         layers: Sequence[nn.Module] | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         _compat.check_causal(model)
         self.model = _compat.uncompiled(model)
         self.tokenizer = tokenizer
         self.attr_target = as_value(attr_target)
         self._stream = ResidualStream(self.model, layers)
+        self._processes = Processes.of(accelerator, self.model)
+        # Without an accelerator, batches are as large as suits one process.
+        is_shared = accelerator is not None or self._processes.are_many
+        self._shared = self._processes if is_shared else None
+
+    @property
+    def processes(self) -> Processes:
+        """Those that work together on one trace."""
+        return self._processes
 
     def trace(
         self,
@@ -194,6 +208,7 @@ class ActivationPatching:
             scored(self.attr_target),
             max_rows=perturbations_per_eval,
             show_progress=show_progress,
+            processes=self._shared,
         )
         open_journal = None
         if checkpoint is not None:
@@ -201,7 +216,11 @@ class ActivationPatching:
             wanted = dict(generation.settings) if generation else digest(given)
             about = {"prompt": digest(context.full.ids), "target": wanted, "seed": seed}
             open_journal = partial(Journal, checkpoint, self.identity() | about)
-        with runs.scorer.keeping(open_journal), runs.scorer.progress():
+        with (
+            self._processes.session("`trace`"),
+            runs.scorer.keeping(open_journal),
+            runs.scorer.progress(),
+        ):
             generate = partial(
                 generate_target, runs.scorer, context.full, cast(Generation, generation), seed
             )
@@ -211,9 +230,13 @@ class ActivationPatching:
             which = chosen(feature, context, generated)
             groups = grouped(places, context, generated, tokenizer)
             if is_noise:
-                texts = self._noised(which, context, generated, n_draws, noise_scale, seed)
+                draw = partial(self._noised, which, context, generated, n_draws, noise_scale, seed)
             else:
-                texts = replaced(which, context, generated, tokenizer, n_draws=n_draws, seed=seed)
+                draw = partial(
+                    replaced, which, context, generated, tokenizer, n_draws=n_draws, seed=seed
+                )
+            # What is drawn by the model, and so by rounding, is the same on all processes.
+            texts = self._processes.decide(draw)
             foils = self._foils(context, generated, tokenizer, seed)
             traced = _Trace(runs, whole(context, generated), texts, ids, foils, groups, direction)
             ranks = None if first is None else traced.ranks(scored(self.attr_target))
@@ -229,6 +252,7 @@ class ActivationPatching:
             "n_draws": len(texts),
             "seed": seed,
             "unit": context.prompt.unit_name,
+            "rows_by_process": runs.scorer.n_scored if self._shared else None,
             **runs.provenance(),
             **model_provenance(self.model, _compat.input_device(self.model)),
             **run_provenance(),
@@ -274,7 +298,7 @@ class ActivationPatching:
             return None
         scene = FoilContext(context.prompt, context.full, generated, tokenizer, seed)
         size = _compat.vocabulary_size(self.model)
-        return foils_of(self.attr_target, scene, Scorer(self.model), size)
+        return foils_of(self.attr_target, scene, Scorer(self.model, processes=self._shared), size)
 
 
 class _Trace:
@@ -348,9 +372,14 @@ class _Trace:
         """In which order to patch cells, ``(n_layers + 1, n_places)``; -1: not at all."""
         summed: Tensor | None = None
         candidates: Tensor | None = None
+        decide = self._runs.scorer.processes.decide
         for text in self._texts:
             base, source = self._pair(text)
-            own = first_order(self._runs, base, source, self._target, attr_target, self._foils)
+            own = decide(
+                partial(
+                    first_order, self._runs, base, source, self._target, attr_target, self._foils
+                )
+            )
             is_one = self._may_differ(text)
             summed = own if summed is None or summed.shape != own.shape else summed + own
             candidates = is_one if candidates is None else candidates | is_one
@@ -399,7 +428,8 @@ class _Trace:
 
     def _may_differ(self, text: Corruption) -> Tensor:
         """Cells that differ in both texts, bool ``(n_layers + 1, n_places)``."""
-        same = same_streams(self._runs.streams(self._clean), self._runs.streams(text))
+        streams = self._runs.streams(self._clean), self._runs.streams(text)
+        same = self._runs.scorer.processes.decide(partial(same_streams, *streams))
         # What comes before the first place that was changed knows nothing of it but rounding.
         same[:, : text.places[0]] = True
         differs = [~same[:, list(group)].all(-1) for group in self._groups]

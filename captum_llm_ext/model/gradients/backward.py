@@ -144,7 +144,7 @@ class ForwardPass:
 
 
 class Linear(NamedTuple):
-    """What a frozen model says of a single point, each ``(n_values,)``, float64 on the CPU.
+    """What a frozen model says of a point, ``(n_values,)`` if not said, float64 on the CPU.
 
     Attributes:
         values: The values.
@@ -152,12 +152,14 @@ class Linear(NamedTuple):
             is a logit or a difference of some, else its slope along the logits.
         sizes: How large logits are where the value comes from.
         constants: The share of biases, position tables and other constants.
+        shares: What each place adds, ``(n_values, length)``.
     """
 
     values: Tensor
     expected: Tensor
     sizes: Tensor
     constants: Tensor
+    shares: Tensor
 
 
 class _Passed(NamedTuple):
@@ -167,6 +169,18 @@ class _Passed(NamedTuple):
     logits: Tensor
     before_head: Tensor | None
     unit: Tensor | None
+
+
+def storage_of(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies in memory, and how many bytes there are; 0 if it has none of its own.
+
+    Quantised weights of torchao, as other wrappers, are made of tensors that have theirs.
+    """
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except RuntimeError:
+        return 0, 0
 
 
 class TargetGradients:
@@ -338,18 +352,22 @@ class TargetGradients:
             )
         if not values.requires_grad:
             raise ValueError(_NO_SHARE if self._is_frozen else _NO_GRADIENT)
-        products = torch.zeros(n_rows, self.n_values, length, dtype=dtype, device=points[0].device)
+        blank = torch.zeros(n_rows, self.n_values, length, dtype=dtype, device=points[0].device)
+        products, shares = blank.clone(), blank
         constants = torch.zeros(self.n_values, dtype=torch.float64, device="cpu")
         for start, (*gradients, of_unit) in self._way_back(passed, points):
             stop = start + len(of_unit)
             for gradient, factor in zip(gradients, factors, strict=True):
                 found = self._measured(gradient.to(dtype), factor).detach()
                 products[:, start:stop] += found.transpose(0, 1).to(products.device)
+                if self._is_frozen:
+                    found = (gradient.to(dtype) * factor).sum(-1).detach()
+                    shares[:, start:stop] += found.transpose(0, 1).to(shares.device)
             constants[start:stop] = of_unit.detach().double().cpu()
         if self._measure == "l2":
             products = products.sqrt()
         if self._is_frozen:
-            self.linear = self._linear(passed, constants)
+            self.linear = self._linear(passed, constants, shares[0])
         return products.double() if products.device.type == "cpu" else products.cpu().double()
 
     def _measured(self, gradient: Tensor, factor: Tensor) -> Tensor:
@@ -358,7 +376,7 @@ class TargetGradients:
             return gradient.abs().sum(-1)
         return (gradient.square() if self._measure == "l2" else gradient * factor).sum(-1)
 
-    def _linear(self, passed: _Passed, constants: Tensor) -> Linear:
+    def _linear(self, passed: _Passed, constants: Tensor, shares: Tensor) -> Linear:
         values, logits = passed.values, passed.logits
         wide = logits.detach().double()
         sizes = wide[0].square().mean(-1).sqrt().cpu()
@@ -372,7 +390,8 @@ class TargetGradients:
         else:  # each is made from the logits of its own place
             (slope,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
             expected = (slope.double() * wide).sum((0, 2)).cpu()
-        return Linear(values.detach()[0], expected, sizes, constants)
+        shares = shares.cpu().double()
+        return Linear(values.detach()[0], expected, sizes, constants, shares)
 
     def _way_back(
         self, passed: _Passed, points: list[Tensor]
@@ -430,13 +449,13 @@ class TargetGradients:
     @torch.enable_grad()
     def _try(self, points: list[Tensor]) -> None:
         """Finds out on one point how many fit, and whether the short ways back are right."""
-        own = {p.untyped_storage().data_ptr() for p in self._reader.model.parameters()}
+        own = {storage_of(parameter)[0] for parameter in self._reader.model.parameters()}
         kept: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+            start, n_bytes = storage_of(tensor)
+            if start not in own:
+                kept[start] = n_bytes
             return tensor
 
         points = [point.detach().requires_grad_() for point in points]

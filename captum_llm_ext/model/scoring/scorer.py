@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.base.seeded import reseeded, seeded
 from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked, explained
@@ -19,11 +18,12 @@ from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.passes import Around, Passes
 from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.forward.rows import TokenRow
-from captum_llm_ext.model.generation import continued
+from captum_llm_ext.model.generation import Generation
 from captum_llm_ext.model.identity import check_same
 from captum_llm_ext.model.probe import Findings, findings
 from captum_llm_ext.model.probe.noise import NoiseFloor
 from captum_llm_ext.model.processes.group import Processes
+from captum_llm_ext.model.scoring.answers import AnswerWriter
 from captum_llm_ext.model.scoring.batching import Batching, Reuse
 from captum_llm_ext.model.scoring.checkpoint import Journal
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
@@ -87,6 +87,12 @@ class Scorer:
         self.n_row_positions = 0
         sharing = reuse if reuse in ("copy", "lend") else "auto"
         self._passes = Passes(model, attr_target, self.device, sharing, around)
+        self._answers = AnswerWriter(
+            model,
+            self.device,
+            processes or Processes(),
+            lambda row: self._passes.extras(row, 0),
+        )
         self._batching = Batching(
             self._passes,
             max_rows=max_rows,
@@ -149,17 +155,42 @@ class Scorer:
         """
         if self._generated is not None:  # by the run that is gone on with
             return self._generated
-        ids = self._processes.decide(lambda: self._generate(row, gen_args, seed))
+        ids = self._processes.decide(lambda: self._answers.one(row, gen_args, seed))
         if self._journal is not None:
             self._journal.keep_target(ids)
         return ids
 
-    def _generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
-        ids = torch.tensor([row.ids], device=self.device, dtype=torch.int64)
-        extras = self._passes.extras(row, 0)
-        is_compiled = _compat.is_compiled(self.model)
-        with exclusive_use(self.model), reseeded(self.model, seed) if is_compiled else seeded(seed):
-            return continued(self.model, ids, {**extras, **gen_args}).cpu()
+    def generate_each(
+        self,
+        rows: Sequence[TokenRow],
+        generation: Generation,
+        seeds: Sequence[int],
+        tell: Callable[[int], None] = lambda _: None,
+    ) -> list[Tensor]:
+        """The token ids that the model continues each of several rows with, as each alone.
+
+        Rows of one length are answered at once where that changes nothing: not where the rows of
+        a batch change one another, nor, without sampling, in models whose values are rough.
+
+        Args:
+            rows: The prompts.
+            generation: How answers are written.
+            seeds: One per row, of what is sampled.
+            tell: Is told of how many answers are there more.
+
+        Returns:
+            Each ``(n_target,)``, int64 on the CPU; all processes get the same.
+
+        Raises:
+            ValueError: As of `generate`.
+        """
+        together = False
+        if generation.ends is not None and len(rows) > 1:
+            with exclusive_use(self.model):
+                found = self._look([TokenRow(r.ids, (len(r.ids) - 1,), r.extras) for r in rows])
+            is_sampled = generation.settings.get("do_sample") == "True"
+            together = found.shares and (is_sampled or not found.is_rough)
+        return self._answers.each(rows, generation, seeds, together=together, tell=tell)
 
     def check_length(self, length: int, what: str) -> None:
         """Refuses rows that are longer than the model's positions.
