@@ -21,13 +21,14 @@ def ground_truth_words(report: dict[str, Any]) -> str:
     """Means over all languages, with words as features."""
     rows = report["rows"]
     told: list[str] = []
+    most = max(sum(row["absence"] == one["absence"] for row in rows) for one in rows)
     for absence in dict.fromkeys(row["absence"] for row in rows):
         of = [row for row in rows if row["absence"] == absence]
         everything = mean(row["precision"] for row in of)
         content = mean(row["precision_content_words"] for row in of)
-        told.append(f"{absence} {everything:.2f} ({content:.2f})")
-    n = len(rows) // len(told)
-    told_of = f"on {n} made-up languages, also where words of a phrase tell one another"
+        fewer = f" on {len(of)} of them" * (len(of) < most)
+        told.append(f"{absence} {everything:.2f} ({content:.2f}){fewer}")
+    told_of = f"on {most} made-up languages, also where words of a phrase tell one another"
     return f"{told_of}: {'; '.join(told)}."
 
 
@@ -79,9 +80,10 @@ def real_causes(report: dict[str, Any]) -> str:
         for target in dict.fromkeys(row["attr_target"] for row in rows):
             of = {row["absence"]: row["all"] for row in rows if row["attr_target"] == target}
             value = "" if target == "log_prob" else f", {target}"
-            n = next(iter(of.values()))["n"]
+            n = min(row["n"] for row in of.values())
             columns[f"{MODELS[model['model']]}{value} ({n} prompts)"] = {
                 absence: f"{row['cause']:.2f} ({row['interval'][0]:.2f}–{row['interval'][1]:.2f})"
+                + f" of {row['n']}" * (row["n"] != n)
                 for absence, row in of.items()
             }
     absences = dict.fromkeys(absence for cells in columns.values() for absence in cells)

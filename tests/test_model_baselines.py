@@ -112,14 +112,10 @@ def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo, prompt,
 
     whole = ids_of(prompt)
     kind = [answer, *alike(whole, 128)]
-    follow = []
-    while len(follow) < 2:
-        follow.append(int(log_probs([*whole, answer, *follow]).argmax()))
+    follows = int(log_probs([*whole, answer]).argmax())
 
     def followed(ids, word):
-        return sum(
-            float(log_probs([*ids, word, *follow[:i]])[token]) for i, token in enumerate(follow)
-        )
+        return float(log_probs([*ids, word])[follows])
 
     most = followed(whole, answer)
 

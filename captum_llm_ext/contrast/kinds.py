@@ -21,7 +21,8 @@ _TOKENS = 8
 # with words of a kind ("late because she", "late for work"), and differ in what follows these.
 _NEAR = 5
 _NEAR_WORDS = 6
-_FOLLOWING = 2
+# One token: later ones say what the answer says ("right" is said again), not what it does there.
+_FOLLOWING = 1
 
 Ids = tuple[int, ...]
 
