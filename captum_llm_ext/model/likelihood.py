@@ -289,22 +289,8 @@ class Likelihood:
         return self._pieces[token]
 
     def _ids(self, text: str) -> list[int]:
-        ids = list(tokens.encode(self._tokenizer, text).ids)
-        start = tokens.start_id(self._tokenizer)
-        # The first token has no probability; with BOS or the like before it, every word has one.
-        if start is None or ids[:1] == [start]:
-            return ids
-        return [start, *self._line_break, *ids]
-
-    @cached_property
-    def _line_break(self) -> Sequence[int]:
-        """What stands between a text and a start token that its tokenizer does not give it.
-
-        Such a token begins a document to few models, in a chat something else: after it alone the
-        first words of a text are guessed at random. They come after a line break to all of them.
-        """
-        ids = tokens.encode(self._tokenizer, "\n").ids
-        return ids if tokens.decode(self._tokenizer, ids) == "\n" else ()
+        ids = tokens.encode(self._tokenizer, text).ids
+        return list(tokens.after_start(self._tokenizer, ids))
 
     def _sums(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Log-probability of each row, ``(n_rows,)``."""

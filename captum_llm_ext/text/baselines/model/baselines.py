@@ -49,11 +49,12 @@ class ModelBaselines:
     What comes after is the answer, of which the draw knows *what kinds of words* it begins with,
     and not which: a candidate is as likely as the text before makes it, times how likely it makes a
     word of that kind next (the token that was written or one of the 128 likeliest that are written
-    alike, for each of the first 8 tokens). Where it stands among the last 5 tokens, also times how
-    likely it makes what follows the answer's first word, if another word of the kind is written
-    there: "she left because" and "she left for" both go on with a word, and of these "he" goes on
-    with "was tired" and "work" does not. What grammar determines is not blamed, what decides
-    between words that do the same is.
+    alike, for each of the first 8 tokens). Where it is among the last 5 tokens, also times how
+    likely what follows the answer's first word is after other words of the kind, those that the
+    text with the candidate in place makes likeliest: "she left because" and "she left for" both go
+    on with a word, but "he" goes on with "was", and "work" does not. What grammar determines is not
+    blamed, what decides between words that do the same there is.
+
     So weighed are words and phrases, the 64 before the answer; not features of many words,
     generated text (what follows it was written because of it), or prompts of models behind an API.
 
