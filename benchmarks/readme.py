@@ -78,12 +78,17 @@ def real_causes(report: dict[str, Any]) -> str:
     for model in report["models"]:
         rows = [row for row in model["rows"] if row["method"] == "leave-one-out"]
         for target in dict.fromkeys(row["attr_target"] for row in rows):
-            of = {row["absence"]: row["all"] for row in rows if row["attr_target"] == target}
+            of = {
+                row["absence"]: row["all"] | {"few": row.get("n_foils") == [8]}
+                for row in rows
+                if row["attr_target"] == target
+            }
             value = "" if target == "log_prob" else f", {target}"
             n = min(row["n"] for row in of.values())
             columns[f"{MODELS[model['model']]}{value} ({n} prompts)"] = {
                 absence: f"{row['cause']:.2f} ({row['interval'][0]:.2f}–{row['interval'][1]:.2f})"
                 + f" of {row['n']}" * (row["n"] != n)
+                + " (8 foils)" * row["few"]
                 for absence, row in of.items()
             }
     absences = dict.fromkeys(absence for cells in columns.values() for absence in cells)
