@@ -72,6 +72,10 @@ def throughput(report: dict[str, Any]) -> str:
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 
 
+# What a reader has to know of who made what with which prompts.
+SEEN = {"`ModelBaselines`": ", what it had missed looked at"}
+
+
 def real_causes(report: dict[str, Any]) -> str:
     """A column per model and value, by leave-one-out, with 95 % intervals."""
     columns: dict[str, dict[str, str]] = {}
@@ -94,7 +98,8 @@ def real_causes(report: dict[str, Any]) -> str:
     absences = dict.fromkeys(absence for cells in columns.values() for absence in cells)
     lines = [f"| absent means | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     lines += [
-        f"| {absence} | {' | '.join(cells.get(absence, '') for cells in columns.values())} |"
+        f"| {absence}{SEEN.get(absence, '')} | "
+        f"{' | '.join(cells.get(absence, '') for cells in columns.values())} |"
         for absence in absences
     ]
     return "\n".join(lines)
