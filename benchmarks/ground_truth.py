@@ -4,7 +4,7 @@ A tiny model that has learnt the fact grammar continues biographies. For each co
 writes, the grammar knows the k words of the prompt or of the earlier output that decided it. The
 k features with the largest attributions are held against them.
 
-    python benchmarks/ground_truth.py [--unit word | --inside] [--documents 20] [--out FILE]
+    python benchmarks/ground_truth.py [--unit word | --inside] [--documents 20] [--absence NAME]
 
 `--inside` has methods that look into the model, beside the strongest of those that do not, once
 with punctuation in the feature of the word it stands beside, once apart. The place where a token is
@@ -316,14 +316,16 @@ def table(
     unit: Cut = "slot",
     methods: Sequence[str] = tuple(METHODS),
     left_out: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """One row per method and absence."""
+    """One row per method and absence, or of some absences alone."""
     model, tokenizer = load(folder(varied, words))
     grammar = Grammar(varied, VOCABULARIES[words])
     given = documents(n, seed, grammar)
     rows: list[dict[str, Any]] = []
     for name, absence in absences(grammar, corpus(folder(varied, words)), unit).items():
-        for method in methods if name not in left_out else ():
+        is_asked = name not in left_out and (not only or name in only)
+        for method in methods if is_asked else ():
             results = [attribute(model, tokenizer, d, method, absence, unit) for d in given]
             rows.append(
                 {
@@ -394,7 +396,8 @@ def renewed(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """A report with some of its rows measured anew, in the order that it had, or added."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[name] for name in ("grammar", "layers", "unit", "method", "absence"))
+        by = ("grammar", "words", "layers", "unit", "method", "absence")
+        return tuple(row.get(name) for name in by)
 
     new = {key(row): row for row in report["rows"]}
     rows = [new.pop(key(row), row) for row in before["rows"]] + list(new.values())
@@ -416,9 +419,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=WHITE_BOX,
         help="only these methods of --inside; the other rows are kept as they are",
     )
+    parser.add_argument("--grammar", choices=["rigid", "varied"], help="by default both")
     parser.add_argument(
-        "--grammar", choices=["rigid", "varied"], help="of --inside, by default both"
+        "--absence",
+        action="append",
+        default=[],
+        help="only these, not of --inside; the other rows are kept as they are",
     )
+    parser.add_argument("--words", action="append", choices=VOCABULARIES, help="of --unit word")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -427,9 +435,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     few = {"methods": ["leave-one-out"], "left_out": NOT_OF_WORDS} if by_word else {}
     rows = [
         row
-        for words in (VOCABULARIES if by_word else [Recipe.words])
+        for words in (arguments.words or VOCABULARIES if by_word else [Recipe.words])
         for varied in (() if arguments.inside else (False, True))
-        for row in table(n, seed, varied=varied, words=words, unit=arguments.unit, **few)
+        if arguments.grammar in (None, "varied" if varied else "rigid")
+        for row in table(
+            n,
+            seed,
+            varied=varied,
+            words=words,
+            unit=arguments.unit,
+            only=arguments.absence,
+            **few,
+        )
     ]
     name = "ground_truth_words" if by_word else "ground_truth"
     if arguments.inside:
@@ -446,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
     out = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
     report = {**environment(seed=seed), "documents": n, "rows": rows}
-    if arguments.again:
+    if arguments.again or arguments.absence:
         report = renewed(json.loads(out.read_text(encoding="utf-8")), report)
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Absence by the model's own distribution, held against plain forward passes of the model."""
 
+import math
 import pickle
 import random
 import re
@@ -82,26 +83,55 @@ def test_draws_are_of_the_models_own_distribution(demo, word):
     assert all(text.endswith(mark) for text in found)
 
 
-def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo):
-    """Each candidate by how likely a word like the answer comes after it: plain forward passes."""
+@pytest.mark.parametrize(
+    ("prompt", "said", "pattern"),
+    [
+        # Nobody's interest: how likely such a word is depends on all that stands before.
+        (PROMPT, " Palm", "Ġ[A-Z]([a-z].*)?"),
+        ("Dave lives in Palm Coast, FL", " and", "Ġ[a-z].*"),
+        ("Dave lives in Palm Coast, FL and is a lawyer. He", " lives", "Ġ[a-z].*"),
+    ],
+)
+def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo, prompt, said, pattern):
+    """Each candidate by how likely a word like the answer comes after it, and close to the answer
+    by what follows such a word: plain forward passes."""
     model, tokenizer = demo
-    # Nobody's interest: how likely such a word is depends on all that stands before.
-    [answer] = tokenizer.encode(" Palm", add_special_tokens=False)
+    [answer] = tokenizer.encode(said, add_special_tokens=False)
 
-    def log_probs(text):
+    def ids_of(text):
+        return tokenizer(text)["input_ids"]
+
+    def log_probs(ids):
         with torch.no_grad():
-            return model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1].double()
+            return model(torch.tensor([ids])).logits[0, -1].double().log_softmax(0)
 
-    likeliest = log_probs(PROMPT).argsort(descending=True).tolist()
-    pieces = {i: tokenizer.convert_ids_to_tokens(i) for i in likeliest}
-    alike = [i for i in likeliest if re.fullmatch("Ġ[A-Z]([a-z].*)?", pieces[i]) and i != answer][
-        :128
-    ]
+    def alike(ids, n):
+        likeliest = log_probs(ids).argsort(descending=True).tolist()
+        pieces = {i: tokenizer.convert_ids_to_tokens(i) for i in likeliest}
+        return [i for i in likeliest if re.fullmatch(pattern, pieces[i]) and i != answer][:n]
 
-    inp = words(PROMPT, tokenizer, ModelBaselines())
+    whole = ids_of(prompt)
+    kind = [answer, *alike(whole, 128)]
+    follows = int(log_probs([*whole, answer]).argmax())
+
+    def followed(ids, word):
+        return float(log_probs([*ids, word])[follows])
+
+    most = followed(whole, answer)
+
+    def goes_on(ids):
+        own = [answer, *alike(ids, 6)]
+        chances = log_probs(ids)[own].softmax(0)
+        return sum(
+            float(chance) * math.exp(min(followed(ids, word), most))
+            for chance, word in zip(chances, own, strict=True)
+        )
+
+    inp = words(prompt, tokenizer, ModelBaselines())
     before = bound(demo).matches(inp)
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     result = attribution.attribute(inp, torch.tensor([answer]), output_unit=None)
+    n_close = 0
     for name, slot, old, new in zip(
         inp.names, inp.slots, before, result.provenance["matches"]["prompt"], strict=True
     ):
@@ -109,19 +139,19 @@ def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo):
         if len(old.candidates) < 2 or name.strip() in ("Palm", "Coast,"):
             continue
         core = name.strip(" .,")
-        expected = {
-            text: share
-            * float(
-                log_probs(
-                    PROMPT[: slot.start] + slot.text.replace(core, text) + PROMPT[slot.stop :]
-                )
-                .softmax(0)[[answer, *alike]]
-                .sum()
+        expected = {}
+        for text, share in old.candidates:
+            ids = ids_of(prompt[: slot.start] + slot.text.replace(core, text) + prompt[slot.stop :])
+            expected[text] = share * float(log_probs(ids).exp()[kind].sum())
+            first = next(
+                (i for i, token in enumerate(whole) if ids[i : i + 1] != [token]), len(whole)
             )
-            for text, share in old.candidates
-        }
+            if first >= len(whole) - 5 and text != core:
+                expected[text] *= min(1.0, goes_on(ids) / goes_on(whole))
+                n_close += 1
         total = sum(expected.values())
         assert own == pytest.approx({t: e / total for t, e in expected.items()}, abs=1e-4)
+    assert n_close or prompt == PROMPT
 
 
 def test_what_is_weighed_once_is_not_weighed_again(demo):

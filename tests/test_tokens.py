@@ -4,6 +4,7 @@ import tiny
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from captum_llm_ext.text import tokens
 
@@ -134,3 +135,15 @@ def test_tokenizers_that_decode_to_names_of_tokens_are_shown_as_others(text):
     assert not any("▁" in name or "<0x" in name for name in names)
     start = inner.encode("a", add_special_tokens=False)
     assert tokens.labels(shown, ids, start) == tokens.labels(inner, ids, start)
+
+
+def test_a_text_without_a_start_of_its_own_comes_after_a_line_break():
+    own = tiny.byte_level()
+    ids = own.encode("Dave lives")
+    assert list(tokens.after_start(own, ids)) == ids
+    other = tiny.byte_level()
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    ids = other.encode("Dave lives")
+    start, *rest = tokens.after_start(other, ids)
+    assert start == other.bos_token_id
+    assert own.decode(rest) == "\nDave lives"

@@ -17,6 +17,7 @@ from environment import environment
 from captum_llm_ext import (
     AttentionRollout,
     AttentionWeights,
+    Contrast,
     CorpusBaselines,
     Deletion,
     EquivalentLinearSystem,
@@ -208,6 +209,7 @@ class Measured:
             "evaluations": max(result.n_evaluations for result in results.values()),
             "cost": asdict(cost),
             "replacements": _told(getattr(baselines, "bound", baselines), inp),
+            "n_foils": Contrast().n_foils,
             "commit": environment(seed=0)["commit"],
         }
 

@@ -66,7 +66,8 @@ def _taking_turns(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 _LINES = Path(__file__).with_name("prompts.jsonl").read_text(encoding="utf-8").splitlines()
 _RECORDS = [json.loads(line) for line in _LINES]
-# Looked at while baselines were made, and not looked at: those decided nothing.
+# Looked at while baselines were made, and not: of those only the ones that `ModelBaselines` of
+# 2026-11-29 missed were, for what absent words just before an answer are drawn by.
 HALVES = {
     half: _taking_turns([_read(record) for record in _RECORDS if record["half"] == half])
     for half in ("looked at", "not looked at")

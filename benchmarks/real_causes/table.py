@@ -23,7 +23,7 @@ def row(found: Found, target: str) -> dict[str, Any]:
         Per half and of all: the number of prompts; the share whose strongest word is the cause,
         with its interval; with the word that selects the cause; among content words only. Then
         what each prompt's strongest word is, with ``C`` for a cause, ``s`` for a selector; the same
-        of content words; and means per prompt of what it costs.
+        of content words; means per prompt of what it costs; and how many foils a contrast had.
     """
     everything = [one for of in found.values() for one in of]
     runs = [run for _, run in everything]
@@ -39,6 +39,8 @@ def row(found: Found, target: str) -> dict[str, Any]:
         "verdicts": {half: _letters(of) for half, of in named.items()},
         "verdicts_content": {half: _letters(of) for half, of in content.items()},
         "mean_cost": {"evaluations": sum(run["evaluations"] for run in runs) / n, **costs},
+        # Of runs before that was told, eight.
+        "n_foils": sorted({run.get("n_foils", 8) for run in runs}) if target == "contrast" else [],
         "commits": sorted({run["commit"] for run in runs if run["commit"]}),
     }
 

@@ -6,7 +6,8 @@ from typing import Any, cast
 
 from captum_llm_ext.base.arguments import at_least_one, check_attr_target
 
-N_FOILS = 8
+# On 40 natural prompts whose cause is known, 12 to 24 name four or five more causes than 8.
+N_FOILS = 16
 Foil = int | str
 _NONE = -1  # of a result's foils, where a token has fewer
 

@@ -8,6 +8,7 @@ import torch
 
 from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.contrast.contrast import Contrast
+from captum_llm_ext.contrast.following import ahead
 from captum_llm_ext.model import RowScorer, TokenRow
 
 # Candidates per foil, and tokens after the place that they are weighed by: on 35 natural prompts
@@ -49,9 +50,9 @@ def found(
     n_rows = 0
     # What is not text is read with every row anew.
     if weighed and model.reads_on and scene.full.extras is None:
-        ahead = _ahead(scene, model)
+        written = ahead(scene, model, _AHEAD)
         for start in range(0, len(weighed), _AT_ONCE):
-            n_rows += _weigh(weighed[start : start + _AT_ONCE], candidates, scene, ahead, model)
+            n_rows += _weigh(weighed[start : start + _AT_ONCE], candidates, scene, written, model)
     ids = {t: tuple(_best(candidates[t])[: contrast.n_foils]) for t in own}
     about = {
         "foils": "found",
@@ -107,29 +108,15 @@ def _of_kind(guesses: Guesses, t: int, n_foils: int, scene: FoilContext) -> Gues
     return {}
 
 
-def _ahead(scene: FoilContext, model: RowScorer) -> tuple[int, ...]:
-    """What the model writes behind the target, up to the token that ends it."""
-    ids = scene.full.ids + scene.target
-    written: tuple[int, ...] = ()
-    while len(written) < _AHEAD and not scene.is_special(ids[-1]):
-        try:  # a foil is read with what follows it
-            model.check_length(len(ids) + 1, "what follows the target")
-        except ValueError:
-            break
-        _, likeliest = model.likeliest(TokenRow(ids, (len(ids) - 1,)), 1)
-        ids, written = (*ids, int(likeliest[0, 0])), (*written, int(likeliest[0, 0]))
-    return written
-
-
 def _weigh(
     wanted: Sequence[int],
     candidates: dict[int, Guesses],
     scene: FoilContext,
-    ahead: Sequence[int],
+    written: Sequence[int],
     model: RowScorer,
 ) -> int:
     """Adds to candidates what they make of the tokens after them; how many rows that took."""
-    said = (*scene.target, *ahead)
+    said = (*scene.target, *written)
     first, last = wanted[0] + 1, min(wanted[-1] + 1 + _AHEAD, len(said))
     rows: dict[tuple[int, int], TokenRow] = {}
     for t in wanted:

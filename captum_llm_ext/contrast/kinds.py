@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.contrast.context import FoilContext
+from captum_llm_ext.contrast.following import Following
 from captum_llm_ext.model import RowScorer, TokenRow
 
 # Words of a kind that stand for all of it: on natural prompts whose cause is known 64 to 256 name
@@ -16,6 +17,13 @@ _LOOKED_AT = 1024  # of the likeliest tokens
 # Later tokens follow from those before them, whatever the prompt was.
 _TOKENS = 8
 
+# What stands so many tokens before the answer decides its grammar. There two texts may both go on
+# with words of a kind ("late because she", "late for work"), and differ in what follows these.
+_NEAR = 5
+_NEAR_WORDS = 6
+# One token: later ones say what the answer says ("right" is said again), not what it does there.
+_FOLLOWING = 1
+
 Ids = tuple[int, ...]
 
 
@@ -23,7 +31,9 @@ class AnswerKinds:
     """How likely words of an answer's kinds follow prompts, in its first places.
 
     A kind is a token and the likeliest others that are written alike (with a space before, or a
-    capital first) where the prompt is whole.
+    capital first) where the prompt is whole. A prompt that is another one just before the answer
+    is asked, too, how likely what follows the answer's first word is after those of its own words
+    of that kind: they have to do what that word does there.
 
     Args:
         scene: The prompt and the answer.
@@ -49,7 +59,31 @@ class AnswerKinds:
         if rows:
             own, others = self._model.values([*rows.values()], target, foils).split(len(at), dim=1)
             found = dict(zip(rows, own.logaddexp(others).sum(1).tolist(), strict=True))
+            for ids, gain in self._followed([*found]).items():
+                found[ids] += gain
         return [found.get(ids, float("nan")) for ids in prompts]
+
+    def _followed(self, prompts: Sequence[Ids]) -> dict[Ids, float]:
+        """What those that are other ones near the answer lose by what follows its first word."""
+        whole = self._scene.full.ids
+        near = [
+            ids for ids in prompts if ids != whole and _n_common(ids, whole) >= len(whole) - _NEAR
+        ]
+        if not near or not self._model.reads_on:
+            return {}
+        own, *others = self._following([whole, *near])
+        return {ids: min(other - own, 0.0) for ids, other in zip(near, others, strict=True)}
+
+    @cached_property
+    def _following(self) -> Following:
+        return Following(
+            self._scene,
+            self._model,
+            self._kinds[0][0],
+            n_words=_NEAR_WORDS,
+            n_looked=_LOOKED_AT,
+            n_tokens=_FOLLOWING,
+        )
 
     @cached_property
     def _kinds(self) -> tuple[list[int], Tensor]:
@@ -75,3 +109,9 @@ class AnswerKinds:
         except ValueError:
             return False
         return True
+
+
+def _n_common(one: Ids, other: Ids) -> int:
+    """How many ids both begin with."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -289,10 +289,8 @@ class Likelihood:
         return self._pieces[token]
 
     def _ids(self, text: str) -> list[int]:
-        ids = list(tokens.encode(self._tokenizer, text).ids)
-        start = tokens.start_id(self._tokenizer)
-        # The first token has no probability; with BOS or the like before it, every word has one.
-        return ids if start is None or ids[:1] == [start] else [start, *ids]
+        ids = tokens.encode(self._tokenizer, text).ids
+        return list(tokens.after_start(self._tokenizer, ids))
 
     def _sums(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Log-probability of each row, ``(n_rows,)``."""

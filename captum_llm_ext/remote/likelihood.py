@@ -81,10 +81,7 @@ class RemoteLikelihood:
         return as_proposer(proposer, self._tokenizer)
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        ids = tokens.encode(self._tokenizer, text).ids
-        # The first token has no probability; with BOS or the like before it, every word has one.
-        start = tokens.start_id(self._tokenizer)
-        return ids if start is None or ids[:1] == (start,) else (start, *ids)
+        return tokens.after_start(self._tokenizer, tokens.encode(self._tokenizer, text).ids)
 
     def _refuse(self, what: str, who: str, instead: str = "") -> NoReturn:
         raise ValueError(_NO_MODEL.format(what=what, who=who, instead=instead))

@@ -293,6 +293,21 @@ def start_id(tokenizer: Any) -> int | None:
     return None
 
 
+def after_start(tokenizer: Any, ids: Sequence[int]) -> tuple[int, ...]:
+    """Ids of a text of which every word is to have a probability: there is something before it.
+
+    What a tokenizer puts there itself is enough. A start token that it does not begins a document
+    to few models, in a chat something else: after it alone the first words of a text are guessed
+    at random. After a line break they come to all of them.
+    """
+    start = start_id(tokenizer)
+    if start is None or tuple(ids[:1]) == (start,):
+        return tuple(ids)
+    line_break = encode(tokenizer, "\n").ids
+    is_one = decode(tokenizer, line_break) == "\n"
+    return (start, *(line_break if is_one else ()), *ids)
+
+
 def common_prefix_length(one: str, other: str) -> int:
     """Number of characters that two texts begin with alike."""
     if one.startswith(other):  # the usual case of texts decoded token by token

@@ -49,8 +49,12 @@ class ModelBaselines:
     What comes after is the answer, of which the draw knows *what kinds of words* it begins with,
     and not which: a candidate is as likely as the text before makes it, times how likely it makes a
     word of that kind next (the token that was written or one of the 128 likeliest that are written
-    alike, for each of the first 8 tokens). After "she left because" comes a pronoun, after "she
-    left with" none: what grammar determines is not blamed, what decides between words of a kind is.
+    alike, for each of the first 8 tokens). Where it is among the last 5 tokens, also times how
+    likely what follows the answer's first word is after other words of the kind, those that the
+    text with the candidate in place makes likeliest: "she left because" and "she left for" both go
+    on with a word, but "he" goes on with "was", and "work" does not. What grammar determines is not
+    blamed, what decides between words that do the same there is.
+
     So weighed are words and phrases, the 64 before the answer; not features of many words,
     generated text (what follows it was written because of it), or prompts of models behind an API.
 
@@ -66,9 +70,9 @@ class ModelBaselines:
     after its city) are drawn as one text, left to right, where both are absent.
 
     The search takes one pass over the text for the candidates of all places, a few short ones more,
-    each for all places at once, and one of the prompt per candidate for the answer's kinds,
-    together about what the evaluations of leave-one-out take. It is done once for a text and an
-    answer.
+    each for all places at once, one of the prompt per candidate for the answer's kinds, and seven
+    more for candidates close to the answer, together about what the evaluations of leave-one-out
+    take. It is done once for a text and an answer.
 
     Args:
         proposer: The model that is asked, if it is not the one under explanation: ``(model,

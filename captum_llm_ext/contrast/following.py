@@ -1,0 +1,106 @@
+"""What comes after a word of the answer: it tells what sort of word could have stood there."""
+
+from collections.abc import Sequence
+
+import torch
+
+from captum_llm_ext.contrast.context import FoilContext
+from captum_llm_ext.model import RowScorer, TokenRow
+
+Ids = tuple[int, ...]
+
+
+def ahead(scene: FoilContext, model: RowScorer, n: int) -> Ids:
+    """What the model writes behind the target, at most `n` tokens, up to one that ends it."""
+    ids = scene.full.ids + scene.target
+    written: Ids = ()
+    while len(written) < n and not scene.is_special(ids[-1]):
+        try:  # a foil is read with what follows it
+            model.check_length(len(ids) + 1, "what follows the target")
+        except ValueError:
+            break
+        _, likeliest = model.likeliest(TokenRow(ids, (len(ids) - 1,)), 1)
+        ids, written = (*ids, int(likeliest[0, 0])), (*written, int(likeliest[0, 0]))
+    return written
+
+
+class Following:
+    """How likely what follows a word of the answer is, where that word is not known.
+
+    Args:
+        scene: The prompt and the answer.
+        model: Is asked.
+        t: The number of the word's first token.
+        n_words: Words that each prompt itself makes likeliest, of the answer's kind, which may
+            stand there beside the answer's own.
+        n_looked: Of so many of the likeliest tokens it is looked up what they are.
+        n_tokens: That follow the word are looked at.
+    """
+
+    def __init__(
+        self,
+        scene: FoilContext,
+        model: RowScorer,
+        t: int,
+        *,
+        n_words: int,
+        n_looked: int,
+        n_tokens: int,
+    ) -> None:
+        self._scene, self._model, self._t = scene, model, t
+        self._n_words, self._n_looked = n_words, n_looked
+        later = range(t + 1, len(scene.target))
+        stop = next((i for i in later if not scene.goes_on(i)), len(scene.target))
+        said = scene.target[stop : stop + n_tokens]
+        if len(said) < n_tokens:
+            said += ahead(scene, model, n_tokens - len(said))
+        self._word, self._said = scene.target[t:stop], said
+
+    def __call__(self, prompts: Sequence[Ids]) -> list[float]:
+        """The log-probability of what follows after each prompt, a word of the kind being between.
+
+        That is the mean over such words, as likely as the prompt makes each. After none it is
+        taken to be likelier than after the answer's own in the whole prompt: what follows was
+        written because of that one.
+        """
+        if not self._said:
+            return [0.0] * len(prompts)
+        whole = self._scene.full.ids
+        words = {ids: self._likeliest(ids) for ids in dict.fromkeys(prompts)}
+        asked = dict.fromkeys((ids, word) for ids, own in words.items() for word in own)
+        asked[whole, self._word] = None
+        found = dict(zip(asked, self._log_probs([*asked]), strict=True))
+        most = found[whole, self._word]
+        means: dict[Ids, float] = {}
+        for ids, own in words.items():
+            follow = [min(found[ids, word], most) for word in own]
+            chances = torch.tensor([*own.values()], dtype=torch.float64, device="cpu")
+            joint = chances + torch.tensor(follow, dtype=torch.float64, device="cpu")
+            means[ids] = float(joint.logsumexp(0) - chances.logsumexp(0))
+        return [means[ids] for ids in prompts]
+
+    def _likeliest(self, prompt: Ids) -> dict[Ids, float]:
+        """Words of the kind after a prompt, the answer's own among them: their log-probability."""
+        scene, t = self._scene, self._t
+        ids = (*prompt, *scene.target[:t])
+        log_probs, tokens = self._model.likeliest(TokenRow(ids, (len(ids) - 1,)), self._n_looked)
+        found: dict[Ids, float] = {}
+        for log_prob, token in zip(log_probs[0].tolist(), tokens[0].tolist(), strict=True):
+            if token == scene.target[t]:
+                found[self._word] = log_prob
+            elif len(found) - (self._word in found) < self._n_words and scene.fits(token, t):
+                found[(token,)] = log_prob
+        return found
+
+    def _log_probs(self, asked: Sequence[tuple[Ids, Ids]]) -> list[float]:
+        """Of what follows, after prompts and words."""
+        before, said = self._scene.target[: self._t], self._said
+        rows = [
+            TokenRow(
+                (*prompt, *before, *word, *said[:-1]),
+                range(n := len(prompt) + len(before) + len(word) - 1, n + len(said)),
+            )
+            for prompt, word in asked
+        ]
+        target = torch.tensor(said, dtype=torch.int64, device="cpu")
+        return self._model.values(rows, target).sum(1).tolist()
