@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _LONGEST_NAME = 24
 _LEAST_SHOWN = 0.005
+_DIGITS = 5  # significant digits of what a page is given
 _ARROW = "  ⇐  "
 Paint = Callable[[str, str], str]
 
@@ -237,6 +238,32 @@ class TotalAttribution:
         prompt[t], output[t] = edges.prompt[-1], edges.output[-1]
         return prompt, output
 
+    def links(self) -> dict[str, Any]:
+        """What chains are made of, as plain data: all that a page follows.
+
+        Returns:
+            ``tokens``: per target token the prompt's parts that led to it, their shares, the
+            features of the output that did, and theirs. ``features``: the same per feature of the
+            output, None where each of them is one token. ``strength`` per token; ``negative`` and
+            ``uncertain``: shares of the attributions' sizes that were left out of the whole answer.
+        """
+        tokens, features = _sparse(self._tokens), _sparse(self._features)
+        rows = [
+            row
+            for row, feature in zip(tokens, self._feature_of, strict=True)
+            if feature is not None
+        ]
+        owned = [feature for feature in self._feature_of if feature is not None]
+        is_per_token = owned == list(range(len(features))) and rows == features
+        sizes = self.strength.clamp_min(0)
+        return {
+            "tokens": tokens,
+            "features": None if is_per_token else features,
+            "strength": [_short(x) for x in self.strength.tolist()],
+            "negative": _mean(self.negative, sizes),
+            "uncertain": _mean(self.uncertain, sizes),
+        }
+
     def plot(self, show: bool = False, *, ax: "Axes | None" = None) -> "Drawing":
         """A heat map of the shares: a row per target token, the prompt left, the answer right.
 
@@ -369,6 +396,23 @@ class TotalAttribution:
         if len(found) != 1:
             raise ValueError(f"{len(found)} target tokens are {token!r}: give the position.")
         return found[0]
+
+
+def _sparse(influence: Influence) -> list[list[list[Any]]]:
+    """Per row the columns of its shares and these, of the prompt and of the output."""
+    found: list[list[list[Any]]] = []
+    for row in zip(influence.prompt, influence.output, strict=True):
+        kept = [own.nonzero()[:, 0] for own in row]
+        told = [
+            (at.tolist(), [_short(x) for x in own[at].tolist()])
+            for own, at in zip(row, kept, strict=True)
+        ]
+        found.append([held for pair in told for held in pair])
+    return found
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.{_DIGITS}g}")
 
 
 def _mean(shares: Tensor, weights: Tensor) -> float:
