@@ -7,8 +7,8 @@ They hold numbers and text, no weights. `--model` may name a folder with a check
 shows what the model says and attributes nothing.
 
 The prompts are four kinds that people explain, in float32, one seed. The evaluations are a rule and
-not a choice made on the results: 64 for each feature of prompt and answer, four times the default,
-and the default of 16 for the long summary.
+not a choice made on these results: 32 for each feature of prompt and answer, twice the default, and
+8 for the long summary.
 """
 
 import argparse
@@ -90,19 +90,19 @@ def prompts(tokenizer: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     return {
         "rag": (
             ChatInput(ask, tokenizer, units[:2], baselines="delete"),
-            {"gen_args": {"max_new_tokens": 28}, "n_samples": 64 * 28, "output_unit": "word"},
+            {"gen_args": {"max_new_tokens": 28}, "n_samples": 32 * 28, "output_unit": "word"},
         ),
         "chat": (
             ChatInput(CHAT, tokenizer, ("turn", "word"), baselines="delete"),
-            {"gen_args": {"max_new_tokens": 6}, "n_samples": 64 * 38},
+            {"gen_args": {"max_new_tokens": 6}, "n_samples": 32 * 38},
         ),
         "few_shot": (
             TextSegmentInput(REVIEWS, tokenizer, units[::2], baselines=ModelBaselines()),
-            {"gen_args": {"max_new_tokens": 1}, "n_samples": 64 * 50},
+            {"gen_args": {"max_new_tokens": 1}, "n_samples": 32 * 50},
         ),
         "summary": (
             ChatInput(tell, tokenizer, units[:2], baselines="delete"),
-            {"gen_args": {"max_new_tokens": 64}, "n_samples": 16 * 79},
+            {"gen_args": {"max_new_tokens": 64}, "n_samples": 8 * 79},
         ),
     }
 

@@ -284,6 +284,7 @@ class TotalAttribution:
             output_labels=self.output_tokens,
             output_features=self._feature_of if self.output_names else None,
             is_unsigned=True,
+            has_common_scale=True,
             ax=ax,
             show=show,
             title=None,
