@@ -212,7 +212,7 @@ def test_what_would_have_changed_a_token_is_said_of_it_and_of_the_whole(view):  
     box = page.locator("#counterfactuals")
     text = box.inner_text().replace("\u00a0", " ")
     assert "With “q1” in place of “p1” and nothing in place of “p4”" in text
-    assert "(50% of the texts that were tried there do it)" in text
+    assert "(50 % of the texts tried there do it)" in text
     assert "“t9” (82 %) is likelier than “t2” (5 %, was 90 %); neither alone does it" in text
     assert "The answer then: " in text
     assert "t0 t1 t9" in text
@@ -226,6 +226,11 @@ def test_what_would_have_changed_a_token_is_said_of_it_and_of_the_whole(view):  
     assert "“q1”" in box.inner_text()
     prompt(page, 0).click()
     assert "“q1”" not in box.inner_text()
+
+
+def test_shares_near_one_are_written_as_people_do():
+    text = html.page(example(counterfactuals=[change(values=[-1e-4, -3.0, -2e-3])]))
+    assert "“t9” (100 %) is likelier than “t2” (5 %, was 100 %)" in text
 
 
 def test_a_page_without_any_speaks_of_none(view):  # noqa: F811

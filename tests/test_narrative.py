@@ -278,3 +278,14 @@ def test_json_has_causes_in_two_blocks(summary):
     own = frame[frame.source == "prompt"]
     assert own.feature_name.nunique() == n_prompt
     assert frame.marked.sum() == int(summary.marked.sum())
+
+
+def test_shares_near_one_are_written_as_people_do():
+    from captum_llm_ext.result.narrative import _percent
+
+    assert [_percent(share) for share in (0.9996, 0.996, 0.123, 5e-5)] == [
+        "100 %",
+        "100 %",
+        "12 %",
+        "less than 0.01 %",
+    ]

@@ -46,7 +46,7 @@ def _sentence(one: Mapping[str, Any]) -> str:
     )
     before, now, new = (_percent(value) for value in one["values"])
     share = float(one["share_of_draws"])
-    often = "" if share >= 1 else f" ({share:.0%} of the texts that were tried there do it)"
+    often = "" if share >= 1 else f" ({100 * share:.0f} % of the texts tried there do it)"
     many = len(one["features"]) > 1
     least = ""
     if many:
@@ -60,7 +60,7 @@ def _sentence(one: Mapping[str, Any]) -> str:
 
 def _percent(log_prob: float) -> str:
     share = math.exp(min(log_prob, 0.0))
-    return "<0.01 %" if share < 1e-4 else f"{100 * share:.2g} %"
+    return "<0.01 %" if share < 1e-4 else f"{float(f'{100 * share:.2g}'):g} %"
 
 
 def _quoted(text: str) -> str:
