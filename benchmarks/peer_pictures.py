@@ -4,11 +4,11 @@
     PYTHONPATH=benchmarks python benchmarks/peer_pictures.py captum shap         # some: no model
 
 captum and shap draw the very numbers of tests/data/rag.safetensors, by their own code. inseq and
-context-cite have no way to show others' numbers: they explain the same prompt and the same answer
-of the same model themselves, inseq by input × gradient, context-cite by 64 ablations of sentences.
-Each is drawn where it is installed (inseq 0.7.1 wants an environment of its own), the others are
-named. The pictures are output of captum (BSD-3-Clause), shap (MIT), inseq (Apache-2.0) and
-context-cite (MIT).
+context-cite have no way to show others' numbers and explain the same model themselves: inseq the
+same prompt and answer, by input × gradient; context-cite the same passages and question, in its own
+template and so with its own answer, by 64 ablations of sentences. Each is drawn where it is
+installed (inseq 0.7.1 wants an environment of its own), the others are named. The pictures are
+output of captum (BSD-3-Clause), shap (MIT), inseq (Apache-2.0) and context-cite (MIT).
 """
 
 import argparse

@@ -582,6 +582,8 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, "--unit", "word,turn"], "turns of a --chat"),
         ([*ATTRIBUTE, "--output-unit", "phrase"], "unknown unit 'phrase'"),
         ([*ATTRIBUTE, "--level", "phrase"], "--level phrase: give one of"),
+        ([*ATTRIBUTE, "--level", "passage"], "passages are those of --context"),
+        ([*ATTRIBUTE, "--level", "turn"], "turns are those of a --chat"),
         ([*ATTRIBUTE, "--device-map", "{"], "is no JSON"),
         ([*ATTRIBUTE, "--quantize", "{"], "give 8bit, 4bit, torchao:CLASS or a JSON object"),
         ([*ATTRIBUTE, "--quantize", "8bits"], "give 8bit, 4bit, torchao:CLASS or a JSON object"),

@@ -302,9 +302,7 @@ class ExportedResult(DrawnResult):
         return [text or name for text, name in zip(texts, self._column_names, strict=True)]
 
 
-def _totals(
-    result: "GenerationAttributionResult", levels: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def _totals(result: Any, levels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a page tells of totals: links by every level of the prompt, and shares of the answer.
 
     None where there are no chains: the answer was held fixed, or nothing led to any token.
