@@ -256,7 +256,7 @@ def test_the_table_begins_with_the_largest_parts(summary):
     level = first_level(summary)
     _, sums = _sums(summary, level)
     shown = re.findall(rf"{level} (\d+) “.*?” ([+-][\d.]+)", lines[1])
-    assert len(shown) == 3
+    assert len(shown) >= 2  # as many as are told from noise
     for number, amount in shown:
         assert float(amount) == pytest.approx(sums[int(number) - 1], abs=0.006)
     assert lines[0].startswith("SmolLM2-135M-Instruct · Shapley values (KernelShap)")
