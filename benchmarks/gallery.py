@@ -3,8 +3,8 @@
     python benchmarks/gallery.py               # all, into tutorials/images
     python benchmarks/gallery.py answer flow   # some of them
 
-The results are those of tests/data and tutorials/answers, of SmolLM2-135M-Instruct; no model is
-loaded. Pages need playwright and a Chromium.
+The results are those of tests/data (what was measured how: real_results.py) and tutorials/answers,
+of SmolLM2-135M-Instruct; no model is loaded. Pages need playwright and a Chromium.
 """
 
 import argparse
@@ -31,8 +31,8 @@ def loaded(name: str) -> GenerationAttributionResult:
     return GenerationAttributionResult.load(next(path for path in paths if path.exists()))
 
 
-def page(name: str, height: int, **context: Any) -> Image.Image:
-    """What a browser shows of a result at first."""
+def page(name: str, height: int, *, through: bool = False, **context: Any) -> Image.Image:
+    """What a browser shows of a result at first, or with shares through the answer."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -41,6 +41,8 @@ def page(name: str, height: int, **context: Any) -> Image.Image:
         tab = browser.new_page(viewport=size, **context)
         tab.set_content(loaded(name).to_html())
         tab.wait_for_selector("#answer .piece")
+        if through:
+            tab.check("#effect input[value=through]", force=True)
         picture = tab.screenshot()
         browser.close()
     return Image.open(io.BytesIO(picture))
@@ -58,6 +60,8 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "answer": lambda: page("lakes", 800),
     "answer_dark": lambda: page("lakes", 800, color_scheme="dark"),
     "answer_phone": lambda: page("lakes", 844, width=390),
+    "rag": lambda: page("rag", 800),
+    "through": lambda: page("rag", 800, through=True),
     "chat": lambda: page("chat", 760),
     "few_shot": lambda: page("few_shot", 620),
     "heat_map": lambda: plot(loaded("lakes").plot_token_attr),

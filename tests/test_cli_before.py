@@ -7,6 +7,8 @@ import subprocess
 import sys
 import termios
 import webbrowser
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -341,3 +343,92 @@ def test_what_the_library_says_is_said_in_options(demo, capsys):
 )
 def test_names_of_arguments_become_options(said, instead):
     assert in_options(said) == instead
+
+
+def test_the_search_of_candidates_is_heard_before_the_evaluations(demo):
+    from captum.attr import FeatureAblation
+
+    model, tokenizer, _ = demo
+    inp = TextSegmentInput(PROMPT, tokenizer)  # absent words are what the model would have written
+    heard = Heard()
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    result = attribution.attribute(inp, gen_args={"max_new_tokens": 4}, show_progress=heard)
+    told = [call for call in heard.calls if call[0] in ("begins", "ends")]
+    assert told == [
+        ("begins", "model evaluations", "row"),
+        ("begins", "candidates for absent words", "row"),
+        ("ends",),
+        ("ends",),
+    ]
+    ends = heard.calls.index(("ends",))
+    announced, done = (
+        [n for kind, n in (call for call in heard.calls[:ends] if len(call) == 2) if kind == name]
+        for name in ("announce", "advance")
+    )
+    assert sum(announced) == sum(done) > 0
+    later = [call[1] for call in heard.calls[ends:] if call[0] == "advance"]
+    assert sum(later) == result.n_evaluations  # what was tried before is none of them
+
+
+def test_the_command_line_tells_how_far_the_search_is(capsys):
+    searching = ["attribute", "--model", "demo", "--prompt", PROMPT, "--max-new-tokens", "4"]
+    assert main([*searching, "--method", "ablation"]) == 0
+    kinds = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    at = [kinds.index(kind) for kind in ("candidates for absent words", "estimate")]
+    assert at == sorted(at)
+    assert main([*searching, "--method", "ablation", "--quiet"]) == 0
+    assert "candidates" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("how", "package"),
+    [
+        ("8bit", "bitsandbytes"),
+        ("4bit", "bitsandbytes"),
+        ("torchao:Int8WeightOnlyConfig", "torchao"),
+        ('{"quant_method": "quanto", "weights": "int8"}', "optimum-quanto"),
+        ('{"quant_method": "hqq", "nbits": 4}', "hqq"),
+    ],
+)
+def test_what_quantizing_lacks_is_told_before_anything_is_loaded(capsys, how, package):
+    if find_spec(package.replace("optimum-quanto", "optimum")) is not None:
+        pytest.skip(f"{package} is installed")
+    assert main([*ATTRIBUTE, "--quantize", how]) == 1
+    said = capsys.readouterr().err
+    assert f"needs another package: pip install {package}\n" in said
+    assert "loading" not in said
+
+
+def test_what_would_change_the_answer_is_told_and_on_the_page(capsys, tmp_path):
+    page, kept, numbers = (str(tmp_path / name) for name in ("a.html", "a.safetensors", "a.json"))
+    short = [*ATTRIBUTE, "--max-new-tokens", "4", "--quiet", "--method", "ablation"]
+    written = ["--html", page, "--save", kept, "--json", numbers]
+    assert main([*short, "--counterfactuals", "200", *written]) == 0
+    out = capsys.readouterr().out
+    assert "‘Palm’ → " in out
+    assert "what would change it: " in out
+    found = json.loads(Path(numbers).read_text(encoding="utf-8"))["counterfactuals"]
+    assert any(name.strip() == "lawyer." for one in found for name in one["names"])
+    shown = Path(page).read_text(encoding="utf-8")
+    assert all(" ".join(one["answer"].split()) in shown for one in found)
+    again = str(tmp_path / "b.html")
+    assert main(["show", kept, "--counterfactuals", numbers, "--html", again]) == 0
+    assert Path(again).read_text(encoding="utf-8") == shown
+    assert "‘Palm’ → " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--method", "gradient-x-activation"], ["--method", "smile"], ["--dry-run"]],
+)
+def test_a_search_that_would_not_be_made_is_refused(capsys, options):
+    assert main([*ATTRIBUTE, "--counterfactuals", *options]) == 2
+    assert "--counterfactuals would be ignored" in capsys.readouterr().err
+
+
+def test_a_file_without_counterfactuals_is_told(capsys, tmp_path):
+    kept, other = str(tmp_path / "a.safetensors"), tmp_path / "b.json"
+    assert main([*ATTRIBUTE, "--max-new-tokens", "2", "--quiet", "--save", kept]) == 0
+    other.write_text("[1]", encoding="utf-8")
+    assert main(["show", kept, "--counterfactuals", str(other)]) == 1
+    assert "that holds none" in capsys.readouterr().err

@@ -106,12 +106,13 @@ def numbers(matrix):
 
 
 def test_only_the_standard_library_is_imported():
-    tree = ast.walk(ast.parse(SOURCE.read_text(encoding="utf-8")))
-    named = [a.name for node in tree if isinstance(node, ast.Import) for a in node.names]
-    tree = ast.walk(ast.parse(SOURCE.read_text(encoding="utf-8")))
-    named += [node.module for node in tree if isinstance(node, ast.ImportFrom)]
-    assert named
-    assert {name.split(".")[0] for name in named} <= sys.stdlib_module_names
+    for source in SOURCE.parent.glob("*.py"):
+        nodes = list(ast.walk(ast.parse(source.read_text(encoding="utf-8"))))
+        named = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+        named += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert named
+        others = [name for name in named if not name.startswith("captum_llm_ext.result.page.")]
+        assert {name.split(".")[0] for name in others} <= sys.stdlib_module_names
 
 
 def test_the_page_asks_for_nothing_elsewhere():
@@ -143,8 +144,9 @@ def test_hostile_text_comes_back_as_text(hostile):
     text = html.page(data, title=hostile)
     parsed = Parsed(text)
     harmless = Parsed(html.page(example(provenance={"one": "entry"})))
-    for name in ("prompt", "output", "input_tokens", "output_features", "provenance"):
+    for name in ("prompt", "output", "input_tokens", "output_features"):
         assert parsed.data[name] == data[name]
+    assert parsed.data["noted"][-1] == [hostile.replace("_", " "), hostile]
     assert [tag for tag, _ in parsed.elements] == [tag for tag, _ in harmless.elements]
     # HTML itself knows neither the character NUL nor half a pair: both read as "unknown".
     want = re.sub("[\x00\ud83d]", "�", hostile)
@@ -171,13 +173,13 @@ def test_unknown_numbers_are_null():
     data["token_attr"][1][2] = math.nan
     data["token_attr_se"][0][0] = None
     data["full_values"][0] = math.inf
-    data["provenance"] = {"tol": math.nan}
+    data["provenance"] = {"noise_floor": math.nan}
     kept = Parsed(html.page(data)).data
     assert kept["token_attr"][1][2] is None
     assert kept["token_attr"][1][1] == pytest.approx(data["token_attr"][1][1], rel=1e-4)
     assert kept["token_attr_se"][0][0] is None
     assert kept["full_values"][0] is None
-    assert kept["provenance"] == {"tol": None}
+    assert kept["provenance"]["noise_floor"] is None
 
 
 def test_data_is_stored_once_and_stays_small():
@@ -514,7 +516,7 @@ def test_a_span_is_the_sum_of_its_rows(view, select):
 
 def bridge(page):
     steps = page.locator(".step").evaluate_all(
-        "all => all.map(e => [e.firstChild.firstChild.data, e.lastChild.textContent])"
+        "all => all.map(e => [e.firstChild.firstChild.data, e.querySelector('b').textContent])"
     )
     return {name: number(value) for name, value in steps}
 
@@ -538,6 +540,22 @@ def test_the_bar_leads_from_empty_to_full(view, tokens):
     )
     answer(page, 2).click()
     assert list(bridge(page)) == ["nothing given", "prompt", "answer so far", "everything given"]
+
+
+def test_small_print_of_the_bar_lies_on_none_of_its_marks(view):
+    page = view(example())
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 800})
+        boxes = page.locator(".step.end").evaluate_all(
+            """all => all.map(step => ["small", "i", ".track"].map(name => {
+                const box = step.querySelector(name).getBoundingClientRect();
+                return [box.top, box.bottom];
+            }))"""
+        )
+        assert len(boxes) == 2
+        for (top, _), (_, mark), (_, track) in boxes:
+            assert top >= max(mark, track) - 0.5
+    page.set_viewport_size({"width": 1280, "height": 720})
 
 
 def test_a_whole_answer_has_its_mean_probability_per_token(view):

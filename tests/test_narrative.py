@@ -256,7 +256,7 @@ def test_the_table_begins_with_the_largest_parts(summary):
     level = first_level(summary)
     _, sums = _sums(summary, level)
     shown = re.findall(rf"{level} (\d+) “.*?” ([+-][\d.]+)", lines[1])
-    assert len(shown) == 3
+    assert len(shown) >= 2  # as many as are told from noise
     for number, amount in shown:
         assert float(amount) == pytest.approx(sums[int(number) - 1], abs=0.006)
     assert lines[0].startswith("SmolLM2-135M-Instruct · Shapley values (KernelShap)")
@@ -278,3 +278,14 @@ def test_json_has_causes_in_two_blocks(summary):
     own = frame[frame.source == "prompt"]
     assert own.feature_name.nunique() == n_prompt
     assert frame.marked.sum() == int(summary.marked.sum())
+
+
+def test_shares_near_one_are_written_as_people_do():
+    from captum_llm_ext.result.narrative import _percent
+
+    assert [_percent(share) for share in (0.9996, 0.996, 0.123, 5e-5)] == [
+        "100 %",
+        "100 %",
+        "12 %",
+        "less than 0.01 %",
+    ]

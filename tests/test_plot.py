@@ -83,11 +83,26 @@ def test_red_lowers_blue_raises_and_zero_is_the_middle():
     assert zero.min() > 0.95
 
 
-def test_prompt_and_output_share_one_scale():
+def test_prompt_and_output_have_a_scale_each_that_says_which_it_is():
     prompt, output = attributions(5, 3)
     output[4, 0] = -50.0
-    _, ax = draw(prompt, output)
-    assert [image.get_clim() for image in ax.images] == [(-50.0, 50.0)] * 2
+    fig, ax = draw(prompt, output)
+    most = float(np.abs(prompt).max())
+    by_side = {image.get_extent()[0]: image.get_clim() for image in ax.images}
+    left, right = sorted(by_side)
+    assert by_side[left] == pytest.approx((-most, most))
+    assert by_side[right] == (-50.0, 50.0)
+    said = {bar.get_ylabel().replace("\n", " "): bar.get_ylim()[1] for bar in fig.axes[1:]}
+    (prompt_most,) = [most for label, most in said.items() if "to the prompt" in label]
+    (output_most,) = [most for label, most in said.items() if "to the answer so far" in label]
+    assert (prompt_most, output_most) == (pytest.approx(most), 50.0)
+
+
+def test_shares_of_one_whole_have_one_scale():
+    prompt, output = np.abs(attributions(5, 3)[0]), np.abs(attributions(5, 3)[1])
+    fig, ax = draw(prompt, output, is_unsigned=True, has_common_scale=True)
+    assert len({image.get_clim() for image in ax.images}) == 1
+    assert len(fig.axes) == 2
 
 
 def test_the_generated_part_is_set_apart_under_its_own_heading():
@@ -239,10 +254,11 @@ def test_output_that_was_held_fixed_has_no_columns_whatever_its_tokens_make_up()
 def test_the_scale_has_its_unit_and_nothing_is_cut_off(shape):
     fig, ax = draw(*attributions(*shape), unit="nats")
     fig.canvas.draw()
-    label = fig.axes[1].yaxis.label
-    assert label.get_text().startswith("Token attribution (nats)")
+    labels = [bar.yaxis.label for bar in fig.axes[1:]]
+    assert len(labels) == (1 if shape[0] == 1 else 2)
+    assert all("(nats)" in label.get_text() for label in labels)
     room = fig.bbox
-    for text in (label, *ax.get_xticklabels(), *ax.get_yticklabels()):
+    for text in (*labels, *ax.get_xticklabels(), *ax.get_yticklabels()):
         extent = text.get_window_extent()
         assert extent.y0 >= room.y0 - 2
         assert extent.y1 <= room.y1 + 2

@@ -349,3 +349,23 @@ def test_what_is_no_question_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match='refit\\(attr_target="log_prob"\\)'):
         words.total()
     assert result.refit(attr_target="prob").total().shares.gt(0).any()
+
+
+def test_notebooks_show_shares_as_a_table(model, tokenizer):
+    """The names of the largest shares, escaped, in the order of `why`."""
+    import html
+    import re
+
+    inp = TextSegmentInput("Ann <b>& Bob met. They are", tokenizer, baselines="delete")
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    found = attribution.attribute(inp, gen_args={"max_new_tokens": 4}).total()
+    rows = re.findall(r"<tr><th[^>]*>(.*?)</th><td[^>]*>(.*?)</td></tr>", found._repr_html_())
+    assert len(rows) == len(found.output_tokens)
+    for t, (_, told) in enumerate(rows):
+        percents = [int(n) for n in re.findall(r"<b>(\d+)\u00a0%</b>", told)]
+        expected = [share for share in found.why(t, 3) if share.share >= 0.005]
+        assert percents == [round(100 * share.share) for share in expected]
+        if not expected:
+            assert told == "nothing in particular"
+        for share in expected:
+            assert html.escape(" ".join(share.name.split())) in told

@@ -30,6 +30,8 @@ from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.inputs import GeneratedText, Prompt, as_prompt
 from captum_llm_ext.text.segment import Unit
 
+_TRIED = "candidates for absent words"
+
 
 class ModelAccess:
     """Generates and scores with a model of this process.
@@ -197,7 +199,9 @@ class ModelAccess:
 
     def _heed(self, run: Run, scene: FoilContext) -> None:
         """Lets absent words be drawn given what kinds of words the answer is made of."""
-        run.context.heed(AnswerKinds(scene, Scorer(self.model)))
+        # The search of candidates can take as long as leave-one-out: it is told as it goes on.
+        asked = run.scorer.beside(_TRIED) if isinstance(run.scorer, Scorer) else Scorer(self.model)
+        run.context.heed(AnswerKinds(scene, asked))
 
     def _language_model(self, scorer: RowScorer) -> LanguageModel:
         """The model as baselines ask it."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 from captum_llm_ext.cli.api import add_api, check, is_remote, show_estimate
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
-from captum_llm_ext.cli.methods import is_search, looks_inside, said_of_zero
+from captum_llm_ext.cli.methods import is_of_answers, is_search, looks_inside, said_of_zero
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.records import add_records, check_records, run_records
 from captum_llm_ext.cli.told import add_level, check_level, told
@@ -23,6 +23,7 @@ EXAMPLES = (
     "attribute --model Qwen/Qwen3-0.6B --prompt-file letter.txt --unit sentence --html letter.html",
     'attribute --model ./my-model --as-chat --context ann.txt bob.txt --prompt "Who is a nurse?"',
     "attribute --model ./my-model --prompt-file q.txt --dry-run",
+    "attribute --model ./my-model --prompt-file q.txt --counterfactuals --html q.html",
     "attribute --model ./my-model --chat chat.json --unit sentence --method partition "
     "--max-new-tokens 60",
     'attribute --model ./my-model --prompt "2 + 2 =" --target " 5" --method ablation --json - | jq',
@@ -38,6 +39,7 @@ EXAMPLES = (
     "attribute --api http://localhost:8000/v1 --model NAME --prompt-file q.txt --unit sentence "
     "--method ablation --dry-run",
 )
+_ROWS = 500  # that counterfactuals are searched with
 _DESCRIPTION = """\
 Attributes every token that the model generates, or of a given target, to the prompt and to the
 tokens before it. Prints the strongest causes per token: what each adds to the log-probability of
@@ -74,6 +76,15 @@ def add(commands: Any) -> None:
         help="keep what is found in FILE (.safetensors, or a folder): killed, the same command "
         "goes on from there, on any number of processes",
     )
+    parser.add_argument(
+        "--counterfactuals",
+        nargs="?",
+        const=_ROWS,
+        type=positive,
+        metavar="N",
+        help="look as well for what in the prompt would have changed the answer, with at most N "
+        f"evaluations ({_ROWS}); `counterfactual` has more options",
+    )
     add_outputs(parser, "html", *PICTURES, "json", "save")
     add_records(parser)
     add_api(parser)
@@ -90,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     check_readable(arguments)
     if arguments.dry_run and are_several():
         raise UsageError("--dry-run measures one process: start it without torchrun.")
+    if arguments.counterfactuals is not None:
+        _check_counterfactuals(arguments)
     if arguments.checkpoint is not None:
         try:
             check_place(arguments.checkpoint)
@@ -127,8 +140,56 @@ def run(arguments: argparse.Namespace) -> int | None:
     if not watch.has_answered:
         say(f"answer: {''.join(piece.text for piece in result.output_pieces)}")
     text = told(result, arguments.top, arguments.level)
-    write_outputs(arguments, result, text, result.plot_token_attr)
+    changes: list[Any] = []
+    if arguments.counterfactuals is not None:
+        search = _counterfactuals(job, attribution, inp, result, arguments.counterfactuals)
+        changes = list(search)
+        text = "\n\n".join([text, *map(str, changes), f"what would change it: {search.summary}"])
+    write_outputs(arguments, result, text, result.plot_token_attr, changes)
     return None
+
+
+def _check_counterfactuals(arguments: argparse.Namespace) -> None:
+    """Refuses what cannot search.
+
+    Raises:
+        UsageError: If the method, an API or many processes cannot.
+    """
+    if is_remote(arguments) or looks_inside(arguments.method) or is_of_answers(arguments.method):
+        what = "--api" if is_remote(arguments) else f"--method {arguments.method}"
+        raise UsageError(
+            f"--counterfactuals would be ignored with {what}: `captum-llm-ext counterfactual` "
+            "asks a model here."
+        )
+    if are_several():
+        raise UsageError("--counterfactuals takes one process: start it without torchrun.")
+    if arguments.dry_run:
+        raise UsageError("--counterfactuals would be ignored: --dry-run stops before.")
+
+
+def _counterfactuals(job: Job, attribution: Any, inp: Any, result: Any, n_rows: int) -> Any:
+    """What would have changed the answer, the strongest causes of it first."""
+    say(f"looking for what would change the answer, with at most {n_rows} evaluations …")
+    options = job.options
+    given = {"gen_args": options["gen_args"]} if options["target"] is None else {}
+    return attribution.counterfactuals(
+        inp,
+        result.target,
+        budget=n_rows,
+        order=_order(result),
+        seed=options["seed"],
+        perturbations_per_eval=options["perturbations_per_eval"],
+        **given,
+    )
+
+
+def _order(result: Any) -> list[float]:
+    """How strong a cause each feature of the prompt is, whichever way."""
+    strength: dict[int, float] = {}
+    columns = result.column_features[: len(result.input_tokens)]
+    for feature, value in zip(columns, result.token_attr.abs().sum(0).tolist(), strict=True):
+        strength[feature] = value
+    return [strength[feature] for feature in sorted(strength)]
 
 
 def _asks_model(given: Sequence[str], arguments: argparse.Namespace) -> bool:

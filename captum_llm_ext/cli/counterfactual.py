@@ -1,8 +1,11 @@
 """``captum-llm-ext counterfactual``: what would have changed the answer."""
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
+from captum_llm_ext.attribution.counterfactual import Counterfactual
 from captum_llm_ext.attribution.generation import GenerationAttribution
 from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.cli.command import UsageError, add_command, positive, say
@@ -94,6 +97,23 @@ def run(arguments: argparse.Namespace) -> None:
             print(one, flush=True)
     text = search.summary if not arguments.quiet else "\n".join(map(str, [*found, search.summary]))
     write_outputs(arguments, _Found(found, search.summary), text, None)
+
+
+def read_counterfactuals(path: str) -> list[Counterfactual]:
+    """Those in a file that ``--json`` of this command or of ``attribute`` wrote.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    try:
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+        told = held["counterfactuals" if "counterfactuals" in held else "found"]
+        return [Counterfactual.from_dict(one) for one in told]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--counterfactuals {path}: that holds none; give a file that `captum-llm-ext "
+            "counterfactual --json` wrote."
+        ) from error
 
 
 class _Found:

@@ -5,26 +5,24 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
 from captum_llm_ext import _compat
 from captum_llm_ext.cli import torchrun as together
 from captum_llm_ext.cli.command import UsageError, say
+from captum_llm_ext.cli.quantizing import HELP as QUANTIZE
+from captum_llm_ext.cli.quantizing import quantization
+from captum_llm_ext.demo import NAME as DEMO
 from captum_llm_ext.demo import folder
 
-DEMO = "demo"
 _MAIN = "main"  # of every repository
 _DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
-_BITS: Mapping[str, Mapping[str, Any]] = {
-    "8bit": {"load_in_8bit": True},
-    "4bit": {"load_in_4bit": True},
-}
 _ADVICE = (
     f"give '{DEMO}' (the tiny model that comes with the package), the name of a Hugging Face "
     "causal language model, or a folder written by `save_pretrained`."
@@ -56,8 +54,7 @@ def add_loading(parser: Any) -> None:
     parser.add_argument(
         "--quantize",
         metavar="HOW",
-        help="load the weights in 8bit or 4bit (bitsandbytes), or as a quantization configuration "
-        'of transformers says: JSON such as {"quant_method": "torchao", "quant_type": …}',
+        help=QUANTIZE,
     )
 
 
@@ -91,7 +88,7 @@ def place_of(arguments: argparse.Namespace) -> Place:
         ValueError: If there is no model, or a package is missing that reads it.
     """
     name, gguf = arguments.model, arguments.gguf
-    _quantization(arguments)
+    quantization(arguments.quantize)
     _device_map(arguments.device_map)
     if gguf is None:
         if name is None:
@@ -182,43 +179,14 @@ def load_model(place: Place, arguments: argparse.Namespace) -> Any:
     if together.is_main():
         say(f"loading {place.shown} …")
     named: dict[str, Any] = {"dtype": dtype, "device_map": device_map, **place.named}
-    quantization = _quantization(arguments)
-    if quantization is not None:
-        named["quantization_config"] = quantization
+    if arguments.quantize is not None:
+        named["quantization_config"] = quantization(arguments.quantize)
     load = AutoModelForCausalLM.from_pretrained
     model = _loaded("model", place.shown, load, place.where, **named)
+    if place.shown == DEMO:
+        model.config.name_or_path = DEMO
     _compat.note_revision(model, place.revision or _MAIN)
     return model.eval()
-
-
-def _quantization(arguments: argparse.Namespace) -> Any:
-    """The configuration that --quantize means; None where nothing is to be quantized.
-
-    Raises:
-        UsageError: If transformers knows no such one.
-        ValueError: If a package is missing that it needs.
-    """
-    given = arguments.quantize
-    if given is None:
-        return None
-    asked: Any = _BITS.get(given)
-    if asked is None:
-        try:
-            asked = json.loads(given)
-        except json.JSONDecodeError as error:
-            raise UsageError(
-                f"--quantize {given}: give {', '.join(_BITS)} or a JSON object ({error})."
-            ) from error
-    if not isinstance(asked, Mapping):
-        raise UsageError(f"--quantize {given}: give {', '.join(_BITS)} or a JSON object.")
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
-    try:
-        return AutoQuantizationConfig.from_dict(dict(cast(Mapping[str, Any], asked)))
-    except ImportError as error:
-        raise ValueError(f"--quantize {given} needs another package: {error}") from error
-    except Exception as error:  # whatever a configuration says of what it is given
-        raise UsageError(f"--quantize {given}: {error}") from error
 
 
 def _device_map(given: str | None) -> Any:

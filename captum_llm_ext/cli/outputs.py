@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import webbrowser
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,13 @@ def check_outputs(arguments: argparse.Namespace) -> None:
             ) from error
 
 
-def write_outputs(arguments: argparse.Namespace, found: Any, text: str, figure: Any) -> None:
+def write_outputs(
+    arguments: argparse.Namespace,
+    found: Any,
+    text: str,
+    figure: Any,
+    counterfactuals: Sequence[Any] = (),
+) -> None:
     """Prints the text, or JSON in its place, and writes the files.
 
     Args:
@@ -83,16 +89,20 @@ def write_outputs(arguments: argparse.Namespace, found: Any, text: str, figure: 
         found: A result or a comparison.
         text: What is printed.
         figure: Called for ``(figure, axes)`` if a picture is wanted.
+        counterfactuals: Of a result: they stand on its page and in its JSON.
     """
+    more = {"counterfactuals": counterfactuals} if counterfactuals else {}
     wanted = {kind: getattr(arguments, kind, None) for kind in _HELP}
     if wanted["json"] is not None:
-        _write_json(wanted["json"], found.to_dict())
+        changes = [one.to_dict() for one in counterfactuals]
+        told = {"counterfactuals": changes} if changes else {}
+        _write_json(wanted["json"], found.to_dict() | told)
     if wanted["json"] != "-":
         print(text, flush=True)
     if wanted["save"] is not None:
         found.save(wanted["save"])
     if wanted["html"] is not None:
-        found.to_html(wanted["html"])
+        found.to_html(wanted["html"], **more)
     drawn = figure()[0] if any(wanted[kind] is not None for kind in PICTURES) else None
     for kind in PICTURES:
         name = wanted[kind]
@@ -102,7 +112,7 @@ def write_outputs(arguments: argparse.Namespace, found: Any, text: str, figure: 
         if name not in (None, "-"):
             say(f"written: {name}")
     if getattr(arguments, "open", False):
-        _open(found, wanted["html"])
+        _open(found, wanted["html"], more)
 
 
 def write_picture(path: files.Path, figure: Any, kind: Kind = "png") -> None:
@@ -121,11 +131,11 @@ def write_picture(path: files.Path, figure: Any, kind: Kind = "png") -> None:
     files.write(path, picture.getbuffer())
 
 
-def _open(found: Any, name: str | None) -> None:
+def _open(found: Any, name: str | None, more: Mapping[str, Any]) -> None:
     """Shows the page in a browser, or says where it is."""
     if name is None:
         name = os.path.join(tempfile.mkdtemp(prefix="captum-llm-ext-"), "answer.html")
-        found.to_html(name)
+        found.to_html(name, **more)
     place = Path(name).resolve()
     if not webbrowser.open(place.as_uri()):
         say(f"there is no browser to open it with: {place}")

@@ -42,7 +42,8 @@ def check_records(arguments: argparse.Namespace) -> bool:
         raise UsageError("--input needs --out: the folder for the results.")
     if arguments.dry_run:
         raise UsageError("--dry-run is for one prompt: give one of them with --prompt.")
-    for name in ("html", *PICTURES, "save", "open", "level", "target", "checkpoint"):
+    of_one = ("html", *PICTURES, "save", "open", "level", "target", "counterfactuals", "checkpoint")
+    for name in of_one:
         if getattr(arguments, name) not in (None, False):
             if name == "checkpoint":
                 raise UsageError(

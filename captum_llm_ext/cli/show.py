@@ -6,6 +6,7 @@ from typing import Any
 
 from captum_llm_ext.base.terminal import paint
 from captum_llm_ext.cli.command import UsageError, add_command, positive
+from captum_llm_ext.cli.counterfactual import read_counterfactuals
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.told import add_level, check_level, told
 from captum_llm_ext.result import Cause, GenerationAttributionResult
@@ -17,6 +18,7 @@ EXAMPLES = (
     "show dave.safetensors --token 6:9",
     "show dave.safetensors --html dave.html --png dave.png",
     "show dave.safetensors --level sentence",
+    "show dave.safetensors --counterfactuals changes.json --html dave.html",
     "show dave.safetensors --json - | jq .seq_attr",
 )
 _TOP = 3
@@ -42,6 +44,12 @@ def add(commands: Any) -> None:
         "START:STOP",
     )
     add_level(parser)
+    parser.add_argument(
+        "--counterfactuals",
+        metavar="FILE",
+        help="what would have changed the answer, as counterfactual --json FILE wrote it, is told "
+        "and on the page",
+    )
     add_outputs(parser, "html", *PICTURES, "json")
 
 
@@ -56,7 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
         text = told(result, arguments.top, arguments.level)
     else:
         text = _causes(result, arguments.token, arguments.top)
-    write_outputs(arguments, result, text, result.plot_token_attr)
+    found = read_counterfactuals(arguments.counterfactuals) if arguments.counterfactuals else []
+    text = "\n\n".join([text, *map(str, found)])
+    write_outputs(arguments, result, text, result.plot_token_attr, found)
 
 
 def _causes(result: GenerationAttributionResult, token: str, k: int) -> str:

@@ -27,10 +27,17 @@ def check_level(arguments: argparse.Namespace) -> None:
     """Refuses a level that no text has.
 
     Raises:
-        UsageError: If it has no such name.
+        UsageError: If it has no such name, or the prompt has no such parts.
     """
-    if arguments.level is not None and arguments.level not in _LEVELS:
-        raise UsageError(f"--level {arguments.level}: give one of {', '.join(_LEVELS)}.")
+    level = arguments.level
+    if level is not None and level not in _LEVELS:
+        raise UsageError(f"--level {level}: give one of {', '.join(_LEVELS)}.")
+    # What a saved result has, its file tells.
+    if level == "passage" and not getattr(arguments, "context", True):
+        raise UsageError("--level passage: passages are those of --context FILE…")
+    of_chat = ("chat", "as_chat", "system", "context")
+    if level == "turn" and not any(getattr(arguments, name, True) for name in of_chat):
+        raise UsageError("--level turn: turns are those of a --chat, or of --as-chat.")
 
 
 def told(result: GenerationAttributionResult, k: int, level: str | None = None) -> str:

@@ -62,6 +62,9 @@ class Watch:
         self._shows_estimate = is_dry or not is_quiet
         self._has_bar = not is_quiet
         self._bar: Listener | None = None
+        # What comes before the first batch, and whether it is going on.
+        self._before: Listener | None = None
+        self._is_before = False
         self._n_tokens = self._total = self._done = 0
         self._began = self._first = 0.0
         self._name, self._unit = "", ""
@@ -83,12 +86,22 @@ class Watch:
 
     def begins(self, name: str, unit: str) -> None:
         """Remembers what is counted; the bar comes with the first batch."""
-        self._name, self._unit = name, unit
-        if self._asks_model and self._shows_estimate:
-            say("looking for what the model could have written in place of each part …")
+        if self._name:  # within the run: what it needs first
+            self._is_before = True
+            self._before = bar() if self._has_bar else None
+            if self._before is not None:
+                self._before.begins(name, unit)
+        else:
+            self._name, self._unit = name, unit
+            if self._asks_model and self._shows_estimate:
+                say("looking for what the model could have written in place of each part …")
 
     def announce(self, n: int) -> None:
         """Counts what is to be done."""
+        if self._is_before:
+            if self._before is not None:
+                self._before.announce(n)
+            return
         if not self._total:
             self._began = time.monotonic()
         self._total += n
@@ -97,6 +110,10 @@ class Watch:
 
     def advance(self, n: int) -> None:
         """Tells the estimate after the first batch, then how far it is."""
+        if self._is_before:
+            if self._before is not None:
+                self._before.advance(n)
+            return
         is_first = not self._done
         self._done += n
         if is_first:
@@ -119,7 +136,11 @@ class Watch:
 
     def ends(self) -> None:
         """Takes the bar away."""
-        if self._bar is not None:
+        if self._is_before:
+            self._is_before = False
+            if self._before is not None:
+                self._before.ends()
+        elif self._bar is not None:
             self._bar.ends()
 
     def _tell_estimate(self, each: float, n: int) -> None:

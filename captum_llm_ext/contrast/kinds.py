@@ -57,7 +57,9 @@ class AnswerKinds:
         }
         found: dict[Ids, float] = {}
         if rows:
-            own, others = self._model.values([*rows.values()], target, foils).split(len(at), dim=1)
+            with self._model.progress():
+                values = self._model.values([*rows.values()], target, foils)
+            own, others = values.split(len(at), dim=1)
             found = dict(zip(rows, own.logaddexp(others).sum(1).tolist(), strict=True))
             for ids, gain in self._followed([*found]).items():
                 found[ids] += gain

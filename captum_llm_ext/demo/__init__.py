@@ -4,6 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+NAME = "demo"
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 
 
@@ -25,6 +26,7 @@ def load_demo() -> tuple[Any, Any, list[str]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder()).eval()
+    model.config.name_or_path = NAME  # what results call it; "model", its folder, says nothing
     tokenizer = AutoTokenizer.from_pretrained(folder())
     corpus = (folder() / "corpus.txt").read_text(encoding="utf-8").splitlines()
     return model, tokenizer, corpus

@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -15,6 +15,7 @@ from captum_llm_ext.result.files import finite
 from captum_llm_ext.result.foils import other_value
 from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.result.plots import DrawnResult
+from captum_llm_ext.result.reading import finest_level, first_level, part_names
 from captum_llm_ext.result.sources import part_sums, reading_aids, told
 from captum_llm_ext.result.summed_errors import summed_error_bounds, summed_errors
 from captum_llm_ext.text.inputs import Piece
@@ -30,6 +31,7 @@ _OF_ONE_VALUE = (
     "attr_target token_attr token_attr_se output_attr output_attr_se full_values empty_values"
 ).split()
 _TOLD_OF_IT = ("about", "marked_beyond")
+_MOST_SHARES, _LEAST_SHARE = 3, 0.05  # of the whole answer, in a line
 _UNEXPLAINED = 0.01  # share of full - empty beyond which a sum is no longer called one
 
 
@@ -37,20 +39,31 @@ class ExportedResult(DrawnResult):
     """What a result is in other tools."""
 
     def to_html(
-        self, path: str | os.PathLike[str] | None = None, *, title: str | None = None
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        title: str | None = None,
+        counterfactuals: Iterable[Any] = (),
     ) -> str:
         """One self-contained page: text, attributions on hover, nothing from the network.
 
         Args:
             path: Where to write it, if anywhere.
             title: Title of the page.
+            counterfactuals: What would have changed the answer, as
+                `GenerationAttribution.counterfactuals` finds it, of the same input and target; or
+                the ``to_dict()`` of such. An iterator is read to its end.
 
         Returns:
             The page.
+
+        Raises:
+            ValueError: If a counterfactual is about another answer.
         """
         from captum_llm_ext.result import page as html
 
-        page = html.page(self._shown(), title=title)
+        told = [one if isinstance(one, Mapping) else one.to_dict() for one in counterfactuals]
+        page = html.page(self._shown() | {"counterfactuals": told}, title=title)
         if path is not None:
             files.write(path, page)
         return page
@@ -64,11 +77,15 @@ class ExportedResult(DrawnResult):
     def _shown(self) -> dict[str, Any]:
         whole = cast(Any, self)
         read = page_levels(whole) | reading_aids(whole)
+        n_prompt = len(self.input_tokens)
+        read["column_features"] = list(whole.column_features[:n_prompt])
+        read |= _totals(whole, read["levels"])
         other = other_value(whole)
         if other is not None:
             found = other.to_dict()
             read["other"] = {name: found[name] for name in (*_OF_ONE_VALUE, *_TOLD_OF_IT)}
             read["other"] |= {"sums": other._sums(read), "noise_floor": None}
+            read["other"] |= {"total": _totals(other, read["levels"])["total"]}
         return {**self.to_dict(), **read, "sums": self._sums(read)}
 
     def _sums(self, read: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -283,6 +300,33 @@ class ExportedResult(DrawnResult):
                 if piece.feature is not None:
                     texts[first + piece.feature] += piece.text
         return [text or name for text, name in zip(texts, self._column_names, strict=True)]
+
+
+def _totals(result: Any, levels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a page tells of totals: links by every level of the prompt, and shares of the answer.
+
+    None where there are no chains: the answer was held fixed, or nothing led to any token.
+    """
+    nothing = {"total": None, "in_the_end": None}
+    if not result.output_features or len(result.output_tokens) < 2:
+        return nothing
+    names = [finest_level(result), *(level["name"] for level in levels)]
+    try:
+        found = {name: result.total(level=name, n_resamples=0) for name in names}
+    except ValueError:  # probabilities of a word's tokens do not add up
+        return nothing
+    coarse = found[first_level(result)]
+    if not bool((coarse.strength > 0).any()):
+        return nothing
+    shares, _ = coarse.span()
+    order = shares.argsort(descending=True, stable=True)[:_MOST_SHARES].tolist()
+    told = part_names(coarse.level, coarse.names)
+    return {
+        "total": {name: one.links() for name, one in found.items()},
+        "in_the_end": [
+            [told[i], float(shares[i])] for i in order if float(shares[i]) >= _LEAST_SHARE
+        ],
+    }
 
 
 def lists(tensor: "Tensor | None") -> Any:

@@ -255,4 +255,4 @@ def _capital(text: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return "less than 0.01 %" if share < 1e-4 else f"{100 * share:.2g} %"
+    return "less than 0.01 %" if share < 1e-4 else f"{float(f'{100 * share:.2g}'):g} %"

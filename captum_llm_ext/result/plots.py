@@ -131,6 +131,7 @@ class DrawnResult(ResultNumbers):
             [*prompt, *output],
             values,
             errors=errors,
+            n_first=len(self.input_tokens),
             sure=self.marked_beyond,
             headings={0: "prompt", first: "generated"},
             explained=() if token is None else (first + token,),

@@ -14,7 +14,8 @@ class Listener(Protocol):
     """Hears of a run instead of a bar, as ``show_progress`` of an ``attribute``.
 
     All methods are called in the main process and in the order in which they stand here; what they
-    raise ends the run.
+    raise ends the run. Before anything is announced, other work may come between that the run needs
+    first, such as candidates for absent words: from its own `begins` to its `ends`.
     """
 
     def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:

@@ -49,6 +49,7 @@ class Scorer:
         max_rows: At most so many rows in a batch. By default as many as memory allows.
         show_progress: Whether `progress` draws a bar over the model's evaluations on stderr, or
             who hears of them.
+        counted: What rows are called there.
         reuse: ``"auto"``: what rows begin with in common is computed once, where that pays and a
             first comparison on the model itself shows the same numbers. ``"off"``: never.
             ``"copy"``, ``"lend"``, ``"pack"``: always by copies of the model's state; without them;
@@ -75,6 +76,7 @@ class Scorer:
         attr_target: AttrTarget = "log_prob",
         max_rows: int | None = None,
         show_progress: Shown = False,
+        counted: str = "model evaluations",
         reuse: Reuse = "auto",
         overhead: int | None = None,
         processes: Processes | None = None,
@@ -105,11 +107,19 @@ class Scorer:
         self._generated: Tensor | None = None
         self._trusted = 0  # length of the longest stored row that the model has been held against
         self.n_scored = [0] * self._processes.n_replicas
-        is_shown = self._processes.is_main and show_progress
-        self._bar = ProgressBar("model evaluations", "row", is_shown=is_shown)
+        self._is_shown = self._processes.is_main and show_progress
+        self._bar = ProgressBar(counted, "row", is_shown=self._is_shown)
         self._known: dict[bytes, Tensor] = {}
         self._findings: Findings | None = None
         self._noise = NoiseFloor(self._passes)
+
+    def beside(self, counted: str) -> "Scorer":
+        """Another one of the same model in this process, for rows that are no coalitions.
+
+        Args:
+            counted: What its rows are called where this one's are shown.
+        """
+        return Scorer(self.model, show_progress=self._is_shown, counted=counted)
 
     @property
     def reads_on(self) -> bool:

@@ -19,6 +19,9 @@ from importlib import resources
 from itertools import pairwise
 from typing import Any
 
+from captum_llm_ext.result.page.changes import told_changes
+from captum_llm_ext.result.page.noted import noted
+
 __all__ = ["fragment", "page"]
 
 _FORMAT = 1
@@ -34,12 +37,13 @@ _REQUIRED = (
     "token_attr",
     "output_attr",
 )
-# Of provenance: tables of candidates and numbers of every token, no lines of text.
-_LONG = ("matches", "fixed_attr", "fixed_share", "constant_attr")
-_SCRIPTS = ("model", "words", "text", "links", "panel", "map", "page")  # one closure, in this order
+# One closure, in this order.
+_SCRIPTS = ("model", "through", "words", "text", "links", "panel", "map", "page")
 _LEAST = 0.01  # share of the largest attribution below which that telling leaves one out
 _UNKNOWN = ", estimates of unknown error: nothing tells a cause from noise"
-_TOLD_IN_TEXT = ("causes", "summary", "labels", "errors_unknown")  # written out, not kept as data
+# Written out, not kept as data.
+_TOLD_IN_TEXT = ("causes", "summary", "labels", "errors_unknown", "in_the_end", "column_features")
+_USED = ("unit", "noise_floor")  # of provenance, by the scripts
 _SINGLE = 1.96  # standard errors that tell one value from zero
 _PLAIN_ROWS = 500  # tokens that the page tells of where scripts are switched off
 
@@ -66,6 +70,10 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             ``marked_beyond`` are what ``to_dict()`` tells in words; ``around`` has per column of a
             side (``prompt``, ``output``) the rest of the word that it is a fragment of, before and
             after; ``answer_unit`` is the level that the answer is read by at first.
+            ``total`` has, per level of the prompt, the links of chains as `TotalAttribution.links`
+            tells them, and ``in_the_end`` names and shares of the whole answer by the largest
+            parts. ``counterfactuals`` (`Counterfactual.to_dict`) would have changed the answer,
+            ``column_features`` the feature of each column of the prompt, by which they number.
             ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"`` (names
             that stand apart); without it, names that would run together are set apart.
         title: Heading of the page; by default what was generated.
@@ -78,8 +86,9 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
     """
     data = {**data, **_missing_pieces(data)}
     _check(data)
-    told = {name: value for name, value in data.get("provenance", {}).items() if name not in _LONG}
-    shown = {"prompt_layout": _layout(data["prompt"]), **data, "provenance": told}
+    shown = {"prompt_layout": _layout(data["prompt"]), **data, "noted": noted(data)}
+    shown["counterfactuals"] = told_changes(data)
+    shown["provenance"] = {name: data.get("provenance", {}).get(name) for name in _USED}
     kept = {name: value for name, value in shown.items() if name not in _TOLD_IN_TEXT}
     style, script = _asset("page.css"), _script()
     heading = title if title is not None else _heading(data["output"], data["output_tokens"])
@@ -90,6 +99,7 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
         heading=_escaped(heading),
         about=_escaped(" · ".join(data.get("about") or ())),
         summary=_summary(shown),
+        total=_total(shown),
         plain=_plain(shown),
         style=style,
         script=script,
@@ -164,6 +174,15 @@ def _summary(data: Mapping[str, Any]) -> str:
     return f'<p id="summary"><b>whole answer</b> ← {said}</p>'
 
 
+def _total(data: Mapping[str, Any]) -> str:
+    """What the whole answer is owed to in the end, in a line."""
+    shares = [
+        f'<span class="cause size"><bdi>{_escaped(name)}</bdi> <b>{percent}\u00a0%</b></span>'
+        for name, percent in ((n, f"{100 * s:.0f}") for n, s in data.get("in_the_end") or ())
+    ]
+    return f'<p id="total"><b>through the answer</b> ← {", ".join(shares)}</p>' if shares else ""
+
+
 def _is_told(cause: Mapping[str, Any]) -> bool:
     return cause["marked"] or cause["standard_error"] is None
 
@@ -196,10 +215,12 @@ def _plain(data: Mapping[str, Any]) -> str:
     rest = len(rows) - len(lines)
     unknown = "" if not data.get("errors_unknown") else _UNKNOWN
     narrative = _escaped(" ".join(data.get("narrative") or ()))
-    noted = "".join(
-        f"<dt>{_escaped(str(name))}</dt><dd>{_escaped(_noted(value))}</dd>"
-        for name, value in data["provenance"].items()
-        if value is not None
+    computed = "".join(
+        f"<dt>{_escaped(name)}</dt><dd>{_escaped(text)}</dd>" for name, text in data["noted"]
+    )
+    changes = "".join(
+        f"<li>{_escaped(one['said'])} The answer then: <q>{_escaped(one['answer'])}</q></li>"
+        for one in data["counterfactuals"]
     )
     heads = "".join(
         f'<th scope="col">{head}</th>'
@@ -211,12 +232,9 @@ def _plain(data: Mapping[str, Any]) -> str:
         f"noise is left out</caption><thead><tr>{heads}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table>"
         + (f"<p>… and {rest} rows more.</p>" if rest else "")
-        + (f"<h2>How this was computed</h2><dl>{noted}</dl>" if noted else "")
+        + (f"<h2>What would have changed it</h2><ul>{changes}</ul>" if changes else "")
+        + (f"<h2>How this was computed</h2><dl>{computed}</dl>" if computed else "")
     )
-
-
-def _noted(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _strongest(data: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -50,17 +50,17 @@ def hatch_closed(ax: Axes, open_columns: npt.NDArray[np.intp], start: float, n_o
 
 
 def images(
-    fig: Figure,
     ax: Axes,
     colours: Colours,
     parts: Sequence[tuple[float, Array]],
     shades: Sequence[Array] | None = None,
-) -> Colorbar | None:
-    """Draws each part from its column on, all in one scale; returns the scale's bar, if any."""
-    image = None
+) -> bool:
+    """Draws each part from its column on, all in one scale; returns whether there was any."""
+    drawn = False
     for i, (left, values) in enumerate(parts):
         if values.size:
-            image = ax.imshow(
+            drawn = True
+            ax.imshow(
                 values,
                 alpha=None if shades is None else shades[i],  # pyright: ignore[reportArgumentType]
                 cmap=colours.cmap,
@@ -70,19 +70,19 @@ def images(
                 interpolation="nearest",
                 extent=(left - 0.5, left + values.shape[1] - 0.5, len(values) - 0.5, -0.5),
             )
-    return None if image is None else colour_bar(fig, ax, colours)
+    return drawn
 
 
-def colour_bar(fig: Figure, ax: Axes, colours: Colours, *, below: bool = False) -> Colorbar:
-    """The scale, beside the axes or below them on the right."""
+def colour_bar(fig: Figure, ax: Axes, colours: Colours, *, below: float | None = None) -> Colorbar:
+    """The scale, beside the axes, or below them at this share of their width."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     # Not made of an image, which may be shaded.
     shown = ScalarMappable(Normalize(colours.low, colours.scale), colours.cmap)
     look: dict[str, Any] = {}
-    if below:
-        look = {"location": "bottom", "shrink": 0.35, "anchor": (1.0, 0.0)}
+    if below is not None:
+        look = {"location": "bottom", "shrink": 0.35, "anchor": (below, 0.0)}
     bar = fig.colorbar(shown, ax=ax, fraction=0.05, pad=0.02, aspect=30, **look)
     bar.ax.tick_params(labelsize=LABEL_POINTS)
     bar.ax.spines[:].set_visible(False)
@@ -94,29 +94,39 @@ def mark_cells(
     places: Array,
     cells: Array,
     shown: npt.NDArray[np.bool_],
-    colours: Colours,
+    colours: Colours | Sequence[Colours],
     shade: Array | None = None,
 ) -> bool:
     """Numbers where all of them fit, else a minus sign on what lowers: colour is not enough.
+
+    Args:
+        ax: The axes.
+        places: Middle of each column.
+        cells: Shape ``(n_rows, n_columns)``.
+        shown: Which cells are drawn.
+        colours: Of all cells, or one per column.
+        shade: What is below 1 is pale.
 
     Returns:
         Whether the cells hold numbers.
     """
     faint = np.zeros(cells.shape, dtype=bool) if shade is None else shade < 1
-    needed = _CHAR * (len(_number(-colours.scale, colours)) + 0.4)
+    each = [colours] * len(places) if isinstance(colours, Colours) else list(colours)
+    scales = np.array([own.scale for own in each])
+    needed = _CHAR * (max((len(_number(-own.scale, own)) for own in each), default=0) + 0.4)
     if inches_per_unit(ax)[0] > 0.5 * needed:  # else no layout would make them fit
         settle(ax)
     width, height = inches_per_unit(ax)
     fits = width >= needed and height >= _NUMBER_HEIGHT
-    if fits and 1e-3 <= colours.scale < 1e4:
+    if fits and bool(((scales >= 1e-3) & (scales < 1e4)).all()):
         for row, column in np.argwhere(shown).tolist():
             value, is_faint = float(cells[row, column]), bool(faint[row, column])
-            ink = FAINT if is_faint else colours.ink(value)
-            _write_cell(ax, places[column], row, _number(value, colours), ink)
+            ink = FAINT if is_faint else each[column].ink(value)
+            _write_cell(ax, places[column], row, _number(value, each[column]), ink)
         return True
-    rows, columns = np.nonzero((cells < -SIGN_FROM * colours.scale) & shown)
+    rows, columns = np.nonzero((cells < -SIGN_FROM * scales) & shown)
     inks = [
-        FAINT if faint[row, column] else colours.ink(float(cells[row, column]))
+        FAINT if faint[row, column] else each[column].ink(float(cells[row, column]))
         for row, column in zip(rows, columns, strict=True)
     ]
     points = max(72 * 0.5 * min(width, height, 0.16), 1.2)

@@ -17,7 +17,7 @@ from captum_llm_ext.result.plot.axes import (
     label_columns,
     thinned,
 )
-from captum_llm_ext.result.plot.cells import Colours, images
+from captum_llm_ext.result.plot.cells import Colours, colour_bar, images
 from captum_llm_ext.result.plot.labels import text_style
 from captum_llm_ext.result.plot.style import FAINT, LABEL_POINTS, MUTED
 
@@ -82,7 +82,7 @@ def head_map(
     )
     colours = Colours(cmap, scale(cells), is_unsigned=True)
     parts = [(prompt_at, cells[:, :n_prompt]), (output_at, cells[:, n_prompt:])]
-    bar = images(fig, ax, colours, parts)
+    bar = colour_bar(fig, ax, colours) if images(ax, colours, parts) else None
     ax.set_xlim(-0.5, output_at + n_output - 0.5)
     ax.set_ylim(max(len(cells), 1) - 0.5, -0.5)
     ax.set_autoscale_on(False)

@@ -31,6 +31,7 @@ from captum_llm_ext.result.plot.axes import (
 )
 from captum_llm_ext.result.plot.cells import (
     Colours,
+    colour_bar,
     frame,
     hatch_closed,
     images,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
     from captum_llm_ext.result.plot.axes import Drawing
 
+_WHERE = ("to the prompt", "to the answer so far")
 _SIGN = 0.13  # inches that a sign below a column takes
 
 
@@ -65,11 +67,13 @@ def heat_map(
     sure: float = SURE,
     cmap: str | Colormap | None = None,
     is_unsigned: bool = False,
+    has_common_scale: bool = False,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
     """Draws what every generated token owes to the prompt and to the tokens before it.
 
-    One row per explained token; the prompt's columns, a gap, then the generated columns. What a
+    One row per explained token; the prompt's columns, a gap, then the generated columns, each on a
+    scale of their own: the tokens before weigh far more in most answers. What a
     token cannot owe anything to (itself and what follows) is hatched. Cells hold numbers while
     they fit, beyond that lowering cells carry a minus sign. Unknown (NaN) cells are plain grey.
 
@@ -89,6 +93,7 @@ def heat_map(
         cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``; of what
             has no sign a sequential one, by default ``"Purples"``.
         is_unsigned: Whether attributions are sizes, which neither raise nor lower.
+        has_common_scale: Whether both parts are shares of the same whole.
         **canvas: See `Canvas`.
 
     Raises:
@@ -114,23 +119,26 @@ def heat_map(
 
     paper = Canvas(**canvas)
     fig, ax = paper.open(3.0 + 0.5 * columns.width, 1.9 + 0.3 * n_target)
-    colours = Colours(cmap, scale(cells[shown]), is_unsigned=is_unsigned)
-    bar = columns.draw(fig, ax, colours, np.where(shown, cells, np.nan))
+    told = np.where(shown, cells, 0.0)
+    # What no token owes anything to needs no scale: a first token has nothing before it.
+    is_one = has_common_scale or not told[:, n_prompt:].any()
+    parts = [told] if is_one else columns.parts(told)
+    colours = [Colours(cmap, scale(part), is_unsigned=is_unsigned) for part in parts]
+    bars = columns.draw(fig, ax, colours, np.where(shown, cells, np.nan))
     ax.set_ylim(max(n_target, 1) - 0.5, -0.5)
     hatch_closed(ax, n_open, columns.start, n_output)
     names = [*input_labels, *(output_feature_labels or ())]
     label_columns(ax, columns.places, names, notable(np.where(shown, cells, 0)))
     label_rows(ax, output_labels)
-    numbered = mark_cells(ax, columns.places, cells, shown, colours)
-    if bar is not None:
-        what = paper.with_unit("Token attribution")
+    numbered = mark_cells(ax, columns.places, cells, shown, columns.each(colours))
+    _label_bars(ax, bars, paper, "Token attribution")
+    if bars:
+        what = bars[-1].ax.get_ylabel()
         if bool((noise & shown).any()):
-            settle(ax)
             what = label_along(f"{what};", "blank: may be noise", inches(ax)[1])
         if not numbered and not is_unsigned:
-            settle(ax)
             what = label_along(f"{what},", "− marks what lowers", inches(ax)[1])
-        bar.set_label(what, size=LABEL_POINTS + 1)
+        bars[-1].set_label(what, size=LABEL_POINTS + 1)
     return paper.finish(fig, ax)
 
 
@@ -147,9 +155,10 @@ def baseline_map(
     cmap: str | Colormap = "RdBu",
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
-    """Draws what one token is attributed to under several baselines, in one scale.
+    """Draws what one token is attributed to under several baselines.
 
-    One row per baseline; the prompt's columns, a gap, then the generated columns. The strongest
+    One row per baseline; the prompt's columns, a gap, then the generated columns, all rows in one
+    scale for each of these. The strongest
     cause of each row is framed, ``±`` stands below features that change sign and ``⇅`` below those
     that change rank; below columns too narrow for these, lines in two rows. Numbers and minus signs
     as in `heat_map`.
@@ -177,8 +186,9 @@ def baseline_map(
 
     paper = Canvas(**canvas)
     fig, ax = paper.open(3.0 + 0.5 * columns.width, 2.2 + 0.4 * n_rows)
-    colours = Colours(cmap, scale(cells))
-    bar = columns.draw(fig, ax, colours, cells, shade)
+    parts = columns.parts(cells) if cells[:, n_prompt:].any() else [cells]
+    colours = [Colours(cmap, scale(part)) for part in parts]
+    bars = columns.draw(fig, ax, colours, cells, shade)
     # Rows more for what changes: one of signs, or where these would touch two of lines.
     is_narrow = inches_per_unit(ax)[0] < _SIGN
     kinds: dict[str, Collection[int]] = {"changes": ()}
@@ -198,9 +208,9 @@ def baseline_map(
             write_marks(ax, place, n_rows, "\n".join(filter(None, signs)))
     if not (changes_sign or changes_rank):
         write_marks(ax, (places[0] + places[-1]) / 2, n_rows, "none")
-    numbered = mark_cells(ax, places, cells, np.ones(cells.shape, dtype=bool), colours, shade)
-    if bar is not None:
-        bar.set_label(paper.with_unit("Attribution"), size=LABEL_POINTS + 1)
+    shown = np.ones(cells.shape, dtype=bool)
+    numbered = mark_cells(ax, places, cells, shown, columns.each(colours), shade)
+    _label_bars(ax, bars, paper, "Attribution")
     said = {
         "□ strongest": bool(framed),
         "pale and grey: within its error": bool((shade < 1).any()),
@@ -211,6 +221,14 @@ def baseline_map(
     key = key_lines([text for text, needed in said.items() if needed], inches(ax)[0] * 72)
     ax.set_xlabel(key, color=MUTED, labelpad=16 if n_output else 6, **text_style([key]))
     return paper.finish(fig, ax)
+
+
+def _label_bars(ax: Axes, bars: Sequence[Colorbar], paper: Canvas, what: str) -> None:
+    """Says beside each scale of what it is."""
+    settle(ax)
+    for bar, where in zip(bars, _WHERE, strict=False):
+        said = what if len(bars) < 2 else label_along(what, where, inches(ax)[1])
+        bar.set_label(paper.with_unit(said), size=LABEL_POINTS + 1)
 
 
 @dataclass(frozen=True)
@@ -237,23 +255,48 @@ class _Columns:
         prompt = np.arange(float(self.n_prompt))
         return np.concatenate([prompt, self.start + np.arange(self.n_output)])
 
+    def parts(self, cells: Array) -> list[Array]:
+        """Cells ``(n_rows, n_columns)`` of the prompt, and those that were generated."""
+        return np.split(cells, [self.n_prompt], axis=1)
+
+    def each(self, colours: Sequence[Colours]) -> list[Colours]:
+        """Per column its scale."""
+        return [colours[0]] * self.n_prompt + [colours[-1]] * self.n_output
+
     def draw(
-        self, fig: Figure, ax: Axes, colours: Colours, cells: Array, shade: Array | None = None
-    ) -> Colorbar | None:
-        """Draws cells ``(n_rows, n_columns)``, and what the columns are; returns the scale's bar.
+        self,
+        fig: Figure,
+        ax: Axes,
+        colours: Sequence[Colours],
+        cells: Array,
+        shade: Array | None = None,
+    ) -> list[Colorbar]:
+        """Draws cells ``(n_rows, n_columns)``, and what the columns are.
+
+        Args:
+            fig, ax: Where.
+            colours: One scale for all, or one for each part.
+            cells: The values.
+            shade: How opaque each is.
+
+        Returns:
+            The bars of the scales.
 
         The axes are as wide as the columns from then on; their height is left to be set.
         """
-        parts, shades = (
-            None if values is None else np.split(values, [self.n_prompt], axis=1)
-            for values in (cells, shade)
-        )
-        bar = images(
-            fig, ax, colours, list(zip((0.0, self.start), parts or (), strict=True)), shades
-        )
+        parts = list(zip((0.0, self.start), self.parts(cells), strict=True))
+        shades = None if shade is None else self.parts(shade)
+        if len(colours) == 1:
+            drawn = images(ax, colours[0], parts, shades)
+        else:
+            drawn = False
+            for i, own in enumerate(colours):
+                drawn |= images(ax, own, [parts[i]], None if shades is None else [shades[i]])
+        # The last bar stands next to the axes: they are read from the prompt's on.
+        bars = [colour_bar(fig, ax, own) for own in reversed(colours)] if drawn else []
         ax.set_xlim(-0.5, max(self.width, 1) - 0.5)
         ax.set_autoscale_on(False)
         if self.n_output:
             generated = (self.start, self.n_output)
             headings(ax, {"prompt": (0.0, self.n_prompt), "generated before": generated})
-        return bar
+        return bars[::-1]

@@ -19,7 +19,7 @@ from captum_llm_ext.result.plot.axes import (
     label_rows,
     settle,
 )
-from captum_llm_ext.result.plot.cells import Colours, images, mark_cells
+from captum_llm_ext.result.plot.cells import Colours, colour_bar, images, mark_cells
 from captum_llm_ext.result.plot.labels import text_style
 from captum_llm_ext.result.plot.style import DARK, LABEL_POINTS, MUTED
 
@@ -63,7 +63,8 @@ def patching_map(
     paper = Canvas(**canvas)
     fig, ax = paper.open(2.8 + 0.46 * n_places, 2.2 + 0.3 * n_streams)
     colours = Colours(cmap, scale(np.nan_to_num(cells)))
-    bar = images(fig, ax, colours, [(0.0, cells)])
+    drawn = images(ax, colours, [(0.0, cells)])
+    bar = colour_bar(fig, ax, colours) if drawn else None
     ax.set_xlim(-0.5, max(n_places, 1) - 0.5)
     ax.set_ylim(n_streams - 0.5, -0.5)
     ax.set_autoscale_on(False)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 _SIZES = (11.0, 9.5, 8.0, 7.0, 6.0)  # points, the largest at which all of the text fits
 _LINE = 1.75  # height of a line in letter sizes, with room for an underline
 _MOST_INCHES = 12.0
+_BAR_INCHES = 0.7  # that a scale takes below the text
+_WHERE = (" to the prompt", " to the answer so far")
 _WORDS = re.compile(r"\n|[^\S\n]+|\S+")
 
 _Measure = Callable[[str], float]
@@ -54,6 +56,7 @@ def running_text(
     values: npt.ArrayLike,
     *,
     errors: npt.ArrayLike | None = None,
+    n_first: int | None = None,
     sure: float = SURE,
     headings: Mapping[int, str] | None = None,
     explained: Collection[int] = (),
@@ -73,6 +76,8 @@ def running_text(
         values: Shape ``(n_values,)``.
         errors: Standard errors of the same shape, NaN where unknown; what lies within `sure` of
             them is pale and not underlined.
+        n_first: So many values, such as those of the prompt, have a scale of their own, and the
+            rest another. None: all have one.
         sure: Standard errors beyond which something is told from nothing.
         headings: Headings, by the piece that each stands above.
         explained: Pieces that are framed: what the values are about.
@@ -88,18 +93,22 @@ def running_text(
     """
     from captum_llm_ext.result.plot.responsive import Fitted
 
-    shades = _shades(values, errors, sure, cmap, is_unsigned)
+    shades = _shades(values, errors, n_first, sure, cmap, is_unsigned)
     atoms = list(_atoms(pieces, headings or {}))
     style = text_style(atom.text for atom in atoms)
     passage = _Passage(atoms, shades, style, frozenset(explained), frozenset(later))
     paper = Canvas(**canvas)
     fig, ax = paper.open(9.0, 4.0)
     ax.set_axis_off()
-    bar = colour_bar(fig, ax, shades.colours, below=True)
-    bar.set_label(paper.with_unit("Attribution"), size=LABEL_POINTS + 1)
+    # The last bar stands next to the text.
+    for colours, where in reversed(list(zip(shades.scales, _WHERE, strict=False))):
+        bar = colour_bar(fig, ax, colours, below=1.0)
+        what = paper.with_unit("Attribution" + where * (len(shades.scales) > 1))
+        bar.set_label(what, size=LABEL_POINTS + 1)
     settle(ax)
     if paper.ax is None:
-        fig.set_figheight(passage.height(ax, _MOST_INCHES * 72) / 72 + 1.1)
+        below = _BAR_INCHES * len(shades.scales)
+        fig.set_figheight(passage.height(ax, _MOST_INCHES * 72) / 72 + 0.4 + below)
         settle(ax)
     Fitted(ax, passage.lay_out)
     return paper.finish(fig, ax)
@@ -179,34 +188,40 @@ class _Shades:
     """What is known of each value.
 
     Attributes:
-        colours: The scale.
+        scales: One for all values, or one for the first `n_first` and one for the rest.
+        n_first: So many values are on the first scale.
         values: Shape ``(n_values,)``.
         pale: bool, ``(n_values,)``: within its error, or that is unknown.
         unknown: bool, ``(n_values,)``: of which no error is known where there should be one.
     """
 
-    colours: Colours
+    scales: Sequence[Colours]
+    n_first: int
     values: Array
     pale: npt.NDArray[np.bool_]
     unknown: npt.NDArray[np.bool_]
+
+    def colours(self, i: int) -> Colours:
+        """The scale of a value."""
+        return self.scales[0] if i < self.n_first else self.scales[-1]
 
     def face(self, i: int) -> tuple[float, ...] | None:
         value = float(self.values[i])
         if value == 0:
             return None
-        red, green, blue, _ = self.colours.rgba(value)
+        red, green, blue, _ = self.colours(i).rgba(value)
         return (red, green, blue, PALE if self.pale[i] else 1.0)
 
     def ink(self, i: int) -> str:
         value = float(self.values[i])
-        return DARK if self.pale[i] or np.isnan(value) else self.colours.ink(value)
+        return DARK if self.pale[i] or np.isnan(value) else self.colours(i).ink(value)
 
     def sign(self, i: int) -> int:
         """1 or -1 where a line says so, 0 where the colour is too pale to need one."""
         value = self.values[i]
-        if self.colours.is_unsigned:
+        if self.colours(i).is_unsigned:
             return 0
-        if self.pale[i] or not abs(value) >= SIGN_FROM * self.colours.scale:
+        if self.pale[i] or not abs(value) >= SIGN_FROM * self.colours(i).scale:
             return 0
         return 1 if value > 0 else -1
 
@@ -214,6 +229,7 @@ class _Shades:
 def _shades(
     values: npt.ArrayLike,
     errors: npt.ArrayLike | None,
+    n_first: int | None,
     sure: float,
     cmap: str | Colormap | None,
     is_unsigned: bool,
@@ -224,8 +240,11 @@ def _shades(
         told = array("errors", errors, known.shape)
         pale = ~(np.abs(known) >= sure * told)
         unknown = np.isnan(told) & (known != 0)
-    colours = Colours(cmap, scale(known), is_unsigned=is_unsigned)
-    return _Shades(colours, known, pale, unknown)
+    first = len(known) if n_first is None else n_first
+    # What nothing is attributed to needs no scale: the first token, or an answer held fixed.
+    parts = [known[:first], known[first:]] if known[first:].any() else [known]
+    scales = [Colours(cmap, scale(part), is_unsigned=is_unsigned) for part in parts]
+    return _Shades(scales, first, known, pale, unknown)
 
 
 # Lines -------------------------------------------------------------------------------------------

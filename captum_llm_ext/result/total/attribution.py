@@ -1,5 +1,6 @@
 """`TotalAttribution`: shares of the prompt in every token, and the chains that they came by."""
 
+import html
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _LONGEST_NAME = 24
 _LEAST_SHOWN = 0.005
+_MOST_CHIPS, _LONGEST_CHIP = 3, 120
+_DIGITS = 5  # significant digits of what a page is given
 _ARROW = "  ⇐  "
 Paint = Callable[[str, str], str]
 
@@ -237,6 +240,32 @@ class TotalAttribution:
         prompt[t], output[t] = edges.prompt[-1], edges.output[-1]
         return prompt, output
 
+    def links(self) -> dict[str, Any]:
+        """What chains are made of, as plain data: all that a page follows.
+
+        Returns:
+            ``tokens``: per target token the prompt's parts that led to it, their shares, the
+            features of the output that did, and theirs. ``features``: the same per feature of the
+            output, None where each of them is one token. ``strength`` per token; ``negative`` and
+            ``uncertain``: shares of the attributions' sizes that were left out of the whole answer.
+        """
+        tokens, features = _sparse(self._tokens), _sparse(self._features)
+        rows = [
+            row
+            for row, feature in zip(tokens, self._feature_of, strict=True)
+            if feature is not None
+        ]
+        owned = [feature for feature in self._feature_of if feature is not None]
+        is_per_token = owned == list(range(len(features))) and rows == features
+        sizes = self.strength.clamp_min(0)
+        return {
+            "tokens": tokens,
+            "features": None if is_per_token else features,
+            "strength": [_short(x) for x in self.strength.tolist()],
+            "negative": _mean(self.negative, sizes),
+            "uncertain": _mean(self.uncertain, sizes),
+        }
+
     def plot(self, show: bool = False, *, ax: "Axes | None" = None) -> "Drawing":
         """A heat map of the shares: a row per target token, the prompt left, the answer right.
 
@@ -257,6 +286,7 @@ class TotalAttribution:
             output_labels=self.output_tokens,
             output_features=self._feature_of if self.output_names else None,
             is_unsigned=True,
+            has_common_scale=True,
             ax=ax,
             show=show,
             title=None,
@@ -333,6 +363,12 @@ class TotalAttribution:
         )
 
     def _remarks(self) -> list[str]:
+        remarks = self._left_out()
+        if bool(self.shares_se.isnan().any()):
+            remarks.append("Nothing tells how far these shares are from chance.")
+        return remarks
+
+    def _left_out(self) -> list[str]:
         sizes = self.strength.clamp_min(0)
         told = [
             f"{100 * share:.0f} % {why}"
@@ -342,10 +378,7 @@ class TotalAttribution:
             )
             if share >= _LEAST_SHOWN
         ]
-        remarks = [f"Left out of the attributions: {', '.join(told)}."] if told else []
-        if bool(self.shares_se.isnan().any()):
-            remarks.append("Nothing tells how far these shares are from chance.")
-        return remarks
+        return [f"Left out of the attributions: {', '.join(told)}."] if told else []
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists, numbers and text that JSON can hold."""
@@ -359,6 +392,24 @@ class TotalAttribution:
     def __str__(self) -> str:
         return self.table()
 
+    def _repr_html_(self) -> str:
+        """A table for notebooks: per token of the answer its largest shares, the darker the larger.
+
+        Without errors, which take some seconds.
+        """
+        named = [*self.names, *(f"{name} (begins there)" for name in self.output_names)]
+        rows = [
+            f"<tr><th style='text-align:right'>{_html(token)}</th><td style='text-align:left'>"
+            f"{_chips(named, shares) or 'nothing in particular'}</td></tr>"
+            for token, shares in zip(self.output_tokens, self.full_shares, strict=True)
+        ]
+        remarks = "".join(f"<p>{_html(remark)}</p>" for remark in self._left_out())
+        return (
+            f"<p>{_html(self.summary)}</p><table><thead><tr><th>token</th>"
+            "<th style='text-align:left'>led to in the end by</th></tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table>{remarks}"
+        )
+
     def _position(self, token: int | str) -> int:
         n = len(self.output_tokens)
         if isinstance(token, int):
@@ -369,6 +420,40 @@ class TotalAttribution:
         if len(found) != 1:
             raise ValueError(f"{len(found)} target tokens are {token!r}: give the position.")
         return found[0]
+
+
+def _chips(names: list[str], shares: Tensor) -> str:
+    """The largest shares as shaded names; a shade lets the notebook's own letters be read."""
+    found = shares.argsort(descending=True, stable=True)[:_MOST_CHIPS].tolist()
+    return ", ".join(
+        f"<span style='background:rgba(140,110,200,{0.1 + 0.4 * float(shares[i]):.2f});"
+        f"border-radius:3px;padding:0 .3em'>{_html(names[i])} "
+        f"<b>{100 * float(shares[i]):.0f}\u00a0%</b></span>"
+        for i in found
+        if float(shares[i]) >= _LEAST_SHOWN
+    )
+
+
+def _html(text: str) -> str:
+    shown = shortened(one_line(" ".join(text.split())) or repr(text), _LONGEST_CHIP)
+    return html.escape(shown)
+
+
+def _sparse(influence: Influence) -> list[list[list[Any]]]:
+    """Per row the columns of its shares and these, of the prompt and of the output."""
+    found: list[list[list[Any]]] = []
+    for row in zip(influence.prompt, influence.output, strict=True):
+        kept = [own.nonzero()[:, 0] for own in row]
+        told = [
+            (at.tolist(), [_short(x) for x in own[at].tolist()])
+            for own, at in zip(row, kept, strict=True)
+        ]
+        found.append([held for pair in told for held in pair])
+    return found
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.{_DIGITS}g}")
 
 
 def _mean(shares: Tensor, weights: Tensor) -> float:

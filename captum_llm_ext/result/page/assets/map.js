@@ -30,8 +30,8 @@ function drawMap() {
   pen.scale(scale, scale);
   pen.font = "12px " + getComputedStyle(document.body).fontFamily;
   pen.textBaseline = "middle";
-  const cells = answer.runs.map(([from, to]) => ({ prompt: sumRows(prompt, from, to), answer: nOutput ? sumRows(answer, from, to) : none }));
-  const absolute = root.classList.contains("absolute");
+  const cells = answer.runs.map(([from, to]) => { const found = causesOf(from, to); return { prompt: found.prompt, answer: found.output }; });
+  const absolute = isSized();
   let left = label;
   mapPlaces = { cell, blocks: [], rows };
   for (const one of blocks) {
@@ -69,7 +69,7 @@ function drawMap() {
       });
     });
     pen.fillStyle = colours.muted;
-    pen.fillText(one.side === "prompt" ? "in the prompt" : "in the answer so far", left, 8);
+    pen.fillText(one.side === "prompt" ? "in the prompt" : isThrough() ? "begins in the answer" : "in the answer so far", left, 8);
     pen.strokeStyle = colours.line;
     pen.strokeRect(left - 0.5, MAP.head - 0.5, one.columns.length * cell, rows * MAP.row);
     mapPlaces.blocks.push({ ...one, left, right: left + one.columns.length * cell });

@@ -13,7 +13,7 @@ const nTarget = data.output_tokens.length, nPrompt = data.input_tokens.length;
 const nOutput = data.output_features ? data.output_features.length : 0;
 const MATRICES = ["token_attr", "token_attr_se", "output_attr", "output_attr_se"];
 /* What of the data is about one value: a result may tell two, and the page switches between them. */
-const NUMBERS = [...MATRICES, "attr_target", "full_values", "empty_values", "sums", "noise_floor", "marked_beyond", "about"];
+const NUMBERS = [...MATRICES, "attr_target", "full_values", "empty_values", "sums", "noise_floor", "marked_beyond", "about", "total"];
 data.noise_floor ??= (data.provenance || {}).noise_floor ?? null;
 const readings = [data, data.other].filter(Boolean).map((told) => {
   const numbers = Object.fromEntries(NUMBERS.map((name) => [name, told[name] ?? null]));
@@ -168,13 +168,14 @@ function sumRows(level, from, to) {
   return { value, error: told(level, from, to) || error.map(Math.sqrt), count: to - from };
 }
 const none = { value: new Float64Array(0), error: new Float64Array(0), count: 1 };
+/* What led to tokens, in both blocks: directly, or in the end. */
+const causesOf = (from, to) => (isThrough() ? sharesOf(from, to)
+  : { prompt: sumRows(prompt, from, to), output: nOutput ? sumRows(answer, from, to) : none });
 
 function rowsView(from, to) {
   const view = {
-    kind: "rows", from, to,
-    prompt: sumRows(prompt, from, to),
-    output: nOutput ? sumRows(answer, from, to) : none,
-    guessed: new Set([...guessed(prompt, from, to), ...(nOutput ? guessed(answer, from, to) : [])]),
+    kind: "rows", from, to, ...causesOf(from, to),
+    guessed: new Set(isThrough() ? [] : [...guessed(prompt, from, to), ...(nOutput ? guessed(answer, from, to) : [])]),
   };
   view.piece = answer.runs.findIndex(([a, b]) => a === from && b === to);
   return view;
@@ -196,13 +197,17 @@ function columnOver(level, index) {
   return { value, error: error.map(Math.sqrt), count: 1 };
 }
 const columnView = (index) => ({
-  kind: "column", index, tokens: columnOver(prompt, index),
-  guessed: new Set(answer.runs.flatMap(([from, to]) => guessed(prompt, from, to))),
+  kind: "column", index, tokens: isThrough() ? shareOver(index) : columnOver(prompt, index),
+  guessed: new Set(isThrough() ? [] : answer.runs.flatMap(([from, to]) => guessed(prompt, from, to))),
 });
+function shareOver(index) {
+  const value = Float64Array.from(answer.runs, ([from, to]) => sharesOf(from, to).prompt.value[index]);
+  return { value, error: new Float64Array(value.length), count: 1, isShare: true };
+}
 
 /* What an earlier part of the answer did to the later ones. */
 function effectsOf(view) {
-  const column = view.kind === "rows" && view.piece >= 0 && !isWhole(view) ? answer.columns[view.piece] : null;
+  const column = !isThrough() && view.kind === "rows" && view.piece >= 0 && !isWhole(view) ? answer.columns[view.piece] : null;
   return column === null ? null : columnOver(answer, column);
 }
 
@@ -213,15 +218,17 @@ const within = (series, i) => Math.abs(series.value[i]) < beyond * series.error[
 /* Below what the model's own arithmetic adds; that of a sum grows with the root of its terms. */
 const isNoise = (series, i) => Math.abs(series.value[i]) < floor * Math.sqrt(series.count);
 const isUnknown = (series, i) => isUntold(series.value[i], series.error[i]);
-const isFaint = (series, i) => within(series, i) || isNoise(series, i) || isUnknown(series, i);
+/* Shares hold what is told from noise alone. */
+const isFaint = (series, i) => !series.isShare && (within(series, i) || isNoise(series, i) || isUnknown(series, i));
 
 /* Each block has its own scale: in most answers the words before weigh far more than the prompt. */
 const ownPeak = (view, side) => peak(view.kind === "column" ? view.tokens.value : side === "prompt" ? view.prompt.value : view.output.value);
-const commonPeak = (...sides) => Math.max(...sides.map((side) => (side === "prompt" ? prompt : answer).peak));
+const commonPeak = (...sides) => (isThrough() ? 1 : Math.max(...sides.map((side) => (side === "prompt" ? prompt : answer).peak)));
 
 /* The strongest single causes in a view: from a column to a part of the answer. */
 const MOST_LINKS = 12, LEAST_LINK = 0.08;
 function linksOf(view) {
+  if (isThrough()) return chainLinks(view);
   const found = [];
   const offer = (side, column, piece, value, error) => {
     if (block !== "both" && block !== side) return;

@@ -38,6 +38,7 @@ function forgetHeights() {
 let painted = null;
 function render() {
   const view = viewOf(wanted());
+  root.classList.toggle("shares", isThrough());
   const state = [commonScale, root.className, pinned !== null, block].join();
   if (painted === null || painted.view !== view || painted.state !== state) {
     paint(view, commonScale);
@@ -200,8 +201,18 @@ function stepLevel(side, way) {
 function setValue(number) {
   drawLinks([]);
   useReading(number);
+  offerEffects();
   views.clear();
   at("about").textContent = about();
+}
+
+/* What led to tokens directly, or in the end. */
+function setEffect(name) {
+  drawLinks([]);
+  effect = name;
+  views.clear();
+  for (const id of ["colours", "scales"]) at(id).hidden = isThrough() || (id === "colours" && isUnsigned);
+  forgetHeights();
 }
 
 /* From coarse to fine, as they are looked at. */
@@ -247,6 +258,7 @@ at("tools").addEventListener("change", (event) => {
   else if (name === "value") setValue(Number(value));
   else if (name === "scale") commonScale = value === "common";
   else if (name === "block") block = value;
+  else if (name === "effect") setEffect(value);
   else if (name === "way") showWay(value);
   else redrawLinks();
   render();
@@ -272,24 +284,21 @@ function about() {
   return [data.method, evaluations, value + (unit && unit !== "logits" ? " in " + unit : "")].filter(Boolean).join(" · ");
 }
 
-function spelled(value) {
-  if (typeof value !== "object") return String(value);
-  const flat = !Array.isArray(value) && Object.values(value).every((item) => typeof item !== "object");
-  return flat ? Object.entries(value).map((pair) => pair.join(" ")).join(", ") : JSON.stringify(value);
-}
-
-/* Names of what was noted, as a reader would say them. */
-const NOTED = { attr_target: "value explained", n_evaluations: "evaluations", estimate: "is an estimate", model_class: "class of the model", dtype: "numbers of the model", n_coalitions: "coalitions", absence: "absent parts", unit: "parts of the prompt", noise_floor: "noise of the model's arithmetic", generation: "how the answer was generated", command: "command", versions: "versions", seed: "seed" };
 function provenance() {
-  const entries = { method: data.method, attr_target: data.attr_target, n_evaluations: data.n_evaluations, estimate: data.estimate, ...data.provenance };
-  for (const [name, value] of Object.entries(entries)) {
-    if (value === null || value === undefined) continue;
-    at("provenance").append(make("dt", "", NOTED[name] || name.replaceAll("_", " ")), make("dd", "", spelled(value)));
-  }
+  for (const [name, text] of data.noted || []) at("provenance").append(make("dt", "", name), make("dd", "", text));
 }
 
 root.classList.add(isUnsigned ? "absolute" : "signed");
-for (const input of document.getElementsByName("colour")) input.closest("fieldset").hidden = isUnsigned;
+at("colours").hidden = isUnsigned;
+/* Totals are of one value: of another there may be none. */
+function offerEffects() {
+  at("effect").hidden = !data.total;
+  if (!data.total && isThrough()) {
+    setEffect("direct");
+    at("effect").querySelector("[value=direct]").checked = true;
+  }
+}
+offerEffects();
 at("about").textContent = about();
 provenance();
 offerLevels("prompt", promptLevels);

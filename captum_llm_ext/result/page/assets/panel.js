@@ -4,7 +4,6 @@
 function step(label, from, to, span, kind, aside) {
   const line = make("div", "step" + (kind === "point" ? " end" : ""));
   const name = make("span", "", label), track = make("div", "track"), mark = make("i");
-  if (aside) name.append(make("small", "", aside));
   const width = span[1] - span[0] || 1, place = (x) => (100 * (x - span[0])) / width;
   mark.style.left = place(Math.min(from, to)) + "%";
   if (kind === "point") mark.className = "point";
@@ -18,13 +17,28 @@ function step(label, from, to, span, kind, aside) {
   if (kind === "point" || Math.abs(to - from) > width / 400) track.append(mark);
   const most = Math.min(Math.max(Math.abs(span[0]), Math.abs(span[1])), width);
   line.append(name, track, make("b", "", kind === "point" ? plain(to, most) : signed(to - from, most)));
+  if (aside) line.append(make("small", "", aside)); /* below all of it: beside it would lie on the mark */
   return line;
 }
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 const LEAST_GAP = 0.005; /* share of the whole bridge below which a gap is nothing */
 
+/* The strongest ways to what is selected, one below the other. */
+function waysTold(view) {
+  const lines = waysTo(view).map((way) => {
+    const line = make("li", "", stops(view, way).join(" → ") + (way.column === null ? " (begins there)" : "") + "\u2002");
+    line.append(make("b", "", percentOf(way.share)));
+    return line;
+  });
+  if (!lines.length) return [];
+  const list = make("ol", "ways");
+  list.append(...lines);
+  return [make("h2", "", "Strongest chains"), list];
+}
+
 function bridge(view) {
+  if (isThrough()) return waysTold(view);
   const empty = total(data.empty_values, view.from, view.to);
   const full = total(data.full_values, view.from, view.to);
   const byPrompt = empty + sum(view.prompt.value);
@@ -79,12 +93,14 @@ function axisOf(rows) {
   return { zero: (96 * low) / width + 2, share: 96 / width };
 }
 
+const numberTold = (series, value, most) => (series.isShare ? percentOf(value) : signed(value, most));
+
 function tableRow(view, row, most, axis) {
   const { series, i, value, side } = row, line = make("tr", isFaint(series, i) ? "unsure" : "");
   const text = row.textOf(i), [before, after] = row.around(i);
   const what = make("td", "what"), button = make("button", "");
   const barCell = make("td", "bar"), bar = make("i", value > 0 ? "up" : "down");
-  const number = make("td", "value", signed(value, most));
+  const number = make("td", "value", numberTold(series, value, most));
   if (before || after) button.append(make("span", "around", before), make("b", "", visible(text)), make("span", "around", after));
   else button.textContent = visible(text);
   if (text.length > LONG_TEXT) button.className = "passage";
@@ -93,13 +109,13 @@ function tableRow(view, row, most, axis) {
   button.title = text;
   bar.style.left = (value > 0 ? axis.zero : axis.zero - axis.share * -value) + "%";
   bar.style.width = axis.share * Math.abs(value) + "%";
-  number.append(make("small", "", plusMinus(series.error[i], most)));
-  const times = factor(value, 1);
+  if (!series.isShare) number.append(make("small", "", plusMinus(series.error[i], most)));
+  const times = series.isShare ? "" : factor(value, 1);
   if (times && view.kind !== "column") number.title = times;
   what.append(button);
   barCell.append(bar);
   const isItself = view.kind === "rows" && side === "answer" && answer.columns[view.piece] === i;
-  const shared = view.kind === "rows" && sharing(side, i);
+  const shared = view.kind === "rows" && !series.isShare && sharing(side, i);
   line.append(what, make("td", "where", (isItself ? "itself" : "#" + (i + 1)) + (shared ? " ≈" : "")), barCell, number);
   const found = row.piecesOf(i);
   const find = (on) => () => found.forEach((piece) => piece.ink.classList.toggle("found", on));
@@ -121,7 +137,7 @@ function fillTable(table, view, rows) {
   if (rest.length) {
     const line = make("tr", "rest"), label = make("td", "what", rest.length + (rest.length === 1 ? " other" : " others together"));
     label.colSpan = 3;
-    line.append(label, make("td", "value", signed(sum(rest.map((row) => row.value)), most)));
+    line.append(label, make("td", "value", numberTold(rest[0].series, sum(rest.map((row) => row.value)), most)));
     lines.push(line);
   }
   table.tBodies[0].replaceChildren(...lines);
@@ -141,7 +157,16 @@ function drawEffects(view) {
   at("effects").tBodies[0].replaceChildren(...shown.map((row) => tableRow({ kind: "effects" }, row, most, axisOf(shown))));
 }
 
+/* What shares are, and what they leave out. */
+function notesOnShares() {
+  const { negative, uncertain } = data.total[prompt.name];
+  const left = [[negative, "for lowering"], [uncertain, "as perhaps noise"]].filter(([share]) => share >= 0.005).map(([share, why]) => percentOf(share) + " " + why);
+  return [make("span", "", "Shares of all that led to it, followed back through the answer’s own words to where each chain begins; they sum to 100 %, in rounding. They are no amounts: how far a token would move is another question."
+    + (left.length ? " Left out of the attributions: " + left.join(", ") + "." : ""))];
+}
+
 function notesOn(view) {
+  if (isThrough()) return notesOnShares();
   const notes = [], rows = view.kind === "rows";
   if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause.");
   if (view.guessed.size && hasErrors) notes.push("± is approximate here: the errors of the " + [...view.guessed].join(" and of the ") + " that are added up are taken as independent, which they are not.");
@@ -160,9 +185,30 @@ function notesOn(view) {
 
 /* Of what a table lists causes, and where they are. */
 function captionOf(view, side, rows) {
+  if (isThrough()) return side === "prompt" ? "In the end, by " + prompt.name + " of the prompt" : "Begins in the answer itself, by " + answer.name;
   const isUntoldAll = rows.length > 0 && rows.every((row) => isUnknown(row.series, row.i));
   const where = side === "prompt" ? "In the prompt, by " + prompt.name : "In the answer so far, by " + answer.name;
   return where + (isUntoldAll ? ": largest estimates, of unknown error" : "");
+}
+
+/* What would have changed the tokens that are selected. */
+const MOST_CHANGES = 6;
+function drawChanges(view) {
+  const all = data.counterfactuals || [], box = at("counterfactuals");
+  const found = view.kind === "rows" ? all.filter(({ token }) => token >= view.from && token < view.to)
+    : all.filter(({ columns }) => columns.some((j) => prompt.partOf[j] === view.index));
+  const lines = found.slice(0, MOST_CHANGES).map((one) => {
+    const line = make("li", "", one.said + " The answer then: ");
+    line.append(make("q", "", one.answer));
+    const mark = (on) => () => one.columns.forEach((j) => (owners.prompt[prompt.partOf[j]] || []).forEach((piece) => piece.ink.classList.toggle("found", on)));
+    line.addEventListener("pointerenter", mark(true));
+    line.addEventListener("pointerleave", mark(false));
+    return line;
+  });
+  if (found.length > lines.length) lines.push(make("li", "", "… and " + (found.length - lines.length) + " more."));
+  if (!lines.length) lines.push(make("li", "", "None that was found is about it."));
+  box.hidden = !all.length;
+  box.lastElementChild.replaceChildren(...lines);
 }
 
 function drawPanel(view, isKept) {
@@ -175,8 +221,10 @@ function drawPanel(view, isKept) {
   if (rows) at("chosen-place").textContent += ratherThan(view) && "," + ratherThan(view);
   at("clear").hidden = !isKept;
   at("sentence").hidden = !isKept || !rows || !sentenceOf(view);
-  at("narrative").hidden = !isWhole(view) && nTarget > 1;
-  if (rows) at("bridge").replaceChildren(...bridge(view));
+  at("narrative").hidden = isThrough() || (!isWhole(view) && nTarget > 1);
+  at("route").textContent = routeSaid(view);
+  at("route").hidden = !at("route").textContent;
+  if (rows || isThrough()) at("bridge").replaceChildren(...bridge(view));
   else {
     const all = sum(view.tokens.value);
     at("bridge").replaceChildren(make("p", "", withUnit(signed(all, Math.max(peak(view.tokens.value), Math.abs(all)))) + " over the whole answer"));
@@ -185,22 +233,30 @@ function drawPanel(view, isKept) {
   for (const side of ["prompt", "answer"]) {
     const table = at("top-" + side), found = tables[side];
     table.hidden = !found.length || (rows && block !== "both" && block !== side);
-    table.caption.textContent = rows ? captionOf(view, side, found) : "Where it mattered most";
+    table.caption.textContent = rows ? captionOf(view, side, found) : isThrough() ? "What it led to in the end" : "Where it mattered most";
     fillTable(table, view, found);
   }
   drawEffects(view);
+  drawChanges(view);
   at("note").replaceChildren(...notesOn(view));
 }
 
 /* Details line ----------------------------------------------------------------------------------- */
 
 function describeCell(series, i, tokens) {
+  if (series.isShare) return percentOf(series.value[i]) + " in the end";
   const most = peak(series.value), times = factor(series.value[i], tokens);
   return withUnit(signed(series.value[i], most) + plusMinus(series.error[i], most)) + (times ? " = " + times : "")
     + (isUnknown(series, i) ? ", of unknown error" : within(series, i) ? ", could be noise" : isNoise(series, i) ? ", below the model's noise" : "");
 }
 
 function describeRows(view) {
+  if (isThrough()) {
+    const [first] = [...causesIn(view, "prompt"), ...causesIn(view, "answer")].sort(bySize);
+    if (!first) return tokensText(view) + ": nothing in particular led to it";
+    return tokensText(view) + ": " + percentOf(first.value) + " of what led to it in the end "
+      + (first.side === "prompt" ? "is " + promptPart(first.i) : "begins with " + quoted(nameOf("answer", first.i), 24) + " in the answer");
+  }
   const full = total(data.full_values, view.from, view.to), empty = total(data.empty_values, view.from, view.to);
   const most = Math.max(Math.abs(full), Math.abs(empty)), name = tokensText(view);
   if (!Number.isFinite(most)) return name;
@@ -210,7 +266,7 @@ function describeRows(view) {
 
 function describeColumn(view) {
   const name = quoted(prompt.names[view.index]), [first] = whereItMattered(view);
-  if (!first) return name + " changed no token of the answer";
+  if (!first) return name + (isThrough() ? " led to no token of the answer" : " changed no token of the answer");
   return name + " mattered most for " + quoted(pieces.answer[first.i].name) + ": " + describeCell(view.tokens, first.i, 1);
 }
 
@@ -230,5 +286,6 @@ function describe(view, pointed) {
   if (pointed.side === "answer" && block === "prompt") return whole;
   if (pointed.side === "prompt" && block === "answer") return whole;
   if (pointed.from >= view.to) return quoted(pointed.name) + " comes after " + target + " and cannot be its cause";
+  if (isThrough()) return quoted(pointed.name) + " begins no chain to " + target;
   return quoted(pointed.name) + (nOutput && pointed.feature !== null ? " ends " + target + " and cannot be its cause" : " was held fixed");
 }

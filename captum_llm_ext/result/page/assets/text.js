@@ -116,7 +116,7 @@ function ruler(side) {
   };
   const draw = () => {
     if (canvas.hidden) return;
-    const pen = canvas.getContext("2d"), absolute = root.classList.contains("absolute");
+    const pen = canvas.getContext("2d"), absolute = isSized();
     pen.clearRect(0, 0, canvas.width, canvas.height);
     pieces[side].forEach((piece, i) => {
       if (Math.abs(piece.level) < 0.08) return;
@@ -171,11 +171,11 @@ function paint(view, isCommon) {
   const most = { prompt: peakOf(view, "prompt", isCommon), answer: peakOf(view, "answer", isCommon) };
   for (const side of ["prompt", "answer"]) for (const piece of pieces[side]) paintPiece(view, piece, most[side]);
   for (const { draw } of rulers) draw();
-  const absolute = root.classList.contains("absolute"), what = data.attr_target === "log_prob" ? "probability" : nameOfValue(data.attr_target);
+  const absolute = isSized(), what = data.attr_target === "log_prob" ? "probability" : nameOfValue(data.attr_target);
   at("low").textContent = absolute ? "nothing" : "lowers ←";
-  at("ramp").textContent = absolute ? "" : what;
+  at("ramp").textContent = isThrough() ? "share in the end" : absolute ? "" : what;
   at("high").textContent = absolute ? "most" : "→ raises";
   const shown = view.kind === "column" ? [["", most.answer]]
     : ["prompt", "answer"].filter((side) => (side === "prompt" || most.answer > 0) && (block === "both" || block === side)).map((side) => [side === "prompt" ? "prompt " : "answer ", most[side]]);
-  at("full").textContent = "full colour: " + shown.map(([side, x]) => side + withUnit(plain(x, x))).join(", ");
+  at("full").textContent = "full colour: " + shown.map(([side, x]) => side + (isThrough() ? percentOf(x) : withUnit(plain(x, x)))).join(", ");
 }

@@ -27,6 +27,10 @@ function factor(x, tokens) {
   if (data.attr_target === "contrast") return x > 0 ? shown + " times the odds" : "the odds divided by " + shown;
   return shown + " times " + (x > 0 ? "as" : "less") + " probable";
 }
+/* A share of what led to something. */
+const percentOf = (share) => (share > 0 && share < 0.01 ? "<1" : String(Math.round(100 * share))) + "\u00a0%";
+/* Whether colours tell sizes, not what raises and what lowers. */
+const isSized = () => root.classList.contains("absolute") || root.classList.contains("shares");
 const withUnit = (text) => (unit ? text + " " + unit : text);
 function percent(logProb) {
   const share = 100 * Math.exp(logProb);

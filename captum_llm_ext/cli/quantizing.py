@@ -1,0 +1,91 @@
+"""--quantize: how the weights of a model are made smaller while it is loaded."""
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any, cast
+
+from captum_llm_ext.cli.command import UsageError
+
+HELP = (
+    "load the weights in 8bit or 4bit (bitsandbytes), as torchao:CLASS says, such as "
+    "torchao:Int8WeightOnlyConfig, or as a quantization configuration of transformers: JSON such "
+    'as {"quant_method": "quanto", "weights": "int8"}'
+)
+_BITS: Mapping[str, Mapping[str, Any]] = {
+    "8bit": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+}
+_TORCHAO = "torchao:"
+_GIVE = f"give {', '.join(_BITS)}, {_TORCHAO}CLASS or a JSON object"
+# What transformers 5.23 loads a configuration's weights with: modules, and what is installed.
+_NEEDS: Mapping[str, tuple[str, str]] = {
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+    "torchao": ("torchao", "torchao"),
+    "quanto": ("optimum.quanto", "optimum-quanto"),
+    "hqq": ("hqq", "hqq"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "awq": ("gptqmodel", "gptqmodel"),
+    "auto-round": ("auto_round", "auto-round"),
+    "eetq": ("kernels", "kernels"),
+}
+
+
+def quantization(given: str | None) -> Any:
+    """The configuration that ``--quantize`` means; None where nothing is to be quantized.
+
+    Raises:
+        UsageError: If transformers knows no such one.
+        ValueError: If a package is missing that it needs.
+    """
+    if given is None:
+        return None
+    asked = _asked(given)
+    method = str(asked.get("quant_method", ""))
+    if method in _NEEDS:
+        module, package = _NEEDS[method]
+        if not _is_there(module):
+            raise ValueError(f"--quantize {given} needs another package: pip install {package}")
+    try:
+        if given.startswith(_TORCHAO):
+            return _of_torchao(given.removeprefix(_TORCHAO))
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        return AutoQuantizationConfig.from_dict(dict(asked))
+    except ImportError as error:
+        raise ValueError(f"--quantize {given} needs another package: {error}") from error
+    except Exception as error:  # whatever a configuration says of what it is given
+        raise UsageError(f"--quantize {given}: {error}") from error
+
+
+def _asked(given: str) -> Mapping[str, Any]:
+    if given.startswith(_TORCHAO):
+        return {"quant_method": "torchao"}
+    if given in _BITS:
+        return _BITS[given]
+    try:
+        asked: Any = json.loads(given)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--quantize {given}: {_GIVE} ({error}).") from error
+    if not isinstance(asked, Mapping):
+        raise UsageError(f"--quantize {given}: {_GIVE}.")
+    return cast(Mapping[str, Any], asked)
+
+
+def _of_torchao(name: str) -> Any:
+    """A configuration of torchao by the name of its class, with its defaults."""
+    import torchao.quantization as known  # pyright: ignore[reportMissingImports]
+    from transformers import TorchAoConfig
+
+    names = sorted(own for own in dir(known) if own.endswith("Config"))
+    if name not in names:
+        raise ValueError(f"torchao has no {name or 'such class'}: give one of {', '.join(names)}")
+    return TorchAoConfig(getattr(known, name)())
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even what it is a part of
+        return False

@@ -1,0 +1,77 @@
+"""Counterfactuals in words: what would have stood in the prompt, and what the model writes then."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LONGEST = 80  # characters of a text that was changed
+_LONGEST_ANSWER = 200
+
+
+def told_changes(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a page shows of ``counterfactuals``.
+
+    Returns:
+        For each its ``token``, the ``columns`` of the prompt that it changes, what it ``said`` in a
+        sentence, and the ``answer`` that the model writes then.
+
+    Raises:
+        ValueError: If one is about another answer.
+    """
+    return [_told(one, data) for one in data.get("counterfactuals") or ()]
+
+
+def _told(one: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    said = "".join(piece["text"] for piece in data["output"])
+    t, n = int(one["token"]), len(data["output_tokens"])
+    if not 0 <= t < n or _plain(one["old_answer"]) not in ("", _plain(said)):
+        raise ValueError(
+            f"a counterfactual is about token {t} ({one['name']!r}) of the answer "
+            f"{_short(one['old_answer'], 60)!r}, the result about {_short(said, 60)!r}: search "
+            "with the target that was attributed, such as `result.target`."
+        )
+    owners: Sequence[int] = data.get("column_features") or range(len(data["input_tokens"]))
+    changed = set(one["features"])
+    return {
+        "token": t,
+        "columns": [column for column, feature in enumerate(owners) if feature in changed],
+        "said": _sentence(one),
+        "answer": _short(one["answer"], _LONGEST_ANSWER),
+    }
+
+
+def _sentence(one: Mapping[str, Any]) -> str:
+    changes = " and ".join(
+        f"{_quoted(new)} in place of {_quoted(old)}" for old, new in one["replacements"]
+    )
+    before, now, new = (_percent(value) for value in one["values"])
+    share = float(one["share_of_draws"])
+    often = "" if share >= 1 else f" ({100 * share:.0f} % of the texts tried there do it)"
+    many = len(one["features"]) > 1
+    least = ""
+    if many:
+        least = "; neither alone does it" if len(one["features"]) == 2 else "; fewer do not do it"
+        least = least if one["proven_minimal"] else "; fewer might do it"
+    return (
+        f"With {changes or 'other text'}{often}, {_quoted(one['new_token'])} ({new}) is likelier "
+        f"than {_quoted(one['name'])} ({now}, was {before}){least}."
+    )
+
+
+def _percent(log_prob: float) -> str:
+    share = math.exp(min(log_prob, 0.0))
+    return "<0.01 %" if share < 1e-4 else f"{float(f'{100 * share:.2g}'):g} %"
+
+
+def _quoted(text: str) -> str:
+    shown = _short(text, _LONGEST)
+    return f"“{shown}”" if shown else "nothing"
+
+
+def _short(text: str, most: int) -> str:
+    plain = _plain(text)
+    return plain if len(plain) <= most else plain[: most - 1].rstrip() + "…"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())

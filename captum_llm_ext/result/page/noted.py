@@ -1,0 +1,61 @@
+"""How a result was computed, in names and words that a reader knows."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Of provenance: tables of candidates and numbers of every token, no lines of text.
+_LONG = ("matches", "fixed_attr", "fixed_share", "constant_attr")
+_FIRST = ("method", "attr_target", "n_evaluations", "estimate")
+_NAMES = {
+    "attr_target": "value explained",
+    "n_evaluations": "evaluations",
+    "n_coalitions": "coalitions",
+    "n_samples": "budget",
+    "estimate": "is an estimate",
+    "model_class": "class of the model",
+    "dtype": "numbers of the model",
+    "absence": "absent parts",
+    "deterministic_baselines": "absent parts are always the same",
+    "unit": "parts of the prompt",
+    "output_unit": "parts of the answer",
+    "noise_floor": "noise of the model's arithmetic",
+    "generation": "how the answer was generated",
+    "probe": "what the model was found to do",
+}
+_VALUES = {"log_prob": "log-probability", "prob": "probability"}
+
+
+def noted(data: Mapping[str, Any]) -> list[list[str]]:
+    """Pairs of a name and what is noted, in the order in which they are told."""
+    entries = {name: data[name] for name in _FIRST if name in data}
+    entries |= {
+        name: value for name, value in data.get("provenance", {}).items() if name not in _LONG
+    }
+    told = [(name, _spelled(value)) for name, value in entries.items()]
+    return [[_NAMES.get(name, name.replace("_", " ")), text] for name, text in told if text]
+
+
+def _spelled(value: Any) -> str:
+    """A value as text; empty where it says nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        pairs = ((str(key).replace("_", " "), _spelled(item)) for key, item in value.items())  # pyright: ignore[reportUnknownVariableType]
+        return ", ".join(f"{name} {text}" for name, text in pairs if text)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return _listed(list(value))  # pyright: ignore[reportUnknownArgumentType]
+    return _VALUES.get(value, value) if isinstance(value, str) else str(value)
+
+
+def _listed(values: list[Any]) -> str:
+    """Many numbers by their range: one for every token is no line of text."""
+    known = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    if len(values) > 1 and len(known) == len(values):
+        low, high = _spelled(float(min(known))), _spelled(float(max(known)))
+        return low if low == high else f"{low} to {high}"
+    return ", ".join(text for text in map(_spelled, values) if text)

@@ -1,0 +1,251 @@
+"""What led to an answer in the end, and what would have changed it, as a page shows them."""
+
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from test_html import Parsed, answer, example, prompt, tab, view  # noqa: F401
+
+from captum_llm_ext import GenerationAttributionResult
+from captum_llm_ext.result import page as html
+
+DATA = Path(__file__).parent / "data"
+THROUGH = "#effect input[value=through]"
+
+
+def load(name):
+    return GenerationAttributionResult.load(DATA / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def rag():
+    return load("rag")
+
+
+def choose(page, level, unit):
+    """Reads prompt and answer by these parts, and shares through the answer."""
+    for side, name in (("prompt", level), ("answer", unit)):
+        label = page.locator(f"#{side}-levels label").filter(has_text=name)
+        if label.count():
+            label.locator("input").check(force=True)
+    page.check(THROUGH, force=True)
+
+
+def cells(page, table):
+    """Name and share of each line of a table."""
+    rows = page.locator(f"#{table} tbody tr:not(.rest)").evaluate_all(
+        "all => all.map(row => [row.querySelector('button').title, row.lastChild.textContent])"
+    )
+    return [(name, share.replace("\u00a0", " ")) for name, share in rows]
+
+
+def percent(share):
+    return "<1 %" if 0 < share < 0.01 else f"{round(100 * share)} %"
+
+
+def chains(page):
+    lines = page.locator(".ways li").evaluate_all("all => all.map(line => line.textContent)")
+    return [line.replace("\u00a0", " ").rsplit("\u2002", 1) for line in lines]
+
+
+@pytest.mark.parametrize("level", ["paragraph", "sentence"])
+def test_shares_are_those_of_the_total(view, rag, level):  # noqa: F811
+    page = view.text(rag.to_html())
+    choose(page, level, "token")
+    found = rag.total(level=level, n_resamples=0)
+    for t in (0, 8, 11, 27):
+        answer(page, t).hover()
+        shares = sorted(
+            zip(found.names, found.shares[t].tolist(), strict=True), key=lambda s: -s[1]
+        )
+        shown = cells(page, "top-prompt")
+        assert shown
+        assert [percent(share) for _, share in shares[: len(shown)]] == [s for _, s in shown]
+        assert percent(shares[0][1]) in page.inner_text("#details").replace("\u00a0", " ")
+    page.keyboard.press("Escape")
+    page.mouse.move(1, 1)
+    whole, _ = found.span()
+    assert {share for _, share in cells(page, "top-prompt")} <= {percent(s) for s in whole.tolist()}
+    best = max(whole.tolist())
+    assert cells(page, "top-prompt")[0][1] == percent(best)
+
+
+def test_chains_to_a_token_are_those_of_the_result(view, rag):  # noqa: F811
+    page = view.text(rag.to_html())
+    choose(page, "sentence", "token")
+    for t in (8, 10, 11, 17, 23):
+        answer(page, t).hover()
+        expected = [percent(route.share) for route in rag.route(t, 3)]
+        assert [share for _, share in chains(page)] == expected
+        lengths = [way.count(" → ") for way, _ in chains(page)]
+        assert lengths == [len(route.names) - 1 for route in rag.route(t, 3)]
+
+
+def all_chains(total, t):
+    """Every chain to a token, by trying all: ``{(column, features): share}``."""
+    rows = total.links()
+    nodes = rows["features"] or rows["tokens"]
+
+    def to(row):
+        columns, shares, features, others = row
+        found = {(c, ()): s for c, s in zip(columns, shares, strict=True)}
+        for feature, share in zip(features, others, strict=True):
+            before = to(nodes[feature])
+            for (column, way), own in before.items():
+                key = column, (*way, feature)
+                found[key] = found.get(key, 0.0) + own * share
+            if not before:
+                found[None, (feature,)] = share
+        return found
+
+    return to(rows["tokens"][t])
+
+
+def test_the_share_of_a_way_by_words_is_that_of_all_chains_within_it(view):  # noqa: F811
+    result = load("chat")  # "Bruno" is three tokens
+    page = view.text(result.to_html())
+    choose(page, "turn", "word")
+    total = result.total(level="turn", n_resamples=0)
+    words = [0, 0, 0, 0, 1, 1]
+    named = ["“Bruno!”", "“He's”"]
+    for word, tokens in groupby(range(6), key=lambda t: words[t]):
+        own = list(tokens)
+        weights = total.strength[own] / total.strength[own].sum()
+        ways = {}
+        for t, weight in zip(own, weights.tolist(), strict=True):
+            for (column, features), share in all_chains(total, t).items():
+                parts = dict.fromkeys(words[f] for f in features if words[f] != word)
+                key = column, tuple(parts)
+                ways[key] = ways.get(key, 0.0) + weight * share
+        best = sorted(ways.items(), key=lambda way: -way[1])
+        answer(page, word).hover()
+        shown = chains(page)
+        assert [share for _, share in shown] == [percent(share) for _, share in best[: len(shown)]]
+        for (way, _), ((_, parts), _) in zip(shown, best, strict=False):
+            assert way.split(" → ")[1:] == [named[part] for part in (*parts, word)]
+
+
+def test_pointing_focus_and_tap_tell_the_strongest_chain(view, rag):  # noqa: F811
+    page = view.text(rag.to_html())
+    assert page.locator("#route").is_hidden()  # of the whole answer there is no one chain
+    said = page.locator("#route")
+    answer(page, 6).hover()  # with direct effects as well
+    assert "led to “1642”" in said.inner_text()
+    told = said.inner_text()
+    page.mouse.move(1, 1)
+    assert said.is_hidden()
+    answer(page, 5).focus()
+    page.keyboard.press("ArrowRight")
+    assert said.inner_text() == told
+    page.evaluate("document.activeElement.blur()")
+    answer(page, 6).click()
+    page.mouse.move(1, 1)
+    assert said.inner_text() == told
+    page.check(THROUGH, force=True)
+    assert said.inner_text() == told
+    assert page.locator("#links path").count() == 1  # the one chain, here of one link
+
+
+def test_a_chain_is_drawn_link_by_link(view, rag):  # noqa: F811
+    page = view.text(rag.to_html())
+    choose(page, "sentence", "token")
+    routes = [rag.route(t, 1) for t in range(28)]
+    t = next(t for t, found in enumerate(routes) if found and len(found[0].through) > 1)
+    way = routes[t][0]
+    answer(page, t).click()
+    assert page.locator("#links path").count() == len(way.through) + 1
+    ends = page.locator("#links path").evaluate_all("all => all.map(p => p.dataset.link)")
+    assert ends[0].startswith(f"prompt {way.column} ")
+    assert ends[-1].split()[-1] == str(t)
+
+
+def test_shares_have_neither_errors_nor_signs(view, rag):  # noqa: F811
+    page = view.text(rag.to_html())
+    page.check(THROUGH, force=True)
+    assert page.locator(".ink.down").count() == 0
+    assert "±" not in page.inner_text("#top-prompt")
+    assert page.locator(".step").count() == 0
+    assert "share in the end" in page.inner_text("#legend")
+    prompt(page, 3).click()
+    assert "In the end" not in page.inner_text("#top-answer caption")
+    page.check("#effect input[value=direct]", force=True)
+    assert "±" in page.inner_text("#panel")
+
+
+def test_without_chains_there_is_no_switch(view):  # noqa: F811
+    page = view(example())
+    assert page.locator("#effect").is_hidden()
+    answer(page, 2).hover()
+    assert page.locator("#route").is_hidden()
+
+
+def test_the_first_lines_tell_the_whole_in_the_end(rag):
+    parsed = Parsed(rag.to_html())
+    shares, _ = rag.total(level="paragraph", n_resamples=0).span()
+    assert f"{100 * float(shares.max()):.0f}\u00a0%" in parsed.texts["b"]
+    assert "through the answer" in parsed.texts["b"]
+
+
+# What would have changed it ----------------------------------------------------------------------
+
+
+def change(**changes):
+    return {
+        "token": 2,
+        "name": " t2",
+        "features": [1, 4],
+        "names": [" p1", " p4"],
+        "replacements": [["p1", "q1"], ["p4", ""]],
+        "new_token": " t9",
+        "values": [-0.1, -3.0, -0.2],
+        "prompt_text": "<s> p0 q1 p2 p3 p5",
+        "answer": " t0 t1 t9",
+        "old_answer": " t0 t1 t2 t3 t4",
+        "share_of_draws": 0.5,
+        "proven_minimal": True,
+        "n_evaluations": 7,
+    } | changes
+
+
+def test_what_would_have_changed_a_token_is_said_of_it_and_of_the_whole(view):  # noqa: F811
+    page = view(example(counterfactuals=[change()]))
+    box = page.locator("#counterfactuals")
+    text = box.inner_text().replace("\u00a0", " ")
+    assert "With “q1” in place of “p1” and nothing in place of “p4”" in text
+    assert "(50 % of the texts tried there do it)" in text
+    assert "“t9” (82 %) is likelier than “t2” (5 %, was 90 %); neither alone does it" in text
+    assert "The answer then: " in text
+    assert "t0 t1 t9" in text
+    box.locator("li").hover()
+    assert page.locator("#prompt .found").all_inner_texts() == ["p1", "p4"]
+    answer(page, 2).click()
+    assert "“q1”" in box.inner_text()
+    answer(page, 3).click()
+    assert box.inner_text().endswith("None that was found is about it.")
+    prompt(page, 4).click()
+    assert "“q1”" in box.inner_text()
+    prompt(page, 0).click()
+    assert "“q1”" not in box.inner_text()
+
+
+def test_shares_near_one_are_written_as_people_do():
+    text = html.page(example(counterfactuals=[change(values=[-1e-4, -3.0, -2e-3])]))
+    assert "“t9” (100 %) is likelier than “t2” (5 %, was 100 %)" in text
+
+
+def test_a_page_without_any_speaks_of_none(view):  # noqa: F811
+    page = view(example())
+    assert page.locator("#counterfactuals").is_hidden()
+
+
+@pytest.mark.parametrize("wrong", [{"token": 5}, {"old_answer": " something else"}])
+def test_what_is_about_another_answer_is_refused(wrong):
+    with pytest.raises(ValueError, match="search with the target that was attributed"):
+        html.page(example(counterfactuals=[change(**wrong)]))
+
+
+def test_without_scripts_changes_are_told_too():
+    text = html.page(example(counterfactuals=[change(proven_minimal=False)]))
+    plain = text.split("<noscript>")[1].split("</noscript>")[0]
+    assert "fewer might do it" in plain
+    assert "<q>t0 t1 t9</q>" in plain
