@@ -26,6 +26,7 @@ from captum_llm_ext import (
 from captum_llm_ext.cli import main
 from captum_llm_ext.remote.sampled import wilson
 from captum_llm_ext.remote.similarities import token_f1
+from captum_llm_ext.remote.speaker import Question
 
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
@@ -135,8 +136,8 @@ def test_frequencies_cover_what_is_true(demo, server, kind):
         own = chat(server)
 
         def fn(messages, max_tokens, temperature, prefill, top_logprobs, seed):
-            said = own.say(messages, n_tokens=max_tokens, temperature=temperature, seed=seed)
-            return said[0].text
+            how = {"n_tokens": max_tokens, "temperature": temperature, "seed": seed}
+            return own.say(Question(messages, **how))[0].text
 
         provider = CallableProvider(fn)
     ours = remote(provider, attr_target="frequency", n_answers=40)
@@ -240,9 +241,9 @@ def test_a_stop_token_that_is_not_listed_is_noted(server):
         def __init__(self, listed):
             self.inner, self.listed = chat(server), listed
 
-        def say(self, messages, **how):
-            found = self.inner.say(messages, **how)
-            if how["n_tokens"] < 3:
+        def say(self, question):
+            found = self.inner.say(question)
+            if question.n_tokens < 3:
                 return found
             cut = [one.steps[: 2 + self.listed] for one in found]
             return [

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from captum_llm_ext.remote.chat_providers import Message
 from captum_llm_ext.remote.rung import Scored
+from captum_llm_ext.remote.speaker import Message
 from captum_llm_ext.remote.stepwise import TopK
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from captum_llm_ext.remote.chat_providers import Message
+from captum_llm_ext.remote.speaker import Message
 
 
 class IndistinguishableError(ValueError):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from captum_llm_ext.remote.chat_providers import Message
 from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.rung import IndistinguishableError, Scored
 from captum_llm_ext.remote.similarities import Similar
+from captum_llm_ext.remote.speaker import Message, Question
 from captum_llm_ext.remote.transport import ApiError
 
 # Samples of the full and the empty prompt that decide whether more are worth it.
@@ -48,7 +48,7 @@ class _Sampled:
         """See `Rung.target`: the answer as a whole."""
         if text is not None:
             return [text]
-        said = self._asker.one(messages, n_tokens=self._n_tokens, temperature=0.0)
+        said = self._asker.one(Question(messages, n_tokens=self._n_tokens, temperature=0.0))
         if said.is_refusal:
             raise ValueError(f"the model refuses to answer ({said.text!r:.80}): give a `target`.")
         return [said.text]
@@ -60,9 +60,8 @@ class _Sampled:
 
     def _drawn(self, messages: Sequence[Message], numbers: range) -> tuple[list[str], int]:
         """Answers that are none of them refusals, and how many were."""
-        said = self._asker.many(
-            messages, numbers, n_tokens=self._n_tokens, temperature=self._temperature
-        )
+        question = Question(messages, n_tokens=self._n_tokens, temperature=self._temperature)
+        said = self._asker.many(question, numbers)
         kept = [one.text for one in said if not one.is_refusal]
         self._varies |= len(set(kept)) > 1
         return kept, len(said) - len(kept)

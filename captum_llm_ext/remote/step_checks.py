@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from captum_llm_ext.remote.chat_providers import Step
 from captum_llm_ext.remote.handshake import HandshakeError, surprise
+from captum_llm_ext.remote.speaker import Step
 
 # Nats that two ways of telling a value may differ by: half precision in batches of other shapes.
 APART, APART_PER_NAT = 0.05, 0.01

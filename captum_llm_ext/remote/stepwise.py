@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from captum_llm_ext.remote.chat_providers import Message, Said, Step
 from captum_llm_ext.remote.handshake import HandshakeError
 from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.rung import Scored
+from captum_llm_ext.remote.speaker import Message, Question, Said, Step
 from captum_llm_ext.remote.step_checks import check_drawn, check_written, is_same
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError
 from captum_llm_ext.text import tokens
@@ -106,13 +106,8 @@ class TopK:
 
     def _drawn(self, messages: Sequence[Message]) -> list[Said]:
         """First tokens drawn at temperature 1, as many as one request gives."""
-        how: dict[str, Any] = {"n_tokens": 1, "temperature": 1.0, "top": self._top}
-        try:
-            return self._asker.many(messages, range(_N_DRAWN), at_once=True, **how)
-        except ApiError as error:
-            if error.status not in UNKNOWN_ARGUMENT:
-                raise
-            return [self._asker.one(messages, **how)]  # one at a time
+        question = Question(messages, n_tokens=1, temperature=1.0, top=self._top)
+        return self._asker.many(question, range(_N_DRAWN), at_once=True)
 
     def _note_stop(self, said: Said) -> None:
         """Notes whether the token that ends answers is told of."""
@@ -150,14 +145,8 @@ class TopK:
         temperature: float,
         bias: dict[int, float] | None = None,
     ) -> Said:
-        return self._asker.one(
-            messages,
-            n_tokens=n,
-            temperature=temperature,
-            prefill=prefill,
-            top=self._top,
-            bias=bias,
-        )
+        how: dict[str, Any] = {"prefill": prefill, "top": self._top, "bias": bias}
+        return self._asker.one(Question(messages, n_tokens=n, temperature=temperature, **how))
 
     def target(self, messages: Sequence[Message], text: str | None) -> list[str]:
         """See `Rung.target`: the tokens that the model writes it with."""

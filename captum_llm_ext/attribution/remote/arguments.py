@@ -7,9 +7,9 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from captum_llm_ext.attribution.remote.rung_choice import RungName
 from captum_llm_ext.base.arguments import check_counts
 from captum_llm_ext.contrast import Contrast
-from captum_llm_ext.remote.chat_providers import Speaker
 from captum_llm_ext.remote.providers import OnMismatch, adapt_provider
 from captum_llm_ext.remote.similarities import SIMILAR
+from captum_llm_ext.remote.speaker import Speaker
 
 RemoteTarget = Literal["log_prob", "prob", "contrast", "auto", "label", "frequency", "similarity"]
 

@@ -36,7 +36,6 @@ from captum_llm_ext.contrast import Contrast, FoilContext, scored
 from captum_llm_ext.methods import Smile
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
 from captum_llm_ext.model.scoring.progress import Shown
-from captum_llm_ext.remote.chat_providers import Speaker
 from captum_llm_ext.remote.estimate import LENGTHS, Counter, Estimate, finite, n_new
 from captum_llm_ext.remote.ladder import LadderScorer, weights
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
@@ -50,6 +49,7 @@ from captum_llm_ext.remote.providers import (
 )
 from captum_llm_ext.remote.scorer import RemoteScorer
 from captum_llm_ext.remote.similarities import Similar
+from captum_llm_ext.remote.speaker import Speaker
 from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.text.baselines import LanguageModel

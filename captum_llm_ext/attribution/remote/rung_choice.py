@@ -9,7 +9,7 @@ from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_llm_ext.contrast import Contrast
-from captum_llm_ext.remote.chat_providers import Speaker, as_chat, speaker
+from captum_llm_ext.remote.chat_providers import as_chat, speaker
 from captum_llm_ext.remote.completions import CompletionsProvider
 from captum_llm_ext.remote.estimate import (
     CHARACTERS_PER_TOKEN,
@@ -26,6 +26,7 @@ from captum_llm_ext.remote.providers import ProviderAdapter, TokenProvider
 from captum_llm_ext.remote.rung import Rung
 from captum_llm_ext.remote.sampled import Frequency, Similarity
 from captum_llm_ext.remote.similarities import SIMILAR, Similar
+from captum_llm_ext.remote.speaker import Question, Speaker
 from captum_llm_ext.remote.stepwise import N_TRIES, Forced, TopK
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError, GarbageError
 from captum_llm_ext.text import tokens
@@ -262,7 +263,7 @@ class RungChoice:
             return None
         asker = self._asker(who)
         try:  # who writes no text for this prompt does nothing else with it
-            if not asker.one(full, n_tokens=8, temperature=1.0).text:
+            if not asker.one(Question(full, n_tokens=8, temperature=1.0)).text:
                 return None
         except (ApiError, ConnectionError, BudgetError):
             return None
