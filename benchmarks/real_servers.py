@@ -1,16 +1,18 @@
 """What the rungs of the ladder are worth on servers that people run.
 
     python benchmarks/real_servers.py MODEL_FOLDER [--gguf FILE] [--python NAME=PYTHON ...]
-        [--prompts N]
+        [--prompts N] [--only NAME ...]
 
 Starts each of vLLM, ``transformers serve`` and llama-cpp-python's server that is installed, as its
 own documentation says, and asks it for five prompts by every rung. The truth is a plain forward of
 the same checkpoint in float32, of the prompt as the server's template has it. `--python` names the
-interpreter that has a server, where it is not this one.
+interpreter that has a server, where it is not this one. What is measured is kept at once; `--only`
+takes up single servers again.
 """
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ SERVERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], list[str]]]] =
         lambda a, port: [
             *("-m", "vllm.entrypoints.openai.api_server", "--model", a.folder),
             *("--served-model-name", "model", "--enforce-eager", "--dtype", "float32"),
-            *("--max-model-len", "512", "--max-num-seqs", "8", "--port", str(port)),
+            *("--max-model-len", "1024", "--max-num-seqs", "8", "--port", str(port)),
         ],
     ),
     "transformers": (
@@ -67,7 +69,7 @@ SERVERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], list[str]]]] =
         "llama-cpp-python",
         lambda a, port: [
             *("-m", "llama_cpp.server", "--model", a.gguf, "--logits_all", "true"),
-            *("--n_ctx", "512", "--n_threads", "1", "--port", str(port)),
+            *("--n_ctx", "1024", "--n_threads", "1", "--port", str(port)),
         ],
     ),
 }
@@ -79,15 +81,17 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--gguf")
     parser.add_argument("--python", action="append", default=[])
+    parser.add_argument("--only", nargs="+", choices=SERVERS, default=list(SERVERS))
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     given = parser.parse_args()
     pythons = dict(one.split("=", 1) for one in given.python)
     tokenizer = AutoTokenizer.from_pretrained(given.folder)
     model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=torch.float32).eval()
     path = RESULTS / "real_servers.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    found: dict[str, Any] = known.get("servers", {})
+    found: dict[str, Any] = {}
     for name, (package, arguments) in SERVERS.items():
+        if name not in given.only:
+            continue
         python = pythons.get(name, sys.executable)
         about = _version(package, python)
         if about is None or (name == "llama-cpp" and given.gguf is None):
@@ -95,33 +99,49 @@ def main() -> None:
             continue
         port = _free_port()
         command = [python, *arguments(given, port)]
-        with subprocess.Popen(command, stdout=sys.stderr, stderr=sys.stderr) as process:
+        # A kilobyte of answers needs no gigabytes of cache.
+        environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environ.pop("PYTHONPATH", None)
+        with subprocess.Popen(
+            command, stdout=sys.stderr, stderr=sys.stderr, env=environ
+        ) as process:
             try:
                 url = f"http://127.0.0.1:{port}/v1"
                 _wait_for(url, process)
                 shown = ["python" if part == python else part for part in command]
                 found[name] = {"version": about, "command": _shown(shown, given)}
                 served = given.folder if name == "transformers" else _model_name(url)
-                found[name] |= asked(url, served, model, tokenizer, given.prompts)
+                for key, about in asked(url, served, model, tokenizer, given.prompts):
+                    found[name][key] = about
+                    keep(path, found, given)
             finally:
                 process.terminate()
                 process.wait(30)
-        content = {
-            "environment": environment(seed=0)
-            | {"command": "python benchmarks/real_servers.py MODEL_FOLDER"},
-            "model": "SmolLM2-135M-Instruct",
-            "settings": {"n_tokens": N_TOKENS, "n_answers": N_ANSWERS, "prompts": PROMPTS},
-            "servers": found,
-        }
-        text = json.dumps(content, indent=1)
-        for own, shown in ((given.folder, "MODEL_FOLDER"), (given.gguf, "MODEL.gguf")):
-            text = text if own is None else text.replace(own, shown)
-        path.write_text(text + "\n")
+    keep(path, found, given)
     print(json.dumps(found, indent=1))
 
 
-def asked(url: str, name: str, model: Any, tokenizer: Any, n_prompts: int) -> dict[str, Any]:
-    """Every rung by both endpoints, ``{"chat top-k": {…}, …}``."""
+def keep(path: Path, found: dict[str, Any], given: argparse.Namespace) -> None:
+    """Writes what was found until now, beside other servers, without names of this machine."""
+    held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    others = {k: v for k, v in held.get("servers", {}).items() if k not in given.only}
+    content = {
+        "environment": environment(seed=0)
+        | {"command": "python benchmarks/real_servers.py MODEL_FOLDER --gguf MODEL.gguf"},
+        "model": "SmolLM2-135M-Instruct",
+        "settings": {"n_tokens": N_TOKENS, "n_answers": N_ANSWERS, "prompts": PROMPTS},
+        "servers": others | {k: v for k, v in found.items() if k in given.only},
+    }
+    text = json.dumps(content, indent=1)
+    for own, shown in ((given.folder, "MODEL_FOLDER"), (given.gguf, "MODEL.gguf")):
+        text = text if own is None else text.replace(own, shown)
+    path.write_text(text + "\n")
+
+
+def asked(
+    url: str, name: str, model: Any, tokenizer: Any, n_prompts: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every rung by both endpoints: ``("chat top-k", {…})`` and so on."""
     endpoints = {
         "completions": lambda: CompletionsProvider(url, name, timeout=600, max_concurrency=2),
         "chat": lambda: ChatProvider(name, api_url=url, timeout=600, max_concurrency=2),
@@ -134,7 +154,6 @@ def asked(url: str, name: str, model: Any, tokenizer: Any, n_prompts: int) -> di
         ("frequency", {"attr_target": "frequency", "n_answers": N_ANSWERS}),
         ("similarity", {"attr_target": "similarity", "n_answers": N_ANSWERS}),
     ]
-    found: dict[str, Any] = {}
     for endpoint, make in endpoints.items():
         for rung, how in rungs:
             if endpoint == "chat" and rung == "forced":
@@ -157,9 +176,8 @@ def asked(url: str, name: str, model: Any, tokenizer: Any, n_prompts: int) -> di
                 inside = [one["inside"] for one in told if "inside" in one]
                 about |= {"inside": min(inside)} if inside else {}
             about["seconds"] = round(time.monotonic() - began, 1)
-            found[f"{endpoint} {rung}"] = about
             print(endpoint, rung, json.dumps(about), file=sys.stderr, flush=True)
-    return found
+            yield f"{endpoint} {rung}", about
 
 
 def _one(

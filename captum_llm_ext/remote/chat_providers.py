@@ -325,7 +325,7 @@ def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> Said:
         str(message.get("content") or refusal or ""),
         steps,
         is_refusal=bool(refusal) or held.get("finish_reason") in _REFUSED,
-        n_in=int(usage.get("prompt_tokens") or 0) // n,
+        n_in=int(usage.get("prompt_tokens") or 0),  # read once, however many answers
         n_out=int(usage.get("completion_tokens") or 0) // n,
         model=answer.get("model"),
         fingerprint=_fingerprint(answer),
@@ -347,7 +347,7 @@ def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> Said:
     return Said(
         str(choice.get("text") or ""),
         steps,
-        n_in=int(usage.get("prompt_tokens") or 0) // n,
+        n_in=int(usage.get("prompt_tokens") or 0),  # read once, however many answers
         n_out=int(usage.get("completion_tokens") or 0) // n,
         model=answer.get("model"),
         fingerprint=_fingerprint(answer),

@@ -78,6 +78,10 @@ class Label:
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
         """See `Rung.begin`; values are no samples."""
 
+    def ask_again(self, messages: Sequence[Message], target: list[str]) -> float | None:
+        """See `Rung.ask_again`."""
+        return self._by.ask_again(messages, target)
+
     def draw_more(self) -> bool:
         """See `Rung.draw_more`: never, values are no samples."""
         return False

@@ -23,6 +23,7 @@ from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.rung import Rung, Scored
 from captum_llm_ext.remote.sampled import TWO
+from captum_llm_ext.remote.step_checks import APART
 from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.plain_tokenizer import messages_of
@@ -66,6 +67,7 @@ class LadderScorer:
         self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
         self._known: dict[bytes, Scored] = {}
         self._in_order: list[bytes] = []
+        self._wanted: list[str] = []
 
     def forget(self) -> None:
         """Has coalitions looked at again: the rung knows more of them now."""
@@ -114,7 +116,7 @@ class LadderScorer:
             ValueError: If a row is no text, or no cause would be found.
             ConnectionError, RuntimeError: If the provider gives up, or no more may be spent.
         """
-        wanted = [tokens.decode(self._tokenizer, [i]) for i in target.tolist()]
+        self._wanted = wanted = [tokens.decode(self._tokenizer, [i]) for i in target.tolist()]
         asked = Asked(target)
         digests = [asked.digest(row) for row in rows]
         new = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
@@ -203,6 +205,18 @@ class LadderScorer:
             "is_told_apart": difference > TWO * error,
             "times_as_many_answers": times if math.isfinite(times) else None,
         }
+
+    def ask_again(self, full: Sequence[Any]) -> list[str]:
+        """What is suspicious of the answers, now that they are all there; asks once more."""
+        target = [*self._wanted]
+        apart = self.rung.ask_again(full, target)
+        found = self.asker.doubts()
+        if apart is not None and apart > APART:
+            found.append(
+                "the whole prompt has other log-probabilities than at the beginning, by "
+                f"{apart:.2g} nats: another model answers by now, or not the same one each time"
+            )
+        return found
 
     def _merged(self, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """What is known of distinct coalitions, and the weights of each."""

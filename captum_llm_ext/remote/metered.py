@@ -1,6 +1,7 @@
 """Answers that are paid for: each asked for once, kept, counted, and no more than allowed."""
 
 import json
+import math
 import os
 import sqlite3
 import threading
@@ -16,6 +17,9 @@ from captum_llm_ext.remote.transport import ApiError, shown_url
 # A model's name and the fingerprint of its set-up, as it says itself with every answer.
 # Answers that one request is asked for: servers have limits of their own below that.
 _MOST_AT_ONCE, _FEW = 128, 8
+CHARACTERS_PER_TOKEN = 4.0  # of English, where no tokenizer is at hand
+# Prompts of so many tokens and more, of which one is longer by such a share and counted alike.
+_FEW_TOKENS, _CUT = 32, 0.1
 Identity = tuple[str | None, str | None]
 
 
@@ -134,6 +138,7 @@ class Asker:
         self._who = [*own, shown_url(url) if isinstance(url, str) else None]
         self._identities: list[Identity] = []  # of those that have answered
         self._most_at_once = _MOST_AT_ONCE
+        self._lengths: set[tuple[int, int]] = set()  # characters of prompts, and tokens as counted
 
     def one(self, question: Question) -> Said:
         """The first answer; see `many`."""
@@ -162,7 +167,7 @@ class Asker:
             n = sum(one is None for one in found[first:])
             self._allow()
             said = self._said(replace(question, n=n, seed=numbers[first]))
-            self._count(said)
+            self._count(question, said)
             identities = [self._met(one) for one in said]
             if asks_anyway:
                 found, asks_anyway = self._kept(question, numbers), False
@@ -173,6 +178,39 @@ class Asker:
             if at_once:
                 break
         return [one for one in found if one is not None]
+
+    def fresh(self, question: Question) -> list[Said]:
+        """What is answered now, whatever is kept.
+
+        Raises:
+            BudgetError: If one more request is not allowed.
+        """
+        question = replace(question, way=self.way if question.prefill else "none")
+        self._allow()
+        said = self._said(question)
+        self._count(question, said)
+        for one in said:
+            self._met(one)
+        return said
+
+    def doubts(self) -> list[str]:
+        """What counts and names that came with answers make suspicious."""
+        found: list[str] = []
+        if len(self.spent.models) > 1:
+            names = ", ".join(map(repr, sorted(self.spent.models)))
+            found.append(f"several models have answered: {names}")
+        longest = max(self._lengths, key=lambda pair: pair[1], default=(0, 0))
+        same = [n_characters for n_characters, n in self._lengths if n == longest[1] > _FEW_TOKENS]
+        if same and max(same) - min(same) > _CUT * max(same):
+            found.append(
+                f"prompts of {min(same)} and of {max(same)} characters are counted as "
+                f"{longest[1]} tokens alike: the server cuts them, and does not read all"
+            )
+        return found
+
+    def ask_one_by_one(self) -> None:
+        """Asks for no more than one answer in a request from now on."""
+        self._most_at_once = 1
 
     def _said(self, question: Question) -> list[Said]:
         """Answers to a question, as many in one request as the provider gives."""
@@ -224,10 +262,18 @@ class Asker:
                 )
             spent.n_requests += 1
 
-    def _count(self, said: Sequence[Said]) -> None:
+    def _count(self, question: Question, said: Sequence[Said]) -> None:
+        length = sum(len(str(message["content"])) for message in question.messages)
+        length += len(question.prefill)
+        n_in = max((one.n_in for one in said), default=0)
         with self._lock:
-            self.spent.n_in += max((one.n_in for one in said), default=0)
-            self.spent.n_out += sum(one.n_out for one in said)
+            if n_in:
+                self._lengths.add((length, n_in))
+            # Who counts no tokens is reckoned with, or `max_usd` would never be reached.
+            self.spent.n_in += n_in or math.ceil(length / CHARACTERS_PER_TOKEN)
+            self.spent.n_out += sum(
+                one.n_out or math.ceil(len(one.text) / CHARACTERS_PER_TOKEN) for one in said
+            )
             self.spent.models |= {one.model for one in said if one.model}
 
     def provenance(self) -> dict[str, Any]:

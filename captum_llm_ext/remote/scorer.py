@@ -81,6 +81,7 @@ class RemoteScorer:
         self._generated: Tensor | None = None
         self._trusts_journal = self._has_warned = False
         self._findings: Findings | None = None
+        self._first: Request | None = None  # that this run has asked for
 
     @property
     def takes_ids(self) -> bool:
@@ -348,6 +349,7 @@ class RemoteScorer:
             if value is not None and is_ruled_out(value):
                 return self._no_value(request, request.asked[i], f"gives {value:g} to", _INFINITE)
         self._keep(key(request), answer.values)
+        self._first = self._first or request
         for i, others in enumerate(answer.others):
             if wanted and len(others) > 1:
                 before = request.ids[: request.first + i + 1]
@@ -397,6 +399,26 @@ class RemoteScorer:
             return self._known[k][0]
         of_whole, i = self._steps[k]
         return self._known[of_whole][i]
+
+    def ask_again(self) -> list[str]:
+        """What is suspicious of the answers, now that they are all there; asks for one once more.
+
+        Only where more than that one was asked.
+        """
+        if self._first is None or self.n_requests < 2:
+            return []
+        [answer] = self._source.ask([self._first])
+        self.n_requests += 1
+        wanted = list(self._first.wanted)
+        now, then = _as_tensor(answer.values)[wanted], self._known[key(self._first)][wanted]
+        apart = (now - then).abs()
+        if bool((apart <= _noise(then)).all()):
+            return []
+        return [
+            "the whole prompt has other log-probabilities than at the beginning, by "
+            f"{float(apart.max()):.2g} nats: another model answers by now, or not the same one "
+            "each time"
+        ]
 
     def provenance(self) -> dict[str, Any]:
         """What provenance is to say of what was asked."""

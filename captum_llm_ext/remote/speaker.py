@@ -32,7 +32,8 @@ class Said:
         text: What the model wrote.
         steps: Its tokens, where the provider tells log-probabilities of them.
         is_refusal: Whether the provider says that the model, or a filter, refused.
-        n_in, n_out: Tokens read and written, as the provider counts them.
+        n_in, n_out: Tokens read (for all answers of a request together) and written, as the
+            provider counts them.
         model, fingerprint: Which model answered, and in what set-up, as it says.
         has_stopped: Whether the model ended the answer itself.
     """

@@ -450,7 +450,11 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         generation: Generation | None,
     ) -> GenerationAttributionResult:
         if self._climbed is None:
-            return super()._result(inp, game, outcome, joint, generation)
+            scorer = cast(RemoteScorer, game.run.scorer)
+            doubts = self._warned(scorer.ask_again() if self._counter is None else [])
+            result = super()._result(inp, game, outcome, joint, generation)
+            result.provenance["doubts"] = doubts
+            return result
         scorer = self._climbed.scorer
         known, weight = scorer.known(), weights(outcome.name, outcome.plan)
         told: dict[str, Any] = {
@@ -470,9 +474,16 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 outcome = replace(outcome, solution=solution)
             if ends is not None:
                 told["token_attr_interval"] = finite(torch.stack(ends))
+        told["doubts"] = self._warned(scorer.ask_again(self._climbed.full))
         result = super()._result(inp, game, outcome, joint, generation)
         result.provenance.update(told)
         return result
+
+    @staticmethod
+    def _warned(doubts: list[str]) -> list[str]:
+        for doubt in doubts:
+            warnings.warn(f"do not rely on this: {doubt}.", stacklevel=stacklevel_of_caller())
+        return doubts
 
     def _source(self) -> ProviderAdapter:
         return adapt_provider(

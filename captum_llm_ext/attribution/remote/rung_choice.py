@@ -12,7 +12,6 @@ from captum_llm_ext.contrast import Contrast
 from captum_llm_ext.remote.chat_providers import as_chat, speaker
 from captum_llm_ext.remote.completions import CompletionsProvider
 from captum_llm_ext.remote.estimate import (
-    CHARACTERS_PER_TOKEN,
     Counter,
     Estimate,
     n_new,
@@ -21,7 +20,7 @@ from captum_llm_ext.remote.estimate import (
 from captum_llm_ext.remote.handshake import handshake, has_met
 from captum_llm_ext.remote.label import Label
 from captum_llm_ext.remote.ladder import LadderScorer, as_messages
-from captum_llm_ext.remote.metered import Asker, BudgetError, Cache, Limits
+from captum_llm_ext.remote.metered import CHARACTERS_PER_TOKEN, Asker, BudgetError, Cache, Limits
 from captum_llm_ext.remote.providers import ProviderAdapter, TokenProvider
 from captum_llm_ext.remote.rung import Rung
 from captum_llm_ext.remote.sampled import Frequency, Similarity
@@ -141,7 +140,7 @@ class RungChoice:
                 own.append("stepwise")
         own.append("top-k")
         if self.attr_target == "auto":
-            return [*own, "frequency"]
+            return [*own, "frequency", "similarity"]
         return ["forced"] if "forced" in own else own
 
     def climb(
@@ -288,9 +287,12 @@ class RungChoice:
             target: What is explained, if it is given.
             n_most: Tokens of what the model writes, if it is not.
         """
-        name = self.names[-1]
-        if name == "top-k" and "stepwise" in self.names:
-            name = "stepwise"
+        own = (self._reckoned(name, counter, tokenizer, target, n_most) for name in self.names)
+        return max(own, key=lambda one: (one.usd or 0.0, one.tokens_in, one.n_requests))
+
+    def _reckoned(
+        self, name: RungName, counter: Counter, tokenizer: Any, target: str | None, n_most: int
+    ) -> Estimate:
         per_token = 1.0 if not isinstance(tokenizer, PlainTokenizer) else 1.3  # words to tokens
         read = counter.n_read * per_token
         n_target = n_most if target is None else max(1, round(len(target) / CHARACTERS_PER_TOKEN))
@@ -339,7 +341,13 @@ class RungChoice:
             return Label(TopK(asker, top, 1), self.settings.labels)
         given = self.settings.n_answers
         n = _N_ANSWERS[name] if given is None else (given, given)
-        temperature = float((gen_args or {}).get("temperature") or 1.0)
+        temperature = (gen_args or {}).get("temperature")
+        temperature = 1.0 if temperature is None else float(temperature)
+        if temperature == 0 and (name == "frequency" or given is not None):
+            raise ValueError(
+                "`temperature` is 0, at which there is one answer alone: leave it out, or give "
+                '`attr_target="similarity"` without `n_answers`.'
+            )
         if name == "frequency":
             return Frequency(asker, n, n_tokens, temperature, self.settings.predicate)
         kind = self.settings.similarity
