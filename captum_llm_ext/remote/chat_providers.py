@@ -27,6 +27,11 @@ class _OverHttp:
     _http: Http | None = None
 
     @property
+    def http(self) -> Http | None:
+        """The connection, for other endpoints of the same server."""
+        return self._http
+
+    @property
     def api_url(self) -> str | None:
         """Where it is asked; None where a client asks."""
         return None if self._http is None else self._http.url
@@ -301,11 +306,18 @@ def speaker(provider: Any) -> Speaker | None:
     return provider if isinstance(provider, Speaker) else None
 
 
-def as_chat(provider: Any) -> ChatProvider | None:
-    """The chat completions of a server whose completions were asked; None for other providers."""
-    if not isinstance(provider, CompletionsProvider):
-        return None
-    return ChatProvider.over(provider.http, provider.model_name)
+def other_endpoint(provider: Any) -> tuple[Speaker | None, str]:
+    """The chat completions of a server whose completions were asked, or the other way round.
+
+    Returns:
+        It, and the name of its class; None for providers that are neither.
+    """
+    if isinstance(provider, CompletionsProvider):
+        return ChatProvider.over(provider.http, provider.model_name), "ChatProvider"
+    if isinstance(provider, ChatProvider) and provider.http is not None:
+        other = CompletionsProvider.over(provider.http, provider.model_name)
+        return Completed(other), "CompletionsProvider"
+    return None, ""
 
 
 def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> Said:

@@ -104,6 +104,13 @@ class CompletionsProvider(RemoteLLMProvider):
         self.max_model_len: int | None = None
         self.model_name = self._first_model() if model_name is None else model_name
 
+    @classmethod
+    def over(cls, http: Http, model: str) -> "CompletionsProvider":
+        """The same by a connection that is there, with its key, headers and timeouts."""
+        found = cls(http.url, model)
+        found._http = http
+        return found
+
     @property
     def http(self) -> Http:
         """The connection, for other endpoints of the same server."""

@@ -42,6 +42,7 @@ class LadderScorer:
 
     Args:
         rung: How coalitions are looked at.
+        as_probability: Whether log-probabilities are told as probabilities.
         asker: Whom it asks.
         tokenizer: Spells rows and target.
         n_threads: Coalitions at a time.
@@ -58,8 +59,9 @@ class LadderScorer:
         *,
         n_threads: int,
         show_progress: Shown,
+        as_probability: bool = False,
     ) -> None:
-        self.attr_target: Any = rung.attr_target
+        self.attr_target: Any = "prob" if as_probability else rung.attr_target
         self.n_evaluations = 0
         self.n_scored = [0]
         self.rung, self.asker = rung, asker
@@ -144,8 +146,7 @@ class LadderScorer:
             interrupt=getattr(self.asker.speaker, "interrupt", lambda: None),
         )
         self._in_order += digests
-        found = [self._known[d].values for d in digests]
-        return torch.tensor(found, dtype=torch.float64, device="cpu")
+        return self._told("values", digests)
 
     def known(self) -> dict[str, Tensor]:
         """What is known of all coalitions, in the order in which they were asked for.
@@ -153,13 +154,16 @@ class LadderScorer:
         Returns:
             ``"lower"``, ``"upper"``, ``"variances"``, each ``(n_coalitions, n_target)``.
         """
-        own = [self._known[d] for d in self._in_order]
-        return {
-            name: torch.tensor(
-                [getattr(one, name) for one in own], dtype=torch.float64, device="cpu"
-            )
-            for name in ("lower", "upper", "variances")
-        }
+        return {name: self._told(name, self._in_order) for name in ("lower", "upper", "variances")}
+
+    def only_first(self, n: int) -> None:
+        """Knows of the first coalitions alone that were asked for: others were them once more."""
+        del self._in_order[n:]
+
+    def _told(self, name: str, digests: Sequence[bytes]) -> Tensor:
+        found = [getattr(self._known[d], name) for d in digests]
+        values = torch.tensor(found, dtype=torch.float64, device="cpu")
+        return values.exp() if self.attr_target == "prob" and name != "variances" else values
 
     def uncertainty(self, weight: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
         """What is not known of attributions, because it is not known of values.
@@ -195,9 +199,10 @@ class LadderScorer:
         difference = float(attributions[first] - attributions[second])
         found: dict[str, Any] = {"first": first, "second": second}
         if not self.rung.is_sampled:
-            lower, _ = interval_of(
-                merged, known["lower"].sum(1)[:, None], known["upper"].sum(1)[:, None]
-            )
+            is_product = self.attr_target == "prob"
+            ends = [known[end] for end in ("lower", "upper")]
+            whole = [(end.prod(1) if is_product else end.sum(1))[:, None] for end in ends]
+            lower, _ = interval_of(merged, *whole)
             return found | {"is_told_apart": bool(lower[0, 0] > 0)}
         error = float((known["variances"].sum(1) @ merged[:, 0].square()).sqrt())
         times = (TWO * error / difference) ** 2 if difference > 0 else math.inf

@@ -308,11 +308,14 @@ class Http:
             to = self._shown(shown_url(headers.get("Location") or "nowhere"))
             return ApiError(f"{self.url} has moved to {to}: give that URL.", status)
         advice = {
-            401: " Give `api_key`, or set OPENAI_API_KEY.",
-            403: " Give an `api_key` that may use this model.",
-            404: " Check the URL (it mostly ends in /v1) and the name of the model.",
+            401: "Give `api_key`, or set OPENAI_API_KEY.",
+            403: "Give an `api_key` that may use this model.",
+            404: "Check the URL (it mostly ends in /v1) and the name of the model.",
         }
-        return ApiError(f"{self.url} answered {status}: {said}{advice.get(status, '')}", status)
+        what = f"{self.url} answered {status}: {said}"
+        if status in advice:
+            what += f"{'' if said.endswith(('.', '?', '!')) else '.'} {advice[status]}"
+        return ApiError(what, status)
 
     def _unreached(self, error: Exception) -> Exception:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -113,7 +113,7 @@ def check_rung(rung: object, attr_target: object, predicate: object, labels: Any
         known = ", ".join(map(repr, get_args(RungName)))
         raise ValueError(f"`rung` is {rung!r}: give one of {known}.")
     of = rung if rung in ("label", "frequency", "similarity") else "log_prob"
-    if attr_target not in ("auto", of):
+    if attr_target not in ("auto", of) and not (of == "log_prob" and attr_target == "prob"):
         raise ValueError(f"`rung={rung!r}` tells {of!r}, and `attr_target` is {attr_target!r}.")
 
 

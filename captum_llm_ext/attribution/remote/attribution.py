@@ -299,23 +299,29 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         while True:
             result = GenerationAttribution.attribute(on, *given, output_unit=None, **arguments)
             apart = result.provenance["first_cause"]
-            if not rung.is_sampled or apart is None or apart["is_told_apart"]:
+            if apart is None or apart["is_told_apart"]:
                 return result
-            if not rung.draw_more():
+            if not rung.is_sampled or not rung.draw_more():
                 break
             climbed.scorer.forget()  # the rung knows more of every coalition now
-        more = apart["times_as_many_answers"]
-        wanted = (
-            ""
-            if more is None
-            else f" About {math.ceil(more * rung.n_answers)} answers each would do."
-        )
-        names = [repr(result.input_tokens[apart[which]]) for which in ("first", "second")]
-        warnings.warn(
-            f"not distinguishable: of {rung.n_answers} answers each, {names[0]} is the strongest "
-            f"cause and {names[1]} the next, less than two standard errors apart.{wanted}",
-            stacklevel=stacklevel_of_caller(),
-        )
+        first, second = (repr(result.input_tokens[apart[which]]) for which in ("first", "second"))
+        if rung.is_sampled:
+            more = apart["times_as_many_answers"]
+            said = (
+                f"of {rung.n_answers} answers each, {first} is the strongest cause and {second} "
+                "the next, less than two standard errors apart."
+            )
+            if more is not None:
+                said += f" About {math.ceil(more * rung.n_answers)} answers each would do."
+        else:
+            share = result.provenance["share_censored"]
+            said = (
+                f"{share:.0%} of the values are bounds, and within these {second} may be as strong "
+                f"a cause as {first}."
+            )
+            if climbed.scorer.attr_target == "log_prob":
+                said += ' `attr_target="prob"` hardly depends on what is only bounded.'
+        warnings.warn(f"not distinguishable: {said}", stacklevel=stacklevel_of_caller())
         return result
 
     def _cache(self, checkpoint: str | os.PathLike[str] | None) -> Cache:
@@ -436,7 +442,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         rung = climbed.rung
         texts = rung.target(climbed.full, target)
         if not any(text.strip() for text in texts):
-            raise ValueError("the model wrote nothing: give a `target`.")
+            raise ValueError(
+                "the model wrote nothing within `max_new_tokens` (one that reasons spends them on "
+                "that): give more, or a `target`."
+            )
         rung.begin(climbed.full, climbed.empty, texts)
         ids = [climbed.tokenizer.token(text) for text in texts]
         return torch.tensor(ids, dtype=torch.int64, device="cpu")
@@ -456,6 +465,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             result.provenance["doubts"] = doubts
             return result
         scorer = self._climbed.scorer
+        scorer.only_first(len(outcome.plan.masks))
         known, weight = scorer.known(), weights(outcome.name, outcome.plan)
         told: dict[str, Any] = {
             "value_interval": finite(torch.stack([known["lower"], known["upper"]])),
@@ -464,7 +474,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             "first_cause": None,
         }
         if weight is not None:
-            whole = outcome.solution.attributions.double().sum(0)
+            whole = outcome.solution.attributions.sum(0) if joint is None else joint
+            whole = whole.double()
             told["first_cause"] = scorer.told_apart(weight, whole)
             errors, ends = scorer.uncertainty(weight)
             if errors is not None:
