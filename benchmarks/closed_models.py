@@ -135,11 +135,10 @@ def sampled(served: Served, inp: Any, tokens: list[int]) -> dict[str, Any]:
     """The rungs of servers that tell text alone: of the first word, whose probability is exact."""
     found: dict[str, Any] = {}
     settings = {"max_new_tokens": len(tokens)}
-    # A frequency of a fixed number of answers, as is held against the field's; and both until the
-    # first cause stands out.
+    # A frequency of a fixed number of answers, as is held against the field's; a similarity until
+    # the first cause stands out.
     for name, rung, n in (
         ("frequency N=50", "frequency", N_FREQUENCY),
-        ("frequency", "frequency", None),
         ("similarity", "similarity", None),
     ):
         provider = ChatProvider("local", api_url=served.url, max_concurrency=1)

@@ -36,6 +36,7 @@ from captum_llm_ext import (
     RemoteGenerationAttribution,
     TextSegmentInput,
 )
+from captum_llm_ext.text.inputs import as_prompt
 from captum_llm_ext.text.plain_tokenizer import messages_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,6 +48,14 @@ PROMPTS = [
     "The meeting starts at nine. When does the meeting start? Answer in one word.",
     "The password is orange. What is the password? Answer in one word.",
     "We spent our holidays in Spain. Which country did we visit? Answer in one word.",
+]
+# Of the same, for the endpoint that goes on with texts.
+BEGUN = [
+    "Anna lives in Oslo and Ben lives in Rome. The name of the city where Anna lives is",
+    "The cat is named Milo. The dog is named Rex. The name of the cat is",
+    "The meeting starts at nine. Please bring your notes. The meeting starts at",
+    "The password is orange. Do not write it down. The password is",
+    "We spent our holidays in Spain. It was warm. The country where we spent our holidays is",
 ]
 # Package, and the command that its documentation gives.
 SERVERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], list[str]]]] = {
@@ -129,7 +138,12 @@ def keep(path: Path, found: dict[str, Any], given: argparse.Namespace) -> None:
         "environment": environment(seed=0)
         | {"command": "python benchmarks/real_servers.py MODEL_FOLDER --gguf MODEL.gguf"},
         "model": "SmolLM2-135M-Instruct",
-        "settings": {"n_tokens": N_TOKENS, "n_answers": N_ANSWERS, "prompts": PROMPTS},
+        "settings": {
+            "n_tokens": N_TOKENS,
+            "n_answers": N_ANSWERS,
+            "prompts": PROMPTS,
+            "begun": BEGUN,
+        },
         "servers": others | {k: v for k, v in found.items() if k in given.only},
     }
     text = json.dumps(content, indent=1)
@@ -146,8 +160,13 @@ def asked(
         "completions": lambda: CompletionsProvider(url, name, timeout=600, max_concurrency=2),
         "chat": lambda: ChatProvider(name, api_url=url, timeout=600, max_concurrency=2),
     }
+
+    def by_text() -> CompletionsProvider:
+        return CompletionsProvider(url, name, prompts="text", timeout=600, max_concurrency=2)
+
     rungs: list[tuple[str, dict[str, Any]]] = [
         ("forced", {"attr_target": "log_prob", "rung": "forced"}),
+        ("forced by text", {"attr_target": "log_prob", "rung": "forced"}),
         ("stepwise", {"attr_target": "log_prob", "rung": "stepwise"}),
         ("top-k", {"attr_target": "log_prob", "rung": "top-k"}),
         ("label", {"attr_target": "label"}),
@@ -156,12 +175,14 @@ def asked(
     ]
     for endpoint, make in endpoints.items():
         for rung, how in rungs:
-            if endpoint == "chat" and rung == "forced":
+            if endpoint == "chat" and rung.startswith("forced"):
                 continue  # nobody tells log-probabilities of a chat's prompt
             began = time.monotonic()
+            by = by_text if rung == "forced by text" else make
+            own = PROMPTS if endpoint == "chat" else BEGUN
             each = [
-                _one(make, endpoint, rung, how, prompt, model, tokenizer)
-                for prompt in PROMPTS[:n_prompts]
+                _one(by, endpoint, rung, how, prompt, model, tokenizer)
+                for prompt in own[:n_prompts]
             ]
             errors = sorted({one["refused"] for one in each if "refused" in one})
             told = [one for one in each if "refused" not in one]
@@ -189,10 +210,11 @@ def _one(
     model: Any,
     tokenizer: Any,
 ) -> dict[str, Any]:
-    own = tokenizer if rung in ("forced", "stepwise") else None
+    is_forced = rung.startswith("forced")
+    own = tokenizer if is_forced or rung == "stepwise" else None
     baselines: Any = "delete"
     inp = TextSegmentInput(
-        prompt, tokenizer if rung == "forced" else None, unit="sentence", baselines=baselines
+        prompt, tokenizer if is_forced else None, unit="sentence", baselines=baselines
     )
     try:
         remote = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), own, make(), **how)
@@ -211,10 +233,9 @@ def _one(
         "estimated_requests": estimate.n_requests,
         "answers": "".join(piece.text for piece in result.output_pieces),
     }
-    if rung not in ("forced", "stepwise", "top-k"):
+    if not is_forced and rung not in ("stepwise", "top-k"):
         return about
-    texts = list(result.output_tokens)
-    exact = _exact(endpoint, inp, result, texts, model, tokenizer)
+    exact = _exact(endpoint, inp, result, model, tokenizer, is_forced)
     values = result.values.double()
     lower, upper = result.value_interval if result.value_interval is not None else (values, values)
     known = lower == upper
@@ -225,20 +246,27 @@ def _one(
 
 
 def _exact(
-    endpoint: str, inp: Any, result: Any, texts: list[str], model: Any, tokenizer: Any
+    endpoint: str, inp: Any, result: Any, model: Any, tokenizer: Any, is_forced: bool
 ) -> torch.Tensor:
     """Log-probabilities of the target after each coalition, by plain forwards."""
     values: list[list[float]] = []
     pieces = [piece.text for piece in result.output_pieces]
-    target = [tokenizer.encode(text, add_special_tokens=False)[0] for text in pieces]
-    del texts
-    for row in inp.render(result.masks.bool(), torch.Generator().manual_seed(0)):
-        text = inp.tokenizer.decode(row.ids)
+    target = (
+        result.target.tolist()
+        if is_forced
+        else [tokenizer.encode(text, add_special_tokens=False)[0] for text in pieces]
+    )
+    # As they are sent: of nothing at all a token is left that begins texts.
+    rendered = as_prompt(inp, tokenizer, None) if is_forced else inp
+    for row in rendered.render(result.masks.bool(), torch.Generator().manual_seed(0)):
+        text = "" if is_forced else inp.tokenizer.decode(row.ids)
         said = [m for m in messages_of(text) if m["content"].strip()]
         said = said or [{"role": "user", "content": " "}]
         if endpoint == "chat":
             shown = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
             ids = tokenizer.encode(shown, add_special_tokens=False)
+        elif is_forced:
+            ids = list(row.ids)
         else:
             ids = tokenizer.encode(said[0]["content"])
         with torch.no_grad():

@@ -451,7 +451,7 @@ def test_what_it_takes_is_told_beforehand(server):
     often = remote(chat(server), attr_target="frequency", n_answers=10)
     told = often.estimate(spans(), " golf", gen_args={"max_new_tokens": 1})
     often.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
-    assert told.n_requests == 60 == n_sent() - 4  # of the question whether answers vary
+    assert told.n_requests == 60 == n_sent() - 2  # of the question whether answers vary
     assert told.usd is None
 
 
@@ -534,6 +534,11 @@ def test_results_are_saved_and_shown(server, tmp_path):
     assert loaded.rung == found.rung
     assert torch.equal(loaded.value_interval, found.value_interval)
     assert "golf" in found.to_html()
+    share = found.provenance["share_censored"]
+    assert 0 < share < 1
+    assert f"{share:.0%} of the values that these numbers are made of are not told" in (
+        " ".join(str(found.narrative()).split())
+    )
     for shown in (found.table(), found.to_html()):
         assert "is not among the 20 likeliest has a bound" in shown
 

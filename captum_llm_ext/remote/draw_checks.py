@@ -7,7 +7,7 @@ from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.speaker import Question
 
 OPEN = "Write ten random words, and then ten random numbers."
-_N, _N_TOKENS = 4, 24
+_N, _N_TOKENS = 2, 24
 Draws = Literal["vary", "never vary", "unknown"]
 
 

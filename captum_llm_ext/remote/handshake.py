@@ -475,8 +475,8 @@ def _named(
     if temperature is not None:
         return f"they are of temperature {temperature:.2g}"
     return (
-        "they are of another distribution (another temperature, a token put before the prompt, a "
-        "chat template, another tokenizer or model)"
+        "they are of another distribution (that of the place before or after, another temperature, "
+        "a token put before the prompt, a chat template, another tokenizer or model)"
     )
 
 

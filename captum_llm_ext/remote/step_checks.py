@@ -41,6 +41,11 @@ def check_written(said: Said, n: int) -> None:
         HandshakeError: If it cannot be; the message names what is wrong.
     """
     steps = said.steps
+    if not steps and not said.text.strip():
+        raise HandshakeError(
+            "the model writes nothing after this prompt, so that nothing is told of what it "
+            "writes: give a prompt that is to be gone on with, or ask by chat."
+        )
     if not steps or not all(step.top for step in steps):
         raise HandshakeError(
             "the provider tells no log-probabilities of the tokens that it writes: only "

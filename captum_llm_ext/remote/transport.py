@@ -182,7 +182,10 @@ class Http:
                 if status < 300:
                     return self._parsed(headers, content)
                 failure = self._refused(status, headers, content)
-                if status not in _AGAIN or _is_final(status, content):
+                is_final = _is_final(status, content)
+                if is_final and status >= 500:  # what others answer by 422
+                    raise ApiError(str(failure), 422)
+                if status not in _AGAIN or is_final:
                     raise failure
                 wait = _retry_after(headers)
             except GarbageError as error:

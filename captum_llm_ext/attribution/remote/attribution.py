@@ -523,6 +523,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     def _heed(self, run: Run, scene: FoilContext) -> None:
         """An API does not tell what becomes of words of a kind."""
 
+    _what_else_may_be_absent = "Give `baselines=CorpusBaselines(texts)`, of the same kind of text."
+
     def with_absence(self, prompt: Prompt) -> Prompt:
         """Nothing stands there: an API does not tell what its model would have written."""
         return prompt
