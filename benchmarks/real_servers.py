@@ -36,8 +36,8 @@ from captum_llm_ext import (
     RemoteGenerationAttribution,
     TextSegmentInput,
 )
-from captum_llm_ext.text.inputs import as_prompt
 from captum_llm_ext.text.plain_tokenizer import messages_of
+from captum_llm_ext.text.tokens import start_id
 
 RESULTS = Path(__file__).parent / "results"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
@@ -256,9 +256,7 @@ def _exact(
         if is_forced
         else [tokenizer.encode(text, add_special_tokens=False)[0] for text in pieces]
     )
-    # As they are sent: of nothing at all a token is left that begins texts.
-    rendered = as_prompt(inp, tokenizer, None) if is_forced else inp
-    for row in rendered.render(result.masks.bool(), torch.Generator().manual_seed(0)):
+    for row in inp.render(result.masks.bool(), torch.Generator().manual_seed(0)):
         text = "" if is_forced else inp.tokenizer.decode(row.ids)
         said = [m for m in messages_of(text) if m["content"].strip()]
         said = said or [{"role": "user", "content": " "}]
@@ -266,7 +264,7 @@ def _exact(
             shown = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
             ids = tokenizer.encode(shown, add_special_tokens=False)
         elif is_forced:
-            ids = list(row.ids)
+            ids = list(row.ids) or [start_id(tokenizer)]
         else:
             ids = tokenizer.encode(said[0]["content"])
         with torch.no_grad():

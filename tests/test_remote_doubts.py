@@ -174,7 +174,7 @@ def test_answers_that_never_vary_are_no_frequencies(server, part):
         ApiError, match=r"the same answer to an open question.*\"similarity\"` would"
     ):
         remote(server, attr_target="frequency").attribute(spans(), " golf")
-    assert len(server.bodies) <= 4  # and whether `similarity` would do
+    assert len(server.bodies) <= 12  # and what would do, at both endpoints
     server.bodies.clear()
     with pytest.warns(UserWarning, match="only what changes the likeliest one is seen"):
         found = remote(server, attr_target="similarity").attribute(
@@ -213,3 +213,40 @@ def test_fewer_answers_at_a_time_where_many_are_refused(server, most):
     assert found.rung == "frequency"
     refused = [body for body in server.bodies if body.get("n", 1) > most]
     assert len(refused) <= 2
+
+
+def answers_two_in_time(handler, body):
+    prompts = body.get("prompt", [0])
+    n = body.get("n", 1) * (len(prompts) if isinstance(prompts[0], list) else 1)
+    if n <= 2:
+        return handler.reply(200, handler.answered(body))
+    handler.owner.closing.wait(5)
+    handler.close_connection = True
+    return None
+
+
+def test_fewer_prompts_at_a_time_where_many_are_too_slow(demo, server):
+    provider = CompletionsProvider(
+        server.url, "tiny", max_concurrency=1, prompts_per_request=8, timeout=0.8
+    )
+    ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), demo[1], provider)
+    truth = ours.attribute(spans(demo[1]), " golf")
+    server.always = answers_two_in_time
+    n_before = len(server.bodies)
+    found = ours.attribute(spans(demo[1]), " golf")
+    assert torch.equal(found.values, truth.values)
+    prompts = [body["prompt"] for body in server.bodies[n_before:]]
+    n_sent = [len(own) for own in prompts if isinstance(own[0], list)]
+    assert n_sent[0] > 2
+    assert max(n_sent[1:]) <= n_sent[0] // 2  # not tried again as it was
+
+
+def test_fewer_answers_at_a_time_where_many_are_too_slow(server):
+    server.always = answers_two_in_time
+    provider = ChatProvider("tiny", api_url=server.url, max_concurrency=1, timeout=0.8)
+    ours = RemoteGenerationAttribution(
+        FeatureAblation(PLACEHOLDER), None, provider, "frequency", n_answers=16
+    )
+    ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
+    asked = [body.get("n", 1) for body in server.bodies]
+    assert [n for n in asked if n > 2] == [8, 4]

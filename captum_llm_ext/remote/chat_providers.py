@@ -141,7 +141,8 @@ class ChatProvider(_OverHttp):
 
     def _posted(self, body: dict[str, Any]) -> dict[str, Any]:
         if self._http is not None:
-            found = self._http.post("/chat/completions", body)
+            several = body.get("n", 1) > 1
+            found = self._http.post("/chat/completions", body, asks_several=several)
         else:
             known = ("model", "messages", "max_tokens", "temperature", "logprobs", "top_logprobs")
             own = {k: v for k, v in body.items() if k in (*known, "n", "seed", "logit_bias")}

@@ -264,7 +264,10 @@ class CompletionsProvider(RemoteLLMProvider):
 
     def complete(self, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The server's whole answer to a text; its choices in their order."""
-        answer = self._http.post("/completions", self._body(prompt, arguments))
+        several = arguments.get("n", 1) > 1
+        answer = self._http.post(
+            "/completions", self._body(prompt, arguments), asks_several=several
+        )
         return cast(dict[str, Any], answer) | {"choices": self._choices(answer, None)}
 
     def use(self, way: Way | None) -> None:
@@ -306,7 +309,10 @@ class CompletionsProvider(RemoteLLMProvider):
         prompt = prompts[0] if len(prompts) == 1 else list(prompts)
         n_entries = sum(map(len, ids)) * (2 + self.top_logprobs)
         answer = self._http.post(
-            "/completions", self._body(prompt, arguments), most_bytes=_ENTRY_BYTES * n_entries
+            "/completions",
+            self._body(prompt, arguments),
+            most_bytes=_ENTRY_BYTES * n_entries,
+            asks_several=len(prompts) > 1,
         )
         choices = self._choices(answer, len(prompts))
         read = answers.echoed if way == "echo" else answers.told

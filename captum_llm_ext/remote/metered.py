@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import Any
 
 from captum_llm_ext.remote.speaker import Prefill, Question, Said, Speaker
-from captum_llm_ext.remote.transport import ApiError, shown_url
+from captum_llm_ext.remote.transport import ApiError, TooSlowError, shown_url
 
 # A model's name and the fingerprint of its set-up, as it says itself with every answer.
 # Answers that one request is asked for: servers have limits of their own below that.
@@ -218,6 +218,10 @@ class Asker:
             asked = replace(question, n=min(question.n, self._most_at_once))
             try:
                 return self.speaker.say(asked)
+            except TooSlowError:
+                if asked.n == 1:
+                    raise
+                self._most_at_once = min(self._most_at_once, asked.n // 2)
             except ApiError as error:
                 if asked.n == 1 or error.status not in (400, 422, 501):
                     raise
