@@ -210,7 +210,7 @@ def _measured(result: "ResultNumbers") -> str:
 
 
 def _certainty(
-    result: "GenerationAttributionResult",
+    result: "ResultNumbers",
     read: Reading,
     causes: Sequence[Cause],
     start: int,

@@ -76,11 +76,13 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     `CompletionsProvider` without a tokenizer): the log-probability of each token of the answer, one
     request for each, and a bound where it is not among them. Text alone (`AnthropicProvider` too):
     how often the answer is given (``attr_target="frequency"``, in log-odds), or how similar to it
-    what is written instead is (``"similarity"``). ``"auto"`` takes the first that the provider
-    proves able to. These need no tokenizer (``TextSegmentInput(prompt, None)``), have the answer as
-    one target token where it is sampled, and say in ``provenance`` what they cannot see
-    (``"cannot_see"``). Their results have a `value_interval` and, where the estimator is linear, a
-    `token_attr_interval`; errors of sampling are in `token_attr_se`.
+    what is written instead is (``"similarity"``). A bound leaves little of a ``"prob"`` open, and
+    much of a log-probability: where causes are not told apart, a warning says so. Answers that
+    never vary are no frequencies, and one of each coalition is compared. ``"auto"`` takes the first
+    that the provider proves able to. These need no tokenizer (``TextSegmentInput(prompt, None)``),
+    have the answer as one target token where it is sampled, and say in ``provenance`` what they
+    cannot see (``"cannot_see"``). Their results have a `value_interval` and, where the estimator is
+    linear, a `token_attr_interval`; errors of sampling are in `token_attr_se`.
 
     *By ids or by text.* A provider that takes token ids (`CompletionsProvider`, or any
     `TokenProvider`) is sent the very ids of each coalition and of the target. Captum's own
@@ -91,6 +93,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     *What is believed.* Before the first number is used, a few short prompts find out whether they
     are what they should be (`handshake`): no log-probabilities that are shifted by one, of base 10,
     of another temperature or of other prompts. What was found is in ``provenance["handshake"]``.
+    What is seen by and by (prompts that are cut, other models) is a warning, and in
+    ``provenance["doubts"]``.
 
     *What it costs.* With the generated text held fixed, which is the default here, a coalition
     takes one request. With generated text among the causes (`output_unit`) the target token at a
