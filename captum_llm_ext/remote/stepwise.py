@@ -78,9 +78,10 @@ class TopK:
                 return
             refused.append(f"{way}: {problem}")
         self._asker.way = "none"
+        nothing = "it has no way to" if len(steps) > 1 else "the model wrote one token alone"
         raise HandshakeError(
             "the provider does not go on with an answer that is begun "
-            f"({'; '.join(refused) or 'it has no way to'}), so that only the first token of an "
+            f"({'; '.join(refused) or nothing}), so that only the first token of an "
             'answer could be explained: `attr_target="label"` would work, which compares two of '
             'them; and "frequency" or "similarity".'
         )
