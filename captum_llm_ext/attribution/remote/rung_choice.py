@@ -260,14 +260,13 @@ class RungChoice:
         names: tuple[RungName, ...] = get_args(RungName)
         below = names[names.index(self.names[-1]) + 1 :]
         other, called = other_endpoint(self.provider)
-        found: list[tuple[int, str]] = []
+        # The other endpoint reads a prompt in another way, so it comes last.
         for who, how, own in ((speaker(self.provider), "", below), (other, called, names[2:])):
             name = None if who is None else self._first_that_works(who, full, own)
             if name is not None:
                 by = f" of a `{how}`" if how else ""
-                said = f" With this server `{ASKED_BY[name]}`{by} would work."
-                found.append((names.index(name), said))
-        return min(found, default=(0, ""))[1]  # the highest rung; at one height, where it was asked
+                return f" With this server `{ASKED_BY[name]}`{by} would work."
+        return ""
 
     def _writes(self, who: Speaker | None, prompt: Prompt, tokenizer: Any) -> bool:
         """Whether a provider writes any text after the whole prompt."""
