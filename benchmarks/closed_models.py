@@ -1,10 +1,11 @@
 """How well a model is explained that tells less than log-probabilities of prompts.
 
-    python benchmarks/closed_models.py MODEL_FOLDER [n_prompts]
+    python benchmarks/closed_models.py MODEL_FOLDER [n_prompts] [--resume]
 
 A local model is asked over HTTP as closed ones are; the truth is a plain forward of the same model
 for every coalition, in float64 log-softmax, which this package has no part in. Prompts have four
-sentences, which are the features: two aside, the facts, and the one to be continued.
+sentences, which are the features: two aside, the facts, and the one to be continued. Each prompt
+is kept as it is measured, and `--resume` goes on after those.
 """
 
 import json
@@ -29,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 N_TOKENS, TOP, N_SENTENCES = 2, 20, 4
 N_FREQUENCY = 50
-_COMMAND = "python benchmarks/closed_models.py MODEL_FOLDER"
+_COMMAND = "python benchmarks/closed_models.py MODEL_FOLDER 20"
 ASIDES = [
     "It rained a little in the morning.",
     "Nobody had expected so many guests.",
@@ -92,22 +93,33 @@ def measure(served: Served, tokenizer: Any, prompt: str) -> dict[str, Any]:
                 break
     found["answer"] = tokenizer.decode(tokens, skip_special_tokens=True)
     cache = Path(tempfile.mkdtemp()) / "answers.sqlite"
-    for method in (FeatureAblation, ShapleyValues):
-        name = method.__name__
+    # A probability hardly depends on what is only bounded, which is all but nothing.
+    of = [(m, t) for m in (FeatureAblation, ShapleyValues) for t in ("log_prob", "prob")]
+    for method, attr_target in of:
+        name = method.__name__ + (" prob" if attr_target == "prob" else "")
         provider = ChatProvider("local", api_url=served.url, max_concurrency=1)
-        remote = RemoteGenerationAttribution(method(PLACEHOLDER), None, provider, cache=cache)
+        remote = RemoteGenerationAttribution(
+            method(PLACEHOLDER), None, provider, attr_target, cache=cache
+        )
         began = time.monotonic()
         estimate = remote.estimate(inp, gen_args=settings)
-        result = remote.attribute(inp, gen_args=settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what is told apart is in provenance
+            result = remote.attribute(inp, gen_args=settings)
         values = exact(served, inp, result.masks, tokens)
+        whole = values.sum(1)
+        if attr_target == "prob":
+            values, whole = values.exp(), whole.exp()
         lower, upper = result.value_interval
         inside = (lower - 1e-3 <= values) & (values <= upper + 1e-3)  # the cache in float32
         known = lower.isfinite()
-        truth = attributions(method, result.masks, values.sum(1))
+        truth = attributions(method, result.masks, whole)
         own = result.seq_attr.double()
         found[f"top-k {name}"] = {
             "spearman": spearman(own, truth),
             "top_is_top": int(own.argmax()) == int(truth.argmax()),
+            "is_told_apart": result.provenance["first_cause"]["is_told_apart"],
+            "largest_error": float((own - truth).abs().max()),
             "inside": float(inside.double().mean()),
             "largest_error_of_known": float((result.values.double() - values)[known].abs().max()),
             "share_censored": result.provenance["share_censored"],
@@ -123,11 +135,10 @@ def sampled(served: Served, inp: Any, tokens: list[int]) -> dict[str, Any]:
     """The rungs of servers that tell text alone: of the first word, whose probability is exact."""
     found: dict[str, Any] = {}
     settings = {"max_new_tokens": len(tokens)}
-    # A frequency of a fixed number of answers, as is held against the field's; and both until the
-    # first cause stands out.
+    # A frequency of a fixed number of answers, as is held against the field's; a similarity until
+    # the first cause stands out.
     for name, rung, n in (
         ("frequency N=50", "frequency", N_FREQUENCY),
-        ("frequency", "frequency", None),
         ("similarity", "similarity", None),
     ):
         provider = ChatProvider("local", api_url=served.url, max_concurrency=1)
@@ -189,7 +200,7 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
     for name in [key for key in measured[0] if key not in ("prompt", "answer")]:
         own = [one[name] for one in measured if "refused" not in one[name]]
         found[name] = {"n": len(own), "n_refused": len(measured) - len(own)}
-        for key in ("spearman", "top_is_top", "inside", "share_censored"):
+        for key in ("spearman", "top_is_top", "inside", "share_censored", "largest_error"):
             numbers = [float(one[key]) for one in own if key in one]
             if numbers:
                 found[name][key] = sum(numbers) / len(numbers)
@@ -210,12 +221,16 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, and writes what was found."""
-    folder, n = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 20
+    folder, *rest = [given for given in sys.argv[1:] if given != "--resume"]
+    n = int(rest[0]) if rest else 20
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    path = RESULTS / "closed_models.json"
     measured: list[dict[str, Any]] = []
+    if "--resume" in sys.argv:
+        measured = json.loads(path.read_text())["prompts"]
     with Served(model, tokenizer) as served:
-        for prompt in prompts(n):
+        for prompt in prompts(n)[len(measured) :]:
             measured.append(measure(served, tokenizer, prompt))
             print(json.dumps(measured[-1]), flush=True)
             content = {
@@ -230,7 +245,7 @@ def main() -> None:
                 "prompts": measured,
             }
             text = json.dumps(content, indent=1)
-            (RESULTS / "closed_models.json").write_text(text + "\n")
+            path.write_text(text + "\n")
     print(json.dumps(content["summary"], indent=1))
 
 

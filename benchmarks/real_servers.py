@@ -1,16 +1,18 @@
 """What the rungs of the ladder are worth on servers that people run.
 
     python benchmarks/real_servers.py MODEL_FOLDER [--gguf FILE] [--python NAME=PYTHON ...]
-        [--prompts N]
+        [--prompts N] [--only NAME ...]
 
 Starts each of vLLM, ``transformers serve`` and llama-cpp-python's server that is installed, as its
 own documentation says, and asks it for five prompts by every rung. The truth is a plain forward of
 the same checkpoint in float32, of the prompt as the server's template has it. `--python` names the
-interpreter that has a server, where it is not this one.
+interpreter that has a server, where it is not this one. What is measured is kept at once; `--only`
+takes up single servers again.
 """
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from captum_llm_ext import (
     TextSegmentInput,
 )
 from captum_llm_ext.text.plain_tokenizer import messages_of
+from captum_llm_ext.text.tokens import start_id
 
 RESULTS = Path(__file__).parent / "results"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
@@ -46,6 +49,14 @@ PROMPTS = [
     "The password is orange. What is the password? Answer in one word.",
     "We spent our holidays in Spain. Which country did we visit? Answer in one word.",
 ]
+# Of the same, for the endpoint that goes on with texts.
+BEGUN = [
+    "Anna lives in Oslo and Ben lives in Rome. The name of the city where Anna lives is",
+    "The cat is named Milo. The dog is named Rex. The name of the cat is",
+    "The meeting starts at nine. Please bring your notes. The meeting starts at",
+    "The password is orange. Do not write it down. The password is",
+    "We spent our holidays in Spain. It was warm. The country where we spent our holidays is",
+]
 # Package, and the command that its documentation gives.
 SERVERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], list[str]]]] = {
     "vllm": (
@@ -53,7 +64,7 @@ SERVERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], list[str]]]] =
         lambda a, port: [
             *("-m", "vllm.entrypoints.openai.api_server", "--model", a.folder),
             *("--served-model-name", "model", "--enforce-eager", "--dtype", "float32"),
-            *("--max-model-len", "512", "--max-num-seqs", "8", "--port", str(port)),
+            *("--max-model-len", "1024", "--max-num-seqs", "8", "--port", str(port)),
         ],
     ),
     "transformers": (
@@ -67,7 +78,7 @@ SERVERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], list[str]]]] =
         "llama-cpp-python",
         lambda a, port: [
             *("-m", "llama_cpp.server", "--model", a.gguf, "--logits_all", "true"),
-            *("--n_ctx", "512", "--n_threads", "1", "--port", str(port)),
+            *("--n_ctx", "1024", "--n_threads", "1", "--port", str(port)),
         ],
     ),
 }
@@ -79,15 +90,17 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--gguf")
     parser.add_argument("--python", action="append", default=[])
+    parser.add_argument("--only", nargs="+", choices=SERVERS, default=list(SERVERS))
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     given = parser.parse_args()
     pythons = dict(one.split("=", 1) for one in given.python)
     tokenizer = AutoTokenizer.from_pretrained(given.folder)
     model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=torch.float32).eval()
     path = RESULTS / "real_servers.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    found: dict[str, Any] = known.get("servers", {})
+    found: dict[str, Any] = {}
     for name, (package, arguments) in SERVERS.items():
+        if name not in given.only:
+            continue
         python = pythons.get(name, sys.executable)
         about = _version(package, python)
         if about is None or (name == "llama-cpp" and given.gguf is None):
@@ -95,54 +108,81 @@ def main() -> None:
             continue
         port = _free_port()
         command = [python, *arguments(given, port)]
-        with subprocess.Popen(command, stdout=sys.stderr, stderr=sys.stderr) as process:
+        # A kilobyte of answers needs no gigabytes of cache.
+        environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environ.pop("PYTHONPATH", None)
+        with subprocess.Popen(
+            command, stdout=sys.stderr, stderr=sys.stderr, env=environ
+        ) as process:
             try:
                 url = f"http://127.0.0.1:{port}/v1"
                 _wait_for(url, process)
                 shown = ["python" if part == python else part for part in command]
                 found[name] = {"version": about, "command": _shown(shown, given)}
                 served = given.folder if name == "transformers" else _model_name(url)
-                found[name] |= asked(url, served, model, tokenizer, given.prompts)
+                for key, about in asked(url, served, model, tokenizer, given.prompts):
+                    found[name][key] = about
+                    keep(path, found, given)
             finally:
                 process.terminate()
                 process.wait(30)
-        content = {
-            "environment": environment(seed=0)
-            | {"command": "python benchmarks/real_servers.py MODEL_FOLDER"},
-            "model": "SmolLM2-135M-Instruct",
-            "settings": {"n_tokens": N_TOKENS, "n_answers": N_ANSWERS, "prompts": PROMPTS},
-            "servers": found,
-        }
-        text = json.dumps(content, indent=1)
-        for own, shown in ((given.folder, "MODEL_FOLDER"), (given.gguf, "MODEL.gguf")):
-            text = text if own is None else text.replace(own, shown)
-        path.write_text(text + "\n")
+    keep(path, found, given)
     print(json.dumps(found, indent=1))
 
 
-def asked(url: str, name: str, model: Any, tokenizer: Any, n_prompts: int) -> dict[str, Any]:
-    """Every rung by both endpoints, ``{"chat top-k": {…}, …}``."""
+def keep(path: Path, found: dict[str, Any], given: argparse.Namespace) -> None:
+    """Writes what was found until now, beside other servers, without names of this machine."""
+    held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    others = {k: v for k, v in held.get("servers", {}).items() if k not in given.only}
+    content = {
+        "environment": environment(seed=0)
+        | {"command": "python benchmarks/real_servers.py MODEL_FOLDER --gguf MODEL.gguf"},
+        "model": "SmolLM2-135M-Instruct",
+        "settings": {
+            "n_tokens": N_TOKENS,
+            "n_answers": N_ANSWERS,
+            "prompts": PROMPTS,
+            "begun": BEGUN,
+        },
+        "servers": others | {k: v for k, v in found.items() if k in given.only},
+    }
+    text = json.dumps(content, indent=1)
+    for own, shown in ((given.folder, "MODEL_FOLDER"), (given.gguf, "MODEL.gguf")):
+        text = text if own is None else text.replace(own, shown)
+    path.write_text(text + "\n")
+
+
+def asked(
+    url: str, name: str, model: Any, tokenizer: Any, n_prompts: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every rung by both endpoints: ``("chat top-k", {…})`` and so on."""
     endpoints = {
         "completions": lambda: CompletionsProvider(url, name, timeout=600, max_concurrency=2),
         "chat": lambda: ChatProvider(name, api_url=url, timeout=600, max_concurrency=2),
     }
+
+    def by_text() -> CompletionsProvider:
+        return CompletionsProvider(url, name, prompts="text", timeout=600, max_concurrency=2)
+
     rungs: list[tuple[str, dict[str, Any]]] = [
         ("forced", {"attr_target": "log_prob", "rung": "forced"}),
+        ("forced by text", {"attr_target": "log_prob", "rung": "forced"}),
         ("stepwise", {"attr_target": "log_prob", "rung": "stepwise"}),
         ("top-k", {"attr_target": "log_prob", "rung": "top-k"}),
         ("label", {"attr_target": "label"}),
         ("frequency", {"attr_target": "frequency", "n_answers": N_ANSWERS}),
         ("similarity", {"attr_target": "similarity", "n_answers": N_ANSWERS}),
     ]
-    found: dict[str, Any] = {}
     for endpoint, make in endpoints.items():
         for rung, how in rungs:
-            if endpoint == "chat" and rung == "forced":
+            if endpoint == "chat" and rung.startswith("forced"):
                 continue  # nobody tells log-probabilities of a chat's prompt
             began = time.monotonic()
+            by = by_text if rung == "forced by text" else make
+            own = PROMPTS if endpoint == "chat" else BEGUN
             each = [
-                _one(make, endpoint, rung, how, prompt, model, tokenizer)
-                for prompt in PROMPTS[:n_prompts]
+                _one(by, endpoint, rung, how, prompt, model, tokenizer)
+                for prompt in own[:n_prompts]
             ]
             errors = sorted({one["refused"] for one in each if "refused" in one})
             told = [one for one in each if "refused" not in one]
@@ -157,9 +197,8 @@ def asked(url: str, name: str, model: Any, tokenizer: Any, n_prompts: int) -> di
                 inside = [one["inside"] for one in told if "inside" in one]
                 about |= {"inside": min(inside)} if inside else {}
             about["seconds"] = round(time.monotonic() - began, 1)
-            found[f"{endpoint} {rung}"] = about
             print(endpoint, rung, json.dumps(about), file=sys.stderr, flush=True)
-    return found
+            yield f"{endpoint} {rung}", about
 
 
 def _one(
@@ -171,10 +210,11 @@ def _one(
     model: Any,
     tokenizer: Any,
 ) -> dict[str, Any]:
-    own = tokenizer if rung in ("forced", "stepwise") else None
+    is_forced = rung.startswith("forced")
+    own = tokenizer if is_forced or rung == "stepwise" else None
     baselines: Any = "delete"
     inp = TextSegmentInput(
-        prompt, tokenizer if rung == "forced" else None, unit="sentence", baselines=baselines
+        prompt, tokenizer if is_forced else None, unit="sentence", baselines=baselines
     )
     try:
         remote = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), own, make(), **how)
@@ -193,10 +233,9 @@ def _one(
         "estimated_requests": estimate.n_requests,
         "answers": "".join(piece.text for piece in result.output_pieces),
     }
-    if rung not in ("forced", "stepwise", "top-k"):
+    if not is_forced and rung not in ("stepwise", "top-k"):
         return about
-    texts = list(result.output_tokens)
-    exact = _exact(endpoint, inp, result, texts, model, tokenizer)
+    exact = _exact(endpoint, inp, result, model, tokenizer, is_forced)
     values = result.values.double()
     lower, upper = result.value_interval if result.value_interval is not None else (values, values)
     known = lower == upper
@@ -207,20 +246,25 @@ def _one(
 
 
 def _exact(
-    endpoint: str, inp: Any, result: Any, texts: list[str], model: Any, tokenizer: Any
+    endpoint: str, inp: Any, result: Any, model: Any, tokenizer: Any, is_forced: bool
 ) -> torch.Tensor:
     """Log-probabilities of the target after each coalition, by plain forwards."""
     values: list[list[float]] = []
     pieces = [piece.text for piece in result.output_pieces]
-    target = [tokenizer.encode(text, add_special_tokens=False)[0] for text in pieces]
-    del texts
+    target = (
+        result.target.tolist()
+        if is_forced
+        else [tokenizer.encode(text, add_special_tokens=False)[0] for text in pieces]
+    )
     for row in inp.render(result.masks.bool(), torch.Generator().manual_seed(0)):
-        text = inp.tokenizer.decode(row.ids)
+        text = "" if is_forced else inp.tokenizer.decode(row.ids)
         said = [m for m in messages_of(text) if m["content"].strip()]
         said = said or [{"role": "user", "content": " "}]
         if endpoint == "chat":
             shown = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
             ids = tokenizer.encode(shown, add_special_tokens=False)
+        elif is_forced:
+            ids = list(row.ids) or [start_id(tokenizer)]
         else:
             ids = tokenizer.encode(said[0]["content"])
         with torch.no_grad():

@@ -96,7 +96,8 @@ class Server:
         last, begun = body["messages"][-1], ""
         if last["role"] == "assistant" and (self.goes_on or body.get("continue_final_message")):
             begun = last["content"]
-        ids = self.tokenizer.encode("\n".join(said) + begun)
+        ids = self.plays("prompt", self.tokenizer.encode("\n".join(said) + begun))
+        body = self.plays("body", body)
         with self.lock:
             self.prompts.append(body["messages"])
         asked = body | {"logprobs": body.get("top_logprobs")}
@@ -398,6 +399,11 @@ def _moved(by):
     return move
 
 
+def _copies(answer):
+    """Of several answers, one again and again."""
+    return answer | {"choices": answer["choices"][:1] * len(answer["choices"])}
+
+
 def _each_value(change):
     """Every number that is told of written tokens, changed."""
 
@@ -457,5 +463,10 @@ CHAT_PARTS = {
     "positive": {"content": _each_value(lambda value: -value)},
     "NaN": {"content": _each_value(lambda value: float("nan"))},
     "logprobs ignored": {"content": lambda content: []},
+    "tokens doubled": {"content": lambda content: [one for one in content for _ in "ab"]},
+    "rounded": {"content": _each_value(lambda value: round(value, 1))},
+    "one answer, several times": {"answer": _copies},
+    "no draws": {"body": lambda body: body | {"temperature": 0.0}},
+    "prompts are cut": {"prompt": lambda ids: ids[-40:]},
     "values of other tokens": {"content": _each_value(lambda value: value - 1)},
 }

@@ -26,6 +26,7 @@ from captum_llm_ext import (
 from captum_llm_ext.cli import main
 from captum_llm_ext.remote.sampled import wilson
 from captum_llm_ext.remote.similarities import token_f1
+from captum_llm_ext.remote.speaker import Question
 
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
@@ -135,8 +136,8 @@ def test_frequencies_cover_what_is_true(demo, server, kind):
         own = chat(server)
 
         def fn(messages, max_tokens, temperature, prefill, top_logprobs, seed):
-            said = own.say(messages, n_tokens=max_tokens, temperature=temperature, seed=seed)
-            return said[0].text
+            how = {"n_tokens": max_tokens, "temperature": temperature, "seed": seed}
+            return own.say(Question(messages, **how))[0].text
 
         provider = CallableProvider(fn)
     ours = remote(provider, attr_target="frequency", n_answers=40)
@@ -188,7 +189,7 @@ def test_what_is_not_told_apart_is_told_before_it_is_paid_for(server):
     with pytest.raises(ValueError, match=r"given 8 of 8 times .* 8 of 8 times with none") as raised:
         ours.attribute(spans(), " golf")
     assert "not told apart" in str(raised.value)
-    assert len(server.bodies) == 2  # eight answers each
+    assert len(server.bodies) == 3  # whether answers vary at all, then eight answers each
     ours = remote(
         chat(server), attr_target="similarity", similarity=lambda text, answer: len(text) % 2
     )
@@ -240,9 +241,9 @@ def test_a_stop_token_that_is_not_listed_is_noted(server):
         def __init__(self, listed):
             self.inner, self.listed = chat(server), listed
 
-        def say(self, messages, **how):
-            found = self.inner.say(messages, **how)
-            if how["n_tokens"] < 3:
+        def say(self, question):
+            found = self.inner.say(question)
+            if question.n_tokens < 3:
                 return found
             cut = [one.steps[: 2 + self.listed] for one in found]
             return [
@@ -345,7 +346,9 @@ def test_a_checkpoint_keeps_answers_below_the_first_rung(server, tmp_path):
         n_all = len(server.bodies)
         server.bodies.clear()
         whole = remote(chat(server), **ours).attribute(spans(), gen_args=how["gen_args"])
-        assert n_all == len(server.bodies) + 1
+        # Who answers is asked each time; where it is told, whether it is as before.
+        n_more = 2 if attr_target in ("log_prob", "label") else 1
+        assert n_all == len(server.bodies) + n_more
         assert torch.equal(broken.values, whole.values)
     with pytest.raises(ValueError, match="both files of answers"):
         remote(chat(server), cache=tmp_path / "o").attribute(spans(), " golf", checkpoint=path)
@@ -448,7 +451,7 @@ def test_what_it_takes_is_told_beforehand(server):
     often = remote(chat(server), attr_target="frequency", n_answers=10)
     told = often.estimate(spans(), " golf", gen_args={"max_new_tokens": 1})
     often.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
-    assert told.n_requests == 60 == n_sent()
+    assert told.n_requests == 60 == n_sent() - 2  # of the question whether answers vary
     assert told.usd is None
 
 
@@ -463,13 +466,13 @@ def test_what_may_be_spent_is_not_overspent_and_what_came_is_kept(server, tmp_pa
     n_before = len(server.bodies)
     assert 0 < n_before <= 5
     again = remote(chat(server), cache=path).attribute(spans(), " golf")
-    assert len(server.bodies) == n_all + 1  # the first question tells who answers
+    assert len(server.bodies) - n_all in (1, 2)  # who answers, and whether alike
     assert torch.equal(again.values, whole.values)
     server.bodies.clear()
     free = remote(chat(server), cache=path).attribute(spans(), " golf")
-    assert len(server.bodies) == 1
+    assert len(server.bodies) == 2
     assert torch.equal(free.values, whole.values)
-    assert free.provenance["n_requests"] == 1
+    assert free.provenance["n_requests"] == 2
     # Another model under the same name is asked for everything itself.
     server.name_told = "tiny-1"
     server.bodies.clear()
@@ -489,7 +492,7 @@ def test_a_run_that_broke_off_loses_nothing_that_came(server, tmp_path):
     n_left = len(server.bodies)
     server.bodies.clear()
     remote(chat(server)).attribute(spans(), " golf")
-    assert n_left == len(server.bodies) - 5
+    assert n_left == len(server.bodies) - 4
     path.write_bytes(b"no database at all, but long enough to look like one" * 20)
     with pytest.raises(ValueError, match="no file of answers"):
         remote(chat(server), cache=path)
@@ -531,6 +534,11 @@ def test_results_are_saved_and_shown(server, tmp_path):
     assert loaded.rung == found.rung
     assert torch.equal(loaded.value_interval, found.value_interval)
     assert "golf" in found.to_html()
+    share = found.provenance["share_censored"]
+    assert 0 < share < 1
+    assert f"{share:.0%} of the values that these numbers are made of are not told" in (
+        " ".join(str(found.narrative()).split())
+    )
     for shown in (found.table(), found.to_html()):
         assert "is not among the 20 likeliest has a bound" in shown
 

@@ -284,7 +284,9 @@ class GenerationAttribution(WhatIf, LLMAttribution):
                 run.surrogate = self.surrogate.scorer(
                     scored(self.attr_target), perturbations_per_eval, show_progress, self._shared
                 )
-            _warn_of_absence(inp, run.prompt, output_unit, output_baselines)
+            _warn_of_absence(
+                inp, run.prompt, output_unit, output_baselines, self._what_else_may_be_absent
+            )
             open_journal = None
             if checkpoint is not None:
                 key = self._checkpoint_key(run, effort, output_unit, target, generation)
@@ -346,6 +348,11 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         game = self._game(run, ids, output_unit, output_baselines)
         start, stop = _span(token, len(ids))
         return CoalitionGame(game, start, stop, n_draws=n_draws, normalize=normalize)
+
+    _what_else_may_be_absent = (
+        "Leave `baselines` out of a `TextSegmentInput`, and what is absent is what the model "
+        "itself would have written (`ModelBaselines`), or give `CorpusBaselines(texts)`."
+    )
 
     def with_absence(self, prompt: Prompt) -> Prompt:
         """The prompt; with `ModelBaselines` where the user gave no baselines."""
@@ -453,7 +460,11 @@ class _AnswerAttribution(AnswerAccess, GenerationAttribution):
 
 
 def _warn_of_absence(
-    inp: InterpretableInput, prompt: Prompt, output_unit: Unit | None, output_baselines: Any
+    inp: InterpretableInput,
+    prompt: Prompt,
+    output_unit: Unit | None,
+    output_baselines: Any,
+    instead: str,
 ) -> None:
     """Warns where absent features make texts unlike any that the model was trained on."""
     if output_unit is None and not isinstance(inp, Prompt):  # what captum computes
@@ -464,9 +475,7 @@ def _warn_of_absence(
     said = unseen(absent, "attributions are made from", "attributions")
     if said is not None:
         warnings.warn(
-            f"{said}, and of a natural prompt they blame the words before the answer. Leave "
-            "`baselines` out of a `TextSegmentInput`, and what is absent is what the model itself "
-            "would have written (`ModelBaselines`), or give `CorpusBaselines(texts)`.",
+            f"{said}, and of a natural prompt they blame the words before the answer. {instead}",
             stacklevel=stacklevel_of_caller(),
         )
 

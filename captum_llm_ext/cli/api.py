@@ -13,7 +13,8 @@ from captum_llm_ext.cli.loading import Place, load_tokenizer, location
 from captum_llm_ext.cli.methods import is_of_answers, looks_inside, method
 from captum_llm_ext.cli.outputs import as_json
 from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
-from captum_llm_ext.remote.chat_providers import Speaker, speaker
+from captum_llm_ext.remote.chat_providers import speaker
+from captum_llm_ext.remote.speaker import Question, Speaker
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT
 
 # Of the answer's log-probabilities, by how much they are told; others are values of their own.
@@ -194,6 +195,6 @@ def _looked_at(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[str, A
             yield _CALLED[rung], {"works": True, "what": f"--rung {rung}", **met}
     who = cast(Speaker, speaker(provider))
     messages = [{"role": "user", "content": "Say hello."}]
-    said = who.say(messages, n_tokens=8, temperature=1.0)[0]
+    said = who.say(Question(messages, n_tokens=8, temperature=1.0))[0]
     shown = "it wrote nothing" if not said.text else "--rung frequency, --rung similarity"
     yield "text alone", {"works": bool(said.text), "what": shown}

@@ -1,13 +1,13 @@
 """Providers that are sent messages and answer with text, and what they tell of it."""
 
-import json
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, cast
 
 from captum_llm_ext.remote.completions import CompletionsProvider
 from captum_llm_ext.remote.providers import is_ruled_out, log_prob
+from captum_llm_ext.remote.speaker import Prefill, Question, Said, Speaker, Step
 from captum_llm_ext.remote.transport import (
     ApiError,
     GarbageError,
@@ -17,109 +17,19 @@ from captum_llm_ext.remote.transport import (
     api_key,
 )
 
-Message = Mapping[str, Any]
-Prefill = Literal["continue", "assistant", "none"]
 _REFUSED = ("refusal", "content_filter", "safety")
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One token that a model wrote.
-
-    Attributes:
-        text: The token.
-        value: Its log-probability, in nats.
-        top: The likeliest tokens there, with theirs.
-    """
-
-    text: str
-    value: float
-    top: list[tuple[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """One answer.
-
-    Attributes:
-        text: What the model wrote.
-        steps: Its tokens, where the provider tells log-probabilities of them.
-        is_refusal: Whether the provider says that the model, or a filter, refused.
-        n_in, n_out: Tokens read and written, as the provider counts them.
-        model, fingerprint: Which model answered, and in what set-up, as it says.
-        has_stopped: Whether the model ended the answer itself.
-    """
-
-    text: str
-    steps: list[Step] = field(default_factory=list[Step])
-    is_refusal: bool = False
-    n_in: int = 0
-    n_out: int = 0
-    model: str | None = None
-    fingerprint: str | None = None
-    has_stopped: bool = False
-
-    def to_json(self) -> str:
-        """For a cache."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Said":
-        """What `to_json` wrote."""
-        held = json.loads(text)
-        steps = [
-            Step(s["text"], s["value"], [(name, value) for name, value in s["top"]])
-            for s in held.pop("steps")
-        ]
-        return cls(steps=steps, **held)
-
-
-@runtime_checkable
-class Speaker(Protocol):
-    """A provider that is sent messages.
-
-    Attributes:
-        prefills: Ways to have the model go on with an answer that is begun, to be tried in this
-            order; none where there is no way.
-        max_concurrency: In how many threads it may be asked.
-
-    One that is given ``bias=`` as well says so by ``takes_bias = True``.
-    """
-
-    prefills: tuple[Prefill, ...]
-    max_concurrency: int
-
-    def say(
-        self,
-        messages: Sequence[Message],
-        *,
-        n_tokens: int,
-        temperature: float,
-        prefill: str = "",
-        way: Prefill = "none",
-        top: int = 0,
-        n: int = 1,
-        seed: int | None = None,
-    ) -> list[Said]:
-        """Answers to messages.
-
-        Args:
-            messages: The chat.
-            n_tokens: Tokens at most.
-            temperature: 0 for the likeliest.
-            prefill: How the answer begins; what is returned comes after it.
-            way: How the model is made to go on with it.
-            top: So many of the likeliest tokens are to be told at every place.
-            n: So many answers; fewer may come.
-            seed: Of the first answer, where the provider takes one.
-        """
-        ...
 
 
 class _OverHttp:
     """A provider by its URL, or by a client of the user's own, which knows its URL itself."""
 
+    model_name: str
     _http: Http | None = None
+
+    @property
+    def http(self) -> Http | None:
+        """The connection, for other endpoints of the same server."""
+        return self._http
 
     @property
     def api_url(self) -> str | None:
@@ -130,6 +40,15 @@ class _OverHttp:
         """Ends what is under way."""
         if self._http is not None:
             self._http.interrupt()
+
+    def _by_client(self, create: Callable[[], Any]) -> Any:
+        try:
+            return create().model_dump()
+        except Exception as error:
+            status = getattr(error, "status_code", None)
+            if isinstance(status, int):
+                raise ApiError(f"{self.model_name}: {error}", status) from error
+            raise
 
 
 class ChatProvider(_OverHttp):
@@ -201,34 +120,19 @@ class ChatProvider(_OverHttp):
     def __repr__(self) -> str:
         return f"ChatProvider({self.model_name!r})"
 
-    def say(
-        self,
-        messages: Sequence[Message],
-        *,
-        n_tokens: int,
-        temperature: float,
-        prefill: str = "",
-        way: Prefill = "none",
-        top: int = 0,
-        n: int = 1,
-        seed: int | None = None,
-        bias: Mapping[int, float] | None = None,
-    ) -> list[Said]:
+    def say(self, question: Question) -> list[Said]:
         """See `Speaker.say`."""
         body: dict[str, Any] = {
             "model": self.model_name,
-            "messages": [dict(message) for message in messages],
-            "max_tokens": n_tokens,
-            "temperature": temperature,
+            "messages": [dict(message) for message in question.messages],
         }
-        if prefill:
-            body["messages"].append({"role": "assistant", "content": prefill})
-            if way == "continue":
+        if question.prefill:
+            body["messages"].append({"role": "assistant", "content": question.prefill})
+            if question.way == "continue":
                 body |= {"continue_final_message": True, "add_generation_prompt": False}
+        top = question.top
         body |= {"logprobs": True, "top_logprobs": top} if top else {}
-        body |= {"n": n} if n > 1 else {}
-        body |= {} if seed is None else {"seed": seed}
-        body |= _biased(bias)
+        body |= _settings(question)
         answer = self._posted(body | self._extra)
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
@@ -237,19 +141,14 @@ class ChatProvider(_OverHttp):
 
     def _posted(self, body: dict[str, Any]) -> dict[str, Any]:
         if self._http is not None:
-            found = self._http.post("/chat/completions", body)
+            several = body.get("n", 1) > 1
+            found = self._http.post("/chat/completions", body, asks_several=several)
         else:
             known = ("model", "messages", "max_tokens", "temperature", "logprobs", "top_logprobs")
             own = {k: v for k, v in body.items() if k in (*known, "n", "seed", "logit_bias")}
             extra = {k: v for k, v in body.items() if k not in own}
             more = {"extra_body": extra} if extra else {}
-            try:
-                found = self._client.chat.completions.create(**own, **more).model_dump()
-            except Exception as error:
-                status = getattr(error, "status_code", None)
-                if isinstance(status, int):
-                    raise ApiError(f"{self.model_name}: {error}", status) from error
-                raise
+            found = self._by_client(lambda: self._client.chat.completions.create(**own, **more))
         if not isinstance(found, dict):
             raise GarbageError(f"{self.model_name} answered with what is no object.")
         return cast(dict[str, Any], found)
@@ -291,32 +190,22 @@ class AnthropicProvider(_OverHttp):
     def __repr__(self) -> str:
         return f"AnthropicProvider({self.model_name!r})"
 
-    def say(
-        self,
-        messages: Sequence[Message],
-        *,
-        n_tokens: int,
-        temperature: float,
-        prefill: str = "",
-        way: Prefill = "none",
-        top: int = 0,
-        n: int = 1,
-        seed: int | None = None,
-    ) -> list[Said]:
+    def say(self, question: Question) -> list[Said]:
         """See `Speaker.say`; one answer at a time, without log-probabilities."""
-        system = [str(m["content"]) for m in messages if m["role"] == "system"]
-        rest = [dict(m) for m in messages if m["role"] != "system"]
+        asked = question.messages
+        system = [str(m["content"]) for m in asked if m["role"] == "system"]
+        rest = [dict(m) for m in asked if m["role"] != "system"]
         body: dict[str, Any] = {
             "model": self.model_name,
-            "max_tokens": n_tokens,
-            "temperature": temperature,
+            "max_tokens": question.n_tokens,
+            "temperature": question.temperature,
             "messages": rest or [{"role": "user", "content": " "}],
         }
         body |= {"system": "\n\n".join(system)} if any(system) else {}
         if self._http is not None:
             found: Any = self._http.post("/messages", body)
         else:
-            found = self._client.messages.create(**body).model_dump()
+            found = self._by_client(lambda: self._client.messages.create(**body))
         parts: Any = found.get("content") if isinstance(found, dict) else None
         if not isinstance(parts, list):
             raise ApiError(f"{self.model_name} answered without `content`.")
@@ -362,33 +251,21 @@ class CallableProvider:
         self._fn, self.max_concurrency = fn, max_concurrency
         self.model_name = name or str(getattr(fn, "__name__", type(fn).__name__))
         self.prefills: tuple[Prefill, ...] = ("continue",) if prefill else ()
-        self.takes_bias = "logit_bias" in getattr(getattr(fn, "__code__", None), "co_varnames", ())
+        self.takes_bias = _takes(fn, "logit_bias")
 
     def __repr__(self) -> str:
         return f"CallableProvider({self.model_name})"
 
-    def say(
-        self,
-        messages: Sequence[Message],
-        *,
-        n_tokens: int,
-        temperature: float,
-        prefill: str = "",
-        way: Prefill = "none",
-        top: int = 0,
-        n: int = 1,
-        seed: int | None = None,
-        bias: Mapping[int, float] | None = None,
-    ) -> list[Said]:
+    def say(self, question: Question) -> list[Said]:
         """See `Speaker.say`; one answer at a time."""
         found = self._fn(
-            [dict(message) for message in messages],
-            max_tokens=n_tokens,
-            temperature=temperature,
-            prefill=prefill,
-            top_logprobs=top,
-            seed=seed,
-            **({"logit_bias": dict(bias)} if bias else {}),
+            [dict(message) for message in question.messages],
+            max_tokens=question.n_tokens,
+            temperature=question.temperature,
+            prefill=question.prefill,
+            top_logprobs=question.top,
+            seed=question.seed,
+            **({"logit_bias": dict(question.bias)} if question.bias else {}),
         )
         text, tops = cast(tuple[Any, Any], found) if isinstance(found, tuple) else (found, ())
         if not isinstance(text, str):
@@ -414,26 +291,11 @@ class Completed:
         """Ends what is under way."""
         self._provider.interrupt()
 
-    def say(
-        self,
-        messages: Sequence[Message],
-        *,
-        n_tokens: int,
-        temperature: float,
-        prefill: str = "",
-        way: Prefill = "none",
-        top: int = 0,
-        n: int = 1,
-        seed: int | None = None,
-        bias: Mapping[int, float] | None = None,
-    ) -> list[Said]:
+    def say(self, question: Question) -> list[Said]:
         """See `Speaker.say`; the messages are put together as they are."""
-        prompt = "\n".join(str(message["content"]) for message in messages) + prefill
-        body: dict[str, Any] = {"max_tokens": n_tokens, "temperature": temperature}
-        body |= {"logprobs": top} if top else {}
-        body |= {"n": n} if n > 1 else {}
-        body |= {} if seed is None else {"seed": seed}
-        body |= _biased(bias)
+        texts = [str(message["content"]) for message in question.messages]
+        prompt = "\n".join(texts) + question.prefill
+        body = _settings(question) | ({"logprobs": question.top} if question.top else {})
         answer = self._provider.complete(prompt, body)
         return [_completed(choice, answer) for choice in answer["choices"]]
 
@@ -445,11 +307,18 @@ def speaker(provider: Any) -> Speaker | None:
     return provider if isinstance(provider, Speaker) else None
 
 
-def as_chat(provider: Any) -> ChatProvider | None:
-    """The chat completions of a server whose completions were asked; None for other providers."""
-    if not isinstance(provider, CompletionsProvider):
-        return None
-    return ChatProvider.over(provider.http, provider.model_name)
+def other_endpoint(provider: Any) -> tuple[Speaker | None, str]:
+    """The chat completions of a server whose completions were asked, or the other way round.
+
+    Returns:
+        It, and the name of its class; None for providers that are neither.
+    """
+    if isinstance(provider, CompletionsProvider):
+        return ChatProvider.over(provider.http, provider.model_name), "ChatProvider"
+    if isinstance(provider, ChatProvider) and provider.http is not None:
+        other = CompletionsProvider.over(provider.http, provider.model_name)
+        return Completed(other), "CompletionsProvider"
+    return None, ""
 
 
 def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> Said:
@@ -469,7 +338,7 @@ def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> Said:
         str(message.get("content") or refusal or ""),
         steps,
         is_refusal=bool(refusal) or held.get("finish_reason") in _REFUSED,
-        n_in=int(usage.get("prompt_tokens") or 0) // n,
+        n_in=int(usage.get("prompt_tokens") or 0),  # read once, however many answers
         n_out=int(usage.get("completion_tokens") or 0) // n,
         model=answer.get("model"),
         fingerprint=_fingerprint(answer),
@@ -491,7 +360,7 @@ def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> Said:
     return Said(
         str(choice.get("text") or ""),
         steps,
-        n_in=int(usage.get("prompt_tokens") or 0) // n,
+        n_in=int(usage.get("prompt_tokens") or 0),  # read once, however many answers
         n_out=int(usage.get("completion_tokens") or 0) // n,
         model=answer.get("model"),
         fingerprint=_fingerprint(answer),
@@ -499,8 +368,23 @@ def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> Said:
     )
 
 
-def _biased(bias: Mapping[int, float] | None) -> dict[str, Any]:
-    return {"logit_bias": {str(token): value for token, value in bias.items()}} if bias else {}
+def _settings(question: Question) -> dict[str, Any]:
+    """What chats and texts are asked with alike."""
+    found: dict[str, Any] = {
+        "max_tokens": question.n_tokens,
+        "temperature": question.temperature,
+    }
+    found |= {"n": question.n} if question.n > 1 else {}
+    found |= {} if question.seed is None else {"seed": question.seed}
+    bias = {str(token): value for token, value in (question.bias or {}).items()}
+    return found | ({"logit_bias": bias} if bias else {})
+
+
+def _takes(fn: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # of a builtin
+        return False
 
 
 def _fingerprint(answer: Mapping[str, Any]) -> str | None:

@@ -104,6 +104,13 @@ class CompletionsProvider(RemoteLLMProvider):
         self.max_model_len: int | None = None
         self.model_name = self._first_model() if model_name is None else model_name
 
+    @classmethod
+    def over(cls, http: Http, model: str) -> "CompletionsProvider":
+        """The same by a connection that is there, with its key, headers and timeouts."""
+        found = cls(http.url, model)
+        found._http = http
+        return found
+
     @property
     def http(self) -> Http:
         """The connection, for other endpoints of the same server."""
@@ -257,7 +264,10 @@ class CompletionsProvider(RemoteLLMProvider):
 
     def complete(self, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The server's whole answer to a text; its choices in their order."""
-        answer = self._http.post("/completions", self._body(prompt, arguments))
+        several = arguments.get("n", 1) > 1
+        answer = self._http.post(
+            "/completions", self._body(prompt, arguments), asks_several=several
+        )
         return cast(dict[str, Any], answer) | {"choices": self._choices(answer, None)}
 
     def use(self, way: Way | None) -> None:
@@ -299,7 +309,10 @@ class CompletionsProvider(RemoteLLMProvider):
         prompt = prompts[0] if len(prompts) == 1 else list(prompts)
         n_entries = sum(map(len, ids)) * (2 + self.top_logprobs)
         answer = self._http.post(
-            "/completions", self._body(prompt, arguments), most_bytes=_ENTRY_BYTES * n_entries
+            "/completions",
+            self._body(prompt, arguments),
+            most_bytes=_ENTRY_BYTES * n_entries,
+            asks_several=len(prompts) > 1,
         )
         choices = self._choices(answer, len(prompts))
         read = answers.echoed if way == "echo" else answers.told

@@ -15,7 +15,6 @@ from captum_llm_ext.remote.ladder import LadderScorer
 from captum_llm_ext.text.inputs import Prompt
 
 LENGTHS = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
-CHARACTERS_PER_TOKEN = 4.0  # of English, where no tokenizer is at hand
 
 
 @dataclass(frozen=True, slots=True)

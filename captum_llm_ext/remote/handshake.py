@@ -33,6 +33,8 @@ _MASS = 1e-3
 _SHARP, _TIMES_NOISE = 1e-3, 5.0
 _N_WRITTEN, _N_OTHERS, _LONGEST = 3, 3, 48
 _N_LOOKED_AT = 64
+# Rounding that is coarse enough to be told, and how far multiples may be off.
+_GRAINS, _OFF_GRAIN = (1.0, 0.5, 0.25, 0.2, 0.1, 0.05), 1e-3
 # Draws at temperature 1, and how many standard errors their surprise may be off.
 _N_DRAWN, _DEVIATIONS = 32, 4.5
 _UNLISTED = "not listed: what the model writes comes without it"
@@ -164,6 +166,7 @@ class _Exam:
     target: Sequence[int]
     checks: dict[str, str] = field(default_factory=dict[str, str])
     n_prompts: int = 0
+    told: list[float] = field(default_factory=list[float])
 
     def run(self) -> None:
         """Looks at everything that the provider lets be looked at."""
@@ -186,7 +189,10 @@ class _Exam:
         self._depends_on_the_token([*values, longer], last, noise)
         both = [(of_last[i], told) for i, told in likely.items() if i in of_last]
         self._agrees(alone, told, ids, [pair for pair in both if _is_told(pair[1])])
-        mass = sum(map(math.exp, last))
+        rounding = grain(self.told)
+        if rounding:
+            self._note("rounding", f"values are multiples of {rounding:g}")
+        mass = sum(map(math.exp, last)) / math.exp(rounding / 2)
         if mass > 1 + _MASS:
             self._fault(
                 f"{len(last)} tokens have probabilities of {mass:.3g} in sum at one place, which "
@@ -313,7 +319,9 @@ class _Exam:
             kept += rows[i : i + n]
             found += [answer.values for answer in answers]
             self.n_prompts += len(answers)
-        for value in (value for own in found for value in own if value is not None):
+        told = [value for own in found for value in own if value is not None]
+        self.told += [value for value in told if _is_told(value)]
+        for value in told:
             if value > _ABOVE_ONE:
                 self._fault(f"it tells {value:g} as a log-probability, which is above log 1 = 0")
         return kept, found
@@ -431,6 +439,15 @@ def surprise(names: Sequence[str], top: Mapping[str, float]) -> tuple[float, flo
     return found, mean, (found - mean) / error
 
 
+def grain(values: Sequence[float]) -> float:
+    """What all values are multiples of, if that is coarse; else 0."""
+    finite = [value for value in values if math.isfinite(value) and value]
+    for step in _GRAINS:
+        if len(finite) > 3 and all(abs(v / step - round(v / step)) < _OFF_GRAIN for v in finite):
+            return step
+    return 0.0
+
+
 def _named(
     scored: Sequence[float], told: Sequence[float], of_last: Sequence[tuple[float, float]]
 ) -> str:
@@ -458,8 +475,8 @@ def _named(
     if temperature is not None:
         return f"they are of temperature {temperature:.2g}"
     return (
-        "they are of another distribution (another temperature, a token put before the prompt, a "
-        "chat template, another tokenizer or model)"
+        "they are of another distribution (that of the place before or after, another temperature, "
+        "a token put before the prompt, a chat template, another tokenizer or model)"
     )
 
 

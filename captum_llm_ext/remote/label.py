@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from captum_llm_ext.remote.chat_providers import Message
 from captum_llm_ext.remote.rung import Scored
+from captum_llm_ext.remote.speaker import Message
 from captum_llm_ext.remote.stepwise import TopK
 
 
@@ -77,6 +77,10 @@ class Label:
 
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
         """See `Rung.begin`; values are no samples."""
+
+    def ask_again(self, messages: Sequence[Message], target: list[str]) -> float | None:
+        """See `Rung.ask_again`."""
+        return self._by.ask_again(messages, target)
 
     def draw_more(self) -> bool:
         """See `Rung.draw_more`: never, values are no samples."""

@@ -23,6 +23,7 @@ from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.rung import Rung, Scored
 from captum_llm_ext.remote.sampled import TWO
+from captum_llm_ext.remote.step_checks import APART
 from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.plain_tokenizer import messages_of
@@ -41,6 +42,7 @@ class LadderScorer:
 
     Args:
         rung: How coalitions are looked at.
+        as_probability: Whether log-probabilities are told as probabilities.
         asker: Whom it asks.
         tokenizer: Spells rows and target.
         n_threads: Coalitions at a time.
@@ -57,8 +59,9 @@ class LadderScorer:
         *,
         n_threads: int,
         show_progress: Shown,
+        as_probability: bool = False,
     ) -> None:
-        self.attr_target: Any = rung.attr_target
+        self.attr_target: Any = "prob" if as_probability else rung.attr_target
         self.n_evaluations = 0
         self.n_scored = [0]
         self.rung, self.asker = rung, asker
@@ -66,6 +69,7 @@ class LadderScorer:
         self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
         self._known: dict[bytes, Scored] = {}
         self._in_order: list[bytes] = []
+        self._wanted: list[str] = []
 
     def forget(self) -> None:
         """Has coalitions looked at again: the rung knows more of them now."""
@@ -114,7 +118,7 @@ class LadderScorer:
             ValueError: If a row is no text, or no cause would be found.
             ConnectionError, RuntimeError: If the provider gives up, or no more may be spent.
         """
-        wanted = [tokens.decode(self._tokenizer, [i]) for i in target.tolist()]
+        self._wanted = wanted = [tokens.decode(self._tokenizer, [i]) for i in target.tolist()]
         asked = Asked(target)
         digests = [asked.digest(row) for row in rows]
         new = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
@@ -142,8 +146,7 @@ class LadderScorer:
             interrupt=getattr(self.asker.speaker, "interrupt", lambda: None),
         )
         self._in_order += digests
-        found = [self._known[d].values for d in digests]
-        return torch.tensor(found, dtype=torch.float64, device="cpu")
+        return self._told("values", digests)
 
     def known(self) -> dict[str, Tensor]:
         """What is known of all coalitions, in the order in which they were asked for.
@@ -151,13 +154,16 @@ class LadderScorer:
         Returns:
             ``"lower"``, ``"upper"``, ``"variances"``, each ``(n_coalitions, n_target)``.
         """
-        own = [self._known[d] for d in self._in_order]
-        return {
-            name: torch.tensor(
-                [getattr(one, name) for one in own], dtype=torch.float64, device="cpu"
-            )
-            for name in ("lower", "upper", "variances")
-        }
+        return {name: self._told(name, self._in_order) for name in ("lower", "upper", "variances")}
+
+    def only_first(self, n: int) -> None:
+        """Knows of the first coalitions alone that were asked for: others were them once more."""
+        del self._in_order[n:]
+
+    def _told(self, name: str, digests: Sequence[bytes]) -> Tensor:
+        found = [getattr(self._known[d], name) for d in digests]
+        values = torch.tensor(found, dtype=torch.float64, device="cpu")
+        return values.exp() if self.attr_target == "prob" and name != "variances" else values
 
     def uncertainty(self, weight: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
         """What is not known of attributions, because it is not known of values.
@@ -193,9 +199,10 @@ class LadderScorer:
         difference = float(attributions[first] - attributions[second])
         found: dict[str, Any] = {"first": first, "second": second}
         if not self.rung.is_sampled:
-            lower, _ = interval_of(
-                merged, known["lower"].sum(1)[:, None], known["upper"].sum(1)[:, None]
-            )
+            is_product = self.attr_target == "prob"
+            ends = [known[end] for end in ("lower", "upper")]
+            whole = [(end.prod(1) if is_product else end.sum(1))[:, None] for end in ends]
+            lower, _ = interval_of(merged, *whole)
             return found | {"is_told_apart": bool(lower[0, 0] > 0)}
         error = float((known["variances"].sum(1) @ merged[:, 0].square()).sqrt())
         times = (TWO * error / difference) ** 2 if difference > 0 else math.inf
@@ -203,6 +210,18 @@ class LadderScorer:
             "is_told_apart": difference > TWO * error,
             "times_as_many_answers": times if math.isfinite(times) else None,
         }
+
+    def ask_again(self, full: Sequence[Any]) -> list[str]:
+        """What is suspicious of the answers, now that they are all there; asks once more."""
+        target = [*self._wanted]
+        apart = self.rung.ask_again(full, target)
+        found = self.asker.doubts()
+        if apart is not None and apart > APART:
+            found.append(
+                "the whole prompt has other log-probabilities than at the beginning, by "
+                f"{apart:.2g} nats: another model answers by now, or not the same one each time"
+            )
+        return found
 
     def _merged(self, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """What is known of distinct coalitions, and the weights of each."""

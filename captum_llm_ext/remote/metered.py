@@ -1,19 +1,25 @@
 """Answers that are paid for: each asked for once, kept, counted, and no more than allowed."""
 
 import json
+import math
 import os
 import sqlite3
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
-from captum_llm_ext.remote.chat_providers import Message, Prefill, Said, Speaker
-from captum_llm_ext.remote.transport import shown_url
+from captum_llm_ext.remote.speaker import Prefill, Question, Said, Speaker
+from captum_llm_ext.remote.transport import ApiError, TooSlowError, shown_url
 
 # A model's name and the fingerprint of its set-up, as it says itself with every answer.
+# Answers that one request is asked for: servers have limits of their own below that.
+_MOST_AT_ONCE, _FEW = 128, 8
+CHARACTERS_PER_TOKEN = 4.0  # of English, where no tokenizer is at hand
+# Prompts of so many tokens and more, of which one is longer by such a share and counted alike.
+_FEW_TOKENS, _CUT = 32, 0.1
 Identity = tuple[str | None, str | None]
 
 
@@ -131,60 +137,95 @@ class Asker:
         own = [type(speaker).__name__, getattr(speaker, "model_name", None)]
         self._who = [*own, shown_url(url) if isinstance(url, str) else None]
         self._identities: list[Identity] = []  # of those that have answered
+        self._most_at_once = _MOST_AT_ONCE
+        self._lengths: set[tuple[int, int]] = set()  # characters of prompts, and tokens as counted
 
-    def one(self, messages: Sequence[Message], **how: Any) -> Said:
+    def one(self, question: Question) -> Said:
         """The first answer; see `many`."""
-        return self.many(messages, range(1), **how)[0]
+        return self.many(question, range(1))[0]
 
-    def many(
-        self,
-        messages: Sequence[Message],
-        numbers: range,
-        *,
-        n_tokens: int,
-        temperature: float,
-        prefill: str = "",
-        top: int = 0,
-        bias: Mapping[int, float] | None = None,
-        at_once: bool = False,
-    ) -> list[Said]:
+    def many(self, question: Question, numbers: range, *, at_once: bool = False) -> list[Said]:
         """Answers of these numbers, from 0; each number is another draw.
 
         Answers that are kept are given if they are of a model that answers now: the first question
         is always asked, for nothing else tells which one that is.
 
         Args:
-            messages, n_tokens, temperature, prefill, top: As of `Speaker.say`.
+            question: What is asked; its `way`, `n` and `seed` are this object's concern.
             numbers: Those wanted.
-            bias: Added to the logits of token ids, by providers that take it.
             at_once: Whether to be content with what one request gives.
 
         Raises:
             BudgetError: If one more request is not allowed.
         """
-        about: list[Any] = [self.way if prefill else None, list(map(dict, messages)), prefill]
-        about += [n_tokens, temperature, top, sorted((bias or {}).items())]
-        how: dict[str, Any] = {"n_tokens": n_tokens, "temperature": temperature, "prefill": prefill}
-        how |= {"way": self.way, "top": top} | ({"bias": bias} if bias else {})
+        question = replace(question, way=self.way if question.prefill else "none")
         # Who answers is not known before somebody has.
         asks_anyway = not self._identities
-        found = self._kept(about, numbers)
+        found = self._kept(question, numbers)
         while None in found:
             first = found.index(None)
             n = sum(one is None for one in found[first:])
             self._allow()
-            said = self.speaker.say(messages, n=n, seed=numbers[first], **how)
-            self._count(said)
+            said = self._said(replace(question, n=n, seed=numbers[first]))
+            self._count(question, said)
             identities = [self._met(one) for one in said]
             if asks_anyway:
-                found, asks_anyway = self._kept(about, numbers), False
+                found, asks_anyway = self._kept(question, numbers), False
             places = [i for i, one in enumerate(found) if one is None]
             for place, one, who in zip(places, said, identities, strict=False):
-                self._cache.put(self._key(who, about, numbers[place]), one)
+                self._cache.put(self._key(who, question, numbers[place]), one)
                 found[place] = one
             if at_once:
                 break
         return [one for one in found if one is not None]
+
+    def fresh(self, question: Question) -> list[Said]:
+        """What is answered now, whatever is kept.
+
+        Raises:
+            BudgetError: If one more request is not allowed.
+        """
+        question = replace(question, way=self.way if question.prefill else "none")
+        self._allow()
+        said = self._said(question)
+        self._count(question, said)
+        for one in said:
+            self._met(one)
+        return said
+
+    def doubts(self) -> list[str]:
+        """What counts and names that came with answers make suspicious."""
+        found: list[str] = []
+        if len(self.spent.models) > 1:
+            names = ", ".join(map(repr, sorted(self.spent.models)))
+            found.append(f"several models have answered: {names}")
+        longest = max(self._lengths, key=lambda pair: pair[1], default=(0, 0))
+        same = [n_characters for n_characters, n in self._lengths if n == longest[1] > _FEW_TOKENS]
+        if same and max(same) - min(same) > _CUT * max(same):
+            found.append(
+                f"prompts of {min(same)} and of {max(same)} characters are counted as "
+                f"{longest[1]} tokens alike: the server cuts them, and does not read all"
+            )
+        return found
+
+    def ask_one_by_one(self) -> None:
+        """Asks for no more than one answer in a request from now on."""
+        self._most_at_once = 1
+
+    def _said(self, question: Question) -> list[Said]:
+        """Answers to a question, as many in one request as the provider gives."""
+        while True:
+            asked = replace(question, n=min(question.n, self._most_at_once))
+            try:
+                return self.speaker.say(asked)
+            except TooSlowError:
+                if asked.n == 1:
+                    raise
+                self._most_at_once = min(self._most_at_once, asked.n // 2)
+            except ApiError as error:
+                if asked.n == 1 or error.status not in (400, 422, 501):
+                    raise
+                self._most_at_once = _FEW if asked.n > _FEW else 1
 
     def _met(self, said: Said) -> Identity:
         who = (said.model, said.fingerprint)
@@ -193,13 +234,16 @@ class Asker:
                 self._identities.append(who)
         return who
 
-    def _key(self, who: Identity, about: Sequence[Any], number: int) -> str:
+    def _key(self, who: Identity, question: Question, number: int) -> str:
+        q = question
+        about = [q.way if q.prefill else None, list(map(dict, q.messages)), q.prefill]
+        about += [q.n_tokens, q.temperature, q.top, sorted((q.bias or {}).items())]
         return _digest([self._who, who, *about, number])
 
-    def _kept(self, about: Sequence[Any], numbers: range) -> list[Said | None]:
+    def _kept(self, question: Question, numbers: range) -> list[Said | None]:
         found: list[Said | None] = []
         for number in numbers:
-            keys = [self._key(who, about, number) for who in list(self._identities)]
+            keys = [self._key(who, question, number) for who in list(self._identities)]
             found.append(next((s for k in keys if (s := self._cache.get(k)) is not None), None))
         with self._lock:
             self.spent.n_cached += sum(one is not None for one in found)
@@ -222,10 +266,18 @@ class Asker:
                 )
             spent.n_requests += 1
 
-    def _count(self, said: Sequence[Said]) -> None:
+    def _count(self, question: Question, said: Sequence[Said]) -> None:
+        length = sum(len(str(message["content"])) for message in question.messages)
+        length += len(question.prefill)
+        n_in = max((one.n_in for one in said), default=0)
         with self._lock:
-            self.spent.n_in += max((one.n_in for one in said), default=0)
-            self.spent.n_out += sum(one.n_out for one in said)
+            if n_in:
+                self._lengths.add((length, n_in))
+            # Who counts no tokens is reckoned with, or `max_usd` would never be reached.
+            self.spent.n_in += n_in or math.ceil(length / CHARACTERS_PER_TOKEN)
+            self.spent.n_out += sum(
+                one.n_out or math.ceil(len(one.text) / CHARACTERS_PER_TOKEN) for one in said
+            )
             self.spent.models |= {one.model for one in said if one.model}
 
     def provenance(self) -> dict[str, Any]:

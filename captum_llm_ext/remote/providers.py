@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.base.terminal import one_line
-from captum_llm_ext.remote.transport import ApiError, UnusableAnswerError, shown_url
+from captum_llm_ext.remote.transport import ApiError, TooSlowError, UnusableAnswerError, shown_url
 from captum_llm_ext.text import tokens
 
 _SHOWN = 60
@@ -256,11 +256,20 @@ class TokenIdAdapter(_Adapter):
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """See `ProviderAdapter.ask`."""
-        if len(requests) > self.most_prompts:
-            return self._one_by_one(requests)
+        n = self.most_prompts
+        if len(requests) > n:
+            parts = [requests[i : i + n] for i in range(0, len(requests), n)]
+            return [answer for part in parts for answer in self.ask(part)]
         try:
             with noted(requests[0], self._tokenizer):
                 found = self._asked(requests)
+        except TooSlowError:
+            if len(requests) == 1:
+                raise
+            # Not less than others have made of it meanwhile, in their threads.
+            self.most_prompts = min(self.most_prompts, len(requests) // 2)
+            half = len(requests) // 2
+            return [*self.ask(requests[:half]), *self.ask(requests[half:])]
         except ApiError as error:
             if error.status not in _ABOUT_PROMPTS:
                 raise

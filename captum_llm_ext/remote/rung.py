@@ -7,11 +7,12 @@ tokens compare (`label`), how often the answer is given, and how similar to it o
 where it would tell noise.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from captum_llm_ext.remote.chat_providers import Message
+from captum_llm_ext.remote.speaker import Message
 
 
 class IndistinguishableError(ValueError):
@@ -42,7 +43,7 @@ class Scored:
     def n_censored(self) -> int:
         """Values that are guesses within bounds."""
         ends = zip(self.lower, self.upper, self.variances, strict=True)
-        return sum(low != high and not variance for low, high, variance in ends)
+        return sum(math.isinf(high - low) and not variance for low, high, variance in ends)
 
 
 class Rung(Protocol):
@@ -97,6 +98,15 @@ class Rung(Protocol):
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """What is known of a coalition."""
+        ...
+
+    def ask_again(self, messages: Sequence[Message], target: list[str]) -> float | None:
+        """Asks once more what was asked first.
+
+        Returns:
+            By how many nats the answer is another one by now; None where answers are drawn, or no
+            more may be spent.
+        """
         ...
 
     def draw_more(self) -> bool:

@@ -1,15 +1,19 @@
 """Rungs of providers that tell text alone: how often the answer is given, how similar others."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from captum_llm_ext.remote.chat_providers import Message
+from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.remote.draw_checks import Draws, check_draws
+from captum_llm_ext.remote.handshake import HandshakeError
 from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.rung import IndistinguishableError, Scored
 from captum_llm_ext.remote.similarities import Similar
+from captum_llm_ext.remote.speaker import Message, Question
 from captum_llm_ext.remote.transport import ApiError
 
 # Samples of the full and the empty prompt that decide whether more are worth it.
@@ -28,30 +32,46 @@ class _Sampled:
         temperature: Answers are drawn at.
     """
 
-    is_sampled = True
-
     def __init__(self, asker: Asker, n: tuple[int, int], n_tokens: int, temperature: float) -> None:
         self._asker, (self.n_answers, self._most), self._n_tokens = asker, n, n_tokens
         self._temperature = temperature
-        self._varies = False
+        self.is_sampled, self._varies = True, False
+        self.checks: dict[str, str] = {}
 
     @property
     def told(self) -> dict[str, object]:
         """See `Rung.told`."""
-        # Servers that ignore a temperature give one answer again and again: no error is seen then.
-        return {"n_answers_each": self.n_answers, "answers_vary": self._varies}
+        about: dict[str, object] = {"handshake": dict(self.checks)}
+        return about | {"n_answers_each": self.n_answers, "answers_vary": self._varies}
 
     def meet(self, messages: Sequence[Message]) -> None:
-        """See `Rung.meet`: text is all that is asked for."""
+        """See `Rung.meet`: text is all that is asked for, and that answers are drawn."""
+        draws: Draws = "never vary"
+        if self._temperature > 0:
+            draws, self.checks["draws"] = check_draws(self._asker, self._temperature)
+        if draws == "never vary":
+            self._do_without_draws()
+
+    def _do_without_draws(self) -> None:
+        """Takes note that a coalition has one answer.
+
+        Raises:
+            HandshakeError: If that tells nothing.
+        """
+        raise NotImplementedError
 
     def target(self, messages: Sequence[Message], text: str | None) -> list[str]:
         """See `Rung.target`: the answer as a whole."""
         if text is not None:
             return [text]
-        said = self._asker.one(messages, n_tokens=self._n_tokens, temperature=0.0)
+        said = self._asker.one(Question(messages, n_tokens=self._n_tokens, temperature=0.0))
         if said.is_refusal:
             raise ValueError(f"the model refuses to answer ({said.text!r:.80}): give a `target`.")
         return [said.text]
+
+    def ask_again(self, messages: Sequence[Message], target: list[str]) -> float | None:
+        """See `Rung.ask_again`: draws are others each time."""
+        return None
 
     def draw_more(self) -> bool:
         """See `Rung.draw_more`: twice as many, up to the most."""
@@ -60,9 +80,8 @@ class _Sampled:
 
     def _drawn(self, messages: Sequence[Message], numbers: range) -> tuple[list[str], int]:
         """Answers that are none of them refusals, and how many were."""
-        said = self._asker.many(
-            messages, numbers, n_tokens=self._n_tokens, temperature=self._temperature
-        )
+        question = Question(messages, n_tokens=self._n_tokens, temperature=self._temperature)
+        said = self._asker.many(question, numbers)
         kept = [one.text for one in said if not one.is_refusal]
         self._varies |= len(set(kept)) > 1
         return kept, len(said) - len(kept)
@@ -93,6 +112,14 @@ class Frequency(_Sampled):
     ) -> None:
         super().__init__(asker, n, n_tokens, temperature)
         self._predicate = predicate
+
+    def _do_without_draws(self) -> None:
+        raise HandshakeError(
+            "the provider has the same answer to an open question each time, at temperature "
+            f"{self._temperature:g}: it ignores the temperature, or keeps its answers, and "
+            'frequencies would all be 0 or 1. `attr_target="similarity"` would work, by one answer '
+            "to each coalition."
+        )
 
     def _is_answer(self, text: str, target: list[str]) -> bool:
         if self._predicate is not None:
@@ -152,7 +179,6 @@ class Similarity(_Sampled):
     """
 
     name = attr_target = "similarity"
-    blind = "what leaves the answer as similar as before is not seen, whatever it means"
 
     def __init__(
         self,
@@ -169,10 +195,29 @@ class Similarity(_Sampled):
         self.floor: float | None = None
 
     @property
+    def blind(self) -> str:
+        """See `Rung.blind`."""
+        alike = "what leaves the answer as similar as before is not seen, whatever it means"
+        if self.is_sampled:
+            return alike
+        return f"only changes of the likeliest answer are seen, for answers do not vary; {alike}"
+
+    @property
     def told(self) -> dict[str, object]:
         """See `Rung.told`: between the similarities of the empty and of the full prompt."""
         about = {"kind": self.kind, "ceiling": self.ceiling, "floor": self.floor}
         return super().told | about
+
+    def _do_without_draws(self) -> None:
+        self.is_sampled, self.n_answers, self._most = False, 1, 1
+        if self._temperature > 0:
+            warnings.warn(
+                "the provider has the same answer to an open question each time, at temperature "
+                f"{self._temperature:g}: it ignores the temperature, or keeps its answers. One "
+                "answer to each coalition is looked at, and only what changes the likeliest one "
+                "is seen.",
+                stacklevel=stacklevel_of_caller(),
+            )
 
     def _found(
         self, messages: Sequence[Message], numbers: range, target: list[str]
@@ -192,7 +237,8 @@ class Similarity(_Sampled):
                 f"answers are {self.ceiling:.2f} similar to the target with the whole prompt, and "
                 f"{self.floor:.2f} with none of it"
             )
-            return _Apart(self.ceiling - self.floor, _variance(a) + _variance(b), n, said)
+            variance = _variance(a) + _variance(b) if self.is_sampled else 0.0
+            return _Apart(self.ceiling - self.floor, variance, n, said)
 
         _check_apart(look, self._most, "Give more `n_answers`, or another `similarity`.")
 
@@ -204,7 +250,7 @@ class Similarity(_Sampled):
                 f"all {n_refused} answers to a coalition were refusals, which have no similarity: "
                 "give other baselines, or `attr_target='frequency'` with a `predicate` of them."
             )
-        value, error = _mean(found), bootstrap(found)
+        value, error = _mean(found), bootstrap(found) if self.is_sampled else 0.0
         spread = TWO * error
         return Scored(
             [value], [value - spread], [value + spread], [error**2], n_refused, len(found)

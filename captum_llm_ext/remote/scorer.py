@@ -1,5 +1,6 @@
 """Rows scored by an API: every prompt asked for once, several at a time, none lost."""
 
+import time
 import warnings
 from array import array
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -30,6 +31,8 @@ from captum_llm_ext.remote.workers import do_all
 # Nats that a server may differ from itself: batches change last digits of half precision.
 _NOISE = 0.2
 _NOISE_PER_NAT = 0.01  # of large ones
+# Seconds after which a server may be another one: one prompt is asked for once more.
+LONG = 60.0
 # Of values that may be taken for something else: more, and what is explained is that.
 _MOST_MISSING = 0.2
 
@@ -81,6 +84,8 @@ class RemoteScorer:
         self._generated: Tensor | None = None
         self._trusts_journal = self._has_warned = False
         self._findings: Findings | None = None
+        self._first: Request | None = None  # that this run has asked for
+        self._since = 0.0
 
     @property
     def takes_ids(self) -> bool:
@@ -348,6 +353,8 @@ class RemoteScorer:
             if value is not None and is_ruled_out(value):
                 return self._no_value(request, request.asked[i], f"gives {value:g} to", _INFINITE)
         self._keep(key(request), answer.values)
+        if self._first is None:
+            self._first, self._since = request, time.monotonic()
         for i, others in enumerate(answer.others):
             if wanted and len(others) > 1:
                 before = request.ids[: request.first + i + 1]
@@ -397,6 +404,26 @@ class RemoteScorer:
             return self._known[k][0]
         of_whole, i = self._steps[k]
         return self._known[of_whole][i]
+
+    def ask_again(self) -> list[str]:
+        """What is suspicious of the answers, now that they are all there; asks for one once more.
+
+        Only after a while: what was looked at a minute ago is as it was.
+        """
+        if self._first is None or time.monotonic() - self._since < LONG:
+            return []
+        [answer] = self._source.ask([self._first])
+        self.n_requests += 1
+        wanted = list(self._first.wanted)
+        now, then = _as_tensor(answer.values)[wanted], self._known[key(self._first)][wanted]
+        apart = (now - then).abs()
+        if bool((apart <= _noise(then)).all()):
+            return []
+        return [
+            "the whole prompt has other log-probabilities than at the beginning, by "
+            f"{float(apart.max()):.2g} nats: another model answers by now, or not the same one "
+            "each time"
+        ]
 
     def provenance(self) -> dict[str, Any]:
         """What provenance is to say of what was asked."""

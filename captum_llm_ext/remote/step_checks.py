@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 
-from captum_llm_ext.remote.chat_providers import Step
-from captum_llm_ext.remote.handshake import HandshakeError, surprise
+from captum_llm_ext.remote.handshake import HandshakeError, grain, surprise
+from captum_llm_ext.remote.speaker import Said, Step
 
 # Nats that two ways of telling a value may differ by: half precision in batches of other shapes.
 APART, APART_PER_NAT = 0.05, 0.01
 # Log 1 in float32, as rounded; and a sum of probabilities.
 _ABOVE_ONE, _MASS = 1e-6, 1e-3
+_FIRST_OF = 3  # quarters of the likeliest tokens that are compared
 # How many standard errors the surprise of drawn tokens may be off.
 _DEVIATIONS = 4.5
 
@@ -21,19 +22,43 @@ def is_same(value: float, other: float) -> bool:
     return abs(value - other) <= APART + APART_PER_NAT * max(abs(value), abs(other))
 
 
-def check_written(steps: Sequence[Step]) -> None:
+def difference(told: Sequence[tuple[str, float]], again: Sequence[tuple[str, float]]) -> float:
+    """How far the likeliest tokens of one place are from those told before, in nats."""
+    # Those at the end of one list may be just missing in the other.
+    known, found = dict(told[: _FIRST_OF * len(told) // 4]), dict(again)
+    lowest = min(found.values(), default=0.0)
+    return max((abs(v - found.get(name, lowest)) for name, v in known.items()), default=0.0)
+
+
+def check_written(said: Said, n: int) -> None:
     """Looks at tokens that a model wrote greedily, with what was told of each.
+
+    Args:
+        said: What it wrote.
+        n: Tokens that it was asked for.
 
     Raises:
         HandshakeError: If it cannot be; the message names what is wrong.
     """
+    steps = said.steps
+    if not steps and not said.text.strip():
+        raise HandshakeError(
+            "the model writes nothing after this prompt, so that nothing is told of what it "
+            "writes: give a prompt that is to be gone on with, or ask by chat."
+        )
     if not steps or not all(step.top for step in steps):
         raise HandshakeError(
             "the provider tells no log-probabilities of the tokens that it writes: only "
             '`attr_target="frequency"` or "similarity" would work with it.'
         )
+    if len(steps) > n:
+        raise HandshakeError(
+            f"the provider lists {len(steps)} tokens of an answer of {n} at most: "
+            f"{[step.text for step in steps]}."
+        )
+    rounding = grain([value for step in steps for _, value in step.top])
     for step in steps:
-        _check_distribution([value for _, value in step.top])
+        _check_distribution([value for _, value in step.top], rounding)
     own = [_own(step) for step in steps]
     is_own = [
         value is not None and is_same(value, step.value)
@@ -77,8 +102,8 @@ def _own(step: Step) -> float | None:
     return max(told, default=None)
 
 
-def _check_distribution(values: Sequence[float]) -> None:
-    mass = sum(map(math.exp, values))
+def _check_distribution(values: Sequence[float], rounding: float) -> None:
+    mass = sum(map(math.exp, values)) / math.exp(rounding / 2)
     if max(values) > _ABOVE_ONE:
         raise HandshakeError(
             f"the provider tells {max(values):g} as a log-probability, which is above 0."

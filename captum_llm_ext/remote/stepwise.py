@@ -4,11 +4,17 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from captum_llm_ext.remote.chat_providers import Message, Said, Step
-from captum_llm_ext.remote.handshake import HandshakeError
-from captum_llm_ext.remote.metered import Asker
+from captum_llm_ext.remote.handshake import HandshakeError, grain
+from captum_llm_ext.remote.metered import Asker, BudgetError
 from captum_llm_ext.remote.rung import Scored
-from captum_llm_ext.remote.step_checks import check_drawn, check_written, is_same
+from captum_llm_ext.remote.speaker import Message, Question, Said, Step
+from captum_llm_ext.remote.step_checks import (
+    APART,
+    check_drawn,
+    check_written,
+    difference,
+    is_same,
+)
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError
 from captum_llm_ext.text import tokens
 
@@ -22,6 +28,8 @@ _MOST_BIAS, N_TRIES = 100.0, 3
 _LOOKED_FOR, _CHANGE = 6.0, 6.0
 # Closer to certain than this, rounding in float32 is all that is told.
 _CERTAIN = -0.01
+# Nats that told values are rounded by, at least: six digits are usual.
+_ROUNDED = 1e-6
 _Mode = Literal["raw", "biased"]
 
 
@@ -41,7 +49,7 @@ class TopK:
 
     def __init__(self, asker: Asker, top: int, n_tokens: int) -> None:
         self._asker, self._top, self._n_told = asker, top, top
-        self._n_tokens = n_tokens
+        self._n_tokens, self._grain, self._n_asked = n_tokens, 0.0, 0
         self.checks: dict[str, str] = {}
 
     @property
@@ -70,9 +78,10 @@ class TopK:
                 return
             refused.append(f"{way}: {problem}")
         self._asker.way = "none"
+        nothing = "it has no way to" if len(steps) > 1 else "the model wrote one token alone"
         raise HandshakeError(
             "the provider does not go on with an answer that is begun "
-            f"({'; '.join(refused) or 'it has no way to'}), so that only the first token of an "
+            f"({'; '.join(refused) or nothing}), so that only the first token of an "
             'answer could be explained: `attr_target="label"` would work, which compares two of '
             'them; and "frequency" or "similarity".'
         )
@@ -87,12 +96,14 @@ class TopK:
             HandshakeError: If not; it names what is wrong.
         """
         said = self._step(messages, "", _N_WRITTEN, 0.0)
-        check_written(said.steps)
+        check_written(said, _N_WRITTEN)
         self._n_told = min(self._top, *(len(step.top) for step in said.steps))
         if self._n_told < self._top:
             self.checks["likeliest tokens"] = f"{self._n_told} told of {self._top} asked for"
         self._note_stop(said)
+        n_kept = self._asker.spent.n_cached
         drawn = self._drawn(messages)
+        is_kept = self._asker.spent.n_cached > n_kept
         warm = drawn[0].steps[0].top if drawn and drawn[0].steps else []
         first = said.steps[0]
         hot = dict(warm).get(first.text)
@@ -100,19 +111,53 @@ class TopK:
         self.checks["temperature"] = (
             "changes what is told; 1 is asked for" if changes else "does not change what is told"
         )
+        self._repeats(messages, warm, is_kept)
         names = [one.steps[0].text for one in drawn if one.steps]
         self.checks["drawn tokens"] = check_drawn(names, warm)
+        tops = [step.top for step in [*said.steps, *drawn[0].steps[:1]]]
+        self._grain = grain([value for top in tops for _, value in top])
+        if self._grain:
+            self.checks["rounding"] = f"values are multiples of {self._grain:g}"
         return said.steps
+
+    def _repeats(
+        self, messages: Sequence[Message], told: list[tuple[str, float]], is_kept: bool
+    ) -> None:
+        """Whether the same prompt has the same values each time.
+
+        Raises:
+            HandshakeError: If it has not.
+        """
+        apart = difference(told, _likeliest(self._asker.fresh(self._first(messages))[0]))
+        if apart > APART and is_kept:
+            raise HandshakeError(
+                f"the answers that are kept differ by {apart:.2g} nats from what the provider "
+                "tells now: another model answers by this name. Give another `cache`."
+            )
+        if apart > APART:
+            raise HandshakeError(
+                f"the same prompt has other log-probabilities each time, by {apart:.2g} nats: "
+                "several models answer, or answers are mixed up."
+            )
+        self.checks["asked again"] = f"the same within {apart:.1g} nats"
+        self._n_asked = self._asker.spent.n_requests
+
+    def _first(self, messages: Sequence[Message]) -> Question:
+        return Question(messages, n_tokens=1, temperature=1.0, top=self._top)
+
+    def ask_again(self, messages: Sequence[Message], target: list[str]) -> float | None:
+        """See `Rung.ask_again`: of the first token, if more was asked since."""
+        if self._asker.spent.n_requests == self._n_asked:
+            return None
+        try:
+            again = _likeliest(self._asker.fresh(self._first(messages))[0])
+        except BudgetError:
+            return None
+        return difference(self.likeliest(messages), again)
 
     def _drawn(self, messages: Sequence[Message]) -> list[Said]:
         """First tokens drawn at temperature 1, as many as one request gives."""
-        how: dict[str, Any] = {"n_tokens": 1, "temperature": 1.0, "top": self._top}
-        try:
-            return self._asker.many(messages, range(_N_DRAWN), at_once=True, **how)
-        except ApiError as error:
-            if error.status not in UNKNOWN_ARGUMENT:
-                raise
-            return [self._asker.one(messages, **how)]  # one at a time
+        return self._asker.many(self._first(messages), range(_N_DRAWN), at_once=True)
 
     def _note_stop(self, said: Said) -> None:
         """Notes whether the token that ends answers is told of."""
@@ -150,14 +195,8 @@ class TopK:
         temperature: float,
         bias: dict[int, float] | None = None,
     ) -> Said:
-        return self._asker.one(
-            messages,
-            n_tokens=n,
-            temperature=temperature,
-            prefill=prefill,
-            top=self._top,
-            bias=bias,
-        )
+        how: dict[str, Any] = {"prefill": prefill, "top": self._top, "bias": bias}
+        return self._asker.one(Question(messages, n_tokens=n, temperature=temperature, **how))
 
     def target(self, messages: Sequence[Message], text: str | None) -> list[str]:
         """See `Rung.target`: the tokens that the model writes it with."""
@@ -225,10 +264,13 @@ class TopK:
         for name, value in likeliest:  # two tokens may have one text
             told[name] = max(value, told.get(name, -math.inf))
         if math.isfinite(told.get(token, -math.inf)):
-            return told[token], told[token], told[token]
+            value = told[token]
+            return value, value - self._grain / 2, min(value + self._grain / 2, 0.0)
         finite = [value for _, value in likeliest if math.isfinite(value)]
-        rest = 1 - sum(map(math.exp, finite))
-        bound = min(min(finite), math.log(max(rest, 1e-9)))
+        # Told values are rounded, and what is left of 1 by them is no surer than they are.
+        off = self._grain / 2 + _ROUNDED
+        rest = 1 - sum(math.exp(value - off) for value in finite)
+        bound = min(min(finite) + off, math.log(rest))
         return bound - _BELOW_BOUND, -math.inf, bound
 
 
@@ -296,7 +338,7 @@ class Forced(TopK):
         """See `TopK.value_of`: exact, if a bias can be found that brings it among the likeliest."""
         bound = super().value_of(messages, begun, token)
         number = self._id(token, begun)
-        if bound[0] == bound[1] or number is None:
+        if math.isfinite(bound[1]) or number is None:
             return bound
         best = max(v for _, v in _likeliest(self._step(messages, begun, 1, 1.0)))
         bias = min(best - bound[2] + _LOOKED_FOR, _MOST_BIAS)

@@ -58,6 +58,10 @@ class GarbageError(ApiError):
     """An answer of status 200 that holds none: cut JSON, a gateway's page, an error."""
 
 
+class TooSlowError(ConnectionError):
+    """Several questions in one request are not answered in time: fewer may be."""
+
+
 class InterruptedRequestError(RuntimeError):
     """A request that the user's own interruption, or the failure of another one, has ended."""
 
@@ -143,21 +147,32 @@ class Http:
         """What the server has at a path, from JSON. Errors are those of `post`."""
         return self._ask("GET", path, None, _MOST_BYTES)
 
-    def post(self, path: str, body: Mapping[str, Any], *, most_bytes: int = 0) -> Any:
+    def post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        most_bytes: int = 0,
+        asks_several: bool = False,
+    ) -> Any:
         """What the server answers to a body, both as JSON.
 
         Args:
             path: Put after the URL.
             body: What is sent.
             most_bytes: What the answer may have beside 16 MiB.
+            asks_several: Whether less may be asked for where there is no answer in time: then it
+                is not tried again.
 
         Raises:
             ApiError: If the server refuses it, goes on failing, or answers with no JSON or with
                 more than it may.
             ConnectionError: If there is no answer, however often it is tried.
+            TooSlowError: If there is none in time, and `asks_several`.
             InterruptedRequestError: After `interrupt`.
         """
-        return self._ask("POST", path, json.dumps(body).encode(), _MOST_BYTES + most_bytes)
+        most = _MOST_BYTES + most_bytes
+        return self._ask("POST", path, json.dumps(body).encode(), most, asks_several)
 
     def interrupt(self) -> None:
         """Ends all requests that are under way, in whatever thread; later ones are as ever."""
@@ -169,7 +184,9 @@ class Http:
         for connection in busy:
             connection.cut()
 
-    def _ask(self, method: str, path: str, body: bytes | None, most: int) -> Any:
+    def _ask(
+        self, method: str, path: str, body: bytes | None, most: int, asks_several: bool = False
+    ) -> Any:
         epoch = self._epoch
         n_tries = n_garbage = 0
         while True:
@@ -182,7 +199,10 @@ class Http:
                 if status < 300:
                     return self._parsed(headers, content)
                 failure = self._refused(status, headers, content)
-                if status not in _AGAIN or _is_final(status, content):
+                is_final = _is_final(status, content)
+                if is_final and status >= 500:  # what others answer by 422
+                    raise ApiError(str(failure), 422)
+                if status not in _AGAIN or is_final:
                     raise failure
                 wait = _retry_after(headers)
             except GarbageError as error:
@@ -194,6 +214,8 @@ class Http:
                 raise ApiError(f"{said}, which is no answer to what was asked.") from None
             except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
                 failure = self._unreached(error)
+                if asks_several and isinstance(error, TimeoutError) and epoch == self._epoch:
+                    raise TooSlowError(str(failure)) from error
                 if epoch == self._epoch and not self._may_help(error):
                     raise failure from error
             self._check(epoch)
@@ -308,11 +330,14 @@ class Http:
             to = self._shown(shown_url(headers.get("Location") or "nowhere"))
             return ApiError(f"{self.url} has moved to {to}: give that URL.", status)
         advice = {
-            401: " Give `api_key`, or set OPENAI_API_KEY.",
-            403: " Give an `api_key` that may use this model.",
-            404: " Check the URL (it mostly ends in /v1) and the name of the model.",
+            401: "Give `api_key`, or set OPENAI_API_KEY.",
+            403: "Give an `api_key` that may use this model.",
+            404: "Check the URL (it mostly ends in /v1) and the name of the model.",
         }
-        return ApiError(f"{self.url} answered {status}: {said}{advice.get(status, '')}", status)
+        what = f"{self.url} answered {status}: {said}"
+        if status in advice:
+            what += f"{'' if said.endswith(('.', '?', '!')) else '.'} {advice[status]}"
+        return ApiError(what, status)
 
     def _unreached(self, error: Exception) -> Exception:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

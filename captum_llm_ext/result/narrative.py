@@ -53,7 +53,7 @@ def sentences(
         *_in_the_answer(result, read, blocks, start, stop),
         *_without_the_first(result, read, blocks, start, stop),
         _measured(result),
-        *_certainty(read, blocks.prompt, start, stop),
+        *_certainty(result, read, blocks.prompt, start, stop),
     ]
     return [sentence for sentence in told if sentence]
 
@@ -209,11 +209,23 @@ def _measured(result: "ResultNumbers") -> str:
     return f"Measured by {n:,} evaluation{'s' * (n != 1)} of the model."
 
 
-def _certainty(read: Reading, causes: Sequence[Cause], start: int, stop: int) -> list[str]:
+def _certainty(
+    result: "ResultNumbers",
+    read: Reading,
+    causes: Sequence[Cause],
+    start: int,
+    stop: int,
+) -> list[str]:
     if not causes:
         return []
     if all(math.isnan(cause.standard_error) for cause in causes[:3]):
         return ["The errors of these estimates are unknown: nothing tells a cause from noise."]
+    n_bounds = result.provenance.get("share_censored") or 0.0
+    if n_bounds:
+        return [
+            f"Nothing was sampled, and {n_bounds:.0%} of the values that these numbers are made of "
+            "are not told but bounded: within the bounds they are guesses."
+        ]
     if all(cause.standard_error == 0 for cause in causes):
         return ["These numbers are exact for this way of measuring: nothing was sampled."]
     marked = [cause for cause in causes if cause.is_marked]

@@ -7,9 +7,9 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from captum_llm_ext.attribution.remote.rung_choice import RungName
 from captum_llm_ext.base.arguments import check_counts
 from captum_llm_ext.contrast import Contrast
-from captum_llm_ext.remote.chat_providers import Speaker
 from captum_llm_ext.remote.providers import OnMismatch, adapt_provider
 from captum_llm_ext.remote.similarities import SIMILAR
+from captum_llm_ext.remote.speaker import Speaker
 
 RemoteTarget = Literal["log_prob", "prob", "contrast", "auto", "label", "frequency", "similarity"]
 
@@ -113,7 +113,7 @@ def check_rung(rung: object, attr_target: object, predicate: object, labels: Any
         known = ", ".join(map(repr, get_args(RungName)))
         raise ValueError(f"`rung` is {rung!r}: give one of {known}.")
     of = rung if rung in ("label", "frequency", "similarity") else "log_prob"
-    if attr_target not in ("auto", of):
+    if attr_target not in ("auto", of) and not (of == "log_prob" and attr_target == "prob"):
         raise ValueError(f"`rung={rung!r}` tells {of!r}, and `attr_target` is {attr_target!r}.")
 
 

@@ -37,7 +37,6 @@ from captum_llm_ext.contrast import Contrast, FoilContext, scored
 from captum_llm_ext.methods import Smile
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
 from captum_llm_ext.model.scoring.progress import Shown
-from captum_llm_ext.remote.chat_providers import Speaker
 from captum_llm_ext.remote.estimate import LENGTHS, Counter, Estimate, finite, n_new
 from captum_llm_ext.remote.ladder import LadderScorer, weights
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
@@ -51,6 +50,7 @@ from captum_llm_ext.remote.providers import (
 )
 from captum_llm_ext.remote.scorer import RemoteScorer
 from captum_llm_ext.remote.similarities import Similar
+from captum_llm_ext.remote.speaker import Speaker
 from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.text.baselines import LanguageModel
@@ -77,11 +77,13 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     `CompletionsProvider` without a tokenizer): the log-probability of each token of the answer, one
     request for each, and a bound where it is not among them. Text alone (`AnthropicProvider` too):
     how often the answer is given (``attr_target="frequency"``, in log-odds), or how similar to it
-    what is written instead is (``"similarity"``). ``"auto"`` takes the first that the provider
-    proves able to. These need no tokenizer (``TextSegmentInput(prompt, None)``), have the answer as
-    one target token where it is sampled, and say in ``provenance`` what they cannot see
-    (``"cannot_see"``). Their results have a `value_interval` and, where the estimator is linear, a
-    `token_attr_interval`; errors of sampling are in `token_attr_se`.
+    what is written instead is (``"similarity"``). A bound leaves little of a ``"prob"`` open, and
+    much of a log-probability: where causes are not told apart, a warning says so. Answers that
+    never vary are no frequencies, and one of each coalition is compared. ``"auto"`` takes the first
+    that the provider proves able to. These need no tokenizer (``TextSegmentInput(prompt, None)``),
+    have the answer as one target token where it is sampled, and say in ``provenance`` what they
+    cannot see (``"cannot_see"``). Their results have a `value_interval` and, where the estimator is
+    linear, a `token_attr_interval`; errors of sampling are in `token_attr_se`.
 
     *By ids or by text.* A provider that takes token ids (`CompletionsProvider`, or any
     `TokenProvider`) is sent the very ids of each coalition and of the target. Captum's own
@@ -92,6 +94,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     *What is believed.* Before the first number is used, a few short prompts find out whether they
     are what they should be (`handshake`): no log-probabilities that are shifted by one, of base 10,
     of another temperature or of other prompts. What was found is in ``provenance["handshake"]``.
+    What is seen by and by (prompts that are cut, other models) is a warning, and in
+    ``provenance["doubts"]``.
 
     *What it costs.* With the generated text held fixed, which is the default here, a coalition
     takes one request. With generated text among the causes (`output_unit`) the target token at a
@@ -300,23 +304,29 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         while True:
             result = GenerationAttribution.attribute(on, *given, output_unit=None, **arguments)
             apart = result.provenance["first_cause"]
-            if not rung.is_sampled or apart is None or apart["is_told_apart"]:
+            if apart is None or apart["is_told_apart"]:
                 return result
-            if not rung.draw_more():
+            if not rung.is_sampled or not rung.draw_more():
                 break
             climbed.scorer.forget()  # the rung knows more of every coalition now
-        more = apart["times_as_many_answers"]
-        wanted = (
-            ""
-            if more is None
-            else f" About {math.ceil(more * rung.n_answers)} answers each would do."
-        )
-        names = [repr(result.input_tokens[apart[which]]) for which in ("first", "second")]
-        warnings.warn(
-            f"not distinguishable: of {rung.n_answers} answers each, {names[0]} is the strongest "
-            f"cause and {names[1]} the next, less than two standard errors apart.{wanted}",
-            stacklevel=stacklevel_of_caller(),
-        )
+        first, second = (repr(result.input_tokens[apart[which]]) for which in ("first", "second"))
+        if rung.is_sampled:
+            more = apart["times_as_many_answers"]
+            said = (
+                f"of {rung.n_answers} answers each, {first} is the strongest cause and {second} "
+                "the next, less than two standard errors apart."
+            )
+            if more is not None:
+                said += f" About {math.ceil(more * rung.n_answers)} answers each would do."
+        else:
+            share = result.provenance["share_censored"]
+            said = (
+                f"{share:.0%} of the values are bounds, and within these {second} may be as strong "
+                f"a cause as {first}."
+            )
+            if climbed.scorer.attr_target == "log_prob":
+                said += ' `attr_target="prob"` hardly depends on what is only bounded.'
+        warnings.warn(f"not distinguishable: {said}", stacklevel=stacklevel_of_caller())
         return result
 
     def _cache(self, checkpoint: str | os.PathLike[str] | None) -> Cache:
@@ -437,7 +447,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         rung = climbed.rung
         texts = rung.target(climbed.full, target)
         if not any(text.strip() for text in texts):
-            raise ValueError("the model wrote nothing: give a `target`.")
+            raise ValueError(
+                "the model wrote nothing within `max_new_tokens` (one that reasons spends them on "
+                "that): give more, or a `target`."
+            )
         rung.begin(climbed.full, climbed.empty, texts)
         ids = [climbed.tokenizer.token(text) for text in texts]
         return torch.tensor(ids, dtype=torch.int64, device="cpu")
@@ -451,8 +464,13 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         generation: Generation | None,
     ) -> GenerationAttributionResult:
         if self._climbed is None:
-            return super()._result(inp, game, outcome, joint, generation)
+            scorer = cast(RemoteScorer, game.run.scorer)
+            doubts = self._warned(scorer.ask_again() if self._counter is None else [])
+            result = super()._result(inp, game, outcome, joint, generation)
+            result.provenance["doubts"] = doubts
+            return result
         scorer = self._climbed.scorer
+        scorer.only_first(len(outcome.plan.masks))
         known, weight = scorer.known(), weights(outcome.name, outcome.plan)
         told: dict[str, Any] = {
             "value_interval": finite(torch.stack([known["lower"], known["upper"]])),
@@ -461,7 +479,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             "first_cause": None,
         }
         if weight is not None:
-            whole = outcome.solution.attributions.double().sum(0)
+            whole = outcome.solution.attributions.sum(0) if joint is None else joint
+            whole = whole.double()
             told["first_cause"] = scorer.told_apart(weight, whole)
             errors, ends = scorer.uncertainty(weight)
             if errors is not None:
@@ -471,9 +490,16 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 outcome = replace(outcome, solution=solution)
             if ends is not None:
                 told["token_attr_interval"] = finite(torch.stack(ends))
+        told["doubts"] = self._warned(scorer.ask_again(self._climbed.full))
         result = super()._result(inp, game, outcome, joint, generation)
         result.provenance.update(told)
         return result
+
+    @staticmethod
+    def _warned(doubts: list[str]) -> list[str]:
+        for doubt in doubts:
+            warnings.warn(f"do not rely on this: {doubt}.", stacklevel=stacklevel_of_caller())
+        return doubts
 
     def _source(self) -> ProviderAdapter:
         return adapt_provider(
@@ -501,6 +527,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
     def _heed(self, run: Run, scene: FoilContext) -> None:
         """An API does not tell what becomes of words of a kind."""
+
+    _what_else_may_be_absent = "Give `baselines=CorpusBaselines(texts)`, of the same kind of text."
 
     def with_absence(self, prompt: Prompt) -> Prompt:
         """Nothing stands there: an API does not tell what its model would have written."""

@@ -1,6 +1,7 @@
 """Which rung of the ladder an attribution stands on: how much of a model its provider tells."""
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -9,10 +10,9 @@ from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_llm_ext.contrast import Contrast
-from captum_llm_ext.remote.chat_providers import Speaker, as_chat, speaker
+from captum_llm_ext.remote.chat_providers import other_endpoint, speaker
 from captum_llm_ext.remote.completions import CompletionsProvider
 from captum_llm_ext.remote.estimate import (
-    CHARACTERS_PER_TOKEN,
     Counter,
     Estimate,
     n_new,
@@ -21,11 +21,12 @@ from captum_llm_ext.remote.estimate import (
 from captum_llm_ext.remote.handshake import handshake, has_met
 from captum_llm_ext.remote.label import Label
 from captum_llm_ext.remote.ladder import LadderScorer, as_messages
-from captum_llm_ext.remote.metered import Asker, BudgetError, Cache, Limits
+from captum_llm_ext.remote.metered import CHARACTERS_PER_TOKEN, Asker, BudgetError, Cache, Limits
 from captum_llm_ext.remote.providers import ProviderAdapter, TokenProvider
 from captum_llm_ext.remote.rung import Rung
 from captum_llm_ext.remote.sampled import Frequency, Similarity
 from captum_llm_ext.remote.similarities import SIMILAR, Similar
+from captum_llm_ext.remote.speaker import Question, Speaker
 from captum_llm_ext.remote.stepwise import N_TRIES, Forced, TopK
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError, GarbageError
 from captum_llm_ext.text import tokens
@@ -140,7 +141,7 @@ class RungChoice:
                 own.append("stepwise")
         own.append("top-k")
         if self.attr_target == "auto":
-            return [*own, "frequency"]
+            return [*own, "frequency", "similarity"]
         return ["forced"] if "forced" in own else own
 
     def climb(
@@ -177,6 +178,7 @@ class RungChoice:
             )
         prompt = as_prompt(inp, tokenizer, feature_mask)
         refused: dict[str, str] = {}
+        writes = False
         for name in names:
             try:
                 if name == "forced":
@@ -185,6 +187,13 @@ class RungChoice:
                     return None
                 return self._stand(name, prompt, tokenizer, target, gen_args, cache, refused)
             except ApiError as error:
+                # What is garbage to one question may be none to another: one more will show.
+                if _HOLDS_FOR_ALL.search(str(error)):
+                    raise
+                if isinstance(error, GarbageError) and not writes:
+                    writes = self._writes(speaker(self.provider), prompt, tokenizer)
+                    if not writes:
+                        raise
                 if error.status not in UNKNOWN_ARGUMENT or name == names[-1]:
                     said = self.instead(error, inp, feature_mask)
                     error.args = (f"{error.args[0]}{said}", *error.args[1:])
@@ -207,11 +216,6 @@ class RungChoice:
                 "a contrast needs log-probabilities of prompts, and the provider tells none: "
                 '`attr_target="label"` would hold one label against another.'
             )
-        if self.attr_target == "prob":
-            raise ValueError(
-                'probabilities need log-probabilities of prompts: give `attr_target="log_prob"`, '
-                "of which some are bounds, or 'frequency'."
-            )
         who = speaker(self.provider)
         if who is None:
             raise TypeError(
@@ -226,7 +230,14 @@ class RungChoice:
         own = self.tokenizer if self._has_tokenizer(self.tokenizer) else tokenizer
         rung = self._rung(name, asker, own, n_tokens=n_tokens, gen_args=gen_args)
         n_threads = self.settings.max_concurrency or who.max_concurrency
-        scorer = LadderScorer(rung, asker, vocabulary, n_threads=n_threads, show_progress=False)
+        scorer = LadderScorer(
+            rung,
+            asker,
+            vocabulary,
+            n_threads=n_threads,
+            show_progress=False,
+            as_probability=self.attr_target == "prob",
+        )
         full, empty = (as_messages(vocabulary, rendered(prompt, on)) for on in (True, False))
         rung.meet(full)
         return Climbed(rung, scorer, vocabulary, full, empty, dict(refused))
@@ -246,35 +257,50 @@ class RungChoice:
         if isinstance(error, GarbageError) or _HOLDS_FOR_ALL.search(str(error)):
             return ""
         full = as_messages(tokenizer, rendered(as_prompt(inp, tokenizer, feature_mask), True))
-        for who, how in ((speaker(self.provider), ""), (as_chat(self.provider), "ChatProvider")):
-            if who is None:
-                continue
-            name = self._first_that_works(who, full)
+        names: tuple[RungName, ...] = get_args(RungName)
+        below = names[names.index(self.names[-1]) + 1 :]
+        other, called = other_endpoint(self.provider)
+        # The other endpoint reads a prompt in another way, so it comes last.
+        for who, how, own in ((speaker(self.provider), "", below), (other, called, names[2:])):
+            name = None if who is None else self._first_that_works(who, full, own)
             if name is not None:
                 by = f" of a `{how}`" if how else ""
                 return f" With this server `{ASKED_BY[name]}`{by} would work."
         return ""
 
-    def _first_that_works(self, who: Speaker, full: Sequence[Mapping[str, str]]) -> str | None:
-        names: tuple[RungName, ...] = get_args(RungName)
-        below = names[names.index(self.names[-1]) + 1 :]
-        if "frequency" not in below:
-            return None
-        asker = self._asker(who)
-        try:  # who writes no text for this prompt does nothing else with it
-            if not asker.one(full, n_tokens=8, temperature=1.0).text:
-                return None
+    def _writes(self, who: Speaker | None, prompt: Prompt, tokenizer: Any) -> bool:
+        """Whether a provider writes any text after the whole prompt."""
+        if who is None:
+            return False
+        is_plain = isinstance(tokenizer, PlainTokenizer)
+        vocabulary = tokenizer if is_plain else OpenVocabulary(tokenizer)
+        full = as_messages(vocabulary, rendered(prompt, True))
+        return self._says(self._asker(who), full)
+
+    def _says(self, asker: Asker, full: Sequence[Mapping[str, str]]) -> bool:
+        try:
+            return bool(asker.one(Question(full, n_tokens=8, temperature=1.0)).text)
         except (ApiError, ConnectionError, BudgetError):
+            return False
+
+    def _first_that_works(
+        self, who: Speaker, full: Sequence[Mapping[str, str]], names: Sequence[RungName]
+    ) -> str | None:
+        asker = self._asker(who)
+        # Who writes no text for this prompt does nothing else with it.
+        if not names or not self._says(asker, full):
             return None
-        for name in below[: below.index("frequency")]:
+        for name in names:
             if name == "stepwise":
                 continue
             try:
-                self._rung(name, asker, None, n_tokens=1, gen_args=None).meet(full)
+                with warnings.catch_warnings():  # of what nobody has asked for
+                    warnings.simplefilter("ignore")
+                    self._rung(name, asker, None, n_tokens=1, gen_args=None).meet(full)
             except (ApiError, ConnectionError, BudgetError):
                 continue
             return name
-        return "frequency"
+        return None
 
     def reckoned(
         self, counter: Counter, tokenizer: Any, target: str | None, n_most: int
@@ -287,9 +313,12 @@ class RungChoice:
             target: What is explained, if it is given.
             n_most: Tokens of what the model writes, if it is not.
         """
-        name = self.names[-1]
-        if name == "top-k" and "stepwise" in self.names:
-            name = "stepwise"
+        own = (self._reckoned(name, counter, tokenizer, target, n_most) for name in self.names)
+        return max(own, key=lambda one: (one.usd or 0.0, one.tokens_in, one.n_requests))
+
+    def _reckoned(
+        self, name: RungName, counter: Counter, tokenizer: Any, target: str | None, n_most: int
+    ) -> Estimate:
         per_token = 1.0 if not isinstance(tokenizer, PlainTokenizer) else 1.3  # words to tokens
         read = counter.n_read * per_token
         n_target = n_most if target is None else max(1, round(len(target) / CHARACTERS_PER_TOKEN))
@@ -338,7 +367,13 @@ class RungChoice:
             return Label(TopK(asker, top, 1), self.settings.labels)
         given = self.settings.n_answers
         n = _N_ANSWERS[name] if given is None else (given, given)
-        temperature = float((gen_args or {}).get("temperature") or 1.0)
+        temperature = (gen_args or {}).get("temperature")
+        temperature = 1.0 if temperature is None else float(temperature)
+        if temperature == 0 and (name == "frequency" or given is not None):
+            raise ValueError(
+                "`temperature` is 0, at which there is one answer alone: leave it out, or give "
+                '`attr_target="similarity"` without `n_answers`.'
+            )
         if name == "frequency":
             return Frequency(asker, n, n_tokens, temperature, self.settings.predicate)
         kind = self.settings.similarity

@@ -1,0 +1,39 @@
+"""Whether answers are drawn at all: found out by what no model answers twice alike."""
+
+from dataclasses import replace
+from typing import Literal
+
+from captum_llm_ext.remote.metered import Asker
+from captum_llm_ext.remote.speaker import Question
+
+OPEN = "Write ten random words, and then ten random numbers."
+_N, _N_TOKENS = 2, 24
+Draws = Literal["vary", "never vary", "unknown"]
+
+
+def check_draws(asker: Asker, temperature: float) -> tuple[Draws, str]:
+    """Asks an open question several times.
+
+    Where one request gives several answers that are one and the same, and another request another
+    one, each answer is asked for by itself from now on.
+
+    Returns:
+        Whether answers vary, and how that was seen.
+    """
+    question = Question(
+        [{"role": "user", "content": OPEN}], n_tokens=_N_TOKENS, temperature=temperature
+    )
+    # Of one request where it gives several, and of another one with another seed.
+    first = [one.text for one in asker.many(question, range(_N), at_once=True)]
+    if len(set(first)) > 1:
+        return "vary", f"{len(set(first))} answers of {len(first)} to an open question"
+    asked_again = asker.fresh(replace(question, seed=len(first)))
+    second = [one.text for one in asked_again]
+    if not any(text.strip() for text in first + second):
+        return "unknown", "an open question is answered by nothing"
+    if set(first) == set(second):
+        return "never vary", "an open question has the same answer each time"
+    if len(first) > 1:
+        asker.ask_one_by_one()
+        return "vary", "those of one request are copies of one: each is asked for by itself"
+    return "vary", "each request has another answer to an open question"

@@ -1,0 +1,109 @@
+"""Whoever is sent messages: what it is asked, and what it answers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Message = Mapping[str, Any]
+Prefill = Literal["continue", "assistant", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One token that a model wrote.
+
+    Attributes:
+        text: The token.
+        value: Its log-probability, in nats.
+        top: The likeliest tokens there, with theirs.
+    """
+
+    text: str
+    value: float
+    top: list[tuple[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One answer.
+
+    Attributes:
+        text: What the model wrote.
+        steps: Its tokens, where the provider tells log-probabilities of them.
+        is_refusal: Whether the provider says that the model, or a filter, refused.
+        n_in, n_out: Tokens read (for all answers of a request together) and written, as the
+            provider counts them.
+        model, fingerprint: Which model answered, and in what set-up, as it says.
+        has_stopped: Whether the model ended the answer itself.
+    """
+
+    text: str
+    steps: list[Step] = field(default_factory=list[Step])
+    is_refusal: bool = False
+    n_in: int = 0
+    n_out: int = 0
+    model: str | None = None
+    fingerprint: str | None = None
+    has_stopped: bool = False
+
+    def to_json(self) -> str:
+        """For a cache."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Said":
+        """What `to_json` wrote."""
+        held = json.loads(text)
+        steps = [
+            Step(s["text"], s["value"], [(name, value) for name, value in s["top"]])
+            for s in held.pop("steps")
+        ]
+        return cls(steps=steps, **held)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a model is asked.
+
+    Attributes:
+        messages: The chat.
+        n_tokens: Tokens of an answer at most.
+        temperature: 0 for the likeliest.
+        prefill: How the answer begins; what is returned comes after it.
+        way: How the model is made to go on with it.
+        top: So many of the likeliest tokens are to be told at every place.
+        bias: Added to the logits of token ids; asked of speakers with `takes_bias` alone.
+        n: So many answers; fewer may come.
+        seed: Of the first answer, for providers that take one.
+    """
+
+    messages: Sequence[Message]
+    n_tokens: int = field(kw_only=True)
+    temperature: float = field(kw_only=True)
+    prefill: str = field(default="", kw_only=True)
+    way: Prefill = field(default="none", kw_only=True)
+    top: int = field(default=0, kw_only=True)
+    bias: Mapping[int, float] | None = field(default=None, kw_only=True)
+    n: int = field(default=1, kw_only=True)
+    seed: int | None = field(default=None, kw_only=True)
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """A provider that is sent messages.
+
+    Attributes:
+        prefills: Ways to have the model go on with an answer that is begun, to be tried in this
+            order; none where there is no way.
+        max_concurrency: In how many threads it may be asked.
+
+    One that heeds a bias says so by ``takes_bias = True``.
+    """
+
+    prefills: tuple[Prefill, ...]
+    max_concurrency: int
+
+    def say(self, question: Question) -> list[Said]:
+        """Answers to a question, at least one."""
+        ...

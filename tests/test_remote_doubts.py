@@ -1,0 +1,252 @@
+"""Servers that answer well and mislead: copies, cut prompts, other models by and by."""
+
+import math
+
+import pytest
+import torch
+from captum.attr import FeatureAblation, RemoteLLMAttribution
+from remote_server import CHAT_PARTS, Server
+
+from captum_llm_ext import (
+    ApiError,
+    ChatProvider,
+    CompletionsProvider,
+    GenerationAttribution,
+    RemoteGenerationAttribution,
+    TextSegmentInput,
+    load_demo,
+)
+from captum_llm_ext.remote import scorer
+
+PLACEHOLDER = RemoteLLMAttribution.placeholder_model
+PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
+SPANS = [(0, 4), (14, 28), (38, 45), (46, 76)]
+pytestmark = pytest.mark.filterwarnings("ignore:not distinguishable")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    model, tokenizer, _ = load_demo()
+    return model.double(), tokenizer
+
+
+@pytest.fixture
+def server(demo):
+    with Server(*demo) as one:
+        yield one
+
+
+def remote(server, **arguments):
+    provider = ChatProvider("tiny", api_url=server.url, max_concurrency=1)
+    return RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), None, provider, **arguments)
+
+
+def spans(tokenizer=None):
+    return TextSegmentInput(PROMPT, tokenizer, unit=SPANS, baselines="delete")
+
+
+def by_turns(change):
+    """Every second answer changed."""
+    seen = []
+
+    def turn(answer):
+        seen.append(1)
+        return change(answer) if len(seen) % 2 else answer
+
+    return turn
+
+
+def other_values(answer):
+    for choice in answer["choices"]:
+        for one in (choice.get("logprobs") or {}).get("content", []):
+            one["logprob"] -= 0.5
+            for top in one["top_logprobs"]:
+                top["logprob"] -= 0.5
+    return answer
+
+
+def test_rounded_values_have_intervals_that_hold(demo, server):
+    server.part = CHAT_PARTS["rounded"]
+    found = remote(server).attribute(spans(), " golf")
+    assert found.provenance["handshake"]["rounding"] == "values are multiples of 0.1"
+    truth = GenerationAttribution(FeatureAblation(demo[0]), demo[1]).attribute(
+        spans(demo[1]), " golf", output_unit=None
+    )
+    lower, upper = found.value_interval
+    exact = truth.values.double()
+    assert bool(((lower - 1e-9 <= exact) & (exact <= upper + 1e-9)).all())
+    known = lower.isfinite()
+    assert bool(known.any())
+    assert not torch.equal(found.values.double()[known], exact[known])
+    below, above = found.token_attr_interval
+    assert bool(((below - 1e-6 <= truth.token_attr) & (truth.token_attr <= above + 1e-6)).all())
+    # None of it is a guess, so none is counted as one.
+    assert found.provenance["share_censored"] == float((~known).double().mean())
+
+
+def test_tokens_that_are_listed_twice_are_refused(server):
+    server.part = CHAT_PARTS["tokens doubled"]
+    with pytest.raises(ApiError, match="lists 6 tokens of an answer of 3 at most"):
+        remote(server).attribute(spans(), " golf")
+
+
+@pytest.mark.parametrize("attr_target", ["log_prob", "label"])
+def test_two_models_in_turn_are_refused(server, attr_target):
+    server.part = {"answer": by_turns(other_values)}
+    with pytest.raises(ApiError, match="other log-probabilities each time"):
+        remote(server, attr_target=attr_target).attribute(spans(), " golf")
+
+
+@pytest.mark.parametrize("attr_target", ["log_prob", "label"])
+def test_another_model_by_and_by_is_told(server, attr_target):
+    server.failures.extend([None] * 6)
+    server.always = lambda handler, body: other_values
+    with pytest.warns(UserWarning, match=r"by 0\.5 nats: another model answers by now"):
+        found = remote(server, attr_target=attr_target).attribute(spans(), " golf")
+    assert len(found.provenance["doubts"]) == 1
+
+
+def test_another_model_by_and_by_is_told_of_prompts_scored_too(demo, server, monkeypatch):
+    def off(values):
+        return [v if v is None else v - 0.5 for v in values]
+
+    monkeypatch.setattr(scorer, "LONG", 0.0)
+    provider = CompletionsProvider(server.url, "tiny", max_concurrency=1, prompts_per_request=1)
+    ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), demo[1], provider)
+    assert ours.attribute(spans(demo[1]), " golf").provenance["doubts"] == []
+    n = len(server.bodies)
+
+    def later(values):
+        return off(values) if len(server.bodies) > n + 3 else values
+
+    server.part = {"list": later}
+    with pytest.warns(UserWarning, match="another model answers by now"):
+        ours.attribute(spans(demo[1]), " golf")
+
+
+def test_another_name_by_and_by_is_told(server):
+    server.part = {"answer": by_turns(lambda answer: answer | {"model": "tiny-1"})}
+    with pytest.warns(UserWarning, match="several models have answered: 'tiny-0', 'tiny-1'"):
+        found = remote(server).attribute(spans(), " golf")
+    assert found.provenance["answered_by"] == ["tiny-0", "tiny-1"]
+
+
+def test_kept_answers_of_another_model_are_refused(server, tmp_path):
+    path = tmp_path / "answers.sqlite"
+    remote(server, cache=path).attribute(spans(), " golf")
+    server.always = lambda handler, body: other_values
+    with pytest.raises(ApiError, match=r"answers that are kept differ by 0\.5 nats"):
+        remote(server, cache=path).attribute(spans(), " golf")
+
+
+@pytest.mark.parametrize("attr_target", ["label", "frequency"])
+def test_prompts_that_are_cut_are_told(server, attr_target):
+    server.part = CHAT_PARTS["prompts are cut"]
+    long = " ".join([PROMPT] * 4)
+    step = len(PROMPT) + 1
+    inp = TextSegmentInput(
+        long, None, unit=[(i * step, (i + 1) * step - 1) for i in range(4)], baselines="delete"
+    )
+    how = {"gen_args": {"max_new_tokens": 1}}
+    with pytest.warns(UserWarning, match="counted as 40 tokens alike: the server cuts them"):
+        remote(server, attr_target=attr_target).attribute(inp, " golf", **how)
+    server.part = {}
+    found = remote(server, attr_target=attr_target).attribute(inp, " golf", **how)
+    assert found.provenance["doubts"] == []
+
+
+def test_copies_of_one_answer_are_asked_for_one_by_one(server):
+    server.part = CHAT_PARTS["one answer, several times"]
+    ours = remote(server, attr_target="frequency", n_answers=16)
+    found = ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
+    assert "copies of one" in found.provenance["handshake"]["draws"]
+    assert all(body.get("n", 1) == 1 for body in server.bodies[2:])
+    # Not all or nothing, as copies would have it.
+    odds = (torch.tensor([0.5 / 16.5, 16.5 / 0.5]).log()).tolist()
+    assert any(not any(math.isclose(v, o, abs_tol=1e-3) for o in odds) for v in found.values[:, 0])
+
+
+@pytest.mark.parametrize("part", ["no draws", "kept by question"])
+def test_answers_that_never_vary_are_no_frequencies(server, part):
+    kept = {"body": lambda body: body | {"seed": 5}} | CHAT_PARTS["one answer, several times"]
+    server.part = CHAT_PARTS["no draws"] if part == "no draws" else kept
+    with pytest.raises(
+        ApiError, match=r"the same answer to an open question.*\"similarity\"` would"
+    ):
+        remote(server, attr_target="frequency").attribute(spans(), " golf")
+    assert len(server.bodies) <= 12  # and what would do, at both endpoints
+    server.bodies.clear()
+    with pytest.warns(UserWarning, match="only what changes the likeliest one is seen"):
+        found = remote(server, attr_target="similarity").attribute(
+            spans(), gen_args={"max_new_tokens": 6}
+        )
+    told = found.provenance
+    assert told["n_answers_each"] == 1
+    assert not told["answers_vary"]
+    assert told["cannot_see"].startswith("only changes of the likeliest answer are seen")
+    assert len(server.bodies) <= 2 + 1 + 6  # whether they vary, the target, one of each coalition
+    lower, upper = found.token_attr_interval
+    assert torch.equal(lower, upper)  # no error of sampling
+
+
+def test_a_temperature_of_zero_is_taken_at_its_word(server):
+    how = {"gen_args": {"max_new_tokens": 4, "temperature": 0.0}}
+    with pytest.raises(ValueError, match="`temperature` is 0, at which there is one answer alone"):
+        remote(server, attr_target="frequency").attribute(spans(), **how)
+    found = remote(server, attr_target="similarity").attribute(spans(), **how)
+    assert {body["temperature"] for body in server.bodies} == {0.0}
+    assert found.provenance["n_answers_each"] == 1
+
+
+@pytest.mark.parametrize("most", [1, 8])
+def test_fewer_answers_at_a_time_where_many_are_refused(server, most):
+    def refuse(handler, body):
+        if body.get("n", 1) > most:
+            said = {"error": {"message": f"n must be at most {most}"}}
+            return handler.reply(400, said)
+        return handler.reply(200, handler.answered(body))
+
+    server.always = refuse
+    ours = remote(server, attr_target="frequency", n_answers=16)
+    found = ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
+    assert found.provenance["n_answers"] <= 6 * 16
+    assert found.rung == "frequency"
+    refused = [body for body in server.bodies if body.get("n", 1) > most]
+    assert len(refused) <= 2
+
+
+def answers_two_in_time(handler, body):
+    prompts = body.get("prompt", [0])
+    n = body.get("n", 1) * (len(prompts) if isinstance(prompts[0], list) else 1)
+    if n <= 2:
+        return handler.reply(200, handler.answered(body))
+    handler.owner.closing.wait(5)
+    handler.close_connection = True
+    return None
+
+
+def test_fewer_prompts_at_a_time_where_many_are_too_slow(demo, server):
+    provider = CompletionsProvider(
+        server.url, "tiny", max_concurrency=1, prompts_per_request=8, timeout=0.8
+    )
+    ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), demo[1], provider)
+    truth = ours.attribute(spans(demo[1]), " golf")
+    server.always = answers_two_in_time
+    n_before = len(server.bodies)
+    found = ours.attribute(spans(demo[1]), " golf")
+    assert torch.equal(found.values, truth.values)
+    prompts = [body["prompt"] for body in server.bodies[n_before:]]
+    n_sent = [len(own) for own in prompts if isinstance(own[0], list)]
+    assert n_sent[0] > 2
+    assert max(n_sent[1:]) <= n_sent[0] // 2  # not tried again as it was
+
+
+def test_fewer_answers_at_a_time_where_many_are_too_slow(server):
+    server.always = answers_two_in_time
+    provider = ChatProvider("tiny", api_url=server.url, max_concurrency=1, timeout=0.8)
+    ours = RemoteGenerationAttribution(
+        FeatureAblation(PLACEHOLDER), None, provider, "frequency", n_answers=16
+    )
+    ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
+    asked = [body.get("n", 1) for body in server.bodies]
+    assert [n for n in asked if n > 2] == [8, 4]
