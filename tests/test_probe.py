@@ -1,8 +1,11 @@
 """What a model does is seen on the model in hand, and it is asked accordingly."""
 
 import argparse
+import random
+import threading
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import tiny
 import torch
@@ -622,18 +625,125 @@ def with_noise(model):
     return model
 
 
-@pytest.mark.parametrize("draw", [with_dropout, with_noise])
+def leaves_out(draw):
+    """Each layer left out in one pass of ten: most passes are equal, some are far away."""
+
+    def make(model):
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda _, args, x: args[0] if draw() < 0.1 else x)
+        return model
+
+    return make
+
+
+def with_generator_of_its_own(model):
+    own = torch.Generator().manual_seed(0)
+    return leaves_out(lambda: torch.rand((), generator=own))(model)
+
+
+DRAWING = {
+    "dropout": with_dropout,
+    "noise": with_noise,
+    "layers by torch": leaves_out(lambda: torch.rand(())),
+    "layers by python": leaves_out(lambda: random.random()),
+    "layers by numpy": leaves_out(lambda: numpy.random.rand()),
+    "layers by a generator of its own": with_generator_of_its_own,
+}
+SEEDED = ("dropout", "noise", "layers by torch")
+
+
+@pytest.mark.parametrize("name", DRAWING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.filterwarnings("ignore:.* gives equal rows values up to")
-def test_the_floor_of_what_draws_at_random_is_no_less_than_what_another_run_shows(draw, dtype):
-    model = draw(tiny.llama().to(dtype))
+@pytest.mark.filterwarnings("ignore:.* draws at random in every pass")
+def test_what_draws_at_random_is_seen_seeded_and_told(name, dtype):
+    model = DRAWING[name](tiny.llama().to(dtype))
     rows, target = rows_of()
+    random.seed(0)
+    numpy.random.seed(0)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         scorers = [Scorer(model, max_rows=n) for n in (None, 1, 3)]
-        values = torch.stack([scorer.values(rows, target) for scorer in scorers])
-        apart = (values.amax(0) - values.amin(0)).amax(0)
+        values = [scorer.values(rows, target) for scorer in scorers]
         for scorer in scorers:
             assert scorer.findings.draws
+            assert scorer.findings.seeds == (name in SEEDED)
             assert "draws at random" in scorer.findings.manner
+        if name in SEEDED:  # whatever the batches, and whatever was drawn before
+            assert torch.equal(values[0], values[1])
+            assert torch.equal(values[0], values[2])
+        # A plain forward draws anew for every token.
+        again = [step_by_step(lambda x: model(x).logits, rows, target) for _ in range(2)]
+        values = torch.stack([*values, *again])
+        apart = (values.amax(0) - values.amin(0)).amax(0)
+        for scorer in scorers[:1]:
             assert bool((apart <= scorer.noise_floor(rows[0], target)).all())
+
+
+def test_what_draws_leaves_the_global_generators_alone_and_others_as_well():
+    """Once it is known; and beside another thread that draws, nothing is taken for drawing."""
+    model = with_dropout(tiny.llama())
+    rows, target = rows_of()
+    with torch.random.fork_rng([]):
+        Scorer(model).values(rows[:3], target)
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        Scorer(model).values(rows[:3], target)
+        assert torch.equal(before, torch.get_rng_state())
+    stop = threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            torch.rand(8)
+            random.random()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        scorer = Scorer(tiny.llama())
+        scorer.values(rows[:3], target)
+    finally:
+        stop.set()
+        thread.join()
+    assert not scorer.findings.draws
+
+
+def seeds_itself(model):
+    def noise(_, args, x):
+        generator = torch.Generator().manual_seed(3)
+        return x + 0.1 * torch.randn(x.shape[-1:], generator=generator)
+
+    model.model.norm.register_forward_hook(noise)
+    return model
+
+
+def sometimes_off(model):
+    model.model.norm.register_forward_hook(lambda _, args, x: nn.functional.dropout(x, 0.1, False))
+    return model
+
+
+@pytest.mark.parametrize("make", [seeds_itself, sometimes_off])
+def test_random_functions_that_give_the_same_in_every_pass_draw_nothing(make):
+    model = make(tiny.llama())
+    rows, target = rows_of()
+    scorer = Scorer(model)
+    values = scorer.values(rows, target)
+    assert not scorer.findings.draws
+    truth = step_by_step(lambda x: model(x).logits, rows, target)
+    assert float((values - truth).abs().max()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.* draws at random in every pass|.* steps are too few")
+def test_attributions_of_what_draws_are_the_same_again(tokenizer):
+    inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
+    model = leaves_out(lambda: torch.rand(()))(tiny.llama())
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    found = [attribution.attribute(inp, " golf", perturbations_per_eval=n) for n in (1, None)]
+    assert torch.equal(found[0].full_attr, found[1].full_attr)
+    assert found[0].noise_floor is not None
+    method = LayerIntegratedGradients(model, model.get_input_embeddings())
+    by_gradient = [
+        GenerationGradientAttribution(method, tokenizer).attribute(inp, " golf", n_steps=16)
+        for _ in range(2)
+    ]
+    assert torch.equal(by_gradient[0].full_attr, by_gradient[1].full_attr)
+    assert by_gradient[0].provenance["probe"]["draws"]

@@ -53,7 +53,8 @@ class Findings:
         coupling: The same of other rows.
         rounding: The largest difference seen that is left where neither of these is at work: of a
             row alone, and in a batch.
-        draws: Whether equal passes differ: the model draws at random.
+        draws: Whether the model draws at random: a value is that of one pass.
+        seeds: Whether all that it draws can be drawn again from a seed.
         is_rough: Whether values have a noise floor worth telling.
         packing: How it reads packs; None: not looked for.
         batches_known: Whether it was seen with several rows in a batch. Where it reads packs, which
@@ -76,6 +77,7 @@ class Findings:
     coupling: float | None = None
     rounding: float = 0.0
     draws: bool = False
+    seeds: bool = False
     is_rough: bool = False
     packing: Packing | None = None
     batches_known: bool = True
@@ -92,9 +94,12 @@ class Findings:
         return self.step_by_step or self.mixes_lengths
 
     @property
-    def shares(self) -> bool:
-        """Whether rows may share anything at all: a batch, a beginning, a pack."""
-        return not self.couples_rows
+    def apart(self) -> bool:
+        """Whether rows may share nothing at all: no batch, no beginning, no pack.
+
+        What is drawn at random would be drawn for all of them at once.
+        """
+        return self.couples_rows or self.draws
 
     def covers(self, shortest: int, longest: int, *, packs: object = None) -> bool:
         """Whether rows of these lengths are no news, nor in packs if such are made."""
@@ -108,7 +113,7 @@ class Findings:
 
         A model that asks for a pass of each row, or token, is given none.
         """
-        if self.even or self.couples_rows or self.n_before:
+        if self.even or self.apart or self.n_before:
             return True
         found = self.packing
         return found is not None and (found.reason is not None or longest <= found.longest)
@@ -119,6 +124,7 @@ class Findings:
         Differences are told where they decide something.
         """
         names = ("dtype", "n_before", "last_only", "sees_ahead", "couples_rows", "mixes_lengths")
+        names += ("draws", "seeds")
         return {
             **{name: getattr(self, name) for name in names},
             "ahead": _rounded(self.ahead) if self.sees_ahead else None,
@@ -130,6 +136,9 @@ class Findings:
     def manner(self) -> str | None:
         """How the model is asked, and why, where that is not the usual way."""
         said = [*self.reasons]
+        if self.draws:
+            how = ", its draws seeded" if self.seeds else ""
+            said.append(f"one row at a time{how}: the model draws at random")
         if self.couples_rows:
             much = "" if self.coupling is None else f" (by {self.coupling:.2g} nats)"
             said.append(f"one row at a time: rows of a batch change one another{much}")

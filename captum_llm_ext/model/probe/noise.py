@@ -34,9 +34,13 @@ _BATCH = 13
 # Other batches than those seen may lie further apart: in 60 small models by less than twice as
 # much, or twice the last digit of the logits, of which one may be rounded up, the other down.
 _UNSEEN = 2.0
-# What is drawn at random has longer tails than rounding: with this factor three runs of 18 small
-# models with dropout or noise lay at most .7 of the floor apart.
+# What is drawn at random has longer tails than rounding, and may move values far in a few passes
+# alone: so many passes over some rows, and this factor. PLACEHOLDER
 _DRAWN = 2.5
+_DRAWN_PASSES = 48
+_DRAWN_ROWS = 6
+# What happens in one pass of so many is not seen in any of these with one chance in twenty.
+_SELDOM = _DRAWN_PASSES // 3
 _DIGITS = 2.0
 # A value that can hardly move: rounding is told of those that can.
 _STEADY = 1e-3
@@ -88,20 +92,31 @@ class NoiseFloor:
         is_named = isinstance(self._attr_target, str)
         explained = self._explained(found)
         # A callable may make of one token's logits another value without the others'.
-        checked = self._checked(found, asked) if is_named and cuts else 0.0
+        has_checks = is_named and cuts and not found.draws
+        checked = self._checked(found, asked) if has_checks else 0.0
         if not found.is_rough and checked <= explained:
             return None
         floor = self._measured(found, asked, together)
         floor = floor.clamp(min=checked if checked > explained else 0.0)
         if float(floor.max()) > _WORTH_TELLING * explained:
-            warnings.warn(
-                f"{type(self._passes.model).__name__} gives equal rows values up to "
-                f"{float(floor.max()):.2g} apart, by the batches they are computed in: "
-                "attributions below that mean nothing (see `noise_floor`). "
-                "`perturbations_per_eval=1` may help.",
-                stacklevel=5,
-            )
+            warnings.warn(self._warning(found, float(floor.max())), stacklevel=5)
         return floor
+
+    def _warning(self, found: Findings, much: float) -> str:
+        name = type(self._passes.model).__name__
+        below = "attributions below that mean nothing (see `noise_floor`)"
+        if not found.draws:
+            return (
+                f"{name} gives equal rows values up to {much:.2g} apart, by the batches they are "
+                f"computed in: {below}. `perturbations_per_eval=1` may help."
+            )
+        again = "Another run draws the same" if found.seeds else "Another run draws others"
+        return (
+            f"{name} draws at random in every pass (dropout that is left on, noise, layers left "
+            f"out): by that, equal rows have values up to {much:.2g} apart, and {below}. What it "
+            f"does in fewer than one pass of {_SELDOM} may not have been seen. {again}; explain "
+            "the model without what draws."
+        )
 
     def _explained(self, found: Findings) -> float:
         """What rounding explains of a difference between values."""
@@ -137,34 +152,58 @@ class NoiseFloor:
         That is in proportion to how far a value can move at all, and not less than what the last
         digits of the logits are worth.
         """
-        kept = [self._kept[ids] for ids in self._measurable()]
+        kept = [self._kept[ids] for ids in self._measurable(found)]
         rows = [row for _, row, _ in kept]
         computed = torch.stack([own for _, _, own in kept])
-        n_alone = _LEAST_ALONE if found.step_by_step else len(rows) // _ROWS_PER_ALONE
-        some = rows[: max(_LEAST_ALONE, n_alone)]
-
-        alone = torch.full_like(computed, torch.nan)
-        alone[: len(some)] = torch.stack([self._alone(row, found, asked) for row in some])
-        ways = [computed, alone]
-        if together:
-            batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-            ways.append(torch.cat([self._together(batch, asked) for batch in batches]))
-        stacked = torch.stack(ways)
+        ways = self._drawn if found.draws else self._in_other_batches
+        stacked = torch.stack([computed, *ways(rows, computed, found, asked, together)])
         highest = stacked.nan_to_num(nan=-torch.inf).amax(0)
         apart = (highest - stacked.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)
+        if found.draws:
+            # A layer that is left out moves sure tokens as far as others.
+            return _DRAWN * apart.amax(0).clamp(min=float(apart.square().mean().sqrt()))
         ratios = apart / self._scales(computed)
         # Of n normal numbers the largest is about so many standard deviations away.
         known = ~stacked[1:].isnan().all(0)
         usual = float(ratios[known].square().mean().sqrt())
         likely = math.sqrt(2 * math.log(2 * self._n * len(asked) + 1)) * usual
-        further = _DRAWN if found.draws else 1.0
         digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
         assert self._scale is not None
-        return max(further * likely, further * _UNSEEN * float(ratios.max()), digit) * self._scale
+        return max(likely, _UNSEEN * float(ratios.max()), digit) * self._scale
 
-    def _measurable(self) -> list[tuple[int, ...]]:
+    def _in_other_batches(
+        self, rows: list[TokenRow], own: Tensor, found: Findings, asked: Asked, together: bool
+    ) -> list[Tensor]:
+        """Values of rows, each as `own`: of some alone, of all in batches of another size."""
+        n_alone = _LEAST_ALONE if found.step_by_step else len(rows) // _ROWS_PER_ALONE
+        some = rows[: max(_LEAST_ALONE, n_alone)]
+        alone = torch.full_like(own, torch.nan)
+        alone[: len(some)] = torch.stack([self._alone(row, found, asked) for row in some])
+        if not together:
+            return [alone]
+        batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
+        return [alone, torch.cat([self._together(batch, asked) for batch in batches])]
+
+    def _drawn(
+        self, rows: list[TokenRow], own: Tensor, found: Findings, asked: Asked, together: bool
+    ) -> list[Tensor]:
+        """Values of rows, each as `own`, of passes that draw anew."""
+        each = len(asked) if found.step_by_step else 1
+        n = max(_LEAST_ROWS, _DRAWN_PASSES // (each * len(rows)))
+        seed, again = self._passes.seed, list[Tensor]()
+        try:
+            for number in range(1, n + 1):
+                self._passes.seed = None if seed is None else seed + number
+                again.append(torch.stack([self._alone(row, found, asked) for row in rows]))
+        finally:
+            self._passes.seed = seed
+        return again
+
+    def _measurable(self, found: Findings) -> list[tuple[int, ...]]:
         """Rows that are computed once more: as many as the run took time for."""
         passes, order = self._passes, self._order()
+        if found.draws:
+            return order[:_DRAWN_ROWS]
         each = memory.overhead(passes.model, passes.device)
         most = max(_SHARE * passes.n_positions, _PASSES * each)
         taken = [*accumulate(len(ids) for ids in order)]

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.model.forward.draws import Draws, drawing
 from captum_llm_ext.model.forward.memory import is_out_of_memory
 from captum_llm_ext.model.forward.rounding import BEYOND, rounded_otherwise
 from captum_llm_ext.model.forward.rows import TokenRow
@@ -126,6 +128,7 @@ def _both(one: Findings, other: Findings) -> Findings:
         coupling=max(coupling, default=None),
         rounding=max(one.rounding, other.rounding),
         draws=one.draws or other.draws,
+        seeds=one.seeds and other.seeds,
         is_rough=one.is_rough or other.is_rough,
         packing=_packing_of_both(one.packing, other.packing),
     )
@@ -162,14 +165,18 @@ class _Probe:
         self._row = max(rows, key=lambda row: len(row.ids))
         self._short = min(rows, key=lambda row: len(row.ids)).ids
         self._n_before, self._last_only = 0, False
+        self._seed: int | None = None
 
     def findings(self) -> Findings:
         """What is seen."""
         ids = self._row.ids
         begun = ids if self._extras else ids[:_FIRST]
-        logits = self._all(begun)
+        drawn, logits = drawing(self._model, lambda: self._all(begun))
+        if drawn == "seeded":
+            self._seed, logits = 0, self._all(begun)
         found = self._first(begun, logits)
         found = replace(found, shortest=len(self._short), longest=len(ids))
+        found = replace(found, draws=drawn is not None, seeds=drawn == "seeded")
         if found.last_only:
             return self._last(found)
         if self._extras:
@@ -291,7 +298,8 @@ class _Probe:
     def _all(self, ids: Sequence[int]) -> Tensor:
         given = torch.tensor([[*ids]], dtype=torch.int64, device=self._device)
         try:
-            output = _compat.called(self._model, given, **self._uncached, **self._extras)
+            with self._drawn_again():
+                output = _compat.called(self._model, given, **self._uncached, **self._extras)
         except (TypeError, ValueError, AttributeError) as error:
             part = _compat.language_part(self._model)
             if self._extras or part is None or not _compat.is_transformers(self._model):
@@ -372,9 +380,11 @@ class _Probe:
         equal = [(self._said([ids], [at])[0], alone)]
         if not is_half:  # there the first look always shows something
             equal += [(self._said(*both), said), (self._wide(at[:2], _WIDE), wide)]
-        if draws := (most := max(largest(*pair) for pair in equal)) > FINE:
-            drawn = f"equal passes differ by {most:.2g} nats: the model draws at random"
-            found = replace(found, reasons=(*found.reasons, drawn))
+        if (most := max(largest(*pair) for pair in equal)) > FINE and not found.draws:
+            # From something that torch knows nothing of.
+            drawn = f"equal passes differ by {most:.2g} nats"
+            found = replace(found, draws=True, reasons=(*found.reasons, drawn))
+        draws = found.draws
         # One thing after the other, in passes of one shape.
         copies = self._said([ids, ids], [at[:3]] * 2)[0]
         beside = [self._said([one, ids], [at[:3]] * 2)[1] for one in (padded, mate)]
@@ -426,13 +436,12 @@ class _Probe:
                 largest(wide, begun),
             ),
             rounding=rounding,
-            draws=draws,
-            is_rough=is_rough or couples or rounding > FINE,
+            is_rough=is_rough or couples or draws or rounding > FINE,
         )
 
     def _packing(self, found: Findings, at: Sequence[int]) -> tuple[Packing | None, Tensor | None]:
         """How the model reads packs, where it might be given any; and what is said there alone."""
-        if self._read_packed is None or found.couples_rows or found.n_before:
+        if self._read_packed is None or found.apart or found.n_before:
             return None, None
         if self._earlier is not None and self._earlier.packs_known(len(self._row.ids)):
             return self._earlier.packing, None
@@ -470,7 +479,7 @@ class _Probe:
 
     def _is_rough(self, found: Findings) -> bool:
         """Whether rounding is worth measuring."""
-        return self._is_half(found) or _compat.computes_roughly(self._model)
+        return found.draws or self._is_half(found) or _compat.computes_roughly(self._model)
 
     def _is_half(self, found: Findings) -> bool:
         """Whether rounding may be taken for an effect."""
@@ -564,12 +573,17 @@ class _Probe:
                 raise
         return torch.cat([self._pass([row], [own]) for row, own in zip(rows, at, strict=True)])
 
+    def _drawn_again(self) -> AbstractContextManager[Any]:
+        """Every pass draws the same, as far as it is of one shape."""
+        return nullcontext() if self._seed is None else Draws(self._seed)
+
     def _pass(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
         ids = torch.tensor([[*row] for row in rows], dtype=torch.int64, device=self._device)
         places = torch.tensor([[*own] for own in at], dtype=torch.int64, device="cpu")
         arguments = {**self._uncached, **self._extras}
         arguments |= _compat.keeping_logits(self._kept, places, ids)
-        logits = _compat.sequence_logits(_compat.called(self._model, ids, **arguments))
+        with self._drawn_again():
+            logits = _compat.sequence_logits(_compat.called(self._model, ids, **arguments))
         if self._kept != "positions":
             where = (places - (ids.shape[1] - logits.shape[1])).to(logits.device)
             logits = logits.gather(1, where[..., None].expand(-1, -1, logits.shape[2]))

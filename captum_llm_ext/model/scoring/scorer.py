@@ -289,7 +289,7 @@ class Scorer:
         if extras:  # rows are given one by one, whatever their lengths
             found = replace(found, shortest=0, longest=sys.maxsize)
         self._batching.apply_findings(found)
-        self._passes.kept = found.kept
+        self._passes.kept, self._passes.seed = found.kept, 0 if found.seeds else None
         self._findings = found
         return found
 
