@@ -18,7 +18,7 @@ from captum_llm_ext import GenerationAttribution, GenerationGradientAttribution,
 from captum_llm_ext.model import Likelihood, Scorer, TokenRow
 from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.probe import findings
-from captum_llm_ext.model.probe import probing as looking
+from captum_llm_ext.model.probe import known as looking
 
 TEXT = "Dave lives in Palm Coast, FL and is a lawyer."
 
@@ -521,6 +521,48 @@ def test_what_is_looked_for_at_any_distance_is_seen(distance):
         truth = step_by_step(lambda x, model=model: model(input_ids=x), rows, target)
         assert scorer.findings.sees_ahead
         assert float((values - truth).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("distance", [1, 2, 5])
+def test_the_same_is_seen_of_models_that_read_no_packs(distance):
+    rows, target = rows_of(n_target=8)
+    ids = rows[0].ids
+    for place in range(13, len(ids) - distance):
+        model = Changed(later_makes_likelier(ids[place], ids[place + distance]))
+        scorer = Scorer(model, overhead=0)
+        values = scorer.values(rows, target)
+        assert scorer.findings.sees_ahead
+        assert float((values - step_by_step(model, rows, target)).abs().max()) < 1e-5
+
+
+def later_makes_likelier(one, other):
+    """At one id logits are larger if another comes later, wherever."""
+
+    def change(logits, ids):
+        comes = (ids == other).flip(1).cumsum(1).flip(1) > 0
+        return torch.where(((ids == one) & comes)[..., None], logits * 1.4, logits)
+
+    return change
+
+
+def test_what_the_passes_of_the_probe_miss_is_seen_in_the_run():
+    """Of many target tokens not every one is looked at; rows that begin alike must agree."""
+    draw = random.Random(0)
+    ids = draw.sample(range(4, 390), 68)
+    prompt, target = ids[:8], torch.tensor(ids[8:])
+    whole, places = [*prompt, *ids[8:-1]], range(7, 67)
+    rows = [TokenRow((*whole[:j], 3, *whole[j + 1 :]), places) for j in range(8, 67)]
+    rows = [TokenRow(tuple(whole), places), *rows]
+    for place in range(20, 60, 8):
+        model = Changed(later_makes_likelier(ids[place], ids[place + 1]))
+        scorer = Scorer(model)
+        values = scorer.values(rows, target)
+        assert scorer.findings.sees_ahead
+        truth = step_by_step(model, rows[:1], target)
+        assert float((values[:1] - truth).abs().max()) < 1e-5
+        scorer = Scorer(model)  # and it is known of the model from now on
+        scorer.values(rows[:1], target)
+        assert scorer.findings.sees_ahead
 
 
 def test_batches_are_looked_at_where_packs_do_not_pay():

@@ -403,9 +403,9 @@ class Passes:
         given = ids.to(self.device)
         arguments |= _compat.keeping_logits(self.kept, at, given)
         # A callable of the user's may keep what it is given.
-        with self._head.watched() if isinstance(self.attr_target, str) else nullcontext():
-            with drawn_again(self.seed, ids):
-                output = _compat.called(self.model, given, **arguments)
+        head = self._head.watched() if isinstance(self.attr_target, str) else nullcontext()
+        with head, drawn_again(self.seed, ids):
+            output = _compat.called(self.model, given, **arguments)
         self.n_positions += ids.numel()
         said = self._head.said(_compat.sequence_logits(output))
         if self.kept != "positions":
