@@ -34,9 +34,9 @@ _BATCH = 13
 # Other batches than those seen may lie further apart: in 60 small models by less than twice as
 # much, or twice the last digit of the logits, of which one may be rounded up, the other down.
 _UNSEEN = 2.0
-# What is drawn at random has longer tails than rounding, and may move values far in few passes: some
-# rows are run so often, and this factor of what is seen then covered three runs of small models with
-# dropout, noise, or layers left out in 3 and 10 % of passes (at most .7 of it).
+# What is drawn at random has longer tails than rounding, and may move values far in few passes:
+# some rows are run so often, and this factor of what is seen then covered three runs of small
+# models with dropout, noise, or layers left out in 3 and 10 % of passes (at most .7 of it).
 _DRAWN = 2.5
 _DRAWN_PASSES = 48
 _DRAWN_ROWS = 6
