@@ -277,6 +277,41 @@ def test_outputs_and_names_that_have_one_meaning_are_taken(kind, wrapped, tokeni
     torch.testing.assert_close(found[0].full_attr, found[1].full_attr, atol=1e-5, rtol=0)
 
 
+class Summing(nn.Module):
+    """A model that torch can trace, script and export."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.inner = nn.Embedding(400, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 400)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        return self.head(x + torch.cumsum(torch.tanh(self.inner(x)), 1))
+
+
+def exported(model):
+    sizes = {"ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
+    return torch.export.export(model, (torch.ones(2, 9).long(),), dynamic_shapes=sizes).module()
+
+
+@pytest.mark.parametrize("made", [torch.fx.symbolic_trace, torch.jit.script, exported])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_torch_has_made_of_a_model_is_a_model(made, tokenizer):
+    plain = Summing().eval()
+    model = made(plain)
+    rows, target = rows_of()
+    truth = step_by_step(plain, rows, target)
+    assert float((Scorer(model).values(rows, target) - truth).abs().max()) < 1e-5
+    inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
+    found = [
+        GenerationAttribution(FeatureAblation(m), tokenizer).attribute(inp, " golf and")
+        for m in (model, plain)
+    ]
+    torch.testing.assert_close(found[0].full_attr, found[1].full_attr, atol=1e-5, rtol=0)
+
+
 def test_generate_is_asked_for_where_there_is_no_target(tokenizer):
     class Own(transformers.LlamaPreTrainedModel):
         def __init__(self, config):

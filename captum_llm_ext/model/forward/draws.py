@@ -21,8 +21,9 @@ from captum_llm_ext import _compat
 
 T = TypeVar("T")
 
-# "seeded": all that is drawn can be drawn again from a seed. "free": some of it cannot.
-Drawing = Literal["seeded", "free"]
+# "seeded": all that is drawn can be drawn again from a seed. "free": some of it cannot. "unseen":
+# equal passes differ, by what torch, Python and numpy know nothing of.
+Drawing = Literal["seeded", "free", "unseen"]
 
 _RANDOM = torch.Tag.nondeterministic_seeded
 # Some that have the mark draw only where these arguments are above 0, or true.

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from captum_llm_ext.model.forward.draws import Drawing
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -53,8 +55,7 @@ class Findings:
         coupling: The same of other rows.
         rounding: The largest difference seen that is left where neither of these is at work: of a
             row alone, and in a batch.
-        draws: Whether the model draws at random: a value is that of one pass.
-        seeds: Whether all that it draws can be drawn again from a seed.
+        draws: How the model draws at random, so that a value is that of one pass; None: not.
         is_rough: Whether values have a noise floor worth telling.
         packing: How it reads packs; None: not looked for.
         batches_known: Whether it was seen with several rows in a batch. Where it reads packs, which
@@ -76,8 +77,7 @@ class Findings:
     ahead: float | None = None
     coupling: float | None = None
     rounding: float = 0.0
-    draws: bool = False
-    seeds: bool = False
+    draws: Drawing | None = None
     is_rough: bool = False
     packing: Packing | None = None
     batches_known: bool = True
@@ -99,7 +99,12 @@ class Findings:
 
         What is drawn at random would be drawn for all of them at once.
         """
-        return self.couples_rows or self.draws
+        return self.couples_rows or self.draws is not None
+
+    @property
+    def seeds(self) -> bool:
+        """Whether all that it draws can be drawn again from a seed."""
+        return self.draws == "seeded"
 
     def covers(self, shortest: int, longest: int, *, packs: object = None) -> bool:
         """Whether rows of these lengths are no news, nor in packs if such are made."""
@@ -124,7 +129,7 @@ class Findings:
         Differences are told where they decide something.
         """
         names = ("dtype", "n_before", "last_only", "sees_ahead", "couples_rows", "mixes_lengths")
-        names += ("draws", "seeds")
+        names += ("draws",)
         return {
             **{name: getattr(self, name) for name in names},
             "ahead": _rounded(self.ahead) if self.sees_ahead else None,
@@ -136,9 +141,10 @@ class Findings:
     def manner(self) -> str | None:
         """How the model is asked, and why, where that is not the usual way."""
         said = [*self.reasons]
-        if self.draws:
+        if self.draws is not None:
             how = ", its draws seeded" if self.seeds else ""
-            said.append(f"one row at a time{how}: the model draws at random")
+            why = "draws at random" if self.draws != "unseen" else "gives equal rows other values"
+            said.append(f"one row at a time{how}: the model {why}")
         if self.couples_rows:
             much = "" if self.coupling is None else f" (by {self.coupling:.2g} nats)"
             said.append(f"one row at a time: rows of a batch change one another{much}")

@@ -13,6 +13,9 @@ from captum_llm_ext.model.probe.findings import Findings, Packing
 from captum_llm_ext.model.probe.probing import Probe, ReadPacked
 from captum_llm_ext.model.probe.state import State, differences, state_of
 
+# The less is known of what is drawn, the later.
+_HOW = (None, "seeded", "free", "unseen")
+
 
 @dataclass
 class _Known:
@@ -92,8 +95,7 @@ def _both(one: Findings, other: Findings) -> Findings:
         ahead=max(ahead, default=None),
         coupling=max(coupling, default=None),
         rounding=max(one.rounding, other.rounding),
-        draws=one.draws or other.draws,
-        seeds=one.seeds and other.seeds,
+        draws=max(one.draws, other.draws, key=_HOW.index),
         is_rough=one.is_rough or other.is_rough,
         packing=_packing_of_both(one.packing, other.packing),
     )

@@ -106,17 +106,22 @@ class NoiseFloor:
     def _warning(self, found: Findings, much: float) -> str:
         name = type(self._passes.model).__name__
         below = "attributions below that mean nothing (see `noise_floor`)"
-        if not found.draws:
+        if found.draws is None:
             return (
                 f"{name} gives equal rows values up to {much:.2g} apart, by the batches they are "
                 f"computed in: {below}. `perturbations_per_eval=1` may help."
             )
+        seldom = f"What it does in fewer than one pass of {_SELDOM} may not have been seen"
+        if found.draws == "unseen":
+            return (
+                f"{name} gives equal rows values up to {much:.2g} apart, pass by pass: it draws at "
+                f"random, or keeps something of earlier passes; {below}. {seldom}."
+            )
         again = "Another run draws the same" if found.seeds else "Another run draws others"
         return (
             f"{name} draws at random in every pass (dropout that is left on, noise, layers left "
-            f"out): by that, equal rows have values up to {much:.2g} apart, and {below}. What it "
-            f"does in fewer than one pass of {_SELDOM} may not have been seen. {again}; explain "
-            "the model without what draws."
+            f"out): by that, equal rows have values up to {much:.2g} apart, and {below}. {seldom}. "
+            f"{again}; explain the model without what draws."
         )
 
     def _explained(self, found: Findings) -> float:

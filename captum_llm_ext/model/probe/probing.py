@@ -96,7 +96,7 @@ class Probe:
             self._seed, logits = 0, self._all(begun)
         found = self._first(begun, logits)
         found = replace(found, shortest=len(self._short), longest=len(ids))
-        found = replace(found, draws=drawn is not None, seeds=drawn == "seeded")
+        found = replace(found, draws=drawn)
         if found.last_only:
             return self._last(found)
         if self._extras:
@@ -303,11 +303,10 @@ class Probe:
         equal = [(self._said([ids], [at])[0], alone)]
         if not is_half:  # there the first look always shows something
             equal += [(self._said(*both), said), (self._wide(at[:2], _WIDE), wide)]
-        if (most := max(largest(*pair) for pair in equal)) > FINE and not found.draws:
-            # From something that torch knows nothing of.
-            drawn = f"equal passes differ by {most:.2g} nats"
-            found = replace(found, draws=True, reasons=(*found.reasons, drawn))
-        draws = found.draws
+        if (most := max(largest(*pair) for pair in equal)) > FINE and found.draws is None:
+            differ = f"equal passes differ by {most:.2g} nats"
+            found = replace(found, draws="unseen", reasons=(*found.reasons, differ))
+        draws = found.draws is not None
         # One thing after the other, in passes of one shape.
         copies = self._said([ids, ids], [at[:3]] * 2)[0]
         beside = [self._said([one, ids], [at[:3]] * 2)[1] for one in (padded, mate)]
@@ -404,7 +403,8 @@ class Probe:
 
     def _is_rough(self, found: Findings) -> bool:
         """Whether rounding is worth measuring."""
-        return found.draws or self._is_half(found) or _compat.computes_roughly(self._model)
+        is_half = self._is_half(found)
+        return found.draws is not None or is_half or _compat.computes_roughly(self._model)
 
     def _is_half(self, found: Findings) -> bool:
         """Whether rounding may be taken for an effect."""
