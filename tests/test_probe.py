@@ -17,6 +17,7 @@ from torch import nn
 from captum_llm_ext import GenerationAttribution, GenerationGradientAttribution, TextSegmentInput
 from captum_llm_ext.model import Likelihood, Scorer, TokenRow
 from captum_llm_ext.model.exclusive import exclusive_use
+from captum_llm_ext.model.forward.rounding import rounded_otherwise
 from captum_llm_ext.model.probe import findings
 from captum_llm_ext.model.probe import known as looking
 
@@ -689,6 +690,35 @@ def test_rounding_is_no_effect_of_other_rows_or_of_what_follows():
         assert not found.couples_rows
         assert not found.mixes_lengths
         assert found.is_rough
+
+
+def rounds_activations(model):
+    """What enters each layer is rounded to eight bits, by the largest number of a token."""
+
+    def rounded(_, args):
+        scale = args[0].abs().amax(-1, keepdim=True) / 127
+        return ((args[0] / scale).round() * scale,)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(rounded)
+    return model
+
+
+@torch.no_grad()
+def test_moved_last_digits_show_what_is_rounded_to_few_bits():
+    """A jump where a number was near the middle; elsewhere float32 moves by its own digits."""
+    ids = torch.tensor([rows_of()[0][0].ids])
+    apart = []
+    for model in (tiny.llama(hidden_size=128, num_key_value_heads=4), tiny.llama()):
+        model = rounds_activations(model) if not apart else model
+        plain = model(ids).logits.log_softmax(-1)
+        with rounded_otherwise(model, singles=True):
+            moved = model(ids).logits.log_softmax(-1)
+        apart.append(float((moved - plain).abs().max()))
+        assert torch.equal(model(ids).logits.log_softmax(-1), plain)
+    assert apart[0] > 1e-3
+    assert apart[1] < 1e-4
 
 
 def with_dropout(model):

@@ -11,10 +11,11 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from captum_llm_ext import _compat
 from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked, explained
 from captum_llm_ext.model.forward.passes import Passes
-from captum_llm_ext.model.forward.rounding import rounding
+from captum_llm_ext.model.forward.rounding import rounded_otherwise, rounding
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.probe import Findings
 
@@ -185,10 +186,19 @@ class NoiseFloor:
         some = rows[: max(_LEAST_ALONE, n_alone)]
         alone = torch.full_like(own, torch.nan)
         alone[: len(some)] = torch.stack([self._alone(row, found, asked) for row in some])
-        if not together:
-            return [alone]
-        batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-        return [alone, torch.cat([self._together(batch, asked) for batch in batches])]
+        ways = [alone]
+        is_half = found.dtype != "float32" or _compat.half_precision(self._passes.model)
+        if not is_half and not found.couples_rows:  # those have one way of being computed
+            # What is rounded to few bits jumps where the last digit of a float decides which way:
+            # far, and so seldom that other batches may not show it.
+            with rounded_otherwise(self._passes.model, singles=True):
+                moved = torch.full_like(own, torch.nan)
+                moved[: len(some)] = torch.stack([self._alone(row, found, asked) for row in some])
+            ways.append(moved)
+        if together:
+            batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
+            ways.append(torch.cat([self._together(batch, asked) for batch in batches]))
+        return ways
 
     def _drawn(
         self, rows: list[TokenRow], own: Tensor, found: Findings, asked: Asked, together: bool
