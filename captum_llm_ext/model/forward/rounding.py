@@ -16,7 +16,7 @@ from captum_llm_ext.model.forward.swallowed import is_no_answer
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 _HALF = (torch.float16, torch.bfloat16)
 # So many last digits of a number of 32 bits: sums in another order move it by about one.
-_SINGLE_DIGITS = 8
+_SINGLE_DIGITS = 2
 # An effect is what exceeds by so much what other last digits do, both as root mean squares, or as
 # the largest differences. On SmolLM2 and Gemma 3 in bfloat16 two ways of computing the same lay
 # less than 1.6 times as far apart as other digits had moved a pass, at most once as far.
