@@ -276,12 +276,14 @@ def measured(model: torch.nn.Module) -> dict[str, Any]:
     ahead = plain(model, given[:1], target, apart=True)
     whole = plain(model, given[:1], target, apart=False)
     floor = scorer.noise_floor(given[0], target)
-    names = ("sees_ahead", "couples_rows", "mixes_lengths", "last_only", "ahead", "coupling")
+    names = ("sees_ahead", "couples_rows", "mixes_lengths", "last_only", "draws")
     return {
         "error": float((values - truth).abs().max()),
         # By plain forwards alone: how much what follows changes what is said.
         "ahead_by_plain_forwards": float((ahead - whole).abs().max()),
-        **{name: getattr(found, name) for name in (*names, "rounding", "kept")},
+        **{
+            name: getattr(found, name) for name in (*names, "ahead", "coupling", "rounding", "kept")
+        },
         "noise_floor": None if floor is None else float(floor.max()),
         "reads_on": scorer.n_positions < scorer.n_row_positions and not scorer.packs,
         "packs": scorer.packs,
@@ -324,7 +326,9 @@ def main() -> None:
         if "failure" in row:
             print(f"{name:60} FAILED: {row['failure']}", flush=True)
             continue
-        ways = [k for k in ("sees_ahead", "couples_rows", "mixes_lengths", "packs") if row[k]]
+        ways = [
+            k for k in ("sees_ahead", "couples_rows", "mixes_lengths", "draws", "packs") if row[k]
+        ]
         print(f"{name:60} {row['error']:.1e} {' '.join(ways)}  {seconds:.0f} s", flush=True)
     errors = [row["error"] for row in found if "error" in row]
     print(

@@ -154,7 +154,11 @@ def test_templates_that_fail_or_hide_a_message():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="roles must alternate"):
         ChatInput(MESSAGES, tokenizer, baselines="delete")
-    for hiding in ("{{ messages[0].content | upper }}", "{{ messages[0].content * 2 }}", "nothing"):
+    for hiding in (
+        "{{ messages[0].content | reverse }}",
+        "{{ messages[0].content * 2 }}",
+        "nothing",
+    ):
         tokenizer.chat_template = hiding
         with pytest.raises(ValueError, match=r"message 0 .* cannot be found"):
             ChatInput(MESSAGES[:1], tokenizer, baselines="delete")
@@ -331,6 +335,9 @@ def test_what_others_said_is_not_taken_for_a_message_that_is_left_out():
         ("m.content | e", "Tom &amp; &#39;Ann&#39;\n&lt;b&gt; say &#34;hi&#34;.", None),
         ("m.content | tojson", "Tom & 'Ann'\\n<b> say \\\"hi\\\".", None),
         ("m.content | lower", "tom & 'ann'\n<b> say \"hi\".", None),
+        ("m.content | upper", "TOM & 'ANN'\n<B> SAY \"HI\".", None),
+        ("m.content.split() | join(' ')", "Tom & 'Ann' <b> say \"hi\".", None),
+        ("m.content | indent(2)", "Tom & 'Ann'\n  <b> say \"hi\".", None),
         ("m.content[:9]", "Tom & 'An", '<b> say "hi".'),
         ("m.content.split('<b>')[-1]", ' say "hi".', "Tom & 'Ann' <b>"),
     ],

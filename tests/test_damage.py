@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -52,8 +53,8 @@ def fill(path):
     kept.close()
 
 
-def held_by_result(path):
-    result = GenerationAttributionResult.load(path)
+def held_by_result(path, unverified=True):
+    result = GenerationAttributionResult.load(path, unverified=unverified)
     tensors = {name: getattr(result, name) for name in ("values", "masks", "draws", "full_attr_se")}
     assert str(result.table())  # what is loaded can be used
     return [json.dumps(result.to_dict()), str(result.design)], tensors
@@ -140,6 +141,16 @@ def test_what_is_damaged_is_told_or_changes_nothing(good, tmp_path, number):
             same += is_as_ever
     assert told > (0.8 if has_digest else 0.5) * N_EACH
     assert told + same <= N_EACH
+
+
+@pytest.mark.parametrize("kind", WITHOUT_DIGEST)
+def test_what_damage_to_cannot_be_told_is_read_for_who_asks_alone(good, tmp_path, kind):
+    path = tmp_path / "file.safetensors"
+    for _, content in [("", good[kind]), *damage.mutants(good[kind], KEYS[kind], N_EACH, 9)]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(repr(str(path)))) as caught:
+            held_by_result(path, unverified=False)
+        assert "give " in str(caught.value) or "update captum-llm-ext" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", KEYS)

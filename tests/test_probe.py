@@ -1,8 +1,11 @@
 """What a model does is seen on the model in hand, and it is asked accordingly."""
 
 import argparse
+import random
+import threading
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import tiny
 import torch
@@ -14,8 +17,9 @@ from torch import nn
 from captum_llm_ext import GenerationAttribution, GenerationGradientAttribution, TextSegmentInput
 from captum_llm_ext.model import Likelihood, Scorer, TokenRow
 from captum_llm_ext.model.exclusive import exclusive_use
+from captum_llm_ext.model.forward.rounding import rounded_otherwise
 from captum_llm_ext.model.probe import findings
-from captum_llm_ext.model.probe import probing as looking
+from captum_llm_ext.model.probe import known as looking
 
 TEXT = "Dave lives in Palm Coast, FL and is a lawyer."
 
@@ -274,6 +278,41 @@ def test_outputs_and_names_that_have_one_meaning_are_taken(kind, wrapped, tokeni
     torch.testing.assert_close(found[0].full_attr, found[1].full_attr, atol=1e-5, rtol=0)
 
 
+class Summing(nn.Module):
+    """A model that torch can trace, script and export."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.inner = nn.Embedding(400, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 400)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        return self.head(x + torch.cumsum(torch.tanh(self.inner(x)), 1))
+
+
+def exported(model):
+    sizes = {"ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
+    return torch.export.export(model, (torch.ones(2, 9).long(),), dynamic_shapes=sizes).module()
+
+
+@pytest.mark.parametrize("made", [torch.fx.symbolic_trace, torch.jit.script, exported])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_torch_has_made_of_a_model_is_a_model(made, tokenizer):
+    plain = Summing().eval()
+    model = made(plain)
+    rows, target = rows_of()
+    truth = step_by_step(plain, rows, target)
+    assert float((Scorer(model).values(rows, target) - truth).abs().max()) < 1e-5
+    inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
+    found = [
+        GenerationAttribution(FeatureAblation(m), tokenizer).attribute(inp, " golf and")
+        for m in (model, plain)
+    ]
+    torch.testing.assert_close(found[0].full_attr, found[1].full_attr, atol=1e-5, rtol=0)
+
+
 def test_generate_is_asked_for_where_there_is_no_target(tokenizer):
     class Own(transformers.LlamaPreTrainedModel):
         def __init__(self, config):
@@ -520,6 +559,48 @@ def test_what_is_looked_for_at_any_distance_is_seen(distance):
         assert float((values - truth).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("distance", [1, 2, 5])
+def test_the_same_is_seen_of_models_that_read_no_packs(distance):
+    rows, target = rows_of(n_target=8)
+    ids = rows[0].ids
+    for place in range(13, len(ids) - distance):
+        model = Changed(later_makes_likelier(ids[place], ids[place + distance]))
+        scorer = Scorer(model, overhead=0)
+        values = scorer.values(rows, target)
+        assert scorer.findings.sees_ahead
+        assert float((values - step_by_step(model, rows, target)).abs().max()) < 1e-5
+
+
+def later_makes_likelier(one, other):
+    """At one id logits are larger if another comes later, wherever."""
+
+    def change(logits, ids):
+        comes = (ids == other).flip(1).cumsum(1).flip(1) > 0
+        return torch.where(((ids == one) & comes)[..., None], logits * 1.4, logits)
+
+    return change
+
+
+def test_what_the_passes_of_the_probe_miss_is_seen_in_the_run():
+    """Of many target tokens not every one is looked at; rows that begin alike must agree."""
+    draw = random.Random(0)
+    ids = draw.sample(range(4, 390), 68)
+    prompt, target = ids[:8], torch.tensor(ids[8:])
+    whole, places = [*prompt, *ids[8:-1]], range(7, 67)
+    rows = [TokenRow((*whole[:j], 3, *whole[j + 1 :]), places) for j in range(8, 67)]
+    rows = [TokenRow(tuple(whole), places), *rows]
+    for place in range(20, 60, 8):
+        model = Changed(later_makes_likelier(ids[place], ids[place + 1]))
+        scorer = Scorer(model)
+        values = scorer.values(rows, target)
+        assert scorer.findings.sees_ahead
+        truth = step_by_step(model, rows[:1], target)
+        assert float((values[:1] - truth).abs().max()) < 1e-5
+        scorer = Scorer(model)  # and it is known of the model from now on
+        scorer.values(rows[:1], target)
+        assert scorer.findings.sees_ahead
+
+
 def test_batches_are_looked_at_where_packs_do_not_pay():
     model = AT_FEW_PLACES["many rows, not at their beginning"]()
     rows, target = rows_of(n_target=8)
@@ -611,6 +692,36 @@ def test_rounding_is_no_effect_of_other_rows_or_of_what_follows():
         assert found.is_rough
 
 
+def rounds_activations(model):
+    """What enters each layer is rounded to eight bits, by the largest number of a token."""
+
+    def rounded(_, args):
+        scale = args[0].abs().amax(-1, keepdim=True) / 127
+        return ((args[0] / scale).round() * scale,)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(rounded)
+    return model
+
+
+@torch.no_grad()
+def test_moved_last_digits_show_what_is_rounded_to_few_bits():
+    """A jump where a number was near the middle; elsewhere float32 moves by its own digits."""
+    ids = torch.tensor([row.ids for row in rows_of()[0] if len(row.ids) == 19])
+    apart = []
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.15}
+    for changed in (rounds_activations, lambda model: model):
+        model = changed(tiny.llama(num_key_value_heads=4, **sizes))
+        plain = model(ids).logits.log_softmax(-1)
+        with rounded_otherwise(model, singles=True):
+            moved = model(ids).logits.log_softmax(-1)
+        apart.append(float((moved - plain).abs().max()))
+        assert torch.equal(model(ids).logits.log_softmax(-1), plain)
+    assert apart[0] > 1e-3
+    assert apart[1] < 1e-4
+
+
 def with_dropout(model):
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda _, args, x: nn.functional.dropout(x, 0.1, True))
@@ -622,18 +733,125 @@ def with_noise(model):
     return model
 
 
-@pytest.mark.parametrize("draw", [with_dropout, with_noise])
+def leaves_out(draw):
+    """Each layer left out in one pass of ten: most passes are equal, some are far away."""
+
+    def make(model):
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda _, args, x: args[0] if draw() < 0.1 else x)
+        return model
+
+    return make
+
+
+def with_generator_of_its_own(model):
+    own = torch.Generator().manual_seed(0)
+    return leaves_out(lambda: torch.rand((), generator=own))(model)
+
+
+DRAWING = {
+    "dropout": with_dropout,
+    "noise": with_noise,
+    "layers by torch": leaves_out(lambda: torch.rand(())),
+    "layers by python": leaves_out(lambda: random.random()),
+    "layers by numpy": leaves_out(lambda: numpy.random.rand()),
+    "layers by a generator of its own": with_generator_of_its_own,
+}
+SEEDED = ("dropout", "noise", "layers by torch")
+
+
+@pytest.mark.parametrize("name", DRAWING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.filterwarnings("ignore:.* gives equal rows values up to")
-def test_the_floor_of_what_draws_at_random_is_no_less_than_what_another_run_shows(draw, dtype):
-    model = draw(tiny.llama().to(dtype))
+@pytest.mark.filterwarnings("ignore:.* draws at random in every pass")
+def test_what_draws_at_random_is_seen_seeded_and_told(name, dtype):
+    model = DRAWING[name](tiny.llama().to(dtype))
     rows, target = rows_of()
+    random.seed(0)
+    numpy.random.seed(0)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         scorers = [Scorer(model, max_rows=n) for n in (None, 1, 3)]
-        values = torch.stack([scorer.values(rows, target) for scorer in scorers])
-        apart = (values.amax(0) - values.amin(0)).amax(0)
+        values = [scorer.values(rows, target) for scorer in scorers]
         for scorer in scorers:
             assert scorer.findings.draws
+            assert scorer.findings.seeds == (name in SEEDED)
             assert "draws at random" in scorer.findings.manner
+        if name in SEEDED:  # whatever the batches, and whatever was drawn before
+            assert torch.equal(values[0], values[1])
+            assert torch.equal(values[0], values[2])
+        # A plain forward draws anew for every token.
+        again = [step_by_step(lambda x: model(x).logits, rows, target) for _ in range(2)]
+        values = torch.stack([*values, *again])
+        apart = (values.amax(0) - values.amin(0)).amax(0)
+        for scorer in scorers[:1]:
             assert bool((apart <= scorer.noise_floor(rows[0], target)).all())
+
+
+def test_what_draws_leaves_the_global_generators_alone_and_others_as_well():
+    """Once it is known; and beside another thread that draws, nothing is taken for drawing."""
+    model = with_dropout(tiny.llama())
+    rows, target = rows_of()
+    with torch.random.fork_rng([]):
+        Scorer(model).values(rows[:3], target)
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        Scorer(model).values(rows[:3], target)
+        assert torch.equal(before, torch.get_rng_state())
+    stop = threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            torch.rand(8)
+            random.random()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        scorer = Scorer(tiny.llama())
+        scorer.values(rows[:3], target)
+    finally:
+        stop.set()
+        thread.join()
+    assert not scorer.findings.draws
+
+
+def seeds_itself(model):
+    def noise(_, args, x):
+        generator = torch.Generator().manual_seed(3)
+        return x + 0.1 * torch.randn(x.shape[-1:], generator=generator)
+
+    model.model.norm.register_forward_hook(noise)
+    return model
+
+
+def sometimes_off(model):
+    model.model.norm.register_forward_hook(lambda _, args, x: nn.functional.dropout(x, 0.1, False))
+    return model
+
+
+@pytest.mark.parametrize("make", [seeds_itself, sometimes_off])
+def test_random_functions_that_give_the_same_in_every_pass_draw_nothing(make):
+    model = make(tiny.llama())
+    rows, target = rows_of()
+    scorer = Scorer(model)
+    values = scorer.values(rows, target)
+    assert not scorer.findings.draws
+    truth = step_by_step(lambda x: model(x).logits, rows, target)
+    assert float((values - truth).abs().max()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.* draws at random in every pass|.* steps are too few")
+def test_attributions_of_what_draws_are_the_same_again(tokenizer):
+    inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
+    model = leaves_out(lambda: torch.rand(()))(tiny.llama())
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    found = [attribution.attribute(inp, " golf", perturbations_per_eval=n) for n in (1, None)]
+    assert torch.equal(found[0].full_attr, found[1].full_attr)
+    assert found[0].noise_floor is not None
+    method = LayerIntegratedGradients(model, model.get_input_embeddings())
+    by_gradient = [
+        GenerationGradientAttribution(method, tokenizer).attribute(inp, " golf", n_steps=16)
+        for _ in range(2)
+    ]
+    assert torch.equal(by_gradient[0].full_attr, by_gradient[1].full_attr)
+    assert by_gradient[0].provenance["probe"]["draws"]

@@ -98,7 +98,7 @@ def test_whole_files_are_never_refused(model, tokenizer, tmp_path, kind, dtype):
     result.save(path)
     as_format_2(path)
     with pytest.warns(UserWarning, match=NO_DIGEST):
-        loaded = GenerationAttributionResult.load(path)
+        loaded = GenerationAttributionResult.load(path, unverified=True)
     assert torch.equal(loaded.values.nan_to_num(), result.values.nan_to_num())
 
 
@@ -132,20 +132,22 @@ def changed(version, name, at, change, folder):
 def test_what_is_told_twice_is_compared(tmp_path, version, name, at, match):
     path = changed(version, name, at, lambda number: number + 1e-3, tmp_path)
     with pytest.raises(ValueError, match=rf"is damaged \(.*{match}.*give a file written"):
-        GenerationAttributionResult.load(path)
+        GenerationAttributionResult.load(path, unverified=True)
 
 
 @pytest.mark.parametrize(("name", "value"), [("values", torch.inf), ("token_attr_se", -1.0)])
 def test_numbers_that_cannot_be_are_told(tmp_path, name, value):
     path = changed(1, name, (3, 0), lambda _: value, tmp_path)
     with pytest.raises(ValueError, match=f"`{name}` holds"):
-        GenerationAttributionResult.load(path)
+        GenerationAttributionResult.load(path, unverified=True)
 
 
 def test_what_was_saved_again_is_warned_of_no_more(tmp_path):
     path = tmp_path / "result"
     shutil.copy(DATA / "result_format_2.safetensors", path)
+    with pytest.raises(ValueError, match=r"no digest.*give `unverified=True`"):
+        GenerationAttributionResult.load(path)
     with pytest.warns(UserWarning, match=NO_DIGEST):
-        result = GenerationAttributionResult.load(path)
+        result = GenerationAttributionResult.load(path, unverified=True)
     result.save(path)
     assert GenerationAttributionResult.load(path).to_dict() == result.to_dict()

@@ -1,5 +1,6 @@
 """Class, wrappers and configuration of a model."""
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -23,7 +24,9 @@ def is_compiled(model: nn.Module) -> bool:
 
 def is_transformers(model: nn.Module) -> bool:
     """Whether the model's forward is one of transformers."""
-    return getattr(type(uncompiled(model)).forward, "__module__", "").startswith("transformers.")
+    # What torch has traced or scripted has a forward of no module, or its class tells of none.
+    forward = inspect.getattr_static(type(uncompiled(model)), "forward", None)
+    return (getattr(forward, "__module__", None) or "").startswith("transformers.")
 
 
 def is_transformers_object(thing: object) -> bool:

@@ -138,7 +138,7 @@ def _lines(found: Probe) -> Iterator[str]:
     whole = f"{_verdict(found.whole_is_exact)} {{}}: within {found.whole_error:.1g} nats"
     seen = found.found
     together = "rows in batches of one length" if seen.even else "rows in padded batches"
-    yield whole.format("rows one by one" if seen.couples_rows else together)
+    yield whole.format("rows one by one" if seen.apart else together)
     if found.shared is None or found.shared_error is None:
         yield f"off    beginnings reused: {found.why_not_shared or 'every row is computed whole'}"
     else:

@@ -108,7 +108,7 @@ class Probe:
         """As JSON can hold it."""
         ways = ("whole_is_exact", "shared_is_exact", "lent_is_exact", "packed_is_exact")
         names = ("is_right", *ways, "captum_is_right")
-        found = {"found": self.found.provenance(), "batched": not self.found.couples_rows}
+        found = {"found": self.found.provenance(), "batched": not self.found.apart}
         return asdict(self) | found | {name: getattr(self, name) for name in names}
 
 

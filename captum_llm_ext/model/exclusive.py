@@ -8,7 +8,7 @@ two threads that both want it wait for one another.
 import os
 import threading
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,8 @@ def exclusive_use(model: nn.Module) -> Generator[None]:
         training = [module for module in model.modules() if module.training]
         try:
             if training:
-                model.eval()
+                with suppress(NotImplementedError):  # an exported program has one mode
+                    model.eval()
             with torch.no_grad():
                 yield
         finally:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import exclusive_use
+from captum_llm_ext.model.forward.draws import drawn_again
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.masked import MaskedProposer
 from captum_llm_ext.model.probe import Findings, findings
@@ -41,6 +42,7 @@ class Likelihood:
         self._model, self._tokenizer = model, tokenizer
         self._device = _compat.input_device(model)
         self._pieces: dict[int, str] = {}
+        self._seed: int | None = None
 
     def proposing(self, proposer: Any) -> Proposer:
         """See `LanguageModel.proposing`."""
@@ -55,7 +57,7 @@ class Likelihood:
         if not any(len(row) > 1 for row in rows):
             return sums
         found = self._look([row for row in rows if len(row) > 1])
-        at_once = 1 if found.couples_rows or found.even else _ROWS_AT_ONCE
+        at_once = 1 if found.apart or found.even else _ROWS_AT_ONCE
         for start in range(0, len(order), at_once):
             batch = order[start : start + at_once]
             some = [rows[i] for i in batch]
@@ -77,7 +79,7 @@ class Likelihood:
     ) -> list[str]:
         """See `LanguageModel.continuations`."""
         start = self._ids(text)
-        at_once = 1 if self._look([[*start, start[-1]]]).couples_rows else _ROWS_AT_ONCE
+        at_once = 1 if self._look([[*start, start[-1]]]).apart else _ROWS_AT_ONCE
         written: list[str] = []
         for first in range(0, n, at_once):
             rows = torch.tensor([start] * min(at_once, n - first), dtype=torch.int64, device="cpu")
@@ -331,13 +333,15 @@ class Likelihood:
         beyond = beyond[: max(len(longest), self._most or len(beyond))]
         read = [TokenRow(tuple(row), range(len(row))) for row in (longest[:1], beyond[:-1])]
         with exclusive_use(self._model):
-            return findings(self._model, read)
+            found = findings(self._model, read)
+        self._seed = 0 if found.seeds else None
+        return found
 
     def _logits(self, ids: Tensor) -> Tensor:
         arguments = {}
         if "use_cache" in _compat.forward_arguments(self._model):
             arguments["use_cache"] = False
-        with exclusive_use(self._model):
+        with exclusive_use(self._model), drawn_again(self._seed, ids):
             output = _compat.called(self._model, ids.to(self._device), **arguments)
         return _compat.sequence_logits(output)
 

@@ -293,11 +293,13 @@ def _entries(about: Mapping[str, Any], side: str, ids: Sequence[int]) -> list[En
     own: list[Any] = about[f"{side}_token_logprobs"]
     tops: list[Any] = about.get(f"{side}_top_logprobs") or [None] * len(own)
     found: list[Entry] = []
-    last = zip(ids, own[len(own) - len(ids) :], tops[len(tops) - len(ids) :], strict=False)
+    last: Any = zip(ids, own[len(own) - len(ids) :], tops[len(tops) - len(ids) :], strict=False)
     for token, (value, told, *_), top in last:
+        if value is None or told not in (token, 0):
+            found.append(None)
+            continue
         likeliest = {int(other): float(said) for said, other, *_ in top or ()}
-        is_it = value is not None and told in (token, 0)
-        found.append(likeliest | {token: float(value)} if is_it else None)
+        found.append(likeliest | {token: float(value)})
     return found
 
 

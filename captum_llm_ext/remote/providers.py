@@ -290,7 +290,8 @@ class TokenIdAdapter(_Adapter):
         ids = [request.ids for request in requests]
         if getattr(self._provider, "takes_starts", False):
             starts = [request.first + 1 for request in requests]
-            return cast(Any, self._provider).get_token_logprobs(ids, starts=starts)
+            provider: Any = self._provider
+            return provider.get_token_logprobs(ids, starts=starts)
         return self._provider.get_token_logprobs(ids)
 
     def _one_by_one(self, requests: Sequence[Request]) -> list[Answer]:

@@ -15,8 +15,9 @@ Any reader of safetensors reads it; nothing in it is ever executed. Format 4 had
 was the same, but its first readers know no roles: files with roles have had a number of their own
 since. Format 2 had no digest and no roles, format 1 no ``design`` either, and at first no
 ``levels``. All are read, by their own rules; a file of a format above this is refused as one of a
-later version. Without a digest some damage cannot be told, for most numbers are written once: what
-is written twice is compared, and a warning says that this is all.
+later version. Without a digest some damage cannot be told, for most numbers are written once. So
+formats 1 and 2 are read for those alone who ask for it; what is written twice is compared then, and
+a warning says that this is all.
 """
 
 import json
@@ -104,16 +105,18 @@ def write(path: str | os.PathLike[str], result: "ResultNumbers") -> None:
     tensor_file.write(path, KIND, there, plain)
 
 
-def read(path: str | os.PathLike[str], make: Callable[..., T]) -> T:
+def read(path: str | os.PathLike[str], make: Callable[..., T], *, unverified: bool = False) -> T:
     """A result from a file that `write` made, of this version or an earlier one.
 
     Args:
         path: The file.
         make: The result's class; called with what was written, by the names of its fields.
+        unverified: Whether formats without a digest are read.
 
     Raises:
         OSError: If there is no such file, or it cannot be read.
-        ValueError: If the file is damaged, no result, or of a later format.
+        ValueError: If the file is damaged, no result, of a later format, or of one without a digest
+            and `unverified` is false.
 
     Warns:
         UserWarning: If its format has no digest, so that not all damage can be told.
@@ -133,6 +136,12 @@ def read(path: str | os.PathLike[str], make: Callable[..., T]) -> T:
         found = make(**tensors, **rest)
     except BROKEN as error:
         raise _broken(path, error) from error
+    if version < KIND.digest_since and not unverified:
+        raise ValueError(
+            f"{os.fspath(path)!r} is of format {version}, which has no digest: damage to its "
+            "numbers cannot be told. To read it all the same, give `unverified=True` to "
+            "`GenerationAttributionResult.load`, and `save` the result: the new file has one."
+        )
     if version < KIND.digest_since:
         _warn_of_no_digest(path, version, rest.get("design") is not None)
     return found

@@ -368,17 +368,26 @@ class GenerationAttributionResult(ExportedResult):
         write(path, self)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "GenerationAttributionResult":
+    def load(
+        cls, path: str | os.PathLike[str], *, unverified: bool = False
+    ) -> "GenerationAttributionResult":
         """Reads a result that `save` wrote; `inp` is None.
+
+        Args:
+            path: The file.
+            unverified: Whether a file of an early version (format 1 or 2) is read, which has no
+                digest. Shapes, types and what is written twice are checked then; damage that leaves
+                them alone, such as to one value, a standard error or a name, cannot be told.
 
         Raises:
             OSError: If there is no such file, or it cannot be read.
-            ValueError: If the file is damaged, no result, or of a later format.
+            ValueError: If the file is damaged, no result, of a later format, or of one without a
+                digest and `unverified` is false.
 
         Warns:
-            UserWarning: If the file is of an early version, without the digest that tells damage.
+            UserWarning: If the file has no digest.
         """
-        return read(path, cls)
+        return read(path, cls, unverified=unverified)
 
     @property
     def summary(self) -> str:

@@ -225,8 +225,9 @@ class Paths:
             found = findings(_compat.uncompiled(self._model), [row])
         if found.kept is None:
             self._reader.keep_all()
-        if found.couples_rows:
+        if found.apart:
             self._manner.most_rows = 1
+        self._reader.seed = 0 if found.seeds else None
         self.found = found
         return found
 

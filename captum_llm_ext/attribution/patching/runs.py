@@ -128,6 +128,7 @@ class PatchedRuns:
         reader, found = ForwardPass(self._model), self.scorer.findings
         if found is not None and found.kept is None:
             reader.keep_all()
+        reader.seed = 0 if found is not None and found.seeds else None
         return reader
 
     def _given(self, text: Corruption, at: Sequence[int]) -> tuple[Tensor, Tensor]:

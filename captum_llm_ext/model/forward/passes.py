@@ -16,6 +16,7 @@ from captum_llm_ext import _compat
 from captum_llm_ext.model.forward import attention
 from captum_llm_ext.model.forward import token_wise_layers as edges
 from captum_llm_ext.model.forward.asked import Asked
+from captum_llm_ext.model.forward.draws import drawn_again
 from captum_llm_ext.model.forward.lm_head import HeadOutput, LMHead
 from captum_llm_ext.model.forward.logits import AttrTarget, called_values
 from captum_llm_ext.model.forward.packing import LAST, Pack, pack, pack_again
@@ -86,6 +87,7 @@ class Passes:
         kept: How many logits the model can be asked for, as `_compat.kept_logits` says.
         n_positions: Number of token positions computed up to now, padding included.
         n_rows: Number of rows of the latest pass, come what came of it.
+        seed: What passes draw at random is drawn from it and from their ids; None: as ever.
         state_bytes: What the model remembers of one position, where it has been seen.
     """
 
@@ -106,6 +108,7 @@ class Passes:
         self._head = LMHead(model)
         self._ends_of_model = _compat.outer_layers(model)
         self.n_positions = self.n_rows = 0
+        self.seed: int | None = None
         self.state_bytes: int | None = None
         self._arguments = _compat.forward_arguments(model)
         self._state = _compat.state_argument(model)
@@ -400,7 +403,8 @@ class Passes:
         given = ids.to(self.device)
         arguments |= _compat.keeping_logits(self.kept, at, given)
         # A callable of the user's may keep what it is given.
-        with self._head.watched() if isinstance(self.attr_target, str) else nullcontext():
+        head = self._head.watched() if isinstance(self.attr_target, str) else nullcontext()
+        with head, drawn_again(self.seed, ids):
             output = _compat.called(self.model, given, **arguments)
         self.n_positions += ids.numel()
         said = self._head.said(_compat.sequence_logits(output))

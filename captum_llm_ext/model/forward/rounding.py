@@ -15,6 +15,8 @@ from captum_llm_ext.model.forward.swallowed import is_no_answer
 # Largest difference between log-probabilities that other shapes of the same products make.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 _HALF = (torch.float16, torch.bfloat16)
+# So many last digits of a number of 32 bits: sums in another order move it by about one.
+_SINGLE_DIGITS = 2
 # An effect is what exceeds by so much what other last digits do, both as root mean squares, or as
 # the largest differences. On SmolLM2 and Gemma 3 in bfloat16 two ways of computing the same lay
 # less than 1.6 times as far apart as other digits had moved a pass, at most once as far.
@@ -64,7 +66,7 @@ def error_over_rounding(found: Tensor, expected: Tensor, otherwise: Tensor | Non
 
 
 @contextmanager
-def rounded_otherwise(model: nn.Module) -> Generator[None]:
+def rounded_otherwise(model: nn.Module, *, singles: bool = False) -> Generator[None]:
     """Layers that return numbers of sixteen bits round them otherwise within, at random.
 
     So a pass shows how far rounding moves what comes out, whatever shapes it is computed in:
@@ -73,17 +75,21 @@ def rounded_otherwise(model: nn.Module) -> Generator[None]:
 
     Args:
         model: Its hooks are taken off again.
+        singles: Whether numbers of 32 bits are moved as well, by some of their last digits: what is
+            rounded to few bits after that falls to the other side where it was near.
     """
+    moving = (*_HALF, torch.float32) if singles else _HALF
     generators: dict[torch.device, torch.Generator] = {}
 
     def moved(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dtype not in _HALF:
+        if not isinstance(x, Tensor) or x.dtype not in moving:
             return x
         generator = generators.get(x.device)
         if generator is None:
             generator = generators[x.device] = torch.Generator(x.device).manual_seed(0)
         draws = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-        return (x.float() * (1 + torch.finfo(x.dtype).eps * (draws - 0.5))).to(x.dtype)
+        digits = torch.finfo(x.dtype).eps * (1 if x.dtype in _HALF else _SINGLE_DIGITS)
+        return (x.float() * (1 + digits * (draws - 0.5))).to(x.dtype)
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         return (moved(output[0]), *output[1:]) if type(output) is tuple else moved(output)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import in_this_thread_only
+from captum_llm_ext.model.forward.draws import drawn_again
 from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.memory import batch_budget, is_out_of_memory
 from captum_llm_ext.model.gradients.frozen import frozen
@@ -119,18 +120,21 @@ class ForwardPass:
 
     Attributes:
         kept: How it is asked for the logits of some places only; None: it gives all.
+        seed: As for `Passes`: all points of a path draw the same.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.kept = _compat.kept_logits(model)
+        self.seed: int | None = None
         self._uncached = _compat.uncached(model)
 
     def logits(self, ids: Tensor, at: Tensor) -> Tensor:
         """Logits ``(batch, n, vocabulary)`` at places ``at (n,)`` of ``ids (batch, length)``."""
         kept = _compat.keeping_logits(self.kept, at.expand(len(ids), -1), ids)
         arguments = {**self._uncached, **kept}
-        logits = _compat.sequence_logits(_compat.called(self.model, ids, **arguments))
+        with drawn_again(self.seed, ids):
+            logits = _compat.sequence_logits(_compat.called(self.model, ids, **arguments))
         places = self.places(at, ids.shape[1], logits.shape[1])
         return logits if places is None else logits[:, places.to(logits.device)]
 

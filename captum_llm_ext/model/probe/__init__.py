@@ -6,7 +6,9 @@ of it is inferred from what a model is called. `findings` runs the probe once fo
 state (see `state`), with longer rows once more; what it finds decides how the model may be asked.
 """
 
+from captum_llm_ext.model.probe.differences import FINE
 from captum_llm_ext.model.probe.findings import Findings, Packing
-from captum_llm_ext.model.probe.probing import ReadPacked, findings
+from captum_llm_ext.model.probe.known import findings, seen_ahead
+from captum_llm_ext.model.probe.probing import ReadPacked
 
-__all__ = ["Findings", "Packing", "ReadPacked", "findings"]
+__all__ = ["FINE", "Findings", "Packing", "ReadPacked", "findings", "seen_ahead"]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from captum_llm_ext.model.forward.draws import Drawing
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -53,7 +55,7 @@ class Findings:
         coupling: The same of other rows.
         rounding: The largest difference seen that is left where neither of these is at work: of a
             row alone, and in a batch.
-        draws: Whether equal passes differ: the model draws at random.
+        draws: How the model draws at random, so that a value is that of one pass; None: not.
         is_rough: Whether values have a noise floor worth telling.
         packing: How it reads packs; None: not looked for.
         batches_known: Whether it was seen with several rows in a batch. Where it reads packs, which
@@ -75,7 +77,7 @@ class Findings:
     ahead: float | None = None
     coupling: float | None = None
     rounding: float = 0.0
-    draws: bool = False
+    draws: Drawing | None = None
     is_rough: bool = False
     packing: Packing | None = None
     batches_known: bool = True
@@ -92,9 +94,17 @@ class Findings:
         return self.step_by_step or self.mixes_lengths
 
     @property
-    def shares(self) -> bool:
-        """Whether rows may share anything at all: a batch, a beginning, a pack."""
-        return not self.couples_rows
+    def apart(self) -> bool:
+        """Whether rows may share nothing at all: no batch, no beginning, no pack.
+
+        What is drawn at random would be drawn for all of them at once.
+        """
+        return self.couples_rows or self.draws is not None
+
+    @property
+    def seeds(self) -> bool:
+        """Whether all that it draws can be drawn again from a seed."""
+        return self.draws == "seeded"
 
     def covers(self, shortest: int, longest: int, *, packs: object = None) -> bool:
         """Whether rows of these lengths are no news, nor in packs if such are made."""
@@ -108,7 +118,7 @@ class Findings:
 
         A model that asks for a pass of each row, or token, is given none.
         """
-        if self.even or self.couples_rows or self.n_before:
+        if self.even or self.apart or self.n_before:
             return True
         found = self.packing
         return found is not None and (found.reason is not None or longest <= found.longest)
@@ -119,6 +129,7 @@ class Findings:
         Differences are told where they decide something.
         """
         names = ("dtype", "n_before", "last_only", "sees_ahead", "couples_rows", "mixes_lengths")
+        names += ("draws",)
         return {
             **{name: getattr(self, name) for name in names},
             "ahead": _rounded(self.ahead) if self.sees_ahead else None,
@@ -130,6 +141,10 @@ class Findings:
     def manner(self) -> str | None:
         """How the model is asked, and why, where that is not the usual way."""
         said = [*self.reasons]
+        if self.draws is not None:
+            how = ", its draws seeded" if self.seeds else ""
+            why = "draws at random" if self.draws != "unseen" else "gives equal rows other values"
+            said.append(f"one row at a time{how}: the model {why}")
         if self.couples_rows:
             much = "" if self.coupling is None else f" (by {self.coupling:.2g} nats)"
             said.append(f"one row at a time: rows of a batch change one another{much}")

@@ -11,10 +11,11 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from captum_llm_ext import _compat
 from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked, explained
 from captum_llm_ext.model.forward.passes import Passes
-from captum_llm_ext.model.forward.rounding import rounding
+from captum_llm_ext.model.forward.rounding import rounded_otherwise, rounding
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.probe import Findings
 
@@ -34,9 +35,14 @@ _BATCH = 13
 # Other batches than those seen may lie further apart: in 60 small models by less than twice as
 # much, or twice the last digit of the logits, of which one may be rounded up, the other down.
 _UNSEEN = 2.0
-# What is drawn at random has longer tails than rounding: with this factor three runs of 18 small
-# models with dropout or noise lay at most .7 of the floor apart.
+# What is drawn at random has longer tails than rounding, and may move values far in few passes:
+# some rows are run so often, and this factor of what is seen then covered three runs of small
+# models with dropout, noise, or layers left out in 3 and 10 % of passes (at most .7 of it).
 _DRAWN = 2.5
+_DRAWN_PASSES = 48
+_DRAWN_ROWS = 6
+# What happens in one pass of so many is not seen in any of these with one chance in twenty.
+_SELDOM = _DRAWN_PASSES // 3
 _DIGITS = 2.0
 # A value that can hardly move: rounding is told of those that can.
 _STEADY = 1e-3
@@ -88,7 +94,8 @@ class NoiseFloor:
         is_named = isinstance(self._attr_target, str)
         explained = self._explained(found)
         # A callable may make of one token's logits another value without the others'.
-        ends = self._ends(found, asked) if is_named and cuts else []
+        has_checks = is_named and cuts and not found.draws
+        ends = self._ends(found, asked) if has_checks else []
         checked = max((self._difference(ids, values) for ids, values in ends), default=0.0)
         if not found.is_rough and checked <= explained:
             return None
@@ -96,14 +103,29 @@ class NoiseFloor:
         floor = self._measured(found, asked, alone, together)
         floor = floor.clamp(min=checked if checked > explained else 0.0)
         if float(floor.max()) > _WORTH_TELLING * explained:
-            warnings.warn(
-                f"{type(self._passes.model).__name__} gives equal rows values up to "
-                f"{float(floor.max()):.2g} apart, by the batches they are computed in: "
-                "attributions below that mean nothing (see `noise_floor`). "
-                "`perturbations_per_eval=1` may help.",
-                stacklevel=5,
-            )
+            warnings.warn(self._warning(found, float(floor.max())), stacklevel=5)
         return floor
+
+    def _warning(self, found: Findings, much: float) -> str:
+        name = type(self._passes.model).__name__
+        below = "attributions below that mean nothing (see `noise_floor`)"
+        if found.draws is None:
+            return (
+                f"{name} gives equal rows values up to {much:.2g} apart, by the batches they are "
+                f"computed in: {below}. `perturbations_per_eval=1` may help."
+            )
+        seldom = f"What it does in fewer than one pass of {_SELDOM} may not have been seen"
+        if found.draws == "unseen":
+            return (
+                f"{name} gives equal rows values up to {much:.2g} apart, pass by pass: it draws at "
+                f"random, or keeps something of earlier passes; {below}. {seldom}."
+            )
+        again = "Another run draws the same" if found.seeds else "Another run draws others"
+        return (
+            f"{name} draws at random in every pass (dropout that is left on, noise, layers left "
+            f"out): by that, equal rows have values up to {much:.2g} apart, and {below}. {seldom}. "
+            f"{again}; explain the model without what draws."
+        )
 
     def _explained(self, found: Findings) -> float:
         """What rounding explains of a difference between values."""
@@ -154,48 +176,79 @@ class NoiseFloor:
             found, asked, together: As for `floor`.
             known: Values of the first rows alone, as far as they are known.
         """
-        kept = [self._kept[ids] for ids in self._measurable()]
+        kept = [self._kept[ids] for ids in self._measurable(found)]
         rows = [row for _, row, _ in kept]
         computed = torch.stack([own for _, _, own in kept])
+        if found.draws:
+            return self._of_draws(rows, computed, found, asked)
         digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
-        further = _DRAWN if found.draws else 1.0
-
-        def seen(*ways: Tensor) -> float:
-            return further * self._likely(torch.stack([computed, *ways]), len(asked))
-
-        n_alone = _LEAST_ALONE if found.step_by_step else len(rows) // _ROWS_PER_ALONE
-        n_alone = max(_LEAST_ALONE, n_alone)
-        alone = torch.full_like(computed, torch.nan)
-        for i, values in enumerate(known[: len(rows)]):
-            alone[i] = values
-        for i, row in enumerate(rows[len(known) : n_alone], start=len(known)):
-            alone[i] = self._alone(row, found, asked)
-        largest = seen(alone)
+        ways = [computed, *self._some_alone(rows, computed, known, found, asked)]
+        largest = self._likely(torch.stack(ways))
         if together and largest > digit:
             batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-            largest = seen(alone, torch.cat([self._together(one, asked) for one in batches]))
+            ways.append(torch.cat([self._together(batch, asked) for batch in batches]))
+            largest = self._likely(torch.stack(ways))
         assert self._scale is not None
         return max(largest, digit) * self._scale
 
-    def _likely(self, ways: Tensor, n_target: int) -> float:
+    def _likely(self, ways: Tensor) -> float:
         """What the largest difference is likely to be, over how far a value can move.
 
         Args:
             ways: Values ``(n_ways, n_rows, n_target)``, in several ways; of the first, all.
-            n_target: Number of target tokens.
         """
-        highest = ways.nan_to_num(nan=-torch.inf).amax(0)
-        apart = (highest - ways.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)
-        ratios = apart / self._scales(ways[0])
+        ratios = _apart(ways) / self._scales(ways[0])
         # Of n normal numbers the largest is about so many standard deviations away.
         known = ~ways[1:].isnan().all(0)
         usual = float(ratios[known].square().mean().sqrt()) if bool(known.any()) else 0.0
-        likely = math.sqrt(2 * math.log(2 * self._n * n_target + 1)) * usual
+        likely = math.sqrt(2 * math.log(2 * self._n * ways.shape[2] + 1)) * usual
         return max(likely, _UNSEEN * float(ratios.max()))
 
-    def _measurable(self) -> list[tuple[int, ...]]:
+    def _some_alone(
+        self,
+        rows: list[TokenRow],
+        own: Tensor,
+        known: Sequence[Tensor],
+        found: Findings,
+        asked: Asked,
+    ) -> list[Tensor]:
+        """Values of the first rows alone, in one or two ways, each as `own`; NaN for others."""
+        n_alone = _LEAST_ALONE if found.step_by_step else len(rows) // _ROWS_PER_ALONE
+        n_alone = max(_LEAST_ALONE, n_alone)
+        alone = torch.full_like(own, torch.nan)
+        for i, row in enumerate(rows[: max(n_alone, len(known))]):
+            alone[i] = known[i] if i < len(known) else self._alone(row, found, asked)
+        is_half = found.dtype != "float32" or _compat.half_precision(self._passes.model)
+        if is_half or found.couples_rows:  # those have one way of being computed
+            return [alone]
+        # What is rounded to few bits jumps where the last digit of a float decides which way: far,
+        # and so seldom that other batches may not show it.
+        moved = torch.full_like(own, torch.nan)
+        with rounded_otherwise(self._passes.model, singles=True):
+            for i, row in enumerate(rows[:n_alone]):
+                moved[i] = self._alone(row, found, asked)
+        return [alone, moved]
+
+    def _of_draws(self, rows: list[TokenRow], own: Tensor, found: Findings, asked: Asked) -> Tensor:
+        """The floor of a model that draws: from passes over the same rows that draw anew."""
+        each = len(asked) if found.step_by_step else 1
+        n = max(_LEAST_ROWS, _DRAWN_PASSES // (each * len(rows)))
+        seed, again = self._passes.seed, list[Tensor]()
+        try:
+            for number in range(1, n + 1):
+                self._passes.seed = None if seed is None else seed + number
+                again.append(torch.stack([self._alone(row, found, asked) for row in rows]))
+        finally:
+            self._passes.seed = seed
+        apart = _apart(torch.stack([own, *again]))
+        # A layer that is left out moves sure tokens as far as others.
+        return _DRAWN * apart.amax(0).clamp(min=float(apart.square().mean().sqrt()))
+
+    def _measurable(self, found: Findings) -> list[tuple[int, ...]]:
         """Rows that are computed once more: as many as the run took time for."""
         passes, order = self._passes, self._order()
+        if found.draws:
+            return order[:_DRAWN_ROWS]
         each = memory.overhead(passes.model, passes.device)
         most = max(_SHARE * passes.n_positions, _PASSES * each)
         taken = [*accumulate(len(ids) for ids in order)]
@@ -224,3 +277,9 @@ class NoiseFloor:
         else:
             scales = torch.ones_like(values)
         return scales.nan_to_num(nan=0.0).clamp(min=_STEADY)
+
+
+def _apart(ways: Tensor) -> Tensor:
+    """How far values ``(n_ways, n_rows, n_target)`` lie apart, way by way; NaN says nothing."""
+    highest = ways.nan_to_num(nan=-torch.inf).amax(0)
+    return (highest - ways.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)

@@ -1,15 +1,16 @@
 """The passes of the probe."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.model.forward.draws import Draws, drawing
 from captum_llm_ext.model.forward.memory import is_out_of_memory
 from captum_llm_ext.model.forward.rounding import BEYOND, rounded_otherwise
 from captum_llm_ext.model.forward.rows import TokenRow
@@ -26,7 +27,6 @@ from captum_llm_ext.model.probe.differences import (
     usual,
 )
 from captum_llm_ext.model.probe.findings import Findings, Packing
-from captum_llm_ext.model.probe.state import State, differences, state_of
 
 # Of so many ids the first pass is, which shows what a model returns.
 _FIRST = 8
@@ -38,6 +38,8 @@ _ROWS_PER_CUT = 32
 _ENDED = 3
 # At so many target tokens it is seen what those rows say, and a pack: there each takes a token.
 _LATER = 32
+# Rows of the target alone have so many ids before it.
+_CLOSE = 16
 # The shortest row is looked at in so many places.
 _PLACES = 5
 # So many rows of them are in one pass.
@@ -56,86 +58,7 @@ ReadPacked = Callable[
 ]
 
 
-@dataclass
-class _Known:
-    """What was found of a model, the state it was in, and what in that its own passes change."""
-
-    state: State
-    passing: frozenset[tuple[Any, ...]]
-    found: Findings
-
-
-_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-
-
-def findings(
-    model: nn.Module,
-    rows: Sequence[TokenRow],
-    extras: Mapping[str, Any] | None = None,
-    read_packed: ReadPacked | None = None,
-) -> Findings:
-    """What a model does on rows such as these.
-
-    It is looked at in some ten rows' time, and five more where it does not read packs, once for a
-    model in one state; again where rows are longer, or shorter, than any before.
-
-    Args:
-        model: The model, in evaluation mode and without gradients.
-        rows: What it will be asked: the longest and the shortest are looked at.
-        extras: Other arguments of its forward, batch size 1, on its device; rows are then looked at
-            one by one.
-        read_packed: Compares a row in a pack with the row alone, where it may be given packs.
-
-    Raises:
-        TypeError: If the model does not run on token ids alone, or returns no logits of a
-            vocabulary for each.
-        ValueError: If its logits cannot be told apart from others that it returns.
-    """
-    lengths = [len(row.ids) for row in rows]
-    known = _known.get(model)
-    # Processes that hold a model together must all look, or none; extras are of one prompt.
-    keeps = not extras and not _compat.model_ranks(model)
-    before = state_of(model) if keeps else {}
-    same = keeps and known is not None and not differences(known.state, before) - known.passing
-    earlier = known.found if same and known is not None else None
-    if earlier is not None and earlier.covers(min(lengths), max(lengths), packs=read_packed):
-        return earlier
-    found = _Probe(model, rows, dict(extras or {}), read_packed, earlier).findings()
-    if keeps:
-        after = state_of(model)
-        if earlier is not None:
-            found = _both(earlier, found)
-        _known[model] = _Known(after, frozenset(differences(before, after)), found)
-    return found
-
-
-def _both(one: Findings, other: Findings) -> Findings:
-    """What holds of rows as in one and of those as in the other."""
-    ahead = [x.ahead for x in (one, other) if x.ahead is not None]
-    coupling = [x.coupling for x in (one, other) if x.coupling is not None]
-    # Of batches of other lengths than those that were seen nothing is known.
-    lengths = (one, other) if one.batches_known or not other.batches_known else (other,)
-    return replace(
-        other,
-        shortest=min(seen.shortest for seen in lengths),
-        longest=max(seen.longest for seen in lengths),
-        sees_ahead=one.sees_ahead or other.sees_ahead,
-        couples_rows=one.couples_rows or other.couples_rows,
-        mixes_lengths=one.mixes_lengths or other.mixes_lengths,
-        ahead=max(ahead, default=None),
-        coupling=max(coupling, default=None),
-        rounding=max(one.rounding, other.rounding),
-        draws=one.draws or other.draws,
-        is_rough=one.is_rough or other.is_rough,
-        packing=_packing_of_both(one.packing, other.packing),
-    )
-
-
-def _packing_of_both(one: Packing | None, other: Packing | None) -> Packing | None:
-    return other if one is None else one if other is None else one.joined(other)
-
-
-class _Probe:
+class Probe:
     """One look at a model.
 
     Args:
@@ -162,14 +85,18 @@ class _Probe:
         self._row = max(rows, key=lambda row: len(row.ids))
         self._short = min(rows, key=lambda row: len(row.ids)).ids
         self._n_before, self._last_only = 0, False
+        self._seed: int | None = None
 
     def findings(self) -> Findings:
         """What is seen."""
         ids = self._row.ids
         begun = ids if self._extras else ids[:_FIRST]
-        logits = self._all(begun)
+        drawn, logits = drawing(self._model, lambda: self._all(begun))
+        if drawn == "seeded":
+            self._seed, logits = 0, self._all(begun)
         found = self._first(begun, logits)
         found = replace(found, shortest=len(self._short), longest=len(ids))
+        found = replace(found, draws=drawn)
         if found.last_only:
             return self._last(found)
         if self._extras:
@@ -291,7 +218,8 @@ class _Probe:
     def _all(self, ids: Sequence[int]) -> Tensor:
         given = torch.tensor([[*ids]], dtype=torch.int64, device=self._device)
         try:
-            output = _compat.called(self._model, given, **self._uncached, **self._extras)
+            with self._drawn_again():
+                output = _compat.called(self._model, given, **self._uncached, **self._extras)
         except (TypeError, ValueError, AttributeError) as error:
             part = _compat.language_part(self._model)
             if self._extras or part is None or not _compat.is_transformers(self._model):
@@ -356,6 +284,9 @@ class _Probe:
         # Of a few places rounding is told apart from an effect more surely than of many.
         n_places = 1 if is_half else len(at)
         later = self._after(after, at, alone, n_places=n_places)
+        shows_all = is_half or (found.packing is not None and found.packing.reason is None)
+        if not shows_all:
+            later += self._close(at[2:])
         endings = [self._ending(place, at, alone) for place in ended]
         wide = self._wide(at[:2], _WIDE)
         pairs = [
@@ -372,9 +303,10 @@ class _Probe:
         equal = [(self._said([ids], [at])[0], alone)]
         if not is_half:  # there the first look always shows something
             equal += [(self._said(*both), said), (self._wide(at[:2], _WIDE), wide)]
-        if draws := (most := max(largest(*pair) for pair in equal)) > FINE:
-            drawn = f"equal passes differ by {most:.2g} nats: the model draws at random"
-            found = replace(found, reasons=(*found.reasons, drawn))
+        if (most := max(largest(*pair) for pair in equal)) > FINE and found.draws is None:
+            differ = f"equal passes differ by {most:.2g} nats"
+            found = replace(found, draws="unseen", reasons=(*found.reasons, differ))
+        draws = found.draws is not None
         # One thing after the other, in passes of one shape.
         copies = self._said([ids, ids], [at[:3]] * 2)[0]
         beside = [self._said([one, ids], [at[:3]] * 2)[1] for one in (padded, mate)]
@@ -394,6 +326,8 @@ class _Probe:
             couples |= max(largest(copies, alone[:3]), largest(wide, begun)) > _BATCHED
         if couples:
             later = self._after(after, at, alone, n_places=n_places, at_once=1)
+            if not shows_all:
+                later += self._close(at[2:], at_once=1)
         followed = [(cut, alone[:3]), (one, other), *later]
         sees = any(exceeds(*pair, limit) for pair in followed)
         # How much follows may count as well as what.
@@ -426,13 +360,12 @@ class _Probe:
                 largest(wide, begun),
             ),
             rounding=rounding,
-            draws=draws,
-            is_rough=is_rough or couples or rounding > FINE,
+            is_rough=is_rough or couples or draws or rounding > FINE,
         )
 
     def _packing(self, found: Findings, at: Sequence[int]) -> tuple[Packing | None, Tensor | None]:
         """How the model reads packs, where it might be given any; and what is said there alone."""
-        if self._read_packed is None or found.couples_rows or found.n_before:
+        if self._read_packed is None or found.apart or found.n_before:
             return None, None
         if self._earlier is not None and self._earlier.packs_known(len(self._row.ids)):
             return self._earlier.packing, None
@@ -470,7 +403,8 @@ class _Probe:
 
     def _is_rough(self, found: Findings) -> bool:
         """Whether rounding is worth measuring."""
-        return self._is_half(found) or _compat.computes_roughly(self._model)
+        is_half = self._is_half(found)
+        return found.draws is not None or is_half or _compat.computes_roughly(self._model)
 
     def _is_half(self, found: Findings) -> bool:
         """Whether rounding may be taken for an effect."""
@@ -494,6 +428,7 @@ class _Probe:
         *,
         n_places: int,
         at_once: int = _AT_ONCE,
+        start: int = 0,
     ) -> list[tuple[Tensor, Tensor]]:
         """What is said where something else follows, beside what is said of the row as it is.
 
@@ -503,23 +438,40 @@ class _Probe:
             alone: What is said there of the row alone.
             n_places: So many of these places at most, up to the cut, are looked at.
             at_once: So many rows are read in one pass.
+            start: Rows are read from this place on.
         """
         found: list[tuple[Tensor, Tensor]] = []
         for i in range(0, len(cuts), at_once):
             some = cuts[i : i + at_once]
             stops = [bisect_right(at, cut) for cut in some]
-            starts = [max(0, stop - n_places) for stop in stops]
-            most = max(stop - start for start, stop in zip(starts, stops, strict=True))
+            firsts = [max(0, stop - n_places) for stop in stops]
+            most = max(stop - first for first, stop in zip(firsts, stops, strict=True))
             own = [
-                [*at[start:stop], *[cut] * (most - (stop - start))]
-                for cut, start, stop in zip(some, starts, stops, strict=True)
+                [*at[first:stop], *[cut] * (most - (stop - first))]
+                for cut, first, stop in zip(some, firsts, stops, strict=True)
             ]
-            said = self._said([self._cut(cut) for cut in some], own)
+            said = self._said(
+                [self._cut(cut)[start:] for cut in some],
+                [[place - start for place in places] for places in own],
+            )
             found += [
-                (one[: stop - start], alone[start:stop])
-                for one, start, stop in zip(said, starts, stops, strict=True)
+                (one[: stop - first], alone[first:stop])
+                for one, first, stop in zip(said, firsts, stops, strict=True)
             ]
         return found
+
+    def _close(
+        self, places: Sequence[int], *, at_once: int = _AT_ONCE
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As `_after`, of the target and the ids close before it: short rows, so after each place.
+
+        What one token makes of another that comes next is seen after that one alone.
+        """
+        start = max(0, places[0] - _CLOSE)
+        alone = self._said([self._row.ids[start:]], [[place - start for place in places]])[0]
+        return self._after(
+            places, places, alone, n_places=len(places), at_once=at_once, start=start
+        )
 
     def _ending(self, place: int, at: Sequence[int], alone: Tensor) -> tuple[Tensor, Tensor]:
         """What is said of the row where it ends at a place, and of all of it; as for `_after`."""
@@ -530,7 +482,12 @@ class _Probe:
         """The row with other ids after a place; of what comes there nothing, as far as can be."""
         ids, begun = self._row.ids, self._row.ids[: place + 1]
         later, pool = {*ids[place + 1 :]}, self._pool()
-        fresh = [one for one in pool if one not in later] or pool[place % len(pool) :][:1]
+        # Where all ids of the target come later, one of the prompt, unless it may be an image's.
+        others = () if self._extras else sorted({*ids})
+        fresh = [one for one in pool if one not in later] or [
+            one for one in others if one not in later
+        ]
+        fresh = fresh or pool[place % len(pool) :][:1]
         return [*begun, *self._others(ids[place + 1 :], first=fresh)]
 
     def _others(
@@ -564,12 +521,17 @@ class _Probe:
                 raise
         return torch.cat([self._pass([row], [own]) for row, own in zip(rows, at, strict=True)])
 
+    def _drawn_again(self) -> AbstractContextManager[Any]:
+        """Every pass draws the same, as far as it is of one shape."""
+        return nullcontext() if self._seed is None else Draws(self._seed)
+
     def _pass(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
         ids = torch.tensor([[*row] for row in rows], dtype=torch.int64, device=self._device)
         places = torch.tensor([[*own] for own in at], dtype=torch.int64, device="cpu")
         arguments = {**self._uncached, **self._extras}
         arguments |= _compat.keeping_logits(self._kept, places, ids)
-        logits = _compat.sequence_logits(_compat.called(self._model, ids, **arguments))
+        with self._drawn_again():
+            logits = _compat.sequence_logits(_compat.called(self._model, ids, **arguments))
         if self._kept != "positions":
             where = (places - (ids.shape[1] - logits.shape[1])).to(logits.device)
             logits = logits.gather(1, where[..., None].expand(-1, -1, logits.shape[2]))

@@ -96,7 +96,7 @@ class Batching:
     def apply_findings(self, found: Findings) -> None:
         """Keeps to what the probe found of the model."""
         self._even = found.even
-        if found.couples_rows:
+        if found.apart:
             self.max_rows = 1
             self._reuse = self._packs = False
         packing = found.packing

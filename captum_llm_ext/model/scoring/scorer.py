@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked, explained
 from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.passes import Around, Passes
+from captum_llm_ext.model.forward.prefixes import sort_by_prefix
 from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.generation import Generation
 from captum_llm_ext.model.identity import check_same
-from captum_llm_ext.model.probe import Findings, findings
+from captum_llm_ext.model.probe import FINE, Findings, findings, seen_ahead
 from captum_llm_ext.model.probe.noise import NoiseFloor
 from captum_llm_ext.model.processes.group import Processes
 from captum_llm_ext.model.scoring.answers import AnswerWriter
@@ -330,17 +332,36 @@ class Scorer:
         if extras:  # rows are given one by one, whatever their lengths
             found = replace(found, shortest=0, longest=sys.maxsize)
         self._batching.apply_findings(found)
-        self._passes.kept = found.kept
+        self._passes.kept, self._passes.seed = found.kept, 0 if found.seeds else None
         self._findings = found
         return found
 
     def _found(self, found: Findings, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
         if not found.step_by_step:
             try:
-                return self._values(rows, asked)
+                values = self._values(rows, asked)
             except _BatchesUnknownError:
                 found = self._look(rows, batches=True)
+            else:
+                found = self._confirm(found, rows, asked, values)
         return self._stepping(rows, asked) if found.step_by_step else self._values(rows, asked)
+
+    def _confirm(
+        self, found: Findings, rows: Sequence[TokenRow], asked: Asked, values: Tensor
+    ) -> Findings:
+        """Holds what rows say against one another where they begin alike.
+
+        There they differ in what follows alone, after every token that a row leaves out: the whole
+        run shows then what a few passes of the probe may have missed.
+        """
+        if found.is_rough or asked.per_token > 1 or not isinstance(self.attr_target, str):
+            return found
+        if (ahead := _apart_where_alike(rows, values)) <= FINE:
+            return found
+        found = seen_ahead(self.model, found, ahead)
+        self._batching.apply_findings(found)
+        self._findings = found
+        return found
 
     def tolerance(self, values: Tensor) -> Tensor:
         """How far rounding may move each of these values between two runs of the same model.
@@ -516,6 +537,23 @@ class Scorer:
     def forecast(self, n_rows: int) -> None:
         """Says in the bar how many evaluations are likely still to come; 0 takes it away."""
         self._bar.note(f"about {n_rows} more" if n_rows > 0 else "")
+
+
+def _apart_where_alike(rows: Sequence[TokenRow], values: Tensor) -> float:
+    """The largest difference between values of a token after the same ids, in rows that go on."""
+    # Of those that begin alike, neighbours do for longest.
+    order, shared = sort_by_prefix([row.ids for row in rows], [len(row.ids) for row in rows])
+    largest = 0.0
+    for (i, j), n_alike in zip(pairwise(order), shared[1:], strict=True):
+        one, other = rows[i], rows[j]
+        if one.key != other.key or one.extras is not None:
+            continue
+        places = enumerate(zip(one.positions, other.positions, strict=True))
+        alike = [t for t, (p, q) in places if 0 <= p == q < n_alike]
+        if alike:
+            apart = (values[i, alike] - values[j, alike]).abs().nan_to_num(nan=0.0)
+            largest = max(largest, float(apart.max()))
+    return largest
 
 
 def _digest_of(keys: Sequence[bytes]) -> bytes:

@@ -296,8 +296,8 @@ def _with_missing(text: str, span: Span, said: str) -> Found:
     shown, wanted = text[slice(*span)].strip(), said.strip()
     if not shown:
         return Found([], [said])
-    same = (write(one).strip().casefold() for write in _ESCAPES for one in (wanted, said))
-    if shown.casefold() in same:
+    same = (_squeezed(write(one)) for write in _ESCAPES for one in (wanted, said))
+    if _squeezed(shown) in same:
         return Found([span])
     start = common_prefix_length(wanted, shown)
     n_after = common_prefix_length(wanted[start:][::-1], shown[start:][::-1])
@@ -309,12 +309,19 @@ def _with_missing(text: str, span: Span, said: str) -> Found:
     return Found([span], [part for part in left if part.strip()])
 
 
+def _squeezed(text: str) -> str:
+    """What is left of a text whatever becomes of its case and of its white space."""
+    return " ".join(text.split()).casefold()
+
+
 def _find_literally(text: str, said: str) -> Found:
     """Finds a message by its text, where that occurs once."""
-    for write in _ESCAPES:
-        wanted = write(said.strip())
-        if text.count(wanted) == 1:
-            return Found([Span(text.index(wanted), text.index(wanted) + len(wanted))])
+    for change in (str, str.lower):  # a template that writes all in capitals changes marks as well
+        where = change(text)
+        for write in _ESCAPES:
+            wanted = change(write(said.strip()))
+            if where.count(wanted) == 1 and len(where) == len(text):
+                return Found([Span(where.index(wanted), where.index(wanted) + len(wanted))])
     spans: list[Span] = []
     missing: list[str] = []
     position = 0

@@ -1,0 +1,195 @@
+"""What a pass draws at random: whether anything, and the same again from a seed.
+
+Dropout that a hook leaves on, noise, layers that are left out in some passes: values then are those
+of one pass, and another one gives others. Two passes that agree show little (a layer left out in
+one pass of ten seldom shows), but torch knows which of its functions draw, and from what.
+"""
+
+import hashlib
+import random
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeVar, cast
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from captum_llm_ext import _compat
+
+T = TypeVar("T")
+
+# "seeded": all that is drawn can be drawn again from a seed. "free": some of it cannot. "unseen":
+# equal passes differ, by what torch, Python and numpy know nothing of.
+Drawing = Literal["seeded", "free", "unseen"]
+
+_RANDOM = torch.Tag.nondeterministic_seeded
+# Some that have the mark draw only where these arguments are above 0, or true.
+_RATES, _SWITCHES = ("dropout_p", "dropout"), ("train", "training")
+# And this one only chooses which of them is called.
+_CHOOSES = ("aten::_fused_sdp_choice",)
+# Functions of which there is one that takes a generator beside one that does not.
+_OVERLOADS = {
+    "default": "generator",
+    "low": "low_generator",
+    "low_dtype": "low_generator_dtype",
+    "Tensor": "Tensor_generator",
+}
+
+
+class Draws(TorchDispatchMode):
+    """Notes what is drawn by torch within, in this thread.
+
+    Args:
+        seed: Random numbers are drawn from generators with this seed, the global ones left alone.
+            None: as ever.
+
+    Attributes:
+        sources: What each random function drew from: a digest of its generator's state.
+        are_seeded: Whether everything was drawn from the seed.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        self.sources: list[bytes] = []
+        self.are_seeded = True
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if _RANDOM in func.tags and _draws(func, args, named):
+            generator = named.get("generator")
+            device = _device(args, named)
+            if self._seed is not None and generator is None:
+                seeding = _with_generator(func)
+                if seeding is not None:
+                    func, generator = seeding, self._generator(device, self._seed)
+                    named["generator"] = generator
+            self.are_seeded &= generator is not None and generator in self._generators.values()
+            self.sources.append(_state_of(generator or _global_generator(device)))
+        return func(*args, **named)
+
+    def _generator(self, device: torch.device, seed: int) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(seed)
+        return self._generators[device]
+
+
+def drawn_again(seed: int | None, ids: Tensor) -> AbstractContextManager[Any]:
+    """A pass over ids within draws what it drew before, and another pass something else.
+
+    Args:
+        seed: Of all passes; None: as ever.
+        ids: Token ids.
+    """
+    if seed is None:
+        return nullcontext()
+    return Draws(crc32(repr(ids.tolist()).encode(), seed))
+
+
+def drawing(model: nn.Module, run: Callable[[], T]) -> tuple[Drawing | None, T]:
+    """Whether a model draws at random in a pass, and whether that can be seeded.
+
+    One that seeds its generators itself, each time anew, does not.
+
+    Args:
+        model: The model.
+        run: The pass; made once, and some times more if it may draw.
+
+    Returns:
+        What was seen, None where nothing is drawn; and what `run` gave at first.
+    """
+    is_compiled = _compat.is_compiled(model)  # what torch runs then, it runs past any mode
+    first, before = Draws(), _states(model)
+    if is_compiled:
+        result = run()
+    else:
+        with first:
+            result = run()
+    if not first.sources and before == _states(model):
+        return None, result
+    if is_compiled or not first.sources:
+        # Another thread may have drawn meanwhile, but hardly time and again.
+        return ("free" if all(_moves(model, run) for _ in range(3)) else None), result
+    with Draws() as second:
+        run()
+    if first.sources == second.sources:
+        return None, result
+    before = _states(model, torchs=False)
+    with Draws(0) as third:
+        run()
+    is_all = third.are_seeded and before == _states(model, torchs=False)
+    return ("seeded" if is_all else "free"), result
+
+
+def _draws(func: Any, args: Any, named: dict[str, Any]) -> bool:
+    """Whether a function that may draw does so with these arguments."""
+    name, schema = func._schema.name, func._schema.arguments
+    given = {a.name: value for a, value in zip(schema, args, strict=False)} | named
+    values = {a.name: given.get(a.name, a.default_value) for a in schema}
+    if name in _CHOOSES or any(values.get(switch) is False for switch in _SWITCHES):
+        return False
+    rates = (*_RATES, "p") if "dropout" in name else _RATES
+    return all(values.get(rate) != 0 for rate in rates)
+
+
+def _with_generator(func: Any) -> Any:
+    """The same function with an argument `generator`; None if there is none."""
+    if any(argument.name == "generator" for argument in func._schema.arguments):
+        return func
+    name = _OVERLOADS.get(func._overloadname)
+    return None if name is None else getattr(func.overloadpacket, name, None)
+
+
+def _device(args: Any, named: dict[str, Any]) -> torch.device:
+    if named.get("device") is not None:
+        return torch.device(named["device"])
+    tensor = next((a for a in (*args, *named.values()) if isinstance(a, Tensor)), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _global_generator(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+def _state_of(generator: torch.Generator) -> bytes:
+    state: Any = generator.get_state().numpy()
+    return hashlib.blake2b(memoryview(state), digest_size=8).digest()
+
+
+def _moves(model: nn.Module, run: Callable[[], object]) -> bool:
+    before = _states(model)
+    run()
+    return before != _states(model)
+
+
+def _states(model: nn.Module, *, torchs: bool = True) -> tuple[object, ...]:
+    """Where generators stand: Python's and numpy's, the model's own, and torch's if wanted."""
+    found: list[object] = [random.getstate()]
+    own = [value for module in model.modules() for value in vars(module).values()]
+    found += [value.getstate() for value in own if isinstance(value, random.Random)]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        found.append(_plain(numpy.random.get_state(legacy=False)))
+        kinds = (numpy.random.Generator, numpy.random.RandomState)
+        found += [_plain(one._bit_generator.state) for one in own if isinstance(one, kinds)]
+    if torchs:
+        found.append(_state_of(torch.default_generator))
+        if torch.cuda.is_initialized():
+            found += map(_state_of, torch.cuda.default_generators)
+    return tuple(found)
+
+
+def _plain(state: Any) -> object:
+    """Numpy's state of a generator as something that can be compared."""
+    if isinstance(state, dict):
+        items = cast(dict[str, Any], state).items()
+        return tuple((key, _plain(value)) for key, value in items)
+    return state.tobytes() if hasattr(state, "tobytes") else state

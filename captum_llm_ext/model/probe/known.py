@@ -1,0 +1,105 @@
+"""`findings`: what a model does, looked at once for a model in one state."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from captum_llm_ext import _compat
+from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.probe.findings import Findings, Packing
+from captum_llm_ext.model.probe.probing import Probe, ReadPacked
+from captum_llm_ext.model.probe.state import State, differences, state_of
+
+# The less is known of what is drawn, the later.
+_HOW = (None, "seeded", "free", "unseen")
+
+
+@dataclass
+class _Known:
+    """What was found of a model, the state it was in, and what in that its own passes change."""
+
+    state: State
+    passing: frozenset[tuple[Any, ...]]
+    found: Findings
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def findings(
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    extras: Mapping[str, Any] | None = None,
+    read_packed: ReadPacked | None = None,
+) -> Findings:
+    """What a model does on rows such as these.
+
+    It is looked at in some ten rows' time, and five more where it does not read packs, once for a
+    model in one state; again where rows are longer, or shorter, than any before.
+
+    Args:
+        model: The model, in evaluation mode and without gradients.
+        rows: What it will be asked: the longest and the shortest are looked at.
+        extras: Other arguments of its forward, batch size 1, on its device; rows are then looked at
+            one by one.
+        read_packed: Compares a row in a pack with the row alone, where it may be given packs.
+
+    Raises:
+        TypeError: If the model does not run on token ids alone, or returns no logits of a
+            vocabulary for each.
+        ValueError: If its logits cannot be told apart from others that it returns.
+    """
+    lengths = [len(row.ids) for row in rows]
+    known = _known.get(model)
+    # Processes that hold a model together must all look, or none; extras are of one prompt.
+    keeps = not extras and not _compat.model_ranks(model)
+    before = state_of(model) if keeps else {}
+    same = keeps and known is not None and not differences(known.state, before) - known.passing
+    earlier = known.found if same and known is not None else None
+    if earlier is not None and earlier.covers(min(lengths), max(lengths), packs=read_packed):
+        return earlier
+    found = Probe(model, rows, dict(extras or {}), read_packed, earlier).findings()
+    if keeps:
+        after = state_of(model)
+        if earlier is not None:
+            found = _both(earlier, found)
+        _known[model] = _Known(after, frozenset(differences(before, after)), found)
+    return found
+
+
+def seen_ahead(model: nn.Module, found: Findings, much: float) -> Findings:
+    """What is known of a model once a run has shown by how much it sees ahead."""
+    found = replace(found, sees_ahead=True, mixes_lengths=False, ahead=much)
+    known = _known.get(model)
+    if known is not None:
+        known.found = _both(known.found, found)
+    return found
+
+
+def _both(one: Findings, other: Findings) -> Findings:
+    """What holds of rows as in one and of those as in the other."""
+    ahead = [x.ahead for x in (one, other) if x.ahead is not None]
+    coupling = [x.coupling for x in (one, other) if x.coupling is not None]
+    # Of batches of other lengths than those that were seen nothing is known.
+    lengths = (one, other) if one.batches_known or not other.batches_known else (other,)
+    return replace(
+        other,
+        shortest=min(seen.shortest for seen in lengths),
+        longest=max(seen.longest for seen in lengths),
+        sees_ahead=one.sees_ahead or other.sees_ahead,
+        couples_rows=one.couples_rows or other.couples_rows,
+        mixes_lengths=one.mixes_lengths or other.mixes_lengths,
+        ahead=max(ahead, default=None),
+        coupling=max(coupling, default=None),
+        rounding=max(one.rounding, other.rounding),
+        draws=max(one.draws, other.draws, key=_HOW.index),
+        is_rough=one.is_rough or other.is_rough,
+        packing=_packing_of_both(one.packing, other.packing),
+    )
+
+
+def _packing_of_both(one: Packing | None, other: Packing | None) -> Packing | None:
+    return other if one is None else one if other is None else one.joined(other)
