@@ -20,7 +20,7 @@ def environment(*, seed: int, device: str = "cpu", dtype: str = "float32") -> di
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "command": " ".join(["python", _script(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(["python", _script(sys.argv[0]), *map(_shown, sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
@@ -36,6 +36,11 @@ def _script(path: str) -> str:
     """From the root of the repository, wherever that is."""
     script = Path(path).resolve()
     return str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+
+
+def _shown(argument: str) -> str:
+    """Where a folder lies on a machine is its owner's affair."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _version(name: str) -> str | None:

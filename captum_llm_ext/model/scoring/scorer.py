@@ -201,7 +201,7 @@ class Scorer:
             with exclusive_use(self.model):
                 found = self._look([TokenRow(r.ids, (len(r.ids) - 1,), r.extras) for r in rows])
             is_sampled = generation.settings.get("do_sample") == "True"
-            together = found.shares and (is_sampled or not found.is_rough)
+            together = not found.apart and (is_sampled or not found.is_rough)
         return self._answers.each(rows, generation, seeds, together=together, tell=tell)
 
     def check_length(self, length: int, what: str) -> None:
