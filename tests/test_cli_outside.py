@@ -56,6 +56,9 @@ def desk(tmp_path_factory):
         quick = ["--model", "demo", "--quiet", "--method", "ablation", "--max-new-tokens", "12"]
         save = ["--baselines", baselines, "--save", str(at / f"{name}.safetensors")]
         assert main(["attribute", "--prompt", PROMPT, *quick, *save]) == 0
+    search = ["counterfactual", "--model", "demo", "--prompt", PROMPT, "--max-new-tokens", "12"]
+    changes = ["--max-size", "1", "--baselines", "corpus:demo", "--json", str(at / "changes.json")]
+    assert main([*search, *changes, "--quiet"]) == 0
     return at
 
 

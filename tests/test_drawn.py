@@ -257,9 +257,13 @@ def test_text_shades_what_made_the_model_write_a_token(model, tokenizer, result)
 def test_text_of_all_tokens_is_their_sum(result):
     span = result.attribute_span(0, len(result.output_tokens))
     _, ax = result.plot_text()
-    strongest = float(span.values.abs().max())
-    bar = ax.figure.axes[1]
-    assert bar.get_xlim() == pytest.approx((-strongest, strongest))
+    n = result.token_attr.shape[1]
+    scales = {bar.get_xlabel(): bar.get_xlim() for bar in ax.figure.axes[1:]}
+    for block, values in (("the prompt", span.values[:n]), ("the answer so far", span.values[n:])):
+        strongest = float(values.abs().max())
+        limits = scales.pop(f"Attribution to {block} (nats)")
+        assert limits == pytest.approx((-strongest, strongest))
+    assert not scales
     with pytest.raises(ValueError, match="probabilities of tokens do not add up"):
         result.refit(attr_target="prob").plot_text()
     assert result.refit(attr_target="prob").plot_text(0)

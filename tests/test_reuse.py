@@ -358,6 +358,8 @@ def test_running_out_of_memory_loses_nothing(monkeypatch):
     monkeypatch.setattr(model, "forward", small)
     assert difference(scorer.values(rows, target), truth) < 1e-11
     failures = [size for size in sizes if size > 3]
+    probed = failures.pop(0)  # rows that the model is looked at with
+    assert probed == 4
     assert failures == sorted(set(failures), reverse=True)  # halved each time, decided once
     assert scorer.n_evaluations == len({row.ids for row in rows})
 

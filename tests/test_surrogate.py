@@ -199,7 +199,9 @@ def test_a_refit_is_the_answer_again_and_others_come_from_both_levels(tmp_path):
         ShapleyValues(model), None, attr_target="prob", output_unit=None, max_exact_features=16
     )
     prob = found.refit(attr_target="prob")
-    assert bool(((prob.token_attr - truth.token_attr).abs() <= 5 * prob.token_attr_se + 1e-6).all())
+    # Errors from eight pairs have the tails of Student's t with seven degrees: of 35 cells one in
+    # twenty runs has one beyond 5 of them, one in 300 beyond 8. How many pairs hangs on the clock.
+    assert bool(((prob.token_attr - truth.token_attr).abs() <= 8 * prob.token_attr_se + 1e-6).all())
     assert found.refit(PartitionShap(model, scheme="splits")).token_attr.isfinite().all()
     lime = found.refit(Lime(model, interpretable_model=_ridge()))
     assert lime.token_attr.isfinite().all()

@@ -22,6 +22,15 @@ def is_compiled(model: nn.Module) -> bool:
     return any(hasattr(m, "_orig_mod") or vars(m).get("_compiled_call_impl") for m in modules)
 
 
+def runs_past_modes(model: nn.Module) -> bool:
+    """Whether torch runs some of the model where no torch dispatch mode sees it.
+
+    torch 2.13 (2026): under a mode flex attention is not compiled, holds all scores, and warns.
+    """
+    config: Any = getattr(model, "config", None)
+    return is_compiled(model) or getattr(config, "_attn_implementation", "") == "flex_attention"
+
+
 def is_transformers(model: nn.Module) -> bool:
     """Whether the model's forward is one of transformers."""
     # What torch has traced or scripted has a forward of no module, or its class tells of none.

@@ -104,16 +104,16 @@ def drawing(model: nn.Module, run: Callable[[], T]) -> tuple[Drawing | None, T]:
     Returns:
         What was seen, None where nothing is drawn; and what `run` gave at first.
     """
-    is_compiled = _compat.is_compiled(model)  # what torch runs then, it runs past any mode
+    is_unseen = _compat.runs_past_modes(model)
     first, before = Draws(), _states(model)
-    if is_compiled:
+    if is_unseen:
         result = run()
     else:
         with first:
             result = run()
     if not first.sources and before == _states(model):
         return None, result
-    if is_compiled or not first.sources:
+    if is_unseen or not first.sources:
         # Another thread may have drawn meanwhile, but hardly time and again.
         return ("free" if all(_moves(model, run) for _ in range(3)) else None), result
     with Draws() as second:

@@ -5,6 +5,9 @@
 let effect = "direct"; /* or "through": shares in the end */
 const isThrough = () => effect === "through";
 const MOST_CHAINS = 3;
+/* By words, a way is all chains that pass through them: none of the strongest ways is missed unless
+   it is made of none of so many of the strongest chains. */
+const CANDIDATES = 64;
 
 const graphs = new Map();
 function graph() {
@@ -62,7 +65,7 @@ function strongest(own, row) {
   row.features.forEach((j, k) => {
     for (const { share, column, features } of bestOf(own, j)) found.push({ share: share * row.others[k], column, features: [...features, j] });
   });
-  return found.sort((a, b) => b.share - a.share).slice(0, MOST_CHAINS);
+  return found.sort((a, b) => b.share - a.share).slice(0, CANDIDATES);
 }
 function bestOf(own, feature) {
   for (let j = own.best.length; j <= feature; j++) {
