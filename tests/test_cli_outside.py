@@ -53,10 +53,10 @@ def desk(tmp_path_factory):
         (at / f"{name}.txt").write_text(f"{name.title()} lives in Austin, TX.", encoding="utf-8")
     for name in ("dave", "deleted", "corpus"):
         baselines = "delete" if name == "deleted" else "corpus:demo"
-        quick = ["--model", "demo", "--quiet", "--method", "ablation", "--max-new-tokens", "12"]
+        quick = ["--model", "demo", "--quiet", "--method", "ablation"]
         save = ["--baselines", baselines, "--save", str(at / f"{name}.safetensors")]
         assert main(["attribute", "--prompt", PROMPT, *quick, *save]) == 0
-    search = ["counterfactual", "--model", "demo", "--prompt", PROMPT, "--max-new-tokens", "12"]
+    search = ["counterfactual", "--model", "demo", "--prompt", PROMPT]
     changes = ["--max-size", "1", "--baselines", "corpus:demo", "--json", str(at / "changes.json")]
     assert main([*search, *changes, "--quiet"]) == 0
     return at
