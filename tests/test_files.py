@@ -219,7 +219,9 @@ def test_ctrl_c_at_any_moment(tmp_path):
     path = tmp_path / "file"
     files.write(path, b"0" * 100_000)
     code = (
-        "import sys; from captum_llm_ext.base import files\n"
+        "import signal, sys; from captum_llm_ext.base import files\n"
+        # A shell has what it starts in the background ignore the signal, and so all of its own.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "print('go', flush=True)\n"
         "for i in range(10_000): files.write(sys.argv[1], bytes([48 + i % 10]) * 100_000)\n"
     )
