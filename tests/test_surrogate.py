@@ -3,6 +3,7 @@
 import copy
 from math import sqrt
 
+import clock
 import pytest
 import tiny
 import torch
@@ -14,6 +15,7 @@ from captum_llm_ext import (
     PartitionShap,
     TextSegmentInput,
 )
+from captum_llm_ext.attribution import two_levels
 from captum_llm_ext.coalitions import (
     Scope,
     join_plans,
@@ -31,6 +33,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:the surrogate saves nothing")
 
 PROMPT = "Dave lives in Palm Coast and golfs."
 TARGET = " golf and chess"
+
+
+@pytest.fixture(autouse=True)
+def _equal_runs(monkeypatch):
+    monkeypatch.setattr(two_levels, "time", clock.steady())
 
 
 def perturbed(model, size, seed=0):
@@ -199,9 +206,7 @@ def test_a_refit_is_the_answer_again_and_others_come_from_both_levels(tmp_path):
         ShapleyValues(model), None, attr_target="prob", output_unit=None, max_exact_features=16
     )
     prob = found.refit(attr_target="prob")
-    # Errors from eight pairs have the tails of Student's t with seven degrees: of 35 cells one in
-    # twenty runs has one beyond 5 of them, one in 300 beyond 8. How many pairs hangs on the clock.
-    assert bool(((prob.token_attr - truth.token_attr).abs() <= 8 * prob.token_attr_se + 1e-6).all())
+    assert bool(((prob.token_attr - truth.token_attr).abs() <= 5 * prob.token_attr_se + 1e-6).all())
     assert found.refit(PartitionShap(model, scheme="splits")).token_attr.isfinite().all()
     lime = found.refit(Lime(model, interpretable_model=_ridge()))
     assert lime.token_attr.isfinite().all()
