@@ -22,7 +22,8 @@ from captum_llm_ext import (
 from captum_llm_ext.coalitions import join_plans, plan_anchors, plan_pairs, plan_permutations
 from captum_llm_ext.result import plot
 from captum_llm_ext.result.convergence import earlier
-from captum_llm_ext.result.refit import Design, Evidence
+from captum_llm_ext.result.design import Design
+from captum_llm_ext.result.refit import Evidence
 from captum_llm_ext.text.inputs import Piece
 
 matplotlib.use("Agg")

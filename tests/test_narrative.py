@@ -15,9 +15,10 @@ from scipy import stats
 from captum_llm_ext.coalitions import Scope, join_plans, plan_anchors, plan_pairs
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.about import factor, header
+from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.marks import marked_beyond
 from captum_llm_ext.result.reading import Reading, first_level
-from captum_llm_ext.result.refit import Design, Evidence, jackknife_error
+from captum_llm_ext.result.refit import Evidence, jackknife_error
 
 DATA = Path(__file__).parent / "data"
 NAMES = ("rag", "chat", "few_shot", "summary")

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from captum_llm_ext.coalitions.causal_scope import Scope, View, views
 from captum_llm_ext.coalitions.enumeration import exact
-from captum_llm_ext.coalitions.interactions import factor, left_out_error, relevance_of
+from captum_llm_ext.coalitions.interactions import relevance_of
 from captum_llm_ext.coalitions.kernel import is_complete, kernel_weights, ridge
+from captum_llm_ext.coalitions.left_out import factor, left_out_error
 from captum_llm_ext.coalitions.plans import Plan
 
 _REACHES, _NOISE = (1.0, 3.0), (1e-3, 1e-2, 1e-1, 1.0)

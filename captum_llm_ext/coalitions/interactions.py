@@ -18,10 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Noise and interactions, relative to what single features explain.
-_NOISE = torch.logspace(-3, 1.5, 10, dtype=torch.float32, device="cpu").tolist()
-_STRENGTH = (0.1, 0.3, 1.0, 3.0, 10.0)
-_STARTS = ((3, 2), (5, 2))
+from captum_llm_ext.coalitions.left_out import LEAST_NOISE, GridSearch, factor
+
 # Neighbours are up to so many columns apart.
 _REACH = 4
 # With these four, 24 games of 36 and 100 features (`benchmarks/games.py`) are solved as well as by
@@ -171,7 +169,7 @@ class Interactions:
         y = y / size
         head, fitted = y.float(), y[: self._n_fitted].float()
         few = _every(self._n_fitted, _MOST_FOR_SEARCH)
-        hyper = min(self._searches(attributions, few, head[few]), key=lambda s: s.error).walk()
+        hyper = self._found(attributions, few, head[few])
         freedom = len(attributions)
         if n_learning := self._affordable(hyper.local, effort):
             freedom *= 2
@@ -217,24 +215,27 @@ class Interactions:
             most = most * 3 // 4
         return most if most > n else 0
 
-    def _searches(self, attributions: Tensor, rows: Tensor, y: Tensor) -> list["_Search"]:
-        """One for each kind of kernel; what they have in common is computed once."""
-        one = torch.ones((), dtype=torch.float32, device="cpu")
+    def _found(self, attributions: Tensor, rows: Tensor, y: Tensor) -> _Hyper:
+        """The kind of kernel that predicts best, with its strength and noise.
+
+        What the kinds have in common is computed once.
+        """
         alone, even = relevance_of(attributions, 1.0), relevance_of(attributions, 0.1)
         linear = self._linear(alone, rows, len(rows), 0).scaled().observations
         products = {
             reach: self._product(reach * even, rows, len(rows), 0).scaled()
             for reach in {kind.reach for kind in _KINDS}
         }
-        found: list[_Search] = []
+        searches: list[tuple[GridSearch, _Kind]] = []
         for kind in _KINDS:
             interactions = products[kind.reach]
             if kind.local and len(self._near):
                 near = self._local(even, rows, len(rows), 0)
                 interactions = interactions.plus(near.scaled()).scaled()
-            hyper = _Hyper(alone, kind.reach * even, kind.local, one, one)
-            found.append(_Search(hyper, linear, interactions.observations, y))
-        return found
+            searches.append((GridSearch(linear, interactions.observations, y), kind))
+        search, kind = min(searches, key=lambda one: one[0].error)
+        strength, noise = torch.tensor(search.walk(), dtype=torch.float64, device="cpu")
+        return _Hyper(alone, kind.reach * even, kind.local, strength, noise)
 
     def _learnt(self, start: _Hyper, rows: Tensor, y: Tensor) -> _Hyper:
         """Automatic relevance determination: the most probable prior given the observations.
@@ -276,7 +277,7 @@ class Interactions:
             ]
             logs = [step(log, own) for step, log, own in zip(steps, logs, slopes, strict=True)]
         alone, together, strength, noise = (log.exp() for log in logs)
-        return _Hyper(alone, together, start.local, strength, noise.clamp_min(_NOISE[0]))
+        return _Hyper(alone, together, start.local, strength, noise.clamp_min(LEAST_NOISE))
 
     def _slope_of_linear(self, slope: Tensor, relevance: Tensor, rows: Tensor) -> Tensor:
         """Slopes in the logarithms of relevances, of what has `slope` in the scaled covariance."""
@@ -547,60 +548,6 @@ def _shapley_of_product(signs: Tensor, each: Tensor, factor: Tensor) -> tuple[Te
     whole = (torch.sinh(each.atanh().sum()) / factor - each.sum()) / n**2
     variances = 4 * factor * (each * variances - 2 * shared + whole)
     return 2 * (factor * each).float() * signs * cross, variances.clamp_min(0).float()
-
-
-class _Search:
-    """Strength and noise of one kernel with the least leave-one-out error, on their grid."""
-
-    def __init__(self, hyper: _Hyper, linear: Tensor, interactions: Tensor, y: Tensor) -> None:
-        self._hyper, self._linear, self._interactions, self._y = hyper, linear, interactions, y
-        self._errors: dict[tuple[int, int], float] = {}
-        self._place = min(_STARTS, key=self._error)
-
-    @property
-    def error(self) -> float:
-        return self._error(self._place)
-
-    def walk(self) -> _Hyper:
-        """Strength and noise, downhill from the best start."""
-        while True:
-            noise, strength = self._place
-            nearby = [
-                (noise + i, strength + j)
-                for i, j in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
-                if 0 <= noise + i < len(_NOISE) and 0 <= strength + j < len(_STRENGTH)
-            ]
-            best = min(nearby, key=self._error)
-            if best == self._place:
-                found = torch.tensor(
-                    [_STRENGTH[strength], _NOISE[noise]], dtype=torch.float64, device="cpu"
-                )
-                return self._hyper._replace(strength=found[0], noise=found[1])
-            self._place = best
-
-    def _error(self, place: tuple[int, int]) -> float:
-        if place not in self._errors:
-            noise, strength = place
-            covariance = self._linear + _STRENGTH[strength] * self._interactions
-            self._errors[place] = left_out_error(covariance, _NOISE[noise], self._y)
-        return self._errors[place]
-
-
-def left_out_error(covariance: Tensor, noise: float, y: Tensor) -> float:
-    """Squared error of left-out observations (Rasmussen and Williams 2006, section 5.4.2)."""
-    inverse = torch.cholesky_inverse(factor(covariance, noise)[0])
-    return float((inverse @ y / inverse.diagonal()).square().sum())
-
-
-def factor(covariance: Tensor, noise: float) -> tuple[Tensor, float]:
-    """Cholesky factor with noise, more of it where rounding asks for more."""
-    while True:
-        noisy = covariance.clone()
-        noisy.diagonal().add_(noise * covariance.diagonal().mean())
-        cholesky, failed = torch.linalg.cholesky_ex(noisy)
-        if not int(failed):
-            return cholesky, noise
-        noise = 10 * noise or _NOISE[0]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What an attribution found, and what else its coalitions tell."""
 
 from captum_llm_ext.result.causes import Cause, Redundancy, SpanAttribution, UnresolvedGroup
-from captum_llm_ext.result.refit import Design
+from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.result import GenerationAttributionResult
 from captum_llm_ext.result.total import Route, TotalAttribution
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.contrast import Foils
-from captum_llm_ext.result.refit import Design
+from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.result import GenerationAttributionResult
 from captum_llm_ext.text.inputs import GeneratedText, Prompt
 

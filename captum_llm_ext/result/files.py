@@ -32,8 +32,8 @@ from torch import Tensor
 
 from captum_llm_ext.base import tensor_file
 from captum_llm_ext.base.tensor_file import BROKEN, Kind
+from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.redundancy import check_redundancy
-from captum_llm_ext.result.refit import Design
 from captum_llm_ext.text.inputs import Level, Piece
 
 if TYPE_CHECKING:

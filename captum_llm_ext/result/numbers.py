@@ -11,8 +11,9 @@ from captum.attr import InterpretableInput, LLMAttributionResult
 from torch import Tensor
 
 from captum_llm_ext.result.causes import Redundancy, SpanAttribution, UnresolvedGroup
+from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.marks import marked_beyond
-from captum_llm_ext.result.refit import Design, Evidence
+from captum_llm_ext.result.refit import Evidence
 from captum_llm_ext.result.summed_errors import capped
 from captum_llm_ext.result.token_names import (
     GOES_ON,

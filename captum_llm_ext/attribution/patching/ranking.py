@@ -13,7 +13,7 @@ from captum_llm_ext.attribution.patching.corruption import Corruption
 from captum_llm_ext.attribution.patching.runs import PatchedRuns
 from captum_llm_ext.contrast import Foils
 from captum_llm_ext.model import AttrTarget
-from captum_llm_ext.model.gradients.backward import called, named
+from captum_llm_ext.model.gradients.differentiable_values import values_by_callable, values_by_name
 
 _NO_GRADIENT = (
     "no gradient comes back through the model's streams (quantised layers, or `torch.no_grad` in "
@@ -51,10 +51,10 @@ def first_order(
     with runs.graph(base) as (logits, streams):
         own = target[said].to(logits.device)
         if callable(attr_target):
-            values = called(logits, own, attr_target)
+            values = values_by_callable(logits, own, attr_target)
         else:
             against = None if foils is None else foils.tensor[said]
-            values = named(logits, own, attr_target, against)
+            values = values_by_name(logits, own, attr_target, against)
         if not values.requires_grad:
             raise ValueError(_NO_GRADIENT)
         found: list[Tensor] = []

@@ -14,6 +14,7 @@ from captum_llm_ext.model.exclusive import in_this_thread_only
 from captum_llm_ext.model.forward.draws import drawn_again
 from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.memory import batch_budget, is_out_of_memory
+from captum_llm_ext.model.gradients.differentiable_values import values_by_callable, values_by_name
 from captum_llm_ext.model.gradients.frozen import frozen
 from captum_llm_ext.model.gradients.layers import Layers, without_gradient
 
@@ -312,9 +313,9 @@ class TargetGradients:
             logits = self._reader.logits(self.row.ids.expand(n_rows, -1), self.row.at)
         target = self.row.target.to(logits.device)
         if callable(self._attr_target):
-            values = called(logits, target, self._attr_target)
+            values = values_by_callable(logits, target, self._attr_target)
         else:
-            values = named(logits, target, self._attr_target, self.row.foils)
+            values = values_by_name(logits, target, self._attr_target, self.row.foils)
         if self.row.chosen is not None:
             values = values[:, list(self.row.chosen)]
         if self._is_joint:
@@ -530,48 +531,6 @@ class TargetGradients:
             return given
 
         return begin
-
-
-def named(logits: Tensor, target: Tensor, attr_target: str, foils: Tensor | None = None) -> Tensor:
-    """Values ``(batch, n_target)``, float64 on the CPU, with their gradient.
-
-    What `scoring` does without one, it does in place. Softmax and sums are taken in float32 at
-    least. A contrast takes none over the vocabulary, but for tokens without foils.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    found = logits.gather(2, target.expand(len(logits), -1)[..., None])[..., 0].to(dtype)
-    if foils is not None:
-        foils = foils.to(logits.device)
-        others = logits.gather(2, foils.clamp(min=0).expand(len(logits), -1, -1)).to(dtype)
-        others = others.masked_fill(foils < 0, -torch.inf)
-        against = [
-            (others[:, t] if bool((foils[t] >= 0).any()) else logits[:, t].to(dtype)).logsumexp(1)
-            for t in range(len(target))
-        ]
-        found = found - torch.stack(against, 1)
-    elif attr_target != "logit":
-        found = found - logits.to(dtype).logsumexp(2)
-    if attr_target == "prob":
-        found = found.exp()
-    return found.double().cpu()
-
-
-def called(
-    logits: Tensor, target: Tensor, attr_target: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Values of a user's callable, ``(batch, n_target)``, float64, with their gradient.
-
-    Raises:
-        TypeError: If the callable returns anything else.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    found = attr_target(logits, target)
-    if not isinstance(found, Tensor) or found.shape != (len(logits), len(target)):
-        raise TypeError(
-            f"`attr_target` returned {getattr(found, 'shape', type(found).__name__)} for logits of "
-            f"shape {tuple(logits.shape)}: return (batch, n_target)."
-        )
-    return found.double().cpu()
 
 
 def _gradients(

@@ -1,0 +1,74 @@
+"""How well a Gaussian process with some covariance predicts the observations left out of it."""
+
+import torch
+from torch import Tensor
+
+# Noise and interactions, relative to what single features explain.
+_NOISE = torch.logspace(-3, 1.5, 10, dtype=torch.float32, device="cpu").tolist()
+_STRENGTH = (0.1, 0.3, 1.0, 3.0, 10.0)
+_STARTS = ((3, 2), (5, 2))
+LEAST_NOISE = _NOISE[0]
+
+
+class GridSearch:
+    """Strength of interactions and noise with the least leave-one-out error, on a grid.
+
+    Args:
+        linear: Covariance of what single features explain, ``(n_rows, n_rows)``.
+        interactions: The same of interactions.
+        y: Observations, ``(n_rows,)``.
+    """
+
+    def __init__(self, linear: Tensor, interactions: Tensor, y: Tensor) -> None:
+        self._linear, self._interactions, self._y = linear, interactions, y
+        self._errors: dict[tuple[int, int], float] = {}
+        self._place = min(_STARTS, key=self._error)
+
+    @property
+    def error(self) -> float:
+        """Squared error of left-out observations where the search is now."""
+        return self._error(self._place)
+
+    def walk(self) -> tuple[float, float]:
+        """Strength and noise, downhill from the best start."""
+        while True:
+            noise, strength = self._place
+            nearby = [
+                (noise + i, strength + j)
+                for i, j in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
+                if 0 <= noise + i < len(_NOISE) and 0 <= strength + j < len(_STRENGTH)
+            ]
+            best = min(nearby, key=self._error)
+            if best == self._place:
+                return _STRENGTH[strength], _NOISE[noise]
+            self._place = best
+
+    def _error(self, place: tuple[int, int]) -> float:
+        if place not in self._errors:
+            noise, strength = place
+            covariance = self._linear + _STRENGTH[strength] * self._interactions
+            self._errors[place] = left_out_error(covariance, _NOISE[noise], self._y)
+        return self._errors[place]
+
+
+def left_out_error(covariance: Tensor, noise: float, y: Tensor) -> float:
+    """Squared error of left-out observations (Rasmussen and Williams 2006, section 5.4.2).
+
+    Args:
+        covariance: Of the observations, ``(n_rows, n_rows)``.
+        noise: Relative to the mean variance.
+        y: Observations, ``(n_rows,)``.
+    """
+    inverse = torch.cholesky_inverse(factor(covariance, noise)[0])
+    return float((inverse @ y / inverse.diagonal()).square().sum())
+
+
+def factor(covariance: Tensor, noise: float) -> tuple[Tensor, float]:
+    """Cholesky factor with noise, more of it where rounding asks for more; and the noise taken."""
+    while True:
+        noisy = covariance.clone()
+        noisy.diagonal().add_(noise * covariance.diagonal().mean())
+        cholesky, failed = torch.linalg.cholesky_ex(noisy)
+        if not int(failed):
+            return cholesky, noise
+        noise = 10 * noise or LEAST_NOISE
