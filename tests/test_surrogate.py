@@ -16,6 +16,7 @@ from captum_llm_ext import (
     TextSegmentInput,
 )
 from captum_llm_ext.attribution import two_levels
+from captum_llm_ext.attribution.surrogate import Surrogate
 from captum_llm_ext.coalitions import (
     Scope,
     join_plans,
@@ -279,3 +280,14 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     assert again.provenance["surrogate"] == first.provenance["surrogate"]
     with pytest.raises(ValueError, match="belongs to another run"):
         attribute(KernelShap(model), perturbed(model, 0.05, seed=1), **arguments)
+
+
+def test_a_copy_is_of_the_model_as_it_is_now():
+    model = tiny.llama()
+    surrogate = Surrogate(model, "bf16")
+    first = surrogate.scorer("log_prob", None, False, None).model
+    assert surrogate.scorer("log_prob", None, False, None).model is first
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    again = surrogate.scorer("log_prob", None, False, None).model
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16())

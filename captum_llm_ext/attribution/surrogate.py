@@ -10,6 +10,7 @@ from torch import nn
 from captum_llm_ext import _compat
 from captum_llm_ext.base.digest import describe
 from captum_llm_ext.model import AttrTarget, Processes, RowScorer, Scorer, model_identity
+from captum_llm_ext.model.probe.state import State, differences, state_of
 from captum_llm_ext.model.scoring.progress import Shown
 
 _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,7 +23,8 @@ class Surrogate:
     Args:
         of: The model.
         given: ``"bf16"`` or ``"float16"``: a copy of it in that type, made when it is first wanted
-            and then kept; another model over the same vocabulary; or a scorer.
+            and kept while the model stays as it is; another model over the same vocabulary; or a
+            scorer.
 
     Raises:
         TypeError: If `given` is none of these.
@@ -32,6 +34,7 @@ class Surrogate:
     of: nn.Module
     given: "str | nn.Module | RowScorer"
     _model: nn.Module | None = field(default=None, init=False, repr=False)
+    _copied: State | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         given = self.given
@@ -100,7 +103,11 @@ class Surrogate:
         return type(self.given).__name__
 
     def _own(self) -> nn.Module | None:
-        if self._model is None and isinstance(self.given, str):
+        if not isinstance(self.given, str):
+            return self._model
+        now = state_of(self.of)
+        if self._copied is None or differences(self._copied, now):
+            self._model = None  # before another one is made
             try:
                 copied = copy.deepcopy(self.of)
             except Exception as error:
@@ -109,6 +116,7 @@ class Surrogate:
                     "more in a coarser type, and give that as `surrogate`."
                 ) from error
             self._model = copied.to(_DTYPES[self.given]).eval()
+            self._copied = now
         return self._model
 
 
