@@ -30,7 +30,7 @@ from captum_llm_ext.coalitions.owen_splits import (
     n_splits,
     plan_splits,
     solve_splits,
-    unfold,
+    split_best_first,
     unresolved,
 )
 
@@ -318,7 +318,7 @@ def test_rows_that_are_no_walks_are_refused():
 
 
 def grown(worth: Worth, tree: Tree, n: int, budget: int) -> tuple[Plan, Tensor]:
-    plan, values = unfold(
+    plan, values = split_best_first(
         lambda p: worth(p.masks)[:, None], tree, n, whole(n), n_evaluations=budget
     )
     assert torch.equal(values[:, 0], worth(plan.masks))
@@ -393,7 +393,7 @@ def test_the_split_is_chosen_by_all_targets_together():
         return torch.stack([masks[:, 0] + 0.1 * masks[:, 7], -masks[:, 0] + 0.1 * masks[:, 7]], 1)
 
     tree = balanced(range(8))
-    plan, _ = unfold(score, tree, 8, whole(8, 2), n_evaluations=8)
+    plan, _ = split_best_first(score, tree, 8, whole(8, 2), n_evaluations=8)
     plan = join_plans([plan_anchors(8), plan])
     solution = solve_splits(plan, score(plan), whole(8, 2), tree=tree)
     expected = torch.tensor([1, 0, 0, 0, 0.025, 0.025, 0.025, 0.025], dtype=torch.float64)
@@ -412,7 +412,7 @@ def test_draws_that_are_shared_give_standard_errors():
         present = plan.masks.double()
         return (present[:, 0] * (1 + shifts[plan.draws]) + present[:, 2])[:, None]
 
-    plan, values = unfold(score, tree, 3, whole(3), n_evaluations=10**6, n_draws=4)
+    plan, values = split_best_first(score, tree, 3, whole(3), n_evaluations=10**6, n_draws=4)
     anchors = plan_anchors(3)
     values = torch.cat([torch.tensor([[1 + float(shifts.mean()) + 1], [0.0]]).double(), values])
     solution = solve_splits(join_plans([anchors, plan]), values, whole(3), tree=tree)

@@ -292,7 +292,7 @@ def test_a_bias_that_does_nothing_is_named(demo, server):
     server.bias = "ignored"
     how = {"rung": "stepwise", "top_logprobs": 5}
     ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), demo[1], chat(server), **how)
-    with pytest.raises(ApiError, match=r"does not heed `logit_bias`.*top-k"):
+    with pytest.raises(ApiError, match=r"ignores `logit_bias`.*top-k"):
         ours.attribute(spans(demo[1]), " golf")
     # Without being told which rung, the next one is taken.
     ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), demo[1], chat(server))

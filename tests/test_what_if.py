@@ -375,7 +375,7 @@ def test_distances_between_texts_as_the_model_embeds_them(known):
     assert wasserstein(a, b) == pytest.approx(exact, rel=0.03)
     assert wasserstein(a, a.flip(0)) == pytest.approx(0, abs=1e-3)
     for kind in ("tokens", "words"):
-        between = Smile(model, kind).between(model, tokenizer)
+        between = Smile(model, kind).distance_function(model, tokenizer)
         assert between("golf and chess", "golf and chess") == pytest.approx(0, abs=1e-6)
         assert between("golf and chess", "golf") > 0
         assert between("", "golf") == 1

@@ -44,7 +44,7 @@ class AnswerAccess(ModelAccess):
             Scorer(given.model, processes=given.shared),
             generation,
             given.tokenizer,
-            cast(Smile, given.attr_method).between(given.model, given.tokenizer),
+            cast(Smile, given.attr_method).distance_function(given.model, given.tokenizer),
         )
         own.attr_target, own.tokenizer = "similarity", OpenVocabulary(given.tokenizer)
         return own
@@ -82,7 +82,7 @@ class AnswerAccess(ModelAccess):
     def _vocabulary_size(self) -> int | None:
         return None
 
-    def _arithmetic(self, game: Game) -> dict[str, Any]:
+    def _scoring_provenance(self, game: Game) -> dict[str, Any]:
         del game
         return {"noise_floor": None, "n_answers": self._answers.n_evaluations}
 

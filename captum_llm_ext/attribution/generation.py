@@ -413,7 +413,8 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             draws=outcome.plan.draws,
             n_evaluations=game.run.scorer.n_evaluations,
             like=self._numbers(),
-            provenance=self._game_provenance(game, outcome, generation) | self._arithmetic(game),
+            provenance=self._game_provenance(game, outcome, generation)
+            | self._scoring_provenance(game),
             design=_design(game, outcome),
         )
 
@@ -447,7 +448,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             "n_evaluations": game.run.surrogate.n_evaluations,
         }
 
-    def _arithmetic(self, game: Game) -> dict[str, Any]:
+    def _scoring_provenance(self, game: Game) -> dict[str, Any]:
         """How exact the values are, and how batches were run, for provenance."""
         scorer = game.run.scorer
         floor = scorer.noise_floor(game.full_row, game.target, game.foil_ids)

@@ -153,7 +153,7 @@ class ModelAccess:
     ) -> GeneratedText:
         """The target as features; baselines that condition on the answer know it from here on."""
         generated = run.context.generated(ids, output_unit, output_baselines)
-        self._heed(run, self._foil_context(run, generated))
+        self._condition_on_answer(run, self._foil_context(run, generated))
         return generated
 
     def _foils(self, run: Run, generated: GeneratedText) -> Foils | None:
@@ -197,11 +197,11 @@ class ModelAccess:
         del scorer
         return Scorer(self.model, processes=self._shared)
 
-    def _heed(self, run: Run, scene: FoilContext) -> None:
+    def _condition_on_answer(self, run: Run, context: FoilContext) -> None:
         """Lets absent words be drawn given what kinds of words the answer is made of."""
         # The search of candidates can take as long as leave-one-out: it is told as it goes on.
         asked = run.scorer.beside(_TRIED) if isinstance(run.scorer, Scorer) else Scorer(self.model)
-        run.context.heed(AnswerKinds(scene, asked))
+        run.context.condition_on_answer(AnswerKinds(context, asked))
 
     def _language_model(self, scorer: RowScorer) -> LanguageModel:
         """The model as baselines ask it."""

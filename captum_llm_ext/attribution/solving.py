@@ -1,4 +1,4 @@
-"""Which way a game is solved: sampled, unfolded, or through a method's own ``attribute``."""
+"""How a game is solved: by a fixed plan, by one that grows, or by a method's own ``attribute``."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -13,10 +13,10 @@ from captum_llm_ext.attribution.two_levels import NOT_LINEAR, sample_twice
 from captum_llm_ext.coalitions import Solution, join_plans, plan_anchors
 from captum_llm_ext.coalitions.owen_orders import Tree
 from captum_llm_ext.methods import (
+    Adaptive,
     HierarchicalAblation,
     PartitionShap,
     Smile,
-    Unfold,
     tree_of_prompt,
 )
 from captum_llm_ext.methods.estimators import Estimator, estimator, is_known
@@ -38,7 +38,7 @@ def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
     if game.run.surrogate is not None and (not is_known(method) or isinstance(method, Smile)):
         raise ValueError(NOT_LINEAR.format(type(method).__name__))
     if not is_known(method):
-        return _drive(game, method, effort, arguments)
+        return _solve_foreign(game, method, effort, arguments)
     chosen = estimator(
         method,
         game.n_features,
@@ -50,8 +50,8 @@ def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
     )
     if game.run.surrogate is not None:
         return sample_twice(game, chosen, effort, game.run.surrogate)
-    if chosen.unfold is not None:
-        return _unfold(game, chosen, chosen.unfold, effort)
+    if chosen.adaptive is not None:
+        return _solve_adaptive(game, chosen, chosen.adaptive, effort)
     return sample(game, chosen, effort)
 
 
@@ -64,7 +64,7 @@ def _tree(game: Game, method: PerturbationAttribution) -> Tree:
     return ()
 
 
-def _unfold(game: Game, method: Estimator, unfold: Unfold, effort: Effort) -> Outcome:
+def _solve_adaptive(game: Game, method: Estimator, adaptive: Adaptive, effort: Effort) -> Outcome:
     """Scores what the values found so far say is worth it."""
     if effort.stop is not None or effort.num_trials > 1:
         raise ValueError(
@@ -74,13 +74,13 @@ def _unfold(game: Game, method: Estimator, unfold: Unfold, effort: Effort) -> Ou
     anchors = anchors_of(game)
     seed = int(torch.randint(2**62, (), generator=game.run.generator, device="cpu"))
     ends = game.values(anchors)
-    plan, values = unfold(partial(game.values, seed=seed), game.scope)
+    plan, values = adaptive(partial(game.values, seed=seed), game.scope)
     plan, values = join_plans([anchors, plan]), torch.cat([ends, values])
     solution = method.solve(plan, values, game.scope)
     return Outcome(method.name, plan, values, solution, method.estimate, options=method.options)
 
 
-def _drive(
+def _solve_foreign(
     game: Game,
     method: PerturbationAttribution,
     effort: Effort,

@@ -179,7 +179,7 @@ class _TwoLevels:
 def sample_twice(game: Game, method: Estimator, effort: Effort, surrogate: RowScorer) -> Outcome:
     """Attributes a game by its surrogate's and what that misses, in rounds if there is a rule."""
     rule, few = effort.stop, method.few
-    if few is None or method.unfold is not None:
+    if few is None or method.adaptive is not None:
         raise ValueError(NOT_LINEAR.format(type(game.run.method).__name__))
     if rule is not None and not method.tells_error:
         raise ValueError(NO_ERROR)

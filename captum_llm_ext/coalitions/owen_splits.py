@@ -65,7 +65,7 @@ def plan_splits(tree: Tree, n_features: int, *, n_draws: int = 1, held: int = -1
     return _drawn(torch.cat(found), n_draws)
 
 
-def unfold(
+def split_best_first(
     score: Callable[[Plan], Tensor],
     tree: Tree,
     n_features: int,
@@ -107,8 +107,8 @@ def solve_splits(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
     """Owen values (Owen 1977) as far as the groups were split, the rest in equal shares.
 
     Args:
-        plan: Joined from `plan_anchors` and `plan_splits` or what `unfold` returned; every other
-            plan will do whose coalitions suffice, such as `plan_exact`.
+        plan: Joined from `plan_anchors` and `plan_splits`, or from them and what `split_best_first`
+            returned; every other plan whose coalitions suffice will do, such as `plan_exact`.
         values: Shape ``(n_coalitions, n_target)``.
         scope: One entry per target.
         tree: The nesting that was planned for.

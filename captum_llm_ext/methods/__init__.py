@@ -3,14 +3,14 @@
 from captum_llm_ext.methods.feature_inclusion import FeatureInclusion
 from captum_llm_ext.methods.hierarchical_ablation import (
     HierarchicalAblation,
-    hierarchical_unfold,
+    adaptive_search,
     tree_of_prompt,
 )
 from captum_llm_ext.methods.layer_saliency import LayerSaliency
 from captum_llm_ext.methods.linear_system import EquivalentLinearSystem
 from captum_llm_ext.methods.partition_shap import (
+    Adaptive,
     PartitionShap,
-    Unfold,
     evaluations_of_orders,
     nesting,
     partition,
@@ -18,15 +18,15 @@ from captum_llm_ext.methods.partition_shap import (
 from captum_llm_ext.methods.smile import Smile
 
 __all__ = [
+    "Adaptive",
     "EquivalentLinearSystem",
     "FeatureInclusion",
     "HierarchicalAblation",
     "LayerSaliency",
     "PartitionShap",
     "Smile",
-    "Unfold",
+    "adaptive_search",
     "evaluations_of_orders",
-    "hierarchical_unfold",
     "nesting",
     "partition",
     "tree_of_prompt",

@@ -23,13 +23,13 @@ from captum_llm_ext.coalitions.hierarchical_search import solve_search
 from captum_llm_ext.coalitions.owen_orders import Tree
 from captum_llm_ext.coalitions.plans import MOST_EXACT_FEATURES
 from captum_llm_ext.methods import (
+    Adaptive,
     FeatureInclusion,
     HierarchicalAblation,
     PartitionShap,
     Smile,
-    Unfold,
+    adaptive_search,
     evaluations_of_orders,
-    hierarchical_unfold,
     partition,
 )
 from captum_llm_ext.methods.partition_shap import Partition
@@ -57,7 +57,7 @@ class Estimator:
         solve: Attributions from the coalitions of all rounds and their values.
         estimate: Whether the answer is sampled, so that more rounds make it better.
         tells_error: Whether standard errors come with it.
-        unfold: In place of `plan` where the values decide what is scored next.
+        adaptive: In place of `plan` where the values decide what is scored next.
         options: What `solve` was given beside, as numbers and text.
         needs: What would tell errors, where there are none for want of it.
         usual: Coalitions that it plans by default, where nobody says when to stop.
@@ -71,7 +71,7 @@ class Estimator:
     solve: Solver
     estimate: bool
     tells_error: bool = True
-    unfold: Unfold | None = None
+    adaptive: Adaptive | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     needs: str | None = None
     usual: int = 0
@@ -284,7 +284,7 @@ def _hierarchical(task: _Task) -> Estimator:
         lambda _: coalitions.plan_leave_one_out(n),
         partial(solve_search, tree=task.tree),
         estimate=True,
-        unfold=hierarchical_unfold(task.tree, n, share, task.budget.n_samples, task.n_draws(n)),
+        adaptive=adaptive_search(task.tree, n, share, task.budget.n_samples, task.n_draws(n)),
         options={"tree": task.tree},
     )
 
@@ -418,7 +418,7 @@ def _partition(task: _Task) -> Estimator:
         estimate=not (found.is_complete and task.deterministic),
         tells_error=not (few_orders or one_draw),
         needs=_TWO_DRAWS if one_draw else needs,
-        unfold=found.unfold,
+        adaptive=found.adaptive,
         options={"tree": found.tree},
         usual=usual or task.usual,
         few=few if has_orders and not few_orders else None,

@@ -68,10 +68,10 @@ def tree_of_prompt(n_prompt: int, levels: Sequence[Sequence[int]]) -> Tree:
     return tree_of_levels(n_prompt, levels)
 
 
-def hierarchical_unfold(
+def adaptive_search(
     tree: Tree, n_features: int, share: float, n_evaluations: int | None, n_draws: int
 ) -> Callable[[Callable[[Plan], Tensor], Scope], tuple[Plan, Tensor]]:
-    """`search` with everything but the game given, as `Estimator.unfold` wants it."""
+    """`search` with everything but the game given, as `Estimator.adaptive` wants it."""
     return partial(
         _search, tree, n_features, share=share, n_evaluations=n_evaluations, n_draws=n_draws
     )

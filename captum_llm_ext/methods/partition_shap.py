@@ -23,11 +23,16 @@ from captum_llm_ext.coalitions.owen_orders import (
     solve_nested_orders,
     tree_of_levels,
 )
-from captum_llm_ext.coalitions.owen_splits import n_splits, plan_splits, solve_splits, unfold
+from captum_llm_ext.coalitions.owen_splits import (
+    n_splits,
+    plan_splits,
+    solve_splits,
+    split_best_first,
+)
 from captum_llm_ext.methods.tensor_game import Score, TensorGame, Tensors
 
 Scheme = Literal["orders", "splits"]
-Unfold = Callable[[Score, Scope], tuple[Plan, Tensor]]
+Adaptive = Callable[[Score, Scope], tuple[Plan, Tensor]]
 _EVALUATIONS_PER_FEATURE = 16  # as all estimators that sample
 _MIN_ORDERS_HELD = 4  # two orders and their reverses: fewer tell no standard error
 # Draws of random baselines: as of other enumerated coalitions where all splits are made; where
@@ -127,7 +132,7 @@ class Partition:
         tree: The nesting that is solved for.
         plan: One round of coalitions from a generator.
         solve: Attributions from the coalitions and their values.
-        unfold: In place of `plan` where the values decide what is scored next: from a score and a
+        adaptive: In place of `plan` where the values decide what is scored next: from a score and a
             scope to a plan and its values.
         is_complete: Whether nothing is sampled or left out.
         n_orders: Of a round, where orders are sampled.
@@ -138,15 +143,15 @@ class Partition:
     tree: Tree
     plan: Callable[[torch.Generator], Plan]
     solve: Callable[[Plan, Tensor, Scope], Solution]
-    unfold: Unfold | None = None
+    adaptive: Adaptive | None = None
     is_complete: bool = False
     n_orders: int = 0
     has_budget: bool = True
 
     def run(self, generator: torch.Generator, score: Score, scope: Scope) -> tuple[Plan, Tensor]:
         """One round of coalitions and their values."""
-        if self.unfold is not None:
-            return self.unfold(score, scope)
+        if self.adaptive is not None:
+            return self.adaptive(score, scope)
         plan = self.plan(generator)
         return plan, score(plan)
 
@@ -191,8 +196,8 @@ def partition(
         return Partition("exact Owen values", tree, every, solve, is_complete=True)
     if scheme == "splits":
         draws = 1 if deterministic else n_draws or _SPLIT_DRAWS
-        grow = partial(_unfold, tree, n_features, budget, draws)
-        return Partition("best-first splits", tree, every, solve, unfold=grow)
+        grow = partial(_split_best_first, tree, n_features, budget, draws)
+        return Partition("best-first splits", tree, every, solve, adaptive=grow)
     n_orders = _n_orders(budget, n_features, bool(held))
     plan = partial(_plan_orders, tree, n_features, held, n_orders)
     return Partition(
@@ -289,7 +294,7 @@ def _concatenated(plans: Sequence[Plan]) -> Plan:
     return Plan(torch.cat([p.masks for p in plans]), torch.cat([p.draws for p in plans]))
 
 
-def _unfold(
+def _split_best_first(
     tree: Tree,
     n_features: int,
     budget: int,
@@ -297,7 +302,7 @@ def _unfold(
     score: Score,
     scope: Scope,
 ) -> tuple[Plan, Tensor]:
-    return unfold(score, tree, n_features, scope, n_evaluations=budget, n_draws=n_draws)
+    return split_best_first(score, tree, n_features, scope, n_evaluations=budget, n_draws=n_draws)
 
 
 def _n_orders(budget: int, n_features: int, with_held: bool) -> int:

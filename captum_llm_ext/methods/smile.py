@@ -76,7 +76,7 @@ class Smile(PerturbationAttribution):
             "`GenerationAttribution` or `RemoteGenerationAttribution`."
         )
 
-    def between(self, model: Any, tokenizer: Any) -> Distance:
+    def distance_function(self, model: Any, tokenizer: Any) -> Distance:
         """The distance of two answers.
 
         Args:

@@ -98,7 +98,7 @@ class Speaker(Protocol):
             order; none where there is no way.
         max_concurrency: In how many threads it may be asked.
 
-    One that heeds a bias says so by ``takes_bias = True``.
+    One that applies a bias says so by ``takes_bias = True``.
     """
 
     prefills: tuple[Prefill, ...]

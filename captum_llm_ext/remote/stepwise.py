@@ -328,7 +328,7 @@ class Forced(TopK):
                 f"the provider refuses `logit_bias`: {error}", error.status
             ) from error
         raise HandshakeError(
-            f"the provider does not heed `logit_bias`: {name!r} was given one of {bias:.3g} and is "
+            f"the provider ignores `logit_bias`: {name!r} was given one of {bias:.3g} and is "
             'not told accordingly. `rung="top-k"` would work, with bounds.'
         )
 

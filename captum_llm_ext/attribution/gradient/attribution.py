@@ -17,7 +17,7 @@ from captum_llm_ext.attribution.gradient.arguments import (
     present_features,
 )
 from captum_llm_ext.attribution.gradient.path_groups import Absent
-from captum_llm_ext.attribution.gradient.paths import Paths, Rest
+from captum_llm_ext.attribution.gradient.paths import Paths, Unattributed
 from captum_llm_ext.attribution.model_access import ModelAccess
 from captum_llm_ext.attribution.target import (
     Skipped,
@@ -48,7 +48,7 @@ _N_DRAWS = 8
 _WIDE_GAP = 0.1
 # Parts of a value that a linear system's sum may miss. Float32 misses 1e-6 of it, bfloat16 .006 in
 # the median and .02 at most: beyond this the value is no logit, or the precision is half.
-_BENT, _ROUNDED = 1e-3, 1e-3
+_MOST_NONLINEAR, _MOST_ROUNDING = 1e-3, 1e-3
 
 
 class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
@@ -321,7 +321,9 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             like=self._numbers(),
             foils=foils,
             provenance=provenance
-            | _of_linear(paths.rests, solution.full_values, is_sum=points.measure == "product"),
+            | _linear_provenance(
+                paths.unattributed, solution.full_values, is_sum=points.measure == "product"
+            ),
         )
 
     def _layer(self) -> torch.nn.Module | None:
@@ -366,7 +368,9 @@ def _absence(points: Points, absent: Absent) -> str:
     return "zero activation" if points.from_zero else absent
 
 
-def _of_linear(rests: Mapping[int, Rest], values: Tensor, *, is_sum: bool) -> dict[str, Any]:
+def _linear_provenance(
+    parts: Mapping[int, Unattributed], values: Tensor, *, is_sum: bool
+) -> dict[str, Any]:
     """The parts of a linear system's values that belong to no feature, for provenance.
 
     Norms sum to nothing: of them there is the check alone.
@@ -374,29 +378,29 @@ def _of_linear(rests: Mapping[int, Rest], values: Tensor, *, is_sum: bool) -> di
     Warns:
         UserWarning: If these are not the whole value.
     """
-    if not rests:
+    if not parts:
         return {}
-    each = [rests[t] for t in range(len(values))]
-    defect, bend = max(rest.defect for rest in each), max(abs(rest.bend) for rest in each)
+    each = [parts[t] for t in range(len(values))]
+    defect, nonlinear = max(part.defect for part in each), max(abs(part.nonlinear) for part in each)
     if not is_sum:
         return {"reconstruction_error": defect}
-    if bend > _BENT * float(values.abs().max()):
+    if nonlinear > _MOST_NONLINEAR * float(values.abs().max()):
         warnings.warn(
             f"attributions of a linear system sum to a logit or a difference of some, not to this "
-            f"value, from which they are up to {bend:.2g} apart (see `efficiency_gap`): give "
+            f"value, from which they are up to {nonlinear:.2g} apart (see `efficiency_gap`): give "
             '`attr_target="logit"` for a sum that is exact.',
             stacklevel=3,
         )
-    if defect > _ROUNDED:
+    if defect > _MOST_ROUNDING:
         warnings.warn(
             f"in this precision the sum of all shares misses the value by up to {defect:.1g} of "
             "it: load the model in float32 for a sum that is exact.",
             stacklevel=3,
         )
     return {
-        "fixed_attr": [rest.fixed for rest in each],
-        "fixed_share": [rest.fixed_share for rest in each],
-        "constant_attr": [rest.constant for rest in each],
+        "fixed_attr": [part.fixed for part in each],
+        "fixed_share": [part.fixed_share for part in each],
+        "constant_attr": [part.constant for part in each],
         "reconstruction_error": defect,
     }
 

@@ -37,7 +37,7 @@ from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.inputs import Context, GeneratedText
 
 
-class Rest(NamedTuple):
+class Unattributed(NamedTuple):
     """The parts of a value that a linear system attributes to no feature.
 
     Attributes:
@@ -45,14 +45,14 @@ class Rest(NamedTuple):
         fixed_share: Its part of all that tokens add, by absolute value.
         constant: What biases, position tables and other constants add.
         defect: How far the sum of all shares is off, relative to the value.
-        bend: What the value is beside that sum, where it is no logit or difference of some.
+        nonlinear: What the value is beside that sum, where it is no logit or difference of some.
     """
 
     fixed: float
     fixed_share: float
     constant: float
     defect: float
-    bend: float
+    nonlinear: float
 
 
 class Paths:
@@ -77,7 +77,7 @@ class Paths:
         n_draws: Draws of the baselines.
         n_rows: Points that the model was run on.
         found: What the probe found of the model; None before the first target.
-        rests: By target token what a linear system says beside its attributions.
+        unattributed: By target token what a linear system says beside its attributions.
         on_total: Called with the number of points that a target takes, before the first.
         on_rows: Called with the number of points of every pass.
     """
@@ -111,7 +111,7 @@ class Paths:
         self._layers: Layers | None = None
         self.found: Findings | None = None
         self.n_rows = 0
-        self.rests: dict[int, Rest] = {}
+        self.unattributed: dict[int, Unattributed] = {}
         self.on_total: Callable[[int], None] | None = None
         self.on_rows: Callable[[int], None] | None = None
 
@@ -197,15 +197,15 @@ class Paths:
         if self.on_total is not None:
             n_ends = 0 if self.points.is_local else self._n_baselines
             self.on_total(len(all_groups) * (1 + n_ends + len(self.points.alphas)))
-        for scene in all_groups:
-            targets = list(scene.targets)
-            length = start + scene.n_read
+        for group in all_groups:
+            targets = list(group.targets)
+            length = start + group.n_read
             row = whole.of(targets, length)
             if callable(self._attr_target) and not (is_joint or step_by_step):
-                row = replace(whole, chosen=scene.targets)  # it is told of all of them
+                row = replace(whole, chosen=group.targets)  # it is told of all of them
             rows = [0] if is_joint else targets
             explain = self._local_attributions if self.points.is_local else self._path_attributions
-            solution = explain(scene, row, own, is_joint)
+            solution = explain(group, row, own, is_joint)
             attributions[rows], errors[rows] = solution.attributions, solution.standard_errors
             full[rows], empty[rows] = solution.full_values, solution.empty_values
         # What holds the token or comes after it is no cause: what models give it is rounding.
@@ -248,12 +248,12 @@ class Paths:
         )
 
     def _path_attributions(
-        self, scene: PathGroup, row: Row, own: Features, is_joint: bool
+        self, group: PathGroup, row: Row, own: Features, is_joint: bool
     ) -> Solution:
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
-        begin, free = self._baseline_activations(scene, row, own, present)
+        begin, free = self._baseline_activations(group, row, own, present)
         slopes = self._gradients(points, layers, row, is_joint)
 
         def between(rows: slice) -> tuple[list[Tensor], list[Tensor]]:
@@ -274,7 +274,7 @@ class Paths:
         return Solution(total, self._errors(each, total), full, empty)
 
     def _local_attributions(
-        self, scene: PathGroup, row: Row, own: Features, is_joint: bool
+        self, group: PathGroup, row: Row, own: Features, is_joint: bool
     ) -> Solution:
         """Attributions from gradients at the text as it is, without a path."""
         points, layers = self.points, self._layers
@@ -285,13 +285,13 @@ class Paths:
         ((_, products),) = slopes.products(1, lambda _: (present, present))
         self.n_rows += slopes.n_rows
         owners = own.owners(row.length)
-        owners[held_positions(scene, own, self._kept, row.length)[0]] = own.n_features
+        owners[held_positions(group, own, self._kept, row.length)[0]] = own.n_features
         summed = torch.zeros(len(full), own.n_features + 1, dtype=torch.float64, device="cpu")
         summed.index_add_(1, owners, products[0])
         empty = torch.full_like(full, torch.nan)
         if slopes.linear is not None:
             is_fixed = owners == own.n_features
-            self._note(scene, row, slopes.linear, is_fixed, is_joint=is_joint)
+            self._note(group, row, slopes.linear, is_fixed, is_joint=is_joint)
         if points.measure != "product":
             # A mean, for a feature of many tokens is no more salient than each of them.
             summed /= owners.bincount(minlength=own.n_features + 1).clamp(min=1)
@@ -301,7 +301,7 @@ class Paths:
 
     def _note(
         self,
-        scene: PathGroup,
+        group: PathGroup,
         row: Row,
         linear: Linear,
         is_fixed: Tensor,
@@ -326,8 +326,8 @@ class Paths:
             return
         fixed = shares[:, is_fixed]
         whole = shares.abs().sum(1).clamp(min=torch.finfo(shares.dtype).tiny)
-        for i, target in enumerate(scene.targets):
-            self.rests[target] = Rest(
+        for i, target in enumerate(group.targets):
+            self.unattributed[target] = Unattributed(
                 float(fixed[i].sum()),
                 float(fixed[i].abs().sum() / whole[i]),
                 float(linear.constants[i]),
@@ -383,7 +383,7 @@ class Paths:
         return len(self.points.alphas) if self.points.is_sampled and not is_one else 1
 
     def _baseline_activations(
-        self, scene: PathGroup, row: Row, own: Features, present: list[Tensor]
+        self, group: PathGroup, row: Row, own: Features, present: list[Tensor]
     ) -> tuple[Callable[[slice], list[Tensor]], Tensor]:
         """Activations of some points where features are absent, ``(1 or n, length, size)`` each.
 
@@ -392,7 +392,7 @@ class Paths:
         layers, embeddings = self._layers, self._embeddings
         assert layers is not None
         assert embeddings is not None
-        free = ~held_positions(scene, own, self._drawn_kept(), row.length)
+        free = ~held_positions(group, own, self._drawn_kept(), row.length)
         free &= own.owners(row.length) < own.n_features
         if self.points.from_zero:
             zero = [a * ~free[..., None].to(a.device) for a in present]

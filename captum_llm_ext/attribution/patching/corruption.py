@@ -45,7 +45,7 @@ class Corruption:
     key: str = ""
 
 
-def whole(context: Context, generated: GeneratedText) -> Corruption:
+def original_text(context: Context, generated: GeneratedText) -> Corruption:
     """The text as it is."""
     before = context.full.ids
     ids = (*before, *generated.ids[:-1])
@@ -53,7 +53,7 @@ def whole(context: Context, generated: GeneratedText) -> Corruption:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """The features that are replaced.
 
     Attributes:
@@ -67,7 +67,7 @@ class Chosen:
     names: tuple[str, ...]
 
 
-def chosen(feature: Feature, context: Context, generated: GeneratedText) -> Chosen:
+def select_features(feature: Feature, context: Context, generated: GeneratedText) -> Selection:
     """The features that a user means.
 
     Args:
@@ -97,7 +97,7 @@ def chosen(feature: Feature, context: Context, generated: GeneratedText) -> Chos
                 f"no target token comes after {generated.names[late]!r}, and what stands there "
                 "changes none: name an earlier feature."
             )
-    return Chosen(own, output, tuple(names[c] for c in columns))
+    return Selection(own, output, tuple(names[c] for c in columns))
 
 
 def _column(one: object, names: Sequence[str]) -> int:
@@ -125,7 +125,7 @@ def _column(one: object, names: Sequence[str]) -> int:
     raise ValueError(f"`feature` {one!r} names none of the {len(names)} features: {shown}")
 
 
-def places_of(which: Chosen, context: Context, generated: GeneratedText) -> frozenset[int]:
+def places_of(which: Selection, context: Context, generated: GeneratedText) -> frozenset[int]:
     """Where other ids may stand if these features are absent."""
     start = len(context.full.ids)
     own = context.prompt.places_without(which.prompt)
@@ -135,8 +135,8 @@ def places_of(which: Chosen, context: Context, generated: GeneratedText) -> froz
     return own | {start + p for p in later}
 
 
-def replaced(
-    which: Chosen,
+def replacement_texts(
+    which: Selection,
     context: Context,
     generated: GeneratedText,
     tokenizer: object,
@@ -179,7 +179,7 @@ def replaced(
     rows = generated.render([p.ids for p in prompts], masks[:, n_prompt:], generator, draws)
     may_change = places_of(which, context, generated)
     told = tuple(sorted(may_change))
-    full = whole(context, generated).ids
+    full = original_text(context, generated).ids
     found: list[Corruption] = []
     lengths: Counter[int] = Counter()
     for before, (ids, positions) in zip(prompts, rows, strict=True):
@@ -206,7 +206,7 @@ def replaced(
     )
 
 
-def _none_found(which: Chosen, text: str, lengths: Counter[int], wanted: int) -> str:
+def _none_found(which: Selection, text: str, lengths: Counter[int], wanted: int) -> str:
     names = ", ".join(repr(name) for name in which.names)
     if set(lengths) == {wanted}:
         said = "they give it itself, or move what stands between its places"
@@ -221,8 +221,8 @@ def _none_found(which: Chosen, text: str, lengths: Counter[int], wanted: int) ->
     )
 
 
-def noised(
-    which: Chosen,
+def noisy_texts(
+    which: Selection,
     context: Context,
     generated: GeneratedText,
     embedded: Tensor,
@@ -242,7 +242,7 @@ def noised(
         scale: Standard deviation of the noise, in those of the text's embeddings.
         seed: Of all draws.
     """
-    clean = whole(context, generated)
+    clean = original_text(context, generated)
     start = len(context.full.ids)
     own = {
         p

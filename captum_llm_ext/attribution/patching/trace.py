@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.attribution.patching.corruption import (
-    Chosen,
     Corruption,
     Feature,
-    chosen,
-    noised,
-    replaced,
-    whole,
+    Selection,
+    noisy_texts,
+    original_text,
+    replacement_texts,
+    select_features,
 )
 from captum_llm_ext.attribution.patching.places import Grouping, Places, grouped
 from captum_llm_ext.attribution.patching.ranking import first_order, ranked
@@ -227,18 +227,28 @@ class ActivationPatching:
             size = _compat.vocabulary_size(self.model)
             ids = target_ids(target, tokenizer, gen_args, generate, context.full, runs.scorer, size)
             generated = context.generated(ids, output_unit, output_baselines)
-            which = chosen(feature, context, generated)
+            which = select_features(feature, context, generated)
             groups = grouped(places, context, generated, tokenizer)
             if is_noise:
-                draw = partial(self._noised, which, context, generated, n_draws, noise_scale, seed)
+                draw = partial(
+                    self._noisy_texts, which, context, generated, n_draws, noise_scale, seed
+                )
             else:
                 draw = partial(
-                    replaced, which, context, generated, tokenizer, n_draws=n_draws, seed=seed
+                    replacement_texts,
+                    which,
+                    context,
+                    generated,
+                    tokenizer,
+                    n_draws=n_draws,
+                    seed=seed,
                 )
             # What is drawn by the model, and so by rounding, is the same on all processes.
             texts = self._processes.decide(draw)
             foils = self._foils(context, generated, tokenizer, seed)
-            traced = _Trace(runs, whole(context, generated), texts, ids, foils, groups, direction)
+            traced = _Trace(
+                runs, original_text(context, generated), texts, ids, foils, groups, direction
+            )
             ranks = None if first is None else traced.ranks(scored(self.attr_target))
             effects = traced.effects(ranks, first)
         provenance = {
@@ -276,9 +286,9 @@ class ActivationPatching:
             )
         return found
 
-    def _noised(
+    def _noisy_texts(
         self,
-        which: Chosen,
+        which: Selection,
         context: Context,
         generated: GeneratedText,
         n_draws: int,
@@ -286,10 +296,14 @@ class ActivationPatching:
         seed: int,
     ) -> list[Corruption]:
         device = _compat.input_device(self.model)
-        ids = torch.tensor([whole(context, generated).ids], dtype=torch.int64, device=device)
+        ids = torch.tensor(
+            [original_text(context, generated).ids], dtype=torch.int64, device=device
+        )
         with exclusive_use(self.model):
             embedded = self._stream.embedded(ids)
-        return noised(which, context, generated, embedded, n_draws=n_draws, scale=scale, seed=seed)
+        return noisy_texts(
+            which, context, generated, embedded, n_draws=n_draws, scale=scale, seed=seed
+        )
 
     def _foils(
         self, context: Context, generated: GeneratedText, tokenizer: Any, seed: int
@@ -389,7 +403,7 @@ class _Trace:
 
     def result(
         self,
-        which: Chosen,
+        which: Selection,
         output_tokens: list[str],
         effects: Tensor,
         ranks: Tensor | None,

@@ -341,7 +341,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
     def _by_answers(self, method: Smile) -> "RemoteGenerationAttribution":
         """The same for `Smile`, whose distance says how similar answers are."""
-        distance = method.between(None, None)
+        distance = method.distance_function(None, None)
 
         def nearness(text: str, answer: str) -> float:
             return -float(distance(answer, text))
@@ -525,7 +525,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     def _proposer(self, scorer: RowScorer) -> RowScorer:
         return scorer
 
-    def _heed(self, run: Run, scene: FoilContext) -> None:
+    def _condition_on_answer(self, run: Run, context: FoilContext) -> None:
         """An API does not tell what becomes of words of a kind."""
 
     _what_else_may_be_absent = "Give `baselines=CorpusBaselines(texts)`, of the same kind of text."
@@ -578,7 +578,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         unknown = dict.fromkeys(("revision", "model_class", "dtype", "device"))
         return describe_provider(self.provider) | unknown
 
-    def _arithmetic(self, game: Game) -> dict[str, Any]:
+    def _scoring_provenance(self, game: Game) -> dict[str, Any]:
         if self._counter is not None:
             return {"noise_floor": None}
         scorer = cast(RemoteScorer | LadderScorer, game.run.scorer)

@@ -118,7 +118,7 @@ class Passes:
         """Whether tokens are left out at the model's first and last layer in packs."""
         return self._ends_of_model is not None
 
-    def heed_packing(self, chains: bool, spares_ends: bool) -> None:
+    def use_packing(self, chains: bool, spares_ends: bool) -> None:
         """Takes over what another comparison of packs has shown of this model."""
         self.chains = chains
         if not spares_ends:

@@ -24,7 +24,7 @@ def state_of(model: nn.Module) -> dict[tuple[Any, ...], object]:
     names and switches its modules and configurations hold (adapters that are active, windows, the
     kind of attention, quantisation), who looks on, and how torch computes.
     """
-    found: dict[tuple[Any, ...], object] = {("torch",): _arithmetic()}
+    found: dict[tuple[Any, ...], object] = {("torch",): _torch_settings()}
     seen: set[int] = set()
     for name, module in model.named_modules():
         found[name, "module"] = (id(module), type(module))
@@ -46,7 +46,7 @@ def differences(one: State, other: State) -> set[tuple[Any, ...]]:
 _NONE = object()
 
 
-def _arithmetic() -> tuple[object, ...]:
+def _torch_settings() -> tuple[object, ...]:
     kinds = ("cpu", "cuda")
     return (
         *(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in kinds),

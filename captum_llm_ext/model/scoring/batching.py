@@ -104,7 +104,7 @@ class Batching:
             return
         self._packing = packing
         if packing.reason is None:
-            self._passes.heed_packing(packing.chains, packing.spares_ends)
+            self._passes.use_packing(packing.chains, packing.spares_ends)
             return
         self._packs = False
         name = type(self._passes.model).__name__

@@ -206,7 +206,7 @@ were written come next; NaN where nobody can say. A trial of no place is the tex
 
 
 @runtime_checkable
-class HeedsAnswer(Protocol):
+class UsesAnswer(Protocol):
     """A baseline that goes by what was written after the text, too."""
 
     def with_answer(self, fit: AnswerFit, /) -> Baseline:

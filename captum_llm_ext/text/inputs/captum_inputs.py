@@ -25,7 +25,7 @@ from captum_llm_ext.text.baselines import (
 from captum_llm_ext.text.baselines.candidates import Match
 from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
 from captum_llm_ext.text.inputs.prompt import (
-    Follows,
+    AnswerLogProbs,
     Piece,
     Place,
     Prompt,
@@ -287,8 +287,8 @@ class _MergedPrompt(Prompt):
     def with_model(self, model: LanguageModel) -> Prompt:
         return self._wrap(self._prompt.with_model(model))
 
-    def with_answer(self, follows: Follows) -> Prompt:
-        return self._wrap(self._prompt.with_answer(follows))
+    def with_answer(self, log_probs: AnswerLogProbs) -> Prompt:
+        return self._wrap(self._prompt.with_answer(log_probs))
 
     def _wrap(self, prompt: Prompt) -> Prompt:
         changed = copy(self)

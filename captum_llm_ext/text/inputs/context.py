@@ -10,7 +10,7 @@ from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.baselines.corpus.mismatch import warn_of_mismatch
 from captum_llm_ext.text.baselines.naming import baseline_name
 from captum_llm_ext.text.inputs.generated import GeneratedText
-from captum_llm_ext.text.inputs.prompt import Follows, Prompt
+from captum_llm_ext.text.inputs.prompt import AnswerLogProbs, Prompt
 from captum_llm_ext.text.segment import Unit
 
 
@@ -42,9 +42,9 @@ class Context:
             raise ValueError("the prompt is empty: it has no token before the target.")
         warn_of_mismatch(prompt.own_baseline, prompt.matches)
 
-    def heed(self, follows: Follows) -> None:
+    def condition_on_answer(self, log_probs: AnswerLogProbs) -> None:
         """Conditions the baselines on an answer from here on, where they can be."""
-        self.prompt = self.prompt.with_answer(follows)
+        self.prompt = self.prompt.with_answer(log_probs)
 
     def generated(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
         """The target as features; None as `baselines` takes those of the prompt."""

@@ -14,9 +14,9 @@ from captum_llm_ext.text.baselines import (
     AnswerFit,
     Baseline,
     Bonds,
-    HeedsAnswer,
     LanguageModel,
     Slot,
+    UsesAnswer,
     bonds_of,
     draw_generator,
     is_deterministic,
@@ -26,7 +26,7 @@ from captum_llm_ext.text.baselines import (
 )
 from captum_llm_ext.text.baselines.candidates import Match
 
-Follows = Callable[[Sequence[tuple[int, ...]]], Sequence[float]]
+AnswerLogProbs = Callable[[Sequence[tuple[int, ...]]], Sequence[float]]
 """Per prompt, given as ids, the log-probability that words of the answer's kinds come next."""
 
 _NO_PLACES = (
@@ -199,7 +199,7 @@ class Prompt(ABC):
         """A copy whose baselines can ask this model; the prompt itself if none does."""
         return self
 
-    def with_answer(self, follows: Follows) -> "Prompt":
+    def with_answer(self, log_probs: AnswerLogProbs) -> "Prompt":
         """A copy whose baselines are conditioned on an answer; the prompt itself if none can be."""
         return self
 
@@ -234,15 +234,15 @@ class Replacements:
         return self._of(with_model(self._baseline, model), self._slots)
 
     @property
-    def heeds_answer(self) -> bool:
+    def uses_answer(self) -> bool:
         """Whether the baseline can be conditioned on the text after the prompt."""
-        return isinstance(self._baseline, HeedsAnswer)
+        return isinstance(self._baseline, UsesAnswer)
 
     def with_answer(self, fit: AnswerFit) -> "Replacements":
         """A copy conditioned on an answer, where the baseline can be."""
         found = self._baseline
         return self._of(
-            found.with_answer(fit) if isinstance(found, HeedsAnswer) else found, self._slots
+            found.with_answer(fit) if isinstance(found, UsesAnswer) else found, self._slots
         )
 
     def over(self, slots: Sequence[Slot]) -> "Replacements":

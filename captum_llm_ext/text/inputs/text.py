@@ -26,7 +26,7 @@ from captum_llm_ext.text.baselines.candidates import Match
 from captum_llm_ext.text.inputs.groups import Groups, label_spans, tie
 from captum_llm_ext.text.inputs.ownership import Ownership, assign_tokens, owned_slots
 from captum_llm_ext.text.inputs.prompt import (
-    Follows,
+    AnswerLogProbs,
     Level,
     Piece,
     Place,
@@ -191,13 +191,13 @@ class TextSegmentInput(InterpretableInput, Prompt):
         changed.output_baseline = with_model(self.output_baseline, model)
         return changed
 
-    def with_answer(self, follows: Follows) -> Self:
+    def with_answer(self, log_probs: AnswerLogProbs) -> Self:
         """See `Prompt.with_answer`."""
-        if not self._replacements.heeds_answer:
+        if not self._replacements.uses_answer:
             return self
         changed = copy(self)
         changed._replacements = self._replacements.with_answer(
-            lambda tries: follows([self._with_texts(texts) for texts in tries])
+            lambda tries: log_probs([self._with_texts(texts) for texts in tries])
         )
         return changed
 

@@ -119,7 +119,7 @@ class ModelBaselines:
         return other
 
     def with_answer(self, fit: AnswerFit) -> "ModelBaselines":
-        """See `HeedsAnswer`."""
+        """See `UsesAnswer`."""
         other = ModelBaselines(self._proposer, n_candidates=self.n_candidates)
         other._model, other._read, other._fit = self._model, self._read, fit
         return other
