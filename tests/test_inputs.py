@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captum_llm_ext import TextSegmentInput
-from captum_llm_ext.text.inputs import GeneratedText
+from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
 
 TOKENIZERS = {
     "byte-level": tiny.byte_level(),
@@ -280,15 +280,15 @@ def test_fixed_stretches_between_spans_of_the_output(tokenizer):
     generated, ids = _generated(tokenizer, " golf and chess", [(10, 15)])
     assert generated.names == [" chess"] or generated.names == ["chess"]
     assert generated.groups.count(None) + generated.groups.count(0) == len(ids)
-    rows = generated.render([(1,)], torch.tensor([[False]]), _generator())
+    rows = generated.render([RenderedPrompt((1,))], torch.tensor([[False]]), _generator())
     kept = [i for i, g in zip(ids, generated.groups, strict=True) if g is None]
-    assert rows[0][0] == (1, *kept)
-    assert rows[0][1][: len(kept) + 1] == list(range(len(kept) + 1))
+    assert rows[0].ids == (1, *kept)
+    assert rows[0].positions[: len(kept) + 1] == list(range(len(kept) + 1))
 
 
 def test_nothing_left_before_the_target_begins_with_bos(tokenizer):
     generated, ids = _generated(tokenizer, " golf", "token")
     rows = generated.render(
-        [()], torch.ones(1, generated.n_features, dtype=torch.bool), _generator()
+        [RenderedPrompt(())], torch.ones(1, generated.n_features, dtype=torch.bool), _generator()
     )
-    assert rows[0][0] == (tokenizer.bos_token_id, *ids[:-1])
+    assert rows[0].ids == (tokenizer.bos_token_id, *ids[:-1])

@@ -15,7 +15,7 @@ from captum_llm_ext.methods import nesting
 from captum_llm_ext.model import RowScorer, TokenRow
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import LanguageModel
-from captum_llm_ext.text.inputs import Context, GeneratedText, Prompt
+from captum_llm_ext.text.inputs import Context, GeneratedText, Prompt, render_text
 
 Inspect = Callable[[str, str, list[float]], None]
 
@@ -83,7 +83,7 @@ class Game:
         self._foil_values: list[Tensor] = []
         self.target = generated.target
         n_prompt = run.prompt.n_features
-        n_generated = max(generated.n_visible)
+        n_generated = generated.n_causes
         self.n_features = n_prompt + n_generated
         self.deterministic = run.prompt.deterministic and generated.deterministic
         n_visible = [n_prompt] if is_joint else [n + n_prompt for n in generated.n_visible]
@@ -149,16 +149,12 @@ class Game:
         self, plan: Plan, scorers: Sequence[RowScorer], seed: int | None = None
     ) -> list[Tensor]:
         """As `values`, by several scorers, which are given the same rows."""
-        run, n_prompt = self.run, self.run.prompt.n_features
+        run = self.run
         generator = run.generator if seed is None else torch.Generator().manual_seed(seed)
-        masks = self.with_last_feature(plan.masks, True)
-        prompts = run.prompt.render(masks[:, :n_prompt], generator, plan.draws)
-        texts = self.generated.render(
-            [prompt.ids for prompt in prompts], masks[:, n_prompt:], generator, plan.draws
-        )
+        texts = render_text(run.prompt, self.generated, plan.masks, generator, plan.draws)
         rows = [
-            TokenRow(ids, positions, prompt.extras, prompt.key)
-            for prompt, (ids, positions) in zip(prompts, texts, strict=True)
+            TokenRow(text.ids, text.positions, text.prompt.extras, text.prompt.key)
+            for text in texts
         ]
         longest = max(len(row.ids) for row in rows)
         found: list[Tensor] = []
@@ -170,7 +166,7 @@ class Game:
                 values = own - foils
                 self._foil_values.append(foils)
             if run.callback is not None and scorer is run.scorer:
-                self._tell(run.callback, [prompt.ids for prompt in prompts], rows, values)
+                self._tell(run.callback, [text.prompt.ids for text in texts], rows, values)
             found.append(values.prod(1, keepdim=True) if self._is_joint else values)
         return found
 
@@ -188,10 +184,10 @@ class Game:
         """What the model reads where everything is present."""
         return whole_row(self.run.full, self.generated)
 
-    def with_last_feature(self, tensor: Tensor, value: float) -> Tensor:
-        """Puts back the column of the last generated feature, which is no player."""
-        missing = self.run.prompt.n_features + self.generated.n_features - tensor.shape[1]
-        return torch.nn.functional.pad(tensor, (0, missing), value=value)
+    def masks_of_all_features(self, plan: Plan) -> Tensor:
+        """The plan's masks, with a column for the last generated feature, which is no player."""
+        n_missing = self.run.prompt.n_features + self.generated.n_features - plan.n_features
+        return torch.nn.functional.pad(plan.masks, (0, n_missing), value=True)
 
     def _tell(
         self,

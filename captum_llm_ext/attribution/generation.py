@@ -406,7 +406,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             game.generated,
             outcome.solution,
             joint,
-            masks=game.with_last_feature(outcome.plan.masks, True),
+            masks=game.masks_of_all_features(outcome.plan),
             values=outcome.values,
             foils=game.foils,
             foil_values=game.foil_values,

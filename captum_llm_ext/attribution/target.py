@@ -338,11 +338,8 @@ def whole_row(prompt: RenderedPrompt, generated: GeneratedText) -> TokenRow:
         prompt: With every feature present.
         generated: The target.
     """
-    every = torch.ones(1, generated.n_features, dtype=torch.bool, device="cpu")
-    generator = torch.Generator().manual_seed(0)  # nothing is absent, nothing is drawn
-    draws = torch.zeros(1, dtype=torch.int64, device="cpu")
-    (text,) = generated.render([prompt.ids], every, generator, draws)
-    return TokenRow(*text, prompt.extras, prompt.key)
+    text = generated.whole(prompt)
+    return TokenRow(text.ids, text.positions, prompt.extras, prompt.key)
 
 
 def check_stored(

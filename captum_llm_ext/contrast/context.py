@@ -9,7 +9,7 @@ from captum_llm_ext.model import TokenRow
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.baselines.words import KINDS, atoms, kind
-from captum_llm_ext.text.inputs import GeneratedText, Prompt, RenderedPrompt
+from captum_llm_ext.text.inputs import GeneratedText, Prompt, RenderedPrompt, render_text
 
 _DRAWS = 8
 # Characters before a token in which the word that it may go on is looked for.
@@ -50,10 +50,8 @@ class FoilContext:
     @property
     def whole(self) -> TokenRow:
         """What the model reads with every feature present."""
-        ids = self.full.ids + self.target[:-1]
-        return TokenRow(
-            ids, range(len(self.full.ids) - 1, len(ids)), self.full.extras, self.full.key
-        )
+        text = self._generated.whole(self.full)
+        return TokenRow(text.ids, text.positions, self.full.extras, self.full.key)
 
     def before(self, t: int) -> tuple[int, ...]:
         """The token before a target token."""
@@ -130,13 +128,9 @@ class FoilContext:
         draws = torch.arange(n, device="cpu")
         # Of draws that no coalition has: they are not what is to be explained.
         generator = draw_generator(self._seed, -1)
-        prompts = prompt.render(masks[:, : prompt.n_features], generator, draws)
-        texts = generated.render(
-            [one.ids for one in prompts], masks[:, prompt.n_features :], generator, draws
-        )
         return [
-            TokenRow(ids, positions, one.extras, one.key)
-            for one, (ids, positions) in zip(prompts, texts, strict=True)
+            TokenRow(text.ids, text.positions, text.prompt.extras, text.prompt.key)
+            for text in render_text(prompt, generated, masks, generator, draws)
         ]
 
     def _column(self, feature: int | str) -> int:

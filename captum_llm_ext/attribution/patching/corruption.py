@@ -12,7 +12,7 @@ from torch import Tensor
 from captum_llm_ext.base.digest import digest, stacklevel_of_caller
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import draw_generator
-from captum_llm_ext.text.inputs import Context, GeneratedText
+from captum_llm_ext.text.inputs import Context, GeneratedText, render_text
 
 # A feature by its number among the columns of results, or by its name; or several.
 Feature = int | str | Sequence[int | str]
@@ -47,9 +47,8 @@ class Corruption:
 
 def original_text(context: Context, generated: GeneratedText) -> Corruption:
     """The text as it is."""
-    before = context.full.ids
-    ids = (*before, *generated.ids[:-1])
-    return Corruption(ids, tuple(range(len(before) - 1, len(ids))), key=digest(ids))
+    text = generated.whole(context.full)
+    return Corruption(text.ids, tuple(text.positions), key=digest(text.ids))
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,9 @@ def select_features(feature: Feature, context: Context, generated: GeneratedText
     columns = [_column(one, names) for one in given]
     own = frozenset(prompt.columns[c] for c in columns if c < n_prompt)
     output = frozenset(c - n_prompt for c in columns if c >= n_prompt)
-    n_seen = max(generated.n_visible)
+    n_causes = generated.n_causes
     for late in sorted(output):
-        if late >= n_seen:
+        if late >= n_causes:
             raise ValueError(
                 f"no target token comes after {generated.names[late]!r}, and what stands there "
                 "changes none: name an earlier feature."
@@ -169,29 +168,29 @@ def replacement_texts(
             f"`n_draws` is {n_draws}, and every draw of these baselines is the same: leave it out."
         )
     n_tries = 1 if is_same else max(_TRIES, _TRIES_EACH * n_draws)
-    masks = torch.ones(1, n_prompt + generated.n_features, dtype=torch.bool, device="cpu")
+    masks = torch.ones(n_tries, n_prompt + generated.n_causes, dtype=torch.bool, device="cpu")
     masks[:, sorted(which.prompt)] = False
     masks[:, [n_prompt + g for g in sorted(which.output)]] = False
-    masks = masks.expand(n_tries, -1)
     draws = torch.arange(n_tries, dtype=torch.int64, device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    prompts = prompt.render(masks[:, :n_prompt], generator, draws)
-    rows = generated.render([p.ids for p in prompts], masks[:, n_prompt:], generator, draws)
+    texts = render_text(prompt, generated, masks, generator, draws)
     may_change = places_of(which, context, generated)
     told = tuple(sorted(may_change))
     full = original_text(context, generated).ids
     found: list[Corruption] = []
     lengths: Counter[int] = Counter()
-    for before, (ids, positions) in zip(prompts, rows, strict=True):
+    for replaced in texts:
+        ids = replaced.ids
         lengths[len(may_change) + len(ids) - len(full)] += 1
-        if len(before.ids) != len(context.full.ids) or len(ids) != len(full) or ids == full:
+        is_as_long = len(replaced.prompt.ids) == len(context.full.ids) and len(ids) == len(full)
+        if not is_as_long or ids == full:
             continue
         if any(
             a != b for i, (a, b) in enumerate(zip(ids, full, strict=True)) if i not in may_change
         ):
             continue  # what one of several places gains another one has lost
         text = tokens.decode(tokenizer, [ids[i] for i in told])
-        found.append(Corruption(ids, tuple(positions), told, text, key=digest(ids)))
+        found.append(Corruption(ids, tuple(replaced.positions), told, text, key=digest(ids)))
         if len(found) == n_draws:
             return found
     if found:

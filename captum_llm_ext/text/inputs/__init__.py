@@ -2,15 +2,23 @@
 
 `TextSegmentInput` is the package's own input, `ChatInput` the same for the turns of a chat.
 `as_prompt` gives captum's inputs the same shape, so that the rest of the package knows one kind of
-prompt only. `GeneratedText` is the same for what the model wrote; a `Context`
-has both.
+prompt only. `GeneratedText` is the same for what the model wrote; a `Context` has both, and
+`render_text` makes the ids that a model reads for coalitions of both.
 """
 
 from captum_llm_ext.text.inputs.captum_inputs import as_prompt
 from captum_llm_ext.text.inputs.chat import ChatInput
 from captum_llm_ext.text.inputs.context import Context
 from captum_llm_ext.text.inputs.generated import GeneratedText
-from captum_llm_ext.text.inputs.prompt import Level, Piece, Place, Prompt, RenderedPrompt
+from captum_llm_ext.text.inputs.prompt import (
+    Level,
+    Piece,
+    Place,
+    Prompt,
+    RenderedPrompt,
+    RenderedText,
+)
+from captum_llm_ext.text.inputs.rendering import render_text
 from captum_llm_ext.text.inputs.text import TextSegmentInput
 
 __all__ = [
@@ -22,6 +30,8 @@ __all__ = [
     "Place",
     "Prompt",
     "RenderedPrompt",
+    "RenderedText",
     "TextSegmentInput",
     "as_prompt",
+    "render_text",
 ]

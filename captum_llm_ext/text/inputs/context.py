@@ -66,7 +66,7 @@ class Context:
     def matches(self, generated: GeneratedText) -> dict[str, list[dict[str, Any]] | None]:
         """How replacements were found, per slot of prompt and output; None for fixed baselines."""
         # The last generated feature has no token after it: nothing stands in for it.
-        output = generated.matches(max(generated.n_visible))
+        output = generated.matches(generated.n_causes)
         return {
             part: None if found is None else [asdict(match) for match in found]
             for part, found in {"prompt": self.prompt.matches(), "output": output}.items()

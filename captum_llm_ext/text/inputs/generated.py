@@ -13,7 +13,13 @@ from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import LanguageModel, as_baseline, with_model
 from captum_llm_ext.text.baselines.candidates import Match
 from captum_llm_ext.text.inputs.ownership import Ownership, assign_tokens, owned_slots
-from captum_llm_ext.text.inputs.prompt import Piece, Place, Replacements
+from captum_llm_ext.text.inputs.prompt import (
+    Piece,
+    Place,
+    RenderedPrompt,
+    RenderedText,
+    Replacements,
+)
 from captum_llm_ext.text.segment import Span, Unit
 
 
@@ -104,6 +110,11 @@ class GeneratedText:
         return counts
 
     @property
+    def n_causes(self) -> int:
+        """Features that some target token comes after: only these can change a value."""
+        return max(self.n_visible)
+
+    @property
     def required(self) -> list[int | None]:
         """Per target token its own feature if that began before it, which then must stand."""
         return [
@@ -121,50 +132,54 @@ class GeneratedText:
     def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
         """See `Prompt.stand_ins`; nothing for what no target token comes after."""
         draws = self._replacements.draws(n_draws, generator, None)
-        n_seen, groups = max(self.n_visible), [place.feature for place in self.places()]
-        return [[absent(g) if g < n_seen else () for g in groups] for absent in draws]
+        n_causes, groups = self.n_causes, [place.feature for place in self.places()]
+        return [[absent(g) if g < n_causes else () for g in groups] for absent in draws]
+
+    def whole(self, prompt: RenderedPrompt) -> RenderedText:
+        """The text after a prompt with every feature of it present.
+
+        Raises:
+            ValueError: As `render`.
+        """
+        ids = prompt.ids or self._beginning()
+        last = len(ids) - 1
+        return RenderedText(prompt, ids + self.ids[:-1], range(last, last + len(self.ids)))
 
     def render(
         self,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Sequence[RenderedPrompt],
         masks: Tensor,
         generator: torch.Generator,
         draws: Tensor | None = None,
-    ) -> list[tuple[tuple[int, ...], Sequence[int]]]:
-        """Token ids of each coalition, and the positions whose logits predict the target tokens.
+    ) -> list[RenderedText]:
+        """What the model reads for each coalition of the target's features.
 
         Args:
-            prompts: Token ids of the prompt, one per coalition.
+            prompts: The prompt, one per coalition.
             masks: Bool, shape ``(n_coalitions, n_features)``, True = present.
             generator: Source of every random choice; one number is taken from it.
             draws: Coalitions with equal number share one draw of replacements.
 
         Returns:
-            Per coalition the ids and, for each target token, the index of the id that is read last
-            before it; -1 where the coalition gives the token no value.
+            One rendered text per coalition.
 
         Raises:
             ValueError: If nothing is left before the target and the tokenizer has no token that
                 a text begins with.
         """
         replacements = self._replacements.draws(len(masks), generator, draws)
-        rows: list[tuple[tuple[int, ...], Sequence[int]]] = []
-        for prompt, mask, absent in zip(prompts, masks.tolist(), replacements, strict=True):
-            prompt = prompt or self._beginning()
-            if all(mask):
-                last = len(prompt) - 1
-                rows.append((prompt + self.ids[:-1], range(last, last + len(self.ids))))
-            else:
-                rows.append(self._row(prompt, mask, absent))
-        return rows
+        return [
+            self.whole(prompt) if all(mask) else self._with_absent(prompt, mask, absent)
+            for prompt, mask, absent in zip(prompts, masks.tolist(), replacements, strict=True)
+        ]
 
-    def _row(
+    def _with_absent(
         self,
-        prompt: tuple[int, ...],
+        prompt: RenderedPrompt,
         mask: Sequence[bool],
         absent: Callable[[int], tuple[int, ...]],
-    ) -> tuple[tuple[int, ...], list[int]]:
-        ids = list(prompt)
+    ) -> RenderedText:
+        ids = list(prompt.ids or self._beginning())
         positions = [-1] * len(self.ids)
         for group, places in self._runs:
             if group is None or mask[group]:
@@ -174,7 +189,7 @@ class GeneratedText:
             else:
                 positions[places[0]] = len(ids) - 1
                 ids += absent(group)
-        return tuple(ids[: max(positions) + 1]), positions
+        return RenderedText(prompt, tuple(ids[: max(positions) + 1]), positions)
 
     def _beginning(self) -> tuple[int, ...]:
         if self._start is None:

@@ -52,6 +52,22 @@ class RenderedPrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class RenderedText:
+    """The model's input for one coalition of prompt features and features of the target.
+
+    Attributes:
+        prompt: Its beginning.
+        ids: Token ids of the prompt and of the generated text before the last target token.
+        positions: Per target token the index in `ids` whose logits predict it; -1 where the
+            coalition gives the token no value.
+    """
+
+    prompt: RenderedPrompt
+    ids: tuple[int, ...]
+    positions: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A stretch of text.
 
