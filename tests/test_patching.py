@@ -691,8 +691,9 @@ def test_drawings(model, tokenizer):
     assert image.cmap.name == "RdBu"
     plt.close(fig)
     fig, own = plt.subplots()
-    _, ax = result.plot(0, every_place=True, ax=own, title="mine")
+    _, ax = result.plot(0, every_place=True, ax=own, cmap="PuOr")
     assert ax is own
+    assert ax.images[0].cmap.name == "PuOr"
     assert ax.images[0].get_array().shape[1] == len(result.places)
     plt.close(fig)
     with pytest.raises(ValueError, match="no target token"):

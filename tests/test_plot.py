@@ -1,4 +1,5 @@
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -10,6 +11,14 @@ import torch
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.patches import Polygon
 
+from captum_llm_ext import (
+    BaselineComparison,
+    FaithfulnessReport,
+    GenerationAttributionResult,
+    PatchingResult,
+    TotalAttribution,
+)
+from captum_llm_ext.attribution.attention.heads import AttentionByHead
 from captum_llm_ext.result import plot
 
 matplotlib.use("Agg")
@@ -460,3 +469,36 @@ def test_what_no_drawing_takes_is_an_error():
     labels = {"input_labels": ["a"], "output_feature_labels": None, "output_labels": ["b"]}
     with pytest.raises(TypeError, match="cmap"):
         plot.flow([[1.0]], None, **labels, cmap="RdBu")
+
+
+# The methods that draw
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        getattr(kind, name)
+        for kind in (
+            GenerationAttributionResult,
+            TotalAttribution,
+            PatchingResult,
+            BaselineComparison,
+            FaithfulnessReport,
+            AttentionByHead,
+        )
+        for name in dir(kind)
+        if name.split("_")[0] == "plot" and getattr(kind, name).__module__.startswith("captum_llm")
+    ],
+    ids=lambda draw: draw.__qualname__,
+)
+def test_arguments_come_in_one_order_under_one_name(draw):
+    parameters = list(inspect.signature(draw).parameters.values())[1:]
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
+    in_order = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+    assert in_order in (["show"], ["target_token", "show"], ["kind", "show"])
+    named = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
+    own = {"least", "most", "total", "k", "n_estimates", "every_place"}
+    last = [p.name for p in named if p.name not in own]
+    assert last in (["ax"], ["ax", "cmap"])
+    assert [p.name for p in named][-len(last) :] == last
+    assert all(p.default is None for p in named[-len(last) :])

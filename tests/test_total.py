@@ -331,6 +331,9 @@ def test_totals_can_be_drawn(model, tokenizer):
     for draw in (total.plot, lambda: result.plot_flow(-1, total=True), total.plot_flow):
         figure, axes = draw()
         assert axes.figure is figure
+    few, more = (len(result.plot_flow(total=True, most=most)[1].patches) for most in (1, 2))
+    assert few < more
+    assert total.plot(cmap="Greens")[1].images[0].cmap.name == "Greens"
     token = max(t for t in range(len(total.strength)) if total.strength[t] > 0)
     prompt, output = total.flow(token)
     assert float(prompt.sum()) + float(total.output_shares[token].sum()) == pytest.approx(1)

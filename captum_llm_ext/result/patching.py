@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from captum_llm_ext.base import files, tensor_file
 from captum_llm_ext.result import plot
 
 if TYPE_CHECKING:
-    from captum_llm_ext.result.plot.axes import CanvasArguments, Drawing
+    from matplotlib.axes import Axes
+
+    from captum_llm_ext.result.plot.axes import Drawing
 
 _KIND = tensor_file.Kind(
     "saved patching",
@@ -103,15 +105,18 @@ class PatchingResult:
         divided = self.effects / gain[:, None, None]
         return divided.masked_fill((gain.abs() <= _LEAST_GAIN)[:, None, None], torch.nan)
 
-    def strongest(self, token: int | str, n: int = 5) -> list[tuple[int, int, float]]:
+    def strongest(self, target_token: int | str, k: int = 5) -> list[tuple[int, int, float]]:
         """The cells with the largest effects on a token, by size: layer, column, effect.
 
         Args:
-            token: Its number or its text.
-            n: At most so many; cells without effect are none.
+            target_token: Its position in the target, or its name in `output_tokens`.
+            k: How many at most; cells without effect are left out.
+
+        Raises:
+            ValueError: If there is no such token, or several of that name.
         """
-        effects = self.effects[self._index(token)].nan_to_num()
-        order = effects.abs().flatten().argsort(descending=True, stable=True)[:n].tolist()
+        effects = self.effects[self._position(target_token)].nan_to_num()
+        order = effects.abs().flatten().argsort(descending=True, stable=True)[:k].tolist()
         n_places = effects.shape[1]
         cells = [(i // n_places, i % n_places) for i in order]
         found = [(layer, column, float(effects[layer, column])) for layer, column in cells]
@@ -119,10 +124,12 @@ class PatchingResult:
 
     def plot(
         self,
-        token: int | str,
+        target_token: int | str,
+        show: bool = False,
         *,
         every_place: bool = False,
-        **canvas: Unpack["CanvasArguments"],
+        ax: "Axes | None" = None,
+        cmap: str | None = None,
     ) -> "Drawing":
         """Draws the effects on one target token: layers over places.
 
@@ -130,18 +137,20 @@ class PatchingResult:
         back (or is what it needs), red is against it.
 
         Args:
-            token: Its number, or its text.
+            target_token: Its position in the target, or its name in `output_tokens`.
+            show: Show it, and return None.
             every_place: Whether places before the feature and after the token, which have no
                 effect, are drawn as well.
-            **canvas: `ax`, `show`, `title`, `unit` as of other drawings.
+            ax: Axes to draw in; by default a new figure of fitting size.
+            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``.
 
         Returns:
-            ``(fig, ax)``; None with ``show=True``.
+            ``(figure, axes)``, or None if shown.
 
         Raises:
-            ValueError: If there is no such token, or several of that text.
+            ValueError: If there is no such token, or several of that name.
         """
-        at = self._index(token)
+        at = self._position(target_token)
         said, replaced = int(self.said_at[at]), {*self.replaced}
         own = [bool(replaced & {*group}) for group in self.places]
         says = [said in group for group in self.places]
@@ -151,16 +160,18 @@ class PatchingResult:
             for column, group in enumerate(self.places)
             if every_place or (max(group) >= first and min(group) <= said)
         ]
-        canvas.setdefault("title", self._title(at))
         value = self.provenance.get("attr_target")
-        canvas.setdefault("unit", "nats" if value in ("log_prob", "contrast") else None)
         return plot.patching_map(
             self.effects[at][:, shown].numpy(),
             place_names=[self.place_names[column] for column in shown],
             replaced=[i for i, column in enumerate(shown) if own[column]],
             saying=[i for i, column in enumerate(shown) if says[column]],
             what="Lost of" if self.provenance.get("direction") == "noise" else "Given back of",
-            **canvas,
+            cmap=cmap,
+            ax=ax,
+            show=show,
+            title=self._title(at),
+            unit="nats" if value in ("log_prob", "contrast") else None,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -218,17 +229,18 @@ class PatchingResult:
         names = " ".join(name.strip() for name in self.feature)
         return f"{names!r} → {self.output_tokens[at]!r}: gain {float(self.gain[at]):+.2f}"
 
-    def _index(self, token: int | str) -> int:
+    def _position(self, token: int | str) -> int:
         n = len(self.output_tokens)
         if isinstance(token, int):
             if not -n <= token < n:
-                raise ValueError(f"`token` is {token}, and there are {n} target tokens.")
+                raise ValueError(f"`target_token` is {token}, and there are {n} target tokens.")
             return token % n
         found = [i for i, name in enumerate(self.output_tokens) if name.strip() == token.strip()]
         if len(found) != 1:
             said = f"is the text of tokens {found}" if found else "is the text of no target token"
             raise ValueError(
-                f"`token` {token!r} {said}: give the number of one of {self.output_tokens}."
+                f"`target_token` {token!r} {said}: give the position of one of "
+                f"{self.output_tokens}."
             )
         return found[0]
 

@@ -177,7 +177,7 @@ class DrawnResult(ResultNumbers):
 
         if total:
             in_the_end = cast(Any, self).total(n_resamples=0)
-            return in_the_end.plot_flow(target_token, show, least=least, ax=ax)
+            return in_the_end.plot_flow(target_token, show, least=least, most=most, ax=ax)
         towards = None if target_token is None else self.position(target_token)
         return plot.flow(
             cast(Tensor, self.token_attr),

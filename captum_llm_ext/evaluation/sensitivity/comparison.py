@@ -300,7 +300,7 @@ class BaselineComparison:
         show: bool = False,
         *,
         ax: "Axes | None" = None,
-        cmap: str = "RdBu",
+        cmap: str | None = None,
     ) -> "tuple[Figure, Axes] | None":
         """One row per baseline, one column per feature, all in one scale.
 
@@ -308,10 +308,11 @@ class BaselineComparison:
         features that change sign or rank between any two baselines are marked below.
 
         Args:
-            target_token: Which token, by position or text; by default the whole answer.
+            target_token: The explained token: its position in the target, or its name in
+                `output_tokens`. None: the whole answer.
             show: Show it, and return None.
             ax: Axes to draw in; by default a new figure of fitting size.
-            cmap: A diverging colour map, centred at zero.
+            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``.
 
         Returns:
             ``(figure, axes)``, or None if shown.

@@ -152,7 +152,7 @@ def baseline_map(
     strongest: Sequence[int | None],
     changes_sign: Collection[int] = (),
     changes_rank: Collection[int] = (),
-    cmap: str | Colormap = "RdBu",
+    cmap: str | Colormap | None = None,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
     """Draws what one token is attributed to under several baselines.
@@ -172,7 +172,7 @@ def baseline_map(
         strongest: Per row the column to be framed, or None.
         changes_sign: Columns that change sign.
         changes_rank: Columns that change rank.
-        cmap: A diverging colour map; its middle is put at zero.
+        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``.
         **canvas: See `Canvas`.
 
     Raises:

@@ -37,7 +37,7 @@ def patching_map(
     replaced: Sequence[int],
     saying: Sequence[int],
     what: str,
-    cmap: str | Colormap = "RdBu",
+    cmap: str | Colormap | None = None,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
     """Draws the effects of patched cells on one token.
@@ -51,7 +51,7 @@ def patching_map(
         replaced: Columns of what was replaced.
         saying: The column that says the token.
         what: What an effect is: what is given back, or lost.
-        cmap: A diverging colour map; its middle is put at zero.
+        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``.
         **canvas: See `Canvas`.
 
     Raises:

@@ -266,12 +266,15 @@ class TotalAttribution:
             "uncertain": _mean(self.uncertain, sizes),
         }
 
-    def plot(self, show: bool = False, *, ax: "Axes | None" = None) -> "Drawing":
+    def plot(
+        self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
+    ) -> "Drawing":
         """A heat map of the shares: a row per target token, the prompt left, the answer right.
 
         Args:
             show: Show it, and return None.
             ax: Axes to draw in; by default a new figure of fitting size.
+            cmap: A sequential colour map; by default ``"Purples"``.
 
         Returns:
             ``(figure, axes)``, or None if shown.
@@ -287,6 +290,7 @@ class TotalAttribution:
             output_features=self._feature_of if self.output_names else None,
             is_unsigned=True,
             has_common_scale=True,
+            cmap=cmap,
             ax=ax,
             show=show,
             title=None,
@@ -299,6 +303,7 @@ class TotalAttribution:
         show: bool = False,
         *,
         least: float = 0.05,
+        most: int = 3,
         ax: "Axes | None" = None,
     ) -> "Drawing":
         """The chains that lead to a token, each link as wide as what passes through it.
@@ -308,6 +313,7 @@ class TotalAttribution:
                 None: every token with what led to it directly, as shares.
             show: Show it, and return None.
             least: Share of the widest link below which one is left out.
+            most: Links into a token at most.
             ax: Axes to draw in; by default a new figure of fitting size.
 
         Returns:
@@ -329,6 +335,7 @@ class TotalAttribution:
             output_features=self._feature_of if self.output_names else None,
             towards=towards,
             least=least,
+            most=most,
             is_unsigned=True,
             ax=ax,
             show=show,
