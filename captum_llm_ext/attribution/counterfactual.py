@@ -23,9 +23,16 @@ from captum_llm_ext.model.plain_forward import plain_log_probs
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
 
+# Rows of a search by default. A choice: 60 features take 60 rows a draw, their 1,770 pairs as many;
+# of 34,220 triples the most promising come. (21 rows on the grammar's documents of 21 features,
+# `benchmarks/results/counterfactuals.json`.) The search tells how many of each size it has tried.
 BUDGET = 2000
-_ROWS_AT_ONCE = 32  # between two looks at what was found: what is found first is told first
-_MOST_COMBINATIONS = 200_000  # of one size that are put in order
+# Rows between two looks at what was found, so that what is found first is told first. Fewer are
+# smaller batches, more a longer wait for the first.
+_ROWS_AT_ONCE = 32
+# Sets of one size that are put in order at most: some seconds of Python. Beyond it only the
+# features that alone came nearest to a flip are combined.
+_MOST_COMBINATIONS = 200_000
 
 
 class Flip(NamedTuple):

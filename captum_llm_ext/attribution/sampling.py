@@ -16,6 +16,8 @@ from captum_llm_ext.methods.estimators import Budget, Estimator
 
 # The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
 EMPTY_DRAWS = 32
+# Budgets that a stopping rule may spend at most: errors are then an eighth of those after the
+# first, since they shrink with the square root. More of them is a rule that is not going to be met.
 MOST_ROUNDS = 64
 # With a tolerance, each round adds about this share of what there is.
 GROWTH = 0.25

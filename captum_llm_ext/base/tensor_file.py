@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 _DIGEST = "sha256"
 _METADATA = "__metadata__"
-_ALIGNED = 8
+_ALIGNED = 8  # bytes that a header's length is a multiple of, so that tensors are aligned
 _CHUNK = 1 << 24  # bytes read at a time for a digest
 # So long after a file was changed, in nanoseconds, its times may not tell another change.
 _TICK = 100_000_000

@@ -21,7 +21,7 @@ _TEXT = (
     "music at a small school near the river and plays chess with her neighbours on Sundays."
 )
 _ANSWER = " They meet at the harbour and talk about the weather."
-_LONGEST_PROMPT, _LONGEST_ANSWER = 48, 8
+_LONGEST_PROMPT, _LONGEST_ANSWER = 48, 8  # tokens: a look at a large model on a CPU takes seconds
 _SHORT_PROMPT, _SHORT_ANSWER = 8, 4  # for captum, which runs every row token by token
 
 

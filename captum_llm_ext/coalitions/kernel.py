@@ -29,7 +29,6 @@ _MOST_ENTRIES = 2**24
 EFFORT = 3e11
 # Of which this share, on top of it, goes into learning which features interact.
 _LEARNING = 1 / 3
-_MOST_COMPLETE_FEATURES = 20
 # Pairs per feature from which on a regression tells its errors: with 11 pairs for 7 features it all
 # but interpolated, and was off by 43 of them; over 24 games at most by 5.4 at 1.5 and 3.0 at 3.
 _DETERMINED = 3.0
@@ -308,7 +307,7 @@ def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
 def is_complete(view: View) -> bool:
     """Whether every coalition came, all of them equally often where replacement texts vary."""
     n, masks = view.n_visible, view.masks[view.sampled]
-    if not 2 <= n <= _MOST_COMPLETE_FEATURES or len(masks) < 2**n - 2:
+    if n < 2 or len(masks) < 2**n - 2:
         return False
     # The empty and the full coalition are anchored, too.
     counts = (masks.long() << torch.arange(n, device="cpu")).sum(1).bincount(minlength=2**n)[1:-1]

@@ -13,7 +13,7 @@ from captum_llm_ext.base.digest import checksum, digest, stacklevel_of_caller
 from captum_llm_ext.model.exclusive import locked
 
 _ADAPTERS = ("disable_adapters", "merged_adapters", "scaling")
-_MOST_NAMES = 3
+_MOST_NAMES = 3  # shown in a message
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:

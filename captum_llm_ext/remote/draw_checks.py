@@ -7,6 +7,8 @@ from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.speaker import Question
 
 OPEN = "Write ten random words, and then ten random numbers."
+# Answers, and their length. Words said to be random, drawn anew, agree over 24 tokens by chance in
+# no model that draws; more answers would only cost more.
 _N, _N_TOKENS = 2, 24
 Draws = Literal["vary", "never vary", "unknown"]
 

@@ -31,11 +31,17 @@ _ABOVE_ONE = 1e-6
 _MASS = 1e-3
 # What is no noise where values are otherwise reproduced.
 _SHARP, _TIMES_NOISE = 1e-3, 5.0
+# Tokens written, others tried in place of the last one, and tokens of the prompt that are sent.
+# Shifts by one, to either side, show from two tokens and one other on; the rest is for servers that
+# refuse some. A choice: more would only cost more, as the look comes before every run.
 _N_WRITTEN, _N_OTHERS, _LONGEST = 3, 3, 48
 _N_LOOKED_AT = 64
 # Rounding that is coarse enough to be told, and how far multiples may be off.
 _GRAINS, _OFF_GRAIN = (1.0, 0.5, 0.25, 0.2, 0.1, 0.05), 1e-3
-# Draws at temperature 1, and how many standard errors their surprise may be off.
+# Draws at temperature 1, and how many standard errors their surprise may be off. Over random laws
+# of 2,000 tokens with 0.6 to 3 nats of entropy, 32 draws see that values are of temperature 0.5 in
+# 69 to 99 % and of 0.7 in 19 to 72 %; of 900 right ones none looked wrong. 64 draws would see
+# 84 to 100 and 32 to 97 %, 3 standard errors see more and accuse right ones.
 _N_DRAWN, _DEVIATIONS = 32, 4.5
 _UNLISTED = "not listed: what the model writes comes without it"
 

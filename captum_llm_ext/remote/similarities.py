@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from difflib import SequenceMatcher
 
 Similar = Callable[[str, str], float]
+# Letters of the pieces that texts are compared by: trigrams, as usual for words with endings.
 _LETTERS = 3
 
 

@@ -18,6 +18,9 @@ from captum_llm_ext.remote.step_checks import (
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError
 from captum_llm_ext.text import tokens
 
+# Tokens that the model writes for a look: the third is told after two that it has written itself,
+# so that a prompt which is not gone on with shows. And first tokens drawn: see
+# `handshake._N_DRAWN`.
 _N_WRITTEN, _N_DRAWN = 3, 32
 # What a token may lie below the bound: among the likeliest 20 tokens of SmolLM2 those that were
 # not lay 6 nats below (median, 0.7 to 12); ranks of causes come out best at 2 to 3.

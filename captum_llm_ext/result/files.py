@@ -69,7 +69,7 @@ _TENSORS = (
 _NAMES = ("input_tokens", "output_tokens", "output_features")
 _INTEGERS = (torch.int64, torch.int32)
 _IDS = ("target", "draws", "foils")
-_MOST = 2**63
+_MOST = 2**63  # what an int64 holds
 _ROLES_SINCE = 3  # some files of format 3 have them
 
 

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_LEAST_ERRORS = 2.0
-_CHANCE = 0.05  # of a row to have a cause that is none
+# Chance that a row has a cause that is none, by the normal law of its candidates' errors: one
+# candidate has to exceed 1.64 of them, two 1.96, ten 2.58. Two are asked for at least, which
+# decides for one or two candidates only. A smaller chance drops weak links.
+_CHANCE, _LEAST_ERRORS = 0.05, 2.0
 
 
 @dataclass(frozen=True)

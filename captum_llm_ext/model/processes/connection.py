@@ -5,7 +5,9 @@ import socket
 import threading
 from contextlib import suppress
 
-_CONNECTED_WITHIN = 0.5  # seconds
+# Seconds. Processes of one machine or network connect within milliseconds; one behind a wall that
+# drops packets costs every other process so much, once.
+_CONNECTED_WITHIN = 0.5
 
 Address = tuple[str, str, int]
 

@@ -13,6 +13,8 @@ from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.generation import Generation, continued, continued_by_row
 from captum_llm_ext.model.processes.group import Processes
 
+# Answers written at a time. A choice: a step reads all weights once for all rows, which is what it
+# mostly takes; but all of them wait for the longest, and their states are held together.
 _MOST_ROWS = 32
 _MOST_TOKENS = 8_192  # of prompts together: their states take some 100 MB in models of 1 billion
 

@@ -24,7 +24,7 @@ _KIND = tensor_file.Kind(
     oldest=2,
 )
 _ENDING = ".safetensors"
-_DIGEST = 16
+_DIGEST = 16  # bytes of a row's key: of a billion rows two share one with probability 1e-21
 # Seconds between two writings; and of the run's time at most one part in so many.
 _SHORTEST_WAIT = 1.0
 _SHARE_OF_TIME = 50

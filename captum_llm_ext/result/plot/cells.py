@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CHAR = 0.063  # inches one character of a number in a cell takes, with some air around it all
-_NUMBER_HEIGHT = 0.17
+_NUMBER_HEIGHT = 0.17  # inches that its line takes
 
 
 def hatch_closed(ax: Axes, open_columns: npt.NDArray[np.intp], start: float, n_output: int) -> None:

@@ -11,6 +11,9 @@ from captum_llm_ext.text.baselines.candidates import Candidates
 from captum_llm_ext.text.baselines.slot import LanguageModel, Slot
 from captum_llm_ext.text.baselines.surroundings import Surroundings
 
+# Candidates of a slot that the model reads in place, drawn from all of them. A choice: a pass each,
+# four times what 16 coalitions a feature cost; the number does not bias a draw, it only limits how
+# many different texts there are.
 MOST_WEIGHED = 64
 _WINDOW = 2_000  # characters on each side of a feature that the model reads
 _WRITTEN = 64  # texts that are sampled in place of one generated feature
