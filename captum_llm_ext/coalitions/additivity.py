@@ -15,7 +15,15 @@ from captum_llm_ext.coalitions.kernel import is_complete, kernel_weights, ridge
 from captum_llm_ext.coalitions.left_out import factor, left_out_error
 from captum_llm_ext.coalitions.plans import Plan
 
-_REACHES, _NOISE = (1.0, 3.0), (1e-3, 1e-2, 1e-1, 1.0)
+# How fast relevance falls with the order of an interaction, and noise relative to the variance: the
+# pair with the least left-out error is taken. Games of 30 and 60 features with three redundant
+# pairs, three that need each other and noise, 16 rows a feature: these find .50 to .60 of the
+# redundant ones, (1, 3) .35 to .57, 3 alone .08 to .58; no other pair is named. One noise of .01
+# finds less where there is more and names others. Of strong pairs all are found.
+_REACHES, _NOISE = (0.25, 0.5, 1.0), (1e-3, 1e-2, 1e-1, 1.0)
+# On the same games half as many rows find .08 to .67, a search on half as many .08 to .75; twice as
+# many rows find more of 60 features (.67 beside .50) in 2.5 times the time (.03 s a target),
+# searches on more find none more. Of 12 features .50 to .67 are found, of 48 as many as of 24.
 _MOST_ROWS, _MOST_FOR_SEARCH, _MOST_FEATURES = 768, 256, 24
 
 

@@ -50,6 +50,10 @@ class _Kind(NamedTuple):
     local: bool
 
 
+# Where learning begins: the best of them. Leaving out one of the first three moves errors by 3 %
+# (24 games of 36 features, 12 of 100, 8 and 16 rows a feature, geometric mean; without 6, those of
+# attention by a tenth); without the last one they are 15 % larger, of terms over neighbours half
+# again as large.
 _KINDS = (_Kind(1.0, False), _Kind(3.0, False), _Kind(6.0, False), _Kind(3.0, True))
 
 
