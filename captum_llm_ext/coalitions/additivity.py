@@ -1,4 +1,4 @@
-"""Whether attributions tell the whole story: how additive values are, and who stands in for whom.
+"""How far values are additive, and which features are redundant.
 
 Both read stored coalitions and their values, and ask the model nothing.
 """
@@ -29,7 +29,7 @@ _MOST_ROWS, _MOST_FOR_SEARCH, _MOST_FEATURES = 768, 256, 24
 
 @dataclass(frozen=True)
 class RedundantPair:
-    """Two features that say the same: taking one away changes little, taking both does.
+    """Two redundant features: removing one changes little, removing both changes much.
 
     Attributes:
         first, second: Their columns.
@@ -47,7 +47,7 @@ class RedundantPair:
 
 
 def additive_fit(plan: Plan, values: Tensor, scope: Scope) -> Tensor:
-    """How much of the variation over coalitions attributions that add up explain.
+    """Share of the variance over coalitions that an additive model explains (R²).
 
     Coalitions are weighted by the Shapley kernel (Lundberg and Lee 2017, section 4.1), and each is
     predicted by the regression on the others, so that few coalitions do not look like a good fit.
@@ -72,7 +72,7 @@ def additive_fit(plan: Plan, values: Tensor, scope: Scope) -> Tensor:
 def redundant_pairs(
     plan: Plan, values: Tensor, scope: Scope, *, most: int = 5, least_z: float = 3.0
 ) -> list[list[RedundantPair]]:
-    """Pairs of features of which one is enough.
+    """Pairs of features of which either one suffices.
 
     What leaving out one or two features changes is read off where all coalitions were scored, and
     else predicted by a Gaussian process over interactions of all orders. Of many features, the 24
@@ -99,7 +99,7 @@ def redundant_pairs(
 
 @dataclass(frozen=True)
 class _Losses:
-    """What is lost without some features and without pairs of them.
+    """Change of the value without single features and without pairs of them.
 
     Attributes:
         features: Columns, ``(n,)``.
@@ -158,7 +158,7 @@ def _additive_share(view: View) -> Tensor:
 
 
 def _share_of_all(view: View, attributions: Tensor) -> Tensor:
-    """Each coalition once, however often it came."""
+    """As `_additive_share`, where every coalition was scored; repetitions count once."""
     n = view.n_visible
     rows = view.informative
     codes = (view.masks[rows].long() << torch.arange(n, device="cpu")).sum(1)
@@ -207,7 +207,7 @@ def _looked_up(view: View, column: int) -> _Losses:
 
 
 def _predicted(view: View, column: int, attributions: Tensor) -> _Losses:
-    """Losses by a Gaussian process whose mean is the additive fit (see `interactions`)."""
+    """Losses predicted by a Gaussian process around the additive fit (see `interactions`)."""
     features = attributions.abs().topk(min(len(attributions), _MOST_FEATURES)).indices.sort()[0]
     signs, y = _residuals(view, column, attributions)
     scale = y.square().mean().sqrt().clamp_min(1e-30)

@@ -1,4 +1,4 @@
-"""What each target token may depend on, and the rows that say something about it."""
+"""Which features each target token can depend on, and the rows that inform about it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -12,7 +12,7 @@ from captum_llm_ext.coalitions.plans import Plan
 
 @dataclass(frozen=True)
 class Scope:
-    """Which features each target token can depend on, and which one its value cannot do without.
+    """Per target token the features it can depend on, and the one its value requires.
 
     Attributes:
         n_visible: int64, shape ``(n_target,)``. Target t depends on the first ``n_visible[t]``
@@ -28,16 +28,16 @@ class Scope:
 
     @classmethod
     def of_all(cls, n_target: int, n_features: int) -> "Scope":
-        """Every target depends on every feature, and needs none."""
+        """All targets depend on all features; none is required."""
         visible = torch.full((n_target,), n_features, dtype=torch.int64, device="cpu")
         return cls(visible, torch.full_like(visible, -1))
 
     def share(self, effort: float) -> float:
-        """What of an effort for all targets is for each of them."""
+        """The part of a computing effort for all targets that each of them may use."""
         return effort / max(self.n_sharing or len(self.n_visible), 1)
 
     def part(self, targets: slice) -> "Scope":
-        """Some of the targets, each to be solved as among all of them."""
+        """The scope of some targets; each keeps its share of the effort."""
         n_sharing = self.n_sharing or len(self.n_visible)
         return Scope(self.n_visible[targets], self.required[targets], n_sharing)
 
@@ -62,7 +62,7 @@ class Solution:
 
     @property
     def efficiency_gap(self) -> Tensor:
-        """What the attributions miss of full minus empty, ``(n_target,)``."""
+        """Full minus empty value minus the sum of the attributions, ``(n_target,)``."""
         return self.full_values - self.empty_values - self.attributions.sum(1)
 
     @classmethod
@@ -74,7 +74,7 @@ class Solution:
 
     @classmethod
     def joined(cls, parts: Sequence["Solution"]) -> "Solution":
-        """One solution of the targets of several, in their order."""
+        """Solutions of disjoint targets, concatenated in order."""
         names = [field.name for field in fields(cls)]
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
@@ -88,7 +88,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class View:
-    """Targets that see the same columns, with the rows in which their values exist.
+    """Targets with the same scope, and the rows in which their values exist.
 
     Attributes:
         targets: Which targets, shape ``(n_group,)``.
@@ -133,7 +133,7 @@ class View:
 
 
 def views(plan: Plan, values: Tensor, scope: Scope) -> Iterator[View]:
-    """Group the targets by what they see, so that each group is factored once.
+    """Groups targets by scope, so that each group is factorised once.
 
     Args:
         plan: Joined from anchors and plans of one kind.
@@ -170,7 +170,7 @@ def solve_views(
     scope: Scope,
     solve: Callable[[View], tuple[Tensor, Tensor]],
 ) -> Solution:
-    """Solves the targets group by group.
+    """Solves each group of targets with the same scope.
 
     Args:
         plan, values, scope: As for `views`.
@@ -183,7 +183,7 @@ def solve_views(
 
 
 def _paired(plan: Plan) -> Tensor:
-    """Whether a row is followed by its complement; once for all views, which may lack a partner."""
+    """Whether the next row is the complement, with the same draw; for all columns of the plan."""
     paired = torch.zeros(len(plan.masks), dtype=torch.bool, device="cpu")
     opposite = (plan.masks[1:] ^ plan.masks[:-1]).sum(1) == plan.n_features
     paired[:-1] = opposite & (plan.draws[1:] == plan.draws[:-1])
@@ -191,7 +191,7 @@ def _paired(plan: Plan) -> Tensor:
 
 
 def _sizes(sizes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Weights that make all sizes but 0 and all features equally frequent, and which are complete.
+    """Weights under which all sizes but 0 and n are equally frequent, and which sizes are complete.
 
     Only a size of which every coalition came is known to be rarer than the others: elsewhere the
     counts differ by chance.

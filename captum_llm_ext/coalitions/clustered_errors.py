@@ -1,4 +1,4 @@
-"""How much an answer would differ with other draws, the unit in which rows vary."""
+"""Variances clustered by draw, the unit in which rows vary."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def mean_over_draws(values: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Average rows of one coalition.
+    """Mean value of rows of one coalition, and its variance over draws.
 
     Args:
         values: Shape ``(n_rows, n_group)``.
@@ -27,7 +27,7 @@ def mean_over_draws(values: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_influences(influence: Tensor, residuals: Tensor, draws: Tensor) -> Tensor:
-    """Sum over draws of the square of what each draw contributes to each attribution.
+    """Per attribution the sum over draws of their squared contributions.
 
     Args:
         influence: Of a row's residual on the attributions, shape ``(n_rows, n_visible)``.
@@ -51,7 +51,7 @@ def squared_influences(influence: Tensor, residuals: Tensor, draws: Tensor) -> T
 
 
 def sandwich(influence: Tensor, left_out: Tensor, draws: Tensor) -> Tensor:
-    """Variances of a regression's coefficients, clustered by draw, as the jackknife has them.
+    """Variances of regression coefficients, clustered by draw (jackknife form of the sandwich).
 
     Args:
         influence: Of a row's residual on the coefficients, shape ``(n_rows, n_visible)``.
@@ -64,6 +64,20 @@ def sandwich(influence: Tensor, left_out: Tensor, draws: Tensor) -> Tensor:
     n_draws = len(draws.unique())
     correction = n_draws / (n_draws - 1) if n_draws > 1 else torch.nan
     return squared_influences(influence, left_out, draws) * correction
+
+
+def gap_shares(spread: Tensor) -> Tensor:
+    """How an efficiency gap is shared: in proportion to the variances of the attributions.
+
+    Args:
+        spread: Variances up to scale, shape ``(n_visible, n_group)``.
+
+    Returns:
+        The same shape; columns sum to 1.
+    """
+    total = spread.sum(0)
+    equal = torch.full_like(spread, 1 / max(len(spread), 1))
+    return torch.where(total > 0, spread / total.clamp_min(torch.finfo(total.dtype).tiny), equal)
 
 
 def normal_scale(degrees_of_freedom: int) -> float:

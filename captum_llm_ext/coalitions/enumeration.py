@@ -1,4 +1,4 @@
-"""Answers that need no sampling: leave-one-out and exact Shapley values."""
+"""Solvers of enumerated coalitions: leave-one-out, only-one-in, exact Shapley values."""
 
 from dataclasses import dataclass
 from math import comb
@@ -77,7 +77,7 @@ def shapley_coefficients(n_features: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Table:
-    """Rows averaged by code, then by draw: draws, not rows, are what varies.
+    """Values averaged by coalition within each draw: draws, not rows, are independent.
 
     `codes`, `draws` and `residuals` have one entry per pair of code and draw; `scale` makes the
     sum of squares of ``residuals * scale`` the variance of a mean.
@@ -102,7 +102,7 @@ def _only_one_in(view: View) -> tuple[Tensor, Tensor]:
 
 
 def _by_odd_one_out(view: View, size: int, *, is_present: bool) -> tuple[Tensor, Tensor]:
-    """Values by the one feature that is present, or absent, and their variances."""
+    """Values and variances of the coalitions with a single feature present, or absent."""
     rows = view.sizes == size
     odd = (view.masks[rows] == is_present).int()
     feature = odd.argmax(1) if view.n_visible else view.rows[:0]

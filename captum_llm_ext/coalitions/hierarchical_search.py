@@ -1,4 +1,4 @@
-"""Leave-one-out down a nesting: parts are opened where taking out the whole of them matters."""
+"""Hierarchical leave-one-out: a part is opened only where removing all of it matters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, solve_views, views
 from captum_llm_ext.coalitions.clustered_errors import mean_over_draws, normal_scale
-from captum_llm_ext.coalitions.owen_orders import Tree, leaves
+from captum_llm_ext.coalitions.owen_orders import Tree, children_of, leaves
 from captum_llm_ext.coalitions.owen_splits import Unresolved
 from captum_llm_ext.coalitions.plans import Plan
 
@@ -23,7 +23,7 @@ def search(
     n_evaluations: int | None = None,
     n_draws: int = 1,
 ) -> tuple[Plan, Tensor]:
-    """Take parts out, the coarsest first, and what is in them only where that makes a difference.
+    """Removes parts, the coarsest first, and their children only where that makes a difference.
 
     A part is opened where taking it out changes some target's value by at least `share` of the
     largest change that was found. Parts of one level are scored together.
@@ -63,7 +63,7 @@ def search(
         most = max([most, *changes.tolist()])
         wanted: list[Tree] = []
         for place in changes.argsort(descending=True).tolist():
-            parts = _children(waiting[place])
+            parts = children_of(waiting[place])
             cost = n_draws * (len(wanted) + len(parts))
             fits = n_evaluations is None or n_rows + cost <= n_evaluations
             if parts and float(changes[place]) >= share * most and fits:
@@ -76,7 +76,7 @@ def search(
 
 
 def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Solution:
-    """What is lost with each feature, or an even part of what is lost with the part it is in.
+    """Per feature what its removal costs, or an equal share of what removing its part costs.
 
     Args:
         plan: Joined from `plan_anchors` and what `search` returned.
@@ -105,7 +105,7 @@ def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
 
 
 def unopened(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Unresolved]:
-    """Parts that were not opened, the one whose loss changes most first.
+    """Parts that were not opened, by falling size of their effect.
 
     Args:
         plan, values, scope, tree: As for `solve_search`.
@@ -124,10 +124,6 @@ def unopened(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Un
     return sorted(found, key=lambda part: -float(part.totals.abs().sum()))
 
 
-def _children(tree: Tree) -> tuple[Tree, ...]:
-    return () if isinstance(tree, int) else tree
-
-
 def _roots(tree: Tree) -> tuple[Tree, ...]:
     return (tree,) if isinstance(tree, int) else tree
 
@@ -140,7 +136,7 @@ def _without(part: Tree, n_features: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Losses:
-    """What is lost in each draw with the parts that were taken out.
+    """Per draw the values without each part that was removed.
 
     Attributes:
         rows: For each set of absent visible columns its rows.
@@ -176,12 +172,12 @@ class _Losses:
 
 
 def _known(losses: _Losses, tree: Tree, n_visible: int) -> list[tuple[tuple[int, ...], bool]]:
-    """The finest parts that were taken out, and whether each is a single feature."""
+    """The finest parts that were removed, and whether each is a single feature."""
     inside = leaves(tree)
     found: list[tuple[tuple[int, ...], bool]] = []
     todo: list[Tree] = [*_roots(tree), *sorted(set(range(n_visible)) - set(inside))]
     for part in todo:  # grows while it is read
-        children = _children(part)
+        children = children_of(part)
         if children and all(tuple(sorted(leaves(c))) in losses.rows for c in children):
             todo.extend(children)
         else:

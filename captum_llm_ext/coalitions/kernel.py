@@ -147,7 +147,7 @@ def _affordable(n_observations: int, n_features: int, effort: float) -> int:
 
 @dataclass(frozen=True)
 class _Observations:
-    """What a regression through the empty and the full coalition sees.
+    """Observations of a regression constrained by the empty and the full coalition.
 
     Attributes:
         x: Masks less the share present, ``(n_observations, n_visible)``: rows sum to 0, so that

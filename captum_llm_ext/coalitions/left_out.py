@@ -1,4 +1,4 @@
-"""How well a Gaussian process with some covariance predicts the observations left out of it."""
+"""Leave-one-out error of a Gaussian process, and hyperparameters that minimise it."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ LEAST_NOISE = _NOISE[0]
 
 
 class GridSearch:
-    """Strength of interactions and noise with the least leave-one-out error, on a grid.
+    """Grid search for strength of interactions and noise by leave-one-out error.
 
     Args:
         linear: Covariance of what single features explain, ``(n_rows, n_rows)``.
@@ -26,11 +26,11 @@ class GridSearch:
 
     @property
     def error(self) -> float:
-        """Squared error of left-out observations where the search is now."""
+        """Leave-one-out error at the current grid point."""
         return self._error(self._place)
 
     def walk(self) -> tuple[float, float]:
-        """Strength and noise, downhill from the best start."""
+        """Descends from the best start; returns strength and noise."""
         while True:
             noise, strength = self._place
             nearby = [
@@ -64,7 +64,7 @@ def left_out_error(covariance: Tensor, noise: float, y: Tensor) -> float:
 
 
 def factor(covariance: Tensor, noise: float) -> tuple[Tensor, float]:
-    """Cholesky factor with noise, more of it where rounding asks for more; and the noise taken."""
+    """Cholesky factor of covariance plus noise, and that noise: more where rounding needs it."""
     while True:
         noisy = covariance.clone()
         noisy.diagonal().add_(noise * covariance.diagonal().mean())

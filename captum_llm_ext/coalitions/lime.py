@@ -1,4 +1,4 @@
-"""LIME: a local linear fit, for every target on its own columns."""
+"""LIME: a weighted linear fit of every target on the columns it can depend on."""
 
 import math
 import warnings
@@ -173,7 +173,7 @@ def _check_span(start: int, end: int, scope: Scope) -> None:
 
 @dataclass(frozen=True)
 class _Regression:
-    """Rows of one view with the intercept taken out.
+    """Weighted normal equations of one view, centred so that the intercept drops out.
 
     Attributes:
         x, y: Centred, ``(n_rows, n_visible)`` and ``(n_rows, n_group)``.
@@ -227,7 +227,7 @@ def _fill_lasso(
     alpha: float,
     standardised: bool = False,
 ) -> None:
-    """Solve the targets of many views at once: one step costs the same for all of them."""
+    """Solves the lassos of many views at once: a step over all costs as much as over one."""
     n = solution.attributions.shape[1]
     together = max(_GRAM_MEMORY // max(8 * n**2, 1), 1)
     waiting = iter(every)

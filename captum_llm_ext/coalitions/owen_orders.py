@@ -1,4 +1,4 @@
-"""Features nested in groups, and walks that finish one group before the next: Owen values."""
+"""Owen values from orders that finish each group of a hierarchy before the next."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, solve_views
-from captum_llm_ext.coalitions.clustered_errors import normal_scale
+from captum_llm_ext.coalitions.clustered_errors import gap_shares, normal_scale
 from captum_llm_ext.coalitions.plans import Plan
 
 Tree: TypeAlias = int | tuple["Tree", ...]
@@ -72,10 +72,15 @@ def binary(tree: Tree) -> Tree:
 
 
 def pruned(tree: Tree, n_features: int) -> Tree:
-    """What is left of the tree for the first `n_features` features; ``()`` if nothing is."""
+    """The tree restricted to the first `n_features` features; ``()`` if none is left."""
     if isinstance(tree, int):
         return tree if tree < n_features else ()
     return _group([child for part in tree if (child := pruned(part, n_features)) != ()])
+
+
+def children_of(tree: Tree) -> tuple[Tree, ...]:
+    """The children of a group; none of a single feature."""
+    return () if isinstance(tree, int) else tree
 
 
 def leaves(tree: Tree) -> list[int]:
@@ -86,7 +91,7 @@ def leaves(tree: Tree) -> list[int]:
 def plan_nested_orders(
     tree: Tree, n_features: int, n_orders: int, *, generator: torch.Generator, held: int = -1
 ) -> Plan:
-    """Antithetic walks that finish each group of the tree before they leave it.
+    """Antithetic pairs of orders in which the features of each group are consecutive.
 
     An order shuffles the children of every node; its reverse, which does so as well, shares its
     draw. Orders of this kind restrict to such orders on every prefix of the columns.
@@ -170,7 +175,7 @@ def _place(tree: Tree, start: Tensor, rank: Tensor, generator: torch.Generator) 
 
 
 def _chains(plan: Plan) -> tuple[Tensor, Tensor]:
-    """Per row the number of its walk (-1 for anchors), and per walk the column it holds, or -1."""
+    """Per row the number of its walk (-1: an anchor); per walk the column always present, or -1."""
     masks, draws = plan.masks, plan.draws
     begins = torch.zeros(len(masks), dtype=torch.bool, device="cpu")
     begins[plan.n_anchors : plan.n_anchors + 1] = True
@@ -214,7 +219,7 @@ def _walk(plan: Plan, view: View, chain: Tensor, held: Tensor) -> tuple[Tensor, 
     walks = torch.stack([chain[rows], cluster], 1).unique(dim=0)[:, 1].bincount()
     spread = (sums - walks[:, None, None] * attributions).square().sum(0) / n_orders**2
     gap = view.full_values - view.empty_values - attributions.sum(0)
-    return attributions + gap * _share(spread), _variances(spread, len(numbers))
+    return attributions + gap * gap_shares(spread), _variances(spread, len(numbers))
 
 
 def _check_walks(plan: Plan, view: View, joined: Tensor, rows: Tensor, n_orders: int) -> None:
@@ -227,10 +232,3 @@ def _variances(spread: Tensor, n_draws: int) -> Tensor:
     if n_draws < 2:
         return torch.full_like(spread, torch.nan)
     return spread * n_draws / (n_draws - 1) * normal_scale(n_draws - 1) ** 2
-
-
-def _share(spread: Tensor) -> Tensor:
-    """How a gap is split: least where an attribution is best known; columns sum to 1."""
-    total = spread.sum(0)
-    equal = torch.full_like(spread, 1 / max(len(spread), 1))
-    return torch.where(total > 0, spread / total.clamp_min(torch.finfo(total.dtype).tiny), equal)

@@ -1,4 +1,4 @@
-"""Owen values by splitting groups: all of them, or the weightiest first as a budget allows.
+"""Owen values by splitting groups: all of them, or best-first within a budget.
 
 A group is worth, in the context of what is present beside it, what it adds there. Splitting it
 shares that among its children, each in the contexts that the others make (the recursion of shap's
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, solve_views, views
 from captum_llm_ext.coalitions.clustered_errors import normal_scale
-from captum_llm_ext.coalitions.owen_orders import Tree, leaves, pruned
+from captum_llm_ext.coalitions.owen_orders import Tree, children_of, leaves, pruned
 from captum_llm_ext.coalitions.plans import Plan
 
 # So many splits of those that are left are decided on at once: batches, yet nearly best first.
@@ -28,7 +28,7 @@ _PARTS_OF_BUDGET = 16
 
 
 class Unresolved(NamedTuple):
-    """A group that was split in no context, and what it shares out evenly.
+    """A group that was never split: its total is shared equally.
 
     Attributes:
         columns: Its features.
@@ -40,14 +40,14 @@ class Unresolved(NamedTuple):
 
 
 def n_splits(tree: Tree) -> int:
-    """Coalitions beside the empty and the full one that splitting every group takes."""
+    """Number of coalitions, beside the empty and the full one, that splitting every group takes."""
     if isinstance(tree, int) or not tree:
         return 0
     return 2 ** len(tree) - 2 + 2 ** (len(tree) - 1) * sum(map(n_splits, tree))
 
 
 def plan_splits(tree: Tree, n_features: int, *, n_draws: int = 1, held: int = -1) -> Plan:
-    """Every coalition that Owen values depend on, once per draw.
+    """All coalitions that Owen values depend on, once per draw.
 
     Args:
         tree: The nesting.
@@ -74,7 +74,7 @@ def split_best_first(
     n_evaluations: int,
     n_draws: int = 1,
 ) -> tuple[Plan, Tensor]:
-    """Split the group that adds most, again and again, as long as the budget lasts.
+    """Splits the group with the largest effect, repeatedly, until the budget is spent.
 
     One set of coalitions serves all targets: what a group adds is summed in magnitude over them.
 
@@ -104,7 +104,7 @@ def split_best_first(
 
 
 def solve_splits(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Solution:
-    """Owen values (Owen 1977) as far as the groups were split, the rest in equal shares.
+    """Owen values (Owen 1977); groups that were not split share their total equally.
 
     Args:
         plan: Joined from `plan_anchors` and `plan_splits`, or from them and what `split_best_first`
@@ -121,7 +121,7 @@ def solve_splits(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
 
 
 def unresolved(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Unresolved]:
-    """Groups that were split in no context, the largest total first.
+    """Groups that were never split, by falling size of their total.
 
     Args:
         plan, values, scope, tree: As for `solve_splits`.
@@ -141,7 +141,7 @@ def unresolved(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[
 
 
 def _held(tree: Tree, n_features: int, held: int) -> tuple[Tree, Tensor]:
-    """The tree of what is switched, and the coalition ``(1, n_features)`` it starts from."""
+    """The tree without the `held` column, and the coalition ``(1, n_features)`` to begin at."""
     start = torch.zeros(1, n_features, dtype=torch.bool, device="cpu")
     if held < 0:
         return tree, start
@@ -179,7 +179,7 @@ def _without(child: int, n_children: int) -> tuple[Tensor, Tensor]:
 
 
 def _collect(tree: Tree, contexts: Tensor, found: list[Tensor]) -> None:
-    """Appends the coalitions that splitting `tree` in all `contexts` takes."""
+    """Appends the coalitions needed to split `tree` in all `contexts`."""
     if isinstance(tree, int) or not tree:
         return
     subsets = _subsets(tree, contexts.shape[1])
@@ -220,7 +220,7 @@ class _Item:
 
 @dataclass
 class _Queue:
-    """Groups that can still be split, and what has been scored."""
+    """Priority queue of groups that can still be split, and what has been scored."""
 
     score: Callable[[Plan], Tensor]
     n_features: int
@@ -243,12 +243,12 @@ class _Queue:
             self._push(_Item(tree, start[0], *ends, 1.0, targets))
 
     def pop(self, n_affordable: int) -> list[_Item]:
-        """The next groups to split, as far as the coalitions that this takes are affordable."""
+        """The next groups to split within the affordable number of coalitions."""
         batch: list[_Item] = []
         wanted = max(n_affordable // _PARTS_OF_BUDGET, 1)
         while self._heap and wanted > 0:
             priority, _, item = self._heap[0]
-            cost = 2 ** len(_children(item.tree)) - 2
+            cost = 2 ** len(children_of(item.tree)) - 2
             if cost > n_affordable:
                 break
             heapq.heappop(self._heap)
@@ -262,8 +262,10 @@ class _Queue:
         return batch
 
     def split(self, batch: list[_Item]) -> None:
-        """Scores what tells the children of each group apart, and queues them."""
-        unions = [item.context | _subsets(_children(item.tree), self.n_features) for item in batch]
+        """Scores the unions of children of each group, and queues the children."""
+        unions = [
+            item.context | _subsets(children_of(item.tree), self.n_features) for item in batch
+        ]
         values = self._scored(torch.cat([union[1:-1] for union in unions]))
         position = 0
         for item, union in zip(batch, unions, strict=True):
@@ -278,7 +280,7 @@ class _Queue:
         return Plan(masks, draws), torch.cat(self._values)
 
     def _push_children(self, item: _Item, union: Tensor, table: Tensor) -> None:
-        children = _children(item.tree)
+        children = children_of(item.tree)
         for place, child in enumerate(children):
             codes, shares = _without(place, len(children))
             for code, share in zip(codes.tolist(), shares.tolist(), strict=True):
@@ -286,11 +288,11 @@ class _Queue:
                 self._push(_Item(child, union[code], *ends, item.weight * share, item.targets))
 
     def _push(self, item: _Item) -> None:
-        if _children(item.tree) and len(item.targets):
+        if children_of(item.tree) and len(item.targets):
             heapq.heappush(self._heap, (-self._priority(item), next(self._number), item))
 
     def _priority(self, item: _Item) -> float:
-        """How much of ``full - empty`` a split would tell apart, all targets together.
+        """How much of ``full - empty`` a split would distribute, summed over targets.
 
         The first split of a group decides on all that the group adds; another, on what its context
         makes different.
@@ -312,13 +314,9 @@ class _Queue:
         return values.view(self.n_draws, len(masks), -1)
 
 
-def _children(tree: Tree) -> tuple[Tree, ...]:
-    return () if isinstance(tree, int) else tree
-
-
 @dataclass(frozen=True)
 class _Table:
-    """What each distinct coalition of a view is worth.
+    """Values of the distinct coalitions of a view.
 
     Attributes:
         masks: bool, ``(n_distinct, n_visible)``.
@@ -348,13 +346,13 @@ class _Table:
         return cls(masks[first], means.view(len(keys), len(numbers), -1), keys)
 
     def find(self, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of coalitions ``(…, n_visible)``, and whether they are there at all."""
+        """Rows of coalitions ``(…, n_visible)``, and whether each was scored."""
         at = torch.searchsorted(self.keys, _keys(masks)).clamp_max(len(self.keys) - 1)
         return at, (self.masks[at] == masks).all(-1)
 
 
 def _keys(masks: Tensor) -> Tensor:
-    """A number per coalition; wrong ones that collide are told by comparing the masks."""
+    """A hash per coalition; collisions are found by comparing the masks."""
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(2**62, (masks.shape[-1],), generator=generator, device="cpu")
     return (masks.long() * factors).sum(-1)
@@ -369,7 +367,7 @@ def _distinct(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Credit:
-    """Shares out what the whole tree adds.
+    """Distributes the total of the tree over its leaves.
 
     Attributes:
         shares: ``(n_visible, n_draws, n_group)``.
@@ -408,7 +406,7 @@ class _Credit:
             weights: Of the contexts, ``(m,)``.
             total: ``(n_draws, n_group)``.
         """
-        children = _children(tree)
+        children = children_of(tree)
         if not children:
             self.shares[leaves(tree)] += total
             return
@@ -442,7 +440,7 @@ class _Credit:
 def _totals(
     children: tuple[Tree, ...], values: Tensor, weights: Tensor, total: Tensor
 ) -> list[Tensor]:
-    """What each child gets of what the group adds in all its contexts.
+    """Per child its share of what the group adds in all contexts.
 
     Args:
         children: Of the group.

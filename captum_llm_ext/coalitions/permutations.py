@@ -1,10 +1,10 @@
-"""Shapley values from walks that add one feature after another."""
+"""Shapley values from orders in which features join one after another."""
 
 import torch
 from torch import Tensor
 
 from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, solve_views, views
-from captum_llm_ext.coalitions.clustered_errors import normal_scale
+from captum_llm_ext.coalitions.clustered_errors import gap_shares, normal_scale
 from captum_llm_ext.coalitions.kernel import EFFORT, regress
 from captum_llm_ext.coalitions.plans import Plan
 
@@ -98,7 +98,7 @@ def _walk(view: View, order: Tensor) -> tuple[Tensor, Tensor]:
     attributions, spread = gains.mean(0), _spread(gains, cluster)
     variances = _moderated(spread, int(cluster.max()) + 1, spread.mean(0))
     gap = view.full_values - view.empty_values - attributions.sum(0)
-    return attributions + gap * _share(spread), variances
+    return attributions + gap * gap_shares(spread), variances
 
 
 def _gains(view: View, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,23 +113,16 @@ def _gains(view: View, order: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spread(gains: Tensor, cluster: Tensor) -> Tensor:
-    """Sums of squares over draws, of means over orders."""
+    """Sums of squares over draws of their mean gains."""
     sums = torch.zeros(int(cluster.max()) + 1, *gains.shape[1:], dtype=gains.dtype, device="cpu")
     sums.index_add_(0, cluster, gains - gains.mean(0))
     return sums.square().sum(0) / len(gains) ** 2
 
 
 def _moderated(spread: Tensor, n_draws: int, expected: Tensor) -> Tensor:
-    """Variances from sums of squares over draws, each leaning on what features' lead to expect."""
+    """Moderated variances: sums of squares over draws, shrunk towards their mean over features."""
     if n_draws < 2 or not len(spread):
         return torch.full_like(spread, torch.nan)
     own, others = (part * n_draws / (n_draws - 1) for part in (spread, expected))
     moderated = ((n_draws - 1) * own + others) / n_draws
     return moderated * normal_scale(n_draws) ** 2
-
-
-def _share(spread: Tensor) -> Tensor:
-    """How a gap is split: least where an attribution is best known; columns sum to 1."""
-    total = spread.sum(0)
-    equal = torch.full_like(spread, 1 / max(len(spread), 1))
-    return torch.where(total > 0, spread / total.clamp_min(torch.finfo(total.dtype).tiny), equal)

@@ -166,7 +166,7 @@ def plan_permutations(n_features: int, n_orders: int, *, generator: torch.Genera
 
 
 def plan_pairs(n_features: int, n_evaluations: int, *, generator: torch.Generator) -> Plan:
-    """Different coalitions of uniform size, each beside its complement.
+    """Distinct coalitions with uniformly distributed sizes, each followed by its complement.
 
     Sizes from 1 to ``n_features - 1`` are equally frequent, so that they are on every prefix of
     the columns as well; small and large ones, of which there are fewer than that, all come once,
@@ -218,7 +218,7 @@ def plan_lime(n_features: int, n_evaluations: int, *, generator: torch.Generator
 
 
 def join_plans(plans: Sequence[Plan]) -> Plan:
-    """One plan after the other; draws stay distinct between them.
+    """Plans concatenated; draws of different plans stay distinct.
 
     Args:
         plans: The first may begin with anchors, the others hold none.
@@ -258,7 +258,7 @@ def _enumerated(n_features: int) -> Tensor:
 
 
 def _different(n_features: int, n_pairs: int, generator: torch.Generator) -> Tensor:
-    """Coalitions no two of which are equal or complements, the smaller of each pair's two.
+    """Distinct coalitions, none the complement of another: the smaller of each pair.
 
     Returns:
         Shape ``(n_pairs, n_features)``, fewer where there are not as many.
@@ -285,7 +285,7 @@ def _different(n_features: int, n_pairs: int, generator: torch.Generator) -> Ten
 
 
 def _quotas(n_features: int, n_pairs: int, generator: torch.Generator) -> Tensor:
-    """How many pairs of each size 1, 2, … up to half of the features; equally many of each size."""
+    """Numbers of pairs per size 1, 2, … up to half of the features, as equal as possible."""
     sizes = range(1, n_features // 2 + 1)
     most = torch.tensor(
         [float(min(_pairs_of_size(n_features, s), n_pairs)) for s in sizes],
@@ -312,7 +312,7 @@ def _quotas(n_features: int, n_pairs: int, generator: torch.Generator) -> Tensor
 
 
 def _pairs_of_size(n_features: int, size: int) -> int:
-    """How many coalitions of this size there are, complements counted once."""
+    """Number of coalitions of a size; complements of the same size count once."""
     return comb(n_features, size) // (2 if 2 * size == n_features else 1)
 
 

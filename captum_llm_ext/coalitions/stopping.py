@@ -1,4 +1,4 @@
-"""When enough coalitions were scored: rules that look at attributions and their errors alone."""
+"""Stopping rules: whether attributions are known well enough, judged by their standard errors."""
 
 import re
 from dataclasses import dataclass

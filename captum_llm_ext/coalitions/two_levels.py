@@ -1,4 +1,4 @@
-"""Attributions from two levels: many coalitions of a cheap game, few of what it misses.
+"""Two-level estimates: many coalitions of a surrogate, few of its difference from the game.
 
 What a method estimates is linear in the values: attributions of a game are those of its surrogate
 plus those of the difference. The surrogate's are estimated from many coalitions, the difference's
@@ -39,7 +39,7 @@ def summed(levels: Sequence[Solution]) -> Solution:
 
 @dataclass(frozen=True)
 class Correction:
-    """Which coalitions of a plan say what the others' values miss.
+    """Which coalitions of a plan correct the surrogate's attributions.
 
     Of the reference are the last ones; as many before them are the same coalitions, of the
     surrogate; all others are of the surrogate alone.
@@ -61,7 +61,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class Level:
-    """What was spent on one level, and what it brought.
+    """Cost and variance of one level.
 
     Attributes:
         n: Number of coalitions.
@@ -80,12 +80,12 @@ class Level:
 
     @property
     def each(self) -> float:
-        """Variance that a single coalition would leave."""
+        """Variance of an estimate from a single coalition."""
         return self.variance * self.n
 
     @property
     def saves(self) -> float:
-        """Variance that one more coalition takes away, over its cost."""
+        """Reduction of variance by one more coalition, per unit of cost."""
         return self.variance / max(self.n * self.cost, 1e-12)
 
 
