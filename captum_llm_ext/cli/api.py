@@ -1,4 +1,4 @@
-"""Models behind an API on the command line: whom to ask, for what, and how much may be spent."""
+"""Options of models behind an API: the provider, what is asked for, and limits."""
 
 import argparse
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ _ANTHROPIC = "https://api.anthropic.com/v1"
 
 
 def add_provider(group: Any) -> None:
-    """Adds the options that say whom to ask."""
+    """Adds the options that name the provider."""
     add = group.add_argument
     add(
         "--api",
@@ -76,7 +76,7 @@ def add_api(parser: argparse.ArgumentParser) -> None:
 
 
 def is_remote(arguments: argparse.Namespace) -> bool:
-    """Whether a model behind an API is meant.
+    """Whether the options name a model behind an API.
 
     Raises:
         UsageError: If options of one are given without it, or others that it has no use for.
@@ -93,7 +93,7 @@ def is_remote(arguments: argparse.Namespace) -> bool:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuses options that have no use over an API.
+    """Checks that no option is given that an API would ignore.
 
     Raises:
         UsageError: If there is one.
@@ -116,7 +116,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def tokenizers_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model's tokenizer, and the one that inputs are made with; None where there is none."""
+    """The model's tokenizer (None if there is none), and the one that inputs are made with."""
     name = arguments.tokenizer
     own = None if name is None else load_tokenizer(Place(name, location(name)))
     # Chats are sent as messages, to which the server's own template is put.
@@ -124,7 +124,7 @@ def tokenizers_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def provider_of(arguments: argparse.Namespace, model: str) -> Any:
-    """Whom to ask."""
+    """The provider that the options name."""
     if arguments.provider == "anthropic":
         return AnthropicProvider(model, api_url=arguments.api or _ANTHROPIC)
     if arguments.provider == "completions":
@@ -133,7 +133,7 @@ def provider_of(arguments: argparse.Namespace, model: str) -> Any:
 
 
 def attribution_of(arguments: argparse.Namespace, tokenizer: Any) -> RemoteGenerationAttribution:
-    """What attributes."""
+    """The attribution object."""
     settings = {name: getattr(arguments, name) for name in ("share", "scheme")}
     rung = arguments.rung or "auto"
     return RemoteGenerationAttribution(
@@ -152,7 +152,7 @@ def attribution_of(arguments: argparse.Namespace, tokenizer: Any) -> RemoteGener
 def show_estimate(
     attribution: RemoteGenerationAttribution, inp: Any, options: dict[str, Any]
 ) -> None:
-    """Prints what an attribution would take."""
+    """Prints the estimated requests, tokens and costs of an attribution."""
     kept = {k: v for k, v in options.items() if k not in ("output_unit", "show_progress")}
     found = attribution.estimate(inp, **kept)
     say("nothing was sent; at most, without the few requests that look at the server:")
@@ -162,7 +162,7 @@ def show_estimate(
 
 
 def look_at(arguments: argparse.Namespace) -> int:
-    """Prints what a server can do; 1 if it can do nothing."""
+    """Prints which rungs a server supports; returns 1 if none."""
     provider, (tokenizer, _) = provider_of(arguments, arguments.model), tokenizers_of(arguments)
     found = dict(_looked_at(provider, tokenizer))
     if arguments.json:

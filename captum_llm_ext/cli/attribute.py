@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 
 def _check_counterfactuals(arguments: argparse.Namespace) -> None:
-    """Refuses what cannot search.
+    """Checks that ``--counterfactuals`` is possible.
 
     Raises:
         UsageError: If the method, an API or many processes cannot.
@@ -184,7 +184,7 @@ def _counterfactuals(job: Job, attribution: Any, inp: Any, result: Any, n_rows: 
 
 
 def _order(result: Any) -> list[float]:
-    """How strong a cause each feature of the prompt is, whichever way."""
+    """Per feature of the prompt the size of its attributions, summed over the answer."""
     strength: dict[int, float] = {}
     columns = result.column_features[: len(result.input_tokens)]
     for feature, value in zip(columns, result.token_attr.abs().sum(0).tolist(), strict=True):

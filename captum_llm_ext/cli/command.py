@@ -1,4 +1,4 @@
-"""What every command has: a parser with examples, and the line to the user on stderr."""
+"""Shared by all commands: the parser with examples, types of options, messages on stderr."""
 
 import argparse
 import math
@@ -59,12 +59,12 @@ def shown_examples(examples: Sequence[str]) -> str:
 
 
 def say(text: str) -> None:
-    """Tells the user something that is no result."""
+    """Prints a message that is no result to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def note(message: Warning | str, *_: object) -> None:
-    """A warning as a reader of the command line wants it: the sentence, not where it was said."""
+    """Prints a warning without its source line."""
     say(f"note: {in_options(str(message))}")
 
 

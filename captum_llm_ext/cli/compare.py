@@ -1,4 +1,4 @@
-"""``captum-llm-ext compare``: does a conclusion hang on what absence means?"""
+"""``captum-llm-ext compare``: attributions under several baselines."""
 
 import argparse
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ def _of_files(names: Sequence[str]) -> BaselineComparison:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Names of files without folder and ending; whole where these do not tell them apart."""
+    """Names of files without folder and ending, unless these are needed to distinguish them."""
     stems = [Path(name).stem for name in names]
     return stems if len(set(stems)) == len(names) else list(names)
 

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_counterfactuals(path: str) -> list[Counterfactual]:
-    """Those in a file that ``--json`` of this command or of ``attribute`` wrote.
+    """Reads counterfactuals from a file that ``--json`` of this command or ``attribute`` wrote.
 
     Raises:
         ValueError: If it is no such file.
@@ -117,18 +117,18 @@ def read_counterfactuals(path: str) -> list[Counterfactual]:
 
 
 class _Found:
-    """What `write_outputs` asks for the JSON of."""
+    """The counterfactuals found, for `write_outputs`."""
 
     def __init__(self, found: list[Any], summary: str) -> None:
         self._found, self._summary = found, summary
 
     def to_dict(self) -> dict[str, Any]:
-        """All that was found, and what was looked at."""
+        """The counterfactuals found, and how much was searched."""
         return {"found": [one.to_dict() for one in self._found], "summary": self._summary}
 
 
 def _ignored(arguments: argparse.Namespace) -> list[str]:
-    """Options of `add_job` that were given and say nothing here."""
+    """Options of `add_job` that were given and would be ignored."""
     alone = argparse.ArgumentParser()
     add_job(alone, several=True)
     unsaid = vars(alone.parse_args([]))

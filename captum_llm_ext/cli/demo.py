@@ -1,4 +1,4 @@
-"""``captum-llm-ext demo``: see it work."""
+"""``captum-llm-ext demo``: an attribution of the model that comes with the package."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``captum-llm-ext doctor``: what is installed, and whether numbers are right here."""
+"""``captum-llm-ext doctor``: installed versions, and a check of values on this machine."""
 
 import argparse
 import math
@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints what it finds; 1 if the package's own values are wrong."""
+    """Prints versions and checks; returns 1 if the package's own values are wrong."""
     if is_remote(arguments):
         return look_at(arguments)
     machine = _machine()

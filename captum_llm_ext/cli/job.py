@@ -1,4 +1,4 @@
-"""An attribution as its options describe it."""
+"""An attribution job, built from the options of the command line."""
 
 import argparse
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ Attribution = GenerationAttribution | GenerationGradientAttribution | Generation
 
 
 def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
-    """Adds the options of a run.
+    """Adds the options of an attribution.
 
     Args:
         parser: The command's parser.
@@ -151,7 +151,7 @@ def _add_budget(group: Any) -> None:
 
 
 class Job:
-    """A run: its prompt, its model, its settings.
+    """An attribution job: prompt, model and settings.
 
     What needs no model is checked on construction, what needs the tokenizer alone before the model
     is loaded.
@@ -213,7 +213,7 @@ class Job:
     def prepared(
         self, baselines: Any, accelerator: Any = None
     ) -> tuple[Attribution, TextSegmentInput]:
-        """What attributes, and the prompt over these baselines."""
+        """The attribution object, and the input with these baselines."""
         arguments = self._arguments
         if self._is_remote:
             tokenizer, of_input = tokenizers_of(arguments)
@@ -225,7 +225,7 @@ class Job:
         return self._attribution(tokenizer, accelerator), inp
 
     def for_many(self) -> tuple[Attribution, dict[str, Any]]:
-        """What attributes, and the arguments of `attribute_dataset` that say what features are."""
+        """The attribution object, and the arguments of `attribute_dataset` that choose features."""
         arguments = self._arguments
         chosen: dict[str, Any] = {}
         if arguments.unit or is_search(arguments.method):
@@ -301,7 +301,7 @@ class Job:
             yield Way("--method hierarchical", None, "opens only the parts that matter")
 
     def _coarser(self) -> tuple[str, ...]:
-        """Units above the one whose parts are switched."""
+        """Units coarser than that of the features."""
         if is_search(self._arguments.method):
             return ()
         levels = ("passage",) if self._asked.passages else ("paragraph",)
@@ -314,7 +314,7 @@ class Job:
 
 
 def as_baselines(given: str, seed: int) -> Any:
-    """What `TextSegmentInput` takes for an entry of ``--baselines``.
+    """The ``baselines`` argument of `TextSegmentInput` for an entry of ``--baselines``.
 
     Raises:
         UsageError: If a file is given without saying what it is.
@@ -346,7 +346,7 @@ def as_baselines(given: str, seed: int) -> Any:
 
 
 def _explained(arguments: argparse.Namespace) -> str | Contrast:
-    """What ``--attr-target`` and ``--foils`` say.
+    """The value to explain, from ``--attr-target`` and ``--foils``.
 
     Raises:
         UsageError: If foils would be ignored.

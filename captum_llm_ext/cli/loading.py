@@ -1,4 +1,4 @@
-"""Models by name, and what goes wrong with names."""
+"""Loads models and tokenizers by name, with clear errors."""
 
 import argparse
 import io
@@ -59,7 +59,7 @@ def add_loading(parser: Any) -> None:
 
 
 class Place(NamedTuple):
-    """Where a model lies.
+    """Location of a model.
 
     Attributes:
         shown: What it is called.
@@ -81,7 +81,7 @@ class Place(NamedTuple):
 
 
 def place_of(arguments: argparse.Namespace) -> Place:
-    """Where the model of `add_loading`'s options lies; nothing is loaded.
+    """Location of the model that the options of `add_loading` name; nothing is loaded.
 
     Raises:
         UsageError: If options contradict one another.
@@ -117,7 +117,7 @@ def place_of(arguments: argparse.Namespace) -> Place:
 
 
 def location(name: str, revision: str | None = None) -> str:
-    """Where transformers finds a model that goes by this name here.
+    """Path or hub name under which transformers finds a model.
 
     Raises:
         UsageError: If a revision is asked of what has none.

@@ -1,4 +1,4 @@
-"""What methods are called on the command line, and which options each of them has."""
+"""Names of methods on the command line, and the options of each."""
 
 import argparse
 from difflib import get_close_matches
@@ -103,7 +103,7 @@ def add_method(group: Any, *, more: str = "see below") -> None:
 
 
 def add_settings(group: Any) -> None:
-    """Adds the options that a single kind of method has."""
+    """Adds the options of single kinds of methods."""
     add = group.add_argument
     add(
         "--share",
@@ -139,32 +139,32 @@ def method_name(text: str) -> str:
 
 
 def is_search(name: str) -> bool:
-    """Whether the method wants parts in parts."""
+    """Whether the method needs nested units."""
     return name == "hierarchical"
 
 
 def is_of_gradients(name: str) -> bool:
-    """Whether the method asks for gradients, not for coalitions."""
+    """Whether the method uses gradients."""
     return name in _GRADIENTS
 
 
 def looks_inside(name: str) -> bool:
-    """Whether the method asks for gradients or attention: for the model itself, in one process."""
+    """Whether the method uses gradients or attention, and so one process."""
     return name in _INSIDE
 
 
 def is_of_attention(name: str) -> bool:
-    """Whether the method reads attention, in one pass."""
+    """Whether the method uses attention."""
     return name in _ATTENTION
 
 
 def is_of_answers(name: str) -> bool:
-    """Whether the method compares whole answers, whose tokens it does not tell apart."""
+    """Whether the method compares whole answers, without values per token."""
     return name == "smile"
 
 
 def said_of_zero(name: str) -> str | None:
-    """What to tell who lets gradients take, by default, nothing for what is absent."""
+    """A note on the default baseline of gradients, the zero vector; None for other methods."""
     if not is_of_gradients(name) or name in _LOCAL:
         return None
     return (
@@ -174,7 +174,7 @@ def said_of_zero(name: str) -> str | None:
 
 
 def check_method(arguments: argparse.Namespace) -> None:
-    """Refuses settings that the method has not.
+    """Checks that no option is given that the method would ignore.
 
     Raises:
         UsageError: If there is one.
@@ -226,7 +226,7 @@ def attribution(
     accelerator: Any = None,
     surrogate: str | None = None,
 ) -> GenerationAttribution | GenerationGradientAttribution | GenerationAttentionAttribution:
-    """What attributes by such a method.
+    """The attribution object for a method.
 
     Args:
         attributes: What `method` gave.

@@ -1,4 +1,4 @@
-"""What a command leaves: a table on stdout, files where the options say."""
+"""Output of commands: text or JSON on stdout, and files."""
 
 import argparse
 import io
@@ -43,7 +43,7 @@ def add_outputs(parser: argparse.ArgumentParser, *kinds: Kind) -> None:
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Refuses files that could not be written, before anything costly is done.
+    """Checks that files can be written, before anything costly is done.
 
     Raises:
         UsageError: If two are the same file, one that stdout does not take is to go there, or a
@@ -116,7 +116,7 @@ def write_outputs(
 
 
 def write_picture(path: files.Path, figure: Any, kind: Kind = "png") -> None:
-    """Writes a picture of a figure of matplotlib, which pyplot keeps no longer.
+    """Writes a matplotlib figure to a file and closes it.
 
     Raises:
         OSError: If it cannot be written.
@@ -150,6 +150,6 @@ def _write_json(name: str, content: Mapping[str, Any]) -> None:
 
 
 def as_json(content: Mapping[str, Any]) -> str:
-    """JSON for stdout, in whatever encoding that is."""
+    """JSON for stdout, escaped where its encoding requires it."""
     is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
     return json.dumps(finite(content), ensure_ascii=not is_utf8, allow_nan=False)

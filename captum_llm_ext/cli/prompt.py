@@ -1,4 +1,4 @@
-"""What the model is asked: a text, a chat, passages and a question about them."""
+"""The prompt from the options: a text, a chat, or passages with a question."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ _ROLES = "user,system"
 
 
 def add_prompt(group: Any, *, several: bool) -> None:
-    """Adds the options that say what is asked.
+    """Adds the options of the prompt.
 
     Args:
         group: A parser or a group of its options.
@@ -62,7 +62,7 @@ def add_prompt(group: Any, *, several: bool) -> None:
 
 
 class Passages(Parts):
-    """Passages in a message, and the question after them, as a unit."""
+    """A segmenter of a message into passages and the question after them."""
 
     positional = False
 
@@ -85,7 +85,7 @@ class Passages(Parts):
 
 @dataclass(frozen=True)
 class Asked:
-    """What the model is asked.
+    """The prompt, as the options give it.
 
     Attributes:
         text: The prompt; the last message's, of a chat that was made of one.
@@ -141,7 +141,7 @@ class Asked:
         return "\n\n".join([*self.passages.values(), self.text])
 
     def tell_of_template(self, tokenizer: Any, name: str) -> None:
-        """Says so where a model that answers chats is given a text to continue."""
+        """Prints a note if a chat model is given a text to continue."""
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if has_template and self.messages is None and not self.is_many and name != DEMO:
             note(
@@ -151,7 +151,7 @@ class Asked:
 
 
 def asked(arguments: argparse.Namespace) -> Asked:
-    """What the options of `add_prompt` say.
+    """The prompt from the options of `add_prompt`.
 
     Raises:
         UsageError: If they contradict one another, or nothing is asked.
@@ -252,7 +252,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 
 def _passages(names: Sequence[str]) -> dict[str, str]:
-    """The texts of files, by their names; with their folders where these alone tell them apart."""
+    """Texts of files by name, with folders where names alone are ambiguous."""
     if len({*names}) < len(names):
         raise UsageError("--context: a file is given twice.")
     short = [Path(name).name for name in names]

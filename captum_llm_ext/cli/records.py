@@ -16,7 +16,7 @@ _SHOWN = 10
 
 
 def add_records(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that says where the results of many prompts go."""
+    """Adds ``--out``: the folder of results of many prompts."""
     group = parser.add_argument_group(
         "many prompts",
         "One .safetensors per line of --input. Run again, the command goes on where it was. Under "
@@ -61,7 +61,7 @@ def check_records(arguments: argparse.Namespace) -> bool:
 
 
 def run_records(arguments: argparse.Namespace) -> int:
-    """Attributes every line; the status is 1 if one of them failed."""
+    """Attributes every line; returns 1 if one failed."""
     job = Job(arguments)
     baselines = as_baselines((arguments.baselines or ["delete"])[0], arguments.seed)
     attribution, chosen = job.for_many()

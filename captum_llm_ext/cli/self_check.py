@@ -1,4 +1,4 @@
-"""Does this model give right numbers here, and which shortcuts does scoring take with it?"""
+"""Checks the values of a model on this machine, and which shortcuts scoring takes with it."""
 
 import logging
 from collections.abc import Generator, Sequence
@@ -27,7 +27,7 @@ _SHORT_PROMPT, _SHORT_ANSWER = 8, 4  # for captum, which runs every row token by
 
 @dataclass(frozen=True)
 class Probe:
-    """What was seen of a model.
+    """What the check found.
 
     Attributes:
         dtype: Of its weights.
@@ -205,7 +205,7 @@ def _plain_values(model: Any, rows: Sequence[TokenRow], target: Tensor, *, apart
 def _captum_error(
     model: Any, tokenizer: Any, target: Sequence[int]
 ) -> tuple[float | None, str | None]:
-    """How far captum's default is from captum without its cache, or why that cannot be told."""
+    """Difference of captum's default from captum without its cache, or why it is unknown."""
     try:
         text = tokenizer.decode(tokenizer.encode(_TEXT, add_special_tokens=False)[:_SHORT_PROMPT])
         inp = TextTokenInput(text, tokenizer)
@@ -224,7 +224,7 @@ def _captum_error(
 
 @contextmanager
 def _warnings_of(name: str) -> Generator[list[str]]:
-    """What a logger warns of, collected in place of being shown."""
+    """Collects the warnings of a logger instead of showing them."""
     said: list[str] = []
     logger = logging.getLogger(name)
     handler = logging.Handler(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What is printed of a result."""
+"""A result as the command line prints it."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ _LEVELS = ("turn", "passage", "part", "example", "block", "paragraph", "line", "
 
 
 def add_level(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that says how coarsely the prompt is read."""
+    """Adds ``--level``: the parts of the prompt that causes are summed over."""
     parser.add_argument(
         "--level",
         metavar="UNIT",
@@ -24,7 +24,7 @@ def add_level(parser: argparse.ArgumentParser) -> None:
 
 
 def check_level(arguments: argparse.Namespace) -> None:
-    """Refuses a level that no text has.
+    """Checks the name of ``--level``.
 
     Raises:
         UsageError: If it has no such name, or the prompt has no such parts.
@@ -41,7 +41,7 @@ def check_level(arguments: argparse.Namespace) -> None:
 
 
 def told(result: GenerationAttributionResult, k: int, level: str | None = None) -> str:
-    """A result as it is printed: causes by the level that was asked for, the table, sentences.
+    """The printed text of a result: causes at the level asked for, the table, sentences.
 
     Args:
         result: The result.
@@ -62,7 +62,7 @@ def told(result: GenerationAttributionResult, k: int, level: str | None = None) 
 
 
 def _by_level(causes: Sequence[Cause], level: str, columns: int | None) -> str:
-    """What each part of the prompt does for the whole answer, a line each."""
+    """Attributions of the parts of the prompt for the whole answer, a line each."""
     lines = [f"whole answer, by {level}:"]
     for cause in causes:
         error = "?" if math.isnan(cause.standard_error) else f"{cause.standard_error:.2f}"

@@ -1,4 +1,4 @@
-"""The processes of ``torchrun``, if it started the command."""
+"""The processes of ``torchrun``, if the command was started by it."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ def is_main() -> bool:
 
 
 def accelerator() -> Any:
-    """What tells of the other processes; None where there are none."""
+    """The `Accelerator` of several processes; None for a single one."""
     if not are_several():
         return None
     import torch
@@ -28,7 +28,7 @@ def accelerator() -> Any:
 
 
 def check_readable(arguments: argparse.Namespace) -> None:
-    """Refuses what only one process can read.
+    """Checks that no input can be read by one process only.
 
     Raises:
         UsageError: If several are to read one stdin.

@@ -18,7 +18,7 @@ _WORTH_ADVICE = 20.0
 
 
 class Way(NamedTuple):
-    """Another command for about the same question.
+    """Another command that answers about the same question.
 
     Attributes:
         options: What would be given.
@@ -32,11 +32,11 @@ class Way(NamedTuple):
 
 
 class EnoughError(Exception):
-    """What was asked for is told: there is no more to be run."""
+    """Ends a dry run: everything asked for was printed."""
 
 
 class Watch:
-    """Tells the answer as soon as it is there, and after the first batch what the rest will take.
+    """Prints the answer as soon as it is there, and an estimate after the first batch.
 
     Args:
         model: Whose memory is told; None for a model elsewhere.
@@ -75,7 +75,7 @@ class Watch:
         return self._n_tokens > 0
 
     def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
-        """Tells the answer, and whether it is whole."""
+        """Prints the answer, and whether it was cut."""
         self._n_tokens = n_tokens
         say(f"answer: {one_line(text)}")
         if is_cut:
@@ -109,7 +109,7 @@ class Watch:
             self._bar.announce(n)
 
     def advance(self, n: int) -> None:
-        """Tells the estimate after the first batch, then how far it is."""
+        """Prints the estimate after the first batch, then the progress."""
         if self._is_before:
             if self._before is not None:
                 self._before.advance(n)

@@ -1,4 +1,4 @@
-"""What the library says to Python, said to who types options."""
+"""Messages of the library in the words of the command line."""
 
 import re
 from collections.abc import Mapping
@@ -73,7 +73,7 @@ _QUOTES = re.compile(r"[\"'() ]")
 
 
 def in_options(text: str) -> str:
-    """A message of the library with options in the place of arguments.
+    """A message of the library with names of options in place of arguments.
 
     Args:
         text: Names of arguments, classes and values stand between backticks in it.

@@ -9,12 +9,12 @@ PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests i
 
 
 def folder() -> Path:
-    """Where model, tokenizer, corpus and model card lie."""
+    """Folder of the model, its tokenizer, corpus and model card."""
     return Path(str(files("captum_llm_ext.demo") / "model"))
 
 
 def load_demo() -> tuple[Any, Any, list[str]]:
-    """A language model small enough for examples, whose answers have known causes.
+    """Loads a small language model for examples, whose answers have known causes.
 
     It writes biographies of an invented English; ``demo/model/README.md`` says which word depends
     on which. Nothing is downloaded.

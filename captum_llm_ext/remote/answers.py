@@ -1,4 +1,4 @@
-"""What a server with OpenAI's completions endpoint answers, read token by token."""
+"""Parses answers of OpenAI's completions endpoint, token by token."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _SHOWN = 200
 
 
 def check_usage(answer: Any, ids: Sequence[Sequence[int]]) -> None:
-    """Refuses an answer to other tokens than were sent, where the server counts them.
+    """Checks that the server counted as many tokens as were sent.
 
     Raises:
         UnusableAnswerError: If ``usage.prompt_tokens`` is another number.
@@ -26,7 +26,7 @@ def check_usage(answer: Any, ids: Sequence[Sequence[int]]) -> None:
 
 
 def completed(answer: Any) -> int | None:
-    """How many tokens the server says that it wrote."""
+    """Number of generated tokens, as the server counts them."""
     return _usage(answer, "completion_tokens")
 
 
@@ -37,7 +37,7 @@ def _usage(answer: Any, name: str) -> int | None:
 
 
 def told(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
-    """Log-probabilities as vLLM tells them: a mapping of ids for each token of the prompt."""
+    """Parses vLLM's ``prompt_logprobs``: a mapping of ids for each token of the prompt."""
     found: Any = choice.get("prompt_logprobs")
     if not isinstance(found, list):
         raise ApiError(
@@ -68,7 +68,7 @@ def _entry(told: Any) -> dict[int, float]:
 
 
 def echoed(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
-    """Log-probabilities of an echoed prompt; what was generated stands after it."""
+    """Parses the log-probabilities of an echoed prompt, which generated tokens follow."""
     logprobs: Any = choice.get("logprobs")
     told: Any = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(told, list):
@@ -97,7 +97,7 @@ def echoed(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
 
 
 class Names:
-    """What a server calls tokens: one that changes its mind has mixed up answers.
+    """Texts of tokens as the server writes them; one that changes means mixed-up answers.
 
     Bytes of characters are called by what stands around them, and are not looked at.
     """
@@ -106,7 +106,7 @@ class Names:
         self._known: dict[int, str] = {}
 
     def check(self, choice: Mapping[str, Any], ids: Sequence[int]) -> None:
-        """Refuses an answer that calls tokens otherwise than answers before.
+        """Checks that tokens have the same texts as in earlier answers.
 
         Raises:
             UnusableAnswerError: If there is such a token.
@@ -131,7 +131,7 @@ def _names(choice: Mapping[str, Any]) -> list[str]:
 
 
 def wrong_count(found: int, wanted: int, n_prompts: int = 1) -> ApiError:
-    """An error that says what may be behind another number of tokens."""
+    """The error for an unexpected number of tokens, with likely reasons."""
     what = "it reads it as other tokens"
     if found - wanted == n_prompts:
         what = "it may put a token (BOS) before each"
@@ -144,7 +144,7 @@ def wrong_count(found: int, wanted: int, n_prompts: int = 1) -> ApiError:
 
 
 def written(answer: Any, choice: Mapping[str, Any]) -> Written | None:
-    """What the model wrote, with log-probabilities; None where these are not told."""
+    """The generated text with log-probabilities; None if the server gives none."""
     logprobs: Any = choice.get("logprobs")
     found: Any = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(found, list):
@@ -171,7 +171,7 @@ def written(answer: Any, choice: Mapping[str, Any]) -> Written | None:
 
 
 def written_ids(choice: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The ids of what the model wrote, where the server tells them."""
+    """The generated ids, if the server gives them."""
     if isinstance(choice.get("token_ids"), list):
         return tuple(_token_ids(choice["token_ids"]))
     names = _names(choice)
@@ -182,7 +182,7 @@ def written_ids(choice: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 
 def text_of(choice: Mapping[str, Any]) -> str:
-    """What the model wrote, as text."""
+    """The generated text."""
     text = choice.get("text")
     if not isinstance(text, str):
         raise unusable("what the model wrote", text, "a text")
@@ -195,7 +195,7 @@ def is_integer(value: Any) -> bool:
 
 
 def unusable(what: str, found: Any, wanted: str) -> ApiError:
-    """An error that shows what was found in place of what was wanted."""
+    """The error for an answer of another form than expected."""
     try:
         shown = one_line(repr(found))[:_SHOWN]
     except (RecursionError, ValueError):  # too deep, or an integer of too many digits

@@ -1,4 +1,4 @@
-"""Providers that are sent messages and answer with text, and what they tell of it."""
+"""Providers that take messages and answer with text, with or without log-probabilities."""
 
 import inspect
 import math
@@ -33,11 +33,11 @@ class _OverHttp:
 
     @property
     def api_url(self) -> str | None:
-        """Where it is asked; None where a client asks."""
+        """URL of the API; None for a client of the user's own."""
         return None if self._http is None else self._http.url
 
     def interrupt(self) -> None:
-        """Ends what is under way."""
+        """Ends the requests under way."""
         if self._http is not None:
             self._http.interrupt()
 
@@ -369,7 +369,7 @@ def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> Said:
 
 
 def _settings(question: Question) -> dict[str, Any]:
-    """What chats and texts are asked with alike."""
+    """Settings that chat and completions requests share."""
     found: dict[str, Any] = {
         "max_tokens": question.n_tokens,
         "temperature": question.temperature,
@@ -393,7 +393,7 @@ def _fingerprint(answer: Mapping[str, Any]) -> str | None:
 
 
 def _steps_of(text: str, tops: Sequence[Mapping[str, float]]) -> list[Step]:
-    """Tokens of a text, of which each is among the likeliest at its place."""
+    """Splits a text into tokens, each of which is among the likeliest at its place."""
     steps: list[Step] = []
     left = text
     for top in tops:

@@ -139,7 +139,7 @@ class CompletionsProvider(RemoteLLMProvider):
         target_str: str,
         tokenizer: Any = None,
     ) -> list[float]:
-        """Captum's question: log-probabilities of a target's tokens after a prompt.
+        """Log-probabilities of a target's tokens after a prompt, as captum's providers give them.
 
         Args:
             input_prompt: The prompt.
@@ -189,7 +189,7 @@ class CompletionsProvider(RemoteLLMProvider):
         return found
 
     def generate(self, prompt: str, **gen_args: Any) -> str:
-        """What the model writes after a text.
+        """Generates a continuation of a text.
 
         Args:
             prompt: The text.
@@ -199,7 +199,7 @@ class CompletionsProvider(RemoteLLMProvider):
         return answers.text_of(self._generated(prompt, gen_args))
 
     def generate_tokens(self, prompt: Sequence[int], **gen_args: Any) -> list[int] | str:
-        """What the model writes after token ids.
+        """Generates a continuation of token ids.
 
         Args:
             prompt: The ids.
@@ -229,7 +229,7 @@ class CompletionsProvider(RemoteLLMProvider):
         n_answers: int = 1,
         bias: Mapping[int, float] | None = None,
     ) -> list[Written]:
-        """What the model writes, with the log-probabilities that the server tells of it.
+        """Generates tokens, with the log-probabilities that the server gives for them.
 
         Args:
             prompt: Text or token ids.
@@ -298,7 +298,7 @@ class CompletionsProvider(RemoteLLMProvider):
         return {"model": self.model_name, "prompt": prompt, **arguments, **self._extra}
 
     def _logprobs(self, prompts: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[list[Entry]]:
-        """Entries per token of prompts, of which the ids are known."""
+        """Entries per token of prompts with known ids."""
         way = cast(Way, self._way)
         # One token has to be generated: not all servers take 0.
         arguments: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0}

@@ -1,4 +1,4 @@
-"""One connection to one server, whose answers end in time and within a size, whatever it sends."""
+"""One HTTP connection, with limits on the time and size of answers."""
 
 import http.client
 import io
@@ -25,7 +25,7 @@ class TooLongError(Exception):
 
 
 class Answer(NamedTuple):
-    """What a server answered: nothing of it has been looked at."""
+    """An answer, not parsed yet."""
 
     status: int
     headers: Mapping[str, str]
@@ -33,7 +33,7 @@ class Answer(NamedTuple):
 
 
 class Connection:
-    """A connection that is made when it is first needed, and kept while the server keeps it.
+    """A connection opened on first use and kept alive as long as the server allows.
 
     Args:
         url: Scheme, host and port of the server. Proxies are those of the environment.
@@ -91,12 +91,12 @@ class Connection:
         return False
 
     def cut(self) -> None:
-        """Ends what is under way, from whatever thread."""
+        """Ends the exchange under way; any thread may call it."""
         with suppress(OSError, AttributeError):  # not yet connected, or closed by now
             self._inner.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Gives the connection up."""
+        """Closes the connection."""
         self._inner.close()
 
     def _open(self) -> None:
@@ -126,7 +126,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Within(io.RawIOBase):
-    """What a socket gives, until a time and up to a size."""
+    """Reads from a socket until a deadline and up to a size."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, until: float, most: int) -> None:
         self._raw, self._sock, self._until, self._room = raw, sock, until, most

@@ -1,4 +1,4 @@
-"""Whether answers are drawn at all: found out by what no model answers twice alike."""
+"""Whether a provider samples at all: tested by an open question."""
 
 from dataclasses import replace
 from typing import Literal

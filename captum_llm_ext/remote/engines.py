@@ -1,4 +1,4 @@
-"""`EngineProvider`: an inference engine in this process, asked for what it tells of prompts.
+"""`EngineProvider`: log-probabilities of prompts from an inference engine in this process.
 
 vLLM and SGLang bring tensor parallelism, FP8, paged memory and the reuse of prompts' beginnings. An
 engine is a provider like any other, without HTTP: rows, checkpoints, the checks before anything is
@@ -95,7 +95,7 @@ class EngineProvider:
         return found
 
     def generate_tokens(self, prompt: Sequence[int], **gen_args: Any) -> list[int]:
-        """What the model writes after token ids.
+        """Generates a continuation of token ids.
 
         Args:
             prompt: The ids.
@@ -126,7 +126,7 @@ class EngineProvider:
 
 
 class _Engine(Protocol):
-    """What is asked of an engine.
+    """Interface of an engine.
 
     Attributes:
         name: What people call it.
@@ -268,7 +268,7 @@ class _SGLang:
 
 
 def _adapted(engine: Any) -> _Engine:
-    """The engine as it is asked; told by what it is made of, so that neither is imported."""
+    """Wraps an engine by the module of its class, so that neither vLLM nor SGLang is imported."""
     home = type(engine).__module__.partition(".")[0]
     if home == "vllm" or hasattr(engine, "llm_engine"):
         return _VLLM(engine)
@@ -281,12 +281,12 @@ def _adapted(engine: Any) -> _Engine:
 
 
 def _log_probs(entry: Mapping[int, Any] | None) -> Entry:
-    """What vLLM tells of one place."""
+    """Log-probabilities of one position, from vLLM."""
     return None if entry is None else {int(k): float(own.logprob) for k, own in entry.items()}
 
 
 def _entries(about: Mapping[str, Any], side: str, ids: Sequence[int]) -> list[Entry]:
-    """What SGLang tells of the last places, which are of these tokens: themselves, the likeliest.
+    """Log-probabilities of the last positions, from SGLang: of the tokens and of the likeliest.
 
     Its id of a token at the vocabulary's end is 0 where it takes that for an image's.
     """

@@ -1,4 +1,4 @@
-"""What an attribution would take on a rung: counted, and nothing is sent."""
+"""Estimates what an attribution would take on a rung; nothing is sent."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ LENGTHS = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What an attribution will take; nothing was sent for it.
+    """Estimated requests, tokens and costs of an attribution.
 
     Attributes:
         n_coalitions: Distinct coalitions, the full and the empty one among them.
@@ -36,7 +36,7 @@ class Estimate:
 
 
 class Counter(LadderScorer):
-    """Counts what would be asked for, and asks for nothing."""
+    """A scorer that counts requests and sends none."""
 
     def __init__(self) -> None:
         self.attr_target: Any = "frequency"

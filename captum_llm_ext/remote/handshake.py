@@ -1,4 +1,4 @@
-"""Whether what a provider tells are log-probabilities of the tokens asked: found out, not believed.
+"""Handshake: tests whether a provider's numbers are log-probabilities of the tokens asked for.
 
 A few short prompts are asked about once per provider, before any number is used. What a true model
 cannot say gives a provider away, and what it says in two ways has to agree:
@@ -47,7 +47,7 @@ _UNLISTED = "not listed: what the model writes comes without it"
 
 
 class HandshakeError(UnusableAnswerError):
-    """What a provider tells is not what it was asked for; the message names what is wrong."""
+    """A provider's log-probabilities are not those asked for; the message says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ _busy: set[int] = set()
 
 
 def has_met(provider: Any) -> bool:
-    """Whether a handshake with it has shown that its log-probabilities can be believed."""
+    """Whether a handshake with the provider has succeeded."""
     try:
         return bool(_known.get(provider))
     except TypeError:  # what can be no key is asked each time
@@ -92,7 +92,7 @@ def has_met(provider: Any) -> bool:
 def handshake(
     source: ProviderAdapter, prompt: Sequence[int], target: Sequence[int]
 ) -> Findings | None:
-    """What a provider's log-probabilities are; of a provider that is known, what was found then.
+    """Tests a provider's log-probabilities; the findings are kept per provider.
 
     Args:
         source: The provider.
@@ -175,7 +175,7 @@ class _Exam:
     told: list[float] = field(default_factory=list[float])
 
     def run(self) -> None:
-        """Looks at everything that the provider lets be looked at."""
+        """Runs all tests that the provider supports."""
         if self.source.takes_ids:  # text cannot be cut anywhere
             self.prompt = tuple(self.prompt[:_LONGEST])
         written = self._written()
@@ -352,7 +352,7 @@ class _Exam:
         ids: tuple[int, ...],
         of_last: Sequence[tuple[float, float]],
     ) -> None:
-        """Holds what is told of a prompt against what was told when the model wrote it.
+        """Compares log-probabilities of a prompt with those from when it was generated.
 
         Args:
             alone: The prompt's values.
@@ -446,7 +446,7 @@ def surprise(names: Sequence[str], top: Mapping[str, float]) -> tuple[float, flo
 
 
 def grain(values: Sequence[float]) -> float:
-    """What all values are multiples of, if that is coarse; else 0."""
+    """The step that values are rounded to, if it is coarse; else 0."""
     finite = [value for value in values if math.isfinite(value) and value]
     for step in _GRAINS:
         if len(finite) > 3 and all(abs(v / step - round(v / step)) < _OFF_GRAIN for v in finite):
@@ -487,7 +487,7 @@ def _named(
 
 
 def _temperature(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """At what temperature values (first) are those of the same place (second), if at any."""
+    """The temperature that explains the first values by the second, if any does."""
     if len(pairs) < 3:
         return None
     x, y = [pair[1] for pair in pairs], [pair[0] for pair in pairs]
@@ -521,5 +521,5 @@ def _largest(found: Sequence[float]) -> float:
 
 
 def _allowed(values: Sequence[float | None]) -> float:
-    """How far values may be from others that should be the same."""
+    """Allowed difference of values that should be equal."""
     return _APART + _APART_PER_NAT * _largest([-v for v in values if v is not None and _is_told(v)])

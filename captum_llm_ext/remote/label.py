@@ -1,4 +1,4 @@
-"""The rung that needs no beginning of an answer: two first tokens, compared."""
+"""`Label`: the rung that compares two first tokens and needs no prefilled answer."""
 
 import math
 from collections.abc import Sequence

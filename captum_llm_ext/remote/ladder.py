@@ -1,4 +1,4 @@
-"""Rows scored by a rung: each coalition once, several at a time, what is known of it kept."""
+"""`LadderScorer`: scores rows by a rung of the ladder, each coalition once, concurrently."""
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -106,7 +106,7 @@ class LadderScorer:
         """None: nobody tells in what precision a server computes."""
 
     def tolerance(self, values: Tensor) -> Tensor:
-        """What the same coalition may differ by."""
+        """Allowed difference of values of one coalition."""
         return torch.full_like(values, 0.2, dtype=torch.float64)
 
     def values(
@@ -149,7 +149,7 @@ class LadderScorer:
         return self._told("values", digests)
 
     def known(self) -> dict[str, Tensor]:
-        """What is known of all coalitions, in the order in which they were asked for.
+        """Scores of all coalitions, in the order in which they were asked for.
 
         Returns:
             ``"lower"``, ``"upper"``, ``"variances"``, each ``(n_coalitions, n_target)``.
@@ -166,7 +166,7 @@ class LadderScorer:
         return values.exp() if self.attr_target == "prob" and name != "variances" else values
 
     def uncertainty(self, weight: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """What is not known of attributions, because it is not known of values.
+        """Uncertainty of attributions that comes from that of the values.
 
         Args:
             weight: What attributions make of each coalition's value, ``(n_coalitions,
@@ -182,7 +182,7 @@ class LadderScorer:
         return None, interval_of(merged, known["lower"], known["upper"])
 
     def told_apart(self, weight: Tensor, attributions: Tensor) -> dict[str, Any] | None:
-        """Whether the strongest cause is surely stronger than the second.
+        """Whether the strongest cause is significantly stronger than the second.
 
         Args:
             weight: As of `uncertainty`.
@@ -238,7 +238,7 @@ class LadderScorer:
         return known, merged.index_add(0, index, weight)
 
     def provenance(self) -> dict[str, Any]:
-        """What provenance is to say of what was asked."""
+        """Provenance of the requests."""
         own = list(self._known.values())
         n_values = sum(len(one.values) for one in own)
         n_censored = sum(one.n_censored for one in own)
@@ -279,7 +279,7 @@ def as_messages(tokenizer: Any, ids: Sequence[int]) -> list[dict[str, str]]:
 
 
 def weights(name: str, plan: Plan) -> Tensor | None:
-    """What attributions make of each coalition's value, ``(n_coalitions, n_features)``.
+    """Weights of the coalitions' values in the attributions, ``(n_coalitions, n_features)``.
 
     Args:
         name: Of the estimator.
@@ -297,7 +297,7 @@ def weights(name: str, plan: Plan) -> Tensor | None:
 
 
 def interval_of(weight: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Between what attributions lie if values do, each ``(n_target, n_features)``.
+    """Bounds of attributions from bounds of values, each ``(n_target, n_features)``.
 
     Args:
         weight: ``(n_rows, n_features)``, of distinct rows.

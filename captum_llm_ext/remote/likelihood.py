@@ -1,4 +1,4 @@
-"""What baselines may ask a model that an API serves: how probable texts are, and no more."""
+"""`RemoteLikelihood`: a served model as baselines ask it; it gives probabilities of texts only."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -41,13 +41,13 @@ class RemoteLikelihood:
         return self._scorer.sums([self._ids(text) for text in texts])
 
     def next_token(self, text: str) -> Tensor:
-        """Not to be had."""
+        """Not supported."""
         self._refuse("distributions", "an API does not tell", ", or `output_unit=None`")
 
     def continuations(
         self, text: str, n_tokens: int, n: int, generator: torch.Generator
     ) -> list[str]:
-        """Not to be had: what an API samples does not follow a generator."""
+        """Not supported: an API does not sample from a generator."""
         self._refuse("samples from a seed", "an API does not give", ", or `output_unit=None`")
 
     def likeliest(
@@ -63,7 +63,7 @@ class RemoteLikelihood:
     def log_probs_between(
         self, beginnings: Sequence[str], texts: Sequence[str], rests: Sequence[str]
     ) -> Tensor:
-        """Not to be had without distributions."""
+        """Not supported without distributions."""
         self._refuse("distributions", "an API does not tell", _ANOTHER)
 
     def greedy(

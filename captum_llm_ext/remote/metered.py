@@ -1,4 +1,4 @@
-"""Answers that are paid for: each asked for once, kept, counted, and no more than allowed."""
+"""Metered requests: each answer is asked for once, cached and counted, within limits."""
 
 import json
 import math
@@ -24,12 +24,12 @@ Identity = tuple[str | None, str | None]
 
 
 class BudgetError(RuntimeError):
-    """More requests or money would be spent than allowed; what came is kept."""
+    """A limit of requests or costs would be exceeded; answers so far are kept."""
 
 
 @dataclass
 class Limits:
-    """What may be spent.
+    """Limits of requests and costs.
 
     Attributes:
         max_requests: Requests in all; None: any number.
@@ -42,7 +42,7 @@ class Limits:
     prices: tuple[float, float] | None = None
 
     def usd(self, n_in: float, n_out: float) -> float | None:
-        """What tokens cost, where prices are known."""
+        """Costs of tokens, if prices are known."""
         if self.prices is None:
             return None
         return (n_in * self.prices[0] + n_out * self.prices[1]) / 1e6
@@ -50,7 +50,7 @@ class Limits:
 
 @dataclass
 class Spent:
-    """What was spent since an attribution was made."""
+    """Requests, tokens and costs so far."""
 
     n_requests: int = 0
     n_cached: int = 0
@@ -96,7 +96,7 @@ class Cache:
         return self._file is not None
 
     def get(self, key: str) -> Said | None:
-        """What was answered, if it is known."""
+        """The cached answer, if there is one."""
         with self._lock:
             found = self._known.get(key)
             if found is None and self._file is not None:
@@ -180,7 +180,7 @@ class Asker:
         return [one for one in found if one is not None]
 
     def fresh(self, question: Question) -> list[Said]:
-        """What is answered now, whatever is kept.
+        """Asks anew, without the cache.
 
         Raises:
             BudgetError: If one more request is not allowed.
@@ -194,7 +194,7 @@ class Asker:
         return said
 
     def doubts(self) -> list[str]:
-        """What counts and names that came with answers make suspicious."""
+        """Doubts from the counts and model names that came with answers."""
         found: list[str] = []
         if len(self.spent.models) > 1:
             names = ", ".join(map(repr, sorted(self.spent.models)))
@@ -281,7 +281,7 @@ class Asker:
             self.spent.models |= {one.model for one in said if one.model}
 
     def provenance(self) -> dict[str, Any]:
-        """What provenance is to say of it."""
+        """Provenance of the requests."""
         spent = self.spent
         return {
             "n_requests": spent.n_requests,

@@ -1,4 +1,4 @@
-"""Providers as they are asked: by token ids where they take them, by text where they do not."""
+"""Adapters of providers: by token ids where possible, by text elsewhere."""
 
 import threading
 import warnings
@@ -51,7 +51,7 @@ class TokenProvider(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be sent, and what is wanted of it.
+    """One prompt, and the positions whose log-probabilities are wanted.
 
     Attributes:
         ids: All that is sent.
@@ -73,7 +73,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a provider says to a request.
+    """Log-probabilities that answer a `Request`.
 
     Attributes:
         values: One log-probability for each token after the request's first place; None where it
@@ -87,7 +87,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a model wrote, as a server tells it.
+    """Generated tokens with their log-probabilities.
 
     Attributes:
         ids: Its token ids; None where they are not told.
@@ -108,7 +108,7 @@ class Written:
 
 
 class ProviderAdapter(Protocol):
-    """A provider as the scorer knows it.
+    """Interface of a provider, as the scorer uses it.
 
     Attributes:
         takes_ids: Whether prompts are sent as ids.
@@ -164,7 +164,7 @@ OnMismatch = Literal["error", "warn"]
 def adapt_provider(
     provider: Any, tokenizer: Any, max_concurrency: int | None, on_mismatch: OnMismatch
 ) -> ProviderAdapter:
-    """How a provider is asked.
+    """The adapter of a provider.
 
     Raises:
         TypeError: If it is none.
@@ -181,7 +181,7 @@ def adapt_provider(
 
 
 def describe_provider(provider: Any) -> dict[str, Any]:
-    """Which provider and which model it is, without anything secret."""
+    """Name of the provider and of its model, without secrets."""
     url = getattr(provider, "api_url", None)
     name = getattr(provider, "model_name", None)
     return {
@@ -192,7 +192,7 @@ def describe_provider(provider: Any) -> dict[str, Any]:
 
 
 class _Adapter:
-    """What both kinds have in common."""
+    """Shared by both adapters."""
 
     def __init__(
         self, provider: Any, tokenizer: Any, n_threads: int, on_mismatch: OnMismatch
@@ -245,7 +245,7 @@ class _Adapter:
 
 
 class TokenIdAdapter(_Adapter):
-    """A provider that takes ids: what is asked about is what was meant, token by token."""
+    """Adapter of a provider that takes token ids."""
 
     takes_ids = True
 
@@ -356,7 +356,7 @@ class _Text:
 
 
 class TextAdapter(_Adapter):
-    """A provider that takes text: what the server makes of it is foreseen with the tokenizer."""
+    """Adapter of a provider that takes text; the tokenizer predicts how the server tokenises it."""
 
     takes_ids = False
     most_prompts = 1
@@ -513,7 +513,7 @@ class TextAdapter(_Adapter):
 
 
 def place(request: Request, tokenizer: Any) -> str:
-    """Which row a message is about."""
+    """Names a row in a message."""
     before = request.ids[: request.first + 1]
     text = " ".join(map(str, before)) if tokenizer is None else tokens.decode(tokenizer, before)
     shown = text if len(text) <= _SHOWN else f"…{text[-_SHOWN:]}"
@@ -542,7 +542,7 @@ def log_prob(told: Any) -> float | None:
 
 
 def is_ruled_out(value: float) -> bool:
-    """Whether a log-probability stands for none at all."""
+    """Whether a log-probability stands for minus infinity."""
     return not value > _RULED_OUT
 
 

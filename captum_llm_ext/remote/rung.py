@@ -1,4 +1,4 @@
-"""What is known of a coalition, whichever rung of the ladder it was found on.
+"""`Rung`: one way to score coalitions through an API; `Scored`: what it found.
 
 Below log-probabilities of whole prompts (`scorer`) come a token's log-probability at each step of
 the answer (`stepwise.Forced`), those of the likeliest ones alone (`stepwise.TopK`), how two first
@@ -16,12 +16,12 @@ from captum_llm_ext.remote.speaker import Message
 
 
 class IndistinguishableError(ValueError):
-    """The full and the empty prompt are not told apart: no cause would be."""
+    """The full and the empty prompt do not differ measurably, so no cause would."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What is known of one coalition, per target token.
+    """Values of one coalition per target token, with bounds and errors.
 
     Attributes:
         values: The values ``(n_target,)``; where there is only a bound, a guess.
@@ -41,13 +41,13 @@ class Scored:
 
     @property
     def n_censored(self) -> int:
-        """Values that are guesses within bounds."""
+        """Number of values that are imputed within bounds."""
         ends = zip(self.lower, self.upper, self.variances, strict=True)
         return sum(math.isinf(high - low) and not variance for low, high, variance in ends)
 
 
 class Rung(Protocol):
-    """A way to know something of a coalition.
+    """A way to score coalitions through an API.
 
     Attributes:
         name: For people and provenance.
@@ -68,7 +68,7 @@ class Rung(Protocol):
 
     @property
     def told(self) -> dict[str, object]:
-        """What else provenance is to say."""
+        """Further provenance."""
         ...
 
     def meet(self, messages: Sequence[Message]) -> None:

@@ -1,4 +1,4 @@
-"""Rungs of providers that tell text alone: how often the answer is given, how similar others."""
+"""Rungs without log-probabilities: the frequency of the answer, or similarity to it."""
 
 import math
 import warnings
@@ -170,7 +170,7 @@ class Frequency(_Sampled):
 
 
 class Similarity(_Sampled):
-    """How similar to the answer what is written is, on average.
+    """Mean similarity of sampled answers to the explained one.
 
     Args:
         asker, n, n_tokens, temperature: See `_Sampled`.
@@ -258,7 +258,7 @@ class Similarity(_Sampled):
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:
-    """Where a probability lies at two standard errors, of `k` in `n` (Wilson 1927)."""
+    """Wilson's interval of a probability at two standard errors, of `k` in `n` (Wilson 1927)."""
     if not n:
         return 0.0, 1.0
     z2 = TWO**2
@@ -296,7 +296,7 @@ class _Apart:
 
     @property
     def n_wanted(self) -> float:
-        """How many samples would tell this difference."""
+        """Number of samples that would show this difference."""
         if abs(self.difference) < 1e-9:
             return math.inf
         return math.ceil(TWO**2 * self.variance / self.difference**2)

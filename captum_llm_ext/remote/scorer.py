@@ -1,4 +1,4 @@
-"""Rows scored by an API: every prompt asked for once, several at a time, none lost."""
+"""`RemoteScorer`: scores rows through an API, each prompt once, concurrently."""
 
 import time
 import warnings
@@ -291,7 +291,7 @@ class RemoteScorer:
             )
 
     def _meet(self, asked: Mapping[bytes, Request]) -> None:
-        """Finds out whether the provider can be believed, before anything is asked of it."""
+        """Runs the handshake before the first request."""
         request = next(iter(asked.values()), None)
         if self._findings is None and request is not None:
             prompt = request.ids[: request.first + 1]
@@ -322,7 +322,7 @@ class RemoteScorer:
         )
 
     def _check_stored(self, asked: Mapping[bytes, Request]) -> None:
-        """Holds one answer of an earlier run against the server as it is now."""
+        """Compares one answer of an earlier run with the server's answer now."""
         stored = [request for k, request in asked.items() if k in self._known]
         if self._trusts_journal or self._journal is None or not stored:
             self._trusts_journal = True  # whatever is known from now on, this run has found
@@ -426,7 +426,7 @@ class RemoteScorer:
         ]
 
     def provenance(self) -> dict[str, Any]:
-        """What provenance is to say of what was asked."""
+        """Provenance of the requests."""
         counts = {"n_requests": self.n_requests, "n_missing": self.n_missing}
         met = None if self._findings is None else self._findings.to_dict()
         return self._source.provenance() | counts | {"handshake": met}
@@ -459,7 +459,7 @@ def _foils(asked: Asked, t: int) -> list[int]:
 
 
 def _noise(values: Tensor) -> Tensor:
-    """How far a server may differ from itself, for each of these log-probabilities."""
+    """Allowed difference of repeated answers, for each of these log-probabilities."""
     return _NOISE + _NOISE_PER_NAT * values.double().abs().nan_to_num()
 
 

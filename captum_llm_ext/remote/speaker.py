@@ -1,4 +1,4 @@
-"""Whoever is sent messages: what it is asked, and what it answers."""
+"""`Speaker`: the interface of providers that take messages."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a model is asked.
+    """A question to a model: messages and settings.
 
     Attributes:
         messages: The chat.

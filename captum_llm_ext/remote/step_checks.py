@@ -1,4 +1,4 @@
-"""Whether what is told of written tokens can be believed: found out from a few of them."""
+"""Tests of the log-probabilities of generated tokens."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _DEVIATIONS = 4.5
 
 
 def is_same(value: float, other: float) -> bool:
-    """Whether two log-probabilities may be one, told twice."""
+    """Whether two log-probabilities are equal up to rounding."""
     if math.isinf(value) or math.isinf(other):
         return value == other
     return abs(value - other) <= APART + APART_PER_NAT * max(abs(value), abs(other))
@@ -31,7 +31,7 @@ def difference(told: Sequence[tuple[str, float]], again: Sequence[tuple[str, flo
 
 
 def check_written(said: Said, n: int) -> None:
-    """Looks at tokens that a model wrote greedily, with what was told of each.
+    """Tests greedily generated tokens and their log-probabilities.
 
     Args:
         said: What it wrote.
@@ -74,7 +74,7 @@ def check_written(said: Said, n: int) -> None:
 
 
 def check_drawn(names: Sequence[str], top: Sequence[tuple[str, float]]) -> str:
-    """Whether tokens drawn at temperature 1 are as improbable as was told.
+    """Tests whether tokens sampled at temperature 1 are as improbable as the provider says.
 
     Args:
         names: The tokens drawn.

@@ -90,7 +90,7 @@ class TopK:
         )
 
     def look(self, messages: Sequence[Message]) -> list[Step]:
-        """Finds out whether what is told of written tokens can be believed.
+        """Tests the log-probabilities of generated tokens.
 
         Returns:
             Tokens written greedily after the prompt.

@@ -1,4 +1,4 @@
-"""JSON over HTTP: tried again where that may help, ended at once where the user asks for it."""
+"""JSON over HTTP with retries; the user can interrupt it at once."""
 
 import http.client
 import json
@@ -59,7 +59,7 @@ class GarbageError(ApiError):
 
 
 class TooSlowError(ConnectionError):
-    """Several questions in one request are not answered in time: fewer may be."""
+    """A request with several prompts timed out; fewer may succeed."""
 
 
 class InterruptedRequestError(RuntimeError):
@@ -67,7 +67,7 @@ class InterruptedRequestError(RuntimeError):
 
 
 class Secrets:
-    """What must be shown nowhere: neither printed, nor written, nor within another text."""
+    """Secrets, which are removed from all messages."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         self._headers = {name: value.strip() for name, value in headers.items()}
@@ -81,7 +81,7 @@ class Secrets:
         return dict(self._headers)
 
     def hidden(self, text: str) -> str:
-        """A text without them."""
+        """A text with the secrets removed."""
         for value in self._headers.values():
             for secret in (value, value.removeprefix("Bearer ")):
                 if len(secret) >= _SHORTEST_SECRET:
@@ -96,7 +96,7 @@ class Secrets:
 
 
 def shown_url(url: str) -> str:
-    """A URL less what may be secret in it: user, password, query, fragment.
+    """A URL without user, password, query and fragment.
 
     Where it is not plain which part is which, nothing of it is shown.
     """
@@ -372,7 +372,7 @@ def _checked(url: str) -> SplitResult:
 
 
 def _message(content: bytes) -> str:
-    """What a server says is wrong."""
+    """The server's error message."""
     text = content.decode("utf-8", "replace").strip()
     try:
         found = json.loads(text)

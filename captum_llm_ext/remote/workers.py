@@ -1,4 +1,4 @@
-"""Several requests at the same time, of which none outlives the run or is lost to another one."""
+"""Concurrent requests in threads that end with the run."""
 
 import queue
 import threading
@@ -24,7 +24,7 @@ def do_all(
     n_threads: int,
     interrupt: Callable[[], None],
 ) -> None:
-    """Does jobs in threads, and takes in what comes of them in this one as it comes.
+    """Runs jobs in threads; their results are handled in the calling thread as they arrive.
 
     After an error no further job begins; what others were at is still taken in, if it comes soon.
     Ctrl-C interrupts them at once. Threads are daemons: none of them keeps a program from ending.

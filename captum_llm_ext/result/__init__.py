@@ -1,4 +1,4 @@
-"""What an attribution found, and what else its coalitions tell."""
+"""Results: attributions, their errors, and everything that is derived from them."""
 
 from captum_llm_ext.result.causes import Cause, Redundancy, SpanAttribution, UnresolvedGroup
 from captum_llm_ext.result.design import Design

@@ -1,4 +1,4 @@
-"""What was measured, in words: model, method, unit, absence, evaluations."""
+"""What was measured, in words: model, method, unit of the value, baselines, evaluations."""
 
 import math
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ def header(result: "ResultNumbers") -> list[str]:
 
 
 def model_told(result: "ResultNumbers") -> str:
-    """The model's name; empty where nothing is known of it."""
+    """The model's name; empty if unknown."""
     told = result.provenance
     return str(told.get("model") or told.get("model_class") or "")
 
@@ -68,7 +68,7 @@ def value_told(result: "ResultNumbers") -> str:
 
 
 def absence_told(result: "ResultNumbers") -> str:
-    """What stood where a part was absent; empty where the result does not tell."""
+    """What replaced absent parts; empty if the result does not say."""
     name = absence(result)
     if not name:
         return ""
@@ -78,7 +78,7 @@ def absence_told(result: "ResultNumbers") -> str:
 
 
 def absence(result: "ResultNumbers") -> str:
-    """What stood where a part of the prompt was absent, in a word; empty where that is unknown."""
+    """The prompt's baselines in a word; empty if unknown."""
     told: Any = result.provenance.get("absence")
     if isinstance(told, Mapping):
         return str(cast(Mapping[str, Any], told).get("prompt") or "")

@@ -1,4 +1,4 @@
-"""A result from what was found of features, in whatever way."""
+"""Builds a result from attributions to features."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +32,7 @@ def assembled(
     foils: Foils | None = None,
     foil_values: Tensor | None = None,
 ) -> GenerationAttributionResult:
-    """The result in the prompt's columns, where captum has its own.
+    """A result with the prompt's columns: captum's inputs have one per member of a group.
 
     Args:
         inp: What the user gave as a prompt.
@@ -109,7 +109,7 @@ def assembled_without_coalitions(
     provenance: Mapping[str, Any],
     foils: Foils | None = None,
 ) -> GenerationAttributionResult:
-    """The result of a method that scores no coalitions: `masks` and `values` are its two ends.
+    """The result of a method without coalitions: `masks` and `values` hold full and empty only.
 
     Args:
         inp, prompt, generated, solution, joint, n_evaluations, like, provenance, foils: As of

@@ -1,4 +1,4 @@
-"""What results say of single features, of spans of the answer and of groups."""
+"""Attributions of single features, of spans of the answer, of groups and of redundant pairs."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _MOST_NAMES = 3  # of the columns of one feature
 
 
 def unit_of(result: Any) -> str | None:
-    """What the attributions of a result are counted in; None where that is not known."""
+    """Unit of a result's attributions; None if unknown."""
     told = str(result.provenance.get("attr_target"))
     # The slope of a value has another unit than the value.
     is_slope = result.provenance.get("unsigned") and told != "attention"
@@ -113,7 +113,7 @@ def strongest(
 
 
 def joined_name(names: Sequence[str]) -> str:
-    """What a feature is called whose columns have these names."""
+    """Name of a feature from the names of its columns."""
     if len(names) == 1:
         return names[0]
     more = [f"… ({len(names)})"] if len(names) > _MOST_NAMES else []
@@ -122,7 +122,7 @@ def joined_name(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class SpanAttribution:
-    """What made the model write the target tokens from `start` up to `stop`.
+    """Attributions of the target tokens from `start` up to `stop`, summed.
 
     Attributes:
         start, stop: The span; `stop` is the token after it.
@@ -154,7 +154,7 @@ class SpanAttribution:
 
 
 class UnresolvedGroup(NamedTuple):
-    """Features that were not told apart everywhere, and what they share evenly for want of it.
+    """Features whose group was not split everywhere, and the total that they share equally.
 
     Attributes:
         names: Of the features.
@@ -169,7 +169,7 @@ class UnresolvedGroup(NamedTuple):
 
 
 class Redundancy(NamedTuple):
-    """Two features that say the same: without either little is lost, without both much is.
+    """Two redundant features: removing either changes little, removing both changes much.
 
     Attributes:
         target: Position of the target token.

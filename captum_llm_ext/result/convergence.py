@@ -1,4 +1,4 @@
-"""What an estimate was when it had seen fewer coalitions."""
+"""Estimates from the first coalitions alone, to show convergence."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ _SMALLEST_SHARE = 1 / 32
 def earlier(
     evidence: Evidence, tokens: Sequence[int], n_estimates: int = 8
 ) -> list[tuple[int, Solution]]:
-    """The same solver's answers from the first coalitions alone, without a model call.
+    """Solutions of the first coalitions alone; the model is not called.
 
     Coalitions that only make sense together (an order and its reverse, a coalition and its
     complement, one repetition of an enumeration) are added together. What says what the full and
@@ -61,7 +61,7 @@ def earlier(
 
 
 def _cuts(evidence: Evidence) -> list[int]:
-    """Numbers of rows after which what is there can be solved, all rows excepted."""
+    """Numbers of leading rows that can be solved, without that of all rows."""
     design, draws = evidence.design, evidence.draws[evidence.design.n_anchors :].cpu()
     enumerates = design.solved in ("exact", "leave-one-out", "exact Owen values")
     steps = draws.diff()

@@ -13,7 +13,7 @@ from captum_llm_ext.coalitions.two_levels import Correction
 
 @dataclass(frozen=True)
 class Design:
-    """What solving the coalitions of an attribution again takes.
+    """Everything needed to solve the coalitions of an attribution again.
 
     Attributes:
         planned: Name of the estimator whose law the coalitions follow.
@@ -57,7 +57,7 @@ class Design:
         return design
 
     def read_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of a solver as JSON gave them, as the solver wants them."""
+        """Options of a solver, converted back from JSON."""
         options = dict(options)
         if "tree" in options:
             is_of_prompt = self.solved == "hierarchical search"
@@ -67,7 +67,7 @@ class Design:
 
     @property
     def scope(self) -> Scope:
-        """What each target token can depend on."""
+        """Features that each target token can depend on."""
         return Scope(
             torch.tensor(self.n_visible, dtype=torch.int64, device="cpu"),
             torch.tensor(self.required, dtype=torch.int64, device="cpu"),

@@ -106,7 +106,7 @@ def write(path: str | os.PathLike[str], result: "ResultNumbers") -> None:
 
 
 def read(path: str | os.PathLike[str], make: Callable[..., T], *, unverified: bool = False) -> T:
-    """A result from a file that `write` made, of this version or an earlier one.
+    """Reads a result from a file that `write` made, in this version or an earlier one.
 
     Args:
         path: The file.
@@ -148,7 +148,7 @@ def read(path: str | os.PathLike[str], make: Callable[..., T], *, unverified: bo
 
 
 def read_provenance(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """What a result's file says of its origin; no tensor is read, and what they hold not checked.
+    """The provenance in a result's file; tensors are neither read nor checked.
 
     Raises:
         OSError: If there is no such file, or it cannot be read.
@@ -161,7 +161,7 @@ def read_provenance(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 
 def _broken(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    """The error to raise where what a file holds makes no result."""
+    """The error for a file whose parts make no result."""
     said = str(error) or type(error).__name__
     return ValueError(f"{os.fspath(path)!r} is damaged ({said}): {KIND.advice}")
 
@@ -177,7 +177,7 @@ def _warn_of_no_digest(path: str | os.PathLike[str], version: int, can_be_solved
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """What was read fits together.
+    """Checks that the tensors fit together.
 
     Raises:
         ValueError, LookupError: If it does not.
@@ -236,7 +236,7 @@ def _n_foils(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> int:
 
 
 def finite(content: Any) -> Any:
-    """The same with None for NaN and infinities: JSON has none."""
+    """The same with None for NaN and infinities, which JSON lacks."""
     if isinstance(content, Mapping):
         items = cast(Mapping[Any, Any], content).items()
         return {key: finite(value) for key, value in items}
@@ -246,7 +246,7 @@ def finite(content: Any) -> Any:
 
 
 def _check_rest(rest: Mapping[str, Any], version: int) -> None:
-    """Everything beside the tensors is of the kind that it has in that format.
+    """Checks the types of everything beside the tensors.
 
     Raises:
         ValueError, LookupError, TypeError: If something is not.
@@ -291,7 +291,7 @@ def _list_of(kind: type, rest: Mapping[str, Any], name: str) -> Sequence[Any]:
 
 
 def _check_pieces(rest: Mapping[str, Any], version: int) -> None:
-    """Every piece is what pieces of that format are.
+    """Checks the pieces of a text.
 
     Raises:
         ValueError, LookupError, TypeError: If one is not.

@@ -1,4 +1,4 @@
-"""What a result says of foils: those of a token in words, and the value beside its own."""
+"""Foils of a result: their names, and values converted between contrast and log-probability."""
 
 from copy import copy
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,7 +46,7 @@ def foils_compared(result: "ResultNumbers") -> list[list[int]] | None:
 
 
 def other_value(result: A) -> A | None:
-    """The same by log-probability where a contrast is told, and the other way round.
+    """The value by log-probability of a contrast, and the contrast of a log-probability.
 
     None where the coalitions do not tell it.
     """

@@ -1,4 +1,4 @@
-"""What led to a token in the end: influence that is passed on from token to token.
+"""Total influence on a token: direct influence, passed on from token to token.
 
 Attributions say what led to a token directly. What of it stands in the answer was itself led to by
 something: followed back to the prompt, all of it is shared out among the prompt's features.
@@ -23,7 +23,7 @@ _CHANCE, _LEAST_ERRORS = 0.05, 2.0
 
 @dataclass(frozen=True)
 class Influence:
-    """Shares in what led to each of some nodes (tokens, or features of the output).
+    """Direct influence on each node (a token, or a feature of the output), as shares.
 
     Attributes:
         prompt: float64 ``(n_nodes, n_prompt)``.
@@ -65,7 +65,7 @@ def kept(attributions: Tensor, errors: Tensor, noise: Tensor, floor: float) -> T
 
 
 def influence(attributions: Tensor, keep: Tensor, n_prompt: int) -> Influence:
-    """Attributions as shares.
+    """Converts attributions into shares.
 
     Args:
         attributions: Shape ``(n_nodes, n_prompt + n_output)``.
@@ -89,7 +89,7 @@ def influence(attributions: Tensor, keep: Tensor, n_prompt: int) -> Influence:
 
 
 def total_influence(features: Influence) -> tuple[Tensor, Tensor]:
-    """What led to each feature of the output in the end.
+    """Total influence on each feature of the output.
 
     Args:
         features: Influence on the output's features, whose ``output`` is strictly lower triangular.
@@ -110,7 +110,7 @@ def total_influence(features: Influence) -> tuple[Tensor, Tensor]:
 
 
 def passed_back(nodes: Influence, features: Influence) -> tuple[Tensor, Tensor]:
-    """What led to each node in the end: directly, and through the output's features before it.
+    """Total influence on each node: direct, and through earlier features of the output.
 
     Args:
         nodes: Influence on tokens.
@@ -125,7 +125,7 @@ def passed_back(nodes: Influence, features: Influence) -> tuple[Tensor, Tensor]:
 
 
 class Chain(NamedTuple):
-    """A way from a feature to a node.
+    """A path from a feature to a node.
 
     Attributes:
         share: Of all that led to the node: the product of the shares along the way.
@@ -143,7 +143,7 @@ class Chain(NamedTuple):
 
 
 def strongest_chains(row: Influence, node: int, features: Influence, k: int) -> list[Chain]:
-    """The ways that account for most of what led to a node, the strongest first.
+    """The paths with the largest shares in the total influence on a node, the strongest first.
 
     Args:
         row: Influence on nodes.
@@ -180,7 +180,7 @@ def _best(
 
 
 def flow_towards(row: Influence, node: int, features: Influence) -> Influence:
-    """How much of what led to a node passes along each edge.
+    """The part of the total influence on a node that passes along each edge.
 
     Args:
         row: Influence on nodes.

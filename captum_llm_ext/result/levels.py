@@ -1,4 +1,4 @@
-"""How a result's text can be read: by larger parts, and with what is known of them as wholes."""
+"""Coarser levels of a result's text: words, sentences, paragraphs, turns."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _UNITS = ("paragraph", "sentence", "word")  # what readers know, from coarse to 
 
 
 def page_levels(result: "ResultNumbers") -> dict[str, Any]:
-    """What a page shows beside the numbers that the result's ``to_dict()`` gives.
+    """Levels, and standard errors of their sums, as a page gets them beside ``to_dict()``.
 
     Returns:
         ``levels``: the result's, and those of a reader (words, sentences, paragraphs) that its
@@ -31,7 +31,7 @@ def page_levels(result: "ResultNumbers") -> dict[str, Any]:
 
 
 def prompt_level(result: "ResultNumbers", name: str) -> tuple[list[str], list[int]]:
-    """A level that the prompt can be read at, the finest and all that a page offers.
+    """One level of the prompt, by its name: the finest, or any that a page offers.
 
     Args:
         result: The result.
@@ -109,7 +109,7 @@ def _is_template(piece: Piece) -> bool:
 
 
 def _is_new(part_of: Sequence[int], n: int, known: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a level says something that the finest and the known ones do not."""
+    """Whether a level differs from the finest and from the known ones."""
     n_parts = len(set(part_of))
     return 1 < n_parts < n and all(level["part_of"] != part_of for level in known)
 
@@ -155,7 +155,7 @@ def _per_feature(pieces: Sequence[Piece], parts: Sequence[int | None], n: int) -
 
 
 def _numbered(parts: Sequence[int | None]) -> list[int]:
-    """The same parts counted from 0 in the order in which they come; a None is one by itself."""
+    """The parts renumbered from 0 in order of appearance; each None is a part of its own."""
     numbers: dict[object, int] = {}
     return [
         numbers.setdefault(("alone", i) if part is None else part, len(numbers))

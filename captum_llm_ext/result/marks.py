@@ -1,4 +1,4 @@
-"""Which attributions are told from zero, where many are looked at at once."""
+"""Which attributions differ significantly from zero, corrected for their number."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ _FALSE_DISCOVERIES = 0.05  # expected share of zeros among what is marked
 
 
 def marked_beyond(values: Tensor, errors: Tensor) -> float:
-    """How many standard errors a value must exceed to be told from zero.
+    """Number of standard errors beyond which a value differs significantly from zero.
 
     Of a thousand values that are nothing, fifty lie beyond 1.96 standard errors. This bound keeps
     the expected share of such ones among all that lie beyond it below a twentieth (Benjamini and

@@ -1,4 +1,4 @@
-"""`PatchingResult`: what patched cells give back of the effect of a feature."""
+"""`PatchingResult`: how much of a feature's effect each patched cell restores or removes."""
 
 import os
 from collections.abc import Mapping
@@ -92,7 +92,7 @@ class PatchingResult:
 
     @property
     def gain(self) -> Tensor:
-        """What the feature is worth to each target token, ``(n_target,)``: clean less corrupted."""
+        """Effect of the feature per target token, ``(n_target,)``: clean minus corrupted value."""
         return self.clean_values - self.corrupted_values
 
     @property
@@ -245,7 +245,7 @@ class PatchingResult:
         return found[0]
 
     def _check(self) -> None:
-        """Refuses parts that do not belong together.
+        """Checks that the parts fit together.
 
         Raises:
             ValueError: If there are such.

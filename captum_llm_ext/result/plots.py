@@ -1,4 +1,4 @@
-"""What a result draws: captum's two plots and three more."""
+"""The plots of a result: captum's two and three more."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -265,11 +265,11 @@ class DrawnResult(ResultNumbers):
         }
 
     def _canvas(self, ax: "Axes | None", show: bool, token: int | None = None) -> "CanvasArguments":
-        """What all drawings are given beside numbers and names; a title of one token, if given."""
+        """Arguments that all drawings share; the title names the token, if given."""
         return {"ax": ax, "show": show, "title": self._title(token), "unit": unit_of(self)}
 
     def _named(self, token: int, between: str = " rather than ", k: int = _MOST_FOILS) -> str:
-        """A target token, and what it was held against if that is what was explained."""
+        """Name of a target token, with its foils if a contrast was explained."""
         foils = foils_told(self, token, k)
         return self.names.tokens[token] + (between + foils if foils else "")
 
@@ -281,7 +281,7 @@ class DrawnResult(ResultNumbers):
 
     @property
     def _doubt(self) -> str | None:
-        """What is written above drawings of estimates of whose errors nothing is known."""
+        """Note above drawings of estimates without known errors."""
         n = int(self.errors_unknown.sum())
         if not n:
             return None

@@ -1,4 +1,4 @@
-"""Which model, versions and command numbers came from."""
+"""Provenance: model, versions and command that numbers came from."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
 def model_provenance(model: nn.Module, device: torch.device | str) -> dict[str, Any]:
-    """What results say of a model that runs in this process.
+    """Provenance of a model in this process.
 
     Args:
         model: The model.
@@ -37,7 +37,7 @@ def model_provenance(model: nn.Module, device: torch.device | str) -> dict[str, 
 
 
 def target_provenance(attr_target: object, generation: Mapping[str, str] | None) -> dict[str, Any]:
-    """What results say of what they explain.
+    """Provenance of the target and of the explained value.
 
     Args:
         attr_target: What a value is: a name or a callable.
@@ -50,7 +50,7 @@ def target_provenance(attr_target: object, generation: Mapping[str, str] | None)
 
 
 def value_name(attr_target: object) -> str:
-    """What a value is called: as the name that was given, or by the callable's name."""
+    """Name of the explained value: as given, or that of the callable."""
     if isinstance(attr_target, str):
         return attr_target
     if isinstance(attr_target, Contrast):
@@ -61,7 +61,7 @@ def value_name(attr_target: object) -> str:
 
 
 def run_provenance() -> dict[str, Any]:
-    """What results say of the program that made them."""
+    """Provenance of the program: versions, command, time."""
     return {
         "python": platform.python_version(),
         "versions": _compat.versions(),
@@ -70,7 +70,7 @@ def run_provenance() -> dict[str, Any]:
 
 
 def command_line(program: str | None = None, arguments: Sequence[str] | None = None) -> str | None:
-    """A command as results keep it: of a path its last part, for results are shown to others.
+    """A command line with paths reduced to their last part, as results are shown to others.
 
     Args:
         program: What was run. None: the running script, with its own arguments.

@@ -1,4 +1,4 @@
-"""What a result says twice: damage to its file, where no digest tells it.
+"""Consistency of what a result holds twice: finds damage to files without a digest.
 
 Only what every version has written alike is compared, as closely as the type of its numbers rounds:
 a whole file never contradicts itself. Most numbers are said once only, such as single values.
@@ -16,7 +16,7 @@ _EXACT = ("torch.float32", "torch.float64")
 
 
 def check_redundancy(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """What is told twice is told alike, and no number is one that cannot be.
+    """Checks that redundant numbers agree and that none is impossible.
 
     Args:
         tensors: By the names of the result's fields, in the shapes that belong together.
@@ -78,7 +78,7 @@ def _check_counts(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> Non
 
 
 def _unseen(groups: Sequence[int | None], features: Sequence[str] | None) -> Tensor | None:
-    """Which generated features a target token comes before or is in, bool ``(T, G)``."""
+    """Generated features that hold the target token or a later one, bool ``(T, G)``."""
     if not groups or features is None:
         return None
     before, seen = 0, list[int]()

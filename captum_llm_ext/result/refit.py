@@ -1,4 +1,4 @@
-"""Other answers from the coalitions of an attribution, without another model call."""
+"""Solves the coalitions of an attribution by other methods, without calling the model."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ _REPLICATES = 20
 
 @dataclass(frozen=True)
 class Evidence:
-    """Coalitions and what they are worth.
+    """Coalitions with their values, and how they were planned and solved.
 
     Attributes:
         design: How they came about.
@@ -52,7 +52,7 @@ class Evidence:
     scope: Scope
 
     def levels(self) -> list["Evidence"]:
-        """Parts whose attributions add up: all of it, or a surrogate's and what that misses."""
+        """Independent parts whose attributions sum up: all of it, or surrogate and difference."""
         correction = self.design.correction
         if correction is None:
             return [self]
@@ -155,7 +155,7 @@ class Evidence:
         )
 
     def replicates(self, span: range) -> Tensor | None:
-        """What the sum over target tokens would be without a part of the draws, part by part.
+        """Jackknife replicates of attributions summed over target tokens.
 
         They tell the error of whatever is made of the attributions, such as the difference of two
         (`jackknife_error`). Regressions are without interactions, whose errors are smaller.
@@ -188,7 +188,7 @@ class Evidence:
         return torch.stack(found)
 
     def _by_chance(self) -> Tensor:
-        """Which sampled coalitions another sample might not have had, bool.
+        """Which sampled coalitions were chosen by chance, bool.
 
         Those of a size that is there completely are no sample, where replacements do not vary.
         """
@@ -266,7 +266,7 @@ class Evidence:
         )
 
     def joint(self) -> "Evidence | None":
-        """The product of all targets' values; None where generated features were switched."""
+        """Evidence for the joint probability; None where generated features were switched."""
         n_features = self.design.n_features
         if n_features > 1 + max(self.design.columns):
             return None
@@ -277,7 +277,7 @@ class Evidence:
         return replace(self, values=self.values.prod(1, keepdim=True), scope=scope)
 
     def unresolved(self) -> list[Unresolved]:
-        """Groups of features that were not told apart, see `splits.unresolved`."""
+        """Groups of features that were never split, see `owen_splits.unresolved`."""
         find = {solve_splits: unresolved, solve_search: unopened}.get(
             SOLVERS.get(self.design.solved, solve_splits)
         )
@@ -297,7 +297,7 @@ class Evidence:
         return coalitions.additive_fit(self.plan, self.values.double().cpu(), self.scope)
 
     def redundant_pairs(self, most: int) -> list[list[coalitions.RedundantPair]]:
-        """Per target the pairs of features that say the same.
+        """Per target the pairs of redundant features.
 
         Raises:
             ValueError: If the coalitions do not tell.
@@ -314,7 +314,7 @@ class Evidence:
 
     @property
     def is_estimate(self) -> bool:
-        """Whether other coalitions or draws might have given another answer."""
+        """Whether the solution depends on sampled coalitions or draws."""
         exact = ("exact", "leave-one-out", "only one in", "exact Owen values")
         is_corrected = self.design.correction is not None
         return is_corrected or not (self.design.deterministic and self.design.solved in exact)
@@ -455,7 +455,7 @@ def _solve_lime(
 
 
 def _reweighted(kernel: Callable[[Tensor], Tensor], warns: bool, masks: Tensor) -> Tensor:
-    """The kernel times what makes each size as frequent as fair coins do.
+    """LIME's kernel, reweighted from the sampled sizes to those of fair coins.
 
     Coalitions of one size are equally likely under every plan that samples all sizes.
     """

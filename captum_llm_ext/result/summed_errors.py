@@ -1,4 +1,4 @@
-"""Errors of what a page adds up: attributions over several tokens, over the features of a part.
+"""Standard errors of sums: over target tokens, and over the features of a part.
 
 Tokens share their coalitions, features of one walk what they add up to: their errors are not
 independent. What can be told from the coalitions is told here, within the size of a page.
@@ -85,7 +85,7 @@ def summed_errors(
 def summed_error_bounds(
     token_errors: Tensor, n_prompt: int, output_levels: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What errors of sums over tokens are at most, where nothing tells how they go together.
+    """Upper bounds of standard errors of sums over tokens, where correlations are unknown.
 
     Args:
         token_errors: Standard errors per target token and column of the result.
@@ -106,14 +106,14 @@ def summed_error_bounds(
 
 
 def capped(errors: Tensor, summed: Tensor) -> Tensor:
-    """Errors of sums, which are never larger than those of the terms together; NaN stays."""
+    """Standard errors of sums, capped at the sum of those of the terms; NaN stays."""
     return errors.where(errors.isnan() | ~(summed < errors), summed.to(errors.dtype))
 
 
 def _spans(
     evidence: Evidence, n_target: int, n_columns: int, runs: Mapping[str, list[Span]]
 ) -> list[Span]:
-    """Those of several tokens that are worth their regressions, the most wanted first."""
+    """Spans of several tokens whose regressions are affordable, the most wanted first."""
     wanted = _wanted(n_target, n_columns, runs)
     costs = [evidence.n_regressions([range(*span)]) for span in wanted]
     spent = [0, *accumulate(costs[1:])]  # the whole answer's, which always comes, is not counted
@@ -156,7 +156,7 @@ def _owners(pieces: Sequence[Piece], runs: Sequence[Span]) -> list[int]:
 
 
 def _wide(errors: Tensor, width: int) -> Tensor:
-    """With zeros for columns that can cause nothing: they were no players."""
+    """Padded with zeros for columns that were no players."""
     return torch.nn.functional.pad(errors, (0, max(width - errors.shape[1], 0)))
 
 

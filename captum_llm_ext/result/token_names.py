@@ -1,4 +1,4 @@
-"""Names that a person can read: fragments shown as such, and no two things called the same."""
+"""Readable names of tokens: fragments are marked, and equal names are numbered."""
 
 import unicodedata
 from collections import Counter
@@ -32,7 +32,7 @@ def fragment_names(names: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 
 def going_on(texts: Sequence[str]) -> list[tuple[bool, bool]]:
-    """Per text whether a word goes on from the one before it, and into the one after it."""
+    """Per text whether its first word began before it, and whether its last goes on after it."""
     shown = [i for i, text in enumerate(texts) if text]
     found = [(False, False)] * len(texts)
     left = False

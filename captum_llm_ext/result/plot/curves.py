@@ -1,4 +1,4 @@
-"""Values while features go, one after another."""
+"""Perturbation curves: values while features are removed one after another."""
 
 from __future__ import annotations
 
