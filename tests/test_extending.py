@@ -171,6 +171,10 @@ def test_a_unit_of_levels_and_of_the_output(model, tokenizer, target):
     assert len(names) == 3
     total = result.token_attr.sum(1)
     assert attributions.sum(1) == pytest.approx(total, abs=1e-4)
+    # The answer, too, is read by its parts.
+    assert result.provenance["output_unit"] == "clauses"
+    rows = [row.split("  ←  ")[0].strip() for row in result.table(unit="clauses").splitlines()]
+    assert [row[:12] for row in rows[-3:]] == ["clauses 1 “H", "clauses 2 “m", "clauses 3 “a"]
 
 
 class InMemory:

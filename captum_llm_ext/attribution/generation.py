@@ -423,7 +423,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
     ) -> dict[str, Any]:
         run = game.run
         return {
-            **self._provenance(run, generation),
+            **self._provenance(run, game.generated, generation),
             "estimator": outcome.name,
             "estimate": outcome.estimate,
             **outcome.stopping,

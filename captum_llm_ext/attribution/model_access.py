@@ -170,12 +170,15 @@ class ModelAccess:
     def _foil_context(self, run: Run, generated: GeneratedText) -> FoilContext:
         return FoilContext(run.prompt, run.full, generated, self.tokenizer, run.seed)
 
-    def _provenance(self, run: Run, generation: Generation | None) -> dict[str, Any]:
-        """What results of every class say of where they come from."""
+    def _provenance(
+        self, run: Run, generated: GeneratedText, generation: Generation | None
+    ) -> dict[str, Any]:
+        """Provenance of results of every class."""
         return {
             "method": type(self.attr_method).__name__,
             **target_provenance(self.attr_target, generation and generation.settings),
             "unit": run.prompt.unit_name,
+            "output_unit": generated.unit_name,
             "seed": run.seed,
             **self._model_provenance(),
             **run_provenance(),

@@ -9,8 +9,9 @@ from captum_llm_ext.base.terminal import paint, shortened, width
 from captum_llm_ext.cli.command import UsageError, note
 from captum_llm_ext.cli.wording import in_options
 from captum_llm_ext.result import Cause, GenerationAttributionResult
+from captum_llm_ext.text.segment import NAMED_UNITS
 
-_LEVELS = ("turn", "passage", "part", "example", "block", "paragraph", "line", "sentence", "word")
+_LEVELS = ("turn", "passage", "part", "example", *NAMED_UNITS)
 
 
 def add_level(parser: argparse.ArgumentParser) -> None:

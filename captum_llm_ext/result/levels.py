@@ -84,7 +84,10 @@ def prompt_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
 
 
 def answer_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
-    """Per level the part that each target token is in; parts are runs of tokens."""
+    """Per level, from coarse to fine, the part that each target token is in: runs of tokens.
+
+    The levels are those that readers know, and the unit of the output's features.
+    """
     pieces = result.output_pieces
     known: list[dict[str, Any]] = []
     n_features = 1 + max((p.feature for p in pieces if p.feature is not None), default=-1)
@@ -101,7 +104,11 @@ def answer_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
             same[0]["name"] = name
         elif len(said) > 1 and _is_new(part_of, len(pieces), known):
             known.append({"name": name, "part_of": part_of})
-    return known
+    own = result.provenance.get("output_unit")
+    part_of = _numbered([piece.feature for piece in pieces])
+    if own and own not in _UNITS and _is_new(part_of, len(pieces), known):
+        known.append({"name": own, "part_of": part_of})
+    return sorted(known, key=lambda level: len(set(level["part_of"])))
 
 
 def _is_template(piece: Piece) -> bool:

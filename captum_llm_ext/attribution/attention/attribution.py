@@ -112,7 +112,7 @@ class GenerationAttentionAttribution(ModelAccess):
         rows = maps[len(context.full.ids) - 1 :]
         solution = _shares(context, generated, rows, range(len(rows)))
         provenance = {
-            **self._provenance(run, generation),
+            **self._provenance(run, generated, generation),
             **self._method_settings(),
             "estimator": "attention",
             # No coalitions are behind the numbers, nor anything drawn.

@@ -297,7 +297,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
                 fixed = context.generated(ids, None, None)
                 joint = paths.attribute(fixed, is_joint=True).attributions[0]
         provenance: dict[str, Any] = {
-            **self._provenance(run, generation),
+            **self._provenance(run, generated, generation),
             **_path_provenance(paths),
             "columns": list(context.prompt.columns),
             "contrast": foils and foils.about,

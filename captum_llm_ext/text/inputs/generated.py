@@ -20,7 +20,7 @@ from captum_llm_ext.text.inputs.prompt import (
     RenderedText,
     Replacements,
 )
-from captum_llm_ext.text.segment import Span, Unit
+from captum_llm_ext.text.segment import Span, Unit, unit_name
 
 
 class GeneratedText:
@@ -43,6 +43,7 @@ class GeneratedText:
 
     Attributes:
         n_features: Number of features, ``G``.
+        unit_name: What one feature is called; None where the text is held fixed.
         names: Their texts.
         groups: Per target token its feature, or None for fixed text.
         labels: Per target token a printable name.
@@ -76,6 +77,7 @@ class GeneratedText:
             for piece, group, is_special in zip(texts, self.groups, encoding.special, strict=True)
         ]
         counter = partial(tokens.count_in_place, tokenizer)
+        self.unit_name = None if unit is None else unit_name(unit)
         name = unit if isinstance(unit, str) else None
         context, offset = prompt_text + text, len(prompt_text)
         slots = [

@@ -16,9 +16,17 @@ from captum_llm_ext.text.segment.markdown import markdown_blocks
 from captum_llm_ext.text.segment.nesting import nest, parents
 from captum_llm_ext.text.segment.prose import lines, paragraphs, sentences, sentences_of, words
 from captum_llm_ext.text.segment.span import Segmenter, Span, shorten
-from captum_llm_ext.text.segment.unit import Unit, has_explicit_spans, segment, segmenter, unit_name
+from captum_llm_ext.text.segment.unit import (
+    NAMED_UNITS,
+    Unit,
+    has_explicit_spans,
+    segment,
+    segmenter,
+    unit_name,
+)
 
 __all__ = [
+    "NAMED_UNITS",
     "Segmenter",
     "Span",
     "Unit",

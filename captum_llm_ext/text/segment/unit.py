@@ -17,6 +17,8 @@ _SEGMENTERS: dict[str, Segmenter] = {
     "paragraph": paragraphs,
     "block": markdown_blocks,
 }
+NAMED_UNITS = tuple(_SEGMENTERS)
+"""Units that a name means, beside ``"token"``, which needs a tokenizer."""
 
 
 def segmenter(unit: Unit) -> Segmenter:
