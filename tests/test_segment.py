@@ -399,6 +399,11 @@ def test_white_space_holds_no_feature(unit, text):
         segment(text, unit)
 
 
+def no_clause(text):
+    """A unit of a user's, which finds none of its parts."""
+    return []
+
+
 @pytest.mark.parametrize(
     ("unit", "error", "message"),
     [
@@ -409,6 +414,8 @@ def test_white_space_holds_no_feature(unit, text):
         ([], ValueError, "finds no feature"),
         ([(0, 1, 2)], TypeError, r"no \(start, stop\)"),
         ([(0.0, 1.0)], TypeError, r"no \(start, stop\)"),
+        (pattern("four"), ValueError, "pattern.*finds nothing"),
+        (no_clause, ValueError, "unit no_clause finds no feature"),
         ("phrase", ValueError, "unknown unit 'phrase'.*'word'"),
         ("token", ValueError, "needs a tokenizer"),
         (3, TypeError, "`unit` is a int"),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from captum_llm_ext.text.segment.named import Named
 from captum_llm_ext.text.segment.span import Span, shorten
-from captum_llm_ext.text.segment.unit import Unit, segment, segmenter
+from captum_llm_ext.text.segment.unit import Unit, segment, segmenter, shown_unit
 
 
 def nest(text: str, units: Sequence[Unit]) -> list[list[Span]]:
@@ -78,6 +78,7 @@ def _inside(text: str, outer: Span, unit: Unit) -> list[Span]:
 
 def _nothing(text: str, outer: Span, unit: Unit) -> str:
     return (
-        f"unit {unit!r} gives no features for the coarser span ({outer.start}, {outer.stop}) "
-        f"{shorten(text[outer.start : outer.stop])!r}: give units that find some in each."
+        f"unit {shown_unit(unit)} gives no features for the coarser span "
+        f"({outer.start}, {outer.stop}) {shorten(text[outer.start : outer.stop])!r}: give units "
+        "that find some in each."
     )

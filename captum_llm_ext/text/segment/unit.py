@@ -69,6 +69,11 @@ def unit_name(unit: Unit) -> str:
     return str(getattr(unit, "title", None) or getattr(unit, "__name__", "span"))
 
 
+def shown_unit(unit: object) -> str:
+    """A unit as messages show it: functions by their names, other units as they are written."""
+    return str(getattr(unit, "__name__", None) or repr(unit))
+
+
 def segment(text: str, unit: Unit) -> list[Span]:
     """The spans of `unit` in `text`, checked and in reading order.
 
@@ -80,7 +85,7 @@ def segment(text: str, unit: Unit) -> list[Span]:
     found = sorted(as_span(pair) for pair in segmenter(unit)(text))
     if not found:
         raise ValueError(
-            f"unit {unit!r} finds no feature in the text {shorten(text)!r}: "
+            f"unit {shown_unit(unit)} finds no feature in the text {shorten(text)!r}: "
             "give a text with content, or other spans."
         )
     for span in found:
