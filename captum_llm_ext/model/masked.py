@@ -13,6 +13,8 @@ from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import Listed
 
+# Rows of a pass. A causal model of 135 million weights took 82 ms of one core for 12 tokens alone,
+# 44 a row in batches of 4, 32 in 16 and 30 in 64, which hold four times the logits.
 _ROWS_AT_ONCE = 16
 _LOOKED_AT = 64  # tokens per wanted one of which it is looked up what they show
 _Row = tuple[list[int], list[int]]  # ids, and the masked places that are asked about
