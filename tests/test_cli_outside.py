@@ -151,17 +151,21 @@ def test_a_revision_is_loaded_and_told(tmp_path, capsys):
     tiny = ["attribute", "--model", "someone/tiny", "--prompt", "Ann likes"]
     quick = ["--method", "ablation", "--target", " golf", "--quiet", "--json", "-"]
 
-    def shown(*revision):
-        run = subprocess.run(
-            [sys.executable, "-m", "captum_llm_ext", *tiny, *quick, *revision],
-            env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return json.loads(run.stdout)
-
-    main_, tagged = shown(), shown("--revision", "v1")
+    # The cache's place is read while the hub's client is imported: one process for both.
+    code = (
+        "import sys; from captum_llm_ext.cli import main; arguments = sys.argv[1:]; "
+        "sys.exit(main(arguments) or main([*arguments, '--revision', 'v1']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *tiny, *quick],
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    read = json.JSONDecoder().raw_decode
+    main_, end = read(run.stdout)
+    tagged, _ = read(run.stdout[end:].lstrip())
     assert (main_["provenance"]["model"], main_["provenance"]["revision"]) == ("someone/tiny", new)
     assert tagged["provenance"]["revision"] == old
     assert main_["full_values"] != tagged["full_values"]
