@@ -75,7 +75,7 @@ class Likelihood:
         return logits.log_softmax(0)
 
     def continuations(
-        self, text: str, n_tokens: int, n: int, generator: torch.Generator
+        self, text: str, n: int, n_tokens: int, generator: torch.Generator
     ) -> list[str]:
         """See `LanguageModel.continuations`."""
         start = self._ids(text)
@@ -237,11 +237,11 @@ class Likelihood:
         self,
         beginnings: Sequence[str],
         rests: Sequence[str],
-        n_more: Sequence[int],
-        is_whole: Callable[[int, str], bool],
+        n_words: Sequence[int],
+        is_enough: Callable[[int, str], bool],
     ) -> list[str]:
         """See `Proposer.greedy`."""
-        limits = [_TO_THE_END + _TOKENS_PER_WORD * n for n in n_more]
+        limits = [_TO_THE_END + _TOKENS_PER_WORD * n for n in n_words]
         starts = [self._ids(beginning) for beginning in beginnings]
         written: list[list[int]] = [[] for _ in starts]
         texts = [""] * len(starts)
@@ -255,7 +255,7 @@ class Likelihood:
             for i, token in zip(todo, found[:, 0].tolist(), strict=True):
                 written[i].append(int(token))
                 texts[i] = "".join(tokens.pieces(self._tokenizer, written[i], starts[i]))
-            todo = [i for i in todo if not is_whole(i, texts[i])]
+            todo = [i for i in todo if not is_enough(i, texts[i])]
         return texts
 
     def _last(self, ids: Sequence[int], n_after: int) -> Sequence[int]:

@@ -109,17 +109,17 @@ class MaskedProposer:
         self,
         beginnings: Sequence[str],
         rests: Sequence[str],
-        n_more: Sequence[int],
-        is_whole: Callable[[int, str], bool],
+        n_words: Sequence[int],
+        is_enough: Callable[[int, str], bool],
     ) -> list[str]:
-        """See `Proposer.greedy`; a token for each of the `n_more`, from left to right."""
+        """See `Proposer.greedy`; a token for each of the `n_words`, from left to right."""
         mask = f" {self._tokenizer.mask_token}"
         texts = [
             list(self._encode(beginning + mask * n + rest).ids)
-            for beginning, rest, n in zip(beginnings, rests, n_more, strict=True)
+            for beginning, rest, n in zip(beginnings, rests, n_words, strict=True)
         ]
         places = [[i for i, token in enumerate(ids) if token == self._mask] for ids in texts]
-        for step in range(max(n_more, default=0)):
+        for step in range(max(n_words, default=0)):
             some = [i for i, own in enumerate(places) if step < len(own)]
             rows: list[_Row] = [(texts[i], places[i][step : step + 1]) for i in some]
             for i, told in zip(some, self._log_probs(rows), strict=True):

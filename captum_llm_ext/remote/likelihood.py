@@ -45,7 +45,7 @@ class RemoteLikelihood:
         self._refuse("distributions", "an API does not tell", ", or `output_unit=None`")
 
     def continuations(
-        self, text: str, n_tokens: int, n: int, generator: torch.Generator
+        self, text: str, n: int, n_tokens: int, generator: torch.Generator
     ) -> list[str]:
         """Not supported: an API does not sample from a generator."""
         self._refuse("samples from a seed", "an API does not give", ", or `output_unit=None`")
@@ -70,8 +70,8 @@ class RemoteLikelihood:
         self,
         beginnings: Sequence[str],
         rests: Sequence[str],
-        n_more: Sequence[int],
-        is_whole: Callable[[int, str], bool],
+        n_words: Sequence[int],
+        is_enough: Callable[[int, str], bool],
     ) -> list[str]:
         """Not to be had without distributions."""
         self._refuse("distributions", "an API does not tell", _ANOTHER)

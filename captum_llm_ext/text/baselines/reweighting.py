@@ -73,7 +73,7 @@ def continued(slot: Slot, place: Surroundings, model: LanguageModel, seed: int) 
     n_words = len(_WORD.findall(slot.text))
     mark = place.tail.strip()[:1]
     generator = torch.Generator().manual_seed(seed)
-    written = model.continuations(slot.left, len(slot.ids) + _ENOUGH, _WRITTEN, generator)
+    written = model.continuations(slot.left, _WRITTEN, len(slot.ids) + _ENOUGH, generator)
     counts: Counter[tuple[str, ...]] = Counter()
     for text in written:
         cut = text.split(mark)[0] if mark and mark in text else _first_words(text, n_words)

@@ -133,23 +133,25 @@ class Proposer(Protocol):
         self,
         beginnings: Sequence[str],
         rests: Sequence[str],
-        n_more: Sequence[int],
-        is_whole: Callable[[int, str], bool],
+        n_words: Sequence[int],
+        is_enough: Callable[[int, str], bool],
     ) -> list[str]:
         """What most likely follows each text, token by token, all of them at once.
 
         Args:
             beginnings: The texts. Each ends with what may be a word, or the beginning of one.
             rests: What comes after; a causal model does not see it.
-            n_more: How many words and marks are wanted beside, about.
-            is_whole: Called with the number of a text and what follows it up to now; whether that
-                is enough.
+            n_words: About how many words and marks are wanted beyond the one that a text ends with.
+            is_enough: Called with the number of a text and what follows it so far; True ends it.
         """
         ...
 
 
 class LanguageModel(Proposer, Protocol):
-    """What a baseline may ask the model that is being explained."""
+    """What a baseline may ask the model that is being explained.
+
+    Arguments are texts first, then numbers, then callables, then a generator.
+    """
 
     def log_likelihoods(self, texts: Sequence[str]) -> Tensor:
         """The log-probability of each text as a whole, in nats, shape ``(n_texts,)``."""
@@ -160,7 +162,7 @@ class LanguageModel(Proposer, Protocol):
         ...
 
     def continuations(
-        self, text: str, n_tokens: int, n: int, generator: torch.Generator
+        self, text: str, n: int, n_tokens: int, generator: torch.Generator
     ) -> list[str]:
         """Samples of what follows a text: `n` texts of at most `n_tokens` tokens each."""
         ...
