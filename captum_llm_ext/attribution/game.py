@@ -130,9 +130,8 @@ class Game:
             return self.scope
         # A text that is put in place of itself may be tokenised otherwise.
         generator = torch.Generator().manual_seed(0)
-        prompts = [prompt.ids for prompt in self.run.prompt.render(mask[:, :n_prompt], generator)]
-        ((ids, _),) = self.generated.render(prompts, mask[:, n_prompt:], generator)
-        if ids != self.full_row.ids:
+        (row,) = render_text(self.run.prompt, self.generated, mask, generator)
+        if row.ids != self.full_row.ids:
             return self.scope
         unchanging = (~mask[0]).nonzero()[:, 0].tolist()
         return replace(self.scope, unchanging=tuple(unchanging))

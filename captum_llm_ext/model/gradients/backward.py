@@ -465,7 +465,7 @@ class TargetGradients:
 
         points = [point.detach().requires_grad_() for point in points]
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        held = is_stopped if self._is_frozen else lambda _: False
+        held = is_stopped if self._is_frozen else None
         with (
             self._layers.replaced(points),
             hooks,

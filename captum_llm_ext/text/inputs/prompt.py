@@ -289,7 +289,9 @@ class Replacements:
 
         What is drawn for a slot may be another thing where its neighbours are absent too.
         """
-        tied = {index for run in self._found_bonds().ties for part in run for index in part}
+        bonds = self._found_bonds()
+        tied = {index for run in bonds.ties for index in run}
+        tied |= {index for run in bonds.phrases if not tied.isdisjoint(run) for index in run}
         return {
             index
             for index, match in enumerate(self.matches(n) or ())
