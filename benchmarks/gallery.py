@@ -4,7 +4,8 @@
     python benchmarks/gallery.py answer flow   # some of them
 
 The results are those of tests/data (what was measured how: real_results.py) and tutorials/answers,
-of SmolLM2-135M-Instruct; no model is loaded. Pages need playwright and a Chromium.
+of SmolLM2-135M-Instruct; no model is loaded but the demo's, for `inside`. Pages need playwright and
+a Chromium.
 """
 
 import argparse
@@ -14,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from fact_grammar import Grammar, corpus, load
+from ground_truth import METHODS, absences, attribute, attribute_inside, documents
 from looking import FLAGS, chromium
+from matplotlib import pyplot as plt
 from PIL import Image
 
 from captum_llm_ext import GenerationAttributionResult
@@ -56,6 +60,25 @@ def plot(draw: Callable[[], Any], dpi: int = 110) -> Image.Image:
     return Image.open(picture)
 
 
+def inside(word: str = "D") -> Any:
+    """One word of the demo's answer by four methods; its one cause is A, which stands before it."""
+    known = absences(Grammar(), corpus())
+    document = documents(2, seed=11)[1]
+    place = [segment.slot for segment in document.segments("continuation")].index(word)
+    asked = ("saliency, L2", "linear system", "rollout of projections", "leave-one-out")
+    figure, axes = plt.subplots(len(asked), figsize=(8, 9), layout="constrained")
+    for method, ax in zip(asked, axes, strict=True):
+        if method in METHODS:
+            slots = known["same slot, `CorpusBaselines`"]
+            result = attribute(*load(), document, method, slots)
+        else:
+            result = attribute_inside(*load(), document, method, known)
+        token = [piece.feature for piece in result.output_pieces].index(place)
+        result.plot_text(token, ax=ax)
+        ax.set_title(method, loc="left")
+    return figure, axes
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "answer": lambda: page("lakes", 800),
     "answer_dark": lambda: page("lakes", 800, color_scheme="dark"),
@@ -68,6 +91,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "text": lambda: plot(loaded("chat").plot_text),
     "flow": lambda: plot(loaded("chat").plot_flow),
     "convergence": lambda: plot(loaded("rag").plot_convergence),
+    "inside": lambda: plot(inside),
 }
 
 

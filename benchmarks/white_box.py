@@ -1,21 +1,31 @@
 """What methods that look into a model cost on a real one: passes, time and memory.
 
     python benchmarks/white_box.py [--model smollm2] [--prompt 50 --prompt 1000] [--target 30]
+    python benchmarks/white_box.py --reconstruction
 
 Times are processor seconds of one thread, also told as a multiple of a plain forward pass of the
 same text, without what is found out once of every model. Memory is what the process held at most
 beyond what it held before. Beside it stands what all attention maps of the model would take at
-once.
+once. `--reconstruction` tells how far the shares of the linear system are from the logit that they
+sum to, on every architecture that the tests know (random weights, biases that are not zero).
+
+What is not measured again keeps what the file says.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import test_white_box as tests
+import tiny
 from captum.attr import FeatureAblation, LayerGradientXActivation
 from environment import environment
 from real_causes.checkpoints import folder
@@ -30,6 +40,8 @@ from captum_llm_ext import (
     LayerSaliency,
     TextSegmentInput,
 )
+from captum_llm_ext.model import TokenRow
+from captum_llm_ext.model.probe import findings
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS = Path(__file__).parent / "real_causes" / "related.txt"
@@ -57,10 +69,15 @@ METHODS: dict[str, Callable[[Any, Any], Any]] = {
     "ALTI": lambda model, tokenizer: GenerationAttentionAttribution(
         AttentionRollout(model, "alti"), tokenizer
     ),
+    "rollout of projections": lambda model, tokenizer: GenerationAttentionAttribution(
+        AttentionRollout(model, "projection"), tokenizer
+    ),
     "leave-one-out": lambda model, tokenizer: GenerationAttribution(
         FeatureAblation(model), tokenizer
     ),
 }
+
+WITH_A_PROBE = ("linear system", "saliency", "gradient x activation", "leave-one-out")
 
 
 def memory(field: str) -> float:
@@ -113,13 +130,21 @@ def table(
 
     plain()
     forward = measured(plain)
-    # What a model does is found out by the first attribution, with short passes of its own.
-    short = TextSegmentInput(tokenizer.decode(ids[:8]), tokenizer, "token", baselines="delete")
-    METHODS["saliency"](model, tokenizer).attribute(short, torch.tensor(target[:4]))
     config = model.config
     maps = config.num_hidden_layers * config.num_attention_heads * whole.numel() ** 2 * 4 / 2**20
     shared = {"prompt": len(inp.ids), "target": n_target, "all_maps_mb": maps}
     yield shared | {"method": "plain forward"} | forward
+    if set(methods) & {*WITH_A_PROBE}:
+        # What a model does with texts of this length is found out once, by the first attribution.
+        row = TokenRow((*inp.ids, *target[:-1]), range(len(inp.ids) - 1, whole.numel()))
+        with Counted(model) as counted, torch.no_grad():
+            found_out = measured(lambda: findings(model, [row]))
+        yield shared | {
+            "method": "probe, once",
+            **found_out,
+            "forwards_worth_of_time": found_out["seconds"] / forward["seconds"],
+            "passes": counted.read / whole.numel(),
+        }
     for name in methods:
         if name == "leave-one-out" and n_prompt > MOST_REMOVED:
             continue
@@ -143,6 +168,17 @@ def table(
         yield row
 
 
+def reconstruction(dtypes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """How far the shares are from the logit, relative to the size of logits; one row per model."""
+    tokenizer = tiny.byte_level()
+    for name in sorted(set(tests.EXACT)):
+        for dtype in dtypes:
+            model = tests.built(name, getattr(torch, dtype))
+            found = tests.attributed(model, tokenizer, EquivalentLinearSystem(model))
+            error = found.provenance["reconstruction_error"]
+            yield {"architecture": name, "dtype": dtype, "reconstruction_error": error}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the rows as JSON."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -153,19 +189,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", type=int, default=30)
     parser.add_argument("--method", action="append", choices=METHODS, help="only these")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--reconstruction", action="store_true", help="this alone")
     parser.add_argument("--out", type=Path, default=RESULTS / "white_box.json")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
+    report: dict[str, Any] = {**environment(seed=0, dtype=options.dtype)}
+    before = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    report["commands"] = [*before.get("commands", []), report["command"]]
+    rows = {_key(row): row for row in before.get("rows", [])}
+
+    def keep(row: dict[str, Any]) -> None:
+        print(row, flush=True)
+        row["commit"] = report["commit"]
+        rows[_key(row)] = row
+        report["rows"] = [*rows.values()]
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    if options.reconstruction:
+        for row in reconstruction(("float32", "float64", "bfloat16")):
+            keep(row)
+        return
     where = folder(options.model)
     model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, options.dtype)).eval()
     tokenizer = AutoTokenizer.from_pretrained(where)
-    report = environment(seed=0, dtype=options.dtype) | {"model": Path(where).name, "rows": []}
     for n_prompt in options.prompt or (50, 1000):
         methods = options.method or [*METHODS]
         for row in table(model, tokenizer, n_prompt, options.target, methods):
-            print(row, flush=True)
-            report["rows"].append(row)
-            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            keep({"model": Path(where).name, "dtype": options.dtype, **row})
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What is measured once."""
+    by = ("architecture", "model", "dtype", "prompt", "target", "method")
+    return tuple(row.get(name) for name in by)
 
 
 if __name__ == "__main__":

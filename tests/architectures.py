@@ -196,9 +196,29 @@ CONFIGS = {
     "cohere 2, sliding window": ("Cohere2Config", {"sliding_window": 6}),
 }
 
+# Attention by lines of their own, not by transformers' attention functions.
+OWN_ATTENTION = {
+    "falcon": ("FalconConfig", {"multi_query": True, "head_dim": None}),
+    "falcon, alibi": ("FalconConfig", {"alibi": True, "multi_query": False, "head_dim": None}),
+    "mpt": ("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}),
+    "gpt-j": (
+        "GPTJConfig",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
+    ),
+    "gpt-neo, local attention": (
+        "GPTNeoConfig",
+        {
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 6,
+        },
+    ),
+}
+
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    config_name, settings = CONFIGS[name]
+    config_name, settings = (CONFIGS | OWN_ATTENTION)[name]
     given = {k: v for k, v in (_COMMON | settings).items() if v is not None}
     config = getattr(transformers, config_name)(**given)
     # Random weights of the usual size make a model that answers the same to everything.

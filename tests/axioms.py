@@ -18,6 +18,7 @@ WITHOUT_A_VALUE = {
     "AttentionRollout",
     "AttentionRollout, values",
     "AttentionRollout, ALTI",
+    "AttentionRollout, projection",
 }
 HOLDS = {
     "FeatureAblation": _ALL - {"completeness"},
@@ -33,10 +34,12 @@ HOLDS = {
     "LayerGradientShap": _ALL - {"completeness"},
     "LayerSaliency": {"dummy", "symmetry", "implementation"},
     "EquivalentLinearSystem": _ALL - {"sensitivity"},
+    "EquivalentLinearSystem, L2": {"dummy", "symmetry", "implementation"},
     "AttentionWeights": {"dummy", "symmetry"},
     "AttentionRollout": {"dummy", "symmetry"},
     "AttentionRollout, values": {"dummy", "symmetry", "implementation"},
     "AttentionRollout, ALTI": {"dummy", "symmetry"},
+    "AttentionRollout, projection": {"dummy", "symmetry", "implementation"},
 }
 
 

@@ -4,6 +4,7 @@ import architectures
 import pytest
 import tiny
 import torch
+import transformers
 from captum.attr import ShapleyValueSampling
 
 from captum_llm_ext import (
@@ -23,14 +24,18 @@ TARGET = " golf and"
 READ = ["gpt2", "llama", "mistral, sliding window", "gemma 2, sliding window", "gpt-neox"]
 READ += ["gemma 3, sliding window", "qwen 3", "mixtral", "opt", "phi 3", "cohere 2, sliding window"]
 READ += ["deepseek v3, latent attention", "llama 4, chunked attention"]
+READ += ["bloom", *(name for name in architectures.OWN_ATTENTION if "alibi" not in name)]
 REFUSED = {
-    "gpt-oss": "self_attn do not sum to 1",
-    "bloom": "layers 0, 1 of BloomForCausalLM",
-    "mamba 2": "layers 0, 1 of Mamba2ForCausalLM",
-    "qwen 3 next, linear attention": "layers 0 of Qwen3NextForCausalLM|no projection of its own",
-    "jamba, recurrent hybrid": "layers 0 of JambaForCausalLM",
+    "mamba": r"backbone\.layers\.0 \(MambaBlock: MambaRMSNorm, MambaMixer\), backbone\.layers\.1",
+    "mamba 2": r"layers\.0 \(Mamba2Block: .*Mamba2Mixer\)",
+    "qwen 3 next, linear attention": r"Qwen3NextGatedDeltaNet|no projection of its own",
+    "jamba, recurrent hybrid": r"layers\.0 \(JambaMambaDecoderLayer: JambaMambaMixer",
     "falcon-h1, recurrent hybrid": r"model\.layers\.0 does not add its attention",
-    "lfm 2, convolution hybrid": "layers 0 of Lfm2ForCausalLM",
+    "lfm 2, convolution hybrid": r"layers\.0 \(Lfm2DecoderLayer: Lfm2ShortConv",
+    "minimax, lightning attention": r"layers\.0 \(MiniMaxDecoderLayer: MiniMaxLightningAttention",
+    "falcon, alibi": "gives other logits than the attention that FalconForCausalLM runs with",
+    "recurrentgemma, recurrent hybrid": r"RecurrentGemmaRecurrentBlock",
+    "nemotron-h, recurrent hybrid": r"NemotronHMamba2Mixer",
 }
 
 
@@ -41,7 +46,8 @@ def ids_of(tokenizer):
 def weights_of(name, dtype, ids):
     """Of every layer ``(heads, length, length)``, as transformers gives them out."""
     model = architectures.build(name, dtype=dtype)
-    model.set_attn_implementation("eager")
+    # Told to the configuration, for not every model takes `set_attn_implementation`.
+    model.config._attn_implementation = "eager"
     with torch.no_grad():
         given = model(ids, output_attentions=True, use_cache=False).attentions
     return [layer[0].double() for layer in given]
@@ -77,6 +83,48 @@ def test_parts_are_made_wherever_attention_is_read(name, tokenizer):
         assert (rows.sum(-1) - 1).abs().max() < 1e-5
         assert rows.min() >= 0
         assert (rows.triu(1) == 0).all()
+
+
+def test_what_goes_to_sinks_is_no_places_and_stands_beside_fixed_text(tokenizer):
+    model = architectures.build("gpt-oss", dtype=torch.float64)
+    ids = ids_of(tokenizer)
+    layers = weights_of("gpt-oss", torch.float64, ids)
+    assert all((layer.sum(-1) < 0.9).any() for layer in layers)  # the rest is the sinks'
+    expected = torch.eye(ids.shape[1]).double()
+    for layer in layers:
+        expected = (layer.mean(0) + torch.eye(ids.shape[1])) / 2 @ expected
+    assert (AttentionRollout(model).map(ids[0]) - expected).abs().max() < 1e-6
+    mean = torch.stack(layers).mean((0, 1))
+    assert (AttentionWeights(model).map(ids[0]) - mean).abs().max() < 1e-6
+    # One column more: the sinks' own weights, of which no head's is the largest everywhere.
+    sinks = torch.stack([(1 - layer.sum(-1)).amax(0) for layer in layers])
+    most = torch.stack([layer.amax(0) for layer in layers])
+    most = (most / (most.sum(-1) + sinks)[..., None]).mean(0)
+    assert (AttentionWeights(model, heads="max").map(ids[0]) - most).abs().max() < 1e-6
+    for kind in ("values", "alti", "projection"):  # a sink holds nothing
+        rows = AttentionRollout(model, kind).map(ids[0])
+        assert (rows.sum(-1) - 1).abs().max() < 1e-6
+    attribution = GenerationAttentionAttribution(AttentionWeights(model), tokenizer)
+    inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
+    found = attribution.attribute(inp, TARGET)
+    place = len(inp.ids) - 1
+    expected = 1 - mean[place, 1 : place + 1].sum()  # BOS and sinks
+    assert float(found.fixed_attr[0]) == pytest.approx(float(expected), abs=1e-6)
+    assert torch.allclose(found.full_values, torch.ones_like(found.full_values))
+    heads = attribution.by_head(inp, TARGET, 0)
+    assert torch.allclose(heads.weights.sum(-1) + heads.fixed, torch.ones(2, 4), atol=1e-6)
+    assert torch.allclose(heads.fixed.mean().double(), expected, atol=1e-6)
+
+
+def test_a_model_loaded_with_the_attention_that_is_read_is_read(tokenizer):
+    """Falcon with alibi: eager attention scales it, the usual one does not."""
+    given = architectures.build("falcon, alibi").config
+    own = transformers.AutoModelForCausalLM.from_config(given, attn_implementation="eager").eval()
+    ids = ids_of(tokenizer)
+    with torch.no_grad():
+        layers = own(ids, output_attentions=True, use_cache=False).attentions
+    mean = torch.stack([layer[0] for layer in layers]).mean((0, 1))
+    assert (AttentionWeights(own).map(ids[0]) - mean).abs().max() < 1e-6
 
 
 def test_parts_are_those_made_by_hand(tokenizer):

@@ -1,11 +1,12 @@
 """The axioms through a model, for every method: which of them hold, and which do not."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from axioms import HOLDS, WITHOUT_A_VALUE
+from axioms import HOLDS, WITHOUT_A_VALUE, table
 from captum.attr import (
     FeatureAblation,
     KernelShap,
@@ -26,6 +27,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+import captum_llm_ext
 from captum_llm_ext import (
     AttentionRollout,
     AttentionWeights,
@@ -46,6 +48,7 @@ GRADIENTS = {
     "LayerGradientShap": (LayerGradientShap, {}),
     "LayerSaliency": (lambda model, _: LayerSaliency(model), {}),
     "EquivalentLinearSystem": (lambda model, _: EquivalentLinearSystem(model), {}),
+    "EquivalentLinearSystem, L2": (lambda model, _: EquivalentLinearSystem(model, norm="l2"), {}),
 }
 PERTURBATIONS = {
     "FeatureAblation": (FeatureAblation, {}),
@@ -62,6 +65,7 @@ ATTENTION = {
     "AttentionRollout": AttentionRollout,
     "AttentionRollout, values": lambda model: AttentionRollout(model, "values"),
     "AttentionRollout, ALTI": lambda model: AttentionRollout(model, "alti"),
+    "AttentionRollout, projection": lambda model: AttentionRollout(model, "projection"),
 }
 # Of values of about 1: what is exact is so to float32, a quadrature is not.
 EXACT, NEARLY = 5e-6, 2e-3
@@ -225,3 +229,8 @@ def test_implementation_invariance(name, tokenizer):
     found = [attributed(name, other, tokenizer).token_attr for other in variants(tokenizer)]
     apart = [float((one - plain).abs().max()) for one in found]
     holds(name, "implementation", max(apart) < NEARLY * max(1.0, float(plain.abs().max())))
+
+
+def test_the_map_shows_this_table():
+    text = (Path(captum_llm_ext.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert table() in text

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -34,6 +35,7 @@ from captum_llm_ext.coalitions import (
     solve_permutations,
 )
 from captum_llm_ext.coalitions.causal_scope import views
+from captum_llm_ext.coalitions.kernel import solve_few_pairs
 
 Game = Callable[[Tensor], Tensor]  # bool (n_coalitions, n_features) -> (n_coalitions,)
 Solver = Callable[[Plan, Tensor, Scope], Solution]
@@ -859,3 +861,42 @@ def test_lime_says_what_it_wants():
         solve_lime(*good(), alpha=-1)
     with pytest.raises(ValueError, match="`penalty` is 'l0'"):
         solve_lime(*good(), penalty="l0")
+
+
+@pytest.mark.parametrize("solver", [solve_kernel, solve_few_pairs])
+@pytest.mark.parametrize("required", [-1, 9])
+def test_columns_whose_absence_changes_nothing_are_exactly_nothing(solver, required):
+    """What is solved is the game of the other columns, with its own errors."""
+    n, unchanging = 10, (0, 3, 4, 8)
+    changing = [c for c in range(n) if c not in unchanging]
+    generator = torch.Generator().manual_seed(3)
+    columns = [required] if required >= 0 else []
+    plan = join_plans(
+        [plan_anchors(n, required=columns, n_empty=8), plan_pairs(n, 400, generator=generator)]
+    )
+    noise = torch.randn(int(plan.draws.max()) + 1, generator=generator).double()[plan.draws]
+    weights = torch.zeros(n, 2).double()
+    weights[changing, 0] = torch.arange(1.0, 7.0).double()
+    weights[:6, 1] = weights[:6, 0]  # what the second target sees
+    pair = 3 * (plan.masks[:, 1] & plan.masks[:, 5]) + noise * ~plan.masks[:, 2]
+    values = plan.masks.double() @ weights + pair[:, None]
+    visible = 9 if required >= 0 else 10
+    scope = Scope(torch.tensor([visible, 6]), torch.tensor([required, -1]))
+    if required >= 0:
+        values[~plan.masks[:, required], 0] = torch.nan
+    plain = solver(plan, values, scope)
+    found = solver(plan, values, replace(scope, unchanging=unchanging))
+    assert (plain.attributions[:, list(unchanging)][:, :2] != 0).all()
+    assert (found.attributions[:, list(unchanging)] == 0).all()
+    assert (found.standard_errors[:, list(unchanging)] == 0).all()
+    assert found.efficiency_gap.abs().max() < 1e-9
+    fewer = Scope(
+        torch.tensor([sum(c < v for c in changing) for v in (visible, 6)]),
+        torch.tensor([changing.index(required) if required >= 0 else -1, -1]),
+    )
+    alone = solver(replace(plan, masks=plan.masks[:, changing]), values, fewer)
+    torch.testing.assert_close(found.attributions[:, changing], alone.attributions)
+    torch.testing.assert_close(found.standard_errors[:, changing], alone.standard_errors)
+    truth = weights[:, 1] + 1.5 * torch.tensor([c in (1, 5) for c in range(n)])
+    far = (found.attributions[1] - truth).abs()
+    assert (far <= 4 * found.standard_errors[1] + 1e-6).all()

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captum_llm_ext import TextSegmentInput
+from captum_llm_ext.text.baselines.candidates import BLANK
+from captum_llm_ext.text.baselines.slot import Bonds
 from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
 
 TOKENIZERS = {
@@ -292,3 +294,37 @@ def test_nothing_left_before_the_target_begins_with_bos(tokenizer):
         [RenderedPrompt(())], torch.ones(1, generated.n_features, dtype=torch.bool), _generator()
     )
     assert rows[0].ids == (tokenizer.bos_token_id, *ids[:-1])
+
+
+class Staying:
+    """Says that all slots stay, and that some are drawn anew where their neighbours go, too."""
+
+    deterministic = True
+
+    def __init__(self, bonds):
+        self.bonds = bonds
+
+    def __call__(self, slot, generator):
+        return slot.text
+
+    def read(self, slots):
+        return self.bonds
+
+    def explain(self, slot):
+        return BLANK
+
+
+@pytest.mark.parametrize(
+    ("bonds", "expected"),
+    [
+        (Bonds(), [0, 1, 2, 3, 4]),
+        (Bonds(ties=[[1, 2]]), [0, 3, 4]),
+        (Bonds(phrases=[[2, 3]]), [0, 1, 2, 3, 4]),
+        (Bonds(phrases=[[2, 3]], ties=[[1, 2]]), [0, 4]),
+    ],
+)
+def test_what_stays_in_place_unless_its_neighbours_go_may_change(bonds, expected, tokenizer):
+    inp = TextSegmentInput("Dave lives in Palm Coast", tokenizer, baselines=Staying(bonds))
+    assert inp.n_features == 5
+    assert inp.unchanging() == expected
+    assert inp.with_baselines("delete").unchanging() == []

@@ -9,6 +9,7 @@ from fact_grammar import Grammar, load
 from ground_truth import attribute_inside
 from roar import (
     MOST,
+    ByLeaveOneOut,
     BySaliency,
     Ranking,
     curve,
@@ -92,6 +93,16 @@ def test_many_texts_are_ranked_as_each_by_the_package():
     for document, own in zip(given, found, strict=True):
         result = attribute_inside(model, tokenizer, document, "saliency, L2", {})
         assert own == order(document, result)
+
+
+def test_each_text_by_leave_one_out_has_its_causes_before_what_matters_to_nothing():
+    rng = random.Random(4)
+    given = [GRAMMAR.sample(rng, "pronoun") for _ in range(4)]
+    for document, found in zip(given, ByLeaveOneOut().of(given), strict=True):
+        slots = layout(document)
+        assert sorted(found) == list(range(len(slots)))
+        causes = {slot for own in document.causes.values() for slot in own} - {"A"}
+        assert {slots[i] for i in found[: len(causes)]} == causes
 
 
 def test_curves_lie_between_chance_and_the_oracle():

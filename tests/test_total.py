@@ -138,7 +138,7 @@ def absent():
     return absences(Grammar(), corpus())["same slot, `CorpusBaselines`"]
 
 
-@pytest.mark.parametrize("method", ["leave-one-out", "Shapley, permutations"])
+@pytest.mark.parametrize("method", ["leave-one-out", "Shapley, permutations", "Shapley, kernel"])
 def test_the_last_word_is_owed_to_the_occupation(known, absent, method):
     """Directly it depends on interest A alone, which the answer wrote; A on the occupation."""
     for document in documents(2, seed=11)[1:]:
@@ -156,7 +156,8 @@ def test_the_last_word_is_owed_to_the_occupation(known, absent, method):
         assert route == result.route(rows[0])[0]
         assert total.why(rows[0])[0].column == job
         assert float(shares.sum() + begins.sum()) == pytest.approx(1)
-        assert (total.shares_se[rows[0], job] < 0.05).all()
+        # A link of six standard errors lies three above what counts: lost in one draw of hundreds.
+        assert (total.shares_se[rows[0], job] < 0.15).all()
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +250,23 @@ def test_what_was_left_out_is_told(model, tokenizer):
     assert total.shares_se.eq(0).all()
     assert result.total(floor=1e6).shares.eq(0).all()
     assert "nothing in particular" in str(result.total(floor=1e6))
+
+
+def test_slots_that_are_always_the_same_word_are_exactly_nothing(known, absent, tmp_path):
+    """A regression does not have to find out what replacements say."""
+    (document,) = documents(1, seed=4)
+    result = attribute(*known, document, "Shapley, kernel", absent)
+    matches = [m for part in ("prompt", "output") for m in result.provenance["matches"][part]]
+    constant = [column for column, match in enumerate(matches) if match["constant"]]
+    assert len(constant) > 5
+    assert (result.full_attr[:, constant] == 0).all()
+    assert (result.full_attr_se[:, constant] == 0).all()
+    assert result.efficiency_gap.abs().max() < 1e-4
+    result.save(tmp_path / "result.safetensors")
+    again = GenerationAttributionResult.load(tmp_path / "result.safetensors")
+    for refitted in (result.refit(KernelShap), again.refit(KernelShap)):
+        torch.testing.assert_close(refitted.full_attr, result.full_attr)
+        torch.testing.assert_close(refitted.full_attr_se, result.full_attr_se)
 
 
 def test_errors_are_the_spread_over_seeds(model, tokenizer):

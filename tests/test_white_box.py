@@ -24,6 +24,7 @@ from captum_llm_ext.model.gradients.backward import storage_of
 PROMPT = "Dave lives in Palm."
 TARGET = " golf and"
 EXACT = [name for name in architectures.CONFIGS if not name.startswith("gemma 3n")]
+EXACT += list(architectures.OWN_ATTENTION)
 REFUSED = {"gemma 3n, shared states": r"model\.layers\.0 \(Gemma3nTextDecoderLayer\)"}
 
 

@@ -256,3 +256,59 @@ def test_threads_find_what_one_finds(architecture, tokenizer):
     assert len(found) == 4
     for result in found:
         assert_same(result, expected)
+
+
+class _Multiplied(torch.autograd.Function):
+    """A product with a way back of its own, as that of 4-bit weights is."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.saved_tensors[0], None
+
+
+class Kernel(nn.Module):
+    """A layer by a kernel that torch knows nothing of."""
+
+    def __init__(self, layer, has_way_back):
+        super().__init__()
+        self.weight, self.has_way_back = layer.weight, has_way_back
+
+    def forward(self, x):
+        if self.has_way_back:
+            return _Multiplied.apply(x, self.weight.detach())
+        with torch.no_grad():
+            return x @ self.weight.T
+
+
+def with_kernels(model, names, *, has_way_back):
+    for name in names:
+        parent, own = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        setattr(parent, own, Kernel(getattr(parent, own), has_way_back))
+    return model
+
+
+@pytest.mark.parametrize("part", ["self_attn.o_proj", "self_attn.q_proj", "mlp.down_proj"])
+def test_a_product_with_a_way_back_of_its_own_is_no_activation(part, tokenizer, expected):
+    """Whether or not it is square: an activation mixes nothing of a place."""
+    names = [f"model.layers.{layer}.{part}" for layer in (0, 1)]
+    model = with_kernels(tiny.llama(len(tokenizer)), names, has_way_back=True)
+    assert_same(attributed("linear system", model, tokenizer), expected["linear system"])
+
+
+@pytest.mark.parametrize("name", ["linear system", "saliency"])
+@pytest.mark.parametrize("part", ["self_attn.o_proj", "self_attn.v_proj", "mlp.down_proj", "mlp"])
+def test_what_has_no_way_back_is_no_constant(part, name, tokenizer):
+    """The sum of shares would be exact all the same, with most of it booked as a constant."""
+    model = tiny.llama(len(tokenizer))
+    if part == "mlp":
+        own = model.model.layers[1].mlp
+        own.forward = torch.no_grad()(own.forward)
+    else:
+        with_kernels(model, [f"model.layers.1.{part}"], has_way_back=False)
+    with pytest.raises(ValueError, match=rf"no gradient goes through model\.layers\.1\.{part}"):
+        attributed(name, model, tokenizer)

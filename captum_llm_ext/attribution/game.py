@@ -1,6 +1,8 @@
 """One attribution as a game: coalitions of features in, values of the target tokens out."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -112,6 +114,27 @@ class Game:
     def held(self) -> list[int]:
         """Columns that some target requires."""
         return sorted(set(self.scope.required.tolist()) - {-1})
+
+    @cached_property
+    def solved_scope(self) -> Scope:
+        """The scope, with the columns that replacements leave as they are.
+
+        Asks baselines what they have for every slot: what scoring coalitions has asked already.
+        """
+        n_prompt = self.run.prompt.n_features
+        n_seen = self.n_features - n_prompt
+        mask = torch.ones(1, n_prompt + self.generated.n_features, dtype=torch.bool, device="cpu")
+        mask[0, list(self.run.prompt.unchanging())] = False
+        mask[0, [n_prompt + g for g in self.generated.unchanging(n_seen)]] = False
+        if bool(mask.all()):
+            return self.scope
+        # A text that is put in place of itself may be tokenised otherwise.
+        generator = torch.Generator().manual_seed(0)
+        (row,) = render_text(self.run.prompt, self.generated, mask, generator)
+        if row.ids != self.full_row.ids:
+            return self.scope
+        unchanging = (~mask[0]).nonzero()[:, 0].tolist()
+        return replace(self.scope, unchanging=tuple(unchanging))
 
     @property
     def foil_values(self) -> Tensor | None:

@@ -493,6 +493,7 @@ def _design(game: Game, outcome: Outcome) -> Design:
         columns=list(game.run.prompt.columns),
         deterministic=game.deterministic,
         correction=outcome.correction,
+        unchanging=list(game.solved_scope.unchanging),
     )
 
 

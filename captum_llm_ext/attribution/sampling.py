@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.attribution.game import Game
-from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
+from captum_llm_ext.coalitions import Plan, Solution, join_plans, plan_anchors
 from captum_llm_ext.coalitions.stopping import StoppingRule
 from captum_llm_ext.coalitions.two_levels import Correction
 from captum_llm_ext.methods.estimators import Budget, Estimator
@@ -127,7 +127,7 @@ def solved(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Solutio
     """Attributions of all targets; of several processes each solves for some of the targets."""
     processes, n_target = game.run.scorer.processes, len(game.scope.n_visible)
     if processes.n_replicas == 1:
-        return method.solve(plan, values, game.scope)
+        return method.solve(plan, values, game.solved_scope)
     # Several parts each, for all to be through at the same time; but what targets have in common
     # is computed once for each part.
     n_parts = min(4 * processes.n_replicas, n_target)
@@ -135,7 +135,7 @@ def solved(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Solutio
     parts = [slice(start, stop) for start, stop in pairwise(borders)]
 
     def solve(part: slice) -> Solution:
-        return method.solve(plan, values[:, part], game.scope.part(part))
+        return method.solve(plan, values[:, part], game.solved_scope.part(part))
 
     return Solution.joined(processes.each(parts, solve))
 
@@ -156,7 +156,7 @@ def _excess(
     if rule.of == "answer":
         # A token depends on nothing after it: the sum's attributions are the sums.
         whole = values.sum(1, keepdim=True)
-        solution = method.solve(plan, whole, Scope.of_all(1, game.n_features))
+        solution = method.solve(plan, whole, game.solved_scope.of([game.n_features], [-1]))
     return known_excess(rule, solution)
 
 

@@ -22,7 +22,7 @@ from captum_llm_ext.attribution.sampling import (
     solved,
 )
 from captum_llm_ext.base.digest import stacklevel_of_caller
-from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans, plan_anchors
+from captum_llm_ext.coalitions import Plan, Solution, join_plans, plan_anchors
 from captum_llm_ext.coalitions.stopping import StoppingRule
 from captum_llm_ext.coalitions.two_levels import Correction, Level, split, summed
 from captum_llm_ext.methods.estimators import Estimator
@@ -100,7 +100,8 @@ class _Sample:
     def whole(self) -> Solution:
         """Of the sum over target tokens, none of which depends on what comes after it."""
         summed = self._explained.sum(1, keepdim=True)
-        return self.method.solve(self.plan, summed, Scope.of_all(1, self._game.n_features))
+        scope = self._game.solved_scope.of([self._game.n_features], [-1])
+        return self.method.solve(self.plan, summed, scope)
 
 
 class _TwoLevels:

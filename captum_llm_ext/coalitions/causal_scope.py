@@ -1,7 +1,7 @@
 """Which features each target token can depend on, and the rows that inform about it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -20,11 +20,14 @@ class Scope:
         required: int64, shape ``(n_target,)``. A column beyond the visible ones that must be
             present for a value of target t to exist (the word that t continues), or -1.
         n_sharing: Number of targets that share what a solver may spend; 0: these.
+        unchanging: Columns whose absence changes nothing, for what replaces them is what stands
+            there: their attributions are 0, which estimates need not find out.
     """
 
     n_visible: Tensor
     required: Tensor
     n_sharing: int = 0
+    unchanging: tuple[int, ...] = ()
 
     @classmethod
     def of_all(cls, n_target: int, n_features: int) -> "Scope":
@@ -36,10 +39,23 @@ class Scope:
         """The part of a computing effort for all targets that each of them may use."""
         return effort / max(self.n_sharing or len(self.n_visible), 1)
 
-    def part(self, targets: slice) -> "Scope":
+    def part(self, targets: slice | Tensor) -> "Scope":
         """The scope of some targets; each keeps its share of the effort."""
         n_sharing = self.n_sharing or len(self.n_visible)
-        return Scope(self.n_visible[targets], self.required[targets], n_sharing)
+        return replace(
+            self,
+            n_visible=self.n_visible[targets],
+            required=self.required[targets],
+            n_sharing=n_sharing,
+        )
+
+    def of(self, n_visible: Sequence[int], required: Sequence[int]) -> "Scope":
+        """Other targets in the same game."""
+        return Scope(
+            torch.tensor(n_visible, dtype=torch.int64, device="cpu"),
+            torch.tensor(required, dtype=torch.int64, device="cpu"),
+            unchanging=self.unchanging,
+        )
 
 
 @dataclass(frozen=True)
@@ -180,6 +196,38 @@ def solve_views(
     for view in views(plan, values, scope):
         solution.fill(view, *solve(view))
     return solution
+
+
+def solve_changing_views(
+    plan: Plan,
+    values: Tensor,
+    scope: Scope,
+    solve: Callable[[View], tuple[Tensor, Tensor]],
+) -> Solution:
+    """As `solve_views`, with attributions of exactly 0 where absence changes nothing.
+
+    The other columns are solved on their own: what is uniform in size on all columns is uniform on
+    some of them.
+    """
+    required = set(scope.required.tolist())
+    # A column without which a target has no value is kept: it says in which rows there is one.
+    taken_out = [column for column in scope.unchanging if column not in required]
+    if not taken_out:
+        return solve_views(plan, values, scope, solve)
+    is_kept = torch.ones(plan.n_features, dtype=torch.bool, device="cpu")
+    is_kept[taken_out] = False
+    before = torch.nn.functional.pad(is_kept.cumsum(0), (1, 0))
+    fewer = replace(
+        scope,
+        n_visible=before[scope.n_visible],
+        required=torch.where(scope.required >= 0, before[scope.required.clamp_min(0)], -1),
+        unchanging=(),
+    )
+    found = solve_views(replace(plan, masks=plan.masks[:, is_kept]), values, fewer, solve)
+    whole = Solution.blank(len(scope.n_visible), plan.n_features)
+    whole.attributions[:, is_kept] = found.attributions
+    whole.standard_errors[:, is_kept] = found.standard_errors
+    return replace(whole, full_values=found.full_values, empty_values=found.empty_values)
 
 
 def _paired(plan: Plan) -> Tensor:

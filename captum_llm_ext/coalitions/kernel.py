@@ -5,7 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, solve_views
+from captum_llm_ext.coalitions.causal_scope import (
+    Scope,
+    Solution,
+    View,
+    solve_changing_views,
+)
 from captum_llm_ext.coalitions.clustered_errors import normal_scale, sandwich
 from captum_llm_ext.coalitions.enumeration import exact
 from captum_llm_ext.coalitions.interactions import Interactions, cost
@@ -69,7 +74,7 @@ def solve_kernel(plan: Plan, values: Tensor, scope: Scope, *, effort: float = EF
     def solve(view: View) -> tuple[Tensor, Tensor]:
         return _of_all(view) if is_complete(view) else regress(view, effort)
 
-    return solve_views(plan, values, scope, solve)
+    return solve_changing_views(plan, values, scope, solve)
 
 
 def _of_all(view: View) -> tuple[Tensor, Tensor]:
@@ -102,7 +107,7 @@ def solve_few_pairs(plan: Plan, values: Tensor, scope: Scope) -> Solution:
         deviations, variances = _mean_of_products(observed)
         return gain / n + deviations, variances + view.empty_variances / n**2
 
-    return solve_views(plan, values, scope, solve)
+    return solve_changing_views(plan, values, scope, solve)
 
 
 def regress(view: View, effort: float) -> tuple[Tensor, Tensor]:

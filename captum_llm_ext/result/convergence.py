@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from captum_llm_ext.coalitions import Scope, Solution
+from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.result.refit import Evidence
 
 # Share of the coalitions that the first estimate is made of, where that is more than one coalition
@@ -42,7 +42,7 @@ def earlier(
             "`surrogate` to see it."
         )
     chosen = torch.tensor(list(tokens), dtype=torch.int64, device="cpu")
-    scope = Scope(evidence.scope.n_visible[chosen], evidence.scope.required[chosen])
+    scope = replace(evidence.scope.part(chosen), n_sharing=0)
     values = evidence.values[:, chosen.to(evidence.values.device)]
     if evidence.design.options.get("law") == "uniform":  # that these are few is the point
         options = {**evidence.design.options, "warns": False}

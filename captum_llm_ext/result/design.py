@@ -1,7 +1,7 @@
 """How the coalitions of an attribution were planned and solved, as files hold it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Design:
         columns: Per prompt column of the result its feature.
         deterministic: Whether a coalition is worth the same every time.
         correction: Which of the coalitions say what a surrogate misses, if the others are its.
+        unchanging: See `Scope`.
     """
 
     planned: str
@@ -37,12 +38,15 @@ class Design:
     columns: list[int]
     deterministic: bool
     correction: Correction | None = None
+    unchanging: list[int] = field(default_factory=list[int])
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and text that JSON can hold."""
         data = asdict(self)
         if self.correction is None:  # as releases before it wrote and read
             del data["correction"]
+        if not self.unchanging:
+            del data["unchanging"]
         return data
 
     @classmethod
@@ -71,4 +75,5 @@ class Design:
         return Scope(
             torch.tensor(self.n_visible, dtype=torch.int64, device="cpu"),
             torch.tensor(self.required, dtype=torch.int64, device="cpu"),
+            unchanging=tuple(self.unchanging),
         )

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Chance that a row has a cause that is none, by the normal law of its candidates' errors: one
-# candidate has to exceed 1.64 of them, two 1.96, ten 2.58. Two are asked for at least, which
-# decides for one or two candidates only. A smaller chance drops weak links.
+# Chance that an answer has a cause that is none, by the normal law of all candidates' errors: one
+# candidate has to exceed 1.64 of them, two 1.96, ten 2.58, a hundred 3.29. Two are asked for at
+# least, which decides for one or two candidates only. A smaller chance drops weak links.
 _CHANCE, _LEAST_ERRORS = 0.05, 2.0
 
 
@@ -52,12 +52,13 @@ def kept(attributions: Tensor, errors: Tensor, noise: Tensor, floor: float) -> T
     Args:
         attributions: Shape ``(n_nodes, n_columns)``.
         errors: Their standard errors: what lies within two of them counts as nothing, or within as
-            many more as one column in twenty rows would exceed by chance. NaN, where errors are
-            unknown, tells nothing.
+            many more as one column in twenty answers would exceed by chance: chains pass through
+            all rows, so that a false cause of one is one of others. NaN, where errors are unknown,
+            tells nothing.
         noise: Size up to which an attribution may be rounding, ``(n_nodes, 1)`` or a number.
         floor: Below this sum nothing in particular led to a node.
     """
-    candidates = (attributions != 0).sum(1, keepdim=True).clamp_min(1)
+    candidates = (attributions != 0).sum().clamp_min(1)
     beyond = torch.special.ndtri(1 - _CHANCE / candidates.double()).clamp_min(_LEAST_ERRORS)
     sure = ~(attributions <= beyond * errors) & (attributions > noise) & (attributions > 0)
     sums = attributions.where(sure, 0).sum(1, keepdim=True)

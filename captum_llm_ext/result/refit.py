@@ -230,10 +230,7 @@ class Evidence:
         ours = [[t for t in span if required[t] == column] for span in spans]
         which = [i for i, tokens in enumerate(ours) if tokens]
         visible = [int(self.scope.n_visible[ours[i]].max()) for i in which]
-        scope = Scope(
-            torch.tensor(visible, dtype=torch.int64, device="cpu"),
-            torch.full((len(which),), column, dtype=torch.int64, device="cpu"),
-        )
+        scope = self.scope.of(visible, [column] * len(which))
         values = [self.values[:, ours[i]].sum(1) for i in which]
         totals = torch.stack(values, 1) if values else self.values[:, :0]
         design = self.design
@@ -270,10 +267,7 @@ class Evidence:
         n_features = self.design.n_features
         if n_features > 1 + max(self.design.columns):
             return None
-        scope = Scope(
-            torch.tensor([n_features], dtype=torch.int64, device="cpu"),
-            torch.tensor([-1], dtype=torch.int64, device="cpu"),
-        )
+        scope = self.scope.of([n_features], [-1])
         return replace(self, values=self.values.prod(1, keepdim=True), scope=scope)
 
     def unresolved(self) -> list[Unresolved]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from captum_llm_ext.coalitions import Scope
 from captum_llm_ext.coalitions.clustered_errors import normal_scale
 from captum_llm_ext.coalitions.kernel import EFFORT
 from captum_llm_ext.result.refit import SOLVERS, Evidence
@@ -51,9 +50,7 @@ def replicates(
     if groups is None:
         return None
     chosen = torch.tensor(list(tokens), dtype=torch.int64, device="cpu")
-    every = evidence.scope
-    n_sharing = every.n_sharing or len(every.n_visible)
-    scope = Scope(every.n_visible[chosen], every.required[chosen], n_sharing)
+    scope = evidence.scope.part(chosen)
     values = evidence.values[:, chosen.to(evidence.values.device)]
     evidence = replace(evidence, values=values, scope=scope)
     options = dict(evidence.design.options)

@@ -21,7 +21,8 @@ class AttentionByHead:
         weights: Shape ``(n_layers, n_heads, n_features)``, float32 on the CPU: features of the
             prompt, then of earlier output; those that come later are 0. NaN for heads that a layer
             has fewer.
-        fixed: Shape ``(n_layers, n_heads)``: the part of fixed text (BOS, a chat template). With it
+        fixed: Shape ``(n_layers, n_heads)``: the part of fixed text (BOS, a chat template) and of
+            attention sinks. With it
             the weights of a head sum to 1.
         token: The token.
         features: Names of the features.

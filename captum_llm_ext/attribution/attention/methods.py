@@ -8,7 +8,8 @@ from captum.attr._utils.attribution import Attribution
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.attribution.attention.maps import Contributions, Heads, each_map
+from captum_llm_ext.attribution.attention.layer import Contributions, Heads
+from captum_llm_ext.attribution.attention.maps import each_map
 
 
 class _AttentionMap(Attribution):
@@ -26,7 +27,8 @@ class _AttentionMap(Attribution):
 
         Returns:
             Shape ``(length, length)``, float64 on the CPU: row i tells what place i takes from each
-            place. Rows sum to 1; what comes after a place is exactly 0 in its row.
+            place. What comes after a place is exactly 0 in its row. Rows sum to 1, those of
+            weights to what attention sinks leave (a sink takes weight and gives nothing).
 
         Raises:
             ValueError: If the model's layers do not all attend, or in a way no map can tell.
@@ -113,11 +115,11 @@ class AttentionRollout(_AttentionMap):
             the sizes of what is taken, ``‖Σ α v W‖`` (Kobayashi et al. 2020, arXiv 2004.10102).
             ``"alti"``: by how much what the layer passes on would shrink, in L1, without a part of
             it, the place itself included (Ferrando et al. 2022, arXiv 2203.04212).
-            ``"projection"``: how far the same parts go along what they sum to, ``⟨part, sum⟩``, of
-            which those that go against it count as nothing: where parts are many and small, L1
-            gives nothing to most of them. What they are worth is told by
-            `GenerationAttentionAttribution`: all are for looking before they are measured on a
-            model like yours.
+            L1 charges a part for each coordinate in which it goes beyond the sum, which large
+            parts that cancel do. ``"projection"``: how far the same parts go along what they sum
+            to, ``⟨part, sum⟩``, of which those that go against it count as nothing. What they are
+            worth is told by `GenerationAttentionAttribution`: all are for looking before they are
+            measured on a model like yours.
 
     Raises:
         ValueError: If `contributions` is unknown.
@@ -139,7 +141,7 @@ class AttentionRollout(_AttentionMap):
             own = own.double().cpu()
             if self.contributions in ("weights", "values"):
                 own = (own + torch.eye(len(own), dtype=own.dtype, device="cpu")) / 2
-            own = own / own.sum(-1, keepdim=True)
+            # Nothing is made of what goes to attention sinks: no place has it.
             product = own @ product
 
         each_map(self.model, on_device(ids, self.model), self.contributions, "mean", take)

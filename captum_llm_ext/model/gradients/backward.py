@@ -15,7 +15,7 @@ from captum_llm_ext.model.forward.draws import drawn_again
 from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.memory import batch_budget, is_out_of_memory
 from captum_llm_ext.model.gradients.differentiable_values import values_by_callable, values_by_name
-from captum_llm_ext.model.gradients.frozen import frozen
+from captum_llm_ext.model.gradients.frozen import frozen, is_stopped
 from captum_llm_ext.model.gradients.layers import Layers, without_gradient
 
 _logger = logging.getLogger(__name__)
@@ -465,10 +465,14 @@ class TargetGradients:
 
         points = [point.detach().requires_grad_() for point in points]
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with self._layers.replaced(points), hooks, without_gradient(self._reader.model) as cut:
+        held = is_stopped if self._is_frozen else None
+        with (
+            self._layers.replaced(points),
+            hooks,
+            without_gradient(self._reader.model, held) as cut,
+        ):
             passed = self._passed(1)
-        # Of a linear system the sum tells, in which much is held on purpose.
-        if cut and not self._is_frozen:
+        if cut:
             raise ValueError(
                 f"no gradient goes through {cut[0]}, or {len(cut) - 1} other layers: they are "
                 "quantised in a way that has none, or run without. Load the model in float32 or "

@@ -52,6 +52,10 @@ _STOPPED_INPUT = "_captum_llm_ext_stopped"
 # 9e-7 and 2e-2; what is not linear begins at 1e-3).
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _TOLERANCE_HALF = 0.06
+# By how much a module may miss being linear, relative to what it gives: rounding of half precision,
+# or of what int8 weights are given (a guess; ReLU and GELU miss by more than a half).
+_LINEAR_TOLERANCE = 0.05
+_MOST_CASTS = 3  # before a function, a guess
 
 
 @contextmanager
@@ -254,6 +258,11 @@ def _stopped(given: Any) -> Any:
     return _mark(found) if _is_gate(given) else found
 
 
+def is_stopped(tensor: Tensor) -> bool:
+    """Whether a tensor of a frozen pass comes from the input, and is held as it is."""
+    return getattr(tensor, _STOPPED_INPUT, False)
+
+
 def _to_be_stopped(moving: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     """Which factors are stopped: the gates; all, where none is one (scores, squares)."""
     gates = [tensor for tensor in moving if _is_gate(tensor)]
@@ -324,17 +333,48 @@ def _rescaled(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
     return (_wide(x) * ratio).to(found.dtype)
 
 
-def _rescaled_function(_: nn.Module, given: tuple[Any, ...], output: Any) -> Tensor | None:
+def _rescaled_function(module: nn.Module, given: tuple[Any, ...], output: Any) -> Tensor | None:
     """What an activation gives that has a way back of its own, which no function of torch tells."""
-    is_own = isinstance(output, Tensor) and isinstance(output.grad_fn, BackwardCFunction)
-    if not is_own or len(given) != 1 or given[0].shape != output.shape:
+    if not isinstance(output, Tensor) or not isinstance(output.grad_fn, BackwardCFunction):
         return None
+    is_alone = len(given) == 1 and isinstance(given[0], Tensor) and given[0].shape == output.shape
+    if not is_alone or not _is_made_of(output, given[0]):
+        return None
+    if _multiplies(module, given[0]):
+        return None  # its own way back says what it is, as that of quantised weights does
     found = output.detach()
 
     def again(_: Tensor) -> Tensor:
         return found
 
     return _mark(_rescaled(again, given, {}))
+
+
+def _is_made_of(output: Tensor, given: Tensor) -> bool:
+    """Whether nothing but casts lies between what a module was given and its own way back.
+
+    A block that ends with such a function is none itself.
+    """
+    node: Any = output.grad_fn
+    for _ in range(_MOST_CASTS):
+        node = next((before for before, _ in node.next_functions if before is not None), None)
+        if node is None or node is given.grad_fn:
+            return node is not None
+        if not node.name().startswith("ToCopy"):
+            return False
+    return False
+
+
+def _multiplies(module: nn.Module, given: Tensor) -> bool:
+    """Whether a module is linear, up to a constant: no activation or norm is, at such multiples.
+
+    Asked without its hooks, of which this is one.
+    """
+    with torch.no_grad():
+        x = given.detach()
+        nothing, once, twice, back = (module.forward(x * by).float() for by in (0, 1, 2, -1))
+        off = torch.stack([once + back - 2 * nothing, twice - 2 * once + nothing]).norm()
+        return bool(off <= _LINEAR_TOLERANCE * (once - nothing).norm())
 
 
 def _layer_norm(

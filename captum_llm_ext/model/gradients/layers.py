@@ -121,16 +121,24 @@ def modules_reading(
 
 
 @contextmanager
-def without_gradient(model: nn.Module) -> Generator[list[str]]:
+def without_gradient(
+    model: nn.Module, is_held: Callable[[Tensor], bool] | None = None
+) -> Generator[list[str]]:
     """Layers with weights through which no gradient goes in the pass within, by name.
 
     What goes past them, along residual connections, would be taken for all there is.
+
+    Args:
+        model: What is run.
+        is_held: Of what has no gradient, whether that is on purpose. None: it never is.
     """
     found: list[str] = []
 
     def hook_of(name: str) -> Callable[..., None]:
         def note(module: nn.Module, given: Any, output: Any) -> None:
-            is_cut = _moves(given) and bool(_numbers(output)) and not _moves(output)
+            numbers = _numbers(output)
+            is_cut = _moves(given) and bool(numbers) and not _moves(output)
+            is_cut = is_cut and not (is_held is not None and all(map(is_held, numbers)))
             # What has no weights makes something else of its input, such as angles of positions.
             if is_cut and module.state_dict():
                 found.append(f"{name} ({type(module).__name__})")

@@ -127,6 +127,10 @@ class GeneratedText:
         """How the baseline found candidates for the first `n` features; None if it does not say."""
         return self._replacements.matches(n)
 
+    def unchanging(self, n: int) -> list[int]:
+        """Those of the first `n` features that stay as they are when absent."""
+        return sorted(self._replacements.unchanging(n))
+
     def places(self) -> list[Place]:
         """Positions of the features among the target ids, the last feature included."""
         return [Place(places, group) for group, places in self._runs if group is not None]

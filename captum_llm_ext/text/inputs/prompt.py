@@ -223,6 +223,10 @@ class Prompt(ABC):
         """How the baseline found candidates for each slot; None if it does not say."""
         return None
 
+    def unchanging(self) -> list[int]:
+        """Features that stay as they are when absent, as far as the baseline says."""
+        return []
+
 
 class Replacements:
     """Draws the ids that replace absent features.
@@ -279,6 +283,20 @@ class Replacements:
         phrase_of = {index: run for run in self._found_bonds().phrases for index in run}
         runs = [phrase_of.get(index, (index,)) for index in range(len(self._slots[:n]))]
         return [explain(joined([self._slots[i] for i in run])) for run in runs]
+
+    def unchanging(self, n: int | None = None) -> set[int]:
+        """Indices of those of the first `n` slots in which nothing but their own text is drawn.
+
+        What is drawn for a slot may be another thing where its neighbours are absent too.
+        """
+        bonds = self._found_bonds()
+        tied = {index for run in bonds.ties for index in run}
+        tied |= {index for run in bonds.phrases if not tied.isdisjoint(run) for index in run}
+        return {
+            index
+            for index, match in enumerate(self.matches(n) or ())
+            if match.constant and match.determined == 1 and index not in tied
+        }
 
     def units(self, absent: Collection[int]) -> Mapping[int, tuple[int, ...]]:
         """Slots that are drawn together where some are absent.

@@ -213,6 +213,12 @@ class TextSegmentInput(InterpretableInput, Prompt):
         """See `Prompt.matches`."""
         return self._replacements.matches()
 
+    def unchanging(self) -> list[int]:
+        """See `Prompt.unchanging`."""
+        same = self._replacements.unchanging()
+        changing = {slot.feature for slot in self.slots if slot.index not in same}
+        return [feature for feature in range(self.n_features) if feature not in changing]
+
     @staticmethod
     def from_parts(
         parts: Sequence[Part],
