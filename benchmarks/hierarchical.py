@@ -35,6 +35,8 @@ from captum_llm_ext.model import Scorer
 RESULTS = Path(__file__).parent / "results"
 PARAGRAPHS = 4
 SHARES = (0.2, 0.05, 0.01, 0.0)
+TOP = 3
+STRONGEST = f"top {TOP}"  # of the usual share
 # An attribution of so many nats is one that a reader would look at.
 WORTH_A_LOOK = 0.5
 
@@ -58,6 +60,7 @@ def one(model: Any, tokenizer: Any, prompt: str, target: str) -> dict[str, Any]:
 
     took = {"exact": run("exact", FeatureAblation(model))}
     took |= {str(s): run(str(s), HierarchicalAblation(model, share=s)) for s in SHARES}
+    took[STRONGEST] = run(STRONGEST, HierarchicalAblation(model, top_k=TOP))
     exact = found.pop("exact")
     strong = exact.token_attr.abs() > WORTH_A_LOOK
     told: dict[str, Any] = {
@@ -100,7 +103,6 @@ VARIANTS = {
     "top 3": {"share": 0.05, "top_k": 3},
     "top 3, share 0.2": {"share": 0.2, "top_k": 3},
 }
-TOP = 3
 
 
 def retrieval(n_passages: int, draw: random.Random) -> tuple[str, str, str]:
@@ -228,7 +230,7 @@ def main() -> None:
         prompt, target = page(grammar, draw)
         rows.append(one(model, tokenizer, prompt, target))
     shares: dict[str, dict[str, float]] = {}
-    for share in map(str, SHARES):
+    for share in [*map(str, SHARES), STRONGEST]:
         shares[share] = {name: mean(row[share][name] for row in rows) for name in rows[0][share]}
         shares[share]["evaluations_of_exact"] = mean(
             row[share]["evaluations"] / row["evaluations"] for row in rows
