@@ -32,7 +32,8 @@ class HierarchicalAblation(FeatureAblation):
     Args:
         forward_func: The model, or any forward that captum's methods take. Over plain tensors,
             which have no nesting, this is `FeatureAblation`.
-        share: From 0, where everything is opened, to 1.
+        share: From 0, where everything is opened, to 1. At 0.2, three prompts of five passages lost
+            three of their nine strongest words, at 0.05 none (`benchmarks/hierarchical.py`).
         top_k: How many of each target token's strongest causes are wanted. None: all.
 
     Raises:

@@ -106,6 +106,11 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             vocabulary), target (n_target,)) -> (batch, n_target)``. None: the logit for
             `EquivalentLinearSystem`, the log-probability for all others.
 
+    A target token takes a way back through the model for each point. Whole sentences or the whole
+    answer take one each with `attribute_spans`; and where there are far fewer features than target
+    tokens (passages of a held output, groups of a `feature_mask`), derivatives along the features
+    are taken instead, in forward mode, if those of the first point are the gradient's.
+
     There is no ``accelerator=``: the points of one text are a few passes and as many ways back,
     which a single process takes in seconds. What is shared out are texts: `attribute_dataset` takes
     the accelerator, and each process a prompt at a time.
