@@ -10,7 +10,6 @@ import time
 import warnings
 from pathlib import Path
 
-import clock
 import tiny
 import torch
 from accelerate import Accelerator
@@ -37,7 +36,6 @@ from captum_llm_ext import (
     _compat,
     attribute_dataset,
 )
-from captum_llm_ext.attribution import two_levels
 from captum_llm_ext.base.digest import digest
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.model.processes import group as processes
@@ -86,8 +84,7 @@ def attribute(model, tokenizer, name, accelerator=None, absent="delete", **more)
     arguments = {"target": ANSWER, "perturbations_per_eval": 4, **arguments, **more}
     if arguments.get("target") is None:
         arguments["gen_args"] = SAMPLED
-    two_levels.time = clock.steady()  # else it decides how many coalitions two runs have
-    with warnings.catch_warnings():  # times of models this small say nothing
+    with warnings.catch_warnings():  # of a copy of half the bytes
         warnings.filterwarnings("ignore", "the surrogate saves nothing")
         return attribution.attribute(inp, **arguments)
 

@@ -80,7 +80,8 @@ def test_fixed_text_stands_all_along(smooth, tokenizer):
     expected = from_there(smooth, inp, dict.fromkeys(places, vector), found.target.tolist())
     for place in inp.places():
         summed = expected[:, list(place.positions)].sum(1)
-        assert torch.allclose(found.token_attr[:, place.feature], summed, atol=1e-9)
+        # Forward mode rounds otherwise, and Llama's norms are in float32 whatever the weights are.
+        assert torch.allclose(found.token_attr[:, place.feature], summed, atol=1e-6)
 
 
 def test_groups_and_feature_masks_are_one_feature(smooth, tokenizer):

@@ -19,6 +19,7 @@ from torch import nn
 
 from captum_llm_ext import GenerationGradientAttribution, TextSegmentInput
 from captum_llm_ext.model.gradients import backward as slopes
+from captum_llm_ext.model.gradients import forward_pass
 
 PROMPT = "Dave lives in Palm."
 TARGET = " golf and"
@@ -248,12 +249,13 @@ def test_batches_fit_the_budget(model, tokenizer, monkeypatch):
 def test_a_measured_row_is_what_a_row_keeps(model, tokenizer):
     """Held against torch's own count of what is saved for the way back."""
     ids = torch.tensor([tokenizer.encode(PROMPT)])
-    row = slopes.Row(ids, torch.arange(2, ids.shape[1]), ids[0, 2:])
+    row = forward_pass.Row(ids, torch.arange(2, ids.shape[1]), ids[0, 2:])
     layers = slopes.Layers([model.get_input_embeddings()])
     manner = slopes.initial_plan(ids.device, None)
-    own = slopes.TargetGradients(slopes.ForwardPass(model), layers, row, "log_prob", manner)
+    own = slopes.TargetGradients(forward_pass.ForwardPass(model), layers, row, "log_prob", manner)
     point = model.get_input_embeddings()(ids).detach()
-    list(own.products(1, lambda rows: ([point], [point])))
+    owners = torch.zeros(ids.shape[1], dtype=torch.long)
+    list(own.products(1, lambda rows: ([point], [point]), owners, 1))
     kept = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

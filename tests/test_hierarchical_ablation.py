@@ -21,7 +21,7 @@ WEIGHTS = torch.tensor(
 )
 
 
-def play(share, *, n_evaluations=None, n_draws=1, noise=0.0, n_visible=(9, 10)):
+def play(share, *, top_k=None, n_evaluations=None, n_draws=1, noise=0.0, n_visible=(9, 10)):
     """A linear game: what is lost with a part is the sum of its weights."""
     rows = []
 
@@ -32,7 +32,14 @@ def play(share, *, n_evaluations=None, n_draws=1, noise=0.0, n_visible=(9, 10)):
 
     scope = Scope(torch.tensor(n_visible), torch.tensor([-1, -1]))
     plan, values = search(
-        score, TREE, N, scope, share=share, n_evaluations=n_evaluations, n_draws=n_draws
+        score,
+        TREE,
+        N,
+        scope,
+        share=share,
+        top_k=top_k,
+        n_evaluations=n_evaluations,
+        n_draws=n_draws,
     )
     ends = plan_anchors(N)
     plan, values = join_plans([ends, plan]), torch.cat([ends.masks.double() @ WEIGHTS.T, values])
@@ -72,6 +79,60 @@ def test_a_budget_opens_the_largest_first():
     assert len(rows) == 8
     assert (4, 5) in [group.columns for group in left]
     assert torch.allclose(found.attributions[0, [4, 5]], torch.tensor([2.5, 2.5]).double())
+
+
+def test_a_budget_goes_where_most_is_lost_whatever_the_level():
+    """A word of the best sentence comes before the sentences of a poorer paragraph."""
+    found, left, rows = play(0.0, n_evaluations=10)
+    assert len(rows) == 1 + 4 + 3 + 2
+    assert torch.allclose(found.attributions[0, [4, 5]], torch.tensor([4.0, 1.0]).double())
+    assert sorted(group.columns for group in left) == [(0, 1, 2), (7, 8)]
+
+
+def test_the_strongest_are_found_without_what_cannot_be_among_them():
+    found, left, rows = play(0.0, top_k=1)
+    assert found.attributions.argmax(1).tolist() == [4, 5]
+    # Both paragraphs that are left lose less than the strongest column known.
+    assert sorted(group.columns for group in left) == [(0, 1, 2), (7, 8)]
+    more, left, more_rows = play(0.0, top_k=3)
+    assert len(more_rows) > len(rows)
+    strongest = WEIGHTS[1, :9].topk(3).indices
+    assert torch.allclose(more.attributions[1, strongest], WEIGHTS[1, strongest])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_strongest_of_additive_games_are_those_of_all_columns(seed):
+    """Signs alike: a part then loses at least what each of its columns does."""
+    generator = torch.Generator().manual_seed(seed)
+    n, width = 240, 6
+    weights = torch.rand(2, n, generator=generator, dtype=torch.float64).pow(40)
+    tree = tuple(
+        tuple(
+            tuple(range(start, start + width)) for start in range(first, first + 4 * width, width)
+        )
+        for first in range(0, n, 4 * width)
+    )
+    scope = Scope(torch.tensor([n, n]), torch.tensor([-1, -1]))
+
+    def score(plan):
+        return plan.masks.double() @ weights.T
+
+    plan, values = search(score, tree, n, scope, share=0.0, top_k=3)
+    ends = plan_anchors(n)
+    both = join_plans([ends, plan])
+    found = solve_search(both, torch.cat([score(ends), values]), scope, tree=tree)
+    for own, truth in zip(found.attributions, weights, strict=True):
+        assert own.topk(3).indices.tolist() == truth.topk(3).indices.tolist()
+    assert len(plan.masks) < n / 2
+
+
+def test_what_output_does_hides_no_cause_in_the_prompt(setting):
+    exact = run(setting, FeatureAblation(setting[0]))
+    found = run(setting, HierarchicalAblation(setting[0], share=0.0, top_k=1))
+    assert found.n_evaluations < exact.n_evaluations
+    assert "its 1 strongest known" in found.provenance["rule"]
+    with pytest.raises(ValueError, match="`top_k`"):
+        HierarchicalAblation(setting[0], top_k=0)
 
 
 def test_draws_give_standard_errors():

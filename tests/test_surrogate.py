@@ -1,9 +1,11 @@
 """Two levels: many coalitions of a surrogate, few of what it misses; the answer is the model's."""
 
 import copy
+import itertools
+import random
+import time
 from math import sqrt
 
-import clock
 import pytest
 import tiny
 import torch
@@ -15,7 +17,6 @@ from captum_llm_ext import (
     PartitionShap,
     TextSegmentInput,
 )
-from captum_llm_ext.attribution import two_levels
 from captum_llm_ext.attribution.surrogate import Surrogate
 from captum_llm_ext.coalitions import (
     Scope,
@@ -28,17 +29,13 @@ from captum_llm_ext.coalitions import (
     solve_kernel,
 )
 from captum_llm_ext.coalitions.two_levels import Level, split, summed
+from captum_llm_ext.model import Scorer
 
-# Whether one pays hangs on times, and of models this small all are alike.
+# A surrogate as large as the model, such as most here, saves nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:the surrogate saves nothing")
 
 PROMPT = "Dave lives in Palm Coast and golfs."
 TARGET = " golf and chess"
-
-
-@pytest.fixture(autouse=True)
-def _equal_runs(monkeypatch):
-    monkeypatch.setattr(two_levels, "time", clock.steady())
 
 
 def perturbed(model, size, seed=0):
@@ -158,6 +155,114 @@ def test_attributions_are_the_models_whatever_the_surrogate(name, output_unit):
     torch.testing.assert_close(found.full_values, truth.full_values, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.empty_values, truth.empty_values, atol=1e-5, rtol=0)
     assert float(found.efficiency_gap.abs().max()) < 1e-4
+
+
+class Remembers:
+    """A scorer of the user's own: another's values, and no model to count the weights of."""
+
+    def __init__(self, scorer):
+        self._scorer, self.n_rows = scorer, 0
+
+    def __getattr__(self, name):
+        if name == "model":
+            raise AttributeError(name)
+        return getattr(self._scorer, name)
+
+    def values(self, rows, target, foils=None):
+        self.n_rows += len(rows)
+        return self._scorer.values(rows, target, foils)
+
+
+def near_truth(found, truth):
+    off = (found.full_attr - truth.full_attr).abs()
+    return bool((off <= 5 * errors_of(found) + 1e-5).all())
+
+
+def test_a_scorer_stands_in():
+    model = tiny.llama()
+    scorer = Remembers(Scorer(perturbed(model, 0.1)))
+    found = attribute(KernelShap(model), scorer, n_samples=120, output_unit=None)
+    truth = attribute(ShapleyValues(model), None, output_unit=None, max_exact_features=16)
+    assert near_truth(found, truth)
+    about = found.provenance["surrogate"]
+    assert about["scorer"] == "Remembers"
+    assert about["cost"] == pytest.approx(1 / 8)  # nothing is known of it
+    assert scorer.n_rows > about["corrected_by"]
+    with pytest.raises(ValueError, match="with the same `attr_target`"):
+        attribute(KernelShap(model), scorer, attr_target="prob")
+
+
+def test_nested_orders_of_a_surrogate_are_those_of_the_model():
+    """Against the model alone with a hundred times as many orders."""
+    model = tiny.llama()
+    given = {"unit": ("sentence", "word"), "output_unit": None}
+    method = PartitionShap(model, scheme="orders")
+    truth = attribute(method, None, n_samples=400, **given)
+    found = attribute(method, perturbed(model, 0.1), n_samples=40, **given)
+    off = (found.token_attr - truth.token_attr).abs()
+    errors = (found.token_attr_se.square() + truth.token_attr_se.square()).sqrt()
+    assert bool((off <= 5 * errors + 1e-5).all())
+    assert float(found.efficiency_gap.abs().max()) < 1e-4
+
+
+def test_ridges_of_both_levels_add_up():
+    """A ridge is linear in the values: against the model alone on many coalitions."""
+    model = tiny.llama()
+    method = Lime(model, interpretable_model=_ridge())
+    truth = attribute(method, None, n_samples=2000, output_unit=None)
+    found = attribute(method, perturbed(model, 0.1), n_samples=400, output_unit=None)
+    off = (found.token_attr - truth.token_attr).abs()
+    errors = (found.token_attr_se.square() + truth.token_attr_se.square()).sqrt()
+    assert bool((off <= 5 * errors + 1e-5).all())
+
+
+def test_random_baselines_are_drawn_alike_for_both():
+    """Against every draw of the two texts, and all coalitions."""
+    model, tokenizer = tiny.llama(), tiny.byte_level()
+    inp = TextSegmentInput("Dave golfs in Palm", tokenizer, "word", baselines=[["he", "chess"]] * 4)
+
+    def found(method, surrogate=None, **given):
+        attribution = GenerationAttribution(method, tokenizer, surrogate=surrogate)
+        return attribution.attribute(inp, TARGET, output_unit=None, **given)
+
+    truth = found(ShapleyValues(model), n_draws=256)
+    near = perturbed(model, 0.05)
+    runs = [found(KernelShap(model), near, n_samples=400, seed=seed) for seed in range(6)]
+    off = torch.stack([run.token_attr - truth.token_attr for run in runs])
+    errors = torch.stack([run.token_attr_se for run in runs])
+    assert float((off.abs() < 1.96 * errors).float().mean()) > 0.8  # of 16 pairs: .90 in 30 runs
+    # No bias: the mean of six, whose error is a sixth of their squares' sum.
+    mean_error = errors.square().sum(0).sqrt() / 6
+    assert bool((off.mean(0).abs() < 5 * mean_error).all())
+
+
+@pytest.mark.parametrize("surrogate", ["bf16", "float16"])
+def test_equal_seeds_score_the_same_whatever_the_clock_says(surrogate, monkeypatch):
+    model = tiny.llama()
+    found = []
+    for seed in range(2):  # a machine that is busy with something else
+        draw = random.Random(seed)
+        ticks = itertools.accumulate(draw.expovariate(1.0) for _ in itertools.count())
+        monkeypatch.setattr(time, "perf_counter", ticks.__next__)
+        found.append(attribute(KernelShap(model), surrogate, n_samples=200, output_unit=None))
+        monkeypatch.undo()
+    assert torch.equal(found[0].masks, found[1].masks)
+    assert found[0].provenance["surrogate"] == found[1].provenance["surrogate"]
+    assert found[0].provenance["surrogate"]["cost"] == 0.5  # of the bytes
+
+
+def test_work_is_that_of_the_weights_which_every_token_meets():
+    model = tiny.llama()
+    apart = model.lm_head.weight is not model.model.embed_tokens.weight
+    assert apart  # the table is looked up, not multiplied with
+    shorter = copy.deepcopy(model)
+    shorter.model.layers = shorter.model.layers[:1]
+    own, other = (
+        sum(p.numel() for n, p in m.named_parameters() if "embed_tokens" not in n)
+        for m in (model, shorter)
+    )
+    assert Surrogate(model, shorter).work_of_model == pytest.approx(own / other)
+    assert Surrogate(model, shorter.bfloat16()).work_of_model == pytest.approx(2 * own / other)
 
 
 def test_brain_float_copies_are_made_once_and_the_model_is_left_as_found():

@@ -34,6 +34,9 @@ class Run:
         seed: Seeds every random choice.
         callback: Captum's hook.
         surrogate: Gives values like those of `scorer` for less.
+
+    Attributes:
+        work_of_model: Of `scorer` for a row, over the surrogate's.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class Run:
         callback: Inspect | None = None,
         surrogate: RowScorer | None = None,
     ) -> None:
-        self.surrogate = surrogate
+        self.surrogate, self.work_of_model = surrogate, 1.0
         self.method, self.tokenizer = method, tokenizer
         self.context = Context(prompt, tokenizer, model)
         self.full = self.context.full

@@ -76,7 +76,8 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         surrogate: Stands in for the model on most coalitions: ``"bf16"`` (a copy of it in that
             type), another model over the same vocabulary, or a scorer. What is estimated stays the
             model's: ``phi(surrogate) + phi(model - surrogate)``, the second part from as few
-            coalitions as measured costs and variances say, with standard errors of the sum.
+            coalitions as variances say that were found, and the work of each: bytes of weights, of
+            a scorer without a model an eighth of the model's. Errors are those of the sum.
             `n_samples` is then the number of the surrogate's coalitions. A rough surrogate costs
             accuracy, which the errors tell, and does not bias the answer. `n_evaluations` of the
             result counts the model's rows, ``provenance["surrogate"]`` has the surrogate's. For
@@ -284,6 +285,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
                 run.surrogate = self.surrogate.scorer(
                     scored(self.attr_target), perturbations_per_eval, show_progress, self._shared
                 )
+                run.work_of_model = self.surrogate.work_of_model
             _warn_of_absence(
                 inp, run.prompt, output_unit, output_baselines, self._what_else_may_be_absent
             )

@@ -13,6 +13,9 @@ from captum_llm_ext.model import AttrTarget, Processes, RowScorer, Scorer, model
 from captum_llm_ext.model.probe.state import State, differences, state_of
 from captum_llm_ext.model.scoring.progress import Shown
 
+# Times the work of a scorer of which nothing is known. A guess: between one that is about as large
+# as the model, and one that costs nothing.
+_UNKNOWN_WORK = 8.0
 _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,6 +90,16 @@ class Surrogate:
             )
         return given
 
+    @property
+    def work_of_model(self) -> float:
+        """The model's work for a token, over the surrogate's: bytes of weights that are read.
+
+        Counted, for equal seeds to score the same; times would hang on what else a machine does.
+        """
+        model = self._own() or getattr(self.given, "model", None)
+        own = _weights_read(model) if isinstance(model, nn.Module) else 0
+        return _weights_read(self.of) / own if own else _UNKNOWN_WORK
+
     def identity(self) -> dict[str, Any]:
         """What its values depend on, as JSON has it."""
         if isinstance(self.given, str):
@@ -118,6 +131,19 @@ class Surrogate:
             self._model = copied.to(_DTYPES[self.given]).eval()
             self._copied = now
         return self._model
+
+
+def _weights_read(model: nn.Module) -> int:
+    """Bytes of weights that take part in every token: all but a table of embeddings."""
+    table = _compat.embeddings(model, "get_input_embeddings")
+    head = _compat.embeddings(model, "get_output_embeddings")
+    left_out: set[int] = set()
+    if isinstance(table, nn.Module):
+        left_out = {id(weight) for weight in table.parameters()}
+    if isinstance(head, nn.Module):  # which may be tied to it
+        left_out -= {id(weight) for weight in head.parameters()}
+    weights = (weight for weight in model.parameters() if id(weight) not in left_out)
+    return sum(weight.numel() * weight.itemsize for weight in weights)
 
 
 def _check_named(model: nn.Module, name: str) -> None:

@@ -1,6 +1,6 @@
 """Hierarchical leave-one-out: a part is opened only where removing all of it matters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,11 @@ from captum_llm_ext.coalitions.owen_orders import Tree, children_of, leaves
 from captum_llm_ext.coalitions.owen_splits import Unresolved
 from captum_llm_ext.coalitions.plans import Plan
 
+# Parts of a round change some target by at least so much of what the largest of them does. A
+# choice: of more, rounds are too small to share a pass; of less, parts are opened that a word of
+# another one would have ruled out.
+_TOGETHER = 0.5
+
 
 def search(
     score: Callable[[Plan], Tensor],
@@ -20,13 +25,17 @@ def search(
     scope: Scope,
     *,
     share: float,
+    top_k: int | None = None,
     n_evaluations: int | None = None,
     n_draws: int = 1,
 ) -> tuple[Plan, Tensor]:
     """Removes parts, the coarsest first, and their children only where that makes a difference.
 
     A part is opened where taking it out changes some target's value by at least `share` of the
-    largest change that was found. Parts of one level are scored together.
+    largest change that was found, and, given `top_k`, by more than the target's `top_k`-th
+    strongest column of the tree among those that were taken out alone. Best first: of all parts
+    that wait, whatever their level, those that change most are opened in a round, and are scored
+    together.
 
     Args:
         score: Values ``(n_coalitions, n_target)`` of a plan; rows of equal draws must mean equal
@@ -35,8 +44,9 @@ def search(
         n_features: Number of columns.
         scope: One entry per target, of which each must see all columns of the tree.
         share: Between 0 (everything is opened) and 1.
-        n_evaluations: Rows at most; the largest parts are opened first. The parts of the coarsest
-            level and the columns beside the tree are always scored.
+        top_k: How many causes of each target are wanted, if not all.
+        n_evaluations: Rows at most. The parts of the coarsest level and the columns beside the tree
+            are always scored.
         n_draws: Draws that every coalition is scored in.
 
     Returns:
@@ -44,35 +54,75 @@ def search(
     """
     full = torch.ones(1, n_features, dtype=torch.bool, device="cpu")
     beside = sorted(set(range(n_features)) - set(leaves(tree)))
-    waiting: list[Tree] = [*_roots(tree), *beside]
+    asked: list[Tree] = [*_roots(tree), *beside]
+    frontier = _Frontier(share, top_k, set(beside))
     plans: list[Plan] = []
     found: list[Tensor] = []
-    scored = torch.cat([full, *(_without(part, n_features) for part in waiting)])
-    n_rows, most = 0, 0.0
-    whole = torch.zeros(0, dtype=torch.float32, device="cpu")
-    while len(scored):
+    whole: Tensor | None = None
+    n_rows = 0
+    while asked or whole is None:
+        scored = torch.cat([_without(part, n_features) for part in asked] or [full[:0]])
+        if whole is None:
+            scored = torch.cat([full, scored])
         draws = torch.arange(n_draws, device="cpu").repeat_interleave(len(scored))
         plans.append(Plan(scored.repeat(n_draws, 1), draws))
         found.append(score(plans[-1]).double())
         n_rows += len(draws)
         values = found[-1].view(n_draws, len(scored), -1)
-        if n_rows == len(draws):
+        if whole is None:
             whole, values = values[:, :1], values[:, 1:]
         # A target has no value where a word that it continues is absent, and depends on no such.
-        changes = (whole - values).mean(0).nan_to_num().abs().amax(1)
-        most = max([most, *changes.tolist()])
-        wanted: list[Tree] = []
-        for place in changes.argsort(descending=True).tolist():
-            parts = children_of(waiting[place])
-            cost = n_draws * (len(wanted) + len(parts))
-            fits = n_evaluations is None or n_rows + cost <= n_evaluations
-            if parts and float(changes[place]) >= share * most and fits:
-                wanted += parts
-        waiting = wanted
-        rows = [_without(part, n_features) for part in waiting]
-        scored = torch.cat([full[:0], *rows])
+        frontier.add(asked, (whole - values).mean(0).nan_to_num().abs())
+        left = None if n_evaluations is None else (n_evaluations - n_rows) // n_draws
+        asked = frontier.opened(left)
     masks, draws = (torch.cat([getattr(p, name) for p in plans]) for name in ("masks", "draws"))
     return Plan(masks, draws), torch.cat(found)
+
+
+class _Frontier:
+    """Parts that were taken out and not opened, and what is known of single columns.
+
+    Args:
+        share, top_k: As of `search`.
+        beside: Columns that are no cause of the prompt's.
+    """
+
+    def __init__(self, share: float, top_k: int | None, beside: set[int]) -> None:
+        self._share, self._top_k, self._beside = share, top_k, beside
+        self._waiting: list[tuple[Tree, Tensor]] = []
+        self._alone: list[Tensor] = []
+        self._most = 0.0
+
+    def add(self, parts: Sequence[Tree], changes: Tensor) -> None:
+        """Parts and what is changed without each, ``(n_parts, n_target)``."""
+        for part, change in zip(parts, changes, strict=True):
+            self._most = max(self._most, float(change.max()))
+            if children_of(part):
+                self._waiting.append((part, change))
+            elif part not in self._beside:
+                self._alone.append(change)
+
+    def opened(self, most_rows: int | None) -> list[Tree]:
+        """What is in the parts that are opened next, none if there are none; at most so many."""
+        bar = self._bar()
+        worth = [float(own.where(own > bar, -1.0).max()) for _, own in self._waiting]
+        least = max([self._share * self._most, _TOGETHER * max(worth, default=0.0)])
+        chosen: list[Tree] = []
+        places: list[int] = []
+        for place in sorted(range(len(worth)), key=lambda place: -worth[place]):
+            parts = children_of(self._waiting[place][0])
+            fits = most_rows is None or len(chosen) + len(parts) <= most_rows
+            if worth[place] >= least and fits:
+                chosen += parts
+                places.append(place)
+        self._waiting = [own for i, own in enumerate(self._waiting) if i not in places]
+        return chosen
+
+    def _bar(self) -> Tensor | float:
+        """What a part must change of each target's value for one of its columns to be wanted."""
+        if self._top_k is None or len(self._alone) < self._top_k:
+            return -1.0
+        return torch.stack(self._alone).topk(self._top_k, dim=0).values[-1]
 
 
 def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Solution:

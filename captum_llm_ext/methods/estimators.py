@@ -284,7 +284,14 @@ def _hierarchical(task: _Task) -> Estimator:
         lambda _: coalitions.plan_leave_one_out(n),
         partial(solve_search, tree=task.tree),
         estimate=True,
-        adaptive=adaptive_search(task.tree, n, share, task.budget.n_samples, task.n_draws(n)),
+        adaptive=adaptive_search(
+            task.tree,
+            n,
+            share=share,
+            top_k=task.method.top_k,
+            n_evaluations=task.budget.n_samples,
+            n_draws=task.n_draws(n),
+        ),
         options={"tree": task.tree},
     )
 

@@ -1,8 +1,9 @@
 """`GenerationGradientAttribution`: captum's LLM gradient attribution, for prompt and output."""
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from captum.attr import InterpretableInput, LLMGradientAttribution
@@ -24,20 +25,17 @@ from captum_llm_ext.attribution.target import (
     announce_answer,
 )
 from captum_llm_ext.base.arguments import check_passed_on
-from captum_llm_ext.contrast import (
-    Contrast,
-    as_value,
-    scored,
-)
-from captum_llm_ext.methods import EquivalentLinearSystem
+from captum_llm_ext.coalitions import Solution
+from captum_llm_ext.contrast import Contrast, Foils, as_value, scored
+from captum_llm_ext.methods import EquivalentLinearSystem, LayerSaliency
 from captum_llm_ext.methods.path_methods import SUPPORTED, Points, check_method, points_of
 from captum_llm_ext.model import (
     AttrTarget,
 )
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
-from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result import GenerationAttributionResult, SpanAttribution
 from captum_llm_ext.result.assembled import assembled_without_coalitions
-from captum_llm_ext.text.inputs import as_prompt
+from captum_llm_ext.text.inputs import GeneratedText, Prompt, as_prompt
 from captum_llm_ext.text.segment import Unit
 
 # Draws of random baselines, whose mean stands for what is absent: 8 same-slot texts named .99 of
@@ -49,6 +47,19 @@ _WIDE_GAP = 0.1
 # Parts of a value that a linear system's sum may miss. Float32 misses 1e-6 of it, bfloat16 .006 in
 # the median and .02 at most: beyond this the value is no logit, or the precision is half.
 _MOST_NONLINEAR, _MOST_ROUNDING = 1e-3, 1e-3
+
+
+class _Found(NamedTuple):
+    """What gradients say of the target tokens, or of `spans` of them if there are any."""
+
+    prompt: Prompt
+    generated: GeneratedText
+    solution: Solution
+    spans: list[range]
+    joint: Tensor | None
+    n_rows: int
+    foils: Foils | None
+    provenance: dict[str, Any]
 
 
 class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
@@ -94,6 +105,11 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             (a `Contrast` says which), or a differentiable callable ``(logits (batch, n_target,
             vocabulary), target (n_target,)) -> (batch, n_target)``. None: the logit for
             `EquivalentLinearSystem`, the log-probability for all others.
+
+    A target token takes a way back through the model for each point. Whole sentences or the whole
+    answer take one each with `attribute_spans`; and where there are far fewer features than target
+    tokens (passages of a held output, groups of a `feature_mask`), derivatives along the features
+    are taken instead, in forward mode, if those of the first point are the gradient's.
 
     There is no ``accelerator=``: the points of one text are a few passes and as many ways back,
     which a single process takes in seconds. What is shared out are texts: `attribute_dataset` takes
@@ -228,6 +244,135 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
                 or a linear system's do not, for the value is no logit, or in half precision.
         """
         check_passed_on(kwargs, self.attr_method, GenerationGradientAttribution.attribute)
+        found = self._explain(
+            inp,
+            target,
+            gen_args,
+            None,
+            output_unit=output_unit,
+            output_baselines=output_baselines,
+            seed=seed,
+            n_draws=n_draws,
+            absent=absent,
+            feature_mask=feature_mask,
+            show_progress=show_progress,
+            baselines=baselines,
+            n_steps=n_steps,
+            method=method,
+            internal_batch_size=internal_batch_size,
+            n_samples=n_samples,
+            stdevs=stdevs,
+            attribute_to_layer_input=attribute_to_layer_input,
+            grad_kwargs=grad_kwargs,
+            return_convergence_delta=return_convergence_delta,
+            skip_tokens=skip_tokens,
+        )
+        return assembled_without_coalitions(
+            inp,
+            found.prompt,
+            found.generated,
+            found.solution,
+            found.joint,
+            n_evaluations=found.n_rows,
+            like=self._numbers(),
+            foils=found.foils,
+            provenance=found.provenance,
+        )
+
+    def attribute_spans(
+        self,
+        inp: InterpretableInput,
+        target: str | Tensor | Sequence[int] | None = None,
+        spans: Sequence[tuple[int, int]] | None = None,
+        gen_args: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> list[SpanAttribution]:
+        """Attributes whole spans of the target, such as its sentences, with one way back for each.
+
+        What ``attribute(…).attribute_span(start, stop)`` adds up token by token, for the cost of a
+        gradient of the sum. Where a span's tokens stand in several generated words (`output_unit`
+        other than ``"token"`` or None), each word has a path and a way back of its own.
+
+        Args:
+            inp, target, gen_args: As for `attribute`.
+            spans: First target token and the one after the last of each, negative ones from the
+                end. None: the whole target.
+            **arguments: The others of `attribute`.
+
+        Returns:
+            One attribution for each span. Standard errors are those of the sum, or, where several
+            paths were taken for it, these added up: an upper bound.
+
+        Raises:
+            ValueError: As `attribute`; or if a span is empty or out of range, if probabilities are
+                explained, whose sum means nothing, or the method takes norms or a linear system:
+                take its `attribute`, and of the result `attribute_span`.
+            TypeError: If an argument is unknown or of the wrong kind.
+
+        Warns:
+            UserWarning: As `attribute`.
+        """
+        if self.attr_target == "prob" or isinstance(
+            self.attr_method, LayerSaliency | EquivalentLinearSystem
+        ):
+            what = (
+                "probabilities of tokens do not add up to that of a span"
+                if self.attr_target == "prob"
+                else f"{type(self.attr_method).__name__} explains each token by itself"
+            )
+            raise ValueError(f"{what}: take `attribute`.")
+        bound = inspect.signature(self.attribute).bind(inp, target, gen_args, **arguments)
+        bound.apply_defaults()
+        given = bound.arguments
+        check_passed_on(
+            given.pop("kwargs"), self.attr_method, GenerationGradientAttribution.attribute
+        )
+        found = self._explain(spans=[(0, None)] if spans is None else spans, **given)
+        prompt, generated, solution = found.prompt, found.generated, found.solution
+        own = torch.tensor(prompt.columns, dtype=torch.int64, device="cpu")
+        later = torch.arange(prompt.n_features, solution.attributions.shape[1], device="cpu")
+        columns = torch.cat([own, later])
+        like = self._numbers()
+        return [
+            SpanAttribution(
+                start=span.start,
+                stop=span.stop,
+                tokens=list(generated.labels[span.start : span.stop]),
+                names=[*prompt.names, *generated.names],
+                values=solution.attributions[i, columns].to(like, copy=True),
+                standard_errors=solution.standard_errors[i, columns].to(like, copy=True),
+                n_prompt=len(prompt.names),
+                features=[*prompt.columns, *later.tolist()],
+            )
+            for i, span in enumerate(found.spans)
+        ]
+
+    def _explain(
+        self,
+        inp: InterpretableInput,
+        target: str | Tensor | Sequence[int] | None,
+        gen_args: Mapping[str, Any] | None,
+        spans: Sequence[tuple[int, int | None]] | None,
+        *,
+        output_unit: Unit | None,
+        output_baselines: Any,
+        seed: int,
+        n_draws: int | None,
+        absent: Absent,
+        feature_mask: Tensor | None,
+        show_progress: Shown,
+        baselines: Any,
+        n_steps: int | None,
+        method: str | None,
+        internal_batch_size: int | None,
+        n_samples: int | None,
+        stdevs: float | tuple[float, ...] | None,
+        attribute_to_layer_input: bool,
+        grad_kwargs: Mapping[str, Any] | None,
+        return_convergence_delta: bool,
+        skip_tokens: Skipped | None,
+    ) -> "_Found":
+        """What gradients say, of each target token or of the sums over spans."""
         method_arguments = {
             "n_steps": n_steps,
             "method": method,
@@ -267,6 +412,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         if generation is not None:
             announce_answer(show_progress, self, context.full, ids, generation)
         generated = self._generated(run, ids, output_unit, output_baselines)
+        ranges = None if spans is None else _ranges(spans, len(ids))
         deterministic = context.prompt.deterministic and generated.deterministic
         if deterministic and n_draws is not None:
             raise ValueError(
@@ -292,7 +438,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         bar = ProgressBar("points of the path", "row", is_shown=show_progress)
         paths.on_total, paths.on_rows = bar.announce, bar.advance
         with bar.shown():
-            solution = paths.attribute(generated, foils and foils.tensor)
+            solution = paths.attribute(generated, foils and foils.tensor, spans=ranges)
             if self.attr_target == "prob":
                 fixed = context.generated(ids, None, None)
                 joint = paths.attribute(fixed, is_joint=True).attributions[0]
@@ -311,19 +457,18 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             _warn_of_gap(
                 solution.efficiency_gap, solution.full_values - solution.empty_values, n_steps
             )
-        return assembled_without_coalitions(
-            inp,
+        rests = _linear_provenance(
+            paths.unattributed, solution.full_values, is_sum=points.measure == "product"
+        )
+        return _Found(
             context.prompt,
             generated,
             solution,
+            ranges or [],
             joint,
-            n_evaluations=paths.n_rows,
-            like=self._numbers(),
-            foils=foils,
-            provenance=provenance
-            | _linear_provenance(
-                paths.unattributed, solution.full_values, is_sum=points.measure == "product"
-            ),
+            paths.n_rows,
+            foils,
+            provenance | rests,
         )
 
     def _layer(self) -> torch.nn.Module | None:
@@ -343,6 +488,16 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
                 "its own, such as `model.get_input_embeddings()`."
             )
         return layer
+
+
+def _ranges(spans: Sequence[tuple[int, int | None]], n_target: int) -> list[range]:
+    found = [range(n_target)[slice(start, stop)] for start, stop in spans]
+    if not found or not all(found):
+        raise ValueError(
+            f"`spans` is {spans!r} for {n_target} target tokens: give the first token and the one "
+            "after the last of each, with a token or more in it."
+        )
+    return found
 
 
 def _path_provenance(paths: Paths) -> dict[str, Any]:

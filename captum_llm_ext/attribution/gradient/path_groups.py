@@ -1,5 +1,6 @@
 """Groups of target tokens that share an integration path, and the embeddings at its start."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +33,14 @@ class PathGroup:
         return self.targets[-1]
 
 
-def path_groups(generated: GeneratedText, *, n_before: int, apart: Apart) -> list[PathGroup]:
+def path_groups(
+    generated: GeneratedText,
+    *,
+    n_before: int,
+    apart: Apart,
+    chosen: Sequence[int],
+    ways: Callable[[list[int]], float] = len,
+) -> list[PathGroup]:
     """The paths that explain every target token by what may be absent before it, longest first.
 
     A generated word that has begun stands while its other tokens are explained: these need a path
@@ -44,26 +52,31 @@ def path_groups(generated: GeneratedText, *, n_before: int, apart: Apart) -> lis
         apart: Whether tokens of one path share a pass: ``"never"`` apart, ``"always"`` (for models
             that see ahead), or what is ``"cheapest"``: early tokens need not be read, and gone
             back through, with all that comes after them.
+        chosen: The target tokens that are explained.
+        ways: How many passes these target tokens take together beside the one forth: by default a
+            way back each.
     """
     fixed = {place for place, group in enumerate(generated.groups) if group is None}
-    required = [-1 if own is None else own for own in generated.required]
+    required = {t: -1 if own is None else own for t, own in enumerate(generated.required)}
     found: list[PathGroup] = []
-    for own in sorted(set(required)):
+    for own in sorted({required[t] for t in chosen}):
         held = {place for place, group in enumerate(generated.groups) if group == own} | fixed
-        members = [t for t, word in enumerate(required) if word == own]
+        members = [t for t in chosen if required[t] == own]
         if apart == "always":
             blocks = [[t] for t in members]
         else:
-            blocks = _blocks(members, n_before) if apart == "cheapest" else [members]
+            blocks = _blocks(members, n_before, ways) if apart == "cheapest" else [members]
         found += [PathGroup(tuple(block), frozenset(held)) for block in blocks]
     return sorted(found, key=lambda group: -group.n_read)
 
 
-def _blocks(targets: list[int], n_before: int) -> list[list[int]]:
-    """Cuts targets into blocks at the least cost: a forward pass each, a backward per target."""
+def _blocks(
+    targets: list[int], n_before: int, ways: Callable[[list[int]], float]
+) -> list[list[int]]:
+    """Cuts targets into blocks at the least cost: a pass forth each, and what is beside it."""
 
-    def cost(blocks: list[list[int]]) -> int:
-        return sum((n_before + block[-1]) * (1 + len(block)) for block in blocks)
+    def cost(blocks: list[list[int]]) -> float:
+        return sum((n_before + block[-1]) * (1 + ways(block)) for block in blocks)
 
     sizes = {-(-len(targets) // n) for n in range(1, len(targets) + 1)}
     cuts = [[targets[i : i + n] for i in range(0, len(targets), n)] for n in sorted(sizes)]

@@ -1,6 +1,6 @@
 """Attributions of target tokens by gradients along paths from absent to present."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,13 +23,9 @@ from captum_llm_ext.methods.path_methods import Points
 from captum_llm_ext.model import AttrTarget, TokenRow
 from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward.rounding import rounding
-from captum_llm_ext.model.gradients.backward import (
-    ForwardPass,
-    Linear,
-    Row,
-    TargetGradients,
-    initial_plan,
-)
+from captum_llm_ext.model.gradients.backward import Linear, TargetGradients, initial_plan
+from captum_llm_ext.model.gradients.forward_mode import passes_beside
+from captum_llm_ext.model.gradients.forward_pass import ForwardPass, Row
 from captum_llm_ext.model.gradients.frozen import check_sum, culprit
 from captum_llm_ext.model.gradients.layers import Layers, modules_reading
 from captum_llm_ext.model.probe import Findings, findings
@@ -110,7 +106,7 @@ class Paths:
         self._embeddings: Layers | None = None
         self._layers: Layers | None = None
         self.found: Findings | None = None
-        self.n_rows = 0
+        self.n_rows = self._n_ids = 0
         self.unattributed: dict[int, Unattributed] = {}
         self.on_total: Callable[[int], None] | None = None
         self.on_rows: Callable[[int], None] | None = None
@@ -130,7 +126,12 @@ class Paths:
         return whole and not points.is_sampled and not points.from_zero
 
     def attribute(
-        self, generated: GeneratedText, foils: Tensor | None = None, *, is_joint: bool = False
+        self,
+        generated: GeneratedText,
+        foils: Tensor | None = None,
+        *,
+        is_joint: bool = False,
+        spans: Sequence[range] | None = None,
     ) -> Solution:
         """Attributions of a target, float64 on the CPU, features of the prompt first.
 
@@ -140,6 +141,9 @@ class Paths:
             generated: The target as features.
             foils: What its tokens are held against, ``(n_target, n_foils)``, in a contrast.
             is_joint: Whether the one value is the product over the target tokens.
+            spans: Target tokens whose values are summed, with one way back for a sum: a row of the
+                solution each. Their errors are those of the parts that have paths of their own
+                added up: an upper bound. None: a row for each target token.
 
         Raises:
             ValueError: If the layer does not suit, or values or gradients are not finite.
@@ -157,6 +161,7 @@ class Paths:
                 [[*self._prompt_ids, *generated.ids[:-1]]], dtype=torch.int64, device="cpu"
             )
             ids = ids.to(_compat.input_device(self._model))
+            self._n_ids = ids.shape[1]
             at = torch.arange(start - 1, start - 1 + len(target), device="cpu")
             whole = Row(ids, at, target, foils)
             found = self._probe(whole)
@@ -172,51 +177,74 @@ class Paths:
             seed=self._seed,
         )
         with exclusive_use(self._model):
-            return self._summed(generated, whole, own, is_joint)
+            return self._summed(generated, whole, own, is_joint, spans)
 
     def _summed(
-        self, generated: GeneratedText, whole: Row, own: Features, is_joint: bool
+        self,
+        generated: GeneratedText,
+        whole: Row,
+        own: Features,
+        is_joint: bool,
+        spans: Sequence[range] | None,
     ) -> Solution:
         """The attributions of all path groups."""
-        at, target, start = whole.at, whole.target, own.start
-        n_values = 1 if is_joint else len(target)
-        attributions = torch.zeros(n_values, own.n_features, dtype=torch.float64, device="cpu")
-        errors, full = (
-            torch.zeros_like(attributions),
-            torch.zeros(n_values, dtype=torch.float64, device="cpu"),
-        )
-        empty = torch.zeros_like(full)
-        step_by_step = self.found is not None and self.found.step_by_step and len(at) > 1
+        n_target, start = len(whole.target), own.start
+        step_by_step = self.found is not None and self.found.step_by_step and n_target > 1
         if is_joint and step_by_step:
             raise ValueError(
                 f"{type(self._model).__name__} is asked for every token apart: there is no joint "
                 'probability to differentiate. Use `attr_target="log_prob"`.'
             )
-        apart: Apart = "always" if step_by_step else "cheapest"
-        all_groups = path_groups(generated, n_before=start, apart="never" if is_joint else apart)
+        if spans is None:
+            spans = [range(n_target)] if is_joint else [range(t, t + 1) for t in range(n_target)]
+        attributions = torch.zeros(len(spans), own.n_features, dtype=torch.float64, device="cpu")
+        errors, full = torch.zeros_like(attributions), attributions.new_zeros(len(spans))
+        empty = torch.zeros_like(full)
+
+        def spans_of(targets: Sequence[int]) -> list[int]:
+            return [i for i, span in enumerate(spans) if any(t in span for t in targets)]
+
+        apart: Apart = "always" if step_by_step else "never" if is_joint else "cheapest"
+        groups = path_groups(
+            generated,
+            n_before=start,
+            apart=apart,
+            chosen=sorted({t for span in spans for t in span}),
+            ways=lambda targets: self._ways(own, len(spans_of(targets))),
+        )
         if self.on_total is not None:
             n_ends = 0 if self.points.is_local else self._n_baselines
-            self.on_total(len(all_groups) * (1 + n_ends + len(self.points.alphas)))
-        for group in all_groups:
-            targets = list(group.targets)
-            length = start + group.n_read
-            row = whole.of(targets, length)
+            self.on_total(len(groups) * (1 + n_ends + len(self.points.alphas)))
+        for group in groups:
+            row = whole.of(list(group.targets), start + group.n_read)
             if callable(self._attr_target) and not (is_joint or step_by_step):
                 row = replace(whole, chosen=group.targets)  # it is told of all of them
-            rows = [0] if is_joint else targets
+            rows = spans_of(group.targets)
+            sums = None
+            if not is_joint:
+                sums = [[i for i, t in enumerate(group.targets) if t in spans[s]] for s in rows]
             explain = self._local_attributions if self.points.is_local else self._path_attributions
-            solution = explain(group, row, own, is_joint)
-            attributions[rows], errors[rows] = solution.attributions, solution.standard_errors
-            full[rows], empty[rows] = solution.full_values, solution.empty_values
+            solution = explain(group, row, own, sums)
+            attributions[rows] += solution.attributions
+            errors[rows] += solution.standard_errors
+            full[rows] += solution.full_values
+            empty[rows] += solution.empty_values
         # What holds the token or comes after it is no cause: what models give it is rounding.
-        n_before = (
-            torch.tensor([0] if is_joint else generated.n_visible, dtype=torch.int64, device="cpu")
-            + own.n_prompt
+        n_before = torch.tensor(
+            [0 if is_joint else max(generated.n_visible[t] for t in span) for span in spans],
+            dtype=torch.int64,
+            device="cpu",
         )
-        later = torch.arange(own.n_features, device="cpu") >= n_before[:, None]
+        later = torch.arange(own.n_features, device="cpu") >= n_before[:, None] + own.n_prompt
         return Solution(
             attributions.masked_fill(later, 0.0), errors.masked_fill(later, 0.0), full, empty
         )
+
+    def _ways(self, own: Features, n_values: int) -> float:
+        """Passes beside the first that so many values take, as far as can be known before it."""
+        kept = int(self._kept.all(0).sum())
+        is_plain = isinstance(self._attr_target, str) and not self.points.is_local
+        return passes_beside(own.n_features - kept if is_plain else None, n_values)
 
     def _probe(self, whole: Row) -> Findings:
         """Probes the model: batch size and reading depend on what it does."""
@@ -232,7 +260,7 @@ class Paths:
         return found
 
     def _gradients(
-        self, points: Points, layers: Layers, row: Row, is_joint: bool
+        self, points: Points, layers: Layers, row: Row, sums: list[list[int]] | None
     ) -> TargetGradients:
         return TargetGradients(
             self._reader,
@@ -240,7 +268,8 @@ class Paths:
             row,
             self._attr_target,
             self._manner,
-            is_joint=is_joint,
+            is_joint=sums is None,
+            sums=sums,
             measure=points.measure,
             is_frozen=points.is_frozen,
             grad_kwargs=self._grad_kwargs,
@@ -248,25 +277,32 @@ class Paths:
         )
 
     def _path_attributions(
-        self, group: PathGroup, row: Row, own: Features, is_joint: bool
+        self, group: PathGroup, row: Row, own: Features, sums: list[list[int]] | None
     ) -> Solution:
+        """Attributions along a path.
+
+        Args:
+            group: Whose tokens are explained.
+            row: What is read.
+            own: The features.
+            sums: Which of the tokens' values are summed; None: their product is the one value.
+        """
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
         begin, free = self._baseline_activations(group, row, own, present)
-        slopes = self._gradients(points, layers, row, is_joint)
+        slopes = self._gradients(points, layers, row, sums)
 
         def between(rows: slice) -> tuple[list[Tensor], list[Tensor]]:
             return self._interpolated(present, begin(rows), free, rows)
 
         full = slopes.values(1, lambda _: (present, []))[0]
         empty = slopes.values(self._n_baselines, lambda rows: (begin(rows), [])).mean(0)
-        owners = own.owners(row.length)
+        # What stands all along changes nothing: no derivative along it is wanted.
+        owners = own.owners(row.length).where(free.any(0), own.n_features)
         each: list[Tensor] = []
         total = torch.zeros(slopes.n_values, own.n_features, dtype=torch.float64, device="cpu")
-        for rows, products in slopes.products(len(points.alphas), between):
-            summed = products.new_zeros(*products.shape[:2], own.n_features + 1)
-            summed = summed.index_add(2, owners, products)[..., :-1]
+        for rows, summed in slopes.products(len(points.alphas), between, owners, own.n_features):
             total += torch.einsum("r,rtf->tf", points.weights[rows], summed)
             if points.is_sampled:
                 each.append(summed)
@@ -274,24 +310,23 @@ class Paths:
         return Solution(total, self._errors(each, total), full, empty)
 
     def _local_attributions(
-        self, group: PathGroup, row: Row, own: Features, is_joint: bool
+        self, group: PathGroup, row: Row, own: Features, sums: list[list[int]] | None
     ) -> Solution:
         """Attributions from gradients at the text as it is, without a path."""
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
-        slopes = self._gradients(points, layers, row, is_joint)
+        slopes = self._gradients(points, layers, row, sums)
         full = slopes.values(1, lambda _: (present, []))[0]
-        ((_, products),) = slopes.products(1, lambda _: (present, present))
-        self.n_rows += slopes.n_rows
         owners = own.owners(row.length)
         owners[held_positions(group, own, self._kept, row.length)[0]] = own.n_features
-        summed = torch.zeros(len(full), own.n_features + 1, dtype=torch.float64, device="cpu")
-        summed.index_add_(1, owners, products[0])
+        found = slopes.products(1, lambda _: (present, present), owners, own.n_features + 1)
+        ((_, (summed,)),) = found
+        self.n_rows += slopes.n_rows
         empty = torch.full_like(full, torch.nan)
         if slopes.linear is not None:
             is_fixed = owners == own.n_features
-            self._note(group, row, slopes.linear, is_fixed, is_joint=is_joint)
+            self._note(group, row, slopes.linear, is_fixed, is_joint=sums is None)
         if points.measure != "product":
             # A mean, for a feature of many tokens is no more salient than each of them.
             summed /= owners.bincount(minlength=own.n_features + 1).clamp(min=1)
@@ -365,13 +400,14 @@ class Paths:
 
     def _noise(self, end: Tensor, layer: int, rows: slice) -> Tensor:
         """Normal noise ``(n, length, size)``: the same for a point whatever pass it is in."""
+        length, size = end.shape[1:]
         each = [
             torch.randn(
-                end.shape[1:],
+                (max(length, self._n_ids), size),  # however much of the text is read
                 generator=draw_generator(self._seed, point, layer),
                 dtype=torch.float32,
                 device="cpu",
-            )
+            )[:length]
             for point in range(rows.start, rows.stop)
         ]
         return torch.stack(each).to(end.device)

@@ -13,7 +13,7 @@ from captum_llm_ext.attribution.patching.corruption import Corruption
 from captum_llm_ext.contrast import Foils
 from captum_llm_ext.model import AttrTarget, Processes, Scorer, TokenRow
 from captum_llm_ext.model.exclusive import exclusive_use
-from captum_llm_ext.model.gradients.backward import ForwardPass
+from captum_llm_ext.model.gradients.forward_pass import ForwardPass
 from captum_llm_ext.model.residual_stream import Patch, ResidualStream
 
 # A floor is what a few batches show: others may differ by more.

@@ -1,7 +1,7 @@
 """Runs the model on points of a path, and every target token's value back to the layer."""
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import in_this_thread_only
-from captum_llm_ext.model.forward.draws import drawn_again
 from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.memory import batch_budget, is_out_of_memory
 from captum_llm_ext.model.gradients.differentiable_values import values_by_callable, values_by_name
+from captum_llm_ext.model.gradients.forward_mode import FeatureDerivatives, passes_beside
+from captum_llm_ext.model.gradients.forward_pass import ForwardPass, Row
 from captum_llm_ext.model.gradients.frozen import frozen, is_stopped
 from captum_llm_ext.model.gradients.layers import Layers, without_gradient
 
@@ -47,41 +48,6 @@ _NO_SHARE = (
 Points = Callable[[slice], tuple[list[Tensor], list[Tensor]]]
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the model reads, and what it is asked for.
-
-    Attributes:
-        ids: Token ids ``(1, length)``, on the device where the model reads them.
-        at: ``(n_target,)``: the place whose logits predict each target token.
-        target: Token ids ``(n_target,)``.
-        foils: Token ids that each is held against, ``(n_target, n_foils)``; -1 where there are
-            fewer. None where a value is no contrast.
-        chosen: Which of the target tokens have a value. None: all.
-    """
-
-    ids: Tensor
-    at: Tensor
-    target: Tensor
-    foils: Tensor | None = None
-    chosen: tuple[int, ...] | None = None
-
-    @property
-    def n_values(self) -> int:
-        """Of how many target tokens values are taken."""
-        return len(self.target) if self.chosen is None else len(self.chosen)
-
-    @property
-    def length(self) -> int:
-        """Number of ids."""
-        return self.ids.shape[1]
-
-    def of(self, targets: list[int], length: int) -> "Row":
-        """Some of the target tokens, and as many of the ids."""
-        foils = None if self.foils is None else self.foils[targets]
-        return Row(self.ids[:, :length], self.at[targets], self.target[targets], foils)
-
-
 @dataclass
 class BackwardPlan:
     """How a model wants to be run, as found out while running it.
@@ -92,6 +58,7 @@ class BackwardPlan:
         was_tried: Whether the following is known.
         splits: Whether one way through the head serves all target tokens.
         batches: Whether the ways back of several target tokens can be one.
+        forward_mode: Whether derivatives along features are right; None before they were tried.
         row_bytes: What the row that was tried keeps for the way back.
     """
 
@@ -100,6 +67,7 @@ class BackwardPlan:
     was_tried: bool = False
     splits: bool = True
     batches: bool = True
+    forward_mode: bool | None = None
     row_bytes: int = 0
 
 
@@ -111,41 +79,6 @@ def initial_plan(device: torch.device, most_rows: int | None) -> BackwardPlan:
         most_rows: The user's choice; what memory allows if there is none.
     """
     return BackwardPlan(_TOKENS.get(device.type, _TOKENS_ELSEWHERE), most_rows)
-
-
-class ForwardPass:
-    """The model's forward on token ids, with the logits of some places.
-
-    Args:
-        model: The model, in evaluation mode whenever it is called.
-
-    Attributes:
-        kept: How it is asked for the logits of some places only; None: it gives all.
-        seed: As for `Passes`: all points of a path draw the same.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.kept = _compat.kept_logits(model)
-        self.seed: int | None = None
-        self._uncached = _compat.uncached(model)
-
-    def logits(self, ids: Tensor, at: Tensor) -> Tensor:
-        """Logits ``(batch, n, vocabulary)`` at places ``at (n,)`` of ``ids (batch, length)``."""
-        kept = _compat.keeping_logits(self.kept, at.expand(len(ids), -1), ids)
-        arguments = {**self._uncached, **kept}
-        with drawn_again(self.seed, ids):
-            logits = _compat.sequence_logits(_compat.called(self.model, ids, **arguments))
-        places = self.places(at, ids.shape[1], logits.shape[1])
-        return logits if places is None else logits[:, places.to(logits.device)]
-
-    def keep_all(self) -> None:
-        """Has the model make the logits of all places from now on."""
-        self.kept = None
-
-    def places(self, at: Tensor, length: int, n_kept: int) -> Tensor | None:
-        """Where the logits of these places are among those that the model gives; None: in order."""
-        return None if self.kept == "positions" else at - (length - n_kept)
 
 
 class Linear(NamedTuple):
@@ -203,6 +136,8 @@ class TargetGradients:
         attr_target: What a value is.
         manner: How the model is run; it learns from what happens.
         is_joint: Whether the one value is the product over the target tokens.
+        sums: Which target tokens' values are summed to one, by their places among those that have a
+            value; None: each is a value of its own. There is one way back for a sum.
         measure: What is made of a token's gradient.
         is_frozen: Whether passes with gradients are those of a frozen model (see
             `scoring.frozen`); there is one point then.
@@ -223,6 +158,7 @@ class TargetGradients:
         manner: BackwardPlan,
         *,
         is_joint: bool = False,
+        sums: Sequence[Sequence[int]] | None = None,
         measure: Measure = "product",
         is_frozen: bool = False,
         grad_kwargs: Mapping[str, Any] | None = None,
@@ -234,7 +170,9 @@ class TargetGradients:
         self._attr_target, self._manner, self._is_joint = attr_target, manner, is_joint
         self._grad_kwargs, self._on_rows = dict(grad_kwargs or {}), on_rows
         self.n_rows = 0
-        self.n_values = 1 if is_joint else row.n_values
+        n_single = 1 if is_joint else row.n_values
+        self._members = [[i] for i in range(n_single)] if sums is None else [list(s) for s in sums]
+        self.n_values = len(self._members)
         # A callable may make a token's value from the logits of any other.
         self._may_split = isinstance(attr_target, str) and self.n_values > 1
 
@@ -248,12 +186,13 @@ class TargetGradients:
 
         def found(rows: slice) -> Tensor:
             with torch.no_grad(), self._layers.replaced(points(rows)[0]):
-                return self._passed(rows.stop - rows.start).values
+                return self._summed(self._passed(rows.stop - rows.start).values)
 
         values = torch.cat([values for _, values in self._in_batches(n_points, found)])
         if not values.isfinite().all():
             bad = int((~values.isfinite()).nonzero()[0][1])
             given = float(values[:, bad].sum())
+            bad = self._members[bad][0]
             bad = bad if self.row.chosen is None else self.row.chosen[bad]
             raise ValueError(
                 f"the model gives {given} to target token {bad} (id "
@@ -263,20 +202,36 @@ class TargetGradients:
             )
         return values
 
-    def products(self, n_points: int, points: Points) -> Iterator[tuple[slice, Tensor]]:
-        """Gradients at points, multiplied and summed over the layer's size, or their norm.
+    def products(
+        self, n_points: int, points: Points, owners: Tensor, n_owners: int
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Gradients at points, multiplied and summed over a feature's places, or their norm.
+
+        Args:
+            n_points: Their number.
+            points: Gives some of them.
+            owners: The feature that each place belongs to, int64 ``(length,)``.
+            n_owners: How many features there are; places of those beyond are left out.
 
         Yields:
-            Which points, and ``(n_points, n_values, length)``, float64 on the CPU.
+            Which points, and ``(n_points, n_values, n_owners)``, float64 on the CPU.
 
         Raises:
             ValueError: If no gradient reaches the layer, or one is not finite.
         """
-        if not self._manner.was_tried:
+        manner = self._manner
+        if not manner.was_tried:
             self._try(points(slice(0, 1))[0])
+        forth = self._derivatives(owners, n_owners)
+        if forth is not None and manner.forward_mode is None:
+            manner.forward_mode = self._forth_agrees(forth, *points(slice(0, 1)))
 
         def found(rows: slice) -> Tensor:
-            return self._products(*points(rows))
+            if forth is not None and manner.forward_mode:
+                return forth.products(*points(rows))
+            products = self._products(*points(rows))
+            summed = products.new_zeros(*products.shape[:2], max(n_owners, int(owners.max()) + 1))
+            return summed.index_add(2, owners, products)[..., :n_owners]
 
         for rows, products in self._in_batches(n_points, found):
             if not products.isfinite().all():
@@ -285,6 +240,59 @@ class TargetGradients:
                     "or float32, and check the weights for NaN."
                 )
             yield rows, products
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """The values that are explained, of those of single tokens ``(n_rows, n)``."""
+        return torch.stack([values[:, own].sum(1) for own in self._members], 1)
+
+    def _derivatives(self, owners: Tensor, n_owners: int) -> FeatureDerivatives | None:
+        """Derivatives along features, where these would be less work than ways back."""
+        n_features = len(owners[owners < n_owners].unique())
+        is_plain = self._measure == "product" and not self._is_frozen and self._reader.seed is None
+        may = is_plain and self._may_split and self._manner.splits
+        if not may or passes_beside(n_features, self.n_values) == self.n_values:
+            return None
+        return FeatureDerivatives(
+            self._reader,
+            self._layers,
+            self.row,
+            self._members,
+            lambda n_rows: self._passed(n_rows).values,
+            owners,
+            n_owners,
+            self._manner.most_tokens,
+        )
+
+    def _forth_agrees(
+        self, forth: FeatureDerivatives, points: list[Tensor], factors: list[Tensor]
+    ) -> bool:
+        """Whether forward mode says what the gradient does, of the last value at one point."""
+        try:
+            found = forth.products(points, factors)[0, -1]
+        except Exception as error:  # whatever an operation has to say that knows no forward mode
+            if is_out_of_memory(error):
+                raise
+            _logger.info("no derivatives along features (%s).", error)
+            return False
+        points = [point.detach().requires_grad_() for point in points]
+        with torch.enable_grad(), self._layers.replaced(points):
+            values = self._passed(1).values
+        given = self._at_values(values)(self.n_values - 1)
+        slopes = _gradients(values, points, None, given, False, self._grad_kwargs)[:-1]
+        each = [
+            (slope.double() * factor.double()).sum(-1)[0].cpu()
+            for slope, factor in zip(slopes, factors, strict=True)
+        ]
+        is_owned = forth.owners < forth.n_owners
+        along = torch.stack(each).sum(0)[is_owned]
+        wanted = torch.zeros_like(found).index_add(0, forth.owners[is_owned], along)
+        # transformers takes norms in float32 even where the weights are in float64.
+        is_half = points[0].dtype.itemsize < torch.float32.itemsize
+        tolerance = _ROUNDING_HALF if is_half else _ROUNDING[torch.float32]
+        worst = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300))
+        if not worst <= tolerance:
+            _logger.info("derivatives along features are not used (%.2g apart).", worst)
+        return worst <= tolerance
 
     def _in_batches(
         self, n_points: int, found: Callable[[slice], Tensor]
@@ -518,20 +526,19 @@ class TargetGradients:
     def _at_values(self, values: Tensor) -> Callable[[int], Tensor]:
         def begin(number: int) -> Tensor:
             given = torch.zeros_like(values)
-            given[:, number] = 1
+            given[:, self._members[number]] = 1
             return given
 
         return begin
 
     def _at_head(self, values: Tensor, before_head: Tensor) -> Callable[[int], Tensor]:
         (slope,) = torch.autograd.grad(values.sum(), before_head, retain_graph=True)
-        n_kept = before_head.shape[1]
-        places = self._reader.places(self.row.at, self.row.length, n_kept)
-        order = list(range(n_kept)) if places is None else places.tolist()
+        order = self._reader.order(self.row.at, self.row.length, before_head.shape[1])
 
         def begin(number: int) -> Tensor:
             given = torch.zeros_like(slope)
-            given[:, order[number]] = slope[:, order[number]]
+            places = [order[member] for member in self._members[number]]
+            given[:, places] = slope[:, places]
             return given
 
         return begin

@@ -52,7 +52,6 @@ class Journal:
         self.path = _file(Path(path), self._about)
         self._known: dict[bytes, Tensor] = {}
         self._budget: int | None = None
-        self._numbers: dict[str, float] = {}
         self._target: Tensor | None = None
         files.sweep(self.path.parent, re.escape(self.path.name))
         if self.path.exists():
@@ -92,18 +91,6 @@ class Journal:
             self._write()
         return self._budget
 
-    def number(self, name: str, here: float) -> float:
-        """What was measured when the run began, for it to go on as it would have.
-
-        Args:
-            name: What it is.
-            here: What is measured now; kept if this is the first time.
-        """
-        if name not in self._numbers:
-            self._numbers[name] = here
-            self._write()
-        return self._numbers[name]
-
     def found(self, keys: Sequence[bytes]) -> dict[int, Tensor]:
         """Values ``(n_target,)`` of the rows that are known, by their place in `keys`."""
         return {i: self._known[key] for i, key in enumerate(keys) if key in self._known}
@@ -137,8 +124,6 @@ class Journal:
         if self._target is not None:
             tensors["target"] = self._target
         rest: dict[str, Any] = {"about": self._about, "budget": self._budget}
-        if self._numbers:
-            rest["numbers"] = self._numbers
         tensor_file.write(self.path, _KIND, tensors, rest)
         self._is_new = False
         self._written_at = time.monotonic()
@@ -149,7 +134,6 @@ class Journal:
         name = repr(str(self.path))
         try:
             known, target, budget = _content(tensors, rest)
-            numbers = {str(name): float(x) for name, x in rest.get("numbers", {}).items()}
             said = differences(rest["about"], self._about)
         except tensor_file.BROKEN as error:
             why = str(error) or type(error).__name__
@@ -160,7 +144,6 @@ class Journal:
                 "another file, or delete it to begin anew."
             )
         self._known, self._target, self._budget = known, target, budget
-        self._numbers = numbers
 
 
 def _content(

@@ -448,18 +448,6 @@ class Scorer:
         journal = self._journal
         return self._processes.decide(lambda: here if journal is None else journal.budget(here))
 
-    def decided(self, name: str, here: float) -> float:
-        """A number that was measured: the main process's, and as when the journal was begun.
-
-        Args:
-            name: What it is.
-            here: What was measured here and now.
-        """
-        journal = self._journal
-        return self._processes.decide(
-            lambda: here if journal is None else journal.number(name, here)
-        )
-
     def _stored(self, keys: Sequence[bytes]) -> tuple[list[int], Tensor]:
         """Which of the rows an earlier run has kept, and their values: one tensor, for it is sent.
 
