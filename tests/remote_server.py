@@ -198,11 +198,15 @@ class Server:
         own = [None]
         if len(ids) > 1:
             logits = self._logits(ids)
-            logits = self._log_probs(logits, body, "scored")
+            logits = self.plays("places", self._log_probs(logits, body, "scored"))
             own += [float(logits[i, token]) for i, token in enumerate(ids[1:])]
         if body.get("return_token_ids") and self.tells_ids:
             choice["token_ids"] = new
         names = [self.name(i, body) for i in written]
+        read = [None]
+        for i, token in enumerate(ids[1:]):
+            likeliest = dict.fromkeys([*logits[i].topk(top).indices.tolist(), token])
+            read.append({self.name(j, body): float(logits[i, j]) for j in likeliest})
         if body.get("echo") or body.get("logprobs") is not None:
             first = 0 if body.get("echo") else len(ids)
             values = (self.plays("list", own) if first == 0 else []) + told
@@ -210,7 +214,7 @@ class Server:
             choice["logprobs"] = {
                 "tokens": names[first:],
                 "token_logprobs": values,
-                "top_logprobs": [None] * (len(values) - len(tops)) + tops if top else None,
+                "top_logprobs": ((read if first == 0 else []) + tops) if top else None,
             }
         if body.get("prompt_logprobs") is not None:
             found = [None]
@@ -439,6 +443,8 @@ def _of_temperature(temperature):
 PARTS = {
     "shifted left": {"list": _left},
     "shifted right": {"list": _right},
+    "distributions shifted left": {"places": lambda rows: rows.roll(-1, 0)},
+    "distributions shifted right": {"places": lambda rows: rows.roll(1, 0)},
     "base 10": {"scored": _of_base(10.0)},
     "base 10 everywhere": {"scored": _of_base(10.0), "written": _of_base(10.0)},
     "zero": {"list": _but_first(lambda value: 0.0)},

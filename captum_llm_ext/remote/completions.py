@@ -262,6 +262,34 @@ class CompletionsProvider(RemoteLLMProvider):
             return [one for one in found if one is not None]
         return []
 
+    def likeliest(self, prompt: str | Sequence[int]) -> list[dict[str, float]]:
+        """The likeliest tokens that the server tells of each place of a prompt.
+
+        Args:
+            prompt: Text or token ids.
+
+        Returns:
+            One mapping per token of the prompt (and maybe of what is written after it), by what
+            tokens are called, in nats; empty ones, or none, where the server tells nothing.
+
+        Raises:
+            ApiError, ConnectionError: As `get_token_logprobs`.
+        """
+        sent = prompt if isinstance(prompt, str) else list(prompt)
+        is_echo = self._way == "echo"
+        for k in _TOPS:
+            how = {"echo": True, "logprobs": k} if is_echo else {"prompt_logprobs": k}
+            try:
+                answer = self._http.post(
+                    "/completions", self._body(sent, {"max_tokens": 1, "temperature": 0.0} | how)
+                )
+            except ApiError as error:
+                if error.status not in (400, 422, 501):
+                    raise
+                continue
+            return answers.likeliest(self._choices(answer, 1)[0])
+        return []
+
     def complete(self, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The server's whole answer to a text; its choices in their order."""
         several = arguments.get("n", 1) > 1
