@@ -471,12 +471,15 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             return result
         scorer = self._climbed.scorer
         scorer.only_first(len(outcome.plan.masks))
+        # What it tells of the provider's noise is between the bounds.
+        doubts = self._warned(scorer.ask_again(self._climbed.full))
         known, weight = scorer.known(), weights(outcome.name, outcome.plan)
         told: dict[str, Any] = {
             "value_interval": finite(torch.stack([known["lower"], known["upper"]])),
             "token_attr_interval": None,
             "rungs_refused": dict(self._climbed.refused),
             "first_cause": None,
+            "doubts": doubts,
         }
         if weight is not None:
             whole = outcome.solution.attributions.sum(0) if joint is None else joint
@@ -490,7 +493,6 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 outcome = replace(outcome, solution=solution)
             if ends is not None:
                 told["token_attr_interval"] = finite(torch.stack(ends))
-        told["doubts"] = self._warned(scorer.ask_again(self._climbed.full))
         result = super()._result(inp, game, outcome, joint, generation)
         result.provenance.update(told)
         return result
