@@ -30,6 +30,9 @@ class Server:
             alone, "ignored" nothing.
         name_told: As which model it answers.
         follows_temperature: Whether what is told of written tokens is of the temperature asked for.
+        penalty: Taken off the logits of tokens that were read or written, when it writes; values
+            are told without it, as llama.cpp does.
+        base: What there is; other paths are answered by 404.
     """
 
     def __init__(self, model, tokenizer, *, known=None, names=("tiny",), tells_ids=True, part=None):
@@ -42,7 +45,8 @@ class Server:
         self.follows_temperature = False
         self.goes_on, self.refuses = False, None
         self.bias, self.name_told = "told", "tiny-0"
-        self.delay = 0.0
+        self.delay = self.penalty = 0.0
+        self.base = "/"
         self.n_parallel = self.most_parallel = 0
         self.lock = threading.Lock()
         self.closing = threading.Event()
@@ -175,10 +179,12 @@ class Server:
             for biased, bias in (body.get("logit_bias") or {}).items():
                 if self.bias != "ignored":
                     logits = logits.index_add(0, torch.tensor([int(biased)]), logits.new([bias]))
+            chosen = logits.clone()
+            chosen[list(set(written))] -= self.penalty
             if temperature == 0:
-                token = int(logits.argmax())
+                token = int(chosen.argmax())
             else:
-                drawn = (logits / temperature).softmax(-1)
+                drawn = (chosen / temperature).softmax(-1)
                 token = int(torch.multinomial(drawn, 1, generator=generator))
             logits = plain if self.bias == "raw" else logits
             if self.follows_temperature:
@@ -280,6 +286,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        if not self.path.startswith(self.owner.base):
+            self.reply(404, {"detail": "Not Found"})
+            return
         models = [{"id": name, "max_model_len": 256} for name in self.owner.names]
         self.reply(200, {"object": "list", "data": models})
 
@@ -295,6 +304,9 @@ class _Handler(BaseHTTPRequestHandler):
             owner.most_parallel = max(owner.most_parallel, owner.n_parallel)
         try:
             time.sleep(owner.delay)
+            if not self.path.startswith(owner.base):
+                self.reply(404, {"detail": "Not Found"})
+                return
             unknown = set(body) - (owner.known or set(body))
             if unknown:
                 said = f"Unrecognized request argument supplied: {sorted(unknown)[0]}"

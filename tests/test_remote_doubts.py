@@ -9,6 +9,7 @@ from remote_server import CHAT_PARTS, Server
 
 from captum_llm_ext import (
     ApiError,
+    CallableProvider,
     ChatProvider,
     CompletionsProvider,
     GenerationAttribution,
@@ -82,6 +83,73 @@ def test_rounded_values_have_intervals_that_hold(demo, server):
     assert bool(((below - 1e-6 <= truth.token_attr) & (truth.token_attr <= above + 1e-6)).all())
     # None of it is a guess, so none is counted as one.
     assert found.provenance["share_censored"] == float((~known).double().mean())
+
+
+def by_calls(nats):
+    """Every second answer off by so much: a model that is quantised, and keeps what it has read."""
+
+    def changed(content):
+        for one in content:
+            for held in (one, *one["top_logprobs"]):
+                held["logprob"] -= nats
+        return content
+
+    return by_turns(changed)
+
+
+def test_a_server_that_differs_from_itself_has_wider_intervals(demo, server):
+    server.part = {"content": by_calls(0.1)}
+    found = remote(server).attribute(spans(), " golf")
+    assert found.provenance["doubts"] == []
+    lower, upper = found.value_interval
+    known = lower.isfinite()
+    truth = GenerationAttribution(FeatureAblation(demo[0]), demo[1]).attribute(
+        spans(demo[1]), " golf", output_unit=None
+    )
+    exact = truth.values.double()
+    assert float((found.values.double() - exact)[known].abs().max()) > 0.05
+    assert bool(((lower - 1e-6 <= exact) & (exact <= upper + 1e-6)).all())
+    assert float((upper - lower)[known].max()) == pytest.approx(0.2, abs=1e-6)
+
+
+def test_a_penalty_on_repetitions_is_no_fault(demo, server):
+    server.penalty = 100.0  # no token comes twice
+    found = remote(server).attribute(spans(), gen_args={"max_new_tokens": 3})
+    assert "holds repetitions down" in found.provenance["handshake"]["written tokens"]
+    pieces = [piece.text for piece in found.output_pieces]
+    ids = [demo[1].encode(text, add_special_tokens=False)[0] for text in pieces]
+    truth = GenerationAttribution(FeatureAblation(demo[0]), demo[1]).attribute(
+        spans(demo[1]), torch.tensor(ids), output_unit=None
+    )
+    known = found.value_interval[0].isfinite()
+    torch.testing.assert_close(found.values[known], truth.values[known].float(), atol=1e-4, rtol=0)
+
+
+def test_a_place_of_which_nothing_is_told_has_no_bound():
+    """Where a draw ends the answer, some tell nothing of it; another draw may tell."""
+    rare = {"asked": 0}
+
+    def fn(messages, max_tokens, temperature, prefill, top_logprobs, seed):
+        text = " ".join(message["content"] for message in messages)
+        if "Rex" not in text:
+            return "", []
+        if "Milo" not in text:
+            rare["asked"] += 1
+            if (seed or 0) < 2:
+                return "", []
+        top = {" yes": math.log(0.6), " no": math.log(0.3)}
+        return " yes" * max_tokens, [top] * max_tokens
+
+    inp = TextSegmentInput("Milo is here. Rex is here.", None, unit="sentence")
+    ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), None, CallableProvider(fn))
+    found = ours.attribute(inp, " yes")
+    assert found.masks.tolist() == [[1, 1], [0, 0], [0, 1], [1, 0]]
+    lower, upper = found.value_interval[:, :, 0]
+    assert lower[[1, 3]].isneginf().all()
+    assert upper[[1, 3]].tolist() == [0.0, 0.0]
+    assert lower[[0, 2]].tolist() == pytest.approx([math.log(0.6)] * 2, abs=1e-6)
+    assert rare["asked"] == 3
+    assert found.token_attr_interval[1, 0, 1] == math.inf
 
 
 def test_tokens_that_are_listed_twice_are_refused(server):

@@ -34,6 +34,8 @@ _INVALID = ("validation error", "invalid_request_error", "badrequesterror")
 # Of an answer, beside what is due to a long prompt.
 _MOST_BYTES = 2**24
 _SHORTEST_SECRET = 6
+# A hint to what is wrong: so many seconds, and so many names of models.
+_HINT_WITHIN, _N_NAMED = 5.0, 5
 _STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
 # What a server says that does not know an argument, or an endpoint.
 UNKNOWN_ARGUMENT = (None, 400, 404, 422, 501)
@@ -347,13 +349,37 @@ class Http:
         what = f"{self.url} answered {status}: {said}"
         if status in advice:
             what += f"{'' if said.endswith(('.', '?', '!')) else '.'} {advice[status]}"
+        if status == 404:
+            what += self._there()
         return ApiError(what, status)
+
+    def _there(self) -> str:
+        """What the server has in place of what it has not: names of models, or another path."""
+        for path in dict.fromkeys((self._url.path, "/v1")):
+            url = urlunsplit(self._url._replace(path=path))
+            try:
+                other = Http(url, self._secrets, timeout=_HINT_WITHIN, max_retries=0)
+                status, _, content = other._once("GET", "/models", None, 0, _MOST_BYTES)
+                found = json.loads(content) if status == 200 else None
+                models: list[Any] = found["data"] if isinstance(found, dict) else []
+                names = [str(one["id"]) for one in models[:_N_NAMED]]
+            except Exception:  # a hint alone: what is told is the refusal
+                continue
+            if path != self._url.path and names:
+                return f" There is one at {self._shown(url)}."
+            if names:
+                more = ", …" if len(models) > len(names) else ""
+                return f" It has the models {self._shown(', '.join(map(repr, names)))}{more}."
+        return ""
 
     def _unreached(self, error: Exception) -> Exception:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         if isinstance(error, TimeoutError):
             what = f"no whole answer within {self._timeout:g} seconds (`timeout`)"
-        return ConnectionError(f"{self.url} cannot be asked: {self._shown(what)}")
+        advice = ""
+        if not self._was_reached and isinstance(error, ConnectionRefusedError | socket.gaierror):
+            advice = ". Is the server up, and are its name and port right?"
+        return ConnectionError(f"{self.url} cannot be asked: {self._shown(what)}{advice}")
 
     def _shown(self, text: str) -> str:
         """What a server says, as one line without keys or anything that a terminal would obey."""
