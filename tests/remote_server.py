@@ -46,7 +46,7 @@ class Server:
         self.goes_on, self.refuses = False, None
         self.bias, self.name_told = "told", "tiny-0"
         self.delay = self.penalty = 0.0
-        self.base = "/"
+        self.base = ""
         self.n_parallel = self.most_parallel = 0
         self.lock = threading.Lock()
         self.closing = threading.Event()

@@ -51,6 +51,7 @@ from captum_llm_ext.remote.providers import (
 from captum_llm_ext.remote.scorer import RemoteScorer
 from captum_llm_ext.remote.similarities import Similar
 from captum_llm_ext.remote.speaker import Speaker
+from captum_llm_ext.remote.stepwise import TopK
 from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.text.baselines import LanguageModel
@@ -326,6 +327,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             )
             if climbed.scorer.attr_target == "log_prob":
                 said += ' `attr_target="prob"` hardly depends on what is only bounded.'
+            if rung.name == TopK.name and getattr(
+                climbed.scorer.asker.speaker, "takes_bias", False
+            ):
+                said += ' With the model\'s `tokenizer`, `rung="stepwise"` may tell them.'
         warnings.warn(f"not distinguishable: {said}", stacklevel=stacklevel_of_caller())
         return result
 
