@@ -1,6 +1,7 @@
 """Servers that answer well and mislead: copies, cut prompts, other models by and by."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from captum_llm_ext import (
     load_demo,
 )
 from captum_llm_ext.remote import scorer
+from captum_llm_ext.remote.speaker import Question
 
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
@@ -163,6 +165,36 @@ def test_two_models_in_turn_are_refused(server, attr_target):
     server.part = {"answer": by_turns(other_values)}
     with pytest.raises(ApiError, match="other log-probabilities each time"):
         remote(server, attr_target=attr_target).attribute(spans(), " golf")
+
+
+@pytest.mark.parametrize("attr_target", ["log_prob", "label"])
+def test_answers_that_are_mixed_up_between_requests_are_refused(demo, server, attr_target):
+    """A function that keeps what it is asked, and is called in several threads."""
+    held = {}
+    own = ChatProvider("tiny", api_url=server.url)
+
+    def fn(messages, max_tokens, temperature, prefill, top_logprobs, seed):
+        held["asked"] = messages
+        time.sleep(0.05)
+        how = {"n_tokens": max_tokens, "temperature": temperature, "top": top_logprobs}
+        said = own.say(Question(held["asked"], prefill=prefill, way="continue", **how))[0]
+        return said.text, [dict(step.top) for step in said.steps]
+
+    def ours(n_threads):
+        provider = CallableProvider(fn, max_concurrency=n_threads)
+        return RemoteGenerationAttribution(
+            FeatureAblation(PLACEHOLDER), None, provider, attr_target
+        )
+
+    with pytest.raises(ApiError, match=r"at the same time.*`max_concurrency=1` avoids"):
+        ours(3).attribute(spans(), " golf")
+    found = ours(1).attribute(spans(), " golf")
+    assert found.provenance["doubts"] == []
+    own = ChatProvider("tiny", api_url=server.url, max_concurrency=3)
+    method = FeatureAblation(PLACEHOLDER)
+    true = RemoteGenerationAttribution(method, None, own, attr_target).attribute(spans(), " golf")
+    assert true.provenance["handshake"]["asked beside others"] == "the same within 0 nats"
+    torch.testing.assert_close(found.values, true.values, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("attr_target", ["log_prob", "label"])

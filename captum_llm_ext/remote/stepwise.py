@@ -131,24 +131,38 @@ class TopK:
     def _repeats(
         self, messages: Sequence[Message], told: list[tuple[str, float]], is_kept: bool
     ) -> None:
-        """Whether the same prompt has the same values each time.
+        """Whether the same prompt has the same values each time, and beside others.
 
         Raises:
             HandshakeError: If it has not.
         """
-        apart = difference(told, _likeliest(self._asker.fresh(self._first(messages))[0]))
-        if apart > NOISY and is_kept:
+        first = self._first(messages)
+        again = difference(told, _likeliest(self._asker.fresh(first)[0]))
+        if again > NOISY and is_kept:
             raise HandshakeError(
-                f"the answers that are kept differ by {apart:.2g} nats from what the provider "
+                f"the answers that are kept differ by {again:.2g} nats from what the provider "
                 "tells now: another model answers by this name. Give another `cache`."
             )
-        if apart > NOISY:
+        if again > NOISY:
             raise HandshakeError(
-                f"the same prompt has other log-probabilities each time, by {apart:.2g} nats: "
+                f"the same prompt has other log-probabilities each time, by {again:.2g} nats: "
                 "several models answer, or answers are mixed up."
             )
-        self.noise = max(self.noise, apart)
-        self.checks["asked again"] = f"the same within {apart:.1g} nats"
+        self.checks["asked again"] = f"the same within {again:.1g} nats"
+        beside = 0.0
+        if self._asker.n_threads > 1 and not is_kept:  # else the run before has looked
+            *before, last = messages
+            shorter = {**last, "content": last["content"][: len(last["content"]) // 2] or "?"}
+            others = replace(first, messages=[*before, shorter])
+            beside = difference(told, _likeliest(self._asker.together([first, others])[0]))
+            if beside > NOISY:
+                raise HandshakeError(
+                    "a prompt has other log-probabilities when others are asked about at the same "
+                    f"time, by {beside:.2g} nats: answers are mixed up, which `max_concurrency=1` "
+                    "avoids."
+                )
+            self.checks["asked beside others"] = f"the same within {beside:.1g} nats"
+        self.noise = max(self.noise, again, beside)
         self._n_asked = self._asker.spent.n_requests
 
     def _first(self, messages: Sequence[Message]) -> Question:
