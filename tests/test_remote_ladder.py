@@ -465,18 +465,18 @@ def test_what_may_be_spent_is_not_overspent_and_what_came_is_kept(server, tmp_pa
         remote(chat(server, max_concurrency=1), cache=path, **limit).attribute(spans(), " golf")
     n_before = len(server.bodies)
     assert 0 < n_before <= 5
-    again = remote(chat(server), cache=path).attribute(spans(), " golf")
+    again = remote(chat(server, max_concurrency=1), cache=path).attribute(spans(), " golf")
     assert len(server.bodies) - n_all in (1, 2)  # who answers, and whether alike
     assert torch.equal(again.values, whole.values)
     server.bodies.clear()
-    free = remote(chat(server), cache=path).attribute(spans(), " golf")
+    free = remote(chat(server, max_concurrency=1), cache=path).attribute(spans(), " golf")
     assert len(server.bodies) == 2
     assert torch.equal(free.values, whole.values)
     assert free.provenance["n_requests"] == 2
     # Another model under the same name is asked for everything itself.
     server.name_told = "tiny-1"
     server.bodies.clear()
-    remote(chat(server), cache=path).attribute(spans(), " golf")
+    remote(chat(server, max_concurrency=1), cache=path).attribute(spans(), " golf")
     assert len(server.bodies) == n_all
 
 
