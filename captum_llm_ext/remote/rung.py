@@ -54,14 +54,17 @@ class Rung(Protocol):
         is_sampled: Whether more answers would tell more.
         n_answers: How many are drawn for each coalition.
         attr_target: What a value is.
-        noise: By how much values may be others when asked for again, as far as was seen.
     """
 
     name: str
-    noise: float
     is_sampled: bool
     n_answers: int
     attr_target: str
+
+    @property
+    def noise(self) -> float:
+        """By how much values may be others when asked for again, as far as was seen."""
+        ...
 
     @property
     def blind(self) -> str:
