@@ -1,11 +1,13 @@
 """How well a model is explained that tells less than log-probabilities of prompts.
 
-    python benchmarks/closed_models.py MODEL_FOLDER [n_prompts] [--resume]
+    python benchmarks/closed_models.py MODEL_FOLDER [n_prompts] [--chats] [--resume]
 
 A local model is asked over HTTP as closed ones are; the truth is a plain forward of the same model
 for every coalition, in float64 log-softmax, which this package has no part in. Prompts have four
-sentences, which are the features: two aside, the facts, and the one to be continued. Each prompt
-is kept as it is measured, and `--resume` goes on after those.
+sentences, which are the features. Texts are gone on with: two sentences aside, the facts, and the
+one to be continued, without which the answer is improbable beyond what 20 tokens tell. Chats
+(`--chats`; the likeliest tokens alone) are questions and requests, put into the chat template.
+Each prompt is kept as it is measured, and `--resume` goes on after those.
 """
 
 import json
@@ -28,9 +30,10 @@ from captum_llm_ext.text.plain_tokenizer import messages_of
 KNOWN: dict[tuple[str, ...], list[float]] = {}
 RESULTS = Path(__file__).parent / "results"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
-N_TOKENS, TOP, N_SENTENCES = 2, 20, 4
+TOP, N_SENTENCES = 20, 4
+N_TOKENS = {"texts": 2, "chats": 4}
 N_FREQUENCY = 50
-_COMMAND = "python benchmarks/closed_models.py MODEL_FOLDER 20"
+_COMMAND = "python benchmarks/closed_models.py MODEL_FOLDER 20; the same with --chats"
 ASIDES = [
     "It rained a little in the morning.",
     "Nobody had expected so many guests.",
@@ -38,6 +41,7 @@ ASIDES = [
     "A small dog barked behind the fence.",
     "Two boats waited in the harbor.",
 ]
+CHATS = (Path(__file__).parent / "chats.txt").read_text().splitlines()
 
 
 def prompts(n: int) -> list[str]:
@@ -79,15 +83,15 @@ def exact(served: Served, inp: Any, masks: torch.Tensor, tokens: list[int]) -> t
     return torch.tensor(values, dtype=torch.float64)
 
 
-def measure(served: Served, tokenizer: Any, prompt: str) -> dict[str, Any]:
-    """All rungs on one prompt."""
+def measure(served: Served, tokenizer: Any, prompt: str, n_tokens: int) -> dict[str, Any]:
+    """The likeliest tokens of each step, on one prompt."""
     inp = TextSegmentInput(prompt, None, unit="sentence")
     found: dict[str, Any] = {"prompt": prompt}
-    settings = {"max_new_tokens": N_TOKENS}
+    settings = {"max_new_tokens": n_tokens}
     with torch.no_grad():
         ids = served.ids([{"role": "user", "content": prompt}])
         tokens: list[int] = []
-        for _ in range(N_TOKENS):
+        for _ in range(n_tokens):
             tokens.append(int(served.log_probs(ids + tokens).argmax()))
             if tokens[-1] == tokenizer.eos_token_id:
                 break
@@ -127,13 +131,16 @@ def measure(served: Served, tokenizer: Any, prompt: str) -> dict[str, Any]:
             "estimated_requests": estimate.n_requests,
             "seconds": time.monotonic() - began,
         }
-    found |= sampled(served, inp, tokens[:1])
     return found
 
 
-def sampled(served: Served, inp: Any, tokens: list[int]) -> dict[str, Any]:
+def sampled(served: Served, prompt: str) -> dict[str, Any]:
     """The rungs of servers that tell text alone: of the first word, whose probability is exact."""
     found: dict[str, Any] = {}
+    inp = TextSegmentInput(prompt, None, unit="sentence")
+    with torch.no_grad():
+        likeliest = served.log_probs(served.ids([{"role": "user", "content": prompt}])).argmax()
+    tokens = [int(likeliest)]
     settings = {"max_new_tokens": len(tokens)}
     # A frequency of a fixed number of answers, as is held against the field's; a similarity until
     # the first cause stands out.
@@ -221,17 +228,21 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, and writes what was found."""
-    folder, *rest = [given for given in sys.argv[1:] if given != "--resume"]
+    kind = "chats" if "--chats" in sys.argv else "texts"
+    folder, *rest = [given for given in sys.argv[1:] if not given.startswith("--")]
     n = int(rest[0]) if rest else 20
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     path = RESULTS / "closed_models.json"
-    measured: list[dict[str, Any]] = []
-    if "--resume" in sys.argv:
-        measured = json.loads(path.read_text())["prompts"]
-    with Served(model, tokenizer) as served:
-        for prompt in prompts(n)[len(measured) :]:
-            measured.append(measure(served, tokenizer, prompt))
+    held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found = {name: list(held.get("prompts", {}).get(name, [])) for name in N_TOKENS}
+    if "--resume" not in sys.argv:
+        found[kind] = []
+    measured = found[kind]
+    with Served(model, tokenizer, is_chat=kind == "chats") as served:
+        for prompt in (CHATS if kind == "chats" else prompts(n))[len(measured) : n]:
+            one = measure(served, tokenizer, prompt, N_TOKENS[kind])
+            measured.append(one if kind == "chats" else one | sampled(served, prompt))
             print(json.dumps(measured[-1]), flush=True)
             content = {
                 "environment": environment(seed=0) | {"command": _COMMAND},
@@ -241,11 +252,10 @@ def main() -> None:
                     "n_tokens": N_TOKENS,
                     "n_sentences": N_SENTENCES,
                 },
-                "summary": summary(measured),
-                "prompts": measured,
+                "summary": {name: summary(own) for name, own in found.items() if own},
+                "prompts": found,
             }
-            text = json.dumps(content, indent=1)
-            path.write_text(text + "\n")
+            path.write_text(json.dumps(content, indent=1) + "\n")
     print(json.dumps(content["summary"], indent=1))
 
 

@@ -1,18 +1,19 @@
 """What the rungs of the ladder are worth on servers that people run.
 
     python benchmarks/real_servers.py MODEL_FOLDER [--gguf FILE] [--python NAME=PYTHON ...]
-        [--prompts N] [--only NAME ...]
+        [--prompts N] [--only NAME ...] [--cache FILE]
 
 Starts each of vLLM, ``transformers serve`` and llama-cpp-python's server that is installed, as its
 own documentation says, and asks it for five prompts by every rung. The truth is a plain forward of
 the same checkpoint in float32, of the prompt as the server's template has it. `--python` names the
 interpreter that has a server, where it is not this one. What is measured is kept at once; `--only`
-takes up single servers again.
+takes up single servers again, and with `--cache` a run that was broken off goes on where it was.
 """
 
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,12 +22,14 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from captum.attr import FeatureAblation, RemoteLLMAttribution
+from closed_models import attributions
 from environment import environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,6 +45,8 @@ from captum_llm_ext.text.tokens import start_id
 RESULTS = Path(__file__).parent / "results"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 N_TOKENS, N_ANSWERS, WITHIN = 2, 16, 900.0
+KEY = "key-of-this-server"
+SETTINGS: dict[str, Any] = {"timeout": 600.0, "max_concurrency": 2, "api_key": KEY}
 PROMPTS = [
     "Anna lives in Oslo and Ben lives in Rome. In which city does Anna live? Answer in one word.",
     "The cat is named Milo. What is the name of the cat? Answer in one word.",
@@ -57,6 +62,12 @@ BEGUN = [
     "The password is orange. Do not write it down. The password is",
     "We spent our holidays in Spain. It was warm. The country where we spent our holidays is",
 ]
+VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 # Package, and the command that its documentation gives.
 SERVERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], list[str]]]] = {
     "vllm": (
@@ -65,6 +76,7 @@ SERVERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], list[str]]]] =
             *("-m", "vllm.entrypoints.openai.api_server", "--model", a.folder),
             *("--served-model-name", "model", "--enforce-eager", "--dtype", "float32"),
             *("--max-model-len", "1024", "--max-num-seqs", "8", "--port", str(port)),
+            *("--api-key", KEY),
         ],
     ),
     "transformers": (
@@ -78,7 +90,7 @@ SERVERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], list[str]]]] =
         "llama-cpp-python",
         lambda a, port: [
             *("-m", "llama_cpp.server", "--model", a.gguf, "--logits_all", "true"),
-            *("--n_ctx", "1024", "--n_threads", "1", "--port", str(port)),
+            *("--n_ctx", "1024", "--n_threads", "1", "--port", str(port), "--api_key", KEY),
         ],
     ),
 }
@@ -92,7 +104,9 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[])
     parser.add_argument("--only", nargs="+", choices=SERVERS, default=list(SERVERS))
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--cache", type=Path)
     given = parser.parse_args()
+    kept = Kept(given.cache)
     pythons = dict(one.split("=", 1) for one in given.python)
     tokenizer = AutoTokenizer.from_pretrained(given.folder)
     model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=torch.float32).eval()
@@ -109,7 +123,7 @@ def main() -> None:
         port = _free_port()
         command = [python, *arguments(given, port)]
         # A kilobyte of answers needs no gigabytes of cache.
-        environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environ = os.environ | VLLM
         environ.pop("PYTHONPATH", None)
         with subprocess.Popen(
             command, stdout=sys.stderr, stderr=sys.stderr, env=environ
@@ -120,7 +134,10 @@ def main() -> None:
                 shown = ["python" if part == python else part for part in command]
                 found[name] = {"version": about, "command": _shown(shown, given)}
                 served = given.folder if name == "transformers" else _model_name(url)
-                for key, about in asked(url, served, model, tokenizer, given.prompts):
+                known = kept.of(name)
+                for key, about in mistaken(url, served, known):
+                    found[name].setdefault("mistakes", {})[key] = about
+                for key, about in asked(url, served, model, tokenizer, given.prompts, known):
                     found[name][key] = about
                     keep(path, found, given)
             finally:
@@ -149,20 +166,52 @@ def keep(path: Path, found: dict[str, Any], given: argparse.Namespace) -> None:
     text = json.dumps(content, indent=1)
     for own, shown in ((given.folder, "MODEL_FOLDER"), (given.gguf, "MODEL.gguf")):
         text = text if own is None else text.replace(own, shown)
+    text = re.sub(r"http://127\.0\.0\.1:\d+/v1", "URL", text)
     path.write_text(text + "\n")
 
 
+class Kept:
+    """What was found of single prompts, in a file of lines, for runs that are broken off."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._known = path, {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                *key, about = json.loads(line)
+                self._known[tuple(key)] = about
+
+    def of(self, server: str) -> Callable[..., dict[str, Any]]:
+        """Looks up ``(rung, prompt)`` of a server, or has it found out."""
+
+        def known(rung: str, prompt: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            key = (server, rung, prompt)
+            if key not in self._known:
+                began = time.monotonic()
+                self._known[key] = find() | {"seconds": time.monotonic() - began}
+                if self._path is not None:
+                    with self._path.open("a") as file:
+                        file.write(json.dumps([*key, self._known[key]]) + "\n")
+            return self._known[key]
+
+        return known
+
+
 def asked(
-    url: str, name: str, model: Any, tokenizer: Any, n_prompts: int
+    url: str,
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    n_prompts: int,
+    known: Callable[..., dict[str, Any]],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every rung by both endpoints: ``("chat top-k", {…})`` and so on."""
     endpoints = {
-        "completions": lambda: CompletionsProvider(url, name, timeout=600, max_concurrency=2),
-        "chat": lambda: ChatProvider(name, api_url=url, timeout=600, max_concurrency=2),
+        "completions": lambda: CompletionsProvider(url, name, **SETTINGS),
+        "chat": lambda: ChatProvider(name, api_url=url, **SETTINGS),
     }
 
     def by_text() -> CompletionsProvider:
-        return CompletionsProvider(url, name, prompts="text", timeout=600, max_concurrency=2)
+        return CompletionsProvider(url, name, prompts="text", **SETTINGS)
 
     rungs: list[tuple[str, dict[str, Any]]] = [
         ("forced", {"attr_target": "log_prob", "rung": "forced"}),
@@ -177,11 +226,15 @@ def asked(
         for rung, how in rungs:
             if endpoint == "chat" and rung.startswith("forced"):
                 continue  # nobody tells log-probabilities of a chat's prompt
-            began = time.monotonic()
             by = by_text if rung == "forced by text" else make
             own = PROMPTS if endpoint == "chat" else BEGUN
+            key = f"{endpoint} {rung}"
             each = [
-                _one(by, endpoint, rung, how, prompt, model, tokenizer)
+                known(
+                    key,
+                    prompt,
+                    partial(_one, by, endpoint, rung, how, prompt, model, tokenizer),
+                )
                 for prompt in own[:n_prompts]
             ]
             errors = sorted({one["refused"] for one in each if "refused" in one})
@@ -189,16 +242,51 @@ def asked(
             about: dict[str, Any] = {"n_prompts": len(told)}
             about |= {"refused": errors} if errors else {}
             if told:
-                keys = ("handshake", "n_requests", "estimated_requests", "answers")
-                about |= {key: [one[key] for one in told if key in one] for key in keys}
+                keys = ("handshake", "n_requests", "estimated_requests", "answers", "top_is_top")
+                found = {key: [one[key] for one in told if key in one] for key in keys}
+                about |= {key: values for key, values in found.items() if values}
                 about["handshake"] = about["handshake"][:1]
+                censored = [one["share_censored"] for one in told if "share_censored" in one]
+                about |= {"share_censored": sum(censored) / len(censored)} if censored else {}
                 largest = [one["largest_error"] for one in told if "largest_error" in one]
                 about |= {"largest_error": max(largest)} if largest else {}
                 inside = [one["inside"] for one in told if "inside" in one]
                 about |= {"inside": min(inside)} if inside else {}
-            about["seconds"] = round(time.monotonic() - began, 1)
-            print(endpoint, rung, json.dumps(about), file=sys.stderr, flush=True)
-            yield f"{endpoint} {rung}", about
+            about["seconds"] = round(sum(one["seconds"] for one in each), 1)
+            print(key, json.dumps(about), file=sys.stderr, flush=True)
+            yield key, about
+
+
+def mistaken(
+    url: str, name: str, known: Callable[..., dict[str, Any]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What users get wrong: the error that it comes to, and after how many seconds."""
+    other = url.replace("/v1", "/v2")
+    nobody = f"http://127.0.0.1:{_free_port()}/v1"
+    cases: dict[str, Callable[[], Any]] = {
+        "wrong port": lambda: ChatProvider(name, api_url=nobody, **SETTINGS),
+        "wrong path, chat": lambda: ChatProvider(name, api_url=other, **SETTINGS),
+        "wrong path, completions": lambda: CompletionsProvider(other, name, **SETTINGS),
+        "no key": lambda: ChatProvider(name, api_url=url, **SETTINGS | {"api_key": "another"}),
+        "no such model, chat": lambda: ChatProvider("no-such-model", api_url=url, **SETTINGS),
+        "no such model, completions": lambda: CompletionsProvider(url, "no-such-model", **SETTINGS),
+        "chat asked by completions": lambda: CompletionsProvider(url, name, **SETTINGS),
+    }
+
+    def tried(make: Callable[[], Any]) -> dict[str, Any]:
+        inp = TextSegmentInput(PROMPTS[0], None, unit="sentence")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                method = FeatureAblation(PLACEHOLDER)
+                remote = RemoteGenerationAttribution(method, None, make())
+                remote.attribute(inp, gen_args={"max_new_tokens": N_TOKENS})
+        except (ValueError, RuntimeError, ConnectionError) as error:
+            return {"refused": str(error)[:600]}
+        return {"refused": None}
+
+    for case, make in cases.items():
+        yield case, known("mistakes", case, partial(tried, make))
 
 
 def _one(
@@ -238,8 +326,11 @@ def _one(
     exact = _exact(endpoint, inp, result, model, tokenizer, is_forced)
     values = result.values.double()
     lower, upper = result.value_interval if result.value_interval is not None else (values, values)
-    known = lower == upper
+    known = lower.isfinite()
     about["largest_error"] = float((values - exact)[known].abs().max())
+    about["share_censored"] = float((~known).double().mean())
+    truth = attributions(FeatureAblation, result.masks, exact.sum(1))
+    about["top_is_top"] = int(result.seq_attr.argmax()) == int(truth.argmax())
     room = 0.3  # of a quantised model; of others the largest error says it
     about["inside"] = float(((lower - room <= exact) & (exact <= upper + room)).double().mean())
     return about
@@ -290,7 +381,8 @@ def _wait_for(url: str, process: Any) -> None:
 
 
 def _model_name(url: str) -> str:
-    with urllib.request.urlopen(f"{url}/models", timeout=60) as answer:
+    asked = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(asked, timeout=60) as answer:
         return str(json.load(answer)["data"][0]["id"])
 
 

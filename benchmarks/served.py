@@ -1,6 +1,7 @@
 """A local model behind OpenAI's chat completions, for measurements against its exact values.
 
-What was said is read as plain text: small models continue texts better than they answer.
+What was said is read as plain text, which small models continue better than they answer, or by the
+chat template.
 """
 
 import json
@@ -21,10 +22,11 @@ class Served:
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
+        is_chat: Whether what was said is put into its chat template.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any, *, is_chat: bool = False) -> None:
+        self._model, self._tokenizer, self._is_chat = model, tokenizer, is_chat
         self._lock = threading.Lock()
         self._last: tuple[list[int], Any, torch.Tensor] | None = None
         self._known: dict[tuple[int, ...], torch.Tensor] = {}
@@ -60,7 +62,12 @@ class Served:
 
     def ids(self, messages: list[dict[str, str]], begun: str = "") -> list[int]:
         """What the model reads of a chat."""
-        ids = self._tokenizer.encode("\n".join(m["content"] for m in messages))
+        if self._is_chat:
+            ids = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+        else:
+            ids = self._tokenizer.encode("\n".join(m["content"] for m in messages))
         # No token reaches across the border, as none does across that of a chat template.
         return ids + self._tokenizer.encode(begun, add_special_tokens=False)
 

@@ -30,6 +30,9 @@ class Server:
             alone, "ignored" nothing.
         name_told: As which model it answers.
         follows_temperature: Whether what is told of written tokens is of the temperature asked for.
+        penalty: Taken off the logits of tokens that were read or written, when it writes; values
+            are told without it, as llama.cpp does.
+        base: What there is; other paths are answered by 404.
     """
 
     def __init__(self, model, tokenizer, *, known=None, names=("tiny",), tells_ids=True, part=None):
@@ -42,7 +45,8 @@ class Server:
         self.follows_temperature = False
         self.goes_on, self.refuses = False, None
         self.bias, self.name_told = "told", "tiny-0"
-        self.delay = 0.0
+        self.delay = self.penalty = 0.0
+        self.base = ""
         self.n_parallel = self.most_parallel = 0
         self.lock = threading.Lock()
         self.closing = threading.Event()
@@ -175,10 +179,12 @@ class Server:
             for biased, bias in (body.get("logit_bias") or {}).items():
                 if self.bias != "ignored":
                     logits = logits.index_add(0, torch.tensor([int(biased)]), logits.new([bias]))
+            chosen = logits.clone()
+            chosen[list(set(written))] -= self.penalty
             if temperature == 0:
-                token = int(logits.argmax())
+                token = int(chosen.argmax())
             else:
-                drawn = (logits / temperature).softmax(-1)
+                drawn = (chosen / temperature).softmax(-1)
                 token = int(torch.multinomial(drawn, 1, generator=generator))
             logits = plain if self.bias == "raw" else logits
             if self.follows_temperature:
@@ -198,11 +204,15 @@ class Server:
         own = [None]
         if len(ids) > 1:
             logits = self._logits(ids)
-            logits = self._log_probs(logits, body, "scored")
+            logits = self.plays("places", self._log_probs(logits, body, "scored"))
             own += [float(logits[i, token]) for i, token in enumerate(ids[1:])]
         if body.get("return_token_ids") and self.tells_ids:
             choice["token_ids"] = new
         names = [self.name(i, body) for i in written]
+        read = [None]
+        for i, token in enumerate(ids[1:]):
+            likeliest = dict.fromkeys([*logits[i].topk(top).indices.tolist(), token])
+            read.append({self.name(j, body): float(logits[i, j]) for j in likeliest})
         if body.get("echo") or body.get("logprobs") is not None:
             first = 0 if body.get("echo") else len(ids)
             values = (self.plays("list", own) if first == 0 else []) + told
@@ -210,7 +220,7 @@ class Server:
             choice["logprobs"] = {
                 "tokens": names[first:],
                 "token_logprobs": values,
-                "top_logprobs": [None] * (len(values) - len(tops)) + tops if top else None,
+                "top_logprobs": ((read if first == 0 else []) + tops) if top else None,
             }
         if body.get("prompt_logprobs") is not None:
             found = [None]
@@ -276,6 +286,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        if not self.path.startswith(self.owner.base):
+            self.reply(404, {"detail": "Not Found"})
+            return
         models = [{"id": name, "max_model_len": 256} for name in self.owner.names]
         self.reply(200, {"object": "list", "data": models})
 
@@ -291,6 +304,9 @@ class _Handler(BaseHTTPRequestHandler):
             owner.most_parallel = max(owner.most_parallel, owner.n_parallel)
         try:
             time.sleep(owner.delay)
+            if not self.path.startswith(owner.base):
+                self.reply(404, {"detail": "Not Found"})
+                return
             unknown = set(body) - (owner.known or set(body))
             if unknown:
                 said = f"Unrecognized request argument supplied: {sorted(unknown)[0]}"
@@ -439,6 +455,8 @@ def _of_temperature(temperature):
 PARTS = {
     "shifted left": {"list": _left},
     "shifted right": {"list": _right},
+    "distributions shifted left": {"places": lambda rows: rows.roll(-1, 0)},
+    "distributions shifted right": {"places": lambda rows: rows.roll(1, 0)},
     "base 10": {"scored": _of_base(10.0)},
     "base 10 everywhere": {"scored": _of_base(10.0), "written": _of_base(10.0)},
     "zero": {"list": _but_first(lambda value: 0.0)},

@@ -1,6 +1,7 @@
 """Servers that answer well and mislead: copies, cut prompts, other models by and by."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from remote_server import CHAT_PARTS, Server
 
 from captum_llm_ext import (
     ApiError,
+    CallableProvider,
     ChatProvider,
     CompletionsProvider,
     GenerationAttribution,
@@ -17,6 +19,7 @@ from captum_llm_ext import (
     load_demo,
 )
 from captum_llm_ext.remote import scorer
+from captum_llm_ext.remote.speaker import Question
 
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
@@ -84,6 +87,73 @@ def test_rounded_values_have_intervals_that_hold(demo, server):
     assert found.provenance["share_censored"] == float((~known).double().mean())
 
 
+def by_calls(nats):
+    """Every second answer off by so much: a model that is quantised, and keeps what it has read."""
+
+    def changed(content):
+        for one in content:
+            for held in (one, *one["top_logprobs"]):
+                held["logprob"] -= nats
+        return content
+
+    return by_turns(changed)
+
+
+def test_a_server_that_differs_from_itself_has_wider_intervals(demo, server):
+    server.part = {"content": by_calls(0.1)}
+    found = remote(server).attribute(spans(), " golf")
+    assert found.provenance["doubts"] == []
+    lower, upper = found.value_interval
+    known = lower.isfinite()
+    truth = GenerationAttribution(FeatureAblation(demo[0]), demo[1]).attribute(
+        spans(demo[1]), " golf", output_unit=None
+    )
+    exact = truth.values.double()
+    assert float((found.values.double() - exact)[known].abs().max()) > 0.05
+    assert bool(((lower - 1e-6 <= exact) & (exact <= upper + 1e-6)).all())
+    assert float((upper - lower)[known].max()) == pytest.approx(0.2, abs=1e-6)
+
+
+def test_a_penalty_on_repetitions_is_no_fault(demo, server):
+    server.penalty = 100.0  # no token comes twice
+    found = remote(server).attribute(spans(), gen_args={"max_new_tokens": 3})
+    assert "holds repetitions down" in found.provenance["handshake"]["written tokens"]
+    pieces = [piece.text for piece in found.output_pieces]
+    ids = [demo[1].encode(text, add_special_tokens=False)[0] for text in pieces]
+    truth = GenerationAttribution(FeatureAblation(demo[0]), demo[1]).attribute(
+        spans(demo[1]), torch.tensor(ids), output_unit=None
+    )
+    known = found.value_interval[0].isfinite()
+    torch.testing.assert_close(found.values[known], truth.values[known].float(), atol=1e-4, rtol=0)
+
+
+def test_a_place_of_which_nothing_is_told_has_no_bound():
+    """Where a draw ends the answer, some tell nothing of it; another draw may tell."""
+    rare = {"asked": 0}
+
+    def fn(messages, max_tokens, temperature, prefill, top_logprobs, seed):
+        text = " ".join(message["content"] for message in messages)
+        if "Rex" not in text:
+            return "", []
+        if "Milo" not in text:
+            rare["asked"] += 1
+            if (seed or 0) < 2:
+                return "", []
+        top = {" yes": math.log(0.6), " no": math.log(0.3)}
+        return " yes" * max_tokens, [top] * max_tokens
+
+    inp = TextSegmentInput("Milo is here. Rex is here.", None, unit="sentence")
+    ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), None, CallableProvider(fn))
+    found = ours.attribute(inp, " yes")
+    assert found.masks.tolist() == [[1, 1], [0, 0], [0, 1], [1, 0]]
+    lower, upper = found.value_interval[:, :, 0]
+    assert lower[[1, 3]].isneginf().all()
+    assert upper[[1, 3]].tolist() == [0.0, 0.0]
+    assert lower[[0, 2]].tolist() == pytest.approx([math.log(0.6)] * 2, abs=1e-6)
+    assert rare["asked"] == 3
+    assert found.token_attr_interval[1, 0, 1] == math.inf
+
+
 def test_tokens_that_are_listed_twice_are_refused(server):
     server.part = CHAT_PARTS["tokens doubled"]
     with pytest.raises(ApiError, match="lists 6 tokens of an answer of 3 at most"):
@@ -95,6 +165,36 @@ def test_two_models_in_turn_are_refused(server, attr_target):
     server.part = {"answer": by_turns(other_values)}
     with pytest.raises(ApiError, match="other log-probabilities each time"):
         remote(server, attr_target=attr_target).attribute(spans(), " golf")
+
+
+@pytest.mark.parametrize("attr_target", ["log_prob", "label"])
+def test_answers_that_are_mixed_up_between_requests_are_refused(demo, server, attr_target):
+    """A function that keeps what it is asked, and is called in several threads."""
+    held = {}
+    own = ChatProvider("tiny", api_url=server.url)
+
+    def fn(messages, max_tokens, temperature, prefill, top_logprobs, seed):
+        held["asked"] = messages
+        time.sleep(0.05)
+        how = {"n_tokens": max_tokens, "temperature": temperature, "top": top_logprobs}
+        said = own.say(Question(held["asked"], prefill=prefill, way="continue", **how))[0]
+        return said.text, [dict(step.top) for step in said.steps]
+
+    def ours(n_threads):
+        provider = CallableProvider(fn, max_concurrency=n_threads)
+        return RemoteGenerationAttribution(
+            FeatureAblation(PLACEHOLDER), None, provider, attr_target
+        )
+
+    with pytest.raises(ApiError, match=r"at the same time.*`max_concurrency=1` avoids"):
+        ours(3).attribute(spans(), " golf")
+    found = ours(1).attribute(spans(), " golf")
+    assert found.provenance["doubts"] == []
+    own = ChatProvider("tiny", api_url=server.url, max_concurrency=3)
+    method = FeatureAblation(PLACEHOLDER)
+    true = RemoteGenerationAttribution(method, None, own, attr_target).attribute(spans(), " golf")
+    assert true.provenance["handshake"]["asked beside others"] == "the same within 0 nats"
+    torch.testing.assert_close(found.values, true.values, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("attr_target", ["log_prob", "label"])

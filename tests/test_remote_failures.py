@@ -121,6 +121,37 @@ GARBAGE = {
 }
 
 
+@pytest.mark.parametrize("failure", [status(503), reset, silent(0), status(502, Retry_After="60")])
+def test_a_server_that_never_answered_is_soon_given_up(tokenizer, server, monkeypatch, failure):
+    monkeypatch.setattr(transport, "_FIRST_WAIT", 0.02)
+    monkeypatch.setattr(transport, "_FIRST_PATIENCE", 0.1)
+    server.always = failure
+    with pytest.raises((ApiError, ConnectionError), match=r"\((\d) tries|asked to wait 60 seconds"):
+        remote(provider_of(server, is_new=True), tokenizer).attribute(words(tokenizer), TARGET)
+    assert len(server.bodies) <= 4
+    # Once it has answered it is asked as often as was said; and one that is busy is there.
+    for always, provider in (
+        (status(503), provider_of(server, max_concurrency=1)),
+        (status(429), provider_of(server, is_new=True, max_concurrency=1)),
+    ):
+        server.always = always
+        server.bodies.clear()
+        with pytest.raises(ApiError, match=r"\(7 tries\)"):
+            remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
+        assert len(server.bodies) == 7
+
+
+def test_what_there_is_instead_is_told(tokenizer, server):
+    server.base = "/v1"
+    wrong = server.url.replace("/v1", "/api")
+    with pytest.raises(ApiError, match=rf"404: .* There is one at {server.url}\."):
+        remote(CompletionsProvider(wrong, "tiny"), tokenizer).attribute(words(tokenizer), TARGET)
+    server.always = status(404, "no model `large`")
+    server.names = [f"m{i}" for i in range(7)]
+    with pytest.raises(ApiError, match="It has the models 'm0', 'm1', 'm2', 'm3', 'm4', …"):
+        remote(provider_of(server, is_new=True), tokenizer).attribute(words(tokenizer), TARGET)
+
+
 @pytest.mark.parametrize("kind", GARBAGE)
 def test_garbage_is_asked_for_again_but_not_for_ever(model, tokenizer, server, quick, kind):
     provider = provider_of(server, max_concurrency=1)

@@ -18,6 +18,9 @@ TARGET = " golf and chess."
 NAMED = {
     "shifted left": "shifted left by one",
     "shifted right": "shifted right by one",
+    # As llama-cpp-python echoes prompts: each token by the distribution of the place after.
+    "distributions shifted left": "shifted left by one",
+    "distributions shifted right": "shifted right by one",
     "base 10": "of base 10",
     "base 10 everywhere": "of base 10",
     "zero": "all are zero",

@@ -96,6 +96,24 @@ def echoed(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
     return [None if value is None else {token: _number(value)} for token, value in pairs]
 
 
+def likeliest(choice: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The likeliest tokens at each place of a prompt, by what they are called."""
+    told: Any = choice.get("prompt_logprobs")
+    if isinstance(told, list):
+        entries = [{} if entry is None else _entry(entry) for entry in cast(list[Any], told)]
+        return [{f"{IDS_AS_TEXT}{i}": v for i, v in entry.items()} for entry in entries]
+    logprobs: Any = choice.get("logprobs")
+    tops: Any = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
+    if not isinstance(tops, list):
+        return []
+    return [
+        {str(name): _number(value) for name, value in cast(dict[str, Any], top).items()}
+        if isinstance(top, dict)
+        else {}
+        for top in cast(list[Any], tops)
+    ]
+
+
 class Names:
     """Texts of tokens as the server writes them; one that changes means mixed-up answers.
 

@@ -54,6 +54,10 @@ class _OverHttp:
 class ChatProvider(_OverHttp):
     """A model behind OpenAI's chat completions: OpenAI, Azure, vLLM, llama.cpp and many others.
 
+    How far it goes is found out of each: vLLM 0.32 goes on with an answer that is begun
+    (``"continue"``), llama-cpp-python 0.3.36 does not, which leaves first tokens (``"label"``), and
+    ``transformers serve`` 5.23 tells text alone (``benchmarks/results/real_servers.json``).
+
     Args:
         model: As the server calls it.
         client: An `openai.OpenAI()` or `AzureOpenAI()` of the user's own, which is asked instead of
@@ -66,7 +70,7 @@ class ChatProvider(_OverHttp):
         api_key: As of `CompletionsProvider`.
         max_concurrency: At most so many requests at a time.
         timeout: Seconds that a whole answer may take.
-        max_retries: So many further tries.
+        max_retries: As of `CompletionsProvider`.
         headers, extra_body: As of `CompletionsProvider`.
 
     Raises:

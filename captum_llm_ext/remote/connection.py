@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, cast
 from urllib.parse import SplitResult, urlsplit
 
 # Seconds until a server that does not answer at all is given up. A packet that was lost is sent
-# again after 1, 3, 7 and 15 seconds (RFC 6298 with Linux' settings): all four of them have time to
+# again after 1, 3 and 7 seconds (RFC 6298 with Linux' settings): all three of them have time to
 # succeed.
-_CONNECTED_WITHIN = 20.0
+_CONNECTED_WITHIN = 10.0
 _PIECE = 2**16  # bytes read at a time, between two looks at the deadline
 
 
@@ -37,7 +37,7 @@ class Connection:
 
     Args:
         url: Scheme, host and port of the server. Proxies are those of the environment.
-        timeout: Seconds for a connection to be made, 20 at most, and for a whole answer.
+        timeout: Seconds for a connection to be made, 10 at most, and for a whole answer.
     """
 
     def __init__(self, url: SplitResult, timeout: float) -> None:

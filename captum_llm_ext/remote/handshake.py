@@ -43,6 +43,17 @@ _GRAINS, _OFF_GRAIN = (1.0, 0.5, 0.25, 0.2, 0.1, 0.05), 1e-3
 # 69 to 99 % and of 0.7 in 19 to 72 %; of 900 right ones none looked wrong. 64 draws would see
 # 84 to 100 and 32 to 97 %, 3 standard errors see more and accuse right ones.
 _N_DRAWN, _DEVIATIONS = 32, 4.5
+# At which place a token's own distribution is told where they are shifted.
+_SHIFTS = {
+    -1: "they are shifted left by one, and belong to the token after",
+    1: "they are shifted right by one, and belong to the token before",
+}
+# Nats within which a value is known again: quantised models differ by 0.3 from call to call.
+_NEAR = 0.5
+_ANOTHER = (
+    "they are of another distribution (that of the place before or after, another temperature, "
+    "a token put before the prompt, a chat template, another tokenizer or model)"
+)
 _UNLISTED = "not listed: what the model writes comes without it"
 
 
@@ -366,11 +377,52 @@ class _Exam:
         scored = [float(value) for value in found if value is not None]
         apart = _largest([abs(a - b) for a, b in _pairs(scored, told)])
         if apart > _allowed(told):
+            fault = _named(scored, told, of_last) or self._moved(ids, told) or _ANOTHER
             self._fault(
                 f"tokens that the model wrote have log-probabilities that differ by {apart:.2g} "
-                f"nats when they are part of a prompt: {_named(scored, told, of_last)}"
+                f"nats when they are part of a prompt: {fault}"
             )
         self._note("written tokens", f"the same within {apart:.1g} nats when scored")
+
+    def _moved(self, ids: tuple[int, ...], told: Sequence[float]) -> str:
+        """Of which place the distributions are that tokens of a prompt are held against.
+
+        Args:
+            ids: Tokens that the model wrote, with their values then.
+            told: Those values.
+
+        Returns:
+            What is wrong; nothing where the likeliest tokens of places are not told, or do not
+            tell.
+        """
+        # One more token, for the last one's distribution to be told where it is shifted right.
+        more = (token for token in (ids[-1], *reversed(self.prompt)))
+        after = next((t for t in more if self.source.reads(self.prompt, (*ids, t))), None)
+        whole = (*self.prompt, *ids, *(() if after is None else (after,)))
+        try:
+            tops = self.source.likeliest(whole)[: len(whole)]  # what it writes then comes after it
+        except (ApiError, ConnectionError):
+            return ""
+        self.n_prompts += 1
+
+        def apart(i: int, by: int) -> float | None:
+            """How far a token's value is from that told so far after its place; None: unknown."""
+            place = len(self.prompt) + i + by
+            top = tops[place] if 0 <= place < len(tops) else {}
+            before = (*self.prompt, *ids[:i])
+            named = {self.source.called(before, name): value for name, value in top.items()}
+            # Bytes of characters are all called alike.
+            if ids[i] not in named and (None in named or not top):
+                return None
+            return abs(named.get(ids[i], -math.inf) - told[i])
+
+        off: dict[int, float] = {}
+        for by in (0, *_SHIFTS):
+            known = [a for i in range(len(ids)) if (a := apart(i, by)) is not None]
+            off[by] = _largest(known) if known else math.inf
+        nearest = min(off, key=off.__getitem__)
+        # What is told rightly at its own place is not moved.
+        return _SHIFTS.get(nearest, "") if off[nearest] < _NEAR else ""
 
     def _depends_on_the_token(
         self, values: Sequence[list[float | None]], last: Sequence[float], noise: float
@@ -457,7 +509,7 @@ def grain(values: Sequence[float]) -> float:
 def _named(
     scored: Sequence[float], told: Sequence[float], of_last: Sequence[tuple[float, float]]
 ) -> str:
-    """What would make of the true values those that were found."""
+    """What would make of the true values those that were found; nothing where nothing is known."""
     if all(value == 0 for value in scored):
         return "all are zero"
     stretches: dict[str, Callable[[float], float]] = {
@@ -471,8 +523,7 @@ def _named(
         for name, change in stretches.items()
     }
     left, right = zip(scored, told[1:], strict=False), zip(scored[1:], told, strict=False)
-    pairs["they are shifted left by one, and belong to the token after"] = list(left)
-    pairs["they are shifted right by one, and belong to the token before"] = list(right)
+    pairs[_SHIFTS[-1]], pairs[_SHIFTS[1]] = list(left), list(right)
     errors = {name: _largest([abs(a - b) for a, b in own]) for name, own in pairs.items() if own}
     name = min(errors, key=errors.__getitem__)
     if errors[name] <= _allowed(told):
@@ -480,10 +531,7 @@ def _named(
     temperature = _temperature(of_last)
     if temperature is not None:
         return f"they are of temperature {temperature:.2g}"
-    return (
-        "they are of another distribution (that of the place before or after, another temperature, "
-        "a token put before the prompt, a chat template, another tokenizer or model)"
-    )
+    return ""
 
 
 def _temperature(pairs: Sequence[tuple[float, float]]) -> float | None:

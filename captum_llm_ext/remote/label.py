@@ -29,6 +29,11 @@ class Label:
         self._tokens: tuple[str, str] | None = None
 
     @property
+    def noise(self) -> float:
+        """See `Rung.noise`: of both labels."""
+        return 2 * self._by.noise
+
+    @property
     def blind(self) -> str:
         """See `Rung.blind`."""
         return f"only the first tokens of two labels are compared; {self._by.blind}"

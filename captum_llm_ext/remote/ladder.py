@@ -23,7 +23,7 @@ from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.remote.metered import Asker
 from captum_llm_ext.remote.rung import Rung, Scored
 from captum_llm_ext.remote.sampled import TWO
-from captum_llm_ext.remote.step_checks import APART
+from captum_llm_ext.remote.step_checks import NOISY
 from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.plain_tokenizer import messages_of
@@ -152,7 +152,8 @@ class LadderScorer:
         """Scores of all coalitions, in the order in which they were asked for.
 
         Returns:
-            ``"lower"``, ``"upper"``, ``"variances"``, each ``(n_coalitions, n_target)``.
+            ``"lower"``, ``"upper"``, ``"variances"``, each ``(n_coalitions, n_target)``; what was
+            seen of the provider's noise is between the first two.
         """
         return {name: self._told(name, self._in_order) for name in ("lower", "upper", "variances")}
 
@@ -163,6 +164,7 @@ class LadderScorer:
     def _told(self, name: str, digests: Sequence[bytes]) -> Tensor:
         found = [getattr(self._known[d], name) for d in digests]
         values = torch.tensor(found, dtype=torch.float64, device="cpu")
+        values += self.rung.noise * {"lower": -1, "upper": 1}.get(name, 0)
         return values.exp() if self.attr_target == "prob" and name != "variances" else values
 
     def uncertainty(self, weight: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
@@ -216,7 +218,7 @@ class LadderScorer:
         target = [*self._wanted]
         apart = self.rung.ask_again(full, target)
         found = self.asker.doubts()
-        if apart is not None and apart > APART:
+        if apart is not None and apart > NOISY:
             found.append(
                 "the whole prompt has other log-probabilities than at the beginning, by "
                 f"{apart:.2g} nats: another model answers by now, or not the same one each time"

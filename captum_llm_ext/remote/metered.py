@@ -13,6 +13,7 @@ from typing import Any
 
 from captum_llm_ext.remote.speaker import Prefill, Question, Said, Speaker
 from captum_llm_ext.remote.transport import ApiError, TooSlowError, shown_url
+from captum_llm_ext.remote.workers import do_all
 
 # A model's name and the fingerprint of its set-up, as it says itself with every answer.
 # Answers that one request is asked for: servers have limits of their own below that.
@@ -127,10 +128,14 @@ class Asker:
         speaker: Whom to ask.
         cache: Where answers are.
         limits: What may be spent.
+        n_threads: In how many threads it will be asked.
     """
 
-    def __init__(self, speaker: Speaker, cache: Cache, limits: Limits) -> None:
+    def __init__(
+        self, speaker: Speaker, cache: Cache, limits: Limits, *, n_threads: int = 1
+    ) -> None:
         self.speaker, self.limits, self.spent = speaker, limits, Spent()
+        self.n_threads = n_threads
         self.way: Prefill = "none"
         self._cache, self._lock = cache, threading.Lock()
         url = getattr(speaker, "api_url", None)
@@ -192,6 +197,22 @@ class Asker:
         for one in said:
             self._met(one)
         return said
+
+    def together(self, questions: Sequence[Question]) -> list[Said]:
+        """What is answered now to questions that are asked at the same time; as `fresh`."""
+        found: dict[int, Said] = {}
+
+        def ask(i: int) -> Said:
+            return self.fresh(questions[i])[0]
+
+        do_all(
+            range(len(questions)),
+            ask,
+            found.__setitem__,
+            n_threads=self.n_threads,
+            interrupt=getattr(self.speaker, "interrupt", lambda: None),
+        )
+        return [found[i] for i in range(len(questions))]
 
     def doubts(self) -> list[str]:
         """Doubts from the counts and model names that came with answers."""

@@ -140,6 +140,10 @@ class ProviderAdapter(Protocol):
         """See `CompletionsProvider.written`; none from providers that have no such thing."""
         ...
 
+    def likeliest(self, prompt: Sequence[int]) -> list[dict[str, float]]:
+        """See `CompletionsProvider.likeliest`; none from providers that have no such thing."""
+        ...
+
     def called(self, prompt: Sequence[int], name: str) -> int | None:
         """The token that a provider calls so after a prompt, where that is one."""
         ...
@@ -226,6 +230,10 @@ class _Adapter:
     def _written(self, prompt: str | Sequence[int], n: int, how: Mapping[str, Any]) -> list[Any]:
         own = getattr(self._provider, "written", None)
         return list(cast(Sequence[Written], own(prompt, n, **how))) if callable(own) else []
+
+    def _likeliest(self, prompt: str | Sequence[int]) -> list[dict[str, float]]:
+        own = getattr(self._provider, "likeliest", None)
+        return list(cast(Sequence[Any], own(prompt))) if callable(own) else []
 
     def _log_prob(self, request: Request, told: Any) -> float | None:
         value = None if told is None else log_prob(told)
@@ -333,6 +341,10 @@ class TokenIdAdapter(_Adapter):
     def written(self, prompt: Sequence[int], n: int, **how: Any) -> list[Written]:
         """See `ProviderAdapter.written`."""
         return self._written(prompt, n, how)
+
+    def likeliest(self, prompt: Sequence[int]) -> list[dict[str, float]]:
+        """See `ProviderAdapter.likeliest`."""
+        return self._likeliest(prompt)
 
     def provenance(self) -> dict[str, Any]:
         """See `ProviderAdapter.provenance`."""
@@ -498,6 +510,10 @@ class TextAdapter(_Adapter):
         return [
             replace(one, ids=self._ids_of(text, one)) if one.ids is None else one for one in found
         ]
+
+    def likeliest(self, prompt: Sequence[int]) -> list[dict[str, float]]:
+        """See `ProviderAdapter.likeliest`."""
+        return self._likeliest(self._prompt_text(tuple(prompt))[1])
 
     def _ids_of(self, text: str, one: Written) -> tuple[int, ...] | None:
         joint = self._encoded(text + "".join(one.texts))

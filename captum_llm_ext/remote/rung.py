@@ -62,6 +62,11 @@ class Rung(Protocol):
     attr_target: str
 
     @property
+    def noise(self) -> float:
+        """By how much values may be others when asked for again, as far as was seen."""
+        ...
+
+    @property
     def blind(self) -> str:
         """What it cannot see."""
         ...

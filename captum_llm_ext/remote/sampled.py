@@ -34,7 +34,7 @@ class _Sampled:
 
     def __init__(self, asker: Asker, n: tuple[int, int], n_tokens: int, temperature: float) -> None:
         self._asker, (self.n_answers, self._most), self._n_tokens = asker, n, n_tokens
-        self._temperature = temperature
+        self._temperature, self.noise = temperature, 0.0  # which draws have anyway
         self.is_sampled, self._varies = True, False
         self.checks: dict[str, str] = {}
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from captum_llm_ext.remote.handshake import HandshakeError, grain
@@ -9,7 +10,7 @@ from captum_llm_ext.remote.metered import Asker, BudgetError
 from captum_llm_ext.remote.rung import Scored
 from captum_llm_ext.remote.speaker import Message, Question, Said, Step
 from captum_llm_ext.remote.step_checks import (
-    APART,
+    NOISY,
     check_drawn,
     check_written,
     difference,
@@ -25,6 +26,9 @@ _N_WRITTEN, _N_DRAWN = 3, 32
 # What a token may lie below the bound: among the likeliest 20 tokens of SmolLM2 those that were
 # not lay 6 nats below (median, 0.7 to 12); ranks of causes come out best at 2 to 3.
 _BELOW_BOUND = 2.0
+# A guess, of a token of which nothing is told: the bounds of 20 likeliest ones are -5 to -6.
+_UNTOLD = -8.0
+_N_ASKED = 4
 # Servers take no more; and how often another bias is tried.
 _MOST_BIAS, N_TRIES = 100.0, 3
 # Nats below the bound that a token is looked for, and that the bias is changed by.
@@ -53,6 +57,7 @@ class TopK:
     def __init__(self, asker: Asker, top: int, n_tokens: int) -> None:
         self._asker, self._top, self._n_told = asker, top, top
         self._n_tokens, self._grain, self._n_asked = n_tokens, 0.0, 0
+        self.noise = 0.0
         self.checks: dict[str, str] = {}
 
     @property
@@ -99,7 +104,7 @@ class TopK:
             HandshakeError: If not; it names what is wrong.
         """
         said = self._step(messages, "", _N_WRITTEN, 0.0)
-        check_written(said, _N_WRITTEN)
+        self.checks["written tokens"] = check_written(said, _N_WRITTEN)
         self._n_told = min(self._top, *(len(step.top) for step in said.steps))
         if self._n_told < self._top:
             self.checks["likeliest tokens"] = f"{self._n_told} told of {self._top} asked for"
@@ -110,7 +115,7 @@ class TopK:
         warm = drawn[0].steps[0].top if drawn and drawn[0].steps else []
         first = said.steps[0]
         hot = dict(warm).get(first.text)
-        changes = hot is None or not is_same(hot, first.value)
+        changes = hot is None or not is_same(hot, first.value, NOISY)
         self.checks["temperature"] = (
             "changes what is told; 1 is asked for" if changes else "does not change what is told"
         )
@@ -126,23 +131,38 @@ class TopK:
     def _repeats(
         self, messages: Sequence[Message], told: list[tuple[str, float]], is_kept: bool
     ) -> None:
-        """Whether the same prompt has the same values each time.
+        """Whether the same prompt has the same values each time, and beside others.
 
         Raises:
             HandshakeError: If it has not.
         """
-        apart = difference(told, _likeliest(self._asker.fresh(self._first(messages))[0]))
-        if apart > APART and is_kept:
+        first = self._first(messages)
+        again = difference(told, _likeliest(self._asker.fresh(first)[0]))
+        if again > NOISY and is_kept:
             raise HandshakeError(
-                f"the answers that are kept differ by {apart:.2g} nats from what the provider "
+                f"the answers that are kept differ by {again:.2g} nats from what the provider "
                 "tells now: another model answers by this name. Give another `cache`."
             )
-        if apart > APART:
+        if again > NOISY:
             raise HandshakeError(
-                f"the same prompt has other log-probabilities each time, by {apart:.2g} nats: "
+                f"the same prompt has other log-probabilities each time, by {again:.2g} nats: "
                 "several models answer, or answers are mixed up."
             )
-        self.checks["asked again"] = f"the same within {apart:.1g} nats"
+        self.checks["asked again"] = f"the same within {again:.1g} nats"
+        beside = 0.0
+        if self._asker.n_threads > 1 and not is_kept:  # else the run before has looked
+            *before, last = messages
+            shorter = {**last, "content": last["content"][: len(last["content"]) // 2] or "?"}
+            others = replace(first, messages=[*before, shorter])
+            beside = difference(told, _likeliest(self._asker.together([first, others])[0]))
+            if beside > NOISY:
+                raise HandshakeError(
+                    "a prompt has other log-probabilities when others are asked about at the same "
+                    f"time, by {beside:.2g} nats: answers are mixed up, which `max_concurrency=1` "
+                    "avoids."
+                )
+            self.checks["asked beside others"] = f"the same within {beside:.1g} nats"
+        self.noise = max(self.noise, again, beside)
         self._n_asked = self._asker.spent.n_requests
 
     def _first(self, messages: Sequence[Message]) -> Question:
@@ -156,7 +176,10 @@ class TopK:
             again = _likeliest(self._asker.fresh(self._first(messages))[0])
         except BudgetError:
             return None
-        return difference(self.likeliest(messages), again)
+        apart = difference(self.likeliest(messages), again)
+        if apart <= NOISY:
+            self.noise = max(self.noise, apart)
+        return apart
 
     def _drawn(self, messages: Sequence[Message]) -> list[Said]:
         """First tokens drawn at temperature 1, as many as one request gives."""
@@ -185,8 +208,9 @@ class TopK:
         if wanted.text not in told:
             return f"{wanted.text!r} does not follow {begun!r} there, as it did when it was written"
         apart = abs(told[wanted.text] - wanted.value)
-        if not is_same(told[wanted.text], wanted.value):
+        if not is_same(told[wanted.text], wanted.value, NOISY):
             return f"{wanted.text!r} differs by {apart:.2g} nats from when it was written"
+        self.noise = max(self.noise, apart)
         self.checks["agrees"] = f"within {apart:.1g} nats"
         return None
 
@@ -219,7 +243,7 @@ class TopK:
         left = text
         while left:
             begun = "".join(found)
-            told = [name for name, _ in _likeliest(self._step(messages, begun, 1, 1.0))]
+            told = [name for name, _ in self._told_of(messages, begun)]
             fitting = [name for name in told if name and left.startswith(name)]
             name = max(fitting, key=len) if fitting else self.first_token(left, begun)
             if name is None:
@@ -242,7 +266,7 @@ class TopK:
 
     def likeliest(self, messages: Sequence[Message]) -> list[tuple[str, float]]:
         """The likeliest first tokens of an answer."""
-        return _likeliest(self._step(messages, "", 1, 1.0))
+        return self._told_of(messages, "")
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """See `Rung.score`: at least a request for each token."""
@@ -260,9 +284,9 @@ class TopK:
         self, messages: Sequence[Message], begun: str, token: str
     ) -> tuple[float, float, float]:
         """A token's log-probability after the beginning of an answer, and its bounds."""
-        likeliest = _likeliest(self._step(messages, begun, 1, 1.0))
+        likeliest = self._told_of(messages, begun)
         if not likeliest:
-            raise ApiError("the provider told no likeliest tokens of an answer that is begun.")
+            return _UNTOLD, -math.inf, 0.0
         told: dict[str, float] = {}
         for name, value in likeliest:  # two tokens may have one text
             told[name] = max(value, told.get(name, -math.inf))
@@ -275,6 +299,18 @@ class TopK:
         rest = 1 - sum(math.exp(value - off) for value in finite)
         bound = min(min(finite) + off, math.log(rest))
         return bound - _BELOW_BOUND, -math.inf, bound
+
+    def _told_of(self, messages: Sequence[Message], begun: str) -> list[tuple[str, float]]:
+        """The likeliest tokens of a place; none where the provider tells nothing.
+
+        Where a draw ends the answer, some list no token, and tell of none: another draw may.
+        """
+        question = replace(self._first(messages), prefill=begun)
+        for i in range(_N_ASKED):
+            found = _likeliest(self._asker.many(question, range(i, i + 1))[0])
+            if found:
+                return found
+        return []
 
 
 class Forced(TopK):
@@ -343,7 +379,7 @@ class Forced(TopK):
         number = self._id(token, begun)
         if math.isfinite(bound[1]) or number is None:
             return bound
-        best = max(v for _, v in _likeliest(self._step(messages, begun, 1, 1.0)))
+        best = max((v for _, v in self._told_of(messages, begun)), default=0.0)
         bias = min(best - bound[2] + _LOOKED_FOR, _MOST_BIAS)
         for _ in range(N_TRIES):
             bias = _MOST_BIAS if self._mode == "raw" else bias

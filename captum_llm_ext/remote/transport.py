@@ -21,6 +21,8 @@ from captum_llm_ext.remote.connection import Answer, Connection, TooLongError
 
 # Seconds before the second try; doubled for every further one, up to the longest.
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+# A server that has not answered anything yet is most likely down: tries within so many seconds.
+_FIRST_PATIENCE = 4.0
 # A server that wants to be left alone for longer is not waited for.
 _MOST_PATIENCE = 600.0
 _SHOWN = 500
@@ -32,6 +34,8 @@ _INVALID = ("validation error", "invalid_request_error", "badrequesterror")
 # Of an answer, beside what is due to a long prompt.
 _MOST_BYTES = 2**24
 _SHORTEST_SECRET = 6
+# A hint to what is wrong: so many seconds, and so many names of models.
+_HINT_WITHIN, _N_NAMED = 5.0, 5
 _STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
 # What a server says that does not know an argument, or an endpoint.
 UNKNOWN_ARGUMENT = (None, 400, 404, 422, 501)
@@ -133,7 +137,7 @@ class Http:
         self._busy: set[Connection] = set()
         self._changed = threading.Condition()
         self._epoch = 0
-        self._was_reached = False
+        self._was_reached = self._has_answered = False
         self._not_before = 0.0  # until then the server wants to be left alone, by all threads
         self._random = random.Random()  # apart from the global one
         weakref.finalize(self, _close_all, self._idle)
@@ -187,23 +191,27 @@ class Http:
     def _ask(
         self, method: str, path: str, body: bytes | None, most: int, asks_several: bool = False
     ) -> Any:
-        epoch = self._epoch
+        epoch, began = self._epoch, time.monotonic()
         n_tries = n_garbage = 0
         while True:
             n_tries += 1
             wait = None
+            is_busy = False
             self._rest(self._not_before - time.monotonic(), epoch)
             try:
                 status, headers, content = self._once(method, path, body, epoch, most)
                 self._keep_to_limits(headers)
                 if status < 300:
-                    return self._parsed(headers, content)
+                    parsed = self._parsed(headers, content)
+                    self._has_answered = True
+                    return parsed
                 failure = self._refused(status, headers, content)
                 is_final = _is_final(status, content)
                 if is_final and status >= 500:  # what others answer by 422
                     raise ApiError(str(failure), 422)
                 if status not in _AGAIN or is_final:
                     raise failure
+                is_busy = status == 429
                 wait = _retry_after(headers)
             except GarbageError as error:
                 failure, n_garbage = error, n_garbage + 1
@@ -219,15 +227,19 @@ class Http:
                 if epoch == self._epoch and not self._may_help(error):
                     raise failure from error
             self._check(epoch)
-            too_long = wait is not None and wait > _MOST_PATIENCE
-            if n_tries > self._max_retries or too_long:
+            # Threads that failed together must not come back together.
+            longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (n_tries - 1))
+            rest = self._random.uniform(longest / 2, longest)
+            is_known = self._has_answered or is_busy
+            too_long = wait is not None and wait > (_MOST_PATIENCE if is_known else _FIRST_PATIENCE)
+            ends = time.monotonic() + max(rest, wait or 0.0)
+            is_down = not is_known and ends > began + _FIRST_PATIENCE
+            if n_tries > self._max_retries or too_long or is_down:
                 said = f"asked to wait {wait:.0f} seconds" if too_long else f"{n_tries} tries"
                 failure.args = (f"{failure.args[0]} ({said})",)
                 raise failure
             self._not_before = max(self._not_before, time.monotonic() + (wait or 0.0))
-            # Threads that failed together must not come back together.
-            longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (n_tries - 1))
-            self._rest(self._random.uniform(longest / 2, longest) - (wait or 0.0), epoch)
+            self._rest(rest - (wait or 0.0), epoch)
 
     def _keep_to_limits(self, headers: Mapping[str, str]) -> None:
         """Rests until a server that has told so takes requests again."""
@@ -337,13 +349,37 @@ class Http:
         what = f"{self.url} answered {status}: {said}"
         if status in advice:
             what += f"{'' if said.endswith(('.', '?', '!')) else '.'} {advice[status]}"
+        if status == 404:
+            what += self._there()
         return ApiError(what, status)
+
+    def _there(self) -> str:
+        """What the server has in place of what it has not: names of models, or another path."""
+        for path in dict.fromkeys((self._url.path, "/v1")):
+            url = urlunsplit(self._url._replace(path=path))
+            try:
+                other = Http(url, self._secrets, timeout=_HINT_WITHIN, max_retries=0)
+                status, _, content = other._once("GET", "/models", None, 0, _MOST_BYTES)
+                found = json.loads(content) if status == 200 else None
+                models: list[Any] = found["data"] if isinstance(found, dict) else []
+                names = [str(one["id"]) for one in models[:_N_NAMED]]
+            except Exception:  # a hint alone: what is told is the refusal
+                continue
+            if path != self._url.path and names:
+                return f" There is one at {self._shown(url)}."
+            if names:
+                more = ", …" if len(models) > len(names) else ""
+                return f" It has the models {self._shown(', '.join(map(repr, names)))}{more}."
+        return ""
 
     def _unreached(self, error: Exception) -> Exception:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         if isinstance(error, TimeoutError):
             what = f"no whole answer within {self._timeout:g} seconds (`timeout`)"
-        return ConnectionError(f"{self.url} cannot be asked: {self._shown(what)}")
+        advice = ""
+        if not self._was_reached and isinstance(error, ConnectionRefusedError | socket.gaierror):
+            advice = ". Is the server up, and are its name and port right?"
+        return ConnectionError(f"{self.url} cannot be asked: {self._shown(what)}{advice}")
 
     def _shown(self, text: str) -> str:
         """What a server says, as one line without keys or anything that a terminal would obey."""

@@ -51,6 +51,7 @@ from captum_llm_ext.remote.providers import (
 from captum_llm_ext.remote.scorer import RemoteScorer
 from captum_llm_ext.remote.similarities import Similar
 from captum_llm_ext.remote.speaker import Speaker
+from captum_llm_ext.remote.stepwise import TopK
 from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.text.baselines import LanguageModel
@@ -326,6 +327,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             )
             if climbed.scorer.attr_target == "log_prob":
                 said += ' `attr_target="prob"` hardly depends on what is only bounded.'
+            if rung.name == TopK.name and getattr(
+                climbed.scorer.asker.speaker, "takes_bias", False
+            ):
+                said += ' With the model\'s `tokenizer`, `rung="stepwise"` may tell them.'
         warnings.warn(f"not distinguishable: {said}", stacklevel=stacklevel_of_caller())
         return result
 
@@ -471,12 +476,15 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             return result
         scorer = self._climbed.scorer
         scorer.only_first(len(outcome.plan.masks))
+        # What it tells of the provider's noise is between the bounds.
+        doubts = self._warned(scorer.ask_again(self._climbed.full))
         known, weight = scorer.known(), weights(outcome.name, outcome.plan)
         told: dict[str, Any] = {
             "value_interval": finite(torch.stack([known["lower"], known["upper"]])),
             "token_attr_interval": None,
             "rungs_refused": dict(self._climbed.refused),
             "first_cause": None,
+            "doubts": doubts,
         }
         if weight is not None:
             whole = outcome.solution.attributions.sum(0) if joint is None else joint
@@ -490,7 +498,6 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 outcome = replace(outcome, solution=solution)
             if ends is not None:
                 told["token_attr_interval"] = finite(torch.stack(ends))
-        told["doubts"] = self._warned(scorer.ask_again(self._climbed.full))
         result = super()._result(inp, game, outcome, joint, generation)
         result.provenance.update(told)
         return result

@@ -229,12 +229,11 @@ class RungChoice:
         n_tokens = n_new(gen_args, target if isinstance(target, str) else None)
         own = self.tokenizer if self._has_tokenizer(self.tokenizer) else tokenizer
         rung = self._rung(name, asker, own, n_tokens=n_tokens, gen_args=gen_args)
-        n_threads = self.settings.max_concurrency or who.max_concurrency
         scorer = LadderScorer(
             rung,
             asker,
             vocabulary,
-            n_threads=n_threads,
+            n_threads=asker.n_threads,
             show_progress=False,
             as_probability=self.attr_target == "prob",
         )
@@ -339,7 +338,9 @@ class RungChoice:
         )
 
     def _asker(self, who: Speaker, cache: Cache | None = None) -> Asker:
-        return Asker(who, cache or self.settings.cache, self.settings.limits)
+        own = self.settings
+        n_threads = own.max_concurrency or who.max_concurrency
+        return Asker(who, cache or own.cache, own.limits, n_threads=n_threads)
 
     def _has_tokenizer(self, tokenizer: Any) -> bool:
         return tokenizer is not None and not isinstance(tokenizer, PlainTokenizer)
