@@ -3,10 +3,10 @@
     PYTHONPATH=benchmarks python benchmarks/first_view.py [--model smollm2] [--cache FOLDER]
 
 Four passages and a question, as people ask a retrieval model; one has the fact. Answers that do not
-hold it are left out. Two references that are not this package's: the passage with the fact, and what
-each passage does to the log-probability of the whole answer as it was written, which by the chain
-rule is its total effect on it, through all that was written before: exact Shapley values of deleted
-passages from a plain loop of forward passes in float32.
+hold it are left out. Two references that are not this package's: the passage with the fact, and
+what each passage does to the log-probability of the whole answer as it was written, which by the
+chain rule is its total effect on it, through all that was written before: exact Shapley values of
+deleted passages from a plain loop of forward passes in float32.
 
 `--cache` keeps each prompt's result: a run goes on where it was ended.
 """

@@ -3,8 +3,8 @@
 Most of an answer follows from its own words. What the prompt does to each token directly, summed
 over the answer, is nearly its whole effect on the probability of the answer as it is: by the chain
 rule of probability that is the sum of what it does to each token after those before it. So direct
-effects are read first (they agree better with that effect: benchmarks/first_view.py), unless they do
-not tell which part comes first, as their errors add up over a long answer, and shares in the end do.
+effects are read first (they agree better with that effect: benchmarks/first_view.py), unless they
+do not tell which part did most, as their errors add up over a long answer.
 """
 
 from collections.abc import Sequence
@@ -94,7 +94,7 @@ def _is_certain(found: InTheEnd) -> bool:
 
 
 def totals(result: "ResultNumbers", levels: Sequence[str]) -> dict[str, TotalAttribution]:
-    """Totals by levels of the prompt; none where the answer was held fixed, or nothing led to it."""
+    """Totals by levels of the prompt; none where the answer was held fixed or came of nothing."""
     whole: GenerationAttributionResult = result  # pyright: ignore[reportAssignmentType]
     if not result.output_features or len(result.output_tokens) < 2:
         return {}
@@ -148,7 +148,7 @@ def _parts_of_features(result: "ResultNumbers", runs: Sequence[range]) -> list[i
 
 
 def _sparse(row: Sequence[float]) -> list[list[Any]]:
-    kept = [(i, None if x != x else float(f"{x:.2g}")) for i, x in enumerate(row) if x != 0]
+    kept = [(i, None if x != x else float(f"{x:.4g}")) for i, x in enumerate(row) if x != 0]
     return [[i for i, _ in kept], [x for _, x in kept]]
 
 

@@ -1,6 +1,7 @@
 """A result in plain sentences, each built from its numbers alone."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,22 @@ def sentences(
         _measured(result),
         *_certainty(result, read, blocks.prompt, start, stop),
     ]
-    return [sentence for sentence in told if sentence]
+    return _quoted_once([sentence for sentence in told if sentence], read.prompt.level)
+
+
+def _quoted_once(told: Sequence[str], level: str) -> list[str]:
+    """A part that was quoted goes by its number afterwards."""
+    known: set[str] = set()
+
+    def shorter(match: re.Match[str]) -> str:
+        number = match[1].lower()
+        if number in known:
+            return match[1]
+        known.add(number)
+        return match[0]
+
+    pattern = re.compile(rf"\b({re.escape(level)} \d+) “[^”]*”", re.IGNORECASE)
+    return [pattern.sub(shorter, sentence) for sentence in told]
 
 
 def told_part(cause: Cause, level: str) -> str:

@@ -74,7 +74,8 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             after; ``answer_unit`` is the level that the answer is read by at first.
             ``total`` has, per level of the prompt, the links of chains as `TotalAttribution.links`
             tells them and ``errors`` of shares as `share_errors` does, and ``in_the_end`` shares of
-            the whole answer by the largest parts, and whether they come ``first``. ``counterfactuals`` (`Counterfactual.to_dict`) would have changed the answer,
+            the whole answer by the largest parts, and whether they come ``first``.
+            ``counterfactuals`` (`Counterfactual.to_dict`) would have changed the answer,
             ``column_features`` the feature of each column of the prompt, by which they number.
             ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"`` (names
             that stand apart); without it, names that would run together are set apart.
@@ -166,7 +167,7 @@ def _heading(output: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
 
 
 def _first_lines(data: Mapping[str, Any]) -> str:
-    """Where the whole answer comes from, directly and in the end, what is to be read first first."""
+    """Where the whole answer comes from, directly and in the end, in the order to be read."""
     if not _is_through_first(data):
         return _summary(data) + _total(data, "through the answer")
     whole = "whole answer, through its own words"
