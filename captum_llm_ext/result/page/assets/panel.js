@@ -173,7 +173,8 @@ function notesOnShares(shares) {
 function notesOn(view) {
   if (isThrough()) return notesOnShares(view.kind === "rows" ? [view.prompt, view.output] : [view.tokens]);
   const notes = [], rows = view.kind === "rows";
-  if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause.");
+  if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause. That asks which part of it the answer came from; without output_unit=None, words of the answer are causes as well.");
+  if (isWhole(view) && nOutput) notes.push("Earlier words of the answer are causes, too: this tells which word led to the next. To ask of the prompt alone, which passage it came from, hold the answer fixed: output_unit=None, or --output-unit none.");
   if (view.guessed.size && hasErrors) notes.push("± is approximate here: the errors of the " + [...view.guessed].join(" and of the ") + " that are added up are taken as independent, which they are not.");
   if (rows && view.to - view.from > 1 && data.attr_target === "prob") notes.push("A sum of the tokens' probabilities, not the probability of all of them.");
   if (data.attr_target === "contrast") notes.push("A contrast: the log-probability of a token less that of its foils together, what it might have been instead. A token without any, such as one that goes on a word, is worth its log-probability.");
