@@ -53,15 +53,15 @@ def sentences(
     is_whole = (start, stop) == (0, len(result.output_tokens))
     end = in_the_end(result, read.prompt.level) if is_whole else None
     in_end = [] if end is None or not end.is_told else _in_the_end(result, end)
-    is_first = end is not None and end.is_first
+    is_first = end is not None and end.is_first and bool(in_end)
     told = [
         *(in_end if is_first else []),
-        *_in_the_prompt(result, read, blocks, start, stop, is_second=is_first and bool(in_end)),
+        *_in_the_prompt(result, read, blocks, start, stop, is_second=is_first),
         *([] if is_first else in_end),
         *_in_the_answer(result, read, blocks, start, stop),
         *_without_the_first(result, read, blocks, start, stop),
         _measured(result),
-        *_certainty(result, read, blocks.prompt, start, stop),
+        *_certainty(result, read, blocks.prompt, start, stop, is_second=is_first),
     ]
     return _quoted_once([sentence for sentence in told if sentence], read.prompt.level)
 
@@ -275,6 +275,8 @@ def _certainty(
     causes: Sequence[Cause],
     start: int,
     stop: int,
+    *,
+    is_second: bool,
 ) -> list[str]:
     if not causes:
         return []
@@ -297,7 +299,10 @@ def _certainty(
         apart = abs(one.attribution) - abs(other.attribution)
         error = read.difference_error(start, stop, one, other)
         beside = f"in size they differ by {apart:.2f} ± {error:.2f}".replace("-", "−")
-        which = "the first two causes" if other.is_marked else "it and the next cause"
+        direct = "direct " * is_second
+        which = (
+            f"the first two {direct}causes" if other.is_marked else f"it and the next {direct}cause"
+        )
         if math.isnan(error):
             said.append(f"Which of {which} is the stronger cannot be told.")
         elif read.is_stronger(start, stop, one, other):
