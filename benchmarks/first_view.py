@@ -17,12 +17,14 @@ import math
 import warnings
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from captum.attr import KernelShap
 from environment import environment
 from real_causes.checkpoints import folder
+from real_results import MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_llm_ext import ChatInput, GenerationAttribution, GenerationAttributionResult
@@ -152,50 +154,80 @@ def agreement(one: list[float], other: list[float]) -> float:
     return float(torch.corrcoef(pair)[0, 1])
 
 
+def measured(exact: Any, quick: Any, tokenizer: Any, number: int, absence: str, path: Path) -> Any:
+    """A row of the report; its result is kept beside it."""
+    passages, question, passage, holds = QUESTIONS[number]
+    content = message(passages, question)
+    target = answer_of(exact, tokenizer, content)
+    text = tokenizer.decode(target)
+    row: dict[str, Any] = {"question": question, "answer": text, "absence": absence}
+    if holds not in text:
+        return row
+    given = {} if ABSENCES[absence] is None else {"baselines": ABSENCES[absence]}
+    inp = ChatInput(content, tokenizer, "paragraph", **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = GenerationAttribution(KernelShap(quick), tokenizer).attribute(
+            inp, target, seed=0, output_unit="word"
+        )
+    result.save(path.with_suffix(".safetensors"))
+    told = views(result)
+    reference = shapley(exact, tokenizer, [*passages, question], target)
+    row |= told | {"passage": passage, "reference": reference}
+    row |= {"evaluations": result.n_evaluations, "reference_rank": rank(reference, passage)}
+    for view in ("direct", "through"):
+        row[f"{view}_rank"] = rank(told[view], passage)
+        row[f"{view}_correlation"] = agreement(told[view], reference)
+    return row
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the answers that hold the fact, per absence."""
+    told: dict[str, Any] = {}
+    for absence in dict.fromkeys(row["absence"] for row in rows):
+        asked = [row for row in rows if row["absence"] == absence]
+        right = [row for row in asked if "direct" in row]
+        told[absence] = {"asked": len(asked), "right": len(right)} | {
+            name: mean(float(of(row)) for row in right)
+            for view in ("direct", "through")
+            for name, of in (
+                (f"{view}: passage first", lambda row, v=view: row[f"{v}_rank"] == 1),
+                (f"{view}: correlation", lambda row, v=view: row[f"{v}_correlation"]),
+            )
+            if right
+        }
+    return told
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--cache", type=Path, required=True, help="a folder for results")
     parser.add_argument("--absence", choices=list(ABSENCES), action="append")
+    parser.add_argument("--report", action="store_true", help="of what is in the cache, no more")
     arguments = parser.parse_args()
-    where = folder(arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(where)
-    exact = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
-    quick = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16).eval()
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for absence in arguments.absence or ABSENCES:
-        for i, (passages, question, passage, holds) in enumerate(QUESTIONS):
-            row_path = arguments.cache / f"{i}_{absence.strip('`')}.json"
-            if row_path.exists():
-                rows.append(json.loads(row_path.read_text()))
-                continue
-            content = message(passages, question)
-            target = answer_of(exact, tokenizer, content)
-            text = tokenizer.decode(target)
-            row: dict[str, Any] = {"question": question, "answer": text, "absence": absence}
-            if holds in text:
-                given = {} if ABSENCES[absence] is None else {"baselines": ABSENCES[absence]}
-                inp = ChatInput(content, tokenizer, "paragraph", **given)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    result = GenerationAttribution(KernelShap(quick), tokenizer).attribute(
-                        inp, target, seed=0, output_unit="word"
-                    )
-                result.save(row_path.with_suffix(".safetensors"))
-                told = views(result)
-                reference = shapley(exact, tokenizer, [*passages, question], target)
-                row |= told | {"passage": passage, "reference": reference}
-                row["evaluations"] = result.n_evaluations
-                for view in ("direct", "through"):
-                    row[f"{view}_rank"] = rank(told[view], passage)
-                    row[f"{view}_correlation"] = agreement(told[view], reference)
-                row["reference_rank"] = rank(reference, passage)
-            row_path.write_text(json.dumps(row))
-            rows.append(row)
+    places = {
+        (number, absence): arguments.cache / f"{number}_{absence.strip('`')}.json"
+        for absence in arguments.absence or ABSENCES
+        for number in range(len(QUESTIONS))
+    }
+    missing = {} if arguments.report else {k: p for k, p in places.items() if not p.exists()}
+    if missing:
+        where = folder(arguments.model)
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        exact, quick = (
+            AutoModelForCausalLM.from_pretrained(where, dtype=dtype).eval()
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        for (number, absence), path in missing.items():
+            row = measured(exact, quick, tokenizer, number, absence, path)
+            path.write_text(json.dumps(row))
             print(json.dumps(row), flush=True)
-    report = environment(seed=0, dtype="bfloat16") | {"model": Path(where).name, "rows": rows}
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    rows = [json.loads(path.read_text()) for path in places.values() if path.exists()]
+    report = environment(seed=0, dtype="bfloat16") | {"model": MODEL, "summary": summary(rows)}
+    RESULTS.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+    print(json.dumps(report["summary"], indent=1))
 
 
 if __name__ == "__main__":

@@ -272,6 +272,8 @@ def test_many_prompts_give_a_line_of_json_each(tmp_path, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     texts = ["".join(piece["text"] for piece in line["prompt"]) for line in lines]
     assert [text.removeprefix("<s>") for text in texts] == prompts
+    # As of a single prompt: what is absent is what the model would have written.
+    assert {line["provenance"]["absence"]["prompt"] for line in lines} == {"model"}
     assert main([*many, "--json", str(tmp_path / "all.jsonl")]) == 0
     written = (tmp_path / "all.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line) for line in written] == lines

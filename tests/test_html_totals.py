@@ -4,7 +4,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from test_html import Parsed, answer, example, prompt, tab, view  # noqa: F401
+from test_html import Parsed, answer, axe, example, prompt, tab, view, violations  # noqa: F401
 
 from captum_llm_ext import GenerationAttributionResult
 from captum_llm_ext.result import page as html
@@ -245,6 +245,15 @@ def test_without_chains_there_is_no_switch(view):  # noqa: F811
     assert page.locator("#effect").is_hidden()
     answer(page, 2).hover()
     assert page.locator("#route").is_hidden()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_shares_are_seen_by_all(view, axe, scheme):  # noqa: F811
+    page = view.text(load("chat").to_html())  # shares come first
+    page.emulate_media(color_scheme=scheme)
+    assert violations(page, axe) == []
+    answer(page, 1).click()
+    assert violations(page, axe) == []
 
 
 @pytest.mark.parametrize(("name", "level"), [("rag", "paragraph"), ("chat", "turn")])
