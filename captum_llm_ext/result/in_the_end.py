@@ -119,23 +119,22 @@ def share_errors(result: "ResultNumbers", total: TotalAttribution) -> list[dict[
     levels = {TOKEN: list(range(n))} | {
         level["name"]: level["part_of"] for level in answer_levels(result)
     }
-    told: list[dict[str, Any]] = []
+    names: list[str] = []
+    asked: list[tuple[list[range], list[int] | None]] = []
     for name, part_of in levels.items():
         cuts = [t for t in range(n) if not t or part_of[t] != part_of[t - 1]]
-        runs = [] if is_large else [range(*run) for run in zip(cuts, [*cuts[1:], n], strict=True)]
-        spans = [range(n), *(run for run in runs if len(run) < n)]
+        runs = [range(*run) for run in zip(cuts, [*cuts[1:], n], strict=True)]
         parts = None if name == TOKEN else _parts_of_features(result, runs)
-        if is_large and parts is not None:
-            continue
-        errors = total.spread.spans(spans, parts)
-        told.append(
-            {
-                "level": name,
-                "spans": [[span.start, span.stop] for span in spans],
-                "se": [_sparse(row) for row in errors.tolist()],
-            }
-        )
-    return told
+        names.append(name)
+        asked.append(([range(n), *([] if is_large else (r for r in runs if len(r) < n))], parts))
+    return [
+        {
+            "level": name,
+            "spans": [[span.start, span.stop] for span in spans],
+            "se": [_sparse(row) for row in errors.tolist()],
+        }
+        for name, (spans, _), errors in zip(names, asked, total.spread.readings(asked), strict=True)
+    ]
 
 
 def _parts_of_features(result: "ResultNumbers", runs: Sequence[range]) -> list[int]:
