@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "tutorials" / "images"
 WIDTH = 1080
 COLOURS = 256  # enough for letters and two shades
+RARE = Image.Quantize.MAXCOVERAGE  # the median cut bands the legend, which is small
 
 
 def loaded(name: str) -> GenerationAttributionResult:
@@ -103,7 +104,7 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     for name in wanted:
         path = IMAGES / f"{name}.png"
-        PICTURES[name]().convert("RGB").quantize(COLOURS).save(path, optimize=True)
+        PICTURES[name]().convert("RGB").quantize(COLOURS, RARE).save(path, optimize=True)
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

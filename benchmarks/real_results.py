@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_llm_ext import ChatInput, GenerationAttribution, ModelBaselines, TextSegmentInput
 
-OUT = Path(__file__).parent.parent / "tests" / "data"
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "tests" / "data"
 MODEL = "SmolLM2-135M-Instruct"
 
 LAKES = """\

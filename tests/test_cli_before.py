@@ -102,7 +102,7 @@ def test_a_dry_run_stops_after_the_first_batch(capsys, tmp_path):
     assert main([*ATTRIBUTE, "--dry-run", "--batch-size", "8", "--html", str(page)]) == 0
     shown = capsys.readouterr()
     assert "answer: " in shown.err
-    assert "the first 8 took" in shown.out
+    assert " in all (the first 8 took" in shown.out  # none of it is kept
     assert not page.exists()
     ways = [line for line in shown.out.splitlines() if line.startswith("cheaper: ")]
     assert [way.split(": ")[1] for way in ways] == [
@@ -272,6 +272,8 @@ def test_many_prompts_give_a_line_of_json_each(tmp_path, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     texts = ["".join(piece["text"] for piece in line["prompt"]) for line in lines]
     assert [text.removeprefix("<s>") for text in texts] == prompts
+    # As of a single prompt: what is absent is what the model would have written.
+    assert {line["provenance"]["absence"]["prompt"] for line in lines} == {"model"}
     assert main([*many, "--json", str(tmp_path / "all.jsonl")]) == 0
     written = (tmp_path / "all.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line) for line in written] == lines

@@ -142,7 +142,11 @@ def test_what_takes_all_of_its_coalitions_cannot_converge(model, tokenizer):
 def test_the_last_estimates_are_those_of_the_result(model, tokenizer, method):
     found = attributed(model, tokenizer, method, n_samples=16 if "Sampling" in str(method) else 200)
     _, ax = found.plot_convergence(k=3)
-    largest = found.full_attr.abs().flatten().sort(descending=True).values[:3]
+    blocks = [(found.token_attr, 2), (found.output_attr, 1)]  # half of them in the prompt
+    largest = torch.cat(
+        [attr.abs().flatten().sort(descending=True).values[:n] for attr, n in blocks]
+    )
+    largest = largest.sort(descending=True).values
     drawn = [line for line in ax.lines if len(line.get_xdata()) > 2]
     assert [abs(line.get_ydata()[-1]) for line in drawn] == pytest.approx(largest.tolist())
     for line in drawn:
@@ -159,9 +163,9 @@ def test_causes_are_named_at_their_last_estimates(result):
     _, ax = result.plot_convergence(k=4)
     want = []
     for token, causes in enumerate(result.top(9)):
-        want += [(abs(c.attribution), c.attribution, token, c.label) for c in causes]
-    want = sorted(want, reverse=True)[:4]
-    names = {f"{result.names.tokens[t]} ← {name.strip()}" for _, _, t, name in want}
+        want += [(c.is_output, -abs(c.attribution), token, c.label) for c in causes]
+    want = [sorted(of for of in want if of[0] is block)[:2] for block in (False, True)]
+    names = {f"{result.names.tokens[t]} ← {name.strip()}" for _, _, t, name in [*want[0], *want[1]]}
     texts = {t.get_text(): t for t in ax.texts}
     assert {text[:20] for text in texts} == {plot.labels.label(name, 40)[:20] for name in names}
     heights = sorted(t.get_window_extent().y0 for t in texts.values())
@@ -169,10 +173,9 @@ def test_causes_are_named_at_their_last_estimates(result):
     token = result.output_tokens[-1]
     _, ax = result.plot_convergence(len(result.output_tokens) - 1, k=2)
     assert {t.get_text() for t in ax.texts} == {
-        plot.labels.label(cause.label, 40)
-        for cause in sorted(
-            result.why(len(result.output_tokens) - 1, 2), key=lambda cause: -abs(cause.attribution)
-        )[:2]
+        plot.labels.label(next(c for c in causes if c.is_output is block).label, 40)
+        for causes in [result.why(len(result.output_tokens) - 1, 2)]
+        for block in (False, True)
     }, token
 
 

@@ -405,6 +405,7 @@ def test_at_first_the_whole_answer_is_selected(view):
         assert first.locator(".where").inner_text() == f"#{strongest + 1}"
         shown = first.locator(".value").inner_text().split(" ")[0]
         assert number(shown) == pytest.approx(sums[strongest], abs=0.006)
+    assert "--output-unit none" in page.inner_text("#note")  # which is another question
 
 
 def test_causes_are_looked_for_in_the_prompt_in_the_answer_or_in_both(view):
@@ -904,6 +905,7 @@ def test_an_answer_held_fixed_is_no_cause(view):
     assert levels(page, "answer") == [0] * 5
     answer(page, 1).hover()
     assert page.inner_text("#details") == "“t1” was held fixed"
+    assert "asks which part of it the answer came from" in page.inner_text("#note")
     assert list(bridge(page)) == [
         "nothing given",
         "prompt",

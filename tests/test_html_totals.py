@@ -4,7 +4,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from test_html import Parsed, answer, example, prompt, tab, view  # noqa: F401
+from test_html import Parsed, answer, axe, example, prompt, tab, view, violations  # noqa: F401
 
 from captum_llm_ext import GenerationAttributionResult
 from captum_llm_ext.result import page as html
@@ -39,8 +39,9 @@ def cells(page, table):
     return [(name, share.replace("\u00a0", " ")) for name, share in rows]
 
 
-def percent(share):
-    return "<1 %" if 0 < share < 0.01 else f"{round(100 * share)} %"
+def percent(share, error=0.0):
+    spread = f" ± {round(100 * error)}" if error >= 0.005 else ""
+    return f"<1{spread} %" if 0 < share < 0.01 else f"{round(100 * share)}{spread} %"
 
 
 def chains(page):
@@ -52,22 +53,57 @@ def chains(page):
 def test_shares_are_those_of_the_total(view, rag, level):  # noqa: F811
     page = view.text(rag.to_html())
     choose(page, level, "token")
-    found = rag.total(level=level, n_resamples=0)
+    found = rag.total(level=level)
     for t in (0, 8, 11, 27):
         answer(page, t).hover()
-        shares = sorted(
-            zip(found.names, found.shares[t].tolist(), strict=True), key=lambda s: -s[1]
-        )
+        told = [percent(*one) for one in by_size(found.shares[t], found.shares_se[t])]
         shown = cells(page, "top-prompt")
         assert shown
-        assert [percent(share) for _, share in shares[: len(shown)]] == [s for _, s in shown]
-        assert percent(shares[0][1]) in page.inner_text("#details").replace("\u00a0", " ")
+        assert [share for _, share in shown] == told[: len(shown)]
+        assert told[0] in page.inner_text("#details").replace("\u00a0", " ")
     page.keyboard.press("Escape")
     page.mouse.move(1, 1)
-    whole, _ = found.span()
-    assert {share for _, share in cells(page, "top-prompt")} <= {percent(s) for s in whole.tolist()}
-    best = max(whole.tolist())
-    assert cells(page, "top-prompt")[0][1] == percent(best)
+    (whole, _), (errors, _) = found.span(), found.span_se()
+    told = [percent(*one) for one in by_size(whole, errors)]
+    assert [share for _, share in cells(page, "top-prompt")] == told[:7]
+
+
+def by_size(shares, errors):
+    """Shares with their errors, the largest first, without those that are none."""
+    both = zip(shares.tolist(), errors.tolist(), strict=True)
+    return sorted((one for one in both if one[0] > 0), reverse=True)
+
+
+def test_errors_of_shares_are_those_of_words_and_of_what_they_led_to(view, rag):  # noqa: F811
+    page = view.text(rag.to_html())
+    choose(page, "paragraph", "word")
+    total, seen = rag.total(level="paragraph"), []
+    words = [*((t, t + 1) for t in range(5)), (5, 7), (7, 12)]  # "is:" and "1642"
+    for word, (start, stop) in enumerate(words):
+        answer(page, word).hover()
+        (shares, _), (errors, _) = total.span(start, stop), total.span_se(start, stop)
+        told = [percent(*one) for one in by_size(shares, errors)]
+        shown = cells(page, "top-prompt")
+        assert [share for _, share in shown] == told[: len(shown)]
+        seen += told
+    prompt(page, 3).click()
+    led = {name.strip(): share for name, share in cells(page, "top-answer")}
+    for start, stop in words:
+        (shares, _), (errors, _) = total.span(start, stop), total.span_se(start, stop)
+        name = "".join(piece.text for piece in rag.output_pieces[start:stop]).strip()
+        if name in led and name != "The":  # which comes twice
+            assert led[name] == percent(float(shares[3]), float(errors[3]))
+    assert any("±" in share for share in seen)
+
+
+def test_of_tokens_that_are_no_part_of_the_answer_no_error_is_told(view, rag):  # noqa: F811
+    page = view.text(rag.to_html())
+    choose(page, "paragraph", "token")
+    assert "± is one standard error" in page.inner_text("#note")
+    answer(page, 8).click()
+    answer(page, 13).click(modifiers=["Shift"])
+    assert "±" not in page.inner_text("#top-prompt")
+    assert "no error is told" in page.inner_text("#note")
 
 
 def test_chains_to_a_token_are_those_of_the_result(view, rag):  # noqa: F811
@@ -159,17 +195,49 @@ def test_a_chain_is_drawn_link_by_link(view, rag):  # noqa: F811
     assert ends[-1].split()[-1] == str(t)
 
 
-def test_shares_have_neither_errors_nor_signs(view, rag):  # noqa: F811
+def test_shares_have_errors_and_no_signs(view, rag):  # noqa: F811
     page = view.text(rag.to_html())
     page.check(THROUGH, force=True)
     assert page.locator(".ink.down").count() == 0
-    assert "±" not in page.inner_text("#top-prompt")
+    assert "±" in page.inner_text("#top-prompt")
     assert page.locator(".step").count() == 0
     assert "share in the end" in page.inner_text("#legend")
     prompt(page, 3).click()
     assert "In the end" not in page.inner_text("#top-answer caption")
     page.check("#effect input[value=direct]", force=True)
     assert "±" in page.inner_text("#panel")
+
+
+def test_a_share_that_could_be_noise_is_pale_and_says_so(view):  # noqa: F811
+    result = load("chat")
+    page = view.text(result.to_html())
+    choose(page, "turn", "token")
+    total = result.total(level="turn")
+    shares, errors = total.span()[0].tolist(), total.span_se()[0].tolist()
+    unsure = [i for i, (x, se) in enumerate(zip(shares, errors, strict=True)) if 0 < x < 1.96 * se]
+    lines = page.locator("#top-prompt tbody tr:not(.rest)")
+    pale = lines.evaluate_all("all => all.filter(x => x.className === 'unsure').length")
+    assert pale == len(unsure) == 1
+
+
+@pytest.mark.parametrize("name", ["rag", "summary", "chat"])
+def test_direct_effects_are_seen_first_unless_they_do_not_tell_the_first(view, name):  # noqa: F811
+    result = load(name)
+    page = view.text(result.to_html())
+    certain = "two causes is certain" in result.narrative()
+    assert page.is_checked("#effect input[value=direct]") == certain == (name != "chat")
+    first, second = page.locator("header p:not(#about) > b:first-child").all_inner_texts()
+    summary = result.table().splitlines()[1:3]
+    if certain:
+        assert [first, second] == ["whole answer", "through the answer"]
+        assert summary[0].startswith("whole answer  ←  ")
+        assert summary[1].startswith("  in the end  ⇐  ")
+    else:
+        assert [first, second] == ["whole answer, through its own words", "directly"]
+        assert "Colours are shares in the end" in page.inner_text("#hint")
+        assert summary[0].startswith("whole answer  ⇐  ")
+        assert summary[1].startswith("    directly  ←  ")
+        assert page.locator("#narrative").is_visible()
 
 
 def test_without_chains_there_is_no_switch(view):  # noqa: F811
@@ -179,11 +247,32 @@ def test_without_chains_there_is_no_switch(view):  # noqa: F811
     assert page.locator("#route").is_hidden()
 
 
-def test_the_first_lines_tell_the_whole_in_the_end(rag):
-    parsed = Parsed(rag.to_html())
-    shares, _ = rag.total(level="paragraph", n_resamples=0).span()
-    assert f"{100 * float(shares.max()):.0f}\u00a0%" in parsed.texts["b"]
-    assert "through the answer" in parsed.texts["b"]
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_shares_are_seen_by_all(view, axe, scheme):  # noqa: F811
+    page = view.text(load("chat").to_html())  # shares come first
+    page.emulate_media(color_scheme=scheme)
+    assert violations(page, axe) == []
+    answer(page, 1).click()
+    assert violations(page, axe) == []
+
+
+@pytest.mark.parametrize(("name", "level"), [("rag", "paragraph"), ("chat", "turn")])
+def test_the_whole_in_the_end_is_told_alike_in_all_first_lines(name, level):
+    result = load(name)
+    total = result.total(level=level)
+    told = [percent(*one) for one in by_size(total.span()[0], total.span_se()[0])][:2]
+    parsed = Parsed(result.to_html())
+    shown = parsed.texts["b"].replace("\u00a0", " ")
+    kept = result.to_dict()["in_the_end"]
+    assert [percent(one["share"], one["standard_error"]) for one in kept["shares"]][:2] == told
+    table = result.table().splitlines()
+    for share in told:
+        assert share in shown
+        assert any("⇐" in line and share in line for line in table[:4])
+        assert share in result.narrative()
+    directly = float(total.strength @ total.direct.sum(1) / total.strength.sum())
+    assert kept["directly"] == pytest.approx(directly)
+    assert f"{100 * (1 - directly):.0f} % of what led to its tokens" in result.narrative()
 
 
 # What would have changed it ----------------------------------------------------------------------

@@ -64,12 +64,13 @@ def test_every_amount_in_the_narrative_is_that_of_the_part_it_names(result):
     level = first_level(result)
     names, sums = _sums(result, level)
     said = result.narrative()
-    amounts = re.findall(rf"{level} (\d+) “[^”]*”[^(]*\(([+−][\d.]+)", said, re.IGNORECASE)
+    amounts = re.findall(rf"{level} (\d+)(?: “[^”]*”)?[^(“]*\(([+−][\d.]+)", said, re.IGNORECASE)
     assert amounts or "is told from noise" in said
     for number, amount in amounts:
         assert float(amount.replace("−", "-")) == pytest.approx(sums[int(number) - 1], abs=0.006)
     for number, quote in re.findall(rf"{level} (\d+) “([^”]*?)…?”", said):
         assert " ".join(names[int(number) - 1].split()).startswith(quote.rstrip())
+        assert said.lower().count(f"{level} {number} “") == 1  # and goes by its number afterwards
 
 
 def test_the_first_part_that_is_named_is_the_strongest_of_those_told_from_noise(summary):

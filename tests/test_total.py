@@ -269,18 +269,24 @@ def test_slots_that_are_always_the_same_word_are_exactly_nothing(known, absent, 
         torch.testing.assert_close(refitted.full_attr_se, result.full_attr_se)
 
 
-def test_errors_are_the_spread_over_seeds(model, tokenizer):
-    found, told = [], []
+@pytest.mark.parametrize(
+    ("method", "n_samples"), [(ShapleyValueSampling, 24), (KernelShap, 24 * 12)]
+)
+def test_errors_are_the_spread_over_seeds(model, tokenizer, method, n_samples):
+    found, told, wholes, of_wholes = [], [], [], []
     for seed in range(6):
         result = explained(
-            model, tokenizer, ShapleyValueSampling, baselines="<unk>", n_samples=24, seed=seed
+            model, tokenizer, method, baselines="<unk>", n_samples=n_samples, seed=seed
         )
         total = result.total(floor=0, n_resamples=8)
         found.append(total.shares)
-        told.append(total.shares_se / 1.2)  # Student's t for eight groups
-    spread = torch.stack(found).std(0).square().mean().sqrt()
-    stated = torch.stack(told).square().mean().sqrt()
-    assert 0.5 < float(stated / spread) < 2
+        told.append(total.shares_se)
+        wholes.append(total.span()[0])
+        of_wholes.append(total.span_se()[0])
+    for shares, errors in ((found, told), (wholes, of_wholes)):
+        spread = torch.stack(shares).std(0).square().mean().sqrt()
+        stated = torch.stack(errors).square().mean().sqrt()
+        assert 0.5 < float(stated / spread) < 2
 
 
 def test_the_same_seed_leaves_out_the_same_groups(model, tokenizer, tmp_path):

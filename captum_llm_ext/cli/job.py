@@ -70,7 +70,7 @@ def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
     add_settings(how)
     _add_features(how)
     _add_budget(how)
-    default = "model; with gradients or --input, delete"
+    default = "model; with gradients, delete"
     how.add_argument(
         "--baselines",
         action="append",

@@ -10,6 +10,7 @@ from captum_llm_ext.cli.job import Job, as_baselines
 from captum_llm_ext.cli.outputs import PICTURES, as_json, check_outputs
 from captum_llm_ext.cli.torchrun import accelerator, is_main
 from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.text.baselines import Default
 
 # As many errors are shown; all of them are in files.
 _SHOWN = 10
@@ -63,7 +64,8 @@ def check_records(arguments: argparse.Namespace) -> bool:
 def run_records(arguments: argparse.Namespace) -> int:
     """Attributes every line; returns 1 if one failed."""
     job = Job(arguments)
-    baselines = as_baselines((arguments.baselines or ["delete"])[0], arguments.seed)
+    given = arguments.baselines or []
+    baselines = as_baselines(given[0], arguments.seed) if given else Default()
     attribution, chosen = job.for_many()
     options = {name: value for name, value in job.options.items() if name != "target"}
     report = attribute_dataset(

@@ -3,12 +3,13 @@
 import argparse
 import math
 import textwrap
-from collections.abc import Sequence
 
 from captum_llm_ext.base.terminal import paint, shortened, width
 from captum_llm_ext.cli.command import UsageError, note
 from captum_llm_ext.cli.wording import in_options
 from captum_llm_ext.result import Cause, GenerationAttributionResult
+from captum_llm_ext.result.in_the_end import in_the_end
+from captum_llm_ext.result.total import Share
 from captum_llm_ext.text.segment import NAMED_UNITS
 
 _LEVELS = ("turn", "passage", "part", "example", *NAMED_UNITS)
@@ -53,7 +54,7 @@ def told(result: GenerationAttributionResult, k: int, level: str | None = None) 
     blocks = [result.table(k, paint=paint, width=columns)]
     if level is not None:
         try:
-            blocks.insert(0, _by_level(result.causes(level=level).prompt, level, columns))
+            blocks.insert(0, _by_level(result, level, columns))
         except ValueError as error:  # which is no reason to lose what was computed
             note(str(error))
             level = None
@@ -62,15 +63,39 @@ def told(result: GenerationAttributionResult, k: int, level: str | None = None) 
     return "\n\n".join(blocks)
 
 
-def _by_level(causes: Sequence[Cause], level: str, columns: int | None) -> str:
-    """Attributions of the parts of the prompt for the whole answer, a line each."""
-    lines = [f"whole answer, by {level}:"]
-    for cause in causes:
-        error = "?" if math.isnan(cause.standard_error) else f"{cause.standard_error:.2f}"
-        numbers = f"{cause.attribution:+8.2f} ± {error:<5}"
-        name = " ".join((cause.label or cause.name).split())
-        line = f"{numbers} {name}"
+def _by_level(result: GenerationAttributionResult, level: str, columns: int | None) -> str:
+    """What each part of the prompt does for the whole answer, a line each.
+
+    Where most of the answer follows from its own words, its share in the end as well.
+    """
+    causes = {cause.label or cause.name: cause for cause in result.causes(level=level).prompt}
+    end = in_the_end(result, level)
+    shares: dict[str, Share] = {}
+    if end is not None and end.is_told:
+        shares = {share.name: share for share in end.shares if not share.is_output}
+    is_first = end is not None and end.is_first
+    order = dict.fromkeys([*shares, *causes] if is_first else [*causes, *shares])
+    lines = [f"whole answer, by {level}{', and in the end through its own words' * bool(shares)}:"]
+    for name in order:
+        cause, share = causes.get(name), shares.get(name)
+        said = " " * 16 if cause is None else _amount_told(cause)
+        said += " " + _share_told(share) if shares else ""
+        line = f"{said} {' '.join(name.split())}"
         line = line if columns is None else shortened(line, columns)
-        kind = "raises" if cause.attribution > 0 else "lowers"
-        lines.append(paint(line, kind if cause.is_marked else "nothing"))
+        kind = "raises" if cause is not None and cause.attribution > 0 else "lowers"
+        is_sure = (cause is not None and cause.is_marked) or (is_first and share is not None)
+        lines.append(paint(line, kind if is_sure else "nothing"))
     return "\n".join(lines)
+
+
+def _amount_told(cause: Cause) -> str:
+    error = "?" if math.isnan(cause.standard_error) else f"{cause.standard_error:.2f}"
+    return f"{cause.attribution:+8.2f} ± {error:<5}"
+
+
+def _share_told(share: Share | None) -> str:
+    if share is None:
+        return f"{'0 %':<9}"
+    error = share.standard_error
+    spread = " ± ?" if math.isnan(error) else f" ± {100 * error:.0f}" if error >= 0.005 else ""
+    return f"{f'{100 * share.share:.0f}{spread} %':<9}"

@@ -147,7 +147,11 @@ class Watch:
         tell = print if self._is_dry else say  # it is what a dry run gives
         left = each * (self._total - n)
         more = " to begin with; the values decide how many more" if self._is_open else ""
-        rest = f"{duration(left)} more" if left else "which is all"
+        # What a dry run has done is done again.
+        whole = each * self._total if self._is_dry else left
+        rest = (
+            f"{duration(whole)} {'in all' if self._is_dry else 'more'}" if left else "which is all"
+        )
         told = f"{self._total} {self._name}{more}: {rest} (the first {n} took {duration(each * n)})"
         memory = self._memory()
         tell(f"estimate: {told}{memory and f'; {memory}'}")
@@ -158,6 +162,8 @@ class Watch:
                 tell(f"cheaper: {way.options}: {way.means}")
             else:
                 rows = max(1, round(way.share * self._total))
+                if each * rows >= whole:  # to begin anew would take longer than what is left
+                    continue
                 tell(f"cheaper: {way.options}: {rows}, {duration(each * rows)}; {way.means}")
 
     def _memory(self) -> str:

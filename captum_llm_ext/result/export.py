@@ -13,9 +13,10 @@ from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.result.causes import joined_name
 from captum_llm_ext.result.files import finite
 from captum_llm_ext.result.foils import other_value
+from captum_llm_ext.result.in_the_end import share_errors, totals
 from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.result.plots import DrawnResult
-from captum_llm_ext.result.reading import finest_level, first_level, part_names
+from captum_llm_ext.result.reading import finest_level
 from captum_llm_ext.result.sources import part_sums, reading_aids, told
 from captum_llm_ext.result.summed_errors import summed_error_bounds, summed_errors
 from captum_llm_ext.text.inputs import Piece
@@ -31,7 +32,6 @@ _OF_ONE_VALUE = (
     "attr_target token_attr token_attr_se output_attr output_attr_se full_values empty_values"
 ).split()
 _TOLD_OF_IT = ("about", "marked_beyond")
-_MOST_SHARES, _LEAST_SHARE = 3, 0.05  # of the whole answer, in a line
 _UNEXPLAINED = 0.01  # share of full - empty beyond which a sum is no longer called one
 
 
@@ -79,13 +79,13 @@ class ExportedResult(DrawnResult):
         read = page_levels(whole) | reading_aids(whole)
         n_prompt = len(self.input_tokens)
         read["column_features"] = list(whole.column_features[:n_prompt])
-        read |= _totals(whole, read["levels"])
+        read["total"] = _totals(whole, read["levels"])
         other = other_value(whole)
         if other is not None:
             found = other.to_dict()
             read["other"] = {name: found[name] for name in (*_OF_ONE_VALUE, *_TOLD_OF_IT)}
             read["other"] |= {"sums": other._sums(read), "noise_floor": None}
-            read["other"] |= {"total": _totals(other, read["levels"])["total"]}
+            read["other"] |= {"total": _totals(other, read["levels"])}
         return {**self.to_dict(), **read, "sums": self._sums(read)}
 
     def _sums(self, read: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -302,31 +302,13 @@ class ExportedResult(DrawnResult):
         return [text or name for text, name in zip(texts, self._column_names, strict=True)]
 
 
-def _totals(result: Any, levels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a page tells of totals: links by every level of the prompt, and shares of the answer.
-
-    None where there are no chains: the answer was held fixed, or nothing led to any token.
-    """
-    nothing = {"total": None, "in_the_end": None}
-    if not result.output_features or len(result.output_tokens) < 2:
-        return nothing
+def _totals(result: Any, levels: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Links of chains by every level of the prompt, with errors of shares; None without chains."""
     names = [finest_level(result), *(level["name"] for level in levels)]
-    try:
-        found = {name: result.total(level=name, n_resamples=0) for name in names}
-    except ValueError:  # probabilities of a word's tokens do not add up
-        return nothing
-    coarse = found[first_level(result)]
-    if not bool((coarse.strength > 0).any()):
-        return nothing
-    shares, _ = coarse.span()
-    order = shares.argsort(descending=True, stable=True)[:_MOST_SHARES].tolist()
-    told = part_names(coarse.level, coarse.names)
+    found = totals(result, names)
     return {
-        "total": {name: one.links() for name, one in found.items()},
-        "in_the_end": [
-            [told[i], float(shares[i])] for i in order if float(shares[i]) >= _LEAST_SHARE
-        ],
-    }
+        name: one.links() | {"errors": share_errors(result, one)} for name, one in found.items()
+    } or None
 
 
 def lists(tensor: "Tensor | None") -> Any:

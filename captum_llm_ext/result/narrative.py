@@ -1,6 +1,7 @@
 """A result in plain sentences, each built from its numbers alone."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,15 +9,16 @@ import torch
 
 from captum_llm_ext.result.about import absence, factor, is_in_nats
 from captum_llm_ext.result.causes import Cause, unit_of
-from captum_llm_ext.result.reading import TOKEN, WORD, Blocks, Reading, adds_up, quoted
+from captum_llm_ext.result.in_the_end import InTheEnd, in_the_end
+from captum_llm_ext.result.reading import TOKEN, WORD, Blocks, Reading, adds_up, leading, quoted
+from captum_llm_ext.result.total import Share
 
 if TYPE_CHECKING:
     from captum_llm_ext.result.numbers import ResultNumbers
 
-_CERTAIN = 1.96  # standard errors of a difference
 _MOSTLY = 0.5  # share of what raises beyond which one cause is most of it
 _ADDS_UP = 0.01  # share of full - empty that attributions may miss and still be said to add up
-_MOST_FOILS = 3
+_MOST_FOILS, _MOST_ENDS = 3, 3
 _ANSWER = 60
 _MEASURED = {
     "deleted": "by leaving parts out of the text",
@@ -48,14 +50,35 @@ def sentences(
             'refit with `attr_target="log_prob"`.'
         ]
     blocks = read.causes(start, stop, precise=True)
+    is_whole = (start, stop) == (0, len(result.output_tokens))
+    end = in_the_end(result, read.prompt.level) if is_whole else None
+    in_end = [] if end is None or not end.is_told else _in_the_end(result, end)
+    is_first = end is not None and end.is_first and bool(in_end)
     told = [
-        *_in_the_prompt(result, read, blocks, start, stop),
+        *(in_end if is_first else []),
+        *_in_the_prompt(result, read, blocks, start, stop, is_second=is_first),
+        *([] if is_first else in_end),
         *_in_the_answer(result, read, blocks, start, stop),
         *_without_the_first(result, read, blocks, start, stop),
         _measured(result),
-        *_certainty(result, read, blocks.prompt, start, stop),
+        *_certainty(result, read, blocks.prompt, start, stop, is_second=is_first),
     ]
-    return [sentence for sentence in told if sentence]
+    return _quoted_once([sentence for sentence in told if sentence], read.prompt.level)
+
+
+def _quoted_once(told: Sequence[str], level: str) -> list[str]:
+    """A part that was quoted goes by its number afterwards."""
+    known: set[str] = set()
+
+    def shorter(match: re.Match[str]) -> str:
+        number = match[1].lower()
+        if number in known:
+            return match[1]
+        known.add(number)
+        return match[0]
+
+    pattern = re.compile(rf"\b({re.escape(level)} \d+) “[^”]*”", re.IGNORECASE)
+    return [pattern.sub(shorter, sentence) for sentence in told]
 
 
 def told_part(cause: Cause, level: str) -> str:
@@ -76,11 +99,46 @@ def amount(cause: Cause, unit: str | None, per: int = 1) -> str:
     return told + (f" over {per} tokens" if per > 1 else "")
 
 
+def _in_the_end(result: "ResultNumbers", end: InTheEnd) -> list[str]:
+    """What an answer that follows from its own words goes back to."""
+    subject = "it"
+    if end.is_first:
+        subject = subject_told(result, 0, len(result.output_tokens))
+    told = [f"{_part_of_end(share, end)} ({_share_told(share)})" for share in end.told[:_MOST_ENDS]]
+    if not told:
+        return []
+    mostly = "mostly " if end.told[0].share > _MOSTLY else ""
+    rest = f", then to {' and '.join(told[1:])}" if len(told) > 1 else ""
+    return [
+        f"Most of {subject} follows from its own words, which have {_percent(1 - end.directly)} of "
+        f"what led to its tokens: followed through these, it goes back {mostly}to {told[0]}{rest}."
+    ]
+
+
+def _part_of_end(share: Share, end: InTheEnd) -> str:
+    if share.is_output:
+        return f"{quoted(share.name)} in the answer itself, which nothing in particular led to"
+    name = share.name
+    return name if "“" in name else f"the {end.level} {quoted(name)}"
+
+
+def _share_told(share: Share) -> str:
+    error = share.standard_error
+    spread = " ± ?" if math.isnan(error) else f" ± {100 * error:.0f}" if error >= 0.005 else ""
+    return f"{100 * share.share:.0f}{spread} %"
+
+
 def _in_the_prompt(
-    result: "ResultNumbers", read: Reading, blocks: Blocks, start: int, stop: int
+    result: "ResultNumbers",
+    read: Reading,
+    blocks: Blocks,
+    start: int,
+    stop: int,
+    *,
+    is_second: bool,
 ) -> list[str]:
     n_tokens, unit, level = stop - start, unit_of(result), read.prompt.level
-    subject = subject_told(result, start, stop)
+    subject = "it" if is_second else subject_told(result, start, stop)
     if not blocks.prompt:
         return [f"No part of the prompt changed anything about {subject}."]
     first = blocks.prompt[0]
@@ -107,8 +165,10 @@ def _in_the_prompt(
             is_contrast = result.provenance.get("attr_target") == "contrast" and against
             times = f", {factor(raising[0].attribution, of_odds=is_contrast)}"
         beside = f"{amount(raising[0], unit, n_tokens)}{times}"
+        directly = "Directly, o" if is_second else "O"
         text = (
-            f"Of the prompt, {subject} rests {mostly} on {told_part(raising[0], level)} ({beside})"
+            f"{directly}f the prompt, {subject} rests {mostly} on "
+            f"{told_part(raising[0], level)} ({beside})"
         )
         if len(raising) > 1:
             text += f", then on {told_part(raising[1], level)} ({amount(raising[1], None)})"
@@ -215,6 +275,8 @@ def _certainty(
     causes: Sequence[Cause],
     start: int,
     stop: int,
+    *,
+    is_second: bool,
 ) -> list[str]:
     if not causes:
         return []
@@ -231,17 +293,19 @@ def _certainty(
     marked = [cause for cause in causes if cause.is_marked]
     if not marked:
         return []
-    # The two that are spoken of; or the only one, and what seems the strongest of the others.
-    one, other = (marked + [cause for cause in causes if not cause.is_marked] + [None])[:2]
     said: list[str] = []
-    if one is not None and other is not None:
+    if len(causes) > 1:
+        one, other = leading(causes)
         apart = abs(one.attribution) - abs(other.attribution)
         error = read.difference_error(start, stop, one, other)
         beside = f"in size they differ by {apart:.2f} ± {error:.2f}".replace("-", "−")
-        which = "the first two causes" if other.is_marked else "it and the next cause"
+        direct = "direct " * is_second
+        which = (
+            f"the first two {direct}causes" if other.is_marked else f"it and the next {direct}cause"
+        )
         if math.isnan(error):
             said.append(f"Which of {which} is the stronger cannot be told.")
-        elif apart > _CERTAIN * error:
+        elif read.is_stronger(start, stop, one, other):
             said.append(f"The order of {which} is certain at 95 % ({beside}).")
         else:
             said.append(f"The order of {which} is not certain ({beside}).")

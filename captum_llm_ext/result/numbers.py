@@ -99,7 +99,9 @@ class ResultNumbers(LLMAttributionResult):
         self.design = design
         self.foils, self.foil_tokens, self.foil_values = foils, foil_tokens, foil_values
         self.provenance = dict(provenance or {})
+        # What takes up to seconds is found once.
         self._replicates: dict[tuple[int, int], Tensor | None] = {}
+        self._moved: dict[tuple[int, int], Tensor | None] = {}
 
     @property
     def full_attr(self) -> Tensor:

@@ -210,7 +210,7 @@ class DrawnResult(ResultNumbers):
             target_token: Whose causes: its position in the target, or its name in
                 `output_tokens`. None: those of any token.
             show: Show it, and return None.
-            k: How many causes.
+            k: How many causes, half of them in the prompt and half in the answer so far.
             n_estimates: How many estimates before the last one.
             ax: Axes to draw in; by default a new figure.
 
@@ -322,14 +322,23 @@ class DrawnResult(ResultNumbers):
                 yield piece.text, len(self.input_tokens) + feature
 
     def _strongest(self, token: int | None, k: int) -> list[tuple[int, int]]:
-        """Token and column of the largest attributions; columns of one feature count once."""
+        """Token and column of the largest attributions, half of them in the prompt.
+
+        In one list the answer's own words would leave no room for the prompt. Columns of one
+        feature count once.
+        """
         size = self.full_attr.abs()
         if token is not None:
             size = size * (torch.arange(len(size), device=size.device) == token)[:, None]
-        found: dict[tuple[int, int], tuple[int, int]] = {}
+        n_prompt, width = len(self.input_tokens), size.shape[1]
+        blocks: tuple[dict[tuple[int, int], tuple[int, int]], ...] = ({}, {})
         for flat in size.flatten().argsort(descending=True, stable=True).tolist():
-            cell = divmod(flat, size.shape[1])
-            if len(found) == k or not size[cell] > 0:
+            cell = divmod(flat, width)
+            if min(map(len, blocks)) >= k or not size[cell] > 0:
                 break
-            found.setdefault((cell[0], self._features[cell[1]]), cell)
-        return list(found.values())
+            own = blocks[cell[1] >= n_prompt]
+            own.setdefault((cell[0], self._features[cell[1]]), cell)
+        prompt, answer = (list(block.values()) for block in blocks)
+        n_answer = max(min(len(answer), k // 2), k - len(prompt))
+        chosen = [*prompt[: max(k - n_answer, 0)], *answer[:n_answer]]
+        return sorted(chosen, key=lambda cell: -float(size[cell]))

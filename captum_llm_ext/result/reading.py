@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _QUOTED = 40  # characters of a part's text in its name
 _NAME = 24  # characters up to which a text is a name
 TOKEN, WORD = "token", "word"
+CERTAIN = 1.96  # standard errors of a difference
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,19 @@ class Reading:
         found = float(jackknife_error(values[0] - values[1]))
         return min(found, one.standard_error + other.standard_error)
 
+    def is_stronger(self, start: int, stop: int, one: Cause, other: Cause) -> bool:
+        """Whether one cause is the stronger by size, at 95 %."""
+        apart = abs(one.attribution) - abs(other.attribution)
+        return apart > CERTAIN * self.difference_error(start, stop, one, other)  # false for NaN
+
+    def tells_the_first(self) -> bool:
+        """Whether it is certain which part of the prompt did most for the whole answer."""
+        n = len(self._result.output_tokens)
+        first = leading(self.causes(0, n, precise=True).prompt)
+        if not first or not first[0].is_marked:
+            return False
+        return len(first) < 2 or self.is_stronger(0, n, *first)
+
     def replicates(self, start: int, stop: int) -> Tensor | None:
         """Attributions of a span by parts of the draws, ``(n_replicates, n_columns)``."""
         return self._result.replicates(start, stop)
@@ -187,6 +201,11 @@ def page_parts(result: "ResultNumbers") -> list[tuple[str, str, Parts]]:
     return prompt + [
         ("answer", name, _answer_parts(result, name, _rows(result, name))) for name in names
     ]
+
+
+def leading(causes: Sequence[Cause]) -> list[Cause]:
+    """The two causes that are spoken of first: those told from nothing, then what seems strong."""
+    return sorted(causes, key=lambda cause: not cause.is_marked)[:2]
 
 
 def first_level(result: "ResultNumbers") -> str:

@@ -1,13 +1,11 @@
 """How an answer varies with the coalitions it came from: solved again without some of them."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from captum_llm_ext.coalitions.clustered_errors import normal_scale
-from captum_llm_ext.coalitions.kernel import EFFORT
 from captum_llm_ext.result.refit import SOLVERS, Evidence
 
 # Solvers of repeated enumerations, which miss a coalition that is left out everywhere.
@@ -22,25 +20,24 @@ _ENUMERATES = (
 _REGRESSIONS = ("paired kernel regression", "antithetic permutations")
 
 
-def replicates(
-    evidence: Evidence, tokens: Sequence[int], n_groups: int, seed: int
-) -> Tensor | None:
+def replicates(evidence: Evidence, n_groups: int, seed: int) -> Tensor | None:
     """Attributions from all coalitions but a group of them, for every group in turn.
 
     The delete-a-group jackknife (Kott 2001): coalitions that share a draw are of one group, and so
     are repetitions of the same number where coalitions are enumerated. Groups are drawn at random.
+    Regressions are without interactions, which take seconds: these tell how errors go together,
+    and are larger than those of the answer itself.
 
     Args:
         evidence: The coalitions.
-        tokens: The target tokens whose attributions are wanted.
         n_groups: How many groups at most.
         seed: Seeds the drawing.
 
     Returns:
-        Shape ``(n_groups, n_tokens, n_features)``; None where coalitions cannot be left out.
+        Shape ``(n_groups, n_target, n_features)``; None where coalitions cannot be left out.
     """
     if evidence.design.correction is not None:
-        parts = [replicates(level, tokens, n_groups, seed) for level in evidence.levels()]
+        parts = [replicates(level, n_groups, seed) for level in evidence.levels()]
         known = [part for part in parts if part is not None]
         alike = len({len(part) for part in known}) == 1 and len(known) == len(parts)
         return sum(known[1:], known[0]) if alike else None
@@ -49,14 +46,10 @@ def replicates(
     groups = _groups(evidence, n_groups, seed)
     if groups is None:
         return None
-    chosen = torch.tensor(list(tokens), dtype=torch.int64, device="cpu")
-    scope = evidence.scope.part(chosen)
-    values = evidence.values[:, chosen.to(evidence.values.device)]
-    evidence = replace(evidence, values=values, scope=scope)
     options = dict(evidence.design.options)
     n = int(groups.max()) + 1
-    if evidence.design.solved in _REGRESSIONS:  # all of them together as much as the answer itself
-        options["effort"] = options.get("effort", EFFORT) / n
+    if evidence.design.solved in _REGRESSIONS:
+        options["effort"] = 0.0
     if options.get("law") == "uniform":  # that these are few is the point
         options["warns"] = False
     evidence = replace(evidence, design=replace(evidence.design, options=options))

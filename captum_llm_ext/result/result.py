@@ -165,7 +165,8 @@ class GenerationAttributionResult(ExportedResult):
             ValueError: If an argument is out of range, there is no such level, or words of several
                 tokens are explained by their probability, which does not add up.
         """
-        source = Source(self._features, self._evidence, self._split)
+        evidence = None if self.design is None else self._evidence
+        source = Source(self._features, evidence, self._split, self._moved)
         return total(self, source, floor, level, n_resamples, seed)
 
     def route(self, token: int | str, k: int = 3) -> list[Route]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from captum_llm_ext.result.about import header
 from captum_llm_ext.result.causes import Cause
+from captum_llm_ext.result.in_the_end import in_the_end
 from captum_llm_ext.result.levels import answer_levels
 from captum_llm_ext.result.narrative import sentences
 from captum_llm_ext.result.reading import (
@@ -36,7 +37,8 @@ def told(result: "ResultNumbers") -> dict[str, Any]:
         ``name``, the tokens from ``start`` up to ``stop``, and its strongest causes in the
         ``prompt`` and in the ``answer`` before it. ``summary``: the same of the whole answer by
         the largest parts of the prompt, and their ``level``; None where values do not add up.
-        ``narrative``: sentences.
+        ``narrative``: sentences. ``in_the_end``: shares of the whole answer through its own words
+        (`InTheEnd`), None where there are none.
     """
     read, n_target = Reading(result, finest_level(result)), len(result.output_tokens)
     rows = [
@@ -46,6 +48,7 @@ def told(result: "ResultNumbers") -> dict[str, Any]:
     ]
     coarse = Reading(result)
     whole = coarse.causes(0, n_target, precise=True) if adds_up(result) else None
+    end = in_the_end(result) if adds_up(result) else None
     return {
         "about": header(result),
         "labels": result.names._asdict(),
@@ -53,6 +56,7 @@ def told(result: "ResultNumbers") -> dict[str, Any]:
         "causes": rows,
         "summary": None if whole is None else {"level": coarse.prompt.level} | _blocks(whole),
         "narrative": sentences(result, 0, n_target, reading=coarse),
+        "in_the_end": None if end is None else end.to_dict(),
     }
 
 

@@ -9,6 +9,7 @@ from captum_llm_ext.base.terminal import columns, one_line, shortened
 from captum_llm_ext.result.about import header
 from captum_llm_ext.result.causes import Cause
 from captum_llm_ext.result.foils import foils_told
+from captum_llm_ext.result.in_the_end import in_the_end
 from captum_llm_ext.result.reading import Reading, adds_up, finest_level
 from captum_llm_ext.text.segment import shorten
 
@@ -45,7 +46,7 @@ def table(
     show = paint or _plain
     read = Reading(result, finest_level(result), unit)
     lines = _wrapped([" · ".join(header(result))], width)
-    lines += _wrapped([summary_line(result, k, show if width is None else _plain)], width)
+    lines += _wrapped(summary_lines(result, k, show if width is None else _plain), width)
     if result.output_features and len(read.rows) > 1:
         said = f"{read.answer.level}{_ARROW}in the prompt{_BETWEEN}{_SO_FAR}in the answer before it"
         lines += ["", *(show(line, "nothing") for line in _wrapped([said], width))]
@@ -68,18 +69,34 @@ def table(
     return "\n".join([*lines, *_wrapped(_remarks(result), width)])
 
 
-def summary_line(result: "ResultNumbers", k: int = 3, show: "Paint | None" = None) -> str:
+def summary_lines(result: "ResultNumbers", k: int = 3, show: "Paint | None" = None) -> list[str]:
     """``whole answer  ←  paragraph 4 “Lake Baikal…” +13.64 ± 0.42, …`` by the largest parts.
 
-    Empty where the values of tokens do not add up.
+    Where the answer follows from its own words, first what it goes back to in the end. Nothing
+    where the values of tokens do not add up.
     """
     if not adds_up(result):
-        return ""
+        return []
+    paint = show or _plain
+    directly = _ARROW + _directly(result, k, paint)
+    end = in_the_end(result)
+    if end is None or not end.is_told:
+        return [_WHOLE + directly]
+    shares = ", ".join(paint(str(share), "size") for share in end.told[:k])
+    through = f"  ⇐  {shares or _NOTHING}"
+    why = f"(⇐ through the answer’s own words, which have {_percent(1 - end.directly)} of what led "
+    why += "to its tokens)"
+    if end.is_first:
+        return [_WHOLE + through, f"{'directly':>{len(_WHOLE)}}{directly}", why]
+    return [_WHOLE + directly, f"{'in the end':>{len(_WHOLE)}}{through}", why]
+
+
+def _directly(result: "ResultNumbers", k: int, show: "Paint") -> str:
     read = Reading(result)
     causes = read.causes(0, len(result.output_tokens), precise=True).prompt
     told = [cause for cause in causes if _is_told(cause)][:k]
-    said = ", ".join(_painted(cause, cause.told(), show or _plain) for cause in told)
-    return f"{_WHOLE}{_ARROW}{said or 'nothing of the prompt in particular'}"
+    said = ", ".join(_painted(cause, cause.told(), show) for cause in told)
+    return said or "nothing of the prompt in particular"
 
 
 def _is_told(cause: Cause) -> bool:
@@ -249,6 +266,10 @@ def _more(result: "ResultNumbers") -> str:
     """What would tell more groups apart."""
     is_search = result.design is not None and result.design.solved == "hierarchical search"
     return "give a smaller `share`" if is_search else "give more `n_samples`"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _plain(text: str, _: str) -> str:

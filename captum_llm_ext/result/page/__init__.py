@@ -13,6 +13,7 @@ import heapq
 import html
 import json
 import math
+import re
 import string
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -44,6 +45,7 @@ _UNKNOWN = ", estimates of unknown error: nothing tells a cause from noise"
 # Written out, not kept as data.
 _TOLD_IN_TEXT = ("causes", "summary", "labels", "errors_unknown", "in_the_end", "column_features")
 _USED = ("unit", "noise_floor")  # of provenance, by the scripts
+_MOST_SHARES, _LEAST_SHARE = 3, 0.05  # of the whole answer, in a line
 _SINGLE = 1.96  # standard errors that tell one value from zero
 _PLAIN_ROWS = 500  # tokens that the page tells of where scripts are switched off
 
@@ -71,8 +73,9 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             side (``prompt``, ``output``) the rest of the word that it is a fragment of, before and
             after; ``answer_unit`` is the level that the answer is read by at first.
             ``total`` has, per level of the prompt, the links of chains as `TotalAttribution.links`
-            tells them, and ``in_the_end`` names and shares of the whole answer by the largest
-            parts. ``counterfactuals`` (`Counterfactual.to_dict`) would have changed the answer,
+            tells them and ``errors`` of shares as `share_errors` does, and ``in_the_end`` shares of
+            the whole answer by the largest parts, and whether they come ``first``.
+            ``counterfactuals`` (`Counterfactual.to_dict`) would have changed the answer,
             ``column_features`` the feature of each column of the prompt, by which they number.
             ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"`` (names
             that stand apart); without it, names that would run together are set apart.
@@ -88,6 +91,7 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
     _check(data)
     shown = {"prompt_layout": _layout(data["prompt"]), **data, "noted": noted(data)}
     shown["counterfactuals"] = told_changes(data)
+    shown["first_effect"] = "through" if _is_through_first(data) else "direct"
     shown["provenance"] = {name: data.get("provenance", {}).get(name) for name in _USED}
     kept = {name: value for name, value in shown.items() if name not in _TOLD_IN_TEXT}
     style, script = _asset("page.css"), _script()
@@ -98,8 +102,7 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
         title=_escaped(heading),
         heading=_escaped(heading),
         about=_escaped(" · ".join(data.get("about") or ())),
-        summary=_summary(shown),
-        total=_total(shown),
+        summary=_first_lines(shown),
         plain=_plain(shown),
         style=style,
         script=script,
@@ -122,8 +125,8 @@ def fragment(data: Mapping[str, Any], text: str = "") -> str:
     """
     beside = ""
     if text:
-        summary = _summary(data) or "<p>The attributions as text</p>"
-        shown = summary.removeprefix('<p id="summary">').removeprefix("<p>").removesuffix("</p>")
+        lines = _first_lines(data) or "<p>The attributions as text</p>"
+        shown = re.sub(r"</?p[^>]*>", " ", lines.replace("</p>", "<br>", lines.count("</p>") - 1))
         beside = f"<details><summary>{shown}</summary><pre>{_escaped(text)}</pre></details>"
     return (
         '<iframe title="Attribution of generated text" loading="lazy" '
@@ -163,7 +166,19 @@ def _heading(output: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     return f"What made the model write “{answer}”"
 
 
-def _summary(data: Mapping[str, Any]) -> str:
+def _first_lines(data: Mapping[str, Any]) -> str:
+    """Where the whole answer comes from, directly and in the end, in the order to be read."""
+    if not _is_through_first(data):
+        return _summary(data) + _total(data, "through the answer")
+    whole = "whole answer, through its own words"
+    return _total(data, whole) + _summary(data, "directly")
+
+
+def _is_through_first(data: Mapping[str, Any]) -> bool:
+    return bool(data.get("total")) and bool((data.get("in_the_end") or {}).get("first"))
+
+
+def _summary(data: Mapping[str, Any], name: str = "whole answer") -> str:
     """Where the whole answer comes from, by the largest parts of the prompt, in a line."""
     found = data.get("summary")
     if not found:
@@ -171,16 +186,25 @@ def _summary(data: Mapping[str, Any]) -> str:
     is_sized = bool(data.get("is_unsigned"))
     told = [_cause(cause, is_sized) for cause in found["prompt"] if _is_told(cause)]
     said = ", ".join(told) or "nothing of the prompt in particular"
-    return f'<p id="summary"><b>whole answer</b> ← {said}</p>'
+    return f'<p id="summary"><b>{name}</b> ← {said}</p>'
 
 
-def _total(data: Mapping[str, Any]) -> str:
+def _total(data: Mapping[str, Any], name: str) -> str:
     """What the whole answer is owed to in the end, in a line."""
+    told = (data.get("in_the_end") or {}).get("shares") or ()
     shares = [
-        f'<span class="cause size"><bdi>{_escaped(name)}</bdi> <b>{percent}\u00a0%</b></span>'
-        for name, percent in ((n, f"{100 * s:.0f}") for n, s in data.get("in_the_end") or ())
+        f'<span class="cause size"><bdi>{_escaped(one["name"])}</bdi> <b>{_share(one)}</b></span>'
+        for one in told[:_MOST_SHARES]
+        if one["share"] >= _LEAST_SHARE
+        and not one["share"] < _SINGLE * (one["standard_error"] or 0)
     ]
-    return f'<p id="total"><b>through the answer</b> ← {", ".join(shares)}</p>' if shares else ""
+    return f'<p id="total"><b>{name}</b> ← {", ".join(shares)}</p>' if shares else ""
+
+
+def _share(one: Mapping[str, Any]) -> str:
+    error = one["standard_error"]
+    spread = " ± ?" if error is None else f" ± {100 * error:.0f}" if error >= 0.005 else ""
+    return f"{100 * one['share']:.0f}{spread}\u00a0%"
 
 
 def _is_told(cause: Mapping[str, Any]) -> bool:

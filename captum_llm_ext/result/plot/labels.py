@@ -41,6 +41,8 @@ def label(text: str, width: int = 22) -> str:
         width: Letters that it may take; those of Chinese, Japanese and Korean count twice.
     """
     inner = text.strip(" ")
+    if len(inner) > width:  # of a passage, the line breaks around it say nothing
+        inner = text.strip()
     if not inner:
         inner = "␣" * len(text) or "∅"
     inner = inner.replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥")

@@ -16,6 +16,7 @@ from captum_llm_ext.result.refit import Evidence
 from captum_llm_ext.result.resampling import deviations, replicates
 from captum_llm_ext.result.total.attribution import Route, Share, TotalAttribution
 from captum_llm_ext.result.total.graph import Graph, View
+from captum_llm_ext.result.total.spread import Spread
 
 if TYPE_CHECKING:
     from captum_llm_ext.result.numbers import ResultNumbers
@@ -26,7 +27,6 @@ __all__ = ["FLOOR", "Route", "Share", "Source", "TotalAttribution", "total"]
 FLOOR = 0.1
 _IN_NATS = ("log_prob", "log_odds", "contrast", "logit")
 _RELATIVE_FLOOR = 0.02  # of the largest sum of a token, for values in other units
-_N_DRAWS = 200  # of attributions, for the spread of shares
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,30 @@ class Source:
 
     Attributes:
         features: Per column of `full_attr` its feature.
-        evidence: The coalitions.
+        evidence: The coalitions; None where there are none.
         split: What a solver says of features, at the columns of prompt and output.
+        known: What `moved` found before, by its arguments.
     """
 
     features: Sequence[int]
-    evidence: Callable[[], Evidence]
+    evidence: Callable[[], Evidence] | None
     split: Callable[[Tensor], tuple[Tensor, Tensor]]
+    known: dict[tuple[int, int], Tensor | None]
+
+    def moved(self, n_resamples: int, seed: int) -> Tensor | None:
+        """How far leaving out each group of coalitions moves attributions, for all levels at once.
+
+        Returns:
+            Shape ``(n_groups, T, columns)``; None where no group can be left out.
+        """
+        key = n_resamples, seed
+        if key not in self.known:
+            found = None if self.evidence is None else replicates(self.evidence(), *key)
+            if found is not None:
+                found = torch.stack([torch.cat(self.split(solved), 1) for solved in found])
+                found = deviations(found.double().cpu())
+            self.known[key] = found
+        return self.known[key]
 
 
 def total(
@@ -80,63 +97,16 @@ def total(
         _tokens=rows,
         _features=nodes,
         _feature_of=view.feature_of,
-        _errors=partial(_errors, result, source, graph, n_resamples, seed),
+        _spread=partial(_spread, result, source, graph, n_resamples, seed),
     )
 
 
-def _errors(
-    result: "ResultNumbers",
-    source: Source,
-    graph: Graph,
-    n_resamples: int,
-    seed: int,
-) -> Tensor:
-    """Standard errors of shares: their spread where attributions vary as their coalitions say."""
-    attributions = result.full_attr.double().cpu()
-    rows, _ = graph.influence(attributions)
-    shape = len(attributions), graph.view.n_prompt + graph.view.n_output
-    if not bool((result.full_attr_se != 0).any()):
-        return torch.zeros(shape, dtype=torch.float64, device="cpu")
-    moved = _deviations(result, source, graph, attributions, n_resamples, seed)
-    if moved is None:
-        unknown = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
-        return unknown.where(rows.has_cause[:, None], 0)
-    generator = torch.Generator().manual_seed(seed)
-    steps = torch.randn(
-        _N_DRAWS, len(moved), generator=generator, dtype=torch.float64, device="cpu"
-    )
-    each = [
-        torch.cat(passed_back(*graph.influence(attributions + torch.tensordot(own, moved, 1))), 1)
-        for own in steps
-    ]
-    return torch.stack(each).std(0)
-
-
-def _deviations(
-    result: "ResultNumbers",
-    source: Source,
-    graph: Graph,
-    attributions: Tensor,
-    n_resamples: int,
-    seed: int,
-) -> Tensor | None:
-    """How far leaving out each group of coalitions moves attributions; None where none can be."""
-    if result.design is None:
-        return None
-    # Other tokens have no causes, whatever the coalitions.
-    keep, keep_features = graph.kept(attributions, 0.5)
-    told = [
-        t
-        for t, feature in enumerate(graph.view.feature_of)
-        if bool(keep[t].any()) or (feature is not None and bool(keep_features[feature].any()))
-    ]
-    found = replicates(source.evidence(), told, n_resamples, seed) if told else None
-    if found is None:
-        return None
-    wide = torch.zeros(len(found), *attributions.shape, dtype=torch.float64, device="cpu")
-    for own, solved in zip(wide, found, strict=True):
-        own[told] = torch.cat(source.split(solved), 1).double().cpu()
-    return deviations(wide)
+def _spread(
+    result: "ResultNumbers", source: Source, graph: Graph, n_resamples: int, seed: int
+) -> Spread:
+    errors = result.full_attr_se.double().cpu()
+    moved = source.moved(n_resamples, seed) if bool((errors != 0).any()) else None
+    return Spread(graph, result.full_attr.double().cpu(), errors, moved, seed)
 
 
 def _floor(result: "ResultNumbers", tokens: Tensor) -> float:

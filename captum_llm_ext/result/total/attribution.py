@@ -11,6 +11,7 @@ from torch import Tensor
 
 from captum_llm_ext.base.terminal import columns, one_line, shortened
 from captum_llm_ext.result.influence import Influence, flow_towards, strongest_chains
+from captum_llm_ext.result.total.spread import Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,18 +126,22 @@ class TotalAttribution:
     _tokens: Influence = field(repr=False)
     _features: Influence = field(repr=False)
     _feature_of: list[int | None] = field(repr=False)
-    _errors: Callable[[], Tensor] = field(repr=False)
+    _spread: Callable[[], Spread] = field(repr=False)
+
+    @cached_property
+    def spread(self) -> Spread:
+        """What tells standard errors of shares; a second or so when it is first asked for."""
+        return self._spread()
 
     @cached_property
     def _full_errors(self) -> Tensor:
-        return self._errors()
+        return self.spread.tokens()
 
     @property
     def shares_se(self) -> Tensor:
         """Standard errors of `shares`, by leaving out groups of coalitions in turn.
 
-        0 where attributions are exact, NaN where they cannot be told. They take some seconds when
-        they are first asked for.
+        0 where attributions are exact, NaN where they cannot be told.
         """
         return self._full_errors[:, : len(self.names)]
 
@@ -150,11 +155,12 @@ class TotalAttribution:
         """`shares` and `output_shares` side by side, ``(T, P + G)``."""
         return torch.cat([self.shares, self.output_shares], 1)
 
-    def why(self, token: int | str, k: int = 5) -> list[Share]:
-        """What a token is owed to in the end.
+    def why(self, token: int | str | tuple[int, int] | None, k: int = 5) -> list[Share]:
+        """What a token, a span or the whole answer is owed to in the end.
 
         Args:
-            token: Its position in the target, or its name in `output_tokens`.
+            token: Its position in the target, or its name in `output_tokens`; ``(start, stop)`` of
+                a span; None: the whole answer.
             k: How many at most.
 
         Returns:
@@ -163,9 +169,13 @@ class TotalAttribution:
         Raises:
             ValueError: If there is no such token, or several of that name.
         """
-        t, n = self._position(token), len(self.names)
-        errors = self._full_errors[t]
-        row = self.full_shares[t]
+        n = len(self.names)
+        if token is None or isinstance(token, tuple):
+            start, stop = token or (0, len(self.output_tokens))
+            row, errors = torch.cat(self.span(start, stop)), torch.cat(self.span_se(start, stop))
+        else:
+            t = self._position(token)
+            row, errors = self.full_shares[t], self._full_errors[t]
         order = row.argsort(descending=True, stable=True)[:k].tolist()
         named = [*self.names, *self.output_names]
         return [
@@ -218,6 +228,12 @@ class TotalAttribution:
         weights = self.strength[start:stop]
         weights = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
         return weights @ self.shares[start:stop], weights @ self.output_shares[start:stop]
+
+    def span_se(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Standard errors of `span`: 0 where attributions are exact, NaN where nothing tells."""
+        span = range(*slice(start, stop).indices(len(self.output_tokens)))
+        errors = self.spread.spans([span])[0]
+        return errors[: len(self.names)], errors[len(self.names) :]
 
     def flow(self, token: int | str | None = None) -> tuple[Tensor, Tensor]:
         """What passes along each edge, from the prompt or earlier output to a token.
@@ -402,7 +418,7 @@ class TotalAttribution:
     def _repr_html_(self) -> str:
         """A table for notebooks: per token of the answer its largest shares, the darker the larger.
 
-        Without errors, which take some seconds.
+        Without errors, which take a second.
         """
         named = [*self.names, *(f"{name} (begins there)" for name in self.output_names)]
         rows = [

@@ -201,8 +201,9 @@ const columnView = (index) => ({
   guessed: new Set(isThrough() ? [] : answer.runs.flatMap(([from, to]) => guessed(prompt, from, to))),
 });
 function shareOver(index) {
-  const value = Float64Array.from(answer.runs, ([from, to]) => sharesOf(from, to).prompt.value[index]);
-  return { value, error: new Float64Array(value.length), count: 1, isShare: true };
+  const shares = answer.runs.map(([from, to]) => sharesOf(from, to).prompt);
+  const of = (name) => Float64Array.from(shares, (own) => own[name][index]);
+  return { value: of("value"), error: of("error"), count: 1, isShare: true, isUntold: shares.some((own) => own.isUntold) };
 }
 
 /* What an earlier part of the answer did to the later ones. */
@@ -218,8 +219,9 @@ const within = (series, i) => Math.abs(series.value[i]) < beyond * series.error[
 /* Below what the model's own arithmetic adds; that of a sum grows with the root of its terms. */
 const isNoise = (series, i) => Math.abs(series.value[i]) < floor * Math.sqrt(series.count);
 const isUnknown = (series, i) => isUntold(series.value[i], series.error[i]);
-/* Shares hold what is told from noise alone. */
-const isFaint = (series, i) => !series.isShare && (within(series, i) || isNoise(series, i) || isUnknown(series, i));
+const SINGLE = 1.96; /* standard errors that tell one share from none */
+const isUnsureShare = (series, i) => series.value[i] > 0 && !series.isUntold && !(series.value[i] >= SINGLE * series.error[i]);
+const isFaint = (series, i) => (series.isShare ? isUnsureShare(series, i) : within(series, i) || isNoise(series, i) || isUnknown(series, i));
 
 /* Each block has its own scale: in most answers the words before weigh far more than the prompt. */
 const ownPeak = (view, side) => peak(view.kind === "column" ? view.tokens.value : side === "prompt" ? view.prompt.value : view.output.value);

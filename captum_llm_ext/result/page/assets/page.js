@@ -212,6 +212,8 @@ function setEffect(name) {
   effect = name;
   views.clear();
   for (const id of ["colours", "scales"]) at(id).hidden = isThrough() || (id === "colours" && isUnsigned);
+  at("effect").querySelector("[value=" + name + "]").checked = true;
+  tellHint();
   forgetHeights();
 }
 
@@ -233,6 +235,7 @@ function offer(box, group, choices, first) {
 function tellHint() {
   const part = answer.name, cause = prompt.name, isFinest = prompt === promptLevels[0];
   at("hint").textContent = "Click a " + part + " of the answer to see what it was written because of, or a " + cause + " of the prompt to see where it mattered; drag for several."
+    + (isThrough() ? " Colours are shares in the end, through the answer’s own words; “direct” has what led to each token by itself." : "")
     + (isFinest ? "" : " The key + looks closer at the prompt, − less close.");
 }
 
@@ -295,7 +298,6 @@ function offerEffects() {
   at("effect").hidden = !data.total;
   if (!data.total && isThrough()) {
     setEffect("direct");
-    at("effect").querySelector("[value=direct]").checked = true;
   }
 }
 offerEffects();
@@ -306,7 +308,7 @@ offerLevels("answer", answerLevels);
 offer(at("values"), "value", readings.map((reading, i) => [nameOfValue(reading.attr_target), i]), 0);
 at("blocks").hidden = !nOutput || nTarget < 2;
 at("narrative").textContent = (data.narrative || []).join(" ");
-tellHint();
+setEffect(data.total && data.first_effect === "through" ? "through" : "direct");
 render();
 /* A long prompt opens at its strongest part. */
 function showStrongest() {

@@ -109,7 +109,10 @@ function tableRow(view, row, most, axis) {
   button.title = text;
   bar.style.left = (value > 0 ? axis.zero : axis.zero - axis.share * -value) + "%";
   bar.style.width = axis.share * Math.abs(value) + "%";
-  if (!series.isShare) number.append(make("small", "", plusMinus(series.error[i], most)));
+  if (series.isShare) {
+    const [digits, sign] = number.textContent.split("\u00a0");
+    number.replaceChildren(digits, make("small", "", spreadOf(series, i)), "\u00a0" + sign);
+  } else number.append(make("small", "", plusMinus(series.error[i], most)));
   const times = series.isShare ? "" : factor(value, 1);
   if (times && view.kind !== "column") number.title = times;
   what.append(button);
@@ -158,17 +161,20 @@ function drawEffects(view) {
 }
 
 /* What shares are, and what they leave out. */
-function notesOnShares() {
+function notesOnShares(shares) {
   const { negative, uncertain } = data.total[prompt.name];
+  const isTold = shares.some(({ isUntold }) => !isUntold), isUncertain = shares.some(({ error }) => error.some((x) => !(x === 0)));
   const left = [[negative, "for lowering"], [uncertain, "as perhaps noise"]].filter(([share]) => share >= 0.005).map(([share, why]) => percentOf(share) + " " + why);
   return [make("span", "", "Shares of all that led to it, followed back through the answer’s own words to where each chain begins; they sum to 100 %, in rounding. They are no amounts: how far a token would move is another question."
-    + (left.length ? " Left out of the attributions: " + left.join(", ") + "." : ""))];
+    + (left.length ? " Left out of the attributions: " + left.join(", ") + "." : "")
+    + (!isTold ? " Of tokens together that are no part of the answer, no error is told." : isUncertain ? " ± is one standard error; a share that could be noise is pale." : ""))];
 }
 
 function notesOn(view) {
-  if (isThrough()) return notesOnShares();
+  if (isThrough()) return notesOnShares(view.kind === "rows" ? [view.prompt, view.output] : [view.tokens]);
   const notes = [], rows = view.kind === "rows";
-  if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause.");
+  if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause. That asks which part of it the answer came from; without output_unit=None, words of the answer are causes as well.");
+  if (isWhole(view) && nOutput) notes.push("Earlier words of the answer are causes, too: this tells which word led to the next. To ask of the prompt alone, which passage it came from, hold the answer fixed: output_unit=None, or --output-unit none.");
   if (view.guessed.size && hasErrors) notes.push("± is approximate here: the errors of the " + [...view.guessed].join(" and of the ") + " that are added up are taken as independent, which they are not.");
   if (rows && view.to - view.from > 1 && data.attr_target === "prob") notes.push("A sum of the tokens' probabilities, not the probability of all of them.");
   if (data.attr_target === "contrast") notes.push("A contrast: the log-probability of a token less that of its foils together, what it might have been instead. A token without any, such as one that goes on a word, is worth its log-probability.");
@@ -221,7 +227,7 @@ function drawPanel(view, isKept) {
   if (rows) at("chosen-place").textContent += ratherThan(view) && "," + ratherThan(view);
   at("clear").hidden = !isKept;
   at("sentence").hidden = !isKept || !rows || !sentenceOf(view);
-  at("narrative").hidden = isThrough() || (!isWhole(view) && nTarget > 1);
+  at("narrative").hidden = !isWhole(view) && nTarget > 1;
   at("route").textContent = routeSaid(view);
   at("route").hidden = !at("route").textContent;
   if (rows || isThrough()) at("bridge").replaceChildren(...bridge(view));
@@ -244,7 +250,7 @@ function drawPanel(view, isKept) {
 /* Details line ----------------------------------------------------------------------------------- */
 
 function describeCell(series, i, tokens) {
-  if (series.isShare) return percentOf(series.value[i]) + " in the end";
+  if (series.isShare) return shareTold(series, i) + " in the end" + (isFaint(series, i) ? ", could be noise" : "");
   const most = peak(series.value), times = factor(series.value[i], tokens);
   return withUnit(signed(series.value[i], most) + plusMinus(series.error[i], most)) + (times ? " = " + times : "")
     + (isUnknown(series, i) ? ", of unknown error" : within(series, i) ? ", could be noise" : isNoise(series, i) ? ", below the model's noise" : "");
@@ -254,7 +260,7 @@ function describeRows(view) {
   if (isThrough()) {
     const [first] = [...causesIn(view, "prompt"), ...causesIn(view, "answer")].sort(bySize);
     if (!first) return tokensText(view) + ": nothing in particular led to it";
-    return tokensText(view) + ": " + percentOf(first.value) + " of what led to it in the end "
+    return tokensText(view) + ": " + shareTold(first.series, first.i) + " of what led to it in the end "
       + (first.side === "prompt" ? "is " + promptPart(first.i) : "begins with " + quoted(nameOf("answer", first.i), 24) + " in the answer");
   }
   const full = total(data.full_values, view.from, view.to), empty = total(data.empty_values, view.from, view.to);

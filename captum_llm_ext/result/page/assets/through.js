@@ -2,7 +2,7 @@
    Per level of the prompt the data has links, each a share of what led directly to a token, or to a
    feature of the answer; what nothing in particular led to begins a chain itself. */
 
-let effect = "direct"; /* or "through": shares in the end */
+let effect = "direct"; /* or "through": shares in the end, which may be what is shown at first */
 const isThrough = () => effect === "through";
 const MOST_CHAINS = 3;
 /* By words, a way is all chains that pass through them: none of the strongest ways is missed unless
@@ -17,7 +17,9 @@ function graph() {
     const rows = (held) => held.map(([columns, shares, features, others]) => ({ columns, shares, features, others }));
     const tokens = rows(told.tokens), nodes = told.features ? rows(told.features) : [];
     if (!told.features) data.output.forEach((piece, t) => { if (piece.feature !== null) nodes[piece.feature] = tokens[t]; });
-    graphs.set(told, { tokens, nodes, strength: told.strength, tokenEnds: [], ends: [], best: [] });
+    const errors = new Map();
+    for (const { level, spans, se } of told.errors || []) spans.forEach(([from, to], i) => errors.set([level, from, to].join(), se[i]));
+    graphs.set(told, { tokens, nodes, errors, strength: told.strength, tokenEnds: [], ends: [], best: [] });
   }
   return graphs.get(told);
 }
@@ -46,6 +48,13 @@ function sharesOf(from, to) {
   const own = graph(), parts = answer.partOf || range(nOutput);
   const series = (width) => ({ value: new Float64Array(width), error: new Float64Array(width), count: 1, isShare: true });
   const found = { prompt: series(prompt.names.length), output: series(nOutput ? answer.names.length : 0) };
+  const errors = own.errors.get([answer.name, from, to].join()), width = prompt.names.length;
+  if (errors) {
+    errors[0].forEach((column, k) => {
+      const side = column < width ? found.prompt : found.output;
+      side.error[column < width ? column : column - width] = known(errors[1][k]);
+    });
+  } else found.prompt.isUntold = found.output.isUntold = true; /* of a span that is no part of the answer */
   const all = total(own.strength, from, to);
   for (let t = from; t < to && all > 0; t++) {
     if (!(own.strength[t] > 0)) continue;

@@ -29,6 +29,13 @@ function factor(x, tokens) {
 }
 /* A share of what led to something. */
 const percentOf = (share) => (share > 0 && share < 0.01 ? "<1" : String(Math.round(100 * share))) + "\u00a0%";
+/* What stands between a share's number and its sign. */
+function spreadOf(series, i) {
+  const error = series.error[i];
+  if (series.isUntold || !(series.value[i] > 0)) return "";
+  return !Number.isFinite(error) ? " ± ?" : error >= 0.005 ? " ± " + Math.round(100 * error) : "";
+}
+const shareTold = (series, i) => percentOf(series.value[i]).replace("\u00a0%", spreadOf(series, i) + "\u00a0%");
 /* Whether colours tell sizes, not what raises and what lowers. */
 const isSized = () => root.classList.contains("absolute") || root.classList.contains("shares");
 const withUnit = (text) => (unit ? text + " " + unit : text);

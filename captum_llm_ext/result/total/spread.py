@@ -1,0 +1,146 @@
+"""How far shares vary with the coalitions that attributions came from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.result.influence import passed_back
+from captum_llm_ext.result.total.graph import Graph
+
+# Of attributions, for the spread of shares; an error from 50 is off by a tenth of itself, and each
+# takes a triangular solve, of 500 tokens a thirtieth of a second.
+_N_DRAWS, _N_DRAWS_OF_LONG = 200, 50
+_LONG = 2e7  # multiplications of such a solve
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Attributions as other coalitions might have given them, and what becomes of their shares.
+
+    Attributes:
+        graph: How attributions become shares.
+        attributions: As they are, ``(T, columns)``.
+        errors: Their standard errors; NaN where unknown.
+        moved: How far leaving out each group of coalitions moves them, ``(n_groups, T, columns)``;
+            None where that cannot be told.
+        seed: Seeds the draws.
+    """
+
+    graph: Graph
+    attributions: Tensor
+    errors: Tensor
+    moved: Tensor | None
+    seed: int
+
+    def tokens(self) -> Tensor:
+        """Standard errors of the shares in each target token, ``(T, P + G)``."""
+        return self.spans([range(t, t + 1) for t in range(len(self.attributions))])
+
+    def spans(self, spans: Sequence[range], part_of: Sequence[int] | None = None) -> Tensor:
+        """Standard errors of the shares in several target tokens together.
+
+        Args:
+            spans: Of target tokens.
+            part_of: Per feature of the output the part whose shares are added up; None: each its
+                own.
+
+        Returns:
+            Shape ``(n_spans, P + n_parts)``: 0 where attributions are exact, NaN where nothing
+            tells.
+        """
+        return self.readings([(spans, part_of)])[0]
+
+    def readings(
+        self, asked: Sequence[tuple[Sequence[range], Sequence[int] | None]]
+    ) -> list[Tensor]:
+        """As `spans`, of several lists of them by other parts at once: the draws are the same."""
+        view, n_tokens = self.graph.view, len(self.attributions)
+        found: list[_Moments] = []
+        for spans, part_of in asked:
+            inside = torch.zeros(len(spans), n_tokens, dtype=torch.float64, device="cpu")
+            for row, span in zip(inside, spans, strict=True):
+                row[span.start : span.stop] = 1
+            parts = range(view.n_output) if part_of is None else part_of
+            found.append(_Moments(inside, list(parts), view.n_prompt))
+        if not bool((self.errors != 0).any()):
+            return [torch.zeros_like(own.first) for own in found]
+        if self.moved is None:
+            strength = self.graph.influence(self.attributions)[0].strength
+            zero = [torch.zeros_like(own.first) for own in found]
+            return [
+                told.masked_fill((own.inside @ strength > 0)[:, None], torch.nan)
+                for own, told in zip(found, zero, strict=True)
+            ]
+        cost = view.n_output**2 * (view.n_prompt + view.n_output)
+        n = _N_DRAWS if cost <= _LONG else _N_DRAWS_OF_LONG
+        self._draw(self.moved, found, n)
+        return [own.error(n) for own in found]
+
+    def _draw(self, moved: Tensor, found: Sequence["_Moments"], n: int) -> None:
+        """Adds up what becomes of the shares in `n` draws of the attributions."""
+        moved, rest = _as_told(moved, self.errors)
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+        for step in normal(n, len(moved)):
+            other = self.attributions + torch.tensordot(step, moved, 1)
+            if rest is not None:
+                other = other + normal(*rest.shape) * rest
+            rows, nodes = self.graph.influence(other)
+            prompt, output = passed_back(rows, nodes)
+            for own in found:
+                own.add(rows.strength, prompt, output)
+
+
+class _Moments:
+    """The first two moments of shares in some spans, by parts.
+
+    Args:
+        inside: Which tokens a span has, ``(n_spans, T)``.
+        parts: Per feature of the output its part.
+        n_prompt: Parts of the prompt.
+    """
+
+    def __init__(self, inside: Tensor, parts: Sequence[int], n_prompt: int) -> None:
+        self.inside, self._n_prompt = inside, n_prompt
+        self._parts = torch.tensor(parts, dtype=torch.int64, device="cpu")
+        width = n_prompt + max([*parts, -1]) + 1
+        self.first = torch.zeros(len(inside), width, dtype=torch.float64, device="cpu")
+        self._second = torch.zeros_like(self.first)
+
+    def add(self, strength: Tensor, prompt: Tensor, output: Tensor) -> None:
+        """Adds shares in tokens, each with the weight of its strength."""
+        weights = self.inside * strength
+        tiny = torch.finfo(weights.dtype).tiny
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(tiny)
+        shares = torch.zeros_like(self.first)
+        shares[:, : self._n_prompt] = weights @ prompt
+        shares[:, self._n_prompt :].index_add_(1, self._parts, weights @ output)
+        self.first += shares
+        self._second += shares.square()
+
+    def error(self, n: int) -> Tensor:
+        """Standard deviations of what was added `n` times."""
+        # Shares lie between 0 and 1: float64 keeps 8 digits of their spread.
+        variance = (self._second / n - (self.first / n).square()).clamp_min(0) * n / (n - 1)
+        return variance.sqrt().where(variance > 1e-15, 0)
+
+
+def _as_told(moved: Tensor, errors: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Deviations that are as large as the standard errors say, where these are known.
+
+    Groups left out tell how errors go together. How large they are, the solver knows better, which
+    takes interactions into account.
+
+    Returns:
+        Deviations, and errors of what never moved; None where all that has an error did.
+    """
+    size = moved.square().sum(0).sqrt()
+    is_told = errors.isfinite() & (size > 0)
+    scaled = moved * (errors / size.clamp_min(torch.finfo(size.dtype).tiny)).where(is_told, 1.0)
+    rest = errors.where(errors.isfinite() & (size == 0), 0.0)
+    return scaled, rest if bool(rest.any()) else None
