@@ -4,6 +4,7 @@ import math
 import pickle
 import random
 import re
+import unicodedata
 import warnings
 
 import pytest
@@ -274,6 +275,35 @@ def test_any_text(text, make):
         assert not any("\ufffd" in text for text, _ in match.candidates)
 
 
+SCRIPTS = {
+    "ARABIC": ["باريس مدينة كبيرة", "روما مدينة قديمة", "القاهرة مدينة كبيرة"],
+    "HEBREW": ["פריז עיר גדולה", "רומא עיר עתיקה"],
+    "HANGUL": ["파리 도시 크다", "로마 도시 오래"],
+    "DEVANAGARI": ["पेरिस शहर बड़ा", "रोम शहर पुराना"],
+    "CYRILLIC": ["Москва город большой", "Рим город старый"],
+    "LATIN": ["Paris town large", "Rome town old"],
+    "DIGIT": ["17 town large", "23 town old"],
+    "ARABIC-INDIC": ["١٧ مدينة كبيرة", "٢٣ مدينة قديمة"],
+}
+
+
+def scripts_of(texts):
+    return {unicodedata.name(c).split()[0] for text in texts for c in text}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_word_keeps_its_script(script):
+    """Where nothing comes before a word, all scripts are as likely; so they are as answers."""
+    model, tokenizer = counting([text for own in SCRIPTS.values() for text in own])
+    first = {text.split()[0] for text in SCRIPTS[script]}
+    inp = TextSegmentInput(SCRIPTS[script][0], tokenizer, baselines=ModelBaselines(n_candidates=30))
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer, "contrast")
+    result = attribution.attribute(inp, SCRIPTS[script][1].split()[0])
+    drawn = {text for text, _ in result.provenance["matches"]["prompt"][0]["candidates"]}
+    assert first <= drawn
+    assert scripts_of(drawn) == scripts_of(result.foil_tokens[0]) == {script}
+
+
 def test_another_model_may_propose(demo):
     """With a tokenizer of its own."""
     tokenizer = tiny.byte_level()
@@ -456,7 +486,7 @@ class Counts(nn.Module):
 
 def counting(sentences):
     vocabulary = {word: i for i, word in enumerate(["<s>", "<unk>"])}
-    for word in re.findall(r"\w+|[^\w\s]", " ".join(sentences)):
+    for word in re.findall(r"[^\s.,]+|[.,]", " ".join(sentences)):
         vocabulary.setdefault(word, len(vocabulary))
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

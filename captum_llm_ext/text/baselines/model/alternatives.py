@@ -26,9 +26,13 @@ _ENOUGH = 0.98  # what is beyond this share of all that may stand in a place is 
 _MORE_WORDS = 1  # that a stand-in may have than what it stands for
 
 
-def looks_like(piece: str, kind: str) -> bool:
-    """Whether a token may begin a word of a kind (see `words.kind`), and holds nothing else."""
-    return words.kind(piece) == kind and all(c.isalnum() or c in "-'’" for c in piece)
+def looks_like(piece: str, word: str) -> bool:
+    """Whether a token may begin a word of a word's kind and script, and holds nothing else."""
+    return (
+        words.kind(piece) == words.kind(word)
+        and words.is_one_word(piece)
+        and words.keeps_script(piece, word)
+    )
 
 
 class Alternatives:
@@ -56,10 +60,10 @@ class Alternatives:
             for i, atom in enumerate(self._atoms)
             if within[0] < atom.stop and atom.start < within[1] and not words.is_mark(atom.text)
         ]
-        kinds = [words.kind(self._atoms[i].text) for i in worded]
+        own = [self._atoms[i].text for i in worded]
         spans = [(self._atoms[i].start, self._atoms[i].stop) for i in worded]
         listed = model.likeliest(
-            text, spans, n, lambda number, piece: looks_like(piece, kinds[number])
+            text, spans, n, lambda number, piece: looks_like(piece, own[number])
         )
         self._listed = dict(zip(worded, listed, strict=True))
         self._number = {self._atoms[i].start: i for i in worded}
@@ -121,9 +125,11 @@ class Alternatives:
         """
         if span not in self._ended:
             self.read([span, *((one[0], other[1]) for one, other in self.ties)])
-        found = {self._text[span[0] : span[1]]: self._chance(span)}
+        own = self._text[span[0] : span[1]]
+        found = {own: self._chance(span)}
         for (_, chance), text in zip(self._begun(span), self._ended[span], strict=True):
-            if _INCOMPLETE not in text:
+            # A word may go on in another script than it began in.
+            if _INCOMPLETE not in text and words.keeps_script(text, own):
                 found[text] = found.get(text, 0.0) + chance
         return found
 
