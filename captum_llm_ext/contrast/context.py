@@ -8,7 +8,7 @@ import torch
 from captum_llm_ext.model import TokenRow
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import draw_generator
-from captum_llm_ext.text.baselines.words import KINDS, atoms, kind
+from captum_llm_ext.text.baselines.words import KINDS, atoms, keeps_script, kind
 from captum_llm_ext.text.inputs import GeneratedText, Prompt, RenderedPrompt, render_text
 
 _DRAWS = 8
@@ -101,7 +101,12 @@ class FoilContext:
         own, other = self._texts[t], self._piece(token, t)
         core = other.strip()
         is_text = bool(core) and core.isprintable() and _FRAGMENT not in core
-        return is_text and _space(own) == _space(other) and _kind(own) == _kind(other)
+        return (
+            is_text
+            and _space(own) == _space(other)
+            and _kind(own) == _kind(other)
+            and keeps_script(other, own)
+        )
 
     def is_other(self, token: int, t: int) -> bool:
         """Whether a token is another one, of whatever kind; special ones of special ones alone."""

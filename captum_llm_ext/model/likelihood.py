@@ -25,9 +25,9 @@ _TO_THE_END = 3  # tokens that a word goes on for at most, beyond the one it beg
 _TOKENS_PER_WORD = 3  # and those of another one
 # A look at the model holds for rows that are so many tokens longer.
 _BEYOND = 48
-# Of so many tokens per wanted one it is looked up what they show: where a chat begins, and after a
-# first word, the likeliest 256 of some models are no words at all.
-_LOOKED_AT = 1024
+# Of so many tokens, and those that are wanted, it is looked up what they show: where a chat begins,
+# and after a first word, the likeliest 1,024 of some models are no words at all.
+_LOOKED_AT = 4096
 
 
 class Likelihood:
@@ -37,6 +37,8 @@ class Likelihood:
         model: A causal language model.
         tokenizer: Its tokenizer.
     """
+
+    reads_rest = False
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         self._model, self._tokenizer = model, tokenizer
@@ -151,7 +153,7 @@ class Likelihood:
         before, own = around
         spaced = self._piece(own, before)[:1].isspace()
         found: list[tuple[str, float]] = []
-        best = log_probs.topk(min(_LOOKED_AT * n, len(log_probs)))
+        best = log_probs.topk(min(_LOOKED_AT + n, len(log_probs)))
         for log_prob, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             if len(found) == n or log_prob == -torch.inf:
                 break

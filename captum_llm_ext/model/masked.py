@@ -34,6 +34,8 @@ class MaskedProposer:
         ValueError: If the tokenizer has no mask token.
     """
 
+    reads_rest = True
+
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         mask = getattr(tokenizer, "mask_token_id", None)
         if mask is None:

@@ -27,6 +27,8 @@ class RemoteLikelihood:
         tokenizer: The model's tokenizer.
     """
 
+    reads_rest = False
+
     def __init__(self, scorer: RemoteScorer, tokenizer: Any) -> None:
         self._scorer, self._tokenizer = scorer, tokenizer
 

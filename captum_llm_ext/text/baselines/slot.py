@@ -95,7 +95,13 @@ class Listed:
 
 @runtime_checkable
 class Proposer(Protocol):
-    """What a baseline may ask of a model that knows what may stand in a place."""
+    """What a baseline may ask of a model that knows what may stand in a place.
+
+    Attributes:
+        reads_rest: Whether what it finds `likeliest` goes by the text after a place, too.
+    """
+
+    reads_rest: bool
 
     def likeliest(
         self,

@@ -95,6 +95,33 @@ def kind(word: str) -> str:
     return "symbol" if unicodedata.category(first) == "So" else sys.intern(word)
 
 
+@functools.lru_cache(2**14)
+def _script(character: str) -> str | None:
+    """The script of a letter or digit; None for what several scripts share."""
+    # Letters that modify others ("ー", "ʰ") are written in several.
+    has_one = unicodedata.category(character) in ("Lu", "Ll", "Lt", "Lo", "Nd")
+    # A letter's name begins with its script's: "KATAKANA LETTER A", "CJK UNIFIED IDEOGRAPH-4E00".
+    return unicodedata.name(character, "").partition(" ")[0] if has_one else None
+
+
+def _scripts(text: str) -> list[str]:
+    return [script for script in map(_script, text) if script is not None]
+
+
+def is_one_word(text: str) -> bool:
+    """Whether a text is nothing but letters and digits, their marks, hyphens and apostrophes."""
+    return all(c.isalnum() or c in "-'’" or unicodedata.category(c)[0] == "M" for c in text)
+
+
+def keeps_script(text: str, own: str) -> bool:
+    """Whether a text begins in the script that another one begins in, and has no letter of others.
+
+    Kanji and kana are two, as in a text with both they do not stand for one another.
+    """
+    found, wanted = _scripts(text), _scripts(own)
+    return found[:1] in ([], wanted[:1]) and {*found} <= {*wanted, "DIGIT"}
+
+
 def is_mark(word: str) -> bool:
     """Whether an atom is punctuation or `BREAK`, not a word."""
     return kind(word) not in KINDS

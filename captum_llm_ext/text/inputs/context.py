@@ -1,12 +1,16 @@
 """`Context`: the whole prompt as token ids, and the generated text as features after it."""
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.text.baselines import LanguageModel
+from captum_llm_ext.text.baselines.candidates import Match
 from captum_llm_ext.text.baselines.corpus.mismatch import warn_of_mismatch
 from captum_llm_ext.text.baselines.naming import baseline_name
 from captum_llm_ext.text.inputs.generated import GeneratedText
@@ -64,10 +68,28 @@ class Context:
         return {"prompt": baseline_name(self.prompt.own_baseline), "output": output}
 
     def matches(self, generated: GeneratedText) -> dict[str, list[dict[str, Any]] | None]:
-        """How replacements were found, per slot of prompt and output; None for fixed baselines."""
+        """How replacements were found, per slot of prompt and output; None for fixed baselines.
+
+        Warns:
+            UserWarning: If a model has no other text for any feature of the prompt.
+        """
         # The last generated feature has no token after it: nothing stands in for it.
-        output = generated.matches(generated.n_causes)
+        output, prompt = generated.matches(generated.n_causes), self.prompt.matches()
+        _warn_of_nothing(prompt or [])
         return {
             part: None if found is None else [asdict(match) for match in found]
-            for part, found in {"prompt": self.prompt.matches(), "output": output}.items()
+            for part, found in {"prompt": prompt, "output": output}.items()
         }
+
+
+def _warn_of_nothing(matches: Sequence[Match]) -> None:
+    """Warns where every feature stays what it is, since a model knows no other text for it."""
+    asked = [match for match in matches if match.level != "blank"]
+    if asked and all(match.level == "model" and not match.n_candidates for match in asked):
+        warnings.warn(
+            f"the model has no other text of its kind for any of the {len(asked)} features of the "
+            "prompt: none is ever absent, and all have an attribution of 0. Give texts that may "
+            "stand there (`baselines=[[...], ...]`), a corpus (`CorpusBaselines`), or a model that "
+            "knows this kind of text (`ModelBaselines(proposer)`).",
+            stacklevel=stacklevel_of_caller(),
+        )

@@ -24,11 +24,19 @@ _INCOMPLETE = "\ufffd"  # what a part of a character is shown as: no text can be
 _LONGEST = 4  # words of a phrase
 _ENOUGH = 0.98  # what is beyond this share of all that may stand in a place is not looked for
 _MORE_WORDS = 1  # that a stand-in may have than what it stands for
+# Of so many of the likeliest words those are kept that the words after the place go on from best:
+# of four after "was", as in "was hungry, so", none may ("a", "born", "the", "an").
+_TRIED = 16
+_AFTER = 2  # words after a place that are asked for this
 
 
-def looks_like(piece: str, kind: str) -> bool:
-    """Whether a token may begin a word of a kind (see `words.kind`), and holds nothing else."""
-    return words.kind(piece) == kind and all(c.isalnum() or c in "-'’" for c in piece)
+def looks_like(piece: str, word: str) -> bool:
+    """Whether a token may begin a word of a word's kind and script, and holds nothing else."""
+    return (
+        words.kind(piece) == words.kind(word)
+        and words.is_one_word(piece)
+        and words.keeps_script(piece, word)
+    )
 
 
 class Alternatives:
@@ -54,16 +62,20 @@ class Alternatives:
         worded = [
             i
             for i, atom in enumerate(self._atoms)
-            if within[0] < atom.stop and atom.start < within[1] and not words.is_mark(atom.text)
+            if within[0] < atom.stop and not words.is_mark(atom.text)
         ]
-        kinds = [words.kind(self._atoms[i].text) for i in worded]
+        # What comes after a place may be of its phrase, or decided by it.
+        n_within = sum(self._atoms[i].start < within[1] for i in worded)
+        worded = worded[: n_within + _AFTER]
+        own = [self._atoms[i].text for i in worded]
         spans = [(self._atoms[i].start, self._atoms[i].stop) for i in worded]
         listed = model.likeliest(
-            text, spans, n, lambda number, piece: looks_like(piece, kinds[number])
+            text, spans, max(n, _TRIED), lambda number, piece: looks_like(piece, own[number])
         )
         self._listed = dict(zip(worded, listed, strict=True))
         self._number = {self._atoms[i].start: i for i in worded}
         self._ended: dict[Span, list[str]] = {}
+        self._fitting: dict[Span, dict[str, float]] = {}
         self.read(spans)
         self.ties: list[tuple[Span, Span]] = []
         self.phrases = self._found_phrases()
@@ -121,10 +133,93 @@ class Alternatives:
         """
         if span not in self._ended:
             self.read([span, *((one[0], other[1]) for one, other in self.ties)])
-        found = {self._text[span[0] : span[1]]: self._chance(span)}
+        own = self._text[span[0] : span[1]]
+        found = {own: self._chance(span)}
         for (_, chance), text in zip(self._begun(span), self._ended[span], strict=True):
-            if _INCOMPLETE not in text:
+            # A word may go on in another script than it began in.
+            if _INCOMPLETE not in text and words.keeps_script(text, own):
                 found[text] = found.get(text, 0.0) + chance
+        return found
+
+    def fitting(self, span: Span) -> dict[str, float]:
+        """What may stand in a place given the words after it, too, first what stands there.
+
+        More words are tried than there are `texts`. Each is as likely as the text before makes it,
+        times how likely it makes the words after it, set against what stands there (and at most as
+        likely as that): of these the likeliest are kept.
+        """
+        if span not in self._fitting:
+            self.fit([span])
+        return self._fitting[span]
+
+    def fit(self, spans: Iterable[Span]) -> None:
+        """Finds out what goes on with the words after it, for all of these places at once.
+
+        Args:
+            spans: Words, phrases or ties.
+        """
+        todo = [span for span in dict.fromkeys(spans) if span not in self._fitting]
+        self.read([*todo, *((one[0], other[1]) for one, other in self.ties)])
+        after = {span: self._after(span) for span in todo}
+        tried = {
+            span: self.texts(span) | (self._less_likely(span) if after[span] else {})
+            for span in todo
+        }
+        asked = [(span, text) for span in todo if after[span] for text in tried[span]]
+        follows = dict.fromkeys(((span, text) for span in todo for text in tried[span]), 0.0)
+        if asked:
+            found = self._model.log_probs_between(
+                [self._text[: span[0]] + text for span, text in asked],
+                [after[span] for span, _ in asked],
+                [self._text[span[1] + len(after[span]) :] for span, _ in asked],
+            )
+            follows.update(zip(asked, found.tolist(), strict=True))
+        for span, texts in tried.items():
+            own = self._text[slice(*span)]
+            weights = {
+                text: chance * math.exp(min(follows[span, text] - follows[span, own], 0.0))
+                for text, chance in texts.items()
+                if text != own
+            }
+            likeliest = heapq.nlargest(self._n, weights, key=weights.__getitem__)
+            self._fitting[span] = {own: texts[own]} | {text: weights[text] for text in likeliest}
+
+    def _after(self, span: Span) -> str:
+        """The words after a place that tell what sort of word stands there.
+
+        The next two of its sentence, up to a name, a number or what the place decides: these tell
+        which word it is.
+        """
+        if self._model.reads_rest:
+            return ""
+        decided = [other[0] for one, other in self.ties if one == span]
+        decided += [
+            span[1] for phrase in self.phrases if phrase[0] <= span[0] < span[1] < phrase[1]
+        ]
+        most = min(decided, default=len(self._text))
+        stop, n_words = span[1], 0
+        for atom in self._atoms[bisect_left(self._atoms, span[1], key=lambda a: a.start) :]:
+            is_mark = words.is_mark(atom.text)
+            tells = is_mark or words.kind(atom.text) in ("lower", "letters")
+            if n_words == _AFTER or atom.start >= most or not tells:
+                break
+            stop, n_words = atom.stop, n_words + (not is_mark)
+            if is_mark and border(atom.text) >= SENTENCE_END:
+                break
+        return self._text[span[1] : stop]
+
+    def _less_likely(self, span: Span) -> dict[str, float]:
+        """Words of one token beyond the `texts` of a place that is a word."""
+        shape = self._shape(span)
+        listed = self._listed.get(shape.numbers[0]) if shape.n_words == 1 else None
+        texts = self.texts(span)
+        covered, found = sum(texts.values()), dict[str, float]()
+        for text, log_prob in () if listed is None else listed.others:
+            if covered >= _ENOUGH:
+                break
+            if text not in texts:
+                found[text] = math.exp(log_prob)
+                covered += found[text]
         return found
 
     def _found_phrases(self) -> list[Span]:

@@ -26,13 +26,16 @@ from captum_llm_ext.text.baselines.slot import (
 from captum_llm_ext.text.baselines.surroundings import Surroundings, surroundings_of
 
 _CANDIDATES = 4  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
+# Texts that have less than this share of a place's probability are not tried with the answer: what
+# such words make of its kinds hardly ever differs by so much.
+_NEGLIGIBLE = 0.01
 _SURE = 0.95  # the model's own text, at least so often, is what it would have written anyway
 _TOLD = 10
 # Places before an answer that are drawn given its kinds of words. Those far before it hardly decide
 # these, and each costs a pass per candidate.
 _REACH = 64
 _LEFT_BEHIND = "left behind"  # in place of a proposer that was not copied
-_NO_OTHER = "what comes before, where no other text of its kind is known"
+_NO_OTHER = "its place, where no other text of its kind is likely"
 
 
 class ModelBaselines:
@@ -44,7 +47,16 @@ class ModelBaselines:
     and is not blamed; a name that nothing determines is nearly always another one. This is removal
     by the conditional distribution (Covert, Lundberg & Lee, JMLR 2021, section 4.2; Aas, Jullum &
     Løland 2021), given what comes before, as a causal model has it. Candidates are of the kind of
-    what they stand for (a capitalised word, a number, …) and carry its white space and punctuation.
+    what they stand for (a capitalised word, a number, …) and of its script, and carry its white
+    space and punctuation.
+
+    The words after a place tell *what sort of word* stands there: of the 16 likeliest words after
+    "was" few go on with ", so", as "hungry" does. So a word or phrase is another one as likely as
+    the text before makes that, times how likely it makes the next two words, set against what
+    stands there and at most 1; of these the `n_candidates` likeliest are kept. A name, a number,
+    the end of a sentence and what the place itself decides end these two: they tell which word it
+    is, and words that determine one another would none of them be absent. A masked model goes by
+    all of the text after a place anyhow.
 
     What comes after is the answer, of which the draw knows *what kinds of words* it begins with,
     and not which: a candidate is as likely as the text before makes it, times how likely it makes a
@@ -70,16 +82,17 @@ class ModelBaselines:
     after its city) are drawn as one text, left to right, where both are absent.
 
     The search takes one pass over the text for the candidates of all places, a few short ones more,
-    each for all places at once, one of the prompt per candidate for the answer's kinds, and seven
-    more for candidates close to the answer, together about what the evaluations of leave-one-out
-    take. It is done once for a text and an answer.
+    each for all places at once, a few tokens for every word that is tried, one pass of the prompt
+    per candidate for the answer's kinds, and seven more for candidates close to the answer,
+    together about what the evaluations of leave-one-out take. It is done once for a text and an
+    answer.
 
     Args:
         proposer: The model that is asked, if it is not the one under explanation: ``(model,
             tokenizer)``, causal or masked, with any tokenizer; a pipeline of transformers; or a
             model with the tokenizer of the one under explanation. A masked one goes by the text on
             both sides of a place, the next word excepted.
-        n_candidates: Texts that are tried in every place, beside the one that stands there.
+        n_candidates: Texts that may be drawn in every place, beside the one that stands there.
 
     Raises:
         ValueError: If `n_candidates` is below 1; on use, if there is no model to ask, or a masked
@@ -132,7 +145,10 @@ class ModelBaselines:
         alternatives = self._alternatives(context, (slots[0].start, slots[-1].stop))
         # A word that is several features is one thing, too.
         parts = alternatives.parts(0, len(context), ties=False)
-        alternatives.read(parts)
+        if slots[0].generated:
+            alternatives.read(parts)
+        else:
+            alternatives.fit(parts)
         ties = [(one[0], other[1]) for one, other in alternatives.ties]
         bonds = Bonds(*([*_runs(slots, spans)] for spans in (parts, ties)))
         if self._fit is not None:
@@ -188,7 +204,10 @@ class ModelBaselines:
         alternatives = self._alternatives(slot.context, (start, stop))
         parts = alternatives.parts(start, stop) or [(start, stop)]
         alternatives.read(parts)
-        found = [_candidates(alternatives.texts(part)) for part in parts]
+        # Of several words each has the others, which are absent as well, after it.
+        goes_on = len(parts) == 1 and not slot.generated
+        texts = alternatives.fitting if goes_on else alternatives.texts
+        found = [_candidates(texts(part)) for part in parts]
         ends = pairwise([(start, start), *parts, (stop, stop)])
         between = [slot.context[one[1] : other[0]] for one, other in ends]
         own = [slot.context[slice(*part)] for part in parts]
@@ -323,7 +342,9 @@ class _Filling:
 def _candidates(texts: dict[str, float]) -> Candidates:
     """Texts with probabilities, the original first; where no other is known, it stays."""
     original = next(iter(texts))
-    weights = {(text,): share for text, share in texts.items() if share > 0} or {(original,): 1.0}
+    least = _NEGLIGIBLE * sum(texts.values())
+    kept = {text: share for text, share in texts.items() if text == original or share > least}
+    weights = {(text,): share for text, share in kept.items() if share > 0} or {(original,): 1.0}
     match = Match("model", "what comes before", 0, len(weights) - 1, len(weights) == 1, ())
     return Candidates.of(match, weights, (original,))
 
