@@ -154,7 +154,7 @@ def test_rows_that_change_one_another_are_asked_one_by_one(name):
     # Logits are the same bits; sums over the vocabulary are taken in float32.
     assert float((values - step_by_step(model, rows, target)).abs().max()) < 1e-5
     assert scorer.findings.couples_rows
-    assert float(scorer.noise_floor(rows[0], target).max()) < 5e-6  # float32's last digits
+    assert float(scorer.noise_floor(rows[0], target).max()) < 1e-5  # float32's last digits
     others = Scorer(model, max_rows=3).values(rows, target)
     assert torch.equal(values, others)
 
@@ -714,7 +714,7 @@ def test_moved_last_digits_show_what_is_rounded_to_few_bits():
     for changed in (rounds_activations, lambda model: model):
         model = changed(tiny.llama(num_key_value_heads=4, **sizes))
         plain = model(ids).logits.log_softmax(-1)
-        with rounded_otherwise(model, singles=True):
+        with rounded_otherwise(model, singles=2.4e-7):
             moved = model(ids).logits.log_softmax(-1)
         apart.append(float((moved - plain).abs().max()))
         assert torch.equal(model(ids).logits.log_softmax(-1), plain)

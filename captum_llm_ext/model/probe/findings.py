@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from captum_llm_ext.model.forward.draws import Drawing
+from captum_llm_ext.model.forward.rounding import Apart
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Findings:
         rounding: The largest difference seen that is left where neither of these is at work: of a
             row alone, and in a batch.
         draws: How the model draws at random, so that a value is that of one pass; None: not.
+        moved: How far other last digits move what it says, where these are of 16 bits; None: not
+            known.
+        jumps: By how much of themselves numbers within are moved until values jump; 0: they only
+            follow, or it is not known.
         is_rough: Whether values have a noise floor worth telling.
         packing: How it reads packs; None: not looked for.
         batches_known: Whether it was seen with several rows in a batch. Where it reads packs, which
@@ -78,6 +83,8 @@ class Findings:
     coupling: float | None = None
     rounding: float = 0.0
     draws: Drawing | None = None
+    moved: Apart | None = None
+    jumps: float = 0.0
     is_rough: bool = False
     packing: Packing | None = None
     batches_known: bool = True
@@ -132,6 +139,7 @@ class Findings:
         names += ("draws",)
         return {
             **{name: getattr(self, name) for name in names},
+            "jumps": self.jumps > 0,
             "ahead": _rounded(self.ahead) if self.sees_ahead else None,
             "coupling": _rounded(self.coupling) if self.couples_rows else None,
             "reasons": list(self.reasons),

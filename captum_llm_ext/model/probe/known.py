@@ -70,13 +70,11 @@ def findings(
     return found
 
 
-def seen_ahead(model: nn.Module, found: Findings, much: float) -> Findings:
-    """What is known of a model once a run has shown by how much it sees ahead."""
-    found = replace(found, sees_ahead=True, mixes_lengths=False, ahead=much)
+def learnt(model: nn.Module, found: Findings) -> None:
+    """Keeps what a run has shown of a model beyond what its probe did."""
     known = _known.get(model)
     if known is not None:
         known.found = _both(known.found, found)
-    return found
 
 
 def _both(one: Findings, other: Findings) -> Findings:
