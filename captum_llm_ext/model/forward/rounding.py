@@ -74,7 +74,12 @@ class Apart:
     def beyond(self, moved: "Apart") -> float:
         """The differences over what other last digits explain; they make no more up to 1."""
         usual = self.usual / max(BEYOND * moved.usual, 1e-9)
-        return max(usual, self.most / max(_BEYOND_MOST * moved.most, 1e-9))
+        return max(usual, self.most / max(moved.explained, 1e-9))
+
+    @property
+    def explained(self) -> float:
+        """The largest difference that these explain as rounding, if other last digits made them."""
+        return _BEYOND_MOST * self.most
 
 
 def log_probs_of(logits: Tensor) -> Tensor:

@@ -2,10 +2,8 @@
 
 import math
 import warnings
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 from zlib import crc32
 
 import torch
@@ -124,6 +122,11 @@ class NoiseFloor:
     def _warning(self, found: Findings, much: float) -> str:
         name = type(self._passes.model).__name__
         below = "attributions below that mean nothing (see `noise_floor`)"
+        if found.draws is None and found.jumps:
+            return (
+                f"{name} rounds numbers within to few digits, or chooses among them: last digits, "
+                f"which every batch has its own of, move values by up to {much:.2g}, and {below}."
+            )
         if found.draws is None:
             return (
                 f"{name} gives equal rows values up to {much:.2g} apart, by the batches they are "
@@ -206,18 +209,17 @@ class NoiseFloor:
             some = [*short[:1], *rows[1:]]  # so that one is of another length than in any batch
             batches = [some[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
             ways.append(torch.cat([self._together(batch, asked) for batch in batches]))
-        if found.jumps and not found.couples_rows:  # those have one way of being computed
+        # A jump is far, and so seldom that other batches may not show it. And rows that are run
+        # alone do not show what batches would make of them.
+        if (found.jumps or (found.moved is not None and not together)) and not found.couples_rows:
             ways.append(self._moved(rows, computed, found, asked))
         digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
         assert self._scale is not None
         return max(self._likely(torch.stack(ways)), digit) * self._scale
 
     def _moved(self, rows: list[TokenRow], own: Tensor, found: Findings, asked: Asked) -> Tensor:
-        """Values of some rows, as `own`, where digits decide otherwise; NaN for others.
-
-        A jump is far, and so seldom that other batches may not show it.
-        """
-        n = _LEAST_ALONE if found.step_by_step else len(rows) // _ROWS_PER_ALONE
+        """Values of some rows, as `own`, with other last digits within; NaN for others."""
+        n = 0 if found.step_by_step else len(rows) // _ROWS_PER_ALONE
         moved = torch.full_like(own, torch.nan)
         with rounded_otherwise(self._passes.model, singles=found.jumps):
             for i, row in enumerate(rows[: max(_LEAST_ALONE, n)]):
@@ -235,6 +237,8 @@ class NoiseFloor:
         known = ~ways[1:].isnan().all(0)
         usual = float(ratios[known].square().mean().sqrt()) if bool(known.any()) else 0.0
         likely = math.sqrt(2 * math.log(2 * self._n * ways.shape[2] + 1)) * usual
+        # The values of one row move together: of few rows, how far is not known well.
+        likely *= 1 + 1 / max(1, int(known.any(1).sum()))
         return max(likely, _UNSEEN * float(ratios.max()))
 
     def _of_draws(self, found: Findings, asked: Asked) -> Tensor:
@@ -258,9 +262,8 @@ class NoiseFloor:
         """Rows that are computed once more: as many as the run took time for."""
         order = self._order()
         most = max(_SHARE * self._passes.n_positions, _PASSES * self._overhead())
-        taken = [*accumulate(len(ids) for ids in order)]
         least = min(_MOST_OF_LEAST, max(_LEAST_ROWS, -(-_LEAST_VALUES // len(asked))))
-        return order[: max(least, bisect_right(taken, most))]
+        return order[: max(least, int(most) // len(order[0]))]  # in a batch all are as long
 
     def _overhead(self) -> int:
         return memory.overhead(self._passes.model, self._passes.device)
