@@ -13,7 +13,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def spread(logits: Tensor) -> Tensor:
-    """Log-probabilities of logits, on the CPU: float64, or float32 of logits of 16 bits."""
+    """Log-probabilities of logits, on the CPU, as `log_probs_of` gives them."""
     return log_probs_of(logits.cpu())
 
 

@@ -36,7 +36,8 @@ _CUTS = 8
 _ROWS_PER_CUT = 32
 # Of these so many end there. Where a pack has shown what follows next, it is these alone.
 _ENDED = 3
-# At so many target tokens it is seen what those rows say, and a pack: there each takes a token.
+# At so many target tokens it is seen what those rows say, and a pack: there each takes a token. Of
+# 16 bits, at half of them: what rounding does not hide is seen there as well.
 _LATER = 32
 # Rows of the target alone have so many ids before it.
 _CLOSE = 16
@@ -224,7 +225,8 @@ class Probe:
         Returns:
             Places, two of the beginning first; ``(n, vocabulary)``; and what packs show, if any.
         """
-        ids, cuts = self._row.ids, self._cuts(max(_LATER, self._wanted()))
+        n_later = _LATER // 2 if self._is_half(found) else _LATER
+        ids, cuts = self._row.ids, self._cuts(max(n_later, self._wanted()))
         at = [0, min(cuts[0] // 2, _WIDE_IDS - 1), *cuts]
         kept = self._passes.kept
         if kept != "positions":

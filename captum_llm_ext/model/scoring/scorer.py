@@ -200,7 +200,8 @@ class Scorer:
         together = False
         if generation.ends is not None and len(rows) > 1:
             with exclusive_use(self.model):
-                found = self._look([TokenRow(r.ids, (len(r.ids) - 1,), r.extras) for r in rows])
+                ends = [TokenRow(r.ids, (len(r.ids) - 1,), r.extras) for r in rows]
+                found = self._look(ends, batches=True)
             is_sampled = generation.settings.get("do_sample") == "True"
             together = not found.apart and (is_sampled or not found.is_rough)
         return self._answers.each(rows, generation, seeds, together=together, tell=tell)
