@@ -1,5 +1,6 @@
 """The passes of the probe."""
 
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -102,16 +103,18 @@ class Probe:
             return self._alone(found)
         at, alone, packing = self._reference(logits, found)
         found = replace(found, kept=self._passes.kept, packing=packing)
+        earlier = self._earlier
+        is_read = packing is not None and not packing.differs
+        if is_read and earlier is not None and earlier.covers(found.shortest, found.longest):
+            return replace(found, is_rough=earlier.is_rough)  # packs alone were news
         if packing is not None and packing.reason is None and self._tells_rounding(found):
             # What is read in packs alone meets no other row, and these have shown what follows. But
             # what tokens before the place had seen of it, they had seen in the state as well.
             ending = self._ending(at[2], at, alone)
             rounding = largest(*ending)
             if rounding <= FINE or usual(*ending) <= self._usual_rounding(found):
-                is_rough = self._is_rough(found)
-                return replace(
-                    found, ahead=0.0, rounding=rounding, is_rough=is_rough, batches_known=False
-                )
+                found = replace(found, shortest=sys.maxsize, longest=0, packed=len(ids))
+                return replace(found, ahead=0.0, rounding=rounding, is_rough=self._is_rough(found))
         return self._together(found, at, alone)
 
     # How it rounds --------------------------------------------------------------------------------

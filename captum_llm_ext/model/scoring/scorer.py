@@ -422,7 +422,7 @@ class Scorer:
                 "this process has other rows to score than the main one: give every process the "
                 "same prompt, target, baselines, method and seed."
             )
-        if root.own is None and self._findings is not None and not self._findings.batches_known:
+        if root.own is None and not self._knows_batches(rows):
             raise _BatchesUnknownError
         self._check_stored(stored, rows, asked)
         root, state = self._batching.read_head(root, rows, asked)
@@ -450,6 +450,13 @@ class Scorer:
             n_rows, error = min(work.failures, key=lambda told: told[0])
             if not self._batching.back_off(n_rows):
                 raise error
+
+    def _knows_batches(self, rows: Sequence[TokenRow]) -> bool:
+        """Whether the model has been seen with such rows in batches, or they are run apart."""
+        found, lengths = self._findings, [len(row.ids) for row in rows]
+        if found is None or found.step_by_step:
+            return True
+        return found.covers(min(lengths), max(lengths))
 
     def _agreed_budget(self) -> int:
         """Bytes a batch may take: the same on all processes, and as when the journal was begun."""
