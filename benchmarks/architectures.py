@@ -185,6 +185,8 @@ OWN: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
 }
+# What decides how a model is asked.
+FOUND = ("sees_ahead", "couples_rows", "mixes_lengths", "last_only", "draws", "jumps")
 # The language part of those that may have any.
 OF_ANY = {"fuyu": "persimmon"}
 
@@ -276,13 +278,12 @@ def measured(model: torch.nn.Module) -> dict[str, Any]:
     ahead = plain(model, given[:1], target, apart=True)
     whole = plain(model, given[:1], target, apart=False)
     floor = scorer.noise_floor(given[0], target)
-    names = ("sees_ahead", "couples_rows", "mixes_lengths", "last_only", "draws")
     return {
         "error": float((values - truth).abs().max()),
         # By plain forwards alone: how much what follows changes what is said.
         "ahead_by_plain_forwards": float((ahead - whole).abs().max()),
         **{
-            name: getattr(found, name) for name in (*names, "ahead", "coupling", "rounding", "kept")
+            name: getattr(found, name) for name in (*FOUND, "ahead", "coupling", "rounding", "kept")
         },
         "noise_floor": None if floor is None else float(floor.max()),
         "reads_on": scorer.n_positions < scorer.n_row_positions and not scorer.packs,
@@ -326,9 +327,7 @@ def main() -> None:
         if "failure" in row:
             print(f"{name:60} FAILED: {row['failure']}", flush=True)
             continue
-        ways = [
-            k for k in ("sees_ahead", "couples_rows", "mixes_lengths", "draws", "packs") if row[k]
-        ]
+        ways = [k for k in (*FOUND, "packs") if row[k]]
         print(f"{name:60} {row['error']:.1e} {' '.join(ways)}  {seconds:.0f} s", flush=True)
     errors = [row["error"] for row in found if "error" in row]
     print(

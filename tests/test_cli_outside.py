@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import architectures
+import numpy
 import pytest
 import torch
 from remote_server import Server
@@ -213,6 +214,33 @@ def test_the_doctor_tells_which_reuse_is_exact(tokenizer, model):
     assert "off    beginnings reused: MambaForCausalLM computes every row on its own" in lines
     assert "off    rows packed in one sequence: not with this model" in lines
     assert found.to_dict()["shared_is_exact"] is None
+
+
+DRAWING = {
+    "seeded": lambda rng: lambda _, args, x: x + 0.05 * torch.randn_like(x),
+    "free": lambda rng: lambda _, args, x: x * (1 + 0.05 * rng.random()),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+@pytest.mark.filterwarnings("ignore:.* draws at random in every pass")
+def test_the_doctor_compares_a_model_that_draws_as_it_can(kind, tokenizer, model):
+    hook = DRAWING[kind](numpy.random.default_rng(0))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        handle = model.model.norm.register_forward_hook(hook)
+        found = probe.probe(model, tokenizer)
+        handle.remove()
+    assert found.found.draws == kind
+    assert found.is_right
+    # By seeds it is the same to rounding; otherwise, to what two passes differ by.
+    assert (found.whole_error < 1e-4) == (kind == "seeded")
+    assert found.limit == (found.rounding if kind == "seeded" else found.noise_floor)
+    lines = list(doctor._lines(found))
+    assert lines[0].startswith("right  values")
+    assert ("from the same seeds" if kind == "seeded" else "that draws anew") in lines[0]
+    assert lines[-1].endswith("not compared: the model draws at random")
+    assert not replace(found, whole_error=2 * found.limit).is_right
 
 
 def test_a_way_of_reuse_that_is_wrong_is_told_from_those_that_are_not(tokenizer, model):

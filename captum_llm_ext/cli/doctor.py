@@ -31,6 +31,13 @@ forwards, which ways to reuse computation are exact with this model, and does ca
 (use_cached_outputs=True) give right numbers with it? Exit status 1 if the values are not right. Of
 a model behind an API: what its server tells, and whether that can be believed.
 """
+# What values are held against, by how the model draws at random.
+_DRAWN = {
+    None: "",
+    "seeded": " that draws from the same seeds",
+    "free": " that draws anew",
+    "unseen": " (equal passes differ)",
+}
 _OPTIONAL = ("matplotlib", "sentencex", "datasets", "shap", "pandas")
 
 
@@ -132,8 +139,8 @@ def _lines(found: Probe) -> Iterator[str]:
     errors = [error for error in ways if error is not None]
     yield (
         f"{'right' if found.is_right else 'WRONG':<6} values: within "
-        f"{max(errors, key=_nan_last):.1g} nats of a plain uncached forward on {found.n_rows} rows "
-        f"(rounding in {found.dtype}: {found.rounding:g})"
+        f"{max(errors, key=_nan_last):.1g} nats of a plain uncached forward"
+        f"{_DRAWN[found.found.draws]} on {found.n_rows} rows ({_expected(found)})"
     )
     whole = f"{_verdict(found.whole_is_exact)} {{}}: within {found.whole_error:.1g} nats"
     seen = found.found
@@ -152,10 +159,11 @@ def _lines(found: Probe) -> Iterator[str]:
     yield _seen("other rows of a batch", seen.couples_rows, seen.coupling)
     if seen.manner is not None:
         yield f"note   asked {seen.manner}"
+    moves = "the shape of a batch changes" if seen.draws is None else "another pass changes"
     yield (
-        "exact  the shape of a batch changes no more than float32 rounds"
+        f"exact  {moves} no more than float32 rounds"
         if found.noise_floor is None
-        else f"note   the shape of a batch changes values by up to {found.noise_floor:.2g} nats"
+        else f"note   {moves} values by up to {found.noise_floor:.2g} nats"
     )
     exact = _verdict(found.is_right)  # both ways ask for no other logits
     yield {
@@ -163,6 +171,13 @@ def _lines(found: Probe) -> Iterator[str]:
         "count": f"{exact} logits of the last positions only, not of single ones",
     }.get(found.logits or "", "off    logits of single positions: all of them are computed")
     yield _captum_line(found)
+
+
+def _expected(found: Probe) -> str:
+    """How far values may lie from plain forwards."""
+    if found.limit > found.rounding:
+        return f"passes that draw anew: {found.limit:.2g} nats apart"
+    return f"rounding in {found.dtype}: {found.rounding:.2g}"
 
 
 def _way(name: str, is_exact: bool | None, error: float | None) -> str:
@@ -187,7 +202,8 @@ def _nan_last(error: float) -> float:
 
 def _captum_line(found: Probe) -> str:
     if found.captum_error is None:
-        return f"–      captum's own default: fails here ({found.captum_failed})"
+        fails = "" if found.found.draws else "fails here: "
+        return f"–      captum's own default: {fails}{found.captum_failed}"
     if found.captum_is_right:
         return f"right  captum's own default: within {found.captum_error:.1g} nats of no cache"
     return (

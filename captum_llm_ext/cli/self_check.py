@@ -12,6 +12,7 @@ from torch import Tensor
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model import Scorer, TokenRow
+from captum_llm_ext.model.forward.draws import drawn_again
 from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.probe import Findings
 from captum_llm_ext.text import tokens
@@ -32,10 +33,10 @@ class Probe:
     Attributes:
         dtype: Of its weights.
         n_rows: Distinct rows that were scored.
-        rounding: Nats that rounding explains in this dtype.
+        rounding: Nats that rounding explains in this dtype and model.
         found: What `scoring.probe` found: how the model is asked follows from it.
-        noise_floor: Largest difference that batches alone make of a value; None where it is below
-            float32 rounding.
+        noise_floor: Largest difference that batches alone make of a value, or what is drawn at
+            random; None where it is below float32 rounding.
         whole_error: Largest difference of the package's values to one plain uncached forward per
             row, where every row is computed whole.
         shared: Share of the rows' positions that were computed with beginnings reused; None where
@@ -48,7 +49,7 @@ class Probe:
         logits: What the model is asked logits of: ``"positions"``, ``"count"`` or None (all).
         captum_error: Largest difference of an attribution between captum's default and captum
             without its cache; None if captum fails.
-        captum_failed: What it said then.
+        captum_failed: What it said then, or why it was not tried.
     """
 
     dtype: str
@@ -73,9 +74,16 @@ class Probe:
         return self.whole_is_exact and False not in others
 
     @property
+    def limit(self) -> float:
+        """Nats that values may lie from plain forwards, which may draw otherwise."""
+        if self.found.draws in (None, "seeded") or self.noise_floor is None:
+            return self.rounding
+        return max(self.rounding, self.noise_floor)
+
+    @property
     def whole_is_exact(self) -> bool:
         """Whether rows that are computed whole have the values of plain forwards."""
-        return self.whole_error <= self.rounding  # False for NaN
+        return self.whole_error <= self.limit  # False for NaN
 
     @property
     def shared_is_exact(self) -> bool | None:
@@ -93,7 +101,7 @@ class Probe:
         return self._is_exact(self.packed_error)
 
     def _is_exact(self, error: float | None) -> bool | None:
-        return None if error is None else error <= self.rounding
+        return None if error is None else error <= self.limit
 
     @property
     def captum_is_right(self) -> bool | None:
@@ -130,7 +138,8 @@ def probe(model: Any, tokenizer: Any) -> Probe:
     sharing = Scorer(model, overhead=0, reuse="copy")
     with _warnings_of("captum_llm_ext.model") as said:
         shared = sharing.values(rows, wanted)
-    expected = _plain_values(model, rows, wanted, apart=found.step_by_step)
+    seed = 0 if found.seeds else None
+    expected = _plain_values(model, rows, wanted, apart=found.step_by_step, seed=seed)
     lent, packed = Scorer(model, overhead=0, reuse="lend"), Scorer(model, overhead=0, reuse="pack")
     with _warnings_of("captum_llm_ext.model"):  # the same ones
         by_loan, by_pack = (scorer.values(rows, wanted) for scorer in (lent, packed))
@@ -139,12 +148,14 @@ def probe(model: Any, tokenizer: Any) -> Probe:
         return float((values - expected).abs().max())
 
     share = sharing.n_positions / sharing.n_row_positions
-    captum_error, captum_failed = _captum_error(model, tokenizer, target)
+    captum_error, captum_failed = None, "not compared: the model draws at random"
+    if found.draws is None:
+        captum_error, captum_failed = _captum_error(model, tokenizer, target)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return Probe(
         dtype=str(dtype).removeprefix("torch."),
         n_rows=sharing.n_evaluations,
-        rounding=rounding(dtype),
+        rounding=max(rounding(dtype), found.moved.explained if found.moved else 0.0),
         found=found,
         noise_floor=None if floor is None else float(floor.max()),
         whole_error=error(whole),
@@ -183,13 +194,19 @@ def _rows(prompt: Sequence[int], target: Sequence[int]) -> list[TokenRow]:
 
 
 @torch.no_grad()
-def _plain_values(model: Any, rows: Sequence[TokenRow], target: Tensor, *, apart: bool) -> Tensor:
-    """One uncached, unpadded forward per row, or per target token with nothing after it."""
+def _plain_values(
+    model: Any, rows: Sequence[TokenRow], target: Tensor, *, apart: bool, seed: int | None
+) -> Tensor:
+    """One uncached, unpadded forward per row, or per target token with nothing after it.
+
+    A model that draws is given what the run gave it, where that can be seeded.
+    """
     arguments = _compat.uncached(model)
 
     def logits(ids: Sequence[int]) -> Tensor:
         given = torch.tensor([ids], device=_compat.input_device(model), dtype=torch.int64)
-        found = _compat.sequence_logits(_compat.called(model, given, **arguments))[0]
+        with drawn_again(seed, given):
+            found = _compat.sequence_logits(_compat.called(model, given, **arguments))[0]
         return found if apart else found[-len(ids) :]  # without those of a soft prompt
 
     found: list[Tensor] = []

@@ -6,11 +6,10 @@ one pass of ten seldom shows), but torch knows which of its functions draw, and 
 """
 
 import hashlib
-import random
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar, cast
+from functools import cache
+from typing import Any, Literal, TypeVar
 from zlib import crc32
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_llm_ext import _compat
+from captum_llm_ext.model.forward.generators import generators_of, states
 
 T = TypeVar("T")
 
@@ -61,8 +61,9 @@ class Draws(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        named = dict(kwargs or {})
-        if _RANDOM in func.tags and _draws(func, args, named):
+        named = kwargs or {}
+        if _is_random(func) and _draws(func, args, named):
+            named = dict(named)
             generator = named.get("generator")
             device = _device(args, named)
             if self._seed is not None and generator is None:
@@ -105,26 +106,40 @@ def drawing(model: nn.Module, run: Callable[[], T]) -> tuple[Drawing | None, T]:
         What was seen, None where nothing is drawn; and what `run` gave at first.
     """
     is_unseen = _compat.runs_past_modes(model)
-    first, before = Draws(), _states(model)
+    own = generators_of(model)
+
+    def stand() -> tuple[object, ...]:
+        return (*states(own), *_torch_states())
+
+    def moves() -> bool:
+        before = stand()
+        run()
+        return before != stand()
+
+    first, before = Draws(), stand()
     if is_unseen:
         result = run()
     else:
         with first:
             result = run()
-    if not first.sources and before == _states(model):
+    if not first.sources and before == stand():
         return None, result
     if is_unseen or not first.sources:
         # Another thread may have drawn meanwhile, but hardly time and again.
-        return ("free" if all(_moves(model, run) for _ in range(3)) else None), result
+        return ("free" if all(moves() for _ in range(3)) else None), result
     with Draws() as second:
         run()
     if first.sources == second.sources:
         return None, result
-    before = _states(model, torchs=False)
+    others = states(own)
     with Draws(0) as third:
         run()
-    is_all = third.are_seeded and before == _states(model, torchs=False)
-    return ("seeded" if is_all else "free"), result
+    return ("seeded" if third.are_seeded and others == states(own) else "free"), result
+
+
+@cache
+def _is_random(func: Any) -> bool:
+    return _RANDOM in func.tags
 
 
 def _draws(func: Any, args: Any, named: dict[str, Any]) -> bool:
@@ -164,32 +179,7 @@ def _state_of(generator: torch.Generator) -> bytes:
     return hashlib.blake2b(memoryview(state), digest_size=8).digest()
 
 
-def _moves(model: nn.Module, run: Callable[[], object]) -> bool:
-    before = _states(model)
-    run()
-    return before != _states(model)
-
-
-def _states(model: nn.Module, *, torchs: bool = True) -> tuple[object, ...]:
-    """Where generators stand: Python's and numpy's, the model's own, and torch's if wanted."""
-    found: list[object] = [random.getstate()]
-    own = [value for module in model.modules() for value in vars(module).values()]
-    found += [value.getstate() for value in own if isinstance(value, random.Random)]
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        found.append(_plain(numpy.random.get_state(legacy=False)))
-        kinds = (numpy.random.Generator, numpy.random.RandomState)
-        found += [_plain(one._bit_generator.state) for one in own if isinstance(one, kinds)]
-    if torchs:
-        found.append(_state_of(torch.default_generator))
-        if torch.cuda.is_initialized():
-            found += map(_state_of, torch.cuda.default_generators)
-    return tuple(found)
-
-
-def _plain(state: Any) -> object:
-    """Numpy's state of a generator as something that can be compared."""
-    if isinstance(state, dict):
-        items = cast(dict[str, Any], state).items()
-        return tuple((key, _plain(value)) for key, value in items)
-    return state.tobytes() if hasattr(state, "tobytes") else state
+def _torch_states() -> tuple[object, ...]:
+    """Where torch's global generators stand."""
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return (_state_of(torch.default_generator), *map(_state_of, cuda))

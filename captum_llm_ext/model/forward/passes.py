@@ -21,11 +21,7 @@ from captum_llm_ext.model.forward.lm_head import HeadOutput, LMHead
 from captum_llm_ext.model.forward.logits import AttrTarget, called_values
 from captum_llm_ext.model.forward.packing import LAST, Pack, pack, pack_again
 from captum_llm_ext.model.forward.prefix_cache import cache_part, copied_cache, shared_cache
-from captum_llm_ext.model.forward.rounding import (
-    error_over_rounding,
-    reason_against,
-    rounded_otherwise,
-)
+from captum_llm_ext.model.forward.rounding import Apart, reason_against, rounded_otherwise
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.forward.schedule import Branch
 from captum_llm_ext.model.forward.swallowed import is_no_answer
@@ -87,6 +83,7 @@ class Passes:
         kept: How many logits the model can be asked for, as `_compat.kept_logits` says.
         n_positions: Number of token positions computed up to now, padding included.
         n_rows: Number of rows of the latest pass, come what came of it.
+        moved: How far other last digits have moved what the model says; None: not known.
         seed: What passes draw at random is drawn from it and from their ids; None: as ever.
         state_bytes: What the model remembers of one position, where it has been seen.
     """
@@ -108,6 +105,7 @@ class Passes:
         self._head = LMHead(model)
         self._ends_of_model = _compat.outer_layers(model)
         self.n_positions = self.n_rows = 0
+        self.moved: Apart | None = None
         self.seed: int | None = None
         self.state_bytes: int | None = None
         self._arguments = _compat.forward_arguments(model)
@@ -547,13 +545,16 @@ class Passes:
         self, found: Tensor, alone: Tensor, rows: Sequence[Sequence[int]], at: Tensor
     ) -> float:
         """How far logits are from those of rows alone, over what rounding explains."""
-        error = error_over_rounding(found, alone)
+        apart = Apart.between(found, alone)
+        error = apart.over(found.dtype)
         is_fine = alone.dtype.itemsize > 2 and not _compat.half_precision(self.model)
         if error <= 1 or is_fine:
             return error
+        if self.moved is not None and apart.beyond(self.moved) <= 1:
+            return apart.beyond(self.moved)
         with rounded_otherwise(self.model):
             otherwise = self._alone(rows, at)
-        return error_over_rounding(found, alone, otherwise)
+        return min(error, apart.beyond(Apart.between(otherwise, alone)))
 
     def _can_lend(self, error: Callable[..., float]) -> bool:
         """Whether rows read on rightly from a state that they have no copies of."""

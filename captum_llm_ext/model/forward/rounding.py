@@ -1,7 +1,9 @@
 """How far rounding alone moves a value, and whether a way of computing it is as right as others."""
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +17,6 @@ from captum_llm_ext.model.forward.swallowed import is_no_answer
 # Largest difference between log-probabilities that other shapes of the same products make.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 _HALF = (torch.float16, torch.bfloat16)
-# So many last digits of a number of 32 bits: sums in another order move it by about one.
-_SINGLE_DIGITS = 2
 # An effect is what exceeds by so much what other last digits do, both as root mean squares, or as
 # the largest differences. On SmolLM2 and Gemma 3 in bfloat16 two ways of computing the same lay
 # less than 1.6 times as far apart as other digits had moved a pass, at most once as far.
@@ -45,28 +45,54 @@ def reason_against(error_of: Callable[[], float]) -> str | None:
     return None if error <= 1 else f"values differ by {error:.2g} times rounding"
 
 
-def error_over_rounding(found: Tensor, expected: Tensor, otherwise: Tensor | None = None) -> float:
-    """Largest difference between log-probabilities over what rounding explains.
+@dataclass(frozen=True)
+class Apart:
+    """How far log-probabilities of all tokens lie apart that were computed in two ways.
 
-    Args:
-        found: Logits, computed in some way.
-        expected: The same, computed plainly.
-        otherwise: The same, computed plainly but `rounded_otherwise`, where numbers are so coarse
-            that what rounding explains differs from model to model.
+    Attributes:
+        usual: The root of the mean square, in nats.
+        most: The largest.
     """
-    plain = expected.double().log_softmax(-1)
-    differences = _apart(found, plain)
-    worst = float(differences.max())
-    error = worst / _ROUNDING.get(found.dtype, 0.0)
-    if otherwise is None:
-        return error
-    moved = _apart(otherwise, plain)
-    usual = _root_mean_square(differences) / max(BEYOND * _root_mean_square(moved), 1e-9)
-    return min(error, max(usual, worst / max(_BEYOND_MOST * float(moved.max()), 1e-9)))
+
+    usual: float
+    most: float
+
+    @classmethod
+    def between(cls, found: Tensor, plain: Tensor) -> "Apart":
+        """Of logits ``(…, vocabulary)``; what one of the ways alone rules out is infinitely far."""
+        expected, said = log_probs_of(plain), log_probs_of(found)
+        # What a model rules out is minus infinity in both.
+        differences = (said - expected).abs_().masked_fill_(expected.isneginf(), 0.0)
+        differences = differences.nan_to_num_(nan=math.inf)
+        usual = differences.square().mean(dtype=torch.float64).sqrt()
+        return cls(float(usual), float(differences.max()))
+
+    def over(self, dtype: torch.dtype) -> float:
+        """The largest difference over what logits of this type explain."""
+        return self.most / _ROUNDING.get(dtype, 1e-9)
+
+    def beyond(self, moved: "Apart") -> float:
+        """The differences over what other last digits explain; they make no more up to 1."""
+        usual = self.usual / max(BEYOND * moved.usual, 1e-9)
+        return max(usual, self.most / max(moved.explained, 1e-9))
+
+    @property
+    def explained(self) -> float:
+        """The largest difference that these explain as rounding, if other last digits made them."""
+        return _BEYOND_MOST * self.most
+
+
+def log_probs_of(logits: Tensor) -> Tensor:
+    """Log-probabilities of logits, on their device: in float32, or float64 where the logits are.
+
+    What is looked for is a hundred times as large as the last digits of float32, which takes a
+    tenth of the time.
+    """
+    return logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 @contextmanager
-def rounded_otherwise(model: nn.Module, *, singles: bool = False) -> Generator[None]:
+def rounded_otherwise(model: nn.Module, *, singles: float = 0.0) -> Generator[None]:
     """Layers that return numbers of sixteen bits round them otherwise within, at random.
 
     So a pass shows how far rounding moves what comes out, whatever shapes it is computed in:
@@ -75,8 +101,8 @@ def rounded_otherwise(model: nn.Module, *, singles: bool = False) -> Generator[N
 
     Args:
         model: Its hooks are taken off again.
-        singles: Whether numbers of 32 bits are moved as well, by some of their last digits: what is
-            rounded to few bits after that falls to the other side where it was near.
+        singles: By how much of themselves numbers of 32 bits are moved as well: what is rounded to
+            few bits after that falls to the other side where it was near. 0: they are not.
     """
     moving = (*_HALF, torch.float32) if singles else _HALF
     generators: dict[torch.device, torch.Generator] = {}
@@ -88,7 +114,7 @@ def rounded_otherwise(model: nn.Module, *, singles: bool = False) -> Generator[N
         if generator is None:
             generator = generators[x.device] = torch.Generator(x.device).manual_seed(0)
         draws = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-        digits = torch.finfo(x.dtype).eps * (1 if x.dtype in _HALF else _SINGLE_DIGITS)
+        digits = torch.finfo(x.dtype).eps if x.dtype in _HALF else singles
         return (x.float() * (1 + digits * (draws - 0.5))).to(x.dtype)
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -98,19 +124,11 @@ def rounded_otherwise(model: nn.Module, *, singles: bool = False) -> Generator[N
     try:
         if not _compat.is_compiled(model):
             for module in model.modules():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                    continue
                 if next(module.parameters(recurse=False), None) is not None:
                     hooks.append(module.register_forward_hook(in_this_thread_only(hook)))
         yield
     finally:
         for one in hooks:
             one.remove()
-
-
-def _apart(logits: Tensor, log_probs: Tensor) -> Tensor:
-    # What a model rules out is minus infinity in both.
-    apart = (logits.double().log_softmax(-1) - log_probs).abs()
-    return apart.masked_fill(log_probs.isneginf(), 0.0).nan_to_num(nan=torch.inf)
-
-
-def _root_mean_square(differences: Tensor) -> float:
-    return float(differences.square().mean().sqrt())

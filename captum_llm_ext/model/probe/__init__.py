@@ -8,7 +8,7 @@ state (see `state`), with longer rows once more; what it finds decides how the m
 
 from captum_llm_ext.model.probe.differences import FINE
 from captum_llm_ext.model.probe.findings import Findings, Packing
-from captum_llm_ext.model.probe.known import findings, seen_ahead
+from captum_llm_ext.model.probe.known import findings, learnt
 from captum_llm_ext.model.probe.probing import ReadPacked
 
-__all__ = ["FINE", "Findings", "Packing", "ReadPacked", "findings", "seen_ahead"]
+__all__ = ["FINE", "Findings", "Packing", "ReadPacked", "findings", "learnt"]

@@ -5,14 +5,16 @@ import math
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.model.forward.rounding import log_probs_of
+
 # Differences of log-probabilities that the contract allows: what is below needs no explanation.
 FINE = 1e-4
 HALF = (torch.float16, torch.bfloat16)
 
 
 def spread(logits: Tensor) -> Tensor:
-    """Log-probabilities of logits, float64 on the CPU."""
-    return logits.detach().cpu().double().log_softmax(-1)
+    """Log-probabilities of logits, on the CPU, as `log_probs_of` gives them."""
+    return log_probs_of(logits.cpu())
 
 
 def differences(one: Tensor, other: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from captum_llm_ext.model.forward.draws import Drawing
+from captum_llm_ext.model.forward.rounding import Apart
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Findings:
     """What a model was seen to do. Differences are between log-probabilities, in nats.
 
     Attributes:
-        shortest: Number of ids of the shortest row it was seen with.
-        longest: Of the longest one.
+        shortest: Number of ids of the shortest row it was seen with in batches.
+        longest: Of the longest one; 0: it was not.
         dtype: Of its logits.
         vocabulary: Number of logits at a place.
         kept: How it can be asked for the logits of some places only, as `_compat.kept_logits` says.
@@ -56,10 +57,14 @@ class Findings:
         rounding: The largest difference seen that is left where neither of these is at work: of a
             row alone, and in a batch.
         draws: How the model draws at random, so that a value is that of one pass; None: not.
+        moved: How far other last digits move what it says, where these are of 16 bits; None: not
+            known.
+        jumps: By how much of themselves numbers within are moved until values jump; 0: they only
+            follow, or it is not known.
         is_rough: Whether values have a noise floor worth telling.
         packing: How it reads packs; None: not looked for.
-        batches_known: Whether it was seen with several rows in a batch. Where it reads packs, which
-            are one row each, it need not have been.
+        packed: Up to so many ids a row that is read in packs alone, which are one row each, needs
+            no look at batches.
         reasons: What else is known of the model, in words.
     """
 
@@ -78,10 +83,17 @@ class Findings:
     coupling: float | None = None
     rounding: float = 0.0
     draws: Drawing | None = None
+    moved: Apart | None = None
+    jumps: float = 0.0
     is_rough: bool = False
     packing: Packing | None = None
-    batches_known: bool = True
+    packed: int = 0
     reasons: tuple[str, ...] = ()
+
+    @property
+    def batches_known(self) -> bool:
+        """Whether it was seen with several rows in a batch."""
+        return self.longest > 0
 
     @property
     def step_by_step(self) -> bool:
@@ -108,10 +120,10 @@ class Findings:
 
     def covers(self, shortest: int, longest: int, *, packs: object = None) -> bool:
         """Whether rows of these lengths are no news, nor in packs if such are made."""
-        if not self.batches_known:
-            return packs is not None and longest <= self.longest and self.packs_known(longest)
-        is_known = packs is None or self.packs_known(longest)
-        return is_known and self.shortest <= shortest and longest <= self.longest
+        in_batches = self.shortest <= shortest and longest <= self.longest
+        if packs is None:
+            return in_batches
+        return self.packs_known(longest) and (in_batches or longest <= self.packed)
 
     def packs_known(self, longest: int) -> bool:
         """Whether it is known how rows up to this length are read in packs, or that they are not.
@@ -132,6 +144,7 @@ class Findings:
         names += ("draws",)
         return {
             **{name: getattr(self, name) for name in names},
+            "jumps": self.jumps > 0,
             "ahead": _rounded(self.ahead) if self.sees_ahead else None,
             "coupling": _rounded(self.coupling) if self.couples_rows else None,
             "reasons": list(self.reasons),

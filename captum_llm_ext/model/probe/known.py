@@ -1,6 +1,6 @@
 """`findings`: what a model does, looked at once for a model in one state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,7 +38,8 @@ def findings(
     """What a model does on rows such as these.
 
     It is looked at in some ten rows' time, and five more where it does not read packs, once for a
-    model in one state; again where rows are longer, or shorter, than any before.
+    model in one state; again where rows are longer, or shorter, than any before, and then at some
+    half as long again, or half as long.
 
     Args:
         model: The model, in evaluation mode and without gradients.
@@ -61,6 +62,8 @@ def findings(
     earlier = known.found if same and known is not None else None
     if earlier is not None and earlier.covers(min(lengths), max(lengths), packs=read_packed):
         return earlier
+    if earlier is not None:
+        rows = [*rows, *_beyond(model, rows, earlier, read_packed)]
     found = Probe(model, rows, dict(extras or {}), read_packed, earlier).findings()
     if keeps:
         after = state_of(model)
@@ -70,25 +73,45 @@ def findings(
     return found
 
 
-def seen_ahead(model: nn.Module, found: Findings, much: float) -> Findings:
-    """What is known of a model once a run has shown by how much it sees ahead."""
-    found = replace(found, sees_ahead=True, mixes_lengths=False, ahead=much)
+def _beyond(
+    model: nn.Module, rows: Sequence[TokenRow], earlier: Findings, packs: ReadPacked | None
+) -> Iterator[TokenRow]:
+    """Rows longer and shorter than those of a run, where these are longer or shorter than before.
+
+    What is attributed comes in texts that grow: a look at each length would cost more than they do.
+    """
+    longest, shortest = max(rows, key=_length), min(rows, key=_length)
+    n = len(longest.ids)
+    is_news = n > max(earlier.longest, earlier.packed)
+    if is_news or (packs is not None and not earlier.packs_known(n)):
+        is_long = n > earlier.longest
+        most = (_compat.longest_sequence(model) or 2 * n) if is_long else earlier.longest
+        ids = (*longest.ids, *longest.ids[-(n // 2) :])[: max(n, most)]
+        yield TokenRow(ids, (*longest.positions, *range(n, len(ids))))
+    if earlier.batches_known and len(shortest.ids) < earlier.shortest:
+        yield TokenRow(shortest.ids[: (len(shortest.ids) + 1) // 2], (0,))
+
+
+def _length(row: TokenRow) -> int:
+    return len(row.ids)
+
+
+def learnt(model: nn.Module, found: Findings) -> None:
+    """Keeps what a run has shown of a model beyond what its probe did."""
     known = _known.get(model)
     if known is not None:
         known.found = _both(known.found, found)
-    return found
 
 
 def _both(one: Findings, other: Findings) -> Findings:
     """What holds of rows as in one and of those as in the other."""
     ahead = [x.ahead for x in (one, other) if x.ahead is not None]
     coupling = [x.coupling for x in (one, other) if x.coupling is not None]
-    # Of batches of other lengths than those that were seen nothing is known.
-    lengths = (one, other) if one.batches_known or not other.batches_known else (other,)
     return replace(
         other,
-        shortest=min(seen.shortest for seen in lengths),
-        longest=max(seen.longest for seen in lengths),
+        shortest=min(one.shortest, other.shortest),
+        longest=max(one.longest, other.longest),
+        packed=max(one.packed, other.packed),
         sees_ahead=one.sees_ahead or other.sees_ahead,
         couples_rows=one.couples_rows or other.couples_rows,
         mixes_lengths=one.mixes_lengths or other.mixes_lengths,

@@ -2,16 +2,13 @@
 
 import math
 import warnings
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from captum_llm_ext import _compat
 from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked, explained
 from captum_llm_ext.model.forward.passes import Passes
@@ -19,28 +16,37 @@ from captum_llm_ext.model.forward.rounding import rounded_otherwise, rounding
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.probe import Findings
 
-# Rows that are computed once more: the longest, the shortest, and some that chance chooses; the
-# first of them alone, all of them in batches that nobody else would cut. So many at most, and as
-# many as this share of what the run took, or as few passes cost beside their positions.
+# Rows that are computed once more: the longest, the shortest, and some that chance chooses, in
+# batches that nobody else would cut. So many at most, and as many as this share of what the run
+# took, or as few passes cost beside their positions; but two, or up to four to have so many values.
 _ROWS = 64
-_LEAST_ROWS = 4
-_SHARE = 1 / 8
-_PASSES = 16
+_LEAST_ROWS, _MOST_OF_LEAST = 2, 4
+_LEAST_VALUES = 48
+_SHARE = 1 / 16
+_PASSES = 4
+# And of so many one is computed alone.
 _ROWS_PER_ALONE = 8
 _LEAST_ALONE = 2  # and no more where each of them takes a pass per token
 _CHECKED = 4
 # What these take is no more than this share of what the run took, but for one of them.
 _CHECKED_SHARE = 1 / 32
 _BATCH = 13
+# So many equal passes show what draws from nobody knows what: of what happens in one of five, all
+# but three times of a hundred.
+_AGAIN = 16
 # Other batches than those seen may lie further apart: in 60 small models by less than twice as
 # much, or twice the last digit of the logits, of which one may be rounded up, the other down.
 _UNSEEN = 2.0
+# Of n rows these are told too small: without this over n added, packs, batches of three and rows
+# alone lay up to 1.2 times as far apart for 12 texts by SmolLM2 and Gemma 3 in bfloat16, n 2 to 4.
+_FEW = 2.0
 # What is drawn at random has longer tails than rounding, and may move values far in few passes:
 # some rows are run so often, and this factor of what is seen then covered three runs of small
 # models with dropout, noise, or layers left out in 3 and 10 % of passes (at most .7 of it).
 _DRAWN = 2.5
 _DRAWN_PASSES = 48
 _DRAWN_ROWS = 6
+_LEAST_DRAWN = 4  # passes over each of them
 # What happens in one pass of so many is not seen in any of these with one chance in twenty.
 _SELDOM = _DRAWN_PASSES // 3
 _DIGITS = 2.0
@@ -80,9 +86,11 @@ class NoiseFloor:
         """The longest and the shortest row, and the others as chance will have it."""
         by_length = sorted(self._kept, key=len)
         chance = sorted(by_length[1:-1], key=lambda ids: self._kept[ids][0])
-        return [*dict.fromkeys((by_length[-1], by_length[0])), *chance]
+        return [*dict.fromkeys((by_length[-1], *chance[:1], by_length[0])), *chance[1:]]
 
-    def floor(self, found: Findings, asked: Asked, *, together: bool, cuts: bool) -> Tensor | None:
+    def floor(
+        self, found: Findings, asked: Asked, *, together: bool, cuts: bool
+    ) -> tuple[Tensor | None, Findings]:
         """How far apart values lie that are computed in several ways; see `Scorer.noise_floor`.
 
         Args:
@@ -90,25 +98,38 @@ class NoiseFloor:
             asked: What it was asked.
             together: Whether the model is ever given rows of several lengths at once.
             cuts: Whether a row without what follows a token says the same of it.
+
+        Returns:
+            The floor; and what is known of the model now.
         """
-        is_named = isinstance(self._attr_target, str)
-        explained = self._explained(found)
         # A callable may make of one token's logits another value without the others'.
-        has_checks = is_named and cuts and not found.draws
-        ends = self._ends(found, asked) if has_checks else []
-        checked = max((self._difference(ids, values) for ids, values in ends), default=0.0)
-        if not found.is_rough and checked <= explained:
-            return None
-        alone = [] if found.step_by_step else [values for _, values in ends]
-        floor = self._measured(found, asked, alone, together)
-        floor = floor.clamp(min=checked if checked > explained else 0.0)
+        cuts = cuts and isinstance(self._attr_target, str)
+        explained = self._explained(found)
+        if found.draws:
+            floor = self._of_draws(found, asked)
+        else:
+            checked = 0.0 if found.is_rough or not cuts else self._checked(found, asked)
+            if not found.is_rough and checked <= explained:
+                return None, found
+            floor = self._measured(found, asked, together, cuts).clamp(min=checked)
+            is_odd = checked > explained
+            if not found.batches_known:  # then no equal passes have been compared
+                is_odd |= float(floor.max()) > _WORTH_TELLING * explained
+            if is_odd and self._differs_again(found, asked):
+                found = replace(found, draws="unseen", is_rough=True)
+                floor = floor.maximum(self._of_draws(found, asked))
         if float(floor.max()) > _WORTH_TELLING * explained:
             warnings.warn(self._warning(found, float(floor.max())), stacklevel=5)
-        return floor
+        return floor, found
 
     def _warning(self, found: Findings, much: float) -> str:
         name = type(self._passes.model).__name__
         below = "attributions below that mean nothing (see `noise_floor`)"
+        if found.draws is None and found.jumps:
+            return (
+                f"{name} rounds numbers within to few digits, or chooses among them: last digits, "
+                f"which every batch has its own of, move values by up to {much:.2g}, and {below}."
+            )
         if found.draws is None:
             return (
                 f"{name} gives equal rows values up to {much:.2g} apart, by the batches they are "
@@ -135,61 +156,78 @@ class NoiseFloor:
         )
         return scale * max(rounding(_DTYPES.get(found.dtype)), rounding(torch.float32))
 
-    def _ends(self, found: Findings, asked: Asked) -> list[tuple[tuple[int, ...], Tensor]]:
-        """Values ``(n_target,)`` of passes that end with a token of their row, and these rows' ids.
-
-        NaN for tokens that such a pass does not say.
-        """
-        ends: list[tuple[tuple[int, ...], Tensor]] = []
-        most = _CHECKED_SHARE * self._passes.n_positions
-        n_before = self._passes.n_positions
+    def _checked(self, found: Findings, asked: Asked) -> float:
+        """How far values are at most from those of passes that end with a token of their row."""
+        checked, spent, each = 0.0, 0, self._overhead()
         for i, ids in enumerate(self._order()[:_CHECKED]):
-            if i and self._passes.n_positions - n_before + len(ids) > most:
+            spent += len(ids) + each
+            if i and spent > _CHECKED_SHARE * self._passes.n_positions:
                 break
-            number, row, own = self._kept[ids]
-            values = torch.full_like(own, torch.nan)
-            known = [t for t, place in enumerate(row.positions) if place >= 0]
-            if known:
-                last = row.positions[known[(number + i) % len(known)]]  # of each row another token
-                first = last if found.step_by_step else 0  # what it says before hangs on that token
-                some = [t for t in known if first <= row.positions[t] <= last]
-                places = [row.positions[t] for t in some]
-                end = replace(row, ids=row.ids[: last + 1], positions=places)
-                values[some] = self._together([end], asked.only(some))[0]
-            ends.append((ids, values))
-        return ends
+            values = self._together([self._cut(ids, i, found)], asked)[0]
+            apart = (values - self._kept[ids][2]).abs().nan_to_num(nan=0.0)
+            checked = max(checked, float(apart.max()))
+        return checked
 
-    def _difference(self, ids: tuple[int, ...], values: Tensor) -> float:
-        """How far values of a row are at most from those that were noted."""
-        return float((values - self._kept[ids][2]).abs().nan_to_num(nan=0.0).max())
+    def _cut(self, ids: tuple[int, ...], i: int, found: Findings) -> TokenRow:
+        """A row up to a target token, of each row to another one: in another shape the same."""
+        number, row, _ = self._kept[ids]
+        known = [place for place in row.positions if place >= 0]
+        if not known:
+            return row
+        last = known[(number + i) % len(known)]
+        # What is said before the last hangs on that, where a model sees ahead.
+        first = last if found.step_by_step else 0
+        places = [place if first <= place <= last else -1 for place in row.positions]
+        return replace(row, ids=row.ids[: last + 1], positions=places)
 
-    def _measured(
-        self, found: Findings, asked: Asked, known: Sequence[Tensor], together: bool
-    ) -> Tensor:
+    def _differs_again(self, found: Findings, asked: Asked) -> bool:
+        """Whether equal passes have other values."""
+        _, row, _ = self._kept[min(self._kept, key=len)]
+        values = torch.stack([self._together([row], asked)[0] for _ in range(_AGAIN)])
+        return float(_apart(values).max()) > self._explained(found)
+
+    def _measured(self, found: Findings, asked: Asked, together: bool, cuts: bool) -> Tensor:
         """The largest difference that was seen of any token, and what others are likely to show.
 
         That is in proportion to how far a value can move at all, and not less than what the last
-        digits of the logits are worth. Where that is more than what some rows alone show, no others
-        are computed.
+        digits of the logits are worth.
 
         Args:
-            found, asked, together: As for `floor`.
-            known: Values of the first rows alone, as far as they are known.
+            found, asked, together, cuts: As for `floor`.
         """
-        kept = [self._kept[ids] for ids in self._measurable(found)]
-        rows = [row for _, row, _ in kept]
-        computed = torch.stack([own for _, _, own in kept])
-        if found.draws:
-            return self._of_draws(rows, computed, found, asked)
-        digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
-        ways = [computed, *self._some_alone(rows, computed, known, found, asked)]
-        largest = self._likely(torch.stack(ways))
-        if together and largest > digit:
-            batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
+        order = self._measurable(asked)
+        rows = [self._kept[ids][1] for ids in order]
+        computed = torch.stack([self._kept[ids][2] for ids in order])
+        short = [self._cut(ids, i, found) for i, ids in enumerate(order)] if cuts else rows
+        if together:
+            n_alone = len(rows) // _ROWS_PER_ALONE
+        else:
+            n_alone = _LEAST_ALONE if found.step_by_step else len(rows)
+        alone = torch.full_like(computed, torch.nan)
+        for i in range(min(n_alone, len(rows))):
+            row = rows[i] if found.step_by_step else short[i]
+            alone[i] = self._alone(row, found, asked)
+        ways = [computed, alone]
+        if together:
+            some = [*short[:1], *rows[1:]]  # so that one is of another length than in any batch
+            batches = [some[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
             ways.append(torch.cat([self._together(batch, asked) for batch in batches]))
-            largest = self._likely(torch.stack(ways))
+        # A jump is far, and so seldom that other batches may not show it. And rows that are run
+        # alone do not show what batches would make of them.
+        if (found.jumps or (found.moved is not None and not together)) and not found.couples_rows:
+            ways.append(self._moved(rows, computed, found, asked))
+        digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
         assert self._scale is not None
-        return max(largest, digit) * self._scale
+        return max(self._likely(torch.stack(ways)), digit) * self._scale
+
+    def _moved(self, rows: list[TokenRow], own: Tensor, found: Findings, asked: Asked) -> Tensor:
+        """Values of some rows, as `own`, with other last digits within; NaN for others."""
+        n = 0 if found.step_by_step else len(rows) // _ROWS_PER_ALONE
+        moved = torch.full_like(own, torch.nan)
+        with rounded_otherwise(self._passes.model, singles=found.jumps):
+            for i, row in enumerate(rows[: max(_LEAST_ALONE, n)]):
+                moved[i] = self._alone(row, found, asked)
+        return moved
 
     def _likely(self, ways: Tensor) -> float:
         """What the largest difference is likely to be, over how far a value can move.
@@ -202,37 +240,16 @@ class NoiseFloor:
         known = ~ways[1:].isnan().all(0)
         usual = float(ratios[known].square().mean().sqrt()) if bool(known.any()) else 0.0
         likely = math.sqrt(2 * math.log(2 * self._n * ways.shape[2] + 1)) * usual
-        return max(likely, _UNSEEN * float(ratios.max()))
+        # The values of one row move together: of few rows, how far is not known well.
+        few = 1 + _FEW / max(1, int(known.any(1).sum()))
+        return few * max(likely, _UNSEEN * float(ratios.max()))
 
-    def _some_alone(
-        self,
-        rows: list[TokenRow],
-        own: Tensor,
-        known: Sequence[Tensor],
-        found: Findings,
-        asked: Asked,
-    ) -> list[Tensor]:
-        """Values of the first rows alone, in one or two ways, each as `own`; NaN for others."""
-        n_alone = _LEAST_ALONE if found.step_by_step else len(rows) // _ROWS_PER_ALONE
-        n_alone = max(_LEAST_ALONE, n_alone)
-        alone = torch.full_like(own, torch.nan)
-        for i, row in enumerate(rows[: max(n_alone, len(known))]):
-            alone[i] = known[i] if i < len(known) else self._alone(row, found, asked)
-        is_half = found.dtype != "float32" or _compat.half_precision(self._passes.model)
-        if is_half or found.couples_rows:  # those have one way of being computed
-            return [alone]
-        # What is rounded to few bits jumps where the last digit of a float decides which way: far,
-        # and so seldom that other batches may not show it.
-        moved = torch.full_like(own, torch.nan)
-        with rounded_otherwise(self._passes.model, singles=True):
-            for i, row in enumerate(rows[:n_alone]):
-                moved[i] = self._alone(row, found, asked)
-        return [alone, moved]
-
-    def _of_draws(self, rows: list[TokenRow], own: Tensor, found: Findings, asked: Asked) -> Tensor:
+    def _of_draws(self, found: Findings, asked: Asked) -> Tensor:
         """The floor of a model that draws: from passes over the same rows that draw anew."""
+        kept = [self._kept[ids] for ids in self._order()[:_DRAWN_ROWS]]
+        rows, own = [row for _, row, _ in kept], torch.stack([own for _, _, own in kept])
         each = len(asked) if found.step_by_step else 1
-        n = max(_LEAST_ROWS, _DRAWN_PASSES // (each * len(rows)))
+        n = max(_LEAST_DRAWN, _DRAWN_PASSES // (each * len(rows)))
         seed, again = self._passes.seed, list[Tensor]()
         try:
             for number in range(1, n + 1):
@@ -244,15 +261,15 @@ class NoiseFloor:
         # A layer that is left out moves sure tokens as far as others.
         return _DRAWN * apart.amax(0).clamp(min=float(apart.square().mean().sqrt()))
 
-    def _measurable(self, found: Findings) -> list[tuple[int, ...]]:
+    def _measurable(self, asked: Asked) -> list[tuple[int, ...]]:
         """Rows that are computed once more: as many as the run took time for."""
-        passes, order = self._passes, self._order()
-        if found.draws:
-            return order[:_DRAWN_ROWS]
-        each = memory.overhead(passes.model, passes.device)
-        most = max(_SHARE * passes.n_positions, _PASSES * each)
-        taken = [*accumulate(len(ids) for ids in order)]
-        return order[: max(_LEAST_ROWS, bisect_right(taken, most))]
+        order = self._order()
+        most = max(_SHARE * self._passes.n_positions, _PASSES * self._overhead())
+        least = min(_MOST_OF_LEAST, max(_LEAST_ROWS, -(-_LEAST_VALUES // len(asked))))
+        return order[: max(least, int(most) // len(order[0]))]  # in a batch all are as long
+
+    def _overhead(self) -> int:
+        return memory.overhead(self._passes.model, self._passes.device)
 
     def _alone(self, row: TokenRow, found: Findings, asked: Asked) -> Tensor:
         """Values ``(n_target,)`` of a row alone, of each token with nothing after it if need be."""

@@ -1,8 +1,8 @@
 """The passes of the probe."""
 
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.forward.draws import Draws, drawing
-from captum_llm_ext.model.forward.memory import is_out_of_memory
-from captum_llm_ext.model.forward.rounding import BEYOND, rounded_otherwise
+from captum_llm_ext.model.forward.draws import drawing
+from captum_llm_ext.model.forward.rounding import BEYOND, Apart, rounded_otherwise
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.forward.swallowed import is_no_answer
 from captum_llm_ext.model.probe.differences import (
@@ -27,6 +26,8 @@ from captum_llm_ext.model.probe.differences import (
     usual,
 )
 from captum_llm_ext.model.probe.findings import Findings, Packing
+from captum_llm_ext.model.probe.jumps import jumps_at
+from captum_llm_ext.model.probe.short_passes import ShortPasses
 
 # Of so many ids the first pass is, which shows what a model returns.
 _FIRST = 8
@@ -36,7 +37,8 @@ _CUTS = 8
 _ROWS_PER_CUT = 32
 # Of these so many end there. Where a pack has shown what follows next, it is these alone.
 _ENDED = 3
-# At so many target tokens it is seen what those rows say, and a pack: there each takes a token.
+# At so many target tokens it is seen what those rows say, and a pack: there each takes a token. Of
+# 16 bits, at half of them: what rounding does not hide is seen there as well.
 _LATER = 32
 # Rows of the target alone have so many ids before it.
 _CLOSE = 16
@@ -51,10 +53,11 @@ _WIDE_IDS = 8
 _BATCHED = 1e-3
 
 
-# Called with a row, places in it, and how many logits the model can be asked for; what packs show,
-# and the logits of the row alone at these places.
+# Called with a row, places in it, how many logits the model can be asked for, and how far other
+# digits move them, if known; what packs show, and the logits of the row alone at these places.
 ReadPacked = Callable[
-    [Sequence[int], Sequence[int], str | None], tuple[Packing | None, Tensor | None]
+    [Sequence[int], Sequence[int], str | None, Apart | None],
+    tuple[Packing | None, Tensor | None],
 ]
 
 
@@ -79,37 +82,99 @@ class Probe:
     ) -> None:
         self._model, self._extras, self._n_rows = model, extras, len(rows)
         self._read_packed, self._earlier = read_packed, earlier
-        self._device = _compat.input_device(model)
-        self._kept = _compat.kept_logits(model)
-        self._uncached = _compat.uncached(model)
+        self._passes = ShortPasses(model, extras)
         self._row = max(rows, key=lambda row: len(row.ids))
         self._short = min(rows, key=lambda row: len(row.ids)).ids
         self._n_before, self._last_only = 0, False
-        self._seed: int | None = None
 
     def findings(self) -> Findings:
         """What is seen."""
         ids = self._row.ids
         begun = ids if self._extras else ids[:_FIRST]
-        drawn, logits = drawing(self._model, lambda: self._all(begun))
+        drawn, logits = drawing(self._model, lambda: self._passes.all(begun))
         if drawn == "seeded":
-            self._seed, logits = 0, self._all(begun)
+            self._passes.seed, logits = 0, self._passes.all(begun)
         found = self._first(begun, logits)
         found = replace(found, shortest=len(self._short), longest=len(ids))
-        found = replace(found, draws=drawn)
+        found = self._rounding_within(replace(found, draws=drawn), begun, logits)
         if found.last_only:
             return self._last(found)
         if self._extras:
             return self._alone(found)
         at, alone, packing = self._reference(logits, found)
-        found = replace(found, kept=self._kept, packing=packing)
-        if packing is not None and packing.reason is None and not self._is_rough(found):
+        found = replace(found, kept=self._passes.kept, packing=packing)
+        earlier = self._earlier
+        is_read = packing is not None and not packing.differs
+        if is_read and earlier is not None and earlier.covers(found.shortest, found.longest):
+            return replace(found, is_rough=earlier.is_rough)  # packs alone were news
+        if packing is not None and packing.reason is None and self._tells_rounding(found):
             # What is read in packs alone meets no other row, and these have shown what follows. But
             # what tokens before the place had seen of it, they had seen in the state as well.
             ending = self._ending(at[2], at, alone)
-            if (rounding := largest(*ending)) <= FINE:
-                return replace(found, ahead=0.0, rounding=rounding, batches_known=False)
+            rounding = largest(*ending)
+            if rounding <= FINE or usual(*ending) <= self._usual_rounding(found):
+                found = replace(found, shortest=sys.maxsize, longest=0, packed=len(ids))
+                return replace(found, ahead=0.0, rounding=rounding, is_rough=self._is_rough(found))
         return self._together(found, at, alone)
+
+    # How it rounds --------------------------------------------------------------------------------
+
+    def _rounding_within(self, found: Findings, ids: Sequence[int], logits: Tensor) -> Findings:
+        """What moved digits within make of the logits that the model returned for a few ids."""
+        if self._earlier is not None:
+            return replace(found, moved=self._earlier.moved, jumps=self._earlier.jumps)
+        if found.draws not in (None, "seeded"):
+            return found
+        if not self._is_half(found):
+            return replace(
+                found, jumps=jumps_at(self._model, lambda: self._passes.all(ids), logits)
+            )
+        with rounded_otherwise(self._model):
+            moved = Apart.between(self._passes.all(ids), logits)
+        return replace(found, moved=moved if moved.usual else None)
+
+    def _tells_rounding(self, found: Findings) -> bool:
+        """Whether it is known how far rounding alone moves values, without batches."""
+        return found.draws is None and (found.moved is not None or not self._is_rough(found))
+
+    def _usual_rounding(self, found: Findings) -> float:
+        """What rounding makes of several places at most, as far as a few ids have shown."""
+        return 0.0 if found.moved is None else max(FINE, BEYOND * found.moved.usual)
+
+    def _beyond_rounding(
+        self,
+        found: Findings,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        limit: float,
+        plain: tuple[Sequence[int], Sequence[int], Tensor],
+    ) -> bool:
+        """Whether logits of 16 bits differ in most places by more than in other lengths.
+
+        Those are other shapes, whose rounding is unlike that of one shape. And where an expert was
+        chosen by a hair, rounding may choose another, in some place.
+
+        Args:
+            found: What is known up to now.
+            pairs: What is said at several places, and what is said otherwise.
+            limit: What is no effect anyway.
+            plain: Ids, places, and what is said there; with other digits if that is needed.
+        """
+        most = max(usual(*pair) for pair in pairs)
+        if most <= max(limit, self._usual_rounding(found)):
+            return False
+        ids, at, said = plain
+        with rounded_otherwise(self._model):
+            digits = self._passes.said([ids], [at])[0]
+        return most > max(limit, BEYOND * usual(digits, said))
+
+    def _is_rough(self, found: Findings) -> bool:
+        """Whether rounding is worth measuring."""
+        is_coarse = self._is_half(found) or _compat.computes_roughly(self._model)
+        return found.draws is not None or is_coarse or found.jumps > 0
+
+    def _is_half(self, found: Findings) -> bool:
+        """Whether rounding may be taken for an effect."""
+        return found.dtype not in ("float32", "float64") or _compat.half_precision(self._model)
 
     # What it returns ------------------------------------------------------------------------------
 
@@ -136,14 +201,14 @@ class Probe:
                 )
             self._last_only = True
         if self._n_before or self._last_only:
-            self._kept = None
+            self._passes.kept = None
         reason = _compat.why_not_batched(self._model)
         return Findings(
             0,
             0,
             dtype=str(logits.dtype).removeprefix("torch."),
             vocabulary=vocabulary,
-            kept=self._kept,
+            kept=self._passes.kept,
             last_digit=last_digit(logits, self._model),
             n_before=self._n_before,
             last_only=self._last_only,
@@ -163,47 +228,53 @@ class Probe:
         Returns:
             Places, two of the beginning first; ``(n, vocabulary)``; and what packs show, if any.
         """
-        ids, cuts = self._row.ids, self._cuts(max(_LATER, self._wanted()))
+        n_later = _LATER // 2 if self._is_half(found) else _LATER
+        ids, cuts = self._row.ids, self._cuts(max(n_later, self._wanted()))
         at = [0, min(cuts[0] // 2, _WIDE_IDS - 1), *cuts]
-        if self._kept != "positions":
+        kept = self._passes.kept
+        if kept != "positions":
             self._find_kept(ids[:_FIRST], logits)
         packing, said = self._packing(found, at)
-        if said is None and self._kept == "positions":
+        if said is None and kept == "positions":
             try:
-                said = self._said([ids], [at])[0]
+                said = self._passes.said([ids], [at])[0]
             except Exception as error:  # whatever an argument of this name means there
                 if is_no_answer(error):
                     raise
-        # Where these are as they were, the model has given the logits that it was asked for.
-        if said is not None and is_as(said[:2], logits[0, at[:2]]):
-            return at, said, packing
-        if self._kept == "positions":
+        if kept == "positions" and not (said is not None and self._is_as(found, said, logits, at)):
             self._find_kept(ids[:_FIRST], logits)
-            packing, _ = self._packing(found, at)
-        return at, self._said([ids], [at])[0], packing
+            if self._passes.kept != kept:  # nothing of it was what was asked for
+                packing, said = self._packing(found, at)
+        return at, self._passes.said([ids], [at])[0] if said is None else said, packing
+
+    def _is_as(self, found: Findings, said: Tensor, logits: Tensor, at: Sequence[int]) -> bool:
+        """Whether the first of what is said is what the beginning alone said there."""
+        if is_as(said[:2], logits[0, at[:2]]):
+            return True
+        return usual(said[:2], spread(logits[0, at[:2]])) <= self._usual_rounding(found)
 
     def _find_kept(self, ids: Sequence[int], logits: Tensor) -> None:
         """Whether the model gives the logits that it is asked for, where it takes that argument."""
-        if self._kept is None:
+        if self._passes.kept is None:
             return
         ends = [0, len(ids) - 1]
         try:
             # The last places first: a number of them is asked for by its smallest.
-            said = [self._said([ids], [own])[0] for own in (ends, ends[1:])]
+            said = [self._passes.said([ids], [own])[0] for own in (ends, ends[1:])]
         except Exception as error:  # whatever an argument of this name means there
             if is_no_answer(error):
                 raise
-            self._kept = None
+            self._passes.kept = None
             return
         if not (is_as(said[0], logits[0, ends]) and is_as(said[1], logits[0, ends[1:]])):
-            self._kept = None
+            self._passes.kept = None
 
     def _in_front(self, ids: Sequence[int], logits: Tensor) -> int:
         """How many logits there are in front of those of the first id: all that are too many."""
         n = logits.shape[1] - len(ids)
         # One id less: of what both say, all but the last place is the same where what is too much
         # stands in front; else what stands behind has moved.
-        fewer = self._all(ids[:-1]) if len(ids) > 1 else logits[:, :-1]
+        fewer = self._passes.all(ids[:-1]) if len(ids) > 1 else logits[:, :-1]
         if fewer.shape[1] != logits.shape[1] - 1 or (
             largest(spread(fewer[:, n:]), spread(logits[:, n:-1])) > FINE
             and root_mean_square(spread(fewer[:, n:]), spread(logits[:, n:-1])) > rough(logits)
@@ -215,27 +286,12 @@ class Probe:
             )
         return n
 
-    def _all(self, ids: Sequence[int]) -> Tensor:
-        given = torch.tensor([[*ids]], dtype=torch.int64, device=self._device)
-        try:
-            with self._drawn_again():
-                output = _compat.called(self._model, given, **self._uncached, **self._extras)
-        except (TypeError, ValueError, AttributeError) as error:
-            part = _compat.language_part(self._model)
-            if self._extras or part is None or not _compat.is_transformers(self._model):
-                raise
-            raise TypeError(
-                f"{type(self._model).__name__} does not run on token ids alone ({error}): give "
-                f"`{part}`, or an input that brings what it needs."
-            ) from error
-        return _compat.sequence_logits(output)
-
     # What changes what it says --------------------------------------------------------------------
 
     def _alone(self, found: Findings) -> Findings:
         """Of one row, as it is and with something else after some places."""
         cuts, is_rough = self._cuts(self._wanted()), self._is_rough(found)
-        row = self._said([self._row.ids], [cuts])[0]
+        row = self._passes.said([self._row.ids], [cuts])[0]
         pairs = self._after(cuts, cuts, row, n_places=1, at_once=1)
         limit = max(FINE, rough(row)) if self._is_half(found) else FINE
         return replace(
@@ -248,8 +304,8 @@ class Probe:
     def _last(self, found: Findings) -> Findings:
         """Of a row alone and beside another, where the last place alone is said."""
         ids, at = self._row.ids, [len(self._row.ids) - 1]
-        alone, copies = self._said([ids], [at])[0], self._said([ids] * 2, [at] * 2)[0]
-        beside = self._said([self._others(ids), ids], [at] * 2)[1]
+        alone, copies = self._passes.said([ids], [at])[0], self._passes.said([ids] * 2, [at] * 2)[0]
+        beside = self._passes.said([self._others(ids), ids], [at] * 2)[1]
         is_rough = self._is_rough(found)
         limit = max(FINE, BEYOND * root_mean_square(copies, alone), rough(alone))
         couples = exceeds(beside, copies, limit if self._is_half(found) else FINE)
@@ -275,11 +331,12 @@ class Probe:
         short = self._short if len(self._short) < length else mate
         ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
         padded = [*short, *self._others(ids[len(short) :])]
-        alone_short = self._said([short], [ends])[0]
-        # Everything at once: other rows, other ids after these, and padding.
+        alone_short = self._passes.said([short], [ends])[0]
+        # Everything at once: other rows, other ids after these, and padding. Where numbers are of
+        # 16 bits that always shows something.
         both = [padded, self._cut(cut_at)], [ends, [*at[:3], *at[2:3] * 2]]
-        said = self._said(*both)
         is_rough, is_half = self._is_rough(found), self._is_half(found)
+        said = None if is_half else self._passes.said(*both)
         after, ended = self._later(found, at[2:], is_half=is_half)
         # Of a few places rounding is told apart from an effect more surely than of many.
         n_places = 1 if is_half else len(at)
@@ -289,37 +346,35 @@ class Probe:
             later += self._close(at[2:])
         endings = [self._ending(place, at, alone) for place in ended]
         wide = self._wide(at[:2], _WIDE)
-        pairs = [
-            (said[0], alone_short),
-            (said[1, :3], alone[:3]),
-            (wide, alone[:2]),
-            *later,
-            *endings,
-        ]
+        pairs = [(wide, alone[:2]), *later, *endings]
+        if said is not None:
+            pairs += [(said[0], alone_short), (said[1, :3], alone[:3])]
         rounding = max(largest(*pair) for pair in pairs)
         if rounding <= FINE:
             return replace(found, ahead=0.0, coupling=0.0, rounding=rounding, is_rough=is_rough)
         # The same passes once more: what differs then was drawn at random.
-        equal = [(self._said([ids], [at])[0], alone)]
-        if not is_half:  # there the first look always shows something
-            equal += [(self._said(*both), said), (self._wide(at[:2], _WIDE), wide)]
+        begun = self._wide(at[:2], 1)
+        if said is None:
+            equal = [(self._wide(at[:2], 1), begun)]
+        else:
+            equal = [(self._passes.said([ids], [at])[0], alone), (self._passes.said(*both), said)]
+            equal.append((self._wide(at[:2], _WIDE), wide))
         if (most := max(largest(*pair) for pair in equal)) > FINE and found.draws is None:
             differ = f"equal passes differ by {most:.2g} nats"
             found = replace(found, draws="unseen", reasons=(*found.reasons, differ))
         draws = found.draws is not None
         # One thing after the other, in passes of one shape.
-        copies = self._said([ids, ids], [at[:3]] * 2)[0]
-        beside = [self._said([one, ids], [at[:3]] * 2)[1] for one in (padded, mate)]
-        cut = self._said([self._cut(cut_at)], [at[:3]])[0]
-        again = [*short, *self._others(padded[len(short) :])]
-        one, other = (self._said([row], [ends])[0] for row in (padded, again))
+        copies = self._passes.said([ids, ids], [at[:3]] * 2)[0]
+        mates = [mate] if is_half else [mate, padded]
+        beside = [self._passes.said([one, ids], [at[:3]] * 2)[1] for one in mates]
+        cut = self._passes.said([self._cut(cut_at)], [at[:3]])[0]
+        longer = self._passes.said([padded], [ends])[0]
         limit = FINE
         if is_half or draws:
             moved = max(root_mean_square(*pair) for pair in [(copies, alone[:3]), *equal])
             limit = max(FINE, BEYOND * moved, rough(alone) if is_half else 0.0)
-        couples = exceeds(beside[0], beside[1], limit) or exceeds(copies, beside[1], limit)
+        couples = any(exceeds(copies, one, limit) for one in beside)
         # Beside itself a row must be what it is alone, too, and beside many others.
-        begun = self._wide(at[:2], 1)
         if is_half or draws:
             couples |= exceeds(wide, self._wide(at[:2], _WIDE, start=1), limit)
         else:
@@ -328,23 +383,21 @@ class Probe:
             later = self._after(after, at, alone, n_places=n_places, at_once=1)
             if not shows_all:
                 later += self._close(at[2:], at_once=1)
-        followed = [(cut, alone[:3]), (one, other), *later]
+        followed = [(cut, alone[:3]), *later]
+        if not is_half:
+            again = [*short, *self._others(padded[len(short) :])]
+            followed.append((longer, self._passes.said([again], [ends])[0]))
         sees = any(exceeds(*pair, limit) for pair in followed)
         # How much follows may count as well as what.
-        endings += [(self._said([ids[: cut_at + n]], [at[:3]])[0], alone[:3]) for n in (1, 2)]
+        endings += [
+            (self._passes.said([ids[: cut_at + n]], [at[:3]])[0], alone[:3]) for n in (1, 2)
+        ]
         if is_half:
-            # Other lengths are other shapes, whose rounding is unlike that of one shape.
-            with rounded_otherwise(self._model):
-                digits = [self._said([ids], [at])[0], self._said([short], [ends])[0]]
-            limits = [
-                max(limit, BEYOND * usual(*pair))
-                for pair in zip(digits, (alone, alone_short), strict=True)
-            ]
-            # In most places: where an expert was chosen by a hair, rounding may choose another.
-            mixes = usual(one, alone_short) > limits[1]
-            sees |= any(usual(*pair) > limits[0] for pair in endings)
+            whole, part = (ids, at, alone), (short, ends, alone_short)
+            mixes = self._beyond_rounding(found, [(longer, alone_short)], limit, part)
+            sees |= self._beyond_rounding(found, endings, limit, whole)
         else:
-            mixes = exceeds(one, alone_short, limit)
+            mixes = exceeds(longer, alone_short, limit)
             sees |= any(exceeds(*pair, limit) for pair in endings)
         mixes &= not sees
         if sees or couples or mixes:
@@ -356,7 +409,8 @@ class Probe:
             mixes_lengths=mixes,
             ahead=max(largest(*pair) for pair in [*followed, *endings]),
             coupling=max(
-                *(largest(*pair) for pair in (beside, (alone[:3], beside[1]))),
+                *(largest(copies, one) for one in beside),
+                largest(alone[:3], beside[0]),
                 largest(wide, begun),
             ),
             rounding=rounding,
@@ -370,7 +424,7 @@ class Probe:
         if self._earlier is not None and self._earlier.packs_known(len(self._row.ids)):
             return self._earlier.packing, None
         places = sorted({*at})
-        packing, said = self._read_packed(self._row.ids, places, self._kept)
+        packing, said = self._read_packed(self._row.ids, places, self._passes.kept, found.moved)
         if said is None:
             return packing, None
         where = torch.tensor([places.index(p) for p in at], dtype=torch.int64, device="cpu")
@@ -386,7 +440,7 @@ class Probe:
         """
         some, packing = _spaced(places, self._wanted()), found.packing
         if is_half:
-            return some, ()
+            return some[-max(2, len(some) // 2) :], ()
         if packing is not None and packing.differs:
             return places, places
         # Lengths next to each other, and a distant one.
@@ -399,16 +453,7 @@ class Probe:
         """What is said at early places of the row's beginning in a batch of so many at most."""
         begin = self._row.ids[: at[-1] + 1]
         mates = [self._others(begin, start + n) for n in range(min(self._n_rows, most) - 1)]
-        return self._said([begin, *mates], [at] * (1 + len(mates)))[0]
-
-    def _is_rough(self, found: Findings) -> bool:
-        """Whether rounding is worth measuring."""
-        is_half = self._is_half(found)
-        return found.draws is not None or is_half or _compat.computes_roughly(self._model)
-
-    def _is_half(self, found: Findings) -> bool:
-        """Whether rounding may be taken for an effect."""
-        return found.dtype not in ("float32", "float64") or _compat.half_precision(self._model)
+        return self._passes.said([begin, *mates], [at] * (1 + len(mates)))[0]
 
     def _wanted(self) -> int:
         """After how many later places something else is put, by the number of rows."""
@@ -450,7 +495,7 @@ class Probe:
                 [*at[first:stop], *[cut] * (most - (stop - first))]
                 for cut, first, stop in zip(some, firsts, stops, strict=True)
             ]
-            said = self._said(
+            said = self._passes.said(
                 [self._cut(cut)[start:] for cut in some],
                 [[place - start for place in places] for places in own],
             )
@@ -468,7 +513,7 @@ class Probe:
         What one token makes of another that comes next is seen after that one alone.
         """
         start = max(0, places[0] - _CLOSE)
-        alone = self._said([self._row.ids[start:]], [[place - start for place in places]])[0]
+        alone = self._passes.said([self._row.ids[start:]], [[place - start for place in places]])[0]
         return self._after(
             places, places, alone, n_places=len(places), at_once=at_once, start=start
         )
@@ -476,7 +521,7 @@ class Probe:
     def _ending(self, place: int, at: Sequence[int], alone: Tensor) -> tuple[Tensor, Tensor]:
         """What is said of the row where it ends at a place, and of all of it; as for `_after`."""
         n = bisect_right(at, place)
-        return self._said([self._row.ids[: place + 1]], [at[:n]])[0], alone[:n]
+        return self._passes.said([self._row.ids[: place + 1]], [at[:n]])[0], alone[:n]
 
     def _cut(self, place: int) -> list[int]:
         """The row with other ids after a place; of what comes there nothing, as far as can be."""
@@ -511,33 +556,6 @@ class Probe:
         first = min((p for p in self._row.positions if p >= 0), default=0)
         pool = sorted({*self._row.ids[first:]})
         return pool if len(pool) > 1 else [*pool, int(pool[0] == 0)]
-
-    def _said(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
-        """Log-probabilities ``(n_rows, n_places, vocabulary)``, float64 on the CPU."""
-        try:
-            return self._pass(rows, at)
-        except RuntimeError as error:
-            if len(rows) == 1 or not is_out_of_memory(error):
-                raise
-        return torch.cat([self._pass([row], [own]) for row, own in zip(rows, at, strict=True)])
-
-    def _drawn_again(self) -> AbstractContextManager[Any]:
-        """Every pass draws the same, as far as it is of one shape."""
-        return nullcontext() if self._seed is None else Draws(self._seed)
-
-    def _pass(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
-        ids = torch.tensor([[*row] for row in rows], dtype=torch.int64, device=self._device)
-        places = torch.tensor([[*own] for own in at], dtype=torch.int64, device="cpu")
-        arguments = {**self._uncached, **self._extras}
-        arguments |= _compat.keeping_logits(self._kept, places, ids)
-        with self._drawn_again():
-            logits = _compat.sequence_logits(_compat.called(self._model, ids, **arguments))
-        if self._kept != "positions":
-            where = (places - (ids.shape[1] - logits.shape[1])).to(logits.device)
-            logits = logits.gather(1, where[..., None].expand(-1, -1, logits.shape[2]))
-        elif logits.shape[1] != places.shape[1]:
-            raise ValueError("logits of other places than those asked for")
-        return spread(logits)
 
 
 def _spaced(places: Sequence[int], n: int) -> list[int]:

@@ -18,6 +18,7 @@ from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.forward.memory import Memory
 from captum_llm_ext.model.forward.passes import Passes
+from captum_llm_ext.model.forward.rounding import Apart
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.forward.schedule import Branch, plan, plan_packed
 from captum_llm_ext.model.probe import Findings, Packing, ReadPacked
@@ -276,9 +277,9 @@ class Batching:
         return len(head) <= most and all(row.ids[: len(head)] == head for row in rows)
 
     def _compare_packed(
-        self, row: Sequence[int], places: Sequence[int], kept: str | None
+        self, row: Sequence[int], places: Sequence[int], kept: str | None, moved: Apart | None
     ) -> tuple[Packing | None, Tensor | None]:
-        self._passes.kept = kept
+        self._passes.kept, self._passes.moved = kept, moved
         n_before = self._passes.n_positions
         try:
             return packing_of(self._passes, row, places)

@@ -22,7 +22,7 @@ from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.generation import Generation
 from captum_llm_ext.model.identity import check_same
-from captum_llm_ext.model.probe import FINE, Findings, findings, seen_ahead
+from captum_llm_ext.model.probe import FINE, Findings, findings, learnt
 from captum_llm_ext.model.probe.noise import NoiseFloor
 from captum_llm_ext.model.processes.group import Processes
 from captum_llm_ext.model.scoring.answers import AnswerWriter
@@ -113,6 +113,7 @@ class Scorer:
         self._bar = ProgressBar(counted, "row", is_shown=self._is_shown)
         self._known: dict[bytes, Tensor] = {}
         self._findings: Findings | None = None
+        self._shown: Findings | None = None  # and what its values showed in the end
         self._noise = NoiseFloor(self._passes)
 
     def beside(self, counted: str) -> "Scorer":
@@ -199,7 +200,8 @@ class Scorer:
         together = False
         if generation.ends is not None and len(rows) > 1:
             with exclusive_use(self.model):
-                found = self._look([TokenRow(r.ids, (len(r.ids) - 1,), r.extras) for r in rows])
+                ends = [TokenRow(r.ids, (len(r.ids) - 1,), r.extras) for r in rows]
+                found = self._look(ends, batches=True)
             is_sampled = generation.settings.get("do_sample") == "True"
             together = not found.apart and (is_sampled or not found.is_rough)
         return self._answers.each(rows, generation, seeds, together=together, tell=tell)
@@ -271,10 +273,11 @@ class Scorer:
     ) -> Tensor | None:
         """How far apart values are that differ in how they were computed alone.
 
-        Some rows of those that were scored, short and long ones among them, are computed alone and
-        together once more, in some twenty short passes at most: a run with other batches shows no
-        larger differences, as far as that many rows tell. Where the probe saw nothing beyond
-        float32 rounding four values, each of a short pass of its own, confirm it.
+        Some rows of those that were scored, short and long ones among them, are computed once more
+        in other batches: a run with other batches shows no larger differences, as far as that many
+        rows tell. That takes a sixteenth of what the run took, and a batch of two rows at least.
+        Where the probe saw nothing beyond float32 rounding some values, each of a short pass of its
+        own, confirm it.
 
         Args:
             row: The row of the whole text.
@@ -296,7 +299,10 @@ class Scorer:
             mixes = self._batching.mixes_positions(found.longest)
             apart = mixes or row.extras is not None or self._batching.max_rows == 1
             cuts = found.step_by_step or not mixes
-            return self._noise.floor(found, asked, together=not apart, cuts=cuts)
+            floor, self._shown = self._noise.floor(found, asked, together=not apart, cuts=cuts)
+            if self._shown != found:
+                learnt(self.model, self._shown)
+            return floor
 
     @property
     def findings(self) -> Findings | None:
@@ -308,7 +314,8 @@ class Scorer:
         found = self._findings
         if found is None:
             return {}
-        return {"probe": found.provenance() | self._batching.provenance(), "batching": found.manner}
+        seen = self._shown or found
+        return {"probe": seen.provenance() | self._batching.provenance(), "batching": found.manner}
 
     def _look(self, rows: Sequence[TokenRow], *, batches: bool = False) -> Findings:
         """What the model does on such rows; it is looked at where these are news.
@@ -332,7 +339,8 @@ class Scorer:
         if extras:  # rows are given one by one, whatever their lengths
             found = replace(found, shortest=0, longest=sys.maxsize)
         self._batching.apply_findings(found)
-        self._passes.kept, self._passes.seed = found.kept, 0 if found.seeds else None
+        self._passes.kept, self._passes.moved = found.kept, found.moved
+        self._passes.seed = 0 if found.seeds else None
         self._findings = found
         return found
 
@@ -358,7 +366,8 @@ class Scorer:
             return found
         if (ahead := _apart_where_alike(rows, values)) <= FINE:
             return found
-        found = seen_ahead(self.model, found, ahead)
+        found = replace(found, sees_ahead=True, mixes_lengths=False, ahead=ahead)
+        learnt(self.model, found)
         self._batching.apply_findings(found)
         self._findings = found
         return found
@@ -413,7 +422,7 @@ class Scorer:
                 "this process has other rows to score than the main one: give every process the "
                 "same prompt, target, baselines, method and seed."
             )
-        if root.own is None and self._findings is not None and not self._findings.batches_known:
+        if root.own is None and not self._knows_batches(rows):
             raise _BatchesUnknownError
         self._check_stored(stored, rows, asked)
         root, state = self._batching.read_head(root, rows, asked)
@@ -441,6 +450,13 @@ class Scorer:
             n_rows, error = min(work.failures, key=lambda told: told[0])
             if not self._batching.back_off(n_rows):
                 raise error
+
+    def _knows_batches(self, rows: Sequence[TokenRow]) -> bool:
+        """Whether the model has been seen with such rows in batches, or they are run apart."""
+        found, lengths = self._findings, [len(row.ids) for row in rows]
+        if found is None or found.step_by_step:
+            return True
+        return found.covers(min(lengths), max(lengths))
 
     def _agreed_budget(self) -> int:
         """Bytes a batch may take: the same on all processes, and as when the journal was begun."""
