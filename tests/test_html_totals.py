@@ -209,10 +209,10 @@ def test_shares_have_errors_and_no_signs(view, rag):  # noqa: F811
 
 
 def test_a_share_that_could_be_noise_is_pale_and_says_so(view):  # noqa: F811
-    result = load("chat")
+    result = load("summary")
     page = view.text(result.to_html())
-    choose(page, "turn", "token")
-    total = result.total(level="turn")
+    choose(page, "paragraph", "token")
+    total = result.total(level="paragraph")
     shares, errors = total.span()[0].tolist(), total.span_se()[0].tolist()
     unsure = [i for i, (x, se) in enumerate(zip(shares, errors, strict=True)) if 0 < x < 1.96 * se]
     lines = page.locator("#top-prompt tbody tr:not(.rest)")

@@ -444,7 +444,7 @@ def test_coalitions_seen_before_are_not_scored_again(tokenizer):
         handle.remove()
     assert len(result.masks) > 60
     assert result.n_evaluations <= 16
-    assert sum(rows) <= 16 + 4 + 32  # comparisons and what the probe looks at included
+    assert sum(rows) <= 16 + 4 + 36  # comparisons and what the probe looks at included
 
 
 # One in, and what says the same

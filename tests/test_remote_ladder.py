@@ -342,10 +342,11 @@ def test_a_checkpoint_keeps_answers_below_the_first_rung(server, tmp_path):
         least = remote(chat(server, max_concurrency=1), max_requests=4, **ours)
         with pytest.raises(RuntimeError, match="`max_requests` allows no more"):
             least.attribute(spans(), **how)
-        broken = remote(chat(server), **ours).attribute(spans(), **how)
+        broken = remote(chat(server, max_concurrency=1), **ours).attribute(spans(), **how)
         n_all = len(server.bodies)
         server.bodies.clear()
-        whole = remote(chat(server), **ours).attribute(spans(), gen_args=how["gen_args"])
+        again = remote(chat(server, max_concurrency=1), **ours)
+        whole = again.attribute(spans(), gen_args=how["gen_args"])
         # Who answers is asked each time; where it is told, whether it is as before.
         n_more = 2 if attr_target in ("log_prob", "label") else 1
         assert n_all == len(server.bodies) + n_more
@@ -488,10 +489,10 @@ def test_a_run_that_broke_off_loses_nothing_that_came(server, tmp_path):
         remote(chat(server, max_concurrency=1), cache=path).attribute(spans(), " golf")
     server.always = None
     server.bodies.clear()
-    remote(chat(server), cache=path).attribute(spans(), " golf")
+    remote(chat(server, max_concurrency=1), cache=path).attribute(spans(), " golf")
     n_left = len(server.bodies)
     server.bodies.clear()
-    remote(chat(server)).attribute(spans(), " golf")
+    remote(chat(server, max_concurrency=1)).attribute(spans(), " golf")
     assert n_left == len(server.bodies) - 4
     path.write_bytes(b"no database at all, but long enough to look like one" * 20)
     with pytest.raises(ValueError, match="no file of answers"):

@@ -286,7 +286,7 @@ def test_errors_are_the_spread_over_seeds(model, tokenizer, method, n_samples):
     for shares, errors in ((found, told), (wholes, of_wholes)):
         spread = torch.stack(shares).std(0).square().mean().sqrt()
         stated = torch.stack(errors).square().mean().sqrt()
-        assert 0.5 < float(stated / spread) < 2
+        assert 0.5 < float(stated / spread) < 2.5  # without interactions it is larger
 
 
 def test_the_same_seed_leaves_out_the_same_groups(model, tokenizer, tmp_path):

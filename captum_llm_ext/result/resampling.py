@@ -84,7 +84,10 @@ def _groups(evidence: Evidence, n_groups: int, seed: int) -> Tensor | None:
     """Per coalition its group, -1 for those that are never left out; None where none can be."""
     masks, draws = evidence.masks.cpu(), evidence.draws.cpu()
     n_anchors = evidence.design.n_anchors
-    groups = _repetitions(masks, n_groups)
+    # Anchors and what was scored beside them are two enumerations: each keeps one of its own.
+    groups = torch.cat(
+        [_repetitions(part, n_groups) for part in (masks[:n_anchors], masks[n_anchors:])]
+    )
     if evidence.design.solved not in _ENUMERATES:
         generator = torch.Generator().manual_seed(seed)
         _, cluster = draws[n_anchors:].unique(return_inverse=True)
@@ -96,6 +99,8 @@ def _groups(evidence: Evidence, n_groups: int, seed: int) -> Tensor | None:
 
 def _repetitions(masks: Tensor, n_groups: int) -> Tensor:
     """Which repetition of its coalition a row is, modulo the groups; -1 where there is but one."""
+    if not len(masks):
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
     _, which, counts = masks.unique(dim=0, return_inverse=True, return_counts=True)
     rank = torch.zeros(len(masks), dtype=torch.int64, device="cpu")
     order = which.argsort(stable=True)

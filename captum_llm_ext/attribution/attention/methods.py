@@ -140,7 +140,9 @@ class AttentionRollout(_AttentionMap):
             nonlocal product
             own = own.double().cpu()
             if self.contributions in ("weights", "values"):
-                own = (own + torch.eye(len(own), dtype=own.dtype, device="cpu")) / 2
+                same = torch.eye(len(own), dtype=own.dtype, device="cpu")
+                # A layer that adds nothing leaves every place what it was.
+                own = torch.where(own.sum(-1, keepdim=True) > 0, (own + same) / 2, same)
             # Nothing is made of what goes to attention sinks: no place has it.
             product = own @ product
 

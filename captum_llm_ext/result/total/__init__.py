@@ -53,12 +53,21 @@ class Source:
         """
         key = n_resamples, seed
         if key not in self.known:
-            found = None if self.evidence is None else replicates(self.evidence(), *key)
-            if found is not None:
-                found = torch.stack([torch.cat(self.split(solved), 1) for solved in found])
-                found = deviations(found.double().cpu())
-            self.known[key] = found
+            self.known[key] = self._moved(*key)
         return self.known[key]
+
+    def _moved(self, n_resamples: int, seed: int) -> Tensor | None:
+        if self.evidence is None:
+            return None
+        try:
+            found = replicates(self.evidence(), n_resamples, seed)
+            if found is None:
+                return None
+            found = torch.stack([torch.cat(self.split(solved), 1) for solved in found])
+        except (ValueError, IndexError):
+            # Of a file that another program wrote, whose design is about other coalitions.
+            return None
+        return deviations(found.double().cpu())
 
 
 def total(
