@@ -28,6 +28,8 @@ _MORE_WORDS = 1  # that a stand-in may have than what it stands for
 # of four after "was", as in "was hungry, so", none may ("a", "born", "the", "an").
 _TRIED = 16
 _AFTER = 2  # words after a place that are asked for this
+# As likely as its own word is where these leave hardly another one.
+_DECIDED = 0.95
 
 
 def looks_like(piece: str, word: str) -> bool:
@@ -182,7 +184,10 @@ class Alternatives:
                 if text != own
             }
             likeliest = heapq.nlargest(self._n, weights, key=weights.__getitem__)
-            self._fitting[span] = {own: texts[own]} | {text: weights[text] for text in likeliest}
+            fitting = {own: texts[own]} | {text: weights[text] for text in likeliest}
+            # What the words after it alone decide is one thing with them ("master" of *arts*).
+            is_decided = texts[own] > _DECIDED * sum(fitting.values())
+            self._fitting[span] = self.texts(span) if is_decided else fitting
 
     def _after(self, span: Span) -> str:
         """The words after a place that tell what sort of word stands there.

@@ -55,8 +55,9 @@ class ModelBaselines:
     the text before makes that, times how likely it makes the next two words, set against what
     stands there and at most 1; of these the `n_candidates` likeliest are kept. A name, a number,
     the end of a sentence and what the place itself decides end these two: they tell which word it
-    is, and words that determine one another would none of them be absent. A masked model goes by
-    all of the text after a place anyhow.
+    is, and words that determine one another would none of them be absent. For the same reason the
+    text before is all where the words after leave no other one ("master of *arts*"). A masked model
+    goes by all of the text after a place anyhow.
 
     What comes after is the answer, of which the draw knows *what kinds of words* it begins with,
     and not which: a candidate is as likely as the text before makes it, times how likely it makes a
