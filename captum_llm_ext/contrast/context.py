@@ -11,6 +11,8 @@ from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.baselines.words import KINDS, atoms, keeps_script, kind
 from captum_llm_ext.text.inputs import GeneratedText, Prompt, RenderedPrompt, render_text
 
+# Of random baselines, for what the model says without features: as many as leave-one-out takes of
+# each feature. A choice: more would find foils that win in fewer than one draw of eight.
 _DRAWS = 8
 # Characters before a token in which the word that it may go on is looked for.
 _TAIL = 32

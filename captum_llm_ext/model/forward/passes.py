@@ -22,7 +22,7 @@ from captum_llm_ext.model.forward.logits import AttrTarget, called_values
 from captum_llm_ext.model.forward.packing import LAST, Pack, pack, pack_again
 from captum_llm_ext.model.forward.prefix_cache import cache_part, copied_cache, shared_cache
 from captum_llm_ext.model.forward.rounding import Apart, reason_against, rounded_otherwise
-from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.forward.rows import TokenRow, padded
 from captum_llm_ext.model.forward.schedule import Branch
 from captum_llm_ext.model.forward.swallowed import is_no_answer
 
@@ -264,7 +264,7 @@ class Passes:
 
         They are NaN where `at` is below 0.
         """
-        ids = _padded([row.ids[start:] for row in rows])
+        ids = padded([row.ids[start:] for row in rows])
         arguments = self.extras(rows[0], ids.shape[1] - len(rows[0].ids) + start)
         is_called = not isinstance(self.attr_target, str)
         columns = (at >= 0).any(0)
@@ -523,7 +523,7 @@ class Passes:
         alone = self._alone((row, other), at + shared)
 
         def error(*, shares_cache: bool) -> float:
-            found = self._read_on(_padded(ends), at, state, shares_cache=shares_cache)
+            found = self._read_on(padded(ends), at, state, shares_cache=shares_cache)
             return self._error(found.logits().clone(), alone, (row, other), at + shared)
 
         copied = error(shares_cache=False)
@@ -590,12 +590,3 @@ class _LastRow:
 def _unlike(row: Sequence[int], one: int) -> int:
     """Another id than that given."""
     return next((i for i in row if i != one), int(one == 0))
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows as one tensor ``(n_rows, longest)``."""
-    length = max(len(row) for row in rows)
-    # What stands right of a row is never seen by it: its own first id is as good as any.
-    return torch.tensor(
-        [[*row, *[row[0]] * (length - len(row))] for row in rows], dtype=torch.int64, device="cpu"
-    )

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
@@ -36,3 +39,12 @@ class TokenRow:
         if place < 0:
             return None
         return TokenRow(self.ids[: place + 1], (place,), self.extras, self.key)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows as one tensor ``(n_rows, longest)``."""
+    length = max(len(row) for row in rows)
+    # What stands right of a row is never seen by it: its own first id is as good as any.
+    return torch.tensor(
+        [[*row, *[row[0]] * (length - len(row))] for row in rows], dtype=torch.int64, device="cpu"
+    )

@@ -85,8 +85,8 @@ class ModelBaselines:
     The search takes one pass over the text for the candidates of all places, a few short ones more,
     each for all places at once, a few tokens for every word that is tried, one pass of the prompt
     per candidate for the answer's kinds, and seven more for candidates close to the answer,
-    together about what the evaluations of leave-one-out take. It is done once for a text and an
-    answer.
+    together about a third more positions than the evaluations of leave-one-out take (prompts of
+    some 15 words). It is done once for a text and an answer.
 
     Args:
         proposer: The model that is asked, if it is not the one under explanation: ``(model,
