@@ -32,6 +32,8 @@ class Server:
         follows_temperature: Whether what is told of written tokens is of the temperature asked for.
         penalty: Taken off the logits of tokens that were read or written, when it writes; values
             are told without it, as llama.cpp does.
+        lists: Where the token that was written stands among the likeliest if it is none of them:
+            "beside" them, as with vLLM, "instead" of the last, or "not" at all, as with OpenAI.
         base: What there is; other paths are answered by 404.
     """
 
@@ -46,6 +48,7 @@ class Server:
         self.goes_on, self.refuses = False, None
         self.bias, self.name_told = "told", "tiny-0"
         self.delay = self.penalty = 0.0
+        self.lists = "instead"
         self.base = ""
         self.n_parallel = self.most_parallel = 0
         self.lock = threading.Lock()
@@ -192,7 +195,9 @@ class Server:
             values = self._log_probs(logits, body, "written")
             written.append(token)
             told.append(float(values[token]))
-            likeliest = [*dict.fromkeys([token, *values.topk(top).indices.tolist()])][: max(top, 1)]
+            likeliest = values.topk(max(top, 1)).indices.tolist()
+            if token not in likeliest and self.lists != "not":
+                likeliest = [token, *likeliest[: -1 if self.lists == "instead" else None]]
             tops.append({self.name(i, body): float(values[i]) for i in likeliest})
             if token == self.tokenizer.eos_token_id:
                 break

@@ -50,7 +50,7 @@ def shared(demo):
 @pytest.fixture
 def server(shared):
     shared.part, shared.always, shared.goes_on, shared.refuses = {}, None, False, None
-    shared.bias, shared.name_told = "told", "tiny-0"
+    shared.bias, shared.name_told, shared.lists = "told", "tiny-0", "instead"
     for noted in (shared.prompts, shared.bodies):
         noted.clear()
     return shared
@@ -301,6 +301,49 @@ def test_a_bias_that_does_nothing_is_named(demo, server):
     assert "logit_bias" in found.provenance["rungs_refused"]["stepwise"]
     with pytest.raises(ValueError, match="give the model's `tokenizer`"):
         remote(chat(server), rung="stepwise").attribute(spans(), " golf")
+
+
+@pytest.fixture(scope="module")
+def flat(demo):
+    """A model that draws improbable tokens, and one that is sure of nothing."""
+    model, tokenizer = demo
+    torch.manual_seed(0)
+    with Server(Flat(model), tokenizer) as server:
+        yield server
+
+
+class Flat(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        found = self.model(input_ids=input_ids)
+        return replace(found, logits=found.logits * 0.3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lists"),
+    [("chat", "beside"), ("chat", "instead"), ("chat", "not"), ("completions", "beside")],
+)
+def test_a_drawn_token_among_the_likeliest_bounds_nothing(demo, flat, kind, lists):
+    flat.lists = lists
+    target = " golf and"
+    provider = chat(flat) if kind == "chat" else CompletionsProvider(flat.url, "tiny")
+    for top in (1, 5):
+        ours = remote(provider, ShapleyValues, rung="top-k", top_logprobs=top)
+        found = ours.attribute(spans(), gen_args={"max_new_tokens": 2})
+        said = "".join(piece.text for piece in found.output_pieces)
+        truth = local((flat.model, demo[1]), said, ShapleyValues).values.double()
+        lower, upper = found.value_interval
+        assert bool(((lower - 1e-4 <= truth) & (truth <= upper + 1e-4)).all()), top
+        assert found.provenance["share_censored"] < 1 or top == 1
+    ours = RemoteGenerationAttribution(
+        FeatureAblation(PLACEHOLDER), demo[1], provider, rung="stepwise", top_logprobs=4
+    )
+    found = ours.attribute(spans(demo[1]), target)
+    truth = local((flat.model, demo[1]), target).values.double()
+    torch.testing.assert_close(found.values.double(), truth, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("labels", [("golf", "poker"), (None, " poker"), (None, None)])

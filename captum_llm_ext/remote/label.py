@@ -51,7 +51,7 @@ class Label:
     def target(self, messages: Sequence[Message], text: str | None) -> list[str]:
         """See `Rung.target`: the label as a whole."""
         top = self._by.likeliest(messages)
-        named = [name for name, _ in sorted(top, key=lambda pair: -pair[1]) if name.strip()]
+        named = [name for name, _ in top if name.strip()]
         label, other = text if text is not None else self._labels[0], self._labels[1]
         first, second = (None if one is None else self._first(one, named) for one in (label, other))
         first = first or next((name for name in named if name != second), None)

@@ -1,12 +1,15 @@
 """`Speaker`: the interface of providers that take messages."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 Message = Mapping[str, Any]
 Prefill = Literal["continue", "assistant", "none"]
+# Log 1/2: nothing is likelier than what has more than this.
+_NEVER_SECOND = -math.log(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +19,23 @@ class Step:
     Attributes:
         text: The token.
         value: Its log-probability, in nats.
-        top: The likeliest tokens there, with theirs.
+        top: The likeliest tokens there, with theirs. Some servers list the token that was written
+            as well, or in place of the last, however improbable it is.
     """
 
     text: str
     value: float
     top: list[tuple[str, float]]
+
+    @property
+    def likeliest(self) -> list[tuple[str, float]]:
+        """Those of `top` than which every token that is not told is less probable, best first.
+
+        The token that was written may be listed for that alone where it is the least of them.
+        """
+        pairs = sorted(self.top, key=lambda pair: -pair[1])
+        is_written = bool(pairs) and pairs[-1][0] == self.text and pairs[-1][1] <= _NEVER_SECOND
+        return pairs[:-1] if is_written else pairs
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ class TopK:
         n_kept = self._asker.spent.n_cached
         drawn = self._drawn(messages)
         is_kept = self._asker.spent.n_cached > n_kept
-        warm = drawn[0].steps[0].top if drawn and drawn[0].steps else []
+        warm = _likeliest(drawn[0]) if drawn else []
         first = said.steps[0]
         hot = dict(warm).get(first.text)
         changes = hot is None or not is_same(hot, first.value, NOISY)
@@ -243,7 +243,8 @@ class TopK:
         left = text
         while left:
             begun = "".join(found)
-            told = [name for name, _ in self._told_of(messages, begun)]
+            step = self._told_of(messages, begun)
+            told = [] if step is None else [name for name, _ in step.top]
             fitting = [name for name in told if name and left.startswith(name)]
             name = max(fitting, key=len) if fitting else self.first_token(left, begun)
             if name is None:
@@ -266,7 +267,8 @@ class TopK:
 
     def likeliest(self, messages: Sequence[Message]) -> list[tuple[str, float]]:
         """The likeliest first tokens of an answer."""
-        return self._told_of(messages, "")
+        step = self._told_of(messages, "")
+        return [] if step is None else step.likeliest or step.top
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """See `Rung.score`: at least a request for each token."""
@@ -284,33 +286,33 @@ class TopK:
         self, messages: Sequence[Message], begun: str, token: str
     ) -> tuple[float, float, float]:
         """A token's log-probability after the beginning of an answer, and its bounds."""
-        likeliest = self._told_of(messages, begun)
-        if not likeliest:
+        step = self._told_of(messages, begun)
+        if step is None:
             return _UNTOLD, -math.inf, 0.0
         told: dict[str, float] = {}
-        for name, value in likeliest:  # two tokens may have one text
+        for name, value in step.top:  # two tokens may have one text
             told[name] = max(value, told.get(name, -math.inf))
         if math.isfinite(told.get(token, -math.inf)):
             value = told[token]
             return value, value - self._grain / 2, min(value + self._grain / 2, 0.0)
-        finite = [value for _, value in likeliest if math.isfinite(value)]
         # Told values are rounded, and what is left of 1 by them is no surer than they are.
         off = self._grain / 2 + _ROUNDED
-        rest = 1 - sum(math.exp(value - off) for value in finite)
-        bound = min(min(finite) + off, math.log(rest))
+        rest = 1 - sum(math.exp(value - off) for _, value in step.top)
+        least = [value for _, value in step.likeliest if math.isfinite(value)]
+        bound = min([math.log(rest), *(value + off for value in least)])
         return bound - _BELOW_BOUND, -math.inf, bound
 
-    def _told_of(self, messages: Sequence[Message], begun: str) -> list[tuple[str, float]]:
-        """The likeliest tokens of a place; none where the provider tells nothing.
+    def _told_of(self, messages: Sequence[Message], begun: str) -> Step | None:
+        """What is told of the token at a place; None where the provider tells nothing.
 
         Where a draw ends the answer, some list no token, and tell of none: another draw may.
         """
         question = replace(self._first(messages), prefill=begun)
         for i in range(_N_ASKED):
-            found = _likeliest(self._asker.many(question, range(i, i + 1))[0])
-            if found:
-                return found
-        return []
+            steps = self._asker.many(question, range(i, i + 1))[0].steps
+            if steps and steps[0].top:
+                return steps[0]
+        return None
 
 
 class Forced(TopK):
@@ -340,8 +342,8 @@ class Forced(TopK):
     def look(self, messages: Sequence[Message]) -> list[Step]:
         """See `TopK.look`; and what a bias does."""
         steps = super().look(messages)
-        top = sorted(self.likeliest(messages), key=lambda pair: -pair[1])
-        best = max(value for _, value in top)
+        top = self.likeliest(messages)
+        best = max((value for _, value in top), default=-math.inf)
         pairs = [(name, v) for name, v in reversed(top[1:]) if v > best - _MOST_BIAS]
         known = [(name, v, self._id(name, "")) for name, v in pairs]
         probes = [(name, v, number) for name, v, number in known if number is not None]
@@ -379,13 +381,20 @@ class Forced(TopK):
         number = self._id(token, begun)
         if math.isfinite(bound[1]) or number is None:
             return bound
-        best = max((v for _, v in self._told_of(messages, begun)), default=0.0)
+        step = self._told_of(messages, begun)
+        best = max((value for _, value in step.top), default=0.0) if step else 0.0
         bias = min(best - bound[2] + _LOOKED_FOR, _MOST_BIAS)
         for _ in range(N_TRIES):
             bias = _MOST_BIAS if self._mode == "raw" else bias
             found = self._told(messages, begun, token, number, bias)
             if found is not None and math.isfinite(found):
                 # It cannot be likelier than those that were told.
+                if not found <= bound[2] and not is_same(found, bound[2], NOISY):
+                    raise HandshakeError(
+                        f"{token!r} is told as {found:.3g} with a bias on it, and is not among the "
+                        f"likeliest without, of which the least has {bound[2]:.3g}: answers are "
+                        "mixed up, or what is told are not the likeliest tokens."
+                    )
                 value = min(found, bound[2])
                 return value, value, value
             if self._mode == "raw":
@@ -431,7 +440,7 @@ class Forced(TopK):
 
 
 def _likeliest(said: Said) -> list[tuple[str, float]]:
-    return said.steps[0].top if said.steps else []
+    return said.steps[0].likeliest if said.steps else []
 
 
 def _softplus(x: float) -> float:
