@@ -8,8 +8,7 @@ shows what the model says and attributes nothing.
 
 The prompts are four kinds that people explain, in float32, one seed. The evaluations are a rule and
 not a choice made on these results: 32 for each feature of prompt and answer, twice the default, and
-8 for the long summary. Of what is committed, few_shot alone is of before: 256 samples, a
-budget that was chosen after looking.
+8 for the long summary.
 """
 
 import argparse

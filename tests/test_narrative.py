@@ -149,9 +149,9 @@ def test_without_the_first_cause_what_was_measured_is_told(few_shot):
         next(level.part_of for level in whole.levels if level.name == "paragraph")
     )
     masks = torch.ones(1, whole.masks.shape[1], dtype=torch.bool)
-    masks[0, : len(part_of)] = part_of != 1  # the second review, which is named
+    masks[0, : len(part_of)] = part_of != 3  # the review that is judged, which is named
     for value, expected in (
-        (-0.5, "without paragraph 2 .* would probably have said one of “positive”"),
+        (-0.5, "without paragraph 4 .* would probably have said one of “positive”"),
         (0.5, "would still have preferred it to any of “positive”"),
     ):
         whole.masks = torch.cat([few_shot.masks, masks])
