@@ -147,7 +147,8 @@ def test_every_method_gives_per_token_results(model, tokenizer, method, monkeypa
     assert result.token_attr.shape == (len(result.target), 4)
     assert result.token_attr.ne(0).any()
     assert result.output_attr is None
-    torch.testing.assert_close(result.seq_attr, result.token_attr.sum(0))
+    if method is not Lime:  # a lasso is not additive: test_captum.py has its whole answer
+        torch.testing.assert_close(result.seq_attr, result.token_attr.sum(0))
 
 
 def test_a_callable_target_sees_float_logits_of_every_target_token(model, tokenizer):

@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from captum._utils.models.linear_model import SkLearnLasso
 from captum.attr import (
     FeatureAblation,
     ImageMaskInput,
@@ -98,6 +99,49 @@ def test_same_numbers_for_probabilities(model, tokenizer):
     torch.testing.assert_close(ours.token_attr, captums.token_attr, atol=1e-5, rtol=1e-4)
     # The joint probability is far below single precision's absolute steps: compare relatively.
     torch.testing.assert_close(ours.seq_attr, captums.seq_attr, atol=0.0, rtol=1e-2)
+
+
+class LassoOfTheirOwn(Lime):
+    """A subclass is run through its own ``attribute``, and draws what captum draws."""
+
+
+@pytest.mark.parametrize("inp", ["template", "template, grouped"])
+def test_a_lasso_fits_the_whole_answer_as_captums_does(model, tokenizer, inp):
+    pytest.importorskip("sklearn")
+    inp = INPUTS[inp](tokenizer)
+    method = LassoOfTheirOwn(model, interpretable_model=SkLearnLasso(alpha=0.02))
+    target, arguments = torch.tensor([50, 60, 70, 80]), {"n_samples": 30}
+    torch.manual_seed(5)
+    truth = LLMAttribution(method, tokenizer).attribute(inp, target, **RIGHT, **arguments)
+    ours = GenerationAttribution(method, tokenizer)
+    found = ours.attribute(inp, target, output_unit=None, seed=5, **arguments)
+    torch.testing.assert_close(found.seq_attr, truth.seq_attr, atol=1e-4, rtol=1e-4)
+    assert truth.token_attr is None
+    assert (found.token_attr.sum(0) - truth.seq_attr).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("alpha", [0.002, 0.02, 0.3])
+def test_a_lasso_of_our_coalitions_is_captums(model, tokenizer, alpha):
+    pytest.importorskip("sklearn")
+    method = Lime(model, interpretable_model=SkLearnLasso(alpha=alpha))
+    attribution = GenerationAttribution(method, tokenizer)
+    arguments = {"n_samples": 40, "output_unit": None}
+    result = attribution.attribute(_template(), torch.tensor([50, 60, 70, 80]), **arguments)
+    masks, values = result.masks[result.design.n_anchors :].float(), result.values.sum(1)
+    coalitions = dict(zip(map(tuple, result.masks.tolist()), values.tolist(), strict=True))
+
+    def ours(_inputs, **_):
+        yield from masks[:, None]
+
+    captums = Lime(
+        lambda mask: coalitions[tuple((mask[0] > 0).tolist())],
+        interpretable_model=SkLearnLasso(alpha=alpha),
+        perturb_func=ours,
+    )
+    truth = captums.attribute(torch.ones(1, masks.shape[1]), n_samples=len(masks))[0]
+    torch.testing.assert_close(result.seq_attr, truth, atol=1e-4, rtol=1e-3)  # sklearn's tolerance
+    again = result.refit().seq_attr  # what a file holds is solved alike
+    torch.testing.assert_close(again, result.seq_attr, atol=1e-6, rtol=1e-6)
 
 
 def test_the_joint_probability_is_explained_with_the_output_fixed(model, tokenizer):

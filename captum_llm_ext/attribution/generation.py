@@ -55,7 +55,8 @@ class GenerationAttribution(WhatIf, LLMAttribution):
     Takes what captum's `LLMAttribution` takes. Captum's `FeatureAblation`, `ShapleyValues`,
     `ShapleyValueSampling`, `KernelShap` and `Lime` name what is estimated; the coalitions are
     planned, scored in batches (one teacher-forced pass each, for all target tokens) and solved by
-    this package. Any other perturbation method is driven through its own ``attribute``.
+    this package. Any other perturbation method is driven through its own ``attribute``. All of them
+    tell of every token: `token_attr` is never None, as captum's is for `KernelShap` and `Lime`.
 
     Args:
         attr_method: A captum `PerturbationAttribution` over the model.
@@ -298,9 +299,9 @@ class GenerationAttribution(WhatIf, LLMAttribution):
                 if generation is not None and self._processes.is_main:
                     announce_answer(show_progress, self, run.full, ids, generation)
                 game = self._game(run, ids, output_unit, output_baselines)
-                joint = None
                 with scorer.progress():
                     outcome = solve(game, effort, kwargs)
+                    joint = outcome.whole
                     if self.attr_target == "prob":
                         joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
             return self._result(inp, game, outcome, joint, generation)

@@ -47,7 +47,9 @@ class Outcome:
 
     `options` are those of the solver; `settled` says of what a stopping rule judged whether it was
     met, bool ``(n_target,)``, of the whole answer ``(1,)``. With a surrogate, `correction` says
-    which coalitions its values are corrected by, and `about_surrogate` is for provenance.
+    which coalitions its values are corrected by, and `about_surrogate` is for provenance. `whole`
+    are the attributions ``(n_features,)`` of the target's summed values, where those of its tokens
+    do not sum to them and the output is held fixed.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Outcome:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     correction: Correction | None = None
     about_surrogate: Mapping[str, Any] | None = None
+    whole: Tensor | None = None
 
     @property
     def stopping(self) -> dict[str, Any]:
@@ -86,7 +89,15 @@ def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
     values = game.values(plan)
     solution = solved(game, method, plan, values)
     if rule is None:
-        return Outcome(method.name, plan, values, solution, method.estimate, options=method.options)
+        return Outcome(
+            method.name,
+            plan,
+            values,
+            solution,
+            method.estimate,
+            options=method.options,
+            whole=_of_whole(game, method, plan, values),
+        )
     size, idle = len(first[0].masks), 0
     most = effort.max_evaluations or MOST_ROUNDS * size
     excess = _excess(rule, game, method, plan, values, solution)
@@ -121,6 +132,14 @@ def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
         rule,
         method.options,
     )
+
+
+def _of_whole(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Tensor | None:
+    """What a method that is not additive makes of the target's summed values, as in captum."""
+    if method.is_additive or game.generated.n_causes:
+        return None
+    scope = game.solved_scope.of([game.n_features], [-1])
+    return method.solve(plan, values.sum(1, keepdim=True), scope).attributions[0]
 
 
 def solved(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Solution:

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from captum.attr._utils.attribution import PerturbationAttribution
+from torch import Tensor
 
 from captum_llm_ext.attribution.game import Game
 from captum_llm_ext.attribution.sampling import Effort, Outcome, anchors_of, sample
 from captum_llm_ext.attribution.two_levels import NOT_LINEAR, sample_twice
-from captum_llm_ext.coalitions import Solution, join_plans, plan_anchors
+from captum_llm_ext.coalitions import Plan, Solution, join_plans, plan_anchors
 from captum_llm_ext.coalitions.owen_orders import Tree
 from captum_llm_ext.methods import (
     Adaptive,
@@ -20,7 +21,7 @@ from captum_llm_ext.methods import (
     tree_of_prompt,
 )
 from captum_llm_ext.methods.estimators import Estimator, estimator, is_known
-from captum_llm_ext.methods.foreign import attribute_foreign
+from captum_llm_ext.methods.foreign import attribute_foreign, fits_one_number
 
 
 def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
@@ -101,18 +102,25 @@ def _solve_foreign(
     if effort.budget.n_samples is not None:
         arguments = {**arguments, "n_samples": effort.budget.n_samples}
     anchors = plan_anchors(game.n_features)
-    ends = game.values(anchors)
+    ends, n_target = game.values(anchors), len(game.scope.n_visible)
+    # Of a sum its model need not be the sum of those of the parts.
+    asks_whole = fits_one_number(method) and n_target > 1 and not game.generated.n_causes
+
+    def values(plan: Plan) -> Tensor:
+        own = game.values(plan)
+        return torch.cat([own, own.sum(1, keepdim=True)], 1) if asks_whole else own
+
     found = attribute_foreign(
         method,
-        game.values,
+        values,
         game.n_features,
-        n_target=len(game.scope.n_visible),
+        n_target=n_target + asks_whole,
         num_trials=effort.num_trials,
         seed=game.run.seed,
         arguments=arguments,
     )
     later = torch.arange(game.n_features, device="cpu") >= game.scope.n_visible[:, None]
-    attributions = found.attributions.masked_fill(later, 0.0)
+    attributions = found.attributions[:n_target].masked_fill(later, 0.0)
     solution = Solution(
         attributions=attributions,
         standard_errors=torch.full_like(attributions, torch.nan).masked_fill(later, 0.0),
@@ -120,4 +128,11 @@ def _solve_foreign(
         empty_values=ends[1],
     )
     plan = join_plans([anchors, found.plan])
-    return Outcome(name, plan, torch.cat([ends, found.values]), solution, estimate=True)
+    return Outcome(
+        name,
+        plan,
+        torch.cat([ends, found.values[:, :n_target]]),
+        solution,
+        estimate=True,
+        whole=found.attributions[n_target] if asks_whole else None,
+    )

@@ -64,6 +64,8 @@ class Estimator:
         few: Given a number, what estimates the same from about so many coalitions, of a game that
             varies little. None where attributions are not linear in the values, or take all
             coalitions.
+        is_additive: Whether attributions of a sum of values are the sum of theirs, up to what is
+            estimated.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Estimator:
     needs: str | None = None
     usual: int = 0
     few: "Callable[[int], Estimator] | None" = None
+    is_additive: bool = True
 
 
 @dataclass(frozen=True)
@@ -371,9 +374,17 @@ def _lime(task: _Task) -> Estimator:
     options = dict(settings)
     kernel = partial(coalitions.cosine_kernel, width=settings.pop("kernel_width"))
     solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
-    tells_error = settings["penalty"] != "l1"
+    # A lasso takes from each sum what it takes from one value: of no additive kind, and no error.
+    is_sparse = settings["penalty"] == "l1"
     found = Estimator(
-        "local linear model", plan, solve, True, tells_error, options=options, usual=task.usual
+        "local linear model",
+        plan,
+        solve,
+        True,
+        not is_sparse,
+        options=options,
+        usual=task.usual,
+        is_additive=not is_sparse,
     )
 
     def few(n: int) -> Estimator:
@@ -381,7 +392,7 @@ def _lime(task: _Task) -> Estimator:
         plan = partial(_plan_sampled, coalitions.plan_lime, task.n_features, n)
         return replace(found, plan=plan)
 
-    return replace(found, few=few if tells_error else None)
+    return replace(found, few=None if is_sparse else few)
 
 
 def _smile(task: _Task) -> Estimator:

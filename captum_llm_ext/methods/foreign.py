@@ -75,6 +75,11 @@ def attribute_foreign(
     return ForeignAttribution(total / num_trials, plan, scored)
 
 
+def fits_one_number(method: PerturbationAttribution) -> bool:
+    """Whether a method makes a model of its own of one number per coalition."""
+    return isinstance(method, LimeBase)
+
+
 class _RecordingScorer:
     """Scores perturbed tensors and remembers them as coalitions."""
 
@@ -104,9 +109,7 @@ def _one_trial(
     """Attributions of all targets; methods that fit one number are asked for each in turn."""
     inputs = torch.ones(1, n_features, dtype=torch.float32, device="cpu")
     # One target at a time, but the same coalitions each time: they are scored once.
-    columns: list[int | slice] = [slice(None)]
-    if isinstance(method, LimeBase):
-        columns = list(range(n_target))
+    columns = list(range(n_target)) if fits_one_number(method) else [slice(None)]
     found: list[Tensor] = []
     for column in columns:
         method.forward_func = partial(record.column, column)

@@ -70,6 +70,11 @@ class Design:
         return options
 
     @property
+    def is_additive(self) -> bool:
+        """Whether attributions of summed values are the sums of attributions."""
+        return self.options.get("penalty") != "l1"
+
+    @property
     def scope(self) -> Scope:
         """Features that each target token can depend on."""
         return Scope(

@@ -262,13 +262,17 @@ class Evidence:
             self.plan, self.values.double().cpu(), self.scope, spans=[span], alpha=alpha
         )
 
-    def joint(self) -> "Evidence | None":
-        """Evidence for the joint probability; None where generated features were switched."""
+    def whole(self, *, is_joint: bool) -> "Evidence | None":
+        """Evidence for the target's values, multiplied if that is their joint one, or summed.
+
+        None where generated features were switched.
+        """
         n_features = self.design.n_features
         if n_features > 1 + max(self.design.columns):
             return None
         scope = self.scope.of([n_features], [-1])
-        return replace(self, values=self.values.prod(1, keepdim=True), scope=scope)
+        values = self.values.prod(1, keepdim=True) if is_joint else self.values.sum(1, keepdim=True)
+        return replace(self, values=values, scope=scope)
 
     def unresolved(self) -> list[Unresolved]:
         """Groups of features that were never split, see `owen_splits.unresolved`."""

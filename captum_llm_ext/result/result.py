@@ -46,7 +46,9 @@ class GenerationAttributionResult(ExportedResult):
         output_attr: ``(T, G)``, to earlier output: exactly 0 where a feature holds the token or a
             later one. None where the output is held fixed.
         seq_attr: ``(P,)``, of the whole target: the sum over tokens, or for ``attr_target="prob"``
-            the attribution of its joint probability with the output held fixed.
+            the attribution of its joint probability with the output held fixed. Where it is held
+            fixed, a lasso (`Lime`) and subclasses of your own (of `LimeBase`) fit the summed
+            values, as in captum: from a sum a lasso takes less than from each of its parts.
         token_attr_se, output_attr_se: Standard errors of the same shapes: 0 where the answer is
             exact, NaN where it cannot be told.
         output_probs: ``(T,)``, probability of each target token, where the value tells it.
@@ -204,12 +206,13 @@ class GenerationAttributionResult(ExportedResult):
         token_attr, output_attr = self._split(solution.attributions)
         token_attr_se, output_attr_se = self._split(solution.standard_errors)
         full, empty = solution.full_values, solution.empty_values
-        joint = token_attr.sum(0)
-        if attr_target == "prob":
-            fixed = evidence.joint()
-            joint = joint * torch.nan
+        joint, is_joint = token_attr.sum(0), attr_target == "prob"
+        if is_joint or not evidence.design.is_additive:
+            fixed = evidence.whole(is_joint=is_joint)
             if fixed is not None:
                 joint = self._split(fixed.solve().attributions)[0][0]
+            elif is_joint:
+                joint = joint * torch.nan
         name = self.provenance["method"] if method is None else method_name(method)
         other: dict[str, Any] = {
             "token_attr": token_attr,
