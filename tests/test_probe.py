@@ -685,6 +685,51 @@ def test_lengths_that_change_what_positions_mean_are_seen_and_not_mixed():
     assert float((values - truth).abs().max()) < 1e-5
 
 
+BY_ROWS = ("the mean of the batch", "the number of rows", "more than two rows")
+BY_ROWS += ("more than twelve rows",)
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+@pytest.mark.parametrize("n_prompt", [14, 40])
+def test_rows_that_change_one_another_are_seen_through_sixteen_bits(name, n_prompt):
+    """Passes of one number of rows say nothing of what that number does."""
+    model = COUPLED[name]().bfloat16()
+    with exclusive_use(model):
+        found = findings(model, rows_of(n_prompt)[0])
+    assert found.couples_rows
+    assert not found.sees_ahead
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_rows_counts_where_the_last_logits_alone_are_given(dtype):
+    model = Changed(lambda x, _: x[:, -1:] * (1 + 0.1 * (len(x) > 1)), tiny.llama().to(dtype))
+    with exclusive_use(model):
+        found = findings(model, rows_of()[0])
+    assert found.last_only
+    assert found.couples_rows
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lfm 2, convolution hybrid", "falcon-h1, recurrent hybrid", "granite 4, recurrent hybrid"],
+)
+def test_sixteen_bits_take_few_ids_where_no_packs_are_read(name):
+    """Passes of one shape tell rounding from an effect: rows are read some seven times in all."""
+    model = build(name, dtype=torch.bfloat16)
+    n_ids: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _m, args, given: n_ids.append((args[0] if args else given["input_ids"]).numel()),
+        with_kwargs=True,
+    )
+    rows, _ = rows_of(80, 30)
+    with exclusive_use(model):
+        found = Scorer(model)._look(rows)
+    assert found.batches_known
+    assert found.is_rough
+    assert found.manner is None
+    assert sum(n_ids) < 8 * max(len(row.ids) for row in rows)
+
+
 def test_rounding_is_no_effect_of_other_rows_or_of_what_follows():
     for name in ("llama", "qwen 3, mixture of experts", "mamba 2"):
         model = build(name, dtype=torch.bfloat16)

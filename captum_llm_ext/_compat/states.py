@@ -68,6 +68,17 @@ def growing_layers() -> tuple[type[Any], ...]:
     return tuple(kind for kind in kinds if kind is not None)
 
 
+def keeps_recurrent_states(state: Any) -> bool:
+    """Whether some layers of a cache keep what all ids before have made, not each of them.
+
+    transformers 5.23 (2026): of linear attention, state spaces and convolutions.
+    """
+    from transformers import cache_utils
+
+    kind = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
+    return any(isinstance(layer, kind) for layer in getattr(state, "layers", ()))
+
+
 def keeps_every_id(state: Any) -> bool:
     """Whether a cache has keys and values alone, of every id that was read."""
     plain = growing_layers()[:1]

@@ -462,6 +462,7 @@ class Passes:
         )
         alone = said.logits().clone()
         self.chains = state is not None and _compat.keeps_every_id(state)
+        mixes = state is not None and _compat.keeps_recurrent_states(state)
         state = copied_cache(state) if self.chains else None
         packed, of_row, in_pack = pack_again(
             row, other, [*places] or every, is_read=state is not None
@@ -475,6 +476,8 @@ class Passes:
             return self._error(found.logits().clone(), alone[:, here], [row], at[which][None])
 
         def error() -> float:
+            if mixes:
+                raise NotImplementedError("layers that mix ids otherwise than by attention")
             if self._ends_of_model is not None:
                 try:
                     if (found := once()) <= 1:

@@ -27,6 +27,7 @@ from captum_llm_ext.model.probe.differences import (
 )
 from captum_llm_ext.model.probe.findings import Findings, Packing
 from captum_llm_ext.model.probe.jumps import jumps_at
+from captum_llm_ext.model.probe.other_ids import OtherIds
 from captum_llm_ext.model.probe.short_passes import ShortPasses
 
 # Of so many ids the first pass is, which shows what a model returns.
@@ -85,6 +86,7 @@ class Probe:
         self._passes = ShortPasses(model, extras)
         self._row = max(rows, key=lambda row: len(row.ids))
         self._short = min(rows, key=lambda row: len(row.ids)).ids
+        self._other = OtherIds(self._row, of_target=bool(extras))
         self._n_before, self._last_only = 0, False
 
     def findings(self) -> Findings:
@@ -305,11 +307,14 @@ class Probe:
         """Of a row alone and beside another, where the last place alone is said."""
         ids, at = self._row.ids, [len(self._row.ids) - 1]
         alone, copies = self._passes.said([ids], [at])[0], self._passes.said([ids] * 2, [at] * 2)[0]
-        beside = self._passes.said([self._others(ids), ids], [at] * 2)[1]
+        beside = self._passes.said([self._other.ids(ids), ids], [at] * 2)[1]
         is_rough = self._is_rough(found)
-        limit = max(FINE, BEYOND * root_mean_square(copies, alone), rough(alone))
-        couples = exceeds(beside, copies, limit if self._is_half(found) else FINE)
-        rounding = largest(copies, alone)
+        rounding, limit, is_half = largest(copies, alone), FINE, self._is_half(found)
+        if is_half:
+            limit = max(FINE, BEYOND * root_mean_square(copies, alone), rough(alone))
+        couples = exceeds(beside, copies, limit) or self._counts_rows(
+            found, [(copies, alone)], (ids, at, alone)
+        )
         return replace(
             found,
             couples_rows=couples or found.couples_rows,
@@ -326,16 +331,18 @@ class Probe:
             at: Places of the longest row: two of its beginning, then those of `_cuts`.
             alone: What is said there of it alone.
         """
+        is_rough, is_half = self._is_rough(found), self._is_half(found)
+        if is_half and (rounding := self._rounding_alone(found, at, alone)) is not None:
+            return replace(found, ahead=0.0, coupling=0.0, rounding=rounding, is_rough=True)
         ids, length, cut_at = self._row.ids, len(self._row.ids), at[2]
-        mate = self._others(ids)
+        mate = self._other.ids(ids)
         short = self._short if len(self._short) < length else mate
         ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
-        padded = [*short, *self._others(ids[len(short) :])]
-        alone_short = self._passes.said([short], [ends])[0]
+        padded = [*short, *self._other.ids(ids[len(short) :])]
+        whole, alone_short = (ids, at, alone), self._passes.said([short], [ends])[0]
         # Everything at once: other rows, other ids after these, and padding. Where numbers are of
         # 16 bits that always shows something.
-        both = [padded, self._cut(cut_at)], [ends, [*at[:3], *at[2:3] * 2]]
-        is_rough, is_half = self._is_rough(found), self._is_half(found)
+        both = [padded, self._other.after(cut_at)], [ends, [*at[:3], *at[2:3] * 2]]
         said = None if is_half else self._passes.said(*both)
         after, ended = self._later(found, at[2:], is_half=is_half)
         # Of a few places rounding is told apart from an effect more surely than of many.
@@ -367,7 +374,7 @@ class Probe:
         copies = self._passes.said([ids, ids], [at[:3]] * 2)[0]
         mates = [mate] if is_half else [mate, padded]
         beside = [self._passes.said([one, ids], [at[:3]] * 2)[1] for one in mates]
-        cut = self._passes.said([self._cut(cut_at)], [at[:3]])[0]
+        cut = self._passes.said([self._other.after(cut_at)], [at[:3]])[0]
         longer = self._passes.said([padded], [ends])[0]
         limit = FINE
         if is_half or draws:
@@ -377,15 +384,15 @@ class Probe:
         # Beside itself a row must be what it is alone, too, and beside many others.
         if is_half or draws:
             couples |= exceeds(wide, self._wide(at[:2], _WIDE, start=1), limit)
-        else:
-            couples |= max(largest(copies, alone[:3]), largest(wide, begun)) > _BATCHED
+        if is_half or not draws:
+            couples |= self._counts_rows(found, [(copies, alone[:3]), (wide, begun)], whole)
         if couples:
             later = self._after(after, at, alone, n_places=n_places, at_once=1)
             if not shows_all:
                 later += self._close(at[2:], at_once=1)
         followed = [(cut, alone[:3]), *later]
         if not is_half:
-            again = [*short, *self._others(padded[len(short) :])]
+            again = [*short, *self._other.ids(padded[len(short) :])]
             followed.append((longer, self._passes.said([again], [ends])[0]))
         sees = any(exceeds(*pair, limit) for pair in followed)
         # How much follows may count as well as what.
@@ -393,7 +400,7 @@ class Probe:
             (self._passes.said([ids[: cut_at + n]], [at[:3]])[0], alone[:3]) for n in (1, 2)
         ]
         if is_half:
-            whole, part = (ids, at, alone), (short, ends, alone_short)
+            part = short, ends, alone_short
             mixes = self._beyond_rounding(found, [(longer, alone_short)], limit, part)
             sees |= self._beyond_rounding(found, endings, limit, whole)
         else:
@@ -416,6 +423,44 @@ class Probe:
             rounding=rounding,
             is_rough=is_rough or couples or draws or rounding > FINE,
         )
+
+    def _counts_rows(
+        self,
+        found: Findings,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        plain: tuple[Sequence[int], Sequence[int], Tensor],
+    ) -> bool:
+        """Whether what is said of a row beside others is not what is said of it alone.
+
+        Args:
+            found, pairs, plain: As for `_beyond_rounding`.
+        """
+        if self._is_half(found):
+            return self._beyond_rounding(found, pairs, max(FINE, rough(plain[2])), plain)
+        return max(largest(*pair) for pair in pairs) > _BATCHED
+
+    def _rounding_alone(self, found: Findings, at: Sequence[int], alone: Tensor) -> float | None:
+        """How far rounding to 16 bits moves what is said, where nothing else does; None: it may.
+
+        Passes of one shape round alike, so that what differs there is an effect, or may be one.
+        """
+        if found.draws is not None:
+            return None
+        places = _spaced(at[2:], max(2, min(_CUTS, self._n_rows // _ROWS_PER_CUT)))
+        alike = self._after(places, at, alone, n_places=len(at), at_once=1)
+        # In company, of a length that is odd if the row's is even.
+        ids, n = self._row.ids, at[2] + 1
+        begun = ids[: n + (n + len(ids) + 1) % 2]
+        mates = [self._other.ids(begun, start) for start in (0, 1)]
+        one, other = (self._passes.said([begun, mate], [at[:3]] * 2)[0] for mate in mates)
+        alike.append((one, other))
+        shapes = [(one, alone[:3]), (self._wide(at[:2], _WIDE), alone[:2])]
+        if len(self._short) < n:
+            shapes.append(self._of_length(len(self._short), at, alone))
+        limit = max(FINE, rough(alone), self._usual_rounding(found))
+        if max(largest(*pair) for pair in alike) > FINE or max(usual(*p) for p in shapes) > limit:
+            return None
+        return max(largest(*pair) for pair in shapes)
 
     def _packing(self, found: Findings, at: Sequence[int]) -> tuple[Packing | None, Tensor | None]:
         """How the model reads packs, where it might be given any; and what is said there alone."""
@@ -452,7 +497,7 @@ class Probe:
     def _wide(self, at: Sequence[int], most: int, *, start: int = 0) -> Tensor:
         """What is said at early places of the row's beginning in a batch of so many at most."""
         begin = self._row.ids[: at[-1] + 1]
-        mates = [self._others(begin, start + n) for n in range(min(self._n_rows, most) - 1)]
+        mates = [self._other.ids(begin, start + n) for n in range(min(self._n_rows, most) - 1)]
         return self._passes.said([begin, *mates], [at] * (1 + len(mates)))[0]
 
     def _wanted(self) -> int:
@@ -491,12 +536,14 @@ class Probe:
             stops = [bisect_right(at, cut) for cut in some]
             firsts = [max(0, stop - n_places) for stop in stops]
             most = max(stop - first for first, stop in zip(firsts, stops, strict=True))
+            if at_once == 1:  # as many places of a row as of the row alone: of one shape
+                most = max(most, n_places)
             own = [
                 [*at[first:stop], *[cut] * (most - (stop - first))]
                 for cut, first, stop in zip(some, firsts, stops, strict=True)
             ]
             said = self._passes.said(
-                [self._cut(cut)[start:] for cut in some],
+                [self._other.after(cut)[start:] for cut in some],
                 [[place - start for place in places] for places in own],
             )
             found += [
@@ -520,50 +567,15 @@ class Probe:
 
     def _ending(self, place: int, at: Sequence[int], alone: Tensor) -> tuple[Tensor, Tensor]:
         """What is said of the row where it ends at a place, and of all of it; as for `_after`."""
-        n = bisect_right(at, place)
-        return self._passes.said([self._row.ids[: place + 1]], [at[:n]])[0], alone[:n]
+        return self._of_length(place + 1, at, alone)
 
-    def _cut(self, place: int) -> list[int]:
-        """The row with other ids after a place; of what comes there nothing, as far as can be."""
-        ids, begun = self._row.ids, self._row.ids[: place + 1]
-        later, pool = {*ids[place + 1 :]}, self._pool()
-        # Where all ids of the target come later, one of the prompt, unless it may be an image's.
-        others = () if self._extras else sorted({*ids})
-        fresh = [one for one in pool if one not in later] or [
-            one for one in others if one not in later
-        ]
-        fresh = fresh or pool[place % len(pool) :][:1]
-        return [*begun, *self._others(ids[place + 1 :], first=fresh)]
-
-    def _others(
-        self, ids: Sequence[int], start: int = 0, *, first: Sequence[int] = ()
-    ) -> list[int]:
-        """As many ids, none of them in its place; others again from another start.
-
-        Args:
-            ids: Token ids.
-            start: Where to begin with those to choose from.
-            first: Ids to choose from before all others.
-        """
-        pool = self._pool()
-        return [
-            next(x for x in (*_from(first, i), *_from(pool, i)) if x != one)
-            for i, one in enumerate(ids, start)
-        ]
-
-    def _pool(self) -> list[int]:
-        """Ids of the text after the prompt: special ones, such as an image's, mean something."""
-        first = min((p for p in self._row.positions if p >= 0), default=0)
-        pool = sorted({*self._row.ids[first:]})
-        return pool if len(pool) > 1 else [*pool, int(pool[0] == 0)]
+    def _of_length(self, n_ids: int, at: Sequence[int], alone: Tensor) -> tuple[Tensor, Tensor]:
+        """What is said of so many first ids of the row, and of all of it; as for `_after`."""
+        n = bisect_right(at, n_ids - 1)
+        return self._passes.said([self._row.ids[:n_ids]], [at[:n]])[0], alone[:n]
 
 
 def _spaced(places: Sequence[int], n: int) -> list[int]:
     """At most so many of some places, the last among them."""
     n = min(len(places), n)
     return sorted({places[-1 - i * len(places) // n] for i in range(n)} if n else ())
-
-
-def _from(pool: Sequence[int], start: int) -> list[int]:
-    start %= max(1, len(pool))
-    return [*pool[start:], *pool[:start]]
