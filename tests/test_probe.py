@@ -813,6 +813,43 @@ def test_values_that_last_digits_decide_have_a_floor(name, seed):
     assert bool(((apart.amax(0) - apart.amin(0)).amax(0) <= floor.clamp(min=1e-5)).all())
 
 
+class RoundsWithin(nn.Module):
+    """Sums what it has read, in eight bits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.mixed = nn.Embedding(400, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 400)
+
+    def forward(self, input_ids):
+        x = self.mixed(self.embedding(input_ids).cumsum(1))
+        step = x.abs().amax(-1, keepdim=True) / 127
+        return self.head((x / step).round() * step)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@pytest.mark.filterwarnings("ignore:.* last digits, which every batch has its own of")
+def test_what_is_compiled_jumps_as_well(how):
+    """Its code goes past what is put on modules later, and must not keep it."""
+    model = RoundsWithin().eval()
+    if how == "wrapped":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    rows, target = rows_of()
+    ids = torch.tensor([rows[0].ids])
+    with torch.no_grad():
+        plain = model(ids)
+    scorer = Scorer(model)
+    scorer.values(rows, target)
+    assert scorer.findings.jumps
+    assert scorer.noise_floor(rows[0], target) is not None
+    with torch.no_grad():
+        assert torch.equal(model(ids), plain)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen 3, mixture of experts", "mamba 2", "gemma 2"])
 def test_what_only_follows_its_digits_has_none(name):
     model = build(next(one for one in CONFIGS if one.startswith(name)))

@@ -53,6 +53,7 @@ from captum_llm_ext._compat.model import (
     runs_past_modes,
     text_config,
     uncompiled,
+    uncompiled_passes,
     vocabulary_size,
 )
 from captum_llm_ext._compat.precision import computes_roughly, half_precision
@@ -134,6 +135,7 @@ __all__ = [
     "text_config",
     "uncached",
     "uncompiled",
+    "uncompiled_passes",
     "used_memory",
     "values_mixed_by",
     "versions",

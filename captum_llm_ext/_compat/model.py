@@ -1,8 +1,12 @@
 """Class, wrappers and configuration of a model."""
 
 import inspect
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -20,6 +24,35 @@ def is_compiled(model: nn.Module) -> bool:
         return True
     modules = model.modules()
     return any(hasattr(m, "_orig_mod") or vars(m).get("_compiled_call_impl") for m in modules)
+
+
+_lock = threading.Lock()
+# What puts torch back, and for how many passes it compiles nothing.
+_eager: list[Any] = []
+_n_eager = 0
+
+
+@contextmanager
+def uncompiled_passes(model: nn.Module) -> Generator[None]:
+    """A compiled model runs its own code meanwhile, as plain passes of other threads do.
+
+    torch 2.13 (2026): the stance is that of all threads.
+    """
+    global _n_eager
+    if not is_compiled(model):
+        yield
+        return
+    with _lock:
+        if not _n_eager:
+            _eager.append(torch.compiler.set_stance("force_eager"))
+        _n_eager += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _n_eager -= 1
+            if not _n_eager:
+                _eager.pop().__exit__(None, None, None)
 
 
 def runs_past_modes(model: nn.Module) -> bool:

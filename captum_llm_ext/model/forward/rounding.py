@@ -96,8 +96,8 @@ def rounded_otherwise(model: nn.Module, *, singles: float = 0.0) -> Generator[No
     """Layers that return numbers of sixteen bits round them otherwise within, at random.
 
     So a pass shows how far rounding moves what comes out, whatever shapes it is computed in:
-    Monte Carlo arithmetic (Parker, 1997). In this thread alone, and not of compiled models, whose
-    code would keep it.
+    Monte Carlo arithmetic (Parker, 1997). In this thread alone; what is compiled runs uncompiled
+    meanwhile, for its code would keep it, or go past it.
 
     Args:
         model: Its hooks are taken off again.
@@ -122,13 +122,13 @@ def rounded_otherwise(model: nn.Module, *, singles: float = 0.0) -> Generator[No
 
     hooks: list[RemovableHandle] = []
     try:
-        if not _compat.is_compiled(model):
-            for module in model.modules():
-                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
-                    continue
-                if next(module.parameters(recurse=False), None) is not None:
-                    hooks.append(module.register_forward_hook(in_this_thread_only(hook)))
-        yield
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
+            if next(module.parameters(recurse=False), None) is not None:
+                hooks.append(module.register_forward_hook(in_this_thread_only(hook)))
+        with _compat.uncompiled_passes(model):
+            yield
     finally:
         for one in hooks:
             one.remove()
