@@ -32,6 +32,8 @@ _INSTEAD = {
     "GradientShap": "captum's `LayerGradientShap(model, None)` is that of token ids, with "
     "`CorpusBaselines(texts)` to draw from what SHAP calls GradientExplainer",
     "IntegratedGradients": "captum's `LayerIntegratedGradients(model, None)` is that of token ids",
+    "AttentionWeights": "`GenerationAttentionAttribution` takes it",
+    "AttentionRollout": "`GenerationAttentionAttribution` takes it",
 }
 
 
