@@ -118,6 +118,36 @@ def test_equal_rows_are_scored_once():
     assert (scorer.n_evaluations, scorer.n_row_positions, scorer.n_positions) == (2, 6, 6)
 
 
+@pytest.mark.parametrize("reuse", ["off", "copy", "pack"])
+@pytest.mark.parametrize("look", [{}, {"load_in_8bit": True}])
+def test_the_likeliest_tokens_of_several_rows_are_those_of_each_alone(reuse, look):
+    model = tiny.llama()
+    if look:
+        model.config.quantization_config = look
+    beginning = tuple(range(20, 60))
+    rows = [TokenRow((*beginning, 70 + i, 5 * i), (len(beginning) - 1, 41)) for i in range(5)]
+    rows.append(TokenRow((7, 8, 9), (-1, 2)))
+    log_probs, ids = Scorer(model, reuse=reuse).likeliest(rows, 6)
+    assert log_probs.shape == ids.shape == (len(rows), 2, 6)
+    with torch.no_grad():
+        for row, own_log_probs, own_ids in zip(rows, log_probs, ids, strict=True):
+            said = model(torch.tensor([row.ids])).logits[0].double().log_softmax(1)
+            for t, place in enumerate(row.positions):
+                if place >= 0:
+                    best = said[place].topk(6)
+                    assert own_ids[t].tolist() == best.indices.tolist()
+                    torch.testing.assert_close(own_log_probs[t], best.values, atol=1e-5, rtol=0)
+
+
+def test_a_vocabulary_may_have_fewer_tokens_than_are_asked_for():
+    model = tiny.llama(40)
+    log_probs, ids = Scorer(model).likeliest([TokenRow((1, 2), (1,))], 50)
+    assert sorted(ids[0, 0, :40].tolist()) == [*range(40)]
+    assert float(log_probs[0, 0, :40].exp().sum()) == pytest.approx(1, abs=1e-5)
+    assert ids[0, 0, 40:].tolist() == [-1] * 10
+    assert (log_probs[0, 0, 40:] == -torch.inf).all()
+
+
 def test_rows_of_models_that_couple_them_run_alone(monkeypatch):
     model = tiny.llama()
     model.config.quantization_config = {"load_in_8bit": True}

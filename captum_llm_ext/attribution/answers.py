@@ -171,7 +171,7 @@ class AnswerScorer:
         """See `Scorer.check_length`."""
         self._scorer.check_length(length, what)
 
-    def likeliest(self, row: TokenRow, n: int) -> NoReturn:
+    def likeliest(self, rows: Sequence[TokenRow], n: int) -> NoReturn:
         """Answers have no other tokens."""
         raise NotImplementedError
 

@@ -1,6 +1,7 @@
 """What comes after a word of the answer: it tells what sort of word could have stood there."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -8,6 +9,8 @@ from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.model import RowScorer, TokenRow
 
 Ids = tuple[int, ...]
+# Of the probability of all words that are asked: rarer ones hardly move the mean over them.
+_ENOUGH = 0.95
 
 
 def ahead(scene: FoilContext, model: RowScorer, n: int) -> Ids:
@@ -19,8 +22,8 @@ def ahead(scene: FoilContext, model: RowScorer, n: int) -> Ids:
             model.check_length(len(ids) + 1, "what follows the target")
         except ValueError:
             break
-        _, likeliest = model.likeliest(TokenRow(ids, (len(ids) - 1,)), 1)
-        ids, written = (*ids, int(likeliest[0, 0])), (*written, int(likeliest[0, 0]))
+        _, likeliest = model.likeliest([TokenRow(ids, (len(ids) - 1,))], 1)
+        ids, written = (*ids, int(likeliest)), (*written, int(likeliest))
     return written
 
 
@@ -66,7 +69,7 @@ class Following:
         if not self._said:
             return [0.0] * len(prompts)
         whole = self._scene.full.ids
-        words = {ids: self._likeliest(ids) for ids in dict.fromkeys(prompts)}
+        words = self._likeliest([*dict.fromkeys(prompts)])
         asked = dict.fromkeys((ids, word) for ids, own in words.items() for word in own)
         asked[whole, self._word] = None
         found = dict(zip(asked, self._log_probs([*asked]), strict=True))
@@ -79,18 +82,31 @@ class Following:
             means[ids] = float(joint.logsumexp(0) - chances.logsumexp(0))
         return [means[ids] for ids in prompts]
 
-    def _likeliest(self, prompt: Ids) -> dict[Ids, float]:
-        """Words of the kind after a prompt, the answer's own among them: their log-probability."""
-        scene, t = self._scene, self._t
-        ids = (*prompt, *scene.target[:t])
-        log_probs, tokens = self._model.likeliest(TokenRow(ids, (len(ids) - 1,)), self._n_looked)
+    def _likeliest(self, prompts: Sequence[Ids]) -> dict[Ids, dict[Ids, float]]:
+        """Words of the kind after each prompt, the answer's own among them: log-probabilities."""
+        rows = [
+            TokenRow(ids := (*prompt, *self._scene.target[: self._t]), (len(ids) - 1,))
+            for prompt in prompts
+        ]
+        log_probs, tokens = (
+            found[:, 0].tolist() for found in self._model.likeliest(rows, self._n_looked)
+        )
+        return {
+            prompt: self._of_kind(dict(zip(ids, chances, strict=True)))
+            for prompt, ids, chances in zip(prompts, tokens, log_probs, strict=True)
+        }
+
+    def _of_kind(self, likeliest: Mapping[int, float]) -> dict[Ids, float]:
+        """Of tokens, the likeliest first, those that may stand there."""
+        scene, t, n_others = self._scene, self._t, 0
         found: dict[Ids, float] = {}
-        for log_prob, token in zip(log_probs[0].tolist(), tokens[0].tolist(), strict=True):
+        for token, log_prob in likeliest.items():
             if token == scene.target[t]:
                 found[self._word] = log_prob
-            elif len(found) - (self._word in found) < self._n_words and scene.fits(token, t):
+            elif token >= 0 and n_others < self._n_words and scene.fits(token, t):
                 found[(token,)] = log_prob
-        return found
+                n_others += 1
+        return _likely(found)
 
     def _log_probs(self, asked: Sequence[tuple[Ids, Ids]]) -> list[float]:
         """Of what follows, after prompts and words."""
@@ -104,3 +120,16 @@ class Following:
         ]
         target = torch.tensor(said, dtype=torch.int64, device="cpu")
         return self._model.values(rows, target).sum(1).tolist()
+
+
+def _likely(words: Mapping[Ids, float]) -> dict[Ids, float]:
+    """The likeliest words, by log-probabilities, without those that are hardly any of the whole."""
+    left = sum(map(math.exp, words.values()))
+    hardly = (1 - _ENOUGH) * left
+    found: dict[Ids, float] = {}
+    for word, log_prob in sorted(words.items(), key=lambda entry: -entry[1]):
+        if left <= hardly:
+            break
+        found[word] = log_prob
+        left -= math.exp(log_prob)
+    return found

@@ -40,7 +40,7 @@ def found(
     own = [t for t in wanted if not scene.goes_on(t)]
     n_looked = _LOOKED_AT * contrast.n_foils
     rows = [scene.whole] if contrast.without is None else scene.without(contrast.without)
-    guesses = _averaged([_guesses(row, own, n_looked, model) for row in rows if own])
+    guesses = _averaged(_guesses(rows, own, n_looked, model) if own else [])
     candidates = {t: _of_kind(guesses.get(t, {}), t, contrast.n_foils, scene) for t in own}
     weighed = [
         t
@@ -64,18 +64,23 @@ def found(
     return {t: ids.get(t, ()) for t in wanted}, about
 
 
-def _guesses(row: TokenRow, wanted: Sequence[int], n: int, model: RowScorer) -> dict[int, Guesses]:
-    """The likeliest tokens in the places of target tokens, where the row says them."""
-    log_probs, ids = model.likeliest(row, n)
-    return {
-        t: {
-            token: value
-            for token, value in zip(ids[t].tolist(), log_probs[t].tolist(), strict=True)
-            if token >= 0 and value > -torch.inf
+def _guesses(
+    rows: Sequence[TokenRow], wanted: Sequence[int], n: int, model: RowScorer
+) -> list[dict[int, Guesses]]:
+    """Per row the likeliest tokens in the places of target tokens, where it says them."""
+    log_probs, ids = model.likeliest(rows, n)
+    return [
+        {
+            t: {
+                token: value
+                for token, value in zip(ids[i, t].tolist(), log_probs[i, t].tolist(), strict=True)
+                if token >= 0 and value > -torch.inf
+            }
+            for t in wanted
+            if row.positions[t] >= 0
         }
-        for t in wanted
-        if row.positions[t] >= 0
-    }
+        for i, row in enumerate(rows)
+    ]
 
 
 def _averaged(each: Sequence[dict[int, Guesses]]) -> dict[int, Guesses]:

@@ -95,7 +95,7 @@ class AnswerKinds:
         asked = [t for t in first if not (scene.is_special(scene.target[t]) or scene.goes_on(t))]
         if not asked or scene.full.extras is not None:
             return [], torch.empty(0, 0, dtype=torch.int64, device="cpu")
-        ids = self._model.likeliest(scene.whole, _LOOKED_AT)[1]
+        [ids] = self._model.likeliest([scene.whole], _LOOKED_AT)[1]
         kinds = {
             t: [token for token in ids[t].tolist() if token >= 0 and scene.fits(token, t)][:_WORDS]
             for t in asked

@@ -1,5 +1,6 @@
 """What a baseline may ask the model under explanation: how probable texts are, and what it says."""
 
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -247,15 +248,15 @@ class Likelihood:
         starts = [self._ids(beginning) for beginning in beginnings]
         written: list[list[int]] = [[] for _ in starts]
         texts = [""] * len(starts)
-        target = torch.tensor([0], dtype=torch.int64, device="cpu")
+        special = set(self._special(sys.maxsize))
         todo = list(range(len(starts)))
         while todo := [i for i in todo if len(written[i]) < limits[i]]:
             rows = [self._last([*starts[i], *written[i]], 0) for i in todo]
-            found = self._greedy.values(
-                [TokenRow(tuple(row), (len(row) - 1,)) for row in rows], target
+            _, best = self._scorer.likeliest(
+                [TokenRow(tuple(row), (len(row) - 1,)) for row in rows], 1 + len(special)
             )
-            for i, token in zip(todo, found[:, 0].tolist(), strict=True):
-                written[i].append(int(token))
+            for i, [tokens_there] in zip(todo, best.tolist(), strict=True):
+                written[i].append(next(t for t in tokens_there if t not in special))
                 texts[i] = "".join(tokens.pieces(self._tokenizer, written[i], starts[i]))
             todo = [i for i in todo if not is_enough(i, texts[i])]
         return texts
@@ -273,18 +274,6 @@ class Likelihood:
     @cached_property
     def _scorer(self) -> Scorer:
         return Scorer(self._model)
-
-    @cached_property
-    def _greedy(self) -> Scorer:
-        """Tells the likeliest token instead of the probability of one."""
-
-        def likeliest(logits: Tensor, target: Tensor) -> Tensor:
-            special = torch.tensor(
-                self._special(logits.shape[2]), dtype=torch.int64, device=logits.device
-            )
-            return logits.index_fill(2, special, -torch.inf).argmax(2).double()
-
-        return Scorer(self._model, attr_target=likeliest)
 
     def _piece(self, token: int, before: int) -> str:
         """What a token shows after another one."""

@@ -95,7 +95,7 @@ class LadderScorer:
         """Targets are no ids here."""
         raise NotImplementedError
 
-    def likeliest(self, row: TokenRow, n: int) -> NoReturn:
+    def likeliest(self, rows: Sequence[TokenRow], n: int) -> NoReturn:
         """Nor are other tokens."""
         raise NotImplementedError
 

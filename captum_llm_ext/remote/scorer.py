@@ -121,7 +121,7 @@ class RemoteScorer:
                 "or the target."
             )
 
-    def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
+    def likeliest(self, rows: Sequence[TokenRow], n: int) -> tuple[Tensor, Tensor]:
         """See `Scorer.likeliest`; as many as the provider tells.
 
         Raises:
@@ -129,10 +129,16 @@ class RemoteScorer:
         """
         del n
         # A token after the last place, whatever it is, has the others of that place told.
-        request = Request((*row.ids, row.ids[-1]), row.first, (), self.n_evaluations)
-        [answer] = self._source.ask([request])
-        self.n_requests += 1
-        told = [answer.others[p - row.first] if p >= 0 else {} for p in row.positions]
+        requests = [
+            Request((*row.ids, row.ids[-1]), row.first, (), self.n_evaluations) for row in rows
+        ]
+        answers = self._source.ask(requests)
+        self.n_requests += len(requests)
+        told = [
+            answer.others[p - row.first] if p >= 0 else {}
+            for row, answer in zip(rows, answers, strict=True)
+            for p in row.positions
+        ]
         most = max(map(len, told))
         if most <= 1:
             raise ValueError(
@@ -147,7 +153,8 @@ class RemoteScorer:
             known = sorted(((v, token) for token, v in values if v is not None), reverse=True)
             for i, (value, token) in enumerate(known):
                 log_probs[t, i], ids[t, i] = value, token
-        return log_probs, ids
+        shape = len(rows), -1, most
+        return log_probs.view(shape), ids.view(shape)
 
     def noise_floor(
         self, row: TokenRow, target: Tensor, foils: Tensor | None = None

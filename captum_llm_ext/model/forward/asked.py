@@ -1,7 +1,7 @@
 """`Asked`: the target tokens that every row is asked for, and what each is held against."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.model.forward.lm_head import HeadOutput
+from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.prefixes import distinct_pairs
 from captum_llm_ext.model.forward.rows import TokenRow
 
@@ -19,16 +20,25 @@ class Asked:
 
     A row has a value for every target token. With foils it has a second one, the logarithm of the
     probability of all foils of that token together: a few more products at a place whose
-    log-sum-exp is there anyway.
+    log-sum-exp is there anyway. Or it is asked for the likeliest tokens there, whatever the target
+    is: their log-probabilities, and then their ids.
 
     Attributes:
         target: Token ids, int64 ``(n_target,)``.
         foils: Token ids, int64 ``(n_target, n_foils)``; -1 where a token has fewer. A token without
             any is held against nothing, and the logarithm is 0. None: nothing is asked of foils.
+        n_likeliest: So many of the likeliest tokens are asked for, the likeliest first; -inf and -1
+            where the vocabulary has fewer. 0: values are.
     """
 
     target: Tensor
     foils: Tensor | None = None
+    n_likeliest: int = 0
+
+    @staticmethod
+    def likeliest(n_target: int, n: int) -> "Asked":
+        """The `n` likeliest tokens at `n_target` places."""
+        return Asked(torch.zeros(n_target, dtype=torch.int64, device="cpu"), n_likeliest=n)
 
     def __len__(self) -> int:
         return len(self.target)
@@ -36,33 +46,46 @@ class Asked:
     @property
     def per_token(self) -> int:
         """How many values a target token has in a row."""
+        if self.n_likeliest:
+            return 2 * self.n_likeliest
         return 1 if self.foils is None else 2
+
+    def callable_of(self, attr_target: AttrTarget) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The callable of the user's that makes values of logits, if one does."""
+        return None if self.n_likeliest or isinstance(attr_target, str) else attr_target
 
     def only(self, tokens: Sequence[int]) -> "Asked":
         """Some of the target tokens, as if there were no others."""
         some = list(tokens)
-        return Asked(self.target[some], None if self.foils is None else self.foils[some])
+        foils = None if self.foils is None else self.foils[some]
+        return Asked(self.target[some], foils, self.n_likeliest)
 
     def blank(self, n_rows: int) -> Tensor:
         """NaN for every value of rows, float64 ``(n_rows, per_token, n_target)`` on the CPU."""
         shape = (n_rows, self.per_token, len(self))
         return torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
 
-    def values(self, said: HeadOutput, where: Tensor, tokens: Tensor, attr_target: str) -> Tensor:
+    def values(
+        self, said: HeadOutput, where: Tensor, tokens: Tensor, attr_target: object
+    ) -> Tensor:
         """Values of target tokens at places.
 
         Args:
             said: What the model says.
             where: Which of its places, int64 ``(n,)``; one may come for many tokens and rows.
             tokens: Numbers of the target tokens, int64 ``(n,)``.
-            attr_target: As for `Scorer`.
+            attr_target: As for `Scorer`; no callable.
 
         Returns:
             Shape ``(n, per_token)``, float64 on the CPU.
         """
+        if self.n_likeliest:
+            distinct, back = where.unique(return_inverse=True)
+            log_probs, ids = said.likeliest(distinct, self.n_likeliest)
+            return torch.cat([log_probs, ids.double()], 1)[back]
         if self.foils is None:
             (where, ids), back = distinct_pairs(where, self.target[tokens])
-            return said.values(where, ids, attr_target)[back][:, None]
+            return said.values(where, ids, str(attr_target))[back][:, None]
         (where, tokens), back = distinct_pairs(where, tokens)
         ids = torch.cat([self.target[tokens, None], self.foils[tokens]], 1)
         is_asked = ids >= 0
@@ -78,6 +101,7 @@ class Asked:
         """Equal for rows that the model cannot tell apart and that are asked for the same."""
         parts = [row.ids, row.positions, self.target.tolist()]
         parts += [] if self.foils is None else self.foils.tolist()
+        parts += [[self.n_likeliest]] * bool(self.n_likeliest)
         content = blake2b(digest_size=16)
         for part in parts:
             content.update(len(part).to_bytes(8) + array("q", part).tobytes())

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from captum_llm_ext import _compat
 from captum_llm_ext.model.forward.logits import bias_of, log_probs, log_probs_of_product, logits_of
 
+# So many places at a time have all their logits in float32 when the likeliest are looked for.
+_PLACES = 64
 # Coarser ones round their logits, and values are those of the rounded ones.
 _DTYPES = (torch.float32, torch.float64)
 
@@ -44,6 +46,31 @@ class HeadOutput:
     def logits(self) -> Tensor:
         """Shape ``(…, vocabulary)``."""
         return self.vectors if self.layer is None else self.layer(self.vectors)
+
+    def likeliest(self, where: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens at places, the likeliest first.
+
+        Args:
+            where: Which of all places, int64 ``(n_places,)``.
+            n: How many.
+
+        Returns:
+            Log-probabilities, float64, and token ids, each ``(n_places, n)`` on the CPU; -inf and
+            -1 beyond the vocabulary.
+        """
+        vectors = self.vectors.reshape(-1, self.vectors.shape[-1])
+        shape = len(where), n
+        log_probs = torch.full(shape, -torch.inf, dtype=torch.float64, device="cpu")
+        ids = torch.full(shape, -1, dtype=torch.int64, device="cpu")
+        for start in range(0, len(where), _PLACES):
+            some = slice(start, start + _PLACES)
+            logits = HeadOutput(vectors[where[some].to(vectors.device)], self.layer).logits()
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            best = logits.topk(min(n, logits.shape[1]), dim=1)
+            found = best.values - logits.logsumexp(1, keepdim=True)
+            log_probs[some, : found.shape[1]] = found.double().cpu()
+            ids[some, : found.shape[1]] = best.indices.cpu()
+        return log_probs, ids
 
     def values(self, where: Tensor, wanted: Tensor, attr_target: str) -> Tensor:
         """Values of ids at places.

@@ -27,7 +27,7 @@ class Memory:
         model: The model.
         device: Where it reads its ids.
         kept: How many logits it can be asked for, as `_compat.kept_logits` says.
-        n_target: Number of target tokens.
+        n_target: Number of target tokens that a row says.
         state_bytes: Bytes the model remembers of one position; None: estimated from its sizes.
         budget: Bytes a batch may take; None: of what is free now.
         lends: Whether rows have no copies of what was read before.

@@ -37,8 +37,6 @@ _logger = logging.getLogger(__name__)
 _WORTH_LENDING = 4096
 # A batch of so many rows is thought of before it is known.
 _ROWS_IN_MIND = 16
-# So many places at a time when the likeliest tokens are looked for.
-_PLACES = 64
 
 
 @dataclass(frozen=True)
@@ -190,23 +188,6 @@ class Passes:
         [(_, values)] = self.run(Branch(0, 0, every, (every,)), rows, asked)
         return values
 
-    def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens where a row says each target token; see `Scorer.likeliest`."""
-        ids, at = (
-            torch.tensor([list(x)], dtype=torch.int64, device="cpu")
-            for x in (row.ids, row.positions)
-        )
-        said, _ = self._pass(ids, at.clamp(min=0), extras=self.extras(row, 0))
-        found: list[tuple[Tensor, Tensor]] = []
-        for some in said.vectors[0].split(_PLACES):  # a copy in float32 of some logits at a time
-            logits = HeadOutput(some, said.layer).logits()
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            best = logits.topk(min(n, logits.shape[1]), dim=1)
-            log_probs = best.values - logits.logsumexp(1, keepdim=True)
-            found.append((log_probs.double().cpu(), best.indices.cpu()))
-        log_probs, tokens = (torch.cat(part) for part in zip(*found, strict=True))
-        return log_probs, tokens
-
     def _batches(
         self, branch: Branch, queries: _Queries, state: Any
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -251,7 +232,7 @@ class Passes:
             else torch.tensor([ids.shape[1] - 1], dtype=torch.int64, device="cpu")
         )
         said, state = self._pass(ids, at[None], state=state, keeps_state=True)
-        if len(needed) and isinstance(self.attr_target, str):
+        if len(needed) and queries.asked.callable_of(self.attr_target) is None:
             index = torch.tensor(branch.rows, dtype=torch.int64, device="cpu")[which]
             found = queries.asked.values(said, back, tokens, self.attr_target)
             values[index, :, tokens] = found
@@ -266,9 +247,9 @@ class Passes:
         """
         ids = padded([row.ids[start:] for row in rows])
         arguments = self.extras(rows[0], ids.shape[1] - len(rows[0].ids) + start)
-        is_called = not isinstance(self.attr_target, str)
+        call = asked.callable_of(self.attr_target)
         columns = (at >= 0).any(0)
-        places = (at if is_called else at[:, columns]).clamp(min=0)
+        places = (at[:, columns] if call is None else at).clamp(min=0)
         said = None
         if self.shares_cache and state is not None and start * len(rows) >= self._least:
             try:
@@ -278,8 +259,8 @@ class Passes:
         if said is None:
             with nullcontext() if self._around is None else self._around(rows):
                 said = self._read_on(ids, places, state, shares_cache=False, extras=arguments)
-        if not isinstance(self.attr_target, str):
-            values = called_values(said.logits(), asked.target, self.attr_target)[:, None]
+        if call is not None:
+            values = called_values(said.logits(), asked.target, call)[:, None]
         else:
             values = asked.blank(len(rows))
             tokens = columns.nonzero()[:, 0].repeat(len(rows))
@@ -301,11 +282,11 @@ class Passes:
         where = places.gather(1, positions.clamp(min=0))[said]
         needed, back = where.unique(return_inverse=True)
         answer, state = self._read_pack(packed, needed, state)
-        if not isinstance(self.attr_target, str):
+        if (call := asked.callable_of(self.attr_target)) is not None:
             index = torch.zeros(said.shape, dtype=torch.int64, device="cpu")
             index[said] = back
             logits = answer.logits()[0]
-            values = called_values(logits[index.to(logits.device)], asked.target, self.attr_target)
+            values = called_values(logits[index.to(logits.device)], asked.target, call)
             return values.masked_fill(~said, torch.nan)[:, None], state
         values = asked.blank(len(said))
         values[which, :, tokens] = asked.values(answer, back, tokens, self.attr_target)

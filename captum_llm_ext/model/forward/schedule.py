@@ -78,6 +78,11 @@ class Branch:
             return self.stop
         return lengths[batch[0]] - self.own[batch[0]]
 
+    @property
+    def is_each_alone(self) -> bool:
+        """Whether every row has a pass of its own, from its first id on."""
+        return not (self.stop or self.branches or any(len(batch) > 1 for batch in self.batches))
+
     def n_passes(self) -> int:
         """Number of passes that running all of it takes."""
         return sum(len(one.batches) + (one.stop > one.start) for one in self.walk())

@@ -199,7 +199,11 @@ class Batching:
         lengths = [len(row.ids) for row in rows]
         first = min(row.first for row in rows)
         head = len(self._head[0]) if self._begins_with_head(rows, first) else 0
-        most_ids, most_rows = self._memory(asked).most_packed(longest, head)
+        # Of a pack there are logits where rows say something, of a callable's rows for every token.
+        n_said = [sum(place >= 0 for place in row.positions) for row in rows]
+        is_called = asked.callable_of(self._passes.attr_target) is not None
+        fits = self._memory(len(asked) if is_called else max(1, *n_said))
+        most_ids, most_rows = fits.most_packed(longest, head)
 
         root = plan_packed(
             [row.ids for row in rows],
@@ -219,8 +223,7 @@ class Batching:
             pays = root.positions(lengths) < apart.positions(lengths)
         else:
             here = cost(root) + len(rows) * self._row_overhead
-            n_said = len(rows) * len(asked)
-            here -= self._passes.spared_in_packs(root.positions(lengths), n_said)
+            here -= self._passes.spared_in_packs(root.positions(lengths), sum(n_said))
             comparison = _COMPARISON * longest if longest > self._compared else 0
             pays = here < min(cost(apart), cost(together) + comparison)
         if not pays:
@@ -229,7 +232,7 @@ class Batching:
         return root
 
     def _cut(self, rows: Sequence[TokenRow], asked: Asked, *, shares: bool) -> Branch:
-        fits = self._memory(asked)
+        fits = self._memory(len(asked))
         longest = max(len(row.ids) for row in rows)
         # Pixel values and the like are made for one prompt each.
         has_extras = any(row.extras is not None for row in rows)
@@ -237,7 +240,7 @@ class Batching:
         even = self.mixes_positions(longest)
         first = min(row.first for row in rows)
         # A callable is given the logits of all target tokens at once.
-        whole = not isinstance(self._passes.attr_target, str)
+        whole = asked.callable_of(self._passes.attr_target) is not None
         shareable = [min(len(row.ids) - 2, row.first if whole else sys.maxsize) for row in rows]
         usable = shares and not even and self._begins_with_head(rows, min(first, *shareable))
         return plan(
@@ -250,12 +253,12 @@ class Batching:
             most_head=first,
         )
 
-    def _memory(self, asked: Asked) -> Memory:
+    def _memory(self, n_target: int) -> Memory:
         return Memory(
             self._passes.model,
             self._passes.device,
             kept=self._passes.kept,
-            n_target=len(asked),
+            n_target=n_target,
             state_bytes=self._passes.state_bytes,
             budget=self.budget,
             shares_cache=bool(self._passes.shares_cache),

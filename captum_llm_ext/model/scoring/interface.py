@@ -49,7 +49,7 @@ class RowScorer(Protocol):
         """See `Scorer.values`."""
         ...
 
-    def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
+    def likeliest(self, rows: Sequence[TokenRow], n: int) -> tuple[Tensor, Tensor]:
         """See `Scorer.likeliest`."""
         ...
 

@@ -247,26 +247,22 @@ class Scorer:
         self._noise.note(rows, explained(values, asked, self.attr_target))
         return values
 
-    def likeliest(self, row: TokenRow, n: int) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens where a row says each target token, the likeliest first.
+    def likeliest(self, rows: Sequence[TokenRow], n: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens where rows say each target token, the likeliest first.
 
         Args:
-            row: One token row.
+            rows: Token rows.
             n: How many.
 
         Returns:
-            Log-probabilities, float64 on the CPU, and token ids, each ``(n_target, n)``, or as many
-            as the vocabulary has; without meaning where the row says nothing.
+            Log-probabilities, float64 on the CPU, and token ids, each ``(n_rows, n_target, n)``;
+            -inf and -1 where the vocabulary has fewer, without meaning where a row says nothing.
         """
+        asked = Asked.likeliest(len(rows[0].positions), n)
         with exclusive_use(self.model):
-            found = self._look([row])
-            rows = [row]
-            if found.step_by_step:
-                blank = TokenRow(row.ids[:1], (0,), row.extras, row.key)
-                rows = [row.up_to(t) or blank for t in range(len(row.positions))]
-            each = self._processes.decide(lambda: [self._passes.likeliest(r, n) for r in rows])
-        log_probs, ids = (torch.cat(part) for part in zip(*each, strict=True))
-        return log_probs, ids
+            found = self._found(self._look(rows), rows, asked)
+        found = found.view(len(rows), 2, n, len(asked)).transpose(2, 3)
+        return found[:, 0], found[:, 1].nan_to_num(nan=-1.0).long()
 
     def noise_floor(
         self, row: TokenRow, target: Tensor, foils: Tensor | None = None
@@ -422,7 +418,8 @@ class Scorer:
                 "this process has other rows to score than the main one: give every process the "
                 "same prompt, target, baselines, method and seed."
             )
-        if root.own is None and not self._knows_batches(rows):
+        is_known = root.is_each_alone or self._knows_batches(rows)
+        if root.own is None and not is_known:
             raise _BatchesUnknownError
         self._check_stored(stored, rows, asked)
         root, state = self._batching.read_head(root, rows, asked)
@@ -568,11 +565,13 @@ def _check(values: Tensor, rows: Sequence[TokenRow], asked: Asked) -> None:
     wanted = (
         torch.tensor([list(row.positions) for row in rows], dtype=torch.int64, device="cpu") >= 0
     )
-    bad = (~values.isfinite() & wanted.repeat(1, asked.per_token)).nonzero()
+    is_bad = values.isnan() if asked.n_likeliest else ~values.isfinite()
+    bad = (is_bad & wanted.repeat(1, asked.per_token)).nonzero()
     if len(bad):
         row, column = bad[0].tolist()
         kind, token = divmod(column, len(asked))
         what = "all foils of " * kind + f"target token {token} (id {int(asked.target[token])})"
+        what = "tokens" if asked.n_likeliest else what
         raise ValueError(
             f"the model gives {values[row, column].item()} to {what} after a row of "
             f"{len(rows[row].ids)} tokens. Values must be finite: load half-precision models "
