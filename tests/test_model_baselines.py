@@ -150,22 +150,28 @@ def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo, prompt,
 
     def goes_on(ids):
         own = [answer, *alike(ids, 6)]
-        chances = log_probs(ids)[own].softmax(0)
+        chances, order = log_probs(ids)[own].softmax(0).sort(descending=True)
+        n = 1 + int((chances.cumsum(0) < 0.95).sum())  # words beyond are hardly any of the whole
+        chances = chances[:n] / chances[:n].sum()
         return sum(
-            float(chance) * math.exp(min(followed(ids, word), most))
-            for chance, word in zip(chances, own, strict=True)
+            float(chance) * math.exp(min(followed(ids, own[i]), most))
+            for chance, i in zip(chances, order[:n].tolist(), strict=True)
         )
 
     inp = words(prompt, tokenizer, ModelBaselines())
     before = bound(demo).matches(inp)
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     result = attribution.attribute(inp, torch.tensor([answer]), output_unit=None)
-    n_close = 0
+    n_close = n_far = 0
     for name, slot, old, new in zip(
         inp.names, inp.slots, before, result.provenance["matches"]["prompt"], strict=True
     ):
         own = dict(new["candidates"])
         if len(old.candidates) < 2 or name.strip() in ("Palm", "Coast,"):
+            continue
+        if len(prompt[slot.stop :].replace("Palm Coast", "Palm").split()) >= 12:  # too far
+            assert own == dict(old.candidates)
+            n_far += 1
             continue
         core = name.strip(" .,")
         expected = {}
@@ -181,6 +187,7 @@ def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo, prompt,
         total = sum(expected.values())
         assert own == pytest.approx({t: e / total for t, e in expected.items()}, abs=1e-4)
     assert n_close or prompt == PROMPT
+    assert n_far == (prompt == PROMPT)
 
 
 def test_what_is_weighed_once_is_not_weighed_again(demo):
@@ -226,6 +233,60 @@ def test_what_comes_after_a_word_tells_its_sort():
     shares = dict(result.provenance["matches"]["prompt"][2]["candidates"])
     assert shares.keys() == {*moods}
     assert shares["hungry"] < 0.5
+
+
+class Asks(Likelihood):
+    """Keeps the texts that it is asked to go on from."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.asked = []
+
+    def log_probs_between(self, beginnings, texts, rests):
+        self.asked += beginnings
+        return super().log_probs_between(beginnings, texts, rests)
+
+
+@pytest.mark.parametrize(
+    ("counts", "kept", "asked"),
+    [
+        # As good as certain.
+        ({"hungry": 96, "tired": 4}, {"hungry"}, set()),
+        ({"hungry": 90, "tired": 10}, {"hungry", "tired"}, {"hungry", "tired"}),
+        # The likeliest go on well: rarer ones are none of the likeliest four, or hardly anything.
+        (
+            {"tired": 30, "sad": 20, "bored": 16, "ill": 14, "hungry": 12, "mad": 6, "shy": 2},
+            {"hungry", "tired", "sad", "bored", "ill"},
+            {"hungry", "tired", "sad", "bored", "ill"},
+        ),
+        # They do not: rarer ones may be all there is.
+        (
+            {"born!": 30, "hired!": 20, "married!": 16, "killed!": 14, "hungry": 12, "mad": 8},
+            {"hungry", "mad"},
+            {"born", "hired", "married", "killed", "hungry", "mad"},
+        ),
+    ],
+)
+def test_no_word_is_tried_that_cannot_matter(counts, kept, asked):
+    """Of "hungry" in its place, by the counts of a world in which "!" is said to be no mood."""
+    sentences = [
+        f"Anna was {word[:-1]} in May." if word.endswith("!") else f"Anna was {word}, so she left."
+        for word, n in counts.items()
+        for _ in range(n)
+    ]
+    model = Asks(*counting(sentences))
+    text = "Anna was hungry, so"
+    alternatives = Alternatives(text, model, 4, (0, len(text)))
+    del model.asked[:]
+    place = text.index("hungry"), text.index(",")
+    found = alternatives.fitting(place)
+    assert {word.removeprefix("Anna was ") for word in model.asked} == asked
+    # What is as good as nothing is left out where texts are drawn.
+    shares = {word: share / sum(found.values()) for word, share in found.items()}
+    assert {word for word, share in shares.items() if share > 0.01} == kept
+    n = {word.removesuffix("!"): counts[word] for word in counts}
+    expected = {word: n[word] / sum(n[w] for w in kept) for word in kept}
+    assert {word: shares[word] for word in kept} == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("city", ["Salt Lake City", "Mary Ann Creek"])
