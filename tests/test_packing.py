@@ -17,11 +17,12 @@ from captum_llm_ext.model import Scorer, TokenRow
 from captum_llm_ext.model.forward import attention
 from captum_llm_ext.model.forward.packing import pack
 from captum_llm_ext.model.forward.prefixes import (
+    common_length,
     heavy_paths_first,
     shared_prefix_lengths,
     sort_by_prefix,
 )
-from captum_llm_ext.model.forward.schedule import distinct_positions, plan_packed
+from captum_llm_ext.model.forward.schedule import distinct_positions, plan_forked, plan_packed
 from captum_llm_ext.model.forward.stacking import stacks
 
 WINDOWS = (
@@ -258,6 +259,60 @@ def test_rows_part_within_what_was_read_before():
     scorer = Scorer(model, overhead=0, reuse="pack", max_rows=2)
     assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
     assert scorer.packs
+
+
+@given(
+    st.lists(st.integers(0, 1), min_size=1, max_size=7),
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=9), st.integers(0, 9)),
+        min_size=1,
+        max_size=16,
+    ),
+    st.integers(1, 20),
+    st.integers(1, 5),
+)
+@settings(max_examples=300, deadline=None)
+def test_rows_take_of_what_was_read_as_much_as_they_may(text, given, most_ids, most_rows):
+    """What a row is asked about is in its pack, and all before it is its own beginning."""
+    rows = [row for row, _ in given]
+    begun = [min(common_length(row, text), first, len(row) - 1) for row, first in given]
+    root = plan_forked(rows, begun, len(text), most_ids=most_ids, most_rows=most_rows)
+    assert sorted(i for batch in root.batches for i in batch) == list(range(len(rows)))
+    lengths = [len(row) for row in rows]
+    for batch in root.batches:
+        packed = pack([rows[i] for i in batch], len(text), [begun[i] for i in batch])
+        assert len(packed.ids) == root.positions_of(batch, lengths)
+        assert len(packed.ids) <= sum(lengths[i] - begun[i] for i in batch)
+        assert len(batch) <= most_rows
+        assert len(packed.ids) <= most_ids or len(batch) == 1
+        ids = torch.tensor([*text, *packed.ids])
+        for i, places in zip(batch, packed.places, strict=True):
+            assert ids[places].tolist() == rows[i]
+            assert (places[begun[i] :] >= len(text)).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", *WINDOWS])
+def test_rows_go_on_from_a_text_wherever_they_part_from_it(name):
+    """Also rows that are asked about the text itself; models that forget some read it anew."""
+    model = architectures.build(name)
+    generator = torch.Generator().manual_seed(0)
+    text, *ends = torch.randint(4, 400, (25, 30), generator=generator).tolist()
+    rows = [TokenRow((*text[:n], *end[:3]), [n, n + 1]) for n, end in enumerate(ends)]
+    rows += [TokenRow(tuple(text[: n + 2]), [n, n + 1]) for n in (3, 12, 28)]
+    target = torch.tensor([5, 6])
+    scorer, other = (Scorer(model, overhead=3, reuse="pack") for _ in range(2))
+    scorer.expect(text)
+    for some in (rows[i::6] for i in range(6)):
+        for each in (scorer, other):
+            assert difference(each.values(some, target), loop(model, some, target)) < 1e-4
+    if scorer._passes.chains:
+        assert scorer.n_positions < other.n_positions - 2 * len(text)
+    log_probs, ids = scorer.likeliest(rows, 1)
+    with torch.no_grad():
+        for row, [best, _] in zip(rows, ids[:, :, 0].tolist(), strict=True):
+            assert model(torch.tensor([row.ids])).logits[0, row.positions[0]].argmax() == best
+    assert (log_probs < 0).all()
+    assert scorer._passes.chains or name not in ("llama", "gpt2")
 
 
 def sizes_seen(module, monkeypatch):

@@ -204,6 +204,7 @@ class ModelAccess:
         """Lets absent words be drawn given what kinds of words the answer is made of."""
         # The search of candidates can take as long as leave-one-out: it is told as it goes on.
         asked = run.scorer.beside(_TRIED) if isinstance(run.scorer, Scorer) else Scorer(self.model)
+        asked.expect(run.full.ids)
         run.context.condition_on_answer(AnswerKinds(context, asked))
 
     def _language_model(self, scorer: RowScorer) -> LanguageModel:

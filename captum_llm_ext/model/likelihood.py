@@ -108,6 +108,8 @@ class Likelihood:
         encoding = tokens.encode(self._tokenizer, text)
         ids = self._ids(text)
         shift = len(ids) - len(encoding.ids)
+        if self._most is None or len(ids) <= self._most:
+            self._scorer.expect(ids)  # what is asked next is how its beginnings go on
         anchors = list(accumulate((a if a is not None else -1 for a in encoding.anchors), max))
         # The tokens whose first characters are a place's; white space before may be one of its own.
         stand = [

@@ -55,12 +55,16 @@ class Pack:
     n_read: int
 
 
-def pack(rows: Sequence[Sequence[int]], n_read: int = 0) -> Pack:
+def pack(
+    rows: Sequence[Sequence[int]], n_read: int = 0, begun: Sequence[int] | None = None
+) -> Pack:
     """Packs rows; each shares what it has in common with the one before it.
 
     Args:
         rows: Token ids, best in the order of `sorted_rows`.
-        n_read: So many ids of the first row are read before.
+        n_read: So many ids are read before.
+        begun: Of each row, how many of its first ids may be taken from these. None: all of these
+            are of the first row.
     """
     ids: list[int] = []
     depths: list[int] = []
@@ -68,8 +72,10 @@ def pack(rows: Sequence[Sequence[int]], n_read: int = 0) -> Pack:
     places: list[Tensor] = []
     path: tuple[Stretch, ...] = ((0, n_read),)
     _, *shared = shared_prefix_lengths(rows)
-    for row, depth in zip(rows, [n_read, *shared], strict=True):
-        path = _first(path, depth)
+    n_of_read = n_read if begun is None else 0
+    for i, (row, alike) in enumerate(zip(rows, [n_of_read, *shared], strict=True)):
+        depth, n_of_read, is_fork = _parting(alike, n_of_read, None if begun is None else begun[i])
+        path = ((0, depth),) if is_fork else _first(path, depth)
         start = n_read + len(ids)
         stop = start + len(row) - depth
         if stop > start:
@@ -173,6 +179,7 @@ def packs(
     most_ids: int,
     most_rows: int,
     most_shared: int = 0,
+    begun: Sequence[int] | None = None,
 ) -> tuple[list[tuple[int, ...]], dict[int, int]]:
     """Cuts rows into packs.
 
@@ -181,6 +188,7 @@ def packs(
         order: Indices of the rows, sorted by what they begin with.
         shared: What each of these has in common with the one before it.
         start: So many ids, which all have in common, are read before.
+        begun: Where each may take another number of them: how many.
         most_ids: So many ids in a pack, unless a single row has more.
         most_rows: So many rows at most in a pack.
         most_shared: So many of its first ids at most a pack need not read again, where the last row
@@ -191,16 +199,38 @@ def packs(
     """
     found: list[list[int]] = []
     own: dict[int, int] = {}
-    n_ids = 0
-    for i, depth in zip(order, shared, strict=True):
-        more = len(rows[i]) - max(depth, start)
+    n_ids = n_of_read = 0
+    for i, alike in zip(order, shared, strict=True):
+        depth, n_there, _ = _parting(
+            max(alike, start), n_of_read, None if begun is None else begun[i]
+        )
+        more = len(rows[i]) - depth
         if not found or n_ids + more > most_ids or len(found[-1]) == most_rows:
             found.append([])
-            n_ids, more = 0, len(rows[i]) - max(start, min(depth, most_shared))
+            n_there = max(start, min(alike, most_shared)) if begun is None else begun[i]
+            n_ids, more = 0, len(rows[i]) - n_there
+        n_of_read = n_there
         found[-1].append(i)
         own[i] = more
         n_ids += more
     return [tuple(one) for one in found], own
+
+
+def _parting(alike: int, n_of_read: int, n_begun: int | None) -> tuple[int, int, bool]:
+    """Where a row of a pack parts from the one before it, or from what was read before the pack.
+
+    Args:
+        alike: How many ids it begins with as the row before it.
+        n_of_read: How many ids that one takes from what was read before.
+        n_begun: How many it may take from there itself. None: what the one before it does.
+
+    Returns:
+        How many ids it takes in all, how many of these from what was read, and whether it has none
+        from the row before.
+    """
+    if n_begun is not None and (n_begun > alike or min(n_of_read, alike) > n_begun):
+        return n_begun, n_begun, True
+    return alike, min(n_of_read, alike), False
 
 
 def _first(path: Sequence[Stretch], n: int) -> tuple[Stretch, ...]:

@@ -182,6 +182,12 @@ class Passes:
                 for grown in reversed(branch.branches)
             ]
 
+    def state_after(self, ids: Sequence[int]) -> Any:
+        """The model's state after ids, each of which it keeps apart."""
+        row = torch.tensor([ids], dtype=torch.int64, device="cpu")
+        last = torch.tensor([[len(ids) - 1]], dtype=torch.int64, device="cpu")
+        return self._pass(row, last, keeps_state=True)[1]
+
     def together(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
         """Values ``(n_rows, per_token * n_target)`` of whole rows in one batch."""
         every = tuple(range(len(rows)))
@@ -211,7 +217,8 @@ class Passes:
                 before = last.after(n_read)
                 last = None  # not both states at a time
             rows, positions = queries.some(batch)
-            packed = pack([row.ids for row in rows], n_read)
+            begun = None if branch.begun is None else [branch.begun[i] for i in batch]
+            packed = pack([row.ids for row in rows], n_read, begun)
             found, read = self._packed(packed, positions, queries.asked, before)
             last = _LastRow(read, packed.places[-1]) if branch.chained else None
             del read, before
@@ -276,11 +283,11 @@ class Passes:
 
         They are NaN at positions that were read before.
         """
-        said = positions >= packed.n_read
-        which, tokens = said.nonzero(as_tuple=True)
         places = pad_sequence(list(packed.places), batch_first=True)
-        where = places.gather(1, positions.clamp(min=0))[said]
-        needed, back = where.unique(return_inverse=True)
+        where = places.gather(1, positions.clamp(min=0))
+        said = (positions >= 0) & (where >= packed.n_read)
+        which, tokens = said.nonzero(as_tuple=True)
+        needed, back = where[said].unique(return_inverse=True)
         answer, state = self._read_pack(packed, needed, state)
         if (call := asked.callable_of(self.attr_target)) is not None:
             index = torch.zeros(said.shape, dtype=torch.int64, device="cpu")

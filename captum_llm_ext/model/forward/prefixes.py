@@ -70,6 +70,11 @@ def shared_prefix_lengths(rows: Sequence[Sequence[int]]) -> list[int]:
     return [0, *(_common(one, other, len(one)) for one, other in pairwise(keys))][: len(rows)]
 
 
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    return _common(_key(one), _key(other), len(one))
+
+
 def distinct_pairs(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs of numbers, each once.
 

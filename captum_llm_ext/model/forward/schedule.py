@@ -35,6 +35,8 @@ class Branch:
             before it in the batch has. None: batches are padded.
         chained: Whether a pack goes on from the last row of the one before it: what `own` leaves
             out of its first row has been read there.
+        begun: Where rows of packs begin with more or less of the `stop` ids that come before: with
+            how many, of each row. None: with all of them.
     """
 
     start: int
@@ -44,6 +46,7 @@ class Branch:
     branches: tuple["Branch", ...] = ()
     own: Mapping[int, int] | None = None
     chained: bool = False
+    begun: Sequence[int] | None = None
 
     def walk(self) -> Iterator["Branch"]:
         """This branch and all that grow from it."""
@@ -169,6 +172,27 @@ def plan_packed(
         stop = head
         batches, own = packs(rows, order, shared, stop, most_ids, most_rows, most_shared)
     return Branch(head, stop, tuple(order), tuple(batches), own=own, chained=chained)
+
+
+def plan_forked(
+    rows: Sequence[Sequence[int]],
+    begun: Sequence[int],
+    n_read: int,
+    *,
+    most_ids: int,
+    most_rows: int,
+) -> Branch:
+    """Cuts rows into packs that go on from ids read before, each from wherever it parts from them.
+
+    Args:
+        rows: Token ids.
+        begun: With how many of the ids read before each row begins.
+        n_read: How many of these there are.
+        most_ids, most_rows: As for `plan_packed`.
+    """
+    order, shared = heavy_paths_first(*sort_by_prefix(rows, [len(row) for row in rows]))
+    batches, own = packs(rows, order, shared, 0, most_ids, most_rows, begun=begun)
+    return Branch(n_read, n_read, tuple(order), tuple(batches), own=own, begun=tuple(begun))
 
 
 def distinct_positions(rows: Sequence[Sequence[int]]) -> int:

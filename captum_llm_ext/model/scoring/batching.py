@@ -18,9 +18,10 @@ from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.forward.memory import Memory
 from captum_llm_ext.model.forward.passes import Passes
+from captum_llm_ext.model.forward.prefixes import common_length
 from captum_llm_ext.model.forward.rounding import Apart
 from captum_llm_ext.model.forward.rows import TokenRow
-from captum_llm_ext.model.forward.schedule import Branch, plan, plan_packed
+from captum_llm_ext.model.forward.schedule import Branch, plan, plan_forked, plan_packed
 from captum_llm_ext.model.probe import Findings, Packing, ReadPacked
 from captum_llm_ext.model.probe.reuse import packing_of, why_not_read_on
 
@@ -77,6 +78,7 @@ class Batching:
         # Rows in a pack attend one by one, which leaves a GPU idle.
         self._packs = reuse == "pack" or (reuse == "auto" and device.type == "cpu")
         self._head: tuple[tuple[int, ...], Any] = ((), None)
+        self._text: tuple[tuple[int, ...], Any] = ((), None)
         self._even = False
 
     @property
@@ -116,6 +118,11 @@ class Batching:
         """Compares a row in a pack with the row alone; None where no packs are made."""
         return self._compare_packed if self._packs and self._reuse else None
 
+    def expect(self, ids: Sequence[int]) -> None:
+        """See `Scorer.expect`."""
+        if self._text[0] != tuple(ids):
+            self._text = (tuple(ids), None)
+
     def plan(self, rows: Sequence[TokenRow], asked: Asked) -> Branch:
         """How rows are run.
 
@@ -140,6 +147,11 @@ class Batching:
         Returns:
             The plan of what comes after it, and the model's state there; None at the beginning.
         """
+        if root.begun is not None:
+            ids, state = self._text
+            if state is None:
+                self._text = ids, (state := self._passes.state_after(ids))
+            return root, state
         state = self._head[1] if root.start else None
         if root.stop == root.start:
             return root, state
@@ -158,7 +170,7 @@ class Batching:
 
     def back_off(self, n_rows: int) -> bool:
         """Asks for less memory than a pass of so many rows; whether there is less to ask for."""
-        self._head = ((), None)
+        self._head, self._text = ((), None), ((), None)
         if n_rows > 1:
             self.max_rows = n_rows // 2
         elif self._reuse:
@@ -219,6 +231,9 @@ class Batching:
         def cost(one: Branch) -> int:
             return one.positions(lengths) + one.n_passes() * self.overhead
 
+        if self._text[0] and self._passes.chains and not self.repeats:
+            forked = self._plan_forked(rows, longest, most_rows)
+            root = min(root, forked, key=cost)
         if self._always_packs:
             pays = root.positions(lengths) < apart.positions(lengths)
         else:
@@ -230,6 +245,15 @@ class Batching:
             return None
         self._has_packed = True
         return root
+
+    def _plan_forked(self, rows: Sequence[TokenRow], longest: int, most_rows: int) -> Branch:
+        """Packs that go on from the text that was expected, wherever rows part from it."""
+        text = self._text[0]
+        begun = [min(common_length(row.ids, text), row.first, len(row.ids) - 1) for row in rows]
+        most_ids, _ = self._memory(1).most_packed(longest, len(text))
+        return plan_forked(
+            [row.ids for row in rows], begun, len(text), most_ids=most_ids, most_rows=most_rows
+        )
 
     def _cut(self, rows: Sequence[TokenRow], asked: Asked, *, shares: bool) -> Branch:
         fits = self._memory(len(asked))

@@ -206,6 +206,17 @@ class Scorer:
             together = not found.apart and (is_sampled or not found.is_rough)
         return self._answers.each(rows, generation, seeds, together=together, tell=tell)
 
+    def expect(self, ids: Sequence[int]) -> None:
+        """Tells that many rows, of several calls, will begin as a text does, some with all of it.
+
+        It is then read once for all, where the model can go on from any place of what it has read.
+        What the model remembers of it is kept as long as this scorer, or up to the next text.
+
+        Args:
+            ids: Of the text.
+        """
+        self._batching.expect(ids)
+
     def check_length(self, length: int, what: str) -> None:
         """Refuses rows that are longer than the model's positions.
 
