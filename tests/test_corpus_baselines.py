@@ -300,6 +300,45 @@ def test_words_that_phrases_share_are_no_frame(frame):
             assert all(any(is_part(part.split(), other) for other in others) for part in parts)
 
 
+@pytest.mark.parametrize(
+    ("places", "frame"),
+    [
+        (("Fort Lee", "Palm Coast"), "{} went to {} by {}."),
+        (("Red Square", "Green Park", "Hyde Park"), "{} was at {} with {}."),
+        (("Line 12", "Route 7"), "{} takes {} to {}."),
+        (("Fort Lee", "Palm Coast"), "From {} to {} and {}."),
+    ],
+)
+def test_names_of_few_places_are_no_other_wordings(places, frame):
+    """Each of their words is likely in its place, and none is ever absent if it stays."""
+    rng = random.Random(0)
+    corpus = [
+        frame.format(rng.choice(MEN + WOMEN), rng.choice(places), rng.choice(THINGS))
+        for _ in range(400)
+    ]
+    baselines = CorpusBaselines(corpus, min_candidates=0)
+    for place in places:
+        text = frame.format("Zoe", place, THINGS[0])
+        for word in place.split():
+            start = text.index(word)
+            slot = Slot(text, start - 1, start + len(word), unit="word")
+            assert {drawn.strip() for drawn in draws(baselines, slot, n=12)}.isdisjoint([word])
+
+
+def test_other_wordings_of_the_same_stay():
+    rng = random.Random(0)
+    corpus = [
+        f"{rng.choice(MEN)} {rng.choice(('lives in', 'resides at'))} {rng.choice(SPORTS)} now."
+        for _ in range(400)
+    ]
+    baselines = CorpusBaselines(corpus, min_candidates=0)
+    text = f"Zoe lives in {SPORTS[0]} now."
+    for word in ("lives", "in"):
+        start = text.index(f" {word} ")
+        slot = Slot(text, start, start + len(word) + 1, unit="word")
+        assert {drawn.strip() for drawn in draws(baselines, slot, n=12)} == {word}
+
+
 def is_part(words, text):
     return any(text[i : i + len(words)] == words for i in range(len(text)))
 

@@ -15,10 +15,12 @@ from captum_llm_ext.text.baselines.corpus.joint import Occurrences, joint_occurr
 from captum_llm_ext.text.baselines.corpus.phrase import parts, phrases
 from captum_llm_ext.text.baselines.corpus.search import Found, Query, Search, query_of
 from captum_llm_ext.text.baselines.surroundings import Surroundings
+from captum_llm_ext.text.baselines.words import SENTENCE_END, border
 
 # A slot is constant if at most this share of its occurrences differs: no match is without a slip.
 SLIPS = 0.05
-# So few other texts, of words of the frame alone, are taken for other wordings of the same.
+# So few other texts, of words of the frame alone and none a name or a number, are taken for other
+# wordings of the same.
 WORDINGS = 2
 _LOCATED = ("both", "left", "right")
 _PLACED = (*_LOCATED, "kinds")
@@ -114,7 +116,9 @@ class Lookup:
             if offer is None or not found or found.total() <= SLIPS * offer.texts.total():
                 continue
             if len(found) <= WORDINGS and all(map(self._is_framed, found)):
-                continue
+                begins = n_left == len(place.left) or border(place.left[n_left]) >= SENTENCE_END
+                if not any(_is_name(text, begins and not n_left) for text in (place.core, *found)):
+                    continue
             own = {(place.core,): offer.texts.total() - found.total()}
             return Candidates.counted(
                 offer.found.level,
@@ -200,3 +204,9 @@ class Lookup:
     def _say(self, message: str) -> None:
         if self._min_candidates > 0:
             warnings.warn(message, UserWarning, stacklevel=stacklevel_of_caller())
+
+
+def _is_name(text: str, begins_sentence: bool) -> bool:
+    """Whether a text has a name or a number: other wordings of the same have none."""
+    kinds = [words.kind(atom.text) for atom in words.atoms(text)]
+    return not {*kinds[begins_sentence:]}.isdisjoint(("capital", "upper", "number"))
