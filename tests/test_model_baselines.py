@@ -34,6 +34,7 @@ from captum_llm_ext.model import Likelihood
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.baselines.model.alternatives import Alternatives
+from captum_llm_ext.text.baselines.words import keeps_script
 
 TINY_T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
 TINY_BERT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -404,6 +405,23 @@ SCRIPTS = {
 
 def scripts_of(texts):
     return {unicodedata.name(c).split()[0] for text in texts for c in text}
+
+
+@pytest.mark.parametrize(
+    ("text", "own", "keeps"),
+    [
+        ("ー", "학생", False),
+        ("ー", "日", False),
+        ("ʰ", "a", False),
+        ("ラー", "カ", True),
+        ("ー", "々", True),
+        ("7", "12", True),
+        ("b2", "a", True),
+        ("2b", "a", False),
+    ],
+)
+def test_a_letter_of_several_scripts_is_none_of_a_script(text, own, keeps):
+    assert keeps_script(text, own) == keeps
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

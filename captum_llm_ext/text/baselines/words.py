@@ -116,10 +116,11 @@ def is_one_word(text: str) -> bool:
 def keeps_script(text: str, own: str) -> bool:
     """Whether a text begins in the script that another one begins in, and has no letter of others.
 
-    Kanji and kana are two, as in a text with both they do not stand for one another.
+    Kanji and kana are two, as in a text with both they do not stand for one another. Of letters
+    that several scripts share none stands alone for one that has a script.
     """
     found, wanted = _scripts(text), _scripts(own)
-    return found[:1] in ([], wanted[:1]) and {*found} <= {*wanted, "DIGIT"}
+    return found[:1] == wanted[:1] and {*found} <= {*wanted, "DIGIT"}
 
 
 def is_mark(word: str) -> bool:
