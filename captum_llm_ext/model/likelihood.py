@@ -45,6 +45,7 @@ class Likelihood:
         self._model, self._tokenizer = model, tokenizer
         self._device = _compat.input_device(model)
         self._pieces: dict[int, str] = {}
+        self._encoded: dict[str, Sequence[int]] = {}
         self._seed: int | None = None
 
     def proposing(self, proposer: Any) -> Proposer:
@@ -283,9 +284,12 @@ class Likelihood:
             self._pieces[token] = tokens.pieces(self._tokenizer, [token], [before])[0]
         return self._pieces[token]
 
-    def _ids(self, text: str) -> list[int]:
-        ids = tokens.encode(self._tokenizer, text).ids
-        return list(tokens.after_start(self._tokenizer, ids))
+    def _ids(self, text: str) -> Sequence[int]:
+        # Beginnings come again: how a word ends is asked, then what goes on with it.
+        if text not in self._encoded:
+            ids = tokens.encode(self._tokenizer, text).ids
+            self._encoded[text] = tokens.after_start(self._tokenizer, ids)
+        return self._encoded[text]
 
     def _sums(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Log-probability of each row, ``(n_rows,)``."""
