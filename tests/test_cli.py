@@ -48,7 +48,7 @@ from captum_llm_ext import (
     TextSegmentInput,
     load_demo,
 )
-from captum_llm_ext.cli import doctor, main
+from captum_llm_ext.cli import checkup, main
 from captum_llm_ext.cli import self_check as probe
 from captum_llm_ext.cli.command import UsageError
 from captum_llm_ext.cli.job import as_baselines
@@ -895,8 +895,8 @@ def test_the_probe_finds_a_model_whose_batches_are_wrong(tokenizer, monkeypatch,
         return output
 
     model.forward = off_in_batches
-    monkeypatch.setattr(doctor, "load_model", lambda *_: model)
-    monkeypatch.setattr(doctor, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(checkup, "load_model", lambda *_: model)
+    monkeypatch.setattr(checkup, "load_tokenizer", lambda *_: tokenizer)
     assert main(["doctor"]) == 1
     shown = capsys.readouterr()
     assert "WRONG  values" in shown.out

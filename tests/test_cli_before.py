@@ -434,3 +434,74 @@ def test_a_file_without_counterfactuals_is_told(capsys, tmp_path):
     other.write_text("[1]", encoding="utf-8")
     assert main(["show", kept, "--counterfactuals", str(other)]) == 1
     assert "that holds none" in capsys.readouterr().err
+
+
+# Written wrongly in the option itself, in what it is given, and by what stands beside it.
+WRONG = (
+    ["--nosuch"],
+    ["attribute"],
+    ["attribute", "--model", "demo"],
+    [*ATTRIBUTE, "--n-samples", "0"],
+    [*ATTRIBUTE, "--method", "kernal"],
+    [*ATTRIBUTE, "--unit", "phrase"],
+    [*ATTRIBUTE, "--output-unit", "phrase"],
+    [*ATTRIBUTE, "--png", "a.pdf"],
+    [*ATTRIBUTE, "--save", "-"],
+    [*ATTRIBUTE, "--foils", "a"],
+    [*ATTRIBUTE, "--attr-target", "contrast", "--foils", "without:a", "--foils", "b"],
+    [*ATTRIBUTE, "--temperature", "1"],
+    [*ATTRIBUTE, "--method", "ablation", "--n-samples", "8"],
+    [*ATTRIBUTE, "--method", "saliency", "--counterfactuals"],
+    [*ATTRIBUTE, "--level", "phrase"],
+    [*ATTRIBUTE, "--checkpoint", "run.st"],
+    [*ATTRIBUTE, "--dtype", "float12"],
+    [*ATTRIBUTE, "--baselines", "corpus:demo"],
+    [*ATTRIBUTE[:3], "--prompt", PROMPT, "--baselines", "corpsu:demo"],
+    [*ATTRIBUTE, "--rung", "label"],
+    [*ATTRIBUTE, "--api", "http://localhost", "--method", "saliency"],
+    [*ATTRIBUTE, "--system", " "],
+    [*DEMO, "--chat", "[", "--unit", "turn"],
+    [*DEMO, "--input", "prompts.jsonl"],
+    ["attribute", "--prompt", PROMPT],
+    ["counterfactual", "--model", "demo", "--prompt", PROMPT, "--n-samples", "8"],
+    ["counterfactual", "--model", "demo", "--prompt", PROMPT, "--baselines", "corpsu:demo"],
+    ["show"],
+    ["show", "dave.safetensors", "--level", "word", "--token", "1"],
+    ["compare"],
+    ["compare", "dave.safetensors"],
+    ["compare", *ATTRIBUTE[1:], "--baselines", "corpsu:demo"],
+    ["demo", "--model", "demo"],
+    ["doctor", "demo", "--revision", "v1"],
+)
+
+
+def test_what_is_written_wrongly_is_told_before_torch_is_imported(tmp_path):
+    """Torch and captum take seconds to import, which a slip of the pen need not wait for."""
+    told = "import json, sys\n" + _TOLD_EARLY
+    done = subprocess.run(
+        [sys.executable, "-c", told, json.dumps(WRONG)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [status for status, _ in found] == [2] * len(WRONG)
+    assert [heavy for _, heavy in found] == [[]] * len(WRONG)
+
+
+_TOLD_EARLY = """
+from captum_llm_ext.cli import main
+
+def status(command):
+    try:
+        return main(command)
+    except SystemExit as ended:
+        return ended.code
+
+found = []
+for command in json.loads(sys.argv[1]):
+    heavy = ("torch", "captum", "transformers", "accelerate", "matplotlib", "numpy")
+    found.append([status(command), [name for name in heavy if name in sys.modules]])
+print(json.dumps(found))
+"""

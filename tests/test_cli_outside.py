@@ -23,7 +23,7 @@ from remote_server import Server
 from safetensors.torch import load_file, save_file
 
 from captum_llm_ext import GenerationAttributionResult, load_demo
-from captum_llm_ext.cli import _COMMANDS, doctor, main
+from captum_llm_ext.cli import _COMMANDS, checkup, main
 from captum_llm_ext.cli import self_check as probe
 from captum_llm_ext.cli.loading import Place, load_model
 from captum_llm_ext.demo import PROMPT, folder
@@ -202,7 +202,7 @@ def test_the_help_tells_exit_statuses(capsys):
 
 
 def test_the_doctor_tells_which_reuse_is_exact(tokenizer, model):
-    lines = "\n".join(doctor._lines(probe.probe(model, tokenizer)))
+    lines = "\n".join(checkup._lines(probe.probe(model, tokenizer)))
     assert "exact  rows in padded batches: within" in lines
     assert "exact  beginnings reused: within" in lines
     assert "exact  beginnings lent, not copied: within" in lines
@@ -210,7 +210,7 @@ def test_the_doctor_tells_which_reuse_is_exact(tokenizer, model):
     assert "exact  logits of the target's positions only" in lines
     assert "WRONG  captum's own default (use_cached_outputs=True): off by up to" in lines
     found = probe.probe(architectures.build("mamba"), tokenizer)
-    lines = "\n".join(doctor._lines(found))
+    lines = "\n".join(checkup._lines(found))
     assert "off    beginnings reused: MambaForCausalLM computes every row on its own" in lines
     assert "off    rows packed in one sequence: not with this model" in lines
     assert found.to_dict()["shared_is_exact"] is None
@@ -236,7 +236,7 @@ def test_the_doctor_compares_a_model_that_draws_as_it_can(kind, tokenizer, model
     # By seeds it is the same to rounding; otherwise, to what two passes differ by.
     assert (found.whole_error < 1e-4) == (kind == "seeded")
     assert found.limit == (found.rounding if kind == "seeded" else found.noise_floor)
-    lines = list(doctor._lines(found))
+    lines = list(checkup._lines(found))
     assert lines[0].startswith("right  values")
     assert ("from the same seeds" if kind == "seeded" else "that draws anew") in lines[0]
     assert lines[-1].endswith("not compared: the model draws at random")
@@ -245,7 +245,7 @@ def test_the_doctor_compares_a_model_that_draws_as_it_can(kind, tokenizer, model
 
 def test_a_way_of_reuse_that_is_wrong_is_told_from_those_that_are_not(tokenizer, model):
     found = replace(probe.probe(model, tokenizer), shared_error=0.5)
-    lines = list(doctor._lines(found))
+    lines = list(checkup._lines(found))
     assert lines[0].startswith("WRONG  values: within 0.5 nats")
     assert lines[1].startswith("exact  rows in padded batches")
     assert lines[2].startswith("WRONG  beginnings reused: within 0.5 nats")

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, cast
 
-from torch import Tensor
-
 TARGETS = ("log_prob", "prob", "logit", "contrast")
 
 
@@ -96,8 +94,8 @@ def _says_nothing(name: str, value: object, default: object) -> bool:
     """Whether an argument has the meaning of its default."""
     if isinstance(value, tuple | list) and len(cast(Sequence[Any], value)) == 1:
         return _says_nothing(name, cast(Sequence[Any], value)[0], default)
-    if name == "baselines" and isinstance(value, Tensor):
-        return not bool(value.any())
+    if name == "baselines" and hasattr(value, "any"):  # a tensor
+        return not bool(cast(Any, value).any())
     if name == "baselines" and value == 0:  # captum's None
         return True
     return value is default or (isinstance(value, int | float | str) and value == default)

@@ -11,6 +11,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
+CHECKPOINT_ENDING = ".safetensors"
 _TOKEN = 8  # bytes that make a temporary file's name its own
 _ABANDONED = 60.0  # seconds: what is younger may be another process's at this moment
 _LINKS = 40  # followed at most, as by Linux
@@ -59,6 +60,25 @@ def write(path: Path, content: Content | Sequence[Content]) -> None:
             if found is None or error.errno not in _KEPT:
                 raise
             _overwrite(target, parts)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuses a place that no checkpoint can be in.
+
+    Raises:
+        ValueError: If it is no folder, and no file that ends in ``.safetensors`` in a folder.
+    """
+    base, ending = os.path.splitext(os.fspath(path))
+    if os.path.isdir(path) or not (ending or os.path.exists(path)):  # a folder, or one to be made
+        return
+    if ending != CHECKPOINT_ENDING:
+        raise ValueError(
+            f"`checkpoint` is {os.fspath(path)!r}: give a file that ends in {CHECKPOINT_ENDING}, "
+            "or a folder."
+        )
+    folder = os.path.dirname(base) or "."
+    if not os.path.isdir(folder):
+        raise ValueError(f"`checkpoint` lies in {folder!r}, and there is no such folder.")
 
 
 def check_place(path: Path) -> None:

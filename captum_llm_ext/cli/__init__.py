@@ -2,6 +2,9 @@
 
 Results go to stdout, all else to stderr. The exit status is 0, 1 where the command could not be
 carried out, 2 where it was written wrongly, 130 after Ctrl-C.
+
+Options are read and checked without torch and captum, which take seconds to import: what does the
+work is imported by the functions that do it, once nothing is wrong with the command.
 """
 
 import argparse
@@ -13,10 +16,10 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import captum_llm_ext
+from captum_llm_ext.base.command_line import command_line
 from captum_llm_ext.cli import attribute, compare, counterfactual, demo, doctor, show
 from captum_llm_ext.cli.command import UsageError, note, say, shown_examples
 from captum_llm_ext.cli.wording import in_options
-from captum_llm_ext.result.provenance import command_line
 
 __all__ = ["main"]
 

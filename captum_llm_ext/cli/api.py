@@ -1,32 +1,14 @@
 """Options of models behind an API: the provider, what is asked for, and limits."""
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
-from captum.attr import FeatureAblation, RemoteLLMAttribution
-
-from captum_llm_ext.attribution.remote import RemoteGenerationAttribution
-from captum_llm_ext.cli.command import UsageError, positive, say
-from captum_llm_ext.cli.loading import Place, load_tokenizer, location
-from captum_llm_ext.cli.methods import is_of_answers, looks_inside, method
-from captum_llm_ext.cli.outputs import as_json
-from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
-from captum_llm_ext.remote.chat_providers import speaker
-from captum_llm_ext.remote.speaker import Question, Speaker
-from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT
+from captum_llm_ext.cli.command import UsageError, positive
+from captum_llm_ext.cli.methods import is_of_answers, looks_inside
 
 # Of the answer's log-probabilities, by how much they are told; others are values of their own.
-_LOG_PROBS = ("forced", "stepwise", "top-k")
-_RUNGS = ("auto", "log_prob", *_LOG_PROBS, "label", "frequency", "similarity")
-_CALLED = {
-    "forced": "log-probabilities of prompts",
-    "stepwise": "log-probabilities of any next token",
-    "top-k": "likeliest tokens at each step",
-    "label": "likeliest first tokens",
-}
-_ANTHROPIC = "https://api.anthropic.com/v1"
+LOG_PROBS = ("forced", "stepwise", "top-k")
+_RUNGS = ("auto", "log_prob", *LOG_PROBS, "label", "frequency", "similarity")
 
 
 def add_provider(group: Any) -> None:
@@ -113,88 +95,3 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError(
             "--attr-target would be ignored with --api: --rung says what is explained."
         )
-
-
-def tokenizers_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model's tokenizer (None if there is none), and the one that inputs are made with."""
-    name = arguments.tokenizer
-    own = None if name is None else load_tokenizer(Place(name, location(name)))
-    # Chats are sent as messages, to which the server's own template is put.
-    return own, own if arguments.provider == "completions" else None
-
-
-def provider_of(arguments: argparse.Namespace, model: str) -> Any:
-    """The provider that the options name."""
-    if arguments.provider == "anthropic":
-        return AnthropicProvider(model, api_url=arguments.api or _ANTHROPIC)
-    if arguments.provider == "completions":
-        return CompletionsProvider(arguments.api, model)
-    return ChatProvider(model, api_url=arguments.api)
-
-
-def attribution_of(arguments: argparse.Namespace, tokenizer: Any) -> RemoteGenerationAttribution:
-    """The attribution object."""
-    settings = {name: getattr(arguments, name) for name in ("share", "scheme")}
-    rung = arguments.rung or "auto"
-    return RemoteGenerationAttribution(
-        method(arguments.method, cast(Any, RemoteLLMAttribution.placeholder_model), **settings),
-        tokenizer,
-        provider_of(arguments, arguments.model),
-        "log_prob" if rung in _LOG_PROBS else rung,
-        rung=rung if rung in _LOG_PROBS else None,
-        labels=tuple(arguments.labels) if arguments.labels else None,
-        n_answers=arguments.answers,
-        max_requests=arguments.max_requests,
-        cache=arguments.cache,
-    )
-
-
-def show_estimate(
-    attribution: RemoteGenerationAttribution, inp: Any, options: dict[str, Any]
-) -> None:
-    """Prints the estimated requests, tokens and costs of an attribution."""
-    kept = {k: v for k, v in options.items() if k not in ("output_unit", "show_progress")}
-    found = attribution.estimate(inp, **kept)
-    say("nothing was sent; at most, without the few requests that look at the server:")
-    for name, value in asdict(found).items():
-        if value is not None:
-            print(f"{name:<13} {value}")
-
-
-def look_at(arguments: argparse.Namespace) -> int:
-    """Prints which rungs a server supports; returns 1 if none."""
-    provider, (tokenizer, _) = provider_of(arguments, arguments.model), tokenizers_of(arguments)
-    found = dict(_looked_at(provider, tokenizer))
-    if arguments.json:
-        print(as_json(found))
-    for name, about in {} if arguments.json else found.items():
-        print(f"{'works' if about['works'] else 'off':<6} {name}: {about['what']}")
-        for check, how in about.get("checks", {}).items():
-            print(f"         {check}: {how}")
-    return 0 if any(about["works"] for about in found.values()) else 1
-
-
-def _looked_at(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    ablation = FeatureAblation(RemoteLLMAttribution.placeholder_model)
-    kinds: list[tuple[str, Any]] = [("top-k", None), ("label", None)]
-    if tokenizer is not None:
-        told = isinstance(provider, CompletionsProvider)
-        kinds = [*([("forced", tokenizer)] if told else []), ("stepwise", tokenizer), *kinds]
-    for rung, own in kinds:
-        target = "label" if rung == "label" else "log_prob"
-        ours = RemoteGenerationAttribution(
-            ablation, own, provider, target, rung=cast(Any, None if rung == "label" else rung)
-        )
-        try:
-            met = ours.handshake()
-        except ApiError as error:
-            if error.status not in UNKNOWN_ARGUMENT:
-                raise
-            yield _CALLED[rung], {"works": False, "what": str(error)}
-        else:
-            yield _CALLED[rung], {"works": True, "what": f"--rung {rung}", **met}
-    who = cast(Speaker, speaker(provider))
-    messages = [{"role": "user", "content": "Say hello."}]
-    said = who.say(Question(messages, n_tokens=8, temperature=1.0))[0]
-    shown = "it wrote nothing" if not said.text else "--rung frequency, --rung similarity"
-    yield "text alone", {"works": bool(said.text), "what": shown}

@@ -5,17 +5,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-from captum_llm_ext.cli.api import add_api, check, is_remote, show_estimate
+from captum_llm_ext.base import files
+from captum_llm_ext.cli.api import add_api, check, is_remote
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
-from captum_llm_ext.cli.job import Job, add_job, as_baselines
+from captum_llm_ext.cli.job import Job, add_job, baselines_of
 from captum_llm_ext.cli.methods import is_of_answers, is_search, looks_inside, said_of_zero
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.records import add_records, check_records, run_records
 from captum_llm_ext.cli.told import add_level, check_level, told
 from captum_llm_ext.cli.torchrun import accelerator, are_several, check_readable, is_main
-from captum_llm_ext.cli.watch import EnoughError, Watch
-from captum_llm_ext.model.scoring.checkpoint import check_place
-from captum_llm_ext.text.baselines import Default
 
 EXAMPLES = (
     'attribute --model demo --prompt "Dave lives in Palm Coast, FL and is a lawyer. His personal '
@@ -105,22 +103,26 @@ def run(arguments: argparse.Namespace) -> int | None:
         _check_counterfactuals(arguments)
     if arguments.checkpoint is not None:
         try:
-            check_place(arguments.checkpoint)
+            files.check_checkpoint(arguments.checkpoint)
         except ValueError as error:
             raise UsageError(str(error)) from error
     job = Job(arguments)
     given = arguments.baselines or []
     if len(given) > 1:
         raise UsageError(f"{len(given)} --baselines: `captum-llm-ext compare` runs several.")
-    baselines = as_baselines(given[0], arguments.seed) if given else Default()
+    baselines = baselines_of(arguments)
     attribution, inp = job.prepared(baselines, accelerator())
     if arguments.dry_run and is_remote(arguments):
+        from captum_llm_ext.cli.remote import show_estimate
+
         show_estimate(cast(Any, attribution), inp, job.options)
         return None
     if arguments.baselines is None and is_main():
         said = said_of_zero(arguments.method)
         if said is not None:
             note(said)
+    from captum_llm_ext.cli.watch import EnoughError, Watch
+
     watch = Watch(
         None if is_remote(arguments) else attribution.model,
         is_dry=arguments.dry_run,

@@ -3,13 +3,14 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from captum_llm_ext.cli.command import UsageError, add_command
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
-from captum_llm_ext.evaluation.sensitivity import BaselineComparison, compare_baselines
-from captum_llm_ext.result import GenerationAttributionResult
+
+if TYPE_CHECKING:
+    from captum_llm_ext.evaluation.sensitivity import BaselineComparison
 
 EXAMPLES = (
     "compare deleted.safetensors corpus.safetensors",
@@ -86,7 +87,10 @@ def _options_of_a_run(arguments: argparse.Namespace) -> list[str]:
     return [name.replace("_", "-") for name in given]
 
 
-def _of_files(names: Sequence[str]) -> BaselineComparison:
+def _of_files(names: Sequence[str]) -> "BaselineComparison":
+    from captum_llm_ext.evaluation.sensitivity import BaselineComparison
+    from captum_llm_ext.result import GenerationAttributionResult
+
     return BaselineComparison(
         {
             short: GenerationAttributionResult.load(name)
@@ -101,9 +105,11 @@ def _short(names: Sequence[str]) -> list[str]:
     return stems if len(set(stems)) == len(names) else list(names)
 
 
-def _of_runs(arguments: argparse.Namespace) -> BaselineComparison:
+def _of_runs(arguments: argparse.Namespace) -> "BaselineComparison":
     job = Job(arguments)
     baselines = {given: as_baselines(given, arguments.seed) for given in arguments.baselines}
+    from captum_llm_ext.evaluation.sensitivity import compare_baselines
+
     attribution, inp = job.prepared(None)
     # Methods that look at the text as it is have no `--baselines`: `Job` has refused them.
     return compare_baselines(cast(Any, attribution), inp, baselines, **job.options)

@@ -3,15 +3,15 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from captum_llm_ext.attribution.counterfactual import Counterfactual
-from captum_llm_ext.attribution.generation import GenerationAttribution
 from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.cli.command import UsageError, add_command, positive, say
-from captum_llm_ext.cli.job import Job, add_job, as_baselines
+from captum_llm_ext.cli.job import Job, add_job, baselines_of
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
-from captum_llm_ext.text.baselines import Default
+
+if TYPE_CHECKING:
+    from captum_llm_ext.attribution.counterfactual import Counterfactual
 
 EXAMPLES = (
     'counterfactual --model demo --prompt "Dave lives in Palm Coast, FL and is a lawyer. His '
@@ -67,11 +67,12 @@ def run(arguments: argparse.Namespace) -> None:
     ignored = _ignored(arguments)
     if ignored:
         raise UsageError(f"--{ignored[0]} would be ignored: it is of attribute.")
-    given = arguments.baselines or []
-    if len(given) > 1:
-        raise UsageError(f"{len(given)} --baselines: give one.")
+    if len(arguments.baselines or []) > 1:
+        raise UsageError(f"{len(arguments.baselines)} --baselines: give one.")
     job = Job(arguments)
-    baselines = as_baselines(given[0], arguments.seed) if given else Default()
+    baselines = baselines_of(arguments)
+    from captum_llm_ext.attribution.generation import GenerationAttribution
+
     attribution, inp = job.prepared(baselines)
     if not isinstance(attribution, GenerationAttribution):
         raise UsageError("counterfactuals take the model of an attribution by coalitions.")
@@ -99,12 +100,14 @@ def run(arguments: argparse.Namespace) -> None:
     write_outputs(arguments, _Found(found, search.summary), text, None)
 
 
-def read_counterfactuals(path: str) -> list[Counterfactual]:
+def read_counterfactuals(path: str) -> "list[Counterfactual]":
     """Reads counterfactuals from a file that ``--json`` of this command or ``attribute`` wrote.
 
     Raises:
         ValueError: If it is no such file.
     """
+    from captum_llm_ext.attribution.counterfactual import Counterfactual
+
     try:
         held = json.loads(Path(path).read_text(encoding="utf-8"))
         told = held["counterfactuals" if "counterfactuals" in held else "found"]

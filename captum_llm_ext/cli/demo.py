@@ -11,9 +11,6 @@ from captum_llm_ext.cli.outputs import write_picture
 from captum_llm_ext.cli.prompt import units
 from captum_llm_ext.cli.told import told
 from captum_llm_ext.demo import PROMPT, folder
-from captum_llm_ext.text.baselines import Default
-from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
-from captum_llm_ext.text.inputs import TextSegmentInput
 
 EXAMPLES = (
     "demo",
@@ -82,6 +79,10 @@ def _attribute(arguments: argparse.Namespace, parts: tuple[str, ...]) -> Any:
     if own:
         arguments.model = DEMO
     place = place_of(arguments)
+    from captum_llm_ext.text.baselines import Default
+    from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
+    from captum_llm_ext.text.inputs import TextSegmentInput
+
     corpus = arguments.corpus or (folder() / "corpus.txt" if own else None)
     prompt = PROMPT if arguments.prompt is None else arguments.prompt
     baselines = Default() if corpus is None else CorpusBaselines(corpus, seed=arguments.seed)

@@ -3,13 +3,10 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from captum_llm_ext.attribution.attention import GenerationAttentionAttribution
-from captum_llm_ext.attribution.generation import GenerationAttribution
-from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
 from captum_llm_ext.base.arguments import TARGETS
-from captum_llm_ext.cli.api import attribution_of, is_remote, tokenizers_of
+from captum_llm_ext.cli.api import is_remote
 from captum_llm_ext.cli.command import UsageError, above_zero, positive, share, whole
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, place_of
 from captum_llm_ext.cli.methods import (
@@ -27,13 +24,14 @@ from captum_llm_ext.cli.methods import (
 )
 from captum_llm_ext.cli.prompt import NESTED, add_prompt, asked, units
 from captum_llm_ext.cli.torchrun import are_several, is_main
-from captum_llm_ext.cli.watch import Way
-from captum_llm_ext.contrast import Contrast
 from captum_llm_ext.demo import folder
-from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
-from captum_llm_ext.text.baselines.model.baselines import ModelBaselines
-from captum_llm_ext.text.inputs import TextSegmentInput
 from captum_llm_ext.text.segment import segmenter
+
+if TYPE_CHECKING:
+    from captum_llm_ext.cli.methods import Attribution
+    from captum_llm_ext.cli.watch import Way
+    from captum_llm_ext.contrast import Contrast
+    from captum_llm_ext.text.inputs import TextSegmentInput
 
 _WITHOUT = "without:"
 _BASELINES = """\
@@ -45,7 +43,6 @@ baselines: what stands where a word is absent
                 field "text"; corpus:demo is the tiny model's
   index:FILE    the same from what CorpusBaselines.save wrote
 """
-Attribution = GenerationAttribution | GenerationGradientAttribution | GenerationAttentionAttribution
 
 
 def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
@@ -179,7 +176,9 @@ class Job:
         self._output_unit = self._chosen_output_unit()
         if arguments.max_evaluations is not None and arguments.tol is None:
             raise UsageError("--max-evaluations has no meaning without --tol.")
-        self._explained = _explained(arguments)
+        _check_foils(arguments)
+        for given in arguments.baselines or ():
+            _check_baselines(given)
         self._is_remote = getattr(arguments, "rung", ()) != () and is_remote(arguments)
         if self._is_remote:
             if arguments.output_unit is None:
@@ -212,10 +211,12 @@ class Job:
 
     def prepared(
         self, baselines: Any, accelerator: Any = None
-    ) -> tuple[Attribution, TextSegmentInput]:
+    ) -> "tuple[Attribution, TextSegmentInput]":
         """The attribution object, and the input with these baselines."""
         arguments = self._arguments
         if self._is_remote:
+            from captum_llm_ext.cli.remote import attribution_of, tokenizers_of
+
             tokenizer, of_input = tokenizers_of(arguments)
             return attribution_of(arguments, tokenizer), self._input(of_input, baselines)
         tokenizer = load_tokenizer(self._place)
@@ -224,7 +225,7 @@ class Job:
         inp = self._input(tokenizer, baselines)
         return self._attribution(tokenizer, accelerator), inp
 
-    def for_many(self) -> tuple[Attribution, dict[str, Any]]:
+    def for_many(self) -> "tuple[Attribution, dict[str, Any]]":
         """The attribution object, and the arguments of `attribute_dataset` that choose features."""
         arguments = self._arguments
         chosen: dict[str, Any] = {}
@@ -235,13 +236,14 @@ class Job:
         tokenizer = load_tokenizer(self._place)
         return self._attribution(tokenizer, None), chosen
 
-    def _attribution(self, tokenizer: Any, accelerator: Any) -> Attribution:
+    def _attribution(self, tokenizer: Any, accelerator: Any) -> "Attribution":
         arguments = self._arguments
         model = load_model(self._place, arguments)
         settings = {name: getattr(arguments, name) for name in ("share", "scheme", "layer")}
         attributes = method(arguments.method, model, **settings)
         surrogate = arguments.surrogate
-        return attribution(attributes, tokenizer, self._explained, accelerator, surrogate)
+        explained = _explained(arguments)
+        return attribution(attributes, tokenizer, explained, accelerator, surrogate)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -271,13 +273,15 @@ class Job:
             **own,
         }
 
-    def cheaper(self, tokenizer: Any, n_tokens: int) -> Iterator[Way]:
+    def cheaper(self, tokenizer: Any, n_tokens: int) -> "Iterator[Way]":
         """Other commands that answer about the same with fewer evaluations.
 
         Args:
             tokenizer: The model's.
             n_tokens: Length of the answer.
         """
+        from captum_llm_ext.cli.watch import Way
+
         arguments = self._arguments
         n_prompt = self._asked.input(tokenizer, self._units, None).n_features
         n_output = 0
@@ -309,8 +313,21 @@ class Job:
         finest = self._units[-1]
         return levels[: levels.index(finest)][::-1] if finest in levels else ()
 
-    def _input(self, tokenizer: Any, baselines: Any) -> TextSegmentInput:
+    def _input(self, tokenizer: Any, baselines: Any) -> "TextSegmentInput":
         return self._asked.input(tokenizer, self._units, baselines)
+
+
+def baselines_of(arguments: argparse.Namespace) -> Any:
+    """The ``baselines`` argument of `TextSegmentInput` where ``--baselines`` is given at most once.
+
+    Raises:
+        UsageError, ValueError, OSError: As of `as_baselines`.
+    """
+    if arguments.baselines:
+        return as_baselines(arguments.baselines[0], arguments.seed)
+    from captum_llm_ext.text.baselines import Default
+
+    return Default()
 
 
 def as_baselines(given: str, seed: int) -> Any:
@@ -320,18 +337,35 @@ def as_baselines(given: str, seed: int) -> Any:
         UsageError: If a file is given without saying what it is.
         ValueError, OSError: If the file cannot be read.
     """
+    _check_baselines(given)
     kind, _, name = given.partition(":")
     if given == "delete":
         return None
     if given == "model":
+        from captum_llm_ext.text.baselines.model.baselines import ModelBaselines
+
         return ModelBaselines()
     if kind == "token" and name:
         return name
-    if kind == "corpus" and name:
+    if kind in ("corpus", "index") and name:
+        from captum_llm_ext.text.baselines.corpus.baselines import CorpusBaselines
+
+        if kind == "index":
+            return CorpusBaselines.load(name, seed=seed)
         is_demo = name == DEMO and not Path(name).exists()
         return CorpusBaselines(folder() / "corpus.txt" if is_demo else name, seed=seed)
-    if kind == "index" and name:
-        return CorpusBaselines.load(name, seed=seed)
+    return given
+
+
+def _check_baselines(given: str) -> None:
+    """Checks how an entry of ``--baselines`` is written; no file is read.
+
+    Raises:
+        UsageError: If a file is given without saying what it is.
+    """
+    kind, _, name = given.partition(":")
+    if kind in ("corpus", "index", "token") and name:
+        return
     if kind.isalpha() and name:
         raise UsageError(
             f"--baselines {given}: before the colon goes corpus, index or token (token:{given} for "
@@ -342,26 +376,34 @@ def as_baselines(given: str, seed: int) -> Any:
             f"--baselines {given} is a file: say corpus:{given} if it holds texts, index:{given} "
             "if `CorpusBaselines.save` wrote it."
         )
-    return given
 
 
-def _explained(arguments: argparse.Namespace) -> str | Contrast:
-    """The value to explain, from ``--attr-target`` and ``--foils``.
+def _check_foils(arguments: argparse.Namespace) -> None:
+    """Checks that foils are not ignored.
 
     Raises:
-        UsageError: If foils would be ignored.
+        UsageError: If they would be.
     """
+    given: list[str] | None = arguments.foils
+    if given is None:
+        return
+    if arguments.attr_target != "contrast":
+        raise UsageError("--foils would be ignored: it is of --attr-target contrast.")
+    if given[0].startswith(_WITHOUT) and len(given) > 1:
+        raise UsageError(f"--foils {given[0]} finds all foils: give it alone.")
+
+
+def _explained(arguments: argparse.Namespace) -> "str | Contrast":
+    """The value to explain, from ``--attr-target`` and ``--foils``."""
     given: list[str] | None = arguments.foils
     if given is None:
         usual = "logit" if arguments.method == "linear" else "log_prob"
         return arguments.attr_target or usual
-    if arguments.attr_target != "contrast":
-        raise UsageError("--foils would be ignored: it is of --attr-target contrast.")
+    from captum_llm_ext.contrast import Contrast
+
     feature = given[0].removeprefix(_WITHOUT)
     if feature == given[0]:
         return Contrast(foils=given)
-    if len(given) > 1:
-        raise UsageError(f"--foils {given[0]} finds all foils: give it alone.")
     return Contrast(without=int(feature) if feature.isdigit() else feature)
 
 

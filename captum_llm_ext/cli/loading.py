@@ -11,9 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from captum_llm_ext import _compat
 from captum_llm_ext.cli import torchrun as together
 from captum_llm_ext.cli.command import UsageError, say
 from captum_llm_ext.cli.quantizing import HELP as QUANTIZE
@@ -168,7 +165,10 @@ def load_model(place: Place, arguments: argparse.Namespace) -> Any:
     Raises:
         ValueError: If it cannot be loaded.
     """
+    import torch
     from transformers import AutoModelForCausalLM
+
+    from captum_llm_ext import _compat
 
     unsaid = "auto" if place.gguf is None else torch.float32
     dtype = unsaid if arguments.dtype == "auto" else getattr(torch, arguments.dtype)

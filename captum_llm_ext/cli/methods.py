@@ -3,20 +3,22 @@
 import argparse
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from captum_llm_ext.attribution.attention import (
-    AttentionRollout,
-    AttentionWeights,
-    GenerationAttentionAttribution,
-)
-from captum_llm_ext.attribution.generation import GenerationAttribution
-from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
 from captum_llm_ext.cli.command import UsageError, from_0_to_1, positive
 from captum_llm_ext.cli.wording import METHODS
-from captum_llm_ext.contrast import Contrast
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from captum_llm_ext.attribution.attention import GenerationAttentionAttribution
+    from captum_llm_ext.attribution.generation import GenerationAttribution
+    from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
+    from captum_llm_ext.contrast import Contrast
+
+    Attribution = (
+        GenerationAttribution | GenerationGradientAttribution | GenerationAttentionAttribution
+    )
 
 HELP = """\
 methods: what an attribution is, of n features (captum's names of classes mean the same)
@@ -201,7 +203,7 @@ def check_method(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{option} would be ignored: it is of --method {listed}.")
 
 
-def method(name: str, model: nn.Module, *, layer: str | None = None, **settings: Any) -> Any:
+def method(name: str, model: "nn.Module", *, layer: str | None = None, **settings: Any) -> Any:
     """The attribution method over a model; settings that are None are its defaults.
 
     Raises:
@@ -222,10 +224,10 @@ def method(name: str, model: nn.Module, *, layer: str | None = None, **settings:
 def attribution(
     attributes: Any,
     tokenizer: Any,
-    attr_target: str | Contrast = "log_prob",
+    attr_target: "str | Contrast" = "log_prob",
     accelerator: Any = None,
     surrogate: str | None = None,
-) -> GenerationAttribution | GenerationGradientAttribution | GenerationAttentionAttribution:
+) -> "Attribution":
     """The attribution object for a method.
 
     Args:
@@ -235,6 +237,14 @@ def attribution(
         accelerator: Tells of the other processes; not for gradients and attention.
         surrogate: As of `GenerationAttribution`; not for gradients and attention.
     """
+    from captum_llm_ext.attribution.attention import (
+        AttentionRollout,
+        AttentionWeights,
+        GenerationAttentionAttribution,
+    )
+    from captum_llm_ext.attribution.generation import GenerationAttribution
+    from captum_llm_ext.attribution.gradient import GenerationGradientAttribution
+
     if isinstance(attributes, AttentionRollout | AttentionWeights):
         return GenerationAttentionAttribution(attributes, tokenizer)
     if type(attributes) in GenerationGradientAttribution.SUPPORTED_METHODS:
@@ -244,7 +254,7 @@ def attribution(
     )
 
 
-def _module(model: nn.Module, layer: str) -> nn.Module:
+def _module(model: "nn.Module", layer: str) -> "nn.Module":
     modules = dict(model.named_modules())
     if layer in modules:
         return modules[layer]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from captum_llm_ext.base import files
+from captum_llm_ext.base.finite import finite
 from captum_llm_ext.cli.command import UsageError, say
-from captum_llm_ext.result.files import finite
 
 Kind = Literal["html", "png", "svg", "pdf", "json", "save"]
 _HELP: dict[Kind, str] = {

@@ -6,13 +6,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from captum_llm_ext.cli.command import UsageError, note
 from captum_llm_ext.cli.loading import DEMO
-from captum_llm_ext.text.inputs import ChatInput, TextSegmentInput
-from captum_llm_ext.text.inputs.text import Parts
 from captum_llm_ext.text.segment import Span, segmenter
+from captum_llm_ext.text.segment.parts import Parts
+
+if TYPE_CHECKING:
+    from captum_llm_ext.text.inputs import TextSegmentInput
 
 NESTED = ("paragraph", "sentence", "word")  # what a search goes down, if nothing else is said
 _QUESTION, _SYSTEM = "question", "system"
@@ -112,8 +114,10 @@ class Asked:
             for one in cast(Sequence[Any], messages)
         )
 
-    def input(self, tokenizer: Any, units: tuple[str, ...], baselines: Any) -> TextSegmentInput:
+    def input(self, tokenizer: Any, units: tuple[str, ...], baselines: Any) -> "TextSegmentInput":
         """The prompt as features of these units, from coarse to fine."""
+        from captum_llm_ext.text.inputs import ChatInput, TextSegmentInput
+
         parts: Any = units
         if self.passages:
             names = [*self.passages, _QUESTION]

@@ -3,14 +3,11 @@
 import argparse
 from pathlib import Path
 
-from captum_llm_ext.attribution.dataset import attribute_dataset
 from captum_llm_ext.base import files
 from captum_llm_ext.cli.command import UsageError, say
-from captum_llm_ext.cli.job import Job, as_baselines
+from captum_llm_ext.cli.job import Job, baselines_of
 from captum_llm_ext.cli.outputs import PICTURES, as_json, check_outputs
 from captum_llm_ext.cli.torchrun import accelerator, is_main
-from captum_llm_ext.result import GenerationAttributionResult
-from captum_llm_ext.text.baselines import Default
 
 # As many errors are shown; all of them are in files.
 _SHOWN = 10
@@ -64,8 +61,9 @@ def check_records(arguments: argparse.Namespace) -> bool:
 def run_records(arguments: argparse.Namespace) -> int:
     """Attributes every line; returns 1 if one failed."""
     job = Job(arguments)
-    given = arguments.baselines or []
-    baselines = as_baselines(given[0], arguments.seed) if given else Default()
+    baselines = baselines_of(arguments)
+    from captum_llm_ext.attribution.dataset import attribute_dataset
+
     attribution, chosen = job.for_many()
     options = {name: value for name, value in job.options.items() if name != "target"}
     report = attribute_dataset(
@@ -91,6 +89,8 @@ def run_records(arguments: argparse.Namespace) -> int:
 
 def _write_lines(name: str, folder: Path) -> None:
     """A line of JSON for each result, in the order of the prompts."""
+    from captum_llm_ext.result import GenerationAttributionResult
+
     results = (
         GenerationAttributionResult.load(path) for path in sorted(folder.glob("*.safetensors"))
     )

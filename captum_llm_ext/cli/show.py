@@ -2,15 +2,16 @@
 
 import argparse
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from captum_llm_ext.base.terminal import paint
 from captum_llm_ext.cli.command import UsageError, add_command, positive
 from captum_llm_ext.cli.counterfactual import read_counterfactuals
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.told import add_level, check_level, told
-from captum_llm_ext.result import Cause, GenerationAttributionResult
-from captum_llm_ext.result.foils import foils_told
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result import Cause, GenerationAttributionResult
 
 EXAMPLES = (
     "show dave.safetensors",
@@ -59,6 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_level(arguments)
     if arguments.level is not None and arguments.token is not None:
         raise UsageError("--level would be ignored with --token, which lists causes as they are.")
+    from captum_llm_ext.result import GenerationAttributionResult
+
     result = GenerationAttributionResult.load(arguments.result)
     if arguments.token is None:
         text = told(result, arguments.top, arguments.level)
@@ -69,8 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
     write_outputs(arguments, result, text, result.plot_token_attr, found)
 
 
-def _causes(result: GenerationAttributionResult, token: str, k: int) -> str:
+def _causes(result: "GenerationAttributionResult", token: str, k: int) -> str:
     """The causes of one token or of several, one a line, whatever their errors."""
+    from captum_llm_ext.result.foils import foils_told
+
     span = re.fullmatch(r"(-?\d+):(-?\d+)", token)
     if span is not None:
         found = result.attribute_span(int(span[1]), int(span[2]))
@@ -83,7 +88,7 @@ def _causes(result: GenerationAttributionResult, token: str, k: int) -> str:
     return _listed(name, causes, foils)
 
 
-def _listed(name: str, causes: list[Cause], foils: str = "") -> str:
+def _listed(name: str, causes: "list[Cause]", foils: str = "") -> str:
     lines = [
         f"  {paint(str(cause), 'raises' if cause.attribution > 0 else 'lowers')}"
         for cause in causes

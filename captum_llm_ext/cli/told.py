@@ -3,14 +3,16 @@
 import argparse
 import math
 import textwrap
+from typing import TYPE_CHECKING
 
 from captum_llm_ext.base.terminal import paint, shortened, width
 from captum_llm_ext.cli.command import UsageError, note
 from captum_llm_ext.cli.wording import in_options
-from captum_llm_ext.result import Cause, GenerationAttributionResult
-from captum_llm_ext.result.in_the_end import in_the_end
-from captum_llm_ext.result.total import Share
 from captum_llm_ext.text.segment import NAMED_UNITS
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result import Cause, GenerationAttributionResult
+    from captum_llm_ext.result.total import Share
 
 _LEVELS = ("turn", "passage", "part", "example", *NAMED_UNITS)
 
@@ -42,7 +44,7 @@ def check_level(arguments: argparse.Namespace) -> None:
         raise UsageError("--level turn: turns are those of a --chat, or of --as-chat.")
 
 
-def told(result: GenerationAttributionResult, k: int, level: str | None = None) -> str:
+def told(result: "GenerationAttributionResult", k: int, level: str | None = None) -> str:
     """The printed text of a result: causes at the level asked for, the table, sentences.
 
     Args:
@@ -63,11 +65,13 @@ def told(result: GenerationAttributionResult, k: int, level: str | None = None) 
     return "\n\n".join(blocks)
 
 
-def _by_level(result: GenerationAttributionResult, level: str, columns: int | None) -> str:
+def _by_level(result: "GenerationAttributionResult", level: str, columns: int | None) -> str:
     """What each part of the prompt does for the whole answer, a line each.
 
     Where most of the answer follows from its own words, its share in the end as well.
     """
+    from captum_llm_ext.result.in_the_end import in_the_end
+
     causes = {cause.label or cause.name: cause for cause in result.causes(level=level).prompt}
     end = in_the_end(result, level)
     shares: dict[str, Share] = {}
@@ -88,12 +92,12 @@ def _by_level(result: GenerationAttributionResult, level: str, columns: int | No
     return "\n".join(lines)
 
 
-def _amount_told(cause: Cause) -> str:
+def _amount_told(cause: "Cause") -> str:
     error = "?" if math.isnan(cause.standard_error) else f"{cause.standard_error:.2f}"
     return f"{cause.attribution:+8.2f} ± {error:<5}"
 
 
-def _share_told(share: Share | None) -> str:
+def _share_told(share: "Share | None") -> str:
     if share is None:
         return f"{'0 %':<9}"
     error = share.standard_error

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from captum_llm_ext.base import files
+from captum_llm_ext.base.finite import finite
 from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.result.causes import joined_name
-from captum_llm_ext.result.files import finite
 from captum_llm_ext.result.foils import other_value
 from captum_llm_ext.result.in_the_end import share_errors, totals
 from captum_llm_ext.result.levels import page_levels

@@ -21,7 +21,6 @@ a warning says that this is all.
 """
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.base import tensor_file
+from captum_llm_ext.base.finite import finite
 from captum_llm_ext.base.tensor_file import BROKEN, Kind
 from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.redundancy import check_redundancy
@@ -233,16 +233,6 @@ def _n_foils(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> int:
     if [len(own) for own in each] != (ids >= 0).sum(1).tolist():
         raise ValueError("`foil_tokens` names other foils than `foils` has")
     return ids.shape[1]
-
-
-def finite(content: Any) -> Any:
-    """The same with None for NaN and infinities, which JSON lacks."""
-    if isinstance(content, Mapping):
-        items = cast(Mapping[Any, Any], content).items()
-        return {key: finite(value) for key, value in items}
-    if isinstance(content, list | tuple):
-        return [finite(value) for value in cast(list[Any], content)]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _check_rest(rest: Mapping[str, Any], version: int) -> None:

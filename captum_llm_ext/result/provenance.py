@@ -1,11 +1,7 @@
 """Provenance: model, versions and command that numbers came from."""
 
-import os
 import platform
-import re
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +9,8 @@ from torch import nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.base.arguments import TARGETS
+from captum_llm_ext.base.command_line import command_line
 from captum_llm_ext.contrast import Contrast
-
-_NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
 def model_provenance(model: nn.Module, device: torch.device | str) -> dict[str, Any]:
@@ -67,32 +62,3 @@ def run_provenance() -> dict[str, Any]:
         "versions": _compat.versions(),
         "command": command_line(),
     }
-
-
-def command_line(program: str | None = None, arguments: Sequence[str] | None = None) -> str | None:
-    """A command line with paths reduced to their last part, as results are shown to others.
-
-    Args:
-        program: What was run. None: the running script, with its own arguments.
-        arguments: Its arguments.
-
-    Returns:
-        The line to type, quoted for a shell; None in a notebook or an interactive session, which no
-        command describes.
-    """
-    if program is None:
-        started, *rest = sys.argv or [""]
-        name = os.path.basename(started)
-        if not name or started.startswith("-") or name in _NOTEBOOKS:
-            return None
-    else:
-        name, rest = program, list(arguments or ())
-    line = shlex.join([name, *map(_without_folder, rest)])
-    return line.encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
-
-
-def _without_folder(argument: str) -> str:
-    option = "".join(re.findall(r"\A(?:--[\w-]+=)?(?:\w+:)?", argument))
-    value = argument.removeprefix(option)
-    is_path = os.path.isabs(value) and os.path.isdir(os.path.dirname(value))
-    return option + os.path.basename(value) if is_path else argument

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from captum_llm_ext.base.finite import finite
 from captum_llm_ext.evaluation.faithfulness.estimate import Estimate
 from captum_llm_ext.evaluation.faithfulness.scores import Kind, Metric, PerturbationCurve
-from captum_llm_ext.result.files import finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,7 +23,7 @@ _KIND = tensor_file.Kind(
     digest_since=2,
     oldest=2,
 )
-_ENDING = ".safetensors"
+_ENDING = files.CHECKPOINT_ENDING
 _DIGEST = 16  # bytes of a row's key: of a billion rows two share one with probability 1e-21
 # Seconds between two writings; and of the run's time at most one part in so many.
 _SHORTEST_WAIT = 1.0
@@ -65,7 +65,7 @@ class Journal:
     def of_surrogate(cls, path: str | os.PathLike[str], about: Mapping[str, Any]) -> "Journal":
         """The values of a model's surrogate, in a file beside that of the model's."""
         path = Path(path)
-        check_place(path)
+        files.check_checkpoint(path)
         if path.suffix == _ENDING and not path.is_dir():
             path = path.with_suffix(f".surrogate{_ENDING}")
         return cls(path, {**about, "values_of": "surrogate"})
@@ -177,28 +177,8 @@ def _content(
     return known, target, budget
 
 
-def check_place(path: str | os.PathLike[str]) -> None:
-    """Refuses a place that no checkpoint can be in.
-
-    Args:
-        path: As of `Journal`.
-
-    Raises:
-        ValueError: If it is no folder, and no file that ends in ``.safetensors`` in a folder.
-    """
-    path = Path(path)
-    if path.is_dir() or not (path.suffix or path.exists()):  # a folder, or one that is to be made
-        return
-    if path.suffix != _ENDING:
-        raise ValueError(
-            f"`checkpoint` is {str(path)!r}: give a file that ends in {_ENDING}, or a folder."
-        )
-    if not path.parent.is_dir():
-        raise ValueError(f"`checkpoint` lies in {str(path.parent)!r}, and there is no such folder.")
-
-
 def _file(path: Path, about: Mapping[str, Any]) -> Path:
-    check_place(path)
+    files.check_checkpoint(path)
     if path.suffix == _ENDING and not path.is_dir():
         return path
     path.mkdir(parents=True, exist_ok=True)

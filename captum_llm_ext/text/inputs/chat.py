@@ -17,9 +17,10 @@ from captum_llm_ext.text.inputs.messages import (
     locate_messages,
 )
 from captum_llm_ext.text.inputs.prompt import Piece
-from captum_llm_ext.text.inputs.text import Parts, TextSegmentInput, as_units
+from captum_llm_ext.text.inputs.text import TextSegmentInput, as_units
 from captum_llm_ext.text.plain_tokenizer import PlainTokenizer
 from captum_llm_ext.text.segment import Span, Unit
+from captum_llm_ext.text.segment.parts import Parts
 
 
 class ChatInput(TextSegmentInput):

@@ -37,6 +37,7 @@ from captum_llm_ext.text.inputs.prompt import (
 )
 from captum_llm_ext.text.plain_tokenizer import PlainTokenizer
 from captum_llm_ext.text.segment import Span, Unit, shorten, unit_name
+from captum_llm_ext.text.segment.parts import Parts
 
 Part = tuple[str, str] | tuple[str, str, bool]
 _DEFAULT = Default()
@@ -391,36 +392,6 @@ class TextSegmentInput(InterpretableInput, Prompt):
         return (
             f"TextSegmentInput({shorten(self.text)!r}, unit={unit!r}, {self.n_features} features)"
         )
-
-
-class Parts:
-    """Named spans of one text, as a unit.
-
-    Args:
-        names: One per span.
-        spans: In reading order.
-        title: What a part is called, as a level of results.
-        wholes: Spans with equal number are stretches of one part. By default each is one.
-    """
-
-    positional = True  # see `segment.has_explicit_spans`
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        spans: Sequence[Span],
-        title: str = "part",
-        wholes: Sequence[int] | None = None,
-    ) -> None:
-        self.names, self._spans, self.title = list(names), list(spans), title
-        self.wholes = list(range(len(spans)) if wholes is None else wholes)
-
-    def __call__(self, text: str) -> list[Span]:
-        """The spans, whatever the text."""
-        return self._spans
-
-    def __repr__(self) -> str:
-        return f"{len(self._spans)} {self.title}s"
 
 
 def as_units(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:

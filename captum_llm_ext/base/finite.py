@@ -1,0 +1,15 @@
+"""Numbers that JSON has."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+
+def finite(content: Any) -> Any:
+    """The same with None for NaN and infinities, which JSON lacks."""
+    if isinstance(content, Mapping):
+        items = cast(Mapping[Any, Any], content).items()
+        return {key: finite(value) for key, value in items}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in cast(list[Any], content)]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
