@@ -40,8 +40,10 @@ def cells(page, table):
 
 
 def percent(share, error=0.0):
-    spread = f" ± {round(100 * error)}" if error >= 0.005 else ""
-    return f"<1{spread} %" if 0 < share < 0.01 else f"{round(100 * share)}{spread} %"
+    def shown(x):
+        return "<1" if 0 < x < 0.005 else round(100 * x)
+
+    return f"{shown(share)} ± {shown(error)} %" if error > 0 else f"{shown(share)} %"
 
 
 def chains(page):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.attribution.game import Run
+from captum_llm_ext.base.amounts import plus_minus
 from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.coalitions.clustered_errors import normal_scale
 from captum_llm_ext.model import Generation, Scorer, TokenRow
@@ -92,7 +93,7 @@ class TotalEffect:
         if abs(value) < 0.005 or abs(value) <= 1.96 * error:
             return ""
         name = one_line(self.names[feature].strip())
-        return f"{name} {value:+.2f} ± {error:.2f} (directly {direct:+.2f})"
+        return f"{name} {value:+.2f}{plus_minus(error)} (directly {direct:+.2f})"
 
     @property
     def summary(self) -> str:

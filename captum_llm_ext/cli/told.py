@@ -1,10 +1,10 @@
 """A result as the command line prints it."""
 
 import argparse
-import math
 import textwrap
 from typing import TYPE_CHECKING
 
+from captum_llm_ext.base.amounts import percent, plus_minus
 from captum_llm_ext.base.terminal import paint, shortened, width
 from captum_llm_ext.cli.command import UsageError, note
 from captum_llm_ext.cli.wording import in_options
@@ -93,13 +93,10 @@ def _by_level(result: "GenerationAttributionResult", level: str, columns: int | 
 
 
 def _amount_told(cause: "Cause") -> str:
-    error = "?" if math.isnan(cause.standard_error) else f"{cause.standard_error:.2f}"
-    return f"{cause.attribution:+8.2f} ± {error:<5}"
+    return f"{cause.attribution:+8.2f}{plus_minus(cause.standard_error):<8}"
 
 
 def _share_told(share: "Share | None") -> str:
     if share is None:
         return f"{'0 %':<9}"
-    error = share.standard_error
-    spread = " ± ?" if math.isnan(error) else f" ± {100 * error:.0f}" if error >= 0.005 else ""
-    return f"{f'{100 * share.share:.0f}{spread} %':<9}"
+    return f"{percent(share.share, share.standard_error):<9}"

@@ -1,12 +1,12 @@
 """Attributions of single features, of spans of the answer, of groups and of redundant pairs."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from captum_llm_ext.base.amounts import plus_minus
 from captum_llm_ext.base.terminal import one_line, shortened
 
 _UNITS = {
@@ -64,10 +64,8 @@ class Cause(NamedTuple):
         name = one_line((self.label or self.name).strip())
         name = name if any(map(str.isalnum, name)) else repr(self.label or self.name)
         name = name if most is None else shortened(name, most)
-        error = f" ± {self.standard_error:.2f}" if self.standard_error > 0 else ""
-        error = " ± ?" if math.isnan(self.standard_error) else error
         number = f"{self.attribution:.2f}" if self.is_unsigned else f"{self.attribution:+.2f}"
-        return f"{name}{where} {number}{error}"
+        return f"{name}{where} {number}{plus_minus(self.standard_error)}"
 
 
 def strongest(

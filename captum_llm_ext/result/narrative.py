@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from captum_llm_ext.base.amounts import percent, plus_minus
 from captum_llm_ext.result.about import absence, factor, is_in_nats
 from captum_llm_ext.result.causes import Cause, unit_of
 from captum_llm_ext.result.in_the_end import InTheEnd, in_the_end
@@ -92,9 +93,7 @@ def told_part(cause: Cause, level: str) -> str:
 def amount(cause: Cause, unit: str | None, per: int = 1) -> str:
     """``+13.60 ± 0.42 nats``."""
     number = f"{cause.attribution:.2f}" if cause.is_unsigned else f"{cause.attribution:+.2f}"
-    error = cause.standard_error
-    said = " ± ?" if math.isnan(error) else f" ± {error:.2f}" if error > 0 else ""
-    told = f"{number.replace('-', '−')}{said}"
+    told = f"{number.replace('-', '−')}{plus_minus(cause.standard_error)}"
     told += f" {unit}" if unit else ""
     return told + (f" over {per} tokens" if per > 1 else "")
 
@@ -104,7 +103,10 @@ def _in_the_end(result: "ResultNumbers", end: InTheEnd) -> list[str]:
     subject = "it"
     if end.is_first:
         subject = subject_told(result, 0, len(result.output_tokens))
-    told = [f"{_part_of_end(share, end)} ({_share_told(share)})" for share in end.told[:_MOST_ENDS]]
+    told = [
+        f"{_part_of_end(share, end)} ({percent(share.share, share.standard_error)})"
+        for share in end.told[:_MOST_ENDS]
+    ]
     if not told:
         return []
     mostly = "mostly " if end.told[0].share > _MOSTLY else ""
@@ -120,12 +122,6 @@ def _part_of_end(share: Share, end: InTheEnd) -> str:
         return f"{quoted(share.name)} in the answer itself, which nothing in particular led to"
     name = share.name
     return name if "“" in name else f"the {end.level} {quoted(name)}"
-
-
-def _share_told(share: Share) -> str:
-    error = share.standard_error
-    spread = " ± ?" if math.isnan(error) else f" ± {100 * error:.0f}" if error >= 0.005 else ""
-    return f"{100 * share.share:.0f}{spread} %"
 
 
 def _in_the_prompt(
@@ -298,7 +294,7 @@ def _certainty(
         one, other = leading(causes)
         apart = abs(one.attribution) - abs(other.attribution)
         error = read.difference_error(start, stop, one, other)
-        beside = f"in size they differ by {apart:.2f} ± {error:.2f}".replace("-", "−")
+        beside = f"in size they differ by {apart:.2f}{plus_minus(error)}".replace("-", "−")
         direct = "direct " * is_second
         which = (
             f"the first two {direct}causes" if other.is_marked else f"it and the next {direct}cause"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from captum_llm_ext.base.amounts import percent
 from captum_llm_ext.base.terminal import columns, one_line, shortened
 from captum_llm_ext.result.about import header
 from captum_llm_ext.result.causes import Cause
@@ -269,7 +270,7 @@ def _more(result: "ResultNumbers") -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return percent(share)
 
 
 def _plain(text: str, _: str) -> str:

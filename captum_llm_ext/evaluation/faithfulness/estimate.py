@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_llm_ext.base.amounts import plus_minus
+
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
@@ -67,9 +69,8 @@ class Estimate:
     def __str__(self) -> str:
         if self.value.dim():
             return repr(self)
-        error = float(self.standard_error)
         value = round(float(self.value), 2) + 0.0  # of which none is -0.00
-        return f"{value:.2f}" + (f" ± {error:.2f}" if error > 0 else "")
+        return f"{value:.2f}{plus_minus(float(self.standard_error))}"
 
     def _without(self, source: str) -> Tensor:
         return self.left_out.get(source, self.value[None])

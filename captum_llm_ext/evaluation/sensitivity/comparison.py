@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from captum_llm_ext.base.amounts import plus_minus
 from captum_llm_ext.base.arguments import at_least_one
 from captum_llm_ext.evaluation.sensitivity.views import Verdict, View
 from captum_llm_ext.result import Cause, GenerationAttributionResult
@@ -72,7 +73,7 @@ class Change:
 
     def __str__(self) -> str:
         said = [
-            f"{value:+.2f}{f' ± {error:.2f}' if error > 0 else ''} ({baseline})"
+            f"{value:+.2f}{plus_minus(error)} ({baseline})"
             for value, error, baseline in zip(
                 self.attributions, self.standard_errors, self.between, strict=True
             )

@@ -20,6 +20,7 @@ from importlib import resources
 from itertools import pairwise
 from typing import Any
 
+from captum_llm_ext.base.amounts import percent, plus_minus
 from captum_llm_ext.result.page.changes import told_changes
 from captum_llm_ext.result.page.noted import noted
 
@@ -202,9 +203,7 @@ def _total(data: Mapping[str, Any], name: str) -> str:
 
 
 def _share(one: Mapping[str, Any]) -> str:
-    error = one["standard_error"]
-    spread = " ± ?" if error is None else f" ± {100 * error:.0f}" if error >= 0.005 else ""
-    return f"{100 * one['share']:.0f}{spread}\u00a0%"
+    return _escaped(percent(one["share"], one["standard_error"], "\u00a0"))
 
 
 def _is_told(cause: Mapping[str, Any]) -> bool:
@@ -215,7 +214,7 @@ def _cause(cause: Mapping[str, Any], is_unsigned: bool) -> str:
     """A cause as HTML: coloured if it is told from nothing."""
     value, error = cause["attribution"], cause["standard_error"]
     number = f"{value:.2f}" if is_unsigned else f"{value:+.2f}".replace("-", "−")
-    spread = " ± ?" if error is None else f" ± {error:.2f}" if error > 0 else ""
+    spread = _escaped(plus_minus(error))
     kind = "size" if is_unsigned else "raises" if value > 0 else "lowers"
     kind = kind if cause["marked"] else "unsure"
     told = _escaped(cause["name"])

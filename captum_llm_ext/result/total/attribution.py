@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from captum_llm_ext.base.amounts import percent
 from captum_llm_ext.base.terminal import columns, one_line, shortened
 from captum_llm_ext.result.influence import Influence, flow_towards, strongest_chains
 from captum_llm_ext.result.total.spread import Spread
@@ -22,6 +23,7 @@ _LONGEST_NAME = 24
 _LEAST_SHOWN = 0.005
 _MOST_CHIPS, _LONGEST_CHIP = 3, 120
 _DIGITS = 5  # significant digits of what a page is given
+_NBSP = "\u00a0"
 _ARROW = "  ⇐  "
 Paint = Callable[[str, str], str]
 
@@ -46,10 +48,8 @@ class Share(NamedTuple):
     def __str__(self) -> str:
         name = one_line(self.name.strip())
         name = name if any(map(str.isalnum, name)) else repr(self.name)
-        error = f" ± {100 * self.standard_error:.0f}" if self.standard_error >= 0.005 else ""
-        error = " ± ?" if self.standard_error != self.standard_error else error
         begins = " (begins there)" if self.is_output else ""
-        return f"{name}{begins} {100 * self.share:.0f}{error} %"
+        return f"{name}{begins} {percent(self.share, self.standard_error)}"
 
 
 class Route(NamedTuple):
@@ -74,7 +74,7 @@ class Route(NamedTuple):
 
     def __str__(self) -> str:
         names = [one_line(name.strip()) or repr(name) for name in self.names]
-        return f"{' → '.join(names)}  {100 * self.share:.0f} %"
+        return f"{' → '.join(names)}  {percent(self.share)}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -394,7 +394,7 @@ class TotalAttribution:
     def _left_out(self) -> list[str]:
         sizes = self.strength.clamp_min(0)
         told = [
-            f"{100 * share:.0f} % {why}"
+            f"{percent(share)} {why}"
             for share, why in (
                 (_mean(self.negative, sizes), "for their sign"),
                 (_mean(self.uncertain, sizes), "as within their errors"),
@@ -451,7 +451,7 @@ def _chips(names: list[str], shares: Tensor) -> str:
     return ", ".join(
         f"<span style='background:rgba(140,110,200,{0.1 + 0.4 * float(shares[i]):.2f});"
         f"border-radius:3px;padding:0 .3em'>{_html(names[i])} "
-        f"<b>{100 * float(shares[i]):.0f}\u00a0%</b></span>"
+        f"<b>{html.escape(percent(float(shares[i]), space=_NBSP))}</b></span>"
         for i in found
         if float(shares[i]) >= _LEAST_SHOWN
     )

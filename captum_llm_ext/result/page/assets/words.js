@@ -15,9 +15,9 @@ function signed(x, most) {
 }
 function plusMinus(error, most) {
   if (!Number.isFinite(error)) return nUntold ? " ± ?" : "";
-  if (!hasErrors) return "";
+  if (!hasErrors || error === 0) return "";
   const text = plain(error, most);
-  return error > 0 && Number(text) === 0 ? " ± <" + (10 ** -decimals(most)).toFixed(decimals(most)) : " ± " + text;
+  return Number(text) === 0 ? " ± <" + (10 ** -decimals(most)).toFixed(decimals(most)) : " ± " + text;
 }
 /* How many times as probable: of values that are logarithms, of a span by token. */
 function factor(x, tokens) {
@@ -28,12 +28,13 @@ function factor(x, tokens) {
   return shown + " times " + (x > 0 ? "as" : "less") + " probable";
 }
 /* A share of what led to something. */
-const percentOf = (share) => (share > 0 && share < 0.01 ? "<1" : String(Math.round(100 * share))) + "\u00a0%";
+const hundredths = (x) => (x > 0 && Math.round(100 * x) === 0 ? "<1" : String(Math.round(100 * x)));
+const percentOf = (share) => hundredths(share) + "\u00a0%";
 /* What stands between a share's number and its sign. */
 function spreadOf(series, i) {
   const error = series.error[i];
   if (series.isUntold || !(series.value[i] > 0)) return "";
-  return !Number.isFinite(error) ? " ± ?" : error >= 0.005 ? " ± " + Math.round(100 * error) : "";
+  return !Number.isFinite(error) ? " ± ?" : error > 0 ? " ± " + hundredths(error) : "";
 }
 const shareTold = (series, i) => percentOf(series.value[i]).replace("\u00a0%", spreadOf(series, i) + "\u00a0%");
 /* Whether colours tell sizes, not what raises and what lowers. */
