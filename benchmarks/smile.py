@@ -47,12 +47,12 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "leave-one-out": FeatureAblation,
 }
 ABSENCES = ("deletion", "by the model")
+# The answer, "Dave, the capital of France is Paris.", is owed to the name and to the question.
 QUESTION = (
-    "What is the capital of France?",
-    "Answer in a numbered list.",
-    "Be brief.",
-    "My name is Dave.",
     "I live in Ohio.",
+    "My name is Dave.",
+    "I have a cat.",
+    "What is the capital of France?",
 )
 
 
@@ -176,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.new,
         )
         new = {(row["method"], row["absence"]) for row in found["rows"]}
-        earlier_rows = report.get("checkpoint", {}).get("rows", [])
+        earlier = report.get("checkpoint", {})
+        is_same = earlier.get("request") == found["request"]
+        earlier_rows = earlier.get("rows", []) if is_same else []
         kept = [row for row in earlier_rows if (row["method"], row["absence"]) not in new]
         report["checkpoint"] = found | {"rows": [*kept, *found["rows"]]}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -9,9 +9,9 @@ occupation. Two questions, on as many documents as are asked for:
   nothing of D, beside the exact one: every A is tried, with the model's own probability of it. The
   rest of the answer is held as it is there, on which D does not depend.
 
-    python benchmarks/totals.py [--documents 20] [--samples 16] [--methods NAME ...]
+    python benchmarks/totals.py [--documents 20] [--samples 64] [--methods NAME ...]
 
-What is not measured again keeps what the file says of as many documents.
+What is not measured again keeps what the file says; each part names the commit it is of.
 """
 
 import argparse
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Writes both tables as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=16, help="0: without the causal number")
+    parser.add_argument("--samples", type=int, default=64, help="0: without the causal number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="*", default=ASKED)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/totals.json")
@@ -230,11 +230,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     for method in arguments.methods:
-        row = shares(given, method)
+        row = {"commit": report["commit"]} | shares(given, method)
         report["shares"] = [own for own in report["shares"] if own["method"] != method] + [row]
         write()
     if arguments.samples:
-        report["causal"] = causal(given, arguments.samples)
+        report["causal"] = {"commit": report["commit"]} | causal(given, arguments.samples)
         print({k: v for k, v in report["causal"].items() if k != "rows"}, file=sys.stderr)
         write()
 

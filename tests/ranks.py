@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import tiny
@@ -40,6 +41,9 @@ from captum_llm_ext.base.digest import digest
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.model.processes import group as processes
 from captum_llm_ext.model.processes import store
+
+# Absent is deleted: what comes of it is known.
+attribute_dataset = partial(attribute_dataset, baselines="delete")
 
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 # Name: method, features, arguments of ``attribute``.

@@ -1,6 +1,7 @@
 """Why a token rather than its foils: values, foils and attributions, against plain forwards."""
 
 import re
+from functools import partial
 
 import pytest
 import tiny
@@ -37,6 +38,9 @@ from captum_llm_ext import (
     measure_faithfulness,
 )
 from captum_llm_ext.model import Scorer, TokenRow
+
+# Absent is deleted: what comes of it is known.
+attribute_dataset = partial(attribute_dataset, baselines="delete")
 
 PROMPT = "Dave lives in Austin and is a"
 TARGET = " golf and chess"

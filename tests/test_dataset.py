@@ -11,12 +11,14 @@ import sys
 import time
 import tracemalloc
 import weakref
+from functools import partial
 
 import pytest
 import tiny
 import torch
 from captum.attr import FeatureAblation, KernelShap, LayerIntegratedGradients
 
+import captum_llm_ext
 from captum_llm_ext import (
     ChatInput,
     CorpusBaselines,
@@ -30,6 +32,9 @@ from captum_llm_ext import (
 )
 from captum_llm_ext.cli import main
 from captum_llm_ext.model import Journal
+
+# Absent is deleted: what comes of it is known.
+attribute_dataset = partial(attribute_dataset, baselines="delete")
 
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Dave lives."}]
@@ -52,6 +57,19 @@ def attribution(tokenizer):
 def results(folder):
     found = sorted(folder.glob("*.safetensors"))
     return [GenerationAttributionResult.load(path) for path in found]
+
+
+def test_with_nothing_said_absence_is_what_the_inputs_take_for_it(attribution, tokenizer, tmp_path):
+    records = [{"prompt": PROMPT, "target": " and chess"}, {"messages": MESSAGES, "target": [5, 6]}]
+    captum_llm_ext.attribute_dataset(records, attribution, tmp_path)
+    expected = [
+        attribution.attribute(TextSegmentInput(PROMPT, tokenizer), " and chess"),
+        attribution.attribute(ChatInput(MESSAGES, tokenizer), [5, 6]),
+    ]
+    for found, wanted in zip(results(tmp_path), expected, strict=True):
+        assert torch.equal(found.token_attr, wanted.token_attr)
+        assert found.provenance["baselines"] == wanted.provenance["baselines"]
+        assert "ModelBaselines" in str(found.provenance["baselines"])
 
 
 def test_what_a_kill_left_half_written_is_taken_away_once_it_is_old(attribution, tmp_path):

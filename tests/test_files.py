@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,9 @@ from captum_llm_ext import (
 from captum_llm_ext.base import files
 from captum_llm_ext.cli import main
 from captum_llm_ext.model import Journal
+
+# Absent is deleted: what comes of it is known.
+attribute_dataset = partial(attribute_dataset, baselines="delete")
 
 ROOT = Path(__file__).parents[1]
 OLD = b"what was there before"

@@ -562,7 +562,7 @@ def test_small_print_of_the_bar_lies_on_none_of_its_marks(view):
 def test_a_whole_answer_has_its_mean_probability_per_token(view):
     data = example(full_values=[math.log(p) for p in (0.5, 0.5, 0.5, 0.5, 0.5)])
     page = view(data)
-    assert "(50 % per token, in the mean)" in page.inner_text("#details").replace("\u00a0", " ")
+    assert "(50 % per token on average)" in page.inner_text("#details").replace("\u00a0", " ")
     answer(page, 0).click()
     assert "(50 %);" in page.inner_text("#details").replace("\u00a0", " ")
 

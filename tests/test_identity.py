@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import tiny
@@ -18,6 +19,9 @@ from captum_llm_ext import (
 )
 from captum_llm_ext.base.digest import differences
 from captum_llm_ext.model import model_identity
+
+# Absent is deleted: what comes of it is known.
+attribute_dataset = partial(attribute_dataset, baselines="delete")
 
 PROMPT = "Dave lives in Palm Coast"
 GIVEN = [{"prompt": PROMPT, "target": [5, 6]}]

@@ -30,6 +30,9 @@ from captum_llm_ext.model.processes import store
 from captum_llm_ext.model.scoring import scorer
 from captum_llm_ext.model.scoring.shards import shards
 
+# Absent is deleted: what comes of it is known.
+attribute_dataset = partial(attribute_dataset, baselines="delete")
+
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {

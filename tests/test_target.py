@@ -1,6 +1,7 @@
 """What can be given as a target, and how a target is generated where none is."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,9 @@ from captum_llm_ext import (
     attribute_dataset,
 )
 from captum_llm_ext.attribution.target import as_ids
+
+# Absent is deleted: what comes of it is known.
+attribute_dataset = partial(attribute_dataset, baselines="delete")
 
 PROMPT = "Dave lives in Palm Coast"
 IDS = [5, 6, 7]

@@ -24,12 +24,14 @@ from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.files import read_provenance
 from captum_llm_ext.text import encoding
+from captum_llm_ext.text.baselines import Default
 from captum_llm_ext.text.inputs import ChatInput, TextSegmentInput
 from captum_llm_ext.text.segment import Unit
 
 Record = str | Mapping[str, Any]
 Attribution = GenerationAttribution | GenerationGradientAttribution | GenerationAttentionAttribution
 _KEYS = ("prompt", "messages", "tools", "target", "id")
+_DEFAULT = Default()
 _SETTINGS_FILE = "run.json"
 _GENERATION = "generation"
 _FORMAT = 3  # of `run.json`
@@ -86,7 +88,7 @@ def attribute_dataset(
     *,
     unit: Unit | tuple[Unit, ...] | None = None,
     roles: Sequence[str] = ("user", "system"),
-    baselines: Any = None,
+    baselines: Any = _DEFAULT,
     accelerator: Accelerator | None = None,
     show_progress: Shown = False,
     **options: Any,
@@ -114,8 +116,9 @@ def attribute_dataset(
         out: Folder for the results, made where it is missing. A file's name is the record's number,
             counted from 0 (``000000.safetensors``); `GenerationAttributionResult.load` reads it,
             and ``provenance["record"]`` tells the number and the id.
-        unit, baselines: As of `TextSegmentInput` and `ChatInput`. By default words of a prompt,
-            and of a chat of one message, turns of other chats; and deletion.
+        unit, baselines: As of `TextSegmentInput` and `ChatInput`, with their defaults: words of a
+            prompt, and of a chat of one message, turns of other chats; and what the model itself
+            would have written (with gradients, attention or an API deletion).
         roles: As of `ChatInput`.
         accelerator: For an attribution that was made without, as those by gradients are.
         show_progress: Whether one bar over the records is shown, by the main process; or a

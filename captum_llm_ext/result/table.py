@@ -223,7 +223,7 @@ def _remarks(result: "ResultNumbers") -> list[str]:
     if result.fixed_share is not None:
         remarks.append(
             f"Fixed text (BOS, a template) has {float(result.fixed_share.mean()):.0%} of what all "
-            "tokens give, in the mean: see `fixed_share`."
+            "tokens give, on average: see `fixed_share`."
         )
     hidden = result.below_noise & (result.full_attr != 0)
     floor = 0.0 if result.noise_floor is None else float(result.noise_floor.max())

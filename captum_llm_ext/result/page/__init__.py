@@ -218,7 +218,8 @@ def _cause(cause: Mapping[str, Any], is_unsigned: bool) -> str:
     kind = "size" if is_unsigned else "raises" if value > 0 else "lowers"
     kind = kind if cause["marked"] else "unsure"
     told = _escaped(cause["name"])
-    return f'<span class="cause {kind}"><bdi>{told}</bdi> <b>{number}</b>{spread}</span>'
+    amount = f'<span class="amount"><b>{number}</b>{spread}</span>'
+    return f'<span class="cause {kind}"><bdi>{told}</bdi> {amount}</span>'
 
 
 def _plain(data: Mapping[str, Any]) -> str:

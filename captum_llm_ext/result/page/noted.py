@@ -23,7 +23,22 @@ _NAMES = {
     "generation": "how the answer was generated",
     "probe": "what the model was found to do",
 }
-_VALUES = {"log_prob": "log-probability", "prob": "probability"}
+# Of what is noted together, such as of the answer's generation and of the model.
+_PARTS = {
+    "eos_token_id": "ends at token",
+    "max_new_tokens": "tokens at most",
+    "do_sample": "drawn at random",
+    "dtype": "computes in",
+    "n_before": "positions before the text",
+    "last_only": "last position only",
+    "sees_ahead": "sees what follows",
+    "couples_rows": "sees other rows of a batch",
+    "mixes_lengths": "changes with the length of a batch",
+    "reuses_beginnings": "reuses beginnings",
+    "lends_beginnings": "lends beginnings",
+    "packs_rows": "reads several rows as one",
+}
+_VALUES = {"log_prob": "log-probability", "prob": "probability", "True": "yes", "False": "no"}
 
 
 def noted(data: Mapping[str, Any]) -> list[list[str]]:
@@ -45,7 +60,8 @@ def _spelled(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        pairs = ((str(key).replace("_", " "), _spelled(item)) for key, item in value.items())  # pyright: ignore[reportUnknownVariableType]
+        named = ((str(key), _spelled(item)) for key, item in value.items())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        pairs = ((_PARTS.get(name, name.replace("_", " ")), text) for name, text in named)
         return ", ".join(f"{name} {text}" for name, text in pairs if text)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return _listed(list(value))  # pyright: ignore[reportUnknownArgumentType]

@@ -61,7 +61,7 @@ function ratherThan(view) {
 /* What a value says as a share: of probability, or of token and foils. */
 function share(x, view) {
   const n = view.to - view.from;
-  if (data.attr_target === "log_prob" && n > 1) return percent(x / n) && percent(x / n) + " per token, in the mean";
+  if (data.attr_target === "log_prob" && n > 1) return percent(x / n) && percent(x / n) + " per token on average";
   if (data.attr_target === "log_prob") return percent(x);
   if (data.attr_target !== "contrast" || view.to - view.from > 1) return "";
   return foilsAt(view.from).length ? odds(x) : percent(x);
