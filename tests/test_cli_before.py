@@ -420,6 +420,51 @@ def test_what_would_change_the_answer_is_told_and_on_the_page(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("asked", "messages"),
+    [
+        (
+            ["--system", "Dave lives in Palm Coast, FL.", "--prompt", "He is a lawyer."],
+            [("system", "Dave lives in Palm Coast, FL."), ("user", "He is a lawyer.")],
+        ),
+        (["--as-chat", "--prompt", PROMPT], [("user", PROMPT)]),
+        (["--chat", json.dumps([{"role": "user", "content": PROMPT}])], [("user", PROMPT)]),
+    ],
+)
+def test_counterfactuals_of_chats_are_those_of_the_library(demo, asked, messages, capsys, tmp_path):
+    from captum.attr import FeatureAblation
+
+    out = str(tmp_path / "found.json")
+    common = ["--model", "demo", "--unit", "word", "--max-new-tokens", "3", "--max-size", "1"]
+    more = ["--baselines", "delete", "--dtype", "float32", "--json", out]
+    assert main(["counterfactual", *common, *asked, *more]) == 0
+    told = json.loads(Path(out).read_text(encoding="utf-8"))
+    model, tokenizer, _ = demo
+    chat = [{"role": role, "content": content} for role, content in messages]
+    inp = ChatInput(chat, tokenizer, "word", baselines="delete")
+    search = GenerationAttribution(FeatureAblation(model), tokenizer).counterfactuals(
+        inp, max_size=1, gen_args={"max_new_tokens": 3}
+    )
+    expected = [(one.token, list(one.features), one.new_token, one.answer) for one in search]
+    found = [
+        (one["token"], one["features"], one["new_token"], one["answer"]) for one in told["found"]
+    ]
+    assert found == expected
+    assert found
+    assert search.summary in capsys.readouterr().out
+
+
+def test_what_a_search_does_not_ask_is_no_option_of_it(capsys):
+    """What would be ignored is not offered: methods, budgets, values, many prompts."""
+    with pytest.raises(SystemExit):
+        main(["counterfactual", "--help"])
+    shown = capsys.readouterr().out
+    for option in ("--method", "--n-samples", "--attr-target", "--output-unit", "--input", "--tol"):
+        assert option not in shown
+    for option in ("--system", "--as-chat", "--context", "--dtype", "--gguf", "--baselines"):
+        assert option in shown
+
+
+@pytest.mark.parametrize(
     "options",
     [["--method", "gradient-x-activation"], ["--method", "smile"], ["--dry-run"]],
 )

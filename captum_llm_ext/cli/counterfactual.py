@@ -3,30 +3,29 @@
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from captum_llm_ext.base.terminal import one_line
-from captum_llm_ext.cli.command import UsageError, add_command, positive, say
-from captum_llm_ext.cli.job import Job, add_job, baselines_of
+from captum_llm_ext.cli.command import UsageError, above_zero, add_command, positive, say
+from captum_llm_ext.cli.job import Job, add_question, baselines_of
 from captum_llm_ext.cli.outputs import add_outputs, check_outputs, write_outputs
 
 if TYPE_CHECKING:
     from captum_llm_ext.attribution.counterfactual import Counterfactual
+    from captum_llm_ext.attribution.generation import GenerationAttribution
 
 EXAMPLES = (
     'counterfactual --model demo --prompt "Dave lives in Palm Coast, FL and is a lawyer. His '
     'personal interests include" --baselines corpus:demo',
     "counterfactual --model ./my-model --chat chat.json --unit sentence --max-size 1",
+    'counterfactual --model ./my-model --system "Be brief." --prompt "Why is the sky blue? Answer '
+    'in a numbered list." --unit sentence --baselines delete',
     'counterfactual --model ./my-model --prompt "2 + 2 =" --drop 3 --json -',
 )
 _DESCRIPTION = """\
 Looks for the fewest words of the prompt whose replacement makes the model write another token, and
 shows the answer that it then writes. What is not found was not there, as far as the last line says.
 """
-_USED = (
-    "model prompt prompt_file chat target max_new_tokens sample temperature top_p unit roles "
-    "batch_size seed quiet baselines"
-).split()
 
 
 def add(commands: Any) -> None:
@@ -40,7 +39,7 @@ def add(commands: Any) -> None:
         examples=EXAMPLES,
         usage="--model NAME --prompt TEXT [options]",
     )
-    add_job(parser, several=False)
+    add_question(parser)
     search = parser.add_argument_group("what is searched")
     search.add_argument(
         "--max-size", type=positive, default=2, metavar="N", help="features of the largest sets (2)"
@@ -53,7 +52,7 @@ def add(commands: Any) -> None:
     )
     search.add_argument(
         "--drop",
-        type=float,
+        type=above_zero,
         metavar="X",
         help="count what costs a token X nats (default: what makes another one likelier)",
     )
@@ -64,18 +63,12 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Searches, prints what is found, writes what is wanted."""
     check_outputs(arguments)
-    ignored = _ignored(arguments)
-    if ignored:
-        raise UsageError(f"--{ignored[0]} would be ignored: it is of attribute.")
     if len(arguments.baselines or []) > 1:
         raise UsageError(f"{len(arguments.baselines)} --baselines: give one.")
     job = Job(arguments)
     baselines = baselines_of(arguments)
-    from captum_llm_ext.attribution.generation import GenerationAttribution
-
-    attribution, inp = job.prepared(baselines)
-    if not isinstance(attribution, GenerationAttribution):
-        raise UsageError("counterfactuals take the model of an attribution by coalitions.")
+    prepared, inp = job.prepared(baselines)
+    attribution = cast("GenerationAttribution", prepared)  # the method is the default one
     options = job.options
     search = attribution.counterfactuals(
         inp,
@@ -128,15 +121,3 @@ class _Found:
     def to_dict(self) -> dict[str, Any]:
         """The counterfactuals found, and how much was searched."""
         return {"found": [one.to_dict() for one in self._found], "summary": self._summary}
-
-
-def _ignored(arguments: argparse.Namespace) -> list[str]:
-    """Options of `add_job` that were given and would be ignored."""
-    alone = argparse.ArgumentParser()
-    add_job(alone, several=True)
-    unsaid = vars(alone.parse_args([]))
-    return [
-        name.replace("_", "-")
-        for name, default in unsaid.items()
-        if name not in _USED and getattr(arguments, name, default) != default
-    ]

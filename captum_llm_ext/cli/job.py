@@ -53,20 +53,14 @@ def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
         several: Whether baselines are given several times; then nothing is required, for there is
             another way to use the command.
     """
-    what = parser.add_argument_group("what is explained")
-    what.add_argument(
-        "--model",
-        metavar="NAME",
-        help=f"'{DEMO}' (comes with the package), a Hugging Face name, or a folder",
-    )
-    add_loading(what)
-    add_prompt(what, several=several)
-    _add_target(what)
+    _add_what(parser, is_required=not several, has_many=not several)
     how = parser.add_argument_group("how")
     add_method(how)
     add_settings(how)
     _add_features(how)
+    _add_output_unit(how)
     _add_budget(how)
+    _add_run(how)
     default = "model; with gradients, delete"
     how.add_argument(
         "--baselines",
@@ -75,6 +69,35 @@ def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
         help=f"see below{'; twice or more' if several else f' (default: {default})'}",
     )
     parser.epilog = f"{HELP}\n{_BASELINES}\n{parser.epilog}"
+
+
+def add_question(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a `Job` that attributes nothing: model, prompt, features and absence."""
+    _add_what(parser, is_required=True, has_many=False)
+    how = parser.add_argument_group("how")
+    _add_features(how)
+    how.add_argument(
+        "--baselines", action="append", metavar="WHAT", help="see below (default: model)"
+    )
+    _add_run(how)
+    # What `add_job` asks beside, with its defaults.
+    unsaid = argparse.ArgumentParser(add_help=False)
+    for add in (add_method, add_settings, _add_output_unit, _add_budget):
+        add(unsaid)
+    parser.set_defaults(**vars(unsaid.parse_args([])))
+    parser.epilog = f"{_BASELINES}\n{parser.epilog}"
+
+
+def _add_what(parser: argparse.ArgumentParser, *, is_required: bool, has_many: bool) -> None:
+    what = parser.add_argument_group("what is explained")
+    what.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"'{DEMO}' (comes with the package), a Hugging Face name, or a folder",
+    )
+    add_loading(what)
+    add_prompt(what, is_required=is_required, has_many=has_many)
+    _add_target(what)
 
 
 def _add_target(group: Any) -> None:
@@ -96,14 +119,17 @@ def _add_features(group: Any) -> None:
         "chat of several turns turn; of --context passage,sentence; of hierarchical "
         f"{','.join(NESTED)})",
     )
-    add(
+    add("--roles", metavar="ROLES", help="of a chat: whose turns are features (user,system)")
+
+
+def _add_output_unit(group: Any) -> None:
+    group.add_argument(
         "--output-unit",
         metavar="UNIT",
         help="token, word, …: earlier words of the answer count as causes, for 'which word led to "
         "the next?'; none: the answer is held fixed, for 'which passage did it come from?' "
         "(default: token; with --context none)",
     )
-    add("--roles", metavar="ROLES", help="of a chat: whose turns are features (user,system)")
 
 
 def _add_budget(group: Any) -> None:
@@ -142,6 +168,10 @@ def _add_budget(group: Any) -> None:
         choices=("bf16", "float16"),
         help="a copy of the model in this type is asked most, the model only what it misses",
     )
+
+
+def _add_run(group: Any) -> None:
+    add = group.add_argument
     add("--batch-size", type=positive, metavar="N", help="default: what memory allows")
     add("--seed", type=whole, default=0, metavar="N", help="of every random choice (default: 0)")
     add("--quiet", action="store_true", help="no progress bar")

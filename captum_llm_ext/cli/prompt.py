@@ -21,14 +21,15 @@ _QUESTION, _SYSTEM = "question", "system"
 _ROLES = "user,system"
 
 
-def add_prompt(group: Any, *, several: bool) -> None:
+def add_prompt(group: Any, *, is_required: bool, has_many: bool) -> None:
     """Adds the options of the prompt.
 
     Args:
         group: A parser or a group of its options.
-        several: Whether there is another way to use the command, so that nothing is required.
+        is_required: Whether there is no other way to use the command.
+        has_many: Whether many prompts may be given in a file.
     """
-    prompt = group.add_mutually_exclusive_group(required=not several)
+    prompt = group.add_mutually_exclusive_group(required=is_required)
     prompt.add_argument("--prompt", metavar="TEXT", help="what the model continues")
     prompt.add_argument("--prompt-file", metavar="FILE", help="the same in a file; - is stdin")
     prompt.add_argument(
@@ -37,7 +38,7 @@ def add_prompt(group: Any, *, several: bool) -> None:
         help='a chat, [{"role": "user", "content": "…"}, …] or {"messages": […], "tools": […]}: '
         "JSON, a file with it, or - for stdin",
     )
-    if not several:
+    if has_many:
         prompt.add_argument(
             "--input",
             metavar="JSONL",
