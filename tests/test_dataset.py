@@ -68,8 +68,8 @@ def test_with_nothing_said_absence_is_what_the_inputs_take_for_it(attribution, t
     ]
     for found, wanted in zip(results(tmp_path), expected, strict=True):
         assert torch.equal(found.token_attr, wanted.token_attr)
-        assert found.provenance["baselines"] == wanted.provenance["baselines"]
-        assert "ModelBaselines" in str(found.provenance["baselines"])
+        assert found.provenance["absence"] == wanted.provenance["absence"]
+        assert found.provenance["absence"]["prompt"] == "model"
 
 
 def test_what_a_kill_left_half_written_is_taken_away_once_it_is_old(attribution, tmp_path):

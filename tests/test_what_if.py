@@ -24,6 +24,7 @@ from captum_llm_ext.coalitions.plans import Plan
 from captum_llm_ext.methods.smile import wasserstein
 from captum_llm_ext.model import Scorer, TokenRow, planned_generation
 from captum_llm_ext.remote import CallableProvider
+from captum_llm_ext.result.page.changes import told_changes
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,38 @@ def test_a_callable_says_what_counts(model, tokenizer):
         assert len(one.new_token) < len(one.name)
         assert one.values[1] < one.values[0]
     assert {flip.position for flip in asked} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [("\n", "‘\\n’"), ("\n\n", "‘\\n\\n’"), (" ", "‘␣’"), (" Palm", "‘Palm’"), ("", "nothing")],
+)
+def test_a_token_of_white_space_is_not_told_as_nothing(token, said):
+    found = Counterfactual(
+        token=0,
+        name=token,
+        features=(0,),
+        names=("FL",),
+        replacements=(("FL", ""),),
+        new_token=token,
+        values=(-0.1, -3.0, -0.2),
+        prompt_text="Palm",
+        answer="a",
+        old_answer="b",
+        share_of_draws=1.0,
+        proven_minimal=True,
+        n_evaluations=1,
+    )
+    assert str(found).startswith(f"‘FL’ → nothing: {said} → {said} ")
+    data = {
+        "counterfactuals": [found.to_dict()],
+        "output": [{"text": "b"}],
+        "output_tokens": ["b"],
+        "input_tokens": ["FL"],
+    }
+    (shown,) = told_changes(data)
+    quoted = said.translate(str.maketrans("‘’", "“”"))
+    assert f"{quoted} (82 %) is likelier than {quoted}" in shown["said"]
 
 
 def test_arguments_without_meaning_are_refused(model, tokenizer):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext.attribution.game import Run
 from captum_llm_ext.attribution.target import whole_row
-from captum_llm_ext.base.terminal import one_line
+from captum_llm_ext.base.terminal import one_line, spelled
 from captum_llm_ext.model import Generation, Processes, Scorer, TokenRow
 from captum_llm_ext.model.plain_forward import plain_log_probs
 from captum_llm_ext.text import tokens
@@ -506,5 +506,5 @@ def _changes(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[str,
 
 
 def _quoted(text: str) -> str:
-    shown = one_line(text.strip())
+    shown = spelled(text)
     return f"‘{shown}’" if shown else "nothing"

@@ -61,6 +61,14 @@ def one_line(text: str) -> str:
     )
 
 
+def spelled(text: str) -> str:
+    """`one_line` of what stands between white space; white space alone is spelled: ``\\n``, ``␣``.
+
+    Empty only where the text is.
+    """
+    return one_line(text.strip()) or one_line(text).replace(" ", "␣")
+
+
 def _shown(char: str) -> str:
     if char.isspace() and char not in "\n\r\t\v\f":
         return " "

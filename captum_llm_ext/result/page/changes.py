@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from captum_llm_ext.base.terminal import spelled
+
 _LONGEST = 80  # characters of a text that was changed
 _LONGEST_ANSWER = 200
 
@@ -64,7 +66,7 @@ def _percent(log_prob: float) -> str:
 
 
 def _quoted(text: str) -> str:
-    shown = _short(text, _LONGEST)
+    shown = _short(text, _LONGEST) or spelled(text)
     return f"“{shown}”" if shown else "nothing"
 
 
