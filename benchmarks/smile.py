@@ -165,8 +165,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         earlier = json.loads(arguments.out.read_text(encoding="utf-8"))
         report |= {name: earlier[name] for name in ("grammar", "checkpoint") if name in earlier}
         report["commands"] = [*earlier.get("commands", [earlier["command"]]), report["command"]]
+    commit = {"commit": report["commit"]}  # of each row: others are of earlier ones
     if arguments.prompts:
-        report["grammar"] = on_the_grammar(arguments.prompts, arguments.samples, arguments.seed)
+        rows = on_the_grammar(arguments.prompts, arguments.samples, arguments.seed)
+        report["grammar"] = [row | commit for row in rows]
     if arguments.model:
         found = on_a_checkpoint(
             arguments.model,
@@ -180,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_same = earlier.get("request") == found["request"]
         earlier_rows = earlier.get("rows", []) if is_same else []
         kept = [row for row in earlier_rows if (row["method"], row["absence"]) not in new]
-        report["checkpoint"] = found | {"rows": [*kept, *found["rows"]]}
+        report["checkpoint"] = found | {"rows": [*kept, *(row | commit for row in found["rows"])]}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
