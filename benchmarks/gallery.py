@@ -87,7 +87,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "rag": lambda: page("rag", 800),
     "through": lambda: page("rag", 800, through=True),
     "chat": lambda: page("chat", 760),
-    "few_shot": lambda: page("few_shot", 620),
+    "few_shot": lambda: page("few_shot", 860),
     "heat_map": lambda: plot(loaded("lakes").plot_token_attr),
     "text": lambda: plot(loaded("chat").plot_text),
     "flow": lambda: plot(loaded("chat").plot_flow),
