@@ -153,7 +153,7 @@ def test_what_was_not_searched_is_told(model, tokenizer):
     assert search.n_evaluations <= 20
     n, of = search.tried[2]
     assert 0 < n < of == 28
-    assert search.summary.startswith("none up to 1 features with these one draw (of 2 features")
+    assert search.summary.startswith("none up to 1 feature with one draw (of 2 features")
     early = whole.counterfactuals(inp, " won a dog", flips=0.5, order=range(8), max_size=1)
     first = next(early)
     assert first.n_evaluations <= early.n_evaluations <= 9

@@ -164,14 +164,15 @@ class CounterfactualSearch(Iterator[Counterfactual]):
     @property
     def summary(self) -> str:
         """What was looked at, in a line."""
-        draws = f"{self.n_draws} draws" if self.n_draws > 1 else "one draw"
+        draws = f"these {self.n_draws} draws" if self.n_draws > 1 else "one draw"
         found = f"{self.n_found} found" if self.n_found else "none"
         rest = [
             f"of {size} features {n:,} of {of:,} sets"
             for size, (n, of) in self.tried.items()
             if size > self.proven_up_to
         ]
-        told = f"{found} up to {self.proven_up_to} features with these {draws}"
+        most = self.proven_up_to
+        told = f"{found} up to {most} feature{'s' * (most != 1)} with {draws}"
         more = f" ({'; '.join(rest)})" if rest else ""
         return f"{told}{more}, {self.n_evaluations:,} rows"
 
