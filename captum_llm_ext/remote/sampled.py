@@ -296,8 +296,11 @@ class _Apart:
 
     @property
     def n_wanted(self) -> float:
-        """Number of samples that would show this difference."""
-        if abs(self.difference) < 1e-9:
+        """Number of samples that would show this difference; infinite where there is next to none.
+
+        Of what is a fifth of its own standard error no number can be told.
+        """
+        if abs(self.difference) <= math.sqrt(self.variance / self.n) / 5:
             return math.inf
         return math.ceil(TWO**2 * self.variance / self.difference**2)
 
@@ -314,7 +317,7 @@ def _check_apart(look: Callable[[int], _Apart], most: int, advice: str) -> None:
     if found.is_seen:
         return
     more = (
-        "No difference was seen at all: ten times as many may tell nothing either."
+        "Next to no difference was seen: ten times as many may tell nothing either."
         if math.isinf(found.n_wanted)
         else f"About {found.n_wanted:.0f} samples of each would tell this difference."
     )
