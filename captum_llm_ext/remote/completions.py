@@ -31,10 +31,10 @@ class CompletionsProvider(RemoteLLMProvider):
     takes it.
 
     Servers that were asked, in ``benchmarks/results/real_servers.json``: vLLM 0.32 tells
-    log-probabilities of prompts within 6e-5 nats of its model, by ids and by text; of written
-    tokens, on processors, one value of one prompt in five was off by 1.8 nats. llama-cpp-python
-    0.3.36 takes no ids, and echoes values that are shifted by one, which is found out and refused;
-    those of written tokens are right within 0.3 nats. ``transformers serve`` 5.23 tells none.
+    log-probabilities within 6e-5 nats of its model, of prompts (by ids and by text) and of written
+    tokens. llama-cpp-python 0.3.36 takes no ids, and
+    echoes values that are shifted by one, which is found out and refused; those of written tokens
+    are right within 0.3 nats. ``transformers serve`` 5.23 tells none.
 
     Args:
         api_url: Up to ``/v1``: ``"http://localhost:8000/v1"``.
