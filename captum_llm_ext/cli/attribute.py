@@ -9,10 +9,10 @@ from captum_llm_ext.base import files
 from captum_llm_ext.cli.api import add_api, check, is_remote
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, baselines_of
-from captum_llm_ext.cli.methods import is_of_answers, is_search, looks_inside, said_of_zero
+from captum_llm_ext.cli.methods import is_of_answers, is_search, looks_inside, zero_baseline_note
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.records import add_records, check_records, run_records
-from captum_llm_ext.cli.told import add_level, check_level, told
+from captum_llm_ext.cli.report import add_level, check_level, report
 from captum_llm_ext.cli.torchrun import accelerator, are_several, check_readable, is_main
 
 EXAMPLES = (
@@ -118,12 +118,12 @@ def run(arguments: argparse.Namespace) -> int | None:
         show_estimate(cast(Any, attribution), inp, job.options)
         return None
     if arguments.baselines is None and is_main():
-        said = said_of_zero(arguments.method)
+        said = zero_baseline_note(arguments.method)
         if said is not None:
             note(said)
-    from captum_llm_ext.cli.watch import EnoughError, Watch
+    from captum_llm_ext.cli.progress import DryRunEndError, RunProgress
 
-    watch = Watch(
+    progress = RunProgress(
         None if is_remote(arguments) else attribution.model,
         is_dry=arguments.dry_run,
         is_quiet=arguments.quiet,
@@ -133,15 +133,15 @@ def run(arguments: argparse.Namespace) -> int | None:
     )
     kept = {} if arguments.checkpoint is None else {"checkpoint": arguments.checkpoint}
     try:
-        result = attribution.attribute(inp, **{**job.options, "show_progress": watch}, **kept)
-    except EnoughError:
+        result = attribution.attribute(inp, **{**job.options, "show_progress": progress}, **kept)
+    except DryRunEndError:
         return None
     if not is_main() or arguments.dry_run:
         return None
     result.provenance["command"] = arguments.command_line
-    if not watch.has_answered:
+    if not progress.has_answered:
         say(f"answer: {''.join(piece.text for piece in result.output_pieces)}")
-    text = told(result, arguments.top, arguments.level)
+    text = report(result, arguments.top, arguments.level)
     changes: list[Any] = []
     if arguments.counterfactuals is not None:
         search = _counterfactuals(job, attribution, inp, result, arguments.counterfactuals)

@@ -9,7 +9,7 @@ from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_token
 from captum_llm_ext.cli.methods import add_method, attribution, is_search, method
 from captum_llm_ext.cli.outputs import write_picture
 from captum_llm_ext.cli.prompt import units
-from captum_llm_ext.cli.told import told
+from captum_llm_ext.cli.report import report
 from captum_llm_ext.demo import PROMPT, folder
 
 EXAMPLES = (
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     # A name that is none is told before a model is loaded.
     parts = units(arguments.unit, is_nested=is_search(arguments.method))
     result = _attribute(arguments, parts)
-    print(told(result, _TOP), flush=True)
+    print(report(result, _TOP), flush=True)
     result.to_html(out / "demo.html", title="captum-llm-ext demo")
     write_picture(out / "demo.png", result.plot_token_attr()[0])
     result.save(out / "demo.safetensors")

@@ -22,14 +22,13 @@ from captum_llm_ext.cli.methods import (
     looks_inside,
     method,
 )
-from captum_llm_ext.cli.prompt import NESTED, add_prompt, asked, units
+from captum_llm_ext.cli.prompt import NESTED, add_prompt, prompt_of, units
 from captum_llm_ext.cli.torchrun import are_several, is_main
 from captum_llm_ext.demo import folder
 from captum_llm_ext.text.segment import segmenter
 
 if TYPE_CHECKING:
     from captum_llm_ext.cli.methods import Attribution
-    from captum_llm_ext.cli.watch import Way
     from captum_llm_ext.contrast import Contrast
     from captum_llm_ext.text.inputs import TextSegmentInput
 
@@ -194,8 +193,8 @@ class Job:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._gen_args = _gen_args(arguments)
-        self._asked = asked(arguments)
-        is_many = self._asked.is_many
+        self._prompt = prompt_of(arguments)
+        is_many = self._prompt.is_many
         self._units = self._checked_units(arguments.unit)
         check_method(arguments)
         if looks_inside(arguments.method) and are_several() and not is_many:
@@ -220,9 +219,9 @@ class Job:
 
     def _checked_units(self, given: str | None) -> tuple[str, ...]:
         # Of many prompts some may be chats.
-        n_turns = 2 if self._asked.is_many and self._arguments.roles else self._asked.n_turns
+        n_turns = 2 if self._prompt.is_many and self._arguments.roles else self._prompt.n_turns
         is_nested = is_search(self._arguments.method)
-        has_passages = bool(self._asked.passages)
+        has_passages = bool(self._prompt.passages)
         return units(given, n_turns=n_turns, has_passages=has_passages, is_nested=is_nested)
 
     def _chosen_output_unit(self) -> str | None:
@@ -231,7 +230,7 @@ class Job:
             return None
         if given is None:
             # Who has passages asks which of them it came from, not which word led to the next.
-            return None if self._asked.passages else "token"
+            return None if self._prompt.passages else "token"
         if given not in ("none", "token"):
             try:
                 segmenter(given)
@@ -251,7 +250,7 @@ class Job:
             return attribution_of(arguments, tokenizer), self._input(of_input, baselines)
         tokenizer = load_tokenizer(self._place)
         if arguments.target is None and is_main():
-            self._asked.tell_of_template(tokenizer, self._place.shown)
+            self._prompt.note_template(tokenizer, self._place.shown)
         inp = self._input(tokenizer, baselines)
         return self._attribution(tokenizer, accelerator), inp
 
@@ -303,48 +302,48 @@ class Job:
             **own,
         }
 
-    def cheaper(self, tokenizer: Any, n_tokens: int) -> "Iterator[Way]":
+    def cheaper(self, tokenizer: Any, n_tokens: int) -> "Iterator[CheaperRun]":
         """Other commands that answer about the same with fewer evaluations.
 
         Args:
             tokenizer: The model's.
             n_tokens: Length of the answer.
         """
-        from captum_llm_ext.cli.watch import Way
+        from captum_llm_ext.cli.progress import CheaperRun
 
         arguments = self._arguments
-        n_prompt = self._asked.input(tokenizer, self._units, None).n_features
+        n_prompt = self._prompt.input(tokenizer, self._units, None).n_features
         n_output = 0
         if self._output_unit is not None:  # the last one causes nothing
             n_output = max(n_tokens - 1, 0)
         n_features = n_prompt + n_output
         if arguments.n_samples is None:
             for unit in self._coarser():
-                n = self._asked.input(tokenizer, (unit,), None).n_features
+                n = self._prompt.input(tokenizer, (unit,), None).n_features
                 if 1 < n < 0.8 * n_prompt:
-                    yield Way(f"--unit {unit}", (n + n_output) / n_features, f"{n} parts")
+                    yield CheaperRun(f"--unit {unit}", (n + n_output) / n_features, f"{n} parts")
             if n_output > 0.2 * n_features:
                 means = "asks which part of the prompt it came from, not which word led to the next"
-                yield Way("--output-unit none", n_prompt / n_features, means)
+                yield CheaperRun("--output-unit none", n_prompt / n_features, means)
         if arguments.method in ("kernel", "lime", "partition") and arguments.tol is None:
             n_samples = (arguments.n_samples or 16 * n_features) // 2
             if n_samples >= 4 * n_features:
                 means = "errors about 1.4 times as large"
-                yield Way(f"--n-samples {n_samples}", 0.5, means)
+                yield CheaperRun(f"--n-samples {n_samples}", 0.5, means)
         if not is_search(arguments.method) and n_prompt > 40:
-            yield Way("--method hierarchical", None, "opens only the parts that matter")
+            yield CheaperRun("--method hierarchical", None, "opens only the parts that matter")
 
     def _coarser(self) -> tuple[str, ...]:
         """Units coarser than that of the features."""
         if is_search(self._arguments.method):
             return ()
-        levels = ("passage",) if self._asked.passages else ("paragraph",)
+        levels = ("passage",) if self._prompt.passages else ("paragraph",)
         levels = (*levels, "sentence", "word", "token")
         finest = self._units[-1]
         return levels[: levels.index(finest)][::-1] if finest in levels else ()
 
     def _input(self, tokenizer: Any, baselines: Any) -> "TextSegmentInput":
-        return self._asked.input(tokenizer, self._units, baselines)
+        return self._prompt.input(tokenizer, self._units, baselines)
 
 
 def baselines_of(arguments: argparse.Namespace) -> Any:

@@ -165,7 +165,7 @@ def is_of_answers(name: str) -> bool:
     return name == "smile"
 
 
-def said_of_zero(name: str) -> str | None:
+def zero_baseline_note(name: str) -> str | None:
     """A note on the default baseline of gradients, the zero vector; None for other methods."""
     if not is_of_gradients(name) or name in _LOCAL:
         return None

@@ -1,6 +1,4 @@
-"""What is told of a run while it goes on: the answer, then what is still to come, then how far it
-is.
-"""
+"""Progress of a run on the terminal: the answer, an estimate of time and memory, a bar."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +15,7 @@ from captum_llm_ext.model.scoring.progress import Listener, bar, duration
 _WORTH_ADVICE = 20.0
 
 
-class Way(NamedTuple):
+class CheaperRun(NamedTuple):
     """Another command that answers about the same question.
 
     Attributes:
@@ -31,16 +29,16 @@ class Way(NamedTuple):
     means: str
 
 
-class EnoughError(Exception):
+class DryRunEndError(Exception):
     """Ends a dry run: everything asked for was printed."""
 
 
-class Watch:
+class RunProgress:
     """Prints the answer as soon as it is there, and an estimate after the first batch.
 
     Args:
-        model: Whose memory is told; None for a model elsewhere.
-        is_dry: Whether the run ends with the estimate, by an `EnoughError`.
+        model: Whose memory is shown; None for a model elsewhere.
+        is_dry: Whether the run ends with the estimate, by a `DryRunEndError`.
         is_quiet: Whether there is no bar, and no estimate that nobody asked for.
         is_open: Whether what is announced at first is not all: the values decide what else is.
         asks_model: Whether the model proposes what stands for absent words, which takes a while.
@@ -55,7 +53,7 @@ class Watch:
         is_quiet: bool,
         is_open: bool,
         asks_model: bool,
-        cheaper: Callable[[int], Iterable[Way]],
+        cheaper: Callable[[int], Iterable[CheaperRun]],
     ) -> None:
         self._model, self._is_dry, self._is_open = model, is_dry, is_open
         self._asks_model, self._cheaper = asks_model, cheaper
@@ -71,7 +69,7 @@ class Watch:
 
     @property
     def has_answered(self) -> bool:
-        """Whether the answer has been told."""
+        """Whether the answer has been printed."""
         return self._n_tokens > 0
 
     def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
@@ -119,9 +117,9 @@ class Watch:
         if is_first:
             taken = max(time.monotonic() - self._began, 1e-9)
             if self._shows_estimate:
-                self._tell_estimate(taken / n, n)
+                self._print_estimate(taken / n, n)
             if self._is_dry:
-                raise EnoughError
+                raise DryRunEndError
             if self._has_bar:
                 self._bar = bar(taken)
                 self._bar.begins(self._name, self._unit)
@@ -143,8 +141,8 @@ class Watch:
         elif self._bar is not None:
             self._bar.ends()
 
-    def _tell_estimate(self, each: float, n: int) -> None:
-        tell = print if self._is_dry else say  # it is what a dry run gives
+    def _print_estimate(self, each: float, n: int) -> None:
+        write = print if self._is_dry else say  # it is what a dry run gives
         left = each * (self._total - n)
         more = " to begin with; the values decide how many more" if self._is_open else ""
         # What a dry run has done is done again.
@@ -152,19 +150,22 @@ class Watch:
         rest = (
             f"{duration(whole)} {'in all' if self._is_dry else 'more'}" if left else "which is all"
         )
-        told = f"{self._total} {self._name}{more}: {rest} (the first {n} took {duration(each * n)})"
+        first = f"the first {n} took {duration(each * n)}"
         memory = self._memory()
-        tell(f"estimate: {told}{memory and f'; {memory}'}")
+        write(
+            f"estimate: {self._total} {self._name}{more}: {rest} ({first})"
+            f"{memory and f'; {memory}'}"
+        )
         if not (self._is_dry or left > _WORTH_ADVICE):
             return
         for way in self._cheaper(self._n_tokens):
             if way.share is None:
-                tell(f"cheaper: {way.options}: {way.means}")
+                write(f"cheaper: {way.options}: {way.means}")
             else:
                 rows = max(1, round(way.share * self._total))
                 if each * rows >= whole:  # to begin anew would take longer than what is left
                     continue
-                tell(f"cheaper: {way.options}: {rows}, {duration(each * rows)}; {way.means}")
+                write(f"cheaper: {way.options}: {rows}, {duration(each * rows)}; {way.means}")
 
     def _memory(self) -> str:
         if self._model is None:
@@ -177,8 +178,8 @@ class Watch:
             if device.type == "cuda"
             else _compat.used_memory()
         )
-        told = "" if used is None else f"{_size(used)} in use, "
-        return f"memory: {told}{_size(own)} of it the model"
+        in_use = "" if used is None else f"{_size(used)} in use, "
+        return f"memory: {in_use}{_size(own)} of it the model"
 
 
 def _size(n_bytes: float) -> str:

@@ -87,7 +87,7 @@ class Passages(Parts):
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptOptions:
     """The prompt, as the options give it.
 
     Attributes:
@@ -145,7 +145,7 @@ class Asked:
     def _whole(self) -> str:
         return "\n\n".join([*self.passages.values(), self.text])
 
-    def tell_of_template(self, tokenizer: Any, name: str) -> None:
+    def note_template(self, tokenizer: Any, name: str) -> None:
         """Prints a note if a chat model is given a text to continue."""
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if has_template and self.messages is None and not self.is_many and name != DEMO:
@@ -155,7 +155,7 @@ class Asked:
             )
 
 
-def asked(arguments: argparse.Namespace) -> Asked:
+def prompt_of(arguments: argparse.Namespace) -> PromptOptions:
     """The prompt from the options of `add_prompt`.
 
     Raises:
@@ -171,7 +171,7 @@ def asked(arguments: argparse.Namespace) -> Asked:
                 name = f"--{option.replace('_', '-')}"
                 raise UsageError(f"{name} would be ignored with {other}.")
     if is_many:  # each says for itself what it is
-        return Asked(is_many=True, roles=roles)
+        return PromptOptions(is_many=True, roles=roles)
     system = arguments.system
     if system is not None and not system.strip():
         raise UsageError("--system is empty: leave it out (--as-chat asks without one).")
@@ -183,15 +183,15 @@ def asked(arguments: argparse.Namespace) -> Asked:
         messages = list(chat["messages"])
         if begin and any(isinstance(m, Mapping) and m.get("role") == _SYSTEM for m in messages):
             raise UsageError("--system: the --chat has a message of the system already.")
-        return Asked(messages=[*begin, *messages], tools=chat.get("tools"), roles=roles)
+        return PromptOptions(messages=[*begin, *messages], tools=chat.get("tools"), roles=roles)
     text = _prompt(arguments)
     passages = _passages(arguments.context or ())
     if not begin and not arguments.as_chat:
         if arguments.roles:
             raise UsageError("--roles would be ignored: it is about the turns of a --chat.")
-        return Asked(text, passages=passages)
+        return PromptOptions(text, passages=passages)
     messages = [*begin, {"role": "user", "content": text}]
-    return Asked(text, messages, roles=roles, passages=passages)
+    return PromptOptions(text, messages, roles=roles, passages=passages)
 
 
 def units(

@@ -41,8 +41,8 @@ def quantization(given: str | None) -> Any:
     """
     if given is None:
         return None
-    asked = _asked(given)
-    method = str(asked.get("quant_method", ""))
+    config = _as_config(given)
+    method = str(config.get("quant_method", ""))
     if method in _NEEDS:
         module, package = _NEEDS[method]
         if not _is_there(module):
@@ -52,25 +52,25 @@ def quantization(given: str | None) -> Any:
             return _of_torchao(given.removeprefix(_TORCHAO))
         from transformers.quantizers.auto import AutoQuantizationConfig
 
-        return AutoQuantizationConfig.from_dict(dict(asked))
+        return AutoQuantizationConfig.from_dict(dict(config))
     except ImportError as error:
         raise ValueError(f"--quantize {given} needs another package: {error}") from error
     except Exception as error:  # whatever a configuration says of what it is given
         raise UsageError(f"--quantize {given}: {error}") from error
 
 
-def _asked(given: str) -> Mapping[str, Any]:
+def _as_config(given: str) -> Mapping[str, Any]:
     if given.startswith(_TORCHAO):
         return {"quant_method": "torchao"}
     if given in _BITS:
         return _BITS[given]
     try:
-        asked: Any = json.loads(given)
+        config: Any = json.loads(given)
     except json.JSONDecodeError as error:
         raise UsageError(f"--quantize {given}: {_GIVE} ({error}).") from error
-    if not isinstance(asked, Mapping):
+    if not isinstance(config, Mapping):
         raise UsageError(f"--quantize {given}: {_GIVE}.")
-    return cast(Mapping[str, Any], asked)
+    return cast(Mapping[str, Any], config)
 
 
 def _of_torchao(name: str) -> Any:

@@ -44,7 +44,7 @@ def check_level(arguments: argparse.Namespace) -> None:
         raise UsageError("--level turn: turns are those of a --chat, or of --as-chat.")
 
 
-def told(result: "GenerationAttributionResult", k: int, level: str | None = None) -> str:
+def report(result: "GenerationAttributionResult", k: int, level: str | None = None) -> str:
     """The printed text of a result: causes at the level asked for, the table, sentences.
 
     Args:
@@ -82,9 +82,9 @@ def _by_level(result: "GenerationAttributionResult", level: str, columns: int | 
     lines = [f"whole answer, by {level}{', and in the end through its own words' * bool(shares)}:"]
     for name in order:
         cause, share = causes.get(name), shares.get(name)
-        said = " " * 16 if cause is None else _amount_told(cause)
-        said += " " + _share_told(share) if shares else ""
-        line = f"{said} {' '.join(name.split())}"
+        line = " " * 16 if cause is None else _attribution(cause)
+        line += " " + _share(share) if shares else ""
+        line = f"{line} {' '.join(name.split())}"
         line = line if columns is None else shortened(line, columns)
         kind = "raises" if cause is not None and cause.attribution > 0 else "lowers"
         is_sure = (cause is not None and cause.is_marked) or (is_first and share is not None)
@@ -92,11 +92,11 @@ def _by_level(result: "GenerationAttributionResult", level: str, columns: int | 
     return "\n".join(lines)
 
 
-def _amount_told(cause: "Cause") -> str:
+def _attribution(cause: "Cause") -> str:
     return f"{cause.attribution:+8.2f}{plus_minus(cause.standard_error):<8}"
 
 
-def _share_told(share: "Share | None") -> str:
+def _share(share: "Share | None") -> str:
     if share is None:
         return f"{'0 %':<9}"
     return f"{percent(share.share, share.standard_error):<9}"

@@ -136,7 +136,7 @@ def probe(model: Any, tokenizer: Any) -> Probe:
     assert found is not None
     # No overhead: whether sharing pays on rows this short is not the question.
     sharing = Scorer(model, overhead=0, reuse="copy")
-    with _warnings_of("captum_llm_ext.model") as said:
+    with _warnings_of("captum_llm_ext.model") as logged:
         shared = sharing.values(rows, wanted)
     seed = 0 if found.seeds else None
     expected = _plain_values(model, rows, wanted, apart=found.step_by_step, seed=seed)
@@ -161,7 +161,7 @@ def probe(model: Any, tokenizer: Any) -> Probe:
         whole_error=error(whole),
         shared=share if share < 1 else None,
         shared_error=error(shared) if share < 1 else None,
-        why_not_shared="; ".join(said) or None,
+        why_not_shared="; ".join(logged) or None,
         lent_error=error(by_loan) if lent.shares_cache else None,
         packed_error=error(by_pack) if packed.packs else None,
         logits=_compat.kept_logits(model),
@@ -212,10 +212,10 @@ def _plain_values(
     found: list[Tensor] = []
     for row in rows:
         if apart:
-            said = torch.stack([logits(row.ids[: place + 1])[-1] for place in row.positions])
+            at_target = torch.stack([logits(row.ids[: place + 1])[-1] for place in row.positions])
         else:
-            said = logits(row.ids)[list(row.positions)]
-        found.append(said.double().log_softmax(-1).cpu().gather(1, target[:, None])[:, 0])
+            at_target = logits(row.ids)[list(row.positions)]
+        found.append(at_target.double().log_softmax(-1).cpu().gather(1, target[:, None])[:, 0])
     return torch.stack(found)
 
 
@@ -242,14 +242,14 @@ def _captum_error(
 @contextmanager
 def _warnings_of(name: str) -> Generator[list[str]]:
     """Collects the warnings of a logger instead of showing them."""
-    said: list[str] = []
+    logged: list[str] = []
     logger = logging.getLogger(name)
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: logged.append(record.getMessage())
     propagated, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:
-        yield said
+        yield logged
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagated

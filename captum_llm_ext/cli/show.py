@@ -8,7 +8,7 @@ from captum_llm_ext.base.terminal import paint
 from captum_llm_ext.cli.command import UsageError, add_command, positive
 from captum_llm_ext.cli.counterfactual import read_counterfactuals
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
-from captum_llm_ext.cli.told import add_level, check_level, told
+from captum_llm_ext.cli.report import add_level, check_level, report
 
 if TYPE_CHECKING:
     from captum_llm_ext.result import Cause, GenerationAttributionResult
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     result = GenerationAttributionResult.load(arguments.result)
     if arguments.token is None:
-        text = told(result, arguments.top, arguments.level)
+        text = report(result, arguments.top, arguments.level)
     else:
         text = _causes(result, arguments.token, arguments.top)
     found = read_counterfactuals(arguments.counterfactuals) if arguments.counterfactuals else []

@@ -43,13 +43,13 @@ class Foils:
 
 
 def foils_of(
-    contrast: Contrast, scene: FoilContext, model: RowScorer, vocabulary_size: int | None
+    contrast: Contrast, context: FoilContext, model: RowScorer, vocabulary_size: int | None
 ) -> Foils:
     """The tokens that a contrast means.
 
     Args:
         contrast: What the user says.
-        scene: Prompt and target.
+        context: Prompt and target.
         model: The model, which is asked only if foils are to be found.
         vocabulary_size: Of the model; None where it is not known.
 
@@ -60,16 +60,18 @@ def foils_of(
     Warns:
         UserWarning: If a foil's text has several tokens.
     """
-    target = scene.target
-    per_token = contrast.per_token or [_fitting(contrast, t, scene) for t in range(len(target))]
+    target = context.target
+    per_token = contrast.per_token or [
+        _of_all_tokens(contrast, t, context) for t in range(len(target))
+    ]
     if len(per_token) != len(target):
         raise ValueError(
             f"`foils` has {len(per_token)} lists for {len(target)} target tokens "
-            f"({_listed(scene.names)}): give one for each, None where they are to be found."
+            f"({_listed(context.names)}): give one for each, None where they are to be found."
         )
     long: set[str] = set()
     given = {
-        t: _given(own, t, scene, vocabulary_size, long)
+        t: _given(own, t, context, vocabulary_size, long)
         for t, own in enumerate(per_token)
         if own is not None
     }
@@ -82,32 +84,32 @@ def foils_of(
     wanted = [t for t in range(len(target)) if t not in given]
     about: dict[str, Any] = {"foils": "given"}
     if wanted:
-        own, about = found(wanted, contrast, scene, model)
+        own, about = found(wanted, contrast, context, model)
         given |= own
     ids = [given[t] for t in range(len(target))]
     names = [
-        [tokens.labels(scene.tokenizer, [i], scene.before(t))[0] for i in own]
+        [tokens.labels(context.tokenizer, [i], context.before(t))[0] for i in own]
         for t, own in enumerate(ids)
     ]
     return Foils(ids, names, about)
 
 
-def _fitting(contrast: Contrast, t: int, scene: FoilContext) -> list[Foil] | None:
+def _of_all_tokens(contrast: Contrast, t: int, context: FoilContext) -> list[Foil] | None:
     """Of the foils for all tokens those for one of them: texts are words, and begin as such."""
     given = contrast.for_all
-    if given is None or not scene.goes_on(t):
+    if given is None or not context.goes_on(t):
         return given
     return [foil for foil in given if isinstance(foil, int)]
 
 
 def _given(
-    foils: Sequence[Foil], t: int, scene: FoilContext, vocabulary_size: int | None, long: set[str]
+    foils: Sequence[Foil], t: int, context: FoilContext, vocabulary_size: int | None, long: set[str]
 ) -> tuple[int, ...]:
     """Ids of the foils that the user gave for a target token; texts of several are noted."""
     ids: dict[int, Foil] = {}
-    where = f"of target token {t} ({scene.names[t]!r})"
+    where = f"of target token {t} ({context.names[t]!r})"
     for foil in foils:
-        whole = (foil,) if isinstance(foil, int) else scene.ids_of(foil, t)
+        whole = (foil,) if isinstance(foil, int) else context.ids_of(foil, t)
         token = whole[0]
         long |= {str(foil)} if len(whole) > 1 else set()
         if not 0 <= token < (vocabulary_size or sys.maxsize):
@@ -115,7 +117,7 @@ def _given(
                 f"the foil {foil!r} {where} is outside the model's vocabulary of "
                 f"{vocabulary_size or 'unknown size'} tokens."
             )
-        if token == scene.target[t]:
+        if token == context.target[t]:
             what = "is" if isinstance(foil, int) else "begins with"
             raise ValueError(
                 f"the foil {foil!r} {where} {what} that very token: nothing tells them apart "

@@ -13,11 +13,11 @@ Ids = tuple[int, ...]
 _ENOUGH = 0.95
 
 
-def ahead(scene: FoilContext, model: RowScorer, n: int) -> Ids:
+def greedy_continuation(context: FoilContext, model: RowScorer, n: int) -> Ids:
     """What the model writes behind the target, at most `n` tokens, up to one that ends it."""
-    ids = scene.full.ids + scene.target
+    ids = context.full.ids + context.target
     written: Ids = ()
-    while len(written) < n and not scene.is_special(ids[-1]):
+    while len(written) < n and not context.is_special(ids[-1]):
         try:  # a foil is read with what follows it
             model.check_length(len(ids) + 1, "what follows the target")
         except ValueError:
@@ -31,8 +31,8 @@ class Following:
     """How likely what follows a word of the answer is, where that word is not known.
 
     Args:
-        scene: The prompt and the answer.
-        model: Is asked.
+        context: The prompt and the answer.
+        model: Scores the words.
         t: The number of the word's first token.
         n_words: Words that each prompt itself makes likeliest, of the answer's kind, which may
             stand there beside the answer's own.
@@ -42,7 +42,7 @@ class Following:
 
     def __init__(
         self,
-        scene: FoilContext,
+        context: FoilContext,
         model: RowScorer,
         t: int,
         *,
@@ -50,14 +50,14 @@ class Following:
         n_looked: int,
         n_tokens: int,
     ) -> None:
-        self._scene, self._model, self._t = scene, model, t
+        self._context, self._model, self._t = context, model, t
         self._n_words, self._n_looked = n_words, n_looked
-        later = range(t + 1, len(scene.target))
-        stop = next((i for i in later if not scene.goes_on(i)), len(scene.target))
-        said = scene.target[stop : stop + n_tokens]
-        if len(said) < n_tokens:
-            said += ahead(scene, model, n_tokens - len(said))
-        self._word, self._said = scene.target[t:stop], said
+        later = range(t + 1, len(context.target))
+        stop = next((i for i in later if not context.goes_on(i)), len(context.target))
+        continuation = context.target[stop : stop + n_tokens]
+        if len(continuation) < n_tokens:
+            continuation += greedy_continuation(context, model, n_tokens - len(continuation))
+        self._word, self._continuation = context.target[t:stop], continuation
 
     def __call__(self, prompts: Sequence[Ids]) -> list[float]:
         """The log-probability of what follows after each prompt, a word of the kind being between.
@@ -66,9 +66,9 @@ class Following:
         taken to be likelier than after the answer's own in the whole prompt: what follows was
         written because of that one.
         """
-        if not self._said:
+        if not self._continuation:
             return [0.0] * len(prompts)
-        whole = self._scene.full.ids
+        whole = self._context.full.ids
         words = self._likeliest([*dict.fromkeys(prompts)])
         asked = dict.fromkeys((ids, word) for ids, own in words.items() for word in own)
         asked[whole, self._word] = None
@@ -85,7 +85,7 @@ class Following:
     def _likeliest(self, prompts: Sequence[Ids]) -> dict[Ids, dict[Ids, float]]:
         """Words of the kind after each prompt, the answer's own among them: log-probabilities."""
         rows = [
-            TokenRow(ids := (*prompt, *self._scene.target[: self._t]), (len(ids) - 1,))
+            TokenRow(ids := (*prompt, *self._context.target[: self._t]), (len(ids) - 1,))
             for prompt in prompts
         ]
         log_probs, tokens = (
@@ -98,27 +98,27 @@ class Following:
 
     def _of_kind(self, likeliest: Mapping[int, float]) -> dict[Ids, float]:
         """Of tokens, the likeliest first, those that may stand there."""
-        scene, t, n_others = self._scene, self._t, 0
+        context, t, n_others = self._context, self._t, 0
         found: dict[Ids, float] = {}
         for token, log_prob in likeliest.items():
-            if token == scene.target[t]:
+            if token == context.target[t]:
                 found[self._word] = log_prob
-            elif token >= 0 and n_others < self._n_words and scene.fits(token, t):
+            elif token >= 0 and n_others < self._n_words and context.fits(token, t):
                 found[(token,)] = log_prob
                 n_others += 1
         return _likely(found)
 
     def _log_probs(self, asked: Sequence[tuple[Ids, Ids]]) -> list[float]:
         """Of what follows, after prompts and words."""
-        before, said = self._scene.target[: self._t], self._said
+        before, continuation = self._context.target[: self._t], self._continuation
         rows = [
             TokenRow(
-                (*prompt, *before, *word, *said[:-1]),
-                range(n := len(prompt) + len(before) + len(word) - 1, n + len(said)),
+                (*prompt, *before, *word, *continuation[:-1]),
+                range(n := len(prompt) + len(before) + len(word) - 1, n + len(continuation)),
             )
             for prompt, word in asked
         ]
-        target = torch.tensor(said, dtype=torch.int64, device="cpu")
+        target = torch.tensor(continuation, dtype=torch.int64, device="cpu")
         return self._model.values(rows, target).sum(1).tolist()
 
 

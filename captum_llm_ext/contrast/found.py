@@ -8,7 +8,7 @@ import torch
 
 from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.contrast.contrast import Contrast
-from captum_llm_ext.contrast.following import ahead
+from captum_llm_ext.contrast.following import greedy_continuation
 from captum_llm_ext.model import RowScorer, TokenRow
 
 # Candidates per foil, and tokens after the place that they are weighed by: on 35 natural prompts
@@ -24,35 +24,35 @@ Guesses = dict[int, float]  # log-probabilities of tokens
 
 
 def found(
-    wanted: Sequence[int], contrast: Contrast, scene: FoilContext, model: RowScorer
+    wanted: Sequence[int], contrast: Contrast, context: FoilContext, model: RowScorer
 ) -> tuple[dict[int, tuple[int, ...]], dict[str, Any]]:
     """Foils of target tokens.
 
     Args:
         wanted: Numbers of the target tokens.
         contrast: How many, and without which feature.
-        scene: Prompt and target.
+        context: Prompt and target.
         model: The model.
 
     Returns:
         Ids by number, the likeliest first; and how they were found.
     """
-    own = [t for t in wanted if not scene.goes_on(t)]
+    own = [t for t in wanted if not context.goes_on(t)]
     n_looked = _LOOKED_AT * contrast.n_foils
-    rows = [scene.whole] if contrast.without is None else scene.without(contrast.without)
+    rows = [context.whole] if contrast.without is None else context.without(contrast.without)
     guesses = _averaged(_guesses(rows, own, n_looked, model) if own else [])
-    candidates = {t: _of_kind(guesses.get(t, {}), t, contrast.n_foils, scene) for t in own}
+    candidates = {t: _of_kind(guesses.get(t, {}), t, contrast.n_foils, context) for t in own}
     weighed = [
         t
         for t in own
-        if len(candidates[t]) > contrast.n_foils and not scene.is_special(scene.target[t])
+        if len(candidates[t]) > contrast.n_foils and not context.is_special(context.target[t])
     ]
     n_rows = 0
     # What is not text is read with every row anew.
-    if weighed and model.reads_on and scene.full.extras is None:
-        written = ahead(scene, model, _AHEAD)
+    if weighed and model.reads_on and context.full.extras is None:
+        written = greedy_continuation(context, model, _AHEAD)
         for start in range(0, len(weighed), _AT_ONCE):
-            n_rows += _weigh(weighed[start : start + _AT_ONCE], candidates, scene, written, model)
+            n_rows += _weigh(weighed[start : start + _AT_ONCE], candidates, context, written, model)
     ids = {t: tuple(_best(candidates[t])[: contrast.n_foils]) for t in own}
     about = {
         "foils": "found",
@@ -97,11 +97,11 @@ def _averaged(each: Sequence[dict[int, Guesses]]) -> dict[int, Guesses]:
     }
 
 
-def _of_kind(guesses: Guesses, t: int, n_foils: int, scene: FoilContext) -> Guesses:
+def _of_kind(guesses: Guesses, t: int, n_foils: int, context: FoilContext) -> Guesses:
     """The likeliest candidates of a target token: of its kind, or of any where none is."""
     order = _best(guesses)
-    is_special = scene.is_special(scene.target[t])
-    for fits in (scene.fits,) * (not is_special) + (scene.is_other,):
+    is_special = context.is_special(context.target[t])
+    for fits in (context.fits,) * (not is_special) + (context.is_other,):
         chosen: list[int] = []
         for token in order:
             if fits(token, t):
@@ -116,17 +116,17 @@ def _of_kind(guesses: Guesses, t: int, n_foils: int, scene: FoilContext) -> Gues
 def _weigh(
     wanted: Sequence[int],
     candidates: dict[int, Guesses],
-    scene: FoilContext,
+    context: FoilContext,
     written: Sequence[int],
     model: RowScorer,
 ) -> int:
     """Adds to candidates what they make of the tokens after them; how many rows that took."""
-    said = (*scene.target, *written)
-    first, last = wanted[0] + 1, min(wanted[-1] + 1 + _AHEAD, len(said))
+    text = (*context.target, *written)
+    first, last = wanted[0] + 1, min(wanted[-1] + 1 + _AHEAD, len(text))
     rows: dict[tuple[int, int], TokenRow] = {}
     for t in wanted:
-        before = scene.full.ids + scene.target[:t]
-        follows = said[t + 1 : t + 1 + _AHEAD]
+        before = context.full.ids + context.target[:t]
+        follows = text[t + 1 : t + 1 + _AHEAD]
         for token in candidates[t] if follows else ():
             positions = [-1] * (last - first)
             for i in range(len(follows)):
@@ -134,7 +134,7 @@ def _weigh(
             rows[t, token] = TokenRow((*before, token, *follows[:-1]), positions)
     if not rows:
         return 0
-    target = torch.tensor(said[first:last], dtype=torch.int64, device="cpu")
+    target = torch.tensor(text[first:last], dtype=torch.int64, device="cpu")
     values = model.values(list(rows.values()), target).nan_to_num(nan=0.0).sum(1)
     for (t, token), value in zip(rows, values.tolist(), strict=True):
         candidates[t][token] += value

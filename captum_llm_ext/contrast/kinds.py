@@ -36,20 +36,22 @@ class AnswerKinds:
     of that kind: they have to do what that word does there.
 
     Args:
-        scene: The prompt and the answer.
-        model: Is asked.
+        context: The prompt and the answer.
+        model: Scores the words.
     """
 
-    def __init__(self, scene: FoilContext, model: RowScorer) -> None:
-        self._scene, self._model = scene, model
+    def __init__(self, context: FoilContext, model: RowScorer) -> None:
+        self._context, self._model = context, model
 
     def __call__(self, prompts: Sequence[Ids]) -> list[float]:
         """The log-probability of these kinds after each prompt; NaN where that is too long."""
         at, foils = self._kinds
         if not at:
             return [0.0] * len(prompts)
-        target = torch.tensor([self._scene.target[t] for t in at], device="cpu", dtype=torch.int64)
-        before = self._scene.target[: at[-1]]
+        target = torch.tensor(
+            [self._context.target[t] for t in at], device="cpu", dtype=torch.int64
+        )
+        before = self._context.target[: at[-1]]
         rows = {
             ids: TokenRow((*ids, *before), [len(ids) - 1 + t for t in at])
             for ids in dict.fromkeys(prompts)
@@ -67,7 +69,7 @@ class AnswerKinds:
 
     def _followed(self, prompts: Sequence[Ids]) -> dict[Ids, float]:
         """What those that are other ones near the answer lose by what follows its first word."""
-        whole = self._scene.full.ids
+        whole = self._context.full.ids
         near = [
             ids for ids in prompts if ids != whole and _n_common(ids, whole) >= len(whole) - _NEAR
         ]
@@ -79,7 +81,7 @@ class AnswerKinds:
     @cached_property
     def _following(self) -> Following:
         return Following(
-            self._scene,
+            self._context,
             self._model,
             self._kinds[0][0],
             n_words=_NEAR_WORDS,
@@ -90,17 +92,21 @@ class AnswerKinds:
     @cached_property
     def _kinds(self) -> tuple[list[int], Tensor]:
         """Places of the answer that have a kind, and the other tokens of it, padded by -1."""
-        scene = self._scene
-        first = range(min(_TOKENS, len(scene.target)))
-        asked = [t for t in first if not (scene.is_special(scene.target[t]) or scene.goes_on(t))]
-        if not asked or scene.full.extras is not None:
+        context = self._context
+        first = range(min(_TOKENS, len(context.target)))
+        word_starts = [
+            t for t in first if not (context.is_special(context.target[t]) or context.goes_on(t))
+        ]
+        if not word_starts or context.full.extras is not None:
             return [], torch.empty(0, 0, dtype=torch.int64, device="cpu")
-        [ids] = self._model.likeliest([scene.whole], _LOOKED_AT)[1]
+        [ids] = self._model.likeliest([context.whole], _LOOKED_AT)[1]
         kinds = {
-            t: [token for token in ids[t].tolist() if token >= 0 and scene.fits(token, t)][:_WORDS]
-            for t in asked
+            t: [token for token in ids[t].tolist() if token >= 0 and context.fits(token, t)][
+                :_WORDS
+            ]
+            for t in word_starts
         }
-        at = [t for t in asked if kinds[t]]
+        at = [t for t in word_starts if kinds[t]]
         most = max((len(kinds[t]) for t in at), default=0)
         rows = [[*kinds[t], *[-1] * (most - len(kinds[t]))] for t in at]
         return at, torch.tensor(rows, dtype=torch.int64, device="cpu")

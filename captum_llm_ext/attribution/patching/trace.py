@@ -310,9 +310,9 @@ class ActivationPatching:
     ) -> Foils | None:
         if not isinstance(self.attr_target, Contrast):
             return None
-        scene = FoilContext(context.prompt, context.full, generated, tokenizer, seed)
+        within = FoilContext(context.prompt, context.full, generated, tokenizer, seed)
         size = _compat.vocabulary_size(self.model)
-        return foils_of(self.attr_target, scene, Scorer(self.model, processes=self._shared), size)
+        return foils_of(self.attr_target, within, Scorer(self.model, processes=self._shared), size)
 
 
 class _Trace:
