@@ -19,7 +19,7 @@ from captum_llm_ext import (
     load_demo,
 )
 from captum_llm_ext.remote import scorer
-from captum_llm_ext.remote.speaker import Question
+from captum_llm_ext.remote.chat_endpoint import ChatRequest
 
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
@@ -177,7 +177,7 @@ def test_answers_that_are_mixed_up_between_requests_are_refused(demo, server, at
         held["asked"] = messages
         time.sleep(0.05)
         how = {"n_tokens": max_tokens, "temperature": temperature, "top": top_logprobs}
-        said = own.say(Question(held["asked"], prefill=prefill, way="continue", **how))[0]
+        said = own.chat(ChatRequest(held["asked"], prefill=prefill, way="continue", **how))[0]
         return said.text, [dict(step.top) for step in said.steps]
 
     def ours(n_threads):

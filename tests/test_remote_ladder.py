@@ -24,9 +24,9 @@ from captum_llm_ext import (
     load_demo,
 )
 from captum_llm_ext.cli import main
+from captum_llm_ext.remote.chat_endpoint import ChatRequest
 from captum_llm_ext.remote.sampled import wilson
 from captum_llm_ext.remote.similarities import token_f1
-from captum_llm_ext.remote.speaker import Question
 
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
@@ -137,7 +137,7 @@ def test_frequencies_cover_what_is_true(demo, server, kind):
 
         def fn(messages, max_tokens, temperature, prefill, top_logprobs, seed):
             how = {"n_tokens": max_tokens, "temperature": temperature, "seed": seed}
-            return own.say(Question(messages, **how))[0].text
+            return own.chat(ChatRequest(messages, **how))[0].text
 
         provider = CallableProvider(fn)
     ours = remote(provider, attr_target="frequency", n_answers=40)
@@ -241,8 +241,8 @@ def test_a_stop_token_that_is_not_listed_is_noted(server):
         def __init__(self, listed):
             self.inner, self.listed = chat(server), listed
 
-        def say(self, question):
-            found = self.inner.say(question)
+        def chat(self, question):
+            found = self.inner.chat(question)
             if question.n_tokens < 3:
                 return found
             cut = [one.steps[: 2 + self.listed] for one in found]

@@ -6,7 +6,7 @@ from typing import Any
 from captum_llm_ext.cli.command import UsageError, positive
 from captum_llm_ext.cli.methods import is_of_answers, looks_inside
 
-# Of the answer's log-probabilities, by how much they are told; others are values of their own.
+# Of the answer's log-probabilities, by how much they are reported; others are values of their own.
 LOG_PROBS = ("forced", "stepwise", "top-k")
 _RUNGS = ("auto", "log_prob", *LOG_PROBS, "label", "frequency", "similarity")
 

@@ -29,6 +29,7 @@ from captum_llm_ext.text.segment import segmenter
 
 if TYPE_CHECKING:
     from captum_llm_ext.cli.methods import Attribution
+    from captum_llm_ext.cli.progress import CheaperRun
     from captum_llm_ext.contrast import Contrast
     from captum_llm_ext.text.inputs import TextSegmentInput
 

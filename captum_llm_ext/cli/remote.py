@@ -14,8 +14,8 @@ from captum_llm_ext.cli.loading import Place, load_tokenizer, location
 from captum_llm_ext.cli.methods import method
 from captum_llm_ext.cli.outputs import as_json
 from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
-from captum_llm_ext.remote.chat_providers import speaker
-from captum_llm_ext.remote.speaker import Question, Speaker
+from captum_llm_ext.remote.chat_endpoint import ChatEndpoint, ChatRequest
+from captum_llm_ext.remote.chat_providers import chat_endpoint
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT
 
 _CALLED = {
@@ -105,8 +105,8 @@ def _looked_at(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[str, A
             yield _CALLED[rung], {"works": False, "what": str(error)}
         else:
             yield _CALLED[rung], {"works": True, "what": f"--rung {rung}", **met}
-    who = cast(Speaker, speaker(provider))
+    who = cast(ChatEndpoint, chat_endpoint(provider))
     messages = [{"role": "user", "content": "Say hello."}]
-    said = who.say(Question(messages, n_tokens=8, temperature=1.0))[0]
+    said = who.chat(ChatRequest(messages, n_tokens=8, temperature=1.0))[0]
     shown = "it wrote nothing" if not said.text else "--rung frequency, --rung similarity"
     yield "text alone", {"works": bool(said.text), "what": shown}

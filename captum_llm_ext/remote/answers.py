@@ -25,7 +25,7 @@ def check_usage(answer: Any, ids: Sequence[Sequence[int]]) -> None:
         raise wrong_count(found, wanted, len(ids))
 
 
-def completed(answer: Any) -> int | None:
+def n_generated(answer: Any) -> int | None:
     """Number of generated tokens, as the server counts them."""
     return _usage(answer, "completion_tokens")
 
@@ -36,7 +36,7 @@ def _usage(answer: Any, name: str) -> int | None:
     return found if is_integer(found) and found > 0 else None  # 0: not counted
 
 
-def told(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
+def prompt_log_probs(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
     """Parses vLLM's ``prompt_logprobs``: a mapping of ids for each token of the prompt."""
     found: Any = choice.get("prompt_logprobs")
     if not isinstance(found, list):
@@ -55,11 +55,11 @@ def told(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
     return [None if entry is None else _entry(entry) for entry in entries]
 
 
-def _entry(told: Any) -> dict[int, float]:
-    if not isinstance(told, dict):
-        raise unusable("an entry of `prompt_logprobs`", told, "a mapping of token ids")
+def _entry(reported: Any) -> dict[int, float]:
+    if not isinstance(reported, dict):
+        raise unusable("an entry of `prompt_logprobs`", reported, "a mapping of token ids")
     found: dict[int, float] = {}
-    for token, said in cast(dict[str, Any], told).items():
+    for token, said in cast(dict[str, Any], reported).items():
         if not _is_number(token):
             raise unusable("a key of `prompt_logprobs`", token, "a token id")
         value = cast(dict[str, Any], said).get("logprob") if isinstance(said, dict) else said
@@ -67,16 +67,16 @@ def _entry(told: Any) -> dict[int, float]:
     return found
 
 
-def echoed(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
+def echoed_log_probs(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
     """Parses the log-probabilities of an echoed prompt, which generated tokens follow."""
     logprobs: Any = choice.get("logprobs")
-    told: Any = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-    if not isinstance(told, list):
+    reported: Any = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    if not isinstance(reported, list):
         raise ApiError(
             "the server's answer holds no `logprobs` of the echoed prompt: it ignores what it was "
             "asked."
         )
-    values = cast(list[Any], told)
+    values = cast(list[Any], reported)
     names: Any = cast(dict[str, Any], logprobs).get("tokens")
     n_named = len(cast(list[Any], names)) if isinstance(names, list) else len(values)
     if len(values) <= 1 < len(ids) and n_named == len(values):
@@ -98,9 +98,9 @@ def echoed(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entry]:
 
 def likeliest(choice: Mapping[str, Any]) -> list[dict[str, float]]:
     """The likeliest tokens at each place of a prompt, by what they are called."""
-    told: Any = choice.get("prompt_logprobs")
-    if isinstance(told, list):
-        entries = [{} if entry is None else _entry(entry) for entry in cast(list[Any], told)]
+    reported: Any = choice.get("prompt_logprobs")
+    if isinstance(reported, list):
+        entries = [{} if entry is None else _entry(entry) for entry in cast(list[Any], reported)]
         return [{f"{IDS_AS_TEXT}{i}": v for i, v in entry.items()} for entry in entries]
     logprobs: Any = choice.get("logprobs")
     tops: Any = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
@@ -171,24 +171,24 @@ def written(answer: Any, choice: Mapping[str, Any]) -> Written | None:
     has_stopped = choice.get("finish_reason") == "stop"
     if len(names) != len(values) or not (values or has_stopped):
         return None
-    told: Any = cast(dict[str, Any], logprobs).get("top_logprobs")
-    entries = cast(list[Any], told) if isinstance(told, list) else []
+    reported: Any = cast(dict[str, Any], logprobs).get("top_logprobs")
+    entries = cast(list[Any], reported) if isinstance(reported, list) else []
     tops = [
         {str(k): _number(v) for k, v in cast(dict[str, Any], entry).items()}
         for entry in entries
         if isinstance(entry, dict)
     ]
     return Written(
-        ids=written_ids(choice),
+        ids=generated_ids(choice),
         texts=tuple(names),
         values=values,
         top=tops if len(tops) == len(values) else [],
-        n_completed=completed(answer),
+        n_completed=n_generated(answer),
         has_stopped=has_stopped,
     )
 
 
-def written_ids(choice: Mapping[str, Any]) -> tuple[int, ...] | None:
+def generated_ids(choice: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The generated ids, if the server gives them."""
     if isinstance(choice.get("token_ids"), list):
         return tuple(_token_ids(choice["token_ids"]))
@@ -229,8 +229,8 @@ def _number(said: Any) -> float:
     return value
 
 
-def _token_ids(told: Any) -> list[int]:
-    ids = cast(list[Any], told)
+def _token_ids(reported: Any) -> list[int]:
+    ids = cast(list[Any], reported)
     for token in ids:
         if not is_integer(token) or not 0 <= token < 10**_MOST_DIGITS:
             raise unusable("a token id", token, "an integer of at least 0")

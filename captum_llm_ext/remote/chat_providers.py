@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
+from captum_llm_ext.remote.chat_endpoint import ChatAnswer, ChatEndpoint, ChatRequest, Prefill, Step
 from captum_llm_ext.remote.completions import CompletionsProvider
 from captum_llm_ext.remote.providers import is_ruled_out, log_prob
-from captum_llm_ext.remote.speaker import Prefill, Question, Said, Speaker, Step
 from captum_llm_ext.remote.transport import (
     ApiError,
     GarbageError,
@@ -20,7 +20,7 @@ from captum_llm_ext.remote.transport import (
 _REFUSED = ("refusal", "content_filter", "safety")
 
 
-class _OverHttp:
+class _HttpProvider:
     """A provider by its URL, or by a client of the user's own, which knows its URL itself."""
 
     model_name: str
@@ -51,7 +51,7 @@ class _OverHttp:
             raise
 
 
-class ChatProvider(_OverHttp):
+class ChatProvider(_HttpProvider):
     """A model behind OpenAI's chat completions: OpenAI, Azure, vLLM, llama.cpp and many others.
 
     How far it goes is found out of each: vLLM 0.32 goes on with an answer that is begun
@@ -124,8 +124,8 @@ class ChatProvider(_OverHttp):
     def __repr__(self) -> str:
         return f"ChatProvider({self.model_name!r})"
 
-    def say(self, question: Question) -> list[Said]:
-        """See `Speaker.say`."""
+    def chat(self, question: ChatRequest) -> list[ChatAnswer]:
+        """See `ChatEndpoint.chat`."""
         body: dict[str, Any] = {
             "model": self.model_name,
             "messages": [dict(message) for message in question.messages],
@@ -158,7 +158,7 @@ class ChatProvider(_OverHttp):
         return cast(dict[str, Any], found)
 
 
-class AnthropicProvider(_OverHttp):
+class AnthropicProvider(_HttpProvider):
     """A model behind Anthropic's messages API, which tells text alone.
 
     Args:
@@ -194,8 +194,8 @@ class AnthropicProvider(_OverHttp):
     def __repr__(self) -> str:
         return f"AnthropicProvider({self.model_name!r})"
 
-    def say(self, question: Question) -> list[Said]:
-        """See `Speaker.say`; one answer at a time, without log-probabilities."""
+    def chat(self, question: ChatRequest) -> list[ChatAnswer]:
+        """See `ChatEndpoint.chat`; one answer at a time, without log-probabilities."""
         asked = question.messages
         system = [str(m["content"]) for m in asked if m["role"] == "system"]
         rest = [dict(m) for m in asked if m["role"] != "system"]
@@ -217,7 +217,7 @@ class AnthropicProvider(_OverHttp):
         text = "".join(str(p.get("text") or "") for p in cast(list[Any], parts))
         usage: dict[str, Any] = held.get("usage") or {}
         return [
-            Said(
+            ChatAnswer(
                 text,
                 is_refusal=held.get("stop_reason") in _REFUSED,
                 n_in=int(usage.get("input_tokens") or 0),
@@ -260,8 +260,8 @@ class CallableProvider:
     def __repr__(self) -> str:
         return f"CallableProvider({self.model_name})"
 
-    def say(self, question: Question) -> list[Said]:
-        """See `Speaker.say`; one answer at a time."""
+    def chat(self, question: ChatRequest) -> list[ChatAnswer]:
+        """See `ChatEndpoint.chat`; one answer at a time."""
         found = self._fn(
             [dict(message) for message in question.messages],
             max_tokens=question.n_tokens,
@@ -278,10 +278,10 @@ class CallableProvider:
                 "log-probabilities of the likeliest tokens."
             )
         several = [tops] if isinstance(tops, Mapping) else list(cast(Sequence[Any], tops))
-        return [Said(text, _steps_of(text, cast(list[Mapping[str, float]], several)))]
+        return [ChatAnswer(text, _steps_of(text, cast(list[Mapping[str, float]], several)))]
 
 
-class Completed:
+class ChatOverCompletions:
     """A `CompletionsProvider` that is sent texts: an answer that is begun is more text."""
 
     prefills: tuple[Prefill, ...] = ("continue",)
@@ -295,8 +295,8 @@ class Completed:
         """Ends what is under way."""
         self._provider.interrupt()
 
-    def say(self, question: Question) -> list[Said]:
-        """See `Speaker.say`; the messages are put together as they are."""
+    def chat(self, question: ChatRequest) -> list[ChatAnswer]:
+        """See `ChatEndpoint.chat`; the messages are put together as they are."""
         texts = [str(message["content"]) for message in question.messages]
         prompt = "\n".join(texts) + question.prefill
         body = _settings(question) | ({"logprobs": question.top} if question.top else {})
@@ -304,14 +304,14 @@ class Completed:
         return [_completed(choice, answer) for choice in answer["choices"]]
 
 
-def speaker(provider: Any) -> Speaker | None:
+def chat_endpoint(provider: Any) -> ChatEndpoint | None:
     """A provider as one that is sent messages; None if it is none."""
     if isinstance(provider, CompletionsProvider):
-        return Completed(provider)
-    return provider if isinstance(provider, Speaker) else None
+        return ChatOverCompletions(provider)
+    return provider if isinstance(provider, ChatEndpoint) else None
 
 
-def other_endpoint(provider: Any) -> tuple[Speaker | None, str]:
+def other_endpoint(provider: Any) -> tuple[ChatEndpoint | None, str]:
     """The chat completions of a server whose completions were asked, or the other way round.
 
     Returns:
@@ -321,11 +321,11 @@ def other_endpoint(provider: Any) -> tuple[Speaker | None, str]:
         return ChatProvider.over(provider.http, provider.model_name), "ChatProvider"
     if isinstance(provider, ChatProvider) and provider.http is not None:
         other = CompletionsProvider.over(provider.http, provider.model_name)
-        return Completed(other), "CompletionsProvider"
+        return ChatOverCompletions(other), "CompletionsProvider"
     return None, ""
 
 
-def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> Said:
+def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> ChatAnswer:
     if not isinstance(choice, dict):
         raise UnusableAnswerError("the server gave a choice that is no object.")
     held = cast(dict[str, Any], choice)
@@ -338,7 +338,7 @@ def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> Said:
         for one in content
     ]
     usage: dict[str, Any] = answer.get("usage") or {}
-    return Said(
+    return ChatAnswer(
         str(message.get("content") or refusal or ""),
         steps,
         is_refusal=bool(refusal) or held.get("finish_reason") in _REFUSED,
@@ -350,7 +350,7 @@ def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> Said:
     )
 
 
-def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> Said:
+def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> ChatAnswer:
     logprobs: dict[str, Any] = choice.get("logprobs") or {}
     names: list[Any] = logprobs.get("tokens") or []
     values: list[Any] = logprobs.get("token_logprobs") or []
@@ -361,7 +361,7 @@ def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> Said:
     ]
     usage: dict[str, Any] = answer.get("usage") or {}
     n = len(answer["choices"])
-    return Said(
+    return ChatAnswer(
         str(choice.get("text") or ""),
         steps,
         n_in=int(usage.get("prompt_tokens") or 0),  # read once, however many answers
@@ -372,7 +372,7 @@ def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> Said:
     )
 
 
-def _settings(question: Question) -> dict[str, Any]:
+def _settings(question: ChatRequest) -> dict[str, Any]:
     """Settings that chat and completions requests share."""
     found: dict[str, Any] = {
         "max_tokens": question.n_tokens,

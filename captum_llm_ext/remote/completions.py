@@ -59,7 +59,7 @@ class CompletionsProvider(RemoteLLMProvider):
     Attributes:
         api_url: The URL, without anything secret.
         model_name: The model.
-        max_model_len: Tokens of the longest prompt, if the server has told.
+        max_model_len: Tokens of the longest prompt, if the server has reported.
 
     Raises:
         ValueError: If an argument is out of range, or the URL holds what may be a key.
@@ -224,7 +224,7 @@ class CompletionsProvider(RemoteLLMProvider):
             if error.status not in _UNKNOWN_ARGUMENT:
                 raise
             choice = self._generated(list(prompt), gen_args)
-        found = answers.written_ids(choice)
+        found = answers.generated_ids(choice)
         return answers.text_of(choice) if found is None else list(found)
 
     def written(
@@ -350,7 +350,7 @@ class CompletionsProvider(RemoteLLMProvider):
             asks_several=len(prompts) > 1,
         )
         choices = self._choices(answer, len(prompts))
-        read = answers.echoed if way == "echo" else answers.told
+        read = answers.echoed_log_probs if way == "echo" else answers.prompt_log_probs
         found = [read(choice, own) for choice, own in zip(choices, ids, strict=True)]
         answers.check_usage(answer, ids)
         if way == "echo":

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Literal
 
-from captum_llm_ext.remote.metered import Asker
-from captum_llm_ext.remote.speaker import Question
+from captum_llm_ext.remote.chat_endpoint import ChatRequest
+from captum_llm_ext.remote.metered import MeteredEndpoint
 
 OPEN = "Write ten random words, and then ten random numbers."
 # Answers, and their length. Words said to be random, drawn anew, agree over 24 tokens by chance in
@@ -13,7 +13,7 @@ _N, _N_TOKENS = 2, 24
 Draws = Literal["vary", "never vary", "unknown"]
 
 
-def check_draws(asker: Asker, temperature: float) -> tuple[Draws, str]:
+def check_draws(endpoint: MeteredEndpoint, temperature: float) -> tuple[Draws, str]:
     """Asks an open question several times.
 
     Where one request gives several answers that are one and the same, and another request another
@@ -22,20 +22,20 @@ def check_draws(asker: Asker, temperature: float) -> tuple[Draws, str]:
     Returns:
         Whether answers vary, and how that was seen.
     """
-    question = Question(
+    question = ChatRequest(
         [{"role": "user", "content": OPEN}], n_tokens=_N_TOKENS, temperature=temperature
     )
     # Of one request where it gives several, and of another one with another seed.
-    first = [one.text for one in asker.many(question, range(_N), at_once=True)]
+    first = [one.text for one in endpoint.answers(question, range(_N), at_once=True)]
     if len(set(first)) > 1:
         return "vary", f"{len(set(first))} answers of {len(first)} to an open question"
-    asked_again = asker.fresh(replace(question, seed=len(first)))
+    asked_again = endpoint.uncached(replace(question, seed=len(first)))
     second = [one.text for one in asked_again]
     if not any(text.strip() for text in first + second):
         return "unknown", "an open question is answered by nothing"
     if set(first) == set(second):
         return "never vary", "an open question has the same answer each time"
     if len(first) > 1:
-        asker.ask_one_by_one()
+        endpoint.limit_to_one()
         return "vary", "those of one request are copies of one: each is asked for by itself"
     return "vary", "each request has another answer to an open question"

@@ -294,8 +294,8 @@ def _entries(about: Mapping[str, Any], side: str, ids: Sequence[int]) -> list[En
     tops: list[Any] = about.get(f"{side}_top_logprobs") or [None] * len(own)
     found: list[Entry] = []
     last: Any = zip(ids, own[len(own) - len(ids) :], tops[len(tops) - len(ids) :], strict=False)
-    for token, (value, told, *_), top in last:
-        if value is None or told not in (token, 0):
+    for token, (value, reported, *_), top in last:
+        if value is None or reported not in (token, 0):
             found.append(None)
             continue
         likeliest = {int(other): float(said) for said, other, *_ in top or ()}
@@ -317,11 +317,11 @@ def _written(ids: tuple[int, ...], tops: Sequence[Mapping[int, float]], stops: b
 def _check(name: str, ids: Sequence[int], start: int, entries: Sequence[Entry]) -> None:
     """Raises if these are no log-probabilities of these tokens."""
     pairs = zip(ids, entries, strict=False)
-    told = [entry is not None and token in entry for token, entry in pairs]
-    if len(entries) != len(ids) or not all(told[start:]):
+    found = [entry is not None and token in entry for token, entry in pairs]
+    if len(entries) != len(ids) or not all(found[start:]):
         shown = str(list(ids))[:_SHOWN]
         raise RuntimeError(
-            f"{name} told of {len(entries)} tokens, {sum(told)} of them those that were sent, for "
+            f"{name} told of {len(entries)} tokens, {sum(found)} of them those that were sent, for "
             f"the {len(ids)} ids {shown}…: it reads other prompts than it is given, or this "
             "version of it answers in another way."
         )

@@ -8,7 +8,7 @@ cannot say gives a provider away, and what it says in two ways has to agree:
 * The value of a token depends on the token, and on nothing that comes after it.
 * Probabilities of different tokens at one place sum to no more than 1; none is above 1.
 * A prompt has the same values twice, alone or in a batch with others.
-* What is told of written tokens does not depend on the temperature, or is known to.
+* What is reported of written tokens does not depend on the temperature, or is known to.
 * Tokens drawn at temperature 1 are as improbable, on average, as their distribution says.
 """
 
@@ -36,14 +36,14 @@ _SHARP, _TIMES_NOISE = 1e-3, 5.0
 # refuse some. A choice: more would only cost more, as the look comes before every run.
 _N_WRITTEN, _N_OTHERS, _LONGEST = 3, 3, 48
 _N_LOOKED_AT = 64
-# Rounding that is coarse enough to be told, and how far multiples may be off.
+# Rounding that is coarse enough to be reported, and how far multiples may be off.
 _GRAINS, _OFF_GRAIN = (1.0, 0.5, 0.25, 0.2, 0.1, 0.05), 1e-3
 # Draws at temperature 1, and how many standard errors their surprise may be off. Over random laws
 # of 2,000 tokens with 0.6 to 3 nats of entropy, 32 draws see that values are of temperature 0.5 in
 # 69 to 99 % and of 0.7 in 19 to 72 %; of 900 right ones none looked wrong. 64 draws would see
 # 84 to 100 and 32 to 97 %, 3 standard errors see more and accuse right ones.
 _N_DRAWN, _DEVIATIONS = 32, 4.5
-# At which place a token's own distribution is told where they are shifted.
+# At which place a token's own distribution is reported where they are shifted.
 _SHIFTS = {
     -1: "they are shifted left by one, and belong to the token after",
     1: "they are shifted right by one, and belong to the token before",
@@ -92,7 +92,7 @@ _lock = threading.RLock()
 _busy: set[int] = set()
 
 
-def has_met(provider: Any) -> bool:
+def is_verified(provider: Any) -> bool:
     """Whether a handshake with the provider has succeeded."""
     try:
         return bool(_known.get(provider))
@@ -128,7 +128,7 @@ def handshake(
             known = {}
         if about not in known:
             with _asking(provider):
-                known[about] = _met(source, prompt, target)
+                known[about] = _verified(source, prompt, target)
         return known[about]
 
 
@@ -141,7 +141,7 @@ def _asking(provider: Any) -> Generator[None]:
         _busy.discard(id(provider))
 
 
-def _met(source: ProviderAdapter, prompt: Sequence[int], target: Sequence[int]) -> Findings:
+def _verified(source: ProviderAdapter, prompt: Sequence[int], target: Sequence[int]) -> Findings:
     ways: Sequence[str | None] = getattr(source.provider, "ways", (None,))
     refused: dict[str, str] = {}
     statuses: list[int | None] = []
@@ -149,7 +149,7 @@ def _met(source: ProviderAdapter, prompt: Sequence[int], target: Sequence[int]) 
     for way in ways:
         if way is not None:
             source.provider.use(way)
-        exam = _Exam(copy(source), prompt, target)  # which counts what is sent for the user
+        exam = _Handshake(copy(source), prompt, target)  # which counts what is sent for the user
         try:
             exam.run()
             source.most_prompts = min(source.most_prompts, exam.source.most_prompts)
@@ -175,7 +175,7 @@ def _forget(provider: Any, ways: Sequence[str | None]) -> None:
 
 
 @dataclass
-class _Exam:
+class _Handshake:
     """One provider, asked in one way."""
 
     source: ProviderAdapter
@@ -183,7 +183,7 @@ class _Exam:
     target: Sequence[int]
     checks: dict[str, str] = field(default_factory=dict[str, str])
     n_prompts: int = 0
-    told: list[float] = field(default_factory=list[float])
+    reported: list[float] = field(default_factory=list[float])
 
     def run(self) -> None:
         """Runs all tests that the provider supports."""
@@ -191,22 +191,22 @@ class _Exam:
             self.prompt = tuple(self.prompt[:_LONGEST])
         written = self._written()
         hot = [] if written is None else self._hot(written)
-        ids, told, likely = self._reference(written, hot)
+        ids, reported, likely = self._reference(written, hot)
         rows, values = self._asked(self._rows(ids, list(likely)))
         _, [longer] = self._asked([(*ids, *rows[1][-1:])] if len(rows) > 1 else [ids])
         _, [alone] = self._asked(rows[:1])
-        if not any(map(_is_told, alone[-len(ids) :])):
+        if not any(map(_is_given, alone[-len(ids) :])):
             self._fault("none is told of any token that was asked about")
         self._same_again(values, alone)
         noise = _largest([abs(a - b) for a, b in _pairs(values[0], alone)])
         self._depends_on_nothing_later([*values, longer], noise)
         found = {row[-1]: own[-1] for row, own in zip(rows, values, strict=True)}
-        of_last = {i: float(v) for i, v in found.items() if v is not None and _is_told(v)}
+        of_last = {i: float(v) for i, v in found.items() if v is not None and _is_given(v)}
         last = list(of_last.values())
         self._depends_on_the_token([*values, longer], last, noise)
-        both = [(of_last[i], told) for i, told in likely.items() if i in of_last]
-        self._agrees(alone, told, ids, [pair for pair in both if _is_told(pair[1])])
-        rounding = grain(self.told)
+        both = [(of_last[i], reported) for i, reported in likely.items() if i in of_last]
+        self._agrees(alone, reported, ids, [pair for pair in both if _is_given(pair[1])])
+        rounding = grain(self.reported)
         if rounding:
             self._note("rounding", f"values are multiples of {rounding:g}")
         mass = sum(map(math.exp, last)) / math.exp(rounding / 2)
@@ -218,7 +218,7 @@ class _Exam:
             )
 
     def _written(self) -> Written | None:
-        """What the model writes, where it is told with log-probabilities."""
+        """What the model writes, where it is reported with log-probabilities."""
         found = self._write(_N_WRITTEN, temperature=0.0)
         if not found or not found[0].values:
             self._note("written tokens", "the provider tells no log-probabilities of them")
@@ -259,7 +259,7 @@ class _Exam:
             self._note("stop token", "listed")
 
     def _hot(self, written: Written) -> list[Written]:
-        """First tokens drawn at temperature 1: whether what is told of them is of another."""
+        """First tokens drawn at temperature 1: whether what is reported of them is of another."""
         hot = self._write(1, temperature=1.0, n_answers=_N_DRAWN)
         if not hot or not hot[0].top or not written.top:
             return []
@@ -277,7 +277,7 @@ class _Exam:
     def _reference(
         self, written: Written | None, hot: Sequence[Written]
     ) -> tuple[tuple[int, ...], list[float], dict[int, float]]:
-        """Tokens to score, their values as told when written, and those of others for the last."""
+        """Tokens to score, their values when generated, and those of others for the last."""
         n = _N_WRITTEN if self.source.takes_ids else len(self.target)
         own = () if written is None else written.ids or ()
         if written is None:
@@ -286,10 +286,10 @@ class _Exam:
         if is_whole and self.source.reads(self.prompt, own):
             last = (*self.prompt, *own[:-1])
             return own, list(written.values), self._ids(last, written.top[-1:])
-        # What is written may be no text that is read so again, or told of another temperature.
+        # What is written may be no text that is read so again, or reported of another temperature.
         known = self._ids(self.prompt, (hot or [written])[0].top[:1])
         for token, value in known.items():
-            if _is_told(value) and self.source.reads(self.prompt, (token,)):
+            if _is_given(value) and self.source.reads(self.prompt, (token,)):
                 return (token,), [value], known
         self._note("written tokens", "the provider tells no ids of them")
         return tuple(self.target[:n]), [], {}
@@ -315,7 +315,7 @@ class _Exam:
     def _asked(
         self, rows: Sequence[tuple[int, ...]]
     ) -> tuple[list[tuple[int, ...]], list[list[float | None]]]:
-        """Rows that can be sent, and values of every place: of the prompt too, where told."""
+        """Rows that can be sent, and values of every place: of the prompt too, where reported."""
         first = 0 if self.source.takes_ids else len(self.prompt) - 1
         requests = [
             Request((*self.prompt, *row), first, tuple(range(len(row))), i)
@@ -336,9 +336,9 @@ class _Exam:
             kept += rows[i : i + n]
             found += [answer.values for answer in answers]
             self.n_prompts += len(answers)
-        told = [value for own in found for value in own if value is not None]
-        self.told += [value for value in told if _is_told(value)]
-        for value in told:
+        reported = [value for own in found for value in own if value is not None]
+        self.reported += [value for value in reported if _is_given(value)]
+        for value in reported:
             if value > _ABOVE_ONE:
                 self._fault(f"it tells {value:g} as a log-probability, which is above log 1 = 0")
         return kept, found
@@ -359,7 +359,7 @@ class _Exam:
     def _agrees(
         self,
         alone: Sequence[float | None],
-        told: Sequence[float],
+        reported: Sequence[float],
         ids: tuple[int, ...],
         of_last: Sequence[tuple[float, float]],
     ) -> None:
@@ -367,35 +367,35 @@ class _Exam:
 
         Args:
             alone: The prompt's values.
-            told: What was told when `ids` were written.
+            reported: What was reported when `ids` were written.
             ids: The prompt's last tokens.
             of_last: Of several tokens at the last place, both.
         """
         found = alone[-len(ids) :]
-        if not told or None in found:
+        if not reported or None in found:
             return
         scored = [float(value) for value in found if value is not None]
-        apart = _largest([abs(a - b) for a, b in _pairs(scored, told)])
-        if apart > _allowed(told):
-            fault = _named(scored, told, of_last) or self._moved(ids, told) or _ANOTHER
+        apart = _largest([abs(a - b) for a, b in _pairs(scored, reported)])
+        if apart > _allowed(reported):
+            fault = _named(scored, reported, of_last) or self._moved(ids, reported) or _ANOTHER
             self._fault(
                 f"tokens that the model wrote have log-probabilities that differ by {apart:.2g} "
                 f"nats when they are part of a prompt: {fault}"
             )
         self._note("written tokens", f"the same within {apart:.1g} nats when scored")
 
-    def _moved(self, ids: tuple[int, ...], told: Sequence[float]) -> str:
+    def _moved(self, ids: tuple[int, ...], reported: Sequence[float]) -> str:
         """Of which place the distributions are that tokens of a prompt are held against.
 
         Args:
             ids: Tokens that the model wrote, with their values then.
-            told: Those values.
+            reported: Those values.
 
         Returns:
-            What is wrong; nothing where the likeliest tokens of places are not told, or do not
+            What is wrong; nothing where the likeliest tokens of places are not reported, or do not
             tell.
         """
-        # One more token, for the last one's distribution to be told where it is shifted right.
+        # One more token, for the last one's distribution to be reported where it is shifted right.
         more = (token for token in (ids[-1], *reversed(self.prompt)))
         after = next((t for t in more if self.source.reads(self.prompt, (*ids, t))), None)
         whole = (*self.prompt, *ids, *(() if after is None else (after,)))
@@ -406,7 +406,7 @@ class _Exam:
         self.n_prompts += 1
 
         def apart(i: int, by: int) -> float | None:
-            """How far a token's value is from that told so far after its place; None: unknown."""
+            """How far a token's value is from that reported there; None: unknown."""
             place = len(self.prompt) + i + by
             top = tops[place] if 0 <= place < len(tops) else {}
             before = (*self.prompt, *ids[:i])
@@ -414,14 +414,14 @@ class _Exam:
             # Bytes of characters are all called alike.
             if ids[i] not in named and (None in named or not top):
                 return None
-            return abs(named.get(ids[i], -math.inf) - told[i])
+            return abs(named.get(ids[i], -math.inf) - reported[i])
 
         off: dict[int, float] = {}
         for by in (0, *_SHIFTS):
             known = [a for i in range(len(ids)) if (a := apart(i, by)) is not None]
             off[by] = _largest(known) if known else math.inf
         nearest = min(off, key=off.__getitem__)
-        # What is told rightly at its own place is not moved.
+        # What is reported rightly at its own place is not moved.
         return _SHIFTS.get(nearest, "") if off[nearest] < _NEAR else ""
 
     def _depends_on_the_token(
@@ -429,7 +429,7 @@ class _Exam:
     ) -> None:
         if len(last) < 2 or max(last) - min(last) > max(_ABOVE_ONE, 2 * noise):
             return
-        everything = [v for own in values for v in own if v is not None and _is_told(v)]
+        everything = [v for own in values for v in own if v is not None and _is_given(v)]
         if all(value == 0 for value in everything):
             self._fault("all are zero")
         if max(everything) - min(everything) <= _ABOVE_ONE:
@@ -479,7 +479,7 @@ class _Exam:
 
 
 def surprise(names: Sequence[str], top: Mapping[str, float]) -> tuple[float, float, float]:
-    """How improbable tokens drawn at one place are by what is told of it, and should be.
+    """How improbable tokens drawn at one place are by what is reported of it, and should be.
 
     Args:
         names: The tokens.
@@ -507,7 +507,7 @@ def grain(values: Sequence[float]) -> float:
 
 
 def _named(
-    scored: Sequence[float], told: Sequence[float], of_last: Sequence[tuple[float, float]]
+    scored: Sequence[float], reported: Sequence[float], of_last: Sequence[tuple[float, float]]
 ) -> str:
     """What would make of the true values those that were found; nothing where nothing is known."""
     if all(value == 0 for value in scored):
@@ -519,14 +519,14 @@ def _named(
         "they lack their sign": lambda value: -value,
     }
     pairs = {
-        name: [(s, change(t)) for s, t in zip(scored, told, strict=True)]
+        name: [(s, change(t)) for s, t in zip(scored, reported, strict=True)]
         for name, change in stretches.items()
     }
-    left, right = zip(scored, told[1:], strict=False), zip(scored[1:], told, strict=False)
+    left, right = zip(scored, reported[1:], strict=False), zip(scored[1:], reported, strict=False)
     pairs[_SHIFTS[-1]], pairs[_SHIFTS[1]] = list(left), list(right)
     errors = {name: _largest([abs(a - b) for a, b in own]) for name, own in pairs.items() if own}
     name = min(errors, key=errors.__getitem__)
-    if errors[name] <= _allowed(told):
+    if errors[name] <= _allowed(reported):
         return name
     temperature = _temperature(of_last)
     if temperature is not None:
@@ -551,7 +551,7 @@ def _of(top: Mapping[str, float], names: Sequence[str]) -> list[float]:
     return [top[name] for name in names]
 
 
-def _is_told(value: float | None) -> bool:
+def _is_given(value: float | None) -> bool:
     return value is not None and not is_ruled_out(value)
 
 
@@ -560,7 +560,7 @@ def _pairs(a: Sequence[float | None], b: Sequence[float | None]) -> list[tuple[f
     return [
         (x, y)
         for x, y in zip(a, b, strict=False)
-        if x is not None and y is not None and _is_told(x) and _is_told(y)
+        if x is not None and y is not None and _is_given(x) and _is_given(y)
     ]
 
 
@@ -570,4 +570,6 @@ def _largest(found: Sequence[float]) -> float:
 
 def _allowed(values: Sequence[float | None]) -> float:
     """Allowed difference of values that should be equal."""
-    return _APART + _APART_PER_NAT * _largest([-v for v in values if v is not None and _is_told(v)])
+    return _APART + _APART_PER_NAT * _largest(
+        [-v for v in values if v is not None and _is_given(v)]
+    )

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from captum_llm_ext.remote.chat_endpoint import Message
 from captum_llm_ext.remote.rung import Scored
-from captum_llm_ext.remote.speaker import Message
 from captum_llm_ext.remote.stepwise import TopK
 
 
@@ -34,18 +34,18 @@ class Label:
         return 2 * self._by.noise
 
     @property
-    def blind(self) -> str:
-        """See `Rung.blind`."""
-        return f"only the first tokens of two labels are compared; {self._by.blind}"
+    def blind_spots(self) -> str:
+        """See `Rung.blind_spots`."""
+        return f"only the first tokens of two labels are compared; {self._by.blind_spots}"
 
     @property
-    def told(self) -> dict[str, object]:
-        """See `Rung.told`."""
+    def details(self) -> dict[str, object]:
+        """See `Rung.details`."""
         pair = None if self._tokens is None else list(self._tokens)
-        return self._by.told | {"labels": pair}
+        return self._by.details | {"labels": pair}
 
-    def meet(self, messages: Sequence[Message]) -> None:
-        """See `Rung.meet`."""
+    def handshake(self, messages: Sequence[Message]) -> None:
+        """See `Rung.handshake`."""
         self._by.look(messages)
 
     def target(self, messages: Sequence[Message], text: str | None) -> list[str]:
@@ -83,9 +83,9 @@ class Label:
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
         """See `Rung.begin`; values are no samples."""
 
-    def ask_again(self, messages: Sequence[Message], target: list[str]) -> float | None:
-        """See `Rung.ask_again`."""
-        return self._by.ask_again(messages, target)
+    def drift(self, messages: Sequence[Message], target: list[str]) -> float | None:
+        """See `Rung.drift`."""
+        return self._by.drift(messages, target)
 
     def draw_more(self) -> bool:
         """See `Rung.draw_more`: never, values are no samples."""

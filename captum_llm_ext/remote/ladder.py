@@ -20,7 +20,7 @@ from captum_llm_ext.coalitions import (
 from captum_llm_ext.model import Journal, Processes, TokenRow
 from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
-from captum_llm_ext.remote.metered import Asker
+from captum_llm_ext.remote.metered import MeteredEndpoint
 from captum_llm_ext.remote.rung import Rung, Scored
 from captum_llm_ext.remote.sampled import TWO
 from captum_llm_ext.remote.step_checks import NOISY
@@ -42,8 +42,8 @@ class LadderScorer:
 
     Args:
         rung: How coalitions are looked at.
-        as_probability: Whether log-probabilities are told as probabilities.
-        asker: Whom it asks.
+        as_probability: Whether log-probabilities are reported as probabilities.
+        endpoint: Whom it asks.
         tokenizer: Spells rows and target.
         n_threads: Coalitions at a time.
         show_progress: Whether `progress` draws a bar.
@@ -54,7 +54,7 @@ class LadderScorer:
     def __init__(
         self,
         rung: Rung,
-        asker: Asker,
+        endpoint: MeteredEndpoint,
         tokenizer: Any,
         *,
         n_threads: int,
@@ -64,7 +64,7 @@ class LadderScorer:
         self.attr_target: Any = "prob" if as_probability else rung.attr_target
         self.n_evaluations = 0
         self.n_scored = [0]
-        self.rung, self.asker = rung, asker
+        self.rung, self.endpoint = rung, endpoint
         self._tokenizer, self._n_threads = tokenizer, n_threads
         self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
         self._known: dict[bytes, Scored] = {}
@@ -143,10 +143,10 @@ class LadderScorer:
             score,
             take,
             n_threads=self._n_threads,
-            interrupt=getattr(self.asker.speaker, "interrupt", lambda: None),
+            interrupt=getattr(self.endpoint.provider, "interrupt", lambda: None),
         )
         self._in_order += digests
-        return self._told("values", digests)
+        return self._stored("values", digests)
 
     def known(self) -> dict[str, Tensor]:
         """Scores of all coalitions, in the order in which they were asked for.
@@ -155,13 +155,15 @@ class LadderScorer:
             ``"lower"``, ``"upper"``, ``"variances"``, each ``(n_coalitions, n_target)``; what was
             seen of the provider's noise is between the first two.
         """
-        return {name: self._told(name, self._in_order) for name in ("lower", "upper", "variances")}
+        return {
+            name: self._stored(name, self._in_order) for name in ("lower", "upper", "variances")
+        }
 
     def only_first(self, n: int) -> None:
         """Knows of the first coalitions alone that were asked for: others were them once more."""
         del self._in_order[n:]
 
-    def _told(self, name: str, digests: Sequence[bytes]) -> Tensor:
+    def _stored(self, name: str, digests: Sequence[bytes]) -> Tensor:
         found = [getattr(self._known[d], name) for d in digests]
         values = torch.tensor(found, dtype=torch.float64, device="cpu")
         values += self.rung.noise * {"lower": -1, "upper": 1}.get(name, 0)
@@ -183,7 +185,7 @@ class LadderScorer:
             return (known["variances"].T @ merged.square()).sqrt(), None
         return None, interval_of(merged, known["lower"], known["upper"])
 
-    def told_apart(self, weight: Tensor, attributions: Tensor) -> dict[str, Any] | None:
+    def separates_causes(self, weight: Tensor, attributions: Tensor) -> dict[str, Any] | None:
         """Whether the strongest cause is significantly stronger than the second.
 
         Args:
@@ -191,7 +193,7 @@ class LadderScorer:
             attributions: ``(n_features,)``, of the target as a whole.
 
         Returns:
-            The two, whether they are told apart, and how many times as many answers would do it
+            The two, whether they are distinguished, and how many times as many answers would do it
             where values are sampled. None for less than two features.
         """
         if len(attributions) < 2:
@@ -213,11 +215,11 @@ class LadderScorer:
             "times_as_many_answers": times if math.isfinite(times) else None,
         }
 
-    def ask_again(self, full: Sequence[Any]) -> list[str]:
+    def drift(self, full: Sequence[Any]) -> list[str]:
         """What is suspicious of the answers, now that they are all there; asks once more."""
         target = [*self._wanted]
-        apart = self.rung.ask_again(full, target)
-        found = self.asker.doubts()
+        apart = self.rung.drift(full, target)
+        found = self.endpoint.doubts()
         if apart is not None and apart > NOISY:
             found.append(
                 "the whole prompt has other log-probabilities than at the beginning, by "
@@ -244,16 +246,16 @@ class LadderScorer:
         own = list(self._known.values())
         n_values = sum(len(one.values) for one in own)
         n_censored = sum(one.n_censored for one in own)
-        told: dict[str, Any] = {
+        reported: dict[str, Any] = {
             "rung": self.rung.name,
-            "cannot_see": self.rung.blind,
+            "cannot_see": self.rung.blind_spots,
             "sent_as": "messages",
-            "way": self.asker.way,
+            "way": self.endpoint.way,
             "share_censored": n_censored / n_values if n_values else 0.0,
             "n_refusals": sum(one.n_refused for one in own),
             "n_answers": sum(one.n_samples for one in own),
         }
-        return told | self.rung.told | self.asker.provenance()
+        return reported | self.rung.details | self.endpoint.provenance()
 
     def progress(self) -> AbstractContextManager[None]:
         """Draws one bar over all coalitions within."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
-from captum_llm_ext.remote.speaker import Prefill, Question, Said, Speaker
+from captum_llm_ext.remote.chat_endpoint import ChatAnswer, ChatEndpoint, ChatRequest, Prefill
 from captum_llm_ext.remote.transport import ApiError, TooSlowError, shown_url
 from captum_llm_ext.remote.workers import do_all
 
@@ -50,7 +50,7 @@ class Limits:
 
 
 @dataclass
-class Spent:
+class Usage:
     """Requests, tokens and costs so far."""
 
     n_requests: int = 0
@@ -73,7 +73,7 @@ class Cache:
         self._file = None
         if path is not None:
             self._path = os.fspath(path)
-            with self._told():
+            with self._database_errors():
                 self._file = sqlite3.connect(self._path, check_same_thread=False, timeout=30)
                 self._file.execute(
                     "CREATE TABLE IF NOT EXISTS answers (k TEXT PRIMARY KEY, v TEXT)"
@@ -81,7 +81,7 @@ class Cache:
                 self._file.commit()
 
     @contextmanager
-    def _told(self) -> Generator[None]:
+    def _database_errors(self) -> Generator[None]:
         try:
             yield
         except sqlite3.OperationalError as error:  # a full disk, a missing folder, no right
@@ -96,60 +96,62 @@ class Cache:
         """Whether answers outlive the program."""
         return self._file is not None
 
-    def get(self, key: str) -> Said | None:
+    def get(self, key: str) -> ChatAnswer | None:
         """The cached answer, if there is one."""
         with self._lock:
             found = self._known.get(key)
             if found is None and self._file is not None:
-                with self._told():
+                with self._database_errors():
                     row = self._file.execute("SELECT v FROM answers WHERE k = ?", (key,)).fetchone()
                 found = None if row is None else str(row[0])
         try:
-            return None if found is None else Said.from_json(found)
+            return None if found is None else ChatAnswer.from_json(found)
         except (ValueError, TypeError, KeyError, AttributeError):  # of another version, or damaged
             return None
 
-    def put(self, key: str, said: Said) -> None:
+    def put(self, key: str, answer: ChatAnswer) -> None:
         """Keeps an answer, on disk before this returns."""
-        content = said.to_json()
+        content = answer.to_json()
         with self._lock:
             self._known[key] = content
             if self._file is not None:
-                with self._told():
+                with self._database_errors():
                     row = (key, content)
                     self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", row)
                     self._file.commit()
 
 
-class Asker:
+class MeteredEndpoint:
     """A provider whose answers are kept.
 
     Args:
-        speaker: Whom to ask.
+        provider: Whom to ask.
         cache: Where answers are.
         limits: What may be spent.
         n_threads: In how many threads it will be asked.
     """
 
     def __init__(
-        self, speaker: Speaker, cache: Cache, limits: Limits, *, n_threads: int = 1
+        self, provider: ChatEndpoint, cache: Cache, limits: Limits, *, n_threads: int = 1
     ) -> None:
-        self.speaker, self.limits, self.spent = speaker, limits, Spent()
+        self.provider, self.limits, self.usage = provider, limits, Usage()
         self.n_threads = n_threads
         self.way: Prefill = "none"
         self._cache, self._lock = cache, threading.Lock()
-        url = getattr(speaker, "api_url", None)
-        own = [type(speaker).__name__, getattr(speaker, "model_name", None)]
+        url = getattr(provider, "api_url", None)
+        own = [type(provider).__name__, getattr(provider, "model_name", None)]
         self._who = [*own, shown_url(url) if isinstance(url, str) else None]
         self._identities: list[Identity] = []  # of those that have answered
         self._most_at_once = _MOST_AT_ONCE
         self._lengths: set[tuple[int, int]] = set()  # characters of prompts, and tokens as counted
 
-    def one(self, question: Question) -> Said:
-        """The first answer; see `many`."""
-        return self.many(question, range(1))[0]
+    def answer(self, question: ChatRequest) -> ChatAnswer:
+        """The first answer; see `answers`."""
+        return self.answers(question, range(1))[0]
 
-    def many(self, question: Question, numbers: range, *, at_once: bool = False) -> list[Said]:
+    def answers(
+        self, question: ChatRequest, numbers: range, *, at_once: bool = False
+    ) -> list[ChatAnswer]:
         """Answers of these numbers, from 0; each number is another draw.
 
         Answers that are kept are given if they are of a model that answers now: the first question
@@ -171,20 +173,20 @@ class Asker:
             first = found.index(None)
             n = sum(one is None for one in found[first:])
             self._allow()
-            said = self._said(replace(question, n=n, seed=numbers[first]))
-            self._count(question, said)
-            identities = [self._met(one) for one in said]
+            came = self._request_answers(replace(question, n=n, seed=numbers[first]))
+            self._count(question, came)
+            identities = [self._note_identity(one) for one in came]
             if asks_anyway:
                 found, asks_anyway = self._kept(question, numbers), False
             places = [i for i, one in enumerate(found) if one is None]
-            for place, one, who in zip(places, said, identities, strict=False):
+            for place, one, who in zip(places, came, identities, strict=False):
                 self._cache.put(self._key(who, question, numbers[place]), one)
                 found[place] = one
             if at_once:
                 break
         return [one for one in found if one is not None]
 
-    def fresh(self, question: Question) -> list[Said]:
+    def uncached(self, question: ChatRequest) -> list[ChatAnswer]:
         """Asks anew, without the cache.
 
         Raises:
@@ -192,33 +194,33 @@ class Asker:
         """
         question = replace(question, way=self.way if question.prefill else "none")
         self._allow()
-        said = self._said(question)
-        self._count(question, said)
-        for one in said:
-            self._met(one)
-        return said
+        came = self._request_answers(question)
+        self._count(question, came)
+        for one in came:
+            self._note_identity(one)
+        return came
 
-    def together(self, questions: Sequence[Question]) -> list[Said]:
-        """What is answered now to questions that are asked at the same time; as `fresh`."""
-        found: dict[int, Said] = {}
+    def concurrent(self, questions: Sequence[ChatRequest]) -> list[ChatAnswer]:
+        """What is answered now to questions that are asked at the same time; as `uncached`."""
+        found: dict[int, ChatAnswer] = {}
 
-        def ask(i: int) -> Said:
-            return self.fresh(questions[i])[0]
+        def ask(i: int) -> ChatAnswer:
+            return self.uncached(questions[i])[0]
 
         do_all(
             range(len(questions)),
             ask,
             found.__setitem__,
             n_threads=self.n_threads,
-            interrupt=getattr(self.speaker, "interrupt", lambda: None),
+            interrupt=getattr(self.provider, "interrupt", lambda: None),
         )
         return [found[i] for i in range(len(questions))]
 
     def doubts(self) -> list[str]:
         """Doubts from the counts and model names that came with answers."""
         found: list[str] = []
-        if len(self.spent.models) > 1:
-            names = ", ".join(map(repr, sorted(self.spent.models)))
+        if len(self.usage.models) > 1:
+            names = ", ".join(map(repr, sorted(self.usage.models)))
             found.append(f"several models have answered: {names}")
         longest = max(self._lengths, key=lambda pair: pair[1], default=(0, 0))
         same = [n_characters for n_characters, n in self._lengths if n == longest[1] > _FEW_TOKENS]
@@ -229,16 +231,16 @@ class Asker:
             )
         return found
 
-    def ask_one_by_one(self) -> None:
+    def limit_to_one(self) -> None:
         """Asks for no more than one answer in a request from now on."""
         self._most_at_once = 1
 
-    def _said(self, question: Question) -> list[Said]:
+    def _request_answers(self, question: ChatRequest) -> list[ChatAnswer]:
         """Answers to a question, as many in one request as the provider gives."""
         while True:
             asked = replace(question, n=min(question.n, self._most_at_once))
             try:
-                return self.speaker.say(asked)
+                return self.provider.chat(asked)
             except TooSlowError:
                 if asked.n == 1:
                     raise
@@ -248,69 +250,69 @@ class Asker:
                     raise
                 self._most_at_once = _FEW if asked.n > _FEW else 1
 
-    def _met(self, said: Said) -> Identity:
-        who = (said.model, said.fingerprint)
+    def _note_identity(self, answer: ChatAnswer) -> Identity:
+        who = (answer.model, answer.fingerprint)
         with self._lock:
             if who not in self._identities:
                 self._identities.append(who)
         return who
 
-    def _key(self, who: Identity, question: Question, number: int) -> str:
+    def _key(self, who: Identity, question: ChatRequest, number: int) -> str:
         q = question
         about = [q.way if q.prefill else None, list(map(dict, q.messages)), q.prefill]
         about += [q.n_tokens, q.temperature, q.top, sorted((q.bias or {}).items())]
         return _digest([self._who, who, *about, number])
 
-    def _kept(self, question: Question, numbers: range) -> list[Said | None]:
-        found: list[Said | None] = []
+    def _kept(self, question: ChatRequest, numbers: range) -> list[ChatAnswer | None]:
+        found: list[ChatAnswer | None] = []
         for number in numbers:
             keys = [self._key(who, question, number) for who in list(self._identities)]
             found.append(next((s for k in keys if (s := self._cache.get(k)) is not None), None))
         with self._lock:
-            self.spent.n_cached += sum(one is not None for one in found)
+            self.usage.n_cached += sum(one is not None for one in found)
         return found
 
     def _allow(self) -> None:
         with self._lock:
-            limits, spent = self.limits, self.spent
-            if limits.max_requests is not None and spent.n_requests >= limits.max_requests:
+            limits, usage = self.limits, self.usage
+            if limits.max_requests is not None and usage.n_requests >= limits.max_requests:
                 raise BudgetError(
-                    f"{spent.n_requests} requests were sent, and `max_requests` allows no more: "
+                    f"{usage.n_requests} requests were sent, and `max_requests` allows no more: "
                     "what came is kept. Give more, and the same call goes on from there (in "
                     "another program with the same `cache`)."
                 )
-            usd = limits.usd(spent.n_in, spent.n_out)
+            usd = limits.usd(usage.n_in, usage.n_out)
             if limits.max_usd is not None and usd is not None and usd >= limits.max_usd:
                 raise BudgetError(
                     f"{usd:.4f} US dollars were spent, and `max_usd` allows {limits.max_usd}: what "
                     "came is kept. Give more, and the same call goes on from there."
                 )
-            spent.n_requests += 1
+            usage.n_requests += 1
 
-    def _count(self, question: Question, said: Sequence[Said]) -> None:
+    def _count(self, question: ChatRequest, came: Sequence[ChatAnswer]) -> None:
         length = sum(len(str(message["content"])) for message in question.messages)
         length += len(question.prefill)
-        n_in = max((one.n_in for one in said), default=0)
+        n_in = max((one.n_in for one in came), default=0)
         with self._lock:
             if n_in:
                 self._lengths.add((length, n_in))
             # Who counts no tokens is reckoned with, or `max_usd` would never be reached.
-            self.spent.n_in += n_in or math.ceil(length / CHARACTERS_PER_TOKEN)
-            self.spent.n_out += sum(
-                one.n_out or math.ceil(len(one.text) / CHARACTERS_PER_TOKEN) for one in said
+            self.usage.n_in += n_in or math.ceil(length / CHARACTERS_PER_TOKEN)
+            self.usage.n_out += sum(
+                one.n_out or math.ceil(len(one.text) / CHARACTERS_PER_TOKEN) for one in came
             )
-            self.spent.models |= {one.model for one in said if one.model}
+            self.usage.models |= {one.model for one in came if one.model}
 
     def provenance(self) -> dict[str, Any]:
         """Provenance of the requests."""
-        spent = self.spent
+        usage = self.usage
         return {
-            "n_requests": spent.n_requests,
-            "n_cached_answers": spent.n_cached,
-            "tokens_in": spent.n_in,
-            "tokens_out": spent.n_out,
-            "usd": self.limits.usd(spent.n_in, spent.n_out),
-            "answered_by": sorted(spent.models),
+            "n_requests": usage.n_requests,
+            "n_cached_answers": usage.n_cached,
+            "tokens_in": usage.n_in,
+            "tokens_out": usage.n_out,
+            "usd": self.limits.usd(usage.n_in, usage.n_out),
+            "answered_by": sorted(usage.models),
         }
 
 

@@ -77,7 +77,7 @@ class Answer:
 
     Attributes:
         values: One log-probability for each token after the request's first place; None where it
-            told none.
+            reported none.
         others: At each of these places, those of other tokens.
     """
 
@@ -90,7 +90,7 @@ class Written:
     """Generated tokens with their log-probabilities.
 
     Attributes:
-        ids: Its token ids; None where they are not told.
+        ids: Its token ids; None where they are not reported.
         texts: What the server calls each token.
         values: Log-probabilities, in nats.
         top: At each place those of the likeliest tokens, by what they are called; empty where the
@@ -235,10 +235,10 @@ class _Adapter:
         own = getattr(self._provider, "likeliest", None)
         return list(cast(Sequence[Any], own(prompt))) if callable(own) else []
 
-    def _log_prob(self, request: Request, told: Any) -> float | None:
-        value = None if told is None else log_prob(told)
-        if told is not None and value is None:
-            shown = one_line(repr(told))[:_SHOWN]
+    def _log_prob(self, request: Request, reported: Any) -> float | None:
+        value = None if reported is None else log_prob(reported)
+        if reported is not None and value is None:
+            shown = one_line(repr(reported))[:_SHOWN]
             raise UnusableAnswerError(
                 f"{place(request, self._tokenizer)}: the provider gave {shown} as a "
                 "log-probability: a number of nats, 0 at most, is wanted."
@@ -284,7 +284,7 @@ class TokenIdAdapter(_Adapter):
             if len(requests) == 1:
                 said = f"{place(requests[0], self._tokenizer)}: {error}"
                 raise ApiError(said, error.status) from error
-            answers = self._one_by_one(requests)  # or the one that is refused is told
+            answers = self._one_by_one(requests)  # or the one that is refused is reported
             self.most_prompts = 1
             return answers
         if len(found) != len(requests):
@@ -434,7 +434,7 @@ class TextAdapter(_Adapter):
         is_read_so = joint == (*alone, *target)
         if not is_read_so:
             self._mismatch(request, joint[-len(target) :], target)
-        # What is told by a provider that joins tokens is of other ones than the joint text has.
+        # What a provider that joins tokens reports is of other ones than the joint text has.
         is_foreseen = is_read_so and self._on_mismatch == "error"
         return _Text(text, continued, self._n_alone(continued), is_foreseen)
 
@@ -504,7 +504,7 @@ class TextAdapter(_Adapter):
         return whole.startswith(text) and self._encoded(whole) == ids
 
     def written(self, prompt: Sequence[int], n: int, **how: Any) -> list[Written]:
-        """See `ProviderAdapter.written`; ids not told are those of the text, if it has as many."""
+        """See `ProviderAdapter.written`; ids not given are those of the text, if it has as many."""
         _, text = self._prompt_text(tuple(prompt))
         found: list[Written] = self._written(text, n, how)
         return [
@@ -524,8 +524,8 @@ class TextAdapter(_Adapter):
 
     def provenance(self) -> dict[str, Any]:
         """See `ProviderAdapter.provenance`."""
-        told: dict[str, Any] = {"sent_as": "text", "target_from": "text"}
-        return told | {"n_retokenized": self._n_retokenized, "n_mismatches": self._n_mismatches}
+        reported: dict[str, Any] = {"sent_as": "text", "target_from": "text"}
+        return reported | {"n_retokenized": self._n_retokenized, "n_mismatches": self._n_mismatches}
 
 
 def place(request: Request, tokenizer: Any) -> str:
@@ -546,12 +546,12 @@ def noted(request: Request, tokenizer: Any) -> Generator[None]:
         raise
 
 
-def log_prob(told: Any) -> float | None:
+def log_prob(reported: Any) -> float | None:
     """A log-probability as a number; None for what can be none: text, NaN, more than log 1."""
-    if isinstance(told, bool | str | bytes):
+    if isinstance(reported, bool | str | bytes):
         return None
     try:
-        value = float(told)
+        value = float(reported)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
     return value if value <= _ROUNDING else None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from captum_llm_ext.remote.speaker import Message
+from captum_llm_ext.remote.chat_endpoint import Message
 
 
 class IndistinguishableError(ValueError):
@@ -67,16 +67,16 @@ class Rung(Protocol):
         ...
 
     @property
-    def blind(self) -> str:
+    def blind_spots(self) -> str:
         """What it cannot see."""
         ...
 
     @property
-    def told(self) -> dict[str, object]:
+    def details(self) -> dict[str, object]:
         """Further provenance."""
         ...
 
-    def meet(self, messages: Sequence[Message]) -> None:
+    def handshake(self, messages: Sequence[Message]) -> None:
         """Finds out whether the provider can do this, and whether what it tells can be believed.
 
         Raises:
@@ -105,7 +105,7 @@ class Rung(Protocol):
         """What is known of a coalition."""
         ...
 
-    def ask_again(self, messages: Sequence[Message], target: list[str]) -> float | None:
+    def drift(self, messages: Sequence[Message], target: list[str]) -> float | None:
         """Asks once more what was asked first.
 
         Returns:

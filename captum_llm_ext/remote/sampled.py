@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.remote.chat_endpoint import ChatRequest, Message
 from captum_llm_ext.remote.draw_checks import Draws, check_draws
 from captum_llm_ext.remote.handshake import HandshakeError
-from captum_llm_ext.remote.metered import Asker
+from captum_llm_ext.remote.metered import MeteredEndpoint
 from captum_llm_ext.remote.rung import IndistinguishableError, Scored
 from captum_llm_ext.remote.similarities import Similar
-from captum_llm_ext.remote.speaker import Message, Question
 from captum_llm_ext.remote.transport import ApiError
 
 # Samples of the full and the empty prompt that decide whether more are worth it.
@@ -26,29 +26,31 @@ class _Sampled:
     """What rungs that draw answers have in common.
 
     Args:
-        asker: Whom to ask.
+        endpoint: Whom to ask.
         n: Answers per coalition, to begin with and at most.
         n_tokens: Tokens of an answer at most.
         temperature: Answers are drawn at.
     """
 
-    def __init__(self, asker: Asker, n: tuple[int, int], n_tokens: int, temperature: float) -> None:
-        self._asker, (self.n_answers, self._most), self._n_tokens = asker, n, n_tokens
+    def __init__(
+        self, endpoint: MeteredEndpoint, n: tuple[int, int], n_tokens: int, temperature: float
+    ) -> None:
+        self._endpoint, (self.n_answers, self._most), self._n_tokens = endpoint, n, n_tokens
         self._temperature, self.noise = temperature, 0.0  # which draws have anyway
         self.is_sampled, self._varies = True, False
         self.checks: dict[str, str] = {}
 
     @property
-    def told(self) -> dict[str, object]:
-        """See `Rung.told`."""
+    def details(self) -> dict[str, object]:
+        """See `Rung.details`."""
         about: dict[str, object] = {"handshake": dict(self.checks)}
         return about | {"n_answers_each": self.n_answers, "answers_vary": self._varies}
 
-    def meet(self, messages: Sequence[Message]) -> None:
-        """See `Rung.meet`: text is all that is asked for, and that answers are drawn."""
+    def handshake(self, messages: Sequence[Message]) -> None:
+        """See `Rung.handshake`: text is all that is asked for, and that answers are drawn."""
         draws: Draws = "never vary"
         if self._temperature > 0:
-            draws, self.checks["draws"] = check_draws(self._asker, self._temperature)
+            draws, self.checks["draws"] = check_draws(self._endpoint, self._temperature)
         if draws == "never vary":
             self._do_without_draws()
 
@@ -64,13 +66,15 @@ class _Sampled:
         """See `Rung.target`: the answer as a whole."""
         if text is not None:
             return [text]
-        said = self._asker.one(Question(messages, n_tokens=self._n_tokens, temperature=0.0))
-        if said.is_refusal:
-            raise ValueError(f"the model refuses to answer ({said.text!r:.80}): give a `target`.")
-        return [said.text]
+        answer = self._endpoint.answer(
+            ChatRequest(messages, n_tokens=self._n_tokens, temperature=0.0)
+        )
+        if answer.is_refusal:
+            raise ValueError(f"the model refuses to answer ({answer.text!r:.80}): give a `target`.")
+        return [answer.text]
 
-    def ask_again(self, messages: Sequence[Message], target: list[str]) -> float | None:
-        """See `Rung.ask_again`: draws are others each time."""
+    def drift(self, messages: Sequence[Message], target: list[str]) -> float | None:
+        """See `Rung.drift`: draws are others each time."""
         return None
 
     def draw_more(self) -> bool:
@@ -80,37 +84,37 @@ class _Sampled:
 
     def _drawn(self, messages: Sequence[Message], numbers: range) -> tuple[list[str], int]:
         """Answers that are none of them refusals, and how many were."""
-        question = Question(messages, n_tokens=self._n_tokens, temperature=self._temperature)
-        said = self._asker.many(question, numbers)
-        kept = [one.text for one in said if not one.is_refusal]
+        question = ChatRequest(messages, n_tokens=self._n_tokens, temperature=self._temperature)
+        answers = self._endpoint.answers(question, numbers)
+        kept = [one.text for one in answers if not one.is_refusal]
         self._varies |= len(set(kept)) > 1
-        return kept, len(said) - len(kept)
+        return kept, len(answers) - len(kept)
 
 
 class Frequency(_Sampled):
     """How often the answer is given: log-odds with Jeffreys' prior.
 
     Args:
-        asker, n, n_tokens, temperature: See `_Sampled`.
+        endpoint, n, n_tokens, temperature: See `_Sampled`.
         predicate: Whether a text is the answer; by default whether it is equal, but for white space
             at its ends.
     """
 
     name = attr_target = "frequency"
-    blind = (
+    blind_spots = (
         "only changes in how often this very answer is given are seen, and only those that stand "
         "out of the samples: log-odds of rare answers are rough"
     )
 
     def __init__(
         self,
-        asker: Asker,
+        endpoint: MeteredEndpoint,
         n: tuple[int, int],
         n_tokens: int,
         temperature: float,
         predicate: Callable[[str], bool] | None,
     ) -> None:
-        super().__init__(asker, n, n_tokens, temperature)
+        super().__init__(endpoint, n, n_tokens, temperature)
         self._predicate = predicate
 
     def _do_without_draws(self) -> None:
@@ -142,12 +146,12 @@ class Frequency(_Sampled):
             if not n_full or not n_empty:
                 raise IndistinguishableError("every answer was a refusal: nothing can be counted.")
             p, q = (k_full + 0.5) / (n_full + 1), (k_empty + 0.5) / (n_empty + 1)
-            said = (
+            shown = (
                 f"the answer was given {k_full} of {n_full} times with the whole prompt and "
                 f"{k_empty} of {n_empty} times with none of it"
             )
             difference = k_full / n_full - k_empty / n_empty
-            return _Apart(difference, p * (1 - p) + q * (1 - q), n, said)
+            return _Apart(difference, p * (1 - p) + q * (1 - q), n, shown)
 
         _check_apart(
             look,
@@ -173,7 +177,7 @@ class Similarity(_Sampled):
     """Mean similarity of sampled answers to the explained one.
 
     Args:
-        asker, n, n_tokens, temperature: See `_Sampled`.
+        endpoint, n, n_tokens, temperature: See `_Sampled`.
         similar: ``(text, answer) -> similarity``.
         kind: What it is called.
     """
@@ -182,31 +186,31 @@ class Similarity(_Sampled):
 
     def __init__(
         self,
-        asker: Asker,
+        endpoint: MeteredEndpoint,
         n: tuple[int, int],
         n_tokens: int,
         temperature: float,
         similar: Similar,
         kind: str,
     ) -> None:
-        super().__init__(asker, n, n_tokens, temperature)
+        super().__init__(endpoint, n, n_tokens, temperature)
         self._similar, self.kind = similar, kind
         self.ceiling: float | None = None
         self.floor: float | None = None
 
     @property
-    def blind(self) -> str:
-        """See `Rung.blind`."""
+    def blind_spots(self) -> str:
+        """See `Rung.blind_spots`."""
         alike = "what leaves the answer as similar as before is not seen, whatever it means"
         if self.is_sampled:
             return alike
         return f"only changes of the likeliest answer are seen, for answers do not vary; {alike}"
 
     @property
-    def told(self) -> dict[str, object]:
-        """See `Rung.told`: between the similarities of the empty and of the full prompt."""
+    def details(self) -> dict[str, object]:
+        """See `Rung.details`: between the similarities of the empty and of the full prompt."""
         about = {"kind": self.kind, "ceiling": self.ceiling, "floor": self.floor}
-        return super().told | about
+        return super().details | about
 
     def _do_without_draws(self) -> None:
         self.is_sampled, self.n_answers, self._most = False, 1, 1
@@ -233,12 +237,12 @@ class Similarity(_Sampled):
             if not a or not b:
                 raise IndistinguishableError("every answer was a refusal: nothing is compared.")
             self.ceiling, self.floor = _mean(a), _mean(b)
-            said = (
+            shown = (
                 f"answers are {self.ceiling:.2f} similar to the target with the whole prompt, and "
                 f"{self.floor:.2f} with none of it"
             )
             variance = _variance(a) + _variance(b) if self.is_sampled else 0.0
-            return _Apart(self.ceiling - self.floor, variance, n, said)
+            return _Apart(self.ceiling - self.floor, variance, n, shown)
 
         _check_apart(look, self._most, "Give more `n_answers`, or another `similarity`.")
 
@@ -288,7 +292,7 @@ class _Apart:
     difference: float
     variance: float
     n: int
-    said: str
+    shown: str
 
     @property
     def is_seen(self) -> bool:
@@ -309,7 +313,7 @@ def _check_apart(look: Callable[[int], _Apart], most: int, advice: str) -> None:
     """Refuses what a few samples do not tell apart, unless as many as may be drawn would.
 
     Raises:
-        IndistinguishableError: If the full and the empty prompt are not told apart.
+        IndistinguishableError: If the full and the empty prompt are not distinguished.
     """
     found = look(min(_FIRST, most))
     if not found.is_seen and found.n_wanted <= most:
@@ -322,7 +326,7 @@ def _check_apart(look: Callable[[int], _Apart], most: int, advice: str) -> None:
         else f"About {found.n_wanted:.0f} samples of each would tell this difference."
     )
     raise IndistinguishableError(
-        f"{found.said}: they are not told apart, and no cause would be. {more} {advice}"
+        f"{found.shown}: they are not told apart, and no cause would be. {more} {advice}"
     )
 
 

@@ -128,27 +128,27 @@ class RemoteScorer:
             ValueError: If it tells of no other tokens than it is sent.
         """
         del n
-        # A token after the last place, whatever it is, has the others of that place told.
+        # A token after the last place, whatever it is, has the others of that place reported.
         requests = [
             Request((*row.ids, row.ids[-1]), row.first, (), self.n_evaluations) for row in rows
         ]
         answers = self._source.ask(requests)
         self.n_requests += len(requests)
-        told = [
+        reported = [
             answer.others[p - row.first] if p >= 0 else {}
             for row, answer in zip(rows, answers, strict=True)
             for p in row.positions
         ]
-        most = max(map(len, told))
+        most = max(map(len, reported))
         if most <= 1:
             raise ValueError(
                 "the provider tells of no other tokens than it is sent, so no foils are to be "
                 "found: give them (`Contrast(foils=…)`), or have it tell the likeliest of each "
                 "place, such as `CompletionsProvider(url, top_logprobs=20)`."
             )
-        log_probs = torch.full((len(told), most), -torch.inf, dtype=torch.float64, device="cpu")
+        log_probs = torch.full((len(reported), most), -torch.inf, dtype=torch.float64, device="cpu")
         ids = torch.full(log_probs.shape, -1, dtype=torch.int64, device="cpu")
-        for t, others in enumerate(told):
+        for t, others in enumerate(reported):
             values = ((token, log_prob(said)) for token, said in others.items())
             known = sorted(((v, token) for token, v in values if v is not None), reverse=True)
             for i, (value, token) in enumerate(known):
@@ -288,7 +288,7 @@ class RemoteScorer:
             self._has_warned = True
             fewer = "fewer foils; " if has_foils else ""
             which = "every foil, and " if has_foils else ""
-            most = "up to " if has_foils else ""  # those among the likeliest are told
+            most = "up to " if has_foils else ""  # those among the likeliest are reported
             warnings.warn(
                 f"{n_rows} coalitions take {most}{n} requests, because {which}a target token at a "
                 "place where generated text is absent has to be asked for by itself. Fewer: "
@@ -395,8 +395,8 @@ class RemoteScorer:
                 values[t] = of_whole[p - whole.first] if found is None else found
                 known = [apart[p, foil] for foil in _foils(asked, t)]
                 missing = -torch.inf if self._missing is None else self._missing
-                told = torch.stack(known).nan_to_num(nan=missing) if known else None
-                of_foils[t] = 0.0 if told is None else told.logsumexp(0)
+                reported = torch.stack(known).nan_to_num(nan=missing) if known else None
+                of_foils[t] = 0.0 if reported is None else reported.logsumexp(0)
         untold = [t for t in values.isnan().nonzero()[:, 0].tolist() if row.positions[t] >= 0]
         if untold and self._missing is None:
             raise UnusableAnswerError(self._no_value(whole, int(target[untold[0]]), _UNTOLD, _NULL))
@@ -406,7 +406,7 @@ class RemoteScorer:
         return values if asked.foils is None else torch.cat([values, of_foils])
 
     def _step(self, k: bytes) -> Tensor:
-        """The value of a single token, whoever told it."""
+        """The value of a single token, whoever reported it."""
         if k in self._known:
             return self._known[k][0]
         of_whole, i = self._steps[k]
@@ -481,8 +481,8 @@ _INFINITE = "The model rules that token out: do not explain it."
 
 def _as_tensor(values: Sequence[float | None]) -> Tensor:
     """Log-probabilities, NaN where there is none."""
-    told = [float("nan") if v is None or is_ruled_out(v) else v for v in values]
-    return torch.tensor(told, dtype=torch.float64, device="cpu")
+    reported = [float("nan") if v is None or is_ruled_out(v) else v for v in values]
+    return torch.tensor(reported, dtype=torch.float64, device="cpu")
 
 
 def key(request: Request) -> bytes:

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from captum_llm_ext.remote.chat_endpoint import ChatAnswer, Step
 from captum_llm_ext.remote.handshake import HandshakeError, grain, surprise
-from captum_llm_ext.remote.speaker import Said, Step
 
 # Nats that two ways of telling a value may differ by: half precision in batches of other shapes.
 APART, APART_PER_NAT = 0.05, 0.01
@@ -29,15 +29,15 @@ def is_same(value: float, other: float, apart: float = APART) -> bool:
     return abs(value - other) <= apart + APART_PER_NAT * max(abs(value), abs(other))
 
 
-def difference(told: Sequence[tuple[str, float]], again: Sequence[tuple[str, float]]) -> float:
-    """How far the likeliest tokens of one place are from those told before, in nats."""
+def difference(reported: Sequence[tuple[str, float]], again: Sequence[tuple[str, float]]) -> float:
+    """How far the likeliest tokens of one place are from those reported before, in nats."""
     # Those at the end of one list may be just missing in the other.
-    known, found = dict(told[: _FIRST_OF * len(told) // 4]), dict(again)
+    known, found = dict(reported[: _FIRST_OF * len(reported) // 4]), dict(again)
     lowest = min(found.values(), default=0.0)
     return max((abs(v - found.get(name, lowest)) for name, v in known.items()), default=0.0)
 
 
-def check_written(said: Said, n: int) -> str:
+def check_written(said: ChatAnswer, n: int) -> str:
     """Tests greedily generated tokens and their log-probabilities.
 
     Args:
@@ -89,7 +89,7 @@ def check_drawn(names: Sequence[str], top: Sequence[tuple[str, float]]) -> str:
 
     Args:
         names: The tokens drawn.
-        top: What was told of that place.
+        top: What was reported of that place.
 
     Returns:
         How it came out.
@@ -109,8 +109,8 @@ def check_drawn(names: Sequence[str], top: Sequence[tuple[str, float]]) -> str:
 
 
 def _own(step: Step) -> float | None:
-    told = [value for name, value in step.top if name == step.text]
-    return max(told, default=None)
+    reported = [value for name, value in step.top if name == step.text]
+    return max(reported, default=None)
 
 
 def _check_distribution(values: Sequence[float], rounding: float) -> None:
@@ -128,7 +128,7 @@ def _check_distribution(values: Sequence[float], rounding: float) -> None:
 
 
 def _misplaced(steps: Sequence[Step]) -> str:
-    """What would put values at other places than the tokens that they are told of."""
+    """What would put values at other places than the tokens that they are reported of."""
     likeliest = [max(step.top, key=lambda pair: pair[1]) for step in steps]
     for by, which in (
         (1, "left by one, and belong to the token after"),

@@ -1,14 +1,14 @@
-"""Rungs that go through the answer token by token: `TopK`, and `Forced` where any token is told."""
+"""Rungs that go through the answer token by token: `TopK`, and `Forced` for any token."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from captum_llm_ext.remote.chat_endpoint import ChatAnswer, ChatRequest, Message, Step
 from captum_llm_ext.remote.handshake import HandshakeError, grain
-from captum_llm_ext.remote.metered import Asker, BudgetError
+from captum_llm_ext.remote.metered import BudgetError, MeteredEndpoint
 from captum_llm_ext.remote.rung import Scored
-from captum_llm_ext.remote.speaker import Message, Question, Said, Step
 from captum_llm_ext.remote.step_checks import (
     NOISY,
     check_drawn,
@@ -19,23 +19,23 @@ from captum_llm_ext.remote.step_checks import (
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError
 from captum_llm_ext.text import tokens
 
-# Tokens that the model writes for a look: the third is told after two that it has written itself,
+# Tokens that the model writes for a look: the third comes after two that it has written itself,
 # so that a prompt which is not gone on with shows. And first tokens drawn: see
 # `handshake._N_DRAWN`.
 _N_WRITTEN, _N_DRAWN = 3, 32
 # What a token may lie below the bound: among the likeliest 20 tokens of SmolLM2 those that were
 # not lay 6 nats below (median, 0.7 to 12); ranks of causes come out best at 2 to 3.
 _BELOW_BOUND = 2.0
-# A guess, of a token of which nothing is told: the bounds of 20 likeliest ones are -5 to -6.
+# A guess, of a token of which nothing is reported: the bounds of 20 likeliest ones are -5 to -6.
 _UNTOLD = -8.0
 _N_ASKED = 4
 # Servers take no more; and how often another bias is tried.
 _MOST_BIAS, N_TRIES = 100.0, 3
 # Nats below the bound that a token is looked for, and that the bias is changed by.
 _LOOKED_FOR, _CHANGE = 6.0, 6.0
-# Closer to certain than this, rounding in float32 is all that is told.
+# Closer to certain than this, rounding in float32 is all that is reported.
 _CERTAIN = -0.01
-# Nats that told values are rounded by, at least: six digits are usual.
+# Nats that reported values are rounded by, at least: six digits are usual.
 _ROUNDED = 1e-6
 _Mode = Literal["raw", "biased"]
 
@@ -44,7 +44,7 @@ class TopK:
     """Log-probabilities of the target's tokens, step by step, where they are among the likeliest.
 
     Args:
-        asker: Whom to ask.
+        endpoint: Whom to ask.
         top: How many of the likeliest tokens are asked for.
         n_tokens: Tokens of an answer that the model writes at most.
     """
@@ -54,38 +54,38 @@ class TopK:
     is_sampled = False
     n_answers = 1
 
-    def __init__(self, asker: Asker, top: int, n_tokens: int) -> None:
-        self._asker, self._top, self._n_told = asker, top, top
+    def __init__(self, endpoint: MeteredEndpoint, top: int, n_tokens: int) -> None:
+        self._endpoint, self._top, self._n_top = endpoint, top, top
         self._n_tokens, self._grain, self._n_asked = n_tokens, 0.0, 0
         self.noise = 0.0
         self.checks: dict[str, str] = {}
 
     @property
-    def blind(self) -> str:
-        """See `Rung.blind`."""
+    def blind_spots(self) -> str:
+        """See `Rung.blind_spots`."""
         return (
-            f"a token that is not among the {self._n_told} likeliest has a bound, no value: what "
+            f"a token that is not among the {self._n_top} likeliest has a bound, no value: what "
             "lowers it further is not seen"
         )
 
     @property
-    def told(self) -> dict[str, object]:
-        """See `Rung.told`."""
+    def details(self) -> dict[str, object]:
+        """See `Rung.details`."""
         return {"handshake": dict(self.checks)}
 
-    def meet(self, messages: Sequence[Message]) -> None:
-        """See `Rung.meet`: what is told of written tokens, and how answers are gone on with."""
+    def handshake(self, messages: Sequence[Message]) -> None:
+        """See `Rung.handshake`: what is reported of generated tokens, and how prefills go."""
         steps = self.look(messages)
         refused: list[str] = []
-        ways = self._asker.speaker.prefills if len(steps) > 1 else ()
+        ways = self._endpoint.provider.prefills if len(steps) > 1 else ()
         for way in ways:
-            self._asker.way = way
+            self._endpoint.way = way
             problem = self._goes_on(messages, steps)
             if problem is None:
                 self.checks["prefill"] = way
                 return
             refused.append(f"{way}: {problem}")
-        self._asker.way = "none"
+        self._endpoint.way = "none"
         nothing = "it has no way to" if len(steps) > 1 else "the model wrote one token alone"
         raise HandshakeError(
             "the provider does not go on with an answer that is begun "
@@ -105,13 +105,13 @@ class TopK:
         """
         said = self._step(messages, "", _N_WRITTEN, 0.0)
         self.checks["written tokens"] = check_written(said, _N_WRITTEN)
-        self._n_told = min(self._top, *(len(step.top) for step in said.steps))
-        if self._n_told < self._top:
-            self.checks["likeliest tokens"] = f"{self._n_told} told of {self._top} asked for"
+        self._n_top = min(self._top, *(len(step.top) for step in said.steps))
+        if self._n_top < self._top:
+            self.checks["likeliest tokens"] = f"{self._n_top} told of {self._top} asked for"
         self._note_stop(said)
-        n_kept = self._asker.spent.n_cached
+        n_kept = self._endpoint.usage.n_cached
         drawn = self._drawn(messages)
-        is_kept = self._asker.spent.n_cached > n_kept
+        is_kept = self._endpoint.usage.n_cached > n_kept
         warm = _likeliest(drawn[0]) if drawn else []
         first = said.steps[0]
         hot = dict(warm).get(first.text)
@@ -129,7 +129,7 @@ class TopK:
         return said.steps
 
     def _repeats(
-        self, messages: Sequence[Message], told: list[tuple[str, float]], is_kept: bool
+        self, messages: Sequence[Message], reported: list[tuple[str, float]], is_kept: bool
     ) -> None:
         """Whether the same prompt has the same values each time, and beside others.
 
@@ -137,7 +137,7 @@ class TopK:
             HandshakeError: If it has not.
         """
         first = self._first(messages)
-        again = difference(told, _likeliest(self._asker.fresh(first)[0]))
+        again = difference(reported, _likeliest(self._endpoint.uncached(first)[0]))
         if again > NOISY and is_kept:
             raise HandshakeError(
                 f"the answers that are kept differ by {again:.2g} nats from what the provider "
@@ -150,11 +150,11 @@ class TopK:
             )
         self.checks["asked again"] = f"the same within {again:.1g} nats"
         beside = 0.0
-        if self._asker.n_threads > 1 and not is_kept:  # else the run before has looked
+        if self._endpoint.n_threads > 1 and not is_kept:  # else the run before has looked
             *before, last = messages
             shorter = {**last, "content": last["content"][: len(last["content"]) // 2] or "?"}
             others = replace(first, messages=[*before, shorter])
-            beside = difference(told, _likeliest(self._asker.together([first, others])[0]))
+            beside = difference(reported, _likeliest(self._endpoint.concurrent([first, others])[0]))
             if beside > NOISY:
                 raise HandshakeError(
                     "a prompt has other log-probabilities when others are asked about at the same "
@@ -163,17 +163,17 @@ class TopK:
                 )
             self.checks["asked beside others"] = f"the same within {beside:.1g} nats"
         self.noise = max(self.noise, again, beside)
-        self._n_asked = self._asker.spent.n_requests
+        self._n_asked = self._endpoint.usage.n_requests
 
-    def _first(self, messages: Sequence[Message]) -> Question:
-        return Question(messages, n_tokens=1, temperature=1.0, top=self._top)
+    def _first(self, messages: Sequence[Message]) -> ChatRequest:
+        return ChatRequest(messages, n_tokens=1, temperature=1.0, top=self._top)
 
-    def ask_again(self, messages: Sequence[Message], target: list[str]) -> float | None:
-        """See `Rung.ask_again`: of the first token, if more was asked since."""
-        if self._asker.spent.n_requests == self._n_asked:
+    def drift(self, messages: Sequence[Message], target: list[str]) -> float | None:
+        """See `Rung.drift`: of the first token, if more was asked since."""
+        if self._endpoint.usage.n_requests == self._n_asked:
             return None
         try:
-            again = _likeliest(self._asker.fresh(self._first(messages))[0])
+            again = _likeliest(self._endpoint.uncached(self._first(messages))[0])
         except BudgetError:
             return None
         apart = difference(self.likeliest(messages), again)
@@ -181,12 +181,12 @@ class TopK:
             self.noise = max(self.noise, apart)
         return apart
 
-    def _drawn(self, messages: Sequence[Message]) -> list[Said]:
+    def _drawn(self, messages: Sequence[Message]) -> list[ChatAnswer]:
         """First tokens drawn at temperature 1, as many as one request gives."""
-        return self._asker.many(self._first(messages), range(_N_DRAWN), at_once=True)
+        return self._endpoint.answers(self._first(messages), range(_N_DRAWN), at_once=True)
 
-    def _note_stop(self, said: Said) -> None:
-        """Notes whether the token that ends answers is told of."""
+    def _note_stop(self, said: ChatAnswer) -> None:
+        """Notes whether the token that ends answers is reported."""
         if said.has_stopped and said.steps:
             is_missing = said.n_out == len(said.steps) + 1
             self.checks["stop token"] = (
@@ -204,11 +204,11 @@ class TopK:
                 raise
             return f"refused ({error})"
         wanted, found = steps[-1], again.steps[:1]
-        told = dict(found[0].top) if found else {}
-        if wanted.text not in told:
+        reported = dict(found[0].top) if found else {}
+        if wanted.text not in reported:
             return f"{wanted.text!r} does not follow {begun!r} there, as it did when it was written"
-        apart = abs(told[wanted.text] - wanted.value)
-        if not is_same(told[wanted.text], wanted.value, NOISY):
+        apart = abs(reported[wanted.text] - wanted.value)
+        if not is_same(reported[wanted.text], wanted.value, NOISY):
             return f"{wanted.text!r} differs by {apart:.2g} nats from when it was written"
         self.noise = max(self.noise, apart)
         self.checks["agrees"] = f"within {apart:.1g} nats"
@@ -221,9 +221,11 @@ class TopK:
         n: int,
         temperature: float,
         bias: dict[int, float] | None = None,
-    ) -> Said:
+    ) -> ChatAnswer:
         how: dict[str, Any] = {"prefill": prefill, "top": self._top, "bias": bias}
-        return self._asker.one(Question(messages, n_tokens=n, temperature=temperature, **how))
+        return self._endpoint.answer(
+            ChatRequest(messages, n_tokens=n, temperature=temperature, **how)
+        )
 
     def target(self, messages: Sequence[Message], text: str | None) -> list[str]:
         """See `Rung.target`: the tokens that the model writes it with."""
@@ -243,14 +245,14 @@ class TopK:
         left = text
         while left:
             begun = "".join(found)
-            step = self._told_of(messages, begun)
-            told = [] if step is None else [name for name, _ in step.top]
-            fitting = [name for name in told if name and left.startswith(name)]
+            step = self._reported_of(messages, begun)
+            known = [] if step is None else [name for name, _ in step.top]
+            fitting = [name for name in known if name and left.startswith(name)]
             name = max(fitting, key=len) if fitting else self.first_token(left, begun)
             if name is None:
                 raise ValueError(
                     f"after {begun!r} the target goes on with {left[:20]!r}, which is none of the "
-                    f"{len(told)} likeliest tokens: its tokens are not known. Leave `target` out "
+                    f"{len(known)} likeliest tokens: its tokens are not known. Leave `target` out "
                     "to explain what the model writes, give the model's `tokenizer`, or "
                     "`attr_target='frequency'`."
                 )
@@ -259,7 +261,7 @@ class TopK:
         return found
 
     def first_token(self, text: str, begun: str = "") -> str | None:
-        """The token that a text begins with, where that is known without being told."""
+        """The token that a text begins with, where that is known without being reported."""
         return None
 
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
@@ -267,7 +269,7 @@ class TopK:
 
     def likeliest(self, messages: Sequence[Message]) -> list[tuple[str, float]]:
         """The likeliest first tokens of an answer."""
-        step = self._told_of(messages, "")
+        step = self._reported_of(messages, "")
         return [] if step is None else step.likeliest or step.top
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
@@ -286,14 +288,14 @@ class TopK:
         self, messages: Sequence[Message], begun: str, token: str
     ) -> tuple[float, float, float]:
         """A token's log-probability after the beginning of an answer, and its bounds."""
-        step = self._told_of(messages, begun)
+        step = self._reported_of(messages, begun)
         if step is None:
             return _UNTOLD, -math.inf, 0.0
-        told: dict[str, float] = {}
+        reported: dict[str, float] = {}
         for name, value in step.top:  # two tokens may have one text
-            told[name] = max(value, told.get(name, -math.inf))
-        if math.isfinite(told.get(token, -math.inf)):
-            value = told[token]
+            reported[name] = max(value, reported.get(name, -math.inf))
+        if math.isfinite(reported.get(token, -math.inf)):
+            value = reported[token]
             return value, value - self._grain / 2, min(value + self._grain / 2, 0.0)
         # Told values are rounded, and what is left of 1 by them is no surer than they are.
         off = self._grain / 2 + _ROUNDED
@@ -302,14 +304,14 @@ class TopK:
         bound = min([math.log(rest), *(value + off for value in least)])
         return bound - _BELOW_BOUND, -math.inf, bound
 
-    def _told_of(self, messages: Sequence[Message], begun: str) -> Step | None:
-        """What is told of the token at a place; None where the provider tells nothing.
+    def _reported_of(self, messages: Sequence[Message], begun: str) -> Step | None:
+        """What is reported of the token at a place; None where the provider tells nothing.
 
         Where a draw ends the answer, some list no token, and tell of none: another draw may.
         """
         question = replace(self._first(messages), prefill=begun)
         for i in range(_N_ASKED):
-            steps = self._asker.many(question, range(i, i + 1))[0].steps
+            steps = self._endpoint.answers(question, range(i, i + 1))[0].steps
             if steps and steps[0].top:
                 return steps[0]
         return None
@@ -323,20 +325,20 @@ class Forced(TopK):
     of the two is found out beforehand.
 
     Args:
-        asker, top, n_tokens: As of `TopK`.
+        endpoint, top, n_tokens: As of `TopK`.
         tokenizer: The model's: a bias is given to an id.
     """
 
     name = "stepwise forced"
 
-    def __init__(self, asker: Asker, top: int, n_tokens: int, tokenizer: Any) -> None:
-        super().__init__(asker, top, n_tokens)
+    def __init__(self, endpoint: MeteredEndpoint, top: int, n_tokens: int, tokenizer: Any) -> None:
+        super().__init__(endpoint, top, n_tokens)
         self._tokenizer = tokenizer
         self._mode: _Mode = "biased"
 
     @property
-    def blind(self) -> str:
-        """See `Rung.blind`."""
+    def blind_spots(self) -> str:
+        """See `Rung.blind_spots`."""
         return "nothing but what rounding and a few tries at a bias leave out, which has a bound"
 
     def look(self, messages: Sequence[Message]) -> list[Step]:
@@ -347,7 +349,7 @@ class Forced(TopK):
         pairs = [(name, v) for name, v in reversed(top[1:]) if v > best - _MOST_BIAS]
         known = [(name, v, self._id(name, "")) for name, v in pairs]
         probes = [(name, v, number) for name, v, number in known if number is not None]
-        if not getattr(self._asker.speaker, "takes_bias", False) or not probes:
+        if not getattr(self._endpoint.provider, "takes_bias", False) or not probes:
             raise HandshakeError(
                 "the provider takes no `logit_bias`, or no token's id is known: "
                 '`rung="top-k"` would work, with bounds.'
@@ -357,7 +359,7 @@ class Forced(TopK):
         modes: list[tuple[_Mode, float]] = [("biased", bias), ("raw", _MOST_BIAS)]
         try:
             for self._mode, given in modes:
-                found = self._told(messages, "", name, number, given)
+                found = self._reported(messages, "", name, number, given)
                 if found is not None and is_same(found, value):
                     how = "without it" if self._mode == "raw" else "with it"
                     self.checks["logit_bias"] = f"told {how}"
@@ -381,14 +383,14 @@ class Forced(TopK):
         number = self._id(token, begun)
         if math.isfinite(bound[1]) or number is None:
             return bound
-        step = self._told_of(messages, begun)
+        step = self._reported_of(messages, begun)
         best = max((value for _, value in step.top), default=0.0) if step else 0.0
         bias = min(best - bound[2] + _LOOKED_FOR, _MOST_BIAS)
         for _ in range(N_TRIES):
             bias = _MOST_BIAS if self._mode == "raw" else bias
-            found = self._told(messages, begun, token, number, bias)
+            found = self._reported(messages, begun, token, number, bias)
             if found is not None and math.isfinite(found):
-                # It cannot be likelier than those that were told.
+                # It cannot be likelier than those that were reported.
                 if not found <= bound[2] and not is_same(found, bound[2], NOISY):
                     raise HandshakeError(
                         f"{token!r} is told as {found:.3g} with a bias on it, and is not among the "
@@ -404,22 +406,22 @@ class Forced(TopK):
                 break
         return bound
 
-    def _told(
+    def _reported(
         self, messages: Sequence[Message], begun: str, token: str, number: int, bias: float
     ) -> float | None:
         """A token's log-probability from an answer with a bias on it.
 
         Returns:
-            None if it is not told; infinity where it is too certain to be reckoned back.
+            None if it is not reported; infinity where it is too certain to be reckoned back.
         """
         steps = self._step(messages, begun, 1, 1.0, {number: bias}).steps[:1]
-        told = {step.text: step.value for step in steps}
-        if self._mode == "raw":  # of others nothing new is told
-            return told.get(token)
+        reported = {step.text: step.value for step in steps}
+        if self._mode == "raw":  # of others nothing new is reported
+            return reported.get(token)
         found = max(
             (v for name, v in (steps[0].top if steps else []) if name == token), default=None
         )
-        found = told.get(token) if found is None else found
+        found = reported.get(token) if found is None else found
         if found is None or found == -math.inf:
             return None
         if found > _CERTAIN:
@@ -439,7 +441,7 @@ class Forced(TopK):
         return int(ids[0]) if len(ids) == 1 else None
 
 
-def _likeliest(said: Said) -> list[tuple[str, float]]:
+def _likeliest(said: ChatAnswer) -> list[tuple[str, float]]:
     return said.steps[0].likeliest if said.steps else []
 
 

@@ -242,7 +242,7 @@ class Http:
             self._rest(rest - (wait or 0.0), epoch)
 
     def _keep_to_limits(self, headers: Mapping[str, str]) -> None:
-        """Rests until a server that has told so takes requests again."""
+        """Rests until a server that has said so takes requests again."""
         for kind in ("requests", "tokens"):
             left = headers.get(f"x-ratelimit-remaining-{kind}")
             wait = _seconds(headers.get(f"x-ratelimit-reset-{kind}") or "")
@@ -363,7 +363,7 @@ class Http:
                 found = json.loads(content) if status == 200 else None
                 models: list[Any] = found["data"] if isinstance(found, dict) else []
                 names = [str(one["id"]) for one in models[:_N_NAMED]]
-            except Exception:  # a hint alone: what is told is the refusal
+            except Exception:  # a hint alone: what is reported is the refusal
                 continue
             if path != self._url.path and names:
                 return f" There is one at {self._shown(url)}."
@@ -428,7 +428,7 @@ def _is_final(status: int, content: bytes) -> bool:
 
 
 def _seconds(said: str) -> float | None:
-    """A time as rate limits are told: 1.5, 20ms, 6m0s, 1h."""
+    """A time as rate limits are reported: 1.5, 20ms, 6m0s, 1h."""
     units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
     parts = re.findall(r"([0-9]+(?:\.[0-9]*)?)(ms|[smhd]|)", said.strip())
     if not parts or "".join(n + unit for n, unit in parts) != said.strip():

@@ -7,9 +7,9 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from captum_llm_ext.attribution.remote.rung_choice import RungName
 from captum_llm_ext.base.arguments import check_counts
 from captum_llm_ext.contrast import Contrast
+from captum_llm_ext.remote.chat_endpoint import ChatEndpoint
 from captum_llm_ext.remote.providers import OnMismatch, adapt_provider
 from captum_llm_ext.remote.similarities import SIMILAR
-from captum_llm_ext.remote.speaker import Speaker
 
 RemoteTarget = Literal["log_prob", "prob", "contrast", "auto", "label", "frequency", "similarity"]
 
@@ -83,7 +83,7 @@ def check_provider(
         ValueError: If it cannot.
     """
     takes_ids = False
-    if not isinstance(provider, Speaker):
+    if not isinstance(provider, ChatEndpoint):
         takes_ids = adapt_provider(provider, tokenizer, max_concurrency, on_mismatch).takes_ids
         if takes_ids and on_mismatch != "error":
             raise ValueError(

@@ -25,7 +25,7 @@ from captum_llm_ext.attribution.remote.arguments import (
 from captum_llm_ext.attribution.remote.rung_choice import (
     PROMPT,
     TARGET,
-    Climbed,
+    ChosenRung,
     RungChoice,
     RungName,
     RungSettings,
@@ -37,6 +37,7 @@ from captum_llm_ext.contrast import Contrast, FoilContext, scored
 from captum_llm_ext.methods import Smile
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
 from captum_llm_ext.model.scoring.progress import Shown
+from captum_llm_ext.remote.chat_endpoint import ChatEndpoint
 from captum_llm_ext.remote.estimate import LENGTHS, Counter, Estimate, finite, n_new
 from captum_llm_ext.remote.ladder import LadderScorer, weights
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
@@ -50,7 +51,6 @@ from captum_llm_ext.remote.providers import (
 )
 from captum_llm_ext.remote.scorer import RemoteScorer
 from captum_llm_ext.remote.similarities import Similar
-from captum_llm_ext.remote.speaker import Speaker
 from captum_llm_ext.remote.stepwise import TopK
 from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
@@ -79,7 +79,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     request for each, and a bound where it is not among them. Text alone (`AnthropicProvider` too):
     how often the answer is given (``attr_target="frequency"``, in log-odds), or how similar to it
     what is written instead is (``"similarity"``). A bound leaves little of a ``"prob"`` open, and
-    much of a log-probability: where causes are not told apart, a warning says so. Answers that
+    much of a log-probability: where causes are not distinguished, a warning says so. Answers that
     never vary are no frequencies, and one of each coalition is compared. ``"auto"`` takes the first
     that the provider proves able to. These need no tokenizer (``TextSegmentInput(prompt, None)``),
     have the answer as one target token where it is sampled, and say in ``provenance`` what they
@@ -130,8 +130,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             than coalitions.
         top_logprobs: How many of the likeliest tokens are asked for at each step.
         n_answers: Answers drawn per coalition. By default 50 for a frequency and 16 for a
-            similarity, and up to four times as many while the strongest cause is not told from the
-            next; a warning says where it still is not.
+            similarity, and up to four times as many while the strongest cause is not separated
+            from the next; a warning says where it still is not.
         predicate: For a frequency: whether a text is the answer; by default whether it is equal.
         similarity: ``"lexical"`` (words and runs of letters in common), ``"f1"`` (words),
             ``"difflib"`` (characters, in order), or a callable ``(text, answer) -> float`` from 0
@@ -157,7 +157,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         self,
         attr_method: PerturbationAttribution,
         tokenizer: Any,
-        provider: RemoteLLMProvider | TokenProvider | Speaker,
+        provider: RemoteLLMProvider | TokenProvider | ChatEndpoint,
         attr_target: RemoteTarget | Contrast = "log_prob",
         *,
         accelerator: None = None,
@@ -204,7 +204,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             max_concurrency=max_concurrency,
         )
         self._rung: RungName | None = rung
-        self._climbed: Climbed | None = None
+        self._chosen: ChosenRung | None = None
         self._counter: Counter | None = None
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
@@ -255,18 +255,18 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             )
         feature_mask: Tensor | None = arguments.get("feature_mask")
         choice = self._choice
-        climbed = choice.climb(
+        chosen = choice.choose(
             inp, feature_mask, target, gen_args, lambda: self._cache(arguments.get("checkpoint"))
         )
-        if climbed is not None:
+        if chosen is not None:
             if output_unit is not None:
                 raise ValueError(
                     "`output_unit` needs log-probabilities of prompts, and this provider tells "
-                    f"less: {climbed.rung.name} holds the answer fixed. Leave it out."
+                    f"less: {chosen.rung.name} holds the answer fixed. Leave it out."
                 )
             rest = {k: v for k, v in arguments.items() if k != "checkpoint"}
             return self._attributed(
-                climbed, (inp, target, num_trials, gen_args, True, _inspect_forward), rest
+                chosen, (inp, target, num_trials, gen_args, True, _inspect_forward), rest
             )
         if self.attr_target == "auto":
             own = copy.copy(self)
@@ -298,10 +298,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             raise
 
     def _attributed(
-        self, climbed: Climbed, given: tuple[Any, ...], arguments: Mapping[str, Any]
+        self, chosen: ChosenRung, given: tuple[Any, ...], arguments: Mapping[str, Any]
     ) -> GenerationAttributionResult:
         """On a rung: with more answers where those drawn do not tell the first cause."""
-        on, rung = self._on(climbed), climbed.rung
+        on, rung = self._on(chosen), chosen.rung
         while True:
             result = GenerationAttribution.attribute(on, *given, output_unit=None, **arguments)
             apart = result.provenance["first_cause"]
@@ -309,7 +309,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 return result
             if not rung.is_sampled or not rung.draw_more():
                 break
-            climbed.scorer.forget()  # the rung knows more of every coalition now
+            chosen.scorer.forget()  # the rung knows more of every coalition now
         first, second = (repr(result.input_tokens[apart[which]]) for which in ("first", "second"))
         if rung.is_sampled:
             more = apart["times_as_many_answers"]
@@ -325,10 +325,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 f"{share:.0%} of the values are bounds, and within these {second} may be as strong "
                 f"a cause as {first}."
             )
-            if climbed.scorer.attr_target == "log_prob":
+            if chosen.scorer.attr_target == "log_prob":
                 said += ' `attr_target="prob"` hardly depends on what is only bounded.'
             if rung.name == TopK.name and getattr(
-                climbed.scorer.asker.speaker, "takes_bias", False
+                chosen.scorer.endpoint.provider, "takes_bias", False
             ):
                 said += ' With the model\'s `tokenizer`, `rung="stepwise"` may tell them.'
         warnings.warn(f"not distinguishable: {said}", stacklevel=stacklevel_of_caller())
@@ -363,7 +363,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         gen_args: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> Estimate:
-        """What `attribute` would take, told without sending anything.
+        """What `attribute` would take, reported without sending anything.
 
         Args:
             inp, target, gen_args, **arguments: As of `attribute`. Without a target, an answer of as
@@ -389,7 +389,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         super(RemoteGenerationAttribution, counting).attribute(
             inp, torch.tensor(ids, dtype=torch.int64, device="cpu"), output_unit=None, **arguments
         )
-        return self._choice.reckoned(counter, tokenizer, target, n_most)
+        return self._choice.estimate(counter, tokenizer, target, n_most)
 
     def handshake(self, prompt: str = PROMPT, target: str = TARGET) -> dict[str, Any]:
         """Finds out whether the provider's log-probabilities can be believed: those of prompts, or,
@@ -423,11 +423,11 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             self._rung_settings,
         )
 
-    def _on(self, climbed: Climbed) -> "RemoteGenerationAttribution":
+    def _on(self, chosen: ChosenRung) -> "RemoteGenerationAttribution":
         """The same for one attribution on a rung."""
         own = copy.copy(self)
-        own._climbed, own.tokenizer = climbed, climbed.tokenizer
-        own.attr_target = climbed.scorer.attr_target
+        own._chosen, own.tokenizer = chosen, chosen.tokenizer
+        own.attr_target = chosen.scorer.attr_target
         return own
 
     def _target_ids(
@@ -440,8 +440,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     ) -> Tensor:
         if self._counter is not None:
             return cast(Tensor, target)
-        climbed = self._climbed
-        if climbed is None:
+        chosen = self._chosen
+        if chosen is None:
             return super()._target_ids(run, target, gen_args, generation, skip_tokens)
         if target is not None and not isinstance(target, str):
             raise TypeError(
@@ -449,15 +449,15 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             )
         if target is not None and not target.strip():
             raise ValueError("the target is empty: give a text.")
-        rung = climbed.rung
-        texts = rung.target(climbed.full, target)
+        rung = chosen.rung
+        texts = rung.target(chosen.full, target)
         if not any(text.strip() for text in texts):
             raise ValueError(
                 "the model wrote nothing within `max_new_tokens` (one that reasons spends them on "
                 "that): give more, or a `target`."
             )
-        rung.begin(climbed.full, climbed.empty, texts)
-        ids = [climbed.tokenizer.token(text) for text in texts]
+        rung.begin(chosen.full, chosen.empty, texts)
+        ids = [chosen.tokenizer.token(text) for text in texts]
         return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
     def _result(
@@ -468,28 +468,28 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         joint: Tensor | None,
         generation: Generation | None,
     ) -> GenerationAttributionResult:
-        if self._climbed is None:
+        if self._chosen is None:
             scorer = cast(RemoteScorer, game.run.scorer)
-            doubts = self._warned(scorer.ask_again() if self._counter is None else [])
+            doubts = self._warned(scorer.drift() if self._counter is None else [])
             result = super()._result(inp, game, outcome, joint, generation)
             result.provenance["doubts"] = doubts
             return result
-        scorer = self._climbed.scorer
+        scorer = self._chosen.scorer
         scorer.only_first(len(outcome.plan.masks))
         # What it tells of the provider's noise is between the bounds.
-        doubts = self._warned(scorer.ask_again(self._climbed.full))
+        doubts = self._warned(scorer.drift(self._chosen.full))
         known, weight = scorer.known(), weights(outcome.name, outcome.plan)
-        told: dict[str, Any] = {
+        reported: dict[str, Any] = {
             "value_interval": finite(torch.stack([known["lower"], known["upper"]])),
             "token_attr_interval": None,
-            "rungs_refused": dict(self._climbed.refused),
+            "rungs_refused": dict(self._chosen.refused),
             "first_cause": None,
             "doubts": doubts,
         }
         if weight is not None:
             whole = outcome.solution.attributions.sum(0) if joint is None else joint
             whole = whole.double()
-            told["first_cause"] = scorer.told_apart(weight, whole)
+            reported["first_cause"] = scorer.separates_causes(weight, whole)
             errors, ends = scorer.uncertainty(weight)
             if errors is not None:
                 # Of estimates, standard errors have this noise in them.
@@ -497,9 +497,9 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 solution = replace(outcome.solution, standard_errors=torch.maximum(own, errors))
                 outcome = replace(outcome, solution=solution)
             if ends is not None:
-                told["token_attr_interval"] = finite(torch.stack(ends))
+                reported["token_attr_interval"] = finite(torch.stack(ends))
         result = super()._result(inp, game, outcome, joint, generation)
-        result.provenance.update(told)
+        result.provenance.update(reported)
         return result
 
     @staticmethod
@@ -516,9 +516,9 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     def _scorer(self, max_rows: int | None, show_progress: Shown = False) -> RowScorer:
         if self._counter is not None:
             return self._counter
-        if self._climbed is not None:
-            self._climbed.scorer.shows(show_progress)
-            return self._climbed.scorer
+        if self._chosen is not None:
+            self._chosen.scorer.shows(show_progress)
+            return self._chosen.scorer
         return RemoteScorer(
             self._source(),
             self.tokenizer,
@@ -572,14 +572,14 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return run.scorer.generate(TokenRow(run.full.ids, (), run.full.extras), given, run.seed)
 
     def _vocabulary_size(self) -> int | None:
-        if self._climbed is not None or self._counter is not None:
+        if self._chosen is not None or self._counter is not None:
             return None
         tokenizer: Any = self.tokenizer  # captum's protocol knows no length
         return len(tokenizer) if hasattr(tokenizer, "__len__") else None
 
     def _model_identity(self) -> dict[str, str]:
-        told = describe_provider(self.provider)
-        return {name: told[name] for name in ("provider", "model") if told[name] is not None}
+        about = describe_provider(self.provider)
+        return {name: about[name] for name in ("provider", "model") if about[name] is not None}
 
     def _model_provenance(self) -> dict[str, Any]:
         unknown = dict.fromkeys(("revision", "model_class", "dtype", "device"))

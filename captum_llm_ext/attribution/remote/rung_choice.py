@@ -10,7 +10,8 @@ from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_llm_ext.contrast import Contrast
-from captum_llm_ext.remote.chat_providers import other_endpoint, speaker
+from captum_llm_ext.remote.chat_endpoint import ChatEndpoint, ChatRequest
+from captum_llm_ext.remote.chat_providers import chat_endpoint, other_endpoint
 from captum_llm_ext.remote.completions import CompletionsProvider
 from captum_llm_ext.remote.estimate import (
     Counter,
@@ -18,15 +19,20 @@ from captum_llm_ext.remote.estimate import (
     n_new,
     rendered,
 )
-from captum_llm_ext.remote.handshake import handshake, has_met
+from captum_llm_ext.remote.handshake import handshake, is_verified
 from captum_llm_ext.remote.label import Label
 from captum_llm_ext.remote.ladder import LadderScorer, as_messages
-from captum_llm_ext.remote.metered import CHARACTERS_PER_TOKEN, Asker, BudgetError, Cache, Limits
+from captum_llm_ext.remote.metered import (
+    CHARACTERS_PER_TOKEN,
+    BudgetError,
+    Cache,
+    Limits,
+    MeteredEndpoint,
+)
 from captum_llm_ext.remote.providers import ProviderAdapter, TokenProvider
 from captum_llm_ext.remote.rung import Rung
 from captum_llm_ext.remote.sampled import Frequency, Similarity
 from captum_llm_ext.remote.similarities import SIMILAR, Similar
-from captum_llm_ext.remote.speaker import Question, Speaker
 from captum_llm_ext.remote.stepwise import N_TRIES, Forced, TopK
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError, GarbageError
 from captum_llm_ext.text import tokens
@@ -36,7 +42,7 @@ from captum_llm_ext.text.plain_tokenizer import OpenVocabulary, PlainTokenizer
 PROMPT, TARGET = "One, two, three, four, five, six,", " seven, eight"
 RungName = Literal["forced", "stepwise", "top-k", "label", "frequency", "similarity"]
 _LOG_PROBS: tuple[RungName, ...] = ("forced", "stepwise", "top-k")
-# Answers per coalition, to begin with and at most, while the first cause is not told from others.
+# Answers per coalition, at first and at most, while the first cause is not separated from others.
 _N_ANSWERS = {"frequency": (50, 200), "similarity": (16, 64)}
 # Refusals that nothing else which could be asked for would mend: of the model, or of the prompt.
 _HOLDS_FOR_ALL = re.compile(
@@ -46,7 +52,7 @@ _HOLDS_FOR_ALL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 # How users ask for a rung.
-ASKED_BY: Mapping[str, str] = {
+ARGUMENT_FOR: Mapping[str, str] = {
     "forced": 'attr_target="log_prob"',
     "stepwise": 'rung="stepwise"',
     "top-k": 'rung="top-k"',
@@ -71,7 +77,7 @@ class RungSettings:
 
 
 @dataclass(frozen=True)
-class Climbed:
+class ChosenRung:
     """The rung that an attribution stands on, below the first.
 
     Attributes:
@@ -97,7 +103,7 @@ class RungChoice:
     Attributes:
         provider: Whom to ask.
         tokenizer: The model's; None where nobody has it.
-        attr_target: What the user wants to be told.
+        attr_target: What the user wants to be reported.
         rung: The rung that the user wants to stand on; None: the highest that bears.
         source: The provider as one that tells log-probabilities of prompts.
         settings: How it is asked for less.
@@ -113,12 +119,12 @@ class RungChoice:
     def handshake(self, prompt: str, target: str) -> dict[str, Any]:
         """See `RemoteGenerationAttribution.handshake`."""
         own = self.names[0]
-        who = speaker(self.provider)
+        who = chat_endpoint(self.provider)
         if own != "forced" and who is not None:
             messages = [{"role": "user", "content": prompt}]
-            rung = self._rung(own, self._asker(who), self.tokenizer, n_tokens=1, gen_args=None)
-            rung.meet(messages)
-            about: Any = rung.told.get("handshake", {})
+            rung = self._rung(own, self._endpoint(who), self.tokenizer, n_tokens=1, gen_args=None)
+            rung.handshake(messages)
+            about: Any = rung.details.get("handshake", {})
             return {"way": own, "checks": dict(about)}
         ids = tokens.encode(self.tokenizer, prompt).ids
         after = tokens.encode_in_place(self.tokenizer, target, prompt[-tokens.CONTEXT :])
@@ -137,21 +143,21 @@ class RungChoice:
             tells = callable(getattr(self.provider, "get_logprobs", None))
             if tells or isinstance(self.provider, TokenProvider):
                 own.append("forced")
-            if getattr(speaker(self.provider), "takes_bias", False):
+            if getattr(chat_endpoint(self.provider), "takes_bias", False):
                 own.append("stepwise")
         own.append("top-k")
         if self.attr_target == "auto":
             return [*own, "frequency", "similarity"]
         return ["forced"] if "forced" in own else own
 
-    def climb(
+    def choose(
         self,
         inp: InterpretableInput,
         feature_mask: Tensor | None,
         target: object,
         gen_args: Mapping[str, Any] | None,
         cache: Callable[[], Cache],
-    ) -> Climbed | None:
+    ) -> ChosenRung | None:
         """The rung to stand on; None for log-probabilities of prompts.
 
         Args:
@@ -185,13 +191,13 @@ class RungChoice:
                     ids = rendered(prompt, True)
                     handshake(self.source(), ids[:-1] or ids, ids[-1:])
                     return None
-                return self._stand(name, prompt, tokenizer, target, gen_args, cache, refused)
+                return self._set_up(name, prompt, tokenizer, target, gen_args, cache, refused)
             except ApiError as error:
                 # What is garbage to one question may be none to another: one more will show.
                 if _HOLDS_FOR_ALL.search(str(error)):
                     raise
                 if isinstance(error, GarbageError) and not writes:
-                    writes = self._writes(speaker(self.provider), prompt, tokenizer)
+                    writes = self._writes_text(chat_endpoint(self.provider), prompt, tokenizer)
                     if not writes:
                         raise
                 if error.status not in UNKNOWN_ARGUMENT or name == names[-1]:
@@ -201,7 +207,7 @@ class RungChoice:
                 refused[name] = str(error)
         return None
 
-    def _stand(
+    def _set_up(
         self,
         name: RungName,
         prompt: Prompt,
@@ -210,13 +216,13 @@ class RungChoice:
         gen_args: Mapping[str, Any] | None,
         cache: Callable[[], Cache],
         refused: Mapping[str, str],
-    ) -> Climbed:
+    ) -> ChosenRung:
         if isinstance(self.attr_target, Contrast):
             raise ValueError(
                 "a contrast needs log-probabilities of prompts, and the provider tells none: "
                 '`attr_target="label"` would hold one label against another.'
             )
-        who = speaker(self.provider)
+        who = chat_endpoint(self.provider)
         if who is None:
             raise TypeError(
                 f"{type(self.provider).__name__} cannot be sent messages: give a `ChatProvider`, "
@@ -225,21 +231,21 @@ class RungChoice:
             )
         is_plain = isinstance(tokenizer, PlainTokenizer)
         vocabulary = tokenizer if is_plain else OpenVocabulary(tokenizer)
-        asker = self._asker(who, cache())
+        endpoint = self._endpoint(who, cache())
         n_tokens = n_new(gen_args, target if isinstance(target, str) else None)
         own = self.tokenizer if self._has_tokenizer(self.tokenizer) else tokenizer
-        rung = self._rung(name, asker, own, n_tokens=n_tokens, gen_args=gen_args)
+        rung = self._rung(name, endpoint, own, n_tokens=n_tokens, gen_args=gen_args)
         scorer = LadderScorer(
             rung,
-            asker,
+            endpoint,
             vocabulary,
-            n_threads=asker.n_threads,
+            n_threads=endpoint.n_threads,
             show_progress=False,
             as_probability=self.attr_target == "prob",
         )
         full, empty = (as_messages(vocabulary, rendered(prompt, on)) for on in (True, False))
-        rung.meet(full)
-        return Climbed(rung, scorer, vocabulary, full, empty, dict(refused))
+        rung.handshake(full)
+        return ChosenRung(rung, scorer, vocabulary, full, empty, dict(refused))
 
     def instead(self, error: ApiError, inp: InterpretableInput, feature_mask: Tensor | None) -> str:
         """What would work with a provider that has refused, found out by asking it.
@@ -251,7 +257,7 @@ class RungChoice:
         tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
         if error.status not in UNKNOWN_ARGUMENT or tokenizer is None:
             return ""
-        if error.status is None and has_met(self.provider):  # what it has shown, it can
+        if error.status is None and is_verified(self.provider):  # what it has shown, it can
             return ""
         if isinstance(error, GarbageError) or _HOLDS_FOR_ALL.search(str(error)):
             return ""
@@ -260,34 +266,37 @@ class RungChoice:
         below = names[names.index(self.names[-1]) + 1 :]
         other, called = other_endpoint(self.provider)
         # The other endpoint reads a prompt in another way, so it comes last.
-        for who, how, own in ((speaker(self.provider), "", below), (other, called, names[2:])):
+        for who, how, own in (
+            (chat_endpoint(self.provider), "", below),
+            (other, called, names[2:]),
+        ):
             name = None if who is None else self._first_that_works(who, full, own)
             if name is not None:
                 by = f" of a `{how}`" if how else ""
-                return f" With this server `{ASKED_BY[name]}`{by} would work."
+                return f" With this server `{ARGUMENT_FOR[name]}`{by} would work."
         return ""
 
-    def _writes(self, who: Speaker | None, prompt: Prompt, tokenizer: Any) -> bool:
+    def _writes_text(self, who: ChatEndpoint | None, prompt: Prompt, tokenizer: Any) -> bool:
         """Whether a provider writes any text after the whole prompt."""
         if who is None:
             return False
         is_plain = isinstance(tokenizer, PlainTokenizer)
         vocabulary = tokenizer if is_plain else OpenVocabulary(tokenizer)
         full = as_messages(vocabulary, rendered(prompt, True))
-        return self._says(self._asker(who), full)
+        return self._answers_at_all(self._endpoint(who), full)
 
-    def _says(self, asker: Asker, full: Sequence[Mapping[str, str]]) -> bool:
+    def _answers_at_all(self, endpoint: MeteredEndpoint, full: Sequence[Mapping[str, str]]) -> bool:
         try:
-            return bool(asker.one(Question(full, n_tokens=8, temperature=1.0)).text)
+            return bool(endpoint.answer(ChatRequest(full, n_tokens=8, temperature=1.0)).text)
         except (ApiError, ConnectionError, BudgetError):
             return False
 
     def _first_that_works(
-        self, who: Speaker, full: Sequence[Mapping[str, str]], names: Sequence[RungName]
+        self, who: ChatEndpoint, full: Sequence[Mapping[str, str]], names: Sequence[RungName]
     ) -> str | None:
-        asker = self._asker(who)
+        endpoint = self._endpoint(who)
         # Who writes no text for this prompt does nothing else with it.
-        if not names or not self._says(asker, full):
+        if not names or not self._answers_at_all(endpoint, full):
             return None
         for name in names:
             if name == "stepwise":
@@ -295,13 +304,13 @@ class RungChoice:
             try:
                 with warnings.catch_warnings():  # of what nobody has asked for
                     warnings.simplefilter("ignore")
-                    self._rung(name, asker, None, n_tokens=1, gen_args=None).meet(full)
+                    self._rung(name, endpoint, None, n_tokens=1, gen_args=None).handshake(full)
             except (ApiError, ConnectionError, BudgetError):
                 continue
             return name
         return None
 
-    def reckoned(
+    def estimate(
         self, counter: Counter, tokenizer: Any, target: str | None, n_most: int
     ) -> Estimate:
         """What an attribution takes at most, on the dearest rung that it may come to.
@@ -312,10 +321,10 @@ class RungChoice:
             target: What is explained, if it is given.
             n_most: Tokens of what the model writes, if it is not.
         """
-        own = (self._reckoned(name, counter, tokenizer, target, n_most) for name in self.names)
+        own = (self._estimate(name, counter, tokenizer, target, n_most) for name in self.names)
         return max(own, key=lambda one: (one.usd or 0.0, one.tokens_in, one.n_requests))
 
-    def _reckoned(
+    def _estimate(
         self, name: RungName, counter: Counter, tokenizer: Any, target: str | None, n_most: int
     ) -> Estimate:
         per_token = 1.0 if not isinstance(tokenizer, PlainTokenizer) else 1.3  # words to tokens
@@ -337,10 +346,10 @@ class RungChoice:
             n, n_calls, round(n_in), round(n_out), self.settings.limits.usd(n_in, n_out)
         )
 
-    def _asker(self, who: Speaker, cache: Cache | None = None) -> Asker:
+    def _endpoint(self, who: ChatEndpoint, cache: Cache | None = None) -> MeteredEndpoint:
         own = self.settings
         n_threads = own.max_concurrency or who.max_concurrency
-        return Asker(who, cache or own.cache, own.limits, n_threads=n_threads)
+        return MeteredEndpoint(who, cache or own.cache, own.limits, n_threads=n_threads)
 
     def _has_tokenizer(self, tokenizer: Any) -> bool:
         return tokenizer is not None and not isinstance(tokenizer, PlainTokenizer)
@@ -348,7 +357,7 @@ class RungChoice:
     def _rung(
         self,
         name: RungName,
-        asker: Asker,
+        endpoint: MeteredEndpoint,
         tokenizer: Any,
         *,
         n_tokens: int,
@@ -361,11 +370,11 @@ class RungChoice:
                     'the rung "stepwise" biases token ids: give the model\'s `tokenizer`, or '
                     '`rung="top-k"`.'
                 )
-            return Forced(asker, top, n_tokens, tokenizer)
+            return Forced(endpoint, top, n_tokens, tokenizer)
         if name == "top-k":
-            return TopK(asker, top, n_tokens)
+            return TopK(endpoint, top, n_tokens)
         if name == "label":
-            return Label(TopK(asker, top, 1), self.settings.labels)
+            return Label(TopK(endpoint, top, 1), self.settings.labels)
         given = self.settings.n_answers
         n = _N_ANSWERS[name] if given is None else (given, given)
         temperature = (gen_args or {}).get("temperature")
@@ -376,8 +385,8 @@ class RungChoice:
                 '`attr_target="similarity"` without `n_answers`.'
             )
         if name == "frequency":
-            return Frequency(asker, n, n_tokens, temperature, self.settings.predicate)
+            return Frequency(endpoint, n, n_tokens, temperature, self.settings.predicate)
         kind = self.settings.similarity
         similar = kind if callable(kind) else SIMILAR[kind]
         called = str(getattr(kind, "__name__", type(kind).__name__)) if callable(kind) else kind
-        return Similarity(asker, n, n_tokens, temperature, similar, called)
+        return Similarity(endpoint, n, n_tokens, temperature, similar, called)

@@ -1,4 +1,4 @@
-"""`Speaker`: the interface of providers that take messages."""
+"""`ChatEndpoint`: the interface of providers that take messages."""
 
 import json
 import math
@@ -39,7 +39,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class ChatAnswer:
     """One answer.
 
     Attributes:
@@ -66,7 +66,7 @@ class Said:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Said":
+    def from_json(cls, text: str) -> "ChatAnswer":
         """What `to_json` wrote."""
         held = json.loads(text)
         steps = [
@@ -77,7 +77,7 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ChatRequest:
     """A question to a model: messages and settings.
 
     Attributes:
@@ -86,7 +86,7 @@ class Question:
         temperature: 0 for the likeliest.
         prefill: How the answer begins; what is returned comes after it.
         way: How the model is made to go on with it.
-        top: So many of the likeliest tokens are to be told at every place.
+        top: So many of the likeliest tokens are to be reported at every place.
         bias: Added to the logits of token ids; asked of speakers with `takes_bias` alone.
         n: So many answers; fewer may come.
         seed: Of the first answer, for providers that take one.
@@ -104,7 +104,7 @@ class Question:
 
 
 @runtime_checkable
-class Speaker(Protocol):
+class ChatEndpoint(Protocol):
     """A provider that is sent messages.
 
     Attributes:
@@ -118,6 +118,6 @@ class Speaker(Protocol):
     prefills: tuple[Prefill, ...]
     max_concurrency: int
 
-    def say(self, question: Question) -> list[Said]:
+    def chat(self, question: ChatRequest) -> list[ChatAnswer]:
         """Answers to a question, at least one."""
         ...
