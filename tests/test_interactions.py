@@ -328,27 +328,27 @@ def test_very_few_features_have_no_redundancy_and_are_additive(n):
 
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("paired", [False, True])
-def test_slopes_of_relevances_are_those_of_automatic_differentiation(local, paired):
+def test_gradients_of_relevances_are_those_of_automatic_differentiation(local, paired):
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(60, 9, generator=generator) < torch.rand(60, 1, generator=generator)
     x = masks.double() - masks.double().mean(1, keepdim=True)
     model = Interactions(x, torch.ones(60).double(), torch.full((60,), paired))
     rows = torch.arange(60)
     random = torch.randn(60, 60, generator=generator)
-    slope = (random + random.T) / 2
+    gradient = (random + random.T) / 2
     relevances = [torch.rand(9, generator=generator).double() + 0.1 for _ in range(2)]
     logs = [relevance.log().requires_grad_() for relevance in relevances]
     one = torch.ones((), dtype=torch.float32)
     hyper = _Hyper(logs[0].exp(), logs[1].exp(), local, one, one)
     linear, product = model._priors(hyper, rows, 60, 0)
-    ((linear.observations + 0.7 * product.observations) * slope).sum().backward()
+    ((linear.observations + 0.7 * product.observations) * gradient).sum().backward()
     alone, together = relevances
     agreement = model._agreement(together, rows, 60)
     raw = model._product(together, rows, 60, 0).observations
     near = model._local(together / together.sum(), rows, 60, 0).observations if local else None
     found = [
-        model._slope_of_linear(slope, alone, rows),
-        model._slope_of_product(0.7 * slope, raw, near, agreement, together, rows),
+        model._gradient_of_linear(gradient, alone, rows),
+        model._gradient_of_product(0.7 * gradient, raw, near, agreement, together, rows),
     ]
     for own, log in zip(found, logs, strict=True):
         # Float32 throughout, of sums over 3,600 pairs.

@@ -24,7 +24,7 @@ from captum_llm_ext.coalitions.plans import Plan
 from captum_llm_ext.methods.smile import wasserstein
 from captum_llm_ext.model import Scorer, TokenRow, planned_generation
 from captum_llm_ext.remote import CallableProvider
-from captum_llm_ext.result.page.changes import told_changes
+from captum_llm_ext.result.page.changes import change_sentences
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_a_token_of_white_space_is_not_told_as_nothing(token, said):
         "output_tokens": ["b"],
         "input_tokens": ["FL"],
     }
-    (shown,) = told_changes(data)
+    (shown,) = change_sentences(data)
     quoted = said.translate(str.maketrans("‘’", "“”"))
     assert f"{quoted} (82 %) is likelier than {quoted}" in shown["said"]
 

@@ -197,7 +197,7 @@ def _attribute_records(
     with bar.shown():
         bar.announce(_n_records(records) or 0)
 
-        def hear(messages: Iterable[DatasetReport]) -> DatasetReport:
+        def count_reports(messages: Iterable[DatasetReport]) -> DatasetReport:
             heard = sum(messages, DatasetReport())
             if heard.n_failed:
                 bar.note(f"{(total + heard).n_failed} failed")
@@ -214,12 +214,12 @@ def _attribute_records(
             now = time.monotonic()
             if now - reported_at > max(_REPORT_SECONDS, (now - began_at) / _MAX_REPORTS):
                 work.tell(unreported)
-                total = hear(work.heard())
+                total = count_reports(work.heard())
                 unreported, reported_at = DatasetReport(), now
         work.tell(unreported)
         work.end()
         for message in work.rest():
-            total = hear([message])
+            total = count_reports([message])
     return total
 
 

@@ -48,7 +48,11 @@ def describe(thing: Any) -> Any:
     except (TypeError, ValueError, RecursionError):
         found = _Digest()
         found.add(thing)
-        left = f" (less what cannot be told of: {', '.join(found.untold)})" if found.untold else ""
+        left = (
+            f" (less what cannot be told of: {', '.join(found.unreadable)})"
+            if found.unreadable
+            else ""
+        )
         return f"{_shown(thing)} {found.hexdigest()}{left}"
     return json.loads(text) if len(text) <= _SHOWN else f"{type(thing).__name__} {digest(thing)}"
 
@@ -99,8 +103,8 @@ def _inner(tensor: Tensor) -> list[tuple[str, Tensor]] | None:
         names, settings = thing.__tensor_flatten__()
         parts = [(name, getattr(thing, name)) for name in names]
         # As a tensor, for settings count as what is held does.
-        said = torch.frombuffer(bytearray(digest(settings).encode()), dtype=torch.int64)
-        return [*parts, ("settings", said[:1]), ("more settings", said[1:])]
+        text = torch.frombuffer(bytearray(digest(settings).encode()), dtype=torch.int64)
+        return [*parts, ("settings", text[:1]), ("more settings", text[1:])]
     if tensor.is_quantized:
         if thing.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
             scale = torch.tensor(thing.q_scale(), dtype=torch.float64, device="cpu")
@@ -115,8 +119,8 @@ def _inner(tensor: Tensor) -> list[tuple[str, Tensor]] | None:
 
 def _odd(name: str, tensor: Tensor) -> int:
     """A number to tell sums of other tensors apart; odd, so that no bit of a sum is lost."""
-    said = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-    return int.from_bytes(blake2b(said.encode(), digest_size=7).digest(), "big") | 1
+    text = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big") | 1
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -142,12 +146,12 @@ class _Digest:
     """A digest that things are added to.
 
     Attributes:
-        untold: Names of parts whose content cannot be told.
+        unreadable: Names of parts whose content cannot be told.
     """
 
     def __init__(self) -> None:
         self._found = blake2b(digest_size=8)
-        self.untold: dict[str, None] = {}
+        self.unreadable: dict[str, None] = {}
 
     def hexdigest(self) -> str:
         """As text."""
@@ -164,7 +168,7 @@ class _Digest:
             except Exception as error:  # whatever an object raises that is looked into
                 del error
                 kind, content = _kind(type(thing)), ()
-                self.untold[type(thing).__name__] = None
+                self.unreadable[type(thing).__name__] = None
         self._found.update(f"\n{kind} {len(content)}\n".encode("utf-8", "surrogatepass"))
         for part in content:
             self.add(part, (*within, id(thing)))

@@ -112,8 +112,8 @@ def write(
             raise TypeError(f"`{name}` is {tensor.dtype}, which these files do not hold.")
     text = json.dumps({"format": kind.format, **rest}, allow_nan=False)
     ordered = sorted(plain, key=lambda name: (-plain[name].element_size(), name))
-    told = ((name, t.dtype, t.shape, iter([_bytes(t)])) for name, t in plain.items())
-    metadata = {**kind.label, kind.key: text, _DIGEST: _digest(text, told)}
+    contents = ((name, t.dtype, t.shape, iter([_bytes(t)])) for name, t in plain.items())
+    metadata = {**kind.label, kind.key: text, _DIGEST: _digest(text, contents)}
     header: dict[str, Any] = {_METADATA: metadata}
     at = 0
     for name in ordered:
@@ -140,8 +140,10 @@ def read(path: files.Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, Any
         entries, text, digest, rest = _opened(file, path, kind)
         tensors = _checked(path, kind, lambda: {one.name: _tensor(file, one) for one in entries})
         if digest is not None:
-            told = ((e.name, e.dtype, e.shape, iter([_bytes(tensors[e.name])])) for e in entries)
-            _compare(path, kind, digest, _digest(text, told))
+            contents = (
+                (e.name, e.dtype, e.shape, iter([_bytes(tensors[e.name])])) for e in entries
+            )
+            _compare(path, kind, digest, _digest(text, contents))
     return tensors, rest
 
 
@@ -225,11 +227,11 @@ class MappedFile:
         return {one.name: _view(pages, one) for one in self._entries}
 
     def _read(self) -> str:
-        told = (
+        contents = (
             (one.name, one.dtype, one.shape, _chunks(self._descriptor, one))
             for one in self._entries
         )
-        return _digest(self._text, told)
+        return _digest(self._text, contents)
 
 
 _NOT_AS_WRITTEN = "is damaged (what it holds is not what was written)"
@@ -297,11 +299,11 @@ def _header(file: BinaryIO) -> tuple[list[_Entry], dict[str, str]]:
     content: Any = json.loads(file.read(start - 8).decode("utf-8"), object_pairs_hook=_unique)
     if not isinstance(content, dict):
         raise ValueError("its header is no object")
-    told = cast(dict[str, Any], content)
-    metadata: Any = told.pop(_METADATA, {})
+    header = cast(dict[str, Any], content)
+    metadata: Any = header.pop(_METADATA, {})
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no texts")
-    entries = sorted((_entry(name, told[name], start) for name in told), key=lambda e: e.start)
+    entries = sorted((_entry(name, header[name], start) for name in header), key=lambda e: e.start)
     at = start
     for one in entries:
         if one.start != at:
@@ -319,9 +321,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entry(name: str, told: Mapping[str, Any], start: int) -> _Entry:
-    dtype, shape = _DTYPES[told["dtype"]], told["shape"]
-    begin, end = told["data_offsets"]
+def _entry(name: str, about: Mapping[str, Any], start: int) -> _Entry:
+    dtype, shape = _DTYPES[about["dtype"]], about["shape"]
+    begin, end = about["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
         raise ValueError(f"the shape of `{name}` or its place is not given by numbers from 0")
     if math.prod(shape) * dtype.itemsize != end - begin:
@@ -363,11 +365,12 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _digest(
-    text: str, told: Iterable[tuple[str, torch.dtype, Sequence[int], Iterator[bytes | memoryview]]]
+    text: str,
+    contents: Iterable[tuple[str, torch.dtype, Sequence[int], Iterator[bytes | memoryview]]],
 ) -> str:
     """The digest of a file's JSON and of its tensors: name, type, shape and bytes in parts."""
     found = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
-    for name, dtype, shape, parts in sorted(told, key=lambda one: one[0]):
+    for name, dtype, shape, parts in sorted(contents, key=lambda one: one[0]):
         found.update(f"\n{name} {dtype} {tuple(shape)}\n".encode())
         for part in parts:
             found.update(part)

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _causes(result: "GenerationAttributionResult", token: str, k: int) -> str:
     """The causes of one token or of several, one a line, whatever their errors."""
-    from captum_llm_ext.result.foils import foils_told
+    from captum_llm_ext.result.foils import list_foils
 
     span = re.fullmatch(r"(-?\d+):(-?\d+)", token)
     if span is not None:
@@ -83,7 +83,7 @@ def _causes(result: "GenerationAttributionResult", token: str, k: int) -> str:
     position = int(token) if re.fullmatch(r"-?\d+", token) else token
     causes = result.why(position, k)
     place = result.position(position)
-    foils = foils_told(result, place, k)
+    foils = list_foils(result, place, k)
     name = result.output_tokens[place]
     return _listed(name, causes, foils)
 

@@ -267,61 +267,61 @@ class Interactions:
             inverse = torch.cholesky_inverse(factor(covariance, 0.0)[0])
             solved = inverse @ y
             scale = (y @ solved / len(y)).clamp_min(_TINY)
-            slope = inverse.sub_(torch.outer(solved, solved / scale)).div_(2)
-            of_level = noise * slope.diagonal().sum()
-            slopes = [
-                self._slope_of_linear(slope, alone, rows) + logs[0] - begin[0],
-                self._slope_of_product(
-                    strength.float() * slope, product, near, agreement, together, rows
+            gradient = inverse.sub_(torch.outer(solved, solved / scale)).div_(2)
+            of_level = noise * gradient.diagonal().sum()
+            gradients = [
+                self._gradient_of_linear(gradient, alone, rows) + logs[0] - begin[0],
+                self._gradient_of_product(
+                    strength.float() * gradient, product, near, agreement, together, rows
                 )
                 + logs[1]
                 - begin[1],
-                strength * ((slope * both).sum() + of_level),
+                strength * ((gradient * both).sum() + of_level),
                 (1 + strength) * of_level,
             ]
-            logs = [step(log, own) for step, log, own in zip(steps, logs, slopes, strict=True)]
+            logs = [step(log, own) for step, log, own in zip(steps, logs, gradients, strict=True)]
         alone, together, strength, noise = (log.exp() for log in logs)
         return _Hyper(alone, together, start.local, strength, noise.clamp_min(LEAST_NOISE))
 
-    def _slope_of_linear(self, slope: Tensor, relevance: Tensor, rows: Tensor) -> Tensor:
-        """Slopes in the logarithms of relevances, of what has `slope` in the scaled covariance."""
+    def _gradient_of_linear(self, gradient: Tensor, relevance: Tensor, rows: Tensor) -> Tensor:
+        """Gradient in the logarithms of relevances, from that in the scaled covariance."""
         moved = self._moved[rows]
-        own = _squares_along(slope, moved)
+        own = _squares_along(gradient, moved)
         level = moved.square().mean(0)
         return _less_of_scale(own, level, relevance.float())
 
-    def _slope_of_product(
+    def _gradient_of_product(
         self,
-        slope: Tensor,
+        gradient: Tensor,
         product: Tensor,
         near: Tensor | None,
         known: tuple[Tensor, Tensor],
         relevance: Tensor,
         rows: Tensor,
     ) -> Tensor:
-        """As `_slope_of_linear`, of products and, if there are any, interactions of neighbours."""
+        """As `_gradient_of_linear`, of products and of any interactions of neighbours."""
         of_near: Tensor | float = 0.0
         if near is not None:  # two scaled parts were scaled together
-            slope = slope / 2
-            of_near = self._slope_of_local(_of_scaled(slope, near), relevance, rows)
-        slope = _of_scaled(slope, product)
+            gradient = gradient / 2
+            of_near = self._gradient_of_local(_of_scaled(gradient, near), relevance, rows)
+        gradient = _of_scaled(gradient, product)
         each, factor = relevance.tanh(), relevance.cosh().log().sum().exp()
         (signs, agreement), root, single = known, self._root[rows], self._single[rows]
-        slope = slope * root * root.T
+        gradient = gradient * root * root.T
         share = signs[:-1].mean(1, keepdim=True)
-        odd = _anchored_back(slope, share)
+        odd = _anchored_back(gradient, share)
         of_agreement = odd * agreement.cosh()
         if bool(single.any()):
-            even = _anchored_back(single * slope * single.T, torch.ones_like(share))
+            even = _anchored_back(single * gradient * single.T, torch.ones_like(share))
             of_agreement += even * agreement.sinh()
         found = _squares_along(of_agreement, signs).double()
         of_single = _squares_along(odd, signs).double()
         found -= factor * ((1 - each.square()) * of_single + each * (each * of_single).sum())
         return relevance * found + of_near
 
-    def _slope_of_local(self, slope: Tensor, relevance: Tensor, rows: Tensor) -> Tensor:
+    def _gradient_of_local(self, gradient: Tensor, relevance: Tensor, rows: Tensor) -> Tensor:
         size = (relevance / relevance.sum())[self._near].prod(1).sqrt().float()
-        of_term = size * _squares_along(slope, self._near_terms[rows]) / 2
+        of_term = size * _squares_along(gradient, self._near_terms[rows]) / 2
         found = torch.zeros(len(relevance), dtype=torch.float32, device="cpu")
         for member in self._near.T:
             found.index_add_(0, member, of_term)
@@ -422,21 +422,21 @@ class _Adam:
         self._mean: Tensor | float = 0.0
         self._square: Tensor | float = 0.0
 
-    def __call__(self, at: Tensor, slope: Tensor) -> Tensor:
+    def __call__(self, at: Tensor, gradient: Tensor) -> Tensor:
         self._n += 1
-        self._mean = 0.9 * self._mean + 0.1 * slope
-        self._square = 0.999 * self._square + 0.001 * slope.square()
+        self._mean = 0.9 * self._mean + 0.1 * gradient
+        self._square = 0.999 * self._square + 0.001 * gradient.square()
         size = (self._square / (1 - 0.999**self._n)).sqrt() + 1e-8
         return at - self._rate * self._mean / (1 - 0.9**self._n) / size
 
 
-def _squares_along(slope: Tensor, columns: Tensor) -> Tensor:
+def _squares_along(gradient: Tensor, columns: Tensor) -> Tensor:
     """Of every column c the product c' S c, ``(n_columns,)``."""
-    return ((slope @ columns) * columns).sum(0)
+    return ((gradient @ columns) * columns).sum(0)
 
 
 def _less_of_scale(own: Tensor, level: Tensor, relevance: Tensor) -> Tensor:
-    """Slopes in logarithms of relevances of a sum of squares that is scaled to mean variance 1."""
+    """Gradients in log-relevances of a sum of squares that is scaled to mean variance 1."""
     size = (relevance * level).sum().clamp_min(_TINY)
     whole = (relevance * own).sum() / size
     return (relevance * (own - whole * level) / size).double()
@@ -446,20 +446,20 @@ def _mean_variance(covariance: Tensor) -> Tensor:
     return covariance.diagonal().mean().clamp_min(_TINY)
 
 
-def _of_scaled(slope: Tensor, covariance: Tensor) -> Tensor:
-    """The slope in a covariance, from that in the same over its mean variance."""
+def _of_scaled(gradient: Tensor, covariance: Tensor) -> Tensor:
+    """The gradient in a covariance, from that in the same over its mean variance."""
     size = _mean_variance(covariance)
-    found = slope / size
+    found = gradient / size
     found.diagonal().sub_((found * covariance).sum() / size / len(covariance))
     return found
 
 
-def _anchored_back(slope: Tensor, share: Tensor) -> Tensor:
-    """The slope in what `_anchored` is given, from that in what it returns, for square kernels."""
-    along = slope @ share
+def _anchored_back(gradient: Tensor, share: Tensor) -> Tensor:
+    """The gradient in what `_anchored` is given, from that in its square result."""
+    along = gradient @ share
     return torch.cat(
         [
-            torch.cat([slope, -along], 1),
+            torch.cat([gradient, -along], 1),
             torch.cat([-along.T, share.T @ along], 1),
         ]
     )

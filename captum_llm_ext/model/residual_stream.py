@@ -137,7 +137,7 @@ class ResidualStream:
         Raises:
             ValueError: If the model does not tell its embedding.
         """
-        return self._told_embedding()(ids).detach()
+        return self._embedding_layer()(ids).detach()
 
     @contextmanager
     def noised(self, noise: Sequence[Tensor | None]) -> Generator[None]:
@@ -165,7 +165,7 @@ class ResidualStream:
                     changed[row, :length] += own[:length].to(changed)
             return changed
 
-        hook = self._told_embedding().register_forward_hook(in_this_thread_only(after))
+        hook = self._embedding_layer().register_forward_hook(in_this_thread_only(after))
         try:
             yield
         finally:
@@ -176,7 +176,7 @@ class ResidualStream:
                 'noise to. Use `kind="replacement"`.'
             )
 
-    def _told_embedding(self) -> nn.Module:
+    def _embedding_layer(self) -> nn.Module:
         if not isinstance(self._embedding, nn.Module):
             raise ValueError(
                 f"{self._name} does not tell its embedding (`get_input_embeddings`), to which "

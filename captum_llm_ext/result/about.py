@@ -41,33 +41,39 @@ _NATS = ("log_prob", "contrast", "log_odds")
 
 def header(result: "ResultNumbers") -> list[str]:
     """Model, method, value and unit, absence, evaluations: what is known of these, in words."""
-    parts = (model_told, method_told, value_told, absence_told, evaluations_told)
-    return [said for said in (part(result) for part in parts) if said]
+    parts = (
+        describe_model,
+        describe_method,
+        describe_value,
+        describe_absence,
+        describe_evaluations,
+    )
+    return [text for text in (part(result) for part in parts) if text]
 
 
-def model_told(result: "ResultNumbers") -> str:
+def describe_model(result: "ResultNumbers") -> str:
     """The model's name; empty if unknown."""
-    told = result.provenance
-    return str(told.get("model") or told.get("model_class") or "")
+    provenance = result.provenance
+    return str(provenance.get("model") or provenance.get("model_class") or "")
 
 
-def method_told(result: "ResultNumbers") -> str:
+def describe_method(result: "ResultNumbers") -> str:
     """``"Shapley values (KernelShap)"``."""
     name = str(result.provenance.get("method", ""))
     return f"{_METHODS[name]} ({name})" if name in _METHODS else name
 
 
-def value_told(result: "ResultNumbers") -> str:
+def describe_value(result: "ResultNumbers") -> str:
     """``"log-probability in nats"``."""
     name = str(result.provenance.get("attr_target", ""))
-    told = _VALUES.get(name, name)
+    value = _VALUES.get(name, name)
     unit = "nats" if name in _NATS else None
     if unit is not None and unit_of(result) is None:
-        return f"size of the slope of {told}"
-    return f"{told} in {unit}" if unit else told
+        return f"size of the slope of {value}"
+    return f"{value} in {unit}" if unit else value
 
 
-def absence_told(result: "ResultNumbers") -> str:
+def describe_absence(result: "ResultNumbers") -> str:
     """What replaced absent parts; empty if the result does not say."""
     name = absence(result)
     if not name:
@@ -79,16 +85,16 @@ def absence_told(result: "ResultNumbers") -> str:
 
 def absence(result: "ResultNumbers") -> str:
     """The prompt's baselines in a word; empty if unknown."""
-    told: Any = result.provenance.get("absence")
-    if isinstance(told, Mapping):
-        return str(cast(Mapping[str, Any], told).get("prompt") or "")
+    both: Any = result.provenance.get("absence")
+    if isinstance(both, Mapping):
+        return str(cast(Mapping[str, Any], both).get("prompt") or "")
     name = result.provenance.get("absent")  # of gradients
     if name == "baseline":
         name = result.provenance.get("baselines")
     return name if isinstance(name, str) and name != "nothing" else ""
 
 
-def evaluations_told(result: "ResultNumbers") -> str:
+def describe_evaluations(result: "ResultNumbers") -> str:
     """``"estimate from 1,024 evaluations"``."""
     estimate = "estimate from " if result.provenance.get("estimate") else ""
     n = result.n_evaluations

@@ -15,7 +15,7 @@ A = TypeVar("A", bound=Any)
 _OTHER = {"contrast": "log_prob", "log_prob": "contrast"}
 
 
-def foils_told(result: "ResultNumbers", token: int, k: int = 3) -> str:
+def list_foils(result: "ResultNumbers", token: int, k: int = 3) -> str:
     """``"Oslo, Rome, Madrid, …"``; empty where a token is held against nothing.
 
     Args:
@@ -39,7 +39,7 @@ def against_same(attribution: A, result: "ResultNumbers") -> A:
     return other
 
 
-def foils_compared(result: "ResultNumbers") -> list[list[int]] | None:
+def foil_ids(result: "ResultNumbers") -> list[list[int]] | None:
     """Ids of the foils, where the values are about them."""
     is_contrast = result.provenance.get("attr_target") == "contrast"
     return result.foils.tolist() if is_contrast and result.foils is not None else None

@@ -82,7 +82,7 @@ def _quoted_once(told: Sequence[str], level: str) -> list[str]:
     return [pattern.sub(shorter, sentence) for sentence in told]
 
 
-def told_part(cause: Cause, level: str) -> str:
+def part_text(cause: Cause, level: str) -> str:
     """``the word “Palm”`` or ``paragraph 4 “Lake Baikal…”``."""
     name = " ".join((cause.label or cause.name).split())
     if "“" in name:
@@ -102,7 +102,7 @@ def _in_the_end(result: "ResultNumbers", end: InTheEnd) -> list[str]:
     """What an answer that follows from its own words goes back to."""
     subject = "it"
     if end.is_first:
-        subject = subject_told(result, 0, len(result.output_tokens))
+        subject = subject_of(result, 0, len(result.output_tokens))
     told = [
         f"{_part_of_end(share, end)} ({percent(share.share, share.standard_error)})"
         for share in end.told[:_MOST_ENDS]
@@ -134,12 +134,12 @@ def _in_the_prompt(
     is_second: bool,
 ) -> list[str]:
     n_tokens, unit, level = stop - start, unit_of(result), read.prompt.level
-    subject = "it" if is_second else subject_told(result, start, stop)
+    subject = "it" if is_second else subject_of(result, start, stop)
     if not blocks.prompt:
         return [f"No part of the prompt changed anything about {subject}."]
     first = blocks.prompt[0]
     if result.is_unsigned:
-        where = told_part(first, level)
+        where = part_text(first, level)
         return [
             f"Of the prompt, {where} has the largest size for {subject}: {amount(first, unit)}."
         ]
@@ -147,7 +147,7 @@ def _in_the_prompt(
     if not marked:
         return [
             f"No part of the prompt is told from noise for {subject}; the largest estimate is that "
-            f"of {told_part(first, level)} ({amount(first, unit, n_tokens)})."
+            f"of {part_text(first, level)} ({amount(first, unit, n_tokens)})."
         ]
     said: list[str] = []
     raising = [cause for cause in marked if cause.attribution > 0]
@@ -164,15 +164,15 @@ def _in_the_prompt(
         directly = "Directly, o" if is_second else "O"
         text = (
             f"{directly}f the prompt, {subject} rests {mostly} on "
-            f"{told_part(raising[0], level)} ({beside})"
+            f"{part_text(raising[0], level)} ({beside})"
         )
         if len(raising) > 1:
-            text += f", then on {told_part(raising[1], level)} ({amount(raising[1], None)})"
+            text += f", then on {part_text(raising[1], level)} ({amount(raising[1], None)})"
         said.append(text + ".")
     if lowering and (not raising or -lowering[0].attribution > 0.1 * raising[0].attribution):
         it = "it" if raising else subject
         said.append(
-            f"{_capital(told_part(lowering[0], level))} speaks against {it} "
+            f"{_capital(part_text(lowering[0], level))} speaks against {it} "
             f"({amount(lowering[0], None if raising else unit)})."
         )
     return said
@@ -190,7 +190,7 @@ def _in_the_answer(
             return []
         verb = "weighs most" if first.attribution > 0 else "speaks most against it"
         return [
-            f"Of the answer so far, {told_part(first, read.answer.level)} {verb} "
+            f"Of the answer so far, {part_text(first, read.answer.level)} {verb} "
             f"({amount(first, unit)})."
         ]
     rows = slice(start, stop)
@@ -223,7 +223,7 @@ def _without_the_first(
     if rows is None:
         return [f"It was held against {held}."] if is_contrast else []
     value = float(result.values[rows, start].double().mean())
-    alone = f"Without {told_part(marked[0], read.prompt.level)} alone"
+    alone = f"Without {part_text(marked[0], read.prompt.level)} alone"
     if is_contrast:
         if value < 0:
             one = held.replace("any of", "one of", 1)
@@ -312,7 +312,7 @@ def _certainty(
     return said
 
 
-def subject_told(result: "ResultNumbers", start: int, stop: int) -> str:
+def subject_of(result: "ResultNumbers", start: int, stop: int) -> str:
     """``“Lisbon”``, or ``the answer “…”``."""
     texts = [piece.text for piece in result.output_pieces[start:stop]]
     text = "".join(texts).strip() or " ".join(result.output_tokens[start:stop])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_llm_ext.result.causes import unit_of
 from captum_llm_ext.result.convergence import earlier
-from captum_llm_ext.result.foils import foils_told
+from captum_llm_ext.result.foils import list_foils
 from captum_llm_ext.result.numbers import ResultNumbers
 from captum_llm_ext.text.inputs import Piece
 
@@ -270,7 +270,7 @@ class DrawnResult(ResultNumbers):
 
     def _named(self, token: int, between: str = " rather than ", k: int = _MOST_FOILS) -> str:
         """Name of a target token, with its foils if a contrast was explained."""
-        foils = foils_told(self, token, k)
+        foils = list_foils(self, token, k)
         return self.names.tokens[token] + (between + foils if foils else "")
 
     def _title(self, token: int | None) -> str | None:

@@ -9,7 +9,7 @@ from captum_llm_ext.base.amounts import percent
 from captum_llm_ext.base.terminal import columns, one_line, shortened
 from captum_llm_ext.result.about import header
 from captum_llm_ext.result.causes import Cause
-from captum_llm_ext.result.foils import foils_told
+from captum_llm_ext.result.foils import list_foils
 from captum_llm_ext.result.in_the_end import in_the_end
 from captum_llm_ext.result.reading import Reading, adds_up, finest_level
 from captum_llm_ext.text.segment import shorten
@@ -63,7 +63,7 @@ def table(
             for block, floor in zip(read.causes(row.start, row.stop), least, strict=True)
         ]
         told, used = _row(blocks, room, show)
-        foils = foils_told(result, row.start) if row.stop - row.start == 1 else ""
+        foils = list_foils(result, row.start) if row.stop - row.start == 1 else ""
         told += _beside(foils, None if room is None else room - used, show)
         padding = " " * (longest - columns(name))
         lines.append(f"{padding}{show(name, 'token')}{_ARROW}{told}")

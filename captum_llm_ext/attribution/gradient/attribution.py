@@ -88,7 +88,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
       fixed text and biases add (`fixed_attr`, `fixed_share`). Each call checks that the sum is the
       logit: to 1e-6 of it in float32, a few hundredths in bfloat16 (2e-2 at most, 6e-3 in the
       median, were measured), else the model is refused. ``attr_target="log_prob"`` explains its
-      slope along the logits, which it is no sum of: `efficiency_gap` tells the rest. What a
+      gradient along the logits, which it is no sum of: `efficiency_gap` tells the rest. What a
       sentence's pattern adds to any word in a place is part of a logit: give a difference to other
       words of its kind where that is not what is asked. While a word lasts, what is written of it
       counts as fixed text. With a `norm` it is a size, as saliency is, and the check is the same.
@@ -512,7 +512,7 @@ def _path_provenance(paths: Paths) -> dict[str, Any]:
         "estimate": points.is_sampled or paths.n_draws > 1,
         "n_evaluations": paths.n_rows,
         "probe": None if paths.found is None else paths.found.provenance(),
-        "batching": None if paths.found is None else paths.found.manner,
+        "batching": None if paths.found is None else paths.found.plan,
     }
 
 

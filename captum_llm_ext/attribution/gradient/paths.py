@@ -102,7 +102,7 @@ class Paths:
         self._absent: Absent = "zero" if points.from_zero else absent
         self._seed, self._grad_kwargs = seed, grad_kwargs
         self._reader = ForwardPass(_compat.uncompiled(model))
-        self._manner = initial_plan(_compat.input_device(model), most_rows)
+        self._plan = initial_plan(_compat.input_device(model), most_rows)
         self._embeddings: Layers | None = None
         self._layers: Layers | None = None
         self.found: Findings | None = None
@@ -254,7 +254,7 @@ class Paths:
         if found.kept is None:
             self._reader.keep_all()
         if found.apart:
-            self._manner.most_rows = 1
+            self._plan.most_rows = 1
         self._reader.seed = 0 if found.seeds else None
         self.found = found
         return found
@@ -267,7 +267,7 @@ class Paths:
             layers,
             row,
             self._attr_target,
-            self._manner,
+            self._plan,
             is_joint=sums is None,
             sums=sums,
             measure=points.measure,
@@ -291,22 +291,22 @@ class Paths:
         assert layers is not None
         present = self._read(layers, row)
         begin, free = self._baseline_activations(group, row, own, present)
-        slopes = self._gradients(points, layers, row, sums)
+        gradients = self._gradients(points, layers, row, sums)
 
         def between(rows: slice) -> tuple[list[Tensor], list[Tensor]]:
             return self._interpolated(present, begin(rows), free, rows)
 
-        full = slopes.values(1, lambda _: (present, []))[0]
-        empty = slopes.values(self._n_baselines, lambda rows: (begin(rows), [])).mean(0)
+        full = gradients.values(1, lambda _: (present, []))[0]
+        empty = gradients.values(self._n_baselines, lambda rows: (begin(rows), [])).mean(0)
         # What stands all along changes nothing: no derivative along it is wanted.
         owners = own.owners(row.length).where(free.any(0), own.n_features)
         each: list[Tensor] = []
-        total = torch.zeros(slopes.n_values, own.n_features, dtype=torch.float64, device="cpu")
-        for rows, summed in slopes.products(len(points.alphas), between, owners, own.n_features):
+        total = torch.zeros(gradients.n_values, own.n_features, dtype=torch.float64, device="cpu")
+        for rows, summed in gradients.products(len(points.alphas), between, owners, own.n_features):
             total += torch.einsum("r,rtf->tf", points.weights[rows], summed)
             if points.is_sampled:
                 each.append(summed)
-        self.n_rows += slopes.n_rows
+        self.n_rows += gradients.n_rows
         return Solution(total, self._errors(each, total), full, empty)
 
     def _local_attributions(
@@ -316,22 +316,22 @@ class Paths:
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
-        slopes = self._gradients(points, layers, row, sums)
-        full = slopes.values(1, lambda _: (present, []))[0]
+        gradients = self._gradients(points, layers, row, sums)
+        full = gradients.values(1, lambda _: (present, []))[0]
         owners = own.owners(row.length)
         owners[held_positions(group, own, self._kept, row.length)[0]] = own.n_features
-        found = slopes.products(1, lambda _: (present, present), owners, own.n_features + 1)
+        found = gradients.products(1, lambda _: (present, present), owners, own.n_features + 1)
         ((_, (summed,)),) = found
-        self.n_rows += slopes.n_rows
+        self.n_rows += gradients.n_rows
         empty = torch.full_like(full, torch.nan)
-        if slopes.linear is not None:
+        if gradients.linear is not None:
             is_fixed = owners == own.n_features
-            self._note(group, row, slopes.linear, is_fixed, is_joint=sums is None)
+            self._note(group, row, gradients.linear, is_fixed, is_joint=sums is None)
         if points.measure != "product":
             # A mean, for a feature of many tokens is no more salient than each of them.
             summed /= owners.bincount(minlength=own.n_features + 1).clamp(min=1)
-        elif slopes.linear is not None:
-            full, empty = slopes.linear.values, slopes.linear.constants + summed[:, -1]
+        elif gradients.linear is not None:
+            full, empty = gradients.linear.values, gradients.linear.constants + summed[:, -1]
         return Solution(summed[:, :-1], torch.zeros_like(summed[:, :-1]), full, empty)
 
     def _note(

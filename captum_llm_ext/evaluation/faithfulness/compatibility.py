@@ -8,7 +8,7 @@ from torch import Tensor
 from captum_llm_ext.attribution.generation import GenerationAttribution
 from captum_llm_ext.base.arguments import numbered
 from captum_llm_ext.result import GenerationAttributionResult
-from captum_llm_ext.result.foils import foils_compared
+from captum_llm_ext.result.foils import foil_ids
 from captum_llm_ext.result.provenance import value_name
 from captum_llm_ext.text.inputs import Piece, Prompt
 
@@ -77,7 +77,7 @@ def check_fit(
                 f"{first_name!r} and {name!r} have different targets: measure each with those of "
                 "its own target, which `attribute(inp, other.target)` explains again."
             )
-        if foils_compared(result) != foils_compared(first):
+        if foil_ids(result) != foil_ids(first):
             raise ValueError(
                 f"{first_name!r} and {name!r} hold tokens against different foils: attribute with "
                 f"`Contrast(foils={first_name}.foils)`."

@@ -138,10 +138,12 @@ class PerturbationCurve:
         self,
         name: str,
         unit: str | None,
-        told: Callable[[Tensor], Tensor],
+        of_path: Callable[[Tensor], Tensor],
         higher_is_better: bool,
     ) -> Metric:
-        return Metric(name, self.values.map(told), self.reference.map(told), unit, higher_is_better)
+        return Metric(
+            name, self.values.map(of_path), self.reference.map(of_path), unit, higher_is_better
+        )
 
 
 # Curves ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from captum_llm_ext.base.arguments import at_least_one
 from captum_llm_ext.evaluation.sensitivity.views import Verdict, View
 from captum_llm_ext.result import Cause, GenerationAttributionResult
 from captum_llm_ext.result.causes import unit_of
-from captum_llm_ext.result.foils import foils_compared
+from captum_llm_ext.result.foils import foil_ids
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -485,7 +485,7 @@ def _explained(result: GenerationAttributionResult) -> dict[str, Any]:
         "output features": result.output_features,
         "methods": result.provenance.get("method"),
         "values (`attr_target`)": result.provenance.get("attr_target"),
-        "foils": foils_compared(result),
+        "foils": foil_ids(result),
     }
 
 

@@ -87,7 +87,7 @@ class Linear(NamedTuple):
     Attributes:
         values: The values.
         expected: What the shares of all that a value is made of sum to: the value itself where it
-            is a logit or a difference of some, else its slope along the logits.
+            is a logit or a difference of some, else its gradient along the logits.
         sizes: How large logits are where the value comes from.
         constants: The share of biases, position tables and other constants.
         shares: What each place adds, ``(n_values, length)``.
@@ -134,7 +134,7 @@ class TargetGradients:
         layers: What the gradients are with respect to.
         row: What is read.
         attr_target: What a value is.
-        manner: How the model is run; it learns from what happens.
+        plan: How the model is run; it learns from what happens.
         is_joint: Whether the one value is the product over the target tokens.
         sums: Which target tokens' values are summed to one, by their places among those that have a
             value; None: each is a value of its own. There is one way back for a sum.
@@ -155,7 +155,7 @@ class TargetGradients:
         layers: Layers,
         row: Row,
         attr_target: AttrTarget,
-        manner: BackwardPlan,
+        plan: BackwardPlan,
         *,
         is_joint: bool = False,
         sums: Sequence[Sequence[int]] | None = None,
@@ -167,7 +167,7 @@ class TargetGradients:
         self._reader, self._layers, self.row = reader, layers, row
         self._measure, self._is_frozen = measure, is_frozen
         self.linear: Linear | None = None
-        self._attr_target, self._manner, self._is_joint = attr_target, manner, is_joint
+        self._attr_target, self._plan, self._is_joint = attr_target, plan, is_joint
         self._grad_kwargs, self._on_rows = dict(grad_kwargs or {}), on_rows
         self.n_rows = 0
         n_single = 1 if is_joint else row.n_values
@@ -219,15 +219,15 @@ class TargetGradients:
         Raises:
             ValueError: If no gradient reaches the layer, or one is not finite.
         """
-        manner = self._manner
-        if not manner.was_tried:
+        plan = self._plan
+        if not plan.was_tried:
             self._try(points(slice(0, 1))[0])
         forth = self._derivatives(owners, n_owners)
-        if forth is not None and manner.forward_mode is None:
-            manner.forward_mode = self._forth_agrees(forth, *points(slice(0, 1)))
+        if forth is not None and plan.forward_mode is None:
+            plan.forward_mode = self._forward_mode_agrees(forth, *points(slice(0, 1)))
 
         def found(rows: slice) -> Tensor:
-            if forth is not None and manner.forward_mode:
+            if forth is not None and plan.forward_mode:
                 return forth.products(*points(rows))
             products = self._products(*points(rows))
             summed = products.new_zeros(*products.shape[:2], max(n_owners, int(owners.max()) + 1))
@@ -249,7 +249,7 @@ class TargetGradients:
         """Derivatives along features, where these would be less work than ways back."""
         n_features = len(owners[owners < n_owners].unique())
         is_plain = self._measure == "product" and not self._is_frozen and self._reader.seed is None
-        may = is_plain and self._may_split and self._manner.splits
+        may = is_plain and self._may_split and self._plan.splits
         if not may or passes_beside(n_features, self.n_values) == self.n_values:
             return None
         return FeatureDerivatives(
@@ -260,10 +260,10 @@ class TargetGradients:
             lambda n_rows: self._passed(n_rows).values,
             owners,
             n_owners,
-            self._manner.most_tokens,
+            self._plan.most_tokens,
         )
 
-    def _forth_agrees(
+    def _forward_mode_agrees(
         self, forth: FeatureDerivatives, points: list[Tensor], factors: list[Tensor]
     ) -> bool:
         """Whether forward mode says what the gradient does, of the last value at one point."""
@@ -278,10 +278,10 @@ class TargetGradients:
         with torch.enable_grad(), self._layers.replaced(points):
             values = self._passed(1).values
         given = self._at_values(values)(self.n_values - 1)
-        slopes = _gradients(values, points, None, given, False, self._grad_kwargs)[:-1]
+        gradients = _gradients(values, points, None, given, False, self._grad_kwargs)[:-1]
         each = [
-            (slope.double() * factor.double()).sum(-1)[0].cpu()
-            for slope, factor in zip(slopes, factors, strict=True)
+            (gradient.double() * factor.double()).sum(-1)[0].cpu()
+            for gradient, factor in zip(gradients, factors, strict=True)
         ]
         is_owned = forth.owners < forth.n_owners
         along = torch.stack(each).sum(0)[is_owned]
@@ -297,17 +297,17 @@ class TargetGradients:
     def _in_batches(
         self, n_points: int, found: Callable[[slice], Tensor]
     ) -> Iterator[tuple[slice, Tensor]]:
-        start, manner = 0, self._manner
+        start, plan = 0, self._plan
         while start < n_points:
-            most = max(1, manner.most_tokens // self.row.length)
-            rows = slice(start, min(n_points, start + min(most, manner.most_rows or most)))
+            most = max(1, plan.most_tokens // self.row.length)
+            rows = slice(start, min(n_points, start + min(most, plan.most_rows or most)))
             n_rows = rows.stop - start
             try:
                 tensor = found(rows)
             except RuntimeError as error:
                 if n_rows == 1 or not is_out_of_memory(error):
                     raise
-                manner.most_tokens = n_rows // 2 * self.row.length
+                plan.most_tokens = n_rows // 2 * self.row.length
                 continue
             self.n_rows += n_rows
             if self._on_rows is not None:
@@ -317,7 +317,7 @@ class TargetGradients:
 
     def _passed(self, n_rows: int) -> _Passed:
         how = frozen(self.row.ids.device, self._reader.model) if self._is_frozen else nullcontext()
-        with self._heard() as heard, how as unit:
+        with self._hooked_head() as head_inputs, how as unit:
             logits = self._reader.logits(self.row.ids.expand(n_rows, -1), self.row.at)
         target = self.row.target.to(logits.device)
         if callable(self._attr_target):
@@ -328,23 +328,23 @@ class TargetGradients:
             values = values[:, list(self.row.chosen)]
         if self._is_joint:
             values = values.prod(1, keepdim=True)
-        return _Passed(values, logits, heard[0] if len(heard) == 1 else None, unit)
+        return _Passed(values, logits, head_inputs[0] if len(head_inputs) == 1 else None, unit)
 
     @contextmanager
-    def _heard(self) -> Generator[list[Tensor]]:
+    def _hooked_head(self) -> Generator[list[Tensor]]:
         """What the model's head is given in the pass within."""
         head = _compat.embeddings(self._reader.model, "get_output_embeddings")
-        heard: list[Tensor] = []
+        head_inputs: list[Tensor] = []
         if not isinstance(head, nn.Module) or not self._may_split:
-            yield heard
+            yield head_inputs
             return
 
         def note(_: nn.Module, arguments: Any) -> None:
-            heard.extend(a for a in arguments[:1] if isinstance(a, Tensor) and a.dim() == 3)
+            head_inputs.extend(a for a in arguments[:1] if isinstance(a, Tensor) and a.dim() == 3)
 
         hook = head.register_forward_pre_hook(in_this_thread_only(note))
         try:
-            yield heard
+            yield head_inputs
         finally:
             hook.remove()
 
@@ -395,14 +395,16 @@ class TargetGradients:
         sizes = wide[0].square().mean(-1).sqrt().cpu()
         if self._is_joint or callable(self._attr_target):
             sizes = sizes.max().expand(self.n_values)
-            slopes = (
+            gradients = (
                 torch.autograd.grad(values[:, t].sum(), logits, retain_graph=True)[0]
                 for t in range(self.n_values)
             )
-            expected = torch.stack([(slope.double() * wide).sum() for slope in slopes]).cpu()
+            expected = torch.stack(
+                [(gradient.double() * wide).sum() for gradient in gradients]
+            ).cpu()
         else:  # each is made from the logits of its own place
-            (slope,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
-            expected = (slope.double() * wide).sum((0, 2)).cpu()
+            (gradient,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
+            expected = (gradient.double() * wide).sum((0, 2)).cpu()
         shares = shares.cpu().double()
         return Linear(values.detach()[0], expected, sizes, constants, shares)
 
@@ -414,7 +416,7 @@ class TargetGradients:
         The gradient of a value summed over rows is that of each row: they do not see one another.
         The last one is that of the unit, ``(n,)``, 0 where nothing is frozen.
         """
-        outputs, begin = self._beginnings(passed)
+        outputs, begin = self._starts(passed)
         size = self._tokens_at_once(len(passed.values))
         for start in range(0, self.n_values, size):
             numbers = range(start, min(start + size, self.n_values))
@@ -422,13 +424,13 @@ class TargetGradients:
 
     def _tokens_at_once(self, n_rows: int) -> int:
         """Of how many target tokens the ways back are one: small passes leave room for it."""
-        room = self._manner.most_tokens // (n_rows * self.row.length)
-        return max(1, room) if self._manner.batches else 1
+        room = self._plan.most_tokens // (n_rows * self.row.length)
+        return max(1, room) if self._plan.batches else 1
 
-    def _beginnings(self, passed: _Passed) -> tuple[Tensor, Callable[[int], Tensor]]:
+    def _starts(self, passed: _Passed) -> tuple[Tensor, Callable[[int], Tensor]]:
         """Where the ways back begin, and with what for every value."""
         values, before_head = passed.values, passed.before_head
-        if self._manner.splits and before_head is not None and before_head.requires_grad:
+        if self._plan.splits and before_head is not None and before_head.requires_grad:
             return before_head, self._at_head(values, before_head)
         return values, self._at_values(values)
 
@@ -444,14 +446,14 @@ class TargetGradients:
 
         And those with respect to the unit, ``(len(numbers),)``.
         """
-        if len(numbers) > 1 and self._manner.batches:
+        if len(numbers) > 1 and self._plan.batches:
             try:
                 given = torch.stack([begin(number) for number in numbers])
                 return _gradients(outputs, points, unit, given, True, self._grad_kwargs)
             except RuntimeError as error:  # an operation that knows no batches of gradients
                 if is_out_of_memory(error):
                     raise
-                self._manner.batches = False
+                self._plan.batches = False
                 _logger.info("gradients of one token after another (%s).", error)
         each = [
             _gradients(outputs, points, unit, begin(number), False, self._grad_kwargs)
@@ -487,15 +489,15 @@ class TargetGradients:
                 "bfloat16, or use `GenerationAttribution`, which needs no gradient."
             )
         values = passed.values
-        manner = self._manner
-        manner.row_bytes = max(1, sum(kept.values()))
-        most = batch_budget(self.row.ids.device) / (_WORKING * manner.row_bytes)
-        if manner.most_rows is None:
-            manner.most_tokens = max(1, min(manner.most_tokens, int(most * self.row.length)))
+        plan = self._plan
+        plan.row_bytes = max(1, sum(kept.values()))
+        most = batch_budget(self.row.ids.device) / (_WORKING * plan.row_bytes)
+        if plan.most_rows is None:
+            plan.most_tokens = max(1, min(plan.most_tokens, int(most * self.row.length)))
         if values.requires_grad and not self._agree(passed, points):
-            manner.splits = manner.batches = False
+            plan.splits = plan.batches = False
         # With a single value there was no short way to try.
-        manner.was_tried |= self.n_values > 1
+        plan.was_tried |= self.n_values > 1
 
     def _agree(self, passed: _Passed, points: list[Tensor]) -> bool:
         """Whether the short way gives the gradient of the plain one, for the last token."""
@@ -506,7 +508,7 @@ class TargetGradients:
         plain = _gradients(values, points, unit, given, False, self._grad_kwargs)
         numbers = range(last + 1 - at_once, last + 1)
         try:
-            outputs, begin = self._beginnings(passed)
+            outputs, begin = self._starts(passed)
             short = self._gradients(outputs, begin, points, unit, numbers)
         except ValueError:  # the layer is the head, or lies beyond it
             return False
@@ -532,13 +534,13 @@ class TargetGradients:
         return begin
 
     def _at_head(self, values: Tensor, before_head: Tensor) -> Callable[[int], Tensor]:
-        (slope,) = torch.autograd.grad(values.sum(), before_head, retain_graph=True)
+        (gradient,) = torch.autograd.grad(values.sum(), before_head, retain_graph=True)
         order = self._reader.order(self.row.at, self.row.length, before_head.shape[1])
 
         def begin(number: int) -> Tensor:
-            given = torch.zeros_like(slope)
+            given = torch.zeros_like(gradient)
             places = [order[member] for member in self._members[number]]
-            given[:, places] = slope[:, places]
+            given[:, places] = gradient[:, places]
             return given
 
         return begin

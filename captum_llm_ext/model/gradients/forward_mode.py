@@ -19,7 +19,7 @@ from captum_llm_ext.model.gradients.layers import Layers
 # Passes forth that a derivative takes, in ways back: attention keeps its weights (and the plain
 # kernel is slower than the fused one), all else is the same products.
 _COST = 1.5
-# Passes beside these: the head's slopes, and what all derivatives of a pass share.
+# Passes beside these: the head's gradients, and what all derivatives of a pass share.
 _BESIDE = 2
 
 
@@ -79,9 +79,9 @@ class FeatureDerivatives:
             ``(n_rows, n_values, n_owners)``, float64 on the CPU.
         """
         n_rows, length = points[0].shape[:2]
-        slopes = self._slopes_at_head(points)
-        wide = torch.promote_types(slopes.dtype, torch.float32)
-        order = self._reader.order(self._row.at, length, slopes.shape[1])
+        gradients = self._gradients_at_head(points)
+        wide = torch.promote_types(gradients.dtype, torch.float32)
+        order = self._reader.order(self._row.at, length, gradients.shape[1])
         found = torch.zeros(
             n_rows, len(self._members), self.n_owners, dtype=torch.float64, device="cpu"
         )
@@ -89,12 +89,12 @@ class FeatureDerivatives:
         for some in features.split(max(1, self._most_tokens // (n_rows * length))):
             at = self.owners == some[:, None]
             moved = self._moved(points, factors, at).to(wide)
-            each = (moved * slopes.to(moved)).sum(-1)  # (n_features, n_rows, n_kept)
+            each = (moved * gradients.to(moved)).sum(-1)  # (n_features, n_rows, n_kept)
             summed = [each[..., [order[i] for i in own]].sum(-1) for own in self._members]
             found[..., some] = torch.stack(summed, 1).permute(2, 1, 0).double().cpu()
         return found
 
-    def _slopes_at_head(self, points: list[Tensor]) -> Tensor:
+    def _gradients_at_head(self, points: list[Tensor]) -> Tensor:
         """What the values gain by what the head is given, ``(n_rows, n_kept, size)``."""
         given: list[Tensor] = []
 
@@ -105,8 +105,8 @@ class FeatureDerivatives:
 
         with torch.no_grad(), self._layers.replaced(points), self._head(note):
             values = self._values(len(points[0]))
-            (slopes,) = torch.autograd.grad(values.sum(), given[0])
-        return slopes
+            (gradients,) = torch.autograd.grad(values.sum(), given[0])
+        return gradients
 
     def _moved(self, points: list[Tensor], factors: list[Tensor], at: Tensor) -> Tensor:
         """How what the head is given moves, ``(n, n_rows, n_kept, size)``, at places ``(n, …)``."""

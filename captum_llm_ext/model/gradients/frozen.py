@@ -520,10 +520,10 @@ def _is_linear(
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu")
     weights = weights.to(out.device, out.dtype)
-    slopes: list[Any] = [*torch.autograd.grad(out, [x, unit], weights, allow_unused=True)]
+    gradients: list[Any] = [*torch.autograd.grad(out, [x, unit], weights, allow_unused=True)]
     terms = [
         0.0 if s is None else float((s.double() * v.detach().double()).sum())
-        for s, v in zip(slopes, (x, unit), strict=True)
+        for s, v in zip(gradients, (x, unit), strict=True)
     ]
     whole = float((out.detach().double() * weights.double()).sum())
     return abs(sum(terms) - whole) <= tolerance * float((out.detach() * weights).double().norm())

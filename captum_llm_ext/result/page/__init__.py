@@ -21,7 +21,7 @@ from itertools import pairwise
 from typing import Any
 
 from captum_llm_ext.base.amounts import percent, plus_minus
-from captum_llm_ext.result.page.changes import told_changes
+from captum_llm_ext.result.page.changes import change_sentences
 from captum_llm_ext.result.page.noted import noted
 
 __all__ = ["fragment", "page"]
@@ -91,7 +91,7 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
     data = {**data, **_missing_pieces(data)}
     _check(data)
     shown = {"prompt_layout": _layout(data["prompt"]), **data, "noted": noted(data)}
-    shown["counterfactuals"] = told_changes(data)
+    shown["counterfactuals"] = change_sentences(data)
     shown["first_effect"] = "through" if _is_through_first(data) else "direct"
     shown["provenance"] = {name: data.get("provenance", {}).get(name) for name in _USED}
     kept = {name: value for name, value in shown.items() if name not in _TOLD_IN_TEXT}

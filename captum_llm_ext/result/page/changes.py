@@ -10,7 +10,7 @@ _LONGEST = 80  # characters of a text that was changed
 _LONGEST_ANSWER = 200
 
 
-def told_changes(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+def change_sentences(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a page shows of ``counterfactuals``.
 
     Returns:

@@ -96,8 +96,8 @@ class Template:
         """
         spans: list[Span] = []
         missing: list[str] = []
-        for path, said in _texts(messages[i]):
-            found = self._find(messages, text, i, path, said)
+        for path, content in _texts(messages[i]):
+            found = self._find(messages, text, i, path, content)
             spans += found.spans
             missing += found.missing
         for what, lacking in _reduced_messages(messages[i]):
@@ -109,47 +109,47 @@ class Template:
         return Found(_merge_adjacent(text, spans), missing)
 
     def _find(
-        self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
+        self, messages: Sequence[Message], text: str, i: int, path: "_Path", content: str
     ) -> Found:
         marked = self._marked(messages, i, path, _PLACEHOLDER)
         if marked == text:
-            return Found([], [said])  # it is nowhere, whatever it says
+            return Found([], [content])  # it is nowhere, whatever it says
         pieces = marked.split(_PLACEHOLDER)
         if len(pieces) == 2:
             before, after = pieces
             start, stop = len(before), len(text) - len(after)
             if text.startswith(before) and text.endswith(after) and start <= stop:
-                return _with_missing(text, Span(start, stop), said)
+                return _with_missing(text, Span(start, stop), content)
         elif len(pieces) > 2:
-            return Found([], [said])
+            return Found([], [content])
         return (
-            self._find_between_tags(messages, text, i, path, said)
-            or self._find_rest(messages, text, i, path, said)
-            or _find_literally(text, said)
+            self._find_between_tags(messages, text, i, path, content)
+            or self._find_rest(messages, text, i, path, content)
+            or _find_literally(text, content)
         )
 
     def _find_rest(
-        self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
+        self, messages: Sequence[Message], text: str, i: int, path: "_Path", content: str
     ) -> Found | None:
         """For templates that shorten a message: what differs where it is left out."""
         span = self._find_by_difference(messages, text, i, _with_text(messages, i, path, "")[i])
-        if span is None or text[slice(*span)].strip() not in said:
+        if span is None or text[slice(*span)].strip() not in content:
             return None
-        return _with_missing(text, span, said)
+        return _with_missing(text, span, content)
 
     def _find_between_tags(
-        self, messages: Sequence[Message], text: str, i: int, path: "_Path", said: str
+        self, messages: Sequence[Message], text: str, i: int, path: "_Path", content: str
     ) -> Found | None:
         """For templates that parse a message: places a placeholder between its tags."""
-        stretches = _between_tags(said)
-        if not stretches or stretches == [_inner(said, 0, len(said))]:
+        stretches = _between_tags(content)
+        if not stretches or stretches == [_inner(content, 0, len(content))]:
             return None
         marks = [f"{_PLACEHOLDER}x{number}x" for number in range(len(stretches))]
         changed, position = "", 0
         for mark, (start, stop) in zip(marks, stretches, strict=True):
-            changed += said[position:start] + mark
+            changed += content[position:start] + mark
             position = stop
-        rendered = self._marked(messages, i, path, changed + said[position:])
+        rendered = self._marked(messages, i, path, changed + content[position:])
         kept = [n for n, mark in enumerate(marks) if rendered.count(mark) == 1]
         if [n for n, mark in enumerate(marks) if mark in rendered] != kept or not kept:
             return None
@@ -157,7 +157,7 @@ class Template:
         rest = rendered
         for number in kept:
             before, _, rest = rest.partition(marks[number])
-            own = said[slice(*stretches[number])]
+            own = content[slice(*stretches[number])]
             here = start + len(before)
             written = next((w(own) for w in _ESCAPES if text.startswith(w(own), here)), None)
             if text[start:here] != before or written is None:
@@ -167,15 +167,18 @@ class Template:
         if text[start:] != rest or first is None:
             return None
         # Tags that the message begins and ends with are its own if they stand where it says so.
-        head, tail = said[: stretches[kept[0]].start].lstrip(), said[stretches[kept[-1]].stop :]
+        head, tail = (
+            content[: stretches[kept[0]].start].lstrip(),
+            content[stretches[kept[-1]].stop :],
+        )
         first -= len(head) if text[:first].endswith(head) else 0
         tail = tail.rstrip()
         start += len(tail) if text.startswith(tail, start) else 0
-        return _with_missing(text, Span(first, start), said)
+        return _with_missing(text, Span(first, start), content)
 
-    def _marked(self, messages: Sequence[Message], i: int, path: "_Path", said: str) -> str:
+    def _marked(self, messages: Sequence[Message], i: int, path: "_Path", content: str) -> str:
         try:
-            return self.render(_with_text(messages, i, path, said))
+            return self.render(_with_text(messages, i, path, content))
         except ValueError:  # a template that looks into the message may refuse others
             return ""
 
@@ -266,7 +269,7 @@ def _texts(message: Message) -> list[tuple[_Path, str]]:
         for place, part in enumerate(cast(Sequence[Mapping[str, Any]], content)):
             if isinstance(part.get("text"), str):
                 found.append((("content", place, "text"), part["text"]))
-    return [(path, said) for path, said in found if said.strip()]
+    return [(path, content) for path, content in found if content.strip()]
 
 
 def _reduced_messages(message: Message) -> list[tuple[str, Message]]:
@@ -291,12 +294,12 @@ def _with_text(messages: Sequence[Message], i: int, path: _Path, text: str) -> l
     return changed
 
 
-def _with_missing(text: str, span: Span, said: str) -> Found:
+def _with_missing(text: str, span: Span, content: str) -> Found:
     """A span, with the parts of the message's text that are missing there."""
-    shown, wanted = text[slice(*span)].strip(), said.strip()
+    shown, wanted = text[slice(*span)].strip(), content.strip()
     if not shown:
-        return Found([], [said])
-    same = (_squeezed(write(one)) for write in _ESCAPES for one in (wanted, said))
+        return Found([], [content])
+    same = (_squeezed(write(one)) for write in _ESCAPES for one in (wanted, content))
     if _squeezed(shown) in same:
         return Found([span])
     start = common_prefix_length(wanted, shown)
@@ -314,31 +317,35 @@ def _squeezed(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _find_literally(text: str, said: str) -> Found:
+def _find_literally(text: str, content: str) -> Found:
     """Finds a message by its text, where that occurs once."""
     for change in (str, str.lower):  # a template that writes all in capitals changes marks as well
         where = change(text)
         for write in _ESCAPES:
-            wanted = change(write(said.strip()))
+            wanted = change(write(content.strip()))
             if where.count(wanted) == 1 and len(where) == len(text):
                 return Found([Span(where.index(wanted), where.index(wanted) + len(wanted))])
     spans: list[Span] = []
     missing: list[str] = []
     position = 0
-    for start, stop in _between_tags(said):
-        part = said[start:stop]
+    for start, stop in _between_tags(content):
+        part = content[start:stop]
         if text.count(part) == 1 and text.index(part) >= position:
             position = text.index(part) + len(part)
             spans.append(Span(position - len(part), position))
         else:
             missing.append(part)
-    return Found(spans, missing if spans else [said])
+    return Found(spans, missing if spans else [content])
 
 
-def _between_tags(said: str) -> list[Span]:
+def _between_tags(content: str) -> list[Span]:
     """What stands between tags and control tokens, without white space at the ends."""
-    borders = [0, *(place for match in _TAG.finditer(said) for place in match.span()), len(said)]
-    found = [_inner(said, a, b) for a, b in zip(borders[::2], borders[1::2], strict=True)]
+    borders = [
+        0,
+        *(place for match in _TAG.finditer(content) for place in match.span()),
+        len(content),
+    ]
+    found = [_inner(content, a, b) for a, b in zip(borders[::2], borders[1::2], strict=True)]
     return [span for span in found if span.start < span.stop]
 
 
