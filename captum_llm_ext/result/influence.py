@@ -4,7 +4,8 @@ Attributions say what led to a token directly. What of it stands in the answer w
 something: followed back to the prompt, all of it is shared out among the prompt's features.
 As in CAGE (arXiv 2512.15663): with ``G`` the non-negative influence of earlier
 output and ``A`` that of the prompt, rows of both together summing to 1, the total is
-``(I - G)^-1 A``. Pure functions of tensors.
+``(I - G)^-1 A``. Pure functions of tensors; those up to `passed_back` take further axes in front,
+such as one of draws.
 """
 
 import heapq
@@ -58,10 +59,10 @@ def kept(attributions: Tensor, errors: Tensor, noise: Tensor, floor: float) -> T
         noise: Size up to which an attribution may be rounding, ``(n_nodes, 1)`` or a number.
         floor: Below this sum nothing in particular led to a node.
     """
-    candidates = (attributions != 0).sum().clamp_min(1)
+    candidates = (attributions != 0).sum((-2, -1), keepdim=True).clamp_min(1)
     beyond = torch.special.ndtri(1 - _CHANCE / candidates.double()).clamp_min(_LEAST_ERRORS)
     sure = ~(attributions <= beyond * errors) & (attributions > noise) & (attributions > 0)
-    sums = attributions.where(sure, 0).sum(1, keepdim=True)
+    sums = attributions.where(sure, 0).sum(-1, keepdim=True)
     return sure & (sums >= floor)
 
 
@@ -76,15 +77,15 @@ def influence(attributions: Tensor, keep: Tensor, n_prompt: int) -> Influence:
     attributions = attributions.double()
     sizes = attributions.abs()
     positive = attributions.clamp_min(0).where(keep, 0)
-    strength = positive.sum(1)
-    whole = sizes.sum(1).clamp_min(torch.finfo(sizes.dtype).tiny)
-    left_out = sizes.where(~keep & (attributions > 0), 0).sum(1)
-    shares = positive / strength.clamp_min(torch.finfo(sizes.dtype).tiny)[:, None]
+    strength = positive.sum(-1)
+    whole = sizes.sum(-1).clamp_min(torch.finfo(sizes.dtype).tiny)
+    left_out = sizes.where(~keep & (attributions > 0), 0).sum(-1)
+    shares = positive / strength.clamp_min(torch.finfo(sizes.dtype).tiny)[..., None]
     return Influence(
-        shares[:, :n_prompt],
-        shares[:, n_prompt:],
+        shares[..., :n_prompt],
+        shares[..., n_prompt:],
         strength,
-        (sizes.sum(1) - attributions.clamp_min(0).sum(1)) / whole,
+        (sizes.sum(-1) - attributions.clamp_min(0).sum(-1)) / whole,
         left_out / whole,
     )
 
@@ -100,14 +101,14 @@ def total_influence(features: Influence) -> tuple[Tensor, Tensor]:
         ``(n_output, n_output)``: those that nothing in particular led to, where chains begin. Both
         together sum to 1 in every row.
     """
-    n = len(features.strength)
+    n, n_prompt = features.strength.shape[-1], features.prompt.shape[-1]
     unit = torch.eye(n, dtype=features.prompt.dtype, device=features.prompt.device)
-    begins = unit.where(~features.has_cause[:, None], 0)
-    sources = torch.cat([features.prompt, begins], dim=1)
+    begins = unit.where(~features.has_cause[..., None], 0)
+    sources = torch.cat([features.prompt, begins], dim=-1)
     solved = torch.linalg.solve_triangular(
         unit - features.output, sources, upper=False, unitriangular=True
     )
-    return solved[:, : features.prompt.shape[1]], solved[:, features.prompt.shape[1] :]
+    return solved[..., :n_prompt], solved[..., n_prompt:]
 
 
 def passed_back(nodes: Influence, features: Influence) -> tuple[Tensor, Tensor]:

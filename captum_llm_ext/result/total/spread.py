@@ -13,6 +13,7 @@ from captum_llm_ext.result.total.graph import Graph
 # takes a triangular solve, of 500 tokens a thirtieth of a second.
 _N_DRAWS, _N_DRAWS_OF_LONG = 200, 50
 _LONG = 2e7  # multiplications of such a solve
+_AT_ONCE = 4_000_000  # numbers: 32 MB of them, where small results are solved in one go
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,12 @@ class Spread:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
-        for step in normal(n, len(moved)):
-            other = self.attributions + torch.tensordot(step, moved, 1)
+        most = max(self.attributions.numel(), *(own.inside.numel() for own in found))
+        for steps in normal(n, len(moved)).split(max(1, _AT_ONCE // most)):
+            others = self.attributions + torch.tensordot(steps, moved, 1)
             if rest is not None:
-                other = other + normal(*rest.shape) * rest
-            rows, nodes = self.graph.influence(other)
+                others = others + torch.stack([normal(*rest.shape) for _ in steps]) * rest
+            rows, nodes = self.graph.influence(others)
             prompt, output = passed_back(rows, nodes)
             for own in found:
                 own.add(rows.strength, prompt, output)
@@ -113,15 +115,15 @@ class _Moments:
         self._second = torch.zeros_like(self.first)
 
     def add(self, strength: Tensor, prompt: Tensor, output: Tensor) -> None:
-        """Adds shares in tokens, each with the weight of its strength."""
-        weights = self.inside * strength
+        """Adds shares in tokens, each with the weight of its strength: a row per draw."""
+        weights = self.inside * strength[:, None, :]
         tiny = torch.finfo(weights.dtype).tiny
-        weights = weights / weights.sum(1, keepdim=True).clamp_min(tiny)
-        shares = torch.zeros_like(self.first)
-        shares[:, : self._n_prompt] = weights @ prompt
-        shares[:, self._n_prompt :].index_add_(1, self._parts, weights @ output)
-        self.first += shares
-        self._second += shares.square()
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(tiny)
+        shares = self.first.new_zeros(len(strength), *self.first.shape)
+        shares[..., : self._n_prompt] = weights @ prompt
+        shares[..., self._n_prompt :].index_add_(-1, self._parts, weights @ output)
+        self.first += shares.sum(0)
+        self._second += shares.square().sum(0)
 
     def error(self, n: int) -> Tensor:
         """Standard deviations of what was added `n` times."""
