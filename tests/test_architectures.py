@@ -1,5 +1,7 @@
 """Invariant 1: values are those of a plain loop, on every kind of model."""
 
+from functools import cache
+
 import architectures
 import pytest
 import torch
@@ -11,6 +13,12 @@ from captum_llm_ext import GenerationAttribution, TextSegmentInput
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer."
 TARGET = " golf and chess."
 UNK = 3
+
+
+@pytest.fixture(scope="module")
+def build():
+    """Models of this file are shared: what one is found to do is not looked for twice."""
+    return cache(architectures.build)
 
 
 def largest_difference(model, tokenizer, inp, replacement, **arguments):
@@ -28,16 +36,16 @@ def largest_difference(model, tokenizer, inp, replacement, **arguments):
 
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
-def test_values_equal_a_plain_loop(name, tokenizer):
-    model = architectures.build(name)
+def test_values_equal_a_plain_loop(name, build, tokenizer):
+    model = build(name)
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     # float32 with another order of summation
     assert largest_difference(model, tokenizer, inp, UNK) < 1e-4
 
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
-def test_rows_of_unequal_length_equal_a_plain_loop(name, tokenizer):
-    model = architectures.build(name)
+def test_rows_of_unequal_length_equal_a_plain_loop(name, build, tokenizer):
+    model = build(name)
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     method = {"method": ShapleyValueSampling, "n_samples": 3}
     assert largest_difference(model, tokenizer, inp, None, **method) < 1e-4

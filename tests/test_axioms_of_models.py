@@ -79,6 +79,12 @@ every_method_of_a_value = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(scope="module")
+def even(tokenizer):
+    """A model whose values change evenly; as others, made and probed once, not for each method."""
+    return tiny.llama(len(tokenizer), initializer_range=0.15)
+
+
 def attributed(name, model, tokenizer, value=None, prompt=PROMPT, **given):
     """One token's attributions to the words of a prompt; the end of the text stands for absent."""
     unit = ("sentence", "word") if name in ("PartitionShap", "HierarchicalAblation") else "word"
@@ -109,18 +115,17 @@ def logit(token):
 
 
 @every_method_of_a_value
-def test_completeness(name, tokenizer):
-    found = attributed(name, tiny.llama(len(tokenizer), initializer_range=0.15), tokenizer)
+def test_completeness(name, even, tokenizer):
+    found = attributed(name, even, tokenizer)
     gap = found.full_values - found.empty_values - found.token_attr.sum(1)
     holds(name, "completeness", (gap.abs() < NEARLY).all())
 
 
 @every_method_of_a_value
-def test_sensitivity(name, tokenizer):
+def test_sensitivity(name, even, tokenizer):
     """A value that is at its bound at the text, and below where a word is absent."""
-    model = tiny.llama(len(tokenizer), initializer_range=0.15)
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
-    plain = attributed("FeatureAblation", model, tokenizer)
+    plain = attributed("FeatureAblation", even, tokenizer)
     word = int(plain.token_attr[0].argmax())
     bound = float(plain.full_values[0] - plain.token_attr[0, word] / 2)
     assert plain.token_attr[0, word] > 0.01
@@ -129,46 +134,56 @@ def test_sensitivity(name, tokenizer):
     def bounded(logits, target):
         return logits[:, :1, 44].clamp(max=bound)
 
-    found = attributed(name, model, tokenizer, bounded)
+    found = attributed(name, even, tokenizer, bounded)
     holds(name, "sensitivity", found.token_attr[0, word].abs() > 1e-6)
 
 
-@every_method
-def test_dummy(name, tokenizer):
-    """One layer that sees three tokens sees nothing of the first words."""
+@pytest.fixture(scope="module")
+def short_sighted(tokenizer):
+    """One layer that sees three tokens."""
     torch.manual_seed(0)
     config = tiny.llama(len(tokenizer)).config.to_dict()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     settings = {n: config[n] for n in (*names, "num_key_value_heads", "initializer_range")}
-    model = MistralForCausalLM(MistralConfig(**settings, num_hidden_layers=1, sliding_window=3))
-    found = attributed(name, model.eval(), tokenizer).token_attr[0]
+    config = MistralConfig(**settings, num_hidden_layers=1, sliding_window=3)
+    return MistralForCausalLM(config).eval()
+
+
+@every_method
+def test_dummy(name, short_sighted, tokenizer):
+    """It sees nothing of the first words."""
+    found = attributed(name, short_sighted, tokenizer).token_attr[0]
     assert found[-1].abs() > 1e-3
     holds(name, "dummy", (found[:2].abs() < 1e-6).all())
 
 
-@every_method
-def test_symmetry(name, tokenizer):
-    """Without positions, one layer has the same use for the same word in two places."""
+@pytest.fixture(scope="module")
+def without_positions(tokenizer):
     torch.manual_seed(2)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=4, initializer_range=0.3
     )
     model = GPT2LMHeadModel(config).eval()
     torch.nn.init.zeros_(model.transformer.wpe.weight)
-    found = attributed(name, model, tokenizer).token_attr[0]
+    return model
+
+
+@every_method
+def test_symmetry(name, without_positions, tokenizer):
+    """Without positions, one layer has the same use for the same word in two places."""
+    found = attributed(name, without_positions, tokenizer).token_attr[0]
     assert found[3].abs() > 10 * EXACT or name == "Lime"
     holds(name, "symmetry", abs(float(found[3] - found[4])) < EXACT)
 
 
 @every_method_of_a_value
-def test_linearity(name, tokenizer):
-    model = tiny.llama(len(tokenizer), initializer_range=0.15)
-    one, other = (attributed(name, model, tokenizer, logit(token)) for token in PAIR)
+def test_linearity(name, even, tokenizer):
+    one, other = (attributed(name, even, tokenizer, logit(token)) for token in PAIR)
 
     def both(logits, target):
         return 2 * logit(PAIR[0])(logits, target) - 3 * logit(PAIR[1])(logits, target)
 
-    found = attributed(name, model, tokenizer, both)
+    found = attributed(name, even, tokenizer, both)
     expected = 2 * one.token_attr - 3 * other.token_attr
     holds(name, "linearity", (found.token_attr - expected).abs().max() < NEARLY)
 
@@ -223,10 +238,16 @@ def variants(tokenizer):
     yield turned
 
 
+@pytest.fixture(scope="module")
+def implementations(tokenizer):
+    return tiny.llama(len(tokenizer)), list(variants(tokenizer))
+
+
 @every_method
-def test_implementation_invariance(name, tokenizer):
-    plain = attributed(name, tiny.llama(len(tokenizer)), tokenizer).token_attr
-    found = [attributed(name, other, tokenizer).token_attr for other in variants(tokenizer)]
+def test_implementation_invariance(name, implementations, tokenizer):
+    first, others = implementations
+    plain = attributed(name, first, tokenizer).token_attr
+    found = [attributed(name, other, tokenizer).token_attr for other in others]
     apart = [float((one - plain).abs().max()) for one in found]
     holds(name, "implementation", max(apart) < NEARLY * max(1.0, float(plain.abs().max())))
 
