@@ -192,6 +192,13 @@ def test_the_map_names_what_is_there():
     assert [path for path in paths if not (roots[path.startswith("tests/")] / path).exists()] == []
     rooms = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
     assert [room for room in sorted(rooms) if f"`{room}/`" not in text] == []
+    steps = re.findall(r"^\| `([a-z_/]+\.py)` ((?:`[A-Za-z_.]+`,? ?)+)", text, re.MULTILINE)
+    walked = [(path, name) for path, names in steps for name in re.findall(r"`([^`]+)`", names)]
+    assert len(walked) > 15
+    for path, name in walked:
+        source = (package / path).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"(?:def|class) {part}\b|^    {part}: ", source, re.MULTILINE), name
 
 
 def test_no_import_runs_in_a_circle():
