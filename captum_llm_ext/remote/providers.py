@@ -269,7 +269,7 @@ class TokenIdAdapter(_Adapter):
             parts = [requests[i : i + n] for i in range(0, len(requests), n)]
             return [answer for part in parts for answer in self.ask(part)]
         try:
-            with noted(requests[0], self._tokenizer):
+            with request_noted(requests[0], self._tokenizer):
                 found = self._asked(requests)
         except TooSlowError:
             if len(requests) == 1:
@@ -409,7 +409,7 @@ class TextAdapter(_Adapter):
         return Answer([self._log_prob(request, value) for value in found])
 
     def _asked(self, request: Request, text: _Text) -> Sequence[Any]:
-        with noted(request, self._tokenizer):
+        with request_noted(request, self._tokenizer):
             return self._provider.get_logprobs(
                 input_prompt=text.prompt, target_str=text.target, tokenizer=self._tokenizer
             )
@@ -537,7 +537,7 @@ def place(request: Request, tokenizer: Any) -> str:
 
 
 @contextmanager
-def noted(request: Request, tokenizer: Any) -> Generator[None]:
+def request_noted(request: Request, tokenizer: Any) -> Generator[None]:
     """Notes on a provider's own errors where they happened."""
     try:
         yield

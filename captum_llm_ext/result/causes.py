@@ -22,10 +22,10 @@ _MOST_NAMES = 3  # of the columns of one feature
 
 def unit_of(result: Any) -> str | None:
     """Unit of a result's attributions; None if unknown."""
-    told = str(result.provenance.get("attr_target"))
+    value = str(result.provenance.get("attr_target"))
     # The slope of a value has another unit than the value.
-    is_slope = result.provenance.get("unsigned") and told != "attention"
-    return None if is_slope else _UNITS.get(told)
+    is_slope = result.provenance.get("unsigned") and value != "attention"
+    return None if is_slope else _UNITS.get(value)
 
 
 class Cause(NamedTuple):
@@ -52,9 +52,9 @@ class Cause(NamedTuple):
     is_marked: bool = False
 
     def __str__(self) -> str:
-        return self.told(" (output)" * self.is_output)
+        return self.describe(" (output)" * self.is_output)
 
-    def told(self, where: str = "", most: int | None = None) -> str:
+    def describe(self, where: str = "", most: int | None = None) -> str:
         """``"lawyer. +5.07 ± 0.05"``.
 
         Args:

@@ -59,14 +59,14 @@ def table(
     least = [_TELLING * _largest(attr) for attr in (result.token_attr, result.output_attr)]
     for name, row in zip(names, read.rows, strict=True):
         blocks = [
-            [cause for cause in block[:k] if _is_told(cause) and abs(cause.attribution) >= floor]
+            [cause for cause in block[:k] if _is_shown(cause) and abs(cause.attribution) >= floor]
             for block, floor in zip(read.causes(row.start, row.stop), least, strict=True)
         ]
-        told, used = _row(blocks, room, show)
+        text, used = _row(blocks, room, show)
         foils = list_foils(result, row.start) if row.stop - row.start == 1 else ""
-        told += _beside(foils, None if room is None else room - used, show)
+        text += _beside(foils, None if room is None else room - used, show)
         padding = " " * (longest - columns(name))
-        lines.append(f"{padding}{show(name, 'token')}{_ARROW}{told}")
+        lines.append(f"{padding}{show(name, 'token')}{_ARROW}{text}")
     return "\n".join([*lines, *_wrapped(_remarks(result), width)])
 
 
@@ -95,12 +95,12 @@ def summary_lines(result: "ResultNumbers", k: int = 3, show: "Paint | None" = No
 def _directly(result: "ResultNumbers", k: int, show: "Paint") -> str:
     read = Reading(result)
     causes = read.causes(0, len(result.output_tokens), precise=True).prompt
-    told = [cause for cause in causes if _is_told(cause)][:k]
-    said = ", ".join(_painted(cause, cause.told(), show) for cause in told)
-    return said or "nothing of the prompt in particular"
+    shown = [cause for cause in causes if _is_shown(cause)][:k]
+    line = ", ".join(_painted(cause, cause.describe(), show) for cause in shown)
+    return line or "nothing of the prompt in particular"
 
 
-def _is_told(cause: Cause) -> bool:
+def _is_shown(cause: Cause) -> bool:
     """Whether the table has it: what is told from nothing, and what nothing tells."""
     return cause.is_marked or math.isnan(cause.standard_error)
 
@@ -116,33 +116,33 @@ def _row(blocks: Sequence[Sequence[Cause]], room: int | None, show: "Paint") -> 
         return show(_NOTHING, "nothing"), columns(_NOTHING)
     if room is not None and room < _ROOM_FOR_TWO and prompt and answer:
         is_prompt = abs(prompt[0].attribution) >= abs(answer[0].attribution)
-        told, used = _row((prompt, []) if is_prompt else ([], answer), room - 2, show)
-        return f"{told.removesuffix(' …')} …", used + 2
-    rest = columns(_told(answer, None, _plain)) + len(_SO_FAR) if answer else 0
+        text, used = _row((prompt, []) if is_prompt else ([], answer), room - 2, show)
+        return f"{text.removesuffix(' …')} …", used + 2
+    rest = columns(_causes_text(answer, None, _plain)) + len(_SO_FAR) if answer else 0
     between = len(_BETWEEN) if prompt and answer else 0
     if room is None:
         rooms = None, None
     else:
         first = room if not answer else max(room - rest - between, (room - between) // 2)
-        used = columns(_told(prompt, first, _plain)) + between if prompt else 0
+        used = columns(_causes_text(prompt, first, _plain)) + between if prompt else 0
         rooms = first, max(room - used - len(_SO_FAR), _LEAST_ROOM // 2)
     parts: list[tuple[str, str]] = []
     if prompt:
-        parts.append((_told(prompt, rooms[0], show), _told(prompt, rooms[0], _plain)))
+        parts.append((_causes_text(prompt, rooms[0], show), _causes_text(prompt, rooms[0], _plain)))
     if answer:
-        said = [_told(answer, rooms[1], paint) for paint in (show, _plain)]
+        said = [_causes_text(answer, rooms[1], paint) for paint in (show, _plain)]
         parts.append((show(_SO_FAR, "nothing") + said[0], _SO_FAR + said[1]))
-    told, plain = (_BETWEEN.join(part[i] for part in parts) for i in (0, 1))
-    return told, columns(plain)
+    text, plain = (_BETWEEN.join(part[i] for part in parts) for i in (0, 1))
+    return text, columns(plain)
 
 
-def _told(causes: Sequence[Cause], room: int | None, show: "Paint") -> str:
+def _causes_text(causes: Sequence[Cause], room: int | None, show: "Paint") -> str:
     """As many of the causes as there is room for, the first in any case."""
     parts: list[str] = []
     for i, cause in enumerate(causes):
         name = shorten((cause.label or cause.name).strip()) or cause.name
         cause = cause._replace(label=name)
-        text = cause.told()
+        text = cause.describe()
         if room is not None:
             room -= len(", ") if parts else 0
             # What is left out is told by " …".
@@ -151,8 +151,8 @@ def _told(causes: Sequence[Cause], room: int | None, show: "Paint") -> str:
                 return f"{', '.join(parts)} …"
             if columns(text) > most:
                 # The name gives way to its number.
-                rest = columns(cause._replace(label="x").told()) - 1
-                text = cause.told(most=max(most - rest, 2))
+                rest = columns(cause._replace(label="x").describe()) - 1
+                text = cause.describe(most=max(most - rest, 2))
             room -= columns(text)
         parts.append(_painted(cause, text, show))
     return ", ".join(parts)

@@ -22,7 +22,7 @@ from typing import Any
 
 from captum_llm_ext.base.amounts import percent, plus_minus
 from captum_llm_ext.result.page.changes import change_sentences
-from captum_llm_ext.result.page.noted import noted
+from captum_llm_ext.result.page.provenance import provenance_rows
 
 __all__ = ["fragment", "page"]
 
@@ -90,7 +90,7 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
     """
     data = {**data, **_missing_pieces(data)}
     _check(data)
-    shown = {"prompt_layout": _layout(data["prompt"]), **data, "noted": noted(data)}
+    shown = {"prompt_layout": _layout(data["prompt"]), **data, "noted": provenance_rows(data)}
     shown["counterfactuals"] = change_sentences(data)
     shown["first_effect"] = "through" if _is_through_first(data) else "direct"
     shown["provenance"] = {name: data.get("provenance", {}).get(name) for name in _USED}

@@ -41,7 +41,7 @@ _PARTS = {
 _VALUES = {"log_prob": "log-probability", "prob": "probability", "True": "yes", "False": "no"}
 
 
-def noted(data: Mapping[str, Any]) -> list[list[str]]:
+def provenance_rows(data: Mapping[str, Any]) -> list[list[str]]:
     """Pairs of a name and what is noted, in the order in which they are told."""
     entries = {name: data[name] for name in _FIRST if name in data}
     entries |= {

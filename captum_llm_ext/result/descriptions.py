@@ -28,7 +28,7 @@ _MOST = 3  # causes per block
 _MOST_SENTENCES = 3  # of the answer whose errors are told exactly: each takes tenths of a second
 
 
-def told(result: "ResultNumbers") -> dict[str, Any]:
+def descriptions(result: "ResultNumbers") -> dict[str, Any]:
     """What ``to_dict()`` has in words.
 
     Returns:
@@ -86,12 +86,12 @@ def part_sums(result: "ResultNumbers") -> list[dict[str, Any]]:
         cuts = [t for t in range(len(part_of)) if not t or part_of[t] != part_of[t - 1]]
         runs += [list(run) for run in pairwise([*cuts, len(part_of)])][:_MOST_SENTENCES]
     spans = [run for i, run in enumerate(runs) if run not in runs[:i]]
-    told = [(span, result.replicates(*span)) for span in spans]
+    replicated = [(span, result.replicates(*span)) for span in spans]
     found: list[dict[str, Any]] = []
     for side, level, parts in page_parts(result):
         errors = [
             (span, parts.errors(replicates, result.full_attr_se[slice(*span)]).tolist())
-            for span, replicates in told
+            for span, replicates in replicated
             if replicates is not None
         ]
         if errors:
@@ -110,9 +110,9 @@ def _around(pieces: Sequence[Piece], n: int) -> list[list[str]]:
     """Per column the rest of the word that it is a fragment of, before it and after."""
     found = [["", ""] for _ in range(n)]
     for _, run in groupby(pieces, key=lambda piece: piece.role):
-        told = list(run)
-        around = words_around([piece.text for piece in told])
-        for piece, (before, after) in zip(told, around, strict=True):
+        own = list(run)
+        around = words_around([piece.text for piece in own])
+        for piece, (before, after) in zip(own, around, strict=True):
             if piece.feature is not None and piece.text.strip():
                 first = found[piece.feature][0] or before
                 found[piece.feature] = [first, after]
