@@ -305,7 +305,7 @@ def test_the_model_is_left_as_it_was_found(tokenizer, kind, error):
     first = next(inner.parameters())
     first.requires_grad_(False)
     inner.lm_head.weight.grad = torch.ones_like(inner.lm_head.weight)
-    for at in range(1, 15) if error else [0]:  # the probe's passes come first
+    for at in (1, 2, 4, 5, 6, 8, 12) if error else [0]:  # the probe's passes come first
         model = Interrupts(inner, error, at)
         method = kind(model, inner.model.embed_tokens)
         before, settings = state(model), dict(vars(method))

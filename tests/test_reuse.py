@@ -410,7 +410,9 @@ def test_compiled_models():
     truth = loop(model, rows, target)
     compiled = torch.compile(model, backend="eager", dynamic=True)
     scorer = Scorer(compiled, overhead=3)
-    assert difference(scorer.values(rows, target), truth) < 1e-11
+    # A graph takes a second, and other kinds of passes want others: the rest runs as it is.
+    with torch._dynamo.config.patch(recompile_limit=2):
+        assert difference(scorer.values(rows, target), truth) < 1e-11
     assert n_reused(scorer) > 0
 
 
