@@ -85,14 +85,14 @@ def place_of(arguments: argparse.Namespace) -> Place:
         ValueError: If there is no model, or a package is missing that reads it.
     """
     name, gguf = arguments.model, arguments.gguf
+    if gguf is not None and arguments.quantize is not None:
+        raise UsageError("--quantize would be ignored: the weights in --gguf are quantized.")
     quantization(arguments.quantize)
     _device_map(arguments.device_map)
     if gguf is None:
         if name is None:
             raise UsageError(f"required: --model NAME, or --gguf FILE; as NAME {_ADVICE}")
         return Place(name, location(name, arguments.revision), arguments.revision)
-    if arguments.quantize is not None:
-        raise UsageError("--quantize would be ignored: the weights in --gguf are quantized.")
     if Path(gguf).suffix != ".gguf":
         raise UsageError(f"--gguf {gguf}: give a file that ends in .gguf.")
     if name is None:
