@@ -11,6 +11,22 @@ import torch
 torch.set_num_threads(1)
 
 
+# Of several workers each takes the next file: with these at first none has one of minutes left when
+# the others are done. (By `--no-loadscope-reorder`: xdist itself goes by the number of tests.)
+LONGEST = (
+    "test_tutorials.py",
+    "test_processes.py",
+    "test_cli.py",
+    "test_cli_outside.py",
+    "test_gradient_models.py",
+    "test_dataset.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def no_figures_are_left_open():
     """Twenty that tests leave open would make the next one warn, and whose turn that is varies."""
