@@ -2,11 +2,13 @@
 
 import faulthandler
 import inspect
+import json
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
 import warnings
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,7 @@ from captum_llm_ext import (
     attribute_dataset,
 )
 from captum_llm_ext.base.digest import digest
+from captum_llm_ext.cli import main
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.model.processes import group as processes
 from captum_llm_ext.model.processes import store
@@ -353,7 +356,7 @@ def killed(folder):
 
     def die(n_rows):
         time.sleep(0.02)
-        if accelerator.process_index == int(os.environ["DIES"]):
+        if accelerator.process_index == int(os.environ["HOW"]):
             os.kill(os.getpid(), signal.SIGKILL)
 
     replace_forward(model, die)
@@ -404,30 +407,90 @@ def half_a_pass(folder):
     os._exit(status)  # torch waits for its lost process group when it is taken down
 
 
-def half_passes(folder):
-    """All kinds of it at the same time, in processes that share what has been imported."""
-    running = {}
-    for how in ("raised", "caught", "killed", "stopped"):
+class Group:
+    """Ranks of one process group, forked: they share what has been imported, which takes seconds.
+
+    Args:
+        run: What each of them runs.
+        n: How many.
+        folder: What they print goes to files of it, by `name` and rank.
+        name: ``HOW`` in their environment.
+    """
+
+    def __init__(self, run, n, folder, name):
+        self.pids = {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        for rank in ("0", "1"):
-            name = f"{how}.{rank}"
-            running[name] = os.fork()
-            if running[name]:
+        for rank in range(n):
+            self.pids[f"{name}.{rank}"] = pid = os.fork()
+            if pid:
                 continue
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOW": how}
-            os.environ |= {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
-            with open(folder / name, "w") as said:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOW": name}
+            os.environ |= {"WORLD_SIZE": str(n), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with open(folder / f"{name}.{rank}", "w") as printed:
                 for output in (1, 2):
-                    os.dup2(said.fileno(), output)
-                half_a_pass(folder)
-    for name, pid in running.items():
-        if name == "stopped.1":
+                    os.dup2(printed.fileno(), output)
+            # The watchdog's thread is not forked. What hangs tells where as well, and ends.
+            faulthandler.register(signal.SIGALRM, chain=True)
+            signal.alarm(240)
+            status = 1
+            try:
+                run(folder)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+
+
+def statuses(groups, stopped=()):
+    """Exit statuses of ranks by name, and how many seconds after the first of them each ended."""
+    names = {pid: name for group in groups for name, pid in group.pids.items()}
+    found, began = {}, None
+    while names:
+        pid, status = os.waitpid(-1, 0)
+        began = time.monotonic() if began is None else began
+        found[names.pop(pid)] = os.waitstatus_to_exitcode(status), time.monotonic() - began
+        for pid in [pid for pid, name in names.items() if {*names.values()} <= {*stopped}]:
             os.kill(pid, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        with open(folder / name, "a") as said:
-            said.write(f"\nstatus {status}")
+    return found
+
+
+def groups_of_two_and_four(folder):
+    """One after the other, for both write the same names."""
+    for n in (2, 4):
+        found = statuses([Group(together, n, folder, f"group of {n}")])
+        (folder / f"group of {n}.json").write_text(json.dumps(found))
+
+
+def killed_in_turn(folder):
+    found = statuses([Group(killed, 2, folder, rank) for rank in ("0", "1")])
+    (folder / "killed.json").write_text(json.dumps(found))
+
+
+def command(folder):
+    """The command line with the arguments in a file; what it says goes to another one."""
+    name = f"{os.environ['HOW']}.{os.environ['RANK']}"
+    with open(folder / f"{name}.err", "w") as said:
+        os.dup2(said.fileno(), 2)
+    os._exit(main(json.loads((folder / f"{os.environ['HOW']}.arguments").read_text())))
+
+
+def commands(folder):
+    """Each on two processes."""
+    names = sorted(path.stem for path in folder.glob("*.arguments"))
+    found = statuses([Group(command, 2, folder, name) for name in names])
+    (folder / "commands.json").write_text(json.dumps(found))
+
+
+def half_passes(folder):
+    """All kinds of it at the same time."""
+    hows = ("raised", "caught", "killed", "stopped")
+    groups = [Group(half_a_pass, 2, folder, how) for how in hows]
+    found = statuses(groups, stopped=("stopped.1",))
+    (folder / "half passes.json").write_text(json.dumps(found))
 
 
 def long_run(folder):
@@ -446,6 +509,6 @@ def long_run(folder):
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(150, exit=True)  # what hangs tells where
+    faulthandler.dump_traceback_later(500, exit=True)  # what hangs tells where
     torch.set_num_threads(1)
     globals()[sys.argv[1]](Path(sys.argv[2]))

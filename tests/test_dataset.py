@@ -12,6 +12,7 @@ import time
 import tracemalloc
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
@@ -440,22 +441,31 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     _check_all_there(out, n)
 
 
-@pytest.mark.parametrize(
-    ("n", "method"), [(40, []), (12, ["--method", "integrated-gradients", "--n-steps", "5"])]
-)
-def test_two_processes_share_the_records(tmp_path, n, method):
-    out, options = tmp_path / "out", [*OPTIONS, *method]
-    arguments = ["attribute", "--model", "demo", "--input", str(_prompts(tmp_path, n)), "--out"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launch, "-m", "captum_llm_ext", *arguments, str(out), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    # One line, from the main process, with the counts of both.
-    assert done.stdout == f"{n} records: {n} written, 0 there already, 0 failed in {out}\n"
-    _check_all_there(out, n)
-    assert main([*arguments, str(tmp_path / "alone"), *options]) == 0
-    for a, b in zip(results(out), results(tmp_path / "alone"), strict=True):
-        assert torch.equal(a.token_attr, b.token_attr)
+def test_two_processes_share_the_records(tmp_path):
+    """By deletion and by gradients, each on two processes that are forked from one."""
+    gradients = ["--method", "integrated-gradients", "--n-steps", "5"]
+    commands = {}
+    for name, n, method in (("deletion", 40, []), ("gradients", 12, gradients)):
+        (tmp_path / name).mkdir()
+        records = str(_prompts(tmp_path / name, n))
+        commands[name] = ["attribute", "--model", "demo", "--input", records, *OPTIONS, *method]
+        arguments = [*commands[name], "--out", str(tmp_path / name / "out")]
+        (tmp_path / f"{name}.arguments").write_text(json.dumps(arguments))
+    tests = Path(__file__).parent
+    ranks = [sys.executable, str(tests / "ranks.py"), "commands", str(tmp_path)]
+    paths = {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    subprocess.run(ranks, env=os.environ | paths, timeout=180, check=True)
+    for name, (status, _) in json.loads((tmp_path / "commands.json").read_text()).items():
+        assert status == 0, (tmp_path / f"{name}.err").read_text()
+    for name, n in (("deletion", 40), ("gradients", 12)):
+        out = tmp_path / name / "out"
+        # One line, from the main process, with the counts of both.
+        printed = "".join((tmp_path / f"{name}.{rank}").read_text() for rank in (0, 1))
+        assert printed == f"{n} records: {n} written, 0 there already, 0 failed in {out}\n"
+        _check_all_there(out, n)
+        assert main([*commands[name], "--out", str(tmp_path / name / "alone")]) == 0
+        for a, b in zip(results(out), results(tmp_path / name / "alone"), strict=True):
+            assert torch.equal(a.token_attr, b.token_attr)
 
 
 ONE = ["--prompt", "Dave lives in Palm Coast, FL and", "--method", "kernel", "--n-samples", "90"]
