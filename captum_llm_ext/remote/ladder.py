@@ -263,7 +263,7 @@ class LadderScorer:
 
     @contextmanager
     def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
-        """Answers are kept by the asker, each as it comes; no journal is opened."""
+        """Answers are kept by the endpoint, each as it comes; no journal is opened."""
         del open_journal
         yield
 
