@@ -192,7 +192,7 @@ class Game:
                 values = own - foils
                 self._foil_values.append(foils)
             if run.callback is not None and scorer is run.scorer:
-                self._tell(run.callback, [text.prompt.ids for text in texts], rows, values)
+                self._report(run.callback, [text.prompt.ids for text in texts], rows, values)
             found.append(values.prod(1, keepdim=True) if self._is_joint else values)
         return found
 
@@ -215,7 +215,7 @@ class Game:
         n_missing = self.run.prompt.n_features + self.generated.n_features - plan.n_features
         return torch.nn.functional.pad(plan.masks, (0, n_missing), value=True)
 
-    def _tell(
+    def _report(
         self,
         callback: Inspect,
         prompts: Sequence[tuple[int, ...]],
@@ -229,7 +229,11 @@ class Game:
             if (row.ids, row.key) in self._seen:
                 continue
             self._seen.add((row.ids, row.key))
-            told = value.exp() if is_log else value
-            joint = told.sum(0, keepdim=True) if self.foils else told.prod(0, keepdim=True)
+            probabilities = value.exp() if is_log else value
+            joint = (
+                probabilities.sum(0, keepdim=True)
+                if self.foils
+                else probabilities.prod(0, keepdim=True)
+            )
             text = tokens.decode(self.run.tokenizer, prompt)
-            callback(text, response, torch.cat([joint, told]).tolist())
+            callback(text, response, torch.cat([joint, probabilities]).tolist())

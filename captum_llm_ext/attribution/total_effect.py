@@ -81,11 +81,11 @@ class TotalEffect:
         lines = [self.summary]
         for t, name in enumerate(names):
             order = self.values[:, t].abs().argsort(descending=True, stable=True)[:k].tolist()
-            told = [told for f in order if (told := self._told(f, t))]
-            lines.append(f"{name:>{longest}}  ⇐  {', '.join(told) or 'nothing in particular'}")
+            shown = [shown for f in order if (shown := self._shown_effect(f, t))]
+            lines.append(f"{name:>{longest}}  ⇐  {', '.join(shown) or 'nothing in particular'}")
         return "\n".join(lines)
 
-    def _told(self, feature: int, t: int) -> str:
+    def _shown_effect(self, feature: int, t: int) -> str:
         """An effect in words; nothing where it is within its error."""
         value, error, direct = (
             float(held[feature, t]) for held in (self.values, self.standard_errors, self.direct)
@@ -157,16 +157,16 @@ def total_effect(
         ]
         weights = writer.at_places(ratios, written).exp()
         is_anew = not may_weight or not _are_enough(weights)
-        told = written
+        answered = written
         if is_anew:
-            told = writer.answers(prompts)
+            answered = writer.answers(prompts)
             weights = torch.ones_like(weights)
-        after = writer.values(prompts, told)
+        after = writer.values(prompts, answered)
         effect, deviation = _difference(before, after, weights)
         values.append(effect)
         deviations.append(deviation)
         anew.append(is_anew)
-        answers[number] = [writer.text(ids) for ids in told]
+        answers[number] = [writer.text(ids) for ids in answered]
     return TotalEffect(
         names=[names[number] for number in chosen],
         features=chosen,

@@ -206,7 +206,7 @@ class _Handshake:
         self._depends_on_the_token([*values, longer], last, noise)
         both = [(of_last[i], reported) for i, reported in likely.items() if i in of_last]
         self._agrees(alone, reported, ids, [pair for pair in both if _is_given(pair[1])])
-        rounding = grain(self.reported)
+        rounding = rounding_step(self.reported)
         if rounding:
             self._note("rounding", f"values are multiples of {rounding:g}")
         mass = sum(map(math.exp, last)) / math.exp(rounding / 2)
@@ -497,7 +497,7 @@ def surprise(names: Sequence[str], top: Mapping[str, float]) -> tuple[float, flo
     return found, mean, (found - mean) / error
 
 
-def grain(values: Sequence[float]) -> float:
+def rounding_step(values: Sequence[float]) -> float:
     """The step that values are rounded to, if it is coarse; else 0."""
     finite = [value for value in values if math.isfinite(value) and value]
     for step in _GRAINS:

@@ -139,7 +139,7 @@ class Frequency(_Sampled):
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
         """See `Rung.begin`."""
 
-        def look(n: int) -> _Apart:
+        def look(n: int) -> _Gap:
             (k_full, n_full, _), (k_empty, n_empty, _) = (
                 self._count(messages, range(n), target) for messages in (full, empty)
             )
@@ -151,9 +151,9 @@ class Frequency(_Sampled):
                 f"{k_empty} of {n_empty} times with none of it"
             )
             difference = k_full / n_full - k_empty / n_empty
-            return _Apart(difference, p * (1 - p) + q * (1 - q), n, shown)
+            return _Gap(difference, p * (1 - p) + q * (1 - q), n, shown)
 
-        _check_apart(
+        _check_gap(
             look,
             self._most,
             "Give a shorter answer, a `predicate` that more texts satisfy, or "
@@ -232,7 +232,7 @@ class Similarity(_Sampled):
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
         """See `Rung.begin`; notes the answer's similarity to itself, and the empty prompt's."""
 
-        def look(n: int) -> _Apart:
+        def look(n: int) -> _Gap:
             (a, _), (b, _) = (self._found(messages, range(n), target) for messages in (full, empty))
             if not a or not b:
                 raise IndistinguishableError("every answer was a refusal: nothing is compared.")
@@ -242,9 +242,9 @@ class Similarity(_Sampled):
                 f"{self.floor:.2f} with none of it"
             )
             variance = _variance(a) + _variance(b) if self.is_sampled else 0.0
-            return _Apart(self.ceiling - self.floor, variance, n, shown)
+            return _Gap(self.ceiling - self.floor, variance, n, shown)
 
-        _check_apart(look, self._most, "Give more `n_answers`, or another `similarity`.")
+        _check_gap(look, self._most, "Give more `n_answers`, or another `similarity`.")
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """See `Rung.score`."""
@@ -280,13 +280,13 @@ def bootstrap(found: Sequence[float]) -> float:
     )
     n = len(found)
     # The n - 1 that resampling misses, and one imagined value of another kind.
-    grain = 0.5 / (n + 1)
+    rounding_step = 0.5 / (n + 1)
     error = float(values[picked].mean(1).std()) * math.sqrt(n / max(n - 1, 1))
-    return max(error, grain / math.sqrt(n))
+    return max(error, rounding_step / math.sqrt(n))
 
 
 @dataclass(frozen=True, slots=True)
-class _Apart:
+class _Gap:
     """How the full and the empty prompt differ, of `n` samples each."""
 
     difference: float
@@ -295,7 +295,7 @@ class _Apart:
     shown: str
 
     @property
-    def is_seen(self) -> bool:
+    def is_significant(self) -> bool:
         return abs(self.difference) > TWO * math.sqrt(self.variance / self.n)
 
     @property
@@ -309,16 +309,16 @@ class _Apart:
         return math.ceil(TWO**2 * self.variance / self.difference**2)
 
 
-def _check_apart(look: Callable[[int], _Apart], most: int, advice: str) -> None:
+def _check_gap(look: Callable[[int], _Gap], most: int, advice: str) -> None:
     """Refuses what a few samples do not tell apart, unless as many as may be drawn would.
 
     Raises:
         IndistinguishableError: If the full and the empty prompt are not distinguished.
     """
     found = look(min(_FIRST, most))
-    if not found.is_seen and found.n_wanted <= most:
+    if not found.is_significant and found.n_wanted <= most:
         found = look(most)
-    if found.is_seen:
+    if found.is_significant:
         return
     more = (
         "Next to no difference was seen: ten times as many may tell nothing either."

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from captum_llm_ext.remote.chat_endpoint import ChatAnswer, Step
-from captum_llm_ext.remote.handshake import HandshakeError, grain, surprise
+from captum_llm_ext.remote.handshake import HandshakeError, rounding_step, surprise
 
 # Nats that two ways of telling a value may differ by: half precision in batches of other shapes.
 APART, APART_PER_NAT = 0.05, 0.01
@@ -66,7 +66,7 @@ def check_written(said: ChatAnswer, n: int) -> str:
             f"the provider lists {len(steps)} tokens of an answer of {n} at most: "
             f"{[step.text for step in steps]}."
         )
-    rounding = grain([value for step in steps for _, value in step.top])
+    rounding = rounding_step([value for step in steps for _, value in step.top])
     for step in steps:
         _check_distribution([value for _, value in step.top], rounding)
     own = [_own(step) for step in steps]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from captum_llm_ext.remote.chat_endpoint import ChatAnswer, ChatRequest, Message, Step
-from captum_llm_ext.remote.handshake import HandshakeError, grain
+from captum_llm_ext.remote.handshake import HandshakeError, rounding_step
 from captum_llm_ext.remote.metered import BudgetError, MeteredEndpoint
 from captum_llm_ext.remote.rung import Scored
 from captum_llm_ext.remote.step_checks import (
@@ -56,7 +56,7 @@ class TopK:
 
     def __init__(self, endpoint: MeteredEndpoint, top: int, n_tokens: int) -> None:
         self._endpoint, self._top, self._n_top = endpoint, top, top
-        self._n_tokens, self._grain, self._n_asked = n_tokens, 0.0, 0
+        self._n_tokens, self._rounding_step, self._n_asked = n_tokens, 0.0, 0
         self.noise = 0.0
         self.checks: dict[str, str] = {}
 
@@ -123,9 +123,9 @@ class TopK:
         names = [one.steps[0].text for one in drawn if one.steps]
         self.checks["drawn tokens"] = check_drawn(names, warm)
         tops = [step.top for step in [*said.steps, *drawn[0].steps[:1]]]
-        self._grain = grain([value for top in tops for _, value in top])
-        if self._grain:
-            self.checks["rounding"] = f"values are multiples of {self._grain:g}"
+        self._rounding_step = rounding_step([value for top in tops for _, value in top])
+        if self._rounding_step:
+            self.checks["rounding"] = f"values are multiples of {self._rounding_step:g}"
         return said.steps
 
     def _repeats(
@@ -296,9 +296,9 @@ class TopK:
             reported[name] = max(value, reported.get(name, -math.inf))
         if math.isfinite(reported.get(token, -math.inf)):
             value = reported[token]
-            return value, value - self._grain / 2, min(value + self._grain / 2, 0.0)
+            return value, value - self._rounding_step / 2, min(value + self._rounding_step / 2, 0.0)
         # Told values are rounded, and what is left of 1 by them is no surer than they are.
-        off = self._grain / 2 + _ROUNDED
+        off = self._rounding_step / 2 + _ROUNDED
         rest = 1 - sum(math.exp(value - off) for _, value in step.top)
         least = [value for _, value in step.likeliest if math.isfinite(value)]
         bound = min([math.log(rest), *(value + off for value in least)])

@@ -93,7 +93,7 @@ def do_all(
         stop.set()
         if n_running:
             interrupt()
-            _say_goodbye(threads)
+            _join(threads)
             with suppress(queue.Empty):
                 while True:
                     message = done.get_nowait()
@@ -112,7 +112,7 @@ def _taken(take: Callable[[S, T], None], job: S, found: T) -> Exception | None:
     return None
 
 
-def _say_goodbye(threads: Sequence[threading.Thread]) -> None:
+def _join(threads: Sequence[threading.Thread]) -> None:
     until = time.monotonic() + _FAREWELL
     for thread in threads:
         if thread.is_alive():
