@@ -412,7 +412,7 @@ class RemoteScorer:
         of_whole, i = self._steps[k]
         return self._known[of_whole][i]
 
-    def ask_again(self) -> list[str]:
+    def drift(self) -> list[str]:
         """What is suspicious of the answers, now that they are all there; asks for one once more.
 
         Only after a while: what was looked at a minute ago is as it was.
