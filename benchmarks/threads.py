@@ -109,7 +109,7 @@ def attributions(
         ),
         "sampled text": written,
         "packed rows": scored("pack"),
-        "lent states": scored("lend"),
+        "shared states": scored("share"),
         "copied states": scored("copy"),
         "whole rows": scored("off"),
     }

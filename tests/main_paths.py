@@ -270,7 +270,7 @@ def paths(model: Any, tokenizer: Any, folder: Path) -> dict[str, Callable[[], li
             for own in prompts
         ]
         wanted = torch.tensor(target, device="cpu")
-        ways = ("off", "copy", "lend", "pack")
+        ways = ("off", "copy", "share", "pack")
         return [Scorer(model, reuse=way, overhead=0).values(rows, wanted) for way in ways]
 
     layer = model.get_input_embeddings()

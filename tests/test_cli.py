@@ -873,11 +873,11 @@ def test_the_probe_tells_which_beginnings_are_shared(tokenizer):
     found = probe.probe(architectures.build("qwen 3"), tokenizer)
     assert 0.2 < found.shared < 1
     assert found.why_not_shared is None
-    assert found.lent_is_exact
+    assert found.no_copy_is_exact
     assert found.packed_is_exact
     found = probe.probe(architectures.build("mamba"), tokenizer)
     assert found.shared is None
-    assert found.lent_is_exact is None
+    assert found.no_copy_is_exact is None
     assert found.packed_is_exact is None
     assert "reads only one token on" in found.why_not_shared
     assert found.is_right

@@ -205,7 +205,7 @@ def test_the_doctor_tells_which_reuse_is_exact(tokenizer, model):
     lines = "\n".join(checkup._lines(probe.probe(model, tokenizer)))
     assert "exact  rows in padded batches: within" in lines
     assert "exact  beginnings reused: within" in lines
-    assert "exact  beginnings lent, not copied: within" in lines
+    assert "exact  beginnings shared, not copied: within" in lines
     assert "exact  rows packed in one sequence: within" in lines
     assert "exact  logits of the target's positions only" in lines
     assert "WRONG  captum's own default (use_cached_outputs=True): off by up to" in lines

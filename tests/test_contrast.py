@@ -150,7 +150,7 @@ def test_a_forward_of_the_users_own_gives_captum_the_same(model, tokenizer):
     torch.testing.assert_close(result.token_attr, truth.float(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("reuse", ["auto", "off", "copy", "lend", "pack"])
+@pytest.mark.parametrize("reuse", ["auto", "off", "copy", "share", "pack"])
 def test_however_rows_run_the_values_are_those_of_plain_forwards(model, tokenizer, reuse):
     ids = tokenizer.encode(PROMPT)
     target = tokenizer.encode(TARGET, add_special_tokens=False)

@@ -251,8 +251,8 @@ def test_a_measured_row_is_what_a_row_keeps(model, tokenizer):
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     row = forward_pass.Row(ids, torch.arange(2, ids.shape[1]), ids[0, 2:])
     layers = slopes.Layers([model.get_input_embeddings()])
-    manner = slopes.initial_plan(ids.device, None)
-    own = slopes.TargetGradients(forward_pass.ForwardPass(model), layers, row, "log_prob", manner)
+    plan = slopes.initial_plan(ids.device, None)
+    own = slopes.TargetGradients(forward_pass.ForwardPass(model), layers, row, "log_prob", plan)
     point = model.get_input_embeddings()(ids).detach()
     owners = torch.zeros(ids.shape[1], dtype=torch.long)
     list(own.products(1, lambda rows: ([point], [point]), owners, 1))
@@ -266,7 +266,7 @@ def test_a_measured_row_is_what_a_row_keeps(model, tokenizer):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(inputs_embeds=point.requires_grad_(), use_cache=False).logits.log_softmax(-1)
-    assert manner.row_bytes == pytest.approx(sum(kept.values()), rel=0.5)
+    assert plan.row_bytes == pytest.approx(sum(kept.values()), rel=0.5)
 
 
 class Interrupts(nn.Module):

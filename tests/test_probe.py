@@ -726,7 +726,7 @@ def test_sixteen_bits_take_few_ids_where_no_packs_are_read(name):
         found = Scorer(model)._look(rows)
     assert found.batches_known
     assert found.is_rough
-    assert found.manner is None
+    assert found.batching is None
     assert sum(n_ids) < 8 * max(len(row.ids) for row in rows)
 
 
@@ -947,7 +947,7 @@ def test_what_draws_at_random_is_seen_seeded_and_told(name, dtype):
         for scorer in scorers:
             assert scorer.findings.draws
             assert scorer.findings.seeds == (name in SEEDED)
-            assert "draws at random" in scorer.findings.manner
+            assert "draws at random" in scorer.findings.batching
         if name in SEEDED:  # whatever the batches, and whatever was drawn before
             assert torch.equal(values[0], values[1])
             assert torch.equal(values[0], values[2])

@@ -44,7 +44,7 @@ ROUGH = {"mamba", "falcon mamba", "mamba 2", "nemotron-h, recurrent hybrid", "bl
 }
 
 # Their keys and values are no plain list beside the attention's: rows are given copies.
-NOT_LENT = {"bloom", "mamba 2", "deepseek v3, latent attention"}
+NOT_SHARED = {"bloom", "mamba 2", "deepseek v3, latent attention"}
 # Not all of their layers attend, or tokens are not told their places: rows are not packed.
 NOT_PACKED = {name for name in architectures.CONFIGS if "hybrid" in name or "linear" in name} | {
     "bloom",
@@ -98,11 +98,11 @@ def test_float32_values_equal_a_plain_loop(name):
     model = architectures.build(name)
     rows, target = make_rows()
     truth = loop(model, rows, target)
-    for reuse in ("copy", "lend"):
+    for reuse in ("copy", "share"):
         scorer = Scorer(model, overhead=3, reuse=reuse)
         assert difference(scorer.values(rows, target), truth) < 1e-4
         assert (n_reused(scorer) > 0) == (name not in WRONG)
-        assert scorer.shares_cache == (reuse == "lend" and name not in WRONG | NOT_LENT)
+        assert scorer.shares_cache == (reuse == "share" and name not in WRONG | NOT_SHARED)
     scorer = Scorer(model, overhead=3, reuse="pack")
     assert difference(scorer.values(rows, target), truth) < 1e-4
     assert scorer.packs == (name not in NOT_PACKED)
@@ -113,13 +113,13 @@ def test_float64_values_equal_a_plain_loop(name):
     model = architectures.build(name, dtype=torch.float64)
     rows, target = make_rows(seed=1)
     truth = loop(model, rows, target)
-    for reuse in ("copy", "lend"):
+    for reuse in ("copy", "share"):
         scorer = Scorer(model, overhead=3, reuse=reuse)
         error = difference(scorer.values(rows, target), truth)
         assert error < (5e-6 if name in ROUGH else 1e-9)
         if name not in ROUGH:
             assert (n_reused(scorer) > 0) == (name not in WRONG | FLOAT32_INSIDE)
-            assert scorer.shares_cache == (reuse == "lend" and n_reused(scorer) > 0)
+            assert scorer.shares_cache == (reuse == "share" and n_reused(scorer) > 0)
     scorer = Scorer(model, overhead=3, reuse="pack")
     assert difference(scorer.values(rows, target), truth) < (5e-6 if name in ROUGH else 1e-9)
     if name not in ROUGH:
@@ -138,7 +138,7 @@ def test_attention_of_the_users_own_is_left_alone():
     AttentionMaskInterface.register("my_own", MASKS["sdpa"])
     try:
         model.config._attn_implementation = "my_own"
-        scorer = Scorer(model, overhead=3, reuse="lend")
+        scorer = Scorer(model, overhead=3, reuse="share")
         assert difference(scorer.values(rows, target), truth) < 1e-9
         assert not scorer.shares_cache
         assert n_reused(scorer) > 0
@@ -159,7 +159,7 @@ class OwnProperty(transformers.LlamaConfig):
         self._attn_implementation_internal = value
 
 
-@pytest.mark.parametrize("reuse", ["lend", "pack"])
+@pytest.mark.parametrize("reuse", ["share", "pack"])
 def test_configurations_with_a_property_of_their_own_are_read_as_others(reuse):
     torch.manual_seed(0)
     config = OwnProperty(**tiny.llama().config.to_dict())
@@ -172,7 +172,7 @@ def test_configurations_with_a_property_of_their_own_are_read_as_others(reuse):
     assert vars(OwnProperty)["_attn_implementation"] is usual
 
 
-def test_keys_that_are_altered_on_their_way_are_not_lent_to(caplog):
+def test_keys_that_are_altered_on_their_way_are_not_shared(caplog):
     model = tiny.llama().double()
     rows, target = make_rows()
     truth = loop(model, rows, target)
@@ -192,7 +192,7 @@ def test_keys_that_are_altered_on_their_way_are_not_lent_to(caplog):
         return forward(*args, **kwargs | {name: state and Touched()})
 
     layer.forward = altered
-    scorer = Scorer(model, overhead=3, reuse="lend")
+    scorer = Scorer(model, overhead=3, reuse="share")
     with caplog.at_level(logging.INFO):
         assert difference(scorer.values(rows, target), truth) < 1e-11
     assert not scorer.shares_cache
@@ -224,7 +224,7 @@ def wide_rows(head, n_rows, n_target=3):
     return rows, torch.tensor([12, 13, 14])
 
 
-def test_long_beginnings_of_many_rows_are_lent_and_others_copied():
+def test_long_beginnings_of_many_rows_are_shared_and_others_copied():
     model = tiny.llama(max_position_embeddings=400).double()
     for head, shares_cache in ((20, False), (340, True)):
         rows, target = wide_rows(head, 24)
@@ -235,7 +235,7 @@ def test_long_beginnings_of_many_rows_are_lent_and_others_copied():
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_lending_leaves_model_and_registries_as_found(attention, monkeypatch):
+def test_sharing_leaves_model_and_registries_as_found(attention, monkeypatch):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
 
@@ -251,11 +251,11 @@ def test_lending_leaves_model_and_registries_as_found(attention, monkeypatch):
             raise KeyboardInterrupt
         return output
 
-    scorer = Scorer(model, overhead=3, reuse="lend")
+    scorer = Scorer(model, overhead=3, reuse="share")
     monkeypatch.setattr(model, "forward", full)
     with pytest.raises(KeyboardInterrupt):
         scorer.values(rows, target)
-    assert len(seen) == 2  # it was interrupted while lending
+    assert len(seen) == 2  # it was interrupted while sharing
     assert model.config._attn_implementation == attention
     assert (set(ATTENTIONS), set(MASKS)) == names
 
@@ -271,7 +271,7 @@ def test_attention_that_the_comparison_did_not_meet_is_given_copies(monkeypatch,
             raise NotImplementedError("so many rows")
         return forward(input_ids=input_ids, **arguments)
 
-    scorer = Scorer(model, overhead=3, reuse="lend")
+    scorer = Scorer(model, overhead=3, reuse="share")
     monkeypatch.setattr(model, "forward", strange)
     with caplog.at_level(logging.INFO):
         assert difference(scorer.values(rows, target), truth) < 1e-11
@@ -387,7 +387,7 @@ def test_attention_implementations(attention):
     # Eager attention takes its softmax in float32.
     tolerance = 1e-5 if attention == "eager" else 1e-11
     truth = loop(model, rows, target)
-    for reuse in ("off", "copy", "lend"):
+    for reuse in ("off", "copy", "share"):
         scorer = Scorer(model, overhead=3, reuse=reuse)
         assert difference(scorer.values(rows, target), truth) < tolerance
 

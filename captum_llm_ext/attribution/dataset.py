@@ -213,10 +213,10 @@ def _attribute_records(
             )
             now = time.monotonic()
             if now - reported_at > max(_REPORT_SECONDS, (now - began_at) / _MAX_REPORTS):
-                work.tell(unreported)
-                total = count_reports(work.heard())
+                work.send(unreported)
+                total = count_reports(work.received())
                 unreported, reported_at = DatasetReport(), now
-        work.tell(unreported)
+        work.send(unreported)
         work.end()
         for message in work.rest():
             total = count_reports([message])

@@ -93,7 +93,7 @@ def _about(name: str, model: Any, tokenizer: Any) -> dict[str, str]:
 
 
 def _lines(found: Probe) -> Iterator[str]:
-    ways = (found.whole_error, found.shared_error, found.lent_error, found.packed_error)
+    ways = (found.whole_error, found.shared_error, found.no_copy_error, found.packed_error)
     errors = [error for error in ways if error is not None]
     yield (
         f"{'right' if found.is_right else 'WRONG':<6} values: within "
@@ -111,12 +111,12 @@ def _lines(found: Probe) -> Iterator[str]:
             f"{_verdict(found.shared_is_exact)} beginnings reused: within "
             f"{found.shared_error:.1g} nats, {found.shared:.0%} of the positions computed"
         )
-    yield _way("beginnings lent, not copied", found.lent_is_exact, found.lent_error)
+    yield _way("beginnings shared, not copied", found.no_copy_is_exact, found.no_copy_error)
     yield _way("rows packed in one sequence", found.packed_is_exact, found.packed_error)
     yield _seen("what follows a token", seen.sees_ahead, seen.ahead)
     yield _seen("other rows of a batch", seen.couples_rows, seen.coupling)
-    if seen.manner is not None:
-        yield f"note   asked {seen.manner}"
+    if seen.batching is not None:
+        yield f"note   asked {seen.batching}"
     moves = "the shape of a batch changes" if seen.draws is None else "another pass changes"
     yield (
         f"exact  {moves} no more than float32 rounds"

@@ -70,12 +70,12 @@ def _by_level(result: "GenerationAttributionResult", level: str, columns: int | 
 
     Where most of the answer follows from its own words, its share in the end as well.
     """
-    from captum_llm_ext.result.in_the_end import in_the_end
+    from captum_llm_ext.result.whole_answer import whole_answer_shares
 
     causes = {cause.label or cause.name: cause for cause in result.causes(level=level).prompt}
-    end = in_the_end(result, level)
+    end = whole_answer_shares(result, level)
     shares: dict[str, Share] = {}
-    if end is not None and end.is_told:
+    if end is not None and end.is_listed:
         shares = {share.name: share for share in end.shares if not share.is_output}
     is_first = end is not None and end.is_first
     order = dict.fromkeys([*shares, *causes] if is_first else [*causes, *shares])

@@ -43,7 +43,7 @@ class Probe:
             they are not.
         shared_error: As `whole_error`, with beginnings reused; None where they are not.
         why_not_shared: What scoring says about that, if anything.
-        lent_error: As `whole_error`, where rows attend to a beginning they have no copy of; None
+        no_copy_error: As `whole_error`, where rows attend to a beginning they have no copy of; None
             where they do not.
         packed_error: As `whole_error`, with rows packed in one sequence; None where they are not.
         logits: What the model is asked logits of: ``"positions"``, ``"count"`` or None (all).
@@ -61,7 +61,7 @@ class Probe:
     shared: float | None
     shared_error: float | None
     why_not_shared: str | None
-    lent_error: float | None
+    no_copy_error: float | None
     packed_error: float | None
     logits: str | None
     captum_error: float | None
@@ -70,7 +70,7 @@ class Probe:
     @property
     def is_right(self) -> bool:
         """Whether the package's values are those of plain forwards, up to rounding."""
-        others = (self.shared_is_exact, self.lent_is_exact, self.packed_is_exact)
+        others = (self.shared_is_exact, self.no_copy_is_exact, self.packed_is_exact)
         return self.whole_is_exact and False not in others
 
     @property
@@ -91,9 +91,9 @@ class Probe:
         return self._is_exact(self.shared_error)
 
     @property
-    def lent_is_exact(self) -> bool | None:
-        """The same where beginnings are lent; None where they are not."""
-        return self._is_exact(self.lent_error)
+    def no_copy_is_exact(self) -> bool | None:
+        """The same where beginnings are shared; None where they are not."""
+        return self._is_exact(self.no_copy_error)
 
     @property
     def packed_is_exact(self) -> bool | None:
@@ -114,7 +114,7 @@ class Probe:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        ways = ("whole_is_exact", "shared_is_exact", "lent_is_exact", "packed_is_exact")
+        ways = ("whole_is_exact", "shared_is_exact", "no_copy_is_exact", "packed_is_exact")
         names = ("is_right", *ways, "captum_is_right")
         found = {"found": self.found.provenance(), "batched": not self.found.apart}
         return asdict(self) | found | {name: getattr(self, name) for name in names}
@@ -140,9 +140,12 @@ def probe(model: Any, tokenizer: Any) -> Probe:
         shared = sharing.values(rows, wanted)
     seed = 0 if found.seeds else None
     expected = _plain_values(model, rows, wanted, apart=found.step_by_step, seed=seed)
-    lent, packed = Scorer(model, overhead=0, reuse="lend"), Scorer(model, overhead=0, reuse="pack")
+    sharing, packed = (
+        Scorer(model, overhead=0, reuse="share"),
+        Scorer(model, overhead=0, reuse="pack"),
+    )
     with _warnings_of("captum_llm_ext.model"):  # the same ones
-        by_loan, by_pack = (scorer.values(rows, wanted) for scorer in (lent, packed))
+        by_sharing, by_pack = (scorer.values(rows, wanted) for scorer in (sharing, packed))
 
     def error(values: Tensor) -> float:
         return float((values - expected).abs().max())
@@ -162,7 +165,7 @@ def probe(model: Any, tokenizer: Any) -> Probe:
         shared=share if share < 1 else None,
         shared_error=error(shared) if share < 1 else None,
         why_not_shared="; ".join(logged) or None,
-        lent_error=error(by_loan) if lent.shares_cache else None,
+        no_copy_error=error(by_sharing) if sharing.shares_cache else None,
         packed_error=error(by_pack) if packed.packs else None,
         logits=_compat.kept_logits(model),
         captum_error=captum_error,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from captum_llm_ext.result.about import header
 from captum_llm_ext.result.causes import Cause
-from captum_llm_ext.result.in_the_end import in_the_end
 from captum_llm_ext.result.levels import answer_levels
 from captum_llm_ext.result.narrative import sentences
 from captum_llm_ext.result.reading import (
@@ -19,6 +18,7 @@ from captum_llm_ext.result.reading import (
     row_unit,
 )
 from captum_llm_ext.result.token_names import words_around
+from captum_llm_ext.result.whole_answer import whole_answer_shares
 from captum_llm_ext.text.inputs import Piece
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def descriptions(result: "ResultNumbers") -> dict[str, Any]:
         ``prompt`` and in the ``answer`` before it. ``summary``: the same of the whole answer by
         the largest parts of the prompt, and their ``level``; None where values do not add up.
         ``narrative``: sentences. ``in_the_end``: shares of the whole answer through its own words
-        (`InTheEnd`), None where there are none.
+        (`WholeAnswerShares`), None where there are none.
     """
     read, n_target = Reading(result, finest_level(result)), len(result.output_tokens)
     rows = [
@@ -48,7 +48,7 @@ def descriptions(result: "ResultNumbers") -> dict[str, Any]:
     ]
     coarse = Reading(result)
     whole = coarse.causes(0, n_target, precise=True) if adds_up(result) else None
-    end = in_the_end(result) if adds_up(result) else None
+    end = whole_answer_shares(result) if adds_up(result) else None
     return {
         "about": header(result),
         "labels": result.names._asdict(),

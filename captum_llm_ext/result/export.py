@@ -14,11 +14,11 @@ from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.result.causes import joined_name
 from captum_llm_ext.result.descriptions import descriptions, part_sums, reading_aids
 from captum_llm_ext.result.foils import other_value
-from captum_llm_ext.result.in_the_end import share_errors, totals
 from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.result.plots import DrawnResult
 from captum_llm_ext.result.reading import finest_level
 from captum_llm_ext.result.summed_errors import summed_error_bounds, summed_errors
+from captum_llm_ext.result.whole_answer import share_errors, totals
 from captum_llm_ext.text.inputs import Piece
 
 if TYPE_CHECKING:

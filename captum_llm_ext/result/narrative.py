@@ -10,9 +10,9 @@ import torch
 from captum_llm_ext.base.amounts import percent, plus_minus
 from captum_llm_ext.result.about import absence, factor, is_in_nats
 from captum_llm_ext.result.causes import Cause, unit_of
-from captum_llm_ext.result.in_the_end import InTheEnd, in_the_end
 from captum_llm_ext.result.reading import TOKEN, WORD, Blocks, Reading, adds_up, leading, quoted
 from captum_llm_ext.result.total import Share
+from captum_llm_ext.result.whole_answer import WholeAnswerShares, whole_answer_shares
 
 if TYPE_CHECKING:
     from captum_llm_ext.result.numbers import ResultNumbers
@@ -52,8 +52,8 @@ def sentences(
         ]
     blocks = read.causes(start, stop, precise=True)
     is_whole = (start, stop) == (0, len(result.output_tokens))
-    end = in_the_end(result, read.prompt.level) if is_whole else None
-    in_end = [] if end is None or not end.is_told else _in_the_end(result, end)
+    end = whole_answer_shares(result, read.prompt.level) if is_whole else None
+    in_end = [] if end is None or not end.is_listed else _in_the_end(result, end)
     is_first = end is not None and end.is_first and bool(in_end)
     told = [
         *(in_end if is_first else []),
@@ -98,18 +98,18 @@ def amount(cause: Cause, unit: str | None, per: int = 1) -> str:
     return told + (f" over {per} tokens" if per > 1 else "")
 
 
-def _in_the_end(result: "ResultNumbers", end: InTheEnd) -> list[str]:
+def _in_the_end(result: "ResultNumbers", end: WholeAnswerShares) -> list[str]:
     """What an answer that follows from its own words goes back to."""
     subject = "it"
     if end.is_first:
         subject = subject_of(result, 0, len(result.output_tokens))
     told = [
         f"{_part_of_end(share, end)} ({percent(share.share, share.standard_error)})"
-        for share in end.told[:_MOST_ENDS]
+        for share in end.listed[:_MOST_ENDS]
     ]
     if not told:
         return []
-    mostly = "mostly " if end.told[0].share > _MOSTLY else ""
+    mostly = "mostly " if end.listed[0].share > _MOSTLY else ""
     rest = f", then to {' and '.join(told[1:])}" if len(told) > 1 else ""
     return [
         f"Most of {subject} follows from its own words, which have {_percent(1 - end.directly)} of "
@@ -117,7 +117,7 @@ def _in_the_end(result: "ResultNumbers", end: InTheEnd) -> list[str]:
     ]
 
 
-def _part_of_end(share: Share, end: InTheEnd) -> str:
+def _part_of_end(share: Share, end: WholeAnswerShares) -> str:
     if share.is_output:
         return f"{quoted(share.name)} in the answer itself, which nothing in particular led to"
     name = share.name

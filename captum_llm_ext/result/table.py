@@ -10,8 +10,8 @@ from captum_llm_ext.base.terminal import columns, one_line, shortened
 from captum_llm_ext.result.about import header
 from captum_llm_ext.result.causes import Cause
 from captum_llm_ext.result.foils import list_foils
-from captum_llm_ext.result.in_the_end import in_the_end
 from captum_llm_ext.result.reading import Reading, adds_up, finest_level
+from captum_llm_ext.result.whole_answer import whole_answer_shares
 from captum_llm_ext.text.segment import shorten
 
 if TYPE_CHECKING:
@@ -80,10 +80,10 @@ def summary_lines(result: "ResultNumbers", k: int = 3, show: "Paint | None" = No
         return []
     paint = show or _plain
     directly = _ARROW + _directly(result, k, paint)
-    end = in_the_end(result)
-    if end is None or not end.is_told:
+    end = whole_answer_shares(result)
+    if end is None or not end.is_listed:
         return [_WHOLE + directly]
-    shares = ", ".join(paint(str(share), "size") for share in end.told[:k])
+    shares = ", ".join(paint(str(share), "size") for share in end.listed[:k])
     through = f"  ⇐  {shares or _NOTHING}"
     why = f"(⇐ through the answer’s own words, which have {_percent(1 - end.directly)} of what led "
     why += "to its tokens)"

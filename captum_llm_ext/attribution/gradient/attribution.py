@@ -512,7 +512,7 @@ def _path_provenance(paths: Paths) -> dict[str, Any]:
         "estimate": points.is_sampled or paths.n_draws > 1,
         "n_evaluations": paths.n_rows,
         "probe": None if paths.found is None else paths.found.provenance(),
-        "batching": None if paths.found is None else paths.found.manner,
+        "batching": None if paths.found is None else paths.found.batching,
     }
 
 

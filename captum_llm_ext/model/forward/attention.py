@@ -121,7 +121,7 @@ def _attend_lent(
     shared = shared_with(key)
     n_shared = 0 if shared is None else shared.keys.shape[-2]
     if mask.shape[-1] != n_shared + key.shape[-2]:
-        # Whatever was done to the keys on their way here, those that were lent are lost.
+        # Whatever was done to the keys on their way here, those that are shared are lost.
         raise NotImplementedError("keys that do not come as the state gives them")
     seen_of_shared, seen_of_own = _sides(mask, n_shared)
     parts = [_part(query, key, value, seen_of_own, scores)]

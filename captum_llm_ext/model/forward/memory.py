@@ -30,7 +30,7 @@ class Memory:
         n_target: Number of target tokens that a row says.
         state_bytes: Bytes the model remembers of one position; None: estimated from its sizes.
         budget: Bytes a batch may take; None: of what is free now.
-        lends: Whether rows have no copies of what was read before.
+        shares_cache: Whether rows have no copies of what was read before.
         makes_logits: Whether logits are ever there.
     """
 
@@ -54,7 +54,7 @@ class Memory:
         vocabulary = _compat.vocabulary_size(model) or 2**15
         self._logits = vocabulary * (self._itemsize + 6) if makes_logits else 0
         self._eager = _compat.has_eager_attention(model)
-        self._lends = shares_cache
+        self._shares = shares_cache
         self._device, self._kept, self._n_target = device, kept, n_target
         layers = int(getattr(config, "num_hidden_layers", 0) or 1)
         self._state = state_bytes or 2 * layers * self._hidden * self._itemsize
@@ -77,7 +77,7 @@ class Memory:
         row += new * longest * (8 + self._eager * self._heads * (self._itemsize + 4))
         budget = self._budget
         if before:
-            row += (new if self._lends else longest) * self._state
+            row += (new if self._shares else longest) * self._state
             budget -= 3 * before * self._state  # what the rows are copied from, and what that was
         return max(1, min(budget // row, self._tokens // new))
 

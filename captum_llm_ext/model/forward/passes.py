@@ -26,15 +26,15 @@ from captum_llm_ext.model.forward.rows import TokenRow, padded
 from captum_llm_ext.model.forward.schedule import Branch
 from captum_llm_ext.model.forward.swallowed import is_no_answer
 
-# How rows are given what they share: as copies or as it is ("lend"), whichever costs less.
-Sharing = Literal["auto", "copy", "lend"]
+# How rows are given what they share: as copies or as it is ("share"), whichever costs less.
+Sharing = Literal["auto", "copy", "share"]
 # What is done to the model in a pass over these rows.
 Around = Callable[[Sequence[TokenRow]], AbstractContextManager[Any]]
 
 _logger = logging.getLogger(__name__)
-# Tokens that the rows of a pass must be spared a copy of for lending to pay: it takes more
+# Tokens that the rows of a pass must be spared a copy of for sharing to pay: it takes more
 # operations, each of them on less.
-_WORTH_LENDING = 4096
+_WORTH_SHARING = 4096
 # A batch of so many rows is thought of before it is known.
 _ROWS_IN_MIND = 16
 
@@ -76,7 +76,7 @@ class Passes:
         around: Entered for every pass over whole rows, with these.
 
     Attributes:
-        lends: Whether a comparison has shown that states can be lent.
+        shares_cache: Whether a comparison has shown that states can be shared.
         chains: Whether the latest comparison of packs saw a state that packs can hand on.
         kept: How many logits the model can be asked for, as `_compat.kept_logits` says.
         n_positions: Number of token positions computed up to now, padding included.
@@ -95,7 +95,7 @@ class Passes:
         around: Around | None = None,
     ) -> None:
         self._around = around
-        self._least = {"copy": sys.maxsize, "lend": 0}.get(sharing, _WORTH_LENDING)
+        self._least = {"copy": sys.maxsize, "share": 0}.get(sharing, _WORTH_SHARING)
         self.shares_cache: bool | None = None
         self.chains = False
         self.model, self.attr_target, self.device = model, attr_target, device
@@ -262,7 +262,7 @@ class Passes:
             try:
                 said = self._read_on(ids, places, state, shares_cache=True, extras=arguments)
             except NotImplementedError as failure:  # what the comparison did not meet
-                self._stop_lending(failure)
+                self._stop_sharing(failure)
         if said is None:
             with nullcontext() if self._around is None else self._around(rows):
                 said = self._read_on(ids, places, state, shares_cache=False, extras=arguments)
@@ -358,11 +358,11 @@ class Passes:
         """What rows say that begin with what a state of one row has read, if any."""
         if state is None or not shares_cache:
             return self._pass(ids, at, state=copied_cache(state, len(ids)), extras=extras)[0]
-        borrowed, loans = shared_cache(state, len(ids))
+        borrowed, shared = shared_cache(state, len(ids))
         with attention.merged_attention(self.model):
             said, _ = self._pass(ids, at, state=borrowed, extras=extras)
-        if not all(loan.was_used for loan in loans):
-            raise NotImplementedError("attention that does not see what is lent")
+        if not all(one.was_used for one in shared):
+            raise NotImplementedError("attention that does not see what is shared")
         return said
 
     def _pass(
@@ -519,7 +519,7 @@ class Passes:
 
         copied = error(shares_cache=False)
         if copied <= 1 and self.shares_cache is not False and shared * _ROWS_IN_MIND >= self._least:
-            self.shares_cache = self._can_lend(error)
+            self.shares_cache = self._can_share(error)
         return copied
 
     def _alone(self, rows: Sequence[Sequence[int]], at: Tensor) -> Tensor:
@@ -547,14 +547,14 @@ class Passes:
             otherwise = self._alone(rows, at)
         return min(error, apart.beyond(Apart.between(otherwise, alone)))
 
-    def _can_lend(self, error: Callable[..., float]) -> bool:
+    def _can_share(self, error: Callable[..., float]) -> bool:
         """Whether rows read on rightly from a state that they have no copies of."""
         reason = reason_against(partial(error, shares_cache=True))
         if reason is not None:
-            self._stop_lending(reason)
+            self._stop_sharing(reason)
         return reason is None
 
-    def _stop_lending(self, reason: object) -> None:
+    def _stop_sharing(self, reason: object) -> None:
         self.shares_cache = False
         _logger.info(
             "%s is given copies of what rows share (%s).", type(self.model).__name__, reason

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from captum_llm_ext import _compat
 
-# Where keys carry the ones that were lent, for `attention` to find them.
-_LENT = "_captum_llm_ext_lent"
+# Where keys carry the ones that were shared, for `attention` to find them.
+_SHARED = "_captum_llm_ext_shared"
 
 
 @dataclass
@@ -72,28 +72,28 @@ def cache_part(state: Any, places: Tensor) -> Any:
 def shared_cache(state: Any, n: int) -> tuple[Any, list[SharedLayer]]:
     """The state of one row for `n` rows to read on from, without a copy of it for each.
 
-    Made for one pass within `attention.merged`: keys then come with those that were lent.
+    Made for one pass within `attention.merged`: keys then come with those that were shared.
 
     Returns:
-        The state, and a list that the pass fills: of all that was lent, and whether it was used.
+        The state, and a list that the pass fills: of all that was shared, and whether it was used.
 
     Raises:
-        NotImplementedError: If no layer of the state can be lent.
+        NotImplementedError: If no layer of the state can be shared.
     """
     kinds = _compat.growing_layers()
     if not _compat.is_list_of_layers(state) or not any(type(x) in kinds for x in state.layers):
-        raise NotImplementedError(f"the layers of a {type(state).__name__} cannot be lent")
-    found, loans = copy.copy(state), list[SharedLayer]()
+        raise NotImplementedError(f"the layers of a {type(state).__name__} cannot be shared")
+    found, shared = copy.copy(state), list[SharedLayer]()
     found.layers = [
-        _lent_layer(layer, n, loans) if type(layer) in kinds else _copied(layer, n)
+        _shared_layer(layer, n, shared) if type(layer) in kinds else _copied(layer, n)
         for layer in state.layers
     ]
-    return found, loans
+    return found, shared
 
 
 def shared_with(keys: Tensor) -> SharedLayer | None:
     """What goes before these keys; None if nothing does."""
-    return getattr(keys, _LENT, None)
+    return getattr(keys, _SHARED, None)
 
 
 def _seen(layer: Any, n: int | None) -> Any:
@@ -111,12 +111,12 @@ def _copied(layer: Any, n: int | None) -> Any:
     return layer
 
 
-def _lent_layer(layer: Any, n: int, loans: list[SharedLayer]) -> Any:
+def _shared_layer(layer: Any, n: int, shared: list[SharedLayer]) -> Any:
     if not isinstance(layer.keys, Tensor) or layer.keys.dim() != 4:
         return _copied(layer, n)
     found = _with_own_dicts(layer, n)
-    found.__class__ = _lending(type(layer))
-    found.loans = loans
+    found.__class__ = _sharing_kind(type(layer))
+    found.shared = shared
     return found
 
 
@@ -136,13 +136,13 @@ def _own(value: Any, n: int | None) -> Any:
 
 
 @cache
-def _lending(kind: type[Any]) -> type[Any]:
+def _sharing_kind(kind: type[Any]) -> type[Any]:
     """The kind of layer that keeps what it has for itself and sends it along with new keys."""
 
     def update(self: Any, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
-        loan = SharedLayer(self.keys, self.values)
-        self.loans.append(loan)
-        setattr(keys, _LENT, loan)
+        one = SharedLayer(self.keys, self.values)
+        self.shared.append(one)
+        setattr(keys, _SHARED, one)
         return keys, values
 
-    return type(f"Lent{kind.__name__}", (kind,), {"update": update})
+    return type(f"Shared{kind.__name__}", (kind,), {"update": update})

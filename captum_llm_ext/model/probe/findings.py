@@ -151,7 +151,7 @@ class Findings:
         }
 
     @property
-    def manner(self) -> str | None:
+    def batching(self) -> str | None:
         """How the model is asked, and why, where that is not the usual way."""
         said = [*self.reasons]
         if self.draws is not None:

@@ -233,7 +233,7 @@ class Processes:
         """What a function gives for each item, on all processes; one replica calls it for each."""
         work = self.work()
         for number in work.take(len(items)):
-            work.tell((number, function(items[number])))
+            work.send((number, function(items[number])))
         work.end()
         found: dict[int, T] = dict(work.rest())
         return [found[number] for number in range(len(items))]
@@ -250,10 +250,10 @@ class Processes:
 class Work:
     """Shares of a piece of work: each is taken by one replica, what comes of it is told to all.
 
-    The order of calls is `take` to its end, `end`, `rest`; `tell` and `heard` in between.
+    The order of calls is `take` to its end, `end`, `rest`; `send` and `received` in between.
 
     Attributes:
-        n_told: Messages by replica, those heard up to now.
+        n_sent: Messages by replica, those received up to now.
         failures: What went wrong, as `end` was told; known after `rest`.
     """
 
@@ -269,7 +269,7 @@ class Work:
         self._leaders = [ranks[0] for ranks in replicas]
         self._replica = replicas[own]
         self._is_lone = len(self._replica) == 1
-        self.n_told = [0] * len(replicas)
+        self.n_sent = [0] * len(replicas)
         self.failures: list[Any] = []
         self._inbox: list[Any] = []
         self._n_own = self._n_agreed = 0
@@ -324,24 +324,24 @@ class Work:
         # A replica of several must not part: all of it goes on, or none.
         return self._store is not None and self._is_lone and self._store.has(f"{self._name}/failed")
 
-    def tell(self, message: Any) -> None:
+    def send(self, message: Any) -> None:
         """Tells what came of a share, this replica's own processes too."""
         if not self._leads:
             return
         if self._store is not None:
             self._store.set(f"{self._name}/{self._own}/{self._n_own}", message)
         self._n_own += 1
-        self.n_told[self._own] += 1
+        self.n_sent[self._own] += 1
         self._inbox.append(message)
 
-    def heard(self) -> list[Any]:
-        """What has been told since the last call, without waiting."""
+    def received(self) -> list[Any]:
+        """What has been sent since the last call, without waiting."""
         if self._store is not None:
             self._store.check()
             for replica in self._others():
-                while self._store.has(key := f"{self._name}/{replica}/{self.n_told[replica]}"):
+                while self._store.has(key := f"{self._name}/{replica}/{self.n_sent[replica]}"):
                     self._inbox.append(self._store.get(key))
-                    self.n_told[replica] += 1
+                    self.n_sent[replica] += 1
         inbox, self._inbox = self._inbox, []
         return inbox
 
@@ -374,13 +374,13 @@ class Work:
 
     def rest(self) -> Iterator[Any]:
         """What is told until all are through; waits for it."""
-        yield from self.heard()
+        yield from self.received()
         if self._store is None:
             return
         found: dict[int, Any] = {}
         nap = Backoff()
         while len(found) < len(self._leaders):
-            messages = self.heard()
+            messages = self.received()
             yield from messages
             nap.over() if messages else nap.take()
             for replica, leader in enumerate(self._leaders):
@@ -390,7 +390,7 @@ class Work:
                 key = f"{self._name}/end/{replica}"
                 if self._store.has(key):
                     n, failure = cast(tuple[int, Any], self._store.get(key))
-                    if self.n_told[replica] == n:
+                    if self.n_sent[replica] == n:
                         found[replica] = failure
         self.failures = [found[i] for i in sorted(found) if found[i] is not None]
 

@@ -83,8 +83,8 @@ class AnswerWriter:
             for number in work.take(len(parts)):
                 part = parts[number]
                 own = [(rows[i], seeds[i]) for i in part]
-                work.tell((part, self._together(own, generation, ends or frozenset())))
-                take_in(work.heard())
+                work.send((part, self._together(own, generation, ends or frozenset())))
+                take_in(work.received())
         except (RuntimeError, ValueError, TypeError) as error:
             failure = error.with_traceback(None)
         work.end(failure)

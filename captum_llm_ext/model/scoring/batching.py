@@ -25,7 +25,7 @@ from captum_llm_ext.model.forward.schedule import Branch, plan, plan_forked, pla
 from captum_llm_ext.model.probe import Findings, Packing, ReadPacked
 from captum_llm_ext.model.probe.reuse import packing_of, why_not_read_on
 
-Reuse = Literal["auto", "off", "copy", "lend", "pack"]
+Reuse = Literal["auto", "off", "copy", "share", "pack"]
 
 _logger = logging.getLogger(__name__)
 # Rows read twice: once on their own, once from what they share or in a pack. So many at most.
@@ -92,7 +92,7 @@ class Batching:
             "reuses_beginnings": (
                 self._compared > 0 if self._compared or not self._reuse else None
             ),
-            "lends_beginnings": self._passes.shares_cache,
+            "shares_beginnings": self._passes.shares_cache,
             "packs_rows": True if self._has_packed else None,
         }
 

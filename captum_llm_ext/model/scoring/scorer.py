@@ -54,9 +54,9 @@ class Scorer:
         counted: What rows are called there.
         reuse: ``"auto"``: what rows begin with in common is computed once, where that pays and a
             first comparison on the model itself shows the same numbers. ``"off"``: never.
-            ``"copy"``, ``"lend"``, ``"pack"``: always by copies of the model's state; without them;
-            or by rows packed in one sequence, in which no id comes twice; the latter two where they
-            show the same numbers too. By default whichever costs less.
+            ``"copy"``, ``"share"``, ``"pack"``: always by copies of the model's state; without
+            them; or by rows packed in one sequence, in which no id comes twice; the latter two
+            where they show the same numbers too. By default whichever costs less.
         overhead: What a pass, or a row of a pack, costs beside its positions, in positions: what
             reuse must save to pay. By default estimated from the model's size and device.
         processes: Those that share the work; all give the same rows in the same order. By default
@@ -89,7 +89,7 @@ class Scorer:
         self.device = _compat.input_device(model)
         self.n_evaluations = 0
         self.n_row_positions = 0
-        sharing = reuse if reuse in ("copy", "lend") else "auto"
+        sharing = reuse if reuse in ("copy", "share") else "auto"
         self._passes = Passes(model, attr_target, self.device, sharing, around)
         self._answers = AnswerWriter(
             model,
@@ -322,7 +322,10 @@ class Scorer:
         if found is None:
             return {}
         seen = self._shown or found
-        return {"probe": seen.provenance() | self._batching.provenance(), "batching": found.manner}
+        return {
+            "probe": seen.provenance() | self._batching.provenance(),
+            "batching": found.batching,
+        }
 
     def _look(self, rows: Sequence[TokenRow], *, batches: bool = False) -> Findings:
         """What the model does on such rows; it is looked at where these are news.
@@ -446,8 +449,8 @@ class Scorer:
             for number in work.take(len(parts)):
                 for batch, values in self._passes.run(parts[number], rows, asked, state):
                     _check(values, [rows[i] for i in batch], asked)
-                    work.tell((self._processes.number, batch, values))
-                    self._take_in(work.heard(), keys, rows)
+                    work.send((self._processes.number, batch, values))
+                    self._take_in(work.received(), keys, rows)
         except RuntimeError as error:
             if not memory.is_out_of_memory(error):
                 raise

@@ -35,7 +35,8 @@ _PARTS = {
     "couples_rows": "sees other rows of a batch",
     "mixes_lengths": "changes with the length of a batch",
     "reuses_beginnings": "reuses beginnings",
-    "lends_beginnings": "lends beginnings",
+    "lends_beginnings": "shares beginnings",  # as files of before have it
+    "shares_beginnings": "shares beginnings",
     "packs_rows": "reads several rows as one",
 }
 _VALUES = {"log_prob": "log-probability", "prob": "probability", "True": "yes", "False": "no"}

@@ -27,7 +27,7 @@ _MOST_CELLS = 1_000_000  # of tokens times columns: errors of single tokens are 
 
 
 @dataclass(frozen=True)
-class InTheEnd:
+class WholeAnswerShares:
     """What the whole answer is owed to, through its own words.
 
     Attributes:
@@ -43,12 +43,12 @@ class InTheEnd:
     is_first: bool
 
     @property
-    def is_told(self) -> bool:
+    def is_listed(self) -> bool:
         """Whether a line tells of it: the answer follows from its own words."""
         return self.directly < 1 - OWN_WORDS
 
     @property
-    def told(self) -> list[Share]:
+    def listed(self) -> list[Share]:
         """Those that a line has: large enough, and told from nothing where errors are known."""
         return [
             share
@@ -66,7 +66,9 @@ class InTheEnd:
         }
 
 
-def in_the_end(result: "ResultNumbers", level: str | None = None) -> InTheEnd | None:
+def whole_answer_shares(
+    result: "ResultNumbers", level: str | None = None
+) -> WholeAnswerShares | None:
     """What the answer is owed to in the end; None where it has no chains.
 
     Args:
@@ -84,14 +86,14 @@ def in_the_end(result: "ResultNumbers", level: str | None = None) -> InTheEnd | 
         share if share.is_output else share._replace(name=names[share.column])
         for share in total.why(None, len(total.names) + len(total.output_names))
     ]
-    found = InTheEnd(total.level, shares, directly, is_first=False)
-    is_first = found.is_told and _is_certain(found) and not Reading(result).tells_the_first()
+    found = WholeAnswerShares(total.level, shares, directly, is_first=False)
+    is_first = found.is_listed and _is_certain(found) and not Reading(result).tells_the_first()
     return replace(found, is_first=is_first)
 
 
-def _is_certain(found: InTheEnd) -> bool:
+def _is_certain(found: WholeAnswerShares) -> bool:
     """Whether some part of the prompt is told from none, with an error that is known."""
-    return any(not share.is_output and share.standard_error >= 0 for share in found.told)
+    return any(not share.is_output and share.standard_error >= 0 for share in found.listed)
 
 
 def totals(result: "ResultNumbers", levels: Sequence[str]) -> dict[str, TotalAttribution]:
