@@ -31,6 +31,7 @@ from captum_llm_ext import (
     load_demo,
 )
 from captum_llm_ext.model import Likelihood
+from captum_llm_ext.model.masked import MaskedProposer
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.baselines.model.alternatives import Alternatives
@@ -512,6 +513,27 @@ def test_a_masked_model_proposes_by_both_sides(demo):
     # The text after it counts, too.
     other = words(text.replace("nurse", "lawyer"), demo[1], baselines).with_model(Likelihood(*demo))
     assert dict(other.matches()[number].candidates) != shares
+
+
+def test_a_masked_model_tells_how_likely_a_word_is_between_others():
+    model, tokenizer = masked()
+    beginning, words_between, rest = "Dave lives in", [" Austin", " is a"], ", TX and"
+    found = MaskedProposer(model, tokenizer).log_probs_between(
+        [beginning] * 2, words_between, [rest] * 2
+    )
+    for value, text in zip(found.tolist(), words_between, strict=True):
+        ids = tokenizer(beginning + text + rest)["input_ids"]
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        first = len(tokenizer(beginning, add_special_tokens=False)["input_ids"]) + 1
+        hidden = [*ids[:first], *[tokenizer.mask_token_id] * len(own), *ids[first + len(own) :]]
+        assert ids[first : first + len(own)] == own
+        with torch.no_grad():
+            logits = model(torch.tensor([hidden])).logits[0].double()
+        control = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        logits[:, [*control]] = -torch.inf
+        told = logits.log_softmax(-1)
+        expected = sum(float(told[first + i, token]) for i, token in enumerate(own))
+        assert value == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("positions", [512, 12])
