@@ -813,6 +813,21 @@ def test_values_that_last_digits_decide_have_a_floor(name, seed):
     assert bool(((apart.amax(0) - apart.amin(0)).amax(0) <= floor.clamp(min=1e-5)).all())
 
 
+@pytest.mark.parametrize("seed", [2, 15])
+@pytest.mark.parametrize("make", [lambda model: model, rounds_activations])
+def test_sixteen_bits_have_a_floor_where_batches_show_none(make, seed):
+    """With eight bits within, few values differ from batch to batch, but far."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.15}
+    model = make(tiny.llama(seed=seed, **sizes)).bfloat16()
+    rows, target = rows_of(seed=seed)
+    scorer = Scorer(model)
+    values = scorer.values(rows, target)
+    truth = step_by_step(lambda ids: model(ids).logits, rows, target)
+    apart = (values - truth).abs().amax(0)
+    assert float(apart.max()) > 0
+    assert bool((apart <= scorer.noise_floor(rows[0], target)).all())
+
+
 class RoundsWithin(nn.Module):
     """Sums what it has read, in eight bits."""
 

@@ -92,7 +92,9 @@ def log_probs_of(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def rounded_otherwise(model: nn.Module, *, singles: float = 0.0) -> Generator[None]:
+def rounded_otherwise(
+    model: nn.Module, *, singles: float = 0.0, share: float = 1.0
+) -> Generator[None]:
     """Layers that return numbers of sixteen bits round them otherwise within, at random.
 
     So a pass shows how far rounding moves what comes out, whatever shapes it is computed in:
@@ -103,6 +105,7 @@ def rounded_otherwise(model: nn.Module, *, singles: float = 0.0) -> Generator[No
         model: Its hooks are taken off again.
         singles: By how much of themselves numbers of 32 bits are moved as well: what is rounded to
             few bits after that falls to the other side where it was near. 0: they are not.
+        share: Of the numbers, chosen at random, that are moved at all.
     """
     moving = (*_HALF, torch.float32) if singles else _HALF
     generators: dict[torch.device, torch.Generator] = {}
@@ -115,7 +118,9 @@ def rounded_otherwise(model: nn.Module, *, singles: float = 0.0) -> Generator[No
             generator = generators[x.device] = torch.Generator(x.device).manual_seed(0)
         draws = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
         digits = torch.finfo(x.dtype).eps if x.dtype in _HALF else singles
-        return (x.float() * (1 + digits * (draws - 0.5))).to(x.dtype)
+        # Draws up to the share are chosen, and spread over it.
+        moves = (draws / share - 0.5).masked_fill_(draws >= share, 0.0)
+        return (x.float() * (1 + digits * moves)).to(x.dtype)
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         return (moved(output[0]), *output[1:]) if type(output) is tuple else moved(output)
