@@ -286,13 +286,14 @@ def test_brain_float_copies_are_made_once_and_the_model_is_left_as_found():
 
 @pytest.mark.parametrize("attr_target", ["prob", "contrast"])
 def test_other_values(attr_target):
-    model = tiny.llama()
+    # Probabilities that are not next to 0 but for a few coalitions, which errors could not tell.
+    model = tiny.llama(initializer_range=0.05)
     surrogate = perturbed(model, 0.1)
     arguments = {"attr_target": attr_target, "max_exact_features": 16}
     truth = attribute(ShapleyValues(model), None, **arguments)
     found = attribute(KernelShap(model), surrogate, n_samples=400, **arguments)
     errors = errors_of(found)
-    assert bool(((found.full_attr - truth.full_attr).abs() <= 5 * errors + 1e-5).all())
+    assert bool(((found.full_attr - truth.full_attr).abs() <= 5 * errors + 1e-6).all())
     torch.testing.assert_close(found.full_values, truth.full_values, atol=1e-5, rtol=0)
     if attr_target == "contrast":
         assert found.foil_values.shape == found.values.shape

@@ -47,7 +47,7 @@ class _Sample:
 
     Attributes:
         plan: All coalitions up to now.
-        values: By each of the scorers.
+        values: By each of the scorers, after the first `add`.
         foil_values: Of each scorer, numbers of the game's that belong to these.
         solution: What they say, after the first `add`.
     """
@@ -60,14 +60,18 @@ class _Sample:
         self._game, self.method, self._scorers = game, method, scorers
         self.plan = anchors
         self.foil_values: list[list[int]] = [[] for _ in scorers]
-        self.values = self._scored(anchors)
+        self.values: list[Tensor] = []
 
     def add(self, plans: Sequence[Plan]) -> None:
-        """Scores more of them, and solves all."""
+        """Scores more of them, the anchors with the first, and solves all."""
         more = join_plans(plans)
         self.plan = join_plans([self.plan, more])
-        found = self._scored(more)
-        self.values = [torch.cat(both) for both in zip(self.values, found, strict=True)]
+        # In one call: few rows take a pass through all weights as many do.
+        if self.values:
+            found = self._scored(more)
+            self.values = [torch.cat(both) for both in zip(self.values, found, strict=True)]
+        else:
+            self.values = self._scored(self.plan)
         self.solution = solved(self._game, self.method, self.plan, self._explained)
 
     def _scored(self, plan: Plan) -> list[Tensor]:
