@@ -86,12 +86,18 @@ class FeatureDerivatives:
             n_rows, len(self._members), self.n_owners, dtype=torch.float64, device="cpu"
         )
         features = self.owners[self.owners < self.n_owners].unique()
-        for some in features.split(max(1, self._most_tokens // (n_rows * length))):
-            at = self.owners == some[:, None]
-            moved = self._moved(points, factors, at).to(wide)
-            each = (moved * gradients.to(moved)).sum(-1)  # (n_features, n_rows, n_kept)
-            summed = [each[..., [order[i] for i in own]].sum(-1) for own in self._members]
-            found[..., some] = torch.stack(summed, 1).permute(2, 1, 0).double().cpu()
+        # All features of a point in one pass, which then needs to be run but once.
+        n_together = max(1, min(len(features), self._most_tokens // length))
+        most_rows = max(1, self._most_tokens // (n_together * length))
+        for start in range(0, n_rows, most_rows):
+            rows = slice(start, start + most_rows)
+            some_points, some_factors = ([one[rows] for one in of] for of in (points, factors))
+            for some in features.split(n_together):
+                at = self.owners == some[:, None]
+                moved = self._moved(some_points, some_factors, at).to(wide)
+                each = (moved * gradients[rows].to(moved)).sum(-1)  # (n_features, n_rows, n_kept)
+                summed = [each[..., [order[i] for i in own]].sum(-1) for own in self._members]
+                found[rows, :, some] = torch.stack(summed, 1).permute(2, 1, 0).double().cpu()
         return found
 
     def _gradients_at_head(self, points: list[Tensor]) -> Tensor:
