@@ -1,7 +1,7 @@
-"""The attribution classes, where the pillars meet: `text`, `coalitions`, `model`.
+"""The attribution classes, where the pillars `text`, `coalitions` and `model` meet.
 
-The subclasses of captum's attribution classes: `generation` (a model of this process), `gradient`,
-`remote` (an API), and `dataset` for many prompts. `model_access` is what all of them ask of a
-model, `target` what is explained, `game` the join: coalitions of features in, rendered as rows,
-scored, values of every target token out.
+The subclasses of captum's attribution classes are in `generation` (a local model), `gradient` and
+`remote` (an API); `dataset` attributes many prompts. `model_access` is what all classes need of a
+model, `target` determines what is explained, and `game` joins the pillars: coalitions of features
+are rendered as token rows and scored, which gives values of all target tokens.
 """

@@ -1,4 +1,4 @@
-"""`AnswerAccess`: the answer as one target token, for a method that compares whole texts."""
+"""`AnswerAccess`: treats the answer as one target token, for methods that compare whole texts."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,9 +20,9 @@ from captum_llm_ext.text.plain_tokenizer import OpenVocabulary
 
 
 class AnswerAccess(ModelAccess):
-    """Generates an answer to each coalition and scores it by its distance to the original one.
+    """Generates an answer for each coalition and scores it by its distance to the original answer.
 
-    The answer is one target token, of a vocabulary of whole texts. Its value is minus the distance:
+    The answer is one target token of a vocabulary of whole texts. Its value is minus the distance:
     0 for the answer to the whole prompt.
     """
 
@@ -31,10 +31,10 @@ class AnswerAccess(ModelAccess):
 
     @classmethod
     def of(cls, given: ModelAccess, generation: Generation) -> Self:
-        """The same attribution by answers.
+        """A copy of an attribution that compares generated answers.
 
         Args:
-            given: The attribution as the user made it, by `Smile`.
+            given: The user's attribution, whose method is `Smile`.
             generation: How answers are generated.
         """
         own = cls.__new__(cls)
@@ -88,17 +88,17 @@ class AnswerAccess(ModelAccess):
 
 
 class AnswerScorer:
-    """A `RowScorer` whose value is how near the answer to a row is to the original one.
+    """A `RowScorer` whose values are the negative distances of generated answers to the original.
 
     Args:
-        scorer: Writes answers.
-        generation: How.
-        tokenizer: The model's.
-        distance: Of two answers.
+        scorer: Generates answers.
+        generation: How answers are generated.
+        tokenizer: The model's tokenizer.
+        distance: The distance of two answers.
 
     Attributes:
         original: The answer that others are compared with.
-        seed: Of sampled answers.
+        seed: Seeds sampled answers.
     """
 
     attr_target: Any = "similarity"
@@ -120,33 +120,33 @@ class AnswerScorer:
         self.shows(False)
 
     def shows(self, show_progress: Shown) -> None:
-        """Whether `progress` draws a bar."""
+        """Whether `progress` shows a bar."""
         self._bar = ProgressBar("answers", "answer", is_shown=show_progress)
 
     @property
     def processes(self) -> Processes:
-        """Those that write together."""
+        """The processes that generate together."""
         return self._scorer.processes
 
     def text(self, ids: Tensor) -> str:
-        """An answer as it is compared: without special tokens."""
+        """The text of an answer as it is compared, without special tokens."""
         special = {*(getattr(self._tokenizer, "all_special_ids", None) or ())}
         return tokens.decode(self._tokenizer, [i for i in ids.tolist() if i not in special])
 
     def answer(self, row: TokenRow) -> str:
-        """What the model writes after a prompt."""
+        """The ids that the model generates after a prompt."""
         return self._written([row])[0]
 
     def values(
         self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
     ) -> Tensor:
-        """Distances less than 0, ``(n_rows, 1)``."""
+        """Negative distances to the original answer, ``(n_rows, 1)``."""
         del target, foils
         found = [[-float(self._distance(self.original, text))] for text in self._written(rows)]
         return torch.tensor(found, dtype=torch.float64, device="cpu")
 
     def _written(self, rows: Sequence[TokenRow]) -> list[str]:
-        """Answers to the rows, each distinct prompt once."""
+        """Answers to the rows; each distinct prompt is generated once."""
         keys = [(row.ids[: row.first + 1], row.key) for row in rows]
         new = {
             key: TokenRow(key[0], (), row.extras, row.key)
@@ -172,23 +172,23 @@ class AnswerScorer:
         self._scorer.check_length(length, what)
 
     def likeliest(self, rows: Sequence[TokenRow], n: int) -> NoReturn:
-        """Answers have no other tokens."""
+        """Not available: answers have no alternative tokens."""
         raise NotImplementedError
 
     def noise_floor(self, row: TokenRow, target: Tensor, foils: Tensor | None = None) -> None:
-        """None: answers are the same or they are not."""
+        """None: answers are either equal or not."""
 
     def tolerance(self, values: Tensor) -> Tensor:
-        """None at all."""
+        """Zero: values have no rounding error."""
         return torch.zeros_like(values)
 
     def progress(self) -> AbstractContextManager[None]:
-        """Draws one bar over all answers within."""
+        """Shows one progress bar over all answers generated within."""
         return self._bar.shown()
 
     @contextmanager
     def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
-        """Nothing is kept."""
+        """A context in which nothing is saved: answers have no checkpoints."""
         if open_journal is not None:
             raise ValueError("`checkpoint` would be ignored: answers are not kept by it.")
         yield

@@ -12,27 +12,28 @@ from captum_llm_ext.text.baselines.candidates import Match
 
 
 class CoalitionGame:
-    """What the model gives one target token, or a span of them, for coalitions of what precedes it.
+    """The values of coalitions for one target token or a span of them, as a function of masks.
 
-    shapiq's approximators take it as it is (``approximator.approximate(budget, game)``), and so
-    does whatever else wants a function of a boolean matrix. Players are the prompt's features and
-    the generated ones before the span. The span itself is always present, and so the value of
-    several tokens is that of the span as a whole: the sum of their values, or the product of
-    probabilities. A coalition is worth the same in every call: with random baselines the mean over
-    `n_draws` draws, which all coalitions share. Rows that were scored before are not scored again.
+    shapiq's approximators accept it directly (``approximator.approximate(budget, game)``), as does
+    any code that expects a function of a boolean matrix. Players are the prompt's features and the
+    generated ones before the span. The span itself is always present, so the value of several
+    tokens is that of the whole span: the sum of their values, or the product of their
+    probabilities. A coalition has the same value in every call: with random baselines, the mean
+    over `n_draws` draws shared by all coalitions. Rows that were scored before are not scored
+    again.
 
     Args:
-        game: What is played.
+        game: The game of an attribution.
         start, stop: The span of target tokens.
         n_draws: Draws of a random baseline.
-        normalize: Whether the empty coalition is subtracted, so that it is worth 0.
+        normalize: Whether the empty coalition's value is subtracted, so that it becomes 0.
 
     Attributes:
         n_players: Number of players.
-        n_draws: Draws that a value averages; 1 where nothing is drawn.
-        deterministic: Whether nothing is drawn.
-        player_names: One name each.
-        empty_coalition_value, grand_coalition_value: Before anything is subtracted.
+        n_draws: Draws that each value averages; 1 if baselines are not random.
+        deterministic: Whether baselines are not random.
+        player_names: One name per player.
+        empty_coalition_value, grand_coalition_value: Values before normalisation.
         normalization_value: What is subtracted.
     """
 
@@ -55,35 +56,35 @@ class CoalitionGame:
 
     @property
     def matches(self) -> list[Match] | None:
-        """How replacements for the prompt's features were found; None for fixed baselines."""
+        """How replacements of the prompt's features were found; None for fixed baselines."""
         return self._game.run.prompt.matches()
 
     def __call__(self, coalitions: Any) -> Any:
         """The values of coalitions.
 
         Args:
-            coalitions: Of booleans, shape ``(n_coalitions, n_players)`` or ``(n_players,)``, True
-                = present.
+            coalitions: Booleans, True = present, shape ``(n_coalitions, n_players)`` or
+                ``(n_players,)``.
 
         Returns:
             A numpy array of float64, shape ``(n_coalitions,)``.
 
         Raises:
-            ValueError: If there is another number of players.
+            ValueError: If the number of players differs.
         """
         return self.draw_values(coalitions).mean(0)
 
     def draw_values(self, coalitions: Any) -> Any:
-        """The values of coalitions under each draw: what a call averages.
+        """The values of coalitions under each draw, which a call averages.
 
         Args:
-            coalitions: As of a call.
+            coalitions: As for a call.
 
         Returns:
             A numpy array of float64, shape ``(n_draws, n_coalitions)``.
 
         Raises:
-            ValueError: If there is another number of players.
+            ValueError: If the number of players differs.
         """
         masks = torch.from_numpy(np.atleast_2d(np.array(coalitions, dtype=bool)))
         if masks.dim() != 2 or masks.shape[1] != self.n_players:

@@ -1,7 +1,7 @@
-"""What would have changed the answer: the fewest features whose replacement makes a token another.
+"""Counterfactuals: the fewest features whose replacement changes a target token into another.
 
-Features are replaced by what the input's own baselines put in their place. Sets are tried by size,
-the most promising first; one row for each set and draw serves all target tokens.
+Features are replaced by the draws of the input's baselines. Sets are tried by size, the most
+promising first; one row per set and draw serves all target tokens.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -23,27 +23,28 @@ from captum_llm_ext.model.plain_forward import plain_log_probs
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
 
-# Rows of a search by default. A choice: 60 features take 60 rows a draw, their 1,770 pairs as many;
-# of 34,220 triples the most promising come. (21 rows on the grammar's documents of 21 features,
-# `benchmarks/results/counterfactuals.json`.) The search tells how many of each size it has tried.
+# Default number of rows of a search. Chosen, not measured: 60 features take 60 rows per draw and
+# their 1,770 pairs as many; of the 34,220 triples the most promising are tried. (The documents with
+# 21 features in `benchmarks/results/counterfactuals.json` took 21 rows.) `summary` reports how many
+# sets of each size were tried.
 BUDGET = 2000
-# Rows between two looks at what was found, so that what is found first is told first. Fewer are
-# smaller batches, more a longer wait for the first.
+# Rows scored between two reports, so that the first counterfactual is reported early. Chosen, not
+# measured: fewer give smaller batches, more delay the first report.
 _ROWS_AT_ONCE = 32
-# Sets of one size that are put in order at most: some seconds of Python. Beyond it only the
-# features that alone came nearest to a flip are combined.
+# Sets of one size that are ranked at most: a few seconds of Python (chosen, not measured). Beyond
+# it, only the features that came nearest to a flip by themselves are combined.
 _MOST_COMBINATIONS = 200_000
 
 
 class Flip(NamedTuple):
-    """What became of a target token where some features were replaced.
+    """What happened to a target token when some features were replaced.
 
     Attributes:
-        position: Of the target token.
+        position: Position of the target token.
         token: Its text.
-        new_token: Text of the likeliest token there now.
-        log_prob: Of the target token with everything present, in nats.
-        new_log_prob: Of the target token now.
+        new_token: Text of the likeliest token at this position after the replacement.
+        log_prob: Log-probability of the target token with everything present, in nats.
+        new_log_prob: Log-probability of the target token after the replacement, in nats.
     """
 
     position: int
@@ -59,23 +60,24 @@ Features = frozenset[int]
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """A replacement of few features that makes a target token another.
+    """A replacement of few features that changes a target token into another.
 
     Attributes:
         token: Position of the target token.
         name: Its text.
-        features: The features that are replaced, by their numbers.
+        features: Indices of the replaced features.
         names: Their names.
-        replacements: What stood and what stands in its place, in reading order.
-        new_token: The likeliest token there now.
-        values: Log-probability of the target token with everything present, of it now, and of
-            `new_token` now, in nats, by a forward pass of its own.
-        prompt_text: The prompt as changed.
-        answer: What the model writes after it.
-        old_answer: The target.
-        share_of_draws: Of the draws of replacements, how many change the token.
+        replacements: (original, replacement) texts in reading order.
+        new_token: The likeliest token at this position after the replacement.
+        values: Log-probabilities in nats, from a separate forward pass: of the target token with
+            everything present, of the target token after the replacement, and of `new_token` after
+            it.
+        prompt_text: The changed prompt.
+        answer: What the model generates after the changed prompt.
+        old_answer: The explained answer.
+        share_of_draws: Share of the baseline draws that change the token.
         proven_minimal: Whether every proper subset was tried, with all draws, and changed nothing.
-        n_evaluations: Distinct rows scored up to now.
+        n_evaluations: Distinct rows scored so far.
     """
 
     token: int
@@ -93,12 +95,12 @@ class Counterfactual:
     n_evaluations: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields, as JSON has them."""
+        """The fields as a dictionary that JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Counterfactual":
-        """What `to_dict` gave, or JSON made of it."""
+        """Restores a counterfactual from the dictionary of `to_dict`, also after JSON."""
         held = dict(data)
         for name in ("features", "names", "values"):
             held[name] = tuple(held[name])
@@ -118,19 +120,20 @@ class Counterfactual:
 
 
 class CounterfactualSearch(Iterator[Counterfactual]):
-    """Counterfactuals as they are found, the smallest sets of features first.
+    """An iterator over counterfactuals as they are found, the smallest sets of features first.
 
-    Anytime: what was found stands, whenever iteration stops. `summary` says what was and what was
-    not looked at, which makes "none" an answer.
+    Iteration may stop at any time: what was found remains valid. `summary` says which sets were
+    tried and which were not, so that finding none is informative.
 
     Attributes:
-        n_features: Features of the prompt.
-        n_draws: Draws of replacements that each set was tried with.
-        n_found: Counterfactuals up to now.
-        n_unconfirmed: Those that a forward pass of its own did not confirm, and that are not told.
-        tried: Per size how many sets were tried, and of how many.
-        already_other: Target tokens that are not the likeliest as it is, so that none can become
-            another (``flips="argmax"``).
+        n_features: Number of prompt features.
+        n_draws: Baseline draws per set.
+        n_found: Counterfactuals found so far.
+        n_unconfirmed: Candidates that a separate forward pass did not confirm; they are not
+            reported.
+        tried: Per size, the number of sets tried and the number that exist.
+        already_other: Target tokens that are not the likeliest even with everything present, so
+            that they cannot flip (``flips="argmax"``).
     """
 
     def __init__(self, search: "_Search") -> None:
@@ -150,12 +153,12 @@ class CounterfactualSearch(Iterator[Counterfactual]):
 
     @property
     def n_evaluations(self) -> int:
-        """Distinct rows scored up to now."""
+        """Distinct rows scored so far."""
         return self._search.n_evaluations
 
     @property
     def proven_up_to(self) -> int:
-        """All sets of so many features were tried: what was not found is not there."""
+        """The largest size up to which all sets were tried, so that the search is exhaustive."""
         size = 0
         while size + 1 in self.tried and self.tried[size + 1][0] == self.tried[size + 1][1]:
             size += 1
@@ -163,7 +166,7 @@ class CounterfactualSearch(Iterator[Counterfactual]):
 
     @property
     def summary(self) -> str:
-        """What was looked at, in a line."""
+        """One line on which sets were tried."""
         draws = f"these {self.n_draws} draws" if self.n_draws > 1 else "one draw"
         found = f"{self.n_found} found" if self.n_found else "none"
         rest = [
@@ -182,11 +185,11 @@ class CounterfactualSearch(Iterator[Counterfactual]):
 
 @dataclass(frozen=True)
 class _Tried:
-    """What became of the target tokens under each draw of one set of features.
+    """Outcomes for the target tokens under each draw of one set of features.
 
     Attributes:
         flipped: bool, ``(n_draws, n_target)``.
-        margins: ``(n_draws, n_target)``: the lower, the nearer to being flipped.
+        margins: ``(n_draws, n_target)``, the lower, the nearer to a flip.
     """
 
     flipped: Tensor
@@ -198,17 +201,17 @@ class _Search:
 
     Args:
         model: The model.
-        run: The prompt and what it is rendered with.
+        run: The prompt, tokenizer and scorer.
         generated: The target, held fixed.
-        generation: How an answer is written anew.
-        flips: What counts as changed.
-        positions: The target tokens that are asked about.
+        generation: How answers are regenerated.
+        flips: What counts as a change.
+        positions: Positions of the target tokens to flip.
         max_size: Features of the largest sets.
-        n_draws: Draws of replacements.
-        budget: At most so many rows.
-        order: Numbers per feature: the larger, the sooner it is tried.
-        max_rows: Rows of a batch.
-        processes: Those that share the work.
+        n_draws: Baseline draws per set.
+        budget: Maximum number of rows scored.
+        order: One priority per feature: larger ones are tried first.
+        max_rows: Maximum number of rows per batch.
+        processes: The processes that share the work.
     """
 
     def __init__(
@@ -252,7 +255,7 @@ class _Search:
         return sum(scorer.n_evaluations for scorer in self._scorers.values())
 
     def run(self, told: CounterfactualSearch) -> Generator[Counterfactual]:
-        """Tries sets of features, from small to large."""
+        """Tries sets of features in order of size and yields the counterfactuals found."""
         open_tokens = [t for t in self._positions if not bool(self._full.flipped[0, t])]
         told.already_other = [t for t in self._positions if t not in open_tokens]
         promising = self.processes.decide(self._order)
@@ -280,9 +283,10 @@ class _Search:
     def _candidates(
         self, size: int, ranked: Sequence[int], minimal: Mapping[int, Sequence[Features]]
     ) -> tuple[int, list[Features]]:
-        """How many sets of a size are worth trying, and those that will be, the best first.
+        """The number of sets of a size worth trying, and those to be tried, the most promising
+        first.
 
-        A set that holds one that does it is not minimal: it is skipped where that is so of all
+        A superset of a set that flips a token is not minimal: it is skipped if this holds for all
         tokens.
         """
         if size == 1:
@@ -293,7 +297,7 @@ class _Search:
         usable.sort(key=lambda feature: -float(gains[feature].max()))
         room = max((self._budget - self.n_evaluations) // self.n_draws, 1)
         most = len(usable)
-        # Some more than there is room for: not all of them are open, or rows of their own.
+        # More than fit the budget: some turn out not to be minimal or to repeat a row.
         while most > size and comb(most, size) > min(4 * room, _MOST_COMBINATIONS):
             most -= 1
         sets = [frozenset(own) for own in combinations(usable[:most], size)]
@@ -303,9 +307,9 @@ class _Search:
         return every, sorted(wanted, key=lambda features: -score[features])
 
     def _gains(self, positions: Sequence[int]) -> Tensor:
-        """How far each feature alone takes each token toward its flip, ``(n_features, n_open)``.
+        """How far each feature alone moves each token toward its flip, ``(n_features, n_open)``.
 
-        As a share of the way, of the draw that takes it farthest.
+        As a share of the margin, for the draw that moves it most.
         """
         full = self._full.margins[0]
         lowest = [self._tried[frozenset({f})].margins.amin(0) for f in range(self.n_features)]
@@ -341,7 +345,7 @@ class _Search:
         return self._tried[frozenset()]
 
     def _try(self, sets: Sequence[Features]) -> None:
-        """Scores sets under every draw."""
+        """Scores sets of features under every draw."""
         new = [s for s in dict.fromkeys(sets) if s not in self._tried]
         if not new:
             return
@@ -380,7 +384,7 @@ class _Search:
     def _confirmed(
         self, features: Features, t: int, draws: Sequence[int], proven: bool
     ) -> Counterfactual | None:
-        """The counterfactual, if a plain forward pass says the same of one of the draws."""
+        """The counterfactual, if a separate forward pass confirms the flip for one of the draws."""
         own = int(self._target[t])
         before = float(self._plain(self._row(frozenset(), 0), t)[own])
         for draw in draws:
@@ -431,7 +435,7 @@ class _Search:
         )
 
     def _words(self, ids: Sequence[int]) -> list[str]:
-        """The words of a text, without special tokens."""
+        """The words of an answer, without special tokens."""
         special = {*(getattr(self._run.tokenizer, "all_special_ids", None) or ())}
         return tokens.decode(self._run.tokenizer, [i for i in ids if i not in special]).split()
 
@@ -467,7 +471,7 @@ def counterfactuals(model: nn.Module, *given: Any, **options: Any) -> Counterfac
 
 
 def _margin(logits: Tensor, target: Tensor) -> Tensor:
-    """How far the target token is ahead of all others; negative where another is likelier."""
+    """Log-probability of the target token minus that of the likeliest other token."""
     chosen = target.expand(len(logits), -1)[..., None]
     own = logits.gather(2, chosen)[..., 0]
     others = logits.scatter(2, chosen, -torch.inf).amax(2)
@@ -489,7 +493,7 @@ def _chunks(sets: Sequence[Features], size: int) -> Iterator[list[Features]]:
 
 
 def _is_open(features: Features, known: Sequence[Sequence[Features]]) -> bool:
-    """Whether there is a token that no subset is known to change; `known` has those of each."""
+    """Whether some token is not flipped by any subset; `known` lists known subsets per token."""
     return any(not any(found <= features for found in own) for own in known)
 
 
@@ -500,7 +504,7 @@ def _proper_subsets(features: Features) -> list[Features]:
 
 
 def _changes(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Words that differ, as they stood and as they stand."""
+    """Words that differ: (original, replacement) pairs."""
     for kind, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         if kind != "equal":
             yield " ".join(before[a:b]), " ".join(after[c:d])

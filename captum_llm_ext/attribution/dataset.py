@@ -36,11 +36,11 @@ _SETTINGS_FILE = "run.json"
 _GENERATION = "generation"
 _FORMAT = 3  # of `run.json`
 _TOKENIZER_SAMPLE = "The 27 quick-brown foxes' naïve Straße: 中文, русский!\n\t{'x': [0.5]}"
-# They change how fast an answer comes, not what it is.
+# These change the speed of an answer, not its values.
 _SPEED_OPTIONS = ("show_progress", "perturbations_per_eval", "internal_batch_size")
 _MAX_FAILURES = 100
-# Processes report every so many seconds, and at most so often in a run, for what they report is
-# kept until it ends.
+# Seconds between two reports of a process, and the maximum number of reports per run, since they
+# are kept until the run ends. Chosen, not measured.
 _REPORT_SECONDS, _MAX_REPORTS = 0.5, 1000
 OnAllProcesses = Callable[[Callable[[], Any]], Any]
 
@@ -50,10 +50,10 @@ class DatasetReport:
     """Numbers of records written, skipped and failed, over all processes.
 
     Attributes:
-        n_written: Results written now.
-        n_skipped: Records whose result was there already.
+        n_written: Results written by this call.
+        n_skipped: Records whose result existed already.
         n_failed: Records that failed; each has an ``.error.json`` beside the results.
-        failures: (number of the record from 0, error) of the first hundred.
+        failures: (record number from 0, error) of the first hundred failures.
     """
 
     n_written: int = 0
@@ -93,45 +93,45 @@ def attribute_dataset(
     show_progress: Shown = False,
     **options: Any,
 ) -> DatasetReport:
-    """Attributes many prompts, each to a file of its own.
+    """Attributes many prompts and writes one result file per record.
 
-    Called again with the same arguments, it goes on: a record whose file is there is skipped, one
-    that failed is tried again. Files appear whole or not at all, whenever the process is killed.
-    What is there is never overwritten: another model, other arguments or another corpus in the same
-    folder are an error, and so, for that record, is another one under a number that has a result.
-    A model is another one if its weights are, its buffers, its active adapters, or, where targets
-    are generated, what it generates with; and if the whole text of the first result that is there,
-    scored anew, has other values (hooks, a forward of its own).
+    A second call with the same arguments resumes: records with a result file are skipped, failed
+    ones are tried again. Files are written atomically. Existing results are never overwritten:
+    another model, other arguments or another corpus in the same folder raise an error, and so does,
+    for its record, another record under a number that has a result. A model counts as another one
+    if its weights, buffers, active adapters or (for generated targets) generation settings differ,
+    or if rescoring the whole text of the first stored result gives other values (hooks, a custom
+    forward).
 
     Args:
         records: Prompts, or mappings with ``"prompt"`` (a text) or ``"messages"`` (a chat, with
-            ``"tools"`` where there are some), and as wanted ``"target"`` (text or token ids) and
-            ``"id"``; other keys are left alone. Or a file with one such JSON object, or one JSON
-            string, a line. Records are read one at a time.
-        attribution: What attributes them: a `GenerationAttribution` (also one over an API) or a
-            `GenerationGradientAttribution`. With an ``accelerator`` (in a script that
-            ``torchrun`` started, the same on every process), each process takes the next record
-            as it becomes free. Where several processes hold the model together (tensor parallel),
-            they take records together, and copies of such a model each on their own.
-        out: Folder for the results, made where it is missing. A file's name is the record's number,
-            counted from 0 (``000000.safetensors``); `GenerationAttributionResult.load` reads it,
-            and ``provenance["record"]`` tells the number and the id.
-        unit, baselines: As of `TextSegmentInput` and `ChatInput`, with their defaults: words of a
-            prompt, and of a chat of one message, turns of other chats; and what the model itself
-            would have written (with gradients, attention or an API deletion).
-        roles: As of `ChatInput`.
-        accelerator: For an attribution that was made without, as those by gradients are.
-        show_progress: Whether one bar over the records is shown, by the main process; or a
-            `Listener` to that.
+            ``"tools"`` where there are some), and optionally ``"target"`` (text or token ids) and
+            ``"id"``; other keys are ignored. Or a file with one such JSON object, or one JSON
+            string, per line. Records are read lazily.
+        attribution: A `GenerationAttribution` (also one over an API) or a
+            `GenerationGradientAttribution`. With an ``accelerator`` (in a script started by
+            ``torchrun``, the same on every process), each process takes the next record when it is
+            free. Processes that hold a tensor-parallel model together share each record; replicas
+            of such a model take separate records.
+        out: Folder for the results, created if missing. Files are named by the record's number from
+            0 (``000000.safetensors``); `GenerationAttributionResult.load` reads them, and
+            ``provenance["record"]`` holds the number and the id.
+        unit, baselines: As for `TextSegmentInput` and `ChatInput`, with their defaults: words of a
+            prompt or of a chat with one message, turns of longer chats; and `ModelBaselines`
+            (deletion for gradients, attention and APIs).
+        roles: As for `ChatInput`.
+        accelerator: For an attribution constructed without one, such as by gradients.
+        show_progress: Whether the main process shows one bar over the records; or a `Listener` of
+            that progress.
         **options: Arguments of the attribution's ``attribute``, the same for each record.
 
     Returns:
-        The same report on every process.
+        The report, equal on every process.
 
     Raises:
-        ValueError: If `out` holds results of other settings, an option belongs to the records, the
-            accelerator is not the attribution's, or processes differ in what they were given.
-        TypeError: If there is no such option.
+        ValueError: If `out` holds results of other settings, an option belongs into the records,
+            the accelerator is not the attribution's, or processes were given different arguments.
+        TypeError: If an option is unknown.
         OSError: If the folder or the file of records cannot be used.
 
     Warns:
@@ -142,7 +142,7 @@ def attribute_dataset(
     units = {"unit": unit, "roles": list(roles), "baselines": baselines}
     processes = _processes(attribution, accelerator)
     own = processes.replica()
-    # Batches are cut as for one process: a record's values do not depend on how many there are.
+    # Batches are formed as for one process, so values do not depend on the number of processes.
     attribution = attribution.on(own)
     attributor = _RecordAttributor(attribution, unit, tuple(roles), baselines, options)
     with processes.session("attribute_dataset"):
@@ -156,7 +156,7 @@ def attribute_dataset(
                 f"this process has other settings than the main one ({differ}): give every process "
                 "the same model, baselines and arguments."
             )
-        folder.mkdir(parents=True, exist_ok=True)  # where machines share no disk
+        folder.mkdir(parents=True, exist_ok=True)  # where machines share no file system
         return _attribute_records(records, attributor, folder, processes, show_progress)
 
 
@@ -224,7 +224,7 @@ def _attribute_records(
 
 
 class _RecordAttributor:
-    """Attributes one record after the other."""
+    """Attributes one record after another."""
 
     def __init__(
         self,
@@ -241,22 +241,22 @@ class _RecordAttributor:
     def __call__(self, record: Mapping[str, Any]) -> Any:
         target = record.get("target")
         options = dict(self._options)
-        if target is not None:  # nothing is generated then
+        if target is not None:  # no generation then
             options.pop("gen_args", None)
         return self._attribution.attribute(self._input(record), target, **options)
 
     def check(self, record: Mapping[str, Any], path: Path, agree: OnAllProcesses) -> None:
-        """Compares the first stored result with the model as it is now.
+        """Compares the first stored result with what the model computes now.
 
-        What no digest of the model shows is noticed by this: hooks, a forward of the user's own.
+        This finds changes that no digest of the model shows, such as hooks or a custom forward.
 
         Args:
-            record: The result's.
-            path: Its file.
-            agree: Has one of those that hold a model together read it.
+            record: The record of the result.
+            path: The result's file.
+            agree: Makes one of the processes that hold a model together read the file for all.
 
         Raises:
-            ValueError: If another model gave it.
+            ValueError: If the result is of another model.
         """
         if self._has_checked:
             return
@@ -270,7 +270,9 @@ class _RecordAttributor:
 
     @property
     def has_lost_processes(self) -> bool:
-        """Whether processes that hold the model are gone: no further record can be attributed."""
+        """Whether processes that hold the model have died, so that no further record can be
+        attributed.
+        """
         return self._attribution.processes.have_parted
 
     def _input(self, record: Mapping[str, Any]) -> TextSegmentInput:
@@ -300,7 +302,7 @@ def _attribute_record(
 ) -> DatasetReport:
     """Writes the result of a record, or its error.
 
-    Of the processes that hold a model together all come here, and one looks and writes.
+    All processes that hold a model together call this; one of them reads and writes files.
     """
     path, failed = folder / f"{number:06d}.safetensors", folder / f"{number:06d}.error.json"
 
@@ -312,7 +314,7 @@ def _attribute_record(
         return DatasetReport(n_failed=1, failures=((number, message),))
 
     def known() -> DatasetReport | None:
-        """The report of a record that needs no model; None if it has to be attributed."""
+        """The outcome for a record that needs no model; None if it has to be attributed."""
         try:
             if isinstance(entry, Exception):
                 raise entry
@@ -320,7 +322,7 @@ def _attribute_record(
             if not path.exists():
                 return None
             _check_same_record(path, record)
-        except Exception as error:  # whatever is wrong with one record: the others do not suffer
+        except Exception as error:  # an error in one record does not stop the others
             return fails(error)
         failed.unlink(missing_ok=True)
         return DatasetReport(n_skipped=1)
@@ -337,19 +339,19 @@ def _attribute_record(
     except Exception as error:
         if (
             attributor.has_lost_processes
-        ):  # some of those that hold the model are still in the middle of a pass
+        ):  # some processes that hold the model are still within a forward pass
             raise
         return fails(error)
     if leads:
         result.provenance["record"] = {"number": number, "id": record.get("id")}
         result.provenance["record_digests"] = _digests(record)
-        result.save(path)  # a full disk is no record's fault: its error ends the run
+        result.save(path)  # a full disk is not the record's fault: its error ends the run
         failed.unlink(missing_ok=True)
     return DatasetReport(n_written=1)
 
 
 def _digests(record: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of a record's values, by key, that tell it from others."""
+    """Digests of a record's values by key, which identify it."""
     given = {key: record[key] for key in _KEYS if record.get(key) is not None}
     if "target" in given:
         given["target"] = plain_target(given["target"])
@@ -357,7 +359,7 @@ def _digests(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_same_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Raises if the file holds the result of another record."""
+    """Raises if the file holds the result of a different record."""
     there = read_provenance(path)
     then, now = there.get("record_digests") or {}, _digests(record)
     differ = [key for key in _KEYS if then.get(key) != now.get(key)]
@@ -407,7 +409,7 @@ def _check_record(entry: Record) -> Mapping[str, Any]:
 def _read_records(
     records: Iterable[Record] | str | os.PathLike[str],
 ) -> Iterator[Record | Exception]:
-    """The records; an exception in place of a line that is no record."""
+    """Reads the records; an invalid line yields an exception in its place."""
     if not isinstance(records, str | os.PathLike):
         yield from records
         return
@@ -450,7 +452,7 @@ def _prepare_folder(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, A
     differ = differences(then, settings)
     generates = {_GENERATION: settings[_GENERATION]}
     if differ and not differences(then | generates, settings) and not _any_is_generated(folder):
-        # What the model generates with says nothing of targets that were given.
+        # Generation settings do not matter to given targets.
         _write(path, settings)
     elif differ:
         raise ValueError(
@@ -481,11 +483,11 @@ def _settings(attribution: Attribution, given: Mapping[str, Any]) -> dict[str, A
         _GENERATION: _generation(attribution, given.get("gen_args")),
         **kept,
     }
-    return json.loads(json.dumps(found))  # as it is read again: lists for tuples
+    return json.loads(json.dumps(found))  # as read back from JSON: lists instead of tuples
 
 
 def _generation(attribution: Attribution, gen_args: Any) -> dict[str, str] | None:
-    """Settings of generation; None for a model that cannot, where each record has a target."""
+    """Generation settings; None for a model that cannot generate: its records have targets."""
     try:
         return dict(attribution.generation(gen_args).settings)
     except ValueError:

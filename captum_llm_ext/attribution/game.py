@@ -1,4 +1,4 @@
-"""One attribution as a game: coalitions of features in, values of the target tokens out."""
+"""An attribution as a cooperative game: coalitions of features in, values of target tokens out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,20 +23,20 @@ Inspect = Callable[[str, str, list[float]], None]
 
 
 class Run:
-    """What stays the same during one call of ``attribute``.
+    """What stays fixed during one call of ``attribute``.
 
     Args:
         method: The attribution method.
         tokenizer: The model's tokenizer.
         prompt: The prompt.
-        scorer: Where values come from.
-        model: The model as baselines ask it.
+        scorer: Computes values.
+        model: The model as baselines use it.
         seed: Seeds every random choice.
-        callback: Captum's hook.
-        surrogate: Gives values like those of `scorer` for less.
+        callback: Captum's ``_inspect_forward``.
+        surrogate: Approximates the values of `scorer` at lower cost.
 
     Attributes:
-        work_of_model: Of `scorer` for a row, over the surrogate's.
+        work_of_model: Cost of a row for `scorer`, relative to the surrogate.
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class Run:
 
     @property
     def prompt(self) -> Prompt:
-        """The prompt, whose baselines know the model, and the answer once it is there."""
+        """The prompt, whose baselines know the model and, once it exists, the answer."""
         return self.context.prompt
 
 
 class Game:
     """Coalitions of prompt and generated features in, values of the target tokens out.
 
-    A generated feature with no token after it can cause nothing: it is no player.
+    A generated feature that precedes no target token can cause nothing: it is not a player.
 
     Args:
-        run: The call this belongs to.
+        run: The settings of the call.
         generated: The target.
-        foils: What its tokens are held against, if that is what a value is.
-        is_joint: Whether the one value of a coalition is the product over the target tokens.
+        foils: The alternatives of a contrast; None otherwise.
+        is_joint: Whether a coalition has a single value, the product over the target tokens.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Game:
         self.n_features = n_prompt + n_generated
         self.deterministic = run.prompt.deterministic and generated.deterministic
         n_visible = [n_prompt] if is_joint else [n + n_prompt for n in generated.n_visible]
-        # What is no player is always present and need not be required.
+        # Features that are not players are always present and need not be required.
         required = [
             -1 if g is None or g >= n_generated else g + n_prompt for g in generated.required
         ]
@@ -104,25 +104,25 @@ class Game:
 
     @property
     def names(self) -> list[str]:
-        """One per column; prompt features that span several columns of results by all of them."""
+        """One name per column; a feature that spans several result columns has all their names."""
         names = self.run.prompt.feature_names(" …")
         return [*names, *self.generated.names][: self.n_features]
 
     def joint(self) -> "Game":
-        """The game of the target's joint probability, the output held fixed, as in captum."""
+        """The game of the target's joint probability with the output held fixed, as in captum."""
         fixed = self.run.context.generated(self.target, None, None)
         return Game(self.run, fixed, is_joint=True)
 
     @property
     def held(self) -> list[int]:
-        """Columns that some target requires."""
+        """Columns that some target token requires."""
         return sorted(set(self.scope.required.tolist()) - {-1})
 
     @cached_property
     def solved_scope(self) -> Scope:
-        """The scope, with the columns that replacements leave as they are.
+        """The scope, with the columns that replacements leave unchanged.
 
-        Asks baselines what they have for every slot: what scoring coalitions has asked already.
+        Calls the baselines for every slot, as scoring has already done.
         """
         n_prompt = self.run.prompt.n_features
         n_seen = self.n_features - n_prompt
@@ -131,7 +131,7 @@ class Game:
         mask[0, [n_prompt + g for g in self.generated.unchanging(n_seen)]] = False
         if bool(mask.all()):
             return self.scope
-        # A text that is put in place of itself may be tokenised otherwise.
+        # A text replaced by itself may be tokenised differently.
         generator = torch.Generator().manual_seed(0)
         (row,) = render_text(self.run.prompt, self.generated, mask, generator)
         if row.ids != self.full_row.ids:
@@ -143,15 +143,15 @@ class Game:
     def foil_values(self) -> Tensor | None:
         """Log-probabilities of all foils of each target token, ``(n_coalitions, n_target)``.
 
-        Of all coalitions that were scored, in the order in which they were asked for.
+        For all coalitions scored so far, in order of scoring.
         """
         return None if self.foils is None else torch.cat(self._foil_values)
 
     def tree(self, hierarchy: Sequence[Any] | None) -> Tree:
-        """The nesting of all columns: the user's, or that of the prompt's levels.
+        """The hierarchy of all columns: the user's, or that of the prompt's levels.
 
         Raises:
-            ValueError: If it does not hold every feature once.
+            ValueError: If it does not contain every feature exactly once.
         """
         levels = [level.part_of for level in self.run.prompt.levels]
         return nesting(
@@ -163,18 +163,18 @@ class Game:
         )
 
     def values(self, plan: Plan, seed: int | None = None) -> Tensor:
-        """Values ``(n_coalitions, n_target)``, NaN where a coalition gives a token none.
+        """Values ``(n_coalitions, n_target)``, NaN where a coalition lacks what a token requires.
 
         Args:
-            plan: The coalitions.
-            seed: Draws of equal number are equal in all calls with the same seed.
+            plan: The coalitions and their draws.
+            seed: Equal draw numbers give equal draws in all calls with the same seed.
         """
         return self.scored(plan, [self.run.scorer], seed)[0]
 
     def scored(
         self, plan: Plan, scorers: Sequence[RowScorer], seed: int | None = None
     ) -> list[Tensor]:
-        """As `values`, by several scorers, which are given the same rows."""
+        """Like `values`, by several scorers that are given the same rows."""
         run = self.run
         generator = run.generator if seed is None else torch.Generator().manual_seed(seed)
         texts = render_text(run.prompt, self.generated, plan.masks, generator, plan.draws)
@@ -198,20 +198,20 @@ class Game:
 
     @property
     def n_foil_values(self) -> int:
-        """How often values of foils were noted: once for each scorer that was asked."""
+        """Number of batches of foil values recorded: one for each scorer called."""
         return len(self._foil_values)
 
     def reorder_foil_values(self, order: Sequence[int]) -> None:
-        """Puts what was noted of foils in another order."""
+        """Reorders the recorded foil values."""
         self._foil_values = [self._foil_values[i] for i in order] if self.foils else []
 
     @property
     def full_row(self) -> TokenRow:
-        """What the model reads where everything is present."""
+        """The row with every feature present."""
         return whole_row(self.run.full, self.generated)
 
     def masks_of_all_features(self, plan: Plan) -> Tensor:
-        """The plan's masks, with a column for the last generated feature, which is no player."""
+        """The plan's masks, with a column for the last generated feature, which is not a player."""
         n_missing = self.run.prompt.n_features + self.generated.n_features - plan.n_features
         return torch.nn.functional.pad(plan.masks, (0, n_missing), value=True)
 
@@ -222,7 +222,7 @@ class Game:
         rows: Sequence[TokenRow],
         values: Tensor,
     ) -> None:
-        """Tells every distinct row to captum's hook."""
+        """Passes every distinct row to captum's hook."""
         response = tokens.decode(self.run.tokenizer, self.generated.ids)
         is_log = self.run.scorer.attr_target == "log_prob"
         for prompt, row, value in zip(prompts, rows, values, strict=True):

@@ -1,4 +1,4 @@
-"""`GenerationAttribution`: captum's LLM attribution, for prompt and generated text alike."""
+"""`GenerationAttribution`: captum's LLM attribution for the prompt and the generated text."""
 
 import os
 import warnings
@@ -55,8 +55,8 @@ class GenerationAttribution(WhatIf, LLMAttribution):
     Takes what captum's `LLMAttribution` takes. Captum's `FeatureAblation`, `ShapleyValues`,
     `ShapleyValueSampling`, `KernelShap` and `Lime` name what is estimated; the coalitions are
     planned, scored in batches (one teacher-forced pass each, for all target tokens) and solved by
-    this package. Any other perturbation method is driven through its own ``attribute``. All of them
-    tell of every token: `token_attr` is never None, as captum's is for `KernelShap` and `Lime`.
+    this package. Any other perturbation method runs through its own ``attribute``. All methods give
+    per-token attributions: `token_attr` is never None, unlike captum's for `KernelShap` and `Lime`.
 
     Args:
         attr_method: A captum `PerturbationAttribution` over the model.
@@ -66,32 +66,34 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             `Contrast` says which), or a callable ``(logits (batch, n_target, vocabulary), target
             (n_target,)) -> (batch, n_target)``.
         accelerator: An `accelerate.Accelerator` (or its `PartialState`), in a script that was
-            started on several processes, on one machine or many: they share the model's
-            evaluations, and every one returns the whole result. All of them make the same calls
-            with the same arguments. The model may be whole on each of them, or sharded by
-            transformers (``distributed_config=``) over some of them or all. An error on one is
-            raised on all. Only where those that hold a model together wait for one another within
-            a pass nothing can be raised: such a process gets the error when the one that failed
-            ends (with NCCL: when ``torchrun`` ends it), and ends itself, with a message and status
-            1, where that one goes on instead (after 30 seconds) or is silent (60 seconds).
-        surrogate: Stands in for the model on most coalitions: ``"bf16"`` (a copy of it in that
-            type), another model over the same vocabulary, or a scorer. What is estimated stays the
-            model's: ``phi(surrogate) + phi(model - surrogate)``, the second part from as few
-            coalitions as variances say that were found, and the work of each: bytes of weights, of
-            a scorer without a model an eighth of the model's. Errors are those of the sum.
-            `n_samples` is then the number of the surrogate's coalitions. A rough surrogate costs
-            accuracy, which the errors tell, and does not bias the answer. `n_evaluations` of the
-            result counts the model's rows, ``provenance["surrogate"]`` has the surrogate's. For
-            methods whose attributions are linear in the values; others are refused.
+            started with several processes, on one machine or many: they share the model's
+            evaluations, and each returns the whole result. All must make the same calls with the
+            same arguments. Each process may hold the whole model, or transformers may shard it
+            (``distributed_config=``) over some or all of them. An error on one process is raised on
+            all. The exception: processes that hold a model together and wait for one another within
+            a forward pass. Such a process gets the error when the failed one ends (with NCCL: when
+            ``torchrun`` ends it), and exits with a message and status 1 if the failed one continues
+            (after 30 seconds) or is silent (60 seconds).
+        surrogate: Replaces the model on most coalitions: ``"bf16"`` (a copy of it in that dtype),
+            another model over the same vocabulary, or a scorer. The estimand stays the model's
+            attribution: ``phi(surrogate) + phi(model - surrogate)``. The second term is estimated
+            from fewer coalitions, whose number follows from the observed variances and the cost of
+            each (bytes of weights; for a scorer without a model an eighth of the model's). Standard
+            errors are those of the sum. `n_samples` is then the number of the surrogate's
+            coalitions. A poor surrogate increases the standard errors but adds no bias.
+            `n_evaluations` of the result counts the model's rows, ``provenance["surrogate"]`` the
+            surrogate's. Only for methods whose attributions are linear in the values; others raise
+            an error.
 
-    Several threads may attribute on one model, and others use it meanwhile: attributions (by
-    gradients, too) wait for one another pass by pass, as do models that share modules or weights,
-    and other threads' own forwards and generations come out as ever. A model in training mode is in
-    evaluation mode for the time of a pass, for all threads: do not train it at the same time.
+    Thread safety: several threads may attribute on one model while others use it. Forward passes of
+    attributions (also by gradients) on one model, or on models that share modules or weights, take
+    turns; other threads' own forwards and generations are unaffected. A model in training mode is
+    in evaluation mode during each pass, for all threads: do not train it meanwhile.
 
     Raises:
-        TypeError: If the method is no perturbation method, or its model no causal language model.
-        ValueError: If `attr_target` is unknown, or `surrogate` is no other model.
+        TypeError: If the method is not a perturbation method, or its model not a causal language
+            model.
+        ValueError: If `attr_target` is unknown, or `surrogate` is the model itself.
 
     Warns:
         UserWarning: If the accelerator reports one process and the environment asks for more.
@@ -127,13 +129,13 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         self._shared = self._processes if is_shared else None
 
     def on(self, processes: Processes) -> Self:
-        """A copy for other processes, which work together on one attribution."""
+        """A copy for other processes that work together on one attribution."""
         other = super().on(processes)
         other._shared = processes if processes.are_many else None
         return other
 
     def identity(self) -> dict[str, Any]:
-        """As `ModelAccess.identity`, with the surrogate's if there is one."""
+        """Like `ModelAccess.identity`, including the surrogate's if there is one."""
         own = super().identity()
         return own if self.surrogate is None else {**own, "surrogate": self.surrogate.identity()}
 
@@ -144,7 +146,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             for name, value in sorted(vars(method).items())
             if not name.startswith("_") and name != "forward_func"
         }
-        if isinstance(method, Lime):  # kept where `vars` does not show it
+        if isinstance(method, Lime):  # kept where `vars` does not list it
             settings |= _compat.lime_settings(method) or {}
         return settings
 
@@ -174,72 +176,72 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         checkpoint: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> GenerationAttributionResult:
-        """Attributes the target, or what the model generates, to its causes.
+        """Attributes the target, or what the model generates, to prompt and generated features.
 
         Args:
             inp: The prompt: `TextSegmentInput`, or captum's `TextTokenInput`, `TextTemplateInput`,
                 `ImageMaskInput`.
             target: The text to explain, as text or as token ids ``(n_target,)``: a tensor, an
-                array, a list, or what a tokenizer or ``generate`` returned, of one text; then
-                what comes after the prompt is meant. None: the model generates it.
+                array, a list, or the output of a tokenizer or of ``generate`` for one text, of
+                which the part after the prompt is taken. None: the model generates it.
             num_trials: Repetitions with fresh draws of baselines and coalitions, averaged.
-            gen_args: Arguments of the model's ``generate``, among them a ``generation_config`` if
-                you like, without a target only. Greedy, 25 new tokens, where they do not say
-                otherwise; all else is as the model's own generation configuration has it, and
-                ``provenance["generation"]`` tells what was done. One answer is explained. Sampling
-                is seeded by `seed`.
-            use_cached_outputs, forward_in_tokens: Accepted for captum's sake. They choose between
-                captum's ways of scoring; here there is one, and its numbers are those of an
-                uncached forward.
+            gen_args: Arguments of the model's ``generate``, including ``generation_config``; only
+                without a target. Default: greedy, 25 new tokens; everything else follows the
+                model's own generation configuration, and ``provenance["generation"]`` records what
+                was used. One answer is explained. Sampling is seeded by `seed`.
+            use_cached_outputs, forward_in_tokens: Accepted for compatibility, without effect. They
+                choose between captum's scoring paths; here there is one, whose numbers equal those
+                of an uncached forward pass.
             _inspect_forward: Called with (prompt, target, [joint, *per token] probabilities or
                 values) of every distinct row, after it is scored.
             output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``…, each
-                special token by itself; or spans or a segmenter over its text with special tokens
-                shown, as in ``"<|channel|>final<|message|>golf"`` (the result's `output_pieces`
-                spell it). None holds it fixed: captum's numbers.
-            output_baselines: What stands where such a feature is absent, as for `TextSegmentInput`;
-                a list has one entry per feature of the target. By default what the prompt's
-                baseline does, and deletion where that says nothing about generated text.
-            seed: Seeds every random choice. The global random state is neither read nor changed.
-            tol: Go on sampling until the largest standard error, over the range of the
-                attributions, is below it: ``stop=Precision(tol)``.
-            stop: Score no more than the question takes: ``"top3"`` until the three strongest
-                causes of every target token are told from all others, ``"answer top3"`` those of
-                the whole answer; `TopCauses`, `Precision` or a rule of your own for more. Without
-                `n_samples` and `n_draws` it begins with the fewest that tell errors and ends, at
-                the latest, where it would have ended without. `settled` tells which tokens were.
-            max_evaluations: With `tol` or `stop`: stop there at the latest. By default after 64
-                rounds with `tol`.
-            n_samples: As in captum: evaluations for `KernelShap` and `Lime` (default 16 a
-                feature), single orders for `ShapleyValueSampling` (default 25; an order and its
-                reverse count as two).
-            n_draws: Draws of a random baseline for methods that enumerate their coalitions. By
-                default up to 8, while that costs about a thousand evaluations at most.
-            max_exact_features: `ShapleyValues` of more features are estimated, with a warning. At
+                special token a feature; or spans or a segmenter over its text including special
+                tokens, as in ``"<|channel|>final<|message|>golf"`` (concatenated `output_pieces` of
+                the result). None holds the target fixed, as captum does.
+            output_baselines: Replacements of absent generated features, as for `TextSegmentInput`;
+                a list has one entry per feature of the target. Default: as the prompt's baseline
+                defines, or deletion if it does not define any for generated text.
+            seed: Seeds all random choices. The global random state is neither read nor changed.
+            tol: Sample until the largest standard error, divided by the range of the attributions,
+                is below this: ``stop=Precision(tol)``.
+            stop: Stopping rule: ``"top3"`` samples until the three strongest causes of every target
+                token are significantly separated from all others, ``"answer top3"`` those of the
+                whole answer; `TopCauses`, `Precision` or a custom rule for more. Without
+                `n_samples` and `n_draws`, sampling starts with the fewest evaluations that give
+                standard errors and ends at the default budget at the latest. `settled` of the
+                result says for which tokens the rule was met.
+            max_evaluations: Upper limit with `tol` or `stop`. Default with `tol`: 64 rounds.
+            n_samples: As in captum: evaluations for `KernelShap` and `Lime` (default 16 a feature),
+                single orders for `ShapleyValueSampling` (default 25; an order and its reverse count
+                as two).
+            n_draws: Draws of a random baseline for methods that enumerate their coalitions.
+                Default: up to 8, limited to about a thousand evaluations.
+            max_exact_features: With more features `ShapleyValues` are estimated, with a warning. At
                 most 16.
-            perturbations_per_eval: At most so many rows in a batch; by default what memory allows.
+            perturbations_per_eval: Maximum number of rows per batch; by default as memory allows.
             feature_mask: As in captum: shape ``(1, n_features)``, equal numbers are one feature.
-            show_progress: Whether a bar over the model's evaluations is shown, in lines where
-                stderr is no terminal; or a `Listener` that hears of them, and of the answer as
-                soon as it is there.
-            skip_tokens: Deprecated, as captum had it up to 0.8: tokens left out of the target.
+            show_progress: Whether to show a bar over the model's evaluations (as lines if stderr is
+                not a terminal); or a `Listener`, which is called with the progress and with the
+                answer as soon as it is generated.
+            skip_tokens: Deprecated, from captum up to 0.8: tokens left out of the target.
             checkpoint: A file that ends in ``.safetensors``, or a folder for the files of several
-                runs. Values are written there as they are found, every second or so; the same call
-                after a kill or Ctrl-C goes on from there, on any number of processes, and gives
-                the same result. `tol`, `max_evaluations` and the number of processes may change;
-                another `perturbations_per_eval` changes batches and with them last digits.
-            **kwargs: Passed to the ``attribute`` of methods that this package does not know. Of the
-                others, what says no more than the default does (``return_input_shape=True``).
+                runs. Values are saved there about every second; the same call after a kill or
+                Ctrl-C resumes from it, on any number of processes, with the same result. `tol`,
+                `max_evaluations` and the number of processes may change; another
+                `perturbations_per_eval` changes batches and thereby last digits.
+            **kwargs: Passed to the ``attribute`` of methods that this package does not implement.
+                For the others, only arguments that repeat the default
+                (``return_input_shape=True``).
 
         Returns:
             The result; its tensors are on the model's device, in float32 (float64 for float64
             models).
 
         Raises:
-            ValueError: If an argument is out of range or would be ignored, the target is empty or
-                outside the vocabulary, a row is longer than the model's positions, or the model's
+            ValueError: If an argument is out of range or would have no effect, the target is empty
+                or outside the vocabulary, a row exceeds the model's maximum length, or the model's
                 values are not finite.
-            TypeError: If an argument is of the wrong kind.
+            TypeError: If an argument has the wrong type.
         """
         if isinstance(self.attr_method, Smile) and self.attr_target != "similarity":
             if output_unit not in (None, "token"):  # the default
@@ -321,7 +323,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         perturbations_per_eval: int | None = None,
         feature_mask: Tensor | None = None,
     ) -> CoalitionGame:
-        """The game behind an attribution, for packages such as shapiq.
+        """The cooperative game of an attribution, for packages such as shapiq.
 
         ``shapiq.KernelSHAPIQ(game.n_players, max_order=2).approximate(500, game)`` finds
         interactions; `attr_method` does not matter here.
@@ -332,15 +334,15 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             token: One target token, or a span ``(start, stop)``. None: the whole target, whose
                 players are the prompt's features alone.
             gen_args, output_unit, output_baselines, seed, feature_mask: As for `attribute`.
-            n_draws: Draws of random baselines that the value of every coalition averages.
+            n_draws: Draws of random baselines averaged in the value of every coalition.
             normalize: Whether the empty coalition's value is subtracted.
-            perturbations_per_eval: At most so many rows in a batch.
+            perturbations_per_eval: Maximum number of rows per batch.
 
         Returns:
-            A callable: booleans ``(n_coalitions, n_players)`` to numbers ``(n_coalitions,)``.
+            A callable from booleans ``(n_coalitions, n_players)`` to values ``(n_coalitions,)``.
 
         Raises:
-            ValueError: If there is no such token, or as `attribute` does.
+            ValueError: If `token` is out of range, or as for `attribute`.
         """
         at_least_one("n_draws", n_draws)
         check_counts(perturbations_per_eval=perturbations_per_eval)
@@ -358,7 +360,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
     )
 
     def with_absence(self, prompt: Prompt) -> Prompt:
-        """The prompt; with `ModelBaselines` where the user gave no baselines."""
+        """The prompt, with `ModelBaselines` if the user gave no baselines."""
         return prompt.with_default(ModelBaselines())
 
     def _game(self, run: Run, ids: Tensor, output_unit: Unit | None, output_baselines: Any) -> Game:
@@ -373,7 +375,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         target: str | Tensor | Sequence[int] | None,
         generation: Generation | None,
     ) -> dict[str, Any]:
-        """What a run's values depend on: another run's checkpoint differs in some of it."""
+        """What a run's values depend on, to recognise checkpoints of a different run."""
         nothing = torch.zeros(1, run.prompt.n_features, dtype=torch.bool, device="cpu")
         absent = run.prompt.render(nothing, torch.Generator().manual_seed(0))[0]
         if generation is not None:
@@ -391,7 +393,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             "max_exact_features": effort.budget.max_exact_features,
             "output_unit": describe(output_unit),
             **settings,
-            # Older checkpoints know nothing of it.
+            # Older checkpoints have no such entry.
             **({"grows": True} if effort.budget.grows else {}),
         }
 
@@ -452,7 +454,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         }
 
     def _scoring_provenance(self, game: Game) -> dict[str, Any]:
-        """How exact the values are, and how batches were run, for provenance."""
+        """Noise floor and batching, for provenance."""
         scorer = game.run.scorer
         floor = scorer.noise_floor(game.full_row, game.target, game.foil_ids)
         about = cast(Scorer, scorer).provenance()
@@ -460,7 +462,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
 
 
 class _AnswerAttribution(AnswerAccess, GenerationAttribution):
-    """`GenerationAttribution` by `Smile`: the answer is one target token."""
+    """`GenerationAttribution` with `Smile`: the answer is one target token."""
 
 
 def _warn_of_absence(
@@ -470,8 +472,8 @@ def _warn_of_absence(
     output_baselines: Any,
     instead: str,
 ) -> None:
-    """Warns where absent features make texts unlike any that the model was trained on."""
-    if output_unit is None and not isinstance(inp, Prompt):  # what captum computes
+    """Warns if absence makes texts unlike any that the model was trained on."""
+    if output_unit is None and not isinstance(inp, Prompt):  # as captum computes it
         return
     absent = [prompt.own_baseline]
     if output_unit is not None:
@@ -503,7 +505,7 @@ def _design(game: Game, outcome: Outcome) -> Design:
 def _keeping(
     surrogate: RowScorer | None, open_journal: "partial[Journal] | None"
 ) -> AbstractContextManager[None]:
-    """Keeps a surrogate's values in a journal beside the model's."""
+    """Saves a surrogate's values in a journal beside the model's."""
     if surrogate is None:
         return nullcontext()
     if open_journal is None:

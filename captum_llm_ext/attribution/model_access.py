@@ -1,4 +1,4 @@
-"""`ModelAccess`: what every attribution class asks of its model, whatever its method."""
+"""`ModelAccess`: what every attribution class needs of its model, independent of the method."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -34,11 +34,11 @@ _TRIED = "candidates for absent words"
 
 
 class ModelAccess:
-    """Generates and scores with a model of this process.
+    """Generates and scores with a local model.
 
-    The attribution classes have captum's constructors, which differ; each of them calls
-    `_access_model` once captum's has set `attr_method`, `model` and `tokenizer`. For a model behind
-    an API, or for values that are no token's, a subclass has other methods of the same names.
+    The attribution classes have captum's constructors, which differ; each calls `_access_model`
+    after captum's has set `attr_method`, `model` and `tokenizer`. Subclasses override methods for a
+    model behind an API, or for values that are not per token.
     """
 
     attr_method: Any
@@ -47,7 +47,7 @@ class ModelAccess:
     attr_target: Any
     device: Any
     _processes: Processes
-    # None: one process scores, in batches as large as suit it.
+    # None: a single process scores, with batches of any size.
     _shared: Processes | None = None
 
     def _access_model(self, accelerator: Accelerator | None = None) -> None:
@@ -56,7 +56,7 @@ class ModelAccess:
 
     @property
     def shared(self) -> Processes | None:
-        """The processes that share batches; None where one process scores."""
+        """The processes that share batches; None if a single process scores."""
         return self._shared
 
     @property
@@ -65,15 +65,15 @@ class ModelAccess:
         return self._processes
 
     def on(self, processes: Processes) -> Self:
-        """A copy for other processes, which work together on one attribution."""
+        """A copy for other processes that work together on one attribution."""
         other = copy.copy(self)
         other._processes = processes
         return other
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on beside the arguments of `attribute`, as JSON has it.
+        """What results depend on besides the arguments of `attribute`, as JSON values.
 
-        Where several processes hold the model together, all of them have to call this.
+        If several processes hold the model together, all of them must call this.
         """
         return {
             **self._model_identity(),
@@ -83,10 +83,10 @@ class ModelAccess:
         }
 
     def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
-        """How a target is generated, where none is given.
+        """How a target is generated if none is given.
 
         Raises:
-            ValueError, TypeError: If it cannot be, or an argument has no meaning.
+            ValueError, TypeError: If the model cannot generate, or an argument is invalid.
         """
         return planned_generation(self.model, self.tokenizer, gen_args)
 
@@ -97,16 +97,16 @@ class ModelAccess:
         values: Tensor,
         foils: Tensor | None = None,
     ) -> None:
-        """Compares the value of a stored result's whole text with what the model gives it now.
+        """Compares a stored result's values of the whole text with those of the model now.
 
         Args:
             inp: The prompt, as for `attribute`.
-            target: The result's target, ``(n_target,)``.
-            values: Its `full_values`, ``(n_target,)``.
-            foils: Its `foils`.
+            target: The target ids of the result, ``(n_target,)``.
+            values: The `full_values` of the result, ``(n_target,)``.
+            foils: The `foils` of the result.
 
         Raises:
-            ValueError: If they differ by more than rounding: another model gave them.
+            ValueError: If they differ by more than rounding, so the result is of another model.
         """
         with self._processes.session("`check_stored`"):
             run = self._run(as_prompt(inp, self.tokenizer, None), self._scorer(None), 0)
@@ -114,11 +114,11 @@ class ModelAccess:
             check_stored(run.scorer, run.full, generated, values, foils)
 
     def with_absence(self, prompt: Prompt) -> Prompt:
-        """The prompt with baselines of the class's own where the user gave none."""
+        """The prompt, with the class's default baselines if the user gave none."""
         return prompt
 
     def _method_settings(self) -> dict[str, Any]:
-        """Settings of `attr_method` that results depend on, as JSON has them."""
+        """Settings of `attr_method` that results depend on, as JSON values."""
         raise NotImplementedError
 
     def _run(
@@ -136,7 +136,7 @@ class ModelAccess:
         generation: Generation | None,
         skip_tokens: Skipped | None,
     ) -> Tensor:
-        """Token ids to explain, int64 ``(n_target,)``: those given, or generated ones."""
+        """Token ids to explain, int64 ``(n_target,)``: given or generated."""
         return target_ids(
             target,
             self.tokenizer,
@@ -151,13 +151,13 @@ class ModelAccess:
     def _generated(
         self, run: Run, ids: Tensor, output_unit: Unit | None, output_baselines: Any
     ) -> GeneratedText:
-        """The target as features; baselines that condition on the answer know it from here on."""
+        """The target as features; baselines that condition on the answer are given it."""
         generated = run.context.generated(ids, output_unit, output_baselines)
         self._condition_on_answer(run, self._foil_context(run, generated))
         return generated
 
     def _foils(self, run: Run, generated: GeneratedText) -> Foils | None:
-        """The foils of a contrast; None where something else is explained."""
+        """The foils of a contrast; None for other kinds of values."""
         if not isinstance(self.attr_target, Contrast):
             return None
         return foils_of(
@@ -173,7 +173,7 @@ class ModelAccess:
     def _provenance(
         self, run: Run, generated: GeneratedText, generation: Generation | None
     ) -> dict[str, Any]:
-        """Provenance of results of every class."""
+        """Provenance common to results of all classes."""
         return {
             "method": type(self.attr_method).__name__,
             **target_provenance(self.attr_target, generation and generation.settings),
@@ -184,7 +184,7 @@ class ModelAccess:
             **run_provenance(),
         }
 
-    # What asks the model itself.
+    # Below: what calls the model itself.
 
     def _scorer(self, max_rows: int | None, show_progress: Shown = False) -> RowScorer:
         return Scorer(
@@ -196,19 +196,19 @@ class ModelAccess:
         )
 
     def _proposer(self, scorer: RowScorer) -> RowScorer:
-        """A scorer for finding foils: its rows are no coalitions, and are not counted as such."""
+        """A scorer for finding foils, whose rows do not count as coalitions."""
         del scorer
         return Scorer(self.model, processes=self._shared)
 
     def _condition_on_answer(self, run: Run, context: FoilContext) -> None:
-        """Lets absent words be drawn given what kinds of words the answer is made of."""
-        # The search of candidates can take as long as leave-one-out: it is told as it goes on.
+        """Lets replacements be drawn conditionally on the kinds of words in the answer."""
+        # Searching candidates can take as long as leave-one-out, so its progress is shown.
         asked = run.scorer.beside(_TRIED) if isinstance(run.scorer, Scorer) else Scorer(self.model)
         asked.expect(run.full.ids)
         run.context.condition_on_answer(AnswerKinds(context, asked))
 
     def _language_model(self, scorer: RowScorer) -> LanguageModel:
-        """The model as baselines ask it."""
+        """The model as baselines use it."""
         del scorer
         return Likelihood(self.model, self.tokenizer)
 
@@ -225,5 +225,5 @@ class ModelAccess:
         return model_provenance(self.model, self.device)
 
     def _numbers(self) -> Tensor:
-        """An empty tensor with the results' type and device."""
+        """An empty tensor with the dtype and device of results."""
         return numbers_of(self.model, self.device)

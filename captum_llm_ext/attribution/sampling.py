@@ -1,4 +1,4 @@
-"""Sampling a game: coalitions are planned, scored and solved, in rounds if a rule asks for them."""
+"""Samples a game: coalitions are planned, scored and solved, in rounds if a rule stops them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,16 +14,17 @@ from captum_llm_ext.coalitions.stopping import StoppingRule
 from captum_llm_ext.coalitions.two_levels import Correction
 from captum_llm_ext.methods.estimators import Budget, Estimator
 
-# The value of the empty coalition enters every attribution: its draws are the cheapest accuracy.
+# The value of the empty coalition enters every attribution: more draws of it are the cheapest gain
+# in accuracy.
 EMPTY_DRAWS = 32
 # Budgets that a stopping rule may spend at most: errors are then an eighth of those after the
 # first, since they shrink with the square root. More of them is a rule that is not going to be met.
 MOST_ROUNDS = 64
-# With a tolerance, each round adds about this share of what there is.
+# With a stopping rule, each round adds about this share of the coalitions so far.
 GROWTH = 0.25
-# Rounds that hold nothing new cost no evaluation: they would never end a run.
+# Rounds without new rows cost no evaluation and would never end a run.
 _MOST_IDLE_ROUNDS = 8
-# A forecast beyond it says no more than "long".
+# A forecast beyond this factor says no more than "long".
 _MOST_EXCESS = 1e3
 NO_ERROR = (
     "`tol` and `stop` need standard errors, and here there are none (a lasso, or a single draw): "
@@ -33,7 +34,7 @@ NO_ERROR = (
 
 @dataclass(frozen=True)
 class Effort:
-    """What the user allows one attribution to spend."""
+    """Limits on what one attribution may spend."""
 
     budget: Budget
     num_trials: int
@@ -66,7 +67,7 @@ class Outcome:
 
     @property
     def stopping(self) -> dict[str, Any]:
-        """For provenance: what the run stopped by, and where it was met."""
+        """For provenance: the stopping rule, and where it was met."""
         if self.settled is None:
             return {"stop": None, "settled": None, "converged": None}
         settled = self.settled.tolist()
@@ -74,7 +75,7 @@ class Outcome:
 
 
 def anchors_of(game: Game) -> Plan:
-    """What every plan begins with: all features, and none in as many draws as that is worth."""
+    """The coalitions that every plan begins with: the full one, and draws of the empty one."""
     n_empty = 1 if game.deterministic else EMPTY_DRAWS
     return plan_anchors(game.n_features, required=game.held, n_empty=n_empty)
 
@@ -102,11 +103,11 @@ def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
     most = effort.max_evaluations or MOST_ROUNDS * size
     excess = _excess(rule, game, method, plan, values, solution)
     while bool((excess > 1).any()) and method.estimate:
-        # Solving everything again after every single round would cost more than the rounds.
+        # Solving after every single round would cost more than the rounds.
         n_rounds = max(1, round(GROWTH * len(plan.masks) / max(size, 1)))
         n_rounds = min(n_rounds, (most - scorer.n_evaluations) // max(size, 1))
         if effort.budget.grows and not effort.max_evaluations:
-            # As many coalitions as without a rule; some of them are alike and cost nothing.
+            # As many coalitions as without a rule; duplicates among them cost nothing.
             planned = len(plan.masks) - plan.n_anchors
             n_rounds = min(n_rounds, (method.usual - planned) // max(size, 1))
         if n_rounds < 1 or idle > _MOST_IDLE_ROUNDS:
@@ -135,7 +136,7 @@ def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
 
 
 def _of_whole(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Tensor | None:
-    """What a method that is not additive makes of the target's summed values, as in captum."""
+    """A non-additive method's attributions of the target's summed values, as in captum."""
     if method.is_additive or game.generated.n_causes:
         return None
     scope = game.solved_scope.of([game.n_features], [-1])
@@ -143,12 +144,12 @@ def _of_whole(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Tens
 
 
 def solved(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Solution:
-    """Attributions of all targets; of several processes each solves for some of the targets."""
+    """Attributions of all targets; with several processes, each solves some of the targets."""
     processes, n_target = game.run.scorer.processes, len(game.scope.n_visible)
     if processes.n_replicas == 1:
         return method.solve(plan, values, game.solved_scope)
-    # Several parts each, for all to be through at the same time; but what targets have in common
-    # is computed once for each part.
+    # Several parts per process balance the load, but what targets have in common is computed once
+    # per part.
     n_parts = min(4 * processes.n_replicas, n_target)
     borders = [i * n_target // n_parts for i in range(n_parts + 1)]
     parts = [slice(start, stop) for start, stop in pairwise(borders)]
@@ -167,23 +168,23 @@ def _excess(
     values: Tensor,
     solution: Solution,
 ) -> Tensor:
-    """How many times too large the errors are that a rule goes by.
+    """The ratio of the current errors to those that a rule asks for.
 
     Raises:
-        ValueError: If there is no standard error to go by.
+        ValueError: If the method has no standard errors.
     """
     if rule.of == "answer":
-        # A token depends on nothing after it: the sum's attributions are the sums.
+        # A token depends on nothing after it, so attributions of the sum are sums of attributions.
         whole = values.sum(1, keepdim=True)
         solution = method.solve(plan, whole, game.solved_scope.of([game.n_features], [-1]))
     return known_excess(rule, solution)
 
 
 def known_excess(rule: StoppingRule, solution: Solution) -> Tensor:
-    """How many times too large the errors are.
+    """The ratio of the current errors to those that a rule asks for.
 
     Raises:
-        ValueError: If they are unknown.
+        ValueError: If standard errors are unknown.
     """
     excess = rule.excess(solution)
     if bool(excess.isnan().any()):

@@ -1,4 +1,4 @@
-"""How a game is solved: by a fixed plan, by one that grows, or by a method's own ``attribute``."""
+"""Solves a game: by a fixed plan, by an adaptive one, or through a method's own ``attribute``."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -28,12 +28,12 @@ def solve(game: Game, effort: Effort, arguments: Mapping[str, Any]) -> Outcome:
     """Attributes the game with the method of its run.
 
     Args:
-        game: What is played.
-        effort: What may be spent.
-        arguments: For methods that the package does not know: passed to their ``attribute``.
+        game: The game.
+        effort: Limits of the sampling.
+        arguments: Passed to the ``attribute`` of methods that the package does not implement.
 
     Raises:
-        ValueError: If the effort names what the method would ignore.
+        ValueError: If a limit would have no effect on the method.
     """
     method = game.run.method
     if game.run.surrogate is not None and (not is_known(method) or isinstance(method, Smile)):
@@ -66,7 +66,7 @@ def _tree(game: Game, method: PerturbationAttribution) -> Tree:
 
 
 def _solve_adaptive(game: Game, method: Estimator, adaptive: Adaptive, effort: Effort) -> Outcome:
-    """Scores what the values found so far say is worth it."""
+    """Chooses further coalitions by the values found so far, and scores them."""
     if effort.stop is not None or effort.num_trials > 1:
         raise ValueError(
             f"`tol`, `stop` and `num_trials` have no meaning for {method.name}, where the values "
@@ -87,7 +87,7 @@ def _solve_foreign(
     effort: Effort,
     arguments: Mapping[str, Any],
 ) -> Outcome:
-    """Runs a method that the package does not know through its own ``attribute``."""
+    """Runs a method that the package does not implement through its own ``attribute``."""
     name = type(method).__name__
     if effort.stop is not None or effort.budget.n_draws is not None:
         raise ValueError(
@@ -103,7 +103,7 @@ def _solve_foreign(
         arguments = {**arguments, "n_samples": effort.budget.n_samples}
     anchors = plan_anchors(game.n_features)
     ends, n_target = game.values(anchors), len(game.scope.n_visible)
-    # Of a sum its model need not be the sum of those of the parts.
+    # Its fit to a sum need not be the sum of its fits to the parts.
     asks_whole = fits_one_number(method) and n_target > 1 and not game.generated.n_causes
 
     def values(plan: Plan) -> Tensor:

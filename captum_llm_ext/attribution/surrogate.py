@@ -1,4 +1,6 @@
-"""What stands in for a model on most coalitions: a coarser copy, another model, or a scorer."""
+"""Surrogates, which replace the model on most coalitions: a coarser copy, another model, or a
+scorer.
+"""
 
 import copy
 from dataclasses import dataclass, field
@@ -13,25 +15,25 @@ from captum_llm_ext.model import AttrTarget, Processes, RowScorer, Scorer, model
 from captum_llm_ext.model.probe.state import State, differences, state_of
 from captum_llm_ext.model.scoring.progress import Shown
 
-# Times the work of a scorer of which nothing is known. A guess: between one that is about as large
-# as the model, and one that costs nothing.
+# Model cost over that of a scorer of unknown cost. Chosen, not measured: between one as large as
+# the model and one that costs nothing.
 _UNKNOWN_WORK = 8.0
 _DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
 class Surrogate:
-    """A model's stand-in.
+    """A cheaper approximation of the model.
 
     Args:
         of: The model.
-        given: ``"bf16"`` or ``"float16"``: a copy of it in that type, made when it is first wanted
-            and kept while the model stays as it is; another model over the same vocabulary; or a
-            scorer.
+        given: ``"bf16"`` or ``"float16"``: a copy of it in that dtype, made on first use and kept
+            while the model is unchanged; another model over the same vocabulary; or a scorer.
 
     Raises:
         TypeError: If `given` is none of these.
-        ValueError: If it is the model itself, no finer than the copy, or has another vocabulary.
+        ValueError: If it is the model itself, the model has no higher precision than the copy, or
+            the vocabularies differ.
     """
 
     of: nn.Module
@@ -68,10 +70,10 @@ class Surrogate:
         show_progress: Shown,
         processes: Processes | None,
     ) -> RowScorer:
-        """Where its values come from.
+        """A scorer of the surrogate's values.
 
         Raises:
-            ValueError: If a scorer was given whose values are others.
+            ValueError: If a given scorer has another kind of values.
         """
         model = self._own()
         if model is not None:
@@ -92,16 +94,16 @@ class Surrogate:
 
     @property
     def work_of_model(self) -> float:
-        """The model's work for a token, over the surrogate's: bytes of weights that are read.
+        """The model's cost per token over the surrogate's, by bytes of weights read.
 
-        Counted, for equal seeds to score the same; times would hang on what else a machine does.
+        Counted rather than timed, so that equal seeds score the same coalitions on any machine.
         """
         model = self._own() or getattr(self.given, "model", None)
         own = _weights_read(model) if isinstance(model, nn.Module) else 0
         return _weights_read(self.of) / own if own else _UNKNOWN_WORK
 
     def identity(self) -> dict[str, Any]:
-        """What its values depend on, as JSON has it."""
+        """What the surrogate's values depend on, as JSON values."""
         if isinstance(self.given, str):
             return {"copy": str(_DTYPES[self.given]).removeprefix("torch.")}
         if self._model is not None:
@@ -110,7 +112,7 @@ class Surrogate:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """A name for messages."""
         if isinstance(self.given, str):
             return self.identity()["copy"]
         return type(self.given).__name__
@@ -120,7 +122,7 @@ class Surrogate:
             return self._model
         now = state_of(self.of)
         if self._copied is None or differences(self._copied, now):
-            self._model = None  # before another one is made
+            self._model = None  # freed before another copy is made
             try:
                 copied = copy.deepcopy(self.of)
             except Exception as error:
@@ -134,13 +136,13 @@ class Surrogate:
 
 
 def _weights_read(model: nn.Module) -> int:
-    """Bytes of weights that take part in every token: all but a table of embeddings."""
+    """Bytes of weights that every token reads: all but an embedding table."""
     table = _compat.embeddings(model, "get_input_embeddings")
     head = _compat.embeddings(model, "get_output_embeddings")
     left_out: set[int] = set()
     if isinstance(table, nn.Module):
         left_out = {id(weight) for weight in table.parameters()}
-    if isinstance(head, nn.Module):  # which may be tied to it
+    if isinstance(head, nn.Module):  # which may be tied to the embedding
         left_out -= {id(weight) for weight in head.parameters()}
     weights = (weight for weight in model.parameters() if id(weight) not in left_out)
     return sum(weight.numel() * weight.itemsize for weight in weights)

@@ -15,15 +15,15 @@ from captum_llm_ext.model.scoring.progress import Listener
 from captum_llm_ext.text import encoding, tokens
 from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
 
-# Ids or tokens, several or one.
+# Ids or tokens, one or several.
 Skipped = Tensor | Sequence[int] | Sequence[str] | int
 
-_INT64_LIMIT = 1 << 63  # of torch's token ids
-# An answer that begins with this many ids of the prompt repeats the prompt. A guess: three ("I
-# am a") are how answers may well begin.
+_INT64_LIMIT = 1 << 63  # the range of torch's int64 token ids
+# An answer that begins with this many ids of the prompt is taken to repeat it. Chosen, not
+# measured: shared beginnings of three ids ("I am a") are common.
 _MIN_SHARED_IDS = 4
-# A noise floor is what a few batches show: of layers that draw at random others differed by up
-# to 1.6 times it.
+# A noise floor is measured on a few batches: with layers that draw at random, other batches
+# differed by up to 1.6 times it.
 _NOISE_FLOORS = 2.0
 
 
@@ -40,19 +40,19 @@ def target_ids(
     """The token ids to explain, int64 ``(n_target,)``, checked before anything is scored.
 
     Args:
-        target: As of `as_ids`; None: the model generates it.
+        target: As for `as_ids`; None: the model generates it.
         tokenizer: The model's tokenizer.
-        gen_args: What the model generates with, without a target only.
-        generate: Has it do so.
-        prompt: With every feature present.
-        scorer: Of the model.
-        vocabulary_size: Of the model; None where it is not known.
-        skip_tokens: As of `without_skipped`.
+        gen_args: Arguments of the generation; only without a target.
+        generate: Generates the target.
+        prompt: The prompt with every feature present.
+        scorer: The model's scorer.
+        vocabulary_size: The model's vocabulary size; None if unknown.
+        skip_tokens: As for `without_skipped`.
 
     Raises:
-        ValueError: If `gen_args` would be ignored, `target` is empty or no single text, an id is
-            outside the vocabulary, or prompt and target are longer than the model's positions.
-        TypeError: If `target` is of another kind.
+        ValueError: If `gen_args` would have no effect, `target` is empty or not a single text, an
+            id is outside the vocabulary, or prompt and target exceed the model's maximum length.
+        TypeError: If `target` has another type.
 
     Warns:
         UserWarning: If `target` begins with the prompt, as the output of ``generate`` does, or with
@@ -73,7 +73,7 @@ def _given_ids(
     prompt: RenderedPrompt,
     skip_tokens: Skipped | None,
 ) -> Tensor:
-    """Token ids of a target that the user gave."""
+    """Token ids of a target given by the user."""
     if gen_args is not None:
         raise ValueError("`gen_args` would be ignored: with a `target` nothing is generated.")
     ids = as_ids(target, tokenizer)
@@ -112,10 +112,10 @@ def without_skipped(ids: Tensor, skip_tokens: Skipped | None, tokenizer: Any) ->
         tokenizer: The model's tokenizer.
 
     Raises:
-        ValueError: If a token is none of the vocabulary.
+        ValueError: If a token is not in the vocabulary.
 
     Warns:
-        DeprecationWarning: If there are any.
+        DeprecationWarning: If `skip_tokens` is not empty.
     """
     if isinstance(skip_tokens, Tensor):
         skip_tokens = skip_tokens.flatten().tolist()
@@ -140,13 +140,13 @@ def as_ids(target: object, tokenizer: Any) -> Tensor:
     """The target's token ids; text is encoded without special tokens, as in captum.
 
     Args:
-        target: A text, or a list of one; one row of token ids: a tensor, an array, a sequence of
-            integers, or what holds one (what a tokenizer returns, or ``generate``).
+        target: A text, or a list with one text; or one row of token ids: a tensor, an array, a
+            sequence of integers, or the output of a tokenizer or of ``generate``.
         tokenizer: The model's tokenizer.
 
     Raises:
         ValueError: If there are several texts.
-        TypeError: If it is neither a text nor one row of ids.
+        TypeError: If it is neither a text nor a row of ids.
     """
     plain = plain_target(target)
     is_text = isinstance(plain, str)
@@ -155,10 +155,10 @@ def as_ids(target: object, tokenizer: Any) -> Tensor:
 
 
 def plain_target(target: object) -> str | list[int]:
-    """A target as JSON has it: its text, or its token ids.
+    """A target as a JSON value: its text, or its token ids.
 
     Raises:
-        ValueError, TypeError: As `as_ids`.
+        ValueError, TypeError: As for `as_ids`.
     """
     held = _unwrapped(target)
     if isinstance(held, str):
@@ -206,11 +206,11 @@ def _unwrapped(target: object) -> Any:
         if target.device.type == "meta":
             raise TypeError("`target` is a tensor without numbers, on the device meta: give ids.")
         return target.detach().cpu()
-    return getattr(target, "ids", target)  # of the package tokenizers
+    return getattr(target, "ids", target)  # an encoding of the package tokenizers
 
 
 def _without_padding(ids: Any, mask: Any) -> list[Any]:
-    """One row of ids without padding, by the attention mask."""
+    """One row of ids without padding, according to the attention mask."""
     row, kept = (
         _only_row(list(part.tolist() if hasattr(part, "tolist") else part), part)
         for part in (ids, mask)
@@ -243,7 +243,7 @@ def _scalar(entry: Any) -> Any:
 
 
 def _continuation(target: object, ids: Tensor, prompt: RenderedPrompt, tokenizer: Any) -> Tensor:
-    """The target without the prompt, where it is the whole output of ``generate``."""
+    """The target without the prompt, if it is the whole output of ``generate``."""
     special = {*getattr(tokenizer, "all_special_ids", ())}
     begins = next((i for i, token in enumerate(prompt.ids) if token not in special), 0)
     if isinstance(target, str):
@@ -282,16 +282,16 @@ def _warn(message: str) -> None:
 def generate_target(
     scorer: Scorer, prompt: RenderedPrompt, generation: Generation, seed: int
 ) -> Tensor:
-    """Token ids that a model of this process generates, int64 ``(n_target,)``.
+    """Token ids generated by a local model, int64 ``(n_target,)``.
 
     Args:
-        scorer: Of the model.
-        prompt: With every feature present.
-        generation: How.
+        scorer: The model's scorer.
+        prompt: The prompt with every feature present.
+        generation: The generation settings.
         seed: Seeds sampling.
 
     Raises:
-        ValueError: If it does not fit into the model's positions, or is not one answer.
+        ValueError: If it exceeds the model's maximum length, or is not a single answer.
     """
     n_prompt, longest = len(prompt.ids), generation.max_length
     if longest is not None and longest <= n_prompt:
@@ -316,14 +316,14 @@ def announce_answer(
     ids: Tensor,
     generation: Generation,
 ) -> None:
-    """Passes a generated answer to the listener, before it is attributed.
+    """Passes a generated answer to the listener before it is attributed.
 
     Args:
-        listener: A `Listener`; anything else hears nothing.
+        listener: A `Listener`; anything else is ignored.
         attribution: The attribution whose model generated it.
         prompt: The prompt.
         ids: The answer, ``(n_target,)``.
-        generation: How it was generated.
+        generation: The generation settings.
     """
     if isinstance(listener, Listener):
         ends = _compat.end_ids(getattr(attribution, "model", None), attribution.tokenizer)
@@ -335,7 +335,7 @@ def whole_row(prompt: RenderedPrompt, generated: GeneratedText) -> TokenRow:
     """The row with every feature present.
 
     Args:
-        prompt: With every feature present.
+        prompt: The prompt with every feature present.
         generated: The target.
     """
     text = generated.whole(prompt)
@@ -349,17 +349,17 @@ def check_stored(
     stored: Tensor,
     foils: Tensor | None = None,
 ) -> None:
-    """Raises if a stored result is of another model.
+    """Raises if a stored result is not of this model.
 
     Args:
-        scorer: Of the model as it is now.
-        prompt: With every feature present.
-        generated: The result's target.
-        stored: The result's `full_values`.
-        foils: The result's `foils`.
+        scorer: The scorer of the current model.
+        prompt: The prompt with every feature present.
+        generated: The target of the result.
+        stored: The `full_values` of the result.
+        foils: The `foils` of the result.
 
     Raises:
-        ValueError: If one of its values is another.
+        ValueError: If a value differs by more than rounding.
     """
     target = generated.target
     row = whole_row(prompt, generated)
@@ -369,7 +369,7 @@ def check_stored(
         now = now[: len(target)] - now[len(target) :]
     tolerance = scorer.tolerance(now)
     if bool(((now - stored.cpu()).abs() > tolerance).any()):
-        # Rows of other batches may move it further, which takes some passes to find out.
+        # Rows of other batches may differ by more, which takes some passes to find out.
         floor = scorer.noise_floor(row, target, foils)
         tolerance = tolerance if floor is None else tolerance + _NOISE_FLOORS * floor
     check_same(

@@ -1,4 +1,6 @@
-"""The causal number: how far a token falls if the answer is written anew without a feature."""
+"""The total effect of a feature: how a token's log-probability falls if the answer is regenerated
+without it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,32 +18,34 @@ from captum_llm_ext.model import Generation, Scorer, TokenRow
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.inputs import GeneratedText, RenderedPrompt
 
-# Answers to the prompt as it is stand for those to another where their weights vary so little.
-_ENOUGH = 0.8  # of the answers, as effective number
-_NEAR_ONE = 0.2  # how far the mean weight may be from 1: what is never written has no weight
+# Answers to the original prompt are reweighted for a changed one if their effective number is at
+# least this share of them. Chosen, not measured.
+_ENOUGH = 0.8  # effective sample size over the number of answers
+_NEAR_ONE = 0.2  # maximum distance of the mean weight from 1; chosen, not measured
 _MOST_SEEDS = 2**31
 
 
 @dataclass(frozen=True)
 class TotalEffect:
-    """What features do to each target token, through all that is written because of them.
+    """Effects of features on each target token, including those through all that is generated
+    because of them.
 
-    There are ``F`` features and ``T`` target tokens; values are in nats.
+    ``F`` is the number of features and ``T`` that of target tokens; values are in nats.
 
     Attributes:
-        names: ``F`` names.
-        features: Their numbers.
-        output_tokens: ``T`` names.
-        values: ``(F, T)``: mean log-probability of a token in its place after the answers to the
-            prompt as it is, less that after the answers without the feature.
-        standard_errors: ``(F, T)``.
-        direct: ``(F, T)``: the same with the answer held as it is.
-        full_values: ``(T,)``: the mean after answers to the prompt as it is.
-        is_regenerated: ``F``: whether answers were written without the feature; otherwise those
-            to the prompt as it is were weighted.
-        answers: Per feature the answers that its number comes from; first, under -1, those to the
-            prompt as it is.
-        n_generated: Answers written.
+        names: Names of the features, ``F``.
+        features: Indices of the features, ``F``.
+        output_tokens: Names of the target tokens, ``T``.
+        values: ``(F, T)``: mean log-probability of a token at its aligned position in answers to
+            the original prompt, minus that in answers without the feature.
+        standard_errors: Standard errors of `values`, ``(F, T)``.
+        direct: ``(F, T)``: the same with the answer held fixed.
+        full_values: ``(T,)``: the mean over answers to the original prompt.
+        is_regenerated: ``F``: whether answers were generated without the feature; otherwise answers
+            to the original prompt were reweighted.
+        answers: Per feature index the answers that were generated; first, under -1, those to the
+            original prompt.
+        n_generated: Number of answers generated.
         n_evaluations: Distinct rows scored.
     """
 
@@ -59,22 +63,23 @@ class TotalEffect:
     _deviations: Tensor = field(repr=False)
 
     def span(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Effects on several target tokens together, such as those of a word.
+        """Effects on a span of target tokens, such as those of a word.
 
         Args:
             start, stop: The span, as in a slice; by default the whole answer.
 
         Returns:
-            In nats ``(F,)``, and standard errors, which know how the tokens vary together.
+            Effects in nats ``(F,)`` and their standard errors, including the covariance of the
+            tokens.
         """
         together = self._deviations[..., start:stop].sum(-1)
         return self.values[:, start:stop].sum(1), _standard_error(together)
 
     def table(self, k: int = 3) -> str:
-        """The largest total effects on every token, with the direct ones beside them.
+        """The largest total effects on every token, beside the direct ones.
 
         Args:
-            k: Features per token, at most.
+            k: Maximum number of features per token.
         """
         names = [one_line(name.strip()) for name in self.output_tokens]
         longest = max(map(len, names))
@@ -86,7 +91,7 @@ class TotalEffect:
         return "\n".join(lines)
 
     def _shown_effect(self, feature: int, t: int) -> str:
-        """An effect in words; nothing where it is within its error."""
+        """An effect as text; empty if it is within its error."""
         value, error, direct = (
             float(held[feature, t]) for held in (self.values, self.standard_errors, self.direct)
         )
@@ -97,14 +102,14 @@ class TotalEffect:
 
     @property
     def summary(self) -> str:
-        """What was done, in a line."""
+        """One line on what was computed."""
         return (
             f"Total effects of {len(self.names)} features on {len(self.output_tokens)} target "
             f"tokens, in nats: {self.n_generated} answers written, {self.n_evaluations} rows scored"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and text that JSON can hold."""
+        """All fields as values that JSON can hold."""
         own = {n: v for n, v in vars(self).items() if not n.startswith("_")}
         held = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in own.items()}
         return held | {"answers": {str(f): texts for f, texts in self.answers.items()}}
@@ -129,13 +134,13 @@ def total_effect(
     """See `GenerationAttribution.total_effect`.
 
     Args:
-        run: The prompt and what it is rendered with.
+        run: The prompt, tokenizer and scorer.
         generated: The target, held fixed.
-        generation: How answers are written anew.
-        scorer: Of log-probabilities.
-        feature, n_samples: As there.
-        may_weight: Whether answers come from the model's own distribution, so that their
-            likelihoods under another prompt say how often they would be written there.
+        generation: How answers are regenerated.
+        scorer: Computes log-probabilities.
+        feature, n_samples: As for `GenerationAttribution.total_effect`.
+        may_weight: Whether answers are sampled from the model's own distribution, so that
+            likelihood ratios give their probability under another prompt.
     """
     names = run.prompt.feature_names()
     chosen = _chosen(feature, names)
@@ -150,7 +155,7 @@ def total_effect(
     for number in chosen:
         prompts = writer.without(number)
         direct.append(as_it_is - writer.values(prompts, [writer.target] * n_samples).mean(0))
-        # (n_samples, T): of what is written before each token's place.
+        # (n_samples, T): likelihood ratios of what is generated before each token's position.
         ratios = [
             now.cumsum(0) - then.cumsum(0)
             for now, then in zip(writer.log_probs(prompts, written), likely, strict=True)
@@ -184,7 +189,7 @@ def total_effect(
 
 
 class _Writer:
-    """Writes answers anew, and tells what target tokens are worth after them."""
+    """Regenerates answers and scores target tokens at their positions in them."""
 
     def __init__(
         self,
@@ -205,7 +210,7 @@ class _Writer:
         self._known: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
 
     def without(self, feature: int) -> list[RenderedPrompt]:
-        """The prompt with the feature replaced, by another draw for each continuation."""
+        """The prompt with the feature replaced, in another draw for each continuation."""
         n = self._run.prompt.n_features
         masks = torch.ones(self._n_samples, n, dtype=torch.bool, device="cpu")
         masks[:, feature] = False
@@ -213,7 +218,7 @@ class _Writer:
         return self._run.prompt.render(masks, generator)
 
     def answers(self, prompts: Sequence[RenderedPrompt]) -> list[tuple[int, ...]]:
-        """What is written after each prompt; the same for equal prompts and numbers."""
+        """The answers to the prompts; equal for equal prompts and sample numbers."""
         keys = [(prompt.ids, number) for number, prompt in enumerate(prompts)]
         new = [number for number, key in enumerate(keys) if key not in self._known]
         rows = [TokenRow(p.ids, (), p.extras, p.key) for p in (prompts[i] for i in new)]
@@ -228,7 +233,9 @@ class _Writer:
     def values(
         self, prompts: Sequence[RenderedPrompt], answers: Sequence[tuple[int, ...]]
     ) -> Tensor:
-        """Log-probabilities of the target tokens in their places, ``(n_answers, n_target)``."""
+        """Log-probabilities of the target tokens at their aligned positions, ``(n_answers,
+        n_target)``.
+        """
         rows: list[TokenRow] = []
         owner: list[int] = []
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -242,7 +249,7 @@ class _Writer:
     def log_probs(
         self, prompts: Sequence[RenderedPrompt], answers: Sequence[tuple[int, ...]]
     ) -> list[Tensor]:
-        """Log-probabilities of the answers' own tokens after their prompts, each ``(length,)``."""
+        """Log-probabilities of the answers' own tokens after their prompts, ``(length,)`` each."""
         found: list[Tensor] = []
         for prompt, answer in zip(prompts, answers, strict=True):
             if not answer:
@@ -260,7 +267,7 @@ class _Writer:
         return found
 
     def at_places(self, sums: Sequence[Tensor], answers: Sequence[tuple[int, ...]]) -> Tensor:
-        """Running sums over answers where each target token has its place."""
+        """Running sums over answers, taken at the aligned position of each target token."""
         found = torch.zeros(len(answers), len(self._ids), dtype=torch.float64, device="cpu")
         for i, (own, answer) in enumerate(zip(sums, answers, strict=True)):
             for t, (n_written, _) in enumerate(places(self.target, answer)):
@@ -268,20 +275,20 @@ class _Writer:
         return found
 
     def text(self, ids: tuple[int, ...]) -> str:
-        """What an answer says."""
+        """The text of an answer."""
         return tokens.decode(self._run.tokenizer, ids)
 
 
 def places(target: Sequence[int], answer: Sequence[int]) -> list[tuple[int, int]]:
-    """Where each target token belongs after what was written.
+    """The aligned position of each target token in another answer.
 
     Args:
-        target: Token ids that are explained.
-        answer: Those that were written.
+        target: Explained token ids.
+        answer: Regenerated token ids.
 
     Returns:
-        Per target token how many tokens of the answer, and then how many target tokens, are read
-        before it: the latter those of the same stretch that the answer says otherwise.
+        Per target token, the number of tokens of the answer, and of target tokens after these, that
+        precede it: the latter are those of the same differing segment.
     """
     found: list[tuple[int, int]] = []
     matcher = SequenceMatcher(None, target, answer, autojunk=False)
@@ -293,7 +300,7 @@ def places(target: Sequence[int], answer: Sequence[int]) -> list[tuple[int, int]
 def _readings(
     target: Sequence[int], answer: Sequence[int], n_before: int
 ) -> list[tuple[tuple[int, ...], list[int]]]:
-    """The texts that are read so that every target token is said in one of them, and where."""
+    """The texts to score so that every target token occurs in one of them, and its position."""
     at = places(target, answer)
     whole = [n_before + n - 1 if not own else -1 for n, own in at]
     most = max((n for n, own in at if not own), default=0)
@@ -310,10 +317,10 @@ def _readings(
 
 
 def _difference(before: Tensor, after: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of one less weighted mean of the other, and what each sample does to it.
+    """A mean minus a weighted mean, and the influence of each sample on it.
 
-    Samples of equal number are pairs: they share their seed. The mean is of shape ``(n_target,)``,
-    the other of the samples' own, ``(n_samples, n_target)``.
+    Samples with equal index share a seed and form pairs. The difference has shape ``(n_target,)``,
+    the influences ``(n_samples, n_target)``.
     """
     weights = weights / weights.mean(0).clamp_min(1e-300)
     effect = before.mean(0) - (weights * after).mean(0)
@@ -322,7 +329,7 @@ def _difference(before: Tensor, after: Tensor, weights: Tensor) -> tuple[Tensor,
 
 
 def _standard_error(deviations: Tensor) -> Tensor:
-    """Of a mean, from what each sample does to it: ``(F, n_samples, …)`` to ``(F, …)``."""
+    """Standard errors of means from influences of samples: ``(F, n_samples, …)`` to ``(F, …)``."""
     n = deviations.shape[1]
     if n < 2:
         return torch.full_like(deviations[:, 0], torch.nan)
@@ -330,7 +337,7 @@ def _standard_error(deviations: Tensor) -> Tensor:
 
 
 def _are_enough(weights: Tensor) -> bool:
-    """Whether weighted answers stand for those that would be written, at every place."""
+    """Whether reweighted answers can replace regenerated ones, at every position."""
     mean = weights.mean(0)
     effective = weights.sum(0).square() / weights.square().sum(0).clamp_min(1e-300)
     near = (mean - 1).abs() <= _NEAR_ONE

@@ -1,4 +1,4 @@
-"""Attributions of a game by many coalitions of a surrogate, and few of what it misses."""
+"""Two-level estimates: many coalitions on a surrogate, few on the model minus the surrogate."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,20 +30,20 @@ NOT_LINEAR = (
     "or need the model on all coalitions. Leave `surrogate` out, or use KernelShap, ShapleyValues, "
     "ShapleyValueSampling, PartitionShap in nested orders, or Lime with a ridge or no penalty."
 )
-# Draws of the empty coalition that both the model and its surrogate are given: of four, the error
-# itself is off by half. A choice.
+# Draws of the empty coalition that both model and surrogate score: with four, the estimated error
+# itself is off by half. Eight is chosen, not measured.
 _EMPTY_OF_BOTH = 8
 _FEWEST_OF_BOTH = 16
 
 
 class _Sample:
-    """The coalitions of one estimator, and what they are worth.
+    """The coalitions of one estimator and their values.
 
     Args:
-        game: What is played.
-        method: Their estimator.
-        anchors: What they begin with.
-        scorers: Of two, the second less the first is what is explained.
+        game: The game.
+        method: The estimator.
+        anchors: The coalitions that the plan begins with.
+        scorers: One or two; with two, the second's values minus the first's are explained.
 
     Attributes:
         plan: All coalitions up to now.
@@ -63,7 +63,7 @@ class _Sample:
         self.values: list[Tensor] = []
 
     def add(self, plans: Sequence[Plan]) -> None:
-        """Scores more of them, the anchors with the first, and solves all."""
+        """Scores further coalitions (the first call with the anchors), and solves all."""
         more = join_plans(plans)
         self.plan = join_plans([self.plan, more])
         # In one call: few rows take a pass through all weights as many do.
@@ -83,7 +83,7 @@ class _Sample:
 
     @property
     def n(self) -> int:
-        """Coalitions beside anchors."""
+        """Number of coalitions besides the anchors."""
         return len(self.plan.masks) - self.plan.n_anchors
 
     @property
@@ -91,26 +91,26 @@ class _Sample:
         return self.values[0] if len(self.values) == 1 else self.values[1] - self.values[0]
 
     def whole(self) -> Solution:
-        """Of the sum over target tokens, none of which depends on what comes after it."""
+        """Attributions of the sum over target tokens, each of which depends on nothing after it."""
         summed = self._explained.sum(1, keepdim=True)
         scope = self._game.solved_scope.of([self._game.n_features], [-1])
         return self.method.solve(self.plan, summed, scope)
 
 
 class _TwoLevels:
-    """Many coalitions of a surrogate, and others, on which the model is held against it.
+    """Coalitions scored on the surrogate alone, and others scored on both model and surrogate.
 
     Args:
-        game: What is played.
+        game: The game.
         method: The estimator of the surrogate's attributions.
         few: See `Estimator`.
-        surrogate: Gives the surrogate's values.
-        work: Of the model for a coalition, over that of the surrogate.
+        surrogate: The surrogate's scorer.
+        work: Cost of a coalition on the model, relative to the surrogate.
 
     Attributes:
-        cost: Of a coalition on both, over that on the surrogate alone. Counted, not timed: what is
-            scored must not hang on a clock. A ratio that is off by two takes 3 % more time at most,
-            by eight 30 %: shares go with the root of it.
+        cost: Cost of a coalition on both, relative to the surrogate alone. Counted, not timed, so
+            that plans are reproducible. A ratio wrong by a factor of two costs at most 3 % more
+            time, by eight 30 %: shares depend on its square root.
     """
 
     def __init__(
@@ -129,20 +129,20 @@ class _TwoLevels:
         self.difference = _Sample(game, few(_FEWEST_OF_BOTH), both, [surrogate, game.run.scorer])
 
     def begin(self, num_trials: int) -> None:
-        """Scores what each level has at least."""
+        """Scores the minimum of each level."""
         generator = self._game.run.generator
         self.surrogate.add([self._method.plan(generator) for _ in range(num_trials)])
         self.difference.add([self.difference.method.plan(generator)])
 
     def levels(self) -> tuple[Level, Level]:
-        """What was spent on each, in evaluations of the surrogate, and what it brought."""
+        """Cost of each level in evaluations of the surrogate, and its variance."""
         return (
             Level.of(self.surrogate.n, 1.0, self.surrogate.solution),
             Level.of(self.difference.n, self.cost, self.difference.solution),
         )
 
     def more_of_both(self, n: int) -> None:
-        """Scores about so many more coalitions on both."""
+        """Scores about `n` more coalitions on both."""
         if n > 0:
             self.difference.add([self._few(n).plan(self._game.run.generator)])
 
@@ -164,7 +164,7 @@ class _TwoLevels:
 
 
 def sample_twice(game: Game, method: Estimator, effort: Effort, surrogate: RowScorer) -> Outcome:
-    """Attributes a game by its surrogate's and what that misses, in rounds if there is a rule."""
+    """Attributes a game through its surrogate and the difference, in rounds if there is a rule."""
     rule, few = effort.stop, method.few
     if few is None or method.adaptive is not None:
         raise ValueError(NOT_LINEAR.format(type(game.run.method).__name__))
@@ -186,7 +186,7 @@ def sample_twice(game: Game, method: Estimator, effort: Effort, surrogate: RowSc
         )
     settled = None
     if rule is None:
-        # As many of the surrogate's as were asked for: the others in proportion.
+        # As many coalitions on the surrogate as requested: the others in proportion.
         wanted = round(n * found.difference / found.surrogate)
         both.more_of_both(min(wanted, n) - both.difference.n)
     else:
@@ -195,7 +195,7 @@ def sample_twice(game: Game, method: Estimator, effort: Effort, surrogate: RowSc
 
 
 def _settle(game: Game, both: _TwoLevels, rule: StoppingRule, effort: Effort) -> Tensor:
-    """Goes on where that takes most off the error for its cost; whether the rule was met."""
+    """Adds coalitions where the error falls most per cost; returns whether the rule was met."""
     method, scorer = both.surrogate.method, game.run.scorer
     size = max(both.surrogate.n // effort.num_trials, 1)
     least = both.difference.n
@@ -228,7 +228,7 @@ def _settle(game: Game, both: _TwoLevels, rule: StoppingRule, effort: Effort) ->
 def _outcome_of_both(
     game: Game, both: _TwoLevels, rule: StoppingRule | None, settled: Tensor | None
 ) -> Outcome:
-    """All coalitions in one plan, as a `Correction` tells."""
+    """All coalitions as one plan, with a `Correction` that separates them."""
     first, second = both.surrogate, both.difference
     method = first.method
     game.reorder_foil_values([i for one in (first, second) for of in one.foil_values for i in of])

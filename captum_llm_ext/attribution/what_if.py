@@ -1,4 +1,4 @@
-"""What if the prompt had been another: questions that take the model to write its answer anew."""
+"""Counterfactual questions for which the model generates its answer again."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ from captum_llm_ext.base.arguments import at_least_one, check_counts
 from captum_llm_ext.model import Generation, Scorer
 from captum_llm_ext.text.inputs import Prompt, as_prompt
 
-_MORE = 8  # tokens that an answer written anew may have beyond those of the answer
-# The distribution that the model tells, not that which its settings would sample from.
+_MORE = 8  # extra tokens that a regenerated answer may have; chosen, not measured
+# The model's own distribution, not that of its generation settings.
 _OWN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 class WhatIf(ModelAccess):
-    """Questions to the model of an attribution, for which its method does not matter."""
+    """Counterfactual analyses with the model of an attribution; the method does not matter."""
 
     def counterfactuals(
         self,
@@ -45,39 +45,39 @@ class WhatIf(ModelAccess):
         perturbations_per_eval: int | None = None,
         feature_mask: Tensor | None = None,
     ) -> CounterfactualSearch:
-        """What would have changed the answer: few features whose replacement makes a token another.
+        """What would have changed the answer: few features whose replacement changes a token.
 
-        Features are replaced by what the input's baselines put in their place, the rest of the
-        answer is as it was (teacher forced). A set is minimal where no proper subset of it changes
-        the token with any of the same draws. Sizes are searched one after the other, all sets of a
-        size where the budget allows, else the most promising by what their features do alone.
-        `attr_method` does not matter here.
+        Features are replaced by the input's baselines; the answer is teacher-forced. A set is
+        minimal if no proper subset changes the token with any of the same draws. Sizes are searched
+        in turn: all sets of a size if the budget allows, otherwise the most promising by the
+        effects of their single features. `attr_method` does not matter here.
 
         Args:
             inp: The prompt, as for `attribute`.
             target: The answer; None: the model generates it.
-            flips: What counts as changed: ``"argmax"``: another token is likelier than the
-                target token; a number: the target token loses at least so many nats; or a callable
-                that is given a `Flip`.
-            token: The target token, or several, that are asked about; None: all.
+            flips: What counts as a change: ``"argmax"``: another token is likelier than the target
+                token; a number: the target token loses at least this many nats; or a callable that
+                takes a `Flip`.
+            token: Position of the target token to change, or several; None: all.
             max_size: Features of the largest sets.
-            n_draws: Replacements that each set is tried with.
-            budget: At most so many rows are scored; what was not searched for want of them the
-                iterator's `summary` tells.
-            order: Which features are tried first, as one number each (the larger, the sooner), such
-                as ``result.token_attr.sum(0)``. ``"saliency"``: by the size of the gradient, which
-                takes one pass forth and back; None: in reading order.
-            gen_args: As for `attribute`; answers are generated anew with it.
-            seed: Of the draws.
-            perturbations_per_eval: At most so many rows in a batch.
+            n_draws: Baseline draws per set.
+            budget: Maximum number of rows scored; `summary` of the iterator says what was not
+                searched.
+            order: Priority of features, one number each (larger first), such as
+                ``result.token_attr.sum(0)``. ``"saliency"``: the size of the gradient, which takes
+                one forward and backward pass; None: reading order.
+            gen_args: As for `attribute`; also used to regenerate answers.
+            seed: Seeds the draws.
+            perturbations_per_eval: Maximum number of rows per batch.
             feature_mask: As for `attribute`.
 
         Returns:
-            An iterator over what is found, as soon as it is found: each one confirmed by a forward
-            pass of its own, with the answer that the model writes after the changed prompt.
+            An iterator that yields each counterfactual as soon as it is found, confirmed by a
+            separate forward pass, with the answer that the model generates after the changed
+            prompt.
 
         Raises:
-            ValueError: If an argument is out of range, or as `attribute` does.
+            ValueError: If an argument is out of range, or as for `attribute`.
         """
         check_counts(max_size=max_size, n_draws=n_draws, budget=budget)
         if isinstance(flips, int | float) and not flips > 0:
@@ -117,7 +117,7 @@ class WhatIf(ModelAccess):
         order: Sequence[float] | str | None,
         positions: Sequence[int],
     ) -> Sequence[float]:
-        """Per feature a number, the larger for what is sooner tried."""
+        """One priority per feature: larger ones are tried first."""
         if order is not None and not isinstance(order, str):
             return [float(number) for number in order]
         reading = [-float(feature) for feature in range(prompt.n_features)]
@@ -131,7 +131,7 @@ class WhatIf(ModelAccess):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = by_gradient.attribute(prompt, ids, output_unit=None)
-        except (TypeError, ValueError, RuntimeError):  # it is but an order
+        except (TypeError, ValueError, RuntimeError):  # only an order is lost
             return reading
         size = cast(Tensor, found.token_attr).abs()
         share = size / size.sum(1, keepdim=True).clamp_min(1e-30)
@@ -150,35 +150,35 @@ class WhatIf(ModelAccess):
         perturbations_per_eval: int | None = None,
         feature_mask: Tensor | None = None,
     ) -> TotalEffect:
-        """How far each target token falls if the answer is written anew without a feature, in nats.
+        """How far each target token falls, in nats, if the answer is regenerated without a feature.
 
-        An attribution holds the answer before a token fixed, and so tells what a feature does
-        directly. Here the model writes the answer again: `n_samples` times as it is, and as often
-        with the feature replaced, each time by another draw of the input's baselines. The effect is
-        the mean of the log-probability that each target token has in its place after what was
-        written, as it is less as replaced. Continuations of equal number share their seed. Where a
-        feature hardly moves what the model writes, the answers to the prompt as it is are weighted
-        by how much likelier they became, and none is written.
+        An attribution holds the answer before a token fixed and so measures the direct effect of a
+        feature. Here the model regenerates the answer: `n_samples` times with the original prompt,
+        and as often with the feature replaced, each time by another draw of the input's baselines.
+        The effect is the mean log-probability of each target token at its aligned position,
+        original minus replaced. Continuations with equal index share their seed. If a feature
+        hardly changes what the model generates, the answers to the original prompt are reweighted
+        by likelihood ratios instead of regenerated.
 
-        Where an answer differs from the target, a token's place is found by aligning the two: in a
-        stretch that is another, the target's own tokens are taken as written up to the token.
+        If an answer differs from the target, positions are found by aligning the two: within a
+        differing segment, the target's own tokens up to the explained one are teacher-forced.
         `attr_method` does not matter here.
 
         Args:
             inp: The prompt, as for `attribute`.
             target: The answer; None: the model generates it.
-            feature: Number or name of the feature, or several; None: all of them.
+            feature: Index or name of the feature, or several; None: all.
             n_samples: Continuations per feature.
-            gen_args: Of the target's generation, as for `attribute`.
-            again: Arguments of ``generate`` for answers that are written anew. By default they are
-                drawn from what the model itself tells: at temperature 1, with no token ruled out.
-                Drawn otherwise, they are written anew for every feature.
-            seed: Of draws and continuations.
-            perturbations_per_eval: At most so many rows in a batch.
+            gen_args: For generating the target, as for `attribute`.
+            again: Arguments of ``generate`` for regenerated answers. By default they are sampled
+                from the model's own distribution: at temperature 1, with no token excluded. With
+                other arguments nothing is reweighted: every feature's answers are regenerated.
+            seed: Seeds draws and continuations.
+            perturbations_per_eval: Maximum number of rows per batch.
             feature_mask: As for `attribute`.
 
         Raises:
-            ValueError: If there is no such feature, or as `attribute` does.
+            ValueError: If there is no such feature, or as for `attribute`.
         """
         at_least_one("n_samples", n_samples)
         with self.processes.session("`total_effect`"):
@@ -203,8 +203,8 @@ class WhatIf(ModelAccess):
         seed: int,
         feature_mask: Tensor | None,
     ) -> tuple[Run, Tensor, Generation]:
-        """What is asked about: the prompt, the answer's ids, and how another one is written."""
-        if not isinstance(self.model, nn.Module):  # captum's placeholder of an API's
+        """The prompt, the answer's ids, and the settings for generating others."""
+        if not isinstance(self.model, nn.Module):  # captum's placeholder for an API's model
             raise TypeError(
                 "an API does not write an answer token by token as it is told to: give a model of "
                 "this process (`GenerationAttribution`)."

@@ -1,7 +1,8 @@
 """Attribution by attention maps, and attention weights by head.
 
-`GenerationAttentionAttribution` is the join: `methods` are what users hand to it, `maps` reads what
-each layer attends to, `heads` is one token's row of each, to be drawn.
+`GenerationAttentionAttribution` is the class that users call. `methods` are the methods it accepts,
+`maps` computes the attention map of each layer, `heads` holds the weights of every head for one
+token, for plotting.
 """
 
 from captum_llm_ext.attribution.attention.attribution import GenerationAttentionAttribution

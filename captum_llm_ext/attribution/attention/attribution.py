@@ -33,29 +33,30 @@ from captum_llm_ext.text.segment import Unit
 class GenerationAttentionAttribution(ModelAccess):
     """Attributes every token of a generated text by attention, to the prompt and to earlier output.
 
-    The row of a token is that of the place before it, where the model writes it. Attributions are
-    shares: those of a token, and that of fixed text (`fixed_attr`: BOS, a chat template, attention
-    sinks), sum to 1. They have no sign, know nothing of which token was written, and are no
-    baseline's difference: `full_values` is 1 and `empty_values` the share of fixed text.
+    The row of a target token is that of the position that predicts it. Attributions are shares:
+    those of a token's features and of fixed text (`fixed_attr`: BOS, a chat template, attention
+    sinks) sum to 1. They have no sign, do not depend on which token was generated, and involve no
+    baseline: `full_values` is 1 and `empty_values` the share of fixed text.
 
-    What they are worth hangs on the model, and on whether punctuation is a feature of its own, for
-    the comma behind a word is where the next one is written. On two languages with known causes
-    and small models (``benchmarks/ground_truth.py --inside``) precision among content words was
-    1.0 and .95 for ``AttentionRollout(model, "projection")``, .88 and .82 for ``"alti"``, .97 and
-    .86 for weights, .64 and .77 for plain rollout (by chance: .17), and .67 / .74, .63 / .73,
-    .89 / .85 and .42 / .38 with punctuation in the features of words. No other reading of ALTI came
-    near the projection (L2; weights of the norm that follows; the gated part let through, or
-    counted as the place's own; heads or the residual apart; rows shifted by their largest
-    distance): .71 to .93. The slope of its rule, ``⟨part, sign(sum)⟩``, gave 1.0 and .94. They are
-    for looking: what removal does to a token is found by `GenerationAttribution`, and `by_head` has
-    one token's weights of every head, to be drawn.
+    How informative they are depends on the model, and on whether punctuation is a feature of its
+    own, since the comma after a word is the position that predicts the next one. On two grammars
+    with known causes and small models (``benchmarks/ground_truth.py --inside``) precision among
+    content words was 1.0 and .95 for ``AttentionRollout(model, "projection")``, .88 and .82 for
+    ``"alti"``, .97 and .86 for weights, .64 and .77 for plain rollout (chance: .17), and .67 / .74,
+    .63 / .73, .89 / .85 and .42 / .38 with punctuation merged into words. No variant of ALTI came
+    near the projection (L2; scaled by the next norm's weights; the gated part passed through, or
+    counted as the position's own; heads or the residual separate; rows shifted by their largest
+    distance): .71 to .93. The gradient of its rule, ``⟨part, sign(sum)⟩``, gave 1.0 and .94.
+    Attention maps are for inspection: the effect of removing a feature is what
+    `GenerationAttribution` measures. `by_head` returns the weights of every head for one token, for
+    plotting.
 
     Args:
-        attr_method: `AttentionWeights` or `AttentionRollout` over a model of transformers.
+        attr_method: `AttentionWeights` or `AttentionRollout` over a transformers model.
         tokenizer: The model's tokenizer.
 
     Raises:
-        TypeError: If the method is another one, or its model no causal language model.
+        TypeError: If the method is not one of these, or its model not a causal language model.
     """
 
     def __init__(self, attr_method: AttentionWeights | AttentionRollout, tokenizer: Any) -> None:
@@ -84,22 +85,22 @@ class GenerationAttentionAttribution(ModelAccess):
 
         Args:
             inp: The prompt: captum's `TextTokenInput`, `TextSegmentInput` or `ChatInput`. Its
-                baselines play no part.
+                baselines are not used.
             target: The text to explain, as for `GenerationAttribution`. None: the model generates
                 it.
-            gen_args: Arguments of the model's ``generate``, without a target only.
-            output_unit: Features made of the target, as for `GenerationAttribution`. None holds it
-                fixed.
-            seed: Of sampling, where `gen_args` asks for it.
+            gen_args: Arguments of the model's ``generate``; only without a target.
+            output_unit: Features made of the target, as for `GenerationAttribution`. None holds the
+                target fixed.
+            seed: Seeds sampling, if `gen_args` asks for it.
             feature_mask: As for `GenerationAttribution`.
-            show_progress: Whether a bar is shown, over the one pass; or a `Listener`, as there.
+            show_progress: Whether to show a bar over the single forward pass; or a `Listener`.
 
         Returns:
-            The result, with the shares of a feature's tokens added up.
+            The result; a feature's attribution is the sum over its tokens.
 
         Raises:
-            ValueError: If the target is empty or outside the vocabulary, or the model's layers do
-                not all attend, or in a way that no map can tell.
+            ValueError: If the target is empty or outside the vocabulary, or some layer has no
+                attention, or one of a kind that has no map.
         """
         generation = None if target is not None else self.generation(gen_args)
         run = self._read_run(inp, feature_mask, seed)
@@ -118,7 +119,7 @@ class GenerationAttentionAttribution(ModelAccess):
             **self._provenance(run, generated, generation),
             **self._method_settings(),
             "estimator": "attention",
-            # No coalitions are behind the numbers, nor anything drawn.
+            # There are neither coalitions nor random draws.
             "gradients": True,
             "unsigned": True,
             "estimate": False,
@@ -149,20 +150,21 @@ class GenerationAttentionAttribution(ModelAccess):
     ) -> AttentionByHead:
         """Attention weights of every head of every layer at the position that predicts one token.
 
-        Whatever the method, these are attention weights: no layer's are averaged or followed.
+        These are plain attention weights, whatever the method: neither averaged nor composed over
+        layers.
 
         Args:
             inp: The prompt, as for `attribute`.
             target: The text, such as a result's `target`.
-            target_token: Which of its tokens; negative numbers count from the end.
+            target_token: Index of the target token; negative ones count from the end.
             output_unit: As for `attribute`.
             feature_mask: As for `attribute`.
 
         Returns:
-            Weights ``(n_layers, n_heads, n_columns)``: those of a feature's tokens added up.
+            Weights ``(n_layers, n_heads, n_columns)``, summed over the tokens of a feature.
 
         Raises:
-            ValueError: As `attribute`; or if the target has no such token.
+            ValueError: As for `attribute`; or if `target_token` is out of range.
         """
         run = self._read_run(inp, feature_mask, 0)
         ids = self._target_ids(run, target, None, None, None)
@@ -174,7 +176,7 @@ class GenerationAttentionAttribution(ModelAccess):
                 "position of one."
             )
         t = target_token % n_target
-        # What comes after the token plays no part.
+        # Nothing after the token has an influence.
         read_ids = _read_ids(context, generated)[: len(context.full.ids) + t]
         layers: list[Tensor] = []
 
@@ -202,11 +204,11 @@ class GenerationAttentionAttribution(ModelAccess):
         values: Tensor,
         foils: Tensor | None = None,
     ) -> None:
-        """Nothing: shares of attention are no values that a pass could be compared with."""
+        """Does nothing: attention shares cannot be compared with values of a forward pass."""
 
     def _read_run(self, inp: InterpretableInput, feature_mask: Tensor | None, seed: int) -> Run:
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
-        prompt.places()  # whether it knows any, before the costly part
+        prompt.places()  # raises if the input knows none, before the costly part
         return self._run(prompt, Scorer(self.model, attr_target="logit"), seed)
 
     def _method_settings(self) -> dict[str, Any]:
@@ -217,7 +219,7 @@ class GenerationAttentionAttribution(ModelAccess):
 
 
 def _read_ids(context: Context, generated: GeneratedText) -> Tensor:
-    """All ids that the model reads, int64 ``(length,)``: the last target token is none of them."""
+    """All ids that the model reads, int64 ``(length,)``: all but the last target token."""
     ids = [*context.full.ids, *generated.ids[:-1]]
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
@@ -225,22 +227,22 @@ def _read_ids(context: Context, generated: GeneratedText) -> Tensor:
 def _shares(
     context: Context, generated: GeneratedText, rows: Tensor, targets: Sequence[int]
 ) -> Solution:
-    """Shares of features, ``rows (n, length)`` being those of places for `n` target tokens."""
+    """Shares of features, from the map's rows ``(n, length)`` of `n` target tokens."""
     n_before = len(context.full.ids)
     own = features(context.prompt, n_before, generated, n_draws=1, absent="zero", seed=0)
     summed = torch.zeros(len(rows), own.n_features + 1, dtype=torch.float64, device="cpu")
     summed.index_add_(1, own.owners(rows.shape[1]), rows)
-    # A word that has begun is no cause of its other tokens: it is fixed text meanwhile.
+    # A word in progress does not cause its own remaining tokens: it counts as fixed text.
     visible = [own.n_prompt + generated.n_visible[t] for t in targets]
     n_visible = torch.tensor(visible, dtype=torch.int64, device="cpu")
     later = torch.arange(own.n_features, dtype=torch.int64, device="cpu") >= n_visible[:, None]
     attributions = summed[:, :-1].masked_fill(later, 0.0)
-    # What goes to attention sinks is no feature's either.
+    # The share of attention sinks belongs to no feature either.
     full = torch.ones(len(rows), dtype=torch.float64, device="cpu")
     return Solution(attributions, torch.zeros_like(attributions), full, full - attributions.sum(1))
 
 
 def _filled(weights: Tensor, n_heads: int) -> Tensor:
-    """Weights ``(heads, length)`` of so many heads, those that a layer lacks NaN."""
+    """Weights ``(heads, length)``, padded with NaN to `n_heads` rows."""
     missing = weights.new_full((n_heads - len(weights), weights.shape[1]), torch.nan)
     return torch.cat([weights, missing])

@@ -13,20 +13,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionByHead:
-    """The attention weights of one token, head by head, as `BertViz`_ shows them; for looking.
+    """Attention weights of every head for one token, as `BertViz`_ shows them.
 
     .. _BertViz: https://github.com/jessevig/bertviz
 
     Attributes:
         weights: Shape ``(n_layers, n_heads, n_features)``, float32 on the CPU: features of the
-            prompt, then of earlier output; those that come later are 0. NaN for heads that a layer
-            has fewer.
-        fixed: Shape ``(n_layers, n_heads)``: the part of fixed text (BOS, a chat template) and of
-            attention sinks. With it
-            the weights of a head sum to 1.
+            prompt, then of earlier output; later features are 0. NaN where a layer has fewer heads.
+        fixed: Shape ``(n_layers, n_heads)``: the share of fixed text (BOS, a chat template) and of
+            attention sinks. Including it, the weights of a head sum to 1.
         token: The token.
         features: Names of the features.
-        n_prompt: How many of these are the prompt's.
+        n_prompt: How many of these belong to the prompt.
     """
 
     weights: Tensor
@@ -38,11 +36,11 @@ class AttentionByHead:
     def plot(
         self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
     ) -> "Drawing":
-        """A heat map: a row per head, in bands by layer, a column per feature.
+        """Draws a heat map: a row per head, grouped by layer, and a column per feature.
 
         Args:
-            show: Show it, and return None.
-            ax: Axes to draw in; by default a new figure of fitting size.
+            show: Show the figure, and return None.
+            ax: Axes to draw in; by default a new figure of suitable size.
             cmap: A sequential colour map; by default ``"Purples"``.
 
         Returns:

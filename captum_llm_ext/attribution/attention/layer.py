@@ -1,4 +1,4 @@
-"""What one layer's attention takes from where, and what of it goes on to the next layer."""
+"""One layer's attention: what each position takes from each, and how it enters the output."""
 
 from typing import Literal
 
@@ -10,16 +10,16 @@ from captum_llm_ext.attribution.attention.products import Mixed
 Contributions = Literal["weights", "values", "alti", "projection"]
 Heads = Literal["mean", "max"] | int
 
-_MAX_PART_NUMBERS = 2**24  # numbers of the parts that exist at once
-# How far parts may be from what they are parts of, relative to it: sums of some thousand products
-# in the same types; in half precision a guess.
+_MAX_PART_NUMBERS = 2**24  # numbers in all parts held at once; chosen, not measured
+# Relative error allowed between a sum and its parts: sums of some thousand products in the same
+# dtype. The tolerance for half precision is chosen, not measured.
 _DECOMPOSITION_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _DECOMPOSITION_TOLERANCE_HALF = 0.05
-_MIN_FACTOR = 0.01  # by which a layer multiplies its attention
+_MIN_FACTOR = 0.01  # smallest factor by which a layer may scale its attention; chosen, not measured
 
 
 class LayerAttention:
-    """One layer in one pass: what its attention is made of, and where that goes."""
+    """One layer in one forward pass: its attention, and how its output depends on it."""
 
     def __init__(self, name: str, before: Tensor) -> None:
         self._name, self._before = name, before
@@ -30,31 +30,31 @@ class LayerAttention:
         self._calls: list[tuple[Tensor, Tensor]] = []
 
     def attended(self, module: nn.Module, mixed: Mixed) -> None:
-        """Places were mixed, in the forward of this module."""
+        """Called when attention mixed positions within the forward of this module."""
         if self._mixed is not None:
             raise NotImplementedError(f"{self._name} attends twice")
         self._attention, self._mixed = module, mixed
 
     @property
     def has_attended(self) -> bool:
-        """Whether it has attention."""
+        """Whether the layer has computed attention."""
         return self._mixed is not None
 
     def note(self, module: nn.Module, given: Tensor, output: Tensor) -> None:
-        """A module within was called."""
+        """Called for every module within the layer."""
         if self._mixed is None:
             return
         if self._is_projection(given):
-            # The last one, for a projection with an adapter ends after what is within it.
+            # The last one counts: a projection with an adapter ends after the modules within it.
             self._projection, self._attended, self._calls = module, flat(output), []
         elif module is self._attention and self._projection is None:
             self._attended, self._calls = flat(output), []
         elif flat(output).shape == self._before.shape:
-            # Models may write into either later on.
+            # Models may later modify either in place.
             self._calls.append((flat(given).clone(), flat(output).clone()))
 
     def _is_projection(self, given: Tensor) -> bool:
-        """Whether a module is given what attention mixed."""
+        """Whether a module's input is the output of attention."""
         mixed = self._read.output
         if given.numel() != mixed.numel():
             return False
@@ -74,20 +74,20 @@ class LayerAttention:
     def map(self, after: Tensor, kind: Contributions, heads: Heads) -> Tensor:
         """How much each position takes from each, ``(length, length)``, float64 on the CPU.
 
-        Rows sum to 1; those of weights to what attention sinks leave.
+        Rows sum to 1, those of weights to 1 minus the share of attention sinks.
 
         Args:
-            after: What the layer gives.
-            kind: What the map tells.
-            heads: How weights of heads become one.
+            after: The layer's output.
+            kind: What the map is made of.
+            heads: How heads are combined.
 
         Raises:
-            NotImplementedError: If the layer is more than attention and what follows place by
-                place, as far as can be seen, or the parts do not sum to what its attention adds.
+            NotImplementedError: If the layer is not attention followed by position-wise modules, or
+                the parts do not sum to what attention adds.
         """
         scale, summed = self._added(after)
         if kind == "weights":
-            # The wider type for sums: rows are multiplied by those of all layers.
+            # Sums in the wider dtype: rows are multiplied across all layers.
             found = _reduce_heads(self._read.weights, heads, self._name).cpu().double()
             sinks = _reduce_heads(self._read.sinks, heads, self._name).cpu().double()
             return found / (found.sum(-1) + sinks)[:, None]
@@ -98,14 +98,14 @@ class LayerAttention:
         rows = max(1, _MAX_PART_NUMBERS // (length * max(size, n_heads)))
         for start in range(0, length, rows):
             here = slice(start, min(start + rows, length))
-            # No place sees those after it.
+            # No position attends to later ones.
             weights = self._read.weights[:, here, : here.stop].to(per_head.dtype)
             seen = per_head[:, : here.stop]
             added = (weights @ seen).sum(0) + constant
             self._check(added * scale[here], summed[here])
             whole = self._before[here] + summed[here]
             if kind == "projection":
-                # ⟨part, whole⟩ without the parts.
+                # ⟨part, whole⟩ without materialising the parts.
                 along = (whole * scale[here]) @ seen.transpose(-1, -2)
                 sizes = (weights * along).sum(0)
                 sizes.diagonal(here.start).add_((self._before[here] * whole).sum(-1))
@@ -125,7 +125,7 @@ class LayerAttention:
         """Values after the output projection, ``(heads, length, size)``, and its bias ``(size,)``.
 
         Raises:
-            NotImplementedError: If what attention mixed does not go to a projection as it is.
+            NotImplementedError: If the output of attention is not passed unchanged to a projection.
         """
         projection, values = self._projection, self._read.values
         if projection is None:
@@ -145,16 +145,16 @@ class LayerAttention:
         return torch.stack(found).to(dtype), constant.to(dtype)
 
     def _added(self, after: Tensor) -> tuple[Tensor, Tensor]:
-        """How the layer adds its attention to what it was given: a factor, and what is added.
+        """How attention is added to the layer's input: a factor, and what is added.
 
-        A norm after attention is a factor of its own for every place and size. In layers whose
-        attention and gated part stand side by side what is added is seen at the end.
+        A norm after attention gives a factor per position and dimension. In layers with parallel
+        attention and MLP, the addition happens at the end.
 
         Raises:
-            NotImplementedError: If it is added in another way.
+            NotImplementedError: If attention is added in another way.
         """
         scale, added = torch.ones_like(self._attended), self._attended
-        for given, output in self._calls:  # norms and dropout that attention goes through
+        for given, output in self._calls:  # norms and dropout that the output of attention passes
             if given.shape == added.shape and torch.equal(given, added):
                 ratio = output / given
                 scale = scale * ratio.masked_fill(given == 0, 0.0)
@@ -168,7 +168,7 @@ class LayerAttention:
                 continue
             change = whole - self._before
             factor = float((change * added).sum() / added.square().sum())
-            if abs(factor) < _MIN_FACTOR:  # what stands beside attention is given what it is given
+            if abs(factor) < _MIN_FACTOR:  # a module parallel to attention has its input
                 continue
             rounding = torch.finfo(change.dtype).eps * float(self._before.norm())
             if _is_close(change, factor * added, beyond=8 * rounding):
@@ -195,7 +195,7 @@ def _is_close(
 
 
 def _reduce_heads(weights: Tensor, heads: Heads, name: str) -> Tensor:
-    """Weights ``(heads, length, length)`` as one map."""
+    """Weights ``(heads, length, length)`` combined into one map."""
     if heads == "mean":
         return weights.mean(0)
     if heads == "max":

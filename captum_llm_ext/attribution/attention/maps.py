@@ -1,9 +1,9 @@
-"""Attention maps of every layer: how much each position of a text takes from each other.
+"""Attention maps of every layer: how much each position of a text takes from each other one.
 
-Where a model leaves attention to functions of transformers, its own eager one is used, which
-computes its weights. They are reduced layer by layer, since all maps of a long text together would
-not fit into memory. `Contributions` names what is kept of a layer: the weights, or the norms of the
-parts that its output is a sum of.
+Where a model leaves attention to functions of transformers, the eager one is used, which computes
+weights. Maps are reduced layer by layer, since those of a long text would not fit into memory
+together. `Contributions` says what a map is made of: the weights, or the norms of the parts that a
+layer's output is the sum of.
 """
 
 import sys
@@ -26,11 +26,11 @@ from captum_llm_ext.model.exclusive import exclusive_use, in_this_thread_only
 
 _ATTENTION_NAME = "captum_llm_ext_maps"
 _SUPPORTED_ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
-_MOST_TOLD = 3  # layers of a message
-_N_COMPARED = 32  # tokens, of which another computation of attention must give the same logits
-# Between two computations of attention, of the logits: rounding of float32, or of half precision
-# (measured on 30 architectures and two checkpoints: at most 1.2e-6 and .021; ten times coarser than
-# float32 is what GPUs may round its products to).
+_MOST_TOLD = 3  # layers listed in a message
+_N_COMPARED = 32  # tokens on which logits are compared; chosen, not measured
+# Allowed difference of logits between two attention implementations: rounding in float32 or in half
+# precision (measured on 30 architectures and two checkpoints: at most 1.2e-6 and .021; the float32
+# limit allows for GPUs that round products to TF32).
 _SAME_TOLERANCE, _SAME_TOLERANCE_HALF = 1e-3, 0.1
 
 
@@ -44,16 +44,16 @@ def each_map(
     """Calls `take` with the map of every layer, from the first to the last.
 
     Args:
-        model: A model of transformers.
-        ids: Token ids ``(1, length)``, on the device where the model reads them.
-        contributions: What a map tells.
-        heads: How the heads' weights become one; parts are summed over heads.
-        take: Called with a layer's number and its map ``(length, length)``, float64 on the CPU:
-            row i tells what place i takes from each place up to it. Rows sum to 1; those of
-            weights to what attention sinks leave.
+        model: A transformers model.
+        ids: Token ids ``(1, length)``, on the model's input device.
+        contributions: What a map is made of.
+        heads: How the heads' weights are combined; parts are summed over heads.
+        take: Called with a layer's index and its map ``(length, length)``, float64 on the CPU: row
+            i holds what position i takes from each position up to it. Rows sum to 1, those of
+            weights to 1 minus the share of attention sinks.
 
     Raises:
-        ValueError: If not all layers attend, or do so in a way that no map can tell.
+        ValueError: If some layer has no attention, or one of a kind that has no map.
     """
     _each(model, ids, lambda layer, after: layer.map(after, contributions, heads), take)
 
@@ -64,14 +64,14 @@ def each_row(
     """Calls `take` with every head's weights at one position, layer by layer.
 
     Args:
-        model: A model of transformers.
-        ids: Token ids ``(1, length)``, on the device where the model reads them.
-        place: The place.
-        take: Called with a layer's number and ``(heads, length)``: what each head weighs each
-            place by. Rows sum to 1, less what goes to attention sinks.
+        model: A transformers model.
+        ids: Token ids ``(1, length)``, on the model's input device.
+        place: The position.
+        take: Called with a layer's index and the weights ``(heads, length)``. Rows sum to 1 minus
+            the share of attention sinks.
 
     Raises:
-        ValueError: If not all layers attend, or do so in a way that no map can tell.
+        ValueError: If some layer has no attention, or one of a kind that has no map.
     """
     _each(model, ids, lambda layer, _: layer.weights_at(place), take)
 
@@ -82,7 +82,7 @@ def _each(
     read: Callable[[LayerAttention, Tensor], Tensor],
     take: Callable[[int, Tensor], None],
 ) -> None:
-    """Gives what is read of every layer once it has run, whose output `read` is given too."""
+    """Calls `take` with what `read` makes of every layer's recorded attention and output."""
     layers = _compat.decoder_layers(model)
     if layers is None:
         raise ValueError(
@@ -118,15 +118,15 @@ def _each(
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits of all places, ``(length, vocabulary)``."""
+    """Logits of all positions, ``(length, vocabulary)``."""
     return _compat.sequence_logits(_compat.called(model, ids, **_compat.uncached(model)))[0]
 
 
 def _check_same(model: nn.Module, own: Tensor, watched: Tensor) -> None:
-    """Whether eager attention says what the model's own says.
+    """Checks that eager attention gives the logits of the model's own attention.
 
-    Falcon with alibi says something else (transformers 5.23, 2026). The median over places, for a
-    router may choose another expert for rounding.
+    It does not for Falcon with alibi (transformers 5.23, 2026). Compares the median over positions,
+    since rounding may make a router choose another expert.
     """
     off = ((watched - own).float().norm(dim=-1) / own.float().norm(dim=-1)).median()
     is_half = any(weight.dtype.itemsize < 4 for weight in model.parameters())
@@ -139,7 +139,7 @@ def _check_same(model: nn.Module, own: Tensor, watched: Tensor) -> None:
 
 
 class _LayerHooks:
-    """Hooks that record the layers' attention in one forward pass."""
+    """Hooks that record the attention of all layers in one forward pass."""
 
     def __init__(
         self,
@@ -151,9 +151,9 @@ class _LayerHooks:
         self._layers, self._read, self._take = layers, read, take
         self._names = {id(module): name for name, module in model.named_modules()}
         self._not_attended: list[nn.Module] = []
-        self.n_run = 0  # layers, so far
+        self.n_run = 0  # layers run so far
         self._now: LayerAttention | None = None
-        self._running: list[nn.Module] = []  # modules of the layer, the outer ones first
+        self._running: list[nn.Module] = []  # running modules of the layer, outermost first
 
     def attend(
         self,
@@ -164,7 +164,7 @@ class _LayerHooks:
         attention_mask: Tensor | None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """An attention function of transformers: the model's plain one, which is watched."""
+        """An attention function for transformers: the model's eager one, observed."""
         plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if plain is None:
             name = self._names.get(id(module), type(module).__name__)
@@ -172,15 +172,15 @@ class _LayerHooks:
         return plain(module, query, key, value, attention_mask, **others)[0], None
 
     def mixed(self, mixed: Mixed) -> None:
-        """Places were mixed by attention; what is outside of layers is not asked about."""
+        """Records attention within a layer; attention outside layers is ignored."""
         if self._now is not None:
             self._now.attended(self._running[-1], mixed)
 
     def check_attended(self, model: nn.Module) -> None:
-        """Whether all layers did that have run so far.
+        """Whether all layers that have run so far computed attention.
 
         Raises:
-            ValueError: If some did not, by name, with what they are made of.
+            ValueError: If some did not; the message names them and their modules.
         """
         if not self._not_attended:
             return
@@ -199,7 +199,7 @@ class _LayerHooks:
 
     @contextmanager
     def watched(self) -> Generator[None]:
-        """Hooks on the layers, and on what is in them, for the pass within."""
+        """Installs hooks on the layers and their modules, for the pass within."""
         with ExitStack() as stack:
             for number, layer in enumerate(self._layers):
                 self._watch(stack, number, layer)
@@ -214,7 +214,7 @@ class _LayerHooks:
         def end(_m: Any, _a: Any, output: Any) -> None:
             now, self._now = self._now, None
             self.n_run += 1
-            if now is None or not now.has_attended:  # told of later, all together
+            if now is None or not now.has_attended:  # reported later, all together
                 self._not_attended.append(layer)
                 return
             after = flat(output[0] if isinstance(output, tuple) else output)

@@ -26,12 +26,12 @@ class _AttentionMap(Attribution):
             ids: Token ids ``(length,)``.
 
         Returns:
-            Shape ``(length, length)``, float64 on the CPU: row i tells what place i takes from each
-            place. What comes after a place is exactly 0 in its row. Rows sum to 1, those of
-            weights to what attention sinks leave (a sink takes weight and gives nothing).
+            Shape ``(length, length)``, float64 on the CPU: row i holds what position i takes from
+            each position; later positions are exactly 0. Rows sum to 1, those of weights to 1 minus
+            the share of attention sinks (which take weight and give nothing).
 
         Raises:
-            ValueError: If the model's layers do not all attend, or in a way no map can tell.
+            ValueError: If some layer has no attention, or one of a kind that has no map.
         """
         raise NotImplementedError
 
@@ -42,7 +42,7 @@ class _AttentionMap(Attribution):
             inputs: Token ids ``(batch, length)``, without padding.
 
         Returns:
-            Shape ``(batch, length, length)``, as `map` gives them.
+            Shape ``(batch, length, length)``, as returned by `map`.
         """
         return torch.stack([self.map(row) for row in inputs])
 
@@ -50,15 +50,15 @@ class _AttentionMap(Attribution):
 class AttentionWeights(_AttentionMap):
     """Attention weights of some layers, averaged over them.
 
-    For looking: weights tell where a layer looks, not what it takes from there, nor what becomes of
-    it (Jain and Wallace 2019, arXiv 1902.10186). What they are worth on languages with known causes
-    is told by `GenerationAttentionAttribution`.
+    For inspection: weights show where a layer attends, not what it takes from there nor how that is
+    used (Jain and Wallace 2019, arXiv 1902.10186). `GenerationAttentionAttribution` lists their
+    precision on grammars with known causes.
 
     Args:
-        model: A model of transformers.
-        layers: Numbers of layers, negative ones from the end. None: all.
-        heads: ``"mean"`` or ``"max"`` over heads (rows of the latter are made to sum to 1), or the
-            number of one.
+        model: A transformers model.
+        layers: Indices of layers, negative ones from the end. None: all.
+        heads: ``"mean"`` or ``"max"`` over heads (rows of the latter are normalised to sum to 1),
+            or the index of one head.
 
     Raises:
         ValueError: If `heads` is something else, or `layers` is empty.
@@ -91,7 +91,7 @@ class AttentionWeights(_AttentionMap):
         return found[0] / n
 
     def _wanted(self) -> set[int] | None:
-        """Numbers of the layers that are averaged."""
+        """Indices of the layers that are averaged."""
         if self.layers is None:
             return None
         n = len(_layers(self.model))
@@ -102,24 +102,23 @@ class AttentionWeights(_AttentionMap):
 
 
 class AttentionRollout(_AttentionMap):
-    """Attention composed over all layers: the shares of input positions in each final position.
+    """Attention composed over all layers: the share of each input position in each final position.
 
-    Maps of all layers are multiplied (Abnar and Zuidema 2020, arXiv 2005.00928). Every place of a
-    text is answered by the same product, but two tokens that could be written at one place have the
-    same row: a map knows nothing of which token it is asked about.
+    Maps of all layers are multiplied (Abnar and Zuidema 2020, arXiv 2005.00928). One product serves
+    every position of a text, but two tokens that could be generated at the same position have the
+    same row: the map does not depend on the token.
 
     Args:
-        model: A model of transformers.
-        contributions: What a layer's map is made of. ``"weights"``: the heads' mean, half of it,
-            the other half the place itself, which the layer passes on. ``"values"``: the same of
-            the sizes of what is taken, ``‖Σ α v W‖`` (Kobayashi et al. 2020, arXiv 2004.10102).
-            ``"alti"``: by how much what the layer passes on would shrink, in L1, without a part of
-            it, the place itself included (Ferrando et al. 2022, arXiv 2203.04212).
-            L1 charges a part for each coordinate in which it goes beyond the sum, which large
-            parts that cancel do. ``"projection"``: how far the same parts go along what they sum
-            to, ``⟨part, sum⟩``, of which those that go against it count as nothing. What they are
-            worth is told by `GenerationAttentionAttribution`: all are for looking before they are
-            measured on a model like yours.
+        model: A transformers model.
+        contributions: What a layer's map is made of. ``"weights"``: half the mean over heads plus
+            half the identity, for the residual connection. ``"values"``: the same with norms of
+            value vectors, ``‖Σ α v W‖`` (Kobayashi et al. 2020, arXiv 2004.10102). ``"alti"``: how
+            much the L1 norm of the layer's attention output plus residual would shrink without a
+            part of it (Ferrando et al. 2022, arXiv 2203.04212). L1 penalises a part for each
+            coordinate in which it exceeds the sum, as large parts that cancel do. ``"projection"``:
+            the projection of the same parts onto their sum, ``⟨part, sum⟩``, negative ones counted
+            as 0. `GenerationAttentionAttribution` lists their precision; all are for inspection
+            until measured on a model like yours.
 
     Raises:
         ValueError: If `contributions` is unknown.
@@ -141,9 +140,9 @@ class AttentionRollout(_AttentionMap):
             own = own.double().cpu()
             if self.contributions in ("weights", "values"):
                 same = torch.eye(len(own), dtype=own.dtype, device="cpu")
-                # A layer that adds nothing leaves every place what it was.
+                # A layer that adds nothing leaves every position unchanged.
                 own = torch.where(own.sum(-1, keepdim=True) > 0, (own + same) / 2, same)
-            # Nothing is made of what goes to attention sinks: no place has it.
+            # The share of attention sinks comes from no position.
             product = own @ product
 
         each_map(self.model, on_device(ids, self.model), self.contributions, "mean", take)
@@ -151,7 +150,7 @@ class AttentionRollout(_AttentionMap):
 
 
 def on_device(ids: Tensor, model: nn.Module) -> Tensor:
-    """One row of ids ``(1, length)`` where the model reads them."""
+    """One row of ids ``(1, length)`` on the model's input device."""
     return ids[None].to(_compat.input_device(model))
 
 

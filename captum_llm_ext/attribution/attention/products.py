@@ -1,9 +1,9 @@
-"""Sees attention where it is computed: a softmax whose output multiplies vectors of places.
+"""Observes attention where it is computed: a softmax whose output multiplies vectors of positions.
 
-Layers compute attention by functions of transformers, or by lines of their own (Bloom, Falcon,
-GPT-J, GPT-Neo, MPT): what both have in common are these two calls, watched here. The weights are
-the very numbers that the model multiplies by, whatever went into them (positions, windows, soft
-caps, biases); columns of the softmax that multiply nothing are attention sinks.
+Layers compute attention by functions of transformers, or by code of their own (Bloom, Falcon,
+GPT-J, GPT-Neo, MPT). Both have these two calls in common, which are observed here. The weights are
+the very numbers that the model multiplies by, whatever went into them (position encodings, windows,
+soft caps, biases); softmax columns that multiply nothing are attention sinks.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,15 +20,15 @@ _PRODUCTS = frozenset({"matmul", "bmm", "__matmul__"})
 
 @dataclass(frozen=True)
 class Mixed:
-    """What one attention makes of a text.
+    """What one attention computes for a text.
 
     Attributes:
-        weights: Shape ``(heads, length, length)``, float32 at least: how much each place takes of
-            each.
-        sinks: Shape ``(heads, length)``: what it takes of nothing. With it weights sum to 1, up to
-            rounding.
-        values: Shape ``(heads, length, size)``: of what it takes.
-        output: Shape ``(length, heads * size)``: what it gets.
+        weights: Shape ``(heads, length, length)``, float32 at least: how much each position takes
+            from each.
+        sinks: Shape ``(heads, length)``: the share of attention sinks. Including it, weights sum to
+            1 up to rounding.
+        values: Value vectors, shape ``(heads, length, size)``.
+        output: Weighted sums of the values, shape ``(length, heads * size)``.
     """
 
     weights: Tensor
@@ -38,17 +38,17 @@ class Mixed:
 
 
 class AttentionProducts(TorchFunctionMode):
-    """Tells of every attention of one text that is computed within, in this thread.
+    """Reports every attention computed on one text in this thread, while the context is active.
 
     Args:
-        length: Of the text, the only one of its batch.
-        take: Called with what was mixed.
+        length: Length of the text, the only one of its batch.
+        take: Called with each attention.
     """
 
     def __init__(self, length: int, take: Callable[[Mixed], None]) -> None:
         super().__init__()
         self._length, self._take = length, take
-        self._softmax: Tensor | None = None  # the last one over places
+        self._softmax: Tensor | None = None  # the last softmax over positions
 
     def __torch_function__(
         self,
@@ -60,7 +60,7 @@ class AttentionProducts(TorchFunctionMode):
         found = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name in _SOFTMAX:
-            # A sink is one column more.
+            # An attention sink is one more column.
             is_over_places = (
                 found.dim() >= 2
                 and found.shape[-2] == self._length
@@ -75,7 +75,7 @@ class AttentionProducts(TorchFunctionMode):
         return found
 
     def _mixed(self, weights: Tensor, values: Tensor, output: Tensor) -> Mixed | None:
-        """What was mixed, if it was by the weights of the softmax."""
+        """The attention, if the product used the weights of the softmax."""
         length, softmax = self._length, self._softmax
         if softmax is None or weights.shape[-2:] != (length, length) or values.dim() < 3:
             return None
@@ -96,12 +96,12 @@ class AttentionProducts(TorchFunctionMode):
 
 
 def _columns(softmax: Tensor, length: int) -> list[Tensor]:
-    """The columns that may belong to places: a sink comes first or last."""
+    """The columns that may be positions: a sink comes first or last."""
     if softmax.shape[-1] == length:
         return [softmax]
     return [softmax[..., :length], softmax[..., -length:]]
 
 
 def _is_same(softmax: Tensor, used: Tensor) -> bool:
-    """Whether these are the numbers of the softmax, as the type that is multiplied has them."""
+    """Whether the multiplied numbers are those of the softmax, perhaps in another dtype."""
     return softmax.shape == used.shape and torch.equal(softmax.to(used.dtype), used)

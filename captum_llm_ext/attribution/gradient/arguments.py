@@ -1,4 +1,4 @@
-"""Checks arguments of attribution by gradients: none may be ignored."""
+"""Checks arguments of attribution by gradients: an argument without effect is an error."""
 
 import inspect
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from captum_llm_ext.base.arguments import check_counts
 from captum_llm_ext.methods import EquivalentLinearSystem, LayerSaliency
 from captum_llm_ext.methods.path_methods import Points
 
-# Arguments of captum's `attribute` methods, as far as they mean something here; passes have a size
-# wherever there are several points.
+# Arguments of captum's `attribute` methods that have a meaning here; `internal_batch_size` has one
+# for every method with several points.
 _OWN: dict[type, tuple[str, ...]] = {
     LayerIntegratedGradients: (
         "n_steps",
@@ -38,11 +38,11 @@ def check_own(method: object, given: Mapping[str, Any]) -> None:
     """Raises for arguments of another method, or that the package sets itself.
 
     Args:
-        method: One of the supported ones.
-        given: By name; None for those that were not given.
+        method: A supported method.
+        given: Arguments by name; None for those not given.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If there is such an argument.
     """
     takes = _OWN[type(method)]
     for name, value in given.items():
@@ -67,10 +67,10 @@ def check_common(
     internal_batch_size: int | None,
     return_convergence_delta: bool,
 ) -> None:
-    """Raises for values out of range.
+    """Raises for arguments out of range.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If an argument is out of range.
     """
     if return_convergence_delta:
         raise ValueError(
@@ -87,13 +87,13 @@ def check_used(
     """Raises for arguments about absent features that another argument overrides.
 
     Args:
-        points: Of the method.
-        is_zero: Whether the zero vector stands for all that is absent.
+        points: The method's points.
+        is_zero: Whether the zero vector replaces all absent features.
         n_draws, output_baselines: As the user gave them.
         is_held: Whether the output is held fixed.
 
     Raises:
-        ValueError: If one would be ignored.
+        ValueError: If an argument would have no effect.
     """
     if n_draws is not None and (points.is_sampled or is_zero):
         why = "nothing is drawn" if is_zero else "every one of `n_samples` is a draw"
@@ -106,13 +106,13 @@ def check_used(
 
 
 def present_features(baselines: Any, n_features: int, *, is_drawn: bool) -> Tensor:
-    """Features of the prompt that are present at the start of the path, bool ``(n, n_features)``.
+    """Prompt features that are present at the start of the path, bool ``(n, n_features)``.
 
     Args:
-        baselines: As captum takes them: None, a number or a tensor of numbers, 1 = present; where
-            they are drawn from, several rows, or a callable that returns them.
-        n_features: Of the prompt.
-        is_drawn: Whether they are drawn from.
+        baselines: As captum takes them: None, a number or a tensor of numbers, 1 = present; if one
+            is drawn per sample, several rows, or a callable that returns them.
+        n_features: Number of prompt features.
+        is_drawn: Whether a row is drawn per sample.
 
     Raises:
         ValueError: If they are something else.

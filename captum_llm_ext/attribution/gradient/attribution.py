@@ -1,4 +1,4 @@
-"""`GenerationGradientAttribution`: captum's LLM gradient attribution, for prompt and output."""
+"""`GenerationGradientAttribution`: captum's LLM gradient attribution for prompt and output."""
 
 import inspect
 import warnings
@@ -38,19 +38,21 @@ from captum_llm_ext.result.assembled import assembled_without_coalitions
 from captum_llm_ext.text.inputs import GeneratedText, Prompt, as_prompt
 from captum_llm_ext.text.segment import Unit
 
-# Draws of random baselines, whose mean stands for what is absent: 8 same-slot texts named .99 of
-# the known causes, one of them .93 (benchmarks/results/gradients.json).
+# Draws of random baselines whose mean embedding replaces an absent feature: 8 same-slot texts named
+# .99 of the known causes, one of them .93 (benchmarks/results/gradients.json).
 _N_DRAWS = 8
-# Part of the largest explained value that attributions may miss before a warning. A choice: a gap
-# that large can hide a feature; 50 points miss some .01 nats from such texts, 30 from zero vectors.
+# Share of the largest explained value that attributions may miss without a warning. Chosen, not
+# measured: a gap this large can hide a feature; 50 points miss about .01 nats from same-slot texts,
+# 30 from zero vectors.
 _WIDE_GAP = 0.1
-# Parts of a value that a linear system's sum may miss. Float32 misses 1e-6 of it, bfloat16 .006 in
-# the median and .02 at most: beyond this the value is no logit, or the precision is half.
+# Share of a value that the sum of a linear system may miss. Measured: 1e-6 in float32, in bfloat16
+# .006 in the median and .02 at most. Beyond the limit the value is not a logit, or the precision is
+# half.
 _MOST_NONLINEAR, _MOST_ROUNDING = 1e-3, 1e-3
 
 
 class _Found(NamedTuple):
-    """What gradients say of the target tokens, or of `spans` of them if there are any."""
+    """Gradient attributions of the target tokens, or of `spans` of them if given."""
 
     prompt: Prompt
     generated: GeneratedText
@@ -65,60 +67,61 @@ class _Found(NamedTuple):
 class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
     """Attributes every token of a generated text by gradients, to the prompt and to earlier output.
 
-    Takes what captum's `LLMGradientAttribution` takes. A token's attribution is summed over the
-    layer's size, a feature's over its tokens. Prompt and earlier output go together from absent to
-    present, so that under `LayerIntegratedGradients` the attributions of a target token sum to
-    ``full_values - empty_values``, up to the error of the quadrature, which is `efficiency_gap`.
+    Takes what captum's `LLMGradientAttribution` takes. Attributions are summed over the layer's
+    dimension and over a feature's tokens. Prompt and earlier output move together from absent to
+    present, so with `LayerIntegratedGradients` the attributions of a target token sum to
+    ``full_values - empty_values``, up to the quadrature error `efficiency_gap`.
 
     * `LayerIntegratedGradients`: gradients at points of the straight line between the layer's
       activations, absent and present.
-    * `LayerGradientXActivation`: the gradient at the present activation, times that. What it
-      explains to first order is the difference to the activation 0: that is `empty_values`.
-      (`memory_efficient` changes nothing: gradients are summed as they are found.)
+    * `LayerGradientXActivation`: the gradient at the present activation times this activation. It
+      explains, to first order, the difference to the activation 0, whose value is `empty_values`.
+      (`memory_efficient` has no effect: gradients are always summed as they are computed.)
     * `LayerGradientShap`: expected gradients, at a random point between a random draw of the
       baselines and the present activation, with standard errors over the `n_samples` draws (bounds
-      for the sums that `attribute_span` makes). Captum's own class means the same but, over the
-      integer masks of `LLMGradientAttribution`, rounds the random point down to 0: it takes all
-      gradients at the baseline. Here they are taken where they belong, so these numbers differ
-      from captum's. Over `CorpusBaselines` this is SHAP's GradientExplainer.
-    * `LayerSaliency`: the norm of the gradient, a mean over a feature's tokens. It has no sign and
-      sums to nothing: `empty_values` and `efficiency_gap` are NaN.
-    * `EquivalentLinearSystem`: what each token adds to a logit, exactly, where norms, attention
-      weights and gates are held at what they are; no baseline is asked for. `empty_values` is what
-      fixed text and biases add (`fixed_attr`, `fixed_share`). Each call checks that the sum is the
-      logit: to 1e-6 of it in float32, a few hundredths in bfloat16 (2e-2 at most, 6e-3 in the
-      median, were measured), else the model is refused. ``attr_target="log_prob"`` explains its
-      gradient along the logits, which it is no sum of: `efficiency_gap` tells the rest. What a
-      sentence's pattern adds to any word in a place is part of a logit: give a difference to other
-      words of its kind where that is not what is asked. While a word lasts, what is written of it
-      counts as fixed text. With a `norm` it is a size, as saliency is, and the check is the same.
+      for the sums that `attribute_span` makes). Captum's own class intends the same but, with the
+      integer masks of `LLMGradientAttribution`, rounds the random point down to 0 and takes all
+      gradients at the baseline. Here they are taken at the random points, so numbers differ from
+      captum's. With `CorpusBaselines` this is SHAP's GradientExplainer.
+    * `LayerSaliency`: the norm of the gradient, averaged over a feature's tokens. It has no sign
+      and no completeness: `empty_values` and `efficiency_gap` are NaN.
+    * `EquivalentLinearSystem`: the exact contribution of each token to a logit with norms,
+      attention weights and gates frozen; it needs no baseline. `empty_values` is the contribution
+      of fixed text and biases (`fixed_attr`, `fixed_share`). Each call checks that the
+      contributions sum to the logit (relative error 1e-6 in float32; in bfloat16 at most 2e-2, 6e-3
+      in the median, were measured), otherwise it raises an error. ``attr_target="log_prob"`` is not
+      linear in the logits: its gradient is explained, and `efficiency_gap` holds the remainder. A
+      logit includes what the sentence pattern adds to any word at a position: to exclude it,
+      explain a difference to other words of the same kind. The tokens already generated of the
+      current word count as fixed text. With a `norm`, attributions are magnitudes like saliency;
+      the check is the same.
 
     Args:
-        attr_method: One of these over the model and a layer: a module whose activations are
-            ``(batch, length, size)``. None, or the model's embedding, finds everything that turns
-            token ids into vectors. At layers further up, attributions of the places of fixed text
-            (such as BOS), which has taken up what came before, belong to no feature and are part
-            of `efficiency_gap`.
+        attr_method: One of these over the model and a layer: a module whose activations have shape
+            ``(batch, length, size)``. None, or the model's embedding, stands for everything that
+            turns token ids into vectors. At higher layers, positions of fixed text (such as BOS)
+            have absorbed information from earlier ones; their attributions belong to no feature and
+            are part of `efficiency_gap`.
         tokenizer: The model's tokenizer.
         attr_target: What is explained for a target token: its ``"log_prob"`` in nats (captum's),
-            its ``"prob"``, its ``"logit"``, its ``"contrast"`` against other tokens that would fit
-            (a `Contrast` says which), or a differentiable callable ``(logits (batch, n_target,
+            its ``"prob"``, its ``"logit"``, its ``"contrast"`` against plausible other tokens (a
+            `Contrast` says which), or a differentiable callable ``(logits (batch, n_target,
             vocabulary), target (n_target,)) -> (batch, n_target)``. None: the logit for
             `EquivalentLinearSystem`, the log-probability for all others.
 
-    A target token takes a way back through the model for each point. Whole sentences or the whole
-    answer take one each with `attribute_spans`; and where there are far fewer features than target
-    tokens (passages of a held output, groups of a `feature_mask`), derivatives along the features
-    are taken instead, in forward mode, if those of the first point are the gradient's.
+    A target token takes one backward pass per point. With `attribute_spans` a whole sentence or
+    answer takes one. If there are far fewer features than target tokens (passages with the output
+    held fixed, groups of a `feature_mask`), forward-mode derivatives along the features are used
+    instead, provided that they agree with the gradient at the first point.
 
-    There is no ``accelerator=``: the points of one text are a few passes and as many ways back,
-    which a single process takes in seconds. What is shared out are texts: `attribute_dataset` takes
-    the accelerator, and each process a prompt at a time.
+    There is no ``accelerator=``: one text takes a few forward and backward passes, seconds on a
+    single process. To distribute many texts, give `attribute_dataset` the accelerator: each process
+    takes one prompt at a time.
 
     Raises:
-        TypeError: If the method is another one, or its model no causal language model.
-        ValueError: If `attr_target` is unknown, the layer no module of the model, or the model held
-            together by several processes (tensor parallel).
+        TypeError: If the method is not one of these, or its model not a causal language model.
+        ValueError: If `attr_target` is unknown, the layer is not a module of the model, or the
+            model is tensor parallel.
     """
 
     SUPPORTED_METHODS = SUPPORTED
@@ -180,68 +183,69 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         skip_tokens: Skipped | None = None,
         **kwargs: Any,
     ) -> GenerationAttributionResult:
-        """Attributes the target, or what the model generates, to its causes.
+        """Attributes the target, or what the model generates, to prompt and generated features.
 
         Args:
-            inp: The prompt: captum's `TextTokenInput`, `TextSegmentInput` or `ChatInput`. What
-                stands for an absent feature is what its baselines say: the embedding of a token id
-                in each of its places, or that of another text. A text of as many tokens stands
-                token by token; of one of another length, the mean of its embeddings stands in each
-                of the feature's places; for deletion, which a path cannot do, the zero vector does.
+            inp: The prompt: captum's `TextTokenInput`, `TextSegmentInput` or `ChatInput`. Its
+                baselines define what replaces an absent feature: the embedding of a token id at
+                each of its positions, or those of another text. A text with as many tokens replaces
+                it token by token; of a text of another length, the mean embedding is used at each
+                of the feature's positions. Deletion, which has no path, becomes the zero vector.
             target: The text to explain, as text or as token ids ``(n_target,)``: a tensor, an
-                array, a list, or what a tokenizer or ``generate`` returned, of one text; then
-                what comes after the prompt is meant. None: the model generates it.
-            gen_args: Arguments of the model's ``generate``, among them a ``generation_config`` if
-                you like, without a target only. Greedy, 25 new tokens, where they do not say
-                otherwise; all else is as the model's own generation configuration has it, and
-                ``provenance["generation"]`` tells what was done. One answer is explained. Sampling
-                is seeded by `seed`.
+                array, a list, or the output of a tokenizer or of ``generate`` for one text, of
+                which the part after the prompt is taken. None: the model generates it.
+            gen_args: Arguments of the model's ``generate``, including ``generation_config``; only
+                without a target. Default: greedy, 25 new tokens; everything else follows the
+                model's own generation configuration, and ``provenance["generation"]`` records what
+                was used. One answer is explained. Sampling is seeded by `seed`.
             output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``…, each
-                special token by itself; or spans or a segmenter over its text with special tokens
-                shown, as in ``"<|channel|>final<|message|>golf"`` (the result's `output_pieces`
-                spell it). None holds it fixed: captum's numbers.
-            output_baselines: What stands where such a feature is absent, as for `TextSegmentInput`.
-                By default what the prompt's baseline does.
-            seed: Seeds every random choice. The global random state is neither read nor changed.
+                special token a feature; or spans or a segmenter over its text including special
+                tokens, as in ``"<|channel|>final<|message|>golf"`` (concatenated `output_pieces` of
+                the result). None holds the target fixed, as captum does.
+            output_baselines: Replacements of absent generated features, as for `TextSegmentInput`.
+                Default: as the prompt's baseline defines.
+            seed: Seeds all random choices. The global random state is neither read nor changed.
             n_draws: Draws of a random baseline, such as `CorpusBaselines`, whose mean embedding
-                stands for an absent feature. By default 8; with other baselines there is nothing
-                to draw. `LayerGradientShap` takes one draw for
-                each of its `n_samples` instead.
-            absent: ``"zero"``: the zero vector stands for absent features, whatever the baselines.
+                replaces an absent feature. Default: 8; 1 for other baselines. `LayerGradientShap`
+                uses one draw for each of its `n_samples` instead.
+            absent: ``"zero"``: the zero vector replaces absent features, whatever the baselines.
             feature_mask: As for `GenerationAttribution`: shape ``(1, n_features)``, equal numbers
                 are one feature.
-            show_progress: Whether a bar over the points is shown; or a `Listener`, as there.
-            baselines: As in captum: which features of the prompt are present at the path's
-                beginning (1; anything else is absent), shape ``(1, n_features)``; for
-                `LayerGradientShap` ``(n, n_features)`` to draw from, or a callable that returns
-                that. By default none is.
-            n_steps: Points of `LayerIntegratedGradients`. By default 50.
-            method: Its rule: ``"gausslegendre"`` (default), ``"riemann_trapezoid"`` and the others
-                of captum.
-            internal_batch_size: At most so many points in a pass; by default what memory allows.
-            n_samples: Draws of `LayerGradientShap`. By default 32 (captum's 5 are too few).
-            stdevs: Standard deviation of the noise that it adds to the present activations.
-            attribute_to_layer_input: Whether the layer's input is meant, not its output.
-            grad_kwargs: Passed on to `torch.autograd.grad`.
-            return_convergence_delta: `efficiency_gap` of the result always tells it.
-            skip_tokens: Deprecated, as captum had it up to 0.8: tokens left out of the target.
-            **kwargs: None is known. What the method's own ``attribute`` takes may be given as long
-                as it says no more than the default does.
+            show_progress: Whether to show a bar over the points; or a `Listener`.
+            baselines: As in captum: which prompt features are present at the start of the path (1 =
+                present, otherwise absent), shape ``(1, n_features)``; for `LayerGradientShap` ``(n,
+                n_features)`` to draw from, or a callable that returns that. Default: none.
+            n_steps: Number of points of `LayerIntegratedGradients`. Default: 50.
+            method: Its quadrature rule: ``"gausslegendre"`` (default), ``"riemann_trapezoid"`` and
+                captum's others.
+            internal_batch_size: Maximum number of points per pass; by default as memory allows.
+            n_samples: Number of samples of `LayerGradientShap`. Default: 32 (captum's 5 are too
+                few).
+            stdevs: Standard deviation of the noise that `LayerGradientShap` adds to the present
+                activations.
+            attribute_to_layer_input: Whether to attribute to the layer's input instead of its
+                output.
+            grad_kwargs: Passed to `torch.autograd.grad`.
+            return_convergence_delta: Not supported: the result's `efficiency_gap` always holds it.
+            skip_tokens: Deprecated, from captum up to 0.8: tokens left out of the target.
+            **kwargs: Further arguments of the method's own ``attribute``, accepted only if they
+                repeat the default.
 
         Returns:
             The result; its tensors are on the model's device, in float32 (float64 for float64
-            models). There are no coalitions: `masks` and `values` hold the path's two ends, and
-            `refit` has nothing to go by.
+            models). There are no coalitions: `masks` and `values` hold the two ends of the path,
+            and `refit` is not available.
 
         Raises:
-            ValueError: If an argument is out of range or would be ignored, the target is empty or
-                outside the vocabulary, prompt and target are longer than the model's positions,
-                the layer does not suit, no gradient reaches it, or values are not finite.
-            TypeError: If an argument is of the wrong kind.
+            ValueError: If an argument is out of range or would have no effect, the target is empty
+                or outside the vocabulary, prompt and target exceed the model's maximum length, the
+                layer is unsuitable, no gradient reaches it, or values are not finite.
+            TypeError: If an argument has the wrong type.
 
         Warns:
-            UserWarning: If `n_steps` is too small for the attributions to sum to what they explain;
-                or a linear system's do not, for the value is no logit, or in half precision.
+            UserWarning: If `n_steps` is too small for completeness; or if the contributions of a
+                linear system do not sum to the value, which is not a logit or was computed in half
+                precision.
         """
         check_passed_on(kwargs, self.attr_method, GenerationGradientAttribution.attribute)
         found = self._explain(
@@ -287,30 +291,30 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         gen_args: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> list[SpanAttribution]:
-        """Attributes whole spans of the target, such as its sentences, with one way back for each.
+        """Attributes spans of the target, such as its sentences, with one backward pass for each.
 
-        What ``attribute(…).attribute_span(start, stop)`` adds up token by token, for the cost of a
-        gradient of the sum. Where a span's tokens stand in several generated words (`output_unit`
-        other than ``"token"`` or None), each word has a path and a way back of its own.
+        The same as ``attribute(…).attribute_span(start, stop)``, which sums token by token, at the
+        cost of one gradient of the sum. If a span covers several generated words (`output_unit`
+        other than ``"token"`` or None), each word takes its own path and backward pass.
 
         Args:
             inp, target, gen_args: As for `attribute`.
-            spans: First target token and the one after the last of each, negative ones from the
-                end. None: the whole target.
-            **arguments: The others of `attribute`.
+            spans: Pairs (start, stop) of target positions, negative ones from the end. None: the
+                whole target.
+            **arguments: The other arguments of `attribute`.
 
         Returns:
-            One attribution for each span. Standard errors are those of the sum, or, where several
-            paths were taken for it, these added up: an upper bound.
+            One attribution for each span. Standard errors are those of the sum or, if it takes
+            several paths, their sum, which is an upper bound.
 
         Raises:
-            ValueError: As `attribute`; or if a span is empty or out of range, if probabilities are
-                explained, whose sum means nothing, or the method takes norms or a linear system:
-                take its `attribute`, and of the result `attribute_span`.
-            TypeError: If an argument is unknown or of the wrong kind.
+            ValueError: As for `attribute`; or if a span is empty or out of range, if probabilities
+                are explained, whose sum has no meaning, or if the method is `LayerSaliency` or
+                `EquivalentLinearSystem`: use `attribute`, and `attribute_span` of its result.
+            TypeError: If an argument is unknown or has the wrong type.
 
         Warns:
-            UserWarning: As `attribute`.
+            UserWarning: As for `attribute`.
         """
         if self.attr_target == "prob" or isinstance(
             self.attr_method, LayerSaliency | EquivalentLinearSystem
@@ -372,7 +376,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         return_convergence_delta: bool,
         skip_tokens: Skipped | None,
     ) -> "_Found":
-        """What gradients say, of each target token or of the sums over spans."""
+        """Gradient attributions of each target token or of the sums over spans."""
         method_arguments = {
             "n_steps": n_steps,
             "method": method,
@@ -404,7 +408,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         )
         generation = None if target is not None else self.generation(gen_args)
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
-        prompt.places()  # whether it knows any, before the costly part
+        prompt.places()  # raises if the input knows none, before the costly part
         present = present_features(baselines, prompt.n_features, is_drawn=points.is_sampled)
         run = self._run(prompt, self._scorer(None), seed)
         context = run.context
@@ -517,7 +521,7 @@ def _path_provenance(paths: Paths) -> dict[str, Any]:
 
 
 def _absence(points: Points, absent: Absent) -> str:
-    """Name of what replaces absent features, for provenance."""
+    """The name of what replaces absent features, for provenance."""
     if points.is_local:
         return "nothing"
     return "zero activation" if points.from_zero else absent
@@ -528,10 +532,10 @@ def _linear_provenance(
 ) -> dict[str, Any]:
     """The parts of a linear system's values that belong to no feature, for provenance.
 
-    Norms sum to nothing: of them there is the check alone.
+    Norms have no completeness: for them only the check is recorded.
 
     Warns:
-        UserWarning: If these are not the whole value.
+        UserWarning: If attributions and these parts do not sum to the value.
     """
     if not parts:
         return {}

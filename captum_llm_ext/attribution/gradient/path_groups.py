@@ -16,12 +16,12 @@ Apart = Literal["never", "cheapest", "always"]
 
 @dataclass(frozen=True)
 class PathGroup:
-    """Target tokens that are explained by one path.
+    """Target tokens that are explained along one path.
 
     Attributes:
-        targets: Their numbers.
-        held: Places of the target that stand all along: fixed text, and what the model has already
-            written of the very word that it goes on with.
+        targets: Indices of the target tokens.
+        held: Target positions that are present along the whole path: fixed text, and the tokens
+            already generated of the current word.
     """
 
     targets: tuple[int, ...]
@@ -41,20 +41,21 @@ def path_groups(
     chosen: Sequence[int],
     ways: Callable[[list[int]], float] = len,
 ) -> list[PathGroup]:
-    """The paths that explain every target token by what may be absent before it, longest first.
+    """The paths that explain every target token by the features before it, longest first.
 
-    A generated word that has begun stands while its other tokens are explained: these need a path
-    of their own. Where every feature is one token, or none, one path would do.
+    The tokens already generated of a word stay present while its remaining tokens are explained,
+    which therefore need a path of their own. If features are single tokens, or there are none, one
+    path suffices.
 
     Args:
         generated: The target as features.
         n_before: Token ids before it.
-        apart: Whether tokens of one path share a pass: ``"never"`` apart, ``"always"`` (for models
-            that see ahead), or what is ``"cheapest"``: early tokens need not be read, and gone
-            back through, with all that comes after them.
-        chosen: The target tokens that are explained.
-        ways: How many passes these target tokens take together beside the one forth: by default a
-            way back each.
+        apart: Whether tokens of one path get separate passes: ``"never"``, ``"always"`` (for models
+            that see ahead), or ``"cheapest"``: early tokens then need no forward and backward pass
+            over all later ones.
+        chosen: Indices of the explained target tokens.
+        ways: Number of passes these target tokens take beside the forward pass: by default one
+            backward pass each.
     """
     fixed = {place for place, group in enumerate(generated.groups) if group is None}
     required = {t: -1 if own is None else own for t, own in enumerate(generated.required)}
@@ -73,7 +74,7 @@ def path_groups(
 def _blocks(
     targets: list[int], n_before: int, ways: Callable[[list[int]], float]
 ) -> list[list[int]]:
-    """Cuts targets into blocks at the least cost: a pass forth each, and what is beside it."""
+    """Splits targets into blocks of the lowest total cost, counted in passes."""
 
     def cost(blocks: list[list[int]]) -> float:
         return sum((n_before + block[-1]) * (1 + ways(block)) for block in blocks)
@@ -88,11 +89,11 @@ class Features:
     """The features of prompt and target in one row of token ids.
 
     Attributes:
-        places: Where they stand; those of the target are numbered after the prompt's.
-        draws: Per draw and place the ids that stand there instead; none: the zero vector.
-        n_prompt: Features of the prompt.
-        n_features: Features of both.
-        start: Token ids before the target.
+        places: Their positions; target features are numbered after the prompt's.
+        draws: Replacement ids per draw and place; an empty one stands for the zero vector.
+        n_prompt: Number of prompt features.
+        n_features: Number of all features.
+        start: Number of token ids before the target.
     """
 
     places: list[Place]
@@ -121,15 +122,15 @@ def features(
     """Positions of all features, with replacement ids for each draw.
 
     Args:
-        prompt: The prompt, of `n_ids` token ids.
-        n_ids: Number of them.
+        prompt: The prompt.
+        n_ids: Number of its token ids.
         generated: The target.
         n_draws: Draws of random baselines.
-        absent: ``"zero"``: the zero vector in place of what the baselines say.
-        seed: Of all draws.
+        absent: ``"zero"``: use the zero vector instead of the baselines.
+        seed: Seeds all draws.
 
     Raises:
-        TypeError: If the prompt does not tell which tokens its features own.
+        TypeError: If the prompt does not define which tokens belong to its features.
     """
     places = prompt.places()
     later = [
@@ -150,20 +151,20 @@ def absent_embeddings(
 ) -> Tensor:
     """Embeddings of the row with every feature absent.
 
-    A stand-in of as many tokens as the feature has stands for it token by token; of one of another
-    length the mean stands in each of the feature's places, and of none the zero vector.
+    A replacement with as many tokens as the feature is used token by token; of another length, its
+    mean is used at each of the feature's positions; if empty, the zero vector.
 
     Args:
-        embedding: Turns ids into vectors.
-        present: What it gives the row with everything present, ``(1, length, size)``.
-        features: Of that row.
-        model: Tells how many ids there are.
+        embedding: Maps ids to vectors.
+        present: Embeddings of the row with everything present, ``(1, length, size)``.
+        features: The features of that row.
+        model: The model, for the size of its vocabulary.
 
     Returns:
-        Shape ``(n_draws, length, size)``; what is fixed is as it is in `present`.
+        Shape ``(n_draws, length, size)``; fixed text as in `present`.
 
     Raises:
-        ValueError: If a stand-in has an id outside the vocabulary.
+        ValueError: If a replacement has an id outside the vocabulary.
     """
     wanted = {token for draw in features.draws for ids in draw for token in ids}
     order = sorted(wanted)
@@ -191,7 +192,7 @@ def absent_embeddings(
 
 
 def _fitted(vectors: Tensor, place: Place, length: int) -> Tensor:
-    """Vectors for the tokens of a place; those at `length` or later are not read."""
+    """Vectors fitted to the tokens of a place; tokens at `length` or later are not read."""
     read = sum(position < length for position in place.positions)
     if len(vectors) == len(place.positions):
         return vectors[:read]
@@ -205,10 +206,10 @@ def held_positions(group: PathGroup, features: Features, kept: Tensor, length: i
     """Positions that are present along the whole path, bool ``(n, length)``.
 
     Args:
-        group: The path's target tokens.
-        features: Of the row.
-        kept: Bool ``(n, n_prompt)``: features of the prompt that the user holds.
-        length: Of the row.
+        group: The target tokens of the path.
+        features: The features of the row.
+        kept: Prompt features that the user keeps present, bool ``(n, n_prompt)``.
+        length: Length of the row.
     """
     owners = features.owners(length)
     every = torch.ones(len(kept), 1, dtype=torch.bool, device="cpu")

@@ -37,11 +37,11 @@ class Unattributed(NamedTuple):
     """The parts of a value that a linear system attributes to no feature.
 
     Attributes:
-        fixed: What fixed text adds, in the unit of the value.
-        fixed_share: Its part of all that tokens add, by absolute value.
-        constant: What biases, position tables and other constants add.
-        defect: How far the sum of all shares is off, relative to the value.
-        nonlinear: What the value is beside that sum, where it is no logit or difference of some.
+        fixed: Contribution of fixed text, in the unit of the value.
+        fixed_share: Its share of all tokens' contributions, by absolute value.
+        constant: Contribution of biases, position tables and other constants.
+        defect: Relative error of the sum of all contributions.
+        nonlinear: The value minus that sum, if it is neither a logit nor a difference of logits.
     """
 
     fixed: float
@@ -56,25 +56,25 @@ class Paths:
 
     Args:
         model: The model.
-        layer: Where activations fade in; None: at everything that embeds token ids.
-        points: At which points of the path, and how they are weighed.
+        layer: The layer whose activations are interpolated; None: everything that embeds token ids.
+        points: Points of the path, and their weights.
         context: The prompt.
-        kept: Bool ``(n, n_features)``: prompt features that are present all along; with several
-            rows each sampled point draws one.
-        attr_target: What a value is.
-        of_input: Whether the layer's input is meant.
-        n_draws: Draws of random baselines whose mean is taken.
-        absent: What stands for absent features.
-        seed: Of all draws.
-        most_rows: At most so many points in a pass.
-        grad_kwargs: Passed on to `torch.autograd.grad`.
+        kept: Prompt features that stay present, bool ``(n, n_features)``; with several rows each
+            sampled point draws one.
+        attr_target: The kind of value.
+        of_input: Whether to attribute to the layer's input.
+        n_draws: Draws of random baselines that are averaged.
+        absent: What replaces absent features.
+        seed: Seeds all draws.
+        most_rows: Maximum number of points per pass.
+        grad_kwargs: Passed to `torch.autograd.grad`.
 
     Attributes:
         n_draws: Draws of the baselines.
-        n_rows: Points that the model was run on.
-        found: What the probe found of the model; None before the first target.
-        unattributed: By target token what a linear system says beside its attributions.
-        on_total: Called with the number of points that a target takes, before the first.
+        n_rows: Number of points evaluated.
+        found: Findings of the probe; None before the first target.
+        unattributed: Per target token the parts that a linear system attributes to no feature.
+        on_total: Called with a target's total number of points, before the first.
         on_rows: Called with the number of points of every pass.
     """
 
@@ -113,14 +113,14 @@ class Paths:
 
     @property
     def layer_names(self) -> list[str]:
-        """Names of the attributed modules within the model."""
+        """Names of the attributed modules."""
         modules = self._layers.modules if self._layers else []
         names = {id(module): name for name, module in self._reader.model.named_modules()}
         return [names[id(module)] + ".input" * self._of_input for module in modules]
 
     @property
     def is_complete(self) -> bool:
-        """Whether attributions sum to full minus empty but for the error of a quadrature."""
+        """Whether attributions sum to full minus empty values up to the quadrature error."""
         points = self.points
         whole = self._layers is self._embeddings and points.multiplies
         return whole and not points.is_sampled and not points.from_zero
@@ -135,18 +135,18 @@ class Paths:
     ) -> Solution:
         """Attributions of a target, float64 on the CPU, features of the prompt first.
 
-        Standard errors are 0 where nothing is drawn.
+        Standard errors are 0 if nothing is random.
 
         Args:
             generated: The target as features.
-            foils: What its tokens are held against, ``(n_target, n_foils)``, in a contrast.
-            is_joint: Whether the one value is the product over the target tokens.
-            spans: Target tokens whose values are summed, with one way back for a sum: a row of the
-                solution each. Their errors are those of the parts that have paths of their own
-                added up: an upper bound. None: a row for each target token.
+            foils: Foils of its tokens, ``(n_target, n_foils)``, for a contrast.
+            is_joint: Whether the value is the product over all target tokens.
+            spans: Target tokens whose values are summed, with one backward pass per sum; one row of
+                the solution each. If a span takes several paths, its errors are their sum, an upper
+                bound. None: a row for each target token.
 
         Raises:
-            ValueError: If the layer does not suit, or values or gradients are not finite.
+            ValueError: If the layer is unsuitable, or values or gradients are not finite.
         """
         start = len(self._prompt_ids)
         if any(parameter.is_inference() for parameter in self._model.parameters()):
@@ -167,7 +167,7 @@ class Paths:
             found = self._probe(whole)
             last = whole.of([len(target) - 1], ids.shape[1])
             self._find_layers(last if found.last_only else whole)
-        # Baselines may ask a model, perhaps another one: none is held meanwhile.
+        # Baselines may call a model, perhaps another one, so no lock is held meanwhile.
         own = features(
             self._prompt,
             start,
@@ -187,7 +187,7 @@ class Paths:
         is_joint: bool,
         spans: Sequence[range] | None,
     ) -> Solution:
-        """The attributions of all path groups."""
+        """Attributions summed over all path groups."""
         n_target, start = len(whole.target), own.start
         step_by_step = self.found is not None and self.found.step_by_step and n_target > 1
         if is_joint and step_by_step:
@@ -218,7 +218,7 @@ class Paths:
         for group in groups:
             row = whole.of(list(group.targets), start + group.n_read)
             if callable(self._attr_target) and not (is_joint or step_by_step):
-                row = replace(whole, chosen=group.targets)  # it is told of all of them
+                row = replace(whole, chosen=group.targets)  # checked for all of them
             rows = spans_of(group.targets)
             sums = None
             if not is_joint:
@@ -229,7 +229,7 @@ class Paths:
             errors[rows] += solution.standard_errors
             full[rows] += solution.full_values
             empty[rows] += solution.empty_values
-        # What holds the token or comes after it is no cause: what models give it is rounding.
+        # A token is not caused by itself or later ones: what models give these is rounding.
         n_before = torch.tensor(
             [0 if is_joint else max(generated.n_visible[t] for t in span) for span in spans],
             dtype=torch.int64,
@@ -241,13 +241,13 @@ class Paths:
         )
 
     def _ways(self, own: Features, n_values: int) -> float:
-        """Passes beside the first that so many values take, as far as can be known before it."""
+        """Estimated number of passes beside the forward pass for this many values."""
         kept = int(self._kept.all(0).sum())
         is_plain = isinstance(self._attr_target, str) and not self.points.is_local
         return passes_beside(own.n_features - kept if is_plain else None, n_values)
 
     def _probe(self, whole: Row) -> Findings:
-        """Probes the model: batch size and reading depend on what it does."""
+        """Probes the model: batch size and prefix handling depend on what it does."""
         row = TokenRow(tuple(whole.ids[0].tolist()), whole.at.tolist())
         with torch.no_grad():
             found = findings(_compat.uncompiled(self._model), [row])
@@ -282,10 +282,10 @@ class Paths:
         """Attributions along a path.
 
         Args:
-            group: Whose tokens are explained.
-            row: What is read.
+            group: The explained target tokens.
+            row: The token row.
             own: The features.
-            sums: Which of the tokens' values are summed; None: their product is the one value.
+            sums: Which tokens' values are summed; None: the value is their product.
         """
         points, layers = self.points, self._layers
         assert layers is not None
@@ -298,7 +298,7 @@ class Paths:
 
         full = gradients.values(1, lambda _: (present, []))[0]
         empty = gradients.values(self._n_baselines, lambda rows: (begin(rows), [])).mean(0)
-        # What stands all along changes nothing: no derivative along it is wanted.
+        # Positions that stay present need no derivative.
         owners = own.owners(row.length).where(free.any(0), own.n_features)
         each: list[Tensor] = []
         total = torch.zeros(gradients.n_values, own.n_features, dtype=torch.float64, device="cpu")
@@ -312,7 +312,7 @@ class Paths:
     def _local_attributions(
         self, group: PathGroup, row: Row, own: Features, sums: list[list[int]] | None
     ) -> Solution:
-        """Attributions from gradients at the text as it is, without a path."""
+        """Attributions from gradients at the original text, without a path."""
         points, layers = self.points, self._layers
         assert layers is not None
         present = self._read(layers, row)
@@ -328,7 +328,7 @@ class Paths:
             is_fixed = owners == own.n_features
             self._note(group, row, gradients.linear, is_fixed, is_joint=sums is None)
         if points.measure != "product":
-            # A mean, for a feature of many tokens is no more salient than each of them.
+            # A mean, so that a feature of many tokens is not more salient than each of them.
             summed /= owners.bincount(minlength=own.n_features + 1).clamp(min=1)
         elif gradients.linear is not None:
             full, empty = gradients.linear.values, gradients.linear.constants + summed[:, -1]
@@ -343,10 +343,10 @@ class Paths:
         *,
         is_joint: bool,
     ) -> None:
-        """Keeps the parts of a linear system's values that belong to no feature.
+        """Records the parts of a linear system's values that belong to no feature.
 
         Raises:
-            ValueError: If the shares do not sum to the values.
+            ValueError: If the contributions do not sum to the values.
         """
         model = self._reader.model
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -371,18 +371,18 @@ class Paths:
             )
 
     def _errors(self, each: list[Tensor], total: Tensor) -> Tensor:
-        """Standard errors of a total, from the attributions of every sample if there are any."""
+        """Standard errors of a total, from the attributions of its samples if there are several."""
         n_samples = sum(len(some) for some in each)
         if n_samples > 1:
             return torch.cat(each).std(0) / n_samples**0.5
-        # A single sample, and the mean of draws of a baseline, tell nothing of their error.
+        # Neither a single sample nor an average over baseline draws gives a standard error.
         unknown = n_samples == 1 or self.n_draws > 1
         return torch.full_like(total, torch.nan if unknown else 0.0)
 
     def _interpolated(
         self, present: list[Tensor], absent: list[Tensor], free: Tensor, rows: slice
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Activations at some points, and how they change along the path there."""
+        """Activations at some points, and their derivative along the path."""
         points = self.points
         free = _select_rows(free, rows)[..., None]
         activations: list[Tensor] = []
@@ -399,11 +399,11 @@ class Paths:
         return activations, changes
 
     def _noise(self, end: Tensor, layer: int, rows: slice) -> Tensor:
-        """Normal noise ``(n, length, size)``: the same for a point whatever pass it is in."""
+        """Gaussian noise ``(n, length, size)``; equal for a point in every pass."""
         length, size = end.shape[1:]
         each = [
             torch.randn(
-                (max(length, self._n_ids), size),  # however much of the text is read
+                (max(length, self._n_ids), size),  # independent of how much of the text is read
                 generator=draw_generator(self._seed, point, layer),
                 dtype=torch.float32,
                 device="cpu",
@@ -414,16 +414,16 @@ class Paths:
 
     @property
     def _n_baselines(self) -> int:
-        """Beginnings of the path: one, unless each sampled point has its own."""
+        """Number of starts of the path: one, unless each sampled point has its own."""
         is_one = self.n_draws == 1 and len(self._kept) == 1
         return len(self.points.alphas) if self.points.is_sampled and not is_one else 1
 
     def _baseline_activations(
         self, group: PathGroup, row: Row, own: Features, present: list[Tensor]
     ) -> tuple[Callable[[slice], list[Tensor]], Tensor]:
-        """Activations of some points where features are absent, ``(1 or n, length, size)`` each.
+        """Activations at some points with features absent, ``(1 or n, length, size)`` each.
 
-        And which places are free to change, bool ``(1 or n_points, length)``.
+        Also which positions may change, bool ``(1 or n_points, length)``.
         """
         layers, embeddings = self._layers, self._embeddings
         assert layers is not None
@@ -449,7 +449,7 @@ class Paths:
             return absent if layers is embeddings else self._layer_activations(absent, row)
 
         free_there = free if layers is embeddings else torch.ones_like(free)
-        if self._n_baselines > 1:  # made for every pass anew: all of them may not fit
+        if self._n_baselines > 1:  # per pass: all of them may not fit into memory
             return found, free_there
         once = found(slice(0, 1))
         return lambda _: once, free_there
@@ -469,7 +469,7 @@ class Paths:
         return activations
 
     def _layer_activations(self, embedded: list[Tensor], row: Row) -> list[Tensor]:
-        """Activations of the layer where the embeddings are these."""
+        """Activations of the layer for given embeddings."""
         layers, embeddings = self._layers, self._embeddings
         assert layers is not None
         assert embeddings is not None
@@ -478,10 +478,10 @@ class Paths:
         return activations
 
     def _find_layers(self, row: Row) -> None:
-        """Finds the embeddings, and whether the layer is one.
+        """Finds the embedding modules, and whether the layer is one of them.
 
         Raises:
-            ValueError: If ids come to the model by another way than the layer.
+            ValueError: If the model also reads token ids other than through the layer.
         """
         if self._layers is not None:
             return
@@ -514,10 +514,10 @@ class Paths:
             self._check_length(self._layers, row)
 
     def _check_length(self, layers: Layers, row: Row) -> None:
-        """Has all logits made where the layer lies among those that are left out otherwise.
+        """Checks that the layer has an activation per position, or requests all logits for it.
 
         Raises:
-            ValueError: If the layer has no activation for each place of the row.
+            ValueError: If the layer has no activation for every position of the row.
         """
         last = replace(row, at=row.at[-1:], target=row.target[-1:])
         shape = self._read(layers, last)[0].shape
@@ -534,7 +534,7 @@ class Paths:
             )
 
     def _all_is_embedded(self, row: Row) -> bool:
-        """Whether other ids with the embeddings of these give equal logits: all is embedded."""
+        """Whether other ids with equal embeddings give equal logits: nothing else reads ids."""
         embeddings = self._layers
         assert embeddings is not None
         with embeddings.read() as vectors:
@@ -550,6 +550,6 @@ def _select_rows(tensor: Tensor, rows: slice) -> Tensor:
 
 
 def _are_close(logits: Tensor, others: Tensor) -> bool:
-    """Whether logits differ by no more than rounding."""
+    """Whether logits are equal up to rounding."""
     apart = (logits.double().log_softmax(-1) - others.double().log_softmax(-1)).abs()
     return bool((apart <= rounding(logits.dtype)).all())

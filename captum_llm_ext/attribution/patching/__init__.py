@@ -1,8 +1,8 @@
-"""Through which layer and place a feature of the text came to its effect: activation patching.
+"""Activation patching: through which layers and positions a feature has its effect.
 
-`ActivationPatching` is the join: `corruption` says what stands in the feature's place, `places`
-which cells are patched together, `runs` reads streams and passes rows through patched ones,
-`ranking` guesses what to patch first.
+`ActivationPatching` is the class that users call. `corruption` makes the texts that replace a
+feature, `places` groups the positions that are patched together, `runs` reads residual streams and
+runs patched forward passes, `ranking` estimates what to patch first.
 """
 
 from captum_llm_ext.attribution.patching.trace import ActivationPatching

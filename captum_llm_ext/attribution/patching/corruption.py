@@ -1,4 +1,4 @@
-"""What stands in a feature's place in a corrupted text: others of as many tokens, or noise."""
+"""Corrupted texts: a feature replaced by another text of as many tokens, or by noise."""
 
 import warnings
 from collections import Counter
@@ -14,27 +14,27 @@ from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.inputs import Context, GeneratedText, render_text
 
-# A feature by its number among the columns of results, or by its name; or several.
+# A feature by its column in results, or by its name; or several.
 Feature = int | str | Sequence[int | str]
 
-# So many draws of a baseline, and so many for each that is wanted, are looked at for one of as many
-# tokens: of texts of up to three tokens, one in ten and more is.
+# Draws of a baseline tried to find one of as many tokens: this many, plus this many per wanted
+# draw. Of texts of up to three tokens, one in ten or more qualifies.
 _TRIES, _TRIES_EACH = 64, 8
 _SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """What the model reads in place of the text.
+    """The token ids that the model reads, and where they may differ from the original.
 
     Attributes:
         ids: Token ids of the prompt and of the target before its last token.
-        positions: Per target token the place that says it; -1 where the feature that is replaced
-            holds it, and it is said after another one.
-        places: Where the ids, or what the model's embedding makes of them, may be others.
-        text: What stands there, for people.
-        noise: Added to what the embedding gives, ``(length, size)``; None: nothing is.
-        key: Tells it from other ones.
+        positions: Per target token the position that predicts it; -1 if the replaced feature
+            contains the token, so that this text does not predict it.
+        places: Positions whose ids or embeddings may differ.
+        text: The replacement, for display.
+        noise: Added to the embeddings, ``(length, size)``, or None.
+        key: Identifies the text among others.
     """
 
     ids: tuple[int, ...]
@@ -46,7 +46,7 @@ class Corruption:
 
 
 def original_text(context: Context, generated: GeneratedText) -> Corruption:
-    """The text as it is."""
+    """The original text."""
     text = generated.whole(context.full)
     return Corruption(text.ids, tuple(text.positions), key=digest(text.ids))
 
@@ -56,8 +56,8 @@ class Selection:
     """The features that are replaced.
 
     Attributes:
-        prompt: Numbers of features of the prompt.
-        output: Of the target.
+        prompt: Indices of prompt features.
+        output: Indices of target features.
         names: Their names.
     """
 
@@ -67,7 +67,7 @@ class Selection:
 
 
 def select_features(feature: Feature, context: Context, generated: GeneratedText) -> Selection:
-    """The features that a user means.
+    """The features that a user selects.
 
     Args:
         feature: One or several, each by its name or by its column: those of the prompt first, then
@@ -76,8 +76,8 @@ def select_features(feature: Feature, context: Context, generated: GeneratedText
         generated: The target.
 
     Raises:
-        ValueError: If there is no such feature, several of that name, or none was given.
-        TypeError: If it is neither a name nor a number.
+        ValueError: If there is no such feature, several have this name, or none was given.
+        TypeError: If it is neither a name nor an integer.
     """
     prompt = context.prompt
     n_prompt = len(prompt.names)
@@ -125,7 +125,7 @@ def _column(one: object, names: Sequence[str]) -> int:
 
 
 def places_of(which: Selection, context: Context, generated: GeneratedText) -> frozenset[int]:
-    """Where other ids may stand if these features are absent."""
+    """Positions whose ids may differ if these features are absent."""
     start = len(context.full.ids)
     own = context.prompt.places_without(which.prompt)
     later = (
@@ -143,22 +143,22 @@ def replacement_texts(
     n_draws: int,
     seed: int,
 ) -> list[Corruption]:
-    """Texts in which others of as many tokens stand for these features, one per draw.
+    """Texts in which other tokens, equally many, replace these features; one per draw.
 
     Args:
         which: The features.
-        context: The prompt, whose baselines say what may stand there.
+        context: The prompt, whose baselines provide the replacements.
         generated: The target, with baselines of its own.
-        tokenizer: The model's.
-        n_draws: How many.
-        seed: Of all draws.
+        tokenizer: The model's tokenizer.
+        n_draws: Number of texts.
+        seed: Seeds all draws.
 
     Raises:
-        ValueError: If the baselines give none of as many tokens, or the same text in every draw
-            and several are wanted.
+        ValueError: If the baselines give no text of as many tokens, or several texts are wanted and
+            all draws are equal.
 
     Warns:
-        UserWarning: If they give fewer than `n_draws`.
+        UserWarning: If they give fewer than `n_draws` texts.
     """
     prompt, n_prompt = context.prompt, context.prompt.n_features
     is_same = not which.prompt or prompt.deterministic
@@ -188,7 +188,7 @@ def replacement_texts(
         if any(
             a != b for i, (a, b) in enumerate(zip(ids, full, strict=True)) if i not in may_change
         ):
-            continue  # what one of several places gains another one has lost
+            continue  # equal total length, but not place by place
         text = tokens.decode(tokenizer, [ids[i] for i in told])
         found.append(Corruption(ids, tuple(replaced.positions), told, text, key=digest(ids)))
         if len(found) == n_draws:
@@ -236,10 +236,10 @@ def noisy_texts(
         which: The features.
         context: The prompt.
         generated: The target.
-        embedded: What the model's embedding makes of the text, ``(1, length, size)``.
-        n_draws: How many.
-        scale: Standard deviation of the noise, in those of the text's embeddings.
-        seed: Of all draws.
+        embedded: Embeddings of the text, ``(1, length, size)``.
+        n_draws: Number of texts.
+        scale: Standard deviation of the noise, in units of that of the text's embeddings.
+        seed: Seeds all draws.
     """
     clean = original_text(context, generated)
     start = len(context.full.ids)

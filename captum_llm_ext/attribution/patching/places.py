@@ -1,4 +1,4 @@
-"""Which places of a text are patched together."""
+"""Groups of positions that are patched together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ Grouping = Literal["token", "feature"] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Places:
-    """Groups of places in reading order.
+    """Groups of positions in reading order.
 
     Attributes:
-        groups: Per group its places in the row of token ids.
-        names: What stands there.
+        groups: Per group its positions in the token row.
+        names: The text at each group.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -27,16 +27,16 @@ class Places:
 def grouped(
     grouping: Grouping, context: Context, generated: GeneratedText, tokenizer: Any
 ) -> Places:
-    """The groups that a user wants.
+    """The groups for a `places` argument.
 
     Args:
-        grouping: ``"token"``: each by itself. ``"feature"``: those of a feature together, and so is
-            fixed text without a feature between. Or lists of places.
+        grouping: ``"token"``: each position by itself. ``"feature"``: the positions of a feature
+            together, as well as contiguous fixed text. Or lists of positions.
         context: The prompt.
         generated: The target; its last token is not read.
 
     Raises:
-        ValueError: If a place is none of the text, or comes twice.
+        ValueError: If a position is outside the text, or occurs twice.
         TypeError: If features own no tokens.
     """
     before = context.full.ids

@@ -1,7 +1,8 @@
-"""What to patch first: attribution patching (Nanda 2023; Syed et al. 2023), one way back a token.
+"""Ranks what to patch first by attribution patching (Nanda 2023; Syed et al. 2023).
 
-To first order a cell's effect is what its stream differs by, times the gradient there. On what a
-layer saturates it is wrong by factors: it ranks cells and is never told as their effect.
+To first order a cell's effect is the difference of the two streams times the gradient, which takes
+one backward pass per token. Where layers saturate, it is wrong by factors: it only ranks cells and
+is never reported as an effect.
 """
 
 from collections.abc import Sequence
@@ -29,19 +30,19 @@ def first_order(
     attr_target: AttrTarget,
     foils: Foils | None,
 ) -> Tensor:
-    """First-order change of values where a stream of one text is put into another.
+    """First-order change of values if a stream of one text is put into another.
 
     Args:
-        runs: Which has taken both.
-        base: What is read.
-        source: Whose stream is put there.
+        runs: Runs that have taken both texts.
+        base: The text that is read.
+        source: The text whose stream is put there.
         target: Token ids ``(n_target,)``.
-        attr_target: What a value is.
-        foils: What target tokens are held against.
+        attr_target: The kind of value.
+        foils: Foils of a contrast.
 
     Returns:
-        Shape ``(n_said, n_layers + 1, length)``, float64 on the CPU; `n_said` target tokens that
-        both say.
+        Shape ``(n_said, n_layers + 1, length)``, float64 on the CPU; `n_said` is the number of
+        target tokens that both texts predict.
 
     Raises:
         ValueError: If no gradient reaches the streams.
@@ -81,15 +82,15 @@ def _product(gradient: Tensor | None, there: Tensor, here: Tensor) -> Tensor:
 
 
 def ranked(estimates: Tensor, groups: Sequence[Sequence[int]], candidates: Tensor) -> Tensor:
-    """Cells in the order in which to patch them.
+    """Ranks of cells, in the order in which to patch them.
 
     Args:
         estimates: Shape ``(n_said, n_layers + 1, length)``.
-        groups: Places that are patched together.
+        groups: Positions that are patched together.
         candidates: Bool ``(n_layers + 1, n_groups)``: cells that may have an effect.
 
     Returns:
-        Int64 ``(n_layers + 1, n_groups)``: 0 for the first, -1 for what is no candidate.
+        Int64 ``(n_layers + 1, n_groups)``: 0 for the first, -1 if not a candidate.
     """
     summed = torch.stack([estimates[..., list(group)].sum(-1) for group in groups], -1)
     size = summed.abs().amax(0).masked_fill(~candidates, -1.0).flatten()

@@ -1,4 +1,4 @@
-"""Runs of the model on texts as they are and corrupted, with cells of one patched into another."""
+"""Runs of the model on original and corrupted texts, with cells of one patched into another."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,19 +16,19 @@ from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.gradients.forward_pass import ForwardPass
 from captum_llm_ext.model.residual_stream import Patch, ResidualStream
 
-# A floor is what a few batches show: others may differ by more.
+# A noise floor is measured on a few batches; others may differ by more. Chosen, not measured.
 _FLOORS = 2.0
 
 
 @dataclass(frozen=True)
 class Patched:
-    """One row: a text, some places of which have the stream of another one at a layer.
+    """One row: a text, with the stream of another text at some positions of a layer.
 
     Attributes:
         base: Key of the text that is read.
-        source: Key of the text whose stream is put there; "" where nothing is.
-        layer: Of the stream.
-        places: Of the row.
+        source: Key of the text whose stream is put there; "" if none is.
+        layer: Index of the stream.
+        places: Patched positions.
     """
 
     base: str
@@ -38,15 +38,15 @@ class Patched:
 
 
 class PatchedRuns:
-    """Values of target tokens in runs that are patched from one another.
+    """Values of target tokens in patched runs.
 
     Args:
         model: The model.
-        stream: Its streams.
-        attr_target: What a value is, as for `Scorer`.
-        max_rows: At most so many rows in a pass; None: as many as memory allows.
-        show_progress: Whether there is a bar.
-        processes: Those that share the rows. Each reads the streams itself.
+        stream: Its residual streams.
+        attr_target: The kind of value, as for `Scorer`.
+        max_rows: Maximum number of rows per pass; None: as memory allows.
+        show_progress: Whether to show a bar.
+        processes: The processes that share the rows. Each reads the streams itself.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class PatchedRuns:
         )
 
     def take(self, texts: Sequence[Corruption], target: Tensor, foils: Foils | None) -> None:
-        """Takes texts of one length that rows are then made of, and reads their streams.
+        """Takes texts of one length, which rows refer to, and reads their streams.
 
         Args:
-            texts: As they are and corrupted.
-            target: Token ids ``(n_target,)`` that all of them are asked for.
-            foils: What these are held against.
+            texts: The original and the corrupted texts.
+            target: Token ids ``(n_target,)`` scored in all texts.
+            foils: Foils of a contrast.
 
         Raises:
-            ValueError: If the model is none whose places can be patched, or its streams are not
-                those of the text's places.
+            ValueError: If the model's positions cannot be patched, or its streams are not one
+                vector per position of the text.
         """
         self._target, self._foils = target, foils
         self._texts |= {text.key: text for text in texts}
@@ -91,7 +91,7 @@ class PatchedRuns:
             self._streams[text.key] = self._read(text)
 
     def values(self, cells: Sequence[Patched]) -> Tensor:
-        """Values ``(n_cells, n_target)``, float64; NaN for tokens that a text gives none."""
+        """Values ``(n_cells, n_target)``, float64; NaN for tokens that a text does not predict."""
         rows = [self._row(cell) for cell in cells]
         foils = None if self._foils is None else self._foils.tensor
         values = self.scorer.values(rows, self._target, foils)
@@ -101,11 +101,11 @@ class PatchedRuns:
         return own - others
 
     def streams(self, text: Corruption) -> list[Tensor]:
-        """Its streams ``(length, size)``, by layer."""
+        """Residual streams ``(length, size)`` by layer."""
         return self._streams[text.key]
 
     def tolerance(self, text: Corruption, values: Tensor) -> Tensor:
-        """How far rounding may move each of its values, ``(n_target,)``."""
+        """How far rounding may change each of the values, ``(n_target,)``."""
         usual = self.scorer.tolerance(values)
         foils = None if self._foils is None else self._foils.tensor
         floor = self.scorer.noise_floor(self._row(Patched(text.key)), self._target, foils)
@@ -115,7 +115,7 @@ class PatchedRuns:
     def graph(self, text: Corruption) -> Generator[tuple[Tensor, list[Tensor]]]:
         """A pass with gradients: logits ``(1, n_said, vocabulary)``, and the streams of its graph.
 
-        The logits are those of the places that say a target token, in order.
+        The logits are those of the positions that predict a target token, in order.
         """
         at = [p for p in text.positions if p >= 0]
         with exclusive_use(self._model), torch.enable_grad():
@@ -151,7 +151,7 @@ class PatchedRuns:
 
     def _row(self, cell: Patched) -> TokenRow:
         text = self._texts[cell.base]
-        # What the other text does not say is no effect of its stream either.
+        # A token that the other text does not predict has no effect from its stream.
         positions = text.positions
         if cell.source:
             other = self._texts[cell.source].positions
@@ -169,7 +169,7 @@ class PatchedRuns:
     def _patch(self, row: TokenRow, cell: Patched) -> Patch | None:
         if not cell.source:
             return None
-        places = tuple(p for p in cell.places if p < len(row.ids))  # a row may be cut short
+        places = tuple(p for p in cell.places if p < len(row.ids))  # rows may be truncated
         return Patch(cell.layer, places, self._streams[cell.source][cell.layer][list(places)])
 
     def _noised(self, texts: Sequence[Corruption]) -> AbstractContextManager[None]:
@@ -190,5 +190,5 @@ class PatchedRuns:
             )
 
     def provenance(self) -> Mapping[str, Any]:
-        """What results keep of the model's ways."""
+        """The provenance of values."""
         return self.scorer.provenance()

@@ -1,4 +1,4 @@
-"""`ActivationPatching`: through which layer and place a feature came to its effect."""
+"""`ActivationPatching`: through which layers and positions a feature has its effect."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -48,55 +48,54 @@ from captum_llm_ext.text.segment import Unit
 Kind = Literal["replacement", "noise"]
 Direction = Literal["denoise", "noise"]
 
-# Samples of noise that effects are averaged over: those of Meng et al. 2022.
+# Samples of noise averaged over, as in Meng et al. 2022.
 _NOISE_DRAWS = 10
 _NOISE_SCALE = 3.0
-# What passes beside the streams changes values by more than this, in the unit of these; parts of
-# models that compute in float32 whatever their weights are in, by less.
+# What bypasses the streams changes values by more than this, in their unit; the parts that models
+# always compute in float32 change them by less. Chosen, not measured.
 _BESIDE = 1e-4
 
 
 class ActivationPatching:
-    """Which layer and place of a decoder carry what a feature of the text does to later tokens.
+    """Finds which layers and positions of a decoder carry a feature's effect on later tokens.
 
-    The text is read twice: as it is, and with the feature replaced by other text of as many tokens
-    from its own slot. A token's `gain` is what the feature is worth to it: its value in the one
-    less that in the other. Then the corrupted text is read again and again, each time with the
-    residual stream of one cell, a place between two layers, as it is in the clean text. What that
-    alone gives back of a token's value is the cell's effect (causal tracing, Meng et al. 2022;
-    activation patching, Wang et al. 2023; Zhang and Nanda 2024 compare the ways to do it). A row
-    serves all target tokens: ``(n_layers + 1) * n_places`` rows at most, and fewer, for cells that
-    are the same in both texts have no effect and are not run.
+    The text is read twice: clean, and corrupted, with the feature replaced by other text of as many
+    tokens. A token's `gain` is its value in the clean text minus that in the corrupted one. Then
+    the corrupted text is read once per cell (one position between two layers), with the residual
+    stream of that cell taken from the clean text. The part of the gain that this restores is the
+    cell's effect (causal tracing, Meng et al. 2022; activation patching, Wang et al. 2023; Zhang
+    and Nanda 2024 compare variants). One row serves all target tokens: at most ``(n_layers + 1) *
+    n_places`` rows; cells that are equal in both texts have no effect and are not run.
 
-    Stream 0 enters the first layer, stream ``n_layers`` leaves the last one. So a token's whole
-    gain is found in stream 0 at the places of the feature, and in the last stream at the place that
-    says the token; between them it moves from one to the other. Effects of cells do not sum to it:
-    what passes through several is told by each, and what needs two of them by none.
+    Stream 0 enters the first layer, stream ``n_layers`` leaves the last one. A token's whole gain
+    therefore appears in stream 0 at the feature's positions, and in the last stream at the position
+    that predicts the token; in between it moves from one to the other. Effects of cells do not sum
+    to the gain: what passes through several cells is counted in each, and what needs two of them in
+    none.
 
-    Every call checks on the model itself that the streams are all that passes from layer to layer:
-    with all places of a stream as in the clean text, its values must come out. Where they do not
-    (token ids that layers read past the stream, keys that they share) the model is refused.
+    Every call checks that nothing else passes from layer to layer: with a whole stream taken from
+    the clean text, its values must result. If not (layers that read token ids directly, or share
+    keys), an error is raised.
 
-    Which heads, neurons and edges do it is asked of libraries made for that: nnsight
-    (https://nnsight.net) and TransformerLens
-    (https://transformerlensorg.github.io/TransformerLens).
+    For heads, neurons and edges, use dedicated libraries: nnsight (https://nnsight.net) and
+    TransformerLens (https://transformerlensorg.github.io/TransformerLens).
 
     Args:
-        model: A causal language model, whole in this process: offloaded or spread over devices by
-            accelerate it may be, tensor parallel or with compiled parts not. Of a model that
-            `torch.compile` returned the original is run.
-        tokenizer: Its tokenizer. None: that of the input.
-        attr_target: What a value is, as for `GenerationAttribution`; values in nats
-            (``"log_prob"``, ``"contrast"``) or logits are best, for probabilities hide what lifts
-            a token from unlikely to less unlikely.
-        layers: The decoder layers in order, for models that do not tell them. Each is given and
-            gives back the stream ``(batch, length, size)``, first of its arguments and outputs.
-        accelerator: As of `GenerationAttribution`: rows are shared out among its processes, and
-            all get the same result.
+        model: A causal language model held by this process alone. Accelerate may offload it or
+            spread it over devices; it may not be tensor parallel or have compiled submodules. For a
+            model returned by `torch.compile`, the original is run.
+        tokenizer: Its tokenizer. None: the input's.
+        attr_target: The kind of value, as for `GenerationAttribution`; values in nats
+            (``"log_prob"``, ``"contrast"``) or logits are best, since probabilities hide changes of
+            unlikely tokens.
+        layers: The decoder layers in order, for models in which they cannot be found. Each takes
+            and returns the stream ``(batch, length, size)`` as its first argument and output.
+        accelerator: As for `GenerationAttribution`: its processes share the rows, and all get the
+            same result.
 
     Raises:
-        TypeError: If the model is no causal language model.
-        ValueError: If `attr_target` is unknown, or the layers cannot be found or watched.
+        TypeError: If the model is not a causal language model.
+        ValueError: If `attr_target` is unknown, or the layers cannot be found or hooked.
     """
 
     def __init__(
@@ -114,13 +113,13 @@ class ActivationPatching:
         self.attr_target = as_value(attr_target)
         self._stream = ResidualStream(self.model, layers)
         self._processes = Processes.of(accelerator, self.model)
-        # Without an accelerator, batches are as large as suits one process.
+        # Without an accelerator, batches may have any size.
         is_shared = accelerator is not None or self._processes.are_many
         self._shared = self._processes if is_shared else None
 
     @property
     def processes(self) -> Processes:
-        """Those that work together on one trace."""
+        """The processes that work together on one trace."""
         return self._processes
 
     def trace(
@@ -144,48 +143,49 @@ class ActivationPatching:
         show_progress: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> PatchingResult:
-        """Traces what one feature does to the target, or to what the model generates.
+        """Traces the effect of a feature on the target, or on what the model generates.
 
         Args:
             inp: The prompt: `TextSegmentInput`, `ChatInput` or captum's `TextTokenInput`.
-            target: The text whose tokens are looked at, as for `GenerationAttribution`. None: the
+            target: The text whose tokens are explained, as for `GenerationAttribution`. None: the
                 model generates it.
-            feature: What is replaced: a feature's name, or its column in results (those of the
-                prompt first, then those of the target, as in `full_attr`), or a list of such, which
-                are replaced together.
-            baselines: What stands there, as of `TextSegmentInput`; None: what the input's own say,
-                and `ModelBaselines` where nobody said. A text is drawn until it has as many tokens
-                as the feature.
+            feature: The replaced feature: its name, or its column in results (the prompt's first,
+                then the target's, as in `full_attr`); or a list of these, replaced together.
+            baselines: Replacements, as for `TextSegmentInput`; None: the input's own, or
+                `ModelBaselines` if it has none. Texts are drawn until one has as many tokens as the
+                feature.
             output_unit, output_baselines: Features of the target, as for `GenerationAttribution`.
             gen_args: As for `GenerationAttribution`.
             kind: ``"noise"``: instead of a replacement, Gaussian noise is added to the embeddings
-                of the feature's tokens. It needs no other text, and makes none that could be.
-            direction: ``"denoise"``: cells of the corrupted text are made clean, and an effect is
-                what comes back: which cells are enough. ``"noise"``: cells of the clean text are
-                corrupted, and an effect is what is lost: which cells are needed.
-            places: What is patched together: ``"token"``: each place by itself; ``"feature"``: the
-                places of each feature; or lists of places.
-            first: Only so many cells are patched, those that attribution patching (one way back
-                through the model a token) ranks highest; the effects of others are NaN. Its
-                estimates are wrong by factors and are not told.
-            n_draws: Replacements, or samples of noise, that effects are averaged over. By default 1
-                replacement and 10 samples of noise.
-            noise_scale: Standard deviation of the noise, in those of the text's embeddings.
-            seed: Seeds every random choice.
-            perturbations_per_eval: At most so many rows in a batch; by default what memory allows.
-            show_progress: Whether a bar over the rows is shown.
+                of the feature's tokens. No other text is needed, but the result is no possible
+                text.
+            direction: ``"denoise"``: cells of the corrupted text are taken from the clean one, and
+                an effect is the value restored: which cells are sufficient. ``"noise"``: cells of
+                the clean text are corrupted, and an effect is the value lost: which cells are
+                necessary.
+            places: What is patched together: ``"token"``: each position by itself; ``"feature"``:
+                the positions of each feature; or lists of positions.
+            first: Patch only this many cells, those ranked highest by attribution patching (one
+                backward pass per token); effects of others are NaN. Its estimates are wrong by
+                factors and are not reported.
+            n_draws: Number of replacements or noise samples averaged over. Default: 1 replacement,
+                or 10 noise samples.
+            noise_scale: Standard deviation of the noise, in units of that of the text's embeddings.
+            seed: Seeds all random choices.
+            perturbations_per_eval: Maximum number of rows per batch; by default as memory allows.
+            show_progress: Whether to show a bar over the rows.
             checkpoint: A file that ends in ``.safetensors``, or a folder, as for
-                `GenerationAttribution`: rows that were run before are not run again, also where
-                `places`, `first`, `direction` or `n_draws` have changed.
+                `GenerationAttribution`: rows that were run before are not run again, even if
+                `places`, `first`, `direction` or `n_draws` change.
 
         Returns:
             The effects.
 
         Raises:
-            ValueError: If an argument is out of range or would be ignored, the feature is unknown
-                or nothing of as many tokens stands in for it, or the model is none whose streams
-                can be patched.
-            TypeError: If an argument is of the wrong kind, or features own no tokens.
+            ValueError: If an argument is out of range or would have no effect, the feature is
+                unknown or has no replacement of as many tokens, or the model's streams cannot be
+                patched.
+            TypeError: If an argument has the wrong type, or features own no tokens.
         """
         is_noise = kind == "noise"
         _check_choice("kind", kind, ("replacement", "noise"))
@@ -201,7 +201,7 @@ class ActivationPatching:
         context = Context(prompt, tokenizer, Likelihood(self.model, tokenizer))
         if context.full.extras is not None:
             raise ValueError("activation patching takes text alone, no pictures or the like.")
-        context.prompt.places()  # whether it knows any, before the costly part
+        context.prompt.places()  # raises if the input knows none, before the costly part
         runs = PatchedRuns(
             self.model,
             self._stream,
@@ -243,7 +243,7 @@ class ActivationPatching:
                     n_draws=n_draws,
                     seed=seed,
                 )
-            # What is drawn by the model, and so by rounding, is the same on all processes.
+            # What the model draws depends on rounding; all processes must use the same texts.
             texts = self._processes.decide(draw)
             foils = self._foils(context, generated, tokenizer, seed)
             traced = _Trace(
@@ -270,7 +270,7 @@ class ActivationPatching:
         return traced.result(which, list(generated.labels), effects, ranks, provenance)
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on beside the arguments of `trace`, as JSON has it."""
+        """What results depend on besides the arguments of `trace`, as JSON values."""
         return {
             **model_identity(self.model),
             "method": type(self).__name__,
@@ -319,16 +319,16 @@ class _Trace:
     """The cells of a text and of its corruptions, patched into one another.
 
     Args:
-        runs: Of the model.
-        clean: The text as it is.
-        texts: Corrupted, one per draw.
+        runs: Patched runs of the model.
+        clean: The original text.
+        texts: Corrupted texts, one per draw.
         target: Token ids ``(n_target,)``.
-        foils: What they are held against.
-        groups: Places that are patched together.
+        foils: Foils of a contrast.
+        groups: Positions that are patched together.
         direction: As for `ActivationPatching.trace`.
 
     Raises:
-        ValueError: If a stream is not all that passes from a layer to the next.
+        ValueError: If more than the stream passes from a layer to the next.
     """
 
     def __init__(
@@ -355,11 +355,11 @@ class _Trace:
         """Effects ``(n_draws, n_target, n_layers + 1, n_places)``; NaN for cells not patched.
 
         Args:
-            ranks: Of cells ``(n_layers + 1, n_places)``; None: all are patched.
-            first: Those with a rank below it are.
+            ranks: Ranks of cells ``(n_layers + 1, n_places)``; None: all are patched.
+            first: Patch the cells whose rank is below this.
         """
         each: list[Tensor] = []
-        # All rows are asked for at once: batches are full, and the bar knows how many there are.
+        # All rows are requested at once, so that batches are full and the bar knows the total.
         wanted: list[list[tuple[int, int]]] = []
         cells: list[Patched] = []
         for text in self._texts:
@@ -383,7 +383,7 @@ class _Trace:
         return torch.stack(each)
 
     def ranks(self, attr_target: AttrTarget) -> Tensor:
-        """In which order to patch cells, ``(n_layers + 1, n_places)``; -1: not at all."""
+        """Ranks in which to patch cells, ``(n_layers + 1, n_places)``; -1: not at all."""
         summed: Tensor | None = None
         candidates: Tensor | None = None
         decide = self._runs.scorer.processes.decide
@@ -409,17 +409,17 @@ class _Trace:
         ranks: Tensor | None,
         provenance: Mapping[str, Any],
     ) -> PatchingResult:
-        """What users get.
+        """The result of a trace.
 
         Args:
             which: The features that were replaced.
             output_tokens: Names of the target tokens.
-            effects, ranks: As found.
-            provenance: What they came from.
+            effects, ranks: As computed.
+            provenance: Their provenance.
         """
         return PatchingResult(
             effects=effects.mean(0),
-            # A single draw tells nothing of its error.
+            # A single draw gives no standard error.
             effects_se=None if len(effects) < 2 else effects.std(0) / len(effects) ** 0.5,
             clean_values=self._best,
             corrupted_values=self._worst.mean(0),
@@ -437,20 +437,20 @@ class _Trace:
         )
 
     def _pair(self, text: Corruption) -> tuple[Corruption, Corruption]:
-        """What is read, and whose stream is put there."""
+        """(text that is read, text whose stream is put there)."""
         return (text, self._clean) if self._denoises else (self._clean, text)
 
     def _may_differ(self, text: Corruption) -> Tensor:
-        """Cells that differ in both texts, bool ``(n_layers + 1, n_places)``."""
+        """Cells that differ between the two texts, bool ``(n_layers + 1, n_places)``."""
         streams = self._runs.streams(self._clean), self._runs.streams(text)
         same = self._runs.scorer.processes.decide(partial(same_streams, *streams))
-        # What comes before the first place that was changed knows nothing of it but rounding.
+        # Positions before the first change differ by rounding only.
         same[:, : text.places[0]] = True
         differs = [~same[:, list(group)].all(-1) for group in self._groups]
         return torch.stack(differs, -1)
 
     def _unpatched(self, text: Corruption, ranks: Tensor | None) -> Tensor:
-        """No effect where nothing differs, unknown where nothing was patched."""
+        """Effects before patching: 0 where the texts do not differ, NaN elsewhere."""
         differs = self._may_differ(text)
         blank = torch.zeros(differs.shape, dtype=torch.float64, device="cpu")
         if ranks is not None:
@@ -458,7 +458,7 @@ class _Trace:
         return blank.expand(len(self._target), -1, -1).clone()
 
     def _causal(self, effects: Tensor, text: Corruption) -> Tensor:
-        """What comes after the place that says a token has no effect on it, not even rounding."""
+        """Sets effects of positions after the predicting one to exactly 0, without rounding."""
         firsts = torch.tensor([min(g) for g in self._groups], dtype=torch.int64, device="cpu")
         said = torch.tensor(self._clean.positions, dtype=torch.int64, device="cpu")
         later = (firsts > said[:, None])[:, None].expand_as(effects)
@@ -467,7 +467,7 @@ class _Trace:
         return effects.masked_fill(untold[:, None, None], torch.nan)
 
     def _check_streams(self, text: Corruption) -> None:
-        """Holds values with a whole stream patched against those of the text that it is of."""
+        """Checks values with a whole stream patched against those of the stream's own text."""
         runs, clean = self._runs, self._clean
         n_streams = len(runs.streams(clean))
         every = tuple(range(len(clean.ids)))
@@ -506,10 +506,10 @@ def _check_choice(name: str, given: object, known: Sequence[str]) -> None:
 
 
 def _check_used(is_noise: bool, scale: float, *baselines: object) -> None:
-    """Refuses what would be ignored.
+    """Refuses arguments without effect.
 
     Raises:
-        ValueError: If there is such.
+        ValueError: If there is one.
     """
     if is_noise and any(own is not None for own in baselines):
         raise ValueError('baselines would be ignored: `kind="noise"` replaces nothing.')

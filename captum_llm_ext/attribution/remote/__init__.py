@@ -1,6 +1,6 @@
 """Attribution of models that an API serves.
 
-`attribution` is captum's class, `rungs` chooses how much of the model its provider tells.
+`attribution` has captum's class, `rung_choice` chooses how to score by what the provider reports.
 """
 
 from captum_llm_ext.attribution.remote.attribution import RemoteGenerationAttribution

@@ -1,4 +1,4 @@
-"""Arguments of `RemoteGenerationAttribution`, refused before anything is sent."""
+"""Checks arguments of `RemoteGenerationAttribution` before any request."""
 
 from typing import Any, Literal, get_args
 
@@ -15,10 +15,10 @@ RemoteTarget = Literal["log_prob", "prob", "contrast", "auto", "label", "frequen
 
 
 def check_method(attr_method: object, accelerator: object) -> None:
-    """Refuses what is no perturbation method, and what an API has no use for.
+    """Checks that the method is a perturbation method, and that no accelerator is given.
 
     Raises:
-        TypeError: If it is either.
+        TypeError: If not.
     """
     if not isinstance(attr_method, PerturbationAttribution):
         raise TypeError(
@@ -42,10 +42,10 @@ def check_settings(
     n_answers: int | None,
     top_logprobs: int,
 ) -> None:
-    """Refuses settings that are out of range.
+    """Checks that settings are in range.
 
     Raises:
-        ValueError: If one is.
+        ValueError: If one is out of range.
     """
     if not isinstance(attr_target, Contrast) and attr_target not in get_args(RemoteTarget):
         raise ValueError(
@@ -76,11 +76,11 @@ def check_provider(
     max_concurrency: int | None,
     on_mismatch: OnMismatch,
 ) -> None:
-    """Refuses what is no provider, and what it cannot tell or would ignore.
+    """Checks that the provider can report what is explained, and that no argument lacks an effect.
 
     Raises:
-        TypeError: If it is none.
-        ValueError: If it cannot.
+        TypeError: If it is not a provider.
+        ValueError: If it cannot, or an argument would have no effect.
     """
     takes_ids = False
     if not isinstance(provider, ChatEndpoint):
@@ -95,10 +95,10 @@ def check_provider(
 
 
 def check_rung(rung: object, attr_target: object, predicate: object, labels: Any) -> None:
-    """Refuses a rung that does not tell what is explained, and what other rungs go by.
+    """Checks that a rung can explain `attr_target`, and that its arguments have an effect.
 
     Raises:
-        ValueError: If it does not, or `predicate` or `labels` would be ignored.
+        ValueError: If it cannot, or `predicate` or `labels` would have no effect.
     """
     if predicate is not None and attr_target not in ("frequency", "auto"):
         raise ValueError('`predicate` would be ignored: it is of `attr_target="frequency"`.')
@@ -118,7 +118,7 @@ def check_rung(rung: object, attr_target: object, predicate: object, labels: Any
 
 
 def _check_contrast(contrast: Contrast, provider: Any, takes_ids: bool) -> None:
-    """Refuses foils that a provider cannot tell, before anything is asked.
+    """Checks before any request that the provider can score the foils of a contrast.
 
     Raises:
         ValueError: If it cannot.

@@ -1,4 +1,4 @@
-"""`RemoteGenerationAttribution`: captum's remote attribution, by what the provider tells."""
+"""`RemoteGenerationAttribution`: captum's remote attribution, by what the provider reports."""
 
 import copy
 import math
@@ -63,94 +63,94 @@ _SEVERAL = ("n", "num_return_sequences")
 
 
 class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
-    """`GenerationAttribution` of a model behind an API, down to those that tell nothing but text.
+    """`GenerationAttribution` of a model behind an API, even one that returns nothing but text.
 
     Takes what captum's `RemoteLLMAttribution` takes, and any of its providers. Estimators, inputs,
-    baselines, error bars, checkpoints and results are those of `GenerationAttribution`; the model's
-    forward passes are requests instead::
+    baselines, standard errors, checkpoints and results are those of `GenerationAttribution`;
+    forward passes are replaced by requests::
 
         provider = CompletionsProvider("http://localhost:8000/v1")
         method = ShapleyValueSampling(RemoteLLMAttribution.placeholder_model)
         result = RemoteGenerationAttribution(method, tokenizer, provider).attribute(inp)
 
-    *What the server tells decides what can be explained.* Log-probabilities of prompts: everything,
-    as below. The likeliest tokens of each step (`ChatProvider`, `CallableProvider`, and any
-    `CompletionsProvider` without a tokenizer): the log-probability of each token of the answer, one
-    request for each, and a bound where it is not among them. Text alone (`AnthropicProvider` too):
-    how often the answer is given (``attr_target="frequency"``, in log-odds), or how similar to it
-    what is written instead is (``"similarity"``). A bound leaves little of a ``"prob"`` open, and
-    much of a log-probability: where causes are not distinguished, a warning says so. Answers that
-    never vary are no frequencies, and one of each coalition is compared. ``"auto"`` takes the first
-    that the provider proves able to. These need no tokenizer (``TextSegmentInput(prompt, None)``),
-    have the answer as one target token where it is sampled, and say in ``provenance`` what they
-    cannot see (``"cannot_see"``). Their results have a `value_interval` and, where the estimator is
-    linear, a `token_attr_interval`; errors of sampling are in `token_attr_se`.
+    *What the server reports decides what can be explained.* Log-probabilities of prompts:
+    everything, as below. Top log-probabilities of each step (`ChatProvider`, `CallableProvider`,
+    and any `CompletionsProvider` without a tokenizer): the log-probability of each token of the
+    answer, one request per token, with a bound if it is not among the top. Text alone
+    (`AnthropicProvider` too): how often the answer is given (``attr_target="frequency"``, in
+    log-odds), or how similar the generated texts are to it (``"similarity"``). A bound is tight for
+    a ``"prob"`` and loose for a log-probability; a warning says if causes are not distinguished. If
+    answers never vary, there is no frequency, and one answer per coalition is compared. ``"auto"``
+    takes the first of these that the provider supports. They need no tokenizer
+    (``TextSegmentInput(prompt, None)``), treat a sampled answer as one target token, and list their
+    blind spots in ``provenance["cannot_see"]``. Their results have a `value_interval` and, if the
+    estimator is linear, a `token_attr_interval`; sampling errors are in `token_attr_se`.
 
     *By ids or by text.* A provider that takes token ids (`CompletionsProvider`, or any
-    `TokenProvider`) is sent the very ids of each coalition and of the target. Captum's own
-    interface takes texts: what they are tokenised to is foreseen with `tokenizer`. A row after
-    which the target's text is not the target's tokens is an error; a prompt that is read as other
-    tokens than it was rendered to is sent, with a warning, and counted in ``provenance``.
+    `TokenProvider`) is sent exactly the ids of each coalition and of the target. Captum's own
+    interface takes texts, whose tokenisation is predicted with `tokenizer`. A row after which the
+    target's text is not tokenised to the target is an error; a prompt that is tokenised differently
+    from its rendered ids is sent, with a warning, and counted in ``provenance``.
 
-    *What is believed.* Before the first number is used, a few short prompts find out whether they
-    are what they should be (`handshake`): no log-probabilities that are shifted by one, of base 10,
-    of another temperature or of other prompts. What was found is in ``provenance["handshake"]``.
-    What is seen by and by (prompts that are cut, other models) is a warning, and in
+    *What is verified.* Before the first number is used, a few short prompts check the
+    log-probabilities (`handshake`): that they are not shifted by one, in base 10, at another
+    temperature or of other prompts. The findings are in ``provenance["handshake"]``. Problems
+    noticed later (truncated prompts, a change of model) raise warnings and are in
     ``provenance["doubts"]``.
 
     *What it costs.* With the generated text held fixed, which is the default here, a coalition
-    takes one request. With generated text among the causes (`output_unit`) the target token at a
-    place where generated text is absent is asked for by itself, for it is not what is read there:
-    one more request for each absent feature of the output, half of them on average in sampled
-    coalitions. It is saved where another coalition begins alike and has that token (always so in
-    `FeatureAblation`, but for the empty coalition, and where all coalitions are enumerated), and
-    where the provider tells it among the likeliest. A warning tells the number before any of them
-    is sent where it is above `most_requests`. ``provenance["n_requests"]`` counts prompts sent, of
-    which a call may hold several.
+    takes one request. With generated features (`output_unit`), a target token whose own feature is
+    absent is not in the prompt and needs a request of its own: one more per absent generated
+    feature, half of them on average in sampled coalitions. It is saved if another coalition has the
+    same prefix followed by that token (always in `FeatureAblation`, except for the empty coalition,
+    and when all coalitions are enumerated), and if the provider reports the token among the
+    likeliest. If more than `most_requests` are needed, a warning says so before any is sent.
+    ``provenance["n_requests"]`` counts prompts sent; one call may hold several.
 
     Args:
-        attr_method: As of `GenerationAttribution`, over captum's placeholder:
+        attr_method: As for `GenerationAttribution`, over captum's placeholder model:
             ``ShapleyValueSampling(RemoteLLMAttribution.placeholder_model)``.
         tokenizer: The model's tokenizer.
-        provider: Whom to ask.
-        attr_target: ``"log_prob"`` in nats, ``"prob"``, ``"label"`` (how much likelier one label is
-            than another as the answer's first token, in nats), ``"frequency"`` in log-odds,
+        provider: The API.
+        attr_target: ``"log_prob"`` in nats, ``"prob"``, ``"label"`` (log-odds of one label against
+            another as the answer's first token, in nats), ``"frequency"`` in log-odds,
             ``"similarity"`` from 0 to 1, or ``"auto"``. Or ``"contrast"`` against foils, for
-            providers that take ids: a foil that the provider does not tell among the likeliest is
-            asked for by itself. Foils are found (before the place alone) where it tells them.
-        accelerator: Not to be given: one process asks, in threads.
-        max_concurrency: In how many threads the provider is asked. By default what it says itself,
-            and one where it says nothing, as captum's do.
-        missing: What a log-probability is taken for that the provider does not tell, in nats, such
-            as -20.0. None: an error. ``provenance["n_missing"]`` counts them; where more than a
-            fifth is missing, the result is refused.
-        on_mismatch: With texts, where the target's text is not read as the target's tokens:
-            ``"error"``, or ``"warn"`` for providers that join tokens, not texts.
-        most_requests: A warning tells beforehand if more are to be sent at a time than this, and
-            than coalitions.
-        top_logprobs: How many of the likeliest tokens are asked for at each step.
-        n_answers: Answers drawn per coalition. By default 50 for a frequency and 16 for a
-            similarity, and up to four times as many while the strongest cause is not separated
-            from the next; a warning says where it still is not.
-        predicate: For a frequency: whether a text is the answer; by default whether it is equal.
-        similarity: ``"lexical"`` (words and runs of letters in common), ``"f1"`` (words),
-            ``"difflib"`` (characters, in order), or a callable ``(text, answer) -> float`` from 0
-            to 1: an embedding, a judge.
-        labels: For ``"label"``: the label that is explained, and the one that it is held against.
-            By default (or None for one) `target`, or what the model would write; and the likeliest
-            other first token.
-        rung: In place of the highest that bears: ``"forced"`` (log-probabilities of prompts),
-            ``"stepwise"`` (of any given next token, by ``logit_bias``: wants `tokenizer`),
+            providers that take ids: a foil that is not among the reported likeliest tokens takes a
+            request of its own. Foils are found (from the left context alone) if the provider
+            reports likeliest tokens.
+        accelerator: Not supported: one process sends requests from threads.
+        max_concurrency: Number of threads. Default: the provider's own `max_concurrency`, or one
+            for providers without, such as captum's.
+        missing: Value of a log-probability that the provider does not report, in nats, such as
+            -20.0. None: an error. ``provenance["n_missing"]`` counts them; if more than a fifth is
+            missing, an error is raised.
+        on_mismatch: With texts, if the target's text is not tokenised to the target: ``"error"``,
+            or ``"warn"`` for providers that join tokens, not texts.
+        most_requests: Warn beforehand if more requests than this, and than coalitions, are needed.
+        top_logprobs: Number of likeliest tokens requested at each step.
+        n_answers: Answers sampled per coalition. Default: 50 for a frequency and 16 for a
+            similarity, and up to four times as many until the strongest cause is separated from the
+            next; a warning says if it is not.
+        predicate: For a frequency: whether a text counts as the answer; by default equality.
+        similarity: ``"lexical"`` (common words and character n-grams), ``"f1"`` (words),
+            ``"difflib"`` (characters, in order), float`` from 0 to 1: an embedding, a judge. -> or
+            a callable ``(text, answer) -> float`` from 0 to 1, such as by embeddings or a judge. ->
+            float`` from 0 to 1: an embedding, a judge.
+        labels: For ``"label"``: the explained label, and the one it is compared with. Default (or
+            None for either): `target` or what the model generates, and the likeliest other first
+            token.
+        rung: Instead of the highest that works: ``"forced"`` (log-probabilities of prompts),
+            ``"stepwise"`` (of any given next token, by ``logit_bias``; needs `tokenizer`),
             ``"top-k"``, ``"label"``, ``"frequency"``, ``"similarity"``.
-        max_requests, max_usd: What may be spent below the first rung; then it stops with a
-            `RuntimeError`, and the same call with more goes on from there.
-        prices: US dollars per million tokens read, and written.
-        cache: An SQLite file for answers, which other runs may share.
+        max_requests, max_usd: Limits below the first rung; beyond them a `RuntimeError` is raised,
+            and the same call with higher limits resumes.
+        prices: US dollars per million input and output tokens.
+        cache: An SQLite file of answers, which several runs may share.
 
     Raises:
-        TypeError: If the method is no perturbation method, the provider none, or something is given
-            that an API has no use for.
-        ValueError: If `attr_target` is none of these, or a contrast that the provider cannot tell.
+        TypeError: If the method is not a perturbation method, the provider not a provider, or an
+            argument is not supported for APIs.
+        ValueError: If `attr_target` is none of these, or a contrast that the provider cannot score.
     """
 
     def __init__(
@@ -220,33 +220,33 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         output_unit: Unit | None = None,
         **arguments: Any,
     ) -> GenerationAttributionResult:
-        """Attributes the target, or what the model generates, to its causes.
+        """Attributes the target, or what the model generates, to prompt and generated features.
 
         Args:
             inp: The prompt, as for `GenerationAttribution.attribute`; no images.
             target: The text to explain, as text or as token ids ``(n_target,)``: a tensor, an
-                array, a list, or what a tokenizer or ``generate`` returned, of one text; then
-                what comes after the prompt is meant. None: the model generates it.
+                array, a list, or the output of a tokenizer or of ``generate`` for one text, of
+                which the part after the prompt is taken. None: the model generates it.
             num_trials: Repetitions with fresh draws of baselines and coalitions, averaged.
-            gen_args: Arguments of the provider's ``generate``, without a target only. Greedy, 25
-                new tokens, where they do not say otherwise. With ``do_sample`` a provider that
-                takes ids is given `seed` as well.
-            use_cached_outputs, forward_in_tokens: Accepted for captum's sake, without effect.
+            gen_args: Arguments of the provider's ``generate``; only without a target. Default:
+                greedy, 25 new tokens. With ``do_sample``, a provider that takes ids is also given
+                `seed`.
+            use_cached_outputs, forward_in_tokens: Accepted for compatibility, without effect.
             _inspect_forward: As for `GenerationAttribution.attribute`.
             output_unit: Features made of the target: ``"token"``, ``"word"``, ``"sentence"``, spans
-                or a segmenter. By default none, for each costs requests: see above.
-            **arguments: All others of `GenerationAttribution.attribute`;
-                ``perturbations_per_eval`` is the most prompts in one call.
+                or a segmenter. Default: none, since each costs requests, see above.
+            **arguments: All other arguments of `GenerationAttribution.attribute`;
+                ``perturbations_per_eval`` is the maximum number of prompts per call.
 
         Returns:
             The result, in float32 on the CPU. ``provenance`` names provider and model.
 
         Raises:
-            ValueError: As `GenerationAttribution.attribute`; if a log-probability is missing or
+            ValueError: As for `GenerationAttribution.attribute`; if a log-probability is missing or
                 belongs to another token; or if `output_unit` is given for a provider that takes
                 texts.
             ConnectionError, RuntimeError: If the provider gives up. With `checkpoint` the same call
-                goes on from there.
+                resumes.
         """
         method = self.attr_method
         if isinstance(method, Smile) and self.attr_target != "similarity":
@@ -300,7 +300,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     def _attributed(
         self, chosen: ChosenRung, given: tuple[Any, ...], arguments: Mapping[str, Any]
     ) -> GenerationAttributionResult:
-        """On a rung: with more answers where those drawn do not tell the first cause."""
+        """Attributes on a rung, with more answers while the first cause is not significant."""
         on, rung = self._on(chosen), chosen.rung
         while True:
             result = GenerationAttribution.attribute(on, *given, output_unit=None, **arguments)
@@ -309,7 +309,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 return result
             if not rung.is_sampled or not rung.draw_more():
                 break
-            chosen.scorer.forget()  # the rung knows more of every coalition now
+            chosen.scorer.forget()  # the rung now has more answers for every coalition
         first, second = (repr(result.input_tokens[apart[which]]) for which in ("first", "second"))
         if rung.is_sampled:
             more = apart["times_as_many_answers"]
@@ -335,7 +335,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return result
 
     def _cache(self, checkpoint: str | os.PathLike[str] | None) -> Cache:
-        """Where answers are kept, each as it comes: a checkpoint is a file of answers as well."""
+        """Where answers are cached as they arrive: a checkpoint is such a file as well."""
         if checkpoint is None:
             return self._rung_settings.cache
         if self._rung_settings.cache.is_file:
@@ -345,7 +345,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return Cache(checkpoint)
 
     def _by_answers(self, method: Smile) -> "RemoteGenerationAttribution":
-        """The same for `Smile`, whose distance says how similar answers are."""
+        """A copy for `Smile`, whose distance defines the similarity of answers."""
         distance = method.distance_function(None, None)
 
         def nearness(text: str, answer: str) -> float:
@@ -363,18 +363,18 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         gen_args: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> Estimate:
-        """What `attribute` would take, reported without sending anything.
+        """Estimates the cost of `attribute` without sending anything.
 
         Args:
-            inp, target, gen_args, **arguments: As of `attribute`. Without a target, an answer of as
-                many tokens as may be generated is reckoned with.
+            inp, target, gen_args, **arguments: As for `attribute`. Without a target, an answer of
+                the maximum length is assumed.
 
         Returns:
-            Coalitions, requests and tokens; money where `prices` were given. With ``"auto"`` what
-            the provider can do is not known: the dearest that it might come to.
+            Coalitions, requests and tokens, and the cost if `prices` were given. With ``"auto"``
+            the rung is not known yet: the most expensive one is assumed.
 
         Raises:
-            ValueError, TypeError: As `attribute` does before it sends anything.
+            ValueError, TypeError: As for `attribute` before any request.
         """
         tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
         n_most = n_new(gen_args, target)
@@ -392,28 +392,27 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return self._choice.estimate(counter, tokenizer, target, n_most)
 
     def handshake(self, prompt: str = PROMPT, target: str = TARGET) -> dict[str, Any]:
-        """Finds out whether the provider's log-probabilities can be believed: those of prompts, or,
-        without a tokenizer, those of the likeliest tokens at each step.
+        """Checks the provider's log-probabilities, of prompts or (without a tokenizer) of steps.
 
-        It is done by itself before the first is used, once per provider, with the prompt that is
-        explained.
+        This happens automatically before the first is used, once per provider, with the explained
+        prompt.
 
         Args:
-            prompt, target: Texts that the provider is asked about.
+            prompt, target: Texts used for the checks.
 
         Returns:
-            What was looked at and how it came out, as in ``provenance["handshake"]``.
+            The checks and their outcomes, as in ``provenance["handshake"]``.
 
         Raises:
-            ValueError: If they cannot be believed; it names what is wrong. (`HandshakeError`, an
-                `ApiError` as well.)
+            ValueError: If a check fails; the message says which. (`HandshakeError`, which is also
+                an `ApiError`.)
             ConnectionError, RuntimeError: If the provider gives up.
         """
         return self._choice.handshake(prompt, target)
 
     @property
     def _choice(self) -> RungChoice:
-        """What the provider may be asked for; another `attr_target` or tokenizer asks for less."""
+        """The rungs that the provider may offer; depends on `attr_target` and tokenizer."""
         return RungChoice(
             self.provider,
             self.tokenizer,
@@ -424,7 +423,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         )
 
     def _on(self, chosen: ChosenRung) -> "RemoteGenerationAttribution":
-        """The same for one attribution on a rung."""
+        """A copy that scores on a rung."""
         own = copy.copy(self)
         own._chosen, own.tokenizer = chosen, chosen.tokenizer
         own.attr_target = chosen.scorer.attr_target
@@ -476,7 +475,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             return result
         scorer = self._chosen.scorer
         scorer.only_first(len(outcome.plan.masks))
-        # What it tells of the provider's noise is between the bounds.
+        # Drift between the interval's bounds is the provider's noise.
         doubts = self._warned(scorer.drift(self._chosen.full))
         known, weight = scorer.known(), weights(outcome.name, outcome.plan)
         reported: dict[str, Any] = {
@@ -492,7 +491,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             reported["first_cause"] = scorer.separates_causes(weight, whole)
             errors, ends = scorer.uncertainty(weight)
             if errors is not None:
-                # Of estimates, standard errors have this noise in them.
+                # Standard errors of estimates include this noise.
                 own = outcome.solution.standard_errors.nan_to_num()
                 solution = replace(outcome.solution, standard_errors=torch.maximum(own, errors))
                 outcome = replace(outcome, solution=solution)
@@ -533,19 +532,19 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return scorer
 
     def _condition_on_answer(self, run: Run, context: FoilContext) -> None:
-        """An API does not tell what becomes of words of a kind."""
+        """Does nothing: an API reports nothing on kinds of words."""
 
     _what_else_may_be_absent = "Give `baselines=CorpusBaselines(texts)`, of the same kind of text."
 
     def with_absence(self, prompt: Prompt) -> Prompt:
-        """Nothing stands there: an API does not tell what its model would have written."""
+        """The prompt, by default with deletion: APIs do not report conditional distributions."""
         return prompt
 
     def _language_model(self, scorer: RowScorer) -> LanguageModel:
         return RemoteLikelihood(cast(RemoteScorer, scorer), self.tokenizer)
 
     def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
-        """See `GenerationAttribution.generation`; the provider's own defaults are not known."""
+        """See `GenerationAttribution.generation`; the provider's defaults are unknown."""
         given = dict(gen_args or {})
         several = next((n for n in _SEVERAL if (given.get(n) or 1) != 1), None)
         if several is not None:
@@ -560,7 +559,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         if not LENGTHS & set(given):
             given["max_new_tokens"] = 25
         if "temperature" not in given and not given.get("do_sample"):
-            # Captum's None is the server's default, which samples.
+            # Captum's None means the server's default, which samples.
             given |= {"do_sample": False, "temperature": 0.0}
         settings = {name: repr(value) for name, value in given.items()}
         return Generation(given, settings, given.get("max_new_tokens"))
@@ -574,7 +573,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     def _vocabulary_size(self) -> int | None:
         if self._chosen is not None or self._counter is not None:
             return None
-        tokenizer: Any = self.tokenizer  # captum's protocol knows no length
+        tokenizer: Any = self.tokenizer  # captum's protocol defines no length
         return len(tokenizer) if hasattr(tokenizer, "__len__") else None
 
     def _model_identity(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Which rung of the ladder an attribution stands on: how much of a model its provider tells."""
+"""Chooses the rung of an attribution: how to score, by what the provider reports."""
 
 import re
 import warnings
@@ -42,16 +42,17 @@ from captum_llm_ext.text.plain_tokenizer import OpenVocabulary, PlainTokenizer
 PROMPT, TARGET = "One, two, three, four, five, six,", " seven, eight"
 RungName = Literal["forced", "stepwise", "top-k", "label", "frequency", "similarity"]
 _LOG_PROBS: tuple[RungName, ...] = ("forced", "stepwise", "top-k")
-# Answers per coalition, at first and at most, while the first cause is not separated from others.
+# Answers per coalition: at first, and at most while the first cause is not separated from the
+# others. Chosen, not measured.
 _N_ANSWERS = {"frequency": (50, 200), "similarity": (16, 64)}
-# Refusals that nothing else which could be asked for would mend: of the model, or of the prompt.
+# Refusals that no other kind of request would avoid: of the model, or of the prompt.
 _HOLDS_FOR_ALL = re.compile(
     r"\bmodel\b.{0,80}\b(?:does not exist|not found)|\bno such model|model_not_found"
     r"|invalid model name|deployment.{0,80}does not exist"
     r"|context (?:length|size|window)|maximum model length|too long",
     re.IGNORECASE | re.DOTALL,
 )
-# How users ask for a rung.
+# Arguments by which users request a rung.
 ARGUMENT_FOR: Mapping[str, str] = {
     "forced": 'attr_target="log_prob"',
     "stepwise": 'rung="stepwise"',
@@ -64,7 +65,7 @@ ARGUMENT_FOR: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RungSettings:
-    """How a provider is asked below the first rung: see `RemoteGenerationAttribution`."""
+    """Settings of requests below the first rung: see `RemoteGenerationAttribution`."""
 
     cache: Cache
     limits: Limits
@@ -78,14 +79,14 @@ class RungSettings:
 
 @dataclass(frozen=True)
 class ChosenRung:
-    """The rung that an attribution stands on, below the first.
+    """The rung of an attribution, below the first.
 
     Attributes:
-        rung: It.
-        scorer: Scores rows by it.
-        tokenizer: Spells them.
-        full, empty: The prompt with everything and with nothing present, as messages.
-        refused: Higher rungs, and why they do not bear.
+        rung: The rung.
+        scorer: Scores rows on this rung.
+        tokenizer: Spells the rows.
+        full, empty: The prompt with all and with no features present, as messages.
+        refused: Higher rungs, and why they do not work.
     """
 
     rung: Rung
@@ -98,15 +99,15 @@ class ChosenRung:
 
 @dataclass(frozen=True)
 class RungChoice:
-    """What one provider may be asked for.
+    """The rungs that one provider may offer.
 
     Attributes:
-        provider: Whom to ask.
-        tokenizer: The model's; None where nobody has it.
-        attr_target: What the user wants to be reported.
-        rung: The rung that the user wants to stand on; None: the highest that bears.
-        source: The provider as one that tells log-probabilities of prompts.
-        settings: How it is asked for less.
+        provider: The provider.
+        tokenizer: The model's tokenizer; None if unavailable.
+        attr_target: The value that the user asks for.
+        rung: The rung that the user asks for; None: the highest that works.
+        source: The provider as a source of log-probabilities of prompts.
+        settings: Settings of lower rungs.
     """
 
     provider: Any
@@ -133,7 +134,7 @@ class RungChoice:
 
     @property
     def names(self) -> list[RungName]:
-        """The rungs that may be stood on, highest first."""
+        """The rungs to try, highest first."""
         if self.rung is not None:
             return [self.rung]
         if self.attr_target in ("frequency", "similarity", "label"):
@@ -158,14 +159,14 @@ class RungChoice:
         gen_args: Mapping[str, Any] | None,
         cache: Callable[[], Cache],
     ) -> ChosenRung | None:
-        """The rung to stand on; None for log-probabilities of prompts.
+        """The rung to use; None for log-probabilities of prompts.
 
         Args:
-            inp, feature_mask, target, gen_args: As of `RemoteGenerationAttribution.attribute`.
-            cache: Where answers are to be kept, if it comes to that.
+            inp, feature_mask, target, gen_args: As for `RemoteGenerationAttribution.attribute`.
+            cache: Where answers are cached, if a rung needs them.
 
         Raises:
-            ApiError: If none bears; it says which other one would.
+            ApiError: If none works; the message says which other one would.
         """
         names = self.names
         if names == ["forced"]:
@@ -193,7 +194,7 @@ class RungChoice:
                     return None
                 return self._set_up(name, prompt, tokenizer, target, gen_args, cache, refused)
             except ApiError as error:
-                # What is garbage to one question may be none to another: one more will show.
+                # A bad response to one kind of request may not recur with the next.
                 if _HOLDS_FOR_ALL.search(str(error)):
                     raise
                 if isinstance(error, GarbageError) and not writes:
@@ -248,16 +249,16 @@ class RungChoice:
         return ChosenRung(rung, scorer, vocabulary, full, empty, dict(refused))
 
     def instead(self, error: ApiError, inp: InterpretableInput, feature_mask: Tensor | None) -> str:
-        """What would work with a provider that has refused, found out by asking it.
+        """What would work with a provider that has refused, found by trying.
 
         Returns:
-            A sentence to be added to the error; nothing where it knows of nothing, or where the
-            refusal is not about what was asked for.
+            A sentence to append to the error; empty if nothing works, or if the refusal is not
+            about the kind of request.
         """
         tokenizer = getattr(inp, "tokenizer", None) or self.tokenizer
         if error.status not in UNKNOWN_ARGUMENT or tokenizer is None:
             return ""
-        if error.status is None and is_verified(self.provider):  # what it has shown, it can
+        if error.status is None and is_verified(self.provider):  # what it has reported, it supports
             return ""
         if isinstance(error, GarbageError) or _HOLDS_FOR_ALL.search(str(error)):
             return ""
@@ -265,7 +266,7 @@ class RungChoice:
         names: tuple[RungName, ...] = get_args(RungName)
         below = names[names.index(self.names[-1]) + 1 :]
         other, called = other_endpoint(self.provider)
-        # The other endpoint reads a prompt in another way, so it comes last.
+        # The other endpoint renders the prompt differently, so it comes last.
         for who, how, own in (
             (chat_endpoint(self.provider), "", below),
             (other, called, names[2:]),
@@ -277,7 +278,7 @@ class RungChoice:
         return ""
 
     def _writes_text(self, who: ChatEndpoint | None, prompt: Prompt, tokenizer: Any) -> bool:
-        """Whether a provider writes any text after the whole prompt."""
+        """Whether a provider returns any text for the whole prompt."""
         if who is None:
             return False
         is_plain = isinstance(tokenizer, PlainTokenizer)
@@ -295,14 +296,14 @@ class RungChoice:
         self, who: ChatEndpoint, full: Sequence[Mapping[str, str]], names: Sequence[RungName]
     ) -> str | None:
         endpoint = self._endpoint(who)
-        # Who writes no text for this prompt does nothing else with it.
+        # A provider that returns no text for this prompt supports nothing else with it.
         if not names or not self._answers_at_all(endpoint, full):
             return None
         for name in names:
             if name == "stepwise":
                 continue
             try:
-                with warnings.catch_warnings():  # of what nobody has asked for
+                with warnings.catch_warnings():  # about something the user did not ask for
                     warnings.simplefilter("ignore")
                     self._rung(name, endpoint, None, n_tokens=1, gen_args=None).handshake(full)
             except (ApiError, ConnectionError, BudgetError):
@@ -313,13 +314,13 @@ class RungChoice:
     def estimate(
         self, counter: Counter, tokenizer: Any, target: str | None, n_most: int
     ) -> Estimate:
-        """What an attribution takes at most, on the dearest rung that it may come to.
+        """An upper limit of an attribution's cost, on the most expensive rung that may be chosen.
 
         Args:
-            counter: Has counted its coalitions, and the tokens of their prompts.
-            tokenizer: Of the input.
-            target: What is explained, if it is given.
-            n_most: Tokens of what the model writes, if it is not.
+            counter: Counts of its coalitions, and of the tokens of their prompts.
+            tokenizer: The input's tokenizer.
+            target: The explained text, if given.
+            n_most: Maximum number of generated tokens, if not.
         """
         own = (self._estimate(name, counter, tokenizer, target, n_most) for name in self.names)
         return max(own, key=lambda one: (one.usd or 0.0, one.tokens_in, one.n_requests))
@@ -327,7 +328,8 @@ class RungChoice:
     def _estimate(
         self, name: RungName, counter: Counter, tokenizer: Any, target: str | None, n_most: int
     ) -> Estimate:
-        per_token = 1.0 if not isinstance(tokenizer, PlainTokenizer) else 1.3  # words to tokens
+        # Tokens per word; chosen, not measured.
+        per_token = 1.0 if not isinstance(tokenizer, PlainTokenizer) else 1.3
         read = counter.n_read * per_token
         n_target = n_most if target is None else max(1, round(len(target) / CHARACTERS_PER_TOKEN))
         n = counter.n_evaluations
