@@ -1,4 +1,4 @@
-"""Which coalitions of features to score, and what their values say about each feature.
+"""Which coalitions of features to score, and how their values are solved for attributions.
 
 A plan comes from `plan_anchors` (all features and none) joined with one of the planners; the solver
 of the same name turns its values into attributions and standard errors::
@@ -7,20 +7,21 @@ of the same name turns its values into attributions and standard errors::
     solution = solve_kernel(plan, score(plan.masks), Scope.of_all(n_target, n))
 
 * `plan_exact`, `solve_exact`: Shapley values of up to a dozen features, 2^n coalitions.
-* `plan_pairs`, `solve_kernel`: Shapley values of more; the usual choice, at any budget from 2 n on.
+* `plan_pairs`, `solve_kernel`: Shapley values of more features; the usual choice, at any budget
+  from 2 n on.
 * `plan_permutations`, `solve_permutations`: the same without bias, and with exact zeros for
   features that change nothing; a few times less accurate.
 * `hierarchy`, `splits`: Owen values, where features are nested.
 * `plan_leave_one_out`, `solve_leave_one_out` and its complement `plan_only_one_in`,
-  `solve_only_one_in`: what is necessary, and what suffices, in n coalitions.
-* `search`: leave-one-out that looks closer only where it matters, for thousands of features.
-* `plan_lime`, `solve_lime`, `solve_contextcite`: a sparse linear model, where few features matter.
+  `solve_only_one_in`: what is necessary, and what is sufficient, in n coalitions.
+* `search`: leave-one-out that is refined only where it matters, for thousands of features.
+* `plan_lime`, `solve_lime`, `solve_contextcite`: a sparse linear model, if few features matter.
 
-`stopping` says when enough were scored; `two_levels` adds what a surrogate's values miss, for which
-`solve_few_pairs` needs a handful of pairs.
+`stopping` has rules for when enough were scored; `two_levels` corrects a surrogate's values, for
+which `solve_few_pairs` needs a handful of pairs.
 
-`scope` says what a target token sees of the features; `additivity` and `interactions` say how far
-features act on their own.
+`causal_scope` defines which features a target token depends on; `additivity` and `interactions` are
+about joint effects of features.
 """
 
 from captum_llm_ext.coalitions.additivity import RedundantPair, additive_fit, redundant_pairs

@@ -1,6 +1,6 @@
-"""How far values are additive, and which features are redundant.
+"""Additivity of values, and redundant features.
 
-Both read stored coalitions and their values, and ask the model nothing.
+Both use stored coalitions and their values; the model is not called.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ from captum_llm_ext.coalitions.left_out import factor, left_out_error
 from captum_llm_ext.coalitions.plans import Plan
 
 # How fast relevance falls with the order of an interaction, and noise relative to the variance: the
-# pair with the least left-out error is taken. Games of 30 and 60 features with three redundant
-# pairs, three that need each other and noise, 16 rows a feature: these find .50 to .60 of the
-# redundant ones, (1, 3) .35 to .57, 3 alone .08 to .58; no other pair is named. One noise of .01
-# finds less where there is more and names others. Of strong pairs all are found.
+# pair with the smallest left-out error is used. On games of 30 and 60 features with three redundant
+# pairs, three complementary ones and noise, 16 rows per feature, these find .50 to .60 of the
+# redundant pairs, (1, 3) .35 to .57, 3 alone .08 to .58; no other pair is reported. A single noise
+# of .01 finds fewer if there is more noise, and reports others. Strong pairs are all found.
 _REACHES, _NOISE = (0.25, 0.5, 1.0), (1e-3, 1e-2, 1e-1, 1.0)
-# On the same games half as many rows find .08 to .67, a search on half as many .08 to .75; twice as
-# many rows find more of 60 features (.67 beside .50) in 2.5 times the time (.03 s a target),
-# searches on more find none more. Of 12 features .50 to .67 are found, of 48 as many as of 24.
+# On the same games, half as many rows find .08 to .67, a search on half as many .08 to .75; twice
+# as many rows find more for 60 features (.67 instead of .50) in 2.5 times the time (.03 s per
+# target); searches on more do not help. With 12 features .50 to .67 are found, with 48 as many as
+# with 24.
 _MOST_ROWS, _MOST_FOR_SEARCH, _MOST_FEATURES = 768, 256, 24
 
 
@@ -32,11 +33,11 @@ class RedundantPair:
     """Two redundant features: removing one changes little, removing both changes much.
 
     Attributes:
-        first, second: Their columns.
-        alone: What is lost without the first, and without the second, in the unit of the values.
-        together: What is lost without both.
-        z_score: Of ``together`` less the sum of ``alone``, in its standard errors; infinite where
-            every coalition was scored.
+        first, second: The columns of the two features.
+        alone: Loss without the first, and without the second, in the unit of the values.
+        together: Loss without both.
+        z_score: ``together`` minus the sum of ``alone``, in standard errors; infinite if every
+            coalition was scored.
     """
 
     first: int
@@ -51,7 +52,7 @@ def additive_fit(plan: Plan, values: Tensor, scope: Scope) -> Tensor:
 
     Coalitions are weighted by the Shapley kernel (Lundberg and Lee 2017, section 4.1), and each is
     predicted by the regression on the others, so that few coalitions do not look like a good fit.
-    Where every coalition was scored, it is the plain share of the Shapley values themselves.
+    If every coalition was scored, it is the R² of the Shapley values themselves.
 
     Args:
         plan: Joined from `plan_anchors` and plans of uniform sizes (`plan_pairs`,
@@ -60,8 +61,8 @@ def additive_fit(plan: Plan, values: Tensor, scope: Scope) -> Tensor:
         scope: One entry per target.
 
     Returns:
-        R², shape ``(n_target,)``: 1 for an additive game, below 0 where the mean predicts better,
-        NaN where nothing was sampled. Replacement texts that vary count as unexplained.
+        R², shape ``(n_target,)``: 1 for an additive game, below 0 if the mean predicts better, NaN
+        if nothing was sampled. Replacement texts that vary count as unexplained.
     """
     shares = torch.full((len(scope.n_visible),), torch.nan, dtype=torch.float64, device="cpu")
     for view in views(plan, values, scope):
@@ -72,18 +73,19 @@ def additive_fit(plan: Plan, values: Tensor, scope: Scope) -> Tensor:
 def redundant_pairs(
     plan: Plan, values: Tensor, scope: Scope, *, most: int = 5, least_z: float = 3.0
 ) -> list[list[RedundantPair]]:
-    """Pairs of features of which either one suffices.
+    """Pairs of features of which either one is sufficient.
 
-    What leaving out one or two features changes is read off where all coalitions were scored, and
-    else predicted by a Gaussian process over interactions of all orders. Of many features, the 24
-    with the largest attributions are looked at.
+    Losses without one or two features are exact if all coalitions were scored, otherwise predicted
+    by a Gaussian process over interactions of all orders. With many features, the 24 of largest
+    attribution are examined.
 
     Args:
         plan: As for `additive_fit`.
         values: Shape ``(n_coalitions, n_target)``.
         scope: One entry per target.
-        most: How many pairs at most for each target.
-        least_z: How many standard errors what both lose together must exceed what they lose alone.
+        most: Maximum number of pairs per target.
+        least_z: Number of standard errors by which the joint loss must exceed the sum of the single
+            losses.
 
     Returns:
         For each target, the pairs whose joint loss is more than twice as large as either alone, and
@@ -119,7 +121,7 @@ def _redundant(losses: _Losses, most: int, least_z: float) -> list[RedundantPair
     excess = together - alone[:, None] - alone
     z = excess * together.sign() / losses.error
     each = torch.maximum(alone.abs()[:, None], alone.abs())
-    least = 1e-9 * together.abs().max()  # rounding is no redundancy
+    least = 1e-9 * together.abs().max()  # rounding is not redundancy
     flagged = (2 * each < together.abs()) & (z >= least_z) & (excess.abs() > least)
     pairs = flagged.triu(1).nonzero()
     order = excess[pairs[:, 0], pairs[:, 1]].abs().argsort(descending=True)[:most]
@@ -149,7 +151,7 @@ def _additive_share(view: View) -> Tensor:
     values = view.values[rows]
     spread = (weights * (values - (weights * values).sum(0) / weights.sum()).square()).sum(0)
 
-    # Attributions cannot explain what a coalition and its complement have in common.
+    # Attributions cannot explain the common part of a coalition and its complement.
     level = values - view.empty_values - gain * view.sizes[rows, None] / n
     paired = view.paired[rows, None]
     even = ((level + level.roll(-1, 0)) / 2).square() * paired * 2 * weights
@@ -158,7 +160,7 @@ def _additive_share(view: View) -> Tensor:
 
 
 def _share_of_all(view: View, attributions: Tensor) -> Tensor:
-    """As `_additive_share`, where every coalition was scored; repetitions count once."""
+    """Like `_additive_share`, if every coalition was scored; repetitions count once."""
     n = view.n_visible
     rows = view.informative
     codes = (view.masks[rows].long() << torch.arange(n, device="cpu")).sum(1)
@@ -239,7 +241,7 @@ def _predicted(view: View, column: int, attributions: Tensor) -> _Losses:
     own = attributions[features]
     alone, together = alone + own, together + (own[:, None] + own)
 
-    # Of f(without i) + f(without j) - f(full) - f(without both): the prior's less the explained.
+    # Variance of f(without i) + f(without j) - f(full) - f(without both): prior minus explained.
     contrast = cross[1 + first] + cross[1 + second] - cross[0] - cross[1 + m :]
     prior = _contrast_variance(points, relevance, first, second, m)
     explained = (contrast @ torch.cholesky_inverse(cholesky) * contrast).sum(1)
@@ -254,7 +256,7 @@ def _residuals(view: View, column: int, attributions: Tensor) -> tuple[Tensor, T
     rows = rows[:: max(-(-len(rows) // _MOST_ROWS), 1)]
     masks = view.masks[rows].double()
     y = view.values[rows, column] - view.empty_values[column] - masks @ attributions
-    # The full coalition is known to leave nothing over.
+    # The full coalition is known to have no residual.
     full = torch.ones(1, view.n_visible, dtype=torch.float64, device="cpu")
     return torch.cat([full, 2 * masks - 1]), torch.cat(
         [torch.zeros(1, dtype=y.dtype, device="cpu"), y]

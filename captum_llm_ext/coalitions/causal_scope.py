@@ -1,4 +1,4 @@
-"""Which features each target token can depend on, and the rows that inform about it."""
+"""Which features each target token can depend on, and which coalitions inform about it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -19,9 +19,9 @@ class Scope:
             columns only (prompt columns first, then columns of earlier generated text).
         required: int64, shape ``(n_target,)``. A column beyond the visible ones that must be
             present for a value of target t to exist (the word that t continues), or -1.
-        n_sharing: Number of targets that share what a solver may spend; 0: these.
-        unchanging: Columns whose absence changes nothing, for what replaces them is what stands
-            there: their attributions are 0, which estimates need not find out.
+        n_sharing: Number of targets that share a solver's computing effort; 0: these.
+        unchanging: Columns whose replacement is their own text: their attributions are 0 and need
+            no estimation.
     """
 
     n_visible: Tensor
@@ -36,7 +36,7 @@ class Scope:
         return cls(visible, torch.full_like(visible, -1))
 
     def share(self, effort: float) -> float:
-        """The part of a computing effort for all targets that each of them may use."""
+        """The share of a computing effort for all targets that each of them may use."""
         return effort / max(self.n_sharing or len(self.n_visible), 1)
 
     def part(self, targets: slice | Tensor) -> "Scope":
@@ -63,12 +63,13 @@ class Solution:
     """Attributions of every target token.
 
     Attributes:
-        attributions: float64, shape ``(n_target, n_features)``, in the unit of the values;
-            exactly 0 in columns that are not visible.
-        standard_errors: Same shape. 0 where the answer is exact, NaN where the plan cannot tell.
-            Plus and minus 1.96 of them span a 95 % interval, however few the draws.
-        full_values: Shape ``(n_target,)``: nothing visible absent.
-        empty_values: Shape ``(n_target,)``: everything visible absent, averaged over the draws.
+        attributions: float64, shape ``(n_target, n_features)``, in the unit of the values; exactly
+            0 in columns that are not visible.
+        standard_errors: Same shape. 0 if exact, NaN if the plan gives none. Plus and minus 1.96 of
+            them cover 95 %, however few the draws.
+        full_values: Shape ``(n_target,)``: value with all visible features present.
+        empty_values: Shape ``(n_target,)``: value with all visible features absent, averaged over
+            draws.
     """
 
     attributions: Tensor
@@ -95,7 +96,7 @@ class Solution:
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
     def fill(self, view: "View", attributions: Tensor, variances: Tensor) -> None:
-        """Store the answer for the targets of `view`; both shapes ``(n_visible, n_group)``."""
+        """Stores the solution for the targets of `view`; both shapes ``(n_visible, n_group)``."""
         self.attributions[view.targets, : view.n_visible] = attributions.T
         self.standard_errors[view.targets, : view.n_visible] = variances.T.sqrt()
         self.full_values[view.targets] = view.full_values
@@ -108,22 +109,22 @@ class View:
 
     Attributes:
         targets: Which targets, shape ``(n_group,)``.
-        n_visible: How many leading columns they see.
-        required: The column they cannot do without, or -1.
-        rows: Numbers of the plan's rows in which `required` is present, ascending.
+        n_visible: Number of leading columns they depend on.
+        required: The column they require, or -1.
+        rows: Indices of the plan's rows in which `required` is present, ascending.
         masks: bool, shape ``(n_rows, n_visible)``.
         sizes: int64, shape ``(n_rows,)``: visible features present.
         draws: Shape ``(n_rows,)``.
         sampled: bool, shape ``(n_rows,)``: False for anchors.
         paired: bool, shape ``(n_rows,)``: the next row is the complement, of the same draw.
-        weights: Shape ``(n_rows,)``: how much rarer a sampled row's size is, over all columns of
-            the plan, than if all sizes were equally frequent.
-        complete: bool, shape ``(n_rows,)``: all coalitions of that size were sampled, so that
-            nothing but replacement texts is left to chance.
+        weights: Shape ``(n_rows,)``: expected over actual frequency of a sampled row's size, over
+            all columns of the plan, for uniform sizes.
+        complete: bool, shape ``(n_rows,)``: all coalitions of that size were sampled, so that only
+            replacement texts are random.
         values: float64, shape ``(n_rows, n_group)``.
         full_values: Shape ``(n_group,)``.
         empty_values: Shape ``(n_group,)``.
-        empty_variances: Variance of `empty_values` over draws; 0 where there was a single draw.
+        empty_variances: Variance of `empty_values` over draws; 0 for a single draw.
     """
 
     targets: Tensor
@@ -144,7 +145,7 @@ class View:
 
     @property
     def informative(self) -> Tensor:
-        """bool, shape ``(n_rows,)``: sampled, and neither empty nor full on what is visible."""
+        """bool, shape ``(n_rows,)``: sampled, and neither empty nor full on the visible columns."""
         return self.sampled & (self.sizes > 0) & (self.sizes < self.n_visible)
 
 
@@ -157,8 +158,8 @@ def views(plan: Plan, values: Tensor, scope: Scope) -> Iterator[View]:
         scope: One entry per target.
 
     Raises:
-        ValueError: If shapes or columns disagree, a needed value is not finite, or there is
-            no full or no empty row for a target.
+        ValueError: If shapes or columns disagree, a needed value is not finite, or a target has no
+            full or no empty row.
     """
     _check(plan, values, scope)
     sizes = torch.nn.functional.pad(plan.masks.cumsum(1, dtype=torch.int32), (1, 0)).long()
@@ -190,7 +191,7 @@ def solve_views(
 
     Args:
         plan, values, scope: As for `views`.
-        solve: The attributions of a view and their variances, both ``(n_visible, n_group)``.
+        solve: Returns attributions of a view and their variances, both ``(n_visible, n_group)``.
     """
     solution = Solution.blank(len(scope.n_visible), plan.n_features)
     for view in views(plan, values, scope):
@@ -204,13 +205,13 @@ def solve_changing_views(
     scope: Scope,
     solve: Callable[[View], tuple[Tensor, Tensor]],
 ) -> Solution:
-    """As `solve_views`, with attributions of exactly 0 where absence changes nothing.
+    """Like `solve_views`, with attributions of exactly 0 if absence changes nothing.
 
-    The other columns are solved on their own: what is uniform in size on all columns is uniform on
-    some of them.
+    The other columns are solved by themselves: sizes that are uniform on all columns are uniform on
+    a subset of them.
     """
     required = set(scope.required.tolist())
-    # A column without which a target has no value is kept: it says in which rows there is one.
+    # A column that a target requires is kept, since it determines in which rows there is a value.
     taken_out = [column for column in scope.unchanging if column not in required]
     if not taken_out:
         return solve_views(plan, values, scope, solve)
@@ -241,7 +242,7 @@ def _paired(plan: Plan) -> Tensor:
 def _sizes(sizes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Weights under which all sizes but 0 and n are equally frequent, and which sizes are complete.
 
-    Only a size of which every coalition came is known to be rarer than the others: elsewhere the
+    Only a size of which all coalitions were scored is known to be rarer than the others: elsewhere
     counts differ by chance.
     """
     n, sampled = plan.n_features, plan.masks[plan.n_anchors :]
@@ -299,7 +300,7 @@ def _view(
         sizes=sizes,
         draws=draws,
         sampled=rows >= plan.n_anchors,
-        # A required column is absent from one of the two.
+        # The required column is absent from one of the two.
         paired=paired & (required < 0),
         weights=weights,
         complete=complete,

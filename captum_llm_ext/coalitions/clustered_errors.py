@@ -1,4 +1,4 @@
-"""Variances clustered by draw, the unit in which rows vary."""
+"""Variances clustered by draw, the independent unit of rows."""
 
 import math
 
@@ -30,7 +30,7 @@ def squared_influences(influence: Tensor, residuals: Tensor, draws: Tensor) -> T
     """Per attribution the sum over draws of their squared contributions.
 
     Args:
-        influence: Of a row's residual on the attributions, shape ``(n_rows, n_visible)``.
+        influence: Influence of a row's residual on the attributions, shape ``(n_rows, n_visible)``.
         residuals: Shape ``(n_rows, n_group)``.
         draws: Shape ``(n_rows,)``.
 
@@ -54,8 +54,8 @@ def sandwich(influence: Tensor, left_out: Tensor, draws: Tensor) -> Tensor:
     """Variances of regression coefficients, clustered by draw (jackknife form of the sandwich).
 
     Args:
-        influence: Of a row's residual on the coefficients, shape ``(n_rows, n_visible)``.
-        left_out: Residuals of each row when it is left out, shape ``(n_rows, n_group)``.
+        influence: Influence of a row's residual on the coefficients, shape ``(n_rows, n_visible)``.
+        left_out: Leave-one-out residual of each row, shape ``(n_rows, n_group)``.
         draws: Shape ``(n_rows,)``.
 
     Returns:
@@ -67,7 +67,7 @@ def sandwich(influence: Tensor, left_out: Tensor, draws: Tensor) -> Tensor:
 
 
 def gap_shares(spread: Tensor) -> Tensor:
-    """How an efficiency gap is shared: in proportion to the variances of the attributions.
+    """The shares of an efficiency gap: proportional to the variances of the attributions.
 
     Args:
         spread: Variances up to scale, shape ``(n_visible, n_group)``.
@@ -81,10 +81,10 @@ def gap_shares(spread: Tensor) -> Tensor:
 
 
 def normal_scale(degrees_of_freedom: int) -> float:
-    """97.5 % point of Student's t over that of the normal law.
+    """The 97.5 % quantile of Student's t over that of the normal distribution.
 
-    Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5), good to 0.2 % from three degrees on;
-    one and two have closed forms.
+    Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5), accurate to 0.2 % from three degrees
+    on; one and two have closed forms.
     """
     v, z = degrees_of_freedom, 1.959964
     if v == 1:

@@ -12,7 +12,7 @@ from captum_llm_ext.coalitions.plans import Plan
 
 
 def solve_leave_one_out(plan: Plan, values: Tensor, scope: Scope) -> Solution:
-    """What each target loses when one feature is absent: ``full - without``.
+    """The loss of each target when one feature is absent: ``full - without``.
 
     Args:
         plan: Joined from `plan_anchors` and `plan_leave_one_out`.
@@ -20,21 +20,21 @@ def solve_leave_one_out(plan: Plan, values: Tensor, scope: Scope) -> Solution:
         scope: One entry per target.
 
     Returns:
-        Attributions that need not sum to anything. Standard errors come from the spread over
-        draws; one common draw counts as exact.
+        Attributions without completeness. Standard errors come from the variance over draws; one
+        common draw counts as exact.
 
     Raises:
-        ValueError: If a row that is needed is missing.
+        ValueError: If a required row is missing.
     """
     return solve_views(plan, values, scope, _leave_one_out)
 
 
 def solve_only_one_in(plan: Plan, values: Tensor, scope: Scope) -> Solution:
-    """What each target gains when one feature alone is present: ``only - empty``.
+    """The gain of each target when one feature alone is present: ``only - empty``.
 
-    The complement of `solve_leave_one_out`, with its arguments, errors and standard errors: it
-    finds what suffices, also where another feature would do. The plan is joined from `plan_anchors`
-    and `plan_only_one_in`, with the same `required`.
+    The complement of `solve_leave_one_out`, with the same arguments and errors: it finds what is
+    sufficient, even if another feature is too. The plan is joined from `plan_anchors` and
+    `plan_only_one_in`, with the same `required`.
     """
     return solve_views(plan, values, scope, _only_one_in)
 
@@ -48,7 +48,7 @@ def solve_exact(plan: Plan, values: Tensor, scope: Scope) -> Solution:
         scope: One entry per target. Coalitions that coincide on the visible columns are averaged.
 
     Returns:
-        Attributions that sum to ``full - empty``. Standard errors come from the spread over
+        Attributions that sum to ``full - empty``. Standard errors come from the variance over
         draws; one common draw counts as exact.
 
     Raises:
@@ -58,10 +58,10 @@ def solve_exact(plan: Plan, values: Tensor, scope: Scope) -> Solution:
 
 
 def shapley_coefficients(n_features: int) -> Tensor:
-    """The matrix that turns a table of all coalitions into Shapley values.
+    """The matrix that maps values of all coalitions to Shapley values.
 
     Returns:
-        Shape ``(2**n_features, n_features)``; row number = sum of 2**i over the features present.
+        Shape ``(2**n_features, n_features)``; row index = sum of 2**i over the features present.
     """
     if not n_features:
         return torch.zeros(1, 0, dtype=torch.float64, device="cpu")
@@ -77,7 +77,7 @@ def shapley_coefficients(n_features: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Table:
-    """Values averaged by coalition within each draw: draws, not rows, are independent.
+    """Values averaged by coalition within each draw, since draws, not rows, are independent.
 
     `codes`, `draws` and `residuals` have one entry per pair of code and draw; `scale` makes the
     sum of squares of ``residuals * scale`` the variance of a mean.
@@ -122,7 +122,7 @@ def exact(view: View) -> tuple[Tensor, Tensor]:
     variances = squared_influences(
         coefficients[table.codes] * table.scale, table.residuals, table.draws
     )
-    single = (table.n_draws[1:-1] < 2).any()  # the full and the empty coalition are anchored
+    single = (table.n_draws[1:-1] < 2).any()  # the full and the empty coalition are anchors
     if bool(single) and not _one_draw(view):
         variances += torch.nan
     return coefficients.T @ table.means, variances

@@ -1,4 +1,4 @@
-"""Hierarchical leave-one-out: a part is opened only where removing all of it matters."""
+"""Hierarchical leave-one-out: a part is refined only if removing all of it matters."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from captum_llm_ext.coalitions.owen_orders import Tree, children_of, leaves
 from captum_llm_ext.coalitions.owen_splits import Unresolved
 from captum_llm_ext.coalitions.plans import Plan
 
-# Parts of a round change some target by at least so much of what the largest of them does. A
-# choice: of more, rounds are too small to share a pass; of less, parts are opened that a word of
-# another one would have ruled out.
+# Parts refined together change some target by at least this share of the largest change. Chosen,
+# not measured: with a larger share, rounds are too small to fill a batch; with a smaller one, parts
+# are refined that a word of another one would have ruled out.
 _TOGETHER = 0.5
 
 
@@ -29,25 +29,24 @@ def search(
     n_evaluations: int | None = None,
     n_draws: int = 1,
 ) -> tuple[Plan, Tensor]:
-    """Removes parts, the coarsest first, and their children only where that makes a difference.
+    """Removes parts, the coarsest first, and their children only if that makes a difference.
 
-    A part is opened where taking it out changes some target's value by at least `share` of the
-    largest change that was found, and, given `top_k`, by more than the target's `top_k`-th
-    strongest column of the tree among those that were taken out alone. Best first: of all parts
-    that wait, whatever their level, those that change most are opened in a round, and are scored
-    together.
+    A part is refined if its removal changes some target's value by at least `share` of the largest
+    change found and, given `top_k`, by more than the target's `top_k`-th strongest column of the
+    tree among those removed alone. Best first: in each round the parts of largest change, at any
+    level, are refined and scored together.
 
     Args:
-        score: Values ``(n_coalitions, n_target)`` of a plan; rows of equal draws must mean equal
+        score: Maps a plan to values ``(n_coalitions, n_target)``; equal draws must have equal
             replacements in every call.
-        tree: The nesting of the first columns. The others are taken out one by one.
+        tree: The hierarchy of the first columns. The others are removed one by one.
         n_features: Number of columns.
-        scope: One entry per target, of which each must see all columns of the tree.
-        share: Between 0 (everything is opened) and 1.
-        top_k: How many causes of each target are wanted, if not all.
-        n_evaluations: Rows at most. The parts of the coarsest level and the columns beside the tree
-            are always scored.
-        n_draws: Draws that every coalition is scored in.
+        scope: One entry per target; each must depend on all columns of the tree.
+        share: Between 0 (everything is refined) and 1.
+        top_k: Number of causes wanted per target, if not all.
+        n_evaluations: Maximum number of rows. The parts of the coarsest level and the columns
+            outside the tree are always scored.
+        n_draws: Draws in which every coalition is scored.
 
     Returns:
         The plan, without anchors, and its values.
@@ -71,7 +70,8 @@ def search(
         values = found[-1].view(n_draws, len(scored), -1)
         if whole is None:
             whole, values = values[:, :1], values[:, 1:]
-        # A target has no value where a word that it continues is absent, and depends on no such.
+        # A target has no value if the word that it continues is absent; it does not depend on that
+        # word.
         frontier.add(asked, (whole - values).mean(0).nan_to_num().abs())
         left = None if n_evaluations is None else (n_evaluations - n_rows) // n_draws
         asked = frontier.opened(left)
@@ -80,11 +80,11 @@ def search(
 
 
 class _Frontier:
-    """Parts that were taken out and not opened, and what is known of single columns.
+    """Parts that were removed but not refined, and the known effects of single columns.
 
     Args:
-        share, top_k: As of `search`.
-        beside: Columns that are no cause of the prompt's.
+        share, top_k: As for `search`.
+        beside: Columns outside the prompt's tree.
     """
 
     def __init__(self, share: float, top_k: int | None, beside: set[int]) -> None:
@@ -94,7 +94,7 @@ class _Frontier:
         self._most = 0.0
 
     def add(self, parts: Sequence[Tree], changes: Tensor) -> None:
-        """Parts and what is changed without each, ``(n_parts, n_target)``."""
+        """Adds parts and the changes without each, ``(n_parts, n_target)``."""
         for part, change in zip(parts, changes, strict=True):
             self._most = max(self._most, float(change.max()))
             if children_of(part):
@@ -103,7 +103,7 @@ class _Frontier:
                 self._alone.append(change)
 
     def opened(self, most_rows: int | None) -> list[Tree]:
-        """What is in the parts that are opened next, none if there are none; at most so many."""
+        """The children of the parts refined next, at most `most_rows`; empty if there are none."""
         bar = self._bar()
         worth = [float(own.where(own > bar, -1.0).max()) for _, own in self._waiting]
         least = max([self._share * self._most, _TOGETHER * max(worth, default=0.0)])
@@ -119,24 +119,24 @@ class _Frontier:
         return chosen
 
     def _bar(self) -> Tensor | float:
-        """What a part must change of each target's value for one of its columns to be wanted."""
+        """The change of each target's value that a part must exceed for its columns to matter."""
         if self._top_k is None or len(self._alone) < self._top_k:
             return -1.0
         return torch.stack(self._alone).topk(self._top_k, dim=0).values[-1]
 
 
 def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Solution:
-    """Per feature what its removal costs, or an equal share of what removing its part costs.
+    """Per feature the effect of its removal, or an equal share of that of its part.
 
     Args:
-        plan: Joined from `plan_anchors` and what `search` returned.
+        plan: Joined from `plan_anchors` and the plan of `search`.
         values: Shape ``(n_coalitions, n_target)``.
         scope: One entry per target.
-        tree: The nesting that was searched.
+        tree: The hierarchy that was searched.
 
     Returns:
-        Leave-one-out attributions. Standard errors come from the spread over draws, 0 where there
-        is a single one; NaN for features that were not taken out alone.
+        Leave-one-out attributions. Standard errors come from the variance over draws, 0 for a
+        single one; NaN for features that were not removed alone.
     """
 
     def solve(view: View) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
 
 
 def unopened(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Unresolved]:
-    """Parts that were not opened, by falling size of their effect.
+    """Parts that were not refined, by decreasing effect.
 
     Args:
         plan, values, scope, tree: As for `solve_search`.
@@ -189,7 +189,7 @@ class _Losses:
     """Per draw the values without each part that was removed.
 
     Attributes:
-        rows: For each set of absent visible columns its rows.
+        rows: Rows of each set of absent visible columns.
         values: ``(n_rows, n_group)``.
         draws: ``(n_rows,)``.
     """
@@ -226,7 +226,7 @@ def _known(losses: _Losses, tree: Tree, n_visible: int) -> list[tuple[tuple[int,
     inside = leaves(tree)
     found: list[tuple[tuple[int, ...], bool]] = []
     todo: list[Tree] = [*_roots(tree), *sorted(set(range(n_visible)) - set(inside))]
-    for part in todo:  # grows while it is read
+    for part in todo:  # extended during the loop
         children = children_of(part)
         if children and all(tuple(sorted(leaves(c))) in losses.rows for c in children):
             todo.extend(children)

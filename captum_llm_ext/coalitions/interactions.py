@@ -1,14 +1,14 @@
 """Shapley values of a Gaussian process over interactions.
 
-Only the odd part of an interaction moves Shapley values, and pairs (S, complement) observe just it
-(OddSHAP, arXiv 2602.01399). Here all odd interactions are fitted at once, by their kernel: each has
-a prior variance, the product of its features' relevances, so features that matter alone are
-expected to matter together; a second kernel expects interactions among neighbours. What the values
-say of each feature's relevance is learnt from there. Weighted like KernelSHAP, such a fit keeps the
-estimand: what is left over is orthogonal to every additive game.
+Only odd interactions affect Shapley values, and pairs (S, complement) observe exactly these
+(OddSHAP, arXiv 2602.01399). Here all odd interactions are fitted at once, by their kernel: the
+prior variance of each is the product of its features' relevances, so features that matter alone are
+expected to interact; a second kernel expects interactions among neighbours. Relevances are then
+learnt from the values. With KernelSHAP's weights the fit keeps the estimand: the residual is
+orthogonal to every additive game.
 
-Where there are more observations than can be afforded, the process is fitted to some of them, and
-the rest correct its attributions: a regression adjustment (Witter et al., arXiv 2506.11849).
+If there are more observations than the effort allows, the process is fitted to some of them, and
+the rest corrects its attributions: a regression adjustment (Witter et al., arXiv 2506.11849).
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,18 @@ from torch import Tensor
 
 from captum_llm_ext.coalitions.left_out import LEAST_NOISE, GridSearch, factor
 
-# Neighbours are up to so many columns apart.
+# Neighbours are up to this many columns apart. Chosen, not measured.
 _REACH = 4
-# With these four, 24 games of 36 and 100 features (`benchmarks/games.py`) are solved as well as by
-# twice as many rows and steps, in a half to a third of the time; without learning, errors double.
+# With these four values, 24 games of 36 and 100 features (`benchmarks/games.py`) are solved as well
+# as with twice as many rows and steps, in a half to a third of the time; without learning, errors
+# double.
 _MOST_FOR_SEARCH = 128
 _SEARCH_STEPS = 20
-# Relevances are learnt from so many rows, by steps of that size in their logarithms.
+# Relevances are learnt from this many rows, by steps of this size in their logarithms.
 _MOST_FOR_LEARNING = 320
 _LEARNING_STEPS = 6
 _LEARNING_RATE = 0.4
-# Of a fixed point that three usually reach.
+# Maximum iterations of a fixed point, which three usually reach.
 _ROUNDS = 8
 _TINY = 1e-30
 # Gauss-Legendre nodes: interactions of up to 16 features are integrated exactly.
@@ -44,27 +45,27 @@ _NODE_WEIGHTS = torch.tensor(
 
 
 class _Kind(NamedTuple):
-    """A kernel: how fast relevance falls with the order of an interaction, and where they are."""
+    """A kernel: how relevance falls with the order of an interaction, and whether it is local."""
 
     reach: float
     local: bool
 
 
-# Where learning begins: the best of them. Leaving out one of the first three moves errors by 3 %
-# (24 games of 36 features, 12 of 100, 8 and 16 rows a feature, geometric mean; without 6, those of
-# attention by a tenth); without the last one they are 15 % larger, of terms over neighbours half
-# again as large.
+# Initial kernels, of which the best is used. Without one of the first three, errors change by 3 %
+# (24 games of 36 features, 12 of 100, 8 and 16 rows per feature, geometric mean; without 6, those
+# of attention by a tenth); without the last one they are 15 % larger, for games with terms over
+# neighbours by half.
 _KINDS = (_Kind(1.0, False), _Kind(3.0, False), _Kind(6.0, False), _Kind(3.0, True))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One target's answer.
+    """The solution for one target.
 
     Attributes:
-        deviations: From equal attributions, shape ``(n_features,)``.
+        deviations: Deviations from equal attributions, shape ``(n_features,)``.
         variances: Posterior variances.
-        error: Weighted mean of squared errors in observations that were left out.
+        error: Weighted mean squared leave-one-out error.
     """
 
     deviations: Tensor
@@ -89,14 +90,14 @@ def learning_cost(n_rows: int, n_features: int, *, local: bool = True) -> float:
 
 
 class _Hyper(NamedTuple):
-    """What the prior is made of.
+    """Hyperparameters of the prior.
 
     Attributes:
-        alone: Prior variance of what each feature does alone, up to scale; ``(n_features,)``.
-        together: How much each feature interacts, ``(n_features,)``.
-        local: Whether neighbours interact beside that.
-        strength: Of interactions, relative to single features.
-        noise: Relative to both.
+        alone: Prior variance of each feature's main effect, up to scale; ``(n_features,)``.
+        together: Relevance of each feature in interactions, ``(n_features,)``.
+        local: Whether neighbours additionally interact.
+        strength: Strength of interactions, relative to main effects.
+        noise: Noise, relative to both.
     """
 
     alone: Tensor
@@ -111,10 +112,11 @@ class _Prior:
     """Covariances under the prior, as far as they are needed.
 
     Attributes:
-        observations: Of all rows with the fitted ones, which come first, ``(n_rows, n_fitted)``.
-        cross: Of fitted rows with attributions, ``(n_fitted, n_features)``; empty in a search,
-            which does not ask for them.
-        variances: Of attributions, ``(n_features,)``.
+        observations: Covariances of all rows with the fitted ones, which come first, ``(n_rows,
+            n_fitted)``.
+        cross: Covariances of fitted rows with attributions, ``(n_fitted, n_features)``; empty in a
+            search, which does not need them.
+        variances: Variances of attributions, ``(n_features,)``.
     """
 
     observations: Tensor
@@ -122,7 +124,7 @@ class _Prior:
     variances: Tensor
 
     def scaled(self) -> "_Prior":
-        """With mean variance 1 of the fitted rows."""
+        """Scaled to mean variance 1 of the fitted rows."""
         size = self.observations.diagonal().mean().clamp_min(1e-30)
         return _Prior(self.observations / size, self.cross / size, self.variances / size)
 
@@ -138,11 +140,11 @@ class Interactions:
     """A model of one set of masks, fitted to one target after another.
 
     Args:
-        x: Masks less the share present, shape ``(n_observations, n_features)``.
+        x: Masks minus the share present, shape ``(n_observations, n_features)``.
         weights: Shape ``(n_observations,)``, mean 1.
-        paired: bool, shape ``(n_observations,)``: False where an observation is no difference of
-            complements, so that even interactions show.
-        stride: The process is fitted to every so many-th observation; the others correct it.
+        paired: bool, shape ``(n_observations,)``: False if an observation is not a difference of
+            complements, so that it includes even interactions.
+        stride: The process is fitted to every `stride`-th observation; the others correct it.
     """
 
     def __init__(self, x: Tensor, weights: Tensor, paired: Tensor, stride: int = 1) -> None:
@@ -153,7 +155,7 @@ class Interactions:
         self._order = torch.cat([first, rest.nonzero()[:, 0]])
         self._n_fitted = len(first)
         self._x, self._weights = x[self._order], weights[self._order]
-        # Half the digits are enough beside the noise, and take half the time.
+        # Half precision of float64 suffices beside the noise, and takes half the time.
         self._signs = 2 * (self._x > 0).float() - 1
         self._root = self._weights.sqrt().float()[:, None]
         self._single = (~paired)[self._order].float()[:, None]
@@ -161,12 +163,12 @@ class Interactions:
         self._near = _neighbours(n)
 
     def fit(self, y: Tensor, attributions: Tensor, effort: float = 0.0) -> Fit:
-        """Fit one target.
+        """Fits one target.
 
         Args:
-            y: Observations less those of equal attributions, shape ``(n_observations,)``.
-            attributions: First guess, says which features are relevant.
-            effort: Floating point operations that learning the relevances may take.
+            y: Observations minus those of equal attributions, shape ``(n_observations,)``.
+            attributions: Initial attributions, which give the initial relevances.
+            effort: Floating point operations allowed for learning the relevances.
         """
         y = y[self._order] * self._root[:, 0]
         size = y.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
@@ -188,14 +190,14 @@ class Interactions:
         inverse = torch.cholesky_inverse(cholesky)
         solved = inverse @ fitted
         left_out = solved / inverse.diagonal()
-        # Strength, noise and the relevance of each feature suit these very rows: the larger of two
-        # estimates of the scale, enlarged for the freedom that the relevances had.
+        # Strength, noise and relevances are fitted to these very rows: use the larger of two
+        # estimates of the scale, enlarged for the degrees of freedom of the relevances.
         scale = torch.maximum((fitted * solved).mean(), (left_out * solved).mean())
         scale = scale * (1 + freedom / len(y))
         influence = inverse @ prior.cross
         explained = (prior.cross * influence).sum(0)
-        # Rounding may take all of a small difference. What noise alone does to the attributions is
-        # a part of it that is told without one.
+        # Rounding may cancel all of a small difference. Noise alone contributes at least a part to
+        # the variance that can be computed without cancellation.
         least = noise * covariance.diagonal().mean() * influence.square().sum(0)
         variances = (scale * torch.maximum(prior.variances - explained, least)).double()
         variances = variances * _unevenness(influence, left_out * solved)
@@ -207,12 +209,12 @@ class Interactions:
             residuals = y[rest] - (prior.observations[rest] @ solved).double()
             moved = self._x[rest] * self._weights[rest, None].sqrt()
             found, error = _corrected(found, moved, residuals)
-        # What rounding took from the sum.
+        # Corrects the sum for rounding.
         deviations = found.deviations - found.deviations.mean()
         return Fit(deviations * size, found.variances * size**2, error * float(size) ** 2)
 
     def _affordable(self, local: bool, effort: float) -> int:
-        """From how many rows relevances can be learnt, 0 if from too few."""
+        """Number of rows from which relevances can be learnt, 0 if too few are affordable."""
         n = self._x.shape[1]
         most = min(self._n_fitted, _MOST_FOR_LEARNING)
         while most > n and learning_cost(most, n, local=local) > effort:
@@ -222,7 +224,7 @@ class Interactions:
     def _found(self, attributions: Tensor, rows: Tensor, y: Tensor) -> _Hyper:
         """The kind of kernel that predicts best, with its strength and noise.
 
-        What the kinds have in common is computed once.
+        Common parts of the kinds are computed once.
         """
         alone, even = relevance_of(attributions, 1.0), relevance_of(attributions, 0.1)
         linear = self._linear(alone, rows, len(rows), 0).scaled().observations
@@ -244,9 +246,9 @@ class Interactions:
     def _learnt(self, start: _Hyper, rows: Tensor, y: Tensor) -> _Hyper:
         """Automatic relevance determination: the most probable prior given the observations.
 
-        Maximises the marginal likelihood (Rasmussen and Williams 2006, section 5.4.1), its scale
-        profiled out, under the assumption that the logarithms of relevances are normal about where
-        they start, with standard deviation 1: few observations then change little.
+        Maximises the marginal likelihood (Rasmussen and Williams 2006, section 5.4.1), with its
+        scale profiled out and a normal prior on the logarithms of relevances around their initial
+        values, with standard deviation 1: few observations then change little.
         """
         logs = [part.clamp_min(1e-12).log() for part in start if isinstance(part, Tensor)]
         begin, steps = [log.clone() for log in logs], [_Adam(_LEARNING_RATE) for _ in logs]
@@ -284,7 +286,7 @@ class Interactions:
         return _Hyper(alone, together, start.local, strength, noise.clamp_min(LEAST_NOISE))
 
     def _gradient_of_linear(self, gradient: Tensor, relevance: Tensor, rows: Tensor) -> Tensor:
-        """Gradient in the logarithms of relevances, from that in the scaled covariance."""
+        """Gradient with respect to log-relevances, from that in the scaled covariance."""
         moved = self._moved[rows]
         own = _squares_along(gradient, moved)
         level = moved.square().mean(0)
@@ -299,7 +301,7 @@ class Interactions:
         relevance: Tensor,
         rows: Tensor,
     ) -> Tensor:
-        """As `_gradient_of_linear`, of products and of any interactions of neighbours."""
+        """Like `_gradient_of_linear`, for products and for interactions of neighbours."""
         of_near: Tensor | float = 0.0
         if near is not None:  # two scaled parts were scaled together
             gradient = gradient / 2
@@ -330,7 +332,7 @@ class Interactions:
     def _priors(
         self, hyper: _Hyper, rows: Tensor, n_fitted: int, n_cross: int
     ) -> tuple[_Prior, _Prior]:
-        """Of single features and of interactions, each with mean variance 1."""
+        """Priors of main effects and of interactions, each with mean variance 1."""
         linear = self._linear(hyper.alone, rows, n_fitted, n_cross)
         interactions = self._product(hyper.together, rows, n_fitted, n_cross).scaled()
         if hyper.local and len(self._near):
@@ -341,7 +343,7 @@ class Interactions:
 
     @cached_property
     def _near_terms(self) -> Tensor:
-        """Interactions of neighbours in every row, less those at the full mask."""
+        """Interactions of neighbours in every row, minus those at the full mask."""
         s, n = self._signs, self._signs.shape[1]
         blocks = [s[:, : n - b] * s[:, a : n - b + a] * s[:, b:] for a, b in _apart(n)]
         return (torch.cat(blocks, 1) - s.mean(1, keepdim=True)) * self._root
@@ -357,7 +359,7 @@ class Interactions:
         )
 
     def _agreement(self, relevance: Tensor, rows: Tensor, n_fitted: int) -> tuple[Tensor, Tensor]:
-        """Signs of the rows and of the full mask; how far they agree with those fitted and it."""
+        """Signs of the rows and of the full mask, and their agreement with fitted rows and it."""
         full = torch.ones(1, len(relevance), dtype=torch.float32, device="cpu")
         signs = torch.cat([self._signs[rows], full])
         right = torch.cat([signs[:n_fitted], full])
@@ -404,7 +406,7 @@ class Interactions:
         if not n_cross:
             return _Prior(terms @ right.T, terms[:0, : len(relevance)], relevance)
         n = len(relevance)
-        # A term is worth 2/3 to each of its three members, and its mean over all features is 2/n.
+        # A term adds 2/3 to each of its three members, and 2/n to the mean over all features.
         cross = torch.zeros(n_cross, n, dtype=torch.float32, device="cpu")
         variances = torch.zeros(n, dtype=torch.float32, device="cpu")
         for member in self._near.T:
@@ -415,7 +417,7 @@ class Interactions:
 
 
 class _Adam:
-    """Steps of Kingma and Ba 2015, algorithm 1, downhill."""
+    """Descent steps of Kingma and Ba 2015, algorithm 1."""
 
     def __init__(self, rate: float) -> None:
         self._rate, self._n = rate, 0
@@ -431,12 +433,12 @@ class _Adam:
 
 
 def _squares_along(gradient: Tensor, columns: Tensor) -> Tensor:
-    """Of every column c the product c' S c, ``(n_columns,)``."""
+    """The quadratic form c' S c of every column c, ``(n_columns,)``."""
     return ((gradient @ columns) * columns).sum(0)
 
 
 def _less_of_scale(own: Tensor, level: Tensor, relevance: Tensor) -> Tensor:
-    """Gradients in log-relevances of a sum of squares that is scaled to mean variance 1."""
+    """Gradients with respect to log-relevances of a sum of squares scaled to mean variance 1."""
     size = (relevance * level).sum().clamp_min(_TINY)
     whole = (relevance * own).sum() / size
     return (relevance * (own - whole * level) / size).double()
@@ -447,7 +449,7 @@ def _mean_variance(covariance: Tensor) -> Tensor:
 
 
 def _of_scaled(gradient: Tensor, covariance: Tensor) -> Tensor:
-    """The gradient in a covariance, from that in the same over its mean variance."""
+    """The gradient with respect to a covariance, from that with respect to its scaled version."""
     size = _mean_variance(covariance)
     found = gradient / size
     found.diagonal().sub_((found * covariance).sum() / size / len(covariance))
@@ -455,7 +457,7 @@ def _of_scaled(gradient: Tensor, covariance: Tensor) -> Tensor:
 
 
 def _anchored_back(gradient: Tensor, share: Tensor) -> Tensor:
-    """The gradient in what `_anchored` is given, from that in its square result."""
+    """The gradient with respect to the input of `_anchored`, from that of its square result."""
     along = gradient @ share
     return torch.cat(
         [
@@ -466,26 +468,28 @@ def _anchored_back(gradient: Tensor, share: Tensor) -> Tensor:
 
 
 def _every(n: int, most: int) -> Tensor:
-    """At most so many of n rows, evenly spaced."""
+    """At most `most` of n rows, evenly spaced."""
     return torch.arange(0, n, max(n // most, 1), device="cpu")[:most]
 
 
 def relevance_of(attributions: Tensor, equal: float) -> Tensor:
-    """Shares that sum to 1; some of it is equal, so that nothing is ruled out."""
+    """Shares that sum to 1; part of them is equal, so that no feature is excluded."""
     size = attributions.abs()
     share = size / size.mean().clamp_min(torch.finfo(size.dtype).tiny) + equal
     return share / share.sum()
 
 
 def _unevenness(influence: Tensor, surprise: Tensor) -> Tensor:
-    """How much less is known than if all observations were equally hard to predict, at least 1.
+    """Variance inflation for observations that are unequally predictable, at least 1.
 
-    The prior expects as much of every size of coalition. Where the game is tame on most and wild on
-    a few, attributions rest on the tame ones, whose left-out errors say too little of the rest.
+    The prior assumes equal variance for all sizes of coalitions. If the game varies little on most
+    and much on a few, attributions depend on the former, whose left-out errors are too small for
+    the rest.
 
     Args:
-        influence: Of each observation on each attribution, ``(n_observations, n_features)``.
-        surprise: Squares of left-out errors over what was expected of them, ``(n_observations,)``.
+        influence: Influence of each observation on each attribution, ``(n_observations,
+            n_features)``.
+        surprise: Squared left-out errors over their expectations, ``(n_observations,)``.
     """
     share = influence.square()
     own = (surprise @ share) / share.sum(0).clamp_min(_TINY)
@@ -493,7 +497,7 @@ def _unevenness(influence: Tensor, surprise: Tensor) -> Tensor:
 
 
 def _apart(n: int) -> list[tuple[int, int]]:
-    """How far the second and third of three neighbours are from the first."""
+    """Distances of the second and third of three neighbours from the first."""
     return [(a, b) for b in range(2, min(_REACH, n - 1) + 1) for a in range(1, b)]
 
 
@@ -508,12 +512,12 @@ def _neighbours(n: int) -> Tensor:
 
 
 def _anchored(kernel: Tensor, share: Tensor, n_fitted: int) -> Tensor:
-    """Take from each function the additive one that agrees with it at the empty and full mask.
+    """Subtracts from each function the additive one that equals it at the empty and full mask.
 
     Args:
         kernel: Rows and columns are masks; the full mask is last in both.
-        share: Of its value at the full mask, what each row loses, ``(n_rows + 1, 1)``.
-        n_fitted: How many of the rows, the first, are the columns.
+        share: Share of the value at the full mask to subtract in each row, ``(n_rows + 1, 1)``.
+        n_fitted: Number of leading rows that are the columns.
     """
     left, right = share[:-1], share[:n_fitted]
     full = kernel[-1, -1] * left - kernel[:-1, -1:]
@@ -523,16 +527,16 @@ def _anchored(kernel: Tensor, share: Tensor, n_fitted: int) -> Tensor:
 def _shapley_of_product(signs: Tensor, each: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Covariances of product interactions with attributions, and variances of the latter.
 
-    An odd interaction of k features is worth 2/k to each: ``1 / k`` is the integral of
-    ``t ** (k - 1)``, and its square that of ``-log(t) * t ** (k - 1)``, over the unit interval.
+    An odd interaction of k features contributes 2/k to each: ``1 / k`` is the integral of ``t ** (k
+    - 1)``, and its square that of ``-log(t) * t ** (k - 1)``, over the unit interval.
 
     Args:
         signs: Shape ``(n_rows, n_features)``, the last row all ones.
-        each: What a feature contributes to the product, shape ``(n_features,)``.
-        factor: Of all products.
+        each: Contribution of each feature to the product, shape ``(n_features,)``.
+        factor: Common factor of all products.
 
     Returns:
-        Shape ``(n_rows, n_features)`` and, less the mean over features, ``(n_features,)``.
+        Shape ``(n_rows, n_features)`` and, minus the mean over features, ``(n_features,)``.
     """
     n = len(each)
     cross = torch.zeros_like(signs)
@@ -543,7 +547,7 @@ def _shapley_of_product(signs: Tensor, each: Tensor, factor: Tensor) -> tuple[Te
         agreement = signs @ ((up - down) / 2).float()[:, None]
         level = ((up + down) / 2).sum().float()
         own = part.float() * signs
-        # Both halves lack the feature itself: its even interactions with the others.
+        # Both halves exclude the feature itself: its even interactions with the others.
         others = (level + agreement).exp() / (1 + own) + (level - agreement).exp() / (1 - own)
         others = others / 2 - 1
         cross += weight.float() * others
@@ -561,13 +565,13 @@ class _Answer:
 
 
 def _corrected(found: _Answer, x: Tensor, residuals: Tensor) -> tuple[_Answer, float]:
-    """Learn from rows that were not fitted how far the attributions are off.
+    """Estimates the error of the attributions from rows that were not fitted.
 
-    Bayesian linear regression: the posterior of the process is the prior of the correction, and
-    what is not additive in the residuals is noise.
+    Bayesian linear regression: the posterior of the process is the prior of the correction, and the
+    non-additive part of the residuals is noise.
 
     Returns:
-        The answer, and the mean of squared left-out residuals.
+        The corrected solution, and the mean of squared left-out residuals.
     """
     root = found.variances.sqrt()
     scaled = x * root

@@ -16,58 +16,60 @@ from captum_llm_ext.coalitions.enumeration import exact
 from captum_llm_ext.coalitions.interactions import Interactions, cost
 from captum_llm_ext.coalitions.plans import Plan
 
-# Ridge penalties tried, in units of the mean eigenvalue.
+# Ridge penalties tried, in units of the mean eigenvalue. Chosen, not measured.
 _PENALTIES = torch.cat(
     [
         torch.zeros(1, dtype=torch.float32, device="cpu"),
         torch.logspace(-6, 1.5, 31, dtype=torch.float32, device="cpu"),
     ]
 ).double()
-# Below, interactions cannot be told from noise.
+# With fewer observations, interactions cannot be distinguished from noise. Chosen, not measured.
 _FEWEST_OBSERVATIONS = 8
 # A Gaussian process on a smaller part of the observations adds nothing to a regression on all.
 _LARGEST_STRIDE = 8
 _MOST_OF_WALKS = 1024
-# Of a matrix of interactions, several of which are held at a time.
+# Entries of a matrix of interactions, several of which are in memory at a time. Chosen, not
+# measured.
 _MOST_ENTRIES = 2**24
-# Floating point operations spent on interactions: some seconds on two cores.
+# Floating point operations spent on interactions: some seconds on two cores. Chosen, not measured.
 EFFORT = 3e11
-# Of which this share, on top of it, goes into learning which features interact.
+# The additional share of effort for learning which features interact. Chosen, not measured.
 _LEARNING = 1 / 3
-# Pairs per feature from which on a regression tells its errors: with 11 pairs for 7 features it all
-# but interpolated, and was off by 43 of them; over 24 games at most by 5.4 at 1.5 and 3.0 at 3.
+# Pairs per feature from which a regression's own standard errors are valid: with 11 pairs for 7
+# features it nearly interpolated, and was off by 43 of them; over 24 games at most by 5.4 with 1.5
+# pairs and 3.0 with 3.
 _DETERMINED = 3.0
-# So many draws' worth of an error are what all features' errors lead to expect.
+# Weight, in draws, of the error expected from all features.
 _LEANING = 4
-# Columns multiplied at a time.
+# Columns multiplied at a time. Chosen, not measured.
 _BLOCK = 96
 
 
 def solve_kernel(plan: Plan, values: Tensor, scope: Scope, *, effort: float = EFFORT) -> Solution:
     """KernelSHAP's estimand (Lundberg and Lee 2017, section 4.1) from complementary pairs.
 
-    The usual choice for more than a dozen features; for estimates without bias, and exact zeros
-    where nothing changes, see `solve_permutations`.
+    The usual choice for more than a dozen features; for unbiased estimates, and exact zeros of
+    dummy features, see `solve_permutations`.
 
     Differences within pairs are regressed on the masks with importance weights that turn uniform
     sizes into the Shapley kernel (Leverage SHAP, arXiv 2410.01917), under the constraint that the
     attributions sum to ``full - empty``; generalised cross-validation chooses the ridge.
     `Interactions` replaces this for targets whose left-out values it predicts better, on as many
-    rows as `effort` affords.
+    rows as `effort` allows.
 
     Args:
         plan: Joined from `plan_anchors` and one or more `plan_pairs`.
         values: Shape ``(n_coalitions, n_target)``.
-        scope: One entry per target. Rows that are empty or full on what a target sees only
-            inform its full and empty values.
+        scope: One entry per target. Rows that are empty or full on the visible columns of a target
+            only count for its full and empty values.
         effort: Floating point operations that all targets together may spend on interactions, as
             forecast; 0 for none. The default takes some seconds on two cores, whatever the shape.
 
     Returns:
-        Attributions that sum to ``full - empty``. Standard errors are clustered by draw
-        (jackknife sandwich) or those of the interaction model. A plan that holds every coalition
-        equally often gives the exact values, with standard error 0 where the empty coalition is
-        worth the same in every draw.
+        Attributions that sum to ``full - empty``. Standard errors are clustered by draw (jackknife
+        sandwich) or those of the interaction model. A plan with every coalition equally often gives
+        the exact values, with standard error 0 if the empty coalition has the same value in every
+        draw.
     """
     effort = scope.share(effort)
 
@@ -85,12 +87,12 @@ def _of_all(view: View) -> tuple[Tensor, Tensor]:
 
 
 def solve_few_pairs(plan: Plan, values: Tensor, scope: Scope) -> Solution:
-    """As `solve_kernel`, with errors that hold from a handful of pairs on.
+    """Like `solve_kernel`, with valid standard errors from a handful of pairs on.
 
-    Below six coalitions a feature a regression cannot tell its errors. There the mean over pairs
-    is taken of what each says of every feature (Covert and Lee 2021, arXiv 2012.01536, equation
-    10), less accurate for a game whose features act on their own, and as accurate for one that is
-    mostly noise, such as the difference of a model and a rounded copy.
+    Below six coalitions per feature a regression has no valid errors. Then the mean over pairs of
+    each one's estimate is used (Covert and Lee 2021, arXiv 2012.01536, equation 10): less accurate
+    for additive games, and as accurate for mostly noise, such as the difference of a model and a
+    rounded copy.
     """
     effort = scope.share(EFFORT)
 
@@ -101,7 +103,8 @@ def solve_few_pairs(plan: Plan, values: Tensor, scope: Scope) -> Solution:
             return gain.expand(n, -1), view.empty_variances.expand(n, -1)
         if is_complete(view):
             found = _of_all(view)
-            # Each once, of texts that are drawn: all are known, but not to what error. Pairs tell.
+            # Every coalition once, with random texts: the solution is complete, but without an
+            # error. Pairs give one.
             if not bool(found[1].isnan().any()):
                 return found
         observed = _observe(view, gain)
@@ -118,15 +121,15 @@ def regress(view: View, effort: float) -> tuple[Tensor, Tensor]:
 
     Args:
         view: Sizes of the sampled rows must be uniform on all columns of the plan.
-        effort: Floating point operations that each target may spend on interactions.
+        effort: Floating point operations per target for interactions.
     """
     n = view.n_visible
     gain = view.full_values - view.empty_values
     if n < 2:
         return gain.expand(n, -1), view.empty_variances.expand(n, -1)
     observed = _observe(view, gain)
-    # Rows of a walk depend on one another: left out, they are predicted by their neighbours, not by
-    # what was learnt. The ridge then follows the noise, and thinning them loses little.
+    # Rows of a walk are dependent: when left out, they are predicted by their neighbours instead of
+    # by the model. The ridge then fits the noise; thinning them loses little.
     walks = len(observed.draws.unique()) < len(observed.draws)
     if walks:
         observed = observed.thinned(_MOST_OF_WALKS)
@@ -158,13 +161,13 @@ class _Observations:
     """Observations of a regression constrained by the empty and the full coalition.
 
     Attributes:
-        x: Masks less the share present, ``(n_observations, n_visible)``: rows sum to 0, so that
-            attributions which deviate from equal ones keep their sum.
-        y: Values less those of equal attributions, ``(n_observations, n_group)``.
-        weights: Shapley kernel over the law of sampling, ``(n_observations,)``, mean 1.
+        x: Masks minus the share present, ``(n_observations, n_visible)``: rows sum to 0, so that
+            deviations from equal attributions keep their sum.
+        y: Values minus those of equal attributions, ``(n_observations, n_group)``.
+        weights: Shapley kernel over the sampling distribution, ``(n_observations,)``, mean 1.
         draws: ``(n_observations,)``.
         paired: bool, ``(n_observations,)``: half the difference of a coalition and its complement.
-        chance: bool, ``(n_observations, n_group)``: whether another sample would have had others.
+        chance: bool, ``(n_observations, n_group)``: whether the observation is random.
     """
 
     x: Tensor
@@ -193,10 +196,10 @@ def _observe(view: View, gain: Tensor) -> _Observations:
     sizes, draws, paired = view.sizes[rows, None].double(), view.draws[rows], view.paired[rows]
     y = view.values[rows] - view.empty_values - gain * sizes / view.n_visible
     weights = kernel_weights(view, rows)
-    # A complement has the weight of its coalition and the opposite x: one difference says all.
+    # A complement has the weight of its coalition and the opposite x: one difference contains both.
     y = torch.where(paired[:, None], (y - y.roll(-1, 0)) / 2, y)
     weights = torch.where(paired, 2 * weights, weights)
-    # Steps of a walk that add what is not visible repeat the row before them.
+    # Steps of a walk that add invisible columns repeat the previous row.
     repeated = torch.zeros_like(paired)
     repeated[1:] = (draws[1:] == draws[:-1]) & (sizes[1:] == sizes[:-1])[:, 0] & ~paired[:-1]
     weights = weights * _run_lengths(repeated)
@@ -204,13 +207,13 @@ def _observe(view: View, gain: Tensor) -> _Observations:
     keep = ~(repeated | paired.roll(1))
     rows, weights = rows[keep], weights[keep]
     x = view.masks[rows].double() - sizes[keep] / view.n_visible
-    # Where replacement texts do not vary, nothing does once all coalitions of a size are there.
+    # If replacement texts do not vary, a complete size is not random.
     chance = ~view.complete[rows, None] | (view.empty_variances > 0)
     return _Observations(x, y[keep], weights / weights.mean(), draws[keep], paired[keep], chance)
 
 
 def kernel_weights(view: View, rows: Tensor) -> Tensor:
-    """Shapley kernel over the law of sampling, shape ``(n_rows,)``; sizes 0 and all have none."""
+    """Shapley kernel over the sampling distribution, shape ``(n_rows,)``; 0 for empty and full."""
     sizes = view.sizes[rows].double()
     weights = view.weights[rows] / (sizes * (view.n_visible - sizes))
     # Given that one more column is present, larger coalitions are likelier: u has density 2u.
@@ -222,7 +225,7 @@ def ridge(view: View) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         Deviations from equal attributions and their variances, ``(n_visible, n_group)``, and
-        weighted means of squares of what was left out, ``(n_group,)``.
+        weighted mean squares of left-out residuals, ``(n_group,)``.
     """
     return _ridge(_observe(view, view.full_values - view.empty_values))
 
@@ -230,8 +233,8 @@ def ridge(view: View) -> tuple[Tensor, Tensor, Tensor]:
 def _mean_of_products(observed: _Observations) -> tuple[Tensor, Tensor]:
     """Deviations from equal attributions and their variances, ``(n_visible, n_group)``.
 
-    All features are alike to the law of sampling: the expected Gram matrix is a multiple of the
-    identity on what sums to 0, and only that multiple is estimated.
+    The sampling distribution is symmetric in the features: the expected Gram matrix is a multiple
+    of the identity on vectors that sum to 0, and only this multiple is estimated.
     """
     x, y, weights = observed.x, observed.y, observed.weights[:, None]
     n_observations, n = x.shape
@@ -242,7 +245,7 @@ def _mean_of_products(observed: _Observations) -> tuple[Tensor, Tensor]:
     level = sizes.mean()
     deviations = (weights * x).T @ y / (n_observations * level)
     clusters, which = observed.draws.unique(return_inverse=True)
-    # What each draw adds to the sum, less what its weight explains.
+    # The contribution of each draw to the sum, minus what its weight explains.
     own = x[:, :, None] * (weights * y)[:, None] - sizes[:, :, None] * deviations
     sums = torch.zeros(len(clusters), *own.shape[1:], dtype=own.dtype, device="cpu")
     sums.index_add_(0, which, own)
@@ -251,14 +254,15 @@ def _mean_of_products(observed: _Observations) -> tuple[Tensor, Tensor]:
         return deviations, torch.full_like(deviations, torch.nan)
     spread = sums.square().sum(0) * n_draws / (n_draws - 1)
     variances = spread / (n_observations * level) ** 2
-    # Of few draws some features happen to have seen next to nothing: each leans on all.
+    # With few draws, some features happen to have almost no data: each is shrunk to the mean of
+    # all.
     shared = variances.mean(0, keepdim=True)
     variances = ((n_draws - 1) * variances + _LEANING * shared) / (n_draws - 1 + _LEANING)
     return deviations, variances * normal_scale(n_draws - 1) ** 2
 
 
 def _run_lengths(repeated: Tensor) -> Tensor:
-    """How many rows each run of repetitions has, at its every row."""
+    """The length of each run of repetitions, at each of its rows."""
     run = (~repeated).cumsum(0) - 1
     return run.bincount()[run].double()
 
@@ -276,7 +280,7 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
-    """Deviations from equal attributions, their variances, and mean squares of what is left out."""
+    """Deviations from equal attributions, their variances, and mean squared left-out residuals."""
     x, y, weights = observed.x, observed.y, observed.weights[:, None]
     n_observations, n = x.shape
     if not n_observations:
@@ -299,7 +303,7 @@ def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
 
     variances, errors = torch.empty_like(deviations), torch.empty_like(deviations[0])
     residuals = y - x @ deviations
-    # Standard errors and a comparison need no more digits than these; it halves the time.
+    # Standard errors and a comparison need no more precision, which halves the time.
     x, residuals, weights = x.float(), residuals.float(), weights.float()
     for choice in chosen.unique().tolist():
         ours = chosen == choice
@@ -313,11 +317,11 @@ def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def is_complete(view: View) -> bool:
-    """Whether every coalition came, all of them equally often where replacement texts vary."""
+    """Whether every coalition was scored, equally often if replacement texts vary."""
     n, masks = view.n_visible, view.masks[view.sampled]
     if n < 2 or len(masks) < 2**n - 2:
         return False
-    # The empty and the full coalition are anchored, too.
+    # The empty and the full coalition are anchors, too.
     counts = (masks.long() << torch.arange(n, device="cpu")).sum(1).bincount(minlength=2**n)[1:-1]
     return bool(counts.all()) and _settled(counts, view)
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-# Noise and interactions, relative to what single features explain.
+# Grids of noise and interactions, relative to the variance explained by main effects. Chosen, not
+# measured.
 _NOISE = torch.logspace(-3, 1.5, 10, dtype=torch.float32, device="cpu").tolist()
 _STRENGTH = (0.1, 0.3, 1.0, 3.0, 10.0)
 _STARTS = ((3, 2), (5, 2))
@@ -14,8 +15,8 @@ class GridSearch:
     """Grid search for strength of interactions and noise by leave-one-out error.
 
     Args:
-        linear: Covariance of what single features explain, ``(n_rows, n_rows)``.
-        interactions: The same of interactions.
+        linear: Covariance of main effects, ``(n_rows, n_rows)``.
+        interactions: Covariance of interactions.
         y: Observations, ``(n_rows,)``.
     """
 
@@ -64,7 +65,7 @@ def left_out_error(covariance: Tensor, noise: float, y: Tensor) -> float:
 
 
 def factor(covariance: Tensor, noise: float) -> tuple[Tensor, float]:
-    """Cholesky factor of covariance plus noise, and that noise: more where rounding needs it."""
+    """Cholesky factor of covariance plus noise, and that noise, increased if rounding needs it."""
     while True:
         noisy = covariance.clone()
         noisy.diagonal().add_(noise * covariance.diagonal().mean())

@@ -15,11 +15,10 @@ from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, views
 from captum_llm_ext.coalitions.clustered_errors import sandwich
 from captum_llm_ext.coalitions.plans import Plan
 
-# The lasso is settled after 12 to 112 sweeps (12 to 100 features, 2 and 8 rows a feature, `alpha`
-# of .001 to .1); the rest is for columns that are nearly the same. What is not settled then is
-# told.
+# The lasso converges after 12 to 112 sweeps (12 to 100 features, 2 and 8 rows per feature, `alpha`
+# of .001 to .1); the rest is for nearly collinear columns. A warning says if it has not converged.
 _MOST_SWEEPS = 1000
-# Gram matrices held at a time, in bytes.
+# Bytes of Gram matrices in memory at a time. Chosen, not measured.
 _GRAM_MEMORY = 2**29
 
 
@@ -28,8 +27,8 @@ def cosine_kernel(masks: Tensor, width: float = 1.0) -> Tensor:
 
     Args:
         masks: bool, shape ``(n_rows, n_visible)``.
-        width: Of the exponential; infinite weights all rows alike (the surrogate of ContextCite,
-            arXiv 2409.00729).
+        width: Width of the exponential; infinite weights all rows equally (the surrogate of
+            ContextCite, arXiv 2409.00729).
 
     Returns:
         ``exp(-distance**2 / (2 * width**2))``, float64, shape ``(n_rows,)``.
@@ -52,16 +51,16 @@ def solve_lime(
     Args:
         plan: Joined from `plan_anchors` and one or more `plan_lime`; anchors are not fitted.
         values: Shape ``(n_coalitions, n_target)``.
-        scope: One entry per target. Distances are those of the visible columns.
+        scope: One entry per target. Distances refer to the visible columns.
         alpha: Strength of the penalty, with scikit-learn's meaning: the lasso adds it to half the
             weighted mean of squares, ridge to the weighted sum.
         penalty: ``"l1"`` (lasso, Captum's default), ``"l2"`` (ridge), or None (least squares; of
-            least norm where the rows do not determine it).
-        kernel: Positive weights of rows, from their visible masks.
+            minimum norm if underdetermined).
+        kernel: Maps visible masks to positive weights of rows.
 
     Returns:
-        Attributions that need not sum to anything. Standard errors are clustered by draw
-        (jackknife sandwich); NaN for the lasso.
+        Attributions without completeness. Standard errors are clustered by draw (jackknife
+        sandwich); NaN for the lasso.
 
     Raises:
         ValueError: If an option is out of range, or nothing was sampled.
@@ -83,14 +82,14 @@ def logit_scaled(log_probs: Tensor) -> Tensor:
     """Log-odds of probabilities given by their logarithms: ``log p - log(1 - p)``.
 
     Args:
-        log_probs: In nats, any shape; NaN stays. Within 1e-7 of 0, which float32 cannot tell from
+        log_probs: In nats, any shape; NaN stays. Above -1e-7, which float32 cannot distinguish from
             certainty, they count as -1e-7, log-odds of 16.
 
     Returns:
         float64, same shape.
 
     Raises:
-        ValueError: If one is positive, no logarithm of a probability.
+        ValueError: If one is positive.
     """
     log_probs = log_probs.double()
     if bool((log_probs > 1e-4).any()):
@@ -119,15 +118,15 @@ def solve_contextcite(
 
     Args:
         plan: Joined from `plan_anchors` and `plan_lime`; anchors are not fitted.
-        log_probs: Of each target token, in nats, shape ``(n_coalitions, n_target)``.
+        log_probs: Log-probabilities of each target token, in nats, shape ``(n_coalitions,
+            n_target)``.
         scope: One entry per target token.
-        spans: Statements, as first and one past the last of their tokens; by default one, the
-            whole target.
+        spans: Statements, as first and one past the last of their tokens; by default one, the whole
+            target.
         alpha: Strength of the penalty, with scikit-learn's meaning.
 
     Returns:
-        One row per span, in log-odds. Attributions need not sum to anything, and there are no
-        standard errors (NaN).
+        One row per span, in log-odds, without completeness and standard errors (NaN).
 
     Raises:
         ValueError: If a span is empty or outside the target, its tokens see different features, or
@@ -148,7 +147,7 @@ def solve_contextcite(
     _fill_lasso(
         solution, views(plan, values, seen), partial(cosine_kernel, width=math.inf), alpha, True
     )
-    # What comes back is per token.
+    # Results are per token.
     parts = (solution.attributions, solution.full_values, solution.empty_values)
     for part in parts:
         part *= lengths.view(-1, *[1] * (part.dim() - 1))
@@ -177,8 +176,8 @@ class _Regression:
 
     Attributes:
         x, y: Centred, ``(n_rows, n_visible)`` and ``(n_rows, n_group)``.
-        weights: Sum to 1, shape ``(n_rows, 1)``.
-        total: What they summed to before.
+        weights: Weights that sum to 1, shape ``(n_rows, 1)``.
+        total: Their sum before normalisation.
         gram, product: ``x' W x`` and ``x' W y``.
         draws: Shape ``(n_rows,)``.
     """
@@ -243,7 +242,7 @@ def _fill_lasso(
                 if standardised
                 else torch.ones(n_seen, dtype=torch.float64, device="cpu")
             )
-            # What never varies has no coefficient, whatever its unit.
+            # Constant columns have no coefficient, whatever their unit.
             units[group, :n_seen] = unit.clamp_min(1e-12)
             grams[group] = torch.nn.functional.pad(fit.gram, (0, n - n_seen, 0, n - n_seen))
             products[view.targets, :n_seen] = fit.product.T
@@ -263,7 +262,7 @@ def _lasso(grams: Tensor, products: Tensor, groups: Tensor, alpha: float) -> Ten
     Args:
         grams: Shape ``(n_groups, n, n)``; a feature without variation has a row of zeros.
         products: Shape ``(n_target, n)``.
-        groups: Whose Gram matrix a target has, shape ``(n_target,)``.
+        groups: Index of each target's Gram matrix, shape ``(n_target,)``.
         alpha: Penalty.
 
     Returns:
@@ -273,7 +272,7 @@ def _lasso(grams: Tensor, products: Tensor, groups: Tensor, alpha: float) -> Ten
     slack = products.clone()
     curvature = grams.diagonal(dim1=1, dim2=2)
     varies = curvature > 1e-12
-    # What never varies is never moved.
+    # Constant columns are never updated.
     inverse = torch.where(varies, 1 / curvature.clamp_min(1e-12), 0)[groups]
     curvature = curvature[groups]
     columns = varies.any(0).nonzero()[:, 0].tolist()

@@ -1,4 +1,4 @@
-"""Owen values from orders that finish each group of a hierarchy before the next."""
+"""Owen values from orders that complete each group of a hierarchy before the next."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -11,19 +11,19 @@ from captum_llm_ext.coalitions.clustered_errors import gap_shares, normal_scale
 from captum_llm_ext.coalitions.plans import Plan
 
 Tree: TypeAlias = int | tuple["Tree", ...]
-"""A feature's number, or a group of trees; `as_tree` makes it, no group has a single member."""
+"""A feature's index, or a group of trees; made by `as_tree`, without groups of one."""
 
 
 def as_tree(nested: object, n_features: int) -> Tree:
-    """Nested lists of feature numbers as a tree.
+    """Nested lists of feature indices as a tree.
 
     Args:
-        nested: Such as ``[[0, 1], [2, [3, 4]]]``. Groups of one are opened, empty ones dropped.
-        n_features: Every number below it must come exactly once.
+        nested: Such as ``[[0, 1], [2, [3, 4]]]``. Groups of one are unwrapped, empty ones dropped.
+        n_features: Every index below it must occur exactly once.
 
     Raises:
-        ValueError: If a feature is missing, comes twice or does not exist.
-        TypeError: If something is neither a number nor a list.
+        ValueError: If a feature is missing, repeated or does not exist.
+        TypeError: If an entry is neither an integer nor a list.
     """
     tree = _opened(nested)
     found = leaves(tree)
@@ -39,12 +39,12 @@ def as_tree(nested: object, n_features: int) -> Tree:
 
 
 def tree_of_levels(n_features: int, levels: Sequence[Sequence[int]]) -> Tree:
-    """The tree of features that lie in parts, which lie in coarser parts.
+    """The tree of features within parts, within coarser parts.
 
     Args:
         n_features: Number of features.
-        levels: From coarse to fine, the part that each feature is in. Parts of a finer level that
-            reach over several coarser ones are cut there.
+        levels: From coarse to fine, the part of each feature. Parts of a finer level that overlap
+            several coarser ones are split.
     """
 
     def grouped(features: Sequence[int], depth: int) -> Tree:
@@ -59,7 +59,7 @@ def tree_of_levels(n_features: int, levels: Sequence[Sequence[int]]) -> Tree:
 
 
 def balanced(parts: Sequence[Tree]) -> Tree:
-    """A binary tree over `parts` in their order, cut in halves again and again."""
+    """A binary tree over `parts` in their order, by repeated halving."""
     if len(parts) < 3:
         return _group(list(parts))
     middle = (len(parts) + 1) // 2
@@ -67,7 +67,7 @@ def balanced(parts: Sequence[Tree]) -> Tree:
 
 
 def binary(tree: Tree) -> Tree:
-    """The tree with every larger group cut in halves."""
+    """The tree with every larger group split by halving."""
     return tree if isinstance(tree, int) else balanced([binary(child) for child in tree])
 
 
@@ -79,7 +79,7 @@ def pruned(tree: Tree, n_features: int) -> Tree:
 
 
 def children_of(tree: Tree) -> tuple[Tree, ...]:
-    """The children of a group; none of a single feature."""
+    """The children of a group; empty for a single feature."""
     return () if isinstance(tree, int) else tree
 
 
@@ -93,19 +93,19 @@ def plan_nested_orders(
 ) -> Plan:
     """Antithetic pairs of orders in which the features of each group are consecutive.
 
-    An order shuffles the children of every node; its reverse, which does so as well, shares its
-    draw. Orders of this kind restrict to such orders on every prefix of the columns.
+    An order shuffles the children of every node; its reverse is another such order and shares its
+    draw. Restricted to a prefix of the columns, these are again such orders.
 
     Args:
-        tree: The nesting.
+        tree: The hierarchy.
         n_features: Number of columns.
         n_orders: Single orders; an order and its reverse count as two.
-        generator: Where the orders come from.
-        held: A column that is present from the start, in walks over the columns before it: for
-            targets that require it.
+        generator: Source of the orders.
+        held: A column that is always present, in walks over the columns before it, for targets that
+            require it.
 
     Returns:
-        ``n_orders`` walks of one row more than there are columns to walk.
+        ``n_orders`` walks, each with one row more than it has columns.
     """
     tree = tree if held < 0 else pruned(tree, held)
     n_walked = len(leaves(tree))
@@ -122,22 +122,22 @@ def plan_nested_orders(
 
 
 def solve_nested_orders(plan: Plan, values: Tensor, scope: Scope) -> Solution:
-    """Owen values (Owen 1977): the average of what a feature adds when it joins its walk.
+    """Owen values (Owen 1977): the average gain when a feature joins its walk.
 
-    A flat tree makes them Shapley values.
+    With a flat tree these are Shapley values.
 
     Args:
-        plan: Joined from `plan_anchors` and one or more `plan_nested_orders`, some of which hold
-            each column that a target requires.
+        plan: Joined from `plan_anchors` and one or more `plan_nested_orders`, including some for
+            each required column.
         values: Shape ``(n_coalitions, n_target)``.
         scope: One entry per target.
 
     Returns:
-        Attributions that sum to ``full - empty``. Standard errors come from the spread over pairs
+        Attributions that sum to ``full - empty``. Standard errors come from the variance over pairs
         of an order and its reverse, with Student's t for few of them; NaN for a single pair.
 
     Raises:
-        ValueError: If the rows are no walks, or none holds a required column.
+        ValueError: If the rows are not walks, or none has a required column.
     """
     chain, held = _chains(plan)
     return solve_views(plan, values, scope, lambda view: _walk(plan, view, chain, held))
@@ -175,7 +175,7 @@ def _place(tree: Tree, start: Tensor, rank: Tensor, generator: torch.Generator) 
 
 
 def _chains(plan: Plan) -> tuple[Tensor, Tensor]:
-    """Per row the number of its walk (-1: an anchor); per walk the column always present, or -1."""
+    """Per row the index of its walk (-1: an anchor); per walk the column always present, or -1."""
     masks, draws = plan.masks, plan.draws
     begins = torch.zeros(len(masks), dtype=torch.bool, device="cpu")
     begins[plan.n_anchors : plan.n_anchors + 1] = True

@@ -1,10 +1,10 @@
 """Owen values by splitting groups: all of them, or best-first within a budget.
 
-A group is worth, in the context of what is present beside it, what it adds there. Splitting it
-shares that among its children, each in the contexts that the others make (the recursion of shap's
+The gain of a group depends on its context: the features present besides it. Splitting distributes
+the gain among its children, each in the contexts formed by the others (the recursion of shap's
 ``PartitionExplainer``). Within a budget a group is split in one context first, and in others only
-where these make a difference; what the others add is shared as in those. The shares always sum to
-``full - empty``.
+if these make a difference; gains in the remaining contexts are distributed as in those.
+Attributions always sum to ``full - empty``.
 """
 
 import heapq
@@ -23,7 +23,8 @@ from captum_llm_ext.coalitions.clustered_errors import normal_scale
 from captum_llm_ext.coalitions.owen_orders import Tree, children_of, leaves, pruned
 from captum_llm_ext.coalitions.plans import Plan
 
-# So many splits of those that are left are decided on at once: batches, yet nearly best first.
+# The remaining splits are chosen in this many rounds: large enough for batches, yet nearly best
+# first. Chosen, not measured.
 _PARTS_OF_BUDGET = 16
 
 
@@ -31,8 +32,8 @@ class Unresolved(NamedTuple):
     """A group that was never split: its total is shared equally.
 
     Attributes:
-        columns: Its features.
-        totals: Shape ``(n_target,)``: what it adds.
+        columns: Columns of its features.
+        totals: Gain of the group, ``(n_target,)``.
     """
 
     columns: tuple[int, ...]
@@ -40,7 +41,7 @@ class Unresolved(NamedTuple):
 
 
 def n_splits(tree: Tree) -> int:
-    """Number of coalitions, beside the empty and the full one, that splitting every group takes."""
+    """Number of coalitions for splitting every group, besides the empty and the full one."""
     if isinstance(tree, int) or not tree:
         return 0
     return 2 ** len(tree) - 2 + 2 ** (len(tree) - 1) * sum(map(n_splits, tree))
@@ -50,11 +51,11 @@ def plan_splits(tree: Tree, n_features: int, *, n_draws: int = 1, held: int = -1
     """All coalitions that Owen values depend on, once per draw.
 
     Args:
-        tree: The nesting.
+        tree: The hierarchy.
         n_features: Number of columns.
-        n_draws: Repetitions. All rows of one share its draw: what is compared differs in nothing
-            but the coalition. Two are the fewest that give a standard error.
-        held: A column that is always present, with none after it: for targets that require it.
+        n_draws: Repetitions. All rows of one share its draw, so that compared rows differ only in
+            the coalition. Two are the fewest that give a standard error.
+        held: A column that is always present, with none after it, for targets that require it.
 
     Returns:
         ``n_draws * (2 + n_splits(tree))`` rows.
@@ -76,16 +77,17 @@ def split_best_first(
 ) -> tuple[Plan, Tensor]:
     """Splits the group with the largest effect, repeatedly, until the budget is spent.
 
-    One set of coalitions serves all targets: what a group adds is summed in magnitude over them.
+    One set of coalitions serves all targets: effects are summed in magnitude over them.
 
     Args:
-        score: Values ``(n_coalitions, n_target)`` of a plan; rows of equal draws must mean equal
+        score: Maps a plan to values ``(n_coalitions, n_target)``; equal draws must have equal
             replacements in every call.
-        tree: The nesting; best binary, as a split of k children takes ``2**k - 2`` evaluations.
+        tree: The hierarchy, preferably binary, since a split of k children takes ``2**k - 2``
+            evaluations.
         n_features: Number of columns.
         scope: One entry per target.
-        n_evaluations: Rows at most, though the full and the empty coalitions are always scored.
-        n_draws: Draws that every coalition is scored in.
+        n_evaluations: Maximum number of rows; the full and the empty coalition are always scored.
+        n_draws: Draws in which every coalition is scored.
 
     Returns:
         The plan, without anchors, and its values.
@@ -107,21 +109,21 @@ def solve_splits(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
     """Owen values (Owen 1977); groups that were not split share their total equally.
 
     Args:
-        plan: Joined from `plan_anchors` and `plan_splits`, or from them and what `split_best_first`
-            returned; every other plan whose coalitions suffice will do, such as `plan_exact`.
+        plan: Joined from `plan_anchors` and `plan_splits` or the plan of `split_best_first`; or any
+            other plan with the necessary coalitions, such as `plan_exact`.
         values: Shape ``(n_coalitions, n_target)``.
         scope: One entry per target.
-        tree: The nesting that was planned for.
+        tree: The hierarchy of the plan.
 
     Returns:
-        Attributions that sum to ``full - empty``. Standard errors come from the spread over draws,
-        0 where there is a single one; NaN for features whose group was not split everywhere.
+        Attributions that sum to ``full - empty``. Standard errors come from the variance over
+        draws, 0 for a single one; NaN for features whose group was not split in every context.
     """
     return solve_views(plan, values, scope, partial(_credit, tree=tree))
 
 
 def unresolved(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Unresolved]:
-    """Groups that were never split, by falling size of their total.
+    """Groups that were never split, by decreasing total.
 
     Args:
         plan, values, scope, tree: As for `solve_splits`.
@@ -141,7 +143,7 @@ def unresolved(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[
 
 
 def _held(tree: Tree, n_features: int, held: int) -> tuple[Tree, Tensor]:
-    """The tree without the `held` column, and the coalition ``(1, n_features)`` to begin at."""
+    """The tree without the `held` column, and the initial coalition ``(1, n_features)``."""
     start = torch.zeros(1, n_features, dtype=torch.bool, device="cpu")
     if held < 0:
         return tree, start
@@ -156,7 +158,7 @@ def _mask(tree: Tree, n_features: int) -> Tensor:
 
 
 def _subsets(tree: tuple[Tree, ...], n_features: int) -> Tensor:
-    """Unions of children, ``(2**n_children, n_features)``; row number = sum of 2**i over them."""
+    """Unions of children, ``(2**n_children, n_features)``; row index = sum of 2**i over them."""
     children = torch.stack([_mask(child, n_features) for child in tree])
     chosen = (
         torch.arange(2 ** len(tree), device="cpu")[:, None] >> torch.arange(len(tree), device="cpu")
@@ -166,7 +168,7 @@ def _subsets(tree: tuple[Tree, ...], n_features: int) -> Tensor:
 
 
 def _without(child: int, n_children: int) -> tuple[Tensor, Tensor]:
-    """Codes of the sets that lack a child, and the share of orders in which just they come before.
+    """Codes of the sets without a child, and the share of orders in which exactly these precede it.
 
     Returns:
         Both of shape ``(2**(n_children - 1),)``.
@@ -202,8 +204,8 @@ class _Item:
         tree: The group.
         context: bool, ``(n_features,)``.
         without, with_it: Values ``(n_draws, n_target)`` of the context, and with the group present.
-        weight: Its context's share among all.
-        targets: Whose values it is split for.
+        weight: Weight of the context among all.
+        targets: Targets for whose values it is split.
     """
 
     tree: Tree
@@ -220,7 +222,7 @@ class _Item:
 
 @dataclass
 class _Queue:
-    """Priority queue of groups that can still be split, and what has been scored."""
+    """Priority queue of groups that can still be split, and the values scored so far."""
 
     score: Callable[[Plan], Tensor]
     n_features: int
@@ -252,7 +254,7 @@ class _Queue:
             if cost > n_affordable:
                 break
             heapq.heappop(self._heap)
-            if self._priority(item) < -priority:  # it was split elsewhere since
+            if self._priority(item) < -priority:  # its priority has changed by a split elsewhere
                 self._push(item)
                 continue
             batch.append(item)
@@ -292,10 +294,10 @@ class _Queue:
             heapq.heappush(self._heap, (-self._priority(item), next(self._number), item))
 
     def _priority(self, item: _Item) -> float:
-        """How much of ``full - empty`` a split would distribute, summed over targets.
+        """The part of ``full - empty`` that a split would distribute, summed over targets.
 
-        The first split of a group decides on all that the group adds; another, on what its context
-        makes different.
+        The first split of a group distributes its whole gain; further ones the difference made by
+        their context.
         """
         gain = float(item.gain.abs().sum())
         elsewhere = self._split_gains.get(id(item.tree))
@@ -332,13 +334,13 @@ class _Table:
     def of(cls, view: View) -> "_Table":
         rows, sizes = view.sampled, view.sizes[view.sampled]
         if not (bool((sizes == 0).any()) and bool((sizes == view.n_visible).any())):
-            rows = torch.ones_like(rows)  # the anchors are all that is known of the ends
+            rows = torch.ones_like(rows)  # the anchors are the only values of these coalitions
         masks, draws, values = view.masks[rows], view.draws[rows], view.values[rows]
         keys, first, code = _distinct(_keys(masks))
         numbers, draw = draws.unique(return_inverse=True)
         cell = code * len(numbers) + draw
         counts = cell.bincount(minlength=len(keys) * len(numbers))
-        if not bool(counts.all()):  # draws that do not hold every coalition are averaged over
+        if not bool(counts.all()):  # averages over incomplete draws
             numbers, cell = numbers[:1], code
             counts = cell.bincount(minlength=len(keys))
         sums = torch.zeros(len(counts), values.shape[1], dtype=values.dtype, device="cpu")
@@ -352,7 +354,7 @@ class _Table:
 
 
 def _keys(masks: Tensor) -> Tensor:
-    """A hash per coalition; collisions are found by comparing the masks."""
+    """A hash per coalition; collisions are found by comparing masks."""
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(2**62, (masks.shape[-1],), generator=generator, device="cpu")
     return (masks.long() * factors).sum(-1)
@@ -371,7 +373,7 @@ class _Credit:
 
     Attributes:
         shares: ``(n_visible, n_draws, n_group)``.
-        unresolved: Per group that was split in no context what it adds, ``(n_draws, n_group)``.
+        unresolved: Gain of each group that was split in no context, ``(n_draws, n_group)``.
         uncertain: Features of groups that were not split in every context.
     """
 
@@ -384,7 +386,7 @@ class _Credit:
         self.uncertain: set[int] = set()
 
     def share(self, tree: Tree) -> None:
-        """Shares out what the tree adds where everything else is absent."""
+        """Distributes the tree's gain if everything else is absent."""
         if tree == ():
             return
         empty = torch.zeros(1, self._table.masks.shape[1], dtype=torch.bool, device="cpu")
@@ -398,12 +400,12 @@ class _Credit:
         )
 
     def _share(self, tree: Tree, contexts: Tensor, weights: Tensor, total: Tensor) -> None:
-        """Shares what `tree` adds in all.
+        """Distributes the total gain of `tree`.
 
         Args:
             tree: A group or a feature.
             contexts: ``(m, n_visible)``.
-            weights: Of the contexts, ``(m,)``.
+            weights: Weights of the contexts, ``(m,)``.
             total: ``(n_draws, n_group)``.
         """
         children = children_of(tree)
@@ -440,12 +442,13 @@ class _Credit:
 def _totals(
     children: tuple[Tree, ...], values: Tensor, weights: Tensor, total: Tensor
 ) -> list[Tensor]:
-    """Per child its share of what the group adds in all contexts.
+    """The share of each child in the group's gain over all contexts.
 
     Args:
-        children: Of the group.
-        values: Of all unions in the contexts where it was split, ``(m, 2**k, n_draws, n_group)``.
-        weights: Of these contexts, ``(m,)``; sum to 1.
+        children: Children of the group.
+        values: Values of all unions in the contexts in which it was split, ``(m, 2**k, n_draws,
+            n_group)``.
+        weights: Weights of these contexts, ``(m,)``, which sum to 1.
         total: ``(n_draws, n_group)``.
     """
     gains: list[Tensor] = []
@@ -456,7 +459,7 @@ def _totals(
         weight = (weights[:, None] * shares)[:, :, None, None]
         gains.append((gain * weight).sum((0, 1)))
         sizes.append((gain.abs() * weight).sum((0, 1)))
-    # What contexts add that were not split is likely to come from where it came from in others.
+    # Gains in contexts without a split probably come from the same children as in the others.
     rest, size = total - torch.stack(gains).sum(0), torch.stack(sizes).sum(0)
     n_leaves = [len(leaves(child)) for child in children]
     return [

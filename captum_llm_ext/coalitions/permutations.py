@@ -12,27 +12,27 @@ from captum_llm_ext.coalitions.plans import Plan
 def solve_permutations(
     plan: Plan, values: Tensor, scope: Scope, *, effort: float = EFFORT
 ) -> Solution:
-    """Average what each feature adds when it joins (Castro et al. 2009).
+    """The average gain when a feature joins (Castro et al. 2009).
 
-    A walk restricts to a walk on every prefix of the columns. Where a target requires a column
-    that may be absent, the rows that hold it are no walk any more, but their sizes follow the same
-    law as those of `plan_pairs`: these targets are solved by kernel regression.
+    Restricted to a prefix of the columns, a walk is again a walk. If a target requires a column
+    that may be absent, the rows with that column are not a walk, but their sizes are distributed as
+    in `plan_pairs`: these targets are solved by kernel regression.
 
     Args:
         plan: Joined from `plan_anchors` and one or more `plan_permutations`.
         values: Shape ``(n_coalitions, n_target)``.
         scope: One entry per target.
-        effort: As of `solve_kernel`, for targets that require a column.
+        effort: As for `solve_kernel`, for targets that require a column.
 
     Returns:
-        Attributions that sum to ``full - empty``. Standard errors come from the spread over pairs
-        of an order and its reverse; NaN for a single pair. Gains have heavy tails, and few pairs
-        seldom show them: each variance is averaged with the mean over features, which counts as
-        one more degree of freedom of Student's t (Smyth 2004, "Linear models and empirical Bayes
-        methods", section 4). Even a feature that never gained anything has an error then.
+        Attributions that sum to ``full - empty``. Standard errors come from the variance over pairs
+        of an order and its reverse; NaN for a single pair. Gains have heavy tails, which few pairs
+        rarely show: each variance is averaged with the mean over features, which counts as one more
+        degree of freedom of Student's t (Smyth 2004, "Linear models and empirical Bayes methods",
+        section 4). So even a feature that never had a gain has a positive error.
 
     Raises:
-        ValueError: If the rows are no walks.
+        ValueError: If the rows are not walks.
     """
     order = _orders(plan)
     effort = scope.share(effort)
@@ -44,17 +44,17 @@ def solve_permutations(
 
 
 def part_errors(plan: Plan, values: Tensor, scope: Scope, part_of: Tensor) -> Tensor:
-    """Standard errors of attributions that `solve_permutations` gives, summed over features.
+    """Standard errors of attributions by `solve_permutations`, summed over features.
 
-    What features gain in one walk is not independent: it adds up to the same in all of them.
+    Gains within one walk are dependent: they have the same sum in every walk.
 
     Args:
         plan, values, scope: As for `solve_permutations`.
-        part_of: int64, shape ``(n_features,)``: the part that each feature is in, -1 for none.
+        part_of: int64, shape ``(n_features,)``: the part of each feature, -1 for none.
 
     Returns:
-        Shape ``(n_target, n_parts)``; those of parts of one feature are those of that feature. NaN
-        for targets that require a column, and for a single pair of walks.
+        Shape ``(n_target, n_parts)``; for parts of one feature, that feature's. NaN for targets
+        that require a column, and for a single pair of walks.
     """
     order, n_parts = _orders(plan), int(part_of.max()) + 1
     errors = torch.full(
@@ -102,12 +102,12 @@ def _walk(view: View, order: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gains(view: View, order: Tensor) -> tuple[Tensor, Tensor]:
-    """What each visible feature adds, ``(n_orders, n_visible, n_group)``; per order its draw."""
+    """The gain of each visible feature, ``(n_orders, n_visible, n_group)``, and draws by order."""
     n_orders, n = order.shape
     walks = view.values[view.sampled].view(n_orders, n + 1, -1)
     gains = torch.empty(n_orders, n, len(view.targets), dtype=walks.dtype, device="cpu")
     gains.scatter_(1, order[:, :, None].expand_as(gains), walks.diff(dim=1))
-    # The unit that varies is the draw: an order and its reverse, or a single last order.
+    # The independent unit is the draw: an order and its reverse, or a single last order.
     draws = view.draws[view.sampled].view(n_orders, n + 1)[:, 0]
     return gains[:, : view.n_visible], draws.unique(return_inverse=True)[1]
 

@@ -1,4 +1,4 @@
-"""Which coalitions to score: masks and draws, before any model is called."""
+"""Plans: which coalitions to score (masks and draws), before any model is called."""
 
 import operator
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-# 65,536 coalitions: for 36 tokens an hour and a half of SmolLM2 on one core, and a matrix of 8 MB
+# 65,536 coalitions: for 36 tokens an hour and a half with SmolLM2 on one core, and a matrix of 8 MB
 # for the solver. One feature more doubles the first and more than doubles the second.
 MOST_EXACT_FEATURES = 16
 
@@ -20,10 +20,10 @@ class Plan:
 
     Attributes:
         masks: bool, shape ``(n_coalitions, n_features)``, True = present.
-        draws: int64, shape ``(n_coalitions,)``. Rows with equal number share one draw of
-            replacement texts; standard errors are clustered by it.
-        n_anchors: How many leading rows come from `plan_anchors`. They say what the full and the
-            empty coalition are worth and follow no sampling law.
+        draws: int64, shape ``(n_coalitions,)``. Rows with equal numbers share one draw of
+            replacement texts, by which standard errors are clustered.
+        n_anchors: Number of leading rows from `plan_anchors`: the full and empty coalitions, which
+            are not sampled.
     """
 
     masks: Tensor
@@ -41,8 +41,8 @@ def plan_anchors(n_features: int, *, required: Sequence[int] = (), n_empty: int 
 
     Args:
         n_features: Number of columns.
-        required: Columns that some target cannot do without (`Scope.required`; -1 is skipped).
-            Each adds `n_empty` rows in which only that column is present.
+        required: Columns that some target requires (`Scope.required`; -1 is skipped). Each adds
+            `n_empty` rows in which only that column is present.
         n_empty: Draws of the empty coalition; one is enough for deterministic baselines.
 
     Returns:
@@ -91,8 +91,8 @@ def plan_only_one_in(
 
     Args:
         n_features: Number of columns.
-        required: Columns that some target cannot do without, as in `plan_anchors`: each adds the
-            same rows with that column present.
+        required: Columns that some target requires, as in `plan_anchors`: each adds the same rows
+            with that column present.
         n_draws: As in `plan_leave_one_out`.
         common_draw: As in `plan_leave_one_out`.
 
@@ -137,13 +137,13 @@ def plan_exact(n_features: int, *, n_draws: int = 1, common_draw: bool = False) 
 def plan_permutations(n_features: int, n_orders: int, *, generator: torch.Generator) -> Plan:
     """Antithetic walks from the empty to the full coalition.
 
-    An order and its reverse share a draw; an odd last order stands alone. (Mitchell et al. 2022,
+    An order and its reverse share a draw; an odd last order is single. (Mitchell et al. 2022,
     "Sampling permutations for Shapley value estimation", section 4.)
 
     Args:
         n_features: Number of columns.
         n_orders: Single orders; an order and its reverse count as two.
-        generator: Where the orders come from.
+        generator: Source of the orders.
 
     Returns:
         ``n_orders * (n_features + 1)`` rows, each walk in consecutive ones.
@@ -168,17 +168,17 @@ def plan_permutations(n_features: int, n_orders: int, *, generator: torch.Genera
 def plan_pairs(n_features: int, n_evaluations: int, *, generator: torch.Generator) -> Plan:
     """Distinct coalitions with uniformly distributed sizes, each followed by its complement.
 
-    Sizes from 1 to ``n_features - 1`` are equally frequent, so that they are on every prefix of
-    the columns as well; small and large ones, of which there are fewer than that, all come once,
-    and the others take their place. (Leverage SHAP, arXiv 2410.01917, sections 3 and 4: pairs,
-    without replacement.)
+    Sizes from 1 to ``n_features - 1`` are equally frequent, hence also on every prefix of the
+    columns; very small and large sizes with fewer coalitions are enumerated, and the other sizes
+    are more frequent instead. (Leverage SHAP, arXiv 2410.01917, sections 3 and 4: pairs, without
+    replacement.)
 
     Args:
         n_features: Number of columns.
-        n_evaluations: Rows; an odd last one has no complement. From ``2**n_features - 2`` on, all
-            coalitions that are neither empty nor full come exactly once, and the answer is exact;
-            from ``2**n_features`` on, these two come as well, and there are no more rows.
-        generator: Where sizes and members come from.
+        n_evaluations: Number of rows; an odd last one has no complement. From ``2**n_features - 2``
+            on, all coalitions other than empty and full occur exactly once, and the solution is
+            exact; from ``2**n_features`` on, these two are included, and there are no more rows.
+        generator: Source of sizes and members.
 
     Returns:
         A coalition and its complement in consecutive rows with a common draw.
@@ -189,7 +189,8 @@ def plan_pairs(n_features: int, n_evaluations: int, *, generator: torch.Generato
         half = _enumerated(n_features)[: (2**n_features + 1) // 2]
     else:
         half = _different(n_features, (n_evaluations + 1) // 2, generator)
-        # One of the two is first by chance, lest an odd last row have its complement for certain.
+        # Which of the two is first is random, so that an odd last row does not exclude some
+        # coalitions.
         flipped = (
             torch.rand(len(half), 1, generator=generator, dtype=torch.float32, device="cpu") < 0.5
         )
@@ -204,7 +205,7 @@ def plan_lime(n_features: int, n_evaluations: int, *, generator: torch.Generator
     Args:
         n_features: Number of columns.
         n_evaluations: Rows, each with a draw of its own.
-        generator: Where the members come from.
+        generator: Source of the members.
     """
     n_features = _count("n_features", n_features, at_least=0)
     n_evaluations = _count("n_evaluations", n_evaluations, at_least=1)
@@ -221,10 +222,11 @@ def join_plans(plans: Sequence[Plan]) -> Plan:
     """Plans concatenated; draws of different plans stay distinct.
 
     Args:
-        plans: The first may begin with anchors, the others hold none.
+        plans: Only the first may begin with anchors.
 
     Raises:
-        ValueError: If nothing is given, the numbers of features differ, or anchors come late.
+        ValueError: If nothing is given, the numbers of features differ, or another plan has
+            anchors.
     """
     if not plans:
         raise ValueError("`plans` is empty: give at least one plan.")
@@ -247,7 +249,7 @@ def _repeated(masks: Tensor, n_draws: int, common_draw: bool) -> Plan:
     rows, repetition = masks.repeat(n_draws, 1), torch.arange(n_draws, device="cpu")
     if common_draw:
         return Plan(rows, repetition.repeat_interleave(len(masks)))
-    # Numbers of one coalition follow one another: what it draws is then spread evenly.
+    # Draw numbers of one coalition are consecutive, so that its draws are stratified.
     own = torch.arange(len(masks), device="cpu") * n_draws
     return Plan(rows, (repetition[:, None] + own).flatten())
 
@@ -258,10 +260,10 @@ def _enumerated(n_features: int) -> Tensor:
 
 
 def _different(n_features: int, n_pairs: int, generator: torch.Generator) -> Tensor:
-    """Distinct coalitions, none the complement of another: the smaller of each pair.
+    """Distinct coalitions without complements of each other: the smaller of each pair.
 
     Returns:
-        Shape ``(n_pairs, n_features)``, fewer where there are not as many.
+        Shape ``(n_pairs, n_features)``, fewer if there are not as many.
     """
     counts = _quotas(n_features, n_pairs, generator)
     listed, drawn = (
@@ -269,7 +271,7 @@ def _different(n_features: int, n_pairs: int, generator: torch.Generator) -> Ten
         torch.zeros_like(counts),
     )
     for size, count in enumerate(counts.tolist(), start=1):
-        if 2 * count > _pairs_of_size(n_features, size):  # too dense to draw until they differ
+        if 2 * count > _pairs_of_size(n_features, size):  # too dense for rejection sampling
             every = _of_size(n_features, size)
             listed.append(
                 every[torch.randperm(len(every), generator=generator, device="cpu")[:count]]
@@ -303,7 +305,7 @@ def _quotas(n_features: int, n_pairs: int, generator: torch.Generator) -> Tensor
         if not bool((quotas > most).any()):
             break
         full |= quotas >= most
-    # Systematic rounding: sums differ from those of the quotas by less than one.
+    # Systematic rounding: partial sums differ from those of the quotas by less than one.
     ends = (
         quotas.minimum(most).cumsum(0)
         + torch.rand((), generator=generator, dtype=torch.float32, device="cpu")
@@ -336,7 +338,7 @@ def _drawn(n_features: int, sizes: Tensor, generator: torch.Generator) -> Tensor
 
 
 def _repetitions(masks: Tensor, hashes: Tensor) -> Tensor:
-    """Rows equal to an earlier one, or to the complement of one."""
+    """Rows that equal an earlier one, or the complement of one."""
     codes = ((masks ^ masks[:, :1]).long() * hashes).sum(1)
     ordered, order = codes.sort(stable=True)
     return order[1:][ordered[1:] == ordered[:-1]]

@@ -1,4 +1,4 @@
-"""Stopping rules: whether attributions are known well enough, judged by their standard errors."""
+"""Stopping rules: whether attributions are precise enough, by their standard errors."""
 
 import re
 from dataclasses import dataclass
@@ -9,21 +9,22 @@ from torch import Tensor
 
 from captum_llm_ext.coalitions.causal_scope import Solution
 
-# One-sided 95 % point of the normal law. Of the sets that it lets pass at a tolerance of .05, 4 %
-# leave out a feature by more (`benchmarks/results/stopping.json`); with 1.3 it were twice as many.
+# One-sided 95 % quantile of the normal distribution. Of the sets accepted at a tolerance of .05, 4
+# % miss a feature by more (`benchmarks/results/stopping.json`); with 1.3, twice as many would.
 _Z = 1.645
-# Of the largest range among the tokens. What is nothing in particular has no three causes.
+# Minimum range, as a share of the largest range among the tokens: a token without causes has no
+# three strongest ones. Chosen, not measured.
 _LEAST_SPREAD = 0.05
 _NAMED = re.compile(r"(answer[ :]*)?top[ _-]?([0-9]+)")
 
 
 @runtime_checkable
 class StoppingRule(Protocol):
-    """Whether attributions are known well enough.
+    """Whether attributions are precise enough.
 
     Attributes:
-        of: What is judged: target tokens, or (``"answer"``) the whole answer, whose attributions
-            are the sums over its tokens.
+        of: Target tokens, or (``"answer"``) the whole answer, whose attributions are the sums over
+            its tokens.
     """
 
     @property
@@ -32,24 +33,23 @@ class StoppingRule(Protocol):
         ...
 
     def excess(self, solution: Solution) -> Tensor:
-        """How many times too large the errors of each target are, ``(n_target,)``.
+        """The ratio of the errors of each target to the required ones, ``(n_target,)``.
 
-        At most 1 where the target is known well enough. Standard errors shrink with the square
-        root of the evaluations, so that its square forecasts how many more it takes. NaN where
-        errors are unknown.
+        At most 1 if the rule is met. Standard errors fall with the square root of the evaluations,
+        so its square forecasts the evaluations needed. NaN if errors are unknown.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Stops when standard errors are small beside the range of the attributions.
+    """Stops when standard errors are small relative to the range of the attributions.
 
     Args:
-        tol: The largest standard error over the range (largest less smallest attribution).
-        of: ``"all"``: one range, that of all tokens together; ``"token"``: each token's own, so
-            that tokens with small attributions are known as well as the others; ``"answer"``: that
-            of the whole answer's attributions.
+        tol: The largest standard error over the range (largest minus smallest attribution).
+        of: ``"all"``: one range for all tokens together; ``"token"``: each token's own, so that
+            tokens with small attributions are relatively as precise; ``"answer"``: that of the
+            whole answer's attributions.
 
     Raises:
         ValueError: If `tol` is not above 0 or `of` is unknown.
@@ -64,7 +64,7 @@ class Precision:
             raise ValueError(f"`tol` is {self.tol!r}: give a number above 0, such as 0.05.")
 
     def excess(self, solution: Solution) -> Tensor:
-        """Largest standard error over the range, over `tol`, ``(n_target,)``."""
+        """Largest standard error over the range, divided by `tol`, ``(n_target,)``."""
         errors, found = solution.standard_errors, solution.attributions
         if not found.numel():
             return torch.zeros(len(found), dtype=found.dtype, device=found.device)
@@ -77,18 +77,18 @@ class Precision:
 
 @dataclass(frozen=True)
 class TopCauses:
-    """Stops when the strongest causes are told from all others.
+    """Stops when the strongest causes are significantly separated from all others.
 
-    A set of k features is let pass when none of the others exceeds one of them in size by more
-    than a small share of the range, each comparison with one-sided 95 % confidence: SHAP@k
-    (Kariyappa et al., arXiv 2307.04850) with the errors of the package's own estimators. Which of
-    equally strong features are in the set is left open.
+    A set of k features is accepted if none of the others exceeds one of them in magnitude by more
+    than a small share of the range, each comparison at one-sided 95 % confidence: SHAP@k (Kariyappa
+    et al., arXiv 2307.04850) with the standard errors of the package's estimators. Ties between
+    equally strong features remain open.
 
     Args:
-        k: How many causes.
+        k: Number of causes.
         of: ``"token"``: the k strongest of every target token; ``"answer"``: those of the whole
             answer.
-        within: The share of the range (of a token; of the answer) that does not matter.
+        within: Tolerance as a share of the range (of a token; of the answer).
 
     Raises:
         ValueError: If an argument is out of range.
@@ -106,7 +106,7 @@ class TopCauses:
             raise ValueError(f"`within` is {self.within!r}: give a share above 0, such as 0.05.")
 
     def excess(self, solution: Solution) -> Tensor:
-        """Of each target the hardest of all comparisons, ``(n_target,)``."""
+        """The ratio for the most difficult comparison of each target, ``(n_target,)``."""
         sizes, order = solution.attributions.abs().sort(dim=1, descending=True)
         errors = solution.standard_errors.gather(1, order)
         if sizes.shape[1] <= self.k:
@@ -119,11 +119,11 @@ class TopCauses:
 
 
 def as_rule(stop: "StoppingRule | str | None", tol: float | None) -> StoppingRule | None:
-    """What the arguments `stop` and `tol` ask for.
+    """The rule of the arguments `stop` and `tol`.
 
     Raises:
-        ValueError: If both are given, or `stop` names no rule.
-        TypeError: If `stop` is none.
+        ValueError: If both are given, or `stop` is not the name of a rule.
+        TypeError: If `stop` is not a rule.
     """
     if stop is None:
         return None if tol is None else Precision(tol)
@@ -147,13 +147,13 @@ def as_rule(stop: "StoppingRule | str | None", tol: float | None) -> StoppingRul
 
 
 def _spread(attributions: Tensor) -> Tensor:
-    """The range of each target's attributions; of one with next to nothing to explain, more."""
+    """The range of each target's attributions, with a minimum for targets without causes."""
     own = attributions.amax(1) - attributions.amin(1)
     return own.clamp_min(_LEAST_SPREAD * float(own.max()))
 
 
 def _times(errors: Tensor, allowed: Tensor) -> Tensor:
-    """Errors over what is allowed; 0 where there are none."""
+    """Errors over allowed errors; 0 if there are no errors."""
     tiny = torch.finfo(errors.dtype).tiny
     return torch.where(errors == 0, 0, errors / allowed.clamp_min(tiny))
 

@@ -1,10 +1,10 @@
 """Two-level estimates: many coalitions of a surrogate, few of its difference from the game.
 
-What a method estimates is linear in the values: attributions of a game are those of its surrogate
-plus those of the difference. The surrogate's are estimated from many coalitions, the difference's
-from few others, on which both games are played; where the surrogate is close, the difference varies
-little. The two samples are independent, so that their variances add up (Giles 2015, "Multilevel
-Monte Carlo methods", section 1.3).
+Estimands are linear in the values: attributions of a game are those of its surrogate plus those of
+the difference. The surrogate's are estimated from many coalitions, the difference's from a few
+others scored in both games; for a good surrogate, the difference has a low variance. The two
+samples are independent, so that their variances are added (Giles 2015, "Multilevel Monte Carlo
+methods", section 1.3).
 """
 
 import math
@@ -16,10 +16,11 @@ import torch
 
 from captum_llm_ext.coalitions.causal_scope import Solution
 
-# What is left of a variance by rounding alone, beside another one.
+# Relative variance that counts as rounding.
 _EXACT = 1e-6
-# Where the surrogate is known without error: of the attributions' squares, the difference may leave
-# so much, as long as that takes less than this share of what the reference alone would.
+# If the surrogate's attributions are exact: the squared error that the difference may leave,
+# relative to the squared attributions, unless that takes more than this share of the reference's
+# cost alone. Chosen, not measured.
 _ENOUGH, _MOST = 1e-3, 0.5
 
 
@@ -41,13 +42,13 @@ def summed(levels: Sequence[Solution]) -> Solution:
 class Correction:
     """Which coalitions of a plan correct the surrogate's attributions.
 
-    Of the reference are the last ones; as many before them are the same coalitions, of the
-    surrogate; all others are of the surrogate alone.
+    The last `n` have the reference's values, the `n` before them the surrogate's values of the same
+    coalitions; all others are of the surrogate alone.
 
     Attributes:
-        n: How many.
-        n_anchors: How many of these come from `plan_anchors`.
-        planned: Name of the estimator whose law they follow.
+        n: Number of coalitions scored in both games.
+        n_anchors: Number of these from `plan_anchors`.
+        planned: Name of the estimator whose distribution they follow.
         solved: Name of the estimator that solves the differences.
         options: Its options.
     """
@@ -65,8 +66,8 @@ class Level:
 
     Attributes:
         n: Number of coalitions.
-        cost: Of each, in any unit.
-        variance: Of the attributions, summed over all of them.
+        cost: Cost of each, in any unit.
+        variance: Variance of the attributions, summed over all of them.
     """
 
     n: int
@@ -75,7 +76,7 @@ class Level:
 
     @classmethod
     def of(cls, n: int, cost: float, solution: Solution) -> "Level":
-        """With the variance of a solution; errors that are unknown count as none."""
+        """The level of a solution; unknown errors count as 0."""
         return cls(n, cost, float(solution.standard_errors.nan_to_num(nan=0.0).square().sum()))
 
     @property
@@ -91,12 +92,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Split:
-    """How many coalitions each level should have.
+    """The number of coalitions at each level.
 
     Attributes:
-        surrogate: Of the surrogate alone.
-        difference: Of both games.
-        pays: Whether they cost less than as good an answer from the reference alone.
+        surrogate: Coalitions on the surrogate alone.
+        difference: Coalitions in both games.
+        pays: Whether they cost less than equal precision from the reference alone.
     """
 
     surrogate: int
@@ -105,16 +106,17 @@ class Split:
 
 
 def split(surrogate: Level, difference: Level, reference_cost: float, n: int, size: float) -> Split:
-    """The cheapest split that is as good as `n` coalitions of the reference alone.
+    """The cheapest split with the precision of `n` coalitions of the reference alone.
 
-    Variances fall with the number of coalitions, and a coalition of the reference leaves as much as
-    one of the surrogate. Costs are least where numbers are as the roots of variance over cost.
+    Variances fall with the number of coalitions, and the reference's is taken to equal the
+    surrogate's. Costs are minimal for numbers proportional to the square root of variance over
+    cost.
 
     Args:
-        surrogate: What was found of the surrogate; without error, where it has all coalitions.
-        difference: Of the difference; its cost is that of both games.
-        reference_cost: Of one coalition of the reference.
-        n: How many coalitions of it alone would do.
+        surrogate: The surrogate's level; without error if it has all coalitions.
+        difference: The difference's level; its cost is that of both games.
+        reference_cost: Cost of one coalition of the reference.
+        n: Number of reference coalitions of the required precision.
         size: Sum of squares of all attributions.
     """
     if surrogate.variance <= _EXACT * difference.variance:

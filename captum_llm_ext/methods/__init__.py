@@ -1,4 +1,4 @@
-"""Attribution methods that captum does not have, in captum's form: for models and plain tensors."""
+"""Attribution methods that captum lacks, in captum's form: for models and for plain tensors."""
 
 from captum_llm_ext.methods.feature_inclusion import FeatureInclusion
 from captum_llm_ext.methods.hierarchical_ablation import (

@@ -1,7 +1,7 @@
-"""Which plan and which solver a captum method names.
+"""Maps a captum method to a plan and a solver.
 
-Captum's classes name the estimand. How it is best estimated is decided here: enumeration where the
-coalitions are few, paired or antithetic sampling elsewhere.
+Captum's classes name the estimand. How to estimate it is decided here: by enumeration if coalitions
+are few, otherwise by paired or antithetic sampling.
 """
 
 import warnings
@@ -35,11 +35,12 @@ from captum_llm_ext.methods import (
 from captum_llm_ext.methods.partition_shap import Partition
 
 # Enumerated coalitions of random baselines are repeated in up to 8 draws, which leaves .35 of the
-# error of one, while that takes no more rows than these. Choices of what a user waits for.
+# error of one, within this number of rows. Chosen by the waiting time, not measured.
 _MAX_DRAWS, _ROWS_WORTH_REPEATING = 8, 1024
-# Of all estimators that sample; their errors at 8 and 16: benchmarks/results/estimators.json.
+# For all sampling estimators; errors at 8 and 16: benchmarks/results/estimators.json.
 _EVALUATIONS_PER_FEATURE = 16
-# What a stopping rule begins with: below it regressions are no more than guesses.
+# First round under a stopping rule: with fewer samples, regressions are no more than guesses.
+# Chosen, not measured.
 _FEWEST_PER_FEATURE, _FEWEST_ORDERS = 2, 4
 _CAPTUM_ORDERS = 25  # the default of captum's `ShapleyValueSampling`
 _TWO_DRAWS = "2 `n_draws`"
@@ -52,20 +53,20 @@ class Estimator:
     """How the coalitions of one attribution are planned and solved.
 
     Attributes:
-        name: For people and provenance.
+        name: A name for messages and provenance.
         plan: One round of coalitions from a generator.
         solve: Attributions from the coalitions of all rounds and their values.
-        estimate: Whether the answer is sampled, so that more rounds make it better.
-        tells_error: Whether standard errors come with it.
-        adaptive: In place of `plan` where the values decide what is scored next.
-        options: What `solve` was given beside, as numbers and text.
-        needs: What would tell errors, where there are none for want of it.
-        usual: Coalitions that it plans by default, where nobody says when to stop.
-        few: Given a number, what estimates the same from about so many coalitions, of a game that
-            varies little. None where attributions are not linear in the values, or take all
-            coalitions.
-        is_additive: Whether attributions of a sum of values are the sum of theirs, up to what is
-            estimated.
+        estimate: Whether the answer is sampled, so that more rounds improve it.
+        tells_error: Whether it gives standard errors.
+        adaptive: Replaces `plan` if the values decide what is scored next.
+        options: Further settings of `solve`, as JSON values.
+        needs: What would make standard errors available, if they are not.
+        usual: Default number of coalitions without a stopping rule.
+        few: Maps a number of coalitions to an estimator of the same estimand with about that many,
+            for games of low variance. None if attributions are not linear in the values, or need
+            all coalitions.
+        is_additive: Whether attributions of a sum of values are the sum of their attributions, up
+            to sampling error.
     """
 
     name: str
@@ -83,15 +84,15 @@ class Estimator:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user allows an estimator to spend.
+    """Limits that the user sets for an estimator.
 
     Attributes:
         n_samples: As in captum: evaluations for `KernelShap` and `Lime`, orders for
             `ShapleyValueSampling`. None: the estimator's own choice.
         n_draws: Draws of the baseline for methods that do not sample coalitions.
-        max_exact_features: Up to how many features all coalitions are enumerated.
-        grows: Whether a stopping rule decides how much is scored: what nobody said is then the
-            least that tells errors.
+        max_exact_features: Maximum number of features for which all coalitions are enumerated.
+        grows: Whether a stopping rule decides how much is scored: defaults are then the fewest
+            samples that give standard errors.
     """
 
     n_samples: int | None = None
@@ -111,8 +112,8 @@ class Budget:
 def is_known(method: PerturbationAttribution) -> bool:
     """Whether the package plans and solves the method itself.
 
-    Subclasses of the known classes, and a `Lime` with a kernel or model of the user's own, mean
-    something else and are driven through their own ``attribute``.
+    Subclasses of the known classes, and a `Lime` with a custom kernel or model, have another
+    estimand and run through their own ``attribute``.
     """
     if type(method) is Lime and _compat.lime_settings(method) is None:
         return False
@@ -133,21 +134,21 @@ def estimator(
 
     Args:
         method: One that `is_known`.
-        n_features: Features that are switched.
-        budget: What may be spent.
-        deterministic: Whether a coalition renders the same every time. If not, methods that
-            enumerate repeat with fresh draws while that is cheap (at most 8 times).
-        tree: The nesting of all features for `PartitionShap`, of the prompt's for
+        n_features: Number of players.
+        budget: The user's limits.
+        deterministic: Whether a coalition renders the same every time. If not, enumerating methods
+            are repeated with fresh draws, at most 8 times, while that is cheap.
+        tree: The hierarchy of all features for `PartitionShap`, of the prompt's for
             `HierarchicalAblation`.
         held: Columns that some target requires.
-        num_trials: How often its coalitions are planned anew.
+        num_trials: Number of independent plans.
 
     Raises:
-        ValueError: If the budget names something that the method would ignore.
+        ValueError: If a limit would have no effect on the method.
 
     Warns:
-        UserWarning: If the budget is below two evaluations per feature, or tells no standard
-            errors, or exact values were asked for and can only be estimated.
+        UserWarning: If the budget is below two evaluations per feature, or gives no standard
+            errors, or exact values were requested but can only be estimated.
     """
     task = _Task(method, n_features, budget, deterministic, tree, held, num_trials)
     found = _ESTIMATORS[type(method)](task)
@@ -174,42 +175,42 @@ class _Task:
 
     @property
     def usual(self) -> int:
-        """Evaluations asked for, or the default."""
+        """Evaluations requested, or the default."""
         return self.budget.n_samples or _EVALUATIONS_PER_FEATURE * self.n_features
 
     @property
     def evaluations(self) -> int:
-        """Those of one round."""
+        """Evaluations of one round."""
         return min(_FEWEST_PER_FEATURE * self.n_features, self.usual) if self.grows else self.usual
 
     @property
     def grows(self) -> bool:
-        """Whether rounds are as small as can be."""
+        """Whether rounds are as small as possible."""
         return self.budget.grows and self.budget.n_samples is None and self.budget.n_draws is None
 
     def usual_draws(self, n_coalitions: int) -> int:
-        """Default number of draws of so many coalitions."""
+        """Default number of draws for `n_coalitions` coalitions."""
         if self.deterministic:
             return 1
         most = _ROWS_WORTH_REPEATING // max(1, n_coalitions)
         return self.budget.n_draws or max(2, min(_MAX_DRAWS, most))
 
     def n_draws(self, n_coalitions: int) -> int:
-        """Number of draws of so many coalitions in one round."""
+        """Number of draws per round for `n_coalitions` coalitions."""
         usual = self.usual_draws(n_coalitions)
         return min(2, usual) if self.grows else usual
 
     def refuse_n_samples(self, method: str) -> None:
-        """Raises a ValueError if `n_samples` was given to a method that is repeated otherwise."""
+        """Raises a ValueError if `n_samples` was given to a method without it."""
         _refuse(self.budget.n_samples is not None, "n_samples", method, "n_draws")
 
     def refuse_n_draws(self, method: str) -> None:
-        """Raises a ValueError if `n_draws` was given to a method that is repeated otherwise."""
+        """Raises a ValueError if `n_draws` was given to a method without it."""
         _refuse(self.budget.n_draws is not None, "n_draws", method, "n_samples")
 
 
 def _leave_one_out(task: _Task) -> Estimator:
-    if task.budget.n_samples is not None:  # captum takes it, and goes by nothing
+    if task.budget.n_samples is not None:  # accepted by captum, without effect
         warnings.warn(
             "`n_samples` has no meaning for FeatureAblation and is ignored (`n_draws` is what "
             "repeats it).",
@@ -229,8 +230,8 @@ def _one_at_a_time(
     name: str, planner: Callable[..., Plan], solve: Solver, task: _Task
 ) -> Estimator:
     n_draws = task.n_draws(task.n_features)
-    # Rows of one draw differ in nothing but the feature left out or in; a single draw of a random
-    # baseline, though, is no exact answer, which the solver is told by unequal draws.
+    # Rows of one draw differ only in the feature left out or in. A single draw of a random baseline
+    # is not exact, though, which unequal draw numbers tell the solver.
     common = task.deterministic or n_draws > 1
     plan = planner(task.n_features, n_draws=n_draws, common_draw=common)
     usual = task.usual_draws(task.n_features) * task.n_features
@@ -240,7 +241,7 @@ def _one_at_a_time(
     twice = planner(task.n_features, n_draws=2, common_draw=True)
 
     def few(n: int) -> Estimator:
-        del n  # two draws are the fewest that tell errors
+        del n  # two draws are the fewest that give errors
         return replace(found, plan=partial(_planned, twice))
 
     return replace(found, few=few)
@@ -268,7 +269,7 @@ def _few_pairs(n_features: int, n: int) -> Estimator:
 def _enumerated(
     name: str, plan: Plan, solve: Solver, task: _Task, tells_error: bool, usual: int
 ) -> Estimator:
-    """An estimator that scores the same coalitions each time; only baselines are random."""
+    """An estimator with fixed coalitions; only baselines are random."""
     return Estimator(
         name,
         lambda _: plan,
@@ -334,11 +335,11 @@ def _permutations(task: _Task) -> Estimator:
     orders = task.budget.n_samples or _CAPTUM_ORDERS
     if (exact := _exact_within(orders * task.n_features, task)) is not None:
         return exact
-    usual = orders * (task.n_features + 1)  # all walks begin and end with the same
+    usual = orders * (task.n_features + 1)  # all walks share their first and last coalition
     orders = _FEWEST_ORDERS if task.grows else orders
     evaluations = orders * task.n_features
     is_warned = _warn_budget(evaluations, task.n_features)
-    # An order and its reverse are one draw.
+    # An order and its reverse form one draw.
     tells_error = -(-orders // 2) * task.num_trials > 1
     return Estimator(
         "antithetic permutations",
@@ -353,9 +354,9 @@ def _permutations(task: _Task) -> Estimator:
 
 
 def _exact_within(evaluations: int, task: _Task) -> Estimator | None:
-    """Enumeration, where it takes no more evaluations than sampling would."""
+    """Enumeration, if it takes no more evaluations than sampling."""
     n_draws = evaluations // 2**task.n_features
-    # A single draw of a random baseline would tell no errors.
+    # A single draw of a random baseline gives no errors.
     least = 1 if task.deterministic else 2
     if task.n_features > MOST_EXACT_FEATURES or n_draws < least:
         return None
@@ -374,7 +375,7 @@ def _lime(task: _Task) -> Estimator:
     options = dict(settings)
     kernel = partial(coalitions.cosine_kernel, width=settings.pop("kernel_width"))
     solve = partial(coalitions.solve_lime, kernel=kernel, **settings)
-    # A lasso takes from each sum what it takes from one value: of no additive kind, and no error.
+    # A lasso is not additive: it shrinks every sum like a single value. It has no standard errors.
     is_sparse = settings["penalty"] == "l1"
     found = Estimator(
         "local linear model",
@@ -455,7 +456,7 @@ def _partitioned(task: _Task, n_samples: int | None) -> Partition:
     )
 
 
-# Exactly these classes: a subclass means something else.
+# Exactly these classes: a subclass has another estimand.
 _ESTIMATORS: Mapping[type[PerturbationAttribution], Callable[[_Task], Estimator]] = {
     FeatureAblation: _leave_one_out,
     FeatureInclusion: _only_one_in,
@@ -484,7 +485,7 @@ def _refuse(given: bool, name: str, method: str, instead: str) -> None:
 
 
 def _warn_budget(evaluations: int, n_features: int) -> bool:
-    """Warns of too few evaluations; whether there was reason to."""
+    """Warns of too few evaluations; returns whether it did."""
     if evaluations < 2 * n_features:
         warnings.warn(
             f"{evaluations} evaluations for {n_features} features are too few for a sound "

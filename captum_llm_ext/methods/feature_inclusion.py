@@ -1,4 +1,4 @@
-"""`FeatureInclusion`: what each feature does alone, the complement of captum's ablation."""
+"""`FeatureInclusion`: the effect of each feature alone, the complement of captum's ablation."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from captum_llm_ext.methods.tensor_game import TensorGame, Tensors
 
 
 class FeatureInclusion(PerturbationAttribution):
-    """What the model gains when one feature alone is present: ``only - empty``.
+    """The gain in value when one feature alone is present: ``only - empty``.
 
-    `FeatureAblation` finds what is necessary, and misses what two features both say; this finds
-    what suffices. Attributions need not sum to anything.
+    `FeatureAblation` finds what is necessary, and misses what two features both provide; this finds
+    what is sufficient. Attributions are not complete.
 
     Args:
-        forward_func: The model, or any forward that captum's methods take.
+        forward_func: The model, or any forward function that captum's methods accept.
     """
 
     def attribute(  # captum's arguments in captum's order  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -28,16 +28,16 @@ class FeatureInclusion(PerturbationAttribution):
         perturbations_per_eval: int = 1,
         show_progress: bool = False,
     ) -> Tensors:
-        """Inclusion of plain tensors' features.
+        """Feature inclusion for plain tensors.
 
         Args:
             inputs, baselines, target, additional_forward_args, feature_mask: As in captum's
                 `FeatureAblation`; see `TensorGame`.
-            perturbations_per_eval, show_progress: As there, over calls of the forward.
+            perturbations_per_eval, show_progress: As in captum, for calls of the forward function.
 
         Returns:
-            Attributions of the inputs' shape; where the forward returns one value for all rows,
-            their first dimension is 1.
+            Attributions of the inputs' shape; if the forward function returns one value for all
+            rows, the first dimension is 1.
         """
         game = TensorGame(
             self.forward_func,

@@ -1,4 +1,4 @@
-"""Foreign methods: captum methods of the user's own, run through their own ``attribute``."""
+"""Foreign methods: the user's own captum methods, run through their own ``attribute``."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,7 +15,8 @@ from torch import Tensor
 from captum_llm_ext.base.seeded import seeded
 from captum_llm_ext.coalitions import Plan
 
-# Rows per call of a foreign method; the scorer cuts them further where memory is short.
+# Rows per call of a foreign method; the scorer splits them if memory is short. Chosen, not
+# measured.
 _DEFAULT_BATCH = 32
 
 
@@ -25,7 +26,7 @@ class ForeignAttribution:
 
     Attributes:
         attributions: ``(n_target, n_features)``, float64.
-        plan: The coalitions it asked for.
+        plan: The coalitions it scored.
         values: ``(n_coalitions, n_target)``.
     """
 
@@ -44,23 +45,23 @@ def attribute_foreign(
     seed: int,
     arguments: Mapping[str, Any],
 ) -> ForeignAttribution:
-    """Runs a captum method with the values of coalitions as its forward.
+    """Runs a captum method with the values of coalitions as its forward function.
 
     Args:
-        method: The method; the user's object is left as it is.
+        method: The method; the user's object is not modified.
         values: Scores the coalitions of a plan, ``(n_coalitions, n_target)``.
         n_features: Columns of a coalition.
         n_target: Values per coalition.
         num_trials: Repetitions, averaged.
-        seed: Of what the method draws from torch's global generator, which is left alone.
+        seed: Seeds what the method draws from torch's global generator, whose state is restored.
         arguments: Passed to the method's ``attribute``.
 
     Returns:
         The mean attributions over the trials, and every coalition that was scored.
 
     Raises:
-        ValueError: If the method returns another number of attributions than features, or gives
-            features first.
+        ValueError: If the method returns attributions of a shape other than ``(n_outputs,
+            n_features)``.
     """
     record = _RecordingScorer(values)
     method = copy(method)
@@ -76,12 +77,12 @@ def attribute_foreign(
 
 
 def fits_one_number(method: PerturbationAttribution) -> bool:
-    """Whether a method makes a model of its own of one number per coalition."""
+    """Whether a method fits its own model to one number per coalition."""
     return isinstance(method, LimeBase)
 
 
 class _RecordingScorer:
-    """Scores perturbed tensors and remembers them as coalitions."""
+    """Scores perturbed tensors and records them as coalitions."""
 
     def __init__(self, values: Callable[[Plan], Tensor]) -> None:
         self._score, self._default_device = values, torch.get_default_device()
@@ -89,7 +90,7 @@ class _RecordingScorer:
         self.values: list[Tensor] = []
 
     def column(self, column: int | slice, perturbed: Tensor) -> Tensor:
-        """The values of one target, or of all, for rows of ones (present) and zeros."""
+        """Values of one target, or of all, for rows of ones (present) and zeros."""
         masks = (perturbed > 0.5).cpu()
         with torch.device(self._default_device):
             values = self._score(Plan(masks, torch.arange(len(masks), device="cpu")))
@@ -106,14 +107,14 @@ def _one_trial(
     seed: int,
     arguments: Mapping[str, Any],
 ) -> Tensor:
-    """Attributions of all targets; methods that fit one number are asked for each in turn."""
+    """Attributions of all targets; methods that fit one number run once per target."""
     inputs = torch.ones(1, n_features, dtype=torch.float32, device="cpu")
-    # One target at a time, but the same coalitions each time: they are scored once.
+    # One target at a time, but with the same coalitions, which are scored once.
     columns = list(range(n_target)) if fits_one_number(method) else [slice(None)]
     found: list[Tensor] = []
     for column in columns:
         method.forward_func = partial(record.column, column)
-        # What it makes belongs to its inputs, wherever the user has tensors made.
+        # New tensors belong on the inputs' device, whatever the user's default device is.
         with torch.device(inputs.device), seeded(seed):
             attributed = method.attribute(inputs, **arguments)
         if attributed.shape[-1:] != (n_features,):

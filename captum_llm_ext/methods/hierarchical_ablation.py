@@ -1,4 +1,4 @@
-"""`HierarchicalAblation`: leave-one-out that looks closer only where it matters."""
+"""`HierarchicalAblation`: leave-one-out that is refined only where it matters."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,27 +14,27 @@ from captum_llm_ext.coalitions.owen_orders import Tree, tree_of_levels
 
 
 class HierarchicalAblation(FeatureAblation):
-    """`FeatureAblation` for long contexts: words are taken out only in the parts that matter.
+    """`FeatureAblation` for long contexts: words are removed only in the parts that matter.
 
-    The parts of the input's coarsest level are taken out first, one at a time (``unit=("paragraph",
-    "sentence", "word")``); then the next finer parts of those whose loss changes the value of some
-    target token by at least `share` of the largest change found, and so on, always where most is
-    lost. With `top_k`, a part that loses no more than the `top_k`-th strongest word known of each
-    target token stays closed, too. Earlier output is always taken out feature by feature. What was
-    not opened is in `result.unresolved`; its features share evenly what is lost with the whole.
-    Features that were taken out alone have the values of `FeatureAblation`, which stays the exact
-    answer: a part in which two features cancel, or whose loss other parts make up for, is not
-    opened.
+    The parts of the input's coarsest level are removed first, one at a time (``unit=("paragraph",
+    "sentence", "word")``); then the next finer parts of those whose removal changes the value of
+    some target token by at least `share` of the largest change found, and so on, largest change
+    first. With `top_k`, a part is not refined either if it matters no more than the `top_k`
+    strongest words found so far for each target token. Earlier output is always removed feature by
+    feature. Parts that were not refined are in `result.unresolved`; their features share the part's
+    change equally. Features removed alone have the values of `FeatureAblation`, which remains the
+    exact answer: a part in which two features cancel, or for which other parts compensate, is not
+    refined.
 
-    A method of its own, as `PartitionShap` is, because it finds something else than
-    `FeatureAblation`: a result then says by its method that not all was looked at.
+    It is a separate method, like `PartitionShap`, so that the method's name in a result says that
+    not everything was examined.
 
     Args:
-        forward_func: The model, or any forward that captum's methods take. Over plain tensors,
-            which have no nesting, this is `FeatureAblation`.
-        share: From 0, where everything is opened, to 1. At 0.2, three prompts of five passages lost
-            three of their nine strongest words, at 0.05 none (`benchmarks/hierarchical.py`).
-        top_k: How many of each target token's strongest causes are wanted. None: all.
+        forward_func: The model, or any forward function that captum's methods accept. For plain
+            tensors, which have no hierarchy, this is `FeatureAblation`.
+        share: From 0, where everything is refined, to 1. At 0.2, three prompts of five passages
+            missed three of their nine strongest words, at 0.05 none (`benchmarks/hierarchical.py`).
+        top_k: Number of strongest causes wanted per target token. None: all.
 
     Raises:
         ValueError: If `share` or `top_k` is out of range.
@@ -54,7 +54,7 @@ class HierarchicalAblation(FeatureAblation):
 
     @property
     def rule(self) -> str:
-        """What is opened, in words."""
+        """The refinement rule in words."""
         wanted = "" if self.top_k is None else f", and more than its {self.top_k} strongest known"
         return (
             "a part is opened where taking it out changes a target token's value by at least "
@@ -63,10 +63,10 @@ class HierarchicalAblation(FeatureAblation):
 
 
 def tree_of_prompt(n_prompt: int, levels: Sequence[Sequence[int]]) -> Tree:
-    """The nesting of the prompt's features.
+    """The hierarchy of the prompt's features.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the prompt has no levels.
     """
     if not levels:
         raise ValueError(
@@ -80,7 +80,7 @@ def tree_of_prompt(n_prompt: int, levels: Sequence[Sequence[int]]) -> Tree:
 def adaptive_search(
     tree: Tree, n_features: int, **settings: Any
 ) -> Callable[[Callable[[Plan], Tensor], Scope], tuple[Plan, Tensor]]:
-    """`search` with everything but the game given, as `Estimator.adaptive` wants it."""
+    """`search` with all arguments but the game bound, as `Estimator.adaptive`."""
     return partial(_search, tree, n_features, settings)
 
 

@@ -1,4 +1,4 @@
-"""`LayerMethod`: captum methods over one layer's activations, and the pass that they take."""
+"""`LayerMethod`: captum methods over one layer's activations, and their forward pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
@@ -17,12 +17,12 @@ class LayerMethod(LayerAttribution, GradientAttribution, ABC):
     """One number per token, from the gradient at a layer's activations.
 
     Args:
-        forward_func: The model, or any forward that captum's methods take.
-        layer: A module whose activations are ``(batch, length, size)``. None: the embedding.
+        forward_func: The model, or any forward function that captum's methods accept.
+        layer: A module whose activations have shape ``(batch, length, size)``. None: the embedding.
     """
 
     def __init__(self, forward_func: Callable[..., Any], layer: nn.Module | None = None) -> None:
-        # None is an absent layer, which captum's annotation does not foresee.
+        # None means the embedding, which captum's annotation does not allow.
         super().__init__(forward_func, layer)  # pyright: ignore[reportArgumentType]
 
     def attribute(  # captum's arguments in captum's order  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -35,17 +35,20 @@ class LayerMethod(LayerAttribution, GradientAttribution, ABC):
         """Attributions of the tokens of plain tensors.
 
         Args:
-            inputs: Token ids ``(batch, length)``, or what else the forward takes; the batch first.
-            target: Which output, as in captum: for logits ``(batch, length, vocabulary)`` a pair
-                ``(position, token)``.
-            additional_forward_args: Passed to the forward.
-            attribute_to_layer_input: Whether the layer's input is meant, not its output.
+            inputs: Token ids ``(batch, length)``, or other inputs of the forward function, batch
+                first.
+            target: The output to explain, as in captum: for logits ``(batch, length, vocabulary)``
+                a pair ``(position, token)``.
+            additional_forward_args: Passed to the forward function.
+            attribute_to_layer_input: Whether to attribute to the layer's input instead of its
+                output.
 
         Returns:
-            One number per token: the shape of the layer's activations without the last dimension.
+            One attribution per token: the shape of the layer's activations without the last
+            dimension.
 
         Raises:
-            ValueError: If there is no layer, it does not suit, or attributions that should sum to
+            ValueError: If there is no layer, it is unsuitable, or attributions that should sum to
                 the output do not.
         """
 
@@ -68,8 +71,9 @@ class LayerMethod(LayerAttribution, GradientAttribution, ABC):
         """Attributions ``(batch, length)``.
 
         Args:
-            forward: Runs the model: the layer's activation, and the outputs that the target names.
-            device: That of the inputs.
+            forward: Runs the model; returns the layer's activation and the outputs selected by the
+                target.
+            device: The inputs' device.
         """
 
 
@@ -81,12 +85,12 @@ def _activation_and_output(
     arguments: tuple[Any, ...],
     of_input: bool,
 ) -> tuple[Tensor, Tensor]:
-    """A layer's activation and the outputs that a target names, with the graph between them.
+    """A layer's activation and the selected outputs, with the graph between them.
 
-    Without a layer: that of the embedding of token ids, or the input where it has gradients.
+    Without a layer: the embedding's activation, or the input if it is floating point.
 
     Raises:
-        ValueError: If there is no layer, it does not run, or its activation has no gradients.
+        ValueError: If there is no layer, it is not called, or its activation has no gradients.
     """
     found: list[Tensor] = []
 
@@ -102,7 +106,7 @@ def _activation_and_output(
                 "embedding, or a layer further up."
             )
         found.append(parts[0].detach().requires_grad_())
-        # Models may write into it, which no leaf allows.
+        # Models may modify it in place, which a leaf does not allow.
         new = found[0] * 1
         return (new, *parts[1:]) if isinstance(activation, tuple) else new
 

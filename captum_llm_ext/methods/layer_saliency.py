@@ -1,4 +1,4 @@
-"""`LayerSaliency`: how much a value would move if a token's embedding did."""
+"""`LayerSaliency`: the norm of a value's gradient at each token's activation."""
 
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -14,14 +14,14 @@ Norm = Literal["l2", "l1"]
 class LayerSaliency(LayerMethod):
     """The norm of a value's gradient with respect to each token's activation.
 
-    ``‖∂v/∂x_j‖`` (Simonyan et al. 2014, arXiv 1312.6034): a size without a sign, which sums to
-    nothing. A feature of several tokens has their mean. Captum's `Saliency` is for inputs that are
-    numbers, this for a layer, such as the embedding of token ids.
+    ``‖∂v/∂x_j‖`` (Simonyan et al. 2014, arXiv 1312.6034): a magnitude without a sign or
+    completeness. A feature of several tokens has their mean. Captum's `Saliency` is for numeric
+    inputs, this for a layer such as the token embedding.
 
     Args:
-        forward_func: The model, or any forward that captum's methods take.
-        layer: A module whose activations are ``(batch, length, size)``. None: the embedding.
-        norm: ``"l2"``, which does not depend on the basis of the embedding space, or ``"l1"``.
+        forward_func: The model, or any forward function that captum's methods accept.
+        layer: A module whose activations have shape ``(batch, length, size)``. None: the embedding.
+        norm: ``"l2"``, which is independent of the basis of the embedding space, or ``"l1"``.
 
     Raises:
         ValueError: If the norm is unknown.
@@ -37,7 +37,7 @@ class LayerSaliency(LayerMethod):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """Captum's: it does not."""
+        """As in captum: False."""
         return False
 
     def _attributions(

@@ -1,4 +1,4 @@
-"""`EquivalentLinearSystem`: the linear function that a model is at one text, token by token."""
+"""`EquivalentLinearSystem`: the locally linear function that a model is at one text, per token."""
 
 from collections.abc import Callable
 from typing import Any, get_args
@@ -12,31 +12,31 @@ from captum_llm_ext.model.gradients.frozen import check_sum, frozen
 
 
 class EquivalentLinearSystem(LayerMethod):
-    """What each token's embedding adds to a logit, where the model is held at what it does.
+    """The contribution of each token's embedding to a logit, with nonlinearities frozen.
 
-    Norms keep their scale, attention its weights, gates and routers what they let through. What is
-    left is linear in the embeddings, so that a logit is exactly the sum of ``⟨x_j, ∂logit/∂x_j⟩``
-    over all tokens, plus what biases and position tables add (arXiv 2505.24293). No baseline is
-    asked for. Whether the sum is the logit is checked on every call, and a model of which it is not
-    true (recurrent layers of a user's own, Gemma 3n) is refused, by the name of the layer.
+    The scales of norms, attention weights, and the outputs of gates and routers are frozen. The
+    model is then linear in the embeddings, so a logit is exactly the sum of ``⟨x_j, ∂logit/∂x_j⟩``
+    over all tokens, plus contributions of biases and position tables (arXiv 2505.24293). No
+    baseline is needed. Every call checks that the sum equals the logit; models for which it does
+    not (custom recurrent layers, Gemma 3n) raise an error that names the layer.
 
-    What opens a gate, or is looked for by attention, has no share; and the place where a token is
-    written has one, whatever stands there: where that is the comma behind a word, the word is given
-    what belongs to the place. On two languages with known causes, a rigid and a varied one, and
-    small models (``benchmarks/ground_truth.py --inside``) precision among content words was .68 and
-    .68 with punctuation in the features of words, .97 and .85 with features of its own (the logit
-    less those of words of its kind: .96 on the varied one), and 1.0 on the rigid one where the
-    model had two layers in place of three. So let punctuation stand apart (``unit="token"``, or
-    spans).
+    What opens a gate, or steers attention, gets no attribution; the position that predicts the
+    token gets some whatever its token is: if that is the comma after a word, the word gets what
+    belongs to the position. On two grammars with known causes, a rigid and a varied one, and small
+    models (``benchmarks/ground_truth.py --inside``) precision among content words was .68 and .68
+    with punctuation merged into words, .97 and .85 with punctuation as features of its own (with
+    the difference to logits of words of the same kind: .96 on the varied one), and 1.0 on the rigid
+    one for a model with two layers instead of three. So keep punctuation separate
+    (``unit="token"``, or spans).
 
     Args:
-        forward_func: The model, or any forward that captum's methods take.
-        layer: A module whose activations are ``(batch, length, size)``. None: the embedding.
-        norm: ``"l2"`` or ``"l1"``: instead of what a token adds the norm of its gradient,
-            ``‖∂logit/∂x_j‖``: how much of its embedding reaches the logit, whatever stands in it. A
-            size without a sign, which sums to nothing; a feature of several tokens has their mean.
-            On the same languages 1.0 and .98 with punctuation apart (else .87 and .93), so it is
-            the one for ranking.
+        forward_func: The model, or any forward function that captum's methods accept.
+        layer: A module whose activations have shape ``(batch, length, size)``. None: the embedding.
+        norm: ``"l2"`` or ``"l1"``: the norm of the frozen gradient, ``‖∂logit/∂x_j‖``, instead of
+            the contribution: how strongly the position influences the logit, whatever its token. A
+            magnitude without a sign or completeness; a feature of several tokens has their mean. On
+            the same grammars 1.0 and .98 with separate punctuation (otherwise .87 and .93), so
+            prefer it for ranking.
 
     Raises:
         ValueError: If the norm is unknown.
@@ -55,13 +55,13 @@ class EquivalentLinearSystem(LayerMethod):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """Captum's: it does, but for norms."""
+        """As in captum: True, except for norms."""
         return self.norm is None
 
     def _attributions(
         self, forward: Callable[[], tuple[Tensor, Tensor]], device: torch.device
     ) -> Tensor:
-        """As `LayerMethod`; with the share of biases shares sum to the output: it is checked."""
+        """As for `LayerMethod`; checks that contributions and those of biases sum to the output."""
         with frozen(device, self.forward_func) as unit:
             activation, output = forward()
         found: Any = torch.autograd.grad(output.sum(), [activation, unit], allow_unused=True)

@@ -1,4 +1,4 @@
-"""`PartitionShap`: Owen values, Shapley values that respect a nesting of the features."""
+"""`PartitionShap`: Owen values, which are Shapley values that respect a hierarchy of features."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,29 +33,29 @@ from captum_llm_ext.methods.tensor_game import Score, TensorGame, Tensors
 
 Scheme = Literal["orders", "splits"]
 Adaptive = Callable[[Score, Scope], tuple[Plan, Tensor]]
-_EVALUATIONS_PER_FEATURE = 16  # as all estimators that sample
-_MIN_ORDERS_HELD = 4  # two orders and their reverses: fewer tell no standard error
-# Draws of random baselines: as of other enumerated coalitions where all splits are made; where
-# values choose them half as many, a guess: each draw of a coalition is one split less.
+_EVALUATIONS_PER_FEATURE = 16  # as for all sampling estimators
+_MIN_ORDERS_HELD = 4  # two orders and their reverses: the fewest that give standard errors
+# Draws of random baselines: if all splits are made, as for other enumerated coalitions. If values
+# choose the splits, half as many, since each further draw costs splits: chosen, not measured.
 _MAX_DRAWS, _SPLIT_DRAWS = 8, 4
 
 
 class PartitionShap(PerturbationAttribution):
-    """Owen values: Shapley values of orders that finish each group before they begin the next.
+    """Owen values: Shapley values over orders that complete each group before the next begins.
 
-    Words of one sentence join together, sentences of one paragraph together. A group's
-    attributions sum to what the group as a whole is worth among its neighbours (Owen 1977, "Values
-    of games with a priori unions"), and a budget goes to coalitions that make sense as text.
+    Words of one sentence join together, sentences of one paragraph together. A group's attributions
+    sum to the value of the whole group among its neighbours (Owen 1977, "Values of games with a
+    priori unions"), and coalitions remain meaningful as text.
 
     Args:
-        forward_func: The model, or any forward that captum's methods take.
-        hierarchy: Nested lists of feature numbers, such as ``[[0, 1], [2, [3, 4]]]``. By default
-            the nesting of the input (``unit=("paragraph", "sentence", "word")``, turns, parts),
-            prompt and generated text apart; for plain tensors features halved again and again.
-        scheme: ``"orders"``: nested orders and their reverses, all values where these are few;
-            unbiased, with standard errors. ``"splits"``: the group that adds most is split first,
-            larger groups in halves. Good far below one evaluation per feature, where few of many
-            features matter; groups that were not split share evenly (`result.unresolved`).
+        forward_func: The model, or any forward function that captum's methods accept.
+        hierarchy: Nested lists of feature indices, such as ``[[0, 1], [2, [3, 4]]]``. Default: the
+            levels of the input (``unit=("paragraph", "sentence", "word")``, turns, parts), with
+            prompt and generated text separate; for plain tensors repeated halving.
+        scheme: ``"orders"``: nested orders and their reverses, or exact values if there are few;
+            unbiased, with standard errors. ``"splits"``: the group of the largest value is split
+            first, large groups into halves. Suitable far below one evaluation per feature, if few
+            of many features matter; features of unsplit groups share equally (`result.unresolved`).
 
     Raises:
         ValueError: If the scheme is unknown.
@@ -87,23 +87,23 @@ class PartitionShap(PerturbationAttribution):
         *,
         seed: int = 0,
     ) -> Tensors:
-        """Owen values of plain tensors, as other captum methods give theirs.
+        """Owen values for plain tensors, as by other captum methods.
 
         Args:
             inputs, baselines, target, additional_forward_args, feature_mask: As in captum's
                 `ShapleyValueSampling`; see `TensorGame`.
-            hierarchy: Nested lists of the numbers in `feature_mask`; by default the object's.
-            n_samples: Evaluations, by default 16 per feature.
-            perturbations_per_eval, show_progress: As in captum, over calls of the forward.
+            hierarchy: Nested lists of the indices in `feature_mask`; by default the object's.
+            n_samples: Number of evaluations, by default 16 per feature.
+            perturbations_per_eval, show_progress: As in captum, for calls of the forward function.
             seed: Seeds the orders. The global random state is neither read nor changed.
 
         Returns:
-            Attributions of the inputs' shape; where the forward returns one value for all rows,
-            their first dimension is 1.
+            Attributions of the inputs' shape; if the forward function returns one value for all
+            rows, the first dimension is 1.
 
         Raises:
-            ValueError: If the hierarchy does not hold every feature once, or an argument is out of
-                range.
+            ValueError: If the hierarchy does not contain every feature exactly once, or an argument
+                is out of range.
         """
         game = TensorGame(
             self.forward_func,
@@ -128,15 +128,15 @@ class Partition:
     """A plan and a solver for the Owen values of one game.
 
     Attributes:
-        name: For people and provenance.
-        tree: The nesting that is solved for.
+        name: A name for messages and provenance.
+        tree: The hierarchy.
         plan: One round of coalitions from a generator.
         solve: Attributions from the coalitions and their values.
-        adaptive: In place of `plan` where the values decide what is scored next: from a score and a
-            scope to a plan and its values.
-        is_complete: Whether nothing is sampled or left out.
-        n_orders: Of a round, where orders are sampled.
-        has_budget: Whether the budget holds as many.
+        adaptive: Replaces `plan` if the values decide what is scored next: maps a scoring function
+            and a scope to a plan and its values.
+        is_complete: Whether nothing is sampled or omitted.
+        n_orders: Orders per round, if orders are sampled.
+        has_budget: Whether the budget allows as many.
     """
 
     name: str
@@ -169,16 +169,16 @@ def partition(
     """Chooses plan and solver for Owen values within a budget.
 
     Args:
-        tree: The nesting of all features.
+        tree: The hierarchy of all features.
         n_features: Number of features.
         scheme: See `PartitionShap`.
-        n_samples: Evaluations. None: 16 per feature.
-        held: Columns that some target requires, and that walks or splits of their own hold.
-        deterministic: Whether a coalition is worth the same every time.
-        n_draws: Draws of random baselines that splits are repeated in.
+        n_samples: Number of evaluations. None: 16 per feature.
+        held: Columns that some target requires, each kept present in separate walks or splits.
+        deterministic: Whether a coalition has the same value every time.
+        n_draws: Draws of random baselines in which splits are repeated.
 
     Raises:
-        ValueError: If `n_samples` is no number of at least 1.
+        ValueError: If `n_samples` is not an integer of at least 1.
 
     Warns:
         UserWarning: If the budget is below one order and its reverse.
@@ -211,7 +211,7 @@ def partition(
 
 
 def evaluations_of_orders(n_orders: int, n_features: int, with_held: bool) -> int:
-    """The most distinct coalitions that so many orders have; all share the first and the last."""
+    """Maximum number of distinct coalitions of these orders, which share the first and the last."""
     return (n_orders * (n_features - 1) + 2) * (2 if with_held else 1)
 
 
@@ -226,15 +226,15 @@ def nesting(
     """The tree of prompt features and, beside them, generated ones.
 
     Args:
-        hierarchy: Nested numbers of the prompt's features, or of all; then the last generated
-            feature, which can cause nothing, may be among them. None: that of `levels`.
-        n_prompt: Features of the prompt; the first columns.
-        n_features: All that can be a cause.
-        levels: From coarse to fine, the part that each prompt feature is in.
-        beyond: Whether the hierarchy may hold other features after these.
+        hierarchy: Nested indices of the prompt's features, or of all, possibly including the last
+            generated feature, which can cause nothing. None: the hierarchy of `levels`.
+        n_prompt: Number of prompt features, which are the first columns.
+        n_features: Number of features that can be a cause.
+        levels: From coarse to fine, the part to which each prompt feature belongs.
+        beyond: Whether the hierarchy may contain further features after these.
 
     Raises:
-        ValueError: If it does not hold every feature once.
+        ValueError: If it does not contain every feature exactly once.
     """
     generated = tuple(range(n_prompt, n_features))
     if hierarchy is None:
@@ -247,7 +247,7 @@ def nesting(
 
 
 def _flattened(nested: object) -> Iterator[int]:
-    """All numbers in nested lists."""
+    """All indices in nested lists."""
     if isinstance(nested, list | tuple):
         for part in cast(Sequence[object], nested):
             yield from _flattened(part)
@@ -256,7 +256,7 @@ def _flattened(nested: object) -> Iterator[int]:
 
 
 def _tree(nested: Sequence[Any], features: Sequence[int]) -> Tree:
-    """The hierarchy of feature numbers as a tree of columns."""
+    """The hierarchy of feature indices as a tree of columns."""
     column = {feature: j for j, feature in enumerate(features)}
 
     def renumbered(part: Any) -> Any:
@@ -280,7 +280,7 @@ def _plan_orders(
     tree: Tree, n_features: int, held: Sequence[int], n_orders: int, generator: torch.Generator
 ) -> Plan:
     plans = [plan_nested_orders(tree, n_features, n_orders, generator=generator)]
-    # As many orders again are shared by the columns that are held.
+    # The held columns share as many further orders.
     each = min(n_orders, max(_MIN_ORDERS_HELD, n_orders // max(len(held), 1)))
     plans += [
         plan_nested_orders(tree, n_features, each, generator=generator, held=column)
@@ -290,7 +290,7 @@ def _plan_orders(
 
 
 def _concatenated(plans: Sequence[Plan]) -> Plan:
-    """Plans one after the other; equal numbers of draws stay the same draw."""
+    """Plans one after another; equal draw numbers remain the same draw."""
     return Plan(torch.cat([p.masks for p in plans]), torch.cat([p.draws for p in plans]))
 
 
@@ -306,7 +306,7 @@ def _split_best_first(
 
 
 def _n_orders(budget: int, n_features: int, with_held: bool) -> int:
-    """How many orders the budget allows: an even number, two at least."""
+    """Number of orders within the budget: even, and at least two."""
     pair = _n_rows(2, n_features, with_held)
     if budget < pair:
         warnings.warn(
@@ -315,7 +315,7 @@ def _n_orders(budget: int, n_features: int, with_held: bool) -> int:
             f"at most {max(1, budget // 2 - 1)} features.",
             stacklevel=stacklevel_of_caller(),
         )
-    # Errors are told by two pairs at least.
+    # Two pairs are the fewest that give errors.
     least = 4 if budget >= evaluations_of_orders(4, n_features, with_held) else 2
     return max(least, budget // _n_rows(1, n_features, with_held) // 2 * 2)
 

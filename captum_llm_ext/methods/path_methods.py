@@ -24,7 +24,7 @@ SUPPORTED = (
     LayerSaliency,
     EquivalentLinearSystem,
 )
-# Precision on languages with known causes: .77 / .85 with captum's 5, .88 / .93 with 32.
+# Precision on grammars with known causes: .77 / .85 with captum's 5, .88 / .93 with 32.
 _N_SAMPLES = 32
 _INSTEAD = {
     "Saliency": "`LayerSaliency(model)` is that of token ids",
@@ -39,17 +39,17 @@ _INSTEAD = {
 
 @dataclass(frozen=True)
 class Points:
-    """Points between absent and present, and what becomes of the gradients there.
+    """Points between absent and present, and how gradients there are used.
 
     Attributes:
-        name: For people and provenance.
+        name: A name for messages and provenance.
         alphas: ``(n,)``: 0 is absent, 1 is present.
-        weights: ``(n,)``, of the sum over points.
-        noise: Standard deviation of what is added to the present activations, point by point.
-        is_sampled: Whether the points are draws of equal weight, whose spread tells an error.
-        from_zero: Whether absent is the activation 0, whatever the input's baselines say.
-        multiplies: Whether gradients are multiplied by what changes along the path.
-        measure: What becomes of a token's gradient: the product with what changes, or a norm.
+        weights: Quadrature weights ``(n,)``.
+        noise: Standard deviation of the noise added to the present activations at each point.
+        is_sampled: Whether the points are samples of equal weight, which give a standard error.
+        from_zero: Whether absent means the activation 0, whatever the input's baselines.
+        multiplies: Whether gradients are multiplied by the change along the path.
+        measure: How a token's gradient becomes a number: the product with the change, or a norm.
         is_frozen: Whether the model is linearised at the text (see `model.gradients.frozen`).
         settings: For provenance.
     """
@@ -72,10 +72,10 @@ class Points:
 
 
 def check_method(method: object) -> None:
-    """Raises if the method is none of the five, or a subclass of one.
+    """Raises if the method is not one of the five, or is a subclass of one.
 
     Raises:
-        TypeError: Saying which are supported.
+        TypeError: The message lists the supported ones.
     """
     if type(method) not in SUPPORTED:
         name = type(method).__name__

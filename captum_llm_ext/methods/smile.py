@@ -1,4 +1,4 @@
-"""`Smile`: Lime whose response is how far the answer is from what it was."""
+"""`Smile`: Lime with the distance between answers as response."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn
@@ -10,37 +10,38 @@ from torch import Tensor, nn
 Distance = Callable[[str, str], float]
 Embedded = Callable[[str], Tensor]
 
-_SINKHORN_STEPS = 200  # of Sinkhorn's iteration
+_SINKHORN_STEPS = 200  # number of Sinkhorn iterations; chosen, not measured
 _INVERSE_TEMPERATURE = (
-    100.0  # largest cost over the entropy's weight: a plan is within a percent of the best
+    100.0  # largest cost over the weight of the entropy: plans are within a percent of the optimum
 )
 
 
 class Smile(PerturbationAttribution):
-    """Which features hold the whole answer in place, by how far it moves without them.
+    """Attributes the answer as a whole, by how far it changes without each feature.
 
     SMILE (Dehghani et al. 2025, arXiv 2505.21657): coalitions are drawn as for `Lime`, the model
-    *answers* each, and the distance of its answer to that of the whole prompt is what a weighted
-    linear model explains. One attribution per prompt feature, for the answer as a whole: how much
-    nearer its presence brings the answer. It needs no log-probabilities, so that it also serves
-    models that tell nothing but text.
+    *answers* each, and a weighted linear model is fitted to the distance between its answer and
+    that to the whole prompt. One attribution per prompt feature, for the answer as a whole: by how
+    much its presence reduces the distance. It needs no log-probabilities, so it also works for
+    models that return only text.
 
-    Where log-probabilities can be had it is the weakest of all methods here: an answer moves or
-    does not, and it costs a generation where others take one pass for all tokens.
+    If log-probabilities are available, it is the weakest method here: an answer either changes or
+    not, and each coalition costs a generation, where others take one forward pass for all tokens.
 
-    Samples have the weight ``sqrt(exp(-d^2 / sigma^2))``, in which ``d`` is the cosine distance of
-    their mask to that of the whole prompt: the kernel of captum's `Lime`. With a distance of 0 or 1
-    it is `Lime` on whether the answer stayed the same. The authors' code draws few perturbations by
-    leaving out words, has the distance of *prompts*, by Wasserstein's on word vectors, in the
-    weights, asks a model that samples once, and takes scikit-learn's linear regression; here absent
-    features are replaced by the input's baselines, answers are greedy unless `gen_args` says
-    otherwise, and standard errors are told.
+    Samples are weighted by ``sqrt(exp(-d^2 / sigma^2))``, where ``d`` is the cosine distance of
+    their mask to the full one: the kernel of captum's `Lime`. With a distance of 0 or 1 it is
+    `Lime` on whether the answer is unchanged. The authors' code deletes words for a few
+    perturbations, weights them by the Wasserstein distance of *prompts* on word vectors, samples
+    one answer each, and uses scikit-learn's linear regression; here absent features are replaced by
+    the input's baselines, answers are greedy unless `gen_args` says otherwise, and standard errors
+    are reported.
 
     Args:
-        forward_func: The model, or captum's placeholder of one behind an API.
-        distance: ``"tokens"``: Wasserstein's between the answers' tokens as the model embeds them;
-            ``"words"``: the same with a word's tokens averaged; or any ``(answer, other) ->
-            number``, of which greater is farther.
+        forward_func: The model, or captum's placeholder for a model behind an API.
+        distance: number``, of which greater is farther. -> ``"tokens"``: the Wasserstein distance
+            between the model's embeddings of the answers' tokens; ``"words"``: the same with the
+            tokens of a word averaged; or any callable ``(answer, other) -> number``, larger for
+            more different answers. -> number``, of which greater is farther.
         sigma: Width of the kernel.
         alpha: Strength of a ridge penalty; 0: none.
 
@@ -66,7 +67,7 @@ class Smile(PerturbationAttribution):
         self.distance, self.sigma, self.alpha = distance, sigma, alpha
 
     def attribute(self, *_: Any, **__: Any) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
-        """Tensors have no answer.
+        """Raises: tensors have no generated answer.
 
         Raises:
             TypeError: Always.
@@ -80,14 +81,14 @@ class Smile(PerturbationAttribution):
         """The distance of two answers.
 
         Args:
-            model, tokenizer: Embed tokens, for the distances that have a name.
+            model, tokenizer: Embed tokens, for the built-in distances.
 
         Returns:
-            A callable ``(answer, other) -> number``, 0 for equal texts. Those that have a name are
-            mean cosine distances, from 0 to 2.
+            A callable ``(answer, other) -> number``, 0 for equal texts. The built-in ones are mean
+            cosine distances, from 0 to 2.
 
         Raises:
-            TypeError: If such a one is wanted, and the model has no embeddings.
+            TypeError: If a built-in one is requested, and the model has no embeddings.
         """
         distance = self.distance
         if not isinstance(distance, str):
@@ -110,13 +111,13 @@ class Smile(PerturbationAttribution):
 
 
 def wasserstein(a: Tensor, b: Tensor) -> float:
-    """Wasserstein's distance of two sets of vectors, by the cosine distance of each pair.
+    """The Wasserstein distance of two sets of vectors, with cosine distances as costs.
 
-    Solved by Sinkhorn's iteration (Cuturi 2013), then made a transport plan (Altschuler et al.
-    2017, algorithm 2): within a percent above the least cost. 1 if one of them is empty.
+    Solved by Sinkhorn's iteration (Cuturi 2013), then rounded to a transport plan (Altschuler et
+    al. 2017, algorithm 2): at most a percent above the minimum. 1 if one set is empty.
 
     Args:
-        a, b: Shape ``(n, width)`` and ``(m, width)``; each vector weighs the same.
+        a, b: Shape ``(n, width)`` and ``(m, width)``; vectors have equal weight.
     """
     if not len(a) or not len(b):
         return float(len(a) != len(b))

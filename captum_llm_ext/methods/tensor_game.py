@@ -1,4 +1,4 @@
-"""A captum forward over tensors as a game: coalitions of features in, outputs out."""
+"""A captum forward function over tensors as a game: coalitions of features in, outputs out."""
 
 import sys
 from collections.abc import Callable
@@ -24,17 +24,18 @@ Score = Callable[[Plan], Tensor]
 
 
 class TensorGame:
-    """Elements of the inputs are switched between their own value and the baseline's.
+    """Switches elements of the inputs between their own value and the baseline's.
 
     Args:
-        forward: As captum's methods take it: returns ``(batch, …)``, or one value for all rows.
+        forward: A forward function as in captum: returns ``(batch, …)``, or one value for all rows.
         inputs: One tensor or a tuple, the batch first.
         baselines: A number or a tensor, or a tuple of them. None: 0.
-        target: Which output, as in captum.
+        target: The output to explain, as in captum.
         additional_forward_args: As in captum.
-        feature_mask: Elements with equal numbers are one feature. None: every element is one.
-        perturbations_per_eval: Coalitions per call of the forward.
-        show_progress: Whether a bar over the calls is shown.
+        feature_mask: Elements with equal numbers form one feature. None: every element is a
+            feature.
+        perturbations_per_eval: Coalitions per call of the forward function.
+        show_progress: Whether to show a bar over the calls.
 
     Attributes:
         features: The numbers of `feature_mask`, ascending: column j of masks is the j-th.
@@ -84,12 +85,14 @@ class TensorGame:
         """Attributions to every element of the inputs.
 
         Args:
-            run: Given what scores a plan, and what each output sees: a plan and its values.
-            solve: Attributions from that plan, behind its anchors, and the values of both.
+            run: Takes a scoring function and the scope of each output; returns a plan and its
+                values.
+            solve: Attributions from the anchors followed by that plan, and the values of both.
 
         Returns:
-            One tensor or a tuple as the inputs are: the inputs' shapes where the forward gives a
-            value per row, as in captum; otherwise the shape of its output in place of the batch.
+            One tensor or a tuple, as the inputs. Shapes are the inputs' if the forward function
+            returns one value per row, as in captum; otherwise the shape of its output replaces the
+            batch.
         """
         anchors = plan_anchors(len(self.features))
         ends = self.values(anchors)
@@ -133,7 +136,7 @@ class TensorGame:
         return per_row.gather(2, index).reshape(shape)
 
     def _run(self, masks: Tensor) -> Tensor:
-        """The forward's output for coalitions ``(n, n_features)``, one batch after the other."""
+        """The forward function's output for coalitions ``(n, n_features)``, batch by batch."""
         n = len(masks)
         inputs = tuple(
             torch.where(masks[:, columns].to(x.device), x, baseline).flatten(0, 1)
@@ -168,6 +171,6 @@ class TensorGame:
     def _with_progress(self, batches: range) -> Any:
         if not self._show_progress:
             return batches
-        from tqdm.auto import tqdm  # captum brings it
+        from tqdm.auto import tqdm  # a dependency of captum
 
         return tqdm(batches, desc="forward calls", file=sys.stderr)
