@@ -1,7 +1,6 @@
 """Attribution of generated text, as an extension of captum.
 
-Every token that a language model writes is attributed to the prompt and to the tokens written
-before it::
+Attributes every token that a language model generates to the prompt and to the tokens before it::
 
     from captum.attr import ShapleyValueSampling
     from captum_llm_ext import CorpusBaselines, GenerationAttribution, TextSegmentInput
@@ -138,8 +137,8 @@ __all__ = [
     "measure_faithfulness",
 ]
 
-# Names are imported when they are first asked for: torch takes seconds, in which the command line
-# would otherwise meet Ctrl-C with a traceback.
+# Names are imported on first access: torch takes seconds to import, during which Ctrl-C would end
+# the command line with a traceback.
 _NAMES = {
     "attribution.attention": "AttentionRollout AttentionWeights GenerationAttentionAttribution",
     "attribution.counterfactual": "Counterfactual CounterfactualSearch Flip",

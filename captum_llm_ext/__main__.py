@@ -1,4 +1,4 @@
-"""``python -m captum_llm_ext``, and where ``captum-llm-ext`` begins: see `captum_llm_ext.cli`."""
+"""``python -m captum_llm_ext``, also run by ``captum-llm-ext``: see `captum_llm_ext.cli`."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; `captum_llm_ext.cli.main` tells more.
+    """Runs a command; see `captum_llm_ext.cli.main`.
 
     Args:
         argv: Arguments; by default those of the process.
@@ -20,13 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status.
     """
-    is_main = threading.current_thread() is threading.main_thread()  # others set no handlers
+    # Only the main thread can set handlers.
+    is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         from captum_llm_ext.cli import main as run
 
         return run(argv)
-    # Torch takes seconds to import. An exception in the midst of that may get lost or come with a
-    # traceback, and there is nothing yet to clean up.
+    # Torch takes seconds to import. An exception within an import may get lost or print a
+    # traceback, and there is nothing to clean up yet.
     signal.signal(signal.SIGINT, _stop)
     try:
         from captum_llm_ext.cli import main as run

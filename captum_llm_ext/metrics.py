@@ -1,6 +1,6 @@
-"""How faithful attributions are to the model: metrics that take features away and look.
+"""Faithfulness metrics: how the model's values change as features are removed.
 
-The path that is documented; it lives in `captum_llm_ext.evaluation.faithfulness`.
+This is the documented import path; the code is in `captum_llm_ext.evaluation.faithfulness`.
 """
 
 from captum_llm_ext.evaluation.faithfulness import *  # noqa: F403

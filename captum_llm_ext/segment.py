@@ -1,6 +1,6 @@
-"""Where the features of a text begin and end.
+"""Segmenters: where the features of a text begin and end.
 
-The path that is documented; it lives in `captum_llm_ext.text.segment`.
+This is the documented import path; the code is in `captum_llm_ext.text.segment`.
 """
 
 from captum_llm_ext.text.segment import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Every line that depends on a version of captum, transformers or accelerate."""
+"""Everything that depends on a version of captum, transformers or accelerate."""
 
 from captum_llm_ext._compat.attention import (
     additive_mask,

@@ -34,22 +34,22 @@ def attention_of(
     mask: Callable[..., Any],
     instead_of: Collection[str],
 ) -> Generator[None]:
-    """Uses another attention and mask function in forward passes of this thread.
+    """Uses other attention and mask functions in forward passes of this thread.
 
-    Its configuration stays as it is: what this thread reads of it is another name. Everything is
-    put back, come what may.
+    The configuration is unchanged; only this thread reads another name from it. Everything is
+    restored in any case.
 
     Args:
         model: The model.
-        name: What the functions are registered as meanwhile, with a number of its own.
+        name: Name under which the functions are registered meanwhile, with a unique number.
         attention, mask: For `AttentionInterface` and `AttentionMaskInterface`.
         instead_of: Names of the implementations that may be replaced.
 
     Raises:
-        NotImplementedError: If the model's attention is another one, or it is compiled: what was
-            compiled for one attention would not notice the other.
+        NotImplementedError: If the model has another attention, or is compiled, since compiled code
+            would ignore the change.
     """
-    # transformers 5.23 (2026): a plain set goes through checks that know their own names only.
+    # transformers 5.23 (2026): assigning a plain name is checked against known names only.
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
 
@@ -64,7 +64,7 @@ def attention_of(
     registries: list[dict[str, Any]] = [
         cast(Any, registry)._global_mapping for registry in (ATTENTIONS, MASKS)
     ]
-    name = f"{name}_{next(_numbers)}"  # there may be another model in another thread
+    name = f"{name}_{next(_numbers)}"  # another thread may use another model
     own = [config for config, implementation in before if implementation is not None]
     try:
         for registry, function in zip(registries, (attention, mask), strict=True):
@@ -77,7 +77,7 @@ def attention_of(
 
 
 class _Here(threading.local):
-    """Names of attention implementations that this thread sees, by a configuration's id.
+    """Names of attention implementations seen by this thread, by a configuration's id.
 
     The latest come last.
     """
@@ -89,7 +89,7 @@ class _Here(threading.local):
 _here = _Here()
 _numbers = itertools.count()
 _properties = threading.Lock()
-_n_readers = Counter[type]()  # of the property of each class
+_n_readers = Counter[type]()  # users of each class's property
 
 
 @contextmanager
@@ -97,10 +97,10 @@ def _read_here_as(names: dict[int, str], kinds: Collection[type]) -> Generator[N
     """Overrides the attention implementation of some configurations, in this thread.
 
     transformers 5.23 (2026): everything reads `_attn_implementation`, a property, which some
-    configurations have of their own.
+    configuration classes override.
 
     Args:
-        names: What is read, by the configuration's id.
+        names: Implementation names by the configuration's id.
         kinds: The classes of the configurations.
     """
     owners = {next(base for base in kind.__mro__ if _FIELD in vars(base)) for kind in kinds}

@@ -1,4 +1,4 @@
-"""Which rows may share a batch, and how much memory there is."""
+"""Which rows may share a batch, and free memory."""
 
 from typing import Any, cast
 
@@ -8,10 +8,10 @@ from captum_llm_ext._compat.model import text_config
 
 
 def why_not_batched(model: nn.Module) -> str | None:
-    """The reason why rows must not share a batch; None where none is known.
+    """The reason why rows must not share a batch; None if none is known.
 
-    transformers 5.23 (2026): LLM.int8 looks for outliers in all rows of a batch, which a short
-    comparison may not meet.
+    transformers 5.23 (2026): LLM.int8 searches outliers in all rows of a batch, which a short
+    comparison may not contain.
     """
     settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(settings, dict):
@@ -22,10 +22,10 @@ def why_not_batched(model: nn.Module) -> str | None:
 
 
 def fixed_positions(model: nn.Module) -> int | None:
-    """The length beyond which rows of unequal length must not share a batch; None: none is known.
+    """The length beyond which rows of unequal length must not share a batch, or None.
 
-    transformers 5.23 (2026): the rope types "dynamic" and "longrope" choose their frequencies by
-    the longest row of a batch, for all that is in it.
+    transformers 5.23 (2026): the rope types "dynamic" and "longrope" choose frequencies by the
+    longest row of a batch, for all rows.
     """
     config = text_config(model)
     rope: Any = getattr(config, "rope_parameters", None) or {}
@@ -40,18 +40,18 @@ def fixed_positions(model: nn.Module) -> int | None:
 
 
 def used_memory() -> int | None:
-    """Bytes of main memory that this process uses; None where unknown."""
+    """Bytes of main memory used by this process; None if unknown."""
     try:
-        import psutil  # accelerate 1.x brings it
+        import psutil  # a dependency of accelerate 1.x
     except ImportError:
         return None
     return int(psutil.Process().memory_info().rss)
 
 
 def free_memory() -> int | None:
-    """Free bytes of main memory; None where unknown."""
+    """Free bytes of main memory; None if unknown."""
     try:
-        import psutil  # accelerate 1.x brings it
+        import psutil  # a dependency of accelerate 1.x
     except ImportError:
         return None
     return int(psutil.virtual_memory().available)

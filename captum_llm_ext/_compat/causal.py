@@ -1,4 +1,4 @@
-"""Whether a model is a causal language model, as far as its class says."""
+"""Whether a model is a causal language model, as far as its class shows."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ ADVICE = "give a causal language model, such as one from `AutoModelForCausalLM`.
 
 
 def check_causal(model: Any) -> None:
-    """Raises if a model is known to be no causal language model; others are probed when run.
+    """Raises if a model is known not to be a causal language model; others are probed when run.
 
     Raises:
-        TypeError: If `model` is no module, is wrapped for training or without weights, or is an
-            encoder-decoder, a model for masked words, or one without a language head.
+        TypeError: If `model` is not a module, is wrapped for training or without weights, or is an
+            encoder-decoder, a masked language model, or one without a language head.
     """
     name = type(model).__name__
     if not isinstance(model, nn.Module):
@@ -32,7 +32,7 @@ def check_causal(model: Any) -> None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TypeError(f"{name} is an encoder-decoder model, which is not supported: {ADVICE}")
     _check_head(model)
-    # accelerate 1.x: what is offloaded is on "meta" as well, until its hook brings it.
+    # accelerate 1.x: offloaded weights are on "meta" as well, until its hook loads them.
     is_empty = any(p.device.type == "meta" for p in model.parameters())
     if is_empty and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise TypeError(
@@ -44,12 +44,12 @@ def check_causal(model: Any) -> None:
 def _check_head(model: nn.Module) -> None:
     """Raises for models of transformers without a next-token head."""
     inner = uncompiled(model)
-    # peft's wrappers, and others that hold one module alone.
+    # peft's wrappers, and others with a single module.
     while not is_transformers_object(inner) and len(held := [*inner.children()]) == 1:
         inner = held[0]
     if not is_transformers_object(inner):
         return
-    # transformers 5.23 (2026): plain dicts from a model's type to names of classes.
+    # transformers 5.23 (2026): plain dicts from a model type to names of classes.
     from transformers.models.auto import modeling_auto
 
     auto: Any = modeling_auto
@@ -82,7 +82,7 @@ def is_masked(model: nn.Module) -> bool:
     names: Any = modeling_auto
     name = type(inner).__name__
     is_listed = name in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
-    # Some of those are listed as causal models, too, and are those by their configuration.
+    # Some of those are also listed as causal models, and are so by their configuration.
     return name.endswith("ForMaskedLM") or (
         is_listed and name not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     )
@@ -93,6 +93,6 @@ def _tuple(names: Any) -> tuple[str, ...]:
 
 
 def language_part(model: nn.Module) -> str | None:
-    """The attribute of a model that holds its text-generating part; None if there is none."""
+    """The attribute of a model with its text-generating part; None if there is none."""
     parts = (n for n, child in model.named_children() if callable(getattr(child, "generate", None)))
     return next((f"model.{name}" for name in parts), None)

@@ -16,8 +16,8 @@ def kept_logits(model: nn.Module) -> str | None:
     """How the forward computes logits of some positions only (`logits_to_keep`).
 
     Returns:
-        ``"positions"`` (one row of positions per sequence), ``"count"`` (the last so many), or
-        None (all logits always).
+        ``"positions"`` (one row of positions per sequence), ``"count"`` (a number of last ones), or
+        None (always all logits).
     """
     if "logits_to_keep" not in forward_arguments(model):
         return None
@@ -45,12 +45,12 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
-    """Names that the model's forward takes explicitly."""
+    """Names of the forward's explicit arguments."""
     return frozenset(_signature(model))
 
 
 def uncached(model: nn.Module) -> dict[str, Any]:
-    """Arguments that switch the model's cache off."""
+    """Arguments that disable the model's cache."""
     return {"use_cache": False} if "use_cache" in forward_arguments(model) else {}
 
 
@@ -58,8 +58,9 @@ def keeping_logits(kept: str | None, at: Tensor, ids: Tensor) -> dict[str, Any]:
     """Arguments with which a forward computes logits of some positions only.
 
     Args:
-        kept: As `kept_logits` says.
-        at: The places, ``(batch, n)``. With ``"count"`` it gives those of all from the first on.
+        kept: As returned by `kept_logits`.
+        at: The positions, ``(batch, n)``. With ``"count"``, logits of all positions from the first
+            one on are returned.
         ids: Its token ids ``(batch, length)``.
     """
     if kept == "positions":
@@ -74,7 +75,7 @@ def _signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def called(model: nn.Module, ids: Tensor, **arguments: Any) -> Any:
-    """The model's output for ids ``(batch, length)``, whatever its first argument is called."""
+    """The model's output for ids ``(batch, length)``, whatever its first argument is named."""
     parameters = _signature(model)
     kinds = {parameter.kind for parameter in parameters.values()}
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -84,12 +85,12 @@ def called(model: nn.Module, ids: Tensor, **arguments: Any) -> Any:
 
 
 def sequence_logits(output: Any) -> Tensor:
-    """The logits ``(batch, length, vocabulary)`` of a model's output.
+    """The logits ``(batch, length, vocabulary)`` in a model's output.
 
-    They are its ``logits``, the output itself where that is a tensor, or the first of a tuple.
+    These are its ``logits``, the output itself if it is a tensor, or the first of a tuple.
 
     Raises:
-        TypeError: If the output holds no such tensor.
+        TypeError: If the output contains no such tensor.
     """
     logits = output
     if not isinstance(output, Tensor):

@@ -1,4 +1,4 @@
-"""What a model generates by."""
+"""Generation settings of models."""
 
 from typing import Any, cast
 
@@ -14,9 +14,9 @@ def is_generation_config(thing: object) -> bool:
 
 
 def generation_settings(config: Any) -> dict[str, Any]:
-    """What a generation configuration says; None says nothing.
+    """The given settings of a generation configuration, without None.
 
-    transformers 5.0 (2025): fields that were not given are None. Before, they held defaults.
+    transformers 5.0 (2025): fields that were not given are None. Before, they had defaults.
     """
     if config is None:
         return {}
@@ -26,7 +26,7 @@ def generation_settings(config: Any) -> dict[str, Any]:
 
 
 def defaults_for_sampling() -> dict[str, Any]:
-    """What generation chooses at random by, where nobody says anything.
+    """Values of sampling settings if nothing is given.
 
     transformers 5.23 (2026) has no public name for them.
     """
@@ -37,17 +37,17 @@ def defaults_for_sampling() -> dict[str, Any]:
 
 
 def arguments_for_generate(model: nn.Module) -> dict[str, Any]:
-    """What keeps ``generate`` from warnings, and from waiting for processes that do not call it."""
+    """Arguments that keep ``generate`` from warnings, and from waiting for other processes."""
     arguments = _padding_for_generate(model)
     if model_ranks(model):
-        # transformers 5.23 (2026) asks all processes there are whether they are through, where
-        # copies of a model are sharded. Those of one copy draw the same, and end together.
+        # transformers 5.23 (2026) synchronises with all processes if copies of a model are sharded.
+        # Those of one copy draw the same, and end together.
         arguments["synced_gpus"] = False
     return arguments
 
 
 def generates_by_row(model: nn.Module) -> bool:
-    """Whether ``generate`` is transformers' own, which fills up rows of a batch that end early."""
+    """Whether ``generate`` is transformers' own, which pads rows of a batch that end early."""
     own = getattr(type(model), "generate", None)
     return getattr(own, "__module__", "").startswith("transformers.") and not is_compiled(model)
 
@@ -62,7 +62,7 @@ def _padding_for_generate(model: nn.Module) -> dict[str, Any]:
 
 
 def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens with which a model ends what it writes, as it or its tokenizer says."""
+    """The end tokens of a model, from it or its tokenizer."""
     for owner in (getattr(model, "generation_config", None), tokenizer):
         ends = getattr(owner, "eos_token_id", None)
         if ends is not None:

@@ -26,8 +26,8 @@ def model_source(model: Any) -> tuple[str | None, str | None]:
     """Repository or folder of a transformers model, with its revision.
 
     Returns:
-        Its name, of a local folder the last part; and the revision (commit) of the repository
-        that it was loaded from. None for what is not known.
+        Its name (for a local folder the last part), and the revision (commit) of its repository;
+        None if unknown.
     """
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
@@ -35,7 +35,7 @@ def model_source(model: Any) -> tuple[str | None, str | None]:
         return None, None
     if Path(name).exists():
         return Path(name).resolve().name, None
-    # transformers 5.3 kept the commit; 5.23 (2026) does not: then only the cache tells it.
+    # transformers 5.3 kept the commit; 5.23 (2026) does not: only the cache has it.
     revision = getattr(config, "_commit_hash", None) or _only_revision(name)
     return name, revision
 
@@ -44,8 +44,8 @@ def note_revision(model: Any, revision: str) -> None:
     """Records the commit that a model was loaded from, for `model_source`.
 
     Args:
-        model: One that was just loaded from a repository; nothing is noted of a folder.
-        revision: The branch, tag or commit that was asked for.
+        model: A model just loaded from a repository; folders are ignored.
+        revision: The requested branch, tag or commit.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -53,7 +53,7 @@ def note_revision(model: Any, revision: str) -> None:
     name = getattr(config, "_name_or_path", None)
     if config is None or not isinstance(name, str) or Path(name).exists():
         return
-    # transformers 5.23 (2026) forgets the commit; the cache has it in the path of every file.
+    # transformers 5.23 (2026) drops the commit; the cache has it in the path of every file.
     found = try_to_load_from_cache(name, "config.json", revision=revision)
     config._commit_hash = Path(found).parent.name if isinstance(found, str) else revision
 
@@ -72,12 +72,12 @@ def model_description(model: nn.Module) -> str:
     dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), None)
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    # How it is stored, loaded or run is no part of what it is.
+    # How it is stored, loaded or run does not matter.
     moving = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
     kept = {k: v for k, v in settings.items() if k not in moving and "distributed" not in k}
     content = repr([(name, kept[name]) for name in sorted(kept)])
     digest = blake2b(content.encode(), digest_size=4).hexdigest()
-    # torch 2.13 (2026): fully_shard puts a class FSDPLlama… in the place of the model's own.
+    # torch 2.13 (2026): fully_shard replaces the model's class by one named FSDPLlama….
     mine = (c for c in type(uncompiled(model)).__mro__ if not _is_wrapped(c))
     return f"{next(mine).__name__} {dtype} {digest}"
 
@@ -89,7 +89,7 @@ def _is_wrapped(cls: type) -> bool:
 def readable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules, each while its weights are on a readable device.
 
-    accelerate 1.x: what is offloaded is "meta", and its hook brings it for the time of a pass.
+    accelerate 1.x: offloaded weights are on "meta", and its hook loads them for a pass.
     """
     from accelerate.utils import align_module_device
 

@@ -13,12 +13,12 @@ def embeddings(model: nn.Module, method: str) -> Any:
     find = getattr(model, method, None)
     try:
         return find() if callable(find) else None
-    except NotImplementedError:  # transformers 5.23 (2026): classes that do not say where it is
+    except NotImplementedError:  # transformers 5.23 (2026): classes without a known location
         return None
 
 
 def output_layer(model: nn.Module) -> nn.Linear | None:
-    """The LM head, where it is a plain linear layer on a CPU."""
+    """The LM head, if it is a plain linear layer on a CPU."""
     layer = None if is_compiled(model) else embeddings(model, "get_output_embeddings")
     if type(layer) is not nn.Linear:
         return None
@@ -27,7 +27,7 @@ def output_layer(model: nn.Module) -> nn.Linear | None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module] | None:
-    """The decoder layers in order, where they can be found."""
+    """The decoder layers in order, if they can be found."""
     if is_compiled(model) or model_ranks(model):
         return None
     n = number_of_layers(model)
@@ -37,6 +37,6 @@ def decoder_layers(model: nn.Module) -> list[nn.Module] | None:
 
 
 def outer_layers(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The first and the last decoder layer, where they can be found."""
+    """The first and the last decoder layer, if they can be found."""
     layers = decoder_layers(model)
     return None if layers is None else (layers[0], layers[-1])

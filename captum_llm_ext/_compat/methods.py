@@ -1,4 +1,4 @@
-"""Captum's methods: settings that it has no public names for."""
+"""Captum's methods: settings without public names."""
 
 import inspect
 from typing import Any
@@ -7,10 +7,10 @@ from captum.attr import Lime
 
 
 def lime_settings(method: Lime) -> dict[str, Any] | None:
-    """Penalty, its weight and the kernel's width of a `Lime`, or None if it is no standard one.
+    """Penalty, its weight and the kernel's width of a `Lime`, or None if it is not standard.
 
-    captum 0.9 (2026) keeps them in the construction arguments of its scikit-learn wrappers and in
-    the closure of its kernel; none of scikit-learn is needed to read them.
+    captum 0.9 (2026) keeps them in the constructor arguments of its scikit-learn wrappers and in
+    the closure of its kernel; scikit-learn is not needed to read them.
     """
     standard = Lime(method.forward_func)
     penalties = {"SkLearnLasso": "l1", "SkLearnRidge": "l2", "SkLearnLinearRegression": None}
@@ -34,7 +34,7 @@ def lime_settings(method: Lime) -> dict[str, Any] | None:
 
 
 def integration_rules() -> tuple[str, ...]:
-    """Names of the rules by which captum integrates."""
+    """Names of captum's integration rules."""
     from captum.attr._utils import approximation_methods
 
     return tuple(approximation_methods.SUPPORTED_METHODS)
@@ -43,7 +43,7 @@ def integration_rules() -> tuple[str, ...]:
 def integration_points(rule: str, n_steps: int) -> tuple[list[float], list[float]]:
     """Points in [0, 1] and weights of one of captum's quadrature rules.
 
-    captum 0.9 (2026): `approximation_parameters` is no public name.
+    captum 0.9 (2026): `approximation_parameters` is not public.
     """
     from captum.attr._utils.approximation_methods import approximation_parameters
 
@@ -54,7 +54,7 @@ def integration_points(rule: str, n_steps: int) -> tuple[list[float], list[float
 def selected(output: Any, target: Any) -> Any:
     """The outputs that captum's `target` argument selects.
 
-    captum 0.9 (2026): `_select_targets` is no public name.
+    captum 0.9 (2026): `_select_targets` is not public.
     """
     from captum._utils.common import _select_targets  # pyright: ignore[reportPrivateUsage]
 

@@ -13,7 +13,7 @@ from torch import nn
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model without the wrapper of torch.compile.
 
-    torch 2.13 (2026): what was compiled before does not notice hooks that come later.
+    torch 2.13 (2026): compiled code ignores hooks added later.
     """
     return getattr(model, "_orig_mod", model)
 
@@ -27,16 +27,16 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 _lock = threading.Lock()
-# What puts torch back, and for how many passes it compiles nothing.
+# torch's previous stance, and the number of passes in which nothing is compiled.
 _eager: list[Any] = []
 _n_eager = 0
 
 
 @contextmanager
 def uncompiled_passes(model: nn.Module) -> Generator[None]:
-    """A compiled model runs its own code meanwhile, as plain passes of other threads do.
+    """Runs a compiled model's original code meanwhile, also in passes of other threads.
 
-    torch 2.13 (2026): the stance is that of all threads.
+    torch 2.13 (2026): the stance is global to all threads.
     """
     global _n_eager
     if not is_compiled(model):
@@ -58,7 +58,8 @@ def uncompiled_passes(model: nn.Module) -> Generator[None]:
 def runs_past_modes(model: nn.Module) -> bool:
     """Whether torch runs some of the model where no torch dispatch mode sees it.
 
-    torch 2.13 (2026): under a mode flex attention is not compiled, holds all scores, and warns.
+    torch 2.13 (2026): under a mode, flex attention is not compiled, materialises all scores, and
+    warns.
     """
     config: Any = getattr(model, "config", None)
     return is_compiled(model) or getattr(config, "_attn_implementation", "") == "flex_attention"
@@ -66,7 +67,7 @@ def runs_past_modes(model: nn.Module) -> bool:
 
 def is_transformers(model: nn.Module) -> bool:
     """Whether the model's forward is one of transformers."""
-    # What torch has traced or scripted has a forward of no module, or its class tells of none.
+    # Traced or scripted models have no module's forward, or a class without one.
     forward = inspect.getattr_static(type(uncompiled(model)), "forward", None)
     return (getattr(forward, "__module__", None) or "").startswith("transformers.")
 
@@ -81,7 +82,7 @@ def text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     try:
         return config.get_text_config() if hasattr(config, "get_text_config") else config
-    except ValueError:  # transformers 5.23 (2026): several, of which none is known to be meant
+    except ValueError:  # transformers 5.23 (2026): several candidates
         return config
 
 
@@ -91,13 +92,13 @@ def number_of_layers(model: nn.Module) -> int | None:
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """Vocabulary size of the model; None where unknown."""
+    """Vocabulary size of the model; None if unknown."""
     size = getattr(text_config(model), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
 def longest_sequence(model: nn.Module) -> int | None:
-    """Largest number of positions of the model; None where there is no limit."""
+    """Maximum number of positions of the model; None if unlimited."""
     config = text_config(model)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         length = getattr(config, name, None)

@@ -1,4 +1,4 @@
-"""Process groups of torch: exchange between processes, and sharded models."""
+"""Process groups of torch: communication between processes, and sharded models."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -44,12 +44,12 @@ def all_gathered(value: Any) -> list[Any]:
 
 
 def model_ranks(model: nn.Module) -> tuple[int, ...]:
-    """Ranks among which the model is sharded; empty where each has all of it.
+    """Ranks among which the model is sharded; empty if each has all of it.
 
     transformers 5.23 (2026): ``distributed_config=`` makes parameters `DTensor` and keeps the mesh
     of one copy of the model; fully_shard of torch has the parameters' own mesh alone.
     """
-    # captum 0.9 (2026): what stands for a model that an API serves has no parameters.
+    # captum 0.9 (2026): the placeholder of an API's model has no parameters.
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     meshes = (getattr(p, "device_mesh", None) for p in parameters)
     mesh: Any = next((mesh for mesh in meshes if mesh is not None), None)
@@ -63,8 +63,8 @@ def model_ranks(model: nn.Module) -> tuple[int, ...]:
 def summed_over_shards(parameter: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
     """The sum over all shards of a parameter, from that of this one.
 
-    torch 2.13 (2026): a `DTensor` tells by its placements what each process holds. All of them have
-    to come here then.
+    torch 2.13 (2026): the placements of a `DTensor` define what each process holds. All of them
+    must call this.
     """
     placements = getattr(parameter, "placements", None)
     if placements is None:
@@ -76,7 +76,7 @@ def summed_over_shards(parameter: Tensor, total: Callable[[Tensor], Tensor]) -> 
     n = len(placements)
     for dim, placement in enumerate(placements):
         if not placement.is_replicate():
-            # One dimension of the mesh after the other: torch warns of several at once.
+            # One mesh dimension after another, since torch warns of several at once.
             how = [Partial() if i == dim else Replicate() for i in range(n)]
             found = cast(Any, DTensor.from_local(found, whole.device_mesh, how)).full_tensor()
     return found

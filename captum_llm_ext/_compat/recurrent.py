@@ -1,4 +1,4 @@
-"""Functions of transformers by which linear attention and state-space layers mix positions."""
+"""Functions of transformers in which linear attention and state-space layers mix positions."""
 
 import functools
 import inspect
@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# transformers 5.23 (2026): looked up in the module of the model at every call. By name the argument
-# that is mixed; all others say how. Of Qwen 3 Next, Qwen 3.5, OLMo Hybrid; Mamba, Jamba; Mamba 2,
+# transformers 5.23 (2026): looked up in the model's module at every call. By name the argument that
+# is mixed; all others define how. For Qwen 3 Next, Qwen 3.5, OLMo Hybrid; Mamba, Jamba; Mamba 2,
 # Bamba, Falcon-H1, Granite 4, Nemotron-H.
 _FUNCTIONS = {
     "torch_chunk_gated_delta_rule": "value",
@@ -20,12 +20,12 @@ _FUNCTIONS = {
     "mamba2_chunk_scan": "hidden_states",
 }
 _lock = threading.Lock()
-# Of each function that is replaced: the plain one, and how many passes replace it.
+# For each replaced function: the original, and how many passes replace it.
 _replaced: dict[tuple[str, str], tuple[Any, int]] = {}
 
 
 class _Here(threading.local):
-    """What becomes of the arguments that say how, in this thread."""
+    """The treatment of these arguments, in this thread."""
 
     hold: Callable[[Tensor], Tensor] | None = None
 
@@ -35,11 +35,11 @@ _here = _Here()
 
 @contextmanager
 def values_mixed_by(model: nn.Module, hold: Callable[[Tensor], Tensor]) -> Generator[None]:
-    """Holds the arguments that determine the mixing of positions, in passes of this thread.
+    """Transforms the arguments that define the mixing of positions, in passes of this thread.
 
     Args:
-        model: Whose functions these are.
-        hold: What becomes of a tensor that says it.
+        model: The model whose functions these are.
+        hold: Transforms such a tensor.
     """
     homes = {type(module).__module__ for module in model.modules()}
     names = [

@@ -1,4 +1,4 @@
-"""A model's cache: keys and values, or recurrent states, of the tokens that it has read."""
+"""A model's cache: keys and values, or recurrent states, of the tokens read."""
 
 from typing import Any, cast
 
@@ -13,16 +13,16 @@ def state_argument(model: nn.Module) -> str | None:
     if not is_transformers(model):
         return None
     names = forward_arguments(model)
-    # transformers calls it `cache` since 5.24 (2026), and still takes the older names.
+    # transformers calls it `cache` since 5.24 (2026), and still accepts the older names.
     known = ("cache", "past_key_values", "cache_params")
     return next((name for name in known if name in names), None)
 
 
 def why_not_read_on(model: nn.Module) -> str | None:
-    """The reason why several tokens must not continue from a cache; None where none is known.
+    """The reason why several tokens must not continue from a cache, or None.
 
-    transformers 5.23 (2026): these take a state to mean that one token follows, and give wrong
-    numbers without an error. Drop one when its row in `tests/test_reuse.py` says that it is right.
+    transformers 5.23 (2026): these assume that one token follows a cache, and give wrong numbers
+    without an error. Drop one when its row in `tests/test_reuse.py` says that it is correct.
     """
     kind = getattr(text_config(model), "model_type", None)
     broken = ("mamba", "falcon_mamba", "jamba", "bamba", "recurrent_gemma")
@@ -46,7 +46,8 @@ def _tensor_bytes(value: Any) -> int:
 def is_list_of_layers(state: Any) -> bool:
     """Whether a cache is a plain list of layer caches, each on its layer's device.
 
-    transformers 5.23 (2026): `DynamicCache`. Others hold states beside, or move layers about.
+    transformers 5.23 (2026): `DynamicCache`. Others have further states, or move layers between
+    devices.
     """
     plain = type(state).__name__ == "DynamicCache" and is_transformers_object(state)
     return plain and not getattr(state, "offloading", False)
@@ -55,7 +56,8 @@ def is_list_of_layers(state: Any) -> bool:
 def growing_layers() -> tuple[type[Any], ...]:
     """Layer cache classes that append keys and values by concatenation, never in place.
 
-    transformers 5.23 (2026): what they keep beside is in dicts of tensors, which are written to.
+    transformers 5.23 (2026): their other states are in dicts of tensors, which are modified in
+    place.
     """
     from transformers import cache_utils
 
@@ -69,9 +71,9 @@ def growing_layers() -> tuple[type[Any], ...]:
 
 
 def keeps_recurrent_states(state: Any) -> bool:
-    """Whether some layers of a cache keep what all ids before have made, not each of them.
+    """Whether some layers of a cache keep a summary of all ids before, not an entry for each.
 
-    transformers 5.23 (2026): of linear attention, state spaces and convolutions.
+    transformers 5.23 (2026): linear attention, state spaces and convolutions.
     """
     from transformers import cache_utils
 
@@ -80,6 +82,6 @@ def keeps_recurrent_states(state: Any) -> bool:
 
 
 def keeps_every_id(state: Any) -> bool:
-    """Whether a cache has keys and values alone, of every id that was read."""
+    """Whether a cache has only keys and values, for every id read."""
     plain = growing_layers()[:1]
     return is_list_of_layers(state) and all(type(layer) in plain for layer in state.layers)

@@ -1,1 +1,1 @@
-"""What every part stands on and that knows none of them: files, digests, messages, the terminal."""
+"""Foundations of all parts, which depend on none of them: files, digests, messages, terminal."""

@@ -1,15 +1,14 @@
-"""How errors and shares are told in a line: none as a zero that is none."""
+"""Formats standard errors and shares; small nonzero ones are never shown as zero."""
 
 import math
 
 
 def plus_minus(error: float | None, decimals: int = 2) -> str:
-    """What stands behind an estimate: ``" ± 0.05"``, or ``" ± <0.01"`` where that rounds to zero.
+    """The error after an estimate: ``" ± 0.05"``, or ``" ± <0.01"`` if it rounds to zero.
 
     Args:
-        error: The standard error. NaN or None where nobody knows it: ``" ± ?"``. 0 where the
-            number is exact: nothing.
-        decimals: Digits after the point.
+        error: The standard error. NaN or None if unknown: ``" ± ?"``. 0 if exact: empty.
+        decimals: Decimal places.
     """
     if error is None or math.isnan(error):
         return " ± ?"
@@ -19,12 +18,12 @@ def plus_minus(error: float | None, decimals: int = 2) -> str:
 
 
 def percent(share: float, error: float | None = 0.0, space: str = " ") -> str:
-    """A share of what led to something: ``"98 ± 1 %"``, or ``"<1 %"`` where it rounds to zero.
+    """A share as a percentage: ``"98 ± 1 %"``, or ``"<1 %"`` if it rounds to zero.
 
     Args:
         share: From 0 to 1.
-        error: Its standard error, as of `plus_minus`.
-        space: What stands before the sign.
+        error: Its standard error, as for `plus_minus`.
+        space: Text before the percent sign.
     """
     spread = plus_minus(None if error is None else 100 * error, 0)
     return f"{_rounded(100 * share, 0)}{spread}{space}%"

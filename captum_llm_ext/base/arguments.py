@@ -1,4 +1,4 @@
-"""What is said of arguments alike: of those that cannot be used, and of several without names."""
+"""Checks and messages on arguments, and names for several values without any."""
 
 import inspect
 from collections import Counter
@@ -10,10 +10,10 @@ TARGETS = ("log_prob", "prob", "logit", "contrast")
 
 
 def at_least_one(name: str, value: object) -> int:
-    """The value.
+    """The value, if it is an integer of at least 1.
 
     Raises:
-        ValueError: If it is no integer of at least 1.
+        ValueError: If it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` is {value!r}: give an integer of at least 1.")
@@ -21,10 +21,10 @@ def at_least_one(name: str, value: object) -> int:
 
 
 def check_counts(**given: int | None) -> None:
-    """Refuses numbers, by name, that are below 1; None is one that was not given.
+    """Checks that counts, given by name, are at least 1; None is allowed.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If one is not.
     """
     for name, value in given.items():
         if value is not None:
@@ -32,7 +32,7 @@ def check_counts(**given: int | None) -> None:
 
 
 def check_attr_target(attr_target: object) -> None:
-    """Refuses what names no value of a target token.
+    """Checks that `attr_target` is a value of a target token.
 
     Raises:
         ValueError: If it is neither a known name nor a callable.
@@ -52,17 +52,17 @@ def check_passed_on(
     called: str = "attribute",
     which: str | None = None,
 ) -> None:
-    """Refuses arguments that captum would have passed on, and that would be ignored here.
+    """Refuses arguments that captum would pass on, and that would have no effect here.
 
-    Those of the method's own ``attribute`` that say what it does without them are let through, and
-    so is None for whatever captum's methods once took.
+    Arguments of the method's own ``attribute`` that repeat the default are accepted, as is None for
+    any argument of earlier captum methods.
 
     Args:
         given: Arguments that `attribute` does not name.
         method: The attribution method.
-        attribute: What has arguments, one of which may be meant.
-        called: What was called.
-        which: Who does not take what is unknown; by default the method.
+        attribute: The function whose argument names are suggested.
+        called: Name of the called function.
+        which: The subject of the message; by default the method.
 
     Raises:
         TypeError: If there is one.
@@ -112,13 +112,13 @@ def unknown_argument(
     called: str = "attribute",
     which: str = "it does not take",
 ) -> str:
-    """What to tell of an argument that does not exist.
+    """The message on an unknown argument.
 
     Args:
         name: The argument.
-        attribute: What has arguments, one of which may be meant.
-        called: What was called.
-        which: Who does not take it.
+        attribute: The function whose argument names are suggested.
+        called: Name of the called function.
+        which: The subject of the message.
     """
     said = f"{called}() got {name!r}, which {which}"
     if close := _close(name, attribute):
@@ -129,11 +129,11 @@ def unknown_argument(
 
 
 def numbered(kinds: Sequence[str], entries: Sequence[Any]) -> dict[str, Any]:
-    """Entries by their kinds, with a number where several are of one kind.
+    """Entries by the names of their kinds, numbered if several have the same.
 
     Args:
-        kinds: What the entries are, one each.
-        entries: As many.
+        kinds: Name of each entry's kind.
+        entries: The entries.
     """
     seen: Counter[str] = Counter()
     named: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The command that a program was run with, as results tell it."""
+"""The command that a program was run with, for provenance."""
 
 import os
 import re
@@ -10,15 +10,14 @@ _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
 def command_line(program: str | None = None, arguments: Sequence[str] | None = None) -> str | None:
-    """A command line with paths reduced to their last part, as results are shown to others.
+    """A command line with paths reduced to their last part, since results are shared.
 
     Args:
-        program: What was run. None: the running script, with its own arguments.
+        program: The program. None: the running script, with its own arguments.
         arguments: Its arguments.
 
     Returns:
-        The line to type, quoted for a shell; None in a notebook or an interactive session, which no
-        command describes.
+        The line to type, quoted for a shell; None in a notebook or an interactive session.
     """
     if program is None:
         started, *rest = sys.argv or [""]
@@ -28,7 +27,7 @@ def command_line(program: str | None = None, arguments: Sequence[str] | None = N
     else:
         name, rest = program, list(arguments or ())
     line = shlex.join([name, *map(_without_folder, rest)])
-    return line.encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
+    return line.encode("utf-8", "backslashreplace").decode()  # file names may be invalid UTF-8
 
 
 def _without_folder(argument: str) -> str:

@@ -1,4 +1,4 @@
-"""What a thing holds, as a digest that another process finds too, and what two runs differ in."""
+"""Digests of objects that are equal across processes, and the differences of two runs."""
 
 import copyreg
 import dis
@@ -23,25 +23,25 @@ _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, PurePath, range, slice),
     *(torch.dtype, torch.device),
 )
-_PART = 1 << 22  # elements summed at a time: as integers they take more room than they are
+_PART = 1 << 22  # elements summed at a time, since they are converted to larger integers
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# What is no longer than this is shown as it is.
+# Texts up to this length are shown unchanged.
 _SHOWN = 200
-# Their objects note down what became of them while they are used.
+# Libraries whose objects record their own use.
 _LIBRARIES = ("transformers", "tokenizers", "accelerate", "datasets")
-# What the same object has otherwise in another process, or another release.
+# Entries that differ between processes, or releases, for the same object.
 _OF_THE_MOMENT = ("transformers_version", "initial_timestamp")
 _OF_CALLS = ("padding", "truncation")
 
 
 def describe(thing: Any) -> Any:
-    """What JSON shows of a thing: texts and numbers themselves, of others a name and a digest.
+    """A JSON value for an object: texts and numbers unchanged, others as a name and a digest.
 
-    Objects count with what their class's ``__getstate__`` gives, or else with their public
-    attributes and those named like arguments of their constructor; classes of the user's own and
-    functions with their code, what they close over, and the plain values they refer to. What holds
-    something that cannot be told (a lock, an open file) is shown by a name that says so: two such
-    things are taken for the same, for nothing tells them apart in another process.
+    Objects are digested by their class's ``__getstate__``, or by their public attributes and those
+    named like arguments of their constructor; the user's own classes and functions by their code,
+    closures, and the constants they refer to. An object with an unreadable part (a lock, an open
+    file) gets a name that says so: two of these count as equal, since nothing distinguishes them
+    across processes.
     """
     try:
         text = json.dumps(thing)
@@ -58,14 +58,14 @@ def describe(thing: Any) -> Any:
 
 
 def digest(thing: Any) -> str:
-    """The digest of what a thing holds, 16 characters; see `describe`."""
+    """The digest of an object's content, 16 characters; see `describe`."""
     found = _Digest()
     found.add(thing)
     return found.hexdigest()
 
 
 def stacklevel_of_caller() -> int:
-    """How far up the stack the package was called from: warnings come from many places."""
+    """The stack level of the package's caller, for warnings."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == _PACKAGE:
         frame, level = frame.f_back, level + 1
@@ -75,14 +75,14 @@ def stacklevel_of_caller() -> int:
 def checksum(tensor: Tensor) -> Tensor:
     """The sum of a tensor's elements, their bits read as integers.
 
-    Whatever the order, and whatever parts are summed apart: it is the same to the last bit, on
-    every device. Of tensors that hold others (quantised ones, subclasses) it is that of all these.
+    Exactly the same for any order, partition and device. For tensors made of others (quantised
+    ones, subclasses) the sum over all of these.
 
     Returns:
         Shape (), int64, on the tensor's device.
 
     Raises:
-        Exception: Whatever a kind of tensor raises that cannot be read.
+        Exception: Anything, for tensors that cannot be read.
     """
     inner = _inner(tensor)
     if inner is not None:
@@ -97,12 +97,12 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def _inner(tensor: Tensor) -> list[tuple[str, Tensor]] | None:
-    """The tensors that one is made of, by what is said of each; None for a plain one."""
+    """The tensors inside a tensor, by name; None for a plain one."""
     thing: Any = tensor
     if hasattr(thing, "__tensor_flatten__"):
         names, settings = thing.__tensor_flatten__()
         parts = [(name, getattr(thing, name)) for name in names]
-        # As a tensor, for settings count as what is held does.
+        # As a tensor, since settings matter like content.
         text = torch.frombuffer(bytearray(digest(settings).encode()), dtype=torch.int64)
         return [*parts, ("settings", text[:1]), ("more settings", text[1:])]
     if tensor.is_quantized:
@@ -118,13 +118,13 @@ def _inner(tensor: Tensor) -> list[tuple[str, Tensor]] | None:
 
 
 def _odd(name: str, tensor: Tensor) -> int:
-    """A number to tell sums of other tensors apart; odd, so that no bit of a sum is lost."""
+    """An odd multiplier that distinguishes sums of other tensors without losing bits."""
     text = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
     return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big") | 1
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In what two descriptions differ, in words; empty where they do not."""
+    """The differences of two descriptions in words; empty if there are none."""
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     return ", ".join(
         f"`{name}` was {then.get(name)!r} and is {now.get(name)!r}"
@@ -143,10 +143,10 @@ def _shown(thing: Any) -> str:
 
 
 class _Digest:
-    """A digest that things are added to.
+    """A digest of objects added one after another.
 
     Attributes:
-        unreadable: Names of parts whose content cannot be told.
+        unreadable: Names of parts that cannot be read.
     """
 
     def __init__(self) -> None:
@@ -154,18 +154,18 @@ class _Digest:
         self.unreadable: dict[str, None] = {}
 
     def hexdigest(self) -> str:
-        """As text."""
+        """The digest as text."""
         return self._found.hexdigest()
 
     def add(self, thing: Any, within: tuple[int, ...] = ()) -> None:
-        """Adds a thing; `within` are the ids of those it is a part of."""
+        """Adds an object; `within` are the ids of the objects that contain it."""
         if id(thing) in within:
             kind, content = "again", ()
         else:
             try:
                 kind, content = self._content(thing)
                 content = tuple(content)
-            except Exception as error:  # whatever an object raises that is looked into
+            except Exception as error:  # objects may raise anything when inspected
                 del error
                 kind, content = _kind(type(thing)), ()
                 self.unreadable[type(thing).__name__] = None
@@ -174,7 +174,7 @@ class _Digest:
             self.add(part, (*within, id(thing)))
 
     def _content(self, thing: Any) -> tuple[str, Iterable[Any]]:
-        """What kind of thing it is, and its parts."""
+        """The kind of an object, and its parts."""
         if isinstance(thing, _PLAIN):
             return repr(thing), ()
         if isinstance(thing, Tensor):
@@ -212,10 +212,10 @@ def _kind(thing: Any) -> str:
 
 
 def _function(function: types.FunctionType) -> Iterable[Any]:
-    """What a function computes with: code, defaults, what it closes over, plain global values."""
+    """What determines a function: code, defaults, closure, constant globals."""
     closed: dict[str, Any] = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # one that holds nothing yet
+        with suppress(ValueError):  # an empty cell
             closed[name] = cell.cell_contents
     steps = dis.get_instructions(function.__code__)
     written = {step.argval for step in steps if step.opname == "STORE_GLOBAL"}  # such as counters
@@ -234,14 +234,14 @@ def _function(function: types.FunctionType) -> Iterable[Any]:
 
 
 def _is_constant(thing: Any) -> bool:
-    """Whether it is a plain value, or made of such, that nothing can change in place."""
+    """Whether it is an immutable value, or a container of such."""
     if isinstance(thing, tuple | frozenset):
         return all(map(_is_constant, cast(Iterable[Any], thing)))
     return isinstance(thing, _PLAIN)
 
 
 def _state(thing: object) -> Iterable[Any]:
-    """What an object holds; what it remembers for speed is private, and left out."""
+    """The state of an object; private caches are left out."""
     cls = type(thing)
     package = cls.__module__.partition(".")[0]
     if package in _LIBRARIES:
@@ -252,7 +252,7 @@ def _state(thing: object) -> Iterable[Any]:
         state: Any = cast(Any, thing).__getstate__()
         return (state, *code)
     held: dict[str, Any] = getattr(thing, "__dict__", {})
-    if isinstance(thing, io.IOBase):  # its attributes are not what it holds
+    if isinstance(thing, io.IOBase):  # its attributes are not its content
         raise TypeError("what a file holds cannot be told")
     if not held and hasattr(thing, "tolist"):  # of numpy
         return (cast(Any, thing).tolist(),)
@@ -282,15 +282,15 @@ def _arguments(cls: type) -> list[str]:
 
 
 def _library_state(thing: Any) -> Iterable[Any]:
-    """What counts of an object of the libraries, which write into theirs."""
+    """The relevant state of objects of libraries, which modify their own."""
     if hasattr(thing, "get_vocab"):
         return _tokenizer_state(thing)
-    if callable(getattr(thing, "to_dict", None)):  # of a configuration
+    if callable(getattr(thing, "to_dict", None)):  # a configuration
         told: dict[str, Any] = thing.to_dict()
         left = _OF_THE_MOMENT
         return [(k, told[k]) for k in sorted(told) if not k.startswith("_") and k not in left]
     fingerprint = getattr(thing, "_fingerprint", None)
-    if fingerprint is not None:  # of a data set
+    if fingerprint is not None:  # a data set
         return (fingerprint,)
     held: dict[str, Any] = getattr(thing, "__dict__", {})
     if not held:
@@ -312,7 +312,7 @@ def _tokenizer_state(thing: Any) -> Iterable[Any]:
 
 
 def _reduced(thing: object) -> Iterable[Any]:
-    """What an object would be pickled with: patterns, dates, objects with slots."""
+    """The pickling state of an object: patterns, dates, objects with slots."""
     registered = copyreg.dispatch_table.get(type(thing))
     made: Any = thing.__reduce_ex__(4) if registered is None else registered(thing)
     if isinstance(made, str):
@@ -325,7 +325,7 @@ def _listed(part: Any) -> Any:
 
 
 def _own_code(cls: type) -> list[Any]:
-    """What a class of the user's own, and those it is made from, do and have."""
+    """The methods and attributes of a user's own class and its bases."""
     found: list[Any] = []
     for one in cls.__mro__:
         if _is_installed(one.__module__):
@@ -341,7 +341,7 @@ def _own_code(cls: type) -> list[Any]:
 
 @functools.cache
 def _is_installed(module: str) -> bool:
-    """Whether a module comes with Python, with a package, or with this one."""
+    """Whether a module belongs to Python, an installed package, or this one."""
     if module.partition(".")[0] == _PACKAGE:
         return True
     if module == "__main__":  # a notebook, or a script

@@ -1,4 +1,4 @@
-"""How every file of the package is written: whole, or as it was before."""
+"""Writes files atomically."""
 
 import errno
 import os
@@ -12,10 +12,11 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 CHECKPOINT_ENDING = ".safetensors"
-_TOKEN = 8  # bytes that make a temporary file's name its own
-_ABANDONED = 60.0  # seconds: what is younger may be another process's at this moment
-_LINKS = 40  # followed at most, as by Linux
-# A folder that takes no new file; a file that is mounted, or another user's in /tmp.
+_TOKEN = 8  # random bytes in the name of a temporary file
+_ABANDONED = 60.0  # seconds: younger files may belong to a running process; chosen, not measured
+_LINKS = 40  # maximum number of links followed, as in Linux
+# Errors of folders that allow no new file, and of files that are mounted or belong to others in
+# /tmp.
 _KEPT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
 _NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
@@ -24,13 +25,13 @@ Content = str | bytes | bytearray | memoryview
 
 
 def write(path: Path, content: Content | Sequence[Content]) -> None:
-    """Writes a file that is there whole or, whatever goes wrong, as it was before.
+    """Writes a file atomically: on any error it remains as it was.
 
-    The content goes to a temporary file in the same folder, and to the disk, before that takes the
-    file's place at once. A file that is there keeps its permissions, a new one has those that the
-    umask leaves; of a link the target is written. Devices, pipes and descriptors (``/dev/stdout``)
-    are written to as they are, and so is a file that may be written in a folder that may not: if
-    that fails, it gets back what it held.
+    The content is written to a temporary file in the same folder and flushed to disk, which then
+    replaces the file. An existing file keeps its permissions, a new one follows the umask; for a
+    link, the target is written. Devices, pipes and descriptors (``/dev/stdout``) are written
+    directly, as is a writable file in a read-only folder: if that fails, its previous content is
+    restored.
 
     Args:
         path: The file.
@@ -49,7 +50,7 @@ def write(path: Path, content: Content | Sequence[Content]) -> None:
         target = os.path.realpath(path)
         found = _status(target)
         if found is not None and not stat.S_ISREG(found.st_mode):
-            with open(path, "wb", buffering=0) as file:  # a folder says here that it is one
+            with open(path, "wb", buffering=0) as file:  # the error for a folder arises here
                 _put(file, parts)
             return
         if found is not None and not os.access(target, os.W_OK):
@@ -63,13 +64,14 @@ def write(path: Path, content: Content | Sequence[Content]) -> None:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Refuses a place that no checkpoint can be in.
+    """Checks that a path can hold a checkpoint.
 
     Raises:
-        ValueError: If it is no folder, and no file that ends in ``.safetensors`` in a folder.
+        ValueError: If it is neither a folder, nor a file that ends in ``.safetensors`` in a folder.
     """
     base, ending = os.path.splitext(os.fspath(path))
-    if os.path.isdir(path) or not (ending or os.path.exists(path)):  # a folder, or one to be made
+    # A folder, or one to be created.
+    if os.path.isdir(path) or not (ending or os.path.exists(path)):
         return
     if ending != CHECKPOINT_ENDING:
         raise ValueError(
@@ -82,10 +84,10 @@ def check_checkpoint(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Refuses, without touching it, a place that `write` cannot write to.
+    """Checks, without modifying anything, that `write` can write to a path.
 
     Raises:
-        OSError: If it is a folder, or there is no permission or no folder for it.
+        OSError: If it is a folder, its folder is missing, or permissions are missing.
     """
     with _named(path):
         if _descriptor(os.fspath(path)) is not None:
@@ -105,11 +107,11 @@ def check_place(path: Path) -> None:
 
 
 def sweep(folder: Path, name: str) -> None:
-    """Takes away temporary files that a kill has left, and that are older than a minute.
+    """Removes temporary files that a killed process has left, older than a minute.
 
     Args:
-        folder: Where to look.
-        name: Pattern of the names of the files that they were to become.
+        folder: The folder.
+        name: Pattern of the names of the final files.
     """
     left = re.compile(rf"\.(?:{name})\.[0-9a-z_]+(?:\.tmp)?", re.DOTALL)
     with suppress(OSError), os.scandir(folder) as found:
@@ -122,7 +124,7 @@ def sweep(folder: Path, name: str) -> None:
 
 @contextmanager
 def _named(path: Path) -> Generator[None]:
-    """Has errors name the file that was asked for, whichever they are about."""
+    """Makes errors name the requested file rather than the temporary one."""
     try:
         yield
     except OSError as error:
@@ -147,14 +149,14 @@ def _replace(target: str, found: os.stat_result | None, parts: Sequence[Content]
     temporary = os.path.join(folder, f".{short}.{secrets.token_hex(_TOKEN)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        # The system applies the umask (to ask for it is to change it for all threads).
+        # The system applies the umask, which can only be read by changing it for all threads.
         with os.fdopen(os.open(temporary, flags, 0o666), "wb", buffering=0) as file:
             if found is not None:
                 _keep_owner(file.fileno(), found)
             _put(file, parts)
             _to_disk(file.fileno())
         os.replace(temporary, target)
-    except BaseException:  # Ctrl-C as well
+    except BaseException:  # including Ctrl-C
         with suppress(OSError):
             os.unlink(temporary)
         raise
@@ -182,17 +184,17 @@ def _overwrite(target: str, parts: Sequence[Content]) -> None:
             _to_disk(file.fileno())
         except BaseException:
             file.seek(0)
-            _put(file, [before])  # for which there was room
+            _put(file, [before])  # it did fit before
             file.truncate()
             raise
 
 
 def _write_open(descriptor: int, parts: Sequence[Content]) -> None:
-    """Writes to what is open already, where it stands."""
+    """Writes to an open descriptor, at its position."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):
             if stream.fileno() == descriptor:
-                stream.flush()  # what was printed before comes before
+                stream.flush()  # earlier output comes first
     with os.fdopen(os.dup(descriptor), "wb", buffering=0) as file:
         _put(file, parts)
 
@@ -206,7 +208,7 @@ def _put(file: IO[Any], parts: Sequence[Content]) -> None:
 
 
 def _to_disk(descriptor: int) -> None:
-    """Waits for the disk: some systems tell only here that it is full."""
+    """Flushes to disk: some systems only report a full disk here."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -215,9 +217,9 @@ def _to_disk(descriptor: int) -> None:
 
 
 def _descriptor(path: str) -> int | None:
-    """The open descriptor that a name such as ``/dev/stdout`` or ``/dev/fd/3`` stands for.
+    """The open descriptor of a name such as ``/dev/stdout`` or ``/dev/fd/3``.
 
-    What it leads to may be an ordinary file (``> table.txt``), which must not be replaced.
+    It may be a regular file (``> table.txt``), which must not be replaced.
     """
     folders = {"/dev/fd", os.path.realpath("/dev/fd"), f"/proc/{os.getpid()}/fd"}
     for _ in range(_LINKS):

@@ -1,4 +1,4 @@
-"""Numbers that JSON has."""
+"""Numbers that JSON can hold."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any, cast
 
 
 def finite(content: Any) -> Any:
-    """The same with None for NaN and infinities, which JSON lacks."""
+    """The content with None for NaN and infinities."""
     if isinstance(content, Mapping):
         items = cast(Mapping[Any, Any], content).items()
         return {key: finite(value) for key, value in items}

@@ -1,4 +1,4 @@
-"""What other people's code draws from torch's global generator, drawn from one that has a seed."""
+"""Makes other code's draws from torch's global generator come from a seeded one."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,37 +13,36 @@ _DRAW = frozenset(
     "multinomial bernoulli bernoulli_ binomial poisson exponential_ uniform_ normal_ random_ "
     "geometric_ cauchy_ log_normal_ _standard_gamma _sample_dirichlet".split()
 )
-# torch 2.6 (2025) had no generator for these.
+# torch 2.6 (2025) had no generator argument for these.
 _LIKE = {"rand_like": torch.rand, "randn_like": torch.randn, "randint_like": torch.randint}
 
 
 def seeded(seed: int) -> AbstractContextManager[Any]:
-    """Code within draws what it would after ``torch.manual_seed(seed)``.
+    """Code within draws as it would after ``torch.manual_seed(seed)``.
 
-    The global generators are neither read nor written, so that other threads, whose they are as
-    well, draw as if there was nothing. Random functions that torch itself calls (dropout) draw from
-    them as ever.
+    The global generators are neither read nor changed, so other threads are unaffected. Random
+    functions called within torch itself (dropout) still use them.
     """
     return _Seeded(seed)
 
 
 def seeded_rows(seeds: Sequence[int]) -> AbstractContextManager[Any]:
-    """What is sampled within for each row of a batch is what it would be for the row alone.
+    """Rows of a batch are sampled within as each would be alone.
 
     Args:
         seeds: One per row: row ``i`` draws what it would in a batch of one within
-            ``seeded(seeds[i])``. Of `torch.multinomial`, by which `generate` samples.
+            ``seeded(seeds[i])``. Only for `torch.multinomial`, which `generate` uses.
     """
     return _SeededRows(seeds)
 
 
 @contextmanager
 def reseeded(model: nn.Module, seed: int) -> Generator[None]:
-    """The same by the global generators, put back afterwards: for code that torch has compiled."""
+    """Seeds the global generators and restores them afterwards, for code compiled by torch."""
     used = {parameter.device for parameter in model.parameters()}
     devices = sorted({device.index or 0 for device in used if device.type == "cuda"})
     with torch.random.fork_rng(devices):
-        # Not `torch.manual_seed`, which would reach devices that are not put back.
+        # Not `torch.manual_seed`, which would affect devices that are not restored.
         torch.default_generator.manual_seed(seed)
         for index in devices:
             torch.cuda.default_generators[index].manual_seed(seed)
@@ -51,7 +50,7 @@ def reseeded(model: nn.Module, seed: int) -> Generator[None]:
 
 
 class _Seeded(TorchFunctionMode):
-    """Of this thread alone, as torch's modes are."""
+    """A torch function mode, active in this thread only."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class _Seeded(TorchFunctionMode):
 
 
 class _SeededRows(TorchFunctionMode):
-    """Of this thread alone, as torch's modes are."""
+    """A torch function mode, active in this thread only."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class _SeededRows(TorchFunctionMode):
 
 
 def _device(tensor: Tensor | None, named: Any) -> torch.device:
-    """Where something is drawn."""
+    """The device of a draw."""
     if named is not None:
         return torch.device(named)
     return torch.get_default_device() if tensor is None else tensor.device

@@ -1,8 +1,8 @@
-"""Files of named tensors and JSON, in the format of safetensors, with a digest of all they hold.
+"""Files of named tensors and JSON in the safetensors format, with a digest of all content.
 
 A file has its JSON, an object with ``format``, in the metadata under the key of its kind, and in
-the metadata ``sha256`` a digest of that text and of every tensor, its name, type and shape: damage
-is told, whatever it is. Any reader of safetensors reads it, and nothing in it is ever executed.
+the metadata ``sha256`` a digest of that text and of every tensor's name, dtype, shape and bytes, so
+that any damage is detected. Any safetensors reader can open it; nothing in it is ever executed.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 _DIGEST = "sha256"
 _METADATA = "__metadata__"
-_ALIGNED = 8  # bytes that a header's length is a multiple of, so that tensors are aligned
+_ALIGNED = 8  # alignment of the header's length in bytes, so that tensors are aligned
 _CHUNK = 1 << 24  # bytes read at a time for a digest
-# So long after a file was changed, in nanoseconds, its times may not tell another change.
+# Within this many nanoseconds after a change, the file's times may not show another one.
 _TICK = 100_000_000
 _DTYPES = {
     "F64": torch.float64,
@@ -43,7 +43,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# What content of another kind than expected makes its readers raise.
+# Errors that readers raise for unexpected content.
 BROKEN = (
     ValueError,
     TypeError,
@@ -60,14 +60,14 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        name: For messages.
-        key: Of its JSON in the metadata.
-        format: The number written now; files of a higher one are refused.
-        advice: What to do about a file that cannot be used.
+        name: A name for messages.
+        key: Key of its JSON in the metadata.
+        format: The current format number; higher ones raise an error.
+        advice: What to do about an unusable file.
         digest_since: The first format with a digest.
-        oldest: The lowest format that is read.
-        label: Metadata beside, for earlier releases.
-        earlier: Metadata of files that these wrote without the key.
+        oldest: The oldest supported format.
+        label: Further metadata, for earlier releases.
+        earlier: Metadata of files of earlier releases without the key.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor lies: the first byte and the one after the last, counted in the file."""
+    """The byte range of a tensor in the file."""
 
     name: str
     dtype: torch.dtype
@@ -94,13 +94,13 @@ class _Entry:
 def write(
     path: files.Path, kind: Kind, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> None:
-    """Writes one file, whole or not at all (see `files.write`).
+    """Writes one file atomically (see `files.write`).
 
     Args:
         path: The file.
         kind: Its kind.
-        tensors: Of integers up to 64 bits, of floats of 16 to 64 bits, or booleans.
-        rest: What else it holds, as JSON has it.
+        tensors: Integers up to 64 bits, floats of 16 to 64 bits, or booleans.
+        rest: Other content, as JSON values.
 
     Raises:
         TypeError, ValueError: If JSON cannot hold the rest, or the format a tensor.
@@ -130,11 +130,11 @@ def write(
 
 
 def read(path: files.Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the rest of a file; nothing that becomes of it later changes them.
+    """The tensors and the other content of a file, independent of later changes to it.
 
     Raises:
         OSError: If there is no such file, or it cannot be read.
-        ValueError: If the file is damaged, of another kind, or of a format that is not read.
+        ValueError: If the file is damaged, of another kind, or of an unsupported format.
     """
     with open(path, "rb") as file:
         entries, text, digest, rest = _opened(file, path, kind)
@@ -148,10 +148,10 @@ def read(path: files.Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def read_rest(path: files.Path, kind: Kind) -> dict[str, Any]:
-    """What a file holds beside its tensors; these are not looked at, and no damage to them told.
+    """The other content of a file; tensors are neither read nor checked for damage.
 
     Raises:
-        OSError, ValueError: As by `read`.
+        OSError, ValueError: As for `read`.
     """
     with open(path, "rb") as file:
         return _opened(file, path, kind)[-1]
@@ -160,13 +160,13 @@ def read_rest(path: files.Path, kind: Kind) -> dict[str, Any]:
 def read_mapped(
     path: files.Path, kind: Kind
 ) -> tuple[dict[str, Tensor], dict[str, Any], "MappedFile"]:
-    """As `read`, with tensors that are the file's own pages: shared, and read when they are used.
+    """Like `read`, with memory-mapped tensors: shared, and read when used.
 
-    What is written into the file later changes them, and where it is cut off, whoever touches them
-    dies. So what is done with them has to go between checks of the `MappedFile`.
+    Modifying the file later changes them, and if it is truncated, access kills the process. So use
+    them between checks of the `MappedFile`.
 
     Raises:
-        OSError, ValueError: As by `read`.
+        OSError, ValueError: As for `read`.
     """
     with open(path, "rb") as file:
         entries, text, digest, rest = _opened(file, path, kind)
@@ -176,9 +176,9 @@ def read_mapped(
 
 
 class MappedFile:
-    """Whether a file that is mapped into memory holds what it held when it was opened.
+    """Detects changes of a memory-mapped file since it was opened.
 
-    A file that takes another's place leaves that as it was for those who have it open.
+    Replacing the file by another does not affect those who have it open.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class MappedFile:
         weakref.finalize(self, os.close, descriptor)
 
     def check(self) -> None:
-        """Looks at the file's size and times, and where those are new, at all that it holds.
+        """Checks the file's size and times and, if these have changed, its whole content.
 
         Raises:
             ValueError: If it was changed.
@@ -217,12 +217,12 @@ class MappedFile:
             )
             raise ValueError(_refusal(self._path, why, self._kind))
         self._is_read = True
-        # A change within the clock's tick leaves no trace.
+        # A change within the clock's resolution leaves no trace.
         self._known = () if 0 <= now - found.st_ctime_ns < _TICK else times
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors, views of the file."""
-        # Changes in memory would go to a copy: nothing can be written to the file.
+        """The tensors, as views of the file."""
+        # Changes in memory would go to a copy: the file cannot be modified.
         pages = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
         return {one.name: _view(pages, one) for one in self._entries}
 
@@ -258,7 +258,7 @@ def _compare(path: files.Path, kind: Kind, then: str, now: str) -> None:
 def _opened(
     file: BinaryIO, path: files.Path, kind: Kind
 ) -> tuple[list[_Entry], str, str | None, dict[str, Any]]:
-    """What a file says of itself: its tensors, its JSON, the digest, and that JSON as read."""
+    """The header of a file: tensors, JSON, digest, and parsed JSON."""
     entries, metadata = _checked(path, kind, lambda: _header(file))
     text, digest = metadata.get(kind.key), metadata.get(_DIGEST)
     if text is None:
@@ -288,7 +288,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _header(file: BinaryIO) -> tuple[list[_Entry], dict[str, str]]:
-    """The tensors in the order in which they lie, and the metadata."""
+    """The tensors in file order, and the metadata."""
     found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode):
         raise ValueError("it is no regular file")
@@ -352,7 +352,7 @@ def _view(pages: mmap.mmap, entry: _Entry) -> Tensor:
 def _chunks(descriptor: int, entry: _Entry) -> Iterator[bytes]:
     for at in range(entry.start, entry.stop, _CHUNK):
         n = min(_CHUNK, entry.stop - at)
-        if hasattr(os, "pread"):  # without a place in the file that forked processes share
+        if hasattr(os, "pread"):  # without a file position, which forked processes would share
             yield os.pread(descriptor, n, at)
         else:
             os.lseek(descriptor, at, os.SEEK_SET)
@@ -368,7 +368,7 @@ def _digest(
     text: str,
     contents: Iterable[tuple[str, torch.dtype, Sequence[int], Iterator[bytes | memoryview]]],
 ) -> str:
-    """The digest of a file's JSON and of its tensors: name, type, shape and bytes in parts."""
+    """The digest of a file's JSON and of its tensors: name, dtype, shape and bytes in parts."""
     found = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
     for name, dtype, shape, parts in sorted(contents, key=lambda one: one[0]):
         found.update(f"\n{name} {dtype} {tuple(shape)}\n".encode())

@@ -1,25 +1,25 @@
-"""What stdout is: whether a terminal, how wide, and whether it wants colours."""
+"""Properties of stdout: whether it is a terminal, its width and colours."""
 
 import os
 import shutil
 import sys
 import unicodedata
 
-# Bright blue raises and bright red lowers, as in the pictures; the signs are there as well.
+# Bright blue raises and bright red lowers, as in plots; signs are shown as well.
 _COLOURS = {"token": "1", "raises": "94", "lowers": "91", "size": "95", "nothing": "2"}
-_JOINERS = "\u200c\u200d"  # parts of how words and emoji are written, not tricks of layout
+_JOINERS = "\u200c\u200d"  # parts of the spelling of words and emoji, harmless for layout
 
 
 def is_terminal() -> bool:
-    """Whether what is printed goes to a terminal, not to a file, a pipe or a notebook."""
+    """Whether stdout is a terminal, rather than a file, a pipe or a notebook."""
     try:
         return sys.stdout.isatty()
-    except (AttributeError, ValueError):  # none, something of the user's own, or closed
+    except (AttributeError, ValueError):  # none, a custom object, or closed
         return False
 
 
 def width() -> int | None:
-    """Columns of the terminal; None where lines may be as long as they like."""
+    """Columns of the terminal; None if lines may have any length."""
     return shutil.get_terminal_size().columns if is_terminal() else None
 
 
@@ -29,7 +29,7 @@ def paint(text: str, kind: str) -> str:
     ``NO_COLOR`` is respected (no-color.org).
 
     Args:
-        text: What is shown.
+        text: The text.
         kind: ``"token"``, ``"raises"``, ``"lowers"``, ``"size"`` (without a sign) or ``"nothing"``.
     """
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
@@ -37,15 +37,15 @@ def paint(text: str, kind: str) -> str:
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal a line takes."""
+    """The width of a line in terminal columns."""
     return sum(map(_columns_of, text))
 
 
 def shortened(text: str, most: int) -> str:
-    """The beginning of a line that takes `most` columns at most."""
+    """The beginning of a line, limited to `most` columns."""
     if columns(text) <= most:
         return text
-    kept, taken = "", 1  # the sign that something is missing
+    kept, taken = "", 1  # the sign for omitted text
     for char in text:
         taken += _columns_of(char)
         if taken > most:
@@ -55,16 +55,16 @@ def shortened(text: str, most: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text as one line that says what it holds: a terminal would obey control characters."""
+    """Text as one line, with control characters escaped."""
     return "".join(
         char if char.isprintable() or char in _JOINERS else _shown(char) for char in text
     )
 
 
 def spelled(text: str) -> str:
-    """`one_line` of what stands between white space; white space alone is spelled: ``\\n``, ``␣``.
+    """`one_line` of stripped text; white space alone is made visible: ``\\n``, ``␣``.
 
-    Empty only where the text is.
+    Empty only for an empty text.
     """
     return one_line(text.strip()) or one_line(text).replace(" ", "␣")
 

@@ -1,10 +1,10 @@
-"""Why this word *rather than another*: a target token against its foils.
+"""Contrastive attribution: why this token *rather than its foils*.
 
-Grammar raises all words of a kind alike, the cause raises one: of two words that would both fit,
-the log-probability of one less that of the other is about the choice between them (Jacovi et al.
-2021, arXiv 2103.01378; Yin and Neubig 2022, arXiv 2202.10419). `Contrast` says which others are
-meant, `foils_of` which tokens these are: `given` reads what the user gives, `found` looks for what
-the model itself might have said. `AnswerKinds` tells what a prompt makes of all words of a kind.
+Grammar raises all words of a kind equally, a cause raises one: the difference in log-probability of
+two words that would both fit is about the choice between them (Jacovi et al. 2021, arXiv
+2103.01378; Yin and Neubig 2022, arXiv 2202.10419). `Contrast` is the user's specification,
+`foils_of` determines the tokens: given by the user, or found (`found`) among what the model itself
+might have said. `AnswerKinds` computes the probability of words of a kind after a prompt.
 """
 
 from captum_llm_ext.contrast.context import FoilContext

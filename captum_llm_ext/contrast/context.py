@@ -1,4 +1,4 @@
-"""`FoilContext`: a prompt and a target as foils are looked for in them."""
+"""`FoilContext`: a prompt and a target, for which foils are searched."""
 
 from functools import cached_property
 from typing import Any
@@ -11,10 +11,11 @@ from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.baselines.words import KINDS, atoms, keeps_script, kind
 from captum_llm_ext.text.inputs import GeneratedText, Prompt, RenderedPrompt, render_text
 
-# Of random baselines, for what the model says without features: as many as leave-one-out takes of
-# each feature. A choice: more would find foils that win in fewer than one draw of eight.
+# Draws of random baselines for the model's distribution without features: as many as leave-one-out
+# takes per feature. Chosen, not measured: more would find foils that win in fewer than one draw of
+# eight.
 _DRAWS = 8
-# Characters before a token in which the word that it may go on is looked for.
+# Characters before a token in which the word that it may continue is searched.
 _TAIL = 32
 _FRAGMENT = "\ufffd"
 
@@ -23,11 +24,11 @@ class FoilContext:
     """A prompt and the target after it.
 
     Args:
-        prompt: The prompt, whose baselines know the model.
+        prompt: The prompt, whose baselines have the model.
         full: The prompt with every feature present.
         generated: The target.
         tokenizer: The model's tokenizer.
-        seed: Of draws of random baselines.
+        seed: Seeds draws of random baselines.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class FoilContext:
 
     @property
     def whole(self) -> TokenRow:
-        """What the model reads with every feature present."""
+        """The row with every feature present."""
         text = self._generated.whole(self.full)
         return TokenRow(text.ids, text.positions, self.full.extras, self.full.key)
 
@@ -60,11 +61,11 @@ class FoilContext:
         return self.target[t - 1 : t] if t else self.full.ids[-1:]
 
     def is_special(self, token: int) -> bool:
-        """Whether a token is none of a text's words."""
+        """Whether a token is special rather than text."""
         return token in self._special
 
     def ids_of(self, foil: str, t: int) -> tuple[int, ...]:
-        """The tokens of a text that stands in the place of a target token.
+        """The tokens of a text in place of a target token.
 
         Raises:
             ValueError: If there is none.
@@ -73,7 +74,7 @@ class FoilContext:
         left = tokens.decode(self.tokenizer, (self.full.ids + self.target[:t])[-tokens.CONTEXT :])
         text = foil
         if own.strip() and not foil[0].isspace():
-            # Another word, not one that the word before is made longer by.
+            # Another word, rather than a continuation of the previous one.
             glued = foil[0].isalnum() and left[-1:].isalnum() and not self.goes_on(t)
             text = (_space(own) or " " * glued) + foil
         ids = tokens.encode_in_place(self.tokenizer, text, left)
@@ -82,12 +83,12 @@ class FoilContext:
         return ids
 
     def goes_on(self, t: int) -> bool:
-        """Whether a target token goes on a word, or a character, that began before it."""
+        """Whether a target token continues a word, or a character, that began before it."""
         if self.is_special(self.target[t]):
             return False
         text = self._texts[t]
         if t and not self._texts[t - 1] and not self.is_special(self.target[t - 1]):
-            return True  # the token before is a part of a character
+            return True  # the previous token is a part of a character
         if not text[:1].isalpha():
             return False
         left = "".join(self._texts[max(0, t - _TAIL) : t])[-_TAIL:]
@@ -97,7 +98,7 @@ class FoilContext:
         return any(atom.start < border < atom.stop for atom in atoms(left + text))
 
     def fits(self, token: int, t: int) -> bool:
-        """Whether a token is of the same kind as a target token: a word that may stand there."""
+        """Whether a token is of the same kind as a target token: a plausible alternative."""
         if token == self.target[t] or self.is_special(token):
             return False
         own, other = self._texts[t], self._piece(token, t)
@@ -111,7 +112,7 @@ class FoilContext:
         )
 
     def is_other(self, token: int, t: int) -> bool:
-        """Whether a token is another one, of whatever kind; special ones of special ones alone."""
+        """Whether a token differs, of any kind; for special tokens only special ones."""
         special = self.is_special(token) and not self.is_special(self.target[t])
         return token != self.target[t] and not special
 
@@ -121,10 +122,10 @@ class FoilContext:
         return self._pieces[token]
 
     def without(self, feature: int | str) -> list[TokenRow]:
-        """What the model reads where one feature is absent, a row per draw.
+        """The rows with one feature absent, one per draw.
 
         Raises:
-            ValueError: If there is no such feature, or several of that name.
+            ValueError: If there is no such feature, or several have this name.
         """
         prompt, generated = self._prompt, self._generated
         column = self._column(feature)
@@ -133,7 +134,7 @@ class FoilContext:
         masks = torch.ones(n, n_columns, dtype=torch.bool, device="cpu")
         masks[:, column] = False
         draws = torch.arange(n, device="cpu")
-        # Of draws that no coalition has: they are not what is to be explained.
+        # Draws that no coalition uses, so that foils are independent of what is explained.
         generator = draw_generator(self._seed, -1)
         return [
             TokenRow(text.ids, text.positions, text.prompt.extras, text.prompt.key)
@@ -160,12 +161,12 @@ class FoilContext:
 
 
 def _space(text: str) -> str:
-    """The white space that a text begins with."""
+    """The white space at the beginning of a text."""
     return text[: len(text) - len(text.lstrip())]
 
 
 def _kind(text: str) -> str | None:
-    """What sort of word a token is, all marks alike; None for white space alone."""
+    """The kind of a token's text, all marks being one kind; None for white space alone."""
     core = text.strip()
     found = kind(core) if core else None
     return found if found is None or found in KINDS else "mark"

@@ -1,4 +1,4 @@
-"""`Contrast`: what a user may say of foils."""
+"""`Contrast`: the user's specification of foils."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,40 +9,37 @@ from captum_llm_ext.base.arguments import at_least_one, check_attr_target
 # On 40 natural prompts whose cause is known, 12 to 24 name four or five more causes than 8.
 N_FOILS = 16
 Foil = int | str
-_NONE = -1  # of a result's foils, where a token has fewer
+_NONE = -1  # padding of a result's foils
 
 
 @dataclass(frozen=True)
 class Contrast:
     """``attr_target=``: why a token rather than its foils, ``log p(token) - log sum p(foils)``.
 
-    In nats; what the log-odds of a token are against all others, this is against some of them.
-    ``attr_target="contrast"`` is ``Contrast()``. Log-probabilities are kept beside it, so that
-    ``result.refit(attr_target="log_prob")`` takes no further call; ``result.foil_tokens`` tells the
-    foils.
+    In nats: log-odds against some other tokens instead of all. ``attr_target="contrast"`` is
+    ``Contrast()``. Log-probabilities are kept as well, so that
+    ``result.refit(attr_target="log_prob")`` needs no model; ``result.foil_tokens`` lists the foils.
 
     Args:
-        foils: Texts or token ids, or one of them, against which every target token is held (texts:
-            every one that does not go on a word); or a list of them for each target token, with
-            None for a token whose foils are to be found; or the `foils` of another result of the
-            same target. A text stands for the first token that it is written with in that place,
-            and without white space in front it has that of the target token, or a space where it
-            would go on the word before. By default all foils are found: the likeliest other tokens
-            of the same kind (white space in front, case, a word, a number or a mark), twice
-            `n_foils` of them, of which those are kept that the next two tokens of the text go on
-            best from: ``p(foil) * p(what follows | foil)``. Behind the target that is what the
-            model would write next. A token that goes on a word has no foils of its own and is worth
-            its log-probability: those of a word's first token stand for other words, and the sum
-            over its tokens is the whole word against these. Special tokens are held against the
-            likeliest others of any kind.
-        n_foils: How many are found for a token, at most.
-        without: Name or number of a feature (of the prompt, then of the earlier output). The foils
-            found are what the model says without it: absent as the input's baselines have it, on
-            average over eight draws where these are random.
+        foils: Texts or token ids, or one of them, as foils of every target token (texts: of every
+            token that does not continue a word); or a list of them for each target token, with None
+            for a token whose foils are to be found; or the `foils` of another result of the same
+            target. A text counts by its first token at that position; without leading white space
+            it gets that of the target token, or a space if it would otherwise continue the previous
+            word. By default all foils are found: the likeliest other tokens of the same kind
+            (leading white space, case, word, number or mark), twice `n_foils` of them, of which the
+            best by ``p(foil) * p(next two tokens | foil)`` are kept. After the target's end, the
+            next tokens are those that the model would generate. A token that continues a word has
+            no foils and its value is its log-probability: the foils of a word's first token
+            represent other words, and the sum over the word's tokens contrasts the whole word with
+            these. Foils of special tokens are the likeliest others of any kind.
+        n_foils: Maximum number of foils found per token.
+        without: Name or index of a feature (prompt features first, then earlier output). Foils are
+            then found with it absent, as the input's baselines define, averaged over eight draws if
+            these are random.
 
     Raises:
-        ValueError: If nothing is given where something is to be, something is given twice, or an
-            argument would be ignored.
+        ValueError: If foils are empty or repeated, or an argument would have no effect.
         TypeError: If a foil is neither a text nor a token id.
     """
 
@@ -68,14 +65,14 @@ class Contrast:
 
     @property
     def per_token(self) -> list[list[Foil] | None] | None:
-        """Foils for each target token, None where they are to be found; None if for all alike."""
+        """Foils for each target token, None for those to be found; None if not given per token."""
         given = self.foils
         are_lists = given is not None and not isinstance(given[0], int | str)
         return given if are_lists else None
 
     @property
     def for_all(self) -> list[Foil] | None:
-        """Foils of all target tokens; None if there are none of that sort."""
+        """Foils of all target tokens; None if `foils` is per token or not given."""
         return None if self.foils is None or self.per_token is not None else self.foils
 
     @property
@@ -85,10 +82,10 @@ class Contrast:
 
 
 def as_value(attr_target: Any) -> Any:
-    """What is explained, as attributions keep it: ``"contrast"`` is a `Contrast`.
+    """The explained value as attributions store it: ``"contrast"`` becomes a `Contrast`.
 
     Raises:
-        ValueError: If it names no value of a target token.
+        ValueError: If it is not a known value of a target token.
     """
     if isinstance(attr_target, Contrast):
         return attr_target
@@ -97,12 +94,12 @@ def as_value(attr_target: Any) -> Any:
 
 
 def scored(attr_target: Any) -> Any:
-    """What a scorer is asked for, which knows foils as ids alone."""
+    """The value that a scorer computes, which knows foils only as ids."""
     return "contrast" if isinstance(attr_target, Contrast) else attr_target
 
 
 def _plain(foils: Any) -> Any:
-    """Foils as lists of texts and integers, one or one per target token."""
+    """Foils as lists of texts and integers, one list or one per target token."""
     if foils is None:
         return None
     if getattr(foils, "ndim", 1) == 2:

@@ -1,4 +1,4 @@
-"""`Foils`: the tokens that every target token is held against."""
+"""`Foils`: the tokens with which every target token is contrasted."""
 
 import sys
 import warnings
@@ -24,10 +24,9 @@ class Foils:
     """The foils of every target token.
 
     Attributes:
-        ids: Per target token the ids, the likeliest first where they were found; empty where it is
-            held against nothing.
-        names: As many printable names.
-        about: How they came about, as JSON has it.
+        ids: Per target token the ids, the likeliest first if they were found; may be empty.
+        names: Their printable names.
+        about: How they were determined, as JSON values.
     """
 
     ids: list[tuple[int, ...]]
@@ -36,7 +35,7 @@ class Foils:
 
     @property
     def tensor(self) -> Tensor:
-        """Ids, int64 ``(n_target, n_foils)``; -1 where a token has fewer."""
+        """Ids, int64 ``(n_target, n_foils)``, padded with -1."""
         most = max(1, *map(len, self.ids))
         rows = [[*own, *[-1] * (most - len(own))] for own in self.ids]
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
@@ -45,17 +44,17 @@ class Foils:
 def foils_of(
     contrast: Contrast, context: FoilContext, model: RowScorer, vocabulary_size: int | None
 ) -> Foils:
-    """The tokens that a contrast means.
+    """The foils of a contrast.
 
     Args:
-        contrast: What the user says.
+        contrast: The user's specification.
         context: Prompt and target.
-        model: The model, which is asked only if foils are to be found.
-        vocabulary_size: Of the model; None where it is not known.
+        model: The model, used only if foils are to be found.
+        vocabulary_size: The model's vocabulary size; None if unknown.
 
     Raises:
-        ValueError: If lists are not as many as target tokens, a foil is no token of the model, the
-            target token itself, or the same as another one; or there is no such feature.
+        ValueError: If the number of lists differs from that of target tokens, a foil is not in the
+            vocabulary, equals the target token, or is repeated; or there is no such feature.
 
     Warns:
         UserWarning: If a foil's text has several tokens.
@@ -95,7 +94,7 @@ def foils_of(
 
 
 def _of_all_tokens(contrast: Contrast, t: int, context: FoilContext) -> list[Foil] | None:
-    """Of the foils for all tokens those for one of them: texts are words, and begin as such."""
+    """The foils of one target token among those for all: texts are words, and begin as such."""
     given = contrast.for_all
     if given is None or not context.goes_on(t):
         return given
@@ -105,7 +104,7 @@ def _of_all_tokens(contrast: Contrast, t: int, context: FoilContext) -> list[Foi
 def _given(
     foils: Sequence[Foil], t: int, context: FoilContext, vocabulary_size: int | None, long: set[str]
 ) -> tuple[int, ...]:
-    """Ids of the foils that the user gave for a target token; texts of several are noted."""
+    """Ids of the user's foils of a target token; texts of several tokens are recorded in `long`."""
     ids: dict[int, Foil] = {}
     where = f"of target token {t} ({context.names[t]!r})"
     for foil in foils:

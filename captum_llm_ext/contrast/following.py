@@ -1,4 +1,4 @@
-"""What comes after a word of the answer: it tells what sort of word could have stood there."""
+"""What follows a word of the answer, as evidence for the kind of word that fits."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,13 @@ from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.model import RowScorer, TokenRow
 
 Ids = tuple[int, ...]
-# Of the probability of all words that are asked: rarer ones hardly move the mean over them.
+# Probability mass of the words that are scored: rarer ones hardly affect the mean. Chosen, not
+# measured.
 _ENOUGH = 0.95
 
 
 def greedy_continuation(context: FoilContext, model: RowScorer, n: int) -> Ids:
-    """What the model writes behind the target, at most `n` tokens, up to one that ends it."""
+    """The model's greedy continuation of the target, at most `n` tokens, up to an end token."""
     ids = context.full.ids + context.target
     written: Ids = ()
     while len(written) < n and not context.is_special(ids[-1]):
@@ -28,16 +29,15 @@ def greedy_continuation(context: FoilContext, model: RowScorer, n: int) -> Ids:
 
 
 class Following:
-    """How likely what follows a word of the answer is, where that word is not known.
+    """The likelihood of what follows a word of the answer, averaged over possible words.
 
     Args:
         context: The prompt and the answer.
         model: Scores the words.
-        t: The number of the word's first token.
-        n_words: Words that each prompt itself makes likeliest, of the answer's kind, which may
-            stand there beside the answer's own.
-        n_looked: Of so many of the likeliest tokens it is looked up what they are.
-        n_tokens: That follow the word are looked at.
+        t: Index of the word's first token.
+        n_words: Number of likeliest words of the same kind per prompt, besides the answer's own.
+        n_looked: Number of likeliest tokens that are examined.
+        n_tokens: Number of tokens after the word that are scored.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Following:
         self._word, self._continuation = context.target[t:stop], continuation
 
     def __call__(self, prompts: Sequence[Ids]) -> list[float]:
-        """The log-probability of what follows after each prompt, a word of the kind being between.
+        """The log-probability of what follows after each prompt and a word of the kind.
 
-        That is the mean over such words, as likely as the prompt makes each. After none it is
-        taken to be likelier than after the answer's own in the whole prompt: what follows was
-        written because of that one.
+        The mean over such words, weighted by their probability after the prompt. It is capped at
+        the likelihood after the answer's own word and the whole prompt, since what follows was
+        generated after that.
         """
         if not self._continuation:
             return [0.0] * len(prompts)
@@ -83,7 +83,7 @@ class Following:
         return [means[ids] for ids in prompts]
 
     def _likeliest(self, prompts: Sequence[Ids]) -> dict[Ids, dict[Ids, float]]:
-        """Words of the kind after each prompt, the answer's own among them: log-probabilities."""
+        """Log-probabilities of words of the kind after each prompt, including the answer's own."""
         rows = [
             TokenRow(ids := (*prompt, *self._context.target[: self._t]), (len(ids) - 1,))
             for prompt in prompts
@@ -97,7 +97,7 @@ class Following:
         }
 
     def _of_kind(self, likeliest: Mapping[int, float]) -> dict[Ids, float]:
-        """Of tokens, the likeliest first, those that may stand there."""
+        """The allowed ones among tokens, the likeliest first."""
         context, t, n_others = self._context, self._t, 0
         found: dict[Ids, float] = {}
         for token, log_prob in likeliest.items():
@@ -109,7 +109,7 @@ class Following:
         return _likely(found)
 
     def _log_probs(self, asked: Sequence[tuple[Ids, Ids]]) -> list[float]:
-        """Of what follows, after prompts and words."""
+        """Log-probabilities of what follows, after prompts and words."""
         before, continuation = self._context.target[: self._t], self._continuation
         rows = [
             TokenRow(
@@ -123,7 +123,7 @@ class Following:
 
 
 def _likely(words: Mapping[Ids, float]) -> dict[Ids, float]:
-    """The likeliest words, by log-probabilities, without those that are hardly any of the whole."""
+    """The likeliest words, by log-probabilities, without negligible ones."""
     left = sum(map(math.exp, words.values()))
     hardly = (1 - _ENOUGH) * left
     found: dict[Ids, float] = {}

@@ -1,4 +1,4 @@
-"""Foils that are found: what the model itself might have said, and could have gone on from."""
+"""Finds foils: plausible alternatives by the model, after which the text continues well."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,17 @@ from captum_llm_ext.contrast.contrast import Contrast
 from captum_llm_ext.contrast.following import greedy_continuation
 from captum_llm_ext.model import RowScorer, TokenRow
 
-# Candidates per foil, and tokens after the place that they are weighed by: on 35 natural prompts
-# whose cause is known, more of either name no more causes.
+# Candidates per foil, and tokens after the position by which they are weighted: on 35 natural
+# prompts whose cause is known, more of either name no more causes.
 _CANDIDATES = 2
 _AHEAD = 2
-# Of so many of the likeliest tokens per foil it is looked up what they are.
+# Number of likeliest tokens examined per foil. Chosen, not measured.
 _LOOKED_AT = 64
-# Target tokens whose candidates are weighed at a time: each of their rows has a value for each.
+# Target tokens whose candidates are weighted at a time, since each of their rows has a value for
+# each. Chosen, not measured.
 _AT_ONCE = 32
 
-Guesses = dict[int, float]  # log-probabilities of tokens
+Guesses = dict[int, float]  # log-probabilities by token
 
 
 def found(
@@ -29,13 +30,13 @@ def found(
     """Foils of target tokens.
 
     Args:
-        wanted: Numbers of the target tokens.
-        contrast: How many, and without which feature.
+        wanted: Indices of the target tokens.
+        contrast: The user's specification.
         context: Prompt and target.
         model: The model.
 
     Returns:
-        Ids by number, the likeliest first; and how they were found.
+        Ids by target token, the likeliest first; and how they were found.
     """
     own = [t for t in wanted if not context.goes_on(t)]
     n_looked = _LOOKED_AT * contrast.n_foils
@@ -48,7 +49,7 @@ def found(
         if len(candidates[t]) > contrast.n_foils and not context.is_special(context.target[t])
     ]
     n_rows = 0
-    # What is not text is read with every row anew.
+    # Inputs other than text are read again with every row.
     if weighed and model.reads_on and context.full.extras is None:
         written = greedy_continuation(context, model, _AHEAD)
         for start in range(0, len(weighed), _AT_ONCE):
@@ -67,7 +68,7 @@ def found(
 def _guesses(
     rows: Sequence[TokenRow], wanted: Sequence[int], n: int, model: RowScorer
 ) -> list[dict[int, Guesses]]:
-    """Per row the likeliest tokens in the places of target tokens, where it says them."""
+    """Per row the likeliest tokens at the positions of target tokens, if it predicts them."""
     log_probs, ids = model.likeliest(rows, n)
     return [
         {
@@ -84,7 +85,7 @@ def _guesses(
 
 
 def _averaged(each: Sequence[dict[int, Guesses]]) -> dict[int, Guesses]:
-    """Mean probabilities; a token that is none of the likeliest in one of them has none there."""
+    """Mean probabilities; a token missing among the likeliest of one row counts as 0 there."""
     sums: dict[int, Guesses] = {}
     for guesses in each:
         for t, own in guesses.items():
@@ -98,7 +99,7 @@ def _averaged(each: Sequence[dict[int, Guesses]]) -> dict[int, Guesses]:
 
 
 def _of_kind(guesses: Guesses, t: int, n_foils: int, context: FoilContext) -> Guesses:
-    """The likeliest candidates of a target token: of its kind, or of any where none is."""
+    """The likeliest candidates of a target token: of its kind, or of any if there is none."""
     order = _best(guesses)
     is_special = context.is_special(context.target[t])
     for fits in (context.fits,) * (not is_special) + (context.is_other,):
@@ -120,7 +121,7 @@ def _weigh(
     written: Sequence[int],
     model: RowScorer,
 ) -> int:
-    """Adds to candidates what they make of the tokens after them; how many rows that took."""
+    """Adds the likelihood of the next tokens to candidates; returns the number of rows scored."""
     text = (*context.target, *written)
     first, last = wanted[0] + 1, min(wanted[-1] + 1 + _AHEAD, len(text))
     rows: dict[tuple[int, int], TokenRow] = {}

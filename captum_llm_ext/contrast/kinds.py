@@ -1,4 +1,4 @@
-"""What kinds of words an answer is made of, and how likely such words follow another prompt."""
+"""The kinds of words in an answer, and their probability after other prompts."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,30 +10,32 @@ from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.contrast.following import Following
 from captum_llm_ext.model import RowScorer, TokenRow
 
-# Words of a kind that stand for all of it: on natural prompts whose cause is known 64 to 256 name
-# as many causes; with fewer, other answers of the kind are missing, with more, any word is of it.
+# Number of words that represent a kind: on natural prompts whose cause is known, 64 to 256 name
+# equally many causes; with fewer, other answers of the kind are missing, with more, any word
+# counts.
 _WORDS = 128
-_LOOKED_AT = 1024  # of the likeliest tokens
-# Later tokens follow from those before them, whatever the prompt was.
+_LOOKED_AT = 1024  # likeliest tokens examined; chosen, not measured
+# Later tokens follow from those before them, whatever the prompt. Chosen, not measured.
 _TOKENS = 8
 
-# What stands so many tokens before the answer decides its grammar. There two texts may both go on
-# with words of a kind ("late because she", "late for work"), and differ in what follows these.
+# Tokens before the answer that determine its grammar. There two texts may both continue with words
+# of a kind ("late because she", "late for work"), and differ in what follows these.
 _NEAR = 5
 _NEAR_WORDS = 6
-# One token: later ones say what the answer says ("right" is said again), not what it does there.
+# One token: later ones depend on the content of the answer ("right" is repeated), not on its
+# function.
 _FOLLOWING = 1
 
 Ids = tuple[int, ...]
 
 
 class AnswerKinds:
-    """How likely words of an answer's kinds follow prompts, in its first places.
+    """The probability that words of an answer's kinds follow prompts, at its first positions.
 
-    A kind is a token and the likeliest others that are written alike (with a space before, or a
-    capital first) where the prompt is whole. A prompt that is another one just before the answer
-    is asked, too, how likely what follows the answer's first word is after those of its own words
-    of that kind: they have to do what that word does there.
+    A kind is a token and the likeliest others that are written alike (leading space, capital) after
+    the whole prompt. For a prompt that differs just before the answer, the likelihood of what
+    follows the answer's first word is included, averaged over the prompt's own words of that kind:
+    these must have the same grammatical function.
 
     Args:
         context: The prompt and the answer.
@@ -44,7 +46,7 @@ class AnswerKinds:
         self._context, self._model = context, model
 
     def __call__(self, prompts: Sequence[Ids]) -> list[float]:
-        """The log-probability of these kinds after each prompt; NaN where that is too long."""
+        """The log-probability of these kinds after each prompt; NaN if the text is too long."""
         at, foils = self._kinds
         if not at:
             return [0.0] * len(prompts)
@@ -68,7 +70,7 @@ class AnswerKinds:
         return [found.get(ids, float("nan")) for ids in prompts]
 
     def _followed(self, prompts: Sequence[Ids]) -> dict[Ids, float]:
-        """What those that are other ones near the answer lose by what follows its first word."""
+        """Loss in likelihood of what follows the answer's first word, for prompts that differ."""
         whole = self._context.full.ids
         near = [
             ids for ids in prompts if ids != whole and _n_common(ids, whole) >= len(whole) - _NEAR
@@ -91,7 +93,7 @@ class AnswerKinds:
 
     @cached_property
     def _kinds(self) -> tuple[list[int], Tensor]:
-        """Places of the answer that have a kind, and the other tokens of it, padded by -1."""
+        """Positions of the answer that have a kind, and the other tokens of it, padded with -1."""
         context = self._context
         first = range(min(_TOKENS, len(context.target)))
         word_starts = [
@@ -120,6 +122,6 @@ class AnswerKinds:
 
 
 def _n_common(one: Ids, other: Ids) -> int:
-    """How many ids both begin with."""
+    """Length of the common prefix of two id sequences."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""The tiny model that comes with the package."""
+"""The tiny model that is shipped with the package."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -14,19 +14,20 @@ def folder() -> Path:
 
 
 def load_demo() -> tuple[Any, Any, list[str]]:
-    """Loads a small language model for examples, whose answers have known causes.
+    """Loads a small language model whose answers have known causes, for examples.
 
-    It writes biographies of an invented English; ``demo/model/README.md`` says which word depends
-    on which. Nothing is downloaded.
+    It generates biographies in a made-up grammar; ``demo/model/README.md`` documents which word
+    depends on which. Nothing is downloaded.
 
     Returns:
-        The model (Llama, 0.2 million parameters, in eval mode), its tokenizer, and documents of
-        the same language for `CorpusBaselines`.
+        The model (Llama, 0.2 million parameters, in eval mode), its tokenizer, and documents of the
+        same grammar for `CorpusBaselines`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder()).eval()
-    model.config.name_or_path = NAME  # what results call it; "model", its folder, says nothing
+    # The name in results; its folder's name, "model", would say nothing.
+    model.config.name_or_path = NAME
     tokenizer = AutoTokenizer.from_pretrained(folder())
     corpus = (folder() / "corpus.txt").read_text(encoding="utf-8").splitlines()
     return model, tokenizer, corpus

@@ -1,1 +1,1 @@
-"""Whether attributions can be relied on: `faithfulness` to the model, `sensitivity` to absence."""
+"""Whether attributions can be trusted: `faithfulness` to the model, `sensitivity` to absence."""

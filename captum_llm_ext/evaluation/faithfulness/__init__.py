@@ -1,7 +1,7 @@
-"""How faithful attributions are to the model: metrics that take features away and look.
+"""Faithfulness of attributions to the model: metrics that remove features and rescore.
 
-`measure_faithfulness` measures results of one target on one input. The others take any numbers and
-any game: a function of coalitions.
+`measure_faithfulness` measures results of one target on one input. The other functions take any
+attributions and any game, a function of coalitions.
 """
 
 from captum_llm_ext.evaluation.faithfulness.estimate import Estimate

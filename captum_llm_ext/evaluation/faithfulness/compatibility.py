@@ -1,4 +1,4 @@
-"""Whether results fit the input they are measured on, and the numbers of theirs that are."""
+"""Checks that results fit the input they are measured on, and extracts their attributions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -19,7 +19,7 @@ def by_name(results: object) -> dict[str, GenerationAttributionResult]:
     """Results by name; those of a list are named by their methods.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If it is not a result, mapping or list of results.
         ValueError: If there is none.
     """
     if isinstance(results, GenerationAttributionResult):
@@ -64,7 +64,7 @@ def check_fit(
     prompt: Prompt,
     attribution: GenerationAttribution,
 ) -> None:
-    """Raises if a result explains something else than what is measured.
+    """Raises if a result explains something other than what is measured.
 
     Raises:
         ValueError: If target, prompt or values differ.
@@ -108,7 +108,7 @@ def span_of(result: GenerationAttributionResult, token: Token) -> tuple[int, int
     """The target tokens that are measured.
 
     Raises:
-        TypeError: If `token` is of the wrong kind.
+        TypeError: If `token` has the wrong type.
         ValueError: If there are none.
     """
     n_target = len(result.output_tokens)
@@ -139,16 +139,16 @@ def attributions_of(
     """One number per player, shape ``(n_players,)``.
 
     Args:
-        name: Of the result.
-        result: What is measured.
+        name: Name of the result.
+        result: The result.
         span: Target tokens; None: the whole target, by `seq_attr`.
-        prompt: Tells which columns show one feature.
+        prompt: The prompt, which maps columns to features.
         earlier: Names of the players that are earlier output.
 
     Raises:
-        ValueError: If the result has other features of the output.
+        ValueError: If the result has other output features.
     """
-    # Captum's inputs show a group's score at each of its members.
+    # Captum's inputs repeat a group's score at each of its members.
     columns = [prompt.columns.index(feature) for feature in range(prompt.n_features)]
     if span is None:
         return result.seq_attr[columns]
@@ -165,13 +165,13 @@ def attributions_of(
 
 
 def _n_before(result: GenerationAttributionResult, token: int) -> int:
-    """How many generated features lie wholly before a token."""
+    """Number of generated features that lie wholly before a token."""
     owners = [piece.feature for piece in result.output_pieces]
     return len(set(owners[:token]) - set(owners[token:]) - {None})
 
 
 def _first_other(names: Sequence[str], others: Sequence[str]) -> str:
-    """Where two lists of names part, as the end of a sentence."""
+    """The first difference of two lists of names, as the end of a sentence."""
     for name, other in zip(names, others, strict=False):
         if name != other:
             return f" ({name!r} and {other!r} are the first that differ)"

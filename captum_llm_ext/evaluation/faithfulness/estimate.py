@@ -1,4 +1,4 @@
-"""`Estimate`: numbers with jackknife standard errors over several sources of chance."""
+"""`Estimate`: numbers with jackknife standard errors over several sources of randomness."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from captum_llm_ext.base.amounts import plus_minus
 class Estimate:
     """A number, or several, with the standard error.
 
-    Standard errors are the jackknife's (Efron and Stein 1981), for each source of chance on its
-    own: draws of a random baseline, random orders, random coalitions. Variances of several sources
-    are added. Estimates from the same draws are compared by their difference, whose error takes
-    into account what they have in common.
+    Jackknife standard errors (Efron and Stein 1981), for each source of randomness separately:
+    draws of a random baseline, random orders, random coalitions. Variances of several sources are
+    added. Estimates from the same draws are compared by their difference, whose error includes
+    their covariance.
 
     Attributes:
         value: float64, of any shape.
-        left_out: Per source of chance the value without each of its units, shape
-            ``(n_units, *shape)``; empty where nothing is left to chance.
+        left_out: Per source the value without each of its units, shape ``(n_units, *shape)``; empty
+            if nothing is random.
     """
 
     value: Tensor
@@ -32,7 +32,7 @@ class Estimate:
 
     @property
     def standard_error(self) -> Tensor:
-        """Of the shape of `value`: 0 where it is exact, NaN where a single unit cannot tell."""
+        """Standard error of the shape of `value`: 0 if exact, NaN from a single unit."""
         variance = torch.zeros_like(self.value)
         for values in self.left_out.values():
             n = len(values)
@@ -44,7 +44,7 @@ class Estimate:
         """The estimate of a function of the value.
 
         Args:
-            function: From ``(n, *shape)`` to ``(n, *other_shape)``, each of the n for itself.
+            function: From ``(n, *shape)`` to ``(n, *other_shape)``, for each of the n separately.
         """
         left_out = {source: function(values) for source, values in self.left_out.items()}
         return Estimate(function(self.value[None])[0], left_out)
@@ -53,7 +53,7 @@ class Estimate:
         return self.map(lambda values: values[:, index])
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """The difference; units of the same source are left out on both sides at once."""
+        """The difference; units of a common source are left out on both sides at once."""
         left_out = {
             source: self._without(source) - other._without(source)
             for source in dict.fromkeys([*self.left_out, *other.left_out])
@@ -69,7 +69,7 @@ class Estimate:
     def __str__(self) -> str:
         if self.value.dim():
             return repr(self)
-        value = round(float(self.value), 2) + 0.0  # of which none is -0.00
+        value = round(float(self.value), 2) + 0.0  # avoids -0.00
         return f"{value:.2f}{plus_minus(float(self.standard_error))}"
 
     def _without(self, source: str) -> Tensor:
@@ -77,13 +77,13 @@ class Estimate:
 
 
 def average(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the draws of a source of chance, and the means without each of them.
+    """The mean over the units of a source, and the means without each of them.
 
     Args:
         values: Shape ``(n_units, *shape)``.
 
     Returns:
-        Shapes ``(*shape)`` and ``(n_units, *shape)``; of a single unit the mean itself, twice.
+        Shapes ``(*shape)`` and ``(n_units, *shape)``; for a single unit the mean itself, twice.
     """
     mean, n = values.mean(0), len(values)
     return mean, values if n < 2 else mean + (mean - values) / (n - 1)

@@ -20,7 +20,7 @@ from captum_llm_ext.evaluation.faithfulness.scores import (
     RandomCoalitions,
 )
 
-# Few features, as people look at; ERASER (DeYoung et al. 2020) takes shares of the text instead.
+# Few features, as readers use them; ERASER (DeYoung et al. 2020) uses shares of the text instead.
 _DEFAULT_K = (1, 3, 5)
 
 
@@ -29,13 +29,13 @@ class MetricSettings:
     """Settings of the metrics.
 
     Attributes:
-        k: Numbers of features for comprehensiveness and sufficiency; None: those of 1, 3 and 5 that
-            there are features for.
-        n_orders: Random orders that curves are held against.
-        n_coalitions: Random coalitions of the linear datamodeling score.
-        share: Probability that a feature is present in one of them.
-        max_steps: At most so many steps of a curve, those at `k` not counted.
-        seed: Of orders, coalitions, and the places of equal attributions.
+        k: Numbers of features for comprehensiveness and sufficiency; None: 1, 3 and 5, as far as
+            there are as many features.
+        n_orders: Number of random orders as reference of curves.
+        n_coalitions: Number of random coalitions of the linear datamodeling score.
+        share: Probability that a feature is present in these.
+        max_steps: Maximum number of steps of a curve, besides those at `k`.
+        seed: Seeds orders, coalitions, and the order of equal attributions.
 
     Raises:
         ValueError: If a number is out of range.
@@ -65,7 +65,7 @@ class MetricSettings:
         """Numbers of features for comprehensiveness and sufficiency, of `n`.
 
         Raises:
-            ValueError: If one of them is no number from 1 to n.
+            ValueError: If one of them is not an integer from 1 to n.
         """
         if self.k is None:
             return [k for k in _DEFAULT_K if k <= n]
@@ -91,11 +91,11 @@ def measure(
     Args:
         attributions: By name, float64 ``(n,)``.
         game: A function of coalitions, see `evaluate_coalitions`.
-        settings: Of the metrics.
+        settings: Settings of the metrics.
         features: Names of the players.
-        unit: Of its values.
-        target: What is explained.
-        absence: What stands where a feature is absent.
+        unit: Unit of its values.
+        target: The explained text.
+        absence: What replaces absent features.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     n = len(next(iter(attributions.values())))
@@ -165,22 +165,22 @@ def measure_attributions(
     seed: int = 0,
     unit: str | None = None,
 ) -> FaithfulnessReport:
-    """Every metric of any attributions of one game, as `measure_faithfulness` has it for results.
+    """All metrics of attributions of any package on one game, as by `measure_faithfulness`.
 
     Args:
-        attributions: By name, shape ``(n_players,)`` each: of whatever method or package.
-        game: As of `perturbation_curve`.
-        k: For comprehensiveness and sufficiency: numbers of features. None: those of 1, 3 and 5
-            that there are features for.
-        n_orders: Random orders that curves are held against.
-        n_coalitions: Random coalitions of the linear datamodeling score.
-        max_steps: At most so many steps of a curve, those at `k` not counted.
-        seed: Of everything that is drawn here.
-        unit: Of the game's values.
+        attributions: By name, shape ``(n_players,)`` each.
+        game: As for `perturbation_curve`.
+        k: For comprehensiveness and sufficiency: numbers of features. None: 1, 3 and 5, as far as
+            there are as many features.
+        n_orders: Number of random orders as reference of curves.
+        n_coalitions: Number of random coalitions of the linear datamodeling score.
+        max_steps: Maximum number of steps of a curve, besides those at `k`.
+        seed: Seeds all random choices.
+        unit: Unit of the game's values.
 
     Raises:
-        ValueError: As `perturbation_curve`.
-        TypeError: If `attributions` is no mapping.
+        ValueError: As for `perturbation_curve`.
+        TypeError: If `attributions` is not a mapping.
     """
     if not isinstance(attributions, Mapping) or not attributions:
         raise TypeError(
@@ -215,23 +215,22 @@ def perturbation_curve(
 ) -> PerturbationCurve:
     """Values while features are removed, or added, in the order of their attributions.
 
-    Removal of the strongest first is the deletion curve, or MoRF (Samek et al. 2017, arXiv
-    1509.06321; Petsiuk et al. 2018, arXiv 1806.07421): the lower, the better. Of the weakest first:
-    LeRF, the higher the better. Insertion begins with none.
+    Removing the strongest first gives the deletion curve, or MoRF (Samek et al. 2017, arXiv
+    1509.06321; Petsiuk et al. 2018, arXiv 1806.07421): lower is better. Removing the weakest first
+    gives LeRF: higher is better. Insertion begins with no features.
 
-    Features of positive attribution come before those of zero, and those before negative ones: the
-    sign counts. Equal ones are put in a random order.
+    Features are ordered by signed attribution; ties are in random order.
 
     Args:
         attributions: Shape ``(n_players,)``.
-        game: From a numpy array of booleans ``(n_coalitions, n_players)``, True = present, to
-            ``(n_coalitions,)``; `CoalitionGame`, whose draws then tell the standard errors, or any
+        game: Maps a numpy array of booleans ``(n_coalitions, n_players)``, True = present, to
+            ``(n_coalitions,)``: a `CoalitionGame`, whose draws give standard errors, or any
             function.
         kind: ``"removal"`` or ``"insertion"``.
         first: ``"strongest"`` or ``"weakest"``.
-        max_steps: Among more features, several are removed at a time.
-        n_orders: Random orders of the reference.
-        seed: Of random orders.
+        max_steps: Maximum number of steps; with more features, several are removed at a time.
+        n_orders: Number of random orders of the reference.
+        seed: Seeds random orders.
 
     Returns:
         Values at each number of features removed, or added, in the unit of the game.
@@ -257,19 +256,19 @@ def perturbation_curve(
 def comprehensiveness(
     attributions: Any, game: Game, k: int, *, n_orders: int = 8, seed: int = 0
 ) -> Metric:
-    """What is lost when the k features of largest attribution are absent: the more, the better.
+    """The loss when the k features of largest attribution are absent: higher is better.
 
     DeYoung et al. 2020 (ERASER, arXiv 1911.03429), in the unit of the game.
 
     Args:
-        attributions, game, n_orders, seed: As of `perturbation_curve`.
-        k: How many features.
+        attributions, game, n_orders, seed: As for `perturbation_curve`.
+        k: Number of features.
 
     Returns:
-        Value of all features less that without the k, in the unit of the game.
+        Value of all features minus that without the k, in the unit of the game.
 
     Raises:
-        ValueError: As `perturbation_curve`.
+        ValueError: As for `perturbation_curve`.
 
     Example:
         >>> print(comprehensiveness([2.0, -1.0], lambda masks: masks @ [2.0, -1.0], k=1).value)
@@ -281,20 +280,20 @@ def comprehensiveness(
 def sufficiency(
     attributions: Any, game: Game, k: int, *, n_orders: int = 8, seed: int = 0
 ) -> Metric:
-    """What is lost when only the k features of largest attribution are there: the less, the better.
+    """The loss when only the k features of largest attribution are present: lower is better.
 
-    DeYoung et al. 2020 (ERASER, arXiv 1911.03429), in the unit of the game. Below 0 where the
-    others lower the value.
+    DeYoung et al. 2020 (ERASER, arXiv 1911.03429), in the unit of the game. Below 0 if the others
+    lower the value.
 
     Args:
-        attributions, game, n_orders, seed: As of `perturbation_curve`.
-        k: How many features.
+        attributions, game, n_orders, seed: As for `perturbation_curve`.
+        k: Number of features.
 
     Returns:
-        Value of all features less that of the k alone, in the unit of the game.
+        Value of all features minus that of the k alone, in the unit of the game.
 
     Raises:
-        ValueError: As `perturbation_curve`.
+        ValueError: As for `perturbation_curve`.
 
     Example:
         >>> print(sufficiency([2.0, -1.0], lambda masks: masks @ [2.0, -1.0], k=1).value)
@@ -311,25 +310,25 @@ def linear_datamodeling_score(
     share: float = 0.5,
     seed: int = 0,
 ) -> Metric:
-    """Spearman's correlation of what attributions predict for random coalitions with their values.
+    """Spearman's correlation of predicted and actual values of random coalitions.
 
-    Predicted is the sum of the attributions of the features present (Park et al. 2023, TRAK, arXiv
-    2303.14186, sec. 2; Cohen-Wang et al. 2024, ContextCite, arXiv 2409.00729).
+    The prediction is the sum of the attributions of the present features (Park et al. 2023, TRAK,
+    arXiv 2303.14186, sec. 2; Cohen-Wang et al. 2024, ContextCite, arXiv 2409.00729).
 
     Args:
-        attributions, game, seed: As of `perturbation_curve`.
-        n_coalitions: How many; all there are if these are no more.
+        attributions, game, seed: As for `perturbation_curve`.
+        n_coalitions: Number of coalitions; all of them if there are no more.
         share: Probability that a feature is present.
 
     Returns:
-        The score. Its standard error is the jackknife's over coalitions, and over the game's draws,
-        variances added. Where values have few levels, whose order hangs on the draws, the latter is
-        too large rather than too small: ranks change by leaps. The reference are the same numbers
-        dealt out to the features at random: it is above 0 where attributions, and values, rise with
-        the number of features alone. Noise of few draws lowers the score of every attribution.
+        The score. Its standard error combines jackknife variances over coalitions and over the
+        game's draws. If values have few distinct levels, whose order depends on the draws, the
+        latter is conservative, since ranks change in jumps. The reference is the score of the same
+        attributions randomly permuted: it is above 0 if predictions and values increase with the
+        number of features alone. Noise of few draws lowers the score of every attribution.
 
     Raises:
-        ValueError: As `perturbation_curve`.
+        ValueError: As for `perturbation_curve`.
     """
     attr = {"": as_attributions("attributions", attributions, game)}
     settings = MetricSettings(n_coalitions=n_coalitions, share=share, seed=seed)
@@ -339,7 +338,7 @@ def linear_datamodeling_score(
 
 
 def as_attributions(name: str, attributions: Any, game: Game) -> Tensor:
-    """The numbers as float64 on the CPU.
+    """Attributions as float64 on the CPU.
 
     Raises:
         ValueError: If they are not finite, or not one per player.

@@ -40,7 +40,8 @@ _BEST = (
     ", and below attributions made in the same way; by what stands in the same slot elsewhere they "
     "come out best."
 )
-_SAME_MODEL = 0.01  # of the value: further apart than rounding, also in half precision
+# Relative to the value: more than rounding, even in half precision; chosen, not measured.
+_SAME_MODEL = 0.01
 
 
 def measure_faithfulness(
@@ -60,50 +61,48 @@ def measure_faithfulness(
     perturbations_per_eval: int | None = None,
     feature_mask: Tensor | None = None,
 ) -> FaithfulnessReport:
-    """Measures how faithful results are to the model: perturbation curves, ERASER's scores, LDS.
+    """Measures the faithfulness of results: perturbation curves, ERASER's scores, LDS.
 
-    Absent features are replaced as the *input's own* baselines say, with draws of their own (others
-    than those of ``attribute`` with the same seed), averaged, for every value. Give an input with
-    `CorpusBaselines`: metrics that delete features, or put one token in their place, ask the model
-    about texts it never saw, and most of them put true causes not far above random
-    numbers (``benchmarks/faithfulness.py``).
+    Absent features are replaced by the *input's own* baselines, averaged over draws independent of
+    those of ``attribute`` with the same seed. Use an input with `CorpusBaselines`: metrics that
+    delete features, or replace them by one token, evaluate the model on texts it never saw, and
+    most of them rank true causes barely above random (``benchmarks/faithfulness.py``).
 
     It takes up to ``n_draws`` × (2 × `max_steps` for every result + `max_steps` × `n_orders` +
     `n_coalitions`) evaluations, each row once, all in one call.
 
     Args:
-        attribution: What scores: its model, tokenizer and `attr_target`; its method is not asked.
-        inp: The prompt, with the baselines to measure by. They may be others than those that the
-            results come from.
-        results: Of one target: one result, several by name, or a list; then they are named by their
+        attribution: Its model, tokenizer and `attr_target` are used; its method is not.
+        inp: The prompt, with the baselines of the measurement, which may differ from those of the
+            results.
+        results: One or several results of one target: by name, or a list, which is named by
             methods.
         token: A target token (position or name), or a span ``(start, stop)``: against all features
             before it, earlier output included. None: `seq_attr`, the whole target against the
             prompt's features, the output held fixed.
-        k: For comprehensiveness and sufficiency: numbers of features. None: those of 1, 3 and 5
-            that there are features for.
+        k: For comprehensiveness and sufficiency: numbers of features. None: 1, 3 and 5, as far as
+            there are as many features.
         n_draws: Draws of a random baseline.
-        n_orders: Random orders that curves are held against.
-        n_coalitions: Random coalitions of the linear datamodeling score.
-        max_steps: At most so many steps of a curve, those at `k` not counted.
-        output_unit, output_baselines: As of ``attribute``, for a `token` only; the unit is that of
+        n_orders: Number of random orders as reference of curves.
+        n_coalitions: Number of random coalitions of the linear datamodeling score.
+        max_steps: Maximum number of steps of a curve, besides those at `k`.
+        output_unit, output_baselines: As for ``attribute``, only with `token`; the unit is that of
             the results.
-        feature_mask: As of ``attribute``, if the results were made with one.
-        seed: Of everything that is drawn.
-        perturbations_per_eval: At most so many rows in a batch.
+        feature_mask: As for ``attribute``, if the results were made with one.
+        seed: Seeds all random choices.
+        perturbations_per_eval: Maximum number of rows per batch.
 
     Returns:
-        The report: every metric with a standard error, beside that of random orders.
+        The report: every metric with a standard error, and that of random orders.
 
     Raises:
         ValueError: If a result is of another target, of other features or values than input and
-            attribution, or an argument is out of range or would be ignored.
-        TypeError: If an argument is of the wrong kind.
+            attribution, or an argument is out of range or would have no effect.
+        TypeError: If an argument has the wrong type.
 
     Warns:
         UserWarning: If absent features are deleted or become one token, or are replaced from a
-            corpus that has no place like theirs for most of them; if a result comes from another
-            model.
+            corpus without matching places for most of them; if a result is of another model.
     """
     if not isinstance(attribution, GenerationAttribution):
         raise TypeError(
@@ -161,12 +160,12 @@ def measure_faithfulness(
 
 
 def _seed_of_draws(seed: int) -> int:
-    """A seed whose draws differ from those that attributions with `seed` were made from."""
+    """A seed whose draws differ from those of attributions with `seed`."""
     return int(torch.randint(2**62, (), generator=draw_generator(seed, 0), device="cpu"))
 
 
 def _warn_of_absence(baselines: Iterable[object]) -> None:
-    """Warns where absent features make texts unlike any that the model was trained on."""
+    """Warns if absence makes texts unlike any that the model was trained on."""
     said = unseen(baselines, _MADE, _WHAT)
     if said is not None:
         warnings.warn(
@@ -186,7 +185,7 @@ def _warn_of_unlike() -> None:
 def _warn_of_another_model(
     results: Mapping[str, GenerationAttributionResult], span: tuple[int, int] | None, full: float
 ) -> None:
-    """Warns where a result has another value of the whole text, which no baseline changes."""
+    """Warns if a result has another value of the whole text, which no baseline changes."""
     for name, result in results.items():
         values = result.full_values[slice(*span or (None,))].detach().cpu().double()
         is_probability = result.provenance.get("attr_target") == "prob"

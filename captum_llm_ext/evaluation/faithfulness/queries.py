@@ -16,14 +16,14 @@ def evaluate_coalitions(game: Game, masks: Tensor) -> Estimate:
 
     Args:
         game: A function of a numpy array of booleans ``(n_coalitions, n_players)``, True = present.
-            If it has a method `draw_values`, like `CoalitionGame`, its draws tell the errors.
+            If it has a method `draw_values`, like `CoalitionGame`, its draws give standard errors.
         masks: Bool ``(n_coalitions, n_players)``.
 
     Returns:
-        Shape ``(n_coalitions,)``; its source of chance is ``"draws"``.
+        Shape ``(n_coalitions,)``; its source of randomness is ``"draws"``.
 
     Raises:
-        ValueError: If it answers with another number of values, or with what is not finite.
+        ValueError: If it returns another number of values, or values that are not finite.
     """
     distinct, places = masks.unique(dim=0, return_inverse=True)
     draw_values = getattr(game, "draw_values", None)

@@ -1,4 +1,4 @@
-"""How faithful attributions are: every metric of several of them, side by side."""
+"""`FaithfulnessReport`: all metrics of several attributions, side by side."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _SHARE = "1 = all features"
 
 @dataclass(frozen=True, eq=False)
 class FaithfulnessReport:
-    """What a model does without features, and whether attributions foretold it.
+    """Faithfulness metrics of several attributions of one target.
 
-    All attributions were measured on the same draws, orders and coalitions: `difference` tells
-    what of their differences is certain.
+    All attributions were measured on the same draws, orders and coalitions, so that `difference`
+    has smaller errors than each.
 
     Attributes:
-        names: Of the attributions.
-        target: What is explained.
-        features: Names of the features that were switched.
-        absence: What stood where a feature was absent.
-        unit: Of values; None where it is not known.
+        names: Names of the attributions.
+        target: The explained text.
+        features: Names of the features.
+        absence: What replaced absent features.
+        unit: Unit of values; None if unknown.
         full, empty: The value with all features, and with none.
         metrics: By name of the attribution and of the metric: ``"insertion_area"``,
             ``"removal_area"`` and ``"area_between"`` in the unit of the value, the same
@@ -42,9 +42,9 @@ class FaithfulnessReport:
             ``"sufficiency@k"`` and ``"lds"``.
         curves: By name of the attribution and kind (``"removal"``, ``"insertion"``), features of
             the largest attribution first.
-        n_draws: Draws of the baseline that every value averages; 1 where nothing is drawn.
+        n_draws: Draws of the baseline averaged in every value; 1 if not random.
         n_coalitions: Distinct coalitions scored under each draw.
-        seed: Of all that was drawn.
+        seed: Seed of all random choices.
     """
 
     names: list[str]
@@ -67,11 +67,11 @@ class FaithfulnessReport:
             first, second: Names of attributions.
 
         Returns:
-            By metric, above 0 where the first is better, in the metric's unit. What both share,
-            such as the baseline's draws, cancels in the standard errors.
+            By metric, above 0 if the first is better, in the metric's unit. Common randomness, such
+            as the baseline's draws, cancels in the standard errors.
 
         Raises:
-            ValueError: If there is no attribution of that name.
+            ValueError: If there is no such attribution.
         """
         for name in (first, second):
             if name not in self.metrics:
@@ -96,7 +96,7 @@ class FaithfulnessReport:
             arrow = "higher" if own[0].higher_is_better else "lower"
             unit = _SHARE if name.startswith(_NORMALIZED) else own[0].unit
             unit = f", {unit}" if unit else ""
-            # The linear score's reference is the attribution's own numbers, dealt out anew.
+            # The reference of the linear score is the attribution's own numbers, permuted.
             references = dict.fromkeys(str(metric.reference) for metric in own)
             what = name.removeprefix(_NORMALIZED)
             rows.append(
@@ -116,7 +116,7 @@ class FaithfulnessReport:
         return "\n".join([repr(self), *lines, ends])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as lists, numbers and text that JSON can hold; None for NaN."""
+        """All fields as values that JSON can hold; None for NaN."""
         return {
             "names": self.names,
             "target": self.target,
@@ -174,14 +174,15 @@ class FaithfulnessReport:
     def plot(
         self, kind: Kind | Literal["both"] = "both", show: bool = False, *, ax: Axes | None = None
     ) -> tuple[Figure, Axes] | None:
-        """Values while features go, beside those of a random order; bands of one standard error.
+        """Draws values while features are removed, beside those of random orders.
 
         Args:
-            kind: ``"removal"``: features of the largest attribution go first, so that a faithful
-                one falls early. ``"insertion"``: they are added first. ``"both"``: removal with the
-                largest first (solid) and with the smallest first (dashed); the area between is
-                `area_between`. (The smallest first is insertion, read from its end.)
-            show: Show it, and return None.
+            kind: ``"removal"``: features of the largest attribution are removed first, so that
+                faithful curves fall early. ``"insertion"``: they are added first. ``"both"``:
+                removal with the largest first (solid) and with the smallest first (dashed); the
+                area between is `area_between`. (Smallest first is insertion, read from its end.)
+                Bands are one standard error.
+            show: Show the figure, and return None.
             ax: Axes to draw in; by default a new figure.
 
         Returns:
@@ -225,7 +226,7 @@ class FaithfulnessReport:
         )
 
     def _shown(self) -> list[str]:
-        """Metrics of the table: areas as shares where these have a meaning."""
+        """Metrics in the table: areas as shares if these have a meaning."""
         metrics = self.metrics[self.names[0]]
         has_shares = not math.isnan(float(metrics[f"{_NORMALIZED}insertion_area"]))
         areas = {f"{_NORMALIZED}{name}" for name in metrics} & set(metrics)

@@ -12,11 +12,14 @@ from torch import Tensor
 from captum_llm_ext.evaluation.faithfulness.estimate import Estimate, average
 
 Kind = Literal["removal", "insertion"]
-# Full minus empty, relative to the larger of them, below which it is rounding of float32.
+# Full minus empty, relative to the larger of them, below which it is float32 rounding.
 _ROUNDING = 1e-6
-_Z_95 = 1.96  # standard errors: 95 % of a normal law
-_N_SHUFFLES = 100  # their mean misses the expectation by a tenth of their spread, at no coalition
-_MAX_JACKKNIFE_NUMBERS = 2**22  # numbers of a jackknife over coalitions
+_Z_95 = 1.96  # standard errors: 95 % of a normal distribution
+# Their mean misses the expectation by a tenth of the standard deviation, without scoring
+# coalitions.
+_N_SHUFFLES = 100
+# Numbers in a jackknife over coalitions, to limit memory; chosen, not measured.
+_MAX_JACKKNIFE_NUMBERS = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +28,11 @@ class Metric:
 
     Attributes:
         name: Such as ``"insertion_area"``, ``"comprehensiveness@3"`` or ``"lds"``.
-        value: Of the attribution.
-        reference: The mean over random orders of the features (for ``"lds"``: of its own numbers
-            dealt out at random).
-        unit: Of both; None for pure numbers.
-        higher_is_better: Or a lower one.
+        value: Value of the attribution.
+        reference: The mean over random orders of the features (for ``"lds"``: over random
+            permutations of its attributions).
+        unit: Unit of both; None for dimensionless numbers.
+        higher_is_better: Whether higher values are better; otherwise lower ones.
     """
 
     name: str
@@ -40,7 +43,7 @@ class Metric:
 
     @property
     def gain(self) -> Estimate:
-        """How much better than a random order: above 0 is better, whichever the metric."""
+        """How much better than a random order: above 0 is better for every metric."""
         difference = self.value - self.reference
         return difference if self.higher_is_better else -difference
 
@@ -59,10 +62,10 @@ class PerturbationCurve:
     Attributes:
         kind: ``"removal"`` starts with all features, ``"insertion"`` with none.
         first: Whether features of the largest or of the smallest attribution come first.
-        sizes: How many have been removed or added, rising from 0 to all of them, ``(n_points,)``.
+        sizes: Increasing numbers of removed or added features, from 0 to all, ``(n_points,)``.
         values: Shape ``(n_points,)``.
         reference: The same, averaged over random orders.
-        unit: Of the values.
+        unit: Unit of the values.
     """
 
     kind: Kind
@@ -79,11 +82,11 @@ class PerturbationCurve:
 
     @property
     def normalized_area(self) -> Metric:
-        """`area` over full minus empty.
+        """`area` divided by full minus empty.
 
-        1 if the value were that of all features all along, 0 if it were that of none. NaN where
-        full is not above empty by more than the error of that (1.96 standard errors): then features
-        do not raise the value together, and there is no share of what they do.
+        1 for a curve at the value of all features throughout, 0 at that of none. NaN unless full
+        exceeds empty significantly (1.96 standard errors): otherwise features do not raise the
+        value together, and shares have no meaning.
         """
         span = self.values.map(lambda path: self._full(path) - self._empty(path))
         least = _ROUNDING * float(self.values.value[[0, -1]].abs().max())
@@ -98,13 +101,13 @@ class PerturbationCurve:
         return self._metric(f"normalized_{self.kind}_area", None, share, self._rises)
 
     def lost_at(self, k: int) -> Metric:
-        """Value of all features less that after k were removed, or added.
+        """Value of all features minus that after k were removed, or added.
 
         Comprehensiveness and sufficiency of DeYoung et al. 2020 (ERASER, arXiv 1911.03429, sec.
-        4.3), of any value in place of a probability.
+        4.3), for any value instead of a probability.
 
         Raises:
-            ValueError: If k is none of `sizes`.
+            ValueError: If k is not in `sizes`.
         """
         found = (self.sizes == k).nonzero()
         if not len(found):
@@ -121,7 +124,7 @@ class PerturbationCurve:
 
     @property
     def _rises(self) -> bool:
-        """Whether a better attribution has the curve higher."""
+        """Whether higher curves are better."""
         return (self.kind == "insertion") == (self.first == "strongest")
 
     def _empty(self, path: Tensor) -> Tensor:
@@ -152,16 +155,16 @@ class PerturbationCurve:
 class PerturbationPaths:
     """Coalitions along the order of each attribution, and along random orders.
 
-    What is left when the weakest have been removed is what is there when the strongest have been
-    added; and a random order is as random from its end. So two paths tell all curves of an
-    attribution, and one path for every random order tells the reference of all of them.
+    Removing the weakest leaves the same coalition as adding the strongest, and a reversed random
+    order is random as well. So two paths give all curves of an attribution, and one path per random
+    order gives the reference of all of them.
 
     Args:
         attributions: By name, float64 ``(n,)``.
         k: Sizes at which the curves must be known.
-        max_steps: At most so many steps from none to all, those at `k` not counted.
-        n_orders: How many random orders.
-        generator: Source of every random choice.
+        max_steps: Maximum number of steps from none to all, besides those at `k`.
+        n_orders: Number of random orders.
+        generator: Source of all random choices.
 
     Attributes:
         masks: Bool ``(n_coalitions, n)``.
@@ -194,7 +197,7 @@ class PerturbationPaths:
 
         Args:
             answers: To `masks`.
-            unit: Of the values.
+            unit: Unit of the values.
             first: Which features are removed, or added, first.
         """
         paths = coalition_values.map(lambda rows: rows.view(len(rows), -1, len(self._sizes)))
@@ -215,32 +218,32 @@ class PerturbationPaths:
         return found
 
     def _along(self, order: Tensor) -> Tensor:
-        """The first of an order: bool ``(n_points, n)``."""
+        """The leading features of an order: bool ``(n_points, n)``."""
         place = order.argsort()
         return place < torch.tensor(self._sizes, dtype=torch.int64, device="cpu")[:, None]
 
     def _reference(self, paths: Estimate) -> Estimate:
-        """The mean over orders of ``(n_orders, n_points)``, whose choice is one more chance."""
+        """The mean over orders of ``(n_orders, n_points)``, with the orders' own jackknife."""
         mean = paths.map(lambda rows: rows.mean(1))
         return Estimate(mean.value, {**mean.left_out, "orders": average(paths.value)[1]})
 
 
 def strongest_first(attributions: Tensor, ties: Tensor) -> Tensor:
-    """Features by falling attribution, those that lower the value last.
+    """Features in order of decreasing attribution, negative ones last.
 
-    The sign counts: removing first what raises the value makes it fall, which is what a curve
-    shows. By magnitude, what raises and what lowers it would cancel along the way.
+    By signed value: removing positive ones first makes the value fall. By magnitude, positive and
+    negative ones would cancel along the curve.
 
     Args:
         attributions: Shape ``(n,)``, signed.
-        ties: An order of the features in which those of equal attribution stay. A random one: in
-            reading order, all the zeros would be judged by where they stand.
+        ties: An order of the features that breaks ties. It should be random: in reading order,
+            zeros would be judged by their position.
     """
     return ties[attributions[ties].argsort(descending=True, stable=True)]
 
 
 def _sizes(n: int, k: Sequence[int], max_steps: int) -> list[int]:
-    """From 0 to n; with every size what is left of n, so that paths can be read from both ends."""
+    """From 0 to n; with every size also n minus it, so that paths can be read from both ends."""
     steps = min(n, max_steps)
     chosen = {round(i * n / steps) for i in range(steps + 1)} | {*k}
     return sorted(chosen | {n - size for size in chosen})
@@ -254,17 +257,17 @@ def _reversed(path: Estimate) -> Estimate:
 
 
 class RandomCoalitions:
-    """Coalitions of which attributions that add up should tell the value.
+    """Random coalitions whose values additive attributions should predict.
 
     Each feature is present with probability `share`, as in ContextCite (Cohen-Wang et al. 2024,
-    arXiv 2409.00729, sec. 3); all coalitions where these are no more than asked for and equally
+    arXiv 2409.00729, sec. 3); all coalitions if these are no more than requested and equally
     likely.
 
     Args:
         n: Number of features.
-        n_coalitions: How many.
+        n_coalitions: Number of coalitions.
         share: Probability that a feature is present.
-        generator: Source of every random choice.
+        generator: Source of all random choices.
 
     Attributes:
         masks: Bool ``(n_coalitions, n)``.
@@ -317,13 +320,13 @@ class RandomCoalitions:
 
 
 def spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Spearman's rank correlation along the last dimension; equals share the mean of their ranks.
+    """Spearman's rank correlation along the last dimension; ties share their mean rank.
 
     Args:
-        x, y: Of shapes that broadcast, ``(*shape, n)``.
+        x, y: Of broadcastable shapes, ``(*shape, n)``.
 
     Returns:
-        Shape ``(*shape)``; NaN where one side has nothing but ties.
+        Shape ``(*shape)``; NaN if all values of one side are tied.
     """
     x, y = _ranks(x), _ranks(y)
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)

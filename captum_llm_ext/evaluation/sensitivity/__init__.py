@@ -1,7 +1,7 @@
-"""Whether a conclusion depends on what absence means.
+"""Sensitivity of conclusions to the meaning of absence.
 
-One target, explained under several baselines: which features change sign or rank, which causes are
-named under all.
+Explains one target under several baselines: which features change sign or rank, and which causes
+are the same under all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,33 +53,32 @@ def compare_baselines(
 ) -> BaselineComparison:
     """Explains one target under several baselines.
 
-    The target is generated once, if at all, and the foils of a contrast are found once. What stands
-    for absent generated text follows each baseline, as in ``attribute``, unless `output_baselines`
-    is given, which then holds for all.
+    The target is generated at most once, and the foils of a contrast are found once. Absent
+    generated text follows each baseline, as in ``attribute``, unless `output_baselines` is given
+    for all.
 
     Args:
-        attribution: What explains: coalitions, or gradients that know a baseline.
+        attribution: An attribution by coalitions, or by gradients with a baseline.
         inp: The prompt: `TextSegmentInput`, `ChatInput`, or captum's `TextTokenInput` (whose
-            baselines are single tokens) or `TextTemplateInput`. Its own baselines play no part,
-            and it is left as it is.
-        baselines: At least two, by name, or in a list: then they are named by what they are. Each
-            is what the input takes as ``baselines=``; None is deletion.
-        target: The text to explain, as text or token ids ``(n_target,)``. None: the model
-            generates it.
-        gen_args: As of ``attribute``.
+            baselines are single tokens) or `TextTemplateInput`. Its own baselines are not used, and
+            it is not modified.
+        baselines: At least two, by name, or in a list, which is named automatically. Each is a
+            ``baselines=`` argument of the input; None is deletion.
+        target: The text to explain, as text or token ids ``(n_target,)``. None: the model generates
+            it.
+        gen_args: As for ``attribute``.
         z: Half the width of intervals, in standard errors.
-        k: How many of the strongest features are looked at for their overlap.
-        least: Share of the largest attribution under a baseline up to which one counts as nothing.
-        **arguments: Others of ``attribute``, the same for every baseline.
+        k: Number of strongest features compared for their overlap.
+        least: Attributions up to this share of the largest one under a baseline count as zero.
+        **arguments: Other arguments of ``attribute``, the same for every baseline.
 
     Returns:
-        The results and how they differ.
+        The results and their differences.
 
     Raises:
         ValueError: If there are fewer than two baselines, or one does not fit the input; before the
             model runs. And whatever ``attribute`` raises.
-        TypeError: If an argument is of the wrong kind, or the input's baselines cannot be told
-            apart from it.
+        TypeError: If an argument has the wrong type, or the input's baselines cannot be exchanged.
     """
     if not isinstance(attribution, GenerationAttribution | GenerationGradientAttribution):
         raise TypeError(
@@ -103,7 +102,8 @@ def compare_baselines(
     results: dict[str, GenerationAttributionResult] = {}
     for name, prompt in prompts.items():
         results[name] = attribution.attribute(prompt, target, gen_args=gen_args, **arguments)
-        if not isinstance(attribution.attr_method, Smile):  # which answers every time
+        # It generates an answer for every coalition.
+        if not isinstance(attribution.attr_method, Smile):
             target, gen_args = results[name].target, None
         attribution = against_same(attribution, results[name])
     return BaselineComparison(results, z=z, k=k, least=least)
@@ -113,7 +113,7 @@ def compare_baselines(
 
 
 def _named(baselines: object, nothing: str) -> dict[str, Any]:
-    """Baselines by name; those of a list are named by what they are."""
+    """Baselines by name; those of a list are named automatically."""
     if isinstance(baselines, Mapping):
         named = dict(baselines)
     elif isinstance(baselines, Sequence) and not isinstance(baselines, str):
@@ -138,11 +138,11 @@ def _named(baselines: object, nothing: str) -> dict[str, Any]:
 def _changed(
     inp: InterpretableInput, name: str, baselines: Any, tokenizer: Any, feature_mask: Tensor | None
 ) -> InterpretableInput:
-    """The input with other baselines, rendered once to see that they fit."""
+    """The input with other baselines, rendered once to check that they fit."""
     try:
         changed = _with_baselines(inp, baselines, tokenizer)
         prompt = as_prompt(changed, tokenizer, feature_mask)
-        if not isinstance(prompt.own_baseline, AsksModel):  # those are answered when the model runs
+        if not isinstance(prompt.own_baseline, AsksModel):  # those need the model
             nothing = torch.zeros(1, prompt.n_features, dtype=torch.bool, device="cpu")
             prompt.render(nothing, torch.Generator().manual_seed(0))
     except (TypeError, ValueError) as error:
@@ -182,7 +182,7 @@ def _one_token(baselines: Any, tokenizer: Any) -> int:
 
 
 def _template_values(inp: TextTemplateInput, baselines: Any) -> Any:
-    """What captum's constructor makes of its `baselines`."""
+    """Captum's own processing of the `baselines` argument."""
     if callable(baselines):
         return baselines
     keys = inp.dict_keys or list(range(len(inp.values)))

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MAX_TOKENS_SHOWN = 20  # tokens of one verdict in a summary
-_MAX_EXAMPLES = 2  # features of one pair of baselines
+_MAX_TOKENS_SHOWN = 20  # tokens listed per verdict; chosen, not measured
+_MAX_EXAMPLES = 2  # features listed per pair of baselines; chosen, not measured
 Kind = Literal["sign", "rank", "presence"]
 _CHANGED: dict[Kind, str] = {
     "sign": "another sign",
@@ -40,24 +40,24 @@ _VERDICTS: dict[Verdict, str] = {
 
 @dataclass(frozen=True)
 class Change:
-    """A feature that says one thing under one baseline and another under another.
+    """A feature whose attribution differs significantly between two baselines.
 
     Attributes:
-        kind: ``"sign"``: it raises under one and lowers under the other, beyond its error under
+        kind: ``"sign"``: positive under one and negative under the other, beyond its error under
             both. ``"rank"``: it is stronger than some other feature under one and weaker under the
-            other, with intervals that do not overlap under either. ``"presence"``: it is something
-            under one and nothing under the other, with intervals that do not overlap.
+            other, with intervals that do not overlap under either. ``"presence"``: nonzero under
+            one and zero under the other, with intervals that do not overlap.
         token: Position of the target token; None for the whole answer.
-        feature: Its name.
-        column: Of `full_attr`.
+        feature: Name of the feature.
+        column: Column of `full_attr`.
         between: The two baselines.
-        attributions: Under each of the two, in the unit of the value.
-        standard_errors: Theirs: 0 where exact, NaN where they cannot be told.
-        ranks: By magnitude under each of the two, 1 = strongest.
-        swapped_with: For ``"rank"`` the columns of the features it changes places with, the largest
+        attributions: Attributions under the two, in the unit of the value.
+        standard_errors: Their standard errors: 0 if exact, NaN if unknown.
+        ranks: Ranks by magnitude under the two, 1 = strongest.
+        swapped_with: For ``"rank"`` the columns of the features it changes rank with, the largest
             disagreement first.
-        importance: How far apart the two attributions are, from 0 to 1: their difference over twice
-            the largest attribution under any baseline.
+        importance: Difference of the two attributions, from 0 to 1: relative to twice the largest
+            attribution under any baseline.
     """
 
     kind: Kind
@@ -84,16 +84,17 @@ class Change:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two baselines agree on one target token.
+    """Agreement of two baselines on one target token.
 
     Attributes:
         token: Position of the target token; None for the whole answer.
         between: The two baselines.
-        n_features: Features that may be its causes.
-        n_sign, n_rank, n_presence: How many of them change so, as `Change` says.
-        rank_correlation: Spearman's, of magnitudes; what counts as nothing is tied at zero. NaN
-            where one side has nothing but ties.
-        top_overlap: Share of the k strongest features that both name. NaN where neither names any.
+        n_features: Number of features that precede the token.
+        n_sign, n_rank, n_presence: How many of them change like this, see `Change`.
+        rank_correlation: Spearman's, of magnitudes; insignificant ones are tied at zero. NaN if all
+            values of one side are tied.
+        top_overlap: Share of the k strongest features that both have in common. NaN if neither has
+            any.
     """
 
     token: int | None
@@ -113,10 +114,10 @@ class Conclusion:
     Attributes:
         token: Position of the target token; None for the whole answer.
         name: The token's text.
-        causes: Per baseline the strongest cause; None where there is nothing in particular.
+        causes: Per baseline the strongest cause, or None.
         verdict: ``"robust"``: the same feature with the same sign under all. ``"depends"``: two
-            baselines contradict each other beyond their errors. ``"open"``: they differ, within
-            their errors. ``"none"``: no baseline names a cause.
+            baselines contradict each other beyond their errors. ``"open"``: they differ, but within
+            their errors. ``"none"``: no baseline has a cause.
     """
 
     token: int | None
@@ -146,27 +147,26 @@ class _Row(NamedTuple):
 class BaselineComparison:
     """Attributions of one target under several baselines, side by side.
 
-    An attribution counts as nothing where it lies within `z` standard errors of zero, or up to
-    `least` of the largest one under its baseline. Where a method tells no standard errors,
-    differences count as they are, and the summary says so.
+    An attribution counts as zero if it lies within `z` standard errors, or within `least` of the
+    largest one under its baseline. If a method gives no standard errors, all differences count, and
+    the summary says so.
 
-    The whole answer is what `seq_attr` explains. Its errors are those of `attribute_span` over all
-    tokens; for results that do not tell how they were planned, the sum of the tokens' errors, which
-    is never too small.
+    The whole answer is explained by `seq_attr`. Its errors are those of `attribute_span` over all
+    tokens; for results without a design, the sum of the tokens' errors, an upper bound.
 
     Args:
         results: At least two, by the name of their baseline; of one target and the same features.
         z: Half the width of intervals, in standard errors.
-        k: How many of the strongest features `Agreement.top_overlap` looks at.
-        least: Share of the largest attribution up to which there is nothing to explain.
+        k: Number of strongest features compared in `Agreement.top_overlap`.
+        least: Attributions up to this share of the largest one count as zero.
 
     Attributes:
         results: The results by name.
         names: Names of the baselines.
 
     Raises:
-        ValueError: If there are fewer than two results, they explain different things, or a number
-            is out of range.
+        ValueError: If there are fewer than two results, they explain different texts or values, or
+            a number is out of range.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class BaselineComparison:
 
     @property
     def without_errors(self) -> list[str]:
-        """Baselines whose attributions come without standard errors."""
+        """Baselines whose attributions have no standard errors."""
         return [n for n, r in self.results.items() if bool(r.full_attr_se.isnan().any())]
 
     def conclusions(self) -> list[Conclusion]:
@@ -205,18 +205,18 @@ class BaselineComparison:
         target_token: int | str | None = None,
         kind: Kind | None = None,
     ) -> list[Change]:
-        """Features that say one thing under one baseline and another under another.
+        """Features whose attribution differs significantly between baselines.
 
         Args:
-            target_token: For this token only, by position or text. By default for all tokens and
-                for the whole answer.
-            kind: Of this kind only.
+            target_token: Only for this token, by position or text. By default for all tokens and
+                the whole answer.
+            kind: Only of this kind.
 
         Returns:
-            By falling importance.
+            By decreasing importance.
 
         Raises:
-            ValueError: If there is no such token, or there are several of that text.
+            ValueError: If there is no such token, or several have this text.
         """
         token = None if target_token is None else self._first.position(target_token)
         return [
@@ -227,7 +227,7 @@ class BaselineComparison:
         ]
 
     def agreement(self) -> list[Agreement]:
-        """How far every two baselines agree on every target token and on the whole answer."""
+        """Agreement of every two baselines on every target token and on the whole answer."""
         counts = Counter((c.token, c.between, c.kind) for c in self._changes)
         found: list[Agreement] = []
         for row in self._rows:
@@ -248,7 +248,7 @@ class BaselineComparison:
         return found
 
     def summary(self) -> str:
-        """What holds under every baseline, what does not, and how much changes, as text."""
+        """Summary: what holds under every baseline, what does not, and how much changes."""
         lines = [repr(self), "The strongest cause is"]
         conclusions = self.conclusions()
         for verdict, words in _VERDICTS.items():
@@ -282,7 +282,7 @@ class BaselineComparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as lists, numbers and text that JSON can hold."""
+        """All fields as values that JSON can hold."""
         return {
             "names": self.names,
             "z": self.z,
@@ -303,23 +303,23 @@ class BaselineComparison:
         ax: "Axes | None" = None,
         cmap: str | None = None,
     ) -> "tuple[Figure, Axes] | None":
-        """One row per baseline, one column per feature, all in one scale.
+        """Draws one row per baseline and one column per feature, all on one scale.
 
-        What lies within its error is pale, the strongest cause under each baseline is framed, and
+        Insignificant values are pale, the strongest cause under each baseline is framed, and
         features that change sign or rank between any two baselines are marked below.
 
         Args:
             target_token: The explained token: its position in the target, or its name in
                 `output_tokens`. None: the whole answer.
-            show: Show it, and return None.
-            ax: Axes to draw in; by default a new figure of fitting size.
+            show: Show the figure, and return None.
+            ax: Axes to draw in; by default a new figure of suitable size.
             cmap: A diverging colour map, centred at zero; by default ``"RdBu"``.
 
         Returns:
             ``(figure, axes)``, or None if shown.
 
         Raises:
-            ValueError: If there is no such token, or there are several of that text.
+            ValueError: If there is no such token, or several have this text.
         """
         from captum_llm_ext.result import plot
 
@@ -345,7 +345,7 @@ class BaselineComparison:
 
     @cached_property
     def _rows(self) -> list[_Row]:
-        """What is explained: every target token, and last the whole answer."""
+        """Every target token, and finally the whole answer."""
         first, results = self._first, self.results.values()
         attr, se = _stack(r.full_attr for r in results), _stack(r.full_attr_se for r in results)
         scale = attr.abs().amax((1, 2))
@@ -364,7 +364,7 @@ class BaselineComparison:
 
     @cached_property
     def _changes(self) -> list[Change]:
-        """All changes, by falling importance."""
+        """All changes, by decreasing importance."""
         found = [
             change
             for row in self._rows
@@ -434,10 +434,10 @@ class BaselineComparison:
 
 
 def _examples(changes: Sequence[Change]) -> list[Change]:
-    """Of the features that change most, the largest change of each; a change of sign among them.
+    """The largest change of each of the features that change most, including a change of sign.
 
     Args:
-        changes: By falling importance.
+        changes: Changes by decreasing importance.
     """
     of_feature: dict[int, Change] = {}
     for change in changes:
@@ -451,7 +451,7 @@ def _examples(changes: Sequence[Change]) -> list[Change]:
 
 
 def check_numbers(z: float, k: int, least: float) -> None:
-    """Refuses what no comparison can be made with.
+    """Checks the settings of a comparison.
 
     Raises:
         ValueError: If a number is out of range.
@@ -490,16 +490,16 @@ def _explained(result: GenerationAttributionResult) -> dict[str, Any]:
 
 
 def _n_before(result: GenerationAttributionResult, token: int) -> int:
-    """How many generated features lie wholly before a token."""
+    """Number of generated features that lie wholly before a token."""
     owners = [piece.feature for piece in result.output_pieces]
     return len(set(owners[:token]) - set(owners[token:]) - {None})
 
 
 def _seq_attr_se(result: GenerationAttributionResult) -> Tensor:
-    """Standard errors of `seq_attr`, or what they are at most, shape ``(n_prompt_features,)``."""
+    """Standard errors of `seq_attr`, or upper bounds, shape ``(n_prompt_features,)``."""
     se = result.token_attr_se
     if result.provenance.get("attr_target") == "prob":
-        # The joint probability is no sum over tokens: of an estimate nothing is known.
+        # The joint probability is no sum over tokens: errors of an estimate are unknown.
         unknown = bool(result.provenance.get("estimate"))
         return torch.full_like(se[0], torch.nan) if unknown else se.sum(0)
     if result.design is None:
@@ -512,7 +512,7 @@ def _stack(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _nan_mean(values: Iterable[float]) -> float:
-    """Over those that are known; NaN if none is."""
+    """The mean of known values; NaN if there are none."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 
@@ -524,7 +524,7 @@ def _shown(name: str) -> str:
 
 
 def _cause_without_numbers(cause: Cause | None) -> str:
-    """A cause and its direction, without numbers, which differ under every baseline."""
+    """A cause and its direction, without numbers, which differ between baselines."""
     if cause is None:
         return "nothing in particular"
     what = " (output)" if cause.is_output else ""
@@ -537,7 +537,7 @@ def _conclusion_dict(conclusion: Conclusion) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for NaN, which JSON does not have."""
+    """A value with None for NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

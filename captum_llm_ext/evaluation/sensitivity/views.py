@@ -1,4 +1,4 @@
-"""The numbers several baselines give the possible causes of one token, and where they disagree."""
+"""Attributions of one token under several baselines, and where they disagree."""
 
 from functools import cached_property
 from typing import Literal
@@ -10,19 +10,18 @@ Verdict = Literal["robust", "depends", "open", "none"]
 
 
 class View:
-    """What every baseline says of the possible causes of one token.
+    """Attributions of the possible causes of one token under every baseline.
 
     Args:
         attr: Attributions, float64 of shape ``(n_baselines, n_features)``.
-        se: Standard errors of that shape, NaN where they cannot be told: then intervals have no
-            width.
-        scale: Per baseline the size that attributions are seen against, ``(n_baselines,)``.
+        se: Standard errors of that shape, NaN if unknown: intervals then have no width.
+        scale: Reference magnitude per baseline, ``(n_baselines,)``.
         z: Half the width of intervals, in standard errors.
-        least: Share of `scale` up to which an attribution counts as nothing.
+        least: Attributions up to this share of `scale` count as zero.
 
     Attributes:
         low, high: Ends of the intervals around the magnitudes.
-        clear: `attr` where it is something beyond its error, 0 elsewhere.
+        clear: `attr` if significant, otherwise 0.
     """
 
     def __init__(self, attr: Tensor, se: Tensor, scale: Tensor, *, z: float, least: float) -> None:
@@ -37,14 +36,14 @@ class View:
 
     @cached_property
     def ranks(self) -> Tensor:
-        """Places by magnitude, 1 = strongest; equals share the best of theirs."""
+        """Ranks by magnitude, 1 = strongest; ties share the best rank."""
         ordered = self._size.sort(dim=1).values
         stronger = torch.searchsorted(ordered, self._size.contiguous(), right=True)
         return self.attr.shape[1] - stronger + 1
 
     @property
     def tops(self) -> list[int | None]:
-        """Per baseline the strongest feature, None where there is nothing in particular."""
+        """The strongest feature under each baseline, or None."""
         found = [self.strongest(row, 1) for row in range(len(self.attr))]
         return [columns[0] if columns else None for columns in found]
 
@@ -55,25 +54,25 @@ class View:
         return [column for column in order if size[column] > 0]
 
     def moves(self, a: int, b: int) -> Tensor:
-        """How far the attribution of each feature is from one baseline to the other, from 0 to 1.
+        """Differences of attributions between two baselines, from 0 to 1.
 
-        One is from the largest of all to as much below zero, so that features and pairs of
-        baselines are in the order of the differences that are shown.
+        1 is the difference between the largest attribution and its negative, so that values are
+        comparable across features and pairs of baselines.
         """
         return (self.attr[a] - self.attr[b]).abs() / (2 * self._largest)
 
     def sign_changes(self, a: int, b: int) -> list[int]:
-        """Features that raise under one baseline and lower under the other, clearly."""
+        """Features significantly positive under one baseline and negative under the other."""
         return (self.clear[a] * self.clear[b] < 0).nonzero()[:, 0].tolist()
 
     def rank_changes(self, a: int, b: int) -> dict[int, tuple[int, ...]]:
-        """Features clearly above some other under one baseline and below it under the other.
+        """Features significantly above another one under one baseline and below it under the other.
 
         Returns:
-            Per column the features it changes places with, by falling disagreement: the mean of
+            Per column the features it changes rank with, by decreasing disagreement: the mean of
             the lead under one baseline and the lag under the other, each relative to its scale.
         """
-        # A feature above another is itself something: no other need be looked at.
+        # A feature above another is itself significant: no others need to be compared.
         columns = ((self.clear[a] != 0) | (self.clear[b] != 0)).nonzero()[:, 0]
         over_a, over_b = self._above(a, columns), self._above(b, columns)
         lead = (self._leads(a, columns) + self._leads(b, columns).T) / 2
@@ -87,7 +86,7 @@ class View:
         return found
 
     def presence_changes(self, a: int, b: int) -> list[int]:
-        """Features that are something under one baseline and nothing under the other, clearly."""
+        """Features that are significant under one baseline and zero under the other."""
         found: set[int] = set()
         for some, none in ((a, b), (b, a)):
             floor = torch.maximum(self._floor[some], self._floor[none])
@@ -97,7 +96,7 @@ class View:
         return sorted(found)
 
     def verdict(self) -> Verdict:
-        """Whether the baselines name the same strongest feature, and if not, whether for sure."""
+        """Whether the baselines agree on the strongest feature or differ, perhaps significantly."""
         tops = self.tops
         named = {top for top in tops if top is not None}
         if not named:
@@ -108,7 +107,7 @@ class View:
         return "robust" if len(named) == 1 and None not in tops else "open"
 
     def rank_correlation(self, a: int, b: int) -> float:
-        """Spearman's, of the magnitudes of `clear`; NaN where one side has nothing but ties."""
+        """Spearman's correlation of the magnitudes of `clear`; NaN if one side has only ties."""
         x, y = (_mean_ranks(self.clear[row].abs()) for row in (a, b))
         x, y = x - x.mean(), y - y.mean()
         return float((x @ y) / (x.norm() * y.norm()))
@@ -116,14 +115,14 @@ class View:
     def overlap(self, a: int, b: int, k: int) -> float:
         """Share of the `k` strongest features that two baselines have in common.
 
-        Where both have fewer, of the longer list. NaN where neither has any.
+        If both have fewer, relative to the longer list. NaN if neither has any.
         """
         one, other = set(self.strongest(a, k)), set(self.strongest(b, k))
         longest = max(len(one), len(other))
         return len(one & other) / longest if longest else torch.nan
 
     def _contradict(self, a: int, b: int) -> bool:
-        """Whether the strongest features under two baselines cannot both be right."""
+        """Whether the strongest features under two baselines contradict each other."""
         i, j = self.tops[a], self.tops[b]
         if i is None or j is None:
             if i is None and j is None:
@@ -137,7 +136,7 @@ class View:
         return bool(self._above(a, pair)[0, 1] and self._above(b, pair)[1, 0])
 
     def _above(self, row: int, columns: Tensor) -> Tensor:
-        """``[i, j]``: whether the first is clearly stronger than the second."""
+        """``[i, j]``: whether the first is significantly stronger than the second."""
         margin = self.low[row, columns][:, None] - self.high[row, columns]
         return margin > self._floor[row]
 
@@ -148,6 +147,6 @@ class View:
 
 
 def _mean_ranks(values: Tensor) -> Tensor:
-    """Places from the least on; equals share the mean of theirs."""
+    """Ranks from the smallest on; ties share their mean rank."""
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1).double() / 2)[place]
