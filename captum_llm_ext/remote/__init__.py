@@ -1,10 +1,10 @@
-"""Models that an API serves, or an inference engine of this process.
+"""Models behind an API, or in an inference engine of this process.
 
-`CompletionsProvider` asks servers with OpenAI's completions endpoint by token ids, `EngineProvider`
-an engine. `providers` knows what can be asked of whom, `handshake` whether it can be believed,
-`scorer` what has to be asked, `workers`, `transport` and `connection` how it is done; `rung`,
-`stepwise`, `label` and `sampled` are for servers that tell less. Their attribution is
-`captum_llm_ext.attribution.remote`.
+`CompletionsProvider` is for servers with OpenAI's completions endpoint, by token ids,
+`EngineProvider` for an engine. `providers` adapts providers, `handshake` verifies their
+log-probabilities, `scorer` determines the requests, `workers`, `transport` and `connection` send
+them; `rung`, `stepwise`, `label` and `sampled` are for servers that report less. The attribution
+class is in `captum_llm_ext.attribution.remote`.
 """
 
 from captum_llm_ext.remote.chat_providers import AnthropicProvider, CallableProvider, ChatProvider

@@ -1,4 +1,4 @@
-"""Parses answers of OpenAI's completions endpoint, token by token."""
+"""Parses responses of OpenAI's completions endpoint, token by token."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from captum_llm_ext.remote.providers import IDS_AS_TEXT, Written, log_prob
 from captum_llm_ext.remote.transport import ApiError, UnusableAnswerError
 
 Entry = Mapping[int, float] | None
-# More than any vocabulary has, and no more than a tensor holds.
+# More than any vocabulary has, and no more than a tensor can hold.
 _MOST_DIGITS = 12
 _SHOWN = 200
 
@@ -18,7 +18,7 @@ def check_usage(answer: Any, ids: Sequence[Sequence[int]]) -> None:
     """Checks that the server counted as many tokens as were sent.
 
     Raises:
-        UnusableAnswerError: If ``usage.prompt_tokens`` is another number.
+        UnusableAnswerError: If ``usage.prompt_tokens`` differs.
     """
     found, wanted = _usage(answer, "prompt_tokens"), sum(map(len, ids))
     if found is not None and found != wanted:
@@ -26,7 +26,7 @@ def check_usage(answer: Any, ids: Sequence[Sequence[int]]) -> None:
 
 
 def n_generated(answer: Any) -> int | None:
-    """Number of generated tokens, as the server counts them."""
+    """Number of generated tokens, as counted by the server."""
     return _usage(answer, "completion_tokens")
 
 
@@ -85,7 +85,7 @@ def echoed_log_probs(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entr
             "it ignores `echo`, and tells those of what it wrote alone."
         )
     if len(values) not in (len(ids), len(ids) + 1) or n_named != len(values):
-        # One more is what it wrote.
+        # One more is the generated token.
         raise wrong_count(max(len(values) - 1, 0), len(ids))
     if len(values) == len(ids) and values and values[0] is not None:
         raise UnusableAnswerError(
@@ -97,7 +97,7 @@ def echoed_log_probs(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entr
 
 
 def likeliest(choice: Mapping[str, Any]) -> list[dict[str, float]]:
-    """The likeliest tokens at each place of a prompt, by what they are called."""
+    """The likeliest tokens at each position of a prompt, by name."""
     reported: Any = choice.get("prompt_logprobs")
     if isinstance(reported, list):
         entries = [{} if entry is None else _entry(entry) for entry in cast(list[Any], reported)]
@@ -115,9 +115,9 @@ def likeliest(choice: Mapping[str, Any]) -> list[dict[str, float]]:
 
 
 class Names:
-    """Texts of tokens as the server writes them; one that changes means mixed-up answers.
+    """Texts of tokens as the server writes them; a change means mixed-up responses.
 
-    Bytes of characters are called by what stands around them, and are not looked at.
+    Parts of characters have context-dependent names and are not checked.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Names:
         """Checks that tokens have the same texts as in earlier answers.
 
         Raises:
-            UnusableAnswerError: If there is such a token.
+            UnusableAnswerError: If one has changed.
         """
         for token, name in zip(ids, _names(choice), strict=False):
             said = name.strip()
@@ -162,7 +162,7 @@ def wrong_count(found: int, wanted: int, n_prompts: int = 1) -> ApiError:
 
 
 def written(answer: Any, choice: Mapping[str, Any]) -> Written | None:
-    """The generated text with log-probabilities; None if the server gives none."""
+    """The generated text with log-probabilities; None if the server reports none."""
     logprobs: Any = choice.get("logprobs")
     found: Any = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(found, list):
@@ -189,7 +189,7 @@ def written(answer: Any, choice: Mapping[str, Any]) -> Written | None:
 
 
 def generated_ids(choice: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The generated ids, if the server gives them."""
+    """The generated ids, if the server reports them."""
     if isinstance(choice.get("token_ids"), list):
         return tuple(_token_ids(choice["token_ids"]))
     names = _names(choice)
@@ -208,12 +208,12 @@ def text_of(choice: Mapping[str, Any]) -> str:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is a whole number, which True is not."""
+    """Whether it is an integer, other than True."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def unusable(what: str, found: Any, wanted: str) -> ApiError:
-    """The error for an answer of another form than expected."""
+    """The error for a response of unexpected form."""
     try:
         shown = one_line(repr(found))[:_SHOWN]
     except (RecursionError, ValueError):  # too deep, or an integer of too many digits
@@ -222,7 +222,7 @@ def unusable(what: str, found: Any, wanted: str) -> ApiError:
 
 
 def _number(said: Any) -> float:
-    """A log-probability, -inf for a token that is ruled out."""
+    """A log-probability, -inf for an excluded token."""
     value = log_prob(said)
     if value is None:
         raise unusable("a log-probability", said, "a number of nats, 0 at most")

@@ -8,19 +8,19 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 Message = Mapping[str, Any]
 Prefill = Literal["continue", "assistant", "none"]
-# Log 1/2: nothing is likelier than what has more than this.
+# Log 1/2: a more probable token is always the likeliest.
 _NEVER_SECOND = -math.log(2)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One token that a model wrote.
+    """One generated token.
 
     Attributes:
         text: The token.
         value: Its log-probability, in nats.
-        top: The likeliest tokens there, with theirs. Some servers list the token that was written
-            as well, or in place of the last, however improbable it is.
+        top: The likeliest tokens there, with theirs. Some servers also list the generated token, or
+            in place of the last, however improbable it is.
     """
 
     text: str
@@ -29,9 +29,9 @@ class Step:
 
     @property
     def likeliest(self) -> list[tuple[str, float]]:
-        """Those of `top` than which every token that is not told is less probable, best first.
+        """Those of `top` that bound every unreported token, best first.
 
-        The token that was written may be listed for that alone where it is the least of them.
+        The generated token, if the least of them, may only be listed because it was generated.
         """
         pairs = sorted(self.top, key=lambda pair: -pair[1])
         is_written = bool(pairs) and pairs[-1][0] == self.text and pairs[-1][1] <= _NEVER_SECOND
@@ -43,12 +43,12 @@ class ChatAnswer:
     """One answer.
 
     Attributes:
-        text: What the model wrote.
-        steps: Its tokens, where the provider tells log-probabilities of them.
-        is_refusal: Whether the provider says that the model, or a filter, refused.
-        n_in, n_out: Tokens read (for all answers of a request together) and written, as the
-            provider counts them.
-        model, fingerprint: Which model answered, and in what set-up, as it says.
+        text: The generated text.
+        steps: Its tokens, if the provider reports log-probabilities.
+        is_refusal: Whether the provider reports a refusal by the model or a filter.
+        n_in, n_out: Input tokens (for all answers of a request together) and output tokens, as
+            counted by the provider.
+        model, fingerprint: The reported model and system fingerprint.
         has_stopped: Whether the model ended the answer itself.
     """
 
@@ -62,12 +62,12 @@ class ChatAnswer:
     has_stopped: bool = False
 
     def to_json(self) -> str:
-        """For a cache."""
+        """As JSON, for a cache."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "ChatAnswer":
-        """What `to_json` wrote."""
+        """Restores an answer from `to_json`."""
         held = json.loads(text)
         steps = [
             Step(s["text"], s["value"], [(name, value) for name, value in s["top"]])
@@ -78,18 +78,18 @@ class ChatAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A question to a model: messages and settings.
+    """A request to a model: messages and settings.
 
     Attributes:
         messages: The chat.
-        n_tokens: Tokens of an answer at most.
-        temperature: 0 for the likeliest.
-        prefill: How the answer begins; what is returned comes after it.
-        way: How the model is made to go on with it.
-        top: So many of the likeliest tokens are to be reported at every place.
-        bias: Added to the logits of token ids; asked of speakers with `takes_bias` alone.
-        n: So many answers; fewer may come.
-        seed: Of the first answer, for providers that take one.
+        n_tokens: Maximum number of tokens of an answer.
+        temperature: 0 for greedy.
+        prefill: Beginning of the answer; the response continues it.
+        way: How the model is made to continue it.
+        top: Number of likeliest tokens to report at every position.
+        bias: Added to the logits of token ids; only for endpoints with `takes_bias`.
+        n: Number of answers requested; fewer may be returned.
+        seed: Seed of the first answer, for providers that support it.
     """
 
     messages: Sequence[Message]
@@ -105,19 +105,19 @@ class ChatRequest:
 
 @runtime_checkable
 class ChatEndpoint(Protocol):
-    """A provider that is sent messages.
+    """A provider that takes messages.
 
     Attributes:
-        prefills: Ways to have the model go on with an answer that is begun, to be tried in this
-            order; none where there is no way.
-        max_concurrency: In how many threads it may be asked.
+        prefills: Ways to make the model continue a prefilled answer, in the order to try them;
+            empty if there are none.
+        max_concurrency: Maximum number of threads.
 
-    One that applies a bias says so by ``takes_bias = True``.
+    One that supports a bias declares ``takes_bias = True``.
     """
 
     prefills: tuple[Prefill, ...]
     max_concurrency: int
 
     def chat(self, question: ChatRequest) -> list[ChatAnswer]:
-        """Answers to a question, at least one."""
+        """Answers to a request, at least one."""
         ...

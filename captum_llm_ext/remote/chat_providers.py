@@ -1,4 +1,4 @@
-"""Providers that take messages and answer with text, with or without log-probabilities."""
+"""Providers that take messages and return text, with or without log-probabilities."""
 
 import inspect
 import math
@@ -21,7 +21,7 @@ _REFUSED = ("refusal", "content_filter", "safety")
 
 
 class _HttpProvider:
-    """A provider by its URL, or by a client of the user's own, which knows its URL itself."""
+    """A provider given by its URL, or by the user's client, which has its own URL."""
 
     model_name: str
     _http: Http | None = None
@@ -33,11 +33,11 @@ class _HttpProvider:
 
     @property
     def api_url(self) -> str | None:
-        """URL of the API; None for a client of the user's own."""
+        """URL of the API; None for a user's client."""
         return None if self._http is None else self._http.url
 
     def interrupt(self) -> None:
-        """Ends the requests under way."""
+        """Aborts the requests under way."""
         if self._http is not None:
             self._http.interrupt()
 
@@ -54,24 +54,22 @@ class _HttpProvider:
 class ChatProvider(_HttpProvider):
     """A model behind OpenAI's chat completions: OpenAI, Azure, vLLM, llama.cpp and many others.
 
-    How far it goes is found out of each: vLLM 0.32 goes on with an answer that is begun
+    The capabilities of each are found automatically: vLLM 0.32 continues prefilled answers
     (``"continue"``), llama-cpp-python 0.3.36 does not, which leaves first tokens (``"label"``), and
-    ``transformers serve`` 5.23 tells text alone (``benchmarks/results/real_servers.json``).
+    ``transformers serve`` 5.23 returns only text (``benchmarks/results/real_servers.json``).
 
     Args:
-        model: As the server calls it.
-        client: An `openai.OpenAI()` or `AzureOpenAI()` of the user's own, which is asked instead of
-            a connection of this package.
-        api_url: Up to ``/v1``, without a client.
-        prefill: How the model is made to go on with an answer that is begun: ``"continue"``
-            (``continue_final_message``, as vLLM and transformers have it), ``"assistant"`` (the
-            chat ends with a message of the assistant), ``"none"``, or ``"auto"``: what is found to
-            work.
-        api_key: As of `CompletionsProvider`.
-        max_concurrency: At most so many requests at a time.
-        timeout: Seconds that a whole answer may take.
-        max_retries: As of `CompletionsProvider`.
-        headers, extra_body: As of `CompletionsProvider`.
+        model: The server's name of the model.
+        client: An `openai.OpenAI()` or `AzureOpenAI()`, used instead of this package's connection.
+        api_url: URL up to ``/v1``, without a client.
+        prefill: How the model is made to continue a prefilled answer: ``"continue"``
+            (``continue_final_message``, as in vLLM and transformers), ``"assistant"`` (the chat
+            ends with a message of the assistant), ``"none"``, or ``"auto"``: the first that works.
+        api_key: As for `CompletionsProvider`.
+        max_concurrency: Maximum number of concurrent requests.
+        timeout: Seconds allowed for a whole response.
+        max_retries: As for `CompletionsProvider`.
+        headers, extra_body: As for `CompletionsProvider`.
 
     Raises:
         ValueError: If neither a client nor a URL is given, or both.
@@ -116,7 +114,7 @@ class ChatProvider(_HttpProvider):
 
     @classmethod
     def over(cls, http: Http, model: str) -> "ChatProvider":
-        """The same by a connection that is there, with its key, headers and timeouts."""
+        """The same over an existing connection, with its key, headers and timeouts."""
         found = cls(model, api_url=http.url)
         found._http = http
         return found
@@ -159,15 +157,15 @@ class ChatProvider(_HttpProvider):
 
 
 class AnthropicProvider(_HttpProvider):
-    """A model behind Anthropic's messages API, which tells text alone.
+    """A model behind Anthropic's messages API, which returns only text.
 
     Args:
         model: Its name.
-        client: An `anthropic.Anthropic()` of the user's own.
-        api_url: In place of ``https://api.anthropic.com/v1``, without a client.
+        client: An `anthropic.Anthropic()`.
+        api_url: Instead of ``https://api.anthropic.com/v1``, without a client.
         api_key: By default the environment variable ANTHROPIC_API_KEY, for api.anthropic.com, the
             host of ANTHROPIC_BASE_URL and this machine.
-        max_concurrency, timeout, max_retries, headers: As of `ChatProvider`.
+        max_concurrency, timeout, max_retries, headers: As for `ChatProvider`.
     """
 
     prefills: tuple[Prefill, ...] = ()
@@ -233,13 +231,12 @@ class CallableProvider:
 
     Args:
         fn: Called as ``fn(messages, max_tokens=…, temperature=…, prefill=…, top_logprobs=…,
-            seed=…)``, and ``logit_bias=`` where it has such an argument; returns the text that
-            comes after `prefill`, or ``(text, top)`` with the log-probabilities of the likeliest
-            tokens at each place: a list of mappings from a token to nats (or one, of the first
-            place).
-        name: For results.
-        prefill: Whether it goes on with an answer that is begun (``prefill=``).
-        max_concurrency: In how many threads it may be called.
+            seed=…)``, and ``logit_bias=`` if it has such an argument; returns the text after
+            `prefill`, or ``(text, top)`` with the log-probabilities of the likeliest tokens at each
+            position: a list of mappings from a token to nats (or one, for the first position).
+        name: Name in results.
+        prefill: Whether it continues a prefilled answer (``prefill=``).
+        max_concurrency: Maximum number of threads.
     """
 
     def __init__(
@@ -282,7 +279,7 @@ class CallableProvider:
 
 
 class ChatOverCompletions:
-    """A `CompletionsProvider` that is sent texts: an answer that is begun is more text."""
+    """A `CompletionsProvider` that is sent texts, in which a prefilled answer is just more text."""
 
     prefills: tuple[Prefill, ...] = ("continue",)
     takes_bias = True
@@ -292,11 +289,11 @@ class ChatOverCompletions:
         self.model_name, self.api_url = provider.model_name, provider.api_url
 
     def interrupt(self) -> None:
-        """Ends what is under way."""
+        """Aborts requests under way."""
         self._provider.interrupt()
 
     def chat(self, question: ChatRequest) -> list[ChatAnswer]:
-        """See `ChatEndpoint.chat`; the messages are put together as they are."""
+        """See `ChatEndpoint.chat`; the messages are concatenated."""
         texts = [str(message["content"]) for message in question.messages]
         prompt = "\n".join(texts) + question.prefill
         body = _settings(question) | ({"logprobs": question.top} if question.top else {})
@@ -305,17 +302,17 @@ class ChatOverCompletions:
 
 
 def chat_endpoint(provider: Any) -> ChatEndpoint | None:
-    """A provider as one that is sent messages; None if it is none."""
+    """A provider as a `ChatEndpoint`; None if it is none."""
     if isinstance(provider, CompletionsProvider):
         return ChatOverCompletions(provider)
     return provider if isinstance(provider, ChatEndpoint) else None
 
 
 def other_endpoint(provider: Any) -> tuple[ChatEndpoint | None, str]:
-    """The chat completions of a server whose completions were asked, or the other way round.
+    """The chat endpoint of a server with a completions endpoint, or vice versa.
 
     Returns:
-        It, and the name of its class; None for providers that are neither.
+        The other provider and its class name; None for other providers.
     """
     if isinstance(provider, CompletionsProvider):
         return ChatProvider.over(provider.http, provider.model_name), "ChatProvider"
@@ -342,7 +339,8 @@ def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> ChatAnswer:
         str(message.get("content") or refusal or ""),
         steps,
         is_refusal=bool(refusal) or held.get("finish_reason") in _REFUSED,
-        n_in=int(usage.get("prompt_tokens") or 0),  # read once, however many answers
+        # The prompt is counted once, however many answers.
+        n_in=int(usage.get("prompt_tokens") or 0),
         n_out=int(usage.get("completion_tokens") or 0) // n,
         model=answer.get("model"),
         fingerprint=_fingerprint(answer),
@@ -364,7 +362,8 @@ def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> ChatAnsw
     return ChatAnswer(
         str(choice.get("text") or ""),
         steps,
-        n_in=int(usage.get("prompt_tokens") or 0),  # read once, however many answers
+        # The prompt is counted once, however many answers.
+        n_in=int(usage.get("prompt_tokens") or 0),
         n_out=int(usage.get("completion_tokens") or 0) // n,
         model=answer.get("model"),
         fingerprint=_fingerprint(answer),
@@ -387,7 +386,7 @@ def _settings(question: ChatRequest) -> dict[str, Any]:
 def _takes(fn: Callable[..., Any], name: str) -> bool:
     try:
         return name in inspect.signature(fn).parameters
-    except (TypeError, ValueError):  # of a builtin
+    except (TypeError, ValueError):  # a builtin
         return False
 
 
@@ -397,7 +396,7 @@ def _fingerprint(answer: Mapping[str, Any]) -> str | None:
 
 
 def _steps_of(text: str, tops: Sequence[Mapping[str, float]]) -> list[Step]:
-    """Splits a text into tokens, each of which is among the likeliest at its place."""
+    """Splits a text into tokens, each of which is among the likeliest at its position."""
     steps: list[Step] = []
     left = text
     for top in tops:
@@ -410,7 +409,7 @@ def _steps_of(text: str, tops: Sequence[Mapping[str, float]]) -> list[Step]:
 
 
 def _token(one: Any) -> str:
-    """A token's text; of parts of characters what their bytes are, for they have no text."""
+    """A token's text; for parts of characters their bytes, since they have no text."""
     raw = one.get("bytes") if isinstance(one, dict) else None
     if isinstance(raw, list):
         try:

@@ -13,57 +13,57 @@ from captum_llm_ext.remote.providers import TextAdapter, TokenIdAdapter, Written
 from captum_llm_ext.remote.transport import ApiError, Http, Secrets, UnusableAnswerError, api_key
 
 Way = Literal["prompt_logprobs", "echo"]
-# What a server says that does not know an argument.
+# Statuses of servers that do not support an argument.
 _UNKNOWN_ARGUMENT = (400, 404, 422, 501)
-# That much JSON tells of one token, with its text of escaped characters.
+# Bytes of JSON per reported token, including escaped text. Chosen, not measured.
 _ENTRY_BYTES = 512
 _SHOWN = 200
-# How many of the likeliest tokens servers tell at most: vLLM, OpenAI, some others.
+# Maximum numbers of reported likeliest tokens: vLLM, OpenAI, others.
 _TOPS = (20, 5, 1)
 
 
 class CompletionsProvider(RemoteLLMProvider):
-    """A model behind ``/v1/completions`` that tells log-probabilities of prompts, as vLLM does.
+    """A model behind ``/v1/completions`` that reports log-probabilities of prompts, such as vLLM.
 
-    Prompts are sent as token ids, several at a time and in several threads. What is answered by
-    429 or 5xx, or not at all, is asked for again, later and later, or when the server says
-    (``Retry-After``). It is one of captum's providers too: `captum.attr.RemoteLLMAttribution`
-    takes it.
+    Prompts are sent as token ids, several at a time and in several threads. Requests answered by
+    429 or 5xx, or not at all, are retried with increasing waits, or as the server says
+    (``Retry-After``). It is also a captum provider: `captum.attr.RemoteLLMAttribution` accepts it.
 
-    Servers that were asked, in ``benchmarks/results/real_servers.json``: vLLM 0.32 tells
-    log-probabilities within 6e-5 nats of its model, of prompts (by ids and by text) and of written
-    tokens. llama-cpp-python 0.3.36 takes no ids, and
-    echoes values that are shifted by one, which is found out and refused; those of written tokens
-    are right within 0.3 nats. ``transformers serve`` 5.23 tells none.
+    Tested servers (``benchmarks/results/real_servers.json``): vLLM 0.32 reports log-probabilities
+    within 6e-5 nats of its model, for prompts (by ids and by text) and generated tokens.
+    llama-cpp-python 0.3.36 takes no ids, and echoes values shifted by one, which the handshake
+    detects; those of generated tokens are correct within 0.3 nats. ``transformers serve`` 5.23
+    reports none.
 
     Args:
-        api_url: Up to ``/v1``: ``"http://localhost:8000/v1"``.
-        model_name: As the server calls it. None: the first that the server has.
-        api_key: Sent to the server and shown nowhere. By default the environment variable
-            OPENAI_API_KEY, for api.openai.com, the host of OPENAI_BASE_URL and this machine alone.
-        prompts: ``"ids"``; or ``"text"`` for servers that take nothing else, with the loss that
-            comes of it: see `RemoteGenerationAttribution`.
-        logprobs: How the server is asked for log-probabilities of the prompt:
-            ``"prompt_logprobs"`` (vLLM), ``"echo"`` (``echo`` with ``logprobs``), or ``"auto"``:
-            the first whose answers pass the checks of `captum_llm_ext.remote.handshake`.
-        top_logprobs: With ``"prompt_logprobs"``, so many of the likeliest tokens are asked for at
-            every place. It saves requests where generated text is a cause.
-        max_concurrency: At most so many requests at a time.
-        prompts_per_request: At most so many prompts in one.
-        timeout: Seconds that a whole answer may take, each time that it is asked for.
-        max_retries: So many further tries, once the server has answered anything; before, it is
-            given up within a few seconds, unless it says that it is busy (429).
-        headers: Sent with every request; they may hold keys, and are shown nowhere.
+        api_url: URL up to ``/v1``: ``"http://localhost:8000/v1"``.
+        model_name: The server's name of the model. None: the server's first model.
+        api_key: Sent to the server and never displayed. By default the environment variable
+            OPENAI_API_KEY, only for api.openai.com, the host of OPENAI_BASE_URL and this machine.
+        prompts: ``"ids"``; or ``"text"`` for servers without support for ids, with the limits
+            described in `RemoteGenerationAttribution`.
+        logprobs: How log-probabilities of the prompt are requested: ``"prompt_logprobs"`` (vLLM),
+            ``"echo"`` (``echo`` with ``logprobs``), or ``"auto"``: the first that passes the checks
+            of `captum_llm_ext.remote.handshake`.
+        top_logprobs: Number of likeliest tokens requested at every position with
+            ``"prompt_logprobs"``. Saves requests if generated text is a cause.
+        max_concurrency: Maximum number of concurrent requests.
+        prompts_per_request: Maximum number of prompts per request.
+        timeout: Seconds allowed for a whole response, per try.
+        max_retries: Number of retries once the server has responded; before, it is given up within
+            a few seconds, unless it is busy (429).
+        headers: Sent with every request; may contain keys, and are never displayed.
         extra_body: Arguments sent with every request.
 
     Attributes:
-        api_url: The URL, without anything secret.
-        model_name: The model.
-        max_model_len: Tokens of the longest prompt, if the server has reported.
+        api_url: The URL without secrets.
+        model_name: Name of the model.
+        max_model_len: Maximum number of tokens of a prompt, if reported.
 
     Raises:
-        ValueError: If an argument is out of range, or the URL holds what may be a key.
-        ApiError, ConnectionError: If the model's name is asked for, and there is no answer.
+        ValueError: If an argument is out of range, or the URL may contain a key.
+        ApiError, ConnectionError: If the model's name is requested, and the server does not
+            respond.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class CompletionsProvider(RemoteLLMProvider):
 
     @classmethod
     def over(cls, http: Http, model: str) -> "CompletionsProvider":
-        """The same by a connection that is there, with its key, headers and timeouts."""
+        """The same over an existing connection, with its key, headers and timeouts."""
         found = cls(http.url, model)
         found._http = http
         return found
@@ -130,10 +130,10 @@ class CompletionsProvider(RemoteLLMProvider):
         """See `TokenProvider.get_token_logprobs`.
 
         Raises:
-            ApiError: If the server refuses, or answers something else.
-            ConnectionError: If it does not answer.
-            ValueError: If it tells another number of tokens than were sent, or what is no
-                log-probability. (An `ApiError` as well.)
+            ApiError: If the server refuses, or returns something else.
+            ConnectionError: If it does not respond.
+            ValueError: If it reports another number of tokens than were sent, or invalid
+                log-probabilities. (Also an `ApiError`.)
         """
         if self._way is None:
             longest = max(prompts, key=len)
@@ -146,7 +146,7 @@ class CompletionsProvider(RemoteLLMProvider):
         target_str: str,
         tokenizer: Any = None,
     ) -> list[float]:
-        """Log-probabilities of a target's tokens after a prompt, as captum's providers give them.
+        """Log-probabilities of a target's tokens after a prompt, as for captum's providers.
 
         Args:
             input_prompt: The prompt.
@@ -155,12 +155,12 @@ class CompletionsProvider(RemoteLLMProvider):
 
         Returns:
             One number for each token of the target. With prompts as ids, prompt and target are
-            encoded apart, and no token merges across their border; as text, its tokens are those
-            after the prompt's.
+            encoded separately, and no token merges across their border; as text, the target's
+            tokens are those after the prompt's.
 
         Raises:
             ValueError: If there is no tokenizer or no target, a number is missing, or the server
-                reads the text as other tokens than the tokenizer.
+                tokenises the text differently from the tokenizer.
         """
         if tokenizer is None or not target_str:
             raise ValueError("give the model's `tokenizer`, and a target that is not empty.")
@@ -175,7 +175,8 @@ class CompletionsProvider(RemoteLLMProvider):
             text = input_prompt + target_str
             ids = _ids(tokenizer.encode(text))
             if ids[-len(target) :] != target:
-                # Another number of tokens is seen by who asks; as many other ones would not be.
+                # A different number of tokens is noticed by the caller; equally many other ones
+                # would not be.
                 after = ids[len(prompt) :]
                 if ids[: len(prompt)] != prompt or len(after) == len(target) or not after:
                     raise ValueError(
@@ -200,8 +201,8 @@ class CompletionsProvider(RemoteLLMProvider):
 
         Args:
             prompt: The text.
-            **gen_args: Of the server (``max_tokens``, ``temperature``…), or as transformers has
-                them: ``max_new_tokens``, ``do_sample``. By default 25 tokens, greedy.
+            **gen_args: Arguments of the server (``max_tokens``, ``temperature``…), or of
+                transformers: ``max_new_tokens``, ``do_sample``. Default: 25 tokens, greedy.
         """
         return answers.text_of(self._generated(prompt, gen_args))
 
@@ -210,10 +211,10 @@ class CompletionsProvider(RemoteLLMProvider):
 
         Args:
             prompt: The ids.
-            **gen_args: As of `generate`.
+            **gen_args: As for `generate`.
 
         Returns:
-            Token ids; the text alone where the server tells no ids.
+            Token ids; the text if the server reports no ids.
         """
         wanted = {"return_token_ids": True, "logprobs": 0, "return_tokens_as_token_ids": True}
         if not self.takes_ids:
@@ -236,20 +237,20 @@ class CompletionsProvider(RemoteLLMProvider):
         n_answers: int = 1,
         bias: Mapping[int, float] | None = None,
     ) -> list[Written]:
-        """Generates tokens, with the log-probabilities that the server gives for them.
+        """Generates tokens, with the log-probabilities that the server reports for them.
 
         Args:
             prompt: Text or token ids.
-            n: Tokens at most.
-            temperature: 0 for the likeliest.
-            n_answers: So many answers of one request, sampled; servers may give fewer.
-            bias: Added to the logits of tokens, where the server knows how.
+            n: Maximum number of tokens.
+            temperature: 0 for greedy.
+            n_answers: Number of sampled answers per request; servers may return fewer.
+            bias: Added to the logits of tokens, if the server supports it.
 
         Returns:
-            One for each answer; none where the server tells no log-probabilities.
+            One for each answer; empty if the server reports no log-probabilities.
 
         Raises:
-            ApiError, ConnectionError: As `get_token_logprobs`.
+            ApiError, ConnectionError: As for `get_token_logprobs`.
         """
         sent = prompt if isinstance(prompt, str) else list(prompt)
         plain: dict[str, Any] = {"max_tokens": n, "temperature": temperature}
@@ -270,17 +271,17 @@ class CompletionsProvider(RemoteLLMProvider):
         return []
 
     def likeliest(self, prompt: str | Sequence[int]) -> list[dict[str, float]]:
-        """The likeliest tokens that the server tells of each place of a prompt.
+        """The likeliest tokens that the server reports at each position of a prompt.
 
         Args:
             prompt: Text or token ids.
 
         Returns:
-            One mapping per token of the prompt (and maybe of what is written after it), by what
-            tokens are called, in nats; empty ones, or none, where the server tells nothing.
+            One mapping per token of the prompt (and possibly of generated ones), from token names
+            to nats; empty, or none, if the server reports nothing.
 
         Raises:
-            ApiError, ConnectionError: As `get_token_logprobs`.
+            ApiError, ConnectionError: As for `get_token_logprobs`.
         """
         sent = prompt if isinstance(prompt, str) else list(prompt)
         is_echo = self._way == "echo"
@@ -298,7 +299,7 @@ class CompletionsProvider(RemoteLLMProvider):
         return []
 
     def complete(self, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The server's whole answer to a text; its choices in their order."""
+        """The server's whole response to a text; its choices in order."""
         several = arguments.get("n", 1) > 1
         answer = self._http.post(
             "/completions", self._body(prompt, arguments), asks_several=several
@@ -306,11 +307,11 @@ class CompletionsProvider(RemoteLLMProvider):
         return cast(dict[str, Any], answer) | {"choices": self._choices(answer, None)}
 
     def use(self, way: Way | None) -> None:
-        """Asks for log-probabilities of prompts in this way from now on."""
+        """Requests log-probabilities of prompts in this way from now on."""
         self._way = way
 
     def interrupt(self) -> None:
-        """Ends all requests that are under way, in whatever thread."""
+        """Aborts all requests under way, in all threads."""
         self._http.interrupt()
 
     def _first_model(self) -> str:
@@ -318,7 +319,7 @@ class CompletionsProvider(RemoteLLMProvider):
         models: Any = found.get("data") if isinstance(found, dict) else None
         first: Any = models[0] if isinstance(models, list) and models else None
         name: Any = first.get("id") if isinstance(first, dict) else None
-        # It is shown wherever results are: a terminal would obey other characters.
+        # It is displayed with results: control characters could affect a terminal.
         if not isinstance(name, str) or not name or not name.isprintable():
             raise ApiError(f"{self.api_url} names no models: give `model_name`.")
         length: Any = cast(dict[str, Any], first).get("max_model_len")
@@ -335,7 +336,7 @@ class CompletionsProvider(RemoteLLMProvider):
     def _logprobs(self, prompts: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[list[Entry]]:
         """Entries per token of prompts with known ids."""
         way = cast(Way, self._way)
-        # One token has to be generated: not all servers take 0.
+        # One token is generated, since not all servers accept 0.
         arguments: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0}
         if way == "echo":
             arguments |= {"echo": True, "logprobs": 1}
@@ -359,7 +360,7 @@ class CompletionsProvider(RemoteLLMProvider):
         return found
 
     def _choices(self, answer: Any, n: int | None) -> list[dict[str, Any]]:
-        """The choices of an answer in their order; `n` of them, where that is given."""
+        """The choices of a response in order; exactly `n`, if given."""
         found: Any = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise ApiError(f"{self.api_url} answered without `choices`.")
@@ -378,7 +379,7 @@ class CompletionsProvider(RemoteLLMProvider):
 
 
 def _as_served(gen_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of ``generate`` as servers call them."""
+    """Arguments of ``generate`` under the server's names."""
     given = dict(gen_args)
     if "max_length" in given:
         raise ValueError("`max_length` is nothing that a server knows: give `max_new_tokens`.")

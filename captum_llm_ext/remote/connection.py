@@ -1,4 +1,4 @@
-"""One HTTP connection, with limits on the time and size of answers."""
+"""One HTTP connection, with limits on time and size of responses."""
 
 import http.client
 import io
@@ -13,19 +13,18 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 from urllib.parse import SplitResult, urlsplit
 
-# Seconds until a server that does not answer at all is given up. A packet that was lost is sent
-# again after 1, 3 and 7 seconds (RFC 6298 with Linux' settings): all three of them have time to
-# succeed.
+# Seconds until a server that does not respond at all is given up. A lost packet is sent again after
+# 1, 3 and 7 seconds (RFC 6298 with Linux' settings), all of which have time to succeed.
 _CONNECTED_WITHIN = 10.0
-_PIECE = 2**16  # bytes read at a time, between two looks at the deadline
+_PIECE = 2**16  # bytes read between two checks of the deadline
 
 
 class TooLongError(Exception):
-    """An answer, its headers included, is larger than what is asked for can be."""
+    """A response, including its headers, exceeds the size limit."""
 
 
 class Answer(NamedTuple):
-    """An answer, not parsed yet."""
+    """A response, not parsed yet."""
 
     status: int
     headers: Mapping[str, str]
@@ -56,16 +55,16 @@ class Connection:
     def exchange(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], most: int
     ) -> Answer:
-        """Sends a request and reads the whole answer. Redirects are answers like others.
+        """Sends a request and reads the whole response. Redirects are not followed.
 
         Args:
             method, path, body, headers: As HTTP has them.
-            most: Bytes of the answer, headers included.
+            most: Maximum number of bytes of the response, including headers.
 
         Raises:
-            TimeoutError: If the whole answer is not there in time, however it trickles.
+            TimeoutError: If the whole response has not arrived in time, however slowly it trickles.
             TooLongError: If it is larger.
-            OSError, http.client.HTTPException, ValueError: If there is none, or it is none.
+            OSError, http.client.HTTPException, ValueError: If there is no valid response.
         """
         self.is_kept = False
         until = time.monotonic() + self._timeout
@@ -79,19 +78,19 @@ class Connection:
         try:
             content = _content(answer, most)
         finally:
-            answer.close()  # it has its own hold on the socket
+            answer.close()  # it holds the socket as well
         self.is_kept = not answer.will_close
         return Answer(answer.status, cast(Mapping[str, str], answer.headers), content)
 
     def is_quiet(self) -> bool:
-        """Whether a kept connection is as it was left: not ended, and with nothing said unasked."""
+        """Whether a kept connection is still open, without unexpected data."""
         sock: socket.socket | None = self._inner.sock
         with suppress(OSError, ValueError):
             return sock is not None and not _is_ready(sock, selectors.EVENT_READ, 0.0)
         return False
 
     def cut(self) -> None:
-        """Ends the exchange under way; any thread may call it."""
+        """Aborts the exchange under way; any thread may call it."""
         with suppress(OSError, AttributeError):  # not yet connected, or closed by now
             self._inner.sock.shutdown(socket.SHUT_RDWR)
 
@@ -102,13 +101,13 @@ class Connection:
     def _open(self) -> None:
         until = time.monotonic() + self._within
         inner: Any = self._inner
-        # A proxy's word is short.
+        # A proxy's response is short.
         inner.response_class = partial(_Response, until=until, most=_PIECE)
         try:
             inner.connect()
             if self._is_tls:
                 context = ssl.create_default_context()
-                # In steps: the time that a socket knows begins anew with every byte.
+                # In steps, since a socket's timeout restarts with every byte.
                 inner.sock = context.wrap_socket(
                     inner.sock, server_hostname=self._host, do_handshake_on_connect=False
                 )
@@ -148,7 +147,7 @@ class _Within(io.RawIOBase):
 
 
 def _content(answer: http.client.HTTPResponse, most: int) -> bytes:
-    if (answer.length or 0) > most:  # room for it would be made beforehand
+    if (answer.length or 0) > most:  # memory for it would be allocated beforehand
         raise TooLongError
     parts: list[bytes] = []
     while part := answer.read(_PIECE):
@@ -186,7 +185,7 @@ def _proxy(url: SplitResult) -> tuple[str, int] | None:
     """Host and port of the environment's proxy for a server, if there is one.
 
     Raises:
-        ConnectionRefusedError: If it is none; it may hold a password, and is not shown.
+        ConnectionRefusedError: If it is invalid; it may contain a password, and is not displayed.
     """
     proxy = urllib.request.getproxies().get(url.scheme)
     if not proxy or urllib.request.proxy_bypass(url.hostname or ""):

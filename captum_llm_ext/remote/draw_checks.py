@@ -7,25 +7,25 @@ from captum_llm_ext.remote.chat_endpoint import ChatRequest
 from captum_llm_ext.remote.metered import MeteredEndpoint
 
 OPEN = "Write ten random words, and then ten random numbers."
-# Answers, and their length. Words said to be random, drawn anew, agree over 24 tokens by chance in
-# no model that draws; more answers would only cost more.
+# Number of answers, and their length. Words said to be random agree over 24 tokens by chance in no
+# sampling model; more answers would only cost more. Chosen, not measured.
 _N, _N_TOKENS = 2, 24
 Draws = Literal["vary", "never vary", "unknown"]
 
 
 def check_draws(endpoint: MeteredEndpoint, temperature: float) -> tuple[Draws, str]:
-    """Asks an open question several times.
+    """Sends an open question several times.
 
-    Where one request gives several answers that are one and the same, and another request another
-    one, each answer is asked for by itself from now on.
+    If one request returns several equal answers, but another request a different one, answers are
+    requested one by one from now on.
 
     Returns:
-        Whether answers vary, and how that was seen.
+        Whether answers vary, and how this was found.
     """
     question = ChatRequest(
         [{"role": "user", "content": OPEN}], n_tokens=_N_TOKENS, temperature=temperature
     )
-    # Of one request where it gives several, and of another one with another seed.
+    # From one request if it returns several, and from another one with another seed.
     first = [one.text for one in endpoint.answers(question, range(_N), at_once=True)]
     if len(set(first)) > 1:
         return "vary", f"{len(set(first))} answers of {len(first)} to an open question"

@@ -1,14 +1,13 @@
 """`EngineProvider`: log-probabilities of prompts from an inference engine in this process.
 
-vLLM and SGLang bring tensor parallelism, FP8, paged memory and the reuse of prompts' beginnings. An
-engine is a provider like any other, without HTTP: rows, checkpoints, the checks before anything is
-believed and the results are those of `RemoteGenerationAttribution`.
+vLLM and SGLang provide tensor parallelism, FP8, paged memory and prefix caching. An engine is a
+provider like any other, without HTTP: rows, checkpoints, the handshake and the results are those of
+`RemoteGenerationAttribution`.
 
-What is particular to them is the *prefix cache*. A place whose hidden state is taken from it has no
-logits. SGLang is told where log-probabilities begin, and reuses no more than what lies before. vLLM
-recomputes the whole prompt unless told otherwise, and where it is told otherwise leaves whatever
-memory held at places that it did not compute: these are never read, and a prompt of which too
-much was reused is asked for once more.
+Their particularity is the *prefix cache*: positions taken from it have no logits. SGLang is given
+the start of log-probabilities, and reuses only what is before. vLLM recomputes the whole prompt by
+default; otherwise it leaves uninitialised memory at positions that it did not compute: these are
+never read, and a prompt of which too much was reused is requested again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,10 @@ from typing import Any, Protocol, cast
 from captum_llm_ext.remote.answers import Entry
 from captum_llm_ext.remote.providers import IDS_AS_TEXT, Written
 
-# Prompts that an engine is handed at a time; how many of them share a pass is its own affair.
+# Prompts handed to an engine at a time; how they are batched is the engine's decision. Chosen, not
+# measured.
 _PER_CALL = 512
-# The likeliest tokens that are asked for of what a model writes.
+# Number of likeliest tokens requested for generated text. Chosen, not measured.
 _TOP = 5
 _SHOWN = 60
 
@@ -33,26 +33,26 @@ class EngineProvider:
         method = KernelShap(RemoteLLMAttribution.placeholder_model)
         result = RemoteGenerationAttribution(method, tokenizer, provider).attribute(inp)
 
-    Prompts go as token ids, hundreds at a time; beginnings that they share are computed once, where
-    the engine's prefix cache is on. Log-probabilities are of the model before any temperature.
+    Prompts are sent as token ids, hundreds at a time; common prefixes are computed once if the
+    engine's prefix cache is enabled. Log-probabilities are those before any temperature.
 
     Args:
-        engine: The engine; it is not started, changed or stopped here.
-        top_logprobs: So many of the likeliest tokens are asked for at every place. It saves prompts
-            where generated text is a cause, and finds foils for a contrast.
-        prompts_per_request: At most so many prompts in one call of the engine.
+        engine: The engine; it is not started, modified or stopped.
+        top_logprobs: Number of likeliest tokens requested at every position. Saves prompts if
+            generated text is a cause, and gives foils for a contrast.
+        prompts_per_request: Maximum number of prompts per call of the engine.
 
     Attributes:
-        model_name: What the engine calls its model.
-        max_model_len: Tokens of the longest prompt, if the engine tells.
+        model_name: The engine's name of its model.
+        max_model_len: Maximum number of tokens of a prompt, if reported.
 
     Raises:
         TypeError: If it is neither of these.
         ValueError: If a number is out of range.
     """
 
-    takes_starts = True  # `get_token_logprobs` may be told where values are wanted from
-    max_concurrency = 1  # an engine makes its own batches of one call's prompts
+    takes_starts = True  # `get_token_logprobs` accepts the start of requested values
+    max_concurrency = 1  # an engine batches the prompts of one call itself
 
     def __init__(
         self, engine: Any, *, top_logprobs: int = 0, prompts_per_request: int = _PER_CALL
@@ -78,14 +78,14 @@ class EngineProvider:
 
         Args:
             prompts: Token ids.
-            starts: Per prompt the first token whose log-probability is wanted; by default the
-                second one, which is the first that has any.
+            starts: Per prompt the first token whose log-probability is needed; by default the
+                second one, which is the first that has one.
 
         Returns:
-            As `TokenProvider` has it; None before a prompt's start.
+            As for `TokenProvider`; None before a prompt's start.
 
         Raises:
-            RuntimeError: If the engine tells of other tokens than it was asked for.
+            RuntimeError: If the engine reports other tokens than requested.
         """
         ids = [[int(token) for token in prompt] for prompt in prompts]
         first = [max(start, 1) for start in starts] if starts is not None else [1] * len(ids)
@@ -100,7 +100,7 @@ class EngineProvider:
         Args:
             prompt: The ids.
             **gen_args: ``max_new_tokens`` (25 by default), ``do_sample`` (greedy by default), and
-                what the engine's own sampling parameters take: ``temperature``, ``top_p``…
+                the engine's own sampling parameters: ``temperature``, ``top_p``…
         """
         given = dict(gen_args)
         n_new = int(given.pop("max_new_tokens", 25))
@@ -119,7 +119,7 @@ class EngineProvider:
         n_answers: int = 1,
         bias: Mapping[int, float] | None = None,
     ) -> list[Written]:
-        """What the model writes, with log-probabilities: see `CompletionsProvider.written`."""
+        """Generated text with log-probabilities: see `CompletionsProvider.written`."""
         if isinstance(prompt, str) or bias:
             return []
         return self._engine.written(list(prompt), n, n_answers, {"temperature": temperature})
@@ -129,7 +129,7 @@ class _Engine(Protocol):
     """Interface of an engine.
 
     Attributes:
-        name: What people call it.
+        name: Display name.
         model_name, max_model_len: See `EngineProvider`.
     """
 
@@ -146,15 +146,15 @@ class _Engine(Protocol):
     def written(
         self, prompt: list[int], n: int, n_answers: int, how: Mapping[str, Any]
     ) -> list[Written]:
-        """So many answers of at most `n` tokens; `how` is as the engine's parameters have it."""
+        """`n_answers` answers of at most `n` tokens; `how` are the engine's sampling parameters."""
         ...
 
 
 class _VLLM:
     """A vLLM ``LLM`` (0.11 and later).
 
-    Prompts are asked for with ``prompt_logprobs``. ``skip_reading_prefix_cache`` is off, so that
-    beginnings are reused; ``num_cached_tokens`` tells how much of each was.
+    Uses ``prompt_logprobs``. ``skip_reading_prefix_cache`` is off, so that prefixes are reused;
+    ``num_cached_tokens`` gives the number of reused tokens.
     """
 
     name = "vLLM"
@@ -171,7 +171,7 @@ class _VLLM:
     ) -> list[list[Entry]]:
         """See `_Engine.scored`."""
         outputs = self._asked(prompts, top, rereads=False)
-        # The first token whose value comes from a place that was computed.
+        # The first token whose value comes from a computed position.
         computed = [int(output.num_cached_tokens or 0) + 1 for output in outputs]
         again = [i for i, start in enumerate(starts) if computed[i] > start]
         if again:
@@ -189,7 +189,8 @@ class _VLLM:
             temperature=0.0,
             prompt_logprobs=top,
             skip_reading_prefix_cache=rereads,
-            detokenize=False,  # of "ids" at places that were not computed it raises OverflowError
+            # For invalid ids at positions that were not computed it raises OverflowError.
+            detokenize=False,
         )
         sent = [{"prompt_token_ids": ids} for ids in prompts]
         return list(self._llm.generate(sent, how, use_tqdm=False))
@@ -217,8 +218,8 @@ class _VLLM:
 class _SGLang:
     """An SGLang ``Engine`` (0.4 and later).
 
-    ``logprob_start_len`` tells where log-probabilities begin; what lies before is reused, and the
-    first entry that comes back is of a token that has none.
+    ``logprob_start_len`` is the start of log-probabilities; positions before are reused, and the
+    first returned entry belongs to a token without one.
     """
 
     name = "SGLang"
@@ -268,7 +269,7 @@ class _SGLang:
 
 
 def _adapted(engine: Any) -> _Engine:
-    """Wraps an engine by the module of its class, so that neither vLLM nor SGLang is imported."""
+    """Wraps an engine by the module of its class, without importing vLLM or SGLang."""
     home = type(engine).__module__.partition(".")[0]
     if home == "vllm" or hasattr(engine, "llm_engine"):
         return _VLLM(engine)
@@ -288,7 +289,7 @@ def _log_probs(entry: Mapping[int, Any] | None) -> Entry:
 def _entries(about: Mapping[str, Any], side: str, ids: Sequence[int]) -> list[Entry]:
     """Log-probabilities of the last positions, from SGLang: of the tokens and of the likeliest.
 
-    Its id of a token at the vocabulary's end is 0 where it takes that for an image's.
+    A token at the end of the vocabulary may have the id 0, if SGLang takes it for an image's.
     """
     own: list[Any] = about[f"{side}_token_logprobs"]
     tops: list[Any] = about.get(f"{side}_top_logprobs") or [None] * len(own)
@@ -315,7 +316,7 @@ def _written(ids: tuple[int, ...], tops: Sequence[Mapping[int, float]], stops: b
 
 
 def _check(name: str, ids: Sequence[int], start: int, entries: Sequence[Entry]) -> None:
-    """Raises if these are no log-probabilities of these tokens."""
+    """Raises if these are not log-probabilities of these tokens."""
     pairs = zip(ids, entries, strict=False)
     found = [entry is not None and token in entry for token, entry in pairs]
     if len(entries) != len(ids) or not all(found[start:]):

@@ -1,4 +1,4 @@
-"""Estimates what an attribution would take on a rung; nothing is sent."""
+"""Estimates the cost of an attribution on a rung; nothing is sent."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,11 @@ class Estimate:
     """Estimated requests, tokens and costs of an attribution.
 
     Attributes:
-        n_coalitions: Distinct coalitions, the full and the empty one among them.
-        n_requests: Requests at most, those of the handshake not counted.
-        tokens_in, tokens_out: Tokens read and written at most; about, where there is no tokenizer.
-        usd: What they cost at the prices given; None without prices.
+        n_coalitions: Number of distinct coalitions, including the full and the empty one.
+        n_requests: Maximum number of requests, without the handshake.
+        tokens_in, tokens_out: Maximum numbers of input and output tokens; approximate without a
+            tokenizer.
+        usd: Their cost at the given prices; None without prices.
     """
 
     n_coalitions: int
@@ -36,7 +37,7 @@ class Estimate:
 
 
 class Counter(LadderScorer):
-    """A scorer that counts requests and sends none."""
+    """A scorer that counts requests without sending any."""
 
     def __init__(self) -> None:
         self.attr_target: Any = "frequency"
@@ -60,13 +61,13 @@ class Counter(LadderScorer):
 
 
 def rendered(prompt: Prompt, is_present: bool) -> tuple[int, ...]:
-    """Token ids of a prompt with everything, or nothing, present."""
+    """Token ids of a prompt with all, or no, features present."""
     mask = torch.full((1, prompt.n_features), is_present, dtype=torch.bool, device="cpu")
     return prompt.render(mask, torch.Generator().manual_seed(0))[0].ids
 
 
 def n_new(gen_args: Mapping[str, Any] | None, target: str | None) -> int:
-    """How many tokens an answer may have."""
+    """Maximum number of tokens of an answer."""
     given = dict(gen_args or {})
     found = next((given[name] for name in sorted(LENGTHS & set(given)) if given[name]), None)
     if found is not None:
@@ -75,7 +76,7 @@ def n_new(gen_args: Mapping[str, Any] | None, target: str | None) -> int:
 
 
 def finite(values: Tensor) -> list[Any]:
-    """As nested lists, with None where there is no bound: JSON has no infinite numbers."""
+    """As nested lists, with None for infinite bounds, which JSON cannot hold."""
     if values.dim() > 1:
         return [finite(one) for one in values]
     return [v if math.isfinite(v) else None for v in values.tolist()]

@@ -1,15 +1,14 @@
-"""Handshake: tests whether a provider's numbers are log-probabilities of the tokens asked for.
+"""Handshake: tests whether a provider's numbers are log-probabilities of the requested tokens.
 
-A few short prompts are asked about once per provider, before any number is used. What a true model
-cannot say gives a provider away, and what it says in two ways has to agree:
+A few short prompts are sent once per provider, before any number is used. Properties of every
+language model, and values reported in two ways, are checked:
 
-* Three tokens that it writes, with their log-probabilities, have the same ones when they are scored
-  as part of a prompt.
-* The value of a token depends on the token, and on nothing that comes after it.
-* Probabilities of different tokens at one place sum to no more than 1; none is above 1.
+* Three generated tokens have the same log-probabilities when they are scored as part of a prompt.
+* The value of a token depends on the token, and on nothing after it.
+* Probabilities of different tokens at one position sum to at most 1; none is above 1.
 * A prompt has the same values twice, alone or in a batch with others.
-* What is reported of written tokens does not depend on the temperature, or is known to.
-* Tokens drawn at temperature 1 are as improbable, on average, as their distribution says.
+* Log-probabilities of generated tokens do not depend on the temperature, or are known to.
+* Tokens sampled at temperature 1 have, on average, the surprisal of their reported distribution.
 """
 
 import math
@@ -24,31 +23,33 @@ from weakref import WeakKeyDictionary
 from captum_llm_ext.remote.providers import ProviderAdapter, Request, Written, is_ruled_out
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError, UnusableAnswerError
 
-# Nats that two ways of telling a value may differ by: half precision in batches of other shapes.
+# Allowed difference in nats of a value reported twice: half precision in batches of other shapes.
+# Chosen, not measured.
 _APART, _APART_PER_NAT = 0.05, 0.01
-# Log 1 in float32, as rounded.
+# Log 1 in float32, with rounding.
 _ABOVE_ONE = 1e-6
 _MASS = 1e-3
-# What is no noise where values are otherwise reproduced.
+# Differences that are not noise if values are otherwise reproduced. Chosen, not measured.
 _SHARP, _TIMES_NOISE = 1e-3, 5.0
-# Tokens written, others tried in place of the last one, and tokens of the prompt that are sent.
-# Shifts by one, to either side, show from two tokens and one other on; the rest is for servers that
-# refuse some. A choice: more would only cost more, as the look comes before every run.
+# Generated tokens, alternatives to the last one, and tokens of the prompt that are sent. Shifts by
+# one in either direction show with two tokens and one alternative; the rest is for servers that
+# refuse some. Chosen, not measured: more would only cost more before every run.
 _N_WRITTEN, _N_OTHERS, _LONGEST = 3, 3, 48
 _N_LOOKED_AT = 64
-# Rounding that is coarse enough to be reported, and how far multiples may be off.
+# Rounding steps that are coarse enough to be reported, and the allowed deviation of multiples.
 _GRAINS, _OFF_GRAIN = (1.0, 0.5, 0.25, 0.2, 0.1, 0.05), 1e-3
-# Draws at temperature 1, and how many standard errors their surprise may be off. Over random laws
-# of 2,000 tokens with 0.6 to 3 nats of entropy, 32 draws see that values are of temperature 0.5 in
-# 69 to 99 % and of 0.7 in 19 to 72 %; of 900 right ones none looked wrong. 64 draws would see
-# 84 to 100 and 32 to 97 %, 3 standard errors see more and accuse right ones.
+# Number of samples at temperature 1, and allowed deviation of their surprisal in standard errors.
+# Over random distributions of 2,000 tokens with 0.6 to 3 nats of entropy, 32 samples detect values
+# of temperature 0.5 in 69 to 99 % and of 0.7 in 19 to 72 % of cases; of 900 correct ones none was
+# rejected. 64 samples would detect 84 to 100 and 32 to 97 %; 3 standard errors detect more and
+# reject correct ones.
 _N_DRAWN, _DEVIATIONS = 32, 4.5
-# At which place a token's own distribution is reported where they are shifted.
+# Position at which a token's own distribution is reported if values are shifted.
 _SHIFTS = {
     -1: "they are shifted left by one, and belong to the token after",
     1: "they are shifted right by one, and belong to the token before",
 }
-# Nats within which a value is known again: quantised models differ by 0.3 from call to call.
+# Nats within which a value is recognised: quantised models vary by 0.3 between calls.
 _NEAR = 0.5
 _ANOTHER = (
     "they are of another distribution (that of the place before or after, another temperature, "
@@ -58,7 +59,7 @@ _UNLISTED = "not listed: what the model writes comes without it"
 
 
 class HandshakeError(UnusableAnswerError):
-    """A provider's log-probabilities are not those asked for; the message says what is wrong."""
+    """A provider's log-probabilities are not those requested; the message says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,10 @@ class Findings:
     """What a handshake found.
 
     Attributes:
-        way: How log-probabilities of prompts are asked for, where there is a choice.
-        checks: What was looked at, and how it came out.
-        refused: Ways that were tried before, and what is wrong with them.
-        n_prompts: How many prompts it took.
+        way: How log-probabilities of prompts are requested, if there is a choice.
+        checks: The checks and their outcomes.
+        refused: Ways tried before, and what is wrong with them.
+        n_prompts: Number of prompts sent.
     """
 
     way: str | None
@@ -78,7 +79,7 @@ class Findings:
     n_prompts: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For provenance and for JSON."""
+        """The fields for provenance and JSON."""
         return {
             "way": self.way,
             "checks": dict(self.checks),
@@ -96,26 +97,26 @@ def is_verified(provider: Any) -> bool:
     """Whether a handshake with the provider has succeeded."""
     try:
         return bool(_known.get(provider))
-    except TypeError:  # what can be no key is asked each time
+    except TypeError:  # an unhashable provider is asked each time
         return False
 
 
 def handshake(
     source: ProviderAdapter, prompt: Sequence[int], target: Sequence[int]
 ) -> Findings | None:
-    """Tests a provider's log-probabilities; the findings are kept per provider.
+    """Tests a provider's log-probabilities; findings are cached per provider.
 
     Args:
         source: The provider.
-        prompt: Token ids that it can be asked about, such as those of the prompt to explain.
+        prompt: Token ids for the tests, such as the explained prompt.
         target: Token ids after them.
 
     Returns:
-        What was found; None while the provider is being asked for it.
+        The findings; None while a handshake with the provider is in progress.
 
     Raises:
-        HandshakeError: If they cannot be used, with the name of the fault.
-        ApiError, ConnectionError: If it gives none.
+        HandshakeError: If they cannot be used; the message names the fault.
+        ApiError, ConnectionError: If it returns none.
     """
     provider = source.provider
     if id(provider) in _busy:
@@ -124,7 +125,7 @@ def handshake(
         about = (getattr(provider, "model_name", None), source.takes_ids)
         try:
             known = _known.setdefault(provider, {})
-        except TypeError:  # what can be no key is asked each time
+        except TypeError:  # an unhashable provider is asked each time
             known = {}
         if about not in known:
             with _asking(provider):
@@ -149,7 +150,7 @@ def _verified(source: ProviderAdapter, prompt: Sequence[int], target: Sequence[i
     for way in ways:
         if way is not None:
             source.provider.use(way)
-        exam = _Handshake(copy(source), prompt, target)  # which counts what is sent for the user
+        exam = _Handshake(copy(source), prompt, target)  # which counts the user's requests
         try:
             exam.run()
             source.most_prompts = min(source.most_prompts, exam.source.most_prompts)
@@ -176,7 +177,7 @@ def _forget(provider: Any, ways: Sequence[str | None]) -> None:
 
 @dataclass
 class _Handshake:
-    """One provider, asked in one way."""
+    """The tests of one provider, with one way of requests."""
 
     source: ProviderAdapter
     prompt: Sequence[int]
@@ -187,7 +188,7 @@ class _Handshake:
 
     def run(self) -> None:
         """Runs all tests that the provider supports."""
-        if self.source.takes_ids:  # text cannot be cut anywhere
+        if self.source.takes_ids:  # text cannot be truncated at any token
             self.prompt = tuple(self.prompt[:_LONGEST])
         written = self._written()
         hot = [] if written is None else self._hot(written)
@@ -218,7 +219,7 @@ class _Handshake:
             )
 
     def _written(self) -> Written | None:
-        """What the model writes, where it is reported with log-probabilities."""
+        """Generated text, if reported with log-probabilities."""
         found = self._write(_N_WRITTEN, temperature=0.0)
         if not found or not found[0].values:
             self._note("written tokens", "the provider tells no log-probabilities of them")
@@ -259,7 +260,7 @@ class _Handshake:
             self._note("stop token", "listed")
 
     def _hot(self, written: Written) -> list[Written]:
-        """First tokens drawn at temperature 1: whether what is reported of them is of another."""
+        """First tokens sampled at temperature 1, to see whether reported values depend on it."""
         hot = self._write(1, temperature=1.0, n_answers=_N_DRAWN)
         if not hot or not hot[0].top or not written.top:
             return []
@@ -277,7 +278,7 @@ class _Handshake:
     def _reference(
         self, written: Written | None, hot: Sequence[Written]
     ) -> tuple[tuple[int, ...], list[float], dict[int, float]]:
-        """Tokens to score, their values when generated, and those of others for the last."""
+        """Tokens to score, their values when generated, and those of alternatives to the last."""
         n = _N_WRITTEN if self.source.takes_ids else len(self.target)
         own = () if written is None else written.ids or ()
         if written is None:
@@ -286,7 +287,7 @@ class _Handshake:
         if is_whole and self.source.reads(self.prompt, own):
             last = (*self.prompt, *own[:-1])
             return own, list(written.values), self._ids(last, written.top[-1:])
-        # What is written may be no text that is read so again, or reported of another temperature.
+        # Generated text may be tokenised differently, or reported at another temperature.
         known = self._ids(self.prompt, (hot or [written])[0].top[:1])
         for token, value in known.items():
             if _is_given(value) and self.source.reads(self.prompt, (token,)):
@@ -301,7 +302,7 @@ class _Handshake:
         return {token: value for token, value in pairs if token is not None}
 
     def _rows(self, ids: tuple[int, ...], likely: Sequence[int]) -> list[tuple[int, ...]]:
-        """Tokens to score after the prompt: these, and with others in place of the last."""
+        """Tokens to score after the prompt: these, and with alternatives to the last."""
         seen = [*likely, *reversed(self.prompt), *self.target, *range(_N_LOOKED_AT)]
         others: list[int] = []
         for token in list(dict.fromkeys(seen))[:_N_LOOKED_AT]:
@@ -315,7 +316,7 @@ class _Handshake:
     def _asked(
         self, rows: Sequence[tuple[int, ...]]
     ) -> tuple[list[tuple[int, ...]], list[list[float | None]]]:
-        """Rows that can be sent, and values of every place: of the prompt too, where reported."""
+        """Rows that can be sent, and values of every position, also the prompt's if reported."""
         first = 0 if self.source.takes_ids else len(self.prompt) - 1
         requests = [
             Request((*self.prompt, *row), first, tuple(range(len(row))), i)
@@ -329,7 +330,7 @@ class _Handshake:
                 answers = self.source.ask(requests[i : i + n])
             except ApiError:
                 raise
-            except ValueError:  # others than the target may be text that is read otherwise
+            except ValueError:  # texts other than the target may be tokenised differently
                 if i == 0:
                     raise
                 continue
@@ -367,9 +368,9 @@ class _Handshake:
 
         Args:
             alone: The prompt's values.
-            reported: What was reported when `ids` were written.
+            reported: The values reported when `ids` were generated.
             ids: The prompt's last tokens.
-            of_last: Of several tokens at the last place, both.
+            of_last: Both values of several tokens at the last position.
         """
         found = alone[-len(ids) :]
         if not reported or None in found:
@@ -385,33 +386,33 @@ class _Handshake:
         self._note("written tokens", f"the same within {apart:.1g} nats when scored")
 
     def _moved(self, ids: tuple[int, ...], reported: Sequence[float]) -> str:
-        """Of which place the distributions are that tokens of a prompt are held against.
+        """Whether reported distributions are shifted relative to the prompt's tokens.
 
         Args:
-            ids: Tokens that the model wrote, with their values then.
-            reported: Those values.
+            ids: Generated tokens.
+            reported: Their values when generated.
 
         Returns:
-            What is wrong; nothing where the likeliest tokens of places are not reported, or do not
-            tell.
+            What is wrong; empty if likeliest tokens are not reported, or inconclusive.
         """
-        # One more token, for the last one's distribution to be reported where it is shifted right.
+        # One more token, so that the last one's distribution is reported even if shifted to the
+        # right.
         more = (token for token in (ids[-1], *reversed(self.prompt)))
         after = next((t for t in more if self.source.reads(self.prompt, (*ids, t))), None)
         whole = (*self.prompt, *ids, *(() if after is None else (after,)))
         try:
-            tops = self.source.likeliest(whole)[: len(whole)]  # what it writes then comes after it
+            tops = self.source.likeliest(whole)[: len(whole)]  # generated tokens come after it
         except (ApiError, ConnectionError):
             return ""
         self.n_prompts += 1
 
         def apart(i: int, by: int) -> float | None:
-            """How far a token's value is from that reported there; None: unknown."""
+            """Difference of a token's value from the one at a shifted position, or None."""
             place = len(self.prompt) + i + by
             top = tops[place] if 0 <= place < len(tops) else {}
             before = (*self.prompt, *ids[:i])
             named = {self.source.called(before, name): value for name, value in top.items()}
-            # Bytes of characters are all called alike.
+            # Parts of characters all have the same name.
             if ids[i] not in named and (None in named or not top):
                 return None
             return abs(named.get(ids[i], -math.inf) - reported[i])
@@ -421,7 +422,7 @@ class _Handshake:
             known = [a for i in range(len(ids)) if (a := apart(i, by)) is not None]
             off[by] = _largest(known) if known else math.inf
         nearest = min(off, key=off.__getitem__)
-        # What is reported rightly at its own place is not moved.
+        # Values that are correct at their own position are not shifted.
         return _SHIFTS.get(nearest, "") if off[nearest] < _NEAR else ""
 
     def _depends_on_the_token(
@@ -441,7 +442,7 @@ class _Handshake:
 
     def _depends_on_nothing_later(self, values: Sequence[list[float | None]], noise: float) -> None:
         whole, instead, longer = values[0], values[1:-1], values[-1]
-        if len(longer) == len(whole):  # no other token could be put anywhere
+        if len(longer) == len(whole):  # no other token can be inserted
             return
         others = [_pairs(whole[:-2], own[:-2]) for own in [*instead, longer[:-1]]]
         noise = max(noise, _largest([abs(a - b) for pairs in others for a, b in pairs]))
@@ -455,7 +456,7 @@ class _Handshake:
             )
 
     def _drawn(self, names: Sequence[str], top: Mapping[str, float]) -> None:
-        """Whether tokens drawn at temperature 1 are as improbable as they should be."""
+        """Whether tokens sampled at temperature 1 have the expected surprisal."""
         if len(names) < _N_DRAWN or len(set(names)) == 1:
             self._note("drawn tokens", "the provider draws no several of them")
             return
@@ -479,14 +480,14 @@ class _Handshake:
 
 
 def surprise(names: Sequence[str], top: Mapping[str, float]) -> tuple[float, float, float]:
-    """How improbable tokens drawn at one place are by what is reported of it, and should be.
+    """The surprisal of tokens sampled at one position, compared with its expectation.
 
     Args:
         names: The tokens.
-        top: The likeliest ones, in nats.
+        top: Log-probabilities of the likeliest tokens, in nats.
 
     Returns:
-        Nats on average, those expected, and their difference in standard errors.
+        Average surprisal in nats, its expectation, and their difference in standard errors.
     """
     rest = max(1 - sum(map(math.exp, top.values())), 1e-9)
     surprises = {name: -max(value, -30.0) for name, value in top.items()}
@@ -498,7 +499,7 @@ def surprise(names: Sequence[str], top: Mapping[str, float]) -> tuple[float, flo
 
 
 def rounding_step(values: Sequence[float]) -> float:
-    """The step that values are rounded to, if it is coarse; else 0."""
+    """The step to which values are rounded, if it is coarse; otherwise 0."""
     finite = [value for value in values if math.isfinite(value) and value]
     for step in _GRAINS:
         if len(finite) > 3 and all(abs(v / step - round(v / step)) < _OFF_GRAIN for v in finite):
@@ -509,7 +510,7 @@ def rounding_step(values: Sequence[float]) -> float:
 def _named(
     scored: Sequence[float], reported: Sequence[float], of_last: Sequence[tuple[float, float]]
 ) -> str:
-    """What would make of the true values those that were found; nothing where nothing is known."""
+    """A likely explanation of wrong values; empty if there is none."""
     if all(value == 0 for value in scored):
         return "all are zero"
     stretches: dict[str, Callable[[float], float]] = {
@@ -556,7 +557,7 @@ def _is_given(value: float | None) -> bool:
 
 
 def _pairs(a: Sequence[float | None], b: Sequence[float | None]) -> list[tuple[float, float]]:
-    """Values of the same places that both tell."""
+    """Values of the positions that both report."""
     return [
         (x, y)
         for x, y in zip(a, b, strict=False)

@@ -1,4 +1,4 @@
-"""`Label`: the rung that compares two first tokens and needs no prefilled answer."""
+"""`Label`: the rung that compares two first tokens, without a prefilled answer."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from captum_llm_ext.remote.stepwise import TopK
 
 
 class Label:
-    """How much likelier one label is than another as the first token of the answer.
+    """Log-odds of one label against another as the first token of the answer.
 
-    Nothing has to be gone on with, so this works with every provider that tells log-probabilities.
+    No prefill is needed, so this works with every provider that reports log-probabilities.
 
     Args:
         by: How first tokens are looked up.
-        labels: The label that is explained and the one that it is held against; those that are
-            not given are what the model would write, and the likeliest other.
+        labels: The explained label and the one it is compared with; by default what the model
+            generates, and the likeliest other one.
     """
 
     name = "label contrast"
@@ -65,7 +65,7 @@ class Label:
         return [label if label is not None else first]
 
     def _first(self, label: str, named: Sequence[str]) -> str:
-        """The first token of a label, as the model would write it: mostly with a space, or none."""
+        """The first token of a label as the model would generate it, with or without a space."""
         spellings = dict.fromkeys([label, f" {label.lstrip()}", label.lstrip()])
         for text in spellings:
             fitting = [name for name in named if text.startswith(name)]

@@ -1,4 +1,4 @@
-"""`LadderScorer`: scores rows by a rung of the ladder, each coalition once, concurrently."""
+"""`LadderScorer`: scores rows on a rung, each coalition once, concurrently."""
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -28,7 +28,7 @@ from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.plain_tokenizer import messages_of
 
-# Estimators whose attributions are the same weights times the values, whatever these are.
+# Estimators whose attributions are fixed linear combinations of the values.
 _LINEAR: Mapping[str, Callable[[Plan, Tensor, Scope], Solution]] = {
     "leave-one-out": solve_leave_one_out,
     "only one in": solve_only_one_in,
@@ -38,15 +38,15 @@ _LINEAR: Mapping[str, Callable[[Plan, Tensor, Scope], Solution]] = {
 
 
 class LadderScorer:
-    """`captum_llm_ext.model.Values` over a rung.
+    """A `RowScorer` over a rung.
 
     Args:
-        rung: How coalitions are looked at.
+        rung: How coalitions are scored.
         as_probability: Whether log-probabilities are reported as probabilities.
-        endpoint: Whom it asks.
+        endpoint: The endpoint that it uses.
         tokenizer: Spells rows and target.
-        n_threads: Coalitions at a time.
-        show_progress: Whether `progress` draws a bar.
+        n_threads: Number of concurrent coalitions.
+        show_progress: Whether `progress` shows a bar.
     """
 
     takes_ids = False
@@ -72,38 +72,38 @@ class LadderScorer:
         self._wanted: list[str] = []
 
     def forget(self) -> None:
-        """Has coalitions looked at again: the rung knows more of them now."""
+        """Has coalitions scored again, since the rung now has more answers."""
         self._known.clear()
         self._in_order.clear()
         self.n_evaluations, self.n_scored = 0, [0]
 
     def shows(self, show_progress: Shown) -> None:
-        """Whether `progress` draws a bar."""
+        """Whether `progress` shows a bar."""
         self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
 
     @property
     def reads_on(self) -> bool:
-        """Never: every row is a request."""
+        """False: every row would be a request."""
         return False
 
     @property
     def processes(self) -> Processes:
-        """This one alone."""
+        """This process alone."""
         return Processes()
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> NoReturn:
-        """Targets are no ids here."""
+        """Not supported: targets are not ids."""
         raise NotImplementedError
 
     def likeliest(self, rows: Sequence[TokenRow], n: int) -> NoReturn:
-        """Nor are other tokens."""
+        """Not supported."""
         raise NotImplementedError
 
     def check_length(self, length: int, what: str) -> None:
-        """What fits is not known."""
+        """Does nothing: the maximum length is unknown."""
 
     def noise_floor(self, row: TokenRow, target: Tensor, foils: Tensor | None = None) -> None:
-        """None: nobody tells in what precision a server computes."""
+        """None: the server's precision is unknown."""
 
     def tolerance(self, values: Tensor) -> Tensor:
         """Allowed difference of values of one coalition."""
@@ -112,11 +112,11 @@ class LadderScorer:
     def values(
         self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
     ) -> Tensor:
-        """See `Scorer.values`, without foils; what is known beside them is kept for `known`.
+        """See `Scorer.values`, without foils; bounds and errors are stored for `known`.
 
         Raises:
-            ValueError: If a row is no text, or no cause would be found.
-            ConnectionError, RuntimeError: If the provider gives up, or no more may be spent.
+            ValueError: If a row is not a text, or the full and empty prompts do not differ.
+            ConnectionError, RuntimeError: If the provider gives up, or a limit is reached.
         """
         self._wanted = wanted = [tokens.decode(self._tokenizer, [i]) for i in target.tolist()]
         asked = Asked(target)
@@ -149,18 +149,18 @@ class LadderScorer:
         return self._stored("values", digests)
 
     def known(self) -> dict[str, Tensor]:
-        """Scores of all coalitions, in the order in which they were asked for.
+        """Scores of all coalitions, in the order of requests.
 
         Returns:
-            ``"lower"``, ``"upper"``, ``"variances"``, each ``(n_coalitions, n_target)``; what was
-            seen of the provider's noise is between the first two.
+            ``"lower"``, ``"upper"``, ``"variances"``, each ``(n_coalitions, n_target)``; the first
+            two include the provider's observed noise.
         """
         return {
             name: self._stored(name, self._in_order) for name in ("lower", "upper", "variances")
         }
 
     def only_first(self, n: int) -> None:
-        """Knows of the first coalitions alone that were asked for: others were them once more."""
+        """Keeps only the first `n` requested coalitions: the others repeated them."""
         del self._in_order[n:]
 
     def _stored(self, name: str, digests: Sequence[bytes]) -> Tensor:
@@ -170,15 +170,15 @@ class LadderScorer:
         return values.exp() if self.attr_target == "prob" and name != "variances" else values
 
     def uncertainty(self, weight: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """Uncertainty of attributions that comes from that of the values.
+        """Uncertainty of attributions due to that of the values.
 
         Args:
-            weight: What attributions make of each coalition's value, ``(n_coalitions,
+            weight: Weights of the coalitions' values in attributions, ``(n_coalitions,
                 n_features)``: see `weights`.
 
         Returns:
-            Standard errors ``(n_target, n_features)`` where values are sampled, else the two ends
-            of the interval in which attributions lie; None for the other.
+            Standard errors ``(n_target, n_features)`` if values are sampled, otherwise the bounds
+            of attributions; None for the other.
         """
         known, merged = self._merged(weight)
         if self.rung.is_sampled:
@@ -189,12 +189,12 @@ class LadderScorer:
         """Whether the strongest cause is significantly stronger than the second.
 
         Args:
-            weight: As of `uncertainty`.
-            attributions: ``(n_features,)``, of the target as a whole.
+            weight: As for `uncertainty`.
+            attributions: Attributions of the whole target, ``(n_features,)``.
 
         Returns:
-            The two, whether they are distinguished, and how many times as many answers would do it
-            where values are sampled. None for less than two features.
+            The two, whether they are separated, and by which factor more answers would be needed if
+            values are sampled. None for fewer than two features.
         """
         if len(attributions) < 2:
             return None
@@ -216,7 +216,7 @@ class LadderScorer:
         }
 
     def drift(self, full: Sequence[Any]) -> list[str]:
-        """What is suspicious of the answers, now that they are all there; asks once more."""
+        """Problems that show when all answers are there; sends one more request."""
         target = [*self._wanted]
         apart = self.rung.drift(full, target)
         found = self.endpoint.doubts()
@@ -228,8 +228,8 @@ class LadderScorer:
         return found
 
     def _merged(self, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """What is known of distinct coalitions, and the weights of each."""
-        # A coalition that comes twice is one unknown value, not two.
+        """Scores of distinct coalitions, and the weights of each."""
+        # A repeated coalition is one unknown value, not two.
         numbers = {d: i for i, d in enumerate(dict.fromkeys(self._in_order))}
         row_of = [numbers[d] for d in self._in_order]
         first = {row: at for at, row in reversed(list(enumerate(row_of)))}
@@ -258,12 +258,12 @@ class LadderScorer:
         return reported | self.rung.details | self.endpoint.provenance()
 
     def progress(self) -> AbstractContextManager[None]:
-        """Draws one bar over all coalitions within."""
+        """Shows one bar over all coalitions within."""
         return self._bar.shown()
 
     @contextmanager
     def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
-        """Answers are kept by the endpoint, each as it comes; no journal is opened."""
+        """Answers are cached by the endpoint as they arrive; no journal is opened."""
         del open_journal
         yield
 
@@ -277,7 +277,7 @@ def as_messages(tokenizer: Any, ids: Sequence[int]) -> list[dict[str, str]]:
     special = getattr(tokenizer, "bos_token_id", None)
     own = ids[1:] if ids and ids[0] == special else ids
     found = messages_of(tokens.decode(tokenizer, own) if own else "")
-    # What is wholly absent is not sent; APIs refuse empty messages.
+    # Messages without any present text are not sent, since APIs refuse empty ones.
     said = [message for message in found if message["content"].strip()]
     return said or [{"role": "user", "content": " "}]
 
@@ -286,7 +286,7 @@ def weights(name: str, plan: Plan) -> Tensor | None:
     """Weights of the coalitions' values in the attributions, ``(n_coalitions, n_features)``.
 
     Args:
-        name: Of the estimator.
+        name: Name of the estimator.
         plan: Its coalitions.
 
     Returns:
@@ -304,13 +304,13 @@ def interval_of(weight: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, T
     """Bounds of attributions from bounds of values, each ``(n_target, n_features)``.
 
     Args:
-        weight: ``(n_rows, n_features)``, of distinct rows.
-        lower, upper: ``(n_rows, n_target)``; infinite where there is no bound.
+        weight: Weights of distinct rows, ``(n_rows, n_features)``.
+        lower, upper: ``(n_rows, n_target)``; infinite without a bound.
     """
     positive, negative = weight.clamp_min(0)[:, None], weight.clamp_max(0)[:, None]
 
     def total(of_positive: Tensor, of_negative: Tensor) -> Tensor:
-        # 0 times no bound is 0.
+        # A weight of 0 times an infinite bound counts as 0.
         terms = [
             torch.where(w == 0, 0.0, w * v[:, :, None])
             for w, v in ((positive, of_positive), (negative, of_negative))

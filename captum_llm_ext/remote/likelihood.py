@@ -1,4 +1,4 @@
-"""`RemoteLikelihood`: a served model as baselines ask it; it gives probabilities of texts only."""
+"""`RemoteLikelihood`: a served model as baselines use it; it only gives probabilities of texts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -20,10 +20,10 @@ _ANOTHER = ", or `ModelBaselines((model, tokenizer))` with a model of this proce
 
 
 class RemoteLikelihood:
-    """The served model as a `LanguageModel`, as far as it can be one.
+    """The served model as a `LanguageModel`, as far as possible.
 
     Args:
-        scorer: Asks for the texts, each once, and counts them among its requests.
+        scorer: Requests each text once, and counts these requests.
         tokenizer: The model's tokenizer.
     """
 
@@ -36,7 +36,7 @@ class RemoteLikelihood:
         """See `LanguageModel.log_likelihoods`; float64.
 
         Raises:
-            ValueError: If the provider takes texts: their own beginning has no probability there.
+            ValueError: If the provider takes texts, whose first token has no probability.
         """
         if not self._scorer.takes_ids:
             self._refuse("the probability of texts", "a provider that takes texts does not tell")
@@ -59,7 +59,7 @@ class RemoteLikelihood:
         n: int,
         fits: Callable[[int, str], bool],
     ) -> list[Listed | None]:
-        """Not to be had."""
+        """Not supported."""
         self._refuse("distributions", "an API does not tell", _ANOTHER)
 
     def log_probs_between(
@@ -75,11 +75,11 @@ class RemoteLikelihood:
         n_words: Sequence[int],
         is_enough: Callable[[int, str], bool],
     ) -> list[str]:
-        """Not to be had without distributions."""
+        """Not supported without distributions."""
         self._refuse("distributions", "an API does not tell", _ANOTHER)
 
     def proposing(self, proposer: Any) -> Proposer:
-        """See `LanguageModel.proposing`: a model of this process proposes for one behind an API."""
+        """See `LanguageModel.proposing`: a local model proposes for one behind an API."""
         return as_proposer(proposer, self._tokenizer)
 
     def _ids(self, text: str) -> tuple[int, ...]:

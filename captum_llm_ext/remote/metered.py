@@ -1,4 +1,4 @@
-"""Metered requests: each answer is asked for once, cached and counted, within limits."""
+"""Metered requests: each answer is requested once, cached and counted, within limits."""
 
 import json
 import math
@@ -15,27 +15,28 @@ from captum_llm_ext.remote.chat_endpoint import ChatAnswer, ChatEndpoint, ChatRe
 from captum_llm_ext.remote.transport import ApiError, TooSlowError, shown_url
 from captum_llm_ext.remote.workers import do_all
 
-# A model's name and the fingerprint of its set-up, as it says itself with every answer.
-# Answers that one request is asked for: servers have limits of their own below that.
+# Maximum number of answers per request, and the fallback: servers have lower limits of their own.
+# Chosen, not measured.
 _MOST_AT_ONCE, _FEW = 128, 8
-CHARACTERS_PER_TOKEN = 4.0  # of English, where no tokenizer is at hand
-# Prompts of so many tokens and more, of which one is longer by such a share and counted alike.
+CHARACTERS_PER_TOKEN = 4.0  # for English, without a tokenizer
+# A prompt is truncated if, among prompts of at least this many tokens, one is longer by this share
+# but has the same count. Chosen, not measured.
 _FEW_TOKENS, _CUT = 32, 0.1
 Identity = tuple[str | None, str | None]
 
 
 class BudgetError(RuntimeError):
-    """A limit of requests or costs would be exceeded; answers so far are kept."""
+    """A limit of requests or cost would be exceeded; answers so far are kept."""
 
 
 @dataclass
 class Limits:
-    """Limits of requests and costs.
+    """Limits of requests and cost.
 
     Attributes:
-        max_requests: Requests in all; None: any number.
-        max_usd: Money in all, at `prices`.
-        prices: US dollars per million tokens read and written.
+        max_requests: Total number of requests; None: unlimited.
+        max_usd: Total cost, at `prices`.
+        prices: US dollars per million input and output tokens.
     """
 
     max_requests: int | None = None
@@ -43,7 +44,7 @@ class Limits:
     prices: tuple[float, float] | None = None
 
     def usd(self, n_in: float, n_out: float) -> float | None:
-        """Costs of tokens, if prices are known."""
+        """Cost of tokens, if prices are known."""
         if self.prices is None:
             return None
         return (n_in * self.prices[0] + n_out * self.prices[1]) / 1e6
@@ -51,7 +52,7 @@ class Limits:
 
 @dataclass
 class Usage:
-    """Requests, tokens and costs so far."""
+    """Requests, tokens and cost so far."""
 
     n_requests: int = 0
     n_cached: int = 0
@@ -61,10 +62,10 @@ class Usage:
 
 
 class Cache:
-    """Answers by what was asked, in memory and, with a path, in an SQLite file beside.
+    """A cache of answers by request, in memory and, with a path, in an SQLite file.
 
     Args:
-        path: The file; it is made where there is none, and may be shared by runs.
+        path: The file; created if missing, and may be shared by several runs.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
@@ -84,7 +85,8 @@ class Cache:
     def _database_errors(self) -> Generator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:  # a full disk, a missing folder, no right
+        # A full disk, a missing folder, missing permissions.
+        except sqlite3.OperationalError as error:
             raise OSError(f"answers cannot be kept in {self._path!r}: {error}.") from error
         except sqlite3.DatabaseError as error:
             raise ValueError(
@@ -93,7 +95,7 @@ class Cache:
 
     @property
     def is_file(self) -> bool:
-        """Whether answers outlive the program."""
+        """Whether answers persist on disk."""
         return self._file is not None
 
     def get(self, key: str) -> ChatAnswer | None:
@@ -110,7 +112,7 @@ class Cache:
             return None
 
     def put(self, key: str, answer: ChatAnswer) -> None:
-        """Keeps an answer, on disk before this returns."""
+        """Stores an answer, on disk before this returns."""
         content = answer.to_json()
         with self._lock:
             self._known[key] = content
@@ -122,13 +124,13 @@ class Cache:
 
 
 class MeteredEndpoint:
-    """A provider whose answers are kept.
+    """A provider with cached answers and limits.
 
     Args:
-        provider: Whom to ask.
-        cache: Where answers are.
-        limits: What may be spent.
-        n_threads: In how many threads it will be asked.
+        provider: The provider.
+        cache: The cache of answers.
+        limits: Limits of requests and cost.
+        n_threads: Number of threads.
     """
 
     def __init__(
@@ -141,9 +143,10 @@ class MeteredEndpoint:
         url = getattr(provider, "api_url", None)
         own = [type(provider).__name__, getattr(provider, "model_name", None)]
         self._who = [*own, shown_url(url) if isinstance(url, str) else None]
-        self._identities: list[Identity] = []  # of those that have answered
+        self._identities: list[Identity] = []  # models that have answered
         self._most_at_once = _MOST_AT_ONCE
-        self._lengths: set[tuple[int, int]] = set()  # characters of prompts, and tokens as counted
+        # Characters of prompts, and their counted tokens.
+        self._lengths: set[tuple[int, int]] = set()
 
     def answer(self, question: ChatRequest) -> ChatAnswer:
         """The first answer; see `answers`."""
@@ -152,21 +155,21 @@ class MeteredEndpoint:
     def answers(
         self, question: ChatRequest, numbers: range, *, at_once: bool = False
     ) -> list[ChatAnswer]:
-        """Answers of these numbers, from 0; each number is another draw.
+        """Answers with these draw numbers, from 0; each number is another draw.
 
-        Answers that are kept are given if they are of a model that answers now: the first question
-        is always asked, for nothing else tells which one that is.
+        Cached answers are used if they are of the model that answers now; to identify it, the first
+        request is always sent.
 
         Args:
-            question: What is asked; its `way`, `n` and `seed` are this object's concern.
-            numbers: Those wanted.
-            at_once: Whether to be content with what one request gives.
+            question: The request; its `way`, `n` and `seed` are set here.
+            numbers: The draw numbers.
+            at_once: Whether the answers of a single request suffice.
 
         Raises:
-            BudgetError: If one more request is not allowed.
+            BudgetError: If another request is not allowed.
         """
         question = replace(question, way=self.way if question.prefill else "none")
-        # Who answers is not known before somebody has.
+        # The model is unknown before the first answer.
         asks_anyway = not self._identities
         found = self._kept(question, numbers)
         while None in found:
@@ -187,10 +190,10 @@ class MeteredEndpoint:
         return [one for one in found if one is not None]
 
     def uncached(self, question: ChatRequest) -> list[ChatAnswer]:
-        """Asks anew, without the cache.
+        """Sends a request without the cache.
 
         Raises:
-            BudgetError: If one more request is not allowed.
+            BudgetError: If another request is not allowed.
         """
         question = replace(question, way=self.way if question.prefill else "none")
         self._allow()
@@ -201,7 +204,7 @@ class MeteredEndpoint:
         return came
 
     def concurrent(self, questions: Sequence[ChatRequest]) -> list[ChatAnswer]:
-        """What is answered now to questions that are asked at the same time; as `uncached`."""
+        """Answers to several requests sent concurrently; without the cache."""
         found: dict[int, ChatAnswer] = {}
 
         def ask(i: int) -> ChatAnswer:
@@ -217,7 +220,7 @@ class MeteredEndpoint:
         return [found[i] for i in range(len(questions))]
 
     def doubts(self) -> list[str]:
-        """Doubts from the counts and model names that came with answers."""
+        """Problems indicated by token counts and model names of answers."""
         found: list[str] = []
         if len(self.usage.models) > 1:
             names = ", ".join(map(repr, sorted(self.usage.models)))
@@ -232,11 +235,11 @@ class MeteredEndpoint:
         return found
 
     def limit_to_one(self) -> None:
-        """Asks for no more than one answer in a request from now on."""
+        """Requests no more than one answer at a time from now on."""
         self._most_at_once = 1
 
     def _request_answers(self, question: ChatRequest) -> list[ChatAnswer]:
-        """Answers to a question, as many in one request as the provider gives."""
+        """Answers to a request, as many at once as the provider returns."""
         while True:
             asked = replace(question, n=min(question.n, self._most_at_once))
             try:
@@ -296,7 +299,8 @@ class MeteredEndpoint:
         with self._lock:
             if n_in:
                 self._lengths.add((length, n_in))
-            # Who counts no tokens is reckoned with, or `max_usd` would never be reached.
+            # Providers without token counts are estimated, otherwise `max_usd` would never be
+            # reached.
             self.usage.n_in += n_in or math.ceil(length / CHARACTERS_PER_TOKEN)
             self.usage.n_out += sum(
                 one.n_out or math.ceil(len(one.text) / CHARACTERS_PER_TOKEN) for one in came
@@ -324,10 +328,10 @@ def _digest(about: Sequence[Any]) -> str:
 def as_limits(
     max_requests: int | None, max_usd: float | None, prices: Sequence[float] | None
 ) -> Limits:
-    """Limits as a user gives them.
+    """Limits from a user's arguments.
 
     Raises:
-        ValueError: If one is out of range, or money is limited without prices.
+        ValueError: If one is out of range, or the cost is limited without prices.
     """
     if max_requests is not None and (not isinstance(max_requests, int) or max_requests < 1):
         raise ValueError(f"`max_requests` is {max_requests!r}: give at least 1.")
@@ -345,5 +349,5 @@ def as_limits(
 
 
 def described(limits: Limits) -> Mapping[str, Any]:
-    """Limits as JSON has them."""
+    """Limits as JSON values."""
     return {"max_requests": limits.max_requests, "max_usd": limits.max_usd}

@@ -1,4 +1,4 @@
-"""Adapters of providers: by token ids where possible, by text elsewhere."""
+"""Adapters of providers: by token ids if possible, otherwise by text."""
 
 import threading
 import warnings
@@ -13,13 +13,13 @@ from captum_llm_ext.remote.transport import ApiError, TooSlowError, UnusableAnsw
 from captum_llm_ext.text import tokens
 
 _SHOWN = 60
-# Servers that cannot write an infinite number say this one: vLLM does.
+# Substitute for minus infinity in servers that cannot write it, such as vLLM.
 _RULED_OUT = -9999.0
 # How far above log 1 = 0 rounding may bring the log-probability of a certain token.
 _ROUNDING = 1e-4
-# Statuses of what is wrong with a prompt, or with several at a time.
+# Statuses of problems with a prompt, or with several at a time.
 _ABOUT_PROMPTS = (400, 413, 422)
-# How vLLM calls tokens by their ids.
+# vLLM's prefix of token names by id.
 IDS_AS_TEXT = "token_id:"
 
 
@@ -27,10 +27,10 @@ IDS_AS_TEXT = "token_id:"
 class TokenProvider(Protocol):
     """A provider that takes prompts as token ids; `CompletionsProvider` is one.
 
-    Its ``max_concurrency`` tells in how many threads it may be asked (1 where there is none), its
-    ``prompts_per_request`` how many prompts it is given in one call, and ``generate_tokens(prompt,
-    **gen_args)`` gives the ids of what the model writes. One whose ``takes_starts`` is True is told
-    by ``starts=`` from which token of each prompt on log-probabilities are wanted.
+    Optional attributes: ``max_concurrency``, the maximum number of threads (default 1);
+    ``prompts_per_request``, the number of prompts per call; ``generate_tokens(prompt,
+    **gen_args)``, which returns generated ids; and ``takes_starts``: if True, ``starts=`` gives the
+    first token of each prompt whose log-probability is needed.
     """
 
     def get_token_logprobs(
@@ -43,21 +43,21 @@ class TokenProvider(Protocol):
 
         Returns:
             Per prompt one entry per token: log-probabilities in nats, given all tokens before, of
-            the token itself and of as many others as the provider likes to tell. None where it
-            tells nothing, as of the first token.
+            the token itself and of any number of others. None if unreported, such as for the first
+            token.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt, and the positions whose log-probabilities are wanted.
+    """One prompt, and the positions whose log-probabilities are needed.
 
     Attributes:
-        ids: All that is sent.
-        first: The last place before those that are asked about.
-        wanted: Which of the tokens after it, from 0, are tokens of the target.
-        row: For messages: the number of the row that it belongs to.
+        ids: All ids that are sent.
+        first: The last position before the requested ones.
+        wanted: Indices of target tokens among those after it, from 0.
+        row: Index of its row, for messages.
     """
 
     ids: tuple[int, ...]
@@ -73,12 +73,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Log-probabilities that answer a `Request`.
+    """Log-probabilities for a `Request`.
 
     Attributes:
-        values: One log-probability for each token after the request's first place; None where it
-            reported none.
-        others: At each of these places, those of other tokens.
+        values: One log-probability for each token after the request's first position; None if
+            unreported.
+        others: Log-probabilities of other tokens at each of these positions.
     """
 
     values: list[float | None]
@@ -90,13 +90,12 @@ class Written:
     """Generated tokens with their log-probabilities.
 
     Attributes:
-        ids: Its token ids; None where they are not reported.
-        texts: What the server calls each token.
+        ids: Its token ids; None if not reported.
+        texts: The server's name of each token.
         values: Log-probabilities, in nats.
-        top: At each place those of the likeliest tokens, by what they are called; empty where the
-            server tells none.
-        n_completed: How many tokens it counts, if it does.
-        has_stopped: Whether it says that a stop token ended the text.
+        top: At each position those of the likeliest tokens, by name; empty if not reported.
+        n_completed: Number of tokens as counted by the server, if reported.
+        has_stopped: Whether a stop token ended the text, as reported.
     """
 
     ids: tuple[int, ...] | None
@@ -112,10 +111,10 @@ class ProviderAdapter(Protocol):
 
     Attributes:
         takes_ids: Whether prompts are sent as ids.
-        n_threads: In how many threads it may be asked.
-        most_prompts: How many prompts it takes at a time.
-        longest: Tokens of the longest prompt, where that is known.
-        provider: Who is asked.
+        n_threads: Maximum number of threads.
+        most_prompts: Maximum number of prompts at a time.
+        longest: Maximum number of tokens of a prompt, if known.
+        provider: The provider.
     """
 
     provider: Any
@@ -125,40 +124,40 @@ class ProviderAdapter(Protocol):
     longest: int | None
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """An answer to each; called from several threads."""
+        """An answer to each request; called from several threads."""
         ...
 
     def generate(self, prompt: Sequence[int], gen_args: Mapping[str, Any]) -> list[int]:
-        """The ids of what the model continues a prompt with."""
+        """The ids that the model generates after a prompt."""
         ...
 
     def reads(self, prompt: Sequence[int], target: Sequence[int]) -> bool:
-        """Whether the provider is known to read just these tokens, target after prompt."""
+        """Whether the provider is known to read exactly these tokens, target after prompt."""
         ...
 
     def written(self, prompt: Sequence[int], n: int, **how: Any) -> list[Written]:
-        """See `CompletionsProvider.written`; none from providers that have no such thing."""
+        """See `CompletionsProvider.written`; empty for providers without it."""
         ...
 
     def likeliest(self, prompt: Sequence[int]) -> list[dict[str, float]]:
-        """See `CompletionsProvider.likeliest`; none from providers that have no such thing."""
+        """See `CompletionsProvider.likeliest`; empty for providers without it."""
         ...
 
     def called(self, prompt: Sequence[int], name: str) -> int | None:
-        """The token that a provider calls so after a prompt, where that is one."""
+        """The token with this name after a prompt, if there is one."""
         ...
 
     @property
     def stop_token(self) -> int | None:
-        """The id that ends texts, where it is known."""
+        """The id of the end token, if known."""
         ...
 
     def interrupt(self) -> None:
-        """Ends what is under way."""
+        """Aborts requests under way."""
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """What a result's provenance is to say of how it was asked."""
+        """The provenance of requests."""
         ...
 
 
@@ -171,7 +170,7 @@ def adapt_provider(
     """The adapter of a provider.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is not a provider.
     """
     takes_ids = isinstance(provider, TokenProvider) and getattr(provider, "takes_ids", True)
     if not takes_ids and not callable(getattr(provider, "get_logprobs", None)):
@@ -196,7 +195,7 @@ def describe_provider(provider: Any) -> dict[str, Any]:
 
 
 class _Adapter:
-    """Shared by both adapters."""
+    """Common to both adapters."""
 
     def __init__(
         self, provider: Any, tokenizer: Any, n_threads: int, on_mismatch: OnMismatch
@@ -208,7 +207,7 @@ class _Adapter:
         self.longest = longest if isinstance(longest, int) else None
 
     def interrupt(self) -> None:
-        """Ends what is under way, where the provider knows how."""
+        """Aborts requests under way, if the provider supports it."""
         interrupt = getattr(self._provider, "interrupt", None)
         if callable(interrupt):
             interrupt()
@@ -274,7 +273,7 @@ class TokenIdAdapter(_Adapter):
         except TooSlowError:
             if len(requests) == 1:
                 raise
-            # Not less than others have made of it meanwhile, in their threads.
+            # Other threads may have reduced it meanwhile.
             self.most_prompts = min(self.most_prompts, len(requests) // 2)
             half = len(requests) // 2
             return [*self.ask(requests[:half]), *self.ask(requests[half:])]
@@ -284,7 +283,7 @@ class TokenIdAdapter(_Adapter):
             if len(requests) == 1:
                 said = f"{place(requests[0], self._tokenizer)}: {error}"
                 raise ApiError(said, error.status) from error
-            answers = self._one_by_one(requests)  # or the one that is refused is reported
+            answers = self._one_by_one(requests)  # or the refused one is reported
             self.most_prompts = 1
             return answers
         if len(found) != len(requests):
@@ -356,9 +355,9 @@ class _Text:
     """A prompt and a target as text.
 
     Attributes:
-        prompt, target: Together what the server is to read.
-        n_alone: How many tokens the target's text is by itself.
-        is_foreseen: Whether together they are read as the prompt's tokens and the target's.
+        prompt, target: The texts, to be read together.
+        n_alone: Number of tokens of the target's text by itself.
+        is_foreseen: Whether together they are tokenised to the prompt's tokens and the target's.
     """
 
     prompt: str
@@ -377,7 +376,7 @@ class TextAdapter(_Adapter):
         super().__init__(*given)
         self._n_retokenized = self._n_mismatches = 0
         self._counts_alone = False  # whether the provider is known to count targets by themselves
-        self._lock = threading.Lock()  # fast tokenizers are not for several threads at a time
+        self._lock = threading.Lock()  # fast tokenizers are not thread-safe
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """See `ProviderAdapter.ask`."""
@@ -395,8 +394,8 @@ class TextAdapter(_Adapter):
             with self._lock:
                 text = self._with_enough(text, len(target))
             found = self._asked(request, text)
-        # Captum's providers tell as many values as the target has tokens by itself, of the last
-        # tokens of both texts: some may be of what stands before the target.
+        # Captum's providers return as many values as the target has tokens by itself, for the last
+        # tokens of both texts: some may belong to the text before the target.
         if len(found) == text.n_alone > len(target) and text.is_foreseen:
             found = found[-len(target) :]
         if len(found) != len(target):
@@ -415,7 +414,7 @@ class TextAdapter(_Adapter):
             )
 
     def _text(self, request: Request, prompt: tuple[int, ...], target: tuple[int, ...]) -> _Text:
-        """The texts to send: those that are tokenised as the ids are, if there are any."""
+        """The texts to send: those that are tokenised to the ids, if there are any."""
         shown, text = self._prompt_text(prompt)
         whole = tokens.decode(self._tokenizer, (*shown, *target))
         is_continued = whole.startswith(text)
@@ -434,7 +433,7 @@ class TextAdapter(_Adapter):
         is_read_so = joint == (*alone, *target)
         if not is_read_so:
             self._mismatch(request, joint[-len(target) :], target)
-        # What a provider that joins tokens reports is of other ones than the joint text has.
+        # Providers that join tokens report values of tokens other than those of the joint text.
         is_foreseen = is_read_so and self._on_mismatch == "error"
         return _Text(text, continued, self._n_alone(continued), is_foreseen)
 
@@ -442,7 +441,7 @@ class TextAdapter(_Adapter):
         return len(self._encoded(text, add_special_tokens=False))
 
     def _with_enough(self, text: _Text, n: int) -> _Text:
-        """The same joint text, cut where its second part has at least `n` tokens by itself."""
+        """The same joint text, split where its second part has at least `n` tokens by itself."""
         border = len(text.prompt)
         while text.n_alone < n and border > 0 and text.is_foreseen:
             border -= 1
@@ -453,10 +452,10 @@ class TextAdapter(_Adapter):
         return text
 
     def _prompt_text(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
-        """Ids and their text, which a server turns into the prompt again."""
+        """Ids and their text, which a server tokenises to the prompt again."""
         bos = getattr(self._tokenizer, "bos_token_id", None)
         kept = prompt[1:] if prompt[:1] == (bos,) else prompt
-        # Servers put BOS before a text, as the tokenizer does.
+        # Servers prepend BOS to a text, as the tokenizer does.
         for ids in (kept, prompt):
             text = tokens.decode(self._tokenizer, ids) if ids else ""
             if self._encoded(text) == prompt:
@@ -504,7 +503,7 @@ class TextAdapter(_Adapter):
         return whole.startswith(text) and self._encoded(whole) == ids
 
     def written(self, prompt: Sequence[int], n: int, **how: Any) -> list[Written]:
-        """See `ProviderAdapter.written`; ids not given are those of the text, if it has as many."""
+        """See `ProviderAdapter.written`; missing ids are those of the text, if equally many."""
         _, text = self._prompt_text(tuple(prompt))
         found: list[Written] = self._written(text, n, how)
         return [
@@ -529,7 +528,7 @@ class TextAdapter(_Adapter):
 
 
 def place(request: Request, tokenizer: Any) -> str:
-    """Names a row in a message."""
+    """The name of a row in messages."""
     before = request.ids[: request.first + 1]
     text = " ".join(map(str, before)) if tokenizer is None else tokens.decode(tokenizer, before)
     shown = text if len(text) <= _SHOWN else f"…{text[-_SHOWN:]}"
@@ -538,7 +537,7 @@ def place(request: Request, tokenizer: Any) -> str:
 
 @contextmanager
 def request_noted(request: Request, tokenizer: Any) -> Generator[None]:
-    """Notes on a provider's own errors where they happened."""
+    """Adds the location to a provider's own errors."""
     try:
         yield
     except Exception as error:
@@ -547,7 +546,7 @@ def request_noted(request: Request, tokenizer: Any) -> Generator[None]:
 
 
 def log_prob(reported: Any) -> float | None:
-    """A log-probability as a number; None for what can be none: text, NaN, more than log 1."""
+    """A log-probability as a number; None if invalid: text, NaN, or more than log 1."""
     if isinstance(reported, bool | str | bytes):
         return None
     try:
@@ -558,11 +557,11 @@ def log_prob(reported: Any) -> float | None:
 
 
 def is_ruled_out(value: float) -> bool:
-    """Whether a log-probability stands for minus infinity."""
+    """Whether a log-probability represents minus infinity."""
     return not value > _RULED_OUT
 
 
 def _encoded_after(tokenizer: Any, prompt: Sequence[int], text: str) -> list[int]:
-    """Ids of a text as they come out after a prompt."""
+    """Ids of a text when encoded after a prompt."""
     before = tokens.decode(tokenizer, prompt[-tokens.CONTEXT :])
     return list(tokens.encode_in_place(tokenizer, text, before))

@@ -1,10 +1,10 @@
-"""`Rung`: one way to score coalitions through an API; `Scored`: what it found.
+"""`Rung`: one way to score coalitions through an API; `Scored`: its result.
 
-Below log-probabilities of whole prompts (`scorer`) come a token's log-probability at each step of
-the answer (`stepwise.Forced`), those of the likeliest ones alone (`stepwise.TopK`), how two first
-tokens compare (`label`), how often the answer is given, and how similar to it others are
-(`sampled`). Each says what it cannot see, gives an interval where it has no number, and refuses
-where it would tell noise.
+Below log-probabilities of whole prompts (`scorer`) there are a token's log-probability at each step
+of the answer (`stepwise.Forced`), those of the likeliest tokens only (`stepwise.TopK`), the
+comparison of two first tokens (`label`), the frequency of the answer, and the similarity of others
+to it (`sampled`). Each documents its blind spots, gives an interval if it has no number, and raises
+an error rather than report noise.
 """
 
 import math
@@ -16,7 +16,7 @@ from captum_llm_ext.remote.chat_endpoint import Message
 
 
 class IndistinguishableError(ValueError):
-    """The full and the empty prompt do not differ measurably, so no cause would."""
+    """The full and the empty prompt do not differ measurably, so no cause could be found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,12 @@ class Scored:
     """Values of one coalition per target token, with bounds and errors.
 
     Attributes:
-        values: The values ``(n_target,)``; where there is only a bound, a guess.
-        lower, upper: Between them each value lies: surely where tokens are censored, at two
-            standard errors where answers are sampled.
-        variances: Of the values; 0 where they are exact.
-        n_refused: Answers that were refusals.
-        n_samples: Answers that were looked at.
+        values: The values ``(n_target,)``; imputed if there is only a bound.
+        lower, upper: Bounds of each value: guaranteed if tokens are censored, two standard errors
+            if answers are sampled.
+        variances: Variances of the values; 0 if exact.
+        n_refused: Number of refusals.
+        n_samples: Number of answers used.
     """
 
     values: list[float]
@@ -50,10 +50,10 @@ class Rung(Protocol):
     """A way to score coalitions through an API.
 
     Attributes:
-        name: For people and provenance.
-        is_sampled: Whether more answers would tell more.
-        n_answers: How many are drawn for each coalition.
-        attr_target: What a value is.
+        name: A name for messages and provenance.
+        is_sampled: Whether more answers would give more precision.
+        n_answers: Number of answers per coalition.
+        attr_target: The kind of value.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Rung(Protocol):
 
     @property
     def noise(self) -> float:
-        """By how much values may be others when asked for again, as far as was seen."""
+        """Observed difference of values between repeated requests."""
         ...
 
     @property
     def blind_spots(self) -> str:
-        """What it cannot see."""
+        """Its blind spots."""
         ...
 
     @property
@@ -77,43 +77,43 @@ class Rung(Protocol):
         ...
 
     def handshake(self, messages: Sequence[Message]) -> None:
-        """Finds out whether the provider can do this, and whether what it tells can be believed.
+        """Checks that the provider supports this, and that its values are correct.
 
         Raises:
-            HandshakeError: If not; it names what is wrong.
+            HandshakeError: If not; the message names what is wrong.
             ApiError: If the provider refuses.
         """
         ...
 
     def target(self, messages: Sequence[Message], text: str | None) -> list[str]:
-        """The target as the texts that are scored; `text` is None for what the model writes.
+        """The target as the texts that are scored; `text` is None for what the model generates.
 
         Raises:
-            ValueError: If it cannot be scored, or nothing is written.
+            ValueError: If it cannot be scored, or nothing is generated.
         """
         ...
 
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
-        """Looks at the two prompts that matter most, before others are paid for.
+        """Scores the full and the empty prompt, before others are paid for.
 
         Raises:
-            IndistinguishableError: If no cause would be found.
+            IndistinguishableError: If they do not differ measurably.
         """
         ...
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
-        """What is known of a coalition."""
+        """Values of a coalition, with bounds and errors."""
         ...
 
     def drift(self, messages: Sequence[Message], target: list[str]) -> float | None:
-        """Asks once more what was asked first.
+        """Repeats the first request.
 
         Returns:
-            By how many nats the answer is another one by now; None where answers are drawn, or no
-            more may be spent.
+            The difference in nats from the first response; None if answers are sampled, or a limit
+            is reached.
         """
         ...
 
     def draw_more(self) -> bool:
-        """Draws more answers from now on, those that came among them; False where it may not."""
+        """Samples more answers from now on, including those so far; False if not possible."""
         ...

@@ -16,27 +16,28 @@ from captum_llm_ext.remote.rung import IndistinguishableError, Scored
 from captum_llm_ext.remote.similarities import Similar
 from captum_llm_ext.remote.transport import ApiError
 
-# Samples of the full and the empty prompt that decide whether more are worth it.
+# Samples of the full and the empty prompt that decide whether more are worthwhile. Chosen, not
+# measured.
 _FIRST = 8
 TWO = 2.0  # standard errors
 _N_RESAMPLED = 1000
 
 
 class _Sampled:
-    """What rungs that draw answers have in common.
+    """Common parts of rungs that sample answers.
 
     Args:
-        endpoint: Whom to ask.
-        n: Answers per coalition, to begin with and at most.
-        n_tokens: Tokens of an answer at most.
-        temperature: Answers are drawn at.
+        endpoint: The endpoint.
+        n: Number of answers per coalition, at first and at most.
+        n_tokens: Maximum number of tokens of an answer.
+        temperature: Sampling temperature.
     """
 
     def __init__(
         self, endpoint: MeteredEndpoint, n: tuple[int, int], n_tokens: int, temperature: float
     ) -> None:
         self._endpoint, (self.n_answers, self._most), self._n_tokens = endpoint, n, n_tokens
-        self._temperature, self.noise = temperature, 0.0  # which draws have anyway
+        self._temperature, self.noise = temperature, 0.0  # sampling has noise anyway
         self.is_sampled, self._varies = True, False
         self.checks: dict[str, str] = {}
 
@@ -47,7 +48,7 @@ class _Sampled:
         return about | {"n_answers_each": self.n_answers, "answers_vary": self._varies}
 
     def handshake(self, messages: Sequence[Message]) -> None:
-        """See `Rung.handshake`: text is all that is asked for, and that answers are drawn."""
+        """See `Rung.handshake`: checks that there is text, and that answers are sampled."""
         draws: Draws = "never vary"
         if self._temperature > 0:
             draws, self.checks["draws"] = check_draws(self._endpoint, self._temperature)
@@ -55,10 +56,10 @@ class _Sampled:
             self._do_without_draws()
 
     def _do_without_draws(self) -> None:
-        """Takes note that a coalition has one answer.
+        """Switches to one answer per coalition.
 
         Raises:
-            HandshakeError: If that tells nothing.
+            HandshakeError: If one answer is not informative.
         """
         raise NotImplementedError
 
@@ -74,16 +75,16 @@ class _Sampled:
         return [answer.text]
 
     def drift(self, messages: Sequence[Message], target: list[str]) -> float | None:
-        """See `Rung.drift`: draws are others each time."""
+        """See `Rung.drift`: samples always differ."""
         return None
 
     def draw_more(self) -> bool:
-        """See `Rung.draw_more`: twice as many, up to the most."""
+        """See `Rung.draw_more`: doubles the number, up to the maximum."""
         before, self.n_answers = self.n_answers, min(2 * self.n_answers, self._most)
         return self.n_answers > before
 
     def _drawn(self, messages: Sequence[Message], numbers: range) -> tuple[list[str], int]:
-        """Answers that are none of them refusals, and how many were."""
+        """Answers other than refusals, and the number of refusals."""
         question = ChatRequest(messages, n_tokens=self._n_tokens, temperature=self._temperature)
         answers = self._endpoint.answers(question, numbers)
         kept = [one.text for one in answers if not one.is_refusal]
@@ -92,12 +93,12 @@ class _Sampled:
 
 
 class Frequency(_Sampled):
-    """How often the answer is given: log-odds with Jeffreys' prior.
+    """Frequency of the answer: log-odds with Jeffreys' prior.
 
     Args:
         endpoint, n, n_tokens, temperature: See `_Sampled`.
-        predicate: Whether a text is the answer; by default whether it is equal, but for white space
-            at its ends.
+        predicate: Whether a text counts as the answer; by default equality up to white space at the
+            ends.
     """
 
     name = attr_target = "frequency"
@@ -164,7 +165,7 @@ class Frequency(_Sampled):
         """See `Rung.score`."""
         half = max(self.n_answers // 2, min(_FIRST, self.n_answers))
         k, n, n_refused = self._count(messages, range(half), target)
-        if not (n and k in (0, n) and n >= 3 * _FIRST):  # what is always so needs no more draws
+        if not (n and k in (0, n) and n >= 3 * _FIRST):  # unanimous answers need no more samples
             more = self._count(messages, range(half, self.n_answers), target)
             k, n, n_refused = k + more[0], n + more[1], n_refused + more[2]
         value = math.log((k + 0.5) / (n - k + 0.5))
@@ -179,7 +180,7 @@ class Similarity(_Sampled):
     Args:
         endpoint, n, n_tokens, temperature: See `_Sampled`.
         similar: ``(text, answer) -> similarity``.
-        kind: What it is called.
+        kind: Its name.
     """
 
     name = attr_target = "similarity"
@@ -208,7 +209,7 @@ class Similarity(_Sampled):
 
     @property
     def details(self) -> dict[str, object]:
-        """See `Rung.details`: between the similarities of the empty and of the full prompt."""
+        """See `Rung.details`: the similarities of the empty and of the full prompt."""
         about = {"kind": self.kind, "ceiling": self.ceiling, "floor": self.floor}
         return super().details | about
 
@@ -230,7 +231,7 @@ class Similarity(_Sampled):
         return [float(self._similar(text, target[0])) for text in texts], n_refused
 
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
-        """See `Rung.begin`; notes the answer's similarity to itself, and the empty prompt's."""
+        """See `Rung.begin`; stores the answer's similarity to itself, and the empty prompt's."""
 
         def look(n: int) -> _Gap:
             (a, _), (b, _) = (self._found(messages, range(n), target) for messages in (full, empty))
@@ -262,7 +263,7 @@ class Similarity(_Sampled):
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:
-    """Wilson's interval of a probability at two standard errors, of `k` in `n` (Wilson 1927)."""
+    """Wilson's interval of a probability at two standard errors, for `k` of `n` (Wilson 1927)."""
     if not n:
         return 0.0, 1.0
     z2 = TWO**2
@@ -272,7 +273,7 @@ def wilson(k: int, n: int) -> tuple[float, float]:
 
 
 def bootstrap(found: Sequence[float]) -> float:
-    """Standard error of a mean, from resampling; of few equal values it is not taken for 0."""
+    """Bootstrap standard error of a mean, which is not 0 for a few equal values."""
     values = torch.tensor(found, dtype=torch.float64, device="cpu")
     generator = torch.Generator().manual_seed(0)
     picked = torch.randint(
@@ -287,7 +288,7 @@ def bootstrap(found: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Gap:
-    """How the full and the empty prompt differ, of `n` samples each."""
+    """Difference of the full and the empty prompt, from `n` samples each."""
 
     difference: float
     variance: float
@@ -300,9 +301,9 @@ class _Gap:
 
     @property
     def n_wanted(self) -> float:
-        """Number of samples that would show this difference; infinite where there is next to none.
+        """Number of samples that would make this difference significant; infinite if negligible.
 
-        Of what is a fifth of its own standard error no number can be told.
+        A difference below a fifth of its own standard error gives no number.
         """
         if abs(self.difference) <= math.sqrt(self.variance / self.n) / 5:
             return math.inf
@@ -310,10 +311,10 @@ class _Gap:
 
 
 def _check_gap(look: Callable[[int], _Gap], most: int, advice: str) -> None:
-    """Refuses what a few samples do not tell apart, unless as many as may be drawn would.
+    """Refuses what a few samples do not separate, unless the maximum number would.
 
     Raises:
-        IndistinguishableError: If the full and the empty prompt are not distinguished.
+        IndistinguishableError: If the full and the empty prompt are not separated.
     """
     found = look(min(_FIRST, most))
     if not found.is_significant and found.n_wanted <= most:
@@ -342,5 +343,5 @@ def _mean(found: Sequence[float]) -> float:
 
 def _variance(found: Sequence[float]) -> float:
     mean = _mean(found)
-    # A second value at the other end keeps few equal ones from looking certain.
+    # A second value at the other end keeps a few equal ones from appearing certain.
     return max(sum((v - mean) ** 2 for v in found) / max(len(found) - 1, 1), 1e-4)

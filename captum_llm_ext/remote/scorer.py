@@ -28,34 +28,35 @@ from captum_llm_ext.remote.providers import (
 from captum_llm_ext.remote.transport import UnusableAnswerError
 from captum_llm_ext.remote.workers import do_all
 
-# Nats that a server may differ from itself: batches change last digits of half precision.
+# Allowed difference in nats between repeated responses: batching changes last digits of half
+# precision. Chosen, not measured.
 _NOISE = 0.2
-_NOISE_PER_NAT = 0.01  # of large ones
-# Seconds after which a server may be another one: one prompt is asked for once more.
+_NOISE_PER_NAT = 0.01  # additional share of large values
+# Seconds after which one prompt is repeated, to detect a change of the server. Chosen, not
+# measured.
 LONG = 60.0
-# Of values that may be taken for something else: more, and what is explained is that.
+# Maximum share of imputed values: beyond it, these would dominate the explanation. Chosen, not
+# measured.
 _MOST_MISSING = 0.2
 
 
 class RemoteScorer:
-    """`captum_llm_ext.model.Values` over a provider.
+    """A `RowScorer` over a provider.
 
-    A row takes one request for all that it reads. The target token at a place where generated text
-    is absent is not read there, and is asked for by itself: the row's beginning, and that token. So
-    is a foil of a target token. Unless another row begins so and has that token, which is always so
-    where one feature is left out at a time, or all coalitions are enumerated; or the provider tells
-    the likeliest tokens of each place and it is among them.
+    A row takes one request for all tokens in it. A target token whose own feature is absent is not
+    in the row and takes a separate request: the row's prefix followed by that token. So does a foil
+    of a target token. These are saved if another row has this prefix and token, as always in
+    leave-one-out and enumeration, or if the provider reports the token among the likeliest.
 
     Args:
-        provider: Whom to ask.
+        provider: The provider's adapter.
         tokenizer: For messages.
         attr_target: ``"log_prob"``, ``"prob"`` or ``"contrast"``.
-        max_rows: At most so many prompts in a call.
-        show_progress: Whether `progress` draws a bar over the requests on stderr.
-        missing: What a log-probability is taken for that the provider does not tell; None: an
-            error.
-        most_requests: A warning tells beforehand if one call of `values` takes more, because of
-            changed output.
+        max_rows: Maximum number of prompts per call.
+        show_progress: Whether `progress` shows a bar over the requests on stderr.
+        missing: Value of unreported log-probabilities; None: an error.
+        most_requests: Warn beforehand if a call of `values` needs more, because of absent generated
+            features.
     """
 
     def __init__(
@@ -78,13 +79,13 @@ class RemoteScorer:
         self._bar = ProgressBar("requests", "prompt", is_shown=show_progress)
         self._rows: dict[bytes, Tensor] = {}
         self._known: dict[bytes, Tensor] = {}
-        # Tokens after a beginning: which request tells them, and at what place.
+        # For prefixes followed by a token: the request that contains it, and its position.
         self._steps: dict[bytes, tuple[bytes, int]] = {}
         self._journal: Journal | None = None
         self._generated: Tensor | None = None
         self._trusts_journal = self._has_warned = False
         self._findings: Findings | None = None
-        self._first: Request | None = None  # that this run has asked for
+        self._first: Request | None = None  # sent by this run
         self._since = 0.0
 
     @property
@@ -94,18 +95,18 @@ class RemoteScorer:
 
     @property
     def reads_on(self) -> bool:
-        """Never: what the model makes of the text after a foil is a request for each."""
+        """False: scoring the text after foils would take a request for each."""
         return False
 
     @property
     def processes(self) -> Processes:
-        """This one alone."""
+        """This process alone."""
         return Processes()
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
         """See `Scorer.generate`; `seed` is an argument like others."""
         del seed
-        if self._generated is not None:  # by the run that is gone on with
+        if self._generated is not None:  # by the run that is resumed
             return self._generated
         ids = torch.tensor(self._source.generate(row.ids, gen_args), dtype=torch.long, device="cpu")
         if self._journal is not None:
@@ -122,13 +123,14 @@ class RemoteScorer:
             )
 
     def likeliest(self, rows: Sequence[TokenRow], n: int) -> tuple[Tensor, Tensor]:
-        """See `Scorer.likeliest`; as many as the provider tells.
+        """See `Scorer.likeliest`; as many as the provider reports.
 
         Raises:
-            ValueError: If it tells of no other tokens than it is sent.
+            ValueError: If it reports no tokens other than those sent.
         """
         del n
-        # A token after the last place, whatever it is, has the others of that place reported.
+        # Any token after the last position makes the provider report the alternatives at that
+        # position.
         requests = [
             Request((*row.ids, row.ids[-1]), row.first, (), self.n_evaluations) for row in rows
         ]
@@ -159,11 +161,11 @@ class RemoteScorer:
     def noise_floor(
         self, row: TokenRow, target: Tensor, foils: Tensor | None = None
     ) -> Tensor | None:
-        """None: nobody tells in what precision a server computes."""
+        """None: the server's precision is unknown."""
         return None
 
     def tolerance(self, values: Tensor) -> Tensor:
-        """See `Scorer.tolerance`; nobody tells in what precision a server computes."""
+        """See `Scorer.tolerance`; the server's precision is unknown."""
         if self.attr_target == "prob":
             return _NOISE * values.double()
         return _noise(values)
@@ -175,8 +177,7 @@ class RemoteScorer:
 
         Raises:
             ValueError: If a row cannot be sent, or a log-probability is missing or not finite.
-            ConnectionError, RuntimeError: If the provider gives up. What it has answered until
-                then is kept.
+            ConnectionError, RuntimeError: If the provider gives up. Answers until then are kept.
         """
         asked = Asked(target, foils)
         digests = [asked.digest(row) for row in rows]
@@ -195,7 +196,7 @@ class RemoteScorer:
         n = self._n_unknown(whole) + n_apart
         self._warn_of_cost(n, len(new), foils is not None)
         self._bar.announce(n)
-        # Those of whole rows first: they may tell what the others would ask for.
+        # Requests of whole rows first: they may contain what the others need.
         self._ask(whole, wanted={k for k in apart if k not in self._known})
         self._bar.announce(self._n_unknown(apart) - n_apart)
         self._ask(apart)
@@ -214,10 +215,10 @@ class RemoteScorer:
         return found.exp() if self.attr_target == "prob" else found
 
     def sums(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
-        """Log-probability of each row's ids after its first one, all together.
+        """Summed log-probability of each row's ids after its first one.
 
         Args:
-            rows: Token ids, not as texts; each is asked for once.
+            rows: Token ids; each row is requested once.
 
         Returns:
             Shape ``(n_rows,)``, float64, in nats.
@@ -235,7 +236,7 @@ class RemoteScorer:
         return torch.stack([sums.get(key(asked[ids]), nothing) for ids in rows])
 
     def _parts(self, row: TokenRow, asked: Asked, number: int) -> list[Request]:
-        """What to ask for a row: first all that it reads, then tokens that it does not read."""
+        """The requests for a row: all its tokens first, then tokens that it does not contain."""
         target = asked.target.tolist()
         if row.extras is not None:
             raise ValueError(
@@ -259,10 +260,10 @@ class RemoteScorer:
         ]
 
     def _note_steps(self, whole: Mapping[bytes, Request]) -> None:
-        """Notes what requests of whole rows tell, token by token: other rows may ask for the same.
+        """Records the steps in requests of whole rows, since other rows may need the same.
 
-        What the absence of one feature changes is what comes after it, so the token that would
-        have stood there is said by the row that has it, if its beginning is the same.
+        The absence of a feature affects what follows it, so its original token is scored by the row
+        that contains it, if the prefix is the same.
         """
         for k, request in whole.items():
             content = blake2b(
@@ -274,7 +275,7 @@ class RemoteScorer:
                     self._steps.setdefault(content.digest(), (k, i))
 
     def _look_up(self, keys: Sequence[bytes]) -> None:
-        """Takes over what an earlier run has kept."""
+        """Takes over values stored by an earlier run."""
         if self._journal is not None:
             unknown = [k for k in keys if k not in self._known]
             for i, values in self._journal.found(unknown).items():
@@ -305,7 +306,7 @@ class RemoteScorer:
             self._findings = handshake(self._source, prompt, request.asked)
 
     def _ask(self, asked: Mapping[bytes, Request], wanted: set[bytes] | None = None) -> None:
-        """Asks for what is not known; notes `wanted` requests that answers tell by the way."""
+        """Sends unknown requests; stores `wanted` ones that answers contain as well."""
         self._meet(asked)
         self._check_stored(asked)
         todo = [request for k, request in asked.items() if k not in self._known]
@@ -332,9 +333,9 @@ class RemoteScorer:
         """Compares one answer of an earlier run with the server's answer now."""
         stored = [request for k, request in asked.items() if k in self._known]
         if self._trusts_journal or self._journal is None or not stored:
-            self._trusts_journal = True  # whatever is known from now on, this run has found
+            self._trusts_journal = True  # from now on, all known values are of this run
             return
-        # Of a short one attention makes little or nothing.
+        # In a short one, attention has little or no effect.
         request = max(stored, key=lambda request: len(request.ids))
         [answer] = self._source.ask([request])
         self.n_requests += 1
@@ -350,7 +351,7 @@ class RemoteScorer:
         self._trusts_journal = True
 
     def _take_in(self, request: Request, answer: Answer, wanted: set[bytes]) -> str | None:
-        """Keeps an answer; in place of one that cannot be used, what is wrong with it."""
+        """Stores an answer, or what is wrong with an unusable one."""
         self.n_requests += 1
         self._bar.advance()
         for i in request.wanted:
@@ -382,7 +383,7 @@ class RemoteScorer:
             self._journal.add([k], self._known[k][None])
 
     def _assembled(self, row: TokenRow, parts: Sequence[Request], asked: Asked) -> Tensor:
-        """The row's values from what was asked for it."""
+        """The row's values from its requests."""
         whole, *others = parts
         of_whole = self._known[key(whole)]
         apart = {(part.first, part.ids[-1]): self._step(key(part)) for part in others}
@@ -406,16 +407,16 @@ class RemoteScorer:
         return values if asked.foils is None else torch.cat([values, of_foils])
 
     def _step(self, k: bytes) -> Tensor:
-        """The value of a single token, whoever reported it."""
+        """The value of a single token, from whichever request."""
         if k in self._known:
             return self._known[k][0]
         of_whole, i = self._steps[k]
         return self._known[of_whole][i]
 
     def drift(self) -> list[str]:
-        """What is suspicious of the answers, now that they are all there; asks for one once more.
+        """Problems that show when all answers are there; repeats one request.
 
-        Only after a while: what was looked at a minute ago is as it was.
+        Only after a while: a minute ago nothing had changed.
         """
         if self._first is None or time.monotonic() - self._since < LONG:
             return []
@@ -439,7 +440,7 @@ class RemoteScorer:
         return self._source.provenance() | counts | {"handshake": met}
 
     def progress(self) -> AbstractContextManager[None]:
-        """Draws one bar over all requests within, whatever number of calls they come in."""
+        """Shows one bar over all requests within, over any number of calls."""
         return self._bar.shown()
 
     @contextmanager
@@ -480,15 +481,15 @@ _INFINITE = "The model rules that token out: do not explain it."
 
 
 def _as_tensor(values: Sequence[float | None]) -> Tensor:
-    """Log-probabilities, NaN where there is none."""
+    """Log-probabilities, NaN if missing."""
     reported = [float("nan") if v is None or is_ruled_out(v) else v for v in values]
     return torch.tensor(reported, dtype=torch.float64, device="cpu")
 
 
 def key(request: Request) -> bytes:
-    """Equal for requests that ask for the same, 16 bytes.
+    """Equal for equal requests, 16 bytes.
 
-    Of a request for a single token it is the digest of its ids, one after the other.
+    For a request of a single token, the digest of its ids in sequence.
     """
     asks_for = b"" if len(request.asked) == 1 else array("q", (request.first,)).tobytes()
     content = blake2b(array("q", request.ids).tobytes(), digest_size=16, key=asks_for)
@@ -496,7 +497,7 @@ def key(request: Request) -> bytes:
 
 
 def _merged(requests: Iterable[Request]) -> dict[bytes, Request]:
-    """Requests by key; of those that are the same, one that wants what any of them wants."""
+    """Requests by key; equal ones are merged to request what any of them needs."""
     found: dict[bytes, Request] = {}
     for request in requests:
         k = key(request)

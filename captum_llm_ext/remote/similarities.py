@@ -1,30 +1,30 @@
-"""How similar a text is to the answer, from 0 to 1."""
+"""Similarity of a text to the answer, from 0 to 1."""
 
 import re
 from collections.abc import Callable, Mapping
 from difflib import SequenceMatcher
 
 Similar = Callable[[str, str], float]
-# Letters of the pieces that texts are compared by: trigrams, as usual for words with endings.
+# Length of character n-grams: trigrams, as usual for words with endings.
 _LETTERS = 3
 
 
 def lexical(text: str, answer: str) -> float:
-    """Mean of what two texts share of their words, and of their runs of three letters.
+    """Mean overlap of the words of two texts, and of their character trigrams.
 
-    Runs of letters see what words do not (plurals, compounds) and, other than characters in common
-    in whatever order, hardly take unrelated words for similar.
+    Trigrams recognise related words (plurals, compounds) and, unlike common characters in any
+    order, rarely match unrelated ones.
     """
     return (token_f1(text, answer) + _f1(_runs(text), _runs(answer))) / 2
 
 
 def token_f1(text: str, answer: str) -> float:
-    """Harmonic mean of the shares of words in common; 0 to 1."""
+    """Harmonic mean of the shares of common words, 0 to 1."""
     return _f1(_words(text), _words(answer))
 
 
 def in_order(text: str, answer: str) -> float:
-    """Share of characters in common, in order, as `difflib` finds them."""
+    """Share of common characters in order, as found by `difflib`."""
     return SequenceMatcher(None, text.strip(), answer.strip(), autojunk=False).ratio()
 
 

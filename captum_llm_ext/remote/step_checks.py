@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from captum_llm_ext.remote.chat_endpoint import ChatAnswer, Step
 from captum_llm_ext.remote.handshake import HandshakeError, rounding_step, surprise
 
-# Nats that two ways of telling a value may differ by: half precision in batches of other shapes.
+# Allowed difference in nats of a value reported twice: half precision in batches of other shapes.
+# Chosen, not measured.
 APART, APART_PER_NAT = 0.05, 0.01
-# Quantised models: llama.cpp tells values 0.13 apart where it has kept the beginning of a prompt
-# or reads it anew. Other models, and other prompts, are further off.
+# Quantised models: llama.cpp's values differ by 0.13 depending on its prefix cache. Other models,
+# and other prompts, differ more.
 NOISY = 0.3
-# Log 1 in float32, as rounded; and a sum of probabilities.
+# Log 1 in float32, with rounding; and a sum of probabilities.
 _ABOVE_ONE, _MASS = 1e-6, 1e-3
-_FIRST_OF = 3  # quarters of the likeliest tokens that are compared
-# How many standard errors the surprise of drawn tokens may be off.
+_FIRST_OF = 3  # quarters of the likeliest tokens that are compared; chosen, not measured
+# Allowed deviation of the surprisal of sampled tokens, in standard errors: see `handshake`.
 _DEVIATIONS = 4.5
 _PENALISED = (
     "not always the likeliest: the server holds repetitions down when it writes, and tells values "
@@ -30,7 +31,7 @@ def is_same(value: float, other: float, apart: float = APART) -> bool:
 
 
 def difference(reported: Sequence[tuple[str, float]], again: Sequence[tuple[str, float]]) -> float:
-    """How far the likeliest tokens of one place are from those reported before, in nats."""
+    """Largest difference of the likeliest tokens at one position from earlier values, in nats."""
     # Those at the end of one list may be just missing in the other.
     known, found = dict(reported[: _FIRST_OF * len(reported) // 4]), dict(again)
     lowest = min(found.values(), default=0.0)
@@ -41,14 +42,14 @@ def check_written(said: ChatAnswer, n: int) -> str:
     """Tests greedily generated tokens and their log-probabilities.
 
     Args:
-        said: What it wrote.
-        n: Tokens that it was asked for.
+        said: The generated text.
+        n: Number of tokens requested.
 
     Returns:
         Whether they are the likeliest ones.
 
     Raises:
-        HandshakeError: If it cannot be; the message names what is wrong.
+        HandshakeError: If they are inconsistent; the message names what is wrong.
     """
     steps = said.steps
     if not steps and not said.text.strip():
@@ -76,7 +77,8 @@ def check_written(said: ChatAnswer, n: int) -> str:
     ]
     is_greedy = [is_same(step.value, max(v for _, v in step.top)) for step in steps]
     if all(is_own) and is_greedy[0]:
-        # Later tokens may be others where the values are still theirs: repetitions are penalised.
+        # Later tokens may not be the likeliest though their values are correct: a repetition
+        # penalty.
         return "the likeliest" if all(is_greedy) else _PENALISED
     raise HandshakeError(
         "the log-probabilities that the provider tells of written tokens cannot be believed: "
@@ -85,17 +87,17 @@ def check_written(said: ChatAnswer, n: int) -> str:
 
 
 def check_drawn(names: Sequence[str], top: Sequence[tuple[str, float]]) -> str:
-    """Tests whether tokens sampled at temperature 1 are as improbable as the provider says.
+    """Tests whether tokens sampled at temperature 1 have the reported surprisal.
 
     Args:
-        names: The tokens drawn.
-        top: What was reported of that place.
+        names: The sampled tokens.
+        top: The values reported for that position.
 
     Returns:
-        How it came out.
+        The outcome.
 
     Raises:
-        HandshakeError: If they are not.
+        HandshakeError: If not.
     """
     if len(names) < 2 or len(set(names)) == 1:
         return "not looked at: the provider draws no several at a time"
@@ -128,7 +130,7 @@ def _check_distribution(values: Sequence[float], rounding: float) -> None:
 
 
 def _misplaced(steps: Sequence[Step]) -> str:
-    """What would put values at other places than the tokens that they are reported of."""
+    """The shift that explains values reported at other positions than their tokens."""
     likeliest = [max(step.top, key=lambda pair: pair[1]) for step in steps]
     for by, which in (
         (1, "left by one, and belong to the token after"),

@@ -1,4 +1,4 @@
-"""Rungs that go through the answer token by token: `TopK`, and `Forced` for any token."""
+"""Rungs that score the answer token by token: `TopK`, and `Forced` for any token."""
 
 import math
 from collections.abc import Sequence
@@ -19,34 +19,35 @@ from captum_llm_ext.remote.step_checks import (
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError
 from captum_llm_ext.text import tokens
 
-# Tokens that the model writes for a look: the third comes after two that it has written itself,
-# so that a prompt which is not gone on with shows. And first tokens drawn: see
-# `handshake._N_DRAWN`.
+# Tokens generated in a test: the third follows two generated ones, so that a prompt that is not
+# continued shows. And sampled first tokens: see `handshake._N_DRAWN`.
 _N_WRITTEN, _N_DRAWN = 3, 32
-# What a token may lie below the bound: among the likeliest 20 tokens of SmolLM2 those that were
-# not lay 6 nats below (median, 0.7 to 12); ranks of causes come out best at 2 to 3.
+# Imputed distance below the bound: tokens of SmolLM2 outside the likeliest 20 were 6 nats below
+# (median, 0.7 to 12); ranks of causes are best at 2 to 3.
 _BELOW_BOUND = 2.0
-# A guess, of a token of which nothing is reported: the bounds of 20 likeliest ones are -5 to -6.
+# Imputed value of a token without any report. Chosen, not measured: the bounds of 20 likeliest
+# tokens are -5 to -6.
 _UNTOLD = -8.0
 _N_ASKED = 4
-# Servers take no more; and how often another bias is tried.
+# The maximum that servers accept; and how often another bias is tried.
 _MOST_BIAS, N_TRIES = 100.0, 3
-# Nats below the bound that a token is looked for, and that the bias is changed by.
+# Nats below the bound at which a token is assumed, and by which the bias is changed. Chosen, not
+# measured.
 _LOOKED_FOR, _CHANGE = 6.0, 6.0
-# Closer to certain than this, rounding in float32 is all that is reported.
+# Closer to certain than this, only float32 rounding is reported.
 _CERTAIN = -0.01
-# Nats that reported values are rounded by, at least: six digits are usual.
+# Minimum rounding of reported values in nats: six digits are usual.
 _ROUNDED = 1e-6
 _Mode = Literal["raw", "biased"]
 
 
 class TopK:
-    """Log-probabilities of the target's tokens, step by step, where they are among the likeliest.
+    """Log-probabilities of the target's tokens, step by step, if they are among the likeliest.
 
     Args:
-        endpoint: Whom to ask.
-        top: How many of the likeliest tokens are asked for.
-        n_tokens: Tokens of an answer that the model writes at most.
+        endpoint: The endpoint.
+        top: Number of likeliest tokens requested.
+        n_tokens: Maximum number of tokens of a generated answer.
     """
 
     name = "stepwise top-k"
@@ -74,7 +75,7 @@ class TopK:
         return {"handshake": dict(self.checks)}
 
     def handshake(self, messages: Sequence[Message]) -> None:
-        """See `Rung.handshake`: what is reported of generated tokens, and how prefills go."""
+        """See `Rung.handshake`: values of generated tokens, and prefills."""
         steps = self.look(messages)
         refused: list[str] = []
         ways = self._endpoint.provider.prefills if len(steps) > 1 else ()
@@ -98,10 +99,10 @@ class TopK:
         """Tests the log-probabilities of generated tokens.
 
         Returns:
-            Tokens written greedily after the prompt.
+            Tokens generated greedily after the prompt.
 
         Raises:
-            HandshakeError: If not; it names what is wrong.
+            HandshakeError: If a test fails; the message names what is wrong.
         """
         said = self._step(messages, "", _N_WRITTEN, 0.0)
         self.checks["written tokens"] = check_written(said, _N_WRITTEN)
@@ -131,10 +132,10 @@ class TopK:
     def _repeats(
         self, messages: Sequence[Message], reported: list[tuple[str, float]], is_kept: bool
     ) -> None:
-        """Whether the same prompt has the same values each time, and beside others.
+        """Whether the same prompt has the same values each time, also among others.
 
         Raises:
-            HandshakeError: If it has not.
+            HandshakeError: If not.
         """
         first = self._first(messages)
         again = difference(reported, _likeliest(self._endpoint.uncached(first)[0]))
@@ -150,7 +151,7 @@ class TopK:
             )
         self.checks["asked again"] = f"the same within {again:.1g} nats"
         beside = 0.0
-        if self._endpoint.n_threads > 1 and not is_kept:  # else the run before has looked
+        if self._endpoint.n_threads > 1 and not is_kept:  # otherwise an earlier run has tested it
             *before, last = messages
             shorter = {**last, "content": last["content"][: len(last["content"]) // 2] or "?"}
             others = replace(first, messages=[*before, shorter])
@@ -169,7 +170,7 @@ class TopK:
         return ChatRequest(messages, n_tokens=1, temperature=1.0, top=self._top)
 
     def drift(self, messages: Sequence[Message], target: list[str]) -> float | None:
-        """See `Rung.drift`: of the first token, if more was asked since."""
+        """See `Rung.drift`: of the first token, if more was requested since."""
         if self._endpoint.usage.n_requests == self._n_asked:
             return None
         try:
@@ -182,11 +183,11 @@ class TopK:
         return apart
 
     def _drawn(self, messages: Sequence[Message]) -> list[ChatAnswer]:
-        """First tokens drawn at temperature 1, as many as one request gives."""
+        """First tokens sampled at temperature 1, as many as one request returns."""
         return self._endpoint.answers(self._first(messages), range(_N_DRAWN), at_once=True)
 
     def _note_stop(self, said: ChatAnswer) -> None:
-        """Notes whether the token that ends answers is reported."""
+        """Records whether the end token of answers is reported."""
         if said.has_stopped and said.steps:
             is_missing = said.n_out == len(said.steps) + 1
             self.checks["stop token"] = (
@@ -195,7 +196,7 @@ class TopK:
         self.checks.setdefault("stop token", "not seen")
 
     def _goes_on(self, messages: Sequence[Message], steps: Sequence[Step]) -> str | None:
-        """What is wrong with going on after the tokens but the last, if anything."""
+        """What is wrong with continuing after all tokens but the last, if anything."""
         begun = "".join(step.text for step in steps[:-1])
         try:
             again = self._step(messages, begun, 1, 0.0)
@@ -228,14 +229,14 @@ class TopK:
         )
 
     def target(self, messages: Sequence[Message], text: str | None) -> list[str]:
-        """See `Rung.target`: the tokens that the model writes it with."""
+        """See `Rung.target`: the tokens with which the model generates it."""
         if text is not None:
             return self._cut(messages, text)
         said = self._step(messages, "", self._n_tokens, 0.0)
         self._note_stop(said)
         names = [step.text for step in said.steps if step.text]
         if said.has_stopped and "".join(names) != said.text:
-            # Some list what ends the answer, by whatever text, and no answer has it.
+            # Some list the end token, with any text, which is not part of the answer.
             while names and len("".join(names)) > len(said.text):
                 names.pop()
         return names
@@ -261,7 +262,7 @@ class TopK:
         return found
 
     def first_token(self, text: str, begun: str = "") -> str | None:
-        """The token that a text begins with, where that is known without being reported."""
+        """The first token of a text, if known without being reported."""
         return None
 
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
@@ -273,7 +274,7 @@ class TopK:
         return [] if step is None else step.likeliest or step.top
 
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
-        """See `Rung.score`: at least a request for each token."""
+        """See `Rung.score`: at least one request per token."""
         known = [
             self.value_of(messages, "".join(target[:t]), token) for t, token in enumerate(target)
         ]
@@ -297,7 +298,7 @@ class TopK:
         if math.isfinite(reported.get(token, -math.inf)):
             value = reported[token]
             return value, value - self._rounding_step / 2, min(value + self._rounding_step / 2, 0.0)
-        # Told values are rounded, and what is left of 1 by them is no surer than they are.
+        # Reported values are rounded, and so is their complement to 1.
         off = self._rounding_step / 2 + _ROUNDED
         rest = 1 - sum(math.exp(value - off) for _, value in step.top)
         least = [value for _, value in step.likeliest if math.isfinite(value)]
@@ -305,9 +306,9 @@ class TopK:
         return bound - _BELOW_BOUND, -math.inf, bound
 
     def _reported_of(self, messages: Sequence[Message], begun: str) -> Step | None:
-        """What is reported of the token at a place; None where the provider tells nothing.
+        """The reported distribution at a position; None if the provider reports nothing.
 
-        Where a draw ends the answer, some list no token, and tell of none: another draw may.
+        If a sample ends the answer, some servers report no token: another sample may.
         """
         question = replace(self._first(messages), prefill=begun)
         for i in range(_N_ASKED):
@@ -318,15 +319,15 @@ class TopK:
 
 
 class Forced(TopK):
-    """Log-probabilities of the target's tokens, step by step, of whatever token: by ``logit_bias``.
+    """Log-probabilities of the target's tokens, step by step, of any token: by ``logit_bias``.
 
-    A token that is not among the likeliest is made one by a bias on its logit. Some servers then
-    tell its log-probability without the bias, others with it, from which it is reckoned back; which
-    of the two is found out beforehand.
+    A token that is not among the likeliest becomes one by a bias on its logit. Some servers then
+    report its log-probability without the bias, others with it, which is converted back; which of
+    the two is tested beforehand.
 
     Args:
-        endpoint, top, n_tokens: As of `TopK`.
-        tokenizer: The model's: a bias is given to an id.
+        endpoint, top, n_tokens: As for `TopK`.
+        tokenizer: The model's tokenizer, since biases refer to ids.
     """
 
     name = "stepwise forced"
@@ -342,7 +343,7 @@ class Forced(TopK):
         return "nothing but what rounding and a few tries at a bias leave out, which has a bound"
 
     def look(self, messages: Sequence[Message]) -> list[Step]:
-        """See `TopK.look`; and what a bias does."""
+        """See `TopK.look`; also tests the effect of a bias."""
         steps = super().look(messages)
         top = self.likeliest(messages)
         best = max((value for _, value in top), default=-math.inf)
@@ -378,7 +379,7 @@ class Forced(TopK):
     def value_of(
         self, messages: Sequence[Message], begun: str, token: str
     ) -> tuple[float, float, float]:
-        """See `TopK.value_of`: exact, if a bias can be found that brings it among the likeliest."""
+        """See `TopK.value_of`: exact, if a bias brings it among the likeliest."""
         bound = super().value_of(messages, begun, token)
         number = self._id(token, begun)
         if math.isfinite(bound[1]) or number is None:
@@ -412,11 +413,11 @@ class Forced(TopK):
         """A token's log-probability from an answer with a bias on it.
 
         Returns:
-            None if it is not reported; infinity where it is too certain to be reckoned back.
+            None if not reported; infinity if it is too certain to be converted back.
         """
         steps = self._step(messages, begun, 1, 1.0, {number: bias}).steps[:1]
         reported = {step.text: step.value for step in steps}
-        if self._mode == "raw":  # of others nothing new is reported
+        if self._mode == "raw":  # nothing new is reported about others
             return reported.get(token)
         found = max(
             (v for name, v in (steps[0].top if steps else []) if name == token), default=None
@@ -436,7 +437,7 @@ class Forced(TopK):
         return name if name and text.startswith(name) else None
 
     def _id(self, token: str, begun: str) -> int | None:
-        """The id of a token, where its text is one by itself."""
+        """The id of a token, if its text is a single token."""
         ids = tokens.encode_in_place(self._tokenizer, token, begun[-tokens.CONTEXT :])
         return int(ids[0]) if len(ids) == 1 else None
 

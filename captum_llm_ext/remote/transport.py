@@ -1,4 +1,4 @@
-"""JSON over HTTP with retries; the user can interrupt it at once."""
+"""JSON over HTTP with retries, interruptible at any time."""
 
 import http.client
 import json
@@ -19,34 +19,35 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.remote.connection import Answer, Connection, TooLongError
 
-# Seconds before the second try; doubled for every further one, up to the longest.
+# Seconds before the second try, doubled for every further one, up to the maximum. Chosen, not
+# measured.
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
-# A server that has not answered anything yet is most likely down: tries within so many seconds.
+# A server that has never responded is most likely down: seconds of retries. Chosen, not measured.
 _FIRST_PATIENCE = 4.0
-# A server that wants to be left alone for longer is not waited for.
+# Maximum requested wait in seconds that is respected. Chosen, not measured.
 _MOST_PATIENCE = 600.0
 _SHOWN = 500
-# An answer that is none, where all seems well, comes of a gateway: it is soon right, or never.
+# Retries of an invalid response with status 200, as from a gateway. Chosen, not measured.
 _GARBAGE_TRIES = 2
-# What says that another try is of no use, whatever the status.
+# Messages after which retries are useless, whatever the status.
 _FINAL = ("insufficient_quota", "exceeded your current quota", "credit balance is too low")
 _INVALID = ("validation error", "invalid_request_error", "badrequesterror")
-# Of an answer, beside what is due to a long prompt.
+# Maximum size of a response, besides what belongs to a long prompt. Chosen, not measured.
 _MOST_BYTES = 2**24
 _SHORTEST_SECRET = 6
-# A hint to what is wrong: so many seconds, and so many names of models.
+# For a hint in an error: time limit in seconds, and number of model names. Chosen, not measured.
 _HINT_WITHIN, _N_NAMED = 5.0, 5
 _STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
-# What a server says that does not know an argument, or an endpoint.
+# Statuses of servers that do not support an argument, or an endpoint.
 UNKNOWN_ARGUMENT = (None, 400, 404, 422, 501)
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
 
 class ApiError(RuntimeError):
-    """A server refused a request, or gave an answer of another kind than was asked for.
+    """A server refused a request, or returned something other than requested.
 
     Attributes:
-        status: The HTTP status; None where the answer itself is wrong.
+        status: The HTTP status; None if the response itself is wrong.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -55,11 +56,11 @@ class ApiError(RuntimeError):
 
 
 class UnusableAnswerError(ApiError, ValueError):
-    """What a server or a provider answered is no answer to what was asked."""
+    """The response of a server or a provider cannot be used."""
 
 
 class GarbageError(ApiError):
-    """An answer of status 200 that holds none: cut JSON, a gateway's page, an error."""
+    """A response of status 200 without content: truncated JSON, a gateway's page, an error."""
 
 
 class TooSlowError(ConnectionError):
@@ -67,7 +68,7 @@ class TooSlowError(ConnectionError):
 
 
 class InterruptedRequestError(RuntimeError):
-    """A request that the user's own interruption, or the failure of another one, has ended."""
+    """A request aborted by the user's interrupt, or by the failure of another one."""
 
 
 class Secrets:
@@ -81,7 +82,7 @@ class Secrets:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that hold them."""
+        """Headers with the secrets."""
         return dict(self._headers)
 
     def hidden(self, text: str) -> str:
@@ -102,12 +103,12 @@ class Secrets:
 def shown_url(url: str) -> str:
     """A URL without user, password, query and fragment.
 
-    Where it is not plain which part is which, nothing of it is shown.
+    If the parts are ambiguous, nothing of it is shown.
     """
     try:
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]
-        # A password with a slash or the like makes what is taken for the host a user's name.
+        # After a password with a slash or similar, the apparent host may be a user's name.
         is_plain = "@" not in parts.path + parts.query + parts.fragment
         is_plain &= bool(parts.netloc) or "@" not in url
     except ValueError:
@@ -118,16 +119,16 @@ def shown_url(url: str) -> str:
 
 
 class Http:
-    """One server. Any number of threads may ask it at the same time.
+    """An HTTP client of one server, usable by several threads at the same time.
 
     Args:
-        url: What paths are put after.
+        url: Base URL of paths.
         secrets: Headers with keys.
-        timeout: Seconds that a whole answer may take.
-        max_retries: So many further tries after one that was answered by 429 or 5xx, or not at all.
+        timeout: Seconds allowed for a whole response.
+        max_retries: Number of retries after 429, 5xx, or no response.
 
     Raises:
-        ValueError: If the URL is none, or holds a password or a query.
+        ValueError: If the URL is invalid, or contains a password or a query.
     """
 
     def __init__(self, url: str, secrets: Secrets, *, timeout: float, max_retries: int) -> None:
@@ -138,17 +139,17 @@ class Http:
         self._changed = threading.Condition()
         self._epoch = 0
         self._was_reached = self._has_answered = False
-        self._not_before = 0.0  # until then the server wants to be left alone, by all threads
-        self._random = random.Random()  # apart from the global one
+        self._not_before = 0.0  # until then the server wants no requests, from any thread
+        self._random = random.Random()  # separate from the global one
         weakref.finalize(self, _close_all, self._idle)
 
     @property
     def url(self) -> str:
-        """The address, without anything secret."""
+        """The URL without secrets."""
         return urlunsplit(self._url)
 
     def get(self, path: str) -> Any:
-        """What the server has at a path, from JSON. Errors are those of `post`."""
+        """JSON at a path. Errors are those of `post`."""
         return self._ask("GET", path, None, _MOST_BYTES)
 
     def post(
@@ -159,19 +160,17 @@ class Http:
         most_bytes: int = 0,
         asks_several: bool = False,
     ) -> Any:
-        """What the server answers to a body, both as JSON.
+        """The server's response to a body, both as JSON.
 
         Args:
-            path: Put after the URL.
-            body: What is sent.
-            most_bytes: What the answer may have beside 16 MiB.
-            asks_several: Whether less may be asked for where there is no answer in time: then it
-                is not tried again.
+            path: Appended to the URL.
+            body: The request.
+            most_bytes: Maximum size of the response beyond 16 MiB.
+            asks_several: Whether the request can be split: then it is not retried after a timeout.
 
         Raises:
-            ApiError: If the server refuses it, goes on failing, or answers with no JSON or with
-                more than it may.
-            ConnectionError: If there is no answer, however often it is tried.
+            ApiError: If the server refuses it, keeps failing, or returns invalid JSON or too much.
+            ConnectionError: If there is no response after all retries.
             TooSlowError: If there is none in time, and `asks_several`.
             InterruptedRequestError: After `interrupt`.
         """
@@ -179,7 +178,7 @@ class Http:
         return self._ask("POST", path, json.dumps(body).encode(), most, asks_several)
 
     def interrupt(self) -> None:
-        """Ends all requests that are under way, in whatever thread; later ones are as ever."""
+        """Aborts all requests under way, in all threads; later ones are unaffected."""
         with self._changed:
             self._epoch += 1
             self._not_before = 0.0  # it will say so again
@@ -207,7 +206,7 @@ class Http:
                     return parsed
                 failure = self._refused(status, headers, content)
                 is_final = _is_final(status, content)
-                if is_final and status >= 500:  # what others answer by 422
+                if is_final and status >= 500:  # others respond with 422
                     raise ApiError(str(failure), 422)
                 if status not in _AGAIN or is_final:
                     raise failure
@@ -227,7 +226,7 @@ class Http:
                 if epoch == self._epoch and not self._may_help(error):
                     raise failure from error
             self._check(epoch)
-            # Threads that failed together must not come back together.
+            # Random waits, so that threads that failed together do not retry together.
             longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (n_tries - 1))
             rest = self._random.uniform(longest / 2, longest)
             is_known = self._has_answered or is_busy
@@ -242,7 +241,7 @@ class Http:
             self._rest(rest - (wait or 0.0), epoch)
 
     def _keep_to_limits(self, headers: Mapping[str, str]) -> None:
-        """Rests until a server that has said so takes requests again."""
+        """Waits until the server accepts requests again, by its rate limit headers."""
         for kind in ("requests", "tokens"):
             left = headers.get(f"x-ratelimit-remaining-{kind}")
             wait = _seconds(headers.get(f"x-ratelimit-reset-{kind}") or "")
@@ -251,12 +250,12 @@ class Http:
                 self._not_before = max(self._not_before, until)
 
     def _may_help(self, error: Exception) -> bool:
-        """Whether another try may; a server that has never answered is most likely not there."""
+        """Whether a retry is useful; a server that has never responded probably does not exist."""
         if isinstance(error, ssl.SSLCertVerificationError):
             return False
         if isinstance(error, ConnectionRefusedError | socket.gaierror):
             return self._was_reached
-        # Other errors are what a TLS connection says that another thread has ended.
+        # Other errors arise in a TLS connection that another thread has closed.
         return isinstance(error, OSError | http.client.HTTPException)
 
     def _rest(self, seconds: float, epoch: int) -> None:
@@ -280,7 +279,7 @@ class Http:
         except _STALE:
             if known is None or epoch != self._epoch:
                 raise
-        # The server had closed the connection meanwhile, which is no failure.
+        # The server had closed the connection meanwhile, which is not a failure.
         return self._exchange(self._connection(), method, path, body, epoch, most)
 
     def _connection(self) -> Connection:
@@ -315,7 +314,7 @@ class Http:
 
     def _parsed(self, headers: Mapping[str, str], content: bytes) -> Any:
         packed = headers.get("Content-Encoding") or "identity"
-        if packed.strip().lower() != "identity":  # what it unpacks to may have any size
+        if packed.strip().lower() != "identity":  # its uncompressed size is unlimited
             raise ApiError(
                 f"{self.url} answered in {self._shown(packed)!r}, which was not asked for."
             )
@@ -354,7 +353,7 @@ class Http:
         return ApiError(what, status)
 
     def _there(self) -> str:
-        """What the server has in place of what it has not: names of models, or another path."""
+        """A hint on what the server has instead: names of models, or another path."""
         for path in dict.fromkeys((self._url.path, "/v1")):
             url = urlunsplit(self._url._replace(path=path))
             try:
@@ -363,7 +362,7 @@ class Http:
                 found = json.loads(content) if status == 200 else None
                 models: list[Any] = found["data"] if isinstance(found, dict) else []
                 names = [str(one["id"]) for one in models[:_N_NAMED]]
-            except Exception:  # a hint alone: what is reported is the refusal
+            except Exception:  # only a hint: the refusal is reported
                 continue
             if path != self._url.path and names:
                 return f" There is one at {self._shown(url)}."
@@ -382,7 +381,7 @@ class Http:
         return ConnectionError(f"{self.url} cannot be asked: {self._shown(what)}{advice}")
 
     def _shown(self, text: str) -> str:
-        """What a server says, as one line without keys or anything that a terminal would obey."""
+        """A server's message as one line, without keys or control characters."""
         return one_line(" ".join(self._secrets.hidden(text).split()))[:_SHOWN]
 
 
@@ -396,9 +395,9 @@ def _checked(url: str) -> SplitResult:
     try:
         parts = urlsplit(given)
         is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of a port, or of brackets
+    except ValueError:  # invalid port, or brackets
         parts, is_one = SplitResult("", "", "", "", ""), False
-    # HTTP has no other characters there; some would be lines of their own.
+    # HTTP allows no other characters; some would start new header lines.
     if not is_one or not given.isascii() or not given.isprintable() or " " in given:
         raise ValueError(
             f"`api_url` is {shown_url(str(url))!r}: give a URL such as http://localhost:8000/v1."
@@ -421,14 +420,14 @@ def _message(content: bytes) -> str:
 
 
 def _is_final(status: int, content: bytes) -> bool:
-    """Whether a status that may pass comes with a reason that will not."""
+    """Whether a temporary status has a permanent reason."""
     said = content.decode("utf-8", "replace").lower()
     reasons = _FINAL if status == 429 else _INVALID
     return any(reason in said for reason in reasons)
 
 
 def _seconds(said: str) -> float | None:
-    """A time as rate limits are reported: 1.5, 20ms, 6m0s, 1h."""
+    """A time in rate limit headers: 1.5, 20ms, 6m0s, 1h."""
     units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
     parts = re.findall(r"([0-9]+(?:\.[0-9]*)?)(ms|[smhd]|)", said.strip())
     if not parts or "".join(n + unit for n, unit in parts) != said.strip():
@@ -437,7 +436,7 @@ def _seconds(said: str) -> float | None:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds until the server wants to be asked again, where it says so."""
+    """Seconds until the server wants the next request, if it says so."""
     said = headers.get("Retry-After")
     if said is None:
         return None
@@ -454,13 +453,13 @@ def _close_all(connections: list[Connection]) -> None:
 
 
 def api_key(given: str | None, url: str, variable: str = "OPENAI_API_KEY") -> str | None:
-    """The key that was given; or the environment's, for the hosts that it is for.
+    """The given key; or the environment's, for the hosts that it belongs to.
 
     Args:
-        given: By the user, for whatever host.
-        url: Where it would be sent.
-        variable: ``OPENAI_API_KEY`` is for api.openai.com, for the host of ``OPENAI_BASE_URL`` and
-            for this machine.
+        given: The user's key, for any host.
+        url: URL to which it would be sent.
+        variable: Name of the environment variable; ``OPENAI_API_KEY`` is for api.openai.com, the
+            host of ``OPENAI_BASE_URL`` and this machine.
     """
     if given:
         return given

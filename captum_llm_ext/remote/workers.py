@@ -10,9 +10,10 @@ from typing import TypeVar
 S = TypeVar("S")
 T = TypeVar("T")
 
-# Seconds that requests under way may take after another one has failed: they are paid for.
+# Seconds for requests under way to finish after another one has failed, since they are paid for.
+# Chosen, not measured.
 _GRACE = 10.0
-# And that threads are waited for after they were interrupted.
+# Seconds to wait for interrupted threads. Chosen, not measured.
 _FAREWELL = 2.0
 
 
@@ -24,20 +25,21 @@ def do_all(
     n_threads: int,
     interrupt: Callable[[], None],
 ) -> None:
-    """Runs jobs in threads; their results are handled in the calling thread as they arrive.
+    """Runs jobs in threads; results are handled in the calling thread as they arrive.
 
-    After an error no further job begins; what others were at is still taken in, if it comes soon.
-    Ctrl-C interrupts them at once. Threads are daemons: none of them keeps a program from ending.
+    After an error no further job begins; results of running jobs are still handled, if they arrive
+    soon. Ctrl-C interrupts them immediately. Threads are daemons, so none keeps a program from
+    ending.
 
     Args:
-        jobs: What is to be done, in this order.
-        work: Does one; called in several threads at a time, unless `n_threads` is 1.
-        take: Is given a job and what came of it, in the thread that calls.
-        n_threads: At most so many jobs at a time.
-        interrupt: Makes `work` end with an error, in whatever thread.
+        jobs: The jobs, in order.
+        work: Runs one job; called from several threads, unless `n_threads` is 1.
+        take: Called with a job and its result, in the calling thread.
+        n_threads: Maximum number of concurrent jobs.
+        interrupt: Makes `work` end with an error, in all threads.
 
     Raises:
-        Exception: The first one that `work` or `take` raised.
+        Exception: The first exception of `work` or `take`.
     """
     n_threads = min(n_threads, len(jobs))
     if n_threads <= 1:
@@ -51,7 +53,7 @@ def do_all(
     todo: queue.SimpleQueue[S] = queue.SimpleQueue()
     for job in jobs:
         todo.put(job)
-    # A job with what came of it, or an error; None when a thread ends.
+    # A job with its result, or an error; None when a thread ends.
     done: queue.SimpleQueue[tuple[S, T] | Exception | None] = queue.SimpleQueue()
     stop = threading.Event()
 
@@ -104,7 +106,7 @@ def do_all(
 
 
 def _taken(take: Callable[[S, T], None], job: S, found: T) -> Exception | None:
-    """Takes something in, and gives back what went wrong with it: others are still to be taken."""
+    """Handles a result, and returns its error, since others are still to be handled."""
     try:
         take(job, found)
     except Exception as error:
