@@ -1,13 +1,12 @@
-"""Token rows and a target in, values out: the only place where the model runs.
+"""Scoring token rows for a target: the only place where the model runs.
 
-`scoring` is the whole: each distinct row costs one teacher-forced pass at most, which serves all
-target tokens. `forward` runs passes over many rows: those that begin alike share the passes of
-their beginnings, or are packed in one sequence where none of their tokens comes twice. `probe`
-finds out what the model does, and so how it may be asked, and how far rounding alone moves a value.
-`gradients` goes back from values to a layer, `processes` makes several processes one. `generation`
-is what the model generates with, `identity` whether it is still the same, `exclusive` keeps other
-threads right meanwhile. `Likelihood` is the model as baselines ask it, text by text; `RowScorer` is
-what others rely on of a `Scorer`.
+`scoring` is the interface: each distinct row costs at most one teacher-forced pass, which serves
+all target tokens. `forward` runs passes over many rows, with shared prefix caches, or packed in one
+sequence without repeated tokens. `probe` finds what the model does, hence how it can be run, and
+how far rounding changes values. `gradients` has backward passes from values to a layer, `processes`
+makes several processes work as one. `generation` has generation settings, `identity` recognises a
+changed model, `exclusive` protects other threads meanwhile. `Likelihood` is the model as baselines
+use it, text by text; `RowScorer` is the interface of a `Scorer`.
 """
 
 from captum_llm_ext.model.forward.logits import AttrTarget

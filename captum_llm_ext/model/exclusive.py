@@ -1,8 +1,8 @@
-"""One thread at a time asks a model for attributions; all others may go on using it.
+"""Locks a model for attributions of one thread; other threads can still use it.
 
-For the time of a pass layers are watched, outputs replaced and attention computed in another way.
-That is for the thread alone that asks (see `in_this_thread_only` and `_compat.attention_of`), and
-two threads that both want it wait for one another.
+During a forward pass, layers are hooked, outputs replaced and attention computed differently. This
+affects only the attributing thread (see `in_this_thread_only` and `_compat.attention_of`); two
+attributing threads take turns.
 """
 
 import os
@@ -17,13 +17,13 @@ from torch import nn
 
 from captum_llm_ext import _compat
 
-# A thread that was interrupted while it let go of a model may have told nobody.
+# An interrupted thread may have released a model without notifying others.
 _LOOK_AGAIN = 1.0  # seconds
 
 
 @dataclass(frozen=True, eq=False)
 class _Hold:
-    """What a thread has of a model, or waits for: modules and weights, by what identifies them."""
+    """What a thread holds of a model, or waits for: ids of modules and weights."""
 
     thread: int
     parts: frozenset[Any]
@@ -36,12 +36,12 @@ _awaited: dict[int, _Hold] = {}
 
 @contextmanager
 def locked(model: nn.Module) -> Generator[None]:
-    """No other thread holds the model meanwhile, or one that has modules or weights of it.
+    """Locks the model, and others that share modules or weights with it, for this thread.
 
-    A thread may hold what it holds already, and several models at once.
+    Reentrant; a thread may hold several models at once.
 
     Raises:
-        RuntimeError: If waiting for another thread would never end, for it waits for this one.
+        RuntimeError: If waiting would be a deadlock.
     """
     hold = _Hold(threading.get_ident(), _parts(model))
     try:
@@ -56,17 +56,16 @@ def locked(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def exclusive_use(model: nn.Module) -> Generator[None]:
-    """The model is held, in evaluation mode and without gradients; its modes are put back.
+    """Locks the model, in evaluation mode and without gradients; modes are restored.
 
-    Inference mode is left as well: its tensors do not tell when they are written to. And what the
-    model makes without saying where is made where the model is, whatever `torch.set_default_device`
-    has been told.
+    Also leaves inference mode, whose tensors do not count modifications, and makes tensors without
+    an explicit device on the model's, whatever `torch.set_default_device`.
     """
     with locked(model), outside_inference_mode(), _where_it_is(model):
         training = [module for module in model.modules() if module.training]
         try:
             if training:
-                with suppress(NotImplementedError):  # an exported program has one mode
+                with suppress(NotImplementedError):  # an exported program has one mode only
                     model.eval()
             with torch.no_grad():
                 yield
@@ -77,7 +76,7 @@ def exclusive_use(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def outside_inference_mode() -> Generator[None]:
-    """Tensors made within are ordinary ones; whether gradients are taken stays as it is."""
+    """Tensors made within are ordinary ones; the gradient mode is unchanged."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -87,18 +86,18 @@ def outside_inference_mode() -> Generator[None]:
 
 
 def _where_it_is(model: nn.Module) -> AbstractContextManager[Any]:
-    """Has tensors made where the model reads its ids, unless they are made where they always were.
+    """Makes tensors on the model's input device, unless the default device is unchanged.
 
-    Plain passes meet the latter as well.
+    Plain forward passes are affected by a changed default as well.
     """
     is_usual = torch.get_default_device().type == "cpu"
     return nullcontext() if is_usual else _compat.input_device(model)
 
 
 def in_this_thread_only(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A module's hook that passes of other threads go through unchanged.
+    """Restricts a module's hook to passes of this thread.
 
-    torch gives it other arguments, in other threads, while it is being put on or taken off.
+    In other threads, torch calls it with other arguments while it is being added or removed.
     """
     owner = threading.get_ident()
     return lambda *arguments: hook(*arguments) if threading.get_ident() == owner else None
@@ -122,7 +121,7 @@ def _take(hold: _Hold) -> None:
 
 
 def _holders(wanted: _Hold) -> set[int]:
-    """Threads that hold some of it."""
+    """Threads that hold part of it."""
     return {
         hold.thread
         for hold in _held
@@ -131,7 +130,7 @@ def _holders(wanted: _Hold) -> set[int]:
 
 
 def _is_awaited_by_its_holders(wanted: _Hold) -> bool:
-    """Whether one whom this thread waits for waits for this one, at one remove or many."""
+    """Whether a holder waits for this thread, directly or indirectly."""
     todo, seen = [wanted.thread], set[int]()
     while todo:
         if (waiting := _awaited.get(todo.pop())) is None:
@@ -145,7 +144,7 @@ def _is_awaited_by_its_holders(wanted: _Hold) -> bool:
 
 
 def _parts(model: nn.Module) -> frozenset[Any]:
-    """What makes two models one: modules in common, or weights, as wrappers and heads have."""
+    """What identifies shared models: modules or weights in common, as of wrappers and heads."""
     found: set[Any] = {id(module) for module in model.modules()}
     for parameter in model.parameters():
         found.add(id(parameter))
@@ -155,7 +154,7 @@ def _parts(model: nn.Module) -> frozenset[Any]:
 
 
 def _forget_other_threads() -> None:
-    """In a forked process there are none; the lock may have been taken by one of them."""
+    """After a fork there are no other threads, though one of them may have held the lock."""
     global _changed
     _changed = threading.Condition()
     _held[:] = [hold for hold in _held if hold.thread == threading.get_ident()]

@@ -1,4 +1,4 @@
-"""Which model it is: what it is made like, what it holds, and which of its adapters are at work."""
+"""The identity of a model: its structure, weights, buffers and active adapters."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,36 +13,36 @@ from captum_llm_ext.base.digest import checksum, digest, stacklevel_of_caller
 from captum_llm_ext.model.exclusive import locked
 
 _ADAPTERS = ("disable_adapters", "merged_adapters", "scaling")
-_MOST_NAMES = 3  # shown in a message
+_MOST_NAMES = 3  # names shown in a message; chosen, not measured
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
-    """What tells a model from another, wherever its weights lie and however they are spread.
+    """What identifies a model, independent of where and how its weights are stored.
 
-    A module holds parameters, buffers and what else it says itself (packed weights of quantised
-    layers, extra state); tensors that are made of others hold these. What lies outside, such as
-    hooks or a forward of the user's own, is not seen here: `check_same` finds it by its effect.
+    Covers the parameters, buffers and extra state of modules (such as packed weights of quantised
+    layers), and the inner tensors of tensor subclasses. Hooks or a custom forward are not covered:
+    `check_same` finds these by their effect.
 
-    Where several processes hold the model together, all of them have to call this.
+    If several processes hold the model together, all of them must call this.
 
     Returns:
-        ``"model"``: its class, type of numbers and sizes. ``"weights"``, ``"buffers"``: digests.
-        ``"adapters"``: where there are any, a digest of which are at work, and how strongly.
-        ``"unread"``: where there are any, the names of what cannot be read.
+        ``"model"``: its class, dtype and sizes. ``"weights"``, ``"buffers"``: digests.
+        ``"adapters"``: if there are any, a digest of the active ones and their scaling.
+        ``"unread"``: names of parts that cannot be read, if any.
 
     Warns:
-        UserWarning: If something cannot be read.
+        UserWarning: If a part cannot be read.
     """
     kept: dict[str, dict[str, str]] = {"weights": {}, "buffers": {}}
     adapters: dict[str, Any] = {}
     unread: list[str] = []
-    with locked(model), torch.no_grad():  # accelerate brings offloaded weights for the time
+    with locked(model), torch.no_grad():  # accelerate loads offloaded weights meanwhile
         for prefix, module in _compat.readable_modules(model):
             for kind, name, value in _held(module):
                 name = f"{prefix}.{name}"
                 try:
                     kept[kind][name] = _told(value)
-                except Exception:  # whatever a kind of tensor does that cannot be read
+                except Exception:  # tensors that cannot be read may raise anything
                     unread.append(name)
             adapters |= _adapters(prefix, module)
     found: dict[str, Any] = {
@@ -58,13 +58,13 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
 
 
 def check_same(now: Tensor, then: Tensor, tolerance: Tensor, *, whose: str, advice: str) -> None:
-    """Holds values of a row that are stored against those that the model gives it now.
+    """Compares stored values of a row with those of the model now.
 
     Args:
-        now, then: Shape ``(n_target,)``; NaN where a row gives a token no value.
-        tolerance: How far rounding may move each.
-        whose: What holds the stored ones.
-        advice: What to do.
+        now, then: Shape ``(n_target,)``; NaN if undefined.
+        tolerance: Allowed difference of each by rounding.
+        whose: Name of the stored object, for the message.
+        advice: What to do, for the message.
 
     Raises:
         ValueError: If they differ.
@@ -92,13 +92,13 @@ def _warn_of_unread(names: Sequence[str]) -> None:
 
 
 def _held(module: nn.Module) -> Iterator[tuple[str, str, object]]:
-    """What a module holds itself, without its parts: kind, name and value."""
+    """A module's own content, without its children: kind, name and value."""
     parameters = dict(module.named_parameters(recurse=False))
     buffers = dict(module.named_buffers(recurse=False))
     yield from (("weights", name, value) for name, value in parameters.items())
     for name, value in buffers.items():
-        # transformers 5.23 (2026): rotary embeddings whose base grows with the text write it anew
-        # while they run, and keep beside what they began with.
+        # transformers 5.23 (2026): rotary embeddings whose base grows with the text overwrite it
+        # while running, and keep the original beside it.
         yield "buffers", name, getattr(module, f"original_{name}", value)
     for name, value in _own_state(module).items():
         if name not in parameters and name not in buffers:
@@ -106,7 +106,7 @@ def _held(module: nn.Module) -> Iterator[tuple[str, str, object]]:
 
 
 def _own_state(module: Any) -> Mapping[str, Any]:
-    """What a module says that its state is, as it would be saved."""
+    """A module's extra state, as it would be saved."""
     found: dict[str, Any] = {}
     if type(module).state_dict is not nn.Module.state_dict and not any(module.children()):
         return dict(module.state_dict(destination=found, prefix="", keep_vars=True)) | found
@@ -115,20 +115,20 @@ def _own_state(module: Any) -> Mapping[str, Any]:
 
 
 def _adapters(prefix: str, module: Any) -> dict[str, Any]:
-    """Which adapters of a layer are at work, as peft and what is built like it tell."""
+    """The active adapters of a layer, for peft and libraries of the same structure."""
     active = getattr(module, "active_adapters", getattr(module, "active_adapter", None))
     told = {name: getattr(module, name, None) for name in _ADAPTERS}
-    # transformers' models have methods of these names, and layers of attention a scaling.
+    # transformers' models have methods of these names, and attention layers a scaling.
     if active is None or callable(active):
         return {}
-    # One adapter is told by its name alone until another has been active.
+    # A single adapter is active by name only, until another has been activated.
     told["active"] = [active] if isinstance(active, str) else active
     kept = {name: value for name, value in told.items() if not callable(value)}
     return {f"{prefix}.{name}": value for name, value in kept.items() if value is not None}
 
 
 def _told(value: object) -> str:
-    """A text that differs where what is held does."""
+    """A text that differs if the value does."""
     if isinstance(value, Tensor):
         total = _compat.summed_over_shards(value, checksum)
         return f"{value.dtype} {tuple(value.shape)} {int(total)}"

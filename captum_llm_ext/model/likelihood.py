@@ -1,4 +1,4 @@
-"""What a baseline may ask the model under explanation: how probable texts are, and what it says."""
+"""The explained model as baselines use it: probabilities of texts, and proposals."""
 
 import sys
 from bisect import bisect_left
@@ -20,19 +20,20 @@ from captum_llm_ext.model.scoring.scorer import Scorer
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import Listed, Proposer
 
-# Rows of one pass. These texts are few and short beside the coalitions that are scored later.
+# Rows per pass. These texts are few and short compared with the coalitions scored later. Chosen,
+# not measured.
 _ROWS_AT_ONCE = 16
-_TO_THE_END = 3  # tokens that a word goes on for at most, beyond the one it begins with
-_TOKENS_PER_WORD = 3  # and those of another one
-# A look at the model holds for rows that are so many tokens longer.
+_TO_THE_END = 3  # maximum number of tokens of a word after its first; chosen, not measured
+_TOKENS_PER_WORD = 3  # additional tokens per further word; chosen, not measured
+# A probe of the model is valid for rows up to this many tokens longer. Chosen, not measured.
 _BEYOND = 48
-# Of so many tokens, and those that are wanted, it is looked up what they show: where a chat begins,
-# and after a first word, the likeliest 1,024 of some models are no words at all.
+# Number of likeliest tokens that are examined, besides the requested ones: at the beginning of a
+# chat, and after a first word, the likeliest 1,024 of some models contain no words.
 _LOOKED_AT = 4096
 
 
 class Likelihood:
-    """The model under explanation as a `LanguageModel`; it is left as it was found.
+    """The explained model as a `LanguageModel`; it is not modified.
 
     Args:
         model: A causal language model.
@@ -55,7 +56,7 @@ class Likelihood:
     def log_likelihoods(self, texts: Sequence[str]) -> Tensor:
         """See `LanguageModel.log_likelihoods`; float64 on the CPU."""
         rows = [self._ids(text) for text in texts]
-        # Neighbours in length share a pass.
+        # Rows of similar length share a pass.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
         if not any(len(row) > 1 for row in rows):
@@ -110,9 +111,10 @@ class Likelihood:
         ids = self._ids(text)
         shift = len(ids) - len(encoding.ids)
         if self._most is None or len(ids) <= self._most:
-            self._scorer.expect(ids)  # what is asked next is how its beginnings go on
+            self._scorer.expect(ids)  # the next request continues its prefixes
         anchors = list(accumulate((a if a is not None else -1 for a in encoding.anchors), max))
-        # The tokens whose first characters are a place's; white space before may be one of its own.
+        # The tokens whose first characters are in the place; preceding white space may be a token
+        # of its own.
         stand = [
             range(bisect_left(anchors, start) + shift, bisect_left(anchors, stop) + shift)
             for start, stop in spans
@@ -146,13 +148,13 @@ class Likelihood:
     def _best(
         self, log_probs: Tensor, around: Sequence[int], n: int, fits: Callable[[str], bool]
     ) -> list[tuple[str, float]]:
-        """The likeliest tokens in a place beside the one that stands there.
+        """The likeliest tokens at a position besides the original one.
 
         Args:
-            log_probs: Of the vocabulary.
-            around: The token before the place, and the one that stands there.
+            log_probs: Log-probabilities of the vocabulary.
+            around: The previous token, and the original one.
             n: Number of tokens.
-            fits: Whether a text may stand there.
+            fits: Whether a text is allowed.
         """
         before, own = around
         spaced = self._piece(own, before)[:1].isspace()
@@ -168,11 +170,11 @@ class Likelihood:
         return found
 
     def _said(self, ids: Sequence[int], at: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Places of a row and the log-probabilities of the vocabulary there, float64 on the CPU.
+        """Yields positions of a row, and log-probabilities of the vocabulary there (float64, CPU).
 
         Args:
             ids: The row.
-            at: Places after the first, in order.
+            at: Positions after the first, in order.
         """
         for begin, stop, some in self._windows(ids, at):
             window = [*ids[:1], *ids[begin + 1 : stop]] if begin else [*ids[:stop]]
@@ -185,15 +187,15 @@ class Likelihood:
             row = torch.tensor([window[:-1]], dtype=torch.int64, device="cpu")
             logits = self._logits(row)[0]
             for place in some:
-                # Counted from the end: a soft prompt has logits of its own in front.
+                # Counted from the end: a soft prompt adds logits in front.
                 yield place, self._log_softmax(logits[place - stop])
 
     def _windows(
         self, ids: Sequence[int], at: Sequence[int]
     ) -> Iterator[tuple[int, int, list[int]]]:
-        """Stretches of a row that the model has positions for: where each begins and stops.
+        """Windows of a row that fit the model's maximum length, as (start, stop).
 
-        Every place is told with a half of those positions before it at least.
+        Every position has at least half of the maximum length before it.
         """
         most = self._most
         begin, todo = 0, list(at)
@@ -219,7 +221,7 @@ class Likelihood:
             tokens.encode_in_place(self._tokenizer, text, beginning)
             for text, beginning in zip(texts, beginnings, strict=True)
         ]
-        # One target for all: each row says its own part of it.
+        # One target for all: each row predicts its own part of it.
         first: dict[tuple[int, ...], int] = {}
         target: list[int] = []
         for own in said:
@@ -265,7 +267,7 @@ class Likelihood:
         return texts
 
     def _last(self, ids: Sequence[int], n_after: int) -> Sequence[int]:
-        """The last of these ids that the model has positions for, with so many after them."""
+        """The last of these ids that fit the model's maximum length, with `n_after` more."""
         if self._most is None or len(ids) + n_after <= self._most:
             return ids
         return [*ids[:1], *ids[len(ids) + n_after + 1 - self._most :]]
@@ -279,13 +281,13 @@ class Likelihood:
         return Scorer(self._model)
 
     def _piece(self, token: int, before: int) -> str:
-        """What a token shows after another one."""
+        """The text of a token after another one."""
         if token not in self._pieces:
             self._pieces[token] = tokens.pieces(self._tokenizer, [token], [before])[0]
         return self._pieces[token]
 
     def _ids(self, text: str) -> Sequence[int]:
-        # Beginnings come again: how a word ends is asked, then what goes on with it.
+        # Beginnings recur: first for the end of a word, then for what follows.
         if text not in self._encoded:
             ids = tokens.encode(self._tokenizer, text).ids
             self._encoded[text] = tokens.after_start(self._tokenizer, ids)
@@ -294,7 +296,7 @@ class Likelihood:
     def _sums(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Log-probability of each row, ``(n_rows,)``."""
         length = max(map(len, rows))
-        # What stands right of a row is never seen by it.
+        # Padding on the right is never visible to a row.
         ids = torch.tensor(
             [[*row, *[0] * (length - len(row))] for row in rows], dtype=torch.int64, device="cpu"
         )
@@ -310,7 +312,7 @@ class Likelihood:
         return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
     def _stepping(self, row: Sequence[int]) -> Tensor:
-        """Log-probability of a row, whose every token is asked with nothing after it, ``(1,)``."""
+        """Log-probability of a row with one pass per token, with nothing after it, ``(1,)``."""
         total = 0.0
         for n in range(1, len(row)):
             logits = self._logits(torch.tensor([row[:n]], dtype=torch.int64, device="cpu"))[
@@ -320,10 +322,10 @@ class Likelihood:
         return torch.tensor([total], dtype=torch.float64, device="cpu")
 
     def _look(self, rows: Sequence[Sequence[int]]) -> Findings:
-        """What the model does with such rows, and with shorter and somewhat longer ones.
+        """Findings of the probe for such rows, also shorter and somewhat longer ones.
 
-        Words are tried after every beginning of a text, and what is attributed has some more after
-        it: one look serves all.
+        Words are tried after every prefix of a text, and the attributed text is somewhat longer:
+        one probe serves all.
         """
         longest = max(rows, key=len)
         beyond = [*longest, *longest[-_BEYOND:]]
@@ -343,7 +345,7 @@ class Likelihood:
         return _compat.sequence_logits(output)
 
     def _special(self, size: int) -> list[int]:
-        """Ids that end or pad a text: none of its words."""
+        """Ids that end or pad a text, which are not words."""
         ids: set[int] = set(getattr(self._tokenizer, "all_special_ids", None) or ())
         return [token for token in ids if token < size]
 
@@ -351,12 +353,12 @@ class Likelihood:
 def _elsewhere(
     begins: Sequence[int], stand: Sequence[int], chances: Mapping[int, Tensor]
 ) -> dict[int, float]:
-    """How probable each token is, on average, in the places where others stand.
+    """The mean probability of each token at the positions of other ones.
 
     Args:
         begins: The tokens.
-        stand: The token of every place.
-        chances: By token, the probabilities of `begins` where it stands, summed over its places.
+        stand: The original token of every position.
+        chances: By original token, the probabilities of `begins` summed over its positions.
     """
     total = sum(chances.values(), torch.zeros(len(begins), dtype=torch.float64, device="cpu"))
     return {
@@ -369,8 +371,8 @@ def as_proposer(given: Any, tokenizer: Any) -> Proposer:
     """A causal or masked language model as a `Proposer`.
 
     Args:
-        given: A model and its tokenizer, or something that has both (a pipeline of transformers),
-            or a model that has the tokenizer of the one under explanation.
+        given: A model and its tokenizer, an object with both (a transformers pipeline), or a model
+            with the explained model's tokenizer.
         tokenizer: That tokenizer.
 
     Raises:

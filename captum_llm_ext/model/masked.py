@@ -1,4 +1,4 @@
-"""A masked model as a `Proposer`: it knows what comes before a place, and what comes after it."""
+"""A masked language model as a `Proposer`, which conditions on both sides of a position."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,18 +13,18 @@ from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import Listed
 
-# Rows of a pass. A causal model of 135 million weights took 82 ms of one core for 12 tokens alone,
-# 44 a row in batches of 4, 32 in 16 and 30 in 64, which hold four times the logits.
+# Rows per pass. A causal model of 135 million weights took 82 ms of one core for 12 tokens alone,
+# 44 per row in batches of 4, 32 in 16 and 30 in 64, which have four times the logits.
 _ROWS_AT_ONCE = 16
-_LOOKED_AT = 64  # tokens per wanted one of which it is looked up what they show
-_Row = tuple[list[int], list[int]]  # ids, and the masked places that are asked about
+_LOOKED_AT = 64  # tokens examined per requested one; chosen, not measured
+_Row = tuple[list[int], list[int]]  # ids, and the masked positions that are requested
 
 
 class MaskedProposer:
-    """A masked language model (BERT and the like) as a `Proposer`; it is left as it was found.
+    """A masked language model (such as BERT) as a `Proposer`; it is not modified.
 
-    What it says of a word depends on the text on both sides, the next word excepted: two words of a
-    phrase would otherwise each be certain from the other.
+    Predictions depend on the text on both sides, except for the next word: otherwise two words of a
+    phrase would determine each other.
 
     Args:
         model: A masked language model.
@@ -46,7 +46,7 @@ class MaskedProposer:
         self._model, self._tokenizer, self._mask = model, tokenizer, int(mask)
         self._device = _compat.input_device(model)
         longest = _compat.longest_sequence(model)
-        # Some count positions from two on.
+        # Some models number positions from two on.
         self._most = None if longest is None else max(longest - 2, 3)
         self._is_uncased = self._encode("A").ids == self._encode("a").ids
 
@@ -80,7 +80,7 @@ class MaskedProposer:
             if not places:
                 found.append(None)
                 continue
-            # Of a word longer than the model's positions as much as they hold.
+            # For a word longer than the maximum length, the part that fits.
             chance = sum(float(row[ids[place]]) for row, place in zip(told, places, strict=False))
             before = ids[places[0] - 1] if places[0] else None
             others = self._best(one[0], text[start:stop], before, n, partial(fits, number))
@@ -90,7 +90,7 @@ class MaskedProposer:
     def log_probs_between(
         self, beginnings: Sequence[str], texts: Sequence[str], rests: Sequence[str]
     ) -> Tensor:
-        """See `Proposer.log_probs_between`; of several tokens each is told without the others."""
+        """See `Proposer.log_probs_between`; several tokens are predicted independently."""
         rows: list[_Row] = []
         wanted: list[list[int]] = []
         for beginning, text, rest in zip(beginnings, texts, rests, strict=True):
@@ -114,7 +114,7 @@ class MaskedProposer:
         n_words: Sequence[int],
         is_enough: Callable[[int, str], bool],
     ) -> list[str]:
-        """See `Proposer.greedy`; a token for each of the `n_words`, from left to right."""
+        """See `Proposer.greedy`; one token for each of the `n_words`, from left to right."""
         mask = f" {self._tokenizer.mask_token}"
         texts = [
             list(self._encode(beginning + mask * n + rest).ids)
@@ -143,7 +143,7 @@ class MaskedProposer:
         n: int,
         fits: Callable[[str], bool],
     ) -> list[tuple[str, float]]:
-        """The likeliest words of one token in a place, cased like the word that stands there."""
+        """The likeliest single-token words at a position, with the case of the original word."""
         found: dict[str, float] = {}
         best = log_probs.topk(min(_LOOKED_AT * n, len(log_probs)))
         ahead = [] if before is None else [before]
@@ -151,7 +151,7 @@ class MaskedProposer:
             if len(found) == n or log_prob == -torch.inf:
                 break
             piece = tokens.pieces(self._tokenizer, [token], ahead)[0]
-            # What goes on with the word before is no word.
+            # A token that continues the previous word is not a word.
             starts = piece[:1].isspace() or before in tokens.special_ids(self._tokenizer)
             shown = _cased(piece.strip(), own) if self._is_uncased else piece.strip()
             if starts and shown and shown != own and shown not in found and fits(shown):
@@ -159,12 +159,12 @@ class MaskedProposer:
         return [*found.items()]
 
     def _log_probs(self, rows: Sequence[_Row]) -> list[Tensor]:
-        """Log-probabilities of the vocabulary at places of rows, ``(n_places, size)`` each."""
+        """Log-probabilities of the vocabulary at positions of rows, ``(n_places, size)`` each."""
         cut = [self._window(*row) for row in rows]
         found: list[Tensor] = [torch.empty(0, dtype=torch.float64, device="cpu")] * len(rows)
         lengths = [len(ids) for ids, _ in cut]
         order = sorted((i for i, (_, at) in enumerate(cut) if at), key=lengths.__getitem__)
-        for _, group in groupby(order, key=lengths.__getitem__):  # no padding to be seen
+        for _, group in groupby(order, key=lengths.__getitem__):  # equal lengths: no padding
             same = list(group)
             for first in range(0, len(same), _ROWS_AT_ONCE):
                 some = same[first : first + _ROWS_AT_ONCE]
@@ -180,7 +180,7 @@ class MaskedProposer:
         return found
 
     def _window(self, ids: Sequence[int], places: Sequence[int]) -> _Row:
-        """As much of a row around the places as the model has positions for, and its two ends."""
+        """The part of a row around the positions that fits the maximum length, and its two ends."""
         if self._most is None or len(ids) <= self._most or not places:
             return list(ids), list(places)
         inner = self._most - 2
@@ -193,7 +193,7 @@ class MaskedProposer:
 
 
 def _inside(encoding: tokens.Encoding, span: tuple[int, int]) -> list[int]:
-    """The tokens that show characters of a stretch of text, from its first one that is no space."""
+    """The tokens that contain characters of a span, from its first one that is not a space."""
     return [
         i
         for i, anchor in enumerate(encoding.anchors)
@@ -202,7 +202,7 @@ def _inside(encoding: tokens.Encoding, span: tuple[int, int]) -> list[int]:
 
 
 def _cased(piece: str, like: str) -> str:
-    """A word in capitals where another one is."""
+    """A word capitalised like another one."""
     if like[:1].isupper():
         return piece.upper() if len(like) > 1 and like.isupper() else piece.capitalize()
     return piece

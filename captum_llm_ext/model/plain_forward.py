@@ -1,4 +1,4 @@
-"""One forward pass with nothing shared: what other ways of scoring are held against."""
+"""A plain forward pass without any reuse: the reference for all other ways of scoring."""
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +9,13 @@ from captum_llm_ext.model.forward.rows import TokenRow
 
 
 def plain_log_probs(model: nn.Module, row: TokenRow) -> Tensor:
-    """Log-probabilities of the vocabulary where a row says its target tokens.
+    """Log-probabilities of the vocabulary at the positions that predict the target tokens.
 
     A single uncached, unpadded pass over the row alone; softmax in float64.
 
     Args:
         model: A causal language model.
-        row: The row; places of -1 have no meaning.
+        row: The row; for positions of -1 the result has no meaning.
 
     Returns:
         Shape ``(n_target, vocabulary)``, float64 on the CPU.
@@ -26,6 +26,6 @@ def plain_log_probs(model: nn.Module, row: TokenRow) -> Tensor:
     ids = torch.tensor([row.ids], dtype=torch.int64, device=_compat.input_device(model))
     with exclusive_use(model):
         logits = _compat.sequence_logits(_compat.called(model, ids, **arguments))[0]
-    # Counted from the end: a soft prompt has logits of its own in front.
+    # Counted from the end: a soft prompt adds logits in front.
     places = [place - len(row.ids) for place in row.positions]
     return logits[places].double().cpu().log_softmax(1)

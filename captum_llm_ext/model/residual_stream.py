@@ -1,6 +1,6 @@
-"""The residual stream: what every place holds between two layers, to be read or changed.
+"""The residual stream: the hidden states between two layers, to be read or patched.
 
-Only in passes of the thread that wants it; those of others see nothing of it.
+Only in forward passes of the calling thread; those of others are unaffected.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import in_this_thread_only
 
-# What is done with a stream (batch, length, size); None leaves it as it is.
+# Modifies a stream (batch, length, size); None leaves it unchanged.
 _Change = Callable[[Tensor], Tensor | None]
 
 _NO_LAYERS = (
@@ -30,11 +30,11 @@ _COMPILED = (
 
 @dataclass(frozen=True)
 class Patch:
-    """What stands in some places of one row's stream.
+    """Replacement vectors at some positions of one row's stream.
 
     Attributes:
-        layer: Of the stream: 0 is what enters the first layer.
-        places: Of the row.
+        layer: Index of the stream: 0 enters the first layer.
+        places: Positions in the row.
         vectors: Shape ``(n_places, size)``.
     """
 
@@ -48,10 +48,10 @@ class ResidualStream:
 
     Args:
         model: The model.
-        layers: Its layers, in order; None: found.
+        layers: Its layers in order; None: found automatically.
 
     Raises:
-        ValueError: If they cannot be found, or hooks of theirs would not be noticed.
+        ValueError: If they cannot be found, or hooks on them would have no effect.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module] | None = None) -> None:
@@ -69,18 +69,18 @@ class ResidualStream:
 
     @property
     def n_layers(self) -> int:
-        """Number of layers; there is one stream more."""
+        """Number of layers; there is one more stream."""
         return len(self._layers)
 
     @contextmanager
     def read(self, *, with_gradients: bool = False) -> Generator[list[Tensor]]:
-        """The streams of the pass within, ``(batch, length, size)`` each, once it is over.
+        """Collects the streams of the pass within, ``(batch, length, size)`` each.
 
         Args:
-            with_gradients: Whether they are parts of the pass's graph, whose leaf is the first.
+            with_gradients: Whether they are part of the autograd graph, whose leaf is the first.
 
         Raises:
-            ValueError: If a layer does not run once, or gives no such stream.
+            ValueError: If a layer does not run exactly once, or returns no such stream.
         """
         found: list[list[Tensor]] = [[] for _ in range(self.n_layers + 1)]
         streams: list[Tensor] = []
@@ -88,7 +88,7 @@ class ResidualStream:
         def note(number: int) -> _Change:
             def change(stream: Tensor) -> Tensor | None:
                 if not with_gradients:
-                    # What is done to it in place later on is not what the layer gave.
+                    # Later in-place modifications do not belong to the layer's output.
                     found[number].append(stream.detach().clone())
                     return None
                 own = stream if number else stream.detach().requires_grad_()
@@ -108,10 +108,10 @@ class ResidualStream:
 
     @contextmanager
     def patched(self, patches: Sequence[Patch | None]) -> Generator[None]:
-        """Has the passes within go on from changed streams.
+        """Makes passes within continue from patched streams.
 
         Args:
-            patches: One for each row of these passes; None leaves a row as it is.
+            patches: One for each row of these passes; None leaves a row unchanged.
         """
         by_layer: dict[int, list[tuple[int, Patch]]] = {}
         for row, patch in enumerate(patches):
@@ -132,22 +132,22 @@ class ResidualStream:
             yield
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """What the model's embedding makes of ids ``(1, length)``: ``(1, length, size)``.
+        """The embeddings of ids ``(1, length)``: ``(1, length, size)``.
 
         Raises:
-            ValueError: If the model does not tell its embedding.
+            ValueError: If the model's embedding cannot be found.
         """
         return self._embedding_layer()(ids).detach()
 
     @contextmanager
     def noised(self, noise: Sequence[Tensor | None]) -> Generator[None]:
-        """Adds to what the model's embedding gives in the passes within.
+        """Adds noise to the embeddings in the passes within.
 
         Args:
             noise: One for each row of these passes, ``(length, size)``; None adds nothing.
 
         Raises:
-            ValueError: If the model does not tell its embedding, or does not use it.
+            ValueError: If the model's embedding cannot be found, or is not used.
         """
         if all(own is None for own in noise):
             yield
@@ -161,7 +161,7 @@ class ResidualStream:
             changed = output.clone()
             for row, own in enumerate(noise):
                 if own is not None:
-                    length = min(len(own), changed.shape[1])  # a row may be cut short, or padded
+                    length = min(len(own), changed.shape[1])  # a row may be truncated, or padded
                     changed[row, :length] += own[:length].to(changed)
             return changed
 
@@ -199,7 +199,7 @@ class ResidualStream:
             def after(_: nn.Module, arguments: Any, output: Any) -> Any:
                 return _changed(output, change, what)
 
-            # Before any hook of others: what they do to it is done to the stream as well.
+            # Before other hooks: their changes apply to the stream as well.
             return layer.register_forward_hook(in_this_thread_only(after), prepend=True)
 
         first = self._layers[0]
@@ -222,7 +222,7 @@ _WANTED = (
 
 
 def _changed(given: Any, change: _Change, what: str) -> Any:
-    """A layer's output or its arguments, whose first is the stream, with that changed."""
+    """A layer's output or its arguments, with the stream, which is the first, modified."""
     parts = cast("tuple[Any, ...]", given) if isinstance(given, tuple | list) else (given,)
     stream = parts[0] if parts else None
     if not isinstance(stream, Tensor) or stream.dim() != 3 or not stream.is_floating_point():
@@ -245,7 +245,7 @@ def _check_rows(stream: Tensor, n_rows: int) -> None:
 
 
 def same_streams(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Where two rows have the same stream, bool ``(n_layers + 1, length)`` on the CPU.
+    """At which positions two rows have equal streams, bool ``(n_layers + 1, length)`` on the CPU.
 
     Args:
         one, other: The streams of each, ``(length, size)``.

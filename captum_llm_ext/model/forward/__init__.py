@@ -1,1 +1,1 @@
-"""One forward pass over many rows: what they share is computed once, logits become values."""
+"""Forward passes over many rows: shared parts are computed once, logits become values."""

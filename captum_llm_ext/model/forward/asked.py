@@ -1,4 +1,4 @@
-"""`Asked`: the target tokens that every row is asked for, and what each is held against."""
+"""`Asked`: the target tokens that every row is scored for, and their foils."""
 
 from array import array
 from collections.abc import Callable, Sequence
@@ -16,19 +16,19 @@ from captum_llm_ext.model.forward.rows import TokenRow
 
 @dataclass(frozen=True)
 class Asked:
-    """What the model is asked where a row says the target tokens.
+    """What is computed at the positions that predict the target tokens.
 
-    A row has a value for every target token. With foils it has a second one, the logarithm of the
-    probability of all foils of that token together: a few more products at a place whose
-    log-sum-exp is there anyway. Or it is asked for the likeliest tokens there, whatever the target
-    is: their log-probabilities, and then their ids.
+    A row has a value for every target token. With foils it has a second one, the log-probability of
+    all foils of that token together: a few more products at a position whose log-sum-exp is
+    computed anyway. Alternatively, the likeliest tokens at each position are requested: their
+    log-probabilities, then their ids.
 
     Attributes:
         target: Token ids, int64 ``(n_target,)``.
-        foils: Token ids, int64 ``(n_target, n_foils)``; -1 where a token has fewer. A token without
-            any is held against nothing, and the logarithm is 0. None: nothing is asked of foils.
-        n_likeliest: So many of the likeliest tokens are asked for, the likeliest first; -inf and -1
-            where the vocabulary has fewer. 0: values are.
+        foils: Token ids, int64 ``(n_target, n_foils)``; padded with -1. The log-probability is 0
+            for a token without foils. None: no foils.
+        n_likeliest: Number of likeliest tokens requested, the likeliest first; padded with -inf and
+            -1 if the vocabulary has fewer. 0: values are requested.
     """
 
     target: Tensor
@@ -37,7 +37,7 @@ class Asked:
 
     @staticmethod
     def likeliest(n_target: int, n: int) -> "Asked":
-        """The `n` likeliest tokens at `n_target` places."""
+        """Requests the `n` likeliest tokens at `n_target` positions."""
         return Asked(torch.zeros(n_target, dtype=torch.int64, device="cpu"), n_likeliest=n)
 
     def __len__(self) -> int:
@@ -45,17 +45,17 @@ class Asked:
 
     @property
     def per_token(self) -> int:
-        """How many values a target token has in a row."""
+        """Number of values per target token and row."""
         if self.n_likeliest:
             return 2 * self.n_likeliest
         return 1 if self.foils is None else 2
 
     def callable_of(self, attr_target: AttrTarget) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """The callable of the user's that makes values of logits, if one does."""
+        """The user's callable that computes values from logits, if there is one."""
         return None if self.n_likeliest or isinstance(attr_target, str) else attr_target
 
     def only(self, tokens: Sequence[int]) -> "Asked":
-        """Some of the target tokens, as if there were no others."""
+        """The same for some of the target tokens only."""
         some = list(tokens)
         foils = None if self.foils is None else self.foils[some]
         return Asked(self.target[some], foils, self.n_likeliest)
@@ -68,13 +68,13 @@ class Asked:
     def values(
         self, said: HeadOutput, where: Tensor, tokens: Tensor, attr_target: object
     ) -> Tensor:
-        """Values of target tokens at places.
+        """Values of target tokens at positions.
 
         Args:
-            said: What the model says.
-            where: Which of its places, int64 ``(n,)``; one may come for many tokens and rows.
-            tokens: Numbers of the target tokens, int64 ``(n,)``.
-            attr_target: As for `Scorer`; no callable.
+            said: Output of the model.
+            where: Indices of its positions, int64 ``(n,)``; may repeat.
+            tokens: Indices of the target tokens, int64 ``(n,)``.
+            attr_target: As for `Scorer`, but not a callable.
 
         Returns:
             Shape ``(n, per_token)``, float64 on the CPU.
@@ -93,12 +93,12 @@ class Asked:
         places = where[:, None].expand_as(ids)
         found[is_asked] = said.values(places[is_asked], ids[is_asked], "log_prob")
         single = torch.promote_types(said.vectors.dtype, torch.float32)
-        foils = found[:, 1:].logsumexp(1).to(single).double()  # rounded as all values are
+        foils = found[:, 1:].logsumexp(1).to(single).double()  # rounded like all values
         foils = foils.masked_fill(~is_asked[:, 1:].any(1), 0.0)
         return torch.stack([found[:, 0], foils], 1)[back]
 
     def digest(self, row: TokenRow) -> bytes:
-        """Equal for rows that the model cannot tell apart and that are asked for the same."""
+        """Equal for rows that the model cannot distinguish, with equal requests."""
         parts = [row.ids, row.positions, self.target.tolist()]
         parts += [] if self.foils is None else self.foils.tolist()
         parts += [[self.n_likeliest]] * bool(self.n_likeliest)
@@ -110,11 +110,11 @@ class Asked:
 
 
 def explained(values: Tensor, asked: Asked, attr_target: object) -> Tensor:
-    """What is attributed, of what rows were asked.
+    """The explained values, from the values of a request.
 
     Args:
-        values: Shape ``(n_rows, per_token * n_target)``, as `Scorer.values` gives them.
-        asked: What they are.
+        values: Shape ``(n_rows, per_token * n_target)``, as returned by `Scorer.values`.
+        asked: The request.
         attr_target: As for `Scorer`.
 
     Returns:

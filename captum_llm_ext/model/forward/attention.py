@@ -1,10 +1,10 @@
-"""Attention of many rows to what they share and to their own, each with a softmax of its own.
+"""Attention of many rows to shared keys and to their own, each with its own softmax.
 
-The two are merged by their log-sum-exps: with ``l`` that of all scores, ``exp(l_shared - l)`` and
-``exp(l_own - l)`` are what each is worth. The shared keys are read where they are; no row has a
-copy. `merged_attention` is for rows side by side that share one beginning, `packed_attention` for
-rows in one sequence (see `packing`). Grouped heads, windows, soft caps, sinks and values of another
-size than keys are handled; whatever else a model asks for is refused.
+The two are merged by their log-sum-exps: with ``l`` that of all scores, the weights are
+``exp(l_shared - l)`` and ``exp(l_own - l)``. The shared keys are read in place, without a copy per
+row. `merged_attention` is for a batch of rows with one common prefix, `packed_attention` for rows
+in one sequence (see `packing`). Supports grouped heads, windows, soft caps, sinks and values of
+another size than keys; anything else that a model requests raises an error.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -21,18 +21,18 @@ from captum_llm_ext.model.forward.packing import Pack, Segment, ends
 from captum_llm_ext.model.forward.prefix_cache import shared_with
 from captum_llm_ext.model.forward.stacking import Stack, stacks
 
-# What is seen of some keys: as a mask tells, or a bias, with which every query sees some of them;
-# or of those at the queries' own places up to each.
+# Which keys are visible: by a mask, or a bias, with which every query sees some of them; or those
+# at the queries' own positions up to each.
 _Seen = Tensor | Literal["before"] | None
 
 _NAME = "captum_llm_ext_merged"
 _PACKED = "captum_llm_ext_packed"
 _SIDES = "_captum_llm_ext_sides"
-# Scores that exist at once where no kernel keeps them to itself.
+# Maximum number of scores in memory if no kernel avoids them. Chosen, not measured.
 _MOST_SCORES = 2**25
-# Up to so many queries, masking what is not to be seen costs less than merging two softmaxes.
+# Up to this many queries, masking is cheaper than merging two softmaxes. Chosen, not measured.
 _SHORT = 256
-# What models pass that is no part of the scores, or is in the mask already.
+# Arguments of models that do not affect scores, or are part of the mask already.
 _HARMLESS = frozenset(
     "sliding_window position_ids cache_position output_attentions use_cache cache past_key_values "
     "output_hidden_states return_dict output_router_logits layer_idx labels logits_to_keep "
@@ -43,10 +43,10 @@ _KNOWN = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attenti
 
 @contextmanager
 def merged_attention(model: nn.Module) -> Generator[None]:
-    """Has the model attend in this way; its configuration and the registry are put back.
+    """Makes the model attend like this; its configuration and the registry are restored.
 
     Raises:
-        NotImplementedError: If the model's attention is none that is known, or is compiled.
+        NotImplementedError: If the model's attention is unknown, or compiled.
     """
     attend = partial(_attend, _attend_lent)
     with _compat.attention_of(model, _NAME, attend, _mask, _KNOWN):
@@ -62,7 +62,7 @@ def _mask(
     attention_mask: Tensor | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """What is seen, ``(1, 1, q_length, kv_length)``; the same in all rows, as none is padded."""
+    """The visible keys, ``(1, 1, q_length, kv_length)``; equal in all rows, without padding."""
     if attention_mask is not None:
         raise NotImplementedError("an attention mask")
     arguments["allow_is_causal_skip"] = arguments["allow_is_bidirectional_skip"] = False
@@ -73,9 +73,9 @@ class _Scores(NamedTuple):
     """How queries and keys are scored.
 
     Attributes:
-        scale: What products are multiplied by.
+        scale: Factor of the products.
         softcap: Bound of the scores, if any.
-        sink: A score of its own per head that no value belongs to.
+        sink: A score per head without a value.
     """
 
     scale: float
@@ -100,7 +100,7 @@ def _attend(
     """An attention function of transformers; ``(batch, heads, length, size)`` each.
 
     Raises:
-        NotImplementedError: If something is asked for that is not known here.
+        NotImplementedError: If something unsupported is requested.
     """
     unknown = [name for name, given in others.items() if given is not None]
     unknown = [name for name in unknown if name not in _HARMLESS]
@@ -121,7 +121,7 @@ def _attend_lent(
     shared = shared_with(key)
     n_shared = 0 if shared is None else shared.keys.shape[-2]
     if mask.shape[-1] != n_shared + key.shape[-2]:
-        # Whatever was done to the keys on their way here, those that are shared are lost.
+        # Keys that were transformed on the way have lost their link to the shared ones.
         raise NotImplementedError("keys that do not come as the state gives them")
     seen_of_shared, seen_of_own = _sides(mask, n_shared)
     parts = [_part(query, key, value, seen_of_own, scores)]
@@ -133,13 +133,13 @@ def _attend_lent(
 
 @dataclass
 class Packing:
-    """What one pass over a pack needs to know.
+    """State of one pass over a pack.
 
     Attributes:
         pack: The rows.
-        n_layers: How many layers attend.
-        last: What the last one is asked about of the pack's segments.
-        n_attended: How many layers have attended up to now.
+        n_layers: Number of attention layers.
+        last: The segments as far as the last layer needs them.
+        n_attended: Number of layers that have attended so far.
     """
 
     pack: Pack
@@ -165,10 +165,10 @@ class Packing:
     def mask(
         self, attention_mask: Tensor | None = None, device: Any = "cpu", **arguments: Any
     ) -> Tensor:
-        """Stands for the mask that a kind of layers asks for: which pairs it sees is asked later.
+        """A placeholder for the mask of a kind of layers, which is computed later.
 
         Raises:
-            NotImplementedError: If some tokens of the sequence are said to be padding.
+            NotImplementedError: If some tokens of the sequence are padding.
         """
         if attention_mask is not None and not bool(attention_mask.all()):
             raise NotImplementedError("an attention mask")
@@ -180,17 +180,17 @@ class Packing:
 
     @property
     def segments(self) -> Sequence[Segment]:
-        """What the layer that attends is asked about."""
+        """The segments needed by the current layer."""
         return self.last if self.is_through() else self.pack.segments
 
     def stacks(self, kind: int, n_gone: int, like: Tensor, per_group: int) -> list[Stack]:
-        """The short ones of the segments, side by side.
+        """The short segments, stacked.
 
         Args:
-            kind: The entry of what `mask` gave.
-            n_gone: Of the first ids that were read before, the state has so many no more.
-            like: Biases have its type and device.
-            per_group: Heads that have the same keys: their queries stand side by side as well.
+            kind: Index of the placeholder from `mask`.
+            n_gone: Number of first ids that the state no longer holds.
+            like: Dtype and device of biases.
+            per_group: Heads per group of equal keys, whose queries are concatenated.
         """
         key = (kind, n_gone, per_group, int(self.is_through()))
         if key not in self._stacks:
@@ -207,7 +207,7 @@ class Packing:
         return self._stacks[key]
 
     def sides(self, kind: int, segment: Segment, n_gone: int) -> tuple[_Seen, _Seen]:
-        """What it sees of its path, and of itself."""
+        """What a segment sees of its path, and of itself."""
         key = (kind, segment.stop - segment.start, segment.depth, n_gone)
         if key not in self._sides:
             whole = self._seen(kind, segment, n_gone)
@@ -228,16 +228,16 @@ class Packing:
 
 @contextmanager
 def packed_attention(model: nn.Module, pack: Pack, needed: Tensor) -> Generator[Packing]:
-    """Has every token of a pack see those of its own row alone.
+    """Makes every token of a pack see only those of its own row.
 
     Args:
-        model: Whose configuration and registries are put back.
-        pack: What a single pass within reads.
-        needed: Places of the tokens that are asked about, sorted: the last layer's attention of
-            others is 0 where there are many of them.
+        model: The model, whose configuration and registries are restored.
+        pack: The pack, for a single pass within.
+        needed: Sorted positions of the requested tokens: the last layer's attention of others is 0
+            if there are many of them.
 
     Raises:
-        NotImplementedError: If the model's attention is none that is known, or is compiled.
+        NotImplementedError: If the model's attention is unknown, or compiled.
     """
     packing = Packing(pack, _compat.number_of_layers(model), ends(pack, needed))
     attend = partial(_attend, partial(_attend_packed, packing))
@@ -261,7 +261,7 @@ def _attend_packed(
         raise NotImplementedError("keys that do not come as the state gives them")
     packing.n_attended += 1
     kind, (heads, groups) = int(mask), (query.shape[1], key.shape[1])
-    # In the order in which it is wanted, for it not to be copied.
+    # In the order in which it is needed, to avoid a copy.
     found = query.new_zeros(query.shape[2], heads, value.shape[-1])
     for stack in packing.stacks(kind, n_gone, query, heads // groups):
         own, places = stack.own
@@ -297,17 +297,17 @@ def _attend_stacked(
 
 
 def _along(x: Tensor, path: Sequence[tuple[int, int]]) -> Tensor:
-    """What stands at places of a sequence, ``(1, heads, n, size)``."""
+    """Entries at positions of a sequence, ``(1, heads, n, size)``."""
     pieces = [x[:, :, start:stop] for start, stop in path]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
 def _merged(parts: Sequence[tuple[Tensor, Tensor]], sink: Tensor | None) -> Tensor:
-    """Attention to all keys from that to some of them each, ``(batch, heads, length, size)``.
+    """Attention to all keys, merged from parts of the keys, ``(batch, heads, length, size)``.
 
     Args:
         parts: Attention, and log-sum-exps ``(batch, heads, length)``; one part or two.
-        sink: A score of its own per head that no value belongs to.
+        sink: A score per head without a value.
     """
     found, total = parts[0]
     for other, size in parts[1:]:
@@ -327,13 +327,12 @@ def _part(
     Args:
         query: ``(batch, heads, length, size)``.
         key, value: ``(batch or 1, groups, n, …)``.
-        seen: bool or a bias, ``(1, 1, length, n)``, or for each of the batch a bias that the heads
-            of a group have once each; None: all of it; "before": as many keys as queries, and of
-            these each sees those before it and its own.
-        scores: How they are made; the sink is no part of them.
+        seen: bool or a bias, ``(1, 1, length, n)``, or per batch entry a bias repeated for the
+            heads of a group; None: everything; "before": as many keys as queries, causal.
+        scores: How scores are computed, without the sink.
 
     Returns:
-        Both in float32 at least; 0 and minus infinity where nothing is seen.
+        Both in float32 at least; 0 and minus infinity if nothing is visible.
     """
     scale, softcap = scores.scale, scores.softcap
     batch, heads, length, size = query.shape
@@ -345,7 +344,7 @@ def _part(
                 key, value = (x.repeat_interleave(per_group, 1) for x in (key, value))
             return _on_cpu(query, key, value, seen, scale)
         seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
-    # The heads of a group are so many queries more; with one set of keys, so are the rows.
+    # The heads of a group become additional queries; with one set of keys, so do the rows.
     folded = query.view(batch, groups, per_group, length, size)
     together = seen is None and len(key) == 1
     if together:
@@ -371,9 +370,9 @@ def _part(
 
 
 def _sides(mask: Tensor, n_shared: int) -> list[Tensor | None]:
-    """What is seen of what is shared and of the own keys; None where that is all of it.
+    """The visible shared keys and own keys; None if all are.
 
-    Found once for each mask: all layers of a kind are given the same one.
+    Computed once per mask, which all layers of a kind share.
     """
     known: dict[int, list[Tensor | None]] = getattr(mask, _SIDES, {})
     setattr(mask, _SIDES, known)
@@ -384,7 +383,7 @@ def _sides(mask: Tensor, n_shared: int) -> list[Tensor | None]:
 
 
 def _kernel(query: Tensor, key: Tensor) -> Any:
-    """The kernel of torch that gives sums along, or None."""
+    """torch's kernel that also returns log-sum-exps, or None."""
     if query.device.type == "cpu":
         n_scores = query.numel() // query.shape[-1] * key.shape[-2]
         is_coarse = query.dtype == torch.bfloat16 and n_scores <= _MOST_SCORES
@@ -398,7 +397,7 @@ def _on_cpu(
     query: Tensor, key: Tensor, value: Tensor, seen: _Seen, scale: float
 ) -> tuple[Tensor, Tensor]:
     size, out = query.shape[-1], value.shape[-1]
-    if out != size:  # one size for all: zeros change neither scores nor sums
+    if out != size:  # zero padding changes neither scores nor sums
         wide = max(size, out)
         query, key, value = (
             nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value)
@@ -419,10 +418,10 @@ def _on_cpu(
 def _products(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """By products in sixteen bits, which torch's kernel does without on most CPUs.
+    """By matrix products in 16 bits, which torch's kernel does not use on most CPUs.
 
     It takes half the time. Scores are rounded as in eager attention; SmolLM2's log-probabilities
-    were no further from those of the same weights in float32 than by the kernel (.039 and .041).
+    were no further from those of the same weights in float32 than with the kernel (.039 and .041).
     """
     scores = (query @ key.transpose(-1, -2)).float().mul_(scale)
     if seen is not None and seen.is_floating_point():
@@ -455,7 +454,7 @@ def _by_hand(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(query.dtype, torch.float32)
-    # Pieces of rows, or of the queries where they are all in one.
+    # Splits by rows, or by queries if all are in one row.
     dim = 0 if len(query) > 1 else 2
     per = query.numel() // query.shape[-1] // query.shape[dim] * key.shape[-2]
     found: list[Tensor] = []

@@ -1,8 +1,8 @@
-"""What a pass draws at random: whether anything, and the same again from a seed.
+"""What a forward pass draws at random, and the same draws again from a seed.
 
-Dropout that a hook leaves on, noise, layers that are left out in some passes: values then are those
-of one pass, and another one gives others. Two passes that agree show little (a layer left out in
-one pass of ten seldom shows), but torch knows which of its functions draw, and from what.
+Dropout left on by a hook, noise, layers skipped at random: values are then those of one pass, and
+another pass gives others. Two equal passes prove little (a layer skipped in one pass of ten is
+rarely seen), but torch reports which of its functions draw, and from which generator.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ from captum_llm_ext.model.forward.generators import generators_of, states
 
 T = TypeVar("T")
 
-# "seeded": all that is drawn can be drawn again from a seed. "free": some of it cannot. "unseen":
-# equal passes differ, by what torch, Python and numpy know nothing of.
+# "seeded": all draws can be repeated from a seed. "free": some cannot. "unseen": equal passes
+# differ for reasons unknown to torch, Python and numpy.
 Drawing = Literal["seeded", "free", "unseen"]
 
 _RANDOM = torch.Tag.nondeterministic_seeded
-# Some that have the mark draw only where these arguments are above 0, or true.
+# Some functions tagged as random draw only if these arguments are above 0, or true.
 _RATES, _SWITCHES = ("dropout_p", "dropout"), ("train", "training")
-# And this one only chooses which of them is called.
+# This one only chooses which of these is called.
 _CHOOSES = ("aten::_fused_sdp_choice",)
-# Functions of which there is one that takes a generator beside one that does not.
+# Functions with separate overloads with and without a generator.
 _OVERLOADS = {
     "default": "generator",
     "low": "low_generator",
@@ -40,14 +40,13 @@ _OVERLOADS = {
 
 
 class Draws(TorchDispatchMode):
-    """Notes what is drawn by torch within, in this thread.
+    """Records torch's random draws within, in this thread.
 
     Args:
-        seed: Random numbers are drawn from generators with this seed, the global ones left alone.
-            None: as ever.
+        seed: Draw from generators with this seed instead of the global ones. None: unchanged.
 
     Attributes:
-        sources: What each random function drew from: a digest of its generator's state.
+        sources: Per random function a digest of its generator's state.
         are_seeded: Whether everything was drawn from the seed.
     """
 
@@ -82,10 +81,10 @@ class Draws(TorchDispatchMode):
 
 
 def drawn_again(seed: int | None, ids: Tensor) -> AbstractContextManager[Any]:
-    """A pass over ids within draws what it drew before, and another pass something else.
+    """Passes over the same ids draw the same within, passes over others something else.
 
     Args:
-        seed: Of all passes; None: as ever.
+        seed: Seed of all passes; None: unchanged.
         ids: Token ids.
     """
     if seed is None:
@@ -96,14 +95,14 @@ def drawn_again(seed: int | None, ids: Tensor) -> AbstractContextManager[Any]:
 def drawing(model: nn.Module, run: Callable[[], T]) -> tuple[Drawing | None, T]:
     """Whether a model draws at random in a pass, and whether that can be seeded.
 
-    One that seeds its generators itself, each time anew, does not.
+    A model that seeds its own generators in each pass does not.
 
     Args:
         model: The model.
-        run: The pass; made once, and some times more if it may draw.
+        run: The pass; run once, and a few times more if it may draw.
 
     Returns:
-        What was seen, None where nothing is drawn; and what `run` gave at first.
+        The kind of drawing, or None; and the first result of `run`.
     """
     is_unseen = _compat.runs_past_modes(model)
     own = generators_of(model)
@@ -125,7 +124,7 @@ def drawing(model: nn.Module, run: Callable[[], T]) -> tuple[Drawing | None, T]:
     if not first.sources and before == stand():
         return None, result
     if is_unseen or not first.sources:
-        # Another thread may have drawn meanwhile, but hardly time and again.
+        # Another thread may have drawn meanwhile, but hardly every time.
         return ("free" if all(moves() for _ in range(3)) else None), result
     with Draws() as second:
         run()
@@ -143,7 +142,7 @@ def _is_random(func: Any) -> bool:
 
 
 def _draws(func: Any, args: Any, named: dict[str, Any]) -> bool:
-    """Whether a function that may draw does so with these arguments."""
+    """Whether a random function draws with these arguments."""
     name, schema = func._schema.name, func._schema.arguments
     given = {a.name: value for a, value in zip(schema, args, strict=False)} | named
     values = {a.name: given.get(a.name, a.default_value) for a in schema}
@@ -154,7 +153,7 @@ def _draws(func: Any, args: Any, named: dict[str, Any]) -> bool:
 
 
 def _with_generator(func: Any) -> Any:
-    """The same function with an argument `generator`; None if there is none."""
+    """The overload with an argument `generator`, or None."""
     if any(argument.name == "generator" for argument in func._schema.arguments):
         return func
     name = _OVERLOADS.get(func._overloadname)
@@ -180,6 +179,6 @@ def _state_of(generator: torch.Generator) -> bytes:
 
 
 def _torch_states() -> tuple[object, ...]:
-    """Where torch's global generators stand."""
+    """The states of torch's global generators."""
     cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     return (_state_of(torch.default_generator), *map(_state_of, cuda))

@@ -1,8 +1,8 @@
-"""The random generators that a model can draw from, and where they stand.
+"""The random generators available to a model, and their states.
 
-Torch tells of what its own functions draw (see `draws`). Of others it is seen afterwards: their
-generators have moved. The global ones are known; one that a model has for itself is found where the
-code that it runs has it: in a module, a hook's closure, a variable beside a function.
+Torch reports the draws of its own functions (see `draws`). Others are noticed by a changed state:
+the global generators are known; a model's own are searched where its code has access: in a module,
+a hook's closure, a global variable of a function.
 """
 
 import gc
@@ -16,10 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-# What these draw themselves they draw by torch, or from generators that all can see. (Their code
-# leads to a thousand times as many objects as a model has.)
+# These draw by torch, or from global generators. (Their code leads to a thousand times as many
+# objects as a model has.)
 _KNOWN = ("torch", "transformers")
-# So many objects are looked at, the nearest first: in SmolLM2 there are 5,000, which takes 5 ms.
+# Objects examined, the nearest first: SmolLM2 has 5,000, which takes 5 ms.
 _MOST = 100_000
 _NOT_OWN = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, tuple, dict, set, frozenset)
@@ -27,7 +27,7 @@ _LEAVES = (str, bytes, int, float, complex, type(None), Tensor, CodeType, Module
 
 
 def states(generators: Sequence[Any]) -> tuple[object, ...]:
-    """Where the global generators and some others stand, as something that can be compared."""
+    """Comparable states of the global generators and given ones."""
     found = [random.getstate(), *(_state_of(one) for one in generators)]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
@@ -36,7 +36,7 @@ def states(generators: Sequence[Any]) -> tuple[object, ...]:
 
 
 def generators_of(model: nn.Module) -> list[Any]:
-    """Generators that a model's modules, its hooks and the functions that these call have."""
+    """Generators of a model's modules, its hooks and the functions that these call."""
     kinds: tuple[type, ...] = (random.Random, torch.Generator)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
@@ -52,19 +52,19 @@ def generators_of(model: nn.Module) -> list[Any]:
         seen.add(id(one))
         if not isinstance(one, kinds):
             todo += _reached(one)
-        elif not isinstance(one, random.SystemRandom):  # which stands nowhere
+        elif not isinstance(one, random.SystemRandom):  # which has no state
             found.append(one)
     return found
 
 
 def _parts(module: nn.Module) -> Iterator[object]:
-    """What a module has beside its tensors and modules, and what its code is."""
+    """A module's attributes other than tensors and modules, and its code."""
     yield from [value for name, value in vars(module).items() if name not in _NOT_OWN]
     yield from type(module).__mro__
 
 
 def _reached(one: object) -> Iterator[object]:
-    """What something leads to, in one step."""
+    """The objects reachable from one in one step."""
     if isinstance(one, FunctionType | type):
         if (one.__module__ or "").split(".")[0] in _KNOWN:
             return
@@ -77,7 +77,7 @@ def _reached(one: object) -> Iterator[object]:
 
 
 def _variables_of(function: FunctionType) -> Iterator[object]:
-    """What a function has around it, as far as its code names it; in other modules as well."""
+    """A function's variables as far as its code names them, including those of other modules."""
     names = {*_names(function.__code__)}
     around = _named(function.__globals__, names)
     for value in (*around, *gc.get_referents(*(function.__closure__ or ()))):
@@ -108,7 +108,7 @@ def _state_of(generator: Any) -> object:
 
 
 def _plain(state: Any) -> object:
-    """Numpy's state of a generator as something that can be compared."""
+    """A comparable state of a numpy generator."""
     if isinstance(state, dict):
         items = cast(dict[str, Any], state).items()
         return tuple((key, _plain(value)) for key, value in items)

@@ -1,9 +1,9 @@
-"""The layer that makes logits: what they say is found without their ever being there.
+"""The LM head: values of logits computed without materialising them.
 
-Logits are by far the largest tensors of a pass, and of each only a number or two are wanted. Where
-the model's logits are what a plain linear layer returns, values come from the vectors that it is
-given, by products that stay in the processor's cache until they are summed up: the forward pass of
-cut cross-entropy (Wijmans et al., arXiv 2411.09009, section 4.2).
+Logits are by far the largest tensors of a pass, and only a number or two per position are needed.
+If a model's logits are the output of a plain linear layer, values are computed from its input, by
+products that stay in the processor's cache until they are reduced: the forward pass of cut
+cross-entropy (Wijmans et al., arXiv 2411.09009, section 4.2).
 """
 
 import threading
@@ -18,26 +18,26 @@ from torch import Tensor, nn
 from captum_llm_ext import _compat
 from captum_llm_ext.model.forward.logits import bias_of, log_probs, log_probs_of_product, logits_of
 
-# So many places at a time have all their logits in float32 when the likeliest are looked for.
+# Positions at a time with all logits in float32, to find the likeliest. Chosen, not measured.
 _PLACES = 64
-# Coarser ones round their logits, and values are those of the rounded ones.
+# Lower precision rounds logits, and values are those of the rounded ones.
 _DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What a model says at some places.
+    """The model's output at some positions.
 
     Attributes:
-        vectors: Its logits ``(…, vocabulary)``, or what its last layer makes them of.
-        layer: That layer. None: `vectors` are the logits.
+        vectors: Logits ``(…, vocabulary)``, or the input of the last layer.
+        layer: The last layer. None: `vectors` are logits.
     """
 
     vectors: Tensor
     layer: nn.Linear | None = None
 
     def at(self, places: Tensor) -> "HeadOutput":
-        """At some places ``(batch, n)`` of sequences ``(batch, length)``."""
+        """Output at positions ``(batch, n)`` of sequences ``(batch, length)``."""
         index = places.to(self.vectors.device)[..., None]
         return HeadOutput(
             self.vectors.gather(1, index.expand(-1, -1, self.vectors.shape[2])), self.layer
@@ -48,15 +48,15 @@ class HeadOutput:
         return self.vectors if self.layer is None else self.layer(self.vectors)
 
     def likeliest(self, where: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens at places, the likeliest first.
+        """The likeliest tokens at positions, the likeliest first.
 
         Args:
-            where: Which of all places, int64 ``(n_places,)``.
-            n: How many.
+            where: Indices of positions, int64 ``(n_places,)``.
+            n: Number of tokens.
 
         Returns:
-            Log-probabilities, float64, and token ids, each ``(n_places, n)`` on the CPU; -inf and
-            -1 beyond the vocabulary.
+            Log-probabilities, float64, and token ids, each ``(n_places, n)`` on the CPU; padded
+            with -inf and -1.
         """
         vectors = self.vectors.reshape(-1, self.vectors.shape[-1])
         shape = len(where), n
@@ -73,16 +73,16 @@ class HeadOutput:
         return log_probs, ids
 
     def values(self, where: Tensor, wanted: Tensor, attr_target: str) -> Tensor:
-        """Values of ids at places.
+        """Values of ids at positions.
 
         Args:
-            where: Which of all places, int64 ``(n,)``.
+            where: Indices of positions, int64 ``(n,)``.
             wanted: Token ids ``(n,)``.
             attr_target: ``"log_prob"``, ``"prob"`` or ``"logit"``.
 
         Returns:
-            Shape ``(n,)``, float64 on the CPU, rounded to float32 where vectors are not finer.
-            Softmax and sums are taken in float32 at least.
+            Shape ``(n,)``, float64 on the CPU, rounded to float32 unless vectors have higher
+            precision. Softmax and sums are taken in float32 at least.
         """
         vectors = self.vectors.reshape(-1, self.vectors.shape[-1])
         if attr_target == "logit":
@@ -92,22 +92,22 @@ class HeadOutput:
         else:
             found = log_probs_of_product(vectors, where, wanted, self.layer)
         found = found.exp() if attr_target == "prob" else found
-        # As results keep them: what is made of them later is made of the same numbers.
+        # As stored in results, so that later computations use the same numbers.
         return found.to(torch.promote_types(vectors.dtype, torch.float32)).double()
 
 
 class LMHead:
-    """Sees what the last layer of a model is given, and whether its logits are what it returns.
+    """Captures the input of a model's last layer, and checks whether its output is the logits.
 
     Args:
-        model: Its last layer is left as found. Where that is not a plain linear one on a CPU, or
-            the code that runs is not that of transformers, which does the same in every pass, the
-            model makes its logits as ever.
+        model: The model; its last layer is not modified. If that is not a plain linear layer on a
+            CPU, or the model's code is not that of transformers, which does the same in every pass,
+            logits are computed as usual.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._layer = model, _compat.output_layer(model)
-        self._is_last = False  # not known before the first pass
+        self._is_last = False  # unknown before the first pass
         self._withheld = False
         self._given: Tensor | None = None
         self._returned: Tensor | None = None
@@ -116,14 +116,14 @@ class LMHead:
 
     @property
     def makes_logits(self) -> bool:
-        """Whether passes have logits, as far as is known."""
+        """Whether passes compute logits, as far as is known."""
         return not (self._is_last and self._is_known())
 
     @contextmanager
     def watched(self) -> Generator[None]:
-        """The one pass within may have no logits: `said` knows what they are.
+        """The single pass within may skip logits: `said` has their content.
 
-        Those of other threads have theirs.
+        Passes of other threads compute theirs.
         """
         layer, self._given = self._layer, None
         if layer is None or not _is_plain(layer):
@@ -139,7 +139,7 @@ class LMHead:
             return watched(*arguments, **named)
 
         def watched(input: Tensor) -> Tensor:
-            if self._withheld:  # who reads them after all shall see it
+            if self._withheld:  # code that uses them nevertheless gets a visible result
                 returned = input.new_full((*input.shape[:-1], 1), torch.nan)
             else:
                 returned = self._product(layer, input)
@@ -154,13 +154,13 @@ class LMHead:
             del layer.forward
 
     def said(self, logits: Tensor) -> HeadOutput:
-        """What a pass says that was watched.
+        """The output of a pass within `watched`.
 
         Args:
-            logits: As the model returned them, ``(batch, length, vocabulary)``.
+            logits: As returned by the model, ``(batch, length, vocabulary)``.
 
         Returns:
-            At all places that it has logits of; good until the next pass.
+            At all positions with logits; valid until the next pass.
         """
         given, returned = self._given, self._returned
         self._given = self._returned = None
@@ -172,17 +172,17 @@ class LMHead:
         self._is_last = is_last and given.dtype in _DTYPES
         if not self.makes_logits:
             self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
-        # From the vectors even if there are logits: who looks on must not change a digit.
+        # From the vectors even if there are logits: observing must not change a digit.
         return HeadOutput(given, self._layer) if self._is_last else HeadOutput(logits)
 
     def _is_known(self) -> bool:
         return _compat.is_transformers(self._model) and _is_plain(self._model)
 
     def _product(self, layer: nn.Linear, input: Tensor) -> Tensor:
-        """The layer's logits, written where the last ones were.
+        """The layer's logits, written into the memory of the previous ones.
 
-        Memory made anew is mapped page by page while it is written, which costs a quarter of the
-        product itself.
+        Newly allocated memory is mapped page by page while it is written, which costs a quarter of
+        the product itself.
         """
         flat = input.reshape(-1, input.shape[-1])
         n = len(flat) * layer.out_features
@@ -198,6 +198,6 @@ class LMHead:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module returns what its class says; what it is given may be somebody's else."""
+    """Whether a module computes what its class defines, on possibly modified input."""
     changes = vars(module)["_forward_hooks"] or "forward" in vars(module)
     return not (changes or torch.is_autocast_enabled("cpu") or torch.is_grad_enabled())

@@ -1,4 +1,4 @@
-"""Logits in, or what they are made of; values of the target tokens out."""
+"""Values of the target tokens, from logits or from the input of the LM head."""
 
 import math
 from collections.abc import Callable
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 AttrTarget = str | Callable[[Tensor, Tensor], Tensor]
 
-# Logits are reduced piece by piece: a copy of each in float32 is all that exists beside them. On a
-# CPU a piece stays in its cache.
+# Logits are reduced piece by piece: only a float32 copy of each piece is made. On a CPU a piece
+# fits into its cache. Chosen, not measured.
 _PIECE = {"cpu": 2**19}
 _PIECE_ELSEWHERE = 2**27
-# So many places share the reading of a layer's weights.
+# Positions per reading of a layer's weights. Chosen, not measured.
 _PLACES = 2048
 _LOG2_E = math.log2(math.e)
 
 
 def logits_of(vectors: Tensor, where: Tensor, wanted: Tensor, layer: nn.Linear | None) -> Tensor:
-    """Logits of ids at places.
+    """Logits of ids at positions.
 
     Args:
-        vectors: Logits ``(n_places, vocabulary)``, or what a layer makes them of.
-        where: Which of the places, int64 ``(n,)``.
+        vectors: Logits ``(n_places, vocabulary)``, or the input of a layer that computes them.
+        where: Indices of positions, int64 ``(n,)``.
         wanted: Token ids ``(n,)``.
-        layer: That layer. None: `vectors` are the logits.
+        layer: The layer. None: `vectors` are logits.
 
     Returns:
         Shape ``(n,)``, float64 on the CPU.
@@ -38,16 +38,16 @@ def logits_of(vectors: Tensor, where: Tensor, wanted: Tensor, layer: nn.Linear |
 
 
 def bias_of(layer: nn.Linear) -> Tensor | None:
-    """What a layer adds to its product, ``(out_features,)``, if anything."""
+    """A layer's bias ``(out_features,)``, if any."""
     return getattr(layer, "bias", None)
 
 
 def log_probs(logits: Tensor, where: Tensor, wanted: Tensor) -> Tensor:
-    """Log-probabilities of ids at places.
+    """Log-probabilities of ids at positions.
 
     Args:
         logits: Shape ``(n_places, vocabulary)``.
-        where: Which of the places, int64 ``(n,)``.
+        where: Indices of positions, int64 ``(n,)``.
         wanted: Token ids ``(n,)``.
 
     Returns:
@@ -59,21 +59,21 @@ def log_probs(logits: Tensor, where: Tensor, wanted: Tensor) -> Tensor:
 def log_probs_of_product(
     vectors: Tensor, where: Tensor, wanted: Tensor, layer: nn.Linear
 ) -> Tensor:
-    """As `log_probs`, of logits that are never there as a whole.
+    """Like `log_probs`, without materialising all logits.
 
     Args:
-        vectors: What `layer` makes logits of, ``(n_places, size)``.
-        where: Which of the places, int64 ``(n,)``; each of them once at least.
+        vectors: Input of `layer`, ``(n_places, size)``.
+        where: Indices of positions, int64 ``(n,)``; each position occurs at least once.
         wanted: Token ids ``(n,)``.
         layer: A plain linear layer.
     """
     own = logits_of(vectors, where, wanted, layer)
-    # Powers are of what logits are above one that is wanted: their sums then are 1 or more, and
-    # nobody looks for the largest logit first.
+    # Powers are relative to a requested logit: sums of larger ones are then at least 1, and the
+    # largest logit need not be found first.
     level = own.new_full((len(vectors),), -torch.inf).scatter_reduce_(0, where, own, "amax")
     level = (level * _LOG2_E).to(vectors.dtype)
     found = (level.double() + _sums_of_powers(vectors, level, layer).log2()) / _LOG2_E
-    if len(beyond := (~found.isfinite()).nonzero()[:, 0]):  # above it by more than 88 nats
+    if len(beyond := (~found.isfinite()).nonzero()[:, 0]):  # larger by more than 88 nats
         for some in beyond.split(max(1, _PIECE["cpu"] // layer.out_features)):
             found[some] = _logsumexp(layer(vectors[some]))
     return (own - found[where]).clamp_(max=0)
@@ -83,7 +83,7 @@ def _sums_of_powers(vectors: Tensor, level: Tensor, layer: nn.Linear) -> Tensor:
     """Sums over the vocabulary of the powers of 2 of ``logits / ln 2 - level``, piece by piece.
 
     Args:
-        vectors: What `layer` makes logits of, ``(n, size)``.
+        vectors: Input of `layer`, ``(n, size)``.
         level: Shape ``(n,)``.
         layer: A plain linear layer.
 
@@ -95,7 +95,7 @@ def _sums_of_powers(vectors: Tensor, level: Tensor, layer: nn.Linear) -> Tensor:
         n, size = len(some), max(1, _PIECE["cpu"] // len(some))
         piece = some.new_empty(n * size)
         sums = some.new_zeros(n, dtype=torch.float64)
-        # Words as rows: with the many first, a product of this shape takes a tenth less.
+        # Vocabulary as rows: with the larger dimension first, the product takes a tenth less.
         columns = (some * _LOG2_E).t().contiguous()
         whole = bias_of(layer)
         biases = repeat(None) if whole is None else whole.split(size)
@@ -113,7 +113,7 @@ def _sums_of_powers(vectors: Tensor, level: Tensor, layer: nn.Linear) -> Tensor:
 def _logsumexp(logits: Tensor) -> Tensor:
     """Log-sum-exps ``(n,)`` of logits ``(n, vocabulary)``, float64 on the CPU.
 
-    On CPUs ``torch.logsumexp`` takes nearly twice the time, for the sake of its exponential.
+    On CPUs ``torch.logsumexp`` takes nearly twice the time, because of its exponential.
     """
     n, vocabulary = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -132,7 +132,7 @@ def _logsumexp(logits: Tensor) -> Tensor:
 def called_values(
     logits: Tensor, target: Tensor, attr_target: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Values as a callable of the user's gives them, row by row.
+    """Values of a user's callable, row by row.
 
     Args:
         logits: Shape ``(batch, n_target, vocabulary)``.

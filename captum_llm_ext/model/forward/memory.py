@@ -1,18 +1,18 @@
-"""How many rows fit, and what a pass costs beside its positions: from sizes, not from timing."""
+"""How many rows fit into memory, and the fixed cost of a pass: from sizes, not from timing."""
 
 import torch
 from torch import nn
 
 from captum_llm_ext import _compat
 
-# A CPU gains nothing from batches beyond its caches, a GPU goes on gaining for longer.
+# A CPU gains nothing from batches beyond its caches, a GPU from larger ones. Chosen, not measured.
 _TOKENS_PER_BATCH = {"cpu": 4096}
 _TOKENS_ELSEWHERE = 65536
 _CPU_BUDGET = 2**30
-# In a pack, whose rows attend one after another, there is nothing to gain from more.
+# Rows of a pack attend one after another, so more gain nothing. Chosen, not measured.
 _IDS_PER_PACK = {"cpu": 2048}
-# Seconds a layer takes to start, however little it does; operations a second; positions whose
-# arithmetic takes as long as reading the weights. Orders of magnitude are enough.
+# Seconds to start a layer, however small; operations per second; positions whose arithmetic takes
+# as long as reading the weights. Orders of magnitude suffice.
 _LAYER_START = 3e-4
 _SPEED = {"cpu": 8e10}
 _SPEED_ELSEWHERE = 2e14
@@ -21,17 +21,17 @@ _BALANCE_ELSEWHERE = 128
 
 
 class Memory:
-    """What a batch may hold.
+    """Memory limits of a batch.
 
     Args:
         model: The model.
-        device: Where it reads its ids.
-        kept: How many logits it can be asked for, as `_compat.kept_logits` says.
-        n_target: Number of target tokens that a row says.
-        state_bytes: Bytes the model remembers of one position; None: estimated from its sizes.
-        budget: Bytes a batch may take; None: of what is free now.
-        shares_cache: Whether rows have no copies of what was read before.
-        makes_logits: Whether logits are ever there.
+        device: The model's input device.
+        kept: How logits of some positions can be requested, see `_compat.kept_logits`.
+        n_target: Number of target tokens that a row predicts.
+        state_bytes: Bytes of prefix cache per position; None: estimated from the model's sizes.
+        budget: Bytes a batch may take; None: from the free memory.
+        shares_cache: Whether rows share the prefix cache without copies.
+        makes_logits: Whether logits are materialised.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Memory:
         self._itemsize = next((p.element_size() for p in model.parameters()), 4)
         self._hidden = int(getattr(config, "hidden_size", 0) or 1024)
         self._heads = int(getattr(config, "num_attention_heads", 0) or 1)
-        # Of one position: logits, and what they are reduced in.
+        # Per position: logits, and their reduction.
         vocabulary = _compat.vocabulary_size(model) or 2**15
         self._logits = vocabulary * (self._itemsize + 6) if makes_logits else 0
         self._eager = _compat.has_eager_attention(model)
@@ -62,23 +62,23 @@ class Memory:
         self._budget = batch_budget(device) if budget is None else budget
 
     def most_rows(self, longest: int, before: int) -> int:
-        """How many rows fit.
+        """Number of rows that fit.
 
         Args:
             longest: Number of ids of the longest row.
-            before: Number of ids of each that the model has read before.
+            before: Number of ids in the prefix cache of each.
         """
         new = longest - before
         kept = self._n_target if self._kept == "positions" else new
-        # Logits, and a layer's activations: measured peaks lie below 24 vectors per token.
+        # Logits, and a layer's activations: measured peaks are below 24 vectors per token.
         row = kept * self._logits
         row += 24 * new * self._hidden * max(self._itemsize, 4)
-        # A mask, and the scores themselves where attention makes them.
+        # A mask, and the scores themselves if attention materialises them.
         row += new * longest * (8 + self._eager * self._heads * (self._itemsize + 4))
         budget = self._budget
         if before:
             row += (new if self._shares else longest) * self._state
-            budget -= 3 * before * self._state  # what the rows are copied from, and what that was
+            budget -= 3 * before * self._state  # the source of the rows' copies, and its source
         return max(1, min(budget // row, self._tokens // new))
 
     def most_packed(self, longest: int, before: int) -> tuple[int, int]:
@@ -86,9 +86,9 @@ class Memory:
 
         Args:
             longest: Number of ids of the longest row.
-            before: Number of ids of each that the model has read before.
+            before: Number of ids in the prefix cache of each.
         """
-        # As in `most_rows`, and what is seen of each id.
+        # As in `most_rows`, plus the mask of each id.
         each = 24 * self._hidden * max(self._itemsize, 4) + self._state + 2 * longest
         each += 0 if self._kept == "positions" else self._logits
         row = max(1, self._n_target * self._logits if self._kept == "positions" else 1)
@@ -98,12 +98,12 @@ class Memory:
 
 
 def overhead(model: nn.Module, device: torch.device) -> int:
-    """What a pass costs beside its positions, in positions."""
+    """Fixed cost of a pass, in positions."""
     return _BALANCE.get(device.type, _BALANCE_ELSEWHERE) + start(model, device)
 
 
 def start(model: nn.Module, device: torch.device) -> int:
-    """What starting every layer once costs, in positions; about that of a row that is packed."""
+    """Cost of starting every layer once, in positions; about that of a packed row."""
     config = _compat.text_config(model)
     layers = int(getattr(config, "num_hidden_layers", 0) or 1)
     operations = 2 * max(1, sum(p.numel() for p in model.parameters()))

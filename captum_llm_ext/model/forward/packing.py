@@ -1,7 +1,7 @@
-"""Rows in one sequence: of each there is only what follows its beginning in common with others.
+"""Packing of rows in one sequence: each row without the prefix it shares with others.
 
-A model whose tokens meet in attention alone, and know their place from ``position_ids``, is then
-given no token twice: `attention.packed` lets every token see those that it follows.
+A model whose tokens interact in attention alone, and whose positions come from ``position_ids``,
+then reads no token twice: `attention.packed_attention` lets every token see those of its own row.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from captum_llm_ext.model.forward.prefixes import shared_prefix_lengths
 
-# So many ids of a row part from another's where its tokens are read again.
+# Number of last ids by which a row differs from another in tests, where its tokens are read again.
+# Chosen, not measured.
 LAST = 8
-# From place to place: first those that were read before the pack, then the pack itself.
+# Position ranges: first those read before the pack, then the pack itself.
 Stretch = tuple[int, int]
 
 
@@ -23,10 +24,10 @@ class Segment:
     """The end of a row that no row before it has.
 
     Attributes:
-        start: The place where it begins.
-        stop: The place where it ends.
-        depth: Number of ids of the row that come before it.
-        path: Where these are.
+        start: Position at which it begins.
+        stop: Position at which it ends.
+        depth: Number of ids of the row before it.
+        path: Positions of these.
     """
 
     start: int
@@ -41,11 +42,11 @@ class Pack:
 
     Attributes:
         ids: Token ids.
-        depths: Number of ids that each follows in its row.
-        segments: What they belong to; they tile the pack.
-        places: Of every row, where its ids are: int64, ``(n_ids,)``. The pack's own come after
-            those read before it.
-        n_read: The number of these.
+        depths: Number of ids before each in its row.
+        segments: The segments, which tile the pack.
+        places: Positions of every row's ids, int64 ``(n_ids,)``. The pack's own come after those
+            read before.
+        n_read: Number of ids read before.
     """
 
     ids: tuple[int, ...]
@@ -58,13 +59,13 @@ class Pack:
 def pack(
     rows: Sequence[Sequence[int]], n_read: int = 0, begun: Sequence[int] | None = None
 ) -> Pack:
-    """Packs rows; each shares what it has in common with the one before it.
+    """Packs rows; each shares its common prefix with the previous one.
 
     Args:
-        rows: Token ids, best in the order of `sorted_rows`.
-        n_read: So many ids are read before.
-        begun: Of each row, how many of its first ids may be taken from these. None: all of these
-            are of the first row.
+        rows: Token ids, preferably sorted by prefix.
+        n_read: Number of ids read before.
+        begun: Per row, how many of its first ids may be taken from these. None: they all belong to
+            the first row.
     """
     ids: list[int] = []
     depths: list[int] = []
@@ -90,20 +91,20 @@ def pack(
 def pack_again(
     row: Sequence[int], other: Sequence[int], places: Sequence[int], *, is_read: bool
 ) -> tuple[Pack, list[int], list[int]]:
-    """A row that parts from another one, and then its tokens at some places once more.
+    """A row that parts from another one, with its tokens at some positions once more.
 
-    Each of these is the end of a row of its own: what comes before it is where the row is, and what
-    stands after it in the pack is none of what follows it in the row, but for chance, neither next
-    to it nor further on, nor is there as much of it.
+    Each of these is the end of a separate row: its prefix is that of the row, but what follows it
+    in the pack differs, except by chance, from what follows it in the row, in content and in
+    length.
 
     Args:
         row: Token ids.
-        other: Ids that go on where the row has its last ones, as many at most, the first another.
-        places: Of the row, sorted.
-        is_read: Whether the row has been read before; then little of it is in the pack.
+        other: Alternative ids for the row's last ones, at most as many, with a different first one.
+        places: Positions in the row, sorted.
+        is_read: Whether the row has been read before, so that little of it is in the pack.
 
     Returns:
-        The pack; places of the row; and where these are in the pack, in order.
+        The pack; positions in the row; and their positions in the pack, in order.
     """
     length = len(row)
     parting = length - LAST if length > LAST else 1
@@ -136,14 +137,14 @@ def pack_again(
 
 
 def _backwards(row: Sequence[int], places: Sequence[int], n_before: int) -> list[int]:
-    """Places from the last to the first, some of them twice, in the manner of `pack_again`."""
+    """Positions from last to first, some repeated, for `pack_again`."""
     order: list[int] = []
     for place in reversed(places):
         after = row[order[-1] + 1 : order[-1] + 2] if order else ()
         if after and after[0] == row[place]:
             order += [p for p in places if row[p] != after[0]][:1]
         order.append(place)
-    # As many tokens stand after one in the pack as in the row where that is even: at one at most.
+    # In the pack, a token is followed by as many tokens as in the row at one position at most.
     more = next(
         n
         for n in (0, 1, 2, 3, 4, 5)
@@ -153,11 +154,11 @@ def _backwards(row: Sequence[int], places: Sequence[int], n_before: int) -> list
 
 
 def ends(pack: Pack, needed: Tensor) -> tuple[Segment, ...]:
-    """Of every segment what is from the first to the last of the places needed.
+    """For every segment, the part from the first to the last needed position.
 
     Args:
         pack: The rows.
-        needed: Places, sorted, none of them read before the pack.
+        needed: Sorted positions, none of them read before the pack.
     """
     found: list[Segment] = []
     for one in pack.segments:
@@ -181,21 +182,21 @@ def packs(
     most_shared: int = 0,
     begun: Sequence[int] | None = None,
 ) -> tuple[list[tuple[int, ...]], dict[int, int]]:
-    """Cuts rows into packs.
+    """Splits rows into packs.
 
     Args:
         rows: Token ids.
-        order: Indices of the rows, sorted by what they begin with.
-        shared: What each of these has in common with the one before it.
-        start: So many ids, which all have in common, are read before.
-        begun: Where each may take another number of them: how many.
-        most_ids: So many ids in a pack, unless a single row has more.
-        most_rows: So many rows at most in a pack.
-        most_shared: So many of its first ids at most a pack need not read again, where the last row
-            of the one before it begins with them.
+        order: Indices of the rows, sorted by prefix.
+        shared: Length of the prefix that each of these shares with the previous one.
+        start: Number of common ids read before.
+        begun: How many of them each row may take, if these differ.
+        most_ids: Maximum number of ids in a pack, unless a single row has more.
+        most_rows: Maximum number of rows in a pack.
+        most_shared: Maximum number of first ids that a pack takes from the last row of the previous
+            pack.
 
     Returns:
-        Indices of the rows of each pack, and of each row how many of its ids are its own there.
+        Indices of the rows of each pack, and how many ids of each row are its own there.
     """
     found: list[list[int]] = []
     own: dict[int, int] = {}
@@ -217,16 +218,16 @@ def packs(
 
 
 def _parting(alike: int, n_of_read: int, n_begun: int | None) -> tuple[int, int, bool]:
-    """Where a row of a pack parts from the one before it, or from what was read before the pack.
+    """Where a row of a pack parts from the previous one, or from what was read before.
 
     Args:
-        alike: How many ids it begins with as the row before it.
-        n_of_read: How many ids that one takes from what was read before.
-        n_begun: How many it may take from there itself. None: what the one before it does.
+        alike: Length of its common prefix with the previous row.
+        n_of_read: Number of ids that the previous row takes from those read before.
+        n_begun: How many it may take itself. None: as many as the previous one.
 
     Returns:
-        How many ids it takes in all, how many of these from what was read, and whether it has none
-        from the row before.
+        How many ids it takes in total, how many of these from those read before, and whether it
+        takes none from the previous row.
     """
     if n_begun is not None and (n_begun > alike or min(n_of_read, alike) > n_begun):
         return n_begun, n_begun, True
@@ -234,7 +235,7 @@ def _parting(alike: int, n_of_read: int, n_begun: int | None) -> tuple[int, int,
 
 
 def _first(path: Sequence[Stretch], n: int) -> tuple[Stretch, ...]:
-    """The first `n` places of a path."""
+    """The first `n` positions of a path."""
     found: list[Stretch] = []
     for start, stop in path:
         stop = min(stop, start + n)

@@ -1,4 +1,4 @@
-"""Runs the model: on whole rows, or on what follows ids that it has read before."""
+"""Runs the model on whole rows, or on the rest of rows after a prefix cache."""
 
 import logging
 import sys
@@ -26,27 +26,27 @@ from captum_llm_ext.model.forward.rows import TokenRow, padded
 from captum_llm_ext.model.forward.schedule import Branch
 from captum_llm_ext.model.forward.swallowed import is_no_answer
 
-# How rows are given what they share: as copies or as it is ("share"), whichever costs less.
+# How rows get the shared prefix: as copies or as it is ("share"), whichever is cheaper.
 Sharing = Literal["auto", "copy", "share"]
-# What is done to the model in a pass over these rows.
+# A context for the model in a pass over these rows.
 Around = Callable[[Sequence[TokenRow]], AbstractContextManager[Any]]
 
 _logger = logging.getLogger(__name__)
-# Tokens that the rows of a pass must be spared a copy of for sharing to pay: it takes more
-# operations, each of them on less.
+# Tokens whose copies are saved from which on sharing pays: it takes more operations, each on less.
+# Chosen, not measured.
 _WORTH_SHARING = 4096
-# A batch of so many rows is thought of before it is known.
+# assumed number of rows in a batch before it is known; chosen, not measured
 _ROWS_IN_MIND = 16
 
 
 @dataclass(frozen=True)
 class _Queries:
-    """Rows and what they are asked.
+    """Rows and their requests.
 
     Attributes:
         rows: Token rows.
         asked: The target tokens.
-        positions: Where each row says them, int64 ``(n_rows, n_target)``; -1 where it does not.
+        positions: Positions that predict them, int64 ``(n_rows, n_target)``; -1 if there is none.
     """
 
     rows: Sequence[TokenRow]
@@ -65,25 +65,27 @@ class _Queries:
 
 
 class Passes:
-    """Forward passes of one model. Rows are padded on the right, without an attention mask: a
-    causal model cannot see what comes after, and its positions then need no telling.
+    """Forward passes of one model, with rows padded on the right and without an attention mask.
+
+    A causal model cannot see the padding, and positions follow from the order.
 
     Args:
         model: The model, in evaluation mode and without gradients whenever it is called.
         attr_target: As for `Scorer`.
-        device: Where the model reads its ids.
-        sharing: How rows are given the state that they share.
-        around: Entered for every pass over whole rows, with these.
+        device: The model's input device.
+        sharing: How rows get the shared prefix cache.
+        around: Context of every pass over whole rows, called with these.
 
     Attributes:
-        shares_cache: Whether a comparison has shown that states can be shared.
-        chains: Whether the latest comparison of packs saw a state that packs can hand on.
-        kept: How many logits the model can be asked for, as `_compat.kept_logits` says.
-        n_positions: Number of token positions computed up to now, padding included.
-        n_rows: Number of rows of the latest pass, come what came of it.
-        moved: How far other last digits have moved what the model says; None: not known.
-        seed: What passes draw at random is drawn from it and from their ids; None: as ever.
-        state_bytes: What the model remembers of one position, where it has been seen.
+        shares_cache: Whether a comparison has shown that caches can be shared.
+        chains: Whether the latest comparison of packs showed that packs can continue from one
+            another.
+        kept: How logits of some positions can be requested, see `_compat.kept_logits`.
+        n_positions: Number of token positions computed so far, including padding.
+        n_rows: Number of rows of the latest pass, even if it failed.
+        moved: How far perturbed last digits change the output; None: unknown.
+        seed: Random draws of passes follow from it and the ids; None: unchanged.
+        state_bytes: Bytes of prefix cache per position, once known.
     """
 
     def __init__(
@@ -111,29 +113,29 @@ class Passes:
 
     @property
     def spares_ends(self) -> bool:
-        """Whether tokens are left out at the model's first and last layer in packs."""
+        """Whether packs skip tokens at the model's first and last layer."""
         return self._ends_of_model is not None
 
     def use_packing(self, chains: bool, spares_ends: bool) -> None:
-        """Takes over what another comparison of packs has shown of this model."""
+        """Adopts the findings of another comparison of packs for this model."""
         self.chains = chains
         if not spares_ends:
             self._ends_of_model = None
 
     @property
     def makes_logits(self) -> bool:
-        """Whether logits are there in a pass, as far as is known."""
+        """Whether passes materialise logits, as far as is known."""
         return self._head.makes_logits
 
     def spared_in_packs(self, n_positions: int, n_said: int) -> int:
-        """What packs leave out at the ends of the model (see `edges`), in positions.
+        """Positions that packs save at the ends of the model.
 
-        Most of the last layer is left out for tokens that nobody asks about, and the beginning of
-        the first one for those that others stand for: about a layer in all.
+        Most of the last layer is skipped for tokens without a request, and the beginning of the
+        first one for repeated tokens: about one layer in total.
 
         Args:
             n_positions: Number of positions that the packs have.
-            n_said: Number of those that are asked about.
+            n_said: Number of those with a request.
         """
         layers = _compat.number_of_layers(self.model)
         if self._ends_of_model is None or not layers or 2 * n_said >= n_positions:
@@ -152,10 +154,10 @@ class Passes:
 
         Args:
             root: The plan.
-            rows: The rows that it was made for.
-            asked: What they are asked.
-            state: The model's state after the ids before the root. It is left as it is.
-            on_head: Given the state after the root's own stretch, which is then left as it is.
+            rows: The planned rows.
+            asked: Their request.
+            state: The model's prefix cache after the ids before the root; it is not modified.
+            on_head: Called with the cache after the root's own ids, which is then not modified.
 
         Yields:
             Indices of rows and their values ``(n_indices, per_token * n_target)``, batch by batch.
@@ -176,14 +178,14 @@ class Passes:
                 values[index] = values[index].where(found.isnan(), found)
                 is_none = queries.positions[index][:, None] < 0
                 yield batch, values[index].masked_fill(is_none, torch.nan).flatten(1)
-            # The last branch may change the state: no other comes after it.
+            # The last branch may modify the cache, since no other follows.
             todo += [
                 (grown, state, grown is branch.branches[-1] and branch is not root)
                 for grown in reversed(branch.branches)
             ]
 
     def state_after(self, ids: Sequence[int]) -> Any:
-        """The model's state after ids, each of which it keeps apart."""
+        """The model's prefix cache after ids, with a separate entry for each."""
         row = torch.tensor([ids], dtype=torch.int64, device="cpu")
         last = torch.tensor([[len(ids) - 1]], dtype=torch.int64, device="cpu")
         return self._pass(row, last, keeps_state=True)[1]
@@ -197,7 +199,7 @@ class Passes:
     def _batches(
         self, branch: Branch, queries: _Queries, state: Any
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """Values of the ends of rows in padded batches; NaN at places before the ends."""
+        """Values of the ends of rows in padded batches; NaN at positions before the ends."""
         for batch in branch.batches:
             rows, positions = queries.some(batch)
             at = positions - branch.stop
@@ -206,7 +208,7 @@ class Passes:
     def _packs(
         self, branch: Branch, queries: _Queries, state: Any
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """As `_batches`, from sequences in which no id comes twice."""
+        """Like `_batches`, from packed sequences."""
         lengths = [len(row.ids) for row in queries.rows]
         last: _LastRow | None = None
         for batch in branch.batches:
@@ -215,7 +217,7 @@ class Passes:
             else:
                 n_read = branch.read_before(batch, lengths)
                 before = last.after(n_read)
-                last = None  # not both states at a time
+                last = None  # not both caches at a time
             rows, positions = queries.some(batch)
             begun = None if branch.begun is None else [branch.begun[i] for i in batch]
             packed = pack([row.ids for row in rows], n_read, begun)
@@ -225,7 +227,7 @@ class Passes:
             yield batch, found
 
     def _stretch(self, branch: Branch, queries: _Queries, state: Any, values: Tensor) -> Any:
-        """Reads what rows share; the values that are said there are put into `values`."""
+        """Reads a shared prefix; values predicted within are written to `values`."""
         rows, places = queries.some(branch.rows)
         inside = (places >= branch.start) & (places < branch.stop)
         which, tokens = inside.nonzero(as_tuple=True)
@@ -250,7 +252,7 @@ class Passes:
     ) -> Tensor:
         """Values ``(n_rows, per_token, n_target)`` of rows read from `start` on.
 
-        They are NaN where `at` is below 0.
+        NaN where `at` is below 0.
         """
         ids = padded([row.ids[start:] for row in rows])
         arguments = self.extras(rows[0], ids.shape[1] - len(rows[0].ids) + start)
@@ -261,7 +263,7 @@ class Passes:
         if self.shares_cache and state is not None and start * len(rows) >= self._least:
             try:
                 said = self._read_on(ids, places, state, shares_cache=True, extras=arguments)
-            except NotImplementedError as failure:  # what the comparison did not meet
+            except NotImplementedError as failure:  # a case that the comparison did not include
                 self._stop_sharing(failure)
         if said is None:
             with nullcontext() if self._around is None else self._around(rows):
@@ -279,9 +281,9 @@ class Passes:
     def _packed(
         self, packed: Pack, positions: Tensor, asked: Asked, state: Any
     ) -> tuple[Tensor, Any]:
-        """Values ``(n_rows, per_token, n_target)`` of rows in one sequence, and the state after it.
+        """Values ``(n_rows, per_token, n_target)`` of packed rows, and the cache afterwards.
 
-        They are NaN at positions that were read before.
+        NaN at positions that were read before.
         """
         places = pad_sequence(list(packed.places), batch_first=True)
         where = places.gather(1, positions.clamp(min=0))
@@ -302,16 +304,16 @@ class Passes:
     def _read_pack(
         self, packed: Pack, needed: Tensor, state: Any, *, cuts: bool = False
     ) -> tuple[HeadOutput, Any]:
-        """What is said ``(1, n)`` at places of a pack, and the state after it.
+        """The output ``(1, n)`` at positions of a pack, and the cache afterwards.
 
         Args:
             packed: The rows.
-            needed: The places, none of them read before.
-            state: The model's state after the ids read before.
-            cuts: Whether tokens are left out at the ends of the model even if that does not pay.
+            needed: The positions, none of them read before.
+            state: The model's cache after the ids read before.
+            cuts: Whether to skip tokens at the ends of the model even if that does not pay.
 
         Raises:
-            NotImplementedError: If the model does not attend in a way that is known.
+            NotImplementedError: If the model's attention is not supported.
         """
         if "position_ids" not in self._arguments:
             raise NotImplementedError("no `position_ids`")
@@ -338,7 +340,7 @@ class Passes:
                 ids[None],
                 at[None],
                 state=copied_cache(state),
-                keeps_state=True,  # with an empty state, nobody looks for where sequences begin
+                keeps_state=True,  # with an empty cache, models do not infer where sequences begin
                 extras={"position_ids": depths[None].to(self.device)},
                 n_rows=len(packed.places),
             )
@@ -355,7 +357,7 @@ class Passes:
         shares_cache: bool,
         extras: Mapping[str, Any] | None = None,
     ) -> HeadOutput:
-        """What rows say that begin with what a state of one row has read, if any."""
+        """The output for rows whose prefix is in the cache of one row, if any."""
         if state is None or not shares_cache:
             return self._pass(ids, at, state=copied_cache(state, len(ids)), extras=extras)[0]
         borrowed, shared = shared_cache(state, len(ids))
@@ -375,9 +377,9 @@ class Passes:
         extras: Mapping[str, Any] | None = None,
         n_rows: int | None = None,
     ) -> tuple[HeadOutput, Any]:
-        """What is said at places ``at (batch, n)`` of ``ids (batch, length)``; the state after.
+        """Output at positions ``at (batch, n)`` of ``ids (batch, length)``, and the new cache.
 
-        It is good until the next pass.
+        Valid until the next pass.
         """
         self.check_ids(ids)
         self.n_rows = n_rows or len(ids)
@@ -388,7 +390,7 @@ class Passes:
             arguments[self._state or ""] = state
         given = ids.to(self.device)
         arguments |= _compat.keeping_logits(self.kept, at, given)
-        # A callable of the user's may keep what it is given.
+        # A user's callable may keep its arguments.
         head = self._head.watched() if isinstance(self.attr_target, str) else nullcontext()
         with head, drawn_again(self.seed, ids):
             output = _compat.called(self.model, given, **arguments)
@@ -399,7 +401,7 @@ class Passes:
         return said, getattr(output, self._state, None) if self._state else None
 
     def check_ids(self, ids: Tensor) -> None:
-        """Raises a ValueError if an id is none of the model's."""
+        """Raises a ValueError if an id is outside the model's vocabulary."""
         size = _compat.vocabulary_size(self.model)
         low, high = int(ids.min()), int(ids.max())
         if size is not None and not 0 <= low <= high < size:
@@ -410,7 +412,7 @@ class Passes:
             )
 
     def extras(self, row: TokenRow, padding: int) -> dict[str, Any]:
-        """The row's other arguments; those with one entry per token are made as long as its ids."""
+        """The row's other arguments; those with one entry per token padded to the ids' length."""
         arguments: dict[str, Any] = {}
         for name, value in (row.extras or {}).items():
             if isinstance(value, Tensor):
@@ -426,20 +428,19 @@ class Passes:
     ) -> tuple[Callable[[], float], Tensor]:
         """How much distributions of next tokens change when a row is read in a pack.
 
-        There it parts from another one, which goes on after a different id: what is to be seen
-        differs, whatever tokens themselves have in common. And its tokens at the places given are
-        read again, each as the end of a row (see `pack_again`): a model that says the same there
-        does not see what comes after them. Where the state is one that packs go on from, they go
-        on from that after the whole row.
+        In the pack it parts from another row, which continues with a different id. Its tokens at
+        the given positions are read again, each as the end of a row (see `pack_again`): if the
+        output there is the same, the model does not see what follows them. If the cache supports
+        it, packs continue from the cache after the whole row.
 
         Args:
             row: Token ids, at least two.
-            places: Of the row, sorted.
+            places: Positions in the row, sorted.
 
         Returns:
-            What the pack shows when it is called, as `reads_on`; it raises a NotImplementedError if
-            the model does not attend in a way that is known. And the logits of the row alone at
-            these places, ``(1, n, vocabulary)``.
+            A function that runs the pack and returns its error, as `reads_on`; it raises a
+            NotImplementedError if the model's attention is not supported. And the logits of the row
+            alone at these positions, ``(1, n, vocabulary)``.
         """
         first = max(1, len(row) - LAST)
         other = [_unlike(row, row[first]), *row[first + 1 : first + LAST // 2]]
@@ -470,7 +471,7 @@ class Passes:
                 try:
                     if (found := once()) <= 1:
                         return found
-                except Exception as failure:  # whatever a model does: there is a way without
+                except Exception as failure:  # models may raise anything: there is another way
                     if is_no_answer(failure):
                         raise
                 self._ends_of_model = None
@@ -480,10 +481,10 @@ class Passes:
         return error, alone[:, here.to(alone.device)]
 
     def reads_on(self, row: Sequence[int], other: Sequence[int], shared: int) -> float:
-        """How much distributions of next tokens change when rows are read on from a state.
+        """How much distributions of next tokens change when rows continue from a prefix cache.
 
-        The shared beginning is read in two stretches, then both rows from copies of the state, the
-        other one padded. What the model says in each is held against a pass of its own.
+        The shared prefix is read in two parts, then both rows from copies of the cache, the other
+        one padded. The output of each is compared with that of a separate pass.
 
         Args:
             row: Token ids.
@@ -491,8 +492,7 @@ class Passes:
             shared: Number of ids that both begin with, fewer than either has.
 
         Returns:
-            Largest difference between log-probabilities over what rounding explains: reading on
-            is right up to 1.
+            Largest difference between log-probabilities relative to rounding: correct up to 1.
         """
         state: Any = None
         middle = shared // 4 * 2
@@ -509,7 +509,7 @@ class Passes:
             return float("inf")
         self.state_bytes = _compat.state_bytes(state) // shared
         ends = [row[shared:], other[shared:]]
-        # The first that has nothing but the state before it, and the last.
+        # The first that has only the cache before it, and the last.
         at = torch.tensor([[0, len(end) - 1] for end in ends], dtype=torch.int64, device="cpu")
         alone = self._alone((row, other), at + shared)
 
@@ -523,7 +523,7 @@ class Passes:
         return copied
 
     def _alone(self, rows: Sequence[Sequence[int]], at: Tensor) -> Tensor:
-        """Logits ``(n_rows, n, vocabulary)`` at places ``(n_rows, n)``, of a pass for each row."""
+        """Logits ``(n_rows, n, vocabulary)`` at positions ``(n_rows, n)``, by one pass per row."""
         found = [
             self._pass(torch.tensor([row], dtype=torch.int64, device="cpu"), places[None])[0]
             .logits()
@@ -535,7 +535,7 @@ class Passes:
     def _error(
         self, found: Tensor, alone: Tensor, rows: Sequence[Sequence[int]], at: Tensor
     ) -> float:
-        """How far logits are from those of rows alone, over what rounding explains."""
+        """Difference of logits from those of rows alone, relative to rounding."""
         apart = Apart.between(found, alone)
         error = apart.over(found.dtype)
         is_fine = alone.dtype.itemsize > 2 and not _compat.half_precision(self.model)
@@ -548,7 +548,7 @@ class Passes:
         return min(error, apart.beyond(Apart.between(otherwise, alone)))
 
     def _can_share(self, error: Callable[..., float]) -> bool:
-        """Whether rows read on rightly from a state that they have no copies of."""
+        """Whether rows give correct values from a cache without copies."""
         reason = reason_against(partial(error, shares_cache=True))
         if reason is not None:
             self._stop_sharing(reason)
@@ -566,18 +566,18 @@ class _LastRow:
     """The row that was read last.
 
     Attributes:
-        state: The model's state after it, and after others.
-        places: Where its ids are in the state.
+        state: The model's cache after it, and after others.
+        places: Positions of its ids in the cache.
     """
 
     state: Any
     places: Tensor
 
     def after(self, n: int) -> Any:
-        """The state after its first `n` ids."""
+        """The cache after its first `n` ids."""
         return cache_part(self.state, self.places[:n])
 
 
 def _unlike(row: Sequence[int], one: int) -> int:
-    """Another id than that given."""
+    """An id other than the given one."""
     return next((i for i in row if i != one), int(one == 0))

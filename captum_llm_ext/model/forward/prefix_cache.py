@@ -1,4 +1,4 @@
-"""What rows are given of a model's state after the ids they share: copies, or the state itself."""
+"""Prefix caches for several rows: copies, or the cache itself."""
 
 import copy
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from captum_llm_ext import _compat
 
-# Where keys carry the ones that were shared, for `attention` to find them.
+# Attribute by which keys carry the shared ones to `attention`.
 _SHARED = "_captum_llm_ext_shared"
 
 
 @dataclass
 class SharedLayer:
-    """Keys and values ``(1, n_heads, n, size)`` that go before new ones, and whether they did."""
+    """Keys and values ``(1, n_heads, n, size)`` before new ones, and whether they were used."""
 
     keys: Tensor
     values: Tensor
@@ -24,9 +24,9 @@ class SharedLayer:
 
 
 def copied_cache(state: Any, n: int | None = None) -> Any:
-    """A state of the model for `n` rows from that of one; without a number, for that one.
+    """A copy of a one-row cache for `n` rows; without a number, for one row.
 
-    Keys and values of plain layers are never changed in place: they are seen, not copied.
+    Keys and values of plain layers are never modified in place: these are views, not copies.
     """
     if state is None:
         return None
@@ -46,14 +46,14 @@ def copied_cache(state: Any, n: int | None = None) -> Any:
 
 
 def cache_part(state: Any, places: Tensor) -> Any:
-    """The state after some of the ids that one has read, as if there had been no others.
+    """The cache after some of its ids, as if there had been no others.
 
     Args:
-        state: Of one row.
-        places: Where these ids are, in order, int64 ``(n,)``; without any there is no state.
+        state: The cache of one row.
+        places: Positions of these ids, in order, int64 ``(n,)``; if empty, there is no cache.
 
     Raises:
-        NotImplementedError: If the state does not keep every id apart from all others.
+        NotImplementedError: If the cache has no separate entry per id.
     """
     if not len(places):
         return None
@@ -70,15 +70,15 @@ def cache_part(state: Any, places: Tensor) -> Any:
 
 
 def shared_cache(state: Any, n: int) -> tuple[Any, list[SharedLayer]]:
-    """The state of one row for `n` rows to read on from, without a copy of it for each.
+    """A one-row cache shared by `n` rows without copies.
 
-    Made for one pass within `attention.merged`: keys then come with those that were shared.
+    For one pass within `attention.merged_attention`, where keys carry the shared ones.
 
     Returns:
-        The state, and a list that the pass fills: of all that was shared, and whether it was used.
+        The cache, and a list that the pass fills with what was shared, and whether it was used.
 
     Raises:
-        NotImplementedError: If no layer of the state can be shared.
+        NotImplementedError: If no layer of the cache can be shared.
     """
     kinds = _compat.growing_layers()
     if not _compat.is_list_of_layers(state) or not any(type(x) in kinds for x in state.layers):
@@ -92,7 +92,7 @@ def shared_cache(state: Any, n: int) -> tuple[Any, list[SharedLayer]]:
 
 
 def shared_with(keys: Tensor) -> SharedLayer | None:
-    """What goes before these keys; None if nothing does."""
+    """The shared keys and values before given ones, or None."""
     return getattr(keys, _SHARED, None)
 
 
@@ -121,7 +121,7 @@ def _shared_layer(layer: Any, n: int, shared: list[SharedLayer]) -> Any:
 
 
 def _with_own_dicts(layer: Any, n: int | None) -> Any:
-    """A shallow copy; recurrent states, which layers keep in dicts and change in place, are own."""
+    """A shallow copy; recurrent states, which layers modify in place in dicts, are copied."""
     found = copy.copy(layer)
     for name, value in vars(layer).items():
         if isinstance(value, dict):
@@ -137,7 +137,7 @@ def _own(value: Any, n: int | None) -> Any:
 
 @cache
 def _sharing_kind(kind: type[Any]) -> type[Any]:
-    """The kind of layer that keeps what it has for itself and sends it along with new keys."""
+    """The layer class that keeps its entries and attaches them to new keys."""
 
     def update(self: Any, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
         one = SharedLayer(self.keys, self.values)

@@ -1,4 +1,4 @@
-"""Rows sorted by what they begin with, and how much that is; pairs of numbers, each once."""
+"""Rows sorted by prefix, and the lengths of common prefixes."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,18 +7,18 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-# Rows in order, and what each has in common with the one before it.
+# Rows in order, and the length of each one's common prefix with the previous one.
 _Rows = tuple[list[int], list[int]]
 
 
 def sort_by_prefix(
     rows: Sequence[Sequence[int]], shareable: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """The rows' order by content, and what each may share with the one before it.
+    """The rows' order by content, and the prefix length that each may share with the previous one.
 
     Args:
         rows: Token ids.
-        shareable: Per row how many of its first ids may be shared. Zeros: the order stays.
+        shareable: Per row how many of its first ids may be shared. Zeros: the order is unchanged.
     """
     if not any(shareable):
         return list(range(len(rows))), [0] * len(rows)
@@ -32,21 +32,22 @@ def sort_by_prefix(
 
 
 def heavy_paths_first(order: Sequence[int], shared: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Sorted rows in another order: of those that part somewhere, the branch with most rows first.
+    """Sorted rows in another order: where rows part, the branch with most rows comes first.
 
-    As much is shared. But what a row has in common with those before it lies in few stretches, at
-    most one more than the logarithm of their number: branches with most rows are the heavy paths of
-    the tree of rows (Sleator and Tarjan, A data structure for dynamic trees, 1983, section 4).
+    Equally much is shared. But the parts that a row shares with earlier ones form few contiguous
+    ranges, at most one more than the logarithm of their number: the largest branches are the heavy
+    paths of the tree of rows (Sleator and Tarjan, A data structure for dynamic trees, 1983, section
+    4).
 
     Args:
         order, shared: As from `sort_by_prefix`.
 
     Returns:
-        The same of the new order.
+        The same for the new order.
     """
     if not order:
         return [], []
-    # Where rows part on the way to the latest: the depth, and the branches before its own.
+    # Branching points on the way to the latest row: the depth, and the branches before its own.
     way: list[tuple[int, list[_Rows]]] = []
     latest: _Rows = ([order[0]], [0])
     for row, depth in zip(order[1:], shared[1:], strict=True):
@@ -65,26 +66,26 @@ def heavy_paths_first(order: Sequence[int], shared: Sequence[int]) -> tuple[list
 
 
 def shared_prefix_lengths(rows: Sequence[Sequence[int]]) -> list[int]:
-    """How many of its first ids each row has in common with the one before it; 0 for the first."""
+    """Length of each row's common prefix with the previous one; 0 for the first."""
     keys = [_key(row) for row in rows]
     return [0, *(_common(one, other, len(one)) for one, other in pairwise(keys))][: len(rows)]
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids both begin with."""
+    """Length of the common prefix of two id sequences."""
     return _common(_key(one), _key(other), len(one))
 
 
 def distinct_pairs(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs of numbers, each once.
+    """Distinct pairs of numbers.
 
-    As single numbers they are sorted ten times as fast as columns of a matrix are.
+    Encoded as single numbers, they sort ten times as fast as columns of a matrix.
 
     Args:
-        one, other: int64 ``(n,)``, 0 or more; the product of their largest fits.
+        one, other: int64 ``(n,)``, 0 or more; the product of their maxima must fit.
 
     Returns:
-        The pairs, int64 ``(2, n_distinct)``, sorted; and for each given one which of them it is.
+        The pairs, int64 ``(2, n_distinct)``, sorted; and the index of each given pair among them.
     """
     size = int(other.max()) + 1 if len(other) else 1
     found, back = (one * size + other).unique(return_inverse=True)
@@ -92,7 +93,7 @@ def distinct_pairs(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _joined(branches: list[_Rows], depth: int) -> _Rows:
-    """The rows of all branches, those of the one with most first."""
+    """The rows of all branches, those of the largest first."""
     most = max(branches, key=lambda branch: len(branch[0]))
     for branch in branches:
         if branch is not most:
@@ -108,7 +109,7 @@ def _key(row: Sequence[int]) -> bytes:
 
 
 def _common(one: bytes, other: bytes, most: int) -> int:
-    """Length of the common beginning in ids of 8 bytes each, at most `most`, by bisection."""
+    """Length of the common prefix in ids of 8 bytes each, at most `most`, by bisection."""
     low, high = 0, min(len(one) // 8, len(other) // 8, most)
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""How far rounding alone moves a value, and whether a way of computing it is as right as others."""
+"""How far rounding alone changes values, and whether a way of computing them is correct."""
 
 import math
 from collections.abc import Callable, Generator
@@ -14,31 +14,30 @@ from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import in_this_thread_only
 from captum_llm_ext.model.forward.swallowed import is_no_answer
 
-# Largest difference between log-probabilities that other shapes of the same products make.
+# Largest difference between log-probabilities due to other shapes of the same products.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 _HALF = (torch.float16, torch.bfloat16)
-# An effect is what exceeds by so much what other last digits do, both as root mean squares, or as
-# the largest differences. On SmolLM2 and Gemma 3 in bfloat16 two ways of computing the same lay
-# less than 1.6 times as far apart as other digits had moved a pass, at most once as far.
+# An effect exceeds the change by perturbed last digits by this factor, both as root mean squares,
+# or as maxima. On SmolLM2 and Gemma 3 in bfloat16, two ways of computing the same differed by less
+# than 1.6 times that change, at most once by as much.
 BEYOND = 3.0
 _BEYOND_MOST = 2.0
 
 
 def rounding(dtype: torch.dtype | None) -> float:
-    """Largest difference between log-probabilities that other shapes of the same products make."""
+    """Largest difference between log-probabilities due to other shapes of the same products."""
     return _ROUNDING.get(dtype or torch.float32, _ROUNDING[torch.float32])
 
 
 def reason_against(error_of: Callable[[], float]) -> str | None:
-    """Why a way of computing values is not right; None where it is.
+    """Why a way of computing values is incorrect; None if it is correct.
 
     Args:
-        error_of: Goes that way; returns the largest difference that it makes, over what rounding
-            explains.
+        error_of: Computes that way; returns the largest difference relative to rounding.
     """
     try:
         error = error_of()
-    except Exception as failure:  # whatever a model does with a state: there is a way without
+    except Exception as failure:  # models may raise anything on a cache: there is another way
         if is_no_answer(failure):
             raise
         return f"{type(failure).__name__}: {failure}"
@@ -47,11 +46,11 @@ def reason_against(error_of: Callable[[], float]) -> str | None:
 
 @dataclass(frozen=True)
 class Apart:
-    """How far log-probabilities of all tokens lie apart that were computed in two ways.
+    """Difference of the log-probabilities of all tokens between two computations.
 
     Attributes:
-        usual: The root of the mean square, in nats.
-        most: The largest.
+        usual: Root mean square, in nats.
+        most: Maximum, in nats.
     """
 
     usual: float
@@ -59,34 +58,34 @@ class Apart:
 
     @classmethod
     def between(cls, found: Tensor, plain: Tensor) -> "Apart":
-        """Of logits ``(…, vocabulary)``; what one of the ways alone rules out is infinitely far."""
+        """Of logits ``(…, vocabulary)``; a token excluded in only one differs infinitely."""
         expected, said = log_probs_of(plain), log_probs_of(found)
-        # What a model rules out is minus infinity in both.
+        # Excluded tokens have minus infinity in both.
         differences = (said - expected).abs_().masked_fill_(expected.isneginf(), 0.0)
         differences = differences.nan_to_num_(nan=math.inf)
         usual = differences.square().mean(dtype=torch.float64).sqrt()
         return cls(float(usual), float(differences.max()))
 
     def over(self, dtype: torch.dtype) -> float:
-        """The largest difference over what logits of this type explain."""
+        """The maximum, relative to the rounding of logits of this dtype."""
         return self.most / _ROUNDING.get(dtype, 1e-9)
 
     def beyond(self, moved: "Apart") -> float:
-        """The differences over what other last digits explain; they make no more up to 1."""
+        """The differences relative to those by perturbed last digits; at most 1 is rounding."""
         usual = self.usual / max(BEYOND * moved.usual, 1e-9)
         return max(usual, self.most / max(moved.explained, 1e-9))
 
     @property
     def explained(self) -> float:
-        """The largest difference that these explain as rounding, if other last digits made them."""
+        """The largest difference that counts as rounding, if these are due to perturbed digits."""
         return _BEYOND_MOST * self.most
 
 
 def log_probs_of(logits: Tensor) -> Tensor:
-    """Log-probabilities of logits, on their device: in float32, or float64 where the logits are.
+    """Log-probabilities of logits, on their device, in float32, or float64 for float64 logits.
 
-    What is looked for is a hundred times as large as the last digits of float32, which takes a
-    tenth of the time.
+    The effects in question are a hundred times the last digits of float32, which takes a tenth of
+    the time.
     """
     return logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
@@ -95,17 +94,17 @@ def log_probs_of(logits: Tensor) -> Tensor:
 def rounded_otherwise(
     model: nn.Module, *, singles: float = 0.0, share: float = 1.0
 ) -> Generator[None]:
-    """Layers that return numbers of sixteen bits round them otherwise within, at random.
+    """Makes layers with 16-bit outputs round them randomly within.
 
-    So a pass shows how far rounding moves what comes out, whatever shapes it is computed in:
-    Monte Carlo arithmetic (Parker, 1997). In this thread alone; what is compiled runs uncompiled
-    meanwhile, for its code would keep it, or go past it.
+    A pass then shows how far rounding changes the output, independent of shapes: Monte Carlo
+    arithmetic (Parker, 1997). Only in this thread; compiled code runs uncompiled meanwhile, since
+    it would keep the hooks, or bypass them.
 
     Args:
-        model: Its hooks are taken off again.
-        singles: By how much of themselves numbers of 32 bits are moved as well: what is rounded to
-            few bits after that falls to the other side where it was near. 0: they are not.
-        share: Of the numbers, chosen at random, that are moved at all.
+        model: The model; hooks are removed again.
+        singles: Relative perturbation of 32-bit numbers: values near a rounding boundary then cross
+            it when rounded to few bits. 0: none.
+        share: Share of the numbers, chosen at random, that are perturbed.
     """
     moving = (*_HALF, torch.float32) if singles else _HALF
     generators: dict[torch.device, torch.Generator] = {}
@@ -128,7 +127,7 @@ def rounded_otherwise(
     hooks: list[RemovableHandle] = []
     try:
         for module in model.modules():
-            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+            if isinstance(module, torch.jit.ScriptModule):  # does not support hooks
                 continue
             if next(module.parameters(recurse=False), None) is not None:
                 hooks.append(module.register_forward_hook(in_this_thread_only(hook)))

@@ -1,4 +1,4 @@
-"""What the model reads for one coalition."""
+"""The model's input for one coalition."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """What the model reads for one coalition, and where it says each target token.
+    """The model's input for one coalition, and the positions that predict the target tokens.
 
     Attributes:
         ids: Token ids of the prompt and of the generated text before the last target token.
-        positions: ``(n_target,)``: the place in `ids` whose logits predict the target token; -1
-            where the coalition gives the token no value.
+        positions: ``(n_target,)``: the index in `ids` whose logits predict the target token; -1 if
+            the coalition defines no value for it.
         extras: Other arguments of the model's forward, batch size 1.
-        key: Tells rows apart whose extras differ.
+        key: Distinguishes rows with different extras.
     """
 
     ids: tuple[int, ...]
@@ -27,13 +27,13 @@ class TokenRow:
 
     @property
     def first(self) -> int:
-        """The first place that a target token is said at."""
+        """The first position that predicts a target token."""
         return min((place for place in self.positions if place >= 0), default=len(self.ids) - 1)
 
     def up_to(self, t: int) -> "TokenRow | None":
-        """The row up to where it says target token `t`, which it says alone, with nothing after it.
+        """The row up to the position that predicts target token `t`, for this token alone.
 
-        None where it does not.
+        None if there is no such position.
         """
         place = self.positions[t]
         if place < 0:
@@ -44,7 +44,7 @@ class TokenRow:
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:
     """Rows as one tensor ``(n_rows, longest)``."""
     length = max(len(row) for row in rows)
-    # What stands right of a row is never seen by it: its own first id is as good as any.
+    # Padding on the right is never visible to a row: its first id is as good as any.
     return torch.tensor(
         [[*row, *[row[0]] * (length - len(row))] for row in rows], dtype=torch.int64, device="cpu"
     )

@@ -1,8 +1,8 @@
-"""Which rows run together, and what they share: pure functions of token ids.
+"""Plans which rows run together, and which prefixes they share: pure functions of token ids.
 
-Rows that begin alike form a tree. Every branch of it that pays is run once, alone, and the
-model's state is then copied for the rows that go on from there. What pays is counted in token
-positions; a pass costs some on top, however short it is.
+Rows with common prefixes form a tree. Every branch that pays is run once, and the prefix cache is
+then copied for the rows that continue from there. Costs are counted in token positions; a pass has
+a fixed cost in addition.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,30 +13,30 @@ from captum_llm_ext.model.forward.prefixes import heavy_paths_first, sort_by_pre
 
 MostRows = Callable[[int, int], int]
 Cut = Callable[[Sequence[int], int], tuple[tuple[int, ...], ...]]
-# A tree is searched for what pays in time that grows with its size squared.
+# The search of a tree takes time that grows with the square of its size. Chosen, not measured.
 _ROWS_PER_TREE = 512
-# Recurrent models read a single token on by other code than several, and not always to the same
-# result: no stretch is shorter than this.
+# Recurrent models process a single token by other code than several, sometimes with another result:
+# no part is shorter than this.
 _SHORTEST = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A stretch of ids that its rows have in common, and how they go on.
+    """A part of ids that its rows have in common, and how they continue.
 
     Attributes:
-        start: The number of ids that come before: those of the branch this one grows from.
-        stop: The number of ids that all of `rows` share. The stretch in between is run once.
+        start: Number of ids before: those of the parent branch.
+        stop: Number of ids that all of `rows` share. The part in between is run once.
         rows: Indices of the rows.
-        batches: Indices of those that are run to their ends from here, one pass for each batch; the
+        batches: Indices of rows that are run to their ends from here, one pass per batch; the
             longest row first.
-        branches: The other ones share more: the branches that grow from here.
-        own: Where rows of a batch are packed (see `packing`), of each how many of its ids no row
-            before it in the batch has. None: batches are padded.
-        chained: Whether a pack goes on from the last row of the one before it: what `own` leaves
-            out of its first row has been read there.
-        begun: Where rows of packs begin with more or less of the `stop` ids that come before: with
-            how many, of each row. None: with all of them.
+        branches: Child branches, whose rows share more.
+        own: If rows of a batch are packed (see `packing`), per row the number of ids not shared
+            with earlier rows of the batch. None: batches are padded.
+        chained: Whether a pack continues from the last row of the previous one, which has the ids
+            missing in `own` of its first row.
+        begun: If rows of packs begin with different numbers of the `stop` ids before: the number
+            for each row. None: with all of them.
     """
 
     start: int
@@ -49,7 +49,7 @@ class Branch:
     begun: Sequence[int] | None = None
 
     def walk(self) -> Iterator["Branch"]:
-        """This branch and all that grow from it."""
+        """This branch and all its descendants."""
         todo: list[Branch] = [self]
         while todo:
             branch = todo.pop()
@@ -57,7 +57,7 @@ class Branch:
             yield branch
 
     def positions(self, lengths: Sequence[int]) -> int:
-        """Number of token positions that running all of it computes, padding included.
+        """Number of token positions computed by all of it, including padding.
 
         Args:
             lengths: Number of ids of every row.
@@ -70,24 +70,24 @@ class Branch:
         )
 
     def positions_of(self, batch: Sequence[int], lengths: Sequence[int]) -> int:
-        """Number of token positions that one of the batches computes."""
+        """Number of token positions computed by one of the batches."""
         if self.own is not None:
             return sum(self.own[row] for row in batch)
         return len(batch) * (lengths[batch[0]] - self.stop)
 
     def read_before(self, batch: Sequence[int], lengths: Sequence[int]) -> int:
-        """Number of ids of its rows that one of the batches goes on from."""
+        """Number of ids in the prefix cache that one of the batches uses."""
         if self.own is None or not self.chained:
             return self.stop
         return lengths[batch[0]] - self.own[batch[0]]
 
     @property
     def is_each_alone(self) -> bool:
-        """Whether every row has a pass of its own, from its first id on."""
+        """Whether every row has its own pass over all its ids."""
         return not (self.stop or self.branches or any(len(batch) > 1 for batch in self.batches))
 
     def n_passes(self) -> int:
-        """Number of passes that running all of it takes."""
+        """Number of passes of all of it."""
         return sum(len(one.batches) + (one.stop > one.start) for one in self.walk())
 
 
@@ -101,21 +101,21 @@ def plan(
     head: int = 0,
     most_head: int = 0,
 ) -> Branch:
-    """Cuts rows into batches that share their beginnings where that pays.
+    """Splits rows into batches that share prefixes if that pays.
 
     Args:
         rows: Token ids.
         shareable: Per row how many of its first ids may be shared, at least two fewer than it has.
             Zeros: nothing is shared, and rows of similar length form batches.
-        overhead: What a pass costs beside its positions, in positions.
-        most_padding: So many positions at most are padding in a batch.
+        overhead: Fixed cost of a pass, in positions.
+        most_padding: Maximum number of padding positions in a batch.
         most_rows: Called with the length of the longest row of a batch and the number of ids before
             it; returns how many rows it may have.
-        head: So many ids, the same for all rows, are there already.
-        most_head: So many ids at most are in the stretch of the branch returned.
+        head: Number of first ids, equal for all rows, that are already in the cache.
+        most_head: Maximum number of ids in the root's own part.
 
     Returns:
-        The branch that all others grow from. Its stretch, after `head`, is what all rows share.
+        The root branch. Its own part, after `head`, is shared by all rows.
     """
     order, shared = sort_by_prefix(rows, shareable)
     stop = _whole_steps(min([*shared[1:], most_head]), head)
@@ -148,17 +148,17 @@ def plan_packed(
     most_head: int = 0,
     chained: bool = False,
 ) -> Branch:
-    """Cuts rows into packs: no id is computed twice in one.
+    """Splits rows into packs, in each of which no id is computed twice.
 
     Args:
         rows: Token ids.
-        overhead: What a pass costs beside its positions, in positions.
-        most_ids: So many ids in a pack, unless a single row has more.
-        most_rows: So many rows at most in a pack.
-        head: So many ids, the same for all rows, are there already.
-        most_head: So many ids at most are read before the packs: nothing is asked about them.
-        chained: Whether packs may go on from the last row of the one before: then what comes
-            before `most_head` is computed once for all.
+        overhead: Fixed cost of a pass, in positions.
+        most_ids: Maximum number of ids in a pack, unless a single row has more.
+        most_rows: Maximum number of rows in a pack.
+        head: Number of first ids, equal for all rows, that are already in the cache.
+        most_head: Maximum number of ids read before the packs, without requests.
+        chained: Whether packs may continue from the last row of the previous one: ids before
+            `most_head` are then computed once.
     """
     order, shared = heavy_paths_first(*sort_by_prefix(rows, [len(row) for row in rows]))
     most_shared = most_head if chained else 0
@@ -166,7 +166,7 @@ def plan_packed(
         min([*(len(row) - _SHORTEST for row in rows), *shared[1:], most_head]), head
     )
     batches, own = packs(rows, order, shared, max(stop, head), most_ids, most_rows, most_shared)
-    # A head that is read on its own spares all packs but one from reading it; in a chain, it spares
+    # A head that is read separately saves all packs but one from reading it; in a chain, it saves
     # those of the next rows.
     if stop > head and (len(batches) - 1) * (stop - head) <= overhead:
         stop = head
@@ -182,12 +182,12 @@ def plan_forked(
     most_ids: int,
     most_rows: int,
 ) -> Branch:
-    """Cuts rows into packs that go on from ids read before, each from wherever it parts from them.
+    """Splits rows into packs that continue from ids read before, each from its own position.
 
     Args:
         rows: Token ids.
-        begun: With how many of the ids read before each row begins.
-        n_read: How many of these there are.
+        begun: Number of ids read before with which each row begins.
+        n_read: Number of ids read before.
         most_ids, most_rows: As for `plan_packed`.
     """
     order, shared = heavy_paths_first(*sort_by_prefix(rows, [len(row) for row in rows]))
@@ -196,28 +196,28 @@ def plan_forked(
 
 
 def distinct_positions(rows: Sequence[Sequence[int]]) -> int:
-    """Number of positions that a perfect tree would compute: no beginning twice, no padding."""
+    """Number of positions that a perfect tree computes: no prefix twice, no padding."""
     order, shared = sort_by_prefix(rows, [len(row) for row in rows])
     return sum(len(rows[i]) for i in order) - sum(shared)
 
 
 def _whole_steps(depth: int, start: int) -> int:
-    """A place not after `depth`, and a multiple of the shortest stretch after `start`."""
+    """A position not after `depth`, and a multiple of the shortest part after `start`."""
     return start + max(0, depth - start) // _SHORTEST * _SHORTEST
 
 
 @dataclass(slots=True)
 class _Node:
-    """A place where rows part.
+    """A position where rows part.
 
     Attributes:
         depth: Number of ids before it.
-        parent: The place before it.
-        leaves: The rows whose next place is their end.
-        children: The places after it.
-        n_rows: Number of rows after it that are not after a marked place after it.
-        n_marked: Number of marked places after it that are after no other one.
-        marked: Whether its state is worth having.
+        parent: The previous node.
+        leaves: The rows that do not part again.
+        children: The next nodes.
+        n_rows: Number of rows below it that are not below a marked node below it.
+        n_marked: Number of marked nodes below it without another in between.
+        marked: Whether its prefix cache pays.
     """
 
     depth: int
@@ -230,7 +230,7 @@ class _Node:
 
 
 def _tree(order: Sequence[int], shared: Sequence[int], start: int) -> _Node:
-    """The tree of sorted rows from what each has in common with the one before it."""
+    """The tree of sorted rows from the lengths of their common prefixes."""
     root = _Node(start)
     path = [root]
     for place, row in enumerate(order):
@@ -240,7 +240,8 @@ def _tree(order: Sequence[int], shared: Sequence[int], start: int) -> _Node:
             last = path.pop()
         if path[-1].depth < depth:
             node = _Node(depth)
-            if last is None:  # the row before ends at the place above: it comes down to this one
+            # The previous row ends at the node above: it is moved down to this one.
+            if last is None:
                 node.leaves.append(path[-1].leaves.pop())
             else:
                 path[-1].children.remove(last)
@@ -256,15 +257,15 @@ def _tree(order: Sequence[int], shared: Sequence[int], start: int) -> _Node:
 
 
 def _below(node: _Node) -> list[_Node]:
-    """The node and all after it up to marked ones, parents first."""
+    """The node and all below it up to marked ones, parents first."""
     found = [node]
-    for one in found:  # grows while it is read
+    for one in found:  # extended during the loop
         found += [child for child in one.children if not child.marked]
     return found
 
 
 def _mark(root: _Node, overhead: int) -> None:
-    """Marks the places whose state is worth having, the most rewarding first."""
+    """Marks the nodes whose prefix cache pays, the most profitable first."""
     todo = [root]
     while todo:
         above = todo.pop()
@@ -284,23 +285,23 @@ def _mark(root: _Node, overhead: int) -> None:
 
 
 def _gain(node: _Node, above: _Node, overhead: int) -> int:
-    """Positions saved by running what leads from one place to another once.
+    """Positions saved by running the part between two nodes once.
 
-    The rows and marked places beyond need it no more; it is run itself; and there is one pass more
+    The rows and marked nodes below no longer need it; it is run itself; and there is one more pass
     for it, and one for the rows that no longer share a batch with others.
     """
     return (node.n_rows + node.n_marked - 1) * (node.depth - above.depth) - 2 * overhead
 
 
 def _grow(root: _Node, start: int, cut: Cut) -> Branch:
-    """The branch of a marked place."""
+    """The branch of a marked node."""
     ends: list[int] = []
     marked: list[_Node] = []
     for node in _below(root):
         ends += node.leaves
         marked += [child for child in node.children if child.marked]
     branches = [_grow(node, root.depth, cut) for node in marked]
-    # The state need not be copied for the last branch: best for the one that others grow from.
+    # The last branch needs no copy of the cache: best for the one with most children.
     branches.sort(key=lambda branch: len(branch.rows))
     rows = (*ends, *(row for branch in branches for row in branch.rows))
     return Branch(start, root.depth, rows, cut(ends, root.depth), tuple(branches))
@@ -314,13 +315,13 @@ def _batches(
     most_rows: MostRows,
 ) -> tuple[tuple[int, ...], ...]:
     """Rows in batches of similar length."""
-    # The longest first: what does not fit in memory fails at once.
+    # The longest first: running out of memory then shows immediately.
     queue = sorted(rows, key=lambda row: -lengths[row])
     batches: list[tuple[int, ...]] = []
     while queue:
         longest = lengths[queue[0]]
         most = most_rows(longest, depth)
-        most = -(-len(queue) // -(-len(queue) // most))  # all about the same size
+        most = -(-len(queue) // -(-len(queue) // most))  # all of about the same size
         size, padding = 0, 0
         for row in queue[:most]:
             padding += longest - lengths[row]

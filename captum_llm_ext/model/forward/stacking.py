@@ -1,7 +1,7 @@
-"""Segments of a pack side by side: few calls attend for many of them.
+"""Stacks segments of a pack, so that few attention calls serve many of them.
 
-Every segment has keys of its own in an order of its own, so they are gathered; what that costs
-grows with queries times keys, of which no more are padding than `_FULL` allows.
+Every segment has its own keys in its own order, so they are gathered; the cost grows with queries
+times keys, whose padding `_FULL` limits.
 """
 
 import math
@@ -14,12 +14,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from captum_llm_ext.model.forward.packing import Segment
 
-# Of the queries and of the keys of a stack at least this share are no padding, but for short ones.
+# Minimum share of the queries and of the keys of a stack that is not padding, except for short
+# ones. Chosen, not measured.
 _FULL = 0.75
 _SHORT = 8
-# Pairs of queries and keys at once: their biases, and for each key one copy, take memory.
+# Maximum number of pairs of queries and keys at once: their biases, and a copy of each key, take
+# memory. Chosen, not measured.
 _MOST_PAIRS = 2**17
-# Pairs of which is asked at once whether one sees the other.
+# Pairs whose visibility is computed at once. Chosen, not measured.
 _MOST_ASKED = 2**24
 
 
@@ -28,12 +30,12 @@ class Stack:
     """Segments that attend in one call.
 
     Attributes:
-        queries: Places of their tokens in the pack, int64 ``(n_segments, length)``; what is missing
-            of the shorter ones is their last token.
-        keys: Places of all that comes before these and of themselves, ``(n_segments, n_keys)``;
-            padded with their last one, which no bias lets be seen.
-        own: Of all queries those that are no padding, ``(n,)``; their places, ``(n,)``.
-        bias: To be added to scores: 0 or minus infinity, ``(n_segments, 1, length, n_keys)``.
+        queries: Positions of their tokens in the pack, int64 ``(n_segments, length)``; shorter ones
+            are padded with their last token.
+        keys: Positions of all visible tokens, ``(n_segments, n_keys)``; padded with the last one,
+            masked by the bias.
+        own: Indices of queries that are not padding, ``(n,)``; their positions, ``(n,)``.
+        bias: Added to scores: 0 or minus infinity, ``(n_segments, 1, length, n_keys)``.
     """
 
     queries: Tensor
@@ -49,16 +51,16 @@ def stacks(
     seen: Callable[[int, int, int], Tensor],
     like: Tensor,
 ) -> Iterator[Stack]:
-    """Stacks segments of about equal shape.
+    """Stacks segments of similar shape.
 
     Args:
-        segments: Of one pack.
+        segments: Segments of one pack.
         n_read: Number of ids that were read before the pack.
-        n_gone: Of the first of these, the state has so many no more.
-        seen: Given a number of queries, of keys, and the depth of the first query; whether each
-            query sees each key, bool ``(n_queries, n_keys)``. The first key is that of the first id
-            which is not gone.
-        like: Biases have its type and device.
+        n_gone: Number of the first of these that the cache no longer holds.
+        seen: Takes a number of queries, of keys, and the depth of the first query; returns whether
+            each query sees each key, bool ``(n_queries, n_keys)``. The first key is that of the
+            first id in the cache.
+        like: Dtype and device of biases.
     """
     for group in _groups(segments, n_gone):
         length = max(one.stop - one.start for one in group)
@@ -86,7 +88,7 @@ def stacks(
 
 
 def _groups(segments: Sequence[Segment], n_gone: int) -> Iterator[list[Segment]]:
-    """Segments of about as many tokens, which come after about as many."""
+    """Segments of similar length and depth."""
     classes: dict[tuple[int, int], list[Segment]] = {}
     for one in segments:
         kind = _class(one.stop - one.start), _class(_n_keys(one, n_gone))
@@ -96,7 +98,7 @@ def _groups(segments: Sequence[Segment], n_gone: int) -> Iterator[list[Segment]]
         length = max(one.stop - one.start for one in alike)
         group: list[Segment] = []
         for one in alike:
-            # The deepest comes last: it has the most keys, but for a few.
+            # The deepest comes last: it has the most keys, up to a few.
             n_keys = one.depth - n_gone + length
             n_pairs = (len(group) + 1) * length * n_keys
             n_asked = (one.depth + length - (group or [one])[0].depth) * n_keys
@@ -108,7 +110,7 @@ def _groups(segments: Sequence[Segment], n_gone: int) -> Iterator[list[Segment]]
 
 
 def _class(n: int) -> int:
-    """Equal for numbers that are about equal, or small."""
+    """Equal for numbers that are similar, or small."""
     return math.ceil(math.log(max(n, _SHORT)) / -math.log(_FULL))
 
 
@@ -117,14 +119,14 @@ def _n_keys(segment: Segment, n_gone: int) -> int:
 
 
 def _path(segment: Segment, n_gone: int) -> Tensor:
-    """Where the state has what comes before a segment, and itself."""
+    """Positions in the cache of what precedes a segment, and of the segment itself."""
     path = [*segment.path, (segment.start, segment.stop)]
     here = [(max(0, start - n_gone), stop - n_gone) for start, stop in path]
     return torch.cat([torch.arange(*one, device="cpu") for one in here if one[1] > one[0]])
 
 
 def _padded(places: Sequence[Tensor]) -> Tensor:
-    """As one tensor; the last of each stands for what it lacks."""
+    """As one tensor, padded with the last entry of each."""
     lengths = torch.tensor([len(one) for one in places], dtype=torch.int64, device="cpu")
     padded = pad_sequence(list(places), batch_first=True)
     steps = torch.arange(padded.shape[1], device="cpu")

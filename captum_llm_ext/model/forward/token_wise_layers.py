@@ -1,7 +1,7 @@
-"""The two ends of a model, where tokens do not see one another: some of them stand for all.
+"""The two ends of a model, where tokens are independent: equal ones are computed once.
 
-Before the first attention a token is its id and its place, and those that have both in common are
-one. After the last attention nothing is needed of a token that nobody asks about.
+Before the first attention a token depends only on its id and position, so equal ones are computed
+once. After the last attention only tokens with a request are needed.
 """
 
 from collections.abc import Callable, Generator
@@ -15,18 +15,18 @@ from torch.utils.hooks import RemovableHandle
 from captum_llm_ext.model.exclusive import in_this_thread_only
 from captum_llm_ext.model.forward.prefixes import distinct_pairs
 
-# From what a layer's weights make of some tokens, ``(…, n_some, size)``, to that of all.
+# Expands the output of a layer's weights for some tokens, ``(…, n_some, size)``, to all.
 Spread = Callable[[Tensor], Tensor]
 
 
 def representatives(ids: Tensor, places: Tensor) -> tuple[Tensor, Spread]:
-    """Tokens of one sequence that stand for those of the same id at the same place in a row.
+    """Representatives of the tokens of one sequence with equal id and equal position in their row.
 
     Args:
         ids, places: int64 ``(length,)``.
 
     Returns:
-        Where they are, int64 ``(n,)``, and the way from them to all.
+        Their positions, int64 ``(n,)``, and the expansion to all tokens.
     """
     pairs, back = distinct_pairs(ids, places)
     some = back.new_empty(pairs.shape[1])
@@ -35,14 +35,14 @@ def representatives(ids: Tensor, places: Tensor) -> tuple[Tensor, Spread]:
 
 
 def queried(some: Tensor, length: int) -> tuple[Tensor, Spread]:
-    """Tokens of one sequence that are asked about; all others are 0 to what follows.
+    """Tokens of one sequence with a request; all others become 0 afterwards.
 
     Args:
-        some: Where they are, int64 ``(n,)``.
-        length: Of the sequence.
+        some: Their positions, int64 ``(n,)``.
+        length: Length of the sequence.
 
     Returns:
-        As `representatives`.
+        As for `representatives`.
     """
 
     def spread(x: Tensor) -> Tensor:
@@ -56,17 +56,17 @@ def queried(some: Tensor, length: int) -> tuple[Tensor, Spread]:
 def computed_for_some(
     layer: nn.Module, some: Tensor, spread: Spread, length: int, is_time: Callable[[], bool]
 ) -> Generator[None]:
-    """Has the weights of a layer see some of the tokens alone, in passes of this thread.
+    """Computes a layer's weights for some of the tokens only, in passes of this thread.
 
     Args:
-        layer: Its hooks are taken off again.
-        some: Where these tokens are, int64 ``(n,)``.
-        spread: Makes up for the others.
-        length: Number of tokens of the one sequence that is read meanwhile.
-        is_time: Whether tokens are at that end of the model.
+        layer: The layer; hooks are removed again.
+        some: Positions of these tokens, int64 ``(n,)``.
+        spread: Expands the result to all tokens.
+        length: Number of tokens of the sequence read meanwhile.
+        is_time: Returns whether the pass is at that end of the model.
 
     Raises:
-        NotImplementedError: If what a module returns is not one vector per token.
+        NotImplementedError: If a module does not return one vector per token.
     """
     cut: set[nn.Module] = set()
 
@@ -89,7 +89,7 @@ def computed_for_some(
     on_entry, on_exit = in_this_thread_only(before), in_this_thread_only(after)
     hooks: list[RemovableHandle] = []
     try:
-        # Vectors that are added or multiplied are not worth it.
+        # Elementwise parameters are not worth it.
         for module in layer.modules():
             if module is not layer and any(p.dim() > 1 for p in module.parameters()):
                 hooks.append(module.register_forward_pre_hook(on_entry, with_kwargs=True))

@@ -1,1 +1,1 @@
-"""Backward passes: values of every target token back to a layer."""
+"""Gradients: backward passes from values of target tokens to a layer."""

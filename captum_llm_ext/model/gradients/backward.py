@@ -1,4 +1,4 @@
-"""Runs the model on points of a path, and every target token's value back to the layer."""
+"""Runs the model at points of a path, with backward passes from target tokens to the layer."""
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,15 +20,16 @@ from captum_llm_ext.model.gradients.frozen import frozen, is_stopped
 from captum_llm_ext.model.gradients.layers import Layers, without_gradient
 
 _logger = logging.getLogger(__name__)
-# What is made of a gradient: its product with a difference, or its size.
+# What is computed from a gradient: its product with a difference, or its norm.
 Measure = Literal["product", "l1", "l2"]
-# Tokens of a pass beyond which a device has enough to do: more rows, or more target tokens at once,
-# gain nothing (measured on a CPU; beyond 2048 they lose, by what no longer fits into its caches).
+# Tokens per pass beyond which a device is busy: more rows, or more target tokens at once, gain
+# nothing (measured on a CPU; beyond 2048 they lose by cache misses).
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSEWHERE = 65536
-# What a pass needs beside what it keeps for the way back, as a multiple of that.
+# Memory of a pass in addition to what it stores for the backward pass, as a multiple of that.
+# Chosen, not measured.
 _WORKING = 1.5
-# Largest relative difference between gradients that other shapes of the same products make.
+# Largest relative difference between gradients due to other shapes of the same products.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 _ROUNDING_HALF = 0.1
 
@@ -43,23 +44,23 @@ _NO_SHARE = (
     "weights, norms, gates). Give the embedding (`layer=None` finds it) or a whole decoder layer, "
     "and load the model in float32 or bfloat16."
 )
-# From some of the points: per layer their activations, and what gradients are multiplied by, each
-# (n_points, length, size).
+# For some of the points: per layer their activations, and the factors of gradients, each (n_points,
+# length, size).
 Points = Callable[[slice], tuple[list[Tensor], list[Tensor]]]
 
 
 @dataclass
 class BackwardPlan:
-    """How a model wants to be run, as found out while running it.
+    """How a model is best run, as found while running it.
 
     Attributes:
-        most_tokens: Token ids that fit into a pass with gradients.
-        most_rows: At most so many rows in a pass.
-        was_tried: Whether the following is known.
-        splits: Whether one way through the head serves all target tokens.
-        batches: Whether the ways back of several target tokens can be one.
-        forward_mode: Whether derivatives along features are right; None before they were tried.
-        row_bytes: What the row that was tried keeps for the way back.
+        most_tokens: Number of token ids that fit into a pass with gradients.
+        most_rows: Maximum number of rows per pass.
+        was_tried: Whether the following entries are known.
+        splits: Whether one backward pass through the head serves all target tokens.
+        batches: Whether backward passes of several target tokens can be batched.
+        forward_mode: Whether forward-mode derivatives are correct; None if not tried.
+        row_bytes: Bytes that the tried row stores for the backward pass.
     """
 
     most_tokens: int
@@ -75,22 +76,22 @@ def initial_plan(device: torch.device, most_rows: int | None) -> BackwardPlan:
     """What is known before the first pass.
 
     Args:
-        device: Where it reads its ids.
-        most_rows: The user's choice; what memory allows if there is none.
+        device: The model's input device.
+        most_rows: The user's limit; None: as memory allows.
     """
     return BackwardPlan(_TOKENS.get(device.type, _TOKENS_ELSEWHERE), most_rows)
 
 
 class Linear(NamedTuple):
-    """What a frozen model says of a point, ``(n_values,)`` if not said, float64 on the CPU.
+    """The values of a frozen model at a point, ``(n_values,)`` unless stated, float64 on the CPU.
 
     Attributes:
         values: The values.
-        expected: What the shares of all that a value is made of sum to: the value itself where it
-            is a logit or a difference of some, else its gradient along the logits.
-        sizes: How large logits are where the value comes from.
-        constants: The share of biases, position tables and other constants.
-        shares: What each place adds, ``(n_values, length)``.
+        expected: The expected sum of all contributions: the value itself if it is a logit or a
+            difference of logits, otherwise its gradient along the logits.
+        sizes: Magnitude of the logits of each value.
+        constants: Contribution of biases, position tables and other constants.
+        shares: Contribution of each position, ``(n_values, length)``.
     """
 
     values: Tensor
@@ -101,7 +102,7 @@ class Linear(NamedTuple):
 
 
 class _Passed(NamedTuple):
-    """A pass with gradients: values ``(n_rows, n_values)``, and what they were made from."""
+    """A pass with gradients: values ``(n_rows, n_values)``, and what they were computed from."""
 
     values: Tensor
     logits: Tensor
@@ -110,9 +111,9 @@ class _Passed(NamedTuple):
 
 
 def storage_of(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor lies in memory, and how many bytes there are; 0 if it has none of its own.
+    """The storage of a tensor, and its size in bytes; 0 if it has none of its own.
 
-    Quantised weights of torchao, as other wrappers, are made of tensors that have theirs.
+    Quantised weights of torchao and other wrappers consist of tensors with their own storage.
     """
     try:
         storage = tensor.untyped_storage()
@@ -124,29 +125,29 @@ def storage_of(tensor: Tensor) -> tuple[int, int]:
 class TargetGradients:
     """Values of target tokens at points of a path, and their gradients with respect to a layer.
 
-    One forward pass serves all target tokens of a point. On the way back each token has its own
-    pass, but not through the head: what a token's logits are made from is one place of the last
-    layer, so that a single pass through the head finds the beginning of all the others. Where the
-    model does otherwise, which a comparison on the first point shows, each goes all the way.
+    One forward pass serves all target tokens of a point. Each token has its own backward pass, but
+    not through the head: a token's logits depend on one position of the last layer, so that a
+    single pass through the head gives the start of all others. If a comparison at the first point
+    shows that this does not hold for the model, each backward pass is complete.
 
     Args:
         reader: The model's forward.
-        layers: What the gradients are with respect to.
-        row: What is read.
-        attr_target: What a value is.
-        plan: How the model is run; it learns from what happens.
-        is_joint: Whether the one value is the product over the target tokens.
-        sums: Which target tokens' values are summed to one, by their places among those that have a
-            value; None: each is a value of its own. There is one way back for a sum.
-        measure: What is made of a token's gradient.
+        layers: The layers of the gradients.
+        row: The token row.
+        attr_target: The kind of value.
+        plan: How the model is run; updated by experience.
+        is_joint: Whether the value is the product over all target tokens.
+        sums: Which target tokens' values are summed, by index among those with a value; None: each
+            is a value of its own. A sum takes one backward pass.
+        measure: What is computed from a token's gradient.
         is_frozen: Whether passes with gradients are those of a frozen model (see
-            `scoring.frozen`); there is one point then.
-        grad_kwargs: Passed on to `torch.autograd.grad`.
+            `gradients.frozen`), with a single point.
+        grad_kwargs: Passed to `torch.autograd.grad`.
         on_rows: Called with the number of points of every pass.
 
     Attributes:
-        n_rows: Points that the model was run on.
-        linear: What a frozen model said of the point.
+        n_rows: Number of points evaluated.
+        linear: The frozen model's values at the point.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class TargetGradients:
         n_single = 1 if is_joint else row.n_values
         self._members = [[i] for i in range(n_single)] if sums is None else [list(s) for s in sums]
         self.n_values = len(self._members)
-        # A callable may make a token's value from the logits of any other.
+        # A callable may use the logits of all tokens for each value.
         self._may_split = isinstance(attr_target, str) and self.n_values > 1
 
     def values(self, n_points: int, points: Points) -> Tensor:
@@ -181,7 +182,7 @@ class TargetGradients:
 
         Raises:
             ValueError: If one is not finite.
-            TypeError: If a callable `attr_target` gives the wrong shape.
+            TypeError: If a callable `attr_target` returns the wrong shape.
         """
 
         def found(rows: slice) -> Tensor:
@@ -205,16 +206,16 @@ class TargetGradients:
     def products(
         self, n_points: int, points: Points, owners: Tensor, n_owners: int
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Gradients at points, multiplied and summed over a feature's places, or their norm.
+        """Gradients at points, multiplied and summed over a feature's positions, or their norm.
 
         Args:
             n_points: Their number.
-            points: Gives some of them.
-            owners: The feature that each place belongs to, int64 ``(length,)``.
-            n_owners: How many features there are; places of those beyond are left out.
+            points: Returns some of them.
+            owners: The feature of each position, int64 ``(length,)``.
+            n_owners: Number of features; positions of higher indices are left out.
 
         Yields:
-            Which points, and ``(n_points, n_values, n_owners)``, float64 on the CPU.
+            A slice of points, and ``(n_points, n_values, n_owners)``, float64 on the CPU.
 
         Raises:
             ValueError: If no gradient reaches the layer, or one is not finite.
@@ -242,11 +243,11 @@ class TargetGradients:
             yield rows, products
 
     def _summed(self, values: Tensor) -> Tensor:
-        """The values that are explained, of those of single tokens ``(n_rows, n)``."""
+        """The explained values, from those of single tokens ``(n_rows, n)``."""
         return torch.stack([values[:, own].sum(1) for own in self._members], 1)
 
     def _derivatives(self, owners: Tensor, n_owners: int) -> FeatureDerivatives | None:
-        """Derivatives along features, where these would be less work than ways back."""
+        """Forward-mode derivatives along features, if cheaper than backward passes."""
         n_features = len(owners[owners < n_owners].unique())
         is_plain = self._measure == "product" and not self._is_frozen and self._reader.seed is None
         may = is_plain and self._may_split and self._plan.splits
@@ -266,10 +267,10 @@ class TargetGradients:
     def _forward_mode_agrees(
         self, forth: FeatureDerivatives, points: list[Tensor], factors: list[Tensor]
     ) -> bool:
-        """Whether forward mode says what the gradient does, of the last value at one point."""
+        """Whether forward mode gives the gradient, for the last value at one point."""
         try:
             found = forth.products(points, factors)[0, -1]
-        except Exception as error:  # whatever an operation has to say that knows no forward mode
+        except Exception as error:  # operations without forward mode may raise anything
             if is_out_of_memory(error):
                 raise
             _logger.info("no derivatives along features (%s).", error)
@@ -286,7 +287,7 @@ class TargetGradients:
         is_owned = forth.owners < forth.n_owners
         along = torch.stack(each).sum(0)[is_owned]
         wanted = torch.zeros_like(found).index_add(0, forth.owners[is_owned], along)
-        # transformers takes norms in float32 even where the weights are in float64.
+        # transformers computes norms in float32 even for float64 weights.
         is_half = points[0].dtype.itemsize < torch.float32.itemsize
         tolerance = _ROUNDING_HALF if is_half else _ROUNDING[torch.float32]
         worst = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300))
@@ -332,7 +333,7 @@ class TargetGradients:
 
     @contextmanager
     def _hooked_head(self) -> Generator[list[Tensor]]:
-        """What the model's head is given in the pass within."""
+        """Captures the input of the model's head in the pass within."""
         head = _compat.embeddings(self._reader.model, "get_output_embeddings")
         head_inputs: list[Tensor] = []
         if not isinstance(head, nn.Module) or not self._may_split:
@@ -384,7 +385,7 @@ class TargetGradients:
         return products.double() if products.device.type == "cpu" else products.cpu().double()
 
     def _measured(self, gradient: Tensor, factor: Tensor) -> Tensor:
-        """What a gradient comes to, token by token; of the L2 norm the square."""
+        """The measure of a gradient per token; for the L2 norm its square."""
         if self._measure == "l1":
             return gradient.abs().sum(-1)
         return (gradient.square() if self._measure == "l2" else gradient * factor).sum(-1)
@@ -402,7 +403,7 @@ class TargetGradients:
             expected = torch.stack(
                 [(gradient.double() * wide).sum() for gradient in gradients]
             ).cpu()
-        else:  # each is made from the logits of its own place
+        else:  # each depends on the logits of its own position
             (gradient,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
             expected = (gradient.double() * wide).sum((0, 2)).cpu()
         shares = shares.cpu().double()
@@ -411,10 +412,10 @@ class TargetGradients:
     def _way_back(
         self, passed: _Passed, points: list[Tensor]
     ) -> Iterator[tuple[int, list[Tensor]]]:
-        """Gradients of some values after others: the first one's number, ``(n, n_rows, …)`` each.
+        """Yields gradients of some values after others: first index, and ``(n, n_rows, …)`` each.
 
-        The gradient of a value summed over rows is that of each row: they do not see one another.
-        The last one is that of the unit, ``(n,)``, 0 where nothing is frozen.
+        The gradient of a value summed over rows is that of each row, since rows are independent.
+        The last entry is that of the unit, ``(n,)``, 0 if nothing is frozen.
         """
         outputs, begin = self._starts(passed)
         size = self._tokens_at_once(len(passed.values))
@@ -423,12 +424,12 @@ class TargetGradients:
             yield start, self._gradients(outputs, begin, points, passed.unit, numbers)
 
     def _tokens_at_once(self, n_rows: int) -> int:
-        """Of how many target tokens the ways back are one: small passes leave room for it."""
+        """Number of target tokens whose backward passes are batched: as far as passes are small."""
         room = self._plan.most_tokens // (n_rows * self.row.length)
         return max(1, room) if self._plan.batches else 1
 
     def _starts(self, passed: _Passed) -> tuple[Tensor, Callable[[int], Tensor]]:
-        """Where the ways back begin, and with what for every value."""
+        """The tensors and gradients at which backward passes start, for every value."""
         values, before_head = passed.values, passed.before_head
         if self._plan.splits and before_head is not None and before_head.requires_grad:
             return before_head, self._at_head(values, before_head)
@@ -444,13 +445,13 @@ class TargetGradients:
     ) -> list[Tensor]:
         """Gradients of several values, ``(len(numbers), n_rows, length, size)`` per layer.
 
-        And those with respect to the unit, ``(len(numbers),)``.
+        Also those with respect to the unit, ``(len(numbers),)``.
         """
         if len(numbers) > 1 and self._plan.batches:
             try:
                 given = torch.stack([begin(number) for number in numbers])
                 return _gradients(outputs, points, unit, given, True, self._grad_kwargs)
-            except RuntimeError as error:  # an operation that knows no batches of gradients
+            except RuntimeError as error:  # an operation that does not support batched gradients
                 if is_out_of_memory(error):
                     raise
                 self._plan.batches = False
@@ -463,7 +464,7 @@ class TargetGradients:
 
     @torch.enable_grad()
     def _try(self, points: list[Tensor]) -> None:
-        """Finds out on one point how many fit, and whether the short ways back are right."""
+        """Finds on one point how many fit, and whether the short backward passes are correct."""
         own = {storage_of(parameter)[0] for parameter in self._reader.model.parameters()}
         kept: dict[int, int] = {}
 
@@ -496,11 +497,11 @@ class TargetGradients:
             plan.most_tokens = max(1, min(plan.most_tokens, int(most * self.row.length)))
         if values.requires_grad and not self._agree(passed, points):
             plan.splits = plan.batches = False
-        # With a single value there was no short way to try.
+        # With a single value there was no short pass to try.
         plan.was_tried |= self.n_values > 1
 
     def _agree(self, passed: _Passed, points: list[Tensor]) -> bool:
-        """Whether the short way gives the gradient of the plain one, for the last token."""
+        """Whether the short pass gives the gradient of the complete one, for the last token."""
         last = self.n_values - 1
         at_once = min(2, self.n_values, self._tokens_at_once(1))
         values, unit = passed.values, passed.unit
@@ -510,7 +511,7 @@ class TargetGradients:
         try:
             outputs, begin = self._starts(passed)
             short = self._gradients(outputs, begin, points, unit, numbers)
-        except ValueError:  # the layer is the head, or lies beyond it
+        except ValueError:  # the layer is the head, or after it
             return False
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -554,7 +555,7 @@ def _gradients(
     are_batched: bool,
     grad_kwargs: Mapping[str, Any],
 ) -> list[Tensor]:
-    # A frozen model without biases has no use for the unit.
+    # A frozen model without biases does not use the unit.
     settings = {**grad_kwargs, **({} if unit is None else {"allow_unused": True})}
     try:
         found: Any = torch.autograd.grad(

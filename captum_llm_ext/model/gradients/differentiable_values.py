@@ -1,4 +1,4 @@
-"""What is explained of each target token, from logits, with its gradient."""
+"""Values of target tokens from logits, with gradients."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,11 @@ from torch import Tensor
 def values_by_name(
     logits: Tensor, target: Tensor, attr_target: str, foils: Tensor | None = None
 ) -> Tensor:
-    """Values ``(batch, n_target)``, float64 on the CPU, with their gradient.
+    """Values ``(batch, n_target)``, float64 on the CPU, with gradients.
 
-    What `scoring` does without one, it does in place. Softmax and sums are taken in float32 at
-    least. A contrast takes none over the vocabulary, but for tokens without foils.
+    `scoring` computes the same in place, without gradients. Softmax and sums are computed in
+    float32 at least. A contrast needs no softmax over the vocabulary, except for tokens without
+    foils.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     found = logits.gather(2, target.expand(len(logits), -1)[..., None])[..., 0].to(dtype)
@@ -35,7 +36,7 @@ def values_by_name(
 def values_by_callable(
     logits: Tensor, target: Tensor, attr_target: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Values of a user's callable, ``(batch, n_target)``, float64, with their gradient.
+    """Values of a user's callable, ``(batch, n_target)``, float64, with gradients.
 
     Raises:
         TypeError: If the callable returns anything else.

@@ -1,4 +1,4 @@
-"""Derivatives of all values along each feature: forward mode, in place of a way back per value."""
+"""Forward-mode derivatives of all values along features, instead of backward passes."""
 
 import importlib
 import warnings
@@ -16,18 +16,18 @@ from captum_llm_ext.model.exclusive import in_this_thread_only
 from captum_llm_ext.model.gradients.forward_pass import ForwardPass, Row
 from captum_llm_ext.model.gradients.layers import Layers
 
-# Passes forth that a derivative takes, in ways back: attention keeps its weights (and the plain
-# kernel is slower than the fused one), all else is the same products.
+# Cost of a derivative in backward passes: attention stores its weights (and the plain kernel is
+# slower than the fused one), everything else is the same products. Chosen, not measured.
 _COST = 1.5
-# Passes beside these: the head's gradients, and what all derivatives of a pass share.
+# Additional passes: the head's gradients, and what all derivatives of a pass share.
 _BESIDE = 2
 
 
 def passes_beside(n_features: int | None, n_values: int) -> float:
-    """Passes beside the one forth that so many values take: a way back each, or what is less.
+    """Number of passes beside the forward pass for `n_values`: backward passes, or fewer.
 
     Args:
-        n_features: Along which derivatives would be taken; None: there can be none.
+        n_features: Number of features for forward-mode derivatives; None: not possible.
         n_values: Number of values.
     """
     if n_features is None:
@@ -36,20 +36,21 @@ def passes_beside(n_features: int | None, n_values: int) -> float:
 
 
 class FeatureDerivatives:
-    """What each value gains along each feature at points, by forward mode.
+    """Derivatives of each value along each feature at points, by forward mode.
 
-    What the head is given moves with a feature; how values move with that is the head's alone, and
-    found by a short way back through it. So no derivative is as wide as the vocabulary.
+    Forward mode gives the derivative of the head's input along a feature; a short backward pass
+    through the head gives the derivative of values by that input. So no derivative is as wide as
+    the vocabulary.
 
     Args:
         reader: The model's forward.
         layers: Where activations are replaced.
-        row: What is read.
+        row: The token row.
         members: Which target tokens' values are summed to each value.
-        values: Runs the model on so many rows: values of single tokens ``(n_rows, n)``.
-        owners: The feature that each place belongs to, int64 ``(length,)``.
-        n_owners: How many features there are; places of those beyond are left out.
-        most_tokens: Token ids that suit a pass.
+        values: Runs the model on a number of rows; returns values of single tokens ``(n_rows, n)``.
+        owners: The feature of each position, int64 ``(length,)``.
+        n_owners: Number of features; positions of higher indices are left out.
+        most_tokens: Suitable number of token ids per pass.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class FeatureDerivatives:
 
         Args:
             points: Per layer activations ``(n_rows, length, size)``.
-            factors: Which way each is moved, likewise.
+            factors: Directions, of the same shapes.
 
         Returns:
             ``(n_rows, n_values, n_owners)``, float64 on the CPU.
@@ -101,7 +102,7 @@ class FeatureDerivatives:
         return found
 
     def _gradients_at_head(self, points: list[Tensor]) -> Tensor:
-        """What the values gain by what the head is given, ``(n_rows, n_kept, size)``."""
+        """Gradients of the values by the head's input, ``(n_rows, n_kept, size)``."""
         given: list[Tensor] = []
 
         def note(_: nn.Module, arguments: Any) -> Any:
@@ -115,7 +116,7 @@ class FeatureDerivatives:
         return gradients
 
     def _moved(self, points: list[Tensor], factors: list[Tensor], at: Tensor) -> Tensor:
-        """How what the head is given moves, ``(n, n_rows, n_kept, size)``, at places ``(n, …)``."""
+        """Derivatives of the head's input, ``(n, n_rows, n_kept, size)``, at some positions."""
         directions = tuple(
             torch.where(at[:, None, :, None].to(factor.device), factor, 0.0).to(point.dtype)
             for point, factor in zip(points, factors, strict=True)
@@ -127,7 +128,7 @@ class FeatureDerivatives:
 
             def note(_: nn.Module, arguments: Any) -> Any:
                 given.append(arguments[0])
-                first = arguments[0]  # no logits are wanted: a place is enough, and does not move
+                first = arguments[0]  # logits are not needed: one constant position suffices
                 blank = torch.zeros(
                     len(first), 1, first.shape[2], dtype=first.dtype, device=first.device
                 )
@@ -156,14 +157,14 @@ class FeatureDerivatives:
 
 @cache
 def _load() -> None:
-    """Has torch load its forward mode, of which 2.13 (2026) says that it will be written anew."""
+    """Makes torch load its forward mode; torch 2.13 (2026) announces a rewrite of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 class _PlainAttention(TorchFunctionMode):
-    """In this thread, attention by products and a softmax: fused kernels know no forward mode."""
+    """In this thread, attention by products and softmax: fused kernels lack forward mode."""
 
     def __torch_function__(
         self,

@@ -1,4 +1,4 @@
-"""A text that a model reads with gradients, and its forward pass on it."""
+"""A token row that is read with gradients, and the forward pass over it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +11,15 @@ from captum_llm_ext.model.forward.draws import drawn_again
 
 @dataclass(frozen=True)
 class Row:
-    """What the model reads, and what it is asked for.
+    """The model's input, and what is computed for it.
 
     Attributes:
-        ids: Token ids ``(1, length)``, on the device where the model reads them.
-        at: ``(n_target,)``: the place whose logits predict each target token.
+        ids: Token ids ``(1, length)``, on the model's input device.
+        at: ``(n_target,)``: the position whose logits predict each target token.
         target: Token ids ``(n_target,)``.
-        foils: Token ids that each is held against, ``(n_target, n_foils)``; -1 where there are
-            fewer. None where a value is no contrast.
-        chosen: Which of the target tokens have a value. None: all.
+        foils: Foils of each, ``(n_target, n_foils)``, padded with -1. None if values are not
+            contrasts.
+        chosen: Indices of the target tokens with a value. None: all.
     """
 
     ids: Tensor
@@ -30,7 +30,7 @@ class Row:
 
     @property
     def n_values(self) -> int:
-        """Of how many target tokens values are taken."""
+        """Number of target tokens with values."""
         return len(self.target) if self.chosen is None else len(self.chosen)
 
     @property
@@ -39,19 +39,19 @@ class Row:
         return self.ids.shape[1]
 
     def of(self, targets: list[int], length: int) -> "Row":
-        """Some of the target tokens, and as many of the ids."""
+        """A row with some of the target tokens, and `length` of the ids."""
         foils = None if self.foils is None else self.foils[targets]
         return Row(self.ids[:, :length], self.at[targets], self.target[targets], foils)
 
 
 class ForwardPass:
-    """The model's forward on token ids, with the logits of some places.
+    """The model's forward pass on token ids, with the logits of some positions.
 
     Args:
         model: The model, in evaluation mode whenever it is called.
 
     Attributes:
-        kept: How it is asked for the logits of some places only; None: it gives all.
+        kept: How logits of some positions are requested; None: all are computed.
         seed: As for `Passes`: all points of a path draw the same.
     """
 
@@ -62,26 +62,26 @@ class ForwardPass:
         self._uncached = _compat.uncached(model)
 
     def logits(self, ids: Tensor, at: Tensor) -> Tensor:
-        """Logits ``(batch, n, vocabulary)`` at places ``at (n,)`` of ``ids (batch, length)``."""
+        """Logits ``(batch, n, vocabulary)`` at positions ``at (n,)`` of ``ids (batch, length)``."""
         logits = _compat.sequence_logits(self.run(ids, at))
         places = self.places(at, ids.shape[1], logits.shape[1])
         return logits if places is None else logits[:, places.to(logits.device)]
 
     def run(self, ids: Tensor, at: Tensor) -> Any:
-        """What the model returns that is asked for these logits, whatever it made of that."""
+        """The model's output when these logits are requested, whatever it returns."""
         kept = _compat.keeping_logits(self.kept, at.expand(len(ids), -1), ids)
         with drawn_again(self.seed, ids):
             return _compat.called(self.model, ids, **self._uncached, **kept)
 
     def keep_all(self) -> None:
-        """Has the model make the logits of all places from now on."""
+        """Requests the logits of all positions from now on."""
         self.kept = None
 
     def places(self, at: Tensor, length: int, n_kept: int) -> Tensor | None:
-        """Where the logits of these places are among those that the model gives; None: in order."""
+        """Indices of these positions among the returned logits; None: in order."""
         return None if self.kept == "positions" else at - (length - n_kept)
 
     def order(self, at: Tensor, length: int, n_kept: int) -> list[int]:
-        """As `places`, one for each of `at` however the model gives them."""
+        """Like `places`, always one index for each of `at`."""
         places = self.places(at, length, n_kept)
         return list(range(n_kept)) if places is None else places.tolist()

@@ -1,15 +1,14 @@
-"""A forward pass that is linear in what it is given, and says what the model says.
+"""Forward passes that are linear in the input, with the model's own output.
 
-In the passes of this thread norms keep their scale, attention its weights, gates and routers what
-they let through: what a model makes of its embeddings is then a linear function of them, plus what
-its biases and position tables add (arXiv 2505.24293). Functions of torch are looked at as they are
-called, so nothing is put on the model or taken off it (but for linear attention, of which
-transformers has functions of its own): an activation ``f(x)`` with ``f(0) = 0``
-becomes ``x * stop(f(x) / x)``, any other one ``stop(f(x))``, and of a product of two things that
-both depend on the input the one that came out of an activation is stopped.
+In passes of this thread, the scales of norms, attention weights, gates and routers are frozen: the
+output is then a linear function of the embeddings, plus contributions of biases and position tables
+(arXiv 2505.24293). Torch functions are intercepted when called, so the model is not modified
+(except for linear attention, for which transformers has its own functions): an activation ``f(x)``
+with ``f(0) = 0`` becomes ``x * stop(f(x) / x)``, any other one ``stop(f(x))``, and in a product of
+two factors that both depend on the input, the one from an activation is stopped.
 
-These rules say what is tried. Whether all that is not linear was met is measured, on every call
-(`check_sum`), and what was not met is found by trying each module (`culprit`).
+Every call verifies that nothing nonlinear was missed (`check_sum`); if so, each module is tried to
+find it (`culprit`).
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import in_this_thread_only
 
-# Names of functions of torch, as functions, methods and operators have them.
+# Names of torch's functions, as functions, methods and operators.
 _STOPPED = frozenset(
     "softmax log_softmax sigmoid exp exp2 expm1 softplus rsqrt sqrt reciprocal log log1p "
     "logsigmoid logsumexp cos sin norm vector_norm var std rpow cumprod prod softmin".split()
@@ -38,37 +37,37 @@ _BOUNDS = frozenset("clamp clamp_min clamp_max clip hardtanh".split())
 _PRODUCTS = frozenset("mul multiply matmul rmatmul mm bmm einsum baddbmm dot outer linear".split())
 _SUMS = frozenset("add sub subtract rsub addmm baddbmm cat concat concatenate stack".split())
 _WITH_BIAS = frozenset("linear conv1d conv2d".split())
-# What comes out of these is no gate any more, whatever goes in.
+# The outputs of these are not gates, whatever the inputs.
 _MIXES = frozenset(
     "matmul rmatmul mm bmm einsum baddbmm addmm linear conv1d conv2d grouped_mm embedding "
     "linalg_solve_triangular "
     "scaled_dot_product_attention sum mean".split()
 )
-# Of what is computed in double precision nothing is rounded to less on the way.
+# Double precision is not reduced on the way.
 _CASTS = frozenset("to float type".split())
 _GATE = "_captum_llm_ext_gate"
 _STOPPED_INPUT = "_captum_llm_ext_stopped"
-# What rounding may do to a sum of shares, relative to the value (measured on 25 families: 2e-15,
-# 9e-7 and 2e-2; what is not linear begins at 1e-3).
+# Allowed rounding error of a sum of contributions, relative to the value (measured on 25 families:
+# 2e-15, 9e-7 and 2e-2; nonlinear functions begin at 1e-3).
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _TOLERANCE_HALF = 0.06
-# By how much a module may miss being linear, relative to what it gives: rounding of half precision,
-# or of what int8 weights are given (a guess; ReLU and GELU miss by more than a half).
+# Allowed relative nonlinearity of a module: rounding of half precision, or of the input of int8
+# weights (chosen, not measured; ReLU and GELU deviate by more than a half).
 _LINEAR_TOLERANCE = 0.05
-_MOST_CASTS = 3  # before a function, a guess
+_MOST_CASTS = 3  # before a function; chosen, not measured
 
 
 @contextmanager
 def frozen(device: torch.device | str, model: Any = None) -> Generator[Tensor]:
-    """Passes within are linear in the activations whose gradient is wanted, and in the unit.
+    """Makes passes within linear in the activations whose gradient is computed, and in the unit.
 
     Args:
-        device: Where the unit is made.
-        model: What is run: a module of transformers tells functions of its own.
+        device: Device of the unit.
+        model: The model, whose transformers module has further functions.
 
     Yields:
-        The unit, a 1 that all biases and constants are multiplied by: a value's gradient with
-        respect to it is what they add to the value.
+        The unit, a 1 by which all biases and constants are multiplied: a value's gradient with
+            respect to it is their contribution to the value.
     """
     unit = torch.ones((), dtype=torch.float64, device=device, requires_grad=True)
     with ExitStack() as stack:
@@ -98,7 +97,7 @@ class _Freezing(TorchFunctionMode):
             return func(*args, **named)
         if name == "__get__":
             return _property(func, args, named)
-        # Weights are constants here, whether or not they are being trained.
+        # Weights are constants here, whether or not they require gradients.
         args, named = _mapped(args, _stopped_weight), _mapped_by_name(named, _stopped_weight)
         given = list(_tensors([*args, *named.values()]))
         moving = [tensor for tensor in given if tensor.requires_grad]
@@ -110,7 +109,7 @@ class _Freezing(TorchFunctionMode):
         if any(tensor.dtype == torch.float64 for tensor in moving):
             args, named = _in_double(name, args, named)
         found = self._frozen(func, name, args, named, moving)
-        # What was all stopped comes from the input still: it is no bias.
+        # An output of which everything was stopped still depends on the input: it is not a bias.
         for tensor in _tensors([found]):
             if not tensor.requires_grad and tensor.is_floating_point():
                 setattr(tensor, _STOPPED_INPUT, True)
@@ -124,7 +123,7 @@ class _Freezing(TorchFunctionMode):
         kwargs: dict[str, Any],
         moving: Sequence[Tensor],
     ) -> Any:
-        """What a function gives, of which one argument depends on the input at least."""
+        """The output of a function with at least one argument that depends on the input."""
         if name == "float" and moving[0].dtype == torch.float64:
             return moving[0]
         if name in _STOPPED or (name == "pow" and not _is_positive(args, kwargs)):
@@ -153,13 +152,13 @@ class _Freezing(TorchFunctionMode):
             args, kwargs = self._scaled_bias(args, kwargs)
         found = func(*args, **kwargs)
         if name in ("mul", "multiply") and not is_gate:
-            # A gate has the size of what it is a gate of: no scale of a norm has, nor of a router.
+            # A gate has the size of what it gates, unlike the scale of a norm or of a router.
             constants = [t for t in _tensors(args) if not t.requires_grad]
             is_gate = any(_is_gate(t) and t.shape == found.shape for t in constants)
         return _mark(found) if is_gate else found
 
     def _scaled(self, constant: Any) -> Any:
-        """A constant as that many units."""
+        """A constant as a multiple of the unit."""
         if isinstance(constant, Tensor):
             if not constant.is_floating_point() or getattr(constant, _STOPPED_INPUT, False):
                 return constant
@@ -172,7 +171,7 @@ class _Freezing(TorchFunctionMode):
                 given if isinstance(given, Tensor) and given.requires_grad else self._scaled(given)
             )
 
-        if not args:  # by name, as nobody calls them: what is missed is told by `check_sum`
+        if not args:  # positional names only: anything missed is found by `check_sum`
             return args
         if name in ("cat", "concat", "concatenate", "stack"):
             return [[scaled(part) for part in args[0]], *args[1:]]
@@ -189,7 +188,7 @@ class _Freezing(TorchFunctionMode):
     def _quotient(
         self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
-        """What divides is stopped."""
+        """Stops the divisor."""
         if len(args) < 2:
             args = [*args, kwargs.pop("other")]
         first, second, *others = args
@@ -200,7 +199,7 @@ class _Freezing(TorchFunctionMode):
 
 
 def _property(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What is asked of a tensor: another one, such as `weight.T`, is what the tensor is."""
+    """A property of a tensor: another tensor, such as `weight.T`, is marked like the tensor."""
     found = func(*args, **kwargs)
     if not isinstance(found, Tensor) or not isinstance(args[0], Tensor):
         return found
@@ -211,7 +210,7 @@ def _property(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 
 
 def _plain_name(name: str) -> str:
-    """Of an operator or a function that writes to what it is given, the name of the plain one."""
+    """The name of the out-of-place variant of an operator or function."""
     plain = name.strip("_")
     is_written_to = name.startswith("__i") and plain[1:] in _PRODUCTS | _SUMS | {"truediv", "div"}
     plain = plain[1:] if is_written_to else plain
@@ -227,7 +226,7 @@ def _tensors(given: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def _mapped(given: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
-    """Arguments with each tensor as a function has it, lists of them included."""
+    """Arguments with a function applied to each tensor, including lists."""
     return [_mapped_one(part, function) for part in given]
 
 
@@ -248,7 +247,7 @@ def _stopped_weight(tensor: Tensor) -> Tensor:
 
 
 def _stopped(given: Any) -> Any:
-    """The same without a gradient; what marks it stays."""
+    """The same without a gradient; its mark remains."""
     if isinstance(given, tuple | list):
         return type(given)(_stopped(part) for part in cast("list[Any]", given))
     if not isinstance(given, Tensor) or not given.requires_grad:
@@ -259,12 +258,12 @@ def _stopped(given: Any) -> Any:
 
 
 def is_stopped(tensor: Tensor) -> bool:
-    """Whether a tensor of a frozen pass comes from the input, and is held as it is."""
+    """Whether a tensor of a frozen pass depends on the input, and is held constant."""
     return getattr(tensor, _STOPPED_INPUT, False)
 
 
 def _to_be_stopped(moving: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Which factors are stopped: the gates; all, where none is one (scores, squares)."""
+    """Which factors are stopped: the gates; all, if none is a gate (scores, squares)."""
     gates = [tensor for tensor in moving if _is_gate(tensor)]
     if len(gates) == len(moving):
         gates = gates[1:]
@@ -279,12 +278,12 @@ def _mark(found: Any) -> Any:
 
 
 def _alike(found: Any, given: Iterable[Tensor], *, may_be_gate: bool) -> Any:
-    """What was made of constants, marked as these are."""
+    """The result of constants, marked like these."""
     marks = [_STOPPED_INPUT, *([_GATE] if may_be_gate else [])]
     for mark in marks:
         if any(getattr(tensor, mark, False) for tensor in given):
             for tensor in _tensors([found]):
-                if tensor.is_floating_point():  # which expert is chosen is no part of its bias
+                if tensor.is_floating_point():  # the choice of an expert is not part of its bias
                     setattr(tensor, mark, True)
     return found
 
@@ -292,7 +291,7 @@ def _alike(found: Any, given: Iterable[Tensor], *, may_be_gate: bool) -> Any:
 def _in_double(
     name: str, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Sequence[Any], dict[str, Any]]:
-    """Arguments that keep a double what it is."""
+    """Arguments that keep double precision."""
     if name in _CASTS:
         return (
             [torch.float64 if part is torch.float32 else part for part in args],
@@ -312,7 +311,7 @@ def _is_gate(tensor: Any) -> bool:
 
 
 def _is_positive(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether it is the input that is raised to a power, of which 0 stays 0."""
+    """Whether the input is raised to a power that maps 0 to 0."""
     exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
     return isinstance(exponent, int | float) and exponent > 0 and isinstance(args[0], Tensor)
 
@@ -334,14 +333,14 @@ def _rescaled(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
 
 
 def _rescaled_function(module: nn.Module, given: tuple[Any, ...], output: Any) -> Tensor | None:
-    """What an activation gives that has a way back of its own, which no function of torch tells."""
+    """The output of an activation with its own backward function, which no torch function shows."""
     if not isinstance(output, Tensor) or not isinstance(output.grad_fn, BackwardCFunction):
         return None
     is_alone = len(given) == 1 and isinstance(given[0], Tensor) and given[0].shape == output.shape
     if not is_alone or not _is_made_of(output, given[0]):
         return None
     if _multiplies(module, given[0]):
-        return None  # its own way back says what it is, as that of quantised weights does
+        return None  # its own backward function defines it, as for quantised weights
     found = output.detach()
 
     def again(_: Tensor) -> Tensor:
@@ -351,9 +350,9 @@ def _rescaled_function(module: nn.Module, given: tuple[Any, ...], output: Any) -
 
 
 def _is_made_of(output: Tensor, given: Tensor) -> bool:
-    """Whether nothing but casts lies between what a module was given and its own way back.
+    """Whether only casts are between a module's input and its own backward function.
 
-    A block that ends with such a function is none itself.
+    A block that ends with such a function is not one itself.
     """
     node: Any = output.grad_fn
     for _ in range(_MOST_CASTS):
@@ -366,9 +365,9 @@ def _is_made_of(output: Tensor, given: Tensor) -> bool:
 
 
 def _multiplies(module: nn.Module, given: Tensor) -> bool:
-    """Whether a module is linear, up to a constant: no activation or norm is, at such multiples.
+    """Whether a module is linear up to a constant: at such multiples, no activation or norm is.
 
-    Asked without its hooks, of which this is one.
+    Called without its hooks, of which this is one.
     """
     with torch.no_grad():
         x = given.detach()
@@ -415,17 +414,17 @@ def check_sum(
     dtype: torch.dtype,
     find: Callable[[float], str | None] = lambda _: None,
 ) -> Tensor:
-    """How far sums of all shares are from the values, relative to these.
+    """The relative errors of sums of all contributions.
 
     Args:
-        summed: Shares of all tokens and of constants, ``(n,)``.
+        summed: Summed contributions of all tokens and of constants, ``(n,)``.
         expected: The values, ``(n,)``.
-        size: How large values are there, ``(n,)``, of which a value near 0 is the difference.
-        dtype: In which the model computes.
-        find: Names the layer to blame, from what rounding may do.
+        size: Magnitude of the logits, ``(n,)``, since a value near 0 may be their difference.
+        dtype: The model's dtype.
+        find: Returns the name of the responsible layer for a rounding tolerance.
 
     Raises:
-        ValueError: If they are further off than rounding explains.
+        ValueError: If errors are larger than rounding.
     """
     apart = (summed - expected).abs() / torch.maximum(expected.abs(), size)
     tolerance = _TOLERANCE.get(dtype, _TOLERANCE_HALF)
@@ -442,14 +441,14 @@ def check_sum(
 
 
 def culprit(model: nn.Module, forward: Callable[[], object], tolerance: float) -> str | None:
-    """Name of the smallest module that is not linear once frozen, the first of them.
+    """Name of the smallest module that is not linear when frozen, the first of them.
 
-    Each module is run alone on what it is given in a pass.
+    Each module is run alone on its input of a pass.
 
     Args:
         model: The model.
         forward: Runs it.
-        tolerance: What rounding may do, relative to what a module gives.
+        tolerance: Allowed rounding error relative to a module's output.
     """
     return _culprit("", model, forward, tolerance)
 
@@ -463,7 +462,7 @@ def _culprit(
         if id(part) not in given:
             continue
         is_linear = _is_linear(part, *given[id(part)], tolerance)
-        # What cannot be tried as a whole may hold what can.
+        # A module that cannot be tried as a whole may contain some that can.
         inner = None if is_linear else _culprit(own, part, forward, tolerance)
         if inner or is_linear is False:
             return inner or f"{own} ({type(part).__name__})"
@@ -471,7 +470,7 @@ def _culprit(
 
 
 def _parts(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """The children of a module, and those in its lists."""
+    """The children of a module, including those in its lists."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from ((f"{name}.{own}", part) for own, part in _parts(child))
@@ -482,7 +481,7 @@ def _parts(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 def _inputs(
     modules: Sequence[nn.Module], forward: Callable[[], object]
 ) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What modules are given in a pass, the first time."""
+    """The first inputs of modules in a pass."""
     found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -500,9 +499,9 @@ def _inputs(
 def _is_linear(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
 ) -> bool | None:
-    """Whether a frozen module gives what its gradient, its input and the unit make up.
+    """Whether a frozen module's output equals what its gradient, its input and the unit give.
 
-    Only the first argument is looked at (not masks, angles, shared keys); None: it cannot be told.
+    Only the first argument is considered (not masks, angles, shared keys); None: unknown.
     """
     named = "hidden_states" if not args and "hidden_states" in kwargs else None
     given = kwargs[named] if named else args[0] if args else None

@@ -1,6 +1,6 @@
-"""The layers whose activations are attributed to: read where the model makes them, or replaced.
+"""The layers whose activations are attributed to: read, or replaced.
 
-Only in passes of the thread that wants it; those of others see nothing of it.
+Only in forward passes of the calling thread; those of others are unaffected.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -18,8 +18,8 @@ class Layers:
     """Modules of a model, at their output or their input.
 
     Args:
-        modules: None of them feeds another one.
-        of_input: Whether it is their input that is meant.
+        modules: Modules of which none feeds another.
+        of_input: Whether to use their input.
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, of_input: bool = False) -> None:
@@ -28,16 +28,17 @@ class Layers:
 
     @contextmanager
     def read(self) -> Generator[list[Tensor]]:
-        """The activations of the pass within, one per module, once it is over.
+        """Collects the activations of the pass within, one per module.
 
         Raises:
-            ValueError: If a module does not run once, or gives no tensor (batch, length, size).
+            ValueError: If a module does not run exactly once, or returns no tensor (batch, length,
+                size).
         """
         found: list[list[Tensor]] = [[] for _ in self.modules]
         activations: list[Tensor] = []
 
         def note(place: int) -> Callable[[Tensor], None]:
-            # What is done to it in place later on is not what the layer gave.
+            # Later in-place modifications do not belong to the layer's output.
             return lambda activation: found[place].append(activation.detach().clone())
 
         with self._hooked([note(i) for i in range(len(self.modules))]):
@@ -53,10 +54,10 @@ class Layers:
 
     @contextmanager
     def replaced(self, activations: Sequence[Tensor]) -> Generator[None]:
-        """Has the modules give these activations, one per module, in the passes within.
+        """Makes the modules return these activations, one per module, in the passes within.
 
         Raises:
-            ValueError: If a module gives another shape in their place.
+            ValueError: If a module's own output has another shape.
         """
         with self._hooked([_always(activation) for activation in activations]):
             yield
@@ -90,11 +91,11 @@ class Layers:
 def modules_reading(
     model: nn.Module, ids: Tensor, forward: Callable[[Tensor], object]
 ) -> list[nn.Module]:
-    """The modules that turn token ids into vectors, found in one pass of the model.
+    """The modules that map token ids to vectors, found in one pass of the model.
 
     Args:
         model: The model.
-        ids: Token ids ``(1, length)``, no plain count: positions are embedded too.
+        ids: Token ids ``(1, length)``, different from position ids, which are embedded too.
         forward: Runs the model on ids.
     """
     main = _compat.embeddings(model, "get_input_embeddings")
@@ -113,10 +114,10 @@ def modules_reading(
             hook = module.register_forward_pre_hook(in_this_thread_only(note), with_kwargs=True)
             stack.callback(hook.remove)
         forward(ids)
-    # An adapter of an embedding holds it, and gives what the model goes on with.
+    # An adapter of an embedding contains it, and returns what the model uses.
     parts = {id(part) for module in found for part in module.modules() if part is not module}
     found = [module for module in found if id(module) not in parts]
-    # The main one first, so that it is the one that is told of.
+    # The main one first, since it is named in messages.
     return sorted(found, key=lambda module: module is not main)
 
 
@@ -124,13 +125,13 @@ def modules_reading(
 def without_gradient(
     model: nn.Module, is_held: Callable[[Tensor], bool] | None = None
 ) -> Generator[list[str]]:
-    """Layers with weights through which no gradient goes in the pass within, by name.
+    """Names of layers with weights that no gradient passes in the pass within.
 
-    What goes past them, along residual connections, would be taken for all there is.
+    Gradients along residual connections would otherwise be taken for the whole.
 
     Args:
-        model: What is run.
-        is_held: Of what has no gradient, whether that is on purpose. None: it never is.
+        model: The model.
+        is_held: Whether a tensor lacks a gradient intentionally. None: never.
     """
     found: list[str] = []
 
@@ -139,7 +140,8 @@ def without_gradient(
             numbers = _numbers(output)
             is_cut = _moves(given) and bool(numbers) and not _moves(output)
             is_cut = is_cut and not (is_held is not None and all(map(is_held, numbers)))
-            # What has no weights makes something else of its input, such as angles of positions.
+            # Modules without weights compute something else from their input, such as position
+            # angles.
             if is_cut and module.state_dict():
                 found.append(f"{name} ({type(module).__name__})")
 
@@ -158,7 +160,7 @@ def _numbers(given: Any) -> list[Tensor]:
 
 
 def _moves(given: Any) -> bool:
-    """Whether a gradient comes back from it; torch gives what has none a way that only warns."""
+    """Whether it has a gradient; torch gives tensors without one a backward that only warns."""
     moving = [part for part in _numbers(given) if part.requires_grad]
     return any(p.grad_fn is None or "NotImplemented" not in p.grad_fn.name() for p in moving)
 
@@ -171,13 +173,13 @@ def _always(activation: Tensor) -> Callable[[Tensor], Tensor]:
                 "wanted: its first axis is not the batch, or its size is not that of a token. Give "
                 "another layer, such as the embedding (`layer=None` finds it)."
             )
-        return activation.clone()  # models may add to it in place, which no leaf allows
+        return activation.clone()  # models may modify it in place, which a leaf does not allow
 
     return put
 
 
 def _changed(given: Any, function: Callable[[Tensor], Tensor | None], what: str) -> Any:
-    """A layer's output or its arguments, with the first tensor as the function has it."""
+    """A layer's output or its arguments, with a function applied to the first tensor."""
     is_tuple = isinstance(given, tuple)
     parts = cast(tuple[Any, ...], given) if is_tuple else (given,)
     tensors = [part for part in parts if isinstance(part, Tensor)]

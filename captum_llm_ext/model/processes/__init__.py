@@ -1,1 +1,1 @@
-"""Several processes as one."""
+"""Several processes that work as one."""

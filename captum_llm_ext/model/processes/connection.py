@@ -1,25 +1,25 @@
-"""Whether another process is gone: a connection ends with it, however it ends."""
+"""Detects whether another process has died: its connection ends with it."""
 
 import os
 import socket
 import threading
 from contextlib import suppress
 
-# Seconds. Processes of one machine or network connect within milliseconds; one behind a wall that
-# drops packets costs every other process so much, once.
+# Seconds. Processes on one machine or network connect within milliseconds; one behind a firewall
+# that drops packets costs every other process this much, once. Chosen, not measured.
 _CONNECTED_WITHIN = 0.5
 
 Address = tuple[str, str, int]
 
 
 class Connections:
-    """A port of this process, at which nobody answers, and connections to those of others.
+    """A listening port of this process, without a service, and connections to those of others.
 
-    The system takes connections in, and ends them with the process. Where they cannot be made
-    (other machines behind a wall), nothing is told.
+    The operating system accepts connections, and closes them when the process ends. If they cannot
+    be made (machines behind a firewall), nothing is known.
 
     Attributes:
-        address: The machine's name, its address and the port; None where there is none.
+        address: The machine's name, its address and the port, or None.
     """
 
     def __init__(self) -> None:
@@ -36,10 +36,10 @@ class Connections:
             self.address = (socket.gethostname(), host, self._port.getsockname()[1])
 
     def has_ended(self, address: Address | None) -> bool:
-        """Whether the process that had this address is gone, or has closed its port.
+        """Whether the process with this address has died, or has closed its port.
 
         Args:
-            address: As it told it; None for one that told none.
+            address: The address it sent, or None.
         """
         if address is None:
             return False
@@ -75,11 +75,11 @@ class Connections:
 
 
 def _own_host() -> tuple[int, str]:
-    """The address by which this machine is reached from where the process group meets."""
+    """The address by which the process group's store reaches this machine."""
     master = os.environ.get("MASTER_ADDR", "localhost")
     family, kind, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as unsent:
-        unsent.connect(address)  # sends nothing, finds the way
+        unsent.connect(address)  # sends nothing, only determines the route
         return family, unsent.getsockname()[0]
 
 

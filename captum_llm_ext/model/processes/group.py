@@ -1,8 +1,8 @@
-"""Several processes as one: what they decide is the same on all, what they do is shared out.
+"""Several processes as one: decisions are equal on all, work is distributed.
 
-Everything goes through the store of the process group, a small server that all processes can
-reach, and nothing through its collectives. So no process waits at a collective while another
-computes, the group's timeout ends no long run, and it does not matter what backend it has.
+Everything uses the store of the process group, a small server that all processes can reach, not its
+collectives. So no process waits in a collective while another computes, the group's timeout ends no
+long run, and the backend does not matter.
 """
 
 import os
@@ -22,44 +22,45 @@ from captum_llm_ext.model.processes.together import asking
 S = TypeVar("S")
 T = TypeVar("T")
 
-# Seconds that those of a replica wait for one another where one ran out of memory.
+# Seconds that processes of a replica wait for each other after one ran out of memory. Chosen, not
+# measured.
 _TOGETHER = 30.0
-# What the first of a replica tells the others is taken out of the store after so many times.
+# Number of later messages after which a replica's internal message is removed from the store.
+# Chosen, not measured.
 _REMEMBERED = 256
-# What belongs together goes by a number of its own, the same on all processes.
+# Sessions are numbered, equally on all processes.
 _numbers: Counter[tuple[int, ...]] = Counter()
-# Replicas whose processes are no longer at the same pass.
+# Replicas whose processes are no longer in the same pass.
 _parted: set[tuple[int, ...]] = set()
 
 
 class Accelerator(Protocol):
-    """What is used of accelerate's `Accelerator` (its `PartialState` has it as well)."""
+    """The part of accelerate's `Accelerator` that is used (its `PartialState` has it as well)."""
 
     @property
     def num_processes(self) -> int:
-        """How many there are."""
+        """Number of processes."""
         ...
 
     @property
     def process_index(self) -> int:
-        """Which of them this is."""
+        """Index of this process."""
         ...
 
 
 class Processes:
-    """The processes that work on the same, this one among them.
+    """The processes that work together, including this one.
 
     Several of them may hold one model together (tensor parallel): such a replica takes work as one,
-    and its processes run the same passes. What a replica found is told by the first of its
-    processes.
+    and its processes run the same passes. The first process of a replica sends its results.
 
     Args:
-        ranks: Numbers of the processes within the process group, the same on all of them.
-        replicas: The same in groups that hold a model together; by default each its own.
+        ranks: Ranks in the process group, the same on all of them.
+        replicas: The ranks in groups that hold a model together; by default each its own.
 
     Attributes:
         ranks: As given.
-        rank: This process.
+        rank: Rank of this process.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Processes:
         """The processes of an accelerator, or of a model that several hold together.
 
         Raises:
-            TypeError: If it is no accelerator.
+            TypeError: If it is not an accelerator.
             ValueError: If there are several processes and no process group, or a replica of the
                 model is not among them.
 
@@ -118,7 +119,7 @@ class Processes:
 
     @property
     def number(self) -> int:
-        """The number of this process's replica, from 0."""
+        """The index of this process's replica, from 0."""
         return self._own
 
     @property
@@ -133,30 +134,30 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this process speaks for its replica."""
+        """Whether this process sends for its replica."""
         return self.rank == self._replicas[self._own][0]
 
     @property
     def have_parted(self) -> bool:
-        """Whether those that hold this process's model are no longer at the same pass, for good."""
+        """Whether the processes of this replica are permanently no longer in the same pass."""
         return self._replicas[self._own] in _parted
 
     def replica(self) -> "Processes":
-        """Those that hold this process's model, on their own."""
+        """The processes of this replica, by themselves."""
         own = self._replicas[self._own]
         return Processes(own, [own])
 
     @contextmanager
     def session(self, what: str) -> Generator[None]:
-        """Something all processes do together, from the first to the last line of it.
+        """A section that all processes run together.
 
-        An error on one is raised on all of them, with a note that says whose it was.
+        An error on one is raised on all, with a note on its origin.
 
         Args:
-            what: What it is, for messages.
+            what: A name for messages.
 
         Raises:
-            RuntimeError: If a process is gone, or does not come.
+            RuntimeError: If a process has died, or does not arrive.
         """
         if not self.are_many or self._store is not None:  # alone, or within a session
             yield
@@ -190,7 +191,7 @@ class Processes:
             self._store = None
 
     def _failed_on_all(self) -> bool:
-        """Whether all that hold this process's model failed in the pass in which this one did."""
+        """Whether all processes of this replica failed in the same pass."""
         own, store = self._replicas[self._own], self._store
         if store is None or len(own) == 1:
             return True
@@ -206,10 +207,10 @@ class Processes:
         return True
 
     def decide(self, function: Callable[[], T]) -> T:
-        """What the first replica's function returns, on all processes.
+        """The result of the first replica's function, on all processes.
 
-        The function is called on the processes of the first replica alone, all of them, so that it
-        may run the model.
+        The function is called on all processes of the first replica only, so that it may run the
+        model.
         """
         store = self._store
         if store is None:
@@ -221,7 +222,7 @@ class Processes:
         return cast(T, store.wait_for(key, self.ranks[0]))
 
     def least(self, number: int) -> int:
-        """The smallest of the numbers that the processes give."""
+        """The minimum of a number over the processes."""
         store = self._store
         if store is None:
             return number
@@ -230,7 +231,7 @@ class Processes:
         return min(cast(int, store.wait_for(f"{key}/{rank}", rank)) for rank in self.ranks)
 
     def each(self, items: Sequence[S], function: Callable[[S], T]) -> list[T]:
-        """What a function gives for each item, on all processes; one replica calls it for each."""
+        """A function's result for each item, on all processes; one replica calls it for each."""
         work = self.work()
         for number in work.take(len(items)):
             work.send((number, function(items[number])))
@@ -239,7 +240,7 @@ class Processes:
         return [found[number] for number in range(len(items))]
 
     def work(self) -> "Work":
-        """A piece of work to be shared out; every process begins it at the same place."""
+        """A piece of work to distribute; every process begins it at the same point."""
         return Work(self._store, self._next("work"), self._replicas, self._own, self.leads)
 
     def _next(self, what: str) -> str:
@@ -248,13 +249,13 @@ class Processes:
 
 
 class Work:
-    """Shares of a piece of work: each is taken by one replica, what comes of it is told to all.
+    """A piece of work in shares, each taken by one replica, with results sent to all.
 
     The order of calls is `take` to its end, `end`, `rest`; `send` and `received` in between.
 
     Attributes:
-        n_sent: Messages by replica, those received up to now.
-        failures: What went wrong, as `end` was told; known after `rest`.
+        n_sent: Number of messages received so far, by replica.
+        failures: Errors passed to `end`; known after `rest`.
     """
 
     def __init__(
@@ -275,9 +276,9 @@ class Work:
         self._n_own = self._n_agreed = 0
 
     def take(self, n: int | None = None) -> Iterator[int]:
-        """Numbers from 0, below `n`: those that this replica does, as it becomes free.
+        """Yields indices from 0 below `n` for this replica, as it becomes free.
 
-        Ends early where a replica failed.
+        Ends early if a replica failed.
         """
         count = 0
         while True:
@@ -294,7 +295,7 @@ class Work:
         return self.agree(lambda: store.count(f"{self._name}/next") - 1)
 
     def agree(self, function: Callable[[], T]) -> T:
-        """What the function returns on the first process of this replica, on all of them."""
+        """The result of a function on the first process of this replica, on all of them."""
         store = self._store
         if store is None or self._is_lone:
             return function()
@@ -310,7 +311,7 @@ class Work:
         return found
 
     def _forget(self, store: Store, name: str, n: int) -> None:
-        """Takes out of the store what all processes of this replica have read."""
+        """Removes from the store what all processes of this replica have read."""
         if not self._leads:
             store.set(f"{name}/{n}/read by {store.rank}", True)
             return
@@ -321,11 +322,11 @@ class Work:
             store.forget(f"{name}/{i}")
 
     def _failed(self) -> bool:
-        # A replica of several must not part: all of it goes on, or none.
+        # A replica of several processes must stay together: all continue, or none.
         return self._store is not None and self._is_lone and self._store.has(f"{self._name}/failed")
 
     def send(self, message: Any) -> None:
-        """Tells what came of a share, this replica's own processes too."""
+        """Sends a result to all, including this replica's own processes."""
         if not self._leads:
             return
         if self._store is not None:
@@ -335,7 +336,7 @@ class Work:
         self._inbox.append(message)
 
     def received(self) -> list[Any]:
-        """What has been sent since the last call, without waiting."""
+        """Messages since the last call, without waiting."""
         if self._store is not None:
             self._store.check()
             for replica in self._others():
@@ -346,7 +347,7 @@ class Work:
         return inbox
 
     def end(self, failure: Any = None) -> None:
-        """Says that this replica is through, or what stopped it; the others stop then too."""
+        """Declares this replica finished, or failed, in which case the others stop too."""
         if self._store is None:
             self.failures += [] if failure is None else [failure]
             return
@@ -358,7 +359,7 @@ class Work:
             self._store.set(f"{self._name}/end/{self._own}", (self._n_own, failure))
 
     def _check_together(self, store: Store) -> None:
-        """Raises unless all processes of this replica failed: the others are in a pass for ever."""
+        """Raises unless all processes of this replica failed: others may wait in a pass forever."""
         store.set(f"{self._name}/failed/{store.rank}", True)
         until, nap = time.monotonic() + _TOGETHER, Backoff()
         for rank in self._replica:
@@ -373,7 +374,7 @@ class Work:
                 nap.take()
 
     def rest(self) -> Iterator[Any]:
-        """What is told until all are through; waits for it."""
+        """Remaining messages until all replicas are finished; waits for them."""
         yield from self.received()
         if self._store is None:
             return
@@ -399,7 +400,7 @@ class Work:
 
 
 def _warn_alone() -> None:
-    """Says so where more than one process was asked for, and there is one."""
+    """Warns if more than one process was requested, but there is one."""
     asked = os.environ.get("WORLD_SIZE", "1")
     if asked.isdigit() and int(asked) > 1:
         warnings.warn(

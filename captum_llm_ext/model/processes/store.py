@@ -1,4 +1,4 @@
-"""The store of the process group as one session sees it: values, errors, and who still lives."""
+"""The process group's store in one session: values, errors, and which processes are alive."""
 
 import io
 import os
@@ -18,23 +18,26 @@ from torch import Tensor
 from captum_llm_ext import _compat
 from captum_llm_ext.model.processes.connection import Connections
 
-# Seconds. A process that computes still tells that it lives, from a thread of its own.
+# Seconds between heartbeats, sent by a separate thread even while a process computes. Chosen, not
+# measured.
 _BEAT = 1.0
 _SILENCE = 60.0
-# So long it is waited for one whose connection has ended: it may have said before that it is done.
+# Seconds to wait after a connection has ended: the process may have finished before. Chosen, not
+# measured.
 _ENDED = 3.0
 # Bytes: torch's store takes values of up to 8 MiB.
 _PIECE = 4 << 20
 _COUNT = 4  # bytes for the number of pieces that follow the first
 _SHORTEST_NAP, _LONGEST_NAP = 0.0005, 0.02
-# So long a process that failed waits until the others know, before it may end the run for all.
+# Seconds that a failed process waits for the others to learn of it, before it may end the run.
+# Chosen, not measured.
 _FAREWELL = 5.0
-# So long a process may stay in a pass after another one has failed.
+# Seconds that a process may stay in a pass after another one has failed. Chosen, not measured.
 _STUCK = 30.0
 
 
 class Backoff:
-    """Waits a little, and longer the longer nothing happens."""
+    """Waits with increasing intervals while nothing happens."""
 
     def __init__(self) -> None:
         self._seconds = _SHORTEST_NAP
@@ -45,12 +48,12 @@ class Backoff:
         self._seconds = min(1.5 * self._seconds, _LONGEST_NAP)
 
     def over(self) -> None:
-        """Something has happened."""
+        """Resets the interval."""
         self._seconds = _SHORTEST_NAP
 
 
 class Store:
-    """The store of the process group as one session sees it: its own keys, errors, who lives."""
+    """The store in one session: its keys, errors, and which processes are alive."""
 
     def __init__(
         self, name: str, ranks: Sequence[int], rank: int, what: str, replica: Sequence[int]
@@ -61,7 +64,7 @@ class Store:
         self._partners = [other for other in replica if other != rank]
         self.has_parted = False
         self._ranks, self._what = ranks, what
-        # To be taken away at the end, in order, with the number of pieces that follow the first.
+        # Keys to remove at the end, in order, with the number of further pieces.
         self._keys: dict[str, int] = {}
         self._connections = Connections()
         self._heard: dict[int, tuple[Any, float]] = {}
@@ -71,16 +74,16 @@ class Store:
         self._n_gone = 0
 
     def set(self, key: str, value: Any) -> None:
-        """Tells a value, however large."""
+        """Sets a value of any size."""
         first, *others = _pieces(value)
         self._keys[key] = len(others)
         with self._reached():
             for i, piece in enumerate(others):
                 self._store.set(f"{key}/piece {i}", piece)
-            self._store.set(key, first)  # who finds it finds all
+            self._store.set(key, first)  # set last: a reader of it finds all pieces
 
     def forget(self, key: str) -> None:
-        """Takes a value away that nobody is going to ask for."""
+        """Removes a value that is no longer needed."""
         with self._reached():
             self._delete(key)
         self._keys.pop(key, None)
@@ -91,7 +94,7 @@ class Store:
             self._store.delete_key(f"{key}/piece {i}")
 
     def get(self, key: str) -> Any:
-        """A value that has been told."""
+        """A value that has been set."""
         with self._reached():
             first = self._store.get(key)
             n = int.from_bytes(first[:_COUNT], "little")
@@ -99,12 +102,12 @@ class Store:
         return pickle.loads(b"".join(parts))
 
     def has(self, key: str) -> bool:
-        """Whether a value has been told."""
+        """Whether a value has been set."""
         with self._reached():
             return bool(self._store.check([key]))
 
     def count(self, key: str) -> int:
-        """Adds one; what comes out is told to one process alone."""
+        """Increments a counter; each result goes to one process only."""
         self._keys[key] = 0
         with self._reached():
             return int(self._store.add(key, 1))
@@ -121,7 +124,7 @@ class Store:
             nap.take()
 
     def watch(self, rank: int) -> None:
-        """Raises if a process has failed, or the one that is waited for is gone."""
+        """Raises if a process has failed, or the one waited for has died."""
         now = time.monotonic()
         if now - self._looked < _BEAT / 10:
             return
@@ -147,11 +150,11 @@ class Store:
             )
 
     def _patience(self, beat: tuple[int, Any]) -> float:
-        """Seconds without another beat after which a process is given up."""
+        """Seconds without a heartbeat after which a process is given up."""
         return min(_ENDED, _SILENCE) if self._connections.has_ended(beat[1]) else _SILENCE
 
     def check(self) -> None:
-        """Raises what another process raised."""
+        """Raises an error of another process."""
         if not self.has("error"):
             return
         rank, error, trace = cast(tuple[int, BaseException, str], self.get("error"))
@@ -162,14 +165,14 @@ class Store:
         raise error
 
     def tell_error(self, error: BaseException) -> BaseException:
-        """Tells an error of this process, and waits a little until the others have it.
+        """Sends an error of this process, and waits briefly until the others have it.
 
         Returns:
-            The error to raise: another's, where this one only comes of it.
+            The error to raise: another process's, if this one is only its consequence.
         """
-        with suppress(RuntimeError):  # a store that is gone takes no error
+        with suppress(RuntimeError):  # the store may be gone already
             if error is not self._raised and self._partners and isinstance(error, RuntimeError):
-                # A pass that another process left ends in an error of the connection.
+                # A pass that another process left ends in a connection error.
                 try:
                     self.check()
                 except BaseException as cause:
@@ -199,25 +202,25 @@ class Store:
         return error
 
     def leave(self) -> None:
-        """Waits for all to have come to the end."""
+        """Waits for all to reach the end."""
         with self._reached():
             self._store.set(f"left/{self.rank}", b"")
         for rank in self._ranks:
             self._wait(f"left/{rank}", rank)
 
     def clear(self) -> None:
-        """Takes away what was left in the store, after `leave`."""
-        with suppress(RuntimeError):  # it is done: nothing that goes wrong now matters
+        """Removes everything from the store, after `leave`."""
+        with suppress(RuntimeError):  # finished: errors no longer matter
             for key in self._keys:
                 self._delete(key)
             self._store.add("gone", 1)
             if self.rank != self._ranks[0]:
                 return
-            # The process that holds the store must not end it while another one still asks.
+            # The process that hosts the store must not end while others still use it.
             until, nap = time.monotonic() + _FAREWELL, Backoff()
             while time.monotonic() < until:
                 if self._store.add("gone", 0) >= len(self._ranks):
-                    # Until now others may have looked whether a process lives.
+                    # Others may have checked whether a process is alive.
                     for rank in self._ranks:
                         self._store.delete_key(f"left/{rank}")
                         self._store.delete_key(f"beat/{rank}")
@@ -227,14 +230,14 @@ class Store:
 
     @contextmanager
     def beating(self) -> Generator[None]:
-        """Has a thread tell that this process lives."""
+        """Runs a thread that sends heartbeats."""
         stop = threading.Event()
         since: dict[Any, Any] = {}
         key = f"beat/{self.rank}"
 
         def beat() -> None:
             n = 0
-            with suppress(RuntimeError):  # the main thread finds out as well, and tells
+            with suppress(RuntimeError):  # the main thread will notice and report it
                 while not stop.wait(_BEAT if n else 0):
                     n += 1
                     [told] = _pieces((n, self._connections.address))
@@ -252,12 +255,12 @@ class Store:
             self._connections.close()
 
     def _end_if_stuck(self, since: dict[Any, Any]) -> None:
-        """Ends this process where its main thread is in a pass that others will never join.
+        """Exits the process if its main thread is in a pass that others will never join.
 
-        A thread that waits within a collective cannot be reached by any exception.
+        A thread that waits in a collective cannot be interrupted by an exception.
 
         Args:
-            since: When things were first seen, kept by the caller.
+            since: Times of first observation, kept by the caller.
         """
         now = time.monotonic()
         if self.has("error"):
@@ -297,7 +300,7 @@ class Store:
 
 
 def _pieces(value: Any) -> list[bytes]:
-    """A value as the store takes it; the first piece begins with the number of the others."""
+    """A value in pieces for the store; the first begins with the number of the others."""
     content = io.BytesIO()
     _Pickler(content, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     whole = content.getbuffer()
@@ -307,7 +310,7 @@ def _pieces(value: Any) -> list[bytes]:
 
 
 class _Pickler(pickle.Pickler):
-    """Sends of a tensor its own numbers, not all that it may be a view of."""
+    """Pickles of a tensor only its own elements, not the storage that it is a view of."""
 
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is not Tensor or obj.device.type != "cpu" or obj.layout != torch.strided:
@@ -325,7 +328,7 @@ def _tensor(raw: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
 
 
 def _as_sent(error: BaseException) -> BaseException:
-    """The error, or what can be sent in its place: of the same kind where that can be made."""
+    """The error, or a picklable replacement, of the same class if possible."""
     with suppress(Exception):
         copy = pickle.loads(pickle.dumps(error))
         if type(copy) is type(error) and str(copy) == str(error):

@@ -1,14 +1,14 @@
-"""Whether those that hold a model together left a pass together."""
+"""Whether all processes that hold a model left a pass together."""
 
 from collections.abc import Callable
 
-# How the sessions that are going on ask, the innermost last.
+# Queries of the active sessions, the innermost last.
 asking: list[Callable[[], bool]] = []
 
 
 def failed_on_all() -> bool:
-    """Whether the pass that failed here failed on all that hold the model; waits for them.
+    """Whether a failed pass failed on all processes that hold the model; waits for them.
 
-    Where it did not, the others are in it for ever.
+    If not, the others remain in it forever.
     """
     return asking[-1]() if asking else True

@@ -1,1 +1,1 @@
-"""Rows in, values out: which rows run together, in which process, and what is kept on disk."""
+"""Scoring: which rows run together, on which process, and what is saved to disk."""

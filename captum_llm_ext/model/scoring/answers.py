@@ -1,4 +1,4 @@
-"""Answers to many prompts: those of one length at once, shared out among processes."""
+"""Generates answers to many prompts: those of equal length together, distributed over processes."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,22 +13,24 @@ from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.generation import Generation, continued, continued_by_row
 from captum_llm_ext.model.processes.group import Processes
 
-# Answers written at a time. A choice: a step reads all weights once for all rows, which is what it
-# mostly takes; but all of them wait for the longest, and their states are held together.
+# Answers generated at a time. Chosen, not measured: a step reads all weights once for all rows,
+# which dominates the cost; but all rows wait for the longest, and their caches are in memory
+# together.
 _MOST_ROWS = 32
-_MOST_TOKENS = 8_192  # of prompts together: their states take some 100 MB in models of 1 billion
+# In all prompts of a batch: their caches take about 100 MB in models of 1 billion weights.
+_MOST_TOKENS = 8_192
 
 Extras = Mapping[str, Tensor]
 
 
 class AnswerWriter:
-    """Writes answers with a model.
+    """Generates answers with a model.
 
     Args:
         model: The model.
-        device: Where its ids are.
-        processes: Those that share the work.
-        extras: What a row gives the model beside its ids.
+        device: The model's input device.
+        processes: The processes that share the work.
+        extras: Returns a row's further arguments of the model.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class AnswerWriter:
         self._processes, self._extras = processes, extras
 
     def one(self, row: TokenRow, arguments: Mapping[str, object], seed: int) -> Tensor:
-        """What a row is continued with, ``(n_target,)``, on this process alone."""
+        """The continuation of a row, ``(n_target,)``, on this process alone."""
         ids = torch.tensor([row.ids], device=self._device, dtype=torch.int64)
         given = {**self._extras(row), **arguments}
         is_compiled = _compat.is_compiled(self._model)
@@ -59,14 +61,14 @@ class AnswerWriter:
         together: bool,
         tell: Callable[[int], None],
     ) -> list[Tensor]:
-        """What each of several rows is continued with: the same as each alone.
+        """The continuations of several rows, each as if generated alone.
 
         Args:
-            rows: Prompts; all processes give the same.
-            generation: How answers are written.
-            seeds: One per row, of what is sampled.
-            together: Whether rows of a batch leave one another as they are.
-            tell: Is told of how many answers are there more.
+            rows: Prompts, equal on all processes.
+            generation: The generation settings.
+            seeds: Sampling seeds, one per row.
+            together: Whether rows of a batch are independent.
+            tell: Called with the number of further answers.
         """
         ends = generation.ends if together else None
         parts = _parts(rows, 1 if ends is None else _MOST_ROWS)
@@ -115,10 +117,10 @@ class AnswerWriter:
 
 
 def _parts(rows: Sequence[TokenRow], most: int) -> list[list[int]]:
-    """Numbers of rows of one length that are asked together."""
+    """Indices of rows of one length that are generated together."""
     by_length: dict[object, list[int]] = {}
     for i, row in enumerate(rows):
-        # What rows give beside their ids is not known to fit into a batch.
+        # Further arguments of rows may not be batchable.
         by_length.setdefault(len(row.ids) if row.extras is None else (i,), []).append(i)
     parts: list[list[int]] = []
     for own in by_length.values():

@@ -1,8 +1,7 @@
-"""`Batching`: which rows run together, and whether what they begin with is read once for several.
+"""`Batching`: which rows run together, and whether common prefixes are read once.
 
-Rows run apart, in padded batches; on from the model's state after what they share, a prefix cache;
-or packed in one sequence. Whichever costs least is taken, the latter two once a comparison on rows
-of the run has shown that the model gives the same numbers.
+Rows run separately, in padded batches; from a prefix cache; or packed in one sequence. The cheapest
+way is used, the latter two after a comparison on rows of the run has shown equal values.
 """
 
 import logging
@@ -28,30 +27,31 @@ from captum_llm_ext.model.probe.reuse import packing_of, why_not_read_on
 Reuse = Literal["auto", "off", "copy", "share", "pack"]
 
 _logger = logging.getLogger(__name__)
-# Rows read twice: once on their own, once from what they share or in a pack. So many at most.
+# Maximum number of rows read twice: by themselves, and from a prefix cache or in a pack. Chosen,
+# not measured.
 _COMPARISON = 4
-# Where processes share the work there are so many batches, as long as what each pass costs beside
-# its positions stays below one in so many of them.
+# With several processes there are this many batches, as long as a pass's fixed cost stays below one
+# in this many of its positions.
 _BATCHES = 32
 _WORTH_A_PASS = 50
 
 
 class Batching:
-    """Plans the passes of one model, by what they cost and what has been seen to be right.
+    """Plans the passes of one model, by cost and by what has been verified.
 
     Args:
-        passes: Of the model.
+        passes: Forward passes of the model.
         max_rows: As for `Scorer`.
         reuse: As for `Scorer`.
         overhead: As for `Scorer`.
-        shares_work: Whether several processes take the batches among them.
+        shares_work: Whether several processes share the batches.
 
     Attributes:
-        max_rows: At most so many rows in a batch.
-        overhead: What a pass costs beside its positions, in positions.
-        repeats: Whether batches have to be those of other processes or of an earlier run: then they
-            do not depend on what is only known later.
-        budget: Bytes a batch may take; None: of what is free whenever one is planned.
+        max_rows: Maximum number of rows per batch.
+        overhead: Fixed cost of a pass, in positions.
+        repeats: Whether batches must equal those of other processes or of an earlier run, so that
+            they may not depend on later findings.
+        budget: Bytes a batch may take; None: from the free memory at planning.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Batching:
         self.budget: int | None = None
         self._always_packs = reuse == "pack"
         self._reuse = reuse != "off" and _compat.state_argument(model) is not None
-        self._compared = 0  # length up to which reading on has been seen to be right
+        self._compared = 0  # length up to which prefix caches have been verified
         self._packing: Packing | None = None
         self._has_packed = False
-        # Rows in a pack attend one by one, which leaves a GPU idle.
+        # Rows of a pack attend one by one, which leaves a GPU idle.
         self._packs = reuse == "pack" or (reuse == "auto" and device.type == "cpu")
         self._head: tuple[tuple[int, ...], Any] = ((), None)
         self._text: tuple[tuple[int, ...], Any] = ((), None)
@@ -87,7 +87,7 @@ class Batching:
         return self._has_packed
 
     def provenance(self) -> dict[str, bool | None]:
-        """What results keep of it; None for what has not been found out."""
+        """The provenance of batching; None for unknown entries."""
         return {
             "reuses_beginnings": (
                 self._compared > 0 if self._compared or not self._reuse else None
@@ -97,7 +97,7 @@ class Batching:
         }
 
     def apply_findings(self, found: Findings) -> None:
-        """Keeps to what the probe found of the model."""
+        """Applies the probe's findings."""
         self._even = found.even
         if found.apart:
             self.max_rows = 1
@@ -115,7 +115,7 @@ class Batching:
 
     @property
     def read_packed(self) -> ReadPacked | None:
-        """Compares a row in a pack with the row alone; None where no packs are made."""
+        """Compares a row in a pack with the row alone; None without packing."""
         return self._compare_packed if self._packs and self._reuse else None
 
     def expect(self, ids: Sequence[int]) -> None:
@@ -124,15 +124,14 @@ class Batching:
             self._text = (tuple(ids), None)
 
     def plan(self, rows: Sequence[TokenRow], asked: Asked) -> Branch:
-        """How rows are run.
+        """Plans how rows are run.
 
         Args:
-            rows: Token rows, each of them once.
-            asked: What they are asked.
+            rows: Distinct token rows.
+            asked: Their request.
 
         Raises:
-            RuntimeError: If memory runs out in the comparison that it begins with, and there is no
-                less to ask for.
+            RuntimeError: If even the smallest initial comparison runs out of memory.
         """
         while True:
             try:
@@ -142,10 +141,10 @@ class Batching:
                     raise
 
     def read_head(self, root: Branch, rows: Sequence[TokenRow], asked: Asked) -> tuple[Branch, Any]:
-        """Reads what all rows of a plan begin with, once on every process.
+        """Reads the common prefix of all rows of a plan, once on every process.
 
         Returns:
-            The plan of what comes after it, and the model's state there; None at the beginning.
+            The plan of the rest, and the prefix cache; None if there is no prefix.
         """
         if root.begun is not None:
             ids, state = self._text
@@ -165,11 +164,11 @@ class Batching:
         return replace(root, start=root.stop), self._head[1]
 
     def mixes_positions(self, longest: int) -> bool:
-        """Whether what a position means depends on the other rows of its batch."""
+        """Whether the meaning of positions depends on the other rows of a batch."""
         return self._even or longest > (_compat.fixed_positions(self._passes.model) or sys.maxsize)
 
     def back_off(self, n_rows: int) -> bool:
-        """Asks for less memory than a pass of so many rows; whether there is less to ask for."""
+        """Reduces memory of further passes after one of `n_rows` failed; whether it could."""
         self._head, self._text = ((), None), ((), None)
         if n_rows > 1:
             self.max_rows = n_rows // 2
@@ -180,7 +179,7 @@ class Batching:
         return True
 
     def _cheapest(self, rows: Sequence[TokenRow], asked: Asked) -> Branch:
-        """The cheapest way that is known to be right."""
+        """The cheapest way that is known to be correct."""
         apart = self._cut(rows, asked, shares=False)
         if not self._reuse or any(row.extras is not None for row in rows):
             return apart
@@ -198,12 +197,12 @@ class Batching:
         if saved <= _COMPARISON * longest or not self._compare(rows, together):
             return apart
         self._compared = longest
-        return self._cut(rows, asked, shares=True)  # now that the size of a state is known
+        return self._cut(rows, asked, shares=True)  # now that the size of a cache is known
 
     def _plan_packed(
         self, rows: Sequence[TokenRow], asked: Asked, apart: Branch, together: Branch
     ) -> Branch | None:
-        """Packs, where they cost less than the other ways and are known to be right."""
+        """Packs, if they are cheaper than the other ways and known to be correct."""
         longest = max(len(row.ids) for row in rows)
         is_known = self._packing is not None and longest <= self._packing.longest
         if not self._packs or not is_known or self.mixes_positions(longest):
@@ -211,7 +210,7 @@ class Batching:
         lengths = [len(row.ids) for row in rows]
         first = min(row.first for row in rows)
         head = len(self._head[0]) if self._begins_with_head(rows, first) else 0
-        # Of a pack there are logits where rows say something, of a callable's rows for every token.
+        # In a pack, logits are only at requested positions; for a callable, at every token.
         n_said = [sum(place >= 0 for place in row.positions) for row in rows]
         is_called = asked.callable_of(self._passes.attr_target) is not None
         fits = self._memory(len(asked) if is_called else max(1, *n_said))
@@ -224,7 +223,8 @@ class Batching:
             most_rows=min(most_rows, self._most_rows(len(rows), longest)),
             head=head,
             most_head=first,
-            # Where some packs are run elsewhere, or were long ago, no other hangs on them.
+            # Packs that are run on other processes, or were run earlier, must not depend on each
+            # other.
             chained=self._passes.chains and not self.repeats,
         )
 
@@ -247,7 +247,7 @@ class Batching:
         return root
 
     def _plan_forked(self, rows: Sequence[TokenRow], longest: int, most_rows: int) -> Branch:
-        """Packs that go on from the text that was expected, wherever rows part from it."""
+        """Packs that continue from the expected text, each from where it parts from it."""
         text = self._text[0]
         begun = [min(common_length(row.ids, text), row.first, len(row.ids) - 1) for row in rows]
         most_ids, _ = self._memory(1).most_packed(longest, len(text))
@@ -258,12 +258,12 @@ class Batching:
     def _cut(self, rows: Sequence[TokenRow], asked: Asked, *, shares: bool) -> Branch:
         fits = self._memory(len(asked))
         longest = max(len(row.ids) for row in rows)
-        # Pixel values and the like are made for one prompt each.
+        # Pixel values and the like belong to one prompt each.
         has_extras = any(row.extras is not None for row in rows)
         most = 1 if has_extras else self._most_rows(len(rows), longest)
         even = self.mixes_positions(longest)
         first = min(row.first for row in rows)
-        # A callable is given the logits of all target tokens at once.
+        # A callable takes the logits of all target tokens at once.
         whole = asked.callable_of(self._passes.attr_target) is not None
         shareable = [min(len(row.ids) - 2, row.first if whole else sys.maxsize) for row in rows]
         usable = shares and not even and self._begins_with_head(rows, min(first, *shareable))
@@ -286,20 +286,20 @@ class Batching:
             state_bytes=self._passes.state_bytes,
             budget=self.budget,
             shares_cache=bool(self._passes.shares_cache),
-            # What is known later must not change batches that an earlier run may have begun with.
+            # Later findings must not change batches with which an earlier run may have begun.
             makes_logits=self._passes.makes_logits or self.repeats,
         )
 
     def _most_rows(self, n_rows: int, longest: int) -> int:
-        """How many rows may run together, whatever the memory."""
+        """How many rows may run together, regardless of memory."""
         if not self._shares_work:
             return self.max_rows
-        # Of the rows alone, not of the number of processes: the same values come out.
+        # By the rows alone, not by the number of processes, so that values are equal.
         worth = _WORTH_A_PASS * self.overhead // longest
         return min(self.max_rows, max(-(-n_rows // _BATCHES), worth, 1))
 
     def _begins_with_head(self, rows: Sequence[TokenRow], most: int) -> bool:
-        """Whether all rows begin with what has been read, and it is not more than may be shared."""
+        """Whether all rows begin with the cached text, within what may be shared."""
         head = self._head[0]
         return len(head) <= most and all(row.ids[: len(head)] == head for row in rows)
 
@@ -314,13 +314,13 @@ class Batching:
             if not memory.is_out_of_memory(error):
                 raise
         finally:
-            # What the probe reads is no part of a run: another one may have it from this.
+            # The probe's positions are not counted: a later run may reuse its findings.
             self._passes.n_positions = n_before
         self._packs = False  # which says nothing about the model
         return None, None
 
     def _compare(self, rows: Sequence[TokenRow], root: Branch) -> bool:
-        """Whether the model reads on as it reads."""
+        """Whether values from a prefix cache equal those of whole rows."""
         reason = why_not_read_on(self._passes, rows, root)
         if reason is not None:
             _logger.warning(

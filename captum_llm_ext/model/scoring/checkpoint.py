@@ -1,4 +1,4 @@
-"""A run's values on disk, as they are found: what is killed goes on where it was."""
+"""A run's values on disk, saved as they are found, so that a killed run can resume."""
 
 import json
 import os
@@ -24,26 +24,27 @@ _KIND = tensor_file.Kind(
     oldest=2,
 )
 _ENDING = files.CHECKPOINT_ENDING
-_DIGEST = 16  # bytes of a row's key: of a billion rows two share one with probability 1e-21
-# Seconds between two writings; and of the run's time at most one part in so many.
+_DIGEST = 16  # bytes of a row's key: among a billion rows two are equal with probability 1e-21
+# Seconds between two saves, and at most one part in this many of the run's time. Chosen, not
+# measured.
 _SHORTEST_WAIT = 1.0
 _SHARE_OF_TIME = 50
 
 
 class Journal:
-    """Values of rows in one safetensors file, which is whole at any moment.
+    """Values of rows in one safetensors file, written atomically.
 
-    The file is written anew with a digest of all it holds, beside the old one, and then takes its
-    place: every second, or less often where that takes long. What a kill loses is what was found
-    since. A file that is damaged, or of a release that wrote none of these digests, is refused.
+    The file is rewritten with a digest of its content and replaces the old one: every second, or
+    less often if that takes long. A kill loses the values since then. A damaged file, or one of a
+    release without digests, raises an error.
 
     Args:
-        path: A file that ends in ``.safetensors``, or a folder: then the file's name follows from
-            what it is about, and different runs may share the folder.
-        about: What the values depend on, as JSON has it.
+        path: A file that ends in ``.safetensors``, or a folder, in which the file's name follows
+            from `about`, so that several runs may share it.
+        about: What the values depend on, as JSON values.
 
     Raises:
-        ValueError: If the file is about something else, is none of these, or damaged.
+        ValueError: If the file belongs to another run, is not such a file, or is damaged.
         OSError: If it cannot be written.
     """
 
@@ -59,11 +60,11 @@ class Journal:
         self._written_at = -float("inf")
         self._took = 0.0
         self._is_new = False
-        self._write()  # what cannot be written is told before anything costly is done
+        self._write()  # write errors show before anything expensive
 
     @classmethod
     def of_surrogate(cls, path: str | os.PathLike[str], about: Mapping[str, Any]) -> "Journal":
-        """The values of a model's surrogate, in a file beside that of the model's."""
+        """The journal of a model's surrogate, in a file beside the model's."""
         path = Path(path)
         files.check_checkpoint(path)
         if path.suffix == _ENDING and not path.is_dir():
@@ -72,19 +73,19 @@ class Journal:
 
     @property
     def target(self) -> Tensor | None:
-        """The target that was generated, ``(n_target,)``."""
+        """The generated target, ``(n_target,)``."""
         return self._target
 
     def keep_target(self, ids: Tensor) -> None:
-        """Notes the target that was generated."""
+        """Stores the generated target."""
         self._target = ids.clone()
         self._write()
 
     def budget(self, here: int) -> int:
-        """Bytes that batches were cut by, for the same batches have the same values.
+        """The memory budget of batches in bytes, since equal batches have equal values.
 
         Args:
-            here: What they are cut by if this is the first time.
+            here: The budget if none is stored yet.
         """
         if self._budget is None:
             self._budget = here
@@ -92,14 +93,14 @@ class Journal:
         return self._budget
 
     def found(self, keys: Sequence[bytes]) -> dict[int, Tensor]:
-        """Values ``(n_target,)`` of the rows that are known, by their place in `keys`."""
+        """Known values ``(n_target,)``, by index in `keys`."""
         return {i: self._known[key] for i, key in enumerate(keys) if key in self._known}
 
     def add(self, keys: Sequence[bytes], values: Tensor) -> None:
-        """Notes what was found.
+        """Stores values.
 
         Args:
-            keys: One digest of 16 bytes for each row.
+            keys: One digest of 16 bytes per row.
             values: Shape ``(n_rows, n_target)``.
         """
         self._known.update(zip(keys, values.clone(), strict=True))
@@ -109,7 +110,7 @@ class Journal:
             self._write()
 
     def close(self) -> None:
-        """Writes what is new."""
+        """Saves new values."""
         if self._is_new:
             self._write()
 
@@ -149,10 +150,10 @@ class Journal:
 def _content(
     tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> tuple[dict[bytes, Tensor], Tensor | None, int | None]:
-    """Values by row, the target and the budget that a file holds.
+    """Values by row, the target and the budget in a file.
 
     Raises:
-        ValueError, LookupError, TypeError: If they are not what is kept of a run.
+        ValueError, LookupError, TypeError: If the content is invalid.
     """
     rest, tensors = dict(rest), dict(tensors)
     about, budget, target = rest["about"], rest["budget"], tensors.pop("target", None)

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a scorer, wherever the model runs."""
+"""The interface of scorers, wherever the model runs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,12 +13,12 @@ from captum_llm_ext.model.scoring.checkpoint import Journal
 
 
 class RowScorer(Protocol):
-    """Token rows and a target in, values out; `Scorer` is the one over a model of this process.
+    """Scores token rows for a target; `Scorer` is the implementation for a local model.
 
     Attributes:
-        attr_target: What a value is.
-        n_evaluations: Distinct rows scored.
-        n_scored: The rows that each replica of the model scored.
+        attr_target: The kind of value.
+        n_evaluations: Number of distinct rows scored.
+        n_scored: Number of rows that each replica of the model scored.
     """
 
     attr_target: AttrTarget
@@ -32,7 +32,7 @@ class RowScorer(Protocol):
 
     @property
     def processes(self) -> Processes:
-        """Those that share the work."""
+        """The processes that share the work."""
         ...
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is heard of a run while it goes on: bars in terminals, lines elsewhere, or a listener."""
+"""Progress of a run: bars in terminals, lines elsewhere, or a listener."""
 
 import sys
 import time
@@ -11,41 +11,41 @@ _TENTHS = 10
 
 @runtime_checkable
 class Listener(Protocol):
-    """Hears of a run instead of a bar, as ``show_progress`` of an ``attribute``.
+    """Receives the progress of a run, as ``show_progress`` of an ``attribute``.
 
-    All methods are called in the main process and in the order in which they stand here; what they
-    raise ends the run. Before anything is announced, other work may come between that the run needs
-    first, such as candidates for absent words: from its own `begins` to its `ends`.
+    Methods are called in the main process, in the order of their definition; exceptions end the
+    run. Preparatory work, such as a search for candidates, may come first, between its own `begins`
+    and `ends`.
     """
 
     def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
-        """The model has generated the text that is explained.
+        """The model has generated the explained text.
 
         Args:
             text: The answer.
             n_tokens: Its length.
-            is_cut: Whether the most tokens that were allowed ended it, not the model.
+            is_cut: Whether it was truncated at the maximum length.
         """
         ...
 
     def begins(self, name: str, unit: str) -> None:
-        """Work begins; what is counted, and one of it."""
+        """Work begins; the name of what is counted, and of one unit."""
         ...
 
     def announce(self, n: int) -> None:
-        """There is so much more to do."""
+        """`n` more units are to be done."""
         ...
 
     def advance(self, n: int) -> None:
-        """So much of it is done."""
+        """`n` more units are done."""
         ...
 
     def note(self, text: str) -> None:
-        """What stands behind the bar; empty takes it away."""
+        """The text after the bar; empty removes it."""
         ...
 
     def ends(self) -> None:
-        """All is done, or an error ends it."""
+        """The work is done, or ended by an error."""
         ...
 
 
@@ -53,12 +53,12 @@ Shown = bool | Listener
 
 
 class ProgressBar:
-    """One bar over all that is done while it is shown.
+    """One bar over all work while it is shown.
 
     Args:
-        name: What is counted.
-        unit: One of it.
-        is_shown: Whether there is a bar at all; or who hears of it instead.
+        name: Name of what is counted.
+        unit: Name of one unit.
+        is_shown: Whether to show a bar; or a listener to call instead.
     """
 
     def __init__(self, name: str, unit: str, *, is_shown: Shown) -> None:
@@ -72,7 +72,7 @@ class ProgressBar:
 
     @contextmanager
     def shown(self) -> Generator[None]:
-        """Draws it within, whatever number of calls the work comes in."""
+        """Shows the bar within, over any number of calls."""
         if self._listener is None:
             yield
             return
@@ -85,57 +85,57 @@ class ProgressBar:
             self._listener.ends()
 
     def announce(self, n: int) -> None:
-        """There is so much more to do."""
+        """Adds `n` units to be done."""
         if self._is_open and self._listener is not None:
             self._listener.announce(n)
 
     def advance(self, n: int = 1) -> None:
-        """So much of it is done."""
+        """Adds `n` units done."""
         if self._is_open and self._listener is not None:
             self._listener.advance(n)
 
     def note(self, text: str) -> None:
-        """What stands behind the bar."""
+        """Sets the text after the bar."""
         if self._is_open and self._listener is not None:
             self._listener.note(text)
 
 
 def bar(ago: float = 0.0) -> Listener:
-    """What tells of progress on stderr: a bar that moves where that can be seen, else lines.
+    """Progress on stderr: a moving bar if that can be displayed, otherwise lines.
 
     Args:
-        ago: The seconds for which the work has been going on when it is announced.
+        ago: Seconds since the work began.
     """
     return _Bar(ago) if _shows_bars() else _Lines(ago)
 
 
 def _shows_bars() -> bool:
-    """Whether stderr is a terminal or a notebook, which understand a line that is drawn again."""
+    """Whether stderr is a terminal or a notebook, which can redraw a line."""
     stream = sys.stderr
     try:
         return stream.isatty() or type(stream).__module__.startswith("ipykernel")
-    except (AttributeError, ValueError):  # none, something of the user's own, or closed
+    except (AttributeError, ValueError):  # none, a custom object, or closed
         return False
 
 
 class _Bar:
-    """tqdm's bar, whose clock starts with the work: what was prepared before tells no rate."""
+    """tqdm's bar, with a clock that starts with the work: preparation does not affect the rate."""
 
     def __init__(self, ago: float) -> None:
         self._name, self._unit, self._ago = "", "", ago
         self._bar: Any = None
 
     def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
-        """A bar does not tell it."""
+        """Does nothing."""
 
     def begins(self, name: str, unit: str) -> None:
         self._name, self._unit = name, unit
 
     def announce(self, n: int) -> None:
-        from tqdm.auto import tqdm  # captum and transformers both bring it
+        from tqdm.auto import tqdm  # a dependency of captum and transformers
 
         if self._bar is None:
-            # Of work that goes on, nothing is drawn before there is a rate.
+            # Resumed work shows nothing before there is a rate.
             delay = 1e-9 if self._ago else 0
             self._bar = tqdm(total=n, desc=self._name, unit=self._unit, delay=delay)
             self._bar.start_t = self._bar.last_print_t = time.time() - self._ago
@@ -166,7 +166,7 @@ class _Lines:
         self._began = 0.0
 
     def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
-        """Lines of progress do not tell it."""
+        """Does nothing."""
 
     def begins(self, name: str, unit: str) -> None:
         self._name, self._unit = name, unit
@@ -175,7 +175,7 @@ class _Lines:
         if not self._total:
             self._began = time.monotonic() - self._ago
         self._total += n
-        # Where more is to be done than was thought, tenths are others.
+        # More work changes the tenths.
         self._told = min(self._told, self._tenths())
 
     def advance(self, n: int) -> None:
@@ -200,7 +200,7 @@ class _Lines:
         left = (self._total - self._done) / rate if rate else 0.0
         rest = f", {duration(left)} left" if self._done < self._total else f" in {duration(taken)}"
         done = f"({self._done}"
-        if self._total:  # else it is not known
+        if self._total:  # otherwise unknown
             done = f"{100 * self._done // self._total} % ({self._done} of {self._total}"
         text = f"{self._name}: {done}, {rate:.3g} {self._unit}s a second){rest}{self._note}"
         print(text, file=sys.stderr, flush=True)

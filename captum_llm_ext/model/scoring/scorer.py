@@ -1,4 +1,4 @@
-"""`Scorer`: every distinct row once, in batches that fit, without computing a beginning twice."""
+"""`Scorer`: scores every distinct row once, in batches that fit, with prefix reuse."""
 
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -31,12 +31,12 @@ from captum_llm_ext.model.scoring.checkpoint import Journal
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.model.scoring.shards import shards, without
 
-# How large these are says nothing of how far rounding moves them.
+# Values whose rounding error does not depend on their magnitude.
 _IN_NATS = ("log_prob", "contrast")
 
 
 class _BatchesUnknownError(Exception):
-    """Rows would be run in batches, and the model has been seen with packs alone."""
+    """Rows need batches, but the model has only been probed with packs."""
 
 
 class Scorer:
@@ -45,30 +45,29 @@ class Scorer:
     Args:
         model: A causal language model: a module that returns ``logits`` (batch, length, vocabulary)
             for ``input_ids``.
-        attr_target: ``"log_prob"``, ``"prob"``, ``"logit"``, ``"contrast"`` (log-probabilities, of
-            which rounding moves the difference to those of foils), or a callable ``(logits (batch,
+        attr_target: ``"log_prob"``, ``"prob"``, ``"logit"``, ``"contrast"`` (log-probabilities;
+            rounding errors are those of the difference to foils), or a callable ``(logits (batch,
             n_target, vocabulary), target (n_target,)) -> (batch, n_target)``.
-        max_rows: At most so many rows in a batch. By default as many as memory allows.
-        show_progress: Whether `progress` draws a bar over the model's evaluations on stderr, or
-            who hears of them.
-        counted: What rows are called there.
-        reuse: ``"auto"``: what rows begin with in common is computed once, where that pays and a
-            first comparison on the model itself shows the same numbers. ``"off"``: never.
-            ``"copy"``, ``"share"``, ``"pack"``: always by copies of the model's state; without
-            them; or by rows packed in one sequence, in which no id comes twice; the latter two
-            where they show the same numbers too. By default whichever costs less.
-        overhead: What a pass, or a row of a pack, costs beside its positions, in positions: what
-            reuse must save to pay. By default estimated from the model's size and device.
-        processes: Those that share the work; all give the same rows in the same order. By default
-            this one alone.
-        around: What is done to the model in a pass: entered with the pass's rows, which are read
-            whole then, none of them on from another. Rows of equal ids in which it does something
-            else have different keys.
+        max_rows: Maximum number of rows per batch. By default as memory allows.
+        show_progress: Whether `progress` shows a bar over the model's evaluations on stderr; or a
+            listener.
+        counted: Name of rows in the bar.
+        reuse: ``"auto"``: common prefixes are computed once if that pays and a first comparison on
+            the model shows equal values, in the cheapest way. ``"off"``: never. ``"copy"``,
+            ``"share"``, ``"pack"``: always by copies of the prefix cache; without copies; or by
+            rows packed in one sequence; the latter two if they show equal values too.
+        overhead: Fixed cost of a pass, or of a row of a pack, in positions, which reuse must save
+            to pay. By default estimated from the model's size and device.
+        processes: The processes that share the work, with the same rows in the same order. By
+            default this one alone.
+        around: A context for every pass, called with its rows, which are then read completely,
+            without prefix reuse. Rows of equal ids with a different effect must have different
+            keys.
 
     Attributes:
-        n_evaluations: Distinct rows scored, by whatever process.
-        n_row_positions: Token positions that these rows have.
-        n_scored: The rows that each replica of the model scored.
+        n_evaluations: Number of distinct rows scored, by all processes.
+        n_row_positions: Number of token positions of these rows.
+        n_scored: Number of rows that each replica of the model scored.
     """
 
     def __init__(
@@ -107,43 +106,43 @@ class Scorer:
         self._processes = processes or Processes()
         self._journal: Journal | None = None
         self._generated: Tensor | None = None
-        self._trusted = 0  # length of the longest stored row that the model has been held against
+        self._trusted = 0  # length of the longest stored row that has been verified
         self.n_scored = [0] * self._processes.n_replicas
         self._is_shown = self._processes.is_main and show_progress
         self._bar = ProgressBar(counted, "row", is_shown=self._is_shown)
         self._known: dict[bytes, Tensor] = {}
         self._findings: Findings | None = None
-        self._shown: Findings | None = None  # and what its values showed in the end
+        self._shown: Findings | None = None  # and the findings from its values
         self._noise = NoiseFloor(self._passes)
 
     def beside(self, counted: str) -> "Scorer":
-        """Another one of the same model in this process, for rows that are no coalitions.
+        """Another scorer of the same model in this process, for rows other than coalitions.
 
         Args:
-            counted: What its rows are called where this one's are shown.
+            counted: Name of its rows in the bar.
         """
         return Scorer(self.model, show_progress=self._is_shown, counted=counted)
 
     @property
     def reads_on(self) -> bool:
-        """Whether foils may be looked for by what the model makes of the text after them."""
+        """Whether foils may be weighted by the likelihood of the text after them."""
         return True
 
     @property
     def processes(self) -> Processes:
-        """Those that share the work."""
+        """The processes that share the work."""
         return self._processes
 
     @property
     def n_positions(self) -> int:
-        """Token positions computed up to now, padding and comparisons included."""
+        """Token positions computed so far, including padding and comparisons."""
         return self._passes.n_positions
 
     @property
     def shares_cache(self) -> bool:
-        """Whether rows attend to what they share where it is, without a copy for each.
+        """Whether rows attend to a shared prefix without copies.
 
-        Known after the first comparison that was worth it.
+        Known after the first worthwhile comparison.
         """
         return bool(self._passes.shares_cache)
 
@@ -153,12 +152,12 @@ class Scorer:
         return self._batching.packs
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
-        """The token ids that the model continues a row with; all processes get the same.
+        """The token ids that the model generates after a row; equal on all processes.
 
         Args:
             row: The prompt.
-            gen_args: Arguments of the model's ``generate``, as `planned_generation` gives them.
-            seed: Seeds sampling; the global random state is left alone.
+            gen_args: Arguments of the model's ``generate``, from `planned_generation`.
+            seed: Seeds sampling; the global random state is unchanged.
 
         Returns:
             Shape ``(n_target,)``, int64 on the CPU.
@@ -166,7 +165,7 @@ class Scorer:
         Raises:
             ValueError: If there are several answers, or they do not begin with the prompt.
         """
-        if self._generated is not None:  # by the run that is gone on with
+        if self._generated is not None:  # by the run that is resumed
             return self._generated
         ids = self._processes.decide(lambda: self._answers.one(row, gen_args, seed))
         if self._journal is not None:
@@ -180,22 +179,22 @@ class Scorer:
         seeds: Sequence[int],
         tell: Callable[[int], None] = lambda _: None,
     ) -> list[Tensor]:
-        """The token ids that the model continues each of several rows with, as each alone.
+        """The token ids that the model generates after each of several rows, as if alone.
 
-        Rows of one length are answered at once where that changes nothing: not where the rows of
-        a batch change one another, nor, without sampling, in models whose values are rough.
+        Rows of equal length are batched if that changes nothing: not if rows of a batch are
+        coupled, nor, without sampling, for models with rough values.
 
         Args:
             rows: The prompts.
-            generation: How answers are written.
-            seeds: One per row, of what is sampled.
-            tell: Is told of how many answers are there more.
+            generation: The generation settings.
+            seeds: Sampling seeds, one per row.
+            tell: Called with the number of further answers.
 
         Returns:
-            Each ``(n_target,)``, int64 on the CPU; all processes get the same.
+            Each ``(n_target,)``, int64 on the CPU; equal on all processes.
 
         Raises:
-            ValueError: As of `generate`.
+            ValueError: As for `generate`.
         """
         together = False
         if generation.ends is not None and len(rows) > 1:
@@ -207,21 +206,21 @@ class Scorer:
         return self._answers.each(rows, generation, seeds, together=together, tell=tell)
 
     def expect(self, ids: Sequence[int]) -> None:
-        """Tells that many rows, of several calls, will begin as a text does, some with all of it.
+        """Announces that many rows, of several calls, will begin like a text, some with all of it.
 
-        It is then read once for all, where the model can go on from any place of what it has read.
-        What the model remembers of it is kept as long as this scorer, or up to the next text.
+        It is then read once, if the model can continue from any position of its cache. The cache is
+        kept as long as this scorer, or until the next text.
 
         Args:
-            ids: Of the text.
+            ids: Token ids of the text.
         """
         self._batching.expect(ids)
 
     def check_length(self, length: int, what: str) -> None:
-        """Refuses rows that are longer than the model's positions.
+        """Checks that rows do not exceed the model's maximum length.
 
         Raises:
-            ValueError: If `length` tokens, which are `what`, do not fit.
+            ValueError: If `length` tokens, described by `what`, do not fit.
         """
         most = _compat.longest_sequence(self.model)
         if most is not None and length > most:
@@ -233,22 +232,22 @@ class Scorer:
     def values(
         self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
     ) -> Tensor:
-        """What the model gives each target token after each row.
+        """Values of the target tokens after each row.
 
         Args:
             rows: One token row per coalition.
             target: Token ids, shape ``(n_target,)``.
-            foils: Token ids that each is held against, shape ``(n_target, n_foils)``; -1 where
-                there are fewer.
+            foils: Foils of each target token, shape ``(n_target, n_foils)``, padded with -1.
 
         Returns:
-            Shape ``(n_rows, n_target)``, float64 on the CPU, in nats for log-probabilities; NaN
-            where a row gives a token no value. Softmax and sums are taken in float32 at least. With
+            Shape ``(n_rows, n_target)``, float64 on the CPU, in nats for log-probabilities; NaN if
+            a row defines no value for a token. Softmax and sums are computed in float32 at least.
+            With
             foils ``(n_rows, 2 * n_target)``: log-probabilities of the target tokens, then those of
             the foils of each together.
 
         Raises:
-            ValueError: If an id is outside the vocabulary, or the model gives NaN or an infinite
+            ValueError: If an id is outside the vocabulary, or the model returns NaN or an infinite
                 value.
             TypeError: If the model returns no logits, or a callable target the wrong shape.
         """
@@ -259,15 +258,16 @@ class Scorer:
         return values
 
     def likeliest(self, rows: Sequence[TokenRow], n: int) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens where rows say each target token, the likeliest first.
+        """The likeliest tokens at the positions that predict the target tokens, likeliest first.
 
         Args:
             rows: Token rows.
-            n: How many.
+            n: Number of tokens.
 
         Returns:
             Log-probabilities, float64 on the CPU, and token ids, each ``(n_rows, n_target, n)``;
-            -inf and -1 where the vocabulary has fewer, without meaning where a row says nothing.
+            padded with -inf and -1 if the vocabulary has fewer; undefined where a row has no such
+            position.
         """
         asked = Asked.likeliest(len(rows[0].positions), n)
         with exclusive_use(self.model):
@@ -278,24 +278,23 @@ class Scorer:
     def noise_floor(
         self, row: TokenRow, target: Tensor, foils: Tensor | None = None
     ) -> Tensor | None:
-        """How far apart values are that differ in how they were computed alone.
+        """How far values differ that were computed in different ways.
 
-        Some rows of those that were scored, short and long ones among them, are computed once more
-        in other batches: a run with other batches shows no larger differences, as far as that many
-        rows tell. That takes a sixteenth of what the run took, and a batch of two rows at least.
-        Where the probe saw nothing beyond float32 rounding some values, each of a short pass of its
-        own, confirm it.
+        Some of the scored rows, short and long ones, are recomputed in other batches: a run with
+        other batches shows no larger differences, as far as these rows tell. This takes a sixteenth
+        of the run's cost, and a batch of two rows at least. If the probe saw nothing beyond float32
+        rounding, some values from separate short passes confirm it.
 
         Args:
             row: The row of the whole text.
             target, foils: As for `values`.
 
         Returns:
-            Shape ``(n_target,)``, float64, in the unit of the values; None for models whose values
-            are as fine as float32, which have none worth telling.
+            Shape ``(n_target,)``, float64, in the unit of the values; None for models with ordinary
+            float32 rounding, which is negligible.
 
         Warns:
-            UserWarning: If it is more than the model's type of numbers explains.
+            UserWarning: If it is more than the model's dtype explains.
         """
         asked = Asked(target, foils)
         with exclusive_use(self.model):
@@ -317,7 +316,7 @@ class Scorer:
         return self._findings
 
     def provenance(self) -> dict[str, Any]:
-        """What results keep of the model's ways."""
+        """The provenance of values."""
         found = self._findings
         if found is None:
             return {}
@@ -328,11 +327,11 @@ class Scorer:
         }
 
     def _look(self, rows: Sequence[TokenRow], *, batches: bool = False) -> Findings:
-        """What the model does on such rows; it is looked at where these are news.
+        """Probes the model for such rows, unless already known.
 
         Args:
             rows: Token rows.
-            batches: Whether it will be given them in batches, whatever it makes of packs.
+            batches: Whether they may be run in batches, even if packs work.
         """
         lengths = [len(row.ids) for row in rows]
         found, read_packed = self._findings, None if batches else self._batching.read_packed
@@ -346,7 +345,7 @@ class Scorer:
         found = self._processes.decide(
             lambda: findings(self.model, looked_at, extras, None if extras else read_packed)
         )
-        if extras:  # rows are given one by one, whatever their lengths
+        if extras:  # rows are run one by one, whatever their lengths
             found = replace(found, shortest=0, longest=sys.maxsize)
         self._batching.apply_findings(found)
         self._passes.kept, self._passes.moved = found.kept, found.moved
@@ -367,10 +366,10 @@ class Scorer:
     def _confirm(
         self, found: Findings, rows: Sequence[TokenRow], asked: Asked, values: Tensor
     ) -> Findings:
-        """Holds what rows say against one another where they begin alike.
+        """Compares values of rows with a common prefix.
 
-        There they differ in what follows alone, after every token that a row leaves out: the whole
-        run shows then what a few passes of the probe may have missed.
+        These differ only in what follows, after every absent token: the whole run can show what a
+        few passes of the probe missed.
         """
         if found.is_rough or asked.per_token > 1 or not isinstance(self.attr_target, str):
             return found
@@ -383,14 +382,14 @@ class Scorer:
         return found
 
     def tolerance(self, values: Tensor) -> Tensor:
-        """How far rounding may move each of these values between two runs of the same model.
+        """How far rounding may change each of these values between two runs of the same model.
 
         Args:
             values: Shape ``(n_target,)``.
         """
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
         sizes = values.double().abs().nan_to_num()
-        if self.attr_target == "prob":  # what is added to its logarithm
+        if self.attr_target == "prob":  # an additive error of its logarithm
             return rounding(dtype) * sizes
         largest = sizes.max().clamp_min(1.0) if self.attr_target not in _IN_NATS else 1.0
         return torch.full_like(sizes, rounding(dtype)) * largest
@@ -404,12 +403,12 @@ class Scorer:
                 self._score(todo, asked)
                 todo = {d: row for d, row in todo.items() if d not in self._known}
         except _BatchesUnknownError:
-            self._bar.announce(-len(todo))  # they come again
+            self._bar.announce(-len(todo))  # they are announced again
             raise
         return torch.stack([self._known[digest] for digest in digests])
 
     def _stepping(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
-        """One pass for every target token, with nothing after it to be seen."""
+        """One pass per target token, with nothing after it."""
         values = asked.blank(len(rows))
         for t in range(len(asked)):
             ends = {i: end for i, row in enumerate(rows) if (end := row.up_to(t)) is not None}
@@ -418,7 +417,7 @@ class Scorer:
         return values.flatten(1)
 
     def _score(self, todo: Mapping[bytes, TokenRow], asked: Asked) -> None:
-        """Scores rows, or some of them and backs off where memory runs out."""
+        """Scores rows, or some of them and backs off if memory runs out."""
         keys, rows = list(todo), list(todo.values())
         content = _digest_of(keys)
         if self._batching.budget is None and self._batching.repeats:
@@ -463,23 +462,23 @@ class Scorer:
                 raise error
 
     def _knows_batches(self, rows: Sequence[TokenRow]) -> bool:
-        """Whether the model has been seen with such rows in batches, or they are run apart."""
+        """Whether the model has been probed with such rows in batches, or runs them separately."""
         found, lengths = self._findings, [len(row.ids) for row in rows]
         if found is None or found.step_by_step:
             return True
         return found.covers(min(lengths), max(lengths))
 
     def _agreed_budget(self) -> int:
-        """Bytes a batch may take: the same on all processes, and as when the journal was begun."""
+        """Bytes a batch may take: equal on all processes, and as when the journal was begun."""
         here = self._processes.least(memory.batch_budget(self.device))
         journal = self._journal
         return self._processes.decide(lambda: here if journal is None else journal.budget(here))
 
     def _stored(self, keys: Sequence[bytes]) -> tuple[list[int], Tensor]:
-        """Which of the rows an earlier run has kept, and their values: one tensor, for it is sent.
+        """Which of the rows are stored from an earlier run, and their values as one tensor.
 
         Returns:
-            Places in `keys`; values ``(n_stored, per_token * n_target)``.
+            Indices in `keys`; values ``(n_stored, per_token * n_target)``.
         """
         found = {} if self._journal is None else self._journal.found(keys)
         if not found:
@@ -489,9 +488,9 @@ class Scorer:
     def _check_stored(
         self, stored: Mapping[int, Tensor], rows: Sequence[TokenRow], asked: Asked
     ) -> None:
-        """Holds the longest stored row against the model as it is now.
+        """Compares the longest stored row with the model now.
 
-        Of a short one, such as that where all is absent, attention makes little or nothing.
+        In a short one, such as the empty coalition, attention has little or no effect.
         """
         i = max(stored, key=lambda i: len(rows[i].ids), default=None)
         if i is None or len(rows[i].ids) <= self._trusted:
@@ -526,15 +525,15 @@ class Scorer:
         self._bar.advance(len(scored))
 
     def progress(self) -> AbstractContextManager[None]:
-        """Draws one bar over all evaluations within, whatever number of calls they come in."""
+        """Shows one bar over all evaluations within, over any number of calls."""
         return self._bar.shown()
 
     @contextmanager
     def keeping(self, open_journal: Callable[[], Journal] | None) -> Generator[None]:
-        """Keeps values within as they are found, and scores none again that an earlier run kept.
+        """Saves values within as they are found, and reuses those of an earlier run.
 
         Args:
-            open_journal: Opens where they are kept, on the main process alone. None: nowhere.
+            open_journal: Opens the journal, on the main process only. None: no journal.
         """
         if open_journal is None:
             yield
@@ -550,13 +549,13 @@ class Scorer:
                 self._journal.close()
 
     def forecast(self, n_rows: int) -> None:
-        """Says in the bar how many evaluations are likely still to come; 0 takes it away."""
+        """Shows in the bar how many evaluations are probably still needed; 0 removes it."""
         self._bar.note(f"about {n_rows} more" if n_rows > 0 else "")
 
 
 def _apart_where_alike(rows: Sequence[TokenRow], values: Tensor) -> float:
-    """The largest difference between values of a token after the same ids, in rows that go on."""
-    # Of those that begin alike, neighbours do for longest.
+    """Largest difference between values of a token after the same ids, in rows that continue."""
+    # Among rows with a common prefix, neighbours share the longest one.
     order, shared = sort_by_prefix([row.ids for row in rows], [len(row.ids) for row in rows])
     largest = 0.0
     for (i, j), n_alike in zip(pairwise(order), shared[1:], strict=True):

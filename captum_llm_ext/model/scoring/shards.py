@@ -1,7 +1,7 @@
 """Which process does which part of a plan: pure functions of its branches.
 
-The batches are those of the plan, whoever runs them, and so are what they read: values do not
-depend on how many processes there are.
+Batches are those of the plan, whoever runs them, so values do not depend on the number of
+processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,16 +13,16 @@ Batch = tuple[int, ...]
 
 
 def shards(root: Branch, lengths: Sequence[int], n: int, *, overhead: int) -> list[Branch]:
-    """Cuts a plan into parts that processes take one by one, as they become free.
+    """Splits a plan into parts that processes take one by one.
 
-    Neighbours stay together, for they share what they begin with. The parts become smaller: the
-    first ones are worth what is read once more for each, the last ones let all end together.
+    Neighbours stay together, since they share prefixes. Parts become smaller: large ones at first
+    save repeated prefixes, small ones at the end balance the load.
 
     Args:
-        root: The plan; its own stretch is left to all parts.
+        root: The plan; its own part belongs to all parts.
         lengths: Number of ids of every row.
-        n: Number of those who work at the same time.
-        overhead: What a pass costs beside its positions, in positions.
+        n: Number of replicas that work at the same time.
+        overhead: Fixed cost of a pass, in positions.
 
     Returns:
         Plans with the same branches and batches, each batch in one of them.
@@ -43,7 +43,7 @@ def shards(root: Branch, lengths: Sequence[int], n: int, *, overhead: int) -> li
 
 
 def without(root: Branch, rows: set[int]) -> Branch:
-    """The plan less rows that need not be run."""
+    """The plan without rows that need not be run."""
     return _kept(root, lambda batch: tuple(row for row in batch if row not in rows))
 
 
@@ -53,7 +53,7 @@ def n_batches(root: Branch) -> int:
 
 
 def _batches(branch: Branch) -> Iterator[tuple[Branch, Batch]]:
-    """Batches with their branches, in the order in which they are run."""
+    """Batches with their branches, in running order."""
     todo = [branch]
     while todo:
         one = todo.pop()
@@ -67,9 +67,9 @@ def _only(share_of: dict[int, int], number: int) -> Callable[[Batch], Batch]:
 
 
 def _kept(branch: Branch, keep: Callable[[Batch], Batch]) -> Branch:
-    """The branch with what is kept of its batches, less branches that lead to none.
+    """The branch with the kept batches, without branches that lead to none.
 
-    The rows that branches name stay all of them: what a stretch computes must not depend on who
+    The rows listed in branches remain complete: what a shared part computes must not depend on who
     computes it.
     """
     batches = tuple(kept for batch in branch.batches if (kept := keep(batch)))
